@@ -1,0 +1,203 @@
+"""The async client: the same methods as the sync one, in client.py, where they are described."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from patchclamp import requests
+from patchclamp.async_streams import AsyncCall, AsyncGenerateStream, AsyncSession, AsyncStream, drain
+from patchclamp.calls import Method, RequestT, ResponseT
+from patchclamp.collectors import MessageT
+from patchclamp.connection import (
+    DEFAULT_ADDRESS,
+    DEFAULT_TIMEOUT_SECONDS,
+    HEALTH_METHOD,
+    Connection,
+    HealthRequest,
+    HealthResponse,
+    health_status,
+)
+from patchclamp.errors import PatchclampError
+from patchclamp.names import ArtifactFormatName, ArtifactKindName, MethodName
+from patchclamp.requests import (
+    ExtractOptions,
+    GenerateOptions,
+    PromptLike,
+    PromptOptions,
+    ScoreOptions,
+    UploadOptions,
+)
+from patchclamp.results import (
+    Artifact,
+    CompareCollector,
+    CompareEvent,
+    CompareResult,
+    DownloadCollector,
+    ExtractionCollector,
+    ExtractionEvent,
+    ExtractionResult,
+    Model,
+    ScoreResult,
+    Tokenization,
+)
+from patchclamp.v1 import artifact_pb2, generation_pb2, model_pb2, steering_pb2
+from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
+from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp.v1.model_pb2_grpc import ModelServiceStub
+from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
+
+
+class AsyncClient:
+    """Calls to one server. Make it inside a running event loop; calls that stream are iterated, not awaited."""
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        tls: bool | str | Path = False,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> None:
+        self._connection = Connection(address, token, tls, timeout)
+        credentials, options = self._connection.credentials, self._connection.channel_options
+        self._channel = (
+            grpc.aio.insecure_channel(address, options)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options)
+        )
+        self._generation = GenerationServiceStub(self._channel)
+        self._steering = SteeringServiceStub(self._channel)
+        self._artifacts = ArtifactServiceStub(self._channel)
+        self._models = ModelServiceStub(self._channel)
+        self._health = self._channel.unary_unary(
+            HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
+        )
+
+    def generate(
+        self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerateStream:
+        return AsyncGenerateStream(self._stream(self._generation.Generate, requests.generate(prompt, options), timeout))
+
+    def session(
+        self,
+        prompt: PromptLike | None = None,
+        *,
+        lockstep: bool = False,
+        timeout: float = float("inf"),
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncSession:
+        outbox: asyncio.Queue[generation_pb2.SessionRequest] = asyncio.Queue()
+        outbox.put_nowait(requests.session_start(prompt, lockstep, options))
+        return AsyncSession(self._stream(self._generation.Session, drain(outbox), timeout), outbox)
+
+    async def score(
+        self,
+        prompt: PromptLike | None = None,
+        continuation: str | Sequence[int] = "",
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> ScoreResult:
+        request = requests.score(prompt, continuation, options)
+        return ScoreResult.from_proto(await self._unary(self._generation.Score, request, timeout))
+
+    def compare(
+        self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncStream[generation_pb2.CompareResponse, CompareEvent, CompareResult]:
+        call = self._stream(self._generation.Compare, requests.compare(prompt, options), timeout)
+        return AsyncStream(call, CompareCollector())
+
+    def extract_vectors(
+        self,
+        pairs: Iterable[tuple[PromptLike, PromptLike]],
+        method: MethodName = "difference_of_means",
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[ExtractOptions],
+    ) -> AsyncStream[steering_pb2.ExtractVectorsResponse, ExtractionEvent, ExtractionResult]:
+        request = requests.extract_vectors(pairs, method, options)
+        return AsyncStream(self._stream(self._steering.ExtractVectors, request, timeout), ExtractionCollector())
+
+    async def put_artifact(
+        self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
+    ) -> Artifact:
+        response = await self._unary(self._artifacts.Upload, requests.upload(data, options), timeout)
+        return Artifact.from_proto(response.artifact)
+
+    async def download_artifact(
+        self, ref: str, format: ArtifactFormatName = "safetensors", *, timeout: float | None = None
+    ) -> bytes:
+        call = self._stream(self._artifacts.Download, requests.download(ref, format), timeout)
+        return await AsyncStream(call, DownloadCollector()).result()
+
+    async def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
+        request = artifact_pb2.GetArtifactRequest(ref=ref)
+        return Artifact.from_proto((await self._unary(self._artifacts.GetArtifact, request, timeout)).artifact)
+
+    async def list_artifacts(
+        self,
+        kind: ArtifactKindName | None = None,
+        *,
+        model_fingerprint: str = "",
+        timeout: float | None = None,
+    ) -> AsyncIterator[Artifact]:
+        page_token = ""
+        while True:
+            request = requests.list_artifacts(kind, model_fingerprint, page_token)
+            page = await self._unary(self._artifacts.ListArtifacts, request, timeout)
+            for artifact in page.artifacts:
+                yield Artifact.from_proto(artifact)
+            page_token = page.next_page_token
+            if not page_token:
+                return
+
+    async def tag_artifact(self, tag: str, ref: str, *, timeout: float | None = None) -> Artifact:
+        request = artifact_pb2.TagArtifactRequest(tag=tag, ref=ref)
+        return Artifact.from_proto((await self._unary(self._artifacts.TagArtifact, request, timeout)).artifact)
+
+    async def untag_artifact(self, tag: str, *, timeout: float | None = None) -> None:
+        await self._unary(self._artifacts.TagArtifact, artifact_pb2.TagArtifactRequest(tag=tag), timeout)
+
+    async def delete_artifact(self, ref: str, *, timeout: float | None = None) -> None:
+        await self._unary(self._artifacts.DeleteArtifact, artifact_pb2.DeleteArtifactRequest(ref=ref), timeout)
+
+    async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
+        response = await self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout)
+        return tuple(map(Model.from_proto, response.models))
+
+    async def tokenize(
+        self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[PromptOptions]
+    ) -> Tokenization:
+        request = requests.tokenize(prompt, options)
+        return Tokenization.from_proto(await self._unary(self._models.Tokenize, request, timeout))
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> str:
+        return health_status(await self._unary(self._health, HealthRequest(service=service), timeout))
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _unary(
+        self, method: Method[RequestT, Awaitable[ResponseT]], request: RequestT, timeout: float | None
+    ) -> ResponseT:
+        try:
+            return await method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise PatchclampError.from_rpc(error) from None
+
+    def _stream(
+        self, method: Method[RequestT, AsyncCall[MessageT]], request: RequestT, timeout: float | None
+    ) -> AsyncCall[MessageT]:
+        return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)

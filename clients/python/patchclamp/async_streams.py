@@ -1,0 +1,115 @@
+"""Streams of the async client. A stream that is closed early, or whose task is cancelled, cancels its call."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
+
+import grpc
+
+from patchclamp import requests
+from patchclamp.collectors import Collector, EventT, MessageT, ResultT, complete
+from patchclamp.errors import PatchclampError
+from patchclamp.results import Chunk, GenerateCollector, GenerateResult
+from patchclamp.v1 import generation_pb2
+
+MessageT_co = TypeVar("MessageT_co", covariant=True)
+
+
+class AsyncCall(Protocol[MessageT_co]):
+    """What a running call of gRPC offers."""
+
+    def __aiter__(self) -> AsyncIterator[MessageT_co]: ...
+
+    def cancel(self) -> bool: ...
+
+
+class AsyncStream(Generic[MessageT, EventT, ResultT]):
+    """Events of one call, in order; `result` collects the rest."""
+
+    def __init__(self, call: AsyncCall[MessageT], collector: Collector[MessageT, EventT, ResultT]) -> None:
+        self._call = call
+        self._messages = aiter(call)
+        self._collector = collector
+        self._closed = False
+
+    def __aiter__(self) -> AsyncIterator[EventT]:
+        return self
+
+    async def __anext__(self) -> EventT:
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            return self._collector.add(await anext(self._messages))
+        except grpc.aio.AioRpcError as error:
+            raise PatchclampError.from_rpc(error) from None
+        except asyncio.CancelledError:
+            if self._closed and not _task_is_cancelled():  # closed by another task while this one waited
+                raise StopAsyncIteration from None
+            raise
+
+    async def result(self, on_event: Callable[[EventT], object] | None = None) -> ResultT:
+        """Reads to the end. `on_event` sees every event on the way."""
+        async for event in self:
+            if on_event is not None:
+                on_event(event)
+        return complete(self._collector.result())
+
+    def close(self) -> None:
+        """Cancels the call if it is still running; iteration ends."""
+        self._closed = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncGenerateStream(AsyncStream[generation_pb2.GenerateResponse, Chunk, GenerateResult]):
+    """Chunks of a generation; `text` is the same stream as pieces of text."""
+
+    def __init__(self, call: AsyncCall[generation_pb2.GenerateResponse]) -> None:
+        super().__init__(call, GenerateCollector())
+
+    @property
+    def text(self) -> AsyncIterator[str]:
+        return (chunk.text async for chunk in self if chunk.text)
+
+
+class AsyncSession(AsyncGenerateStream):
+    """A generation whose strengths change while it runs. What is sent after the stream has ended has no effect."""
+
+    def __init__(
+        self,
+        call: AsyncCall[generation_pb2.GenerateResponse],
+        outbox: asyncio.Queue[generation_pb2.SessionRequest],
+    ) -> None:
+        super().__init__(call)
+        self._outbox = outbox
+
+    async def set_strength(self, edit: str, strength: float) -> None:
+        """Changes a named edit from the next token on."""
+        await self._outbox.put(requests.set_strength(edit, strength))
+
+    async def advance(self, tokens: int = 1) -> None:
+        """Grants tokens to a lockstep session."""
+        await self._outbox.put(requests.advance(tokens))
+
+    async def stop(self) -> None:
+        """Ends generation; the last chunk, with the receipt, still arrives."""
+        await self._outbox.put(requests.stop_session())
+
+
+async def drain(outbox: asyncio.Queue[MessageT]) -> AsyncIterator[MessageT]:
+    """What a session sends; gRPC ends it with the call."""
+    while True:
+        yield await outbox.get()
+
+
+def _task_is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,5 @@
+"""The command `patchclamp`."""
+
+from patchclamp.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,53 @@
+"""The command line as a whole. Exit status: 0 done, 1 the server refused or failed, 2 wrong usage, 130 interrupted."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from patchclamp.cli import compare, generate, models, score, serving, vectors
+from patchclamp.cli.terminal import styled
+from patchclamp.errors import PatchclampError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("serve", "pull"):
+        return serving.run(arguments[0], arguments[1:])
+    args = build_parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except PatchclampError as error:
+        _report(json.dumps({"error": error.to_dict()}) if args.json else styled(f"error: {error}", "red", sys.stderr))
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python would flush stdout once more at exit, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        _report(styled(f"error: {error}", "red", sys.stderr))
+        return 2
+    except KeyboardInterrupt:
+        _report("")
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="patchclamp", description="Generate text while you steer activations and clamp neurons."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serving.add_parsers(commands)
+    generate.add_parser(commands)
+    score.add_parser(commands)
+    compare.add_parser(commands)
+    vectors.add_parser(commands)
+    models.add_parsers(commands)
+    return parser
+
+
+def _report(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,96 @@
+"""patchclamp vectors extract"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import cast
+
+from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.steering import layer_list
+from patchclamp.cli.terminal import note, print_json, progress, table
+from patchclamp.names import METHODS, POOLINGS, SITES
+from patchclamp.requests import ExtractOptions, Messages, PromptLike
+from patchclamp.results import ExtractionEvent, ExtractionProgress
+
+
+def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = actions.add_parser("extract", parents=[connection_options()], help="find a vector from contrast pairs")
+    parser.add_argument("name", help="tag to store it under")
+    parser.add_argument(
+        "--pairs",
+        type=pairs_file,
+        required=True,
+        metavar="FILE",
+        help='lines of {"positive": ..., "negative": ...}, each a text or a list of chat messages',
+    )
+    parser.add_argument("--method", choices=METHODS, default="difference_of_means")
+    parser.add_argument("--site", choices=SITES)
+    parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
+    parser.add_argument("--pooling", choices=POOLINGS)
+    parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--description")
+    parser.set_defaults(run=run)
+
+
+def pairs_file(path: str) -> list[tuple[PromptLike, PromptLike]]:
+    """(positive, negative) of every line that is not blank."""
+    pairs = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                pair = json.loads(line)
+                pairs.append((_side(pair["positive"]), _side(pair["negative"])))
+            except (ValueError, KeyError, TypeError):
+                expected = '{"positive": ..., "negative": ...}, each a text or a list of {"role", "content"}'
+                raise argparse.ArgumentTypeError(f"{path}:{number}: expected {expected}") from None
+    return pairs
+
+
+def run(args: argparse.Namespace) -> int:
+    names = ("site", "pooling", "holdout_fraction", "seed", "description")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.layers != "all":
+        options["layers"] = args.layers
+    options["tags"] = [args.name]
+    with (
+        connect(args) as client,
+        client.extract_vectors(args.pairs, args.method, **cast(ExtractOptions, options)) as stream,
+    ):
+        result = stream.result(_print_progress)
+    if args.json:
+        print_json(result)
+        return 0
+    table(
+        ("layer", "held-out accuracy", "random direction", "norm", "activation norm", "explained variance"),
+        [
+            (
+                f"{layer.layer}{' *' if layer.layer == result.best_layer else ''}",
+                f"{layer.heldout_accuracy:.3f}",
+                f"{layer.random_accuracy:.3f}",
+                f"{layer.norm:.3f}",
+                f"{layer.activation_norm:.3f}",
+                f"{layer.explained_variance:.3f}",
+            )
+            for layer in result.layers
+        ],
+    )
+    note(f"stored as {args.name} = {result.artifact.id}; best layer {result.best_layer}")
+    return 0
+
+
+def _side(value: object) -> PromptLike:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(set(turn) == {"role", "content"} for turn in value):
+        return cast(Messages, value)
+    raise ValueError(value)
+
+
+def _print_progress(event: ExtractionEvent) -> None:
+    if isinstance(event, ExtractionProgress):
+        progress(event.stage, event.done, event.total)

@@ -1,0 +1,97 @@
+"""Options that several commands share, and what they mean for the client."""
+
+import argparse
+import os
+import sys
+from typing import cast
+
+from patchclamp.cli.steering import add_steering_arguments, program_of
+from patchclamp.client import Client
+from patchclamp.connection import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS
+from patchclamp.requests import GenerateOptions
+
+_GENERATE_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+    "stop",
+    "ignore_eos",
+    "logprobs",
+)
+
+
+def output_options() -> argparse.ArgumentParser:
+    """Parent of every command."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+    return parser
+
+
+def connection_options() -> argparse.ArgumentParser:
+    """Parent of every command that calls a server."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[output_options()])
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--address",
+        default=os.environ.get("PATCHCLAMP_ADDRESS", DEFAULT_ADDRESS),
+        help="host:port (default: PATCHCLAMP_ADDRESS, else %(default)s)",
+    )
+    group.add_argument("--tls", nargs="?", const=True, default=False, metavar="ROOTS.pem", help="connect by TLS")
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help='deadline of each call (default: %(default)s; "inf" for none)',
+    )
+    return parser
+
+
+def connect(args: argparse.Namespace) -> Client:
+    """The bearer token comes from PATCHCLAMP_TOKEN only, because arguments show in process lists."""
+    return Client(args.address, token=os.environ.get("PATCHCLAMP_TOKEN"), tls=args.tls, timeout=args.timeout)
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", help='text, or "-" to read it from standard input')
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's turn of a chat")
+    parser.add_argument("--system", metavar="TEXT", help="system turn before it; implies --chat")
+    parser.add_argument("--model", default="", help="default: the server's model")
+    add_steering_arguments(parser)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (default: greedy)")
+    group.add_argument("--max-tokens", type=int, metavar="N")
+    group.add_argument("--temperature", type=float)
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--min-p", type=float)
+    group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--presence-penalty", type=float)
+    group.add_argument("--frequency-penalty", type=float)
+    group.add_argument("--seed", type=int)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities of each token and the N likeliest")
+
+
+def prompt_of(args: argparse.Namespace) -> str | list[tuple[str, str]]:
+    """Text, or chat turns with --chat or --system."""
+    text: str = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not args.chat and args.system is None:
+        return text
+    system = [] if args.system is None else [("system", args.system)]
+    return [*system, ("user", text)]
+
+
+def generate_options(args: argparse.Namespace) -> GenerateOptions:
+    """What was given; the rest is left to the server's defaults."""
+    given = {name: getattr(args, name) for name in _GENERATE_FIELDS if getattr(args, name) is not None}
+    return cast(GenerateOptions, {**given, "model": args.model, "program": program_of(args)})

@@ -1,0 +1,36 @@
+"""patchclamp score"""
+
+import argparse
+
+from patchclamp.cli.generate import print_logprobs
+from patchclamp.cli.options import add_prompt_arguments, connect, connection_options, prompt_of
+from patchclamp.cli.steering import program_of
+from patchclamp.cli.terminal import note, print_json
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "score", parents=[connection_options()], help="log-probabilities of a given continuation"
+    )
+    add_prompt_arguments(parser)
+    parser.add_argument("continuation", help="text to score after the prompt")
+    parser.add_argument("--logprobs", type=int, default=0, metavar="N", help="also the N likeliest at each position")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        result = client.score(
+            prompt_of(args),
+            args.continuation,
+            model=args.model,
+            program=program_of(args),
+            top_logprobs=args.logprobs,
+        )
+    if args.json:
+        print_json(result)
+        return 0
+    print_logprobs(result.tokens)
+    print(f"total log-probability {result.total_logprob:.4f}, perplexity {result.perplexity:.4f}")
+    note(result.receipt)
+    return 0

@@ -1,0 +1,154 @@
+"""Steering options of the commands that run the model.
+
+--steer VECTOR@LAYERS:STRENGTH[,generated|prompt][,unit]     joyful@10-14:4.0,generated
+--clamp L<layer>N<neurons>=VALUE|MIN..MAX[,generated|prompt] L12N345=3.0   L12N3,7=..0
+--program FILE                                               protobuf JSON of the message Program
+"""
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from patchclamp.programs import (
+    Program,
+    Scope,
+    add,
+    clamp_neurons,
+    everything,
+    generated,
+    prompt,
+    set_neurons,
+    vector,
+)
+from patchclamp.programs.edits import Layers
+from patchclamp.v1 import program_pb2 as pb
+
+_SCOPES = {"generated": generated, "prompt": prompt}
+_CLAMP = re.compile(r"L(?P<layer>\d+)N(?P<neurons>\d+(,\d+)*)=(?P<value>[^,]+)(?P<options>(,[a-z]+)*)")
+
+
+def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is done to the model", "may be given several times; applied in this order")
+    group.add_argument("--program", type=program_file, metavar="FILE", help="program in protobuf JSON")
+    group.add_argument(
+        "--steer",
+        type=steer,
+        action="append",
+        default=[],
+        metavar="VECTOR@LAYERS:STRENGTH[,generated]",
+        help="add a stored vector to the residual stream, as in joyful@10-14:4.0",
+    )
+    group.add_argument(
+        "--clamp",
+        type=clamp,
+        action="append",
+        default=[],
+        metavar="L<layer>N<neuron>=VALUE|MIN..MAX",
+        help="hold a neuron at a value or within bounds, as in L12N345=3.0 or L12N345=..0",
+    )
+
+
+def program_of(args: argparse.Namespace) -> Program:
+    """The file's program, then --steer, then --clamp; edits of the same name are numbered."""
+    base: Program = args.program or Program()
+    edits = [*base.edits, *args.steer, *args.clamp]
+    return Program(_with_unique_names(edits), readouts=base.readouts, abort_when=base.abort_when)
+
+
+def steer(text: str) -> pb.Edit:
+    """joyful@10-14:4.0,generated"""
+    ref, at, rest = text.rpartition("@")
+    layers, _, options = rest.partition(":")
+    if not (at and ref and layers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not VECTOR@LAYERS:STRENGTH, such as joyful@10-14:4.0")
+    strength, *words = options.split(",") if options else ["1"]
+    unit = "unit" in words
+    return add(
+        vector(ref, unit=unit),
+        layers=layer_list(layers),
+        strength=_number(strength, "strength"),
+        scope=_scope([word for word in words if word != "unit"], text),
+        name=f"{ref}@{layers}",
+    )
+
+
+def clamp(text: str) -> pb.Edit:
+    """L12N345=3.0,generated or L12N3,7=-1..1"""
+    match = _CLAMP.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not L<layer>N<neuron>=VALUE, such as L12N345=3.0")
+    layer, neurons = int(match["layer"]), [int(n) for n in match["neurons"].split(",")]
+    scope = _scope(match["options"].split(",")[1:], text)
+    name = f"L{layer}N{match['neurons']}"
+    low, bounds, high = match["value"].partition("..")
+    if not bounds:
+        return set_neurons(neurons, _number(low, "value"), layers=layer, scope=scope, name=name)
+    try:
+        return clamp_neurons(
+            neurons,
+            min=_number(low, "min") if low else None,
+            max=_number(high, "max") if high else None,
+            layers=layer,
+            scope=scope,
+            name=name,
+        )
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def program_file(path: str) -> Program:
+    try:
+        return Program.from_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+
+
+def layer_list(text: str) -> Layers:
+    """ "all", "10", "10-14" (both ends included), "8,10-12"."""
+    if text == "all":
+        return "all"
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f'layers {text!r}: expected 10, 10-14, 8,10-12 or "all"')
+        first = int(match[1])
+        last = int(match[2] or first)
+        if last < first:
+            raise argparse.ArgumentTypeError(f"layers {text!r}: {last} is below {first}")
+        layers.extend(range(first, last + 1))
+    return layers
+
+
+def _scope(words: Iterable[str], text: str) -> Scope:
+    scope = everything()
+    for word in words:
+        if word not in _SCOPES:
+            raise argparse.ArgumentTypeError(f"{text!r}: {word!r} is unknown; accepted: generated, prompt")
+        if scope.include:
+            raise argparse.ArgumentTypeError(f"{text!r}: give one of generated and prompt")
+        scope = _SCOPES[word]()
+    return scope
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{what} {text!r} is not a number") from None
+
+
+def _with_unique_names(edits: Iterable[pb.Edit]) -> list[pb.Edit]:
+    named: list[pb.Edit] = []
+    names: set[str] = set()
+    for edit in edits:
+        copy = pb.Edit()
+        copy.CopyFrom(edit)
+        number = 1
+        while copy.name and copy.name in names:
+            number += 1
+            copy.name = f"{edit.name}#{number}"
+        names.add(copy.name)
+        named.append(copy)
+    return named

@@ -1,0 +1,51 @@
+"""What the commands print: text and tables for people, one JSON value for programs, notes and progress on stderr."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=_plain))
+
+
+def styled(text: str, style: str, stream: TextIO) -> str:
+    """ANSI on a terminal that wants it, plain text elsewhere (https://no-color.org)."""
+    if not stream.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{_STYLES[style]}m{text}\033[0m"
+
+
+def note(text: object) -> None:
+    """A line beside the output proper: receipts, usage, what was done."""
+    print(styled(str(text), "dim", sys.stderr), file=sys.stderr)
+
+
+def heading(text: str) -> None:
+    print(styled(text, "bold", sys.stdout))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns as wide as their widest cell."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    heading("  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True)).rstrip())
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def progress(stage: str, done: int, total: int) -> None:
+    """A bar that redraws itself on a terminal; silent elsewhere."""
+    if not sys.stderr.isatty():
+        return
+    filled = 24 * done // max(total, 1)
+    end = "\n" if done >= total else ""
+    print(f"\r{stage:<12} [{'#' * filled:<24}] {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict()

@@ -1,0 +1,154 @@
+"""patchclamp vectors list | get | put | export | rm | tag"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from patchclamp.cli import extract
+from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.terminal import heading, note, print_json, table
+from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName
+from patchclamp.requests import UploadOptions
+from patchclamp.results import Artifact
+
+_SUFFIXES: dict[str, ArtifactFormatName] = {".gguf": "gguf", ".safetensors": "safetensors"}
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("vectors", help="find, store and move steering vectors")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    extract.add_parser(actions)
+
+    listing = actions.add_parser("list", parents=[connection_options()], help="what is stored")
+    listing.add_argument("--kind", choices=ARTIFACT_KINDS, help="default: every kind")
+    listing.set_defaults(run=run_list)
+
+    get = actions.add_parser("get", parents=[connection_options()], help="one artifact with its evidence")
+    get.add_argument("ref", help="id or tag")
+    get.set_defaults(run=run_get)
+
+    put = actions.add_parser("put", parents=[connection_options()], help="store a file")
+    put.add_argument("file", type=Path)
+    put.add_argument("--name", help="tag to store it under")
+    put.add_argument("--format", choices=ARTIFACT_FORMATS, help="default: by the file's suffix")
+    put.add_argument("--kind", choices=ARTIFACT_KINDS, default="vector")
+    put.add_argument("--site", choices=SITES, help="site of a vector (default: resid_post)")
+    put.add_argument("--description")
+    put.set_defaults(run=run_put)
+
+    export = actions.add_parser("export", parents=[connection_options()], help="write an artifact to a file")
+    export.add_argument("ref", help="id or tag")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    export.add_argument("--format", choices=ARTIFACT_FORMATS, help="default: by the file's suffix")
+    export.set_defaults(run=run_export)
+
+    remove = actions.add_parser("rm", parents=[connection_options()], help="delete artifacts and their tags")
+    remove.add_argument("refs", nargs="+", metavar="ref", help="id or tag")
+    remove.set_defaults(run=run_remove)
+
+    tag = actions.add_parser("tag", parents=[connection_options()], help="point a tag at an artifact, or remove it")
+    tag.add_argument("tag")
+    target = tag.add_mutually_exclusive_group(required=True)
+    target.add_argument("ref", nargs="?", help="id or another tag")
+    target.add_argument("--remove", action="store_true")
+    tag.set_defaults(run=run_tag)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        artifacts = list(client.list_artifacts(args.kind))
+    if args.json:
+        print_json(artifacts)
+    else:
+        rows = [
+            (",".join(a.tags) or "-", a.kind, a.site or "-", _span(a.layers), a.created[:19], a.id) for a in artifacts
+        ]
+        table(("tags", "kind", "site", "layers", "created", "id"), rows)
+    return 0
+
+
+def run_get(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        artifact = client.get_artifact(args.ref)
+    return _show(args, artifact)
+
+
+def run_put(args: argparse.Namespace) -> int:
+    options: UploadOptions = {"kind": args.kind, "format": _format(args.format, args.file)}
+    if args.site is not None:
+        options["site"] = args.site
+    if args.description is not None:
+        options["description"] = args.description
+    if args.name is not None:
+        options["tags"] = [args.name]
+    with connect(args) as client:
+        artifact = client.put_artifact(args.file, **options)
+    return _show(args, artifact)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        data = client.download_artifact(args.ref, _format(args.format, args.output))
+    # Whole or not at all: a file that was there stays when the disk is full.
+    partial = args.output.with_name(f"{args.output.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(args.output)
+    finally:
+        partial.unlink(missing_ok=True)
+    if args.json:
+        print_json({"ref": args.ref, "file": str(args.output), "bytes": len(data)})
+    else:
+        note(f"{args.output}: {len(data)} bytes")
+    return 0
+
+
+def run_remove(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        for ref in args.refs:
+            client.delete_artifact(ref)
+    if args.json:
+        print_json({"deleted": args.refs})
+    else:
+        note(f"deleted {', '.join(args.refs)}")
+    return 0
+
+
+def run_tag(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        if not args.remove:
+            return _show(args, client.tag_artifact(args.tag, args.ref))
+        client.untag_artifact(args.tag)
+    if args.json:
+        print_json({"removed": args.tag})
+    else:
+        note(f"removed the tag {args.tag}")
+    return 0
+
+
+def _show(args: argparse.Namespace, artifact: Artifact) -> int:
+    if args.json:
+        print_json(artifact)
+        return 0
+    heading(", ".join(artifact.tags) or artifact.id)
+    for name, value in artifact.to_dict().items():
+        if value not in ("", (), {}, 0):
+            print(f"  {name:<18} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value}")
+    return 0
+
+
+def _format(given: ArtifactFormatName | None, path: Path) -> ArtifactFormatName:
+    if given is not None:
+        return given
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"{path}: give --format, or a name that ends in {' or '.join(_SUFFIXES)}")
+    return _SUFFIXES[path.suffix]
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    """ "3-7" for a run of layers, else all of them."""
+    if len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers)) or "-"

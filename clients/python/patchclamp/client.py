@@ -1,0 +1,222 @@
+"""The sync client."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from patchclamp import requests
+from patchclamp.calls import Method, RequestT, ResponseT
+from patchclamp.collectors import MessageT
+from patchclamp.connection import (
+    DEFAULT_ADDRESS,
+    DEFAULT_TIMEOUT_SECONDS,
+    HEALTH_METHOD,
+    Connection,
+    HealthRequest,
+    HealthResponse,
+    health_status,
+)
+from patchclamp.errors import PatchclampError
+from patchclamp.names import ArtifactFormatName, ArtifactKindName, MethodName
+from patchclamp.requests import (
+    ExtractOptions,
+    GenerateOptions,
+    PromptLike,
+    PromptOptions,
+    ScoreOptions,
+    UploadOptions,
+)
+from patchclamp.results import (
+    Artifact,
+    CompareCollector,
+    CompareEvent,
+    CompareResult,
+    DownloadCollector,
+    ExtractionCollector,
+    ExtractionEvent,
+    ExtractionResult,
+    Model,
+    ScoreResult,
+    Tokenization,
+)
+from patchclamp.streams import Call, GenerateStream, Session, Stream
+from patchclamp.v1 import artifact_pb2, generation_pb2, model_pb2, steering_pb2
+from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
+from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp.v1.model_pb2_grpc import ModelServiceStub
+from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
+
+
+class Client:
+    """Calls to one server; thread-safe. Every method raises PatchclampError when the server refuses or fails.
+
+    timeout: seconds for each call, unless the call gives its own; ``math.inf`` is no deadline. Sessions and
+    extractions have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        tls: bool | str | Path = False,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> None:
+        self._connection = Connection(address, token, tls, timeout)
+        credentials, options = self._connection.credentials, self._connection.channel_options
+        self._channel = (
+            grpc.insecure_channel(address, options)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options)
+        )
+        self._generation = GenerationServiceStub(self._channel)
+        self._steering = SteeringServiceStub(self._channel)
+        self._artifacts = ArtifactServiceStub(self._channel)
+        self._models = ModelServiceStub(self._channel)
+        self._health = self._channel.unary_unary(
+            HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
+        )
+
+    def generate(
+        self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> GenerateStream:
+        """Streams a continuation of the prompt, or with messages= an answer. Options: GenerateOptions."""
+        return GenerateStream(self._stream(self._generation.Generate, requests.generate(prompt, options), timeout))
+
+    def session(
+        self,
+        prompt: PromptLike | None = None,
+        *,
+        lockstep: bool = False,
+        timeout: float = float("inf"),
+        **options: Unpack[GenerateOptions],
+    ) -> Session:
+        """A generation whose named strengths can change between tokens; use it in a ``with`` block.
+
+        lockstep: generate only as many tokens as advance() has granted.
+        """
+        outbox: SimpleQueue[generation_pb2.SessionRequest | None] = SimpleQueue()
+        outbox.put(requests.session_start(prompt, lockstep, options))
+        return Session(self._stream(self._generation.Session, iter(outbox.get, None), timeout), outbox)
+
+    def score(
+        self,
+        prompt: PromptLike | None = None,
+        continuation: str | Sequence[int] = "",
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> ScoreResult:
+        """Log-probabilities of a given continuation."""
+        request = requests.score(prompt, continuation, options)
+        return ScoreResult.from_proto(self._unary(self._generation.Score, request, timeout))
+
+    def compare(
+        self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Stream[generation_pb2.CompareResponse, CompareEvent, CompareResult]:
+        """The program and the unedited model in one batch, with the divergence at every token."""
+        call = self._stream(self._generation.Compare, requests.compare(prompt, options), timeout)
+        return Stream(call, CompareCollector())
+
+    def extract_vectors(
+        self,
+        pairs: Iterable[tuple[PromptLike, PromptLike]],
+        method: MethodName = "difference_of_means",
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[ExtractOptions],
+    ) -> Stream[steering_pb2.ExtractVectorsResponse, ExtractionEvent, ExtractionResult]:
+        """Finds a steering vector from (positive, negative) pairs: progress, then the stored vector."""
+        request = requests.extract_vectors(pairs, method, options)
+        return Stream(self._stream(self._steering.ExtractVectors, request, timeout), ExtractionCollector())
+
+    def put_artifact(
+        self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
+    ) -> Artifact:
+        """Stores a vector or neuron set. Options: UploadOptions; format is "safetensors" or "gguf"."""
+        response = self._unary(self._artifacts.Upload, requests.upload(data, options), timeout)
+        return Artifact.from_proto(response.artifact)
+
+    def download_artifact(
+        self, ref: str, format: ArtifactFormatName = "safetensors", *, timeout: float | None = None
+    ) -> bytes:
+        """The artifact as a file of this format."""
+        call = self._stream(self._artifacts.Download, requests.download(ref, format), timeout)
+        return Stream(call, DownloadCollector()).result()
+
+    def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
+        """By id or tag."""
+        request = artifact_pb2.GetArtifactRequest(ref=ref)
+        return Artifact.from_proto(self._unary(self._artifacts.GetArtifact, request, timeout).artifact)
+
+    def list_artifacts(
+        self,
+        kind: ArtifactKindName | None = None,
+        *,
+        model_fingerprint: str = "",
+        timeout: float | None = None,
+    ) -> Iterator[Artifact]:
+        """All artifacts, page by page; the timeout is for each page."""
+        page_token = ""
+        while True:
+            request = requests.list_artifacts(kind, model_fingerprint, page_token)
+            page = self._unary(self._artifacts.ListArtifacts, request, timeout)
+            yield from map(Artifact.from_proto, page.artifacts)
+            page_token = page.next_page_token
+            if not page_token:
+                return
+
+    def tag_artifact(self, tag: str, ref: str, *, timeout: float | None = None) -> Artifact:
+        """Points a tag at an artifact."""
+        request = artifact_pb2.TagArtifactRequest(tag=tag, ref=ref)
+        return Artifact.from_proto(self._unary(self._artifacts.TagArtifact, request, timeout).artifact)
+
+    def untag_artifact(self, tag: str, *, timeout: float | None = None) -> None:
+        """Removes a tag; the artifact stays."""
+        self._unary(self._artifacts.TagArtifact, artifact_pb2.TagArtifactRequest(tag=tag), timeout)
+
+    def delete_artifact(self, ref: str, *, timeout: float | None = None) -> None:
+        """Removes the artifact and its tags."""
+        self._unary(self._artifacts.DeleteArtifact, artifact_pb2.DeleteArtifactRequest(ref=ref), timeout)
+
+    def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
+        """What is served."""
+        response = self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout)
+        return tuple(map(Model.from_proto, response.models))
+
+    def tokenize(
+        self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[PromptOptions]
+    ) -> Tokenization:
+        """The prompt exactly as generate would render it."""
+        request = requests.tokenize(prompt, options)
+        return Tokenization.from_proto(self._unary(self._models.Tokenize, request, timeout))
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> str:
+        """ "serving", "not_serving" or "unknown", by the standard health service."""
+        return health_status(self._unary(self._health, HealthRequest(service=service), timeout))
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _unary(self, method: Method[RequestT, ResponseT], request: RequestT, timeout: float | None) -> ResponseT:
+        try:
+            return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+        except grpc.RpcError as error:
+            raise PatchclampError.from_rpc(error) from None
+
+    def _stream(
+        self, method: Method[RequestT, Call[MessageT]], request: RequestT, timeout: float | None
+    ) -> Call[MessageT]:
+        return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)

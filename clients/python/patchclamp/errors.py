@@ -1,0 +1,100 @@
+"""The one exception of the client: a gRPC status with its google.rpc details decoded."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from patchclamp.standard_messages import CLASSES
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """What is wrong with which field; `field` is a path such as ``program.edits[1].layers``."""
+
+    field: str
+    description: str
+
+
+@dataclass(frozen=True)
+class ErrorDetails:
+    """What a status carries besides code and message. Anything may be absent."""
+
+    reason: str = ""
+    violations: tuple[FieldViolation, ...] = ()
+    retry_after: float | None = None
+
+
+class PatchclampError(Exception):
+    """The server refused or failed a call.
+
+    code: name of the gRPC status, such as "INVALID_ARGUMENT"; reason: a stable word for programs (ErrorInfo).
+    violations: the fields at fault (BadRequest), or the unmet preconditions with their subjects (PreconditionFailure).
+    retry_after: seconds after which the server suggests to try again (RetryInfo).
+    """
+
+    def __init__(self, code: str, message: str, details: ErrorDetails | None = None) -> None:
+        super().__init__(code, message, details)
+        self.code = code
+        self.message = message
+        details = details or ErrorDetails()
+        self.reason = details.reason
+        self.violations = details.violations
+        self.retry_after = details.retry_after
+
+    def __str__(self) -> str:
+        lines = [f"{self.code}: {self.message}"]
+        lines += [f"  {v.field}: {v.description}" for v in self.violations if v.field not in self.message]
+        if self.retry_after is not None:
+            lines.append(f"  try again in {self.retry_after:g} s")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "message": self.message,
+            "reason": self.reason,
+            "violations": [asdict(violation) for violation in self.violations],
+            "retry_after": self.retry_after,
+        }
+
+    @classmethod
+    def from_rpc(cls, error: grpc.RpcError) -> "PatchclampError":
+        """From the error of a call of either gRPC API."""
+        if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
+            raise TypeError(f"not the error of a call: {error!r}") from error
+        metadata: Any = error.trailing_metadata()  # (key, value) pairs in both APIs; the stubs know only one
+        encoded = dict(metadata or ()).get(_DETAILS_KEY)
+        try:
+            details = _decode(encoded) if isinstance(encoded, bytes) else None
+        except DecodeError:
+            # Not written by a Patchclamp server (a proxy, say): code and message still tell what happened.
+            details = None
+        return cls(error.code().name, error.details() or "", details)
+
+
+def _decode(encoded: bytes) -> ErrorDetails:
+    details = ErrorDetails()
+    status = CLASSES["google.rpc.Status"].FromString(encoded)
+    for packed in status.details:
+        name = packed.type_url.rpartition("/")[2]
+        if name not in CLASSES:
+            continue
+        detail = CLASSES[name].FromString(packed.value)
+        match name:
+            case "google.rpc.ErrorInfo":
+                fields = [FieldViolation(e.value, status.message) for e in detail.metadata if e.key == "field"]
+                details = replace(details, reason=detail.reason, violations=details.violations or tuple(fields))
+            case "google.rpc.BadRequest":
+                violations = [FieldViolation(v.field, v.description) for v in detail.field_violations]
+                details = replace(details, violations=tuple(violations))
+            case "google.rpc.PreconditionFailure":
+                violations = [FieldViolation(v.subject, v.description) for v in detail.violations]
+                details = replace(details, violations=tuple(violations))
+            case "google.rpc.RetryInfo":
+                delay = detail.retry_delay
+                details = replace(details, retry_after=delay.seconds + delay.nanos * 1e-9)
+    return details

@@ -1,0 +1,60 @@
+"""The words of the contract as Python strings: "resid_post" for SITE_RESID_POST, and so on for every enum."""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol, TypeVar, cast
+
+from patchclamp.v1 import artifact_pb2, generation_pb2, program_pb2, steering_pb2
+
+ValueT = TypeVar("ValueT", bound=int)
+
+SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out", "mlp_post", "mlp_out"]
+PriorityName = Literal["interactive", "batch", "analysis"]
+ArtifactKindName = Literal["vector", "neuron_set"]
+ArtifactFormatName = Literal["safetensors", "gguf"]
+MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
+PoolingName = Literal["last_token", "mean"]
+
+
+class ProtoEnum(Protocol[ValueT]):
+    """What a generated enum offers."""
+
+    def items(self) -> list[tuple[str, ValueT]]: ...
+
+
+def _table(enum: ProtoEnum[ValueT], prefix: str) -> dict[str, ValueT]:
+    """{"resid_post": SITE_RESID_POST, ...} without the unspecified value."""
+    return {name.removeprefix(prefix).lower(): value for name, value in enum.items() if value != 0}
+
+
+SITES = _table(program_pb2.Site, "SITE_")
+PHASES = _table(program_pb2.Phase, "PHASE_")
+PRIORITIES = _table(generation_pb2.Priority, "PRIORITY_")
+FINISH_REASONS = _table(generation_pb2.FinishReason, "FINISH_REASON_")
+COMPARE_SIDES = _table(generation_pb2.CompareSide, "COMPARE_SIDE_")
+ARTIFACT_KINDS = _table(artifact_pb2.ArtifactKind, "ARTIFACT_KIND_")
+METHODS = _table(steering_pb2.ExtractionMethod, "EXTRACTION_METHOD_")
+POOLINGS = _table(steering_pb2.TokenPooling, "TOKEN_POOLING_")
+ARTIFACT_FORMATS = {
+    "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
+    "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,
+}
+
+
+def value_of(table: Mapping[str, ValueT], name: str, what: str) -> ValueT:
+    """The enum value with this name; ValueError names the accepted ones."""
+    try:
+        return table[name]
+    except KeyError:
+        raise ValueError(f"{what} {name!r} is unknown; accepted: {', '.join(table)}") from None
+
+
+def value_or_unspecified(table: Mapping[str, ValueT], name: str | None, what: str) -> ValueT:
+    """As value_of; None is the unspecified value, which means the server's default."""
+    return cast(ValueT, 0) if name is None else value_of(table, name, what)
+
+
+def name_of(table: Mapping[str, int], value: int) -> str:
+    """The name of an enum value; "" when unspecified, the number for one that this client does not know yet."""
+    if value == 0:
+        return ""
+    return next((name for name, known in table.items() if known == value), str(value))

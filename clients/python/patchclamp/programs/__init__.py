@@ -1,0 +1,67 @@
+"""Builders of programs.
+
+from patchclamp.programs import Program, add, clamp_neurons, generated, when
+
+Program([
+    add("joyful", layers=range(10, 15), strength=4.0, scope=generated(), name="joy"),
+    clamp_neurons([345], layers=12, max=0.0, gate=when("toxic", layer=8, above=2.5)),
+])
+"""
+
+from patchclamp.programs.conditions import abort_when, when
+from patchclamp.programs.edits import (
+    ablate_heads,
+    add,
+    add_neurons,
+    cap_projection,
+    clamp_neurons,
+    low_rank,
+    mean_heads,
+    project_out,
+    replace,
+    rotate_towards,
+    scale_heads,
+    scale_neurons,
+    set_neurons,
+    set_projection,
+)
+from patchclamp.programs.program import Program, ProgramLike, program_message
+from patchclamp.programs.readouts import read_logit_lens, read_neurons, read_projection, read_top_neurons
+from patchclamp.programs.scopes import Scope, everything, generated, last, positions, prompt, role, tokens
+from patchclamp.programs.vectors import VectorLike, vector
+
+__all__ = [
+    "Program",
+    "ProgramLike",
+    "Scope",
+    "VectorLike",
+    "ablate_heads",
+    "abort_when",
+    "add",
+    "add_neurons",
+    "cap_projection",
+    "clamp_neurons",
+    "everything",
+    "generated",
+    "last",
+    "low_rank",
+    "mean_heads",
+    "positions",
+    "program_message",
+    "project_out",
+    "prompt",
+    "read_logit_lens",
+    "read_neurons",
+    "read_projection",
+    "read_top_neurons",
+    "replace",
+    "role",
+    "rotate_towards",
+    "scale_heads",
+    "scale_neurons",
+    "set_neurons",
+    "set_projection",
+    "tokens",
+    "vector",
+    "when",
+]

@@ -1,0 +1,99 @@
+"""Which tokens: ``generated()``, ``role("user") & last(4)``, ``(prompt() | tokens([7])).except_(positions(0, 1))``."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from patchclamp.v1 import program_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Tokens that match any of `include` (none: every token) and none of `exclude`. The messages are not changed."""
+
+    include: tuple[pb.TokenSelector, ...] = ()
+    exclude: tuple[pb.TokenSelector, ...] = ()
+
+    def __and__(self, other: "Scope") -> "Scope":
+        """Tokens in both. ValueError when one field would need two values."""
+        if self.include and other.include:
+            include = tuple(_both(a, b) for a in self.include for b in other.include)
+        else:
+            include = self.include or other.include
+        return Scope(include, self.exclude + other.exclude)
+
+    def __or__(self, other: "Scope") -> "Scope":
+        """Tokens in either. ValueError when either excludes tokens: exclude after the union instead."""
+        if self.exclude or other.exclude:
+            raise ValueError("apply except_ to the union: (a | b).except_(c)")
+        if not self.include or not other.include:
+            return everything()
+        return Scope(self.include + other.include)
+
+    def except_(self, other: "Scope") -> "Scope":
+        """Tokens in this scope that are not in `other`. ValueError when `other` itself excludes tokens or is all."""
+        if other.exclude:
+            raise ValueError("the excluded scope cannot exclude tokens itself")
+        if not other.include:
+            raise ValueError("excluding every token leaves none")
+        return Scope(self.include, self.exclude + other.include)
+
+    def message(self) -> pb.Scope:
+        return pb.Scope(include=self.include, exclude=self.exclude)
+
+
+def everything() -> Scope:
+    """Every token; a start for ``everything().except_(...)``."""
+    return Scope()
+
+
+def prompt() -> Scope:
+    """Tokens the client sent."""
+    return Scope((pb.TokenSelector(phase=pb.PHASE_PROMPT),))
+
+
+def generated() -> Scope:
+    """Tokens the model produced (for score: the continuation)."""
+    return Scope((pb.TokenSelector(phase=pb.PHASE_GENERATED),))
+
+
+def positions(start: int, end: int | None = None) -> Scope:
+    """Half-open range; negative numbers count from the end of the prompt (-1 is its last token)."""
+    return Scope((pb.TokenSelector(positions=pb.PositionRange(start=start, end=end)),))
+
+
+def last(k: int) -> Scope:
+    """The last k tokens of the prompt."""
+    if k < 1:
+        raise ValueError("last(k) needs k of at least 1")
+    return Scope((pb.TokenSelector(last_k=k),))
+
+
+def tokens(ids: Iterable[int]) -> Scope:
+    """Tokens with one of these ids."""
+    selector = pb.TokenSelector(token_ids=list(ids))
+    if not selector.token_ids:
+        raise ValueError("tokens(ids) needs at least one id")
+    return Scope((selector,))
+
+
+def role(name: str) -> Scope:
+    """Tokens of the chat turns of this role, for requests with messages."""
+    if not name:
+        raise ValueError("role(name) needs a name")
+    return Scope((pb.TokenSelector(role=name),))
+
+
+def scope_message(scope: Scope | None) -> pb.Scope | None:
+    """None stays None: the default of the field, which is every token."""
+    return None if scope is None else scope.message()
+
+
+def _both(a: pb.TokenSelector, b: pb.TokenSelector) -> pb.TokenSelector:
+    merged = pb.TokenSelector()
+    merged.CopyFrom(a)
+    for field, value in b.ListFields():
+        if (field.name, value) not in ((f.name, v) for f, v in a.ListFields()):
+            if any(f.name == field.name for f, _ in a.ListFields()):
+                raise ValueError(f"one selector cannot hold two values of {field.name}")
+            merged.MergeFrom(pb.TokenSelector(**{field.name: value}))
+    return merged

@@ -1,0 +1,129 @@
+"""Stored artifacts, and the extraction that makes vectors."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf import json_format
+
+from patchclamp.names import ARTIFACT_KINDS, SITES, name_of
+from patchclamp.results.record import Record
+from patchclamp.v1 import artifact_pb2, steering_pb2
+
+
+@dataclass(frozen=True)
+class Artifact(Record):
+    """A stored vector or neuron set. `created` is an RFC 3339 time; `evidence` says what was measured about it."""
+
+    id: str
+    kind: str
+    tags: tuple[str, ...]
+    model_fingerprint: str
+    site: str
+    layers: tuple[int, ...]
+    width: int
+    size_bytes: int
+    created: str
+    description: str
+    provenance: dict[str, Any]
+    evidence: dict[str, Any]
+
+    @classmethod
+    def from_proto(cls, message: artifact_pb2.Artifact) -> "Artifact":
+        return cls(
+            id=message.id,
+            kind=name_of(ARTIFACT_KINDS, message.kind),
+            tags=tuple(message.tags),
+            model_fingerprint=message.model_fingerprint,
+            site=name_of(SITES, message.site),
+            layers=tuple(message.layers),
+            width=message.width,
+            size_bytes=message.size_bytes,
+            created=message.created.ToJsonString(),
+            description=message.description,
+            provenance=json_format.MessageToDict(message.provenance),
+            evidence=json_format.MessageToDict(message.evidence),
+        )
+
+
+@dataclass(frozen=True)
+class LayerEvidence(Record):
+    """Measured on held-out pairs, beside a random direction of equal norm: see the message of the same name."""
+
+    layer: int
+    heldout_accuracy: float
+    random_accuracy: float
+    norm: float
+    activation_norm: float
+    explained_variance: float
+
+    @classmethod
+    def from_proto(cls, message: steering_pb2.LayerEvidence) -> "LayerEvidence":
+        return cls(
+            message.layer,
+            message.heldout_accuracy,
+            message.random_accuracy,
+            message.norm,
+            message.activation_norm,
+            message.explained_variance,
+        )
+
+
+@dataclass(frozen=True)
+class ExtractionProgress(Record):
+    """`stage` is "activations", "directions" or "evidence"."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ExtractionResult(Record):
+    """The stored vector and its evidence at each layer; `best_layer` has the best held-out accuracy."""
+
+    artifact: Artifact
+    layers: tuple[LayerEvidence, ...]
+    best_layer: int
+
+
+ExtractionEvent = ExtractionProgress | ExtractionResult
+
+
+@dataclass
+class ExtractionCollector:
+    """Turns the messages of an extraction into events, and keeps the result."""
+
+    _result: ExtractionResult | None = None
+
+    def add(self, message: steering_pb2.ExtractVectorsResponse) -> ExtractionEvent:
+        match message.WhichOneof("event"):
+            case "progress":
+                return ExtractionProgress(message.progress.stage, message.progress.done, message.progress.total)
+            case "result":
+                self._result = ExtractionResult(
+                    Artifact.from_proto(message.result.artifact),
+                    tuple(LayerEvidence.from_proto(layer) for layer in message.result.layers),
+                    message.result.best_layer,
+                )
+                return self._result
+            case other:
+                raise ValueError(f"an extraction sent an event this client does not know: {other}")
+
+    def result(self) -> ExtractionResult | None:
+        """None while the result has not arrived."""
+        return self._result
+
+
+@dataclass
+class DownloadCollector:
+    """Joins the chunks of a download."""
+
+    chunks: list[bytes] = field(default_factory=list)
+
+    def add(self, message: artifact_pb2.DownloadResponse) -> bytes:
+        self.chunks.append(message.chunk)
+        return message.chunk
+
+    def result(self) -> bytes | None:
+        """None while nothing has arrived."""
+        return b"".join(self.chunks) or None

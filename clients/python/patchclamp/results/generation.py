@@ -1,0 +1,162 @@
+"""Results of Generate, Session and Score."""
+
+from dataclasses import dataclass, field
+
+from patchclamp.names import FINISH_REASONS, name_of
+from patchclamp.results.receipts import ReadoutValue, Receipt
+from patchclamp.results.record import Record
+from patchclamp.v1 import generation_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Token(Record):
+    """One token; `position` counts the prompt. Log-probabilities are natural, None when not asked for."""
+
+    id: int
+    position: int
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    readouts: tuple[ReadoutValue, ...]
+
+    @classmethod
+    def from_proto(cls, message: pb.GeneratedToken) -> "Token":
+        return cls(
+            message.id,
+            message.position,
+            message.logprob if message.HasField("logprob") else None,
+            tuple((top.id, top.logprob) for top in message.top_logprobs),
+            tuple(ReadoutValue.from_proto(r) for r in message.readouts),
+        )
+
+
+@dataclass(frozen=True)
+class Usage(Record):
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    time_to_first_token_seconds: float
+    total_seconds: float
+    preemptions: int
+
+    @classmethod
+    def from_proto(cls, message: pb.Usage) -> "Usage":
+        return cls(
+            message.prompt_tokens,
+            message.cached_prompt_tokens,
+            message.generated_tokens,
+            message.time_to_first_token_seconds,
+            message.total_seconds,
+            message.preemptions,
+        )
+
+    def __str__(self) -> str:
+        cached = f" ({self.cached_prompt_tokens} cached)" if self.cached_prompt_tokens else ""
+        return (
+            f"{self.prompt_tokens} prompt tokens{cached}, {self.generated_tokens} generated, "
+            f"first after {self.time_to_first_token_seconds:.2f} s, all in {self.total_seconds:.2f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Finished(Record):
+    """How a stream ended: "eos", "stop_string", "stop_token", "length" or "client"."""
+
+    reason: str
+    stop_string: str
+    receipt: Receipt
+    usage: Usage
+    seed: int
+
+    @classmethod
+    def from_proto(cls, message: pb.Finished) -> "Finished":
+        return cls(
+            name_of(FINISH_REASONS, message.reason),
+            message.stop_string,
+            Receipt.from_proto(message.receipt),
+            Usage.from_proto(message.usage),
+            message.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Chunk(Record):
+    """One message of a stream. `text` is final; `finished` is set on the last one."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    prompt_readouts: tuple[ReadoutValue, ...]
+    finished: Finished | None
+
+    @classmethod
+    def from_proto(cls, message: pb.GenerateResponse) -> "Chunk":
+        return cls(
+            message.text,
+            tuple(Token.from_proto(t) for t in message.tokens),
+            tuple(ReadoutValue.from_proto(r) for r in message.prompt_readouts),
+            Finished.from_proto(message.finished) if message.HasField("finished") else None,
+        )
+
+
+@dataclass(frozen=True)
+class GenerateResult(Record):
+    """A whole generation. Send `seed` again to repeat the sample."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str
+    stop_string: str
+    receipt: Receipt
+    usage: Usage
+    seed: int
+    prompt_readouts: tuple[ReadoutValue, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScoreResult(Record):
+    """Log-probabilities of a continuation; perplexity = exp(-mean log-probability)."""
+
+    tokens: tuple[Token, ...]
+    total_logprob: float
+    perplexity: float
+    prompt_readouts: tuple[ReadoutValue, ...]
+    receipt: Receipt
+    usage: Usage
+
+    @classmethod
+    def from_proto(cls, message: pb.ScoreResponse) -> "ScoreResult":
+        return cls(
+            tuple(Token.from_proto(t) for t in message.tokens),
+            message.total_logprob,
+            message.perplexity,
+            tuple(ReadoutValue.from_proto(r) for r in message.prompt_readouts),
+            Receipt.from_proto(message.receipt),
+            Usage.from_proto(message.usage),
+        )
+
+
+@dataclass
+class GenerateCollector:
+    """Turns the messages of a stream into chunks, and keeps them for the result."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def add(self, message: pb.GenerateResponse) -> Chunk:
+        chunk = Chunk.from_proto(message)
+        self.chunks.append(chunk)
+        return chunk
+
+    def result(self) -> GenerateResult | None:
+        """None while `finished` has not arrived."""
+        finished = next((c.finished for c in self.chunks if c.finished is not None), None)
+        if finished is None:
+            return None
+        return GenerateResult(
+            text="".join(c.text for c in self.chunks),
+            tokens=tuple(t for c in self.chunks for t in c.tokens),
+            finish_reason=finished.reason,
+            stop_string=finished.stop_string,
+            receipt=finished.receipt,
+            usage=finished.usage,
+            seed=finished.seed,
+            prompt_readouts=tuple(r for c in self.chunks for r in c.prompt_readouts),
+        )

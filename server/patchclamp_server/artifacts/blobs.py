@@ -1,0 +1,129 @@
+"""Named bytes in a directory or at any fsspec URL, written whole or not at all."""
+
+import errno
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from patchclamp_server.errors import ResourceExhausted
+
+log = logging.getLogger(__name__)
+TEMPORARY = "tmp"
+STALE_AFTER = timedelta(hours=1)
+
+
+class BlobStore:
+    """Paths are relative to the root and use '/'. Missing paths raise FileNotFoundError.
+
+    A write goes to tmp/<random> first and is then moved to its name; on a local disk the file and its directory are
+    synced, so after a crash the name holds the old bytes or the new bytes. Temporary files that a crash left are
+    removed on start once they are an hour old: a younger one may belong to another process that is writing now.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        self.fs, root = url_to_fs(str(url))
+        self.root = str(root).rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.fs.makedirs(f"{self.root}/{TEMPORARY}", exist_ok=True)
+        self._sweep()
+
+    def read(self, path: str) -> bytes:
+        return bytes(self.fs.cat_file(self._full(path)))
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        return bytes(self.fs.cat_file(self._full(path), start=start, end=end))
+
+    def stat(self, path: str) -> tuple[int, float]:
+        """Size in bytes, and the time of writing in seconds since the epoch."""
+        full = self._full(path)
+        return int(self.fs.size(full)), float(self.fs.modified(full).timestamp())
+
+    def names(self, directory: str) -> list[str]:
+        """Paths below a directory, relative to it, sorted. Empty where the directory does not exist."""
+        prefix = self._full(directory)
+        self.fs.invalidate_cache()
+        found = self.fs.find(prefix)
+        return sorted(str(name).removeprefix(prefix + "/") for name in found)
+
+    def read_all(self, directory: str) -> dict[str, bytes]:
+        """Everything directly below a directory, by name; what vanishes meanwhile is left out."""
+        contents = {}
+        for name in self.names(directory):
+            with suppress(FileNotFoundError):
+                contents[name] = self.read(f"{directory}/{name}")
+        return contents
+
+    def write(self, path: str, data: bytes) -> None:
+        """Replaces the bytes at a path in one step. ResourceExhausted: no room."""
+        temporary, final = self._full(f"{TEMPORARY}/{uuid.uuid4().hex}"), self._full(path)
+        with full_disk_is_resource_exhausted("the artifact store"):
+            try:
+                if self.local:
+                    _write_synced(temporary, data)
+                    _make_directories(Path(final).parent)
+                    os.replace(temporary, final)
+                    _sync_directory(Path(final).parent)
+                else:
+                    self.fs.pipe_file(temporary, data)
+                    self.fs.makedirs(final.rpartition("/")[0], exist_ok=True)
+                    self.fs.mv(temporary, final)
+            finally:
+                with suppress(FileNotFoundError):
+                    self.fs.rm_file(temporary)
+
+    def remove(self, path: str) -> None:
+        self.fs.rm_file(self._full(path))
+
+    def _full(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def _sweep(self) -> None:
+        for name in self.names(TEMPORARY):
+            full = self._full(f"{TEMPORARY}/{name}")
+            # Another process may sweep at the same time.
+            with suppress(FileNotFoundError):
+                if datetime.now(UTC) - self.fs.modified(full).astimezone(UTC) > STALE_AFTER:
+                    self.fs.rm_file(full)
+                    log.info("removed the unfinished write %s", full)
+
+
+@contextmanager
+def full_disk_is_resource_exhausted(place: str) -> Iterator[None]:
+    """Turns the error of a full disk (or quota) into ResourceExhausted; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted("", f"{place} is full: {error.strerror}") from error
+        raise
+
+
+def _write_synced(path: str, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _make_directories(directory: Path) -> None:
+    """Creates a directory so that it survives a crash: the entry in its parent is synced too."""
+    if directory.is_dir():
+        return
+    _make_directories(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _sync_directory(directory.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

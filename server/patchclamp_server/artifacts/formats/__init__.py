@@ -1,0 +1,14 @@
+"""File formats of artifacts, registered by name. A new format is a module here and a line below."""
+
+from patchclamp_server.artifacts.formats import gguf_control_vector, safetensors
+from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, Format, MalformedFile
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("safetensors", safetensors.decode, safetensors.encode),
+        Format("gguf_control_vector", gguf_control_vector.decode, gguf_control_vector.encode),
+    )
+}
+
+__all__ = ["FORMATS", "CannotExpress", "Decoded", "Format", "MalformedFile"]

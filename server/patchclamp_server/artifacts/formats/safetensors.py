@@ -1,0 +1,151 @@
+"""safetensors with an artifact's metadata in the header: the form that is stored, and whose SHA-256 is the id.
+
+Layout (safetensors specification): u64 little-endian n · header of n bytes JSON · tensor data. The bytes are made here
+and not by the library, because the id must not depend on the order in which a version of the library writes. Equal
+content gives equal bytes: keys sorted, tensors by element size (largest first, which keeps them aligned), then by name.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from patchclamp_server.artifacts.formats.base import Decoded, MalformedFile
+from patchclamp_server.artifacts.types import Artifact, ArtifactKind, Metadata
+from patchclamp_server.interventions.program import Site
+
+METADATA_KEY = "patchclamp"
+METADATA_VERSION = 1
+MAX_HEADER_BYTES = 8 * 1024 * 1024
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header alone. `shapes` by tensor name; `file_bytes` is the length the whole file must have."""
+
+    metadata: Metadata | None
+    shapes: dict[str, tuple[int, ...]]
+    header_bytes: int
+    file_bytes: int
+
+
+def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The stored bytes. The same metadata and tensors give the same bytes, on every machine and version."""
+    entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: metadata_json(metadata)}}
+    parts: list[bytes] = []
+    offset = 0
+    for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
+        tensor = tensors[name].detach().cpu().contiguous()
+        data = tensor.view(torch.uint8).numpy().tobytes()
+        shape, span = list(tensor.shape), [offset, offset + len(data)]
+        entries[name] = {"data_offsets": span, "dtype": DTYPES[tensor.dtype], "shape": shape}
+        parts.append(data)
+        offset += len(data)
+    header = _canonical_json(entries).encode("ascii")
+    header += b" " * (-len(header) % 8)
+    return b"".join([struct.pack("<Q", len(header)), header, *parts])
+
+
+def header_length(prefix: bytes) -> int:
+    """Length of the JSON header from the first 8 bytes of a file."""
+    if len(prefix) < 8:
+        raise MalformedFile("not a safetensors file: shorter than 8 bytes")
+    length = int(struct.unpack("<Q", prefix[:8])[0])
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise MalformedFile(f"not a safetensors file: a header of {length} bytes (at most {MAX_HEADER_BYTES})")
+    return length
+
+
+def parse_header(header: bytes) -> Header:
+    """The header from its JSON bytes, without the 8 bytes before them."""
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise MalformedFile(f"not a safetensors file: the header is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise MalformedFile("not a safetensors file: the header is not a JSON object")
+    extra = entries.pop("__metadata__", None)
+    text = extra.get(METADATA_KEY) if isinstance(extra, dict) else None
+    shapes, end = {}, 0
+    try:
+        for name, entry in entries.items():
+            shapes[name] = tuple(int(n) for n in entry["shape"])
+            end = max(end, int(entry["data_offsets"][1]))
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise MalformedFile(f"malformed safetensors header at {name!r}") from error
+    return Header(_metadata_from_json(text), shapes, len(header), 8 + len(header) + end)
+
+
+def decode(source: bytes | Path) -> Decoded:
+    """Tensors, and the metadata if Patchclamp wrote the file. MalformedFile for anything that is not safetensors."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    length = header_length(data)
+    if len(data) < 8 + length:
+        raise MalformedFile("not a safetensors file: it ends inside the header")
+    header = parse_header(data[8 : 8 + length])
+    try:
+        tensors = load_safetensors(data)
+    # The library raises KeyError for an element type that torch lacks.
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise MalformedFile(f"malformed safetensors file: {error}") from error
+    return Decoded(tensors, header.metadata)
+
+
+def encode(artifact: Artifact, architecture: str = "") -> bytes:
+    """The stored bytes: their SHA-256 is the artifact's id. The architecture is not needed."""
+    return dump(artifact.info.metadata, artifact.tensors)
+
+
+def _canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def metadata_json(metadata: Metadata) -> str:
+    """The canonical JSON that stands in the header."""
+    return _canonical_json(
+        {
+            "version": METADATA_VERSION,
+            "kind": metadata.kind.value,
+            "model_fingerprint": metadata.model_fingerprint,
+            "site": metadata.site.value if metadata.site else None,
+            "description": metadata.description,
+            "provenance": metadata.provenance,
+            "evidence": metadata.evidence,
+        }
+    )
+
+
+def _metadata_from_json(text: object) -> Metadata | None:
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text) if isinstance(text, str) else None
+        if not isinstance(fields, dict) or fields["version"] != METADATA_VERSION:
+            raise MalformedFile(f"metadata {METADATA_KEY!r} is not of version {METADATA_VERSION}")
+        metadata = Metadata(
+            kind=ArtifactKind(fields["kind"]),
+            model_fingerprint=fields["model_fingerprint"],
+            site=Site(fields["site"]) if fields["site"] is not None else None,
+            description=fields["description"],
+            provenance=fields["provenance"],
+            evidence=fields["evidence"],
+        )
+    except (KeyError, ValueError, RecursionError) as error:
+        raise MalformedFile(f"malformed metadata {METADATA_KEY!r}: {error}") from error
+    texts = isinstance(metadata.model_fingerprint, str) and isinstance(metadata.description, str)
+    if not texts or not isinstance(metadata.provenance, dict) or not isinstance(metadata.evidence, dict):
+        raise MalformedFile(f"malformed metadata {METADATA_KEY!r}: a field has the wrong type")
+    return metadata

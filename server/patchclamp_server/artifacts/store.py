@@ -1,0 +1,279 @@
+"""The content-addressed store of vectors and neuron sets.
+
+    objects/ab/cdef….safetensors   bytes whose SHA-256 is abcdef…; the id is "sha256:abcdef…"
+    tags/<name>                    holds an id
+    tmp/<random>                   unfinished writes
+
+Objects never change; tags move. Methods may be called from any thread, and several processes may share a directory.
+"""
+
+import hashlib
+import logging
+import re
+import threading
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchclamp_server.artifacts.blobs import BlobStore
+from patchclamp_server.artifacts.cache import ArtifactCache
+from patchclamp_server.artifacts.formats import MalformedFile, safetensors
+from patchclamp_server.artifacts.pages import page_token, parse_page_token
+from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata
+from patchclamp_server.artifacts.validation import check_tag, check_tensors, checked_metadata, layers_of
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound
+from patchclamp_server.interventions.program import Site
+
+log = logging.getLogger(__name__)
+ID = re.compile(r"sha256:[0-9a-f]{64}")
+OBJECT = re.compile(r"([0-9a-f]{2})/([0-9a-f]{62})\.safetensors")
+DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
+# A page ends early at this many bytes of metadata, so that it stays below the 4 MB of a gRPC message.
+MAX_PAGE_BYTES = 512 * 1024
+MAX_CACHED_HEADERS = 4096
+# ArtifactStore.list hides the built-in name inside the class.
+Ids = list[str]
+
+
+class ArtifactStore:
+    """`url` is a directory or any fsspec URL (memory://, s3://…). `cache_bytes` bounds the loaded artifacts kept."""
+
+    def __init__(self, url: str | Path, *, cache_bytes: int = 256 * 1024 * 1024) -> None:
+        self._blobs = BlobStore(url)
+        self._loaded = ArtifactCache(cache_bytes)
+        self._headers: dict[str, safetensors.Header] = {}
+        self._damaged: set[str] = set()
+        # Held while objects and tags change, so that a tag is never set on an object that is being deleted.
+        self._lock = threading.RLock()
+
+    def put(
+        self,
+        kind: ArtifactKind,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        model_fingerprint: str,
+        site: Site | None = None,
+        description: str = "",
+        provenance: Mapping[str, Any] | None = None,
+        evidence: Mapping[str, Any] | None = None,
+        tags: Iterable[str] = (),
+    ) -> ArtifactInfo:
+        """Stores an artifact and points the tags at it. Equal content has one id and is stored once.
+
+        InvalidArgument (field = the argument's name): content that validation.py refuses. ResourceExhausted: no room.
+        """
+        tags = tuple(tags)
+        for index, tag in enumerate(tags):
+            check_tag(tag, f"tags[{index}]")
+        metadata = checked_metadata(
+            Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})
+        )
+        check_tensors(kind, tensors)
+        data = safetensors.dump(metadata, tensors)
+        artifact_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        with self._lock:
+            if not self._is_intact(artifact_id):
+                self._blobs.write(_object_path(artifact_id), data)
+                self._damaged.discard(artifact_id)
+            for tag in tags:
+                self._blobs.write(f"tags/{tag}", artifact_id.encode())
+        return self.info(artifact_id)
+
+    def get(self, ref: str) -> Artifact:
+        """The tensors of an id or tag, verified against the id. `info.tags` is empty: tags move, ask info() for them.
+
+        NotFound: no such artifact. FailedPrecondition: the stored bytes are damaged.
+        """
+        artifact_id = self.resolve(ref)
+        if artifact := self._loaded.get(artifact_id):
+            return artifact
+        data = self._read_verified(artifact_id, ref)
+        info = self._info(artifact_id, ref, tags=())
+        artifact = Artifact(info, safetensors.decode(data).tensors)
+        self._loaded.put(artifact)
+        return artifact
+
+    def info(self, ref: str) -> ArtifactInfo:
+        """What is known of an id or tag, from the header alone. Errors as in get()."""
+        artifact_id = self.resolve(ref)
+        return self._info(artifact_id, ref, self._tags_by_id()[artifact_id])
+
+    def list(
+        self,
+        kind: ArtifactKind | None = None,
+        model_fingerprint: str = "",
+        page_size: int = DEFAULT_PAGE_SIZE,
+        page_token: str = "",
+    ) -> tuple[list[ArtifactInfo], str]:
+        """One page in the order of the ids, and the token of the next page ("" at the end).
+
+        A page may hold fewer than `page_size` entries before the end. Damaged objects are left out and logged.
+        """
+        if not 1 <= page_size <= MAX_PAGE_SIZE:
+            raise InvalidArgument("page_size", f"{page_size} is not in 1 to {MAX_PAGE_SIZE}")
+        query = (kind.value if kind else "", model_fingerprint)
+        ids = self._ids()
+        start = bisect_right(ids, parse_page_token(page_token, *query))
+        tags = self._tags_by_id()
+        page: list[ArtifactInfo] = []
+        page_bytes = 0
+        for index in range(start, len(ids)):
+            try:
+                info = self._info(ids[index], ids[index], tags[ids[index]])
+            # Deleted since the ids were read, or damaged: the latter is in the log.
+            except (NotFound, FailedPrecondition):
+                continue
+            if (kind and info.kind is not kind) or model_fingerprint not in ("", info.model_fingerprint):
+                continue
+            size = len(safetensors.metadata_json(info.metadata)) + 16 * len(info.layers) + sum(map(len, info.tags))
+            if len(page) == page_size or (page and page_bytes + size > MAX_PAGE_BYTES):
+                return page, _next_token(page[-1].id, query)
+            page.append(info)
+            page_bytes += size
+        return page, ""
+
+    def tag(self, tag: str, ref: str) -> ArtifactInfo:
+        """Points a tag at the artifact of an id or another tag, wherever it pointed before."""
+        check_tag(tag)
+        with self._lock:
+            artifact_id = self.info(ref).id
+            self._blobs.write(f"tags/{tag}", artifact_id.encode())
+        return self.info(artifact_id)
+
+    def untag(self, tag: str) -> str:
+        """Removes a tag and returns the id it held. The artifact stays. NotFound: no such tag."""
+        check_tag(tag)
+        with self._lock:
+            artifact_id = self.resolve(tag)
+            # Another process may remove it at the same time.
+            with suppress(FileNotFoundError):
+                self._blobs.remove(f"tags/{tag}")
+        return artifact_id
+
+    def delete(self, ref: str) -> None:
+        """Removes an artifact, damaged or not, with all its tags. NotFound: no such artifact."""
+        with self._lock:
+            artifact_id = self.resolve(ref)
+            # Tags first: a crash in between leaves an object without a tag, not a tag without an object.
+            for tag in self._tags_by_id()[artifact_id]:
+                with suppress(FileNotFoundError):
+                    self._blobs.remove(f"tags/{tag}")
+            try:
+                self._blobs.remove(_object_path(artifact_id))
+            except FileNotFoundError as error:
+                raise NotFound("ref", f"no artifact {ref}") from error
+            finally:
+                self._loaded.remove(artifact_id)
+                self._headers.pop(artifact_id, None)
+                self._damaged.discard(artifact_id)
+
+    def resolve(self, ref: str) -> str:
+        """The id of a reference: "sha256:" + 64 hex digits, or a tag. Prefixes of an id are not accepted."""
+        if ref.startswith("sha256:"):
+            if not ID.fullmatch(ref):
+                raise InvalidArgument("ref", f"{ref!r} is not an id: sha256: and 64 lower-case hex digits")
+            return ref
+        check_tag(ref, "ref")
+        try:
+            artifact_id = self._blobs.read(f"tags/{ref}").decode("ascii", "replace")
+        except FileNotFoundError as error:
+            raise NotFound("ref", f"no artifact has the tag {ref!r}") from error
+        if not ID.fullmatch(artifact_id):
+            raise FailedPrecondition("ref", f"the stored tag {ref!r} is damaged; set it again")
+        return artifact_id
+
+    @property
+    def damaged(self) -> frozenset[str]:
+        """Ids of the objects that were found damaged so far."""
+        return frozenset(self._damaged)
+
+    def _ids(self) -> Ids:
+        matches = (OBJECT.fullmatch(name) for name in self._blobs.names("objects"))
+        return sorted(f"sha256:{m[1]}{m[2]}" for m in matches if m)
+
+    def _tags_by_id(self) -> defaultdict[str, tuple[str, ...]]:
+        by_id: defaultdict[str, tuple[str, ...]] = defaultdict(tuple)
+        for tag, content in sorted(self._blobs.read_all("tags").items()):
+            by_id[content.decode("ascii", "replace")] += (tag,)
+        return by_id
+
+    def _is_intact(self, artifact_id: str) -> bool:
+        try:
+            self._read_verified(artifact_id, artifact_id)
+        except (NotFound, FailedPrecondition):
+            return False
+        return True
+
+    def _read_verified(self, artifact_id: str, ref: str) -> bytes:
+        try:
+            data = self._blobs.read(_object_path(artifact_id))
+        except FileNotFoundError as error:
+            raise NotFound("ref", f"no artifact {ref}") from error
+        if f"sha256:{hashlib.sha256(data).hexdigest()}" != artifact_id:
+            raise self._damage(artifact_id, "its bytes do not have the SHA-256 of its id")
+        return data
+
+    def _info(self, artifact_id: str, ref: str, tags: tuple[str, ...]) -> ArtifactInfo:
+        path = _object_path(artifact_id)
+        try:
+            size, created = self._blobs.stat(path)
+            header = self._headers.get(artifact_id) or self._read_header(artifact_id)
+        except FileNotFoundError as error:
+            raise NotFound("ref", f"no artifact {ref}") from error
+        metadata = header.metadata
+        if metadata is None or size != header.file_bytes:
+            raise self._damage(artifact_id, f"{size} bytes instead of {header.file_bytes}")
+        layers = layers_of(metadata.kind, header.shapes)
+        is_vector = metadata.kind is ArtifactKind.VECTOR
+        return ArtifactInfo(
+            id=artifact_id,
+            kind=metadata.kind,
+            tags=tags,
+            model_fingerprint=metadata.model_fingerprint,
+            site=metadata.site,
+            layers=layers,
+            width=header.shapes[f"layer.{layers[0]}"][0] if is_vector else 0,
+            size_bytes=size,
+            created=created,
+            description=metadata.description,
+            provenance=dict(metadata.provenance),
+            evidence=dict(metadata.evidence),
+        )
+
+    def _read_header(self, artifact_id: str) -> safetensors.Header:
+        path = _object_path(artifact_id)
+        try:
+            length = safetensors.header_length(self._blobs.read_range(path, 0, 8))
+            header = safetensors.parse_header(self._blobs.read_range(path, 8, 8 + length))
+            if header.metadata is None:
+                raise MalformedFile("the header holds no metadata")
+            layers_of(header.metadata.kind, header.shapes)
+            if any(len(shape) != 1 for shape in header.shapes.values()):
+                raise MalformedFile("a tensor is not one-dimensional")
+        except (MalformedFile, InvalidArgument) as error:
+            raise self._damage(artifact_id, str(error)) from error
+        if len(self._headers) >= MAX_CACHED_HEADERS:
+            self._headers.clear()
+        self._headers[artifact_id] = header
+        return header
+
+    def _damage(self, artifact_id: str, reason: str) -> FailedPrecondition:
+        if artifact_id not in self._damaged:
+            self._damaged.add(artifact_id)
+            log.error("artifact %s is damaged: %s", artifact_id, reason)
+        return FailedPrecondition("ref", f"artifact {artifact_id} is damaged in the store ({reason}); upload it again")
+
+
+def _object_path(artifact_id: str) -> str:
+    digest = artifact_id.removeprefix("sha256:")
+    return f"objects/{digest[:2]}/{digest[2:]}.safetensors"
+
+
+def _next_token(after: str, query: tuple[str, ...]) -> str:
+    # list() has a parameter of the name of the function.
+    return page_token(after, *query)

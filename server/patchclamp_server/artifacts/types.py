@@ -1,0 +1,79 @@
+"""What an artifact is: one message of proto/patchclamp/v1/artifact.proto, one frozen dataclass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+from patchclamp_server.errors import FailedPrecondition, NotFound
+from patchclamp_server.interventions.program import Site
+
+
+class ArtifactKind(Enum):
+    """The value is the name used in stored metadata, messages and docs."""
+
+    VECTOR = "vector"
+    NEURON_SET = "neuron_set"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What is stored beside the tensors and takes part in the id: everything but tags and the time of creation.
+
+    `site` is None for neuron sets: they always sit at mlp_post.
+    """
+
+    kind: ArtifactKind
+    model_fingerprint: str
+    site: Site | None = None
+    description: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """An artifact without its tensors. `created` is in seconds since the epoch; `width` is 0 for neuron sets."""
+
+    id: str
+    kind: ArtifactKind
+    tags: tuple[str, ...]
+    model_fingerprint: str
+    site: Site | None
+    layers: tuple[int, ...]
+    width: int
+    size_bytes: int
+    created: float
+    description: str
+    provenance: dict[str, Any]
+    evidence: dict[str, Any]
+
+    @property
+    def metadata(self) -> Metadata:
+        return Metadata(self.kind, self.model_fingerprint, self.site, self.description, self.provenance, self.evidence)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A loaded artifact. The tensors are shared with a cache: never write to them in place."""
+
+    info: ArtifactInfo
+    tensors: dict[str, torch.Tensor]
+
+    def direction(self, layer: int) -> torch.Tensor:
+        """The vector [width] of a layer. NotFound: no such layer; FailedPrecondition: not a vector."""
+        self._expect(ArtifactKind.VECTOR, layer)
+        return self.tensors[f"layer.{layer}"]
+
+    def neurons(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Neuron indices int64 [n] of a layer and their values [n], where the set has values."""
+        self._expect(ArtifactKind.NEURON_SET, layer)
+        return self.tensors[f"layer.{layer}.neurons"], self.tensors.get(f"layer.{layer}.values")
+
+    def _expect(self, kind: ArtifactKind, layer: int) -> None:
+        if self.info.kind is not kind:
+            raise FailedPrecondition("", f"{self.info.id} is a {self.info.kind.value}, not a {kind.value}")
+        if layer not in self.info.layers:
+            raise NotFound("", f"{self.info.id} has no layer {layer}; it has {list(self.info.layers)}")

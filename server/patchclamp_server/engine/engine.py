@@ -1,0 +1,458 @@
+"""The engine: requests in, events out, one forward pass a step over whatever is running.
+
+    schedule → run → sample → emit
+
+It has a thread of its own. Other threads put commands into a queue; everything else belongs to the engine's thread.
+"""
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.engine.kv_cache import KvCache
+from patchclamp_server.engine.output import Output
+from patchclamp_server.engine.request import Failed, FinishReason, Request
+from patchclamp_server.engine.runner import Runner, StepResult
+from patchclamp_server.engine.sampler import NOT_FINITE, sample
+from patchclamp_server.engine.scheduler import Scheduler, Work
+from patchclamp_server.engine.sequence import Sequence
+from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker
+from patchclamp_server.errors import (
+    Aborted,
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidArgument,
+    NotFound,
+    RequestError,
+    ResourceExhausted,
+    Unavailable,
+)
+from patchclamp_server.interventions.observers import CaptureState
+from patchclamp_server.interventions.scopes import SequenceTokens
+from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.model.load import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Bounds of the engine. `kv_cache_tokens` is shared by all sequences; memory grows as it is used (CPU)."""
+
+    max_sequences: int = 64
+    max_tokens_per_step: int = 512
+    kv_block_size: int = 16
+    kv_cache_tokens: int = 65536
+    max_waiting: int = 1024
+    enable_prefix_cache: bool = True
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    running: int
+    waiting: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    kv_blocks_cached: int
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+
+
+class EngineObserver(Protocol):
+    """Told what happens, on the engine's thread; must not block."""
+
+    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None: ...
+    def on_first_token(self, seconds: float) -> None: ...
+    def on_inter_token(self, seconds: float) -> None: ...
+    def on_finished(self, outcome: str) -> None: ...
+    def on_preemption(self) -> None: ...
+
+
+class Unobserved:
+    """An observer that looks away."""
+
+    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None: ...
+    def on_first_token(self, seconds: float) -> None: ...
+    def on_inter_token(self, seconds: float) -> None: ...
+    def on_finished(self, outcome: str) -> None: ...
+    def on_preemption(self) -> None: ...
+
+
+class Engine:
+    """Runs requests of one model. Start it, submit requests, and shut it down."""
+
+    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.config = config or EngineConfig()
+        spec = model.decoder.spec
+        self.cache = KvCache(
+            n_layers=spec.n_layers,
+            n_blocks=self.config.kv_cache_tokens // self.config.kv_block_size + 1,
+            block_size=self.config.kv_block_size,
+            n_kv_heads=spec.n_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=model.decoder.dtype,
+            device=model.decoder.device,
+            share_prefixes=self.config.enable_prefix_cache,
+        )
+        self.scheduler = Scheduler(
+            self.cache, max_sequences=self.config.max_sequences, max_tokens=self.config.max_tokens_per_step
+        )
+        self.runner = Runner(model.decoder, self.cache)
+        self.observer: EngineObserver = Unobserved()
+        # Called with every row of logits that is sampled from (request id, position it predicts, logits [vocab]).
+        self.on_logits: Callable[[int, int, Tensor], None] | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        # Requests that have not had their last event, by id; shared with other threads under the lock.
+        self._requests: dict[int, Request] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._next_id = 1
+        self._draining = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="patchclamp-engine", daemon=True)
+        self._steps = self._prefill_tokens = self._decode_tokens = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> int:
+        """Queues a request and returns its id.
+
+        Raises InvalidArgument for a prompt that cannot run, ResourceExhausted when the queue is full, Unavailable
+        while draining.
+        """
+        self._check(request)
+        with self._lock:
+            if self._draining or self._stopping:
+                raise Unavailable("", "the server is shutting down")
+            if len(self._requests) >= self.config.max_waiting + self.config.max_sequences:
+                raise ResourceExhausted("", f"{len(self._requests)} requests are queued or running")
+            request_id = self._next_id
+            self._next_id += 1
+            self._requests[request_id] = request
+        self._do(lambda: self._add(request_id, request))
+        return request_id
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request with Failed(Cancelled); nothing happens when it has ended."""
+        self._do(lambda: self._fail_id(request_id, Cancelled("", "the request was cancelled")))
+
+    def finish(self, request_id: int) -> None:
+        """Ends a request as if it had reached its last token."""
+        self._do(lambda: self._finish_id(request_id))
+
+    def set_strength(self, request_id: int, edit: str, strength: float) -> None:
+        """Changes the strength of a named edit for the next token on. Raises NotFound for an unknown name."""
+        with self._lock:
+            request = self._requests.get(request_id)
+        names = [e.name for e in request.program.edits] if request is not None and request.program is not None else []
+        if edit not in names:
+            raise NotFound("set_strength.edit", f"the program has no edit named {edit!r}")
+        self._do(lambda: self._set_strength(request_id, edit, strength))
+
+    def advance(self, request_id: int, tokens: int) -> None:
+        """Grants a request with credits that many more tokens."""
+        self._do(lambda: self._advance(request_id, tokens))
+
+    def drain(self, timeout_seconds: float) -> bool:
+        """Refuses new requests and waits for the others. True when none is left."""
+        with self._lock:
+            self._draining = True
+            return self._idle.wait_for(lambda: not self._requests, timeout=timeout_seconds)
+
+    def shutdown(self) -> None:
+        """Stops the thread; what still runs ends with Failed(Unavailable)."""
+        with self._lock:
+            self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_total=self.cache.n_blocks,
+            kv_blocks_free=self.cache.n_free,
+            kv_blocks_cached=self.cache.n_cached,
+            steps=self._steps,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            preemptions=self.scheduler.preemptions,
+        )
+
+    def _check(self, request: Request) -> None:
+        context = self.model.info.context_length
+        length = len(request.tokens)
+        if not length:
+            raise InvalidArgument("prompt", "the prompt is empty")
+        if length > context:
+            raise InvalidArgument("prompt", f"{length} tokens are more than the context of {context}")
+        longest = min(length + (0 if request.score_from is not None else request.stop.max_tokens), context)
+        room = self.cache.n_blocks * self.config.kv_block_size
+        if longest > room:
+            raise InvalidArgument(
+                "prompt", f"prompt and max_tokens need {longest} tokens of KV cache, which has {room}"
+            )
+        if request.score_from is not None and not 1 <= request.score_from < length:
+            raise InvalidArgument("continuation", "scoring needs at least one prompt token and one continuation token")
+
+    # What follows runs on the engine's thread.
+
+    def _do(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+        self._wake.set()
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            while not self._commands.empty():
+                self._commands.get()()
+            timeout = self._expire()
+            work = self.scheduler.schedule()
+            if work:
+                self._step(work)
+            else:
+                self._wake.wait(timeout)
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, Unavailable("", "the server is shutting down"))
+        while not self._commands.empty():
+            self._commands.get()()
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, Unavailable("", "the server is shutting down"))
+
+    def _add(self, request_id: int, request: Request) -> None:
+        prompt_length = len(request.tokens) if request.score_from is None else request.score_from
+        state = None
+        if request.program is not None and (
+            request.program.edits or request.program.readouts or request.program.aborts
+        ):
+            rows = self.runner.tables.acquire(len(request.program.edits))
+            state = ProgramState(
+                request_id, request.program, SequenceTokens(prompt_length, request.roles), counters=rows, latches=rows
+            )
+        capture = None
+        if request.capture is not None:
+            width = self.model.decoder.spec.sites[request.capture.site]
+            layers = request.capture.layers
+            values = torch.zeros(len(layers), width, dtype=self.model.decoder.dtype, device=self.model.decoder.device)
+            capture = CaptureState(layers, values)
+        sequence = Sequence(
+            id=request_id,
+            request=request,
+            seed=secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed,
+            state=state,
+            capture=capture,
+            output=Output(
+                IncrementalDetokenizer(self.model.tokenizer),
+                StopChecker(request.stop.strings, request.stop.include_stop_string),
+                frozenset() if request.stop.ignore_eos else self.model.eos_token_ids,
+            ),
+            prompt_length=prompt_length,
+            tokens=list(request.tokens),
+            credits=request.credits,
+        )
+        self._sequences[request_id] = sequence
+        self.scheduler.add(sequence)
+        if request.compare_baseline:
+            # Shares the list of tokens: it runs along whatever the leader generates.
+            sequence.follower = Sequence(
+                id=request_id,
+                request=Request(request.tokens, on_event=lambda event: None, priority=request.priority),
+                seed=0,
+                state=None,
+                capture=None,
+                output=None,
+                prompt_length=prompt_length,
+                tokens=sequence.tokens,
+                leader=sequence,
+            )
+            self.scheduler.add(sequence.follower)
+
+    def _set_strength(self, request_id: int, edit: str, strength: float) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.state is None:
+            return
+        sequence.state.set_strength(edit, strength, sequence.computed)
+        del sequence.keys[sequence.computed // self.config.kv_block_size :]
+
+    def _advance(self, request_id: int, tokens: int) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.credits is not None:
+            sequence.credits += tokens
+
+    def _expire(self) -> float | None:
+        """Fails what is past its deadline; seconds until the next one."""
+        now = time.monotonic()
+        nearest = None
+        for sequence in list(self._sequences.values()):
+            deadline = sequence.request.deadline
+            if deadline is None:
+                continue
+            if deadline <= now:
+                self._fail(sequence, DeadlineExceeded("", "the deadline passed before the request was finished"))
+            else:
+                nearest = min(deadline - now, nearest or deadline - now)
+        return nearest
+
+    def _step(self, work: list[Work]) -> None:
+        started = time.monotonic()
+        preemptions = self.scheduler.preemptions
+        try:
+            result = self.runner.run(work)
+        except (RuntimeError, MemoryError) as error:
+            # Out of memory, or a defect: the requests of this step are lost, the engine is not.
+            log.exception("a step of %d sequences failed", len(work))
+            for sequence in {w.sequence.id: w.sequence for w in work}.values():
+                self._fail_id(sequence.id, EngineFailure("", f"the step failed: {type(error).__name__}"))
+            return
+        for item, position in result.broken:
+            self._break(item, position)
+        self.scheduler.finish_step([w for w in work if w.sequence.id in self._sequences])
+        self._steps += 1
+        decode_rows = sum(w.n for w in work if w.n == 1)
+        self._decode_tokens += decode_rows
+        prefill_tokens = sum(w.n for w in work if w.n > 1)
+        self._prefill_tokens += prefill_tokens
+        self._deliver(work, result)
+        self.observer.on_step(
+            seconds=time.monotonic() - started, prefill_tokens=prefill_tokens, decode_rows=decode_rows
+        )
+        for _ in range(self.scheduler.preemptions - preemptions):
+            self.observer.on_preemption()
+
+    def _break(self, item: Work, position: int) -> None:
+        """Fails a sequence whose activations overflowed, and cleans the blocks it wrote."""
+        sequence, size = item.sequence, self.config.kv_block_size
+        self.cache.scrub(sequence.blocks[sequence.computed // size :])
+        message = f"activations are not finite at position {position}"
+        if sequence.state is not None and sequence.state.bound.edits:
+            self._fail_id(sequence.id, InvalidArgument("program.edits", f"{message}: an edit is too strong"))
+        else:
+            self._fail_id(sequence.id, EngineFailure("", message))
+
+    def _deliver(self, work: list[Work], result: StepResult) -> None:
+        for uid, value in result.outcome.readouts:
+            if uid in self._sequences:
+                self._sequences[uid].output_or_fail().collect(value)
+        for sequence in {w.sequence.id: w.sequence for w in work if w.sequence.leader is None}.values():
+            if sequence.id in self._sequences:
+                sequence.output_or_fail().emit_readouts(sequence.request.on_event)
+        for hit in result.outcome.aborts:
+            if hit.uid in self._sequences:
+                where = f"condition {hit.name!r} held at position {hit.position}"
+                self._fail_id(hit.uid, Aborted("program.abort_when", where))
+        drawn = []
+        for prediction in result.predictions:
+            sequence = prediction.sequence
+            if sequence.id not in self._sequences:
+                continue
+            logits = result.logits[prediction.row]
+            if sequence.leader is not None:
+                sequence.leader.compare(prediction.position, logits)
+            elif sequence.scores:
+                sequence.score(prediction.position, logits)
+            elif sequence.request.stop.max_tokens > 0:
+                drawn.append(prediction)
+        if drawn:
+            rows = [p.row for p in drawn]
+            logits = result.logits if len(rows) == len(result.logits) else result.logits[rows]
+            sampled = sample(logits, [p.sequence.sampling_row for p in drawn])
+            for i, (prediction, choice) in enumerate(zip(drawn, sampled, strict=True)):
+                sequence = prediction.sequence
+                if choice.id == NOT_FINITE:
+                    self._fail(
+                        sequence, EngineFailure("", f"the logits after position {prediction.position} are not finite")
+                    )
+                    continue
+                if self.on_logits is not None:
+                    self.on_logits(sequence.id, len(sequence.tokens), logits[i])
+                if sequence.follower is not None:
+                    sequence.predictions[len(sequence.tokens)] = torch.log_softmax(logits[i].double(), dim=0)
+                self._observe_token(sequence)
+                if (reason := sequence.accept(choice, self.model.info.context_length)) is not None:
+                    self._finish(sequence, reason)
+        self._end_computed(work)
+
+    def _end_computed(self, work: list[Work]) -> None:
+        """Ends sequences that sample nothing and have computed all they need."""
+        for item in work:
+            sequence = item.sequence
+            if sequence.id not in self._sequences or sequence.remaining > 0:
+                continue
+            if sequence.leader is not None:
+                if sequence.leader.ended is not None:
+                    self._complete(sequence.leader, sequence.leader.ended)
+            elif sequence.scores or sequence.request.stop.max_tokens == 0:
+                self._finish(sequence, FinishReason.LENGTH)
+
+    def _observe_token(self, sequence: Sequence) -> None:
+        now = time.monotonic()
+        if sequence.last_token_at is None:
+            sequence.first_token_at = now
+            self.observer.on_first_token(now - sequence.arrival)
+        else:
+            self.observer.on_inter_token(now - sequence.last_token_at)
+        sequence.last_token_at = now
+
+    def _finish_id(self, request_id: int) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.ended is None:
+            self._finish(sequence, FinishReason.CLIENT)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence, once its follower has caught up."""
+        sequence.ended = reason
+        self.scheduler.remove(sequence)
+        if sequence.follower is None or sequence.follower.remaining <= 0:
+            self._complete(sequence, reason)
+
+    def _complete(self, sequence: Sequence, reason: FinishReason) -> None:
+        receipt = None
+        if sequence.state is not None:
+            receipt = sequence.state.receipt(self.runner.tables.read(sequence.state.counters))
+        self._forget(sequence)
+        sequence.emit_finished(reason, receipt)
+        self.observer.on_finished(reason.value)
+
+    def _fail_id(self, request_id: int, error: RequestError) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: RequestError) -> None:
+        self._forget(sequence)
+        sequence.request.on_event(Failed(error))
+        self.observer.on_finished(_snake(type(error).__name__))
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Gives back all that a sequence holds."""
+        self.scheduler.remove(sequence)
+        if sequence.follower is not None:
+            self.scheduler.remove(sequence.follower)
+        if sequence.state is not None:
+            self.runner.tables.release(sequence.state.counters)
+        del self._sequences[sequence.id]
+        with self._lock:
+            del self._requests[sequence.id]
+            self._idle.notify_all()
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")

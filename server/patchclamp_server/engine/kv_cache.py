@@ -1,0 +1,117 @@
+"""Blocks of the paged KV cache, and the prefix cache over them.
+
+A block holds the keys and values of `block_size` consecutive tokens of a sequence, for all layers. A full block is
+known by a key that hashes the tokens up to its end and what the sequence's edits did to them, so two requests share a
+block exactly when they would have computed the same numbers. Unused blocks keep their content until they are needed,
+least recently used first. Block 0 is never given out (see attention.py).
+"""
+
+import hashlib
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BlockKey = bytes
+ROOT_KEY: BlockKey = b""
+
+
+def block_key(parent: BlockKey, token_ids: bytes, touched: bytes) -> BlockKey:
+    """Key of a block from the key before it, its tokens, and the digest of the edits that touched it."""
+    return hashlib.sha256(b"%d:%b%d:%b%b" % (len(parent), parent, len(touched), touched, token_ids)).digest()
+
+
+class KvCache:
+    """Pools of all layers [2, n_blocks, block_size, n_kv_heads, head_dim] and who holds which block."""
+
+    def __init__(
+        self,
+        *,
+        n_layers: int,
+        n_blocks: int,
+        block_size: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        share_prefixes: bool = True,
+    ) -> None:
+        self.block_size = block_size
+        self.share_prefixes = share_prefixes
+        shape = (2, n_blocks, block_size, n_kv_heads, head_dim)
+        self.pools = [_zeros(shape, dtype, device) for _ in range(n_layers)]
+        self.n_blocks = n_blocks - 1
+        self._free = list(range(n_blocks - 1, 0, -1))
+        self._holders = [0] * n_blocks
+        self._block_of: dict[BlockKey, int] = {}
+        self._key_of: dict[int, BlockKey] = {}
+        # Blocks nobody holds whose content is still known, least recently used first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def n_free(self) -> int:
+        """Blocks that can be had, those with known content included."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def n_cached(self) -> int:
+        return len(self._idle)
+
+    def lookup(self, key: BlockKey) -> int | None:
+        return self._block_of.get(key)
+
+    def is_idle(self, block: int) -> bool:
+        return block in self._idle
+
+    def hold(self, block: int) -> None:
+        """One more holder for a block that `lookup` found."""
+        self._holders[block] += 1
+        self._idle.pop(block, None)
+
+    def allocate(self) -> int | None:
+        """A block with unknown content, or None when all are held."""
+        if self._free:
+            block = self._free.pop()
+        elif self._idle:
+            block, _ = self._idle.popitem(last=False)
+            self._forget(block)
+        else:
+            return None
+        self._holders[block] = 1
+        return block
+
+    def register(self, block: int, key: BlockKey) -> None:
+        """Makes the content of a full block known. The first block with a key stays the known one."""
+        if self.share_prefixes and key not in self._block_of and block not in self._key_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def release(self, blocks: list[int]) -> None:
+        """Gives blocks back, last one first, so that the ends of prefixes are reused before their beginnings."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            assert self._holders[block] >= 0
+            if self._holders[block]:
+                continue
+            if block in self._key_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Zeroes blocks: what is not finite would reach the next holder through masked positions (0 * NaN is NaN)."""
+        index = torch.tensor(blocks, dtype=torch.int64)
+        for pool in self.pools:
+            pool[:, index.to(pool.device)] = 0
+
+    def _forget(self, block: int) -> None:
+        key = self._key_of.pop(block)
+        del self._block_of[key]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu" or dtype != torch.float32:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy leaves zero pages to the operating system until they are written.
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32))

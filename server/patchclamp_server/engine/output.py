@@ -1,0 +1,50 @@
+"""What a sequence says: text that is final, readouts, and why it ended."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from patchclamp_server.engine.request import Event, FinishReason, Readouts, StopParams, Text
+from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker
+from patchclamp_server.interventions.program import ReadoutValue
+
+
+@dataclass(eq=False)
+class Output:
+    """Turns tokens into text events; finds the stop conditions that depend on them."""
+
+    detokenizer: IncrementalDetokenizer
+    stops: StopChecker
+    eos_token_ids: frozenset[int]
+    stop_string: str = ""
+    readouts: dict[int, list[ReadoutValue]] = field(default_factory=dict)
+
+    def push(self, token: int, stop: StopParams, emit: Callable[[Event], None]) -> FinishReason | None:
+        """Text of one more token; the reason when it ends the sequence. A stop token adds no text."""
+        if token in stop.token_ids:
+            return FinishReason.STOP_TOKEN
+        if token in self.eos_token_ids:
+            return FinishReason.EOS
+        result = self.stops.push(self.detokenizer.push(token))
+        if result.text_to_emit:
+            emit(Text(result.text_to_emit))
+        if result.matched is not None:
+            self.stop_string = result.matched
+            return FinishReason.STOP_STRING
+        return None
+
+    def flush(self, emit: Callable[[Event], None]) -> None:
+        """Text that was held back as a possible stop string or an unfinished character."""
+        if self.stop_string:
+            return
+        result = self.stops.push(self.detokenizer.flush())
+        text = result.text_to_emit + (self.stops.flush() if result.matched is None else "")
+        if text:
+            emit(Text(text))
+
+    def collect(self, value: ReadoutValue) -> None:
+        self.readouts.setdefault(value.position, []).append(value)
+
+    def emit_readouts(self, emit: Callable[[Event], None]) -> None:
+        for position in sorted(self.readouts):
+            emit(Readouts(position, tuple(self.readouts[position])))
+        self.readouts.clear()

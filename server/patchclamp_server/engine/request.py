@@ -1,0 +1,163 @@
+"""The words in which the rpc layer and the engine speak: requests in, events out. No gRPC here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+import torch
+
+from patchclamp_server.errors import RequestError
+from patchclamp_server.interventions.bind import BoundProgram
+from patchclamp_server.interventions.program import ReadoutValue, Receipt, Site
+
+
+class Priority(IntEnum):
+    """Lower runs first."""
+
+    INTERACTIVE = 1
+    BATCH = 2
+    ANALYSIS = 3
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Fields and defaults as in the message Sampling; `seed` None lets the engine choose."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    # None: no log-probabilities; n: those of the chosen token and of the n most likely.
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class StopParams:
+    max_tokens: int = 256
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_string: bool = False
+
+
+class Pooling(Enum):
+    LAST_TOKEN = "last_token"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Pool the activations of the prompt at one site on the device, for analysis jobs."""
+
+    site: Site
+    layers: tuple[int, ...]
+    pooling: Pooling
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One sequence to run. `on_event` is called on the engine's thread and must not block.
+
+    With `score_from` set, the tokens from there on are scored instead of generating: the sequence ends once every
+    token in ``tokens[score_from:]`` has its log-probability, streamed as Token events.
+    """
+
+    tokens: tuple[int, ...]
+    on_event: Callable[["Event"], None]
+    program: BoundProgram | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: StopParams = field(default_factory=StopParams)
+    priority: Priority = Priority.INTERACTIVE
+    # On the clock of time.monotonic().
+    deadline: float | None = None
+    # Role of the chat turn of each prompt token, for scopes that name roles.
+    roles: tuple[str, ...] | None = None
+    score_from: int | None = None
+    # Tokens that may be generated before Engine.advance grants more; None is no limit.
+    credits: int | None = None
+    # Run a second, unedited sequence along the generated tokens, and report the divergence at each.
+    compare_baseline: bool = False
+    capture: Capture | None = None
+
+
+class FinishReason(Enum):
+    EOS = "eos"
+    STOP_STRING = "stop_string"
+    STOP_TOKEN = "stop_token"
+    LENGTH = "length"
+    CLIENT = "client"
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    time_to_first_token_seconds: float
+    total_seconds: float
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated (or scored) token, in order."""
+
+    id: int
+    position: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that has become final: whole characters that cannot belong to a stop string."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Readouts:
+    """Values seen in the forward pass over the token at one position (prompt or generated)."""
+
+    position: int
+    values: tuple[ReadoutValue, ...]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(edited ‖ baseline) in nats where the edited sequence chose token `id` for `position`."""
+
+    position: int
+    id: int
+    kl: float
+    same_top1: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """Pooled activations [n_layers, width] of a request with `capture`."""
+
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Finished:
+    reason: FinishReason
+    receipt: Receipt
+    usage: Usage
+    seed: int
+    stop_string: str = ""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of a request that did not finish."""
+
+    error: RequestError
+
+
+Event = Token | Text | Readouts | Divergence | Captured | Finished | Failed

@@ -1,0 +1,197 @@
+"""One running sequence: its tokens, how far they are computed, and where its KV blocks are."""
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchclamp_server.engine.kv_cache import ROOT_KEY, BlockKey, block_key
+from patchclamp_server.engine.output import Output
+from patchclamp_server.engine.request import Captured, Divergence, Finished, FinishReason, Request, Token, Usage
+from patchclamp_server.engine.sampler import Sampled, SamplingRow
+from patchclamp_server.interventions.observers import CaptureState
+from patchclamp_server.interventions.program import Receipt
+from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.interventions.state import EMPTY_RECEIPT, ProgramState
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request while it is in the engine.
+
+    Invariant: 0 <= computed <= len(tokens); `blocks` cover at least the computed tokens; `keys[i]` is the key of
+    block i, and `keys` is at least as long as the full blocks of computed tokens when prefixes are shared.
+    """
+
+    id: int
+    request: Request
+    seed: int
+    state: ProgramState | None
+    capture: CaptureState | None
+    # None for a follower, which says nothing itself.
+    output: Output | None
+    # Boundary between PHASE_PROMPT and PHASE_GENERATED.
+    prompt_length: int
+    arrival: float = field(default_factory=time.monotonic)
+    status: Status = Status.WAITING
+    tokens: list[int] = field(default_factory=list)
+    # The tokens after the prompt.
+    output_ids: list[int] = field(default_factory=list)
+    computed: int = 0
+    cached: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[BlockKey] = field(default_factory=list)
+    credits: int | None = None
+    preemptions: int = 0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    # Set once the prompt has been looked up in the prefix cache, so that a preempted sequence is not counted twice.
+    admitted: bool = False
+    # Follows another sequence along its tokens, to compare with it; or is followed.
+    leader: "Sequence | None" = None
+    follower: "Sequence | None" = None
+    # Log-probabilities [vocab] the follower has not been compared with yet, by the position they predict.
+    predictions: dict[int, Tensor] = field(default_factory=dict)
+    # Why it ended, while its follower is still catching up.
+    ended: FinishReason | None = None
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known and not computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def priority(self) -> tuple[int, float]:
+        return (int(self.request.priority), self.arrival)
+
+    @property
+    def scores(self) -> bool:
+        """All tokens are known from the start, and their log-probabilities are asked for."""
+        return self.request.score_from is not None
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute.
+
+        The last token of a scored text predicts nothing that is asked for; a follower computes what its leader has.
+        """
+        if self.leader is not None:
+            return self.leader.computed
+        return len(self.tokens) - 1 if self.scores else len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        return self.target - self.computed
+
+    @property
+    def runnable(self) -> bool:
+        return self.remaining > 0 and self.credits != 0
+
+    def needs_logits_from(self) -> int:
+        """First position whose logits are needed."""
+        if self.request.score_from is not None:
+            return self.request.score_from - 1
+        if self.leader is not None:
+            return self.prompt_length - 1
+        return len(self.tokens) - 1
+
+    def token_array(self, start: int, end: int) -> IntArray:
+        return np.array(self.tokens[start:end], dtype=np.int64)
+
+    def extend_keys(self, upto: int, block_size: int) -> None:
+        """Keys of all full blocks of the first `upto` tokens."""
+        while (len(self.keys) + 1) * block_size <= upto:
+            self.keys.append(self.key_at(len(self.keys), block_size))
+
+    def key_at(self, index: int, block_size: int) -> BlockKey:
+        start = index * block_size
+        tokens = self.token_array(start, start + block_size)
+        touched = b""
+        if self.state is not None:
+            touched = self.state.touched_digest(np.arange(start, start + block_size, dtype=np.int64), tokens)
+        parent = self.keys[index - 1] if index else ROOT_KEY
+        return block_key(parent, tokens.tobytes(), touched)
+
+    def shareable_until(self) -> int:
+        """First token whose block depends on more than its tokens and edits."""
+        if self.state is None:
+            return len(self.tokens)
+        return self.state.first_unshareable(self.token_array(0, len(self.tokens)))
+
+    def reusable_until(self) -> int:
+        """Tokens before this position may be taken from the prefix cache; at least one is left to be computed."""
+        if self.capture is not None:
+            return 0
+        until = min(self.needs_logits_from(), self.shareable_until())
+        if self.state is not None:
+            until = min(until, self.state.first_observed(self.token_array(0, len(self.tokens))))
+        return until
+
+    def output_or_fail(self) -> Output:
+        assert self.output is not None
+        return self.output
+
+    @cached_property
+    def sampling_row(self) -> SamplingRow:
+        return SamplingRow(self.request.sampling, self.seed, self.request.tokens, self.output_ids)
+
+    def accept(self, choice: Sampled, context_length: int) -> FinishReason | None:
+        """Appends a sampled token and emits it; the reason when it is the last one."""
+        emit = self.request.on_event
+        position = len(self.tokens)
+        self.tokens.append(choice.id)
+        self.output_ids.append(choice.id)
+        if self.credits is not None:
+            self.credits -= 1
+        emit(Token(choice.id, position, choice.logprob, choice.top_logprobs))
+        reason = self.output_or_fail().push(choice.id, self.request.stop, emit)
+        if reason is not None:
+            return reason
+        full = len(self.tokens) >= context_length
+        return FinishReason.LENGTH if full or len(self.output_ids) >= self.request.stop.max_tokens else None
+
+    def score(self, position: int, logits: Tensor) -> None:
+        """Emits the log-probability of the known token after `position`."""
+        logprobs = torch.log_softmax(logits, dim=0)
+        token = self.tokens[position + 1]
+        top: tuple[tuple[int, float], ...] = ()
+        if self.request.sampling.logprobs:
+            best = torch.topk(logprobs, self.request.sampling.logprobs)
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        self.request.on_event(Token(token, position + 1, float(logprobs[token]), top))
+
+    def compare(self, position: int, logits: Tensor) -> None:
+        """Emits KL(own ‖ other) of the predictions for the token after `position`; `logits` are the other's."""
+        own = self.predictions.pop(position + 1, None)
+        if own is None:
+            return
+        other = torch.log_softmax(logits.double(), dim=0)
+        kl = float((own.exp() * (own - other)).sum())
+        same = bool(own.argmax() == other.argmax())
+        self.request.on_event(Divergence(position + 1, self.tokens[position + 1], max(kl, 0.0), same))
+
+    def emit_finished(self, reason: FinishReason, receipt: Receipt | None) -> None:
+        now = time.monotonic()
+        output = self.output_or_fail()
+        output.flush(self.request.on_event)
+        if self.capture is not None:
+            self.request.on_event(Captured(self.capture.values))
+        usage = Usage(
+            prompt_tokens=self.prompt_length,
+            cached_prompt_tokens=min(self.cached, self.prompt_length),
+            generated_tokens=len(self.tokens) - self.prompt_length,
+            time_to_first_token_seconds=(self.first_token_at or now) - self.arrival,
+            total_seconds=now - self.arrival,
+            preemptions=self.preemptions,
+        )
+        self.request.on_event(Finished(reason, receipt or EMPTY_RECEIPT, usage, self.seed, output.stop_string))

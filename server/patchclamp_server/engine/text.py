@@ -1,0 +1,203 @@
+"""From token ids to text that is final: incremental detokenisation, and stop strings across token borders."""
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Steps of a decoder that look at one token at a time, save for the first token and for runs of byte tokens.
+_TOKENWISE_DECODERS = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
+
+
+class TokenBytes:
+    """UTF-8 bytes that each token adds to the text; the text of a sequence is the decoding of their concatenation.
+
+    Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM): the bytes its characters stand for. SentencePiece (Gemma, Llama 2,
+    Mistral): the byte of a byte-fallback token, otherwise the text it adds after another token, or, at the start of
+    the sequence, where some tokenizers drop a prefix space, by itself.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = fast_tokenizer(tokenizer)
+        kinds = _decoder_kinds(self._tokenizer)
+        self._byte_level = "ByteLevel" in kinds
+        if not self._byte_level and not (kinds and kinds <= _TOKENWISE_DECODERS):
+            raise FailedPrecondition(
+                "model", f"no incremental decoding for a tokenizer with the decoder {sorted(kinds)}"
+            )
+        self._byte_fallback = "ByteFallback" in kinds
+        self._special = frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+        # Any token with text of its own: what follows it is not at the start of the sequence.
+        self._anchor = 0 if self._byte_level else self._find_anchor()
+        self._anchor_text = self._tokenizer.decode([self._anchor], skip_special_tokens=False)
+
+    def is_special(self, id: int) -> bool:
+        return id in self._special
+
+    def of(self, id: int, *, first: bool) -> bytes:
+        """Bytes of a token; none for an id that the tokenizer does not have (padding of the embedding matrix)."""
+        token = self._tokenizer.id_to_token(id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            mapped = [_BYTE_OF_CHARACTER.get(character) for character in token]
+            values = [value for value in mapped if value is not None]
+            # Added tokens are plain text, told apart by the decoder as here: by a character that stands for no byte.
+            return bytes(values) if len(values) == len(mapped) else token.encode()
+        byte = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
+        if byte and (not first or int(byte[1], 16) >= 0x80):
+            return bytes([int(byte[1], 16)])
+        if first:
+            return self._tokenizer.decode([id], skip_special_tokens=False).encode()
+        text = self._tokenizer.decode([self._anchor, id], skip_special_tokens=False)
+        return text[len(self._anchor_text) :].encode()
+
+    def _find_anchor(self) -> int:
+        for id in self._tokenizer.encode("a", add_special_tokens=False).ids:
+            if self._tokenizer.decode([id], skip_special_tokens=False).strip():
+                return id
+        raise FailedPrecondition("model", "the tokenizer cannot express the letter a")
+
+
+@lru_cache(maxsize=8)
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
+    """One table for each tokenizer, shared by its sequences."""
+    return TokenBytes(tokenizer)
+
+
+def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The Rust tokenizer behind a tokenizer. Raises FailedPrecondition where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise FailedPrecondition("model", f"needs a fast tokenizer (tokenizer.json), not {type(tokenizer).__name__}")
+    return backend
+
+
+def piece(tokenizer: PreTrainedTokenizerBase, id: int) -> str:
+    """Text of one token, special or not, with its leading space; U+FFFD for bytes that are no whole character."""
+    return token_bytes(tokenizer).of(id, first=False).decode(errors="replace")
+
+
+class IncrementalDetokenizer:
+    """Text of a growing sequence of tokens, character by character as it becomes final.
+
+    The pushes and flush() together are ``tokenizer.decode(all)`` without the clean-up of spaces before punctuation.
+    A character whose bytes are not all there is held back; bytes that can no longer become one are U+FFFD. One
+    difference: `decode` gives up a whole run of byte-fallback tokens when a part of it is invalid; here its valid
+    characters, which may have been sent already, stay. Constant work for each token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
+        self._bytes = token_bytes(tokenizer)
+        self._skip_special_tokens = skip_special_tokens
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._first = True
+
+    def push(self, token_id: int) -> str:
+        if self._skip_special_tokens and self._bytes.is_special(token_id):
+            return ""
+        added = self._bytes.of(token_id, first=self._first)
+        self._first = False
+        return self._characters.decode(added)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character."""
+        return self._characters.decode(b"", final=True)
+
+
+@dataclass(frozen=True)
+class StopResult:
+    """Text that is final, and the stop string that ended it."""
+
+    text_to_emit: str
+    matched: str | None = None
+
+
+class StopChecker:
+    """Looks for stop strings in streamed text, holding back only the longest suffix that could still become one.
+
+    The match is the one complete first; of those complete at the same character, the longest. So it does not depend
+    on how the text is cut into pushes. One Knuth-Morris-Pratt automaton for each string: O(strings) for each character.
+    """
+
+    def __init__(self, strings: Sequence[str], include_stop_string: bool = False) -> None:
+        for i, string in enumerate(strings):
+            if not string:
+                raise InvalidArgument(f"stop.strings[{i}]", "is empty; a stop string has at least one character")
+        self._strings = tuple(strings)
+        self._borders = tuple(_borders(string) for string in strings)
+        self._include = include_stop_string
+        # For each string, the length of its longest prefix that ends the text so far.
+        self._matched = [0] * len(strings)
+        self._held = ""
+
+    def push(self, text: str) -> StopResult:
+        """Text that has become final. Once `matched` is set the sequence is over: nothing may be pushed after it."""
+        seen = len(self._held)
+        text = self._held + text
+        for end in range(seen + 1, len(text) + 1):
+            matched = self._step(text[end - 1])
+            if matched:
+                self._held = ""
+                return StopResult(text[: end if self._include else end - len(matched)], matched)
+        final = len(text) - max(self._matched, default=0)
+        self._held = text[final:]
+        return StopResult(text[:final])
+
+    def flush(self) -> str:
+        """The text held back, when the sequence ends for another reason."""
+        held, self._held = self._held, ""
+        self._matched = [0] * len(self._strings)
+        return held
+
+    def _step(self, character: str) -> str:
+        """Advance every automaton by one character; the longest string completed by it, or ""."""
+        completed = ""
+        for i, (string, borders) in enumerate(zip(self._strings, self._borders, strict=True)):
+            length = self._matched[i]
+            while length and string[length] != character:
+                length = borders[length]
+            length += string[length] == character
+            self._matched[i] = length
+            if length == len(string) and length > len(completed):
+                completed = string
+        return completed
+
+
+def _borders(string: str) -> list[int]:
+    """Length of the longest proper prefix of string[:n] that is also its suffix, for n = 0 … len(string)."""
+    borders = [0, 0]
+    for n in range(1, len(string)):
+        length = borders[n]
+        while length and string[length] != string[n]:
+            length = borders[length]
+        borders.append(length + (string[length] == string[n]))
+    return borders
+
+
+def _decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:
+    """Names of the steps of the tokenizer's decoder; empty when it has none."""
+    if tokenizer.decoder is None:
+        return frozenset()
+    config: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
+    steps = config["decoders"] if config["type"] == "Sequence" else [config]
+    return frozenset(step["type"] for step in steps)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: a printable byte of Latin-1 stands for itself, the n-th other byte is U+0100 + n."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(0x100) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()

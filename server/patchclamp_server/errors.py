@@ -1,0 +1,55 @@
+"""Errors a client can see. The engine raises them; rpc/errors.py turns them into gRPC statuses.
+
+Each names the field path it is about (``program.edits[1].layers``), in the words of the protobuf contract.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class RequestError(Exception):
+    """A refusal with the path of the field that caused it ("" when no single field did)."""
+
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class InvalidArgument(RequestError):
+    """The request is wrong whatever the state of the server. → INVALID_ARGUMENT with BadRequest."""
+
+
+class FailedPrecondition(RequestError):
+    """The request does not fit what is served, such as an artifact of another model. → PreconditionFailure."""
+
+
+class NotFound(RequestError):
+    """A model, artifact or tag that does not exist. → NOT_FOUND."""
+
+
+class ResourceExhausted(RequestError):
+    """The server is full for now. → RESOURCE_EXHAUSTED with RetryInfo."""
+
+    retry_after_seconds: float = 1.0
+
+
+class Aborted(RequestError):
+    """An `abort_when` condition fired. → ABORTED."""
+
+
+class Cancelled(RequestError):
+    """The client went away. → CANCELLED."""
+
+
+class DeadlineExceeded(RequestError):
+    """The deadline passed before the request was finished. → DEADLINE_EXCEEDED."""
+
+
+class Unavailable(RequestError):
+    """The server is draining. → UNAVAILABLE; another replica may answer."""
+
+
+class EngineFailure(RequestError):
+    """A step of the engine failed. → INTERNAL."""

@@ -1,0 +1,159 @@
+"""Operators that read: readouts, abort conditions and pooled captures. They see a site after its edits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.interventions.bind import BoundReadout
+from patchclamp_server.interventions.operators import ConditionOperator, Grid, StepContext
+from patchclamp_server.interventions.program import ReadoutValue
+from patchclamp_server.interventions.scopes import IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Rows of one readout of one sequence: `uid` says whose, `positions` [n] where."""
+
+    uid: int
+    readout: BoundReadout
+    positions: IntArray
+
+
+class ReadoutOperator:
+    """Reads rows of all sequences that ask for one kind of readout at a place; subclasses say what."""
+
+    def __init__(self, layer: int, rows: Tensor, readings: list[Reading]) -> None:
+        self.layer = layer
+        self.rows = rows  # [E], reading after reading
+        self.readings = readings
+        self.values: Tensor | None = None  # [E, n]
+        self.ids: Tensor | None = None  # [E, n]
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        self.values, self.ids = self.read(x.index_select(0, self.rows))
+
+    def read(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def length(self, readout: BoundReadout) -> int:
+        """Numbers that belong to one reading; the rows of other readings may be longer."""
+        return readout.k
+
+    def results(self) -> list[tuple[int, ReadoutValue]]:
+        """(uid, value) of every row of the last step."""
+        assert self.values is not None
+        values = self.values.float().cpu().tolist()
+        ids = self.ids.cpu().tolist() if self.ids is not None else None
+        found = []
+        row = 0
+        for reading in self.readings:
+            n = self.length(reading.readout)
+            for position in reading.positions.tolist():
+                own = tuple(ids[row][:n]) if ids is not None else reading.readout.ids
+                value = ReadoutValue(reading.readout.name, self.layer, position, tuple(values[row][:n]), own)
+                found.append((reading.uid, value))
+                row += 1
+        return found
+
+
+class ProjectionOperator(ReadoutOperator):
+    """h · v for every vector of the row's readout."""
+
+    def __init__(self, layer: int, rows: Tensor, readings: list[Reading], owner: Tensor) -> None:
+        super().__init__(layer, rows, readings)
+        vectors = [r.readout.vectors[layer] for r in readings]
+        most = max(len(v) for v in vectors)
+        padded = [torch.nn.functional.pad(v, (0, 0, 0, most - len(v))) for v in vectors]
+        self.vectors = torch.stack(padded).to(rows.device).transpose(1, 2)  # [k, width, most]
+        self.grid = Grid(owner, len(readings))
+
+    def read(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.grid.collect(torch.bmm(self.grid.spread(h), self.vectors)), None
+
+    def length(self, readout: BoundReadout) -> int:
+        return len(readout.vectors[self.layer])
+
+
+class NeuronReadoutOperator(ReadoutOperator):
+    """Values of the neurons each readout names."""
+
+    def __init__(self, layer: int, rows: Tensor, readings: list[Reading], owner: Tensor) -> None:
+        super().__init__(layer, rows, readings)
+        most = max(len(r.readout.ids) for r in readings)
+        padded = [list(r.readout.ids) + [0] * (most - len(r.readout.ids)) for r in readings]
+        self.index = torch.tensor(padded, device=rows.device)[owner]  # [E, most]
+
+    def read(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        return h.gather(1, self.index), None
+
+    def length(self, readout: BoundReadout) -> int:
+        return len(readout.ids)
+
+
+class TopNeuronsOperator(ReadoutOperator):
+    """The k neurons with the largest |a|, with their signed values."""
+
+    def read(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        ids = torch.topk(h.abs(), max(r.readout.k for r in self.readings), dim=1).indices
+        return h.gather(1, ids), ids
+
+
+class LogitLensOperator(ReadoutOperator):
+    """log softmax of the final norm and unembedding applied to a residual state: the k most likely tokens."""
+
+    def __init__(self, layer: int, rows: Tensor, readings: list[Reading], unembed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(layer, rows, readings)
+        self.unembed = unembed
+
+    def read(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        logprobs = torch.log_softmax(self.unembed(h), dim=1)
+        top = torch.topk(logprobs, max(r.readout.k for r in self.readings), dim=1)
+        return top.values, top.indices
+
+
+@dataclass(frozen=True)
+class AbortHit:
+    uid: int
+    name: str
+    position: int
+
+
+class AbortOperator:
+    """Conditions that end their sequence."""
+
+    def __init__(self, condition: ConditionOperator, entries: list[AbortHit]) -> None:
+        self.condition = condition
+        self.entries = entries  # one for each row of the condition
+        self.held: Tensor | None = None
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        self.held = self.condition.holds(x)
+
+    def results(self) -> list[AbortHit]:
+        assert self.held is not None
+        return [self.entries[i] for i in self.held.nonzero().flatten().tolist()]
+
+
+@dataclass(eq=False)
+class CaptureState:
+    """Accumulates pooled activations of one sequence: values [n_layers, width]."""
+
+    layers: tuple[int, ...]
+    values: Tensor
+
+
+class CaptureOperator:
+    """values[layer] += Σ_row weight · h: the mean over tokens, or the last one."""
+
+    def __init__(self, rows: Tensor, owner: Tensor, weight: Tensor, states: list[CaptureState], layer: int) -> None:
+        self.rows, self.owner, self.weight = rows, owner, weight
+        self.states = states
+        self.layer = layer
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        pooled = torch.zeros((len(self.states), x.shape[1]), dtype=x.dtype, device=x.device)
+        pooled.index_add_(0, self.owner, x.index_select(0, self.rows) * self.weight[:, None])
+        for state, values in zip(self.states, pooled, strict=True):
+            state.values[state.layers.index(self.layer)] += values

@@ -1,0 +1,302 @@
+"""The torch operators of each kind of edit: one group of calls for all programs of a step that use it at a place.
+
+An operator object belongs to a (site, layer, stage) and holds index tensors over *entries*: one entry is one edit of
+one program at one row (for neurons and heads: one edit at one neuron or head of a row). `run` edits the activation x
+[T, width] in place at those entries only, so rows of other programs keep their bits, and reports the norms of every
+(row, edit) group to the step for the receipts.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class StepContext:
+    """What the operators of one forward pass share."""
+
+    positions: Tensor  # [T]
+    latch: Tensor  # [rows of Tables]
+    # 1 where a gate is open, one number for each gate entry; the last is always 1 and stands for "no gate".
+    open: Tensor
+    # |delta|, |h| and openness of each counted group, in the order of execution.
+    delta_norms: list[Tensor]
+    norms: list[Tensor]
+    opened: list[Tensor]
+
+    def count(self, delta_norm: Tensor, norm: Tensor, opened: Tensor) -> None:
+        self.delta_norms.append(delta_norm)
+        self.norms.append(norm)
+        self.opened.append(opened)
+
+
+class Operator(Protocol):
+    def run(self, x: Tensor, context: StepContext) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Entries shared by all layers at which the same edits run. E entries over k edits."""
+
+    rows: Tensor  # [E] row of the batch
+    edit: Tensor  # [E] which of the k edits
+    strength: Tensor  # [E]
+    # Entry of StepContext.open, or None when no edit here has a gate.
+    gate: Tensor | None
+    ones: Tensor  # [E]
+
+    def opened(self, context: StepContext) -> Tensor:
+        return self.ones if self.gate is None else context.open.index_select(0, self.gate)
+
+
+class AddOperator:
+    """h + s v. Several edits may add to one row."""
+
+    def __init__(self, entries: Entries, vectors: Tensor) -> None:
+        self.entries = entries
+        self.vectors = vectors  # [k, width]
+        self.delta_norms = torch.linalg.vector_norm(vectors, dim=1)[entries.edit] * entries.strength.abs()
+        # One row an edit (decode): the products do not change from step to step.
+        self.delta = self._delta() if len(entries.rows) == len(vectors) else None
+
+    def _delta(self) -> Tensor:
+        return self.vectors.index_select(0, self.entries.edit) * self.entries.strength[:, None]
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        entries = self.entries
+        norms = torch.linalg.vector_norm(x.index_select(0, entries.rows), dim=1)
+        delta = self._delta() if self.delta is None else self.delta
+        opened = entries.opened(context)
+        if entries.gate is not None:
+            delta = delta * opened[:, None]
+        x.index_add_(0, entries.rows, delta)
+        context.count(self.delta_norms, norms, opened)
+
+
+class TargetOperator:
+    """h + s (t(h) - h), with the norm kept if asked; subclasses give the target. At most one entry a row."""
+
+    def __init__(self, entries: Entries, vectors: Tensor, preserve_norm: bool) -> None:
+        self.entries = entries
+        self.vectors = vectors  # [k, width]
+        self.preserve_norm = preserve_norm
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        entries = self.entries
+        h = x.index_select(0, entries.rows)
+        norms = torch.linalg.vector_norm(h, dim=1)
+        edited = torch.lerp(h, self.target(h, norms), entries.strength[:, None])
+        if self.preserve_norm:
+            reached = torch.linalg.vector_norm(edited, dim=1)
+            # A strength of 0 must leave the bits alone, and x * (n / n) may not; nothing rescales an empty row.
+            fixed = (entries.strength == 0) | (reached == 0)
+            scale = torch.where(fixed, torch.ones_like(reached), norms / reached)
+            edited = edited * scale[:, None]
+        opened = entries.opened(context)
+        if entries.gate is not None:
+            edited = torch.where(opened[:, None] > 0, edited, h)
+        x.index_copy_(0, entries.rows, edited)
+        context.count(torch.linalg.vector_norm(edited - h, dim=1), norms, opened)
+
+
+class AddPreservingOperator(TargetOperator):
+    """t(h) = h + v, followed by the rescaling to |h|."""
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        return h + self.vectors.index_select(0, self.entries.edit)
+
+
+class ReplaceOperator(TargetOperator):
+    """t(h) = v."""
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        return self.vectors.index_select(0, self.entries.edit)
+
+
+class ProjectOperator(TargetOperator):
+    """t(h) = h + (clip(h·u, low, high) - h·u) u."""
+
+    def __init__(self, entries: Entries, vectors: Tensor, preserve_norm: bool, low: Tensor, high: Tensor) -> None:
+        super().__init__(entries, vectors, preserve_norm)
+        self.low, self.high = low[entries.edit], high[entries.edit]  # [E]
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        unit = self.vectors.index_select(0, self.entries.edit)
+        projection = (h * unit).sum(1)
+        clipped = torch.minimum(torch.maximum(projection, self.low), self.high)
+        return torch.addcmul(h, (clipped - projection)[:, None], unit)
+
+
+class RotateOperator(TargetOperator):
+    """t(h) = |h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, v)), w the part of v orthogonal to h, normalised."""
+
+    def __init__(self, entries: Entries, vectors: Tensor, preserve_norm: bool, radians: Tensor) -> None:
+        super().__init__(entries, vectors, preserve_norm)
+        self.radians = radians[entries.edit]  # [E]
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        unit = self.vectors.index_select(0, self.entries.edit)
+        direction = h / norms[:, None]
+        cosine = (direction * unit).sum(1)
+        across = unit - cosine[:, None] * direction
+        sine = torch.linalg.vector_norm(across, dim=1)
+        angle = torch.minimum(self.radians, torch.atan2(sine, cosine))
+        turned = torch.cos(angle)[:, None] * direction + (torch.sin(angle) / sine)[:, None] * across
+        # A row along v has no plane to turn in.
+        return torch.where((sine > 1e-6)[:, None], turned * norms[:, None], h)
+
+
+class Grid:
+    """Entries of k edits laid out [k, most entries of one edit], so that all edits form one batched product."""
+
+    def __init__(self, edit: Tensor, k: int) -> None:
+        # edit [E]: which edit an entry belongs to; entries of one edit are consecutive.
+        counts = torch.bincount(edit, minlength=k)
+        self.shape = (k, int(counts.max()))
+        starts = torch.cumsum(counts, 0) - counts
+        self.place = edit * self.shape[1] + torch.arange(len(edit), device=edit.device) - starts[edit]
+
+    def spread(self, h: Tensor) -> Tensor:  # [E, width] -> [k, most, width]
+        k, most = self.shape
+        grid = torch.zeros((k * most, h.shape[1]), dtype=h.dtype, device=h.device)
+        return grid.index_copy_(0, self.place, h).view(k, most, -1)
+
+    def collect(self, grid: Tensor) -> Tensor:  # [k, most, n] -> [E, n]
+        return grid.reshape(-1, grid.shape[2]).index_select(0, self.place)
+
+
+class LowRankOperator(TargetOperator):
+    """t(h) = h + Rᵀ(W h + b - R h). Ranks are padded with zeros to the largest of the step."""
+
+    def __init__(self, entries: Entries, preserve_norm: bool, payload: list[tuple[Tensor, ...]]) -> None:
+        super().__init__(entries, payload[0][0], preserve_norm)
+        rank = max(len(p[2]) for p in payload)
+        padded = [[torch.nn.functional.pad(t, _pad(t, rank)) for t in p] for p in payload]
+        self.rotation = torch.stack([p[0] for p in padded])  # [k, rank, width]
+        self.difference = torch.stack([p[1] - p[0] for p in padded])
+        self.bias = torch.stack([p[2] for p in padded])[:, None]  # [k, 1, rank]
+        self.grid = Grid(entries.edit, len(payload))
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        inner = torch.baddbmm(self.bias, self.grid.spread(h), self.difference.transpose(1, 2))
+        return h + self.grid.collect(torch.bmm(inner, self.rotation))
+
+
+def _pad(tensor: Tensor, rank: int) -> tuple[int, ...]:
+    missing = rank - tensor.shape[0]
+    return (0, missing) if tensor.dim() == 1 else (0, 0, 0, missing)
+
+
+class NeuronOperator:
+    """t(a) = clip(f a + c, low, high) for single neurons. Entries are (row, neuron), groups are (row, edit)."""
+
+    def __init__(
+        self, groups: Entries, width: int, index: list[Tensor], parameters: list[tuple[Tensor, ...]], spread: Tensor
+    ) -> None:
+        # index[g], parameters[g]: neurons of group g's edit; spread [entries]: group of each entry.
+        self.groups = groups
+        sizes = torch.tensor([len(i) for i in index], device=spread.device)
+        order = _ragged(sizes, groups.edit)
+        self.spread = spread
+        self.flat = groups.rows[spread] * width + torch.cat(index)[order]
+        stacked = [torch.cat(column)[order] for column in zip(*parameters, strict=True)]
+        self.factor, self.offset, self.low, self.high = stacked
+        self.strength = groups.strength[spread]
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        groups = self.groups
+        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows), dim=1)
+        flat = x.view(-1)
+        a = flat.index_select(0, self.flat)
+        target = torch.minimum(torch.maximum(torch.addcmul(self.offset, a, self.factor), self.low), self.high)
+        edited = torch.lerp(a, target, self.strength)
+        opened = groups.opened(context)
+        if groups.gate is not None:
+            edited = torch.where(opened.index_select(0, self.spread) > 0, edited, a)
+        flat.index_copy_(0, self.flat, edited)
+        squares = torch.zeros_like(norms).index_add_(0, self.spread, (edited - a).square())
+        context.count(squares.sqrt(), norms, opened)
+
+
+class HeadOperator:
+    """t(z) = f z + m for single heads. Entries are (row, head), groups are (row, edit)."""
+
+    def __init__(
+        self, groups: Entries, n_heads: int, index: list[Tensor], parameters: list[tuple[Tensor, ...]], spread: Tensor
+    ) -> None:
+        self.groups = groups
+        self.n_heads = n_heads
+        sizes = torch.tensor([len(i) for i in index], device=spread.device)
+        order = _ragged(sizes, groups.edit)
+        self.spread = spread
+        self.flat = groups.rows[spread] * n_heads + torch.cat(index)[order]
+        self.factor = torch.cat([p[0] for p in parameters])[order][:, None]
+        self.offset = torch.cat([p[1] for p in parameters])[order]
+        self.strength = groups.strength[spread][:, None]
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        groups = self.groups
+        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows), dim=1)
+        heads = x.view(x.shape[0] * self.n_heads, -1)
+        z = heads.index_select(0, self.flat)
+        edited = torch.lerp(z, torch.addcmul(self.offset, z, self.factor), self.strength)
+        opened = groups.opened(context)
+        if groups.gate is not None:
+            edited = torch.where(opened.index_select(0, self.spread)[:, None] > 0, edited, z)
+        heads.index_copy_(0, self.flat, edited)
+        squares = torch.zeros_like(norms).index_add_(0, self.spread, (edited - z).square().sum(1))
+        context.count(squares.sqrt(), norms, opened)
+
+
+def _ragged(sizes: Tensor, edit: Tensor) -> Tensor:
+    """Positions, in the concatenation of all edits' items, of the items of each group's edit, group after group."""
+    starts = torch.cumsum(sizes, 0) - sizes
+    lengths = sizes[edit]
+    total = int(lengths.sum())
+    first = torch.cumsum(lengths, 0) - lengths
+    within = torch.arange(total, device=sizes.device) - torch.repeat_interleave(first, lengths)
+    return torch.repeat_interleave(starts[edit], lengths) + within
+
+
+class ConditionOperator:
+    """Evaluates conditions: value = h·u (or the cosine), holds where sign · value > sign · threshold."""
+
+    def __init__(
+        self, rows: Tensor, units: Tensor, sign: Tensor, threshold: Tensor, cosine: Tensor, valid: Tensor
+    ) -> None:
+        self.rows = rows  # [E]
+        self.units = units  # [E, width]
+        self.sign, self.threshold = sign, sign * threshold
+        self.cosine = cosine  # [E] bool
+        self.valid = valid  # [E] bool, row is in the condition's scope
+
+    def holds(self, x: Tensor) -> Tensor:
+        h = x.index_select(0, self.rows)
+        value = (h * self.units).sum(1)
+        value = torch.where(self.cosine, value / torch.linalg.vector_norm(h, dim=1), value)
+        return (self.sign * value > self.threshold) & self.valid
+
+
+class GateOperator:
+    """Opens the gate entries `places` of the step; latches remember the position at which they fired first."""
+
+    def __init__(self, condition: ConditionOperator, places: Tensor, latched: Tensor, latch: Tensor) -> None:
+        self.condition = condition
+        self.places = places  # [E]
+        self.latched = latched  # [E] bool
+        self.latch = latch  # [E] row of Tables.latch
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        holds = self.condition.holds(x)
+        positions = context.positions.index_select(0, self.condition.rows)
+        never = torch.iinfo(torch.int64).max
+        fired = torch.where(holds & self.latched, positions, never)
+        context.latch.scatter_reduce_(0, self.latch, fired, "amin")
+        since = context.latch.index_select(0, self.latch)
+        opened = torch.where(self.latched, positions >= since, holds)
+        context.open.index_copy_(0, self.places, opened.to(context.open.dtype))

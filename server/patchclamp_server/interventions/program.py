@@ -1,0 +1,274 @@
+"""The intervention language as frozen dataclasses: one for each message of proto/patchclamp/v1/program.proto.
+
+Nothing here is checked against a model; see bind.py. Nothing here knows gRPC; see rpc/program_codec.py.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+
+class Site(Enum):
+    """One activation of a block. The value is the name used in messages, docs and metrics."""
+
+    RESID_PRE = "resid_pre"
+    RESID_MID = "resid_mid"
+    RESID_POST = "resid_post"
+    ATTN_Z = "attn_z"
+    ATTN_OUT = "attn_out"
+    MLP_POST = "mlp_post"
+    MLP_OUT = "mlp_out"
+
+    @property
+    def order(self) -> int:
+        """Place within a block, in the order of the forward pass."""
+        return FORWARD_ORDER.index(self)
+
+
+FORWARD_ORDER = (
+    Site.RESID_PRE,
+    Site.ATTN_Z,
+    Site.ATTN_OUT,
+    Site.RESID_MID,
+    Site.MLP_POST,
+    Site.MLP_OUT,
+    Site.RESID_POST,
+)
+RESIDUAL_SITES = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST)
+
+
+class Phase(Enum):
+    PROMPT = "prompt"
+    GENERATED = "generated"
+
+
+class Comparison(Enum):
+    ABOVE = "above"
+    BELOW = "below"
+
+
+@dataclass(frozen=True)
+class PositionRange:
+    """Half-open; negative numbers count from the end of the prompt; `end` None has no end."""
+
+    start: int = 0
+    end: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenSelector:
+    """Matches a token when every field that is set matches."""
+
+    phase: Phase | None = None
+    positions: PositionRange | None = None
+    last_k: int | None = None
+    token_ids: tuple[int, ...] = ()
+    role: str | None = None
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Tokens that match any `include` (none given: all) and no `exclude`."""
+
+    include: tuple[TokenSelector, ...] = ()
+    exclude: tuple[TokenSelector, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A direction: an artifact reference or values [width] or [n_layers_of_edit, width]."""
+
+    artifact: str | None = None
+    values: torch.Tensor | None = None
+    artifact_layer: int | None = None
+    unit: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AddVector:
+    vector: Vector
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectOut:
+    vector: Vector
+
+
+@dataclass(frozen=True, eq=False)
+class CapProjection:
+    vector: Vector
+    min: float | None = None
+    max: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SetProjection:
+    vector: Vector
+    target: float
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceVector:
+    vector: Vector
+
+
+@dataclass(frozen=True, eq=False)
+class RotateTowards:
+    vector: Vector
+    radians: float
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """R and W [rank, width], b [rank]."""
+
+    rotation: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class NeuronOp(Enum):
+    SET = "set"
+    SCALE = "scale"
+    ADD = "add"
+    CLAMP = "clamp"
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronEdit:
+    """`values`: one for all neurons, one each, or empty to use those of the neuron set (not for CLAMP)."""
+
+    neurons: tuple[int, ...] = ()
+    neuron_set: str | None = None
+    op: NeuronOp = NeuronOp.SET
+    values: tuple[float, ...] = ()
+    min: float | None = None
+    max: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEdit:
+    """Exactly one of `scale` and `mean` [n_heads_of_edit, head_dim] (or with a leading layer dimension)."""
+
+    heads: tuple[int, ...]
+    scale: float | None = None
+    mean: torch.Tensor | None = None
+
+
+VectorKind = AddVector | ProjectOut | CapProjection | SetProjection | ReplaceVector | RotateTowards | LowRank
+EditKind = VectorKind | NeuronEdit | HeadEdit
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """Projection (or cosine) of an activation on a unit vector, compared with a threshold."""
+
+    site: Site
+    layer: int
+    vector: Vector
+    comparison: Comparison
+    threshold: float
+    cosine: bool = False
+    scope: Scope = field(default_factory=Scope)
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    condition: Condition
+    latched: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """h ← h + strength · (t(h) - h) at the tokens in scope, for the target t of the kind."""
+
+    kind: EditKind
+    site: Site
+    name: str = ""
+    layers: tuple[int, ...] = ()
+    all_layers: bool = False
+    strength: float = 1.0
+    scope: Scope = field(default_factory=Scope)
+    gate: Gate | None = None
+    preserve_norm: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AbortCondition:
+    name: str
+    condition: Condition
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionReadout:
+    vectors: tuple[Vector, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronReadout:
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TopNeuronsReadout:
+    k: int
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLensReadout:
+    k: int
+
+
+ReadoutKind = ProjectionReadout | NeuronReadout | TopNeuronsReadout | LogitLensReadout
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    kind: ReadoutKind
+    site: Site
+    name: str = ""
+    layers: tuple[int, ...] = ()
+    all_layers: bool = False
+    scope: Scope = field(default_factory=Scope)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Everything one request does to the model. Edits are applied in listed order."""
+
+    edits: tuple[Edit, ...] = ()
+    readouts: tuple[Readout, ...] = ()
+    abort_when: tuple[AbortCondition, ...] = ()
+
+
+@dataclass(frozen=True)
+class EditReceipt:
+    """What one edit did: see the message of the same name."""
+
+    name: str
+    rows: int
+    mean_relative_change: float
+    gate_firings: int
+    rows_from_cache: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    program_fingerprint: str
+    edits: tuple[EditReceipt, ...]
+
+    @property
+    def touched(self) -> bool:
+        return any(e.rows + e.rows_from_cache > 0 for e in self.edits)
+
+
+@dataclass(frozen=True)
+class ReadoutValue:
+    """What one readout saw at one token and layer."""
+
+    name: str
+    layer: int
+    position: int
+    values: tuple[float, ...]
+    ids: tuple[int, ...] = ()

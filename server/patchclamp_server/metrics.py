@@ -1,0 +1,152 @@
+"""What the server tells Prometheus. Prefix patchclamp_, base units, labels from closed sets only.
+
+Counts kept by the engine itself are read at scrape time; latencies are observed where they happen.
+"""
+
+from collections.abc import Callable, Iterator
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from patchclamp_server.engine.engine import EngineStats
+from patchclamp_server.model.info import ModelInfo
+
+REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# EngineStats field -> metric and help. Counters get the suffix _total.
+STATS_GAUGES: dict[str, tuple[str, str]] = {
+    "running": ("patchclamp_sequences_running", "Sequences that hold KV blocks."),
+    "waiting": ("patchclamp_queue_waiting", "Sequences that wait for their first step, or for another one."),
+    "kv_blocks_total": ("patchclamp_kv_blocks", "KV blocks there are."),
+    "kv_blocks_free": ("patchclamp_kv_blocks_free", "KV blocks a new sequence could take."),
+    "kv_blocks_cached": ("patchclamp_kv_blocks_cached", "KV blocks kept for their prefix."),
+}
+STATS_COUNTERS: dict[str, tuple[str, str]] = {
+    "steps": ("patchclamp_steps", "Forward passes."),
+    "prefill_tokens": ("patchclamp_prefill_tokens", "Prompt tokens computed."),
+    "decode_tokens": ("patchclamp_decode_tokens", "Tokens generated."),
+    "prefix_hit_tokens": ("patchclamp_prefix_cache_hit_tokens", "Prompt tokens reused from the prefix cache."),
+    "preemptions": ("patchclamp_preemptions", "Sequences that lost their KV blocks and were computed again."),
+}
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own. Is an EngineObserver."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        by_method = ("service", "method")
+        self.requests = Counter(
+            "patchclamp_requests_total", "Calls answered.", (*by_method, "code"), registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "patchclamp_request_seconds", "Time of a call.", by_method, buckets=REQUEST_BUCKETS, registry=self.registry
+        )
+        self.in_flight = Gauge(
+            "patchclamp_requests_in_flight", "Calls not yet answered.", by_method, registry=self.registry
+        )
+        self._step_seconds = Histogram(
+            "patchclamp_step_seconds", "Time of a forward pass.", buckets=STEP_BUCKETS, registry=self.registry
+        )
+        self._batch_rows = Histogram(
+            "patchclamp_batch_rows", "Token rows of a forward pass.", buckets=ROW_BUCKETS, registry=self.registry
+        )
+        self._decode_rows = Histogram(
+            "patchclamp_batch_decode_rows",
+            "Sequences that got a token from a forward pass.",
+            buckets=(0, *ROW_BUCKETS),
+            registry=self.registry,
+        )
+        self._first_token_seconds = Histogram(
+            "patchclamp_time_to_first_token_seconds",
+            "From the arrival of a request to its first token.",
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self._inter_token_seconds = Histogram(
+            "patchclamp_inter_token_seconds",
+            "From one token of a sequence to its next.",
+            buckets=STEP_BUCKETS,
+            registry=self.registry,
+        )
+        self._finished = Counter(
+            "patchclamp_sequences_finished_total",
+            "Sequences by outcome: a finish reason, or the class of the error.",
+            ("outcome",),
+            registry=self.registry,
+        )
+
+    def describe_model(self, info: ModelInfo) -> None:
+        gauge = Gauge(
+            "patchclamp_model_info",
+            "The model that is served; always 1.",
+            ("name", "architecture", "fingerprint", "dtype", "device"),
+            registry=self.registry,
+        )
+        gauge.labels(info.name, info.architecture, info.fingerprint, info.dtype, info.device).set(1)
+
+    def read_engine(self, stats: Callable[[], EngineStats]) -> None:
+        """`stats` is called at every scrape, on the scraper's thread."""
+        self.registry.register(EngineCollector(stats))
+
+    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None:
+        self._step_seconds.observe(seconds)
+        self._batch_rows.observe(prefill_tokens + decode_rows)
+        self._decode_rows.observe(decode_rows)
+
+    def on_first_token(self, seconds: float) -> None:
+        self._first_token_seconds.observe(seconds)
+
+    def on_inter_token(self, seconds: float) -> None:
+        self._inter_token_seconds.observe(seconds)
+
+    def on_finished(self, outcome: str) -> None:
+        self._finished.labels(outcome).inc()
+
+    def on_preemption(self) -> None:
+        """Counted by the engine: see EngineCollector."""
+
+
+class EngineCollector(Collector):
+    """The engine's own counts, as they are when Prometheus asks."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name, (metric, text) in STATS_GAUGES.items():
+            yield GaugeMetricFamily(metric, text, value=getattr(stats, name))
+        for name, (metric, text) in STATS_COUNTERS.items():
+            yield CounterMetricFamily(metric, text, value=getattr(stats, name))
+
+    def describe(self) -> Iterator[Metric]:
+        """Without values: registering must not ask an engine that has not started."""
+        for metric, text in STATS_GAUGES.values():
+            yield GaugeMetricFamily(metric, text)
+        for metric, text in STATS_COUNTERS.values():
+            yield CounterMetricFamily(metric, text)
+
+
+class MetricsEndpoint:
+    """`/metrics` over HTTP, on a thread of its own."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        """Port 0 takes a free one. Raises OSError when the port is taken."""
+        served: tuple[WSGIServer, Thread] = start_http_server(port, addr=host, registry=metrics.registry)
+        self._server, self._thread = served
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

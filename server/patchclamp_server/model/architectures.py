@@ -1,0 +1,159 @@
+"""The architecture table: where each family keeps its weights, and which of them its blocks are wired from.
+
+Adding a family is adding a row. A family with another wiring of its residual stream says so here (`parallel_residual`,
+`post_attn_norm`), and the sites it has follow from that.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from patchclamp_server.interventions.program import Site
+
+
+class NormKind(Enum):
+    RMS = "rms"
+    # Gemma stores w - 1: the norm multiplies by 1 + w.
+    RMS_ONE_PLUS = "rms_one_plus"
+    LAYER = "layer"
+
+
+class QkvLayout(Enum):
+    """How rows of a fused projection are ordered."""
+
+    # All q heads, then all k heads, then all v heads.
+    CONCATENATED = "concatenated"
+    # q, k, v of head 0, then of head 1, ... (gpt_neox).
+    PER_HEAD = "per_head"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths below the causal-LM model (`layers`) and below a block (the rest)."""
+
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    unembedding: str = "lm_head"
+    # Absent for learned positions.
+    rotary: str | None = "model.rotary_emb"
+    position_embedding: str | None = None
+    # OPT's table starts with two unused rows.
+    position_offset: int = 0
+
+    attn_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    # Sandwich norms: applied to what attention and MLP add to the residual stream.
+    post_attn_norm: str | None = None
+    post_mlp_norm: str | None = None
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv_layout: QkvLayout = QkvLayout.CONCATENATED
+    q_norm: str | None = None
+    k_norm: str | None = None
+    attn_output: str = "self_attn.o_proj"
+    # One or two modules for gated MLPs (gate rows first); one for ungated ones.
+    mlp_input: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    gated: bool = True
+    mlp_output: str = "mlp.down_proj"
+    # gpt2 stores its matrices [in, out].
+    transposed: bool = False
+
+    norm: NormKind = NormKind.RMS
+    scale_embedding: bool = False
+    has_soft_caps: bool = False
+    # Configuration keys of activation function and norm epsilon.
+    activation_key: str = "hidden_act"
+    eps_key: str = "rms_norm_eps"
+    # Configuration values under which this row describes the model; anything else is refused.
+    requires: tuple[tuple[str, object], ...] = ()
+
+
+_GEMMA = Family(
+    mlp_norm="pre_feedforward_layernorm",
+    post_attn_norm="post_attention_layernorm",
+    post_mlp_norm="post_feedforward_layernorm",
+    norm=NormKind.RMS_ONE_PLUS,
+    scale_embedding=True,
+    activation_key="hidden_activation",
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    "gemma2": replace(_GEMMA, has_soft_caps=True),
+    "gemma3_text": replace(
+        _GEMMA,
+        q_norm="self_attn.q_norm",
+        k_norm="self_attn.k_norm",
+        requires=(("use_bidirectional_attention", False),),
+    ),
+    "phi3": Family(qkv=("self_attn.qkv_proj",), mlp_input=("mlp.gate_up_proj",)),
+    "gpt2": Family(
+        layers="transformer.h",
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        rotary=None,
+        position_embedding="transformer.wpe",
+        attn_norm="ln_1",
+        mlp_norm="ln_2",
+        qkv=("attn.c_attn",),
+        attn_output="attn.c_proj",
+        mlp_input=("mlp.c_fc",),
+        gated=False,
+        mlp_output="mlp.c_proj",
+        transposed=True,
+        norm=NormKind.LAYER,
+        activation_key="activation_function",
+        eps_key="layer_norm_epsilon",
+        requires=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)),
+    ),
+    "opt": Family(
+        layers="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+        final_norm="model.decoder.final_layer_norm",
+        rotary=None,
+        position_embedding="model.decoder.embed_positions",
+        position_offset=2,
+        attn_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        attn_output="self_attn.out_proj",
+        mlp_input=("fc1",),
+        gated=False,
+        mlp_output="fc2",
+        norm=NormKind.LAYER,
+        activation_key="activation_function",
+        eps_key="",
+        requires=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False)),
+    ),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        rotary="gpt_neox.rotary_emb",
+        qkv=("attention.query_key_value",),
+        qkv_layout=QkvLayout.PER_HEAD,
+        attn_output="attention.dense",
+        mlp_input=("mlp.dense_h_to_4h",),
+        gated=False,
+        mlp_output="mlp.dense_4h_to_h",
+        norm=NormKind.LAYER,
+        eps_key="layer_norm_eps",
+    ),
+}
+
+
+def site_widths(*, d_model: int, d_ff: int, n_heads: int, head_dim: int, parallel_residual: bool) -> dict[Site, int]:
+    """Sites of a model and their widths. With a parallel residual stream there is nothing between attention and MLP."""
+    widths = {
+        Site.RESID_PRE: d_model,
+        Site.RESID_MID: d_model,
+        Site.RESID_POST: d_model,
+        Site.ATTN_Z: n_heads * head_dim,
+        Site.ATTN_OUT: d_model,
+        Site.MLP_POST: d_ff,
+        Site.MLP_OUT: d_model,
+    }
+    if parallel_residual:
+        del widths[Site.RESID_MID]
+    return widths

@@ -1,0 +1,109 @@
+"""A cache of models made from other files: each entry is whole or it is not there.
+
+An entry is built in a hidden sibling, its manifest is written last, and one rename makes it visible. A lock per entry
+keeps two processes from building the same one; it is released by the kernel when its holder dies.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from patchclamp_server.model.digests import cache_root, content_digest, rename_remembered
+from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.progress import Progress, Stage
+
+MANIFEST = "patchclamp-manifest.json"
+
+
+def cached_model(key: str, build: Callable[[Path], None], progress: Progress) -> Path:
+    """The directory of entry `key`; `build` fills an empty directory with it when there is no sound entry yet.
+
+    An entry that does not match its manifest is thrown away and built again. What `build` raises is passed on, and
+    leaves no entry.
+    """
+    models = cache_root() / "models"
+    entry = models / key
+    if not is_sound(entry):
+        models.mkdir(parents=True, exist_ok=True)
+        with _locked(models / f".{key}.lock", progress):
+            # Whoever held the lock before may have built it.
+            if not is_sound(entry):
+                _discard(models, key)
+                _build(models, key, build)
+    progress.update(Stage.READY)
+    return entry
+
+
+def is_sound(entry: Path) -> bool:
+    """Whether the files are those of the manifest, by size and digest (remembered while a file is unchanged)."""
+    try:
+        listed = json.loads((entry / MANIFEST).read_bytes())["files"]
+        for name, expected in listed.items():
+            path = entry / name
+            if path.stat().st_size != expected["size"] or content_digest(path) != expected["digest"]:
+                return False
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, ModelSourceError):
+        # Every way in which a damaged entry can look: no manifest, not JSON, another shape, a broken header.
+        return False
+    return bool(listed)
+
+
+def _build(models: Path, key: str, build: Callable[[Path], None]) -> None:
+    partial = _hidden(models, key)
+    partial.mkdir()
+    try:
+        build(partial)
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        for path in files:
+            # safetensors files are created for their owner only; an entry gets the rights of the user's umask.
+            path.chmod(partial.stat().st_mode & 0o666)
+            _sync(path)
+        manifest = {path.name: {"size": path.stat().st_size, "digest": content_digest(path)} for path in files}
+        (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
+        _sync(partial / MANIFEST)
+        _sync(partial)
+        partial.rename(models / key)
+        _sync(models)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for path in files:
+        rename_remembered(path.resolve(), (models / key / path.name).resolve())
+
+
+def _discard(models: Path, key: str) -> None:
+    """Remove a damaged entry and what killed builders left. Only under the lock."""
+    for leftover in models.glob(f".{key}.*.partial"):
+        shutil.rmtree(leftover)
+    if (models / key).exists():
+        # Renamed first, so that no reader sees it half removed.
+        grave = _hidden(models, key)
+        (models / key).rename(grave)
+        shutil.rmtree(grave)
+
+
+def _hidden(models: Path, key: str) -> Path:
+    return models / f".{key}.{uuid4().hex}.partial"
+
+
+@contextmanager
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.update(Stage.WAIT)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

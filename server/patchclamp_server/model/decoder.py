@@ -1,0 +1,304 @@
+"""One forward pass over a ragged batch, with a seam at every site.
+
+    x ← embed(tokens);  for each block: x ← x + attn(norm(x));  x ← x + mlp(norm(x));  hidden = norm(x)
+
+The blocks of all families are one function driven by `DecoderSpec`: transformers supplies configuration, weights and
+rotary frequencies, and is the oracle in the tests. Its own module code is not run, because of what is measured in
+benchmarks/cpu.py: it issues about four times as many operators for one token, and leaves no place to fuse edits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from patchclamp_server.engine.attention import AttentionBatch, paged_attention
+from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.architectures import NormKind, QkvLayout
+from patchclamp_server.model.linear import Linear, packing_for
+from patchclamp_server.model.spec import DecoderSpec, read_spec
+
+
+class SiteHooks(Protocol):
+    """What a step does at the sites. `visit` edits the activation [T, width] in place."""
+
+    def visit(self, site: Site, layer: int, x: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """Rows of one step, single-token rows first."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64, token addresses in the KV pool
+    attention: AttentionBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    attn_norm: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    attn_output: Linear
+    post_attn_norm: Norm | None
+    mlp_norm: Norm
+    mlp_input: Linear
+    mlp_output: Linear
+    post_mlp_norm: Norm | None
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATION_FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
+
+
+class Decoder:
+    """A decoder-only transformer whose sites can be edited and read."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        embedding: Tensor,
+        position_embedding: Tensor | None,
+        rotary: dict[str, tuple[Tensor, Tensor]],
+        blocks: list[Block],
+        final_norm: Norm,
+        unembedding: Linear,
+    ) -> None:
+        self.spec = spec
+        self.embedding = embedding  # [vocab, d_model]
+        self.position_embedding = position_embedding  # [context, d_model]
+        # cos and signed sin [context, rotary_dim] by rotary kind.
+        self.rotary = rotary
+        self.blocks = blocks
+        self.final_norm = final_norm
+        self.unembedding = unembedding
+        self.windows = set(spec.windows)
+        self.device = embedding.device
+        self.dtype = embedding.dtype
+        self._activation: Callable[[Tensor], Tensor] = _ACTIVATION_FUNCTIONS[spec.activation]
+
+    @torch.inference_mode()
+    def forward(self, step: StepInputs, pools: list[Tensor], hooks: SiteHooks) -> Tensor:
+        """Residual stream [T, d_model] at the end of the last block; writes the KV pools."""
+        spec = self.spec
+        x = F.embedding(step.token_ids, self.embedding)
+        if spec.embedding_scale != 1.0:
+            x = x * torch.tensor(spec.embedding_scale, dtype=x.dtype)
+        if self.position_embedding is not None:
+            x = x + F.embedding(step.positions, self.position_embedding)
+        tables = {
+            kind: (cos.index_select(0, step.positions)[:, None], sin.index_select(0, step.positions)[:, None])
+            for kind, (cos, sin) in self.rotary.items()
+        }
+        for layer, block in enumerate(self.blocks):
+            hooks.visit(Site.RESID_PRE, layer, x)
+            rotary = tables.get(spec.rotary_kinds[layer])
+            attn_out = self._attention(block, layer, block.attn_norm(x), step, pools[layer], rotary, hooks)
+            hooks.visit(Site.ATTN_OUT, layer, attn_out)
+            if spec.parallel_residual:
+                mlp_out = self._mlp(block, layer, block.mlp_norm(x), hooks)
+                x = x + attn_out
+            else:
+                x = x + attn_out
+                hooks.visit(Site.RESID_MID, layer, x)
+                mlp_out = self._mlp(block, layer, block.mlp_norm(x), hooks)
+            hooks.visit(Site.MLP_OUT, layer, mlp_out)
+            x = x + mlp_out
+            hooks.visit(Site.RESID_POST, layer, x)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """Unembeds residual states [N, d_model] -> [N, vocab], float32."""
+        logits = self.unembedding(self.final_norm(x)).float()
+        cap = self.spec.final_soft_cap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _attention(
+        self,
+        block: Block,
+        layer: int,
+        h: Tensor,
+        step: StepInputs,
+        pool: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        hooks: SiteHooks,
+    ) -> Tensor:
+        spec = self.spec
+        qk_heads = spec.n_heads + spec.n_kv_heads
+        qkv = block.qkv(h).view(h.shape[0], qk_heads + spec.n_kv_heads, spec.head_dim)
+        qk, v = qkv[:, :qk_heads], qkv[:, qk_heads:]
+        if block.q_norm is not None and block.k_norm is not None:
+            qk = torch.cat((block.q_norm(qk[:, : spec.n_heads]), block.k_norm(qk[:, spec.n_heads :])), dim=1)
+        if rotary is not None:
+            qk = _rotate(qk, *rotary)
+        z = paged_attention(
+            qk[:, : spec.n_heads],
+            qk[:, spec.n_heads :],
+            v,
+            pool,
+            step.slots,
+            step.attention,
+            scale=spec.attention_scale,
+            window=spec.windows[layer],
+            soft_cap=spec.attention_soft_cap,
+        )
+        hooks.visit(Site.ATTN_Z, layer, z)
+        out = block.attn_output(z)
+        return out if block.post_attn_norm is None else block.post_attn_norm(out)
+
+    def _mlp(self, block: Block, layer: int, h: Tensor, hooks: SiteHooks) -> Tensor:
+        hidden = block.mlp_input(h)
+        if self.spec.family.gated:
+            gate, up = torch.split(hidden, self.spec.d_ff, dim=1)
+            neurons = self._activation(gate) * up
+        else:
+            neurons = self._activation(hidden)
+        hooks.visit(Site.MLP_POST, layer, neurons)
+        out = block.mlp_output(neurons)
+        return out if block.post_mlp_norm is None else block.post_mlp_norm(out)
+
+    @classmethod
+    def from_transformers(cls, model: PreTrainedModel, *, dtype: torch.dtype, device: str) -> "Decoder":
+        """Takes over the weights of a causal LM, fused: q, k, v in one matrix, gate and up in one.
+
+        Raises FailedPrecondition for an architecture that is not in the table.
+        """
+        return _Builder(model, dtype, device).build()
+
+
+def _rotate(qk: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """x cos + rotate_half(x) sin, as a roll by half: the sign of the first half is folded into `signed_sin`."""
+    dim = cos.shape[-1]
+    if dim == qk.shape[-1]:
+        return torch.addcmul(qk * cos, torch.roll(qk, dim // 2, -1), signed_sin)
+    turned, rest = qk[..., :dim], qk[..., dim:]
+    turned = torch.addcmul(turned * cos, torch.roll(turned, dim // 2, -1), signed_sin)
+    return torch.cat((turned, rest), dim=-1)
+
+
+class _Builder:
+    """Reads modules by the paths of the architecture table."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: str) -> None:
+        self.model = model
+        self.spec = read_spec(model.config)
+        self.dtype = dtype
+        self.device = device
+
+    def build(self) -> Decoder:
+        family = self.spec.family
+        layers = self._module(family.layers)
+        embedding = self._tensor(self._module(family.embedding).weight)
+        positions = None
+        if family.position_embedding is not None:
+            table = self._module(family.position_embedding).weight
+            positions = self._tensor(table[family.position_offset :])
+        unembedding = self._module(family.unembedding)
+        tied = unembedding.weight is self._module(family.embedding).weight
+        weight = embedding if tied else self._tensor(unembedding.weight)
+        bias = None if getattr(unembedding, "bias", None) is None else self._tensor(unembedding.bias)
+        return Decoder(
+            self.spec,
+            embedding,
+            positions,
+            self._rotary(),
+            [self._block(layer) for layer in layers.children()],
+            self._norm(self._module(family.final_norm)),
+            Linear(weight, bias, packing_for(weight)),
+        )
+
+    def _block(self, layer: nn.Module) -> Block:
+        family, spec = self.spec.family, self.spec
+
+        def norm(path: str | None) -> Norm | None:
+            return None if path is None else self._norm(_submodule(layer, path))
+
+        attn_norm, mlp_norm = norm(family.attn_norm), norm(family.mlp_norm)
+        assert attn_norm is not None
+        assert mlp_norm is not None
+        order = None
+        if family.qkv_layout is QkvLayout.PER_HEAD:
+            rows = torch.arange(3 * spec.n_heads * spec.head_dim).view(spec.n_heads, 3, spec.head_dim)
+            order = rows.transpose(0, 1).reshape(-1)
+        return Block(
+            attn_norm=attn_norm,
+            qkv=self._linear(layer, family.qkv, order),
+            q_norm=norm(family.q_norm),
+            k_norm=norm(family.k_norm),
+            attn_output=self._linear(layer, (family.attn_output,)),
+            post_attn_norm=norm(family.post_attn_norm),
+            mlp_norm=mlp_norm,
+            mlp_input=self._linear(layer, family.mlp_input),
+            mlp_output=self._linear(layer, (family.mlp_output,)),
+            post_mlp_norm=norm(family.post_mlp_norm),
+        )
+
+    def _linear(self, layer: nn.Module, paths: tuple[str, ...], order: Tensor | None = None) -> Linear:
+        """Stacks the modules at `paths` along their outputs, and reorders the outputs by `order`."""
+        modules = [_submodule(layer, path) for path in paths]
+        weights = [m.weight.t() if self.spec.family.transposed else m.weight for m in modules]
+        weight = torch.cat(weights)
+        bias = None
+        if getattr(modules[0], "bias", None) is not None:
+            bias = torch.cat([m.bias for m in modules])
+        if order is not None:
+            weight = weight[order]
+            bias = None if bias is None else bias[order]
+        weight = self._tensor(weight)
+        return Linear(weight, None if bias is None else self._tensor(bias), packing_for(weight))
+
+    def _module(self, path: str) -> Any:
+        return _submodule(self.model, path)
+
+    def _norm(self, module: Any) -> Norm:
+        kind = self.spec.family.norm
+        eps = self.spec.eps if kind is not NormKind.LAYER else float(module.eps)
+        weight = module.weight.float() + 1.0 if kind is NormKind.RMS_ONE_PLUS else module.weight
+        bias = self._tensor(module.bias) if kind is NormKind.LAYER else None
+        return Norm(self._tensor(weight), bias, eps)
+
+    def _rotary(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tables by position, from the family's own module, so that every fixed scaling is taken over."""
+        path = self.spec.family.rotary
+        if path is None:
+            return {}
+        module = self._module(path)
+        positions = torch.arange(self.spec.context_length)[None]
+        like = torch.empty(1, dtype=torch.float32)
+        tables = {}
+        for kind in sorted(set(self.spec.rotary_kinds)):
+            cos, sin = module(like, positions, kind) if kind else module(like, positions)
+            half = cos.shape[-1] // 2
+            signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+            tables[kind] = (self._tensor(cos[0]), self._tensor(signed))
+        return tables
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        return value.detach().to(device=self.device, dtype=self.dtype).contiguous()
+
+
+def _submodule(module: nn.Module, path: str) -> Any:
+    # Which attributes it has is known to the architecture table, not to the type checker.
+    return module.get_submodule(path)

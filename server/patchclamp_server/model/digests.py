@@ -1,0 +1,157 @@
+"""SHA-256 of the contents of model files, remembered so that a start does not read hundreds of megabytes again.
+
+A safetensors file is digested tensor by tensor, so that how its tensors are ordered, sharded or commented does not
+matter. Any other file is digested as its bytes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from patchclamp_server.model.errors import ModelSourceError
+
+CHUNK_BYTES = 1 << 22
+# The limit of the safetensors format: a longer header is not a safetensors file.
+MAX_HEADER_BYTES = 100_000_000
+
+# Called with the number of bytes just read.
+OnBytes = Callable[[int], None]
+# Digest of each part of a file: by tensor name, or under "" for a file that is one part.
+Parts = dict[str, str]
+
+
+def cache_root() -> Path:
+    """Where Patchclamp keeps what it can make again: $PATCHCLAMP_CACHE, else patchclamp in the XDG cache home."""
+    if configured := os.environ.get("PATCHCLAMP_CACHE"):
+        return Path(configured).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "patchclamp"
+
+
+def sha256_of_file(path: Path, on_bytes: OnBytes | None = None) -> str:
+    """Hexadecimal SHA-256 of a file's bytes; the cache's answer when the file has not changed since."""
+    return _parts(path, "bytes", _byte_parts, on_bytes)[""]
+
+
+def tensor_digests(path: Path, on_bytes: OnBytes | None = None) -> Parts:
+    """``{tensor: "dtype shape sha256(data)"}`` of a safetensors file. ModelSourceError: it is not one."""
+    return _parts(path, "tensors", _tensor_parts, on_bytes)
+
+
+def content_digest(path: Path, on_bytes: OnBytes | None = None) -> str:
+    """One digest of a file: over its tensors for ``*.safetensors``, else over its bytes."""
+    if path.suffix == ".safetensors":
+        return digest_of_parts(tensor_digests(path, on_bytes))
+    return sha256_of_file(path, on_bytes)
+
+
+def digest_of_parts(parts: Parts) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def rename_remembered(source: Path, target: Path) -> None:
+    """Tell the cache that the unchanged file `source` is now at `target`."""
+    for kind in ("bytes", "tensors"):
+        parts = _recall(source, target.stat(), kind)
+        if parts is not None:
+            _remember(target, target.stat(), kind, parts)
+            _record_path(source, kind).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the new one, whatever happens in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.name)
+            raise
+
+
+def _parts(path: Path, kind: str, read: Callable[[Path, OnBytes], Parts], on_bytes: OnBytes | None) -> Parts:
+    path = path.resolve()
+    before = path.stat()
+    if (parts := _recall(path, before, kind)) is not None:
+        return parts
+    parts = read(path, on_bytes or (lambda _: None))
+    after = path.stat()
+    # A file that was written to meanwhile has no digest worth remembering.
+    if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+        _remember(path, before, kind, parts)
+    return parts
+
+
+def _byte_parts(path: Path, on_bytes: OnBytes) -> Parts:
+    with path.open("rb") as file:
+        return {"": _digest(file, path.stat().st_size, on_bytes)}
+
+
+def _tensor_parts(path: Path, on_bytes: OnBytes) -> Parts:
+    parts = {}
+    with path.open("rb") as file:
+        header, data_start = _read_header(path, file)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+            begin, end = entry["data_offsets"]
+            file.seek(data_start + begin)
+            shape = ",".join(str(size) for size in entry["shape"])
+            parts[name] = f"{entry['dtype']} [{shape}] {_digest(file, end - begin, on_bytes)}"
+    return parts
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, list[int]]], int]:
+    """The tensors' entries and where their data begins. Layout: u64 length, JSON header, data."""
+    size = path.stat().st_size
+    length_bytes = file.read(8)
+    (length,) = struct.unpack("<Q", length_bytes) if len(length_bytes) == 8 else (0,)
+    if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+        raise ModelSourceError(f"{path} is not a safetensors file: it has no header")
+    try:
+        header = json.loads(file.read(length))
+    except ValueError as error:
+        raise ModelSourceError(f"{path} is not a safetensors file: its header is not JSON") from error
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    ends = [entry["data_offsets"][1] for entry in header.values()]
+    if data_start + max(ends, default=0) != size:
+        raise ModelSourceError(f"{path} is cut short or has bytes that belong to no tensor")
+    return header, data_start
+
+
+def _digest(file: BinaryIO, size: int, on_bytes: OnBytes) -> str:
+    digest = hashlib.sha256()
+    while size > 0 and (chunk := file.read(min(size, CHUNK_BYTES))):
+        digest.update(chunk)
+        size -= len(chunk)
+        on_bytes(len(chunk))
+    return digest.hexdigest()
+
+
+def _record_path(path: Path, kind: str) -> Path:
+    return cache_root() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.{kind}.json"
+
+
+def _recall(path: Path, stat: os.stat_result, kind: str) -> Parts | None:
+    try:
+        record = json.loads(_record_path(path, kind).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    if [record.get("path"), record.get("size"), record.get("mtime_ns")] != [str(path), stat.st_size, stat.st_mtime_ns]:
+        return None
+    parts: Parts = record["parts"]
+    return parts
+
+
+def _remember(path: Path, stat: os.stat_result, kind: str, parts: Parts) -> None:
+    record = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "parts": parts}
+    write_atomically(_record_path(path, kind), json.dumps(record).encode())

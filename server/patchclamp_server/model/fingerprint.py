@@ -1,0 +1,87 @@
+"""The identity of a model: what decides its activations and the meaning of its token ids, and nothing else."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from patchclamp_server.model.digests import Parts, digest_of_parts, sha256_of_file, tensor_digests
+from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.progress import Progress, Silent, Stage
+from patchclamp_server.model.source import weight_files
+
+# Keys of config.json that do not change what the model computes: paths, versions, the dtype its tensors carry anyway,
+# and options of transformers' outputs. Keys that begin with an underscore are bookkeeping of transformers.
+NOT_COMPUTATION = frozenset(
+    {
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "id2label",
+        "label2id",
+        "task_specific_params",
+        "auto_map",
+    }
+)
+# Read only where there is no tokenizer.json.
+OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+
+
+def model_fingerprint(directory: Path, progress: Progress | None = None) -> str:
+    """SHA-256 (hexadecimal) over the config, the tokenizer and every tensor's name, dtype, shape and bytes.
+
+    Independent of paths, file times, library versions, sharding and JSON formatting. The tensors are read once and
+    their digests remembered by path, size and modification time.
+    """
+    shown = progress or Silent()
+    weights = weight_files(directory)
+    total = sum(path.stat().st_size for path in weights)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        shown.update(Stage.FINGERPRINT, done, total)
+
+    tensors: Parts = {}
+    for path in weights:
+        tensors |= tensor_digests(path, on_bytes)
+    parts = {
+        "config": _canonical_digest(_computation(_read_json(directory / "config.json"))),
+        "tensors": digest_of_parts(tensors),
+        "tokenizer": _tokenizer_digest(directory),
+    }
+    return digest_of_parts(parts)
+
+
+def _computation(value: Any) -> Any:
+    """`value` without the keys that do not define the computation, at any depth (multimodal configs nest)."""
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if key not in NOT_COMPUTATION and not key.startswith("_")}
+        return {key: _computation(item) for key, item in kept.items()}
+    return value
+
+
+def _tokenizer_digest(directory: Path) -> str:
+    if (directory / "tokenizer.json").is_file():
+        return _canonical_digest(_read_json(directory / "tokenizer.json"))
+    files = [directory / name for name in OTHER_TOKENIZER_FILES if (directory / name).is_file()]
+    if not files:
+        raise ModelSourceError(f"{directory} has no tokenizer: neither tokenizer.json nor {OTHER_TOKENIZER_FILES}")
+    return digest_of_parts({path.name: sha256_of_file(path) for path in files})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ModelSourceError(f"{path} is not JSON: {error}") from error
+
+
+def _canonical_digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

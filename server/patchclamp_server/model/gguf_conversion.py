@@ -1,0 +1,85 @@
+"""GGUF → safetensors with a tokenizer, once per file: the quantised blocks are unpacked exactly, to float32."""
+
+import logging
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+from patchclamp_server.model.cache import cached_model
+from patchclamp_server.model.digests import sha256_of_file
+from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
+
+logger = logging.getLogger(__name__)
+
+# Part of an entry's key: raise it when the same file is to be converted differently.
+CONVERSION = 1
+
+# How a byte-level vocabulary splits text before its merges apply, by `tokenizer.ggml.pre` (names of llama.cpp).
+# transformers splits by the regular expression of those it knows, and as GPT-2 otherwise. These split digits apart
+# as well, which transformers leaves out.
+DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+AS_GPT2 = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "dolma", "jina-es", "jina-de", "trillion"})
+
+
+def conversion_key(sha256: str) -> str:
+    return f"gguf-{sha256}-{CONVERSION}"
+
+
+def converted_gguf(path: Path, progress: Progress | None = None) -> Path:
+    """Directory with the safetensors and tokenizer of a ``.gguf`` file, from the cache where it was converted before.
+
+    Raises ModelSourceError when it is no GGUF file or of a family transformers cannot read.
+    """
+    progress = progress or Silent()
+    size = path.stat().st_size
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.update(Stage.VERIFY, done, size)
+
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelSourceError(f"{path} is not a GGUF file")
+    key = conversion_key(sha256_of_file(path, on_bytes))
+    return cached_model(key, lambda directory: convert(path, directory, progress), progress)
+
+
+def convert(path: Path, directory: Path, progress: Progress) -> None:
+    """Write config, float32 weights and tokenizer of the file into `directory`."""
+    location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    # Read whole before transformers does, which does not say what is wrong with a damaged file.
+    try:
+        header = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        raise ModelSourceError(f"{path} is not a whole GGUF file: {error}") from error
+    with transformers_progress(progress, Stage.CONVERT):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**location)
+            _restore_digit_splitting(tokenizer, header, path.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                **location, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise ModelSourceError(f"{path} cannot be converted: {error}") from error
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase, header: GGUFReader, file_name: str) -> None:
+    field = header.fields.get("tokenizer.ggml.pre")
+    if field is None:
+        return
+    name = field.contents()
+    backend = tokenizer.backend_tokenizer
+    if name in DIGIT_SPLITTING:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and name not in AS_GPT2:
+        logger.warning("%s: pre-tokenizer %r is not known; text is split as GPT-2 does", file_name, name)

@@ -1,0 +1,26 @@
+"""What the rest of the server needs to know about the model that is served."""
+
+from dataclasses import dataclass
+
+from patchclamp_server.interventions.program import Site
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Shapes, sites and identity of a loaded model. `sites` maps each site the family has to its width."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    dtype: str
+    device: str
+    sites: dict[Site, int]
+    has_chat_template: bool = False

@@ -1,0 +1,136 @@
+"""How far the fetching and loading of a model has come, for whoever waits for it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import rich.progress
+from rich.console import Console
+from transformers import modeling_gguf_pytorch_utils
+from transformers.utils import logging as transformers_logging
+
+
+class Stage(Enum):
+    """The value is what a person reads."""
+
+    WAIT = "waiting for another process"
+    DOWNLOAD = "download"
+    VERIFY = "verify"
+    CONVERT = "convert"
+    FINGERPRINT = "fingerprint"
+    LOAD = "load"
+    READY = "ready"
+
+
+class Progress(Protocol):
+    """Called often, on the thread that works. What it raises stops the work and leaves no entry in the cache."""
+
+    def update(self, stage: Stage, done: int = 0, total: int | None = None) -> None:
+        """`done` of `total` bytes (DOWNLOAD, VERIFY, FINGERPRINT) or tensors (CONVERT, LOAD); total None: unknown."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def update(self, stage: Stage, done: int = 0, total: int | None = None) -> None:
+        pass
+
+
+class RichProgress:
+    """A bar a stage on standard error; where that is no terminal, a line a stage. Use as a context manager.
+
+    >>> with RichProgress() as progress:
+    ...     load_model("embedded", progress=progress)
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._bars = rich.progress.Progress(
+            rich.progress.SpinnerColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._stage: Stage | None = None
+        self._task: rich.progress.TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._bars.stop()
+
+    def update(self, stage: Stage, done: int = 0, total: int | None = None) -> None:
+        if not self._console.is_terminal:
+            if stage is not self._stage:
+                self._console.print(f"model: {stage.value}")
+        elif stage is Stage.READY:
+            self._finish_stage()
+        else:
+            if stage is not self._stage:
+                self._finish_stage()
+                self._task = self._bars.add_task(f"model: {stage.value}", total=total)
+            if self._task is not None:
+                self._bars.update(self._task, completed=done, total=total)
+        self._stage = stage
+
+    def _finish_stage(self) -> None:
+        if self._task is not None:
+            size = self._bars.tasks[self._bars.task_ids.index(self._task)].total or 1
+            self._bars.update(self._task, total=size, completed=size)
+            self._bars.stop_task(self._task)
+            self._task = None
+
+
+class _CountedItems:
+    """Stands where transformers expects one of its bars, and reports to a Progress instead."""
+
+    def __init__(self, items: Iterable[Any], total: int | None, report: Callable[[int, int | None], None]) -> None:
+        self._items = items
+        self._total = total
+        self._report = report
+
+    def __iter__(self) -> Iterator[Any]:
+        for done, item in enumerate(self._items):
+            self._report(done, self._total)
+            yield item
+
+
+@contextmanager
+def transformers_progress(progress: Progress | None, stage: Stage) -> Iterator[None]:
+    """Within it, the bars transformers would draw over tensors are reported as `stage`. None: leaves them alone.
+
+    The hook is global to the process: models are loaded one after another.
+    """
+    if progress is None:
+        yield
+        return
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        items = args[0] if args else kwargs.get("iterable")
+        if items is None:
+            return factory(*args, **{**kwargs, "disable": True})
+        total = kwargs.get("total", len(items) if hasattr(items, "__len__") else None)
+        return _CountedItems(items, total, lambda done, size: progress.update(stage, done, size))
+
+    progress.update(stage)
+    previous = transformers_logging.set_tqdm_hook(hook)
+    # The reader of most GGUF families draws its bar past that hook.
+    gguf_reader: Any = modeling_gguf_pytorch_utils
+    drawn = gguf_reader.tqdm
+    gguf_reader.tqdm = lambda *args, **kwargs: hook(drawn, args, kwargs)
+    try:
+        yield
+    finally:
+        gguf_reader.tqdm = drawn
+        transformers_logging.set_tqdm_hook(previous)

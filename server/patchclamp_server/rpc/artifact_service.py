@@ -1,0 +1,177 @@
+"""ArtifactService: uploads checked against the served model, downloads in any format, tags and listings."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from patchclamp.v1 import artifact_pb2 as pb
+from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
+
+from patchclamp_server.artifacts.blobs import full_disk_is_resource_exhausted
+from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
+from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
+from patchclamp_server.artifacts.validation import check_tensors, layers_of
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.rpc.artifact_codec import decode_format, decode_kind, decode_struct, encode_artifact
+from patchclamp_server.rpc.checks import count
+from patchclamp_server.rpc.program_codec import decode_site
+
+CHUNK_BYTES = 1024 * 1024
+Context = Any
+
+
+class ArtifactService(ArtifactServiceServicer):
+    """Raises the errors of errors.py; an interceptor turns them into statuses. Disk and hashing run in threads."""
+
+    def __init__(self, store: ArtifactStore, model_info: ModelInfo, max_upload_bytes: int = 256 * 1024 * 1024) -> None:
+        self._store = store
+        self._model = model_info
+        self._max_upload_bytes = max_upload_bytes
+
+    async def Upload(self, request_iterator: Any, context: Context) -> pb.UploadResponse:
+        requests: AsyncIterator[pb.UploadRequest] = aiter(request_iterator)
+        first = await anext(requests, None)
+        if first is None or not first.HasField("header"):
+            raise InvalidArgument("header", "the first message must be the header")
+        header = first.header
+        # What can be refused without the file is refused before it travels.
+        kind = decode_kind(header.kind, "header.kind")
+        file_format = decode_format(header.format, "header.format")
+        site = decode_site(header.site, "header.site") if header.site else None
+        provenance = decode_struct(header.provenance, "header.provenance")
+        size = count(header.size_bytes, "header.size_bytes", low=1, high=self._max_upload_bytes)
+        with tempfile.TemporaryDirectory(prefix="patchclamp-upload-") as directory:
+            path = Path(directory) / "file"
+            await _spool(requests, path, size)
+            decoded = await asyncio.to_thread(_decode, file_format, path)
+        info = await asyncio.to_thread(self._store_upload, header, kind, site, provenance, decoded)
+        return pb.UploadResponse(artifact=encode_artifact(info))
+
+    async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
+        file_format = decode_format(request.format, "format")
+        info, data = await asyncio.to_thread(self._encode, request.ref, file_format)
+        for start in range(0, len(data), CHUNK_BYTES):
+            artifact = encode_artifact(info) if start == 0 else None
+            yield pb.DownloadResponse(artifact=artifact, chunk=data[start : start + CHUNK_BYTES])
+
+    async def GetArtifact(self, request: pb.GetArtifactRequest, context: Context) -> pb.GetArtifactResponse:
+        info = await asyncio.to_thread(self._store.info, request.ref)
+        return pb.GetArtifactResponse(artifact=encode_artifact(info))
+
+    async def ListArtifacts(self, request: pb.ListArtifactsRequest, context: Context) -> pb.ListArtifactsResponse:
+        kind = decode_kind(request.kind, "kind") if request.kind else None
+        page_size = count(request.page_size, "page_size", high=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
+        page, token = await asyncio.to_thread(
+            self._store.list, kind, request.model_fingerprint, page_size, request.page_token
+        )
+        return pb.ListArtifactsResponse(artifacts=map(encode_artifact, page), next_page_token=token)
+
+    async def TagArtifact(self, request: pb.TagArtifactRequest, context: Context) -> pb.TagArtifactResponse:
+        if request.ref:
+            info = await asyncio.to_thread(self._store.tag, request.tag, request.ref)
+        else:
+            untagged = await asyncio.to_thread(self._store.untag, request.tag)
+            info = await asyncio.to_thread(self._store.info, untagged)
+        return pb.TagArtifactResponse(artifact=encode_artifact(info))
+
+    async def DeleteArtifact(self, request: pb.DeleteArtifactRequest, context: Context) -> pb.DeleteArtifactResponse:
+        await asyncio.to_thread(self._store.delete, request.ref)
+        return pb.DeleteArtifactResponse()
+
+    def _store_upload(
+        self, header: pb.UploadHeader, kind: ArtifactKind, site: Site | None, provenance: dict[str, Any], file: Decoded
+    ) -> ArtifactInfo:
+        """The header wins; what it leaves empty comes from the file, if Patchclamp wrote it, and then from the server.
+
+        So a downloaded file that is uploaded again keeps its evidence and its id.
+        """
+        own = file.metadata
+        if own and own.kind is not kind:
+            raise InvalidArgument("header.kind", f"the file holds a {own.kind.value}, not a {kind.value}")
+        if kind is ArtifactKind.VECTOR:
+            site = site or (own.site if own else None) or Site.RESID_POST
+        fingerprint = header.model_fingerprint or (own.model_fingerprint if own else "") or self._model.fingerprint
+        try:
+            check_tensors(kind, file.tensors)
+            if fingerprint == self._model.fingerprint:
+                _check_fits(self._model, kind, site, file.tensors)
+            return self._store.put(
+                kind,
+                file.tensors,
+                model_fingerprint=fingerprint,
+                site=site,
+                description=header.description or (own.description if own else ""),
+                provenance=provenance or (own.provenance if own else file.provenance),
+                evidence=own.evidence if own else {},
+                tags=header.tags,
+            )
+        except InvalidArgument as error:
+            raise InvalidArgument(_upload_path(error), error.message) from error
+
+    def _encode(self, ref: str, file_format: Format) -> tuple[ArtifactInfo, bytes]:
+        artifact = self._store.get(ref)
+        try:
+            data = file_format.encode(artifact, self._architecture(artifact.info))
+        except CannotExpress as error:
+            raise FailedPrecondition("format", str(error)) from error
+        return self._store.info(artifact.info.id), data
+
+    def _architecture(self, info: ArtifactInfo) -> str:
+        """Architecture of the vector's model; "" for a model this server does not know."""
+        return self._model.architecture if info.model_fingerprint == self._model.fingerprint else ""
+
+
+async def _spool(requests: AsyncIterator[pb.UploadRequest], path: Path, size: int) -> None:
+    """Writes the chunks to a file. InvalidArgument unless they are `size` bytes in chunks of at most 1 MiB."""
+    received = 0
+    with full_disk_is_resource_exhausted("the space for uploads"), path.open("wb") as file:
+        async for request in requests:
+            if not request.HasField("chunk"):
+                raise InvalidArgument("chunk", "after the header every message must be a chunk")
+            if not 0 < len(request.chunk) <= CHUNK_BYTES:
+                raise InvalidArgument("chunk", f"{len(request.chunk)} bytes; a chunk has 1 to {CHUNK_BYTES}")
+            received += len(request.chunk)
+            if received > size:
+                raise InvalidArgument("chunk", f"more bytes than the {size} of header.size_bytes")
+            await asyncio.to_thread(file.write, request.chunk)
+    if received < size:
+        raise InvalidArgument("chunk", f"{received} bytes arrived; header.size_bytes says {size}")
+
+
+def _decode(file_format: Format, path: Path) -> Decoded:
+    try:
+        return file_format.decode(path)
+    except MalformedFile as error:
+        raise InvalidArgument("chunk", str(error)) from error
+
+
+def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors: dict[str, torch.Tensor]) -> None:
+    """Layers, site and width (or neuron indices) exist in the model. Expects tensors that check_tensors accepted."""
+    layers = layers_of(kind, tensors)
+    if layers[-1] >= model.n_layers:
+        raise InvalidArgument("tensors", f"layer {layers[-1]}; {model.name} has layers 0 to {model.n_layers - 1}")
+    if kind is ArtifactKind.VECTOR and site is not None:
+        if site not in model.sites:
+            accepted = ", ".join(s.value for s in model.sites)
+            raise InvalidArgument("site", f"{model.name} has no {site.value}; it has {accepted}")
+        width = tensors[f"layer.{layers[0]}"].numel()
+        if width != model.sites[site]:
+            message = f"width {width}; {site.value} of {model.name} has width {model.sites[site]}"
+            raise InvalidArgument("tensors", message)
+    if kind is ArtifactKind.NEURON_SET:
+        for layer in layers:
+            largest = int(tensors[f"layer.{layer}.neurons"].max())
+            if largest >= model.d_ff:
+                message = f"layer.{layer}.neurons names neuron {largest}; {model.name} has 0 to {model.d_ff - 1}"
+                raise InvalidArgument("tensors", message)
+
+
+def _upload_path(error: RequestError) -> str:
+    """The field of UploadRequest of an argument of ArtifactStore.put; evidence travels only inside the file."""
+    return "chunk" if error.field.startswith(("tensors", "evidence")) else f"header.{error.field}"

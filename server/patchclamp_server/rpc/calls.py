@@ -1,0 +1,119 @@
+"""What the calls that run the model share: decoding a request, running it, and following its events."""
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from patchclamp.v1 import generation_pb2 as pb
+from patchclamp.v1 import program_pb2
+
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.prompt import EncodedPrompt, PromptEncoder
+from patchclamp_server.engine.request import Event, Priority, Request, SamplingParams, StopParams
+from patchclamp_server.errors import NotFound, RequestError
+from patchclamp_server.interventions.bind import BoundProgram, bind
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.rpc.generation_codec import (
+    decode_logprobs,
+    decode_priority,
+    decode_prompt,
+    decode_sampling,
+    decode_stop,
+)
+from patchclamp_server.rpc.program_codec import decode_program
+from patchclamp_server.rpc.response_builder import ResponseBuilder
+from patchclamp_server.rpc.stream import EventStream
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A GenerateRequest that has passed every check that needs no engine."""
+
+    prompt: EncodedPrompt
+    program: BoundProgram
+    sampling: SamplingParams
+    stop: StopParams
+    priority: Priority
+
+    @property
+    def reads_out(self) -> bool:
+        return bool(self.program.readouts)
+
+    def to_request(self, on_event: Callable[[Event], None], deadline: float | None, **changes: Any) -> Request:
+        """`changes`: further fields of Request, or others than those of the message."""
+        fields: dict[str, Any] = {
+            "tokens": self.prompt.ids,
+            "on_event": on_event,
+            "program": self.program,
+            "sampling": self.sampling,
+            "stop": self.stop,
+            "priority": self.priority,
+            "deadline": deadline,
+            "roles": self.prompt.roles,
+        }
+        return Request(**{**fields, **changes})
+
+
+class Preparation:
+    """Turns messages into what the engine runs. Tokenises and may load artifacts: call it in a thread."""
+
+    def __init__(self, prompts: PromptEncoder, store: ArtifactStore, model: ModelInfo) -> None:
+        self.prompts = prompts
+        self._store = store
+        self.model = model
+
+    def generate(self, proto: pb.GenerateRequest) -> Prepared:
+        """Raises InvalidArgument, FailedPrecondition or NotFound."""
+        check_model(proto.model, self.model)
+        logprobs = decode_logprobs(proto.logprobs, "logprobs") if proto.HasField("logprobs") else None
+        sampling = decode_sampling(proto.sampling, logprobs)
+        stop = decode_stop(proto.stop, self.model.vocab_size)
+        priority = decode_priority(proto.priority)
+        prompt = decode_prompt(proto.prompt, self.prompts)
+        return Prepared(prompt, self.program(proto.program, prompt), sampling, stop, priority)
+
+    def program(self, proto: program_pb2.Program, prompt: EncodedPrompt) -> BoundProgram:
+        return bind(decode_program(proto), self.model, self._store, prompt_roles=prompt.roles)
+
+
+def check_model(name: str, model: ModelInfo) -> None:
+    if name not in ("", model.name):
+        raise NotFound("model", f"{name!r} is not served here; {model.name!r} is")
+
+
+def deadline_of(context: Any) -> float | None:
+    """The call's deadline on the clock of time.monotonic(), where it has one."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+@contextmanager
+def within(field: str) -> Iterator[None]:
+    """Errors raised inside are about the message at `field`."""
+    try:
+        yield
+    except RequestError as error:
+        error.field = f"{field}.{error.field}" if error.field else field
+        raise
+
+
+@contextmanager
+def running(engine: Engine, request: Request) -> Iterator[int]:
+    """Submit, and leave nothing running behind: cancelling what has ended does nothing."""
+    request_id = engine.submit(request)
+    try:
+        yield request_id
+    finally:
+        engine.cancel(request_id)
+
+
+async def responses_of(stream: EventStream[Event], builder: ResponseBuilder) -> AsyncIterator[pb.GenerateResponse]:
+    """Responses up to and with the one that has `finished`. Raises the error of a request that failed."""
+    while True:
+        for response in builder.responses(await stream.batch()):
+            yield response
+            if response.HasField("finished"):
+                return

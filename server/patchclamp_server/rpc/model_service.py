@@ -1,0 +1,57 @@
+"""ModelService: what is served, and how it reads a prompt."""
+
+import asyncio
+from typing import Any
+
+from patchclamp.v1 import model_pb2 as pb
+from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
+
+from patchclamp_server.engine.prompt import PromptEncoder
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.rpc.calls import check_model
+from patchclamp_server.rpc.generation_codec import decode_prompt
+from patchclamp_server.rpc.program_codec import SITE_NUMBERS
+
+Context = Any
+
+
+class ModelService(ModelServiceServicer):
+    """Raises the errors of errors.py; an interceptor turns them into statuses."""
+
+    def __init__(self, model: ModelInfo, prompts: PromptEncoder) -> None:
+        self._model = model
+        self._prompts = prompts
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[encode_model(self._model)])
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        check_model(request.model, self._model)
+        return await asyncio.to_thread(self._tokenize, request)
+
+    def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        prompt = decode_prompt(request.prompt, self._prompts)
+        return pb.TokenizeResponse(ids=prompt.ids, pieces=self._prompts.pieces(prompt.ids), roles=prompt.roles or ())
+
+
+def encode_model(info: ModelInfo) -> pb.Model:
+    return pb.Model(
+        name=info.name,
+        fingerprint=info.fingerprint,
+        architecture=info.architecture,
+        n_layers=info.n_layers,
+        d_model=info.d_model,
+        d_ff=info.d_ff,
+        n_heads=info.n_heads,
+        n_kv_heads=info.n_kv_heads,
+        head_dim=info.head_dim,
+        vocab_size=info.vocab_size,
+        context_length=info.context_length,
+        dtype=info.dtype,
+        device=info.device,
+        sites=[
+            pb.SiteInfo(site=SITE_NUMBERS[site], width=width)
+            for site, width in sorted(info.sites.items(), key=lambda item: item[0].order)
+        ],
+        has_chat_template=info.has_chat_template,
+    )

@@ -1,0 +1,12 @@
+"""Difference of means: v = mean(h⁺) - mean(h⁻).
+
+The length is part of the result: strength 1 moves the mean negative activation onto the mean positive one.
+Source: Rimsky et al. 2023, Steering Llama 2 via Contrastive Activation Addition, §3.
+"""
+
+import torch
+
+
+def directions(positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor:
+    """positive, negative [n, layers, d] → [layers, d]. The method has no randomness; `seed` is not used."""
+    return positive.mean(dim=0) - negative.mean(dim=0)

@@ -1,0 +1,104 @@
+"""Evidence card of a steering vector: how well it tells the sides of held-out pairs apart, beside random directions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from patchclamp_server.errors import InvalidArgument
+
+RANDOM_DIRECTIONS = 32
+MIN_TRAINING_PAIRS = 2
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """What was measured at one layer, on held-out pairs.
+
+    heldout_accuracy: share of examples on the right side of the threshold, the midpoint between the mean projections
+        of both sides of the training pairs.
+    random_accuracy: the same for random directions, threshold and sign fitted to the training pairs; mean over
+        RANDOM_DIRECTIONS of them. Accuracy does not depend on the norm.
+    norm, activation_norm: of the vector, and the mean over the (pooled) activations it is added to.
+    explained_variance: Σ (d_i · u)² / Σ ‖d_i‖² over the pair differences d_i, for the unit vector u.
+    margin: (mean h⁺·u - mean h⁻·u) / pooled standard deviation within the sides; 0 when nothing varies.
+    """
+
+    layer: int
+    heldout_accuracy: float
+    random_accuracy: float
+    norm: float
+    activation_norm: float
+    explained_variance: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Activations of pairs at one layer: positive and negative [n, d], row i of both from pair i."""
+
+    positive: torch.Tensor
+    negative: torch.Tensor
+
+
+def training_pairs(n_pairs: int, holdout_fraction: float) -> int:
+    """Number of pairs to learn from; the others, at least one, are held out. Raises InvalidArgument on too few."""
+    heldout = max(1, round(n_pairs * holdout_fraction))
+    training = n_pairs - heldout
+    if training < MIN_TRAINING_PAIRS:
+        raise InvalidArgument(
+            "pairs",
+            f"{n_pairs} pairs at holdout_fraction {holdout_fraction:g} leave {max(training, 0)} to learn from; "
+            f"need at least {MIN_TRAINING_PAIRS}, and 1 held out",
+        )
+    return training
+
+
+def shuffled(n_pairs: int, seed: int) -> list[int]:
+    """A seeded order of the pairs. The first `training_pairs(...)` of it are learned from."""
+    order: list[int] = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def layer_evidence(layer: int, direction: torch.Tensor, training: Sides, heldout: Sides, seed: int) -> LayerEvidence:
+    """direction [d]; raises no error on a zero direction, which is at chance by definition."""
+    unit = torch.nn.functional.normalize(direction, dim=0)
+    random = _random_units(len(direction), training, seed)
+    differences = heldout.positive - heldout.negative
+    total = differences.square().sum()
+    return LayerEvidence(
+        layer=layer,
+        heldout_accuracy=float(_accuracy(unit[:, None], training, heldout)),
+        random_accuracy=float(_accuracy(random, training, heldout).mean()),
+        norm=float(direction.norm()),
+        activation_norm=float(torch.cat([heldout.positive, heldout.negative]).norm(dim=1).mean()),
+        explained_variance=float((differences @ unit).square().sum() / total) if total > 0 else 0.0,
+        margin=_margin(unit, heldout),
+    )
+
+
+def best_layer(layers: Sequence[LayerEvidence]) -> int:
+    """Layer with the best held-out accuracy; among equals the one with the larger margin."""
+    return max(layers, key=lambda e: (e.heldout_accuracy, e.margin)).layer
+
+
+def _accuracy(units: torch.Tensor, training: Sides, heldout: Sides) -> torch.Tensor:
+    """units [d, k] → held-out accuracy of each [k]."""
+    threshold = (training.positive @ units + training.negative @ units).mean(dim=0) / 2
+    above = (heldout.positive @ units > threshold).float().mean(dim=0)
+    below = (heldout.negative @ units < threshold).float().mean(dim=0)
+    return (above + below) / 2
+
+
+def _random_units(width: int, training: Sides, seed: int) -> torch.Tensor:
+    """[d, RANDOM_DIRECTIONS], each turned so that the positives of the training pairs project higher."""
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.nn.functional.normalize(torch.randn(width, RANDOM_DIRECTIONS, generator=generator), dim=0)
+    difference = (training.positive - training.negative).mean(dim=0) @ units
+    return torch.where(difference < 0, -units, units)
+
+
+def _margin(unit: torch.Tensor, heldout: Sides) -> float:
+    positive, negative = heldout.positive @ unit, heldout.negative @ unit
+    variance = (positive.var(correction=0) + negative.var(correction=0)) / 2
+    return float((positive.mean() - negative.mean()) / variance.sqrt()) if variance > 0 else 0.0

@@ -1,0 +1,176 @@
+"""One extraction: contrast pairs → activations → directions → evidence → stored artifact."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+
+import torch
+
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.request import Capture, Pooling
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.steering.activations import collect
+from patchclamp_server.steering.evidence import (
+    RANDOM_DIRECTIONS,
+    LayerEvidence,
+    Sides,
+    best_layer,
+    layer_evidence,
+    shuffled,
+    training_pairs,
+)
+from patchclamp_server.steering.registry import METHODS
+
+MAX_ACTIVATION_BYTES = 4 << 30
+PROGRESS_EVENTS = 100
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What to extract. `method` is a name of METHODS; `layers` are 0-based, ascending, and at least one."""
+
+    method: str
+    pairs: tuple[TokenPair, ...]
+    site: Site
+    layers: tuple[int, ...]
+    pooling: Pooling = Pooling.LAST_TOKEN
+    holdout_fraction: float = 0.25
+    seed: int = 0
+    description: str = ""
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`stage` is "activations" (counted in prompts), "directions" or "evidence" (counted in layers)."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Result:
+    artifact: ArtifactInfo
+    layers: tuple[LayerEvidence, ...]
+    best_layer: int
+
+
+async def extract(
+    engine: Engine, store: ArtifactStore, info: ModelInfo, job: Extraction
+) -> AsyncGenerator[Progress | Result, None]:
+    """Yields progress, then the result. Ending the iteration early cancels what the engine still computes.
+
+    Raises InvalidArgument on too few or too many pairs and where both sides have the same activations.
+    """
+    n_pairs, n_layers = len(job.pairs), len(job.layers)
+    n_training = training_pairs(n_pairs, job.holdout_fraction)
+    shape = (n_pairs, n_layers, info.sites[job.site])
+    _check_size(shape)
+    # Rows in shuffled order, so that the training and the held-out pairs are two slices and need no copy.
+    order = shuffled(n_pairs, job.seed)
+    positive, negative = torch.empty(shape), torch.empty(shape)
+    prompts = [tokens for i in order for tokens in (job.pairs[i].positive, job.pairs[i].negative)]
+    capture = Capture(job.site, job.layers, job.pooling)
+    done = 0
+    async with aclosing(collect(engine, prompts, capture)) as pooled:
+        async for index, values in pooled:
+            (negative if index % 2 else positive)[index // 2] = values
+            done += 1
+            if done * PROGRESS_EVENTS // len(prompts) > (done - 1) * PROGRESS_EVENTS // len(prompts):
+                yield Progress("activations", done, len(prompts))
+
+    method = METHODS[job.method]
+    directions: dict[int, torch.Tensor] = {}
+    for row, layer in enumerate(job.layers):
+        training = positive[:n_training, row : row + 1], negative[:n_training, row : row + 1]
+        found = await asyncio.to_thread(method, *training, job.seed)
+        directions[layer] = _nonzero(found[0], layer)
+        yield Progress("directions", row + 1, n_layers)
+
+    evidence: list[LayerEvidence] = []
+    for row, layer in enumerate(job.layers):
+        training_sides = Sides(positive[:n_training, row], negative[:n_training, row])
+        heldout_sides = Sides(positive[n_training:, row], negative[n_training:, row])
+        measured = await asyncio.to_thread(
+            layer_evidence, layer, directions[layer], training_sides, heldout_sides, job.seed
+        )
+        evidence.append(measured)
+        yield Progress("evidence", row + 1, n_layers)
+
+    best = best_layer(evidence)
+    artifact = await asyncio.to_thread(
+        store.put,
+        ArtifactKind.VECTOR,
+        {f"layer.{layer}": direction for layer, direction in directions.items()},
+        model_fingerprint=info.fingerprint,
+        site=job.site,
+        description=job.description,
+        provenance=_provenance(info, job),
+        evidence={
+            "best_layer": best,
+            "training_pairs": n_training,
+            "heldout_pairs": n_pairs - n_training,
+            "random_directions": RANDOM_DIRECTIONS,
+            "layers": [asdict(e) for e in evidence],
+        },
+        tags=job.tags,
+    )
+    yield Result(artifact, tuple(evidence), best)
+
+
+def pairs_digest(pairs: tuple[TokenPair, ...]) -> str:
+    """SHA-256 of the token ids of all pairs in order, as JSON without spaces: [[positive, negative], ...]."""
+    text = json.dumps([[pair.positive, pair.negative] for pair in pairs], separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _provenance(info: ModelInfo, job: Extraction) -> dict[str, object]:
+    return {
+        "method": job.method,
+        "parameters": {
+            "site": job.site.value,
+            "layers": list(job.layers),
+            "pooling": job.pooling.value,
+            "holdout_fraction": job.holdout_fraction,
+            # As text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
+            "seed": str(job.seed),
+        },
+        "pairs": len(job.pairs),
+        "pairs_digest": pairs_digest(job.pairs),
+        "model": info.name,
+    }
+
+
+def _check_size(shape: tuple[int, int, int]) -> None:
+    pairs, layers, width = shape
+    size = 2 * pairs * layers * width * 4
+    if size > MAX_ACTIVATION_BYTES:
+        raise InvalidArgument(
+            "pairs",
+            f"{pairs} pairs at {layers} layers of width {width} take {size} bytes of activations; "
+            f"the limit is {MAX_ACTIVATION_BYTES}: send fewer pairs or name fewer layers",
+        )
+
+
+def _nonzero(direction: torch.Tensor, layer: int) -> torch.Tensor:
+    if not direction.any() or not direction.isfinite().all():
+        raise InvalidArgument(
+            "pairs",
+            f"layer {layer} has no direction: both sides have the same mean activation there (the same last "
+            "token before the first attention, for example); leave the layer out or pool differently",
+        )
+    return direction

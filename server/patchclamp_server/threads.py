@@ -1,0 +1,23 @@
+"""How the process uses its cores. Decided before torch is imported, since OpenMP reads its environment once."""
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger(__name__)
+
+# Workers that spin while they wait starve the event loop and each other on small or shared machines.
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+}
+
+
+def configure_threads() -> None:
+    """Set what the operator has not set. Too late once torch is there, which is logged and changes nothing."""
+    if "torch" in sys.modules:
+        logger.warning("torch is imported already: the OpenMP settings of Patchclamp are not applied")
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

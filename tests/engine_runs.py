@@ -1,0 +1,203 @@
+"""Runs programs through a real engine on a tiny model, and compares what comes out with the oracle."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from conftest import byte_tokenizer
+from oracle import OracleResult, run_oracle
+from patchclamp_server.engine.engine import Engine, EngineConfig, EngineStats
+from patchclamp_server.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    Readouts,
+    Request,
+    StopParams,
+    Token,
+)
+from patchclamp_server.errors import RequestError
+from patchclamp_server.interventions.bind import BoundProgram, bind
+from patchclamp_server.interventions.program import Program, ReadoutValue
+from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.load import LoadedModel
+from tiny_models import tiny_model
+from torch import Tensor
+
+PATIENCE_SECONDS = 60.0
+# Of the largest logit: the bar of DESIGN §5.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request. `program` None is an unsteered one; `roles` as in Request."""
+
+    prompt: tuple[int, ...]
+    program: Program | None = None
+    max_tokens: int = 6
+    roles: tuple[str, ...] | None = None
+
+
+@dataclass(eq=False)
+class Outcome:
+    """All that one request brought."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    readouts: list[ReadoutValue] = field(default_factory=list)
+    finished: Finished | None = None
+    error: RequestError | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Token):
+            self.tokens.append(event.id)
+            self.positions.append(event.position)
+        elif isinstance(event, Readouts):
+            self.readouts += event.values
+        elif isinstance(event, Finished):
+            self.finished = event
+            self.done.set()
+        elif isinstance(event, Failed):
+            self.error = event.error
+            self.done.set()
+
+    def end(self) -> Finished:
+        assert self.finished is not None, f"the request failed: {self.error}"
+        return self.finished
+
+
+@cache
+def loaded(family: str) -> LoadedModel:
+    decoder = Decoder.from_transformers(tiny_model(family), dtype=torch.float32, device="cpu")
+    spec = decoder.spec
+    info = ModelInfo(
+        name=f"tiny {family}",
+        fingerprint="sha256:" + hashlib.sha256(family.encode()).hexdigest(),
+        architecture=spec.architecture,
+        n_layers=spec.n_layers,
+        d_model=spec.d_model,
+        d_ff=spec.d_ff,
+        n_heads=spec.n_heads,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        context_length=spec.context_length,
+        dtype="float32",
+        device="cpu",
+        sites=dict(spec.sites),
+    )
+    return LoadedModel(info, decoder, byte_tokenizer(), eos_token_ids=frozenset({1}))
+
+
+def bound(family: str, job: Job) -> BoundProgram | None:
+    return None if job.program is None else bind(job.program, loaded(family).info, prompt_roles=job.roles)
+
+
+class Bench:
+    """An engine on a tiny model; as a context it is shut down at the end.
+
+    `run` hands over all jobs in one batch: the first ones reach the engine before it starts.
+    """
+
+    def __init__(self, family: str, config: EngineConfig) -> None:
+        self.family = family
+        self.engine = Engine(loaded(family), config)
+        self.engine.on_logits = self._on_logits
+        self._outcomes: dict[int, Outcome] = {}
+        self._started = False
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._started:
+            self.engine.shutdown()
+
+    def _on_logits(self, request_id: int, position: int, logits: Tensor) -> None:
+        self._outcomes[request_id].logits.append(logits.clone())
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        outcomes = []
+        for job in jobs:
+            outcome = Outcome()
+            request = Request(
+                tokens=job.prompt,
+                on_event=outcome.on_event,
+                program=bound(self.family, job),
+                stop=StopParams(max_tokens=job.max_tokens, ignore_eos=True),
+                roles=job.roles,
+            )
+            request_id = self.engine.submit(request)
+            self._outcomes[request_id] = outcome
+            outcomes.append(outcome)
+        if not self._started:
+            self.engine.start()
+            self._started = True
+        for outcome in outcomes:
+            assert outcome.done.wait(PATIENCE_SECONDS), "the engine did not finish a request"
+        return outcomes
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+
+def run_alone(family: str, job: Job, config: EngineConfig) -> Outcome:
+    with Bench(family, config) as bench:
+        return bench.run([job])[0]
+
+
+_TRUTHS: dict[tuple[str, tuple[int, ...], int, int, tuple[str, ...] | None], tuple[Program | None, OracleResult]] = {}
+
+
+def truth(family: str, job: Job) -> OracleResult:
+    """The oracle's answer, computed once for each job of this process; programs are told apart by identity."""
+    key = (family, job.prompt, id(job.program), job.max_tokens, job.roles)
+    if key not in _TRUTHS:
+        result = run_oracle(tiny_model(family), job.prompt, job.program, job.max_tokens, roles=job.roles)
+        # The program is kept so that its identity is not given to another one.
+        _TRUTHS[key] = (job.program, result)
+    return _TRUTHS[key][1]
+
+
+def assert_same(outcome: Outcome, expected: OracleResult, prompt_length: int, *, reuse: bool = False) -> None:
+    """Tokens, logits, receipt and readouts equal those of the oracle.
+
+    With `reuse`, rows taken from the prefix cache count as rows, and mean changes are those of the other rows only.
+    """
+    finished = outcome.end()
+    assert outcome.positions == list(range(prompt_length, prompt_length + len(outcome.tokens)))
+    logits = torch.stack(outcome.logits)
+    # Logits first: they say how wrong it is, up to the first token that differs.
+    same = 1 + next((i for i, pair in enumerate(zip(outcome.tokens, expected.tokens, strict=True)) if pair[0] != pair[1]), len(outcome.tokens) - 1)  # fmt: skip  # noqa: E501
+    error = (logits[:same] - expected.logits[:same]).abs().max() / expected.logits.abs().max()
+    assert error <= TOLERANCE, f"logits differ by {error:.2e} of their scale in the first {same} tokens"
+    assert outcome.tokens == list(expected.tokens)
+    assert len(finished.receipt.edits) == len(expected.receipts)
+    for own, count in zip(finished.receipt.edits, expected.receipts, strict=True):
+        assert own.rows + (own.rows_from_cache if reuse else 0) == count.rows, count.name
+        if not reuse:
+            assert own.rows_from_cache == 0
+            assert abs(own.mean_relative_change - count.mean_relative_change) <= 1e-4 * count.mean_relative_change + 1e-9, count.name  # noqa: E501
+        assert own.gate_firings == count.gate_firings, count.name
+    assert finished.receipt.touched == any(count.rows for count in expected.receipts)
+    assert_same_readouts(outcome.readouts, expected.readouts)
+
+
+def assert_same_readouts(own: Sequence[ReadoutValue], expected: Sequence[ReadoutValue]) -> None:
+    def place(value: ReadoutValue) -> tuple[int, str, int]:
+        return value.position, value.name, value.layer
+
+    own, expected = sorted(own, key=place), sorted(expected, key=place)
+    assert [place(value) for value in own] == [place(value) for value in expected]
+    for mine, theirs in zip(own, expected, strict=True):
+        scale = max(1.0, *(abs(value) for value in theirs.values))
+        for a, b in zip(mine.values, theirs.values, strict=True):
+            assert abs(a - b) <= TOLERANCE * scale, (mine, theirs)
+        assert mine.ids == theirs.ids, (mine, theirs)

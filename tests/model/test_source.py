@@ -1,0 +1,121 @@
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.source import resolve, weight_files
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture
+def model_copy(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "copy"))
+
+
+def test_a_local_directory_is_itself(tiny_llama_dir: Path) -> None:
+    source = resolve(str(tiny_llama_dir))
+    assert source.directory == tiny_llama_dir
+    assert source.name == tiny_llama_dir.name
+
+
+def test_embedded_names_the_default_model(embedded_dir: Path) -> None:
+    source = resolve("embedded")
+    assert source.directory == embedded_dir
+    assert source.name == "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_gguf_file_is_converted(tiny_gguf: Path) -> None:
+    source = resolve(str(tiny_gguf))
+    assert source.name == "tiny"
+    assert weight_files(source.directory) == [source.directory / "model.safetensors"]
+
+
+def test_a_directory_with_only_pickled_weights_is_refused(model_copy: Path) -> None:
+    (model_copy / "model.safetensors").unlink()
+    torch.save({}, model_copy / "pytorch_model.bin")
+    with pytest.raises(ModelSourceError, match=r"only pickled weights \(pytorch_model.bin\).*safetensors"):
+        resolve(str(model_copy))
+
+
+def test_pickled_weights_beside_safetensors_do_no_harm(model_copy: Path) -> None:
+    torch.save({}, model_copy / "pytorch_model.bin")
+    assert weight_files(resolve(str(model_copy)).directory) == [model_copy / "model.safetensors"]
+
+
+def test_every_shard_of_an_index_is_needed(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = weight_files(tmp_path)
+    assert len(shards) > 1
+    shards[-1].unlink()
+    with pytest.raises(ModelSourceError, match=f"lacks {shards[-1].name}"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "model.bin"])
+def test_an_index_may_name_only_safetensors_beside_it(model_copy: Path, name: str) -> None:
+    (model_copy / "model.safetensors").unlink()
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(ModelSourceError, match="not a safetensors file beside it"):
+        resolve(str(model_copy))
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError, match=r"no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_a_directory_of_gguf_files_says_to_name_the_file(tmp_path: Path, tiny_gguf: Path) -> None:
+    shutil.copy(tiny_gguf, tmp_path)
+    with pytest.raises(ModelSourceError, match=r"name the \.gguf file itself"):
+        resolve(str(tmp_path))
+
+
+def offline_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+
+def in_hub_cache(cache: Path, ref: str) -> Path:
+    """The folder where the hub's client keeps the one downloaded revision of `ref`."""
+    repository = cache / f"models--{ref.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def test_a_hub_id_is_loaded_from_the_local_hub_cache(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline_hub(monkeypatch, tmp_path)
+    snapshot = in_hub_cache(tmp_path, "someone/tiny")
+    shutil.copytree(tiny_llama_dir, snapshot, dirs_exist_ok=True)
+    source = resolve("someone/tiny")
+    assert (source.name, source.directory) == ("someone/tiny", snapshot)
+
+
+def test_a_hub_repository_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline_hub(monkeypatch, tmp_path)
+    (in_hub_cache(tmp_path, "someone/pickled") / "config.json").write_text("{}")
+    with pytest.raises(ModelSourceError, match="no safetensors weights on the hub"):
+        resolve("someone/pickled")
+
+
+@pytest.mark.parametrize("ref", ["./nowhere", "nowhere/model.gguf", "/no/such/model", "a/b/c", ""])
+def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(
+    ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelSourceError, match=r"a model is \"embedded\", a hub id"):
+        resolve(ref)
+
+
+def test_a_hub_id_that_cannot_be_had_offline_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline_hub(monkeypatch, tmp_path)
+    with pytest.raises(ModelSourceError, match="not in the local hub cache"):
+        resolve("someone/something")

@@ -1,0 +1,191 @@
+"""What one edit does to one activation row, one condition says of it, and which tokens a scope holds.
+
+Written from proto/patchclamp/v1/program.proto alone, in float64, one row at a time: this is what the server is
+compared with, so it shares no code with it but the message types.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from patchclamp_server.interventions.program import (
+    AddVector,
+    CapProjection,
+    Comparison,
+    Condition,
+    Edit,
+    EditKind,
+    HeadEdit,
+    LowRank,
+    NeuronEdit,
+    NeuronOp,
+    Phase,
+    ProjectOut,
+    ReplaceVector,
+    RotateTowards,
+    Scope,
+    SetProjection,
+    TokenSelector,
+    Vector,
+)
+from torch import Tensor
+
+
+class StoredArtifact(Protocol):
+    @property
+    def info(self) -> Any: ...
+    def direction(self, layer: int) -> Tensor: ...
+    def neurons(self, layer: int) -> tuple[Tensor, Tensor | None]: ...
+
+
+Artifacts = Mapping[str, StoredArtifact]
+
+
+def vector_at(vector: Vector, layers: Sequence[int], layer: int, artifacts: Artifacts) -> Tensor:
+    """The vector of a message at one of the layers of its edit, float64 [width]."""
+    if vector.artifact is not None:
+        row = vector.artifact_layer if vector.artifact_layer is not None else layer
+        v = artifacts[vector.artifact].direction(row)
+    else:
+        assert vector.values is not None
+        v = vector.values if vector.values.ndim == 1 else vector.values[list(layers).index(layer)]
+    v = v.double()
+    return v / v.norm() if vector.unit else v
+
+
+def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifacts: Artifacts, n_heads: int) -> Tensor:
+    """t(h) for one row h [width]."""
+    if isinstance(kind, LowRank):
+        rotation, weight, bias = kind.rotation.double(), kind.weight.double(), kind.bias.double()
+        return h.add(rotation.T @ (weight @ h + bias - rotation @ h))
+    if isinstance(kind, NeuronEdit):
+        return _neuron_target(kind, h, layer, artifacts)
+    if isinstance(kind, HeadEdit):
+        return _head_target(kind, h, layers, layer, n_heads)
+    v = vector_at(kind.vector, layers, layer, artifacts)
+    u: Tensor = v / v.norm()
+    along = float(h @ u)
+    if isinstance(kind, AddVector):
+        return h + v
+    if isinstance(kind, ProjectOut):
+        return h - u * along
+    if isinstance(kind, CapProjection):
+        capped = along
+        if kind.min is not None:
+            capped = max(capped, kind.min)
+        if kind.max is not None:
+            capped = min(capped, kind.max)
+        return h + u * (capped - along)
+    if isinstance(kind, SetProjection):
+        return h + u * (kind.target - along)
+    if isinstance(kind, ReplaceVector):
+        return v.clone()
+    assert isinstance(kind, RotateTowards)
+    return _rotated(h, u, kind.radians)
+
+
+def _rotated(h: Tensor, u: Tensor, radians: float) -> Tensor:
+    length = float(h.norm())
+    along = float(h @ u)
+    across = h / length - (along / length) * u
+    if float(across.norm()) < 1e-6:
+        return h.clone()
+    # The component of u that is orthogonal to h, within the plane of both.
+    w: Tensor = u - (along / length) * (h / length)
+    w = w / w.norm()
+    angle = min(radians, math.acos(max(-1.0, min(1.0, along / length))))
+    return (h / length * math.cos(angle) + w * math.sin(angle)) * length
+
+
+def _neuron_target(kind: NeuronEdit, a: Tensor, layer: int, artifacts: Artifacts) -> Tensor:
+    neurons, values = list(kind.neurons), list(kind.values)
+    if kind.neuron_set is not None:
+        indices, stored = artifacts[kind.neuron_set].neurons(layer)
+        neurons = [int(index) for index in indices]
+        if not values and stored is not None:
+            values = [float(value) for value in stored]
+    if len(values) == 1:
+        values = values * len(neurons)
+    t = a.clone()
+    for i, neuron in enumerate(neurons):
+        if kind.op is NeuronOp.SET:
+            t[neuron] = values[i]
+        elif kind.op is NeuronOp.SCALE:
+            t[neuron] = values[i] * a[neuron]
+        elif kind.op is NeuronOp.ADD:
+            t[neuron] = a[neuron] + values[i]
+        else:
+            low = -math.inf if kind.min is None else kind.min
+            high = math.inf if kind.max is None else kind.max
+            t[neuron] = min(max(float(a[neuron]), low), high)
+    return t
+
+
+def _head_target(kind: HeadEdit, z: Tensor, layers: Sequence[int], layer: int, n_heads: int) -> Tensor:
+    t = z.clone().view(n_heads, -1)
+    for i, head in enumerate(kind.heads):
+        if kind.scale is not None:
+            t[head] = kind.scale * t[head]
+        else:
+            assert kind.mean is not None
+            mean = kind.mean if kind.mean.ndim == 2 else kind.mean[list(layers).index(layer)]
+            t[head] = mean[i].double()
+    return t.view(-1)
+
+
+def edited(
+    edit: Edit, strength: float, h: Tensor, layers: Sequence[int], layer: int, artifacts: Artifacts, n_heads: int
+) -> Tensor:
+    """h + strength · (t(h) - h), then back to the norm of h where the edit asks for it. h float64 [width]."""
+    changed = h + strength * (target(edit.kind, h, layers, layer, artifacts, n_heads) - h)
+    if edit.preserve_norm:
+        changed = changed * (h.norm() / changed.norm())
+    return changed
+
+
+def measured(condition: Condition, h: Tensor, artifacts: Artifacts) -> float:
+    """What the condition compares with its threshold: h · v / |v|, or the cosine."""
+    v = vector_at(condition.vector, (condition.layer,), condition.layer, artifacts)
+    projection = float(h @ v) / float(v.norm())
+    return projection / float(h.norm()) if condition.cosine else projection
+
+
+def holds(condition: Condition, value: float) -> bool:
+    if condition.comparison is Comparison.ABOVE:
+        return value > condition.threshold
+    return value < condition.threshold
+
+
+def in_scope(
+    scope: Scope, position: int, tokens: Sequence[int], prompt_length: int, roles: Sequence[str] | None
+) -> bool:
+    """Tokens that match any include (none given: all) and no exclude."""
+
+    def matches(selector: TokenSelector) -> bool:
+        return _matches(selector, position, tokens, prompt_length, roles)
+
+    included = not scope.include or any(matches(selector) for selector in scope.include)
+    return included and not any(matches(selector) for selector in scope.exclude)
+
+
+def _matches(
+    selector: TokenSelector, position: int, tokens: Sequence[int], prompt_length: int, roles: Sequence[str] | None
+) -> bool:
+    in_prompt = position < prompt_length
+    if selector.phase is not None and in_prompt != (selector.phase is Phase.PROMPT):
+        return False
+    if selector.positions is not None:
+        start, end = selector.positions.start, selector.positions.end
+        if position < (start if start >= 0 else prompt_length + start):
+            return False
+        if end is not None and position >= (end if end >= 0 else prompt_length + end):
+            return False
+    if selector.last_k is not None and not prompt_length - selector.last_k <= position < prompt_length:
+        return False
+    if selector.token_ids and tokens[position] not in selector.token_ids:
+        return False
+    if selector.role is not None:
+        assert roles is not None
+        # What the model produces is the assistant's turn.
+        return selector.role == (roles[position] if in_prompt else "assistant")
+    return True

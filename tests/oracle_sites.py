@@ -1,0 +1,129 @@
+"""Where the oracle puts its hooks: a table of module paths for each family, and nothing of the server's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from patchclamp_server.interventions.program import Site
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the sites of a family are. Paths are relative to a block, `final_norm` and `blocks` to the model."""
+
+    blocks: str
+    final_norm: str
+    # Norm whose input is the residual stream between attention and MLP; None where both run in parallel.
+    mid_norm: str | None
+    o_proj: str
+    # Module whose output attention adds to the residual stream.
+    attn_out: str
+    down_proj: str
+    # Module whose output the MLP adds to the residual stream.
+    mlp_out: str
+
+
+_LLAMA = Family(
+    blocks="model.layers",
+    final_norm="model.norm",
+    mid_norm="post_attention_layernorm",
+    o_proj="self_attn.o_proj",
+    attn_out="self_attn",
+    down_proj="mlp.down_proj",
+    mlp_out="mlp",
+)
+_GEMMA = Family(
+    blocks="model.layers",
+    final_norm="model.norm",
+    mid_norm="pre_feedforward_layernorm",
+    o_proj="self_attn.o_proj",
+    attn_out="post_attention_layernorm",
+    down_proj="mlp.down_proj",
+    mlp_out="post_feedforward_layernorm",
+)
+_FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": Family("transformer.h", "transformer.ln_f", "ln_2", "attn.c_proj", "attn", "mlp.c_proj", "mlp"),
+    "opt": Family(
+        blocks="model.decoder.layers",
+        final_norm="model.decoder.final_layer_norm",
+        mid_norm="final_layer_norm",
+        o_proj="self_attn.out_proj",
+        attn_out="self_attn",
+        down_proj="fc2",
+        mlp_out="fc2",
+    ),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        mid_norm=None,
+        o_proj="attention.dense",
+        attn_out="attention",
+        down_proj="mlp.dense_4h_to_h",
+        mlp_out="mlp",
+    ),
+}
+
+
+def logit_lens(model: PreTrainedModel, h: Tensor) -> Tensor:
+    """Log-probabilities [vocab] of a residual state [d_model] read by the final norm and the unembedding."""
+    family = _FAMILIES[model.config.model_type]
+    # Hooks sit on blocks only, so these modules can be called in the middle of a pass.
+    norm, unembedding = model.get_submodule(family.final_norm), model.get_submodule("lm_head")
+    logits = unembedding(norm(h.view(1, 1, -1)))[0, 0]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+Visit = Callable[[Site, int, Tensor], Tensor]
+
+
+def attach(model: PreTrainedModel, visit: Visit) -> list[Any]:
+    """Hooks that pass every site of every block through `visit`, in the order of the forward pass."""
+    family = _FAMILIES[model.config.model_type]
+    hooks: list[Any] = []
+
+    def on_input(module: nn.Module, site: Site, layer: int) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (visit(site, layer, args[0]), *args[1:])
+
+        hooks.append(module.register_forward_pre_hook(hook))
+
+    def on_input_in_place(module: nn.Module, site: Site, layer: int) -> None:
+        # The block kept this very tensor as its residual before it called the norm.
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            args[0].copy_(visit(site, layer, args[0]))
+
+        hooks.append(module.register_forward_pre_hook(hook))
+
+    def on_output(module: nn.Module, site: Site, layer: int) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (visit(site, layer, output[0]), *output[1:])
+            return visit(site, layer, output)
+
+        hooks.append(module.register_forward_hook(hook))
+
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    for layer, block in enumerate(blocks):
+        on_input(block, Site.RESID_PRE, layer)
+        on_input(block.get_submodule(family.o_proj), Site.ATTN_Z, layer)
+        on_output(block.get_submodule(family.attn_out), Site.ATTN_OUT, layer)
+        if family.mid_norm is not None:
+            on_input_in_place(block.get_submodule(family.mid_norm), Site.RESID_MID, layer)
+        on_input(block.get_submodule(family.down_proj), Site.MLP_POST, layer)
+        on_output(block.get_submodule(family.mlp_out), Site.MLP_OUT, layer)
+        on_output(block, Site.RESID_POST, layer)
+    return hooks

@@ -1,0 +1,100 @@
+"""/metrics, as Prometheus reads it, after real calls."""
+
+import re
+
+import grpc
+import pytest
+from live import LiveServer
+from patchclamp.v1 import generation_pb2 as pb
+from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from prometheus_client.parser import text_string_to_metric_families
+from test_generation_service import generate, request
+
+GENERATE = 'service="patchclamp.v1.GenerationService",method="Generate"'
+# Prometheus' base units and suffixes; what is left are gauges and histograms of counted things.
+SUFFIXES = ("_total", "_seconds", "_bytes", "_ratio", "_info")
+COUNTED = ("_in_flight", "_running", "_waiting", "_blocks", "_blocks_free", "_blocks_cached", "_rows")
+
+
+def requests_total(server: LiveServer, method: str, code: str) -> float:
+    return server.metric(f'patchclamp_requests_total{{code="{code}",{_sorted(method)}}}')
+
+
+def _sorted(method: str) -> str:
+    return ",".join(sorted(method.split(",")))
+
+
+def test_a_call_counts_once_under_its_method_and_code(live_server: LiveServer, channel: grpc.Channel):
+    before = requests_total(live_server, GENERATE, "OK")
+    generate(channel)
+    assert requests_total(live_server, GENERATE, "OK") == before + 1
+
+
+def test_a_refusal_counts_under_its_code(live_server: LiveServer, channel: grpc.Channel):
+    before = requests_total(live_server, GENERATE, "INVALID_ARGUMENT")
+    with pytest.raises(grpc.RpcError):
+        list(GenerationServiceStub(channel).Generate(pb.GenerateRequest()))
+    assert requests_total(live_server, GENERATE, "INVALID_ARGUMENT") == before + 1
+
+
+def test_a_method_that_does_not_exist_adds_no_label_of_the_clients_choice(
+    live_server: LiveServer, channel: grpc.Channel
+):
+    with pytest.raises(grpc.RpcError):
+        channel.unary_unary("/patchclamp.v1.GenerationService/DropTables")(b"")
+    assert requests_total(live_server, 'service="unknown",method="unknown"', "UNIMPLEMENTED") >= 1
+    assert "DropTables" not in live_server.metrics()
+
+
+def test_tokens_and_latencies_are_counted(live_server: LiveServer, channel: grpc.Channel):
+    names = (
+        "patchclamp_time_to_first_token_seconds_count",
+        "patchclamp_inter_token_seconds_count",
+        'patchclamp_sequences_finished_total{outcome="length"}',
+    )
+    before = [live_server.metric(name) for name in names]
+    decoded = live_server.metric("patchclamp_decode_tokens_total")
+    steps = live_server.metric("patchclamp_step_seconds_count")
+    generate(channel)
+    assert [live_server.metric(name) - b for name, b in zip(names, before, strict=True)] == [1, 7, 1]
+    assert live_server.metric("patchclamp_decode_tokens_total") > decoded
+    assert live_server.metric("patchclamp_step_seconds_count") >= steps + 8
+
+
+def test_nothing_is_in_flight_when_nothing_runs(live_server: LiveServer, channel: grpc.Channel):
+    stream = GenerationServiceStub(channel).Generate(
+        request(stop=pb.StopConditions(max_tokens=200, ignore_eos=True))
+    )
+    next(stream)
+    in_flight = f"patchclamp_requests_in_flight{{{_sorted(GENERATE)}}}"
+    assert live_server.metric(in_flight) == 1
+    list(stream)
+    assert live_server.metric(in_flight) == 0
+
+
+def test_kv_blocks_are_shown(live_server: LiveServer):
+    total = live_server.metric("patchclamp_kv_blocks")
+    assert total == live_server.server.engine.stats().kv_blocks_total > 0
+    assert 0 <= live_server.metric("patchclamp_kv_blocks_free") <= total
+
+
+def test_names_follow_the_conventions(live_server: LiveServer, channel: grpc.Channel):
+    generate(channel)
+    for family in text_string_to_metric_families(live_server.metrics()):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        if name.endswith("_created"):
+            continue
+        assert re.fullmatch(r"patchclamp_[a-z_]+", name)
+        assert name.endswith(SUFFIXES + COUNTED)
+
+
+def test_labels_are_of_closed_sets(live_server: LiveServer, channel: grpc.Channel):
+    generate(channel)
+    labels = {
+        label
+        for family in text_string_to_metric_families(live_server.metrics())
+        for sample in family.samples
+        for label in sample.labels
+    }
+    described = {"name", "architecture", "fingerprint", "dtype", "device"}
+    assert labels <= {"service", "method", "code", "outcome", "le"} | described
