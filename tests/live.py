@@ -24,11 +24,18 @@ class LiveServer:
 
     def __enter__(self) -> "LiveServer":
         self._thread.start()
-        self.address = self.run(self.server.start())
+        try:
+            self.address = self.run(self.server.start())
+        except OSError:
+            self._end()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.run(self.server.stop())
+        self._end()
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from patchclamp_server.threads import configure_threads
 
 if TYPE_CHECKING:
     from patchclamp_server.config import ServerConfig
-    from patchclamp_server.rpc.server import Server
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Options of the engine: its own defaults hold where none is given.
@@ -31,8 +31,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Every option can be set by a variable: --drain-seconds by PATCHCLAMP_DRAIN_SECONDS."""
     add_model_arguments(parser)
-    _add(parser, "--address", help="host:port to serve on; port 0 takes a free one (default: 127.0.0.1:50051)")
-    _add(parser, "--metrics-address", help="host:port of /metrics (default: 127.0.0.1:9464)")
+    _add(
+        parser,
+        "--address",
+        type=_address,
+        help="host:port to serve on; port 0 takes a free one (default: 127.0.0.1:50051)",
+    )
+    _add(parser, "--metrics-address", type=_address, help="host:port of /metrics (default: 127.0.0.1:9464)")
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=_one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
     _add(parser, "--device", help="torch device (default: cpu)")
@@ -50,14 +55,22 @@ def serve(args: argparse.Namespace) -> int:
     from patchclamp_server.model.progress import RichProgress
     from patchclamp_server.rpc.server import Server, load
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = config_from(args)
     try:
         with RichProgress() as progress:
             model = load(config, progress)
-        asyncio.run(_serve(Server(model, config)))
+        server = Server(model, config)
+
+        def ready(address: str) -> None:
+            print(f"serving on {address}, metrics on port {server.metrics_port}", flush=True)
+
+        asyncio.run(server.run(ready))
     except (ModelSourceError, OSError) as error:
         print(f"patchclamp serve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while the model loads; afterwards it is a signal like any other
+        return 130
     return 0
 
 
@@ -91,13 +104,6 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
     return ServerConfig(engine=EngineConfig(**engine), **{n: v for n, v in given.items() if n in fields})
 
 
-async def _serve(server: "Server") -> None:
-    address = await server.start()
-    print(f"serving on {address}, metrics on port {server.metrics_port}", flush=True)
-    await server.serve_until_signal()
-    print("stopped", flush=True)
-
-
 def _add(parser: argparse.ArgumentParser, option: str, **arguments: object) -> None:
     """An option whose default is its variable, checked like a value on the command line; None when neither is set."""
     variable = "PATCHCLAMP_" + option.removeprefix("--").replace("-", "_").upper()
@@ -110,6 +116,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"expected host:port, got {text!r}")
+    return text
 
 
 def _seconds(text: str) -> float:

@@ -7,8 +7,10 @@ from threading import Event
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from patchclamp import AsyncClient, Client, PatchclampError
+from patchclamp.requests import prompt
 from patchclamp.v1 import generation_pb2, model_pb2
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceServicer
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
@@ -216,3 +218,14 @@ def test_exactly_one_of_prompt_and_messages_is_given(arguments: tuple[Any, ...])
     options: Any = {"messages": messages[0]} if messages else {}
     with Client() as client, pytest.raises(ValueError, match="either a prompt or messages"):
         client.generate(prompt, **options)
+
+
+@pytest.mark.parametrize("ids", [[5, 6], (5, 6), np.array([5, 6])])
+def test_a_prompt_of_numbers_is_token_ids(ids: Any) -> None:
+    assert list(prompt(ids, {}).tokens.ids) == [5, 6]
+
+
+@pytest.mark.parametrize("turn", [("user", "hi"), {"role": "user", "content": "hi"}])
+def test_a_prompt_of_turns_is_a_chat(turn: Any) -> None:
+    chat = generation_pb2.ChatMessages(messages=[generation_pb2.ChatMessage(role="user", content="hi")])
+    assert prompt([turn], {}).chat == prompt(None, {"messages": [turn]}).chat == chat

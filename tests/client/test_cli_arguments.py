@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,12 @@ def test_every_action_on_vectors_can_answer_in_json(action: str, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["vectors", action, "-h"])
     assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["serve", "pull"])
+def test_a_server_command_without_the_extra_says_what_to_install(command: str) -> None:
+    code = f"import sys\nsys.modules['torch'] = None\nfrom patchclamp.cli import main\nsys.exit(main(['{command}']))\n"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert "torch" in finished.stderr
+    assert "pip install 'patchclamp[server]'" in finished.stderr

@@ -111,7 +111,7 @@ def test_a_neuron_set_may_bring_its_own_layers_and_values() -> None:
     ("layers", "expected"), [(5, ([5], False)), (range(2, 5), ([2, 3, 4], False)), ("all", ([], True))]
 )
 def test_layers_are_one_several_or_all(layers: object, expected: tuple[list[int], bool]) -> None:
-    edit = add("v", layers=layers)  # type: ignore[arg-type]
+    edit = add("v", layers=layers)
     assert (list(edit.layers), edit.all_layers) == expected
 
 
@@ -166,12 +166,12 @@ def test_a_position_zero_is_distinct_from_no_end() -> None:
 )
 def test_contradictions_are_refused_before_anything_is_sent(build: object) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        build()  # type: ignore[operator]
+        build()
 
 
 def test_an_unknown_site_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'residual' is unknown; accepted: resid_pre, .*resid_post"):
-        add("v", layers=1, site="residual")  # type: ignore[typeddict-item]
+        add("v", layers=1, site="residual")
 
 
 def test_a_gate_compares_a_projection_with_its_threshold() -> None:
@@ -223,7 +223,7 @@ def test_a_plain_list_of_edits_is_a_program() -> None:
     ],
 )
 def test_every_kind_of_numbers_gives_the_same_tensor(numbers: object) -> None:
-    values = vector(numbers).values  # type: ignore[arg-type]
+    values = vector(numbers).values
     assert (values.dtype, list(values.shape)) == (tensor_pb2.DATA_TYPE_FLOAT32, [2])
     assert np.frombuffer(values.data, "<f4").tolist() == [1.0, -2.5]
 
@@ -256,7 +256,7 @@ def test_an_object_with_only_the_array_protocol_is_accepted() -> None:
 
 def test_bytes_are_no_vector() -> None:
     with pytest.raises(TypeError, match="bytes"):
-        vector(b"\0\0\0\0")  # type: ignore[arg-type]
+        vector(b"\0\0\0\0")
 
 
 def test_options_of_a_vector_are_added_to_its_source() -> None:

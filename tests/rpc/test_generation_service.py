@@ -93,9 +93,7 @@ def test_readouts_belong_to_the_token_they_come_with(channel: grpc.Channel):
         all_layers=True,
         projection=program.ProjectionReadout(vectors=[vector()]),
     )
-    responses = list(
-        GenerationServiceStub(channel).Generate(request(program=program.Program(readouts=[readout])))
-    )
+    responses = list(GenerationServiceStub(channel).Generate(request(program=program.Program(readouts=[readout]))))
     prompt = [v for r in responses for v in r.prompt_readouts]
     assert sorted((v.position, v.layer) for v in prompt) == [(p, layer) for p in range(5) for layer in range(2)]
     tokens = [t for r in responses for t in r.tokens]
@@ -158,7 +156,9 @@ def test_score_gives_the_log_probability_of_each_token(channel: grpc.Channel):
 def test_score_of_text_and_of_its_tokens_agree(channel: grpc.Channel):
     stub = GenerationServiceStub(channel)
     prompt = pb.Prompt(text="hello")
-    ids = model_pb2_grpc.ModelServiceStub(channel).Tokenize(model_pb2.TokenizeRequest(prompt=pb.Prompt(text=" you"))).ids
+    ids = (
+        model_pb2_grpc.ModelServiceStub(channel).Tokenize(model_pb2.TokenizeRequest(prompt=pb.Prompt(text=" you"))).ids
+    )
     by_text = stub.Score(pb.ScoreRequest(prompt=prompt, text=" you"))
     by_tokens = stub.Score(pb.ScoreRequest(prompt=prompt, tokens=pb.TokenIds(ids=ids)))
     assert by_text.tokens == by_tokens.tokens

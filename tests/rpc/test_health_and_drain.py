@@ -76,7 +76,8 @@ def test_sigterm_lets_a_running_stream_finish_and_refuses_new_ones(process: "sub
         assert next(statuses).status == NOT_SERVING
         with pytest.raises(grpc.RpcError) as caught:
             list(GenerationServiceStub(channel).Generate(LONG))
-        assert failure(caught.value).code is grpc.StatusCode.UNAVAILABLE
+        refused = failure(caught.value)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         sent.put(pb.SessionRequest(advance=pb.Advance(tokens=239)))
         responses = [first, *stream]
         sent.put(None)
@@ -114,5 +115,5 @@ def test_work_beyond_the_drain_time_is_cancelled(live_server: LiveServer, tmp_pa
 
 def test_a_taken_port_is_an_error_and_not_a_second_server(live_server: LiveServer, tmp_path: Path):
     second = LiveServer(live_server.model, tmp_path, address=live_server.address)
-    with pytest.raises(RuntimeError, match="bind"), second:
+    with pytest.raises(OSError, match="cannot serve on"), second:
         pass

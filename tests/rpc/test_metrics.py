@@ -62,9 +62,7 @@ def test_tokens_and_latencies_are_counted(live_server: LiveServer, channel: grpc
 
 
 def test_nothing_is_in_flight_when_nothing_runs(live_server: LiveServer, channel: grpc.Channel):
-    stream = GenerationServiceStub(channel).Generate(
-        request(stop=pb.StopConditions(max_tokens=200, ignore_eos=True))
-    )
+    stream = GenerationServiceStub(channel).Generate(request(stop=pb.StopConditions(max_tokens=200, ignore_eos=True)))
     next(stream)
     in_flight = f"patchclamp_requests_in_flight{{{_sorted(GENERATE)}}}"
     assert live_server.metric(in_flight) == 1

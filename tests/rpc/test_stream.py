@@ -74,9 +74,7 @@ def test_a_backlog_is_cut_into_responses_a_client_accepts_and_nothing_is_lost():
     builder = ResponseBuilder(0, wait_for_readouts=True)
     wide = tuple(float(i) for i in range(50_000))
     events = [
-        event
-        for p in range(40)
-        for event in (Token(p, p), Text("x"), Readouts(p, (ReadoutValue("r", 0, p, wide),)))
+        event for p in range(40) for event in (Token(p, p), Text("x"), Readouts(p, (ReadoutValue("r", 0, p, wide),)))
     ]
     responses = list(builder.responses([*events, FINISHED]))
     assert len(responses) > 1

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 import torch
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
@@ -29,14 +30,12 @@ CONCEPTS = Path(__file__).parents[2] / "benchmarks" / "data" / "concepts"
 # Just past the middle of 30 layers: before it the last token hardly holds the concept.
 LAYER = 16
 RANDOM_SEEDS = range(4)
-# Half of the measure, for the time a test may take.
-PROMPTS, CONTINUATIONS = 4, 2
 GENERATED_TOKENS = 32
 # One server for all tests of the file, in one event loop.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def channel(embedded_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[grpc.aio.Channel]:
     config = ServerConfig(
         address="127.0.0.1:0",
@@ -77,8 +76,8 @@ async def preference(channel: grpc.aio.Channel, measure: dict[str, Any], program
     async def side(continuations: list[str]) -> float:
         requests = [
             generation_pb2.ScoreRequest(prompt=text(prompt), text=continuation, program=program)
-            for prompt in measure["prompts"][:PROMPTS]
-            for continuation in continuations[:CONTINUATIONS]
+            for prompt in measure["prompts"]
+            for continuation in continuations
         ]
         scores = await asyncio.gather(*(generation.Score(request) for request in requests))
         return mean(score.total_logprob / len(score.tokens) for score in scores)
@@ -111,9 +110,7 @@ def random_vector(seed: int, norm: float, width: int) -> program_pb2.Vector:
 
 
 @pytest.mark.parametrize("concept", ["joyful_sad", "formal_casual"])
-async def test_a_vector_tells_held_out_pairs_apart_and_moves_the_model(
-    channel: grpc.aio.Channel, concept: str, record_property: Any
-) -> None:
+async def test_a_vector_tells_held_out_pairs_apart_and_moves_the_model(channel: grpc.aio.Channel, concept: str) -> None:
     result = await extracted(channel, concept)
     best = max(result.layers, key=lambda e: e.heldout_accuracy)
     assert best.heldout_accuracy >= 0.9
@@ -127,9 +124,10 @@ async def test_a_vector_tells_held_out_pairs_apart_and_moves_the_model(
     baseline, *steered = [await preference(channel, measure, program) for program in programs]
     towards, away, *random = [value - baseline for value in steered]
     balances = [await word_balance(channel, measure, adding(vector, strength)) for strength in (1.0, -1.0)]
-    record_property("shift", {"towards": towards, "away": away, "random": random, "words": balances})
+    print({"concept": concept, "accuracy": best.heldout_accuracy, "towards": towards, "away": away, "random": random})
+    print({"words at +1 and -1": balances})
     strongest = max(abs(shift) for shift in random)
     assert towards > 0.4
-    assert towards > 2.5 * strongest
+    assert towards > 3 * strongest
     assert away < -strongest
     assert balances[0] - balances[1] >= 6

@@ -108,11 +108,11 @@ def prompt(source: PromptLike | None, options: PromptOptions) -> generation_pb2.
     form = source if source is not None else messages
     if isinstance(form, str):
         return generation_pb2.Prompt(text=form)
-    assert form is not None
-    if messages is None and (not form or isinstance(form[0], int)):
-        return generation_pb2.Prompt(tokens=generation_pb2.TokenIds(ids=cast(Sequence[int], form)))
+    items = [] if form is None else list(form)
+    if messages is None and not (items and isinstance(items[0], tuple | Mapping)):
+        return generation_pb2.Prompt(tokens=generation_pb2.TokenIds(ids=cast(list[int], items)))
     chat = generation_pb2.ChatMessages(
-        messages=[_message(turn) for turn in cast(Messages, form)],
+        messages=[_message(turn) for turn in cast(Messages, items)],
         continue_final_message=options.get("continue_final_message", False),
     )
     return generation_pb2.Prompt(chat=chat)

@@ -24,7 +24,7 @@ from patchclamp_server.engine.runner import Runner, StepResult
 from patchclamp_server.engine.sampler import NOT_FINITE, sample
 from patchclamp_server.engine.scheduler import Scheduler, Work
 from patchclamp_server.engine.sequence import Sequence
-from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker
+from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker, token_bytes
 from patchclamp_server.errors import (
     Aborted,
     Cancelled,
@@ -96,6 +96,8 @@ class Engine:
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
+        # A tokenizer that cannot be decoded token by token is refused here, not at the first request.
+        token_bytes(model.tokenizer)
         spec = model.decoder.spec
         self.cache = KvCache(
             n_layers=spec.n_layers,
@@ -219,23 +221,33 @@ class Engine:
         self._commands.put(command)
         self._wake.set()
 
-    def _loop(self) -> None:
-        while not self._stopping:
-            self._wake.clear()
-            while not self._commands.empty():
-                self._commands.get()()
-            timeout = self._expire()
-            work = self.scheduler.schedule()
-            if work:
-                self._step(work)
-            else:
-                self._wake.wait(timeout)
-        for sequence in list(self._sequences.values()):
-            self._fail(sequence, Unavailable("", "the server is shutting down"))
+    def step(self) -> bool:
+        """Takes commands in, and runs one step. False when nothing can run. For the engine's thread, or a test."""
         while not self._commands.empty():
             self._commands.get()()
-        for sequence in list(self._sequences.values()):
-            self._fail(sequence, Unavailable("", "the server is shutting down"))
+        work = self.scheduler.schedule()
+        if work:
+            self._step(work)
+        return bool(work)
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                timeout = self._expire()
+                if not self.step():
+                    self._wake.wait(timeout)
+        except BaseException:
+            log.critical("the engine stopped on a defect", exc_info=True)
+            raise
+        finally:
+            with self._lock:
+                self._stopping = True
+            # What was submitted before that is among the commands.
+            while not self._commands.empty():
+                self._commands.get()()
+            for sequence in list(self._sequences.values()):
+                self._fail(sequence, Unavailable("", "the server is shutting down"))
 
     def _add(self, request_id: int, request: Request) -> None:
         prompt_length = len(request.tokens) if request.score_from is None else request.score_from
@@ -243,10 +255,8 @@ class Engine:
         if request.program is not None and (
             request.program.edits or request.program.readouts or request.program.aborts
         ):
-            rows = self.runner.tables.acquire(len(request.program.edits))
-            state = ProgramState(
-                request_id, request.program, SequenceTokens(prompt_length, request.roles), counters=rows, latches=rows
-            )
+            loaded = self.runner.tables.load(request.program)
+            state = ProgramState(request_id, request.program, SequenceTokens(prompt_length, request.roles), loaded)
         capture = None
         if request.capture is not None:
             width = self.model.decoder.spec.sites[request.capture.site]
@@ -363,11 +373,10 @@ class Engine:
             sequence = prediction.sequence
             if sequence.id not in self._sequences:
                 continue
-            logits = result.logits[prediction.row]
             if sequence.leader is not None:
-                sequence.leader.compare(prediction.position, logits)
+                sequence.leader.compare(prediction.position, result.logits[prediction.row])
             elif sequence.scores:
-                sequence.score(prediction.position, logits)
+                sequence.score(prediction.position, result.logits[prediction.row])
             elif sequence.request.stop.max_tokens > 0:
                 drawn.append(prediction)
         if drawn:
@@ -426,7 +435,7 @@ class Engine:
     def _complete(self, sequence: Sequence, reason: FinishReason) -> None:
         receipt = None
         if sequence.state is not None:
-            receipt = sequence.state.receipt(self.runner.tables.read(sequence.state.counters))
+            receipt = sequence.state.receipt(self.runner.tables.read(sequence.state.loaded))
         self._forget(sequence)
         sequence.emit_finished(reason, receipt)
         self.observer.on_finished(reason.value)
@@ -447,7 +456,7 @@ class Engine:
         if sequence.follower is not None:
             self.scheduler.remove(sequence.follower)
         if sequence.state is not None:
-            self.runner.tables.release(sequence.state.counters)
+            self.runner.tables.release(sequence.state.loaded)
         del self._sequences[sequence.id]
         with self._lock:
             del self._requests[sequence.id]

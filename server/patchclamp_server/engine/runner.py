@@ -10,7 +10,8 @@ from patchclamp_server.engine.attention import AttentionBatch, Span
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
-from patchclamp_server.interventions.plan import CaptureSpan, Planner, ProgramSpan, StepOutcome
+from patchclamp_server.interventions.compiler import Planner
+from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.decoder import Decoder, StepInputs
 
@@ -37,11 +38,12 @@ class Runner:
     def __init__(self, decoder: Decoder, cache: KvCache) -> None:
         self.decoder = decoder
         self.cache = cache
-        self.tables = Tables(decoder.device)
+        self.tables = Tables(decoder.dtype, decoder.device)
         self.planner = Planner(
             self.tables,
             n_heads=decoder.spec.n_heads,
-            d_ff=decoder.spec.d_ff,
+            head_dim=decoder.spec.head_dim,
+            widths=decoder.spec.sites,
             dtype=decoder.dtype,
             device=decoder.device,
             unembed=decoder.logits,

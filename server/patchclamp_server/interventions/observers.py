@@ -61,12 +61,9 @@ class ReadoutOperator:
 class ProjectionOperator(ReadoutOperator):
     """h · v for every vector of the row's readout."""
 
-    def __init__(self, layer: int, rows: Tensor, readings: list[Reading], owner: Tensor) -> None:
+    def __init__(self, layer: int, rows: Tensor, readings: list[Reading], owner: Tensor, vectors: Tensor) -> None:
         super().__init__(layer, rows, readings)
-        vectors = [r.readout.vectors[layer] for r in readings]
-        most = max(len(v) for v in vectors)
-        padded = [torch.nn.functional.pad(v, (0, 0, 0, most - len(v))) for v in vectors]
-        self.vectors = torch.stack(padded).to(rows.device).transpose(1, 2)  # [k, width, most]
+        self.vectors = vectors.transpose(1, 2)  # [k, width, most]
         self.grid = Grid(owner, len(readings))
 
     def read(self, h: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -173,94 +173,73 @@ class Grid:
 class LowRankOperator(TargetOperator):
     """t(h) = h + Rᵀ(W h + b - R h). Ranks are padded with zeros to the largest of the step."""
 
-    def __init__(self, entries: Entries, preserve_norm: bool, payload: list[tuple[Tensor, ...]]) -> None:
-        super().__init__(entries, payload[0][0], preserve_norm)
-        rank = max(len(p[2]) for p in payload)
-        padded = [[torch.nn.functional.pad(t, _pad(t, rank)) for t in p] for p in payload]
-        self.rotation = torch.stack([p[0] for p in padded])  # [k, rank, width]
-        self.difference = torch.stack([p[1] - p[0] for p in padded])
-        self.bias = torch.stack([p[2] for p in padded])[:, None]  # [k, 1, rank]
-        self.grid = Grid(entries.edit, len(payload))
+    def __init__(self, entries: Entries, preserve_norm: bool, rotation: Tensor, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(entries, rotation, preserve_norm)
+        self.rotation = rotation  # [k, rank, width]
+        self.difference = weight - rotation
+        self.bias = bias[:, None]  # [k, 1, rank]
+        self.grid = Grid(entries.edit, len(rotation))
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
         inner = torch.baddbmm(self.bias, self.grid.spread(h), self.difference.transpose(1, 2))
         return h + self.grid.collect(torch.bmm(inner, self.rotation))
 
 
-def _pad(tensor: Tensor, rank: int) -> tuple[int, ...]:
-    missing = rank - tensor.shape[0]
-    return (0, missing) if tensor.dim() == 1 else (0, 0, 0, missing)
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Neurons or heads of the groups of a step: U units over the (row, edit) groups."""
+
+    place: Tensor  # [U] flat index: row * units in a row + unit
+    group: Tensor  # [U]
+    strength: Tensor  # [U]
+    factor: Tensor  # [U]
 
 
 class NeuronOperator:
-    """t(a) = clip(f a + c, low, high) for single neurons. Entries are (row, neuron), groups are (row, edit)."""
+    """t(a) = clip(f a + c, low, high) for single neurons."""
 
-    def __init__(
-        self, groups: Entries, width: int, index: list[Tensor], parameters: list[tuple[Tensor, ...]], spread: Tensor
-    ) -> None:
-        # index[g], parameters[g]: neurons of group g's edit; spread [entries]: group of each entry.
+    def __init__(self, groups: Entries, units: Units, offset: Tensor, low: Tensor, high: Tensor) -> None:
         self.groups = groups
-        sizes = torch.tensor([len(i) for i in index], device=spread.device)
-        order = _ragged(sizes, groups.edit)
-        self.spread = spread
-        self.flat = groups.rows[spread] * width + torch.cat(index)[order]
-        stacked = [torch.cat(column)[order] for column in zip(*parameters, strict=True)]
-        self.factor, self.offset, self.low, self.high = stacked
-        self.strength = groups.strength[spread]
+        self.units = units
+        self.offset, self.low, self.high = offset, low, high  # [U]
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        groups = self.groups
+        groups, units = self.groups, self.units
         norms = torch.linalg.vector_norm(x.index_select(0, groups.rows), dim=1)
         flat = x.view(-1)
-        a = flat.index_select(0, self.flat)
-        target = torch.minimum(torch.maximum(torch.addcmul(self.offset, a, self.factor), self.low), self.high)
-        edited = torch.lerp(a, target, self.strength)
+        a = flat.index_select(0, units.place)
+        target = torch.minimum(torch.maximum(torch.addcmul(self.offset, a, units.factor), self.low), self.high)
+        edited = torch.lerp(a, target, units.strength)
         opened = groups.opened(context)
         if groups.gate is not None:
-            edited = torch.where(opened.index_select(0, self.spread) > 0, edited, a)
-        flat.index_copy_(0, self.flat, edited)
-        squares = torch.zeros_like(norms).index_add_(0, self.spread, (edited - a).square())
+            edited = torch.where(opened.index_select(0, units.group) > 0, edited, a)
+        flat.index_copy_(0, units.place, edited)
+        squares = torch.zeros_like(norms).index_add_(0, units.group, (edited - a).square())
         context.count(squares.sqrt(), norms, opened)
 
 
 class HeadOperator:
-    """t(z) = f z + m for single heads. Entries are (row, head), groups are (row, edit)."""
+    """t(z) = f z + m for single heads."""
 
-    def __init__(
-        self, groups: Entries, n_heads: int, index: list[Tensor], parameters: list[tuple[Tensor, ...]], spread: Tensor
-    ) -> None:
+    def __init__(self, groups: Entries, units: Units, n_heads: int, offset: Tensor) -> None:
         self.groups = groups
+        self.units = units
         self.n_heads = n_heads
-        sizes = torch.tensor([len(i) for i in index], device=spread.device)
-        order = _ragged(sizes, groups.edit)
-        self.spread = spread
-        self.flat = groups.rows[spread] * n_heads + torch.cat(index)[order]
-        self.factor = torch.cat([p[0] for p in parameters])[order][:, None]
-        self.offset = torch.cat([p[1] for p in parameters])[order]
-        self.strength = groups.strength[spread][:, None]
+        self.offset = offset  # [U, head_dim]
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        groups = self.groups
+        groups, units = self.groups, self.units
         norms = torch.linalg.vector_norm(x.index_select(0, groups.rows), dim=1)
         heads = x.view(x.shape[0] * self.n_heads, -1)
-        z = heads.index_select(0, self.flat)
-        edited = torch.lerp(z, torch.addcmul(self.offset, z, self.factor), self.strength)
+        z = heads.index_select(0, units.place)
+        target = torch.addcmul(self.offset, z, units.factor[:, None])
+        edited = torch.lerp(z, target, units.strength[:, None])
         opened = groups.opened(context)
         if groups.gate is not None:
-            edited = torch.where(opened.index_select(0, self.spread)[:, None] > 0, edited, z)
-        heads.index_copy_(0, self.flat, edited)
-        squares = torch.zeros_like(norms).index_add_(0, self.spread, (edited - z).square().sum(1))
+            edited = torch.where(opened.index_select(0, units.group)[:, None] > 0, edited, z)
+        heads.index_copy_(0, units.place, edited)
+        squares = torch.zeros_like(norms).index_add_(0, units.group, (edited - z).square().sum(1))
         context.count(squares.sqrt(), norms, opened)
-
-
-def _ragged(sizes: Tensor, edit: Tensor) -> Tensor:
-    """Positions, in the concatenation of all edits' items, of the items of each group's edit, group after group."""
-    starts = torch.cumsum(sizes, 0) - sizes
-    lengths = sizes[edit]
-    total = int(lengths.sum())
-    first = torch.cumsum(lengths, 0) - lengths
-    within = torch.arange(total, device=sizes.device) - torch.repeat_interleave(first, lengths)
-    return torch.repeat_interleave(starts[edit], lengths) + within
 
 
 class ConditionOperator:

@@ -11,21 +11,21 @@ from patchclamp_server.errors import NotFound
 from patchclamp_server.interventions.bind import BoundEdit, BoundProgram, Kind
 from patchclamp_server.interventions.program import EditReceipt, Receipt, Scope, Site
 from patchclamp_server.interventions.scopes import BoolArray, IntArray, SequenceTokens, scope_mask, settled_mask
+from patchclamp_server.interventions.tables import LoadedProgram
 
 
 @dataclass(eq=False)
 class ProgramState:
     """A program while its sequence runs.
 
-    `counters` and `latches` are rows of the device tables (see tables.py), one for each edit. `counted` is the first
-    position whose rows have not been counted: recomputation after a preemption neither counts nor reads out again.
+    `counted` is the first position whose rows have not been counted: recomputation after a preemption neither counts
+    nor reads out again.
     """
 
     uid: int
     bound: BoundProgram
     sequence: SequenceTokens
-    counters: list[int]
-    latches: list[int]
+    loaded: LoadedProgram
     counted: int = 0
     # Grows with every change of strength; plans made before it are stale.
     version: int = 0

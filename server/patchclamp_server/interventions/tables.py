@@ -1,41 +1,168 @@
-"""Device tables that live across steps: receipt counters and latches of all running programs."""
+"""Device tables that live across steps: the vectors of all running programs, their receipt counters and latches.
+
+A program is written into the tables once, when its request is admitted. From then on a step names rows.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from patchclamp_server.interventions.bind import BoundProgram, Kind
+from patchclamp_server.interventions.scopes import IntArray
 
 NEVER = torch.iinfo(torch.int64).max
+FloatArray = np.ndarray
+# Row of every bank that is always zero; pads what is shorter than the longest of its kind.
+ZERO_ROW = 0
+
+
+class VectorBank:
+    """Vectors of one width, [capacity, width]."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device, capacity: int = 256) -> None:
+        self.data = torch.zeros((capacity, width), dtype=dtype, device=device)
+        self._free = list(range(capacity - 1, ZERO_ROW, -1))
+
+    def store(self, vectors: Tensor) -> list[int]:  # [n, width]
+        while len(self._free) < len(vectors):
+            old = len(self.data)
+            self.data = torch.cat((self.data, torch.zeros_like(self.data)))
+            self._free.extend(range(2 * old - 1, old - 1, -1))
+        rows = [self._free.pop() for _ in range(len(vectors))]
+        self.data[rows] = vectors.to(self.data)
+        return rows
+
+    def release(self, rows: list[int]) -> None:
+        self._free.extend(rows)
+
+
+@dataclass(frozen=True)
+class EditRows:
+    """Where the numbers of one edit at one layer are.
+
+    `rows`: bank rows: the vector; R then W of a low-rank edit; the offsets of a head edit. `numbers`: what is not a
+    vector, on the host: (bias,) of a low-rank edit, (index, factor, offset, low, high) of neurons, (index, factor) of
+    heads.
+    """
+
+    rows: IntArray
+    numbers: tuple[np.ndarray, ...] = ()
+
+
+@dataclass(eq=False)
+class LoadedProgram:
+    """Rows of a program in the tables. `edits[i]` and `readouts[i]` are by layer."""
+
+    # One row of counters and latches for each edit.
+    counters: list[int]
+    edits: list[dict[int, EditRows]] = field(default_factory=list)
+    gates: list[int] = field(default_factory=list)
+    aborts: list[int] = field(default_factory=list)
+    readouts: list[dict[int, IntArray]] = field(default_factory=list)
+    # Everything held in the banks, by width.
+    held: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Tables:
-    """One row for each edit of each running program. Rows are given out at admission and returned at the end."""
+    """Rows are given out at admission and returned at the end."""
 
-    def __init__(self, device: torch.device, capacity: int = 1024) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, capacity: int = 1024) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.banks: dict[int, VectorBank] = {}
         # Rows edited, and the sum of |delta| / |h| over them.
         self.counts = torch.zeros((capacity, 2), dtype=torch.float64, device=device)
         # Position at which the latch of the edit fired first.
         self.latch = torch.full((capacity,), NEVER, dtype=torch.int64, device=device)
         self._free = list(range(capacity - 1, -1, -1))
 
-    def acquire(self, n: int) -> list[int]:
-        """`n` cleared rows."""
+    def bank(self, width: int) -> VectorBank:
+        if width not in self.banks:
+            self.banks[width] = VectorBank(width, self.dtype, self.device)
+        return self.banks[width]
+
+    def load(self, program: BoundProgram) -> LoadedProgram:
+        """Writes a program into the tables: one copy for each width of vector in it."""
+        writer = _Writer()
+        loaded = LoadedProgram(self._acquire(len(program.edits)))
+        for edit in program.edits:
+            for layer in edit.layers:
+                payload = edit.payload[layer]
+                if edit.kind is Kind.LOW_RANK:
+                    writer.add(torch.cat(payload[:2]))
+                elif edit.kind is Kind.HEADS:
+                    writer.add(payload[2])
+                elif edit.kind is not Kind.NEURONS:
+                    writer.add(payload[0][None])
+        for edit in program.edits:
+            if edit.gate is not None:
+                writer.add(edit.gate.unit[None])
+        for abort in program.aborts:
+            writer.add(abort.condition.unit[None])
+        for readout in program.readouts:
+            for layer in readout.vectors:
+                writer.add(readout.vectors[layer])
+        places = {width: iter(self.bank(width).store(torch.cat(v))) for width, v in writer.vectors.items()}
+        loaded.held = {width: [] for width in places}
+
+        def take(n: int, width: int) -> IntArray:
+            rows = [next(places[width]) for _ in range(n)]
+            loaded.held[width] += rows
+            return np.array(rows, dtype=np.int64)
+
+        for edit in program.edits:
+            own = {}
+            for layer in edit.layers:
+                payload = edit.payload[layer]
+                if edit.kind is Kind.LOW_RANK:
+                    own[layer] = EditRows(take(2 * len(payload[0]), payload[0].shape[1]), (payload[2].numpy(),))
+                elif edit.kind is Kind.HEADS:
+                    numbers = (payload[0].numpy(), payload[1].numpy())
+                    own[layer] = EditRows(take(len(payload[0]), payload[2].shape[1]), numbers)
+                elif edit.kind is Kind.NEURONS:
+                    own[layer] = EditRows(np.empty(0, dtype=np.int64), tuple(t.numpy() for t in payload))
+                else:
+                    own[layer] = EditRows(take(1, len(payload[0])))
+            loaded.edits.append(own)
+        for edit in program.edits:
+            loaded.gates.append(ZERO_ROW if edit.gate is None else int(take(1, len(edit.gate.unit))[0]))
+        for abort in program.aborts:
+            loaded.aborts.append(int(take(1, len(abort.condition.unit))[0]))
+        for readout in program.readouts:
+            loaded.readouts.append({layer: take(*vectors.shape) for layer, vectors in readout.vectors.items()})
+        return loaded
+
+    def release(self, loaded: LoadedProgram) -> None:
+        self._free.extend(loaded.counters)
+        for width, rows in loaded.held.items():
+            self.banks[width].release(rows)
+
+    def read(self, loaded: LoadedProgram) -> np.ndarray:
+        """Counts [n_edits, 2] of a program."""
+        counts: np.ndarray = self.counts[loaded.counters].cpu().numpy()
+        return counts
+
+    def _acquire(self, n: int) -> list[int]:
         while len(self._free) < n:
-            self._grow()
+            old = len(self.counts)
+            self.counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
+            self.latch = torch.cat((self.latch, torch.full_like(self.latch, NEVER)))
+            self._free.extend(range(2 * old - 1, old - 1, -1))
         rows = [self._free.pop() for _ in range(n)]
         if rows:
             self.counts[rows] = 0.0
             self.latch[rows] = NEVER
         return rows
 
-    def release(self, rows: list[int]) -> None:
-        self._free.extend(rows)
 
-    def read(self, rows: list[int]) -> np.ndarray:
-        """Counts [n, 2] of the rows."""
-        counts: np.ndarray = self.counts[rows].cpu().numpy()
-        return counts
+class _Writer:
+    """Collects vectors by width, in order."""
 
-    def _grow(self) -> None:
-        old = self.counts.shape[0]
-        self.counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
-        self.latch = torch.cat((self.latch, torch.full_like(self.latch, NEVER)))
-        self._free.extend(range(2 * old - 1, old - 1, -1))
+    def __init__(self) -> None:
+        self.vectors: dict[int, list[Tensor]] = defaultdict(list)
+
+    def add(self, vectors: Tensor) -> None:
+        self.vectors[vectors.shape[1]].append(vectors)

@@ -69,7 +69,12 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-_ACTIVATION_FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
+_ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+}
 
 
 class Decoder:
@@ -96,7 +101,7 @@ class Decoder:
         self.windows = set(spec.windows)
         self.device = embedding.device
         self.dtype = embedding.dtype
-        self._activation: Callable[[Tensor], Tensor] = _ACTIVATION_FUNCTIONS[spec.activation]
+        self._activation = _ACTIVATION_FUNCTIONS[spec.activation]
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, pools: list[Tensor], hooks: SiteHooks) -> Tensor:

@@ -51,7 +51,5 @@ class Linear:
 
 def packing_for(weight: Tensor) -> Packing:
     """Packed copies are made for float32 on the CPU, where oneDNN has the kernels."""
-    usable = (
-        weight.device.type == "cpu" and weight.dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())
-    )  # type: ignore[no-untyped-call]
+    usable = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn
     return Packing.BOTH if usable else Packing.NONE

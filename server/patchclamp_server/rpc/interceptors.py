@@ -8,13 +8,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from patchclamp_server.errors import RequestError
+from patchclamp_server.errors import RequestError, Unavailable
 from patchclamp_server.metrics import Metrics
 from patchclamp_server.rpc.errors import to_status, unexpected_status
 
@@ -42,28 +42,37 @@ UNKNOWN = Method("unknown", "unknown")
 
 
 class InFlight:
-    """Counts calls that are being answered; `idle` resolves when there are none."""
+    """Counts calls that are being answered; after `close` no more may begin, and `idle` resolves when none is left."""
 
     def __init__(self) -> None:
         self._calls = 0
+        self._closed = False
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def enter(self) -> None:
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call. Raises Unavailable after `close`."""
+        if self._closed:
+            raise Unavailable("", "the server is shutting down")
         self._calls += 1
         self._idle.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if self._calls == 0:
+                self._idle.set()
 
-    def leave(self) -> None:
-        self._calls -= 1
-        if self._calls == 0:
-            self._idle.set()
+    def close(self) -> None:
+        self._closed = True
 
     async def idle(self) -> None:
         await self._idle.wait()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """`counted`: services whose calls `in_flight` counts, that is, those a drain waits for."""
+    """`counted`: services whose calls `in_flight` counts: those that a drain refuses and waits for."""
 
     def __init__(self, metrics: Metrics, in_flight: InFlight, counted: frozenset[str]) -> None:
         self._metrics = metrics
@@ -82,7 +91,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
             async def stream(request: Any, context: Context) -> None:
-                await self._answer(method, context, _write_all(behaviour, request, context))
+                await self._answer(method, context, lambda: _write_all(behaviour, request, context))
 
             make = (
                 grpc.stream_stream_rpc_method_handler
@@ -93,17 +102,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def unary(request: Any, context: Context) -> Any:
-            return await self._answer(method, context, behaviour(request, context))
+            return await self._answer(method, context, lambda: behaviour(request, context))
 
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
         return make(unary, handler.request_deserializer, handler.response_serializer)
 
-    async def _answer(self, method: Method, context: Context, answer: Awaitable[Any]) -> Any:
+    async def _answer(self, method: Method, context: Context, answer: Callable[[], Awaitable[Any]]) -> Any:
         with self._measured(method) as outcome:
             try:
-                result = await answer
+                with self._in_flight.call() if method.service in self._counted else nullcontext():
+                    result = await answer()
             except RequestError as error:
                 status = to_status(error)
                 if status.code is grpc.StatusCode.INTERNAL:
@@ -126,18 +136,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return await context.abort(status.code, status.details, status.trailing_metadata)
 
     @contextmanager
-    def _measured(self, method: Method) -> "Iterator[_Outcome]":
+    def _measured(self, method: Method) -> Iterator["_Outcome"]:
         outcome = _Outcome()
         labels = (method.service, method.name)
         started = time.monotonic()
         self._metrics.in_flight.labels(*labels).inc()
-        if method.service in self._counted:
-            self._in_flight.enter()
         try:
             yield outcome
         finally:
-            if method.service in self._counted:
-                self._in_flight.leave()
             self._metrics.in_flight.labels(*labels).dec()
             self._metrics.request_seconds.labels(*labels).observe(time.monotonic() - started)
             self._metrics.requests.labels(*labels, outcome.code.name).inc()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
 
 import grpc
 import torch
@@ -34,6 +35,7 @@ SERVICES: tuple[str, ...] = tuple(
     for module in (generation_pb2, steering_pb2, artifact_pb2, model_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 )
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Time for the last statuses to reach their clients once every call is answered.
 FLUSH_SECONDS = 1.0
 
@@ -54,7 +56,8 @@ class Server:
         self._stopping: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
-        """Serve. Returns the bound address, host:port. Raises OSError or RuntimeError when a port is taken."""
+        """Serve. Returns the bound address, host:port. Raises OSError when a port cannot be had."""
+        self._metrics_endpoint = _metrics_endpoint(self.metrics, self.config.metrics_address)
         self._in_flight = InFlight()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._grpc = grpc.aio.server(
@@ -67,8 +70,12 @@ class Server:
         )
         self._add_services()
         host, _, _ = self.config.address.rpartition(":")
-        port = self._grpc.add_insecure_port(self.config.address)
-        self._metrics_endpoint = _metrics_endpoint(self.metrics, self.config.metrics_address)
+        try:
+            port = self._grpc.add_insecure_port(self.config.address)
+        except RuntimeError as error:
+            await asyncio.to_thread(self._metrics_endpoint.close)
+            await self._grpc.stop(None)
+            raise OSError(f"cannot serve on {self.config.address}: {error}") from error
         self.engine.start()
         await self._grpc.start()
         for name in ("", *SERVICES):
@@ -102,28 +109,27 @@ class Server:
 
     async def _stop(self) -> None:
         await self._health.enter_graceful_shutdown()
-        # Refuses new calls at once. It would wait for health watchers as well, which never end.
-        stopped = asyncio.create_task(self._grpc.stop(self.config.drain_seconds + FLUSH_SECONDS))
-        drained = await asyncio.to_thread(self.engine.drain, self.config.drain_seconds)
-        if not drained:
-            logger.warning("requests still ran after %g s and are cancelled", self.config.drain_seconds)
+        # The port stays open meanwhile: a call gets UNAVAILABLE and its reason, not a connection that breaks.
+        self._in_flight.close()
+        try:
+            await asyncio.wait_for(self._in_flight.idle(), self.config.drain_seconds)
+        except TimeoutError:
+            logger.warning("calls still ran after %g s and are cancelled", self.config.drain_seconds)
             await self._grpc.stop(None)
         else:
-            await self._in_flight.idle()
             await self._grpc.stop(FLUSH_SECONDS)
-        await stopped
         await asyncio.to_thread(self.engine.shutdown)
         await asyncio.to_thread(self._metrics_endpoint.close)
 
-    async def serve_until_signal(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. A second signal ends the process at once."""
+    async def run(self, ready: Callable[[str], None]) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; `ready` gets the bound address. A second signal ends at once."""
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
+        for number in SIGNALS:
             loop.add_signal_handler(number, asked.set)
+        ready(await self.start())
         await asked.wait()
-        for number in signals:
+        for number in SIGNALS:
             loop.remove_signal_handler(number)
         await self.stop()
 

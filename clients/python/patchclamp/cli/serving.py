@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from types import ModuleType
 
 from patchclamp.cli.terminal import styled
 
@@ -14,24 +13,23 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def run(name: str, argv: list[str]) -> int:
-    server = _server_commands()
-    if server is None:
+    """Exit status 1 with a hint when a package of the extra `server` is missing."""
+    try:
+        return _serve_or_pull(name, argv)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("patchclamp"):
+            raise
+        hint = f"patchclamp {name} needs the server ({error.name} is missing): pip install 'patchclamp[server]'"
+        print(styled(hint, "red", sys.stderr), file=sys.stderr)
         return 1
+
+
+def _serve_or_pull(name: str, argv: list[str]) -> int:
+    from patchclamp_server import cli
+
     parser = argparse.ArgumentParser(prog=f"patchclamp {name}")
     if name == "serve":
-        server.add_serve_arguments(parser)
-    else:
-        server.add_model_arguments(parser)
-    args = parser.parse_args(argv)
-    status: int = server.serve(args) if name == "serve" else server.pull(args)
-    return status
-
-
-def _server_commands() -> ModuleType | None:
-    try:
-        from patchclamp_server import cli
-    except ModuleNotFoundError as error:
-        message = f"this command needs the server ({error.name} is missing): pip install 'patchclamp[server]'"
-        print(styled(message, "red", sys.stderr), file=sys.stderr)
-        return None
-    return cli
+        cli.add_serve_arguments(parser)
+        return cli.serve(parser.parse_args(argv))
+    cli.add_model_arguments(parser)
+    return cli.pull(parser.parse_args(argv))

@@ -1,0 +1,372 @@
+"""Compiles the programs of one step into operators at sites.
+
+Which operators exist depends on the (site, layer, kind of edit) combinations in use, never on how many programs use
+them: programs are entries in index tensors, and their numbers are rows of the device tables. A decode step whose
+programs and rows are those of the step before reuses its plan as it is.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchclamp_server.engine.request import Pooling
+from patchclamp_server.interventions.bind import BoundCondition, BoundEdit, BoundReadout, Kind
+from patchclamp_server.interventions.observers import (
+    AbortHit,
+    AbortOperator,
+    CaptureOperator,
+    LogitLensOperator,
+    NeuronReadoutOperator,
+    ProjectionOperator,
+    Reading,
+    ReadoutOperator,
+    TopNeuronsOperator,
+)
+from patchclamp_server.interventions.operators import (
+    AddOperator,
+    AddPreservingOperator,
+    ConditionOperator,
+    Entries,
+    GateOperator,
+    HeadOperator,
+    LowRankOperator,
+    NeuronOperator,
+    Operator,
+    ProjectOperator,
+    ReplaceOperator,
+    RotateOperator,
+    Units,
+)
+from patchclamp_server.interventions.plan import CaptureSpan, Place, ProgramSpan, StepPlan
+from patchclamp_server.interventions.program import (
+    FORWARD_ORDER,
+    LogitLensReadout,
+    NeuronReadout,
+    ProjectionReadout,
+    Site,
+    TopNeuronsReadout,
+)
+from patchclamp_server.interventions.scopes import BoolArray, IntArray, scope_mask
+from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.interventions.tables import ZERO_ROW, EditRows, FloatArray, Tables
+
+
+class Planner:
+    """Makes the plan of each step; keeps the last one while nothing changes."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        *,
+        n_heads: int,
+        head_dim: int,
+        widths: dict[Site, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        unembed: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.tables = tables
+        self.n_heads = n_heads
+        self.head_dim = head_dim
+        self.widths = widths
+        self.dtype = dtype
+        self.device = device
+        self.unembed = unembed
+        self._key: tuple[tuple[int, int, int], ...] | None = None
+        self._plan: StepPlan | None = None
+
+    def plan(self, spans: list[ProgramSpan]) -> StepPlan:
+        """`spans`: those of the step that have a program or a capture."""
+        key = None
+        if all(span.reusable and span.capture is None for span in spans):
+            key = tuple((s.row, s.state.uid, s.state.version) for s in spans if s.state is not None)
+        readouts = any(s.state is not None and (s.state.bound.readouts or s.state.bound.aborts) for s in spans)
+        if key is not None and not readouts and key == self._key and self._plan is not None:
+            return self._plan
+        plan = Compiler(self, spans).compile()
+        # Readouts name positions, which move on; their plans are made anew.
+        self._key, self._plan = (None, None) if readouts else (key, plan)
+        return plan
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One edit of one sequence in this step."""
+
+    edit: BoundEdit
+    # Its rows in the tables, by layer.
+    numbers: dict[int, EditRows]
+    rows: IntArray  # [n] rows of the batch in scope
+    strength: FloatArray  # [n]
+    gate: IntArray | None  # [n] entries of StepContext.open
+    counter: int
+    counted: BoolArray  # [n]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A condition of one sequence: `unit` is the bank row of its vector."""
+
+    condition: BoundCondition
+    unit: int
+    span: ProgramSpan
+    state: ProgramState
+
+
+@dataclass(frozen=True, eq=False)
+class GateRows:
+    asked: Asked
+    # First of its entries in StepContext.open, one for each row of the span.
+    first: int
+    latched: bool
+    latch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A readout of one sequence: `vectors` are bank rows by layer, `mask` the rows of the span in scope."""
+
+    readout: BoundReadout
+    vectors: dict[int, IntArray]
+    span: ProgramSpan
+    state: ProgramState
+    mask: BoolArray
+
+
+class Compiler:
+    def __init__(self, planner: Planner, spans: list[ProgramSpan]) -> None:
+        self.planner = planner
+        self.spans = spans
+        self.device = planner.device
+        # By place, and (stage, kind, preserve_norm).
+        self.edits: dict[Place, dict[tuple[int, Kind, bool], list[Group]]] = defaultdict(lambda: defaultdict(list))
+        self.gates: dict[Place, list[GateRows]] = defaultdict(list)
+        self.aborts: dict[Place, list[tuple[str, Asked]]] = defaultdict(list)
+        self.readouts: dict[Place, dict[type, list[Read]]] = defaultdict(lambda: defaultdict(list))
+        self.captures: dict[Place, list[tuple[CaptureSpan, ProgramSpan]]] = defaultdict(list)
+        self.n_open = 0
+        self.operators: dict[Place, list[Operator]] = defaultdict(list)
+        self.counters: list[Tensor] = []
+        self.counted: list[Tensor] = []
+        # Layers at which the same groups run share their index tensors.
+        self.shared: dict[tuple[int, ...], tuple[Entries, Tensor, Tensor]] = {}
+
+    def compile(self) -> StepPlan:
+        for span in self.spans:
+            if span.state is not None:
+                self._collect(span, span.state)
+            if span.capture is not None:
+                for layer in span.capture.state.layers:
+                    self.captures[(span.capture.site, layer)].append((span.capture, span))
+        places = {*self.edits, *self.gates, *self.aborts, *self.readouts, *self.captures}
+        # In the order of the forward pass, which is the order in which receipts are counted.
+        for place in sorted(places, key=lambda p: (p[1], FORWARD_ORDER.index(p[0]))):
+            self._place(place)
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        counter = torch.cat(self.counters) if self.counters else none
+        counted = torch.cat(self.counted) if self.counted else none.double()
+        return StepPlan(dict(self.operators), counter, counted, self.n_open, self.planner.tables)
+
+    def _collect(self, span: ProgramSpan, state: ProgramState) -> None:
+        positions, loaded = span.positions, state.loaded
+        counted = positions >= state.counted
+        for i, edit in enumerate(state.bound.edits):
+            first_open = self.n_open
+            if edit.gate is not None:
+                # A latch looks at every row, also where the edit itself is out of scope.
+                asked = Asked(edit.gate, loaded.gates[i], span, state)
+                gate = GateRows(asked, first_open, edit.latched, loaded.counters[i])
+                self.gates[(edit.gate.site, edit.gate.layer)].append(gate)
+                self.n_open += len(positions)
+            mask = state.edit_mask(edit, positions, span.token_ids)
+            if not mask.any():
+                continue
+            local = np.flatnonzero(mask)
+            group = Group(
+                edit,
+                loaded.edits[i],
+                span.row + local,
+                state.strength_at(i, positions[local]),
+                first_open + local if edit.gate is not None else None,
+                loaded.counters[i],
+                counted[local],
+            )
+            for layer in edit.layers:
+                key = (state.stages[i][layer], edit.kind, edit.preserve_norm)
+                self.edits[(edit.site, layer)][key].append(group)
+        for abort, row in zip(state.bound.aborts, loaded.aborts, strict=True):
+            place = (abort.condition.site, abort.condition.layer)
+            self.aborts[place].append((abort.name, Asked(abort.condition, row, span, state)))
+        for readout, vectors in zip(state.bound.readouts, loaded.readouts, strict=True):
+            mask = scope_mask(readout.scope, state.sequence, positions, span.token_ids) & counted
+            if mask.any():
+                for layer in readout.layers:
+                    read = Read(readout, vectors, span, state, mask)
+                    self.readouts[(readout.site, layer)][readout.kind].append(read)
+
+    def _place(self, place: Place) -> None:
+        _, layer = place
+        operators = self.operators[place]
+        for stage, kind, preserve in sorted(self.edits[place], key=lambda k: (k[0], k[1].value, k[2])):
+            groups = self.edits[place][(stage, kind, preserve)]
+            entries, counter, counted = self._entries(groups)
+            operators.append(self._edit(kind, preserve, groups, entries, layer))
+            self.counters.append(counter)
+            self.counted.append(counted)
+        if self.gates[place]:
+            operators.append(self._gate(self.gates[place]))
+        if self.aborts[place]:
+            operators.append(self._abort(self.aborts[place]))
+        for readout_kind, reads in self.readouts[place].items():
+            operators.append(self._readout(readout_kind, reads, layer))
+        if self.captures[place]:
+            operators.append(self._capture(self.captures[place], layer))
+
+    def _entries(self, groups: list[Group]) -> tuple[Entries, Tensor, Tensor]:
+        key = tuple(id(g) for g in groups)
+        if key in self.shared:
+            return self.shared[key]
+        sizes = [len(g.rows) for g in groups]
+        gate = None
+        if any(g.gate is not None for g in groups):
+            always = self.n_open
+            gate = self._tensor(
+                np.concatenate([np.full(len(g.rows), always) if g.gate is None else g.gate for g in groups])
+            )
+        rows = self._tensor(np.concatenate([g.rows for g in groups]))
+        entries = Entries(
+            rows,
+            self._tensor(np.repeat(np.arange(len(groups)), sizes)),
+            self._float(np.concatenate([g.strength for g in groups])),
+            gate,
+            torch.ones(len(rows), dtype=self.planner.dtype, device=self.device),
+        )
+        counter = self._tensor(np.repeat([g.counter for g in groups], sizes))
+        counted = self._tensor(np.concatenate([g.counted for g in groups]).astype(np.float64))
+        self.shared[key] = (entries, counter, counted)
+        return self.shared[key]
+
+    def _edit(self, kind: Kind, preserve: bool, groups: list[Group], entries: Entries, layer: int) -> Operator:
+        numbers = [g.numbers[layer] for g in groups]
+        if kind in (Kind.NEURONS, Kind.HEADS):
+            return self._units(kind, groups, entries, numbers)
+        width = self.planner.widths[groups[0].edit.site]
+        if kind is Kind.LOW_RANK:
+            rank = max(len(n.numbers[0]) for n in numbers)
+            halves = [np.split(n.rows, 2) for n in numbers]
+            rotation, weight = (self._padded_rows([h[i] for h in halves], rank, width) for i in (0, 1))
+            bias = np.stack([np.pad(n.numbers[0], (0, rank - len(n.numbers[0]))) for n in numbers])
+            return LowRankOperator(entries, preserve, rotation, weight, self._float(bias))
+        vectors = self._rows(np.concatenate([n.rows for n in numbers]), width)
+        if kind is Kind.ADD:
+            return AddPreservingOperator(entries, vectors, True) if preserve else AddOperator(entries, vectors)
+        if kind is Kind.REPLACE:
+            return ReplaceOperator(entries, vectors, preserve)
+        first, second = (self._float(np.array([g.edit.bounds[i] for g in groups])) for i in (0, 1))
+        if kind is Kind.PROJECT:
+            return ProjectOperator(entries, vectors, preserve, first, second)
+        return RotateOperator(entries, vectors, preserve, first)
+
+    def _units(self, kind: Kind, groups: list[Group], entries: Entries, numbers: list[EditRows]) -> Operator:
+        """Units of all groups: an edit's neurons or heads, repeated for each of its rows."""
+        rows = [len(g.rows) for g in groups]
+        sizes = np.repeat([len(n.numbers[0]) for n in numbers], rows)
+        group = np.repeat(np.arange(len(sizes)), sizes)
+
+        def each(column: list[FloatArray]) -> FloatArray:
+            return np.concatenate([np.tile(values, n) for values, n in zip(column, rows, strict=True)])
+
+        in_row = self.planner.n_heads if kind is Kind.HEADS else self.planner.widths[Site.MLP_POST]
+        row = np.concatenate([g.rows for g in groups])[group]
+        units = Units(
+            self._tensor(row * in_row + each([n.numbers[0] for n in numbers])),
+            self._tensor(group),
+            self._float(np.concatenate([g.strength for g in groups])[group]),
+            self._float(each([n.numbers[1] for n in numbers])),
+        )
+        if kind is Kind.HEADS:
+            offset = self._rows(each([n.rows for n in numbers]), self.planner.head_dim)
+            return HeadOperator(entries, units, self.planner.n_heads, offset)
+        offset, low, high = (self._float(each([n.numbers[i] for n in numbers])) for i in (2, 3, 4))
+        return NeuronOperator(entries, units, offset, low, high)
+
+    def _condition(self, asked: list[Asked]) -> ConditionOperator:
+        sizes = [len(a.span.token_ids) for a in asked]
+        width = self.planner.widths[asked[0].condition.site]
+        valid = [scope_mask(a.condition.scope, a.state.sequence, a.span.positions, a.span.token_ids) for a in asked]
+        return ConditionOperator(
+            self._tensor(np.concatenate([a.span.row + np.arange(n) for a, n in zip(asked, sizes, strict=True)])),
+            self._rows(np.repeat([a.unit for a in asked], sizes), width),
+            self._float(np.repeat([a.condition.sign for a in asked], sizes)),
+            self._float(np.repeat([a.condition.threshold for a in asked], sizes)),
+            self._tensor(np.repeat([a.condition.cosine for a in asked], sizes)),
+            self._tensor(np.concatenate(valid)),
+        )
+
+    def _gate(self, gates: list[GateRows]) -> Operator:
+        sizes = [len(g.asked.span.token_ids) for g in gates]
+        places = np.concatenate([g.first + np.arange(n) for g, n in zip(gates, sizes, strict=True)])
+        latched = self._tensor(np.repeat([g.latched for g in gates], sizes))
+        latch = self._tensor(np.repeat([g.latch for g in gates], sizes))
+        return GateOperator(self._condition([g.asked for g in gates]), self._tensor(places), latched, latch)
+
+    def _abort(self, aborts: list[tuple[str, Asked]]) -> Operator:
+        entries = [
+            AbortHit(asked.state.uid, name, int(position))
+            for name, asked in aborts
+            for position in asked.span.positions
+        ]
+        return AbortOperator(self._condition([asked for _, asked in aborts]), entries)
+
+    def _readout(self, kind: type, reads: list[Read], layer: int) -> ReadoutOperator:
+        rows = self._tensor(np.concatenate([r.span.row + np.flatnonzero(r.mask) for r in reads]))
+        owner = self._tensor(np.repeat(np.arange(len(reads)), [int(r.mask.sum()) for r in reads]))
+        readings = [Reading(r.state.uid, r.readout, r.span.positions[r.mask]) for r in reads]
+        if kind is ProjectionReadout:
+            given = [r.vectors[layer] for r in reads]
+            width = self.planner.widths[reads[0].readout.site]
+            vectors = self._padded_rows(given, max(len(g) for g in given), width)
+            return ProjectionOperator(layer, rows, readings, owner, vectors)
+        if kind is NeuronReadout:
+            return NeuronReadoutOperator(layer, rows, readings, owner)
+        if kind is TopNeuronsReadout:
+            return TopNeuronsOperator(layer, rows, readings)
+        assert kind is LogitLensReadout
+        return LogitLensOperator(layer, rows, readings, self.planner.unembed)
+
+    def _capture(self, captures: list[tuple[CaptureSpan, ProgramSpan]], layer: int) -> Operator:
+        rows, owner, weight = [], [], []
+        for i, (capture, span) in enumerate(captures):
+            last = span.prompt_length - 1
+            positions = span.positions
+            wanted = positions == last if capture.pooling is Pooling.LAST_TOKEN else positions <= last
+            rows.append(span.row + np.flatnonzero(wanted))
+            owner.append(np.full(int(wanted.sum()), i))
+            each = 1.0 if capture.pooling is Pooling.LAST_TOKEN else 1.0 / span.prompt_length
+            weight.append(np.full(int(wanted.sum()), each))
+        return CaptureOperator(
+            self._tensor(np.concatenate(rows)),
+            self._tensor(np.concatenate(owner)),
+            self._float(np.concatenate(weight)),
+            [capture.state for capture, _ in captures],
+            layer,
+        )
+
+    def _tensor(self, array: FloatArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _float(self, array: FloatArray) -> Tensor:
+        return self._tensor(array).to(self.planner.dtype)
+
+    def _rows(self, rows: IntArray, width: int) -> Tensor:
+        """Vectors [n, width] of the bank."""
+        return self.planner.tables.bank(width).data.index_select(0, self._tensor(rows))
+
+    def _padded_rows(self, rows: list[IntArray], most: int, width: int) -> Tensor:
+        """Vectors [k, most, width]; shorter lists are padded with zero vectors."""
+        padded = np.stack([np.pad(r, (0, most - len(r)), constant_values=ZERO_ROW) for r in rows])
+        return self._rows(padded.reshape(-1), width).view(len(rows), most, width)

@@ -1,0 +1,127 @@
+"""The command line against a whole server: what it prints, and its exit status."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live import LiveServer
+from patchclamp.cli import main
+from patchclamp.programs import Program, add
+from patchclamp_server.model.load import load_model
+
+PUSH = [3.0 if i % 2 else -2.0 for i in range(32)]
+SHORT = ["--max-tokens", "4", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One of its own, because these tests store artifacts."""
+    with LiveServer(load_model(str(tiny_llama_dir)), tmp_path_factory.mktemp("cli_artifacts")) as live:
+        yield live
+
+
+@pytest.fixture(autouse=True)
+def address(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHCLAMP_ADDRESS", server.address)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    words = ("day", "dog", "book", "tea", "idea", "song", "walk", "game")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps({"positive": f"good {w}", "negative": f"bad {w}"}) for w in words))
+    return str(file)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    file = tmp_path / "program.json"
+    file.write_text(Program([add(PUSH, layers=1, name="push")]).to_json())
+    return str(file)
+
+
+def json_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_generate_prints_the_text_and_beside_it_the_receipt(program: str, capsys: pytest.CaptureFixture[str]):
+    result = json_of(capsys, "generate", "hello", *SHORT, "--program", program, "--clamp", "L0N3=1.5")
+    assert main(["generate", "hello", *SHORT, "--program", program, "--clamp", "L0N3=1.5"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == result["text"] + "\n"
+    assert "push:" in printed.err
+    assert "L0N3:" in printed.err
+    assert [edit["name"] for edit in result["receipt"]["edits"]] == ["push", "L0N3"]
+
+
+def test_generate_lists_logprobs_when_asked(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "hello", *SHORT, "--logprobs", "2"]) == 0
+    assert capsys.readouterr().out.count("-") >= 4
+
+
+def test_a_refusal_exits_with_1_and_prints_the_field(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "hello", "--clamp", "L99N3=1"]) == 1
+    assert "program.edits[0].layers" in capsys.readouterr().err
+
+
+def test_a_refusal_is_json_on_request(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "hello", "--clamp", "L99N3=1", "--json"]) == 1
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert error["code"] == "INVALID_ARGUMENT"
+    assert error["violations"][0]["field"].startswith("program.edits[0].layers")
+
+
+def test_a_server_that_cannot_be_reached_exits_with_1(capsys: pytest.CaptureFixture[str]):
+    assert main(["models", "--address", "127.0.0.1:1"]) == 1
+    assert "UNAVAILABLE" in capsys.readouterr().err
+
+
+def test_score_prints_the_perplexity(program: str, capsys: pytest.CaptureFixture[str]):
+    result = json_of(capsys, "score", "hello", " you", "--program", program)
+    assert main(["score", "hello", " you", "--program", program]) == 0
+    assert f"perplexity {result['perplexity']:.4f}" in capsys.readouterr().out
+
+
+def test_compare_prints_both_texts_and_the_divergence(program: str, capsys: pytest.CaptureFixture[str]):
+    result = json_of(capsys, "compare", "hello", *SHORT, "--program", program)
+    assert main(["compare", "hello", *SHORT, "--program", program]) == 0
+    printed = capsys.readouterr().out
+    assert result["edited"]["text"] in printed
+    assert result["baseline"]["text"] in printed
+    assert "KL(edited‖baseline)" in printed
+
+
+def test_vectors_are_extracted_exported_and_put_back(pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    made = json_of(capsys, "vectors", "extract", "good", "--pairs", pairs, "--layers", "1")
+    assert [layer["layer"] for layer in made["layers"]] == [1]
+    file = tmp_path / "good.gguf"
+    assert main(["vectors", "export", "good", "--format", "gguf", "-o", str(file)]) == 0
+    assert file.read_bytes()[:4] == b"GGUF"
+    back = json_of(capsys, "vectors", "put", str(file), "--name", "good-again")
+    assert back["width"] == 32
+    steered = json_of(capsys, "generate", "hello", *SHORT, "--steer", "good-again@1:3.0,generated")
+    assert steered["receipt"]["touched"]
+
+
+def test_vectors_are_listed_shown_tagged_and_removed(pairs: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["vectors", "extract", "one", "--pairs", pairs, "--method", "pca_of_differences"]) == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+    assert main(["vectors", "tag", "two", "one"]) == 0
+    assert main(["vectors", "list"]) == 0
+    assert "one,two" in capsys.readouterr().out
+    assert main(["vectors", "tag", "one", "--remove"]) == 0
+    assert main(["vectors", "get", "two"]) == 0
+    assert "sha256:" in capsys.readouterr().out
+    assert main(["vectors", "rm", "two"]) == 0
+    assert main(["vectors", "get", "two"]) == 1
+
+
+def test_models_and_health_describe_the_server(capsys: pytest.CaptureFixture[str]):
+    assert json_of(capsys, "models")[0]["d_model"] == 32
+    assert main(["models"]) == 0
+    assert "mlp_post [64]" in capsys.readouterr().out
+    assert json_of(capsys, "health")["status"] == "serving"
+    assert main(["health", "no.such.Service"]) == 1

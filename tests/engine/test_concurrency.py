@@ -1,0 +1,111 @@
+"""Many streams at once, and what is given back when they go away."""
+
+import threading
+
+import torch
+from engine_runs import Outcome, loaded
+from patchclamp_server.engine.engine import Engine, EngineConfig
+from patchclamp_server.engine.request import Event, FinishReason, Request, StopParams, Token
+from patchclamp_server.errors import Cancelled, DeadlineExceeded
+from patchclamp_server.interventions.bind import BoundProgram, bind
+from patchclamp_server.interventions.program import AddVector, Edit, Program, Site, Vector
+
+FAMILY = "llama"
+STREAMS = 64
+PATIENCE_SECONDS = 120.0
+
+
+def program(seed: int) -> BoundProgram:
+    values = torch.randn(loaded(FAMILY).info.d_model, generator=torch.Generator().manual_seed(seed))
+    edit = Edit(AddVector(Vector(values=values)), Site.RESID_POST, layers=(1, 2), strength=0.05 * seed)
+    return bind(Program(edits=(edit,)), loaded(FAMILY).info)
+
+
+def prompt(seed: int) -> tuple[int, ...]:
+    return tuple(2 + (13 * seed + i) % 190 for i in range(20))
+
+
+def request(seed: int, on_event: object, max_tokens: int, **others: float) -> Request:
+    stop = StopParams(max_tokens=max_tokens, ignore_eos=True)
+    return Request(prompt(seed), on_event, program=program(seed), stop=stop, **others)  # type: ignore[arg-type]
+
+
+def test_64_streams_with_64_programs_all_complete() -> None:
+    engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=STREAMS))
+    outcomes = [Outcome() for _ in range(STREAMS)]
+    for seed, outcome in enumerate(outcomes):
+        engine.submit(request(seed, outcome.on_event, max_tokens=12))
+    engine.start()
+    for outcome in outcomes:
+        assert outcome.done.wait(PATIENCE_SECONDS)
+        assert outcome.end().reason is FinishReason.LENGTH
+        assert len(outcome.tokens) == 12
+        assert outcome.end().receipt.edits[0].rows == 2 * (20 + 11)
+    engine.shutdown()
+    assert len({outcome.end().receipt.program_fingerprint for outcome in outcomes}) == STREAMS
+    assert engine.stats().kv_blocks_free == engine.stats().kv_blocks_total
+
+
+def test_cancelling_half_of_64_streams_returns_all_their_blocks() -> None:
+    engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=STREAMS))
+    outcomes = [Outcome() for _ in range(STREAMS)]
+    ids = [engine.submit(request(seed, o.on_event, max_tokens=40)) for seed, o in enumerate(outcomes)]
+    while not all(outcome.tokens for outcome in outcomes):
+        assert engine.step()
+    total = engine.stats().kv_blocks_total
+    held = total - engine.stats().kv_blocks_free
+    held_by = [len(s.blocks) for s in engine.scheduler.running]
+    assert held == sum(held_by)
+    assert len(held_by) == STREAMS
+    for request_id in ids[::2]:
+        engine.cancel(request_id)
+    engine.step()
+    assert all(isinstance(outcome.error, Cancelled) for outcome in outcomes[::2])
+    remaining = sum(len(s.blocks) for s in engine.scheduler.running)
+    assert len(engine.scheduler.running) == STREAMS // 2
+    assert total - engine.stats().kv_blocks_free == remaining
+    while engine.step():
+        pass
+    assert all(len(outcome.tokens) == 40 for outcome in outcomes[1::2])
+    assert engine.stats().kv_blocks_free == total
+
+
+def test_cancellation_takes_effect_before_the_next_step() -> None:
+    engine = Engine(loaded(FAMILY))
+    outcome = Outcome()
+    request_id = engine.submit(request(1, outcome.on_event, max_tokens=40))
+    engine.step()
+    seen = len(outcome.tokens)
+    engine.cancel(request_id)
+    assert not engine.step()
+    assert len(outcome.tokens) == seen
+    assert isinstance(outcome.error, Cancelled)
+
+
+def test_a_deadline_ends_a_running_request_and_frees_its_blocks() -> None:
+    engine = Engine(loaded(FAMILY))
+    outcome = Outcome()
+    engine.start()
+    engine.submit(request(1, outcome.on_event, max_tokens=100, deadline=0.0))
+    assert outcome.done.wait(PATIENCE_SECONDS)
+    engine.shutdown()
+    assert isinstance(outcome.error, DeadlineExceeded)
+    assert engine.stats().kv_blocks_free == engine.stats().kv_blocks_total
+
+
+def test_shutdown_ends_what_still_runs() -> None:
+    engine = Engine(loaded(FAMILY))
+    outcome = Outcome()
+    started = threading.Event()
+
+    def on_event(event: Event) -> None:
+        outcome.on_event(event)
+        if isinstance(event, Token):
+            started.set()
+
+    engine.start()
+    engine.submit(request(1, on_event, max_tokens=200))
+    assert started.wait(PATIENCE_SECONDS)
+    engine.shutdown()
+    assert outcome.done.is_set()
+    assert engine.drain(0.0)
