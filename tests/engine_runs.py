@@ -175,26 +175,28 @@ def truth(family: str, job: Job) -> OracleResult:
     return _TRUTHS[key][1]
 
 
-def assert_same(outcome: Outcome, expected: OracleResult, prompt_length: int, *, reuse: bool = False) -> None:
+def assert_same(family: str, job: Job, outcome: Outcome, *, reuse: bool = False) -> None:
     """Tokens, logits, receipt and readouts equal those of the oracle.
 
-    With `reuse`, rows taken from the prefix cache count as rows, and mean changes are those of the other rows only.
+    With `reuse`, rows taken from the prefix cache count as rows; mean changes, which leave them out, are not compared.
     """
+    expected = truth(family, job)
     finished = outcome.end()
-    assert outcome.positions == list(range(prompt_length, prompt_length + len(outcome.tokens)))
+    assert outcome.positions == list(range(len(job.prompt), len(job.prompt) + len(outcome.tokens)))
+    # Logits first, up to the first token that differs: they say how wrong it is.
+    pairs = list(zip(outcome.tokens, expected.tokens, strict=True))
+    same = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), len(pairs) - 1) + 1
     logits = torch.stack(outcome.logits)
-    # Logits first: they say how wrong it is, up to the first token that differs.
-    same = 1 + next((i for i, pair in enumerate(zip(outcome.tokens, expected.tokens, strict=True)) if pair[0] != pair[1]), len(outcome.tokens) - 1)  # fmt: skip  # noqa: E501
     error = (logits[:same] - expected.logits[:same]).abs().max() / expected.logits.abs().max()
     assert error <= TOLERANCE, f"logits differ by {error:.2e} of their scale in the first {same} tokens"
     assert outcome.tokens == list(expected.tokens)
-    assert len(finished.receipt.edits) == len(expected.receipts)
     for own, count in zip(finished.receipt.edits, expected.receipts, strict=True):
-        assert own.rows + (own.rows_from_cache if reuse else 0) == count.rows, count.name
+        assert own.rows + (own.rows_from_cache if reuse else 0) == count.rows, count
+        assert own.gate_firings == count.gate_firings, count
         if not reuse:
             assert own.rows_from_cache == 0
-            assert abs(own.mean_relative_change - count.mean_relative_change) <= 1e-4 * count.mean_relative_change + 1e-9, count.name  # noqa: E501
-        assert own.gate_firings == count.gate_firings, count.name
+            difference = abs(own.mean_relative_change - count.mean_relative_change)
+            assert difference <= 1e-4 * count.mean_relative_change, (own, count)
     assert finished.receipt.touched == any(count.rows for count in expected.receipts)
     assert_same_readouts(outcome.readouts, expected.readouts)
 

@@ -220,6 +220,20 @@ def mixed(shapes: Shapes) -> dict[str, Program]:
                 Readout(LogitLensReadout(4), Site.RESID_PRE, "before block 1", layers=(1,)),
             ),
         ),
+        "edits that could run as one": Program(
+            (
+                edit("add", Site.RESID_MID if Site.RESID_MID in shapes.sites else Site.MLP_OUT, shapes, "a", name="a"),
+                edit("add", Site.RESID_POST, shapes, "b", name="b", layers=(1, 2), strength=0.5),
+                edit("add", Site.RESID_POST, shapes, "c", name="c", layers=(1,), gate=Gate(early)),
+                edit("add", Site.RESID_POST, shapes, "d", name="d", layers=(2, 1), scope=SCOPES[4], preserve_norm=True),
+                edit("neurons_set", Site.MLP_POST, shapes, "e", name="e", strength=0.5),
+                edit("neurons_scale", Site.MLP_POST, shapes, "e", name="f", layers=(0, 1)),
+                Edit(NeuronEdit((0, 1), op=NeuronOp.SET, values=(1.0, -1.0)), Site.MLP_POST, "g", layers=(1,)),
+                Edit(NeuronEdit((2, 3), op=NeuronOp.ADD, values=(1.5,)), Site.MLP_POST, "h", layers=(1,), scope=PROMPT),
+                edit("heads_scale", Site.ATTN_Z, shapes, name="i"),
+                edit("heads_mean", Site.ATTN_Z, shapes, name="j"),
+            )
+        ),
         "gate per token": Program(
             (edit("add", Site.MLP_OUT, shapes, name="gated", layers=(1, 2), gate=Gate(early), scope=SCOPES[7]),)
         ),

@@ -35,7 +35,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--address",
         type=_address,
-        help="host:port to serve on; port 0 takes a free one (default: 127.0.0.1:50051)",
+        help="host:port; port 0 takes a free one (default: 127.0.0.1:50051)",
     )
     _add(parser, "--metrics-address", type=_address, help="host:port of /metrics (default: 127.0.0.1:9464)")
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")

@@ -5,7 +5,6 @@ import queue
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,24 +92,20 @@ def test_an_idle_server_ends_at_once(process: "subprocess.Popen[str]"):
 
 
 def test_work_beyond_the_drain_time_is_cancelled(live_server: LiveServer, tmp_path: Path):
-    with LiveServer(live_server.model, tmp_path, drain_seconds=0.0) as server:
-        with grpc.insecure_channel(server.address) as channel:
-            start = pb.SessionRequest(start=pb.SessionStart(request=LONG, lockstep=True))
-            grant = pb.SessionRequest(advance=pb.Advance(tokens=1))
-            held = threading.Event()
-
-            def messages() -> Iterator[pb.SessionRequest]:
-                yield start
-                yield grant
-                held.wait()
-
-            stream = GenerationServiceStub(channel).Session(messages())
-            next(stream)
-            server.run(server.server.stop())
-            with pytest.raises(grpc.RpcError) as caught:
-                list(stream)
-            held.set()
-            assert failure(caught.value).code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    with (
+        LiveServer(live_server.model, tmp_path, drain_seconds=0.0) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        sent: queue.Queue[pb.SessionRequest | None] = queue.Queue()
+        sent.put(pb.SessionRequest(start=pb.SessionStart(request=LONG, lockstep=True)))
+        sent.put(pb.SessionRequest(advance=pb.Advance(tokens=1)))
+        stream = GenerationServiceStub(channel).Session(iter(sent.get, None))
+        next(stream)
+        server.run(server.server.stop())
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+        sent.put(None)
+        assert failure(caught.value).code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
 
 
 def test_a_taken_port_is_an_error_and_not_a_second_server(live_server: LiveServer, tmp_path: Path):

@@ -1,6 +1,7 @@
 """/metrics, as Prometheus reads it, after real calls."""
 
 import re
+from collections.abc import Iterator
 
 import grpc
 import pytest
@@ -8,12 +9,21 @@ from live import LiveServer
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from prometheus_client.parser import text_string_to_metric_families
-from test_generation_service import generate, request
+from test_generation_service import generate
+from test_session import Client
 
+SESSION = 'service="patchclamp.v1.GenerationService",method="Session"'
 GENERATE = 'service="patchclamp.v1.GenerationService",method="Generate"'
 # Prometheus' base units and suffixes; what is left are gauges and histograms of counted things.
 SUFFIXES = ("_total", "_seconds", "_bytes", "_ratio", "_info")
 COUNTED = ("_in_flight", "_running", "_waiting", "_blocks", "_blocks_free", "_blocks_cached", "_rows")
+
+
+@pytest.fixture(scope="module")
+def live_server(live_server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server of its own: what another test leaves behind must not be counted here."""
+    with LiveServer(live_server.model, tmp_path_factory.mktemp("artifacts")) as server:
+        yield server
 
 
 def requests_total(server: LiveServer, method: str, code: str) -> float:
@@ -61,12 +71,15 @@ def test_tokens_and_latencies_are_counted(live_server: LiveServer, channel: grpc
     assert live_server.metric("patchclamp_step_seconds_count") >= steps + 8
 
 
-def test_nothing_is_in_flight_when_nothing_runs(live_server: LiveServer, channel: grpc.Channel):
-    stream = GenerationServiceStub(channel).Generate(request(stop=pb.StopConditions(max_tokens=200, ignore_eos=True)))
-    next(stream)
-    in_flight = f"patchclamp_requests_in_flight{{{_sorted(GENERATE)}}}"
+def test_a_call_is_in_flight_until_it_is_answered(live_server: LiveServer, channel: grpc.Channel):
+    in_flight = f"patchclamp_requests_in_flight{{{_sorted(SESSION)}}}"
+    session = Client(channel)
+    session.send(advance=pb.Advance(tokens=1))
+    session.tokens(1)
     assert live_server.metric(in_flight) == 1
-    list(stream)
+    session.send(stop=pb.Stop())
+    session.finished()
+    session.close()
     assert live_server.metric(in_flight) == 0
 
 

@@ -2,13 +2,16 @@
 
 import queue
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from live import LiveServer
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp_server.engine.engine import EngineConfig
 from statuses import Failure, failure
 from test_bad_input import add
 from test_generation_service import STRONG, generate, request
@@ -151,3 +154,29 @@ def test_a_session_begins_with_start(channel: grpc.Channel):
 def test_paths_inside_the_request_begin_with_start(channel: grpc.Channel):
     session = Client(channel, sampling=pb.Sampling(temperature=-1.0))
     assert session.failure().fields == ["start.request.sampling.temperature"]
+
+
+def test_a_full_server_says_when_to_come_back(live_server: LiveServer, tmp_path: Path):
+    engine = EngineConfig(max_sequences=1, max_waiting=1)
+    with (
+        LiveServer(live_server.model, tmp_path, engine=engine) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        running = Client(channel)
+        running.send(advance=pb.Advance(tokens=1))
+        running.tokens(1)
+        waiting = Client(channel)
+        refused = None
+        # The waiting one is in the queue once its call has been handled; until then there is room.
+        while refused is None:
+            third = Client(channel)
+            third.close()
+            try:
+                list(third.responses)
+            except grpc.RpcError as error:
+                refused = failure(error)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_FULL")
+        assert refused.details["RetryInfo"].retry_delay.ToMilliseconds() > 0
+        for session in (running, waiting):
+            session.close()
+            assert session.finished().reason == pb.FINISH_REASON_CLIENT

@@ -38,6 +38,7 @@ class Runner:
     def __init__(self, decoder: Decoder, cache: KvCache) -> None:
         self.decoder = decoder
         self.cache = cache
+        self.threads = torch.get_num_threads()
         self.tables = Tables(decoder.dtype, decoder.device)
         self.planner = Planner(
             self.tables,
@@ -52,6 +53,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:
         """`work`: single tokens first, then chunks, as the scheduler orders them."""
+        torch.set_num_threads(self.decoder.threads_for(sum(item.n for item in work), self.threads))
         size = self.cache.block_size
         device = self.decoder.device
         tokens: list[int] = []

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from patchclamp_server.engine.attention import AttentionBatch, paged_attention
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.architectures import NormKind, QkvLayout
-from patchclamp_server.model.linear import Linear, packing_for
+from patchclamp_server.model.linear import FEW_ROWS, Linear
 from patchclamp_server.model.spec import DecoderSpec, read_spec
 
 
@@ -102,6 +102,10 @@ class Decoder:
         self.device = embedding.device
         self.dtype = embedding.dtype
         self._activation = _ACTIVATION_FUNCTIONS[spec.activation]
+
+    def threads_for(self, rows: int, available: int) -> int:
+        """Threads worth using for a step: few rows over codes are done sooner by one than by waking the others."""
+        return 1 if rows <= FEW_ROWS and self.unembedding.quantized is not None else available
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, pools: list[Tensor], hooks: SiteHooks) -> Tensor:
@@ -231,7 +235,7 @@ class _Builder:
             self._rotary(),
             [self._block(layer) for layer in layers.children()],
             self._norm(self._module(family.final_norm)),
-            Linear(weight, bias, packing_for(weight)),
+            Linear(weight, bias),
         )
 
     def _block(self, layer: nn.Module) -> Block:
@@ -272,7 +276,7 @@ class _Builder:
             weight = weight[order]
             bias = None if bias is None else bias[order]
         weight = self._tensor(weight)
-        return Linear(weight, None if bias is None else self._tensor(bias), packing_for(weight))
+        return Linear(weight, None if bias is None else self._tensor(bias))
 
     def _module(self, path: str) -> Any:
         return _submodule(self.model, path)

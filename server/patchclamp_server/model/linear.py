@@ -1,55 +1,52 @@
-"""Matrix products of the CPU path: y = x Wᵀ + b for x [T, in], W [out, in].
+"""Matrix products: y = x Wᵀ + b for x [T, in], W [out, in].
 
-Measured on 2 cores (float32, the 120 matrices of a 135M model, one run, milliseconds a pass; `F.linear` | here):
-T=1 35 | 13, T=2 54 | 13, T=4 44 | 16, T=16 47 | 25, T=64 127 | 80, T=256 367 | 270. Two choices make the difference:
+On a CPU in float32 the product that is fastest depends on the number of rows (figures: benchmarks/linear.py):
 
-- one or two rows: ``W @ [x, x]ᵀ``. A matrix times two columns is a blocked product that streams W with all threads;
-  times one column it is a matrix-vector product that BLAS runs on one thread.
-- more rows: oneDNN with weights packed once for its kernels.
+- one or two rows stream the weights once, so fewer bytes are faster: codes, where the weights are quantised
+  (quantized.py); otherwise ``W @ [x, x]ᵀ``, because a matrix times two columns is a blocked product on all threads, and
+  times one column a matrix-vector product that BLAS runs on one;
+- more rows: oneDNN, with weights packed once for its kernels.
 
-The packed copy is kept beside the plain one where memory allows (`Packing.BOTH`).
+The packed copy is kept beside what few rows need. Other devices and dtypes keep the plain matrix alone.
 """
-
-from enum import Enum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchclamp_server.model.quantized import QuantizedWeight, recover
+
 # oneDNN picks the packed layout for a number of rows; 16 was the best or within noise for 1 to 256 rows.
 _PACK_FOR_ROWS = 16
-
-
-class Packing(Enum):
-    # Plain weights only (other devices and dtypes).
-    NONE = "none"
-    # Plain and packed weights.
-    BOTH = "both"
+FEW_ROWS = 2
 
 
 class Linear:
     """One projection. Rows of the result never depend on the values of other rows."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, packing: Packing) -> None:
-        self.weight = weight  # [out, in]
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias = bias  # [out]
+        self.weight: Tensor | None = weight  # [out, in]
         self.packed: Tensor | None = None
-        if packing is Packing.BOTH:
+        self.quantized: QuantizedWeight | None = None
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
+            self.quantized = recover(weight)
+            if self.quantized is not None:
+                self.weight = None
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
         if self.packed is None:
+            assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
         rows = x.shape[0]
-        if rows > 2:
+        if rows > FEW_ROWS:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
             return y
-        two = torch.cat((x, x)) if rows == 1 else x
-        y = torch.mm(self.weight, two.t()).t()[:rows]
-        return (y + self.bias if self.bias is not None else y).contiguous()
-
-
-def packing_for(weight: Tensor) -> Packing:
-    """Packed copies are made for float32 on the CPU, where oneDNN has the kernels."""
-    usable = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn
-    return Packing.BOTH if usable else Packing.NONE
+        if self.quantized is not None:
+            y = self.quantized.multiply(x)
+        else:
+            assert self.weight is not None
+            two = torch.cat((x, x)) if rows == 1 else x
+            y = torch.mm(self.weight, two.t()).t()[:rows].contiguous()
+        return y if self.bias is None else y.add_(self.bias)

@@ -1,0 +1,69 @@
+"""Options of `patchclamp serve`: the command line over PATCHCLAMP_* variables over defaults."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from patchclamp_server.cli import add_serve_arguments, config_from
+from patchclamp_server.config import ServerConfig
+from patchclamp_server.engine.engine import EngineConfig
+
+
+def parse(*arguments: str) -> ServerConfig:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_serve_arguments(parser)
+    return config_from(parser.parse_args(arguments))
+
+
+def test_nothing_given_gives_the_defaults(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PATCHCLAMP_ADDRESS", raising=False)
+    assert parse() == ServerConfig()
+
+
+def test_artifacts_are_kept_in_the_data_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert parse().artifacts_url == str(tmp_path / "patchclamp" / "artifacts")
+
+
+def test_a_variable_is_read_and_converted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATCHCLAMP_MAX_SEQUENCES", "7")
+    monkeypatch.setenv("PATCHCLAMP_DRAIN_SECONDS", "1.5")
+    config = parse()
+    assert (config.engine, config.drain_seconds) == (EngineConfig(max_sequences=7), 1.5)
+
+
+def test_the_command_line_wins_over_a_variable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATCHCLAMP_MODEL", "other")
+    assert parse("--model", "mine").model == "mine"
+
+
+def test_the_prefix_cache_can_be_turned_off():
+    assert not parse("--prefix-cache", "off").engine.enable_prefix_cache
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PATCHCLAMP_DTYPE", "int4"),
+        ("PATCHCLAMP_ADDRESS", "localhost"),
+        ("PATCHCLAMP_METRICS_ADDRESS", "0.0.0.0:99999"),
+        ("PATCHCLAMP_MAX_SEQUENCES", "-1"),
+        ("PATCHCLAMP_DRAIN_SECONDS", "inf"),
+    ],
+)
+def test_a_wrong_variable_is_refused_like_a_wrong_option(monkeypatch: pytest.MonkeyPatch, variable: str, value: str):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(argparse.ArgumentError):
+        parse()
+
+
+def test_reading_the_options_imports_no_torch():
+    code = (
+        "import argparse, sys; from patchclamp_server.cli import add_serve_arguments;"
+        "add_serve_arguments(argparse.ArgumentParser()); print('torch' in sys.modules)"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "False"
