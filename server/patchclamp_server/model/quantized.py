@@ -1,9 +1,9 @@
 """Weights that are group-quantised, found and kept without loss, for decoding one or two rows on a CPU.
 
 A model that comes from a GGUF file is a float32 matrix whose groups of 32 inputs hold few distinct values:
-w = scale * code + low. Decoding one token reads every weight once, so its time is the bytes read; codes are a quarter or
-an eighth of the float32 bytes. `recover` finds scale, low and codes again and proves them by reconstruction; a matrix
-that is not quantised is left alone. Products accumulate in float32, as the float32 matrix would:
+w = scale * code + low. Decoding one token reads every weight once, so its time is the bytes read; codes are a quarter
+or an eighth of the float32 bytes. `recover` finds scale, low and codes again and proves them by reconstruction; a
+matrix that is not quantised is left alone. Products accumulate in float32, as the float32 matrix would:
 
     y_o = Σ_g scale_og Σ_k code_ogk x_gk + low_og Σ_k x_gk
 
@@ -11,6 +11,7 @@ Formats: GGML Q4_1 (4-bit codes between the least and the largest weight of a gr
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -33,9 +34,9 @@ class QuantizedWeight:
     """
 
     bits: int
-    codes: NDArray[np.uint8] | NDArray[np.int8]
-    scale: NDArray[np.float32]
-    low: NDArray[np.float32]
+    codes: NDArray[Any]
+    scale: NDArray[Any]
+    low: NDArray[Any]
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [T, in] float32 on the CPU -> [T, out]."""
@@ -73,7 +74,7 @@ def recover(weight: Tensor) -> QuantizedWeight | None:
     return None
 
 
-def _lanes(values: Tensor) -> NDArray[np.generic]:  # type: ignore[type-var]
+def _lanes(values: Tensor) -> NDArray[Any]:
     """[out, groups, n] -> [out / 16, groups, n, 16], contiguous."""
     out, groups, n = values.shape
     return values.view(out // LANES, LANES, groups, n).permute(0, 2, 3, 1).contiguous().numpy()

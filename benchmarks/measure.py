@@ -1,0 +1,80 @@
+"""What the benchmarks share: requests to an engine in this process, alternating runs, and result files."""
+
+import json
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams
+from patchclamp_server.interventions.bind import BoundProgram
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run_requests(
+    engine: Engine, prompts: Sequence[Sequence[int]], programs: Sequence[BoundProgram | None], tokens: int
+) -> float:
+    """Seconds from the first submission to the last token of all requests, each of `tokens` tokens, run together."""
+    left = threading.Semaphore(0)
+    failures: list[str] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Failed):
+            failures.append(str(event.error))
+        if isinstance(event, Failed | Finished):
+            left.release()
+
+    stop = StopParams(max_tokens=tokens, ignore_eos=True)
+    started = time.perf_counter()
+    for prompt, program in zip(prompts, programs, strict=True):
+        engine.submit(Request(tuple(prompt), on_event, program=program, stop=stop))
+    for _ in prompts:
+        left.acquire()
+    if failures:
+        raise RuntimeError(failures[0])
+    return time.perf_counter() - started
+
+
+def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Runs each in turn, `rounds` times after one unmeasured round, so that a noisy moment hits all alike."""
+    figures: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = run()
+            if i:
+                figures[name].append(seconds)
+    return figures
+
+
+def rates(figures: dict[str, list[float]], tokens: dict[str, int]) -> dict[str, float]:
+    """Median tokens per second."""
+    return {name: tokens[name] / median(seconds) for name, seconds in figures.items()}
+
+
+def save(name: str, payload: dict[str, Any]) -> Path:
+    """Writes benchmarks/results/<name>.json with machine, versions and commit."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    record = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip() or "unknown",
+        "machine": f"{platform.machine()}, {_processor()}",
+        "versions": {package: version(package) for package in ("torch", "transformers", "numba")},
+        **payload,
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
