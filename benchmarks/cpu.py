@@ -18,6 +18,8 @@ import time  # noqa: E402
 
 import torch  # noqa: E402
 from measure import alternate, rates, run_requests, save  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
 from patchclamp_server.engine.engine import Engine  # noqa: E402
 from patchclamp_server.interventions.bind import BoundProgram, bind  # noqa: E402
 from patchclamp_server.interventions.program import (  # noqa: E402
@@ -44,7 +46,6 @@ from patchclamp_server.model.embedded import embedded_directory  # noqa: E402
 from patchclamp_server.model.info import ModelInfo  # noqa: E402
 from patchclamp_server.model.load import load_model  # noqa: E402
 from patchclamp_server.model.progress import RichProgress  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 STREAMS = 16
 TEXT = "The old lighthouse keeper opened the door and saw"

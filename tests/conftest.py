@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 import torch
-from patchclamp_server.model.embedded import embedded_directory
-from patchclamp_server.model.progress import RichProgress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from patchclamp_server.model.embedded import embedded_directory
+from patchclamp_server.model.progress import RichProgress
 
 if TYPE_CHECKING:
     from live import LiveServer
@@ -57,6 +58,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def live_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LiveServer]":
     """A real server of the tiny llama on an ephemeral port, shared by every test that changes nothing in it."""
     from live import LiveServer
+
     from patchclamp_server.model.load import load_model
 
     with LiveServer(load_model(str(tiny_llama_dir)), tmp_path_factory.mktemp("artifacts")) as server:

@@ -8,6 +8,11 @@ from functools import cache
 
 import torch
 from oracle import OracleResult, run_oracle
+from tiny_models import VOCAB, tiny_model
+from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
 from patchclamp_server.engine.engine import Engine, EngineConfig, EngineStats
 from patchclamp_server.engine.request import (
     Event,
@@ -24,10 +29,6 @@ from patchclamp_server.interventions.program import Program, ReadoutValue
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel
-from tiny_models import VOCAB, tiny_model
-from tokenizers import Tokenizer, decoders, models
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 PATIENCE_SECONDS = 30.0
 # Of the largest logit: the bar of DESIGN §5.

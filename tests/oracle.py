@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from oracle_formulas import Artifacts, edited, holds, in_scope, measured, vector_at
 from oracle_sites import attach, logit_lens
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from patchclamp_server.interventions.program import (
     Condition,
     Edit,
@@ -24,8 +27,6 @@ from patchclamp_server.interventions.program import (
     Site,
     TopNeuronsReadout,
 )
-from torch import Tensor
-from transformers import PreTrainedModel
 
 # edit name -> {position: strength of the tokens from there on}
 Strengths = Mapping[str, Mapping[int, float]]

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from patchclamp_server.interventions.program import (
     AddVector,
     CapProjection,
@@ -28,7 +30,6 @@ from patchclamp_server.interventions.program import (
     TokenSelector,
     Vector,
 )
-from torch import Tensor
 
 
 class StoredArtifact(Protocol):

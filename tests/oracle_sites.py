@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from patchclamp_server.interventions.program import Site
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from patchclamp_server.interventions.program import Site
 
 
 @dataclass(frozen=True)

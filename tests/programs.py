@@ -11,6 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from tiny_models import VOCAB, tiny_model
+from torch import Tensor
+
 from patchclamp_server.interventions.program import (
     AbortCondition,
     AddVector,
@@ -42,8 +45,6 @@ from patchclamp_server.interventions.program import (
     TopNeuronsReadout,
     Vector,
 )
-from tiny_models import VOCAB, tiny_model
-from torch import Tensor
 
 
 @dataclass(frozen=True)

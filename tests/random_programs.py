@@ -3,8 +3,9 @@
 from typing import Any
 
 from hypothesis import strategies as st
-from patchclamp_server.interventions.program import Comparison, Edit, Gate, Program, Readout
 from programs import EDIT_KINDS, READOUTS, SCOPES, VECTOR_KINDS, Shapes, condition, edit, readout_kind, sites_of
+
+from patchclamp_server.interventions.program import Comparison, Edit, Gate, Program, Readout
 
 
 @st.composite

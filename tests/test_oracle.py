@@ -7,6 +7,10 @@ import pytest
 import torch
 from oracle import OracleResult, oracle_logits, run_oracle
 from oracle_formulas import edited, in_scope
+from programs import EDIT_KINDS, abort, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
+from tiny_models import FAMILIES, tiny_model
+from torch import Tensor, tensor
+
 from patchclamp_server.interventions.program import (
     AddVector,
     CapProjection,
@@ -33,9 +37,6 @@ from patchclamp_server.interventions.program import (
     TokenSelector,
     Vector,
 )
-from programs import EDIT_KINDS, abort, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
-from tiny_models import FAMILIES, tiny_model
-from torch import Tensor, tensor
 
 PROMPT = prompt("oracle", 18)
 

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 LAYERS = 3
 VOCAB = 256
 WINDOW = 12
-CONTEXT = 1024
+CONTEXT = 640
 
 _LLAMA_LIKE = {
     "vocab_size": VOCAB,

@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
+
 from patchclamp_server.artifacts.formats import FORMATS, CannotExpress, MalformedFile, gguf_control_vector, safetensors
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 from patchclamp_server.interventions.program import Site
-from safetensors.torch import save
 
 
 def stored_vector(layers: dict[int, torch.Tensor], site: Site = Site.RESID_POST, **kwargs: object) -> Artifact:

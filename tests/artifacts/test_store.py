@@ -16,6 +16,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted

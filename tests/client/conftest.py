@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
 

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from patchclamp import AsyncClient, Client, PatchclampError
 from patchclamp.requests import prompt
 from patchclamp.v1 import generation_pb2, model_pb2

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from patchclamp.cli import main
 from patchclamp.cli.app import build_parser
 from patchclamp.cli.extract import pairs_file

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from live import LiveServer
+
 from patchclamp.cli import main
 from patchclamp.programs import Program, add
 from patchclamp_server.model.load import load_model

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from live import LiveServer
+
 from patchclamp import AsyncClient, Client, PatchclampError
 from patchclamp.programs import Program, add, clamp_neurons, generated, positions, read_projection, role, set_neurons
 from patchclamp.results import CompareText, Divergence, ExtractionProgress

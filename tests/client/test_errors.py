@@ -11,6 +11,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
 from patchclamp import Client, FieldViolation, PatchclampError
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
 

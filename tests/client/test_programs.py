@@ -5,6 +5,7 @@ from array import array
 import numpy as np
 import pytest
 import torch
+
 from patchclamp.programs import (
     Program,
     ablate_heads,

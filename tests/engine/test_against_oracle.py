@@ -9,10 +9,11 @@ from functools import cache
 import pytest
 from engine_runs import Bench, Job, assert_same, run_alone
 from oracle_formulas import in_scope
-from patchclamp_server.engine.engine import EngineConfig
-from patchclamp_server.interventions.program import Program
 from programs import EDIT_KINDS, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
 from tiny_models import FAMILIES
+
+from patchclamp_server.engine.engine import EngineConfig
+from patchclamp_server.interventions.program import Program
 
 # Longer than the sliding windows, and not a multiple of the blocks.
 PROMPT_LENGTH = 22

@@ -4,6 +4,7 @@ import threading
 
 import torch
 from engine_runs import Outcome, loaded
+
 from patchclamp_server.engine.engine import Engine, EngineConfig
 from patchclamp_server.engine.request import Event, FinishReason, Request, StopParams, Token
 from patchclamp_server.errors import Cancelled, DeadlineExceeded

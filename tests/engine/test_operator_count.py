@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from engine_runs import loaded
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from patchclamp_server.engine.engine import Engine, EngineConfig
 from patchclamp_server.engine.request import Request, StopParams
 from patchclamp_server.interventions.bind import bind
@@ -26,7 +28,6 @@ from patchclamp_server.interventions.program import (
     Site,
     Vector,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 FAMILY = "llama"
 ROWS = 64

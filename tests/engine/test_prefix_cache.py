@@ -1,7 +1,8 @@
 """A prefix is computed once for all requests that would compute the same numbers, and never shared by others."""
 
 import torch
-from engine_runs import Bench, Job, assert_same, loaded, truth
+from engine_runs import Bench, Job, assert_same, loaded
+
 from patchclamp_server.engine.engine import EngineConfig
 from patchclamp_server.interventions.program import (
     AddVector,
@@ -53,7 +54,7 @@ def test_a_system_prompt_under_16_generated_only_programs_is_computed_once() -> 
     assert stats.prefix_hit_tokens == 15 * 512
     assert sorted(o.end().usage.cached_prompt_tokens for o in outcomes) == [0] + [512] * 15
     for job, outcome in zip(jobs[:3], outcomes[:3], strict=True):
-        assert_same(outcome, truth(FAMILY, job), len(job.prompt))
+        assert_same(FAMILY, job, outcome)
 
 
 def test_programs_that_touch_the_prompt_share_it_up_to_the_first_touched_token() -> None:
@@ -64,7 +65,7 @@ def test_programs_that_touch_the_prompt_share_it_up_to_the_first_touched_token()
     shared = first_touched // 16 * 16
     assert sorted(o.end().usage.cached_prompt_tokens for o in outcomes) == [0, shared, shared, shared]
     for job, outcome in zip(jobs[:2], outcomes[:2], strict=True):
-        assert_same(outcome, truth(FAMILY, job), len(job.prompt))
+        assert_same(FAMILY, job, outcome)
 
 
 def test_the_same_program_shares_what_it_touched_and_its_receipt_says_so() -> None:
@@ -77,7 +78,7 @@ def test_the_same_program_shares_what_it_touched_and_its_receipt_says_so() -> No
     assert second.receipt.edits[0].rows_from_cache == 512
     # 8 tokens of the question, and 2 generated ones that were fed back.
     assert second.receipt.edits[0].rows == 10
-    assert_same(outcomes[1], truth(FAMILY, jobs[1]), len(jobs[1].prompt), reuse=True)
+    assert_same(FAMILY, jobs[1], outcomes[1], reuse=True)
 
 
 def test_another_strength_is_another_prefix() -> None:
@@ -106,7 +107,7 @@ def test_a_latch_is_never_skipped_by_a_cached_prefix() -> None:
         outcomes = [bench.run([job])[0] for _ in range(2)]
     for outcome in outcomes:
         assert outcome.end().usage.cached_prompt_tokens == 0
-        assert_same(outcome, truth(FAMILY, job), len(job.prompt))
+        assert_same(FAMILY, job, outcome)
 
 
 def test_turning_the_cache_off_shares_nothing() -> None:

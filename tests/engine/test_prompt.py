@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 from patchclamp_server.engine.chat_layout import ChatTemplate, Message
 from patchclamp_server.engine.prompt import EncodedPrompt, PromptEncoder
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.info import ModelInfo
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set prefix = messages[0]['content'] + '\n\n' %}"

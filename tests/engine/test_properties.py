@@ -3,11 +3,12 @@
 from engine_runs import Bench, Job, assert_same, truth
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from patchclamp_server.engine.engine import EngineConfig
-from patchclamp_server.interventions.program import Program
 from programs import prompt, shapes
 from random_programs import programs
 from tiny_models import FAMILIES
+
+from patchclamp_server.engine.engine import EngineConfig
+from patchclamp_server.interventions.program import Program
 
 # Below this distance from a threshold, or between two logits, rounding may decide.
 CLEAR = 1e-3

@@ -7,6 +7,9 @@ import pytest
 import torch
 from engine_runs import PATIENCE_SECONDS, TOLERANCE, Bench, Job, Outcome, assert_same, loaded, truth
 from oracle import oracle_logits, run_oracle
+from programs import GENERATED, PROMPT, SCOPES, abort, edit, numbers, prompt, shapes
+from tiny_models import FAMILIES, LAYERS, tiny_model
+
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.engine.engine import Engine, EngineConfig
@@ -37,8 +40,6 @@ from patchclamp_server.interventions.program import (
     TokenSelector,
     Vector,
 )
-from programs import GENERATED, PROMPT, SCOPES, abort, edit, numbers, prompt, shapes
-from tiny_models import FAMILIES, LAYERS, tiny_model
 
 CONFIG = EngineConfig(kv_block_size=4, kv_cache_tokens=1024)
 CHUNKED = EngineConfig(kv_block_size=4, kv_cache_tokens=1024, max_tokens_per_step=5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from patchclamp_server.engine.request import SamplingParams
 from patchclamp_server.engine.sampler import (
     NOT_FINITE,

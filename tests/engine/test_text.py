@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker, piece
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker, piece
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 
 REPLACEMENT = "\ufffd"
 # The vocabulary of the embedded model lacks some control characters and the bytes F1 and F2 of unassigned planes.

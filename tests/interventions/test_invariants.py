@@ -5,6 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_runs import Bench, Job, Outcome
+from programs import EDIT_KINDS, VECTOR_KINDS, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
+from tiny_models import FAMILIES
+
 from patchclamp_server.engine.engine import EngineConfig
 from patchclamp_server.interventions.program import (
     Edit,
@@ -18,8 +21,6 @@ from patchclamp_server.interventions.program import (
     Site,
     TokenSelector,
 )
-from programs import EDIT_KINDS, VECTOR_KINDS, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
-from tiny_models import FAMILIES
 
 LENGTH = 12
 # Without the prefix cache every batch has the shape of the one it is compared with.

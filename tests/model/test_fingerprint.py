@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.progress import Stage
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

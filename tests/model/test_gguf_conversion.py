@@ -3,12 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
 from patchclamp_server.model.cache import is_sound
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf_conversion import converted_gguf
 from patchclamp_server.model.progress import Stage
-from safetensors import safe_open
-from transformers import AutoTokenizer
 
 
 class Recording:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.load import load_model, load_pretrained
 from patchclamp_server.model.progress import Stage
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture

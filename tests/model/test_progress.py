@@ -1,7 +1,8 @@
 import io
 
-from patchclamp_server.model.progress import RichProgress, Stage
 from rich.console import Console
+
+from patchclamp_server.model.progress import RichProgress, Stage
 
 
 def shown(*, terminal: bool) -> str:

@@ -5,9 +5,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.source import resolve, weight_files
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture

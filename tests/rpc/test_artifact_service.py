@@ -13,6 +13,8 @@ import torch
 from google.protobuf.struct_pb2 import Struct
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from safetensors.torch import load, save
+
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import artifact_pb2_grpc, program_pb2
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -22,7 +24,6 @@ from patchclamp_server.metrics import Metrics
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.artifact_service import ArtifactService
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
-from safetensors.torch import load, save
 
 SAFETENSORS, GGUF = pb.ARTIFACT_FORMAT_SAFETENSORS, pb.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR
 VECTOR, NEURON_SET = pb.ARTIFACT_KIND_VECTOR, pb.ARTIFACT_KIND_NEURON_SET

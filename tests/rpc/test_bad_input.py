@@ -7,11 +7,12 @@ from typing import Any
 
 import grpc
 import pytest
+from statuses import failure
+
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1 import tensor_pb2 as tensor
-from statuses import failure
 
 WIDTH, LAYERS, NEURONS, CONTEXT = 32, 2, 64, 256  # of the tiny llama
 NAN, INF = math.nan, math.inf
@@ -332,6 +333,7 @@ def test_an_unknown_artifact_is_not_found(channel: grpc.Channel):
 
 def test_an_artifact_of_another_model_fails_its_precondition(live_server: Any, channel: grpc.Channel):
     import torch
+
     from patchclamp_server.artifacts.store import ArtifactStore
     from patchclamp_server.artifacts.types import ArtifactKind
     from patchclamp_server.interventions.program import Site

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from patchclamp_server.cli import add_serve_arguments, config_from
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.engine.engine import EngineConfig

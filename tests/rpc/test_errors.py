@@ -4,6 +4,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
 from patchclamp_server import errors
 from patchclamp_server.rpc.errors import INTERNAL_MESSAGE, to_status, unexpected_status
 

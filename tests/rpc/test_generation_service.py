@@ -6,12 +6,13 @@ from typing import Any
 import grpc
 import pytest
 from live import LiveServer
+from statuses import failure
+from test_bad_input import add, condition, neurons, scale, vector
+
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import model_pb2, model_pb2_grpc
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from statuses import failure
-from test_bad_input import add, condition, neurons, scale, vector
 
 STRONG = program.AddVector(vector=vector(*[3.0 if i % 2 else -2.0 for i in range(32)]))
 

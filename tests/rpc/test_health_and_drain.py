@@ -13,11 +13,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from live import LiveServer
+from statuses import failure
+from test_generation_service import request
+
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.rpc.server import SERVICES
-from statuses import failure
-from test_generation_service import request
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

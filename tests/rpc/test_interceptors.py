@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
+from statuses import failure
+
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.metrics import Metrics
 from patchclamp_server.rpc.errors import INTERNAL_MESSAGE
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
-from statuses import failure
 
 SHAPES = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
 SERVICE = "test.Service"

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from live import LiveServer
-from patchclamp.v1 import generation_pb2 as pb
-from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from prometheus_client.parser import text_string_to_metric_families
 from test_generation_service import generate
 from test_session import Client
+
+from patchclamp.v1 import generation_pb2 as pb
+from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 
 SESSION = 'service="patchclamp.v1.GenerationService",method="Session"'
 GENERATE = 'service="patchclamp.v1.GenerationService",method="Generate"'

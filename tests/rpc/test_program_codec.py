@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from patchclamp.v1 import program_pb2 as pb
 from patchclamp.v1 import tensor_pb2
 from patchclamp_server.errors import InvalidArgument

@@ -8,13 +8,14 @@ from typing import Any
 import grpc
 import pytest
 from live import LiveServer
+from statuses import Failure, failure
+from test_bad_input import add
+from test_generation_service import STRONG, generate, request
+
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.engine.engine import EngineConfig
-from statuses import Failure, failure
-from test_bad_input import add
-from test_generation_service import STRONG, generate, request
 
 PUSH = program.Program(edits=[add(name="push", add=STRONG, strength=0.0)])
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+
 from patchclamp_server.engine.request import (
     Failed,
     Finished,

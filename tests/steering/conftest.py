@@ -5,12 +5,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from steering_fixtures import Live, Outcomes, Recorded
+
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.engine.engine import Engine, EngineConfig
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.rpc.server import Server
-from steering_fixtures import Live, Outcomes, Recorded
 
 # A step this short leaves time to cancel what was submitted.
 SHORT_STEPS = EngineConfig(max_tokens_per_step=32)

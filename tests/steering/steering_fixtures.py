@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import grpc
+
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.rpc.server import Server

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from steering_fixtures import Recorded
+from transformers import AutoModelForCausalLM
+
 from patchclamp_server.engine.request import Capture, Pooling
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.steering.activations import collect
-from steering_fixtures import Recorded
-from transformers import AutoModelForCausalLM
 
 # Shorter and longer than a KV block, longer than a step, with a prefix in common, and one twice.
 LENGTHS = (1, 2, 5, 16, 17, 33, 70, 5)

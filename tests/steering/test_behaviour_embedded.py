@@ -17,6 +17,7 @@ import grpc
 import pytest
 import pytest_asyncio
 import torch
+
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub

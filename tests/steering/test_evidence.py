@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.steering.evidence import (
     LayerEvidence,

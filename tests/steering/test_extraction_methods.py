@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from patchclamp_server.steering.registry import METHODS
 
 PAIRS, LAYERS, WIDTH = 400, 3, 24

@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from steering_fixtures import Recorded
+
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.request import Pooling
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.steering.job import Extraction, TokenPair, extract
-from steering_fixtures import Recorded
 
 
 async def test_activations_that_would_not_fit_into_memory_are_refused(

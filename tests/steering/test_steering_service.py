@@ -8,13 +8,14 @@ import pytest
 import torch
 from google.protobuf.json_format import MessageToDict
 from google.rpc import error_details_pb2, status_pb2
+from steering_fixtures import Live
+
 from patchclamp.v1 import artifact_pb2, generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp_server.artifacts.formats import safetensors
 from patchclamp_server.steering.job import TokenPair, pairs_digest
 from patchclamp_server.steering.registry import METHODS
-from steering_fixtures import Live
 
 WORDS = ("river", "stone", "lamp", "garden", "window", "letter", "bridge", "kettle")
 

@@ -322,16 +322,20 @@ class Engine:
         return nearest
 
     def _step(self, work: list[Work]) -> None:
-        started = time.monotonic()
         preemptions = self.scheduler.preemptions
         try:
-            result = self.runner.run(work)
-        except (RuntimeError, MemoryError) as error:
+            self._run(work)
+        except Exception as error:
             # Out of memory, or a defect: the requests of this step are lost, the engine is not.
             log.exception("a step of %d sequences failed", len(work))
             for sequence in {w.sequence.id: w.sequence for w in work}.values():
                 self._fail_id(sequence.id, EngineFailure("", f"the step failed: {type(error).__name__}"))
-            return
+        for _ in range(self.scheduler.preemptions - preemptions):
+            self.observer.on_preemption()
+
+    def _run(self, work: list[Work]) -> None:
+        started = time.monotonic()
+        result = self.runner.run(work)
         for item, position in result.broken:
             self._break(item, position)
         self.scheduler.finish_step([w for w in work if w.sequence.id in self._sequences])
@@ -344,8 +348,6 @@ class Engine:
         self.observer.on_step(
             seconds=time.monotonic() - started, prefill_tokens=prefill_tokens, decode_rows=decode_rows
         )
-        for _ in range(self.scheduler.preemptions - preemptions):
-            self.observer.on_preemption()
 
     def _break(self, item: Work, position: int) -> None:
         """Fails a sequence whose activations overflowed, and cleans the blocks it wrote."""

@@ -6,9 +6,9 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import program_pb2
-
 from patchclamp_server.artifacts.formats import FORMATS, Format
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import InvalidArgument

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
-
 from patchclamp_server.artifacts.blobs import full_disk_is_resource_exhausted
 from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore

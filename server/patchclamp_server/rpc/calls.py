@@ -8,7 +8,6 @@ from typing import Any
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2
-
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import EncodedPrompt, PromptEncoder

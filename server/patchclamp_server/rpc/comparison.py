@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import TypeAlias
 
 from patchclamp.v1 import generation_pb2 as pb
-
 from patchclamp_server.engine.request import Divergence, Event
 from patchclamp_server.rpc.calls import Prepared
 from patchclamp_server.rpc.response_builder import ResponseBuilder

@@ -1,7 +1,6 @@
 """Generation messages → the engine's words, and its usage and finish → messages. Ranges are refused by field path."""
 
 from patchclamp.v1 import generation_pb2 as pb
-
 from patchclamp_server.engine.prompt import EncodedPrompt, PromptEncoder
 from patchclamp_server.engine.request import (
     Finished,

@@ -5,7 +5,6 @@ from typing import Any
 
 from patchclamp.v1 import model_pb2 as pb
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
-
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.calls import check_model

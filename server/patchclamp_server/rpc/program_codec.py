@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from patchclamp.v1 import program_pb2 as pb
-
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import (
     AbortCondition,

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2
-
 from patchclamp_server.engine.request import Event, Failed, Finished, Readouts, Text, Token
 from patchclamp_server.rpc.generation_codec import encode_finished, encode_token
 from patchclamp_server.rpc.program_codec import encode_readout_value

@@ -9,12 +9,12 @@ import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from patchclamp.v1 import artifact_pb2, generation_pb2, model_pb2, steering_pb2
 from patchclamp.v1.artifact_pb2_grpc import add_ArtifactServiceServicer_to_server
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from patchclamp.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server
-
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.engine.engine import Engine

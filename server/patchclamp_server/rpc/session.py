@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 from patchclamp.v1 import generation_pb2 as pb
-
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed
 from patchclamp_server.errors import EngineFailure, InvalidArgument, RequestError

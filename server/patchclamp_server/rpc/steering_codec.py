@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
-
 from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.engine.request import Pooling

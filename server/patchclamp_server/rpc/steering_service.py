@@ -6,9 +6,9 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceServicer
-
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder

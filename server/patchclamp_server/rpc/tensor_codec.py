@@ -4,8 +4,8 @@ import math
 import sys
 
 import torch
-from patchclamp.v1 import tensor_pb2
 
+from patchclamp.v1 import tensor_pb2
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.rpc.checks import known
 
