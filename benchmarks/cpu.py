@@ -12,17 +12,18 @@ from patchclamp_server.threads import configure_threads
 
 configure_threads()
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import time  # noqa: E402
+import argparse
+import json
+import time
 
-import torch  # noqa: E402
-from measure import alternate, rates, run_requests, save  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+from measure import alternate, rates, run_requests, save
+from transformers import AutoModelForCausalLM
 
-from patchclamp_server.engine.engine import Engine  # noqa: E402
-from patchclamp_server.interventions.bind import BoundProgram, bind  # noqa: E402
-from patchclamp_server.interventions.program import (  # noqa: E402
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.interventions.bind import bind
+from patchclamp_server.interventions.bound import BoundProgram
+from patchclamp_server.interventions.program import (
     AddVector,
     CapProjection,
     Comparison,
@@ -42,10 +43,10 @@ from patchclamp_server.interventions.program import (  # noqa: E402
     TokenSelector,
     Vector,
 )
-from patchclamp_server.model.embedded import embedded_directory  # noqa: E402
-from patchclamp_server.model.info import ModelInfo  # noqa: E402
-from patchclamp_server.model.load import load_model  # noqa: E402
-from patchclamp_server.model.progress import RichProgress  # noqa: E402
+from patchclamp_server.model.embedded import embedded_directory
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.load import load_model
+from patchclamp_server.model.progress import RichProgress
 
 STREAMS = 16
 TEXT = "The old lighthouse keeper opened the door and saw"

@@ -14,7 +14,7 @@ from typing import Any
 
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams
-from patchclamp_server.interventions.bind import BoundProgram
+from patchclamp_server.interventions.bound import BoundProgram
 
 RESULTS = Path(__file__).parent / "results"
 

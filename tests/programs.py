@@ -193,6 +193,7 @@ def mixed(shapes: Shapes) -> dict[str, Program]:
     """Programs in which several parts of the language meet."""
     per_layer = Vector(values=numbers(f"{shapes.family} rows", 2, shapes.sites[Site.RESID_POST]))
     steer = Edit(AddVector(per_layer), Site.RESID_POST, name="two rows", layers=(2, 0), strength=0.5)
+    onto = Vector(values=numbers(f"{shapes.family} onto", shapes.sites[Site.MLP_OUT]))
     early = condition(Site.RESID_POST, 0, shapes, "early")
     return {
         "many edits": Program(
@@ -202,6 +203,7 @@ def mixed(shapes: Shapes) -> dict[str, Program]:
                 edit("neurons_clamp", Site.MLP_POST, shapes, "c", name="c", all_layers=True),
                 edit("heads_scale", Site.ATTN_Z, shapes, "d", name="d", all_layers=True, scope=PROMPT),
                 edit("low_rank", Site.MLP_OUT, shapes, "e", name="e", layers=(1,), scope=GENERATED),
+                Edit(RotateTowards(onto, radians=3.0), Site.MLP_OUT, "onto the vector", layers=(2,), strength=0.5),
                 steer,
             )
         ),

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import sys
@@ -26,6 +27,7 @@ ENGINE_OPTIONS = {
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--model", help='"embedded", a hub id, a directory or a .gguf file (default: embedded)')
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +65,10 @@ def serve(args: argparse.Namespace) -> int:
         server = Server(model, config)
 
         def ready(address: str) -> None:
-            print(f"serving on {address}, metrics on port {server.metrics_port}", flush=True)
+            if args.json:
+                print(json.dumps({"address": address, "metrics_port": server.metrics_port}), flush=True)
+            else:
+                print(f"serving on {address}, metrics on port {server.metrics_port}", flush=True)
 
         asyncio.run(server.run(ready))
     except (ModelSourceError, OSError) as error:
@@ -87,14 +92,15 @@ def pull(args: argparse.Namespace) -> int:
     except ModelSourceError as error:
         print(f"patchclamp pull: {error}", file=sys.stderr)
         return 1
-    print(f"{info.name} {info.fingerprint}")
+    name, fingerprint = info.name, info.fingerprint
+    print(json.dumps({"name": name, "fingerprint": fingerprint}) if args.json else f"{name} {fingerprint}")
     return 0
 
 
 def config_from(args: argparse.Namespace) -> "ServerConfig":
     """What was given, over the defaults of ServerConfig and EngineConfig."""
     from patchclamp_server.config import ServerConfig
-    from patchclamp_server.engine.engine import EngineConfig
+    from patchclamp_server.engine.config import EngineConfig
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     engine = {name: given[name] for name in ENGINE_OPTIONS if name in given}

@@ -12,7 +12,7 @@ from oracle_formulas import in_scope
 from programs import EDIT_KINDS, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
 from tiny_models import FAMILIES
 
-from patchclamp_server.engine.engine import EngineConfig
+from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.interventions.program import Program
 
 # Longer than the sliding windows, and not a multiple of the blocks.
@@ -115,12 +115,13 @@ def test_on_a_prefix_cache_hit(family: str, case: str) -> None:
     assert_same(family, asked, outcome, reuse=True)
 
 
+@pytest.mark.parametrize("steered_first", [False, True], ids=["plain first", "steered first"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_of_another_program_are_not_taken_for_its_own(family: str, case: str) -> None:
-    """Unsteered, steered and unsteered again on one prompt: each finds blocks of the others in the cache."""
+def test_blocks_of_another_program_are_not_taken_for_its_own(family: str, case: str, steered_first: bool) -> None:
+    """Unsteered and steered requests in turn, on one prompt: each finds blocks of the others in the cache."""
     steered = job(family, case)
     plain = Job(steered.prompt, Program())
     with Bench(family, config()) as bench:
-        for asked in (plain, steered, plain):
+        for asked in (steered, plain, steered) if steered_first else (plain, steered, plain):
             assert_same(family, asked, bench.run([asked])[0], reuse=True)

@@ -5,10 +5,12 @@ import threading
 import torch
 from engine_runs import Outcome, loaded
 
-from patchclamp_server.engine.engine import Engine, EngineConfig
+from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, FinishReason, Request, StopParams, Token
 from patchclamp_server.errors import Cancelled, DeadlineExceeded
-from patchclamp_server.interventions.bind import BoundProgram, bind
+from patchclamp_server.interventions.bind import bind
+from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import AddVector, Edit, Program, Site, Vector
 
 FAMILY = "llama"

@@ -7,7 +7,8 @@ import torch
 from engine_runs import loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchclamp_server.engine.engine import Engine, EngineConfig
+from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Request, StopParams
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.program import (

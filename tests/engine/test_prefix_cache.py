@@ -3,7 +3,7 @@
 import torch
 from engine_runs import Bench, Job, assert_same, loaded
 
-from patchclamp_server.engine.engine import EngineConfig
+from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.interventions.program import (
     AddVector,
     Comparison,

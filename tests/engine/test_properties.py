@@ -7,7 +7,7 @@ from programs import prompt, shapes
 from random_programs import programs
 from tiny_models import FAMILIES
 
-from patchclamp_server.engine.engine import EngineConfig
+from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.interventions.program import Program
 
 # Below this distance from a threshold, or between two logits, rounding may decide.

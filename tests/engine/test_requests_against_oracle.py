@@ -1,18 +1,20 @@
 """What a request may ask for besides generation under a fixed program, against the oracle."""
 
 import queue
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from engine_runs import PATIENCE_SECONDS, TOLERANCE, Bench, Job, Outcome, assert_same, loaded, truth
 from oracle import oracle_logits, run_oracle
-from programs import GENERATED, PROMPT, SCOPES, abort, edit, numbers, prompt, shapes
+from programs import GENERATED, PROMPT, SCOPES, abort, edit, numbers, prompt, shapes, sites_of
 from tiny_models import FAMILIES, LAYERS, tiny_model
 
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.engine.engine import Engine, EngineConfig
+from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import (
     Capture,
     Captured,
@@ -30,6 +32,7 @@ from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.program import (
     AddVector,
     Edit,
+    HeadEdit,
     NeuronEdit,
     NeuronOp,
     Program,
@@ -184,6 +187,23 @@ def test_an_abort_condition_that_holds_in_the_prompt_lets_no_token_out(config: E
         outcome = bench.run([job])[0]
     assert isinstance(outcome.error, Aborted)
     assert outcome.tokens == list(truth("llama", job).tokens) == []
+
+
+@pytest.mark.parametrize("kind", ["add", "neurons_scale", "heads_scale"])
+def test_the_change_of_an_edit_is_relative_to_the_activation_it_was_given(kind: str) -> None:
+    """Edits of one site run in listed order, so the second of two is measured against what the first left behind."""
+    s = shapes("llama")
+    first, second = (edit(kind, sites_of(kind, s)[-1], s, name=name) for name in ("first", "second"))
+    if isinstance(second.kind, NeuronEdit) and isinstance(first.kind, NeuronEdit):
+        others = tuple(sorted(set(range(s.d_ff)) - set(first.kind.neurons)))[: len(first.kind.neurons)]
+        second = replace(second, kind=replace(second.kind, neurons=others))
+    if isinstance(second.kind, HeadEdit):
+        second = replace(second, kind=replace(second.kind, heads=(1, 2)))
+    job = Job(prompt("relative", 12), Program((first, second)))
+    with Bench("llama", CONFIG) as bench:
+        own = bench.run([job])[0].end().receipt.edits
+    expected = [count.mean_relative_change for count in truth("llama", job).receipts]
+    assert [each.mean_relative_change for each in own] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("role", ["system", "user"])

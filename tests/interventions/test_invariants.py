@@ -8,7 +8,7 @@ from engine_runs import Bench, Job, Outcome
 from programs import EDIT_KINDS, VECTOR_KINDS, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
 from tiny_models import FAMILIES
 
-from patchclamp_server.engine.engine import EngineConfig
+from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.interventions.program import (
     Edit,
     NeuronEdit,

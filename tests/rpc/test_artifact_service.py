@@ -82,8 +82,10 @@ async def upload(stub: Stub, data: bytes, chunk_bytes: int = 1024 * 1024, **head
     return (await stub.Upload(iter(requests(data, chunk_bytes, **header)))).artifact
 
 
-async def download(stub: Stub, ref: str, file_format: "pb.ArtifactFormat.ValueType" = SAFETENSORS) -> bytes:
-    responses = [r async for r in stub.Download(pb.DownloadRequest(ref=ref, format=file_format))]
+async def download(
+    stub: Stub, ref: str, file_format: "pb.ArtifactFormat.ValueType" = SAFETENSORS, layers: Iterable[int] = ()
+) -> bytes:
+    responses = [r async for r in stub.Download(pb.DownloadRequest(ref=ref, format=file_format, layers=layers))]
     assert [r.HasField("artifact") for r in responses] == [True] + [False] * (len(responses) - 1)
     assert all(len(r.chunk) <= 1024 * 1024 for r in responses)
     return b"".join(r.chunk for r in responses)
@@ -262,6 +264,16 @@ async def test_a_vector_that_gguf_cannot_express_is_a_failed_precondition(stub: 
         await download(stub, artifact.id, GGUF)
     assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert field_of(refusal.value) == "format"
+
+
+async def test_some_layers_of_it_can_be_exported(stub: Stub) -> None:
+    artifact = await upload(stub, vector_file(layers=[0, 1, 3]))
+    assert sorted(load(await download(stub, artifact.id, layers=[3, 1]))) == ["layer.1", "layer.3"]
+    assert await download(stub, artifact.id, GGUF, layers=[1, 3])
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await download(stub, artifact.id, layers=[1, 2])
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field_of(refusal.value) == "layers[1]"
 
 
 async def test_tags_move_and_are_removed_and_delete_takes_them_along(stub: Stub) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from patchclamp_server.cli import add_serve_arguments, config_from
 from patchclamp_server.config import ServerConfig
-from patchclamp_server.engine.engine import EngineConfig
+from patchclamp_server.engine.config import EngineConfig
 
 
 def parse(*arguments: str) -> ServerConfig:

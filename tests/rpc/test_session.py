@@ -15,7 +15,7 @@ from test_generation_service import STRONG, generate, request
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp_server.engine.engine import EngineConfig
+from patchclamp_server.engine.config import EngineConfig
 
 PUSH = program.Program(edits=[add(name="push", add=STRONG, strength=0.0)])
 

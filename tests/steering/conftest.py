@@ -9,7 +9,8 @@ from steering_fixtures import Live, Outcomes, Recorded
 
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 from patchclamp_server.config import ServerConfig
-from patchclamp_server.engine.engine import Engine, EngineConfig
+from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.rpc.server import Server
 

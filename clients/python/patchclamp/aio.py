@@ -129,9 +129,14 @@ class AsyncClient:
         return Artifact.from_proto(response.artifact)
 
     async def download_artifact(
-        self, ref: str, format: ArtifactFormatName = "safetensors", *, timeout: float | None = None
+        self,
+        ref: str,
+        format: ArtifactFormatName = "safetensors",
+        *,
+        layers: Iterable[int] = (),
+        timeout: float | None = None,
     ) -> bytes:
-        call = self._stream(self._artifacts.Download, requests.download(ref, format), timeout)
+        call = self._stream(self._artifacts.Download, requests.download(ref, format, layers), timeout)
         return await AsyncStream(call, DownloadCollector()).result()
 
     async def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:

@@ -142,10 +142,15 @@ class Client:
         return Artifact.from_proto(response.artifact)
 
     def download_artifact(
-        self, ref: str, format: ArtifactFormatName = "safetensors", *, timeout: float | None = None
+        self,
+        ref: str,
+        format: ArtifactFormatName = "safetensors",
+        *,
+        layers: Iterable[int] = (),
+        timeout: float | None = None,
     ) -> bytes:
-        """The artifact as a file of this format."""
-        call = self._stream(self._artifacts.Download, requests.download(ref, format), timeout)
+        """The artifact, or some layers of it, as a file of this format."""
+        call = self._stream(self._artifacts.Download, requests.download(ref, format, layers), timeout)
         return Stream(call, DownloadCollector()).result()
 
     def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:

@@ -235,8 +235,8 @@ def list_artifacts(
     )
 
 
-def download(ref: str, format: ArtifactFormatName) -> artifact_pb2.DownloadRequest:
-    return artifact_pb2.DownloadRequest(ref=ref, format=artifact_format(format))
+def download(ref: str, format: ArtifactFormatName, layers: Iterable[int]) -> artifact_pb2.DownloadRequest:
+    return artifact_pb2.DownloadRequest(ref=ref, format=artifact_format(format), layers=layers)
 
 
 def artifact_format(name: ArtifactFormatName) -> artifact_pb2.ArtifactFormat.ValueType:

@@ -1,7 +1,7 @@
 """What an artifact is: one message of proto/patchclamp/v1/artifact.proto, one frozen dataclass."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -71,6 +71,13 @@ class Artifact:
         """Neuron indices int64 [n] of a layer and their values [n], where the set has values."""
         self._expect(ArtifactKind.NEURON_SET, layer)
         return self.tensors[f"layer.{layer}.neurons"], self.tensors.get(f"layer.{layer}.values")
+
+    def only(self, layers: Sequence[int]) -> "Artifact":
+        """The artifact without other layers. NotFound: no such layer."""
+        for layer in layers:
+            self._expect(self.info.kind, layer)
+        kept = {name: t for name, t in self.tensors.items() if int(name.split(".")[1]) in layers}
+        return Artifact(replace(self.info, layers=tuple(sorted(layers))), kept)
 
     def _expect(self, kind: ArtifactKind, layer: int) -> None:
         if self.info.kind is not kind:

@@ -11,12 +11,11 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from patchclamp_server.engine.config import EngineConfig, EngineObserver, EngineStats, Unobserved
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.output import Output
 from patchclamp_server.engine.request import Failed, FinishReason, Request
@@ -42,52 +41,6 @@ from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.model.load import LoadedModel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Bounds of the engine. `kv_cache_tokens` is shared by all sequences; memory grows as it is used (CPU)."""
-
-    max_sequences: int = 64
-    max_tokens_per_step: int = 512
-    kv_block_size: int = 16
-    kv_cache_tokens: int = 65536
-    max_waiting: int = 1024
-    enable_prefix_cache: bool = True
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    running: int
-    waiting: int
-    kv_blocks_total: int
-    kv_blocks_free: int
-    kv_blocks_cached: int
-    steps: int
-    prefill_tokens: int
-    decode_tokens: int
-    prefix_hit_tokens: int
-    preemptions: int
-
-
-class EngineObserver(Protocol):
-    """Told what happens, on the engine's thread; must not block."""
-
-    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None: ...
-    def on_first_token(self, seconds: float) -> None: ...
-    def on_inter_token(self, seconds: float) -> None: ...
-    def on_finished(self, outcome: str) -> None: ...
-    def on_preemption(self) -> None: ...
-
-
-class Unobserved:
-    """An observer that looks away."""
-
-    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None: ...
-    def on_first_token(self, seconds: float) -> None: ...
-    def on_inter_token(self, seconds: float) -> None: ...
-    def on_finished(self, outcome: str) -> None: ...
-    def on_preemption(self) -> None: ...
 
 
 class Engine:
@@ -438,9 +391,9 @@ class Engine:
         receipt = None
         if sequence.state is not None:
             receipt = sequence.state.receipt(self.runner.tables.read(sequence.state.loaded))
-        self._forget(sequence)
+        self._release(sequence)
         sequence.emit_finished(reason, receipt)
-        self.observer.on_finished(reason.value)
+        self._leave(sequence, reason.value)
 
     def _fail_id(self, request_id: int, error: RequestError) -> None:
         sequence = self._sequences.get(request_id)
@@ -448,11 +401,11 @@ class Engine:
             self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
-        self._forget(sequence)
+        self._release(sequence)
         sequence.request.on_event(Failed(error))
-        self.observer.on_finished(_snake(type(error).__name__))
+        self._leave(sequence, _snake(type(error).__name__))
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         """Gives back all that a sequence holds."""
         self.scheduler.remove(sequence)
         if sequence.follower is not None:
@@ -460,6 +413,10 @@ class Engine:
         if sequence.state is not None:
             self.runner.tables.release(sequence.state.loaded)
         del self._sequences[sequence.id]
+
+    def _leave(self, sequence: Sequence, outcome: str) -> None:
+        """After the last event."""
+        self.observer.on_finished(outcome)
         with self._lock:
             del self._requests[sequence.id]
             self._idle.notify_all()

@@ -7,7 +7,7 @@ from enum import Enum, IntEnum
 import torch
 
 from patchclamp_server.errors import RequestError
-from patchclamp_server.interventions.bind import BoundProgram
+from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import ReadoutValue, Receipt, Site
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.engine.request import Pooling
-from patchclamp_server.interventions.bind import BoundCondition, BoundEdit, BoundReadout, Kind
+from patchclamp_server.interventions.bound import BoundCondition, BoundEdit, BoundReadout, Kind
 from patchclamp_server.interventions.observers import (
     AbortHit,
     AbortOperator,
@@ -343,10 +343,14 @@ class Compiler:
         for i, (capture, span) in enumerate(captures):
             last = span.prompt_length - 1
             positions = span.positions
-            wanted = positions == last if capture.pooling is Pooling.LAST_TOKEN else positions <= last
+            if capture.pooling is Pooling.LAST_TOKEN:
+                wanted, each = positions == last, 1.0
+            else:
+                # The first token is an attention sink: its norm, often 100 times that of others, would drown them.
+                wanted = (positions <= last) & ((positions > 0) | (last == 0))
+                each = 1.0 / max(last, 1)
             rows.append(span.row + np.flatnonzero(wanted))
             owner.append(np.full(int(wanted.sum()), i))
-            each = 1.0 if capture.pooling is Pooling.LAST_TOKEN else 1.0 / span.prompt_length
             weight.append(np.full(int(wanted.sum()), each))
         return CaptureOperator(
             self._tensor(np.concatenate(rows)),

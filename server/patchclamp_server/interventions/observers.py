@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.bind import BoundReadout
+from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.operators import ConditionOperator, Grid, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.scopes import IntArray

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from patchclamp_server.errors import NotFound
-from patchclamp_server.interventions.bind import BoundEdit, BoundProgram, Kind
+from patchclamp_server.interventions.bound import BoundEdit, BoundProgram, Kind
 from patchclamp_server.interventions.program import EditReceipt, Receipt, Scope, Site
 from patchclamp_server.interventions.scopes import BoolArray, IntArray, SequenceTokens, scope_mask, settled_mask
 from patchclamp_server.interventions.tables import LoadedProgram

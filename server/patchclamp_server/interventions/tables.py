@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.bind import BoundProgram, Kind
+from patchclamp_server.interventions.bound import BoundProgram, Kind
 from patchclamp_server.interventions.scopes import IntArray
 
 NEVER = torch.iinfo(torch.int64).max

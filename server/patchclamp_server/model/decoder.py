@@ -9,18 +9,16 @@ benchmarks/cpu.py: it issues about four times as many operators for one token, a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from patchclamp_server.engine.attention import AttentionBatch, paged_attention
 from patchclamp_server.interventions.program import Site
-from patchclamp_server.model.architectures import NormKind, QkvLayout
 from patchclamp_server.model.linear import FEW_ROWS, Linear
-from patchclamp_server.model.spec import DecoderSpec, read_spec
+from patchclamp_server.model.spec import DecoderSpec
 
 
 class SiteHooks(Protocol):
@@ -188,14 +186,6 @@ class Decoder:
         out = block.mlp_output(neurons)
         return out if block.post_mlp_norm is None else block.post_mlp_norm(out)
 
-    @classmethod
-    def from_transformers(cls, model: PreTrainedModel, *, dtype: torch.dtype, device: str) -> "Decoder":
-        """Takes over the weights of a causal LM, fused: q, k, v in one matrix, gate and up in one.
-
-        Raises FailedPrecondition for an architecture that is not in the table.
-        """
-        return _Builder(model, dtype, device).build()
-
 
 def _rotate(qk: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """x cos + rotate_half(x) sin, as a roll by half: the sign of the first half is folded into `signed_sin`."""
@@ -205,109 +195,3 @@ def _rotate(qk: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     turned, rest = qk[..., :dim], qk[..., dim:]
     turned = torch.addcmul(turned * cos, torch.roll(turned, dim // 2, -1), signed_sin)
     return torch.cat((turned, rest), dim=-1)
-
-
-class _Builder:
-    """Reads modules by the paths of the architecture table."""
-
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: str) -> None:
-        self.model = model
-        self.spec = read_spec(model.config)
-        self.dtype = dtype
-        self.device = device
-
-    def build(self) -> Decoder:
-        family = self.spec.family
-        layers = self._module(family.layers)
-        embedding = self._tensor(self._module(family.embedding).weight)
-        positions = None
-        if family.position_embedding is not None:
-            table = self._module(family.position_embedding).weight
-            positions = self._tensor(table[family.position_offset :])
-        unembedding = self._module(family.unembedding)
-        tied = unembedding.weight is self._module(family.embedding).weight
-        weight = embedding if tied else self._tensor(unembedding.weight)
-        bias = None if getattr(unembedding, "bias", None) is None else self._tensor(unembedding.bias)
-        return Decoder(
-            self.spec,
-            embedding,
-            positions,
-            self._rotary(),
-            [self._block(layer) for layer in layers.children()],
-            self._norm(self._module(family.final_norm)),
-            Linear(weight, bias),
-        )
-
-    def _block(self, layer: nn.Module) -> Block:
-        family, spec = self.spec.family, self.spec
-
-        def norm(path: str | None) -> Norm | None:
-            return None if path is None else self._norm(_submodule(layer, path))
-
-        attn_norm, mlp_norm = norm(family.attn_norm), norm(family.mlp_norm)
-        assert attn_norm is not None
-        assert mlp_norm is not None
-        order = None
-        if family.qkv_layout is QkvLayout.PER_HEAD:
-            rows = torch.arange(3 * spec.n_heads * spec.head_dim).view(spec.n_heads, 3, spec.head_dim)
-            order = rows.transpose(0, 1).reshape(-1)
-        return Block(
-            attn_norm=attn_norm,
-            qkv=self._linear(layer, family.qkv, order),
-            q_norm=norm(family.q_norm),
-            k_norm=norm(family.k_norm),
-            attn_output=self._linear(layer, (family.attn_output,)),
-            post_attn_norm=norm(family.post_attn_norm),
-            mlp_norm=mlp_norm,
-            mlp_input=self._linear(layer, family.mlp_input),
-            mlp_output=self._linear(layer, (family.mlp_output,)),
-            post_mlp_norm=norm(family.post_mlp_norm),
-        )
-
-    def _linear(self, layer: nn.Module, paths: tuple[str, ...], order: Tensor | None = None) -> Linear:
-        """Stacks the modules at `paths` along their outputs, and reorders the outputs by `order`."""
-        modules = [_submodule(layer, path) for path in paths]
-        weights = [m.weight.t() if self.spec.family.transposed else m.weight for m in modules]
-        weight = torch.cat(weights)
-        bias = None
-        if getattr(modules[0], "bias", None) is not None:
-            bias = torch.cat([m.bias for m in modules])
-        if order is not None:
-            weight = weight[order]
-            bias = None if bias is None else bias[order]
-        weight = self._tensor(weight)
-        return Linear(weight, None if bias is None else self._tensor(bias))
-
-    def _module(self, path: str) -> Any:
-        return _submodule(self.model, path)
-
-    def _norm(self, module: Any) -> Norm:
-        kind = self.spec.family.norm
-        eps = self.spec.eps if kind is not NormKind.LAYER else float(module.eps)
-        weight = module.weight.float() + 1.0 if kind is NormKind.RMS_ONE_PLUS else module.weight
-        bias = self._tensor(module.bias) if kind is NormKind.LAYER else None
-        return Norm(self._tensor(weight), bias, eps)
-
-    def _rotary(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Tables by position, from the family's own module, so that every fixed scaling is taken over."""
-        path = self.spec.family.rotary
-        if path is None:
-            return {}
-        module = self._module(path)
-        positions = torch.arange(self.spec.context_length)[None]
-        like = torch.empty(1, dtype=torch.float32)
-        tables = {}
-        for kind in sorted(set(self.spec.rotary_kinds)):
-            cos, sin = module(like, positions, kind) if kind else module(like, positions)
-            half = cos.shape[-1] // 2
-            signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
-            tables[kind] = (self._tensor(cos[0]), self._tensor(signed))
-        return tables
-
-    def _tensor(self, value: Tensor) -> Tensor:
-        return value.detach().to(device=self.device, dtype=self.dtype).contiguous()
-
-
-def _submodule(module: nn.Module, path: str) -> Any:
-    # Which attributes it has is known to the architecture table, not to the type checker.
-    return module.get_submodule(path)

@@ -13,6 +13,7 @@ from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 from patchclamp_server.model.source import EMBEDDED, resolve
+from patchclamp_server.model.weights import decoder_from_transformers
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ def load_model(
     fingerprint = model_fingerprint(source.directory, progress)
     model, tokenizer = load_pretrained(source.directory, dtype=dtype, progress=progress)
     eos = eos_token_ids(model, tokenizer)
-    decoder = Decoder.from_transformers(model, dtype=dtype, device=device)
+    decoder = decoder_from_transformers(model, dtype=dtype, device=device)
     spec = decoder.spec
     info = ModelInfo(
         name=source.name,

@@ -55,7 +55,7 @@ class ArtifactService(ArtifactServiceServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
         file_format = decode_format(request.format, "format")
-        info, data = await asyncio.to_thread(self._encode, request.ref, file_format)
+        info, data = await asyncio.to_thread(self._encode, request.ref, tuple(request.layers), file_format)
         for start in range(0, len(data), CHUNK_BYTES):
             artifact = encode_artifact(info) if start == 0 else None
             yield pb.DownloadResponse(artifact=artifact, chunk=data[start : start + CHUNK_BYTES])
@@ -114,8 +114,13 @@ class ArtifactService(ArtifactServiceServicer):
         except InvalidArgument as error:
             raise InvalidArgument(_upload_path(error), error.message) from error
 
-    def _encode(self, ref: str, file_format: Format) -> tuple[ArtifactInfo, bytes]:
+    def _encode(self, ref: str, layers: tuple[int, ...], file_format: Format) -> tuple[ArtifactInfo, bytes]:
         artifact = self._store.get(ref)
+        for i, layer in enumerate(layers):
+            if layer not in artifact.info.layers:
+                raise InvalidArgument(f"layers[{i}]", f"{ref} has no layer {layer}")
+        if layers:
+            artifact = artifact.only(layers)
         try:
             data = file_format.encode(artifact, self._architecture(artifact.info))
         except CannotExpress as error:

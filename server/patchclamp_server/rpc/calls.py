@@ -13,7 +13,8 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import EncodedPrompt, PromptEncoder
 from patchclamp_server.engine.request import Event, Priority, Request, SamplingParams, StopParams
 from patchclamp_server.errors import NotFound, RequestError
-from patchclamp_server.interventions.bind import BoundProgram, bind
+from patchclamp_server.interventions.bind import bind
+from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.generation_codec import (
     decode_logprobs,

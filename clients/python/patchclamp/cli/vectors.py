@@ -7,6 +7,7 @@ from pathlib import Path
 
 from patchclamp.cli import extract
 from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import heading, note, print_json, table
 from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName
 from patchclamp.requests import UploadOptions
@@ -42,6 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     export.add_argument("ref", help="id or tag")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     export.add_argument("--format", choices=ARTIFACT_FORMATS, help="default: by the file's suffix")
+    export.add_argument("--layers", type=layer_list, default="all", help="for example 1-29 or 10,14; default: all")
     export.set_defaults(run=run_export)
 
     remove = actions.add_parser("rm", parents=[connection_options()], help="delete artifacts and their tags")
@@ -89,8 +91,9 @@ def run_put(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    layers = () if args.layers == "all" else args.layers
     with connect(args) as client:
-        data = client.download_artifact(args.ref, _format(args.format, args.output))
+        data = client.download_artifact(args.ref, _format(args.format, args.output), layers=layers)
     # Whole or not at all: a file that was there stays when the disk is full.
     partial = args.output.with_name(f"{args.output.name}.{os.getpid()}.part")
     try:

@@ -170,7 +170,7 @@ class UploadHeader(_message.Message):
     site: _program_pb2.Site.ValueType
     """Site of a vector. Default: resid_post, which is where llama.cpp applies control vectors."""
     model_fingerprint: _builtins.str
-    """Model it was made for. Empty: the server's model."""
+    """Model it was made for. Empty: what the file says, else the server's model."""
     description: _builtins.str
     size_bytes: _builtins.int
     """Bytes that follow."""
@@ -224,18 +224,24 @@ class DownloadRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
     """Id or tag."""
     format: Global___ArtifactFormat.ValueType
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers to export. Default: all. A GGUF control vector has no place for layer 0."""
+
     def __init__(
         self,
         *,
         ref: _builtins.str = ...,
         format: Global___ArtifactFormat.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "layers", b"layers", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

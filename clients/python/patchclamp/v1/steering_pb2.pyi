@@ -56,6 +56,7 @@ class _TokenPoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenPoo
     TOKEN_POOLING_UNSPECIFIED: _TokenPooling.ValueType  # 0
     TOKEN_POOLING_LAST_TOKEN: _TokenPooling.ValueType  # 1
     TOKEN_POOLING_MEAN: _TokenPooling.ValueType  # 2
+    """All tokens but the first, which as an attention sink would drown the others."""
 
 class TokenPooling(_TokenPooling, metaclass=_TokenPoolingEnumTypeWrapper):
     """Which tokens of an example stand for it."""
@@ -63,6 +64,7 @@ class TokenPooling(_TokenPooling, metaclass=_TokenPoolingEnumTypeWrapper):
 TOKEN_POOLING_UNSPECIFIED: TokenPooling.ValueType  # 0
 TOKEN_POOLING_LAST_TOKEN: TokenPooling.ValueType  # 1
 TOKEN_POOLING_MEAN: TokenPooling.ValueType  # 2
+"""All tokens but the first, which as an attention sink would drown the others."""
 Global___TokenPooling: _TypeAlias = TokenPooling  # noqa: Y015
 
 @_typing.final

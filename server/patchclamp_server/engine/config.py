@@ -1,0 +1,50 @@
+"""Bounds of the engine, what it tells about itself, and who is told."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Bounds of the engine. `kv_cache_tokens` is shared by all sequences; memory grows as it is used (CPU)."""
+
+    max_sequences: int = 64
+    max_tokens_per_step: int = 512
+    kv_block_size: int = 16
+    kv_cache_tokens: int = 65536
+    max_waiting: int = 1024
+    enable_prefix_cache: bool = True
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    running: int
+    waiting: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    kv_blocks_cached: int
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+
+
+class EngineObserver(Protocol):
+    """Told what happens, on the engine's thread; must not block."""
+
+    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None: ...
+    def on_first_token(self, seconds: float) -> None: ...
+    def on_inter_token(self, seconds: float) -> None: ...
+    def on_finished(self, outcome: str) -> None: ...
+    def on_preemption(self) -> None: ...
+
+
+class Unobserved:
+    """An observer that looks away."""
+
+    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None: ...
+    def on_first_token(self, seconds: float) -> None: ...
+    def on_inter_token(self, seconds: float) -> None: ...
+    def on_finished(self, outcome: str) -> None: ...
+    def on_preemption(self) -> None: ...

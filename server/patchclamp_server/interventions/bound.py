@@ -1,0 +1,86 @@
+"""A program after every check: artifacts resolved, numbers finite, sites and layers known."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+from patchclamp_server.interventions.program import Program, Scope, Site
+
+
+class Kind(Enum):
+    """Kinds of edit that one group of operators applies."""
+
+    ADD = "add"
+    PROJECT = "project"
+    REPLACE = "replace"
+    ROTATE = "rotate"
+    LOW_RANK = "low_rank"
+    NEURONS = "neurons"
+    HEADS = "heads"
+
+
+@dataclass(frozen=True, eq=False)
+class BoundCondition:
+    site: Site
+    layer: int
+    unit: Tensor  # [width]
+    # Holds when sign * value > sign * threshold.
+    sign: float
+    threshold: float
+    cosine: bool
+    scope: Scope
+
+
+@dataclass(frozen=True, eq=False)
+class BoundEdit:
+    """An edit with its numbers. `payload[layer]` by kind:
+
+    ADD, REPLACE (v [width],); PROJECT, ROTATE (unit v [width],); LOW_RANK (R, W [rank, width], b [rank]);
+    NEURONS (index, factor, offset, low, high, each [n]): t(a) = clip(factor a + offset, low, high);
+    HEADS (index, factor [n], offset [n, head_dim]): t(z) = factor z + offset.
+    `bounds` is (low, high) of a PROJECT, and (radians, 0) of a ROTATE.
+    """
+
+    name: str
+    kind: Kind
+    site: Site
+    layers: tuple[int, ...]
+    payload: dict[int, tuple[Tensor, ...]]
+    strength: float
+    scope: Scope
+    gate: BoundCondition | None
+    latched: bool
+    preserve_norm: bool
+    bounds: tuple[float, float]
+    # Over everything but name, strength and scope.
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class BoundReadout:
+    """`vectors[layer]` [n, width] for a projection; `ids` of neurons; `k` of the others."""
+
+    name: str
+    kind: type
+    site: Site
+    layers: tuple[int, ...]
+    scope: Scope
+    vectors: dict[int, Tensor]
+    ids: tuple[int, ...]
+    k: int
+
+
+@dataclass(frozen=True, eq=False)
+class BoundAbort:
+    name: str
+    condition: BoundCondition
+
+
+@dataclass(frozen=True, eq=False)
+class BoundProgram:
+    program: Program
+    fingerprint: str
+    edits: tuple[BoundEdit, ...]
+    readouts: tuple[BoundReadout, ...]
+    aborts: tuple[BoundAbort, ...]

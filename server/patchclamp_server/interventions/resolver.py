@@ -1,0 +1,211 @@
+"""Numbers of a program, checked against the model: vectors, low-rank maps, neurons and heads, from the request or the
+artifact store."""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.interventions.program import HeadEdit, LowRank, NeuronEdit, NeuronOp, Site, Vector
+from patchclamp_server.model.info import ModelInfo
+
+MAX_TOP_K = 128
+
+
+class ArtifactLookup(Protocol):
+    """Where artifact references are resolved; raises NotFound for an unknown one."""
+
+    def get(self, ref: str) -> Artifact: ...
+
+
+class Resolver:
+    """Resolves and checks; `path` is always the field path of what is being resolved."""
+
+    def __init__(self, info: ModelInfo, artifacts: ArtifactLookup | None) -> None:
+        self.info = info
+        self.artifacts = artifacts
+
+    def width(self, site: Site, path: str) -> int:
+        width = self.info.sites.get(site)
+        if width is None:
+            has = ", ".join(s.value for s in self.info.sites)
+            raise InvalidArgument(f"{path}.site", f"{self.info.architecture} has no site {site.value}; it has {has}")
+        return width
+
+    def layers(self, layers: tuple[int, ...], all_layers: bool, path: str, field: str = "layers") -> tuple[int, ...]:
+        if layers and all_layers:
+            raise InvalidArgument(f"{path}.all_layers", "give layers or all_layers, not both")
+        if all_layers:
+            return tuple(range(self.info.n_layers))
+        if not layers:
+            raise InvalidArgument(f"{path}.{field}", "at least one layer is needed")
+        for i, layer in enumerate(layers):
+            if not 0 <= layer < self.info.n_layers:
+                where = f"{path}.{field}[{i}]" if field == "layers" else f"{path}.{field}"
+                raise InvalidArgument(where, f"unknown layer {layer}: the model has {self.info.n_layers}")
+        if len(set(layers)) != len(layers):
+            raise InvalidArgument(f"{path}.{field}", "a layer is named twice")
+        return layers
+
+    def artifact(self, ref: str, kind: ArtifactKind, path: str) -> Artifact:
+        if self.artifacts is None:
+            raise FailedPrecondition(path, "this server keeps no artifacts")
+        try:
+            artifact = self.artifacts.get(ref)
+        except RequestError as error:
+            error.field = path
+            raise
+        if artifact.info.kind is not kind:
+            raise InvalidArgument(path, f"{ref} is a {artifact.info.kind.value}, not a {kind.value}")
+        if artifact.info.model_fingerprint != self.info.fingerprint:
+            raise FailedPrecondition(
+                path, f"{ref} was made for model {artifact.info.model_fingerprint}, served is {self.info.fingerprint}"
+            )
+        return artifact
+
+    def vectors(
+        self, vector: Vector, site: Site, layers: tuple[int, ...], width: int, path: str, *, unit: bool
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """The direction at each layer, divided by its norm if `unit`."""
+        if vector.artifact is not None:
+            artifact = self.artifact(vector.artifact, ArtifactKind.VECTOR, f"{path}.artifact")
+            rows = {}
+            for layer in layers:
+                source = layer if vector.artifact_layer is None else vector.artifact_layer
+                if source not in artifact.info.layers:
+                    field = "artifact" if vector.artifact_layer is None else "artifact_layer"
+                    raise InvalidArgument(f"{path}.{field}", f"{vector.artifact} has no vector for layer {source}")
+                rows[layer] = artifact.direction(source).float()
+        elif vector.values is not None:
+            values = vector.values.float()
+            if values.dim() not in (1, 2) or (values.dim() == 2 and values.shape[0] != len(layers)):
+                raise InvalidArgument(
+                    f"{path}.values",
+                    f"shape {list(values.shape)} is neither [{width}] nor [{len(layers)}, {width}] (one row a layer)",
+                )
+            rows = {layer: values if values.dim() == 1 else values[i] for i, layer in enumerate(layers)}
+        else:
+            raise InvalidArgument(path, "an artifact or values are needed")
+        bound: dict[int, tuple[Tensor, ...]] = {}
+        for layer, row in rows.items():
+            where = f"{path}.values" if vector.artifact is None else f"{path}.artifact"
+            if row.shape[-1] != width:
+                raise InvalidArgument(where, f"width {row.shape[-1]} does not fit {site.value}, which has {width}")
+            if not bool(torch.isfinite(row).all()):
+                raise InvalidArgument(where, "holds NaN or infinite numbers")
+            if unit:
+                norm = float(row.double().norm())
+                if norm == 0.0:
+                    raise InvalidArgument(where, "a zero vector has no direction")
+                row = (row.double() / norm).float()
+            bound[layer] = (row.contiguous(),)
+        return bound
+
+    def low_rank(self, kind: LowRank, width: int, path: str) -> tuple[Tensor, ...]:
+        rank = kind.bias.shape[0] if kind.bias.dim() == 1 else 0
+        if rank < 1:
+            raise InvalidArgument(f"{path}.bias", "must be a vector of at least one number")
+        for name, tensor in (("rotation", kind.rotation), ("weight", kind.weight), ("bias", kind.bias)):
+            expected = [rank] if name == "bias" else [rank, width]
+            if list(tensor.shape) != expected:
+                raise InvalidArgument(f"{path}.{name}", f"shape {list(tensor.shape)} is not {expected}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise InvalidArgument(f"{path}.{name}", "holds NaN or infinite numbers")
+        return (kind.rotation.float(), kind.weight.float(), kind.bias.float())
+
+    def neurons(
+        self, kind: NeuronEdit, layers: tuple[int, ...], width: int, path: str
+    ) -> dict[int, tuple[Tensor, ...]]:
+        op = kind.op.value
+        payload: dict[int, tuple[Tensor, ...]] = {}
+        for layer in layers:
+            values: Tensor | None = torch.tensor(kind.values, dtype=torch.float32)
+            if kind.neuron_set is not None:
+                if kind.neurons:
+                    raise InvalidArgument(f"{path}.neurons", "give neurons or a neuron_set, not both")
+                artifact = self.artifact(kind.neuron_set, ArtifactKind.NEURON_SET, f"{path}.neuron_set")
+                if layer not in artifact.info.layers:
+                    raise InvalidArgument(f"{path}.neuron_set", f"{kind.neuron_set} has no neurons for layer {layer}")
+                index, stored = artifact.neurons(layer)
+                check_indices(tuple(index.tolist()), width, f"{path}.neuron_set", "neuron")
+                if not kind.values:
+                    values = stored
+            else:
+                if not kind.neurons:
+                    raise InvalidArgument(f"{path}.neurons", "at least one neuron is needed")
+                check_indices(kind.neurons, width, f"{path}.neurons", "neuron")
+                index = torch.tensor(kind.neurons, dtype=torch.int64)
+            n = len(index)
+            one = torch.ones(n)
+            low, high = torch.full((n,), -math.inf), torch.full((n,), math.inf)
+            if kind.op is NeuronOp.CLAMP:
+                bounds = checked_bounds(kind.min, kind.max, f"{path}.clamp")
+                payload[layer] = (index, one, torch.zeros(n), one * bounds[0], one * bounds[1])
+                continue
+            if values is None or len(values) == 0:
+                raise InvalidArgument(f"{path}.{op}.values", "a value is needed")
+            if len(values) not in (1, n):
+                raise InvalidArgument(f"{path}.{op}.values", f"one value or {n}, got {len(values)}")
+            if not bool(torch.isfinite(values).all()):
+                raise InvalidArgument(f"{path}.{op}.values", "holds NaN or infinite numbers")
+            values = values.float().expand(n).contiguous()
+            if kind.op is NeuronOp.SET:
+                payload[layer] = (index, torch.zeros(n), values, low, high)
+            elif kind.op is NeuronOp.SCALE:
+                payload[layer] = (index, values, torch.zeros(n), low, high)
+            else:
+                payload[layer] = (index, one, values, low, high)
+        return payload
+
+    def heads(self, kind: HeadEdit, layers: tuple[int, ...], path: str) -> dict[int, tuple[Tensor, ...]]:
+        if not kind.heads:
+            raise InvalidArgument(f"{path}.heads", "at least one head is needed")
+        check_indices(kind.heads, self.info.n_heads, f"{path}.heads", "head")
+        n, dim = len(kind.heads), self.info.head_dim
+        index = torch.tensor(kind.heads, dtype=torch.int64)
+        if kind.mean is None:
+            scale = 1.0 if kind.scale is None else kind.scale
+            check_finite(scale, f"{path}.scale")
+            return dict.fromkeys(layers, (index, torch.full((n,), scale), torch.zeros(n, dim)))
+        mean = kind.mean.float()
+        if list(mean.shape) not in ([n, dim], [len(layers), n, dim]):
+            raise InvalidArgument(
+                f"{path}.mean", f"shape {list(mean.shape)} is neither [{n}, {dim}] nor [{len(layers)}, {n}, {dim}]"
+            )
+        if not bool(torch.isfinite(mean).all()):
+            raise InvalidArgument(f"{path}.mean", "holds NaN or infinite numbers")
+        rows = mean if mean.dim() == 3 else mean.expand(len(layers), n, dim)
+        return {layer: (index, torch.zeros(n), rows[i].contiguous()) for i, layer in enumerate(layers)}
+
+
+def check_finite(value: float, path: str) -> None:
+    if not math.isfinite(value):
+        raise InvalidArgument(path, f"must be finite, got {value}")
+
+
+def checked_bounds(low: float | None, high: float | None, path: str) -> tuple[float, float]:
+    if low is None and high is None:
+        raise InvalidArgument(path, "min or max is needed")
+    for name, value in (("min", low), ("max", high)):
+        if value is not None:
+            check_finite(value, f"{path}.{name}")
+    bounds = (-math.inf if low is None else low, math.inf if high is None else high)
+    if bounds[0] > bounds[1]:
+        raise InvalidArgument(f"{path}.min", f"{bounds[0]} is above max {bounds[1]}")
+    return bounds
+
+
+def check_indices(ids: tuple[int, ...], n: int, path: str, what: str) -> None:
+    for i, index in enumerate(ids):
+        if not 0 <= index < n:
+            raise InvalidArgument(f"{path}[{i}]", f"unknown {what} {index}: there are {n}")
+    if len(set(ids)) != len(ids):
+        raise InvalidArgument(path, f"a {what} is named twice")
+
+
+def check_top_k(k: int, n: int, path: str) -> None:
+    if not 1 <= k <= min(MAX_TOP_K, n):
+        raise InvalidArgument(path, f"must be in [1, {min(MAX_TOP_K, n)}], got {k}")

@@ -1,0 +1,123 @@
+"""Takes over the weights of a transformers model, fused: q, k, v in one matrix, gate and up in one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from patchclamp_server.model.architectures import NormKind, QkvLayout
+from patchclamp_server.model.decoder import Block, Decoder, Norm
+from patchclamp_server.model.linear import Linear
+from patchclamp_server.model.spec import read_spec
+
+
+def decoder_from_transformers(model: PreTrainedModel, *, dtype: torch.dtype, device: str) -> Decoder:
+    """The decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table."""
+    return _Builder(model, dtype, device).build()
+
+
+class _Builder:
+    """Reads modules by the paths of the architecture table."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: str) -> None:
+        self.model = model
+        self.spec = read_spec(model.config)
+        self.dtype = dtype
+        self.device = device
+
+    def build(self) -> Decoder:
+        family = self.spec.family
+        layers = self._module(family.layers)
+        embedding = self._tensor(self._module(family.embedding).weight)
+        positions = None
+        if family.position_embedding is not None:
+            table = self._module(family.position_embedding).weight
+            positions = self._tensor(table[family.position_offset :])
+        unembedding = self._module(family.unembedding)
+        tied = unembedding.weight is self._module(family.embedding).weight
+        weight = embedding if tied else self._tensor(unembedding.weight)
+        bias = None if getattr(unembedding, "bias", None) is None else self._tensor(unembedding.bias)
+        return Decoder(
+            self.spec,
+            embedding,
+            positions,
+            self._rotary(),
+            [self._block(layer) for layer in layers.children()],
+            self._norm(self._module(family.final_norm)),
+            Linear(weight, bias),
+        )
+
+    def _block(self, layer: nn.Module) -> Block:
+        family, spec = self.spec.family, self.spec
+
+        def norm(path: str | None) -> Norm | None:
+            return None if path is None else self._norm(_submodule(layer, path))
+
+        attn_norm, mlp_norm = norm(family.attn_norm), norm(family.mlp_norm)
+        assert attn_norm is not None
+        assert mlp_norm is not None
+        order = None
+        if family.qkv_layout is QkvLayout.PER_HEAD:
+            rows = torch.arange(3 * spec.n_heads * spec.head_dim).view(spec.n_heads, 3, spec.head_dim)
+            order = rows.transpose(0, 1).reshape(-1)
+        return Block(
+            attn_norm=attn_norm,
+            qkv=self._linear(layer, family.qkv, order),
+            q_norm=norm(family.q_norm),
+            k_norm=norm(family.k_norm),
+            attn_output=self._linear(layer, (family.attn_output,)),
+            post_attn_norm=norm(family.post_attn_norm),
+            mlp_norm=mlp_norm,
+            mlp_input=self._linear(layer, family.mlp_input),
+            mlp_output=self._linear(layer, (family.mlp_output,)),
+            post_mlp_norm=norm(family.post_mlp_norm),
+        )
+
+    def _linear(self, layer: nn.Module, paths: tuple[str, ...], order: Tensor | None = None) -> Linear:
+        """Stacks the modules at `paths` along their outputs, and reorders the outputs by `order`."""
+        modules = [_submodule(layer, path) for path in paths]
+        weights = [m.weight.t() if self.spec.family.transposed else m.weight for m in modules]
+        weight = torch.cat(weights)
+        bias = None
+        if getattr(modules[0], "bias", None) is not None:
+            bias = torch.cat([m.bias for m in modules])
+        if order is not None:
+            weight = weight[order]
+            bias = None if bias is None else bias[order]
+        weight = self._tensor(weight)
+        return Linear(weight, None if bias is None else self._tensor(bias))
+
+    def _module(self, path: str) -> Any:
+        return _submodule(self.model, path)
+
+    def _norm(self, module: Any) -> Norm:
+        kind = self.spec.family.norm
+        eps = self.spec.eps if kind is not NormKind.LAYER else float(module.eps)
+        weight = module.weight.float() + 1.0 if kind is NormKind.RMS_ONE_PLUS else module.weight
+        bias = self._tensor(module.bias) if kind is NormKind.LAYER else None
+        return Norm(self._tensor(weight), bias, eps)
+
+    def _rotary(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tables by position, from the family's own module, so that every fixed scaling is taken over."""
+        path = self.spec.family.rotary
+        if path is None:
+            return {}
+        module = self._module(path)
+        positions = torch.arange(self.spec.context_length)[None]
+        like = torch.empty(1, dtype=torch.float32)
+        tables = {}
+        for kind in sorted(set(self.spec.rotary_kinds)):
+            cos, sin = module(like, positions, kind) if kind else module(like, positions)
+            half = cos.shape[-1] // 2
+            signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+            tables[kind] = (self._tensor(cos[0]), self._tensor(signed))
+        return tables
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        return value.detach().to(device=self.device, dtype=self.dtype).contiguous()
+
+
+def _submodule(module: nn.Module, path: str) -> Any:
+    # Which attributes it has is known to the architecture table, not to the type checker.
+    return module.get_submodule(path)
