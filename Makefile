@@ -2,32 +2,48 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check proto serve bench clean
+# One stamp a set of packages: the demo does not wait for the developer's tools.
+RUNNING := $(VENV)/.installed-server
+TESTING := $(VENV)/.installed-dev
 
-$(INSTALLED): pyproject.toml constraints.txt
+.PHONY: demo test check proto serve bench numbers clean
+
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[server,dev]'
+
+$(RUNNING): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the server into $(VENV) (a few minutes, mostly downloads)"
+	$(PIP) install --progress-bar on -c constraints.txt -e '.[server]'
 	touch $@
 
-demo: $(INSTALLED)
+$(TESTING): $(RUNNING)
+	@echo "installing the developer's tools into $(VENV)"
+	$(PIP) install --progress-bar on -c constraints.txt -e '.[server,dev]'
+	touch $@
+
+demo: $(RUNNING)
 	$(BIN)/python benchmarks/demo.py
 
-test: $(INSTALLED)
+test: $(TESTING)
 	$(BIN)/python -m pytest
 
-check: $(INSTALLED)
+check: $(TESTING)
 	PATH="$(abspath $(BIN)):$$PATH" bash .ci/check
 
-proto: $(INSTALLED)
+proto: $(TESTING)
 	PATH="$(abspath $(BIN)):$$PATH" bash proto/generate.sh clients/python
 
-serve: $(INSTALLED)
+serve: $(RUNNING)
 	$(BIN)/patchclamp serve
 
-bench: $(INSTALLED)
+bench: $(RUNNING)
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/readme.py
+
+numbers: $(RUNNING)
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

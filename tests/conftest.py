@@ -1,5 +1,9 @@
 """Fixtures of every package: the real embedded model, and a tiny one of random weights."""
 
+from patchclamp_server.threads import configure_threads
+
+configure_threads()
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +66,17 @@ def live_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     from patchclamp_server.model.load import load_model
 
     with LiveServer(load_model(str(tiny_llama_dir)), tmp_path_factory.mktemp("artifacts")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def embedded_server(embedded_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LiveServer]":
+    """A real server of the embedded model, for every test that needs one."""
+    from live import LiveServer
+
+    from patchclamp_server.model.load import load_model
+
+    with LiveServer(load_model(str(embedded_dir)), tmp_path_factory.mktemp("embedded_artifacts")) as server:
         yield server
 
 

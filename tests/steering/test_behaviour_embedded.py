@@ -17,14 +17,12 @@ import grpc
 import pytest
 import pytest_asyncio
 import torch
+from live import LiveServer
 
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
-from patchclamp_server.config import ServerConfig
-from patchclamp_server.model.load import load_model
-from patchclamp_server.rpc.server import Server
 from patchclamp_server.rpc.tensor_codec import encode_tensor
 
 CONCEPTS = Path(__file__).parents[2] / "benchmarks" / "data" / "concepts"
@@ -32,21 +30,14 @@ CONCEPTS = Path(__file__).parents[2] / "benchmarks" / "data" / "concepts"
 LAYER = 16
 RANDOM_SEEDS = range(4)
 GENERATED_TOKENS = 32
-# One server for all tests of the file, in one event loop.
+# One channel for all tests of the file, in one event loop.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def channel(embedded_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[grpc.aio.Channel]:
-    config = ServerConfig(
-        address="127.0.0.1:0",
-        metrics_address="127.0.0.1:0",
-        artifacts_url=str(tmp_path_factory.mktemp("artifacts")),
-    )
-    server = Server(load_model(str(embedded_dir)), config)
-    async with grpc.aio.insecure_channel(await server.start()) as channel:
+async def channel(embedded_server: LiveServer) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(embedded_server.address) as channel:
         yield channel
-    await server.stop()
 
 
 def text(content: str) -> generation_pb2.Prompt:
