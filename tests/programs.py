@@ -256,6 +256,18 @@ def mixed(shapes: Shapes) -> dict[str, Program]:
                 edit("neurons_add", Site.MLP_POST, shapes, name="always", layers=(0,)),
             )
         ),
+        "gate latched, and nothing else": Program(
+            (
+                edit(
+                    "add",
+                    Site.RESID_POST,
+                    shapes,
+                    name="latched",
+                    layers=(0, 1),
+                    gate=Gate(condition(Site.RESID_PRE, 0, shapes, "first", threshold=0.8), latched=True),
+                ),
+            )
+        ),
         "gate by cosine, of an edited site": Program(
             (
                 edit("add", Site.RESID_POST, shapes, name="first", layers=(0,), scope=SCOPES[6]),

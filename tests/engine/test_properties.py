@@ -37,7 +37,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
 
 @given(data=st.data(), family=st.sampled_from(FAMILIES), config=configs())
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     database=None,

@@ -237,18 +237,32 @@ class Compiler:
             gate = self._tensor(
                 np.concatenate([np.full(len(g.rows), always) if g.gate is None else g.gate for g in groups])
             )
-        rows = self._tensor(np.concatenate([g.rows for g in groups]))
+        rows = np.concatenate([g.rows for g in groups])
         entries = Entries(
-            rows,
+            self._tensor(rows),
             self._tensor(np.repeat(np.arange(len(groups)), sizes)),
             self._float(np.concatenate([g.strength for g in groups])),
             gate,
             torch.ones(len(rows), dtype=self.planner.dtype, device=self.device),
+            self._pairs(rows),
         )
         counter = self._tensor(np.repeat([g.counter for g in groups], sizes))
         counted = self._tensor(np.concatenate([g.counted for g in groups]).astype(np.float64))
         self.shared[key] = (entries, counter, counted)
         return self.shared[key]
+
+    def _pairs(self, rows: IntArray) -> tuple[Tensor, Tensor] | None:
+        """Every entry with every earlier one at its row; entries of a row are in the order of its program."""
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        later, earlier = [], []
+        for distance in range(1, int(np.bincount(rows).max())):
+            same = ordered[distance:] == ordered[:-distance]
+            later.append(order[distance:][same])
+            earlier.append(order[:-distance][same])
+        if not later:
+            return None
+        return self._tensor(np.concatenate(later)), self._tensor(np.concatenate(earlier))
 
     def _edit(self, kind: Kind, preserve: bool, groups: list[Group], entries: Entries, layer: int) -> Operator:
         numbers = [g.numbers[layer] for g in groups]

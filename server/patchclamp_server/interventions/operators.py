@@ -46,6 +46,8 @@ class Entries:
     # Entry of StepContext.open, or None when no edit here has a gate.
     gate: Tensor | None
     ones: Tensor  # [E]
+    # Pairs (later, earlier) of entries at one row, where edits that commute run as one; None when no row has two.
+    pairs: tuple[Tensor, Tensor] | None
 
     def opened(self, context: StepContext) -> Tensor:
         return self.ones if self.gate is None else context.open.index_select(0, self.gate)
@@ -66,13 +68,16 @@ class AddOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         entries = self.entries
-        norms = torch.linalg.vector_norm(x.index_select(0, entries.rows), dim=1)
+        h = x.index_select(0, entries.rows)
         delta = self._delta() if self.delta is None else self.delta
         opened = entries.opened(context)
         if entries.gate is not None:
             delta = delta * opened[:, None]
+        if entries.pairs is not None:
+            later, earlier = entries.pairs
+            h.index_add_(0, later, delta.index_select(0, earlier))
         x.index_add_(0, entries.rows, delta)
-        context.count(self.delta_norms, norms, opened)
+        context.count(self.delta_norms, torch.linalg.vector_norm(h, dim=1), opened)
 
 
 class TargetOperator:
@@ -214,6 +219,7 @@ class NeuronOperator:
         if groups.gate is not None:
             edited = torch.where(opened.index_select(0, units.group) > 0, edited, a)
         flat.index_copy_(0, units.place, edited)
+        norms = _norms_before(groups, units, norms, edited.square() - a.square())
         squares = torch.zeros_like(norms).index_add_(0, units.group, (edited - a).square())
         context.count(squares.sqrt(), norms, opened)
 
@@ -238,8 +244,18 @@ class HeadOperator:
         if groups.gate is not None:
             edited = torch.where(opened.index_select(0, units.group)[:, None] > 0, edited, z)
         heads.index_copy_(0, units.place, edited)
+        norms = _norms_before(groups, units, norms, (edited.square() - z.square()).sum(1))
         squares = torch.zeros_like(norms).index_add_(0, units.group, (edited - z).square().sum(1))
         context.count(squares.sqrt(), norms, opened)
+
+
+def _norms_before(groups: Entries, units: Units, norms: Tensor, energy: Tensor) -> Tensor:
+    """|h| each group was given: that of the row, changed by the groups before it. `energy` [U] is what |h|² gained."""
+    if groups.pairs is None:
+        return norms
+    later, earlier = groups.pairs
+    gained = torch.zeros_like(norms).index_add_(0, units.group, energy)
+    return norms.square().index_add_(0, later, gained.index_select(0, earlier)).clamp_min_(0.0).sqrt_()
 
 
 class ConditionOperator:
