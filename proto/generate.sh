@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 out=$(cd .. && cd "$1" && pwd)
-python -m grpc_tools.protoc -I . --python_out="$out" --grpc_python_out="$out" --mypy_out="$out" --mypy_grpc_out="$out" \
+python -m grpc_tools.protoc -I . --python_out="$out" --grpc_python_out="$out" \
+    --mypy_out="quiet:$out" --mypy_grpc_out="quiet:$out" \
     patchclamp/v1/*.proto
 touch "$out/patchclamp/v1/__init__.py"

@@ -27,7 +27,7 @@ from patchclamp_server.engine.request import (
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.program import AddVector, Edit, HeadEdit, NeuronEdit, Program, ReadoutValue
+from patchclamp_server.interventions.program import Program, ReadoutValue
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.model.weights import decoder_from_transformers
@@ -193,23 +193,15 @@ def assert_same(family: str, job: Job, outcome: Outcome, *, reuse: bool = False)
     error = (logits[:same] - expected.logits[:same]).abs().max() / expected.logits.abs().max()
     assert error <= TOLERANCE, f"logits differ by {error:.2e} of their scale in the first {same} tokens"
     assert outcome.tokens == list(expected.tokens)
-    edits = job.program.edits if job.program is not None else ()
-    for i, (own, count) in enumerate(zip(finished.receipt.edits, expected.receipts, strict=True)):
+    for own, count in zip(finished.receipt.edits, expected.receipts, strict=True):
         assert own.rows + (own.rows_from_cache if reuse else 0) == count.rows, count
         assert own.gate_firings == count.gate_firings, count
         assert reuse or own.rows_from_cache == 0, own
-        if not reuse and not any(_run_as_one(edits[i], earlier) for earlier in edits[:i]):
+        if not reuse:
             difference = abs(own.mean_relative_change - count.mean_relative_change)
             assert difference <= 1e-4 * count.mean_relative_change, (own, count)
     assert finished.receipt.touched == any(count.rows for count in expected.receipts)
     assert_same_readouts(outcome.readouts, expected.readouts)
-
-
-def _run_as_one(edit: Edit, earlier: Edit) -> bool:
-    """Whether the engine may apply both at once. What |h| their changes are relative to has a test of its own."""
-    kinds = (AddVector, NeuronEdit, HeadEdit)
-    shared = edit.all_layers or earlier.all_layers or set(edit.layers) & set(earlier.layers)
-    return edit.site is earlier.site and bool(shared) and type(edit.kind) is type(earlier.kind) in kinds
 
 
 def assert_same_readouts(own: Sequence[ReadoutValue], expected: Sequence[ReadoutValue]) -> None:

@@ -142,7 +142,7 @@ class CaptureState:
 
 
 class CaptureOperator:
-    """values[layer] += Σ_row weight · h: the mean over tokens, or the last one."""
+    """values[layer] += Σ_row weight · h: the mean over all tokens but the first, or the last one."""
 
     def __init__(self, rows: Tensor, owner: Tensor, weight: Tensor, states: list[CaptureState], layer: int) -> None:
         self.rows, self.owner, self.weight = rows, owner, weight

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Phase, PositionRange, Scope, TokenSelector
 
+# Role of the turn that the model itself writes.
+GENERATED_ROLE = "assistant"
+
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
@@ -36,8 +39,9 @@ def _check_selector(selector: TokenSelector, path: str, *, vocab_size: int, has_
     if selector.role is not None:
         if not has_roles:
             raise InvalidArgument(f"{path}.role", "roles need a prompt of chat messages (or the template hides them)")
-        if generated_only:
-            raise InvalidArgument(f"{path}.role", "contradictory scope: roles are of the prompt, phase is GENERATED")
+        if generated_only and selector.role != GENERATED_ROLE:
+            message = f"contradictory scope: generated tokens have the role {GENERATED_ROLE!r}"
+            raise InvalidArgument(f"{path}.role", message)
     if selector.positions is not None:
         _check_range(selector.positions, f"{path}.positions", selector.phase)
     for i, token in enumerate(selector.token_ids):
@@ -108,7 +112,8 @@ def _selector_mask(
         mask &= np.isin(token_ids, selector.token_ids)
     if selector.role is not None:
         roles = sequence.roles or ()
-        mask &= np.array([p < len(roles) and roles[p] == selector.role for p in positions], dtype=np.bool_)
+        own = [(roles[p] if p < len(roles) else GENERATED_ROLE) == selector.role for p in positions]
+        mask &= np.array(own, dtype=np.bool_)
     return mask
 
 
@@ -126,7 +131,8 @@ def settled_mask(scope: Scope, sequence: SequenceTokens) -> bool | None:
 
 
 def _settled(selector: TokenSelector, sequence: SequenceTokens) -> bool | None:
-    if selector.phase is Phase.PROMPT or selector.last_k is not None or selector.role is not None:
+    other_role = selector.role is not None and selector.role != GENERATED_ROLE
+    if selector.phase is Phase.PROMPT or selector.last_k is not None or other_role:
         return False
     if selector.positions is not None:
         start, end = selector.positions.start, selector.positions.end

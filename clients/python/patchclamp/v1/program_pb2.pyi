@@ -644,7 +644,9 @@ class TokenSelector(_message.Message):
     last_k: _builtins.int
     """The last k tokens of the prompt."""
     role: _builtins.str
-    """Role of the chat turn the token belongs to, for requests with messages: "system", "user", "assistant", ..."""
+    """Role of the chat turn the token belongs to, for requests with messages: "system", "user", "assistant", ...
+    Generated tokens belong to a turn of the assistant.
+    """
     @_builtins.property
     def positions(self) -> Global___PositionRange: ...
     @_builtins.property
@@ -668,7 +670,9 @@ Global___TokenSelector: _TypeAlias = TokenSelector  # noqa: Y015
 
 @_typing.final
 class PositionRange(_message.Message):
-    """Half-open range of positions. Negative numbers count from the end of the prompt (-1 is its last token)."""
+    """Half-open range of positions. Negative numbers count from the end of the prompt: -1 is its last token, and an end
+    of 0 after a negative start is the end of the prompt.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1008,7 +1012,7 @@ class EditReceipt(_message.Message):
     rows: _builtins.int
     """(token, layer) pairs the edit was written to."""
     mean_relative_change: _builtins.float
-    """Mean of |delta| / |h| over those pairs."""
+    """Mean of |delta| / |h| over those pairs, h being the activation the edit was given."""
     gate_firings: _builtins.int
     """Tokens at which the gate was open, counted at each layer of the edit."""
     rows_from_cache: _builtins.int
