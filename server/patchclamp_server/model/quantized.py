@@ -28,25 +28,20 @@ TOLERANCE = 5e-7
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """codes [out / 16, groups, 16 or 32, 16 lanes]; scale and low [out / 16, groups, 16 lanes].
+    """codes [out / 16, groups, 16 or 32, 16 lanes]; scale and low [out / 16, groups, 2, 16 lanes].
 
     4-bit: byte k of a group holds code k in its low and code k + 16 in its high half. 8-bit: signed codes, low is 0.
     """
 
     bits: int
     codes: NDArray[Any]
-    scale: NDArray[Any]
-    low: NDArray[Any]
+    scale_and_low: NDArray[Any]
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [T, in] float32 on the CPU -> [T, out]."""
         out = torch.empty((x.shape[0], self.codes.shape[0] * LANES), dtype=torch.float32)
-        y, rows = out.numpy(), x.contiguous().numpy()
-        for row in range(len(rows)):
-            if self.bits == 4:
-                _multiply_4(self.codes, self.scale, self.low, rows[row], y[row])
-            else:
-                _multiply_8(self.codes, self.scale, rows[row], y[row])
+        product = _multiply_4 if self.bits == 4 else _multiply_8
+        product(self.codes, self.scale_and_low, x.contiguous().numpy(), out.numpy())
         return out
 
 
@@ -64,13 +59,12 @@ def recover(weight: Tensor) -> QuantizedWeight | None:
     if bool(((codes * scale + low - groups).abs() <= TOLERANCE * largest).all()):
         nibbles = codes.to(torch.uint8)
         packed = nibbles[:, :, : GROUP // 2] | (nibbles[:, :, GROUP // 2 :] << 4)
-        return QuantizedWeight(4, _lanes(packed), _lanes(scale)[:, :, 0], _lanes(low)[:, :, 0])
+        return QuantizedWeight(4, _lanes(packed), _lanes(torch.cat((scale, low), dim=2)))
 
     scale = largest / 127
     codes = (groups / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
     if bool(((codes * scale - groups).abs() <= TOLERANCE * largest).all()):
-        scales = _lanes(scale)[:, :, 0]
-        return QuantizedWeight(8, _lanes(codes.to(torch.int8)), scales, np.zeros_like(scales))
+        return QuantizedWeight(8, _lanes(codes.to(torch.int8)), _lanes(torch.cat((scale, scale * 0), dim=2)))
     return None
 
 
@@ -84,31 +78,36 @@ def _lanes(values: Tensor) -> NDArray[Any]:
 
 
 @numba.njit(fastmath=True, nogil=True, cache=True)
-def _multiply_4(codes, scale, low, x, y):  # type: ignore[no-untyped-def]
-    sums = np.zeros(codes.shape[1], dtype=np.float32)
-    for g in range(codes.shape[1]):
-        for k in range(GROUP):
-            sums[g] += x[g * GROUP + k]
-    for block in range(codes.shape[0]):
-        y[block * LANES : block * LANES + LANES] = 0
-        for g in range(codes.shape[1]):
-            for lane in range(LANES):
-                total = np.float32(0)
-                for k in range(GROUP // 2):
-                    byte = np.int32(codes[block, g, k, lane])
-                    # Explicit int32: numba widens to 64 bits, which halves the lanes of a register.
-                    total += np.float32(np.int32(byte & 15)) * x[g * GROUP + k]
-                    total += np.float32(np.int32(byte >> 4)) * x[g * GROUP + GROUP // 2 + k]
-                y[block * LANES + lane] += scale[block, g, lane] * total + low[block, g, lane] * sums[g]
+def _multiply_4(codes, scale_and_low, x, y):  # type: ignore[no-untyped-def]
+    groups = codes.shape[1]
+    sums = np.empty(groups, dtype=np.float32)
+    for row in range(x.shape[0]):
+        for g in range(groups):
+            sums[g] = 0
+            for k in range(GROUP):
+                sums[g] += x[row, g * GROUP + k]
+        for block in range(codes.shape[0]):
+            y[row, block * LANES : block * LANES + LANES] = 0
+            for g in range(groups):
+                for lane in range(LANES):
+                    total = np.float32(0)
+                    for k in range(GROUP // 2):
+                        byte = np.int32(codes[block, g, k, lane])
+                        # Explicit int32: numba widens to 64 bits, which halves the lanes of a register.
+                        total += np.float32(np.int32(byte & 15)) * x[row, g * GROUP + k]
+                        total += np.float32(np.int32(byte >> 4)) * x[row, g * GROUP + GROUP // 2 + k]
+                    scaled = scale_and_low[block, g, 0, lane] * total + scale_and_low[block, g, 1, lane] * sums[g]
+                    y[row, block * LANES + lane] += scaled
 
 
 @numba.njit(fastmath=True, nogil=True, cache=True)
-def _multiply_8(codes, scale, x, y):  # type: ignore[no-untyped-def]
-    for block in range(codes.shape[0]):
-        y[block * LANES : block * LANES + LANES] = 0
-        for g in range(codes.shape[1]):
-            for lane in range(LANES):
-                total = np.float32(0)
-                for k in range(GROUP):
-                    total += np.float32(codes[block, g, k, lane]) * x[g * GROUP + k]
-                y[block * LANES + lane] += scale[block, g, lane] * total
+def _multiply_8(codes, scale_and_low, x, y):  # type: ignore[no-untyped-def]
+    for row in range(x.shape[0]):
+        for block in range(codes.shape[0]):
+            y[row, block * LANES : block * LANES + LANES] = 0
+            for g in range(codes.shape[1]):
+                for lane in range(LANES):
+                    total = np.float32(0)
+                    for k in range(GROUP):
+                        total += np.float32(codes[block, g, k, lane]) * x[row, g * GROUP + k]
+                    y[row, block * LANES + lane] += scale_and_low[block, g, 0, lane] * total

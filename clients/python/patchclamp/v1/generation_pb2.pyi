@@ -466,7 +466,9 @@ class GenerateResponse(_message.Message):
     PROMPT_READOUTS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text that is final: whole UTF-8 characters that cannot become part of a stop string."""
+    """Text that is final: whole UTF-8 characters that cannot become part of a stop string. A character that the end of
+    generation cuts in two is U+FFFD.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedToken]: ...
     @_builtins.property

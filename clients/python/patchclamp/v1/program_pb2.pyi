@@ -720,7 +720,7 @@ class Condition(_message.Message):
     def vector(self) -> Global___Vector: ...
     @_builtins.property
     def scope(self) -> Global___Scope:
-        """Tokens that are examined. Default: every token."""
+        """Tokens that are examined. Default: every token, also the first, whose activations are outliers in most models."""
 
     def __init__(
         self,
