@@ -52,7 +52,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def serve(args: argparse.Namespace) -> int:
     """Load the model, serve until SIGTERM or SIGINT, drain. Returns the exit code."""
-    configure_threads()
+    _configure_process()
     from patchclamp_server.model.errors import ModelSourceError
     from patchclamp_server.model.progress import RichProgress
     from patchclamp_server.rpc.server import Server, load
@@ -81,7 +81,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def pull(args: argparse.Namespace) -> int:
     """Fetch, verify and convert the model, so that `serve` starts without a network. Returns the exit code."""
-    configure_threads()
+    _configure_process()
     from patchclamp_server.model.errors import ModelSourceError
     from patchclamp_server.model.load import load_model
     from patchclamp_server.model.progress import RichProgress
@@ -95,6 +95,14 @@ def pull(args: argparse.Namespace) -> int:
     name, fingerprint = info.name, info.fingerprint
     print(json.dumps({"name": name, "fingerprint": fingerprint}) if args.json else f"{name} {fingerprint}")
     return 0
+
+
+def _configure_process() -> None:
+    """Before torch and numba are imported: threads, and where compiled code is kept (the package may be read-only)."""
+    from patchclamp_server.model.digests import cache_root
+
+    configure_threads()
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
 
 
 def config_from(args: argparse.Namespace) -> "ServerConfig":

@@ -18,6 +18,7 @@ from test_generation_service import request
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp_server.model.load import load_model
 from patchclamp_server.rpc.server import SERVICES
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -41,6 +42,19 @@ def test_reflection_lists_every_service(channel: grpc.Channel):
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
     [answer] = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]))
     assert {s.name for s in answer.list_services_response.service} >= {*SERVICES, "grpc.health.v1.Health"}
+
+
+def test_health_shows_that_the_engine_has_stopped(tiny_llama_dir: Path, tmp_path: Path):
+    server = LiveServer(load_model(str(tiny_llama_dir)), tmp_path)
+    with server, grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        # As after a defect: its thread ends while the server goes on.
+        server.server.engine.shutdown()
+        assert next(watch).status == NOT_SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            list(GenerationServiceStub(channel).Generate(LONG))
+        assert failure(caught.value).code is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.fixture

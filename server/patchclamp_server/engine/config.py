@@ -6,7 +6,10 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Bounds of the engine. `kv_cache_tokens` is shared by all sequences; memory grows as it is used (CPU)."""
+    """Bounds of the engine. `kv_cache_tokens` is shared by all sequences; memory grows as it is used (CPU).
+
+    With fewer tokens a step than sequences, the sequences that came last wait for their next token.
+    """
 
     max_sequences: int = 64
     max_tokens_per_step: int = 512

@@ -69,6 +69,8 @@ class Engine:
         self.observer: EngineObserver = Unobserved()
         # Called with every row of logits that is sampled from (request id, position it predicts, logits [vocab]).
         self.on_logits: Callable[[int, int, Tensor], None] | None = None
+        # Called on the engine's thread when it ends, by `shutdown` or by a defect: nothing will run any more.
+        self.on_stopped: Callable[[], None] | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._lock = threading.Lock()
@@ -94,7 +96,7 @@ class Engine:
         self._check(request)
         with self._lock:
             if self._draining or self._stopping:
-                raise Unavailable("", "the server is shutting down")
+                raise Unavailable("", "the engine has stopped")
             if len(self._requests) >= self.config.max_waiting + self.config.max_sequences:
                 raise ResourceExhausted("", f"{len(self._requests)} requests are queued or running")
             request_id = self._next_id
@@ -196,11 +198,13 @@ class Engine:
         finally:
             with self._lock:
                 self._stopping = True
+            if self.on_stopped is not None:
+                self.on_stopped()
             # What was submitted before that is among the commands.
             while not self._commands.empty():
                 self._commands.get()()
             for sequence in list(self._sequences.values()):
-                self._fail(sequence, Unavailable("", "the server is shutting down"))
+                self._fail(sequence, Unavailable("", "the engine has stopped"))
 
     def _add(self, request_id: int, request: Request) -> None:
         prompt_length = len(request.tokens) if request.score_from is None else request.score_from

@@ -62,6 +62,8 @@ class Sequence:
     follower: "Sequence | None" = None
     # Log-probabilities [vocab] the follower has not been compared with yet, by the position they predict.
     predictions: dict[int, Tensor] = field(default_factory=dict)
+    # The last answer of `reusable_until` with what it depends on.
+    _reusable: tuple[tuple[int, int], int] | None = None
     # Why it ended, while its follower is still catching up.
     ended: FinishReason | None = None
 
@@ -132,10 +134,15 @@ class Sequence:
         """Tokens before this position may be taken from the prefix cache; at least one is left to be computed."""
         if self.capture is not None:
             return 0
-        until = min(self.needs_logits_from(), self.shareable_until())
-        if self.state is not None:
-            until = min(until, self.state.first_observed(self.token_array(0, len(self.tokens))))
-        return until
+        counted = self.state.counted if self.state is not None else 0
+        asked = (len(self.tokens), counted)
+        # A waiting sequence is asked in every step.
+        if self._reusable is None or self._reusable[0] != asked:
+            until = min(self.needs_logits_from(), self.shareable_until())
+            if self.state is not None:
+                until = min(until, self.state.first_observed(self.token_array(0, len(self.tokens))))
+            self._reusable = (asked, until)
+        return self._reusable[1]
 
     def output_or_fail(self) -> Output:
         assert self.output is not None

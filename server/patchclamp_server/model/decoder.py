@@ -110,6 +110,11 @@ class Decoder:
         self.dtype = embedding.dtype
         self._activation = _ACTIVATION_FUNCTIONS[spec.activation]
 
+    def warm_up(self) -> None:
+        """Compiles what is compiled at run time, so that no request waits for it."""
+        for linear in (self.blocks[0].qkv, self.unembedding):
+            linear(torch.zeros(1, self.spec.d_model, dtype=self.dtype, device=self.device))
+
     def threads_for(self, rows: int, available: int) -> int:
         """Threads worth using for a step: few rows over codes are done sooner by one than by waking the others."""
         return 1 if rows <= FEW_ROWS and self.unembedding.quantized is not None else available

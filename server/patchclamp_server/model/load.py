@@ -43,6 +43,7 @@ def load_model(
     model, tokenizer = load_pretrained(source.directory, dtype=dtype, progress=progress)
     eos = eos_token_ids(model, tokenizer)
     decoder = decoder_from_transformers(model, dtype=dtype, device=device)
+    decoder.warm_up()
     spec = decoder.spec
     info = ModelInfo(
         name=source.name,

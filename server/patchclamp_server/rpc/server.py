@@ -76,11 +76,21 @@ class Server:
             await asyncio.to_thread(self._metrics_endpoint.close)
             await self._grpc.stop(None)
             raise OSError(f"cannot serve on {self.config.address}: {error}") from error
+        loop = asyncio.get_running_loop()
+
+        def engine_stopped() -> None:
+            loop.call_soon_threadsafe(self._engine_stopped)
+
+        self.engine.on_stopped = engine_stopped
         self.engine.start()
         await self._grpc.start()
         for name in ("", *SERVICES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return f"{host}:{port}"
+
+    def _engine_stopped(self) -> None:
+        """Without its engine the server is of no use: health says so, whoever restarts it sees it."""
+        self._going_down = asyncio.ensure_future(self._health.enter_graceful_shutdown())
 
     @property
     def metrics_port(self) -> int:
