@@ -169,7 +169,7 @@ def _check_size(shape: tuple[int, int, int]) -> None:
 
 
 def _checked(direction: torch.Tensor, activations: torch.Tensor, layer: int) -> torch.Tensor:
-    """direction [d], unless it is what rounding leaves of equal sides: a prompt's place in the batch moves last bits."""
+    """direction [d], unless it is what rounding leaves of equal sides: the batch a prompt runs in moves last bits."""
     rounding = ROUNDING * activations.norm(dim=1).mean()
     if not direction.isfinite().all() or direction.norm() <= rounding:
         raise InvalidArgument(
