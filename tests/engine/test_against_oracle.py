@@ -7,13 +7,15 @@ prefix cache.
 from functools import cache
 
 import pytest
-from engine_runs import Bench, Job, assert_same, run_alone
+from engine_runs import Bench, Job, Outcome, assert_same, bound, loaded, run_alone
 from oracle_formulas import in_scope
 from programs import EDIT_KINDS, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
 from tiny_models import FAMILIES
 
 from patchclamp_server.engine.config import EngineConfig
-from patchclamp_server.interventions.program import Program
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.request import Priority, Request, StopParams
+from patchclamp_server.interventions.program import Program, Site
 
 # Longer than the sliding windows, and not a multiple of the blocks.
 PROMPT_LENGTH = 22
@@ -101,6 +103,31 @@ def test_when_preempted(family: str, case: str, reuse: bool) -> None:
     assert bench.stats().preemptions > 0
     assert_same(family, rival, first)
     assert_same(family, asked, preempted)
+
+
+def test_what_is_recomputed_token_by_token_is_counted_once() -> None:
+    """Recomputing generated tokens one by one looks like decoding, and must neither be counted nor reuse its plan."""
+    asked = Job(prompt("again", 14), Program((edit("add", Site.RESID_POST, shapes("llama")),)), max_tokens=8)
+    engine = Engine(
+        loaded("llama"),
+        EngineConfig(
+            kv_block_size=BLOCK, kv_cache_tokens=1024, enable_prefix_cache=False, max_tokens_per_step=1, max_sequences=1
+        ),
+    )
+    outcome, rival = Outcome(), Outcome()
+    stop = StopParams(max_tokens=asked.max_tokens, ignore_eos=True)
+    program = bound("llama", asked)
+    engine.submit(Request(asked.prompt, outcome.on_event, program=program, stop=stop, priority=Priority.BATCH))
+    engine.on_logits = lambda _, position, logits: outcome.logits.append(logits.clone()) if position >= 14 else None
+    while len(outcome.tokens) < 5:
+        assert engine.step()
+    urgent = Request(prompt("rival", 28), rival.on_event, stop=StopParams(max_tokens=0))
+    engine.submit(urgent)
+    while engine.step():
+        pass
+    assert rival.end().usage.prompt_tokens == 28
+    assert outcome.end().usage.preemptions == 1
+    assert_same("llama", asked, outcome)
 
 
 @pytest.mark.parametrize("case", CASES)

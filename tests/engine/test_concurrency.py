@@ -7,7 +7,7 @@ from engine_runs import Outcome, loaded
 
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Event, FinishReason, Request, StopParams, Token
+from patchclamp_server.engine.request import Event, FinishReason, Priority, Request, StopParams, Token
 from patchclamp_server.errors import Cancelled, DeadlineExceeded
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
@@ -28,7 +28,7 @@ def prompt(seed: int) -> tuple[int, ...]:
     return tuple(2 + (13 * seed + i) % 190 for i in range(20))
 
 
-def request(seed: int, on_event: object, max_tokens: int, **others: float) -> Request:
+def request(seed: int, on_event: object, max_tokens: int, **others: object) -> Request:
     stop = StopParams(max_tokens=max_tokens, ignore_eos=True)
     return Request(prompt(seed), on_event, program=program(seed), stop=stop, **others)  # type: ignore[arg-type]
 
@@ -112,3 +112,22 @@ def test_shutdown_ends_what_still_runs() -> None:
     engine.shutdown()
     assert outcome.done.is_set()
     assert engine.drain(0.0)
+
+
+def test_interactive_requests_displace_analysis_when_every_place_is_taken() -> None:
+    engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=2))
+    low = [Outcome(), Outcome()]
+    for seed, outcome in enumerate(low):
+        engine.submit(request(seed, outcome.on_event, max_tokens=30, priority=Priority.ANALYSIS))
+    while not all(outcome.tokens for outcome in low):
+        assert engine.step()
+    high = Outcome()
+    engine.submit(request(7, high.on_event, max_tokens=3))
+    while not high.done.is_set():
+        assert engine.step()
+    assert not any(outcome.done.is_set() for outcome in low)
+    while engine.step():
+        pass
+    assert [len(outcome.tokens) for outcome in low] == [30, 30]
+    assert sorted(outcome.end().usage.preemptions for outcome in low) == [0, 1]
+    assert engine.stats().kv_blocks_free == engine.stats().kv_blocks_total

@@ -2,7 +2,8 @@
 
 Running sequences come first, by priority and arrival: one token each for those that decode, then chunks of prompts as
 the token budget allows; then waiting sequences are admitted. When blocks run out, the running sequence that would be
-served last gives up its own and is computed again later (preemption by recomputation).
+served last gives up its own and is computed again later (preemption by recomputation); so does one of a lower priority
+when a request of a higher one waits for a place.
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """Single tokens first, then chunks. Every sequence named has the blocks for its tokens."""
         budget = self.max_tokens
+        self._give_way()
         before = self.preemptions
         self.running.sort(key=lambda s: s.priority)
         work: list[Work] = []
@@ -77,15 +79,32 @@ class Scheduler:
                 continue
             remaining = sequence.target - len(hit) * self.cache.block_size
             n = min(remaining, budget)
-            needed = self._blocks_for(len(hit) * self.cache.block_size + n) - len(hit)
-            idle_hits = sum(1 for block in hit if self.cache.is_idle(block))
-            if needed > self.cache.n_free - idle_hits:
+            if not self._has_room(hit, n) and not (self._displace(sequence) and self._has_room(hit, n)):
                 break
             self._start(sequence, hit)
             coming |= self._prompt_keys(sequence)
             self._reserve(sequence, n)
             work.append(Work(sequence, n))
             budget -= n
+
+    def _give_way(self) -> None:
+        """When every place is taken, work of a lower priority makes room for a waiting request of a higher one."""
+        ready = [s for s in self.waiting if s.runnable]
+        if ready and len(self.running) >= self.max_sequences:
+            self._displace(min(ready, key=lambda s: s.priority))
+
+    def _displace(self, sequence: Sequence) -> bool:
+        """Preempts the running sequence that is served last, if its priority is lower."""
+        victim = max(self.running, key=lambda s: s.priority, default=None)
+        if victim is None or victim.request.priority <= sequence.request.priority:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _has_room(self, hit: list[int], n: int) -> bool:
+        """Blocks for `n` tokens after those in `hit`, which may be idle and are then not free."""
+        needed = self._blocks_for(len(hit) * self.cache.block_size + n) - len(hit)
+        return needed <= self.cache.n_free - sum(1 for block in hit if self.cache.is_idle(block))
 
     def _lookup(self, sequence: Sequence) -> list[int]:
         """Known blocks at the start of the sequence."""

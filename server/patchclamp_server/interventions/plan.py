@@ -41,8 +41,8 @@ class ProgramSpan:
 
     @property
     def reusable(self) -> bool:
-        """One generated token whose scopes have settled."""
-        settled = self.state is None or self.state.settled
+        """One generated token that is new, and whose scopes have settled."""
+        settled = self.state is None or (self.state.settled and self.offset >= self.state.counted)
         return settled and len(self.token_ids) == 1 and self.offset >= self.prompt_length
 
 
