@@ -10,8 +10,9 @@ from patchclamp_server.engine.attention import AttentionBatch, Span
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
-from patchclamp_server.interventions.compiler import Planner
+from patchclamp_server.interventions.compiler import Setting
 from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
+from patchclamp_server.interventions.planner import Planner
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.decoder import Decoder, StepInputs
 
@@ -40,15 +41,11 @@ class Runner:
         self.cache = cache
         self.threads = torch.get_num_threads()
         self.tables = Tables(decoder.dtype, decoder.device)
-        self.planner = Planner(
-            self.tables,
-            n_heads=decoder.spec.n_heads,
-            head_dim=decoder.spec.head_dim,
-            widths=decoder.spec.sites,
-            dtype=decoder.dtype,
-            device=decoder.device,
-            unembed=decoder.logits,
+        spec = decoder.spec
+        setting = Setting(
+            self.tables, spec.n_heads, spec.head_dim, spec.sites, decoder.dtype, decoder.device, decoder.logits
         )
+        self.planner = Planner(setting)
 
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:

@@ -1,8 +1,7 @@
 """Compiles the programs of one step into operators at sites.
 
 Which operators exist depends on the (site, layer, kind of edit) combinations in use, never on how many programs use
-them: programs are entries in index tensors, and their numbers are rows of the device tables. A decode step whose
-programs and rows are those of the step before reuses its plan as it is.
+them: programs are entries in index tensors, and their numbers are rows of the device tables.
 """
 
 from collections import defaultdict
@@ -55,42 +54,18 @@ from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import ZERO_ROW, EditRows, FloatArray, Tables
 
 
-class Planner:
-    """Makes the plan of each step; keeps the last one while nothing changes."""
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a compiler knows of the model, and where the numbers of programs are."""
 
-    def __init__(
-        self,
-        tables: Tables,
-        *,
-        n_heads: int,
-        head_dim: int,
-        widths: dict[Site, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        unembed: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.tables = tables
-        self.n_heads = n_heads
-        self.head_dim = head_dim
-        self.widths = widths
-        self.dtype = dtype
-        self.device = device
-        self.unembed = unembed
-        self._key: tuple[tuple[int, int, int], ...] | None = None
-        self._plan: StepPlan | None = None
-
-    def plan(self, spans: list[ProgramSpan]) -> StepPlan:
-        """`spans`: those of the step that have a program or a capture."""
-        key = None
-        if all(span.reusable and span.capture is None for span in spans):
-            key = tuple((s.row, s.state.uid, s.state.version) for s in spans if s.state is not None)
-        readouts = any(s.state is not None and (s.state.bound.readouts or s.state.bound.aborts) for s in spans)
-        if key is not None and not readouts and key == self._key and self._plan is not None:
-            return self._plan
-        plan = Compiler(self, spans).compile()
-        # Readouts name positions, which move on; their plans are made anew.
-        self._key, self._plan = (None, None) if readouts else (key, plan)
-        return plan
+    tables: Tables
+    n_heads: int
+    head_dim: int
+    widths: dict[Site, int]
+    dtype: torch.dtype
+    device: torch.device
+    # [n, d_model] -> logits [n, vocab]
+    unembed: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +113,10 @@ class Read:
 
 
 class Compiler:
-    def __init__(self, planner: Planner, spans: list[ProgramSpan]) -> None:
-        self.planner = planner
+    def __init__(self, setting: Setting, spans: list[ProgramSpan]) -> None:
+        self.setting = setting
         self.spans = spans
-        self.device = planner.device
+        self.device = setting.device
         # By place, and (stage, kind, preserve_norm).
         self.edits: dict[Place, dict[tuple[int, Kind, bool], list[Group]]] = defaultdict(lambda: defaultdict(list))
         self.gates: dict[Place, list[GateRows]] = defaultdict(list)
@@ -169,7 +144,7 @@ class Compiler:
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         counter = torch.cat(self.counters) if self.counters else none
         counted = torch.cat(self.counted) if self.counted else none.double()
-        return StepPlan(dict(self.operators), counter, counted, self.n_open, self.planner.tables)
+        return StepPlan(dict(self.operators), counter, counted, self.n_open, self.setting.tables)
 
     def _collect(self, span: ProgramSpan, state: ProgramState) -> None:
         positions, loaded = span.positions, state.loaded
@@ -243,7 +218,7 @@ class Compiler:
             self._tensor(np.repeat(np.arange(len(groups)), sizes)),
             self._float(np.concatenate([g.strength for g in groups])),
             gate,
-            torch.ones(len(rows), dtype=self.planner.dtype, device=self.device),
+            torch.ones(len(rows), dtype=self.setting.dtype, device=self.device),
             self._pairs(rows),
         )
         counter = self._tensor(np.repeat([g.counter for g in groups], sizes))
@@ -268,7 +243,7 @@ class Compiler:
         numbers = [g.numbers[layer] for g in groups]
         if kind in (Kind.NEURONS, Kind.HEADS):
             return self._units(kind, groups, entries, numbers)
-        width = self.planner.widths[groups[0].edit.site]
+        width = self.setting.widths[groups[0].edit.site]
         if kind is Kind.LOW_RANK:
             rank = max(len(n.numbers[0]) for n in numbers)
             halves = [np.split(n.rows, 2) for n in numbers]
@@ -294,7 +269,7 @@ class Compiler:
         def each(column: list[FloatArray]) -> FloatArray:
             return np.concatenate([np.tile(values, n) for values, n in zip(column, rows, strict=True)])
 
-        in_row = self.planner.n_heads if kind is Kind.HEADS else self.planner.widths[Site.MLP_POST]
+        in_row = self.setting.n_heads if kind is Kind.HEADS else self.setting.widths[Site.MLP_POST]
         row = np.concatenate([g.rows for g in groups])[group]
         units = Units(
             self._tensor(row * in_row + each([n.numbers[0] for n in numbers])),
@@ -303,14 +278,14 @@ class Compiler:
             self._float(each([n.numbers[1] for n in numbers])),
         )
         if kind is Kind.HEADS:
-            offset = self._rows(each([n.rows for n in numbers]), self.planner.head_dim)
-            return HeadOperator(entries, units, self.planner.n_heads, offset)
+            offset = self._rows(each([n.rows for n in numbers]), self.setting.head_dim)
+            return HeadOperator(entries, units, self.setting.n_heads, offset)
         offset, low, high = (self._float(each([n.numbers[i] for n in numbers])) for i in (2, 3, 4))
         return NeuronOperator(entries, units, offset, low, high)
 
     def _condition(self, asked: list[Asked]) -> ConditionOperator:
         sizes = [len(a.span.token_ids) for a in asked]
-        width = self.planner.widths[asked[0].condition.site]
+        width = self.setting.widths[asked[0].condition.site]
         valid = [scope_mask(a.condition.scope, a.state.sequence, a.span.positions, a.span.token_ids) for a in asked]
         return ConditionOperator(
             self._tensor(np.concatenate([a.span.row + np.arange(n) for a, n in zip(asked, sizes, strict=True)])),
@@ -342,7 +317,7 @@ class Compiler:
         readings = [Reading(r.state.uid, r.readout, r.span.positions[r.mask]) for r in reads]
         if kind is ProjectionReadout:
             given = [r.vectors[layer] for r in reads]
-            width = self.planner.widths[reads[0].readout.site]
+            width = self.setting.widths[reads[0].readout.site]
             vectors = self._padded_rows(given, max(len(g) for g in given), width)
             return ProjectionOperator(layer, rows, readings, owner, vectors)
         if kind is NeuronReadout:
@@ -350,7 +325,7 @@ class Compiler:
         if kind is TopNeuronsReadout:
             return TopNeuronsOperator(layer, rows, readings)
         assert kind is LogitLensReadout
-        return LogitLensOperator(layer, rows, readings, self.planner.unembed)
+        return LogitLensOperator(layer, rows, readings, self.setting.unembed)
 
     def _capture(self, captures: list[tuple[CaptureSpan, ProgramSpan]], layer: int) -> Operator:
         rows, owner, weight = [], [], []
@@ -378,11 +353,11 @@ class Compiler:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def _float(self, array: FloatArray) -> Tensor:
-        return self._tensor(array).to(self.planner.dtype)
+        return self._tensor(array).to(self.setting.dtype)
 
     def _rows(self, rows: IntArray, width: int) -> Tensor:
         """Vectors [n, width] of the bank."""
-        return self.planner.tables.bank(width).data.index_select(0, self._tensor(rows))
+        return self.setting.tables.bank(width).data.index_select(0, self._tensor(rows))
 
     def _padded_rows(self, rows: list[IntArray], most: int, width: int) -> Tensor:
         """Vectors [k, most, width]; shorter lists are padded with zero vectors."""

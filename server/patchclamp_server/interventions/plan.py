@@ -41,9 +41,14 @@ class ProgramSpan:
 
     @property
     def reusable(self) -> bool:
-        """One generated token that is new, and whose scopes have settled."""
-        settled = self.state is None or (self.state.settled and self.offset >= self.state.counted)
-        return settled and len(self.token_ids) == 1 and self.offset >= self.prompt_length
+        """Whether the next token of the sequence needs the same plan: a new generated token, settled scopes, and
+        nothing that is bound to its position, as readouts and captures are."""
+        if self.capture is not None or len(self.token_ids) != 1 or self.offset < self.prompt_length:
+            return False
+        if self.state is None:
+            return True
+        bound = self.state.bound
+        return self.state.settled and self.offset >= self.state.counted and not (bound.readouts or bound.aborts)
 
 
 @dataclass(eq=False)
