@@ -5,10 +5,10 @@ import threading
 import torch
 from engine_runs import Outcome, loaded
 
-from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.config import EngineConfig, Unobserved
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, FinishReason, Priority, Request, StopParams, Token
-from patchclamp_server.errors import Cancelled, DeadlineExceeded
+from patchclamp_server.errors import Cancelled, DeadlineExceeded, InvalidArgument
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import AddVector, Edit, Program, Site, Vector
@@ -16,6 +16,14 @@ from patchclamp_server.interventions.program import AddVector, Edit, Program, Si
 FAMILY = "llama"
 STREAMS = 64
 PATIENCE_SECONDS = 120.0
+
+
+class PreemptionCounter(Unobserved):
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def on_preemption(self) -> None:
+        self.seen += 1
 
 
 def program(seed: int) -> BoundProgram:
@@ -116,6 +124,7 @@ def test_shutdown_ends_what_still_runs() -> None:
 
 def test_interactive_requests_displace_analysis_when_every_place_is_taken() -> None:
     engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=2))
+    engine.observer = counter = PreemptionCounter()
     low = [Outcome(), Outcome()]
     for seed, outcome in enumerate(low):
         engine.submit(request(seed, outcome.on_event, max_tokens=30, priority=Priority.ANALYSIS))
@@ -130,4 +139,33 @@ def test_interactive_requests_displace_analysis_when_every_place_is_taken() -> N
         pass
     assert [len(outcome.tokens) for outcome in low] == [30, 30]
     assert sorted(outcome.end().usage.preemptions for outcome in low) == [0, 1]
+    assert counter.seen == engine.stats().preemptions == 1
     assert engine.stats().kv_blocks_free == engine.stats().kv_blocks_total
+
+
+def test_an_edit_that_overflows_fails_its_own_request_and_leaves_no_trace() -> None:
+    """NaN in a freed block would reach the next holder through masked positions, where 0 * NaN is NaN."""
+    # Two requests of these lengths fill the cache, so that every block is handed on.
+    config = EngineConfig(kv_block_size=4, kv_cache_tokens=64)
+    engine = Engine(loaded(FAMILY), config)
+    values = torch.full((loaded(FAMILY).info.d_model,), 3e38)
+    edit = Edit(AddVector(Vector(values=values)), Site.RESID_POST, layers=(0,), strength=2.0)
+    overflowing = bind(Program(edits=(edit,)), loaded(FAMILY).info)
+    stop = StopParams(max_tokens=8, ignore_eos=True)
+    expected, beside, broken, after = Outcome(), Outcome(), Outcome(), Outcome()
+
+    def run(*requests: Request) -> None:
+        for each in requests:
+            engine.submit(each)
+        while engine.step():
+            pass
+
+    plain = [Request(prompt(3), outcome.on_event, stop=stop) for outcome in (expected, beside, after)]
+    run(plain[0])
+    run(Request(prompt(4), broken.on_event, program=overflowing, stop=stop), plain[1])
+    run(plain[2], Request(prompt(5), Outcome().on_event, stop=stop))
+    assert isinstance(broken.error, InvalidArgument)
+    assert broken.error.field == "program.edits"
+    assert expected.tokens == beside.tokens == after.tokens
+    assert len(expected.tokens) == 8
+    assert all(bool(torch.isfinite(pool).all()) for pool in engine.cache.pools)

@@ -180,7 +180,10 @@ class Engine:
         """Takes commands in, and runs one step. False when nothing can run. For the engine's thread, or a test."""
         while not self._commands.empty():
             self._commands.get()()
+        preemptions = self.scheduler.preemptions
         work = self.scheduler.schedule()
+        for _ in range(self.scheduler.preemptions - preemptions):
+            self.observer.on_preemption()
         if work:
             self._step(work)
         return bool(work)
@@ -279,7 +282,6 @@ class Engine:
         return nearest
 
     def _step(self, work: list[Work]) -> None:
-        preemptions = self.scheduler.preemptions
         try:
             self._run(work)
         except Exception as error:
@@ -287,8 +289,6 @@ class Engine:
             log.exception("a step of %d sequences failed", len(work))
             for sequence in {w.sequence.id: w.sequence for w in work}.values():
                 self._fail_id(sequence.id, EngineFailure("", f"the step failed: {type(error).__name__}"))
-        for _ in range(self.scheduler.preemptions - preemptions):
-            self.observer.on_preemption()
 
     def _run(self, work: list[Work]) -> None:
         started = time.monotonic()

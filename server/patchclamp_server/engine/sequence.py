@@ -68,11 +68,6 @@ class Sequence:
     ended: FinishReason | None = None
 
     @property
-    def pending(self) -> int:
-        """Tokens that are known and not computed."""
-        return len(self.tokens) - self.computed
-
-    @property
     def priority(self) -> tuple[int, float]:
         return (int(self.request.priority), self.arrival)
 
