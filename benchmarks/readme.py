@@ -38,16 +38,69 @@ def cpu(result: dict[str, Any]) -> list[str]:
     ]
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"cpu": cpu}
+# What the goals of benchmarks/gpu.py are about, and whether less is better.
+GOALS = {
+    "attention_decode_vs_bound": ("attention at decode, of its bandwidth bound", False),
+    "attention_readout_overhead": ("read-out of the attention, cost", True),
+    "all_layer_steering_256": ("256 rows steered at all layers, of unsteered", False),
+    "distinct_programs_256": ("256 programs, of one program", False),
+    "neuron_clamps_overhead": ("64 neurons clamped at every layer of 256 rows, cost", True),
+    "sparse_mlp_vs_bound_keep50": ("sparse MLP with half of the neurons, of its byte bound", False),
+    "batch1_decode_vs_bound": ("decode at batch 1, of its bandwidth bound", False),
+}
+
+
+def gpu(result: dict[str, Any]) -> list[str]:
+    """Raises SystemExit for a run that is not whole: its worst values are not the worst."""
+    environment = result["environment"]
+    if not result["complete"] or result["errors"] or environment["device"] == "cpu":
+        raise SystemExit(f"the result of {environment['device']} is no whole run of benchmarks/gpu.py")
+    lines = [
+        f"| {environment['device']}, bfloat16, random weights | worst measured | goal |",
+        "|---|---:|---:|",
+    ]
+    for name, row in result["summary"].items():
+        title, less = GOALS[name]
+        value = "not measured" if row["value"] is None else f"{100 * row['value']:.1f} %"
+        lines.append(f"| {title} | {value} | {'≤' if less else '≥'} {100 * row['goal']:.0f} % |")
+    models = list(dict.fromkeys(row["model"] for row in result.get("engine", [])))
+    rows = result.get("engine", []) + result.get("baselines", [])
+    if models:
+        lines += ["", "| tokens/s | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
+    for case, batch in dict.fromkeys((row["case"], row["batch"]) for row in rows):
+        speed = {row["model"]: row["tokens_per_second"] for row in rows if (row["case"], row["batch"]) == (case, batch)}
+        cells = " | ".join(f"{speed[m]:,.0f}" if m in speed else "" for m in models)
+        lines.append(f"| batch {batch}, {case} | {cells} |")
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    checks = result.get("checks", [])
+    copy, rate = (result["ceilings"][key] for key in ("copy_bytes_per_second", "flops_per_second"))
+    return [
+        *lines,
+        "",
+        f"`benchmarks/gpu.py` on {environment['date']} at commit `{environment['commit']}`: {versions}; "
+        f"{sum(row['ok'] for row in checks)} of {len(checks)} comparisons with references passed.",
+        f"Bounds are for {copy / 1e12:.2f} TB/s and {rate / 1e12:.0f} TFLOP/s, measured in the same run.",
+    ]
+
+
+# By what a result says it is, or else by the name of its file.
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"cpu": cpu, "gpu": gpu}
+
+
+def section(path: Path) -> list[str]:
+    """Raises SystemExit for a result no section is written for."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    kind = result.get("kind", path.stem)
+    if kind not in SECTIONS:
+        raise SystemExit(f"{path.name} is {kind!r}, which has no section in benchmarks/readme.py")
+    return SECTIONS[kind](result)
 
 
 def block() -> str:
     """Both markers and what belongs between them. Raises SystemExit for a result no section is written for."""
     lines: list[str] = []
     for path in sorted(RESULTS.glob("*.json")):
-        if path.stem not in SECTIONS:
-            raise SystemExit(f"{path.relative_to(ROOT)} has no section in benchmarks/readme.py")
-        lines += ["", *SECTIONS[path.stem](json.loads(path.read_text(encoding="utf-8")))]
+        lines += ["", *section(path)]
     return "\n".join([BEGIN, *lines, "", END])
 
 

@@ -4,13 +4,20 @@ from patchclamp_server.threads import configure_threads
 
 configure_threads()
 
+import os
+
+import torch
+
+# Kernels run in Triton's interpreter where there is no GPU; Triton decides when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -8,7 +8,9 @@ from typing import Protocol
 class EngineConfig:
     """Bounds of the engine. `kv_cache_tokens` is shared by all sequences; memory grows as it is used (CPU).
 
-    With fewer tokens a step than sequences, the sequences that came last wait for their next token.
+    With fewer tokens a step than sequences, the sequences that came last wait for their next token. `kernels`: steps
+    run on patchclamp_kernels instead of torch operators; None does so on CUDA. `decode_graphs`: their decode steps are
+    padded to a few sizes and replayed as CUDA graphs; None does so on CUDA, and on a CPU the padded step is run.
     """
 
     max_sequences: int = 64
@@ -17,6 +19,8 @@ class EngineConfig:
     kv_cache_tokens: int = 65536
     max_waiting: int = 1024
     enable_prefix_cache: bool = True
+    kernels: bool | None = None
+    decode_graphs: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from patchclamp_server.engine.batch import Executor
 from patchclamp_server.engine.config import EngineConfig, EngineObserver, EngineStats, Unobserved
 from patchclamp_server.engine.kv_cache import KvCache
+from patchclamp_server.engine.operator_executor import OperatorExecutor
 from patchclamp_server.engine.output import Output
 from patchclamp_server.engine.request import Failed, FinishReason, Request
 from patchclamp_server.engine.runner import Runner, StepResult
@@ -38,6 +40,7 @@ from patchclamp_server.errors import (
 from patchclamp_server.interventions.observers import CaptureState
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.load import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -65,7 +68,9 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache, max_sequences=self.config.max_sequences, max_tokens=self.config.max_tokens_per_step
         )
-        self.runner = Runner(model.decoder, self.cache)
+        self.executor = _executor(model.decoder, self.cache, self.config)
+        self.tables = self.executor.tables
+        self.runner = Runner(self.executor, self.config.kv_block_size)
         self.observer: EngineObserver = Unobserved()
         # Called with every row of logits that is sampled from (request id, position it predicts, logits [vocab]).
         self.on_logits: Callable[[int, int, Tensor], None] | None = None
@@ -215,7 +220,7 @@ class Engine:
         if request.program is not None and (
             request.program.edits or request.program.readouts or request.program.aborts
         ):
-            loaded = self.runner.tables.load(request.program)
+            loaded = self.tables.load(request.program)
             state = ProgramState(request_id, request.program, SequenceTokens(prompt_length, request.roles), loaded)
         capture = None
         if request.capture is not None:
@@ -394,7 +399,7 @@ class Engine:
     def _complete(self, sequence: Sequence, reason: FinishReason) -> None:
         receipt = None
         if sequence.state is not None:
-            receipt = sequence.state.receipt(self.runner.tables.read(sequence.state.loaded))
+            receipt = sequence.state.receipt(self.tables.read(sequence.state.loaded))
         self._release(sequence)
         sequence.emit_finished(reason, receipt)
         self._leave(sequence, reason.value)
@@ -415,7 +420,7 @@ class Engine:
         if sequence.follower is not None:
             self.scheduler.remove(sequence.follower)
         if sequence.state is not None:
-            self.runner.tables.release(sequence.state.loaded)
+            self.tables.release(sequence.state.loaded)
         del self._sequences[sequence.id]
 
     def _leave(self, sequence: Sequence, outcome: str) -> None:
@@ -424,6 +429,16 @@ class Engine:
         with self._lock:
             del self._requests[sequence.id]
             self._idle.notify_all()
+
+
+def _executor(decoder: Decoder, cache: KvCache, config: EngineConfig) -> Executor:
+    kernels = decoder.device.type == "cuda" if config.kernels is None else config.kernels
+    if not kernels:
+        return OperatorExecutor(decoder, cache)
+    # Triton is not needed, and takes a second to import, where no kernel runs.
+    from patchclamp_server.engine.kernel_executor import KernelExecutor
+
+    return KernelExecutor(decoder, cache, config)
 
 
 def _snake(name: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchclamp_server.engine.request import Pooling
 from patchclamp_server.interventions.bound import BoundCondition, BoundEdit, BoundReadout, Kind
+from patchclamp_server.interventions.layout import KERNEL_READOUTS
 from patchclamp_server.interventions.observers import (
     AbortHit,
     AbortOperator,
@@ -113,9 +114,13 @@ class Read:
 
 
 class Compiler:
-    def __init__(self, setting: Setting, spans: list[ProgramSpan]) -> None:
+    """`only_observers`: leave out what the kernels do themselves, which is all but captures and the readouts that
+    need whole rows."""
+
+    def __init__(self, setting: Setting, spans: list[ProgramSpan], *, only_observers: bool = False) -> None:
         self.setting = setting
         self.spans = spans
+        self.only_observers = only_observers
         self.device = setting.device
         # By place, and (stage, kind, preserve_norm).
         self.edits: dict[Place, dict[tuple[int, Kind, bool], list[Group]]] = defaultdict(lambda: defaultdict(list))
@@ -147,8 +152,21 @@ class Compiler:
         return StepPlan(dict(self.operators), counter, counted, self.n_open, self.setting.tables)
 
     def _collect(self, span: ProgramSpan, state: ProgramState) -> None:
-        positions, loaded = span.positions, state.loaded
+        positions = span.positions
         counted = positions >= state.counted
+        if not self.only_observers:
+            self._collect_edits(span, state, positions, counted)
+        for readout, vectors in zip(state.bound.readouts, state.loaded.readouts, strict=True):
+            if self.only_observers and readout.kind in KERNEL_READOUTS:
+                continue
+            mask = scope_mask(readout.scope, state.sequence, positions, span.token_ids) & counted
+            if mask.any():
+                for layer in readout.layers:
+                    read = Read(readout, vectors, span, state, mask)
+                    self.readouts[(readout.site, layer)][readout.kind].append(read)
+
+    def _collect_edits(self, span: ProgramSpan, state: ProgramState, positions: IntArray, counted: BoolArray) -> None:
+        loaded = state.loaded
         for i, edit in enumerate(state.bound.edits):
             first_open = self.n_open
             if edit.gate is not None:
@@ -176,12 +194,6 @@ class Compiler:
         for abort, row in zip(state.bound.aborts, loaded.aborts, strict=True):
             place = (abort.condition.site, abort.condition.layer)
             self.aborts[place].append((abort.name, Asked(abort.condition, row, span, state)))
-        for readout, vectors in zip(state.bound.readouts, loaded.readouts, strict=True):
-            mask = scope_mask(readout.scope, state.sequence, positions, span.token_ids) & counted
-            if mask.any():
-                for layer in readout.layers:
-                    read = Read(readout, vectors, span, state, mask)
-                    self.readouts[(readout.site, layer)][readout.kind].append(read)
 
     def _place(self, place: Place) -> None:
         _, layer = place

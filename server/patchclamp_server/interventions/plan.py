@@ -40,6 +40,10 @@ class ProgramSpan:
         return np.arange(self.offset, self.offset + len(self.token_ids), dtype=np.int64)
 
     @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + len(self.token_ids))
+
+    @property
     def reusable(self) -> bool:
         """Whether the next token of the sequence needs the same plan: a new generated token, settled scopes, and
         nothing that is bound to its position, as readouts and captures are."""

@@ -22,7 +22,7 @@ ZERO_ROW = 0
 class VectorBank:
     """Vectors of one width, [capacity, width]."""
 
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device, capacity: int = 256) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
         self.data = torch.zeros((capacity, width), dtype=dtype, device=device)
         self._free = list(range(capacity - 1, ZERO_ROW, -1))
 
@@ -69,9 +69,13 @@ class LoadedProgram:
 class Tables:
     """Rows are given out at admission and returned at the end."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, capacity: int = 1024) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, *, capacity: int = 1024, bank_elements: int = 0
+    ) -> None:
+        """`bank_elements`: room of a bank of vectors from the start; never for less than 256 vectors."""
         self.dtype = dtype
         self.device = device
+        self._bank_elements = bank_elements
         self.banks: dict[int, VectorBank] = {}
         # Rows edited, and the sum of |delta| / |h| over them.
         self.counts = torch.zeros((capacity, 2), dtype=torch.float64, device=device)
@@ -81,9 +85,12 @@ class Tables:
 
     def bank(self, width: int) -> VectorBank:
         if width not in self.banks:
-            self.banks[width] = VectorBank(width, self.dtype, self.device)
+            rows = max(256, self._bank_elements // width)
+            self.banks[width] = VectorBank(width, self.dtype, self.device, rows)
         return self.banks[width]
 
+    # Banks may have been made in inference mode, and can only be written there then.
+    @torch.inference_mode()
     def load(self, program: BoundProgram) -> LoadedProgram:
         """Writes a program into the tables: one copy for each width of vector in it."""
         writer = _Writer()

@@ -153,7 +153,12 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Unembeds residual states [N, d_model] -> [N, vocab], float32."""
-        logits = self.unembedding(self.final_norm(x)).float()
+        return self.unembed(self.final_norm(x))
+
+    @torch.inference_mode()
+    def unembed(self, h: Tensor) -> Tensor:
+        """Logits of residual states after the final norm."""
+        logits = self.unembedding(h).float()
         cap = self.spec.final_soft_cap
         return torch.tanh(logits / cap) * cap if cap else logits
 

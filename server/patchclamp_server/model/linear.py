@@ -16,7 +16,9 @@ Milliseconds for the 120 matrices of SmolLM2-135M (425 MB), 2 cores with spinnin
       16       47          41             25
       64      127          90             76
 
-The packed copy is kept beside what few rows need. Other devices and dtypes keep the plain matrix alone.
+The packed copy is kept beside what few rows need. Other devices and dtypes keep the plain matrix alone, which a down
+projection has input-major: the weights of one neuron are contiguous, so that a sparse read skips those of the others.
+A product is as fast either way, and there is no second copy.
 """
 
 import torch
@@ -33,9 +35,9 @@ FEW_ROWS = 2
 class Linear:
     """One projection. Rows of the result never depend on the values of other rows."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, input_major: bool = False) -> None:
         self.bias = bias  # [out]
-        self.weight: Tensor | None = weight  # [out, in]
+        self.weight: Tensor | None = weight  # [out, in]; its transpose is contiguous where it is input-major
         self.packed: Tensor | None = None
         self.quantized: QuantizedWeight | None = None
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn:
@@ -43,6 +45,8 @@ class Linear:
             self.quantized = recover(weight)
             if self.quantized is not None:
                 self.weight = None
+        elif input_major:
+            self.weight = weight.t().contiguous().t()
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
         if self.packed is None:

@@ -70,11 +70,13 @@ class _Builder:
             post_attn_norm=norm(family.post_attn_norm),
             mlp_norm=mlp_norm,
             mlp_input=self._linear(layer, family.mlp_input),
-            mlp_output=self._linear(layer, (family.mlp_output,)),
+            mlp_output=self._linear(layer, (family.mlp_output,), input_major=True),
             post_mlp_norm=norm(family.post_mlp_norm),
         )
 
-    def _linear(self, layer: nn.Module, paths: tuple[str, ...], order: Tensor | None = None) -> Linear:
+    def _linear(
+        self, layer: nn.Module, paths: tuple[str, ...], order: Tensor | None = None, *, input_major: bool = False
+    ) -> Linear:
         """Stacks the modules at `paths` along their outputs, and reorders the outputs by `order`."""
         modules = [_submodule(layer, path) for path in paths]
         weights = [m.weight.t() if self.spec.family.transposed else m.weight for m in modules]
@@ -86,7 +88,7 @@ class _Builder:
             weight = weight[order]
             bias = None if bias is None else bias[order]
         weight = self._tensor(weight)
-        return Linear(weight, None if bias is None else self._tensor(bias))
+        return Linear(weight, None if bias is None else self._tensor(bias), input_major=input_major)
 
     def _module(self, path: str) -> Any:
         return _submodule(self.model, path)

@@ -1,0 +1,82 @@
+"""The tables through which kernels read intervention programs: what varies by request varies by data.
+
+A program is written once, when its request is admitted. Its *entries* are the things it does, sorted by place; a place
+is a (layer, site) of the forward pass, numbered in the order in which the pass reaches it. A step carries for each row
+of the batch the slot of its program and one bit for each *item* of the program (an edit, a condition, a readout) that
+says whether the row is in the item's scope. A row of slot -1 has no program and is left alone bit for bit.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+from torch import Tensor
+
+
+class EntryKind(IntEnum):
+    """u is a unit vector; s the strength. Edits: h' = h + s (t(h) - h)."""
+
+    ADD = 0  # t(h) = h + v
+    PROJECT = 1  # t(h) = h + (clip(h·u, low, high) - h·u) u
+    REPLACE = 2  # t(h) = v
+    ROTATE = 3  # towards u by at most `low` radians, at constant |h|
+    LOW_RANK = 4  # t(h) = h + Σ_r R_r (W_r·h + b_r - R_r·h)
+    NEURONS = 5  # t(a) = clip(factor a + offset, low, high) at single neurons
+    HEADS = 6  # t(z) = factor z + offset at single heads
+    CONDITION = 7  # opened[column] = sign · value > sign · threshold, value = h·u or the cosine
+    PROJECTION = 8  # readings[column] = h·v
+    NEURON_VALUES = 9  # readings[column + i] = a[neuron i]
+
+
+class EntryFlag(IntFlag):
+    PRESERVE_NORM = 1
+    # First of a run of edits that commute: receipts of the run are relative to |h| before it.
+    NEW_RUN = 2
+    # CONDITION: the position where it held first is remembered. Edits: the gate is open from that position on.
+    LATCHED = 4
+    # CONDITION: the value is the cosine of h and u.
+    COSINE = 8
+
+
+# Columns of ProgramTable.ints.
+KIND, ITEM, FLAGS, FIRST, COUNT, GATE, LATCH, COLUMN = range(8)
+# Columns of ProgramTable.floats. CONDITION: LOW is the threshold and STRENGTH the sign.
+STRENGTH, LOW, HIGH, SPARE = range(4)
+# Columns of ProgramTable.unit_numbers. HEADS use FACTOR alone, LOW_RANK only OFFSET (b_r).
+FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
+# Columns of ProgramTable.unit_ints. HEADS: the head, and the row of its offset in the bank of width head_dim.
+# LOW_RANK: the bank rows of R_r and W_r.
+UNIT, OTHER = range(2)
+NO_GATE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramTable:
+    """N entries and M units (neurons, heads or ranks of an edit) of all loaded programs.
+
+    Entry columns: FIRST is the bank row of its vector, or the first unit row of LOW_RANK, NEURONS, HEADS and
+    NEURON_VALUES; COUNT is the number of units; GATE is a column of `opened`, or NO_GATE; LATCH a row of `latch`.
+    The neurons or heads of an entry ascend, each at most once.
+    """
+
+    entries: Tensor  # int32 [slots, places + 1]: entries of slot s at place p are entries[s, p] to entries[s, p + 1]
+    ints: Tensor  # int32 [N, 8]
+    floats: Tensor  # float32 [N, 4]
+    unit_ints: Tensor  # int32 [M, 2]
+    unit_numbers: Tensor  # float32 [M, 4]
+    latch: Tensor  # int64 [rows]: position at which a latch fired first, or the largest int64
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramRows:
+    """What a step says of its T rows, and where it writes. `opened`, `receipts` and `readings` belong to the step.
+
+    receipts[t, item] sums over places 1 and |Δ|₂ / |h|₂ of every edit that ran at a row with counted = 1.
+    """
+
+    slot: Tensor  # int32 [T], -1 for no program
+    mask: Tensor  # int64 [T, words]: bit i % 64 of word i // 64 is item i
+    position: Tensor  # int64 [T]
+    counted: Tensor  # int32 [T], 0 or 1
+    opened: Tensor  # int32 [T, columns]
+    receipts: Tensor  # float32 [T, items, 2]
+    readings: Tensor  # float32 [T, columns]

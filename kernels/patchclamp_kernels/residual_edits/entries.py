@@ -1,0 +1,310 @@
+"""The device side of a program: what each kind of entry does to one row h [BLOCK] in registers, in fp32.
+
+Lanes beyond the width hold zeros and keep them. Every scalar here is the same in all threads of the instance, so its
+branches never diverge; what one thread wrote for the others to read (`opened`, `latch`) lies behind a barrier.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from patchclamp_kernels import program_table as table
+from patchclamp_kernels.program_table import EntryFlag, EntryKind
+from patchclamp_kernels.residual_edits import reference as definition
+
+ADD = tl.constexpr(EntryKind.ADD.value)
+PROJECT = tl.constexpr(EntryKind.PROJECT.value)
+REPLACE = tl.constexpr(EntryKind.REPLACE.value)
+ROTATE = tl.constexpr(EntryKind.ROTATE.value)
+LOW_RANK = tl.constexpr(EntryKind.LOW_RANK.value)
+NEURONS = tl.constexpr(EntryKind.NEURONS.value)
+HEADS = tl.constexpr(EntryKind.HEADS.value)
+CONDITION = tl.constexpr(EntryKind.CONDITION.value)
+PROJECTION = tl.constexpr(EntryKind.PROJECTION.value)
+NEURON_VALUES = tl.constexpr(EntryKind.NEURON_VALUES.value)
+
+PRESERVE_NORM = tl.constexpr(EntryFlag.PRESERVE_NORM.value)
+NEW_RUN = tl.constexpr(EntryFlag.NEW_RUN.value)
+LATCHED = tl.constexpr(EntryFlag.LATCHED.value)
+COSINE = tl.constexpr(EntryFlag.COSINE.value)
+
+KIND = tl.constexpr(table.KIND)
+ITEM = tl.constexpr(table.ITEM)
+FLAGS = tl.constexpr(table.FLAGS)
+FIRST = tl.constexpr(table.FIRST)
+COUNT = tl.constexpr(table.COUNT)
+GATE = tl.constexpr(table.GATE)
+LATCH = tl.constexpr(table.LATCH)
+COLUMN = tl.constexpr(table.COLUMN)
+STRENGTH = tl.constexpr(table.STRENGTH)
+LOW = tl.constexpr(table.LOW)
+HIGH = tl.constexpr(table.HIGH)
+UNIT = tl.constexpr(table.UNIT)
+OTHER = tl.constexpr(table.OTHER)
+FACTOR = tl.constexpr(table.FACTOR)
+OFFSET = tl.constexpr(table.OFFSET)
+UNIT_LOW = tl.constexpr(table.UNIT_LOW)
+UNIT_HIGH = tl.constexpr(table.UNIT_HIGH)
+
+TINY = tl.constexpr(definition.TINY)
+PARALLEL = tl.constexpr(definition.PARALLEL)
+
+
+class Row(NamedTuple):
+    """Pointers into the tables of all programs, and to what belongs to this row of the batch."""
+
+    ints: tl.tensor
+    floats: tl.tensor
+    unit_ints: tl.tensor
+    unit_numbers: tl.tensor
+    latch: tl.tensor
+    bank: tl.tensor
+    head_bank: tl.tensor
+    mask: tl.tensor
+    opened: tl.tensor
+    receipts: tl.tensor
+    readings: tl.tensor
+    position: tl.tensor
+    counted: tl.tensor
+    # A row of x whose values are in registers: room for those that neurons are picked from.
+    home: tl.tensor
+
+
+@triton.jit
+def run_entries(h, lane, row, start, end, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """h after the entries [start, end) of the row's program."""
+    norm = 0.0
+    # Whether |h| has to be measured before the next edit: until one has run, h is what it was before the run.
+    stale = True
+    i = start
+    while i < end:
+        ints = row.ints + i * 8
+        floats = row.floats + i * 4
+        kind = tl.load(ints + KIND)
+        item = tl.load(ints + ITEM)
+        flags = tl.load(ints + FLAGS)
+        first = tl.load(ints + FIRST)
+        count = tl.load(ints + COUNT)
+        strength = tl.load(floats + STRENGTH)
+        in_scope = ((tl.load(row.mask + item // 64) >> (item % 64)) & 1) != 0
+        if kind >= CONDITION:
+            _observe(h, lane, row, ints, floats, kind, flags, first, count, in_scope, D)
+        else:
+            stale = stale | ((flags & (NEW_RUN | PRESERVE_NORM)) != 0) | (kind == ROTATE)
+            runs = in_scope
+            if in_scope:
+                runs = _is_open(row, ints, flags)
+            if runs:
+                change = 0.0
+                if strength != 0.0:
+                    if stale:
+                        norm = _length(h)
+                        stale = False
+                    if kind == NEURONS:
+                        h, moved = _neurons(h, lane, row, first, count, strength, D)
+                    else:
+                        before = h
+                        h = _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D, HEAD_DIM)
+                        moved = _length(h - before)
+                    change = moved / tl.maximum(norm, TINY)
+                if row.counted != 0:
+                    receipt = row.receipts + item * 2
+                    tl.store(receipt, tl.load(receipt) + 1.0)
+                    tl.store(receipt + 1, tl.load(receipt + 1) + change)
+        i += 1
+    return h
+
+
+@triton.jit
+def _length(h):
+    return tl.sqrt_rn(tl.sum(h * h, axis=0))
+
+
+@triton.jit
+def _vector(bank, index, lane, D: tl.constexpr):
+    return tl.load(bank + index.to(tl.int64) * D + lane, mask=lane < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _is_open(row, ints, flags):
+    gate = tl.load(ints + GATE)
+    is_open = gate < 0
+    if gate >= 0:
+        # Past the caches of this thread: another one may have written it in this launch.
+        if (flags & LATCHED) != 0:
+            since = tl.load(row.latch + tl.load(ints + LATCH), volatile=True)
+            is_open = since <= row.position
+        else:
+            is_open = tl.load(row.opened + gate, volatile=True) != 0
+    return is_open
+
+
+@triton.jit
+def _observe(h, lane, row, ints, floats, kind, flags, first, count, in_scope, D: tl.constexpr):
+    column = tl.load(ints + COLUMN)
+    if kind == CONDITION:
+        holds = in_scope
+        if in_scope:
+            holds = _holds(h, lane, row, floats, flags, first, D)
+        tl.store(row.opened + column, holds.to(tl.int32))
+        if holds & ((flags & LATCHED) != 0):
+            tl.atomic_min(row.latch + tl.load(ints + LATCH), row.position)
+        tl.debug_barrier()
+    elif in_scope:
+        if kind == PROJECTION:
+            tl.store(row.readings + column, tl.sum(h * _vector(row.bank, first, lane, D), axis=0))
+        else:
+            _read_neurons(h, lane, row, first, count, column, D)
+
+
+@triton.jit
+def _holds(h, lane, row, floats, flags, first, D: tl.constexpr):
+    value = tl.sum(h * _vector(row.bank, first, lane, D), axis=0)
+    if (flags & COSINE) != 0:
+        value = value / _length(h)
+    sign = tl.load(floats + STRENGTH)
+    return sign * value > sign * tl.load(floats + LOW)
+
+
+@triton.jit
+def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    edited = h
+    if kind == ADD:
+        edited = h + strength * _vector(row.bank, first, lane, D)
+    else:
+        target = h
+        if kind == REPLACE:
+            target = _vector(row.bank, first, lane, D)
+        elif kind == PROJECT:
+            target = _projected(h, _vector(row.bank, first, lane, D), floats)
+        elif kind == ROTATE:
+            target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
+        elif kind == LOW_RANK:
+            target = _low_rank(h, lane, row, first, count, D)
+        else:
+            if HEAD_DIM > 0:
+                target = _heads(h, lane, row, first, count, D, HEAD_DIM)
+        # What an edit leaves where it is keeps its bits.
+        edited = tl.where(target == h, h, _lerp(h, target, strength))
+    if (flags & PRESERVE_NORM) != 0:
+        reached = _length(edited)
+        if reached != 0.0:
+            edited = edited * (norm / reached)
+    return edited
+
+
+@triton.jit
+def _lerp(h, target, strength):
+    """h + s (t - h), exactly t at s = 1: as torch.lerp."""
+    difference = target - h
+    return tl.where(tl.abs(strength) < 0.5, h + strength * difference, target - difference * (1.0 - strength))
+
+
+@triton.jit
+def _projected(h, u, floats):
+    projection = tl.sum(h * u, axis=0)
+    clipped = tl.minimum(tl.maximum(projection, tl.load(floats + LOW)), tl.load(floats + HIGH))
+    return h + (clipped - projection) * u
+
+
+@triton.jit
+def _rotated(h, norm, u, radians):
+    """|h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, u)), w the part of u orthogonal to h, normalised."""
+    length = tl.maximum(norm, TINY)
+    cosine = tl.sum(h * u, axis=0) / length
+    # u = cosine ĥ + sine w
+    sine = _length(u - (cosine / length) * h)
+    turn_cosine = tl.cos(radians)
+    turn_sine = tl.sin(radians)
+    # Where the angle to u is less than `radians` (the sine of their difference), turn onto u.
+    if sine * turn_cosine <= cosine * turn_sine:
+        hypotenuse = tl.sqrt_rn(cosine * cosine + sine * sine)
+        turn_cosine = cosine / hypotenuse
+        turn_sine = sine / hypotenuse
+    # A row along u has no plane to turn in, and an empty row no direction.
+    turns = (sine > PARALLEL) & (norm > 0.0)
+    along_u = tl.where(turns, norm * turn_sine / sine, 0.0)
+    along_h = tl.where(turns, turn_cosine - cosine * turn_sine / sine, 1.0)
+    return along_h * h + along_u * u
+
+
+@triton.jit
+def _low_rank(h, lane, row, first, count, D: tl.constexpr):
+    """h + Σ_r R_r (W_r·h + b_r - R_r·h), a rank at a time."""
+    target = h
+    rank = first
+    while rank < first + count:
+        w = _vector(row.bank, tl.load(row.unit_ints + rank * 2 + OTHER), lane, D)
+        inner = tl.sum(h * w, axis=0) + tl.load(row.unit_numbers + rank * 4 + OFFSET)
+        r = _vector(row.bank, tl.load(row.unit_ints + rank * 2 + UNIT), lane, D)
+        target += (inner - tl.sum(h * r, axis=0)) * r
+        rank += 1
+    return target
+
+
+@triton.jit
+def _settle(h, lane, row, D: tl.constexpr):
+    """Writes h to a row of memory, where threads find the values that others hold."""
+    tl.debug_barrier()
+    tl.store(row.home + lane, h.to(row.home.dtype.element_ty), mask=lane < D)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _neurons(h, lane, row, first, count, strength, D: tl.constexpr):
+    """h with the edited neurons, and the square of what they changed. Goes by way of memory, once for each neuron: a
+    search of every lane in the list of neurons costs twice the registers of everything else."""
+    _settle(h, lane, row, D)
+    # As many at a time: lists are short against a row.
+    UNITS: tl.constexpr = h.shape[0] // 32
+    unit = tl.arange(0, UNITS)
+    square = tl.zeros([UNITS], dtype=tl.float32)
+    done = 0
+    while done < count:
+        listed = done + unit < count
+        at = first + done + unit
+        neuron = tl.load(row.unit_ints + at * 2 + UNIT, mask=listed, other=0)
+        numbers = row.unit_numbers + at * 4
+        a = tl.load(row.home + neuron, mask=listed, other=0.0).to(tl.float32)
+        target = tl.load(numbers + FACTOR, mask=listed, other=0.0) * a
+        target += tl.load(numbers + OFFSET, mask=listed, other=0.0)
+        low = tl.load(numbers + UNIT_LOW, mask=listed, other=0.0)
+        high = tl.load(numbers + UNIT_HIGH, mask=listed, other=0.0)
+        target = tl.maximum(target, low, propagate_nan=tl.PropagateNan.ALL)
+        target = tl.minimum(target, high, propagate_nan=tl.PropagateNan.ALL)
+        edited = _lerp(a, target, strength)
+        tl.store(row.home + neuron, edited.to(row.home.dtype.element_ty), mask=listed)
+        square += tl.where(listed, (edited - a) * (edited - a), 0.0)
+        done += UNITS
+    tl.debug_barrier()
+    h = tl.load(row.home + lane, mask=lane < D, other=0.0).to(tl.float32)
+    return h, tl.sqrt_rn(tl.sum(square, axis=0))
+
+
+@triton.jit
+def _read_neurons(h, lane, row, first, count, column, D: tl.constexpr):
+    _settle(h, lane, row, D)
+    UNITS: tl.constexpr = h.shape[0] // 32
+    unit = tl.arange(0, UNITS)
+    done = 0
+    while done < count:
+        listed = done + unit < count
+        neuron = tl.load(row.unit_ints + (first + done + unit) * 2 + UNIT, mask=listed, other=0)
+        a = tl.load(row.home + neuron, mask=listed, other=0.0).to(tl.float32)
+        tl.store(row.readings + column + done + unit, a, mask=listed)
+        done += UNITS
+
+
+@triton.jit
+def _heads(z, lane, row, first, count, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    target = z
+    unit = first
+    while unit < first + count:
+        inside = lane // HEAD_DIM == tl.load(row.unit_ints + unit * 2 + UNIT)
+        offsets = row.head_bank + tl.load(row.unit_ints + unit * 2 + OTHER).to(tl.int64) * HEAD_DIM
+        offset = tl.load(offsets + lane % HEAD_DIM, mask=inside & (lane < D), other=0.0).to(tl.float32)
+        factor = tl.load(row.unit_numbers + unit * 4 + FACTOR)
+        target = tl.where(inside, factor * z + offset, target)
+        unit += 1
+    return target

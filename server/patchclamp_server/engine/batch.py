@@ -1,0 +1,63 @@
+"""One step as the host knows it, and what running it brings back. Executors turn the one into the other."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from patchclamp_server.engine.attention import Span
+from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
+from patchclamp_server.interventions.scopes import BoolArray, IntArray
+from patchclamp_server.interventions.tables import Tables
+
+PADDING_SLOT = -1
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """T rows: single tokens first, then chunks. `programs`: the spans that have a program or a capture. Rows of
+    `padding` are written to no block."""
+
+    token_ids: list[int]
+    spans: list[Span]
+    programs: list[ProgramSpan]
+    # Rows whose next token is predicted, ascending.
+    logit_rows: list[int]
+    block_size: int
+    padding: bool = False
+
+    @property
+    def positions(self) -> IntArray:  # [T]
+        return np.concatenate([np.arange(s.offset, s.offset + s.n) for s in self.spans])
+
+    @property
+    def slots(self) -> IntArray:
+        """Token addresses block * block_size + offset in the KV pool, [T]."""
+        if self.padding:
+            return np.full(len(self.token_ids), PADDING_SLOT, dtype=np.int64)
+        return np.concatenate([self._slots(s) for s in self.spans])
+
+    def _slots(self, span: Span) -> IntArray:
+        size = self.block_size
+        if span.n == 1:
+            return np.array([span.blocks[span.offset // size] * size + span.offset % size])
+        positions = np.arange(span.offset, span.offset + span.n)
+        blocks = np.array(span.blocks, dtype=np.int64)
+        slots: IntArray = blocks[positions // size] * size + positions % size
+        return slots
+
+
+@dataclass(frozen=True, eq=False)
+class Executed:
+    finite: BoolArray  # [T], whether the residual stream of the row was finite to the end
+    logits: Tensor  # [len(logit_rows), vocab] float32
+    outcome: StepOutcome
+
+
+class Executor(Protocol):
+    """Runs steps, and owns the device tables of the programs in them."""
+
+    @property
+    def tables(self) -> Tables: ...
+    def execute(self, batch: StepBatch) -> Executed: ...

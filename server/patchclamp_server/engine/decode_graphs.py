@@ -1,0 +1,202 @@
+"""Decode steps padded to a few sizes and replayed as CUDA graphs.
+
+A graph holds a whole step: forward pass, receipts, logits. It reads static buffers, so that a replay is one copy of the
+step's arrays and one launch. What programs are in the batch is data; a graph depends on the number of rows, on the
+bound of the contexts, and on whether heads or neurons are edited at all, which adds launches.
+
+On a CPU a "replay" runs the same padded step anew: the bookkeeping is tested there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from patchclamp_kernels.paged_attention import RaggedBatch
+from patchclamp_server.engine.batch import PADDING_SLOT, Executed, StepBatch
+from patchclamp_server.engine.kernel_step import (
+    banks_of,
+    finite_rows,
+    kernel_inputs,
+    program_rows,
+    programs_of,
+    run_step,
+    step_arrays,
+)
+from patchclamp_server.engine.kv_cache import KvCache
+from patchclamp_server.engine.packed import Packed
+from patchclamp_server.interventions.kernel_plan import NO_PROGRAM, KernelPlan, empty_plan
+from patchclamp_server.interventions.slots import SlotTables
+from patchclamp_server.model.kernel_forward import KernelForward
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Contexts up to 1,024 tokens, 4,096, ...: the bound sets how many programs of the attention kernel share a context.
+FIRST_CONTEXT, CONTEXT_STEP = 1024, 4
+# What a graph has room for in a row. Steps with more run launch by launch.
+COLUMNS, ITEMS, READINGS, NEURON_ENTRIES = 16, 64, 256, 4
+
+_INT32: np.dtype = np.dtype(np.int32)
+_INT64: np.dtype = np.dtype(np.int64)
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    rows: int
+    max_context: int
+    attn_z: bool
+    neurons: bool
+
+
+class DecodeGraphs:
+    def __init__(self, forward: KernelForward, cache: KvCache, tables: SlotTables, max_sequences: int) -> None:
+        self.forward = forward
+        self.cache = cache
+        self.tables = tables
+        decoder = forward.decoder
+        context = min(decoder.spec.context_length, cache.n_blocks * cache.block_size)
+        self.contexts = []
+        bound = FIRST_CONTEXT
+        while bound < context:
+            self.contexts.append(bound)
+            bound *= CONTEXT_STEP
+        self.contexts.append(context)
+        self.sizes = [n for n in SIZES if n < max_sequences]
+        self.sizes += [n for n in SIZES if n >= max_sequences][:1]
+        self.logits = torch.empty((self.sizes[-1], decoder.spec.vocab_size), dtype=torch.float32, device=decoder.device)
+        self._graphs: dict[GraphKey, _Graph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
+
+    def takes(self, batch: StepBatch, plan: KernelPlan) -> bool:
+        """Whether every row is a token of its own, and the programs need nothing that a graph has no room for."""
+        return (
+            len(batch.spans) == len(batch.token_ids) <= self.sizes[-1]
+            and not plan.breaks
+            and not plan.neuron_rows
+            and plan.words == 1
+            and plan.n_items <= ITEMS
+            and plan.n_columns <= COLUMNS
+            and plan.n_readings <= READINGS
+            and plan.most_neuron_entries <= NEURON_ENTRIES
+        )
+
+    def execute(self, batch: StepBatch, plan: KernelPlan) -> Executed:
+        n = len(batch.token_ids)
+        longest = max(span.offset for span in batch.spans) + 1
+        key = GraphKey(
+            next(size for size in self.sizes if size >= n),
+            next(context for context in self.contexts if context >= longest),
+            plan.attn_z,
+            plan.neurons,
+        )
+        graph = self._graph(key)
+        graph.fill(batch, plan)
+        graph.replay()
+        logits = self.logits[:n]
+        if len(batch.logit_rows) != n:
+            logits = logits[batch.logit_rows]
+        outcome = plan.outcome(graph.rows.opened, graph.rows.readings)
+        return Executed(graph.finite[:n].cpu().numpy(), logits, outcome)
+
+    def capture_all(self) -> None:
+        """The graphs of steps up to the first bound of contexts; longer ones are captured when they come, of kernels
+        that are compiled by then."""
+        for rows in reversed(self.sizes):
+            for attn_z in (False, True):
+                for neurons in (False, True):
+                    self._graph(GraphKey(rows, self.contexts[0], attn_z, neurons))
+
+    def _graph(self, key: GraphKey) -> "_Graph":
+        graph, addresses = self._graphs.get(key), self._addresses()
+        if graph is None or graph.addresses != addresses:
+            graph = _Graph(key, self, addresses)
+            self._graphs[key] = graph
+        return graph
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Where a graph reads and writes besides its own buffers. A table that has grown is elsewhere."""
+        tables = self.tables
+        banks = banks_of(tables, self.forward.decoder.spec, neuron_rows=False)
+        entries = (tables.ranges, tables.ints, tables.floats, tables.unit_ints, tables.unit_numbers)
+        return tuple(t.data_ptr() for t in (*entries, tables.latch, tables.counts, *banks.values()))
+
+
+class _Graph:
+    """One captured step of `key.rows` rows, those beyond the batch being padding."""
+
+    def __init__(self, key: GraphKey, owner: DecodeGraphs, addresses: tuple[int, ...]) -> None:
+        self.addresses = addresses
+        self._owner = owner
+        self._n = n = key.rows
+        cache, decoder = owner.cache, owner.forward.decoder
+        device = decoder.device
+        cuda = device.type == "cuda"
+        blocks = -(-key.max_context // cache.block_size)
+        layout: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            **dict.fromkeys(("token_ids", "positions", "slots"), ((n,), _INT64)),
+            **dict.fromkeys(("slot", "counted", "context_lengths"), ((n,), _INT32)),
+            "mask": ((n, 1), _INT64),
+            "spans": ((n, 2), _INT32),
+            "counters": ((n, ITEMS), _INT32),
+            "block_tables": ((n, blocks), _INT32),
+        }
+        self._packed = Packed(layout, device, pinned=cuda)
+        arrays = self._packed.device
+        attention = RaggedBatch(
+            block_tables=arrays["block_tables"],
+            query_starts=torch.arange(n + 1, dtype=torch.int32, device=device),
+            context_lengths=arrays["context_lengths"],
+            n_single=n,
+            tiles=torch.empty((0, 2), dtype=torch.int32, device=device),
+            max_context=key.max_context,
+            block_size=cache.block_size,
+        )
+        self.rows = program_rows(arrays, columns=COLUMNS, items=ITEMS, readings=READINGS)
+        launches = empty_plan(n)
+        launches.attn_z, launches.neurons, launches.most_neuron_entries = key.attn_z, key.neurons, NEURON_ENTRIES
+        programs = programs_of(owner.tables, decoder.spec, self.rows, launches)
+        self._inputs = kernel_inputs(arrays, attention, programs)
+        self.finite = torch.empty(n, dtype=torch.bool, device=device)
+        self._pad(0)
+        self._packed.upload()
+        self.replay: Callable[[], None] = self._run
+        if cuda:
+            # Once outside, where libraries make their workspaces.
+            self._run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=owner.pool, capture_error_mode="thread_local"):
+                self._run()
+            self.replay = graph.replay
+
+    def fill(self, batch: StepBatch, plan: KernelPlan) -> None:
+        host, n = self._packed.host, len(batch.token_ids)
+        self._pad(n)
+        for name, values in step_arrays(batch, plan).items():
+            if name == "counters":
+                host[name][: len(values), : values.shape[1]] = values
+            else:
+                host[name][: len(values)] = values
+        tables = host["block_tables"]
+        for i, span in enumerate(batch.spans):
+            used = span.offset // batch.block_size + 1
+            tables[i, :used] = span.blocks[:used]
+            host["context_lengths"][i] = span.offset + 1
+        self._packed.upload()
+
+    def _pad(self, n: int) -> None:
+        """Rows from n on are padding, and no span is a program's."""
+        host = self._packed.host
+        for name in ("token_ids", "positions", "context_lengths"):
+            host[name][n:] = 0
+        host["slots"][n:] = PADDING_SLOT
+        host["slot"][n:] = NO_PROGRAM
+        host["spans"][:] = 0
+        host["counters"][:] = -1
+
+    def _run(self) -> None:
+        owner, rows = self._owner, self.rows
+        rows.opened.zero_()
+        rows.receipts.zero_()
+        x, normed = run_step(owner.forward, owner.tables, owner.cache.pools, self._inputs, self._packed.device)
+        owner.logits[: self._n].copy_(owner.forward.decoder.unembed(normed))
+        self.finite.copy_(finite_rows(x))

@@ -1,0 +1,42 @@
+"""Steps by torch operators: the decoder calls the operators of the step's programs at its sites."""
+
+import torch
+
+from patchclamp_server.engine.attention import AttentionBatch
+from patchclamp_server.engine.batch import Executed, StepBatch
+from patchclamp_server.engine.kv_cache import KvCache
+from patchclamp_server.interventions.compiler import Setting
+from patchclamp_server.interventions.planner import Planner
+from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.model.decoder import Decoder, StepInputs
+
+
+class OperatorExecutor:
+    def __init__(self, decoder: Decoder, cache: KvCache) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.threads = torch.get_num_threads()
+        self.tables = Tables(decoder.dtype, decoder.device)
+        self.planner = Planner(setting_of(decoder, self.tables))
+
+    def execute(self, batch: StepBatch) -> Executed:
+        torch.set_num_threads(self.decoder.threads_for(len(batch.token_ids), self.threads))
+        device = self.decoder.device
+        step = StepInputs(
+            torch.tensor(batch.token_ids, device=device),
+            torch.from_numpy(batch.positions).to(device),
+            torch.from_numpy(batch.slots).to(device),
+            AttentionBatch(batch.spans, batch.block_size, self.decoder.windows, device),
+        )
+        plan = self.planner.plan(batch.programs)
+        plan.begin(step.positions, self.decoder.dtype)
+        x = self.decoder.forward(step, self.cache.pools, plan)
+        outcome = plan.finish()
+        finite = torch.isfinite(x.sum(dim=1)).cpu().numpy()
+        rows = batch.logit_rows
+        return Executed(finite, self.decoder.logits(x[rows] if len(rows) != len(x) else x), outcome)
+
+
+def setting_of(decoder: Decoder, tables: Tables) -> Setting:
+    spec = decoder.spec
+    return Setting(tables, spec.n_heads, spec.head_dim, spec.sites, decoder.dtype, decoder.device, decoder.logits)

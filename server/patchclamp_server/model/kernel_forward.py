@@ -1,0 +1,234 @@
+"""The forward pass of a decoder on patchclamp_kernels: the same sites as Decoder.forward, fewer passes over memory.
+
+    launch of a residual boundary:  x ← edits(x + edits(out));  h ← norm(x)
+
+One launch takes what a block adds, its edits, the edits of the residual stream up to the next norm, and that norm. What
+programs there are varies by the tables it reads, not by what is launched, so that a captured graph serves any of them.
+"""
+
+from collections.abc import Set
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchclamp_kernels.gated_activation import NeuronProgram, gated_activation, neuron_receipts, neuron_tiles
+from patchclamp_kernels.paged_attention import RaggedBatch, paged_attention
+from patchclamp_kernels.program_table import ProgramRows, ProgramTable
+from patchclamp_kernels.residual_edits import NormParams, ProgramStep, edit_rows, residual_edits
+from patchclamp_kernels.rope_kv_write import rope_kv_write
+from patchclamp_server.interventions.layout import place_number
+from patchclamp_server.interventions.program import FORWARD_ORDER, Site
+from patchclamp_server.model.decoder import Block, Decoder, Norm, SiteHooks
+
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """The programs of a step. `attn_z`, `neurons`, `neuron_rows`, `breaks`: see KernelPlan."""
+
+    table: ProgramTable
+    rows: ProgramRows
+    # Vectors by width.
+    banks: dict[int, Tensor]
+    head_dim: int
+    attn_z: bool = False
+    neurons: bool = False
+    neuron_rows: bool = False
+    most_neuron_entries: int = 0
+    breaks: Set[int] = frozenset()
+    observers: SiteHooks | None = None
+    _steps: dict[int, ProgramStep] = field(default_factory=dict)
+
+    def step(self, width: int) -> ProgramStep:
+        if width not in self._steps:
+            heads = self.banks[self.head_dim]
+            self._steps[width] = ProgramStep(self.table, self.rows, self.banks[width], heads, self.head_dim)
+        return self._steps[width]
+
+
+@dataclass(frozen=True, eq=False)
+class KernelInputs:
+    """Rows of one step, single-token rows first. A padding row has KV slot -1 and belongs to an empty sequence."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64
+    attention: RaggedBatch
+    programs: Programs
+
+
+@dataclass(frozen=True, eq=False)
+class _Delta:
+    """What a block adds to the residual stream, at which place, and the norm it passes first."""
+
+    values: Tensor
+    place: int
+    norm: Norm | None = None
+
+
+class KernelForward:
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._norms: dict[int, NormParams] = {}
+        spec = decoder.spec
+        self._neuron_tiles = neuron_tiles(spec.d_ff, decoder.device)
+        places = [place_number(Site.MLP_POST, layer) for layer in range(spec.n_layers)]
+        self._neuron_places = torch.tensor(places, dtype=torch.int32, device=decoder.device)
+
+    @torch.inference_mode()
+    def __call__(self, step: KernelInputs, pools: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The residual stream at the end and its final norm, both [T, d_model]; writes the KV pools."""
+        decoder, spec = self.decoder, self.decoder.spec
+        x = F.embedding(step.token_ids, decoder.embedding)
+        if spec.embedding_scale != 1.0:
+            x = x * torch.tensor(spec.embedding_scale, dtype=x.dtype)
+        if decoder.position_embedding is not None:
+            x = x + F.embedding(step.positions, decoder.position_embedding)
+        blocks = decoder.blocks
+        partial = self._receipt_parts(step)
+        h = self._boundary(step, x, [], (0, 1), blocks[0].attn_norm)
+        assert h is not None
+        for layer, block in enumerate(blocks):
+            attn_out = _Delta(
+                self._attention(step, block, layer, h, pools[layer]),
+                place_number(Site.ATTN_OUT, layer),
+                block.post_attn_norm,
+            )
+            middle = place_number(Site.RESID_MID, layer)
+            if spec.parallel_residual:
+                inner = self._boundary(step, x, [], None, block.mlp_norm)
+            else:
+                inner = self._boundary(step, x, [attn_out], (middle, middle + 1), block.mlp_norm)
+            assert inner is not None
+            mlp_out = _Delta(
+                self._mlp(step, block, layer, inner, partial), place_number(Site.MLP_OUT, layer), block.post_mlp_norm
+            )
+            last = layer + 1 == len(blocks)
+            end = place_number(Site.RESID_POST, layer)
+            h = self._boundary(
+                step,
+                x,
+                [attn_out, mlp_out] if spec.parallel_residual else [mlp_out],
+                (end, end + 1 if last else end + 2),
+                decoder.final_norm if last else blocks[layer + 1].attn_norm,
+            )
+            assert h is not None
+        if partial is not None:
+            neuron_receipts(step.programs.table, step.programs.rows, self._neuron_places, partial)
+        return x, h
+
+    def _receipt_parts(self, step: KernelInputs) -> Tensor | None:
+        """Where the activation kernel leaves what receipts are made of, for all layers; see NeuronProgram."""
+        programs = step.programs
+        if not programs.neurons or programs.neuron_rows:
+            return None
+        shape = (len(self._neuron_places), len(step.token_ids), self._neuron_tiles, programs.most_neuron_entries, 2)
+        return torch.empty(shape, dtype=torch.float32, device=self.decoder.device)
+
+    def _boundary(
+        self, step: KernelInputs, x: Tensor, deltas: list[_Delta], places: tuple[int, int] | None, norm: Norm | None
+    ) -> Tensor | None:
+        """x ← edits(x + edits(deltas)) in place; the norm of x. One launch unless something must be seen between."""
+        programs = step.programs
+        program = programs.step(x.shape[1])
+        for delta in deltas[:-1]:
+            self._add(step, x, delta)
+        last = deltas[-1] if deltas else None
+        stream = range(*places) if places is not None else range(0)
+        crossed = [*stream] if last is None else [last.place, *stream]
+        if programs.breaks.isdisjoint(crossed):
+            return residual_edits(
+                x,
+                delta=None if last is None else last.values,
+                delta_norm=None if last is None else self._params(last.norm),
+                program=program,
+                delta_places=None if last is None else (last.place, last.place + 1),
+                places=places,
+                norm=self._params(norm),
+            )
+        if last is not None:
+            self._add(step, x, last)
+        for place in stream:
+            edit_rows(x, program=program, places=(place, place + 1))
+            self._observe(programs, place, x)
+        return residual_edits(x, norm=self._params(norm))
+
+    def _add(self, step: KernelInputs, x: Tensor, delta: _Delta) -> None:
+        """x ← x + edits(delta), in a launch of its own."""
+        programs, places = step.programs, (delta.place, delta.place + 1)
+        program = programs.step(x.shape[1])
+        if delta.place not in programs.breaks:
+            residual_edits(
+                x,
+                delta=delta.values,
+                delta_norm=self._params(delta.norm),
+                program=program,
+                delta_places=places,
+            )
+            return
+        values = delta.values
+        if delta.norm is not None:
+            normed = residual_edits(values, norm=self._params(delta.norm))
+            assert normed is not None
+            values = normed
+        edit_rows(values, program=program, places=places)
+        self._observe(programs, delta.place, values)
+        residual_edits(x, delta=values)
+
+    def _attention(self, step: KernelInputs, block: Block, layer: int, h: Tensor, pool: Tensor) -> Tensor:
+        spec, programs = self.decoder.spec, step.programs
+        rotary = self.decoder.rotary.get(spec.rotary_kinds[layer])
+        cos, signed_sin = rotary if rotary is not None else (None, None)
+        q = rope_kv_write(
+            block.qkv(h),
+            cos,
+            signed_sin,
+            step.positions,
+            step.slots,
+            pool[0],
+            pool[1],
+            n_heads=spec.n_heads,
+            q_norm=None if block.q_norm is None else block.q_norm.weight,
+            k_norm=None if block.k_norm is None else block.k_norm.weight,
+            eps=0.0 if block.q_norm is None else block.q_norm.eps,
+        )
+        z = paged_attention(
+            q,
+            pool[0],
+            pool[1],
+            step.attention,
+            scale=spec.attention_scale,
+            window=spec.windows[layer],
+            soft_cap=spec.attention_soft_cap,
+        ).z
+        place = place_number(Site.ATTN_Z, layer)
+        if programs.attn_z:
+            edit_rows(z, program=programs.step(z.shape[1]), places=(place, place + 1))
+        self._observe(programs, place, z)
+        return block.attn_output(z)
+
+    def _mlp(self, step: KernelInputs, block: Block, layer: int, h: Tensor, partial: Tensor | None) -> Tensor:
+        spec, programs = self.decoder.spec, step.programs
+        place = place_number(Site.MLP_POST, layer)
+        inside = None
+        if partial is not None:
+            inside = NeuronProgram(programs.table, programs.rows, place, partial[layer])
+        hidden = block.mlp_input(h)
+        neurons = gated_activation(hidden, activation=spec.activation, gated=spec.family.gated, program=inside)
+        if programs.neuron_rows:
+            edit_rows(neurons, program=programs.step(spec.d_ff), places=(place, place + 1))
+        self._observe(programs, place, neurons)
+        return block.mlp_output(neurons)
+
+    def _observe(self, programs: Programs, place: int, x: Tensor) -> None:
+        if programs.observers is not None and place in programs.breaks:
+            layer, site = divmod(place, len(FORWARD_ORDER))
+            programs.observers.visit(FORWARD_ORDER[site], layer, x)
+
+    def _params(self, norm: Norm | None) -> NormParams | None:
+        if norm is None:
+            return None
+        if id(norm) not in self._norms:
+            self._norms[id(norm)] = NormParams(norm.weight, norm.bias, norm.eps)
+        return self._norms[id(norm)]

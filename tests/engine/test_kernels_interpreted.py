@@ -1,0 +1,22 @@
+"""The engine on the kernels themselves, in Triton's interpreter, against plain transformers with naive hooks."""
+
+import pytest
+from engine_runs import Bench, Job, assert_same
+from programs import mixed, one_of_each_kind, prompt, shapes
+from test_against_oracle import config
+
+from patchclamp_kernels.runtime import INTERPRETED
+from patchclamp_server.interventions.program import Program
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 was not set when Triton was imported")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_mixed_batch_is_prefilled_and_decoded(family: str) -> None:
+    s = shapes(family)
+    kinds = one_of_each_kind(s)
+    programs = [kinds["add"], kinds["neurons_clamp"], kinds["heads_scale"], mixed(s)["gate latched"], Program()]
+    jobs = [Job(prompt(f"interpreted {i}", 9), program, max_tokens=2) for i, program in enumerate(programs)]
+    with Bench(family, config(kernels=True, decode_graphs=True)) as bench:
+        for asked, outcome in zip(jobs, bench.run(jobs), strict=True):
+            assert_same(family, asked, outcome)
