@@ -41,76 +41,87 @@ OPS = ("attention", "residual", "neurons", "sparse", "rope", "features", "probes
 MOST_SECONDS = 530.0
 
 
-def main() -> int:
-    arguments = _arguments()
-    setting = Setting(
-        device=arguments.device,
-        tiny=arguments.tiny,
-        quick=arguments.quick,
-        models=tuple(arguments.model),
-        deadline=time.time() + arguments.seconds,
-        commit=arguments.commit,
-    )
-    apart = setting.cuda if arguments.processes is None else arguments.processes > 0
-    workers = arguments.processes or min(8, os.cpu_count() or 1)
-    options = {key: str(value) for key, value in vars(arguments).items()}
-    earlier = json.loads(arguments.earlier.read_text(encoding="utf-8")) if arguments.earlier else None
-    report = Report(arguments.output or _output(setting.tiny), options, earlier)
-    for section in (s for part in arguments.only for s in SECTIONS[part]):
-        report.record.pop(section, None)
+class Benchmark:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.parts = arguments.only
+        self.ops = [op for op in OPS if not arguments.op or op in arguments.op]
+        self.setting = Setting(
+            device=arguments.device,
+            tiny=arguments.tiny,
+            quick=arguments.quick,
+            models=tuple(arguments.model),
+            deadline=time.time() + arguments.seconds,
+            commit=arguments.commit,
+            seed=arguments.seed,
+        )
+        self.partial = bool(arguments.quick or arguments.model or arguments.op)
+        self.apart = self.setting.cuda if arguments.processes is None else arguments.processes > 0
+        self.workers = arguments.processes or min(12, os.cpu_count() or 1)
+        self.earlier = json.loads(arguments.earlier.read_text(encoding="utf-8")) if arguments.earlier else {}
+        options = {key: str(value) for key, value in vars(arguments).items()}
+        output = arguments.output or (Path(tempfile.mkdtemp()) if arguments.tiny else RESULTS)
+        self.report = Report(output, options, self.earlier, self.parts)
 
-    def run(title: str, tasks: list[Task], *, workers: int = 1, fresh: bool = False) -> None:
-        print(f"== {title}, {setting.seconds_left:.0f} s left", flush=True)
-        if setting.seconds_left < 5:
-            report.fail({title: "left out: the time is up"})
+    def run(self) -> None:
+        self._run("device and ceilings", [self._task("ceilings", "ceilings", "ceilings")])
+        if "ceilings" not in self.report.record:
             return
-        errors = run_apart(tasks, report.add, workers=workers, fresh=fresh) if apart else run_inline(tasks, report.add)
-        report.fail(errors)
+        self._check_earlier()
+        measured = self.report.record["ceilings"]
+        self.setting = replace(
+            self.setting,
+            copy_bytes_per_second=measured["copy_bytes_per_second"],
+            flops_per_second=measured["flops_per_second"],
+        )
+        shapes = [shape.name for shape in self.setting.shapes]
+        if "kernels" in self.parts:
+            checks = [self._task("checks", op, "checks", model=name) for op in self.ops for name in shapes]
+            self._run("kernels against their references", checks, workers=self.workers)
+            # An op that broke down would take the others with it.
+            broken = {name.split()[1] for name in self.report.record["errors"] if name.startswith("checks")}
+            timings = [self._task("timings", op, "timings", seconds=120.0) for op in self.ops if op not in broken]
+            self._run("kernels against their bounds", timings)
+        for part in ("engine", "baselines"):
+            if part in self.parts:
+                self._run(part, [self._task(part, part, "measure", model=name) for name in shapes], fresh=True)
+
+    def _task(self, part: str, module: str, function: str, *, model: str = "", seconds: float = 240.0) -> Task:
+        setting = replace(self.setting, models=(model,)) if model else self.setting
+        seconds = min(seconds, max(setting.seconds_left + 20.0, 10.0))
+        return Task(f"{part} {module} {model}".strip(), f"gpu.{module}", function, (setting,), seconds)
+
+    def _run(self, title: str, tasks: list[Task], *, workers: int = 1, fresh: bool = False) -> None:
+        print(f"== {title}, {self.setting.seconds_left:.0f} s left", flush=True)
+        report = self.report
+        if self.setting.seconds_left < 5:
+            report.fail({f"{tasks[0].name.split()[0]}: {title}": "left out: the time is up"})
+        elif self.apart:
+            report.fail(run_apart(tasks, report.add, workers=workers, fresh=fresh))
+        else:
+            report.fail(run_inline(tasks, report.add))
         report.write()
 
-    def task(part: str, module: str, function: str, *more: object, seconds: float = 240.0) -> Task:
-        seconds = min(seconds, max(setting.seconds_left + 20.0, 10.0))
-        name = " ".join((part, module, *map(str, more)))
-        return Task(name, f"gpu.{module}", function, (setting, *more), seconds)
+    def _check_earlier(self) -> None:
+        environment = self.report.record["environment"]
+        for key in ("device", "commit") if self.earlier else ():
+            if environment[key] != self.earlier["environment"][key]:
+                theirs = self.earlier["environment"][key]
+                raise SystemExit(f"the earlier run has {key} {theirs}, this one {environment[key]}")
 
-    run("device and ceilings", [task("ceilings", "ceilings", "ceilings")])
-    measured = report.record.get("ceilings")
-    if measured is None:
-        print(final_table(report.record))
-        return 1
-    _check_same(report.record["environment"], earlier)
-    setting = replace(
-        setting,
-        copy_bytes_per_second=measured["copy_bytes_per_second"],
-        flops_per_second=measured["flops_per_second"],
-    )
-    ops = [op for op in OPS if not arguments.op or op in arguments.op]
-    if "kernels" in arguments.only:
-        run("kernels against their references", [task("checks", op, "checks") for op in ops], workers=workers)
-        broken = {name.split()[1] for name in report.record["errors"] if name.startswith("checks")}
-        sound = [op for op in ops if op not in broken]
-        run("kernels against their bounds", [task("timings", op, "timings", seconds=120.0) for op in sound])
-    shapes = setting.shapes
-    if "engine" in arguments.only:
-        run("engine", [task("engine", "engine", "measure", s.name) for s in shapes], fresh=True)
-    if "baselines" in arguments.only:
-        run("baselines", [task("baselines", "baselines", "measure", s.name) for s in shapes], fresh=True)
-    path = report.write(complete=True)
+    @property
+    def complete(self) -> bool:
+        return not self.partial and all(section in self.report.record for part in PARTS for section in SECTIONS[part])
+
+
+def main() -> int:
+    benchmark = Benchmark(_arguments())
+    benchmark.run()
+    report = benchmark.report
+    path = report.write(complete=benchmark.complete)
     print(f"== written: {path.name}")
     print(final_table(report.record), flush=True)
     print(json.dumps(report.record["summary"]), flush=True)
     return 0 if report.passed else 1
-
-
-def _check_same(environment: dict[str, object], earlier: dict[str, dict[str, object]] | None) -> None:
-    for key in ("device", "commit") if earlier else ():
-        if environment[key] != earlier["environment"][key]:
-            raise SystemExit(f"the earlier run has {key} {earlier['environment'][key]}, this one {environment[key]}")
-
-
-def _output(tiny: bool) -> Path:
-    """Numbers of small shapes are no result."""
-    return Path(tempfile.mkdtemp()) if tiny else RESULTS
 
 
 def _arguments() -> argparse.Namespace:
@@ -123,10 +134,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help="what has not begun by then is left out")
-    parser.add_argument("--processes", type=int, help="for checks; 0 runs all in this process; default: 8 on CUDA")
+    parser.add_argument("--processes", type=int, help="for checks; 0 runs all in this process; default: 12 on CUDA")
     parser.add_argument("--commit", default="", help="where the machine has the files without their history")
     parser.add_argument("--earlier", type=Path, help="a record of this device and commit: parts not run stay as there")
+    parser.add_argument("--seed", type=int, help="of the inputs of the checks; default: 0 if --tiny, else a new one")
     arguments = parser.parse_args()
+    if arguments.seed is None:
+        arguments.seed = 0 if arguments.tiny else int(time.time())
+    if not arguments.device.startswith("cuda") and not arguments.tiny:
+        parser.error("without a GPU there is only --tiny")
     import torch
 
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():

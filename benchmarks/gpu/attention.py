@@ -18,7 +18,7 @@ BLOCK = 16
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     lengths = setting.pick([1, 16, 17, 100, 1023, 1024, 4097, 8192], [1, 17, 1024, 4097], [1, 5, 17, 40])
     chunks = setting.pick([(512, 1000), (300, 0)], [(200, 1000), (300, 0)], [(20, 9), (7, 0)])
     for shape in setting.shapes:

@@ -30,8 +30,8 @@ class Clock(StoppingCriteria):
         return median(b - a for a, b in zip(self.at[2:], self.at[3:], strict=False))
 
 
-def measure(setting: Setting, shape_name: str) -> Iterator[tuple[str, Row]]:
-    shape = next(s for s in setting.shapes if s.name == shape_name)
+def measure(setting: Setting) -> Iterator[tuple[str, Row]]:
+    (shape,) = setting.shapes
     yield from _mlp(setting, shape)
     yield from _generate(setting, shape)
 

@@ -1,10 +1,7 @@
-"""Makes the packages of this repository importable where they are not installed, and gRPC and gguf unnecessary."""
+"""Makes the packages of this repository importable where they are not installed."""
 
-import importlib
-import importlib.machinery
 import importlib.util
 import sys
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -19,16 +16,3 @@ def bootstrap() -> None:
 
     if "torch" not in sys.modules:
         configure_threads()
-
-
-def without_gguf() -> None:
-    """Loading a model from disk may need gguf, which a machine lent for its GPU lacks; nothing here loads one."""
-    try:
-        importlib.import_module("gguf")
-    except ImportError:
-        # transformers looks first, so that it does not take the stand-in for the package.
-        importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-        stand_in = types.ModuleType("gguf")
-        stand_in.__spec__ = importlib.machinery.ModuleSpec("gguf", None)
-        stand_in.GGUFReader = None
-        sys.modules["gguf"] = stand_in

@@ -6,6 +6,7 @@ median over the rounds of the ratio within a round. Beside that, one step is tim
 Python (`execute_ms`), and as a bare replay of its graph (`replay_ms`): what is left of a step is Python.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,11 @@ from statistics import median
 
 import numpy as np
 import torch
-
-from gpu.bootstrap import without_gguf
-from gpu.models import loaded_model
-from gpu.setting import Setting, Shape
-
-without_gguf()
-
 from measure import alternate, run_requests
 
+from gpu.models import loaded_model
 from gpu.programs import add_program, clamp_program, mixed_program, readout_program
+from gpu.setting import Setting, Shape
 from patchclamp_server.engine.attention import Span
 from patchclamp_server.engine.batch import StepBatch
 from patchclamp_server.engine.config import EngineConfig, Unobserved
@@ -73,8 +69,8 @@ class Case:
     versus: str = ""
 
 
-def measure(setting: Setting, shape_name: str) -> Iterator[tuple[str, Row]]:
-    shape = next(s for s in setting.shapes if s.name == shape_name)
+def measure(setting: Setting) -> Iterator[tuple[str, Row]]:
+    (shape,) = setting.shapes
     device = torch.device(setting.device)
     compilations = Compilations()
     model = loaded_model(shape, torch.float32 if setting.tiny else torch.bfloat16, device)
@@ -102,6 +98,8 @@ def measure(setting: Setting, shape_name: str) -> Iterator[tuple[str, Row]]:
     late = compilations.names[before:]
     row = {"seconds": round(ready, 2), "compiled_before_ready": before, "compiled_after_ready": late, "ok": not late}
     yield "readiness", {"model": shape.name, **row}
+    if bench.failures:
+        raise RuntimeError("; ".join(f"{case}: {error}" for case, error in bench.failures.items()))
 
 
 class _Bench:
@@ -113,6 +111,7 @@ class _Bench:
         self.layers = tuple(range(shape.n_layers))
         self.uid = 0
         self.seed = 0
+        self.failures: dict[str, str] = {}
 
     def rows(self, batches: Sequence[int]) -> Iterator[tuple[str, Row]]:
         most = batches[-1]
@@ -121,6 +120,7 @@ class _Bench:
         for batch in batches[1:-1]:
             yield from self._decode([Case("unsteered", [None] * batch)])
         yield from self._prefill()
+        yield from self._long_contexts(batches)
 
     def _steered(self, n: int) -> list[Case]:
         shape, every = self.shape, self.layers
@@ -142,7 +142,8 @@ class _Bench:
             return
         n = len(cases[0].programs)
         prompts = self._prompts(n, self.prompt_length)
-        took = alternate({c.name: self._decoder(prompts, c.programs) for c in cases}, self.rounds)
+        took = alternate({c.name: self._decoder(c.name, prompts, c.programs) for c in cases}, self.rounds)
+        cases = [c for c in cases if c.name not in self.failures]
         context = self.prompt_length + self.tokens // 2
         apart = {c.name: self._apart(c.programs, context) for c in cases}
         bound = self._step_bound(n, context)
@@ -164,18 +165,26 @@ class _Bench:
                 "ratio": round(bound / seconds, 4),
                 "replay_ratio": None if replay is None else round(bound / replay, 4),
             }
-            if case.versus:
+            if case.versus in apart:
                 ratios = [a / b for a, b in zip(took[case.versus], took[case.name], strict=True)]
                 base = apart[case.versus][0]
                 row |= {"vs": case.versus, "vs_ratio": round(median(ratios), 4)}
                 row["vs_replay_ratio"] = None if replay is None or base is None else round(base / replay, 4)
             yield "engine", row
 
-    def _decoder(self, prompts: list[list[int]], programs: Programs) -> Callable[[], float]:
+    def _decoder(self, name: str, prompts: list[list[int]], programs: Programs) -> Callable[[], float]:
+        """A run that fails costs its own case, not those that it takes turns with."""
+
         def run() -> float:
+            if name in self.failures:
+                return math.nan
             steps = Steps()
             self.engine.observer = steps
-            run_requests(self.engine, prompts, programs, self.tokens)
+            try:
+                run_requests(self.engine, prompts, programs, self.tokens)
+            except RuntimeError as error:
+                self.failures[name] = str(error)
+                return math.nan
             full = steps.full(len(prompts))
             if not full:
                 raise RuntimeError(f"no two steps in a row had {len(prompts)} decode rows")
@@ -243,25 +252,50 @@ class _Bench:
         by_bytes = (numbers + tokens) * element / self.setting.copy_bytes_per_second
         return max(by_bytes, 2 * numbers * n / self.setting.flops_per_second)
 
+    def _long_contexts(self, batches: Sequence[int]) -> Iterator[tuple[str, Row]]:
+        """Steps at the executor alone: no prompt is needed for them. Those that do not fit into the cache are run on
+        shared blocks, to see that their kernels are compiled, and are not timed."""
+        cache = self.engine.cache
+        for context in self.setting.pick((1500, 8000), (1500, 8000), (100,)):
+            for n in batches:
+                fits = n * (context // cache.block_size + 1) <= cache.n_free
+                replay, execute = self._apart([None] * n, context, shared=not fits)
+                if fits:
+                    bound = self._step_bound(n, context)
+                    row: Row = {
+                        "model": self.shape.name,
+                        "case": f"executor, context {context}",
+                        "batch": n,
+                        "tokens_per_second": round(n / execute, 1),
+                        "execute_ms": round(execute * 1e3, 4),
+                        "replay_ms": None if replay is None else round(replay * 1e3, 4),
+                        "bound_ms": round(bound * 1e3, 4),
+                        "ratio": round(bound / execute, 4),
+                        "replay_ratio": None if replay is None else round(bound / replay, 4),
+                    }
+                    yield "engine", row
+
     @torch.inference_mode()
-    def _apart(self, programs: Programs, context: int) -> tuple[float | None, float]:
-        """Seconds of a bare replay, and of a step at the executor. The engine is idle meanwhile."""
+    def _apart(self, programs: Programs, context: int, shared: bool = False) -> tuple[float | None, float]:
+        """Seconds of a bare replay, and of a step at the executor. The engine is idle meanwhile.
+
+        `shared`: all rows read, and write, the same blocks.
+        """
         executor, cache = self.engine.executor, self.engine.cache
-        needed = context // cache.block_size + 1
+        n, needed = len(programs), context // cache.block_size + 1
+        taken = [cache.allocate() for _ in range(needed if shared else n * needed)]
+        assert None not in taken
         spans, loaded, given = [], [], []
-        for i, program in enumerate(programs):
-            blocks = [cache.allocate() for _ in range(needed)]
-            assert None not in blocks
-            spans.append(Span(i, 1, context, blocks))
-            if program is not None:
-                self.uid -= 1
-                entry = executor.tables.load(program)
-                loaded.append(entry)
-                state = ProgramState(self.uid, program, SequenceTokens(1, None), entry)
-                given.append(ProgramSpan(state, i, context, np.zeros(1, dtype=np.int64), 1))
-        n = len(programs)
-        batch = StepBatch([7] * n, spans, given, list(range(n)), cache.block_size)
         try:
+            for i, program in enumerate(programs):
+                spans.append(Span(i, 1, context, taken[:needed] if shared else taken[i * needed : (i + 1) * needed]))
+                if program is not None:
+                    self.uid -= 1
+                    entry = executor.tables.load(program)
+                    loaded.append(entry)
+                    state = ProgramState(self.uid, program, SequenceTokens(1, None), entry)
+                    given.append(ProgramSpan(state, i, context, np.zeros(1, dtype=np.int64), 1))
+            batch = StepBatch([7] * n, spans, given, list(range(n)), cache.block_size)
             replay = self._replay(batch)
             times = []
             for _ in range(self.setting.pick(25, 15, 2)):
@@ -271,8 +305,7 @@ class _Bench:
         finally:
             for entry in loaded:
                 executor.tables.release(entry)
-            for span in spans:
-                cache.release(span.blocks)
+            cache.release(taken)
         return replay, median(times)
 
     def _replay(self, batch: StepBatch) -> float | None:

@@ -38,7 +38,7 @@ def _targets(rows: int, latents: int, device: torch.device, uneven: bool) -> dic
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     device = torch.device(setting.device)
     latents, rows = setting.pick((4096, 70), (4096, 70), (100, 5))
     for shape in setting.shapes:

@@ -16,7 +16,7 @@ K = 10
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     device = torch.device(setting.device)
     for shape in setting.shapes:
         for dtype in DTYPES:

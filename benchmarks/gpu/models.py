@@ -68,7 +68,7 @@ def random_decoder(shape: Shape, dtype: torch.dtype, device: torch.device):
             post_attn_norm=None,
             mlp_norm=norm(shape.d_model),
             mlp_input=Linear(matrix(2 * shape.d_ff, shape.d_model), None),
-            mlp_output=Linear(matrix(shape.d_model, shape.d_ff), None),
+            mlp_output=Linear(matrix(shape.d_model, shape.d_ff), None, input_major=True),
             post_mlp_norm=None,
         )
         for _ in range(shape.n_layers)

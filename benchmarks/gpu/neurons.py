@@ -29,7 +29,7 @@ ENTRIES = 2
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     device = torch.device(setting.device)
     for shape in setting.shapes:
         n = setting.pick(32, 16, 5)

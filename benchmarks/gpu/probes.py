@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpu.checks import DTYPES, Checks, exact, poisoned
+from gpu.checks import BOUNDS, DTYPES, MATRIX_UNITS, Checks, exact, poisoned
 from gpu.setting import Setting
 from gpu.timing import Timer, bounded
 from patchclamp_kernels.probe_statistics import probe_statistics, probe_statistics_reference
@@ -27,7 +27,7 @@ def _ranges(probes: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     device = torch.device(setting.device)
     probes = setting.pick(1024, 1024, 30)
     for shape in setting.shapes:
@@ -47,17 +47,18 @@ def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
                 case = f"{shape.name}: {rows} rows"
                 # A sum of both signs is small beside its terms: it is held to their size.
                 size = (true["total_squares"] * rows).sqrt() + 1e-9
-                # Products are exact and sums are float32, whatever the dtype.
                 found.close(
                     case,
-                    torch.float32,
+                    dtype,
+                    bound=BOUNDS[dtype] if dtype == torch.float32 else MATRIX_UNITS,
                     values=(values, true_values),
                     squares=(out["total_squares"], true["total_squares"]),
                     totals=(1 + out["total"] / size, 1 + true["total"] / size),
                 )
                 integers = {n: (out[n], true[n]) for n in ("count", "not_finite")}
                 found.same(case, dtype, share=0.0, **integers)
-                found.same(case, dtype, **{n: (out[n], true[n]) for n in ("histogram", "fired")})
+                # A value on the edge of a bin falls either way.
+                found.same(case, dtype, share=0.02, **{n: (out[n], true[n]) for n in ("histogram", "fired")})
                 yield from found.taken()
 
 

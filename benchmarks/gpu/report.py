@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,25 @@ Row = dict[str, Any]
 FILLS_DEVICE_MICROSECONDS = 50.0
 
 
-# Sections by the part of the benchmark that fills them.
-SECTIONS = {"kernels": ("checks", "kernels"), "engine": ("engine", "readiness"), "baselines": ("baselines", "cublas")}
+# Sections by the part of the benchmark that fills them, and how its tasks are called.
+SECTIONS_AND_TASKS = {
+    "kernels": (("checks", "kernels"), ("checks", "timings")),
+    "engine": (("engine", "readiness"), ("engine",)),
+    "baselines": (("baselines", "cublas"), ("baselines",)),
+}
+SECTIONS = {part: sections for part, (sections, _) in SECTIONS_AND_TASKS.items()}
 
 
 class Report:
-    def __init__(self, output: Path, options: Row, earlier: Row | None = None) -> None:
-        """`earlier`: the record of another run on this device, whose sections stay where they are not measured anew."""
+    def __init__(self, output: Path, options: Row, earlier: Row, parts: Sequence[str]) -> None:
+        """`earlier`: the record of another run on this device, or {}: it is kept but for `parts`, measured anew."""
         self.output = output
-        kept = {s: earlier[s] for part in SECTIONS.values() for s in part if s in earlier} if earlier else {}
-        self.record: Row = {"kind": "gpu", "options": options, "complete": False, "errors": {}, **kept}
+        self.record: Row = {"kind": "gpu", "options": options, "complete": False, "errors": {}}
+        for part, (sections, names) in SECTIONS_AND_TASKS.items():
+            if part not in parts:
+                self.record |= {section: earlier[section] for section in sections if section in earlier}
+                errors = earlier.get("errors", {})
+                self.record["errors"] |= {name: text for name, text in errors.items() if name.startswith(names)}
         self._written = 0.0
 
     def add(self, section: str, row: Row) -> None:

@@ -21,7 +21,7 @@ STREAM = (place_number(Site.RESID_POST, 0), place_number(Site.RESID_PRE, 1) + 1)
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     device = torch.device(setting.device)
     for shape in setting.shapes:
         n = setting.pick(64, 32, 18)
@@ -53,7 +53,7 @@ def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def _receipt_checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks("receipts")
+    found = Checks("receipts", setting.seed)
     device = torch.device(setting.device)
     lengths = torch.tensor([1, 0, 300, 64, 1, 65, 7], dtype=torch.int32)
     first = torch.cumsum(lengths, 0, dtype=torch.int32) - lengths

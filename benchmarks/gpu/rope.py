@@ -42,7 +42,7 @@ def _cache(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     device = torch.device(setting.device)
     for shape in setting.shapes:
         for dtype in DTYPES:

@@ -42,6 +42,8 @@ class Setting:
     models: tuple[str, ...]
     deadline: float
     commit: str = ""
+    # Of the inputs of the checks.
+    seed: int = 0
     copy_bytes_per_second: float = 0.0
     flops_per_second: float = 0.0
 

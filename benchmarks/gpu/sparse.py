@@ -46,7 +46,7 @@ def _sets(shape: Shape, keep: float, rows: int, sets: int, device: torch.device)
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     device = torch.device(setting.device)
     for shape in setting.shapes:
         for dtype in DTYPES:
@@ -80,7 +80,7 @@ def _check(found: Checks, case: str, dtype: torch.dtype, up, down, sets: NeuronS
 
 
 def _linear_checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks("sparse_linear")
+    found = Checks("sparse_linear", setting.seed)
     device = torch.device(setting.device)
     shape = setting.shapes[0]
     for dtype in DTYPES:

@@ -18,7 +18,7 @@ OP = "token_choice"
 
 
 def checks(setting: Setting) -> Iterator[tuple[str, dict[str, object]]]:
-    found = Checks(OP)
+    found = Checks(OP, setting.seed)
     device = torch.device(setting.device)
     for shape in setting.shapes:
         for dtype in DTYPES:

@@ -29,12 +29,10 @@ class EntryKind(IntEnum):
 
 class EntryFlag(IntFlag):
     PRESERVE_NORM = 1
-    # First of a run of edits that commute: receipts of the run are relative to |h| before it.
-    NEW_RUN = 2
     # CONDITION: the position where it held first is remembered. Edits: the gate is open from that position on.
-    LATCHED = 4
+    LATCHED = 2
     # CONDITION: the value is the cosine of h and u.
-    COSINE = 8
+    COSINE = 4
 
 
 # Columns of ProgramTable.ints.
@@ -70,7 +68,8 @@ class ProgramTable:
 class ProgramRows:
     """What a step says of its T rows, and where it writes. `opened`, `receipts` and `readings` belong to the step.
 
-    receipts[t, item] sums over places 1 and |Δ|₂ / |h|₂ of every edit that ran at a row with counted = 1.
+    receipts[t, item] sums over places 1 and |Δ|₂ / |h|₂ of every edit that ran at a row with counted = 1; h is the row
+    that the edit was given, changed by the edits before it.
     """
 
     slot: Tensor  # int32 [T], -1 for no program

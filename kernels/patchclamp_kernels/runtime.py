@@ -11,8 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from patchclamp_kernels.interpreter import allow_bounds_at_run_time
+
 # Triton decides at import which of the two its decorators make.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    allow_bounds_at_run_time()
 
 _reference_only = False
 

@@ -152,12 +152,13 @@ def test_a_kernel_that_is_one_percent_off_fails_the_run(tmp_path: Path) -> None:
     assert "WRONG" in done.stdout
 
 
-def test_parts_run_apart_write_the_same_record(tmp_path: Path) -> None:
-    done = run_benchmark(tmp_path, "--only", "kernels", "--op", "rope", "tokens", "--processes", "2")
+def test_tasks_in_processes_of_their_own_write_the_same_record(tmp_path: Path) -> None:
+    given = ("--only", "kernels", "--op", "tokens", "--model", "tiny-llama", "--processes", "2")
+    done = run_benchmark(tmp_path, *given)
     assert done.returncode == 0, done.stdout + done.stderr
     record = only_record(tmp_path)
-    assert {row["op"] for row in record["checks"]} == {"rope_kv_write", "token_choice"}
-    assert {row["op"] for row in record["kernels"]} == {"rope_kv_write", "token_choice"}
+    assert {row["op"] for row in record["checks"]} == {"token_choice"}
+    assert {row["op"] for row in record["kernels"]} == {"token_choice"}
 
 
 def test_a_task_that_crashes_fails_or_hangs_loses_nothing_but_itself(processes: ModuleType) -> None:
@@ -260,3 +261,16 @@ def test_a_result_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(SystemExit, match="no section"):
         load("readme").section(path)
+
+
+def test_a_later_run_of_other_parts_keeps_what_was_measured_before(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    given = ("--op", "rope", "--only")
+    assert run_benchmark(first, *given, "kernels").returncode == 0
+    (path,) = first.glob("*.json")
+    done = run_benchmark(second, *given, "baselines", "--model", "tiny-llama", "--earlier", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = only_record(second)
+    assert record["kernels"] == only_record(first)["kernels"]
+    assert {row["op"] for row in record["cublas"]} == {"dense mlp"}
+    assert not record["complete"]

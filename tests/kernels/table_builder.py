@@ -125,11 +125,10 @@ class Program:
         place: int = 0,
         gate: Gate | None = None,
         preserve_norm: bool = False,
-        new_run: bool = True,
         bounds: tuple[float, float] = (0.0, 0.0),
     ) -> int:
         latched = gate is not None and gate.latch is not None
-        flags = EntryFlag.PRESERVE_NORM * preserve_norm | EntryFlag.NEW_RUN * new_run | EntryFlag.LATCHED * latched
+        flags = EntryFlag.PRESERVE_NORM * preserve_norm | EntryFlag.LATCHED * latched
         item = self._item()
         column, latch = (NO_GATE, 0) if gate is None else (gate.column, gate.latch or 0)
         self.entries.append((place, [kind, item, flags, first, count, column, latch, 0], [strength, *bounds, 0.0]))

@@ -45,7 +45,6 @@ class Entry:
     numbers: list[tuple[float, float, float, float]]  # factor, offset, low, high
     kind: EntryKind = EntryKind.NEURONS
     strength: float = 1.0
-    new_run: bool = True
     gate: int = NO_GATE
     latch: int | None = None
     column: int = 0
@@ -86,9 +85,7 @@ class Setup:
             for place in range(self.places):
                 row.append(len(ints))
                 for entry in program.get(place, []):
-                    flags = (EntryFlag.NEW_RUN if entry.new_run else 0) | (
-                        EntryFlag.LATCHED if entry.latch is not None else 0
-                    )
+                    flags = EntryFlag.LATCHED if entry.latch is not None else 0
                     first, count = len(unit_ints), len(entry.units)
                     # The latch of an entry without one is no row at all.
                     latch = 10**6 if entry.latch is None else entry.latch
@@ -423,36 +420,23 @@ def test_a_receipt_is_the_relative_change_of_the_row() -> None:
     assert not got.receipts.any()
 
 
-def test_entries_of_a_run_are_relative_to_the_row_before_its_first() -> None:
+def test_an_entry_is_relative_to_the_row_it_was_given() -> None:
     hidden = random_hidden(3)
     entries = [
         setting(0, [1, 150], 20.0),
-        setting(1, [2, 199], 30.0, new_run=False),
+        setting(1, [2, 199], 30.0),
         setting(2, [1], 40.0),
-        setting(3, [3], 1.0, new_run=False),
+        setting(3, [3], 1.0),
     ]
     got = run(hidden, Setup([{0: entries}])).receipts[:, :4, 1]
     a = plain(hidden).double()
-    wanted, norm = [], a.norm(dim=1)
+    wanted = []
     for entry in entries:
-        if entry.new_run:
-            norm = a.norm(dim=1)
         edited = a.clone()
         edited[:, entry.units] = entry.numbers[0][1]
-        wanted.append((edited - a).norm(dim=1) / norm)
+        wanted.append((edited - a).norm(dim=1) / a.norm(dim=1))
         a = edited
     assert_close(got, torch.stack(wanted, 1))
-
-
-def test_a_run_starts_at_its_first_entry_even_where_that_is_out_of_scope() -> None:
-    hidden = random_hidden(1)
-    entries = [setting(0, [1], 50.0), setting(1, [2], 60.0), setting(2, [3], 70.0, new_run=False)]
-    got = run(hidden, Setup([{0: entries}], n_rows=1, out_of_scope=[(0, 1)]))
-    a = plain(hidden).double()[0]
-    change = abs(70.0 - a[3])
-    a[1] = 50.0
-    assert got.receipts[0, 2, 1].item() == pytest.approx(float(change / a.norm()), rel=1e-5)
-    assert got.receipts[0, 1].tolist() == [0.0, 0.0]
 
 
 def test_readings_do_not_count() -> None:
@@ -533,7 +517,7 @@ def random_setup(seed: int, rows: int, d_ff: int) -> Setup:
             else:
                 each = [numbers() for _ in units]
                 strength = (0.0, 0.4, 1.0, -1.3)[pick(4)]
-                entries.append(Entry(item, units, each, strength=strength, new_run=bool(pick(2)) or item == 0, **more))
+                entries.append(Entry(item, units, each, strength=strength, **more))
         programs.append({0: entries})
     return Setup(
         programs,

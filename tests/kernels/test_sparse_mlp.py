@@ -152,6 +152,17 @@ def test_a_set_of_one_neuron_is_one_row_of_the_down_projection(rows: int) -> Non
     assert_close(y, want[:, None] * m.down[47].double(), torch.float32)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_padding_is_zero_whatever_the_input(rows: int) -> None:
+    m = mlp(rows, 40, 48)
+    m.x[0, 3] = float("nan")
+    sets = random_sets(48, (9, 20), [0] * rows)
+    _, h = run(m, sets)
+    padding = sets.index[0] < 0
+    assert torch.equal(h[:, padding], torch.zeros(rows, 11))
+    assert h[0, ~padding].isnan().all()
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_what_is_no_neuron_is_padding_wherever_it_stands(rows: int) -> None:
     m = mlp(rows, 40, 48)

@@ -79,7 +79,6 @@ _UNIT_HIGH = tl.constexpr(UNIT_HIGH)
 _UNIT = tl.constexpr(UNIT)
 _NEURONS = tl.constexpr(int(EntryKind.NEURONS))
 _NEURON_VALUES = tl.constexpr(int(EntryKind.NEURON_VALUES))
-_NEW_RUN = tl.constexpr(int(EntryFlag.NEW_RUN))
 _LATCHED = tl.constexpr(int(EntryFlag.LATCHED))
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _SQRT_8_PI = tl.constexpr(math.sqrt(8 / math.pi))
@@ -191,7 +190,7 @@ def _gated_activation_kernel(
             e = first
             while e < end:
                 if tl.load(ints + e * 8 + _KIND) == _NEURONS:
-                    if ((tl.load(ints + e * 8 + _FLAGS) & _NEW_RUN) != 0) & (e > first):
+                    if e > first:
                         h = tl.load(out_row + columns, mask=inside, other=0.0).to(tl.float32)
                         squares = tl.sum(h * h)
                         tl.debug_barrier()

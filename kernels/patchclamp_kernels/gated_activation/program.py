@@ -33,7 +33,7 @@ class NeuronProgram:
     guarantees it, and edits places with other kinds through `edit_rows`.
 
     `partial` is scratch: for each tile of `neuron_tiles`, and each entry of the row's program at the place, |h|² before
-    the run of the entry and |Δ|² of the entry, or -1 where it did not run. It has rows for T or more, and
+    the entry and |Δ|² of the entry, or -1 where it did not run. It has rows for T or more, and
     room for the most entries that a program has at this place.
     """
 

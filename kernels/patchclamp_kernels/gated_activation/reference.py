@@ -56,17 +56,14 @@ def _run_program(a: Tensor, t: int, slot: int, program: NeuronProgram) -> None:
     table, rows = program.table, program.rows
     wide = accumulation_dtype(a.dtype)
     first, end = table.entries[slot, program.place : program.place + 2].tolist()
-    squares = a.to(wide).square().sum()
     for e in range(first, end):
         ints = table.ints[e].tolist()
         if ints[KIND] != EntryKind.NEURONS:
             continue
-        if ints[FLAGS] & EntryFlag.NEW_RUN:
-            squares = a.to(wide).square().sum()
         # One tile holds the sums of the whole row.
         sums = program.partial[t, :, e - first]
         sums.zero_()
-        sums[0, 0], sums[0, 1] = squares, -1.0
+        sums[0, 0], sums[0, 1] = a.to(wide).square().sum(), -1.0
         if not _runs(ints, t, table, rows):
             continue
         units = slice(ints[FIRST], ints[FIRST] + ints[COUNT])

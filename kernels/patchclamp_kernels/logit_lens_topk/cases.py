@@ -33,7 +33,7 @@ def compile_cases() -> list[CompileCase]:
                     "k": "i32",
                     "soft_cap": "fp32",
                 },
-                constexprs={"D": d, "HAS_CAP": False, "PRECISION": "ieee", **config.blocks},
+                constexprs={"D": d, "HAS_CAP": False, **config.blocks},
                 config=config,
                 divisible=("vocabulary",),
             )

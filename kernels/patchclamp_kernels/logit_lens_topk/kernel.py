@@ -3,12 +3,10 @@
 import triton
 import triton.language as tl
 
-from patchclamp_kernels.runtime import INTERPRETED
+from patchclamp_kernels.dot import product
 
 # A logit of -inf is told from what a tile has not, or no more, to offer.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Triton 3.6's interpreter multiplies the bits of bfloat16 operands. Widening them changes no product.
-WIDEN = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -40,7 +38,6 @@ def tile_kernel(
     soft_cap,
     D: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -58,9 +55,7 @@ def tile_kernel(
         i = start + at
         a = tl.load(h_rows + i[None, :], mask=inside[:, None] & (i < D)[None, :], other=0.0)
         b = tl.load(token_rows + i[:, None], mask=known[None, :] & (i < D)[:, None], other=0.0)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        logits = tl.dot(a, b, logits, input_precision=PRECISION)
+        logits = product(a, b, logits)
     if HAS_CAP:
         # tanh z = 1 - 2 / (e^2z + 1), which tends to the right limits where e^2z overflows.
         logits = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * (logits / soft_cap)) + 1.0))

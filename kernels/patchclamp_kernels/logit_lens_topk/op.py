@@ -85,7 +85,6 @@ def logit_lens_topk(
         float(soft_cap),
         D=d,
         HAS_CAP=soft_cap > 0.0,
-        PRECISION="ieee",
         **config.blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -27,11 +27,8 @@ Masked keys are not loaded: the cache may hold anything, NaN included, where no 
 
 from patchclamp_kernels.paged_attention.batch import Attended, RaggedBatch, Streaming
 from patchclamp_kernels.paged_attention.cases import compile_cases, tuning_cases
-from patchclamp_kernels.paged_attention.loop_bounds import allow_bounds_at_run_time
 from patchclamp_kernels.paged_attention.op import paged_attention, scratch_floats
 from patchclamp_kernels.paged_attention.reference import paged_attention_reference
-
-allow_bounds_at_run_time()
 
 __all__ = [
     "Attended",

@@ -111,7 +111,7 @@ def _tuning_case(
     q = torch.randn(sum(n for n, _ in rows), n_heads, DIM, dtype=torch.bfloat16, device=device)
 
     def run(config: Config) -> Attended:
-        chosen = {"config" if op == DECODE else "prefill_config": config}
-        return paged_attention(q, cache[0], cache[1], batch, scale=DIM**-0.5, **chosen)
+        decode, prefill = (config, None) if op == DECODE else (None, config)
+        return paged_attention(q, cache[0], cache[1], batch, scale=DIM**-0.5, config=decode, prefill_config=prefill)
 
     return TuningCase(op, bucket, candidates, run)

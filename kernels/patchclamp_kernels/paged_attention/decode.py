@@ -9,7 +9,8 @@ once after the loop.
 import triton
 import triton.language as tl
 
-from patchclamp_kernels.paged_attention.scores import exponents, product
+from patchclamp_kernels.dot import product
+from patchclamp_kernels.paged_attention.scores import exponents
 from patchclamp_kernels.paged_attention.visibility import key_tiles
 
 # More splits than a combine can load at once are not made.

@@ -96,11 +96,22 @@ def paged_attention(
     if streaming is not None:
         heads = streaming.heads.view(torch.uint8) if streaming.heads.dtype == torch.bool else streaming.heads
     base, ceiling = exponent_scale(scale, soft_cap)
-    inputs = {"q": q, "key_cache": key_cache, "value_cache": value_cache, "block_tables": batch.block_tables}
-    inputs |= {"context_lengths": batch.context_lengths, "table_width": batch.block_tables.shape[1]}
-    inputs |= {"head_scale": head_scale, "marked": marked, "streaming_heads": heads, "scale": base, "ceiling": ceiling}
-    inputs |= {"window": window, "sink": streaming.sink if streaming else 0}
-    inputs |= {"recent": streaming.recent if streaming else 0}
+    inputs: dict[str, object] = {
+        "q": q,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "block_tables": batch.block_tables,
+        "context_lengths": batch.context_lengths,
+        "head_scale": head_scale,
+        "streaming_heads": heads,
+        "marked": marked,
+        "table_width": batch.block_tables.shape[1],
+        "scale": base,
+        "ceiling": ceiling,
+        "window": window,
+        "sink": streaming.sink if streaming else 0,
+        "recent": streaming.recent if streaming else 0,
+    }
     outputs = {"z": out.z, "argmax": out.argmax, "probability": out.probability, "marked_mass": out.marked_mass}
     shape = {"N_HEADS": n_heads, "DIM": dim, "DIM_PAD": padded(dim)}
     form = shape | {"N_KV": n_kv, "BLOCK_SIZE": batch.block_size, "HAS_CAP": soft_cap > 0, "HAS_WINDOW": window > 0}
@@ -191,7 +202,8 @@ def scratch_floats(q: Tensor, n_kv: int, batch: RaggedBatch, window: int = 0, co
 
 
 def padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    """Columns of a head in a kernel: a power of two that the tensor cores take."""
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def decode_default(dim: int, element_size: int, programs: int) -> Config:

@@ -8,7 +8,8 @@ in registers for a running maximum of each lane, and no need of one.
 import triton
 import triton.language as tl
 
-from patchclamp_kernels.paged_attention.scores import exponents, product
+from patchclamp_kernels.dot import product
+from patchclamp_kernels.paged_attention.scores import exponents
 from patchclamp_kernels.paged_attention.visibility import key_tiles
 
 _NO_KEY = tl.constexpr(2147483647)

@@ -5,20 +5,6 @@ import math
 import triton
 import triton.language as tl
 
-from patchclamp_kernels.runtime import INTERPRETED
-
-# Triton 3.6's interpreter multiplies the bits of bfloat16 operands. Widening them changes no product.
-WIDEN = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def product(a, b, acc):
-    """acc + a b, in float32."""
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
 
 @triton.jit
 def exponents(products, scale, ceiling, HAS_CAP: tl.constexpr):

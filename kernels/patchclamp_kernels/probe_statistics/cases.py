@@ -36,7 +36,7 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for (model, d), rows, values in product(WIDTHS.items(), (8, 256, 2048), (False, True)):
         config = default(rows, torch.bfloat16)
-        shape = {"D": d, "WRITE_VALUES": values, "ONLY_TILE": rows <= config.blocks["BLOCK_T"], "PRECISION": "ieee"}
+        shape = {"D": d, "WRITE_VALUES": values, "ONLY_TILE": rows <= config.blocks["BLOCK_T"]}
         cases.append(
             CompileCase(
                 name=f"{model}-{rows}-rows{'-values' if values else ''}",

@@ -3,10 +3,7 @@
 import triton
 import triton.language as tl
 
-from patchclamp_kernels.runtime import INTERPRETED
-
-# Triton 3.6's interpreter multiplies the bits of bfloat16 operands. Widening them changes no product.
-WIDEN = tl.constexpr(INTERPRETED)
+from patchclamp_kernels.dot import product
 
 
 @triton.jit
@@ -18,7 +15,6 @@ def _project(
     inside,
     wanted,
     D: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -32,9 +28,7 @@ def _project(
         at = start + k
         a = tl.load(x_rows + at[None, :], mask=inside[:, None] & (at < D)[None, :], other=0.0)
         b = tl.load(probe_rows + at[:, None], mask=wanted[None, :] & (at < D)[:, None], other=0.0)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = product(a, b, acc)
     return acc
 
 
@@ -64,7 +58,6 @@ def tile_kernel(
     HAS_MASK: tl.constexpr,
     WRITE_VALUES: tl.constexpr,
     ONLY_TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -78,11 +71,11 @@ def tile_kernel(
     if HAS_MASK:
         counted = counted & (tl.load(row_mask + row, mask=inside, other=0) != 0)
     if WRITE_VALUES:
-        v = _project(x, probes, row, probe, inside, wanted, D, PRECISION, BLOCK_T, BLOCK_P, BLOCK_D)
+        v = _project(x, probes, row, probe, inside, wanted, D, BLOCK_T, BLOCK_P, BLOCK_D)
     else:
         v = tl.zeros((BLOCK_T, BLOCK_P), dtype=tl.float32)
         if tl.max(counted.to(tl.int32), axis=0) > 0:
-            v = _project(x, probes, row, probe, inside, wanted, D, PRECISION, BLOCK_T, BLOCK_P, BLOCK_D)
+            v = _project(x, probes, row, probe, inside, wanted, D, BLOCK_T, BLOCK_P, BLOCK_D)
     if HAS_OFFSETS:
         v += tl.load(offsets + probe, mask=wanted, other=0.0)[None, :]
     if WRITE_VALUES:

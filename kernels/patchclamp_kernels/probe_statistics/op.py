@@ -116,7 +116,6 @@ def probe_statistics(
         HAS_MASK=row_mask is not None,
         WRITE_VALUES=out_values is not None,
         ONLY_TILE=tiles == 1,
-        PRECISION="ieee",
         **config.blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -16,11 +16,11 @@ the programs of others; a row without entries loads its slot and two bounds. The
 programs meet in a step never makes a launch or a variant of its own.
 
 A row without a program, or in the scope of none of its items, keeps the bits it has without any program: nothing is
-multiplied by a strength of 0 or added as a zero. For rows without edits two calls, one with the delta and one with the
-norm, give the bits of the fused one.
+multiplied by a strength of 0 or added as a zero, and multiply-adds are fused in no variant. For rows without edits two
+calls, one with the delta and one with the norm, give the bits of the fused one.
 
-Receipts are relative to |h| before the run of an edit. It is measured when the first edit of a run runs, which is the
-same: the entries before it changed nothing.
+Neurons are edited by way of the row of x in memory, rounded to its dtype. A latched gate sees its own row's condition
+in the same launch, and other rows' conditions of earlier launches only.
 """
 
 from patchclamp_kernels.residual_edits.kernel import compile_cases, edit_rows, residual_edits, tuning_cases

@@ -25,7 +25,6 @@ PROJECTION = tl.constexpr(EntryKind.PROJECTION.value)
 NEURON_VALUES = tl.constexpr(EntryKind.NEURON_VALUES.value)
 
 PRESERVE_NORM = tl.constexpr(EntryFlag.PRESERVE_NORM.value)
-NEW_RUN = tl.constexpr(EntryFlag.NEW_RUN.value)
 LATCHED = tl.constexpr(EntryFlag.LATCHED.value)
 COSINE = tl.constexpr(EntryFlag.COSINE.value)
 
@@ -74,9 +73,6 @@ class Row(NamedTuple):
 @triton.jit
 def run_entries(h, lane, row, start, end, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """h after the entries [start, end) of the row's program."""
-    norm = 0.0
-    # Whether |h| has to be measured before the next edit: until one has run, h is what it was before the run.
-    stale = True
     i = start
     while i < end:
         ints = row.ints + i * 8
@@ -91,16 +87,13 @@ def run_entries(h, lane, row, start, end, D: tl.constexpr, HEAD_DIM: tl.constexp
         if kind >= CONDITION:
             _observe(h, lane, row, ints, floats, kind, flags, first, count, in_scope, D)
         else:
-            stale = stale | ((flags & (NEW_RUN | PRESERVE_NORM)) != 0) | (kind == ROTATE)
             runs = in_scope
             if in_scope:
                 runs = _is_open(row, ints, flags)
             if runs:
                 change = 0.0
                 if strength != 0.0:
-                    if stale:
-                        norm = _length(h)
-                        stale = False
+                    norm = _length(h)
                     if kind == NEURONS:
                         h, moved = _neurons(h, lane, row, first, count, strength, D)
                     else:

@@ -40,7 +40,8 @@ class NormParams:
 class ProgramStep:
     """The programs of a step's rows, for activations of one width. Raises ValueError for tensors that do not fit.
 
-    Checked when made, once a step, and not at each of the many launches that take it.
+    Checked when made, once a step, and not at each of the many launches that take it. What its tables say is not
+    checked: a row of `bank` or of `head_bank` (needed where there are entries of HEADS) that does not exist is read.
     """
 
     table: ProgramTable
@@ -144,11 +145,6 @@ class _Entry(NamedTuple):
     def has(self, flag: EntryFlag) -> bool:
         return bool(self.flags & flag)
 
-    @property
-    def measures(self) -> bool:
-        """Whether |h| is measured before it; what it does itself with |h| must not depend on its place in a run."""
-        return self.has(EntryFlag.NEW_RUN | EntryFlag.PRESERVE_NORM) or self.kind == EntryKind.ROTATE
-
 
 class _Row:
     """Row t of the batch while the entries of its program run."""
@@ -162,17 +158,15 @@ class _Row:
         self.counted = bool(step.rows.counted[t])
 
     def run(self, h: Tensor, entries: range) -> Tensor:  # h [width]
-        norm = torch.linalg.vector_norm(h)
         for i in entries:
             entry = _Entry(*self.table.ints[i].tolist(), *self.table.floats[i].tolist())
             if entry.kind in (EntryKind.CONDITION, EntryKind.PROJECTION, EntryKind.NEURON_VALUES):
                 self.observe(entry, h)
                 continue
-            if entry.measures:
-                norm = torch.linalg.vector_norm(h)
             if self.in_scope(entry) and self.is_open(entry):
                 edited = h if entry.strength == 0 else self.edited(entry, h)
                 if self.counted:
+                    norm = torch.linalg.vector_norm(h)
                     change = torch.linalg.vector_norm(edited - h) / norm.clamp_min(TINY)
                     self.rows.receipts[self.t, entry.item] += torch.stack((torch.ones_like(change), change))
                 h = edited
@@ -261,11 +255,12 @@ class _Row:
         if not sine > PARALLEL:
             return h
         angle = torch.atan2(sine, cosine).clamp(max=entry.low)
-        return norm * (torch.cos(angle) * direction + torch.sin(angle) / sine * across)
+        turned: Tensor = norm * (torch.cos(angle) * direction + torch.sin(angle) / sine * across)
+        return turned
 
     def vector(self, row: int | Tensor) -> Tensor:
-        bank: Tensor = self.step.bank
-        return bank[row].to(accumulation_dtype(bank.dtype))
+        vector: Tensor = self.step.bank[row]
+        return vector.to(accumulation_dtype(vector.dtype))
 
     def units(self, entry: _Entry) -> tuple[Tensor, Tensor]:
         rows = slice(entry.first, entry.first + entry.n_units)

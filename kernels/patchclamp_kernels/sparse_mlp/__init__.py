@@ -4,7 +4,6 @@
 threshold on the input. Both take weights of float32, float16, bfloat16, or four bits (`Int4Weight`).
 """
 
-from patchclamp_kernels.paged_attention.loop_bounds import allow_bounds_at_run_time
 from patchclamp_kernels.sparse_mlp.cases import compile_cases, tuning_cases
 from patchclamp_kernels.sparse_mlp.index_sets import (
     sparse_down,
@@ -35,5 +34,3 @@ __all__ = [
     "tuning_cases",
     "unpack",
 ]
-
-allow_bounds_at_run_time()

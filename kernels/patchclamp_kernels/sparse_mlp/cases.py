@@ -153,10 +153,9 @@ def _up_candidates(rows: int, quantised: bool) -> tuple[Config, ...]:
             Config({"BLOCK_J": neurons, "BLOCK_D": width, "STAGES": stages}, num_warps=warps)
             for neurons, width, stages, warps in product((2, 4, 8), widths, (1, 3), (2, 4, 8))
         )
-    widths = _tile_widths(quantised)
     return tuple(
         Config({"BLOCK_J": neurons, "BLOCK_D": width}, num_warps=warps, num_stages=stages)
-        for neurons, width, warps, stages in product((16, 32, 64), widths, (2, 4), (3, 4, 5))
+        for neurons, width, warps, stages in product((16, 32, 64), _tile_widths(quantised), (2, 4), (3, 4, 5))
     )
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchclamp_kernels.configs import Config, config_for
+from patchclamp_kernels.dot import product
 from patchclamp_kernels.runtime import accumulation_dtype, check, check_tensor, uses_kernel
 from patchclamp_kernels.sparse_mlp.int4 import (
     Int4Weight,
@@ -35,7 +36,7 @@ from patchclamp_kernels.sparse_mlp.int4 import (
     load_words,
     nibble_units,
 )
-from patchclamp_kernels.sparse_mlp.rows import MOST_ROWS, bucket_of, product, weighted_rows
+from patchclamp_kernels.sparse_mlp.rows import MOST_ROWS, bucket_of, weighted_rows
 from patchclamp_kernels.sparse_mlp.sets import NeuronSets
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}

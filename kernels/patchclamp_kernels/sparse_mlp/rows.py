@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from patchclamp_kernels.configs import Config, config_for
-from patchclamp_kernels.runtime import INTERPRETED
+from patchclamp_kernels.dot import product
 from patchclamp_kernels.sparse_mlp.int4 import (
     Int4Weight,
     Weight,
@@ -39,17 +39,6 @@ from patchclamp_kernels.sparse_mlp.sets import NeuronSets
 
 MOST_ROWS = 32  # of a tile
 REDUCE = Config(blocks={"BLOCK_C": 64})
-# Triton 3.6's interpreter multiplies the bits of bfloat16 operands. Widening them changes no product.
-WIDEN = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def product(a, b, total):
-    """total + a b, in float32."""
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["sets"])

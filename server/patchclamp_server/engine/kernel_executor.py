@@ -9,7 +9,7 @@ from patchclamp_kernels.paged_attention import RaggedBatch
 from patchclamp_server.engine.attention import Span
 from patchclamp_server.engine.batch import Executed, StepBatch
 from patchclamp_server.engine.config import EngineConfig
-from patchclamp_server.engine.decode_graphs import DecodeGraphs
+from patchclamp_server.engine.decode_graphs import SIZES, DecodeGraphs
 from patchclamp_server.engine.kernel_step import (
     finite_rows,
     kernel_inputs,
@@ -29,9 +29,11 @@ from patchclamp_server.model.kernel_forward import KernelForward
 log = logging.getLogger(__name__)
 
 # What the tables have room for from the start on CUDA: graphs read them where they were when captured, and a table
-# that grows moves. 64 Mi elements are 16,384 vectors of width 4,096.
+# that grows moves. 64 Mi elements are 16,384 vectors of width 4,096, and the units 64 neurons in each of 32 layers of
+# 512 requests.
 _CUDA_BANK_ELEMENTS = 2**26
-_CUDA_ROWS = 2**16
+_CUDA_ENTRIES = 2**18
+_CUDA_UNITS = 2**20
 
 
 class KernelExecutor:
@@ -46,7 +48,8 @@ class KernelExecutor:
                 decoder.dtype,
                 decoder.device,
                 bank_elements=_CUDA_BANK_ELEMENTS,
-                rows=_CUDA_ROWS,
+                entries=_CUDA_ENTRIES,
+                units=_CUDA_UNITS,
             )
         self.planner = KernelPlanner(setting_of(decoder, self.tables), self.tables)
         self.forward = KernelForward(decoder)
@@ -54,7 +57,7 @@ class KernelExecutor:
         if cuda if config.decode_graphs is None else config.decode_graphs:
             self.graphs = DecodeGraphs(self.forward, cache, self.tables, config.max_sequences)
         if cuda:
-            self._warm_up(config.max_tokens_per_step)
+            self._warm_up(config)
 
     def execute(self, batch: StepBatch) -> Executed:
         plan = self.planner.plan(batch.programs, len(batch.token_ids))
@@ -79,29 +82,41 @@ class KernelExecutor:
         outcome = plan.outcome(rows.opened, rows.readings)
         return Executed(finite_rows(x).cpu().numpy(), logits, outcome)
 
-    def _warm_up(self, most_rows: int) -> None:
+    def _warm_up(self, config: EngineConfig) -> None:
         """Compiles every kernel and captures the graphs of decode steps, before anybody waits for them.
 
-        Triton compiles integers that are 1, or multiples of 16, apart from others.
+        Variants differ by integers that are 1 or a multiple of 16, by the number of sequences that decode, which sets
+        how a context is shared out, and by what a program makes a step launch.
         """
         started = time.monotonic()
-        size = self.cache.block_size
-        for rows in sorted({1, 2, 3, 16, 17, most_rows}):
-            for offset in (0, size):
-                # Padding rows: their KV slot is -1, and block 0 is nobody's.
-                span = Span(0, rows, offset, [0] * (-(-(offset + rows) // size)))
-                batch = StepBatch([0] * rows, [span], [], [0], size, padding=True)
-                for plan in _variants(rows):
-                    self._execute(batch, plan)
+        context = min(self.decoder.spec.context_length, self.cache.n_blocks * self.cache.block_size)
+        for rows in sorted({1, 2, 3, 16, 17, min(config.max_tokens_per_step, context)}):
+            batch = self._padding([rows])
+            for plan in _variants(rows, self.tables.n_places):
+                self._execute(batch, plan)
+        for sequences in (n for n in SIZES if n <= config.max_sequences):
+            for offset in (0, context - 1):
+                batch = self._padding([1] * sequences, offset)
+                self._execute(batch, empty_plan(sequences))
         if self.graphs is not None:
             self.graphs.capture_all()
         torch.cuda.synchronize()
         log.info("kernels compiled and graphs captured in %.1f s", time.monotonic() - started)
 
+    def _padding(self, rows: list[int], offset: int = 0) -> StepBatch:
+        """Rows that are written nowhere. They read block 0, which is nobody's."""
+        size = self.cache.block_size
+        spans = []
+        for i, n in enumerate(rows):
+            spans.append(Span(i, n, offset, [0] * (-(-(offset + n) // size))))
+        total = sum(span.n for span in spans)
+        return StepBatch([0] * total, spans, [], [0], size, padding=True)
 
-def _variants(rows: int) -> list[KernelPlan]:
-    """Plans without programs that launch each kernel there is."""
-    plans = [empty_plan(rows) for _ in range(3)]
+
+def _variants(rows: int, n_places: int) -> list[KernelPlan]:
+    """Plans without programs that launch each kernel there is, as one and apart."""
+    plans = [empty_plan(rows) for _ in range(4)]
     plans[1].attn_z, plans[1].neurons, plans[1].most_neuron_entries = True, True, 1
     plans[2].attn_z, plans[2].neurons, plans[2].neuron_rows = True, True, True
+    plans[3].breaks = set(range(n_places))
     return plans

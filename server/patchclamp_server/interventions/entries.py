@@ -125,7 +125,7 @@ def _edits(
     for i, edit in enumerate(state.bound.edits):
         for layer in edit.layers:
             place = place_number(edit.site, layer)
-            flags = EntryFlag.NEW_RUN | (EntryFlag.PRESERVE_NORM if edit.preserve_norm else NO_FLAGS)
+            flags = EntryFlag.PRESERVE_NORM if edit.preserve_norm else NO_FLAGS
             if edit.latched:
                 flags |= EntryFlag.LATCHED
             given = state.loaded.edits[i][layer]

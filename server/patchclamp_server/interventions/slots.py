@@ -39,17 +39,25 @@ class SlotTables(Tables):
     """Tables for the kernels: rows are written when a program first runs, and once for every change of strength."""
 
     def __init__(
-        self, n_layers: int, dtype: torch.dtype, device: torch.device, *, bank_elements: int = 0, rows: int = 4096
+        self,
+        n_layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        bank_elements: int = 0,
+        entries: int = 4096,
+        units: int = 4096,
     ) -> None:
+        """`entries` and `units`: rows to begin with."""
         super().__init__(dtype, device, bank_elements=bank_elements)
         self.n_places = n_layers * len(FORWARD_ORDER)
-        self._slots, self._entries, self._units = Ranges(256), Ranges(rows), Ranges(rows)
+        self._slots, self._entries, self._units = Ranges(256), Ranges(entries), Ranges(units)
         self._written: dict[LoadedProgram, WrittenProgram] = {}
         self.ranges = torch.zeros((256, self.n_places + 1), dtype=torch.int32, device=device)
-        self.ints = torch.zeros((rows, 8), dtype=torch.int32, device=device)
-        self.floats = torch.zeros((rows, 4), dtype=torch.float32, device=device)
-        self.unit_ints = torch.zeros((rows, 2), dtype=torch.int32, device=device)
-        self.unit_numbers = torch.zeros((rows, 4), dtype=torch.float32, device=device)
+        self.ints = torch.zeros((entries, 8), dtype=torch.int32, device=device)
+        self.floats = torch.zeros((entries, 4), dtype=torch.float32, device=device)
+        self.unit_ints = torch.zeros((units, 2), dtype=torch.int32, device=device)
+        self.unit_numbers = torch.zeros((units, 4), dtype=torch.float32, device=device)
 
     @property
     def table(self) -> ProgramTable:

@@ -2,9 +2,9 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
@@ -12,6 +12,9 @@ from patchclamp_server.model.cache import cached_model
 from patchclamp_server.model.digests import sha256_of_file
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,9 @@ def convert(path: Path, directory: Path, progress: Progress) -> None:
     location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     # Read whole before transformers does, which does not say what is wrong with a damaged file.
     try:
+        # Only a GGUF file needs its reader: machines that serve other models may not have it.
+        from gguf import GGUFReader
+
         header = GGUFReader(path)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise ModelSourceError(f"{path} is not a whole GGUF file: {error}") from error
@@ -71,7 +77,7 @@ def convert(path: Path, directory: Path, progress: Progress) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase, header: GGUFReader, file_name: str) -> None:
+def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase, header: "GGUFReader", file_name: str) -> None:
     field = header.fields.get("tokenizer.ggml.pre")
     if field is None:
         return

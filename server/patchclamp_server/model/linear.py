@@ -21,11 +21,14 @@ projection has input-major: the weights of one neuron are contiguous, so that a 
 A product is as fast either way, and there is no second copy.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchclamp_server.model.quantized import QuantizedWeight, recover
+if TYPE_CHECKING:
+    from patchclamp_server.model.quantized import QuantizedWeight
 
 # oneDNN picks the packed layout for a number of rows; 16 was the best or within noise for 1 to 256 rows.
 _PACK_FOR_ROWS = 16
@@ -42,6 +45,9 @@ class Linear:
         self.quantized: QuantizedWeight | None = None
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
+            # Products of codes are compiled by numba, which only this path needs.
+            from patchclamp_server.model.quantized import recover
+
             self.quantized = recover(weight)
             if self.quantized is not None:
                 self.weight = None
