@@ -48,6 +48,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in ENGINE_OPTIONS.items():
         _add(parser, f"--{name.replace('_', '-')}", type=_positive, help=text)
     _add(parser, "--prefix-cache", type=_one_of("on", "off"), help="reuse KV blocks of equal prefixes (default: on)")
+    _add(parser, "--kernels", type=_one_of("on", "off"), help="run steps on Triton kernels (default: on with CUDA)")
+    _add(
+        parser,
+        "--decode-graphs",
+        type=_one_of("on", "off"),
+        help="replay decode steps as CUDA graphs (default: on with CUDA)",
+    )
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -114,6 +121,9 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
     engine = {name: given[name] for name in ENGINE_OPTIONS if name in given}
     if "prefix_cache" in given:
         engine["enable_prefix_cache"] = given["prefix_cache"] == "on"
+    for name in ("kernels", "decode_graphs"):
+        if name in given:
+            engine[name] = given[name] == "on"
     fields = {name for name in ServerConfig.__dataclass_fields__ if name != "engine"}
     return ServerConfig(engine=EngineConfig(**engine), **{n: v for n, v in given.items() if n in fields})
 

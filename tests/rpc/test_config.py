@@ -44,6 +44,12 @@ def test_the_prefix_cache_can_be_turned_off():
     assert not parse("--prefix-cache", "off").engine.enable_prefix_cache
 
 
+def test_kernels_and_graphs_are_left_to_the_device_unless_given():
+    assert (parse().engine.kernels, parse().engine.decode_graphs) == (None, None)
+    engine = parse("--kernels", "on", "--decode-graphs", "off").engine
+    assert (engine.kernels, engine.decode_graphs) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
