@@ -35,6 +35,7 @@ from patchclamp_server.model.weights import decoder_from_transformers
 PATIENCE_SECONDS = 30.0
 # Of the largest logit: the bar of DESIGN §5.
 TOLERANCE = 1e-4
+ROUNDING = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def assert_same(family: str, job: Job, outcome: Outcome, *, reuse: bool = False)
         assert reuse or own.rows_from_cache == 0, own
         if not reuse:
             difference = abs(own.mean_relative_change - count.mean_relative_change)
-            assert difference <= 1e-4 * count.mean_relative_change, (own, count)
+            # A change of less than float32 resolves is the rounding of one formula or the other.
+            assert difference <= 1e-4 * count.mean_relative_change + ROUNDING, (own, count)
     assert finished.receipt.touched == any(count.rows for count in expected.receipts)
     assert_same_readouts(outcome.readouts, expected.readouts)
 

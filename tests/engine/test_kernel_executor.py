@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from engine_runs import TOLERANCE, Bench, Job, Outcome, assert_same, bound, loaded
-from programs import EDIT_KINDS, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
+from programs import EDIT_KINDS, PROMPT, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
 from test_against_oracle import BLOCK, CASES, PROMPT_LENGTH, config, job
 from tiny_models import FAMILIES
 
@@ -189,3 +189,12 @@ def test_all_that_programs_held_is_given_back() -> None:
         assert not tables._written
         for ranges in (tables._slots, tables._entries, tables._units):
             assert ranges.acquire(ranges.capacity) == 0
+
+
+def test_a_step_in_which_a_readout_is_out_of_scope_is_not_observed() -> None:
+    """Only the prompt is read: decode steps have nobody between the kernels, and are padded like any other."""
+    readout = Readout(TopNeuronsReadout(3), Site.MLP_POST, "top", layers=(0,), scope=PROMPT)
+    asked = Job(prompt("prompt only", 9), Program(readouts=(readout,)))
+    with Bench("llama", on_kernels()) as bench:
+        assert_same("llama", asked, bench.run([asked])[0])
+        assert graphs_of(bench)._graphs

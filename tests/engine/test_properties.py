@@ -1,5 +1,8 @@
 """Whatever the programs and whoever shares the batch, the answers are the oracle's."""
 
+from dataclasses import replace
+
+import pytest
 from engine_runs import Bench, Job, assert_same, truth
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from programs import prompt, shapes
 from random_programs import programs
 from tiny_models import FAMILIES
 
+from patchclamp_kernels.runtime import reference_only
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.interventions.program import Program
 
@@ -35,6 +39,7 @@ def configs(draw: st.DrawFn) -> EngineConfig:
     )
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["operators", "kernels"])
 @given(data=st.data(), family=st.sampled_from(FAMILIES), config=configs())
 @settings(
     max_examples=30,
@@ -45,14 +50,16 @@ def configs(draw: st.DrawFn) -> EngineConfig:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 def test_random_programs_in_random_batches_are_answered_as_by_the_oracle(
-    data: st.DataObject, family: str, config: EngineConfig
+    kernels: bool, data: st.DataObject, family: str, config: EngineConfig
 ) -> None:
+    config = replace(config, kernels=kernels, decode_graphs=kernels)
     batch = data.draw(st.lists(jobs(family), min_size=1, max_size=5))
     for job in batch:
         expected = truth(family, job)
         assume(expected.condition_margin > CLEAR)
         assume(expected.token_margin > CLEAR)
-    with Bench(family, config) as bench:
+    # The torch references of the kernels: the kernels themselves are tested against them.
+    with reference_only(), Bench(family, config) as bench:
         outcomes = bench.run(batch)
         again = bench.run(batch)
     for job, outcome in zip([*batch, *batch], [*outcomes, *again], strict=True):

@@ -327,7 +327,8 @@ def _compile_case(d: int, *, delta: bool, program: bool, norm: int, head_dim: in
         "NORM": norm,
     }
     name = f"d{d}{' delta' if delta else ''}{' program' if program else ''}{' rms' if norm else ''}"
-    return CompileCase(name, residual_edits_kernel, signature, constexprs, default_config(d))
+    options = {"enable_fp_fusion": False}
+    return CompileCase(name, residual_edits_kernel, signature, constexprs, default_config(d), options=options)
 
 
 def tuning_cases(device: torch.device) -> list[TuningCase]:

@@ -43,6 +43,8 @@ class KernelPlan:
     neuron_rows: bool = False
     most_neuron_entries: int = 0
     breaks: set[int] = field(default_factory=set)
+    # Those of `breaks` that settle latches.
+    latches: set[int] = field(default_factory=set)
     observers: StepPlan | None = None
 
     @property
@@ -137,7 +139,7 @@ class KernelPlanner:
             if key == self._key and self._plan is not None:
                 layouts = [layout for _, layout in self._plan.programs]
                 self._plan.programs = list(zip(spans, layouts, strict=True))
-                self._plan.observers = self._observers(self._plan.programs, spans)
+                self._observe(self._plan, spans)
                 return self._plan
         plan = self._made(spans, rows)
         self._key, self._plan = key, plan
@@ -150,9 +152,7 @@ class KernelPlanner:
         plan = empty_plan(rows, words, items, programs)
         for i, (span, layout) in enumerate(programs):
             self._add(plan, i, span, layout)
-        plan.observers = self._observers(programs, spans)
-        if plan.observers is not None:
-            plan.breaks |= {place_number(site, layer) for site, layer in plan.observers.operators}
+        self._observe(plan, spans)
         return plan
 
     def _add(self, plan: KernelPlan, i: int, span: ProgramSpan, layout: ProgramLayout) -> None:
@@ -178,14 +178,16 @@ class KernelPlanner:
         if n > 1:
             # Rows of one launch run at once: a latch must be settled in an earlier one.
             for edit in layout.bound.edits:
-                plan.breaks |= _latch_break(edit)
+                plan.latches |= _latch_break(edit)
 
-    def _observers(
-        self, programs: list[tuple[ProgramSpan, ProgramLayout]], spans: list[ProgramSpan]
-    ) -> StepPlan | None:
-        if not any(layout.observed for _, layout in programs) and not any(s.capture is not None for s in spans):
-            return None
-        return Compiler(self._setting, spans, only_observers=True).compile()
+    def _observe(self, plan: KernelPlan, spans: list[ProgramSpan]) -> None:
+        """The observers of this step, and the launches that must end for them. Often there are none in scope."""
+        plan.observers, plan.breaks = None, set(plan.latches)
+        if any(layout.observed for _, layout in plan.programs) or any(s.capture is not None for s in spans):
+            observers = Compiler(self._setting, spans, only_observers=True).compile()
+            if observers.operators:
+                plan.observers = observers
+                plan.breaks |= {place_number(site, layer) for site, layer in observers.operators}
 
 
 def _latch_break(edit: BoundEdit) -> set[int]:

@@ -87,7 +87,7 @@ class KernelForward:
             x = x + F.embedding(step.positions, decoder.position_embedding)
         blocks = decoder.blocks
         partial = self._receipt_parts(step)
-        h = self._boundary(step, x, [], (0, 1), blocks[0].attn_norm)
+        h = self._boundary(step, x, None, (0, 1), blocks[0].attn_norm)
         assert h is not None
         for layer, block in enumerate(blocks):
             attn_out = _Delta(
@@ -97,19 +97,23 @@ class KernelForward:
             )
             middle = place_number(Site.RESID_MID, layer)
             if spec.parallel_residual:
-                inner = self._boundary(step, x, [], None, block.mlp_norm)
+                # The MLP may be gated by what attention wrote, which is added to the stream only after it.
+                self._edit(step, attn_out.values, attn_out.place)
+                inner = self._boundary(step, x, None, None, block.mlp_norm)
             else:
-                inner = self._boundary(step, x, [attn_out], (middle, middle + 1), block.mlp_norm)
+                inner = self._boundary(step, x, attn_out, (middle, middle + 1), block.mlp_norm)
             assert inner is not None
             mlp_out = _Delta(
                 self._mlp(step, block, layer, inner, partial), place_number(Site.MLP_OUT, layer), block.post_mlp_norm
             )
+            if spec.parallel_residual:
+                residual_edits(x, delta=attn_out.values)
             last = layer + 1 == len(blocks)
             end = place_number(Site.RESID_POST, layer)
             h = self._boundary(
                 step,
                 x,
-                [attn_out, mlp_out] if spec.parallel_residual else [mlp_out],
+                mlp_out,
                 (end, end + 1 if last else end + 2),
                 decoder.final_norm if last else blocks[layer + 1].attn_norm,
             )
@@ -127,54 +131,39 @@ class KernelForward:
         return torch.empty(shape, dtype=torch.float32, device=self.decoder.device)
 
     def _boundary(
-        self, step: KernelInputs, x: Tensor, deltas: list[_Delta], places: tuple[int, int] | None, norm: Norm | None
+        self, step: KernelInputs, x: Tensor, delta: _Delta | None, places: tuple[int, int] | None, norm: Norm | None
     ) -> Tensor | None:
-        """x ← edits(x + edits(deltas)) in place; the norm of x. One launch unless something must be seen between."""
+        """x ← edits(x + edits(delta)) in place; the norm of x. One launch unless something must be seen between."""
         programs = step.programs
-        program = programs.step(x.shape[1])
-        for delta in deltas[:-1]:
-            self._add(step, x, delta)
-        last = deltas[-1] if deltas else None
         stream = range(*places) if places is not None else range(0)
-        crossed = [*stream] if last is None else [last.place, *stream]
+        crossed = [*stream] if delta is None else [delta.place, *stream]
         if programs.breaks.isdisjoint(crossed):
             return residual_edits(
                 x,
-                delta=None if last is None else last.values,
-                delta_norm=None if last is None else self._params(last.norm),
-                program=program,
-                delta_places=None if last is None else (last.place, last.place + 1),
+                delta=None if delta is None else delta.values,
+                delta_norm=None if delta is None else self._params(delta.norm),
+                program=programs.step(x.shape[1]),
+                delta_places=None if delta is None else (delta.place, delta.place + 1),
                 places=places,
                 norm=self._params(norm),
             )
-        if last is not None:
-            self._add(step, x, last)
+        if delta is not None:
+            added = delta.values
+            if delta.norm is not None:
+                normed = residual_edits(added, norm=self._params(delta.norm))
+                assert normed is not None
+                added = normed
+            self._edit(step, added, delta.place)
+            residual_edits(x, delta=added)
         for place in stream:
-            edit_rows(x, program=program, places=(place, place + 1))
-            self._observe(programs, place, x)
+            self._edit(step, x, place)
         return residual_edits(x, norm=self._params(norm))
 
-    def _add(self, step: KernelInputs, x: Tensor, delta: _Delta) -> None:
-        """x ← x + edits(delta), in a launch of its own."""
-        programs, places = step.programs, (delta.place, delta.place + 1)
-        program = programs.step(x.shape[1])
-        if delta.place not in programs.breaks:
-            residual_edits(
-                x,
-                delta=delta.values,
-                delta_norm=self._params(delta.norm),
-                program=program,
-                delta_places=places,
-            )
-            return
-        values = delta.values
-        if delta.norm is not None:
-            normed = residual_edits(values, norm=self._params(delta.norm))
-            assert normed is not None
-            values = normed
-        edit_rows(values, program=program, places=places)
-        self._observe(programs, delta.place, values)
-        residual_edits(x, delta=values)
+    def _edit(self, step: KernelInputs, x: Tensor, place: int) -> None:
+        """Edits and observes activations at one place, in a launch of its own."""
+        programs = step.programs
+        edit_rows(x, program=programs.step(x.shape[1]), places=(place, place + 1))
+        self._observe(programs, place, x)
 
     def _attention(self, step: KernelInputs, block: Block, layer: int, h: Tensor, pool: Tensor) -> Tensor:
         spec, programs = self.decoder.spec, step.programs
