@@ -4,6 +4,8 @@ The ops run their torch references, so that every architecture and every kind of
 bookkeeping are tested here, the kernels in tests/kernels, and both together in test_kernels_interpreted.py.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -198,3 +200,10 @@ def test_a_step_in_which_a_readout_is_out_of_scope_is_not_observed() -> None:
     with Bench("llama", on_kernels()) as bench:
         assert_same("llama", asked, bench.run([asked])[0])
         assert graphs_of(bench)._graphs
+
+
+def test_a_server_on_a_cpu_never_imports_the_kernels() -> None:
+    """They need Triton, which a machine without a GPU need not have."""
+    code = "import sys, patchclamp_server.rpc.server; print('patchclamp_kernels' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "False"
