@@ -38,6 +38,34 @@ def cpu(result: dict[str, Any]) -> list[str]:
     ]
 
 
+SPARSE_CASES = {
+    "8b_float32": "8B shape, float32",
+    "8b_bfloat16": "8B shape, bfloat16",
+    "embedded_codes": "SmolLM2-135M, 4-bit codes",
+}
+SPARSE_SETS = {"fixed": "fixed for the sequence", "token": "of each token", "gate": "known after the gate"}
+
+
+def sparse_speed(result: dict[str, Any]) -> list[str]:
+    """Against the fastest dense product of the run, ours or torch's."""
+    lines = [
+        "| MLP on a CPU, batch 1, half of the neurons | speed-up | bound by bytes | of the bound |",
+        "|---|---:|---:|---:|",
+    ]
+    for case, model in SPARSE_CASES.items():
+        for kind, sets in SPARSE_SETS.items():
+            row = result["cases"][case]["sparse"][f"{kind} 0.5"]
+            numbers = f"{row['vs_fastest']:.2f} | {row['byte_bound']:.2f} | {100 * row['of_byte_bound']:.0f} %"
+            lines.append(f"| {model}; sets {sets} | {numbers} |")
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/sparse_speed.py` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
+        f"{result['threads']} threads,",
+        f"medians of {result['rounds']} alternating rounds in one run; no request is served this way yet.",
+    ]
+
+
 # What the goals of benchmarks/gpu.py are about, and whether less is better.
 GOALS = {
     "attention_decode_vs_bound": ("attention at decode, of its bandwidth bound", False),
@@ -84,7 +112,7 @@ def gpu(result: dict[str, Any]) -> list[str]:
 
 
 # By what a result says it is, or else by the name of its file.
-SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"cpu": cpu, "gpu": gpu}
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"cpu": cpu, "gpu": gpu, "sparse_speed": sparse_speed}
 
 
 def section(path: Path) -> list[str]:

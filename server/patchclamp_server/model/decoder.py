@@ -8,7 +8,6 @@ one by one, by matrices in a layout that streams badly for few rows (linear.py),
 fused. It is not the number of operators that makes the difference in benchmarks/cpu.py: both issue some 2,200 a token.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from patchclamp_server.engine.attention import AttentionBatch, paged_attention
 from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.activations import ACTIVATION_FUNCTIONS
 from patchclamp_server.model.linear import FEW_ROWS, Linear
 from patchclamp_server.model.spec import DecoderSpec
 
@@ -73,18 +73,6 @@ class Block:
     post_mlp_norm: Norm | None
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-_ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": F.relu,
-}
-
-
 class Decoder:
     """A decoder-only transformer whose sites can be edited and read."""
 
@@ -109,7 +97,7 @@ class Decoder:
         self.windows = set(spec.windows)
         self.device = embedding.device
         self.dtype = embedding.dtype
-        self._activation = _ACTIVATION_FUNCTIONS[spec.activation]
+        self._activation = ACTIVATION_FUNCTIONS[spec.activation]
 
     def warm_up(self) -> None:
         """Compiles what is compiled at run time, so that no request waits for it."""

@@ -1,0 +1,169 @@
+"""Calibration: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
+
+Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.program import Site
+from patchclamp_server.sparsity.budgets import GRID, REFERENCE, damage_curves
+from patchclamp_server.sparsity.coreinfer_similarity import CoreInferSimilarity, multi_hot
+from patchclamp_server.sparsity.coreinfer_stability import core_counts, token_order
+from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for, product_inputs
+from patchclamp_server.sparsity.evaluate import Evaluator
+from patchclamp_server.sparsity.fovea import Fovea
+from patchclamp_server.sparsity.kmeans import elbow_clusters
+from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
+from patchclamp_server.sparsity.policy import PROJECTIONS, Policy
+from patchclamp_server.sparsity.profile import Profile
+from patchclamp_server.sparsity.quantiles import quantiles
+from patchclamp_server.sparsity.teal import Teal
+from patchclamp_server.sparsity.teal_allocation import greedy_path
+
+# Rows kept of each document where samples are kept rather than sums.
+SAMPLE_EVERY = 16
+SENTENCE_TOKENS = 64
+# Of the documents, what the slower measurements use.
+DAMAGE_DOCUMENTS, DAMAGE_ROWS = 2, 128
+GREEDY_DOCUMENTS, GREEDY_TOKENS = 2, 128
+
+Tensors = dict[str, Tensor]
+
+
+def calibrate(policy: Policy, model: SparseModel, documents: Tensor, card: Mapping[str, Any] | None = None) -> Profile:
+    """A profile of `policy` from documents [n, tokens]. InvalidArgument: the policy has nothing to calibrate."""
+    function = CALIBRATIONS.get(policy.name)
+    if function is None:
+        raise InvalidArgument("sparsity.policy", f"{policy.name} needs no profile; these do: {', '.join(CALIBRATIONS)}")
+    tensors = function(policy, model, documents)
+    tokens = {"calibration_documents": len(documents), "calibration_tokens": documents.numel()}
+    return Profile(policy.name, model.fingerprint, tensors, {**tokens, **(card or {})})
+
+
+def _samples(model: SparseModel, documents: Tensor, *names: str) -> dict[str, list[Tensor]]:
+    """Some inputs [n, width] of the products named, by layer."""
+    parts: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(model.n_layers)] for name in names}
+    for _, heard in product_inputs(model, documents):
+        for name, layers in parts.items():
+            for layer, kept in enumerate(layers):
+                kept.append(heard[layer, name][::SAMPLE_EVERY].clone())
+    return {name: [torch.cat(kept) for kept in layers] for name, layers in parts.items()}
+
+
+def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
+    samples = _samples(model, documents, *PROJECTIONS)
+    tensors = {
+        f"quantiles.{name}": torch.stack([quantiles(x.abs()) for x in layers]) for name, layers in samples.items()
+    }
+    if isinstance(policy, Teal) and policy.allocation == "greedy":
+        few = documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS]
+        residuals = KeepSite(Site.RESID_PRE)
+        decoder = model.decoder
+        decoder.forward(inputs_of(few, 0, few.shape[1], decoder), pools_for(decoder, few), residuals)
+        paths = []
+        for layer in range(model.n_layers):
+            grids = [tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
+            paths.append(greedy_path(decoder, layer, residuals.kept[layer], len(few), grids))
+        length = min(map(len, paths))
+        tensors["greedy"] = torch.stack([path[:length] for path in paths])
+    return tensors
+
+
+def _cats(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
+    samples = zip(_samples(model, documents, "mlp_input")["mlp_input"], model.layers, strict=True)
+    return {"quantiles": torch.stack([quantiles(MlpInput(x, weights).activated.abs()) for x, weights in samples])}
+
+
+def _static_set(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
+    scores = torch.zeros(model.n_layers, model.spec.d_ff)
+    for _, heard in product_inputs(model, documents):
+        for layer, weights in enumerate(model.layers):
+            neurons = heard[layer, "mlp_output"].float()
+            scores[layer] += (neurons.square().sum(0) * weights.down_norm.float().square()).cpu()
+    return {"scores": scores.to(model.decoder.device)}
+
+
+def _similarity(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
+    assert isinstance(policy, CoreInferSimilarity)
+    tokens = min(SENTENCE_TOKENS, documents.shape[1])
+    sentences = []
+    for _, heard in product_inputs(model, documents):
+        rows = heard[0, "mlp_output"].shape[0]
+        for start in range(0, rows - tokens + 1, tokens):
+            counts = [
+                core_counts(
+                    [token_order(heard[layer, "mlp_output"][start : start + tokens], policy)],
+                    policy.token_keep,
+                    model.spec.d_ff,
+                )
+                for layer in range(model.n_layers)
+            ]
+            sentences.append(torch.stack(counts))
+    by_sentence = torch.stack(sentences)  # [sentences, n_layers, d_ff]
+    cluster_layer = model.n_layers - 1 if policy.end_layer is None else max(policy.end_layer - 1, 0)
+    centres, assigned = elbow_clusters(multi_hot(by_sentence[:, cluster_layer]))
+    totals = torch.zeros(len(centres), *by_sentence.shape[1:], dtype=by_sentence.dtype)
+    totals.index_add_(0, assigned.cpu(), by_sentence.cpu())
+    return {
+        "centres": centres,
+        "counts": totals.to(centres.device),
+        "cluster_layer": torch.tensor(cluster_layer),
+    }
+
+
+@torch.inference_mode()
+def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
+    assert isinstance(policy, Fovea)
+    samples = _samples(model, documents, "mlp_input")["mlp_input"]
+    # A selector without uncertainty, to see its sketches with.
+    shape = (model.n_layers, model.spec.d_ff)
+    names = [f"gate_error.{policy.bits}", f"up_error.{policy.bits}"]
+    blind = Profile(policy.name, model.fingerprint, {name: torch.zeros(shape) for name in names})
+    sketches = policy.bind(model, blind).sketches
+    errors: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for x, sketched in zip(samples, sketches, strict=True):
+        exact = MlpInput(x, sketched.weights)
+        for found, blurred, true in zip(errors, sketched.blurred(x), (exact.gate, exact.up), strict=True):
+            if blurred is not None:
+                found.append((blurred - true).square().mean(0).sqrt())
+    tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
+    if policy.budget == "measured":
+        profile = Profile(policy.name, model.fingerprint, tensors)
+        tensors["damage"] = _damage(replace(policy, budget="uniform"), model, documents, profile, samples)
+    return tensors
+
+
+def _damage(policy: Fovea, model: SparseModel, documents: Tensor, profile: Profile, samples: list[Tensor]) -> Tensor:
+    """D [n_layers, GRID] of budgets.py."""
+    few = documents[:DAMAGE_DOCUMENTS]
+    evaluator = Evaluator(model, few, few.shape[1] // 2)
+    divergence, errors = [], []
+    for layer, x in enumerate(samples):
+        alone = tuple(REFERENCE if other == layer else 1.0 for other in range(model.n_layers))
+        divergence.append(evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile)).divergence)
+        mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
+        down, row = mlp.weights.down, []
+        for keep in GRID:
+            selector = replace(policy, keep_ratio=keep).bind(model, profile)
+            selection = selector.select(selector.begin(), layer, mlp)
+            error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
+            if selection.remainder is not None:
+                error -= selection.remainder(selection.active)
+            row.append(float(error.square().sum()))
+        errors.append(row)
+    return damage_curves(torch.tensor(divergence), torch.tensor(errors))
+
+
+CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor], Tensors]] = {
+    "teal": _teal,
+    "cats": _cats,
+    "static_set": _static_set,
+    "coreinfer_similarity": _similarity,
+    "fovea": _fovea,
+}

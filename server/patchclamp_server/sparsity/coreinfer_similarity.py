@@ -1,0 +1,67 @@
+"""CoreInfer, similarity-guided: prompts of one topic share their core, so a prompt takes the core of its cluster.
+
+Calibration: each sentence has core counts f_l (see coreinfer_stability); the multi-hot of the top neurons at
+`cluster_layer`, scaled to length one, is clustered by k-means (k ≥ 4, the elbow of the inertia), and a cluster's
+neurons are ranked, layer by layer, by the summed counts of its sentences. A request is given the cluster whose centre
+is nearest to the multi-hot of its own prompt, and the keep · d_ff first neurons of that ranking. Without a prompt: the
+first cluster. Same paper as coreinfer_stability.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.sparsity.coreinfer_stability import (
+    CoreInferStability,
+    core_counts,
+    most_frequent,
+    token_order,
+)
+from patchclamp_server.sparsity.mlp import SparseModel
+from patchclamp_server.sparsity.policy import ONLY_ACTIVE, Cost, Selector, SequenceState
+from patchclamp_server.sparsity.profile import Profile
+from patchclamp_server.sparsity.top import top_mask
+
+MULTI_HOT_KEEP = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreInferSimilarity(CoreInferStability):
+    name: ClassVar[str] = "coreinfer_similarity"
+    needs_profile: ClassVar[bool] = True
+
+    def bind(self, model: SparseModel, profile: Profile | None = None) -> Selector:
+        return _Selector(self, model, profile)
+
+
+class _Selector(Selector):
+    def __init__(self, policy: CoreInferStability, model: SparseModel, profile: Profile | None) -> None:
+        super().__init__(policy, model, profile)
+        assert profile is not None
+        self._policy = policy
+        self._centres = profile.tensors["centres"]  # [k, d_ff]
+        self._counts = profile.tensors["counts"]  # [k, n_layers, d_ff]
+        self._layer = int(profile.tensors["cluster_layer"])
+
+    def observe_prompt(self, state: SequenceState, layer: int, neurons: Tensor) -> None:
+        if layer == self._layer:
+            state.statistics.setdefault(layer, []).append(token_order(neurons, self._policy))
+
+    def end_prompt(self, state: SequenceState) -> None:
+        cluster = 0
+        if self._layer in state.statistics:
+            counts = core_counts(state.statistics[self._layer], self._policy.token_keep, self.model.spec.d_ff)
+            cluster = int((self._centres - multi_hot(counts)).square().sum(1).argmin())
+        state.statistics.clear()
+        state.sets = {layer: most_frequent(self._counts[cluster, layer], keep) for layer, keep in enumerate(self.keep)}
+
+    def cost(self, layer: int, weight_bits: int = 16) -> Cost:
+        return ONLY_ACTIVE
+
+
+def multi_hot(counts: Tensor) -> Tensor:
+    """[..., d_ff] -> 1/√n at the n most frequent neurons."""
+    hot = (top_mask(counts, MULTI_HOT_KEEP) & (counts > 0)).float()
+    return torch.nn.functional.normalize(hot, dim=-1)

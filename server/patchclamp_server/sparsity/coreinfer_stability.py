@@ -1,0 +1,88 @@
+"""CoreInfer, stability-guided: the neurons most often in the core of a prompt token.
+
+    m    = mean over tokens of #{j: h_tj > 0}                   k = token_keep · m, rounded up
+    core of token t: its k largest positive h_tj                f_j = #{t: j in the core of t}
+    set  = the keep · d_ff neurons with the largest f_j, of those with f_j > 0
+
+CoreInfer: Accelerating Large Language Model Inference with Semantics-Inspired Adaptive Sparse Activation (Wang et al.
+2024); published for layers 6-26 of 32. `rank_by="magnitude"` counts and ranks |h| instead, for models without ReLU.
+Fewer distinct neurons than asked for give a smaller set, at worst an empty one; ties go by the index. k needs the whole
+prompt, so until `end_prompt` a state keeps the order of token_keep · d_ff neurons a token (int32).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.sparsity.mlp import SparseModel
+from patchclamp_server.sparsity.policy import (
+    ONLY_ACTIVE,
+    Cost,
+    Policy,
+    Selector,
+    SequenceState,
+    check_choice,
+    check_ratio,
+)
+from patchclamp_server.sparsity.profile import Profile
+from patchclamp_server.sparsity.top import count
+
+RANKINGS = ("value", "magnitude")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreInferStability(Policy):
+    rank_by: str = "magnitude"
+    token_keep: float = 0.2
+    name: ClassVar[str] = "coreinfer_stability"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("rank_by", self.rank_by, RANKINGS)
+        check_ratio("token_keep", self.token_keep)
+
+    def bind(self, model: SparseModel, profile: Profile | None = None) -> Selector:
+        return _Selector(self, model, profile)
+
+
+class _Selector(Selector):
+    def __init__(self, policy: CoreInferStability, model: SparseModel, profile: Profile | None) -> None:
+        super().__init__(policy, model, profile)
+        self._policy = policy
+
+    def observe_prompt(self, state: SequenceState, layer: int, neurons: Tensor) -> None:
+        state.statistics.setdefault(layer, []).append(token_order(neurons, self._policy))
+
+    def end_prompt(self, state: SequenceState) -> None:
+        for layer, chunks in state.statistics.items():
+            counts = core_counts(chunks, self._policy.token_keep, self.model.spec.d_ff)
+            state.sets[layer] = most_frequent(counts, self.keep[layer])
+        state.statistics.clear()
+
+    def cost(self, layer: int, weight_bits: int = 16) -> Cost:
+        return ONLY_ACTIVE
+
+
+def token_order(neurons: Tensor, policy: CoreInferStability) -> tuple[Tensor, Tensor]:
+    """Of each row its strongest neurons in order [n, most], -1 beyond its positive ones; and how many are [n]."""
+    h = neurons.abs() if policy.rank_by == "magnitude" else neurons
+    most = -int(-policy.token_keep * h.shape[1] // 1)
+    top = h.topk(most, dim=1)
+    return torch.where(top.values > 0, top.indices, -1).int(), (h > 0).sum(1)
+
+
+def core_counts(chunks: list[tuple[Tensor, Tensor]], token_keep: float, d_ff: int) -> Tensor:
+    """f [d_ff] of a whole prompt."""
+    order, positives = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    k = -int(-token_keep * positives.double().mean().item() // 1)
+    core = order[:, :k].flatten().long()
+    return torch.bincount(core[core >= 0], minlength=d_ff)
+
+
+def most_frequent(counts: Tensor, keep: float) -> Tensor:
+    chosen = counts.sort(descending=True, stable=True).indices[: count(keep, len(counts))]
+    mask = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
+    mask[chosen] = True
+    return mask & (counts > 0)

@@ -1,0 +1,162 @@
+"""What every sparse policy is: a frozen, validated description, and the same thing bound to a model.
+
+A policy answers, per MLP layer and token row, which neurons are computed exactly (`Selector.select`), or which input
+channels of a projection are read (`Selector.channels`). `keep_ratio` is the share that is kept; a tuple gives one for
+each layer. A layer that keeps 1.0 is never asked, so its output is that of the dense model, bit for bit.
+
+Life of a sequence: `begin` → `observe_prompt` for each chunk of its (dense) prefill and layer → `end_prompt` → `select`
+for its decode rows. All that a policy knows of a sequence is in its SequenceState.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument
+from patchclamp_server.model.spec import DecoderSpec
+from patchclamp_server.sparsity.mlp import MlpInput, MlpWeights, SparseModel
+from patchclamp_server.sparsity.profile import Profile
+
+# The four products of a block whose inputs TEAL and WINA thin out.
+PROJECTIONS = ("qkv", "attn_output", "mlp_input", "mlp_output")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Weight bytes read by one row, over those of the dense MLP (for channel policies: of the four projections).
+
+    always + active · share + dropped · (1 - share), where `share` is the share of active neurons (or channels).
+    """
+
+    always: float
+    active: float
+    dropped: float = 0.0
+
+    def bytes_read(self, share: float) -> float:
+        return self.always + self.active * share + self.dropped * (1.0 - share)
+
+
+# A neuron's three vectors are read when it is active, and nothing else.
+ONLY_ACTIVE = Cost(0.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """`active` [n, d_ff] bool. `remainder`: from the final set (forced neurons are in it) to [n, d_model], what the
+    neurons that are not in it are taken to add; None for nothing."""
+
+    active: Tensor
+    remainder: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """What a policy knows of one sequence. `sets` [d_ff] bool by layer: for all its decode; `statistics`: the rest."""
+
+    sets: dict[int, Tensor] = field(default_factory=dict)
+    statistics: dict[int, Any] = field(default_factory=dict)
+
+
+class Selector(ABC):
+    """A policy bound to a model, and to a profile where it has one. Shared by all sequences: it holds no state."""
+
+    def __init__(self, policy: "Policy", model: SparseModel, profile: Profile | None = None) -> None:
+        if profile is not None:
+            profile.check(policy.name, model)
+        elif policy.needs_profile:
+            raise FailedPrecondition("sparsity.profile", f"{policy.name} needs a calibrated profile")
+        self.model = model
+        self.profile = profile
+        self.keep = policy.keep_by_layer(model.n_layers)
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether the layer computes everything, so that nothing is selected."""
+        return self.keep[layer] >= 1.0
+
+    def begin(self) -> SequenceState:
+        return SequenceState()
+
+    def observe_prompt(self, state: SequenceState, layer: int, neurons: Tensor) -> None:  # noqa: B027
+        """Neurons [n, d_ff] of the next n prompt tokens, after the edits."""
+
+    def end_prompt(self, state: SequenceState) -> None:  # noqa: B027
+        """The whole prompt was observed: sets that come from it are fixed now."""
+
+    def fixed_set(self, state: SequenceState, layer: int) -> Tensor | None:
+        """The set [d_ff] bool of a sequence where it is the same for every token, so that it can be compacted once."""
+        return state.sets.get(layer)
+
+    def select(self, state: SequenceState, layer: int, mlp: MlpInput) -> Selection | None:
+        """Which neurons of the rows of one sequence are computed; None: all. Reads of `mlp` only what it has to."""
+        active = self.fixed_set(state, layer)
+        return None if active is None else Selection(active.expand(mlp.rows, -1))
+
+    def channels(self, layer: int, projection: str, x: Tensor) -> Tensor | None:
+        """Which inputs [n, width] bool of a projection are read; None: all."""
+        return None
+
+    @abstractmethod
+    def cost(self, layer: int, weight_bits: int = 16) -> Cost:
+        """What a row reads, where the weights of the model have `weight_bits` bits."""
+
+    def weights(self, layer: int) -> MlpWeights:
+        return self.model.layers[layer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """Layers outside `first_layer` ≤ l < `end_layer` (None: the last) stay dense."""
+
+    keep_ratio: float | tuple[float, ...] = 0.5
+    first_layer: int = 0
+    end_layer: int | None = None
+
+    name: ClassVar[str]
+    needs_profile: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
+        for ratio in ratios:
+            check_ratio("keep_ratio", ratio)
+        if self.first_layer < 0:
+            raise InvalidArgument("sparsity.first_layer", f"{self.first_layer} is negative")
+        if self.end_layer is not None and self.end_layer < self.first_layer:
+            raise InvalidArgument("sparsity.end_layer", f"{self.end_layer} is before layer {self.first_layer}")
+
+    def keep_by_layer(self, n_layers: int) -> tuple[float, ...]:
+        if (self.end_layer or 0) > n_layers or self.first_layer > n_layers:
+            raise InvalidArgument("sparsity.end_layer", f"layers end at {n_layers}")
+        keep = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,) * n_layers
+        if len(keep) != n_layers:
+            raise InvalidArgument("sparsity.keep_ratio", f"{len(keep)} ratios for {n_layers} layers")
+        end = n_layers if self.end_layer is None else self.end_layer
+        return tuple(ratio if self.first_layer <= layer < end else 1.0 for layer, ratio in enumerate(keep))
+
+    @abstractmethod
+    def bind(self, model: SparseModel, profile: Profile | None = None) -> Selector:
+        """FailedPrecondition: a profile of another model or policy, or none where one is needed."""
+
+
+def check_ratio(field_name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:  # NaN fails too
+        raise InvalidArgument(f"sparsity.{field_name}", f"{value} is not a share between 0 and 1")
+
+
+def check_choice(field_name: str, value: object, accepted: tuple[object, ...]) -> None:
+    if value not in accepted:
+        raise InvalidArgument(f"sparsity.{field_name}", f"{value!r} is not one of {', '.join(map(str, accepted))}")
+
+
+def weight_shares(spec: DecoderSpec) -> list[float]:
+    """Of the weights of a block, by product, in the order of PROJECTIONS."""
+    heads = spec.n_heads * spec.head_dim
+    sizes = [
+        spec.d_model * (heads + 2 * spec.n_kv_heads * spec.head_dim),
+        heads * spec.d_model,
+        spec.d_model * spec.d_ff * (2 if spec.family.gated else 1),
+        spec.d_ff * spec.d_model,
+    ]
+    return [size / sum(sizes) for size in sizes]

@@ -1,0 +1,78 @@
+"""Tiny models as policies see them, with profiles of every policy that has one."""
+
+from functools import cache
+
+import torch
+from tiny_models import VOCAB, tiny_model
+from torch import Tensor
+
+from patchclamp_server.model.weights import decoder_from_transformers
+from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, Policy, Profile, Selector, SparseModel, calibrate
+from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
+from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.sparsity.policy import SequenceState
+from patchclamp_server.sparsity.teal import Teal
+
+# Every policy that can be bound without saying more.
+NAMES = tuple(POLICIES)
+
+
+@cache
+def sparse_model(family: str = "llama") -> SparseModel:
+    decoder = decoder_from_transformers(tiny_model(family), dtype=torch.float32, device="cpu")
+    return SparseModel(family, decoder)
+
+
+def documents(n: int, tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (n, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def profile(name: str, family: str = "llama") -> Profile | None:
+    if name not in CALIBRATIONS:
+        return None
+    policy = Teal(allocation="greedy") if name == "teal" else POLICIES[name]()
+    return calibrate(policy, sparse_model(family), documents(4, 32, seed=7), {"text": "random tokens"})
+
+
+def bound(policy: Policy, family: str = "llama") -> Selector:
+    # CATS without a profile keeps an exact number for each row.
+    wanted = None if policy.name == "cats" else profile(policy.name, family)
+    return policy.bind(sparse_model(family), wanted)
+
+
+def rows_of(x: Tensor, per_document: int) -> list[Tensor]:
+    return list(torch.split(x, per_document))
+
+
+def run(
+    model: SparseModel,
+    tokens: Tensor,
+    prompt: int,
+    selectors: list[Selector],
+    forced: dict[int, Tensor] | None = None,
+) -> tuple[list[Tensor], list[SequenceState]]:
+    """Residual states [tokens - prompt, d] of every document after its prompt, each by its own selector."""
+    states = [selector.begin() for selector in selectors]
+    step = Step()
+    decoder = sparse_decoder(model, step)
+    pools = pools_for(decoder, tokens)
+    for start, end in ((0, prompt), (prompt, tokens.shape[1])):
+        n = end - start
+        step.rows = [
+            Rows(slice(i * n, (i + 1) * n), selector, state, prompt=start == 0, forced=forced or {})
+            for i, (selector, state) in enumerate(zip(selectors, states, strict=True))
+        ]
+        x = decoder.forward(inputs_of(tokens, start, end, decoder), pools, NoHooks())
+        if start == 0:
+            for selector, state in zip(selectors, states, strict=True):
+                selector.end_prompt(state)
+    return rows_of(x, tokens.shape[1] - prompt), states
+
+
+def dense_run(model: SparseModel, tokens: Tensor, prompt: int) -> list[Tensor]:
+    decoder = model.decoder
+    pools = pools_for(decoder, tokens)
+    decoder.forward(inputs_of(tokens, 0, prompt, decoder), pools, NoHooks())
+    x = decoder.forward(inputs_of(tokens, prompt, tokens.shape[1], decoder), pools, NoHooks())
+    return rows_of(x, tokens.shape[1] - prompt)
