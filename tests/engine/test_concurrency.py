@@ -169,3 +169,20 @@ def test_an_edit_that_overflows_fails_its_own_request_and_leaves_no_trace() -> N
     assert expected.tokens == beside.tokens == after.tokens
     assert len(expected.tokens) == 8
     assert all(bool(torch.isfinite(pool).all()) for pool in engine.cache.pools)
+
+
+def test_a_shutdown_between_two_steps_is_not_missed() -> None:
+    """The wake of a shutdown that comes just before the loop clears its wakes must not be the only sign of it."""
+    engine = Engine(loaded(FAMILY))
+
+    class Wake(threading.Event):
+        def clear(self) -> None:
+            if not engine._stopping:
+                engine._stopping = True
+                self.set()
+            super().clear()
+
+    engine._wake = Wake()
+    engine.start()
+    engine._thread.join(10.0)
+    assert not engine._thread.is_alive()

@@ -195,8 +195,11 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            while not self._stopping:
+            while True:
+                # In this order: who sets `_stopping` wakes the loop after it, and a wake that is cleared has been seen.
                 self._wake.clear()
+                if self._stopping:
+                    break
                 timeout = self._expire()
                 if not self.step():
                     self._wake.wait(timeout)
