@@ -15,13 +15,12 @@ the list, would be many times the work: an entry names tens of 14,336 neurons.) 
 tile are found by sampling its ascending list once. `partial` receives what receipts are made of (receipts.py).
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchclamp_kernels.activate import ACTIVATIONS, activate
 from patchclamp_kernels.cases import CompileCase, TuningCase
 from patchclamp_kernels.configs import Config, config_for
 from patchclamp_kernels.gated_activation.program import (
@@ -52,7 +51,6 @@ from patchclamp_kernels.program_table import (
 )
 from patchclamp_kernels.runtime import check, check_tensor, uses_kernel
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEFAULT = Config({"BLOCK": 1024, "CHUNK": 128}, num_warps=4, num_stages=1)
 
@@ -80,21 +78,6 @@ _UNIT = tl.constexpr(UNIT)
 _NEURONS = tl.constexpr(int(EntryKind.NEURONS))
 _NEURON_VALUES = tl.constexpr(int(EntryKind.NEURON_VALUES))
 _LATCHED = tl.constexpr(int(EntryFlag.LATCHED))
-_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
-_SQRT_8_PI = tl.constexpr(math.sqrt(8 / math.pi))
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        y = x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "gelu":
-        y = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
-    elif ACTIVATION == "gelu_tanh":
-        y = x / (1.0 + tl.exp(-_SQRT_8_PI * (x + 0.044715 * x * x * x)))
-    else:
-        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return y
 
 
 @triton.jit
@@ -168,7 +151,7 @@ def _gated_activation_kernel(
     inside = columns < d_ff
     width = 2 * d_ff if GATED else d_ff
     gate = tl.load(hidden + row * width + columns, mask=inside, other=0.0)
-    a = _activate(gate.to(tl.float32), ACTIVATION).to(gate.dtype)
+    a = activate(gate.to(tl.float32), ACTIVATION).to(gate.dtype)
     if GATED:
         up = tl.load(hidden + row * width + d_ff + columns, mask=inside, other=0.0)
         a = (a.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)

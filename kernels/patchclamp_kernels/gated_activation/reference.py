@@ -1,9 +1,9 @@
 """What `gated_activation` computes, in torch, an entry of a row at a time. In float64 it is the truth of the tests."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from patchclamp_kernels.activate import activate_reference
 from patchclamp_kernels.gated_activation.program import NeuronProgram
 from patchclamp_kernels.program_table import (
     COLUMN,
@@ -34,14 +34,7 @@ def gated_activation_reference(
 ) -> Tensor:
     wide = accumulation_dtype(hidden.dtype)
     gate, up = hidden.chunk(2, dim=1) if gated else (hidden, None)
-    gate = gate.to(wide)
-    if activation == "silu":
-        neurons = F.silu(gate)
-    elif activation == "relu":
-        neurons = F.relu(gate)
-    else:
-        neurons = F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-    neurons = neurons.to(hidden.dtype)
+    neurons = activate_reference(gate.to(wide), activation).to(hidden.dtype)
     if up is not None:
         neurons = neurons * up
     if program is not None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from patchclamp_kernels.cases import CompileCase, TuningCase
 from patchclamp_kernels.configs import Config
 from patchclamp_kernels.sparse_mlp.index_sets import (
-    ACTIVATIONS,
     default_up_config,
     sparse_down,
     sparse_up,
@@ -43,7 +42,7 @@ def compile_cases() -> list[CompileCase]:
 def _up_cases() -> Iterator[CompileCase]:
     for rows, group in product(ROWS, GROUPS):
         config = default_up_config(rows, _weight_like(group))
-        constexprs: dict[str, Any] = {"ACTIVATION": ACTIVATIONS["silu"], "GATED": True, "bias": None}
+        constexprs: dict[str, Any] = {"ACTIVATION": "silu", "GATED": True, "bias": None}
         yield _case("up", up_row_kernel, up_tile_kernel, rows, group, config, constexprs)
 
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchclamp_kernels.activate import ACTIVATIONS, activate, activate_reference
 from patchclamp_kernels.configs import Config, config_for
 from patchclamp_kernels.dot import product
 from patchclamp_kernels.runtime import accumulation_dtype, check, check_tensor, uses_kernel
@@ -39,7 +40,6 @@ from patchclamp_kernels.sparse_mlp.int4 import (
 from patchclamp_kernels.sparse_mlp.rows import MOST_ROWS, bucket_of, weighted_rows
 from patchclamp_kernels.sparse_mlp.sets import NeuronSets
 
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,7 +56,7 @@ def sparse_up_reference(
     acc = accumulation_dtype(x.dtype)
     z = F.linear(x.to(acc), dense(gate_up, acc), None if bias is None else bias.to(acc))
     gate, up = z.chunk(2, dim=1) if gated else (z, None)
-    neurons = _activate(gate, activation) if up is None else _activate(gate, activation) * up
+    neurons = activate_reference(gate, activation) if up is None else activate_reference(gate, activation) * up
     index, active, _ = sets.of_rows(neurons.shape[1])
     return torch.where(active, neurons.gather(1, index), 0).to(x.dtype)
 
@@ -88,31 +88,11 @@ def sparse_mlp_reference(
     return sparse_down_reference(h, down, sets, bias=down_bias)
 
 
-def _activate(z: Tensor, activation: str) -> Tensor:
-    match activation:
-        case "silu":
-            return F.silu(z)
-        case "gelu":
-            return F.gelu(z)
-        case "gelu_tanh":
-            return F.gelu(z, approximate="tanh")
-        case _:
-            return F.relu(z)
-
-
 @triton.jit
 def _neuron(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """act(gate) · up, or act(up) of an ungated MLP."""
     z = gate if GATED else up
-    if ACTIVATION == 0:
-        value = z * tl.sigmoid(z)
-    elif ACTIVATION == 1:
-        value = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == 2:
-        # (1 + tanh t) / 2 = sigmoid(2 t)
-        value = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    else:
-        value = tl.where(z < 0, 0.0, z)  # a NaN stays one
+    value = activate(z, ACTIVATION)
     return value * up if GATED else value
 
 
@@ -305,7 +285,7 @@ def sparse_up(
         "slots": slots,
         "neurons": gate_up.shape[0] // 2 if gated else gate_up.shape[0],
         "width": width,
-        "ACTIVATION": ACTIVATIONS[activation],
+        "ACTIVATION": activation,
         "GATED": gated,
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages,
