@@ -9,6 +9,7 @@ import torch
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import ReadoutValue, Receipt, Site
+from patchclamp_server.sparsity.policy import Selector
 
 
 class Priority(IntEnum):
@@ -58,6 +59,26 @@ class Capture:
     pooling: Pooling
 
 
+@dataclass(frozen=True)
+class QualityGuard:
+    """A share of the generated tokens is computed densely as well; sparse inference ends for the sequence when the mean
+    KL(dense ‖ sparse) of the last `window` of them is above `max_divergence` nats."""
+
+    max_divergence: float
+    sample_rate: float = 1 / 16
+    window: int = 8
+
+
+@dataclass(frozen=True, eq=False)
+class SparseInference:
+    """Tokens after the prompt are computed by `selector`. `profile` is the id of its artifact, where it has one."""
+
+    policy: str
+    selector: Selector
+    profile: str = ""
+    guard: QualityGuard | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One sequence to run. `on_event` is called on the engine's thread and must not block.
@@ -82,6 +103,7 @@ class Request:
     # Run a second, unedited sequence along the generated tokens, and report the divergence at each.
     compare_baseline: bool = False
     capture: Capture | None = None
+    sparsity: SparseInference | None = None
 
 
 class FinishReason(Enum):
@@ -145,12 +167,36 @@ class Captured:
 
 
 @dataclass(frozen=True)
+class GuardReport:
+    """Fields as in the message GuardReport."""
+
+    sampled_tokens: int
+    mean_divergence: float
+    top1_agreement: float
+    max_divergence: float
+    dense_from: int | None = None
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """Fields as in the message SparsityReport."""
+
+    policy: str
+    profile: str
+    sparse_tokens: int
+    dense_tokens: int
+    active_ratio: float
+    guard: GuardReport | None = None
+
+
+@dataclass(frozen=True)
 class Finished:
     reason: FinishReason
     receipt: Receipt
     usage: Usage
     seed: int
     stop_string: str = ""
+    sparsity: SparsityReport | None = None
 
 
 @dataclass(frozen=True)

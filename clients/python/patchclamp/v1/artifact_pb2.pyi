@@ -33,6 +33,10 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     """One direction for each layer: tensors "layer.<l>" [width]."""
     ARTIFACT_KIND_NEURON_SET: _ArtifactKind.ValueType  # 2
     """Neuron indices for each layer: tensors "layer.<l>.neurons" [n] and optionally "layer.<l>.values" [n]."""
+    ARTIFACT_KIND_SPARSITY_PROFILE: _ArtifactKind.ValueType  # 3
+    """What a sparse policy was calibrated to: tensors by names of the policy; the policy is in `provenance`."""
+    ARTIFACT_KIND_HEAD_SET: _ArtifactKind.ValueType  # 4
+    """Scores of all heads: tensor "scores" [n_layers, n_heads] and optionally "low" and "high" of the same shape."""
 
 class ArtifactKind(_ArtifactKind, metaclass=_ArtifactKindEnumTypeWrapper): ...
 
@@ -41,6 +45,10 @@ ARTIFACT_KIND_VECTOR: ArtifactKind.ValueType  # 1
 """One direction for each layer: tensors "layer.<l>" [width]."""
 ARTIFACT_KIND_NEURON_SET: ArtifactKind.ValueType  # 2
 """Neuron indices for each layer: tensors "layer.<l>.neurons" [n] and optionally "layer.<l>.values" [n]."""
+ARTIFACT_KIND_SPARSITY_PROFILE: ArtifactKind.ValueType  # 3
+"""What a sparse policy was calibrated to: tensors by names of the policy; the policy is in `provenance`."""
+ARTIFACT_KIND_HEAD_SET: ArtifactKind.ValueType  # 4
+"""Scores of all heads: tensor "scores" [n_layers, n_heads] and optionally "low" and "high" of the same shape."""
 Global___ArtifactKind: _TypeAlias = ArtifactKind  # noqa: Y015
 
 class _ArtifactFormat:
@@ -54,6 +62,8 @@ class _ArtifactFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     """safetensors with the tensor names of the kind."""
     ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR: _ArtifactFormat.ValueType  # 2
     """GGUF control vector as llama.cpp and repeng write it: tensors "direction.<l>", l from 1. Vectors only."""
+    ARTIFACT_FORMAT_HEAD_SCORE_JSON: _ArtifactFormat.ValueType  # 3
+    """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only."""
 
 class ArtifactFormat(_ArtifactFormat, metaclass=_ArtifactFormatEnumTypeWrapper): ...
 
@@ -62,6 +72,8 @@ ARTIFACT_FORMAT_SAFETENSORS: ArtifactFormat.ValueType  # 1
 """safetensors with the tensor names of the kind."""
 ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR: ArtifactFormat.ValueType  # 2
 """GGUF control vector as llama.cpp and repeng write it: tensors "direction.<l>", l from 1. Vectors only."""
+ARTIFACT_FORMAT_HEAD_SCORE_JSON: ArtifactFormat.ValueType  # 3
+"""JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only."""
 Global___ArtifactFormat: _TypeAlias = ArtifactFormat  # noqa: Y015
 
 @_typing.final

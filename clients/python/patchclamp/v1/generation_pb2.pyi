@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from patchclamp.v1 import program_pb2 as _program_pb2
+from patchclamp.v1 import sparse_policy_pb2 as _sparse_policy_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -293,6 +294,8 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    SPARSITY_FIELD_NUMBER: _builtins.int
+    GROUNDING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the server's model."""
     priority: Global___Priority.ValueType
@@ -306,6 +309,14 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
     def stop(self) -> Global___StopConditions: ...
+    @_builtins.property
+    def sparsity(self) -> _sparse_policy_pb2.Sparsity:
+        """Sparse inference for the generated tokens. Default: dense."""
+
+    @_builtins.property
+    def grounding(self) -> Global___Grounding:
+        """Say for every generated token which prompt tokens retrieval heads copied it from."""
+
     def __init__(
         self,
         *,
@@ -316,16 +327,135 @@ class GenerateRequest(_message.Message):
         stop: Global___StopConditions | None = ...,
         priority: Global___Priority.ValueType = ...,
         logprobs: _builtins.int | None = ...,
+        sparsity: _sparse_policy_pb2.Sparsity | None = ...,
+        grounding: Global___Grounding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "grounding", b"grounding", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Grounding(_message.Message):
+    """Grounding: a generated token is grounded when a head of the set attended most to a prompt position that holds the
+    same token, in the step that generated it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_SET_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    head_set: _builtins.str
+    """Id or tag of a head_set artifact."""
+    top_k: _builtins.int
+    """Only its k best heads. 0: all with a score of at least the threshold of the set."""
+    def __init__(
+        self,
+        *,
+        head_set: _builtins.str = ...,
+        top_k: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_set", b"head_set", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grounding: _TypeAlias = Grounding  # noqa: Y015
+
+@_typing.final
+class CopySource(_message.Message):
+    """CopySource is the prompt position that a head copied a generated token from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    layer: _builtins.int
+    head: _builtins.int
+    probability: _builtins.float
+    """Its attention probability."""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        layer: _builtins.int = ...,
+        head: _builtins.int = ...,
+        probability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "layer", b"layer", "position", b"position", "probability", b"probability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopySource: _TypeAlias = CopySource  # noqa: Y015
+
+@_typing.final
+class GroundingReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUNDED_RATIO_FIELD_NUMBER: _builtins.int
+    GROUNDED_TOKENS_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    grounded_ratio: _builtins.float
+    """Share of the generated tokens that are grounded."""
+    grounded_tokens: _builtins.int
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroundedRange]:
+        """Half-open ranges of the prompt that tokens were copied from, in order; adjacent positions are one."""
+
+    def __init__(
+        self,
+        *,
+        grounded_ratio: _builtins.float = ...,
+        grounded_tokens: _builtins.int = ...,
+        ranges: _abc.Iterable[Global___GroundedRange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grounded_ratio", b"grounded_ratio", "grounded_tokens", b"grounded_tokens", "ranges", b"ranges"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroundingReport: _TypeAlias = GroundingReport  # noqa: Y015
+
+@_typing.final
+class GroundedRange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    end: _builtins.int
+    tokens: _builtins.int
+    """Generated tokens copied from it."""
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroundedRange: _TypeAlias = GroundedRange  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
@@ -360,6 +490,7 @@ class GeneratedToken(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     READOUTS_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     position: _builtins.int
     """Position in the sequence, prompt included."""
@@ -368,6 +499,10 @@ class GeneratedToken(_message.Message):
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
     @_builtins.property
     def readouts(self) -> _containers.RepeatedCompositeFieldContainer[_program_pb2.ReadoutValue]: ...
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___CopySource]:
+        """With grounding: most probable first. Empty: not grounded."""
+
     def __init__(
         self,
         *,
@@ -376,10 +511,11 @@ class GeneratedToken(_message.Message):
         logprob: _builtins.float | None = ...,
         top_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         readouts: _abc.Iterable[_program_pb2.ReadoutValue] | None = ...,
+        sources: _abc.Iterable[Global___CopySource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "id", b"id", "logprob", b"logprob", "position", b"position", "readouts", b"readouts", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "id", b"id", "logprob", b"logprob", "position", b"position", "readouts", b"readouts", "sources", b"sources", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
     _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
@@ -431,6 +567,8 @@ class Finished(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    SPARSITY_FIELD_NUMBER: _builtins.int
+    GROUNDING_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     stop_string: _builtins.str
     """The string that ended generation."""
@@ -440,6 +578,14 @@ class Finished(_message.Message):
     def receipt(self) -> _program_pb2.Receipt: ...
     @_builtins.property
     def usage(self) -> Global___Usage: ...
+    @_builtins.property
+    def sparsity(self) -> _sparse_policy_pb2.SparsityReport:
+        """Set when the request was sparse."""
+
+    @_builtins.property
+    def grounding(self) -> Global___GroundingReport:
+        """Set when the request asked for grounding."""
+
     def __init__(
         self,
         *,
@@ -448,10 +594,12 @@ class Finished(_message.Message):
         receipt: _program_pb2.Receipt | None = ...,
         usage: Global___Usage | None = ...,
         seed: _builtins.int = ...,
+        sparsity: _sparse_policy_pb2.SparsityReport | None = ...,
+        grounding: Global___GroundingReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grounding", b"grounding", "receipt", b"receipt", "sparsity", b"sparsity", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "receipt", b"receipt", "seed", b"seed", "stop_string", b"stop_string", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grounding", b"grounding", "reason", b"reason", "receipt", b"receipt", "seed", b"seed", "sparsity", b"sparsity", "stop_string", b"stop_string", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -624,6 +772,7 @@ class ScoreRequest(_message.Message):
     PROGRAM_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    SPARSITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
     priority: Global___Priority.ValueType
@@ -635,6 +784,10 @@ class ScoreRequest(_message.Message):
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
     def program(self) -> _program_pb2.Program: ...
+    @_builtins.property
+    def sparsity(self) -> _sparse_policy_pb2.Sparsity:
+        """Sparse inference for the continuation, without a guard. Default: dense."""
+
     def __init__(
         self,
         *,
@@ -645,10 +798,11 @@ class ScoreRequest(_message.Message):
         program: _program_pb2.Program | None = ...,
         priority: Global___Priority.ValueType = ...,
         top_logprobs: _builtins.int = ...,
+        sparsity: _sparse_policy_pb2.Sparsity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "program", b"program", "prompt", b"prompt", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "program", b"program", "prompt", b"prompt", "sparsity", b"sparsity", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sparsity", b"sparsity", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_continuation: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_continuation: _TypeAlias = _typing.Literal["continuation", b"continuation"]  # noqa: Y015
@@ -666,6 +820,7 @@ class ScoreResponse(_message.Message):
     PROMPT_READOUTS_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    SPARSITY_FIELD_NUMBER: _builtins.int
     total_logprob: _builtins.float
     perplexity: _builtins.float
     """exp(-mean log-probability)."""
@@ -679,6 +834,10 @@ class ScoreResponse(_message.Message):
     def receipt(self) -> _program_pb2.Receipt: ...
     @_builtins.property
     def usage(self) -> Global___Usage: ...
+    @_builtins.property
+    def sparsity(self) -> _sparse_policy_pb2.SparsityReport:
+        """Set when the request was sparse."""
+
     def __init__(
         self,
         *,
@@ -688,10 +847,11 @@ class ScoreResponse(_message.Message):
         prompt_readouts: _abc.Iterable[_program_pb2.ReadoutValue] | None = ...,
         receipt: _program_pb2.Receipt | None = ...,
         usage: Global___Usage | None = ...,
+        sparsity: _sparse_policy_pb2.SparsityReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "sparsity", b"sparsity", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["perplexity", b"perplexity", "prompt_readouts", b"prompt_readouts", "receipt", b"receipt", "tokens", b"tokens", "total_logprob", b"total_logprob", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["perplexity", b"perplexity", "prompt_readouts", b"prompt_readouts", "receipt", b"receipt", "sparsity", b"sparsity", "tokens", b"tokens", "total_logprob", b"total_logprob", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -576,8 +576,11 @@ class HeadEdit(_message.Message):
     HEADS_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     MEAN_FIELD_NUMBER: _builtins.int
+    UNIFORM_FIELD_NUMBER: _builtins.int
     scale: _builtins.float
     """t(z) = value * z. Zero ablation is scale 0."""
+    uniform: _builtins.bool
+    """Attend to all visible tokens alike: the query becomes 0. The relative change of its receipt is that of the query."""
     @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Head indices in [0, n_heads)."""
@@ -592,12 +595,13 @@ class HeadEdit(_message.Message):
         heads: _abc.Iterable[_builtins.int] | None = ...,
         scale: _builtins.float = ...,
         mean: _tensor_pb2.Tensor | None = ...,
+        uniform: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mean", b"mean", "op", b"op", "scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mean", b"mean", "op", b"op", "scale", b"scale", "uniform", b"uniform"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "mean", b"mean", "op", b"op", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "mean", b"mean", "op", b"op", "scale", b"scale", "uniform", b"uniform"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["scale", "mean"]  # noqa: Y015
+    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["scale", "mean", "uniform"]  # noqa: Y015
     _WhichOneofArgType_op: _TypeAlias = _typing.Literal["op", b"op"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_op) -> _WhichOneofReturnType_op | None: ...
 
@@ -805,6 +809,7 @@ class Readout(_message.Message):
     NEURONS_FIELD_NUMBER: _builtins.int
     TOP_NEURONS_FIELD_NUMBER: _builtins.int
     LOGIT_LENS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     site: Global___Site.ValueType
     all_layers: _builtins.bool
@@ -830,6 +835,10 @@ class Readout(_message.Message):
     def logit_lens(self) -> Global___LogitLensReadout:
         """The k most likely tokens when this residual state is read by the final norm and unembedding."""
 
+    @_builtins.property
+    def heads(self) -> Global___HeadReadout:
+        """Where heads look (SITE_ATTN_Z)."""
+
     def __init__(
         self,
         *,
@@ -842,16 +851,43 @@ class Readout(_message.Message):
         neurons: Global___NeuronReadout | None = ...,
         top_neurons: Global___TopNeuronsReadout | None = ...,
         logit_lens: Global___LogitLensReadout | None = ...,
+        heads: Global___HeadReadout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "logit_lens", b"logit_lens", "neurons", b"neurons", "projection", b"projection", "scope", b"scope", "top_neurons", b"top_neurons"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "kind", b"kind", "logit_lens", b"logit_lens", "neurons", b"neurons", "projection", b"projection", "scope", b"scope", "top_neurons", b"top_neurons"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "kind", b"kind", "layers", b"layers", "logit_lens", b"logit_lens", "name", b"name", "neurons", b"neurons", "projection", b"projection", "scope", b"scope", "site", b"site", "top_neurons", b"top_neurons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "heads", b"heads", "kind", b"kind", "layers", b"layers", "logit_lens", b"logit_lens", "name", b"name", "neurons", b"neurons", "projection", b"projection", "scope", b"scope", "site", b"site", "top_neurons", b"top_neurons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["projection", "neurons", "top_neurons", "logit_lens"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["projection", "neurons", "top_neurons", "logit_lens", "heads"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Readout: _TypeAlias = Readout  # noqa: Y015
+
+@_typing.final
+class HeadReadout(_message.Message):
+    """HeadReadout reads, for each head, the position with its largest attention probability (ties: the first), and that
+    probability. In a ReadoutValue `ids` are the positions and `values` the probabilities, in the order of the heads.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Heads in [0, n_heads). Empty: all."""
+
+    def __init__(
+        self,
+        *,
+        heads: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadReadout: _TypeAlias = HeadReadout  # noqa: Y015
 
 @_typing.final
 class ProjectionReadout(_message.Message):
@@ -950,7 +986,7 @@ class ReadoutValue(_message.Message):
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Neuron or token ids the values belong to (neurons, top_neurons, logit_lens)."""
+        """Neuron or token ids (neurons, top_neurons, logit_lens) or positions (heads) the values belong to."""
 
     def __init__(
         self,
