@@ -111,8 +111,47 @@ def gpu(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def heads(result: dict[str, Any]) -> list[str]:
+    """The causal table, and in words how the heads were found."""
+    table, found, naive = result["causal"], result["detection"], result["naive"]
+    rows = [("nothing", table["unedited"])]
+    for k in (3, 10):
+        rows += [(f"the {k} best retrieval heads", table[f"top{k}"]), (f"{k} other heads, drawn", table[f"random{k}"])]
+    lines = [
+        "| SmolLM2-135M; set to zero | needles answered | mean recall | perplexity of ordinary text |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in rows:
+        answered, times = row["successes"], len(row["successes"])
+        spread = f", {min(answered)} to {max(answered)} in {times} draws" if times > 1 else ""
+        several = f" ({min(row['perplexities']):.1f} to {max(row['perplexities']):.1f})" if times > 1 else ""
+        lines.append(
+            f"| {name} | {100 * row['success_rate']:.0f} % of {row['runs']}{spread} | {row['recall']:.2f} | "
+            f"{row['perplexity']:.1f}{several} |"
+        )
+    best = ", ".join(f"{head['head']} {head['score']:.2f}" for head in found["best"][:3])
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/heads.py` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
+        f"{result['threads']} threads.",
+        f"Found with other needles: {found['runs']} runs of {min(map(int, found['by_length']))} to "
+        f"{max(map(int, found['by_length']))} tokens, {found['successes']} answered; {found['above_threshold']} of "
+        f"{found['heads']} heads have a retrieval score of at least 0.1 ({best}).",
+        f"Against full attention matrices token by token, in the same run: {result['naive_speedup']:.1f} times as fast "
+        f"({naive['speedup_over_naive_with_cache']:.1f} times when those keep keys and values), rank correlation "
+        f"{result['naive_rank_correlation']:.3f}.",
+        f"Reading all heads costs {100 * result['readout_overhead']:.1f} % of a decode step.",
+    ]
+
+
 # By what a result says it is, or else by the name of its file.
-SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"cpu": cpu, "gpu": gpu, "sparse_speed": sparse_speed}
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "cpu": cpu,
+    "gpu": gpu,
+    "heads": heads,
+    "sparse_speed": sparse_speed,
+}
 
 
 def section(path: Path) -> list[str]:

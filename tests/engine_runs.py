@@ -21,6 +21,7 @@ from patchclamp_server.engine.request import (
     Finished,
     Readouts,
     Request,
+    SparseInference,
     StopParams,
     Token,
 )
@@ -46,6 +47,7 @@ class Job:
     program: Program | None = None
     max_tokens: int = 6
     roles: tuple[str, ...] | None = None
+    sparsity: SparseInference | None = None
 
 
 @dataclass(eq=False)
@@ -146,6 +148,7 @@ class Bench:
                 program=bound(self.family, job),
                 stop=StopParams(max_tokens=job.max_tokens, ignore_eos=True),
                 roles=job.roles,
+                sparsity=job.sparsity,
             )
             request_id = self.engine.submit(request)
             self._outcomes[request_id] = outcome

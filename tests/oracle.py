@@ -5,18 +5,21 @@ are in oracle_formulas.py, the places in oracle_sites.py. `tests/engine` compare
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from oracle_formulas import Artifacts, edited, holds, in_scope, measured, vector_at
-from oracle_sites import attach, logit_lens
+from oracle_sites import attach, logit_lens, watching_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchclamp_server.interventions.program import (
     Condition,
     Edit,
+    HeadEdit,
+    HeadReadout,
     LogitLensReadout,
     NeuronEdit,
     NeuronReadout,
@@ -84,8 +87,11 @@ class _Pass:
     @torch.no_grad()
     def run(self) -> "_Pass":
         hooks = attach(self.model, self.visit)
+        about_heads = [part for part in (*self.program.edits, *self.program.readouts) if concerns_attention(part)]
+        watched = watching_attention(self.model, self.queries, self.look) if about_heads else nullcontext()
         try:
-            self.logits = self.model(input_ids=torch.tensor([list(self.tokens)]), use_cache=False).logits[0]
+            with watched:
+                self.logits = self.model(input_ids=torch.tensor([list(self.tokens)]), use_cache=False).logits[0]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -107,13 +113,36 @@ class _Pass:
         verdicts = self.verdicts[id(edit.gate.condition)]
         return any(verdicts[: position + 1]) if edit.gate.latched else verdicts[position]
 
+    def queries(self, layer: int, queries: Tensor) -> Tensor:
+        """queries [n_heads, T, head_dim] of a layer after the edits that make attention uniform."""
+        rows = queries.transpose(0, 1)
+        return self.visit(Site.ATTN_Q, layer, rows.flatten(1)).view(rows.shape).transpose(0, 1)
+
+    def look(self, layer: int, weights: Tensor) -> None:
+        """Head readouts of a layer, from its attention matrices [n_heads, T, T]."""
+        for index, readout in enumerate(self.program.readouts):
+            if not concerns_attention(readout) or layer not in self.layers_of(readout):
+                continue
+            assert isinstance(readout.kind, HeadReadout)
+            heads = readout.kind.heads or range(len(weights))
+            for position in range(len(self.tokens)):
+                if self.scoped(readout.scope, position):
+                    rows = [weights[head, position] for head in heads]
+                    ids = tuple(row.tolist().index(float(row.max())) for row in rows)
+                    values = tuple(float(row.max()) for row in rows)
+                    value = ReadoutValue(readout.name or str(index), layer, position, values, ids)
+                    self.readouts.append(((position, index, layer), value))
+
+    def layers_of(self, part: Edit | Readout) -> tuple[int, ...]:
+        return layers_of(part, self.model.config.num_hidden_layers, self.artifacts)
+
     def visit(self, site: Site, layer: int, activation: Tensor) -> Tensor:
         """The activation [..., T, width] after all edits of the program at this site and layer."""
-        n_layers, n_heads = self.model.config.num_hidden_layers, self.model.config.num_attention_heads
+        n_heads = self.model.config.num_attention_heads
         rows = activation.reshape(len(self.tokens), -1).clone()
         for index, edit in enumerate(self.program.edits):
-            layers = layers_of(edit, n_layers, self.artifacts)
-            if edit.site is not site or layer not in layers:
+            layers = self.layers_of(edit)
+            if (Site.ATTN_Q if concerns_attention(edit) else edit.site) is not site or layer not in layers:
                 continue
             for position in range(len(self.tokens)):
                 if not (self.scoped(edit.scope, position) and self.gate_open(edit, position)):
@@ -128,7 +157,7 @@ class _Pass:
                     self.examine(condition, rows[position].double(), position) for position in range(len(self.tokens))
                 ]
         for index, readout in enumerate(self.program.readouts):
-            if readout.site is site and layer in layers_of(readout, n_layers, self.artifacts):
+            if readout.site is site and layer in self.layers_of(readout) and not concerns_attention(readout):
                 self.read(index, readout, layer, rows)
         return rows.view(activation.shape)
 
@@ -140,7 +169,7 @@ class _Pass:
         return holds(condition, value)
 
     def read(self, index: int, readout: Readout, layer: int, rows: Tensor) -> None:
-        layers = layers_of(readout, self.model.config.num_hidden_layers, self.artifacts)
+        layers = self.layers_of(readout)
         name = readout.name or str(index)
         for position in range(len(self.tokens)):
             if not self.scoped(readout.scope, position):
@@ -161,6 +190,11 @@ class _Pass:
                 values, ids = values[: readout.kind.k], ids[: readout.kind.k]
             value = ReadoutValue(name, layer, position, tuple(values.tolist()), tuple(ids.tolist()))
             self.readouts.append(((position, index, layer), value))
+
+
+def concerns_attention(part: Edit | Readout) -> bool:
+    """Whether the part is about what attention does, and not about its output."""
+    return isinstance(part.kind, HeadReadout) or (isinstance(part.kind, HeadEdit) and part.kind.uniform)
 
 
 def layers_of(part: Edit | Readout, n_layers: int, artifacts: Artifacts) -> tuple[int, ...]:

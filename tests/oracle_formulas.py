@@ -125,7 +125,10 @@ def _neuron_target(kind: NeuronEdit, a: Tensor, layer: int, artifacts: Artifacts
 def _head_target(kind: HeadEdit, z: Tensor, layers: Sequence[int], layer: int, n_heads: int) -> Tensor:
     t = z.clone().view(n_heads, -1)
     for i, head in enumerate(kind.heads):
-        if kind.scale is not None:
+        if kind.uniform:
+            # The heads are those of the queries: no key is nearer to 0 than another.
+            t[head] = 0.0
+        elif kind.scale is not None:
             t[head] = kind.scale * t[head]
         else:
             assert kind.mean is not None

@@ -1,12 +1,15 @@
 """Where the oracle puts its hooks: a table of module paths for each family, and nothing of the server's own."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
 
 from patchclamp_server.interventions.program import Site
 
@@ -128,3 +131,36 @@ def attach(model: PreTrainedModel, visit: Visit) -> list[Any]:
         on_output(block.get_submodule(family.mlp_out), Site.MLP_OUT, layer)
         on_output(block, Site.RESID_POST, layer)
     return hooks
+
+
+_WATCHED = "eager, watched"
+# (layer, queries [n_heads, T, head_dim]) -> those used; (layer, weights [n_heads, T, T]).
+Queries = Callable[[int, Tensor], Tensor]
+Weights = Callable[[int, Tensor], None]
+_watchers: list[tuple[Queries, Weights]] = []
+
+
+def _watched_attention(module: nn.Module, query: Tensor, *args: Any, **options: Any) -> Any:
+    on_queries, on_weights = _watchers[-1]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    output, weights = eager(module, on_queries(layer, query[0])[None], *args, **options)
+    on_weights(layer, weights[0])
+    return output, weights
+
+
+AttentionInterface.register(_WATCHED, _watched_attention)
+AttentionMaskInterface.register(_WATCHED, eager_mask)
+
+
+@contextmanager
+def watching_attention(model: PreTrainedModel, on_queries: Queries, on_weights: Weights) -> Iterator[None]:
+    """Within, the eager attention of the family's own module gets queries from one function and tells its weights,
+    all of the matrix, to the other."""
+    _watchers.append((on_queries, on_weights))
+    model.config._attn_implementation = _WATCHED
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = "eager"
+        _watchers.pop()

@@ -15,6 +15,7 @@ from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
 from patchclamp_server.interventions.program import (
+    PUBLIC_SITES,
     AbortCondition,
     AddVector,
     CapProjection,
@@ -24,6 +25,7 @@ from patchclamp_server.interventions.program import (
     EditKind,
     Gate,
     HeadEdit,
+    HeadReadout,
     LogitLensReadout,
     LowRank,
     NeuronEdit,
@@ -65,7 +67,7 @@ def shapes(family: str) -> Shapes:
     d_model, n_heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or d_model // n_heads
     d_ff = next(getattr(config, name) for name in ("intermediate_size", "n_inner", "ffn_dim") if hasattr(config, name))
-    sites = dict.fromkeys(Site, d_model) | {Site.ATTN_Z: n_heads * head_dim, Site.MLP_POST: d_ff}
+    sites = dict.fromkeys(PUBLIC_SITES, d_model) | {Site.ATTN_Z: n_heads * head_dim, Site.MLP_POST: d_ff}
     if family == "gpt_neox":
         del sites[Site.RESID_MID]
     return Shapes(family, config.num_hidden_layers, n_heads, head_dim, d_ff, sites)
@@ -116,6 +118,7 @@ _OTHER_KINDS: dict[str, Callable[[str, Shapes], EditKind]] = {
     "neurons_add": lambda seed, shapes: _neurons(NeuronOp.ADD, seed, shapes),
     "neurons_clamp": lambda seed, shapes: _neurons(NeuronOp.CLAMP, seed, shapes),
     "heads_scale": lambda seed, shapes: HeadEdit(heads=(shapes.n_heads - 1, 0), scale=-0.5),
+    "heads_uniform": lambda seed, shapes: HeadEdit(heads=(2, 0), uniform=True),
     "heads_mean": lambda seed, shapes: HeadEdit(heads=(1, 3), mean=numbers(seed, 2, shapes.head_dim)),
 }
 VECTOR_KINDS = tuple(_VECTOR_KINDS)
@@ -304,12 +307,14 @@ def abort(shapes: Shapes, threshold: float, scope: Scope = GENERATED) -> Program
 
 
 READOUTS = (
-    *(("projection", site) for site in Site),
+    *(("projection", site) for site in PUBLIC_SITES),
     ("neurons", Site.MLP_POST),
     ("top_neurons", Site.MLP_POST),
     ("logit_lens", Site.RESID_PRE),
     ("logit_lens", Site.RESID_MID),
     ("logit_lens", Site.RESID_POST),
+    ("heads", Site.ATTN_Z),
+    ("all heads", Site.ATTN_Z),
 )
 
 
@@ -318,6 +323,10 @@ def readout_kind(name: str, site: Site, shapes: Shapes) -> ReadoutKind:
         return NeuronReadout(neurons=(shapes.d_ff - 1, 0, 5))
     if name == "top_neurons":
         return TopNeuronsReadout(k=4)
+    if name == "heads":
+        return HeadReadout(heads=(3, 1))
+    if name == "all heads":
+        return HeadReadout()
     if name == "logit_lens":
         return LogitLensReadout(k=3)
     width = shapes.sites[site]

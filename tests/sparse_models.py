@@ -1,5 +1,6 @@
 """Tiny models as policies see them, with profiles of every policy that has one."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, Policy, Profile, Selector, SparseModel, calibrate
-from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
+from patchclamp_server.sparsity.apply import Forced, Rows, Step, sparse_decoder
 from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
 from patchclamp_server.sparsity.policy import SequenceState
+from patchclamp_server.sparsity.products import CompactBudget, GatheredMlp, SparseProducts
 from patchclamp_server.sparsity.teal import Teal
 
 # Every policy that can be bound without saying more.
@@ -50,12 +52,13 @@ def run(
     tokens: Tensor,
     prompt: int,
     selectors: list[Selector],
-    forced: dict[int, Tensor] | None = None,
+    forced: Forced | None = None,
+    products: Sequence[SparseProducts] | None = None,
 ) -> tuple[list[Tensor], list[SequenceState]]:
     """Residual states [tokens - prompt, d] of every document after its prompt, each by its own selector."""
     states = [selector.begin() for selector in selectors]
     step = Step()
-    decoder = sparse_decoder(model, step)
+    decoder = sparse_decoder(model, step, products)
     pools = pools_for(decoder, tokens)
     for start, end in ((0, prompt), (prompt, tokens.shape[1])):
         n = end - start
@@ -76,3 +79,13 @@ def dense_run(model: SparseModel, tokens: Tensor, prompt: int) -> list[Tensor]:
     decoder.forward(inputs_of(tokens, 0, prompt, decoder), pools, NoHooks())
     x = decoder.forward(inputs_of(tokens, prompt, tokens.shape[1], decoder), pools, NoHooks())
     return rows_of(x, tokens.shape[1] - prompt)
+
+
+@cache
+def gathered(family: str = "llama", *, rows: int = 1 << 20, room: int = 1 << 30) -> Sequence[SparseProducts]:
+    """Products that read active neurons only, for up to `rows` rows of a step."""
+    model, budget = sparse_model(family), CompactBudget(room)
+    products = [GatheredMlp.of(block, model.spec, budget) for block in model.decoder.blocks]
+    for layer in products:
+        layer.most_rows = rows
+    return products

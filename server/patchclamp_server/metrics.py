@@ -12,11 +12,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from patchclamp_server.engine.config import EngineStats
+from patchclamp_server.engine.request import SparsityReport
 from patchclamp_server.model.info import ModelInfo
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+SHARE_BUCKETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DIVERGENCE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # EngineStats field -> metric and help. Counters get the suffix _total.
@@ -82,6 +85,31 @@ class Metrics:
             registry=self.registry,
         )
 
+        by_policy = ("policy",)
+        self._sparse_tokens = Counter(
+            "patchclamp_sparse_tokens_total", "Tokens computed by a sparse policy.", by_policy, registry=self.registry
+        )
+        self._active_share = Histogram(
+            "patchclamp_sparse_active_ratio",
+            "Share of neurons or channels that a finished sparse request computed.",
+            by_policy,
+            buckets=SHARE_BUCKETS,
+            registry=self.registry,
+        )
+        self._guard_divergence = Histogram(
+            "patchclamp_sparse_guard_divergence_nats",
+            "KL(dense || sparse) of the tokens that quality guards sampled.",
+            by_policy,
+            buckets=DIVERGENCE_BUCKETS,
+            registry=self.registry,
+        )
+        self._fallbacks = Counter(
+            "patchclamp_sparse_fallbacks_total",
+            "Sequences that a quality guard made dense.",
+            by_policy,
+            registry=self.registry,
+        )
+
     def describe_model(self, info: ModelInfo) -> None:
         gauge = Gauge(
             "patchclamp_model_info",
@@ -111,6 +139,17 @@ class Metrics:
 
     def on_preemption(self) -> None:
         """Counted by the engine: see EngineCollector."""
+
+    def on_sparse_finished(self, report: SparsityReport) -> None:
+        self._sparse_tokens.labels(report.policy).inc(report.sparse_tokens)
+        if report.sparse_tokens:
+            self._active_share.labels(report.policy).observe(report.active_ratio)
+
+    def on_guard_sample(self, policy: str, divergence: float) -> None:
+        self._guard_divergence.labels(policy).observe(divergence)
+
+    def on_sparse_fallback(self, policy: str) -> None:
+        self._fallbacks.labels(policy).inc()
 
 
 class EngineCollector(Collector):

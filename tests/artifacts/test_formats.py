@@ -1,6 +1,7 @@
 """Files of artifacts: safetensors of our own, GGUF control vectors of llama.cpp and repeng, bytes that are neither."""
 
 import hashlib
+import json
 import struct
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from patchclamp_server.artifacts.formats import FORMATS, CannotExpress, MalformedFile, gguf_control_vector, safetensors
+from patchclamp_server.artifacts.formats import (
+    FORMATS,
+    CannotExpress,
+    MalformedFile,
+    gguf_control_vector,
+    head_score_json,
+    safetensors,
+)
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 from patchclamp_server.interventions.program import Site
@@ -23,6 +31,11 @@ def stored_vector(layers: dict[int, torch.Tensor], site: Site = Site.RESID_POST,
     tensors = {f"layer.{layer}": vector for layer, vector in layers.items()}
     info = store.put(ArtifactKind.VECTOR, tensors, model_fingerprint="m", site=site, **kwargs)  # type: ignore[arg-type]
     return store.get(info.id)
+
+
+def stored_heads(**tensors: torch.Tensor) -> Artifact:
+    store = ArtifactStore("memory://formats")
+    return store.get(store.put(ArtifactKind.HEAD_SET, tensors, model_fingerprint="m").id)
 
 
 def write_as_repeng(path: Path, directions: dict[int, np.ndarray], arch: str = "controlvector") -> Path:
@@ -155,7 +168,8 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     name: str, seed: int, cut: float, flips: int
 ) -> None:
     random = np.random.default_rng(seed)
-    data = bytearray(FORMATS[name].encode(stored_vector({1: torch.ones(8), 2: torch.zeros(8)}), "llama"))
+    vector, heads = stored_vector({1: torch.ones(8), 2: torch.zeros(8)}), stored_heads(scores=torch.rand(2, 3))
+    data = bytearray(FORMATS[name].encode(heads if name == "head_score_json" else vector, "llama"))
     for position in random.integers(0, len(data), flips):
         data[position] = random.integers(0, 256)
     if flips < 3:
@@ -164,7 +178,9 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
         tensors = FORMATS[name].decode(bytes(data)).tensors
     except MalformedFile:
         tensors = {}
-    assert sum(t.numel() * t.element_size() for t in tensors.values()) <= len(data)
+    # Heads that a file does not name are zeros of a tensor, so that format alone is bounded by what a model may have.
+    limit = 4 * 1024 * 1024 if name == "head_score_json" else len(data)
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) <= limit
 
 
 def test_the_sha256_of_an_exported_safetensors_file_is_the_id() -> None:
@@ -209,3 +225,64 @@ BAD_SAFETENSORS = {
 def test_a_safetensors_file_that_lies_is_malformed(data: bytes) -> None:
     with pytest.raises(MalformedFile):
         safetensors.decode(data)
+
+
+def test_published_head_scores_become_the_means_of_their_runs_in_a_table_of_layers_and_heads() -> None:
+    published = b'{"1-2": [0.5, 0.0, 1.0], "0-0": [1], "1-0": [0.25]}'
+    decoded = head_score_json.decode(published)
+    assert decoded.tensors["scores"].tolist() == [[1.0, 0.0, 0.0], [0.25, 0.0, 0.5]]
+    assert decoded.missing_is_zero
+    assert decoded.provenance == {"method": "imported", "format": "head_score_json", "runs": {"fewest": 1, "most": 3}}
+
+
+@settings(max_examples=25, deadline=None)
+@given(layers=st.integers(1, 9), heads=st.integers(1, 12), seed=st.integers(0, 999))
+def test_any_head_scores_round_trip_exactly(layers: int, heads: int, seed: int) -> None:
+    scores = torch.rand(layers, heads, generator=torch.Generator().manual_seed(seed))
+    data = head_score_json.encode(stored_heads(scores=scores, low=scores - 1, high=scores + 1))
+    assert set(json.loads(data)) == {f"{layer}-{head}" for layer in range(layers) for head in range(heads)}
+    assert all(len(runs) == 1 for runs in json.loads(data).values())
+    assert torch.equal(head_score_json.decode(data).tensors["scores"], scores)
+
+
+def test_head_scores_hold_nothing_but_a_head_set() -> None:
+    with pytest.raises(CannotExpress, match="vector"):
+        head_score_json.encode(stored_vector({1: torch.ones(2)}))
+
+
+BAD_HEAD_SCORES = {
+    "empty": (b"", "JSON"),
+    "not JSON": (b"0-0: [1]", "JSON"),
+    "not UTF-8": (b'{"0-0": [1], "\xff": 1}', "JSON"),
+    "deep JSON": (b"[" * 100_000, "JSON"),
+    "a list": (b"[[0.5]]", "object"),
+    "no heads": (b"{}", "object"),
+    "a head twice": (b'{"0-0": [1], "0-0": [0]}', "twice"),
+    "a head in words": (b'{"first": [1]}', "'first'"),
+    "a negative layer": (b'{"-1-0": [1]}', "'-1-0'"),
+    "a leading zero": (b'{"00-1": [1]}', "'00-1'"),
+    "a layer that no model has": (b'{"1024-0": [1]}', "1024-0"),
+    "a head that no model has": (b'{"0-999999": [1]}', "0-999999"),
+    "a number instead of runs": (b'{"0-3": 0.5}', "0-3"),
+    "no runs": (b'{"0-3": []}', "0-3"),
+    "a text as score": (b'{"0-3": ["1"]}', "0-3"),
+    "a truth as score": (b'{"0-3": [true]}', "0-3"),
+    "NaN": (b'{"0-3": [NaN]}', "NaN"),
+    "a score beyond float32": (b'{"0-3": [1e39]}', "0-3"),
+    "a score beyond every float": (b'{"0-3": [' + b"1" * 400 + b"]}", "0-3"),
+    "a score of too many digits": (b'{"0-3": [' + b"1" * 5000 + b"]}", "JSON"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), BAD_HEAD_SCORES.values(), ids=BAD_HEAD_SCORES.keys())
+def test_a_file_of_head_scores_that_lies_is_malformed(data: bytes, message: str) -> None:
+    with pytest.raises(MalformedFile, match=message):
+        head_score_json.decode(data)
+
+
+def test_a_file_of_head_scores_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    with path.open("wb") as file:
+        file.truncate(head_score_json.MAX_FILE_BYTES + 1)
+    with pytest.raises(MalformedFile, match="at most"):
+        head_score_json.decode(path)

@@ -23,6 +23,7 @@ from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFou
 from patchclamp_server.interventions.program import Site
 
 VECTOR, NEURON_SET = ArtifactKind.VECTOR, ArtifactKind.NEURON_SET
+PROFILE, HEAD_SET = ArtifactKind.SPARSITY_PROFILE, ArtifactKind.HEAD_SET
 
 
 def put_vector(store: ArtifactStore, value: float = 1.0, **kwargs: object) -> ArtifactInfo:
@@ -65,6 +66,49 @@ def test_a_neuron_set_comes_back_with_and_without_values(url: str) -> None:
     assert values.tolist() == [0.5, -1.0]
     assert artifact.neurons(4)[1] is None
     assert artifact.info.site is None
+
+
+def test_a_sparsity_profile_comes_back_with_tensors_of_any_name_and_shape(url: str) -> None:
+    tensors = {
+        "gate_error.3": torch.rand(2, 5),
+        "quantiles.attn_output": torch.rand(7),
+        "counts": ints(3, 1, 2).view(1, 3, 1),
+        "cluster_layer": torch.tensor(4),
+    }
+    provenance = {"policy": "fovea", "parameters": {"keep_ratio": 0.5}}
+    store = ArtifactStore(url)
+    info = store.put(PROFILE, tensors, model_fingerprint="m", provenance=provenance, evidence={"divergence": 0.1})
+    artifact = ArtifactStore(url).get(info.id)
+    loaded = artifact.profile_tensors()
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    assert (info.layers, info.width, info.site) == ((), 0, None)
+    assert (info.provenance, info.evidence) == (provenance, {"divergence": 0.1})
+
+
+def test_a_head_set_comes_back_with_and_without_intervals(url: str) -> None:
+    store, scores = ArtifactStore(url), torch.rand(3, 4)
+    bare = store.get(store.put(HEAD_SET, {"scores": scores}, model_fingerprint="m").id)
+    assert bare.head_scores()[1:] == (None, None)
+    tensors = {"scores": scores, "low": scores - 0.1, "high": scores + 0.1}
+    info = store.put(HEAD_SET, tensors, model_fingerprint="m", evidence={"threshold": 0.1})
+    for loaded, stored in zip(store.get(info.id).head_scores(), tensors.values(), strict=True):
+        assert torch.equal(loaded, stored)
+    assert (info.layers, info.width, info.site) == ((0, 1, 2), 4, None)
+
+
+def test_an_artifact_is_not_read_as_another_kind(url: str) -> None:
+    store = ArtifactStore(url)
+    vector = store.get(put_vector(store).id)
+    heads = store.get(store.put(HEAD_SET, {"scores": F(2, 2)}, model_fingerprint="m").id)
+    for read in (vector.head_scores, vector.profile_tensors, heads.profile_tensors, lambda: heads.direction(1)):
+        with pytest.raises(FailedPrecondition):
+            read()
+    with pytest.raises(FailedPrecondition) as refusal:
+        heads.only([0])
+    assert refusal.value.field == "layers"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -183,6 +227,28 @@ BAD_CONTENT = {
         "layer.1.values holds NaN or Inf",
     ),
     "vector as neuron set": (NEURON_SET, {"layer.1": F(3)}, "layer.<l>.neurons"),
+    "no tensor of a profile": (PROFILE, {}, "1 to 1024"),
+    "too many of them": (PROFILE, {f"t{i}": F(1) for i in range(1025)}, "1 to 1024"),
+    "a name that is a path": (PROFILE, {"../x": F(1)}, "../x"),
+    "a name without end": (PROFILE, {"x" * 129: F(1)}, "xxx"),
+    "too many dimensions": (PROFILE, {"x": torch.ones((1,) * 9)}, "9 dimensions"),
+    "int32 in a profile": (PROFILE, {"x": ints(1).int()}, "x must be float32 or int64"),
+    "truths in a profile": (PROFILE, {"x": F(2).bool()}, "x must be float32 or int64"),
+    "doubles in a profile": (PROFILE, {"x": F(2).double()}, "x must be float32 or int64"),
+    "nothing in a tensor": (PROFILE, {"x": F(0, 3)}, "at least one number"),
+    "NaN in a profile": (PROFILE, {"x": F(1), "y": torch.tensor(math.nan)}, "y holds NaN or Inf"),
+    "heads without scores": (HEAD_SET, {"low": F(2, 2)}, "needs scores"),
+    "heads with something else": (HEAD_SET, {"scores": F(2, 2), "mean": F(2, 2)}, "'mean'"),
+    "heads in one row": (HEAD_SET, {"scores": F(2)}, "[n_layers, n_heads]"),
+    "heads that no model has": (HEAD_SET, {"scores": F(1, 1025)}, "[n_layers, n_heads]"),
+    "intervals of other heads": (HEAD_SET, {"scores": F(2, 2), "low": F(2, 3)}, "low has the shape [2, 3]"),
+    "heads in half precision": (HEAD_SET, {"scores": F(2, 2).half()}, "scores must be float32"),
+    "heads with Inf": (HEAD_SET, {"scores": F(2, 2), "high": F(2, 2) * math.inf}, "high holds NaN or Inf"),
+    "an interval upside down": (
+        HEAD_SET,
+        {"scores": F(1, 2), "low": F(1, 2), "high": F(1, 2) - 1},
+        "low is above high",
+    ),
 }
 
 
@@ -192,8 +258,9 @@ def test_bad_tensors_are_refused_by_name_and_nothing_is_stored(
 ) -> None:
     store = ArtifactStore(tmp_path)
     site = Site.RESID_POST if kind is VECTOR else None
+    provenance = {"policy": "griffin"} if kind is PROFILE else {}
     with pytest.raises(InvalidArgument) as refusal:
-        store.put(kind, tensors, model_fingerprint="m", site=site)
+        store.put(kind, tensors, model_fingerprint="m", site=site, provenance=provenance)
     assert refusal.value.field == "tensors"
     assert message in refusal.value.message
     assert store.list() == ([], "")
@@ -220,6 +287,21 @@ def test_bad_metadata_is_refused_with_its_field(tmp_path: Path, change: dict[str
         put_vector(store, **change)  # type: ignore[arg-type]
     assert refusal.value.field == field
     assert store.list() == ([], "")
+
+
+@pytest.mark.parametrize("provenance", [{}, {"policy": ""}, {"policy": 3}, {"policy": {"name": "teal"}}])
+def test_a_profile_that_does_not_name_its_policy_is_refused(tmp_path: Path, provenance: dict[str, object]) -> None:
+    with pytest.raises(InvalidArgument) as refusal:
+        ArtifactStore(tmp_path).put(PROFILE, {"x": F(1)}, model_fingerprint="m", provenance=provenance)
+    assert refusal.value.field == "provenance.policy"
+
+
+@pytest.mark.parametrize("kind", [PROFILE, HEAD_SET])
+def test_only_what_belongs_to_a_site_has_one(tmp_path: Path, kind: ArtifactKind) -> None:
+    store, provenance = ArtifactStore(tmp_path), {"policy": "teal"}
+    with pytest.raises(InvalidArgument) as refusal:
+        store.put(kind, {"scores": F(1, 1)}, model_fingerprint="m", site=Site.MLP_POST, provenance=provenance)
+    assert refusal.value.field == "site"
 
 
 def test_a_tag_can_be_used_in_place_of_the_id_and_moves(url: str) -> None:

@@ -2,27 +2,35 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
 
-from patchclamp.v1.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
-from patchclamp.v1.model_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
+from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
+from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
+from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 
 Serve = Callable[..., str]
+
+_SERVICES: dict[str, Callable[[Any, grpc.Server], None]] = {
+    "generation": add_GenerationServiceServicer_to_server,
+    "models": add_ModelServiceServicer_to_server,
+    "sparsity": add_SparsityServiceServicer_to_server,
+    "heads": add_HeadServiceServicer_to_server,
+}
 
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """serve(generation=..., models=...) starts a server of these servicers and returns its address."""
+    """serve(generation=..., models=..., sparsity=..., heads=...) starts a server of these, and returns its address."""
     servers: list[grpc.Server] = []
 
-    def start(generation: GenerationServiceServicer | None = None, models: ModelServiceServicer | None = None) -> str:
+    def start(**servicers: Any) -> str:
         server = grpc.server(ThreadPoolExecutor(max_workers=4))
-        if generation is not None:
-            add_GenerationServiceServicer_to_server(generation, server)
-        if models is not None:
-            add_ModelServiceServicer_to_server(models, server)
+        for name, servicer in servicers.items():
+            _SERVICES[name](servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         servers.append(server)

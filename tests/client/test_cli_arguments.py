@@ -2,20 +2,30 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from patchclamp.cli import main
 from patchclamp.cli.app import build_parser
 from patchclamp.cli.extract import pairs_file
+from patchclamp.cli.files import text_file
+from patchclamp.cli.heads.circuit import clean_corrupt_file
+from patchclamp.cli.heads.needles import needles_file
+from patchclamp.cli.heads.score import facts_file
+from patchclamp.cli.heads.selection import heads
 from patchclamp.cli.options import generate_options, prompt_of
+from patchclamp.cli.sparse_spec import guard, spec
 from patchclamp.cli.steering import clamp, layer_list, program_of, steer
 from patchclamp.programs import Program, generated, project_out, read_top_neurons
 from patchclamp.requests import generate
+from patchclamp.sparsity import QualityGuard, Sparsity, cats, fovea, griffin
 from patchclamp.v1 import program_pb2 as pb
+from patchclamp.v1 import sparse_policy_pb2
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -105,6 +115,104 @@ def test_pairs_are_texts_or_chats(tmp_path: Path) -> None:
     assert pairs_file(str(file)) == [("glad", "sad"), (chat, chat)]
 
 
+def test_a_policy_with_its_settings_is_one_argument() -> None:
+    expected = Sparsity("mine", fovea(keep_ratio=0.5, first_layer=2, bits=3, exact_gate=True))
+    assert spec("fovea:keep_ratio=.5,bits=3,exact_gate,first_layer=2,profile=mine").sparsity == expected
+    assert spec("griffin").sparsity == Sparsity(policy=griffin())
+
+
+def test_ratios_of_layers_are_parted_by_slashes() -> None:
+    assert spec("cats:keep_ratio=.5/.25").sparsity.policy == cats(keep_ratio=[0.5, 0.25])
+
+
+@pytest.mark.parametrize("ref", ["my-profile", "sha256:0abc"])
+def test_what_names_no_policy_is_a_profile(ref: str) -> None:
+    assert spec(ref).sparsity == Sparsity(ref)
+
+
+def test_every_policy_of_the_contract_can_be_said() -> None:
+    kinds = sparse_policy_pb2.SparsePolicy.DESCRIPTOR.oneofs_by_name["policy"].fields
+    for kind in kinds:
+        policy = spec(kind.name).sparsity.policy
+        assert policy is not None
+        assert policy.WhichOneof("policy") == kind.name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("foveal:bits=3", "'foveal' is no policy; accepted: dense, "),
+        ("fovea:bit=3", "'bit' is unknown; accepted: keep_ratio, "),
+        ("fovea:bits=three", "bits='three' is not a whole number"),
+        ("cats:keep_ratio=half", "keep_ratio='half' is not"),
+        ("fovea:exact_gate=yes", "expected exact_gate alone"),
+        ("cats:keep_ratio", "expected keep_ratio=VALUE"),
+        ("cats:keep_ratio=.5,keep_ratio=.4", "given twice"),
+        ("teal:allocation=best", "accepted: uniform, greedy"),
+        ("dense:keep_ratio=.5", "'keep_ratio' is unknown"),
+        ("", "is no policy"),
+    ],
+)
+def test_a_malformed_sparsity_is_refused_with_what_is_accepted(text: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(said)):
+        spec(text)
+
+
+def test_a_guard_is_on_or_has_settings() -> None:
+    assert guard("on") == QualityGuard()
+    assert guard("sample_rate=.5,window=4") == QualityGuard(sample_rate=0.5, window=4)
+
+
+@pytest.mark.parametrize("text", ["", "off", "window=4.5", "rate=.5"])
+def test_a_malformed_guard_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        guard(text)
+
+
+def test_a_guard_of_a_dense_request_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "hi", "--sparsity-guard", "on"]) == 2
+    assert "--sparsity-guard needs --sparsity" in capsys.readouterr().err
+
+
+def test_heads_are_listed_or_a_set() -> None:
+    assert heads("L18H6,L17H3") == [(18, 6), (17, 3)]
+    assert heads("retrieval") == "retrieval"
+    assert heads("sha256:0abc") == "sha256:0abc"
+
+
+@pytest.mark.parametrize(
+    ("read", "good", "bad"),
+    [
+        (needles_file, {"question": "q", "needle": "n", "answer": "a"}, {"question": "q", "needle": "n"}),
+        (
+            facts_file,
+            {"prompt": "p", "answer": "a", "time_conditioned": False},
+            {"prompt": "p", "answer": "a", "time_conditioned": "no"},
+        ),
+        (
+            clean_corrupt_file,
+            {"clean": "c", "corrupt": "d", "clean_answer": "a", "corrupt_answer": "b"},
+            {"clean": ["c"], "corrupt": "d", "clean_answer": "a", "corrupt_answer": "b"},
+        ),
+    ],
+)
+def test_a_malformed_line_is_refused_with_its_number(tmp_path: Path, read: Any, good: Any, bad: Any) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text(json.dumps(good))
+    assert len(read(str(file))) == 1
+    file.write_text(f"{json.dumps(good)}\n\n{json.dumps(bad)}\n")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"lines\.jsonl:3"):
+        read(str(file))
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
+def test_a_text_file_without_text_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "words.txt"
+    file.write_bytes(content)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"words\.txt"):
+        text_file(str(file))
+
+
 @pytest.mark.parametrize("line", ["{", '{"positive": "a"}', '{"positive": 1, "negative": "b"}', "[]"])
 def test_a_malformed_pair_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     file = tmp_path / "pairs.jsonl"
@@ -130,6 +238,25 @@ def test_the_address_comes_from_the_option_then_the_environment(monkeypatch: pyt
         ["generate", "hi", "--program", "missing.json"],
         ["vectors", "extract", "joyful"],
         ["vectors", "tag", "joyful"],
+        ["generate", "hi", "--sparsity", "foveal:bits=3"],
+        ["generate", "hi", "--sparsity", "cats", "--sparsity-guard", "window=many"],
+        ["score", "hi", " you", "--sparsity", "cats", "--sparsity-guard", "on"],
+        ["sparsity"],
+        ["sparsity", "calibrate", "mine", "--policy", "cats"],
+        ["sparsity", "calibrate", "mine", "--policy", "a-profile", "--text", __file__],
+        ["sparsity", "calibrate", "mine", "--policy", "cats", "--text", "missing.txt"],
+        ["sparsity", "evaluate", "--text", __file__],
+        ["sparsity", "core", "hello"],
+        ["sparsity", "plot", __file__, "picture.docx"],
+        ["sparsity", "plot", __file__, "missing/picture.png"],
+        ["heads"],
+        ["heads", "detect"],
+        ["heads", "detect", "mine", "--lengths", "256;512"],
+        ["heads", "detect", "mine", "--stop", "patience=3"],
+        ["heads", "score", "intuition"],
+        ["heads", "ablate", "L18H6,retrieval"],
+        ["heads", "circuit", "ioi"],
+        ["heads", "attribute", "The cat"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
@@ -159,6 +286,20 @@ def test_every_command_can_answer_in_json(command: str, capsys: pytest.CaptureFi
 def test_every_action_on_vectors_can_answer_in_json(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["vectors", action, "-h"])
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("action", ["calibrate", "evaluate", "core", "plot"])
+def test_every_action_on_sparsity_can_answer_in_json(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sparsity", action, "-h"])
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("action", ["detect", "score", "ablate", "circuit", "ground", "compare", "attribute"])
+def test_every_action_on_heads_can_answer_in_json(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["heads", action, "-h"])
     assert "--json" in capsys.readouterr().out
 
 

@@ -23,6 +23,7 @@ from patchclamp.programs import (
     program_message,
     project_out,
     prompt,
+    read_heads,
     read_logit_lens,
     read_neurons,
     read_projection,
@@ -35,6 +36,7 @@ from patchclamp.programs import (
     set_neurons,
     set_projection,
     tokens,
+    uniform_heads,
     vector,
     when,
 )
@@ -70,6 +72,7 @@ def test_what_is_left_out_stays_unset() -> None:
         (clamp_neurons([4], min=0.0, layers=1), "neurons"),
         (scale_heads([0], 0.5, layers=1), "heads"),
         (mean_heads([0], [[1.0, 2.0]], layers=1), "heads"),
+        (uniform_heads([0], layers=1), "heads"),
     ],
 )
 def test_every_builder_sets_its_own_kind(edit: pb.Edit, kind: str) -> None:
@@ -93,6 +96,19 @@ def test_ablating_heads_is_scaling_them_by_a_zero_that_is_sent() -> None:
     edit = ablate_heads([2, 3], layers=0)
     assert edit.heads.WhichOneof("op") == "scale"
     assert (edit.heads.scale, list(edit.heads.heads), edit.site) == (0.0, [2, 3], pb.SITE_ATTN_Z)
+
+
+def test_uniform_heads_attend_to_all_tokens_alike() -> None:
+    edit = uniform_heads(3, layers=[1, 2])
+    assert edit.heads.WhichOneof("op") == "uniform"
+    assert (edit.heads.uniform, list(edit.heads.heads), edit.site) == (True, [3], pb.SITE_ATTN_Z)
+
+
+def test_where_heads_look_is_read_for_some_heads_or_all() -> None:
+    readout = read_heads([2, 5], layers=1, name="looks")
+    assert (readout.WhichOneof("kind"), readout.site, readout.name) == ("heads", pb.SITE_ATTN_Z, "looks")
+    assert list(readout.heads.heads) == [2, 5]
+    assert read_heads(layers="all").WhichOneof("kind") == "heads"
 
 
 def test_bounds_of_zero_are_sent_and_absent_bounds_are_not() -> None:

@@ -92,6 +92,11 @@ def test_a_text_prompt_gets_the_special_tokens_of_the_tokenizer_and_a_continuati
     encoder = PromptEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"), info())
     assert encoder.encode_text("a a").ids == (0, 1, 1)
     assert encoder.encode_continuation("a a") == (1, 1)
+    assert encoder.text_start == (0,)
+
+
+def test_a_tokenizer_without_special_tokens_starts_a_text_with_none(encoder: PromptEncoder) -> None:
+    assert encoder.text_start == ()
 
 
 def test_token_ids_are_used_as_they_are(encoder: PromptEncoder) -> None:

@@ -1,6 +1,7 @@
 """ArtifactService over a real channel: uploads, downloads, tags, pages, and what is refused with which field."""
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -26,7 +27,9 @@ from patchclamp_server.rpc.artifact_service import ArtifactService
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
 
 SAFETENSORS, GGUF = pb.ARTIFACT_FORMAT_SAFETENSORS, pb.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR
+HEAD_SCORES = pb.ARTIFACT_FORMAT_HEAD_SCORE_JSON
 VECTOR, NEURON_SET = pb.ARTIFACT_KIND_VECTOR, pb.ARTIFACT_KIND_NEURON_SET
+PROFILE, HEAD_SET = pb.ARTIFACT_KIND_SPARSITY_PROFILE, pb.ARTIFACT_KIND_HEAD_SET
 MODEL = ModelInfo(
     name="tiny",
     fingerprint="served-model",
@@ -78,6 +81,12 @@ def requests(data: bytes, chunk_bytes: int = 1024 * 1024, **header: object) -> l
     ]
 
 
+def struct(**fields: object) -> Struct:
+    made = Struct()
+    made.update(fields)
+    return made
+
+
 async def upload(stub: Stub, data: bytes, chunk_bytes: int = 1024 * 1024, **header: object) -> pb.Artifact:
     return (await stub.Upload(iter(requests(data, chunk_bytes, **header)))).artifact
 
@@ -124,6 +133,35 @@ async def test_a_neuron_set_round_trips(stub: Stub) -> None:
     artifact = await upload(stub, data, kind=NEURON_SET)
     assert (artifact.site, artifact.layers, artifact.width) == (program_pb2.SITE_UNSPECIFIED, [3], 0)
     assert load(await download(stub, artifact.id))["layer.3.neurons"].tolist() == [23, 0]
+
+
+async def test_a_sparsity_profile_round_trips(stub: Stub) -> None:
+    tensors = {"gate_error.3": torch.rand(4, 24), "up_error.3": torch.rand(4, 24), "damage": torch.rand(4, 21)}
+    provenance = struct(policy="fovea", parameters={"bits": 3, "keep_ratio": 1})
+    artifact = await upload(stub, save(tensors), kind=PROFILE, provenance=provenance)
+    assert (artifact.kind, artifact.site, artifact.layers) == (PROFILE, program_pb2.SITE_UNSPECIFIED, [])
+    assert artifact.provenance == provenance
+    loaded = load(await download(stub, artifact.id))
+    assert loaded.keys() == tensors.keys()
+    assert torch.equal(loaded["damage"], tensors["damage"])
+
+
+async def test_published_head_scores_become_a_head_set_of_all_heads_of_the_model(stub: Stub) -> None:
+    published = b'{"2-1": [0.75, 0.25], "0-0": [0.125]}'
+    artifact = await upload(stub, published, kind=HEAD_SET, format=HEAD_SCORES)
+    assert (artifact.kind, artifact.layers, artifact.width) == (HEAD_SET, [0, 1, 2, 3], 2)
+    assert artifact.provenance["format"] == "head_score_json"
+    scores = load(await download(stub, artifact.id))["scores"]
+    assert scores.tolist() == [[0.125, 0], [0, 0], [0, 0.5], [0, 0]]
+    exported = json.loads(await download(stub, artifact.id, HEAD_SCORES))
+    assert len(exported) == 8
+    assert (exported["2-1"], exported["1-0"]) == ([0.5], [0.0])
+
+
+async def test_head_scores_of_a_model_that_is_not_served_have_the_heads_that_the_file_names(stub: Stub) -> None:
+    published = b'{"9-5": [1]}'
+    artifact = await upload(stub, published, kind=HEAD_SET, format=HEAD_SCORES, model_fingerprint="another-model")
+    assert (len(artifact.layers), artifact.width) == (10, 6)
 
 
 async def test_a_repeng_file_goes_in_and_comes_out_with_the_same_directions(stub: Stub, tmp_path: Path) -> None:
@@ -208,6 +246,39 @@ async def test_the_header_wins_over_what_the_file_says_of_itself(stub: Stub) -> 
             {"kind": NEURON_SET, "site": program_pb2.SITE_RESID_POST},
             "header.site",
         ),
+        (save({"damage": torch.rand(4, 21)}), {"kind": PROFILE}, "header.provenance.policy"),
+        (save({"damage": torch.rand(4, 20)}), {"kind": PROFILE, "provenance": struct(policy="fovea")}, "chunk"),
+        (save({"up_error.3": torch.rand(4, 25)}), {"kind": PROFILE, "provenance": struct(policy="fovea")}, "chunk"),
+        (save({"scores": torch.rand(4, 24)}), {"kind": PROFILE, "provenance": struct(policy="cats")}, "chunk"),
+        (
+            save({"damage": torch.rand(4, 21)}),
+            {"kind": PROFILE, "provenance": struct(policy="griffin")},
+            "header.provenance.policy",
+        ),
+        (
+            save({"damage": torch.rand(4, 21)}),
+            {"kind": PROFILE, "provenance": struct(policy="fovea", parameters={"bits": 5})},
+            "header.provenance.parameters.bits",
+        ),
+        (
+            save({"damage": torch.rand(4, 21)}),
+            {"kind": PROFILE, "provenance": struct(policy="fovea", parameters=[3])},
+            "header.provenance.parameters",
+        ),
+        (
+            save({"bits": torch.ones(1, dtype=torch.int32)}),
+            {"kind": PROFILE, "provenance": struct(policy="fovea")},
+            "chunk",
+        ),
+        (save({"a b": torch.ones(1)}), {"kind": PROFILE, "provenance": struct(policy="fovea")}, "chunk"),
+        (save({"scores": torch.ones(4, 2)}), {"kind": HEAD_SET, "site": program_pb2.SITE_ATTN_Z}, "header.site"),
+        (save({"scores": torch.ones(4, 3)}), {"kind": HEAD_SET}, "chunk"),
+        (save({"scores": torch.ones(3, 2)}), {"kind": HEAD_SET}, "chunk"),
+        (save({"scores": torch.ones(4, 2)}), {"kind": VECTOR}, "chunk"),
+        (b'{"0-2": [1]}', {"kind": HEAD_SET, "format": HEAD_SCORES}, "chunk"),
+        (b'{"4-0": [1]}', {"kind": HEAD_SET, "format": HEAD_SCORES}, "chunk"),
+        (b'{"0-0": 1}', {"kind": HEAD_SET, "format": HEAD_SCORES}, "chunk"),
+        (b'{"0-0": [1]}', {"kind": NEURON_SET, "format": HEAD_SCORES}, "chunk"),
     ],
 )
 async def test_a_bad_upload_is_an_invalid_argument_with_its_field_and_stores_nothing(
@@ -274,6 +345,15 @@ async def test_some_layers_of_it_can_be_exported(stub: Stub) -> None:
         await download(stub, artifact.id, layers=[1, 2])
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert field_of(refusal.value) == "layers[1]"
+
+
+async def test_a_head_set_is_exported_whole(stub: Stub) -> None:
+    artifact = await upload(stub, save({"scores": torch.ones(4, 2)}), kind=HEAD_SET)
+    for layers, file_format in (([1], SAFETENSORS), ([7], HEAD_SCORES)):
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await download(stub, artifact.id, file_format, layers)
+        assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert field_of(refusal.value) == "layers"
 
 
 async def test_tags_move_and_are_removed_and_delete_takes_them_along(stub: Stub) -> None:

@@ -22,10 +22,25 @@ from patchclamp.connection import (
     health_status,
 )
 from patchclamp.errors import PatchclampError
-from patchclamp.names import ArtifactFormatName, ArtifactKindName, MethodName
+from patchclamp.heads import CleanCorruptPair, HeadsLike, NeedleTest
+from patchclamp.names import (
+    ArtifactFormatName,
+    ArtifactKindName,
+    CircuitMethodName,
+    HeadEditModeName,
+    HeadScoreMethodName,
+    MethodName,
+)
 from patchclamp.requests import (
+    AttributeOptions,
+    CalibrateOptions,
+    CircuitOptions,
+    DetectOptions,
+    EvaluateOptions,
     ExtractOptions,
     GenerateOptions,
+    HeadEditOptions,
+    HeadScoreOptions,
     PromptLike,
     PromptOptions,
     ScoreOptions,
@@ -33,21 +48,46 @@ from patchclamp.requests import (
 )
 from patchclamp.results import (
     Artifact,
+    CalibratedProfile,
+    Circuit,
     CompareCollector,
     CompareEvent,
     CompareResult,
+    CoreNeurons,
+    DetectionCollector,
+    DetectionEvent,
     DownloadCollector,
-    ExtractionCollector,
+    EvaluationCollector,
     ExtractionEvent,
     ExtractionResult,
+    HeadEditEffect,
+    HeadSetComparison,
+    JobCollector,
+    LogitAttribution,
     Model,
+    Progress,
+    RetrievalHeads,
+    ScoredHeads,
     ScoreResult,
+    SparsityEvaluation,
+    SparsityEvaluationEvent,
     Tokenization,
 )
-from patchclamp.v1 import artifact_pb2, generation_pb2, model_pb2, steering_pb2
+from patchclamp.sparsity import SparsityLike
+from patchclamp.v1 import (
+    artifact_pb2,
+    generation_pb2,
+    head_pb2,
+    model_pb2,
+    sparse_policy_pb2,
+    sparsity_pb2,
+    steering_pb2,
+)
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp.v1.head_pb2_grpc import HeadServiceStub
 from patchclamp.v1.model_pb2_grpc import ModelServiceStub
+from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
 
@@ -71,6 +111,8 @@ class AsyncClient:
         )
         self._generation = GenerationServiceStub(self._channel)
         self._steering = SteeringServiceStub(self._channel)
+        self._sparsity = SparsityServiceStub(self._channel)
+        self._heads = HeadServiceStub(self._channel)
         self._artifacts = ArtifactServiceStub(self._channel)
         self._models = ModelServiceStub(self._channel)
         self._health = self._channel.unary_unary(
@@ -120,7 +162,108 @@ class AsyncClient:
         **options: Unpack[ExtractOptions],
     ) -> AsyncStream[steering_pb2.ExtractVectorsResponse, ExtractionEvent, ExtractionResult]:
         request = requests.extract_vectors(pairs, method, options)
-        return AsyncStream(self._stream(self._steering.ExtractVectors, request, timeout), ExtractionCollector())
+        return AsyncStream(
+            self._stream(self._steering.ExtractVectors, request, timeout), JobCollector(ExtractionResult.from_proto)
+        )
+
+    def calibrate_profile(
+        self,
+        policy: sparse_policy_pb2.SparsePolicy,
+        texts: str | Iterable[str],
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[CalibrateOptions],
+    ) -> AsyncStream[sparsity_pb2.CalibrateProfileResponse, Progress | CalibratedProfile, CalibratedProfile]:
+        call = self._stream(
+            self._sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, options), timeout
+        )
+        return AsyncStream(call, JobCollector(CalibratedProfile.from_proto))
+
+    def evaluate_profile(
+        self,
+        sparsities: Iterable[SparsityLike],
+        texts: str | Iterable[str],
+        *,
+        measure_speed: bool = False,
+        timeout: float = float("inf"),
+        **options: Unpack[EvaluateOptions],
+    ) -> AsyncStream[sparsity_pb2.EvaluateProfileResponse, SparsityEvaluationEvent, tuple[SparsityEvaluation, ...]]:
+        request = requests.evaluate_profile(sparsities, texts, measure_speed, options)
+        call = self._stream(self._sparsity.EvaluateProfile, request, timeout)
+        return AsyncStream(call, EvaluationCollector(len(request.sparsities)))
+
+    async def predict_core_neurons(
+        self,
+        prompts: Iterable[PromptLike],
+        sparsity: SparsityLike,
+        *,
+        layers: Iterable[int] = (),
+        model: str = "",
+        timeout: float | None = None,
+    ) -> CoreNeurons:
+        request = requests.predict_core_neurons(prompts, sparsity, layers, model)
+        return CoreNeurons.from_proto(await self._unary(self._sparsity.PredictCoreNeurons, request, timeout))
+
+    def detect_retrieval_heads(
+        self,
+        test: NeedleTest | None = None,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[DetectOptions],
+    ) -> AsyncStream[head_pb2.DetectRetrievalHeadsResponse, DetectionEvent, RetrievalHeads]:
+        request = requests.detect_retrieval_heads(test, options)
+        return AsyncStream(self._stream(self._heads.DetectRetrievalHeads, request, timeout), DetectionCollector())
+
+    def score_heads(
+        self,
+        method: HeadScoreMethodName,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[HeadScoreOptions],
+    ) -> AsyncStream[head_pb2.ScoreHeadsResponse, Progress | ScoredHeads, ScoredHeads]:
+        call = self._stream(self._heads.ScoreHeads, requests.score_heads(method, options), timeout)
+        return AsyncStream(call, JobCollector(ScoredHeads.from_proto))
+
+    def evaluate_head_edit(
+        self,
+        heads: HeadsLike,
+        mode: HeadEditModeName,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[HeadEditOptions],
+    ) -> AsyncStream[head_pb2.EvaluateHeadEditResponse, Progress | HeadEditEffect, HeadEditEffect]:
+        request = requests.evaluate_head_edit(heads, mode, options)
+        call = self._stream(self._heads.EvaluateHeadEdit, request, timeout)
+        return AsyncStream(call, JobCollector(HeadEditEffect.from_proto))
+
+    def find_circuit(
+        self,
+        pairs: Iterable[CleanCorruptPair],
+        method: CircuitMethodName,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[CircuitOptions],
+    ) -> AsyncStream[head_pb2.FindCircuitResponse, Progress | Circuit, Circuit]:
+        call = self._stream(self._heads.FindCircuit, requests.find_circuit(pairs, method, options), timeout)
+        return AsyncStream(call, JobCollector(Circuit.from_proto))
+
+    async def compare_head_sets(
+        self, head_sets: Iterable[str], *, top_k: int = 0, timeout: float | None = None
+    ) -> tuple[HeadSetComparison, ...]:
+        request = requests.compare_head_sets(head_sets, top_k)
+        response = await self._unary(self._heads.CompareHeadSets, request, timeout)
+        return tuple(map(HeadSetComparison.from_proto, response.comparisons))
+
+    async def attribute_logits(
+        self,
+        prompt: PromptLike | None = None,
+        target: str = "",
+        *,
+        timeout: float | None = None,
+        **options: Unpack[AttributeOptions],
+    ) -> LogitAttribution:
+        request = requests.attribute_logits(prompt, target, options)
+        return LogitAttribution.from_proto(await self._unary(self._heads.AttributeLogits, request, timeout))
 
     async def put_artifact(
         self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]

@@ -21,10 +21,25 @@ from patchclamp.connection import (
     health_status,
 )
 from patchclamp.errors import PatchclampError
-from patchclamp.names import ArtifactFormatName, ArtifactKindName, MethodName
+from patchclamp.heads import CleanCorruptPair, HeadsLike, NeedleTest
+from patchclamp.names import (
+    ArtifactFormatName,
+    ArtifactKindName,
+    CircuitMethodName,
+    HeadEditModeName,
+    HeadScoreMethodName,
+    MethodName,
+)
 from patchclamp.requests import (
+    AttributeOptions,
+    CalibrateOptions,
+    CircuitOptions,
+    DetectOptions,
+    EvaluateOptions,
     ExtractOptions,
     GenerateOptions,
+    HeadEditOptions,
+    HeadScoreOptions,
     PromptLike,
     PromptOptions,
     ScoreOptions,
@@ -32,22 +47,47 @@ from patchclamp.requests import (
 )
 from patchclamp.results import (
     Artifact,
+    CalibratedProfile,
+    Circuit,
     CompareCollector,
     CompareEvent,
     CompareResult,
+    CoreNeurons,
+    DetectionCollector,
+    DetectionEvent,
     DownloadCollector,
-    ExtractionCollector,
+    EvaluationCollector,
     ExtractionEvent,
     ExtractionResult,
+    HeadEditEffect,
+    HeadSetComparison,
+    JobCollector,
+    LogitAttribution,
     Model,
+    Progress,
+    RetrievalHeads,
+    ScoredHeads,
     ScoreResult,
+    SparsityEvaluation,
+    SparsityEvaluationEvent,
     Tokenization,
 )
+from patchclamp.sparsity import SparsityLike
 from patchclamp.streams import Call, GenerateStream, Session, Stream
-from patchclamp.v1 import artifact_pb2, generation_pb2, model_pb2, steering_pb2
+from patchclamp.v1 import (
+    artifact_pb2,
+    generation_pb2,
+    head_pb2,
+    model_pb2,
+    sparse_policy_pb2,
+    sparsity_pb2,
+    steering_pb2,
+)
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp.v1.head_pb2_grpc import HeadServiceStub
 from patchclamp.v1.model_pb2_grpc import ModelServiceStub
+from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
 
@@ -55,7 +95,7 @@ class Client:
     """Calls to one server; thread-safe. Every method raises PatchclampError when the server refuses or fails.
 
     timeout: seconds for each call, unless the call gives its own; ``math.inf`` is no deadline. Sessions and
-    extractions have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message.
+    long jobs have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message.
     """
 
     def __init__(
@@ -75,6 +115,8 @@ class Client:
         )
         self._generation = GenerationServiceStub(self._channel)
         self._steering = SteeringServiceStub(self._channel)
+        self._sparsity = SparsityServiceStub(self._channel)
+        self._heads = HeadServiceStub(self._channel)
         self._artifacts = ArtifactServiceStub(self._channel)
         self._models = ModelServiceStub(self._channel)
         self._health = self._channel.unary_unary(
@@ -132,12 +174,128 @@ class Client:
     ) -> Stream[steering_pb2.ExtractVectorsResponse, ExtractionEvent, ExtractionResult]:
         """Finds a steering vector from (positive, negative) pairs: progress, then the stored vector."""
         request = requests.extract_vectors(pairs, method, options)
-        return Stream(self._stream(self._steering.ExtractVectors, request, timeout), ExtractionCollector())
+        return Stream(
+            self._stream(self._steering.ExtractVectors, request, timeout), JobCollector(ExtractionResult.from_proto)
+        )
+
+    def calibrate_profile(
+        self,
+        policy: sparse_policy_pb2.SparsePolicy,
+        texts: str | Iterable[str],
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[CalibrateOptions],
+    ) -> Stream[sparsity_pb2.CalibrateProfileResponse, Progress | CalibratedProfile, CalibratedProfile]:
+        """Calibrates a policy (patchclamp.sparsity) on texts: progress, then the stored profile with its card."""
+        call = self._stream(
+            self._sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, options), timeout
+        )
+        return Stream(call, JobCollector(CalibratedProfile.from_proto))
+
+    def evaluate_profile(
+        self,
+        sparsities: Iterable[SparsityLike],
+        texts: str | Iterable[str],
+        *,
+        measure_speed: bool = False,
+        timeout: float = float("inf"),
+        **options: Unpack[EvaluateOptions],
+    ) -> Stream[sparsity_pb2.EvaluateProfileResponse, SparsityEvaluationEvent, tuple[SparsityEvaluation, ...]]:
+        """Measures policies and profiles against the dense model on texts, beside random sets of the same size."""
+        request = requests.evaluate_profile(sparsities, texts, measure_speed, options)
+        call = self._stream(self._sparsity.EvaluateProfile, request, timeout)
+        return Stream(call, EvaluationCollector(len(request.sparsities)))
+
+    def predict_core_neurons(
+        self,
+        prompts: Iterable[PromptLike],
+        sparsity: SparsityLike,
+        *,
+        layers: Iterable[int] = (),
+        model: str = "",
+        timeout: float | None = None,
+    ) -> CoreNeurons:
+        """The neurons that a policy with fixed sets keeps for each prompt, and how much these sets overlap."""
+        request = requests.predict_core_neurons(prompts, sparsity, layers, model)
+        return CoreNeurons.from_proto(self._unary(self._sparsity.PredictCoreNeurons, request, timeout))
+
+    def detect_retrieval_heads(
+        self,
+        test: NeedleTest | None = None,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[DetectOptions],
+    ) -> Stream[head_pb2.DetectRetrievalHeadsResponse, DetectionEvent, RetrievalHeads]:
+        """Hides needles in text and scores the heads that look at them while the model copies: progress, runs, result.
+
+        The scores are stored as a head set.
+        """
+        request = requests.detect_retrieval_heads(test, options)
+        return Stream(self._stream(self._heads.DetectRetrievalHeads, request, timeout), DetectionCollector())
+
+    def score_heads(
+        self,
+        method: HeadScoreMethodName,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[HeadScoreOptions],
+    ) -> Stream[head_pb2.ScoreHeadsResponse, Progress | ScoredHeads, ScoredHeads]:
+        """Scores every head by a method of the literature; the scores are stored as a head set."""
+        call = self._stream(self._heads.ScoreHeads, requests.score_heads(method, options), timeout)
+        return Stream(call, JobCollector(ScoredHeads.from_proto))
+
+    def evaluate_head_edit(
+        self,
+        heads: HeadsLike,
+        mode: HeadEditModeName,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[HeadEditOptions],
+    ) -> Stream[head_pb2.EvaluateHeadEditResponse, Progress | HeadEditEffect, HeadEditEffect]:
+        """What editing heads does to needle success and perplexity, beside random heads.
+
+        heads: (layer, head) pairs, or the id or tag of a head set.
+        """
+        request = requests.evaluate_head_edit(heads, mode, options)
+        call = self._stream(self._heads.EvaluateHeadEdit, request, timeout)
+        return Stream(call, JobCollector(HeadEditEffect.from_proto))
+
+    def find_circuit(
+        self,
+        pairs: Iterable[CleanCorruptPair],
+        method: CircuitMethodName,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[CircuitOptions],
+    ) -> Stream[head_pb2.FindCircuitResponse, Progress | Circuit, Circuit]:
+        """Ranks heads by their effect on clean/corrupt pairs; the effects are stored as a head set."""
+        call = self._stream(self._heads.FindCircuit, requests.find_circuit(pairs, method, options), timeout)
+        return Stream(call, JobCollector(Circuit.from_proto))
+
+    def compare_head_sets(
+        self, head_sets: Iterable[str], *, top_k: int = 0, timeout: float | None = None
+    ) -> tuple[HeadSetComparison, ...]:
+        """Overlap of every two head sets; top_k 0: of the heads with at least the threshold of their set."""
+        request = requests.compare_head_sets(head_sets, top_k)
+        response = self._unary(self._heads.CompareHeadSets, request, timeout)
+        return tuple(map(HeadSetComparison.from_proto, response.comparisons))
+
+    def attribute_logits(
+        self,
+        prompt: PromptLike | None = None,
+        target: str = "",
+        *,
+        timeout: float | None = None,
+        **options: Unpack[AttributeOptions],
+    ) -> LogitAttribution:
+        """Splits logit(target) - logit(contrast) after the prompt into parts by head, MLP and source token."""
+        request = requests.attribute_logits(prompt, target, options)
+        return LogitAttribution.from_proto(self._unary(self._heads.AttributeLogits, request, timeout))
 
     def put_artifact(
         self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
     ) -> Artifact:
-        """Stores a vector or neuron set. Options: UploadOptions; format is "safetensors" or "gguf"."""
+        """Stores an artifact: a vector unless kind= says otherwise. Options: UploadOptions."""
         response = self._unary(self._artifacts.Upload, requests.upload(data, options), timeout)
         return Artifact.from_proto(response.artifact)
 

@@ -3,16 +3,21 @@
 from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar, cast
 
-from patchclamp.v1 import artifact_pb2, generation_pb2, program_pb2, steering_pb2
+from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, program_pb2, sparse_policy_pb2, steering_pb2
 
 ValueT = TypeVar("ValueT", bound=int)
 
 SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out", "mlp_post", "mlp_out"]
 PriorityName = Literal["interactive", "batch", "analysis"]
-ArtifactKindName = Literal["vector", "neuron_set"]
-ArtifactFormatName = Literal["safetensors", "gguf"]
+ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set"]
+ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json"]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]
+CoreInferRankingName = Literal["magnitude", "value"]
+TealAllocationName = Literal["uniform", "greedy"]
+HeadScoreMethodName = Literal["induction", "previous_token", "ngram", "successor", "ov_nuclear_norm", "temporal"]
+HeadEditModeName = Literal["zero", "mean", "uniform", "scale"]
+CircuitMethodName = Literal["mean_ablation", "activation_patching", "path_patching"]
 
 
 class ProtoEnum(Protocol[ValueT]):
@@ -34,9 +39,15 @@ COMPARE_SIDES = _table(generation_pb2.CompareSide, "COMPARE_SIDE_")
 ARTIFACT_KINDS = _table(artifact_pb2.ArtifactKind, "ARTIFACT_KIND_")
 METHODS = _table(steering_pb2.ExtractionMethod, "EXTRACTION_METHOD_")
 POOLINGS = _table(steering_pb2.TokenPooling, "TOKEN_POOLING_")
+CORE_INFER_RANKINGS = _table(sparse_policy_pb2.CoreInferRanking, "CORE_INFER_RANKING_")
+TEAL_ALLOCATIONS = _table(sparse_policy_pb2.TealAllocation, "TEAL_ALLOCATION_")
+HEAD_SCORE_METHODS = _table(head_pb2.HeadScoreMethod, "HEAD_SCORE_METHOD_")
+HEAD_EDIT_MODES = _table(head_pb2.HeadEditMode, "HEAD_EDIT_MODE_")
+CIRCUIT_METHODS = _table(head_pb2.CircuitMethod, "CIRCUIT_METHOD_")
 ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,
+    "head_score_json": artifact_pb2.ARTIFACT_FORMAT_HEAD_SCORE_JSON,
 }
 
 

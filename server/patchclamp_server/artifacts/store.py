@@ -1,4 +1,4 @@
-"""The content-addressed store of vectors and neuron sets.
+"""The content-addressed store of artifacts.
 
     objects/ab/cdef….safetensors   bytes whose SHA-256 is abcdef…; the id is "sha256:abcdef…"
     tags/<name>                    holds an id
@@ -24,8 +24,9 @@ from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
+from patchclamp_server.artifacts.tensors import check_tensors, layers_of, width_of
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata
-from patchclamp_server.artifacts.validation import check_tag, check_tensors, checked_metadata, layers_of
+from patchclamp_server.artifacts.validation import check_tag, checked_metadata
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound
 from patchclamp_server.interventions.program import Site
 
@@ -65,7 +66,8 @@ class ArtifactStore:
     ) -> ArtifactInfo:
         """Stores an artifact and points the tags at it. Equal content has one id and is stored once.
 
-        InvalidArgument (field = the argument's name): content that validation.py refuses. ResourceExhausted: no room.
+        InvalidArgument (field = the argument's name): content that tensors.py or validation.py refuses.
+        ResourceExhausted: no room.
         """
         tags = tuple(tags)
         for index, tag in enumerate(tags):
@@ -228,16 +230,14 @@ class ArtifactStore:
         metadata = header.metadata
         if metadata is None or size != header.file_bytes:
             raise self._damage(artifact_id, f"{size} bytes instead of {header.file_bytes}")
-        layers = layers_of(metadata.kind, header.shapes)
-        is_vector = metadata.kind is ArtifactKind.VECTOR
         return ArtifactInfo(
             id=artifact_id,
             kind=metadata.kind,
             tags=tags,
             model_fingerprint=metadata.model_fingerprint,
             site=metadata.site,
-            layers=layers,
-            width=header.shapes[f"layer.{layers[0]}"][0] if is_vector else 0,
+            layers=layers_of(metadata.kind, header.shapes),
+            width=width_of(metadata.kind, header.shapes),
             size_bytes=size,
             created=created,
             description=metadata.description,
@@ -253,8 +253,6 @@ class ArtifactStore:
             if header.metadata is None:
                 raise MalformedFile("the header holds no metadata")
             layers_of(header.metadata.kind, header.shapes)
-            if any(len(shape) != 1 for shape in header.shapes.values()):
-                raise MalformedFile("a tensor is not one-dimensional")
         except (MalformedFile, InvalidArgument) as error:
             raise self._damage(artifact_id, str(error)) from error
         if len(self._headers) >= MAX_CACHED_HEADERS:

@@ -16,13 +16,19 @@ class ArtifactKind(Enum):
 
     VECTOR = "vector"
     NEURON_SET = "neuron_set"
+    SPARSITY_PROFILE = "sparsity_profile"
+    HEAD_SET = "head_set"
+
+
+# Kinds whose layers stand for themselves, so that some can be taken without the others.
+LAYERED = (ArtifactKind.VECTOR, ArtifactKind.NEURON_SET)
 
 
 @dataclass(frozen=True)
 class Metadata:
     """What is stored beside the tensors and takes part in the id: everything but tags and the time of creation.
 
-    `site` is None for neuron sets: they always sit at mlp_post.
+    `site` is that of a vector; None for the other kinds (neuron sets always sit at mlp_post).
     """
 
     kind: ArtifactKind
@@ -35,7 +41,10 @@ class Metadata:
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """An artifact without its tensors. `created` is in seconds since the epoch; `width` is 0 for neuron sets."""
+    """An artifact without its tensors. `created` is in seconds since the epoch.
+
+    `width`: of a vector; for a head set the heads of a layer, for the others 0. `layers`: none for a sparsity profile.
+    """
 
     id: str
     kind: ArtifactKind
@@ -72,15 +81,27 @@ class Artifact:
         self._expect(ArtifactKind.NEURON_SET, layer)
         return self.tensors[f"layer.{layer}.neurons"], self.tensors.get(f"layer.{layer}.values")
 
+    def head_scores(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Scores float32 [n_layers, n_heads], and the low and high ends of their intervals where the set has them."""
+        self._expect(ArtifactKind.HEAD_SET)
+        return self.tensors["scores"], self.tensors.get("low"), self.tensors.get("high")
+
+    def profile_tensors(self) -> dict[str, torch.Tensor]:
+        """What a sparse policy was calibrated to, by names of its own; `info.provenance["policy"]` names the policy."""
+        self._expect(ArtifactKind.SPARSITY_PROFILE)
+        return self.tensors
+
     def only(self, layers: Sequence[int]) -> "Artifact":
-        """The artifact without other layers. NotFound: no such layer."""
+        """The vector or neuron set without other layers. NotFound: no such layer. FailedPrecondition: another kind."""
+        if self.info.kind not in LAYERED:
+            raise FailedPrecondition("layers", f"a {self.info.kind.value} is exported whole; leave the layers empty")
         for layer in layers:
             self._expect(self.info.kind, layer)
         kept = {name: t for name, t in self.tensors.items() if int(name.split(".")[1]) in layers}
         return Artifact(replace(self.info, layers=tuple(sorted(layers))), kept)
 
-    def _expect(self, kind: ArtifactKind, layer: int) -> None:
+    def _expect(self, kind: ArtifactKind, layer: int | None = None) -> None:
         if self.info.kind is not kind:
             raise FailedPrecondition("", f"{self.info.id} is a {self.info.kind.value}, not a {kind.value}")
-        if layer not in self.info.layers:
+        if layer is not None and layer not in self.info.layers:
             raise NotFound("", f"{self.info.id} has no layer {layer}; it has {list(self.info.layers)}")

@@ -1,96 +1,24 @@
-"""What may be stored: checks of tensors, metadata and tag names. Field paths name the argument of ArtifactStore.put."""
+"""What may be stored beside tensors: metadata and tag names. Field paths name the argument of ArtifactStore.put."""
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from patchclamp_server.artifacts.types import ArtifactKind, Metadata
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_METADATA_BYTES = 256 * 1024
 MAX_DEPTH = 32
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# Leading zeros are refused, so that a layer has one name.
-VECTOR_TENSOR = re.compile(r"layer\.(0|[1-9][0-9]{0,5})")
-NEURON_TENSOR = re.compile(r"layer\.(0|[1-9][0-9]{0,5})\.(neurons|values)")
 
 
 def check_tag(tag: str, path: str = "tag") -> None:
     """A tag is 1 to 128 letters, digits, '.', '_' and '-', and starts with a letter or digit: never a path."""
     if not TAG.fullmatch(tag):
         raise InvalidArgument(path, f"{tag!r} is not a tag name; accepted: {TAG.pattern}")
-
-
-def layers_of(kind: ArtifactKind, names: Iterable[str]) -> tuple[int, ...]:
-    """Layers that the tensor names speak of, ascending. InvalidArgument for a name the kind does not have."""
-    pattern = VECTOR_TENSOR if kind is ArtifactKind.VECTOR else NEURON_TENSOR
-    layers = set()
-    for name in names:
-        match = pattern.fullmatch(name)
-        if match is None:
-            accepted = "layer.<l>" if kind is ArtifactKind.VECTOR else "layer.<l>.neurons and layer.<l>.values"
-            raise InvalidArgument("tensors", f"{name!r} is not a tensor of a {kind.value}; accepted: {accepted}")
-        layers.add(int(match[1]))
-    if not layers:
-        raise InvalidArgument("tensors", f"a {kind.value} needs at least one layer")
-    return tuple(sorted(layers))
-
-
-def check_tensors(kind: ArtifactKind, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Vector: "layer.<l>" [width], one width, finite. Neuron set: "layer.<l>.neurons" int64 [n], ≥ 0 and unique,
-    optionally "layer.<l>.values" [n], finite. Everything else is InvalidArgument naming the tensor."""
-    layers = layers_of(kind, tensors)
-    if kind is ArtifactKind.VECTOR:
-        _check_vector(layers, tensors)
-    else:
-        _check_neuron_set(layers, tensors)
-
-
-def _check_vector(layers: tuple[int, ...], tensors: Mapping[str, torch.Tensor]) -> None:
-    width = tensors[f"layer.{layers[0]}"].numel()
-    for layer in layers:
-        name = f"layer.{layer}"
-        _check_floats(name, tensors[name])
-        if tensors[name].numel() != width:
-            message = f"{name} has width {tensors[name].numel()}, layer.{layers[0]} has {width}; widths must be equal"
-            raise InvalidArgument("tensors", message)
-
-
-def _check_neuron_set(layers: tuple[int, ...], tensors: Mapping[str, torch.Tensor]) -> None:
-    for layer in layers:
-        name = f"layer.{layer}.neurons"
-        neurons = tensors.get(name)
-        if neurons is None:
-            raise InvalidArgument("tensors", f"layer.{layer}.values stands without {name}")
-        if neurons.dtype != torch.int64 or neurons.ndim != 1 or neurons.numel() == 0:
-            raise InvalidArgument("tensors", f"{name} must be int64 [n] with n >= 1, not {_describe(neurons)}")
-        if int(neurons.min()) < 0:
-            raise InvalidArgument("tensors", f"{name} holds the negative index {int(neurons.min())}")
-        if len(set(neurons.tolist())) != neurons.numel():
-            raise InvalidArgument("tensors", f"{name} names a neuron twice")
-        values = tensors.get(f"layer.{layer}.values")
-        if values is not None:
-            _check_floats(f"layer.{layer}.values", values)
-            if values.numel() != neurons.numel():
-                message = f"layer.{layer}.values has {values.numel()} values for {neurons.numel()} neurons"
-                raise InvalidArgument("tensors", message)
-
-
-def _check_floats(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in FLOATS or tensor.ndim != 1 or tensor.numel() == 0:
-        raise InvalidArgument("tensors", f"{name} must be floats [n] with n >= 1, not {_describe(tensor)}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidArgument("tensors", f"{name} holds NaN or Inf")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def checked_metadata(metadata: Metadata) -> Metadata:
@@ -102,6 +30,11 @@ def checked_metadata(metadata: Metadata) -> Metadata:
         if site not in (None, Site.MLP_POST):
             raise InvalidArgument("site", "neuron sets sit at mlp_post; leave the site empty")
         site = None
+    if metadata.kind in (ArtifactKind.SPARSITY_PROFILE, ArtifactKind.HEAD_SET) and site is not None:
+        raise InvalidArgument("site", f"a {metadata.kind.value} has no site; leave it empty")
+    policy = metadata.provenance.get("policy")
+    if metadata.kind is ArtifactKind.SPARSITY_PROFILE and not (isinstance(policy, str) and policy):
+        raise InvalidArgument("provenance.policy", "a sparsity_profile needs the name of its policy")
     if not metadata.model_fingerprint:
         raise InvalidArgument("model_fingerprint", "an artifact belongs to a model; the fingerprint is empty")
     fingerprint = _canonical(metadata.model_fingerprint, "model_fingerprint", 0)

@@ -3,16 +3,24 @@
     z_h = Σ_j softmax_j(cap(q_h · k_j · scale)) v_j      over keys j ≤ position, j > position - window
 
 q [T, n_heads, head_dim]; the pool of a layer is [2, n_blocks, block_size, n_kv_heads, head_dim] (keys, values). Rows
-that bring one token (decode) are computed together over their padded block tables; a chunk of a prompt is computed over
-its own. Block 0 is never given out and stays zero: padded entries of a block table point at it.
+that bring one token (decode) are computed together: on a CPU in float32 by decode_attention.py, elsewhere over their
+padded block tables. A chunk of a prompt is computed over its own. Block 0 is never given out and stays zero: padded
+entries of a block table point at it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from patchclamp_server.engine.peaks import LayerPeaks
+from patchclamp_server.interventions.scopes import IntArray
+
+# Scores [n_heads, rows, keys] of one block of rows whose peaks are read.
+_PEAK_SCORES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,35 +34,47 @@ class Span:
 
 
 class AttentionBatch:
-    """Index tensors and masks of one step, shared by all layers."""
+    """Block tables and masks of one step, shared by all layers."""
 
     def __init__(self, spans: list[Span], block_size: int, windows: set[int], device: torch.device) -> None:
         self.single = [s for s in spans if s.n == 1]
         if any(s.n == 1 and s.start != i for i, s in enumerate(self.single)):
             raise ValueError("single-token spans must be the first rows of the batch")
         self.chunks = [_Chunk(s, block_size, windows, device) for s in spans if s.n > 1]
-        self.masks: dict[int, Tensor] = {}
-        if not self.single:
-            return
+        self.device = device
         # Block tables of all single-token rows, padded with block 0.
-        width = max(s.offset // block_size + 1 for s in self.single)
-        table = np.zeros((len(self.single), width), dtype=np.int64)
+        width = max((s.offset // block_size + 1 for s in self.single), default=0)
+        self.tables = np.zeros((len(self.single), width), dtype=np.int64)
         for i, s in enumerate(self.single):
             used = s.offset // block_size + 1
-            table[i, :used] = s.blocks[:used]
-        self.table = torch.from_numpy(table.reshape(-1)).to(device)
-        positions = np.array([s.offset for s in self.single])[:, None]
-        keys = np.arange(width * block_size)[None]
-        for window in windows:
-            visible = keys <= positions
-            if window:
-                visible &= positions - keys < window
+            self.tables[i, :used] = s.blocks[:used]
+        self.positions = np.array([s.offset for s in self.single], dtype=np.int64)
+        # Keys that single-token rows may see.
+        self.n_keys = sum(s.offset + 1 for s in self.single)
+        self.block_size = block_size
+        self._gathered: Tensor | None = None
+        self._masks: dict[int, Tensor] = {}
+
+    @property
+    def gathered(self) -> Tensor:
+        """The tables of single-token rows as one index of blocks."""
+        if self._gathered is None:
+            self._gathered = torch.from_numpy(self.tables.reshape(-1)).to(self.device)
+        return self._gathered
+
+    def mask(self, window: int) -> Tensor:
+        """[single rows, 1, 1, keys]: 0 where a row sees a key of `gathered`, -inf elsewhere."""
+        if window not in self._masks:
+            positions = self.positions[:, None]
+            visible = _visible(positions, np.arange(self.tables.shape[1] * self.block_size)[None], window)
             mask = np.where(visible, np.float32(0), np.float32("-inf"))
-            self.masks[window] = torch.from_numpy(mask).to(device)[:, None, None]  # [B, 1, 1, keys]
+            self._masks[window] = torch.from_numpy(mask).to(self.device)[:, None, None]
+        return self._masks[window]
 
 
 class _Chunk:
     def __init__(self, span: Span, block_size: int, windows: set[int], device: torch.device) -> None:
+        self.offset = span.offset
         self.rows = slice(span.start, span.start + span.n)
         self.length = span.offset + span.n
         n_blocks = (self.length + block_size - 1) // block_size
@@ -68,10 +88,13 @@ class _Chunk:
             if self.fresh and (not window or self.length <= window):
                 self.masks[window] = None
                 continue
-            visible = keys <= positions
-            if window:
-                visible &= positions - keys < window
-            self.masks[window] = torch.where(visible, 0.0, float("-inf"))
+            self.masks[window] = torch.where(_visible(positions, keys, window), 0.0, float("-inf"))
+
+
+def _visible(positions: Any, keys: Any, window: int) -> Any:
+    """Whether a row at `positions` [n, 1] sees keys [1, m]; both arrays or both tensors."""
+    visible = keys <= positions
+    return visible & (positions - keys < window) if window else visible
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
@@ -81,7 +104,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / soft_cap)) * soft_cap
     if mask is None:
         mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
-    return torch.softmax(scores + mask, dim=-1) @ v
+    return torch.softmax(scores + mask, dim=-1).to(v.dtype) @ v
 
 
 def paged_attention(
@@ -95,10 +118,11 @@ def paged_attention(
     scale: float,
     window: int,
     soft_cap: float,
+    peaks: LayerPeaks | None = None,
 ) -> Tensor:
-    """Writes k and v [T, n_kv_heads, head_dim] at the token addresses `slots`, then attends.
+    """Writes k and v [T, n_kv_heads, head_dim] at the token addresses `slots`, then attends; fills in `peaks`.
 
-    Returns z [T, n_heads * head_dim].
+    Returns z [T, n_heads * head_dim]. Its bits do not depend on whether peaks are asked for.
     """
     n_kv, dim = pool.shape[3:]
     n_heads = q.shape[1]
@@ -108,21 +132,71 @@ def paged_attention(
     value_pool.view(-1, n_kv, dim).index_copy_(0, slots, v)
     parts = []
     single = len(batch.single)
-    if single:
+    if single and pool.device.type == "cpu" and pool.dtype == torch.float32:
+        # Compiled by numba, which only this path needs.
+        from patchclamp_server.engine.decode_attention import attend_single_rows
+
+        parts.append(
+            attend_single_rows(q[:single], pool, batch, scale=scale, window=window, soft_cap=soft_cap, peaks=peaks)
+        )
+    elif single:
         # The query heads of one KV head stand where query tokens would, so that no key is repeated.
         shape = (single, -1, n_kv, dim)
-        keys = key_pool.index_select(0, batch.table).view(shape).transpose(1, 2)
-        values = value_pool.index_select(0, batch.table).view(shape).transpose(1, 2)
-        out = _attend(q[:single].reshape(single, n_kv, group, dim), keys, values, batch.masks[window], scale, soft_cap)
+        keys = key_pool.index_select(0, batch.gathered).view(shape).transpose(1, 2)
+        values = value_pool.index_select(0, batch.gathered).view(shape).transpose(1, 2)
+        mask = batch.mask(window)
+        out = _attend(q[:single].reshape(single, n_kv, group, dim), keys, values, mask, scale, soft_cap)
         parts.append(out.reshape(single, n_heads * dim))
+        if peaks is not None:
+            for row in peaks.rows[peaks.rows < single].tolist():
+                last = int(batch.positions[row])
+                own = keys[row, :, : last + 1].transpose(0, 1)
+                _find_peaks(q, own, peaks, np.array([row]), np.array([last]), scale, window, soft_cap)
     for chunk in batch.chunks:
         if chunk.fresh:
             keys, values = k[chunk.rows], v[chunk.rows]
         else:
             keys = key_pool.index_select(0, chunk.table).view(-1, n_kv, dim)[: chunk.length]
             values = value_pool.index_select(0, chunk.table).view(-1, n_kv, dim)[: chunk.length]
+        if peaks is not None:
+            rows = peaks.rows[(peaks.rows >= chunk.rows.start) & (peaks.rows < chunk.rows.stop)]
+            positions = rows - chunk.rows.start + chunk.offset
+            _find_peaks(q, keys, peaks, rows, positions, scale, window, soft_cap)
         keys = keys.transpose(0, 1).repeat_interleave(group, 0)[None]
         values = values.transpose(0, 1).repeat_interleave(group, 0)[None]
         out = _attend(q[chunk.rows].transpose(0, 1)[None], keys, values, chunk.masks[window], scale, soft_cap)
         parts.append(out[0].transpose(0, 1).reshape(-1, n_heads * dim))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _find_peaks(
+    q: Tensor,
+    keys: Tensor,
+    peaks: LayerPeaks,
+    rows: IntArray,
+    positions: IntArray,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> None:
+    """Peaks of `rows` of q, tokens at `positions` of one sequence whose keys are `keys` [n, n_kv_heads, head_dim].
+
+    A block of rows at a time: the scores of all would be the attention matrix.
+    """
+    n_heads, n_kv, dim = q.shape[1], *keys.shape[1:]
+    columns = keys.float().permute(1, 2, 0)  # [n_kv, head_dim, n]
+    step = max(1, _PEAK_SCORES // (n_heads * len(keys)))
+    for start in range(0, len(rows), step):
+        own = torch.from_numpy(rows[start : start + step]).to(q.device)
+        at = torch.from_numpy(positions[start : start + step]).to(q.device)
+        end = int(positions[start : start + step].max()) + 1
+        queries = q.index_select(0, own).float().view(len(own), n_kv, -1, dim).permute(1, 2, 0, 3)
+        scores = (queries.reshape(n_kv, -1, dim) @ columns[:, :, :end]).view(n_heads, len(own), end) * scale
+        if soft_cap:
+            scores = torch.tanh(scores / soft_cap) * soft_cap
+        hidden = ~_visible(at[:, None], torch.arange(end, device=q.device)[None], window)
+        scores.masked_fill_(hidden, float("-inf"))
+        # Of equals, max gives the first.
+        largest, where = scores.max(dim=2)
+        peaks.positions.index_copy_(0, own, where.t().to(torch.int32))
+        peaks.probabilities.index_copy_(0, own, (largest - scores.logsumexp(dim=2)).exp_().t())

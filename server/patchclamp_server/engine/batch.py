@@ -1,5 +1,6 @@
 """One step as the host knows it, and what running it brings back. Executors turn the one into the other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,17 +8,19 @@ import numpy as np
 from torch import Tensor
 
 from patchclamp_server.engine.attention import Span
+from patchclamp_server.engine.sparse_decoder import SparseDecoder
 from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
 from patchclamp_server.interventions.scopes import BoolArray, IntArray
 from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.sparsity.apply import Rows
 
 PADDING_SLOT = -1
 
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """T rows: single tokens first, then chunks. `programs`: the spans that have a program or a capture. Rows of
-    `padding` are written to no block."""
+    """T rows: single tokens first, then chunks. `programs`: the spans that have a program or a capture. `sparse`: rows
+    that a sparse policy selects for or observes. Rows of `padding` are written to no block."""
 
     token_ids: list[int]
     spans: list[Span]
@@ -26,6 +29,7 @@ class StepBatch:
     logit_rows: list[int]
     block_size: int
     padding: bool = False
+    sparse: Sequence[Rows] = ()
 
     @property
     def positions(self) -> IntArray:  # [T]
@@ -60,4 +64,6 @@ class Executor(Protocol):
 
     @property
     def tables(self) -> Tables: ...
+    @property
+    def sparse(self) -> SparseDecoder: ...
     def execute(self, batch: StepBatch) -> Executed: ...

@@ -2,7 +2,7 @@
 
 A graph holds a whole step: forward pass, receipts, logits. It reads static buffers, so that a replay is one copy of the
 step's arrays and one launch. What programs are in the batch is data; a graph depends on the number of rows, on the
-bound of the contexts, and on whether heads or neurons are edited at all, which adds launches.
+bound of the contexts, and on what is launched at all: edits of queries, heads or neurons, and the peaks of heads.
 
 On a CPU a "replay" runs the same padded step anew: the bookkeeping is tested there.
 """
@@ -16,6 +16,7 @@ import torch
 from patchclamp_kernels.paged_attention import RaggedBatch
 from patchclamp_server.engine.batch import PADDING_SLOT, Executed, StepBatch
 from patchclamp_server.engine.kernel_step import (
+    all_peaks,
     banks_of,
     finite_rows,
     kernel_inputs,
@@ -26,6 +27,7 @@ from patchclamp_server.engine.kernel_step import (
 )
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.packed import Packed
+from patchclamp_server.interventions.head_readings import HeadReadings
 from patchclamp_server.interventions.kernel_plan import NO_PROGRAM, KernelPlan, empty_plan
 from patchclamp_server.interventions.slots import SlotTables
 from patchclamp_server.model.kernel_forward import KernelForward
@@ -44,8 +46,10 @@ _INT64: np.dtype = np.dtype(np.int64)
 class GraphKey:
     rows: int
     max_context: int
+    attn_q: bool
     attn_z: bool
     neurons: bool
+    peaks: bool
 
 
 class DecodeGraphs:
@@ -80,14 +84,16 @@ class DecodeGraphs:
             and plan.most_neuron_entries <= NEURON_ENTRIES
         )
 
-    def execute(self, batch: StepBatch, plan: KernelPlan) -> Executed:
+    def execute(self, batch: StepBatch, plan: KernelPlan, heads: HeadReadings | None) -> Executed:
         n = len(batch.token_ids)
         longest = max(span.offset for span in batch.spans) + 1
         key = GraphKey(
             next(size for size in self.sizes if size >= n),
             next(context for context in self.contexts if context >= longest),
+            plan.attn_q,
             plan.attn_z,
             plan.neurons,
+            heads is not None,
         )
         graph = self._graph(key)
         graph.fill(batch, plan)
@@ -96,15 +102,18 @@ class DecodeGraphs:
         if len(batch.logit_rows) != n:
             logits = logits[batch.logit_rows]
         outcome = plan.outcome(graph.rows.opened, graph.rows.readings)
+        if heads is not None:
+            assert graph.peaks is not None
+            outcome.readouts += heads.values(graph.peaks)
         return Executed(graph.finite[:n].cpu().numpy(), logits, outcome)
 
     def capture_all(self) -> None:
-        """The graphs of steps up to the first bound of contexts; longer ones are captured when they come, of kernels
-        that are compiled by then."""
+        """The graphs of steps up to the first bound of contexts. Longer ones, and those with edited queries or peaks,
+        are captured when they come, of kernels that are compiled by then."""
         for rows in reversed(self.sizes):
             for attn_z in (False, True):
                 for neurons in (False, True):
-                    self._graph(GraphKey(rows, self.contexts[0], attn_z, neurons))
+                    self._graph(GraphKey(rows, self.contexts[0], False, attn_z, neurons, False))
 
     def _graph(self, key: GraphKey) -> "_Graph":
         graph, addresses = self._graphs.get(key), self._addresses()
@@ -153,9 +162,11 @@ class _Graph:
         )
         self.rows = program_rows(arrays, columns=COLUMNS, items=ITEMS, readings=READINGS)
         launches = empty_plan(n)
-        launches.attn_z, launches.neurons, launches.most_neuron_entries = key.attn_z, key.neurons, NEURON_ENTRIES
+        launches.attn_q, launches.attn_z = key.attn_q, key.attn_z
+        launches.neurons, launches.most_neuron_entries = key.neurons, NEURON_ENTRIES
+        self.peaks = all_peaks(decoder.spec, n, device) if key.peaks else None
         programs = programs_of(owner.tables, decoder.spec, self.rows, launches)
-        self._inputs = kernel_inputs(arrays, attention, programs)
+        self._inputs = kernel_inputs(arrays, attention, programs, self.peaks)
         self.finite = torch.empty(n, dtype=torch.bool, device=device)
         self._pad(0)
         self._packed.upload()

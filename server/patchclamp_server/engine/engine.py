@@ -20,11 +20,13 @@ from patchclamp_server.engine.config import EngineConfig, EngineObserver, Engine
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.operator_executor import OperatorExecutor
 from patchclamp_server.engine.output import Output
+from patchclamp_server.engine.quality_guard import divergences
 from patchclamp_server.engine.request import Failed, FinishReason, Request
-from patchclamp_server.engine.runner import Runner, StepResult
+from patchclamp_server.engine.runner import Prediction, Runner, StepResult
 from patchclamp_server.engine.sampler import NOT_FINITE, sample
 from patchclamp_server.engine.scheduler import Scheduler, Work
 from patchclamp_server.engine.sequence import Sequence
+from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker, token_bytes
 from patchclamp_server.errors import (
     Aborted,
@@ -40,8 +42,8 @@ from patchclamp_server.errors import (
 from patchclamp_server.interventions.observers import CaptureState
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
-from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.sparsity.mlp import SparseModel
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +70,11 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache, max_sequences=self.config.max_sequences, max_tokens=self.config.max_tokens_per_step
         )
-        self.executor = _executor(model.decoder, self.cache, self.config)
+        # What sparse policies are bound to; one for all requests.
+        self.sparse_model = SparseModel(model.info.fingerprint, model.decoder)
+        self.executor = _executor(self.sparse_model, self.cache, self.config)
         self.tables = self.executor.tables
-        self.runner = Runner(self.executor, self.config.kv_block_size)
+        self.runner = Runner(self.executor, self.cache)
         self.observer: EngineObserver = Unobserved()
         # Called with every row of logits that is sampled from (request id, position it predicts, logits [vocab]).
         self.on_logits: Callable[[int, int, Tensor], None] | None = None
@@ -99,6 +103,9 @@ class Engine:
         while draining.
         """
         self._check(request)
+        if request.sparsity is not None:
+            # Here, and not on the engine's thread, where everybody would wait for it the first time.
+            self.executor.sparse.prepare()
         with self._lock:
             if self._draining or self._stopping:
                 raise Unavailable("", "the engine has stopped")
@@ -174,6 +181,8 @@ class Engine:
             )
         if request.score_from is not None and not 1 <= request.score_from < length:
             raise InvalidArgument("continuation", "scoring needs at least one prompt token and one continuation token")
+        if request.score_from is not None and request.sparsity is not None and request.sparsity.guard is not None:
+            raise InvalidArgument("sparsity.guard", "a guard watches generation; scoring has none")
 
     # What follows runs on the engine's thread.
 
@@ -246,6 +255,8 @@ class Engine:
             tokens=list(request.tokens),
             credits=request.credits,
         )
+        if request.sparsity is not None:
+            sequence.sparse = SparseSequence.of(request.sparsity, request.program, prompt_length)
         self._sequences[request_id] = sequence
         self.scheduler.add(sequence)
         if request.compare_baseline:
@@ -309,6 +320,7 @@ class Engine:
         self._decode_tokens += decode_rows
         prefill_tokens = sum(w.n for w in work if w.n > 1)
         self._prefill_tokens += prefill_tokens
+        self._sample_densely(result)
         self._deliver(work, result)
         self.observer.on_step(
             seconds=time.monotonic() - started, prefill_tokens=prefill_tokens, decode_rows=decode_rows
@@ -323,6 +335,35 @@ class Engine:
             self._fail_id(sequence.id, InvalidArgument("program.edits", f"{message}: an edit is too strong"))
         else:
             self._fail_id(sequence.id, EngineFailure("", message))
+
+    def _sample_densely(self, result: StepResult) -> None:
+        """Quality guards: computes the tokens that are due densely too, and ends sparse inference that has drifted."""
+        due = [p for p in result.predictions if p.sequence.id in self._sequences and self._guard_is_due(p)]
+        if not due:
+            return
+        try:
+            dense = self.runner.run_densely([p.sequence for p in due])
+        except Exception as error:
+            log.exception("dense samples of %d sequences failed", len(due))
+            for prediction in due:
+                failure = EngineFailure("", f"the quality guard failed: {type(error).__name__}")
+                self._fail_id(prediction.sequence.id, failure)
+            return
+        found = divergences(dense, result.logits[[p.row for p in due]])
+        for prediction, (divergence, same) in zip(due, found, strict=True):
+            sparse = prediction.sequence.sparse
+            assert sparse is not None
+            assert sparse.guard is not None
+            self.observer.on_guard_sample(sparse.asked.policy, divergence)
+            if sparse.guard.add(divergence, same):
+                sparse.dense_from = prediction.position + 1
+                self.observer.on_sparse_fallback(sparse.asked.policy)
+
+    def _guard_is_due(self, prediction: Prediction) -> bool:
+        sequence, sparse = prediction.sequence, prediction.sequence.sparse
+        if sparse is None or sparse.guard is None or not sparse.is_sparse(prediction.position):
+            return False
+        return sparse.guard.is_due(prediction.position - sequence.prompt_length)
 
     def _deliver(self, work: list[Work], result: StepResult) -> None:
         for uid, value in result.outcome.readouts:
@@ -428,20 +469,22 @@ class Engine:
 
     def _leave(self, sequence: Sequence, outcome: str) -> None:
         """After the last event."""
+        if sequence.sparse is not None:
+            self.observer.on_sparse_finished(sequence.sparse.report(sequence.computed))
         self.observer.on_finished(outcome)
         with self._lock:
             del self._requests[sequence.id]
             self._idle.notify_all()
 
 
-def _executor(decoder: Decoder, cache: KvCache, config: EngineConfig) -> Executor:
-    kernels = decoder.device.type == "cuda" if config.kernels is None else config.kernels
+def _executor(model: SparseModel, cache: KvCache, config: EngineConfig) -> Executor:
+    kernels = model.decoder.device.type == "cuda" if config.kernels is None else config.kernels
     if not kernels:
-        return OperatorExecutor(decoder, cache)
+        return OperatorExecutor(model, cache)
     # Triton is not needed, and takes a second to import, where no kernel runs.
     from patchclamp_server.engine.kernel_executor import KernelExecutor
 
-    return KernelExecutor(decoder, cache, config)
+    return KernelExecutor(model, cache, config)
 
 
 def _snake(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -10,7 +11,9 @@ from patchclamp_server.engine.attention import Span
 from patchclamp_server.engine.batch import Executed, StepBatch
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.decode_graphs import SIZES, DecodeGraphs
+from patchclamp_server.engine.kernel_products import kernel_products
 from patchclamp_server.engine.kernel_step import (
+    all_peaks,
     finite_rows,
     kernel_inputs,
     program_rows,
@@ -21,10 +24,14 @@ from patchclamp_server.engine.kernel_step import (
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.operator_executor import setting_of
 from patchclamp_server.engine.packed import packed
+from patchclamp_server.engine.peaks import Peaks
+from patchclamp_server.engine.sparse_decoder import SparseDecoder
+from patchclamp_server.interventions.head_readings import HeadReadings
 from patchclamp_server.interventions.kernel_plan import KernelPlan, KernelPlanner, empty_plan
 from patchclamp_server.interventions.slots import SlotTables
-from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.kernel_forward import KernelForward
+from patchclamp_server.sparsity.apply import Rows
+from patchclamp_server.sparsity.mlp import SparseModel
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +44,10 @@ _CUDA_UNITS = 2**20
 
 
 class KernelExecutor:
-    def __init__(self, decoder: Decoder, cache: KvCache, config: EngineConfig) -> None:
+    def __init__(self, model: SparseModel, cache: KvCache, config: EngineConfig) -> None:
+        decoder = model.decoder
         self.decoder = decoder
+        self.sparse = SparseDecoder(model, kernel_products)
         self.cache = cache
         self.tables = SlotTables(decoder.spec.n_layers, decoder.dtype, decoder.device)
         cuda = decoder.device.type == "cuda"
@@ -53,6 +62,7 @@ class KernelExecutor:
             )
         self.planner = KernelPlanner(setting_of(decoder, self.tables), self.tables)
         self.forward = KernelForward(decoder)
+        self._sparse_forward: KernelForward | None = None
         self.graphs: DecodeGraphs | None = None
         if cuda if config.decode_graphs is None else config.decode_graphs:
             self.graphs = DecodeGraphs(self.forward, cache, self.tables, config.max_sequences)
@@ -61,11 +71,17 @@ class KernelExecutor:
 
     def execute(self, batch: StepBatch) -> Executed:
         plan = self.planner.plan(batch.programs, len(batch.token_ids))
-        if self.graphs is not None and self.graphs.takes(batch, plan):
-            return self.graphs.execute(batch, plan)
-        return self._execute(batch, plan)
+        heads = HeadReadings.of(batch.programs)
+        if self.graphs is not None and not batch.sparse and self.graphs.takes(batch, plan):
+            return self.graphs.execute(batch, plan, heads)
+        if heads is None:
+            return self._execute(batch, plan, None)
+        peaks = heads.peaks(len(batch.token_ids), self.decoder.spec.n_heads, self.decoder.device)
+        executed = self._execute(batch, plan, peaks)
+        executed.outcome.readouts += heads.values(peaks)
+        return executed
 
-    def _execute(self, batch: StepBatch, plan: KernelPlan) -> Executed:
+    def _execute(self, batch: StepBatch, plan: KernelPlan, peaks: Peaks | None) -> Executed:
         """Launch by launch: prefill, and programs whose activations are looked at between the kernels."""
         device = self.decoder.device
         arrays = packed(step_arrays(batch, plan), device)
@@ -75,12 +91,19 @@ class KernelExecutor:
             plan.observers.begin(arrays["positions"], self.decoder.dtype)
         spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
         attention = RaggedBatch.build(spans, batch.block_size, device)
-        inputs = kernel_inputs(arrays, attention, programs)
-        x, normed = run_step(self.forward, self.tables, self.cache.pools, inputs, arrays)
+        inputs = kernel_inputs(arrays, attention, programs, peaks)
+        forward = self._following(batch.sparse) if batch.sparse else self.forward
+        x, normed = run_step(forward, self.tables, self.cache.pools, inputs, arrays)
         wanted = batch.logit_rows
         logits = self.decoder.unembed(normed[wanted] if len(wanted) != len(normed) else normed)
         outcome = plan.outcome(rows.opened, rows.readings)
         return Executed(finite_rows(x).cpu().numpy(), logits, outcome)
+
+    def _following(self, rows: Sequence[Rows]) -> KernelForward:
+        decoder = self.sparse.follow(rows)
+        if self._sparse_forward is None:
+            self._sparse_forward = KernelForward(decoder)
+        return self._sparse_forward
 
     def _warm_up(self, config: EngineConfig) -> None:
         """Compiles every kernel and captures the graphs of decode steps, before anybody waits for them.
@@ -93,15 +116,20 @@ class KernelExecutor:
         for rows in sorted({1, 2, 3, 16, 17, min(config.max_tokens_per_step, context)}):
             batch = self._padding([rows])
             for plan in _variants(rows, self.tables.n_places):
-                self._execute(batch, plan)
+                self._execute(batch, plan, None)
+            self._execute(batch, empty_plan(rows), self._all_peaks(rows))
         for sequences in (n for n in SIZES if n <= config.max_sequences):
             for offset in (0, context - 1):
                 batch = self._padding([1] * sequences, offset)
-                self._execute(batch, empty_plan(sequences))
+                for peaks in (None, self._all_peaks(sequences)):
+                    self._execute(batch, empty_plan(sequences), peaks)
         if self.graphs is not None:
             self.graphs.capture_all()
         torch.cuda.synchronize()
         log.info("kernels compiled and graphs captured in %.1f s", time.monotonic() - started)
+
+    def _all_peaks(self, rows: int) -> Peaks:
+        return all_peaks(self.decoder.spec, rows, self.decoder.device)
 
     def _padding(self, rows: list[int], offset: int = 0) -> StepBatch:
         """Rows that are written nowhere. They read block 0, which is nobody's."""

@@ -10,6 +10,7 @@ from patchclamp_kernels.paged_attention import RaggedBatch
 from patchclamp_kernels.program_table import ProgramRows
 from patchclamp_kernels.receipts import accumulate_receipts
 from patchclamp_server.engine.batch import StepBatch
+from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.interventions.kernel_plan import KernelPlan
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.interventions.slots import SlotTables
@@ -60,6 +61,7 @@ def programs_of(tables: SlotTables, spec: DecoderSpec, rows: ProgramRows, plan: 
         rows,
         banks_of(tables, spec, neuron_rows=plan.neuron_rows),
         spec.head_dim,
+        attn_q=plan.attn_q,
         attn_z=plan.attn_z,
         neurons=plan.neurons,
         neuron_rows=plan.neuron_rows,
@@ -69,8 +71,15 @@ def programs_of(tables: SlotTables, spec: DecoderSpec, rows: ProgramRows, plan: 
     )
 
 
-def kernel_inputs(arrays: Mapping[str, Tensor], attention: RaggedBatch, programs: Programs) -> KernelInputs:
-    return KernelInputs(arrays["token_ids"], arrays["positions"], arrays["slots"], attention, programs)
+def kernel_inputs(
+    arrays: Mapping[str, Tensor], attention: RaggedBatch, programs: Programs, peaks: Peaks | None
+) -> KernelInputs:
+    return KernelInputs(arrays["token_ids"], arrays["positions"], arrays["slots"], attention, programs, peaks)
+
+
+def all_peaks(spec: DecoderSpec, rows: int, device: torch.device) -> Peaks:
+    """Of all rows at all layers."""
+    return Peaks.of(dict.fromkeys(range(spec.n_layers), np.arange(rows)), rows, spec.n_heads, device)
 
 
 def run_step(

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp_server.interventions.scopes import IntArray
+
 BlockKey = bytes
 ROOT_KEY: BlockKey = b""
 
@@ -104,6 +106,17 @@ class KvCache:
         index = torch.tensor(blocks, dtype=torch.int64)
         for pool in self.pools:
             pool[:, index.to(pool.device)] = 0
+
+    def read(self, slots: IntArray) -> list[Tensor]:
+        """Keys and values [2, n, n_kv_heads, head_dim] of all layers at token addresses [n]."""
+        index = torch.from_numpy(slots).to(self.pools[0].device)
+        return [pool.flatten(1, 2).index_select(1, index) for pool in self.pools]
+
+    def write(self, slots: IntArray, values: list[Tensor]) -> None:
+        """Puts back what `read` gave."""
+        index = torch.from_numpy(slots).to(self.pools[0].device)
+        for pool, value in zip(self.pools, values, strict=True):
+            pool.flatten(1, 2).index_copy_(1, index, value)
 
     def _forget(self, block: int) -> None:
         key = self._key_of.pop(block)

@@ -58,6 +58,14 @@ class PromptEncoder:
         """Ids of text that follows a prompt, as in Score: no special tokens are put around it."""
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
 
+    @cached_property
+    def text_start(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer puts before a text."""
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a", add_special_tokens=True).ids
+        before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return tuple(whole[:before])
+
     def encode_tokens(self, ids: Sequence[int]) -> EncodedPrompt:
         for i, id in enumerate(ids):
             if not 0 <= id < self._info.vocab_size:

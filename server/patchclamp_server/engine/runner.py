@@ -8,9 +8,11 @@ from torch import Tensor
 
 from patchclamp_server.engine.attention import Span
 from patchclamp_server.engine.batch import Executor, StepBatch
+from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
+from patchclamp_server.sparsity.apply import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +36,10 @@ class StepResult:
 
 
 class Runner:
-    def __init__(self, executor: Executor, block_size: int) -> None:
+    def __init__(self, executor: Executor, cache: KvCache) -> None:
         self.executor = executor
-        self.block_size = block_size
+        self.cache = cache
+        self.block_size = cache.block_size
 
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:
@@ -46,17 +49,21 @@ class Runner:
         programs: list[ProgramSpan] = []
         predictions: list[Prediction] = []
         rows: list[int] = []
+        sparse: list[Rows] = []
         for item in work:
             sequence, row, offset = item.sequence, len(tokens), item.sequence.computed
             new = sequence.tokens[offset : offset + item.n]
             tokens += new
             spans.append(Span(row, item.n, offset, sequence.blocks))
             if sequence.state is not None or sequence.capture is not None:
-                programs.append(_program_span(sequence, row, np.array(new, dtype=np.int64)))
+                programs.append(_program_span(sequence, row, offset, np.array(new, dtype=np.int64)))
+            selected = None if sequence.sparse is None else sequence.sparse.rows(row, offset, item.n)
+            if selected is not None:
+                sparse.append(selected)
             for position in range(max(sequence.needs_logits_from(), offset), offset + item.n):
                 predictions.append(Prediction(sequence, position, len(rows)))
                 rows.append(row + position - offset)
-        executed = self.executor.execute(StepBatch(tokens, spans, programs, rows, self.block_size))
+        executed = self.executor.execute(StepBatch(tokens, spans, programs, rows, self.block_size, sparse=sparse))
         broken = []
         if not executed.finite.all():
             for item, span in zip(work, spans, strict=True):
@@ -67,10 +74,34 @@ class Runner:
             predictions = [p for p in predictions if id(p.sequence) not in lost]
         return StepResult(predictions, executed.logits, executed.outcome, broken)
 
+    @torch.inference_mode()
+    def run_densely(self, sequences: list[Sequence]) -> Tensor:
+        """Logits [n, vocab] of the token that each sequence computed last, had it been computed densely.
 
-def _program_span(sequence: Sequence, row: int, tokens: np.ndarray) -> ProgramSpan:
+        Leaves no trace: what the step writes, KV and latches, is put back, and receipts count no token twice.
+        """
+        batch = StepBatch(
+            token_ids=[s.tokens[s.computed - 1] for s in sequences],
+            spans=[Span(row, 1, s.computed - 1, s.blocks) for row, s in enumerate(sequences)],
+            programs=[
+                _program_span(s, row, s.computed - 1, s.token_array(s.computed - 1, s.computed))
+                for row, s in enumerate(sequences)
+                if s.state is not None
+            ],
+            logit_rows=list(range(len(sequences))),
+            block_size=self.block_size,
+        )
+        latch = self.executor.tables.latch
+        latches, kept = latch.clone(), self.cache.read(batch.slots)
+        logits = self.executor.execute(batch).logits
+        self.cache.write(batch.slots, kept)
+        latch.copy_(latches)
+        return logits
+
+
+def _program_span(sequence: Sequence, row: int, offset: int, tokens: np.ndarray) -> ProgramSpan:
     capture = None
     asked = sequence.request.capture
     if asked is not None and sequence.capture is not None:
         capture = CaptureSpan(sequence.capture, asked.site, asked.pooling)
-    return ProgramSpan(sequence.state, row, sequence.computed, tokens, sequence.prompt_length, capture)
+    return ProgramSpan(sequence.state, row, offset, tokens, sequence.prompt_length, capture)

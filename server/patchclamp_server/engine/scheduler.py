@@ -55,7 +55,7 @@ class Scheduler:
                 break
             if sequence.status is not Status.RUNNING or not sequence.runnable:
                 continue
-            n = min(sequence.remaining, budget)
+            n = min(sequence.chunk, budget)
             if self._reserve(sequence, n):
                 work.append(Work(sequence, n))
                 budget -= n
@@ -77,8 +77,7 @@ class Scheduler:
             hit = self._lookup(sequence)
             if self._next_key(sequence, len(hit)) in coming:
                 continue
-            remaining = sequence.target - len(hit) * self.cache.block_size
-            n = min(remaining, budget)
+            n = min(sequence.chunk_from(len(hit) * self.cache.block_size), budget)
             if not self._has_room(hit, n) and not (self._displace(sequence) and self._has_room(hit, n)):
                 break
             self._start(sequence, hit)
@@ -137,6 +136,8 @@ class Scheduler:
             sequence.admitted = True
             sequence.cached = sequence.computed
             self.prefix_hit_tokens += sequence.computed
+        if sequence.sparse is not None:
+            sequence.sparse.begin()
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.status = Status.RUNNING

@@ -13,6 +13,7 @@ from patchclamp_server.engine.kv_cache import ROOT_KEY, BlockKey, block_key
 from patchclamp_server.engine.output import Output
 from patchclamp_server.engine.request import Captured, Divergence, Finished, FinishReason, Request, Token, Usage
 from patchclamp_server.engine.sampler import Sampled, SamplingRow
+from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.interventions.observers import CaptureState
 from patchclamp_server.interventions.program import Receipt
 from patchclamp_server.interventions.scopes import IntArray
@@ -66,6 +67,7 @@ class Sequence:
     _reusable: tuple[tuple[int, int], int] | None = None
     # Why it ended, while its follower is still catching up.
     ended: FinishReason | None = None
+    sparse: SparseSequence | None = None
 
     @property
     def priority(self) -> tuple[int, float]:
@@ -89,6 +91,15 @@ class Sequence:
     @property
     def remaining(self) -> int:
         return self.target - self.computed
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that may run in one step."""
+        return self.chunk_from(self.computed)
+
+    def chunk_from(self, computed: int) -> int:
+        boundary = None if self.sparse is None else self.sparse.next_boundary(computed)
+        return (self.target if boundary is None else min(self.target, boundary)) - computed
 
     @property
     def runnable(self) -> bool:
@@ -121,9 +132,10 @@ class Sequence:
 
     def shareable_until(self) -> int:
         """First token whose block depends on more than its tokens and edits."""
+        end = len(self.tokens) if self.sparse is None else self.prompt_length
         if self.state is None:
-            return len(self.tokens)
-        return self.state.first_unshareable(self.token_array(0, len(self.tokens)))
+            return end
+        return min(end, self.state.first_unshareable(self.token_array(0, len(self.tokens))))
 
     def reusable_until(self) -> int:
         """Tokens before this position may be taken from the prefix cache; at least one is left to be computed."""
@@ -134,6 +146,8 @@ class Sequence:
         # A waiting sequence is asked in every step.
         if self._reusable is None or self._reusable[0] != asked:
             until = min(self.needs_logits_from(), self.shareable_until())
+            if self.sparse is not None:
+                until = min(until, self.sparse.reusable_until)
             if self.state is not None:
                 until = min(until, self.state.first_observed(self.token_array(0, len(self.tokens))))
             self._reusable = (asked, until)
@@ -196,4 +210,7 @@ class Sequence:
             total_seconds=now - self.arrival,
             preemptions=self.preemptions,
         )
-        self.request.on_event(Finished(reason, receipt or EMPTY_RECEIPT, usage, self.seed, output.stop_string))
+        sparsity = None if self.sparse is None else self.sparse.report(self.computed)
+        self.request.on_event(
+            Finished(reason, receipt or EMPTY_RECEIPT, usage, self.seed, output.stop_string, sparsity)
+        )

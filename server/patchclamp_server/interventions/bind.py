@@ -27,6 +27,7 @@ from patchclamp_server.interventions.program import (
     Condition,
     Edit,
     HeadEdit,
+    HeadReadout,
     LogitLensReadout,
     LowRank,
     NeuronEdit,
@@ -86,7 +87,7 @@ def bind(
         digest.update(repr((edit.name, edit.strength, edit.scope)).encode() + edit.fingerprint)
     for readout in readouts:
         digest.update(repr((readout.name, readout.kind.__name__, readout.site, readout.layers, readout.scope)).encode())
-        digest.update(repr((readout.ids, readout.k)).encode())
+        digest.update(repr((readout.ids, readout.k, readout.heads)).encode())
         for vectors in readout.vectors.values():
             digest.update(_bytes(vectors))
     for abort in aborts:
@@ -122,7 +123,7 @@ class _Binder:
         self.scope(edit.scope, f"{path}.scope")
         check_finite(edit.strength, f"{path}.strength")
         layers = self.edit_layers(edit, path)
-        bounds = (-math.inf, math.inf)
+        site, bounds = edit.site, (-math.inf, math.inf)
         match edit.kind:
             case AddVector(vector) | ReplaceVector(vector):
                 kind = Kind.ADD if isinstance(edit.kind, AddVector) else Kind.REPLACE
@@ -166,19 +167,21 @@ class _Binder:
                 if edit.site is not Site.ATTN_Z:
                     raise InvalidArgument(f"{path}.site", f"heads are edited at attn_z, not {edit.site.value}")
                 payload = self.resolver.heads(edit.kind, layers, f"{path}.heads")
+                if edit.kind.uniform:
+                    site = Site.ATTN_Q
         if edit.preserve_norm and kind in (Kind.NEURONS, Kind.HEADS):
             raise InvalidArgument(f"{path}.preserve_norm", f"is for vector edits, not {kind.value}")
         gate, latched = None, False
         if edit.gate is not None:
             gate, latched = self.condition(edit.gate.condition, f"{path}.gate.condition"), edit.gate.latched
-            first = (min(layers), edit.site.order)
+            first = (min(layers), site.order)
             if (gate.layer, gate.site.order) >= first:
                 raise InvalidArgument(
                     f"{path}.gate.condition",
-                    f"{gate.site.value} of layer {gate.layer} does not come before the edited {edit.site.value} "
+                    f"{gate.site.value} of layer {gate.layer} does not come before the edited {site.value} "
                     f"of layer {first[0]}",
                 )
-        digest = hashlib.sha256(repr((kind, edit.site, layers, edit.preserve_norm, bounds, latched)).encode())
+        digest = hashlib.sha256(repr((kind, site, layers, edit.preserve_norm, bounds, latched)).encode())
         for layer in layers:
             for tensor in payload[layer]:
                 digest.update(_bytes(tensor))
@@ -187,7 +190,7 @@ class _Binder:
         return BoundEdit(
             edit.name or str(index),
             kind,
-            edit.site,
+            site,
             layers,
             payload,
             edit.strength,
@@ -205,6 +208,7 @@ class _Binder:
         layers = self.resolver.layers(readout.layers, readout.all_layers, path)
         vectors: dict[int, Tensor] = {}
         ids: tuple[int, ...] = ()
+        heads: dict[int, tuple[int, ...]] = {}
         k = 0
         match readout.kind:
             case ProjectionReadout(given):
@@ -229,8 +233,13 @@ class _Binder:
                         f"{path}.site", f"the logit lens reads a residual site, not {readout.site.value}"
                     )
                 check_top_k(k, self.info.vocab_size, f"{path}.logit_lens.k")
+            case HeadReadout(named):
+                if readout.site is not Site.ATTN_Z:
+                    raise InvalidArgument(f"{path}.site", f"heads are read at attn_z, not {readout.site.value}")
+                check_indices(named, self.info.n_heads, f"{path}.heads.heads", "head")
+                heads = dict.fromkeys(layers, named or tuple(range(self.info.n_heads)))
         name = readout.name or str(index)
-        return BoundReadout(name, type(readout.kind), readout.site, layers, readout.scope, vectors, ids, k)
+        return BoundReadout(name, type(readout.kind), readout.site, layers, readout.scope, vectors, ids, k, heads)
 
     def condition(self, condition: Condition, path: str) -> BoundCondition:
         width = self.resolver.width(condition.site, path)

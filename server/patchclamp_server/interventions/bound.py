@@ -1,11 +1,12 @@
 """A program after every check: artifacts resolved, numbers finite, sites and layers known."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 from torch import Tensor
 
-from patchclamp_server.interventions.program import Program, Scope, Site
+from patchclamp_server.interventions.program import HeadReadout, Program, Scope, Site
 
 
 class Kind(Enum):
@@ -38,7 +39,7 @@ class BoundEdit:
 
     ADD, REPLACE (v [width],); PROJECT, ROTATE (unit v [width],); LOW_RANK (R, W [rank, width], b [rank]);
     NEURONS (index, factor, offset, low, high, each [n]): t(a) = clip(factor a + offset, low, high);
-    HEADS (index, factor [n], offset [n, head_dim]): t(z) = factor z + offset.
+    HEADS (index, factor [n], offset [n, head_dim]): t(z) = factor z + offset, of the queries where `site` is ATTN_Q.
     `bounds` is (low, high) of a PROJECT, and (radians, 0) of a ROTATE.
     """
 
@@ -59,7 +60,7 @@ class BoundEdit:
 
 @dataclass(frozen=True, eq=False)
 class BoundReadout:
-    """`vectors[layer]` [n, width] for a projection; `ids` of neurons; `k` of the others."""
+    """`vectors[layer]` [n, width] for a projection; `ids` of neurons; `heads[layer]` of heads; `k` of the others."""
 
     name: str
     kind: type
@@ -69,6 +70,7 @@ class BoundReadout:
     vectors: dict[int, Tensor]
     ids: tuple[int, ...]
     k: int
+    heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,3 +86,13 @@ class BoundProgram:
     edits: tuple[BoundEdit, ...]
     readouts: tuple[BoundReadout, ...]
     aborts: tuple[BoundAbort, ...]
+
+    @cached_property
+    def head_readouts(self) -> tuple[BoundReadout, ...]:
+        """Those that attention itself answers."""
+        return tuple(r for r in self.readouts if r.kind is HeadReadout)
+
+    @cached_property
+    def site_readouts(self) -> tuple[BoundReadout, ...]:
+        """Those that look at an activation."""
+        return tuple(r for r in self.readouts if r.kind is not HeadReadout)

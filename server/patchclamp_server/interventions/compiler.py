@@ -44,6 +44,7 @@ from patchclamp_server.interventions.operators import (
 from patchclamp_server.interventions.plan import CaptureSpan, Place, ProgramSpan, StepPlan
 from patchclamp_server.interventions.program import (
     FORWARD_ORDER,
+    HeadReadout,
     LogitLensReadout,
     NeuronReadout,
     ProjectionReadout,
@@ -157,7 +158,7 @@ class Compiler:
         if not self.only_observers:
             self._collect_edits(span, state, positions, counted)
         for readout, vectors in zip(state.bound.readouts, state.loaded.readouts, strict=True):
-            if self.only_observers and readout.kind in KERNEL_READOUTS:
+            if readout.kind is HeadReadout or (self.only_observers and readout.kind in KERNEL_READOUTS):
                 continue
             mask = scope_mask(readout.scope, state.sequence, positions, span.token_ids) & counted
             if mask.any():

@@ -25,9 +25,9 @@ NO_PROGRAM = -1
 class KernelPlan:
     """Arrays over the T rows of a step, and over its S programs.
 
-    `attn_z`, `neurons`, `neuron_rows`: whether there are entries at the heads, at the neurons, and entries at the
-    neurons that need whole rows. `breaks`: places after which a launch must end, because something looks at the
-    activation there or a latch must be settled.
+    `attn_q`, `attn_z`, `neurons`, `neuron_rows`: whether there are entries at the queries, at the heads, at the
+    neurons, and entries at the neurons that need whole rows. `breaks`: places after which a launch must end, because
+    something looks at the activation there or a latch must be settled.
     """
 
     slot: IntArray  # [T]
@@ -38,6 +38,7 @@ class KernelPlan:
     programs: list[tuple[ProgramSpan, ProgramLayout]]
     n_columns: int = 0
     n_readings: int = 0
+    attn_q: bool = False
     attn_z: bool = False
     neurons: bool = False
     neuron_rows: bool = False
@@ -169,7 +170,9 @@ class KernelPlanner:
         plan.n_readings = max(plan.n_readings, layout.n_readings)
         for place, kinds in self._tables.written(state).kinds.items():
             site = FORWARD_ORDER[place % len(FORWARD_ORDER)]
-            if site is Site.ATTN_Z:
+            if site is Site.ATTN_Q:
+                plan.attn_q = True
+            elif site is Site.ATTN_Z:
                 plan.attn_z = True
             elif site is Site.MLP_POST:
                 plan.neurons = True

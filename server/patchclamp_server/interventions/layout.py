@@ -54,7 +54,7 @@ class ProgramLayout:
     @property
     def observed(self) -> bool:
         """Whether observers must look between the kernels."""
-        return len(self.readouts) < len(self.bound.readouts)
+        return len(self.readouts) < len(self.bound.site_readouts)
 
     @cached_property
     def n_columns(self) -> int:

@@ -46,13 +46,13 @@ class ProgramSpan:
     @property
     def reusable(self) -> bool:
         """Whether the next token of the sequence needs the same plan: a new generated token, settled scopes, and
-        nothing that is bound to its position, as readouts and captures are."""
+        nothing that is bound to its position, as captures and readouts at sites are."""
         if self.capture is not None or len(self.token_ids) != 1 or self.offset < self.prompt_length:
             return False
         if self.state is None:
             return True
         bound = self.state.bound
-        return self.state.settled and self.offset >= self.state.counted and not (bound.readouts or bound.aborts)
+        return self.state.settled and self.offset >= self.state.counted and not (bound.site_readouts or bound.aborts)
 
 
 @dataclass(eq=False)
@@ -76,6 +76,11 @@ class StepPlan:
         self._readouts = [op for op in every if isinstance(op, ReadoutOperator)]
         self._aborts = [op for op in every if isinstance(op, AbortOperator)]
         self._context: StepContext | None = None
+
+    @property
+    def edited_queries(self) -> frozenset[int]:
+        """Layers whose queries are edited."""
+        return frozenset(layer for site, layer in self.operators if site is Site.ATTN_Q)
 
     def begin(self, positions: Tensor, dtype: torch.dtype) -> None:
         opened = torch.zeros(self.n_open + 1, dtype=dtype, device=positions.device)

@@ -10,9 +10,14 @@ import torch
 
 
 class Site(Enum):
-    """One activation of a block. The value is the name used in messages, docs and metrics."""
+    """One activation of a block. The value is the name used in messages, docs and metrics.
+
+    ATTN_Q, the queries of all heads as they meet the keys (after norm and rotation), is the only one that no message
+    can name: it is where uniform attention is made.
+    """
 
     RESID_PRE = "resid_pre"
+    ATTN_Q = "attn_q"
     RESID_MID = "resid_mid"
     RESID_POST = "resid_post"
     ATTN_Z = "attn_z"
@@ -28,6 +33,7 @@ class Site(Enum):
 
 FORWARD_ORDER = (
     Site.RESID_PRE,
+    Site.ATTN_Q,
     Site.ATTN_Z,
     Site.ATTN_OUT,
     Site.RESID_MID,
@@ -35,6 +41,7 @@ FORWARD_ORDER = (
     Site.MLP_OUT,
     Site.RESID_POST,
 )
+PUBLIC_SITES = tuple(site for site in FORWARD_ORDER if site is not Site.ATTN_Q)
 RESIDUAL_SITES = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST)
 
 
@@ -149,11 +156,13 @@ class NeuronEdit:
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """Exactly one of `scale` and `mean` [n_heads_of_edit, head_dim] (or with a leading layer dimension)."""
+    """Exactly one of `scale`, `mean` [n_heads_of_edit, head_dim] (or with a leading layer dimension) and `uniform`:
+    attend to all visible tokens alike, which is what a query of 0 does."""
 
     heads: tuple[int, ...]
     scale: float | None = None
     mean: torch.Tensor | None = None
+    uniform: bool = False
 
 
 VectorKind = AddVector | ProjectOut | CapProjection | SetProjection | ReplaceVector | RotateTowards | LowRank
@@ -220,7 +229,14 @@ class LogitLensReadout:
     k: int
 
 
-ReadoutKind = ProjectionReadout | NeuronReadout | TopNeuronsReadout | LogitLensReadout
+@dataclass(frozen=True, eq=False)
+class HeadReadout:
+    """Where heads look; no heads are all of them."""
+
+    heads: tuple[int, ...] = ()
+
+
+ReadoutKind = ProjectionReadout | NeuronReadout | TopNeuronsReadout | LogitLensReadout | HeadReadout
 
 
 @dataclass(frozen=True, eq=False)

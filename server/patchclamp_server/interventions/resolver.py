@@ -167,7 +167,7 @@ class Resolver:
         n, dim = len(kind.heads), self.info.head_dim
         index = torch.tensor(kind.heads, dtype=torch.int64)
         if kind.mean is None:
-            scale = 1.0 if kind.scale is None else kind.scale
+            scale = 0.0 if kind.uniform else 1.0 if kind.scale is None else kind.scale
             check_finite(scale, f"{path}.scale")
             return dict.fromkeys(layers, (index, torch.full((n,), scale), torch.zeros(n, dim)))
         mean = kind.mean.float()

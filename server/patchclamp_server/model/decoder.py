@@ -8,6 +8,7 @@ one by one, by matrices in a layout that streams badly for few rows (linear.py),
 fused. It is not the number of operators that makes the difference in benchmarks/cpu.py: both issue some 2,200 a token.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchclamp_server.engine.attention import AttentionBatch, paged_attention
+from patchclamp_server.engine.attention import AttentionBatch, Span, paged_attention
+from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.activations import ACTIVATION_FUNCTIONS
 from patchclamp_server.model.linear import FEW_ROWS, Linear
@@ -36,6 +38,9 @@ class StepInputs:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64, token addresses in the KV pool
     attention: AttentionBatch
+    # Layers at which Site.ATTN_Q is visited.
+    edited_queries: Set[int] = frozenset()
+    peaks: Peaks | None = None
 
 
 class Norm:
@@ -101,8 +106,18 @@ class Decoder:
 
     def warm_up(self) -> None:
         """Compiles what is compiled at run time, so that no request waits for it."""
-        for linear in (self.blocks[0].qkv, self.unembedding):
-            linear(torch.zeros(1, self.spec.d_model, dtype=self.dtype, device=self.device))
+        spec, block = self.spec, self.blocks[0]
+        for linear, width in (
+            (block.qkv, spec.d_model),
+            (block.mlp_output, spec.d_ff),
+            (self.unembedding, spec.d_model),
+        ):
+            linear(torch.zeros(1, width, dtype=self.dtype, device=self.device))
+        pool = torch.zeros(2, 2, 1, spec.n_kv_heads, spec.head_dim, dtype=self.dtype, device=self.device)
+        row = torch.zeros(1, spec.n_heads, spec.head_dim, dtype=self.dtype, device=self.device)
+        key, slot = row[:, : spec.n_kv_heads], torch.ones(1, dtype=torch.int64, device=self.device)
+        batch = AttentionBatch([Span(0, 1, 0, [1])], 1, {0}, self.device)
+        paged_attention(row, key, key, pool, slot, batch, scale=1.0, window=0, soft_cap=0.0)
 
     def threads_for(self, rows: int, available: int) -> int:
         """Threads worth using for a step: few rows over codes are done sooner by one than by waking the others."""
@@ -161,16 +176,13 @@ class Decoder:
         hooks: SiteHooks,
     ) -> Tensor:
         spec = self.spec
-        qk_heads = spec.n_heads + spec.n_kv_heads
-        qkv = block.qkv(h).view(h.shape[0], qk_heads + spec.n_kv_heads, spec.head_dim)
-        qk, v = qkv[:, :qk_heads], qkv[:, qk_heads:]
-        if block.q_norm is not None and block.k_norm is not None:
-            qk = torch.cat((block.q_norm(qk[:, : spec.n_heads]), block.k_norm(qk[:, spec.n_heads :])), dim=1)
-        if rotary is not None:
-            qk = _rotate(qk, *rotary)
+        q, k, v = self._qkv(block, layer, h, rotary)
+        if layer in step.edited_queries:
+            q = q.contiguous()
+            hooks.visit(Site.ATTN_Q, layer, q.view(len(q), -1))
         z = paged_attention(
-            qk[:, : spec.n_heads],
-            qk[:, spec.n_heads :],
+            q,
+            k,
             v,
             pool,
             step.slots,
@@ -178,10 +190,25 @@ class Decoder:
             scale=spec.attention_scale,
             window=spec.windows[layer],
             soft_cap=spec.attention_soft_cap,
+            peaks=None if step.peaks is None else step.peaks.at(layer),
         )
         hooks.visit(Site.ATTN_Z, layer, z)
         out = block.attn_output(z)
         return out if block.post_attn_norm is None else block.post_attn_norm(out)
+
+    def _qkv(
+        self, block: Block, layer: int, h: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, n_heads, head_dim], keys and values [T, n_kv_heads, head_dim], as they are attended with."""
+        spec = self.spec
+        qk_heads = spec.n_heads + spec.n_kv_heads
+        qkv = block.qkv(h).view(h.shape[0], qk_heads + spec.n_kv_heads, spec.head_dim)
+        qk, v = qkv[:, :qk_heads], qkv[:, qk_heads:]
+        if block.q_norm is not None and block.k_norm is not None:
+            qk = torch.cat((block.q_norm(qk[:, : spec.n_heads]), block.k_norm(qk[:, spec.n_heads :])), dim=1)
+        if rotary is not None:
+            qk = _rotate(qk, *rotary)
+        return qk[:, : spec.n_heads], qk[:, spec.n_heads :], v
 
     def _mlp(self, block: Block, layer: int, h: Tensor, hooks: SiteHooks) -> Tensor:
         hidden = block.mlp_input(h)

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchclamp_kernels.gated_activation import NeuronProgram, gated_activation, neuron_receipts, neuron_tiles
-from patchclamp_kernels.paged_attention import RaggedBatch, paged_attention
+from patchclamp_kernels.paged_attention import Attended, RaggedBatch, paged_attention
 from patchclamp_kernels.program_table import ProgramRows, ProgramTable
 from patchclamp_kernels.residual_edits import NormParams, ProgramStep, edit_rows, residual_edits
 from patchclamp_kernels.rope_kv_write import rope_kv_write
+from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.interventions.layout import place_number
 from patchclamp_server.interventions.program import FORWARD_ORDER, Site
 from patchclamp_server.model.decoder import Block, Decoder, Norm, SiteHooks
@@ -25,13 +26,14 @@ from patchclamp_server.model.decoder import Block, Decoder, Norm, SiteHooks
 
 @dataclass(frozen=True, eq=False)
 class Programs:
-    """The programs of a step. `attn_z`, `neurons`, `neuron_rows`, `breaks`: see KernelPlan."""
+    """The programs of a step. `attn_q`, `attn_z`, `neurons`, `neuron_rows`, `breaks`: see KernelPlan."""
 
     table: ProgramTable
     rows: ProgramRows
     # Vectors by width.
     banks: dict[int, Tensor]
     head_dim: int
+    attn_q: bool = False
     attn_z: bool = False
     neurons: bool = False
     neuron_rows: bool = False
@@ -56,6 +58,7 @@ class KernelInputs:
     slots: Tensor  # [T] int64
     attention: RaggedBatch
     programs: Programs
+    peaks: Peaks | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +185,14 @@ class KernelForward:
             k_norm=None if block.k_norm is None else block.k_norm.weight,
             eps=0.0 if block.q_norm is None else block.q_norm.eps,
         )
+        if programs.attn_q:
+            place = place_number(Site.ATTN_Q, layer)
+            edit_rows(q.view(len(q), -1), program=programs.step(spec.sites[Site.ATTN_Z]), places=(place, place + 1))
+        peaks = None if step.peaks is None else step.peaks.at(layer)
+        out = None
+        if peaks is not None:
+            z = torch.empty((len(q), spec.sites[Site.ATTN_Z]), dtype=q.dtype, device=q.device)
+            out = Attended(z, peaks.positions, peaks.probabilities)
         z = paged_attention(
             q,
             pool[0],
@@ -190,6 +201,8 @@ class KernelForward:
             scale=spec.attention_scale,
             window=spec.windows[layer],
             soft_cap=spec.attention_soft_cap,
+            readout=peaks is not None,
+            out=out,
         ).z
         place = place_number(Site.ATTN_Z, layer)
         if programs.attn_z:

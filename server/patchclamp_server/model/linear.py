@@ -1,26 +1,31 @@
 """Matrix products: y = x Wᵀ + b for x [T, in], W [out, in].
 
-On a CPU in float32 the product that is fastest depends on the number of rows:
+On a CPU the product that is fastest depends on the number of rows:
 
-- one or two rows stream the weights once, so fewer bytes are faster: codes, where the weights are quantised
-  (quantized.py); otherwise ``W @ [x, x]ᵀ``, because a matrix times two columns is a blocked product on all threads, and
-  times one column a matrix-vector product that BLAS runs on one;
-- more rows: oneDNN, with weights packed once for its kernels.
+- one row streams the weights once, so fewer bytes are faster: codes, where the weights are quantised (quantized.py; so
+  do two rows); otherwise our own vectors (sparse/vector.py), by all threads where there are enough bytes;
+- more rows, float32: oneDNN, with weights packed once for its kernels; bfloat16: torch.
 
-Milliseconds for the 120 matrices of SmolLM2-135M (425 MB), 2 cores with spinning threads, one run:
+Least milliseconds of one run on 2 shared cores, where the weights come from memory (one matrix of an 8B model, 30 of
+SmolLM2-135M, or its unembedding):
 
-    rows   F.linear   W @ [x, x]ᵀ   oneDNN, packed
-       1       35          14             19          (codes, on one thread: 7)
-       2       54          13             20
-       4       44          18             16
-      16       47          41             25
-      64      127          90             76
+    rows  float32         F.linear   W @ [x, x]ᵀ   oneDNN, packed   ours       bfloat16   F.linear   ours
+       1  28672 x 4096        23.0          31.3             27.0   17.5                      13.8    9.2
+       1   4096 x 14336       10.1          12.4              9.7    7.5                       6.0    4.0
+       1   4096 x 4096         4.3           4.7              3.5    2.6                       1.9    1.5
+       1    960 x 576, 30      6.6           5.0              6.7    5.7                       5.9    3.7
+       1    576 x 1536, 30     7.7           7.4              8.9    6.4                       6.4    4.4
+       1  49152 x 576         10.0           4.2              5.5    5.2                       7.3    6.9
+       2  28672 x 4096        44.8          24.3             21.1   30.1                      10.1   16.1
+       2   4096 x 14336       20.2          14.2             10.2   15.1                       5.4    7.0
+       2    960 x 576, 30     10.7           5.1              7.4    6.9                       5.3    4.4
 
-The packed copy is kept beside what few rows need. Other devices and dtypes keep the plain matrix alone, which a down
-projection has input-major: the weights of one neuron are contiguous, so that a sparse read skips those of the others.
-A product is as fast either way, and there is no second copy.
+A down projection is kept input-major: the weights of one neuron are contiguous, so that a sparse read skips those of
+the others without a copy. Its product with one row is then a sum of columns, 8.5 and 4.2 ms for the second line.
+The packed copy is kept beside what one row needs. Other devices and dtypes keep the plain matrix alone.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 # oneDNN picks the packed layout for a number of rows; 16 was the best or within noise for 1 to 256 rows.
 _PACK_FOR_ROWS = 16
+# Rows for which codes are faster.
 FEW_ROWS = 2
 
 
@@ -43,7 +49,9 @@ class Linear:
         self.weight: Tensor | None = weight  # [out, in]; its transpose is contiguous where it is input-major
         self.packed: Tensor | None = None
         self.quantized: QuantizedWeight | None = None
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn:
+        self._one_row: Callable[[Tensor], Tensor] | None = None
+        on_cpu = weight.device.type == "cpu"
+        if on_cpu and weight.dtype == torch.float32 and torch._C._has_mkldnn:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
             # Products of codes are compiled by numba, which only this path needs.
             from patchclamp_server.model.quantized import recover
@@ -51,21 +59,26 @@ class Linear:
             self.quantized = recover(weight)
             if self.quantized is not None:
                 self.weight = None
-        elif input_major:
+                return
+        if input_major:
             self.weight = weight.t().contiguous().t()
+        if on_cpu and weight.dtype in (torch.float32, torch.bfloat16):
+            assert self.weight is not None
+            from patchclamp_server.model.sparse import one_row_product
+
+            self._one_row = one_row_product(self.weight, input_major=input_major)
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
-        if self.packed is None:
-            assert self.weight is not None
-            return F.linear(x, self.weight, self.bias)
         rows = x.shape[0]
-        if rows > FEW_ROWS:
+        if self.quantized is not None and rows <= FEW_ROWS:
+            return self._biased(self.quantized.multiply(x))
+        if self._one_row is not None and rows == 1:
+            return self._biased(self._one_row(x)).to(x.dtype)
+        if self.packed is not None:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
             return y
-        if self.quantized is not None:
-            y = self.quantized.multiply(x)
-        else:
-            assert self.weight is not None
-            two = torch.cat((x, x)) if rows == 1 else x
-            y = torch.mm(self.weight, two.t()).t()[:rows].contiguous()
+        assert self.weight is not None
+        return F.linear(x, self.weight, self.bias)
+
+    def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)

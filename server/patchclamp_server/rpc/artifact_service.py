@@ -13,14 +13,15 @@ from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
 from patchclamp_server.artifacts.blobs import full_disk_is_resource_exhausted
 from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
-from patchclamp_server.artifacts.validation import check_tensors, layers_of
+from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
+from patchclamp_server.artifacts.types import LAYERED, ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.artifact_codec import decode_format, decode_kind, decode_struct, encode_artifact
 from patchclamp_server.rpc.checks import count
 from patchclamp_server.rpc.program_codec import decode_site
+from patchclamp_server.sparsity.binder import policy_of
 
 CHUNK_BYTES = 1024 * 1024
 Context = Any
@@ -96,18 +97,24 @@ class ArtifactService(ArtifactServiceServicer):
             raise InvalidArgument("header.kind", f"the file holds a {own.kind.value}, not a {kind.value}")
         if kind is ArtifactKind.VECTOR:
             site = site or (own.site if own else None) or Site.RESID_POST
+        provenance = provenance or dict(own.provenance if own else file.provenance)
         fingerprint = header.model_fingerprint or (own.model_fingerprint if own else "") or self._model.fingerprint
         try:
-            check_tensors(kind, file.tensors)
+            tensors = file.tensors
+            check_tensors(kind, tensors)
             if fingerprint == self._model.fingerprint:
-                _check_fits(self._model, kind, site, file.tensors)
+                if kind is ArtifactKind.HEAD_SET and file.missing_is_zero:
+                    tensors = _all_heads(self._model, tensors)
+                _check_fits(self._model, kind, site, tensors)
+                if kind is ArtifactKind.SPARSITY_PROFILE:
+                    _check_profile(self._model, provenance, tensors)
             return self._store.put(
                 kind,
-                file.tensors,
+                tensors,
                 model_fingerprint=fingerprint,
                 site=site,
                 description=header.description or (own.description if own else ""),
-                provenance=provenance or (own.provenance if own else file.provenance),
+                provenance=provenance,
                 evidence=own.evidence if own else {},
                 tags=header.tags,
             )
@@ -117,7 +124,7 @@ class ArtifactService(ArtifactServiceServicer):
     def _encode(self, ref: str, layers: tuple[int, ...], file_format: Format) -> tuple[ArtifactInfo, bytes]:
         artifact = self._store.get(ref)
         for i, layer in enumerate(layers):
-            if layer not in artifact.info.layers:
+            if artifact.info.kind in LAYERED and layer not in artifact.info.layers:
                 raise InvalidArgument(f"layers[{i}]", f"{ref} has no layer {layer}")
         if layers:
             artifact = artifact.only(layers)
@@ -158,8 +165,8 @@ def _decode(file_format: Format, path: Path) -> Decoded:
 
 def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors: dict[str, torch.Tensor]) -> None:
     """Layers, site and width (or neuron indices) exist in the model. Expects tensors that check_tensors accepted."""
-    layers = layers_of(kind, tensors)
-    if layers[-1] >= model.n_layers:
+    layers = layers_of(kind, shapes_of(tensors))
+    if layers and layers[-1] >= model.n_layers:
         raise InvalidArgument("tensors", f"layer {layers[-1]}; {model.name} has layers 0 to {model.n_layers - 1}")
     if kind is ArtifactKind.VECTOR and site is not None:
         if site not in model.sites:
@@ -175,6 +182,30 @@ def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors
             if largest >= model.d_ff:
                 message = f"layer.{layer}.neurons names neuron {largest}; {model.name} has 0 to {model.d_ff - 1}"
                 raise InvalidArgument("tensors", message)
+    if kind is ArtifactKind.HEAD_SET and tensors["scores"].shape != (model.n_layers, model.n_heads):
+        message = f"scores {list(tensors['scores'].shape)}; {model.name} has {model.n_layers} layers of {model.n_heads}"
+        raise InvalidArgument("tensors", f"{message} heads")
+
+
+def _check_profile(model: ModelInfo, provenance: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """The policy exists, and takes these parameters and tensors."""
+    try:
+        policy_of(provenance, tensors, n_layers=model.n_layers, d_ff=model.d_ff)
+    except InvalidArgument as error:
+        name = error.field.removeprefix("sparsity.")
+        path = f"provenance.{name}" if name in ("policy", "parameters") else f"provenance.parameters.{name}"
+        raise InvalidArgument(path, error.message) from error
+    except FailedPrecondition as error:
+        raise InvalidArgument("tensors", error.message) from error
+
+
+def _all_heads(model: ModelInfo, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With zeros for the heads of the model that are missing. Heads that it does not have stay, to be refused."""
+    filled = {}
+    for name, values in tensors.items():
+        layers, heads = model.n_layers - values.shape[0], model.n_heads - values.shape[1]
+        filled[name] = torch.nn.functional.pad(values, (0, max(heads, 0), 0, max(layers, 0)))
+    return filled
 
 
 def _upload_path(error: RequestError) -> str:

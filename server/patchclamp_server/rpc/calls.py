@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchclamp.v1 import generation_pb2 as pb
-from patchclamp.v1 import program_pb2
+from patchclamp.v1 import program_pb2, sparse_policy_pb2
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import EncodedPrompt, PromptEncoder
-from patchclamp_server.engine.request import Event, Priority, Request, SamplingParams, StopParams
+from patchclamp_server.engine.request import Event, Priority, Request, SamplingParams, SparseInference, StopParams
 from patchclamp_server.errors import NotFound, RequestError
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
@@ -25,7 +25,9 @@ from patchclamp_server.rpc.generation_codec import (
 )
 from patchclamp_server.rpc.program_codec import decode_program
 from patchclamp_server.rpc.response_builder import ResponseBuilder
+from patchclamp_server.rpc.sparsity_codec import decode_sparsity
 from patchclamp_server.rpc.stream import EventStream
+from patchclamp_server.sparsity.binder import Binder
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class Prepared:
     sampling: SamplingParams
     stop: StopParams
     priority: Priority
+    sparsity: SparseInference | None
 
     @property
     def reads_out(self) -> bool:
@@ -53,6 +56,7 @@ class Prepared:
             "priority": self.priority,
             "deadline": deadline,
             "roles": self.prompt.roles,
+            "sparsity": self.sparsity,
         }
         return Request(**{**fields, **changes})
 
@@ -60,10 +64,11 @@ class Prepared:
 class Preparation:
     """Turns messages into what the engine runs. Tokenises and may load artifacts: call it in a thread."""
 
-    def __init__(self, prompts: PromptEncoder, store: ArtifactStore, model: ModelInfo) -> None:
+    def __init__(self, prompts: PromptEncoder, store: ArtifactStore, model: ModelInfo, binder: Binder) -> None:
         self.prompts = prompts
         self._store = store
         self.model = model
+        self._binder = binder
 
     def generate(self, proto: pb.GenerateRequest) -> Prepared:
         """Raises InvalidArgument, FailedPrecondition or NotFound."""
@@ -73,10 +78,15 @@ class Preparation:
         stop = decode_stop(proto.stop, self.model.vocab_size)
         priority = decode_priority(proto.priority)
         prompt = decode_prompt(proto.prompt, self.prompts)
-        return Prepared(prompt, self.program(proto.program, prompt), sampling, stop, priority)
+        program = self.program(proto.program, prompt)
+        sparsity = self.sparsity(proto.sparsity) if proto.HasField("sparsity") else None
+        return Prepared(prompt, program, sampling, stop, priority, sparsity)
 
     def program(self, proto: program_pb2.Program, prompt: EncodedPrompt) -> BoundProgram:
         return bind(decode_program(proto), self.model, self._store, prompt_roles=prompt.roles)
+
+    def sparsity(self, proto: sparse_policy_pb2.Sparsity, *, guarded: bool = True) -> SparseInference:
+        return decode_sparsity(proto, self._binder, guarded=guarded)
 
 
 def check_model(name: str, model: ModelInfo) -> None:

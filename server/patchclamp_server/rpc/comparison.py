@@ -20,8 +20,9 @@ BASELINE = pb.COMPARE_SIDE_BASELINE
 class Comparison:
     """Two requests that feed one stream, and the responses made of it.
 
-    `edited` carries the program and brings a shadow sequence without it along its own tokens, which gives the
-    divergences. `baseline` runs free without the program, with the same seed, and gives the text to hold against.
+    `edited` carries the program (and sparsity, where it is asked for) and brings a shadow sequence without it along its
+    own tokens, which gives the divergences. `baseline` runs free without the program, with the same seed, and gives the
+    text to hold against.
     """
 
     def __init__(self, prepared: Prepared, stream: EventStream[tuple[Side, Event]], deadline: float | None) -> None:
@@ -33,7 +34,7 @@ class Comparison:
             lambda event: stream.put((EDITED, event)), deadline, sampling=sampling, compare_baseline=True
         )
         self.baseline = prepared.to_request(
-            lambda event: stream.put((BASELINE, event)), deadline, sampling=sampling, program=None
+            lambda event: stream.put((BASELINE, event)), deadline, sampling=sampling, program=None, sparsity=None
         )
         prompt_tokens = len(prepared.prompt.ids)
         self._builders = {

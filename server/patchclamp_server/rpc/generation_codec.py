@@ -14,6 +14,7 @@ from patchclamp_server.engine.request import (
 from patchclamp_server.errors import InvalidArgument, RequestError
 from patchclamp_server.rpc.checks import chosen, count, finite, known
 from patchclamp_server.rpc.program_codec import encode_receipt
+from patchclamp_server.rpc.sparsity_codec import encode_report
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -123,4 +124,5 @@ def encode_finished(finished: Finished) -> pb.Finished:
         receipt=encode_receipt(finished.receipt),
         usage=encode_usage(finished.usage),
         seed=finished.seed,
+        sparsity=None if finished.sparsity is None else encode_report(finished.sparsity),
     )

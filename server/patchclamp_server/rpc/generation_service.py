@@ -21,6 +21,7 @@ from patchclamp_server.rpc.generation_codec import decode_logprobs, decode_prior
 from patchclamp_server.rpc.response_builder import ResponseBuilder
 from patchclamp_server.rpc.session import SessionControl
 from patchclamp_server.rpc.stream import EventBridge, EventStream
+from patchclamp_server.sparsity.binder import Binder
 
 Context = Any
 # What a gRPC client accepts unless it was told otherwise.
@@ -30,9 +31,11 @@ CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024
 class GenerationService(GenerationServiceServicer):
     """Raises the errors of errors.py; an interceptor turns them into statuses."""
 
-    def __init__(self, engine: Engine, prompts: PromptEncoder, store: ArtifactStore, model: ModelInfo) -> None:
+    def __init__(
+        self, engine: Engine, prompts: PromptEncoder, store: ArtifactStore, model: ModelInfo, binder: Binder
+    ) -> None:
         self._engine = engine
-        self._prepare = Preparation(prompts, store, model)
+        self._prepare = Preparation(prompts, store, model, binder)
         self._bridge: EventBridge | None = None
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
@@ -76,6 +79,8 @@ class GenerationService(GenerationServiceServicer):
                 if part.HasField("finished"):
                     response.receipt.CopyFrom(part.finished.receipt)
                     response.usage.CopyFrom(part.finished.usage)
+                    if part.finished.HasField("sparsity"):
+                        response.sparsity.CopyFrom(part.finished.sparsity)
         response.total_logprob = math.fsum(token.logprob for token in response.tokens)
         response.perplexity = _exp(-response.total_logprob / len(response.tokens))
         if response.ByteSize() > CLIENT_MESSAGE_BYTES:
@@ -109,6 +114,7 @@ class GenerationService(GenerationServiceServicer):
         if len(tokens) > model.context_length:
             message = f"prompt and continuation have {len(tokens)} tokens, the model's context {model.context_length}"
             raise InvalidArgument(form, message)
+        sparsity = self._prepare.sparsity(proto.sparsity, guarded=False) if proto.HasField("sparsity") else None
         return Request(
             tokens=tokens,
             on_event=stream.put,
@@ -119,6 +125,7 @@ class GenerationService(GenerationServiceServicer):
             deadline=deadline,
             roles=prompt.roles,
             score_from=len(prompt.ids),
+            sparsity=sparsity,
         )
 
     def _stream(self) -> EventStream[Event]:

@@ -12,6 +12,7 @@ from typing import Any
 from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import (
+    PUBLIC_SITES,
     AbortCondition,
     AddVector,
     CapProjection,
@@ -21,6 +22,7 @@ from patchclamp_server.interventions.program import (
     EditKind,
     Gate,
     HeadEdit,
+    HeadReadout,
     LogitLensReadout,
     LowRank,
     NeuronEdit,
@@ -47,8 +49,8 @@ from patchclamp_server.interventions.program import (
 from patchclamp_server.rpc.checks import chosen, count, distinct, distinct_names, finite, known, required
 from patchclamp_server.rpc.tensor_codec import decode_tensor
 
-SITES: dict[int, Site] = {pb.Site.Value(f"SITE_{site.name}"): site for site in Site}
-SITE_NUMBERS: dict[Site, "pb.Site.ValueType"] = {site: pb.Site.Value(f"SITE_{site.name}") for site in Site}
+SITES: dict[int, Site] = {pb.Site.Value(f"SITE_{site.name}"): site for site in PUBLIC_SITES}
+SITE_NUMBERS: dict[Site, "pb.Site.ValueType"] = {site: pb.Site.Value(f"SITE_{site.name}") for site in PUBLIC_SITES}
 PHASES: dict[int, Phase] = {pb.PHASE_PROMPT: Phase.PROMPT, pb.PHASE_GENERATED: Phase.GENERATED}
 COMPARISONS: dict[int, Comparison] = {
     pb.COMPARISON_ABOVE: Comparison.ABOVE,
@@ -167,8 +169,13 @@ def _heads(proto: pb.HeadEdit, field: str) -> HeadEdit:
     if not proto.heads:
         raise InvalidArgument(f"{field}.heads", "expected at least one head")
     heads = distinct(proto.heads, f"{field}.heads")
-    if chosen(proto, "op", field) == "scale":
+    name = chosen(proto, "op", field)
+    if name == "scale":
         return HeadEdit(heads, scale=finite(proto.scale, f"{field}.scale"))
+    if name == "uniform":
+        if not proto.uniform:
+            raise InvalidArgument(f"{field}.uniform", "expected true; to leave heads alone, leave the edit out")
+        return HeadEdit(heads, uniform=True)
     mean = decode_tensor(proto.mean, f"{field}.mean", ndims=(2, 3))
     if mean.shape[-2] != len(heads):
         message = f"expected {len(heads)} row(s), one for each head, got {list(mean.shape)}"
@@ -270,6 +277,7 @@ _READOUT_KINDS: dict[str, Callable[[Any, str], ReadoutKind]] = {
     "neurons": _neuron_readout,
     "top_neurons": lambda p, f: TopNeuronsReadout(count(p.k, f"{f}.k", low=1)),
     "logit_lens": lambda p, f: LogitLensReadout(count(p.k, f"{f}.k", low=1)),
+    "heads": lambda p, f: HeadReadout(distinct(p.heads, f"{f}.heads")),
 }
 
 

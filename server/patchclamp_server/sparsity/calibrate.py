@@ -3,7 +3,7 @@
 Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.fovea import Fovea
 from patchclamp_server.sparsity.kmeans import elbow_clusters
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
-from patchclamp_server.sparsity.policy import PROJECTIONS, Policy
+from patchclamp_server.sparsity.policy import PROJECTIONS, Policy, input_widths
 from patchclamp_server.sparsity.profile import Profile
+from patchclamp_server.sparsity.progress import Progress, Steps, unheard
 from patchclamp_server.sparsity.quantiles import quantiles
 from patchclamp_server.sparsity.teal import Teal
 from patchclamp_server.sparsity.teal_allocation import greedy_path
@@ -33,35 +34,81 @@ SENTENCE_TOKENS = 64
 DAMAGE_DOCUMENTS, DAMAGE_ROWS = 2, 128
 GREEDY_DOCUMENTS, GREEDY_TOKENS = 2, 128
 
+# Bounds of one calibration: an hour of a small CPU, and memory.
+MAX_TOKENS = 1 << 18
+KEPT_BYTES = 4 << 30
+
 Tensors = dict[str, Tensor]
 
 
-def calibrate(policy: Policy, model: SparseModel, documents: Tensor, card: Mapping[str, Any] | None = None) -> Profile:
-    """A profile of `policy` from documents [n, tokens]. InvalidArgument: the policy has nothing to calibrate."""
+def calibrate(
+    policy: Policy,
+    model: SparseModel,
+    documents: Tensor,
+    card: Mapping[str, Any] | None = None,
+    progress: Progress = unheard,
+) -> Profile:
+    """A profile of `policy` from documents [n, tokens]. InvalidArgument: the policy has nothing to calibrate.
+
+    The stage that `progress` hears of is "calibration", counted in documents and, for what is measured after them layer
+    by layer, in layers.
+    """
     function = CALIBRATIONS.get(policy.name)
     if function is None:
         raise InvalidArgument("sparsity.policy", f"{policy.name} needs no profile; these do: {', '.join(CALIBRATIONS)}")
-    tensors = function(policy, model, documents)
+    by_layer = _is_greedy(policy) or _measures_damage(policy)
+    steps = Steps(progress, "calibration", len(documents) + (model.n_layers if by_layer else 0))
+    tensors = function(policy, model, documents, steps)
     tokens = {"calibration_documents": len(documents), "calibration_tokens": documents.numel()}
     return Profile(policy.name, model.fingerprint, tensors, {**tokens, **(card or {})})
 
 
-def _samples(model: SparseModel, documents: Tensor, *names: str) -> dict[str, list[Tensor]]:
+def most_tokens(policy: Policy, model: SparseModel) -> int:
+    """Tokens of documents that calibration takes at most: what is kept of them has KEPT_BYTES."""
+    spec = model.spec
+    width = {
+        "teal": sum(input_widths(spec)),
+        "cats": spec.d_model,
+        "fovea": spec.d_model,
+    }.get(policy.name, 0)
+    by_token = 4 * width / SAMPLE_EVERY
+    if policy.name == "coreinfer_similarity":
+        by_token = 8 * spec.d_ff / SENTENCE_TOKENS
+    return min(MAX_TOKENS, int(KEPT_BYTES / max(1.0, by_token * model.n_layers)))
+
+
+def _is_greedy(policy: Policy) -> bool:
+    return isinstance(policy, Teal) and policy.allocation == "greedy"
+
+
+def _measures_damage(policy: Policy) -> bool:
+    return isinstance(policy, Fovea) and policy.budget == "measured"
+
+
+def _heard(model: SparseModel, documents: Tensor, steps: Steps) -> Iterator[dict[tuple[int, str], Tensor]]:
+    """The inputs of the products for every few documents, which are a step each."""
+    for part, heard in product_inputs(model, documents):
+        yield heard
+        steps.advance(len(part))
+
+
+def _samples(model: SparseModel, documents: Tensor, steps: Steps, *names: str) -> dict[str, list[Tensor]]:
     """Some inputs [n, width] of the products named, by layer."""
     parts: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(model.n_layers)] for name in names}
-    for _, heard in product_inputs(model, documents):
+    for heard in _heard(model, documents, steps):
         for name, layers in parts.items():
             for layer, kept in enumerate(layers):
                 kept.append(heard[layer, name][::SAMPLE_EVERY].clone())
-    return {name: [torch.cat(kept) for kept in layers] for name, layers in parts.items()}
+    # Taken out one by one: the parts and the whole of all layers would be twice the memory.
+    return {name: [torch.cat(layers.pop(0)) for _ in range(model.n_layers)] for name, layers in parts.items()}
 
 
-def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
-    samples = _samples(model, documents, *PROJECTIONS)
+def _teal(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
+    samples = _samples(model, documents, steps, *PROJECTIONS)
     tensors = {
         f"quantiles.{name}": torch.stack([quantiles(x.abs()) for x in layers]) for name, layers in samples.items()
     }
-    if isinstance(policy, Teal) and policy.allocation == "greedy":
+    if _is_greedy(policy):
         few = documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS]
         residuals = KeepSite(Site.RESID_PRE)
         decoder = model.decoder
@@ -70,30 +117,31 @@ def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
         for layer in range(model.n_layers):
             grids = [tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
             paths.append(greedy_path(decoder, layer, residuals.kept[layer], len(few), grids))
+            steps.advance()
         length = min(map(len, paths))
         tensors["greedy"] = torch.stack([path[:length] for path in paths])
     return tensors
 
 
-def _cats(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
-    samples = zip(_samples(model, documents, "mlp_input")["mlp_input"], model.layers, strict=True)
+def _cats(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
+    samples = zip(_samples(model, documents, steps, "mlp_input")["mlp_input"], model.layers, strict=True)
     return {"quantiles": torch.stack([quantiles(MlpInput(x, weights).activated.abs()) for x, weights in samples])}
 
 
-def _static_set(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
+def _static_set(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
     scores = torch.zeros(model.n_layers, model.spec.d_ff)
-    for _, heard in product_inputs(model, documents):
+    for heard in _heard(model, documents, steps):
         for layer, weights in enumerate(model.layers):
             neurons = heard[layer, "mlp_output"].float()
             scores[layer] += (neurons.square().sum(0) * weights.down_norm.float().square()).cpu()
     return {"scores": scores.to(model.decoder.device)}
 
 
-def _similarity(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
+def _similarity(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
     assert isinstance(policy, CoreInferSimilarity)
     tokens = min(SENTENCE_TOKENS, documents.shape[1])
     sentences = []
-    for _, heard in product_inputs(model, documents):
+    for heard in _heard(model, documents, steps):
         rows = heard[0, "mlp_output"].shape[0]
         for start in range(0, rows - tokens + 1, tokens):
             counts = [
@@ -118,9 +166,9 @@ def _similarity(policy: Policy, model: SparseModel, documents: Tensor) -> Tensor
 
 
 @torch.inference_mode()
-def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
+def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
     assert isinstance(policy, Fovea)
-    samples = _samples(model, documents, "mlp_input")["mlp_input"]
+    samples = _samples(model, documents, steps, "mlp_input")["mlp_input"]
     # A selector without uncertainty, to see its sketches with.
     shape = (model.n_layers, model.spec.d_ff)
     names = [f"gate_error.{policy.bits}", f"up_error.{policy.bits}"]
@@ -129,17 +177,19 @@ def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Tensors:
     errors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for x, sketched in zip(samples, sketches, strict=True):
         exact = MlpInput(x, sketched.weights)
-        for found, blurred, true in zip(errors, sketched.blurred(x), (exact.gate, exact.up), strict=True):
-            if blurred is not None:
-                found.append((blurred - true).square().mean(0).sqrt())
+        errors[0].append((sketched.gate(x) - exact.gate).square().mean(0).sqrt())
+        if sketched.weights.gate is not None:
+            errors[1].append((sketched.up(x) - exact.up).square().mean(0).sqrt())
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
-    if policy.budget == "measured":
+    if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
-        tensors["damage"] = _damage(replace(policy, budget="uniform"), model, documents, profile, samples)
+        tensors["damage"] = _damage(replace(policy, budget="uniform"), model, documents, profile, samples, steps)
     return tensors
 
 
-def _damage(policy: Fovea, model: SparseModel, documents: Tensor, profile: Profile, samples: list[Tensor]) -> Tensor:
+def _damage(
+    policy: Fovea, model: SparseModel, documents: Tensor, profile: Profile, samples: list[Tensor], steps: Steps
+) -> Tensor:
     """D [n_layers, GRID] of budgets.py."""
     few = documents[:DAMAGE_DOCUMENTS]
     evaluator = Evaluator(model, few, few.shape[1] // 2)
@@ -157,10 +207,11 @@ def _damage(policy: Fovea, model: SparseModel, documents: Tensor, profile: Profi
                 error -= selection.remainder(selection.active)
             row.append(float(error.square().sum()))
         errors.append(row)
+        steps.advance()
     return damage_curves(torch.tensor(divergence), torch.tensor(errors))
 
 
-CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor], Tensors]] = {
+CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor, Steps], Tensors]] = {
     "teal": _teal,
     "cats": _cats,
     "static_set": _static_set,

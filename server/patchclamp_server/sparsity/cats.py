@@ -6,19 +6,21 @@
 CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models (Lee et al. 2024).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Policy, Selection, Selector, SequenceState
-from patchclamp_server.sparsity.profile import Profile
-from patchclamp_server.sparsity.quantiles import threshold
+from patchclamp_server.sparsity.profile import Profile, ProfileTensor
+from patchclamp_server.sparsity.quantiles import STEPS, threshold
 from patchclamp_server.sparsity.top import top_mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cats(Policy):
     name: ClassVar[str] = "cats"
+    profile_tensors: ClassVar[Mapping[str, ProfileTensor]] = {"quantiles": ProfileTensor(("layers", STEPS + 1))}
 
     def bind(self, model: SparseModel, profile: Profile | None = None) -> Selector:
         return _Selector(self, model, profile)

@@ -7,12 +7,14 @@ is nearest to the multi-hot of its own prompt, and the keep · d_ff first neuron
 first cluster. Same paper as coreinfer_stability.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.sparsity.coreinfer_stability import (
     CoreInferStability,
     core_counts,
@@ -21,7 +23,7 @@ from patchclamp_server.sparsity.coreinfer_stability import (
 )
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.policy import ONLY_ACTIVE, Cost, Selector, SequenceState
-from patchclamp_server.sparsity.profile import Profile
+from patchclamp_server.sparsity.profile import Profile, ProfileTensor
 from patchclamp_server.sparsity.top import top_mask
 
 MULTI_HOT_KEEP = 0.2
@@ -31,6 +33,11 @@ MULTI_HOT_KEEP = 0.2
 class CoreInferSimilarity(CoreInferStability):
     name: ClassVar[str] = "coreinfer_similarity"
     needs_profile: ClassVar[bool] = True
+    profile_tensors: ClassVar[Mapping[str, ProfileTensor]] = {
+        "centres": ProfileTensor(("clusters", "neurons")),
+        "counts": ProfileTensor(("clusters", "layers", "neurons")),
+        "cluster_layer": ProfileTensor(()),
+    }
 
     def bind(self, model: SparseModel, profile: Profile | None = None) -> Selector:
         return _Selector(self, model, profile)
@@ -44,6 +51,8 @@ class _Selector(Selector):
         self._centres = profile.tensors["centres"]  # [k, d_ff]
         self._counts = profile.tensors["counts"]  # [k, n_layers, d_ff]
         self._layer = int(profile.tensors["cluster_layer"])
+        if not 0 <= self._layer < model.n_layers:
+            raise FailedPrecondition("sparsity.profile", f"finds clusters at layer {self._layer}, which is not there")
 
     def observe_prompt(self, state: SequenceState, layer: int, neurons: Tensor) -> None:
         if layer == self._layer:

@@ -37,6 +37,7 @@ class CoreInferStability(Policy):
     rank_by: str = "magnitude"
     token_keep: float = 0.2
     name: ClassVar[str] = "coreinfer_stability"
+    fixes_sets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

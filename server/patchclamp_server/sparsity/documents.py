@@ -14,6 +14,7 @@ from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Selection, Selector, SequenceState
 
 BLOCK = 16
+BATCH_TOKENS = 512
 Tokenize = Callable[[str], Sequence[int]]
 
 
@@ -90,11 +91,12 @@ class Listener(Selector):
 
 
 @torch.inference_mode()
-def product_inputs(
-    model: SparseModel, documents: Tensor, batch: int = 8
-) -> Iterator[tuple[Tensor, dict[tuple[int, str], Tensor]]]:
-    """For every few documents: those [b, tokens], and the inputs [b · tokens, width] by layer and product."""
-    for part in torch.split(documents, batch):
+def product_inputs(model: SparseModel, documents: Tensor) -> Iterator[tuple[Tensor, dict[tuple[int, str], Tensor]]]:
+    """For every few documents: those [b, tokens], and the inputs [b · tokens, width] by layer and product.
+
+    As many at once as have BATCH_TOKENS, and one at least: their inputs at all layers are held together.
+    """
+    for part in torch.split(documents, max(1, BATCH_TOKENS // documents.shape[1])):
         heard: dict[tuple[int, str], Tensor] = {}
 
         def hear(layer: int, projection: str, x: Tensor, heard: dict[tuple[int, str], Tensor] = heard) -> None:

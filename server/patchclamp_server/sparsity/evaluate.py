@@ -110,7 +110,7 @@ class Evaluator:
         weight = dict(zip(PROJECTIONS, weight_shares(self.model.spec), strict=True))
         shares: dict[int, float] = {}
         for (layer, kind), (active, total) in step.active.items():
-            shares[layer] = shares.get(layer, 0.0) + weight.get(kind, 1.0) * active / total
+            shares[layer] = shares.get(layer, 0.0) + weight.get(kind, 1.0) * int(active) / total
         return shares
 
     def _bytes_read(self, selector: Selector, active: dict[int, float], bits: int) -> float:

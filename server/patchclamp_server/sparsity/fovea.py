@@ -15,6 +15,7 @@ Vu, Liu et al. 2023). `budget="measured"` spreads the neurons over the layers by
 Ungated MLPs: s_j² = E[act(u)²] ‖down_j‖².
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,11 +23,11 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.errors import FailedPrecondition
-from patchclamp_server.sparsity.budgets import allocate
+from patchclamp_server.sparsity.budgets import GRID, allocate
 from patchclamp_server.sparsity.mlp import MlpInput, MlpWeights, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Policy, Selection, Selector, SequenceState, check_choice
-from patchclamp_server.sparsity.profile import Profile
-from patchclamp_server.sparsity.sketch import bits_per_weight, sketch
+from patchclamp_server.sparsity.profile import Profile, ProfileTensor
+from patchclamp_server.sparsity.sketch import column_bits, row_bits, sketched_columns, sketched_rows
 from patchclamp_server.sparsity.top import top_mask
 
 BITS = (2, 3, 4, 8)
@@ -42,6 +43,12 @@ class Fovea(Policy):
     budget: str = "measured"
     name: ClassVar[str] = "fovea"
     needs_profile: ClassVar[bool] = True
+    # Of the errors those for the sketches that were calibrated; up errors only where there is a gate.
+    profile_tensors: ClassVar[Mapping[str, ProfileTensor]] = {
+        **{f"gate_error.{bits}": ProfileTensor(("layers", "neurons"), required=False) for bits in BITS},
+        **{f"up_error.{bits}": ProfileTensor(("layers", "neurons"), required=False) for bits in BITS},
+        "damage": ProfileTensor(("layers", len(GRID)), required=False),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,21 +61,29 @@ class Fovea(Policy):
 
 
 class SketchedMlp:
-    """The low-bit copy of one MLP, as float matrices: the reference for packed kernels."""
+    """The low-bit copy of one MLP."""
 
     def __init__(self, weights: MlpWeights, bits: int) -> None:
         self.weights = weights
-        dtype = weights.up.dtype
-        self.gate = None if weights.gate is None else sketch(weights.gate, bits).dense().to(dtype)
-        self.up = sketch(weights.up, bits).dense().to(dtype)
-        self.down = sketch(weights.down, bits).dense().to(dtype)
+        self._gate = None if weights.gate is None else sketched_rows(weights.gate, bits)
+        self._up = sketched_rows(weights.up, bits)
+        self._down = sketched_columns(weights.down, bits)
 
-    def blurred(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """ĝ and û [n, d_ff]; û alone, in the place of ĝ, where there is no gate."""
-        up = torch.nn.functional.linear(x, self.up, self.weights.up_bias)
-        if self.gate is None:
-            return up, None
-        return torch.nn.functional.linear(x, self.gate, self.weights.gate_bias), up
+    def gate(self, x: Tensor) -> Tensor:
+        """ĝ [n, d_ff]; û where there is no gate."""
+        return self.up(x) if self._gate is None else _biased(self._gate(x), self.weights.gate_bias)
+
+    def up(self, x: Tensor) -> Tensor:
+        """û [n, d_ff]."""
+        return _biased(self._up(x), self.weights.up_bias)
+
+    def stand_in(self, neurons: Tensor) -> Tensor:
+        """Σ_j h_j down̂_j [n, d_model] of neurons h [n, d_ff], of which those that are 0 need not be read."""
+        return self._down(neurons)
+
+
+def _biased(z: Tensor, bias: Tensor | None) -> Tensor:
+    return z if bias is None else z + bias
 
 
 class FoveaSelector(Selector):
@@ -76,7 +91,10 @@ class FoveaSelector(Selector):
         super().__init__(policy, model, profile)
         assert profile is not None
         self._policy = policy
-        if f"gate_error.{policy.bits}" not in profile.tensors:
+        needed = [f"gate_error.{policy.bits}"]
+        if model.spec.family.gated:
+            needed.append(f"up_error.{policy.bits}")
+        if any(name not in profile.tensors for name in needed):
             raise FailedPrecondition("sparsity.profile", f"was not calibrated for sketches of {policy.bits} bits")
         self._gate_error = profile.tensors[f"gate_error.{policy.bits}"]  # δ [n_layers, d_ff]
         self._up_error = profile.tensors.get(f"up_error.{policy.bits}")  # ε
@@ -85,6 +103,9 @@ class FoveaSelector(Selector):
             shares = allocate(profile.tensors["damage"][sparse], policy.keep_ratio)
             keep = dict(zip(sparse, shares, strict=True))
             self.keep = tuple(keep.get(layer, 1.0) for layer in range(model.n_layers))
+
+    def prepare(self) -> None:
+        _ = self.sketches
 
     @property
     def sketches(self) -> list[SketchedMlp]:
@@ -96,28 +117,31 @@ class FoveaSelector(Selector):
 
     def select(self, state: SequenceState, layer: int, mlp: MlpInput) -> Selection:
         weights, sketched = mlp.weights, self.sketches[layer]
-        gate, up = sketched.blurred(mlp.x)
-        error = self._gate_error[layer]
         if self._policy.gate == "exact" and weights.gate is not None:
-            gate, error = mlp.gate, torch.zeros_like(error)
+            gate, error = mlp.gate, torch.zeros_like(self._gate_error[layer])
+        else:
+            gate, error = sketched.gate(mlp.x), self._gate_error[layer]
         act = weights.activation
         # s², and not s: the order is the same.
         scores = (act(gate + error).square() + act(gate - error).square()) * weights.down_norm.square()
         blurred = act(gate)
-        if up is not None:
+        if weights.gate is not None:
             assert self._up_error is not None
+            up = sketched.up(mlp.x)
             scores *= up.square() + self._up_error[layer].square()
             blurred = blurred * up
         active = top_mask(scores, self.keep[layer])
         if not self._policy.compensate:
             return Selection(active)
-        return Selection(active, lambda final: blurred.masked_fill(final, 0.0) @ sketched.down)
+        return Selection(active, lambda final: sketched.stand_in(blurred.masked_fill(final, 0.0)))
 
     def cost(self, layer: int, weight_bits: int = 16) -> Cost:
         weights = self.weights(layer)
         share = 1 / weights.matrices
-        sketched = share * min(1.0, bits_per_weight(self._policy.bits, weights.up.shape[1]) / weight_bits)
+        d, bits = weights.up.shape[1], self._policy.bits
+        blurred = share * min(1.0, row_bits(bits, d) / weight_bits)
+        stand_in = share * min(1.0, column_bits(bits, d) / weight_bits)
         gate_is_exact = self._policy.gate == "exact" and weights.gate is not None
         inputs = weights.matrices - 1
-        always = share + (inputs - 1) * sketched if gate_is_exact else inputs * sketched
-        return Cost(always, 1.0 - share if gate_is_exact else 1.0, sketched if self._policy.compensate else 0.0)
+        always = share + (inputs - 1) * blurred if gate_is_exact else inputs * blurred
+        return Cost(always, 1.0 - share if gate_is_exact else 1.0, stand_in if self._policy.compensate else 0.0)

@@ -20,6 +20,7 @@ from patchclamp_server.sparsity.top import top_mask
 @dataclass(frozen=True, kw_only=True)
 class Griffin(Policy):
     name: ClassVar[str] = "griffin"
+    fixes_sets: ClassVar[bool] = True
 
     def bind(self, model: SparseModel, profile: Profile | None = None) -> Selector:
         return _Selector(self, model, profile)

@@ -73,13 +73,27 @@ class SparseModel:
 class MlpInput:
     """Rows x [n, d] at an MLP. `gate` and `up` are computed when a selector asks, and `read` tells that it did."""
 
-    def __init__(self, x: Tensor, weights: MlpWeights, *, gate: Tensor | None = None, up: Tensor | None = None) -> None:
-        """`gate`, `up`: the pre-activations, where they are known already."""
+    def __init__(
+        self,
+        x: Tensor,
+        weights: MlpWeights,
+        *,
+        gate: Tensor | None = None,
+        up: Tensor | None = None,
+        gate_product: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """`gate`, `up`: the pre-activations, where they are known already. `gate_product`: how gates are computed."""
         self.x = x
         self.weights = weights
         self.read: set[str] = set()
         self._gate = gate
         self._up = up
+        self._gate_product = gate_product
+
+    @property
+    def known_gate(self) -> Tensor | None:
+        """Pre-activations of all gates [n, d_ff], if they have been computed."""
+        return self._gate
 
     @property
     def rows(self) -> int:
@@ -92,7 +106,9 @@ class MlpInput:
         if weights.gate is None:
             return self.up
         self.read.add("gate")
-        if self._gate is None:
+        if self._gate is None and self._gate_product is not None:
+            self._gate = self._gate_product(self.x)
+        elif self._gate is None:
             self._gate = _affine(self.x, weights.gate, weights.gate_bias)
         return self._gate
 

@@ -9,8 +9,9 @@ for its decode rows. All that a policy knows of a sequence is in its SequenceSta
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.sparsity.mlp import MlpInput, MlpWeights, SparseModel
-from patchclamp_server.sparsity.profile import Profile
+from patchclamp_server.sparsity.profile import Profile, ProfileTensor
 
 # The four products of a block whose inputs TEAL and WINA thin out.
 PROJECTIONS = ("qkv", "attn_output", "mlp_input", "mlp_output")
@@ -53,11 +54,28 @@ class Selection:
 
 
 @dataclass(eq=False)
+class FixedSet:
+    """The neurons of a layer that are computed for every token of a sequence, forced ones among them."""
+
+    mask: Tensor  # [d_ff] bool
+    index: Tensor  # [K] int64, ascending
+    # What whoever computes them has made of the set, to be used again.
+    prepared: Any = None
+
+
+@dataclass(eq=False)
 class SequenceState:
-    """What a policy knows of one sequence. `sets` [d_ff] bool by layer: for all its decode; `statistics`: the rest."""
+    """What a policy knows of one sequence. `sets` [d_ff] bool by layer: for all its decode; `statistics`: the rest.
+
+    `fixed`: the final form of `sets`, made when first used. `selected` and `active`: blocks (by the share of their
+    weights) in which something was selected, and how much of them was computed, summed over rows.
+    """
 
     sets: dict[int, Tensor] = field(default_factory=dict)
     statistics: dict[int, Any] = field(default_factory=dict)
+    fixed: dict[int, FixedSet] = field(default_factory=dict)
+    selected: float = 0.0
+    active: float | Tensor = 0.0
 
 
 class Selector(ABC):
@@ -66,15 +84,34 @@ class Selector(ABC):
     def __init__(self, policy: "Policy", model: SparseModel, profile: Profile | None = None) -> None:
         if profile is not None:
             profile.check(policy.name, model)
+            profile.check_tensors(policy.profile_tensors, n_layers=model.n_layers, d_ff=model.spec.d_ff)
         elif policy.needs_profile:
             raise FailedPrecondition("sparsity.profile", f"{policy.name} needs a calibrated profile")
         self.model = model
         self.profile = profile
         self.keep = policy.keep_by_layer(model.n_layers)
 
+    @cached_property
+    def shares(self) -> Mapping[str, float]:
+        """Of the weights of a block, by product."""
+        return dict(zip(PROJECTIONS, weight_shares(self.model.spec), strict=True))
+
+    @property
+    def observes_prompt(self) -> bool:
+        """Whether the policy must see the neurons of every prompt token."""
+        return type(self).observe_prompt is not Selector.observe_prompt
+
+    @property
+    def thins_channels(self) -> bool:
+        """Whether the policy is about the inputs of all products, and not about neurons."""
+        return type(self).channels is not Selector.channels
+
     def is_dense(self, layer: int) -> bool:
         """Whether the layer computes everything, so that nothing is selected."""
         return self.keep[layer] >= 1.0
+
+    def prepare(self) -> None:  # noqa: B027
+        """Makes now what is derived from the weights, so that no step of the engine has to wait for it."""
 
     def begin(self) -> SequenceState:
         return SequenceState()
@@ -116,6 +153,10 @@ class Policy(ABC):
 
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
+    # What a profile of this policy holds; empty: there is nothing to calibrate.
+    profile_tensors: ClassVar[Mapping[str, ProfileTensor]] = {}
+    # Whether the neurons of a sequence are known after its prompt, and are the same for every token.
+    fixes_sets: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
@@ -131,7 +172,7 @@ class Policy(ABC):
             raise InvalidArgument("sparsity.end_layer", f"layers end at {n_layers}")
         keep = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,) * n_layers
         if len(keep) != n_layers:
-            raise InvalidArgument("sparsity.keep_ratio", f"{len(keep)} ratios for {n_layers} layers")
+            raise InvalidArgument("sparsity.layer_keep_ratios", f"{len(keep)} ratios for {n_layers} layers")
         end = n_layers if self.end_layer is None else self.end_layer
         return tuple(ratio if self.first_layer <= layer < end else 1.0 for layer, ratio in enumerate(keep))
 
@@ -148,6 +189,11 @@ def check_ratio(field_name: str, value: float) -> None:
 def check_choice(field_name: str, value: object, accepted: tuple[object, ...]) -> None:
     if value not in accepted:
         raise InvalidArgument(f"sparsity.{field_name}", f"{value!r} is not one of {', '.join(map(str, accepted))}")
+
+
+def input_widths(spec: DecoderSpec) -> list[int]:
+    """Channels by product, in the order of PROJECTIONS."""
+    return [spec.d_model, spec.n_heads * spec.head_dim, spec.d_model, spec.d_ff]
 
 
 def weight_shares(spec: DecoderSpec) -> list[float]:

@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from patchclamp_server.sparsity.mlp import SparseModel
 
 
+@dataclass(frozen=True)
+class ProfileTensor:
+    """The shape of a tensor of a profile: numbers, "layers", "neurons", or a name that stands for the same number in
+    all tensors of the profile."""
+
+    shape: tuple[int | str, ...]
+    required: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class Profile:
     """`tensors` are float32 or int64, by names of the policy's own; `card` is JSON: settings, text, quality."""
@@ -30,3 +39,20 @@ class Profile:
                 "sparsity.profile",
                 f"was calibrated on model {self.model_fingerprint[:12]}, this is {model.fingerprint[:12]}",
             )
+
+    def check_tensors(self, wanted: Mapping[str, ProfileTensor], *, n_layers: int, d_ff: int) -> None:
+        """FailedPrecondition: a tensor is missing, or has not the shape that the policy reads it with."""
+        sizes = {"layers": n_layers, "neurons": d_ff}
+        for name, expected in wanted.items():
+            tensor = self.tensors.get(name)
+            if tensor is None:
+                if expected.required:
+                    raise FailedPrecondition("sparsity.profile", f"has no tensor {name}")
+                continue
+            fits = tensor.ndim == len(expected.shape)
+            for size, should in zip(tensor.shape, expected.shape, strict=False):
+                fits = fits and size == (sizes.setdefault(should, size) if isinstance(should, str) else should)
+            if not fits:
+                shape = ", ".join(str(sizes.get(should, should)) for should in expected.shape)  # type: ignore[arg-type]
+                message = f"{name} has the shape {list(tensor.shape)}; for this model it is [{shape}]"
+                raise FailedPrecondition("sparsity.profile", message)

@@ -16,7 +16,7 @@ from torch import Tensor
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.policy import ONLY_ACTIVE, Cost, Policy, Selector, SequenceState
-from patchclamp_server.sparsity.profile import Profile
+from patchclamp_server.sparsity.profile import Profile, ProfileTensor
 from patchclamp_server.sparsity.top import top_mask
 
 
@@ -24,6 +24,8 @@ from patchclamp_server.sparsity.top import top_mask
 class StaticSet(Policy):
     neurons: Mapping[int, tuple[int, ...]] | None = None
     name: ClassVar[str] = "static_set"
+    profile_tensors: ClassVar[Mapping[str, ProfileTensor]] = {"scores": ProfileTensor(("layers", "neurons"))}
+    fixes_sets: ClassVar[bool] = True
 
     def bind(self, model: SparseModel, profile: Profile | None = None) -> Selector:
         return _Selector(self, model, profile)

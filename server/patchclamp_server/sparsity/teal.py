@@ -8,6 +8,7 @@ calibration text), until the block keeps `keep_ratio` of its weights. Training-F
 Language Models (Liu et al. 2024).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.policy import ONLY_ACTIVE, PROJECTIONS, Cost, Policy, Selector, check_choice
-from patchclamp_server.sparsity.profile import Profile
-from patchclamp_server.sparsity.quantiles import threshold
+from patchclamp_server.sparsity.profile import Profile, ProfileTensor
+from patchclamp_server.sparsity.quantiles import STEPS, threshold
 
 ALLOCATIONS = ("uniform", "greedy")
 STEP = 0.05
@@ -28,6 +29,10 @@ class Teal(Policy):
     allocation: str = "uniform"
     name: ClassVar[str] = "teal"
     needs_profile: ClassVar[bool] = True
+    profile_tensors: ClassVar[Mapping[str, ProfileTensor]] = {
+        **{f"quantiles.{name}": ProfileTensor(("layers", STEPS + 1)) for name in PROJECTIONS},
+        "greedy": ProfileTensor(("layers", "steps", len(PROJECTIONS)), required=False),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,9 @@ class Wina(Policy):
 
 
 class _Selector(Selector):
+    def prepare(self) -> None:
+        _ = self._norms
+
     @property
     def _norms(self) -> list[dict[str, Tensor]]:
         derived, blocks = self.model.derived, self.model.decoder.blocks

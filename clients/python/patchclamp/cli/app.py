@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from patchclamp.cli import compare, generate, models, score, serving, vectors
+from patchclamp.cli import compare, generate, heads, models, score, serving, sparsity, vectors
 from patchclamp.cli.terminal import styled
 from patchclamp.errors import PatchclampError
 
@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_parser(commands)
     compare.add_parser(commands)
     vectors.add_parser(commands)
+    sparsity.add_parser(commands)
+    heads.add_parser(commands)
     models.add_parsers(commands)
     return parser
 

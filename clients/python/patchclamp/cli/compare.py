@@ -11,6 +11,7 @@ from patchclamp.cli.options import (
     generate_options,
     prompt_of,
 )
+from patchclamp.cli.sparse_spec import add_sparsity_arguments
 from patchclamp.cli.terminal import heading, print_json
 from patchclamp.results import CompareEvent, CompareText
 
@@ -21,6 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_prompt_arguments(parser)
     add_sampling_arguments(parser)
+    add_sparsity_arguments(parser)
     parser.set_defaults(run=run)
 
 

@@ -1,16 +1,14 @@
 """patchclamp vectors extract"""
 
 import argparse
-import json
-from pathlib import Path
 from typing import cast
 
-from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.files import json_lines
+from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.steering import layer_list
-from patchclamp.cli.terminal import note, print_json, progress, table
+from patchclamp.cli.terminal import job_result, note, print_json, table
 from patchclamp.names import METHODS, POOLINGS, SITES
 from patchclamp.requests import ExtractOptions, Messages, PromptLike
-from patchclamp.results import ExtractionEvent, ExtractionProgress
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,25 +33,12 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def pairs_file(path: str) -> list[tuple[PromptLike, PromptLike]]:
     """(positive, negative) of every line that is not blank."""
-    pairs = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                pair = json.loads(line)
-                pairs.append((_side(pair["positive"]), _side(pair["negative"])))
-            except (ValueError, KeyError, TypeError):
-                expected = '{"positive": ..., "negative": ...}, each a text or a list of {"role", "content"}'
-                raise argparse.ArgumentTypeError(f"{path}:{number}: expected {expected}") from None
-    return pairs
+    expected = '{"positive": ..., "negative": ...}, each a text or a list of {"role", "content"}'
+    return json_lines(path, lambda pair: (_side(pair["positive"]), _side(pair["negative"])), expected)
 
 
 def run(args: argparse.Namespace) -> int:
-    names = ("site", "pooling", "holdout_fraction", "seed", "description")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = given(args, "site", "pooling", "holdout_fraction", "seed", "description")
     if args.layers != "all":
         options["layers"] = args.layers
     options["tags"] = [args.name]
@@ -61,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.extract_vectors(args.pairs, args.method, **cast(ExtractOptions, options)) as stream,
     ):
-        result = stream.result(_print_progress)
+        result = job_result(stream)
     if args.json:
         print_json(result)
         return 0
@@ -89,8 +74,3 @@ def _side(value: object) -> PromptLike:
     if isinstance(value, list) and value and all(set(turn) == {"role", "content"} for turn in value):
         return cast(Messages, value)
     raise ValueError(value)
-
-
-def _print_progress(event: ExtractionEvent) -> None:
-    if isinstance(event, ExtractionProgress):
-        progress(event.stage, event.done, event.total)

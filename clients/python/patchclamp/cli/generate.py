@@ -10,6 +10,7 @@ from patchclamp.cli.options import (
     generate_options,
     prompt_of,
 )
+from patchclamp.cli.sparse_spec import add_sparsity_arguments
 from patchclamp.cli.terminal import note, print_json, table
 from patchclamp.requests import GenerateOptions
 from patchclamp.results import GenerateResult, Token
@@ -21,6 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_prompt_arguments(parser)
     add_sampling_arguments(parser)
+    add_sparsity_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -49,8 +51,10 @@ def print_logprobs(tokens: tuple[Token, ...]) -> None:
 
 
 def print_ending(result: GenerateResult) -> None:
-    """Receipt and usage; on stderr, so that the text alone can be redirected."""
+    """Receipt, reports and usage; on stderr, so that the text alone can be redirected."""
     note(result.receipt)
+    if result.sparsity is not None:
+        note(result.sparsity)
     note(f"{result.finish_reason}; {result.usage}; seed {result.seed}")
 
 

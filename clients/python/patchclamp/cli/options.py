@@ -3,8 +3,9 @@
 import argparse
 import os
 import sys
-from typing import cast
+from typing import Any, cast
 
+from patchclamp.cli.sparse_spec import sparsity_of
 from patchclamp.cli.steering import add_steering_arguments, program_of
 from patchclamp.client import Client
 from patchclamp.connection import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS
@@ -91,7 +92,13 @@ def prompt_of(args: argparse.Namespace) -> str | list[tuple[str, str]]:
     return [*system, ("user", text)]
 
 
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Of these options, those that were given; the rest is left to the server's defaults."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def generate_options(args: argparse.Namespace) -> GenerateOptions:
     """What was given; the rest is left to the server's defaults."""
-    given = {name: getattr(args, name) for name in _GENERATE_FIELDS if getattr(args, name) is not None}
-    return cast(GenerateOptions, {**given, "model": args.model, "program": program_of(args)})
+    options = given(args, *_GENERATE_FIELDS)
+    program, sparsity = program_of(args), sparsity_of(args)
+    return cast(GenerateOptions, {**options, "model": args.model, "program": program, "sparsity": sparsity})

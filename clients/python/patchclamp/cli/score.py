@@ -4,6 +4,7 @@ import argparse
 
 from patchclamp.cli.generate import print_logprobs
 from patchclamp.cli.options import add_prompt_arguments, connect, connection_options, prompt_of
+from patchclamp.cli.sparse_spec import add_sparsity_arguments, sparsity_of
 from patchclamp.cli.steering import program_of
 from patchclamp.cli.terminal import note, print_json
 
@@ -15,6 +16,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_prompt_arguments(parser)
     parser.add_argument("continuation", help="text to score after the prompt")
     parser.add_argument("--logprobs", type=int, default=0, metavar="N", help="also the N likeliest at each position")
+    add_sparsity_arguments(parser, with_guard=False)
     parser.set_defaults(run=run)
 
 
@@ -26,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             program=program_of(args),
             top_logprobs=args.logprobs,
+            sparsity=sparsity_of(args),
         )
     if args.json:
         print_json(result)
@@ -33,4 +36,6 @@ def run(args: argparse.Namespace) -> int:
     print_logprobs(result.tokens)
     print(f"total log-probability {result.total_logprob:.4f}, perplexity {result.perplexity:.4f}")
     note(result.receipt)
+    if result.sparsity is not None:
+        note(result.sparsity)
     return 0

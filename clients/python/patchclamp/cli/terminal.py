@@ -6,6 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from patchclamp.collectors import EventT, MessageT, ResultT
+from patchclamp.results import Progress
+from patchclamp.streams import Stream
+
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 
 
@@ -38,13 +42,37 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def progress(stage: str, done: int, total: int) -> None:
-    """A bar that redraws itself on a terminal; silent elsewhere."""
-    if not sys.stderr.isatty():
-        return
-    filled = 24 * done // max(total, 1)
-    end = "\n" if done >= total else ""
-    print(f"\r{stage:<12} [{'#' * filled:<24}] {done}/{total}", end=end, file=sys.stderr, flush=True)
+class ProgressBar:
+    """Redraws itself on a terminal, with a line for each stage; silent elsewhere."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def show(self, event: object) -> None:
+        """Of the events of a job, those that are progress."""
+        if not isinstance(event, Progress) or not sys.stderr.isatty():
+            return
+        if event.stage != self._stage:
+            self.close()
+        filled = 24 * event.done // max(event.total, 1)
+        bar = f"\r{event.stage:<12} [{'#' * filled:<24}] {event.done}/{event.total}"
+        print(bar, end="", file=sys.stderr, flush=True)
+        self._stage = event.stage
+
+    def close(self) -> None:
+        """What is printed next starts on a line of its own, also when a stage ended early."""
+        if self._stage:
+            print(file=sys.stderr)
+        self._stage = ""
+
+
+def job_result(stream: Stream[MessageT, EventT, ResultT]) -> ResultT:
+    """The result of a job, with a bar of its progress on the way."""
+    bar = ProgressBar()
+    try:
+        return stream.result(bar.show)
+    finally:
+        bar.close()
 
 
 def _plain(value: Any) -> Any:

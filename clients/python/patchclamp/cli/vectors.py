@@ -9,15 +9,19 @@ from patchclamp.cli import extract
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import heading, note, print_json, table
-from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName
+from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName, ArtifactKindName
 from patchclamp.requests import UploadOptions
 from patchclamp.results import Artifact
 
-_SUFFIXES: dict[str, ArtifactFormatName] = {".gguf": "gguf", ".safetensors": "safetensors"}
+_SUFFIXES: dict[str, ArtifactFormatName] = {
+    ".gguf": "gguf",
+    ".safetensors": "safetensors",
+    ".json": "head_score_json",
+}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("vectors", help="find, store and move steering vectors")
+    parser = commands.add_parser("vectors", help="find, store and move steering vectors and other artifacts")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     extract.add_parser(actions)
@@ -34,7 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     put.add_argument("file", type=Path)
     put.add_argument("--name", help="tag to store it under")
     put.add_argument("--format", choices=ARTIFACT_FORMATS, help="default: by the file's suffix")
-    put.add_argument("--kind", choices=ARTIFACT_KINDS, default="vector")
+    put.add_argument("--kind", choices=ARTIFACT_KINDS, help="default: head_set for head scores in JSON, else vector")
     put.add_argument("--site", choices=SITES, help="site of a vector (default: resid_post)")
     put.add_argument("--description")
     put.set_defaults(run=run_put)
@@ -78,7 +82,10 @@ def run_get(args: argparse.Namespace) -> int:
 
 
 def run_put(args: argparse.Namespace) -> int:
-    options: UploadOptions = {"kind": args.kind, "format": _format(args.format, args.file)}
+    format = _format(args.format, args.file)
+    default: ArtifactKindName = "head_set" if format == "head_score_json" else "vector"
+    kind: ArtifactKindName = args.kind or default
+    options: UploadOptions = {"kind": kind, "format": format}
     if args.site is not None:
         options["site"] = args.site
     if args.description is not None:

@@ -24,9 +24,10 @@ from patchclamp.programs.edits import (
     scale_neurons,
     set_neurons,
     set_projection,
+    uniform_heads,
 )
 from patchclamp.programs.program import Program, ProgramLike, program_message
-from patchclamp.programs.readouts import read_logit_lens, read_neurons, read_projection, read_top_neurons
+from patchclamp.programs.readouts import read_heads, read_logit_lens, read_neurons, read_projection, read_top_neurons
 from patchclamp.programs.scopes import Scope, everything, generated, last, positions, prompt, role, tokens
 from patchclamp.programs.vectors import VectorLike, vector
 
@@ -50,6 +51,7 @@ __all__ = [
     "program_message",
     "project_out",
     "prompt",
+    "read_heads",
     "read_logit_lens",
     "read_neurons",
     "read_projection",
@@ -62,6 +64,7 @@ __all__ = [
     "set_neurons",
     "set_projection",
     "tokens",
+    "uniform_heads",
     "vector",
     "when",
 ]

@@ -123,6 +123,11 @@ def mean_heads(heads: int | Iterable[int], mean: Numbers, **options: Unpack[Edit
     return _edit(options, "attn_z", pb.Edit(heads=pb.HeadEdit(heads=_indices(heads), mean=tensor(mean))))
 
 
+def uniform_heads(heads: int | Iterable[int], **options: Unpack[EditOptions]) -> pb.Edit:
+    """The heads attend to all visible tokens alike."""
+    return _edit(options, "attn_z", pb.Edit(heads=pb.HeadEdit(heads=_indices(heads), uniform=True)))
+
+
 def layer_fields(layers: Layers) -> tuple[list[int], bool]:
     """(layers, all_layers) of the message. Which layers exist is the server's to say."""
     match layers:

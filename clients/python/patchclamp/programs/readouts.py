@@ -43,6 +43,11 @@ def read_logit_lens(k: int, *, site: SiteName = "resid_post", **options: Unpack[
     return _readout(options, site, pb.Readout(logit_lens=pb.LogitLensReadout(k=k)))
 
 
+def read_heads(heads: Iterable[int] = (), **options: Unpack[ReadoutOptions]) -> pb.Readout:
+    """For each head (default: all) the position it attends to most, as `ids`, and its probability, as `values`."""
+    return _readout(options, "attn_z", pb.Readout(heads=pb.HeadReadout(heads=list(heads))))
+
+
 def _readout(options: ReadoutOptions, site: SiteName, readout: pb.Readout) -> pb.Readout:
     layers, all_layers = layer_fields(options.get("layers", ()))
     readout.MergeFrom(

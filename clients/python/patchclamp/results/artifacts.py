@@ -6,13 +6,14 @@ from typing import Any
 from google.protobuf import json_format
 
 from patchclamp.names import ARTIFACT_KINDS, SITES, name_of
+from patchclamp.results.jobs import Progress
 from patchclamp.results.record import Record
 from patchclamp.v1 import artifact_pb2, steering_pb2
 
 
 @dataclass(frozen=True)
 class Artifact(Record):
-    """A stored vector or neuron set. `created` is an RFC 3339 time; `evidence` says what was measured about it."""
+    """A stored artifact. `created` is an RFC 3339 time; `evidence` says what was measured about it."""
 
     id: str
     kind: str
@@ -69,15 +70,6 @@ class LayerEvidence(Record):
 
 
 @dataclass(frozen=True)
-class ExtractionProgress(Record):
-    """`stage` is "activations", "directions" or "evidence"."""
-
-    stage: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class ExtractionResult(Record):
     """The stored vector and its evidence at each layer; `best_layer` has the best held-out accuracy."""
 
@@ -85,33 +77,14 @@ class ExtractionResult(Record):
     layers: tuple[LayerEvidence, ...]
     best_layer: int
 
+    @classmethod
+    def from_proto(cls, message: steering_pb2.ExtractionResult) -> "ExtractionResult":
+        layers = tuple(LayerEvidence.from_proto(layer) for layer in message.layers)
+        return cls(Artifact.from_proto(message.artifact), layers, message.best_layer)
 
-ExtractionEvent = ExtractionProgress | ExtractionResult
 
-
-@dataclass
-class ExtractionCollector:
-    """Turns the messages of an extraction into events, and keeps the result."""
-
-    _result: ExtractionResult | None = None
-
-    def add(self, message: steering_pb2.ExtractVectorsResponse) -> ExtractionEvent:
-        match message.WhichOneof("event"):
-            case "progress":
-                return ExtractionProgress(message.progress.stage, message.progress.done, message.progress.total)
-            case "result":
-                self._result = ExtractionResult(
-                    Artifact.from_proto(message.result.artifact),
-                    tuple(LayerEvidence.from_proto(layer) for layer in message.result.layers),
-                    message.result.best_layer,
-                )
-                return self._result
-            case other:
-                raise ValueError(f"an extraction sent an event this client does not know: {other}")
-
-    def result(self) -> ExtractionResult | None:
-        """None while the result has not arrived."""
-        return self._result
+ExtractionProgress = Progress
+ExtractionEvent = Progress | ExtractionResult
 
 
 @dataclass

@@ -3,20 +3,26 @@
 from dataclasses import dataclass, field
 
 from patchclamp.names import FINISH_REASONS, name_of
+from patchclamp.results.grounding import CopySource, GroundingReport
 from patchclamp.results.receipts import ReadoutValue, Receipt
 from patchclamp.results.record import Record
+from patchclamp.results.sparsity import SparsityReport
 from patchclamp.v1 import generation_pb2 as pb
 
 
 @dataclass(frozen=True)
 class Token(Record):
-    """One token; `position` counts the prompt. Log-probabilities are natural, None when not asked for."""
+    """One token; `position` counts the prompt. Log-probabilities are natural, None when not asked for.
+
+    sources: with grounding, the prompt positions it was copied from, most probable first.
+    """
 
     id: int
     position: int
     logprob: float | None
     top_logprobs: tuple[tuple[int, float], ...]
     readouts: tuple[ReadoutValue, ...]
+    sources: tuple[CopySource, ...] = ()
 
     @classmethod
     def from_proto(cls, message: pb.GeneratedToken) -> "Token":
@@ -26,6 +32,7 @@ class Token(Record):
             message.logprob if message.HasField("logprob") else None,
             tuple((top.id, top.logprob) for top in message.top_logprobs),
             tuple(ReadoutValue.from_proto(r) for r in message.readouts),
+            tuple(CopySource.from_proto(source) for source in message.sources),
         )
 
 
@@ -59,13 +66,18 @@ class Usage(Record):
 
 @dataclass(frozen=True)
 class Finished(Record):
-    """How a stream ended: "eos", "stop_string", "stop_token", "length" or "client"."""
+    """How a stream ended: "eos", "stop_string", "stop_token", "length" or "client".
+
+    sparsity, grounding: None unless the request asked for them.
+    """
 
     reason: str
     stop_string: str
     receipt: Receipt
     usage: Usage
     seed: int
+    sparsity: SparsityReport | None = None
+    grounding: GroundingReport | None = None
 
     @classmethod
     def from_proto(cls, message: pb.Finished) -> "Finished":
@@ -75,6 +87,8 @@ class Finished(Record):
             Receipt.from_proto(message.receipt),
             Usage.from_proto(message.usage),
             message.seed,
+            SparsityReport.from_proto(message.sparsity) if message.HasField("sparsity") else None,
+            GroundingReport.from_proto(message.grounding) if message.HasField("grounding") else None,
         )
 
 
@@ -99,7 +113,7 @@ class Chunk(Record):
 
 @dataclass(frozen=True)
 class GenerateResult(Record):
-    """A whole generation. Send `seed` again to repeat the sample."""
+    """A whole generation. Send `seed` again to repeat the sample. sparsity, grounding: where they were asked for."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -109,6 +123,8 @@ class GenerateResult(Record):
     usage: Usage
     seed: int
     prompt_readouts: tuple[ReadoutValue, ...] = ()
+    sparsity: SparsityReport | None = None
+    grounding: GroundingReport | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,7 @@ class ScoreResult(Record):
     prompt_readouts: tuple[ReadoutValue, ...]
     receipt: Receipt
     usage: Usage
+    sparsity: SparsityReport | None = None
 
     @classmethod
     def from_proto(cls, message: pb.ScoreResponse) -> "ScoreResult":
@@ -131,6 +148,7 @@ class ScoreResult(Record):
             tuple(ReadoutValue.from_proto(r) for r in message.prompt_readouts),
             Receipt.from_proto(message.receipt),
             Usage.from_proto(message.usage),
+            SparsityReport.from_proto(message.sparsity) if message.HasField("sparsity") else None,
         )
 
 
@@ -159,4 +177,6 @@ class GenerateCollector:
             usage=finished.usage,
             seed=finished.seed,
             prompt_readouts=tuple(r for c in self.chunks for r in c.prompt_readouts),
+            sparsity=finished.sparsity,
+            grounding=finished.grounding,
         )

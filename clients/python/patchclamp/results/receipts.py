@@ -8,7 +8,7 @@ from patchclamp.v1 import program_pb2 as pb
 
 @dataclass(frozen=True)
 class ReadoutValue(Record):
-    """What one readout saw at one token and layer; `ids`: the neurons or tokens the values belong to."""
+    """What one readout saw at one token and layer; `ids`: the neurons, tokens or positions of the values."""
 
     name: str
     layer: int

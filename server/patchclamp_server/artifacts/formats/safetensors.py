@@ -49,7 +49,8 @@ def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
     offset = 0
     for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
         tensor = tensors[name].detach().cpu().contiguous()
-        data = tensor.view(torch.uint8).numpy().tobytes()
+        # One dimension: a tensor without any has no view as bytes.
+        data = tensor.view(-1).view(torch.uint8).numpy().tobytes()
         shape, span = list(tensor.shape), [offset, offset + len(data)]
         entries[name] = {"data_offsets": span, "dtype": DTYPES[tensor.dtype], "shape": shape}
         parts.append(data)

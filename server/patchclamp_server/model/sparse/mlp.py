@@ -64,16 +64,21 @@ class SparseMlp:
         active = self._check(index)
         if len(active) == self.d_ff:
             return self.dense_neurons(x)
+        return self._neurons_of(self._preactivations(x, active, gate), x.dtype)
+
+    def preactivations(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
+        """What `neurons` applies the activation to: [T, K], gated [T, 2 K] with the gates first, in the dtype of x."""
+        return torch.from_numpy(self._preactivations(x, self._check(index), gate)).to(x.dtype)
+
+    def _preactivations(self, x: Tensor, active: Index, gate: Tensor | None) -> Floats:
         if gate is None:
             wanted = np.concatenate((active, active + self.d_ff)) if self.gated else active
-            return self._activate(x, wanted, lambda rows: self._inputs.dot(rows, wanted))
+            return self._biased(self._inputs.dot(as_floats(x), wanted), wanted)
         ups = active + self.d_ff
         z = np.empty((len(x), 2 * len(active)), dtype=np.float32)
         z[:, : len(active)] = gate.numpy()[:, active]
-        z[:, len(active) :] = self._inputs.dot(as_floats(x), ups)
-        if self._input_bias is not None:
-            z[:, len(active) :] += self._input_bias[ups]
-        return self._neurons_of(z, x.dtype)
+        z[:, len(active) :] = self._biased(self._inputs.dot(as_floats(x), ups), ups)
+        return z
 
     def output(self, h: Tensor, index: Tensor) -> Tensor:
         """Activations [T, K] of the neurons of `index` -> [T, d_model]."""
@@ -108,10 +113,9 @@ class SparseMlp:
             raise ValueError(f"index: ascending int64 neurons below {self.d_ff}, none twice, are accepted")
         return active
 
-    def _activate(self, x: Tensor, wanted: Index, product: Callable[[Floats], Floats]) -> Tensor:
-        """Activations of the rows `wanted` of the input projection: gates, then ups, where there are gates."""
-        z = product(as_floats(x))
-        return self._neurons_of(z if self._input_bias is None else z + self._input_bias[wanted], x.dtype)
+    def _biased(self, z: Floats, wanted: Index) -> Floats:
+        """Products with the rows `wanted` of the input projection, with their biases."""
+        return z if self._input_bias is None else z + self._input_bias[wanted]
 
     def _neurons_of(self, z: Floats, dtype: torch.dtype) -> Tensor:
         h = np.empty((len(z), z.shape[1] // 2 if self.gated else z.shape[1]), dtype=np.float32)
@@ -145,7 +149,14 @@ class CompactMlp:
         """Activations [T, K] in the dtype of x."""
         if self._keeps_all:
             return self._mlp.dense_neurons(x)
-        return self._mlp._activate(x, self._wanted, self._inputs)
+        return self._mlp._neurons_of(self._preactivations(x), x.dtype)
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """As that of SparseMlp. Not for a set of all neurons."""
+        return torch.from_numpy(self._preactivations(x)).to(x.dtype)
+
+    def _preactivations(self, x: Tensor) -> Floats:
+        return self._mlp._biased(self._inputs(as_floats(x)), self._wanted)
 
     def output(self, h: Tensor) -> Tensor:
         """Activations [T, K] -> [T, d_model]."""

@@ -27,9 +27,9 @@ UNIT = 2 * LANES
 LINE = 64
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(_I32, LANES)
-_ZEROS = ir.Constant(_FLOATS, [0.0] * LANES)
+ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 
 
 @intrinsic
@@ -38,16 +38,16 @@ def dot_rows(_context, weights, at, x, units):  # type: ignore[no-untyped-def]
     signature = types.UniTuple(types.float32, at.count)(weights, at, x, types.int64)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        rows = _row_pointers(context, b, signature, args, 0, 1)
-        values = _data(context, b, signature, args, 2)
-        sums = [[cgutils.alloca_once_value(b, _ZEROS) for _ in range(2)] for _ in rows]
+        rows = row_pointers(context, b, signature, args, 0, 1)
+        values = data_of(context, b, signature, args, 2)
+        sums = [[cgutils.alloca_once_value(b, ZEROS) for _ in range(2)] for _ in rows]
         with cgutils.for_range(b, args[3]) as loop:
             halves = _load_floats(b, values, b.mul(loop.index, _I64(UNIT)))
             for row, total in zip(rows, sums, strict=True):
                 for half, value, accumulator in zip(
                     _load_unit(b, row, loop.index, signature.args[0].dtype), halves, total, strict=True
                 ):
-                    b.store(_fma(b, half, value, b.load(accumulator)), accumulator)
+                    b.store(fma(b, half, value, b.load(accumulator)), accumulator)
         results = [_horizontal_sum(b, _add(b, b.load(low), b.load(high))) for low, high in sums]
         return context.make_tuple(b, signature.return_type, results)
 
@@ -65,30 +65,30 @@ def dot_code_rows(_context, codes, at, x, scales, scale_at, sums, groups):  # ty
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         dtype = signature.args[0].dtype
-        rows = _row_pointers(context, b, signature, args, 0, 1)
-        scale_rows = _row_pointers(context, b, signature, args, 3, 4)
-        values, groups = _data(context, b, signature, args, 2), args[6]
-        totals = [cgutils.alloca_once_value(b, _ZEROS) for _ in rows]
+        rows = row_pointers(context, b, signature, args, 0, 1)
+        scale_rows = row_pointers(context, b, signature, args, 3, 4)
+        values, groups = data_of(context, b, signature, args, 2), args[6]
+        totals = [cgutils.alloca_once_value(b, ZEROS) for _ in rows]
         with cgutils.for_range(b, groups) as loop:
             low, high = _load_floats(b, values, b.mul(loop.index, _I64(UNIT)))
             for row, scale_row, total in zip(rows, scale_rows, totals, strict=True):
                 low_codes, high_codes = _load_unit(b, row, loop.index, dtype)
-                part = _fma(b, high_codes, high, b.fmul(low_codes, low))
-                scale = _splat(b, b.load(b.gep(scale_row, [loop.index])))
-                b.store(_fma(b, part, scale, b.load(total)), total)
+                part = fma(b, high_codes, high, b.fmul(low_codes, low))
+                scale = splat(b, b.load(b.gep(scale_row, [loop.index])))
+                b.store(fma(b, part, scale, b.load(total)), total)
         if dtype == types.uint8:
-            group_sums = _data(context, b, signature, args, 5)
+            group_sums = data_of(context, b, signature, args, 5)
             blocks = b.udiv(b.add(groups, _I64(LANES - 1)), _I64(LANES))
             with cgutils.for_range(b, blocks) as loop:
                 first = b.mul(loop.index, _I64(LANES))
-                lanes = b.add(_splat(b, b.trunc(first, _I32)), ir.Constant(_INTS, list(range(LANES))))
-                inside = b.icmp_signed("<", lanes, _splat(b, b.trunc(groups, _I32)))
-                group_sum = _load(b, b.gep(group_sums, [first]), _FLOATS)
+                lanes = b.add(splat(b, b.trunc(first, _I32)), ir.Constant(_INTS, list(range(LANES))))
+                inside = b.icmp_signed("<", lanes, splat(b, b.trunc(groups, _I32)))
+                group_sum = load(b, b.gep(group_sums, [first]), FLOATS)
                 for scale_row, total in zip(scale_rows, totals, strict=True):
-                    lows = _load(b, b.gep(scale_row, [b.add(groups, first)]), _FLOATS)
+                    lows = load(b, b.gep(scale_row, [b.add(groups, first)]), FLOATS)
                     # Behind the lows is what is no number.
-                    lows = b.select(inside, lows, _ZEROS)
-                    b.store(_fma(b, lows, group_sum, b.load(total)), total)
+                    lows = b.select(inside, lows, ZEROS)
+                    b.store(fma(b, lows, group_sum, b.load(total)), total)
         results = [_horizontal_sum(b, b.load(total)) for total in totals]
         return context.make_tuple(b, signature.return_type, results)
 
@@ -101,15 +101,15 @@ def add_rows(_context, weights, at, factors, y, y_at, units):  # type: ignore[no
     signature = types.void(weights, at, factors, y, types.int64, types.int64)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        rows = _row_pointers(context, b, signature, args, 0, 1)
-        values = [_splat(b, value) for value in cgutils.unpack_tuple(b, args[2])]
-        y = b.gep(_data(context, b, signature, args, 3), [args[4]])
+        rows = row_pointers(context, b, signature, args, 0, 1)
+        values = [splat(b, value) for value in cgutils.unpack_tuple(b, args[2])]
+        y = b.gep(data_of(context, b, signature, args, 3), [args[4]])
         with cgutils.for_range(b, args[5]) as loop:
             first = b.mul(loop.index, _I64(UNIT))
             sums = list(_load_floats(b, y, first))
             for row, value in zip(rows, values, strict=True):
                 halves = _load_unit(b, row, loop.index, signature.args[0].dtype)
-                sums = [_fma(b, half, value, total) for half, total in zip(halves, sums, strict=True)]
+                sums = [fma(b, half, value, total) for half, total in zip(halves, sums, strict=True)]
             _store_floats(b, y, first, sums)
         return context.get_dummy_value()
 
@@ -143,22 +143,22 @@ def add_code_rows(  # type: ignore[no-untyped-def]
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         dtype = signature.args[0].dtype
-        codes, offsets = (_data(context, b, signature, args, i) for i in (0, 1))
+        codes, offsets = (data_of(context, b, signature, args, i) for i in (0, 1))
         first, last, step = args[2:5]
-        factors, scales = (_data(context, b, signature, args, i) for i in (5, 6))
+        factors, scales = (data_of(context, b, signature, args, i) for i in (5, 6))
         scale, low = b.gep(scales, [args[7]]), b.gep(scales, [args[8]])
-        next_scales, factor_sum = args[9], _splat(b, args[10])
-        y = _data(context, b, signature, args, 11)
-        sums = [cgutils.alloca_once(b, _FLOATS) for _ in range(2)]
+        next_scales, factor_sum = args[9], splat(b, args[10])
+        y = data_of(context, b, signature, args, 11)
+        sums = [cgutils.alloca_once(b, FLOATS) for _ in range(2)]
         with cgutils.for_range(b, args[12]) as unit:
             for total in sums:
-                b.store(_ZEROS, total)
+                b.store(ZEROS, total)
             here = b.gep(codes, [b.mul(unit.index, step)])
             with cgutils.for_range_slice(b, first, last, _I64(1), _I64) as (r, _):
                 row = b.gep(here, [b.load(b.gep(offsets, [r]))])
-                factor = _splat(b, b.load(b.gep(factors, [r])))
+                factor = splat(b, b.load(b.gep(factors, [r])))
                 for half, total in zip(_load_unit(b, row, _I64(0), dtype), sums, strict=True):
-                    b.store(_fma(b, half, factor, b.load(total)), total)
+                    b.store(fma(b, half, factor, b.load(total)), total)
             at = b.mul(unit.index, _I64(UNIT))
             for table in (scale, low):
                 for line in range(0, UNIT * 4, LINE):
@@ -166,10 +166,10 @@ def add_code_rows(  # type: ignore[no-untyped-def]
             values = list(_load_floats(b, y, at))
             if dtype == types.uint8:
                 lows = _load_floats(b, low, at)
-                values = [_fma(b, a, factor_sum, value) for a, value in zip(lows, values, strict=True)]
+                values = [fma(b, a, factor_sum, value) for a, value in zip(lows, values, strict=True)]
             factors_of_unit = _load_floats(b, scale, at)
             values = [
-                _fma(b, a, b.load(total), value) for a, total, value in zip(factors_of_unit, sums, values, strict=True)
+                fma(b, a, b.load(total), value) for a, total, value in zip(factors_of_unit, sums, values, strict=True)
             ]
             _store_floats(b, y, at, values)
         return context.get_dummy_value()
@@ -183,7 +183,7 @@ def prefetch(_context, array, at, lines):  # type: ignore[no-untyped-def]
     signature = types.void(array, types.int64, types.int64)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        first = b.bitcast(b.gep(_data(context, b, signature, args, 0), [args[1]]), _I8.as_pointer())
+        first = b.bitcast(b.gep(data_of(context, b, signature, args, 0), [args[1]]), _I8.as_pointer())
         with cgutils.for_range(b, args[2]) as line:
             _prefetch_line(b, b.gep(first, [b.mul(line.index, _I64(LINE))]))
         return context.get_dummy_value()
@@ -191,7 +191,7 @@ def prefetch(_context, array, at, lines):  # type: ignore[no-untyped-def]
     return signature, generate
 
 
-def _data(context: Any, b: Any, signature: Any, args: Any, i: int) -> Any:
+def data_of(context: Any, b: Any, signature: Any, args: Any, i: int) -> Any:
     return context.make_array(signature.args[i])(context, b, args[i]).data
 
 
@@ -202,8 +202,8 @@ def _prefetch_line(b: Any, pointer: Any) -> None:
     b.call(fetch, [b.bitcast(pointer, _I8.as_pointer()), _I32(0), _I32(1), _I32(1)])
 
 
-def _row_pointers(context: Any, b: Any, signature: Any, args: Any, array: int, offsets: int) -> list[Any]:
-    data = _data(context, b, signature, args, array)
+def row_pointers(context: Any, b: Any, signature: Any, args: Any, array: int, offsets: int) -> list[Any]:
+    data = data_of(context, b, signature, args, array)
     return [b.gep(data, [at]) for at in cgutils.unpack_tuple(b, args[offsets])]
 
 
@@ -212,41 +212,44 @@ def _load_unit(b: Any, row: Any, unit: Any, dtype: Any) -> tuple[Any, Any]:
     elements = LANES if dtype == types.uint8 else UNIT
     first = b.gep(row, [b.mul(unit, _I64(elements))])
     if dtype == types.uint8:
-        wide = b.zext(_load(b, first, ir.VectorType(_I8, LANES)), _INTS)
+        wide = b.zext(load(b, first, ir.VectorType(_I8, LANES)), _INTS)
         low, high = b.and_(wide, ir.Constant(_INTS, [15] * LANES)), b.lshr(wide, ir.Constant(_INTS, [4] * LANES))
-        return b.sitofp(low, _FLOATS), b.sitofp(high, _FLOATS)
-    low, high = (_load_lanes(b, first if at == 0 else b.gep(first, [_I64(at)]), dtype) for at in (0, LANES))
+        return b.sitofp(low, FLOATS), b.sitofp(high, FLOATS)
+    low, high = (load_lanes(b, first if at == 0 else b.gep(first, [_I64(at)]), dtype) for at in (0, LANES))
     return low, high
 
 
-def _load_lanes(b: Any, pointer: Any, dtype: Any) -> Any:
+def load_lanes(b: Any, pointer: Any, dtype: Any) -> Any:
     if dtype == types.float32:
-        return _load(b, pointer, _FLOATS)
+        return load(b, pointer, FLOATS)
     if dtype == types.int8:
-        return b.sitofp(b.sext(_load(b, pointer, ir.VectorType(_I8, LANES)), _INTS), _FLOATS)
+        return b.sitofp(b.sext(load(b, pointer, ir.VectorType(_I8, LANES)), _INTS), FLOATS)
     assert dtype == types.uint16
     # A bfloat16 is the upper half of a float32.
-    wide = b.zext(_load(b, pointer, ir.VectorType(ir.IntType(16), LANES)), _INTS)
-    return b.bitcast(b.shl(wide, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
+    wide = b.zext(load(b, pointer, ir.VectorType(ir.IntType(16), LANES)), _INTS)
+    return b.bitcast(b.shl(wide, ir.Constant(_INTS, [16] * LANES)), FLOATS)
 
 
 def _load_floats(b: Any, array: Any, at: Any) -> tuple[Any, Any]:
-    return _load(b, b.gep(array, [at]), _FLOATS), _load(b, b.gep(array, [b.add(at, _I64(LANES))]), _FLOATS)
+    return load(b, b.gep(array, [at]), FLOATS), load(b, b.gep(array, [b.add(at, _I64(LANES))]), FLOATS)
 
 
 def _store_floats(b: Any, array: Any, at: Any, values: list[Any]) -> None:
     for i, value in enumerate(values):
-        pointer = b.gep(array, [b.add(at, _I64(i * LANES))])
-        b.store(value, b.bitcast(pointer, _FLOATS.as_pointer())).align = 4
+        store(b, value, b.gep(array, [b.add(at, _I64(i * LANES))]))
 
 
-def _load(b: Any, pointer: Any, kind: Any) -> Any:
+def store(b: Any, value: Any, pointer: Any) -> None:
+    b.store(value, b.bitcast(pointer, FLOATS.as_pointer())).align = 4
+
+
+def load(b: Any, pointer: Any, kind: Any) -> Any:
     value = b.load(b.bitcast(pointer, kind.as_pointer()))
     value.align = kind.element.width // 8 if isinstance(kind.element, ir.IntType) else 4
     return value
 
 
-def _splat(b: Any, value: Any) -> Any:
+def splat(b: Any, value: Any) -> Any:
     kind = ir.VectorType(value.type, LANES)
     one = b.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
     return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(_INTS, [0] * LANES))
@@ -256,7 +259,7 @@ def _add(b: Any, x: Any, y: Any) -> Any:
     return b.fadd(x, y, flags=("contract",))
 
 
-def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     return _add(b, b.fmul(x, y, flags=("contract",)), z)
 
 

@@ -1,0 +1,80 @@
+"""patchclamp heads ground"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from patchclamp.cli.generate import print_ending
+from patchclamp.cli.heads.selection import add_top_k_argument
+from patchclamp.cli.options import (
+    add_prompt_arguments,
+    add_sampling_arguments,
+    connect,
+    connection_options,
+    generate_options,
+    prompt_of,
+)
+from patchclamp.cli.sparse_spec import add_sparsity_arguments
+from patchclamp.cli.terminal import heading, note, print_json, table
+from patchclamp.heads import Grounding, Head
+from patchclamp.requests import GenerateOptions
+from patchclamp.results import GroundedRange, GroundingReport, Token
+
+_HEADS_SHOWN = 3
+
+
+def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = actions.add_parser(
+        "ground", parents=[connection_options()], help="an answer, and the parts of the prompt it was copied from"
+    )
+    parser.add_argument("head_set", metavar="HEAD_SET", help="id or tag, for example of `heads detect`")
+    add_prompt_arguments(parser)
+    add_top_k_argument(parser)
+    add_sampling_arguments(parser)
+    add_sparsity_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    options: GenerateOptions = {**generate_options(args), "grounding": Grounding(args.head_set, args.top)}
+    with connect(args) as client, client.generate(prompt_of(args), **options) as stream:
+        if args.json:
+            print_json(stream.result())
+            return 0
+        for piece in stream.text:
+            print(piece, end="", flush=True)
+        print()
+        result = stream.result()
+    if result.grounding is not None:
+        _show(result.grounding, result.tokens)
+    print_ending(result)
+    return 0
+
+
+def _show(report: GroundingReport, tokens: Sequence[Token]) -> None:
+    if report.ranges:
+        print()
+        heading("copied from the prompt")
+        rows = [
+            (
+                f"{each.start}-{each.end - 1}",
+                each.tokens,
+                _heads(each, tokens),
+                json.dumps(each.text, ensure_ascii=False),
+            )
+            for each in report.ranges
+        ]
+        table(("positions", "tokens", "most by", "text"), rows)
+    note(report)
+
+
+def _heads(place: GroundedRange, tokens: Sequence[Token]) -> str:
+    """Heads that copied most of the tokens of a range."""
+    counts = Counter(
+        Head(source.layer, source.head)
+        for token in tokens
+        for source in token.sources
+        if place.start <= source.position < place.end
+    )
+    return " ".join(str(head) for head, _ in counts.most_common(_HEADS_SHOWN))

@@ -1,0 +1,154 @@
+"""Attention heads: how they are named, needles to find them with, and grounding of an answer in its prompt.
+
+from patchclamp.heads import Grounding, Needle, NeedleTest
+
+client.detect_retrieval_heads(NeedleTest(lengths=[256, 512]), tags=["retrieval"]).result()
+client.evaluate_head_edit("retrieval", "zero", top_k=3).result()
+client.generate(document + question, grounding=Grounding("retrieval", top_k=10)).result().grounding
+
+head.proto says what each field means; what is left out is the server's default.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from patchclamp.prompts import PromptLike, prompt
+from patchclamp.v1 import generation_pb2, head_pb2
+
+
+class Head(NamedTuple):
+    """One attention head."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        """As people write it: L18H6."""
+        return f"L{self.layer}H{self.head}"
+
+
+HeadsLike = str | Iterable[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A statement to hide, a question about it, and the words of the statement that answer it."""
+
+    question: str
+    needle: str
+    answer: str
+
+    def message(self) -> head_pb2.Needle:
+        return head_pb2.Needle(question=self.question, needle=self.needle, answer=self.answer)
+
+
+@dataclass(frozen=True)
+class NeedleTest:
+    """Every needle at every length and depth. Haystacks and needles: default those of the server.
+
+    lengths: tokens of the whole prompt. depths: where in the haystack, 0 (start) to 1 (end).
+    max_runs: that many of the seeded order; 0: all.
+    """
+
+    haystacks: Sequence[str] = ()
+    needles: Sequence[Needle] = ()
+    lengths: Sequence[int] = ()
+    depths: Sequence[float] = ()
+    seed: int = 0
+    max_runs: int = 0
+
+    def message(self) -> head_pb2.NeedleTest:
+        return head_pb2.NeedleTest(
+            haystacks=[self.haystacks] if isinstance(self.haystacks, str) else self.haystacks,
+            needles=[needle.message() for needle in self.needles],
+            lengths=self.lengths,
+            depths=self.depths,
+            seed=self.seed,
+            max_runs=self.max_runs,
+        )
+
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """Stop when the top_k best heads agree with those of `window` successes earlier; 0 and None: the defaults."""
+
+    top_k: int = 0
+    agreement: float | None = None
+    window: int = 0
+    min_successes: int = 0
+
+    def message(self) -> head_pb2.StoppingRule:
+        return head_pb2.StoppingRule(
+            top_k=self.top_k, agreement=self.agreement, window=self.window, min_successes=self.min_successes
+        )
+
+
+@dataclass(frozen=True)
+class TemporalFact:
+    """The prompt is continued by `answer`; time_conditioned: the prompt names a time that the answer depends on."""
+
+    prompt: str
+    answer: str
+    time_conditioned: bool
+
+    def message(self) -> head_pb2.TemporalFact:
+        return head_pb2.TemporalFact(prompt=self.prompt, answer=self.answer, time_conditioned=self.time_conditioned)
+
+
+@dataclass(frozen=True)
+class CleanCorruptPair:
+    """Two prompts of the same number of tokens, and what each is continued by."""
+
+    clean: PromptLike
+    corrupt: PromptLike
+    clean_answer: str
+    corrupt_answer: str
+
+    def message(self) -> head_pb2.CleanCorruptPair:
+        return head_pb2.CleanCorruptPair(
+            clean=prompt(self.clean, {}),
+            corrupt=prompt(self.corrupt, {}),
+            clean_answer=self.clean_answer,
+            corrupt_answer=self.corrupt_answer,
+        )
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """head_set: id or tag. top_k: only its k best heads; 0: all with a score of at least the threshold of the set."""
+
+    head_set: str
+    top_k: int = 0
+
+    def message(self) -> generation_pb2.Grounding:
+        return generation_pb2.Grounding(head_set=self.head_set, top_k=self.top_k)
+
+
+GroundingLike = Grounding | generation_pb2.Grounding | str
+
+
+def grounding_message(grounding: GroundingLike | None) -> generation_pb2.Grounding | None:
+    """The message of a grounding, or of the id or tag of a head set."""
+    match grounding:
+        case None | generation_pb2.Grounding():
+            return grounding
+        case str():
+            return Grounding(grounding).message()
+        case Grounding():
+            return grounding.message()
+
+
+def selection_message(heads: HeadsLike, top_k: int = 0) -> head_pb2.HeadSelection:
+    """Heads listed as (layer, head), or of a head set (id or tag), of which top_k keeps the best.
+
+    ValueError: top_k with listed heads, or no heads.
+    """
+    if isinstance(heads, str):
+        return head_pb2.HeadSelection(head_set=heads, top_k=top_k)
+    if top_k:
+        raise ValueError("top_k selects from a head set; list only the heads that are meant")
+    listed = [head_pb2.HeadId(layer=layer, head=head) for layer, head in heads]
+    if not listed:
+        raise ValueError("give at least one head")
+    return head_pb2.HeadSelection(heads=head_pb2.HeadIds(heads=listed))

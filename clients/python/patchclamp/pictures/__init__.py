@@ -1,0 +1,1 @@
+"""Pictures of results. They need matplotlib (extra `plot`), which is imported when one is drawn."""

@@ -1,0 +1,33 @@
+"""An empty figure. matplotlib is imported here and nowhere else at run time."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+class MissingMatplotlib(ImportError):
+    """Says what to install."""
+
+    def __init__(self) -> None:
+        super().__init__("pictures need matplotlib: pip install 'patchclamp[plot]'", name="matplotlib")
+
+
+def require_matplotlib() -> None:
+    """MissingMatplotlib when it is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise MissingMatplotlib from None
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Inches. No display is needed: savefig draws into the file."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

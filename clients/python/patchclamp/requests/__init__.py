@@ -1,0 +1,77 @@
+"""Arguments of the clients → request messages. Everything the sync and the async client share about what is sent."""
+
+from patchclamp.prompts import Messages, PromptLike, PromptOptions, prompt
+from patchclamp.requests.artifacts import UploadOptions, artifact_format, download, list_artifacts, upload
+from patchclamp.requests.extraction import ExtractOptions, extract_vectors
+from patchclamp.requests.generation import (
+    GenerateOptions,
+    ScoreOptions,
+    advance,
+    compare,
+    generate,
+    score,
+    session_start,
+    set_strength,
+    stop_session,
+    tokenize,
+)
+from patchclamp.requests.heads import (
+    AttributeOptions,
+    CircuitOptions,
+    DetectOptions,
+    HeadEditOptions,
+    HeadScoreOptions,
+    attribute_logits,
+    compare_head_sets,
+    detect_retrieval_heads,
+    evaluate_head_edit,
+    find_circuit,
+    score_heads,
+)
+from patchclamp.requests.sparsity import (
+    CalibrateOptions,
+    EvaluateOptions,
+    calibrate_profile,
+    evaluate_profile,
+    predict_core_neurons,
+)
+
+__all__ = [
+    "AttributeOptions",
+    "CalibrateOptions",
+    "CircuitOptions",
+    "DetectOptions",
+    "EvaluateOptions",
+    "ExtractOptions",
+    "GenerateOptions",
+    "HeadEditOptions",
+    "HeadScoreOptions",
+    "Messages",
+    "PromptLike",
+    "PromptOptions",
+    "ScoreOptions",
+    "UploadOptions",
+    "advance",
+    "artifact_format",
+    "attribute_logits",
+    "calibrate_profile",
+    "compare",
+    "compare_head_sets",
+    "detect_retrieval_heads",
+    "download",
+    "evaluate_head_edit",
+    "evaluate_profile",
+    "extract_vectors",
+    "find_circuit",
+    "generate",
+    "list_artifacts",
+    "predict_core_neurons",
+    "prompt",
+    "score",
+    "score_heads",
+    "session_start",
+    "set_strength",
+    "stop_session",
+    "tokenize",
+    "upload",
+]

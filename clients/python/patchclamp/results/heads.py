@@ -1,0 +1,272 @@
+"""Results of HeadService."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from patchclamp.heads import Head
+from patchclamp.results.artifacts import Artifact
+from patchclamp.results.jobs import Progress
+from patchclamp.results.record import Record
+from patchclamp.v1 import head_pb2 as pb
+
+
+@dataclass(frozen=True)
+class HeadScore(Record):
+    """low, high: 95 % interval. always_on: (retrieval) the head scored in every successful run."""
+
+    head: Head
+    score: float
+    low: float
+    high: float
+    always_on: bool
+
+    @classmethod
+    def from_proto(cls, message: pb.HeadScore) -> "HeadScore":
+        return cls(_head(message.head), message.score, message.low, message.high, message.always_on)
+
+
+def score_matrix(scores: Iterable[HeadScore]) -> tuple[tuple[float, ...], ...]:
+    """[layers][heads]. ValueError unless there is one score for each head of every layer."""
+    by_head = {score.head: score.score for score in scores}
+    layers = 1 + max((head.layer for head in by_head), default=-1)
+    heads = 1 + max((head.head for head in by_head), default=-1)
+    if not by_head or len(by_head) != layers * heads:
+        raise ValueError(f"{len(by_head)} scores are not one for each of {layers} layers of {heads} heads")
+    return tuple(tuple(by_head[Head(layer, head)] for head in range(heads)) for layer in range(layers))
+
+
+@dataclass(frozen=True)
+class NeedleRun(Record):
+    """One needle at one length and depth. recall: ROUGE-1 recall of the answer; success: it is above 0.5."""
+
+    needle: int
+    length: int
+    depth: float
+    recall: float
+    success: bool
+    answer: str
+
+    @classmethod
+    def from_proto(cls, message: pb.NeedleRun) -> "NeedleRun":
+        return cls(message.needle, message.length, message.depth, message.recall, message.success, message.answer)
+
+
+@dataclass(frozen=True)
+class NeedleGrid(Record):
+    """(successes, runs) at [depth][length]; depths to two digits. None where nothing was run."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    cells: tuple[tuple[tuple[int, int] | None, ...], ...]
+
+    @classmethod
+    def of(cls, runs: Iterable[NeedleRun]) -> "NeedleGrid":
+        counts: dict[tuple[float, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
+        for run in runs:
+            at = round(run.depth, 2), run.length
+            successes, total = counts[at]
+            counts[at] = successes + run.success, total + 1
+        lengths = tuple(sorted({length for _, length in counts}))
+        depths = tuple(sorted({depth for depth, _ in counts}))
+        cells = tuple(tuple(counts.get((depth, length)) for length in lengths) for depth in depths)
+        return cls(lengths, depths, cells)
+
+
+@dataclass(frozen=True)
+class RetrievalHeads(Record):
+    """scores: all heads, best first. stability: mean overlap of the ten best heads between halves of the runs."""
+
+    artifact: Artifact
+    scores: tuple[HeadScore, ...]
+    runs: tuple[NeedleRun, ...]
+    successes: int
+    threshold: float
+    fraction_above_threshold: float
+    stability: float
+    stopped_early: bool
+
+    @classmethod
+    def from_proto(cls, message: pb.RetrievalHeads, runs: Iterable[NeedleRun]) -> "RetrievalHeads":
+        return cls(
+            Artifact.from_proto(message.artifact),
+            tuple(map(HeadScore.from_proto, message.scores)),
+            tuple(runs),
+            message.successes,
+            message.threshold,
+            message.fraction_above_threshold,
+            message.stability,
+            message.stopped_early,
+        )
+
+
+DetectionEvent = Progress | NeedleRun | RetrievalHeads
+
+
+@dataclass
+class DetectionCollector:
+    """Turns the messages of a detection into events, and keeps the runs and the result."""
+
+    runs: list[NeedleRun] = field(default_factory=list)
+    _result: RetrievalHeads | None = None
+
+    def add(self, message: pb.DetectRetrievalHeadsResponse) -> DetectionEvent:
+        match message.WhichOneof("event"):
+            case "progress":
+                return Progress.from_proto(message.progress)
+            case "run":
+                run = NeedleRun.from_proto(message.run)
+                self.runs.append(run)
+                return run
+            case "result":
+                self._result = RetrievalHeads.from_proto(message.result, self.runs)
+                return self._result
+            case other:
+                raise ValueError(f"a detection sent an event this client does not know: {other}")
+
+    def result(self) -> RetrievalHeads | None:
+        """None while the result has not arrived."""
+        return self._result
+
+
+@dataclass(frozen=True)
+class ScoredHeads(Record):
+    """scores: all heads, best first."""
+
+    artifact: Artifact
+    scores: tuple[HeadScore, ...]
+
+    @classmethod
+    def from_proto(cls, message: pb.ScoredHeads) -> "ScoredHeads":
+        return cls(Artifact.from_proto(message.artifact), tuple(map(HeadScore.from_proto, message.scores)))
+
+
+@dataclass(frozen=True)
+class HeadMetrics(Record):
+    """Needle success and perplexity with these heads edited."""
+
+    runs: int
+    successes: int
+    mean_recall: float
+    perplexity: float
+    heads: tuple[Head, ...]
+
+    @classmethod
+    def from_proto(cls, message: pb.HeadMetrics) -> "HeadMetrics":
+        heads = tuple(map(_head, message.heads))
+        return cls(message.runs, message.successes, message.mean_recall, message.perplexity, heads)
+
+
+@dataclass(frozen=True)
+class HeadEditEffect(Record):
+    """random: the same edit of random sets of equal size, with mean and standard deviation over them."""
+
+    unedited: HeadMetrics
+    edited: HeadMetrics
+    random: tuple[HeadMetrics, ...]
+    random_success_mean: float
+    random_success_deviation: float
+    random_perplexity_mean: float
+    random_perplexity_deviation: float
+
+    @classmethod
+    def from_proto(cls, message: pb.HeadEditEffect) -> "HeadEditEffect":
+        return cls(
+            HeadMetrics.from_proto(message.unedited),
+            HeadMetrics.from_proto(message.edited),
+            tuple(map(HeadMetrics.from_proto, message.random)),
+            message.random_success_mean,
+            message.random_success_deviation,
+            message.random_perplexity_mean,
+            message.random_perplexity_deviation,
+        )
+
+
+@dataclass(frozen=True)
+class Circuit(Record):
+    """effects: all heads, by size. faithfulness: of the best heads, beside random circuits of equal size."""
+
+    artifact: Artifact
+    effects: tuple[HeadScore, ...]
+    clean_metric: float
+    corrupt_metric: float
+    faithfulness: float
+    random_faithfulness_mean: float
+    random_faithfulness_deviation: float
+
+    @classmethod
+    def from_proto(cls, message: pb.Circuit) -> "Circuit":
+        return cls(
+            Artifact.from_proto(message.artifact),
+            tuple(map(HeadScore.from_proto, message.effects)),
+            message.clean_metric,
+            message.corrupt_metric,
+            message.faithfulness,
+            message.random_faithfulness_mean,
+            message.random_faithfulness_deviation,
+        )
+
+
+@dataclass(frozen=True)
+class HeadSetComparison(Record):
+    """Of the head sets at `first` and `second`: see the message of the same name."""
+
+    first: int
+    second: int
+    jaccard: float
+    overlap_coefficient: float
+    expected_common: float
+    common: int
+    rank_correlation: float
+
+    @classmethod
+    def from_proto(cls, message: pb.HeadSetComparison) -> "HeadSetComparison":
+        return cls(
+            message.first,
+            message.second,
+            message.jaccard,
+            message.overlap_coefficient,
+            message.expected_common,
+            message.common,
+            message.rank_correlation,
+        )
+
+
+@dataclass(frozen=True)
+class HeadAttribution(Record):
+    """What a head adds to the logit difference. sources: by position of the prompt; empty but for the top heads."""
+
+    head: Head
+    part: float
+    sources: tuple[float, ...]
+
+    @classmethod
+    def from_proto(cls, message: pb.HeadAttribution) -> "HeadAttribution":
+        return cls(_head(message.head), message.part, tuple(message.sources))
+
+
+@dataclass(frozen=True)
+class LogitAttribution(Record):
+    """Parts of logit(target) - logit(contrast); parts_sum is their sum."""
+
+    logit_difference: float
+    parts_sum: float
+    embedding: float
+    mlps: tuple[float, ...]
+    biases: float
+    heads: tuple[HeadAttribution, ...]
+
+    @classmethod
+    def from_proto(cls, message: pb.AttributeLogitsResponse) -> "LogitAttribution":
+        return cls(
+            message.logit_difference,
+            message.parts_sum,
+            message.embedding,
+            tuple(message.mlps),
+            message.biases,
+            tuple(map(HeadAttribution.from_proto, message.heads)),
+        )
+
+
+def _head(message: pb.HeadId) -> Head:
+    return Head(message.layer, message.head)

@@ -1,0 +1,202 @@
+"""What sparse inference did in a request, and results of SparsityService."""
+
+from dataclasses import dataclass, field
+
+from patchclamp.results.artifacts import Artifact
+from patchclamp.results.jobs import Progress
+from patchclamp.results.record import Record
+from patchclamp.v1 import sparse_policy_pb2, sparsity_pb2
+
+
+@dataclass(frozen=True)
+class GuardReport(Record):
+    """Sampled tokens against the dense model; `dense_from`: position from which the rest is dense, None: none is."""
+
+    sampled_tokens: int
+    mean_divergence: float
+    top1_agreement: float
+    max_divergence: float
+    dense_from: int | None
+
+    @classmethod
+    def from_proto(cls, message: sparse_policy_pb2.GuardReport) -> "GuardReport":
+        return cls(
+            message.sampled_tokens,
+            message.mean_divergence,
+            message.top1_agreement,
+            message.max_divergence,
+            message.dense_from if message.HasField("dense_from") else None,
+        )
+
+    def __str__(self) -> str:
+        if not self.sampled_tokens:
+            return "guard: no token was sampled"
+        fallback = "" if self.dense_from is None else f"; FELL BACK to dense from position {self.dense_from}"
+        return (
+            f"guard: KL(dense‖sparse) mean {self.mean_divergence:.4f} nats, {self.max_divergence:.4f} allowed; "
+            f"same top token at {self.top1_agreement:.0%} of {self.sampled_tokens} samples{fallback}"
+        )
+
+
+@dataclass(frozen=True)
+class SparsityReport(Record):
+    """Counted by the server. active_ratio: share of neurons (or channels) computed for the sparse tokens."""
+
+    policy: str
+    profile: str
+    sparse_tokens: int
+    dense_tokens: int
+    active_ratio: float
+    guard: GuardReport | None
+
+    @classmethod
+    def from_proto(cls, message: sparse_policy_pb2.SparsityReport) -> "SparsityReport":
+        return cls(
+            message.policy,
+            message.profile,
+            message.sparse_tokens,
+            message.dense_tokens,
+            message.active_ratio,
+            GuardReport.from_proto(message.guard) if message.HasField("guard") else None,
+        )
+
+    def __str__(self) -> str:
+        profile = f" ({self.profile[:19]})" if self.profile else ""
+        dense = f", {self.dense_tokens} dense" if self.dense_tokens else ""
+        line = f"sparsity {self.policy}{profile}: {self.sparse_tokens} sparse tokens{dense}"
+        line += f", {self.active_ratio:.1%} computed"
+        return line if self.guard is None else f"{line}\n  {self.guard}"
+
+
+@dataclass(frozen=True)
+class QualityCard(Record):
+    """A policy against the dense model on held-out text: see the message of the same name."""
+
+    perplexity_ratio: float
+    divergence: float
+    top1_agreement: float
+    sparsity: float
+    bytes_read_16: float
+    documents: int
+    scored_tokens: int
+    dense_perplexity: float
+
+    @classmethod
+    def from_proto(cls, message: sparsity_pb2.QualityCard) -> "QualityCard":
+        return cls(
+            message.perplexity_ratio,
+            message.divergence,
+            message.top1_agreement,
+            message.sparsity,
+            message.bytes_read_16,
+            message.documents,
+            message.scored_tokens,
+            message.dense_perplexity,
+        )
+
+
+@dataclass(frozen=True)
+class SpeedCard(Record):
+    """Medians over tokens of one sequence, dense and sparse by turns."""
+
+    dense_seconds_per_token: float
+    sparse_seconds_per_token: float
+    speedup: float
+    tokens: int
+
+    @classmethod
+    def from_proto(cls, message: sparsity_pb2.SpeedCard) -> "SpeedCard":
+        return cls(message.dense_seconds_per_token, message.sparse_seconds_per_token, message.speedup, message.tokens)
+
+
+@dataclass(frozen=True)
+class CalibratedProfile(Record):
+    """The stored profile with its quality card; random_control: a random set of the same size on the same text."""
+
+    artifact: Artifact
+    quality: QualityCard
+    random_control: QualityCard
+
+    @classmethod
+    def from_proto(cls, message: sparsity_pb2.CalibratedProfile) -> "CalibratedProfile":
+        return cls(
+            Artifact.from_proto(message.artifact),
+            QualityCard.from_proto(message.quality),
+            QualityCard.from_proto(message.random_control),
+        )
+
+
+@dataclass(frozen=True)
+class SparsityEvaluation(Record):
+    """That of the `index`-th sparsity asked for. speed: None when it was not measured."""
+
+    index: int
+    policy: str
+    keep_ratio: float
+    quality: QualityCard
+    random_control: QualityCard
+    speed: SpeedCard | None
+
+    @classmethod
+    def from_proto(cls, message: sparsity_pb2.SparsityEvaluation) -> "SparsityEvaluation":
+        return cls(
+            message.index,
+            message.policy,
+            message.keep_ratio,
+            QualityCard.from_proto(message.quality),
+            QualityCard.from_proto(message.random_control),
+            SpeedCard.from_proto(message.speed) if message.HasField("speed") else None,
+        )
+
+
+SparsityEvaluationEvent = Progress | SparsityEvaluation
+
+
+@dataclass
+class EvaluationCollector:
+    """Turns the messages of an evaluation into events; the result is there when all `expected` ones are."""
+
+    expected: int
+    evaluations: list[SparsityEvaluation] = field(default_factory=list)
+
+    def add(self, message: sparsity_pb2.EvaluateProfileResponse) -> SparsityEvaluationEvent:
+        match message.WhichOneof("event"):
+            case "progress":
+                return Progress.from_proto(message.progress)
+            case "evaluation":
+                evaluation = SparsityEvaluation.from_proto(message.evaluation)
+                self.evaluations.append(evaluation)
+                return evaluation
+            case other:
+                raise ValueError(f"an evaluation sent an event this client does not know: {other}")
+
+    def result(self) -> tuple[SparsityEvaluation, ...] | None:
+        """In the order asked for; None while some are missing."""
+        if len(self.evaluations) < self.expected:
+            return None
+        return tuple(sorted(self.evaluations, key=lambda evaluation: evaluation.index))
+
+
+@dataclass(frozen=True)
+class CoreOverlap(Record):
+    """|A and B| / |A or B| of the sets of two prompts, by layer."""
+
+    first: int
+    second: int
+    jaccard: tuple[float, ...]
+    mean_jaccard: float
+
+
+@dataclass(frozen=True)
+class CoreNeurons(Record):
+    """prompts: for each prompt, the neurons of each layer. overlaps: of every two prompts."""
+
+    prompts: tuple[dict[int, tuple[int, ...]], ...]
+    overlaps: tuple[CoreOverlap, ...]
+
+    @classmethod
+    def from_proto(cls, message: sparsity_pb2.PredictCoreNeuronsResponse) -> "CoreNeurons":
+        return cls(
+            tuple({each.layer: tuple(each.neurons) for each in prompt.layers} for prompt in message.prompts),
+            tuple(CoreOverlap(o.first, o.second, tuple(o.jaccard), o.mean_jaccard) for o in message.overlaps),
+        )

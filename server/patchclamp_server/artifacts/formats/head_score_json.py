@@ -1,0 +1,88 @@
+"""Head scores as the code of Retrieval Head publishes them (Wu et al. 2024): one JSON object,
+
+    {"<layer>-<head>": [score of one run, ...], ...}
+
+Layers and heads from 0, in any order. Imported: the mean of each list. A head that the file does not name has score 0;
+how many heads there are it does not say, so the shape goes to the last layer and head that it names. Exported: every
+head, with a list of one. Ends of intervals have no place in this format and are left out, as is all metadata.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.tensors import MAX_HEAD_LAYERS, MAX_HEADS
+from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+
+HEAD = re.compile(r"(0|[1-9][0-9]{0,5})-(0|[1-9][0-9]{0,5})")
+# 1,024 heads with 600 runs each take 12 MB; what JSON becomes in memory is many times its size.
+MAX_FILE_BYTES = 64 * 1024 * 1024
+LARGEST = torch.finfo(torch.float32).max
+
+
+def decode(source: bytes | Path) -> Decoded:
+    """ "scores" [layers, heads] float32. MalformedFile names the head that is wrong."""
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise MalformedFile(f"{size} bytes; a file of head scores has at most {MAX_FILE_BYTES}")
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    try:
+        entries = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise MalformedFile(f"not JSON: {error}") from error
+    if not isinstance(entries, dict) or not entries:
+        raise MalformedFile('not head scores: expected an object {"<layer>-<head>": [score, ...]} that is not empty')
+    means = {_head(name): _mean(name, runs) for name, runs in entries.items()}
+    scores = torch.zeros(1 + max(layer for layer, _ in means), 1 + max(head for _, head in means))
+    for (layer, head), mean in means.items():
+        scores[layer, head] = mean
+    runs = [len(runs) for runs in entries.values()]
+    provenance = {"method": "imported", "format": "head_score_json", "runs": {"fewest": min(runs), "most": max(runs)}}
+    return Decoded({"scores": scores}, provenance=provenance, missing_is_zero=True)
+
+
+def encode(artifact: Artifact, architecture: str = "") -> bytes:
+    """All heads, layer by layer, each with a list of its one score. The architecture is not needed."""
+    if artifact.info.kind is not ArtifactKind.HEAD_SET:
+        raise CannotExpress(f"a file of head scores holds a head_set, not a {artifact.info.kind.value}")
+    scores, _, _ = artifact.head_scores()
+    named = {f"{layer}-{head}": [score] for layer, row in enumerate(scores.tolist()) for head, score in enumerate(row)}
+    return json.dumps(named, allow_nan=False).encode("ascii")
+
+
+def _head(name: str) -> tuple[int, int]:
+    match = HEAD.fullmatch(name)
+    if match is None:
+        raise MalformedFile(f"{name!r:.80} is not a head; expected <layer>-<head>")
+    layer, head = int(match[1]), int(match[2])
+    if layer >= MAX_HEAD_LAYERS or head >= MAX_HEADS:
+        raise MalformedFile(f"{name}: at most {MAX_HEAD_LAYERS} layers of {MAX_HEADS} heads are read")
+    return layer, head
+
+
+def _mean(name: str, runs: Any) -> float:
+    if not isinstance(runs, list) or not runs:
+        raise MalformedFile(f"{name}: expected a list of at least one score")
+    for run in runs:
+        # Not 10^400 either, which JSON allows and no float holds.
+        if isinstance(run, bool) or not isinstance(run, int | float) or not -LARGEST <= run <= LARGEST:
+            raise MalformedFile(f"{name}: {run!r:.40} is not a score")
+    return math.fsum(runs) / len(runs)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return entries
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number in JSON")

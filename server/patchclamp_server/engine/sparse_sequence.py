@@ -1,0 +1,110 @@
+"""Sparse inference of one sequence: which of its rows are selected for, what they must keep, and what came of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from patchclamp_server.engine.quality_guard import GuardState
+from patchclamp_server.engine.request import SparseInference, SparsityReport
+from patchclamp_server.interventions.bound import BoundProgram, Kind
+from patchclamp_server.interventions.program import NeuronReadout, Site
+from patchclamp_server.sparsity.apply import Forced, Rows, forced_neurons
+from patchclamp_server.sparsity.policy import SequenceState
+
+
+@dataclass(eq=False)
+class SparseSequence:
+    """Tokens in [prompt_length, dense_from) are computed by the policy, all others densely.
+
+    What a policy makes of a prompt is made again when the sequence is preempted: `begin` stands at every admission.
+    """
+
+    asked: SparseInference
+    prompt_length: int
+    forced: Forced
+    guard: GuardState | None
+    # Set by the guard when it falls back.
+    dense_from: int | None = None
+    _state: SequenceState = field(default_factory=SequenceState)
+    _prompt_ended: bool = False
+    # Sparse rows since `begin`.
+    _rows: int = 0
+
+    @classmethod
+    def of(cls, asked: SparseInference, program: BoundProgram | None, prompt_length: int) -> "SparseSequence":
+        guard = None if asked.guard is None else GuardState(asked.guard)
+        return cls(asked, prompt_length, {} if program is None else forced_by(program), guard)
+
+    def begin(self) -> None:
+        self._state, self._prompt_ended, self._rows = self.asked.selector.begin(), False, 0
+
+    @property
+    def reusable_until(self) -> int:
+        """Tokens before this position may come from the prefix cache: dense ones that the policy need not see."""
+        return 0 if self.asked.selector.observes_prompt else self.prompt_length
+
+    def next_boundary(self, position: int) -> int | None:
+        """Where rows after `position` begin to be computed otherwise; a chunk does not cross it."""
+        boundaries = (self.prompt_length, self.dense_from)
+        return min((b for b in boundaries if b is not None and b > position), default=None)
+
+    def is_sparse(self, position: int) -> bool:
+        return position >= self.prompt_length and (self.dense_from is None or position < self.dense_from)
+
+    def rows(self, row: int, position: int, n: int) -> Rows | None:
+        """The next n tokens, from `position` on, as rows of a step; None where they are dense and nobody's to see."""
+        rows = slice(row, row + n)
+        selector = self.asked.selector
+        if position < self.prompt_length:
+            return Rows(rows, selector, self._state, prompt=True) if selector.observes_prompt else None
+        if not self.is_sparse(position):
+            return None
+        if not self._prompt_ended:
+            selector.end_prompt(self._state)
+            self._prompt_ended = True
+        self._rows += n
+        return Rows(rows, selector, self._state, forced=self.forced)
+
+    def report(self, computed: int) -> SparsityReport:
+        """`computed`: tokens of the sequence that were."""
+        end = computed if self.dense_from is None else min(computed, self.dense_from)
+        sparse = max(0, end - self.prompt_length)
+        blocks = self._rows * self.asked.selector.model.n_layers
+        dropped = self._state.selected - float(self._state.active)
+        return SparsityReport(
+            policy=self.asked.policy,
+            profile=self.asked.profile,
+            sparse_tokens=sparse,
+            dense_tokens=max(0, computed - self.prompt_length) - sparse,
+            active_ratio=1.0 - dropped / blocks if blocks else 1.0,
+            guard=None if self.guard is None else self.guard.report(self.dense_from),
+        )
+
+
+def forced_by(program: BoundProgram) -> Forced:
+    """Neurons that a program edits or reads. What is not about single neurons, such as a direction, needs them all."""
+    named: dict[int, list[list[int]]] = {}
+    every: set[int] = set()
+    for edit in program.edits:
+        if edit.gate is not None and edit.gate.site is Site.MLP_POST:
+            every.add(edit.gate.layer)
+        if edit.site is not Site.MLP_POST:
+            continue
+        for layer in edit.layers:
+            if edit.kind is Kind.NEURONS:
+                named.setdefault(layer, []).append(edit.payload[layer][0].tolist())
+            else:
+                every.add(layer)
+    for readout in program.readouts:
+        if readout.site is not Site.MLP_POST:
+            continue
+        for layer in readout.layers:
+            if readout.kind is NeuronReadout:
+                named.setdefault(layer, []).append(list(readout.ids))
+            else:
+                every.add(layer)
+    for abort in program.aborts:
+        if abort.condition.site is Site.MLP_POST:
+            every.add(abort.condition.layer)
+    forced: dict[int, torch.Tensor | None] = {layer: forced_neurons(*sets) for layer, sets in named.items()}
+    return forced | dict.fromkeys(every)

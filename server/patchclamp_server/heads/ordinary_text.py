@@ -1,0 +1,42 @@
+"""Ordinary text as windows of tokens: what perplexity and the mean outputs of heads are measured on."""
+
+from collections.abc import Sequence
+
+from patchclamp_server.engine.prompt import PromptEncoder
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.heads.needles import ordinary_text
+
+WINDOW = 512
+# Windows of the built-in text, of which there is more.
+BUILT_IN_WINDOWS = 6
+MAX_WINDOWS = 256
+
+
+def windows(texts: Sequence[str], prompts: PromptEncoder, context_length: int) -> list[tuple[int, ...]]:
+    """The texts, or without any the built-in one, in windows of at most WINDOW tokens and at least 2. Each begins with
+    what the tokenizer begins a text with.
+
+    Raises InvalidArgument for texts that are too short or too long.
+    """
+    opening = _opening(prompts)
+    size = min(WINDOW, context_length) - len(opening)
+    found: list[tuple[int, ...]] = []
+    for i, text in enumerate(texts or (ordinary_text(),)):
+        ids = prompts.encode_continuation(text)
+        own = [ids[start : start + size] for start in range(0, len(ids), size)]
+        own = [opening + window for window in own if len(opening) + len(window) >= 2]
+        if not own:
+            raise InvalidArgument(f"texts[{i}]", "is too short: at least two tokens are needed to score one")
+        found += own
+    if not texts:
+        return found[:BUILT_IN_WINDOWS]
+    if len(found) > MAX_WINDOWS:
+        raise InvalidArgument("texts", f"{len(found)} windows of {size} tokens; at most {MAX_WINDOWS} are scored")
+    return found
+
+
+def _opening(prompts: PromptEncoder) -> tuple[int, ...]:
+    """Special tokens that the tokenizer puts before a text."""
+    bare = prompts.encode_continuation("a")
+    ids = prompts.encode_text("a").ids
+    return ids[: ids.index(bare[0])]

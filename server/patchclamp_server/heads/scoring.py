@@ -1,0 +1,110 @@
+"""What a scoring method is asked and what it answers: one number for every head."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+# Heads of which the evidence tells more.
+BEST = 10
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`prompt` is continued by `answer`; a time-conditioned prompt names a time."""
+
+    prompt: str
+    answer: str
+    time_conditioned: bool
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What to score. `method` is a name of SCORING_METHODS; without `facts` the built-in ones are used."""
+
+    method: str
+    ngram: int = 2
+    # Random tokens before they repeat.
+    sequence_tokens: int = 64
+    sequences: int = 8
+    seed: int = 0
+    facts: tuple[Fact, ...] = ()
+    description: str = ""
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`stage` says what is done and counted."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """All [n_layers, n_heads], float32 on the CPU.
+
+    `low` and `high`: a 95 % bootstrap interval, where a score is a mean of several measurements. `control`: the same
+    measurement on random targets, facts or weights, as the method says. `evidence`: what JSON can hold.
+    """
+
+    scores: Tensor
+    control: Tensor
+    low: Tensor | None = None
+    high: Tensor | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def means(cls, samples: Tensor, control: Tensor, seed: int) -> "HeadScores":
+        """Of `samples` and `control` [n, n_layers, n_heads] over n; intervals where n > 1."""
+        interval = ends(resampled_means(samples, seed)) if len(samples) > 1 else (None, None)
+        return cls(samples.mean(0), control.mean(0), *interval)
+
+    @property
+    def best(self) -> list[tuple[int, int]]:
+        """(layer, head), best first; equal ones by layer and head."""
+        n_heads = self.scores.shape[1]
+        order = self.scores.flatten().argsort(descending=True, stable=True)[:BEST]
+        return [divmod(index, n_heads) for index in order.tolist()]
+
+    def by_head(self, values: Tensor) -> dict[str, Any]:
+        """What `values` [n_layers, n_heads] are on average and for the best heads, as evidence."""
+        best = [{"layer": layer, "head": head, "value": float(values[layer, head])} for layer, head in self.best]
+        return {"mean": float(values.mean()), "best": best}
+
+
+def resampled_means(samples: Tensor, seed: int) -> Tensor:
+    """Means of RESAMPLES draws with replacement from samples [n, ...] -> [RESAMPLES, ...]."""
+    n = len(samples)
+    drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
+    share = torch.zeros(RESAMPLES, n).scatter_add_(1, drawn, torch.full((RESAMPLES, n), 1 / n))
+    return (share @ samples.reshape(n, -1)).view(RESAMPLES, *samples.shape[1:])
+
+
+def ends(means: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the middle 95 % of means [n, ...]."""
+    low, high = means.quantile(torch.tensor([0.025, 0.975]), dim=0)
+    return low, high
+
+
+async def in_thread(steps: Generator[T, None, None]) -> AsyncGenerator[T, None]:
+    """Runs a generator in a thread, one step at a time. Ended early, it ends after the step that is running."""
+    step: asyncio.Future[T | None] | None = None
+    try:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
+            event = await asyncio.shield(step)
+            if event is None:
+                return
+            yield event
+    finally:
+        if step is not None and not step.done():
+            await asyncio.wait((step,))
+        steps.close()
