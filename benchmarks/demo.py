@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from demo_heads import show_heads
+from demo_output import WIDTH, heading, show_progress
+from demo_sparsity import show_sparsity
 from serving import running_server
 
 from patchclamp import Client, PatchclampError, Program
 from patchclamp.names import MethodName
 from patchclamp.programs import ProgramLike, add, clamp_neurons, read_top_neurons
 from patchclamp.requests import GenerateOptions
-from patchclamp.results import ExtractionEvent, ExtractionProgress, GenerateResult
+from patchclamp.results import GenerateResult
 
 ROOT = Path(__file__).parents[1]
 PAIRS = Path("benchmarks/data/concepts/joyful_sad.jsonl")
@@ -36,7 +39,7 @@ VECTOR = "joyful_sad"
 STEERED_LAYER, STRENGTH = 16, 1.5
 CLAMPED_LAYER, CLAMPED_NEURONS = 5, 8
 SAMPLING: GenerateOptions = {"max_tokens": 40, "repetition_penalty": 1.1}
-WIDTH, COLUMNS, GAP = 106, 3, 3
+COLUMNS, GAP = 3, 3
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,12 @@ def main() -> int:
 
         heading("5. where the steered model departs from the unedited one: patchclamp compare")
         compare(client, PROMPTS[0], variants[1])
+
+        heading("6. sparse decoding: half of the neurons, by several policies in one batch, two of them guarded")
+        problems += show_sparsity(client, SAMPLING)
+
+        heading("7. retrieval heads: found by hiding needles, tested by removing them, used to ground an answer")
+        problems += show_heads(client)
     print("\nthe server has drained and ended")
 
     heading("by hand")
@@ -100,12 +109,6 @@ def extract(client: Client) -> None:
         f"apart\n(random direction: {at.random_accuracy:.0%}), norm {at.norm:.1f} beside activations of norm "
         f"{at.activation_norm:.1f}"
     )
-
-
-def show_progress(event: ExtractionEvent) -> None:
-    if isinstance(event, ExtractionProgress) and sys.stderr.isatty():
-        end = "\n" if event.done >= event.total else ""
-        print(f"\r{event.stage}: {event.done}/{event.total}", end=end, file=sys.stderr, flush=True)
 
 
 def busiest_neurons(client: Client) -> list[int]:
@@ -211,10 +214,6 @@ def print_command(command: str, variant: Variant) -> None:
     words = [".venv/bin/patchclamp", command, PROMPTS[0], *variant.arguments, *sampling]
     lines = textwrap.wrap(shlex.join(words), WIDTH - 6, break_long_words=False, break_on_hyphens=False)
     print("  " + " \\\n      ".join(lines))
-
-
-def heading(text: str) -> None:
-    print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
 def cell(title: str, text: str) -> list[str]:

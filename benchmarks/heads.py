@@ -1,11 +1,12 @@
 """Retrieval heads of the embedded model: found on some needles, tested causally on others, and what finding them costs.
 
-    python benchmarks/heads.py [--runs 48] [--causal-runs 24] [--random-sets 10] [--naive-runs 6] [--rounds 7]
+    python benchmarks/heads.py [--runs 48] [--causal-runs 20] [--random-sets 10] [--naive-runs 6] [--rounds 7]
 
 - Detection over `--runs` needle runs of 256 to 1536 tokens (heads/detect.py), with half of the built-in needles.
-- Causal table on the other half: the 3 and the 10 best heads set to zero, against random draws of as many other heads.
-- The naive way (tests/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of the
-  needles, and ours on the same, in this run. Also with the naive way given a cache of keys and values.
+- Causal table on the other half: the 3 and the 10 best heads set to zero, against random draws of as many other heads,
+  in texts of up to 1024 tokens.
+- The naive way (tests/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of up to
+  1024 tokens, and ours on the same, in this run. Also with the naive way given a cache of keys and values.
 - Decode steps with all heads read and without, alternating.
 
 Writes benchmarks/results/heads.json, and as its last line prints a JSON object.
@@ -54,7 +55,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "heads"))
 from naive_retrieval import NaiveRun, naive_mean, naive_run, naive_success
 
 SIZES = (3, 10)
-NAIVE_LENGTHS = (256, 512, 1024)
+CAUSAL_LENGTHS = NAIVE_LENGTHS = (256, 512, 1024)
 # Sequences of a decode step, each with a prompt of so many tokens.
 DECODE_BATCHES = (1, 8)
 DECODE_PROMPT, DECODE_TOKENS = 512, 48
@@ -263,7 +264,7 @@ def decode_seconds(engine: Engine, prompts: Sequence[Sequence[int]], program: Bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=48)
-    parser.add_argument("--causal-runs", type=int, default=24)
+    parser.add_argument("--causal-runs", type=int, default=20)
     parser.add_argument("--random-sets", type=int, default=10)
     parser.add_argument("--naive-runs", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=7)
@@ -274,9 +275,13 @@ def main() -> None:
     finding, testing = built_in_needles()[0::2], built_in_needles()[1::2]
     with tempfile.TemporaryDirectory() as directory:
         session = Session(model, directory)
-        overhead = readout_overhead(session, options.rounds)
         found = detection(session, NeedleTest(needles=finding, max_runs=options.runs))
-        table = causal(session, NeedleTest(needles=testing, max_runs=options.causal_runs), options.random_sets)
+        table = causal(
+            session,
+            NeedleTest(needles=testing, lengths=CAUSAL_LENGTHS, max_runs=options.causal_runs),
+            options.random_sets,
+        )
+        overhead = readout_overhead(session, options.rounds)
         session.engine.shutdown()
     naive = against_naive(model, NeedleTest(needles=finding, lengths=NAIVE_LENGTHS, max_runs=options.naive_runs))
     print(f"\n{json.dumps(naive)}", flush=True)

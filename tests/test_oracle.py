@@ -8,7 +8,7 @@ import torch
 from oracle import OracleResult, oracle_logits, run_oracle
 from oracle_formulas import edited, in_scope
 from programs import EDIT_KINDS, abort, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, WINDOW, tiny_model
 from torch import Tensor, tensor
 
 from patchclamp_server.interventions.program import (
@@ -19,6 +19,7 @@ from patchclamp_server.interventions.program import (
     Edit,
     Gate,
     HeadEdit,
+    HeadReadout,
     LogitLensReadout,
     LowRank,
     NeuronEdit,
@@ -290,3 +291,22 @@ def test_a_scope_holds_the_tokens_it_describes(name: str) -> None:
     roles = ("system", "system", "user", "user", "assistant", "assistant")
     held = [position for position in range(10) if in_scope(scope, position, tokens, 6, roles)]
     assert held == list(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_uniform_head_looks_at_every_visible_token_alike(family: str) -> None:
+    """Its weights are one over the tokens it sees, whatever the window; those of its neighbour are not."""
+    uniform = Edit(HeadEdit((2,), uniform=True), Site.ATTN_Z, "uniform", layers=(0,))
+    where = Readout(HeadReadout((2, 1)), Site.ATTN_Z, "where", layers=(0,))
+    values = run(family, Program((uniform,), (where,)), new=1).readouts
+    slides = family in ("mistral", "gemma2", "gemma3", "phi3")
+    for value in values:
+        first = max(0, value.position - WINDOW + 1) if slides else 0
+        assert value.ids[0] == first
+        assert value.values[0] == pytest.approx(1 / (value.position + 1 - first))
+    assert any(value.values[1] > 1.5 * value.values[0] for value in values)
+
+
+def test_half_a_strength_halves_the_query() -> None:
+    half = Edit(HeadEdit((0, 1, 2, 3), uniform=True), Site.ATTN_Z, "half", layers=(1,), strength=0.5)
+    assert run("llama", Program((half,))).receipts[0].mean_relative_change == pytest.approx(0.5)

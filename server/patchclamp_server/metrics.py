@@ -110,6 +110,13 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._grounded_ratio = Histogram(
+            "patchclamp_grounded_ratio",
+            "Share of the tokens of a finished request that retrieval heads copied from its prompt.",
+            buckets=SHARE_BUCKETS,
+            registry=self.registry,
+        )
+
     def describe_model(self, info: ModelInfo) -> None:
         gauge = Gauge(
             "patchclamp_model_info",
@@ -139,6 +146,9 @@ class Metrics:
 
     def on_preemption(self) -> None:
         """Counted by the engine: see EngineCollector."""
+
+    def on_grounded(self, ratio: float) -> None:
+        self._grounded_ratio.observe(ratio)
 
     def on_sparse_finished(self, report: SparsityReport) -> None:
         self._sparse_tokens.labels(report.policy).inc(report.sparse_tokens)

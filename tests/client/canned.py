@@ -68,12 +68,15 @@ class Sparsities(SparsityServiceServicer):
         )
 
 
-def head_score(layer: int, head: int, score: float, width: float = 0.0, always_on: bool = False) -> head_pb2.HeadScore:
+def head_score(
+    layer: int, head: int, score: float, width: float | None = 0.0, always_on: bool = False
+) -> head_pb2.HeadScore:
+    """`width` None: without an interval."""
     return head_pb2.HeadScore(
         head=head_pb2.HeadId(layer=layer, head=head),
         score=score,
-        low=score - width,
-        high=score + width,
+        low=None if width is None else score - width,
+        high=None if width is None else score + width,
         always_on=always_on,
     )
 
@@ -110,7 +113,7 @@ class Heads(HeadServiceServicer):
 
     def ScoreHeads(self, request: Any, context: Any) -> Iterator[head_pb2.ScoreHeadsResponse]:
         self.request = request
-        scores = [head_score(s.head.layer, s.head.head, s.score) for s in self.scores]
+        scores = [head_score(s.head.layer, s.head.head, s.score, None) for s in self.scores]
         yield head_pb2.ScoreHeadsResponse(result=head_pb2.ScoredHeads(artifact=HEAD_SET, scores=scores))
 
     def EvaluateHeadEdit(self, request: Any, context: Any) -> Iterator[head_pb2.EvaluateHeadEditResponse]:

@@ -125,6 +125,10 @@ def test_ratios_of_layers_are_parted_by_slashes() -> None:
     assert spec("cats:keep_ratio=.5/.25").sparsity.policy == cats(keep_ratio=[0.5, 0.25])
 
 
+def test_another_ratio_takes_the_place_of_those_of_layers() -> None:
+    assert spec("cats:keep_ratio=.5/.25").with_keep(0.4).sparsity.policy == cats(keep_ratio=0.4)
+
+
 @pytest.mark.parametrize("ref", ["my-profile", "sha256:0abc"])
 def test_what_names_no_policy_is_a_profile(ref: str) -> None:
     assert spec(ref).sparsity == Sparsity(ref)

@@ -86,10 +86,16 @@ def test_scores_are_a_matrix_of_layers_and_heads(serve: Serve) -> None:
     assert score_matrix(result.scores) == ((0.0, 0.25, 0.0), (0.0, 0.0, 0.75))
 
 
+def test_a_score_of_one_measurement_has_no_interval() -> None:
+    score = HeadScore.from_proto(pb.HeadScore(head=pb.HeadId(layer=1), score=0.5))
+    assert (score.low, score.high) == (None, None)
+    assert HeadScore.from_proto(pb.HeadScore(low=0.0, high=0.0)).low == 0.0
+
+
 @pytest.mark.parametrize("heads", [[], [Head(0, 0), Head(1, 1)]])
 def test_scores_of_some_heads_only_are_no_matrix(heads: list[Head]) -> None:
     with pytest.raises(ValueError, match="one for each"):
-        score_matrix(HeadScore(head, 1.0, 1.0, 1.0, False) for head in heads)
+        score_matrix(HeadScore(head, 1.0) for head in heads)
 
 
 def test_a_needle_grid_counts_successes_by_depth_and_length() -> None:

@@ -19,7 +19,8 @@ SCORES = {"0-1": [0.5], "1-2": [0.75, 0.25], "1-3": [0.125]}
 # One byte is one token.
 NEEDLES = NeedleTest(["It rains. " * 40], [Needle("Who?", "Ann did.", "Ann")], [96, 128], [0.1, 0.9])
 RANDOM: dict[str, Any] = {"sequence_tokens": 16, "sequences": 2}
-PAIRS = [CleanCorruptPair("the cat ate", "the dog ate", "c", "d"), CleanCorruptPair("a cat ran", "a dog ran", "c", "d")]
+# Answers for which the logits of the random model differ most between the two prompts.
+PAIRS = [CleanCorruptPair("the cat", "the dog", "c", "p"), CleanCorruptPair("a cat", "a dog", "c", "p")]
 SHORT: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
 
 
@@ -66,18 +67,18 @@ def test_uniform_heads_change_the_text_and_show_in_the_receipt(client: Client):
 
 
 def test_grounding_names_sources_that_hold_the_generated_token(client: Client):
-    prompt = "".join(chr(32 + i) for i in range(90))
-    result = client.generate(prompt, grounding=Grounding("imported", top_k=8), max_tokens=32, ignore_eos=True).result()
-    ids = client.tokenize(prompt).ids
+    # The model repeats itself on this prompt, so that some heads look back at what they repeat.
+    prompt = [5] * 100
+    result = client.generate(prompt, grounding=Grounding("imported", top_k=8), max_tokens=90, ignore_eos=True).result()
     report = result.grounding
     assert report is not None
     grounded = [token for token in result.tokens if token.sources]
-    assert report.grounded_tokens == len(grounded)
+    assert report.grounded_tokens == len(grounded) > 0
     assert report.grounded_ratio == pytest.approx(len(grounded) / len(result.tokens))
     for token in grounded:
-        for source in token.sources:
-            assert ids[source.position] == token.id
-            assert any(place.start <= source.position < place.end for place in report.ranges)
+        assert all(prompt[source.position] == token.id for source in token.sources)
+        most_probable = token.sources[0].position
+        assert any(place.start <= most_probable < place.end for place in report.ranges)
 
 
 def test_a_request_without_grounding_has_no_sources(client: Client):
@@ -102,9 +103,12 @@ def test_a_detection_streams_its_runs_and_tells_when_no_needle_was_found(client:
     assert any(isinstance(event, Progress) for event in events)
 
 
-@pytest.mark.parametrize("method", ["induction", "previous_token", "ngram", "ov_nuclear_norm"])
-def test_every_head_gets_a_score_and_the_scores_a_head_set(client: Client, method: Any):
-    result = client.score_heads(method, **RANDOM, tags=[method]).result()
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("induction", RANDOM), ("previous_token", RANDOM), ("ngram", {**RANDOM, "ngram": 3}), ("ov_nuclear_norm", {})],
+)
+def test_every_head_gets_a_score_and_the_scores_a_head_set(client: Client, method: Any, options: Any):
+    result = client.score_heads(method, **options, tags=[method]).result()
     matrix = score_matrix(result.scores)
     assert (len(matrix), len(matrix[0])) == (2, 4)
     assert [each.score for each in result.scores] == sorted((each.score for each in result.scores), reverse=True)
@@ -169,7 +173,7 @@ def test_the_command_line_scores_ablates_and_attributes(
         "needles.jsonl": json.dumps({"question": "Who?", "needle": "Ann did.", "answer": "Ann"}),
         "hay.txt": "It rains. " * 40,
         "pairs.jsonl": json.dumps(
-            {"clean": "the cat ate", "corrupt": "the dog ate", "clean_answer": "c", "corrupt_answer": "d"}
+            {"clean": "the cat", "corrupt": "the dog", "clean_answer": "c", "corrupt_answer": "p"}
         ),
     }
     for name, content in files.items():

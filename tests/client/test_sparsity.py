@@ -8,7 +8,7 @@ from canned import Generations, Sparsities
 
 from patchclamp import AsyncClient, Client, PatchclampError
 from patchclamp import sparsity as policies
-from patchclamp.results import Progress, SparsityEvaluation
+from patchclamp.results import GuardReport, Progress, SparsityEvaluation
 from patchclamp.sparsity import QualityGuard, Sparsity, cats, fovea, griffin, sparsity_message, static_set, teal
 from patchclamp.v1 import sparse_policy_pb2 as pb
 from patchclamp.v1 import sparsity_pb2
@@ -122,6 +122,12 @@ def test_a_report_says_when_the_guard_fell_back(serve: Serve) -> None:
     assert "FELL BACK to dense from position 10" in str(guarded.sparsity)
     assert "0.2500 nats, 0.1250 allowed" in str(guarded.sparsity)
     assert str(unguarded.sparsity) == "sparsity fovea (mine): 1 sparse tokens, 1 dense, 50.0% computed"
+
+
+def test_a_guard_that_did_not_fall_back_names_no_position() -> None:
+    report = GuardReport.from_proto(pb.GuardReport(sampled_tokens=4, top1_agreement=1.0, max_divergence=0.125))
+    assert report.dense_from is None
+    assert str(report).endswith("same top token at 100% of 4 samples")
 
 
 def test_a_dense_request_has_no_report(serve: Serve) -> None:

@@ -397,4 +397,4 @@ def test_a_prompt_that_is_preempted_in_its_middle_is_seen_once() -> None:
     with Bench("llama", config(kv_cache_tokens=9 * BLOCK, max_tokens_per_step=5, enable_prefix_cache=False)) as bench:
         _, own = bench.run([rival, asked])
     assert own.end().usage.preemptions > 0
-    assert recorder.seen == [{layer: LENGTH for layer in range(3)}]
+    assert recorder.seen == [dict.fromkeys(range(3), LENGTH)]

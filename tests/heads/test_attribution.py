@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, VOCAB, tiny_model
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.heads.attribution import LogitAttribution, attribute
 from patchclamp_server.interventions.program import Site
-from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.model.decoder import Decoder, Norm
 from patchclamp_server.model.weights import decoder_from_transformers
 
 TOLERANCE = 1e-4
@@ -104,6 +104,14 @@ def test_the_bias_of_an_unembedding_belongs_to_the_biases() -> None:
     plain, biased = found("llama"), attribute(with_bias, prompt(), TARGET, CONTRAST)
     assert biased.biases - plain.biases == pytest.approx(TARGET - CONTRAST, abs=1e-5)
     assert biased.logit_difference == pytest.approx(biased.parts_sum, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_epsilon_of_a_norm_is_part_of_its_scale(family: str) -> None:
+    model = decoder_from_transformers(tiny_model(family), dtype=torch.float32, device="cpu")
+    model.final_norm = Norm(model.final_norm.weight, model.final_norm.bias, eps=0.5)
+    attribution = attribute(model, prompt(), TARGET, CONTRAST)
+    assert attribution.logit_difference == pytest.approx(attribution.parts_sum, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,20 @@ import copy
 
 import pytest
 import torch
-from circuit_oracle import random_pair
+from circuit_oracle import last_logits, random_pair
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
+from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.heads.circuit import CircuitSearch, FoundCircuit, search
 from patchclamp_server.heads.circuit_methods import CIRCUIT_METHODS
+from patchclamp_server.heads.circuit_runs import CleanCorruptPair
 from patchclamp_server.model.weights import decoder_from_transformers
 
 PLANTED = (1, 2)
 
 
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
+def only_head(planted: tuple[int, int] | None) -> PreTrainedModel:
     """Attention of every other head is computed, and not added to the residual stream."""
     model = copy.deepcopy(tiny_model("llama"))
     layers = model.get_submodule("model.layers")
@@ -25,9 +26,14 @@ def model() -> PreTrainedModel:
         for layer, block in enumerate(layers.children()):
             weight = block.get_submodule("self_attn.o_proj").weight
             for head in range(model.config.num_attention_heads):
-                if (layer, head) != PLANTED:
+                if (layer, head) != planted:
                     weight[:, head * width : (head + 1) * width] = 0  # type: ignore[index]
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return only_head(PLANTED)
 
 
 def found(model: PreTrainedModel, job: CircuitSearch) -> FoundCircuit:
@@ -65,3 +71,13 @@ def test_it_alone_is_a_faithful_circuit_and_random_heads_are_one_when_they_have_
     assert {round(value, 3) for value in measured.random} == {0.0, 1.0}
     # One head in twelve.
     assert measured.random_mean < 0.3
+
+
+def test_prompts_that_no_head_tells_apart_have_no_faithful_circuit_and_are_refused() -> None:
+    model = only_head(None)
+    clean, corrupt = (7, 8, 9), (7, 8, 10)
+    told = last_logits(model, clean) - last_logits(model, corrupt)
+    pair = CleanCorruptPair(clean, corrupt, int(told.argmax()), int(told.argmin()))
+    with pytest.raises(InvalidArgument, match="send pairs that heads decide") as refused:
+        found(model, CircuitSearch("mean_ablation", (pair,)))
+    assert refused.value.field == "pairs"

@@ -139,6 +139,8 @@ def test_default_lengths_go_as_far_as_the_context(embedded: LoadedModel) -> None
         (NeedleTest(lengths=(0,)), "test.lengths[0]"),
         (NeedleTest(depths=(0.5, 1.5)), "test.depths[1]"),
         (NeedleTest(depths=(float("nan"),)), "test.depths[0]"),
+        (NeedleTest(depths=(0.5,) * 70), "test.max_runs"),
+        (NeedleTest(depths=(0.5,) * 2000), "test"),
     ],
 )
 def test_a_test_that_cannot_be_run_is_refused_by_field(embedded: LoadedModel, test: NeedleTest, field: str) -> None:

@@ -50,6 +50,7 @@ def test_scores_are_of_the_layer_and_the_head_that_looked() -> None:
         ("A blue fish and a red boat.", "a red fish", 1.0),
         ("red RED red", "Red fish", 0.5),
         ("the fish", "the fish ate the fish", 0.4),
+        ("red or red", "red, red fish", 2 / 3),
         ("redfish", "red fish", 0.0),
         ("", "red fish", 0.0),
         ("three", "...", 0.0),

@@ -78,6 +78,8 @@ async def test_a_unigram_head_is_an_induction_head(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("job", "field", "message"),
     [
+        (Scoring("induction", sequences=0), "sequences", "at least 1"),
+        (Scoring("induction", sequence_tokens=1), "sequence_tokens", "at least 2"),
         (Scoring("induction", sequence_tokens=24), "sequence_tokens", "more than the context of 48"),
         (Scoring("ngram", ngram=0), "ngram", "expected 1 to 64"),
         (Scoring("ngram", ngram=17, sequence_tokens=16), "ngram", "expected 1 to 16"),

@@ -20,7 +20,7 @@ from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import artifact_pb2_grpc, program_pb2
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.interventions.program import PUBLIC_SITES, Site
 from patchclamp_server.metrics import Metrics
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.artifact_service import ArtifactService
@@ -44,7 +44,7 @@ MODEL = ModelInfo(
     context_length=64,
     dtype="float32",
     device="cpu",
-    sites={site: 24 if site is Site.MLP_POST else 8 for site in Site if site is not Site.RESID_MID},
+    sites={site: 24 if site is Site.MLP_POST else 8 for site in PUBLIC_SITES if site is not Site.RESID_MID},
 )
 # Large enough for a download of several chunks by a model the server does not know.
 MAX_UPLOAD_BYTES = 8 * 1024 * 1024

@@ -15,7 +15,7 @@ from patchclamp_server.sparsity.kmeans import elbow_clusters
 from patchclamp_server.sparsity.mlp import matrix
 from patchclamp_server.sparsity.policy import weight_shares
 from patchclamp_server.sparsity.quantiles import quantiles, threshold
-from patchclamp_server.sparsity.sketch import sketch
+from patchclamp_server.sparsity.sketch import PACKED_ROWS, SketchedProduct, sketch
 from patchclamp_server.sparsity.static_set import StaticSet
 from patchclamp_server.sparsity.teal import STEP
 from patchclamp_server.sparsity.top import top_mask
@@ -148,7 +148,8 @@ def test_what_fovea_does_not_compute_is_added_from_the_sketch() -> None:
     gate = x @ sketch(weights.gate, 3).dense().T + weights.gate_bias
     up = x @ sketch(weights.up, 3).dense().T + weights.up_bias
     blurred = torch.nn.functional.silu(gate) * up * ~final
-    torch.testing.assert_close(selection.remainder(final), blurred @ sketch(weights.down, 3).dense())
+    exact = blurred @ sketch(weights.down.T, 3).dense().T
+    torch.testing.assert_close(selection.remainder(final), exact, rtol=1e-3, atol=1e-4)
 
 
 def test_cats_with_a_profile_uses_the_threshold_of_its_layer() -> None:
@@ -208,6 +209,24 @@ def test_a_sketch_errs_by_at_most_its_step_and_less_with_more_bits(bits: int) ->
     assert int(copy.codes.max()) < 2**bits
     error = float((copy.dense() - weight).norm() / weight.norm())
     assert error < {2: 0.4, 3: 0.2, 4: 0.1, 8: 0.01}[bits]
+
+
+def test_a_sketch_multiplies_few_rows_packed_and_many_unpacked_by_the_same_matrix() -> None:
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    product, copy = SketchedProduct(weight, 3), sketch(weight, 3).dense()
+    x = torch.randn(PACKED_ROWS + 1, 96, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(product(x), x @ copy.T)
+    torch.testing.assert_close(product(x[:-1]), x[:-1] @ copy.T, rtol=1e-3, atol=1e-4)
+    assert torch.equal(product(x[:3])[1:], product(x[1:3]))
+
+
+def test_a_sketch_is_in_the_dtype_of_its_input() -> None:
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for rows in (1, PACKED_ROWS + 1):
+        x = torch.randn(rows, 96).bfloat16()
+        found = SketchedProduct(weight, 3)(x)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), x.float() @ sketch(weight, 3).dense().T, rtol=2e-2, atol=2e-1)
 
 
 def test_budgets_meet_the_average_and_spare_the_layer_that_is_harmed_most() -> None:

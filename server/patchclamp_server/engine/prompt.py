@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase
 
 from patchclamp_server.engine.chat_layout import ChatLayout, ChatTemplate, Message
-from patchclamp_server.engine.text import fast_tokenizer, piece
+from patchclamp_server.engine.text import fast_tokenizer, piece, token_bytes
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.info import ModelInfo
 
@@ -103,6 +103,11 @@ class PromptEncoder:
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
         """The text of each token, see text.piece."""
         return tuple(piece(self._tokenizer, id) for id in ids)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of consecutive tokens, special or not; U+FFFD for what is no whole character."""
+        table = token_bytes(self._tokenizer)
+        return b"".join(table.of(id, first=False) for id in ids).decode(errors="replace")
 
     def _checked(self, field: str, ids: Sequence[int], roles: tuple[str, ...] | None = None) -> EncodedPrompt:
         if not ids:

@@ -17,6 +17,7 @@ from patchclamp_server.engine.request import Event, Readouts
 from patchclamp_server.engine.text import token_bytes
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.heads.analysis_batch import completed
+from patchclamp_server.heads.grounding import GENERATING
 from patchclamp_server.heads.head_sets import Head, ranked
 from patchclamp_server.heads.needle_prompt import NeedlePrompt, PromptWriter
 from patchclamp_server.heads.needle_run import NeedleRun, generated_ids, needle_request, needle_run
@@ -28,27 +29,15 @@ from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import (
     HeadReadout,
-    Phase,
-    PositionRange,
     Program,
     Readout,
-    Scope,
     Site,
-    TokenSelector,
 )
 from patchclamp_server.model.info import ModelInfo
 
-# The rows that generate: that of the last prompt token, and those of the answer.
-GENERATING = Scope(
-    include=(
-        TokenSelector(phase=Phase.PROMPT, positions=PositionRange(start=-1)),
-        TokenSelector(phase=Phase.GENERATED),
-    )
-)
-
-
-# Runs that the evidence tells of one by one; metadata of an artifact is bounded.
+# Runs that the evidence tells of one by one, and characters of an answer; metadata of an artifact is bounded.
 EVIDENCE_RUNS = 200
+EVIDENCE_ANSWER = 100
 
 
 @dataclass(frozen=True)
@@ -99,9 +88,9 @@ async def detect(
         raise InvalidArgument("threshold", f"{job.threshold:g} is not a share above 0 and up to 1")
     if job.stopping is not None:
         job.stopping.check(info.n_layers * info.n_heads, "stopping")
-    planned = plan(job.test, info)
+    planned = await asyncio.to_thread(plan, job.test, info)
     writer = PromptWriter(planned, info, prompts, token_bytes(engine.model.tokenizer))
-    written = await asyncio.to_thread(writer.write_all)
+    written = [await asyncio.to_thread(writer.write, placement) for placement in planned.placements]
     program = reading_all_heads(info)
     scores = RetrievalScores()
     done: list[NeedleRun] = []
@@ -174,7 +163,7 @@ def _store(
             "stopped_early": stopped,
             "always_on": [list(found.head) for found in heads if found.always_on],
             "resamples": RESAMPLES,
-            "needles": [asdict(run) for run in done[:EVIDENCE_RUNS]],
+            "needles": [{**asdict(run), "answer": run.answer[:EVIDENCE_ANSWER]} for run in done[:EVIDENCE_RUNS]],
         },
         tags=job.tags,
     )

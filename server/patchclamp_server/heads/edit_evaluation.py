@@ -82,9 +82,9 @@ async def evaluate_edit(
         raise InvalidArgument("scale", f"must be finite, got {job.scale}")
     heads = await asyncio.to_thread(select, job.heads, store, info, "heads")
     sets = ((), heads, *random_sets(heads, info, job.random_sets, job.seed))
-    planned = plan(job.test, info)
+    planned = await asyncio.to_thread(plan, job.test, info)
     writer = PromptWriter(planned, info, prompts, token_bytes(engine.model.tokenizer))
-    written = await asyncio.to_thread(writer.write_all)
+    written = [await asyncio.to_thread(writer.write, placement) for placement in planned.placements]
     texts = await asyncio.to_thread(windows, job.texts, prompts, info.context_length)
     means = None
     if job.mode is HeadEditMode.MEAN:

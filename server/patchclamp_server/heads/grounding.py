@@ -9,7 +9,7 @@ in the program of the request, of these heads alone, and no attention matrix.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from patchclamp_server.heads.head_sets import Head
@@ -99,9 +99,7 @@ class GroundedTokens:
         found = [
             CopySource(at, value.layer, head, probability)
             for value in self._read.pop(position - 1, ())
-            for head, at, probability in zip(
-                self._readout.heads[value.layer], value.ids, value.values, strict=True
-            )
+            for head, at, probability in zip(self._readout.heads[value.layer], value.ids, value.values, strict=True)
             if at < len(self._prompt) and self._prompt[at] == token
         ]
         found.sort(key=lambda source: (-source.probability, source.layer, source.head))
@@ -115,15 +113,13 @@ class GroundedTokens:
         grounded = self._copied.total()
         return GroundingReport(grounded / self._tokens if self._tokens else 0.0, grounded, tuple(self._ranges()))
 
-    def _ranges(self) -> list[GroundedRange]:
-        ranges: list[GroundedRange] = []
-        positions = sorted(self._copied)
-        start = 0
-        for i, position in enumerate(positions):
-            if i + 1 == len(positions) or positions[i + 1] != position + 1:
-                first = positions[start]
-                tokens = sum(self._copied[p] for p in positions[start : i + 1])
-                text = self._text_of(self._prompt[first : position + 1])
-                ranges.append(GroundedRange(first, position + 1, tokens, text))
-                start = i + 1
-        return ranges
+    def _ranges(self) -> Iterator[GroundedRange]:
+        spans: list[tuple[int, int, int]] = []
+        for position, tokens in sorted(self._copied.items()):
+            if spans and spans[-1][1] == position:
+                start, _, before = spans.pop()
+                spans.append((start, position + 1, before + tokens))
+            else:
+                spans.append((position, position + 1, tokens))
+        for start, end, tokens in spans:
+            yield GroundedRange(start, end, tokens, self._text_of(self._prompt[start:end]))

@@ -91,10 +91,6 @@ class PromptWriter:
             )
         return self._located(best, needle)
 
-    def write_all(self) -> list[NeedlePrompt]:
-        """One prompt for each run of the plan."""
-        return [self.write(placement) for placement in self.plan.placements]
-
     def _encode(self, needle: Needle, text: str) -> tuple[int, ...]:
         if self._info.has_chat_template:
             return self._encoder.encode_chat([("user", CHAT.format(text=text, question=needle.question))]).ids

@@ -7,11 +7,9 @@ from patchclamp_server.engine.request import Event, Priority, Request, StopParam
 from patchclamp_server.heads.analysis_batch import OnEvent
 from patchclamp_server.heads.needle_prompt import NeedlePrompt
 from patchclamp_server.heads.needles import Plan
+from patchclamp_server.heads.retrieval import SUCCESS_RECALL
 from patchclamp_server.heads.rouge import recall
 from patchclamp_server.interventions.bound import BoundProgram
-
-# A run succeeds with more than this recall of the answer.
-SUCCESS_RECALL = 0.5
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ DEFAULT_LENGTHS = (256, 512, 1024, 1536)
 DEFAULT_DEPTHS = (0.1, 0.5, 0.9)
 # Default lengths leave so many tokens of the context to the answer.
 ANSWER_ROOM = 64
+MAX_COMBINATIONS = 100_000
 MAX_RUNS = 4096
 
 
@@ -93,11 +94,14 @@ def plan(test: NeedleTest, info: ModelInfo, path: str = "test") -> Plan:
         _check_needle(needle, f"{path}.needles[{i}]")
     for i, text in enumerate(haystacks):
         _check_haystack(text, needles, f"{path}.haystacks[{i}]")
+    combinations = len(needles) * len(lengths) * len(depths)
+    if combinations > MAX_COMBINATIONS:
+        raise InvalidArgument(path, f"{combinations} needles x lengths x depths are more than {MAX_COMBINATIONS}")
     placements = [Placement(*chosen) for chosen in product(range(len(needles)), lengths, depths)]
     random.Random(test.seed).shuffle(placements)
-    runs = test.max_runs or len(placements)
-    if min(runs, len(placements)) > MAX_RUNS:
-        raise InvalidArgument(f"{path}.max_runs", f"{len(placements)} runs are more than {MAX_RUNS}; set max_runs")
+    runs = min(test.max_runs or combinations, combinations)
+    if runs > MAX_RUNS:
+        raise InvalidArgument(f"{path}.max_runs", f"{runs} runs are more than {MAX_RUNS}; set max_runs")
     return Plan(haystacks, needles, tuple(placements[:runs]))
 
 

@@ -8,7 +8,7 @@ from patchclamp_server.heads.needles import ordinary_text
 
 WINDOW = 512
 # Windows of the built-in text, of which there is more.
-BUILT_IN_WINDOWS = 6
+BUILT_IN_WINDOWS = 4
 MAX_WINDOWS = 256
 
 

@@ -28,3 +28,5 @@ SCORING_METHODS: Mapping[str, ScoringMethod] = {
     "ov_nuclear_norm": ov_nuclear_norm.scores,
     "temporal": temporal.scores,
 }
+# Their work is requests of the engine; that of the others is a thread of their own.
+ENGINE_METHODS: frozenset[str] = frozenset({"temporal"})

@@ -73,6 +73,10 @@ def measure(
 
 def sequences(model: LoadedModel, prompts: PromptEncoder, job: Scoring, n: int) -> list[Repeated]:
     """InvalidArgument for a length that the model has no room for, or too few tokens for."""
+    if job.sequences < 1:
+        raise InvalidArgument("sequences", f"expected at least 1, got {job.sequences}")
+    if job.sequence_tokens < 2:
+        raise InvalidArgument("sequence_tokens", f"expected at least 2, got {job.sequence_tokens}")
     context = model.info.context_length
     start = leading_tokens(prompts)
     if len(start) + 2 * job.sequence_tokens > context:
@@ -126,13 +130,14 @@ def random_positions(queries: Tensor, excluded: Tensor, generator: torch.Generat
 def other_occurrence(repeated: Repeated, queries: Tensor, generator: torch.Generator) -> Tensor:
     """For each query the position after another occurrence of its token in the first half, or NOWHERE."""
     tokens, period = repeated.tokens, repeated.period
-    found = []
-    for query in queries.tolist():
-        begin = len(tokens) - 2 * period
-        places = [j for j in range(begin, begin + period) if tokens[j] == tokens[query] and j != query - period]
-        chosen = int(torch.randint(len(places), (1,), generator=generator)) if places else 0
-        found.append(places[chosen] + 1 if places else NOWHERE)
-    return torch.tensor(found)
+    begin = len(tokens) - 2 * period
+    same = tokens[begin : begin + period] == tokens[queries][:, None]  # [n, period]
+    same[torch.arange(len(queries)), queries - period - begin] = False
+    some = same.any(dim=1)
+    found = torch.full((len(queries),), NOWHERE)
+    if some.any():
+        found[some] = begin + 1 + torch.multinomial(same[some].float(), 1, generator=generator)[:, 0]
+    return found
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:

@@ -92,7 +92,7 @@ def _compared(effects: Tensor, timed: Tensor, facts: tuple[Fact, ...], known: Te
     """effects [facts, n_layers, n_heads]; timed and known [facts]."""
     of_time, of_others = effects[timed], effects[~timed]
     dealt = timed[torch.randperm(len(timed), generator=torch.Generator().manual_seed(seed))]
-    low, high = ends(resampled_means(of_time, seed) - resampled_means(of_others, seed + 1))
+    low, high = ends(resampled_means(of_time, seed) - resampled_means(of_others, seed ^ 1))
     found = HeadScores(
         scores=of_time.mean(0) - of_others.mean(0),
         control=effects[dealt].mean(0) - effects[~dealt].mean(0),

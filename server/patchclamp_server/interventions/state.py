@@ -9,7 +9,7 @@ import numpy as np
 
 from patchclamp_server.errors import NotFound
 from patchclamp_server.interventions.bound import BoundEdit, BoundProgram, Kind
-from patchclamp_server.interventions.program import EditReceipt, Receipt, Scope, Site
+from patchclamp_server.interventions.program import EditReceipt, Program, Receipt, Scope, Site
 from patchclamp_server.interventions.scopes import BoolArray, IntArray, SequenceTokens, scope_mask, settled_mask
 from patchclamp_server.interventions.tables import LoadedProgram
 
@@ -151,4 +151,5 @@ def _commute(a: BoundEdit, b: BoundEdit, layer: int) -> bool:
 
 
 EMPTY_FINGERPRINT = "sha256:" + hashlib.sha256().hexdigest()
+EMPTY_PROGRAM = BoundProgram(Program(), EMPTY_FINGERPRINT, (), (), ())
 EMPTY_RECEIPT = Receipt(EMPTY_FINGERPRINT, ())

@@ -1,7 +1,7 @@
 """What the calls that run the model share: decoding a request, running it, and following its events."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,13 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import EncodedPrompt, PromptEncoder
 from patchclamp_server.engine.request import Event, Priority, Request, SamplingParams, SparseInference, StopParams
 from patchclamp_server.errors import NotFound, RequestError
+from patchclamp_server.heads.grounding import GroundedTokens, Grounding
+from patchclamp_server.heads.head_sets import select
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.generation_codec import (
+    decode_grounding,
     decode_logprobs,
     decode_priority,
     decode_prompt,
@@ -40,17 +43,27 @@ class Prepared:
     stop: StopParams
     priority: Priority
     sparsity: SparseInference | None
+    grounding: Grounding | None
+    text_of: Callable[[Sequence[int]], str]
 
-    @property
-    def reads_out(self) -> bool:
-        return bool(self.program.readouts)
+    def grounded(self, program: BoundProgram) -> BoundProgram:
+        """The program with what grounding reads, where it is asked for."""
+        return program if self.grounding is None else self.grounding.added_to(program)
+
+    def builder(self, *, wait_for_readouts: bool = True) -> ResponseBuilder:
+        """Of the responses to a request. Nothing waits for readouts where the client asked for none."""
+        grounded = None
+        if self.grounding is not None:
+            grounded = GroundedTokens(self.grounding, self.prompt.ids, self.text_of)
+        wait = wait_for_readouts and bool(self.program.readouts)
+        return ResponseBuilder(len(self.prompt.ids), wait_for_readouts=wait, grounded=grounded)
 
     def to_request(self, on_event: Callable[[Event], None], deadline: float | None, **changes: Any) -> Request:
         """`changes`: further fields of Request, or others than those of the message."""
         fields: dict[str, Any] = {
             "tokens": self.prompt.ids,
             "on_event": on_event,
-            "program": self.program,
+            "program": self.grounded(self.program),
             "sampling": self.sampling,
             "stop": self.stop,
             "priority": self.priority,
@@ -80,10 +93,14 @@ class Preparation:
         prompt = decode_prompt(proto.prompt, self.prompts)
         program = self.program(proto.program, prompt)
         sparsity = self.sparsity(proto.sparsity) if proto.HasField("sparsity") else None
-        return Prepared(prompt, program, sampling, stop, priority, sparsity)
+        grounding = self.grounding(proto.grounding, program) if proto.HasField("grounding") else None
+        return Prepared(prompt, program, sampling, stop, priority, sparsity, grounding, self.prompts.text_of)
 
     def program(self, proto: program_pb2.Program, prompt: EncodedPrompt) -> BoundProgram:
         return bind(decode_program(proto), self.model, self._store, prompt_roles=prompt.roles)
+
+    def grounding(self, proto: pb.Grounding, program: BoundProgram) -> Grounding:
+        return Grounding.by(select(decode_grounding(proto), self._store, self.model, "grounding"), program)
 
     def sparsity(self, proto: sparse_policy_pb2.Sparsity, *, guarded: bool = True) -> SparseInference:
         return decode_sparsity(proto, self._binder, guarded=guarded)

@@ -1,7 +1,7 @@
 """Checks that every message needs: each raises InvalidArgument with the path of the field."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from patchclamp_server.errors import InvalidArgument
 
 E = TypeVar("E")
+H = TypeVar("H", bound=Hashable)
 
 # A negative number sent for an unsigned field arrives as a value above this, whatever the client's language.
 LARGEST_COUNT = 2**31 - 1
@@ -39,9 +40,9 @@ def count(value: int, field: str, *, low: int = 0, high: int = LARGEST_COUNT) ->
     return value
 
 
-def distinct(values: Sequence[int], field: str) -> tuple[int, ...]:
+def distinct(values: Sequence[H], field: str) -> tuple[H, ...]:
     """`values`, none of which may come twice."""
-    seen: dict[int, int] = {}
+    seen: dict[H, int] = {}
     for i, value in enumerate(values):
         if value in seen:
             raise InvalidArgument(f"{field}[{i}]", f"{value} is already given at index {seen[value]}")

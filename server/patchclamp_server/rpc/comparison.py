@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp_server.engine.request import Divergence, Event
+from patchclamp_server.interventions.state import EMPTY_PROGRAM
 from patchclamp_server.rpc.calls import Prepared
-from patchclamp_server.rpc.response_builder import ResponseBuilder
 from patchclamp_server.rpc.stream import EventStream
 
 Side: TypeAlias = "pb.CompareSide.ValueType"
@@ -34,13 +34,13 @@ class Comparison:
             lambda event: stream.put((EDITED, event)), deadline, sampling=sampling, compare_baseline=True
         )
         self.baseline = prepared.to_request(
-            lambda event: stream.put((BASELINE, event)), deadline, sampling=sampling, program=None, sparsity=None
+            lambda event: stream.put((BASELINE, event)),
+            deadline,
+            sampling=sampling,
+            program=prepared.grounded(EMPTY_PROGRAM),
+            sparsity=None,
         )
-        prompt_tokens = len(prepared.prompt.ids)
-        self._builders = {
-            EDITED: ResponseBuilder(prompt_tokens, wait_for_readouts=prepared.reads_out),
-            BASELINE: ResponseBuilder(prompt_tokens, wait_for_readouts=False),
-        }
+        self._builders = {EDITED: prepared.builder(), BASELINE: prepared.builder(wait_for_readouts=False)}
         self._divergences: list[Divergence] = []
 
     async def responses(self) -> AsyncIterator[pb.CompareResponse]:

@@ -6,8 +6,8 @@ Two at once would take each other's cores and memory, and serving has to live be
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Generic, TypeVar
 
 from patchclamp_server.errors import Cancelled, RequestError
@@ -77,6 +77,12 @@ class ExclusiveJobs:
         finally:
             job.leave()
             await asyncio.wait([thread])
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """The turn of a job that has a thread already: until it is left, no other one begins."""
+        async with self._turn:
+            yield
 
     async def result(self, work: Callable[[Job[E]], E]) -> E:
         """What `work` returns; as `stream` in all else."""

@@ -12,6 +12,8 @@ from patchclamp_server.engine.request import (
     Usage,
 )
 from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.heads.grounding import CopySource, GroundingReport
+from patchclamp_server.heads.head_sets import HeadSelection
 from patchclamp_server.rpc.checks import chosen, count, finite, known
 from patchclamp_server.rpc.program_codec import encode_receipt
 from patchclamp_server.rpc.sparsity_codec import encode_report
@@ -97,6 +99,12 @@ def decode_priority(number: int, field: str = "priority") -> Priority:
     return known(number, PRIORITIES, field, pb.Priority.keys()[1:])
 
 
+def decode_grounding(proto: pb.Grounding, field: str = "grounding") -> HeadSelection:
+    if not proto.head_set:
+        raise InvalidArgument(f"{field}.head_set", "expected the id or tag of a head_set artifact")
+    return HeadSelection(head_set=proto.head_set, top_k=proto.top_k)
+
+
 def encode_token(token: Token) -> pb.GeneratedToken:
     return pb.GeneratedToken(
         id=token.id,
@@ -125,4 +133,16 @@ def encode_finished(finished: Finished) -> pb.Finished:
         usage=encode_usage(finished.usage),
         seed=finished.seed,
         sparsity=None if finished.sparsity is None else encode_report(finished.sparsity),
+    )
+
+
+def encode_source(source: CopySource) -> pb.CopySource:
+    return pb.CopySource(position=source.position, layer=source.layer, head=source.head, probability=source.probability)
+
+
+def encode_grounding(report: GroundingReport) -> pb.GroundingReport:
+    return pb.GroundingReport(
+        grounded_ratio=report.grounded_ratio,
+        grounded_tokens=report.grounded_tokens,
+        ranges=[pb.GroundedRange(start=r.start, end=r.end, tokens=r.tokens, text=r.text) for r in report.ranges],
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.calls import Preparation, check_model, deadline_of, responses_of, running, within
 from patchclamp_server.rpc.checks import chosen
-from patchclamp_server.rpc.comparison import Comparison
+from patchclamp_server.rpc.comparison import EDITED, Comparison
 from patchclamp_server.rpc.generation_codec import decode_logprobs, decode_priority, decode_prompt
 from patchclamp_server.rpc.response_builder import ResponseBuilder
 from patchclamp_server.rpc.session import SessionControl
@@ -29,21 +29,31 @@ CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 class GenerationService(GenerationServiceServicer):
-    """Raises the errors of errors.py; an interceptor turns them into statuses."""
+    """Raises the errors of errors.py; an interceptor turns them into statuses.
+
+    `on_grounded` is told the grounded ratio of every request that asked for it and finished.
+    """
 
     def __init__(
-        self, engine: Engine, prompts: PromptEncoder, store: ArtifactStore, model: ModelInfo, binder: Binder
+        self,
+        engine: Engine,
+        prompts: PromptEncoder,
+        store: ArtifactStore,
+        model: ModelInfo,
+        binder: Binder,
+        on_grounded: Callable[[float], None],
     ) -> None:
         self._engine = engine
+        self._on_grounded = on_grounded
         self._prepare = Preparation(prompts, store, model, binder)
         self._bridge: EventBridge | None = None
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         prepared = await asyncio.to_thread(self._prepare.generate, request)
         stream = self._stream()
-        builder = ResponseBuilder(len(prepared.prompt.ids), wait_for_readouts=prepared.reads_out)
         with running(self._engine, prepared.to_request(stream.put, deadline_of(context))):
-            async for response in responses_of(stream, builder):
+            async for response in responses_of(stream, prepared.builder()):
+                self._observe(response)
                 yield response
 
     async def Session(self, request_iterator: Any, context: Context) -> AsyncIterator[pb.GenerateResponse]:
@@ -55,7 +65,7 @@ class GenerationService(GenerationServiceServicer):
         stream = self._stream()
         with within("start.request"):
             prepared = await asyncio.to_thread(self._prepare.generate, first.start.request)
-        builder = ResponseBuilder(len(prepared.prompt.ids), wait_for_readouts=prepared.reads_out and not lockstep)
+        builder = prepared.builder(wait_for_readouts=not lockstep)
         request = prepared.to_request(stream.put, deadline_of(context), credits=0 if lockstep else None)
         with ExitStack() as stack:
             with within("start.request"):
@@ -64,6 +74,7 @@ class GenerationService(GenerationServiceServicer):
             stack.enter_context(control.following(messages))
             async for response in responses_of(stream, builder):
                 control.delivered(len(response.tokens))
+                self._observe(response)
                 yield response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
@@ -94,7 +105,13 @@ class GenerationService(GenerationServiceServicer):
             comparison = Comparison(prepared, EventStream(self._bridge_of_loop()), deadline_of(context))
             with running(self._engine, comparison.edited), running(self._engine, comparison.baseline):
                 async for response in comparison.responses():
+                    if response.text.side == EDITED:
+                        self._observe(response.text.response)
                     yield response
+
+    def _observe(self, response: pb.GenerateResponse) -> None:
+        if response.finished.HasField("grounding"):
+            self._on_grounded(response.finished.grounding.grounded_ratio)
 
     def _score_request(self, proto: pb.ScoreRequest, stream: EventStream[Event], deadline: float | None) -> Request:
         """Prompt and continuation as one sequence, scored from where the continuation begins."""

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2
 from patchclamp_server.engine.request import Event, Failed, Finished, Readouts, Text, Token
-from patchclamp_server.rpc.generation_codec import encode_finished, encode_token
+from patchclamp_server.heads.grounding import GroundedTokens
+from patchclamp_server.rpc.generation_codec import encode_finished, encode_grounding, encode_source, encode_token
 from patchclamp_server.rpc.program_codec import encode_readout_value
 
 # A response is closed once it is this large: clients refuse messages above 4 MiB by default.
@@ -20,12 +21,13 @@ class ResponseBuilder:
     The readouts at a token come out of the forward pass over it, one step after the token was chosen. With
     `wait_for_readouts` a token waits for them (its text does not), so that both arrive together. Without it, as in a
     lockstep session where that step needs the client's next Advance, they ride on the next token; every value names
-    its own position.
+    its own position. With `grounded`, tokens carry their sources, which are known before they are.
     """
 
-    def __init__(self, prompt_tokens: int, *, wait_for_readouts: bool) -> None:
+    def __init__(self, prompt_tokens: int, *, wait_for_readouts: bool, grounded: GroundedTokens | None = None) -> None:
         self._prompt_tokens = prompt_tokens
         self._wait = wait_for_readouts
+        self._grounded = grounded
         self._response = pb.GenerateResponse()
         self._bytes = 0
         self._held: pb.GeneratedToken | None = None
@@ -41,11 +43,14 @@ class ResponseBuilder:
                 case Token():
                     self._add_token(event)
                 case Readouts(position, values):
-                    self._add_readouts(position, [encode_readout_value(v) for v in values])
+                    own = values if self._grounded is None else self._grounded.take(values)
+                    self._add_readouts(position, [encode_readout_value(v) for v in own])
                 case Finished():
                     self._release()
                     self._response.prompt_readouts.extend(self._late)
                     self._response.finished.CopyFrom(encode_finished(event))
+                    if self._grounded is not None:
+                        self._response.finished.grounding.CopyFrom(encode_grounding(self._grounded.report()))
                     yield self._take()
                 case Failed(error):
                     self._release()
@@ -62,6 +67,8 @@ class ResponseBuilder:
     def _add_token(self, token: Token) -> None:
         self._release()
         message = encode_token(token)
+        if self._grounded is not None:
+            message.sources.extend(encode_source(s) for s in self._grounded.sources(token.position, token.id))
         message.readouts.extend(self._late)
         self._late.clear()
         self._held = message

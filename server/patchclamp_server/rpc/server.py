@@ -10,9 +10,10 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from patchclamp.v1 import artifact_pb2, generation_pb2, model_pb2, sparsity_pb2, steering_pb2
+from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, model_pb2, sparsity_pb2, steering_pb2
 from patchclamp.v1.artifact_pb2_grpc import add_ArtifactServiceServicer_to_server
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 from patchclamp.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server
@@ -26,6 +27,7 @@ from patchclamp_server.model.progress import Progress
 from patchclamp_server.rpc.artifact_service import ArtifactService
 from patchclamp_server.rpc.exclusive import ExclusiveJobs
 from patchclamp_server.rpc.generation_service import GenerationService
+from patchclamp_server.rpc.head_service import HeadService
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
 from patchclamp_server.rpc.model_service import ModelService
 from patchclamp_server.rpc.sparsity_service import SparsityService
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 SERVICES: tuple[str, ...] = tuple(
     service.full_name
-    for module in (generation_pb2, steering_pb2, sparsity_pb2, artifact_pb2, model_pb2)
+    for module in (generation_pb2, steering_pb2, sparsity_pb2, head_pb2, artifact_pb2, model_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -57,7 +59,7 @@ class Server:
         self._info = model.info
         self._prompts = PromptEncoder(model.tokenizer, model.info)
         self._store = ArtifactStore(config.artifacts_url)
-        self._binder = Binder(self.engine.sparse_model, self._store)
+        self._binder = Binder(self.engine.sparse_model, self._store, self.engine.executor.sparse.prepare)
         # One queue for the analysis jobs of all services.
         self._jobs = ExclusiveJobs()
         self._stopping: asyncio.Task[None] | None = None
@@ -105,13 +107,19 @@ class Server:
 
     def _add_services(self) -> None:
         add_GenerationServiceServicer_to_server(
-            GenerationService(self.engine, self._prompts, self._store, self._info, self._binder), self._grpc
+            GenerationService(
+                self.engine, self._prompts, self._store, self._info, self._binder, self.metrics.on_grounded
+            ),
+            self._grpc,
         )
         add_SteeringServiceServicer_to_server(
             SteeringService(self.engine, self._prompts, self._store, self._info), self._grpc
         )
         add_SparsityServiceServicer_to_server(
             SparsityService(self.engine, self._prompts, self._store, self._info, self._binder, self._jobs), self._grpc
+        )
+        add_HeadServiceServicer_to_server(
+            HeadService(self.engine, self._prompts, self._store, self._info, self._jobs), self._grpc
         )
         add_ArtifactServiceServicer_to_server(ArtifactService(self._store, self._info), self._grpc)
         add_ModelServiceServicer_to_server(ModelService(self._info, self._prompts), self._grpc)

@@ -5,7 +5,7 @@ Requests that ask for the same get the same Selector: the engine computes the ro
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,9 +53,13 @@ class Bound:
 class Binder:
     """Thread-safe. Binding may read all weights of the model: do not call it on an event loop."""
 
-    def __init__(self, model: SparseModel, artifacts: ArtifactLookup) -> None:
+    def __init__(
+        self, model: SparseModel, artifacts: ArtifactLookup, ready: Callable[[], object] = lambda: None
+    ) -> None:
+        """`ready` is called when something is bound: what runs it is made then, while nobody waits for a step."""
         self.model = model
         self._artifacts = artifacts
+        self._ready = ready
         self._selectors: OrderedDict[tuple[Policy, str], Selector] = OrderedDict()
         self._lock = threading.Lock()
         # Two that derive the same from the weights at once would hold it twice.
@@ -106,6 +110,7 @@ class Binder:
     def _made(self, key: tuple[Policy, str], policy: Policy, stored: StoredProfile | None) -> Selector:
         selector = policy.bind(self.model, None if stored is None else self._on_device(stored.profile))
         selector.prepare()
+        self._ready()
         with self._lock:
             self._selectors[key] = selector
             if len(self._selectors) > MAX_SELECTORS:

@@ -7,8 +7,8 @@
 
 δ_j, ε_j: root mean square of ĝ - g and û - u on calibration text. Without them a neuron whose sketch happens to be near
 zero is dropped with a certainty that the sketch does not give: with the gate exact and û of rank 32, that alone takes
-the perplexity ratio at keep .5 from 1.60 to 1.17. The second sum (`compensate`) reuses the blurred values, so it
-reads only the down vectors of dropped neurons, and those from the sketch. `gate="exact"` reads the gate densely.
+the perplexity ratio at keep .5 from 1.60 to 1.17. The second sum (`compensate`) reuses the blurred values, and
+reads the sketch of down. `gate="exact"` reads the gate densely.
 
 Our own method: the norms are WINA's, a gate as predictor is CATS', the sketch stands in for trained predictors (Deja
 Vu, Liu et al. 2023). `budget="measured"` spreads the neurons over the layers by the damage measured there (budgets.py).
@@ -27,7 +27,7 @@ from patchclamp_server.sparsity.budgets import GRID, allocate
 from patchclamp_server.sparsity.mlp import MlpInput, MlpWeights, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Policy, Selection, Selector, SequenceState, check_choice
 from patchclamp_server.sparsity.profile import Profile, ProfileTensor
-from patchclamp_server.sparsity.sketch import column_bits, row_bits, sketched_columns, sketched_rows
+from patchclamp_server.sparsity.sketch import SketchedProduct, sketch_bits
 from patchclamp_server.sparsity.top import top_mask
 
 BITS = (2, 3, 4, 8)
@@ -65,9 +65,9 @@ class SketchedMlp:
 
     def __init__(self, weights: MlpWeights, bits: int) -> None:
         self.weights = weights
-        self._gate = None if weights.gate is None else sketched_rows(weights.gate, bits)
-        self._up = sketched_rows(weights.up, bits)
-        self._down = sketched_columns(weights.down, bits)
+        self._gate = None if weights.gate is None else SketchedProduct(weights.gate, bits)
+        self._up = SketchedProduct(weights.up, bits)
+        self._down = SketchedProduct(weights.down.t(), bits)
 
     def gate(self, x: Tensor) -> Tensor:
         """ĝ [n, d_ff]; û where there is no gate."""
@@ -78,7 +78,7 @@ class SketchedMlp:
         return _biased(self._up(x), self.weights.up_bias)
 
     def stand_in(self, neurons: Tensor) -> Tensor:
-        """Σ_j h_j down̂_j [n, d_model] of neurons h [n, d_ff], of which those that are 0 need not be read."""
+        """Σ_j h_j down̂_j [n, d_model] of neurons h [n, d_ff]."""
         return self._down(neurons)
 
 
@@ -138,10 +138,12 @@ class FoveaSelector(Selector):
     def cost(self, layer: int, weight_bits: int = 16) -> Cost:
         weights = self.weights(layer)
         share = 1 / weights.matrices
-        d, bits = weights.up.shape[1], self._policy.bits
-        blurred = share * min(1.0, row_bits(bits, d) / weight_bits)
-        stand_in = share * min(1.0, column_bits(bits, d) / weight_bits)
-        gate_is_exact = self._policy.gate == "exact" and weights.gate is not None
-        inputs = weights.matrices - 1
-        always = share + (inputs - 1) * blurred if gate_is_exact else inputs * blurred
-        return Cost(always, 1.0 - share if gate_is_exact else 1.0, stand_in if self._policy.compensate else 0.0)
+        bits = self._policy.bits
+        # Dense products: the stand-in too reads all of its sketch, which is sooner done than gathering half of it.
+        inputs, output = (
+            share * min(1.0, sketch_bits(bits, n) / weight_bits) for n in (weights.up.shape[1], weights.d_ff)
+        )
+        sketched = (weights.matrices - 1) * inputs + (output if self._policy.compensate else 0.0)
+        if self._policy.gate == "exact" and weights.gate is not None:
+            return Cost(sketched - inputs + share, 1.0 - share)
+        return Cost(sketched, 1.0)

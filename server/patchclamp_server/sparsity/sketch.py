@@ -2,9 +2,9 @@
 
     W ≈ scale · code + low      by groups of at most 64 columns, code in [0, 2^bits), scale and low in bfloat16
 
-The range of a group is shrunk (by up to half) where that lessens its squared error. `SketchedRows` and
-`SketchedColumns` multiply by it: on a CPU it is kept packed and few rows read it so (model/sparse/low_bits.py), while
-for more it is unpacked, which takes as long as some tens of rows. Other devices keep it as a plain matrix.
+The range of a group is shrunk (by up to half) where that lessens its squared error. On a CPU the copy is kept packed:
+few rows of x read it so (model/sparse/low_bits.py), for more it is unpacked, which takes as long as some tens of rows.
+Other devices keep it as a plain matrix.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchclamp_server.model.sparse import LowBitInputs, LowBitOutputs
+from patchclamp_server.model.sparse import LowBitMatrix
 
 GROUP = 64
 SHRINK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -49,7 +49,7 @@ def sketch(weight: Tensor, bits: int) -> Sketch:
     centre, radius = (least + most) / 2, (most - least) / 2
     steps = 2**bits - 1
     best_error = torch.full_like(centre, float("inf"))
-    scale, low = torch.zeros_like(centre), torch.zeros_like(centre)
+    scale, low = torch.zeros_like(centre), centre.bfloat16().float()
     for shrink in SHRINK:
         step = (2 * shrink / steps * radius).clamp_min(1e-12).bfloat16().float()
         first = (centre - shrink * radius).bfloat16().float()
@@ -63,44 +63,29 @@ def sketch(weight: Tensor, bits: int) -> Sketch:
 
 
 class SketchedProduct:
-    """x @ M, where M is the sketch of a matrix, in the dtype of x."""
+    """x [n, in] -> x Ŵᵀ [n, out] for `weight` [out, in] and its sketch Ŵ. Rows of the result are independent."""
 
-    def __init__(self, made: Sketch, layout: type[LowBitOutputs] | type[LowBitInputs], like: Tensor) -> None:
-        """M has the device and dtype of `like`."""
-        self._dtype = like.dtype
-        self._packed: LowBitOutputs | LowBitInputs | None = None
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        made = sketch(weight, bits)
+        self._dtype = weight.dtype
+        self._packed: LowBitMatrix | None = None
         self._matrix: Tensor | None = None
-        if like.device.type == "cpu":
-            self._packed = layout.of(made.codes, made.scale, made.low, made.bits)
-        else:
-            dense = made.dense().to(like.dtype)
-            self._matrix = dense.t() if layout is LowBitOutputs else dense
+        if weight.device.type != "cpu":
+            self._matrix = made.dense().to(weight.dtype)
+            return
+        self._packed = LowBitMatrix.of(made.codes, made.scale, made.low, bits)
+        # Compiles what is compiled at run time.
+        self._packed.multiply(torch.zeros(1, weight.shape[1]))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rows of the result do not depend on each other."""
         if self._packed is None:
             assert self._matrix is not None
-            return x @ self._matrix
+            return torch.nn.functional.linear(x, self._matrix)
         if len(x) <= PACKED_ROWS:
             return self._packed.multiply(x).to(x.dtype)
         return x @ self._packed.matrix().to(self._dtype)
 
 
-def sketched_rows(weight: Tensor, bits: int) -> SketchedProduct:
-    """x [n, in] -> x Ŵᵀ [n, out] for `weight` [out, in]."""
-    return SketchedProduct(sketch(weight, bits), LowBitOutputs, weight)
-
-
-def sketched_columns(weight: Tensor, bits: int) -> SketchedProduct:
-    """x [n, out] -> x Ŵ [n, in] for `weight` [out, in]. What is 0 in x need not be read."""
-    return SketchedProduct(sketch(weight, bits), LowBitInputs, weight)
-
-
-def row_bits(bits: int, width: int) -> float:
-    """Bits that a weight takes in `sketched_rows` of matrices [out, width]."""
-    return LowBitOutputs.bits_per_weight(bits, group_of(width))
-
-
-def column_bits(bits: int, width: int) -> float:
-    """Bits that a weight takes in `sketched_columns`."""
-    return LowBitInputs.bits_per_weight(bits, group_of(width), width)
+def sketch_bits(bits: int, width: int) -> float:
+    """Bits that a weight takes in a packed sketch of a matrix [out, width]."""
+    return LowBitMatrix.bits_per_weight(bits, group_of(width))

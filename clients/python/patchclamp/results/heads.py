@@ -13,17 +13,23 @@ from patchclamp.v1 import head_pb2 as pb
 
 @dataclass(frozen=True)
 class HeadScore(Record):
-    """low, high: 95 % interval. always_on: (retrieval) the head scored in every successful run."""
+    """low, high: 95 % interval, None where the score is one measurement. always_on: in every successful run."""
 
     head: Head
     score: float
-    low: float
-    high: float
-    always_on: bool
+    low: float | None = None
+    high: float | None = None
+    always_on: bool = False
 
     @classmethod
     def from_proto(cls, message: pb.HeadScore) -> "HeadScore":
-        return cls(_head(message.head), message.score, message.low, message.high, message.always_on)
+        return cls(
+            _head(message.head),
+            message.score,
+            message.low if message.HasField("low") else None,
+            message.high if message.HasField("high") else None,
+            message.always_on,
+        )
 
 
 def score_matrix(scores: Iterable[HeadScore]) -> tuple[tuple[float, ...], ...]:

@@ -253,14 +253,14 @@ class NeedleTest(_message.Message):
     seed: _builtins.int
     """Order of the runs is seeded. Default 0."""
     max_runs: _builtins.int
-    """Runs, taken in order from needles x lengths x depths. Default: all."""
+    """Runs, taken in order from needles x lengths x depths. Default: all. At most 4096, with 4,194,304 tokens of prompts."""
     @_builtins.property
     def haystacks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Public-domain text is built in; own text takes its place."""
+        """Public-domain text is built in; own text takes its place. At most 64."""
 
     @_builtins.property
     def needles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Needle]:
-        """Twelve or more are built in."""
+        """Twelve or more are built in. At most 1024."""
 
     @_builtins.property
     def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -341,7 +341,7 @@ class StoppingRule(_message.Message):
     WINDOW_FIELD_NUMBER: _builtins.int
     MIN_SUCCESSES_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
-    """Default 10."""
+    """Default 10, or all heads of a model that has fewer."""
     agreement: _builtins.float
     """Share of the k best that must be the same. Default 0.9."""
     window: _builtins.int
@@ -490,7 +490,7 @@ class HeadScore(_message.Message):
     ALWAYS_ON_FIELD_NUMBER: _builtins.int
     score: _builtins.float
     low: _builtins.float
-    """Bootstrap over runs, 95 %."""
+    """Bootstrap over runs, 95 %. Unset where a score is one measurement."""
     high: _builtins.float
     always_on: _builtins.bool
     """Retrieval: the head scored in every successful run."""
@@ -501,15 +501,22 @@ class HeadScore(_message.Message):
         *,
         head: Global___HeadId | None = ...,
         score: _builtins.float = ...,
-        low: _builtins.float = ...,
-        high: _builtins.float = ...,
+        low: _builtins.float | None = ...,
+        high: _builtins.float | None = ...,
         always_on: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "head", b"head", "high", b"high", "low", b"low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["always_on", b"always_on", "head", b"head", "high", b"high", "low", b"low", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "always_on", b"always_on", "head", b"head", "high", b"high", "low", b"low", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
+    _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
+    _WhichOneofReturnType__low: _TypeAlias = _typing.Literal["low"]  # noqa: Y015
+    _WhichOneofArgType__low: _TypeAlias = _typing.Literal["_low", b"_low"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high) -> _WhichOneofReturnType__high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low) -> _WhichOneofReturnType__low | None: ...
 
 Global___HeadScore: _TypeAlias = HeadScore  # noqa: Y015
 
@@ -529,15 +536,17 @@ class ScoreHeadsRequest(_message.Message):
     model: _builtins.str
     method: Global___HeadScoreMethod.ValueType
     ngram: _builtins.int
-    """n of ngram. Default 2."""
+    """n of ngram. Default 2, at most 64. A parameter is refused with a method that does not have it."""
     sequence_tokens: _builtins.int
-    """Tokens of a random sequence before it repeats, and how many sequences. Default 64 and 8."""
+    """Of induction, previous token and ngram: tokens of a random sequence before it repeats, and how many sequences.
+    Default 64 and 8; at most 1024 tokens, and 16,384 of all sequences.
+    """
     sequences: _builtins.int
     seed: _builtins.int
     description: _builtins.str
     @_builtins.property
     def facts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TemporalFact]:
-        """Facts of temporal. Default: built in."""
+        """Facts of temporal, at least two of both kinds and at most 256. Default: built in."""
 
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -656,8 +665,9 @@ class EvaluateHeadEditRequest(_message.Message):
     model: _builtins.str
     mode: Global___HeadEditMode.ValueType
     scale: _builtins.float
+    """Of the mode scale."""
     random_sets: _builtins.int
-    """Random sets of equal size. Default 10."""
+    """Random sets of equal size. Default 10, at most 100; needle runs of all sets are at most 10,000."""
     seed: _builtins.int
     @_builtins.property
     def heads(self) -> Global___HeadSelection: ...
@@ -833,13 +843,15 @@ class FindCircuitRequest(_message.Message):
     model: _builtins.str
     method: Global___CircuitMethod.ValueType
     circuit_size: _builtins.int
-    """Heads of the circuit whose faithfulness is reported. Default 10."""
+    """Heads of the circuit whose faithfulness is reported. Default 10, or all heads of a model that has fewer."""
     random_sets: _builtins.int
-    """Random circuits of equal size. Default 10."""
+    """Random circuits of equal size. Default 10, at most 100."""
     seed: _builtins.int
     description: _builtins.str
     @_builtins.property
-    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___CleanCorruptPair]: ...
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___CleanCorruptPair]:
+        """At most 1024."""
+
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -1040,7 +1052,9 @@ class AttributeLogitsRequest(_message.Message):
     top_heads: _builtins.int
     """Also split every head by source token, for the k heads with the largest parts. Default 10."""
     @_builtins.property
-    def prompt(self) -> _generation_pb2.Prompt: ...
+    def prompt(self) -> _generation_pb2.Prompt:
+        """At most 4096 tokens."""
+
     def __init__(
         self,
         *,

@@ -23,8 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class SparsityText(_message.Message):
-    """SparsityText is what a policy is calibrated or measured on. Long texts are cut into several documents; text that
-    does not fill one is left out.
+    """SparsityText is what a policy is calibrated or measured on. Long texts are cut into several documents, each with the
+    special tokens that start a text; text that does not fill one is left out. Documents of 262,144 tokens are accepted,
+    fewer where calibration keeps samples of all of them: the refusal says how many.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -33,7 +34,9 @@ class SparsityText(_message.Message):
     DOCUMENT_TOKENS_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     document_tokens: _builtins.int
-    """Tokens of a document. Default 512, or the model's context where that is shorter."""
+    """Tokens of a document, at least 4; the first half is the prompt where quality is measured. Default 512, or the
+    model's context where that is shorter.
+    """
     description: _builtins.str
     """Where the text is from, for the card."""
     @_builtins.property
@@ -65,7 +68,7 @@ class CalibrateProfileRequest(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     holdout_fraction: _builtins.float
-    """Share of the documents kept out of calibration, for the quality card. Default 0.25, at least one document."""
+    """Share of the documents, the last ones, kept out of calibration for the quality card. Default 0.25, at least one."""
     description: _builtins.str
     @_builtins.property
     def policy(self) -> _sparse_policy_pb2.SparsePolicy: ...

@@ -22,8 +22,8 @@ time (inductor) is not used: a server need not have one.
 """
 
 from patchclamp_server.model.sparse.channels import SparseLinear
-from patchclamp_server.model.sparse.low_bits import LowBitInputs, LowBitOutputs
+from patchclamp_server.model.sparse.low_bits import LowBitMatrix
 from patchclamp_server.model.sparse.mlp import CompactMlp, SparseMlp
 from patchclamp_server.model.sparse.one_row import one_row_product
 
-__all__ = ["CompactMlp", "LowBitInputs", "LowBitOutputs", "SparseLinear", "SparseMlp", "one_row_product"]
+__all__ = ["CompactMlp", "LowBitMatrix", "SparseLinear", "SparseMlp", "one_row_product"]

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     with connect(args) as client:
         result = client.attribute_logits(prompt, args.target, **options)
         pieces = () if args.json else client.tokenize(prompt, model=args.model).pieces
-    matrix = score_matrix(HeadScore(each.head, each.part, each.part, each.part, False) for each in result.heads)
+    matrix = score_matrix(HeadScore(each.head, each.part) for each in result.heads)
     if args.json:
         print_json(result)
     else:

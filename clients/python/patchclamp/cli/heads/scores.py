@@ -20,13 +20,13 @@ def add_heat_map_argument(parser: argparse.ArgumentParser) -> None:
 
 def show_scores(scores: Sequence[HeadScore], what: str) -> None:
     """The best heads, with intervals where the method has any, and all heads as a heat map."""
-    intervals = any(score.low != score.high for score in scores)
+    intervals = any(score.low is not None for score in scores)
     header = ("head", what, *(["95 % interval"] if intervals else []), "")
     rows = [
         (
             score.head,
             f"{score.score:.4f}",
-            *([f"{score.low:.4f} to {score.high:.4f}"] if intervals else []),
+            *([f"{score.low:.4f} to {score.high:.4f}" if score.low is not None else ""] if intervals else []),
             "always on" if score.always_on else "",
         )
         for score in scores[:SHOWN]

@@ -1,0 +1,127 @@
+"""Attention of single rows, compiled and by torch, against one row at a time in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from patchclamp_server.engine.attention import AttentionBatch, Span, paged_attention
+from patchclamp_server.engine.peaks import Peaks
+
+CPU = torch.device("cpu")
+# contexts of the rows, heads, key heads, head_dim, block size, window, soft cap
+SHAPES = [
+    ((1,), 1, 1, 1, 1, 0, 0.0),
+    ((7, 1, 33), 6, 2, 5, 4, 0, 0.0),
+    ((40, 3), 9, 3, 64, 16, 12, 0.0),
+    ((17, 17, 16), 4, 4, 80, 8, 1, 0.0),
+    ((130, 5), 8, 1, 20, 32, 0, 3.0),
+    ((21,), 2, 2, 33, 16, 5, 2.0),
+]
+
+
+class Case:
+    """Random queries, keys and values of rows whose blocks lie scattered in the pool."""
+
+    def __init__(
+        self, contexts: tuple[int, ...], heads: int, kv: int, dim: int, block: int, window: int, cap: float
+    ) -> None:
+        generator = torch.Generator().manual_seed(len(contexts) * 1000 + heads * dim)
+        blocks = [-(-n // block) for n in contexts]
+        order = (torch.randperm(sum(blocks), generator=generator) + 1).tolist()
+        self.spans = []
+        for row, n in enumerate(contexts):
+            self.spans.append(Span(row, 1, n - 1, [order.pop() for _ in range(blocks[row])]))
+        self.pool = torch.randn(2, sum(blocks) + 1, block, kv, dim, generator=generator)
+        self.pool[:, 0] = 0
+        self.q = 2.0 * torch.randn(len(contexts), heads, dim, generator=generator)
+        self.k, self.v = torch.randn(2, len(contexts), kv, dim, generator=generator)
+        self.options = {"scale": dim**-0.5, "window": window, "soft_cap": cap}
+        self.block = block
+
+    def attend(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Peaks]:
+        rows, heads, _ = self.q.shape
+        slots = [s.blocks[s.offset // self.block] * self.block + s.offset % self.block for s in self.spans]
+        peaks = Peaks.of({5: np.arange(rows)}, rows, heads, CPU)
+        batch = AttentionBatch(self.spans, self.block, {self.options["window"]}, CPU)  # type: ignore[arg-type]
+        q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
+        self.written = self.pool.to(dtype)
+        z = paged_attention(
+            q,
+            k,
+            v,
+            self.written,
+            torch.tensor(slots),
+            batch,
+            peaks=peaks.at(5),
+            **self.options,  # type: ignore[arg-type]
+        )
+        return z, peaks
+
+    def exact(self, row: int, head: int) -> tuple[Tensor, int, float]:
+        """z, and where the head looks, of keys that are in the pool."""
+        span, window, cap = self.spans[row], int(self.options["window"]), self.options["soft_cap"]
+        keys, values = self.written.double()[:, span.blocks].flatten(1, 2)[:, : span.offset + 1]
+        kv = head // (self.q.shape[1] // keys.shape[1])
+        scores = keys[:, kv] @ self.q[row, head].to(self.written.dtype).double() * self.options["scale"]
+        if cap:
+            scores = cap * torch.tanh(scores / cap)
+        first = max(0, len(scores) - window) if window else 0
+        weights = torch.softmax(scores[first:], dim=0)
+        return weights @ values[first:, kv], first + int(weights.argmax()), float(weights.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_row_is_its_own_softmax_over_its_visible_keys(shape: tuple, dtype: torch.dtype) -> None:  # type: ignore[type-arg]
+    case = Case(*shape)
+    z, peaks = case.attend(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for row, head in np.ndindex(case.q.shape[:2]):
+        exact, position, probability = case.exact(row, head)
+        own = z.view(case.q.shape)[row, head].double()
+        assert (own - exact).abs().max() <= tolerance * max(1.0, float(exact.abs().max()))
+        assert peaks.positions[0, row, head] == position
+        assert float(peaks.probabilities[0, row, head]) == pytest.approx(probability, rel=1e-4)
+
+
+def test_a_row_has_the_same_bits_with_any_neighbours_and_on_any_number_of_threads() -> None:
+    """1,200 keys of 8 heads of 64: enough to wake a second thread."""
+    case = Case((700, 500, 3), 8, 8, 64, 16, 0, 0.0)
+    z, peaks = case.attend()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        again, same_peaks = case.attend()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(again, z)
+    assert torch.equal(same_peaks.probabilities, peaks.probabilities)
+    case.spans, case.q, case.k, case.v = (
+        [Span(0, 1, 499, case.spans[1].blocks)],
+        *(x[1:2] for x in (case.q, case.k, case.v)),
+    )
+    alone, _ = case.attend()
+    assert torch.equal(alone[0], z[1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows_in_its_row_and_in_no_other(value: float) -> None:
+    case = Case((9, 9), 4, 2, 16, 4, 0, 0.0)
+    case.pool[0, case.spans[0].blocks[1]] = value
+    z, _ = case.attend()
+    assert not torch.isfinite(z[0]).all()
+    assert torch.isfinite(z[1]).all()
+
+
+def test_scores_far_apart_neither_overflow_nor_lose_the_largest() -> None:
+    case = Case((30,), 2, 1, 8, 4, 0, 0.0)
+    case.q *= 1e4
+    z, peaks = case.attend()
+    for head in range(2):
+        exact, position, _ = case.exact(0, head)
+        assert (z.view(2, 8)[head] - exact).abs().max() < 1e-5
+        assert peaks.positions[0, 0, head] == position
+        assert float(peaks.probabilities[0, 0, head]) == pytest.approx(1.0)
