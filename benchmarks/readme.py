@@ -43,27 +43,91 @@ SPARSE_CASES = {
     "8b_bfloat16": "8B shape, bfloat16",
     "embedded_codes": "SmolLM2-135M, 4-bit codes",
 }
-SPARSE_SETS = {"fixed": "fixed for the sequence", "token": "of each token", "gate": "known after the gate"}
+SPARSE_SETS = {
+    "fixed": "set fixed for the sequence",
+    "token": "set of each token, known before",
+    "gate": "set known after the gate (cats)",
+    "fovea": "fovea, all it does",
+}
+SPARSE_KEEPS = ("0.5", "0.3")
 
 
 def sparse_speed(result: dict[str, Any]) -> list[str]:
     """Against the fastest dense product of the run, ours or torch's."""
     lines = [
-        "| MLP on a CPU, batch 1, half of the neurons | speed-up | bound by bytes | of the bound |",
-        "|---|---:|---:|---:|",
+        "| MLP on a CPU, batch 1, active neurons of all |"
+        + " | ".join(f" {float(keep):.0%}: speed-up | bound by bytes | of the bound" for keep in SPARSE_KEEPS)
+        + " |",
+        "|---|" + "---:|---:|---:|" * len(SPARSE_KEEPS),
     ]
     for case, model in SPARSE_CASES.items():
         for kind, sets in SPARSE_SETS.items():
-            row = result["cases"][case]["sparse"][f"{kind} 0.5"]
-            numbers = f"{row['vs_fastest']:.2f} | {row['byte_bound']:.2f} | {100 * row['of_byte_bound']:.0f} %"
-            lines.append(f"| {model}; sets {sets} | {numbers} |")
+            cells = []
+            for keep in SPARSE_KEEPS:
+                row = result["cases"][case]["sparse"][f"{kind} {keep}"]
+                cells += [f"{row['vs_fastest']:.2f}", f"{row['byte_bound']:.2f}", f"{100 * row['of_byte_bound']:.0f} %"]
+            lines.append(f"| {model}; {sets} | " + " | ".join(cells) + " |")
     return [
         *lines,
         "",
-        f"`python benchmarks/sparse_speed.py` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
-        f"{result['threads']} threads,",
-        f"medians of {result['rounds']} alternating rounds in one run; no request is served this way yet.",
+        f"`python benchmarks/sparse.py --only speed` on {result['date']} at commit `{result['commit']}`: "
+        f"{result['machine']}, {result['threads']} threads,",
+        f"medians of {result['rounds']} alternating rounds in one run, against the faster of F.linear and our dense path.",
     ]
+
+
+# Rows of benchmarks/sparse_quality.py whose name does not say what they are.
+SPARSE_ROWS = {
+    "fovea": "**fovea**, ours",
+    "fovea_select": "fovea without its stand-in",
+    "teal_uniform": "teal, uniform",
+    "teal_greedy": "teal, greedy",
+    "random": "control: random set",
+    "oracle": "control: the set that turns out best",
+}
+CONTROLS = ("random", "oracle")
+KEEP_ALL = ("dense", "exact_zero")
+
+
+def sparse_quality(result: dict[str, Any]) -> list[str]:
+    """Best rows first, controls last; what keeps everything is in words."""
+    table = result["table"]
+    rows = [row for row in table if "0.5" in table[row]]
+    rows.sort(key=lambda row: (row in CONTROLS, table[row]["0.5"]["perplexity_ratio"]))
+    keeps = sorted(table[rows[0]], key=float, reverse=True)
+    lines = [
+        "| SmolLM2-135M; perplexity over dense, at active neurons of all | "
+        + " | ".join(f"{float(keep):.0%}" for keep in keeps)
+        + " | 50%: KL | top-1 | not computed | bytes |",
+        "|---|" + "---:|" * (len(keeps) + 4),
+    ]
+    for row in rows:
+        cards = table[row]
+        ratios = " | ".join(_ratio(cards[keep]["perplexity_ratio"]) for keep in keeps)
+        half = cards["0.5"]
+        lines.append(
+            f"| {SPARSE_ROWS.get(row, row.replace('_', ' '))} | {ratios} | {half['divergence']:.3f} | "
+            f"{half['top1_agreement']:.3f} | {half['sparsity']:.3f} | {half['bytes_read_16']:.2f} |"
+        )
+    exact = ", ".join(f"{name.replace('_', ' ')} {table[name]['1']['perplexity_ratio']:.4f}" for name in KEEP_ALL)
+    served = [row for row in rows if row not in CONTROLS]
+    best = [keep for keep in keeps if min(served, key=lambda row: table[row][keep]["perplexity_ratio"]) == "fovea"]
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/sparse.py --only quality` on {result['date']} at commit `{result['commit']}`: "
+        f"{result['documents']} documents that calibration did not see,",
+        f"{result['scored_tokens']} scored tokens, text {result['text']}, dense perplexity "
+        f"{result['dense_perplexity']:.2f} ({exact}).",
+        "KL(dense ‖ sparse) in nats, agreement of the first choice, and the bytes of the MLP that a token reads where "
+        "weights have 16 bits",
+        "(teal, wina: of all four products). Of the policies that can be served ours is best at "
+        f"{', '.join(f'{float(keep):.0%}' for keep in best) or 'none of these ratios'}.",
+    ]
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 # What the goals of benchmarks/gpu.py are about, and whether less is better.
@@ -150,6 +214,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "cpu": cpu,
     "gpu": gpu,
     "heads": heads,
+    "sparse_quality": sparse_quality,
     "sparse_speed": sparse_speed,
 }
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,7 @@ def test_the_command_line_scores_ablates_and_attributes(
         "scores.json": json.dumps(SCORES),
         "needles.jsonl": json.dumps({"question": "Who?", "needle": "Ann did.", "answer": "Ann"}),
         "hay.txt": "It rains. " * 40,
-        "pairs.jsonl": json.dumps(
-            {"clean": "the cat", "corrupt": "the dog", "clean_answer": "c", "corrupt_answer": "p"}
-        ),
+        "pairs.jsonl": "\n".join(json.dumps(asdict(pair)) for pair in PAIRS),
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)

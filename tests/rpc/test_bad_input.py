@@ -12,6 +12,7 @@ from statuses import failure
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from patchclamp.v1 import program_pb2 as program
+from patchclamp.v1 import sparse_policy_pb2 as sparse
 from patchclamp.v1 import tensor_pb2 as tensor
 
 WIDTH, LAYERS, NEURONS, CONTEXT = 32, 2, 64, 256  # of the tiny llama
@@ -62,6 +63,10 @@ def edited(*edits: program.Edit) -> pb.GenerateRequest:
 def reading(**fields: Any) -> pb.GenerateRequest:
     right = {"site": program.SITE_RESID_POST, "layers": [0]}
     return request(program=program.Program(readouts=[program.Readout(**{**right, **fields})]))
+
+
+def griffin(**fields: Any) -> sparse.SparsePolicy:
+    return sparse.SparsePolicy(griffin=sparse.GriffinPolicy(), **fields)
 
 
 def request(**fields: Any) -> pb.GenerateRequest:
@@ -194,6 +199,10 @@ INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
         edited(program.Edit(site=program.SITE_ATTN_Z, layers=[0], heads=program.HeadEdit(heads=[4], scale=0))),
         "program.edits[0].heads.heads[0]",
     ),
+    "head scale that no number of the model holds": (
+        edited(program.Edit(site=program.SITE_ATTN_Z, layers=[0], heads=program.HeadEdit(heads=[0], scale=1e300))),
+        "program.edits",
+    ),
     "head scale that is no number": (
         edited(program.Edit(site=program.SITE_ATTN_Z, layers=[0], heads=program.HeadEdit(heads=[0], scale=NAN))),
         "program.edits[0].heads.scale",
@@ -256,6 +265,45 @@ INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
         reading(projection=program.ProjectionReadout()),
         "program.readouts[0].projection.vectors",
     ),
+    "readout of an unknown head": (
+        reading(site=program.SITE_ATTN_Z, heads=program.HeadReadout(heads=[0, 4])),
+        "program.readouts[0].heads.heads[1]",
+    ),
+    "readout of a head given twice": (
+        reading(site=program.SITE_ATTN_Z, heads=program.HeadReadout(heads=[3, 3])),
+        "program.readouts[0].heads.heads[1]",
+    ),
+    "readout of heads where there are none": (
+        reading(site=program.SITE_MLP_POST, heads=program.HeadReadout(heads=[0])),
+        "program.readouts[0].site",
+    ),
+    # Sparse inference and grounding
+    "sparsity of nothing": (request(sparsity=sparse.Sparsity()), "sparsity"),
+    "sparsity by a control": (
+        request(sparsity=sparse.Sparsity(policy=sparse.SparsePolicy(oracle=sparse.OraclePolicy()))),
+        "sparsity.policy.oracle",
+    ),
+    "share of neurons above one": (
+        request(sparsity=sparse.Sparsity(policy=griffin(keep_ratio=1.5))),
+        "sparsity.policy.keep_ratio",
+    ),
+    "share of neurons that is no number": (
+        request(sparsity=sparse.Sparsity(policy=griffin(keep_ratio=NAN))),
+        "sparsity.policy.keep_ratio",
+    ),
+    "shares of too many layers": (
+        request(sparsity=sparse.Sparsity(policy=griffin(layer_keep_ratios=[0.5] * (LAYERS + 1)))),
+        "sparsity.policy.layer_keep_ratios",
+    ),
+    "guard that allows nothing": (
+        request(sparsity=sparse.Sparsity(policy=griffin(), guard=sparse.QualityGuard(max_divergence=0))),
+        "sparsity.guard.max_divergence",
+    ),
+    "guard without a window": (
+        request(sparsity=sparse.Sparsity(policy=griffin(), guard=sparse.QualityGuard(max_divergence=1, window=0))),
+        "sparsity.guard.window",
+    ),
+    "grounding without a head set": (request(grounding=pb.Grounding(top_k=3)), "grounding.head_set"),
     "projection of the wrong width": (
         reading(projection=program.ProjectionReadout(vectors=[vector(1.0)])),
         "program.readouts[0].projection.vectors[0].values",

@@ -101,6 +101,18 @@ async def test_a_task_that_is_cancelled_ends_its_job() -> None:
     assert ended.is_set()
 
 
+async def test_a_job_that_runs_itself_has_a_turn_as_any_other() -> None:
+    jobs, log = ExclusiveJobs(), []
+    async with jobs.turn():
+        waiting = asyncio.create_task(jobs.result(lambda job: log.append("the next one")))
+        await asyncio.sleep(0)
+        log.append("its own work")
+    await waiting
+    async with jobs.turn():
+        log.append("and the turn comes back")
+    assert log == ["its own work", "the next one", "and the turn comes back"]
+
+
 async def test_a_job_that_is_cancelled_while_it_waits_never_runs() -> None:
     jobs, release, ran = ExclusiveJobs(), threading.Event(), []
     first = asyncio.create_task(jobs.result(lambda job: release.wait()))

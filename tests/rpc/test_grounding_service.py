@@ -152,11 +152,18 @@ def test_sessions_bring_sources_in_lockstep_with_their_tokens(channel: grpc.Chan
 
 
 def test_both_sides_of_a_comparison_are_grounded(channel: grpc.Channel, only_a: program.Program):
-    asked = pb.CompareRequest(request=request(program=only_a, **grounding("all")))
-    responses = list(GenerationServiceStub(channel).Compare(asked))
-    finished = [r.text for r in responses if r.text.response.HasField("finished")]
-    assert {f.side for f in finished} == {pb.COMPARE_SIDE_EDITED, pb.COMPARE_SIDE_BASELINE}
-    assert all(f.response.finished.HasField("grounding") for f in finished)
+    """Each as a request of its own would be. A prompt the model wrote itself: without the edit it goes on repeating."""
+    _, written, _ = generate(channel, stop=pb.StopConditions(max_tokens=80, ignore_eos=True))
+    asked = {**grounding("all"), "prompt": pb.Prompt(tokens=pb.TokenIds(ids=[A, *(t.id for t in written)]))}
+    responses = list(
+        GenerationServiceStub(channel).Compare(pb.CompareRequest(request=request(program=only_a, **asked)))
+    )
+    for side, edits in ((pb.COMPARE_SIDE_EDITED, only_a), (pb.COMPARE_SIDE_BASELINE, program.Program())):
+        texts = [r.text.response for r in responses if r.text.side == side]
+        _, tokens, finished = generate(channel, program=edits, **asked)
+        assert [list(t.sources) for r in texts for t in r.tokens] == [list(t.sources) for t in tokens]
+        assert texts[-1].finished.grounding == finished.grounding
+        assert finished.grounding.grounded_tokens > 0
 
 
 def test_finished_requests_are_observed_by_their_grounded_share(

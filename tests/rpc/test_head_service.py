@@ -74,11 +74,11 @@ def store(server: LiveServer) -> ArtifactStore:
 
 @pytest.fixture(scope="module")
 def pairs(server: LiveServer) -> list[pb.CleanCorruptPair]:
-    """Prompts that differ in one letter, with the answers that tell them apart best."""
+    """Prompts that differ where heads alone look, with the answers that tell them apart best."""
     tokenizer, decoder = server.model.tokenizer, server.model.decoder
     answers = torch.tensor([tokenizer.encode(answer, add_special_tokens=False)[0] for answer in PRINTABLE])
     found = []
-    for clean, corrupt in (("the cat ate", "the rat ate"), ("a cat ran", "a rat ran")):
+    for clean, corrupt in (("AAAAAAAA is", "zzzzzzzz is"), ("~~~~~~~~ is", "++++++++ is")):
         ends = [run(decoder, tuple(tokenizer.encode(text))).end for text in (clean, corrupt)]
         logits = decoder.logits(torch.stack(ends))[:, answers]
         told = logits[0] - logits[1]
@@ -109,7 +109,7 @@ def detection(**fields: Any) -> pb.DetectRetrievalHeadsRequest:
     return pb.DetectRetrievalHeadsRequest(**{"test": TEST, **fields})
 
 
-def tested(**fields: Any) -> pb.DetectRetrievalHeadsRequest:
+def detection_of(**fields: Any) -> pb.DetectRetrievalHeadsRequest:
     """A detection with a test that is right, but for these fields."""
     test = pb.NeedleTest()
     test.CopyFrom(TEST)
@@ -164,10 +164,14 @@ def steps(events: list[Any]) -> list[tuple[str, int, int]]:
 
 def refusal(call: Callable[[], Any]) -> Failure:
     with pytest.raises(grpc.RpcError) as caught:
-        answer = call()
-        if not hasattr(answer, "DESCRIPTOR"):
-            list(answer)
+        ended(call())
     return failure(caught.value)
+
+
+def ended(answer: Any) -> None:
+    """To the end of a stream; a call with one response has ended."""
+    if isinstance(answer, grpc.Call):
+        list(answer)
 
 
 def field_of(refused: Failure) -> str:
@@ -352,8 +356,8 @@ def embedded_channel(embedded_server: LiveServer) -> Iterator[grpc.Channel]:
 
 @pytest.fixture(scope="module")
 def detected(embedded_channel: grpc.Channel) -> list[pb.DetectRetrievalHeadsResponse]:
-    """Four runs, stored as "retrieval"."""
-    test = pb.NeedleTest(lengths=[120], depths=[0.2, 0.8], max_runs=4, seed=5)
+    """Three runs, stored as "retrieval"."""
+    test = pb.NeedleTest(lengths=[100], depths=[0.2, 0.8], max_runs=3, seed=5)
     request = pb.DetectRetrievalHeadsRequest(test=test, tags=["retrieval"])
     return list(HeadServiceStub(embedded_channel).DetectRetrievalHeads(request))
 
@@ -363,16 +367,18 @@ def test_retrieval_heads_of_a_real_model_come_after_their_runs(
 ) -> None:
     info = embedded_server.model.info
     *events, last = detected
-    assert [e.WhichOneof("event") for e in events] == ["run", "progress"] * 4
+    assert [e.WhichOneof("event") for e in events] == ["run", "progress"] * 3
     found = last.result
     assert found.successes == sum(e.run.success for e in events[::2]) >= 2
-    assert (found.runs, found.threshold, found.stopped_early) == (4, pytest.approx(0.1), False)
+    assert (found.runs, found.threshold, found.stopped_early) == (3, pytest.approx(0.1), False)
     assert len({pair_of(s.head) for s in found.scores}) == len(found.scores) == info.n_layers * info.n_heads
     assert found.scores[0].score > 0.3
     assert all(s.low <= s.score <= s.high for s in found.scores)
     above = sum(s.score >= found.threshold for s in found.scores)
     assert found.fraction_above_threshold == pytest.approx(above / len(found.scores))
-    assert 0 < sum(s.always_on for s in found.scores) < above
+    always = [s.score for s in found.scores if s.always_on]
+    assert always
+    assert min(always) > 0
     assert found.artifact.tags == ["retrieval"]
 
 
@@ -380,8 +386,8 @@ def test_detected_heads_can_be_compared_at_once(
     detected: list[pb.DetectRetrievalHeadsResponse], embedded_channel: grpc.Channel
 ) -> None:
     stub = HeadServiceStub(embedded_channel)
-    norms = result(stub.ScoreHeads(scoring("ov_nuclear_norm")))
-    found = stub.CompareHeadSets(comparison("retrieval", norms.artifact.id, "retrieval", top_k=10)).comparisons
+    induction = result(stub.ScoreHeads(scoring("induction", sequence_tokens=8, sequences=1)))
+    found = stub.CompareHeadSets(comparison("retrieval", induction.artifact.id, "retrieval", top_k=10)).comparisons
     assert [(c.first, c.second, c.common) for c in found][1] == (0, 2, 10)
     assert found[0].common < 10
     assert found[0].rank_correlation < found[1].rank_correlation
@@ -404,11 +410,6 @@ def test_detected_heads_ground_an_answer_at_once(
 
 # What is refused.
 
-CODES = {
-    "known": grpc.StatusCode.INVALID_ARGUMENT,
-    "unknown": grpc.StatusCode.NOT_FOUND,
-    "unfit": grpc.StatusCode.FAILED_PRECONDITION,
-}
 WRONG = grpc.StatusCode.INVALID_ARGUMENT
 UNKNOWN = grpc.StatusCode.NOT_FOUND
 UNFIT = grpc.StatusCode.FAILED_PRECONDITION
@@ -435,45 +436,55 @@ REFUSED: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
         WRONG,
         "stopping.agreement",
     ),
-    "empty haystack": ("DetectRetrievalHeads", tested(haystacks=["Hay.", " "]), WRONG, "test.haystacks[1]"),
-    "too many haystacks": ("DetectRetrievalHeads", tested(haystacks=["Hay."] * 65), WRONG, "test.haystacks"),
+    "empty haystack": ("DetectRetrievalHeads", detection_of(haystacks=["Hay.", " "]), WRONG, "test.haystacks[1]"),
+    "too many haystacks": ("DetectRetrievalHeads", detection_of(haystacks=["Hay."] * 65), WRONG, "test.haystacks"),
     "needle in the haystack": (
         "DetectRetrievalHeads",
-        tested(haystacks=[f"Hay. {NEEDLE.needle}"]),
+        detection_of(haystacks=[f"Hay. {NEEDLE.needle}"]),
         WRONG,
         "test.haystacks[0]",
     ),
     "empty question": (
         "DetectRetrievalHeads",
-        tested(needles=[NEEDLE, pb.Needle(needle="a b", answer="b")]),
+        detection_of(needles=[NEEDLE, pb.Needle(needle="a b", answer="b")]),
         WRONG,
         "test.needles[1].question",
     ),
     "answer that is not in the needle": (
         "DetectRetrievalHeads",
-        tested(needles=[pb.Needle(question="Who?", needle="Ann did.", answer="Bob")]),
+        detection_of(needles=[pb.Needle(question="Who?", needle="Ann did.", answer="Bob")]),
         WRONG,
         "test.needles[0].answer",
     ),
-    "too many needles": ("DetectRetrievalHeads", tested(needles=[NEEDLE] * 1025), WRONG, "test.needles"),
-    "length of zero": ("DetectRetrievalHeads", tested(lengths=[150, 0]), WRONG, "test.lengths[1]"),
-    "length beyond the context": ("DetectRetrievalHeads", tested(lengths=[CONTEXT + 1]), WRONG, "test.lengths[0]"),
-    "length without room for the answer": ("DetectRetrievalHeads", tested(lengths=[CONTEXT]), WRONG, "test.lengths"),
-    "length without room for text": ("DetectRetrievalHeads", tested(lengths=[60]), WRONG, "test.lengths"),
-    "length given twice": ("DetectRetrievalHeads", tested(lengths=[150, 160, 150]), WRONG, "test.lengths[2]"),
-    "default lengths beyond the context": ("DetectRetrievalHeads", tested(lengths=[]), WRONG, "test.lengths"),
-    "depth above one": ("DetectRetrievalHeads", tested(depths=[0.5, 1.1]), WRONG, "test.depths[1]"),
-    "depth that is no number": ("DetectRetrievalHeads", tested(depths=[NAN]), WRONG, "test.depths[0]"),
-    "depth given twice": ("DetectRetrievalHeads", tested(depths=[0.5, 0.5]), WRONG, "test.depths[1]"),
+    "too many needles": ("DetectRetrievalHeads", detection_of(needles=[NEEDLE] * 1025), WRONG, "test.needles"),
+    "length of zero": ("DetectRetrievalHeads", detection_of(lengths=[150, 0]), WRONG, "test.lengths[1]"),
+    "length beyond the context": (
+        "DetectRetrievalHeads",
+        detection_of(lengths=[CONTEXT + 1]),
+        WRONG,
+        "test.lengths[0]",
+    ),
+    "length without room for the answer": (
+        "DetectRetrievalHeads",
+        detection_of(lengths=[CONTEXT]),
+        WRONG,
+        "test.lengths",
+    ),
+    "length without room for text": ("DetectRetrievalHeads", detection_of(lengths=[60]), WRONG, "test.lengths"),
+    "length given twice": ("DetectRetrievalHeads", detection_of(lengths=[150, 160, 150]), WRONG, "test.lengths[2]"),
+    "default lengths beyond the context": ("DetectRetrievalHeads", detection_of(lengths=[]), WRONG, "test.lengths"),
+    "depth above one": ("DetectRetrievalHeads", detection_of(depths=[0.5, 1.1]), WRONG, "test.depths[1]"),
+    "depth that is no number": ("DetectRetrievalHeads", detection_of(depths=[NAN]), WRONG, "test.depths[0]"),
+    "depth given twice": ("DetectRetrievalHeads", detection_of(depths=[0.5, 0.5]), WRONG, "test.depths[1]"),
     "more combinations than are drawn from": (
         "DetectRetrievalHeads",
-        tested(needles=[NEEDLE] * 1000, depths=[i / 100 for i in range(100)]),
+        detection_of(needles=[NEEDLE] * 1000, depths=[i / 100 for i in range(100)]),
         WRONG,
         "test",
     ),
     "more runs than are made": (
         "DetectRetrievalHeads",
-        tested(needles=[NEEDLE] * 1000, lengths=[150, 151, 152, 153, 154], max_runs=5000),
+        detection_of(needles=[NEEDLE] * 1000, lengths=[150, 151, 152, 153, 154], max_runs=5000),
         WRONG,
         "test.max_runs",
     ),
@@ -481,7 +492,7 @@ REFUSED: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
     "scores by another model": ("ScoreHeads", scoring("induction", model="gpt-17"), UNKNOWN, "model"),
     "no method": ("ScoreHeads", pb.ScoreHeadsRequest(), WRONG, "method"),
     "unknown method": ("ScoreHeads", pb.ScoreHeadsRequest(method=99), WRONG, "method"),
-    "sequences beyond the context": ("ScoreHeads", scoring("induction", sequence_tokens=128), WRONG, "sequence_tokens"),
+    "sequences beyond the context": ("ScoreHeads", scoring("induction", sequence_tokens=129), WRONG, "sequence_tokens"),
     "sequence of one token": ("ScoreHeads", scoring("induction", sequence_tokens=1), WRONG, "sequence_tokens"),
     "negative number of sequences": ("ScoreHeads", scoring("induction", sequences=2**32 - 1), WRONG, "sequences"),
     "run longer than a sequence": ("ScoreHeads", scoring("ngram", sequence_tokens=8, ngram=9), WRONG, "ngram"),
@@ -608,7 +619,7 @@ REFUSED: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
     "one head set": ("CompareHeadSets", comparison("known"), WRONG, "head_sets"),
     "too many head sets": ("CompareHeadSets", comparison(*["known"] * 65), WRONG, "head_sets"),
     "unknown head set to compare": ("CompareHeadSets", comparison("known", "no"), UNKNOWN, "head_sets[1]"),
-    "head set to compare without a name": ("CompareHeadSets", comparison("known", ""), UNKNOWN, "head_sets[1]"),
+    "head set to compare without a name": ("CompareHeadSets", comparison("known", ""), WRONG, "head_sets[1]"),
     "vector to compare": ("CompareHeadSets", comparison("vector", "known"), WRONG, "head_sets[0]"),
     "head sets of two shapes": ("CompareHeadSets", comparison("known", "wide"), WRONG, "head_sets[1]"),
     "head set without heads to compare": ("CompareHeadSets", comparison("known", "unreached"), UNFIT, "head_sets[1]"),
@@ -649,7 +660,7 @@ def test_refusals_all_at_once_leave_a_server_that_answers(
 
 def test_a_scale_that_no_activation_survives_is_refused(stub: HeadServiceStub) -> None:
     refused = refusal(lambda: stub.EvaluateHeadEdit(edit("scale", scale=1e300)))
-    assert refused.code is WRONG
+    assert (refused.code, field_of(refused)) == (WRONG, "scale")
 
 
 # Calls that end early.
@@ -657,7 +668,7 @@ def test_a_scale_that_no_activation_survives_is_refused(stub: HeadServiceStub) -
 
 def in_flight(server: LiveServer, method: str) -> float:
     labels = f'method="{method}",service="patchclamp.v1.HeadService"'
-    return server.metric(f"patchclamp_rpc_in_flight{{{labels}}}")
+    return server.metric(f"patchclamp_requests_in_flight{{{labels}}}")
 
 
 def is_idle(server: LiveServer) -> bool:
@@ -670,11 +681,13 @@ def is_idle(server: LiveServer) -> bool:
 LONG_TEST = pb.NeedleTest(
     haystacks=TEST.haystacks, needles=[NEEDLE], lengths=[150, 160, 170, 180], depths=[i / 100 for i in range(100)]
 )
-FACTS = facts()
+LONG_FACTS = [
+    pb.TemporalFact(prompt=f"In 19{i} it" + " was" * 30, answer=" so", time_conditioned=i % 2 == 0) for i in range(240)
+]
 LONG_JOBS: dict[str, tuple[str, Any]] = {
     "detection": ("DetectRetrievalHeads", detection(test=LONG_TEST)),
     "edits": ("EvaluateHeadEdit", edit(test=LONG_TEST, random_sets=10)),
-    "temporal facts": ("ScoreHeads", scoring("temporal", facts=list(FACTS.facts) * 60)),
+    "temporal facts": ("ScoreHeads", scoring("temporal", facts=LONG_FACTS)),
 }
 
 

@@ -418,11 +418,12 @@ def test_cores_do_not_depend_on_the_chunks_of_a_prompt(
 
 
 def test_cores_of_some_layers_in_the_order_asked_for_and_all_neurons_of_a_dense_one(stub: SparsityServiceStub) -> None:
-    asked = asks_for("griffin", keep_ratio=0.25, end_layer=1)[0]
+    # Its own set of a layer would be the neurons that were in some core.
+    asked = asks_for("coreinfer_stability", keep_ratio=0.25, end_layer=1)[0]
     found = cores(stub, asked, words(9), words(5, seed=1), layers=[1, 0])
     assert [[layer.layer for layer in prompt.layers] for prompt in found.prompts] == [[1, 0]] * 2
     assert list(found.prompts[0].layers[0].neurons) == list(range(D_FF))
-    assert len(found.prompts[0].layers[1].neurons) == D_FF // 4
+    assert 0 < len(found.prompts[0].layers[1].neurons) <= D_FF // 4
     assert found.overlaps[0].jaccard[0] == 1.0
 
 

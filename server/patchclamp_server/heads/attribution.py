@@ -136,6 +136,6 @@ def _through(norm: Norm, x: Tensor, direction: Tensor) -> tuple[Tensor, float]:
     """d and c with norm(x) · direction = x · d + c, the scale of the norm held at that of x."""
     weighted = direction * norm.weight.double()
     if norm.bias is None:
-        return weighted * (x.square().mean() + 0).rsqrt(), 0.0
+        return weighted * (x.square().mean() + norm.eps).rsqrt(), 0.0
     centred = weighted - weighted.mean()
     return centred * (x.var(correction=0) + norm.eps).rsqrt(), float(norm.bias.double() @ direction)

@@ -85,7 +85,7 @@ class HeadReadings:
                 for position in reading.positions.tolist():
                     ids, values = positions[at], probabilities[at]
                     if not every:
-                        ids, values = ids[:len(heads)], values[:len(heads)]
+                        ids, values = [ids[h] for h in heads], [values[h] for h in heads]
                     found.append((reading.uid, ReadoutValue(readout.name, layer, position, tuple(values), tuple(ids))))
                     at += 1
         return found

@@ -169,7 +169,7 @@ class Resolver:
         if kind.mean is None:
             scale = 0.0 if kind.uniform else 1.0 if kind.scale is None else kind.scale
             check_finite(scale, f"{path}.scale")
-            return dict.fromkeys(layers, (index, torch.full((n,), scale), torch.zeros(n, dim)))
+            return dict.fromkeys(layers, (index, torch.tensor([float(scale)] * n), torch.zeros(n, dim)))
         mean = kind.mean.float()
         if list(mean.shape) not in ([n, dim], [len(layers), n, dim]):
             raise InvalidArgument(

@@ -4,7 +4,7 @@ Jobs whose work is requests of the engine run beside each other; those that comp
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager, nullcontext
 from typing import Any
 
@@ -59,7 +59,7 @@ class HeadService(HeadServiceServicer):
     ) -> AsyncIterator[pb.DetectRetrievalHeadsResponse]:
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_detection, request, self._model)
-        with _prompts_from("test.lengths"):
+        with _fields({"prompt": "test.lengths"}):
             async with aclosing(detect(self._engine, self._store, self._model, self._prompts, job)) as events:
                 async for event in events:
                     yield encode_detection(event)
@@ -68,7 +68,7 @@ class HeadService(HeadServiceServicer):
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_scoring, request, self._prompts, self._model)
         turn = nullcontext() if job.method in ENGINE_METHODS else self._jobs.turn()
-        with _prompts_from("facts"):
+        with _fields({"prompt": "facts"}):
             scored = score_heads(self._engine, self._store, self._model, self._prompts, job)
             async with turn, aclosing(scored) as events:
                 async for event in events:
@@ -79,7 +79,7 @@ class HeadService(HeadServiceServicer):
     ) -> AsyncIterator[pb.EvaluateHeadEditResponse]:
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_edit_evaluation, request, self._model)
-        with _prompts_from("test.lengths"):
+        with _fields({"prompt": "test.lengths", "program.edits": "scale"}):
             async with aclosing(evaluate_edit(self._engine, self._store, self._model, self._prompts, job)) as events:
                 async for event in events:
                     yield encode_edit_evaluation(event)
@@ -109,11 +109,10 @@ class HeadService(HeadServiceServicer):
 
 
 @contextmanager
-def _prompts_from(field: str) -> Iterator[None]:
-    """The engine names "prompt" what it refuses; the prompts of a job are made of this field."""
+def _fields(of_job: Mapping[str, str]) -> Iterator[None]:
+    """The engine names the fields of its requests; those of a job are made of other fields."""
     try:
         yield
     except RequestError as error:
-        if error.field == "prompt":
-            error.field = field
+        error.field = of_job.get(error.field, error.field)
         raise

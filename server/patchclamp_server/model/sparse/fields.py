@@ -10,6 +10,8 @@ Scales and lows are bfloat16, as uint16. numba's cache looks at this file alone:
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
 # mypy: disable-error-code="call-arg, no-untyped-call, var-annotated"
 
+import math
+
 import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -21,6 +23,8 @@ from patchclamp_server.model.sparse import vector
 from patchclamp_server.model.sparse.vector import LANES
 
 HALF = 16
+# Steps below have no inverse in float32: such a group counts as zeros.
+_LEAST = np.float32(1.2e-38)
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WORDS = ir.VectorType(_I32, LANES)
 _HALVES = ir.VectorType(ir.IntType(HALF), 2 * LANES)
@@ -90,7 +94,10 @@ def _field(b, halves, bits, k):  # type: ignore[no-untyped-def]
 
 @_compiled
 def round_groups(x, group, rounded, steps, sums):  # type: ignore[no-untyped-def]
-    """x [width] ≈ steps_g · rounded [groups, group filled up with 0], and the sum of each group. rounded: int16."""
+    """x [width] ≈ steps_g · rounded [groups, group filled up with 0], and the sum of that by groups. rounded: int16.
+
+    Where there is a number in x that is not finite, its sum is that of x.
+    """
     for g in range(rounded.shape[0]):
         most, total = np.float32(0), np.float32(0)
         for k in range(group):
@@ -98,10 +105,14 @@ def round_groups(x, group, rounded, steps, sums):  # type: ignore[no-untyped-def
             most = max(most, abs(value))
             total += value
         step = most / np.float32(32767)
+        if step < _LEAST:
+            step = np.float32(0)
         inverse = np.float32(1) / step if step > 0 else np.float32(0)
+        whole = 0
         for k in range(group):
             rounded[g, k] = np.int16(np.rint(x[g * group + k] * inverse))
-        steps[g], sums[g] = step, total
+            whole += rounded[g, k]
+        steps[g], sums[g] = step, step * np.float32(whole) if math.isfinite(total) else total
 
 
 @_compiled
