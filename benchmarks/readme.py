@@ -72,7 +72,7 @@ def sparse_speed(result: dict[str, Any]) -> list[str]:
         "",
         f"`python benchmarks/sparse.py --only speed` on {result['date']} at commit `{result['commit']}`: "
         f"{result['machine']}, {result['threads']} threads,",
-        f"medians of {result['rounds']} alternating rounds in one run, against the faster of F.linear and our dense path.",
+        f"medians of {result['rounds']} alternating rounds, against the faster of `F.linear` and our dense product.",
     ]
 
 

@@ -1,11 +1,11 @@
-"""MLPs and projections that read only the weights of active neurons and channels, on a CPU.
+"""MLPs and projections that read only the weights of active neurons and channels, on a CPU; low-bit copies of matrices
+to choose them by (low_bits.py, which says what else was tried for those); and the dense product of one row.
 
 Tried, and kept where it was best (2 shared cores, batch 1; the first table is one float32 or bfloat16 MLP of d 4096,
 d_ff 14336 at keep .5, least milliseconds of a run; the second the 30 MLPs of SmolLM2-135M in 4-bit codes, from memory):
 
     gate and up    float32   bfloat16     down                               float32   bfloat16
     dense, F.linear   23.8       21.8     dense, F.linear                       10.3       10.8
-    dense, linear.py  33.4       39.0     dense, linear.py                      14.8       21.1
     compact, F.linear 11.3       10.7     compact, F.linear                      5.5        5.2
     numba's vectors    9.6       10.4     numba's vectors                        6.6       11.9
                                           embedding_bag in 4 bags of a thread    6.0        4.9

@@ -9,7 +9,7 @@ are calls of their own. Rows are computed one by one: none depends on its neighb
 are the same bits on any number of threads, and take nothing from the weights of inactive neurons, NaN or not. A set of
 all neurons is the dense path, bit by bit.
 
-Made for one or two rows on a CPU; it works for more. benchmarks/sparse_speed.py has the speed, and what else was tried.
+Made for one or two rows on a CPU; it works for more. benchmarks/sparse.py measures the speed.
 """
 
 from collections.abc import Callable
