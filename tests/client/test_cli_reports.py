@@ -171,7 +171,9 @@ def test_plot_draws_what_evaluate_printed(text: str, tmp_path: Path, capsys: pyt
 def test_plot_refuses_a_file_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     results = written(tmp_path / "results.json", "{}")
-    assert main(["sparsity", "plot", results, str(tmp_path / "out.png")]) == 2
+    with pytest.raises(SystemExit) as exit_:
+        main(["sparsity", "plot", results, str(tmp_path / "out.png")])
+    assert exit_.value.code == 2
     assert "sparsity evaluate --json" in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
 

@@ -160,10 +160,13 @@ def test_a_needle_grid_in_text_lines_up_its_columns() -> None:
         ["heads", "detect", "retrieval", "--grid", "out.png"],
     ],
 )
-def test_a_picture_without_matplotlib_says_what_to_install_before_any_work(arguments: list[str]) -> None:
+def test_a_picture_without_matplotlib_says_what_to_install_before_any_work(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"table": TABLE}))
     code = (
         f"import sys\nsys.modules['matplotlib'] = None\nfrom patchclamp.cli import main\nsys.exit(main({arguments}))\n"
     )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    finished = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert "pip install 'patchclamp[plot]'" in finished.stderr

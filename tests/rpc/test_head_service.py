@@ -21,6 +21,7 @@ from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.heads.circuit_runs import run
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.load import load_model
@@ -123,9 +124,9 @@ def scoring(method: str, **fields: Any) -> pb.ScoreHeadsRequest:
     return pb.ScoreHeadsRequest(method=f"HEAD_SCORE_METHOD_{method.upper()}", **fields)
 
 
-def facts(*extra: pb.TemporalFact) -> pb.ScoreHeadsRequest:
+def facts(*extra: pb.TemporalFact, **fields: Any) -> pb.ScoreHeadsRequest:
     given = [pb.TemporalFact(prompt=f"In 19{i}0 it", answer=" was", time_conditioned=i < 2) for i in range(4)]
-    return scoring("temporal", facts=[*given, *extra])
+    return scoring("temporal", facts=[*given, *extra], **fields)
 
 
 def edit(mode: str = "zero", **fields: Any) -> pb.EvaluateHeadEditRequest:
@@ -224,7 +225,7 @@ def test_successors_are_scored_from_the_weights(stub: HeadServiceStub) -> None:
 
 def test_temporal_facts_are_requests_of_the_engine(stub: HeadServiceStub, server: LiveServer) -> None:
     before = server.server.engine.stats().steps
-    *progress, last = stub.ScoreHeads(facts())
+    *progress, last = stub.ScoreHeads(facts(seed=2**64 - 1))
     n = 4 * (1 + LAYERS * HEADS)
     assert steps(progress)[-1] == ("effects", n, n)
     assert len(last.result.scores) == LAYERS * HEADS
@@ -658,6 +659,23 @@ def test_refusals_all_at_once_leave_a_server_that_answers(
     assert is_idle(server)
 
 
+TOO_SMALL: dict[str, tuple[str, Any, str]] = {
+    "needles": ("DetectRetrievalHeads", detection(), "test.lengths"),
+    "edited needles": ("EvaluateHeadEdit", edit(), "test.lengths"),
+    "facts": ("ScoreHeads", facts(pb.TemporalFact(prompt="x" * 100, answer="y")), "facts"),
+}
+
+
+@pytest.mark.parametrize(("method", "request_", "field"), TOO_SMALL.values(), ids=TOO_SMALL.keys())
+def test_what_the_cache_has_no_room_for_is_refused_by_the_field_it_is_made_of(
+    server: LiveServer, tmp_path: Path, method: str, request_: Any, field: str
+) -> None:
+    engine = EngineConfig(kv_cache_tokens=64)
+    with LiveServer(server.model, tmp_path, engine=engine) as small, grpc.insecure_channel(small.address) as channel:
+        refused = refusal(lambda: getattr(HeadServiceStub(channel), method)(request_))
+    assert (refused.code, field_of(refused)) == (WRONG, field)
+
+
 def test_a_scale_that_no_activation_survives_is_refused(stub: HeadServiceStub) -> None:
     refused = refusal(lambda: stub.EvaluateHeadEdit(edit("scale", scale=1e300)))
     assert (refused.code, field_of(refused)) == (WRONG, "scale")
@@ -746,8 +764,9 @@ def test_a_job_that_is_cancelled_before_its_turn_never_runs(
 def test_a_job_that_waits_for_the_engine_alone_passes_one_that_computes(
     stub: HeadServiceStub, pairs: list[pb.CleanCorruptPair]
 ) -> None:
-    computing = stub.FindCircuit(circuit(pairs * 200, "mean_ablation"))
+    computing = stub.FindCircuit(circuit(pairs * 500, "mean_ablation"))
     next(computing)
     assert result(stub.EvaluateHeadEdit(edit())).edited.runs == 2
+    assert result(stub.ScoreHeads(facts())).scores
     assert computing.is_active()
     computing.cancel()

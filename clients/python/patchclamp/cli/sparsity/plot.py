@@ -6,7 +6,7 @@ from pathlib import Path
 from patchclamp.cli.files import picture_file, text_file
 from patchclamp.cli.options import output_options
 from patchclamp.cli.terminal import note, print_json
-from patchclamp.pictures.quality import quality_figure, series_of
+from patchclamp.pictures.quality import Series, quality_figure, series_of
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,18 +14,26 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "plot", parents=[output_options()], help="picture of quality against bytes read and speed, by policy"
     )
     parser.add_argument(
-        "results", metavar="RESULTS.json", help="what `sparsity evaluate --json` or benchmarks/sparse_quality.py wrote"
+        "results",
+        type=series_file,
+        metavar="RESULTS.json",
+        help="what `sparsity evaluate --json` or benchmarks/sparse_quality.py wrote",
     )
     parser.add_argument("picture", type=picture_file, metavar="OUT.png", help="png, svg or pdf; needs matplotlib")
     parser.set_defaults(run=run)
 
 
+def series_file(path: str) -> Series:
+    text = text_file(path)
+    try:
+        return series_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+
+
 def run(args: argparse.Namespace) -> int:
     picture: Path = args.picture
-    try:
-        series = series_of(text_file(args.results))
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{args.results}: {error}") from None
+    series: Series = args.results
     quality_figure(series).savefig(picture)
     if args.json:
         print_json({"picture": str(picture), "points": {name: len(points) for name, points in series.items()}})
