@@ -16,7 +16,7 @@ from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 SESSION = 'service="patchclamp.v1.GenerationService",method="Session"'
 GENERATE = 'service="patchclamp.v1.GenerationService",method="Generate"'
 # Prometheus' base units and suffixes; what is left are gauges and histograms of counted things.
-SUFFIXES = ("_total", "_seconds", "_bytes", "_ratio", "_info")
+SUFFIXES = ("_total", "_seconds", "_bytes", "_ratio", "_nats", "_info")
 COUNTED = ("_in_flight", "_running", "_waiting", "_blocks", "_blocks_free", "_blocks_cached", "_rows")
 
 
@@ -109,4 +109,4 @@ def test_labels_are_of_closed_sets(live_server: LiveServer, channel: grpc.Channe
         for label in sample.labels
     }
     described = {"name", "architecture", "fingerprint", "dtype", "device"}
-    assert labels <= {"service", "method", "code", "outcome", "le"} | described
+    assert labels <= {"service", "method", "code", "outcome", "policy", "le"} | described

@@ -62,7 +62,7 @@ def quality_figure(series: Series) -> "Figure":
     left.set_xlabel("weight bytes read, of dense")
     _draw(left, {name: [(p, p.bytes_read) for p in points] for name, points in series.items()})
     if timed:
-        right = figure.add_subplot(1, columns, 2)
+        right = figure.add_subplot(1, columns, 2, sharey=left)
         right.set_xlabel("speed-up over dense, measured")
         _draw(
             right,
@@ -73,7 +73,9 @@ def quality_figure(series: Series) -> "Figure":
 
 
 def _draw(axes: "Axes", series: Mapping[str, Sequence[tuple[QualityPoint, float]]]) -> None:
-    axes.set_yscale("log")
+    axes.set_yscale("log", subs=(2, 5))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("perplexity, over dense")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.grid(which="both", alpha=0.3)
