@@ -62,3 +62,13 @@ def test_one_row_of_a_large_matrix_is_the_same_bits_on_any_number_of_threads(inp
         assert torch.equal(linear(x), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("input_major", [False, True])
+def test_one_row_reads_the_projection_itself_and_no_copy_of_it(dtype: torch.dtype, input_major: bool) -> None:
+    linear, x = Linear(random(48, 80, dtype=dtype), None, input_major=input_major), random(1, 80, dtype=dtype)
+    assert linear.weight is not None
+    assert linear(x).any()
+    linear.weight.zero_()
+    assert not linear(x).any()

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
@@ -101,16 +102,73 @@ async def test_a_task_that_is_cancelled_ends_its_job() -> None:
     assert ended.is_set()
 
 
-async def test_a_job_that_runs_itself_has_a_turn_as_any_other() -> None:
+async def numbers(n: int, log: list[str], closing: asyncio.Event | None = None) -> AsyncGenerator[int, None]:
+    """A job that runs itself."""
+    try:
+        for i in range(n):
+            await asyncio.sleep(0)
+            yield i
+    finally:
+        if closing is not None:
+            await closing.wait()
+        log.append("numbers")
+
+
+async def test_a_job_that_runs_itself_is_followed_to_its_end() -> None:
+    assert [number async for number in ExclusiveJobs().follow(numbers(9, []))] == list(range(9))
+
+
+async def test_what_a_followed_job_raises_is_raised_after_its_events() -> None:
+    jobs, seen = ExclusiveJobs(), []
+
+    async def fails() -> AsyncGenerator[int, None]:
+        yield 1
+        raise InvalidArgument("pairs", "too many")
+
+    async def follow() -> None:
+        async for event in jobs.follow(fails()):
+            seen.append(event)
+
+    with pytest.raises(InvalidArgument, match="too many"):
+        await follow()
+    assert seen == [1]
+    assert await jobs.result(lambda job: 2) == 2
+
+
+async def test_a_followed_job_is_over_before_the_next_one_begins_however_slowly_it_is_read() -> None:
     jobs, log = ExclusiveJobs(), []
-    async with jobs.turn():
-        waiting = asyncio.create_task(jobs.result(lambda job: log.append("the next one")))
-        await asyncio.sleep(0)
-        log.append("its own work")
+    async with aclosing(jobs.follow(numbers(9, log))) as slowly:
+        assert await anext(slowly) == 0
+        await jobs.result(lambda job: log.append("the next one"))
+        assert log == ["numbers", "the next one"]
+        assert [number async for number in slowly] == list(range(1, 9))
+
+
+async def test_leaving_a_followed_job_ends_it_before_the_next_one_begins() -> None:
+    jobs, log, closing = ExclusiveJobs(), [], asyncio.Event()
+    events = jobs.follow(numbers(10**9, log, closing))
+    assert await anext(events) == 0
+    leaving = asyncio.create_task(events.aclose())
+    waiting = asyncio.create_task(jobs.result(lambda job: log.append("the next one")))
+    await asyncio.sleep(0)
+    closing.set()
+    await leaving
     await waiting
-    async with jobs.turn():
-        log.append("and the turn comes back")
-    assert log == ["its own work", "the next one", "and the turn comes back"]
+    assert log == ["numbers", "the next one"]
+
+
+async def test_a_followed_job_that_is_left_before_its_turn_never_runs() -> None:
+    jobs, log, release = ExclusiveJobs(), [], threading.Event()
+    first = asyncio.create_task(jobs.result(lambda job: release.wait()))
+    second = asyncio.create_task(anext(jobs.follow(numbers(1, log))))
+    await asyncio.sleep(0)
+    second.cancel()
+    release.set()
+    assert await first
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert await jobs.result(lambda job: "third") == "third"
+    assert log == []
 
 
 async def test_a_job_that_is_cancelled_while_it_waits_never_runs() -> None:

@@ -27,8 +27,10 @@ def test_gathered_products_equal_masked_ones(family: str, name: str, keep: float
     forced = {0: forced_neurons([1, 5]), 1: None}
     masked, _ = run(model, tokens, PROMPT, [selector] * 2, forced)
     ours, _ = run(model, tokens, PROMPT, [selector] * 2, forced, gathered(family))
+    # Fovea's sketch takes x in 16 bits: a last bit of x that differs can be a whole step.
+    tolerance = 1e-3 if name == "fovea" else 2e-5
     for a, b in zip(ours, masked, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_the_weights_of_inactive_neurons_are_not_read() -> None:

@@ -74,6 +74,7 @@ def attend_single_rows(
 
 @numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
 def _attend(q, pool, tables, positions, scale, window, cap, z, peak_at, peak, place, start, end):
+    # The loops over heads count from 0: from kv * group on, LLVM makes vectors of none of those inside (2.5x slower).
     n_heads, dim = q.shape[1], q.shape[2]
     size, n_kv = pool.shape[2], pool.shape[3]
     group = n_heads // n_kv
@@ -91,7 +92,8 @@ def _attend(q, pool, tables, positions, scale, window, cap, z, peak_at, peak, pl
             block = tables[i, b]
             for j in range(max(first, b * size), min(last + 1, (b + 1) * size)):
                 for kv in range(n_kv):
-                    for h in range(kv * group, (kv + 1) * group):
+                    for g in range(group):
+                        h = kv * group + g
                         score = np.float32(0)
                         for d in range(dim):
                             score += q[i, h, d] * pool[0, block, j - b * size, kv, d]
@@ -109,7 +111,8 @@ def _attend(q, pool, tables, positions, scale, window, cap, z, peak_at, peak, pl
             block = tables[i, b]
             for j in range(max(first, b * size), min(last + 1, (b + 1) * size)):
                 for kv in range(n_kv):
-                    for h in range(kv * group, (kv + 1) * group):
+                    for g in range(group):
+                        h = kv * group + g
                         weight = scores[h, j]
                         for d in range(dim):
                             z[i, h * dim + d] += weight * pool[1, block, j - b * size, kv, d]

@@ -6,8 +6,8 @@ Two at once would take each other's cores and memory, and serving has to live be
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 from patchclamp_server.errors import Cancelled, RequestError
@@ -78,11 +78,30 @@ class ExclusiveJobs:
             job.leave()
             await asyncio.wait([thread])
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """The turn of a job that has a thread already: until it is left, no other one begins."""
-        async with self._turn:
-            yield
+    async def follow(self, job: AsyncGenerator[E, None]) -> AsyncGenerator[E, None]:
+        """The events of a job that has a thread of its own; as `stream` in all else.
+
+        The job goes on however slowly they are taken, since others wait for its turn to end.
+        """
+        taken: asyncio.Queue[E] = asyncio.Queue()
+
+        async def run() -> None:
+            try:
+                async with self._turn, aclosing(job) as events:
+                    async for event in events:
+                        taken.put_nowait(event)
+            finally:
+                taken.put_nowait(_END)
+
+        running = asyncio.create_task(run())
+        running.add_done_callback(_log_failure)
+        try:
+            while (event := await taken.get()) is not _END:
+                yield event
+            await running
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
 
     async def result(self, work: Callable[[Job[E]], E]) -> E:
         """What `work` returns; as `stream` in all else."""
@@ -94,8 +113,13 @@ class ExclusiveJobs:
             return await anext(events)
 
     def _end(self, thread: "asyncio.Future[None]") -> None:
-        """Even if nobody waits for the thread any more: its turn is over, and no failure goes unseen."""
+        """Even if nobody waits for the thread any more, its turn is over."""
         self._turn.release()
-        error = None if thread.cancelled() else thread.exception()
-        if error is not None and not isinstance(error, RequestError):
-            logger.error("an analysis job failed", exc_info=error)
+        _log_failure(thread)
+
+
+def _log_failure(job: "asyncio.Future[None]") -> None:
+    """Even if nobody waits for the job any more, no failure goes unseen."""
+    error = None if job.cancelled() else job.exception()
+    if error is not None and not isinstance(error, RequestError):
+        logger.error("an analysis job failed", exc_info=error)

@@ -5,7 +5,7 @@ Jobs whose work is requests of the engine run beside each other; those that comp
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from patchclamp.v1 import head_pb2 as pb
@@ -67,10 +67,9 @@ class HeadService(HeadServiceServicer):
     async def ScoreHeads(self, request: pb.ScoreHeadsRequest, context: Context) -> AsyncIterator[pb.ScoreHeadsResponse]:
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_scoring, request, self._prompts, self._model)
-        turn = nullcontext() if job.method in ENGINE_METHODS else self._jobs.turn()
         with _fields({"prompt": "facts"}):
             scored = score_heads(self._engine, self._store, self._model, self._prompts, job)
-            async with turn, aclosing(scored) as events:
+            async with aclosing(scored if job.method in ENGINE_METHODS else self._jobs.follow(scored)) as events:
                 async for event in events:
                     yield encode_scoring(event)
 
@@ -90,7 +89,7 @@ class HeadService(HeadServiceServicer):
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_circuit, request, self._prompts, self._model)
         found = find_circuit(self._engine.model.decoder, self._store, self._model, job)
-        async with self._jobs.turn(), aclosing(found) as events:
+        async with aclosing(self._jobs.follow(found)) as events:
             async for event in events:
                 yield encode_circuit(event)
 
