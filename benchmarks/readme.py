@@ -55,8 +55,8 @@ SPARSE_KEEPS = ("0.5", "0.3")
 def sparse_speed(result: dict[str, Any]) -> list[str]:
     """Against the fastest dense product of the run, ours or torch's."""
     lines = [
-        "| MLP on a CPU, batch 1, active neurons of all |"
-        + " | ".join(f" {float(keep):.0%}: speed-up | bound by bytes | of the bound" for keep in SPARSE_KEEPS)
+        "| MLP on a CPU, batch 1, active neurons of all | "
+        + " | ".join(f"{float(keep):.0%}: speed-up | bound by bytes | of the bound" for keep in SPARSE_KEEPS)
         + " |",
         "|---|" + "---:|---:|---:|" * len(SPARSE_KEEPS),
     ]

@@ -733,16 +733,15 @@ THREADED: dict[str, Callable[[list[pb.CleanCorruptPair]], tuple[str, Any]]] = {
 
 @pytest.mark.parametrize("job", THREADED.values(), ids=THREADED.keys())
 def test_a_job_that_computes_is_over_before_the_next_one_begins(
-    stub: HeadServiceStub, server: LiveServer, pairs: list[pb.CleanCorruptPair], job: Any
+    stub: HeadServiceStub, store: ArtifactStore, pairs: list[pb.CleanCorruptPair], job: Any
 ) -> None:
     method, request_ = job(pairs)
-    del request_.tags[:]
+    request_.tags[:] = [f"done-{method}"]
     call = getattr(stub, method)(request_)
     next(call)
-    assert in_flight(server, method) == 1
     assert stub.AttributeLogits(attribution()).heads
-    assert in_flight(server, method) == 0
-    assert result(call)
+    assert stub.CompareHeadSets(comparison("known", f"done-{method}", top_k=1)).comparisons
+    assert result(call).artifact.tags == request_.tags
 
 
 @pytest.mark.parametrize("job", THREADED.values(), ids=THREADED.keys())
