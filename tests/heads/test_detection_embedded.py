@@ -13,7 +13,7 @@ from naive_retrieval import naive_mean, naive_run, naive_success
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.config import EngineConfig, Unobserved
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import FailedPrecondition
@@ -29,6 +29,14 @@ from patchclamp_server.model.load import LoadedModel
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 # Short needles in short texts: seconds, not minutes.
 TEST = NeedleTest(lengths=(120, 180), depths=(0.2, 0.8), max_runs=6, seed=5)
+
+
+class Outcomes(Unobserved):
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def on_finished(self, outcome: str) -> None:
+        self.ended.append(outcome)
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,9 @@ async def test_it_stops_when_the_ranking_is_stable_and_says_so(embedded_engine: 
 
 
 async def test_an_early_end_cancels_what_the_engine_still_computes(embedded: LoadedModel, tmp_path: Path) -> None:
-    engine = Engine(embedded, EngineConfig(max_tokens_per_step=32))
+    """One sequence at a time, so that most have not begun when the first run is there."""
+    engine, outcomes = Engine(embedded, EngineConfig(max_sequences=1)), Outcomes()
+    engine.observer = outcomes
     engine.start()
     encoder = PromptEncoder(embedded.tokenizer, embedded.info)
     async with aclosing(detect(engine, ArtifactStore(tmp_path), embedded.info, encoder, Detection(TEST))) as events:
@@ -147,7 +157,8 @@ async def test_an_early_end_cancels_what_the_engine_still_computes(embedded: Loa
     stats = engine.stats()
     engine.shutdown()
     assert stats.kv_blocks_free == stats.kv_blocks_total
-    assert stats.decode_tokens < 6 * 20
+    assert outcomes.ended.count("cancelled") >= 3
+    assert len(outcomes.ended) == 6
     assert ArtifactStore(tmp_path).list() == ([], "")
 
 
