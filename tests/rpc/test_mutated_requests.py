@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live import LiveServer
-from mutations import mutated
+from random_requests import mutated
 from statuses import Failure, failure
 
 from patchclamp.v1 import generation_pb2, head_pb2, sparse_policy_pb2, sparsity_pb2
