@@ -35,6 +35,7 @@ from measure import alternate, save
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams, Token
@@ -56,6 +57,8 @@ from naive_retrieval import NaiveRun, naive_mean, naive_run, naive_success
 
 SIZES = (3, 10)
 CAUSAL_LENGTHS = NAIVE_LENGTHS = (256, 512, 1024)
+# Room for sixteen of the longest prompts; the default takes 3 GB.
+KV_TOKENS = 32768
 # Sequences of a decode step, each with a prompt of so many tokens.
 DECODE_BATCHES = (1, 8)
 DECODE_PROMPT, DECODE_TOKENS = 512, 48
@@ -68,7 +71,7 @@ class Session:
         self.model = model
         self.prompts = PromptEncoder(model.tokenizer, model.info)
         self.store = ArtifactStore(directory)
-        self.engine = Engine(model)
+        self.engine = Engine(model, EngineConfig(kv_cache_tokens=KV_TOKENS))
         self.engine.start()
 
     def detect(self, job: Detection) -> tuple[RetrievalHeads, list[NeedleRun]]:

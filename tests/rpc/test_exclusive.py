@@ -150,7 +150,9 @@ async def test_leaving_a_followed_job_ends_it_before_the_next_one_begins() -> No
     assert await anext(events) == 0
     leaving = asyncio.create_task(events.aclose())
     waiting = asyncio.create_task(jobs.result(lambda job: log.append("the next one")))
-    await asyncio.sleep(0)
+    for _ in range(9):
+        await asyncio.sleep(0)
+    assert not leaving.done()
     closing.set()
     await leaving
     await waiting

@@ -10,6 +10,9 @@ zero is dropped with a certainty that the sketch does not give: with the gate ex
 the perplexity ratio at keep .5 from 1.60 to 1.17. The second sum (`compensate`) reuses the blurred values, and
 reads the sketch of down. `gate="exact"` reads the gate densely.
 
+A sketch of 3 bits is a quarter of weights of 16 bits, and two thirds of 4-bit codes with their scales: of a model that
+is served from those, fovea reads no fewer bytes than the dense product, and takes longer (benchmarks/sparse.py).
+
 Our own method: the norms are WINA's, a gate as predictor is CATS', the sketch stands in for trained predictors (Deja
 Vu, Liu et al. 2023). `budget="measured"` spreads the neurons over the layers by the damage measured there (budgets.py).
 Ungated MLPs: s_j² = E[act(u)²] ‖down_j‖².

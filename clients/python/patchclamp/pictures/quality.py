@@ -36,7 +36,7 @@ def series_of(text: str) -> Series:
     """Points of each policy, by falling keep ratio.
 
     text: JSON of `sparsity evaluate --json` (a list of evaluations), or with {"table": {policy: {keep: card}}} in it,
-    as benchmarks/sparse_quality.py writes. ValueError for anything else.
+    as benchmarks/sparse.py writes. ValueError for anything else.
     """
     found = json.loads(text)
     try:
