@@ -2,12 +2,12 @@
 
     python benchmarks/heads.py [--runs 48] [--causal-runs 20] [--random-sets 10] [--naive-runs 6] [--rounds 7]
 
+- Decode steps with all heads read and without, alternating.
+- The naive way (tests/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of up to
+  1024 tokens, and ours on the same, in this run. Also with the naive way given a cache of keys and values.
 - Detection over `--runs` needle runs of 256 to 1536 tokens (heads/detect.py), with half of the built-in needles.
 - Causal table on the other half: the 3 and the 10 best heads set to zero, against random draws of as many other heads,
   in texts of up to 1024 tokens.
-- The naive way (tests/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of up to
-  1024 tokens, and ours on the same, in this run. Also with the naive way given a cache of keys and values.
-- Decode steps with all heads read and without, alternating.
 
 Writes benchmarks/results/heads.json, and as its last line prints a JSON object.
 """
@@ -61,7 +61,7 @@ CAUSAL_LENGTHS = NAIVE_LENGTHS = (256, 512, 1024)
 KV_TOKENS = 32768
 # Sequences of a decode step, each with a prompt of so many tokens.
 DECODE_BATCHES = (1, 8)
-DECODE_PROMPT, DECODE_TOKENS = 512, 48
+DECODE_PROMPT, DECODE_TOKENS = 512, 96
 
 
 class Session:
@@ -278,16 +278,19 @@ def main() -> None:
     finding, testing = built_in_needles()[0::2], built_in_needles()[1::2]
     with tempfile.TemporaryDirectory() as directory:
         session = Session(model, directory)
+        overhead = readout_overhead(session, options.rounds)
+        session.engine.shutdown()
+    naive = against_naive(model, NeedleTest(needles=finding, lengths=NAIVE_LENGTHS, max_runs=options.naive_runs))
+    print(f"{json.dumps(naive)}\n", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        session = Session(model, directory)
         found = detection(session, NeedleTest(needles=finding, max_runs=options.runs))
         table = causal(
             session,
             NeedleTest(needles=testing, lengths=CAUSAL_LENGTHS, max_runs=options.causal_runs),
             options.random_sets,
         )
-        overhead = readout_overhead(session, options.rounds)
         session.engine.shutdown()
-    naive = against_naive(model, NeedleTest(needles=finding, lengths=NAIVE_LENGTHS, max_runs=options.naive_runs))
-    print(f"\n{json.dumps(naive)}", flush=True)
 
     last = {
         "naive_speedup": round(naive["speedup"], 2),

@@ -44,7 +44,7 @@ class Case:
     def attend(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Peaks]:
         rows, heads, _ = self.q.shape
         slots = [s.blocks[s.offset // self.block] * self.block + s.offset % self.block for s in self.spans]
-        peaks = Peaks.of({5: np.arange(rows)}, rows, heads, CPU)
+        peaks = Peaks({5: np.arange(rows)}, rows, heads, CPU)
         batch = AttentionBatch(self.spans, self.block, {self.options["window"]}, CPU)  # type: ignore[arg-type]
         q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
         self.written = self.pool.to(dtype)

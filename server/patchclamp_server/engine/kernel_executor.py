@@ -26,7 +26,7 @@ from patchclamp_server.engine.operator_executor import setting_of
 from patchclamp_server.engine.packed import packed
 from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.engine.sparse_decoder import SparseDecoder
-from patchclamp_server.interventions.head_readings import HeadReadings
+from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.kernel_plan import KernelPlan, KernelPlanner, empty_plan
 from patchclamp_server.interventions.slots import SlotTables
 from patchclamp_server.model.kernel_forward import KernelForward
@@ -61,6 +61,7 @@ class KernelExecutor:
                 units=_CUDA_UNITS,
             )
         self.planner = KernelPlanner(setting_of(decoder, self.tables), self.tables)
+        self.heads = HeadReader(decoder.spec.n_heads, decoder.device)
         self.forward = KernelForward(decoder)
         self._sparse_forward: KernelForward | None = None
         self.graphs: DecodeGraphs | None = None
@@ -71,14 +72,13 @@ class KernelExecutor:
 
     def execute(self, batch: StepBatch) -> Executed:
         plan = self.planner.plan(batch.programs, len(batch.token_ids))
-        heads = HeadReadings.of(batch.programs)
+        heads = self.heads.read(batch.programs, len(batch.token_ids))
         if self.graphs is not None and not batch.sparse and self.graphs.takes(batch, plan):
             return self.graphs.execute(batch, plan, heads)
         if heads is None:
             return self._execute(batch, plan, None)
-        peaks = heads.peaks(len(batch.token_ids), self.decoder.spec.n_heads, self.decoder.device)
-        executed = self._execute(batch, plan, peaks)
-        executed.outcome.readouts += heads.values(peaks)
+        executed = self._execute(batch, plan, heads.peaks)
+        executed.outcome.readouts += heads.values()
         return executed
 
     def _execute(self, batch: StepBatch, plan: KernelPlan, peaks: Peaks | None) -> Executed:

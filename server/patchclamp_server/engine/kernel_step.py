@@ -79,7 +79,7 @@ def kernel_inputs(
 
 def all_peaks(spec: DecoderSpec, rows: int, device: torch.device) -> Peaks:
     """Of all rows at all layers."""
-    return Peaks.of(dict.fromkeys(range(spec.n_layers), np.arange(rows)), rows, spec.n_heads, device)
+    return Peaks(dict.fromkeys(range(spec.n_layers), np.arange(rows)), rows, spec.n_heads, device)
 
 
 def run_step(

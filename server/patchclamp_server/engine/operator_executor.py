@@ -7,7 +7,7 @@ from patchclamp_server.engine.batch import Executed, StepBatch
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.sparse_decoder import SparseDecoder, gathered_products
 from patchclamp_server.interventions.compiler import Setting
-from patchclamp_server.interventions.head_readings import HeadReadings
+from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.planner import Planner
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.decoder import Decoder, StepInputs
@@ -23,27 +23,27 @@ class OperatorExecutor:
         self.threads = torch.get_num_threads()
         self.tables = Tables(decoder.dtype, decoder.device)
         self.planner = Planner(setting_of(decoder, self.tables))
+        self.heads = HeadReader(decoder.spec.n_heads, decoder.device)
 
     def execute(self, batch: StepBatch) -> Executed:
         torch.set_num_threads(self.decoder.threads_for(len(batch.token_ids), self.threads))
         device = self.decoder.device
         plan = self.planner.plan(batch.programs)
-        heads = HeadReadings.of(batch.programs)
-        peaks = None if heads is None else heads.peaks(len(batch.token_ids), self.decoder.spec.n_heads, device)
+        heads = self.heads.read(batch.programs, len(batch.token_ids))
         step = StepInputs(
             torch.tensor(batch.token_ids, device=device),
             torch.from_numpy(batch.positions).to(device),
             torch.from_numpy(batch.slots).to(device),
             AttentionBatch(batch.spans, batch.block_size, self.decoder.windows, device),
             plan.edited_queries,
-            peaks,
+            None if heads is None else heads.peaks,
         )
         plan.begin(step.positions, self.decoder.dtype)
         decoder = self.sparse.follow(batch.sparse) if batch.sparse else self.decoder
         x = decoder.forward(step, self.cache.pools, plan)
         outcome = plan.finish()
-        if heads is not None and peaks is not None:
-            outcome.readouts += heads.values(peaks)
+        if heads is not None:
+            outcome.readouts += heads.values()
         finite = torch.isfinite(x.sum(dim=1)).cpu().numpy()
         rows = batch.logit_rows
         return Executed(finite, self.decoder.logits(x[rows] if len(rows) != len(x) else x), outcome)

@@ -7,9 +7,8 @@ Attention has both at hand while it computes z: no attention matrix is kept.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,55 +17,30 @@ from patchclamp_server.interventions.scopes import IntArray
 
 
 @dataclass(frozen=True, eq=False)
-class Peaks:
-    """Memory for the peaks of all layers that are read, so that they come to the host at once.
-
-    Attention fills in the rows that are asked for, and may fill in others: their numbers mean nothing.
-    """
-
-    # Layer -> its place in the tensors.
-    layers: Mapping[int, int]
-    # Layer -> rows that are asked for, ascending.
-    rows: Mapping[int, IntArray]
-    positions: Tensor  # int32 [layers, T, n_heads]
-    probabilities: Tensor  # float32 [layers, T, n_heads]
-
-    @classmethod
-    def of(cls, rows: Mapping[int, IntArray], n_rows: int, n_heads: int, device: torch.device) -> "Peaks":
-        shape = (len(rows), n_rows, n_heads)
-        return cls(
-            {layer: i for i, layer in enumerate(rows)},
-            rows,
-            torch.empty(shape, dtype=torch.int32, device=device),
-            torch.empty(shape, dtype=torch.float32, device=device),
-        )
-
-    @cached_property
-    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Both tensors, which are on the CPU, as arrays on their memory."""
-        return self.positions.numpy(), self.probabilities.numpy()
-
-    def at(self, layer: int) -> "LayerPeaks | None":
-        place = self.layers.get(layer)
-        return None if place is None else LayerPeaks(self, layer, place)
-
-
-@dataclass(frozen=True, eq=False)
 class LayerPeaks:
-    """What attention of one layer fills in."""
+    """What attention of one layer fills in: at least `rows`, ascending. Numbers of other rows mean nothing."""
 
-    whole: Peaks
-    layer: int
+    rows: IntArray
+    positions: Tensor  # int32 [T, n_heads]
+    probabilities: Tensor  # float32 [T, n_heads]
+    # On a CPU: the place of the layer in the two arrays [layers, T, n_heads] that the tensors are part of.
     place: int
+    arrays: tuple[NDArray[Any], NDArray[Any]] | None
 
-    @property
-    def rows(self) -> IntArray:
-        return self.whole.rows[self.layer]
 
-    @property
-    def positions(self) -> Tensor:  # int32 [T, n_heads]
-        return self.whole.positions[self.place]
+class Peaks:
+    """Memory for the peaks of all layers that are read, so that they come to the host at once."""
 
-    @property
-    def probabilities(self) -> Tensor:  # float32 [T, n_heads]
-        return self.whole.probabilities[self.place]
+    def __init__(self, rows: Mapping[int, IntArray], n_rows: int, n_heads: int, device: torch.device) -> None:
+        """`rows` that are asked for at each layer, of the `n_rows` of the step."""
+        shape = (len(rows), n_rows, n_heads)
+        self.positions = torch.empty(shape, dtype=torch.int32, device=device)
+        self.probabilities = torch.empty(shape, dtype=torch.float32, device=device)
+        arrays = (self.positions.numpy(), self.probabilities.numpy()) if device.type == "cpu" else None
+        self.layers = {
+            layer: LayerPeaks(own, self.positions[place], self.probabilities[place], place, arrays)
+            for place, (layer, own) in enumerate(rows.items())
+        }
+
+    def at(self, layer: int) -> LayerPeaks | None:
+        return self.layers.get(layer)

@@ -1,98 +1,130 @@
-"""The head readouts of one step: which rows attention is asked about, and the values for each request."""
+"""The head readouts of a step: which rows attention is asked about, and the values for each request."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.plan import ProgramSpan
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.scopes import IntArray, scope_mask
+from patchclamp_server.interventions.state import ProgramState
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class HeadReading:
-    """Rows of one readout of one sequence: `uid` says whose, `positions` [n] where."""
+    """Rows of one readout of one sequence: `uid` says whose, `positions` [n] where. These move on from step to step."""
 
     uid: int
     readout: BoundReadout
     rows: IntArray  # [n] of the batch
-    positions: IntArray  # [n]
+    positions: list[int]
 
 
 class HeadReadings:
-    """Made anew in every step, since positions move on."""
+    """What is read at the same rows of the batch, in one step or in many."""
 
-    def __init__(self, readings: list[HeadReading]) -> None:
+    def __init__(self, readings: list[HeadReading], n_rows: int, n_heads: int, device: torch.device) -> None:
         self._readings = readings
+        self.peaks = Peaks(_rows(readings), n_rows, n_heads, device)
+        # Where the values of each reading are in the peaks of the step that was asked last.
+        self._index: tuple[Peaks, Tensor] | None = None
 
-    @classmethod
-    def of(cls, spans: Iterable[ProgramSpan]) -> "HeadReadings | None":
-        """None when no row of the step is read."""
-        readings = []
-        for span in spans:
-            state = span.state
-            if state is None or not state.bound.head_readouts:
-                continue
-            positions = span.positions
-            fresh = positions >= state.counted
-            for readout in state.bound.head_readouts:
-                inside = scope_mask(readout.scope, state.sequence, positions, span.token_ids) & fresh
-                if inside.any():
-                    rows = span.row + np.flatnonzero(inside)
-                    readings.append(HeadReading(state.uid, readout, rows, positions[inside]))
-        return cls(readings) if readings else None
-
-    def peaks(self, n_rows: int, n_heads: int, device: torch.device) -> Peaks:
-        """Memory for what attention is asked in a step of `n_rows`."""
-        return Peaks.of(self._rows(), n_rows, n_heads, device)
-
-    def _rows(self) -> dict[int, IntArray]:
-        """Rows that are read at each layer, ascending."""
-        parts: dict[int, list[IntArray]] = defaultdict(list)
+    def move(self, spans: Sequence[ProgramSpan]) -> None:
+        """The next token of each sequence, at the rows that those before had."""
+        positions = {span.state.uid: span.offset for span in spans if span.state is not None}
         for reading in self._readings:
-            for layer in reading.readout.layers:
-                parts[layer].append(reading.rows)
-        # Most layers are read at the same rows.
-        merged: dict[tuple[int, ...], IntArray] = {}
-        rows = {}
-        for layer in sorted(parts):
-            key = tuple(map(id, parts[layer]))
-            if key not in merged:
-                several = len(parts[layer]) > 1
-                merged[key] = np.unique(np.concatenate(parts[layer])) if several else parts[layer][0]
-            rows[layer] = merged[key]
-        return rows
+            reading.positions = [positions[reading.uid]]
 
-    def values(self, peaks: Peaks) -> list[tuple[int, ReadoutValue]]:
-        """(uid, value) of every row and layer that was asked for."""
-        n_rows, n_heads = peaks.positions.shape[1:]
-        index = np.concatenate([_index(reading, peaks, n_rows) for reading in self._readings])
-        wanted = torch.from_numpy(index).to(peaks.positions.device)
+    def values(self, peaks: Peaks | None = None) -> list[tuple[int, ReadoutValue]]:
+        """(uid, value) of every row and layer that was asked for; of `peaks` that have more than was, or of the own."""
+        peaks = peaks or self.peaks
+        n_heads = peaks.positions.shape[2]
+        if self._index is None or self._index[0] is not peaks:
+            self._index = peaks, self._places(peaks)
+        wanted = self._index[1]
         positions = peaks.positions.view(-1, n_heads).index_select(0, wanted).tolist()
         probabilities = peaks.probabilities.view(-1, n_heads).index_select(0, wanted).tolist()
+        every = tuple(range(n_heads))
         found = []
         at = 0
         for reading in self._readings:
             readout = reading.readout
             for layer in readout.layers:
                 heads = readout.heads[layer]
-                every = len(heads) == n_heads and heads == tuple(range(n_heads))
-                for position in reading.positions.tolist():
+                for position in reading.positions:
                     ids, values = positions[at], probabilities[at]
-                    if not every:
+                    if heads != every:
                         ids, values = [ids[h] for h in heads], [values[h] for h in heads]
                     found.append((reading.uid, ReadoutValue(readout.name, layer, position, tuple(values), tuple(ids))))
                     at += 1
         return found
 
+    def _places(self, peaks: Peaks) -> Tensor:
+        """Rows of the flat peaks, reading by reading and layer by layer."""
+        n_rows = peaks.positions.shape[1]
+        parts = [peaks.layers[layer].place * n_rows + r.rows for r in self._readings for layer in r.readout.layers]
+        return torch.from_numpy(np.concatenate(parts)).to(peaks.positions.device)
 
-def _index(reading: HeadReading, peaks: Peaks, n_rows: int) -> IntArray:
-    """Places in the flat peaks, layer by layer."""
-    layers = np.array([peaks.layers[layer] for layer in reading.readout.layers], dtype=np.int64)
-    index: IntArray = (layers[:, None] * n_rows + reading.rows).reshape(-1)
-    return index
+
+class HeadReader:
+    """Keeps the last readings: decode steps that read the same rows only move them on."""
+
+    def __init__(self, n_heads: int, device: torch.device) -> None:
+        self._n_heads = n_heads
+        self._device = device
+        # Number of rows, and for each program its row and sequence.
+        self._key: tuple[object, ...] | None = None
+        self._last: HeadReadings | None = None
+
+    def read(self, spans: Sequence[ProgramSpan], n_rows: int) -> HeadReadings | None:
+        """`spans`: those of the step that have a program. None when no row of the step is read."""
+        reading = [span for span in spans if span.state is not None and span.state.bound.head_readouts]
+        if not reading:
+            return None
+        key = None
+        if all(_steady(span) for span in reading):
+            key = (n_rows, *((span.row, span.state.uid) for span in reading if span.state is not None))
+            if key == self._key:
+                if self._last is not None:
+                    self._last.move(reading)
+                return self._last
+        found = [one for span in reading if span.state is not None for one in _readings(span, span.state)]
+        self._key = key
+        self._last = HeadReadings(found, n_rows, self._n_heads, self._device) if found else None
+        return self._last
+
+
+def _steady(span: ProgramSpan) -> bool:
+    """Whether the next token of the sequence is read as this one is: a new generated token, and settled scopes."""
+    state = span.state
+    assert state is not None
+    if len(span.token_ids) != 1 or span.offset < max(span.prompt_length, state.counted):
+        return False
+    return state.heads_settled
+
+
+def _readings(span: ProgramSpan, state: ProgramState) -> list[HeadReading]:
+    positions = span.positions
+    fresh = positions >= state.counted
+    found = []
+    for readout in state.bound.head_readouts:
+        inside = scope_mask(readout.scope, state.sequence, positions, span.token_ids) & fresh
+        if inside.any():
+            rows = span.row + np.flatnonzero(inside)
+            found.append(HeadReading(state.uid, readout, rows, positions[inside].tolist()))
+    return found
+
+
+def _rows(readings: list[HeadReading]) -> dict[int, IntArray]:
+    """Rows that are read at each layer, ascending."""
+    parts: dict[int, list[IntArray]] = defaultdict(list)
+    for reading in readings:
+        for layer in reading.readout.layers:
+            parts[layer].append(reading.rows)
+    return {layer: np.unique(np.concatenate(parts[layer])) for layer in sorted(parts)}

@@ -5,6 +5,7 @@ Nothing here is checked against a model; see bind.py. Nothing here knows gRPC; s
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 
@@ -279,9 +280,8 @@ class Receipt:
         return any(e.rows + e.rows_from_cache > 0 for e in self.edits)
 
 
-@dataclass(frozen=True)
-class ReadoutValue:
-    """What one readout saw at one token and layer."""
+class ReadoutValue(NamedTuple):
+    """What one readout saw at one token and layer. There may be hundreds in a step: a tuple is made fastest."""
 
     name: str
     layer: int

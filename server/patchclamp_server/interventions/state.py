@@ -37,6 +37,8 @@ class ProgramState:
         self.strengths = [[(0, e.strength)] for e in self.bound.edits]
         self.rows_from_cache = [0] * len(self.bound.edits)
         self.settled = self._settled()
+        heads = [settled_mask(r.scope, self.sequence) for r in self.bound.head_readouts]
+        self.heads_settled = None not in heads
         self.stages = _stages(self.bound.edits)
 
     def _settled(self) -> bool:
