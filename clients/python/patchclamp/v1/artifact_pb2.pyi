@@ -37,6 +37,10 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     """What a sparse policy was calibrated to: tensors by names of the policy; the policy is in `provenance`."""
     ARTIFACT_KIND_HEAD_SET: _ArtifactKind.ValueType  # 4
     """Scores of all heads: tensor "scores" [n_layers, n_heads] and optionally "low" and "high" of the same shape."""
+    ARTIFACT_KIND_WATCH: _ArtifactKind.ValueType  # 5
+    """What a watch looks at: tensors by monitoring/watch.py of the server."""
+    ARTIFACT_KIND_WATCH_REFERENCE: _ArtifactKind.ValueType  # 6
+    """Distribution of the items of a watch: tensors "edges" [items, k], "counts" [items, k + 1], "mean" and "deviation" [items]."""
 
 class ArtifactKind(_ArtifactKind, metaclass=_ArtifactKindEnumTypeWrapper): ...
 
@@ -49,6 +53,10 @@ ARTIFACT_KIND_SPARSITY_PROFILE: ArtifactKind.ValueType  # 3
 """What a sparse policy was calibrated to: tensors by names of the policy; the policy is in `provenance`."""
 ARTIFACT_KIND_HEAD_SET: ArtifactKind.ValueType  # 4
 """Scores of all heads: tensor "scores" [n_layers, n_heads] and optionally "low" and "high" of the same shape."""
+ARTIFACT_KIND_WATCH: ArtifactKind.ValueType  # 5
+"""What a watch looks at: tensors by monitoring/watch.py of the server."""
+ARTIFACT_KIND_WATCH_REFERENCE: ArtifactKind.ValueType  # 6
+"""Distribution of the items of a watch: tensors "edges" [items, k], "counts" [items, k + 1], "mean" and "deviation" [items]."""
 Global___ArtifactKind: _TypeAlias = ArtifactKind  # noqa: Y015
 
 class _ArtifactFormat:
