@@ -17,9 +17,9 @@ PROMPT = "Once upon a time there was a king who had"
 def show_sparsity(client: Client, sampling: GenerateOptions) -> list[str]:
     """Prints the quality card and the texts with their reports. Returns what should not be."""
     policy = fovea(keep_ratio=0.5, uniform_budget=True)
-    job = client.calibrate_profile(
-        policy, TEXT.read_text(encoding="utf-8"), document_tokens=256, tags=[PROFILE], text_description=TEXT.name
-    )
+    text = TEXT.read_text(encoding="utf-8")
+    text = text[: len(text) // 3]  # about 13 documents: less than a minute
+    job = client.calibrate_profile(policy, text, document_tokens=256, tags=[PROFILE], text_description=TEXT.name)
     with job as stream:
         profile = stream.result(show_progress)
     quality, control = profile.quality, profile.random_control

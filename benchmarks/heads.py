@@ -1,15 +1,15 @@
 """Retrieval heads of the embedded model: found on some needles, tested causally on others, and what finding them costs.
 
-    python benchmarks/heads.py [--runs 48] [--causal-runs 20] [--random-sets 10] [--naive-runs 6] [--rounds 7]
+    python benchmarks/heads.py [--only readout|naive|causal] [--runs 48] [--causal-runs 20] [--random-sets 10] …
 
-- Decode steps with all heads read and without, alternating.
-- The naive way (tests/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of up to
-  1024 tokens, and ours on the same, in this run. Also with the naive way given a cache of keys and values.
-- Detection over `--runs` needle runs of 256 to 1536 tokens (heads/detect.py), with half of the built-in needles.
-- Causal table on the other half: the 3 and the 10 best heads set to zero, against random draws of as many other heads,
-  in texts of up to 1024 tokens.
+- readout: decode steps with all heads read and without, alternating.
+- naive: the naive way (tests/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of up
+  to 1024 tokens, and ours on the same, in this run. Also with the naive way given a cache of keys and values.
+- causal: detection over `--runs` needle runs of 256 to 1536 tokens (heads/detect.py), with half of the built-in
+  needles; then a table on the other half: the 3 and the 10 best heads set to zero, against random draws of as many
+  other heads, in texts of up to 1024 tokens.
 
-Writes benchmarks/results/heads.json, and as its last line prints a JSON object.
+Each part writes benchmarks/results/heads_<part>.json; the last line is a JSON object.
 """
 
 from patchclamp_server.threads import configure_threads
@@ -264,56 +264,58 @@ def decode_seconds(engine: Engine, prompts: Sequence[Sequence[int]], program: Bo
     return time.perf_counter() - max(first)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=48)
-    parser.add_argument("--causal-runs", type=int, default=20)
-    parser.add_argument("--random-sets", type=int, default=10)
-    parser.add_argument("--naive-runs", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    with RichProgress() as progress:
-        model = load_model(progress=progress)
+def readout_part(model: LoadedModel, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
+    with tempfile.TemporaryDirectory() as directory:
+        session = Session(model, directory)
+        batches = readout_overhead(session, options.rounds)
+        session.engine.shutdown()
+    return {"batches": batches}, {"readout_overhead": max(row["overhead"] for row in batches.values())}
+
+
+def naive_part(model: LoadedModel, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
+    test = NeedleTest(needles=built_in_needles()[0::2], lengths=NAIVE_LENGTHS, max_runs=options.naive_runs)
+    naive = against_naive(model, test)
+    print(f"{json.dumps(naive)}\n", flush=True)
+    return naive, {"naive_speedup": naive["speedup"], "naive_rank_correlation": naive["rank_correlation"]}
+
+
+def causal_part(model: LoadedModel, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
     # Heads are tested on needles they were not found with.
     finding, testing = built_in_needles()[0::2], built_in_needles()[1::2]
     with tempfile.TemporaryDirectory() as directory:
         session = Session(model, directory)
-        overhead = readout_overhead(session, options.rounds)
-        session.engine.shutdown()
-    naive = against_naive(model, NeedleTest(needles=finding, lengths=NAIVE_LENGTHS, max_runs=options.naive_runs))
-    print(f"{json.dumps(naive)}\n", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        session = Session(model, directory)
         found = detection(session, NeedleTest(needles=finding, max_runs=options.runs))
-        table = causal(
-            session,
-            NeedleTest(needles=testing, lengths=CAUSAL_LENGTHS, max_runs=options.causal_runs),
-            options.random_sets,
-        )
+        test = NeedleTest(needles=testing, lengths=CAUSAL_LENGTHS, max_runs=options.causal_runs)
+        table = causal(session, test, options.random_sets)
         session.engine.shutdown()
+    rates = {f"{name}_success_rate": row["success_rate"] for name, row in table.items() if name != "unedited"}
+    return (
+        {"detection": found, "causal": table},
+        {"unmasked_success_rate": table["unedited"]["success_rate"], **rates},
+    )
 
-    last = {
-        "naive_speedup": round(naive["speedup"], 2),
-        "naive_rank_correlation": round(naive["rank_correlation"], 4),
-        "readout_overhead": round(max(row["overhead"] for row in overhead.values()), 4),
-        "unmasked_success_rate": round(table["unedited"]["success_rate"], 4),
-        "top3_success_rate": round(table["top3"]["success_rate"], 4),
-        "random3_success_rate": round(table["random3"]["success_rate"], 4),
-        "top10_success_rate": round(table["top10"]["success_rate"], 4),
-        "random10_success_rate": round(table["random10"]["success_rate"], 4),
-    }
-    if vars(options) == vars(parser.parse_args([])):
-        save(
-            "heads",
-            {
-                "threads": torch.get_num_threads(),
-                "detection": found,
-                "causal": table,
-                "naive": naive,
-                "readout": overhead,
-                **last,
-            },
-        )
+
+PARTS = {"readout": readout_part, "naive": naive_part, "causal": causal_part}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--runs", type=int, default=48)
+    parser.add_argument("--causal-runs", type=int, default=20)
+    parser.add_argument("--random-sets", type=int, default=10)
+    parser.add_argument("--naive-runs", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    whole = vars(options) == vars(parser.parse_args([])) | {"only": options.only}
+    with RichProgress() as progress:
+        model = load_model(progress=progress)
+    last: dict[str, float] = {}
+    for name in [options.only] if options.only else PARTS:
+        figures, summary = PARTS[name](model, options)
+        last |= {key: round(value, 4) for key, value in summary.items()}
+        if whole:
+            save(f"heads_{name}", {"threads": torch.get_num_threads(), **figures, **summary})
     print(json.dumps(last))
 
 

@@ -175,9 +175,9 @@ def gpu(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def heads(result: dict[str, Any]) -> list[str]:
+def heads_causal(result: dict[str, Any]) -> list[str]:
     """The causal table, and in words how the heads were found."""
-    table, found, naive = result["causal"], result["detection"], result["naive"]
+    table, found = result["causal"], result["detection"]
     rows = [("nothing", table["unedited"])]
     for k in (3, 10):
         rows += [(f"the {k} best retrieval heads", table[f"top{k}"]), (f"{k} other heads, drawn", table[f"random{k}"])]
@@ -197,15 +197,28 @@ def heads(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"`python benchmarks/heads.py` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
-        f"{result['threads']} threads.",
+        f"`python benchmarks/heads.py --only causal` on {result['date']} at commit `{result['commit']}`: "
+        f"{result['machine']}, {result['threads']} threads.",
         f"Found with other needles: {found['runs']} runs of {min(map(int, found['by_length']))} to "
         f"{max(map(int, found['by_length']))} tokens, {found['successes']} answered; {found['above_threshold']} of "
         f"{found['heads']} heads have a retrieval score of at least 0.1 ({best}).",
-        f"Against full attention matrices token by token, in the same run: {result['naive_speedup']:.1f} times as fast "
-        f"({naive['speedup_over_naive_with_cache']:.1f} times when those keep keys and values), rank correlation "
-        f"{result['naive_rank_correlation']:.3f}.",
-        f"Reading all heads costs {100 * result['readout_overhead']:.1f} % of a decode step.",
+    ]
+
+
+def heads_naive(result: dict[str, Any]) -> list[str]:
+    return [
+        f"Retrieval heads of {result['runs']} needle runs, against full attention matrices token by token in the same "
+        f"run (`python benchmarks/heads.py --only naive`, {result['date']}, commit `{result['commit']}`):",
+        f"{result['speedup']:.0f} times as fast, {result['speedup_over_naive_with_cache']:.1f} times as fast as when "
+        f"those keep keys and values; rank correlation of all heads {result['rank_correlation']:.3f}.",
+    ]
+
+
+def heads_readout(result: dict[str, Any]) -> list[str]:
+    each = ", ".join(f"{100 * row['overhead']:+.1f} % at batch {n}" for n, row in result["batches"].items())
+    return [
+        f"Reading where all heads look, as a share of decode time (`python benchmarks/heads.py --only readout`, "
+        f"{result['date']}, commit `{result['commit']}`): {each}.",
     ]
 
 
@@ -213,7 +226,9 @@ def heads(result: dict[str, Any]) -> list[str]:
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "cpu": cpu,
     "gpu": gpu,
-    "heads": heads,
+    "heads_causal": heads_causal,
+    "heads_naive": heads_naive,
+    "heads_readout": heads_readout,
     "sparse_quality": sparse_quality,
     "sparse_speed": sparse_speed,
 }
