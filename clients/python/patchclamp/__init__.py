@@ -14,5 +14,6 @@ from patchclamp.aio import AsyncClient
 from patchclamp.client import Client
 from patchclamp.errors import FieldViolation, PatchclampError
 from patchclamp.programs import Program
+from patchclamp.retry import Retry
 
-__all__ = ["AsyncClient", "Client", "FieldViolation", "PatchclampError", "Program"]
+__all__ = ["AsyncClient", "Client", "FieldViolation", "PatchclampError", "Program", "Retry"]

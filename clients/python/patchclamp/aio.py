@@ -1,7 +1,7 @@
 """The async client: the same methods as the sync one, in client.py, where they are described."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
@@ -38,15 +38,22 @@ from patchclamp.requests import (
     DetectOptions,
     EvaluateOptions,
     ExtractOptions,
+    FollowOptions,
     GenerateOptions,
     HeadEditOptions,
     HeadScoreOptions,
     PromptLike,
     PromptOptions,
+    ReferenceOptions,
     ScoreOptions,
+    StartWatchOptions,
     UploadOptions,
+    WatchOptions,
 )
 from patchclamp.results import (
+    ActivationCollector,
+    ActivationCounts,
+    Activations,
     Artifact,
     CalibratedProfile,
     Circuit,
@@ -54,6 +61,7 @@ from patchclamp.results import (
     CompareEvent,
     CompareResult,
     CoreNeurons,
+    CreatedWatch,
     DetectionCollector,
     DetectionEvent,
     DownloadCollector,
@@ -66,19 +74,25 @@ from patchclamp.results import (
     LogitAttribution,
     Model,
     Progress,
+    ReferenceCollector,
     RetrievalHeads,
+    RunningWatch,
+    RunningWatches,
     ScoredHeads,
     ScoreResult,
     SparsityEvaluation,
     SparsityEvaluationEvent,
     Tokenization,
+    WatchStatistics,
 )
+from patchclamp.retry import NEVER, AsyncRepeatedCall, Attempts, Retry
 from patchclamp.sparsity import SparsityLike
 from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
     head_pb2,
     model_pb2,
+    monitoring_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
     steering_pb2,
@@ -87,6 +101,7 @@ from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
 from patchclamp.v1.model_pb2_grpc import ModelServiceStub
+from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
@@ -100,9 +115,14 @@ class AsyncClient:
         *,
         token: str | None = None,
         tls: bool | str | Path = False,
+        certificate: str | Path | None = None,
+        key: str | Path | None = None,
+        token_in_clear: bool = False,
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        retry: Retry = NEVER,
     ) -> None:
-        self._connection = Connection(address, token, tls, timeout)
+        self._retry = retry
+        self._connection = Connection(address, token, tls, timeout, certificate, key, token_in_clear)
         credentials, options = self._connection.credentials, self._connection.channel_options
         self._channel = (
             grpc.aio.insecure_channel(address, options)
@@ -113,6 +133,7 @@ class AsyncClient:
         self._steering = SteeringServiceStub(self._channel)
         self._sparsity = SparsityServiceStub(self._channel)
         self._heads = HeadServiceStub(self._channel)
+        self._monitoring = MonitoringServiceStub(self._channel)
         self._artifacts = ArtifactServiceStub(self._channel)
         self._models = ModelServiceStub(self._channel)
         self._health = self._channel.unary_unary(
@@ -134,7 +155,7 @@ class AsyncClient:
     ) -> AsyncSession:
         outbox: asyncio.Queue[generation_pb2.SessionRequest] = asyncio.Queue()
         outbox.put_nowait(requests.session_start(prompt, lockstep, options))
-        return AsyncSession(self._stream(self._generation.Session, drain(outbox), timeout), outbox)
+        return AsyncSession(self._once(self._generation.Session, drain(outbox), timeout), outbox)
 
     async def score(
         self,
@@ -265,10 +286,52 @@ class AsyncClient:
         request = requests.attribute_logits(prompt, target, options)
         return LogitAttribution.from_proto(await self._unary(self._heads.AttributeLogits, request, timeout))
 
+    async def create_watch(
+        self,
+        items: Iterable[monitoring_pb2.WatchItem],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[WatchOptions],
+    ) -> CreatedWatch:
+        request = requests.create_watch(items, options)
+        return CreatedWatch.from_proto(await self._unary(self._monitoring.CreateWatch, request, timeout))
+
+    async def start_watch(
+        self, watch: str, name: str = "", *, timeout: float | None = None, **options: Unpack[StartWatchOptions]
+    ) -> RunningWatch:
+        request = requests.start_watch(watch, name or watch, options)
+        return RunningWatch.from_proto((await self._unary(self._monitoring.StartWatch, request, timeout)).watch)
+
+    async def stop_watch(self, name: str, *, timeout: float | None = None) -> RunningWatch:
+        request = monitoring_pb2.StopWatchRequest(name=name)
+        return RunningWatch.from_proto((await self._unary(self._monitoring.StopWatch, request, timeout)).watch)
+
+    async def list_watches(self, *, timeout: float | None = None) -> RunningWatches:
+        request = monitoring_pb2.ListWatchesRequest()
+        return RunningWatches.from_proto(await self._unary(self._monitoring.ListWatches, request, timeout))
+
+    async def watch_statistics(
+        self, name: str, items: Iterable[str] = (), *, timeout: float | None = None
+    ) -> WatchStatistics:
+        request = monitoring_pb2.GetWatchStatisticsRequest(name=name, items=items)
+        return WatchStatistics.from_proto(await self._unary(self._monitoring.GetWatchStatistics, request, timeout))
+
+    def record_reference(
+        self, name: str, *, timeout: float = float("inf"), **options: Unpack[ReferenceOptions]
+    ) -> AsyncStream[monitoring_pb2.RecordReferenceResponse, Progress | Artifact, Artifact]:
+        call = self._stream(self._monitoring.RecordReference, requests.record_reference(name, options), timeout)
+        return AsyncStream(call, ReferenceCollector())
+
+    def watch_activations(
+        self, name: str, *, timeout: float = float("inf"), **options: Unpack[FollowOptions]
+    ) -> AsyncStream[monitoring_pb2.WatchActivationsResponse, Activations, ActivationCounts]:
+        call = self._stream(self._monitoring.WatchActivations, requests.watch_activations(name, options), timeout)
+        return AsyncStream(call, ActivationCollector())
+
     async def put_artifact(
         self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
     ) -> Artifact:
-        response = await self._unary(self._artifacts.Upload, requests.upload(data, options), timeout)
+        response = await self._repeated(self._artifacts.Upload, lambda: requests.upload(data, options), timeout)
         return Artifact.from_proto(response.artifact)
 
     async def download_artifact(
@@ -340,12 +403,31 @@ class AsyncClient:
     async def _unary(
         self, method: Method[RequestT, Awaitable[ResponseT]], request: RequestT, timeout: float | None
     ) -> ResponseT:
-        try:
-            return await method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
-        except grpc.aio.AioRpcError as error:
-            raise PatchclampError.from_rpc(error) from None
+        return await self._repeated(method, lambda: request, timeout)
+
+    async def _repeated(
+        self, method: Method[RequestT, Awaitable[ResponseT]], make: Callable[[], RequestT], timeout: float | None
+    ) -> ResponseT:
+        """`make`: the request of each attempt."""
+        attempts = Attempts(self._retry, self._connection.deadline(timeout))
+        while True:
+            try:
+                return await method(make(), timeout=attempts.seconds_left(), metadata=self._connection.metadata)
+            except grpc.aio.AioRpcError as error:
+                delay = attempts.delay(error)
+                if delay is None:
+                    raise PatchclampError.from_rpc(error) from None
+                await asyncio.sleep(delay)
 
     def _stream(
+        self, method: Method[RequestT, AsyncCall[MessageT]], request: RequestT, timeout: float | None
+    ) -> AsyncCall[MessageT]:
+        def begin(seconds: float | None) -> AsyncCall[MessageT]:
+            return method(request, timeout=seconds, metadata=self._connection.metadata)
+
+        return AsyncRepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
+
+    def _once(
         self, method: Method[RequestT, AsyncCall[MessageT]], request: RequestT, timeout: float | None
     ) -> AsyncCall[MessageT]:
         return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)

@@ -1,6 +1,7 @@
 """The sync client."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -37,15 +38,22 @@ from patchclamp.requests import (
     DetectOptions,
     EvaluateOptions,
     ExtractOptions,
+    FollowOptions,
     GenerateOptions,
     HeadEditOptions,
     HeadScoreOptions,
     PromptLike,
     PromptOptions,
+    ReferenceOptions,
     ScoreOptions,
+    StartWatchOptions,
     UploadOptions,
+    WatchOptions,
 )
 from patchclamp.results import (
+    ActivationCollector,
+    ActivationCounts,
+    Activations,
     Artifact,
     CalibratedProfile,
     Circuit,
@@ -53,6 +61,7 @@ from patchclamp.results import (
     CompareEvent,
     CompareResult,
     CoreNeurons,
+    CreatedWatch,
     DetectionCollector,
     DetectionEvent,
     DownloadCollector,
@@ -65,13 +74,18 @@ from patchclamp.results import (
     LogitAttribution,
     Model,
     Progress,
+    ReferenceCollector,
     RetrievalHeads,
+    RunningWatch,
+    RunningWatches,
     ScoredHeads,
     ScoreResult,
     SparsityEvaluation,
     SparsityEvaluationEvent,
     Tokenization,
+    WatchStatistics,
 )
+from patchclamp.retry import NEVER, Attempts, RepeatedCall, Retry
 from patchclamp.sparsity import SparsityLike
 from patchclamp.streams import Call, GenerateStream, Session, Stream
 from patchclamp.v1 import (
@@ -79,6 +93,7 @@ from patchclamp.v1 import (
     generation_pb2,
     head_pb2,
     model_pb2,
+    monitoring_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
     steering_pb2,
@@ -87,6 +102,7 @@ from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
 from patchclamp.v1.model_pb2_grpc import ModelServiceStub
+from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
@@ -96,6 +112,9 @@ class Client:
 
     timeout: seconds for each call, unless the call gives its own; ``math.inf`` is no deadline. Sessions and
     long jobs have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message.
+    token, tls, certificate, key, token_in_clear: see Connection. ValueError for a token that would travel in clear.
+    retry: whether a call that a full server refuses waits and is sent again, as ``Retry()``; otherwise the error says
+    when to (`retry_after`).
     """
 
     def __init__(
@@ -104,9 +123,14 @@ class Client:
         *,
         token: str | None = None,
         tls: bool | str | Path = False,
+        certificate: str | Path | None = None,
+        key: str | Path | None = None,
+        token_in_clear: bool = False,
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        retry: Retry = NEVER,
     ) -> None:
-        self._connection = Connection(address, token, tls, timeout)
+        self._retry = retry
+        self._connection = Connection(address, token, tls, timeout, certificate, key, token_in_clear)
         credentials, options = self._connection.credentials, self._connection.channel_options
         self._channel = (
             grpc.insecure_channel(address, options)
@@ -117,6 +141,7 @@ class Client:
         self._steering = SteeringServiceStub(self._channel)
         self._sparsity = SparsityServiceStub(self._channel)
         self._heads = HeadServiceStub(self._channel)
+        self._monitoring = MonitoringServiceStub(self._channel)
         self._artifacts = ArtifactServiceStub(self._channel)
         self._models = ModelServiceStub(self._channel)
         self._health = self._channel.unary_unary(
@@ -143,7 +168,7 @@ class Client:
         """
         outbox: SimpleQueue[generation_pb2.SessionRequest | None] = SimpleQueue()
         outbox.put(requests.session_start(prompt, lockstep, options))
-        return Session(self._stream(self._generation.Session, iter(outbox.get, None), timeout), outbox)
+        return Session(self._once(self._generation.Session, iter(outbox.get, None), timeout), outbox)
 
     def score(
         self,
@@ -292,11 +317,63 @@ class Client:
         request = requests.attribute_logits(prompt, target, options)
         return LogitAttribution.from_proto(self._unary(self._heads.AttributeLogits, request, timeout))
 
+    def create_watch(
+        self,
+        items: Iterable[monitoring_pb2.WatchItem],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[WatchOptions],
+    ) -> CreatedWatch:
+        """Stores what is to be watched (patchclamp.monitoring) as an artifact. Options: WatchOptions."""
+        request = requests.create_watch(items, options)
+        return CreatedWatch.from_proto(self._unary(self._monitoring.CreateWatch, request, timeout))
+
+    def start_watch(
+        self, watch: str, name: str = "", *, timeout: float | None = None, **options: Unpack[StartWatchOptions]
+    ) -> RunningWatch:
+        """Measures a stored watch (id or tag) in all that is served from now on. Options: StartWatchOptions.
+
+        name: its label in Prometheus; default the tag.
+        """
+        request = requests.start_watch(watch, name or watch, options)
+        return RunningWatch.from_proto(self._unary(self._monitoring.StartWatch, request, timeout).watch)
+
+    def stop_watch(self, name: str, *, timeout: float | None = None) -> RunningWatch:
+        """Ends a running watch, and returns what it was."""
+        request = monitoring_pb2.StopWatchRequest(name=name)
+        return RunningWatch.from_proto(self._unary(self._monitoring.StopWatch, request, timeout).watch)
+
+    def list_watches(self, *, timeout: float | None = None) -> RunningWatches:
+        """The watches that run, and the caps of the server."""
+        request = monitoring_pb2.ListWatchesRequest()
+        return RunningWatches.from_proto(self._unary(self._monitoring.ListWatches, request, timeout))
+
+    def watch_statistics(
+        self, name: str, items: Iterable[str] = (), *, timeout: float | None = None
+    ) -> WatchStatistics:
+        """What a running watch has seen since it started; of these items only, where some are named."""
+        request = monitoring_pb2.GetWatchStatisticsRequest(name=name, items=items)
+        return WatchStatistics.from_proto(self._unary(self._monitoring.GetWatchStatistics, request, timeout))
+
+    def record_reference(
+        self, name: str, *, timeout: float = float("inf"), **options: Unpack[ReferenceOptions]
+    ) -> Stream[monitoring_pb2.RecordReferenceResponse, Progress | Artifact, Artifact]:
+        """Stores the distribution of the next tokens that a running watch sees. Options: ReferenceOptions."""
+        call = self._stream(self._monitoring.RecordReference, requests.record_reference(name, options), timeout)
+        return Stream(call, ReferenceCollector())
+
+    def watch_activations(
+        self, name: str, *, timeout: float = float("inf"), **options: Unpack[FollowOptions]
+    ) -> Stream[monitoring_pb2.WatchActivationsResponse, Activations, ActivationCounts]:
+        """Activations above their thresholds as they occur, in batches. Options: FollowOptions."""
+        call = self._stream(self._monitoring.WatchActivations, requests.watch_activations(name, options), timeout)
+        return Stream(call, ActivationCollector())
+
     def put_artifact(
         self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
     ) -> Artifact:
         """Stores an artifact: a vector unless kind= says otherwise. Options: UploadOptions."""
-        response = self._unary(self._artifacts.Upload, requests.upload(data, options), timeout)
+        response = self._repeated(self._artifacts.Upload, lambda: requests.upload(data, options), timeout)
         return Artifact.from_proto(response.artifact)
 
     def download_artifact(
@@ -374,12 +451,31 @@ class Client:
         self.close()
 
     def _unary(self, method: Method[RequestT, ResponseT], request: RequestT, timeout: float | None) -> ResponseT:
-        try:
-            return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
-        except grpc.RpcError as error:
-            raise PatchclampError.from_rpc(error) from None
+        return self._repeated(method, lambda: request, timeout)
+
+    def _repeated(
+        self, method: Method[RequestT, ResponseT], make: Callable[[], RequestT], timeout: float | None
+    ) -> ResponseT:
+        """`make`: the request of each attempt."""
+        attempts = Attempts(self._retry, self._connection.deadline(timeout))
+        while True:
+            try:
+                return method(make(), timeout=attempts.seconds_left(), metadata=self._connection.metadata)
+            except grpc.RpcError as error:
+                delay = attempts.delay(error)
+                if delay is None:
+                    raise PatchclampError.from_rpc(error) from None
+                time.sleep(delay)
 
     def _stream(
+        self, method: Method[RequestT, Call[MessageT]], request: RequestT, timeout: float | None
+    ) -> Call[MessageT]:
+        def begin(seconds: float | None) -> Call[MessageT]:
+            return method(request, timeout=seconds, metadata=self._connection.metadata)
+
+        return RepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
+
+    def _once(
         self, method: Method[RequestT, Call[MessageT]], request: RequestT, timeout: float | None
     ) -> Call[MessageT]:
         return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)

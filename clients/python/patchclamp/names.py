@@ -8,8 +8,9 @@ from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, program_pb2, s
 ValueT = TypeVar("ValueT", bound=int)
 
 SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out", "mlp_post", "mlp_out"]
+PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
-ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set"]
+ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference"]
 ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json"]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]

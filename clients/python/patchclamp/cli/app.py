@@ -6,14 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from patchclamp.cli import compare, generate, heads, models, score, serving, sparsity, vectors
+from patchclamp.cli import compare, generate, heads, models, score, serving, sparsity, vectors, watch
 from patchclamp.cli.terminal import styled
 from patchclamp.errors import PatchclampError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in ("serve", "pull"):
+    if arguments and arguments[0] in serving.COMMANDS:
         return serving.run(arguments[0], arguments[1:])
     args = build_parser().parse_args(arguments)
     try:
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     vectors.add_parser(commands)
     sparsity.add_parser(commands)
     heads.add_parser(commands)
+    watch.add_parser(commands)
     models.add_parsers(commands)
     return parser
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any, cast
 
 from patchclamp.cli.sparse_spec import sparsity_of
@@ -11,6 +12,12 @@ from patchclamp.client import Client
 from patchclamp.connection import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS
 from patchclamp.requests import GenerateOptions
 
+_SECURITY_OPTIONS = (
+    ("--token-file", "PATCHCLAMP_TOKEN_FILE", "the bearer token"),
+    ("--ca", "PATCHCLAMP_CA", "roots of the server's certificate, PEM: connect by TLS"),
+    ("--cert", "PATCHCLAMP_CERT", "certificate of the client, PEM"),
+    ("--key", "PATCHCLAMP_KEY", "its key, PEM"),
+)
 _GENERATE_FIELDS = (
     "temperature",
     "top_k",
@@ -44,6 +51,11 @@ def connection_options() -> argparse.ArgumentParser:
         help="host:port (default: PATCHCLAMP_ADDRESS, else %(default)s)",
     )
     group.add_argument("--tls", nargs="?", const=True, default=False, metavar="ROOTS.pem", help="connect by TLS")
+    for option, variable, text in _SECURITY_OPTIONS:
+        group.add_argument(
+            option, default=os.environ.get(variable), metavar="FILE", help=f"{text} (default: {variable})"
+        )
+    group.add_argument("--token-in-clear", action="store_true", help="send the token to another host without TLS")
     group.add_argument(
         "--timeout",
         type=float,
@@ -55,8 +67,17 @@ def connection_options() -> argparse.ArgumentParser:
 
 
 def connect(args: argparse.Namespace) -> Client:
-    """The bearer token comes from PATCHCLAMP_TOKEN only, because arguments show in process lists."""
-    return Client(args.address, token=os.environ.get("PATCHCLAMP_TOKEN"), tls=args.tls, timeout=args.timeout)
+    """The bearer token comes from a file or from PATCHCLAMP_TOKEN, because arguments show in process lists."""
+    token = os.environ.get("PATCHCLAMP_TOKEN") if args.token_file is None else Path(args.token_file).read_text().strip()
+    return Client(
+        args.address,
+        token=token,
+        tls=args.ca or args.tls,
+        certificate=args.cert,
+        key=args.key,
+        token_in_clear=args.token_in_clear,
+        timeout=args.timeout,
+    )
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

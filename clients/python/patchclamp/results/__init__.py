@@ -54,6 +54,19 @@ from patchclamp.results.models import (
     Model,
     Tokenization,
 )
+from patchclamp.results.monitoring import (
+    Activation,
+    ActivationCollector,
+    ActivationCounts,
+    Activations,
+    CreatedWatch,
+    ItemStatistics,
+    Quantile,
+    ReferenceCollector,
+    RunningWatch,
+    RunningWatches,
+    WatchStatistics,
+)
 from patchclamp.results.receipts import (
     EditReceipt,
     ReadoutValue,
@@ -73,6 +86,10 @@ from patchclamp.results.sparsity import (
 )
 
 __all__ = [
+    "Activation",
+    "ActivationCollector",
+    "ActivationCounts",
+    "Activations",
     "Artifact",
     "CalibratedProfile",
     "Chunk",
@@ -85,6 +102,7 @@ __all__ = [
     "CopySource",
     "CoreNeurons",
     "CoreOverlap",
+    "CreatedWatch",
     "DetectionCollector",
     "DetectionEvent",
     "Divergence",
@@ -105,6 +123,7 @@ __all__ = [
     "HeadMetrics",
     "HeadScore",
     "HeadSetComparison",
+    "ItemStatistics",
     "JobCollector",
     "LayerEvidence",
     "LogitAttribution",
@@ -113,9 +132,13 @@ __all__ = [
     "NeedleRun",
     "Progress",
     "QualityCard",
+    "Quantile",
     "ReadoutValue",
     "Receipt",
+    "ReferenceCollector",
     "RetrievalHeads",
+    "RunningWatch",
+    "RunningWatches",
     "ScoreResult",
     "ScoredHeads",
     "SparsityEvaluation",
@@ -125,5 +148,6 @@ __all__ = [
     "Token",
     "Tokenization",
     "Usage",
+    "WatchStatistics",
     "score_matrix",
 ]

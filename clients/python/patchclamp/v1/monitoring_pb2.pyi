@@ -37,6 +37,7 @@ class WatchItem(_message.Message):
     HEADS_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """1 to 128 bytes of printable text."""
     threshold: _builtins.float
     """An item fires at a token when its value is above this. Default 0."""
     @_builtins.property
@@ -524,6 +525,8 @@ Global___GetWatchStatisticsResponse: _TypeAlias = GetWatchStatisticsResponse  # 
 
 @_typing.final
 class ItemStatistics(_message.Message):
+    """Of all tokens since the start; before the first, zeros and no quantiles."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -550,7 +553,9 @@ class ItemStatistics(_message.Message):
     """Total variation distance, 0 to 1, between the last window and the reference over the bins of the reference."""
     @_builtins.property
     def quantiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quantile]:
-        """0.05, 0.5, 0.95 and 0.99, interpolated in the bins of the histogram."""
+        """0.05, 0.5, 0.95 and 0.99, interpolated in the bins of the histogram: the buckets, or those of the reference, and then
+        only of the tokens since it is in use.
+        """
 
     def __init__(
         self,

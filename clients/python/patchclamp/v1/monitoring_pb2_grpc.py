@@ -114,14 +114,15 @@ class MonitoringServiceServicer:
 
     def RecordReference(self, request, context):
         """RecordReference waits until a running watch has seen `tokens` more, and stores their distribution as a watch_reference
-        artifact, which drift is measured against.
+        artifact, which drift is measured against. One at a time of each watch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchActivations(self, request, context):
-        """WatchActivations streams the activations above their thresholds as they occur.
+        """WatchActivations streams the activations above their thresholds as they occur, until the watch is stopped. Headers are
+        sent when it has begun: nothing after them is missed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,10 +46,12 @@ class MonitoringServiceStub:
     """GetWatchStatistics returns what a running watch has seen, item by item."""
     RecordReference: _grpc.UnaryStreamMultiCallable[_monitoring_pb2.RecordReferenceRequest, _monitoring_pb2.RecordReferenceResponse]
     """RecordReference waits until a running watch has seen `tokens` more, and stores their distribution as a watch_reference
-    artifact, which drift is measured against.
+    artifact, which drift is measured against. One at a time of each watch.
     """
     WatchActivations: _grpc.UnaryStreamMultiCallable[_monitoring_pb2.WatchActivationsRequest, _monitoring_pb2.WatchActivationsResponse]
-    """WatchActivations streams the activations above their thresholds as they occur."""
+    """WatchActivations streams the activations above their thresholds as they occur, until the watch is stopped. Headers are
+    sent when it has begun: nothing after them is missed.
+    """
 
 @_typing.type_check_only
 class MonitoringServiceAsyncStub(MonitoringServiceStub):
@@ -69,10 +71,12 @@ class MonitoringServiceAsyncStub(MonitoringServiceStub):
     """GetWatchStatistics returns what a running watch has seen, item by item."""
     RecordReference: _aio.UnaryStreamMultiCallable[_monitoring_pb2.RecordReferenceRequest, _monitoring_pb2.RecordReferenceResponse]  # type: ignore[assignment]
     """RecordReference waits until a running watch has seen `tokens` more, and stores their distribution as a watch_reference
-    artifact, which drift is measured against.
+    artifact, which drift is measured against. One at a time of each watch.
     """
     WatchActivations: _aio.UnaryStreamMultiCallable[_monitoring_pb2.WatchActivationsRequest, _monitoring_pb2.WatchActivationsResponse]  # type: ignore[assignment]
-    """WatchActivations streams the activations above their thresholds as they occur."""
+    """WatchActivations streams the activations above their thresholds as they occur, until the watch is stopped. Headers are
+    sent when it has begun: nothing after them is missed.
+    """
 
 class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
     """MonitoringService watches chosen neurons, features, directions and heads in all that is served. What is watched is an
@@ -125,7 +129,7 @@ class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_monitoring_pb2.RecordReferenceResponse], _abc.AsyncIterator[_monitoring_pb2.RecordReferenceResponse]]:
         """RecordReference waits until a running watch has seen `tokens` more, and stores their distribution as a watch_reference
-        artifact, which drift is measured against.
+        artifact, which drift is measured against. One at a time of each watch.
         """
 
     @_abc_1.abstractmethod
@@ -134,6 +138,8 @@ class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitoring_pb2.WatchActivationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_monitoring_pb2.WatchActivationsResponse], _abc.AsyncIterator[_monitoring_pb2.WatchActivationsResponse]]:
-        """WatchActivations streams the activations above their thresholds as they occur."""
+        """WatchActivations streams the activations above their thresholds as they occur, until the watch is stopped. Headers are
+        sent when it has begun: nothing after them is missed.
+        """
 
 def add_MonitoringServiceServicer_to_server(servicer: MonitoringServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

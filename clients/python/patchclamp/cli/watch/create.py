@@ -1,0 +1,56 @@
+"""patchclamp watch create"""
+
+import argparse
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from patchclamp.cli.options import connect, connection_options, given
+from patchclamp.cli.terminal import note, print_json
+from patchclamp.cli.watch.item_spec import ITEM_OPTIONS
+from patchclamp.v1 import monitoring_pb2 as pb
+
+
+def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = actions.add_parser("create", parents=[connection_options()], help="store what is to be watched")
+    parser.add_argument("name", help="tag to store the watch under")
+    group = parser.add_argument_group("items", "each may be given several times; an item fires above its threshold")
+    for option, read, metavar, text in ITEM_OPTIONS:
+        group.add_argument(option, type=read, action="append", dest="items", default=[], metavar=metavar, help=text)
+    group.add_argument("--top", type=int, default=0, metavar="K", help="of every head set, the K best")
+    group.add_argument(
+        "--items",
+        type=items_file,
+        action="extend",
+        metavar="FILE",
+        help='{"items": [...]} in protobuf JSON: WatchItem messages, SAE features too',
+    )
+    parser.add_argument("--description")
+    parser.add_argument("--model", default="", help="default: the server's model")
+    parser.set_defaults(run=run)
+
+
+def items_file(path: str) -> list[pb.WatchItem]:
+    """The items of a CreateWatchRequest in protobuf JSON."""
+    try:
+        request = json_format.Parse(Path(path).read_text(encoding="utf-8"), pb.CreateWatchRequest())
+    except (OSError, ValueError, json_format.ParseError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+    return list(request.items)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.items:
+        raise ValueError(f"nothing to watch: give {', '.join(option for option, *_ in ITEM_OPTIONS)} or --items")
+    for item in args.items:
+        if args.top and item.heads.heads.head_set:
+            item.heads.heads.top_k = args.top
+    with connect(args) as client:
+        watch = client.create_watch(args.items, tags=[args.name], model=args.model, **given(args, "description"))
+    if args.json:
+        print_json(watch)
+        return 0
+    for item in watch.items:
+        print(item)
+    note(f"{len(watch.items)} items stored as {args.name} = {watch.artifact.id}")
+    return 0

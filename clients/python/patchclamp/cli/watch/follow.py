@@ -1,0 +1,45 @@
+"""patchclamp watch follow"""
+
+import argparse
+import json
+import sys
+from typing import cast
+
+from patchclamp.cli.options import connect, connection_options, given
+from patchclamp.cli.terminal import note
+from patchclamp.requests import FollowOptions
+from patchclamp.results import Activation
+
+
+def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = actions.add_parser(
+        "follow",
+        parents=[connection_options()],
+        help="activations above their thresholds as they occur; with --json one object a line",
+    )
+    parser.add_argument("name", help="the running watch")
+    parser.add_argument("--item", action="append", dest="items", metavar="NAME", help="only this one; repeatable")
+    parser.add_argument("--threshold", type=float, help="in place of the items' own")
+    parser.add_argument("--max-events", type=int, metavar="N", help="end after so many (default: never)")
+    # It ends when it is told to, or interrupted.
+    parser.set_defaults(run=run, timeout=float("inf"))
+
+
+def run(args: argparse.Namespace) -> int:
+    options = cast(FollowOptions, given(args, "items", "threshold", "max_events"))
+    with connect(args) as client, client.watch_activations(args.name, timeout=args.timeout, **options) as stream:
+        for batch in stream:
+            for activation in batch.activations:
+                print(json.dumps(activation.to_dict(), ensure_ascii=False) if args.json else _line(activation))
+            # Whoever reads a pipe wants them as they occur.
+            sys.stdout.flush()
+            if batch.dropped:
+                note(f"{batch.dropped} left out: they occur faster than they are read")
+    return 0
+
+
+def _line(activation: Activation) -> str:
+    where = f"{activation.sequence}:{activation.position}"
+    return (
+        f"{activation.seconds:10.3f} s  {where:>10}  {activation.value:12.4f}  {activation.item}  {activation.token!r}"
+    )

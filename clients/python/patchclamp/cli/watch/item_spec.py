@@ -1,0 +1,77 @@
+"""What is watched, in one argument each: [NAME=]WHAT[:THRESHOLD].
+
+--neurons     L12N345    suspects=L12N3,345:1.5
+--neuron-set  toxic      toxic:0.5
+--direction   joyful@16  joy=joyful@14-16:2     joyful (at its own layers)
+--heads       L18H6,L17H3:.8    copying=retrieval
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+
+from patchclamp.cli.heads.selection import heads
+from patchclamp.cli.steering import layer_list
+from patchclamp.monitoring import watch_direction, watch_heads, watch_neuron_set, watch_neurons
+from patchclamp.v1 import monitoring_pb2 as pb
+
+_SPEC = re.compile(r"((?P<name>[^=:]+)=)?(?P<what>(sha256:)?[^:=]+)(:(?P<threshold>[^:=]+))?")
+_NEURONS = re.compile(r"L(\d+)N(\d+(?:,\d+)*)")
+
+
+def neurons(text: str) -> pb.WatchItem:
+    """L12N3,345 has the name L12, L12N345 its own."""
+    name, what, threshold = _parts(text, "L12N345 or suspects=L12N3,345:1.5")
+    match = _NEURONS.fullmatch(what)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{what!r}: expected neurons of one layer, such as L12N3,345")
+    listed = [int(neuron) for neuron in match[2].split(",")]
+    default = what if len(listed) == 1 else f"L{match[1]}"
+    return watch_neurons(name or default, int(match[1]), listed, threshold=threshold)
+
+
+def neuron_set(text: str) -> pb.WatchItem:
+    name, what, threshold = _parts(text, "toxic or toxic:0.5")
+    return watch_neuron_set(name or _short(what), what, threshold=threshold)
+
+
+def direction(text: str) -> pb.WatchItem:
+    """joyful@14-16; without layers those that the vector has."""
+    name, what, threshold = _parts(text, "joyful@16 or joy=joyful@14-16:2")
+    ref, _, layers = what.partition("@")
+    found = layer_list(layers) if layers else ()
+    if isinstance(found, str):
+        raise argparse.ArgumentTypeError(f'{text!r}: name the layers; a vector without them has all its own, not "all"')
+    return watch_direction(name or _short(ref), ref, layers=found, threshold=threshold)
+
+
+def head_list(text: str) -> pb.WatchItem:
+    name, what, threshold = _parts(text, "L18H6,L17H3 or copying=retrieval:.8")
+    listed = heads(what)
+    default = _short(what) if isinstance(listed, str) or "," not in what else "heads"
+    return watch_heads(name or default, listed, threshold=threshold)
+
+
+# Option, what reads it, metavar and help.
+ITEM_OPTIONS: tuple[tuple[str, Callable[[str], pb.WatchItem], str, str], ...] = (
+    ("--neurons", neurons, "[NAME=]L<layer>N<neurons>[:THRESHOLD]", "neurons of a layer, as in L12N3,345:1.5"),
+    ("--neuron-set", neuron_set, "[NAME=]SET[:THRESHOLD]", "all neurons of a stored set"),
+    ("--direction", direction, "[NAME=]VECTOR[@LAYERS][:THRESHOLD]", "projections on a stored vector"),
+    ("--heads", head_list, "[NAME=]HEADS|HEAD_SET[:THRESHOLD]", "largest probability of heads, as in L18H6:.8"),
+)
+
+
+def _parts(text: str, example: str) -> tuple[str, str, float | None]:
+    match = _SPEC.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected something like {example}")
+    try:
+        threshold = None if match["threshold"] is None else float(match["threshold"])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: the threshold {match['threshold']!r} is not a number") from None
+    return match["name"] or "", match["what"], threshold
+
+
+def _short(ref: str) -> str:
+    """A tag is a name; of an id its first digits."""
+    return ref.removeprefix("sha256:")[:12] if ref.startswith("sha256:") else ref

@@ -1,0 +1,48 @@
+"""patchclamp watch list, patchclamp watch stop"""
+
+import argparse
+
+from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.terminal import note, print_json, table
+
+
+def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    listing = actions.add_parser("list", parents=[connection_options()], help="watches that run")
+    listing.set_defaults(run=run_list)
+    stop = actions.add_parser("stop", parents=[connection_options()], help="end a watch; its series vanish")
+    stop.add_argument("name")
+    stop.set_defaults(run=run_stop)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        running = client.list_watches()
+    if args.json:
+        print_json(running)
+        return 0
+    rows = [
+        (
+            watch.name,
+            len(watch.items),
+            watch.tokens,
+            ",".join(watch.phases),
+            f"{watch.sampling_rate:g}",
+            watch.reference[:19] or "none",
+            watch.watch[:19],
+        )
+        for watch in running.watches
+    ]
+    table(("watch", "items", "tokens", "phases", "sampled", "reference", "artifact"), rows)
+    items = sum(len(watch.items) for watch in running.watches)
+    note(f"{len(rows)} of {running.max_watches} watches, {items} of {running.max_items} items")
+    return 0
+
+
+def run_stop(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        watch = client.stop_watch(args.name)
+    if args.json:
+        print_json(watch)
+    else:
+        note(f"{watch.name} saw {watch.tokens} tokens")
+    return 0
