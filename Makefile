@@ -18,9 +18,10 @@ $(RUNNING): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --progress-bar on -c constraints.txt -e '.[server]'
 	touch $@
 
-$(TESTING): $(RUNNING)
+$(TESTING): $(RUNNING) .ci/prometheus
 	@echo "installing the developer's tools into $(VENV)"
 	$(PIP) install --progress-bar on -c constraints.txt -e '.[server,dev]'
+	bash .ci/prometheus $(VENV)
 	touch $@
 
 demo: $(RUNNING)
