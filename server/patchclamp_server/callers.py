@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Caller:
-    """`tenant`: a name of the policy file, "" where none is in use. `weight`: its share of the engine when it is full."""
+    """`tenant`: a name of the policy file, "" where none is in use. `weight`: its share of a full engine."""
 
     tenant: str = ""
     weight: float = 1.0

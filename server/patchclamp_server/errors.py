@@ -29,10 +29,34 @@ class NotFound(RequestError):
     """A model, artifact or tag that does not exist. → NOT_FOUND."""
 
 
+@dataclass(eq=False)
 class ResourceExhausted(RequestError):
     """The server is full for now. → RESOURCE_EXHAUSTED with RetryInfo."""
 
     retry_after_seconds: float = 1.0
+
+
+class QuotaExceeded(ResourceExhausted):
+    """The tenant has used what its policy allows it. → RESOURCE_EXHAUSTED with RetryInfo."""
+
+    def after(self, seconds: float) -> "QuotaExceeded":
+        """The same, with the time to come back after."""
+        self.retry_after_seconds = seconds
+        return self
+
+
+@dataclass(eq=False)
+class Unauthenticated(RequestError):
+    """Who calls is not known. → UNAUTHENTICATED; `reason` is a stable word for programs."""
+
+    reason: str = "TOKEN_MISSING"
+
+
+@dataclass(eq=False)
+class PermissionDenied(RequestError):
+    """The policy does not allow it. → PERMISSION_DENIED; `reason` is a stable word for programs."""
+
+    reason: str = "NOT_ALLOWED"
 
 
 class Aborted(RequestError):

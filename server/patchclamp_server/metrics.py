@@ -3,6 +3,7 @@
 Counts kept by the engine itself are read at scrape time; latencies are observed where they happen.
 """
 
+import ssl
 from collections.abc import Callable, Iterator
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
@@ -11,9 +12,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from patchclamp_server.engine.admission import Reason
 from patchclamp_server.engine.config import EngineStats
 from patchclamp_server.engine.request import SparsityReport
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.monitoring.prometheus import WatchCollector
+from patchclamp_server.monitoring.registry import WatchRegistry
+from patchclamp_server.monitoring.running import RunningWatch
+from patchclamp_server.security.metrics import SecurityMetrics
+from patchclamp_server.security.tls_files import TlsFiles
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -29,6 +36,8 @@ STATS_GAUGES: dict[str, tuple[str, str]] = {
     "kv_blocks_total": ("patchclamp_kv_blocks", "KV blocks there are."),
     "kv_blocks_free": ("patchclamp_kv_blocks_free", "KV blocks a new sequence could take."),
     "kv_blocks_cached": ("patchclamp_kv_blocks_cached", "KV blocks kept for their prefix."),
+    "queue_kv_tokens": ("patchclamp_queue_kv_tokens", "Tokens of KV cache that waiting requests may need."),
+    "program_rows": ("patchclamp_program_rows", "Rows of the device tables that running programs hold."),
 }
 STATS_COUNTERS: dict[str, tuple[str, str]] = {
     "steps": ("patchclamp_steps", "Forward passes."),
@@ -36,6 +45,7 @@ STATS_COUNTERS: dict[str, tuple[str, str]] = {
     "decode_tokens": ("patchclamp_decode_tokens", "Tokens generated."),
     "prefix_hit_tokens": ("patchclamp_prefix_cache_hit_tokens", "Prompt tokens reused from the prefix cache."),
     "preemptions": ("patchclamp_preemptions", "Sequences that lost their KV blocks and were computed again."),
+    "failed_steps": ("patchclamp_failed_steps", "Forward passes that raised; their requests got an error."),
 }
 
 
@@ -44,6 +54,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.security = SecurityMetrics(self.registry)
         by_method = ("service", "method")
         self.requests = Counter(
             "patchclamp_requests_total", "Calls answered.", (*by_method, "code"), registry=self.registry
@@ -53,6 +64,11 @@ class Metrics:
         )
         self.in_flight = Gauge(
             "patchclamp_requests_in_flight", "Calls not yet answered.", by_method, registry=self.registry
+        )
+        self.serving = Gauge(
+            "patchclamp_serving",
+            "1 while health says SERVING, else 0: a drain, a step that is late, the engine's end.",
+            registry=self.registry,
         )
         self._step_seconds = Histogram(
             "patchclamp_step_seconds", "Time of a forward pass.", buckets=STEP_BUCKETS, registry=self.registry
@@ -84,6 +100,21 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+
+        self._queue_wait_seconds = Histogram(
+            "patchclamp_queue_wait_seconds",
+            "From the arrival of a request to its first step.",
+            buckets=REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "patchclamp_admission_refused_total",
+            "Requests refused because the engine could not serve them in time.",
+            ("reason",),
+            registry=self.registry,
+        )
+        for reason in Reason:
+            self._refused.labels(reason.value)
 
         by_policy = ("policy",)
         self._sparse_tokens = Counter(
@@ -130,6 +161,10 @@ class Metrics:
         """`stats` is called at every scrape, on the scraper's thread."""
         self.registry.register(EngineCollector(stats))
 
+    def read_watches(self, registry: WatchRegistry, dropped: Callable[[RunningWatch], int]) -> None:
+        """Both are read at every scrape, on the scraper's thread. `dropped`: events that readers did not get."""
+        self.registry.register(WatchCollector(registry, dropped))
+
     def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None:
         self._step_seconds.observe(seconds)
         self._batch_rows.observe(prefill_tokens + decode_rows)
@@ -143,6 +178,12 @@ class Metrics:
 
     def on_finished(self, outcome: str) -> None:
         self._finished.labels(outcome).inc()
+
+    def on_queue_wait(self, seconds: float) -> None:
+        self._queue_wait_seconds.observe(seconds)
+
+    def on_refused(self, reason: Reason) -> None:
+        self._refused.labels(reason.value).inc()
 
     def on_preemption(self) -> None:
         """Counted by the engine: see EngineCollector."""
@@ -186,14 +227,23 @@ class EngineCollector(Collector):
 class MetricsEndpoint:
     """`/metrics` over HTTP, on a thread of its own."""
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+    def __init__(self, metrics: Metrics, host: str, port: int, tls: TlsFiles | None = None) -> None:
         """Port 0 takes a free one. Raises OSError when the port is taken."""
-        served: tuple[WSGIServer, Thread] = start_http_server(port, addr=host, registry=metrics.registry)
+        self._tls = tls
+        certificate, key = (None, None) if tls is None else (str(tls.certificate), str(tls.key))
+        served: tuple[WSGIServer, Thread] = start_http_server(
+            port, addr=host, registry=metrics.registry, certfile=certificate, keyfile=key
+        )
         self._server, self._thread = served
 
     @property
     def port(self) -> int:
         return int(self._server.server_port)
+
+    def renew_certificate(self) -> None:
+        """Connections from now on get the certificate that is in the files."""
+        if self._tls is not None and isinstance(self._server.socket, ssl.SSLSocket):
+            self._server.socket.context.load_cert_chain(self._tls.certificate, self._tls.key)
 
     def close(self) -> None:
         self._server.shutdown()

@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +17,8 @@ from patchclamp_server.errors import ResourceExhausted
 log = logging.getLogger(__name__)
 TEMPORARY = "tmp"
 STALE_AFTER = timedelta(hours=1)
+# No space, no quota, and a file above the limit of the process.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BlobStore:
@@ -62,21 +64,31 @@ class BlobStore:
 
     def write(self, path: str, data: bytes) -> None:
         """Replaces the bytes at a path in one step. ResourceExhausted: no room."""
-        temporary, final = self._full(f"{TEMPORARY}/{uuid.uuid4().hex}"), self._full(path)
+        self.write_all({path: data})
+
+    def write_all(self, contents: Mapping[str, bytes]) -> None:
+        """As `write` for several paths, in their order, once there is room for all of them: none is written before."""
+        temporary = {path: self._full(f"{TEMPORARY}/{uuid.uuid4().hex}") for path in contents}
         with full_disk_is_resource_exhausted("the artifact store"):
             try:
-                if self.local:
-                    _write_synced(temporary, data)
-                    _make_directories(Path(final).parent)
-                    os.replace(temporary, final)
-                    _sync_directory(Path(final).parent)
-                else:
-                    self.fs.pipe_file(temporary, data)
-                    self.fs.makedirs(final.rpartition("/")[0], exist_ok=True)
-                    self.fs.mv(temporary, final)
+                for path, data in contents.items():
+                    if self.local:
+                        _write_synced(temporary[path], data)
+                        _make_directories(Path(self._full(path)).parent)
+                    else:
+                        self.fs.pipe_file(temporary[path], data)
+                        self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
+                for path in contents:
+                    final = self._full(path)
+                    if self.local:
+                        os.replace(temporary[path], final)
+                        _sync_directory(Path(final).parent)
+                    else:
+                        self.fs.mv(temporary[path], final)
             finally:
-                with suppress(FileNotFoundError):
-                    self.fs.rm_file(temporary)
+                for name in temporary.values():
+                    with suppress(FileNotFoundError):
+                        self.fs.rm_file(name)
 
     def remove(self, path: str) -> None:
         self.fs.rm_file(self._full(path))
@@ -100,7 +112,7 @@ def full_disk_is_resource_exhausted(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise ResourceExhausted("", f"{place} is full: {error.strerror}") from error
         raise
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from patchclamp_server.artifacts.access import ArtifactAccess, OpenStore
 from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
@@ -45,6 +46,7 @@ class ArtifactStore:
     """`url` is a directory or any fsspec URL (memory://, s3://…). `cache_bytes` bounds the loaded artifacts kept."""
 
     def __init__(self, url: str | Path, *, cache_bytes: int = 256 * 1024 * 1024) -> None:
+        self.access: ArtifactAccess = OpenStore()
         self._blobs = BlobStore(url)
         self._loaded = ArtifactCache(cache_bytes)
         self._headers: dict[str, safetensors.Header] = {}
@@ -72,6 +74,7 @@ class ArtifactStore:
         tags = tuple(tags)
         for index, tag in enumerate(tags):
             check_tag(tag, f"tags[{index}]")
+        self.access.put(tags)
         metadata = checked_metadata(
             Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})
         )
@@ -79,11 +82,11 @@ class ArtifactStore:
         data = safetensors.dump(metadata, tensors)
         artifact_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
         with self._lock:
-            if not self._is_intact(artifact_id):
-                self._blobs.write(_object_path(artifact_id), data)
-                self._damaged.discard(artifact_id)
-            for tag in tags:
-                self._blobs.write(f"tags/{tag}", artifact_id.encode())
+            contents = {} if self._is_intact(artifact_id) else {_object_path(artifact_id): data}
+            # The object first: a crash in between leaves an object without a tag, not a tag without an object.
+            self._blobs.write_all(contents | {f"tags/{tag}": artifact_id.encode() for tag in tags})
+            self._damaged.discard(artifact_id)
+        self.access.changed("put", artifact_id, tags)
         return self.info(artifact_id)
 
     def get(self, ref: str) -> Artifact:
@@ -91,7 +94,7 @@ class ArtifactStore:
 
         NotFound: no such artifact. FailedPrecondition: the stored bytes are damaged.
         """
-        artifact_id = self.resolve(ref)
+        artifact_id = self._usable(ref)
         if artifact := self._loaded.get(artifact_id):
             return artifact
         data = self._read_verified(artifact_id, ref)
@@ -102,7 +105,7 @@ class ArtifactStore:
 
     def info(self, ref: str) -> ArtifactInfo:
         """What is known of an id or tag, from the header alone. Errors as in get()."""
-        artifact_id = self.resolve(ref)
+        artifact_id = self._usable(ref)
         return self._info(artifact_id, ref, self._tags_by_id()[artifact_id])
 
     def list(
@@ -132,6 +135,8 @@ class ArtifactStore:
                 continue
             if (kind and info.kind is not kind) or model_fingerprint not in ("", info.model_fingerprint):
                 continue
+            if not self.access.sees(info.id, info.tags):
+                continue
             size = len(safetensors.metadata_json(info.metadata)) + 16 * len(info.layers) + sum(map(len, info.tags))
             if len(page) == page_size or (page and page_bytes + size > MAX_PAGE_BYTES):
                 return page, _next_token(page[-1].id, query)
@@ -142,27 +147,33 @@ class ArtifactStore:
     def tag(self, tag: str, ref: str) -> ArtifactInfo:
         """Points a tag at the artifact of an id or another tag, wherever it pointed before."""
         check_tag(tag)
+        self.access.tag(tag)
         with self._lock:
             artifact_id = self.info(ref).id
             self._blobs.write(f"tags/{tag}", artifact_id.encode())
+        self.access.changed("tag", artifact_id, (tag,))
         return self.info(artifact_id)
 
     def untag(self, tag: str) -> str:
         """Removes a tag and returns the id it held. The artifact stays. NotFound: no such tag."""
         check_tag(tag)
+        self.access.tag(tag)
         with self._lock:
             artifact_id = self.resolve(tag)
             # Another process may remove it at the same time.
             with suppress(FileNotFoundError):
                 self._blobs.remove(f"tags/{tag}")
+        self.access.changed("untag", artifact_id, (tag,))
         return artifact_id
 
     def delete(self, ref: str) -> None:
         """Removes an artifact, damaged or not, with all its tags. NotFound: no such artifact."""
         with self._lock:
             artifact_id = self.resolve(ref)
+            tags = self._tags_by_id()[artifact_id]
+            self.access.delete(artifact_id, tags)
             # Tags first: a crash in between leaves an object without a tag, not a tag without an object.
-            for tag in self._tags_by_id()[artifact_id]:
+            for tag in tags:
                 with suppress(FileNotFoundError):
                     self._blobs.remove(f"tags/{tag}")
             try:
@@ -173,6 +184,7 @@ class ArtifactStore:
                 self._loaded.remove(artifact_id)
                 self._headers.pop(artifact_id, None)
                 self._damaged.discard(artifact_id)
+        self.access.changed("delete", artifact_id, tags)
 
     def resolve(self, ref: str) -> str:
         """The id of a reference: "sha256:" + 64 hex digits, or a tag. Prefixes of an id are not accepted."""
@@ -187,6 +199,12 @@ class ArtifactStore:
             raise NotFound("ref", f"no artifact has the tag {ref!r}") from error
         if not ID.fullmatch(artifact_id):
             raise FailedPrecondition("ref", f"the stored tag {ref!r} is damaged; set it again")
+        return artifact_id
+
+    def _usable(self, ref: str) -> str:
+        """The id of a reference that the caller may use."""
+        artifact_id = self.resolve(ref)
+        self.access.use(artifact_id, ref, lambda: self._tags_by_id()[artifact_id])
         return artifact_id
 
     @property

@@ -4,6 +4,8 @@
     neuron_set        layer.<l>.neurons [n], optionally layer.<l>.values [n]       int64 ≥ 0 and unique; floats
     sparsity_profile  names of the policy's own, any shape                         float32 or int64
     head_set          scores [n_layers, n_heads], optionally low, high alike       float32
+    watch             see monitoring/watch.py                                      uint8, int64, floats
+    watch_reference   see monitoring/reference.py                                  float64, int64
 
 Floats are finite.
 """
@@ -16,6 +18,12 @@ from typing import TypeAlias
 import torch
 
 from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.artifacts.watches import (
+    check_reference_tensors,
+    check_watch_tensors,
+    reference_layers,
+    watch_layers,
+)
 from patchclamp_server.errors import InvalidArgument
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -45,7 +53,7 @@ class _Kind:
 
 
 def layers_of(kind: ArtifactKind, shapes: Shapes) -> tuple[int, ...]:
-    """Layers that tensors of these shapes speak of, ascending; none for a sparsity profile, whose tensors do not tell.
+    """Layers that tensors of these shapes speak of, ascending; none for the kinds whose tensors do not tell.
 
     InvalidArgument: a name, or a number of dimensions, that the kind does not have.
     """
@@ -180,6 +188,8 @@ KINDS: Mapping[ArtifactKind, _Kind] = {
     ArtifactKind.NEURON_SET: _Kind(_neuron_set_layers, _check_neuron_set),
     ArtifactKind.SPARSITY_PROFILE: _Kind(_profile_layers, _check_profile),
     ArtifactKind.HEAD_SET: _Kind(_head_set_layers, _check_head_set),
+    ArtifactKind.WATCH: _Kind(watch_layers, check_watch_tensors),
+    ArtifactKind.WATCH_REFERENCE: _Kind(reference_layers, check_reference_tensors),
 }
 
 

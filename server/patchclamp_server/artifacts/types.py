@@ -18,6 +18,8 @@ class ArtifactKind(Enum):
     NEURON_SET = "neuron_set"
     SPARSITY_PROFILE = "sparsity_profile"
     HEAD_SET = "head_set"
+    WATCH = "watch"
+    WATCH_REFERENCE = "watch_reference"
 
 
 # Kinds whose layers stand for themselves, so that some can be taken without the others.
@@ -43,7 +45,8 @@ class Metadata:
 class ArtifactInfo:
     """An artifact without its tensors. `created` is in seconds since the epoch.
 
-    `width`: of a vector; for a head set the heads of a layer, for the others 0. `layers`: none for a sparsity profile.
+    `width`: of a vector; for a head set the heads of a layer, for the others 0. `layers`: none for a sparsity profile,
+    a watch and a reference of one.
     """
 
     id: str

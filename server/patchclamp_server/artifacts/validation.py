@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from patchclamp_server.artifacts.types import ArtifactKind, Metadata
+from patchclamp_server.artifacts.types import LAYERED, ArtifactKind, Metadata
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 
@@ -30,11 +30,14 @@ def checked_metadata(metadata: Metadata) -> Metadata:
         if site not in (None, Site.MLP_POST):
             raise InvalidArgument("site", "neuron sets sit at mlp_post; leave the site empty")
         site = None
-    if metadata.kind in (ArtifactKind.SPARSITY_PROFILE, ArtifactKind.HEAD_SET) and site is not None:
+    if metadata.kind not in LAYERED and site is not None:
         raise InvalidArgument("site", f"a {metadata.kind.value} has no site; leave it empty")
     policy = metadata.provenance.get("policy")
     if metadata.kind is ArtifactKind.SPARSITY_PROFILE and not (isinstance(policy, str) and policy):
         raise InvalidArgument("provenance.policy", "a sparsity_profile needs the name of its policy")
+    watch = metadata.provenance.get("watch")
+    if metadata.kind is ArtifactKind.WATCH_REFERENCE and not (isinstance(watch, str) and watch):
+        raise InvalidArgument("provenance.watch", "a watch_reference needs the id of its watch")
     if not metadata.model_fingerprint:
         raise InvalidArgument("model_fingerprint", "an artifact belongs to a model; the fingerprint is empty")
     fingerprint = _canonical(metadata.model_fingerprint, "model_fingerprint", 0)

@@ -12,6 +12,7 @@ from patchclamp_server.engine.sparse_decoder import SparseDecoder
 from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
 from patchclamp_server.interventions.scopes import BoolArray, IntArray
 from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.monitoring.step import StepWatch
 from patchclamp_server.sparsity.apply import Rows
 
 PADDING_SLOT = -1
@@ -20,7 +21,8 @@ PADDING_SLOT = -1
 @dataclass(frozen=True, eq=False)
 class StepBatch:
     """T rows: single tokens first, then chunks. `programs`: the spans that have a program or a capture. `sparse`: rows
-    that a sparse policy selects for or observes. Rows of `padding` are written to no block."""
+    that a sparse policy selects for or observes. `watch`: rows that are watched. Rows of `padding` are written to no
+    block."""
 
     token_ids: list[int]
     spans: list[Span]
@@ -30,6 +32,7 @@ class StepBatch:
     block_size: int
     padding: bool = False
     sparse: Sequence[Rows] = ()
+    watch: StepWatch | None = None
 
     @property
     def positions(self) -> IntArray:  # [T]

@@ -8,7 +8,7 @@ On a CPU a "replay" runs the same padded step anew: the bookkeeping is tested th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from patchclamp_server.interventions.head_readings import HeadReadings
 from patchclamp_server.interventions.kernel_plan import NO_PROGRAM, KernelPlan, empty_plan
 from patchclamp_server.interventions.slots import SlotTables
 from patchclamp_server.model.kernel_forward import KernelForward
+from patchclamp_server.monitoring.sites import WatchedSites
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Contexts up to 1,024 tokens, 4,096, ...: the bound sets how many programs of the attention kernel share a context.
@@ -84,7 +85,10 @@ class DecodeGraphs:
             and plan.most_neuron_entries <= NEURON_ENTRIES
         )
 
-    def execute(self, batch: StepBatch, plan: KernelPlan, heads: HeadReadings | None) -> Executed:
+    def execute(
+        self, batch: StepBatch, plan: KernelPlan, heads: HeadReadings | None, watched: WatchedSites | None = None
+    ) -> Executed:
+        """A `watched` step is padded in the same way, so that it has the same bits, and runs launch by launch."""
         n = len(batch.token_ids)
         longest = max(span.offset for span in batch.spans) + 1
         key = GraphKey(
@@ -93,11 +97,14 @@ class DecodeGraphs:
             plan.attn_q,
             plan.attn_z,
             plan.neurons,
-            heads is not None,
+            heads is not None or (watched is not None and bool(watched.layout.heads)),
         )
         graph = self._graph(key)
         graph.fill(batch, plan)
-        graph.replay()
+        if watched is None:
+            graph.replay()
+        else:
+            graph.run(watched)
         logits = self.logits[:n]
         if len(batch.logit_rows) != n:
             logits = logits[batch.logit_rows]
@@ -170,13 +177,13 @@ class _Graph:
         self.finite = torch.empty(n, dtype=torch.bool, device=device)
         self._pad(0)
         self._packed.upload()
-        self.replay: Callable[[], None] = self._run
+        self.replay: Callable[[], None] = self.run
         if cuda:
             # Once outside, where libraries make their workspaces.
-            self._run()
+            self.run()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=owner.pool, capture_error_mode="thread_local"):
-                self._run()
+                self.run()
             self.replay = graph.replay
 
     def fill(self, batch: StepBatch, plan: KernelPlan) -> None:
@@ -204,10 +211,14 @@ class _Graph:
         host["spans"][:] = 0
         host["counters"][:] = -1
 
-    def _run(self) -> None:
-        owner, rows = self._owner, self.rows
+    def run(self, watched: WatchedSites | None = None) -> None:
+        owner, rows, inputs = self._owner, self.rows, self._inputs
         rows.opened.zero_()
         rows.receipts.zero_()
-        x, normed = run_step(owner.forward, owner.tables, owner.cache.pools, self._inputs, self._packed.device)
+        if watched is not None:
+            inputs = replace(inputs, programs=watched.between(inputs.programs))
+        x, normed = run_step(owner.forward, owner.tables, owner.cache.pools, inputs, self._packed.device)
+        if watched is not None and self.peaks is not None:
+            watched.layout.look_at_heads(self.peaks)
         owner.logits[: self._n].copy_(owner.forward.decoder.unembed(normed))
         self.finite.copy_(finite_rows(x))

@@ -6,22 +6,28 @@ It has a thread of its own. Other threads put commands into a queue; everything 
 """
 
 import logging
+import math
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from patchclamp_server.callers import CALLER
+from patchclamp_server.engine.access import EngineAccess, OpenEngine
+from patchclamp_server.engine.admission import Admission, Demand, Refusal
 from patchclamp_server.engine.batch import Executor
 from patchclamp_server.engine.config import EngineConfig, EngineObserver, EngineStats, Unobserved
+from patchclamp_server.engine.faults import fault_of, is_device_lost, is_out_of_memory
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.operator_executor import OperatorExecutor
 from patchclamp_server.engine.output import Output
 from patchclamp_server.engine.quality_guard import divergences
-from patchclamp_server.engine.request import Failed, FinishReason, Request
+from patchclamp_server.engine.request import Failed, FinishReason, Priority, Request
 from patchclamp_server.engine.runner import Prediction, Runner, StepResult
 from patchclamp_server.engine.sampler import NOT_FINITE, sample
 from patchclamp_server.engine.scheduler import Scheduler, Work
@@ -43,6 +49,7 @@ from patchclamp_server.interventions.observers import CaptureState
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.sparsity.mlp import SparseModel
 
 log = logging.getLogger(__name__)
@@ -68,18 +75,36 @@ class Engine:
             share_prefixes=self.config.enable_prefix_cache,
         )
         self.scheduler = Scheduler(
-            self.cache, max_sequences=self.config.max_sequences, max_tokens=self.config.max_tokens_per_step
+            self.cache,
+            max_sequences=self.config.max_sequences,
+            max_tokens=self.config.max_tokens_per_step,
+            expected_length=self._expected_length,
+            is_late=lambda sequence: self._late(sequence) is not None,
+        )
+        self.admission = Admission(
+            max_waiting=self.config.max_waiting,
+            max_sequences=self.config.max_sequences,
+            max_kv_tokens=self.config.max_waiting_kv_tokens or 8 * self.config.kv_cache_tokens,
         )
         # What sparse policies are bound to; one for all requests.
         self.sparse_model = SparseModel(model.info.fingerprint, model.decoder)
         self.executor = _executor(self.sparse_model, self.cache, self.config)
         self.tables = self.executor.tables
-        self.runner = Runner(self.executor, self.cache)
+        self.monitor = WatchRegistry(
+            spec,
+            model.decoder.device,
+            max_watches=self.config.max_watches,
+            max_items=self.config.max_watched_items,
+        )
+        self.runner = Runner(self.executor, self.cache, self.monitor)
         self.observer: EngineObserver = Unobserved()
+        self.access: EngineAccess = OpenEngine()
         # Called with every row of logits that is sampled from (request id, position it predicts, logits [vocab]).
         self.on_logits: Callable[[int, int, Tensor], None] | None = None
-        # Called on the engine's thread when it ends, by `shutdown` or by a defect: nothing will run any more.
+        # Called on the engine's thread when it ends, by `shutdown` or by `failure`: nothing will run any more.
         self.on_stopped: Callable[[], None] | None = None
+        # What ended the engine, unless `shutdown` did.
+        self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._lock = threading.Lock()
@@ -92,6 +117,9 @@ class Engine:
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="patchclamp-engine", daemon=True)
         self._steps = self._prefill_tokens = self._decode_tokens = 0
+        self._failed_steps = 0  # in a row
+        self._all_failed_steps = 0
+        self._step_started: float | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -99,23 +127,45 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id.
 
-        Raises InvalidArgument for a prompt that cannot run, ResourceExhausted when the queue is full, Unavailable
-        while draining.
+        Raises InvalidArgument for a prompt that cannot run, ResourceExhausted when the queue is full or the deadline
+        would not be met, Unavailable while draining, PermissionDenied when `access` says so.
         """
         self._check(request)
+        request = self.access.admit(request)
+        demand = self._demand(request)
         if request.sparsity is not None:
             # Here, and not on the engine's thread, where everybody would wait for it the first time.
             self.executor.sparse.prepare()
         with self._lock:
             if self._draining or self._stopping:
                 raise Unavailable("", "the engine has stopped")
-            if len(self._requests) >= self.config.max_waiting + self.config.max_sequences:
-                raise ResourceExhausted("", f"{len(self._requests)} requests are queued or running")
-            request_id = self._next_id
-            self._next_id += 1
-            self._requests[request_id] = request
-        self._do(lambda: self._add(request_id, request))
+            arrival = time.monotonic()
+            seconds_left = None if request.deadline is None else request.deadline - arrival
+            refusal = self.admission.check(demand, seconds_left)
+            if refusal is None:
+                request_id = self._next_id
+                self._next_id += 1
+                self._requests[request_id] = request
+                self.admission.enter(request_id, demand)
+        if refusal is not None:
+            raise self._refused(refusal)
+        self.access.admitted(request)
+        self._do(lambda: self._add(request_id, request, arrival))
         return request_id
+
+    def check_room(self) -> None:
+        """Raises ResourceExhausted when the queue is full for the caller of this context, whatever it would submit.
+
+        Cheap: to be asked before a request is prepared, which is work, and most of the work of refusing it.
+        """
+        with self._lock:
+            refusal = self.admission.check(Demand(CALLER.get(), Priority.INTERACTIVE))
+        if refusal is not None:
+            raise self._refused(refusal)
+
+    def wake(self) -> None:
+        """Something that held a request back is over."""
+        self._wake.set()
 
     def cancel(self, request_id: int) -> None:
         """Ends a request with Failed(Cancelled); nothing happens when it has ended."""
@@ -132,6 +182,7 @@ class Engine:
         names = [e.name for e in request.program.edits] if request is not None and request.program is not None else []
         if edit not in names:
             raise NotFound("set_strength.edit", f"the program has no edit named {edit!r}")
+        self.access.set_strength(edit, strength)
         self._do(lambda: self._set_strength(request_id, edit, strength))
 
     def advance(self, request_id: int, tokens: int) -> None:
@@ -144,13 +195,19 @@ class Engine:
             self._draining = True
             return self._idle.wait_for(lambda: not self._requests, timeout=timeout_seconds)
 
-    def shutdown(self) -> None:
-        """Stops the thread; what still runs ends with Failed(Unavailable)."""
+    def shutdown(self, timeout_seconds: float | None = None) -> bool:
+        """Stops the thread; what still runs ends with Failed(Unavailable). False when a step did not end in time."""
         with self._lock:
             self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def step_seconds(self) -> float:
+        """How long the step has been running that runs now; 0 between steps. From any thread."""
+        started = self._step_started
+        return 0.0 if started is None else time.monotonic() - started
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -164,6 +221,9 @@ class Engine:
             decode_tokens=self._decode_tokens,
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             preemptions=self.scheduler.preemptions,
+            failed_steps=self._all_failed_steps,
+            program_rows=self.tables.n_held,
+            queue_kv_tokens=self.admission.kv_tokens,
         )
 
     def _check(self, request: Request) -> None:
@@ -173,7 +233,7 @@ class Engine:
             raise InvalidArgument("prompt", "the prompt is empty")
         if length > context:
             raise InvalidArgument("prompt", f"{length} tokens are more than the context of {context}")
-        longest = min(length + (0 if request.score_from is not None else request.stop.max_tokens), context)
+        longest = self._longest(request)
         room = self.cache.n_blocks * self.config.kv_block_size
         if longest > room:
             raise InvalidArgument(
@@ -184,7 +244,42 @@ class Engine:
         if request.score_from is not None and request.sparsity is not None and request.sparsity.guard is not None:
             raise InvalidArgument("sparsity.guard", "a guard watches generation; scoring has none")
 
+    def _longest(self, request: Request) -> int:
+        """Tokens it may come to have."""
+        generated = 0 if request.score_from is not None else request.stop.max_tokens
+        return min(len(request.tokens) + generated, self.model.info.context_length)
+
+    def _demand(self, request: Request) -> Demand:
+        longest = self._longest(request)
+        return Demand(
+            request.caller,
+            request.priority,
+            kv_tokens=2 * longest if request.compare_baseline else longest,
+            prompt_tokens=len(request.tokens),
+            max_tokens=longest - len(request.tokens),
+            may_stop_early=_may_stop_early(request),
+        )
+
+    def _refused(self, refusal: Refusal) -> ResourceExhausted:
+        self.observer.on_refused(refusal.reason)
+        error = ResourceExhausted("", refusal.message)
+        error.retry_after_seconds = refusal.retry_after_seconds
+        return error
+
     # What follows runs on the engine's thread.
+
+    def _late(self, sequence: Sequence) -> Refusal | None:
+        """Why it need not start any more, where that is so."""
+        deadline = sequence.request.deadline
+        if deadline is None or sequence.leader is not None:
+            return None
+        return self.admission.check_start(self._demand(sequence.request), deadline - time.monotonic())
+
+    def _expected_length(self, sequence: Sequence) -> int:
+        """Tokens that a sequence is expected to have in the end."""
+        most = self._longest(sequence.request) - sequence.prompt_length
+        expected = self.admission.expected_tokens(most, may_stop_early=_may_stop_early(sequence.request))
+        return max(len(sequence.tokens), sequence.prompt_length + math.ceil(expected))
 
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
@@ -192,15 +287,27 @@ class Engine:
 
     def step(self) -> bool:
         """Takes commands in, and runs one step. False when nothing can run. For the engine's thread, or a test."""
-        while not self._commands.empty():
-            self._commands.get()()
-        preemptions = self.scheduler.preemptions
-        work = self.scheduler.schedule()
-        for _ in range(self.scheduler.preemptions - preemptions):
-            self.observer.on_preemption()
-        if work:
-            self._step(work)
-        return bool(work)
+        self._step_started = time.monotonic()
+        try:
+            while not self._commands.empty():
+                self._commands.get()()
+            preemptions = self.scheduler.preemptions
+            work = self.scheduler.schedule()
+            for _ in range(self.scheduler.preemptions - preemptions):
+                self.observer.on_preemption()
+            for sequence in self.scheduler.late:
+                if (refusal := self._late(sequence)) is not None:
+                    self._fail(sequence, self._refused(refusal))
+            started = list(self.scheduler.started)
+            for sequence in started:
+                self.observer.on_queue_wait((sequence.admitted_at or sequence.arrival) - sequence.arrival)
+            with self._lock:
+                self.admission.on_step([s.id for s in started], time.monotonic(), contended=self.scheduler.contended)
+            if work:
+                self._step(work)
+            return bool(work)
+        finally:
+            self._step_started = None
 
     def _loop(self) -> None:
         try:
@@ -212,28 +319,30 @@ class Engine:
                 timeout = self._expire()
                 if not self.step():
                     self._wake.wait(timeout)
-        except BaseException:
+        except BaseException as error:
             log.critical("the engine stopped on a defect", exc_info=True)
-            raise
+            self.failure = error
         finally:
             with self._lock:
                 self._stopping = True
             if self.on_stopped is not None:
                 self.on_stopped()
-            # What was submitted before that is among the commands.
-            while not self._commands.empty():
-                self._commands.get()()
-            for sequence in list(self._sequences.values()):
-                self._fail(sequence, Unavailable("", "the engine has stopped"))
+            self.monitor.close()
+            # Those among the commands too, which nothing can run any more: the device may be lost.
+            for request_id, request in list(self._requests.items()):
+                self._end_failed(request_id, request, Unavailable("", "the engine has stopped"))
 
-    def _add(self, request_id: int, request: Request) -> None:
+    def _add(self, request_id: int, request: Request, arrival: float) -> None:
+        try:
+            self._enter(request_id, request, arrival)
+        except Exception as error:
+            log.exception("request %d could not be taken in", request_id)
+            if is_device_lost(error):
+                raise
+            self._end_failed(request_id, request, fault_of(error))
+
+    def _enter(self, request_id: int, request: Request, arrival: float) -> None:
         prompt_length = len(request.tokens) if request.score_from is None else request.score_from
-        state = None
-        if request.program is not None and (
-            request.program.edits or request.program.readouts or request.program.aborts
-        ):
-            loaded = self.tables.load(request.program)
-            state = ProgramState(request_id, request.program, SequenceTokens(prompt_length, request.roles), loaded)
         capture = None
         if request.capture is not None:
             width = self.model.decoder.spec.sites[request.capture.site]
@@ -244,7 +353,7 @@ class Engine:
             id=request_id,
             request=request,
             seed=secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed,
-            state=state,
+            state=None,
             capture=capture,
             output=Output(
                 IncrementalDetokenizer(self.model.tokenizer),
@@ -252,23 +361,37 @@ class Engine:
                 frozenset() if request.stop.ignore_eos else self.model.eos_token_ids,
             ),
             prompt_length=prompt_length,
+            arrival=arrival,
             tokens=list(request.tokens),
             credits=request.credits,
         )
         if request.sparsity is not None:
             sequence.sparse = SparseSequence.of(request.sparsity, request.program, prompt_length)
+        if request.program is not None and (
+            request.program.edits or request.program.readouts or request.program.aborts
+        ):
+            tokens = SequenceTokens(prompt_length, request.roles)
+            loaded = self.tables.load(request.program)
+            try:
+                sequence.state = ProgramState(request_id, request.program, tokens, loaded)
+            except BaseException:
+                self.tables.release(loaded)
+                raise
         self._sequences[request_id] = sequence
         self.scheduler.add(sequence)
         if request.compare_baseline:
             # Shares the list of tokens: it runs along whatever the leader generates.
             sequence.follower = Sequence(
                 id=request_id,
-                request=Request(request.tokens, on_event=lambda event: None, priority=request.priority),
+                request=Request(
+                    request.tokens, on_event=lambda event: None, priority=request.priority, caller=request.caller
+                ),
                 seed=0,
                 state=None,
                 capture=None,
                 output=None,
                 prompt_length=prompt_length,
+                arrival=arrival,
                 tokens=sequence.tokens,
                 leader=sequence,
             )
@@ -306,8 +429,37 @@ class Engine:
         except Exception as error:
             # Out of memory, or a defect: the requests of this step are lost, the engine is not.
             log.exception("a step of %d sequences failed", len(work))
-            for sequence in {w.sequence.id: w.sequence for w in work}.values():
-                self._fail_id(sequence.id, EngineFailure("", f"the step failed: {type(error).__name__}"))
+            self._failed_steps += 1
+            self._all_failed_steps += 1
+            if is_device_lost(error) or self._failed_steps >= self.config.max_failed_steps:
+                raise
+            self._give_up(work, fault_of(error))
+            emptied = is_out_of_memory(error)
+        else:
+            self._failed_steps = 0
+            return
+        if emptied and self.model.decoder.device.type == "cuda":
+            # After the `except`, whose traceback holds the tensors of the step.
+            torch.cuda.empty_cache()
+
+    def _give_up(self, work: list[Work], failure: RequestError) -> None:
+        """Fails the sequences of a step that was not finished."""
+        size = self.config.kv_block_size
+        # It may have written what is not finite.
+        self.cache.scrub([b for w in work for b in w.sequence.blocks[w.sequence.computed // size :]])
+        for item in work:
+            self._fail_id(item.sequence.id, failure)
+
+    @contextmanager
+    def _concerning(self, sequence: Sequence) -> Iterator[None]:
+        """What concerns one request alone: an exception inside fails that request and no other."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("request %d failed", sequence.id)
+            if is_device_lost(error):
+                raise
+            self._fail(sequence, fault_of(error))
 
     def _run(self, work: list[Work]) -> None:
         started = time.monotonic()
@@ -371,7 +523,8 @@ class Engine:
                 self._sequences[uid].output_or_fail().collect(value)
         for sequence in {w.sequence.id: w.sequence for w in work if w.sequence.leader is None}.values():
             if sequence.id in self._sequences:
-                sequence.output_or_fail().emit_readouts(sequence.request.on_event)
+                with self._concerning(sequence):
+                    sequence.output_or_fail().emit_readouts(sequence.request.on_event)
         for hit in result.outcome.aborts:
             if hit.uid in self._sequences:
                 where = f"condition {hit.name!r} held at position {hit.position}"
@@ -382,9 +535,11 @@ class Engine:
             if sequence.id not in self._sequences:
                 continue
             if sequence.leader is not None:
-                sequence.leader.compare(prediction.position, result.logits[prediction.row])
+                with self._concerning(sequence.leader):
+                    sequence.leader.compare(prediction.position, result.logits[prediction.row])
             elif sequence.scores:
-                sequence.score(prediction.position, result.logits[prediction.row])
+                with self._concerning(sequence):
+                    sequence.score(prediction.position, result.logits[prediction.row])
             elif sequence.request.stop.max_tokens > 0:
                 drawn.append(prediction)
         if drawn:
@@ -403,8 +558,9 @@ class Engine:
                 if sequence.follower is not None:
                     sequence.predictions[len(sequence.tokens)] = torch.log_softmax(logits[i].double(), dim=0)
                 self._observe_token(sequence)
-                if (reason := sequence.accept(choice, self.model.info.context_length)) is not None:
-                    self._finish(sequence, reason)
+                with self._concerning(sequence):
+                    if (reason := sequence.accept(choice, self.model.info.context_length)) is not None:
+                        self._finish(sequence, reason)
         self._end_computed(work)
 
     def _end_computed(self, work: list[Work]) -> None:
@@ -441,12 +597,29 @@ class Engine:
             self._complete(sequence, reason)
 
     def _complete(self, sequence: Sequence, reason: FinishReason) -> None:
-        receipt = None
-        if sequence.state is not None:
-            receipt = sequence.state.receipt(self.tables.read(sequence.state.loaded))
-        self._release(sequence)
-        sequence.emit_finished(reason, receipt)
-        self._leave(sequence, reason.value)
+        with self._concerning(sequence):
+            receipt = None
+            if sequence.state is not None:
+                receipt = sequence.state.receipt(self.tables.read(sequence.state.loaded))
+            self._release(sequence)
+            self._measure(sequence)
+            sequence.emit_finished(reason, receipt)
+        if sequence.id in self._requests:
+            self._leave(sequence, reason.value)
+
+    def _measure(self, sequence: Sequence) -> None:
+        """What admission learns from a request that has run to its end."""
+        now = time.monotonic()
+        generated_from = sequence.first_token_at or now
+        request = sequence.request
+        with self._lock:
+            self.admission.on_finished(
+                self._demand(request),
+                generated=len(sequence.output_ids),
+                prefill_seconds=generated_from - (sequence.admitted_at or sequence.arrival),
+                decode_seconds=now - generated_from,
+                paced=request.credits is not None or bool(sequence.preempted_at),
+            )
 
     def _fail_id(self, request_id: int, error: RequestError) -> None:
         sequence = self._sequences.get(request_id)
@@ -455,26 +628,59 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: RequestError) -> None:
         self._release(sequence)
-        sequence.request.on_event(Failed(error))
-        self._leave(sequence, _snake(type(error).__name__))
+        _tell(sequence.request, sequence.failed(error))
+        self._leave(sequence, _outcome(error))
+
+    def _end_failed(self, request_id: int, request: Request, error: RequestError) -> None:
+        """Fails a request, whether it has a sequence or not."""
+        if request_id in self._sequences:
+            self._fail(self._sequences[request_id], error)
+            return
+        _tell(request, Failed(error))
+        self._forget(request_id, _outcome(error))
 
     def _release(self, sequence: Sequence) -> None:
-        """Gives back all that a sequence holds."""
+        """Gives back all that a sequence holds; nothing when that has been done."""
+        if self._sequences.pop(sequence.id, None) is None:
+            return
         self.scheduler.remove(sequence)
         if sequence.follower is not None:
             self.scheduler.remove(sequence.follower)
         if sequence.state is not None:
             self.tables.release(sequence.state.loaded)
-        del self._sequences[sequence.id]
 
     def _leave(self, sequence: Sequence, outcome: str) -> None:
         """After the last event."""
         if sequence.sparse is not None:
             self.observer.on_sparse_finished(sequence.sparse.report(sequence.computed))
-        self.observer.on_finished(outcome)
-        with self._lock:
-            del self._requests[sequence.id]
-            self._idle.notify_all()
+        self._forget(sequence.id, outcome)
+
+    def _forget(self, request_id: int, outcome: str) -> None:
+        try:
+            self.observer.on_finished(outcome)
+        finally:
+            with self._lock:
+                del self._requests[request_id]
+                self.admission.leave(request_id)
+                self._idle.notify_all()
+
+
+def _may_stop_early(request: Request) -> bool:
+    stop, program = request.stop, request.program
+    aborts = program is not None and bool(program.aborts)
+    return not stop.ignore_eos or bool(stop.strings or stop.token_ids) or aborts or request.credits is not None
+
+
+def _tell(request: Request, failed: Failed) -> None:
+    """The last event of a request. Nobody is left to be told when that fails."""
+    try:
+        request.on_event(failed)
+    except Exception:
+        log.exception("a request could not be told that it failed")
+
+
+def _outcome(error: RequestError) -> str:
+    return _snake(type(error).__name__)
 
 
 def _executor(model: SparseModel, cache: KvCache, config: EngineConfig) -> Executor:

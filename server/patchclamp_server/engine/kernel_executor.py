@@ -30,6 +30,7 @@ from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.kernel_plan import KernelPlan, KernelPlanner, empty_plan
 from patchclamp_server.interventions.slots import SlotTables
 from patchclamp_server.model.kernel_forward import KernelForward
+from patchclamp_server.monitoring.sites import SiteWatcher, WatchedSites
 from patchclamp_server.sparsity.apply import Rows
 from patchclamp_server.sparsity.mlp import SparseModel
 
@@ -62,6 +63,7 @@ class KernelExecutor:
             )
         self.planner = KernelPlanner(setting_of(decoder, self.tables), self.tables)
         self.heads = HeadReader(decoder.spec.n_heads, decoder.device)
+        self.watcher = SiteWatcher()
         self.forward = KernelForward(decoder)
         self._sparse_forward: KernelForward | None = None
         self.graphs: DecodeGraphs | None = None
@@ -73,20 +75,27 @@ class KernelExecutor:
     def execute(self, batch: StepBatch) -> Executed:
         plan = self.planner.plan(batch.programs, len(batch.token_ids))
         heads = self.heads.read(batch.programs, len(batch.token_ids))
+        watched = None if batch.watch is None else self.watcher.follow(plan.observers, batch.watch.layout)
         if self.graphs is not None and not batch.sparse and self.graphs.takes(batch, plan):
-            return self.graphs.execute(batch, plan, heads)
-        if heads is None:
-            return self._execute(batch, plan, None)
-        executed = self._execute(batch, plan, heads.peaks)
-        executed.outcome.readouts += heads.values()
+            return self.graphs.execute(batch, plan, heads, watched)
+        peaks = None if heads is None else heads.peaks
+        if watched is not None:
+            peaks = watched.layout.peaks(heads, len(batch.token_ids))
+        executed = self._execute(batch, plan, peaks, watched)
+        if heads is not None:
+            executed.outcome.readouts += heads.values(peaks)
         return executed
 
-    def _execute(self, batch: StepBatch, plan: KernelPlan, peaks: Peaks | None) -> Executed:
-        """Launch by launch: prefill, and programs whose activations are looked at between the kernels."""
+    def _execute(
+        self, batch: StepBatch, plan: KernelPlan, peaks: Peaks | None, watched: WatchedSites | None = None
+    ) -> Executed:
+        """Launch by launch: prefill, and activations that are looked at between the kernels."""
         device = self.decoder.device
         arrays = packed(step_arrays(batch, plan), device)
         rows = program_rows(arrays, columns=plan.n_columns, items=plan.n_items, readings=plan.n_readings)
         programs = programs_of(self.tables, self.decoder.spec, rows, plan)
+        if watched is not None:
+            programs = watched.between(programs)
         if plan.observers is not None:
             plan.observers.begin(arrays["positions"], self.decoder.dtype)
         spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
@@ -94,6 +103,8 @@ class KernelExecutor:
         inputs = kernel_inputs(arrays, attention, programs, peaks)
         forward = self._following(batch.sparse) if batch.sparse else self.forward
         x, normed = run_step(forward, self.tables, self.cache.pools, inputs, arrays)
+        if watched is not None and peaks is not None:
+            watched.layout.look_at_heads(peaks)
         wanted = batch.logit_rows
         logits = self.decoder.unembed(normed[wanted] if len(wanted) != len(normed) else normed)
         outcome = plan.outcome(rows.opened, rows.readings)

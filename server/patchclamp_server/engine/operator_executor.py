@@ -10,7 +10,8 @@ from patchclamp_server.interventions.compiler import Setting
 from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.planner import Planner
 from patchclamp_server.interventions.tables import Tables
-from patchclamp_server.model.decoder import Decoder, StepInputs
+from patchclamp_server.model.decoder import Decoder, SiteHooks, StepInputs
+from patchclamp_server.monitoring.sites import SiteWatcher
 from patchclamp_server.sparsity.mlp import SparseModel
 
 
@@ -24,26 +25,34 @@ class OperatorExecutor:
         self.tables = Tables(decoder.dtype, decoder.device)
         self.planner = Planner(setting_of(decoder, self.tables))
         self.heads = HeadReader(decoder.spec.n_heads, decoder.device)
+        self.watcher = SiteWatcher()
 
     def execute(self, batch: StepBatch) -> Executed:
         torch.set_num_threads(self.decoder.threads_for(len(batch.token_ids), self.threads))
         device = self.decoder.device
         plan = self.planner.plan(batch.programs)
         heads = self.heads.read(batch.programs, len(batch.token_ids))
+        peaks = None if heads is None else heads.peaks
+        hooks: SiteHooks = plan
+        if batch.watch is not None:
+            peaks = batch.watch.layout.peaks(heads, len(batch.token_ids))
+            hooks = self.watcher.follow(plan, batch.watch.layout)
         step = StepInputs(
             torch.tensor(batch.token_ids, device=device),
             torch.from_numpy(batch.positions).to(device),
             torch.from_numpy(batch.slots).to(device),
             AttentionBatch(batch.spans, batch.block_size, self.decoder.windows, device),
             plan.edited_queries,
-            None if heads is None else heads.peaks,
+            peaks,
         )
         plan.begin(step.positions, self.decoder.dtype)
         decoder = self.sparse.follow(batch.sparse) if batch.sparse else self.decoder
-        x = decoder.forward(step, self.cache.pools, plan)
+        x = decoder.forward(step, self.cache.pools, hooks)
         outcome = plan.finish()
         if heads is not None:
-            outcome.readouts += heads.values()
+            outcome.readouts += heads.values(peaks)
+        if batch.watch is not None and peaks is not None:
+            batch.watch.layout.look_at_heads(peaks)
         finite = torch.isfinite(x.sum(dim=1)).cpu().numpy()
         rows = batch.logit_rows
         return Executed(finite, self.decoder.logits(x[rows] if len(rows) != len(x) else x), outcome)

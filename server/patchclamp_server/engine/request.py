@@ -6,6 +6,7 @@ from enum import Enum, IntEnum
 
 import torch
 
+from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import ReadoutValue, Receipt, Site
@@ -79,6 +80,10 @@ class SparseInference:
     guard: QualityGuard | None = None
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One sequence to run. `on_event` is called on the engine's thread and must not block.
@@ -104,6 +109,10 @@ class Request:
     compare_baseline: bool = False
     capture: Capture | None = None
     sparsity: SparseInference | None = None
+    # Whose share of the engine it takes: of the call in which it is made.
+    caller: Caller = field(default_factory=CALLER.get)
+    # True while its reader is behind: it gets no step then. Whoever ends that calls Engine.wake.
+    held: Callable[[], bool] = _never
 
 
 class FinishReason(Enum):
@@ -122,6 +131,19 @@ class Usage:
     time_to_first_token_seconds: float
     total_seconds: float
     preemptions: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When a request passed its stages, on the clock of time.monotonic(); None for one that it did not reach.
+
+    `admitted`: its first step. `preempted`: whenever it lost its KV blocks.
+    """
+
+    admitted: float | None
+    first_token: float | None
+    ended: float
+    preempted: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,13 +219,16 @@ class Finished:
     seed: int
     stop_string: str = ""
     sparsity: SparsityReport | None = None
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of a request that did not finish."""
+    """The last event of a request that did not finish; without `usage` and `timeline` when it never was queued."""
 
     error: RequestError
+    usage: Usage | None = None
+    timeline: Timeline | None = None
 
 
 Event = Token | Text | Readouts | Divergence | Captured | Finished | Failed

@@ -12,7 +12,11 @@ from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
-from patchclamp_server.sparsity.apply import Rows
+from patchclamp_server.monitoring.registry import WatchRegistry
+from patchclamp_server.monitoring.step import ServedSpan
+from patchclamp_server.sparsity.apply import Forced, Rows
+
+NONE_FORCED: Forced = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +40,9 @@ class StepResult:
 
 
 class Runner:
-    def __init__(self, executor: Executor, cache: KvCache) -> None:
+    def __init__(self, executor: Executor, cache: KvCache, monitor: WatchRegistry) -> None:
         self.executor = executor
+        self.monitor = monitor
         self.cache = cache
         self.block_size = cache.block_size
 
@@ -50,6 +55,7 @@ class Runner:
         predictions: list[Prediction] = []
         rows: list[int] = []
         sparse: list[Rows] = []
+        monitor, served = self.monitor, list[ServedSpan]()
         for item in work:
             sequence, row, offset = item.sequence, len(tokens), item.sequence.computed
             new = sequence.tokens[offset : offset + item.n]
@@ -57,13 +63,23 @@ class Runner:
             spans.append(Span(row, item.n, offset, sequence.blocks))
             if sequence.state is not None or sequence.capture is not None:
                 programs.append(_program_span(sequence, row, offset, np.array(new, dtype=np.int64)))
-            selected = None if sequence.sparse is None else sequence.sparse.rows(row, offset, item.n)
-            if selected is not None:
-                sparse.append(selected)
+            if monitor.active and sequence.is_served:
+                served.append(ServedSpan(row, offset, new, sequence.id, sequence.prompt_length, fresh=sequence.reached))
+            if sequence.sparse is not None:
+                watched: Forced = monitor.forced if sequence.is_served else NONE_FORCED
+                selected = sequence.sparse.rows(row, offset, item.n, watched)
+                if selected is not None:
+                    sparse.append(selected)
             for position in range(max(sequence.needs_logits_from(), offset), offset + item.n):
                 predictions.append(Prediction(sequence, position, len(rows)))
                 rows.append(row + position - offset)
-        executed = self.executor.execute(StepBatch(tokens, spans, programs, rows, self.block_size, sparse=sparse))
+        watch = monitor.begin(served) if served else None
+        batch = StepBatch(tokens, spans, programs, rows, self.block_size, sparse=sparse, watch=watch)
+        executed = self.executor.execute(batch)
+        if watch is not None:
+            monitor.end(watch)
+        for item in work:
+            item.sequence.reached = max(item.sequence.reached, item.sequence.computed + item.n)
         broken = []
         if not executed.finite.all():
             for item, span in zip(work, spans, strict=True):

@@ -1,15 +1,24 @@
 """Which tokens of which sequences run in the next step.
 
 Running sequences come first, by priority and arrival: one token each for those that decode, then chunks of prompts as
-the token budget allows; then waiting sequences are admitted. When blocks run out, the running sequence that would be
-served last gives up its own and is computed again later (preemption by recomputation); so does one of a lower priority
-when a request of a higher one waits for a place.
+the token budget allows; then waiting sequences are admitted, in the turn of fair_queue.py, while the blocks that they
+and the running ones are expected to need are there. When blocks run out all the same, the running sequence that would
+be served last gives up its own and is computed again later (preemption by recomputation); so does one of a lower
+priority when a request of a higher one waits for a place, and one whose client keeps it waiting when any other waits.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
+from patchclamp_server.engine.fair_queue import FairQueue
 from patchclamp_server.engine.kv_cache import BlockKey, KvCache
 from patchclamp_server.engine.sequence import Sequence, Status
+
+# A sequence whose client keeps it waiting has its place for this long.
+PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,17 +30,35 @@ class Work:
 
 
 class Scheduler:
-    def __init__(self, cache: KvCache, *, max_sequences: int, max_tokens: int) -> None:
+    """`expected_length`: tokens that a sequence is expected to have in the end. `is_late`: it need not start any more;
+    those are left in `late` for whoever ends them."""
+
+    def __init__(
+        self,
+        cache: KvCache,
+        *,
+        max_sequences: int,
+        max_tokens: int,
+        expected_length: Callable[[Sequence], int] = lambda sequence: len(sequence.tokens),
+        is_late: Callable[[Sequence], bool] = lambda sequence: False,
+    ) -> None:
         self.cache = cache
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
-        self.waiting: list[Sequence] = []
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
+        self.expected_length = expected_length
+        self._is_late = is_late
+        self.late: list[Sequence] = []
+        # In the last step a sequence that could have run was left waiting.
+        self.contended = False
+        # Those that the last step ran for the first time.
+        self.started: list[Sequence] = []
         self.preemptions = 0
         self.prefix_hit_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, whatever it does; its blocks are free at once."""
@@ -45,6 +72,9 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """Single tokens first, then chunks. Every sequence named has the blocks for its tokens."""
         budget = self.max_tokens
+        self.started.clear()
+        self.late.clear()
+        self._note_pauses()
         self._give_way()
         before = self.preemptions
         self.running.sort(key=lambda s: s.priority)
@@ -59,26 +89,37 @@ class Scheduler:
             if self._reserve(sequence, n):
                 work.append(Work(sequence, n))
                 budget -= n
-        if self.preemptions == before:
+        self.contended = self.preemptions != before
+        if not self.contended:
             # Blocks are short otherwise, and who was preempted must not come back in the same step.
             self._admit(work, budget)
         work = [w for w in work if w.sequence.status is Status.RUNNING]
         return sorted(work, key=lambda w: w.n > 1)
 
     def _admit(self, work: list[Work], budget: int) -> None:
-        self.waiting.sort(key=lambda s: s.priority)
+        if budget <= 0 or len(self.running) >= self.max_sequences:
+            self.contended = any(s.runnable for s in self.waiting.in_turn())
+            return
         # Keys of blocks that running sequences will know soon: who needs one of them waits for it.
         coming = self._coming()
-        for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.max_sequences:
-                break
+        for sequence in self.waiting.in_turn():
             if not sequence.runnable:
+                continue
+            if budget <= 0 or len(self.running) >= self.max_sequences:
+                self.contended = True
+                break
+            if sequence.admitted_at is None and self._is_late(sequence):
+                self.late.append(sequence)
                 continue
             hit = self._lookup(sequence)
             if self._next_key(sequence, len(hit)) in coming:
                 continue
             n = min(sequence.chunk_from(len(hit) * self.cache.block_size), budget)
             if not self._has_room(hit, n) and not (self._displace(sequence) and self._has_room(hit, n)):
+                self.contended = True
+                break
+            if not self._can_finish(sequence, hit):
+                self.contended = True
                 break
             self._start(sequence, hit)
             coming |= self._prompt_keys(sequence)
@@ -86,19 +127,54 @@ class Scheduler:
             work.append(Work(sequence, n))
             budget -= n
 
+    def _note_pauses(self) -> None:
+        now = time.monotonic()
+        for sequence in self.running:
+            if not sequence.paused:
+                sequence.paused_at = None
+            elif sequence.paused_at is None:
+                sequence.paused_at = now
+
     def _give_way(self) -> None:
-        """When every place is taken, work of a lower priority makes room for a waiting request of a higher one."""
-        ready = [s for s in self.waiting if s.runnable]
-        if ready and len(self.running) >= self.max_sequences:
-            self._displace(min(ready, key=lambda s: s.priority))
+        """When every place is taken, a sequence that may have to makes room for one that waits."""
+        if len(self.running) >= self.max_sequences:
+            ready = next((s for s in self.waiting.in_turn() if s.runnable), None)
+            if ready is not None:
+                self._displace(ready)
 
     def _displace(self, sequence: Sequence) -> bool:
-        """Preempts the running sequence that is served last, if its priority is lower."""
-        victim = max(self.running, key=lambda s: s.priority, default=None)
-        if victim is None or victim.request.priority <= sequence.request.priority:
-            return False
+        """Preempts a running sequence whose client keeps it waiting, or else the one that is served last, if its
+        priority is lower."""
+        victim = self._long_paused()
+        if victim is None:
+            victim = max(self.running, key=lambda s: s.priority, default=None)
+            if victim is None or victim.request.priority <= sequence.request.priority:
+                return False
         self._preempt(victim)
         return True
+
+    def _long_paused(self) -> Sequence | None:
+        since = time.monotonic() - PAUSE_SECONDS
+        return next((s for s in self.running if s.paused_at is not None and s.paused_at <= since), None)
+
+    def _can_finish(self, sequence: Sequence, hit: list[int]) -> bool:
+        """Whether it and those that run before it are expected to come to their ends with the blocks there are.
+
+        Each grows by a token a step and is gone when it ends, so most blocks are needed at one of the ends. Those of a
+        lower priority give up theirs when it comes to it. A follower need not wait: its leader's predictions are kept
+        until it comes. (The future memory of Gong et al., "Past-Future Scheduler", ASPLOS 2025.)
+        """
+        before = [s for s in self.running if s.request.priority <= sequence.request.priority]
+        if not before or sequence.leader is not None:
+            return True
+        together = [*before, sequence]
+        lengths = np.array([len(s.tokens) for s in together])
+        left = np.array([max(1, self.expected_length(s) - len(s.tokens)) for s in together])
+        # [end, sequence]: what each that has not ended before holds then.
+        held = -(-(lengths + left[:, None]) // self.cache.block_size) * (left >= left[:, None])
+        shared = sum(not self.cache.is_idle(block) for block in hit)
+        there = self.cache.n_free + shared + sum(len(s.blocks) for s in self.running)
+        return int(held.sum(axis=1).max()) <= there
 
     def _has_room(self, hit: list[int], n: int) -> bool:
         """Blocks for `n` tokens after those in `hit`, which may be idle and are then not free."""
@@ -132,13 +208,17 @@ class Scheduler:
                 sequence.state.counted, sequence.computed, sequence.token_array(0, sequence.computed)
             )
             sequence.state.counted = sequence.computed
-        if not sequence.admitted:
-            sequence.admitted = True
+        if sequence.admitted_at is None:
+            sequence.admitted_at = time.monotonic()
+            if sequence.leader is None:
+                self.started.append(sequence)
             sequence.cached = sequence.computed
             self.prefix_hit_tokens += sequence.computed
         if sequence.sparse is not None:
             sequence.sparse.begin()
-        self.waiting.remove(sequence)
+        self.waiting.start(sequence)
+        # A prompt is paid for when it starts, so that not all places go to one tenant at once.
+        self._charge(sequence, sequence.target)
         self.running.append(sequence)
         sequence.status = Status.RUNNING
 
@@ -160,6 +240,13 @@ class Scheduler:
         reusable = sequence.reusable_until() // self.cache.block_size
         return sequence.keys[index] if self.cache.share_prefixes and index < reusable else None
 
+    def _charge(self, sequence: Sequence, upto: int) -> None:
+        """Its tenant pays for tokens up to there, for each once, and for none that came from the prefix cache."""
+        begin = max(sequence.charged, sequence.computed)
+        if upto > begin:
+            self.waiting.charge(sequence, upto - begin)
+            sequence.charged = upto
+
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.cache.block_size)
 
@@ -171,7 +258,7 @@ class Scheduler:
             if block is not None:
                 sequence.blocks.append(block)
                 continue
-            victim = max(self.running, key=lambda s: s.priority)
+            victim = self._long_paused() or max(self.running, key=lambda s: s.priority)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -179,12 +266,13 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        sequence.preemptions += 1
+        sequence.preempted_at.append(time.monotonic())
         self.running.remove(sequence)
         self._release(sequence)
         sequence.computed = 0
+        sequence.paused_at = None
         sequence.status = Status.WAITING
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.cache.release(sequence.blocks)
@@ -196,6 +284,7 @@ class Scheduler:
         for item in work:
             sequence = item.sequence
             before = sequence.computed // size
+            self._charge(sequence, sequence.computed + item.n)
             sequence.computed += item.n
             if sequence.state is not None:
                 sequence.state.counted = max(sequence.state.counted, sequence.computed)

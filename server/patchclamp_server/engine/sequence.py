@@ -11,9 +11,21 @@ from torch import Tensor
 
 from patchclamp_server.engine.kv_cache import ROOT_KEY, BlockKey, block_key
 from patchclamp_server.engine.output import Output
-from patchclamp_server.engine.request import Captured, Divergence, Finished, FinishReason, Request, Token, Usage
+from patchclamp_server.engine.request import (
+    Captured,
+    Divergence,
+    Failed,
+    Finished,
+    FinishReason,
+    Priority,
+    Request,
+    Timeline,
+    Token,
+    Usage,
+)
 from patchclamp_server.engine.sampler import Sampled, SamplingRow
 from patchclamp_server.engine.sparse_sequence import SparseSequence
+from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.observers import CaptureState
 from patchclamp_server.interventions.program import Receipt
 from patchclamp_server.interventions.scopes import IntArray
@@ -49,15 +61,21 @@ class Sequence:
     # The tokens after the prompt.
     output_ids: list[int] = field(default_factory=list)
     computed: int = 0
+    # The most that `computed` has been: a token before that is computed again, after a preemption.
+    reached: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[BlockKey] = field(default_factory=list)
     credits: int | None = None
-    preemptions: int = 0
+    preempted_at: list[float] = field(default_factory=list)
     first_token_at: float | None = None
     last_token_at: float | None = None
     # Set once the prompt has been looked up in the prefix cache, so that a preempted sequence is not counted twice.
-    admitted: bool = False
+    admitted_at: float | None = None
+    # Tokens before this position have been charged to the caller.
+    charged: int = 0
+    # Since when its client keeps it waiting, while it holds a place.
+    paused_at: float | None = None
     # Follows another sequence along its tokens, to compare with it; or is followed.
     leader: "Sequence | None" = None
     follower: "Sequence | None" = None
@@ -72,6 +90,11 @@ class Sequence:
     @property
     def priority(self) -> tuple[int, float]:
         return (int(self.request.priority), self.arrival)
+
+    @property
+    def is_served(self) -> bool:
+        """What a client asked for, and not an analysis or a baseline beside it."""
+        return self.leader is None and self.request.priority is not Priority.ANALYSIS
 
     @property
     def scores(self) -> bool:
@@ -102,8 +125,13 @@ class Sequence:
         return (self.target if boundary is None else min(self.target, boundary)) - computed
 
     @property
+    def paused(self) -> bool:
+        """Its client has to do something before it goes on: grant tokens, or read."""
+        return self.credits == 0 or self.request.held()
+
+    @property
     def runnable(self) -> bool:
-        return self.remaining > 0 and self.credits != 0
+        return self.remaining > 0 and not self.paused
 
     def needs_logits_from(self) -> int:
         """First position whose logits are needed."""
@@ -196,21 +224,39 @@ class Sequence:
         same = bool(own.argmax() == other.argmax())
         self.request.on_event(Divergence(position + 1, self.tokens[position + 1], max(kl, 0.0), same))
 
+    def usage(self, now: float) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_length,
+            cached_prompt_tokens=min(self.cached, self.prompt_length),
+            generated_tokens=len(self.tokens) - self.prompt_length,
+            time_to_first_token_seconds=(self.first_token_at or now) - self.arrival,
+            total_seconds=now - self.arrival,
+            preemptions=len(self.preempted_at),
+        )
+
+    def timeline(self, now: float) -> Timeline:
+        return Timeline(self.admitted_at, self.first_token_at, now, tuple(self.preempted_at))
+
+    def failed(self, error: RequestError) -> Failed:
+        """The event that it failed now."""
+        now = time.monotonic()
+        return Failed(error, self.usage(now), self.timeline(now))
+
     def emit_finished(self, reason: FinishReason, receipt: Receipt | None) -> None:
         now = time.monotonic()
         output = self.output_or_fail()
         output.flush(self.request.on_event)
         if self.capture is not None:
             self.request.on_event(Captured(self.capture.values))
-        usage = Usage(
-            prompt_tokens=self.prompt_length,
-            cached_prompt_tokens=min(self.cached, self.prompt_length),
-            generated_tokens=len(self.tokens) - self.prompt_length,
-            time_to_first_token_seconds=(self.first_token_at or now) - self.arrival,
-            total_seconds=now - self.arrival,
-            preemptions=self.preemptions,
-        )
         sparsity = None if self.sparse is None else self.sparse.report(self.computed)
         self.request.on_event(
-            Finished(reason, receipt or EMPTY_RECEIPT, usage, self.seed, output.stop_string, sparsity)
+            Finished(
+                reason,
+                receipt or EMPTY_RECEIPT,
+                self.usage(now),
+                self.seed,
+                output.stop_string,
+                sparsity,
+                self.timeline(now),
+            )
         )

@@ -8,7 +8,7 @@ from patchclamp_server.engine.quality_guard import GuardState
 from patchclamp_server.engine.request import SparseInference, SparsityReport
 from patchclamp_server.interventions.bound import BoundProgram, Kind
 from patchclamp_server.interventions.program import NeuronReadout, Site
-from patchclamp_server.sparsity.apply import Forced, Rows, forced_neurons
+from patchclamp_server.sparsity.apply import NO_NEURONS, Forced, Rows, forced_neurons
 from patchclamp_server.sparsity.policy import SequenceState
 
 
@@ -27,6 +27,9 @@ class SparseSequence:
     dense_from: int | None = None
     _state: SequenceState = field(default_factory=SequenceState)
     _prompt_ended: bool = False
+    # Neurons that watches keep, and those together with `forced`.
+    _watched: Forced = field(default_factory=dict)
+    _kept: Forced | None = None
     # Sparse rows since `begin`.
     _rows: int = 0
 
@@ -51,8 +54,11 @@ class SparseSequence:
     def is_sparse(self, position: int) -> bool:
         return position >= self.prompt_length and (self.dense_from is None or position < self.dense_from)
 
-    def rows(self, row: int, position: int, n: int) -> Rows | None:
-        """The next n tokens, from `position` on, as rows of a step; None where they are dense and nobody's to see."""
+    def rows(self, row: int, position: int, n: int, watched: Forced) -> Rows | None:
+        """The next n tokens, from `position` on, as rows of a step; None where they are dense and nobody's to see.
+
+        `watched`: neurons that are kept besides those of the program; the same object from step to step.
+        """
         rows = slice(row, row + n)
         selector = self.asked.selector
         if position < self.prompt_length:
@@ -63,7 +69,14 @@ class SparseSequence:
             selector.end_prompt(self._state)
             self._prompt_ended = True
         self._rows += n
-        return Rows(rows, selector, self._state, forced=self.forced)
+        return Rows(rows, selector, self._state, forced=self._keep(watched))
+
+    def _keep(self, watched: Forced) -> Forced:
+        if self._kept is None or watched is not self._watched:
+            self._kept, self._watched = union(self.forced, watched), watched
+            # Sets of the sequence have the neurons of the watches before in them.
+            self._state.fixed.clear()
+        return self._kept
 
     def report(self, computed: int) -> SparsityReport:
         """`computed`: tokens of the sequence that were."""
@@ -79,6 +92,17 @@ class SparseSequence:
             active_ratio=1.0 - dropped / blocks if blocks else 1.0,
             guard=None if self.guard is None else self.guard.report(self.dense_from),
         )
+
+
+def union(a: Forced, b: Forced) -> Forced:
+    """Neurons of either; all of a layer where either says so."""
+    layers = dict(a)
+    for layer, neurons in b.items():
+        own = a.get(layer, NO_NEURONS)
+        layers[layer] = None
+        if own is not None and neurons is not None:
+            layers[layer] = forced_neurons(own.tolist(), neurons.tolist())
+    return layers
 
 
 def forced_by(program: BoundProgram) -> Forced:

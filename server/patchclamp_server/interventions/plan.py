@@ -75,7 +75,8 @@ class StepPlan:
         every = [op for ops in operators.values() for op in ops]
         self._readouts = [op for op in every if isinstance(op, ReadoutOperator)]
         self._aborts = [op for op in every if isinstance(op, AbortOperator)]
-        self._context: StepContext | None = None
+        # Of the step that runs.
+        self.context: StepContext | None = None
 
     @property
     def edited_queries(self) -> frozenset[int]:
@@ -85,16 +86,16 @@ class StepPlan:
     def begin(self, positions: Tensor, dtype: torch.dtype) -> None:
         opened = torch.zeros(self.n_open + 1, dtype=dtype, device=positions.device)
         opened[-1] = 1.0
-        self._context = StepContext(positions, self.tables.latch, opened, [], [], [])
+        self.context = StepContext(positions, self.tables.latch, opened, [], [], [])
 
     def visit(self, site: Site, layer: int, x: Tensor) -> None:
         for operator in self.operators.get((site, layer), ()):
-            assert self._context is not None
-            operator.run(x, self._context)
+            assert self.context is not None
+            operator.run(x, self.context)
 
     def finish(self) -> StepOutcome:
         """Adds the step to the receipts, and brings what was read to the host."""
-        context = self._context
+        context = self.context
         assert context is not None
         if context.norms:
             opened = torch.cat(context.opened).double() * self.counted

@@ -31,12 +31,18 @@ class VectorBank:
             old = len(self.data)
             self.data = torch.cat((self.data, torch.zeros_like(self.data)))
             self._free.extend(range(2 * old - 1, old - 1, -1))
-        rows = [self._free.pop() for _ in range(len(vectors))]
+        # They are taken once they are written: a write that fails takes none.
+        rows = self._free[len(self._free) - len(vectors) :][::-1]
         self.data[rows] = vectors.to(self.data)
+        del self._free[len(self._free) - len(vectors) :]
         return rows
 
     def release(self, rows: list[int]) -> None:
         self._free.extend(rows)
+
+    @property
+    def n_held(self) -> int:
+        return len(self.data) - 1 - len(self._free)
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,17 @@ class Tables:
     # Banks may have been made in inference mode, and can only be written there then.
     @torch.inference_mode()
     def load(self, program: BoundProgram) -> LoadedProgram:
-        """Writes a program into the tables: one copy for each width of vector in it."""
-        writer = _Writer()
+        """Writes a program into the tables: one copy for each width of vector in it. What fails holds nothing."""
         loaded = LoadedProgram(self._acquire(len(program.edits)))
+        try:
+            self._write(program, loaded)
+        except BaseException:
+            self.release(loaded)
+            raise
+        return loaded
+
+    def _write(self, program: BoundProgram, loaded: LoadedProgram) -> None:
+        writer = _Writer()
         for edit in program.edits:
             for layer in edit.layers:
                 payload = edit.payload[layer]
@@ -112,13 +126,12 @@ class Tables:
         for readout in program.readouts:
             for layer in readout.vectors:
                 writer.add(readout.vectors[layer])
-        places = {width: iter(self.bank(width).store(torch.cat(v))) for width, v in writer.vectors.items()}
-        loaded.held = {width: [] for width in places}
+        for width, vectors in writer.vectors.items():
+            loaded.held[width] = self.bank(width).store(torch.cat(vectors))
+        places = {width: iter(rows) for width, rows in loaded.held.items()}
 
         def take(n: int, width: int) -> IntArray:
-            rows = [next(places[width]) for _ in range(n)]
-            loaded.held[width] += rows
-            return np.array(rows, dtype=np.int64)
+            return np.array([next(places[width]) for _ in range(n)], dtype=np.int64)
 
         for edit in program.edits:
             own = {}
@@ -140,7 +153,12 @@ class Tables:
             loaded.aborts.append(int(take(1, len(abort.condition.unit))[0]))
         for readout in program.readouts:
             loaded.readouts.append({layer: take(*vectors.shape) for layer, vectors in readout.vectors.items()})
-        return loaded
+
+    @property
+    def n_held(self) -> int:
+        """Rows that programs hold: of counters, and of vectors."""
+        banks = list(self.banks.values())
+        return len(self.counts) - len(self._free) + sum(bank.n_held for bank in banks)
 
     def release(self, loaded: LoadedProgram) -> None:
         self._free.extend(loaded.counters)
@@ -155,13 +173,17 @@ class Tables:
     def _acquire(self, n: int) -> list[int]:
         while len(self._free) < n:
             old = len(self.counts)
-            self.counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
+            counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
+            # Both or none: their rows are the same.
             self.latch = torch.cat((self.latch, torch.full_like(self.latch, NEVER)))
+            self.counts = counts
             self._free.extend(range(2 * old - 1, old - 1, -1))
-        rows = [self._free.pop() for _ in range(n)]
-        if rows:
-            self.counts[rows] = 0.0
-            self.latch[rows] = NEVER
+        if not n:
+            return []
+        rows = self._free[-n:][::-1]
+        self.counts[rows] = 0.0
+        self.latch[rows] = NEVER
+        del self._free[-n:]
         return rows
 
 

@@ -1,8 +1,11 @@
 """ArtifactService: uploads checked against the served model, downloads in any format, tags and listings."""
 
 import asyncio
+import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
-from patchclamp_server.artifacts.blobs import full_disk_is_resource_exhausted
+from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource_exhausted
 from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
@@ -18,22 +21,27 @@ from patchclamp_server.artifacts.types import LAYERED, ArtifactInfo, ArtifactKin
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.monitoring.watch import Watch, check_watch
 from patchclamp_server.rpc.artifact_codec import decode_format, decode_kind, decode_struct, encode_artifact
+from patchclamp_server.rpc.calls import within
 from patchclamp_server.rpc.checks import count
 from patchclamp_server.rpc.program_codec import decode_site
+from patchclamp_server.rpc.upload_space import UploadLimits, UploadSpace
 from patchclamp_server.sparsity.binder import policy_of
 
 CHUNK_BYTES = 1024 * 1024
+SPOOL_PREFIX = "patchclamp-upload-"
 Context = Any
 
 
 class ArtifactService(ArtifactServiceServicer):
     """Raises the errors of errors.py; an interceptor turns them into statuses. Disk and hashing run in threads."""
 
-    def __init__(self, store: ArtifactStore, model_info: ModelInfo, max_upload_bytes: int = 256 * 1024 * 1024) -> None:
+    def __init__(self, store: ArtifactStore, model_info: ModelInfo, limits: UploadLimits | None = None) -> None:
         self._store = store
         self._model = model_info
-        self._max_upload_bytes = max_upload_bytes
+        self.uploads = UploadSpace(limits or UploadLimits())
+        _sweep_spools()
 
     async def Upload(self, request_iterator: Any, context: Context) -> pb.UploadResponse:
         requests: AsyncIterator[pb.UploadRequest] = aiter(request_iterator)
@@ -42,16 +50,22 @@ class ArtifactService(ArtifactServiceServicer):
             raise InvalidArgument("header", "the first message must be the header")
         header = first.header
         # What can be refused without the file is refused before it travels.
+        with within("header"):
+            self._store.access.put(header.tags)
         kind = decode_kind(header.kind, "header.kind")
         file_format = decode_format(header.format, "header.format")
         site = decode_site(header.site, "header.site") if header.site else None
         provenance = decode_struct(header.provenance, "header.provenance")
-        size = count(header.size_bytes, "header.size_bytes", low=1, high=self._max_upload_bytes)
-        with tempfile.TemporaryDirectory(prefix="patchclamp-upload-") as directory:
-            path = Path(directory) / "file"
-            await _spool(requests, path, size)
-            decoded = await asyncio.to_thread(_decode, file_format, path)
-        info = await asyncio.to_thread(self._store_upload, header, kind, site, provenance, decoded)
+        size = count(header.size_bytes, "header.size_bytes", low=1, high=self.uploads.limits.largest)
+        with self.uploads.taken(size):
+            with (
+                full_disk_is_resource_exhausted("the space for uploads"),
+                tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX) as directory,
+            ):
+                path = Path(directory) / "file"
+                await _spool(self.uploads.in_time(requests, size), path, size)
+                decoded = await asyncio.to_thread(_decode, file_format, path)
+            info = await asyncio.to_thread(self._store_upload, header, kind, site, provenance, decoded)
         return pb.UploadResponse(artifact=encode_artifact(info))
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
@@ -108,6 +122,8 @@ class ArtifactService(ArtifactServiceServicer):
                 _check_fits(self._model, kind, site, tensors)
                 if kind is ArtifactKind.SPARSITY_PROFILE:
                     _check_profile(self._model, provenance, tensors)
+                if kind is ArtifactKind.WATCH:
+                    _check_watch(self._model, tensors)
             return self._store.put(
                 kind,
                 tensors,
@@ -139,10 +155,23 @@ class ArtifactService(ArtifactServiceServicer):
         return self._model.architecture if info.model_fingerprint == self._model.fingerprint else ""
 
 
+def _sweep_spools() -> None:
+    """Removes what uploads left in the temporary directory when their process was killed.
+
+    Chunks come within seconds: a file that was written to an hour ago is nobody's.
+    """
+    for directory in Path(tempfile.gettempdir()).glob(f"{SPOOL_PREFIX}*"):
+        # Others may sweep at the same time, and may own it.
+        with suppress(OSError):
+            written = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+            if time.time() - written > STALE_AFTER.total_seconds():
+                shutil.rmtree(directory)
+
+
 async def _spool(requests: AsyncIterator[pb.UploadRequest], path: Path, size: int) -> None:
     """Writes the chunks to a file. InvalidArgument unless they are `size` bytes in chunks of at most 1 MiB."""
     received = 0
-    with full_disk_is_resource_exhausted("the space for uploads"), path.open("wb") as file:
+    with path.open("wb") as file:
         async for request in requests:
             if not request.HasField("chunk"):
                 raise InvalidArgument("chunk", "after the header every message must be a chunk")
@@ -195,6 +224,14 @@ def _check_profile(model: ModelInfo, provenance: dict[str, Any], tensors: dict[s
         name = error.field.removeprefix("sparsity.")
         path = f"provenance.{name}" if name in ("policy", "parameters") else f"provenance.parameters.{name}"
         raise InvalidArgument(path, error.message) from error
+    except FailedPrecondition as error:
+        raise InvalidArgument("tensors", error.message) from error
+
+
+def _check_watch(model: ModelInfo, tensors: dict[str, torch.Tensor]) -> None:
+    """The model has what is watched."""
+    try:
+        check_watch(Watch.from_tensors(tensors), model)
     except FailedPrecondition as error:
         raise InvalidArgument("tensors", error.message) from error
 

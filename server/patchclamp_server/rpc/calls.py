@@ -18,6 +18,7 @@ from patchclamp_server.heads.head_sets import select
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.rpc.call_observer import OBSERVER
 from patchclamp_server.rpc.generation_codec import (
     decode_grounding,
     decode_logprobs,
@@ -130,7 +131,8 @@ def within(field: str) -> Iterator[None]:
 @contextmanager
 def running(engine: Engine, request: Request) -> Iterator[int]:
     """Submit, and leave nothing running behind: cancelling what has ended does nothing."""
-    request_id = engine.submit(request)
+    observer = OBSERVER.get()
+    request_id = engine.submit(request) if observer is None else observer.submit(engine, request)
     try:
         yield request_id
     finally:

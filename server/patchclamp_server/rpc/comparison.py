@@ -31,7 +31,11 @@ class Comparison:
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
         self.edited = prepared.to_request(
-            lambda event: stream.put((EDITED, event)), deadline, sampling=sampling, compare_baseline=True
+            lambda event: stream.put((EDITED, event)),
+            deadline,
+            sampling=sampling,
+            compare_baseline=True,
+            held=stream.is_full,
         )
         self.baseline = prepared.to_request(
             lambda event: stream.put((BASELINE, event)),
@@ -39,6 +43,7 @@ class Comparison:
             sampling=sampling,
             program=prepared.grounded(EMPTY_PROGRAM),
             sparsity=None,
+            held=stream.is_full,
         )
         self._builders = {EDITED: prepared.builder(), BASELINE: prepared.builder(wait_for_readouts=False)}
         self._divergences: list[Divergence] = []

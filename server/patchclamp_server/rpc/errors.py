@@ -33,6 +33,9 @@ MAPPINGS: dict[type[errors.RequestError], Mapping] = {
     errors.FailedPrecondition: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "DOES_NOT_FIT_MODEL"),
     errors.NotFound: Mapping(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     errors.ResourceExhausted: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_FULL"),
+    errors.QuotaExceeded: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    errors.Unauthenticated: Mapping(grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MISSING"),
+    errors.PermissionDenied: Mapping(grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED"),
     errors.Aborted: Mapping(grpc.StatusCode.ABORTED, "ABORT_CONDITION_FIRED"),
     errors.Cancelled: Mapping(grpc.StatusCode.CANCELLED, "CANCELLED"),
     errors.DeadlineExceeded: Mapping(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
@@ -56,7 +59,10 @@ def to_status(error: errors.RequestError) -> grpc.Status:
     mapping = mapping_of(error)
     is_internal = mapping.code is grpc.StatusCode.INTERNAL
     message = INTERNAL_MESSAGE if is_internal else _shortened(error.message)
-    info = error_details_pb2.ErrorInfo(reason=mapping.reason, domain=DOMAIN)
+    reason = mapping.reason
+    if isinstance(error, errors.Unauthenticated | errors.PermissionDenied):
+        reason = error.reason
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
     if error.field:
         info.metadata["field"] = error.field
     details: list[Message] = [info]
@@ -76,11 +82,6 @@ def to_status(error: errors.RequestError) -> grpc.Status:
     return rpc_status.to_status(
         status_pb2.Status(code=mapping.code.value[0], message=text, details=[_packed(d) for d in details])
     )
-
-
-def unexpected_status() -> grpc.Status:
-    """For an exception nobody foresaw: nothing of it leaves the server."""
-    return to_status(errors.EngineFailure("", INTERNAL_MESSAGE))
 
 
 def _packed(message: Message) -> any_pb2.Any:

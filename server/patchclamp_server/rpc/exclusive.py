@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 from patchclamp_server.errors import Cancelled, RequestError
+from patchclamp_server.rpc.call_observer import OBSERVER
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class ExclusiveJobs:
         thread is done. The next job begins then, and not before.
         """
         await self._turn.acquire()
+        _tell_observer()
         job: Job[E] = Job(asyncio.get_running_loop())
         thread = asyncio.ensure_future(asyncio.to_thread(job.run, work))
         thread.add_done_callback(self._end)
@@ -88,6 +90,7 @@ class ExclusiveJobs:
         async def run() -> None:
             try:
                 async with self._turn, aclosing(job) as events:
+                    _tell_observer()
                     async for event in events:
                         taken.put_nowait(event)
             finally:
@@ -116,6 +119,11 @@ class ExclusiveJobs:
         """Even if nobody waits for the thread any more, its turn is over."""
         self._turn.release()
         _log_failure(thread)
+
+
+def _tell_observer() -> None:
+    if (observer := OBSERVER.get()) is not None:
+        observer.job_begins()
 
 
 def _log_failure(job: "asyncio.Future[None]") -> None:

@@ -20,6 +20,8 @@ from patchclamp_server.rpc.sparsity_codec import encode_report
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+# What float32 logits stay finite under, however often a token was seen.
+LARGEST_PENALTY = 1e6
 
 PRIORITIES: dict[int, Priority] = {
     # Serving is what a request asks for when it does not say otherwise.
@@ -57,19 +59,23 @@ def decode_sampling(proto: pb.Sampling, logprobs: int | None, path: str = "sampl
     if not 0.0 < top_p <= 1.0:
         raise InvalidArgument(f"{path}.top_p", f"expected a number above 0 and at most 1, got {top_p:g}")
     repetition = proto.repetition_penalty if proto.HasField("repetition_penalty") else 1.0
-    if finite(repetition, f"{path}.repetition_penalty") <= 0.0:
-        raise InvalidArgument(f"{path}.repetition_penalty", f"expected a number above 0, got {repetition:g}")
     return SamplingParams(
         temperature=finite(proto.temperature, f"{path}.temperature", low=0.0),
         top_k=count(proto.top_k, f"{path}.top_k"),
         top_p=top_p,
         min_p=finite(proto.min_p, f"{path}.min_p", low=0.0, high=1.0),
-        repetition_penalty=repetition,
-        presence_penalty=finite(proto.presence_penalty, f"{path}.presence_penalty"),
-        frequency_penalty=finite(proto.frequency_penalty, f"{path}.frequency_penalty"),
+        repetition_penalty=finite(
+            repetition, f"{path}.repetition_penalty", low=1.0 / LARGEST_PENALTY, high=LARGEST_PENALTY
+        ),
+        presence_penalty=_penalty(proto.presence_penalty, f"{path}.presence_penalty"),
+        frequency_penalty=_penalty(proto.frequency_penalty, f"{path}.frequency_penalty"),
         seed=proto.seed if proto.HasField("seed") else None,
         logprobs=logprobs,
     )
+
+
+def _penalty(value: float, field: str) -> float:
+    return finite(value, field, low=-LARGEST_PENALTY, high=LARGEST_PENALTY)
 
 
 def decode_logprobs(n: int, field: str) -> int:

@@ -16,7 +16,7 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.calls import Preparation, check_model, deadline_of, responses_of, running, within
 from patchclamp_server.rpc.checks import chosen
-from patchclamp_server.rpc.comparison import EDITED, Comparison
+from patchclamp_server.rpc.comparison import EDITED, Comparison, Side
 from patchclamp_server.rpc.generation_codec import decode_logprobs, decode_priority, decode_prompt
 from patchclamp_server.rpc.response_builder import ResponseBuilder
 from patchclamp_server.rpc.session import SessionControl
@@ -49,9 +49,10 @@ class GenerationService(GenerationServiceServicer):
         self._bridge: EventBridge | None = None
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        self._engine.check_room()
         prepared = await asyncio.to_thread(self._prepare.generate, request)
         stream = self._stream()
-        with running(self._engine, prepared.to_request(stream.put, deadline_of(context))):
+        with running(self._engine, prepared.to_request(stream.put, deadline_of(context), held=stream.is_full)):
             async for response in responses_of(stream, prepared.builder()):
                 self._observe(response)
                 yield response
@@ -61,12 +62,14 @@ class GenerationService(GenerationServiceServicer):
         first = await anext(messages, None)
         if first is None or not first.HasField("start"):
             raise InvalidArgument("start", "expected as the first message of a session")
+        self._engine.check_room()
         lockstep = first.start.lockstep
         stream = self._stream()
         with within("start.request"):
             prepared = await asyncio.to_thread(self._prepare.generate, first.start.request)
         builder = prepared.builder(wait_for_readouts=not lockstep)
-        request = prepared.to_request(stream.put, deadline_of(context), credits=0 if lockstep else None)
+        credits = 0 if lockstep else None
+        request = prepared.to_request(stream.put, deadline_of(context), credits=credits, held=stream.is_full)
         with ExitStack() as stack:
             with within("start.request"):
                 request_id = stack.enter_context(running(self._engine, request))
@@ -78,13 +81,19 @@ class GenerationService(GenerationServiceServicer):
                 yield response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        self._engine.check_room()
         stream = self._stream()
         score = await asyncio.to_thread(self._score_request, request, stream, deadline_of(context))
         response = pb.ScoreResponse()
         assert score.score_from is not None
         builder = ResponseBuilder(score.score_from, wait_for_readouts=True)
+        size = 0
         with running(self._engine, score):
             async for part in responses_of(stream, builder):
+                size += part.ByteSize()
+                if size > CLIENT_MESSAGE_BYTES:
+                    message = f"the answer has more than {CLIENT_MESSAGE_BYTES} bytes: score or read less"
+                    raise InvalidArgument("program.readouts" if request.program.readouts else "top_logprobs", message)
                 response.tokens.extend(part.tokens)
                 response.prompt_readouts.extend(part.prompt_readouts)
                 if part.HasField("finished"):
@@ -94,15 +103,14 @@ class GenerationService(GenerationServiceServicer):
                         response.sparsity.CopyFrom(part.finished.sparsity)
         response.total_logprob = math.fsum(token.logprob for token in response.tokens)
         response.perplexity = _exp(-response.total_logprob / len(response.tokens))
-        if response.ByteSize() > CLIENT_MESSAGE_BYTES:
-            message = f"the answer has {response.ByteSize()} bytes, above {CLIENT_MESSAGE_BYTES}: score or read less"
-            raise InvalidArgument("program.readouts" if request.program.readouts else "top_logprobs", message)
         return response
 
     async def Compare(self, request: pb.CompareRequest, context: Context) -> AsyncIterator[pb.CompareResponse]:
+        self._engine.check_room()
         with within("request"):
             prepared = await asyncio.to_thread(self._prepare.generate, request.request)
-            comparison = Comparison(prepared, EventStream(self._bridge_of_loop()), deadline_of(context))
+            stream: EventStream[tuple[Side, Event]] = EventStream(self._bridge_of_loop(), self._engine.wake)
+            comparison = Comparison(prepared, stream, deadline_of(context))
             with running(self._engine, comparison.edited), running(self._engine, comparison.baseline):
                 async for response in comparison.responses():
                     if response.text.side == EDITED:
@@ -146,7 +154,7 @@ class GenerationService(GenerationServiceServicer):
         )
 
     def _stream(self) -> EventStream[Event]:
-        return EventStream(self._bridge_of_loop())
+        return EventStream(self._bridge_of_loop(), self._engine.wake)
 
     def _bridge_of_loop(self) -> EventBridge:
         """One for all calls: the service runs in one loop."""

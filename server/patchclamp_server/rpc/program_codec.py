@@ -102,10 +102,10 @@ def _layers(layers: Sequence[int], all_layers: bool, field: str, *, needed: bool
 def _vector_in(proto: Any, field: str) -> Vector:
     """The field `vector` of a message that needs one."""
     required(proto, "vector", field)
-    return _vector(proto.vector, f"{field}.vector")
+    return decode_vector(proto.vector, f"{field}.vector")
 
 
-def _vector(proto: pb.Vector, field: str) -> Vector:
+def decode_vector(proto: pb.Vector, field: str) -> Vector:
     source = chosen(proto, "source", field)
     has_row = proto.HasField("artifact_layer")
     if source == "values":
@@ -263,7 +263,7 @@ def _readout(proto: pb.Readout, field: str) -> Readout:
 def _projection_readout(proto: pb.ProjectionReadout, field: str) -> ProjectionReadout:
     if not proto.vectors:
         raise InvalidArgument(f"{field}.vectors", "expected at least one vector")
-    return ProjectionReadout(tuple(_vector(v, f"{field}.vectors[{i}]") for i, v in enumerate(proto.vectors)))
+    return ProjectionReadout(tuple(decode_vector(v, f"{field}.vectors[{i}]") for i, v in enumerate(proto.vectors)))
 
 
 def _neuron_readout(proto: pb.NeuronReadout, field: str) -> NeuronReadout:

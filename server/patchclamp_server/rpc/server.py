@@ -4,46 +4,86 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import torch
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
-from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, model_pb2, sparsity_pb2, steering_pb2
+from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, model_pb2, monitoring_pb2, sparsity_pb2, steering_pb2
 from patchclamp.v1.artifact_pb2_grpc import add_ArtifactServiceServicer_to_server
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
+from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 from patchclamp.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
+from patchclamp_server.errors import RequestError
 from patchclamp_server.metrics import Metrics, MetricsEndpoint
+from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import Progress
+from patchclamp_server.monitoring.stored import WatchAsked, start_stored
+from patchclamp_server.monitoring.watch import WatchOptions
 from patchclamp_server.rpc.artifact_service import ArtifactService
+from patchclamp_server.rpc.call_security import CallSecurity
+from patchclamp_server.rpc.credentials import server_credentials
 from patchclamp_server.rpc.exclusive import ExclusiveJobs
 from patchclamp_server.rpc.generation_service import GenerationService
 from patchclamp_server.rpc.head_service import HeadService
+from patchclamp_server.rpc.health_endpoint import HealthEndpoint
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
 from patchclamp_server.rpc.model_service import ModelService
+from patchclamp_server.rpc.monitoring_service import MonitoringService
 from patchclamp_server.rpc.sparsity_service import SparsityService
 from patchclamp_server.rpc.steering_service import SteeringService
+from patchclamp_server.rpc.upload_space import UploadLimits
+from patchclamp_server.rpc.watchdog import stacks, watch_steps
+from patchclamp_server.security.access import CallersAccess
+from patchclamp_server.security.configuration import ConfigurationError
+from patchclamp_server.security.metrics import SecurityMetrics
+from patchclamp_server.security.security import Security
+from patchclamp_server.security.tls_files import TlsFiles
 from patchclamp_server.sparsity.binder import Binder
+
+if TYPE_CHECKING:
+    from patchclamp_server.rpc.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 SERVICES: tuple[str, ...] = tuple(
     service.full_name
-    for module in (generation_pb2, steering_pb2, sparsity_pb2, head_pb2, artifact_pb2, model_pb2)
+    for module in (generation_pb2, steering_pb2, sparsity_pb2, head_pb2, monitoring_pb2, artifact_pb2, model_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
+)
+# "Service/Method" of all that a policy can speak of.
+METHODS: tuple[str, ...] = (
+    *(
+        f"{service.name}/{method.name}"
+        for service in map(descriptor_pool.Default().FindServiceByName, SERVICES)
+        for method in service.methods
+    ),
+    "ServerReflection/ServerReflectionInfo",
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Time for the last statuses to reach their clients once every call is answered.
 FLUSH_SECONDS = 1.0
+# Time for the engine's last step, once nothing is left to run.
+LAST_STEP_SECONDS = 10.0
+# Time for the last spans to reach the collector.
+SPAN_FLUSH_SECONDS = 5.0
+
+
+class EngineStopped(Exception):
+    """The server has ended because its engine could not go on."""
 
 
 class Server:
@@ -52,6 +92,7 @@ class Server:
     def __init__(self, model: LoadedModel, config: ServerConfig) -> None:
         self.config = config
         self.metrics = Metrics()
+        self._security = Security(config, self.metrics.security, METHODS)
         self.engine = Engine(model, config.engine)
         self.engine.observer = self.metrics
         self.metrics.read_engine(self.engine.stats)
@@ -59,18 +100,34 @@ class Server:
         self._info = model.info
         self._prompts = PromptEncoder(model.tokenizer, model.info)
         self._store = ArtifactStore(config.artifacts_url)
+        if self._security.is_configured:
+            self.engine.access = self._store.access = CallersAccess()
         self._binder = Binder(self.engine.sparse_model, self._store, self.engine.executor.sparse.prepare)
         # One queue for the analysis jobs of all services.
         self._jobs = ExclusiveJobs()
+        self._monitoring = MonitoringService(self.engine, self._prompts, self._store, model.info)
+        self.metrics.read_watches(self.engine.monitor, self._monitoring.dropped.of)
+        self._health_endpoint: HealthEndpoint | None = None
+        self.health_address = ""
+        self._tracing: Tracing | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+        # Set when there is a reason to end: a signal, or the end of the engine.
+        self._asked_to_end = asyncio.Event()
 
     async def start(self) -> str:
-        """Serve. Returns the bound address, host:port. Raises OSError when a port cannot be had."""
-        self._metrics_endpoint = _metrics_endpoint(self.metrics, self.config.metrics_address)
-        self._in_flight = InFlight()
+        """Serve. Returns the bound address, host:port. Raises OSError when a port cannot be had, and ConfigurationError
+        when a watch cannot run."""
+        await asyncio.to_thread(self._start_watches)
+        self._metrics_endpoint = _metrics_endpoint(
+            self.metrics, self.config.metrics_address, self._security.tls_files if self.config.metrics_tls else None
+        )
+        self._security.on_new_certificate = self._metrics_endpoint.renew_certificate
+        self._in_flight = InFlight(self.config.max_calls)
+        self._tracing = _tracing(self.config, self._info)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._grpc = grpc.aio.server(
-            interceptors=[CallInterceptor(self.metrics, self._in_flight, frozenset(SERVICES))],
+            interceptors=self._interceptors(),
             options=[
                 ("grpc.max_receive_message_length", self.config.max_message_bytes),
                 # A second server on the port is a mistake, not a second worker.
@@ -80,11 +137,17 @@ class Server:
         self._add_services()
         host, _, _ = self.config.address.rpartition(":")
         try:
-            port = self._grpc.add_insecure_port(self.config.address)
+            port = self._add_port()
         except RuntimeError as error:
             await asyncio.to_thread(self._metrics_endpoint.close)
             await self._grpc.stop(None)
             raise OSError(f"cannot serve on {self.config.address}: {error}") from error
+        try:
+            await self._serve_health_alone()
+        except OSError:
+            await asyncio.to_thread(self._metrics_endpoint.close)
+            await self._grpc.stop(None)
+            raise
         loop = asyncio.get_running_loop()
 
         def engine_stopped() -> None:
@@ -93,13 +156,53 @@ class Server:
         self.engine.on_stopped = engine_stopped
         self.engine.start()
         await self._grpc.start()
-        for name in ("", *SERVICES):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._security.warn_if_open(self.config.address)
+        self._watching_files = asyncio.create_task(self._security.watch())
+        self._watching_files.add_done_callback(_log_failure)
+        await self._set_alive(True)
+        if self.config.step_timeout_seconds:
+            watching = watch_steps(self.engine.step_seconds, self.config.step_timeout_seconds, self._step_is_late)
+            self._watchdog = asyncio.create_task(watching)
         return f"{host}:{port}"
+
+    def _start_watches(self) -> None:
+        for name, watch, reference in self.config.watches:
+            try:
+                asked = WatchAsked(watch, WatchOptions(name), reference)
+                start_stored(self.engine.monitor, asked, self._store, self._info)
+            except RequestError as error:
+                raise ConfigurationError(f"--watch {name}={watch}: {error}") from error
+
+    async def _step_is_late(self, late: bool) -> None:
+        await self._set_alive(not late)
+
+    async def _set_alive(self, alive: bool) -> None:
+        self.metrics.serving.set(alive)
+        status = health_pb2.HealthCheckResponse.SERVING if alive else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *SERVICES):
+            await self._health.set(name, status)
+
+    def _add_port(self) -> int:
+        if self._security.tls is None:
+            return self._grpc.add_insecure_port(self.config.address)
+        return self._grpc.add_secure_port(self.config.address, server_credentials(self._security.tls))
+
+    def _interceptors(self) -> list[Any]:
+        """The outermost first."""
+        security = CallSecurity(self._security, self._info.name, self._prompts.text_of)
+        inner = [CallInterceptor(self.metrics, self._in_flight, frozenset(SERVICES), security)]
+        return inner if self._tracing is None else [self._tracing.outermost, *inner, self._tracing.innermost]
+
+    async def _serve_health_alone(self) -> None:
+        if self.config.health_address:
+            self._health_endpoint = HealthEndpoint(self._health, self.config.health_address)
+            self.health_address = await self._health_endpoint.start()
 
     def _engine_stopped(self) -> None:
         """Without its engine the server is of no use: health says so, whoever restarts it sees it."""
+        self.metrics.serving.set(False)
         self._going_down = asyncio.ensure_future(self._health.enter_graceful_shutdown())
+        self._asked_to_end.set()
 
     @property
     def metrics_port(self) -> int:
@@ -121,7 +224,13 @@ class Server:
         add_HeadServiceServicer_to_server(
             HeadService(self.engine, self._prompts, self._store, self._info, self._jobs), self._grpc
         )
-        add_ArtifactServiceServicer_to_server(ArtifactService(self._store, self._info), self._grpc)
+        uploads = UploadLimits(
+            max_bytes=self.config.max_upload_bytes,
+            max_concurrent_bytes=self.config.max_concurrent_upload_bytes,
+            idle_seconds=self.config.upload_idle_seconds,
+        )
+        add_MonitoringServiceServicer_to_server(self._monitoring, self._grpc)
+        add_ArtifactServiceServicer_to_server(ArtifactService(self._store, self._info, uploads), self._grpc)
         add_ModelServiceServicer_to_server(ModelService(self._info, self._prompts), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
@@ -136,9 +245,11 @@ class Server:
         await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
+        self.metrics.serving.set(False)
         await self._health.enter_graceful_shutdown()
         # The port stays open meanwhile: a call gets UNAVAILABLE and its reason, not a connection that breaks.
         self._in_flight.close()
+        self._monitoring.close()
         try:
             await asyncio.wait_for(self._in_flight.idle(), self.config.drain_seconds)
         except TimeoutError:
@@ -146,20 +257,46 @@ class Server:
             await self._grpc.stop(None)
         else:
             await self._grpc.stop(FLUSH_SECONDS)
-        await asyncio.to_thread(self.engine.shutdown)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if not await asyncio.to_thread(self.engine.shutdown, LAST_STEP_SECONDS):
+            logger.critical("a step did not end within %g s\n%s", LAST_STEP_SECONDS, stacks())
+            self.engine.failure = TimeoutError(f"a step did not end within {LAST_STEP_SECONDS:g} s")
+        if self._health_endpoint is not None:
+            await self._health_endpoint.stop()
         await asyncio.to_thread(self._metrics_endpoint.close)
+        self._watching_files.cancel()
+        await asyncio.to_thread(self._security.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close, SPAN_FLUSH_SECONDS)
 
     async def run(self, ready: Callable[[str], None]) -> None:
-        """Serve until SIGTERM or SIGINT, then drain; `ready` gets the bound address. A second signal ends at once."""
+        """Serve until SIGTERM or SIGINT, then drain; `ready` gets the bound address. A second signal ends at once.
+
+        Raises EngineStopped, after every call has had its status, when the engine could not go on.
+        """
         loop = asyncio.get_running_loop()
-        asked = asyncio.Event()
         for number in SIGNALS:
-            loop.add_signal_handler(number, asked.set)
+            loop.add_signal_handler(number, self._asked_to_end.set)
         ready(await self.start())
-        await asked.wait()
+        await self._asked_to_end.wait()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
+            # asyncio would take a second SIGINT for a reason to wait for every thread.
+            signal.signal(number, signal.SIG_DFL)
         await self.stop()
+        if self.engine.failure is not None:
+            raise EngineStopped(f"the engine stopped: {self.engine.failure!r}") from self.engine.failure
+
+
+def _log_failure(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.critical("files are no longer read when they change", exc_info=task.exception())
+
+
+def check_files(config: ServerConfig) -> None:
+    """Before the model is loaded. Raises ConfigurationError when tokens, policy or certificates cannot be used."""
+    Security(config, SecurityMetrics(CollectorRegistry()), METHODS).close()
 
 
 def load(config: ServerConfig, progress: Progress | None = None) -> LoadedModel:
@@ -167,6 +304,15 @@ def load(config: ServerConfig, progress: Progress | None = None) -> LoadedModel:
     return load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, progress=progress)
 
 
-def _metrics_endpoint(metrics: Metrics, address: str) -> MetricsEndpoint:
+def _tracing(config: ServerConfig, model: ModelInfo) -> "Tracing | None":
+    if config.tracing == "off":
+        return None
+    # OpenTelemetry is installed only where it is wanted.
+    from patchclamp_server.rpc.tracing import Tracing
+
+    return Tracing(config.otlp_endpoint, model, version("patchclamp"), frozenset(SERVICES))
+
+
+def _metrics_endpoint(metrics: Metrics, address: str, tls: TlsFiles | None) -> MetricsEndpoint:
     host, _, port = address.rpartition(":")
-    return MetricsEndpoint(metrics, host, int(port))
+    return MetricsEndpoint(metrics, host, int(port), tls)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed
-from patchclamp_server.errors import EngineFailure, InvalidArgument, RequestError
+from patchclamp_server.errors import EngineFailure, InvalidArgument, NotFound, RequestError
 from patchclamp_server.rpc.checks import chosen, count, finite
 from patchclamp_server.rpc.stream import EventStream
 
@@ -62,7 +62,7 @@ class SessionControl:
         strength = finite(message.strength, "set_strength.strength")
         try:
             self._engine.set_strength(self._id, message.edit, strength)
-        except RequestError as error:
+        except NotFound as error:
             error.field = "set_strength.edit"
             raise
 

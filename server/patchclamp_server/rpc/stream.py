@@ -1,14 +1,24 @@
 """From the engine's thread to the event loop: events wait in a buffer until the client's stream can take them.
 
 One wake-up of the loop serves every stream that got events since the last one, so a step that emits for 256 streams
-costs one system call. A stream whose client is slow just collects: its next batch holds several tokens, in order.
+costs one system call. A stream whose client is slow collects: its next batch holds several tokens, in order. When much
+has collected, its sequence is held back until the client has read (Request.held), so a client that stops reading costs
+a bounded amount of memory.
 """
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from patchclamp_server.engine.request import Readouts, Token
+
 E = TypeVar("E")
+
+# Numbers that may wait in a stream, some 40 bytes each; what a single step brings comes on top.
+MAX_WAITING_VALUES = 32768
+# What an event counts besides the numbers it carries.
+EVENT_VALUES = 8
 
 # Between a token and its text lies some work. Sent as they come, they would be two messages and wake the loop in the
 # middle of a step; the engine does not wait for this, so it delays every token alike and slows none down.
@@ -40,17 +50,28 @@ class EventBridge:
 
 
 class EventStream(Generic[E]):
-    """Events of one call. `put` on any thread; `batch` in one task of the bridge's loop."""
+    """Events of one call. `put` on any thread; `batch` in one task of the bridge's loop.
 
-    def __init__(self, bridge: EventBridge) -> None:
+    `on_read`: called in the loop after a batch that was large enough for the stream to have been full.
+    """
+
+    def __init__(self, bridge: EventBridge, on_read: Callable[[], None] = lambda: None) -> None:
         self._bridge = bridge
+        self._on_read = on_read
         self._events: deque[E] = deque()
         self._ready = asyncio.Event()
+        # Two counts, each written by one thread.
+        self._put_values = self._read_values = 0
 
     def put(self, event: E) -> None:
         """Never blocks."""
+        self._put_values += values_of(event)
         self._events.append(event)
         self._bridge.wake(self)
+
+    def is_full(self) -> bool:
+        """From any thread: whoever puts should wait until more has been read."""
+        return self._put_values - self._read_values >= MAX_WAITING_VALUES
 
     def set_ready(self) -> None:
         self._ready.set()
@@ -62,6 +83,25 @@ class EventStream(Generic[E]):
             if not self._events:
                 await self._ready.wait()
         events: list[E] = []
+        values = 0
         while self._events:
             events.append(self._events.popleft())
+            values += values_of(events[-1])
+        self._read_values += values
+        # While it was full, this batch and the next, which may have come meanwhile, held at least the limit together.
+        if 2 * values >= MAX_WAITING_VALUES:
+            self._on_read()
         return events
+
+
+def values_of(event: Any) -> int:
+    """How much an event counts. An event may be a pair of whose it is and the event itself."""
+    if isinstance(event, tuple) and len(event) == 2:
+        event = event[1]
+    match event:
+        case Readouts():
+            return EVENT_VALUES + sum(EVENT_VALUES + len(value.values) for value in event.values)
+        case Token():
+            return EVENT_VALUES + len(event.top_logprobs)
+        case _:
+            return EVENT_VALUES

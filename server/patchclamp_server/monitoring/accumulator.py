@@ -1,0 +1,210 @@
+"""The statistics of the items of a watch, added up where the model runs.
+
+    fired += v > threshold,  total += v,  total_squares += v²,  min, max,  histogram[#{edges < v}] += 1
+
+v are float32; sums are float64 and bins int64, so that a watch can run for months. A value that is not finite counts in
+`not_finite` and nowhere else. On a CPU many rows go through one loop that numba compiles; elsewhere through a few torch
+operators, and nothing comes to the host before somebody reads.
+"""
+
+# What numba compiles has no types for mypy.
+# mypy: disable-error-code="no-untyped-call, no-untyped-def"
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchclamp_server.monitoring.reference import Floats, Ints
+
+Float32s = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Over W items, as numpy arrays or as tensors."""
+
+    tokens: Any  # [W]
+    fired: Any
+    not_finite: Any
+    total: Any
+    total_squares: Any
+    min: Any
+    max: Any
+    histogram: Any  # [W, k + 1], over the edges in use
+    bucket_counts: Any  # [W or 1, buckets + 1]
+
+    @classmethod
+    def zero(cls, n_items: int, bins: int, buckets: int) -> "Sums":
+        return cls(
+            tokens=np.zeros(n_items, dtype=np.int64),
+            fired=np.zeros(n_items, dtype=np.int64),
+            not_finite=np.zeros(n_items, dtype=np.int64),
+            total=np.zeros(n_items),
+            total_squares=np.zeros(n_items),
+            min=np.full(n_items, np.inf),
+            max=np.full(n_items, -np.inf),
+            histogram=np.zeros((n_items, bins), dtype=np.int64),
+            bucket_counts=np.zeros((1, buckets), dtype=np.int64),
+        )
+
+    def on(self, device: torch.device) -> "Sums":
+        return Sums(*(torch.from_numpy(array).to(device) for array in self.values()))
+
+    def values(self) -> list[Any]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def read(self) -> "Sums":
+        """A copy on the host."""
+        return Sums(*(_copied(v) for v in self.values()))
+
+
+class Accumulator:
+    """`edges` [W, k] are those of the items: the buckets, which all items share, until there is a reference."""
+
+    def __init__(self, thresholds: Floats, buckets: tuple[float, ...], device: torch.device, *, compiled: bool) -> None:
+        self.device, self.compiled = device, compiled
+        self._thresholds = floor32(thresholds)
+        self._buckets = floor32(np.array(buckets))
+        self.edges = np.tile(np.array(buckets), (len(thresholds), 1))
+        self._rounded = floor32(self.edges)
+        self.own_edges = False
+        sums = Sums.zero(len(thresholds), len(buckets) + 1, len(buckets) + 1)
+        self.sums = sums if self.compiled else sums.on(device)
+        self._constants = self._placed()
+
+    def set_edges(self, edges: Floats) -> None:
+        """From now on the histogram counts by these; what buckets have counted stays."""
+        if not self.own_edges:
+            self.sums.bucket_counts[0] += self.sums.histogram.sum(0)
+        self.own_edges = True
+        self.edges, self._rounded = edges, floor32(edges)
+        empty = np.zeros((len(edges), edges.shape[1] + 1), dtype=np.int64)
+        arrays = self.sums.values()
+        arrays[-2] = empty if self.compiled else torch.from_numpy(empty).to(self.device)
+        self.sums = Sums(*arrays)
+        self._constants = self._placed()
+
+    def _placed(self) -> tuple[Tensor, Tensor, Tensor]:
+        arrays = (self._thresholds, self._rounded, self._buckets)
+        thresholds, edges, buckets = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return thresholds, edges, buckets
+
+    def add(self, values: Any, rows: Ints, columns: Ints) -> None:
+        """Item w of row r is values[rows[r], columns[w]] of a ring's values."""
+        if self.compiled:
+            buckets = self._buckets if self.own_edges else self._buckets[:0]
+            _add(values, rows, columns, self._thresholds, self._rounded, buckets, *self.sums.values())
+        else:
+            index = (torch.from_numpy(array).to(self.device) for array in (rows, columns))
+            self._add_on_device(values.index_select(0, next(index)).index_select(1, next(index)))
+
+    def _add_on_device(self, values: Tensor) -> None:
+        """values [n, W]."""
+        thresholds, edges, buckets = self._constants
+        sums = self.sums
+        finite = torch.isfinite(values)
+        good = torch.where(finite, values, 0.0).double()
+        sums.tokens.add_(finite.sum(0))
+        sums.fired.add_(((values > thresholds) & finite).sum(0))
+        sums.not_finite.add_((~finite).sum(0))
+        sums.total.add_(good.sum(0))
+        sums.total_squares.add_((good * good).sum(0))
+        torch.minimum(sums.min, torch.where(finite, good, torch.inf).amin(0), out=sums.min)
+        torch.maximum(sums.max, torch.where(finite, good, -torch.inf).amax(0), out=sums.max)
+        turned, counted = values.t().contiguous(), finite.t().long()
+        sums.histogram.scatter_add_(1, torch.searchsorted(edges, turned), counted)
+        if self.own_edges:
+            bins = torch.searchsorted(buckets, turned).reshape(1, -1)
+            sums.bucket_counts.scatter_add_(1, bins, counted.reshape(1, -1))
+
+    def read(self) -> Sums:
+        """A copy on the host, whose bucket counts are those of all items."""
+        sums = self.sums.read()
+        if not self.own_edges:
+            sums.bucket_counts[0] += sums.histogram.sum(axis=0)
+        return sums
+
+    def histogram(self) -> Ints:
+        """A copy on the host."""
+        copied: Ints = _copied(self.sums.histogram)
+        return copied
+
+
+def _copied(values: Any) -> Any:
+    """To the host."""
+    return values.cpu().clone().numpy() if isinstance(values, Tensor) else values.copy()
+
+
+def floor32(numbers: Floats) -> Float32s:
+    """The largest float32 that is not above each: a float32 v is above the one if it is above the other."""
+    rounded = numbers.astype(np.float32)
+    down = np.where(rounded > numbers, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+    # The compiled loops know one memory layout.
+    return np.ascontiguousarray(down)
+
+
+def warm_up() -> None:
+    """Compiles what `add` runs on a CPU, or reads it from the disk."""
+    for own in (False, True):
+        accumulator = Accumulator(np.zeros(1), (0.0,), torch.device("cpu"), compiled=True)
+        if own:
+            accumulator.set_edges(np.zeros((1, 1)))
+        index = np.zeros(1, dtype=np.int64)
+        accumulator.add(np.zeros((1, 1), dtype=np.float32), index, index)
+
+
+@numba.njit(nogil=True, cache=True)
+def _add(
+    values,
+    rows,
+    columns,
+    thresholds,
+    edges,
+    buckets,
+    tokens,
+    fired,
+    not_finite,
+    total,
+    total_squares,
+    low,
+    high,
+    histogram,
+    bucket_counts,
+):
+    k, n_buckets = edges.shape[1], buckets.shape[0]
+    for item in range(columns.shape[0]):
+        column, threshold = columns[item], thresholds[item]
+        n, above, broken = 0, 0, 0
+        summed, squares = 0.0, 0.0
+        least, most = np.float32(np.inf), np.float32(-np.inf)
+        for row in rows:
+            v = values[row, column]
+            if not abs(v) < np.inf:
+                broken += 1
+                continue
+            n += 1
+            above += v > threshold
+            summed += v
+            squares += np.float64(v) * np.float64(v)
+            least, most = min(least, v), max(most, v)
+            # Counting all edges is a vector instruction or two; a search would be a chain of jumps.
+            place = np.int32(0)
+            for j in range(k):
+                place += np.int32(edges[item, j] < v)
+            histogram[item, place] += 1
+            if n_buckets:
+                place = np.int32(0)
+                for j in range(n_buckets):
+                    place += np.int32(buckets[j] < v)
+                bucket_counts[0, place] += 1
+        tokens[item] += n
+        fired[item] += above
+        not_finite[item] += broken
+        total[item] += summed
+        total_squares[item] += squares
+        low[item], high[item] = min(low[item], least), max(high[item], most)

@@ -1,0 +1,65 @@
+"""Events: values above their thresholds, for somebody who follows a running watch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchclamp_server.monitoring.accumulator import Float32s, floor32
+from patchclamp_server.monitoring.reference import Floats, Ints
+from patchclamp_server.monitoring.ring import Row
+
+# A step may bring as many events as it has rows times the watch has items.
+MAX_BATCH = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """m events, oldest first, as parallel arrays. `dropped`: how many more there were in this batch."""
+
+    items: Ints
+    values: Floats
+    token_ids: Ints
+    positions: Ints
+    sequences: Ints
+    generated: NDArray[np.bool_]
+    times: Floats  # seconds since the watch was started
+    dropped: int
+
+
+class Subscription:
+    """Events of some items of a watch. `on_activations` must not block; None is its last call."""
+
+    def __init__(
+        self,
+        items: Sequence[int],
+        thresholds: Floats,
+        started: float,
+        on_activations: Callable[[Activations | None], None],
+    ) -> None:
+        """thresholds [items]; `started` on the clock of time.monotonic()."""
+        self._items = np.array(items, dtype=np.int64)
+        self._thresholds = floor32(thresholds)
+        self._started = started
+        self.on_activations = on_activations
+
+    def take(self, values: Float32s, rows: Sequence[Row]) -> Activations | None:
+        """values [n, W] of `rows`; None when nothing is above its threshold."""
+        own = values[:, self._items]
+        row, item = np.nonzero((own > self._thresholds) & np.isfinite(own))
+        if not len(row):
+            return None
+        dropped = max(0, len(row) - MAX_BATCH)
+        row, item = row[:MAX_BATCH], item[:MAX_BATCH]
+        events = [rows[at] for at in row.tolist()]
+        return Activations(
+            items=self._items[item],
+            values=own[row, item].astype(np.float64),
+            token_ids=np.array([event.token_id for event in events]),
+            positions=np.array([event.position for event in events]),
+            sequences=np.array([event.sequence for event in events]),
+            generated=np.array([event.generated for event in events]),
+            times=np.array([event.time - self._started for event in events]),
+            dropped=dropped,
+        )

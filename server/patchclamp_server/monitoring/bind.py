@@ -1,0 +1,171 @@
+"""Binds what a client asks to be watched to the model: every artifact resolved, every index in range, all names apart.
+
+One item of a source keeps the name given; several are "<name>/L<layer>N<neuron>", "<name>/L<layer>" for a direction at
+several layers, "<name>/L<layer>F<feature>" and "<name>/L<layer>H<head>".
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from patchclamp_server.heads.head_sets import select
+from patchclamp_server.interventions.program import Site
+from patchclamp_server.interventions.resolver import Resolver, check_finite, check_indices
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.monitoring.items import (
+    WatchedDirection,
+    WatchedFeatures,
+    WatchedHeads,
+    WatchedNeurons,
+    WatchItem,
+)
+from patchclamp_server.monitoring.watch import VECTOR_SITES, ItemKind, Watch
+
+MAX_NAME_CHARACTERS = 128
+
+
+class _Found(NamedTuple):
+    suffix: str
+    kind: ItemKind
+    layer: int
+    # Neuron or head.
+    unit: int = 0
+    site: Site | None = None
+    vector: Tensor | None = None
+    bias: float = 0.0
+    jump: float = 0.0
+
+
+def bind_watch(
+    items: Sequence[WatchItem], info: ModelInfo, artifacts: ArtifactStore | None, *, max_items: int
+) -> Watch:
+    """Raises InvalidArgument, NotFound or FailedPrecondition with the field path, ResourceExhausted for more than
+    `max_items`."""
+    if not items:
+        raise InvalidArgument("items", "at least one item is needed")
+    binder = _Binder(info, artifacts)
+    names: list[str] = []
+    thresholds: list[float] = []
+    found: list[_Found] = []
+    for i, item in enumerate(items):
+        path = f"items[{i}]"
+        if not 1 <= len(item.name) <= MAX_NAME_CHARACTERS:
+            raise InvalidArgument(f"{path}.name", f"expected 1 to {MAX_NAME_CHARACTERS} characters")
+        check_finite(item.threshold, f"{path}.threshold")
+        own = binder.find(item, path)
+        if len(found) + len(own) > max_items:
+            raise ResourceExhausted("items", f"more than {max_items} items, which is what this server watches in all")
+        for one in own:
+            names.append(item.name if len(own) == 1 else f"{item.name}/{one.suffix}")
+            thresholds.append(item.threshold)
+        if len(set(names)) != len(names):
+            raise InvalidArgument(f"{path}.name", f"{item.name!r} gives an item a name that another has")
+        found += own
+    with_vector = [one for one in found if one.vector is not None]
+    rows = iter(range(len(with_vector)))
+    return Watch(
+        names=tuple(names),
+        kinds=torch.tensor([one.kind for one in found], dtype=torch.int64),
+        layers=torch.tensor([one.layer for one in found], dtype=torch.int64),
+        units=torch.tensor([one.unit if one.vector is None else next(rows) for one in found], dtype=torch.int64),
+        thresholds=torch.tensor(thresholds, dtype=torch.float64),
+        vectors=torch.stack([one.vector for one in found if one.vector is not None])
+        if with_vector
+        else torch.empty(0, info.d_model),
+        sites=tuple(one.site for one in found if one.site is not None),
+        bias=torch.tensor([one.bias for one in with_vector], dtype=torch.float32),
+        jump=torch.tensor([one.jump for one in with_vector], dtype=torch.float32),
+    )
+
+
+class _Binder:
+    def __init__(self, info: ModelInfo, artifacts: ArtifactStore | None) -> None:
+        self.info = info
+        self.artifacts = artifacts
+        self.resolver = Resolver(info, artifacts)
+
+    def find(self, item: WatchItem, path: str) -> list[_Found]:
+        match item.source:
+            case WatchedNeurons():
+                return self.neurons(item.source, f"{path}.neurons")
+            case WatchedDirection():
+                return self.direction(item.source, f"{path}.direction")
+            case WatchedFeatures():
+                return self.features(item.source, f"{path}.features")
+            case WatchedHeads():
+                return self.heads(item.source, f"{path}.heads")
+
+    def neurons(self, source: WatchedNeurons, path: str) -> list[_Found]:
+        chosen: list[tuple[int, Sequence[int]]] = [(source.layer, source.neurons)]
+        if source.neuron_set is not None:
+            if source.neurons or source.layer:
+                raise InvalidArgument(f"{path}.neurons", "give neurons of a layer or a neuron_set, not both")
+            artifact = self.resolver.artifact(source.neuron_set, ArtifactKind.NEURON_SET, f"{path}.neuron_set")
+            chosen = [(layer, artifact.neurons(layer)[0].tolist()) for layer in artifact.info.layers]
+        elif not source.neurons:
+            raise InvalidArgument(f"{path}.neurons", "neurons or a neuron_set are needed")
+        field = "neurons" if source.neuron_set is None else "neuron_set"
+        found = []
+        for layer, neurons in chosen:
+            self.layer(layer, f"{path}.layer" if field == "neurons" else f"{path}.{field}")
+            check_indices(tuple(neurons), self.info.d_ff, f"{path}.{field}", "neuron")
+            found += [_Found(f"L{layer}N{neuron}", ItemKind.NEURON, layer, neuron) for neuron in neurons]
+        return found
+
+    def direction(self, source: WatchedDirection, path: str) -> list[_Found]:
+        site, layers = source.site, source.layers
+        if source.vector.artifact is not None and (site is None or not layers):
+            artifact = self.resolver.artifact(source.vector.artifact, ArtifactKind.VECTOR, f"{path}.vector.artifact")
+            site = site or artifact.info.site
+            layers = layers or artifact.info.layers
+        site = self.site(site, path)
+        layers = self.resolver.layers(layers, False, path)
+        vector = source.vector
+        rows = self.resolver.vectors(vector, site, layers, self.info.d_model, f"{path}.vector", unit=vector.unit)
+        return [_Found(f"L{layer}", ItemKind.DIRECTION, layer, site=site, vector=rows[layer][0]) for layer in layers]
+
+    def features(self, source: WatchedFeatures, path: str) -> list[_Found]:
+        site = self.site(source.site, path)
+        self.layer(source.layer, f"{path}.layer")
+        encoder = source.encoder.float()
+        if encoder.dim() != 2 or not len(encoder) or encoder.shape[1] != self.info.d_model:
+            raise InvalidArgument(
+                f"{path}.encoder", f"shape {list(encoder.shape)} is not [features, {self.info.d_model}]"
+            )
+        numbers = {"encoder": encoder}
+        for name, given in (("bias", source.bias), ("jump", source.jump)):
+            numbers[name] = torch.zeros(len(encoder)) if given is None else given.float()
+            if list(numbers[name].shape) != [len(encoder)]:
+                raise InvalidArgument(f"{path}.{name}", f"shape {list(numbers[name].shape)} is not [{len(encoder)}]")
+        for name, tensor in numbers.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise InvalidArgument(f"{path}.{name}", "holds NaN or infinite numbers")
+        bias, jump = numbers["bias"].tolist(), numbers["jump"].tolist()
+        return [
+            _Found(f"L{source.layer}F{i}", ItemKind.FEATURE, source.layer, 0, site, row.contiguous(), bias[i], jump[i])
+            for i, row in enumerate(encoder)
+        ]
+
+    def heads(self, source: WatchedHeads, path: str) -> list[_Found]:
+        if source.selection.head_set and self.artifacts is None:
+            raise FailedPrecondition(f"{path}.heads.head_set", "this server keeps no artifacts")
+        # Listed heads are looked up nowhere.
+        chosen = select(source.selection, self.artifacts, self.info, f"{path}.heads")  # type: ignore[arg-type]
+        return [_Found(f"L{layer}H{head}", ItemKind.HEAD, layer, head) for layer, head in chosen]
+
+    def site(self, site: Site | None, path: str) -> Site:
+        site = site or Site.RESID_POST
+        self.resolver.width(site, path)
+        if site not in VECTOR_SITES:
+            expected = ", ".join(s.value for s in VECTOR_SITES)
+            raise InvalidArgument(f"{path}.site", f"expected a site of the residual width: {expected}")
+        return site
+
+    def layer(self, layer: int, path: str) -> None:
+        if not 0 <= layer < self.info.n_layers:
+            raise InvalidArgument(path, f"unknown layer {layer}: the model has {self.info.n_layers}")

@@ -1,0 +1,49 @@
+"""What a client asks to be watched: the messages WatchItem of proto/patchclamp/v1/monitoring.proto. See bind.py."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from patchclamp_server.heads.head_sets import HeadSelection
+from patchclamp_server.interventions.program import Site, Vector
+
+
+@dataclass(frozen=True)
+class WatchedNeurons:
+    """Neurons of a layer, or those of a neuron set in all of its layers."""
+
+    layer: int = 0
+    neurons: tuple[int, ...] = ()
+    neuron_set: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedDirection:
+    """Without a site and layers: those of the artifact."""
+
+    vector: Vector
+    site: Site | None = None
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedFeatures:
+    """encoder [k, d_model], bias and jump [k]. The default site is resid_post."""
+
+    encoder: Tensor
+    layer: int
+    site: Site | None = None
+    bias: Tensor | None = None
+    jump: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WatchedHeads:
+    selection: HeadSelection
+
+
+@dataclass(frozen=True, eq=False)
+class WatchItem:
+    name: str
+    source: WatchedNeurons | WatchedDirection | WatchedFeatures | WatchedHeads
+    threshold: float = 0.0

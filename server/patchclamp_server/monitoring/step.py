@@ -1,0 +1,77 @@
+"""A step as the watches see it: which of its rows they want, and how what they left in the ring is counted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+
+from patchclamp_server.monitoring.layout import Layout
+from patchclamp_server.monitoring.ring import Row, Rows
+from patchclamp_server.monitoring.running import Call, Running
+
+# A row says by the bits of an int64 who watches it.
+MAX_WATCHES = 63
+
+
+class ServedSpan(NamedTuple):
+    """The n rows of a step from `row` on: tokens of one sequence from `position` on, of which those before `fresh` have
+    been computed before."""
+
+    row: int
+    position: int
+    token_ids: Sequence[int]
+    sequence: int
+    prompt_length: int
+    fresh: int
+
+
+@dataclass(frozen=True, eq=False)
+class StepWatch:
+    """What a step does for the watches: its rows, and the places that look at them."""
+
+    layout: Layout
+    rows: Rows
+    # Who each row of the ring belongs to, while the layout is in use.
+    watches: Sequence[Running]
+
+
+def counted(layout: Layout, watches: Sequence[Running]) -> list[Call]:
+    """Counts what is in the ring; returns who is to be told."""
+    ring, calls = layout.ring, list[Call]()
+    taken = ring.take()
+    if taken:
+        bits = np.array([ring.kept[row].watches for row in taken])
+        for number, running in enumerate(watches):
+            rows = taken.start + np.flatnonzero(bits & (1 << number))
+            calls += running.take(ring, rows, layout.columns[number])
+    return calls
+
+
+def awaited(layout: Layout, watches: Sequence[Running]) -> bool:
+    """Whether somebody is told more as soon as what is in the ring is counted."""
+    pending = layout.ring.pending
+    return any(running.follows or (running.soon or pending + 1) <= pending for running in watches)
+
+
+def watched_rows(spans: Sequence[ServedSpan], watches: Sequence[Running]) -> Rows | None:
+    """Rows that are computed for the first time, and that somebody watches.
+
+    Plain Python: of one row, numpy's calls cost more than what they do.
+    """
+    index: list[int] = []
+    kept: list[Row] = []
+    now = monotonic()
+    for span in spans:
+        for i in range(max(0, span.fresh - span.position), len(span.token_ids)):
+            position = span.position + i
+            generated = position >= span.prompt_length
+            bits = 0
+            for number, running in enumerate(watches):
+                if running.wants(generated):
+                    bits |= 1 << number
+            if bits:
+                index.append(span.row + i)
+                kept.append(Row(span.token_ids[i], position, span.sequence, generated, bits, now))
+    return Rows(np.array(index, dtype=np.int64), kept) if kept else None

@@ -1,0 +1,157 @@
+"""What is watched: W items, of four kinds, as plain numbers, so that a watch is an artifact.
+
+    neuron     a                            the activation at mlp_post
+    direction  h · v                        at a site of the residual width
+    feature    max(0, h · w + b), and 0 where that is not above the feature's jump
+    head       the largest attention probability
+
+All are values after all edits. An item fires at a token where its value is above its threshold.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument
+from patchclamp_server.interventions.program import Phase, Site
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.spec import DecoderSpec
+from patchclamp_server.monitoring.tensors import checked
+
+# Sites of the residual width, which directions and features are watched at.
+VECTOR_SITES = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST, Site.ATTN_OUT, Site.MLP_OUT)
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+# -100 to 100 in half decades, and 0.
+_HALF_DECADES = tuple(round(10 ** (exponent / 2), 4) for exponent in range(-4, 5))
+DEFAULT_BUCKETS = (*(-bound for bound in reversed(_HALF_DECADES)), 0.0, *_HALF_DECADES)
+MAX_BUCKETS = 32
+DEFAULT_WINDOW_TOKENS = 4096
+MAX_WINDOW_TOKENS = MAX_REFERENCE_TOKENS = 2**24
+
+
+class ItemKind(IntEnum):
+    NEURON = 0
+    DIRECTION = 1
+    FEATURE = 2
+    HEAD = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """W items, D of them with a vector. `units`: the neuron, the head, or the row of `vectors`."""
+
+    names: tuple[str, ...]  # [W]
+    kinds: Tensor  # int64 [W], of ItemKind
+    layers: Tensor  # int64 [W]
+    units: Tensor  # int64 [W]
+    thresholds: Tensor  # float64 [W]
+    vectors: Tensor  # float32 [D, d_model]
+    sites: tuple[Site, ...]  # [D]
+    bias: Tensor  # float32 [D], 0 for directions
+    jump: Tensor  # float32 [D], 0 for directions
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, none of them empty: without vectors, what belongs to them is left out."""
+        texts = {"names": self.names, "sites": [site.value for site in self.sites]}
+        tensors = {name: _as_bytes(json.dumps(list(text))) for name, text in texts.items()}
+        for name in ("kinds", "layers", "units", "thresholds", "vectors", "bias", "jump"):
+            tensor: Tensor = getattr(self, name)
+            if tensor.numel():
+                tensors[name] = tensor
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Watch":
+        """Raises InvalidArgument for what is no watch of any model; see check_watch for those of one."""
+        names, sites = _strings(tensors, "names"), _strings(tensors, "sites")
+        n = len(names)
+        if not n or len(set(names)) != n:
+            raise InvalidArgument("", "a watch has items, each with a name of its own")
+        known = {site.value: site for site in VECTOR_SITES}
+        if unknown := [site for site in sites if site not in known]:
+            raise InvalidArgument("", f"sites must be of {', '.join(known)}, not {unknown[0]!r:.40}")
+        numbers = {name: checked(tensors, name, torch.int64, [n]) for name in ("kinds", "layers", "units")}
+        thresholds = checked(tensors, "thresholds", torch.float64, [n])
+        vectors, bias, jump = torch.empty(0, 0), torch.empty(0), torch.empty(0)
+        if sites:
+            vectors = checked(tensors, "vectors", torch.float32, [len(sites), None])
+            bias, jump = (checked(tensors, name, torch.float32, [len(sites)]) for name in ("bias", "jump"))
+        unexpected = tensors.keys() - {"names", "sites", *numbers, "thresholds"}
+        if unexpected - {"vectors", "bias", "jump"} or (unexpected and not sites):
+            raise InvalidArgument("", f"a watch has no tensors {', '.join(sorted(unexpected))}")
+        kinds, units = numbers["kinds"], numbers["units"]
+        if int(kinds.min()) < 0 or int(kinds.max()) >= len(ItemKind) or int(units.min()) < 0:
+            raise InvalidArgument("", f"kinds are 0 to {len(ItemKind) - 1}, and no unit is negative")
+        with_vector = (kinds == ItemKind.DIRECTION) | (kinds == ItemKind.FEATURE)
+        if int(numbers["layers"].min()) < 0 or bool((units[with_vector] >= len(sites)).any()):
+            raise InvalidArgument("", "an item names a layer or a vector that there is not")
+        return cls(tuple(names), kinds, numbers["layers"], units, thresholds, vectors,
+                   tuple(known[site] for site in sites), bias, jump)  # fmt: skip
+
+
+def check_watch(watch: Watch, spec: DecoderSpec | ModelInfo) -> None:
+    """Whether a stored watch fits the model. Raises FailedPrecondition."""
+    if int(watch.layers.max()) >= spec.n_layers:
+        raise FailedPrecondition("watch", f"watches layer {int(watch.layers.max())}; the model has {spec.n_layers}")
+    for kind, most in ((ItemKind.NEURON, spec.d_ff), (ItemKind.HEAD, spec.n_heads)):
+        units = watch.units[watch.kinds == kind]
+        if len(units) and int(units.max()) >= most:
+            name = kind.name.lower()
+            raise FailedPrecondition("watch", f"watches {name} {int(units.max())}; a layer of the model has {most}")
+    if len(watch.sites) and watch.vectors.shape[1] != spec.d_model:
+        raise FailedPrecondition("watch", f"has vectors of {watch.vectors.shape[1]}; the model has {spec.d_model}")
+    for site in watch.sites:
+        if site not in spec.sites:
+            raise FailedPrecondition("watch", f"watches {site.value}, which {spec.architecture} has not")
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _strings(tensors: Mapping[str, Tensor], name: str) -> list[str]:
+    encoded = checked(tensors, name, torch.uint8, [None])
+    try:
+        texts = json.loads(bytes(encoded.tolist()))
+    except (ValueError, RecursionError):
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InvalidArgument("", f"{name} must hold the bytes of a JSON list of strings")
+    return texts
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """How a watch runs. `name`: its label in Prometheus; `buckets`: upper bounds of the histogram there. Raises
+    InvalidArgument by the fields of StartWatchRequest."""
+
+    name: str
+    sampling_rate: float = 1.0
+    phases: frozenset[Phase] = frozenset({Phase.GENERATED})
+    window_tokens: int = DEFAULT_WINDOW_TOKENS
+    buckets: tuple[float, ...] = DEFAULT_BUCKETS
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise InvalidArgument("name", "expected 1 to 63 of [a-z0-9_-], starting with a letter")
+        if not 0.0 < self.sampling_rate <= 1.0:
+            raise InvalidArgument("sampling_rate", f"must be above 0 and at most 1, got {self.sampling_rate}")
+        if not self.phases:
+            raise InvalidArgument("phases", "at least one phase is needed")
+        if not 1 <= self.window_tokens <= MAX_WINDOW_TOKENS:
+            raise InvalidArgument("window_tokens", f"must be in [1, {MAX_WINDOW_TOKENS}], got {self.window_tokens}")
+        if not 1 <= len(self.buckets) <= MAX_BUCKETS:
+            raise InvalidArgument("buckets", f"1 to {MAX_BUCKETS} upper bounds, got {len(self.buckets)}")
+        if not all(math.isfinite(bound) for bound in self.buckets):
+            raise InvalidArgument("buckets", "must be finite; that of infinity is always there")
+        if any(a >= b for a, b in zip(self.buckets, self.buckets[1:], strict=False)):
+            raise InvalidArgument("buckets", "must be ascending")

@@ -1,0 +1,85 @@
+"""Bounds of files that arrive: how large, how many bytes at once, and how slowly.
+
+An upload takes the bytes it announces when it begins, and gives them back when it has been stored, refused or left.
+They are bytes of temporary files, and then of tensors that are checked; a client that announces much and sends little
+holds them for as long as `seconds_for` at most.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from patchclamp_server.errors import DeadlineExceeded, ResourceExhausted
+
+M = TypeVar("M")
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 60.0
+# Of the time that uploads are known to take, how much the last one counts.
+LAST_WEIGHT = 0.3
+
+
+@dataclass(frozen=True)
+class UploadLimits:
+    """`idle_seconds`: the longest wait for the next chunk. A whole file may take that long and besides what it takes at
+    `bytes_per_second`."""
+
+    max_bytes: int = 256 * 1024 * 1024
+    max_concurrent_bytes: int = 1024 * 1024 * 1024
+    idle_seconds: float = 30.0
+    bytes_per_second: float = 64 * 1024
+
+    @property
+    def largest(self) -> int:
+        return min(self.max_bytes, self.max_concurrent_bytes)
+
+    def seconds_for(self, size: int) -> float:
+        return self.idle_seconds + size / self.bytes_per_second
+
+
+class UploadSpace:
+    """The bytes of the uploads of one server, for one event loop."""
+
+    def __init__(self, limits: UploadLimits) -> None:
+        self.limits = limits
+        self.bytes = 0
+        # What an upload takes, of late.
+        self._seconds = 1.0
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Room for one upload. Raises ResourceExhausted when there is none now."""
+        if self.bytes + size > self.limits.max_concurrent_bytes:
+            message = f"{self.bytes} bytes are arriving, {self.limits.max_concurrent_bytes} may at once"
+            raise ResourceExhausted("header.size_bytes", message, self._retry_after())
+        self.bytes += size
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.bytes -= size
+            self._seconds += LAST_WEIGHT * (time.monotonic() - started - self._seconds)
+
+    async def in_time(self, messages: AsyncIterator[M], size: int) -> AsyncIterator[M]:
+        """The messages, while they come fast enough. Raises DeadlineExceeded when they do not."""
+        limits = self.limits
+        end = time.monotonic() + limits.seconds_for(size)
+        while True:
+            left = end - time.monotonic()
+            try:
+                async with asyncio.timeout(max(0.0, min(left, limits.idle_seconds))):
+                    message = await anext(messages, None)
+            except TimeoutError:
+                if left < limits.idle_seconds:
+                    why = f"{size} bytes have not come in {limits.seconds_for(size):.0f} s"
+                else:
+                    why = f"nothing came for {limits.idle_seconds:g} s"
+                raise DeadlineExceeded("chunk", why) from None
+            if message is None:
+                return
+            yield message
+
+    def _retry_after(self) -> float:
+        """When an upload like those before, that has just begun, is over."""
+        return min(max(self._seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)

@@ -1,0 +1,75 @@
+"""What a tenant may do, as the policy file says it. Whatever a tenant's entry leaves out is not limited."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from patchclamp_server.engine.request import Priority
+
+# The fields of the oneof `kind` of the message Edit.
+EDIT_KINDS = (
+    "add",
+    "project_out",
+    "cap_projection",
+    "set_projection",
+    "replace",
+    "rotate_towards",
+    "low_rank",
+    "neurons",
+    "heads",
+)
+ANYTHING = ("*",)
+
+
+@dataclass(frozen=True)
+class ArtifactRules:
+    """Patterns of ids and tags. `use`: one of an artifact's names matches. `tag`: the tag that is set, moved or
+    removed. `delete`: the id, or every tag, matches: what others have tagged stays."""
+
+    use: tuple[str, ...] = ANYTHING
+    tag: tuple[str, ...] = ANYTHING
+    delete: tuple[str, ...] = ANYTHING
+    # Of a file, or by a job that stores what it found.
+    upload: bool = True
+
+
+@dataclass(frozen=True)
+class EditRules:
+    """`inline_vectors`: whether a request may bring its own numbers; without them a ceiling on the strength also bounds
+    what is added, since the vectors are those of artifacts."""
+
+    kinds: tuple[str, ...] = EDIT_KINDS
+    max_edits: int | None = None
+    max_strength: float | None = None
+    inline_vectors: bool = True
+
+
+@dataclass(frozen=True)
+class TenantRules:
+    """`methods`: patterns of "Service/Method". `max_priority`: requests run at this priority at most."""
+
+    kill: bool = False
+    methods: tuple[str, ...] = ANYTHING
+    models: tuple[str, ...] = ANYTHING
+    artifacts: ArtifactRules = field(default_factory=ArtifactRules)
+    edits: EditRules = field(default_factory=EditRules)
+    max_concurrent: int | None = None
+    tokens_per_minute: int | None = None
+    max_priority: Priority = Priority.INTERACTIVE
+    weight: float = 1.0
+
+
+UNLIMITED = TenantRules()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`default`: rules of everybody who is not listed; None refuses them. `kill` ends the calls of all."""
+
+    tenants: Mapping[str, TenantRules] = field(default_factory=dict)
+    default: TenantRules | None = UNLIMITED
+    kill: bool = False
+
+
+def matches(patterns: Iterable[str], name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
