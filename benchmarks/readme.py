@@ -222,13 +222,56 @@ def heads_readout(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def load(result: dict[str, Any]) -> list[str]:
+    tokens, requests = result["first_token_seconds"], result["refusal_seconds"]
+    return [
+        f"Overload (`python benchmarks/load.py`, {result['date']}, commit `{result['commit']}`, {result['machine']}): "
+        f"{result['offered']} requests in {result['seconds']:.0f} s,",
+        f"{result['offered_requests_per_second']:.1f} a second, at {result['overload']:.0f} times the capacity of "
+        f"{result['capacity_tokens_per_second']:.0f} tokens/s. Goodput {100 * result['goodput_ratio']:.0f} % of "
+        f"capacity; {100 * result['refused_with_retry_info']:.0f} % of the refused requests",
+        f"carried RetryInfo (half were refused within {1e3 * requests['p50']:.0f} ms); streams without an end: "
+        f"{result['stuck_streams']}; memory after / before: {result['rss_growth_ratio']:.2f}; first token within",
+        f"{tokens['p50']:.1f} s (median) and {tokens['p99']:.1f} s (99 %).",
+    ]
+
+
+def monitoring(result: dict[str, Any]) -> list[str]:
+    rows = [
+        f"{100 * row[name]:+.1f} % at batch {batch}{' against a reference' if name != 'watched' else ''}"
+        for batch, row in result["batches"].items()
+        for name in ("watched", "against_reference")
+    ]
+    return [
+        f"Watching {result['neurons']} neurons and {result['directions']} directions, as a share of decode time "
+        f"(`python benchmarks/monitoring.py`, {result['date']}, commit `{result['commit']}`):",
+        f"{', '.join(rows)}.",
+    ]
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    lines = ["| fault (a real server process) | what its client saw | lost by others |", "|---|---|---|"]
+    for row in result["rows"]:
+        lost = {what: n for what, n in row["lost"].items() if n}
+        lines.append(f"| {row['fault']} | {row['seen']} | {'nothing' if not lost else json.dumps(lost)} |")
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/faults.py` on {result['date']} at commit `{result['commit']}`: tokens of neighbours, "
+        "acknowledged artifacts, KV blocks, table rows and calls still held are counted.",
+    ]
+
+
 # By what a result says it is, or else by the name of its file.
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "cpu": cpu,
+    "faults": faults,
     "gpu": gpu,
     "heads_causal": heads_causal,
     "heads_naive": heads_naive,
     "heads_readout": heads_readout,
+    "load": load,
+    "monitoring": monitoring,
     "sparse_quality": sparse_quality,
     "sparse_speed": sparse_speed,
 }

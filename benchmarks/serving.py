@@ -1,24 +1,40 @@
 """A `patchclamp serve` process for as long as a `with` block lasts."""
 
+import json
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 DRAIN_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class Serving:
+    address: str
+    metrics_port: int
+    process_id: int
+
+
 @contextmanager
 def running_server(*arguments: str) -> Iterator[str]:
-    """The address of a server of the embedded model, on free ports, with an empty artifact store of its own.
+    """The address of a server of the embedded model; as `serving` in all else."""
+    with serving(*arguments) as server:
+        yield server.address
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Serving]:
+    """A server of the embedded model unless told otherwise, on free ports, with an empty artifact store of its own.
 
     Its log and its progress go to our standard error. Ends it by SIGTERM. Raises SystemExit when it does not start, or
     does not end with status 0.
     """
     with tempfile.TemporaryDirectory(prefix="patchclamp-") as artifacts:
-        options = ["--model=embedded", "--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0"]
+        options = ["--json", "--model=embedded", "--address=127.0.0.1:0", "--metrics-address=127.0.0.1:0"]
         process = subprocess.Popen(
             [sys.executable, "-m", "patchclamp", "serve", *options, f"--artifacts-url={artifacts}", *arguments],
             stdin=subprocess.DEVNULL,
@@ -27,11 +43,12 @@ def running_server(*arguments: str) -> Iterator[str]:
         )
         try:
             assert process.stdout is not None
-            # "serving on HOST:PORT, metrics on port N", or the end of the stream when it could not start.
+            # Address and port of the metrics, or the end of the stream when it could not start.
             line = process.stdout.readline()
-            if not line.startswith("serving on "):
+            if not line:
                 raise SystemExit(f"the server did not start (exit status {process.wait(DRAIN_SECONDS)})")
-            yield line.removeprefix("serving on ").partition(",")[0]
+            ready = json.loads(line)
+            yield Serving(ready["address"], ready["metrics_port"], process.pid)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

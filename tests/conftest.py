@@ -18,20 +18,13 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_llama import save_tiny_llama
 
 from patchclamp_server.model.embedded import embedded_directory
 from patchclamp_server.model.progress import RichProgress
 
 if TYPE_CHECKING:
     from live import LiveServer
-
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -45,23 +38,7 @@ def embedded_dir() -> Path:
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of two layers and width 32 with random weights, and a tokenizer of one token a byte."""
     directory = tmp_path_factory.mktemp("tiny_llama")
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tiny_llama(directory)
     return directory
 
 
@@ -91,15 +68,3 @@ def embedded_server(embedded_dir: Path, tmp_path_factory: pytest.TempPathFactory
 def channel(live_server: "LiveServer") -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(live_server.address) as channel:
         yield channel
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Three special tokens, then one token for each byte, in the alphabet of byte-level BPE."""
-    vocabulary = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer

@@ -118,12 +118,14 @@ def bound(family: str, job: Job) -> BoundProgram | None:
 class Bench:
     """An engine on a tiny model; as a context it is shut down at the end.
 
-    `run` hands over all jobs in one batch: the first ones reach the engine before it starts.
+    `run` hands over all jobs in one batch: the first ones reach the engine before it starts. No sequence is expected to
+    grow, so that those in a short KV cache preempt each other (test_admission.py has what the engine expects).
     """
 
     def __init__(self, family: str, config: EngineConfig) -> None:
         self.family = family
         self.engine = Engine(loaded(family), config)
+        self.engine.scheduler.expected_length = lambda sequence: len(sequence.tokens)
         self.engine.on_logits = self._on_logits
         self._outcomes: dict[int, Outcome] = {}
         self._started = False

@@ -26,7 +26,7 @@ class LiveServer:
         self._thread.start()
         try:
             self.address = self.run(self.server.start())
-        except OSError:
+        except Exception:
             self._end()
             raise
         return self

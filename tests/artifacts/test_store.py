@@ -560,7 +560,8 @@ def test_a_put_that_is_killed_before_its_object_has_its_name_shows_nothing(tmp_p
     store = ArtifactStore(tmp_path)
     assert [i.id for i in store.list()[0]] == [other.id]
     assert store.info("new").id == other.id
-    assert len(list((tmp_path / "tmp").iterdir())) == (1 if event == "os.rename" else 0)
+    # The object and its tag have both found room by then.
+    assert len(list((tmp_path / "tmp").iterdir())) == (2 if event == "os.rename" else 0)
 
 
 def test_everything_acknowledged_before_a_kill_is_there_and_whole(tmp_path: Path) -> None:
@@ -600,16 +601,25 @@ class FullDisk(MemoryFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return str(MemoryFileSystem._strip_protocol(path.replace("fulldisk://", "memory://")))
 
+    # Files that still find room.
+    room = 0
+
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if FullDisk.room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        FullDisk.room -= 1
+        super().pipe_file(path, value, mode, **kwargs)
 
 
-def test_a_full_disk_is_resource_exhausted_and_leaves_nothing() -> None:
+@pytest.mark.parametrize("room", [0, 1], ids=["for nothing", "for the object but not its tag"])
+def test_a_full_disk_is_resource_exhausted_and_leaves_nothing(room: int) -> None:
     fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
     store = ArtifactStore("fulldisk://root")
+    FullDisk.room = room
     with pytest.raises(ResourceExhausted, match="No space left"):
-        put_vector(store)
+        put_vector(store, tags=["new"])
     assert store.list() == ([], "")
+    assert not [path for path in store._blobs.fs.find("fulldisk://root") if not path.endswith("/")]
 
 
 def test_the_stored_file_is_plain_safetensors_with_canonical_json(tmp_path: Path) -> None:

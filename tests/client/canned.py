@@ -3,10 +3,20 @@
 from collections.abc import Iterator
 from typing import Any
 
-from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, model_pb2, sparse_policy_pb2, sparsity_pb2
+from patchclamp.v1 import (
+    artifact_pb2,
+    generation_pb2,
+    head_pb2,
+    model_pb2,
+    monitoring_pb2,
+    program_pb2,
+    sparse_policy_pb2,
+    sparsity_pb2,
+)
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceServicer
 from patchclamp.v1.head_pb2_grpc import HeadServiceServicer
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
+from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceServicer
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceServicer
 
 QUALITY = sparsity_pb2.QualityCard(
@@ -22,6 +32,8 @@ QUALITY = sparsity_pb2.QualityCard(
 RANDOM = sparsity_pb2.QualityCard(perplexity_ratio=99.3627, bytes_read_16=0.5, sparsity=0.5)
 PROFILE = artifact_pb2.Artifact(id="sha256:" + "ab" * 32, kind=artifact_pb2.ARTIFACT_KIND_SPARSITY_PROFILE)
 HEAD_SET = artifact_pb2.Artifact(id="sha256:" + "cd" * 32, kind=artifact_pb2.ARTIFACT_KIND_HEAD_SET)
+WATCH = artifact_pb2.Artifact(id="sha256:" + "ef" * 32, kind=artifact_pb2.ARTIFACT_KIND_WATCH)
+REFERENCE = artifact_pb2.Artifact(id="sha256:" + "01" * 32, kind=artifact_pb2.ARTIFACT_KIND_WATCH_REFERENCE)
 
 
 class Sparsities(SparsityServiceServicer):
@@ -179,6 +191,71 @@ class Heads(HeadServiceServicer):
         return head_pb2.AttributeLogitsResponse(
             logit_difference=2.5, parts_sum=2.5, embedding=0.5, mlps=[0.25, 0.125], biases=0.125, heads=heads
         )
+
+
+class Monitoring(MonitoringServiceServicer):
+    """One watch of two items, which drifts once it has a reference."""
+
+    def __init__(self) -> None:
+        self.request: Any = None
+        self.watch = monitoring_pb2.RunningWatch(
+            name="safety",
+            watch=WATCH.id,
+            items=["joy", "suspects/L12N3"],
+            sampling_rate=0.5,
+            phases=[program_pb2.PHASE_GENERATED],
+            window_tokens=64,
+            buckets=[-1.0, 0.0, 1.0],
+            reference=REFERENCE.id,
+            tokens=100,
+        )
+        self.watch.started.FromSeconds(0)
+
+    def CreateWatch(self, request: Any, context: Any) -> monitoring_pb2.CreateWatchResponse:
+        self.request = request
+        return monitoring_pb2.CreateWatchResponse(artifact=WATCH, items=self.watch.items)
+
+    def StartWatch(self, request: Any, context: Any) -> monitoring_pb2.StartWatchResponse:
+        self.request = request
+        return monitoring_pb2.StartWatchResponse(watch=self.watch)
+
+    def StopWatch(self, request: Any, context: Any) -> monitoring_pb2.StopWatchResponse:
+        self.request = request
+        return monitoring_pb2.StopWatchResponse(watch=self.watch)
+
+    def ListWatches(self, request: Any, context: Any) -> monitoring_pb2.ListWatchesResponse:
+        return monitoring_pb2.ListWatchesResponse(watches=[self.watch], max_watches=16, max_items=4096)
+
+    def GetWatchStatistics(self, request: Any, context: Any) -> monitoring_pb2.GetWatchStatisticsResponse:
+        self.request = request
+        quantile = monitoring_pb2.Quantile(probability=0.5, value=0.25)
+        figures = {"tokens": 100, "fired": 25, "mean": 0.5, "standard_deviation": 1.5, "min": -2.0, "max": 3.0}
+        items = [
+            monitoring_pb2.ItemStatistics(name="joy", quantiles=[quantile], drift=0.75, **figures),
+            monitoring_pb2.ItemStatistics(name="suspects/L12N3", quantiles=[quantile], not_finite=2, **figures),
+        ]
+        return monitoring_pb2.GetWatchStatisticsResponse(watch=self.watch, items=items, mean_drift=0.75, max_drift=0.75)
+
+    def RecordReference(self, request: Any, context: Any) -> Iterator[monitoring_pb2.RecordReferenceResponse]:
+        self.request = request
+        progress = monitoring_pb2.RecordReferenceProgress(tokens=32, total=64)
+        yield monitoring_pb2.RecordReferenceResponse(progress=progress)
+        yield monitoring_pb2.RecordReferenceResponse(result=REFERENCE)
+
+    def WatchActivations(self, request: Any, context: Any) -> Iterator[monitoring_pb2.WatchActivationsResponse]:
+        self.request = request
+        for number in (1, 2):
+            activation = monitoring_pb2.Activation(
+                item="joy",
+                value=2.5,
+                token_id=7,
+                token=" day",
+                position=9,
+                sequence=number,
+                phase=program_pb2.PHASE_GENERATED,
+            )
+            activation.time.FromMilliseconds(1500)
+            yield monitoring_pb2.WatchActivationsResponse(activations=[activation], dropped=3 * (number - 1))
 
 
 class Models(ModelServiceServicer):

@@ -10,6 +10,7 @@ import pytest
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
+from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 
 Serve = Callable[..., str]
@@ -19,12 +20,13 @@ _SERVICES: dict[str, Callable[[Any, grpc.Server], None]] = {
     "models": add_ModelServiceServicer_to_server,
     "sparsity": add_SparsityServiceServicer_to_server,
     "heads": add_HeadServiceServicer_to_server,
+    "monitoring": add_MonitoringServiceServicer_to_server,
 }
 
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """serve(generation=..., models=..., sparsity=..., heads=...) starts a server of these, and returns its address."""
+    """serve(generation=..., heads=..., monitoring=..., ...) starts a server of these, and returns its address."""
     servers: list[grpc.Server] = []
 
     def start(**servicers: Any) -> str:

@@ -393,8 +393,9 @@ class Recorder(Selector):
 def test_a_prompt_that_is_preempted_in_its_middle_is_seen_once() -> None:
     recorder = Recorder()
     asked = Job(prompt("recorded", LENGTH), max_tokens=2, sparsity=SparseInference("recorder", recorder))
-    rival = Job(prompt("rival", LENGTH), max_tokens=TOKENS)
-    with Bench("llama", config(kv_cache_tokens=9 * BLOCK, max_tokens_per_step=5, enable_prefix_cache=False)) as bench:
+    # It grows while the other prompt is computed in parts, and takes the last blocks.
+    rival = Job(prompt("rival", LENGTH), max_tokens=2 * TOKENS)
+    with Bench("llama", config(kv_cache_tokens=12 * BLOCK, max_tokens_per_step=5, enable_prefix_cache=False)) as bench:
         _, own = bench.run([rival, asked])
     assert own.end().usage.preemptions > 0
     assert recorder.seen == [dict.fromkeys(range(3), LENGTH)]

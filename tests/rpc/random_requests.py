@@ -1,59 +1,95 @@
-"""Requests that were right, until one or two of their fields, at any depth, were changed, cleared or repeated."""
+"""Requests that were right, until some of their fields, at any depth, were changed, cleared or repeated.
+
+`Random` is Python's, or the one of hypothesis (`st.randoms`), which can shrink what it drew.
+"""
 
 import math
+from random import Random
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from hypothesis import strategies as st
 
 _COUNTS = (0, 1, 2, 3, 9, 300, 2**31, 2**32 - 1)
+_SIGNED = (0, 1, 2, 8, -1, 300, 2**31 - 1, -(2**31))
+_NUMBERS = (0.0, 0.5, 1.0, -1.0, 1e-300, 1e38, math.nan, math.inf, -math.inf)
 VALUES: dict[int, tuple[Any, ...]] = {
     FieldDescriptor.TYPE_UINT32: _COUNTS,
     FieldDescriptor.TYPE_UINT64: (0, 1, 2**63, 2**64 - 1),
-    FieldDescriptor.TYPE_DOUBLE: (0.0, 0.5, 1.0, -1.0, 1e-300, 1e38, 1e300, math.nan, math.inf, -math.inf),
+    FieldDescriptor.TYPE_INT32: _SIGNED,
+    FieldDescriptor.TYPE_INT64: (*_SIGNED, 2**62, -(2**63)),
+    FieldDescriptor.TYPE_DOUBLE: (*_NUMBERS, 1e300),
+    FieldDescriptor.TYPE_FLOAT: _NUMBERS,
     FieldDescriptor.TYPE_BOOL: (False, True),
     FieldDescriptor.TYPE_STRING: ("", " ", "a", "no-such-tag", "../up", "sha256:12", "\0", "é\u2028日本", "ab " * 200),
+    FieldDescriptor.TYPE_BYTES: (b"", b"\0", b"\xff" * 4, b"\0\0\xc0\x7f" * 32, b"{}", b"x" * 1000),
 }
 
 
-def mutated(draw: st.DrawFn, request: Message) -> Message:
-    """A copy of `request` with one change or two."""
+def mutated(random: Random, request: Message, most: int = 2) -> Message:
+    """A copy of `request` with 1 to `most` changes."""
     copy = type(request)()
     copy.CopyFrom(request)
-    for _ in range(draw(st.integers(1, 2))):
-        _change(draw, copy)
+    for _ in range(random.randint(1, most)):
+        _change(random, copy)
     return copy
 
 
-def _change(draw: st.DrawFn, message: Message) -> None:
-    field = draw(st.sampled_from(list(message.DESCRIPTOR.fields)))
+def corrupted(random: Random, data: bytes) -> bytes:
+    """Bytes that were a message: some changed, cut off, doubled, or all others."""
+    if not data or random.randint(0, 3) == 0:
+        return random.randbytes(random.randint(1, 200))
+    start, end = sorted(random.randint(0, len(data)) for _ in range(2))
+    what = random.choice(("cut", "double", "flip"))
+    if what == "cut":
+        return data[:start] + data[end:]
+    if what == "double":
+        return data[:end] + data[start:]
+    flipped = bytearray(data)
+    for _ in range(random.randint(1, 8)):
+        flipped[random.randrange(len(data))] = random.randrange(256)
+    return bytes(flipped)
+
+
+def _change(random: Random, message: Message) -> None:
+    if not message.DESCRIPTOR.fields:
+        return
+    field = random.choice(list(message.DESCRIPTOR.fields))
     value = getattr(message, field.name)
-    if field.is_repeated:
-        _change_list(draw, field, value)
+    if field.is_repeated and field.message_type is not None and field.message_type.GetOptions().map_entry:
+        _change_map(random, value)
+    elif field.is_repeated:
+        _change_list(random, field, value)
     elif field.type != FieldDescriptor.TYPE_MESSAGE:
-        setattr(message, field.name, draw(_scalars(field)))
-    elif draw(st.integers(0, 4)) == 0:
+        setattr(message, field.name, _scalar(random, field))
+    elif random.randint(0, 4) == 0:
         message.ClearField(field.name)
     else:
         value.SetInParent()
-        if field.message_type.fields:
-            _change(draw, value)
+        _change(random, value)
 
 
-def _change_list(draw: st.DrawFn, field: FieldDescriptor, values: Any) -> None:
-    what = draw(st.sampled_from(("clear", "repeat", "change")))
+def _change_map(random: Random, values: Any) -> None:
+    """Of a Struct: the maps of the contract are all such."""
+    if random.randint(0, 2) == 0:
+        values.clear()
+    else:
+        _change(random, values[random.choice(VALUES[FieldDescriptor.TYPE_STRING])])
+
+
+def _change_list(random: Random, field: FieldDescriptor, values: Any) -> None:
+    what = random.choice(("clear", "repeat", "change"))
     if what == "clear" or (not values and field.type == FieldDescriptor.TYPE_MESSAGE):
         del values[:]
     elif what == "repeat" and values:
         values.extend(list(values))
     elif field.type == FieldDescriptor.TYPE_MESSAGE:
-        _change(draw, draw(st.sampled_from(list(values))))
+        _change(random, random.choice(list(values)))
     else:
-        values[:] = draw(st.lists(_scalars(field), min_size=1, max_size=3))
+        values[:] = [_scalar(random, field) for _ in range(random.randint(1, 3))]
 
 
-def _scalars(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+def _scalar(random: Random, field: FieldDescriptor) -> Any:
     if field.enum_type is not None:
-        return st.sampled_from([*field.enum_type.values_by_number, 99])
-    return st.sampled_from(VALUES[field.type])
+        return random.choice([*field.enum_type.values_by_number, 99])
+    return random.choice(VALUES[field.type])

@@ -25,6 +25,7 @@ from patchclamp_server.metrics import Metrics
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.artifact_service import ArtifactService
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
+from patchclamp_server.rpc.upload_space import UploadLimits
 
 SAFETENSORS, GGUF = pb.ARTIFACT_FORMAT_SAFETENSORS, pb.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR
 HEAD_SCORES = pb.ARTIFACT_FORMAT_HEAD_SCORE_JSON
@@ -60,7 +61,9 @@ def store(tmp_path: Path) -> ArtifactStore:
 @pytest.fixture
 async def stub(store: ArtifactStore) -> AsyncIterator[Stub]:
     server = grpc.aio.server(interceptors=[CallInterceptor(Metrics(), InFlight(), frozenset())])
-    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(store, MODEL, MAX_UPLOAD_BYTES), server)
+    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
+        ArtifactService(store, MODEL, UploadLimits(MAX_UPLOAD_BYTES)), server
+    )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

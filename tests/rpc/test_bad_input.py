@@ -95,6 +95,10 @@ INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
     "top_p above one": (request(sampling=pb.Sampling(top_p=1.5)), "sampling.top_p"),
     "top_p that is no number": (request(sampling=pb.Sampling(top_p=NAN)), "sampling.top_p"),
     "min_p above one": (request(sampling=pb.Sampling(min_p=2)), "sampling.min_p"),
+    "a penalty that no logit survives": (
+        request(sampling=pb.Sampling(presence_penalty=1e300)),
+        "sampling.presence_penalty",
+    ),
     "repetition penalty of zero": (request(sampling=pb.Sampling(repetition_penalty=0)), "sampling.repetition_penalty"),
     "infinite penalty": (request(sampling=pb.Sampling(presence_penalty=INF)), "sampling.presence_penalty"),
     "too many stop strings": (request(stop=pb.StopConditions(strings=["x"] * 17)), "stop.strings"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from patchclamp_server.cli import add_serve_arguments, config_from
-from patchclamp_server.config import ServerConfig
+from patchclamp_server.config import ServerConfig, WatchAtStart
 from patchclamp_server.engine.config import EngineConfig
 
 
@@ -50,6 +50,27 @@ def test_kernels_and_graphs_are_left_to_the_device_unless_given():
     assert (engine.kernels, engine.decode_graphs) == (True, False)
 
 
+def test_watches_of_all_uses_run_from_the_start():
+    given = parse("--watch", "joy=joyful@usual", "--watch", "toxic=sha256:12,heads=retrieval").watches
+    assert given == (
+        WatchAtStart("joy", "joyful", "usual"),
+        WatchAtStart("toxic", "sha256:12"),
+        WatchAtStart("heads", "retrieval"),
+    )
+
+
+def test_watches_come_from_the_variable_where_none_is_given(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATCHCLAMP_WATCH", "joy=joyful,toxic=set@usual")
+    assert parse().watches == (WatchAtStart("joy", "joyful"), WatchAtStart("toxic", "set", "usual"))
+    assert parse("--watch", "other=one").watches == (WatchAtStart("other", "one"),)
+
+
+@pytest.mark.parametrize("value", ["joyful", "joy=", "=joyful", "joy=joyful@", "a=b@c@d", "a=b=c"])
+def test_what_is_no_watch_is_refused(value: str):
+    with pytest.raises(argparse.ArgumentError):
+        parse("--watch", value)
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
@@ -58,6 +79,7 @@ def test_kernels_and_graphs_are_left_to_the_device_unless_given():
         ("PATCHCLAMP_METRICS_ADDRESS", "0.0.0.0:99999"),
         ("PATCHCLAMP_MAX_SEQUENCES", "-1"),
         ("PATCHCLAMP_DRAIN_SECONDS", "inf"),
+        ("PATCHCLAMP_WATCH", "joyful"),
     ],
 )
 def test_a_wrong_variable_is_refused_like_a_wrong_option(monkeypatch: pytest.MonkeyPatch, variable: str, value: str):

@@ -6,7 +6,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from patchclamp_server import errors
-from patchclamp_server.rpc.errors import INTERNAL_MESSAGE, to_status, unexpected_status
+from patchclamp_server.engine.faults import fault_of
+from patchclamp_server.rpc.errors import INTERNAL_MESSAGE, to_status
 
 
 class Call:
@@ -39,6 +40,9 @@ def detail(status: grpc.Status, kind):
         (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
         (errors.NotFound, grpc.StatusCode.NOT_FOUND),
         (errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errors.QuotaExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+        (errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
         (errors.Aborted, grpc.StatusCode.ABORTED),
         (errors.Cancelled, grpc.StatusCode.CANCELLED),
         (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -60,6 +64,25 @@ def test_a_full_server_says_when_to_come_back():
     assert detail(to_status(error), error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 2500
 
 
+def test_a_tenant_that_used_its_share_is_told_so_and_when_to_come_back():
+    status = to_status(errors.QuotaExceeded("", "60 tokens a minute").after(45.25))
+    assert detail(status, error_details_pb2.ErrorInfo).reason == "QUOTA_EXCEEDED"
+    assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 45250
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (errors.Unauthenticated("", "why"), "TOKEN_MISSING"),
+        (errors.Unauthenticated("", "why", "TOKEN_EXPIRED"), "TOKEN_EXPIRED"),
+        (errors.PermissionDenied("", "why"), "NOT_ALLOWED"),
+        (errors.PermissionDenied("", "why", "KILLED"), "KILLED"),
+    ],
+)
+def test_a_refusal_of_the_caller_has_the_reason_it_was_given(error: errors.RequestError, reason: str):
+    assert detail(to_status(error), error_details_pb2.ErrorInfo).reason == reason
+
+
 def test_a_failed_precondition_names_its_subject():
     status = to_status(errors.FailedPrecondition("program.edits[0].add.vector.artifact", "another model"))
     [violation] = detail(status, error_details_pb2.PreconditionFailure).violations
@@ -67,7 +90,7 @@ def test_a_failed_precondition_names_its_subject():
 
 
 def test_a_failure_of_the_server_tells_nothing_of_its_inside():
-    for status in (to_status(errors.EngineFailure("", "secret in frame 7")), unexpected_status()):
+    for status in (to_status(errors.EngineFailure("", "secret in frame 7")), to_status(fault_of(KeyError("secret")))):
         assert status.details == INTERNAL_MESSAGE
         assert b"secret" not in status.trailing_metadata[0][1]
 

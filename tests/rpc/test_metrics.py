@@ -17,7 +17,10 @@ SESSION = 'service="patchclamp.v1.GenerationService",method="Session"'
 GENERATE = 'service="patchclamp.v1.GenerationService",method="Generate"'
 # Prometheus' base units and suffixes; what is left are gauges and histograms of counted things.
 SUFFIXES = ("_total", "_seconds", "_bytes", "_ratio", "_nats", "_info")
-COUNTED = ("_in_flight", "_running", "_waiting", "_blocks", "_blocks_free", "_blocks_cached", "_rows")
+COUNTED = ("_in_flight", "_running", "_waiting", "_blocks", "_blocks_free", "_blocks_cached", "_rows", "_tokens")
+COUNTED_WATCHES = ("_watches", "_items", "_limit")
+# Without a unit: activations of the model, and whether something is so.
+BARE = ("patchclamp_watch_mean", "patchclamp_watch_max", "patchclamp_watch_activation", "patchclamp_serving")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,10 @@ def test_kv_blocks_are_shown(live_server: LiveServer):
     assert 0 <= live_server.metric("patchclamp_kv_blocks_free") <= total
 
 
+def test_a_server_that_serves_says_so(live_server: LiveServer):
+    assert live_server.metric("patchclamp_serving") == 1
+
+
 def test_names_follow_the_conventions(live_server: LiveServer, channel: grpc.Channel):
     generate(channel)
     for family in text_string_to_metric_families(live_server.metrics()):
@@ -97,7 +104,7 @@ def test_names_follow_the_conventions(live_server: LiveServer, channel: grpc.Cha
         if name.endswith("_created"):
             continue
         assert re.fullmatch(r"patchclamp_[a-z_]+", name)
-        assert name.endswith(SUFFIXES + COUNTED)
+        assert name.endswith(SUFFIXES + COUNTED + COUNTED_WATCHES) or name in BARE
 
 
 def test_labels_are_of_closed_sets(live_server: LiveServer, channel: grpc.Channel):
@@ -109,4 +116,5 @@ def test_labels_are_of_closed_sets(live_server: LiveServer, channel: grpc.Channe
         for label in sample.labels
     }
     described = {"name", "architecture", "fingerprint", "dtype", "device"}
-    assert labels <= {"service", "method", "code", "outcome", "policy", "le"} | described
+    closed = {"service", "method", "code", "outcome", "policy", "reason", "file", "tenant", "watch", "statistic", "le"}
+    assert labels <= closed | described

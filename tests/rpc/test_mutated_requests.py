@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live import LiveServer
 from random_requests import mutated
+from seed_requests import PROMPT, calls
 from statuses import Failure, failure
 
-from patchclamp.v1 import generation_pb2, head_pb2, sparse_policy_pb2, sparsity_pb2
+from patchclamp.v1 import generation_pb2
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
@@ -22,66 +23,17 @@ from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.model.load import load_model
 
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
-PROMPT = generation_pb2.Prompt(text="hello")
-NEEDLES = head_pb2.NeedleTest(
-    haystacks=["It rained. " * 20],
-    needles=[head_pb2.Needle(question="Which?", needle="The key is red.", answer="red")],
-    lengths=[150],
-    depths=[0.5],
-    max_runs=1,
-)
-TEXT = sparsity_pb2.SparsityText(texts=["It rained. " * 8], document_tokens=16)
-GRIFFIN = sparse_policy_pb2.SparsePolicy(griffin=sparse_policy_pb2.GriffinPolicy(), keep_ratio=0.5)
-HEADS = head_pb2.HeadSelection(head_set="heads", top_k=1)
-PAIR = head_pb2.CleanCorruptPair(
-    clean=generation_pb2.Prompt(text="AAAAAAAA is"),
-    corrupt=generation_pb2.Prompt(text="zzzzzzzz is"),
-    clean_answer="d",
-    corrupt_answer="Y",
-)
-FACTS = [head_pb2.TemporalFact(prompt=f"In 19{i}0", answer="x", time_conditioned=i < 2) for i in range(4)]
-
-REQUESTS: dict[str, list[Any]] = {
-    "DetectRetrievalHeads": [
-        head_pb2.DetectRetrievalHeadsRequest(test=NEEDLES, stopping=head_pb2.StoppingRule(top_k=2), tags=["t"])
-    ],
-    "ScoreHeads": [
-        head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_NGRAM", ngram=2, sequence_tokens=8, sequences=2),
-        head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_INDUCTION", sequence_tokens=8, sequences=1),
-        head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_TEMPORAL", facts=FACTS),
-        head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_SUCCESSOR"),
-    ],
-    "EvaluateHeadEdit": [
-        head_pb2.EvaluateHeadEditRequest(
-            heads=HEADS, mode="HEAD_EDIT_MODE_SCALE", scale=0.5, random_sets=1, test=NEEDLES, texts=["It rained."]
-        )
-    ],
-    "FindCircuit": [
-        head_pb2.FindCircuitRequest(method=method, pairs=[PAIR], circuit_size=2, random_sets=1)
-        for method in ("CIRCUIT_METHOD_MEAN_ABLATION", "CIRCUIT_METHOD_PATH_PATCHING")
-    ],
-    "CompareHeadSets": [head_pb2.CompareHeadSetsRequest(head_sets=["heads", "heads"], top_k=2)],
-    "AttributeLogits": [head_pb2.AttributeLogitsRequest(prompt=PROMPT, target="a", contrast="b", top_heads=1)],
-    "CalibrateProfile": [
-        sparsity_pb2.CalibrateProfileRequest(
-            policy=sparse_policy_pb2.SparsePolicy(**{name: {}}, keep_ratio=0.5), text=TEXT, holdout_fraction=0.25
-        )
-        for name in ("teal", "cats", "fovea", "coreinfer_similarity", "static_set")
-    ],
-    "EvaluateProfile": [
-        sparsity_pb2.EvaluateProfileRequest(sparsities=[sparse_policy_pb2.Sparsity(policy=GRIFFIN)], text=TEXT)
-    ],
-    "PredictCoreNeurons": [
-        sparsity_pb2.PredictCoreNeuronsRequest(
-            sparsity=sparse_policy_pb2.Sparsity(policy=GRIFFIN), prompts=[PROMPT, PROMPT], layers=[0]
-        )
-    ],
+ANALYSES = ("HeadService", "SparsityService")
+REQUESTS = {
+    name.rpartition("/")[2]: [message for [message] in each]
+    for name, each in calls().items()
+    if name.removeprefix("patchclamp.v1.").startswith(ANALYSES)
 }
 
 
 @st.composite
 def requests(draw: st.DrawFn, method: str) -> Any:
-    return mutated(draw, draw(st.sampled_from(REQUESTS[method])))
+    return mutated(draw(st.randoms(use_true_random=False)), draw(st.sampled_from(REQUESTS[method])))
 
 
 @pytest.fixture(scope="module")

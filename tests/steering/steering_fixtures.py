@@ -5,26 +5,19 @@ from dataclasses import dataclass
 import grpc
 
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
+from patchclamp_server.engine.config import Unobserved
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.rpc.server import Server
 
 
-class Outcomes:
-    """An EngineObserver that keeps how every sequence ended."""
+class Outcomes(Unobserved):
+    """Keeps how every sequence ended."""
 
     def __init__(self) -> None:
         self.ended: list[str] = []
 
-    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None: ...
-
-    def on_first_token(self, seconds: float) -> None: ...
-
-    def on_inter_token(self, seconds: float) -> None: ...
-
     def on_finished(self, outcome: str) -> None:
         self.ended.append(outcome)
-
-    def on_preemption(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""Calls that a full server refuses: sent again when the client was told to, not before the time and not for ever."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from patchclamp import AsyncClient, Client, PatchclampError, Retry
+from patchclamp.retry import Attempts
+from patchclamp.v1 import generation_pb2, model_pb2
+from patchclamp.v1.generation_pb2_grpc import GenerationServiceServicer
+from patchclamp.v1.model_pb2_grpc import ModelServiceServicer, ModelServiceStub
+
+Serve = Callable[..., str]
+ASAP = Retry(jitter=0.0)
+
+
+class Full(ModelServiceServicer, GenerationServiceServicer):
+    """Refuses `refusals` calls, with a time to retry after unless it is None."""
+
+    def __init__(self, refusals: int, retry_after: float | None = 0.01) -> None:
+        self.refusals = refusals
+        self.retry_after = retry_after
+        self.times: list[float] = []
+
+    def ListModels(self, request: Any, context: grpc.ServicerContext) -> model_pb2.ListModelsResponse:
+        self._refuse_or_count(context)
+        return model_pb2.ListModelsResponse(models=[model_pb2.Model(name="tiny")])
+
+    def Generate(self, request: Any, context: grpc.ServicerContext) -> Iterator[generation_pb2.GenerateResponse]:
+        self._refuse_or_count(context)
+        yield generation_pb2.GenerateResponse(text="hello")
+        yield generation_pb2.GenerateResponse(finished=generation_pb2.Finished())
+
+    def Session(self, request_iterator: Any, context: Any) -> Any:
+        self._refuse_or_count(context)
+
+    Score = Compare = Tokenize = ListModels
+
+    def _refuse_or_count(self, context: grpc.ServicerContext) -> None:
+        self.times.append(time.monotonic())
+        if len(self.times) <= self.refusals:
+            context.abort_with_status(rpc_status.to_status(refusal(self.retry_after)))
+
+
+def refusal(retry_after: float | None) -> status_pb2.Status:
+    status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="full")
+    if retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(retry_after * 1e9))
+        packed = any_pb2.Any()
+        packed.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        status.details.append(packed)
+    return status
+
+
+def test_a_refused_call_is_sent_again_after_the_time_it_was_given(serve: Serve) -> None:
+    server = Full(refusals=2, retry_after=0.05)
+    with Client(serve(models=server), retry=ASAP) as client:
+        assert [model.name for model in client.models()] == ["tiny"]
+    assert all(later - earlier >= 0.05 for earlier, later in zip(server.times, server.times[1:], strict=False))
+
+
+def test_a_refused_stream_is_sent_again(serve: Serve) -> None:
+    server = Full(refusals=2)
+    with Client(serve(generation=server), retry=ASAP) as client:
+        assert client.generate("hi").result().text == "hello"
+    assert len(server.times) == 3
+
+
+async def test_the_async_client_sends_again_too(serve: Serve) -> None:
+    server = Full(refusals=2)
+    async with AsyncClient(serve(generation=server, models=server), retry=ASAP) as client:
+        assert (await client.generate("hi").result()).text == "hello"
+        assert [model.name for model in await client.models()] == ["tiny"]
+    assert len(server.times) == 4
+
+
+def test_without_a_policy_the_error_says_when(serve: Serve) -> None:
+    server = Full(refusals=1, retry_after=2.5)
+    with Client(serve(models=server)) as client, pytest.raises(PatchclampError) as refused:
+        client.models()
+    assert (refused.value.retry_after, len(server.times)) == (2.5, 1)
+
+
+@pytest.mark.parametrize(("retry_after", "timeout"), [(None, 30.0), (100.0, 30.0), (20.0, 10.0)])
+def test_nothing_is_sent_again_without_a_time_or_beyond_the_end(
+    serve: Serve, retry_after: float | None, timeout: float
+) -> None:
+    server = Full(refusals=1, retry_after=retry_after)
+    client = Client(serve(models=server), retry=Retry(seconds=60.0), timeout=timeout)
+    with client, pytest.raises(PatchclampError, match="RESOURCE_EXHAUSTED"):
+        client.models()
+    assert len(server.times) == 1
+
+
+def test_the_timeout_holds_for_all_attempts_together() -> None:
+    attempts = Attempts(Retry(), 30.0)
+    first, second = attempts.seconds_left(), attempts.seconds_left()
+    assert first is not None
+    assert second is not None
+    assert second < first <= 30.0
+    assert Attempts(Retry(), None).seconds_left() is None
+
+
+def test_a_session_is_never_sent_again(serve: Serve) -> None:
+    server = Full(refusals=1)
+    with (
+        Client(serve(generation=server), retry=ASAP) as client,
+        client.session("hi") as session,
+        pytest.raises(PatchclampError, match="RESOURCE_EXHAUSTED"),
+    ):
+        next(session)
+    assert len(server.times) == 1
+
+
+def test_closing_a_stream_that_waits_to_be_sent_again_ends_it(serve: Serve) -> None:
+    server = Full(refusals=1, retry_after=20.0)
+    with Client(serve(generation=server), retry=ASAP) as client:
+        stream = client.generate("hi")
+        stream.close()
+        assert list(stream) == []
+
+
+def test_jitter_only_adds_to_the_time_and_at_most_its_share(serve: Serve) -> None:
+    full = Full(refusals=1, retry_after=2.0)
+    with grpc.insecure_channel(serve(models=full)) as channel, pytest.raises(grpc.RpcError) as refused:
+        ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
+    attempts = Attempts(Retry(jitter=0.5), None)
+    delays = [attempts.delay(refused.value) for _ in range(200)]
+    assert all(delay is not None and 2.0 <= delay <= 3.0 for delay in delays)
+    assert len(set(delays)) > 100
+
+
+@pytest.mark.parametrize("arguments", [{"seconds": -1.0}, {"jitter": -0.1}])
+def test_a_policy_of_negative_times_is_refused(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        Retry(**arguments)

@@ -1,0 +1,60 @@
+"""The backup of deploy/README.md, taken while artifacts are stored: every tag in it has its object."""
+
+import re
+import subprocess
+import threading
+from pathlib import Path
+
+import torch
+from deployed import DEPLOY
+
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.interventions.program import Site
+
+COPIED = re.compile(r"-C /var/lib/patchclamp/artifacts -cf - (.+) > artifacts\.tar")
+
+
+def put(store: ArtifactStore, number: int) -> None:
+    tensors = {"layer.0": torch.full((4,), float(number))}
+    store.put(
+        ArtifactKind.VECTOR,
+        tensors,
+        model_fingerprint="f" * 64,
+        site=Site.RESID_POST,
+        tags=[f"vector-{number}", "last"],
+    )
+
+
+def test_every_tag_of_a_backup_of_a_running_store_has_its_object(tmp_path: Path):
+    source, target = tmp_path / "artifacts", tmp_path / "restored"
+    store = ArtifactStore(source)
+    for number in range(50):
+        put(store, number)
+    ended = threading.Event()
+
+    def write() -> None:
+        number = 50
+        while not ended.is_set():
+            put(store, number)
+            number += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with_compose, with_kubectl = COPIED.findall((DEPLOY / "README.md").read_text())
+    # Objects never change: one that is missing when tags are copied is never tagged by them.
+    assert with_compose == with_kubectl == "tags objects"
+    backup = subprocess.run(
+        ["tar", "-C", source, "-cf", "-", *with_compose.split()], stdout=subprocess.PIPE, check=False
+    )
+    ended.set()
+    writer.join()
+    # 1: a file changed while it was read, which objects do not and a tag does by being replaced.
+    assert backup.returncode in (0, 1)
+    target.mkdir()
+    subprocess.run(["tar", "-C", target, "-xf", "-"], input=backup.stdout, check=True)
+    restored = ArtifactStore(target)
+    tags = sorted(path.name for path in (target / "tags").iterdir())
+    assert "last" in tags
+    for tag in tags:
+        restored.get(tag)

@@ -1,0 +1,160 @@
+"""What can be watched, under which names, and how it is stored."""
+
+import pytest
+import torch
+from engine_runs import loaded
+from watch_runs import neurons_watch, watch_of_everything
+
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError, ResourceExhausted
+from patchclamp_server.heads.head_sets import Head, HeadSelection
+from patchclamp_server.interventions.program import Site, Vector
+from patchclamp_server.monitoring.bind import bind_watch
+from patchclamp_server.monitoring.items import (
+    WatchedDirection,
+    WatchedFeatures,
+    WatchedHeads,
+    WatchedNeurons,
+    WatchItem,
+)
+from patchclamp_server.monitoring.watch import DEFAULT_BUCKETS, MAX_BUCKETS, Watch, WatchOptions, check_watch
+
+INFO = loaded("llama").info
+WIDTH, FF = INFO.d_model, INFO.d_ff
+ONES = torch.ones(WIDTH)
+
+
+def bound(*items: WatchItem) -> Watch:
+    return bind_watch(items, INFO, None, max_items=100)
+
+
+def test_several_things_of_one_item_are_named_by_layer_and_number() -> None:
+    watch = bound(
+        WatchItem("one", WatchedNeurons(2, (5,))),
+        WatchItem("n", WatchedNeurons(0, (3, 1))),
+        WatchItem("d", WatchedDirection(Vector(values=ONES), layers=(0, 2))),
+        WatchItem("f", WatchedFeatures(torch.ones(2, WIDTH), 1)),
+        WatchItem("h", WatchedHeads(HeadSelection((Head(1, 3), Head(0, 2))))),
+    )
+    expected = ("one", "n/L0N3", "n/L0N1", "d/L0", "d/L2", "f/L1F0", "f/L1F1", "h/L1H3", "h/L0H2")
+    assert watch.names == expected
+    assert watch.sites == (Site.RESID_POST,) * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_watch_is_the_same_after_it_was_stored(family: str) -> None:
+    for watch in (watch_of_everything(family), neurons_watch(family)):
+        tensors = watch.tensors()
+        assert all(tensor.numel() for tensor in tensors.values())
+        again = Watch.from_tensors(tensors)
+        check_watch(again, loaded(family).decoder.spec)
+        check_watch(again, loaded(family).info)
+        assert (again.names, again.sites) == (watch.names, watch.sites)
+        for name in ("kinds", "layers", "units", "thresholds", "bias", "jump"):
+            assert torch.equal(getattr(again, name), getattr(watch, name))
+        assert again.vectors.tolist() == watch.vectors.tolist()
+
+
+NEURON = WatchedNeurons(0, (1,))
+
+
+@pytest.mark.parametrize(
+    ("item", "path"),
+    [
+        (WatchItem("", NEURON), "items[0].name"),
+        (WatchItem("x" * 200, NEURON), "items[0].name"),
+        (WatchItem("x", NEURON, threshold=float("nan")), "items[0].threshold"),
+        (WatchItem("x", WatchedNeurons(3, (1,))), "items[0].neurons.layer"),
+        (WatchItem("x", WatchedNeurons(0, (FF,))), "items[0].neurons.neurons[0]"),
+        (WatchItem("x", WatchedNeurons(0)), "items[0].neurons.neurons"),
+        (WatchItem("x", WatchedNeurons(neuron_set="a")), "items[0].neurons.neuron_set"),
+        (WatchItem("x", WatchedDirection(Vector(values=ONES))), "items[0].direction.layers"),
+        (WatchItem("x", WatchedDirection(Vector(values=ONES[1:]), layers=(0,))), "items[0].direction.vector.values"),
+        (WatchItem("x", WatchedDirection(Vector(values=ONES), Site.MLP_POST, (0,))), "items[0].direction.site"),
+        (WatchItem("x", WatchedFeatures(torch.ones(2, 3), 0)), "items[0].features.encoder"),
+        (WatchItem("x", WatchedFeatures(torch.ones(2, WIDTH), 9)), "items[0].features.layer"),
+        (WatchItem("x", WatchedFeatures(torch.ones(2, WIDTH), 0, bias=torch.ones(3))), "items[0].features.bias"),
+        (
+            WatchItem("x", WatchedFeatures(torch.ones(1, WIDTH), 0, jump=torch.tensor([torch.inf]))),
+            "items[0].features.jump",
+        ),
+        (WatchItem("x", WatchedHeads(HeadSelection((Head(0, 4),)))), "items[0].heads.heads.heads.heads[0].head"),
+        (WatchItem("x", WatchedHeads(HeadSelection(head_set="a"))), "items[0].heads.heads.head_set"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused_by_its_field(item: WatchItem, path: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        bound(item)
+    assert refused.value.field == path
+
+
+def test_two_items_of_one_name_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"items\[1\]\.name"):
+        bound(WatchItem("x", NEURON), WatchItem("x", NEURON))
+
+
+def test_more_items_than_the_server_watches_are_refused() -> None:
+    with pytest.raises(ResourceExhausted, match="items"):
+        bind_watch([WatchItem("x", WatchedNeurons(0, (1, 2, 3)))], INFO, None, max_items=2)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"names": None},
+        {"names": torch.tensor(list(b'["a", "a"]'), dtype=torch.uint8)},
+        {"names": torch.tensor(list(b"[1, 2"), dtype=torch.uint8)},
+        {"sites": torch.tensor(list(b'["attn_q"]'), dtype=torch.uint8)},
+        {"kinds": torch.zeros(3)},
+        {"kinds": torch.full((3,), 4)},
+        {"units": torch.full((3,), -1)},
+        {"layers": torch.full((3,), -1)},
+        {"thresholds": torch.full((3,), torch.inf, dtype=torch.float64)},
+        {"kinds": torch.full((3,), 1)},
+        {"vectors": torch.ones(1, 48)},
+        {"other": torch.ones(1)},
+    ],
+)
+def test_a_stored_watch_that_is_none_is_refused(broken: dict[str, torch.Tensor | None]) -> None:
+    tensors = {**neurons_watch().tensors(), **broken}
+    with pytest.raises(InvalidArgument):
+        Watch.from_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def test_a_watch_of_another_model_is_refused() -> None:
+    spec = loaded("llama").decoder.spec
+    for other in (neurons_watch(neurons=(79,)), watch_of_everything("llama")):
+        check_watch(other, spec)
+    # gpt_neox has vectors of another width, and no resid_mid.
+    with pytest.raises(FailedPrecondition, match="watch"):
+        check_watch(watch_of_everything("llama"), loaded("gpt_neox").decoder.spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": "9"}, "name"),
+        ({"name": "a" * 64}, "name"),
+        ({"name": "A"}, "name"),
+        ({"sampling_rate": 0.0}, "sampling_rate"),
+        ({"sampling_rate": 1.5}, "sampling_rate"),
+        ({"sampling_rate": float("nan")}, "sampling_rate"),
+        ({"phases": frozenset()}, "phases"),
+        ({"window_tokens": 0}, "window_tokens"),
+        ({"buckets": ()}, "buckets"),
+        ({"buckets": (1.0, 1.0)}, "buckets"),
+        ({"buckets": (1.0, float("inf"))}, "buckets"),
+        ({"buckets": tuple(map(float, range(33)))}, "buckets"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_their_field(options: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        WatchOptions(**{"name": "w", **options})  # type: ignore[arg-type]
+    assert refused.value.field == field
+
+
+def test_the_default_buckets_are_half_decades_on_both_sides_of_0() -> None:
+    assert len(DEFAULT_BUCKETS) <= MAX_BUCKETS
+    assert (DEFAULT_BUCKETS[0], DEFAULT_BUCKETS[-1]) == (-100.0, 100.0)
+    assert 0.0 in DEFAULT_BUCKETS
+    assert tuple(sorted(DEFAULT_BUCKETS)) == DEFAULT_BUCKETS

@@ -1,0 +1,191 @@
+"""Counting, quantiles, references and drift, against numpy; on a CPU and as it runs elsewhere."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.monitoring.accumulator import Accumulator, Sums, floor32
+from patchclamp_server.monitoring.reference import BINS, MAX_KEPT, Recording, Reference, total_variation
+from patchclamp_server.monitoring.statistics import Statistics
+
+ROWS, ITEMS = 300, 7
+BUCKETS = (-1.0, -0.1, 0.0, 0.1, 1.0)
+
+
+def values(seed: int = 0, rows: int = ROWS) -> NDArray[np.float32]:
+    """With values on the edges of buckets, and some that are not finite."""
+    drawn = np.random.default_rng(seed).normal(size=(rows, ITEMS)).astype(np.float32)
+    drawn[::7, 1] = np.float32(0.1)
+    drawn[::5, 2] = 0.0
+    drawn[3, 3], drawn[4, 3], drawn[5, 3] = np.nan, np.inf, -np.inf
+    drawn[:, 4] = np.nan
+    return drawn
+
+
+def accumulator(kind: str, thresholds: NDArray[np.float64]) -> Accumulator:
+    return Accumulator(thresholds, BUCKETS, torch.device("cpu"), compiled=kind == "compiled")
+
+
+def add(own: Accumulator, seen: NDArray[np.float32], rows: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+    own.add(seen if own.compiled else torch.from_numpy(seen), rows, columns)
+
+
+def assert_counts(found: Sums, seen: NDArray[np.float32], thresholds: NDArray[np.float64], edges: NDArray) -> None:  # type: ignore[type-arg]
+    for item, own in enumerate(seen.T.astype(np.float64)):
+        good = own[np.isfinite(own)]
+        assert found.tokens[item] == len(good)
+        assert found.not_finite[item] == len(own) - len(good)
+        assert found.fired[item] == (good > thresholds[item]).sum()
+        np.testing.assert_allclose(found.total[item], good.sum(), rtol=1e-12, atol=1e-9)
+        np.testing.assert_allclose(found.total_squares[item], (good**2).sum(), rtol=1e-12)
+        assert found.min[item] == min(good, default=np.inf)
+        assert found.max[item] == max(good, default=-np.inf)
+        places = np.searchsorted(edges[item], good, side="left")
+        assert found.histogram[item].tolist() == np.bincount(places, minlength=edges.shape[1] + 1).tolist()
+    good = seen[np.isfinite(seen)].astype(np.float64)
+    expected = np.bincount(np.searchsorted(BUCKETS, good, side="left"), minlength=len(BUCKETS) + 1)
+    assert found.bucket_counts[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["compiled", "operators"])
+def test_sums_and_histograms_are_those_of_numpy_over_columns_in_any_order(kind: str) -> None:
+    seen, thresholds = values(), np.linspace(-0.5, 0.5, ITEMS)
+    thresholds[1] = 0.1
+    columns = np.random.default_rng(1).permutation(ITEMS)
+    ring = np.full((ROWS, ITEMS), 99.0, dtype=np.float32)
+    ring[:, columns] = seen
+    own = accumulator(kind, thresholds)
+    for rows in np.array_split(np.arange(ROWS), 4):
+        add(own, ring, rows, columns)
+    assert_counts(own.read(), seen, thresholds, own.edges)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "operators"])
+def test_new_edges_begin_a_new_histogram_and_leave_the_buckets_as_they_are(kind: str) -> None:
+    before, after = values(1), values(2)
+    own = accumulator(kind, np.zeros(ITEMS))
+    rows, columns = np.arange(ROWS), np.arange(ITEMS)
+    add(own, before, rows, columns)
+    own.set_edges(np.sort(np.random.default_rng(3).normal(size=(ITEMS, BINS - 1)), axis=1))
+    add(own, after, rows, columns)
+    both = own.read()
+    assert both.bucket_counts.sum() == both.tokens.sum()
+    alone = accumulator(kind, np.zeros(ITEMS))
+    alone.set_edges(own.edges)
+    add(alone, after, rows, columns)
+    assert_counts(alone.read(), after, np.zeros(ITEMS), own.edges)
+    assert (both.histogram == alone.read().histogram).all()
+
+
+def test_an_edge_between_two_float32_counts_as_the_number_it_is() -> None:
+    """0.1 in float32 is above 0.1."""
+    own = Accumulator(np.array([0.1]), (0.1,), torch.device("cpu"), compiled=True)
+    own.add(np.array([[0.1]], dtype=np.float32), np.arange(1), np.arange(1))
+    found = own.read()
+    assert found.fired.tolist() == [1]
+    assert found.histogram.tolist() == [[0, 1]]
+    assert float(floor32(np.array([0.1]))[0]) < 0.1 < float(np.float32(0.1))
+
+
+def statistics(seen: NDArray[np.float32], edges: NDArray[np.float64]) -> Statistics:
+    own = Accumulator(np.zeros(seen.shape[1]), BUCKETS, torch.device("cpu"), compiled=True)
+    own.set_edges(edges)
+    own.add(seen, np.arange(len(seen)), np.arange(seen.shape[1]))
+    sums = own.read()
+    return Statistics(
+        *(sums.tokens, sums.fired, sums.not_finite, sums.total, sums.total_squares, sums.min, sums.max),
+        edges=edges,
+        histogram=sums.histogram,
+        buckets=BUCKETS,
+        bucket_counts=sums.bucket_counts[0],
+        rows=len(seen),
+    )
+
+
+def test_quantiles_are_within_the_bin_of_the_true_ones() -> None:
+    seen = np.random.default_rng(0).normal(size=(4000, 2)).astype(np.float32)
+    edges = np.tile(np.linspace(-3, 3, 61), (2, 1))
+    found = statistics(seen, edges).quantiles((0.0, 0.05, 0.5, 0.95, 0.99, 1.0))
+    expected = np.quantile(seen.astype(np.float64), (0.0, 0.05, 0.5, 0.95, 0.99, 1.0), axis=0).T
+    assert np.abs(found - expected).max() <= 0.1
+    assert (found[:, [0, -1]] == expected[:, [0, -1]]).all()
+
+
+def test_what_has_seen_nothing_has_no_quantiles_and_no_mean() -> None:
+    found = statistics(np.full((5, 1), np.nan, dtype=np.float32), np.zeros((1, 1)))
+    assert np.isnan(found.quantiles((0.5,))).all()
+    assert found.mean.tolist() == found.deviation.tolist() == [0.0]
+    assert found.not_finite.tolist() == [5]
+
+
+def recorded(seen: NDArray[np.float32], tokens: int | None = None, parts: int = 3) -> Reference:
+    recording = Recording(seen.shape[1], tokens or len(seen), lambda seen, total: None, lambda reference: None)
+    for part in np.array_split(seen, parts):
+        recording.add(part)
+    assert recording.left == 0
+    return recording.result()
+
+
+def test_a_reference_has_sixteen_bins_of_equal_mass() -> None:
+    seen = np.random.default_rng(0).normal(size=(1600, 3)).astype(np.float32)
+    reference = recorded(seen)
+    assert (reference.counts == 100).all()
+    np.testing.assert_allclose(reference.mean, seen.mean(axis=0, dtype=np.float64))
+    np.testing.assert_allclose(reference.deviation, seen.std(axis=0, dtype=np.float64))
+
+
+def test_equal_values_and_values_that_are_not_finite_are_counted_where_they_belong() -> None:
+    seen = values()
+    reference = recorded(seen)
+    for item, own in enumerate(seen.T):
+        good = own[np.isfinite(own)].astype(np.float64)
+        expected = np.bincount(np.searchsorted(reference.edges[item].numpy(), good), minlength=BINS)
+        assert reference.counts[item].tolist() == expected.tolist()
+    assert reference.counts[4].sum() == 0
+
+
+def test_a_recording_of_more_than_is_kept_samples_tokens() -> None:
+    items = 16
+    recording = Recording(items, 2 * MAX_KEPT // items, lambda seen, total: None, lambda reference: None)
+    rng = np.random.default_rng(0)
+    # Fewer are kept, so that the test does not have to draw millions.
+    kept = recording._kept = recording._kept[:2000]
+    for _ in range(20):
+        recording.add(rng.normal(size=(1000, items)).astype(np.float32))
+    recording.tokens = recording.seen
+    result = recording.result()
+    assert result.counts.sum(dim=1).tolist() == [len(kept)] * items
+    # The median of 2,000 normal numbers: 0.028 of standard error.
+    assert float(result.edges[:, 7].abs().max()) < 0.15
+    assert float(result.mean.abs().max()) < 0.05
+
+
+def test_total_variation_is_0_of_equal_shares_1_of_disjoint_ones_and_of_nothing() -> None:
+    own = np.array([[1, 1, 0], [5, 0, 0], [0, 0, 0], [2, 2, 0]])
+    reference = np.array([[10, 10, 0], [0, 0, 3], [1, 1, 1], [1, 0, 1]])
+    assert total_variation(own, reference).tolist() == [0.0, 1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"edges": torch.zeros(2, 3)},
+        {"edges": torch.tensor([[1.0, 0.0, 2.0]] * 2, dtype=torch.float64)},
+        {"counts": torch.zeros(2, 3, dtype=torch.int64)},
+        {"counts": torch.full((2, 4), -1)},
+        {"mean": torch.tensor([0.0, torch.nan], dtype=torch.float64)},
+        {"more": torch.zeros(1)},
+    ],
+)
+def test_a_stored_reference_that_is_none_is_refused(broken: dict[str, torch.Tensor]) -> None:
+    good = Reference(
+        torch.zeros(2, 3, dtype=torch.float64),
+        torch.zeros(2, 4, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+    ).tensors()
+    assert len(Reference.from_tensors(good)) == 2
+    with pytest.raises(InvalidArgument):
+        Reference.from_tensors({**good, **broken})

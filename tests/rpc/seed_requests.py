@@ -1,0 +1,285 @@
+"""One or more right calls of every RPC, for a server of the tiny llama: what mutated requests begin from.
+
+A call is the list of messages that the client sends. `preparation()` makes the artifacts and the running watch that
+others name.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+from safetensors.torch import save
+from torch import Tensor, arange, linspace, ones
+
+from patchclamp.v1 import (
+    artifact_pb2,
+    generation_pb2,
+    head_pb2,
+    model_pb2,
+    monitoring_pb2,
+    program_pb2,
+    sparse_policy_pb2,
+    sparsity_pb2,
+    steering_pb2,
+    tensor_pb2,
+)
+
+Call = Sequence[Message]
+WIDTH, NEURONS, LAYERS, HEADS = 32, 64, 2, 4
+
+PROMPT = generation_pb2.Prompt(text="hello")
+CHAT = generation_pb2.Prompt(
+    chat={"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
+)
+TOKENS = generation_pb2.Prompt(tokens={"ids": [5, 6, 7, 8]})
+STOP = generation_pb2.StopConditions(max_tokens=4, strings=["zq"], token_ids=[9], ignore_eos=True)
+SAMPLING = generation_pb2.Sampling(
+    temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1, seed=1
+)
+NEEDLES = head_pb2.NeedleTest(
+    haystacks=["It rained. " * 20],
+    needles=[head_pb2.Needle(question="Which?", needle="The key is red.", answer="red")],
+    lengths=[150],
+    depths=[0.5],
+    max_runs=1,
+)
+TEXT = sparsity_pb2.SparsityText(texts=["It rained. " * 8], document_tokens=16)
+GRIFFIN = sparse_policy_pb2.SparsePolicy(griffin=sparse_policy_pb2.GriffinPolicy(), keep_ratio=0.5)
+SELECTED = head_pb2.HeadSelection(head_set="heads", top_k=1)
+PAIR = head_pb2.CleanCorruptPair(
+    clean=generation_pb2.Prompt(text="AAAAAAAA is"),
+    corrupt=generation_pb2.Prompt(text="zzzzzzzz is"),
+    clean_answer="d",
+    corrupt_answer="Y",
+)
+FACTS = [head_pb2.TemporalFact(prompt=f"In 19{i}0", answer="x", time_conditioned=i < 2) for i in range(4)]
+
+
+def tensor(*shape: int, value: float = 0.5) -> tensor_pb2.Tensor:
+    n = 1
+    for size in shape:
+        n *= size
+    return tensor_pb2.Tensor(dtype="DATA_TYPE_FLOAT32", shape=shape, data=struct.pack("<f", value) * n)
+
+
+def vector(width: int = WIDTH) -> program_pb2.Vector:
+    return program_pb2.Vector(values=tensor(width))
+
+
+def condition(threshold: float) -> program_pb2.Condition:
+    return program_pb2.Condition(
+        site="SITE_RESID_PRE", layer=1, vector=vector(), comparison="COMPARISON_ABOVE", threshold=threshold
+    )
+
+
+def edit(site: str, **kind: Any) -> program_pb2.Edit:
+    return program_pb2.Edit(site=site, layers=[1], strength=0.5, **kind)
+
+
+SCOPE = program_pb2.Scope(include=[{"phase": "PHASE_PROMPT", "last_k": 2}, {"positions": {"start": -3, "end": -1}}])
+EDITS = [
+    edit("SITE_RESID_POST", name="steer", add={"vector": vector()}, scope=SCOPE, preserve_norm=True),
+    edit("SITE_RESID_POST", add={"vector": program_pb2.Vector(artifact="vector", artifact_layer=0, unit=True)}),
+    edit("SITE_RESID_PRE", project_out={"vector": vector()}),
+    edit("SITE_RESID_MID", cap_projection={"vector": vector(), "min": -1.0, "max": 1.0}),
+    edit("SITE_ATTN_OUT", set_projection={"vector": vector(), "target": 0.5}),
+    edit("SITE_MLP_OUT", replace={"vector": vector()}),
+    edit("SITE_RESID_POST", rotate_towards={"vector": vector(), "radians": 0.3}),
+    edit("SITE_RESID_POST", low_rank={"rotation": tensor(2, WIDTH), "weight": tensor(2, WIDTH), "bias": tensor(2)}),
+    edit("SITE_MLP_POST", neurons={"neurons": [1, 2], "set": {"values": [0.5, 1.0]}}),
+    edit("SITE_MLP_POST", neurons={"neurons": [3], "clamp": {"min": -1.0, "max": 1.0}}),
+    program_pb2.Edit(site="SITE_MLP_POST", neurons={"neuron_set": "neurons", "scale": {"values": [0.5]}}),
+    edit("SITE_ATTN_Z", heads={"heads": [0, 1], "scale": 0.0}),
+    edit("SITE_ATTN_Z", heads={"heads": [2], "mean": tensor(1, WIDTH // HEADS)}),
+    edit("SITE_ATTN_Z", heads={"heads": [3], "uniform": True}),
+]
+READOUTS = [
+    program_pb2.Readout(site="SITE_RESID_POST", layers=[0], projection={"vectors": [vector()]}),
+    program_pb2.Readout(name="n", site="SITE_MLP_POST", all_layers=True, neurons={"neurons": [0, 5]}),
+    program_pb2.Readout(site="SITE_MLP_POST", layers=[1], top_neurons={"k": 3}, scope=SCOPE),
+    program_pb2.Readout(site="SITE_RESID_POST", layers=[1], logit_lens={"k": 2}),
+    program_pb2.Readout(site="SITE_ATTN_Z", layers=[1], heads={"heads": [0]}),
+]
+GATED = edit("SITE_RESID_POST", add={"vector": vector()}, gate={"condition": condition(0.1), "latched": True})
+PROGRAM = program_pb2.Program(
+    edits=[EDITS[0], GATED],
+    readouts=READOUTS,
+    abort_when=[{"name": "never", "condition": condition(1e6)}],
+)
+
+
+def generate(**fields: Any) -> generation_pb2.GenerateRequest:
+    return generation_pb2.GenerateRequest(**{"prompt": PROMPT, "stop": STOP, **fields})
+
+
+def session(*events: generation_pb2.SessionRequest, lockstep: bool) -> Call:
+    start = generation_pb2.SessionStart(request=generate(program=PROGRAM), lockstep=lockstep)
+    return [generation_pb2.SessionRequest(start=start), *events]
+
+
+def upload(kind: str, tag: str, file: bytes, **header: Any) -> Call:
+    fields = {"kind": kind, "format": "ARTIFACT_FORMAT_SAFETENSORS", "tags": [tag], "size_bytes": len(file), **header}
+    middle = len(file) // 2
+    return [
+        artifact_pb2.UploadRequest(header=artifact_pb2.UploadHeader(**fields)),
+        artifact_pb2.UploadRequest(chunk=file[:middle]),
+        artifact_pb2.UploadRequest(chunk=file[middle:]),
+    ]
+
+
+def file(tensors: dict[str, Tensor]) -> bytes:
+    data: bytes = save(tensors)
+    return data
+
+
+def artifacts() -> list[Call]:
+    scores = linspace(0, 1, LAYERS * HEADS).reshape(LAYERS, HEADS)
+    vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
+    return [
+        upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
+        upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
+        upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
+    ]
+
+
+def preparation() -> list[tuple[str, Call]]:
+    """Full names of methods, and what to call them with, in order."""
+    uploads = [("patchclamp.v1.ArtifactService/Upload", upload) for upload in artifacts()]
+    create, start = "patchclamp.v1.MonitoringService/CreateWatch", "patchclamp.v1.MonitoringService/StartWatch"
+    return [*uploads, (create, calls()[create][0]), (start, [start_watch("w")])]
+
+
+def calls() -> dict[str, list[Call]]:
+    """By the full name of the method."""
+    named = {
+        "GenerationService/Generate": [
+            *([generate(program=program_pb2.Program(edits=[each]))] for each in EDITS),
+            [generate(prompt=CHAT, program=PROGRAM, sampling=SAMPLING, logprobs=2, priority="PRIORITY_BATCH")],
+            [generate(prompt=TOKENS, sparsity={"policy": GRIFFIN, "guard": {"max_divergence": 1.0}})],
+            [generate(grounding={"head_set": "heads", "top_k": 1})],
+        ],
+        "GenerationService/Session": [
+            session(generation_pb2.SessionRequest(advance={"tokens": 2}), lockstep=True),
+            session(
+                generation_pb2.SessionRequest(set_strength={"edit": "steer", "strength": 0.25}),
+                generation_pb2.SessionRequest(stop={}),
+                lockstep=False,
+            ),
+        ],
+        "GenerationService/Score": [
+            [generation_pb2.ScoreRequest(prompt=PROMPT, text=" there", program=PROGRAM, top_logprobs=2)],
+            [generation_pb2.ScoreRequest(prompt=TOKENS, tokens={"ids": [9, 10]}, sparsity={"policy": GRIFFIN})],
+        ],
+        "GenerationService/Compare": [[generation_pb2.CompareRequest(request=generate(program=PROGRAM))]],
+        "SteeringService/ExtractVectors": [
+            [
+                steering_pb2.ExtractVectorsRequest(
+                    method=method,
+                    pairs=[
+                        {"positive": {"text": f"good {i}" + "!" * i}, "negative": {"text": f"bad {i * i} day"}}
+                        for i in range(4)
+                    ],
+                    layers=[1],
+                    pooling="TOKEN_POOLING_MEAN",
+                    holdout_fraction=0.5,
+                    tags=["extracted"],
+                )
+            ]
+            for method in ("EXTRACTION_METHOD_DIFFERENCE_OF_MEANS", "EXTRACTION_METHOD_PCA_OF_DIFFERENCES")
+        ],
+        "SparsityService/CalibrateProfile": [
+            [
+                sparsity_pb2.CalibrateProfileRequest(
+                    policy=sparse_policy_pb2.SparsePolicy(**{name: {}}, keep_ratio=0.5),
+                    text=TEXT,
+                    holdout_fraction=0.25,
+                )
+            ]
+            for name in ("teal", "cats", "fovea", "coreinfer_similarity", "static_set")
+        ],
+        "SparsityService/EvaluateProfile": [
+            [sparsity_pb2.EvaluateProfileRequest(sparsities=[sparse_policy_pb2.Sparsity(policy=GRIFFIN)], text=TEXT)]
+        ],
+        "SparsityService/PredictCoreNeurons": [
+            [
+                sparsity_pb2.PredictCoreNeuronsRequest(
+                    sparsity=sparse_policy_pb2.Sparsity(policy=GRIFFIN), prompts=[PROMPT, PROMPT], layers=[0]
+                )
+            ]
+        ],
+        "HeadService/DetectRetrievalHeads": [
+            [
+                head_pb2.DetectRetrievalHeadsRequest(
+                    test=NEEDLES, stopping=head_pb2.StoppingRule(top_k=2), tags=["detected"]
+                )
+            ]
+        ],
+        "HeadService/ScoreHeads": [
+            [head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_NGRAM", ngram=2, sequence_tokens=8, sequences=2)],
+            [head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_INDUCTION", sequence_tokens=8, sequences=1)],
+            [head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_TEMPORAL", facts=FACTS)],
+            [head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_SUCCESSOR")],
+        ],
+        "HeadService/EvaluateHeadEdit": [
+            [
+                head_pb2.EvaluateHeadEditRequest(
+                    heads=SELECTED,
+                    mode="HEAD_EDIT_MODE_SCALE",
+                    scale=0.5,
+                    random_sets=1,
+                    test=NEEDLES,
+                    texts=["It rained."],
+                )
+            ]
+        ],
+        "HeadService/FindCircuit": [
+            [head_pb2.FindCircuitRequest(method=method, pairs=[PAIR], circuit_size=2, random_sets=1)]
+            for method in ("CIRCUIT_METHOD_MEAN_ABLATION", "CIRCUIT_METHOD_PATH_PATCHING")
+        ],
+        "HeadService/CompareHeadSets": [[head_pb2.CompareHeadSetsRequest(head_sets=["heads", "heads"], top_k=2)]],
+        "HeadService/AttributeLogits": [
+            [head_pb2.AttributeLogitsRequest(prompt=PROMPT, target="a", contrast="b", top_heads=1)]
+        ],
+        "ArtifactService/Upload": artifacts(),
+        "ArtifactService/Download": [
+            [artifact_pb2.DownloadRequest(ref="vector", format="ARTIFACT_FORMAT_SAFETENSORS", layers=[1])],
+            [artifact_pb2.DownloadRequest(ref="heads", format="ARTIFACT_FORMAT_HEAD_SCORE_JSON")],
+        ],
+        "ArtifactService/GetArtifact": [[artifact_pb2.GetArtifactRequest(ref="heads")]],
+        "ArtifactService/ListArtifacts": [
+            [artifact_pb2.ListArtifactsRequest(kind="ARTIFACT_KIND_HEAD_SET", page_size=1)]
+        ],
+        "ArtifactService/TagArtifact": [[artifact_pb2.TagArtifactRequest(tag="tagged", ref="heads")]],
+        # Of what nobody else names.
+        "ArtifactService/DeleteArtifact": [[artifact_pb2.DeleteArtifactRequest(ref="extracted")]],
+        "ModelService/ListModels": [[model_pb2.ListModelsRequest()]],
+        "ModelService/Tokenize": [[model_pb2.TokenizeRequest(prompt=prompt)] for prompt in (PROMPT, CHAT, TOKENS)],
+        **monitoring(),
+    }
+    return {f"patchclamp.v1.{method}": calls for method, calls in named.items()}
+
+
+def start_watch(name: str) -> monitoring_pb2.StartWatchRequest:
+    return monitoring_pb2.StartWatchRequest(
+        watch="watched", name=name, sampling_rate=1.0, window_tokens=64, buckets=[0.0, 1.0]
+    )
+
+
+def monitoring() -> dict[str, list[Call]]:
+    items: list[dict[str, Any]] = [
+        {"name": "n", "neurons": {"layer": 1, "neurons": [0, 5]}, "threshold": 0.1},
+        {"name": "d", "direction": {"site": "SITE_RESID_POST", "layers": [1], "vector": vector()}},
+        {"name": "f", "features": {"site": "SITE_RESID_POST", "layer": 0, "encoder": tensor(2, WIDTH)}},
+        {"name": "h", "heads": {"heads": {"heads": {"heads": [{"layer": 1, "head": 0}]}}}},
+    ]
+    pb = monitoring_pb2
+    return {
+        "MonitoringService/CreateWatch": [[pb.CreateWatchRequest(items=items, tags=["watched"])]],
+        "MonitoringService/StartWatch": [[start_watch("other")]],
+        "MonitoringService/ListWatches": [[pb.ListWatchesRequest()]],
+        "MonitoringService/GetWatchStatistics": [[pb.GetWatchStatisticsRequest(name="w")]],
+        "MonitoringService/RecordReference": [[pb.RecordReferenceRequest(name="w", tokens=8, use=True)]],
+        "MonitoringService/WatchActivations": [[pb.WatchActivationsRequest(name="w", max_events=1)]],
+        "MonitoringService/StopWatch": [[pb.StopWatchRequest(name="other")]],
+    }
