@@ -44,10 +44,11 @@ def run_requests(
 
 
 def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Runs each in turn, `rounds` times after one unmeasured round, so that a noisy moment hits all alike."""
+    """Runs each in turn, back and forth, `rounds` times after one unmeasured round: a noisy moment, and a machine that
+    gets slower, hit all alike."""
     figures: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
-        for name, run in runs.items():
+        for name, run in runs.items() if i % 2 else reversed(runs.items()):
             seconds = run()
             if i:
                 figures[name].append(seconds)

@@ -333,7 +333,7 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return check
 
 
-def _watches(text: str) -> int:
+def _watch_count(text: str) -> int:
     """Rows of the watches are marked by the bits of a number."""
     value = _positive(text)
     if value > 63:
@@ -341,7 +341,7 @@ def _watches(text: str) -> int:
     return value
 
 
-ENGINE_TYPES = {"max_watches": _watches}
+ENGINE_TYPES = {"max_watches": _watch_count}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,9 +22,11 @@ from patchclamp_server.monitoring.reference import Ints
 # Values of a full ring: 2 ms to count on a CPU, and half a megabyte.
 _VALUES = 2**17
 _MOST_ROWS = 128
-# Up to so many rows a plain loop projects them sooner than torch, whose call alone takes 5 us, and the neurons of all
-# layers are kept until the step ends, 30 x 50 KiB.
+# Up to so many rows a plain loop projects them sooner than torch, whose call alone takes 5 us.
 _FEW_ROWS = 8
+# Up to so many rows the neurons of all layers are held whole until the step ends, 30 x 12 KiB. Of more, their memory
+# would be missed by the layers that follow, which find the same few lines in the caches otherwise.
+_ROWS_TO_HOLD = 2
 
 
 class Row(NamedTuple):
@@ -107,7 +109,7 @@ class Gather:
     def __init__(self, ring: Ring, first: int, units: Ints) -> None:
         self._ring, self._first, self._units = ring, first, units
         self._end = first + len(units)
-        self._index = torch.from_numpy(units).to(ring.device)
+        self.index = torch.from_numpy(units).to(ring.device)
         self._block = np.zeros(len(units), dtype=np.int64)
 
     def run(self, x: Tensor, context: object = None) -> None:
@@ -116,7 +118,7 @@ class Gather:
         if ring.compiled:
             _gather(as_array(x), 0, ring.index, self._block, self._units, ring.values, ring.at, self._first)
         else:
-            values = x.index_select(0, ring.index).index_select(1, self._index)
+            values = x.index_select(0, ring.index).index_select(1, self.index)
             ring.values[ring.at : ring.at + len(values), self._first : self._end] = values
 
 
@@ -141,24 +143,29 @@ class Neurons:
 
     def end(self) -> None:
         """Copies what is held."""
-        if self._held:
-            assert len(self._held) == len(self.looks)
-            ring, rows = self._ring, len(self._held[0])
+        if not self._held:
+            return
+        assert len(self._held) == len(self.looks)
+        ring, rows = self._ring, len(self._held[0])
+        if rows <= _ROWS_TO_HOLD:
             every = as_array(torch.cat(self._held))
             _gather(every, rows, ring.index, self._block, self._units, ring.values, ring.at, 0)
-            self._held.clear()
+        else:
+            every = torch.cat(self._held, dim=1).float().numpy()
+            ring.values[ring.at : ring.at + len(ring.index), : len(self._units)] = every[ring.index]
+        self._held.clear()
 
 
 class NeuronsAt:
-    """At one layer. Few rows are held: a call costs more than what it copies, and far more between two layers than
-    after the last, when the weights of a layer have just gone through the caches."""
+    """At one layer. One row or two are held as they are: a call costs more than what it copies, and far more between
+    two layers than after the last, when the weights of a layer have just gone through the caches."""
 
     def __init__(self, ring: Ring, held: list[Tensor], gather: Gather) -> None:
         self._ring, self._held, self._gather = ring, held, gather
 
     def run(self, x: Tensor, context: object = None) -> None:
-        if self._ring.compiled and len(x) <= _FEW_ROWS:
-            self._held.append(x)
+        if self._ring.compiled:
+            self._held.append(x if len(x) <= _ROWS_TO_HOLD else x.index_select(1, self._gather.index))
         else:
             self._gather.run(x)
 
