@@ -289,8 +289,7 @@ class Engine:
         """Takes commands in, and runs one step. False when nothing can run. For the engine's thread, or a test."""
         self._step_started = time.monotonic()
         try:
-            while not self._commands.empty():
-                self._commands.get()()
+            self._obey()
             preemptions = self.scheduler.preemptions
             work = self.scheduler.schedule()
             for _ in range(self.scheduler.preemptions - preemptions):
@@ -309,12 +308,19 @@ class Engine:
         finally:
             self._step_started = None
 
+    def _obey(self) -> None:
+        """Takes in what other threads have asked for."""
+        while not self._commands.empty():
+            self._commands.get()()
+
     def _loop(self) -> None:
         try:
             while True:
                 # In this order: who sets `_stopping` wakes the loop after it, and a wake that is cleared has been seen.
                 self._wake.clear()
                 if self._stopping:
+                    # What was cancelled before that ends as cancelled.
+                    self._obey()
                     break
                 timeout = self._expire()
                 if not self.step():

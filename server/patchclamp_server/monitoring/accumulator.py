@@ -142,7 +142,8 @@ def _copied(values: Any) -> Any:
 
 def floor32(numbers: Floats) -> Float32s:
     """The largest float32 that is not above each: a float32 v is above the one if it is above the other."""
-    rounded = numbers.astype(np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinity, and the largest float32 below it
+        rounded = numbers.astype(np.float32)
     down = np.where(rounded > numbers, np.nextafter(rounded, np.float32(-np.inf)), rounded)
     # The compiled loops know one memory layout.
     return np.ascontiguousarray(down)
