@@ -21,24 +21,22 @@ import asyncio
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
-from measure import alternate, save
+from measure import alternate_steps, decode_steps, save
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
-from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams, Token
 from patchclamp_server.engine.text import token_bytes
 from patchclamp_server.heads.detect import Detection, RetrievalHeads, detect, reading_all_heads
 from patchclamp_server.heads.edit_evaluation import EditEvaluation, HeadEditEffect, HeadMetrics, evaluate_edit
@@ -47,7 +45,6 @@ from patchclamp_server.heads.head_sets import HeadSelection
 from patchclamp_server.heads.needle_prompt import PromptWriter
 from patchclamp_server.heads.needle_run import NeedleRun
 from patchclamp_server.heads.needles import NeedleTest, built_in_needles, plan
-from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.model.embedded import embedded_directory
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import RichProgress
@@ -61,7 +58,7 @@ CAUSAL_LENGTHS = NAIVE_LENGTHS = (256, 512, 1024)
 KV_TOKENS = 32768
 # Sequences of a decode step, each with a prompt of so many tokens.
 DECODE_BATCHES = (1, 8)
-DECODE_PROMPT, DECODE_TOKENS = 512, 96
+DECODE_PROMPT, DECODE_TOKENS = 512, 64
 
 
 class Session:
@@ -209,59 +206,27 @@ def naive_scores(naive: Any, model: LoadedModel, test: NeedleTest, *, cache: boo
 
 
 def readout_overhead(session: Session, rounds: int) -> dict[str, Any]:
-    """Seconds of decode steps with all heads of all layers read, over those without; medians of alternating rounds."""
+    """Decode steps with all heads of all layers read, over those without."""
     vocab = session.model.info.vocab_size
     generator = torch.Generator().manual_seed(0)
     figures: dict[str, Any] = {}
     reading = reading_all_heads(session.model.info)
     for batch in DECODE_BATCHES:
         prompts = torch.randint(100, vocab, (batch, DECODE_PROMPT), generator=generator).tolist()
-        seconds = alternate(
+        steps = alternate_steps(
             {
-                "without": lambda prompts=prompts: decode_seconds(session.engine, prompts, None),
-                "reading": lambda prompts=prompts: decode_seconds(session.engine, prompts, reading),
+                "without": lambda prompts=prompts: decode_steps(session.engine, prompts, None, DECODE_TOKENS),
+                "reading": lambda prompts=prompts: decode_steps(session.engine, prompts, reading, DECODE_TOKENS),
             },
             rounds,
         )
-        overhead = median(r / w for r, w in zip(seconds["reading"], seconds["without"], strict=True)) - 1
+        overhead = sum(steps["reading"]) / sum(steps["without"]) - 1
         figures[str(batch)] = {
             "overhead": overhead,
-            **{name: [round(value, 4) for value in values] for name, values in seconds.items()},
+            **{f"{name}_milliseconds": round(1e3 * fmean(values), 3) for name, values in steps.items()},
         }
-        print(f"all heads read at batch {batch}: {overhead:+.2%} of {median(seconds['without']):.3f} s", flush=True)
+        print(f"all heads read at batch {batch}: {overhead:+.2%} of {1e3 * fmean(steps['without']):.2f} ms", flush=True)
     return figures
-
-
-def decode_seconds(engine: Engine, prompts: Sequence[Sequence[int]], program: BoundProgram | None) -> float:
-    """From the step in which the last request generated its first token to the last token of all."""
-    left = threading.Semaphore(0)
-    first: list[float] = []
-    failures: list[str] = []
-
-    def submit(prompt: Sequence[int]) -> None:
-        seen = 0
-
-        def on_event(event: Event) -> None:
-            nonlocal seen
-            if isinstance(event, Token):
-                seen += 1
-                if seen == 1:
-                    first.append(time.perf_counter())
-            elif isinstance(event, Failed):
-                failures.append(str(event.error))
-            if isinstance(event, Failed | Finished):
-                left.release()
-
-        stop = StopParams(max_tokens=DECODE_TOKENS, ignore_eos=True)
-        engine.submit(Request(tuple(prompt), on_event, program=program, stop=stop))
-
-    for prompt in prompts:
-        submit(prompt)
-    for _ in prompts:
-        left.acquire()
-    if failures:
-        raise RuntimeError(failures[0])
-    return time.perf_counter() - max(first)
 
 
 def readout_part(model: LoadedModel, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
@@ -305,7 +270,7 @@ def main() -> None:
     parser.add_argument("--causal-runs", type=int, default=20)
     parser.add_argument("--random-sets", type=int, default=10)
     parser.add_argument("--naive-runs", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
     whole = vars(options) == vars(parser.parse_args([])) | {"only": options.only}
     with RichProgress() as progress:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams
+from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams, Token
 from patchclamp_server.interventions.bound import BoundProgram
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +54,49 @@ def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
             if i:
                 figures[name].append(seconds)
     return figures
+
+
+def decode_steps(
+    engine: Engine, prompts: Sequence[Sequence[int]], program: BoundProgram | None, tokens: int
+) -> list[float]:
+    """Seconds of each decode step of all requests together: between the tokens of the one that was submitted last."""
+    left = threading.Semaphore(0)
+    times: list[list[float]] = [[] for _ in prompts]
+    failures: list[str] = []
+
+    def follower(own: list[float]) -> Callable[[Event], None]:
+        def on_event(event: Event) -> None:
+            if isinstance(event, Token):
+                own.append(time.perf_counter())
+            elif isinstance(event, Failed):
+                failures.append(str(event.error))
+            if isinstance(event, Failed | Finished):
+                left.release()
+
+        return on_event
+
+    stop = StopParams(max_tokens=tokens, ignore_eos=True)
+    for prompt, own in zip(prompts, times, strict=True):
+        engine.submit(Request(tuple(prompt), follower(own), program=program, stop=stop))
+    for _ in prompts:
+        left.acquire()
+    if failures:
+        raise RuntimeError(failures[0])
+    return [after - before for before, after in pairwise(times[-1])]
+
+
+def alternate_steps(runs: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step: the least of `rounds` runs, which take turns, back and forth, after one unmeasured.
+
+    What else the machine does only adds to a step, by more than what is compared here; the least has the least of it.
+    """
+    steps: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items() if i % 2 else reversed(runs.items()):
+            seconds = run()
+            if i:
+                steps[name].append(seconds)
+    return {name: [min(same) for same in zip(*found, strict=True)] for name, found in steps.items()}
 
 
 def rates(figures: dict[str, list[float]], tokens: dict[str, int]) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """What watching costs: decode steps of the embedded model with 1,024 neurons and 64 directions watched, and without.
 
-    python benchmarks/monitoring.py [--rounds 15] [--tokens 128]
+    python benchmarks/monitoring.py [--rounds 11] [--tokens 64]
 
 Neurons are spread over all layers, directions over eight; every generated token is watched. Measured without a
 reference, and against one, whose bins are counted besides those of Prometheus. Runs alternate; each ends with a scrape,
-which is in its time. The overhead is the median of the ratios of neighbours.
+which is in its time. The overhead is that of the sum of all steps, each the least of its rounds.
 
 Writes benchmarks/results/monitoring.json, and as its last line prints a JSON object.
 """
@@ -15,17 +15,15 @@ configure_threads()
 
 import argparse
 import json
-import threading
 import time
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
-from measure import alternate, save
+from measure import alternate_steps, decode_steps, save
 
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams, Token
 from patchclamp_server.interventions.program import Site, Vector
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import load_model
@@ -72,76 +70,46 @@ class Bench:
         self.watch = watch_of(engine.model.info)
         self.reference = some_reference(self.watch)
 
-    def without(self) -> float:
-        return self.decode_seconds(scraped=False)
+    def without(self) -> list[float]:
+        return decode_steps(self.engine, self.prompts, None, self.tokens)
 
-    def watched(self, reference: Reference | None = None) -> float:
-        self.engine.monitor.start("", self.watch, WatchOptions(NAME, window_tokens=256), reference)
+    def watched(self, reference: Reference | None = None) -> list[float]:
+        monitor = self.engine.monitor
+        monitor.start("", self.watch, WatchOptions(NAME, window_tokens=256), reference)
         try:
-            return self.decode_seconds(scraped=True)
-        finally:
-            self.engine.monitor.stop(NAME)
-
-    def against_reference(self) -> float:
-        return self.watched(self.reference)
-
-    def decode_seconds(self, *, scraped: bool) -> float:
-        """From the step in which the last request generated its first token to the last token of all."""
-        left = threading.Semaphore(0)
-        first: list[float] = []
-        failures: list[str] = []
-
-        def follower() -> Any:
-            seen = 0
-
-            def on_event(event: Event) -> None:
-                nonlocal seen
-                if isinstance(event, Token):
-                    seen += 1
-                    if seen == 1:
-                        first.append(time.perf_counter())
-                elif isinstance(event, Failed):
-                    failures.append(str(event.error))
-                if isinstance(event, Failed | Finished):
-                    left.release()
-
-            return on_event
-
-        stop = StopParams(max_tokens=self.tokens, ignore_eos=True)
-        for prompt in self.prompts:
-            self.engine.submit(Request(tuple(prompt), follower(), stop=stop))
-        for _ in self.prompts:
-            left.acquire()
-        if failures:
-            raise RuntimeError(failures[0])
-        if scraped:
-            seen = self.engine.monitor.statistics(NAME).rows
+            seconds = decode_steps(self.engine, self.prompts, None, self.tokens)
+            started = time.perf_counter()
+            seen = monitor.statistics(NAME).rows
+            seconds[-1] += time.perf_counter() - started
             assert seen == len(self.prompts) * (self.tokens - 1), seen
-        return time.perf_counter() - max(first)
+            return seconds
+        finally:
+            monitor.stop(NAME)
+
+    def against_reference(self) -> list[float]:
+        return self.watched(self.reference)
 
 
 def measured(engine: Engine, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(100, engine.model.info.vocab_size, (batch, PROMPT), generator=generator).tolist()
     bench = Bench(engine, prompts, tokens)
-    seconds = alternate(
-        # Both beside the one they are compared with.
-        {"watched": bench.watched, "without": bench.without, "against_reference": bench.against_reference},
-        rounds,
+    steps = alternate_steps(
+        {"without": bench.without, "watched": bench.watched, "against_reference": bench.against_reference}, rounds
     )
-    step = median(seconds["without"]) / (tokens - 1)
-    found: dict[str, Any] = {"step_milliseconds": round(1e3 * step, 3)}
+    step = 1e3 * fmean(steps["without"])
+    found: dict[str, Any] = {"step_milliseconds": round(step, 3)}
     for name in ("watched", "against_reference"):
-        overhead = median(a / b for a, b in zip(seconds[name], seconds["without"], strict=True)) - 1
+        overhead = sum(steps[name]) / sum(steps["without"]) - 1
         found[name] = round(overhead, 4)
-        print(f"batch {batch}, {name}: {overhead:+.2%} of a step of {1e3 * step:.2f} ms", flush=True)
-    return found | {"seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()}}
+        print(f"batch {batch}, {name}: {overhead:+.2%} of a step of {step:.2f} ms", flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
     with RichProgress() as progress:
         model = load_model(progress=progress)
