@@ -1,10 +1,10 @@
 """What watching costs: decode steps of the embedded model with 1,024 neurons and 64 directions watched, and without.
 
-    python benchmarks/monitoring.py [--rounds 11] [--tokens 64]
+    python benchmarks/monitoring.py [--rounds 8] [--tokens 64]
 
 Neurons are spread over all layers, directions over eight; every generated token is watched. Measured without a
-reference, and against one, whose bins are counted besides those of Prometheus. Runs alternate; each ends with a scrape,
-which is in its time. The overhead is that of the sum of all steps, each the least of its rounds.
+reference, and against one, whose bins are counted besides those of Prometheus. Every other step of a run is watched,
+and compared with its neighbours.
 
 Writes benchmarks/results/monitoring.json, and as its last line prints a JSON object.
 """
@@ -15,13 +15,12 @@ configure_threads()
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
-from measure import alternate_steps, decode_steps, save
+from measure import decode_steps, save
 
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.interventions.program import Site, Vector
@@ -31,6 +30,8 @@ from patchclamp_server.model.progress import RichProgress
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import WatchedDirection, WatchedNeurons, WatchItem
 from patchclamp_server.monitoring.reference import Recording, Reference
+from patchclamp_server.monitoring.registry import WatchRegistry
+from patchclamp_server.monitoring.step import ServedSpan, StepWatch
 from patchclamp_server.monitoring.watch import Watch, WatchOptions
 
 NEURONS, DIRECTIONS, DIRECTION_LAYERS = 1024, 64, 8
@@ -70,45 +71,68 @@ class Bench:
         self.watch = watch_of(engine.model.info)
         self.reference = some_reference(self.watch)
 
-    def without(self) -> list[float]:
-        return decode_steps(self.engine, self.prompts, None, self.tokens)
-
-    def watched(self, reference: Reference | None = None) -> list[float]:
-        monitor = self.engine.monitor
-        monitor.start("", self.watch, WatchOptions(NAME, window_tokens=256), reference)
-        try:
+    def overhead(self, rounds: int, reference: Reference | None = None) -> tuple[float, float]:
+        """Seconds of an unwatched step, and what watching adds to one: the mean difference from the steps before and
+        after, without the tenth of them at either end."""
+        unwatched: list[float] = []
+        added: list[float] = []
+        steps = EveryOther(self.engine.monitor)
+        self.engine.monitor.start("", self.watch, WatchOptions(NAME, window_tokens=256), reference)
+        for first in range(rounds):
+            steps.count = first
             seconds = decode_steps(self.engine, self.prompts, None, self.tokens)
-            started = time.perf_counter()
-            seen = monitor.statistics(NAME).rows
-            seconds[-1] += time.perf_counter() - started
-            assert seen == len(self.prompts) * (self.tokens - 1), seen
-            return seconds
-        finally:
-            monitor.stop(NAME)
+            for i in range(1, len(seconds) - 1):
+                difference = seconds[i] - (seconds[i - 1] + seconds[i + 1]) / 2
+                if steps.is_watched(i - len(seconds)):
+                    added.append(difference)
+                else:
+                    added.append(-difference)
+                    unwatched.append(seconds[i])
+        self.engine.monitor.stop(NAME)
+        steps.end()
+        added.sort()
+        cut = len(added) // 10
+        return median(unwatched), fmean(added[cut:-cut])
 
-    def against_reference(self) -> list[float]:
-        return self.watched(self.reference)
+
+class EveryOther:
+    """Hides every other step from the watches: neighbours in one run differ in nothing else, whatever the machine does
+    meanwhile. What is counted for many rows at once is in the differences, as it is in one of them."""
+
+    def __init__(self, monitor: WatchRegistry) -> None:
+        self._monitor, self._begin = monitor, monitor.begin
+        self.count = 0
+        monitor.begin = self._every_other  # type: ignore[method-assign]
+
+    def end(self) -> None:
+        self._monitor.begin = self._begin  # type: ignore[method-assign]
+
+    def _every_other(self, spans: Sequence[ServedSpan]) -> StepWatch | None:
+        self.count += 1
+        return self._begin(spans) if self.count % 2 else None
+
+    def is_watched(self, step: int) -> bool:
+        """Of a run that has ended: `step` is counted from its end, -1 for the last."""
+        return (self.count + 1 + step) % 2 == 1
 
 
 def measured(engine: Engine, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(100, engine.model.info.vocab_size, (batch, PROMPT), generator=generator).tolist()
     bench = Bench(engine, prompts, tokens)
-    steps = alternate_steps(
-        {"without": bench.without, "watched": bench.watched, "against_reference": bench.against_reference}, rounds
-    )
-    step = 1e3 * fmean(steps["without"])
-    found: dict[str, Any] = {"step_milliseconds": round(step, 3)}
-    for name in ("watched", "against_reference"):
-        overhead = sum(steps[name]) / sum(steps["without"]) - 1
-        found[name] = round(overhead, 4)
-        print(f"batch {batch}, {name}: {overhead:+.2%} of a step of {step:.2f} ms", flush=True)
+    decode_steps(engine, prompts, None, tokens)
+    found: dict[str, Any] = {}
+    for name, reference in (("watched", None), ("against_reference", bench.reference)):
+        step, added = bench.overhead(rounds, reference)
+        found[name] = round(added / step, 4)
+        found[f"{name}_milliseconds"] = [round(1e3 * seconds, 3) for seconds in (step, added)]
+        print(f"batch {batch}, {name}: {added / step:+.2%} of a step of {1e3 * step:.2f} ms", flush=True)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
     with RichProgress() as progress:
