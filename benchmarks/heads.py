@@ -30,7 +30,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from measure import alternate_steps, decode_steps, save
+from measure import alternate, decode_steps, least_steps, save
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -213,13 +213,14 @@ def readout_overhead(session: Session, rounds: int) -> dict[str, Any]:
     reading = reading_all_heads(session.model.info)
     for batch in DECODE_BATCHES:
         prompts = torch.randint(100, vocab, (batch, DECODE_PROMPT), generator=generator).tolist()
-        steps = alternate_steps(
+        runs = alternate(
             {
                 "without": lambda prompts=prompts: decode_steps(session.engine, prompts, None, DECODE_TOKENS),
                 "reading": lambda prompts=prompts: decode_steps(session.engine, prompts, reading, DECODE_TOKENS),
             },
             rounds,
         )
+        steps = {name: least_steps(seconds) for name, seconds in runs.items()}
         overhead = sum(steps["reading"]) / sum(steps["without"]) - 1
         figures[str(batch)] = {
             "overhead": overhead,

@@ -29,13 +29,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import grpc
 from load_clients import Call, Clients, requests
 from serving import Serving, serving
 
-from patchclamp import Client
+from patchclamp import Client, PatchclampError
 from patchclamp_server.security.tokens import new_token
 
 CHANNELS = 4
@@ -59,23 +58,12 @@ class Watcher:
     async def watch(self) -> None:
         with Client(self.server.address, timeout=10.0) as client:
             while True:
-                self.rss.append(rss_bytes(self.server.process_id))
+                self.rss.append(self.server.rss_bytes())
                 try:
                     self.health[await asyncio.to_thread(client.health)] += 1
-                except Exception as error:
+                except PatchclampError as error:
                     self.health[type(error).__name__] += 1
                 await asyncio.sleep(HEALTH_SECONDS)
-
-
-def rss_bytes(process_id: int) -> int:
-    status = Path(f"/proc/{process_id}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
-
-
-def metrics(server: Serving) -> dict[str, float]:
-    with urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -122,7 +110,7 @@ async def run(server: Serving, arguments: argparse.Namespace, tokens: Sequence[s
     made = await asyncio.to_thread(
         requests, needed, model.d_model, model.n_layers, seed=2, longest_prompt=arguments.longest_prompt
     )
-    before = rss_bytes(server.process_id)
+    before = server.rss_bytes()
     clients.deadline_seconds = DEADLINE_FACTOR * latency["p50"]
     clients.stop_closed_loop()
     first = len(clients.calls)
@@ -130,13 +118,13 @@ async def run(server: Serving, arguments: argparse.Namespace, tokens: Sequence[s
     await clients.open_loop(iter(made), offered, arguments.seconds, seed=3)
     end = time.monotonic()
     goodput = sum(c.tokens for c in finished(clients.calls, begin, end)) / (end - begin)
-    preempted = metrics(server)["patchclamp_preemptions_total"]
+    preempted = server.metrics()["patchclamp_preemptions_total"]
     arrived = (len(clients.calls) - first) / (end - begin)
     print(f"goodput {goodput:.1f} tokens/s while {arrived:.2f} requests/s arrive", flush=True)
 
     stuck = await clients.drained(arguments.drain_seconds)
     drained_in = time.monotonic() - end
-    after, kept = await settled(server), rss_bytes(server.process_id)
+    after, kept = await settled(server), server.rss_bytes()
     watching.cancel()
     for channel in channels:
         await channel.close()
@@ -189,7 +177,7 @@ async def saturate(server: Serving, clients: Clients, arguments: argparse.Namesp
 
 def unused_blocks(server: Serving) -> bool:
     """Memory that would only now be taken, by a few idle places at most."""
-    now = metrics(server)
+    now = server.metrics()
     held = now["patchclamp_kv_blocks"] - now["patchclamp_kv_blocks_free"]
     return now["patchclamp_kv_blocks_cached"] + held < 0.98 * now["patchclamp_kv_blocks"]
 
@@ -197,7 +185,7 @@ def unused_blocks(server: Serving) -> bool:
 async def settled(server: Serving) -> dict[str, float]:
     """The metrics once no sequence is left."""
     for _ in range(100):
-        now = metrics(server)
+        now = server.metrics()
         if not now["patchclamp_sequences_running"] and not now["patchclamp_queue_waiting"]:
             break
         await asyncio.sleep(0.1)

@@ -11,12 +11,13 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams, Token
 from patchclamp_server.interventions.bound import BoundProgram
 
+Figure = TypeVar("Figure")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,42 +25,23 @@ def run_requests(
     engine: Engine, prompts: Sequence[Sequence[int]], programs: Sequence[BoundProgram | None], tokens: int
 ) -> float:
     """Seconds from the first submission to the last token of all requests, each of `tokens` tokens, run together."""
-    left = threading.Semaphore(0)
-    failures: list[str] = []
-
-    def on_event(event: Event) -> None:
-        if isinstance(event, Failed):
-            failures.append(str(event.error))
-        if isinstance(event, Failed | Finished):
-            left.release()
-
-    stop = StopParams(max_tokens=tokens, ignore_eos=True)
     started = time.perf_counter()
-    for prompt, program in zip(prompts, programs, strict=True):
-        engine.submit(Request(tuple(prompt), on_event, program=program, stop=stop))
-    for _ in prompts:
-        left.acquire()
-    if failures:
-        raise RuntimeError(failures[0])
+    _run_together(engine, prompts, programs, tokens)
     return time.perf_counter() - started
-
-
-def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Runs each in turn, back and forth, `rounds` times after one unmeasured round: a noisy moment, and a machine that
-    gets slower, hit all alike."""
-    figures: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items() if i % 2 else reversed(runs.items()):
-            seconds = run()
-            if i:
-                figures[name].append(seconds)
-    return figures
 
 
 def decode_steps(
     engine: Engine, prompts: Sequence[Sequence[int]], program: BoundProgram | None, tokens: int
 ) -> list[float]:
     """Seconds of each decode step of all requests together: between the tokens of the one that was submitted last."""
+    times = _run_together(engine, prompts, [program] * len(prompts), tokens)
+    return [after - before for before, after in pairwise(times[-1])]
+
+
+def _run_together(
+    engine: Engine, prompts: Sequence[Sequence[int]], programs: Sequence[BoundProgram | None], tokens: int
+) -> list[list[float]]:
+    """When each token of each request came, by time.perf_counter()."""
     left = threading.Semaphore(0)
     times: list[list[float]] = [[] for _ in prompts]
     failures: list[str] = []
@@ -76,27 +58,30 @@ def decode_steps(
         return on_event
 
     stop = StopParams(max_tokens=tokens, ignore_eos=True)
-    for prompt, own in zip(prompts, times, strict=True):
+    for prompt, program, own in zip(prompts, programs, times, strict=True):
         engine.submit(Request(tuple(prompt), follower(own), program=program, stop=stop))
     for _ in prompts:
         left.acquire()
     if failures:
         raise RuntimeError(failures[0])
-    return [after - before for before, after in pairwise(times[-1])]
+    return times
 
 
-def alternate_steps(runs: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step: the least of `rounds` runs, which take turns, back and forth, after one unmeasured.
-
-    What else the machine does only adds to a step, by more than what is compared here; the least has the least of it.
-    """
-    steps: dict[str, list[list[float]]] = {name: [] for name in runs}
+def alternate(runs: dict[str, Callable[[], Figure]], rounds: int) -> dict[str, list[Figure]]:
+    """Runs each in turn, back and forth, `rounds` times after one unmeasured round: a noisy moment, and a machine that
+    gets slower, hit all alike."""
+    figures: dict[str, list[Figure]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items() if i % 2 else reversed(runs.items()):
-            seconds = run()
+            figure = run()
             if i:
-                steps[name].append(seconds)
-    return {name: [min(same) for same in zip(*found, strict=True)] for name, found in steps.items()}
+                figures[name].append(figure)
+    return figures
+
+
+def least_steps(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds of each step: the least of the rounds. What else the machine does only adds to a step."""
+    return [min(same) for same in zip(*rounds, strict=True)]
 
 
 def rates(figures: dict[str, list[float]], tokens: dict[str, int]) -> dict[str, float]:

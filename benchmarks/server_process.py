@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
-from urllib.request import urlopen
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serving import metrics_of, rss_bytes_of
 
 SERVE = (sys.executable, "-m", "patchclamp", "serve")
 FAULTY = (sys.executable, str(Path(__file__).parent / "faulty_server.py"))
@@ -92,10 +92,7 @@ class ServerProcess:
 
     def metrics(self) -> dict[str, float]:
         """By name, with labels as in the text format."""
-        with urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=PATIENCE_SECONDS) as response:
-            lines = response.read().decode().splitlines()
-        samples = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
-        return {name: float(value) for name, _, value in samples}
+        return metrics_of(self._metrics_port)
 
     def held(self) -> dict[str, float]:
         """What has not been given back: sequences, table rows, KV blocks, calls in flight. Zero at rest."""
@@ -114,8 +111,7 @@ class ServerProcess:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def rss_bytes(self) -> int:
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        return rss_bytes_of(self.process.pid)
 
 
 def at_rest(server: ServerProcess) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A `patchclamp serve` process for as long as a `with` block lasts."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
 
-DRAIN_SECONDS = 60.0
+DRAIN_SECONDS = METRICS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,25 @@ class Serving:
     address: str
     metrics_port: int
     process_id: int
+
+    def metrics(self) -> dict[str, float]:
+        return metrics_of(self.metrics_port)
+
+    def rss_bytes(self) -> int:
+        return rss_bytes_of(self.process_id)
+
+
+def metrics_of(port: int) -> dict[str, float]:
+    """By name, with labels as in the text format."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=METRICS_SECONDS) as response:
+        lines = response.read().decode().splitlines()
+    samples = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, _, value in samples}
+
+
+def rss_bytes_of(process_id: int) -> int:
+    pages = int(Path(f"/proc/{process_id}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

@@ -78,9 +78,10 @@ def test_helm_lint_has_nothing_to_say_but_that_there_is_no_icon():
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_manifest_fits_the_schema_of_kubernetes(manifests, version: str):
-    for manifest in manifests.values():
-        if manifest["apiVersion"] != OPERATOR:
-            kubernetes_validate.validate(manifest, version, strict=True)
+    known = [manifest for manifest in manifests.values() if manifest["apiVersion"] != OPERATOR]
+    assert {"Deployment", "Service"} <= {manifest["kind"] for manifest in known}
+    for manifest in known:
+        kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_pods_run_without_root_on_a_filesystem_that_cannot_be_written(manifests):

@@ -22,7 +22,7 @@ def test_promtool_accepts_the_configuration_and_every_rule():
 
 
 def test_the_unit_tests_of_the_rules_pass():
-    promtool("test", "rules", RULE_TESTS)
+    assert "SUCCESS" in promtool("test", "rules", RULE_TESTS)
 
 
 def test_every_alert_has_a_unit_test_in_which_it_fires():
