@@ -4,7 +4,7 @@
 
 Neurons are spread over all layers, directions over eight; every generated token is watched. Measured without a
 reference, and against one, whose bins are counted besides those of Prometheus. Every other step of a run is watched,
-and compared with its neighbours.
+and compared with its neighbours; counting, which is done for many rows at once, is timed by itself.
 
 Writes benchmarks/results/monitoring.json, and as its last line prints a JSON object.
 """
@@ -15,6 +15,7 @@ configure_threads()
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
@@ -23,6 +24,8 @@ import torch
 from measure import decode_steps, save
 
 from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.runner import StepResult
+from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.interventions.program import Site, Vector
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import load_model
@@ -30,8 +33,7 @@ from patchclamp_server.model.progress import RichProgress
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import WatchedDirection, WatchedNeurons, WatchItem
 from patchclamp_server.monitoring.reference import Recording, Reference
-from patchclamp_server.monitoring.registry import WatchRegistry
-from patchclamp_server.monitoring.step import ServedSpan, StepWatch
+from patchclamp_server.monitoring.running import Call
 from patchclamp_server.monitoring.watch import Watch, WatchOptions
 
 NEURONS, DIRECTIONS, DIRECTION_LAYERS = 1024, 64, 8
@@ -72,44 +74,63 @@ class Bench:
         self.reference = some_reference(self.watch)
 
     def overhead(self, rounds: int, reference: Reference | None = None) -> tuple[float, float]:
-        """Seconds of an unwatched step, and what watching adds to one: the mean difference from the steps before and
-        after, without the tenth of them at either end."""
+        """Seconds of an unwatched step, and what watching adds to one: the mean of the middle half of the differences
+        from the steps before and after, and the share of a step in what counting took."""
         unwatched: list[float] = []
         added: list[float] = []
-        steps = EveryOther(self.engine.monitor)
         self.engine.monitor.start("", self.watch, WatchOptions(NAME, window_tokens=256), reference)
-        for first in range(rounds):
-            steps.count = first
-            seconds = decode_steps(self.engine, self.prompts, None, self.tokens)
-            for i in range(1, len(seconds) - 1):
-                difference = seconds[i] - (seconds[i - 1] + seconds[i + 1]) / 2
-                if steps.is_watched(i - len(seconds)):
-                    added.append(difference)
-                else:
-                    added.append(-difference)
-                    unwatched.append(seconds[i])
+        with EveryOther(self.engine) as steps:
+            for first in range(rounds):
+                steps.count = first
+                seconds = decode_steps(self.engine, self.prompts, None, self.tokens)
+                for i in range(1, len(seconds) - 1):
+                    difference = seconds[i] - (seconds[i - 1] + seconds[i + 1]) / 2
+                    if steps.is_watched(i - len(seconds)):
+                        added.append(difference)
+                    else:
+                        added.append(-difference)
+                        unwatched.append(seconds[i])
         self.engine.monitor.stop(NAME)
-        steps.end()
         added.sort()
-        cut = len(added) // 10
-        return median(unwatched), fmean(added[cut:-cut])
+        quarter = len(added) // 4
+        return median(unwatched), fmean(added[quarter:-quarter]) + steps.counting / steps.watched
 
 
 class EveryOther:
-    """Hides every other step from the watches: neighbours in one run differ in nothing else, whatever the machine does
-    meanwhile. What is counted for many rows at once is in the differences, as it is in one of them."""
+    """Hides the watches from every other step: neighbours in one run differ in nothing else, whatever the machine does
+    meanwhile."""
 
-    def __init__(self, monitor: WatchRegistry) -> None:
-        self._monitor, self._begin = monitor, monitor.begin
-        self.count = 0
-        monitor.begin = self._every_other  # type: ignore[method-assign]
+    def __init__(self, engine: Engine) -> None:
+        self._runner, self._run = engine.runner, engine.runner.run
+        self._monitor, self._count = engine.monitor, engine.monitor._count
+        # Steps, those of them that were watched, and seconds of counting.
+        self.count = self.watched = 0
+        self.counting = 0.0
 
-    def end(self) -> None:
-        self._monitor.begin = self._begin  # type: ignore[method-assign]
+    def __enter__(self) -> "EveryOther":
+        self._runner.run = self._every_other  # type: ignore[method-assign]
+        self._monitor._count = self._timed  # type: ignore[method-assign]
+        return self
 
-    def _every_other(self, spans: Sequence[ServedSpan]) -> StepWatch | None:
+    def __exit__(self, *exception: object) -> None:
+        del self._runner.run, self._monitor._count  # type: ignore[method-assign]
+
+    def _every_other(self, work: list[Work]) -> StepResult:
         self.count += 1
-        return self._begin(spans) if self.count % 2 else None
+        if self.count % 2:
+            self.watched += 1
+            return self._run(work)
+        current, self._monitor._current = self._monitor._current, None
+        try:
+            return self._run(work)
+        finally:
+            self._monitor._current = current
+
+    def _timed(self) -> list[Call]:
+        started = time.perf_counter()
+        calls = self._count()
+        self.counting += time.perf_counter() - started
+        return calls
 
     def is_watched(self, step: int) -> bool:
         """Of a run that has ended: `step` is counted from its end, -1 for the last."""

@@ -36,11 +36,11 @@ def begin(monitor: WatchRegistry, values: NDArray[np.float32], layer: int = 1) -
     n = len(values)
     step = monitor.begin([ServedSpan(0, 10, [5] * n, 3, prompt_length=12, fresh=0)])
     if step is not None:
-        for (site, at), look in step.layout.looks.items():
+        for (site, at), number in step.layout.places.items():
             activations = torch.zeros(n, SPEC.sites[site])
             if (site, at) == (Site.MLP_POST, layer):
                 activations[:, : values.shape[1]] = torch.from_numpy(values)
-            look.run(activations)
+            step.layout.looks.look(number, activations)
     return step
 
 

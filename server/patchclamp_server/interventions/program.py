@@ -17,6 +17,9 @@ class Site(Enum):
     can name: it is where uniform attention is made.
     """
 
+    # Of the object: a decode step looks up 200 places, and Enum's own is Python.
+    __hash__ = object.__hash__
+
     RESID_PRE = "resid_pre"
     ATTN_Q = "attn_q"
     RESID_MID = "resid_mid"

@@ -27,7 +27,7 @@ from patchclamp_server.model.spec import DecoderSpec
 class SiteHooks(Protocol):
     """What a step does at the sites. `visit` edits the activation [T, width] in place."""
 
-    def visit(self, site: Site, layer: int, x: Tensor) -> None: ...
+    def visit(self, site: Site, layer: int, x: Tensor, /) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Where the items of all running watches are: which places a step stops at for them, and the columns of the ring.
 
-Columns are in the order of the places, so that each place fills in neighbours; a watch finds its own by an index. One
-layout serves all watches until one starts or stops.
+Places are numbered, and columns are in their order, so that each place fills in neighbours; a watch finds its own by an
+index. One layout serves all watches until one starts or stops.
 """
 
 from collections import defaultdict
@@ -18,8 +18,10 @@ from patchclamp_server.interventions.layout import place_number
 from patchclamp_server.interventions.plan import Place
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.spec import DecoderSpec
+from patchclamp_server.monitoring.looks import Gathered, Looks, Projected, looks_at
 from patchclamp_server.monitoring.reference import Ints
-from patchclamp_server.monitoring.ring import Gather, Look, Neurons, Project, Ring
+from patchclamp_server.monitoring.ring import Ring
 from patchclamp_server.monitoring.watch import ItemKind, Watch
 from patchclamp_server.sparsity.apply import Forced
 
@@ -27,20 +29,22 @@ from patchclamp_server.sparsity.apply import Forced
 @dataclass(eq=False)
 class Layout:
     ring: Ring
-    neurons: Neurons
-    looks: Mapping[Place, Look]
-    # By layer: what looks at the largest probabilities of its heads, [T, n_heads].
-    heads: Mapping[int, Gather]
+    looks: Looks
+    # Numbers of the places that a step stops at.
+    places: Mapping[Place, int]
+    # By layer: number of the place that sees the largest probabilities of its heads, [T, n_heads].
+    heads: Mapping[int, int]
     # Of each watch, its items' columns in the ring.
     columns: Sequence[Ints]
+    n_layers: int
     n_heads: int
-    # Numbers of the places, of which a launch of the kernels must not run past one.
+    # Places by place_number, of which a launch of the kernels must not run past one.
     breaks: frozenset[int] = field(init=False)
     # The last peaks that were asked for, with what they depend on.
     _peaks: tuple[Peaks, HeadReadings | None, Ints] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.breaks = frozenset(place_number(site, layer) for site, layer in self.looks)
+        self.breaks = frozenset(place_number(site, layer) for site, layer in self.places)
 
     def peaks(self, readings: HeadReadings | None, n_rows: int) -> Peaks | None:
         """Of the rows of the step, together with those that requests read."""
@@ -60,11 +64,11 @@ class Layout:
         return peaks
 
     def look_at_heads(self, peaks: Peaks) -> None:
-        for layer, look in self.heads.items():
-            look.run(peaks.layers[layer].probabilities)
+        for layer, number in self.heads.items():
+            self.looks.look(number, peaks.layers[layer].probabilities)
 
 
-def layout_of(watches: Sequence[Watch], n_heads: int, device: torch.device, *, compiled: bool) -> Layout:
+def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device, *, compiled: bool) -> Layout:
     """`device`: of the model."""
     owner = np.repeat(np.arange(len(watches)), [len(watch) for watch in watches])
     places: dict[tuple[Site | None, int], list[int]] = defaultdict(list)
@@ -72,23 +76,27 @@ def layout_of(watches: Sequence[Watch], n_heads: int, device: torch.device, *, c
     kinds = np.concatenate([watch.kinds.numpy() for watch in watches])
     for number, place in enumerate(place for watch in watches for place in _places(watch)):
         places[place].append(number)
-    # Neurons come first, layer after layer.
-    ordered = sorted(places.items(), key=lambda entry: (entry[0][0] is not Site.MLP_POST, entry[0][1]))
+    ordered = sorted(places.items(), key=lambda entry: (entry[0][1], entry[0][0] is None))
     column_of = np.empty(len(owner), dtype=np.int64)
     column_of[np.concatenate([numbers for _, numbers in ordered])] = np.arange(len(owner))
+    looked: list[Gathered | Projected] = []
+    for (site, _), items in ordered:
+        if site is None or site is Site.MLP_POST:
+            looked.append(Gathered(units[items], spec.n_heads if site is None else spec.sites[site]))
+        else:
+            rows = [torch.from_numpy(units[items][owner[items] == i]) for i in range(len(watches))]
+            looked.append(_projected(watches, rows, torch.from_numpy(kinds[items] == ItemKind.FEATURE)))
     ring = Ring(len(owner), device, compiled=compiled)
-    neurons = Neurons(ring, {layer: units[own] for (site, layer), own in ordered if site is Site.MLP_POST})
-    looks: dict[Place, Look] = {(Site.MLP_POST, layer): look for layer, look in neurons.looks.items()}
-    heads: dict[int, Gather] = {}
-    for (site, layer), numbers in ordered:
-        first = int(column_of[numbers[0]])
-        if site is None:
-            heads[layer] = Gather(ring, first, units[numbers])
-        elif site is not Site.MLP_POST:
-            rows = [torch.from_numpy(units[numbers][owner[numbers] == i]) for i in range(len(watches))]
-            feature = torch.from_numpy(kinds[numbers] == ItemKind.FEATURE)
-            looks[site, layer] = _projection(ring, first, watches, rows, feature)
-    return Layout(ring, neurons, looks, heads, [column_of[owner == i] for i in range(len(watches))], n_heads)
+    numbers = {place: number for number, (place, _) in enumerate(ordered)}
+    return Layout(
+        ring,
+        looks_at(looked, ring),
+        {(site, layer): number for (site, layer), number in numbers.items() if site is not None},
+        {layer: number for (site, layer), number in numbers.items() if site is None},
+        [column_of[owner == i] for i in range(len(watches))],
+        spec.n_layers,
+        spec.n_heads,
+    )
 
 
 def _places(watch: Watch) -> Iterator[tuple[Site | None, int]]:
@@ -100,13 +108,13 @@ def _places(watch: Watch) -> Iterator[tuple[Site | None, int]]:
             yield (Site.MLP_POST if kind == ItemKind.NEURON else watch.sites[unit]), layer
 
 
-def _projection(ring: Ring, first: int, watches: Sequence[Watch], rows: Sequence[Tensor], feature: Tensor) -> Project:
+def _projected(watches: Sequence[Watch], rows: Sequence[Tensor], feature: Tensor) -> Projected:
     """`rows`: of the vectors of each watch."""
     own = [(watch, some) for watch, some in zip(watches, rows, strict=True) if len(some)]
     vectors, bias, jump = (
         torch.cat([getattr(watch, name)[some] for watch, some in own]) for name in ("vectors", "bias", "jump")
     )
-    return Project(ring, first, vectors, bias, torch.where(feature, jump.clamp_min(0.0), torch.nan))
+    return Projected(vectors, bias, torch.where(feature, jump.clamp_min(0.0), torch.nan))
 
 
 def forced_by_watches(watches: Sequence[Watch]) -> Forced:

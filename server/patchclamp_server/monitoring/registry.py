@@ -24,7 +24,7 @@ from patchclamp_server.errors import (
 )
 from patchclamp_server.interventions.program import Phase
 from patchclamp_server.model.spec import DecoderSpec
-from patchclamp_server.monitoring import accumulator, ring
+from patchclamp_server.monitoring import accumulator, looks
 from patchclamp_server.monitoring.activations import Activations, Subscription
 from patchclamp_server.monitoring.layout import Layout, forced_by_watches, layout_of
 from patchclamp_server.monitoring.reference import Recording, Reference
@@ -228,8 +228,7 @@ class WatchRegistry:
             if not layout.ring.has_room(len(rows)):
                 calls = self._count()
                 layout.ring.empty(len(rows))
-            layout.ring.begin(rows)
-            layout.neurons.begin()
+            layout.looks.begin(rows)
         _tell(calls)
         return StepWatch(layout, rows, watches)
 
@@ -237,7 +236,6 @@ class WatchRegistry:
         """The step has run."""
         calls: list[Call] = []
         layout = step.layout
-        layout.neurons.end()
         with self._lock:
             layout.ring.commit(step.rows)
             if self._current is None or layout is not self._current[0]:
@@ -257,12 +255,8 @@ class WatchRegistry:
         own = list(watches.values())
         current = None
         if own:
-            current = (
-                layout_of(
-                    [running.watch for running in own], self._spec.n_heads, self._device, compiled=self._compiled
-                ),
-                own,
-            )
+            watched = [running.watch for running in own]
+            current = layout_of(watched, self._spec, self._device, compiled=self._compiled), own
         forced = forced_by_watches([r.watch for r in own if Phase.GENERATED in r.options.phases])
         with self._lock:
             calls = self._count()
@@ -281,7 +275,7 @@ class WatchRegistry:
 @cache
 def _warm_up() -> None:
     accumulator.warm_up()
-    ring.warm_up()
+    looks.warm_up()
 
 
 def _check_reference(reference: Reference, watch: Watch) -> None:

@@ -83,7 +83,7 @@ class Running:
     @property
     def soon(self) -> int | None:
         """Tokens after which somebody waits for the count."""
-        return min((recording.left for recording in self.recordings), default=None)
+        return min(recording.left for recording in self.recordings) if self.recordings else None
 
     def take(self, ring: Ring, rows: Ints, columns: Ints) -> list[Call]:
         """Counts `rows` of the ring; returns who is to be told, once no lock is held."""

@@ -1,18 +1,20 @@
 """The hooks of a watched step: at each place the operators of its programs, and after them what the watches look at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from patchclamp_server.interventions.plan import Place, StepPlan
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.interventions.plan import StepPlan
+from patchclamp_server.interventions.program import FORWARD_ORDER, Site
 from patchclamp_server.monitoring.layout import Layout
 
 if TYPE_CHECKING:
     # Its kernels need Triton, which takes a second to import where none runs.
     from patchclamp_server.model.kernel_forward import Programs
+
+Visit = Callable[[Site, int, Tensor], None]
 
 
 class WatchedSites:
@@ -20,11 +22,7 @@ class WatchedSites:
 
     def __init__(self, plan: StepPlan | None, layout: Layout) -> None:
         self.plan, self.layout = plan, layout
-        operators = {} if plan is None else plan.operators
-        # One look-up a place: a decode step visits 200.
-        self._visited: dict[Place, Sequence[Any]] = dict(operators)
-        for place, look in layout.looks.items():
-            self._visited[place] = [*operators.get(place, ()), look]
+        self.visit = _visit(plan.visit if plan is not None and plan.operators else None, layout)
 
     def between(self, programs: "Programs") -> "Programs":
         """Programs of kernels that are looked at in the same way: no launch runs past a place of the watches.
@@ -34,12 +32,22 @@ class WatchedSites:
         """
         return replace(programs, observers=self, breaks=programs.breaks | self.layout.breaks)
 
-    def visit(self, site: Site, layer: int, x: Tensor) -> None:
-        operators = self._visited.get((site, layer))
-        if operators:
-            context = None if self.plan is None else self.plan.context
-            for operator in operators:
-                operator.run(x, context)
+
+def _visit(edit: Visit | None, layout: Layout) -> Visit:
+    """A decode step visits 200 places, between which the caches are swept: a closure finds more than a method does."""
+    looks = layout.looks
+    numbers: dict[Site, list[int | None]] = {site: [None] * layout.n_layers for site in FORWARD_ORDER}
+    for (site, layer), number in layout.places.items():
+        numbers[site][layer] = number
+
+    def visit(site: Site, layer: int, x: Tensor) -> None:
+        if edit is not None:
+            edit(site, layer, x)
+        number = numbers[site][layer]
+        if number is not None:
+            looks.look(number, x)
+
+    return visit
 
 
 class SiteWatcher:

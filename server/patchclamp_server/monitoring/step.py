@@ -1,7 +1,6 @@
 """A step as the watches see it: which of its rows they want, and how what they left in the ring is counted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import monotonic
 from typing import NamedTuple
 
@@ -27,8 +26,7 @@ class ServedSpan(NamedTuple):
     fresh: int
 
 
-@dataclass(frozen=True, eq=False)
-class StepWatch:
+class StepWatch(NamedTuple):
     """What a step does for the watches: its rows, and the places that look at them."""
 
     layout: Layout
@@ -51,8 +49,13 @@ def counted(layout: Layout, watches: Sequence[Running]) -> list[Call]:
 
 def awaited(layout: Layout, watches: Sequence[Running]) -> bool:
     """Whether somebody is told more as soon as what is in the ring is counted."""
-    pending = layout.ring.pending
-    return any(running.follows or (running.soon or pending + 1) <= pending for running in watches)
+    for running in watches:
+        if running.follows:
+            return True
+        soon = running.soon
+        if soon is not None and soon <= layout.ring.pending:
+            return True
+    return False
 
 
 def watched_rows(spans: Sequence[ServedSpan], watches: Sequence[Running]) -> Rows | None:

@@ -1,0 +1,225 @@
+"""What looks at the activations of a place, and leaves its items' values in the ring.
+
+    neurons, heads: x[u]        directions: p = x · v + bias        features: p if p > max(0, jump) else 0
+
+On a CPU one native call does a place, found by its number in one table. What costs there is not the arithmetic: the
+weights of a layer have just gone through the caches, and each object that Python touches at a place is fetched from
+memory again. So there are none that belong to one place alone.
+"""
+
+# What numba compiles has no types for mypy.
+# mypy: disable-error-code="no-untyped-call, no-untyped-def"
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchclamp_server.monitoring.reference import Ints
+from patchclamp_server.monitoring.ring import Ring, Rows
+
+# Up to so many rows a plain loop projects them sooner than torch, whose call alone takes 5 us.
+_FEW_ROWS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Some columns of x [T, width]: neurons, or heads."""
+
+    units: Ints
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """p = x · v + bias of some vectors, and 0 where p is at most `cut`: max(0, jump) for features. NaN cuts nothing."""
+
+    vectors: Tensor  # [k, width] float32
+    bias: Tensor  # [k]
+    cut: Tensor  # [k]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def width(self) -> int:
+        return self.vectors.shape[1]
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [n, width] -> [n, k]"""
+        p = torch.addmm(self.bias, x.float(), self.vectors.t())
+        return torch.where(p <= self.cut, 0.0, p)
+
+    def on(self, device: torch.device) -> "Projected":
+        return Projected(*(t.to(device).contiguous() for t in (self.vectors, self.bias, self.cut)))
+
+
+class Looks(Protocol):
+    """Places by number. Their items follow each other in the columns of the ring."""
+
+    def begin(self, rows: Rows) -> None:
+        """The places that are visited next belong to a step with these rows."""
+
+    @property
+    def look(self) -> Callable[[int, Tensor], None]:
+        """At place `number` of this step; x [T, width] after all edits."""
+
+
+def looks_at(places: Sequence[Gathered | Projected], ring: Ring) -> Looks:
+    return CompiledLooks(places, ring) if ring.compiled else OperatorLooks(places, ring)
+
+
+class OperatorLooks:
+    """By torch operators, on the device."""
+
+    def __init__(self, places: Sequence[Gathered | Projected], ring: Ring) -> None:
+        self._ring = ring
+        self._places = [
+            torch.from_numpy(place.units).to(ring.device) if isinstance(place, Gathered) else place.on(ring.device)
+            for place in places
+        ]
+        self._columns = _columns(places)
+
+    def begin(self, rows: Rows) -> None:
+        self._ring.begin(rows)
+        self._index = torch.from_numpy(rows.index).to(self._ring.device)
+
+    def look(self, number: int, x: Tensor) -> None:
+        ring, place = self._ring, self._places[number]
+        own = x.index_select(0, self._index)
+        values = place.of(own) if isinstance(place, Projected) else own.index_select(1, place)
+        ring.values[ring.at : ring.at + len(values), self._columns[number]] = values
+
+
+class CompiledLooks:
+    """By a loop that numba compiles. Projections of many rows are left to torch."""
+
+    def __init__(self, places: Sequence[Gathered | Projected], ring: Ring) -> None:
+        self._ring = ring
+        self._columns = _columns(places)
+        self._projected = {number: place for number, place in enumerate(places) if isinstance(place, Projected)}
+        units = [place.units for place in places if isinstance(place, Gathered)]
+        vectors = [
+            torch.cat((place.vectors, place.bias[:, None], place.cut[:, None]), dim=1).flatten()
+            for place in self._projected.values()
+        ]
+        table, n_units, n_floats = [], 0, 0
+        for place, columns in zip(places, self._columns, strict=True):
+            projected = isinstance(place, Projected)
+            table.append((place.width, columns.start, len(place), n_floats if projected else n_units, projected))
+            if projected:
+                n_floats += len(place) * (place.width + 2)
+            else:
+                n_units += len(place)
+        # Kept, since the loop has only their addresses.
+        self._tables: list[NDArray[Any]] = [
+            np.array(table, dtype=np.int64),
+            np.concatenate([*units, np.zeros(0, dtype=np.int64)]),
+            torch.cat([*vectors, torch.zeros(0)]).numpy(),
+        ]
+        self._rows, self._values = np.zeros(ring.capacity, dtype=np.int64), ring.values
+        arrays = [*self._tables, self._rows, self._values]
+        self._state = np.array([*map(_address, arrays), ring.columns, 0, 0], dtype=np.int64)  # see _look_at
+        self._look_by_loop = _look(_address(self._state))
+        self.look = self._look_by_loop
+
+    def begin(self, rows: Rows) -> None:
+        ring, n = self._ring, len(rows)
+        ring.begin(rows)
+        if ring.values is not self._values:
+            self._rows, self._values = np.zeros(ring.capacity, dtype=np.int64), ring.values
+            self._state[3:5] = _address(self._rows), _address(self._values)
+        self._rows[:n] = rows.index
+        self._state[6], self._state[7] = n, ring.at
+        self.look = self._look_by_loop if n <= _FEW_ROWS else self._look_at_many
+
+    def _look_at_many(self, number: int, x: Tensor) -> None:
+        if number not in self._projected:
+            self._look_by_loop(number, x)
+            return
+        ring = self._ring
+        p = self._projected[number].of(x.index_select(0, torch.from_numpy(ring.step.index)))
+        ring.values[ring.at : ring.at + len(p), self._columns[number]] = p.numpy()
+
+
+def _look(state_at: int) -> Callable[[int, Tensor], None]:
+    float32 = torch.float32
+
+    def look(number: int, x: Tensor) -> None:
+        if x.dtype is not float32 or not x.is_contiguous():
+            x = x.float().contiguous()
+        _look_at(x.data_ptr(), number, state_at)
+
+    return look
+
+
+def _columns(places: Sequence[Gathered | Projected]) -> list[slice]:
+    ends = np.cumsum([len(place) for place in places]).tolist()
+    return [slice(end - len(place), end) for place, end in zip(places, ends, strict=True)]
+
+
+def _address(array: NDArray[Any]) -> int:
+    assert array.flags.c_contiguous
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def warm_up() -> None:
+    """Compiles what runs on a CPU, or reads it from the disk."""
+    looks = CompiledLooks([Gathered(np.zeros(1, dtype=np.int64), 1)], Ring(1, torch.device("cpu"), compiled=True))
+    looks.begin(Rows(np.zeros(1, dtype=np.int64), []))
+    looks.look(0, torch.zeros(1, 1))
+
+
+def _pointer_to(element):
+    """A function of compiled code: an address as a pointer. Numbers are what costs least to call compiled code with."""
+
+    @intrinsic
+    def at(_context, address):
+        def cast(context, builder, signature, values):
+            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(address), cast
+
+    return at
+
+
+_floats_at, _ints_at = _pointer_to(types.float32), _pointer_to(types.int64)
+
+
+@numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
+def _look_at(x_at, number, state_at):
+    """`state`: where the table, units, vectors, rows and the ring's values are, how many columns these have, how many
+    rows there are, and which of the ring's is the first of them. A row of the table: width of x, first column, items,
+    where they begin in the units or vectors, and whether they are vectors, which have bias and cut behind them."""
+    state = _ints_at(state_at)
+    table, rows, columns, n_rows = _ints_at(state[0]), _ints_at(state[3]), state[5], state[6]
+    x, values = _floats_at(x_at), _floats_at(state[4])
+    place = 5 * number
+    width, first, n, begin = table[place], table[place + 1], table[place + 2], table[place + 3]
+    units, vectors = _ints_at(state[1]), _floats_at(state[2])
+    for i in range(n_rows):
+        own, into = rows[i] * width, (state[7] + i) * columns + first
+        if not table[place + 4]:
+            for j in range(n):
+                values[into + j] = x[own + units[begin + j]]
+        else:
+            for j in range(n):
+                vector = begin + j * (width + 2)
+                p = np.float32(0)
+                for d in range(width):
+                    p += vectors[vector + d] * x[own + d]
+                p += vectors[vector + width]
+                if p <= vectors[vector + width + 1]:
+                    p = np.float32(0)
+                values[into + j] = p
