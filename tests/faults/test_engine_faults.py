@@ -61,7 +61,7 @@ def assert_nothing_is_held(engine: Engine) -> None:
     stats = engine.stats()
     assert stats.kv_blocks_free == stats.kv_blocks_total
     assert (stats.running, stats.waiting, stats.program_rows) == (0, 0, 0)
-    assert not engine._requests
+    assert not engine.live.requests
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_a_detokenizer_that_fails_ends_its_own_request_alone(expected: list[int]
     def push(token: int) -> str:
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a defect")
 
-    engine._sequences[bad_id].output_or_fail().detokenizer.push = push  # type: ignore[method-assign]
+    engine.live.sequences[bad_id].output_or_fail().detokenizer.push = push  # type: ignore[method-assign]
     run(engine)
     assert isinstance(bad.error, EngineFailure)
     assert good.tokens == expected

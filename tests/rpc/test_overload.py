@@ -107,9 +107,9 @@ def test_the_prompt_of_a_refused_call_is_not_looked_at(full: tuple[LiveServer, g
 def test_there_is_room_again_when_work_has_ended(full: tuple[LiveServer, grpc.Channel], model: LoadedModel):
     server, channel = full
     engine = server.server.engine
-    for request_id in list(engine._requests):
+    for request_id in list(engine.live.requests):
         engine.finish(request_id)
-    until(lambda: not engine._requests)
+    until(lambda: not engine.live.requests)
     assert list(GenerationServiceStub(channel).Generate(request()))[-1].HasField("finished")
 
 
@@ -253,8 +253,8 @@ def test_a_reader_that_stops_reading_holds_its_sequence_back_and_gets_everything
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
     with grpc.insecure_channel(live_server.address, options) as slow:
         call = GenerationServiceStub(slow).Generate(asked)
-        until(lambda: any(sequence.request.held() for sequence in list(engine._sequences.values())))
-        [sequence] = engine._sequences.values()
+        until(lambda: any(sequence.request.held() for sequence in list(engine.live.sequences.values())))
+        [sequence] = engine.live.sequences.values()
         assert len(sequence.output_ids) < tokens / 2
         # Nobody else waits for it.
         assert list(GenerationServiceStub(channel).Generate(request()))[-1].HasField("finished")

@@ -1,0 +1,138 @@
+"""What a step has computed, to those who asked for it: readouts, aborts, scores, sampled tokens, and the ends of what
+has all it needs."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.engine.live import LiveRequests
+from patchclamp_server.engine.quality_guard import divergences
+from patchclamp_server.engine.request import FinishReason
+from patchclamp_server.engine.runner import Prediction, Runner, StepResult
+from patchclamp_server.engine.sampler import NOT_FINITE, Sampled, sample
+from patchclamp_server.engine.scheduler import Work
+from patchclamp_server.engine.sequence import Sequence
+from patchclamp_server.errors import Aborted, EngineFailure
+from patchclamp_server.interventions.plan import StepOutcome
+
+log = logging.getLogger(__name__)
+
+# Told of every row of logits that is sampled from: request id, position it predicts, logits [vocab].
+OnLogits = Callable[[int, int, Tensor], None]
+
+
+class Delivery:
+    def __init__(self, live: LiveRequests, runner: Runner, context_length: int) -> None:
+        self._live, self._runner = live, runner
+        self._context_length = context_length
+
+    def deliver(self, work: list[Work], result: StepResult, on_logits: OnLogits | None) -> None:
+        self._sample_densely(result)
+        self._tell_outcome(work, result.outcome)
+        drawn = list(self._drawn(result))
+        if drawn:
+            rows = [p.row for p in drawn]
+            logits = result.logits if len(rows) == len(result.logits) else result.logits[rows]
+            sampled = sample(logits, [p.sequence.sampling_row for p in drawn])
+            for i, (prediction, choice) in enumerate(zip(drawn, sampled, strict=True)):
+                sequence = prediction.sequence
+                if choice.id == NOT_FINITE:
+                    message = f"the logits after position {prediction.position} are not finite"
+                    self._live.fail(sequence, EngineFailure("", message))
+                    continue
+                if on_logits is not None:
+                    on_logits(sequence.id, len(sequence.tokens), logits[i])
+                if sequence.follower is not None:
+                    sequence.predictions[len(sequence.tokens)] = torch.log_softmax(logits[i].double(), dim=0)
+                self._accept(sequence, choice)
+        self._end_computed(work)
+
+    def _sample_densely(self, result: StepResult) -> None:
+        """Quality guards: computes the tokens that are due densely too, and ends sparse inference that has drifted."""
+        due = [p for p in result.predictions if p.sequence.id in self._live.sequences and _guard_is_due(p)]
+        if not due:
+            return
+        try:
+            dense = self._runner.run_densely([p.sequence for p in due])
+        except Exception as error:
+            log.exception("dense samples of %d sequences failed", len(due))
+            for prediction in due:
+                failure = EngineFailure("", f"the quality guard failed: {type(error).__name__}")
+                self._live.fail_id(prediction.sequence.id, failure)
+            return
+        found = divergences(dense, result.logits[[p.row for p in due]])
+        for prediction, (divergence, same) in zip(due, found, strict=True):
+            sparse = prediction.sequence.sparse
+            assert sparse is not None
+            assert sparse.guard is not None
+            self._live.observer.on_guard_sample(sparse.asked.policy, divergence)
+            if sparse.guard.add(divergence, same):
+                sparse.dense_from = prediction.position + 1
+                self._live.observer.on_sparse_fallback(sparse.asked.policy)
+
+    def _tell_outcome(self, work: list[Work], outcome: StepOutcome) -> None:
+        """Readouts, before what they were read with is aborted."""
+        live = self._live
+        for uid, value in outcome.readouts:
+            if uid in live.sequences:
+                live.sequences[uid].output_or_fail().collect(value)
+        for sequence in {w.sequence.id: w.sequence for w in work if w.sequence.leader is None}.values():
+            if sequence.id in live.sequences:
+                with live.concerning(sequence):
+                    sequence.output_or_fail().emit_readouts(sequence.request.on_event)
+        for hit in outcome.aborts:
+            where = f"condition {hit.name!r} held at position {hit.position}"
+            live.fail_id(hit.uid, Aborted("program.abort_when", where))
+
+    def _drawn(self, result: StepResult) -> Iterator[Prediction]:
+        """Predictions that tokens are sampled from. Others are scored, or compared with what they are a baseline of."""
+        live = self._live
+        for prediction in result.predictions:
+            sequence = prediction.sequence
+            if sequence.id not in live.sequences:
+                continue
+            if sequence.leader is not None:
+                with live.concerning(sequence.leader):
+                    sequence.leader.compare(prediction.position, result.logits[prediction.row])
+            elif sequence.scores:
+                with live.concerning(sequence):
+                    sequence.score(prediction.position, result.logits[prediction.row])
+            elif sequence.request.stop.max_tokens > 0:
+                yield prediction
+
+    def _accept(self, sequence: Sequence, choice: Sampled) -> None:
+        self._observe_token(sequence)
+        with self._live.concerning(sequence):
+            if (reason := sequence.accept(choice, self._context_length)) is not None:
+                self._live.finish(sequence, reason)
+
+    def _observe_token(self, sequence: Sequence) -> None:
+        now = time.monotonic()
+        if sequence.last_token_at is None:
+            sequence.first_token_at = now
+            self._live.observer.on_first_token(now - sequence.arrival)
+        else:
+            self._live.observer.on_inter_token(now - sequence.last_token_at)
+        sequence.last_token_at = now
+
+    def _end_computed(self, work: list[Work]) -> None:
+        """Ends sequences that sample nothing and have computed all they need."""
+        for item in work:
+            sequence = item.sequence
+            if sequence.id not in self._live.sequences or sequence.remaining > 0:
+                continue
+            if sequence.leader is not None:
+                if sequence.leader.ended is not None:
+                    self._live.complete(sequence.leader, sequence.leader.ended)
+            elif sequence.scores or sequence.request.stop.max_tokens == 0:
+                self._live.finish(sequence, FinishReason.LENGTH)
+
+
+def _guard_is_due(prediction: Prediction) -> bool:
+    sequence, sparse = prediction.sequence, prediction.sequence.sparse
+    if sparse is None or sparse.guard is None or not sparse.is_sparse(prediction.position):
+        return False
+    return sparse.guard.is_due(prediction.position - sequence.prompt_length)

@@ -1,0 +1,144 @@
+"""What a request must be to run, what it needs, and the sequence that runs it."""
+
+import math
+import secrets
+import time
+
+import torch
+
+from patchclamp_server.engine.admission import Admission, Demand, Refusal
+from patchclamp_server.engine.output import Output
+from patchclamp_server.engine.request import Request
+from patchclamp_server.engine.sequence import Sequence
+from patchclamp_server.engine.sparse_sequence import SparseSequence
+from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.observers import CaptureState
+from patchclamp_server.interventions.scopes import SequenceTokens
+from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.model.load import LoadedModel
+
+
+class Intake:
+    def __init__(self, model: LoadedModel, tables: Tables, admission: Admission, kv_tokens: int) -> None:
+        """`kv_tokens`: how many the KV cache has room for."""
+        self._model, self._tables, self._admission = model, tables, admission
+        self._kv_tokens = kv_tokens
+
+    # Any thread.
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidArgument for what can never run."""
+        context = self._model.info.context_length
+        length = len(request.tokens)
+        if not length:
+            raise InvalidArgument("prompt", "the prompt is empty")
+        if length > context:
+            raise InvalidArgument("prompt", f"{length} tokens are more than the context of {context}")
+        longest = self._longest(request)
+        if longest > self._kv_tokens:
+            raise InvalidArgument(
+                "prompt", f"prompt and max_tokens need {longest} tokens of KV cache, which has {self._kv_tokens}"
+            )
+        if request.score_from is not None and not 1 <= request.score_from < length:
+            raise InvalidArgument("continuation", "scoring needs at least one prompt token and one continuation token")
+        if request.score_from is not None and request.sparsity is not None and request.sparsity.guard is not None:
+            raise InvalidArgument("sparsity.guard", "a guard watches generation; scoring has none")
+
+    def demand(self, request: Request) -> Demand:
+        longest = self._longest(request)
+        return Demand(
+            request.caller,
+            request.priority,
+            kv_tokens=2 * longest if request.compare_baseline else longest,
+            prompt_tokens=len(request.tokens),
+            max_tokens=longest - len(request.tokens),
+            may_stop_early=_may_stop_early(request),
+        )
+
+    def _longest(self, request: Request) -> int:
+        """Tokens it may come to have."""
+        generated = 0 if request.score_from is not None else request.stop.max_tokens
+        return min(len(request.tokens) + generated, self._model.info.context_length)
+
+    # The engine's thread.
+
+    def late(self, sequence: Sequence) -> Refusal | None:
+        """Why it need not start any more, where that is so."""
+        deadline = sequence.request.deadline
+        if deadline is None or sequence.leader is not None:
+            return None
+        return self._admission.check_start(self.demand(sequence.request), deadline - time.monotonic())
+
+    def expected_length(self, sequence: Sequence) -> int:
+        """Tokens that a sequence is expected to have in the end."""
+        most = self._longest(sequence.request) - sequence.prompt_length
+        expected = self._admission.expected_tokens(most, may_stop_early=_may_stop_early(sequence.request))
+        return max(len(sequence.tokens), sequence.prompt_length + math.ceil(expected))
+
+    def sequence(self, request_id: int, request: Request, arrival: float) -> Sequence:
+        """With its follower, where its baseline is compared. Rows of the tables are held for its program."""
+        model = self._model
+        prompt_length = len(request.tokens) if request.score_from is None else request.score_from
+        sequence = Sequence(
+            id=request_id,
+            request=request,
+            seed=secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed,
+            state=None,
+            capture=self._capture(request),
+            output=Output(
+                IncrementalDetokenizer(model.tokenizer),
+                StopChecker(request.stop.strings, request.stop.include_stop_string),
+                frozenset() if request.stop.ignore_eos else model.eos_token_ids,
+            ),
+            prompt_length=prompt_length,
+            arrival=arrival,
+            tokens=list(request.tokens),
+            credits=request.credits,
+        )
+        if request.sparsity is not None:
+            sequence.sparse = SparseSequence.of(request.sparsity, request.program, prompt_length)
+        if request.compare_baseline:
+            sequence.follower = _follower(sequence)
+        program = request.program
+        # The last thing, since rows are held from here on.
+        if program is not None and (program.edits or program.readouts or program.aborts):
+            loaded = self._tables.load(program)
+            try:
+                tokens = SequenceTokens(prompt_length, request.roles)
+                sequence.state = ProgramState(request_id, program, tokens, loaded)
+            except BaseException:
+                self._tables.release(loaded)
+                raise
+        return sequence
+
+    def _capture(self, request: Request) -> CaptureState | None:
+        if request.capture is None:
+            return None
+        decoder, layers = self._model.decoder, request.capture.layers
+        width = decoder.spec.sites[request.capture.site]
+        return CaptureState(layers, torch.zeros(len(layers), width, dtype=decoder.dtype, device=decoder.device))
+
+
+def _follower(leader: Sequence) -> Sequence:
+    """Shares the list of tokens: it runs along whatever the leader generates."""
+    request = leader.request
+    return Sequence(
+        id=leader.id,
+        request=Request(request.tokens, on_event=lambda event: None, priority=request.priority, caller=request.caller),
+        seed=0,
+        state=None,
+        capture=None,
+        output=None,
+        prompt_length=leader.prompt_length,
+        arrival=leader.arrival,
+        tokens=leader.tokens,
+        leader=leader,
+    )
+
+
+def _may_stop_early(request: Request) -> bool:
+    stop, program = request.stop, request.program
+    aborts = program is not None and bool(program.aborts)
+    return not stop.ignore_eos or bool(stop.strings or stop.token_ids) or aborts or request.credits is not None

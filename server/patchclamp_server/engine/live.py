@@ -1,0 +1,216 @@
+"""Requests between their submission and their last event: how they get in, and how they end."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from patchclamp_server.engine.admission import Admission, Demand, Refusal
+from patchclamp_server.engine.config import EngineObserver, Unobserved
+from patchclamp_server.engine.faults import fault_of, is_device_lost
+from patchclamp_server.engine.intake import Intake
+from patchclamp_server.engine.request import Failed, FinishReason, Request
+from patchclamp_server.engine.scheduler import Scheduler
+from patchclamp_server.engine.sequence import Sequence
+from patchclamp_server.errors import RequestError, ResourceExhausted, Unavailable
+from patchclamp_server.interventions.tables import Tables
+
+log = logging.getLogger(__name__)
+
+
+class LiveRequests:
+    def __init__(self, intake: Intake, scheduler: Scheduler, tables: Tables, admission: Admission) -> None:
+        self.observer: EngineObserver = Unobserved()
+        # Those of all requests that the engine's thread has taken in; only it looks.
+        self.sequences: dict[int, Sequence] = {}
+        self._intake, self._scheduler, self._tables, self._admission = intake, scheduler, tables, admission
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        # Changed under the lock, as admission is.
+        self.requests: dict[int, Request] = {}
+        self._next_id = 1
+        self._closed = False
+
+    # Any thread.
+
+    def admit(self, request: Request, arrival: float) -> int:
+        """Its id. Raises ResourceExhausted when the queue is full or the deadline would not be met, Unavailable when
+        nothing is let in any more."""
+        demand = self._intake.demand(request)
+        with self._lock:
+            if self._closed:
+                raise Unavailable("", "the engine has stopped")
+            seconds_left = None if request.deadline is None else request.deadline - arrival
+            refusal = self._admission.check(demand, seconds_left)
+            if refusal is None:
+                request_id = self._next_id
+                self._next_id += 1
+                self.requests[request_id] = request
+                self._admission.enter(request_id, demand)
+        if refusal is not None:
+            raise self.refused(refusal)
+        return request_id
+
+    def check_room(self, demand: Demand) -> None:
+        """Raises ResourceExhausted when what needs this much would be refused."""
+        with self._lock:
+            refusal = self._admission.check(demand)
+        if refusal is not None:
+            raise self.refused(refusal)
+
+    def refused(self, refusal: Refusal) -> ResourceExhausted:
+        self.observer.on_refused(refusal.reason)
+        error = ResourceExhausted("", refusal.message)
+        error.retry_after_seconds = refusal.retry_after_seconds
+        return error
+
+    def get(self, request_id: int) -> Request | None:
+        with self._lock:
+            return self.requests.get(request_id)
+
+    def close(self) -> None:
+        """Lets nothing in any more."""
+        with self._lock:
+            self._closed = True
+
+    def wait_until_idle(self, timeout_seconds: float) -> bool:
+        """True when no request is left."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self.requests, timeout=timeout_seconds)
+
+    # The engine's thread.
+
+    def take_in(self, request_id: int, request: Request, arrival: float) -> None:
+        """Makes a sequence of it, which the scheduler may start."""
+        try:
+            sequence = self._intake.sequence(request_id, request, arrival)
+        except Exception as error:
+            log.exception("request %d could not be taken in", request_id)
+            if is_device_lost(error):
+                raise
+            self._end_failed(request_id, request, fault_of(error))
+            return
+        self.sequences[request_id] = sequence
+        self._scheduler.add(sequence)
+        if sequence.follower is not None:
+            self._scheduler.add(sequence.follower)
+
+    def started(self, sequences: list[Sequence]) -> None:
+        """A step begins, which these run in for the first time."""
+        for sequence in sequences:
+            self.observer.on_queue_wait((sequence.admitted_at or sequence.arrival) - sequence.arrival)
+        with self._lock:
+            self._admission.on_step([s.id for s in sequences], time.monotonic(), contended=self._scheduler.contended)
+
+    @contextmanager
+    def concerning(self, sequence: Sequence) -> Iterator[None]:
+        """What concerns one request alone: an exception inside fails that request and no other."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("request %d failed", sequence.id)
+            if is_device_lost(error):
+                raise
+            self.fail(sequence, fault_of(error))
+
+    def finish_id(self, request_id: int) -> None:
+        """As if it had reached its last token."""
+        sequence = self.sequences.get(request_id)
+        if sequence is not None and sequence.ended is None:
+            self.finish(sequence, FinishReason.CLIENT)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence, once its follower has caught up."""
+        sequence.ended = reason
+        self._scheduler.remove(sequence)
+        if sequence.follower is None or sequence.follower.remaining <= 0:
+            self.complete(sequence, reason)
+
+    def complete(self, sequence: Sequence, reason: FinishReason) -> None:
+        with self.concerning(sequence):
+            receipt = None
+            if sequence.state is not None:
+                receipt = sequence.state.receipt(self._tables.read(sequence.state.loaded))
+            self._release(sequence)
+            self._measure(sequence)
+            sequence.emit_finished(reason, receipt)
+        if sequence.id in self.requests:
+            self._leave(sequence, reason.value)
+
+    def fail_id(self, request_id: int, error: RequestError) -> None:
+        """Nothing happens when it has ended."""
+        sequence = self.sequences.get(request_id)
+        if sequence is not None:
+            self.fail(sequence, error)
+
+    def fail(self, sequence: Sequence, error: RequestError) -> None:
+        self._release(sequence)
+        _tell(sequence.request, sequence.failed(error))
+        self._leave(sequence, _outcome(error))
+
+    def fail_all(self, error: RequestError) -> None:
+        """Those too that have not been taken in."""
+        for request_id, request in list(self.requests.items()):
+            self._end_failed(request_id, request, error)
+
+    def _end_failed(self, request_id: int, request: Request, error: RequestError) -> None:
+        """Fails a request, whether it has a sequence or not."""
+        if request_id in self.sequences:
+            self.fail(self.sequences[request_id], error)
+            return
+        _tell(request, Failed(error))
+        self._forget(request_id, _outcome(error))
+
+    def _measure(self, sequence: Sequence) -> None:
+        """What admission learns from a request that has run to its end."""
+        now = time.monotonic()
+        generated_from = sequence.first_token_at or now
+        request = sequence.request
+        with self._lock:
+            self._admission.on_finished(
+                self._intake.demand(request),
+                generated=len(sequence.output_ids),
+                prefill_seconds=generated_from - (sequence.admitted_at or sequence.arrival),
+                decode_seconds=now - generated_from,
+                paced=request.credits is not None or bool(sequence.preempted_at),
+            )
+
+    def _release(self, sequence: Sequence) -> None:
+        """Gives back all that a sequence holds; nothing when that has been done."""
+        if self.sequences.pop(sequence.id, None) is None:
+            return
+        self._scheduler.remove(sequence)
+        if sequence.follower is not None:
+            self._scheduler.remove(sequence.follower)
+        if sequence.state is not None:
+            self._tables.release(sequence.state.loaded)
+
+    def _leave(self, sequence: Sequence, outcome: str) -> None:
+        """After the last event."""
+        if sequence.sparse is not None:
+            self.observer.on_sparse_finished(sequence.sparse.report(sequence.computed))
+        self._forget(sequence.id, outcome)
+
+    def _forget(self, request_id: int, outcome: str) -> None:
+        try:
+            self.observer.on_finished(outcome)
+        finally:
+            with self._lock:
+                del self.requests[request_id]
+                self._admission.leave(request_id)
+                self._idle.notify_all()
+
+
+def _tell(request: Request, failed: Failed) -> None:
+    """The last event of a request. Nobody is left to be told when that fails."""
+    try:
+        request.on_event(failed)
+    except Exception:
+        log.exception("a request could not be told that it failed")
+
+
+def _outcome(error: RequestError) -> str:
+    """snake_case, as finish reasons are."""
+    name = type(error).__name__
+    return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
