@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from demo_heads import show_heads
-from demo_output import WIDTH, heading, show_progress
-from demo_sparsity import show_sparsity
-from serving import running_server
+from demo.heads import show_heads
+from demo.output import WIDTH, heading, show_progress
+from demo.sparsity import show_sparsity
+from serving import serving
 
 from patchclamp import Client, PatchclampError, Program
 from patchclamp.names import MethodName
@@ -58,11 +58,12 @@ class Variant:
 def main() -> int:
     heading("1. the server: patchclamp serve (the first run fetches and converts a model of 135 million parameters)")
     started = time.monotonic()
-    with running_server() as address, Client(address) as client:
+    with serving() as server, Client(server.address) as client:
         model = client.models()[0]
         seconds = time.monotonic() - started
         print(
-            f"{model.name}, {model.n_layers} layers of width {model.d_model}: served on {address} after {seconds:.0f} s"
+            f"{model.name}, {model.n_layers} layers of width {model.d_model}: "
+            f"served on {server.address} after {seconds:.0f} s"
         )
 
         heading(f"2. a steering vector from contrast pairs ({PAIRS})")

@@ -23,13 +23,14 @@ from pathlib import Path
 import grpc
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-import fault_rows as rows
-from fault_clients import Client
-from fault_credentials import Secrets
-from fault_rows import Matrix
+from faults import rows
+from faults.clients import Client
+from faults.credentials import Secrets
+from faults.rows import Matrix
 from measure import save
-from server_process import FAULTY, SERVE, ServerProcess
+from serving import SERVE, ServerProcess
 
+FAULTY = (sys.executable, str(Path(__file__).parent / "faults" / "faulty_server.py"))
 FAILED_STEPS = 3
 # A loaded machine may need longer than the default for what runs.
 DRAIN = "--drain-seconds=300"

@@ -30,7 +30,7 @@ from google.protobuf.message_factory import GetMessageClass
 sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parents[1] / p) for p in ("tests", "tests/rpc"))]
 from random_requests import corrupted, mutated
 from seed_requests import calls, preparation
-from server_process import ServerProcess, at_rest
+from serving import ServerProcess, at_rest
 from tiny_llama import save_tiny_llama
 
 from patchclamp_server.rpc.server import SERVICES

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from load_clients import Call, Clients, requests
-from serving import Serving, serving
+from load.clients import Call, Clients, requests
+from serving import ServerProcess, serving
 
 from patchclamp import Client, PatchclampError
 from patchclamp_server.security.tokens import new_token
@@ -51,7 +51,7 @@ WEIGHTS = {"gold": 2.0, "silver": 1.0}
 class Watcher:
     """What the server looks like from outside meanwhile: health and memory, every second."""
 
-    server: Serving
+    server: ServerProcess
     rss: list[int] = field(default_factory=list)
     health: Counter[str] = field(default_factory=Counter)
 
@@ -87,7 +87,7 @@ def make_tenants(directory: Path) -> tuple[list[str], list[str]]:
     return options, [presented for presented, _ in made]
 
 
-async def run(server: Serving, arguments: argparse.Namespace, tokens: Sequence[str]) -> dict[str, Any]:
+async def run(server: ServerProcess, arguments: argparse.Namespace, tokens: Sequence[str]) -> dict[str, Any]:
     with Client(server.address, token=tokens[0], token_in_clear=True) as client:
         model = client.models()[0]
     options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
@@ -157,7 +157,9 @@ async def run(server: Serving, arguments: argparse.Namespace, tokens: Sequence[s
     }
 
 
-async def saturate(server: Serving, clients: Clients, arguments: argparse.Namespace, model: tuple[int, int]) -> float:
+async def saturate(
+    server: ServerProcess, clients: Clients, arguments: argparse.Namespace, model: tuple[int, int]
+) -> float:
     """A closed loop that has been running long enough for requests to end as fast as they come; when that was so."""
     made = await asyncio.to_thread(
         requests, arguments.closed_requests, *model, seed=1, longest_prompt=arguments.longest_prompt
@@ -175,14 +177,14 @@ async def saturate(server: Serving, clients: Clients, arguments: argparse.Namesp
     return time.monotonic()
 
 
-def unused_blocks(server: Serving) -> bool:
+def unused_blocks(server: ServerProcess) -> bool:
     """Memory that would only now be taken, by a few idle places at most."""
     now = server.metrics()
     held = now["patchclamp_kv_blocks"] - now["patchclamp_kv_blocks_free"]
     return now["patchclamp_kv_blocks_cached"] + held < 0.98 * now["patchclamp_kv_blocks"]
 
 
-async def settled(server: Serving) -> dict[str, float]:
+async def settled(server: ServerProcess) -> dict[str, float]:
     """The metrics once no sequence is left."""
     for _ in range(100):
         now = server.metrics()

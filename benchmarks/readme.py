@@ -76,7 +76,7 @@ def sparse_speed(result: dict[str, Any]) -> list[str]:
     ]
 
 
-# Rows of benchmarks/sparse_quality.py whose name does not say what they are.
+# Rows of benchmarks/sparse/quality.py whose name does not say what they are.
 SPARSE_ROWS = {
     "fovea": "**fovea**, ours",
     "fovea_select": "fovea without its stand-in",

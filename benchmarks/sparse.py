@@ -2,7 +2,7 @@
 
     python benchmarks/sparse.py [--only quality|speed] [--keep .75 .5 .4 .3] [--policies fovea …] [--rounds 61]
 
-sparse_quality.py and sparse_speed.py say what is measured. Each part prints its table, and a whole one is written to
+sparse/quality.py and sparse/speed.py say what is measured. Each part prints its table, and a whole one is written to
 benchmarks/results; the last line is a JSON object. `--tiny` runs everything on random weights in seconds and writes
 nothing.
 """
@@ -15,12 +15,11 @@ import argparse
 import json
 from typing import Any
 
-import sparse_quality
-import sparse_speed
 import torch
 from brown import DESCRIPTION, calibration_texts, evaluation_texts
 from measure import save
-from sparse_models import embedded_model, random_model
+from sparse import quality, speed
+from sparse.models import embedded_model, random_model
 
 from patchclamp_server.sparsity.documents import documents_of
 
@@ -33,21 +32,21 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=16, help="scored")
     parser.add_argument("--calibration", type=int, default=24, help="documents that policies are calibrated on")
     parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
-    parser.add_argument("--policies", nargs="+", default=sparse_quality.ALL, choices=sparse_quality.ALL)
+    parser.add_argument("--policies", nargs="+", default=quality.ALL, choices=quality.ALL)
     parser.add_argument("--rounds", type=int, default=61)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     last: dict[str, Any] = {}
     if options.only != "speed":
-        result = quality(options)
-        last |= {name: result[name] for name in sparse_quality.SUMMARY}
+        result = measure_quality(options)
+        last |= {name: result[name] for name in quality.SUMMARY}
     if options.only != "quality":
-        result = speed(options)
-        last |= {name: result[name] for name in sparse_speed.SUMMARY}
+        result = measure_speed(options)
+        last |= {name: result[name] for name in speed.SUMMARY}
     print(json.dumps(last))
 
 
-def quality(options: argparse.Namespace) -> dict[str, Any]:
+def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
     if options.tiny:
         model = random_model(64, 96, n_layers=2)
         documents = torch.randint(model.spec.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
@@ -55,32 +54,32 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     else:
         tokenize, model = embedded_model()
         scored, calibrated = (
-            documents_of(texts, tokenize, 2 * sparse_quality.PROMPT)
+            documents_of(texts, tokenize, 2 * quality.PROMPT)
             for texts in (evaluation_texts()[: options.documents], calibration_texts(options.calibration))
         )
         description = DESCRIPTION
-    profiles = sparse_quality.Profiles(model, calibrated, description)
-    result = sparse_quality.measure(profiles, scored, options.keep, options.policies)
-    whole = set(options.policies) == set(sparse_quality.ALL) and set(options.keep) == set(KEEPS)
+    profiles = quality.Profiles(model, calibrated, description)
+    result = quality.measure(profiles, scored, options.keep, options.policies)
+    whole = set(options.policies) == set(quality.ALL) and set(options.keep) == set(KEEPS)
     if whole and not options.tiny:
         save("sparse_quality", result)
     return result
 
 
-def speed(options: argparse.Namespace) -> dict[str, Any]:
+def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     if options.tiny:
         cases = {
             "embedded_codes": lambda: random_model(64, 96, n_layers=2, four_bits=True),
             "8b_float32": lambda: random_model(64, 96),
             "8b_bfloat16": lambda: random_model(64, 96, dtype=torch.bfloat16),
         }
-        return sparse_speed.measure(cases, rounds=2)
+        return speed.measure(cases, rounds=2)
     cases = {
         "embedded_codes": lambda: embedded_model()[1],
         "8b_float32": lambda: random_model(4096, 14336),
         "8b_bfloat16": lambda: random_model(4096, 14336, dtype=torch.bfloat16),
     }
-    result = sparse_speed.measure(cases, options.rounds)
+    result = speed.measure(cases, options.rounds)
     save("sparse_speed", result)
     return result
 

@@ -68,7 +68,7 @@ def test_the_best_policy_is_one_that_can_be_served() -> None:
         "cats": {"0.5": card(1.3), "0.3": card(3.0)},
         "fovea": {"0.5": card(1.1), "0.3": card(3.5)},
     }
-    found = module("sparse_quality").summary(table)
+    found = module("sparse/quality").summary(table)
     assert (found["best_policy_keep50"], found["best_ratio_keep50"]) == ("fovea", 1.1)
     assert (found["best_policy_keep30"], found["best_ratio_keep30"]) == ("cats", 3.0)
     assert found["random_ratio_keep50"] == 90.0
@@ -77,7 +77,7 @@ def test_the_best_policy_is_one_that_can_be_served() -> None:
 
 def test_bounds_count_what_cannot_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    bound = module("sparse_speed")._bound
+    bound = module("sparse/speed")._bound
     assert bound("fixed", 0.5, False) == pytest.approx(2.0)
     assert bound("gate", 0.5, False) == pytest.approx(1.5)
     # A third of an output projection in codes is scales, and those a third of the MLP.

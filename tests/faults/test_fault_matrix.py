@@ -40,9 +40,9 @@ def test_nothing_is_lost_by_any_fault() -> None:
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import fault_rows
+    from faults import rows
 
-    return fault_rows
+    return rows
 
 
 def test_what_was_lost_and_an_unexpected_status_show(module: object) -> None:

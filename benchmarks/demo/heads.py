@@ -1,7 +1,6 @@
 """Retrieval heads in the demo: they are found, what they do is tested, and an answer is grounded in its prompt."""
 
-from demo_output import show_progress
-
+from demo.output import show_progress
 from patchclamp import Client
 from patchclamp.heads import Grounding, NeedleTest
 

@@ -13,7 +13,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from safetensors.torch import save
-from server_process import PATIENCE_SECONDS
+from serving import PATIENCE_SECONDS
 from torch import full
 
 from patchclamp.v1 import artifact_pb2, generation_pb2

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from fault_clients import OK, Client, Lockstep, Seen, killed_client, request, seen, status_of
-from fault_credentials import Secrets
-from server_process import PATIENCE_SECONDS, ServerProcess, at_rest
+from serving import PATIENCE_SECONDS, ServerProcess, at_rest
 
+from faults.clients import OK, Client, Lockstep, Seen, killed_client, request, seen, status_of
+from faults.credentials import Secrets
 from patchclamp.v1 import program_pb2, sparse_policy_pb2, sparsity_pb2
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 

@@ -19,7 +19,7 @@ configure_threads()
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from faulty_executor import FaultyExecutor, allocate_too_much
 
 from patchclamp_server import cli

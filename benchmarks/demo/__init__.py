@@ -1,0 +1,1 @@
+"""The parts of benchmarks/demo.py, and how they print."""
