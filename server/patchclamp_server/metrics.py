@@ -6,7 +6,7 @@ Counts kept by the engine itself are read at scrape time; latencies are observed
 import ssl
 from collections.abc import Callable, Iterator
 from threading import Thread
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -22,6 +22,8 @@ from patchclamp_server.monitoring.running import RunningWatch
 from patchclamp_server.security.metrics import SecurityMetrics
 from patchclamp_server.security.tls_files import TlsFiles
 
+# After which a connection to /metrics that says nothing is closed.
+SILENCE_SECONDS = 10.0
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -235,6 +237,11 @@ class MetricsEndpoint:
             port, addr=host, registry=metrics.registry, certfile=certificate, keyfile=key
         )
         self._server, self._thread = served
+        # A connection that says nothing holds up no other: its handshake is left to its own thread, which gives up.
+        handler: type[WSGIRequestHandler] = self._server.RequestHandlerClass  # type: ignore[assignment]
+        self._server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SILENCE_SECONDS})
+        if isinstance(self._server.socket, ssl.SSLSocket):
+            self._server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined]
 
     @property
     def port(self) -> int:

@@ -12,7 +12,9 @@ from safetensors.torch import save
 from secured import Secured, Stream, generation, refusal, secured, until
 from statuses import Failure
 from test_bad_input import add, griffin, neurons, scale
+from test_head_service import attribution, cat
 from test_head_service import edit as head_edit
+from test_sparsity_service import asks_for, calibration, evaluation, policy
 
 from patchclamp import Client, PatchclampError
 from patchclamp.v1 import (
@@ -22,6 +24,7 @@ from patchclamp.v1 import (
     head_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    sparsity_pb2,
     steering_pb2,
     steering_pb2_grpc,
 )
@@ -29,6 +32,7 @@ from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1 import sparse_policy_pb2 as sparse
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 POLICY = """
@@ -43,15 +47,45 @@ tenants:
   writer:
     artifacts: {use: ["own-*"], tag: ["own-*"], delete: ["own-*"]}
   slow: {tokens_per_minute: 60}
+  calibrateprofile: {tokens_per_minute: 60}
+  evaluateprofile: {tokens_per_minute: 60}
+  predictcoreneurons: {tokens_per_minute: 2}
+  findcircuit: {tokens_per_minute: 2}
+  attributelogits: {tokens_per_minute: 2}
   narrow: {max_concurrent: 1}
 """
 VECTOR = save({f"layer.{layer}": torch.ones(32) for layer in (0, 1)})
 OTHER = save({f"layer.{layer}": torch.full((32,), 2.0) for layer in (0, 1)})
 
 
+WORDS = " ".join(["word"] * 20)
+# Each by a tenant of its name.
+JOBS: dict[str, tuple[type[Any], Any]] = {
+    "CalibrateProfile": (SparsityServiceStub, calibration(policy("fovea"))),
+    "EvaluateProfile": (SparsityServiceStub, evaluation(*asks_for("griffin"))),
+    "PredictCoreNeurons": (
+        SparsityServiceStub,
+        sparsity_pb2.PredictCoreNeuronsRequest(prompts=[pb.Prompt(text=WORDS)], sparsity=asks_for("griffin")[0]),
+    ),
+    "FindCircuit": (head_pb2_grpc.HeadServiceStub, cat()),
+    "AttributeLogits": (head_pb2_grpc.HeadServiceStub, attribution()),
+}
+
+
 @pytest.fixture(scope="module")
 def server(live_server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    tenants = ("free", "reader", "elsewhere", "careful", "librarian", "writer", "slow", "narrow", "stranger")
+    tenants = (
+        "free",
+        "reader",
+        "elsewhere",
+        "careful",
+        "librarian",
+        "writer",
+        "slow",
+        "narrow",
+        "stranger",
+        *map(str.lower, JOBS),
+    )
     with secured(live_server.model, tmp_path_factory.mktemp("policy"), *tenants, policy=POLICY) as server:
         with client(server, "free") as free:
             free.put_artifact(VECTOR, tags=["joy-one"])
@@ -274,6 +308,26 @@ def test_tokens_beyond_the_rate_are_owed_and_the_refusal_says_for_how_long(serve
     assert server.generate(calls, "free", generation())
     models = model_pb2_grpc.ModelServiceStub(calls)
     assert models.ListModels(model_pb2.ListModelsRequest(), metadata=server.metadata("slow"))
+
+
+@pytest.mark.parametrize("method", JOBS)
+def test_tokens_that_jobs_compute_beside_the_engine_are_counted(server: Secured, calls: grpc.Channel, method: str):
+    """The first begins with a full bucket and takes more than it holds."""
+    stub, request = JOBS[method]
+
+    def run() -> None:
+        answer = getattr(stub(calls), method)(request, metadata=server.metadata(method.lower()))
+        if isinstance(answer, grpc.RpcContext):
+            list(answer)
+
+    try:
+        run()
+    except grpc.RpcError as error:
+        # It computes before it sees that the model cannot tell the prompts of the pair apart.
+        assert (method, error.code()) == ("FindCircuit", grpc.StatusCode.INVALID_ARGUMENT)
+    answer = refusal(run)
+    assert (answer.code, answer.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+    assert answer.details["RetryInfo"].retry_delay.ToSeconds() > 0
 
 
 def test_calls_at_once_are_bounded(server: Secured, calls: grpc.Channel):

@@ -1,6 +1,7 @@
 """TLS and mTLS with real certificates, renewed while the server runs."""
 
 import shutil
+import socket
 import ssl
 import urllib.request
 from collections.abc import Iterator
@@ -177,10 +178,12 @@ def test_metrics_are_served_with_the_certificate_and_its_renewal(live_server: Li
         def scrape(root: Path) -> bytes:
             context = ssl.create_default_context(cafile=str(root))
             url = f"https://localhost:{server.server.metrics_port}/metrics"
-            with urllib.request.urlopen(url, context=context) as response:
+            with urllib.request.urlopen(url, context=context, timeout=20) as response:
                 return bytes(response.read())
 
-        assert b"patchclamp_requests_total" in scrape(place.authority.root)
+        # Beside a connection that never begins its handshake.
+        with socket.create_connection(("localhost", server.server.metrics_port)):
+            assert b"patchclamp_requests_total" in scrape(place.authority.root)
         renewed = Authority(place.directory / "renewed")
         place.install(renewed.issue())
 

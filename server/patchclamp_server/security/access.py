@@ -33,10 +33,7 @@ class Access:
         rules, bucket = self.tenant.rules, self.tenant.bucket
         if request.program is not None:
             check_edits(request.program.program.edits, rules.edits)
-        # A call that has begun is not stopped in its middle: what it takes beyond is owed.
-        if bucket is not None and not self._began and (wait := bucket.seconds_until_ready()) > 0:
-            message = f"tenant {self.tenant.name!r} has used its {rules.tokens_per_minute} tokens a minute"
-            raise QuotaExceeded("", message).after(wait)
+        self._check_tokens()
         generates = request.score_from is None
 
         def on_event(event: Event) -> None:
@@ -55,6 +52,20 @@ class Access:
         if self.tenant.bucket is not None:
             self.tenant.bucket.charge(len(request.tokens))
         self.record.request(request)
+
+    def computes(self, tokens: int) -> None:
+        """Of a job, beside the engine. Raises QuotaExceeded."""
+        self._check_tokens()
+        self._began = True
+        if self.tenant.bucket is not None:
+            self.tenant.bucket.charge(tokens)
+
+    def _check_tokens(self) -> None:
+        """A call that has begun is not stopped in its middle: what it takes beyond is owed."""
+        bucket, rate = self.tenant.bucket, self.tenant.rules.tokens_per_minute
+        if bucket is not None and not self._began and (wait := bucket.seconds_until_ready()) > 0:
+            message = f"tenant {self.tenant.name!r} has used its {rate} tokens a minute"
+            raise QuotaExceeded("", message).after(wait)
 
     def set_strength(self, edit: str, strength: float) -> None:
         check_strength(strength, self.tenant.rules.edits, "set_strength.strength")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from patchclamp_server.callers import computes
 from patchclamp_server.engine.attention import AttentionBatch, Span
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
@@ -35,8 +36,9 @@ def pools_for(decoder: Decoder, documents: Tensor) -> list[Tensor]:
 
 
 def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> StepInputs:
-    """Tokens [start, end) of every document."""
+    """Tokens [start, end) of every document, which the caller is about to compute."""
     n, length = len(documents), end - start
+    computes(n * length)
     blocks = _blocks(documents.shape[1])
     tables = [list(range(1 + i * blocks, 1 + (i + 1) * blocks)) for i in range(n)]
     spans = [Span(i * length, length, start, table) for i, table in enumerate(tables)]

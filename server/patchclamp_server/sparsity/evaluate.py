@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from patchclamp_server.callers import computes
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
@@ -87,6 +88,7 @@ class Evaluator:
         ]
         step = Step(rows)
         decoder = sparse_decoder(self.model, step)
+        computes(len(self._scored.token_ids))
         x = decoder.forward(self._scored, self._pools, NoHooks())
         nll = cross_entropy = agreement = 0.0
         for dense, choices, targets, logits in zip(
