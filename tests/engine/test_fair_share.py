@@ -1,6 +1,9 @@
 """Who is next among those that wait: nobody starves, tenants get their shares, and a tenant is served in order."""
 
+import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 from engine_runs import Outcome, loaded
@@ -175,3 +178,34 @@ def test_the_engine_serves_tenants_by_their_weights_while_both_wait() -> None:
         pass
     both = Counter(finished[: finished.index("three") + 48])
     assert 2.0 <= both["three"] / both["one"] <= 4.0
+
+
+def test_the_length_may_be_read_while_others_come_and_go() -> None:
+    """By a scrape, on another thread."""
+    queue = FairQueue()
+    callers = [Caller(str(i), 1.0) for i in range(8)]
+    lengths: list[int] = []
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.is_set():
+            lengths.append(len(queue))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            scraping = pool.submit(scrape)
+            for _ in range(300):
+                sequences = [waiting(caller) for caller in callers]
+                for sequence in sequences:
+                    queue.add(sequence)
+                for sequence in sequences[::2]:
+                    queue.remove(sequence)
+                serve(queue, 4)
+            ended.set()
+            scraping.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert set(lengths) <= set(range(9))
+    assert len(queue) == 0

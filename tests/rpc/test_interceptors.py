@@ -8,10 +8,10 @@ import grpc
 import pytest
 from statuses import failure
 
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import DeadlineExceeded, InvalidArgument
 from patchclamp_server.metrics import Metrics
 from patchclamp_server.rpc.errors import INTERNAL_MESSAGE
-from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
+from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight, Method
 
 SHAPES = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
 SERVICE = "test.Service"
@@ -151,3 +151,21 @@ async def test_a_closed_server_refuses_with_a_status_that_may_be_retried(harness
         await harness.call("UnaryUnary", b"hello")
     refused = failure(caught.value)
     assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+
+
+async def test_a_status_that_comes_after_the_end_of_the_call_is_a_cancellation():
+    """As where the engine sees a deadline just after gRPC has: who watches the call must not take it for a defect."""
+
+    class Context:
+        async def abort(self, *status: object) -> None:
+            raise grpc.aio.InternalError('Failed "execute_batch"')
+
+    async def late(received: object) -> None:
+        raise DeadlineExceeded("", "the deadline passed")
+
+    metrics = Metrics()
+    interceptor = CallInterceptor(metrics, InFlight(), frozenset({SERVICE}))
+    with pytest.raises(asyncio.CancelledError):
+        await interceptor._answer(Method(SERVICE, "UnaryUnary"), Context(), late)
+    labels = {"service": SERVICE, "method": "UnaryUnary", "code": "DEADLINE_EXCEEDED"}
+    assert metrics.registry.get_sample_value("patchclamp_requests_total", labels) == 1

@@ -17,9 +17,11 @@ from patchclamp_server.engine.sequence import Sequence
 class FairQueue:
     def __init__(self) -> None:
         self._lines: dict[int, _Line] = {}
+        self._n = 0
 
     def __len__(self) -> int:
-        return sum(len(line) for line in self._lines.values())
+        """A number of its own, since metrics are read from other threads."""
+        return self._n
 
     def __iter__(self) -> Iterator[Sequence]:
         return (s for line in self._lines.values() for s in line)
@@ -27,14 +29,17 @@ class FairQueue:
     def add(self, sequence: Sequence) -> None:
         """Behind those of its tenant that came before it, and before those that came later."""
         self._line(sequence).add(sequence)
+        self._n += 1
 
     def remove(self, sequence: Sequence) -> None:
         """It is served no more, or elsewhere."""
         self._line(sequence).remove(sequence)
+        self._n -= 1
 
     def start(self, sequence: Sequence) -> None:
         """It is served now: takes it out."""
         self._line(sequence).start(sequence)
+        self._n -= 1
 
     def charge(self, sequence: Sequence, tokens: int) -> None:
         """Counts tokens that its tenant got, whether it waits or not."""
@@ -60,9 +65,6 @@ class _Line:
         # Of the tenant that was last chosen; never falls.
         self._chosen = 0.0
         self._waiting: dict[str, list[Sequence]] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
         return (s for line in self._waiting.values() for s in line)

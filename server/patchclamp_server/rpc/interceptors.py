@@ -151,7 +151,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 return result
             outcome.code = status.code
         # The count is complete before the client can know the status.
-        return await context.abort(status.code, status.details, status.trailing_metadata)
+        try:
+            return await context.abort(status.code, status.details, status.trailing_metadata)
+        except grpc.aio.InternalError as error:
+            raise asyncio.CancelledError from error  # see write_all
 
     def _secured(self, method: Method, context: Context, outcome: "_Outcome") -> AbstractContextManager[Received]:
         if self._security is None:
@@ -219,7 +222,8 @@ async def write_all(behaviour: Any, request: Any, context: Context) -> None:
             try:
                 await context.write(response)
             except grpc.aio.InternalError as error:
-                # The client has left while this waited for it to read; gRPC's own cancellation comes after.
+                # The call has ended, by its client or its deadline, before this could be sent; gRPC's own cancellation
+                # comes after.
                 raise asyncio.CancelledError from error
 
 
