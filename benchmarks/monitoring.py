@@ -1,6 +1,6 @@
 """What watching costs: decode steps of the embedded model with 1,024 neurons and 64 directions watched, and without.
 
-    python benchmarks/monitoring.py [--rounds 8] [--tokens 64]
+    python benchmarks/monitoring.py [--rounds 16] [--tokens 64]
 
 Neurons are spread over all layers, directions over eight; every generated token is watched. Measured without a
 reference, and against one, whose bins are counted besides those of Prometheus. Every other step of a run is watched,
@@ -153,7 +153,7 @@ def measured(engine: Engine, batch: int, tokens: int, rounds: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
     with RichProgress() as progress:
