@@ -3,12 +3,9 @@
 Counts kept by the engine itself are read at scrape time; latencies are observed where they happen.
 """
 
-import ssl
 from collections.abc import Callable, Iterator
-from threading import Thread
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -20,10 +17,7 @@ from patchclamp_server.monitoring.prometheus import WatchCollector
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.monitoring.running import RunningWatch
 from patchclamp_server.security.metrics import SecurityMetrics
-from patchclamp_server.security.tls_files import TlsFiles
 
-# After which a connection to /metrics that says nothing is closed.
-SILENCE_SECONDS = 10.0
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -224,35 +218,3 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(metric, text)
         for metric, text in STATS_COUNTERS.values():
             yield CounterMetricFamily(metric, text)
-
-
-class MetricsEndpoint:
-    """`/metrics` over HTTP, on a thread of its own."""
-
-    def __init__(self, metrics: Metrics, host: str, port: int, tls: TlsFiles | None = None) -> None:
-        """Port 0 takes a free one. Raises OSError when the port is taken."""
-        self._tls = tls
-        certificate, key = (None, None) if tls is None else (str(tls.certificate), str(tls.key))
-        served: tuple[WSGIServer, Thread] = start_http_server(
-            port, addr=host, registry=metrics.registry, certfile=certificate, keyfile=key
-        )
-        self._server, self._thread = served
-        # A connection that says nothing holds up no other: its handshake is left to its own thread, which gives up.
-        handler: type[WSGIRequestHandler] = self._server.RequestHandlerClass  # type: ignore[assignment]
-        self._server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SILENCE_SECONDS})
-        if isinstance(self._server.socket, ssl.SSLSocket):
-            self._server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined]
-
-    @property
-    def port(self) -> int:
-        return int(self._server.server_port)
-
-    def renew_certificate(self) -> None:
-        """Connections from now on get the certificate that is in the files."""
-        if self._tls is not None and isinstance(self._server.socket, ssl.SSLSocket):
-            self._server.socket.context.load_cert_chain(self._tls.certificate, self._tls.key)
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
