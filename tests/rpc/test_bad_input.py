@@ -418,6 +418,6 @@ def test_the_client_says_how_large_an_oversized_message_was_and_what_to_do(live_
         client.tokenize("x" * (4 * 1024 * 1024 + 1))
     assert caught.value.code == "RESOURCE_EXHAUSTED"
     assert caught.value.message == (
-        "the request has 4,194,312 bytes and the server takes 4,194,304 at once: "
+        "the request has 4,194,315 bytes and the server takes 4,194,304 at once: "
         "send it in parts, or serve with a larger --max-message-bytes"
     )
