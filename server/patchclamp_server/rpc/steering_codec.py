@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
-from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.engine.request import Pooling
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.interventions.program import RESIDUAL_SITES, Site
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.artifact_codec import encode_artifact
+from patchclamp_server.rpc.artifact_codec import decode_label, encode_artifact
 from patchclamp_server.rpc.checks import count, distinct, known, required
 from patchclamp_server.rpc.generation_codec import decode_prompt
 from patchclamp_server.rpc.program_codec import decode_site
@@ -19,7 +18,6 @@ from patchclamp_server.steering.job import Extraction, Progress, Result, TokenPa
 from patchclamp_server.steering.registry import METHODS
 
 MAX_PAIRS = 4096
-MAX_DESCRIPTION_CHARACTERS = 10_000
 DEFAULT_HOLDOUT_FRACTION = 0.25
 
 METHOD_NAMES: dict[int, str] = {
@@ -46,12 +44,7 @@ def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder,
     fraction = request.holdout_fraction if request.HasField("holdout_fraction") else DEFAULT_HOLDOUT_FRACTION
     if not 0 < fraction < 1:
         raise InvalidArgument("holdout_fraction", f"expected a number between 0 and 1, both excluded, got {fraction:g}")
-    if len(request.description) > MAX_DESCRIPTION_CHARACTERS:
-        raise InvalidArgument(
-            "description", f"expected at most {MAX_DESCRIPTION_CHARACTERS} characters, got {len(request.description)}"
-        )
-    for i, tag in enumerate(request.tags):
-        check_tag(tag, f"tags[{i}]")
+    description, tags = decode_label(request)
     if len(request.pairs) > MAX_PAIRS:
         raise InvalidArgument("pairs", f"expected at most {MAX_PAIRS}, got {len(request.pairs)}")
     training_pairs(len(request.pairs), fraction)
@@ -63,8 +56,8 @@ def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder,
         pooling=pooling,
         holdout_fraction=fraction,
         seed=request.seed,
-        description=request.description,
-        tags=tuple(request.tags),
+        description=description,
+        tags=tags,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
+from patchclamp_server.artifacts.types import NO_TAGS, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Capture, Pooling
 from patchclamp_server.errors import InvalidArgument
@@ -52,7 +52,7 @@ class Extraction:
     holdout_fraction: float = 0.25
     seed: int = 0
     description: str = ""
-    tags: tuple[str, ...] = ()
+    tags: Tags = NO_TAGS
 
 
 @dataclass(frozen=True)

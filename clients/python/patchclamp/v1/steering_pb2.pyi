@@ -105,6 +105,7 @@ class ExtractVectorsRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     method: Global___ExtractionMethod.ValueType
     site: _program_pb2.Site.ValueType
@@ -115,6 +116,8 @@ class ExtractVectorsRequest(_message.Message):
     seed: _builtins.int
     """Splits and solvers are seeded. Default 0."""
     description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContrastPair]: ...
     @_builtins.property
@@ -136,10 +139,11 @@ class ExtractVectorsRequest(_message.Message):
         seed: _builtins.int = ...,
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "seed", b"seed", "site", b"site", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "seed", b"seed", "site", b"site", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
     _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
