@@ -376,14 +376,14 @@ async def test_tags_move_and_are_removed_and_delete_takes_them_along(stub: Stub)
 async def test_a_taken_tag_is_refused_with_its_path_and_moves_when_asked(stub: Stub) -> None:
     first, second = await upload(stub, vector_file(), tags=["a"]), await upload(stub, vector_file([3]))
     for call, path in (
-        (upload(stub, vector_file([4]), tags=["b", "a"]), "header.tags[1]"),
+        (upload(stub, vector_file([2]), tags=["b", "a"]), "header.tags[1]"),
         (stub.TagArtifact(pb.TagArtifactRequest(tag="a", ref=second.id)), "tag"),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
         assert caught.value.details().startswith(f"{path}: the tag 'a' names {first.id}")
-    third = await upload(stub, vector_file([4]), tags=["a"], replace_tags=True)
+    third = await upload(stub, vector_file([2]), tags=["a"], replace_tags=True)
     assert third.replaced_tags == {"a": first.id}
 
 
