@@ -5,8 +5,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
-from patchclamp.cli import compare, generate, heads, models, score, serving, sparsity, vectors, watch
+from patchclamp.cli import compare, completion, generate, heads, models, score, serving, sparsity, vectors, watch
+from patchclamp.cli.parser import Parser
 from patchclamp.cli.terminal import styled
 from patchclamp.errors import PatchclampError
 
@@ -36,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="patchclamp", description="Generate text while you steer activations and clamp neurons."
-    )
+    parser = Parser(prog="patchclamp", description="Generate text while you steer activations and clamp neurons.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('patchclamp')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serving.add_parsers(commands)
     generate.add_parser(commands)
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     heads.add_parser(commands)
     watch.add_parser(commands)
     models.add_parsers(commands)
+    completion.add_parser(commands)
     return parser
 
 

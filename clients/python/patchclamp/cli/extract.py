@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.extract_vectors(args.pairs, args.method, **cast(ExtractOptions, options)) as stream,
     ):
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)
         return 0

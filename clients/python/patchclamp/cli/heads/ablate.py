@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.scale is not None:
         options["scale"] = args.scale
     with connect(args) as client, client.evaluate_head_edit(args.heads, args.mode, **options) as stream:
-        effect = job_result(stream)
+        effect = job_result(stream, quiet=args.json)
     if args.json:
         print_json(effect)
     else:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = given(args, "circuit_size", "random_sets", "seed", "description")
     options = cast(CircuitOptions, {**chosen, "tags": [args.name], "model": args.model})
     with connect(args) as client, client.find_circuit(args.pairs, args.method, **options) as stream:
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)
     else:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = given(args, "threshold", "stopping", "description")
     options = cast(DetectOptions, {**chosen, "tags": [args.name], "model": args.model})
     with connect(args) as client, client.detect_retrieval_heads(needle_test(args), **options) as stream:
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     grid = NeedleGrid.of(result.runs)
     if args.json:
         print_json(result)

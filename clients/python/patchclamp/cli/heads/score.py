@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.name is not None:
         options["tags"] = [args.name]
     with connect(args) as client, client.score_heads(args.method, **cast(HeadScoreOptions, options)) as stream:
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)
     else:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = given(args, "holdout_fraction", "description")
     options = cast(CalibrateOptions, {**text_options(args), **chosen, "tags": [args.name]})
     with connect(args) as client, client.calibrate_profile(args.policy, texts_of(args), **options) as stream:
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)
         return 0

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.evaluate_profile(sparsities, texts_of(args), measure_speed=args.speed, **text_options(args)) as stream,
     ):
-        evaluations = job_result(stream)
+        evaluations = job_result(stream, quiet=args.json)
     if args.json:
         # `sparsity plot` reads these.
         print_json([{"spec": specs[each.index].text, **each.to_dict()} for each in evaluations])
