@@ -13,10 +13,20 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, model_pb2, monitoring_pb2, sparsity_pb2, steering_pb2
+from patchclamp.v1 import (
+    artifact_pb2,
+    generation_pb2,
+    head_pb2,
+    job_pb2,
+    model_pb2,
+    monitoring_pb2,
+    sparsity_pb2,
+    steering_pb2,
+)
 from patchclamp.v1.artifact_pb2_grpc import add_ArtifactServiceServicer_to_server
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
+from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
@@ -36,11 +46,13 @@ from patchclamp_server.monitoring.watch import WatchOptions
 from patchclamp_server.rpc.artifact_service import ArtifactService
 from patchclamp_server.rpc.call_security import CallSecurity
 from patchclamp_server.rpc.credentials import server_credentials
+from patchclamp_server.rpc.detached_jobs import DetachedJobs
 from patchclamp_server.rpc.exclusive import ExclusiveJobs
 from patchclamp_server.rpc.generation_service import GenerationService
 from patchclamp_server.rpc.head_service import HeadService
 from patchclamp_server.rpc.health_endpoint import HealthEndpoint
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
+from patchclamp_server.rpc.job_service import JobService
 from patchclamp_server.rpc.metrics_endpoint import MetricsEndpoint
 from patchclamp_server.rpc.model_service import ModelService
 from patchclamp_server.rpc.monitoring_service import MonitoringService
@@ -62,7 +74,16 @@ logger = logging.getLogger(__name__)
 
 SERVICES: tuple[str, ...] = tuple(
     service.full_name
-    for module in (generation_pb2, steering_pb2, sparsity_pb2, head_pb2, monitoring_pb2, artifact_pb2, model_pb2)
+    for module in (
+        generation_pb2,
+        steering_pb2,
+        sparsity_pb2,
+        head_pb2,
+        monitoring_pb2,
+        artifact_pb2,
+        model_pb2,
+        job_pb2,
+    )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
 # "Service/Method" of all that a policy can speak of.
@@ -106,6 +127,7 @@ class Server:
         self._binder = Binder(self.engine.sparse_model, self._store, self.engine.executor.sparse.prepare)
         # One queue for the analysis jobs of all services.
         self._jobs = ExclusiveJobs()
+        self._detached = DetachedJobs()
         self._monitoring = MonitoringService(self.engine, self._prompts, self._store, model.info)
         self.metrics.read_watches(self.engine.monitor, self._monitoring.dropped.of)
         self._health_endpoint: HealthEndpoint | None = None
@@ -139,15 +161,17 @@ class Server:
         self._in_flight = InFlight(self.config.max_calls)
         self._tracing = _tracing(self.config, self._info)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        security = CallSecurity(self._security, self._info.name, self._prompts.text_of)
+        calls = CallInterceptor(self.metrics, self._in_flight, frozenset(SERVICES), security)
         self._grpc = grpc.aio.server(
-            interceptors=self._interceptors(),
+            interceptors=self._interceptors(calls),
             options=[
                 ("grpc.max_receive_message_length", self.config.max_message_bytes),
                 # A second server on the port is a mistake, not a second worker.
                 ("grpc.so_reuseport", 0),
             ],
         )
-        self._add_services()
+        self._add_services(calls)
         try:
             with naming("--address", address):
                 port = self._add_port(address)
@@ -199,11 +223,9 @@ class Server:
             return self._grpc.add_insecure_port(str(address))
         return self._grpc.add_secure_port(str(address), server_credentials(self._security.tls))
 
-    def _interceptors(self) -> list[Any]:
+    def _interceptors(self, calls: CallInterceptor) -> list[Any]:
         """The outermost first."""
-        security = CallSecurity(self._security, self._info.name, self._prompts.text_of)
-        inner = [CallInterceptor(self.metrics, self._in_flight, frozenset(SERVICES), security)]
-        return inner if self._tracing is None else [self._tracing.outermost, *inner, self._tracing.innermost]
+        return [calls] if self._tracing is None else [self._tracing.outermost, calls, self._tracing.innermost]
 
     async def _serve_health_alone(self) -> None:
         if self.config.health_address:
@@ -220,30 +242,34 @@ class Server:
     def metrics_port(self) -> int:
         return self._metrics_endpoint.port
 
-    def _add_services(self) -> None:
+    def _add_services(self, calls: CallInterceptor) -> None:
         add_GenerationServiceServicer_to_server(
             GenerationService(
                 self.engine, self._prompts, self._store, self._info, self._binder, self.metrics.on_grounded
             ),
             self._grpc,
         )
-        add_SteeringServiceServicer_to_server(
-            SteeringService(self.engine, self._prompts, self._store, self._info), self._grpc
-        )
-        add_SparsityServiceServicer_to_server(
-            SparsityService(self.engine, self._prompts, self._store, self._info, self._binder, self._jobs), self._grpc
-        )
-        add_HeadServiceServicer_to_server(
-            HeadService(self.engine, self._prompts, self._store, self._info, self._jobs), self._grpc
-        )
+        steering = SteeringService(self.engine, self._prompts, self._store, self._info)
+        sparsity = SparsityService(self.engine, self._prompts, self._store, self._info, self._binder, self._jobs)
+        heads = HeadService(self.engine, self._prompts, self._store, self._info, self._jobs)
         uploads = UploadLimits(
             max_bytes=self.config.max_upload_bytes,
             max_concurrent_bytes=self.config.max_concurrent_upload_bytes,
             idle_seconds=self.config.upload_idle_seconds,
         )
+        add_SteeringServiceServicer_to_server(steering, self._grpc)
+        add_SparsityServiceServicer_to_server(sparsity, self._grpc)
+        add_HeadServiceServicer_to_server(heads, self._grpc)
         add_MonitoringServiceServicer_to_server(self._monitoring, self._grpc)
         add_ArtifactServiceServicer_to_server(ArtifactService(self._store, self._info, uploads), self._grpc)
         add_ModelServiceServicer_to_server(ModelService(self._info, self._prompts), self._grpc)
+        with_jobs = {
+            "patchclamp.v1.SteeringService": steering,
+            "patchclamp.v1.SparsityService": sparsity,
+            "patchclamp.v1.HeadService": heads,
+            "patchclamp.v1.MonitoringService": self._monitoring,
+        }
+        add_JobServiceServicer_to_server(JobService(self._detached, with_jobs, calls), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         add_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
 
@@ -266,6 +292,7 @@ class Server:
             await asyncio.wait_for(self._in_flight.idle(), self.config.drain_seconds)
         except TimeoutError:
             logger.warning("calls still ran after %g s and are cancelled", self.config.drain_seconds)
+            await self._detached.close()
             await self._grpc.stop(None)
         else:
             await self._grpc.stop(FLUSH_SECONDS)
