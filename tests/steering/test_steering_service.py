@@ -93,6 +93,7 @@ async def test_the_evidence_is_the_same_in_the_answer_and_on_the_artifact(live: 
         assert told.heldout_accuracy == pytest.approx(kept["heldout_accuracy"])
         assert told.random_accuracy == pytest.approx(kept["random_accuracy"])
         assert told.explained_variance == pytest.approx(kept["explained_variance"])
+        assert (told.midpoint, told.margin) == pytest.approx((kept["midpoint"], kept["margin"]))
     # The last token alone tells the sides apart.
     assert min(e.heldout_accuracy for e in result.layers) == 1.0
 

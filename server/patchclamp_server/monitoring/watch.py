@@ -1,7 +1,7 @@
 """What is watched: W items, of four kinds, as plain numbers, so that a watch is an artifact.
 
     neuron     a                            the activation at mlp_post
-    direction  h · v                        at a site of the residual width
+    direction  h · v, |v| = 1               at a site of the residual width
     feature    max(0, h · w + b), and 0 where that is not above the feature's jump
     head       the largest attention probability
 

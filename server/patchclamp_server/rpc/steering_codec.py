@@ -80,6 +80,8 @@ def encode_event(event: Progress | Result) -> pb.ExtractVectorsResponse:
             norm=e.norm,
             activation_norm=e.activation_norm,
             explained_variance=e.explained_variance,
+            midpoint=e.midpoint,
+            margin=e.margin,
         )
         for e in event.layers
     ]

@@ -7,6 +7,7 @@ from patchclamp.results.artifacts import (
     ExtractionProgress,
     ExtractionResult,
     LayerEvidence,
+    TokenProjections,
 )
 from patchclamp.results.comparison import (
     CompareCollector,
