@@ -72,6 +72,7 @@ from patchclamp.results.receipts import (
     EditReceipt,
     ReadoutValue,
     Receipt,
+    RequestWarning,
 )
 from patchclamp.results.sparsity import (
     CalibratedProfile,
@@ -137,6 +138,7 @@ __all__ = [
     "ReadoutValue",
     "Receipt",
     "ReferenceCollector",
+    "RequestWarning",
     "RetrievalHeads",
     "RunningWatch",
     "RunningWatches",
@@ -147,6 +149,7 @@ __all__ = [
     "SparsityReport",
     "SpeedCard",
     "Token",
+    "TokenProjections",
     "Tokenization",
     "Usage",
     "WatchStatistics",

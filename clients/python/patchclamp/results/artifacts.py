@@ -60,9 +60,7 @@ class TokenProjections(Record):
 
     @classmethod
     def from_proto(cls, message: steering_pb2.TokenProjections) -> "TokenProjections":
-        return cls(
-            message.tokens, message.mean, message.p05, message.p25, message.p50, message.p75, message.p95
-        )
+        return cls(message.tokens, message.mean, message.p05, message.p25, message.p50, message.p75, message.p95)
 
 
 @dataclass(frozen=True)
