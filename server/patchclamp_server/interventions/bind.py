@@ -215,9 +215,7 @@ class _Binder:
                 if not given:
                     raise InvalidArgument(f"{path}.projection.vectors", "at least one vector is needed")
                 each = [
-                    self.resolver.vectors(
-                        v, readout.site, layers, width, f"{path}.projection.vectors[{i}]", unit=True
-                    )
+                    self.resolver.vectors(v, readout.site, layers, width, f"{path}.projection.vectors[{i}]", unit=True)
                     for i, v in enumerate(given)
                 ]
                 vectors = {layer: torch.stack([payload[layer][0] for payload in each]) for layer in layers}
@@ -263,7 +261,7 @@ class _Binder:
             check_finite(condition.threshold, f"{path}.threshold")
             return condition.threshold
         if condition.cosine:
-            raise InvalidArgument(f"{path}.cosine", "a stored threshold is a projection; expected a threshold, or false")
+            raise InvalidArgument(f"{path}.cosine", "a stored threshold is a projection; expected false")
         return self.resolver.stored_threshold(
             condition.stored_threshold, condition.vector, condition.site, condition.layer, path
         )

@@ -183,8 +183,8 @@ EditKind = VectorKind | NeuronEdit | HeadEdit
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Projection h·v/|v| (or cosine) of an activation, compared with `threshold`, or with one that the artifact `vector`
-    carries."""
+    """Projection h·v/|v| (or cosine) of an activation, compared with `threshold`, or with one that the artifact of
+    the vector carries."""
 
     site: Site
     layer: int
