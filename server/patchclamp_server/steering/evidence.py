@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.steering.token_projections import TokenProjections
 
 RANDOM_DIRECTIONS = 32
 MIN_TRAINING_PAIRS = 2
@@ -22,6 +23,7 @@ class LayerEvidence:
     explained_variance: Σ (d_i · u)² / Σ ‖d_i‖² over the pair differences d_i, for the unit vector u.
     margin: (mean h⁺·u - mean h⁻·u) / pooled standard deviation within the sides; 0 when nothing varies.
     midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates.
+    positive_tokens, negative_tokens: h·u of single tokens of each side of the held-out pairs.
     """
 
     layer: int
@@ -32,6 +34,8 @@ class LayerEvidence:
     explained_variance: float
     margin: float
     midpoint: float
+    positive_tokens: TokenProjections | None = None
+    negative_tokens: TokenProjections | None = None
 
 
 @dataclass(frozen=True)

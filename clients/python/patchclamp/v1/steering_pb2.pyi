@@ -181,7 +181,7 @@ class ExtractionProgress(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """"activations", "directions" or "evidence"."""
+    """"activations", "directions", "tokens" or "evidence"."""
     done: _builtins.int
     total: _builtins.int
     def __init__(
@@ -260,7 +260,9 @@ class LayerEvidence(_message.Message):
     """Distance of the mean projections of the held-out sides in standard deviations within the sides."""
     @_builtins.property
     def positive_tokens(self) -> Global___TokenProjections:
-        """Projections of single tokens, which gates, abort conditions, readouts and watches see, of the held-out examples."""
+        """Projections of single tokens, which gates, abort conditions, readouts and watches see: of the held-out examples, at
+        most 64 of each side.
+        """
 
     @_builtins.property
     def negative_tokens(self) -> Global___TokenProjections: ...
