@@ -1,4 +1,4 @@
-"""What is served as asked but can hardly have been meant: in the receipt, and before the first token where it is known."""
+"""What is served as asked but can hardly have been meant: in the receipt, and before the first token where known."""
 
 import grpc
 import pytest
