@@ -1,6 +1,7 @@
 """Steering messages ↔ dataclasses of steering/job.py. What a request may not ask is refused here, by field path."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
@@ -16,6 +17,7 @@ from patchclamp_server.rpc.program_codec import decode_site
 from patchclamp_server.steering.evidence import training_pairs
 from patchclamp_server.steering.job import Extraction, Progress, Result, TokenPair
 from patchclamp_server.steering.registry import METHODS
+from patchclamp_server.steering.token_projections import TokenProjections
 
 MAX_PAIRS = 4096
 DEFAULT_HOLDOUT_FRACTION = 0.25
@@ -73,12 +75,21 @@ def encode_event(event: Progress | Result) -> pb.ExtractVectorsResponse:
             norm=e.norm,
             activation_norm=e.activation_norm,
             explained_variance=e.explained_variance,
+            midpoint=e.midpoint,
+            margin=e.margin,
+            positive_tokens=_encode_tokens(e.positive_tokens),
+            negative_tokens=_encode_tokens(e.negative_tokens),
         )
         for e in event.layers
     ]
     artifact = encode_artifact(event.artifact)
     result = pb.ExtractionResult(artifact=artifact, layers=layers, best_layer=event.best_layer)
     return pb.ExtractVectorsResponse(result=result)
+
+
+def _encode_tokens(found: TokenProjections | None) -> pb.TokenProjections | None:
+    """None for examples of one token, of which none is left."""
+    return pb.TokenProjections(**asdict(found)) if found is not None and found.tokens else None
 
 
 def _site(number: int, info: ModelInfo) -> Site:

@@ -1,9 +1,17 @@
-"""When: the projection (or cosine) of an activation on a unit vector, compared with a threshold."""
+"""When: the projection h·v/|v| (or the cosine) of an activation, compared with a threshold.
 
-from patchclamp.names import SITES, SiteName, value_of
+Values of read_projection and of watched directions are on the same scale: what was read there can be a threshold here.
+"""
+
+from typing import Literal
+
+from patchclamp.names import SITES, STORED_THRESHOLDS, SiteName, value_of
 from patchclamp.programs.scopes import Scope, scope_message
 from patchclamp.programs.vectors import VectorLike, vector
 from patchclamp.v1 import program_pb2 as pb
+
+# "midpoint": half-way between both sides of the pairs that a stored vector was extracted from, at this site and layer.
+Threshold = float | Literal["midpoint"]
 
 
 def when(
@@ -11,15 +19,17 @@ def when(
     *,
     layer: int,
     site: SiteName = "resid_post",
-    above: float | None = None,
-    below: float | None = None,
+    above: Threshold | None = None,
+    below: Threshold | None = None,
     cosine: bool = False,
     latched: bool = False,
     scope: Scope | None = None,
 ) -> pb.Gate:
     """Gate of an edit: open where the condition holds; latched: and at every later token of the sequence.
 
-    The condition's site must come before the edit's in the forward pass. Exactly one of `above` and `below`.
+    The condition's site must come before the edit's in the forward pass. Exactly one of `above` and `below`: a number,
+    or "midpoint" of the evidence of a stored vector. That is a threshold of pooled states, and a gate sees single
+    tokens: `positive_tokens` and `negative_tokens` of the evidence say where those lie.
     """
     return pb.Gate(condition=_condition(direction, layer, site, above, below, cosine, scope), latched=latched)
 
@@ -29,13 +39,13 @@ def abort_when(
     *,
     layer: int,
     site: SiteName = "resid_post",
-    above: float | None = None,
-    below: float | None = None,
+    above: Threshold | None = None,
+    below: Threshold | None = None,
     cosine: bool = False,
     scope: Scope | None = None,
     name: str = "",
 ) -> pb.AbortCondition:
-    """Ends the stream with ABORTED as soon as the condition holds. Exactly one of `above` and `below`."""
+    """Ends the stream with ABORTED as soon as the condition holds. Exactly one of `above` and `below`, as in when()."""
     return pb.AbortCondition(name=name, condition=_condition(direction, layer, site, above, below, cosine, scope))
 
 
@@ -43,8 +53,8 @@ def _condition(
     direction: VectorLike,
     layer: int,
     site: SiteName,
-    above: float | None,
-    below: float | None,
+    above: Threshold | None,
+    below: Threshold | None,
     cosine: bool,
     scope: Scope | None,
 ) -> pb.Condition:
@@ -54,12 +64,16 @@ def _condition(
         comparison, threshold = pb.COMPARISON_BELOW, below
     else:
         raise ValueError("give exactly one of above and below")
-    return pb.Condition(
+    condition = pb.Condition(
         site=value_of(SITES, site, "site"),
         layer=layer,
         vector=vector(direction),
         comparison=comparison,
-        threshold=threshold,
         cosine=cosine,
         scope=scope_message(scope),
     )
+    if isinstance(threshold, str):
+        condition.stored_threshold = value_of(STORED_THRESHOLDS, threshold, "threshold")
+    else:
+        condition.threshold = threshold
+    return condition

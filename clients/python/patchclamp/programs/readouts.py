@@ -21,7 +21,10 @@ class ReadoutOptions(TypedDict, total=False):
 def read_projection(
     directions: Iterable[VectorLike], *, site: SiteName = "resid_post", **options: Unpack[ReadoutOptions]
 ) -> pb.Readout:
-    """h·v for each vector."""
+    """h·v/|v| for each vector, on the scale of when(), abort_when() and watched directions.
+
+    Multiply by |v| for h·v: `norm` of the evidence of an extracted vector.
+    """
     if isinstance(directions, str):
         raise TypeError(f"expected several vectors: [{directions!r}]")
     kind = pb.ProjectionReadout(vectors=[vector(d) for d in directions])

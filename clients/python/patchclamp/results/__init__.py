@@ -7,6 +7,7 @@ from patchclamp.results.artifacts import (
     ExtractionProgress,
     ExtractionResult,
     LayerEvidence,
+    TokenProjections,
 )
 from patchclamp.results.comparison import (
     CompareCollector,
@@ -71,6 +72,7 @@ from patchclamp.results.receipts import (
     EditReceipt,
     ReadoutValue,
     Receipt,
+    RequestWarning,
 )
 from patchclamp.results.sparsity import (
     CalibratedProfile,
@@ -136,6 +138,7 @@ __all__ = [
     "ReadoutValue",
     "Receipt",
     "ReferenceCollector",
+    "RequestWarning",
     "RetrievalHeads",
     "RunningWatch",
     "RunningWatches",
@@ -146,6 +149,7 @@ __all__ = [
     "SparsityReport",
     "SpeedCard",
     "Token",
+    "TokenProjections",
     "Tokenization",
     "Usage",
     "WatchStatistics",

@@ -104,7 +104,7 @@ Global___WatchedNeurons: _TypeAlias = WatchedNeurons  # noqa: Y015
 
 @_typing.final
 class WatchedDirection(_message.Message):
-    """Value: h . v."""
+    """Value: h . v / |v|, on the scale of gates, abort conditions and readouts of the same vector."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
