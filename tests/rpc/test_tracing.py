@@ -269,7 +269,7 @@ def test_a_preemption_is_an_event_of_the_span_in_which_it_happened(
 def test_an_analysis_job_has_a_span_for_each_stage(channel: grpc.Channel, caller: Caller, collector: Collector):
     list(SteeringServiceStub(channel).ExtractVectors(extraction(), metadata=caller.metadata))
     call = collector.trace(caller.trace_id)
-    assert call.names == ["activations", "directions", "evidence"]
+    assert call.names == ["activations", "directions", "tokens", "evidence"]
     first, second, third = call.below
     assert first.start_time_unix_nano == call.span.start_time_unix_nano
     assert (first.end_time_unix_nano, second.end_time_unix_nano) == (

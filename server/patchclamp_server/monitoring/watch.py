@@ -111,7 +111,7 @@ def check_watch(watch: Watch, spec: DecoderSpec | ModelInfo) -> None:
             raise FailedPrecondition("watch", f"watches {name} {int(units.max())}; a layer of the model has {most}")
     if len(watch.sites) and watch.vectors.shape[1] != spec.d_model:
         raise FailedPrecondition("watch", f"has vectors of {watch.vectors.shape[1]}; the model has {spec.d_model}")
-    for row in watch.units[watch.kinds == ItemKind.DIRECTION].unique().tolist():
+    for row in sorted(set(watch.units[watch.kinds == ItemKind.DIRECTION].tolist())):
         length = float(watch.vectors[row].norm())
         if abs(length - 1.0) > UNIT_ROUNDING:
             message = f"has a direction of length {length:.4g}, where values are those on unit vectors: create it again"

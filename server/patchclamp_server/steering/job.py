@@ -113,9 +113,9 @@ async def extract(
     sides: tuple[Tokens, Tokens] = (defaultdict(list), defaultdict(list))
     done = 0
     async with aclosing(project(engine, info, examples, job.site, directions)) as projected:
-        async for found in projected:
-            for layer, values in found.items():
-                sides[done % 2][layer] += values
+        async for projections in projected:
+            for layer, tokens in projections.items():
+                sides[done % 2][layer] += tokens
             done += 1
             yield Progress("tokens", done, len(examples))
 
