@@ -30,10 +30,10 @@ def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path)
 
 
-def put(store: ArtifactStore, evidence: dict[str, Any]) -> str:
+def put(store: ArtifactStore, evidence: dict[str, Any], tags: tuple[str, ...] = ("v",)) -> str:
     tensors = {f"layer.{layer}": torch.arange(1.0, 1.0 + INFO.d_model) for layer in (0, 1)}
     fields: dict[str, Any] = {"model_fingerprint": INFO.fingerprint, "site": Site.RESID_POST, "evidence": evidence}
-    return store.put(ArtifactKind.VECTOR, tensors, tags=("v",), **fields).id
+    return store.put(ArtifactKind.VECTOR, tensors, tags=tags, **fields).id
 
 
 def decoded(*conditions: program_pb2.AbortCondition) -> Program:
@@ -58,11 +58,9 @@ def test_the_midpoint_is_that_of_the_layer(store: ArtifactStore, layer: int, mid
 
 
 def test_a_program_of_another_midpoint_has_another_fingerprint(store: ArtifactStore) -> None:
-    condition = abort_when("v", layer=0, above="midpoint")
-    put(store, CARD)
-    first = bind(decoded(condition), INFO, store).fingerprint
-    put(store, {"layers": [{"layer": 0, "midpoint": 1.0}]})
-    assert bind(decoded(condition), INFO, store).fingerprint != first
+    ids = put(store, CARD), put(store, {"layers": [{"layer": 0, "midpoint": 1.0}]}, tags=())
+    programs = [bind(decoded(abort_when(ref, layer=0, above="midpoint")), INFO, store) for ref in ids]
+    assert programs[0].fingerprint != programs[1].fingerprint
 
 
 @pytest.mark.parametrize(
