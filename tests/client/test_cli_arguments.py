@@ -92,7 +92,7 @@ def test_repeated_edits_get_distinct_names() -> None:
 
 def test_sampling_flags_reach_the_request_and_others_stay_unset() -> None:
     args = parse("generate", "hi", "--temperature", "0.7", "--stop", "a", "--stop", "b", "--logprobs", "0")
-    request = generate(prompt_of(args), generate_options(args))
+    request = generate(prompt_of(args), **generate_options(args))
     assert (request.prompt.text, request.sampling.temperature) == ("hi", 0.7)
     assert list(request.stop.strings) == ["a", "b"]
     assert request.HasField("logprobs")
@@ -103,7 +103,7 @@ def test_sampling_flags_reach_the_request_and_others_stay_unset() -> None:
 
 def test_a_system_turn_makes_the_prompt_a_chat() -> None:
     args = parse("generate", "hi", "--system", "be brief")
-    chat = generate(prompt_of(args), generate_options(args)).prompt.chat
+    chat = generate(prompt_of(args), **generate_options(args)).prompt.chat
     assert [(m.role, m.content) for m in chat.messages] == [("system", "be brief"), ("user", "hi")]
 
 

@@ -1,8 +1,9 @@
 """When: the projection (or cosine) of an activation on a unit vector, compared with a threshold."""
 
+from patchclamp.fields import build, build_as
 from patchclamp.names import SITES, SiteName, value_of
-from patchclamp.programs.scopes import Scope, scope_message
-from patchclamp.programs.vectors import VectorLike, vector
+from patchclamp.programs.scopes import ScopeLike, scope_message
+from patchclamp.programs.vectors import VectorLike, vector_of
 from patchclamp.v1 import program_pb2 as pb
 
 
@@ -15,13 +16,14 @@ def when(
     below: float | None = None,
     cosine: bool = False,
     latched: bool = False,
-    scope: Scope | None = None,
+    scope: ScopeLike | None = None,
 ) -> pb.Gate:
     """Gate of an edit: open where the condition holds; latched: and at every later token of the sequence.
 
     The condition's site must come before the edit's in the forward pass. Exactly one of `above` and `below`.
     """
-    return pb.Gate(condition=_condition(direction, layer, site, above, below, cosine, scope), latched=latched)
+    condition = _condition(direction, layer, site, above, below, cosine, scope)
+    return build(pb.Gate, condition=condition, latched=latched)
 
 
 def abort_when(
@@ -32,11 +34,12 @@ def abort_when(
     above: float | None = None,
     below: float | None = None,
     cosine: bool = False,
-    scope: Scope | None = None,
+    scope: ScopeLike | None = None,
     name: str = "",
 ) -> pb.AbortCondition:
     """Ends the stream with ABORTED as soon as the condition holds. Exactly one of `above` and `below`."""
-    return pb.AbortCondition(name=name, condition=_condition(direction, layer, site, above, below, cosine, scope))
+    condition = _condition(direction, layer, site, above, below, cosine, scope)
+    return build(pb.AbortCondition, name=name, condition=condition)
 
 
 def _condition(
@@ -46,18 +49,20 @@ def _condition(
     above: float | None,
     below: float | None,
     cosine: bool,
-    scope: Scope | None,
+    scope: ScopeLike | None,
 ) -> pb.Condition:
     if above is not None and below is None:
-        comparison, threshold = pb.COMPARISON_ABOVE, above
+        comparison, threshold, given = pb.COMPARISON_ABOVE, above, "above"
     elif below is not None and above is None:
-        comparison, threshold = pb.COMPARISON_BELOW, below
+        comparison, threshold, given = pb.COMPARISON_BELOW, below, "below"
     else:
         raise ValueError("give exactly one of above and below")
-    return pb.Condition(
+    return build_as(
+        {"threshold": given},
+        pb.Condition,
         site=value_of(SITES, site, "site"),
         layer=layer,
-        vector=vector(direction),
+        vector=vector_of(direction, "direction"),
         comparison=comparison,
         threshold=threshold,
         cosine=cosine,
