@@ -114,13 +114,13 @@ class CleanCorruptPair:
     clean_answer: str
     corrupt_answer: str
 
-    def message(self, field: str = "pair") -> head_pb2.CleanCorruptPair:
-        """`field`: what errors call the pair."""
+    def message(self, parent: str = "") -> head_pb2.CleanCorruptPair:
+        """`parent`: path of the pair in errors, with a dot after it."""
         return build_as(
-            {"clean_answer": f"{field}.clean_answer", "corrupt_answer": f"{field}.corrupt_answer"},
+            {name: parent + name for name in ("clean_answer", "corrupt_answer")},
             head_pb2.CleanCorruptPair,
-            clean=prompt(self.clean, field=f"{field}.clean"),
-            corrupt=prompt(self.corrupt, field=f"{field}.corrupt"),
+            clean=prompt(self.clean, field=f"{parent}clean"),
+            corrupt=prompt(self.corrupt, field=f"{parent}corrupt"),
             clean_answer=self.clean_answer,
             corrupt_answer=self.corrupt_answer,
         )

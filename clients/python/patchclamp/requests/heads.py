@@ -175,7 +175,7 @@ def find_circuit(
         head_pb2.FindCircuitRequest,
         model=model,
         method=value_of(CIRCUIT_METHODS, method, "method"),
-        pairs=[instance(p, CleanCorruptPair, f"pairs[{i}]", what).message(f"pairs[{i}]") for i, p in listed],
+        pairs=[instance(p, CleanCorruptPair, f"pairs[{i}]", what).message(f"pairs[{i}].") for i, p in listed],
         circuit_size=circuit_size,
         random_sets=random_sets,
         seed=seed,
