@@ -124,3 +124,9 @@ def test_no_option_type_is_missing_from_the_package() -> None:
         for each in functions_with_options().values()
     }
     assert used <= set(patchclamp.__all__)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_call_of_both_clients_is_described_by_one_text(method: str) -> None:
+    assert len(Client.__dict__[method].__doc__) > 5
+    assert AsyncClient.__dict__[method].__doc__ == Client.__dict__[method].__doc__

@@ -11,6 +11,7 @@ import grpc
 from patchclamp import requests
 from patchclamp.async_streams import AsyncCall, AsyncGenerateStream, AsyncSession, AsyncStream, drain
 from patchclamp.calls import Method, RequestT, ResponseT
+from patchclamp.client import Client
 from patchclamp.collectors import MessageT
 from patchclamp.connection import (
     DEFAULT_ADDRESS,
@@ -24,7 +25,7 @@ from patchclamp.connection import (
 from patchclamp.errors import PatchclampError
 from patchclamp.fields import build
 from patchclamp.heads import CleanCorruptPair, HeadsLike, NeedleTest
-from patchclamp.keywords import takes_options_of
+from patchclamp.keywords import described_by, takes_options_of
 from patchclamp.names import (
     ArtifactFormatName,
     ArtifactKindName,
@@ -108,6 +109,7 @@ from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
 
+@described_by(Client)
 class AsyncClient:
     """Calls to one server. Make it inside a running event loop; calls that stream are iterated, not awaited."""
 

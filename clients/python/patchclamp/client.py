@@ -167,7 +167,7 @@ class Client:
         timeout: float = float("inf"),
         **options: Unpack[GenerateOptions],
     ) -> Session:
-        """A generation whose named strengths can change between tokens; use it in a ``with`` block.
+        """A generation whose named strengths can change between tokens; use it in a (sync or async) ``with`` block.
 
         lockstep: generate only as many tokens as advance() has granted.
         """

@@ -1,4 +1,4 @@
-"""Keywords that a function passes on: none of them is dropped, and help() shows them all.
+"""What help() shows of a call: all keywords that it passes on, none of which is dropped, and one text for both clients.
 
 A function with ``**options: Unpack[SomeOptions]`` names the builder that reads them; SomeOptions tells type checkers
 what the builder's own keywords are, and a test holds both equal.
@@ -12,6 +12,7 @@ from inspect import Parameter, Signature
 from typing import Any, TypeVar, cast
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+ClassT = TypeVar("ClassT", bound=type)
 
 
 def takes_options_of(builder: Callable[..., object]) -> Callable[[FunctionT], FunctionT]:
@@ -39,6 +40,18 @@ def takes_options_of(builder: Callable[..., object]) -> Callable[[FunctionT], Fu
 
         checked.__signature__ = signature  # type: ignore[attr-defined]
         return cast(FunctionT, checked)
+
+    return decorate
+
+
+def described_by(described: type) -> Callable[[ClassT], ClassT]:
+    """Gives every method without a docstring the one that the method of the same name has in `described`."""
+
+    def decorate(kind: ClassT) -> ClassT:
+        for name, function in vars(kind).items():
+            if inspect.isfunction(function) and function.__doc__ is None:
+                function.__doc__ = getattr(getattr(described, name, None), "__doc__", None)
+        return kind
 
     return decorate
 
