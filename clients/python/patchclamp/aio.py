@@ -67,6 +67,7 @@ from patchclamp.results import (
     CreatedWatch,
     DetectionCollector,
     DetectionEvent,
+    Detokenization,
     DownloadCollector,
     EvaluationCollector,
     ExtractionEvent,
@@ -409,6 +410,17 @@ class AsyncClient:
     ) -> Tokenization:
         request = requests.tokenize(prompt, **options)
         return Tokenization.from_proto(await self._unary(self._models.Tokenize, request, timeout))
+
+    async def detokenize(
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Detokenization:
+        request = requests.detokenize(ids, skip_special_tokens, model)
+        return Detokenization.from_proto(await self._unary(self._models.Detokenize, request, timeout))
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:
         return health_status(await self._unary(self._health, build(HealthRequest, service=service), timeout))

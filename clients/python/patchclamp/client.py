@@ -66,6 +66,7 @@ from patchclamp.results import (
     CreatedWatch,
     DetectionCollector,
     DetectionEvent,
+    Detokenization,
     DownloadCollector,
     EvaluationCollector,
     ExtractionEvent,
@@ -455,6 +456,18 @@ class Client:
         """The prompt exactly as generate would render it."""
         request = requests.tokenize(prompt, **options)
         return Tokenization.from_proto(self._unary(self._models.Tokenize, request, timeout))
+
+    def detokenize(
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Detokenization:
+        """The text of token ids, of all together and of each; `text` without special tokens where that is asked for."""
+        request = requests.detokenize(ids, skip_special_tokens, model)
+        return Detokenization.from_proto(self._unary(self._models.Detokenize, request, timeout))
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """ "serving", "not_serving" or "unknown", by the standard health service."""

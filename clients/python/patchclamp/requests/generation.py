@@ -174,3 +174,7 @@ def tokenize(
 ) -> model_pb2.TokenizeRequest:
     form = prompt(source, messages=messages, continue_final_message=continue_final_message)
     return build(model_pb2.TokenizeRequest, model=model, prompt=form)
+
+
+def detokenize(ids: Sequence[int], skip_special_tokens: bool, model: str) -> model_pb2.DetokenizeRequest:
+    return build(model_pb2.DetokenizeRequest, ids=ids, skip_special_tokens=skip_special_tokens, model=model)

@@ -23,6 +23,7 @@ from patchclamp.results.generation import (
     GenerateResult,
     ScoreResult,
     Token,
+    TokenLogprob,
     Usage,
 )
 from patchclamp.results.grounding import (
@@ -51,6 +52,7 @@ from patchclamp.results.jobs import (
     Progress,
 )
 from patchclamp.results.models import (
+    Detokenization,
     Model,
     Tokenization,
 )
@@ -105,6 +107,7 @@ __all__ = [
     "CreatedWatch",
     "DetectionCollector",
     "DetectionEvent",
+    "Detokenization",
     "Divergence",
     "DownloadCollector",
     "EditReceipt",
@@ -146,6 +149,7 @@ __all__ = [
     "SparsityReport",
     "SpeedCard",
     "Token",
+    "TokenLogprob",
     "Tokenization",
     "Usage",
     "WatchStatistics",
