@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,12 +275,49 @@ def test_a_file_that_cannot_be_read_exits_with_2(capsys: pytest.CaptureFixture[s
     assert "missing.gguf" in capsys.readouterr().err
 
 
-def test_a_number_out_of_range_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "hi", "--top-k", "-1"]) == 2
-    assert "-1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "largest"),
+    [
+        ("--seed", "-1", 2**64 - 1),
+        ("--seed", str(2**64), 2**64 - 1),
+        ("--top-k", "-1", 2**31 - 1),
+        ("--max-tokens", str(2**31), 2**31 - 1),
+        ("--logprobs", "two", 2**31 - 1),
+    ],
+)
+def test_a_number_out_of_range_names_its_option_and_the_range(
+    option: str, value: str, largest: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", "hi", option, value])
+    assert exit_.value.code == 2
+    message = f"argument {option}: expected a whole number from 0 to {largest}, got {value!r}"
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "compare", "models", "health"])
+def options_below(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from options_below(below)
+        else:
+            yield action
+
+
+def test_every_whole_number_of_the_command_line_has_a_range() -> None:
+    actions = list(options_below(build_parser()))
+    assert len(actions) > 200
+    assert [action.option_strings for action in actions if action.type is int] == []
+
+
+def test_a_layer_beyond_all_numbers_is_the_fault_of_its_argument() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'v@99999999999:1': layers\[0\]: expected an int from 0"):
+        steer("v@99999999999:1")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"layers\[0\]: expected an int from 0"):
+        clamp("L99999999999N1=0")
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "compare", "tokenize", "detokenize", "models", "health"])
 def test_every_command_can_answer_in_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "-h"])

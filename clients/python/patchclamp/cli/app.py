@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from patchclamp.cli import compare, generate, heads, models, score, serving, sparsity, vectors, watch
-from patchclamp.cli.terminal import styled
+from patchclamp.cli import compare, generate, heads, models, score, serving, sparsity, tokens, vectors, watch
+from patchclamp.cli.terminal import escape_what_cannot_be_written, styled
 from patchclamp.errors import PatchclampError
 
 
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in serving.COMMANDS:
         return serving.run(arguments[0], arguments[1:])
+    escape_what_cannot_be_written()
     args = build_parser().parse_args(arguments)
     try:
         status: int = args.run(args)
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     sparsity.add_parser(commands)
     heads.add_parser(commands)
     watch.add_parser(commands)
+    tokens.add_parsers(commands)
     models.add_parsers(commands)
     return parser
 

@@ -1,9 +1,11 @@
 """patchclamp vectors extract"""
 
 import argparse
+import math
 from typing import cast
 
 from patchclamp.cli.files import json_lines
+from patchclamp.cli.numbers import seed
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import job_result, note, print_json, table
@@ -12,7 +14,9 @@ from patchclamp.requests import ExtractOptions, Messages, PromptLike
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = actions.add_parser("extract", parents=[connection_options()], help="find a vector from contrast pairs")
+    parser = actions.add_parser(
+        "extract", parents=[connection_options(timeout=math.inf)], help="find a vector from contrast pairs"
+    )
     parser.add_argument("name", help="tag to store it under")
     parser.add_argument(
         "--pairs",
@@ -26,7 +30,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
     parser.add_argument("--pooling", choices=POOLINGS)
     parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=seed)
     parser.add_argument("--description")
     parser.set_defaults(run=run)
 
@@ -44,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     options["tags"] = [args.name]
     with (
         connect(args) as client,
-        client.extract_vectors(args.pairs, args.method, **cast(ExtractOptions, options)) as stream,
+        client.extract_vectors(
+            args.pairs, args.method, timeout=args.timeout, **cast(ExtractOptions, options)
+        ) as stream,
     ):
         result = job_result(stream)
     if args.json:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import note, print_json
 from patchclamp.cli.watch.item_spec import ITEM_OPTIONS
@@ -17,7 +18,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     group = parser.add_argument_group("items", "each may be given several times; an item fires above its threshold")
     for option, read, metavar, text in ITEM_OPTIONS:
         group.add_argument(option, type=read, action="append", dest="items", default=[], metavar=metavar, help=text)
-    group.add_argument("--top", type=int, default=0, metavar="K", help="of every head set, the K best")
+    group.add_argument("--top", type=count, default=0, metavar="K", help="of every head set, the K best")
     group.add_argument(
         "--items",
         type=items_file,
