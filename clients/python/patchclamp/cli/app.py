@@ -13,9 +13,9 @@ from patchclamp.errors import PatchclampError
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    escape_what_cannot_be_written()
     if arguments and arguments[0] in serving.COMMANDS:
         return serving.run(arguments[0], arguments[1:])
-    escape_what_cannot_be_written()
     args = build_parser().parse_args(arguments)
     try:
         status: int = args.run(args)
