@@ -208,6 +208,12 @@ def test_a_watch_of_nothing_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("client")
+def test_the_best_heads_of_no_head_set_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", "create", "safety", "--heads", "L1H2", "--top", "3"]) == 2
+    assert "--top keeps the best heads of a head set, and none is watched" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("client")
 def test_start_sends_what_was_given(server: Monitoring) -> None:
     options = ["--sampling-rate", ".25", "--phases", "prompt", "generated", "--buckets", "-1", "1", "--reference", "r"]
     assert main(["watch", "start", "safety", "live", "--window-tokens", "64", *options]) == 0

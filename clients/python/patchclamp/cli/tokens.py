@@ -17,8 +17,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     detokenize = commands.add_parser("detokenize", parents=[connection_options()], help="the text of token ids")
     detokenize.add_argument("ids", type=count, nargs="+", metavar="ID")
-    detokenize.add_argument("--pieces", action="store_true", help="the text of each token instead of the whole")
-    detokenize.add_argument("--skip-special-tokens", action="store_true", help="leave them out of the whole text")
+    form = detokenize.add_mutually_exclusive_group()
+    form.add_argument("--pieces", action="store_true", help="the text of each token instead of the whole")
+    form.add_argument("--skip-special-tokens", action="store_true", help="leave them out of the whole text")
     detokenize.add_argument("--model", default="", help="default: the server's model")
     detokenize.set_defaults(run=run_detokenize)
 

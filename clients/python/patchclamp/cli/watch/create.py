@@ -43,9 +43,11 @@ def items_file(path: str) -> list[pb.WatchItem]:
 def run(args: argparse.Namespace) -> int:
     if not args.items:
         raise ValueError(f"nothing to watch: give {', '.join(option for option, *_ in ITEM_OPTIONS)} or --items")
-    for item in args.items:
-        if args.top and item.heads.heads.head_set:
-            item.heads.heads.top_k = args.top
+    head_sets = [item.heads.heads for item in args.items if item.heads.heads.head_set]
+    if args.top and not head_sets:
+        raise ValueError("--top keeps the best heads of a head set, and none is watched")
+    for selection in head_sets:
+        selection.top_k = args.top or selection.top_k
     with connect(args) as client:
         watch = client.create_watch(args.items, tags=[args.name], model=args.model, **given(args, "description"))
     if args.json:
