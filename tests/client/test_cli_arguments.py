@@ -218,7 +218,16 @@ def test_a_text_file_without_text_is_refused_by_name(tmp_path: Path, content: by
         text_file(str(file))
 
 
-@pytest.mark.parametrize("line", ["{", '{"positive": "a"}', '{"positive": 1, "negative": "b"}', "[]"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"positive": "a"}',
+        '{"positive": 1, "negative": "b"}',
+        '{"positive": [{"role": "user", "content": 5}], "negative": "b"}',
+        "[]",
+    ],
+)
 def test_a_malformed_pair_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(f'{{"positive": "a", "negative": "b"}}\n{line}\n')

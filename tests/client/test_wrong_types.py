@@ -26,7 +26,7 @@ from patchclamp.programs import (
     tokens,
     when,
 )
-from patchclamp.requests import generate
+from patchclamp.requests import advance, generate, set_strength
 from patchclamp.sparsity import QualityGuard, Sparsity, cats, fovea
 from patchclamp.v1 import program_pb2 as pb
 
@@ -174,6 +174,8 @@ def test_a_policy_in_place_of_a_profile_is_told_where_it_belongs() -> None:
         (lambda: clamp_neurons([1], layers=1, min="0"), "min: expected a number, got '0'"),
         (lambda: when("v", layer=1, below="0"), "below: expected a number, got '0'"),
         (lambda: read_projection("v", layers=1), "directions: expected several, each a vector, got 'v'"),
+        (lambda: advance(-1), "tokens: expected an int from 0"),
+        (lambda: set_strength("joy", "2"), "strength: expected a number, got '2'"),
         (lambda: last("4"), "k: expected an int, got '4'"),
         (lambda: tokens(5), "ids: expected several, each an int, got 5"),
         (

@@ -77,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
 def _side(value: object) -> PromptLike:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(set(turn) == {"role", "content"} for turn in value):
+    if isinstance(value, list) and value and all(map(_is_turn, value)):
         return cast(Messages, value)
     raise ValueError(value)
+
+
+def _is_turn(turn: dict[str, object]) -> bool:
+    return set(turn) == {"role", "content"} and all(isinstance(text, str) for text in turn.values())
