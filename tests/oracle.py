@@ -177,7 +177,7 @@ class _Pass:
             h, ids = rows[position], torch.tensor([], dtype=torch.long)
             if isinstance(readout.kind, ProjectionReadout):
                 vectors = [vector_at(v, layers, layer, self.artifacts) for v in readout.kind.vectors]
-                values = torch.stack([h.double() @ v for v in vectors])
+                values = torch.stack([h.double() @ v / v.norm() for v in vectors])
             elif isinstance(readout.kind, NeuronReadout):
                 ids = torch.tensor(readout.kind.neurons)
                 values = h[ids]

@@ -264,7 +264,7 @@ def test_a_projection_readout_is_taken_after_the_edits_of_its_site() -> None:
     readout = Readout(ProjectionReadout((probe,)), Site.RESID_POST, "probe", layers=(0,))
     result = run("llama", Program((replaced,), (readout,)), 1)
     assert replaced.kind.vector.values is not None
-    expected = float(replaced.kind.vector.values.sum())
+    expected = float(replaced.kind.vector.values.sum()) / 48**0.5
     assert [value.values[0] for value in result.readouts] == pytest.approx([expected] * len(PROMPT), rel=1e-5)
 
 

@@ -52,13 +52,13 @@ class Steps(Unobserved):
     def __init__(self) -> None:
         self.ended: list[tuple[float, int, int]] = []
 
-    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None:
-        self.ended.append((time.perf_counter(), prefill_tokens, decode_rows))
+    def on_step(self, *, seconds: float, rows: int, generated: int) -> None:
+        self.ended.append((time.perf_counter(), rows, generated))
 
     def full(self, rows: int) -> list[float]:
         """Seconds of the steps of `rows` decode rows alone that follow one of the same kind."""
         pairs = zip(self.ended, self.ended[1:], strict=False)
-        return [b[0] - a[0] for a, b in pairs if a[1:] == (0, rows) and b[1:] == (0, rows)]
+        return [b[0] - a[0] for a, b in pairs if a[1:] == (rows, rows) and b[1:] == (rows, rows)]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from patchclamp_server.addresses import Address
 from patchclamp_server.threads import configure_threads
 
 if TYPE_CHECKING:
@@ -64,14 +65,19 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--address",
         type=_address,
-        help="host:port; port 0 takes a free one (default: 127.0.0.1:50051)",
+        help="host:port, [IPv6]:port or unix:path; port 0 takes a free one (default: 127.0.0.1:50051)",
     )
-    _add(parser, "--metrics-address", type=_address, help="host:port of /metrics (default: 127.0.0.1:9464)")
+    _add(
+        parser,
+        "--metrics-address",
+        type=_tcp_address,
+        help="host:port of /metrics and /healthz (default: 127.0.0.1:9464)",
+    )
     _add(
         parser,
         "--health-address",
         type=_address,
-        help="host:port of the health service alone, without TLS, for probes that speak none (default: nowhere)",
+        help="address of the health service alone, without TLS, for probes that speak none (default: nowhere)",
     )
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=_one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
@@ -135,7 +141,7 @@ def serve(args: argparse.Namespace) -> int:
     _configure_process()
     from patchclamp_server.model.errors import ModelSourceError
     from patchclamp_server.model.progress import RichProgress
-    from patchclamp_server.rpc.server import EngineStopped, Server, check_files, load
+    from patchclamp_server.rpc.server import EngineStopped, Server, check_files, load, reserve
     from patchclamp_server.security.configuration import ConfigurationError
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
@@ -144,6 +150,8 @@ def serve(args: argparse.Namespace) -> int:
         _log_trace_ids()
     try:
         check_files(config)
+        # Before the model: whoever starts a second server need not wait for its weights to hear of the first.
+        reserved = reserve(config)
         with RichProgress() as progress:
             model = load(config, progress)
         server = Server(model, config)
@@ -154,7 +162,7 @@ def serve(args: argparse.Namespace) -> int:
             else:
                 print(f"serving on {address}, metrics on port {server.metrics_port}", flush=True)
 
-        asyncio.run(server.run(ready))
+        asyncio.run(server.run(ready, reserved))
     except (ConfigurationError, ModelSourceError, EngineStopped, OSError) as error:
         print(f"patchclamp serve: {error}", file=sys.stderr)
         return 1
@@ -260,9 +268,16 @@ def _positive(text: str) -> int:
 
 
 def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"expected host:port, got {text!r}")
+    try:
+        Address.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _tcp_address(text: str) -> str:
+    if Address.parse(_address(text)).path:
+        raise argparse.ArgumentTypeError(f"HTTP is served on host:port, got {text!r}")
     return text
 
 

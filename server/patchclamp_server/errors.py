@@ -29,6 +29,10 @@ class NotFound(RequestError):
     """A model, artifact or tag that does not exist. → NOT_FOUND."""
 
 
+class AlreadyExists(RequestError):
+    """A name that something else has. → ALREADY_EXISTS."""
+
+
 @dataclass(eq=False)
 class ResourceExhausted(RequestError):
     """The server is full for now. → RESOURCE_EXHAUSTED with RetryInfo."""

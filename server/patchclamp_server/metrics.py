@@ -3,27 +3,24 @@
 Counts kept by the engine itself are read at scrape time; latencies are observed where they happen.
 """
 
-import ssl
-from collections.abc import Callable, Iterator
-from threading import Thread
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from patchclamp_server.engine.admission import Reason
 from patchclamp_server.engine.config import EngineStats
 from patchclamp_server.engine.request import SparsityReport
+from patchclamp_server.intervention_metrics import InterventionMetrics
+from patchclamp_server.interventions.program import Edit, Receipt
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.monitoring.prometheus import WatchCollector
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.monitoring.running import RunningWatch
+from patchclamp_server.request_warnings import WarningCode
 from patchclamp_server.security.metrics import SecurityMetrics
-from patchclamp_server.security.tls_files import TlsFiles
 
-# After which a connection to /metrics that says nothing is closed.
-SILENCE_SECONDS = 10.0
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -43,8 +40,10 @@ STATS_GAUGES: dict[str, tuple[str, str]] = {
 }
 STATS_COUNTERS: dict[str, tuple[str, str]] = {
     "steps": ("patchclamp_steps", "Forward passes."),
-    "prefill_tokens": ("patchclamp_prefill_tokens", "Prompt tokens computed."),
+    "prefill_tokens": ("patchclamp_prefill_tokens", "Prompt tokens computed, each once."),
     "decode_tokens": ("patchclamp_decode_tokens", "Tokens generated."),
+    "scored_tokens": ("patchclamp_scored_tokens", "Tokens whose log-probability was asked for."),
+    "recomputed_tokens": ("patchclamp_recomputed_tokens", "Tokens computed again after a preemption."),
     "prefix_hit_tokens": ("patchclamp_prefix_cache_hit_tokens", "Prompt tokens reused from the prefix cache."),
     "preemptions": ("patchclamp_preemptions", "Sequences that lost their KV blocks and were computed again."),
     "failed_steps": ("patchclamp_failed_steps", "Forward passes that raised; their requests got an error."),
@@ -150,6 +149,8 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.interventions = InterventionMetrics(self.registry)
+
     def describe_model(self, info: ModelInfo) -> None:
         gauge = Gauge(
             "patchclamp_model_info",
@@ -167,10 +168,10 @@ class Metrics:
         """Both are read at every scrape, on the scraper's thread. `dropped`: events that readers did not get."""
         self.registry.register(WatchCollector(registry, dropped))
 
-    def on_step(self, *, seconds: float, prefill_tokens: int, decode_rows: int) -> None:
+    def on_step(self, *, seconds: float, rows: int, generated: int) -> None:
         self._step_seconds.observe(seconds)
-        self._batch_rows.observe(prefill_tokens + decode_rows)
-        self._decode_rows.observe(decode_rows)
+        self._batch_rows.observe(rows)
+        self._decode_rows.observe(generated)
 
     def on_first_token(self, seconds: float) -> None:
         self._first_token_seconds.observe(seconds)
@@ -204,6 +205,15 @@ class Metrics:
     def on_sparse_fallback(self, policy: str) -> None:
         self._fallbacks.labels(policy).inc()
 
+    def on_edited(self, edits: Sequence[Edit], receipt: Receipt | None) -> None:
+        self.interventions.count(edits, receipt)
+
+    def on_aborted(self) -> None:
+        self.interventions.aborted.inc()
+
+    def on_warning(self, code: WarningCode) -> None:
+        self.interventions.warnings.labels(code.value).inc()
+
 
 class EngineCollector(Collector):
     """The engine's own counts, as they are when Prometheus asks."""
@@ -224,35 +234,3 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(metric, text)
         for metric, text in STATS_COUNTERS.values():
             yield CounterMetricFamily(metric, text)
-
-
-class MetricsEndpoint:
-    """`/metrics` over HTTP, on a thread of its own."""
-
-    def __init__(self, metrics: Metrics, host: str, port: int, tls: TlsFiles | None = None) -> None:
-        """Port 0 takes a free one. Raises OSError when the port is taken."""
-        self._tls = tls
-        certificate, key = (None, None) if tls is None else (str(tls.certificate), str(tls.key))
-        served: tuple[WSGIServer, Thread] = start_http_server(
-            port, addr=host, registry=metrics.registry, certfile=certificate, keyfile=key
-        )
-        self._server, self._thread = served
-        # A connection that says nothing holds up no other: its handshake is left to its own thread, which gives up.
-        handler: type[WSGIRequestHandler] = self._server.RequestHandlerClass  # type: ignore[assignment]
-        self._server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SILENCE_SECONDS})
-        if isinstance(self._server.socket, ssl.SSLSocket):
-            self._server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined]
-
-    @property
-    def port(self) -> int:
-        return int(self._server.server_port)
-
-    def renew_certificate(self) -> None:
-        """Connections from now on get the certificate that is in the files."""
-        if self._tls is not None and isinstance(self._server.socket, ssl.SSLSocket):
-            self._server.socket.context.load_cert_chain(self._tls.certificate, self._tls.key)
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
+from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from patchclamp_server.interventions.program import Site
 
 VECTOR, NEURON_SET = ArtifactKind.VECTOR, ArtifactKind.NEURON_SET
@@ -304,14 +304,47 @@ def test_only_what_belongs_to_a_site_has_one(tmp_path: Path, kind: ArtifactKind)
     assert refusal.value.field == "site"
 
 
-def test_a_tag_can_be_used_in_place_of_the_id_and_moves(url: str) -> None:
+def test_a_tag_can_be_used_in_place_of_the_id_and_moves_where_that_is_asked_for(url: str) -> None:
     store = ArtifactStore(url)
     first, second = put_vector(store, 1.0, tags=["joy"]), put_vector(store, 2.0)
     assert store.get("joy").info.id == first.id
-    assert store.tag("joy", second.id).tags == ("joy",)
+    moved = store.tag("joy", second.id, replace_tag=True)
+    assert (moved.tags, moved.replaced) == (("joy",), {"joy": first.id})
     assert store.get("joy").info.id == second.id
     assert store.info(first.id).tags == ()
-    assert store.tag("happy", "joy").tags == ("happy", "joy")
+    again = store.tag("happy", "joy")
+    assert (again.tags, again.replaced) == (("happy", "joy"), {})
+
+
+def test_a_tag_that_names_another_artifact_is_not_taken_from_it(url: str) -> None:
+    store = ArtifactStore(url)
+    first, second = put_vector(store, 1.0, tags=["joy"]), put_vector(store, 2.0)
+    for take, path in (
+        (lambda: store.tag("joy", second.id), "tag"),
+        (lambda: put_vector(store, 3.0, tags=["new", "joy"]), "tags[1]"),
+        (lambda: store.check_tags(Tags(("joy",))), "tags[0]"),
+    ):
+        with pytest.raises(AlreadyExists, match=first.id) as refused:
+            take()
+        assert refused.value.field == path
+    assert store.info("joy").id == first.id
+    # Nothing of the refused put was stored.
+    assert {i.id for i in store.list()[0]} == {first.id, second.id}
+
+
+def test_the_artifact_that_a_put_replaces_is_told(url: str) -> None:
+    store = ArtifactStore(url)
+    first = put_vector(store, 1.0, tags=["joy"])
+    second = put_vector(store, 2.0, tags=Tags(("joy", "new"), replace=True))
+    assert (second.tags, second.replaced) == (("joy", "new"), {"joy": first.id})
+    # The same content under the same tag takes nothing from anybody.
+    assert put_vector(store, 2.0, tags=["joy"]).replaced == {}
+
+
+def test_a_tag_whose_object_a_crash_has_lost_is_free(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    object_file(tmp_path, put_vector(store, 1.0, tags=["joy"])).unlink()
+    assert put_vector(store, 2.0, tags=["joy"]).tags == ("joy",)
 
 
 def test_an_untagged_artifact_stays_and_its_tag_is_unknown(url: str) -> None:
@@ -347,11 +380,21 @@ def test_an_id_prefix_or_an_unknown_ref_is_no_artifact(tmp_path: Path) -> None:
             store.get(ref)
 
 
-def test_delete_by_tag_removes_the_artifact_and_every_tag_of_it(url: str) -> None:
+def test_an_artifact_is_not_deleted_by_one_of_several_tags(url: str) -> None:
+    store = ArtifactStore(url)
+    info = put_vector(store, tags=["a", "b"])
+    with pytest.raises(FailedPrecondition, match=f"also tagged 'b'.*{info.id}"):
+        store.delete("a")
+    assert store.info("a").tags == ("a", "b")
+    store.untag("b")
+    assert store.delete("a") == (info.id, ("a",))
+
+
+def test_delete_by_id_removes_the_artifact_and_every_tag_of_it(url: str) -> None:
     store = ArtifactStore(url)
     info, other = put_vector(store, tags=["a", "b"]), put_vector(store, 2.0, tags=["c"])
     store.get(info.id)
-    store.delete("a")
+    assert store.delete(info.id) == (info.id, ("a", "b"))
     for ref in (info.id, "a", "b"):
         with pytest.raises(NotFound):
             store.get(ref)
@@ -485,9 +528,9 @@ def test_threads_that_put_tag_list_and_delete_at_once_leave_a_consistent_store(t
     def work(worker: int) -> None:
         try:
             for i in range(8):
-                info = put_vector(store, float(i), tags=[f"tag-{i}"])
+                info = put_vector(store, float(i), tags=Tags((f"tag-{i}",), replace=True))
                 store.list()
-                store.tag(f"worker-{worker}", info.id)
+                store.tag(f"worker-{worker}", info.id, replace_tag=True)
                 if i % 4 == 3:
                     store.delete(info.id)
         except NotFound:
@@ -514,7 +557,7 @@ def test_threads_that_put_tag_list_and_delete_at_once_leave_a_consistent_store(t
 KILLED_AT_AN_EVENT = """
 import os, signal, sys, torch
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.artifacts.types import ArtifactKind, Tags
 from patchclamp_server.interventions.program import Site
 
 store = ArtifactStore(sys.argv[1])
@@ -526,18 +569,20 @@ def stop(event, arguments):
         signal.pause()
 
 sys.addaudithook(stop)
-store.put(ArtifactKind.VECTOR, {"layer.0": torch.ones(1000)}, model_fingerprint="m", site=Site.RESID_POST, tags=["new"])
+store.put(ArtifactKind.VECTOR, {"layer.0": torch.ones(1000)}, model_fingerprint="m", site=Site.RESID_POST,
+          tags=Tags(("new",), replace=True))
 """
 KILLED_IN_A_LOOP = """
 import itertools, os, sys, torch
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.artifacts.types import ArtifactKind, Tags
 from patchclamp_server.interventions.program import Site
 
 store = ArtifactStore(sys.argv[1])
 for i in itertools.count():
     tensors = {"layer.0": torch.full((50_000,), float(i))}
-    info = store.put(ArtifactKind.VECTOR, tensors, model_fingerprint="m", site=Site.RESID_POST, tags=["last"])
+    tags = Tags(("last",), replace=True)
+    info = store.put(ArtifactKind.VECTOR, tensors, model_fingerprint="m", site=Site.RESID_POST, tags=tags)
     os.write(1, (info.id + "\\n").encode())
 """
 

@@ -11,7 +11,7 @@ from live import LiveServer
 
 from patchclamp.cli import main
 from patchclamp.cli.terminal import quoted
-from patchclamp.programs import Program, add
+from patchclamp.programs import Program, add, when
 from patchclamp_server.model.load import load_model
 
 PUSH = [3.0 if i % 2 else -2.0 for i in range(32)]
@@ -58,6 +58,28 @@ def test_generate_prints_the_text_and_beside_it_the_receipt(program: str, capsys
     assert "push:" in printed.err
     assert "L0N3:" in printed.err
     assert [edit["name"] for edit in result["receipt"]["edits"]] == ["push", "L0N3"]
+
+
+def test_more_tokens_than_the_context_has_are_warned_of_once_before_the_text(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "hello", "--max-tokens", "9999", "--ignore-eos"]) == 0
+    printed = capsys.readouterr().err.splitlines()
+    assert "warning: stop.max_tokens: the context has room for 251 tokens after the prompt, not for 9999" in printed[0]
+    assert sum("warning" in line for line in printed) == 1
+
+
+def test_a_strength_beyond_all_measure_is_warned_of(program: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "hello", *SHORT, "--program", program]) == 0
+    assert "warning: program.edits[0]: edit 'push' changed activations by" in capsys.readouterr().err
+
+
+def test_a_gate_from_the_evidence_of_its_own_vector(pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    made = json_of(capsys, "vectors", "extract", "gating", "--pairs", pairs, "--layers", "0")
+    assert made["layers"][0]["positive_tokens"]["tokens"] > 0
+    file = tmp_path / "gated.json"
+    gate = when("gating", layer=0, above="midpoint")
+    file.write_text(Program([add(PUSH, layers=1, strength=1e-3, gate=gate)]).to_json())
+    result = json_of(capsys, "generate", "hello", *SHORT, "--program", str(file))
+    assert result["receipt"]["edits"][0]["gate_threshold"] == pytest.approx(made["layers"][0]["midpoint"])
 
 
 def test_generate_lists_logprobs_by_words_when_asked(capsys: pytest.CaptureFixture[str]):
@@ -139,7 +161,8 @@ def test_vectors_are_extracted_exported_and_put_back(pairs: str, tmp_path: Path,
 
 def test_vectors_are_listed_shown_tagged_and_removed(pairs: str, capsys: pytest.CaptureFixture[str]):
     assert main(["vectors", "extract", "one", "--pairs", pairs, "--method", "pca_of_differences"]) == 0
-    assert "held-out accuracy" in capsys.readouterr().out
+    header = capsys.readouterr().out.splitlines()[0]
+    assert all(column in header for column in ("held-out accuracy", "midpoint", "margin", "tokens of positives"))
     assert main(["vectors", "tag", "two", "one"]) == 0
     assert main(["vectors", "list"]) == 0
     assert "one,two" in capsys.readouterr().out

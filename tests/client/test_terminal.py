@@ -5,8 +5,13 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from patchclamp.cli.terminal import ProgressBar
+from patchclamp.cli.terminal import ProgressBar, styled
 from patchclamp.results import Progress
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
 
 
 class Terminal(io.StringIO):
@@ -42,8 +47,34 @@ def test_a_job_without_progress_prints_nothing() -> None:
     assert shown("a run") == ""
 
 
-def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = ProgressBar()
-    bar.show(Progress("needles", 1, 2))
-    bar.close()
-    assert capsys.readouterr().err == ""
+def lines(*events: object, quiet: bool = False) -> list[str]:
+    """What a stream that is no terminal gets."""
+    with redirect_stderr(io.StringIO()) as log:
+        bar = ProgressBar(quiet=quiet)
+        for event in events:
+            bar.show(event)
+        bar.close()
+    return log.getvalue().splitlines()
+
+
+def test_where_there_is_no_terminal_each_tenth_of_a_stage_is_a_line() -> None:
+    shown = lines(*(Progress("statistics", done, 40) for done in range(41)), Progress("budgets", 0, 2))
+    assert shown == [f"statistics {done}/40" for done in range(0, 41, 4)] + ["budgets 0/2"]
+
+
+def test_output_for_programs_has_no_lines_of_progress() -> None:
+    assert lines(Progress("statistics", 1, 2), quiet=True) == []
+
+
+@pytest.mark.parametrize("term", ["dumb", ""])
+def test_a_terminal_that_cannot_redraw_gets_lines_without_escapes(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+    assert shown(Progress("needles", 1, 2)) == "needles 1/2\n"
+    assert styled("text", "red", Terminal()) == "text"
+
+
+def test_a_terminal_is_coloured_unless_it_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert styled("text", "red", Terminal()) == "\033[31mtext\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert styled("text", "red", Terminal()) == "text"

@@ -172,7 +172,7 @@ def test_a_policy_in_place_of_a_profile_is_told_where_it_belongs() -> None:
         (lambda: add("v", layers=1, gate=pb.Readout()), "gate: expected a Gate, got a Readout"),
         (lambda: add("v", layers=1, strength=10**400), "strength: expected a number, got 1000"),
         (lambda: clamp_neurons([1], layers=1, min="0"), "min: expected a number, got '0'"),
-        (lambda: when("v", layer=1, below="0"), "below: expected a number, got '0'"),
+        (lambda: when("v", layer=1, below="0"), "below '0' is unknown; accepted: midpoint"),
         (lambda: read_projection("v", layers=1), "directions: expected several, each a vector, got 'v'"),
         (lambda: advance(-1), "tokens: expected an int from 0"),
         (lambda: set_strength("joy", "2"), "strength: expected a number, got '2'"),

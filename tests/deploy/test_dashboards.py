@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from deployed import DASHBOARDS, DEPLOY, Query, dashboard_queries, panels, program, resolved, rules
+from prometheus_client import CollectorRegistry
+
+from patchclamp_server.intervention_metrics import InterventionMetrics
 
 RECORDED = {rule["record"] for rule in rules("record")}
 # Units that Grafana knows, of those that we use.
@@ -79,6 +82,14 @@ def test_variables_are_filled_from_what_the_server_exports(path: Path, exported:
         if variable["type"] == "query":
             metric = variable["definition"].removeprefix("label_values(").partition(",")[0]
             assert metric in exported
+
+
+def test_every_metric_of_steering_is_on_the_dashboard_of_interventions():
+    registry = CollectorRegistry()
+    InterventionMetrics(registry)
+    [path] = [path for path in DASHBOARDS if path.stem == "interventions"]
+    asked = " ".join(target["expr"] for panel in panels(path) for target in panel.get("targets", ()))
+    assert {family.name for family in registry.collect() if family.name not in asked} == set()
 
 
 def test_promtool_parses_every_query(tmp_path: Path):

@@ -361,14 +361,39 @@ async def test_a_head_set_is_exported_whole(stub: Stub) -> None:
 
 async def test_tags_move_and_are_removed_and_delete_takes_them_along(stub: Stub) -> None:
     first, second = await upload(stub, vector_file(), tags=["a"]), await upload(stub, vector_file([3]))
-    moved = await stub.TagArtifact(pb.TagArtifactRequest(tag="a", ref=second.id))
+    moved = await stub.TagArtifact(pb.TagArtifactRequest(tag="a", ref=second.id, replace_tag=True))
     assert (moved.artifact.id, moved.artifact.tags) == (second.id, ["a"])
+    assert moved.artifact.replaced_tags == {"a": first.id}
     removed = await stub.TagArtifact(pb.TagArtifactRequest(tag="a"))
     assert (removed.artifact.id, removed.artifact.tags) == (second.id, [])
     await stub.TagArtifact(pb.TagArtifactRequest(tag="b", ref=first.id))
-    await stub.DeleteArtifact(pb.DeleteArtifactRequest(ref="b"))
+    deleted = await stub.DeleteArtifact(pb.DeleteArtifactRequest(ref="b"))
+    assert (deleted.id, deleted.tags) == (first.id, ["b"])
     left = await stub.ListArtifacts(pb.ListArtifactsRequest())
     assert [a.id for a in left.artifacts] == [second.id]
+
+
+async def test_a_taken_tag_is_refused_with_its_path_and_moves_when_asked(stub: Stub) -> None:
+    first, second = await upload(stub, vector_file(), tags=["a"]), await upload(stub, vector_file([3]))
+    for call, path in (
+        (upload(stub, vector_file([2]), tags=["b", "a"]), "header.tags[1]"),
+        (stub.TagArtifact(pb.TagArtifactRequest(tag="a", ref=second.id)), "tag"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+        assert caught.value.details().startswith(f"{path}: the tag 'a' names {first.id}")
+    third = await upload(stub, vector_file([2]), tags=["a"], replace_tags=True)
+    assert third.replaced_tags == {"a": first.id}
+
+
+async def test_an_artifact_of_two_tags_is_deleted_by_its_id(stub: Stub) -> None:
+    info = await upload(stub, vector_file(), tags=["a", "b"])
+    with pytest.raises(grpc.aio.AioRpcError, match="also tagged 'b'") as caught:
+        await stub.DeleteArtifact(pb.DeleteArtifactRequest(ref="a"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    deleted = await stub.DeleteArtifact(pb.DeleteArtifactRequest(ref=info.id))
+    assert deleted.tags == ["a", "b"]
 
 
 @pytest.mark.parametrize(

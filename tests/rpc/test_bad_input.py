@@ -7,8 +7,10 @@ from typing import Any
 
 import grpc
 import pytest
+from live import LiveServer
 from statuses import failure
 
+from patchclamp import Client, PatchclampError
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from patchclamp.v1 import program_pb2 as program
@@ -409,3 +411,13 @@ def test_an_oversized_message_is_refused_by_grpc_itself(channel: grpc.Channel):
     refused = refusal(lambda: generation_pb2_grpc.GenerationServiceStub(channel).Generate(bad))
     assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "larger than max" in refused.message
+
+
+def test_the_client_says_how_large_an_oversized_message_was_and_what_to_do(live_server: LiveServer):
+    with Client(live_server.address) as client, pytest.raises(PatchclampError) as caught:
+        client.tokenize("x" * (4 * 1024 * 1024 + 1))
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    assert caught.value.message == (
+        "the request has 4,194,315 bytes and the server takes 4,194,304 at once: "
+        "send it in parts, or serve with a larger --max-message-bytes"
+    )

@@ -39,6 +39,7 @@ def detail(status: grpc.Status, kind):
         (errors.InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT),
         (errors.FailedPrecondition, grpc.StatusCode.FAILED_PRECONDITION),
         (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+        (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
         (errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
         (errors.QuotaExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED),
         (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),

@@ -116,5 +116,5 @@ def test_labels_are_of_closed_sets(live_server: LiveServer, channel: grpc.Channe
         for label in sample.labels
     }
     described = {"name", "architecture", "fingerprint", "dtype", "device"}
-    closed = {"service", "method", "code", "outcome", "policy", "reason", "file", "tenant", "watch", "statistic", "le"}
-    assert labels <= closed | described
+    closed = {"service", "method", "code", "outcome", "policy", "reason", "kind", "file", "tenant", "watch"}
+    assert labels <= closed | described | {"statistic", "le"}

@@ -13,7 +13,6 @@ from patchclamp_server.cli import add_serve_arguments, config_from, main
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.rpc.server import check_files
 from patchclamp_server.security.configuration import ConfigurationError
-from patchclamp_server.security.security import is_loopback
 
 
 def parse(*arguments: str) -> ServerConfig:
@@ -53,16 +52,6 @@ def test_the_command_ends_before_the_model_is_loaded(
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     assert main(["--model", "/nowhere/model", "--tokens", "/nowhere/tokens"]) == 1
     assert capsys.readouterr().err == "patchclamp serve: cannot read /nowhere/tokens: No such file or directory\n"
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.3.2.1:0"])
-def test_loopback_stays_on_this_machine(address: str):
-    assert is_loopback(address)
-
-
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "10.0.0.1:0", "host:0", "localhost.example.org:0"])
-def test_other_addresses_do_not(address: str):
-    assert not is_loopback(address)
 
 
 def test_nothing_is_asked_of_a_caller_on_loopback_and_nothing_warned(

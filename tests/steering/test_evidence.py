@@ -51,6 +51,14 @@ def test_the_threshold_comes_from_the_training_pairs() -> None:
     assert layer_evidence(0, axis, training, heldout, seed=0).heldout_accuracy == 0.75
 
 
+def test_the_midpoint_is_on_the_scale_of_the_unit_direction() -> None:
+    training = Sides(torch.tensor([[4.0, 9.0], [6.0, 9.0]]), torch.tensor([[2.0, 9.0], [0.0, 9.0]]))
+    short, long = (
+        layer_evidence(0, length * torch.tensor([1.0, 0.0]), training, training, seed=0) for length in (0.1, 70.0)
+    )
+    assert short.midpoint == long.midpoint == (5 + 1) / 2
+
+
 def test_norms_and_explained_variance_are_what_they_say() -> None:
     training = Sides(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]))
     heldout = Sides(torch.tensor([[3.0, 4.0], [3.0, 4.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
@@ -76,7 +84,7 @@ def test_equal_held_out_sides_give_finite_evidence() -> None:
 
 def test_the_best_layer_has_the_best_accuracy_then_the_larger_margin() -> None:
     def at(layer: int, accuracy: float, margin: float) -> LayerEvidence:
-        return LayerEvidence(layer, accuracy, 0.5, 1.0, 1.0, 0.1, margin)
+        return LayerEvidence(layer, accuracy, 0.5, 1.0, 1.0, 0.1, margin, midpoint=0.0)
 
     assert best_layer([at(0, 0.9, 9.0), at(3, 1.0, 2.0), at(5, 1.0, 3.0), at(8, 0.8, 5.0)]) == 5
 

@@ -13,6 +13,7 @@ from steering_fixtures import Live
 from patchclamp.v1 import artifact_pb2, generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
+from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.artifacts.formats import safetensors
 from patchclamp_server.steering.job import TokenPair, pairs_digest
 from patchclamp_server.steering.registry import METHODS
@@ -55,9 +56,22 @@ async def test_progress_comes_in_stages_and_the_result_last(live: Live, method: 
     *progress, last = await events_of(live, request)
     seen = [(e.progress.stage, e.progress.done, e.progress.total) for e in progress]
     activations = [("activations", done, 16) for done in range(1, 17)]
-    assert seen == activations + [(stage, done, 2) for stage in ("directions", "evidence") for done in (1, 2)]
+    directions, evidence = ([(stage, done, 2) for done in (1, 2)] for stage in ("directions", "evidence"))
+    tokens = [("tokens", done, 4) for done in range(1, 5)]
+    assert seen == activations + directions + tokens + evidence
     assert [e.layer for e in last.result.layers] == [0, 1]
     assert last.result.artifact.provenance["method"] == method
+
+
+async def test_a_tag_that_is_taken_is_refused_before_the_work_and_replaced_when_asked(live: Live) -> None:
+    first = (await events_of(live, extraction(tags=["taken"])))[-1].result.artifact
+    refused = live.steering.ExtractVectors(extraction(layers=[1], tags=["taken"]))
+    # No progress comes before it.
+    with pytest.raises(grpc.aio.AioRpcError, match=f"the tag 'taken' names {first.id}") as error:
+        await anext(aiter(refused))
+    assert error.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    again = (await events_of(live, extraction(layers=[1], tags=["taken"], replace_tags=True)))[-1].result.artifact
+    assert dict(again.replaced_tags) == {"taken": first.id}
 
 
 async def test_the_stored_vector_can_be_downloaded_with_its_provenance(live: Live) -> None:
@@ -93,6 +107,7 @@ async def test_the_evidence_is_the_same_in_the_answer_and_on_the_artifact(live: 
         assert told.heldout_accuracy == pytest.approx(kept["heldout_accuracy"])
         assert told.random_accuracy == pytest.approx(kept["random_accuracy"])
         assert told.explained_variance == pytest.approx(kept["explained_variance"])
+        assert (told.midpoint, told.margin) == pytest.approx((kept["midpoint"], kept["margin"]))
     # The last token alone tells the sides apart.
     assert min(e.heldout_accuracy for e in result.layers) == 1.0
 
@@ -174,3 +189,34 @@ async def test_the_same_request_gives_the_same_vector(live: Live) -> None:
     norms = [torch.tensor([e.norm for e in result.layers]) for result in (first, second)]
     torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
     assert first.artifact.provenance == second.artifact.provenance
+
+
+async def test_the_projections_of_single_tokens_are_those_that_a_readout_gives(live: Live) -> None:
+    """Every pair has the same text, so that those of a side that are held out are known: any."""
+    request = extraction(pairs=0, layers=[1])
+    request.pairs.extend([pair("the lamp is on!", "no lamp is on?")] * 4)
+    result = (await events_of(live, request))[-1].result
+    stub = GenerationServiceStub(live.channel)
+    vector = program_pb2.Vector(artifact=result.artifact.id)
+    readout = program_pb2.Readout(
+        site=program_pb2.SITE_RESID_POST, layers=[1], projection=program_pb2.ProjectionReadout(vectors=[vector])
+    )
+    sides = (
+        ("the lamp is on!", result.layers[0].positive_tokens),
+        ("no lamp is on?", result.layers[0].negative_tokens),
+    )
+    for text, found in sides:
+        asked = generation_pb2.GenerateRequest(
+            prompt=generation_pb2.Prompt(text=text),
+            program=program_pb2.Program(readouts=[readout]),
+            stop=generation_pb2.StopConditions(max_tokens=0),
+        )
+        read = [v async for r in stub.Generate(asked) for v in r.prompt_readouts]
+        values = torch.tensor([v.values[0] for v in read if v.position > 0], dtype=torch.float64)
+        assert found.tokens == len(values)
+        assert found.mean == pytest.approx(float(values.mean()), rel=1e-4)
+        assert (found.p05, found.p50, found.p95) == pytest.approx(
+            tuple(values.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()), rel=1e-4
+        )
+    card = MessageToDict(result.artifact.evidence)["layers"][0]
+    assert card["positive_tokens"]["p95"] == pytest.approx(result.layers[0].positive_tokens.p95)

@@ -1,5 +1,6 @@
 """The one exception of the client: a gRPC status with its google.rpc details decoded."""
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from google.protobuf.message import DecodeError
 from patchclamp.standard_messages import CLASSES
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_TOO_LARGE = re.compile(r"(?:CLIENT: |SERVER: )?Received message larger than max \((\d+) vs\. (\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,18 @@ class PatchclampError(Exception):
         except DecodeError:
             # Not written by a Patchclamp server (a proxy, say): code and message still tell what happened.
             details = None
-        return cls(error.code().name, error.details() or "", details)
+        return cls(error.code().name, _explained(error.details() or ""), details)
+
+
+def _explained(message: str) -> str:
+    """What gRPC itself says of a request that is too large names no option of ours."""
+    if (match := _TOO_LARGE.match(message)) is None:
+        return message
+    size, limit = map(int, match.groups())
+    return (
+        f"the request has {size:,} bytes and the server takes {limit:,} at once: "
+        "send it in parts, or serve with a larger --max-message-bytes"
+    )
 
 
 def _decode(encoded: bytes) -> ErrorDetails:

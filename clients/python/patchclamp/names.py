@@ -34,6 +34,8 @@ def _table(enum: ProtoEnum[ValueT], prefix: str) -> dict[str, ValueT]:
 
 
 SITES = _table(program_pb2.Site, "SITE_")
+STORED_THRESHOLDS = _table(program_pb2.StoredThreshold, "STORED_THRESHOLD_")
+WARNING_CODES = _table(program_pb2.RequestWarningCode, "REQUEST_WARNING_CODE_")
 PHASES = _table(program_pb2.Phase, "PHASE_")
 PRIORITIES = _table(generation_pb2.Priority, "PRIORITY_")
 FINISH_REASONS = _table(generation_pb2.FinishReason, "FINISH_REASON_")

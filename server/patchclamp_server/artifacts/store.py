@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, width_of
-from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata
+from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
 from patchclamp_server.artifacts.validation import check_tag, checked_metadata
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound
+from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from patchclamp_server.interventions.program import Site
 
 log = logging.getLogger(__name__)
@@ -64,17 +65,18 @@ class ArtifactStore:
         description: str = "",
         provenance: Mapping[str, Any] | None = None,
         evidence: Mapping[str, Any] | None = None,
-        tags: Iterable[str] = (),
+        tags: Tags | Iterable[str] = (),
     ) -> ArtifactInfo:
         """Stores an artifact and points the tags at it. Equal content has one id and is stored once.
 
         InvalidArgument (field = the argument's name): content that tensors.py or validation.py refuses.
+        AlreadyExists: a tag names another artifact, and the tags do not say that it may be replaced.
         ResourceExhausted: no room.
         """
-        tags = tuple(tags)
-        for index, tag in enumerate(tags):
+        tags = tags if isinstance(tags, Tags) else Tags(tuple(tags))
+        for index, tag in enumerate(tags.names):
             check_tag(tag, f"tags[{index}]")
-        self.access.put(tags)
+        self.access.put(tags.names)
         metadata = checked_metadata(
             Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})
         )
@@ -82,12 +84,17 @@ class ArtifactStore:
         data = safetensors.dump(metadata, tensors)
         artifact_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
         with self._lock:
+            replaced = self._replaced(tags, artifact_id)
             contents = {} if self._is_intact(artifact_id) else {_object_path(artifact_id): data}
             # The object first: a crash in between leaves an object without a tag, not a tag without an object.
-            self._blobs.write_all(contents | {f"tags/{tag}": artifact_id.encode() for tag in tags})
+            self._blobs.write_all(contents | {f"tags/{tag}": artifact_id.encode() for tag in tags.names})
             self._damaged.discard(artifact_id)
-        self.access.changed("put", artifact_id, tags)
-        return self.info(artifact_id)
+        self.access.changed("put", artifact_id, tags.names)
+        return replace(self.info(artifact_id), replaced=replaced)
+
+    def check_tags(self, tags: Tags) -> None:
+        """Before the work for an artifact that is to have them. Raises AlreadyExists as `put` would for a new one."""
+        self._replaced(tags, "")
 
     def get(self, ref: str) -> Artifact:
         """The tensors of an id or tag, verified against the id. `info.tags` is empty: tags move, ask info() for them.
@@ -144,15 +151,17 @@ class ArtifactStore:
             page_bytes += size
         return page, ""
 
-    def tag(self, tag: str, ref: str) -> ArtifactInfo:
-        """Points a tag at the artifact of an id or another tag, wherever it pointed before."""
+    def tag(self, tag: str, ref: str, *, replace_tag: bool = False) -> ArtifactInfo:
+        """Points a tag at the artifact of an id or another tag. AlreadyExists: it names another one, and may not be
+        replaced."""
         check_tag(tag)
         self.access.tag(tag)
         with self._lock:
             artifact_id = self.info(ref).id
+            replaced = self._replaced(Tags((tag,), replace_tag), artifact_id, "tag")
             self._blobs.write(f"tags/{tag}", artifact_id.encode())
         self.access.changed("tag", artifact_id, (tag,))
-        return self.info(artifact_id)
+        return replace(self.info(artifact_id), replaced=replaced)
 
     def untag(self, tag: str) -> str:
         """Removes a tag and returns the id it held. The artifact stays. NotFound: no such tag."""
@@ -166,12 +175,21 @@ class ArtifactStore:
         self.access.changed("untag", artifact_id, (tag,))
         return artifact_id
 
-    def delete(self, ref: str) -> None:
-        """Removes an artifact, damaged or not, with all its tags. NotFound: no such artifact."""
+    def delete(self, ref: str) -> tuple[str, tuple[str, ...]]:
+        """Removes an artifact, damaged or not, with all its tags; returns its id and these.
+
+        NotFound: no such artifact. FailedPrecondition: it was named by one tag of several, so that the others would go
+        unnamed.
+        """
         with self._lock:
             artifact_id = self.resolve(ref)
             tags = self._tags_by_id()[artifact_id]
             self.access.delete(artifact_id, tags)
+            if ref != artifact_id and len(tags) > 1:
+                others = ", ".join(repr(tag) for tag in tags if tag != ref)
+                raise FailedPrecondition(
+                    "ref", f"{ref!r} is also tagged {others}: remove a tag, or delete all of it as {artifact_id}"
+                )
             # Tags first: a crash in between leaves an object without a tag, not a tag without an object.
             for tag in tags:
                 with suppress(FileNotFoundError):
@@ -185,6 +203,7 @@ class ArtifactStore:
                 self._headers.pop(artifact_id, None)
                 self._damaged.discard(artifact_id)
         self.access.changed("delete", artifact_id, tags)
+        return artifact_id, tags
 
     def resolve(self, ref: str) -> str:
         """The id of a reference: "sha256:" + 64 hex digits, or a tag. Prefixes of an id are not accepted."""
@@ -200,6 +219,23 @@ class ArtifactStore:
         if not ID.fullmatch(artifact_id):
             raise FailedPrecondition("ref", f"the stored tag {ref!r} is damaged; set it again")
         return artifact_id
+
+    def _replaced(self, tags: Tags, artifact_id: str, path: str = "tags[{}]") -> dict[str, str]:
+        """The tags that name another artifact than this, and the ids of those. AlreadyExists unless they may go."""
+        replaced = {}
+        for index, tag in enumerate(tags.names):
+            try:
+                held = self.resolve(tag)
+                self._blobs.stat(_object_path(held))
+            # A tag that is damaged, or whose object is gone, names nothing.
+            except (NotFound, FailedPrecondition, FileNotFoundError):
+                continue
+            if held != artifact_id:
+                replaced[tag] = held
+                if not tags.replace:
+                    message = f"the tag {tag!r} names {held}; ask to replace it, or choose another"
+                    raise AlreadyExists(path.format(index), message)
+        return replaced
 
     def _usable(self, ref: str) -> str:
         """The id of a reference that the caller may use."""

@@ -42,8 +42,21 @@ class Metadata:
 
 
 @dataclass(frozen=True)
+class Tags:
+    """Names to store an artifact under. `replace`: also those that name another artifact, which then loses them."""
+
+    names: tuple[str, ...] = ()
+    replace: bool = False
+
+
+NO_TAGS = Tags()
+
+
+@dataclass(frozen=True)
 class ArtifactInfo:
     """An artifact without its tensors. `created` is in seconds since the epoch.
+
+    `replaced`: the tags that this very call took from other artifacts, and the ids of those.
 
     `width`: of a vector; for a head set the heads of a layer, for the others 0. `layers`: none for a sparsity profile,
     a watch and a reference of one.
@@ -61,6 +74,7 @@ class ArtifactInfo:
     description: str
     provenance: dict[str, Any]
     evidence: dict[str, Any]
+    replaced: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def metadata(self) -> Metadata:

@@ -28,6 +28,8 @@ class Delivery:
     def __init__(self, live: LiveRequests, runner: Runner, context_length: int) -> None:
         self._live, self._runner = live, runner
         self._context_length = context_length
+        # Sampled, and given their log-probability, since the start.
+        self.generated_tokens = self.scored_tokens = 0
 
     def deliver(self, work: list[Work], result: StepResult, on_logits: OnLogits | None) -> None:
         self._sample_densely(result)
@@ -85,7 +87,7 @@ class Delivery:
                     sequence.output_or_fail().emit_readouts(sequence.request.on_event)
         for hit in outcome.aborts:
             where = f"condition {hit.name!r} held at position {hit.position}"
-            live.fail_id(hit.uid, Aborted("program.abort_when", where))
+            live.abort(hit.uid, Aborted("program.abort_when", where))
 
     def _drawn(self, result: StepResult) -> Iterator[Prediction]:
         """Predictions that tokens are sampled from. Others are scored, or compared with what they are a baseline of."""
@@ -98,6 +100,7 @@ class Delivery:
                 with live.concerning(sequence.leader):
                     sequence.leader.compare(prediction.position, result.logits[prediction.row])
             elif sequence.scores:
+                self.scored_tokens += 1
                 with live.concerning(sequence):
                     sequence.score(prediction.position, result.logits[prediction.row])
             elif sequence.request.stop.max_tokens > 0:
@@ -105,6 +108,7 @@ class Delivery:
 
     def _accept(self, sequence: Sequence, choice: Sampled) -> None:
         self._observe_token(sequence)
+        self.generated_tokens += 1
         with self._live.concerning(sequence):
             if (reason := sequence.accept(choice, self._context_length)) is not None:
                 self._live.finish(sequence, reason)

@@ -100,7 +100,7 @@ class Engine:
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="patchclamp-engine", daemon=True)
-        self._steps = self._prefill_tokens = self._decode_tokens = 0
+        self._steps = self._prefill_tokens = self._recomputed_tokens = 0
         self._failed_steps = 0  # in a row
         self._all_failed_steps = 0
         self._step_started: float | None = None
@@ -193,7 +193,9 @@ class Engine:
             kv_blocks_cached=self.cache.n_cached,
             steps=self._steps,
             prefill_tokens=self._prefill_tokens,
-            decode_tokens=self._decode_tokens,
+            decode_tokens=self.delivery.generated_tokens,
+            scored_tokens=self.delivery.scored_tokens,
+            recomputed_tokens=self._recomputed_tokens,
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             preemptions=self.scheduler.preemptions,
             failed_steps=self._all_failed_steps,
@@ -310,19 +312,21 @@ class Engine:
 
     def _run(self, work: list[Work]) -> None:
         started = time.monotonic()
+        # Before the step, which moves what has been reached.
+        prompt_tokens = sum(w.new_prompt_tokens for w in work)
+        recomputed = sum(w.recomputed_tokens for w in work)
         result = self.runner.run(work)
         for item, position in result.broken:
             self._break(item, position)
         self.scheduler.finish_step([w for w in work if w.sequence.id in self.live.sequences])
         self._steps += 1
-        decode_rows = sum(w.n for w in work if w.n == 1)
-        self._decode_tokens += decode_rows
-        prefill_tokens = sum(w.n for w in work if w.n > 1)
-        self._prefill_tokens += prefill_tokens
+        self._prefill_tokens += prompt_tokens
+        self._recomputed_tokens += recomputed
+        generated = self.delivery.generated_tokens
         self.delivery.deliver(work, result, self.on_logits)
-        self.observer.on_step(
-            seconds=time.monotonic() - started, prefill_tokens=prefill_tokens, decode_rows=decode_rows
-        )
+        generated = self.delivery.generated_tokens - generated
+        rows = sum(w.n for w in work)
+        self.observer.on_step(seconds=time.monotonic() - started, rows=rows, generated=generated)
 
     def _break(self, item: Work, position: int) -> None:
         """Fails a sequence whose activations overflowed, and cleans the blocks it wrote."""

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from patchclamp_server.engine.admission import Admission, Demand, Refusal
 from patchclamp_server.engine.config import EngineObserver, Unobserved
@@ -13,10 +14,22 @@ from patchclamp_server.engine.intake import Intake
 from patchclamp_server.engine.request import Failed, FinishReason, Request
 from patchclamp_server.engine.scheduler import Scheduler
 from patchclamp_server.engine.sequence import Sequence
-from patchclamp_server.errors import RequestError, ResourceExhausted, Unavailable
+from patchclamp_server.errors import (
+    Aborted,
+    Cancelled,
+    DeadlineExceeded,
+    RequestError,
+    ResourceExhausted,
+    Unavailable,
+)
+from patchclamp_server.interventions.program import Receipt
+from patchclamp_server.interventions.state import EMPTY_RECEIPT
 from patchclamp_server.interventions.tables import Tables
 
 log = logging.getLogger(__name__)
+
+# Errors that end a request for what it asked, or for who asked: its steps were as good as any.
+ENDED_BY_ITS_CLIENT = (Aborted, Cancelled, DeadlineExceeded)
 
 
 class LiveRequests:
@@ -129,12 +142,11 @@ class LiveRequests:
 
     def complete(self, sequence: Sequence, reason: FinishReason) -> None:
         with self.concerning(sequence):
-            receipt = None
-            if sequence.state is not None:
-                receipt = sequence.state.receipt(self._tables.read(sequence.state.loaded))
+            receipt = self._receipt(sequence)
             self._release(sequence)
             self._measure(sequence)
             sequence.emit_finished(reason, receipt)
+            self._observe_edits(sequence, receipt)
         if sequence.id in self.requests:
             self._leave(sequence, reason.value)
 
@@ -145,9 +157,18 @@ class LiveRequests:
             self.fail(sequence, error)
 
     def fail(self, sequence: Sequence, error: RequestError) -> None:
+        # What was counted in a step that failed is no evidence, and a lost device can no longer be asked.
+        receipt = self._receipt(sequence) if isinstance(error, ENDED_BY_ITS_CLIENT) else None
         self._release(sequence)
         _tell(sequence.request, sequence.failed(error))
+        self._observe_edits(sequence, receipt)
         self._leave(sequence, _outcome(error))
+
+    def abort(self, request_id: int, error: Aborted) -> None:
+        """Ends a request of which an abort condition held; nothing happens when it has ended."""
+        if request_id in self.sequences:
+            self.observer.on_aborted()
+            self.fail_id(request_id, error)
 
     def fail_all(self, error: RequestError) -> None:
         """Those too that have not been taken in."""
@@ -161,6 +182,21 @@ class LiveRequests:
             return
         _tell(request, Failed(error))
         self._forget(request_id, _outcome(error))
+
+    def _receipt(self, sequence: Sequence) -> Receipt:
+        """While it holds its rows of the tables."""
+        state = sequence.state
+        receipt = EMPTY_RECEIPT if state is None else state.receipt(self._tables.read(state.loaded))
+        return replace(receipt, warnings=(*sequence.request.warnings, *receipt.warnings))
+
+    def _observe_edits(self, sequence: Sequence, receipt: Receipt | None) -> None:
+        """Of what clients were served; the edits of analysis jobs are their own affair."""
+        if not sequence.is_served or sequence.admitted_at is None:
+            return
+        if sequence.state is not None and sequence.state.bound.edits:
+            self.observer.on_edited(sequence.state.bound.program.edits, receipt)
+        for warning in receipt.warnings if receipt is not None else ():
+            self.observer.on_warning(warning.code)
 
     def _measure(self, sequence: Sequence) -> None:
         """What admission learns from a request that has run to its end."""

@@ -10,6 +10,7 @@ from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import ReadoutValue, Receipt, Site
+from patchclamp_server.request_warnings import RequestWarning
 from patchclamp_server.sparsity.policy import Selector
 
 
@@ -111,6 +112,8 @@ class Request:
     sparsity: SparseInference | None = None
     # Whose share of the engine it takes: of the call in which it is made.
     caller: Caller = field(default_factory=CALLER.get)
+    # What was said of it before it ran; its receipt has them too.
+    warnings: tuple[RequestWarning, ...] = ()
     # True while its reader is behind: it gets no step then. Whoever ends that calls Engine.wake.
     held: Callable[[], bool] = _never
 

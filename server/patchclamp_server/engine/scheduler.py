@@ -28,6 +28,20 @@ class Work:
     sequence: Sequence
     n: int
 
+    @property
+    def new_prompt_tokens(self) -> int:
+        """Of them, tokens of a prompt that have not been computed before; a baseline beside its leader has none."""
+        sequence = self.sequence
+        if sequence.leader is not None:
+            return 0
+        end = min(sequence.computed + self.n, sequence.prompt_length)
+        return max(0, end - max(sequence.computed, sequence.reached))
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Of them, tokens that a preemption made to be computed again."""
+        return max(0, min(self.sequence.computed + self.n, self.sequence.reached) - self.sequence.computed)
+
 
 class Scheduler:
     """`expected_length`: tokens that a sequence is expected to have in the end. `is_late`: it need not start any more;
@@ -210,10 +224,10 @@ class Scheduler:
             sequence.state.counted = sequence.computed
         if sequence.admitted_at is None:
             sequence.admitted_at = time.monotonic()
+            sequence.cached = sequence.computed
             if sequence.leader is None:
                 self.started.append(sequence)
-            sequence.cached = sequence.computed
-            self.prefix_hit_tokens += sequence.computed
+                self.prefix_hit_tokens += sequence.computed
         if sequence.sparse is not None:
             sequence.sparse.begin()
         self.waiting.start(sequence)

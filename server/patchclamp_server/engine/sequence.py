@@ -29,7 +29,7 @@ from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.observers import CaptureState
 from patchclamp_server.interventions.program import Receipt
 from patchclamp_server.interventions.scopes import IntArray
-from patchclamp_server.interventions.state import EMPTY_RECEIPT, ProgramState
+from patchclamp_server.interventions.state import ProgramState
 
 
 class Status(Enum):
@@ -242,7 +242,7 @@ class Sequence:
         now = time.monotonic()
         return Failed(error, self.usage(now), self.timeline(now))
 
-    def emit_finished(self, reason: FinishReason, receipt: Receipt | None) -> None:
+    def emit_finished(self, reason: FinishReason, receipt: Receipt) -> None:
         now = time.monotonic()
         output = self.output_or_fail()
         output.flush(self.request.on_event)
@@ -252,7 +252,7 @@ class Sequence:
         self.request.on_event(
             Finished(
                 reason,
-                receipt or EMPTY_RECEIPT,
+                receipt,
                 self.usage(now),
                 self.seed,
                 output.stop_string,

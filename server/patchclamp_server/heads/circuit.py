@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchclamp_server.artifacts.types import NO_TAGS, Tags
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.heads.circuit_methods import CIRCUIT_METHODS
 from patchclamp_server.heads.circuit_runs import CleanCorruptPair, PairRuns, run_pair
@@ -42,7 +43,7 @@ class CircuitSearch:
     random_sets: int = 10
     seed: int = 0
     description: str = ""
-    tags: tuple[str, ...] = ()
+    tags: Tags = NO_TAGS
 
 
 @dataclass(frozen=True)

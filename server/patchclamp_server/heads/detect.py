@@ -10,7 +10,7 @@ from statistics import fmean
 from torch import Tensor
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
+from patchclamp_server.artifacts.types import NO_TAGS, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.engine.request import Event, Readouts
@@ -48,7 +48,7 @@ class Detection:
     threshold: float = DEFAULT_THRESHOLD
     stopping: StoppingRule | None = None
     description: str = ""
-    tags: tuple[str, ...] = ()
+    tags: Tags = NO_TAGS
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from patchclamp_server.artifacts.types import NO_TAGS, Tags
+
 RESAMPLES = 1000
 # Heads of which the evidence tells more.
 BEST = 10
@@ -35,7 +37,7 @@ class Scoring:
     seed: int = 0
     facts: tuple[Fact, ...] = ()
     description: str = ""
-    tags: tuple[str, ...] = ()
+    tags: Tags = NO_TAGS
 
 
 @dataclass(frozen=True)

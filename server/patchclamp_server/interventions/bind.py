@@ -215,9 +215,7 @@ class _Binder:
                 if not given:
                     raise InvalidArgument(f"{path}.projection.vectors", "at least one vector is needed")
                 each = [
-                    self.resolver.vectors(
-                        v, readout.site, layers, width, f"{path}.projection.vectors[{i}]", unit=v.unit
-                    )
+                    self.resolver.vectors(v, readout.site, layers, width, f"{path}.projection.vectors[{i}]", unit=True)
                     for i, v in enumerate(given)
                 ]
                 vectors = {layer: torch.stack([payload[layer][0] for payload in each]) for layer in layers}
@@ -245,7 +243,7 @@ class _Binder:
         width = self.resolver.width(condition.site, path)
         self.scope(condition.scope, f"{path}.scope")
         layers = self.resolver.layers((condition.layer,), False, path, field="layer")
-        check_finite(condition.threshold, f"{path}.threshold")
+        threshold = self.threshold(condition, path)
         unit = self.resolver.vectors(condition.vector, condition.site, layers, width, f"{path}.vector", unit=True)
         sign = 1.0 if condition.comparison is Comparison.ABOVE else -1.0
         return BoundCondition(
@@ -253,9 +251,19 @@ class _Binder:
             condition.layer,
             unit[condition.layer][0],
             sign,
-            condition.threshold,
+            threshold,
             condition.cosine,
             condition.scope,
+        )
+
+    def threshold(self, condition: Condition, path: str) -> float:
+        if condition.stored_threshold is None:
+            check_finite(condition.threshold, f"{path}.threshold")
+            return condition.threshold
+        if condition.cosine:
+            raise InvalidArgument(f"{path}.cosine", "a stored threshold is a projection; expected false")
+        return self.resolver.stored_threshold(
+            condition.stored_threshold, condition.vector, condition.site, condition.layer, path
         )
 
     def neuron_site(self, site: Site, path: str) -> None:

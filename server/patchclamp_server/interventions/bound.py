@@ -60,7 +60,8 @@ class BoundEdit:
 
 @dataclass(frozen=True, eq=False)
 class BoundReadout:
-    """`vectors[layer]` [n, width] for a projection; `ids` of neurons; `heads[layer]` of heads; `k` of the others."""
+    """`vectors[layer]` [n, width], each of length 1, of a projection; `ids` of neurons; `heads[layer]` of heads; `k` of
+    others."""
 
     name: str
     kind: type

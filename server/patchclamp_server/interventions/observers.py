@@ -59,7 +59,7 @@ class ReadoutOperator:
 
 
 class ProjectionOperator(ReadoutOperator):
-    """h · v for every vector of the row's readout."""
+    """h · u for every vector u of the row's readout; they were bound with unit length, as those of conditions are."""
 
     def __init__(self, layer: int, rows: Tensor, readings: list[Reading], owner: Tensor, vectors: Tensor) -> None:
         super().__init__(layer, rows, readings)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from patchclamp_server.request_warnings import RequestWarning
+
 
 class Site(Enum):
     """One activation of a block. The value is the name used in messages, docs and metrics.
@@ -57,6 +59,12 @@ class Phase(Enum):
 class Comparison(Enum):
     ABOVE = "above"
     BELOW = "below"
+
+
+class StoredThreshold(Enum):
+    """A threshold that a vector artifact carries. The value is its name in the evidence of a layer."""
+
+    MIDPOINT = "midpoint"
 
 
 @dataclass(frozen=True)
@@ -175,15 +183,17 @@ EditKind = VectorKind | NeuronEdit | HeadEdit
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Projection (or cosine) of an activation on a unit vector, compared with a threshold."""
+    """Projection h·v/|v| (or cosine) of an activation, compared with `threshold`, or with one that the artifact of
+    the vector carries."""
 
     site: Site
     layer: int
     vector: Vector
     comparison: Comparison
-    threshold: float
+    threshold: float = 0.0
     cosine: bool = False
     scope: Scope = field(default_factory=Scope)
+    stored_threshold: StoredThreshold | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +225,8 @@ class AbortCondition:
 
 @dataclass(frozen=True, eq=False)
 class ProjectionReadout:
+    """h·v/|v| for each vector, as conditions see it."""
+
     vectors: tuple[Vector, ...]
 
 
@@ -271,12 +283,14 @@ class EditReceipt:
     mean_relative_change: float
     gate_firings: int
     rows_from_cache: int
+    gate_threshold: float | None = None
 
 
 @dataclass(frozen=True)
 class Receipt:
     program_fingerprint: str
     edits: tuple[EditReceipt, ...]
+    warnings: tuple[RequestWarning, ...] = ()
 
     @property
     def touched(self) -> bool:

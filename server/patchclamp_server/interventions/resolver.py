@@ -9,7 +9,15 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
-from patchclamp_server.interventions.program import HeadEdit, LowRank, NeuronEdit, NeuronOp, Site, Vector
+from patchclamp_server.interventions.program import (
+    HeadEdit,
+    LowRank,
+    NeuronEdit,
+    NeuronOp,
+    Site,
+    StoredThreshold,
+    Vector,
+)
 from patchclamp_server.model.info import ModelInfo
 
 MAX_TOP_K = 128
@@ -103,6 +111,31 @@ class Resolver:
                 row = (row.double() / norm).float()
             bound[layer] = (row.contiguous(),)
         return bound
+
+    def stored_threshold(self, wanted: StoredThreshold, vector: Vector, site: Site, layer: int, path: str) -> float:
+        """The threshold that a vector artifact carries for a condition at this site and layer.
+
+        Raises InvalidArgument for a vector that is no artifact, FailedPrecondition for one that carries none.
+        """
+        where, name = f"{path}.stored_threshold", wanted.value
+        if vector.artifact is None:
+            raise InvalidArgument(where, f"expected a vector that is an artifact: numbers carry no {name}")
+        info = self.artifact(vector.artifact, ArtifactKind.VECTOR, f"{path}.vector.artifact").info
+        row = layer if vector.artifact_layer is None else vector.artifact_layer
+        if info.site is not site or row != layer:
+            stored_at = f"{info.site.value if info.site else 'no site'} of layer {row}"
+            message = f"the {name} of {vector.artifact} is one of {stored_at}, not of {site.value} of layer {layer}"
+            raise FailedPrecondition(where, message)
+        # The evidence of an uploaded artifact is whatever its file says.
+        cards = info.evidence.get("layers")
+        for card in cards if isinstance(cards, list) else ():
+            if isinstance(card, dict) and card.get("layer") == layer:
+                value = card.get(name)
+                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                    return float(value)
+        raise FailedPrecondition(
+            where, f"{vector.artifact} carries no {name} for layer {layer}; extract it again, or give a threshold"
+        )
 
     def low_rank(self, kind: LowRank, width: int, path: str) -> tuple[Tensor, ...]:
         rank = kind.bias.shape[0] if kind.bias.dim() == 1 else 0

@@ -12,6 +12,10 @@ from patchclamp_server.interventions.bound import BoundEdit, BoundProgram, Kind
 from patchclamp_server.interventions.program import EditReceipt, Program, Receipt, Scope, Site
 from patchclamp_server.interventions.scopes import BoolArray, IntArray, SequenceTokens, scope_mask, settled_mask
 from patchclamp_server.interventions.tables import LoadedProgram
+from patchclamp_server.request_warnings import RequestWarning, WarningCode
+
+# Of |delta| / |h|; taking everything away, as an ablation of all heads does, is 1 and its rounding.
+MOST_CHANGE = 1.001
 
 
 @dataclass(eq=False)
@@ -119,11 +123,24 @@ class ProgramState:
 
     def receipt(self, counts: np.ndarray) -> Receipt:
         """`counts` [n_edits, 2]: rows touched, and the sum of their relative changes."""
-        edits = []
-        for edit, (rows, change), cached in zip(self.bound.edits, counts.tolist(), self.rows_from_cache, strict=True):
+        edits, warnings = [], []
+        counted = zip(self.bound.edits, counts.tolist(), self.rows_from_cache, strict=True)
+        for i, (edit, (rows, total), cached) in enumerate(counted):
+            change = total / rows if rows else 0.0
             gated = int(rows) if edit.gate is not None else 0
-            edits.append(EditReceipt(edit.name, int(rows), change / rows if rows else 0.0, gated, cached))
-        return Receipt(self.bound.fingerprint, tuple(edits))
+            threshold = None if edit.gate is None else edit.gate.threshold
+            edits.append(EditReceipt(edit.name, int(rows), change, gated, cached, threshold))
+            if change > MOST_CHANGE:
+                warnings.append(_strong_edit(i, edit.name, change))
+        return Receipt(self.bound.fingerprint, tuple(edits), tuple(warnings))
+
+
+def _strong_edit(index: int, name: str, change: float) -> RequestWarning:
+    message = (
+        f"edit {name!r} changed activations by {change:.0%} of their norm on average, which is more than there was "
+        "to change; a lower strength leaves more of the text to the model"
+    )
+    return RequestWarning(WarningCode.STRONG_EDIT, f"program.edits[{index}]", message)
 
 
 def _stages(edits: tuple[BoundEdit, ...]) -> list[dict[int, int]]:

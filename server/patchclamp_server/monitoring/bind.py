@@ -125,8 +125,8 @@ class _Binder:
             layers = layers or artifact.info.layers
         site = self.site(site, path)
         layers = self.resolver.layers(layers, False, path)
-        vector = source.vector
-        rows = self.resolver.vectors(vector, site, layers, self.info.d_model, f"{path}.vector", unit=vector.unit)
+        # On the scale of gates and readouts, so that a value seen here can be a threshold there.
+        rows = self.resolver.vectors(source.vector, site, layers, self.info.d_model, f"{path}.vector", unit=True)
         return [_Found(f"L{layer}", ItemKind.DIRECTION, layer, site=site, vector=rows[layer][0]) for layer in layers]
 
     def features(self, source: WatchedFeatures, path: str) -> list[_Found]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind
+from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.interventions.resolver import Resolver
 from patchclamp_server.model.info import ModelInfo
@@ -38,9 +38,7 @@ def start_stored(registry: WatchRegistry, asked: WatchAsked, store: ArtifactStor
     return registry.start(artifact.info.id, watch, asked.options, Reference.from_tensors(found.tensors), found.info.id)
 
 
-def store_watch(
-    watch: Watch, store: ArtifactStore, info: ModelInfo, description: str, tags: tuple[str, ...]
-) -> ArtifactInfo:
+def store_watch(watch: Watch, store: ArtifactStore, info: ModelInfo, description: str, tags: Tags) -> ArtifactInfo:
     return store.put(
         ArtifactKind.WATCH,
         watch.tensors(),
@@ -58,7 +56,7 @@ def store_reference(
     store: ArtifactStore,
     info: ModelInfo,
     description: str,
-    tags: tuple[str, ...],
+    tags: Tags,
 ) -> ArtifactInfo:
     """What `running` saw in `tokens` tokens."""
     return store.put(

@@ -1,7 +1,7 @@
 """What is watched: W items, of four kinds, as plain numbers, so that a watch is an artifact.
 
     neuron     a                            the activation at mlp_post
-    direction  h · v                        at a site of the residual width
+    direction  h · v, |v| = 1               at a site of the residual width
     feature    max(0, h · w + b), and 0 where that is not above the feature's jump
     head       the largest attention probability
 
@@ -32,6 +32,8 @@ _HALF_DECADES = tuple(round(10 ** (exponent / 2), 4) for exponent in range(-4, 5
 DEFAULT_BUCKETS = (*(-bound for bound in reversed(_HALF_DECADES)), 0.0, *_HALF_DECADES)
 MAX_BUCKETS = 32
 DEFAULT_WINDOW_TOKENS = 4096
+# Of the length of a direction in float32.
+UNIT_ROUNDING = 1e-3
 MAX_WINDOW_TOKENS = MAX_REFERENCE_TOKENS = 2**24
 
 
@@ -109,6 +111,11 @@ def check_watch(watch: Watch, spec: DecoderSpec | ModelInfo) -> None:
             raise FailedPrecondition("watch", f"watches {name} {int(units.max())}; a layer of the model has {most}")
     if len(watch.sites) and watch.vectors.shape[1] != spec.d_model:
         raise FailedPrecondition("watch", f"has vectors of {watch.vectors.shape[1]}; the model has {spec.d_model}")
+    for row in watch.units[watch.kinds == ItemKind.DIRECTION].unique().tolist():
+        length = float(watch.vectors[row].norm())
+        if abs(length - 1.0) > UNIT_ROUNDING:
+            message = f"has a direction of length {length:.4g}, where values are those on unit vectors: create it again"
+            raise FailedPrecondition("watch", message)
     for site in watch.sites:
         if site not in spec.sites:
             raise FailedPrecondition("watch", f"watches {site.value}, which {spec.architecture} has not")

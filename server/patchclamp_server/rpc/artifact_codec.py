@@ -1,6 +1,6 @@
 """Artifacts between protobuf and dataclasses: kinds, formats, information, provenance."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf import json_format
@@ -10,10 +10,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import program_pb2
 from patchclamp_server.artifacts.formats import FORMATS, Format
-from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
+from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
+from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.rpc.checks import known
 from patchclamp_server.rpc.program_codec import SITE_NUMBERS
+
+MAX_DESCRIPTION_CHARACTERS = 10_000
 
 KINDS: dict[int, ArtifactKind] = {pb.ArtifactKind.Value(f"ARTIFACT_KIND_{k.name}"): k for k in ArtifactKind}
 KIND_NUMBERS: dict[ArtifactKind, "pb.ArtifactKind.ValueType"] = {
@@ -42,6 +45,25 @@ def decode_struct(struct: Struct, field: str) -> dict[str, Any]:
     return fields
 
 
+def decode_tags(names: Iterable[str], replace: bool) -> Tags:
+    """InvalidArgument with the path of the first that is no name."""
+    tags = Tags(tuple(names), replace)
+    for i, name in enumerate(tags.names):
+        check_tag(name, f"tags[{i}]")
+    return tags
+
+
+def decode_label(request: Any) -> tuple[str, Tags]:
+    """What a result is stored with: fields `description`, `tags` and `replace_tags` of the request."""
+    return decode_description(request.description, "description"), decode_tags(request.tags, request.replace_tags)
+
+
+def decode_description(text: str, field: str) -> str:
+    if len(text) > MAX_DESCRIPTION_CHARACTERS:
+        raise InvalidArgument(field, f"expected at most {MAX_DESCRIPTION_CHARACTERS} characters, got {len(text)}")
+    return text
+
+
 def encode_artifact(info: ArtifactInfo) -> pb.Artifact:
     created = Timestamp()
     created.FromNanoseconds(round(info.created * 1e9))
@@ -58,6 +80,7 @@ def encode_artifact(info: ArtifactInfo) -> pb.Artifact:
         description=info.description,
         provenance=_encode_struct(info.provenance),
         evidence=_encode_struct(info.evidence),
+        replaced_tags=info.replaced,
     )
 
 

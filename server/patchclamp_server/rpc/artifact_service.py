@@ -17,8 +17,8 @@ from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource
 from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
-from patchclamp_server.artifacts.types import LAYERED, ArtifactInfo, ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.artifacts.types import LAYERED, ArtifactInfo, ArtifactKind, Tags
+from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, RequestError
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.monitoring.watch import Watch, check_watch
@@ -89,15 +89,15 @@ class ArtifactService(ArtifactServiceServicer):
 
     async def TagArtifact(self, request: pb.TagArtifactRequest, context: Context) -> pb.TagArtifactResponse:
         if request.ref:
-            info = await asyncio.to_thread(self._store.tag, request.tag, request.ref)
+            info = await asyncio.to_thread(self._store.tag, request.tag, request.ref, replace_tag=request.replace_tag)
         else:
             untagged = await asyncio.to_thread(self._store.untag, request.tag)
             info = await asyncio.to_thread(self._store.info, untagged)
         return pb.TagArtifactResponse(artifact=encode_artifact(info))
 
     async def DeleteArtifact(self, request: pb.DeleteArtifactRequest, context: Context) -> pb.DeleteArtifactResponse:
-        await asyncio.to_thread(self._store.delete, request.ref)
-        return pb.DeleteArtifactResponse()
+        artifact_id, tags = await asyncio.to_thread(self._store.delete, request.ref)
+        return pb.DeleteArtifactResponse(id=artifact_id, tags=tags)
 
     def _store_upload(
         self, header: pb.UploadHeader, kind: ArtifactKind, site: Site | None, provenance: dict[str, Any], file: Decoded
@@ -132,10 +132,12 @@ class ArtifactService(ArtifactServiceServicer):
                 description=header.description or (own.description if own else ""),
                 provenance=provenance,
                 evidence=own.evidence if own else {},
-                tags=header.tags,
+                tags=Tags(tuple(header.tags), header.replace_tags),
             )
         except InvalidArgument as error:
             raise InvalidArgument(_upload_path(error), error.message) from error
+        except AlreadyExists as error:
+            raise AlreadyExists(f"header.{error.field}", error.message) from error
 
     def _encode(self, ref: str, layers: tuple[int, ...], file_format: Format) -> tuple[ArtifactInfo, bytes]:
         artifact = self._store.get(ref)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from patchclamp.v1 import generation_pb2 as pb
@@ -18,6 +18,7 @@ from patchclamp_server.heads.head_sets import select
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.request_warnings import RequestWarning, WarningCode
 from patchclamp_server.rpc.call_observer import OBSERVER
 from patchclamp_server.rpc.generation_codec import (
     decode_grounding,
@@ -46,6 +47,7 @@ class Prepared:
     sparsity: SparseInference | None
     grounding: Grounding | None
     prompts: PromptEncoder
+    warnings: tuple[RequestWarning, ...] = ()
 
     def grounded(self, program: BoundProgram) -> BoundProgram:
         """The program with what grounding reads, where it is asked for."""
@@ -63,6 +65,7 @@ class Prepared:
             piece=self.prompts.piece,
             token_readouts=token_readouts(self.program),
             grounded=grounded,
+            warnings=self.warnings,
         )
 
     def to_request(self, on_event: Callable[[Event], None], deadline: float | None, **changes: Any) -> Request:
@@ -77,6 +80,7 @@ class Prepared:
             "deadline": deadline,
             "roles": self.prompt.roles,
             "sparsity": self.sparsity,
+            "warnings": self.warnings,
         }
         return Request(**{**fields, **changes})
 
@@ -98,10 +102,14 @@ class Preparation:
         stop = decode_stop(proto.stop, self.model.vocab_size)
         priority = decode_priority(proto.priority)
         prompt = decode_prompt(proto.prompt, self.prompts)
+        # A prompt as long as the context still has a token after it.
+        room = max(1, self.model.context_length - len(prompt.ids))
+        warnings = _beyond_context(stop.max_tokens, room) if proto.stop.HasField("max_tokens") else ()
+        stop = replace(stop, max_tokens=min(stop.max_tokens, room))
         program = self.program(proto.program, prompt)
         sparsity = self.sparsity(proto.sparsity) if proto.HasField("sparsity") else None
         grounding = self.grounding(proto.grounding, program) if proto.HasField("grounding") else None
-        return Prepared(prompt, program, sampling, stop, priority, sparsity, grounding, self.prompts)
+        return Prepared(prompt, program, sampling, stop, priority, sparsity, grounding, self.prompts, warnings)
 
     def program(self, proto: program_pb2.Program, prompt: EncodedPrompt) -> BoundProgram:
         return bind(decode_program(proto), self.model, self._store, prompt_roles=prompt.roles)
@@ -111,6 +119,13 @@ class Preparation:
 
     def sparsity(self, proto: sparse_policy_pb2.Sparsity, *, guarded: bool = True) -> SparseInference:
         return decode_sparsity(proto, self._binder, guarded=guarded)
+
+
+def _beyond_context(max_tokens: int, room: int) -> tuple[RequestWarning, ...]:
+    if max_tokens <= room:
+        return ()
+    message = f"the context has room for {room} tokens after the prompt, not for {max_tokens}: generation ends there"
+    return (RequestWarning(WarningCode.BEYOND_CONTEXT, "stop.max_tokens", message),)
 
 
 def check_model(name: str, model: ModelInfo) -> None:

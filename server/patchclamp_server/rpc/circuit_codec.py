@@ -13,10 +13,10 @@ from patchclamp_server.heads.circuit_methods import CIRCUIT_METHODS
 from patchclamp_server.heads.circuit_runs import CleanCorruptPair
 from patchclamp_server.heads.scoring import Progress
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.artifact_codec import encode_artifact
+from patchclamp_server.rpc.artifact_codec import decode_label, encode_artifact
 from patchclamp_server.rpc.checks import count, known
 from patchclamp_server.rpc.generation_codec import decode_prompt
-from patchclamp_server.rpc.head_codec import decode_label, encode_head, encode_progress, encode_score
+from patchclamp_server.rpc.head_codec import encode_head, encode_progress, encode_score
 
 MAX_PAIRS = 1024
 # Of both runs of a pair: residual stream and outputs of heads, of every token at every layer.
@@ -60,7 +60,7 @@ def decode_circuit(request: pb.FindCircuitRequest, prompts: PromptEncoder, info:
         high=min(MAX_CIRCUIT_SIZE, n_heads),
     )
     random_sets = count(request.random_sets or DEFAULT_RANDOM_SETS, "random_sets", low=1, high=MAX_RANDOM_SETS)
-    description, tags = decode_label(request.description, request.tags)
+    description, tags = decode_label(request)
     if not 1 <= len(request.pairs) <= MAX_PAIRS:
         raise InvalidArgument("pairs", f"expected 1 to {MAX_PAIRS}, got {len(request.pairs)}")
     pairs = tuple(_pair(pair, prompts, info, f"pairs[{i}]") for i, pair in enumerate(request.pairs))

@@ -32,6 +32,7 @@ MAPPINGS: dict[type[errors.RequestError], Mapping] = {
     errors.InvalidArgument: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
     errors.FailedPrecondition: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "DOES_NOT_FIT_MODEL"),
     errors.NotFound: Mapping(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    errors.AlreadyExists: Mapping(grpc.StatusCode.ALREADY_EXISTS, "NAME_TAKEN"),
     errors.ResourceExhausted: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_FULL"),
     errors.QuotaExceeded: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     errors.Unauthenticated: Mapping(grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MISSING"),

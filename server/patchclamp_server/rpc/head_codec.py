@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from patchclamp.v1 import head_pb2 as pb
-from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import InvalidArgument, RequestError
 from patchclamp_server.heads.head_set_overlap import HeadSetOverlap
@@ -17,10 +16,9 @@ from patchclamp_server.heads.registry import SCORING_METHODS
 from patchclamp_server.heads.score_job import Result
 from patchclamp_server.heads.scoring import Fact, Progress, Scoring
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.artifact_codec import encode_artifact
+from patchclamp_server.rpc.artifact_codec import decode_label, encode_artifact
 from patchclamp_server.rpc.checks import chosen, count, known
 
-MAX_DESCRIPTION_CHARACTERS = 10_000
 MAX_NGRAM = 64
 MAX_SEQUENCE_TOKENS = 1024
 # Of all random sequences, before they repeat.
@@ -53,23 +51,13 @@ def decode_heads(proto: pb.HeadSelection, field: str) -> HeadSelection:
     return HeadSelection(head_set=proto.head_set, top_k=proto.top_k)
 
 
-def decode_label(description: str, tags: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """What a result is stored with."""
-    if len(description) > MAX_DESCRIPTION_CHARACTERS:
-        message = f"expected at most {MAX_DESCRIPTION_CHARACTERS} characters, got {len(description)}"
-        raise InvalidArgument("description", message)
-    for i, tag in enumerate(tags):
-        check_tag(tag, f"tags[{i}]")
-    return description, tuple(tags)
-
-
 def decode_scoring(request: pb.ScoreHeadsRequest, prompts: PromptEncoder, info: ModelInfo) -> Scoring:
     """A checked job. Tokenises the facts: call it in a thread."""
     method = known(request.method, METHOD_NAMES, "method", pb.HeadScoreMethod.keys()[1:])
     for field, methods in METHODS_WITH.items():
         if getattr(request, field) and method not in methods:
             raise InvalidArgument(field, f"is a parameter of {', '.join(methods)}; the method is {method}")
-    description, tags = decode_label(request.description, request.tags)
+    description, tags = decode_label(request)
     default = Scoring(method)
     tokens = count(
         request.sequence_tokens or default.sequence_tokens, "sequence_tokens", low=2, high=MAX_SEQUENCE_TOKENS

@@ -59,6 +59,7 @@ class HeadService(HeadServiceServicer):
     ) -> AsyncIterator[pb.DetectRetrievalHeadsResponse]:
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_detection, request, self._model)
+        await asyncio.to_thread(self._store.check_tags, job.tags)
         with _fields({"prompt": "test.lengths"}):
             async with aclosing(detect(self._engine, self._store, self._model, self._prompts, job)) as events:
                 async for event in events:
@@ -67,6 +68,7 @@ class HeadService(HeadServiceServicer):
     async def ScoreHeads(self, request: pb.ScoreHeadsRequest, context: Context) -> AsyncIterator[pb.ScoreHeadsResponse]:
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_scoring, request, self._prompts, self._model)
+        await asyncio.to_thread(self._store.check_tags, job.tags)
         with _fields({"prompt": "facts"}):
             scored = score_heads(self._engine, self._store, self._model, self._prompts, job)
             async with aclosing(scored if job.method in ENGINE_METHODS else self._jobs.follow(scored)) as events:
@@ -88,6 +90,7 @@ class HeadService(HeadServiceServicer):
     ) -> AsyncIterator[pb.FindCircuitResponse]:
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_circuit, request, self._prompts, self._model)
+        await asyncio.to_thread(self._store.check_tags, job.tags)
         found = find_circuit(self._engine.model.decoder, self._store, self._model, job)
         async with aclosing(self._jobs.follow(found)) as events:
             async for event in events:

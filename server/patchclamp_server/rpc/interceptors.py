@@ -125,6 +125,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         )
         return make(unary, None, handler.response_serializer)
 
+    async def answer_detached(self, method: Method, behaviour: Any, request: Any, context: Context) -> None:
+        """A call without a client, of a method that streams: it passes through all that others do."""
+        await self._answer(method, context, lambda received: write_all(behaviour, received(request), context))
+
     async def _answer(self, method: Method, context: Context, answer: Callable[[Received], Awaitable[Any]]) -> Any:
         with self._measured(method) as outcome:
             try:

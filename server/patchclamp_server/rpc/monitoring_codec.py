@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from patchclamp.v1 import monitoring_pb2 as pb
 from patchclamp.v1 import program_pb2
+from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.artifacts.watches import check_item_name
 from patchclamp_server.errors import InvalidArgument, NotFound
 from patchclamp_server.interventions.program import Phase
@@ -25,8 +26,9 @@ from patchclamp_server.monitoring.running import RunningWatch
 from patchclamp_server.monitoring.statistics import Statistics
 from patchclamp_server.monitoring.stored import WatchAsked
 from patchclamp_server.monitoring.watch import MAX_REFERENCE_TOKENS, Watch, WatchOptions
+from patchclamp_server.rpc.artifact_codec import decode_label
 from patchclamp_server.rpc.checks import chosen, count, distinct, finite, known, required
-from patchclamp_server.rpc.head_codec import decode_heads, decode_label
+from patchclamp_server.rpc.head_codec import decode_heads
 from patchclamp_server.rpc.program_codec import PHASES, decode_site, decode_vector
 from patchclamp_server.rpc.tensor_codec import decode_tensor
 
@@ -45,7 +47,7 @@ class Recorded:
     name: str
     tokens: int
     description: str
-    tags: tuple[str, ...]
+    tags: Tags
     use: bool
 
 
@@ -83,7 +85,7 @@ def decode_start(request: pb.StartWatchRequest) -> WatchAsked:
 
 
 def decode_recording(request: pb.RecordReferenceRequest) -> Recorded:
-    description, tags = decode_label(request.description, request.tags)
+    description, tags = decode_label(request)
     tokens = count(request.tokens, "tokens", high=MAX_REFERENCE_TOKENS)
     return Recorded(request.name, tokens, description, tags, request.use)
 

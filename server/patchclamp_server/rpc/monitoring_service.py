@@ -17,10 +17,9 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.reference import Reference
 from patchclamp_server.monitoring.stored import start_stored, store_reference, store_watch
-from patchclamp_server.rpc.artifact_codec import encode_artifact
+from patchclamp_server.rpc.artifact_codec import decode_label, encode_artifact
 from patchclamp_server.rpc.calls import check_model
 from patchclamp_server.rpc.generation_service import CLIENT_MESSAGE_BYTES
-from patchclamp_server.rpc.head_codec import decode_label
 from patchclamp_server.rpc.monitoring_codec import (
     decode_following,
     decode_item_names,
@@ -61,7 +60,7 @@ class MonitoringService(MonitoringServiceServicer):
 
     async def CreateWatch(self, request: pb.CreateWatchRequest, context: Context) -> pb.CreateWatchResponse:
         check_model(request.model, self._model)
-        description, tags = decode_label(request.description, request.tags)
+        description, tags = decode_label(request)
 
         def create() -> pb.CreateWatchResponse:
             items = decode_items(request.items)
@@ -106,6 +105,7 @@ class MonitoringService(MonitoringServiceServicer):
         self, request: pb.RecordReferenceRequest, context: Context
     ) -> AsyncIterator[pb.RecordReferenceResponse]:
         asked = decode_recording(request)
+        await asyncio.to_thread(self._store.check_tags, asked.tags)
         running = self._registry.get(asked.name)
         tokens = asked.tokens or running.options.window_tokens
         stream = RecordingStream(self._bridge_of_loop())

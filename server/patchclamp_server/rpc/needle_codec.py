@@ -11,9 +11,9 @@ from patchclamp_server.heads.retrieval import DEFAULT_THRESHOLD
 from patchclamp_server.heads.scoring import Progress
 from patchclamp_server.heads.stopping import StoppingRule
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.artifact_codec import encode_artifact
+from patchclamp_server.rpc.artifact_codec import decode_label, encode_artifact
 from patchclamp_server.rpc.checks import count, distinct, finite, known, required
-from patchclamp_server.rpc.head_codec import decode_heads, decode_label, encode_head, encode_progress, encode_score
+from patchclamp_server.rpc.head_codec import decode_heads, encode_head, encode_progress, encode_score
 
 MAX_HAYSTACKS = 64
 MAX_NEEDLES = 1024
@@ -32,7 +32,7 @@ def decode_detection(request: pb.DetectRetrievalHeadsRequest, info: ModelInfo) -
     if not 0.0 < threshold <= 1.0:
         raise InvalidArgument("threshold", f"expected a number above 0 and at most 1, got {threshold:g}")
     stopping = _stopping(request.stopping, info) if request.HasField("stopping") else None
-    description, tags = decode_label(request.description, request.tags)
+    description, tags = decode_label(request)
     test, _ = _needle_test(request.test, info)
     return Detection(test, threshold, stopping, description, tags)
 

@@ -43,10 +43,12 @@ from patchclamp_server.interventions.program import (
     Scope,
     SetProjection,
     Site,
+    StoredThreshold,
     TokenSelector,
     TopNeuronsReadout,
     Vector,
 )
+from patchclamp_server.request_warnings import RequestWarning, WarningCode
 from patchclamp_server.rpc.checks import chosen, count, distinct, distinct_names, finite, known, required
 from patchclamp_server.rpc.tensor_codec import decode_tensor
 
@@ -57,6 +59,9 @@ COMPARISONS: dict[int, Comparison] = {
     pb.COMPARISON_ABOVE: Comparison.ABOVE,
     pb.COMPARISON_BELOW: Comparison.BELOW,
 }
+
+STORED_THRESHOLDS: dict[int, StoredThreshold] = {pb.STORED_THRESHOLD_MIDPOINT: StoredThreshold.MIDPOINT}
+WARNING_CODES = {code: pb.RequestWarningCode.Value(f"REQUEST_WARNING_CODE_{code.name}") for code in WarningCode}
 
 
 def decode_program(proto: pb.Program, field: str = "program") -> Program:
@@ -230,6 +235,13 @@ def _condition_in(proto: Any, field: str) -> Condition:
 
 
 def _condition(proto: pb.Condition, field: str) -> Condition:
+    stored = None
+    if proto.stored_threshold != pb.STORED_THRESHOLD_UNSPECIFIED:
+        where = f"{field}.stored_threshold"
+        stored = known(proto.stored_threshold, STORED_THRESHOLDS, where, pb.StoredThreshold.keys()[1:])
+        if proto.threshold:
+            message = "threshold is given as well; expected one of threshold, stored_threshold"
+            raise InvalidArgument(where, message)
     return Condition(
         site=decode_site(proto.site, f"{field}.site"),
         layer=proto.layer,
@@ -238,6 +250,7 @@ def _condition(proto: pb.Condition, field: str) -> Condition:
         threshold=finite(proto.threshold, f"{field}.threshold"),
         cosine=proto.cosine,
         scope=_scope(proto.scope, f"{field}.scope"),
+        stored_threshold=stored,
     )
 
 
@@ -305,7 +318,13 @@ def encode_receipt(receipt: Receipt) -> pb.Receipt:
                 mean_relative_change=e.mean_relative_change,
                 gate_firings=e.gate_firings,
                 rows_from_cache=e.rows_from_cache,
+                gate_threshold=e.gate_threshold,
             )
             for e in receipt.edits
         ],
+        warnings=[encode_warning(w) for w in receipt.warnings],
     )
+
+
+def encode_warning(warning: RequestWarning) -> pb.RequestWarning:
+    return pb.RequestWarning(code=WARNING_CODES[warning.code], field=warning.field, message=warning.message)

@@ -1,14 +1,15 @@
 """Engine events → GenerateResponse messages, as few as fit."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2
 from patchclamp_server.engine.request import Event, Failed, Finished, Readouts, Text, Token
 from patchclamp_server.heads.grounding import GroundedTokens
 from patchclamp_server.interventions.program import ReadoutValue
+from patchclamp_server.request_warnings import RequestWarning
 from patchclamp_server.rpc.generation_codec import encode_finished, encode_grounding, encode_source, encode_token
-from patchclamp_server.rpc.program_codec import encode_readout_value
+from patchclamp_server.rpc.program_codec import encode_readout_value, encode_warning
 
 # A response is closed once it is this large: clients refuse messages above 4 MiB by default.
 RESPONSE_BYTES = 1 << 20
@@ -22,8 +23,8 @@ class ResponseBuilder:
     The readouts at a token come out of the forward pass over it, one step after the token was chosen. With
     `wait_for_readouts` a token waits for them (its text does not), so that both arrive together. Without it, as in a
     lockstep session where that step needs the client's next Advance, they ride on the next token; every value names
-    its own position. With `grounded`, tokens carry their sources, which are known before they are. `piece` is the text
-    of a token; the values of `token_readouts` get it for their ids.
+    its own position. With `grounded`, tokens carry their sources, which are known before they are. `warnings` go with
+    the first response. `piece` is the text of a token; the values of `token_readouts` get it for their ids.
     """
 
     def __init__(
@@ -34,13 +35,14 @@ class ResponseBuilder:
         piece: Callable[[int], str],
         token_readouts: frozenset[str] = frozenset(),
         grounded: GroundedTokens | None = None,
+        warnings: Sequence[RequestWarning] = (),
     ) -> None:
         self._prompt_tokens = prompt_tokens
         self._wait = wait_for_readouts
         self._piece = piece
         self._token_readouts = token_readouts
         self._grounded = grounded
-        self._response = pb.GenerateResponse()
+        self._response = pb.GenerateResponse(warnings=[encode_warning(w) for w in warnings])
         self._bytes = 0
         self._held: pb.GeneratedToken | None = None
         self._late: list[program_pb2.ReadoutValue] = []  # values whose token is already on its way

@@ -11,23 +11,33 @@ import grpc
 import torch
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
-from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, model_pb2, monitoring_pb2, sparsity_pb2, steering_pb2
+from patchclamp.v1 import (
+    artifact_pb2,
+    generation_pb2,
+    head_pb2,
+    job_pb2,
+    model_pb2,
+    monitoring_pb2,
+    sparsity_pb2,
+    steering_pb2,
+)
 from patchclamp.v1.artifact_pb2_grpc import add_ArtifactServiceServicer_to_server
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
+from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 from patchclamp.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server
+from patchclamp_server.addresses import Address, Reservation, naming
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import RequestError
-from patchclamp_server.metrics import Metrics, MetricsEndpoint
+from patchclamp_server.metrics import Metrics
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import Progress
@@ -36,13 +46,17 @@ from patchclamp_server.monitoring.watch import WatchOptions
 from patchclamp_server.rpc.artifact_service import ArtifactService
 from patchclamp_server.rpc.call_security import CallSecurity
 from patchclamp_server.rpc.credentials import server_credentials
+from patchclamp_server.rpc.detached_jobs import DetachedJobs
 from patchclamp_server.rpc.exclusive import ExclusiveJobs
 from patchclamp_server.rpc.generation_service import GenerationService
 from patchclamp_server.rpc.head_service import HeadService
 from patchclamp_server.rpc.health_endpoint import HealthEndpoint
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
+from patchclamp_server.rpc.job_service import JobService
+from patchclamp_server.rpc.metrics_endpoint import MetricsEndpoint
 from patchclamp_server.rpc.model_service import ModelService
 from patchclamp_server.rpc.monitoring_service import MonitoringService
+from patchclamp_server.rpc.reflection import add_reflection
 from patchclamp_server.rpc.sparsity_service import SparsityService
 from patchclamp_server.rpc.steering_service import SteeringService
 from patchclamp_server.rpc.upload_space import UploadLimits
@@ -51,7 +65,6 @@ from patchclamp_server.security.access import CallersAccess
 from patchclamp_server.security.configuration import ConfigurationError
 from patchclamp_server.security.metrics import SecurityMetrics
 from patchclamp_server.security.security import Security
-from patchclamp_server.security.tls_files import TlsFiles
 from patchclamp_server.sparsity.binder import Binder
 
 if TYPE_CHECKING:
@@ -61,7 +74,16 @@ logger = logging.getLogger(__name__)
 
 SERVICES: tuple[str, ...] = tuple(
     service.full_name
-    for module in (generation_pb2, steering_pb2, sparsity_pb2, head_pb2, monitoring_pb2, artifact_pb2, model_pb2)
+    for module in (
+        generation_pb2,
+        steering_pb2,
+        sparsity_pb2,
+        head_pb2,
+        monitoring_pb2,
+        artifact_pb2,
+        model_pb2,
+        job_pb2,
+    )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
 # "Service/Method" of all that a policy can speak of.
@@ -105,44 +127,54 @@ class Server:
         self._binder = Binder(self.engine.sparse_model, self._store, self.engine.executor.sparse.prepare)
         # One queue for the analysis jobs of all services.
         self._jobs = ExclusiveJobs()
+        self._detached = DetachedJobs()
         self._monitoring = MonitoringService(self.engine, self._prompts, self._store, model.info)
         self.metrics.read_watches(self.engine.monitor, self._monitoring.dropped.of)
         self._health_endpoint: HealthEndpoint | None = None
         self.health_address = ""
+        # What health says, for those who ask over HTTP.
+        self._alive = False
         self._tracing: Tracing | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._watchdog: asyncio.Task[None] | None = None
         # Set when there is a reason to end: a signal, or the end of the engine.
         self._asked_to_end = asyncio.Event()
 
-    async def start(self) -> str:
-        """Serve. Returns the bound address, host:port. Raises OSError when a port cannot be had, and ConfigurationError
-        when a watch cannot run."""
+    async def start(self, reserved: Reservation | None = None) -> str:
+        """Serve. Returns the bound address. `reserved`: what has held the ports until now.
+
+        Raises OSError when a port cannot be had, and ConfigurationError when a watch cannot run.
+        """
+        address = Address.parse(self.config.address)
+        metrics_address = Address.parse(self.config.metrics_address)
         await asyncio.to_thread(self._start_watches)
-        self._metrics_endpoint = _metrics_endpoint(
-            self.metrics, self.config.metrics_address, self._security.tls_files if self.config.metrics_tls else None
-        )
+        # What gRPC says of a taken port has no reason.
+        (reserved or reserve(self.config)).release()
+        with naming("--metrics-address", metrics_address):
+            self._metrics_endpoint = MetricsEndpoint(
+                self.metrics.registry,
+                metrics_address,
+                lambda: self._alive,
+                self._security.tls_files if self.config.metrics_tls else None,
+            )
         self._security.on_new_certificate = self._metrics_endpoint.renew_certificate
         self._in_flight = InFlight(self.config.max_calls)
         self._tracing = _tracing(self.config, self._info)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        security = CallSecurity(self._security, self._info.name, self._prompts.text_of)
+        calls = CallInterceptor(self.metrics, self._in_flight, frozenset(SERVICES), security)
         self._grpc = grpc.aio.server(
-            interceptors=self._interceptors(),
+            interceptors=self._interceptors(calls),
             options=[
                 ("grpc.max_receive_message_length", self.config.max_message_bytes),
                 # A second server on the port is a mistake, not a second worker.
                 ("grpc.so_reuseport", 0),
             ],
         )
-        self._add_services()
-        host, _, _ = self.config.address.rpartition(":")
+        self._add_services(calls)
         try:
-            port = self._add_port()
-        except RuntimeError as error:
-            await asyncio.to_thread(self._metrics_endpoint.close)
-            await self._grpc.stop(None)
-            raise OSError(f"cannot serve on {self.config.address}: {error}") from error
-        try:
+            with naming("--address", address):
+                port = self._add_port(address)
             await self._serve_health_alone()
         except OSError:
             await asyncio.to_thread(self._metrics_endpoint.close)
@@ -156,14 +188,14 @@ class Server:
         self.engine.on_stopped = engine_stopped
         self.engine.start()
         await self._grpc.start()
-        self._security.warn_if_open(self.config.address)
+        self._security.warn_if_open(address)
         self._watching_files = asyncio.create_task(self._security.watch())
         self._watching_files.add_done_callback(_log_failure)
         await self._set_alive(True)
         if self.config.step_timeout_seconds:
             watching = watch_steps(self.engine.step_seconds, self.config.step_timeout_seconds, self._step_is_late)
             self._watchdog = asyncio.create_task(watching)
-        return f"{host}:{port}"
+        return str(address.with_port(port))
 
     def _start_watches(self) -> None:
         for name, watch, reference in self.config.watches:
@@ -177,30 +209,32 @@ class Server:
         await self._set_alive(not late)
 
     async def _set_alive(self, alive: bool) -> None:
-        self.metrics.serving.set(alive)
+        self._say_alive(alive)
         status = health_pb2.HealthCheckResponse.SERVING if alive else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *SERVICES):
             await self._health.set(name, status)
 
-    def _add_port(self) -> int:
-        if self._security.tls is None:
-            return self._grpc.add_insecure_port(self.config.address)
-        return self._grpc.add_secure_port(self.config.address, server_credentials(self._security.tls))
+    def _say_alive(self, alive: bool) -> None:
+        self._alive = alive
+        self.metrics.serving.set(alive)
 
-    def _interceptors(self) -> list[Any]:
+    def _add_port(self, address: Address) -> int:
+        if self._security.tls is None:
+            return self._grpc.add_insecure_port(str(address))
+        return self._grpc.add_secure_port(str(address), server_credentials(self._security.tls))
+
+    def _interceptors(self, calls: CallInterceptor) -> list[Any]:
         """The outermost first."""
-        security = CallSecurity(self._security, self._info.name, self._prompts.text_of)
-        inner = [CallInterceptor(self.metrics, self._in_flight, frozenset(SERVICES), security)]
-        return inner if self._tracing is None else [self._tracing.outermost, *inner, self._tracing.innermost]
+        return [calls] if self._tracing is None else [self._tracing.outermost, calls, self._tracing.innermost]
 
     async def _serve_health_alone(self) -> None:
         if self.config.health_address:
-            self._health_endpoint = HealthEndpoint(self._health, self.config.health_address)
+            self._health_endpoint = HealthEndpoint(self._health, Address.parse(self.config.health_address))
             self.health_address = await self._health_endpoint.start()
 
     def _engine_stopped(self) -> None:
         """Without its engine the server is of no use: health says so, whoever restarts it sees it."""
-        self.metrics.serving.set(False)
+        self._say_alive(False)
         self._going_down = asyncio.ensure_future(self._health.enter_graceful_shutdown())
         self._asked_to_end.set()
 
@@ -208,32 +242,36 @@ class Server:
     def metrics_port(self) -> int:
         return self._metrics_endpoint.port
 
-    def _add_services(self) -> None:
+    def _add_services(self, calls: CallInterceptor) -> None:
         add_GenerationServiceServicer_to_server(
             GenerationService(
                 self.engine, self._prompts, self._store, self._info, self._binder, self.metrics.on_grounded
             ),
             self._grpc,
         )
-        add_SteeringServiceServicer_to_server(
-            SteeringService(self.engine, self._prompts, self._store, self._info), self._grpc
-        )
-        add_SparsityServiceServicer_to_server(
-            SparsityService(self.engine, self._prompts, self._store, self._info, self._binder, self._jobs), self._grpc
-        )
-        add_HeadServiceServicer_to_server(
-            HeadService(self.engine, self._prompts, self._store, self._info, self._jobs), self._grpc
-        )
+        steering = SteeringService(self.engine, self._prompts, self._store, self._info)
+        sparsity = SparsityService(self.engine, self._prompts, self._store, self._info, self._binder, self._jobs)
+        heads = HeadService(self.engine, self._prompts, self._store, self._info, self._jobs)
         uploads = UploadLimits(
             max_bytes=self.config.max_upload_bytes,
             max_concurrent_bytes=self.config.max_concurrent_upload_bytes,
             idle_seconds=self.config.upload_idle_seconds,
         )
+        add_SteeringServiceServicer_to_server(steering, self._grpc)
+        add_SparsityServiceServicer_to_server(sparsity, self._grpc)
+        add_HeadServiceServicer_to_server(heads, self._grpc)
         add_MonitoringServiceServicer_to_server(self._monitoring, self._grpc)
         add_ArtifactServiceServicer_to_server(ArtifactService(self._store, self._info, uploads), self._grpc)
         add_ModelServiceServicer_to_server(ModelService(self._info, self._prompts), self._grpc)
+        with_jobs = {
+            "patchclamp.v1.SteeringService": steering,
+            "patchclamp.v1.SparsityService": sparsity,
+            "patchclamp.v1.HeadService": heads,
+            "patchclamp.v1.MonitoringService": self._monitoring,
+        }
+        add_JobServiceServicer_to_server(JobService(self._detached, with_jobs, calls), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        add_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
 
     async def stop(self) -> None:
         """Drain and end: health says NOT_SERVING, new calls are refused, running ones have `drain_seconds`.
@@ -245,7 +283,7 @@ class Server:
         await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
-        self.metrics.serving.set(False)
+        self._say_alive(False)
         await self._health.enter_graceful_shutdown()
         # The port stays open meanwhile: a call gets UNAVAILABLE and its reason, not a connection that breaks.
         self._in_flight.close()
@@ -254,6 +292,7 @@ class Server:
             await asyncio.wait_for(self._in_flight.idle(), self.config.drain_seconds)
         except TimeoutError:
             logger.warning("calls still ran after %g s and are cancelled", self.config.drain_seconds)
+            await self._detached.close()
             await self._grpc.stop(None)
         else:
             await self._grpc.stop(FLUSH_SECONDS)
@@ -270,7 +309,7 @@ class Server:
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close, SPAN_FLUSH_SECONDS)
 
-    async def run(self, ready: Callable[[str], None]) -> None:
+    async def run(self, ready: Callable[[str], None], reserved: Reservation | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then drain; `ready` gets the bound address. A second signal ends at once.
 
         Raises EngineStopped, after every call has had its status, when the engine could not go on.
@@ -278,7 +317,7 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._asked_to_end.set)
-        ready(await self.start())
+        ready(await self.start(reserved))
         await self._asked_to_end.wait()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
@@ -299,6 +338,16 @@ def check_files(config: ServerConfig) -> None:
     Security(config, SecurityMetrics(CollectorRegistry()), METHODS).close()
 
 
+def reserve(config: ServerConfig) -> Reservation:
+    """Holds the ports that will be served on. Raises OSError when one cannot be had."""
+    named = {
+        "--address": config.address,
+        "--metrics-address": config.metrics_address,
+        "--health-address": config.health_address,
+    }
+    return Reservation({option: Address.parse(text) for option, text in named.items() if text})
+
+
 def load(config: ServerConfig, progress: Progress | None = None) -> LoadedModel:
     """The model of `config`. Raises ModelSourceError."""
     return load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, progress=progress)
@@ -311,8 +360,3 @@ def _tracing(config: ServerConfig, model: ModelInfo) -> "Tracing | None":
     from patchclamp_server.rpc.tracing import Tracing
 
     return Tracing(config.otlp_endpoint, model, version("patchclamp"), frozenset(SERVICES))
-
-
-def _metrics_endpoint(metrics: Metrics, address: str, tls: TlsFiles | None) -> MetricsEndpoint:
-    host, _, port = address.rpartition(":")
-    return MetricsEndpoint(metrics, host, int(port), tls)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from patchclamp.v1 import sparsity_pb2 as pb
-from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.artifact_codec import encode_artifact
+from patchclamp_server.rpc.artifact_codec import decode_description, decode_label, encode_artifact
 from patchclamp_server.rpc.checks import count, distinct, required
 from patchclamp_server.rpc.generation_codec import decode_prompt
 from patchclamp_server.rpc.sparsity_codec import decode_policy, decode_unguarded, policy_path, policy_paths
@@ -28,7 +27,6 @@ MIN_DOCUMENT_TOKENS = 4
 DEFAULT_HOLDOUT_FRACTION = 0.25
 MAX_EVALUATIONS = 64
 MAX_PROMPTS = 64
-MAX_DESCRIPTION_CHARACTERS = 10_000
 # What a gRPC client accepts unless it was told otherwise.
 CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024
 
@@ -49,11 +47,7 @@ def decode_calibration(
     fraction = request.holdout_fraction if request.HasField("holdout_fraction") else DEFAULT_HOLDOUT_FRACTION
     if not 0 < fraction < 1:
         raise InvalidArgument("holdout_fraction", f"expected a number between 0 and 1, both excluded, got {fraction:g}")
-    if len(request.description) > MAX_DESCRIPTION_CHARACTERS:
-        message = f"expected at most {MAX_DESCRIPTION_CHARACTERS} characters, got {len(request.description)}"
-        raise InvalidArgument("description", message)
-    for i, tag in enumerate(request.tags):
-        check_tag(tag, f"tags[{i}]")
+    description, tags = decode_label(request)
     text = decode_text(request.text, prompts, info, most_tokens(policy, model))
     n = len(text.documents)
     if n < 2:
@@ -62,7 +56,7 @@ def decode_calibration(
             f"one document of {text.documents.shape[1]} tokens: calibration and its quality card need one each",
         )
     heldout = min(max(1, round(n * fraction)), n - 1)
-    return Calibration(policy, text, heldout, request.description, tuple(request.tags))
+    return Calibration(policy, text, heldout, description, tags)
 
 
 def decode_evaluation(
@@ -101,9 +95,7 @@ def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo,
     tokens = min(DEFAULT_DOCUMENT_TOKENS, longest)
     if proto.document_tokens:
         tokens = count(proto.document_tokens, "text.document_tokens", low=MIN_DOCUMENT_TOKENS, high=longest)
-    if len(proto.description) > MAX_DESCRIPTION_CHARACTERS:
-        message = f"expected at most {MAX_DESCRIPTION_CHARACTERS} characters, got {len(proto.description)}"
-        raise InvalidArgument("text.description", message)
+    description = decode_description(proto.description, "text.description")
     if not proto.texts:
         raise InvalidArgument("text.texts", "expected at least one text")
     start = prompts.text_start
@@ -120,7 +112,7 @@ def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo,
     if not documents:
         message = f"no text fills a document of {tokens} tokens; the longest has {longest_text}"
         raise InvalidArgument("text.texts", message)
-    return Text(torch.tensor(documents), proto.description)
+    return Text(torch.tensor(documents), description)
 
 
 def encode_progress(stage: str, done: int, total: int) -> pb.SparsityProgress:

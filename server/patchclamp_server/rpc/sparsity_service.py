@@ -54,6 +54,7 @@ class SparsityService(SparsityServiceServicer):
         check_model(request.model, self._model)
         model = self._engine.sparse_model
         asked = await asyncio.to_thread(decode_calibration, request, self._prompts, self._model, model)
+        await asyncio.to_thread(self._store.check_tags, asked.tags)
 
         def work(job: Job[pb.CalibrateProfileResponse]) -> None:
             def progress(stage: str, done: int, total: int) -> None:

@@ -1,25 +1,25 @@
 """Steering messages ↔ dataclasses of steering/job.py. What a request may not ask is refused here, by field path."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
-from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.engine.request import Pooling
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.interventions.program import RESIDUAL_SITES, Site
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.artifact_codec import encode_artifact
+from patchclamp_server.rpc.artifact_codec import decode_label, encode_artifact
 from patchclamp_server.rpc.checks import count, distinct, known, required
 from patchclamp_server.rpc.generation_codec import decode_prompt
 from patchclamp_server.rpc.program_codec import decode_site
 from patchclamp_server.steering.evidence import training_pairs
 from patchclamp_server.steering.job import Extraction, Progress, Result, TokenPair
 from patchclamp_server.steering.registry import METHODS
+from patchclamp_server.steering.token_projections import TokenProjections
 
 MAX_PAIRS = 4096
-MAX_DESCRIPTION_CHARACTERS = 10_000
 DEFAULT_HOLDOUT_FRACTION = 0.25
 
 METHOD_NAMES: dict[int, str] = {
@@ -46,12 +46,7 @@ def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder,
     fraction = request.holdout_fraction if request.HasField("holdout_fraction") else DEFAULT_HOLDOUT_FRACTION
     if not 0 < fraction < 1:
         raise InvalidArgument("holdout_fraction", f"expected a number between 0 and 1, both excluded, got {fraction:g}")
-    if len(request.description) > MAX_DESCRIPTION_CHARACTERS:
-        raise InvalidArgument(
-            "description", f"expected at most {MAX_DESCRIPTION_CHARACTERS} characters, got {len(request.description)}"
-        )
-    for i, tag in enumerate(request.tags):
-        check_tag(tag, f"tags[{i}]")
+    description, tags = decode_label(request)
     if len(request.pairs) > MAX_PAIRS:
         raise InvalidArgument("pairs", f"expected at most {MAX_PAIRS}, got {len(request.pairs)}")
     training_pairs(len(request.pairs), fraction)
@@ -63,8 +58,8 @@ def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder,
         pooling=pooling,
         holdout_fraction=fraction,
         seed=request.seed,
-        description=request.description,
-        tags=tuple(request.tags),
+        description=description,
+        tags=tags,
     )
 
 
@@ -80,12 +75,21 @@ def encode_event(event: Progress | Result) -> pb.ExtractVectorsResponse:
             norm=e.norm,
             activation_norm=e.activation_norm,
             explained_variance=e.explained_variance,
+            midpoint=e.midpoint,
+            margin=e.margin,
+            positive_tokens=_encode_tokens(e.positive_tokens),
+            negative_tokens=_encode_tokens(e.negative_tokens),
         )
         for e in event.layers
     ]
     artifact = encode_artifact(event.artifact)
     result = pb.ExtractionResult(artifact=artifact, layers=layers, best_layer=event.best_layer)
     return pb.ExtractVectorsResponse(result=result)
+
+
+def _encode_tokens(found: TokenProjections | None) -> pb.TokenProjections | None:
+    """None for examples of one token, of which none is left."""
+    return pb.TokenProjections(**asdict(found)) if found is not None and found.tokens else None
 
 
 def _site(number: int, info: ModelInfo) -> Site:

@@ -31,6 +31,7 @@ class SteeringService(SteeringServiceServicer):
         """Cancelling the call cancels the job with every request it has in the engine."""
         check_model(request.model, self._model)
         job = await asyncio.to_thread(decode_extraction, request, self._prompts, self._model)
+        await asyncio.to_thread(self._store.check_tags, job.tags)
         async with aclosing(extract(self._engine, self._store, self._model, job)) as events:
             async for event in events:
                 yield encode_event(event)

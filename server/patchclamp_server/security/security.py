@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from patchclamp_server.addresses import Address
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.security.audit import AuditLog
 from patchclamp_server.security.configuration import ConfigurationError
@@ -84,9 +85,9 @@ class Security:
         if self.audit is not None:
             self.audit.close()
 
-    def warn_if_open(self, address: str) -> None:
+    def warn_if_open(self, address: Address) -> None:
         """Logs what anybody on the network of `address` can do or read."""
-        if is_loopback(address):
+        if address.is_loopback:
             return
         if self.tls is None and self.tokens is None:
             log.warning("%s is open to the network: no TLS, and anybody may call (see --tokens)", address)
@@ -94,11 +95,6 @@ class Security:
             log.warning("%s is open to the network without TLS: tokens and prompts can be read on their way", address)
         elif self.tokens is None and not self.names_by_certificate:
             log.warning("%s is open to the network and anybody may call (see --tokens and --tls-client-ca)", address)
-
-
-def is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _tls_files(config: ServerConfig) -> TlsFiles | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
+from patchclamp_server.artifacts.types import NO_TAGS, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.sparsity.binder import Bound
@@ -45,7 +45,7 @@ class Calibration:
     text: Text
     heldout: int
     description: str = ""
-    tags: tuple[str, ...] = ()
+    tags: Tags = NO_TAGS
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.steering.token_projections import TokenProjections
 
 RANDOM_DIRECTIONS = 32
 MIN_TRAINING_PAIRS = 2
@@ -15,13 +16,14 @@ MIN_TRAINING_PAIRS = 2
 class LayerEvidence:
     """What was measured at one layer, on held-out pairs.
 
-    heldout_accuracy: share of examples on the right side of the threshold, the midpoint between the mean projections
-        of both sides of the training pairs.
+    heldout_accuracy: share of examples on the right side of the midpoint.
     random_accuracy: the same for random directions, threshold and sign fitted to the training pairs; mean over
         RANDOM_DIRECTIONS of them. Accuracy does not depend on the norm.
     norm, activation_norm: of the vector, and the mean over the (pooled) activations it is added to.
     explained_variance: Σ (d_i · u)² / Σ ‖d_i‖² over the pair differences d_i, for the unit vector u.
     margin: (mean h⁺·u - mean h⁻·u) / pooled standard deviation within the sides; 0 when nothing varies.
+    midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates.
+    positive_tokens, negative_tokens: h·u of single tokens of each side of the held-out pairs.
     """
 
     layer: int
@@ -31,6 +33,9 @@ class LayerEvidence:
     activation_norm: float
     explained_variance: float
     margin: float
+    midpoint: float
+    positive_tokens: TokenProjections | None = None
+    negative_tokens: TokenProjections | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ def layer_evidence(layer: int, direction: torch.Tensor, training: Sides, heldout
         activation_norm=float(torch.cat([heldout.positive, heldout.negative]).norm(dim=1).mean()),
         explained_variance=float((differences @ unit).square().sum() / total) if total > 0 else 0.0,
         margin=_margin(unit, heldout),
+        midpoint=float(_midpoint(unit[:, None], training)),
     )
 
 
@@ -84,10 +90,15 @@ def best_layer(layers: Sequence[LayerEvidence]) -> int:
 
 def _accuracy(units: torch.Tensor, training: Sides, heldout: Sides) -> torch.Tensor:
     """units [d, k] → held-out accuracy of each [k]."""
-    threshold = (training.positive @ units + training.negative @ units).mean(dim=0) / 2
+    threshold = _midpoint(units, training)
     above = (heldout.positive @ units > threshold).float().mean(dim=0)
     below = (heldout.negative @ units < threshold).float().mean(dim=0)
     return (above + below) / 2
+
+
+def _midpoint(units: torch.Tensor, training: Sides) -> torch.Tensor:
+    """units [d, k] → [k]: half-way between the mean projections of both sides."""
+    return (training.positive @ units + training.negative @ units).mean(dim=0) / 2
 
 
 def _random_units(width: int, training: Sides, seed: int) -> torch.Tensor:

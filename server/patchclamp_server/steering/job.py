@@ -3,14 +3,16 @@
 import asyncio
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import TypeAlias
 
 import torch
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
+from patchclamp_server.artifacts.types import NO_TAGS, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Capture, Pooling
 from patchclamp_server.errors import InvalidArgument
@@ -27,7 +29,10 @@ from patchclamp_server.steering.evidence import (
     training_pairs,
 )
 from patchclamp_server.steering.registry import METHODS
+from patchclamp_server.steering.token_projections import MAX_EXAMPLES, TokenProjections, project
 
+# Projections of tokens by layer.
+Tokens: TypeAlias = defaultdict[int, list[float]]
 MAX_ACTIVATION_BYTES = 4 << 30
 PROGRESS_EVENTS = 100
 # Relative to the norm of activations, float32.
@@ -52,12 +57,12 @@ class Extraction:
     holdout_fraction: float = 0.25
     seed: int = 0
     description: str = ""
-    tags: tuple[str, ...] = ()
+    tags: Tags = NO_TAGS
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`stage` is "activations" (counted in prompts), "directions" or "evidence" (counted in layers)."""
+    """`stage` is "activations" or "tokens" (counted in prompts), "directions" or "evidence" (counted in layers)."""
 
     stage: str
     done: int
@@ -103,6 +108,17 @@ async def extract(
         directions[layer] = _checked(found[0], training[0][:, 0], layer)
         yield Progress("directions", row + 1, n_layers)
 
+    # positive, negative, positive, ... of the held-out pairs.
+    examples = prompts[2 * n_training :][: 2 * MAX_EXAMPLES]
+    sides: tuple[Tokens, Tokens] = (defaultdict(list), defaultdict(list))
+    done = 0
+    async with aclosing(project(engine, info, examples, job.site, directions)) as projected:
+        async for found in projected:
+            for layer, values in found.items():
+                sides[done % 2][layer] += values
+            done += 1
+            yield Progress("tokens", done, len(examples))
+
     evidence: list[LayerEvidence] = []
     for row, layer in enumerate(job.layers):
         training_sides = Sides(positive[:n_training, row], negative[:n_training, row])
@@ -110,7 +126,8 @@ async def extract(
         measured = await asyncio.to_thread(
             layer_evidence, layer, directions[layer], training_sides, heldout_sides, job.seed
         )
-        evidence.append(measured)
+        positive_tokens, negative_tokens = (TokenProjections.of(side[layer]) for side in sides)
+        evidence.append(replace(measured, positive_tokens=positive_tokens, negative_tokens=negative_tokens))
         yield Progress("evidence", row + 1, n_layers)
 
     best = best_layer(evidence)

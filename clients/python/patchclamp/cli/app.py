@@ -5,8 +5,22 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
-from patchclamp.cli import compare, generate, heads, models, score, serving, sparsity, tokens, vectors, watch
+from patchclamp.cli import (
+    compare,
+    completion,
+    generate,
+    heads,
+    models,
+    score,
+    serving,
+    sparsity,
+    tokens,
+    vectors,
+    watch,
+)
+from patchclamp.cli.parser import Parser
 from patchclamp.cli.terminal import escape_what_cannot_be_written, styled
 from patchclamp.errors import PatchclampError
 
@@ -37,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="patchclamp", description="Generate text while you steer activations and clamp neurons."
-    )
+    parser = Parser(prog="patchclamp", description="Generate text while you steer activations and clamp neurons.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('patchclamp')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serving.add_parsers(commands)
     generate.add_parser(commands)
@@ -51,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     watch.add_parser(commands)
     tokens.add_parsers(commands)
     models.add_parsers(commands)
+    completion.add_parser(commands)
     return parser
 
 

@@ -11,6 +11,7 @@ from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import job_result, note, print_json, table
 from patchclamp.names import METHODS, POOLINGS, SITES
 from patchclamp.requests import ExtractOptions, Messages, PromptLike
+from patchclamp.results import TokenProjections
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,12 +53,23 @@ def run(args: argparse.Namespace) -> int:
             args.pairs, args.method, timeout=args.timeout, **cast(ExtractOptions, options)
         ) as stream,
     ):
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)
         return 0
     table(
-        ("layer", "held-out accuracy", "random direction", "norm", "activation norm", "explained variance"),
+        (
+            "layer",
+            "held-out accuracy",
+            "random direction",
+            "norm",
+            "activation norm",
+            "explained variance",
+            "midpoint",
+            "margin",
+            "tokens of positives",
+            "tokens of negatives",
+        ),
         [
             (
                 f"{layer.layer}{' *' if layer.layer == result.best_layer else ''}",
@@ -66,12 +78,21 @@ def run(args: argparse.Namespace) -> int:
                 f"{layer.norm:.3f}",
                 f"{layer.activation_norm:.3f}",
                 f"{layer.explained_variance:.3f}",
+                f"{layer.midpoint:.3f}",
+                f"{layer.margin:.2f}",
+                _middle(layer.positive_tokens),
+                _middle(layer.negative_tokens),
             )
             for layer in result.layers
         ],
     )
     note(f"stored as {args.name} = {result.artifact.id}; best layer {result.best_layer}")
     return 0
+
+
+def _middle(tokens: TokenProjections | None) -> str:
+    """Where the projections of nine tokens in ten lie."""
+    return "" if tokens is None else f"{tokens.p05:.2f} to {tokens.p95:.2f}"
 
 
 def _side(value: object) -> PromptLike:

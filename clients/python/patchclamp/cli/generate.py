@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from dataclasses import replace
 
 from patchclamp.cli.options import (
     add_prompt_arguments,
@@ -14,7 +15,7 @@ from patchclamp.cli.options import (
 from patchclamp.cli.sparse_spec import add_sparsity_arguments
 from patchclamp.cli.terminal import note, print_json, quoted, table
 from patchclamp.requests import GenerateOptions
-from patchclamp.results import GenerateResult, Token
+from patchclamp.results import GenerateResult, RequestWarning, Token
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,13 +36,17 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(stream.result())
             return 0
-        for piece in stream.text:
-            print(piece, end="", flush=True)
+        told: tuple[RequestWarning, ...] = ()
+        for chunk in stream:
+            for warning in chunk.warnings:
+                note(warning)
+            told += chunk.warnings
+            print(chunk.text, end="", flush=True)
         print()
         result = stream.result()
     if args.logprobs is not None:
         print_logprobs(result.tokens)
-    print_ending(result)
+    print_ending(result, told)
     return 0
 
 
@@ -59,9 +64,10 @@ def print_logprobs(tokens: tuple[Token, ...]) -> None:
     table(("position", "token", "id", "logprob", "likeliest"), rows)
 
 
-def print_ending(result: GenerateResult) -> None:
-    """Receipt, reports and usage; on stderr, so that the text alone can be redirected."""
-    note(result.receipt)
+def print_ending(result: GenerateResult, told: tuple[RequestWarning, ...] = ()) -> None:
+    """Receipt without the warnings that stand there already, reports and usage; on stderr, so that the text alone can
+    be redirected."""
+    note(replace(result.receipt, warnings=tuple(w for w in result.receipt.warnings if w not in told)))
     if result.sparsity is not None:
         note(result.sparsity)
     note(f"{result.finish_reason}; {result.usage}; seed {result.seed}")

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
+from patchclamp.cli.parser import Parser
 from patchclamp.cli.terminal import styled
 
 COMMANDS = {
@@ -12,33 +14,34 @@ COMMANDS = {
 }
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parsers(commands: "argparse._SubParsersAction[Parser]") -> None:
     # The server's own parser reads the arguments, -h included: its defaults must not be imported for other commands.
     for name, purpose in COMMANDS.items():
         commands.add_parser(name, help=purpose, add_help=False)
 
 
+def add_arguments(name: str, parser: Parser) -> Callable[[argparse.Namespace], int]:
+    """Adds what the server package takes for a command, and returns what runs it."""
+    from patchclamp_server import cli
+
+    arguments, command = {
+        "serve": (cli.add_serve_arguments, cli.serve),
+        "pull": (cli.add_model_arguments, cli.pull),
+        "token": (cli.add_token_arguments, cli.token),
+    }[name]
+    arguments(parser)
+    return command
+
+
 def run(name: str, argv: list[str]) -> int:
     """Exit status 1 with a hint when a package of the extra `server` is missing."""
     try:
-        return _run(name, argv)
+        parser = Parser(prog=f"patchclamp {name}")
+        command = add_arguments(name, parser)
+        return command(parser.parse_args(argv))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("patchclamp"):
             raise
         hint = f"patchclamp {name} needs the server ({error.name} is missing): pip install 'patchclamp[server]'"
         print(styled(hint, "red", sys.stderr), file=sys.stderr)
         return 1
-
-
-def _run(name: str, argv: list[str]) -> int:
-    from patchclamp_server import cli
-
-    parser = argparse.ArgumentParser(prog=f"patchclamp {name}")
-    if name == "serve":
-        cli.add_serve_arguments(parser)
-        return cli.serve(parser.parse_args(argv))
-    if name == "token":
-        cli.add_token_arguments(parser)
-        return cli.token(parser.parse_args(argv))
-    cli.add_model_arguments(parser)
-    return cli.pull(parser.parse_args(argv))

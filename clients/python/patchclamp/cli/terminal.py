@@ -37,9 +37,14 @@ def escape_what_cannot_be_written() -> None:
 
 def styled(text: str, style: str, stream: TextIO) -> str:
     """ANSI on a terminal that wants it, plain text elsewhere (https://no-color.org)."""
-    if not stream.isatty() or os.environ.get("NO_COLOR"):
+    if not takes_escapes(stream) or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{_STYLES[style]}m{text}\033[0m"
+
+
+def takes_escapes(stream: TextIO) -> bool:
+    """Whether it is a terminal that redraws and colours; TERM=dumb is that of editors and build logs."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def note(text: object) -> None:
@@ -61,32 +66,43 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 class ProgressBar:
-    """Redraws itself on a terminal, with a line for each stage; silent elsewhere."""
+    """Redraws itself on a terminal that can, with a line for each stage; elsewhere a line for each tenth of a stage.
 
-    def __init__(self) -> None:
+    quiet: nothing elsewhere, where what is printed is for programs.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._redraws = takes_escapes(sys.stderr)
+        self._silent = quiet and not self._redraws
         self._stage = ""
+        self._tenth = -1
 
     def show(self, event: object) -> None:
         """Of the events of a job, those that are progress."""
-        if not isinstance(event, Progress) or not sys.stderr.isatty():
+        if not isinstance(event, Progress) or self._silent:
             return
         if event.stage != self._stage:
             self.close()
-        filled = 24 * event.done // max(event.total, 1)
-        bar = f"\r{event.stage:<12} [{'#' * filled:<24}] {event.done}/{event.total}"
-        print(bar, end="", file=sys.stderr, flush=True)
-        self._stage = event.stage
+            self._stage = event.stage
+        if self._redraws:
+            filled = 24 * event.done // max(event.total, 1)
+            bar = f"\r{event.stage:<12} [{'#' * filled:<24}] {event.done}/{event.total}"
+            print(bar, end="", file=sys.stderr, flush=True)
+        elif (tenth := 10 * event.done // max(event.total, 1)) > self._tenth:
+            print(f"{event.stage} {event.done}/{event.total}", file=sys.stderr, flush=True)
+            self._tenth = tenth
 
     def close(self) -> None:
         """What is printed next starts on a line of its own, also when a stage ended early."""
-        if self._stage:
+        if self._stage and self._redraws:
             print(file=sys.stderr)
         self._stage = ""
+        self._tenth = -1
 
 
-def job_result(stream: Stream[MessageT, EventT, ResultT]) -> ResultT:
-    """The result of a job, with a bar of its progress on the way."""
-    bar = ProgressBar()
+def job_result(stream: Stream[MessageT, EventT, ResultT], *, quiet: bool) -> ResultT:
+    """The result of a job, with its progress on the way. quiet: see ProgressBar."""
+    bar = ProgressBar(quiet=quiet)
     try:
         return stream.result(bar.show)
     finally:

@@ -1,10 +1,18 @@
-"""When: the projection (or cosine) of an activation on a unit vector, compared with a threshold."""
+"""When: the projection h·v/|v| (or the cosine) of an activation, compared with a threshold.
+
+Values of read_projection and of watched directions are on the same scale: what was read there can be a threshold here.
+"""
+
+from typing import Literal
 
 from patchclamp.fields import build, build_as
-from patchclamp.names import SITES, SiteName, value_of
+from patchclamp.names import SITES, STORED_THRESHOLDS, SiteName, value_of
 from patchclamp.programs.scopes import ScopeLike, scope_message
 from patchclamp.programs.vectors import VectorLike, vector_of
 from patchclamp.v1 import program_pb2 as pb
+
+# "midpoint": half-way between both sides of the pairs that a stored vector was extracted from, at this site and layer.
+Threshold = float | Literal["midpoint"]
 
 
 def when(
@@ -12,15 +20,17 @@ def when(
     *,
     layer: int,
     site: SiteName = "resid_post",
-    above: float | None = None,
-    below: float | None = None,
+    above: Threshold | None = None,
+    below: Threshold | None = None,
     cosine: bool = False,
     latched: bool = False,
     scope: ScopeLike | None = None,
 ) -> pb.Gate:
     """Gate of an edit: open where the condition holds; latched: and at every later token of the sequence.
 
-    The condition's site must come before the edit's in the forward pass. Exactly one of `above` and `below`.
+    The condition's site must come before the edit's in the forward pass. Exactly one of `above` and `below`: a number,
+    or "midpoint" of the evidence of a stored vector. That is a threshold of pooled states, and a gate sees single
+    tokens: `positive_tokens` and `negative_tokens` of the evidence say where those lie.
     """
     condition = _condition(direction, layer, site, above, below, cosine, scope)
     return build(pb.Gate, condition=condition, latched=latched)
@@ -31,13 +41,13 @@ def abort_when(
     *,
     layer: int,
     site: SiteName = "resid_post",
-    above: float | None = None,
-    below: float | None = None,
+    above: Threshold | None = None,
+    below: Threshold | None = None,
     cosine: bool = False,
     scope: ScopeLike | None = None,
     name: str = "",
 ) -> pb.AbortCondition:
-    """Ends the stream with ABORTED as soon as the condition holds. Exactly one of `above` and `below`."""
+    """Ends the stream with ABORTED as soon as the condition holds. Exactly one of `above` and `below`, as in when()."""
     condition = _condition(direction, layer, site, above, below, cosine, scope)
     return build(pb.AbortCondition, name=name, condition=condition)
 
@@ -46,8 +56,8 @@ def _condition(
     direction: VectorLike,
     layer: int,
     site: SiteName,
-    above: float | None,
-    below: float | None,
+    above: Threshold | None,
+    below: Threshold | None,
     cosine: bool,
     scope: ScopeLike | None,
 ) -> pb.Condition:
@@ -57,14 +67,17 @@ def _condition(
         comparison, threshold, given = pb.COMPARISON_BELOW, below, "below"
     else:
         raise ValueError("give exactly one of above and below")
-    return build_as(
-        {"threshold": given},
+    condition = build(
         pb.Condition,
         site=value_of(SITES, site, "site"),
         layer=layer,
         vector=vector_of(direction, "direction"),
         comparison=comparison,
-        threshold=threshold,
         cosine=cosine,
         scope=scope_message(scope),
     )
+    if isinstance(threshold, str):
+        condition.stored_threshold = value_of(STORED_THRESHOLDS, threshold, given)
+    else:
+        condition.MergeFrom(build_as({"threshold": given}, pb.Condition, threshold=threshold))
+    return condition

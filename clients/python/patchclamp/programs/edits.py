@@ -195,7 +195,11 @@ def mean_heads(heads: int | Iterable[int], mean: Numbers, **options: Unpack[Edit
 
 @takes_options_of(_heads)
 def uniform_heads(heads: int | Iterable[int], **options: Unpack[EditOptions]) -> pb.Edit:
-    """The heads attend to all visible tokens alike."""
+    """The heads attend to all visible tokens alike.
+
+    Strength s multiplies the query, after its norm and rotation, by 1 - s: at 0.5 attention is flatter, and no average
+    of its pattern with the uniform one.
+    """
     return _heads(pb.HeadEdit(uniform=True), heads, **options)
 
 

@@ -48,7 +48,10 @@ def _readout(
 def read_projection(
     directions: Iterable[VectorLike], *, site: SiteName = "resid_post", **options: Unpack[ReadoutOptions]
 ) -> pb.Readout:
-    """h·v for each vector."""
+    """h·v/|v| for each vector, on the scale of when(), abort_when() and watched directions.
+
+    Multiply by |v| for h·v: `norm` of the evidence of an extracted vector.
+    """
     listed = several(directions, "directions", "a vector")
     kind = pb.ProjectionReadout(vectors=[vector_of(d, f"directions[{i}]") for i, d in enumerate(listed)])
     return _readout(pb.Readout(projection=kind), site, **options)

@@ -14,7 +14,7 @@ def vector(source: VectorLike, *, layer: int | None = None, unit: bool = False) 
 
     source: artifact id or tag, or numbers [width] or [n_layers_of_edit, width].
     layer: use this layer's row of the artifact at every layer of the edit.
-    unit: divide by the Euclidean norm before use (projections always do).
+    unit: divide by the Euclidean norm before use; projections, in edits, conditions and readouts, always do.
     """
     message = vector_of(source, "source")
     message.MergeFrom(build_as({"artifact_layer": "layer"}, pb.Vector, artifact_layer=layer, unit=unit))

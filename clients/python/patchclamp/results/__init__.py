@@ -7,6 +7,7 @@ from patchclamp.results.artifacts import (
     ExtractionProgress,
     ExtractionResult,
     LayerEvidence,
+    TokenProjections,
 )
 from patchclamp.results.comparison import (
     CompareCollector,
@@ -73,6 +74,7 @@ from patchclamp.results.receipts import (
     EditReceipt,
     ReadoutValue,
     Receipt,
+    RequestWarning,
 )
 from patchclamp.results.sparsity import (
     CalibratedProfile,
@@ -139,6 +141,7 @@ __all__ = [
     "ReadoutValue",
     "Receipt",
     "ReferenceCollector",
+    "RequestWarning",
     "RetrievalHeads",
     "RunningWatch",
     "RunningWatches",
@@ -150,6 +153,7 @@ __all__ = [
     "SpeedCard",
     "Token",
     "TokenLogprob",
+    "TokenProjections",
     "Tokenization",
     "Usage",
     "WatchStatistics",

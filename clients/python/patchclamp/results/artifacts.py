@@ -47,8 +47,30 @@ class Artifact(Record):
 
 
 @dataclass(frozen=True)
+class TokenProjections(Record):
+    """h·v/|v| over all tokens but the first of the held-out examples of one side; p05 to p95 are quantiles."""
+
+    tokens: int
+    mean: float
+    p05: float
+    p25: float
+    p50: float
+    p75: float
+    p95: float
+
+    @classmethod
+    def from_proto(cls, message: steering_pb2.TokenProjections) -> "TokenProjections":
+        return cls(message.tokens, message.mean, message.p05, message.p25, message.p50, message.p75, message.p95)
+
+
+@dataclass(frozen=True)
 class LayerEvidence(Record):
-    """Measured on held-out pairs, beside a random direction of equal norm: see the message of the same name."""
+    """Measured on held-out pairs, beside a random direction of equal norm: see the message of the same name.
+
+    midpoint: half-way between the mean projections h·v/|v| of both sides of the training pairs, which
+    when(..., above="midpoint") compares with; it is of pooled states, as margin is. positive_tokens, negative_tokens:
+    what single tokens, which a gate sees, project on the vector; None from a server that does not say.
+    """
 
     layer: int
     heldout_accuracy: float
@@ -56,9 +78,17 @@ class LayerEvidence(Record):
     norm: float
     activation_norm: float
     explained_variance: float
+    midpoint: float = 0.0
+    margin: float = 0.0
+    positive_tokens: TokenProjections | None = None
+    negative_tokens: TokenProjections | None = None
 
     @classmethod
     def from_proto(cls, message: steering_pb2.LayerEvidence) -> "LayerEvidence":
+        positive, negative = (
+            TokenProjections.from_proto(getattr(message, side)) if message.HasField(side) else None
+            for side in ("positive_tokens", "negative_tokens")
+        )
         return cls(
             message.layer,
             message.heldout_accuracy,
@@ -66,6 +96,10 @@ class LayerEvidence(Record):
             message.norm,
             message.activation_norm,
             message.explained_variance,
+            message.midpoint,
+            message.margin,
+            positive,
+            negative,
         )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from patchclamp.names import FINISH_REASONS, name_of
 from patchclamp.results.grounding import CopySource, GroundingReport
-from patchclamp.results.receipts import ReadoutValue, Receipt
+from patchclamp.results.receipts import ReadoutValue, Receipt, RequestWarning
 from patchclamp.results.record import Record
 from patchclamp.results.sparsity import SparsityReport
 from patchclamp.v1 import generation_pb2 as pb
@@ -110,12 +110,16 @@ class Finished(Record):
 
 @dataclass(frozen=True)
 class Chunk(Record):
-    """One message of a stream. `text` is final; `finished` is set on the last one."""
+    """One message of a stream. `text` is final; `finished` is set on the last one.
+
+    warnings: on the first one, what was known before the first token; the receipt has all.
+    """
 
     text: str
     tokens: tuple[Token, ...]
     prompt_readouts: tuple[ReadoutValue, ...]
     finished: Finished | None
+    warnings: tuple[RequestWarning, ...] = ()
 
     @classmethod
     def from_proto(cls, message: pb.GenerateResponse) -> "Chunk":
@@ -124,6 +128,7 @@ class Chunk(Record):
             tuple(Token.from_proto(t) for t in message.tokens),
             tuple(ReadoutValue.from_proto(r) for r in message.prompt_readouts),
             Finished.from_proto(message.finished) if message.HasField("finished") else None,
+            tuple(RequestWarning.from_proto(w) for w in message.warnings),
         )
 
 

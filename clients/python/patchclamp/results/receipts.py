@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from patchclamp.names import WARNING_CODES, name_of
 from patchclamp.results.record import Record
 from patchclamp.v1 import program_pb2 as pb
 
@@ -10,6 +11,7 @@ from patchclamp.v1 import program_pb2 as pb
 class ReadoutValue(Record):
     """What one readout saw at one token and layer; `ids`: the neurons, tokens or positions of the values.
 
+    The values of a projection are h·v/|v|.
     texts: of the ids where they are tokens, as in a logit lens.
     """
 
@@ -27,14 +29,39 @@ class ReadoutValue(Record):
 
 
 @dataclass(frozen=True)
+class RequestWarning(Record):
+    """What was served as asked, but can hardly have been meant.
+
+    code: "strong_edit" or "beyond_context". field: path in the request, as in errors.
+    """
+
+    code: str
+    field: str
+    message: str
+
+    @classmethod
+    def from_proto(cls, message: pb.RequestWarning) -> "RequestWarning":
+        return cls(name_of(WARNING_CODES, message.code), message.field, message.message)
+
+    def __str__(self) -> str:
+        return f"warning: {self.field}: {self.message}"
+
+
+@dataclass(frozen=True)
 class EditReceipt(Record):
-    """rows: (token, layer) pairs written; mean_relative_change: mean of ‖Δ‖/‖h‖ over them."""
+    """rows: (token, layer) pairs that this request computed and wrote; mean_relative_change: mean of ‖Δ‖/‖h‖ over them.
+
+    rows_from_cache: pairs that an earlier request wrote, reused from the prefix cache; their change was measured there.
+    gate_firings: tokens of the edit's own scope at which its gate was open, counted at each layer of the edit.
+    gate_threshold: what the gate compared h·v/|v| (or the cosine) with; None without a gate.
+    """
 
     name: str
     rows: int
     mean_relative_change: float
     gate_firings: int
     rows_from_cache: int
+    gate_threshold: float | None = None
 
     @classmethod
     def from_proto(cls, message: pb.EditReceipt) -> "EditReceipt":
@@ -44,32 +71,43 @@ class EditReceipt(Record):
             message.mean_relative_change,
             message.gate_firings,
             message.rows_from_cache,
+            message.gate_threshold if message.HasField("gate_threshold") else None,
         )
 
     def __str__(self) -> str:
-        parts = [f"{self.rows} token-layer rows", f"mean change {self.mean_relative_change:.2%} of the norm"]
-        if self.rows_from_cache:
-            parts.append(f"{self.rows_from_cache} more rows from the prefix cache")
-        if self.gate_firings:
-            parts.append(f"gate open {self.gate_firings} times")
+        if self.rows_from_cache and not self.rows:
+            parts = [
+                f"all {self.rows_from_cache} token-layer rows came edited from the prefix cache",
+                "their change was measured when they were computed",
+            ]
+        else:
+            parts = [f"{self.rows} token-layer rows", f"mean change {self.mean_relative_change:.2%} of the norm"]
+            if self.rows_from_cache:
+                parts.append(f"{self.rows_from_cache} more rows from the prefix cache")
+        if self.gate_threshold is not None:
+            parts.append(f"gate at {self.gate_threshold:.4g} open {self.gate_firings} times")
         return f"{self.name}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
 class Receipt(Record):
-    """Counted by the server where it happened. `touched` is False when no edit touched any activation."""
+    """Counted by the server where it happened. `touched` is False when no edit touched any activation.
+
+    warnings: of the whole request, also those that are about no edit.
+    """
 
     program_fingerprint: str
     edits: tuple[EditReceipt, ...]
     touched: bool
+    warnings: tuple[RequestWarning, ...] = ()
 
     @classmethod
     def from_proto(cls, message: pb.Receipt) -> "Receipt":
         edits = tuple(EditReceipt.from_proto(e) for e in message.edits)
-        return cls(message.program_fingerprint, edits, message.touched)
+        warnings = tuple(RequestWarning.from_proto(w) for w in message.warnings)
+        return cls(message.program_fingerprint, edits, message.touched, warnings)
 
     def __str__(self) -> str:
-        if not self.edits:
-            return "receipt: no edits"
         outcome = "edited" if self.touched else "NO activation was touched"
-        return "\n".join([f"receipt {self.program_fingerprint[:19]}: {outcome}", *(f"  {edit}" for edit in self.edits)])
+        first = f"receipt {self.program_fingerprint[:19]}: {outcome}" if self.edits else "receipt: no edits"
+        return "\n".join([first, *(f"  {edit}" for edit in self.edits), *map(str, self.warnings)])

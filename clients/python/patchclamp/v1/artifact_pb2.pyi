@@ -88,6 +88,26 @@ Global___ArtifactFormat: _TypeAlias = ArtifactFormat  # noqa: Y015
 class Artifact(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ReplacedTagsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
@@ -100,6 +120,7 @@ class Artifact(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
+    REPLACED_TAGS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """"sha256:" + hex digest of the stored bytes."""
     kind: Global___ArtifactKind.ValueType
@@ -124,6 +145,10 @@ class Artifact(_message.Message):
     def evidence(self) -> _struct_pb2.Struct:
         """Evidence card: what was measured about it."""
 
+    @_builtins.property
+    def replaced_tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Tags that this very call took from other artifacts, and the ids of those."""
+
     def __init__(
         self,
         *,
@@ -139,10 +164,11 @@ class Artifact(_message.Message):
         description: _builtins.str = ...,
         provenance: _struct_pb2.Struct | None = ...,
         evidence: _struct_pb2.Struct | None = ...,
+        replaced_tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "evidence", b"evidence", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "description", b"description", "evidence", b"evidence", "id", b"id", "kind", b"kind", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "provenance", b"provenance", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "description", b"description", "evidence", b"evidence", "id", b"id", "kind", b"kind", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "provenance", b"provenance", "replaced_tags", b"replaced_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -185,6 +211,7 @@ class UploadHeader(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     kind: Global___ArtifactKind.ValueType
     format: Global___ArtifactFormat.ValueType
     site: _program_pb2.Site.ValueType
@@ -194,6 +221,8 @@ class UploadHeader(_message.Message):
     description: _builtins.str
     size_bytes: _builtins.int
     """Bytes that follow."""
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -209,10 +238,11 @@ class UploadHeader(_message.Message):
         tags: _abc.Iterable[_builtins.str] | None = ...,
         size_bytes: _builtins.int = ...,
         provenance: _struct_pb2.Struct | None = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "format", b"format", "kind", b"kind", "model_fingerprint", b"model_fingerprint", "provenance", b"provenance", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "format", b"format", "kind", b"kind", "model_fingerprint", b"model_fingerprint", "provenance", b"provenance", "replace_tags", b"replace_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,18 +420,22 @@ class TagArtifactRequest(_message.Message):
 
     TAG_FIELD_NUMBER: _builtins.int
     REF_FIELD_NUMBER: _builtins.int
+    REPLACE_TAG_FIELD_NUMBER: _builtins.int
     tag: _builtins.str
     ref: _builtins.str
     """Id or another tag. Empty: remove the tag."""
+    replace_tag: _builtins.bool
+    """Move a tag that names another artifact. Otherwise that is refused with ALREADY_EXISTS."""
     def __init__(
         self,
         *,
         tag: _builtins.str = ...,
         ref: _builtins.str = ...,
+        replace_tag: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "replace_tag", b"replace_tag", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,6 +467,7 @@ class DeleteArtifactRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     ref: _builtins.str
+    """Id, or a tag that is its only one: an artifact with several tags is deleted by its id."""
     def __init__(
         self,
         *,
@@ -450,12 +485,22 @@ Global___DeleteArtifactRequest: _TypeAlias = DeleteArtifactRequest  # noqa: Y015
 class DeleteArtifactResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    ID_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tags that went with it."""
+
     def __init__(
         self,
+        *,
+        id: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

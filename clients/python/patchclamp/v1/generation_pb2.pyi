@@ -256,7 +256,7 @@ class StopConditions(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_STRING_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Default 256."""
+    """Default 256. Generation ends with the model's context too; where one that is set reaches beyond, a warning says so."""
     ignore_eos: _builtins.bool
     include_stop_string: _builtins.bool
     """Keep the matched stop string in the text."""
@@ -549,6 +549,7 @@ class Usage(_message.Message):
     cached_prompt_tokens: _builtins.int
     """Of those, reused from the prefix cache."""
     generated_tokens: _builtins.int
+    """In Score: the tokens of the continuation."""
     time_to_first_token_seconds: _builtins.float
     total_seconds: _builtins.float
     preemptions: _builtins.int
@@ -625,6 +626,7 @@ class GenerateResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_READOUTS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that is final: whole UTF-8 characters that cannot become part of a stop string. A character that the end of
     generation cuts in two is U+FFFD.
@@ -639,6 +641,10 @@ class GenerateResponse(_message.Message):
     def finished(self) -> Global___Finished:
         """Set on the last response."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[_program_pb2.RequestWarning]:
+        """On the first response: warnings that were known before the first token. The receipt has them again, with all others."""
+
     def __init__(
         self,
         *,
@@ -646,10 +652,11 @@ class GenerateResponse(_message.Message):
         tokens: _abc.Iterable[Global___GeneratedToken] | None = ...,
         prompt_readouts: _abc.Iterable[_program_pb2.ReadoutValue] | None = ...,
         finished: Global___Finished | None = ...,
+        warnings: _abc.Iterable[_program_pb2.RequestWarning] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "prompt_readouts", b"prompt_readouts", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "prompt_readouts", b"prompt_readouts", "text", b"text", "tokens", b"tokens", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -298,10 +298,13 @@ class DetectRetrievalHeadsRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     threshold: _builtins.float
     """A retrieval head has at least this score. Default 0.1."""
     description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def test(self) -> Global___NeedleTest: ...
     @_builtins.property
@@ -319,10 +322,11 @@ class DetectRetrievalHeadsRequest(_message.Message):
         stopping: Global___StoppingRule | None = ...,
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "stopping", b"stopping", "test", b"test", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "description", b"description", "model", b"model", "stopping", b"stopping", "tags", b"tags", "test", b"test", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "description", b"description", "model", b"model", "replace_tags", b"replace_tags", "stopping", b"stopping", "tags", b"tags", "test", b"test", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
     _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
@@ -533,6 +537,7 @@ class ScoreHeadsRequest(_message.Message):
     FACTS_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     method: Global___HeadScoreMethod.ValueType
     ngram: _builtins.int
@@ -544,6 +549,8 @@ class ScoreHeadsRequest(_message.Message):
     sequences: _builtins.int
     seed: _builtins.int
     description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def facts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TemporalFact]:
         """Facts of temporal, at least two of both kinds and at most 256. Default: built in."""
@@ -562,10 +569,11 @@ class ScoreHeadsRequest(_message.Message):
         facts: _abc.Iterable[Global___TemporalFact] | None = ...,
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "facts", b"facts", "method", b"method", "model", b"model", "ngram", b"ngram", "seed", b"seed", "sequence_tokens", b"sequence_tokens", "sequences", b"sequences", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "facts", b"facts", "method", b"method", "model", b"model", "ngram", b"ngram", "replace_tags", b"replace_tags", "seed", b"seed", "sequence_tokens", b"sequence_tokens", "sequences", b"sequences", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -840,6 +848,7 @@ class FindCircuitRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     method: Global___CircuitMethod.ValueType
     circuit_size: _builtins.int
@@ -848,6 +857,8 @@ class FindCircuitRequest(_message.Message):
     """Random circuits of equal size. Default 10, at most 100."""
     seed: _builtins.int
     description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___CleanCorruptPair]:
         """At most 1024."""
@@ -865,10 +876,11 @@ class FindCircuitRequest(_message.Message):
         seed: _builtins.int = ...,
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["circuit_size", b"circuit_size", "description", b"description", "method", b"method", "model", b"model", "pairs", b"pairs", "random_sets", b"random_sets", "seed", b"seed", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["circuit_size", b"circuit_size", "description", b"description", "method", b"method", "model", b"model", "pairs", b"pairs", "random_sets", b"random_sets", "replace_tags", b"replace_tags", "seed", b"seed", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -104,7 +104,7 @@ Global___WatchedNeurons: _TypeAlias = WatchedNeurons  # noqa: Y015
 
 @_typing.final
 class WatchedDirection(_message.Message):
-    """Value: h . v."""
+    """Value: h . v / |v|, on the scale of gates, abort conditions and readouts of the same vector."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -206,8 +206,11 @@ class CreateWatchRequest(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchItem]: ...
     @_builtins.property
@@ -219,10 +222,11 @@ class CreateWatchRequest(_message.Message):
         items: _abc.Iterable[Global___WatchItem] | None = ...,
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "items", b"items", "model", b"model", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "items", b"items", "model", b"model", "replace_tags", b"replace_tags", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -612,12 +616,15 @@ class RecordReferenceRequest(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     USE_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     tokens: _builtins.int
     """Default: window_tokens of the watch. At most 16,777,216."""
     description: _builtins.str
     use: _builtins.bool
     """Measure drift of the running watch against it from then on."""
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -628,10 +635,11 @@ class RecordReferenceRequest(_message.Message):
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         use: _builtins.bool = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "tags", b"tags", "tokens", b"tokens", "use", b"use"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "replace_tags", b"replace_tags", "tags", b"tags", "tokens", b"tokens", "use", b"use"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,6 +106,51 @@ COMPARISON_ABOVE: Comparison.ValueType  # 1
 COMPARISON_BELOW: Comparison.ValueType  # 2
 Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
+class _StoredThreshold:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StoredThresholdEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StoredThreshold.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STORED_THRESHOLD_UNSPECIFIED: _StoredThreshold.ValueType  # 0
+    STORED_THRESHOLD_MIDPOINT: _StoredThreshold.ValueType  # 1
+    """Half-way between the mean projections of the two sides of the training pairs (LayerEvidence.midpoint). It was measured
+    on pooled states, while a condition sees single tokens: LayerEvidence.positive_tokens and .negative_tokens say where
+    those lie.
+    """
+
+class StoredThreshold(_StoredThreshold, metaclass=_StoredThresholdEnumTypeWrapper):
+    """StoredThreshold is a threshold that a vector artifact carries, measured when the vector was extracted."""
+
+STORED_THRESHOLD_UNSPECIFIED: StoredThreshold.ValueType  # 0
+STORED_THRESHOLD_MIDPOINT: StoredThreshold.ValueType  # 1
+"""Half-way between the mean projections of the two sides of the training pairs (LayerEvidence.midpoint). It was measured
+on pooled states, while a condition sees single tokens: LayerEvidence.positive_tokens and .negative_tokens say where
+those lie.
+"""
+Global___StoredThreshold: _TypeAlias = StoredThreshold  # noqa: Y015
+
+class _RequestWarningCode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RequestWarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RequestWarningCode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REQUEST_WARNING_CODE_UNSPECIFIED: _RequestWarningCode.ValueType  # 0
+    REQUEST_WARNING_CODE_STRONG_EDIT: _RequestWarningCode.ValueType  # 1
+    """The mean change of an edit was more than 100 % of the norm of what it was given."""
+    REQUEST_WARNING_CODE_BEYOND_CONTEXT: _RequestWarningCode.ValueType  # 2
+    """Prompt and max_tokens are more than the context of the model: generation ends where the context does."""
+
+class RequestWarningCode(_RequestWarningCode, metaclass=_RequestWarningCodeEnumTypeWrapper): ...
+
+REQUEST_WARNING_CODE_UNSPECIFIED: RequestWarningCode.ValueType  # 0
+REQUEST_WARNING_CODE_STRONG_EDIT: RequestWarningCode.ValueType  # 1
+"""The mean change of an edit was more than 100 % of the norm of what it was given."""
+REQUEST_WARNING_CODE_BEYOND_CONTEXT: RequestWarningCode.ValueType  # 2
+"""Prompt and max_tokens are more than the context of the model: generation ends where the context does."""
+Global___RequestWarningCode: _TypeAlias = RequestWarningCode  # noqa: Y015
+
 @_typing.final
 class Program(_message.Message):
     """Program is everything one request does to the model. Edits are applied in listed order."""
@@ -253,7 +298,9 @@ class Vector(_message.Message):
     artifact_layer: _builtins.int
     """Use this layer's row of the artifact at every layer of the edit."""
     unit: _builtins.bool
-    """Divide by the Euclidean norm before use. Projections always use the unit vector."""
+    """Divide by the Euclidean norm before use. Projections always use the unit vector: in edits, gates, abort conditions,
+    readouts and watches a projection is h . v / |v|, whatever is set here.
+    """
     @_builtins.property
     def values(self) -> _tensor_pb2.Tensor:
         """One vector [width], used at every layer, or one row for each layer of the edit [n_layers, width]."""
@@ -580,7 +627,10 @@ class HeadEdit(_message.Message):
     scale: _builtins.float
     """t(z) = value * z. Zero ablation is scale 0."""
     uniform: _builtins.bool
-    """Attend to all visible tokens alike: the query becomes 0. The relative change of its receipt is that of the query."""
+    """Attend to all visible tokens alike: the query becomes 0. At strength s the query, after its norm and rotation, is
+    multiplied by 1 - s, and so is every score before the softmax: at 0.5 attention is flatter, but it is no average of
+    its pattern with the uniform one. The relative change of its receipt is that of the query.
+    """
     @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Head indices in [0, n_heads)."""
@@ -703,7 +753,9 @@ Global___PositionRange: _TypeAlias = PositionRange  # noqa: Y015
 
 @_typing.final
 class Condition(_message.Message):
-    """Condition compares the projection of an activation on a unit vector with a threshold."""
+    """Condition compares the projection h . v / |v| of an activation with a threshold, which is on the scale of readouts and
+    watches of the same vector.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -714,12 +766,17 @@ class Condition(_message.Message):
     THRESHOLD_FIELD_NUMBER: _builtins.int
     COSINE_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
+    STORED_THRESHOLD_FIELD_NUMBER: _builtins.int
     site: Global___Site.ValueType
     layer: _builtins.int
     comparison: Global___Comparison.ValueType
     threshold: _builtins.float
     cosine: _builtins.bool
     """Compare the cosine instead of the projection."""
+    stored_threshold: Global___StoredThreshold.ValueType
+    """Instead of threshold: one that the artifact `vector` carries for this site and layer. FAILED_PRECONDITION where it
+    carries none.
+    """
     @_builtins.property
     def vector(self) -> Global___Vector: ...
     @_builtins.property
@@ -736,10 +793,11 @@ class Condition(_message.Message):
         threshold: _builtins.float = ...,
         cosine: _builtins.bool = ...,
         scope: Global___Scope | None = ...,
+        stored_threshold: Global___StoredThreshold.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "cosine", b"cosine", "layer", b"layer", "scope", b"scope", "site", b"site", "threshold", b"threshold", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "cosine", b"cosine", "layer", b"layer", "scope", b"scope", "site", b"site", "stored_threshold", b"stored_threshold", "threshold", b"threshold", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -821,7 +879,9 @@ class Readout(_message.Message):
 
     @_builtins.property
     def projection(self) -> Global___ProjectionReadout:
-        """h . v for each vector."""
+        """h . v / |v| for each vector: on the scale of gates, abort conditions and watches of the same vector, whatever the
+        length of v is. Multiply by |v| for h . v.
+        """
 
     @_builtins.property
     def neurons(self) -> Global___NeuronReadout:
@@ -984,7 +1044,9 @@ class ReadoutValue(_message.Message):
     layer: _builtins.int
     position: _builtins.int
     @_builtins.property
-    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of a projection h . v / |v|, one for each vector."""
+
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Neuron or token ids (neurons, top_neurons, logit_lens) or positions (heads) the values belong to."""
@@ -1020,22 +1082,28 @@ class Receipt(_message.Message):
     PROGRAM_FINGERPRINT_FIELD_NUMBER: _builtins.int
     EDITS_FIELD_NUMBER: _builtins.int
     TOUCHED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     program_fingerprint: _builtins.str
     """SHA-256 over the program in canonical form, with the ids of all artifacts it resolved to."""
     touched: _builtins.bool
-    """False when no edit touched any activation."""
+    """False when no edit touched any activation, here or in the request that rows of the prefix cache came from."""
     @_builtins.property
     def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___EditReceipt]: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestWarning]:
+        """What was served as it was asked for, but can hardly have been meant. All warnings of the request."""
+
     def __init__(
         self,
         *,
         program_fingerprint: _builtins.str = ...,
         edits: _abc.Iterable[Global___EditReceipt] | None = ...,
         touched: _builtins.bool = ...,
+        warnings: _abc.Iterable[Global___RequestWarning] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "program_fingerprint", b"program_fingerprint", "touched", b"touched"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "program_fingerprint", b"program_fingerprint", "touched", b"touched", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1050,15 +1118,24 @@ class EditReceipt(_message.Message):
     MEAN_RELATIVE_CHANGE_FIELD_NUMBER: _builtins.int
     GATE_FIRINGS_FIELD_NUMBER: _builtins.int
     ROWS_FROM_CACHE_FIELD_NUMBER: _builtins.int
+    GATE_THRESHOLD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     rows: _builtins.int
-    """(token, layer) pairs the edit was written to."""
+    """(token, layer) pairs that this request computed and wrote the edit to. 0 beside rows_from_cache: the edit is in
+    effect, and an earlier request wrote it.
+    """
     mean_relative_change: _builtins.float
-    """Mean of |delta| / |h| over those pairs, h being the activation the edit was given."""
+    """Mean of |delta| / |h| over `rows`, h being the activation the edit was given. 0 where rows is 0: then nothing was
+    measured, and the change of rows_from_cache stands in the receipt of the request that computed them.
+    """
     gate_firings: _builtins.int
-    """Tokens at which the gate was open, counted at each layer of the edit."""
+    """Tokens of the edit's own scope at which its gate was open, counted at each layer of the edit. Tokens outside of that
+    scope are not counted, though a latch may have opened at one.
+    """
     rows_from_cache: _builtins.int
     """(token, layer) pairs that were edited in an earlier request and reused from the prefix cache."""
+    gate_threshold: _builtins.float
+    """With a gate: the threshold it compared with, on the scale h . v / |v| (or a cosine); a stored one as it was resolved."""
     def __init__(
         self,
         *,
@@ -1067,11 +1144,41 @@ class EditReceipt(_message.Message):
         mean_relative_change: _builtins.float = ...,
         gate_firings: _builtins.int = ...,
         rows_from_cache: _builtins.int = ...,
+        gate_threshold: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gate_threshold", b"_gate_threshold", "gate_threshold", b"gate_threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gate_threshold", b"_gate_threshold", "gate_firings", b"gate_firings", "gate_threshold", b"gate_threshold", "mean_relative_change", b"mean_relative_change", "name", b"name", "rows", b"rows", "rows_from_cache", b"rows_from_cache"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gate_threshold: _TypeAlias = _typing.Literal["gate_threshold"]  # noqa: Y015
+    _WhichOneofArgType__gate_threshold: _TypeAlias = _typing.Literal["_gate_threshold", b"_gate_threshold"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gate_threshold) -> _WhichOneofReturnType__gate_threshold | None: ...
+
+Global___EditReceipt: _TypeAlias = EditReceipt  # noqa: Y015
+
+@_typing.final
+class RequestWarning(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    code: Global___RequestWarningCode.ValueType
+    field: _builtins.str
+    """Path in the request, as in the field violations of errors: "program.edits[0]", "stop.max_tokens"."""
+    message: _builtins.str
+    """For people."""
+    def __init__(
+        self,
+        *,
+        code: Global___RequestWarningCode.ValueType = ...,
+        field: _builtins.str = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gate_firings", b"gate_firings", "mean_relative_change", b"mean_relative_change", "name", b"name", "rows", b"rows", "rows_from_cache", b"rows_from_cache"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EditReceipt: _TypeAlias = EditReceipt  # noqa: Y015
+Global___RequestWarning: _TypeAlias = RequestWarning  # noqa: Y015

@@ -27,7 +27,7 @@ from patchclamp.v1 import generation_pb2 as patchclamp_dot_v1_dot_generation__pb
 from patchclamp.v1 import sparse_policy_pb2 as patchclamp_dot_v1_dot_sparse__policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpatchclamp/v1/sparsity.proto\x12\rpatchclamp.v1\x1a\x1cpatchclamp/v1/artifact.proto\x1a\x1epatchclamp/v1/generation.proto\x1a!patchclamp/v1/sparse_policy.proto\"K\n\x0cSparsityText\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x17\n\x0f\x64ocument_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\xd7\x01\n\x17\x43\x61librateProfileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06policy\x18\x02 \x01(\x0b\x32\x1b.patchclamp.v1.SparsePolicy\x12)\n\x04text\x18\x03 \x01(\x0b\x32\x1b.patchclamp.v1.SparsityText\x12\x1d\n\x10holdout_fraction\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12\x0c\n\x04tags\x18\x06 \x03(\tB\x13\n\x11_holdout_fraction\"\x8c\x01\n\x18\x43\x61librateProfileResponse\x12\x33\n\x08progress\x18\x01 \x01(\x0b\x32\x1f.patchclamp.v1.SparsityProgressH\x00\x12\x32\n\x06result\x18\x02 \x01(\x0b\x32 .patchclamp.v1.CalibratedProfileH\x00\x42\x07\n\x05\x65vent\">\n\x10SparsityProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\"\x9f\x01\n\x11\x43\x61libratedProfile\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12+\n\x07quality\x18\x02 \x01(\x0b\x32\x1a.patchclamp.v1.QualityCard\x12\x32\n\x0erandom_control\x18\x03 \x01(\x0b\x32\x1a.patchclamp.v1.QualityCard\"\xc0\x01\n\x0bQualityCard\x12\x18\n\x10perplexity_ratio\x18\x01 \x01(\x01\x12\x12\n\ndivergence\x18\x02 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x03 \x01(\x01\x12\x10\n\x08sparsity\x18\x04 \x01(\x01\x12\x15\n\rbytes_read_16\x18\x05 \x01(\x01\x12\x11\n\tdocuments\x18\x06 \x01(\r\x12\x15\n\rscored_tokens\x18\x07 \x01(\r\x12\x18\n\x10\x64\x65nse_perplexity\x18\x08 \x01(\x01\"\x96\x01\n\x16\x45valuateProfileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\nsparsities\x18\x02 \x03(\x0b\x32\x17.patchclamp.v1.Sparsity\x12)\n\x04text\x18\x03 \x01(\x0b\x32\x1b.patchclamp.v1.SparsityText\x12\x15\n\rmeasure_speed\x18\x04 \x01(\x08\"\x90\x01\n\x17\x45valuateProfileResponse\x12\x33\n\x08progress\x18\x01 \x01(\x0b\x32\x1f.patchclamp.v1.SparsityProgressH\x00\x12\x37\n\nevaluation\x18\x02 \x01(\x0b\x32!.patchclamp.v1.SparsityEvaluationH\x00\x42\x07\n\x05\x65vent\"\xe0\x01\n\x12SparsityEvaluation\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x12\n\nkeep_ratio\x18\x03 \x01(\x01\x12+\n\x07quality\x18\x04 \x01(\x0b\x32\x1a.patchclamp.v1.QualityCard\x12\x32\n\x0erandom_control\x18\x05 \x01(\x0b\x32\x1a.patchclamp.v1.QualityCard\x12,\n\x05speed\x18\x06 \x01(\x0b\x32\x18.patchclamp.v1.SpeedCardH\x00\x88\x01\x01\x42\x08\n\x06_speed\"o\n\tSpeedCard\x12\x1f\n\x17\x64\x65nse_seconds_per_token\x18\x01 \x01(\x01\x12 \n\x18sparse_seconds_per_token\x18\x02 \x01(\x01\x12\x0f\n\x07speedup\x18\x03 \x01(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"\x8d\x01\n\x19PredictCoreNeuronsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x07prompts\x18\x02 \x03(\x0b\x32\x15.patchclamp.v1.Prompt\x12)\n\x08sparsity\x18\x03 \x01(\x0b\x32\x17.patchclamp.v1.Sparsity\x12\x0e\n\x06layers\x18\x04 \x03(\r\"w\n\x1aPredictCoreNeuronsResponse\x12+\n\x07prompts\x18\x01 \x03(\x0b\x32\x1a.patchclamp.v1.CoreNeurons\x12,\n\x08overlaps\x18\x02 \x03(\x0b\x32\x1a.patchclamp.v1.CoreOverlap\":\n\x0b\x43oreNeurons\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.patchclamp.v1.LayerNeurons\".\n\x0cLayerNeurons\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07neurons\x18\x02 \x03(\r\"S\n\x0b\x43oreOverlap\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0e\n\x06second\x18\x02 \x01(\r\x12\x0f\n\x07jaccard\x18\x03 \x03(\x01\x12\x14\n\x0cmean_jaccard\x18\x04 \x01(\x01\x32\xc7\x02\n\x0fSparsityService\x12\x65\n\x10\x43\x61librateProfile\x12&.patchclamp.v1.CalibrateProfileRequest\x1a\'.patchclamp.v1.CalibrateProfileResponse0\x01\x12\x62\n\x0f\x45valuateProfile\x12%.patchclamp.v1.EvaluateProfileRequest\x1a&.patchclamp.v1.EvaluateProfileResponse0\x01\x12i\n\x12PredictCoreNeurons\x12(.patchclamp.v1.PredictCoreNeuronsRequest\x1a).patchclamp.v1.PredictCoreNeuronsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpatchclamp/v1/sparsity.proto\x12\rpatchclamp.v1\x1a\x1cpatchclamp/v1/artifact.proto\x1a\x1epatchclamp/v1/generation.proto\x1a!patchclamp/v1/sparse_policy.proto\"K\n\x0cSparsityText\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x17\n\x0f\x64ocument_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\xed\x01\n\x17\x43\x61librateProfileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06policy\x18\x02 \x01(\x0b\x32\x1b.patchclamp.v1.SparsePolicy\x12)\n\x04text\x18\x03 \x01(\x0b\x32\x1b.patchclamp.v1.SparsityText\x12\x1d\n\x10holdout_fraction\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12\x0c\n\x04tags\x18\x06 \x03(\t\x12\x14\n\x0creplace_tags\x18\x07 \x01(\x08\x42\x13\n\x11_holdout_fraction\"\x8c\x01\n\x18\x43\x61librateProfileResponse\x12\x33\n\x08progress\x18\x01 \x01(\x0b\x32\x1f.patchclamp.v1.SparsityProgressH\x00\x12\x32\n\x06result\x18\x02 \x01(\x0b\x32 .patchclamp.v1.CalibratedProfileH\x00\x42\x07\n\x05\x65vent\">\n\x10SparsityProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\"\x9f\x01\n\x11\x43\x61libratedProfile\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12+\n\x07quality\x18\x02 \x01(\x0b\x32\x1a.patchclamp.v1.QualityCard\x12\x32\n\x0erandom_control\x18\x03 \x01(\x0b\x32\x1a.patchclamp.v1.QualityCard\"\xc0\x01\n\x0bQualityCard\x12\x18\n\x10perplexity_ratio\x18\x01 \x01(\x01\x12\x12\n\ndivergence\x18\x02 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x03 \x01(\x01\x12\x10\n\x08sparsity\x18\x04 \x01(\x01\x12\x15\n\rbytes_read_16\x18\x05 \x01(\x01\x12\x11\n\tdocuments\x18\x06 \x01(\r\x12\x15\n\rscored_tokens\x18\x07 \x01(\r\x12\x18\n\x10\x64\x65nse_perplexity\x18\x08 \x01(\x01\"\x96\x01\n\x16\x45valuateProfileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\nsparsities\x18\x02 \x03(\x0b\x32\x17.patchclamp.v1.Sparsity\x12)\n\x04text\x18\x03 \x01(\x0b\x32\x1b.patchclamp.v1.SparsityText\x12\x15\n\rmeasure_speed\x18\x04 \x01(\x08\"\x90\x01\n\x17\x45valuateProfileResponse\x12\x33\n\x08progress\x18\x01 \x01(\x0b\x32\x1f.patchclamp.v1.SparsityProgressH\x00\x12\x37\n\nevaluation\x18\x02 \x01(\x0b\x32!.patchclamp.v1.SparsityEvaluationH\x00\x42\x07\n\x05\x65vent\"\xe0\x01\n\x12SparsityEvaluation\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x12\n\nkeep_ratio\x18\x03 \x01(\x01\x12+\n\x07quality\x18\x04 \x01(\x0b\x32\x1a.patchclamp.v1.QualityCard\x12\x32\n\x0erandom_control\x18\x05 \x01(\x0b\x32\x1a.patchclamp.v1.QualityCard\x12,\n\x05speed\x18\x06 \x01(\x0b\x32\x18.patchclamp.v1.SpeedCardH\x00\x88\x01\x01\x42\x08\n\x06_speed\"o\n\tSpeedCard\x12\x1f\n\x17\x64\x65nse_seconds_per_token\x18\x01 \x01(\x01\x12 \n\x18sparse_seconds_per_token\x18\x02 \x01(\x01\x12\x0f\n\x07speedup\x18\x03 \x01(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"\x8d\x01\n\x19PredictCoreNeuronsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x07prompts\x18\x02 \x03(\x0b\x32\x15.patchclamp.v1.Prompt\x12)\n\x08sparsity\x18\x03 \x01(\x0b\x32\x17.patchclamp.v1.Sparsity\x12\x0e\n\x06layers\x18\x04 \x03(\r\"w\n\x1aPredictCoreNeuronsResponse\x12+\n\x07prompts\x18\x01 \x03(\x0b\x32\x1a.patchclamp.v1.CoreNeurons\x12,\n\x08overlaps\x18\x02 \x03(\x0b\x32\x1a.patchclamp.v1.CoreOverlap\":\n\x0b\x43oreNeurons\x12+\n\x06layers\x18\x01 \x03(\x0b\x32\x1b.patchclamp.v1.LayerNeurons\".\n\x0cLayerNeurons\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07neurons\x18\x02 \x03(\r\"S\n\x0b\x43oreOverlap\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0e\n\x06second\x18\x02 \x01(\r\x12\x0f\n\x07jaccard\x18\x03 \x03(\x01\x12\x14\n\x0cmean_jaccard\x18\x04 \x01(\x01\x32\xc7\x02\n\x0fSparsityService\x12\x65\n\x10\x43\x61librateProfile\x12&.patchclamp.v1.CalibrateProfileRequest\x1a\'.patchclamp.v1.CalibrateProfileResponse0\x01\x12\x62\n\x0f\x45valuateProfile\x12%.patchclamp.v1.EvaluateProfileRequest\x1a&.patchclamp.v1.EvaluateProfileResponse0\x01\x12i\n\x12PredictCoreNeurons\x12(.patchclamp.v1.PredictCoreNeuronsRequest\x1a).patchclamp.v1.PredictCoreNeuronsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,33 +37,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SPARSITYTEXT']._serialized_start=144
   _globals['_SPARSITYTEXT']._serialized_end=219
   _globals['_CALIBRATEPROFILEREQUEST']._serialized_start=222
-  _globals['_CALIBRATEPROFILEREQUEST']._serialized_end=437
-  _globals['_CALIBRATEPROFILERESPONSE']._serialized_start=440
-  _globals['_CALIBRATEPROFILERESPONSE']._serialized_end=580
-  _globals['_SPARSITYPROGRESS']._serialized_start=582
-  _globals['_SPARSITYPROGRESS']._serialized_end=644
-  _globals['_CALIBRATEDPROFILE']._serialized_start=647
-  _globals['_CALIBRATEDPROFILE']._serialized_end=806
-  _globals['_QUALITYCARD']._serialized_start=809
-  _globals['_QUALITYCARD']._serialized_end=1001
-  _globals['_EVALUATEPROFILEREQUEST']._serialized_start=1004
-  _globals['_EVALUATEPROFILEREQUEST']._serialized_end=1154
-  _globals['_EVALUATEPROFILERESPONSE']._serialized_start=1157
-  _globals['_EVALUATEPROFILERESPONSE']._serialized_end=1301
-  _globals['_SPARSITYEVALUATION']._serialized_start=1304
-  _globals['_SPARSITYEVALUATION']._serialized_end=1528
-  _globals['_SPEEDCARD']._serialized_start=1530
-  _globals['_SPEEDCARD']._serialized_end=1641
-  _globals['_PREDICTCORENEURONSREQUEST']._serialized_start=1644
-  _globals['_PREDICTCORENEURONSREQUEST']._serialized_end=1785
-  _globals['_PREDICTCORENEURONSRESPONSE']._serialized_start=1787
-  _globals['_PREDICTCORENEURONSRESPONSE']._serialized_end=1906
-  _globals['_CORENEURONS']._serialized_start=1908
-  _globals['_CORENEURONS']._serialized_end=1966
-  _globals['_LAYERNEURONS']._serialized_start=1968
-  _globals['_LAYERNEURONS']._serialized_end=2014
-  _globals['_COREOVERLAP']._serialized_start=2016
-  _globals['_COREOVERLAP']._serialized_end=2099
-  _globals['_SPARSITYSERVICE']._serialized_start=2102
-  _globals['_SPARSITYSERVICE']._serialized_end=2429
+  _globals['_CALIBRATEPROFILEREQUEST']._serialized_end=459
+  _globals['_CALIBRATEPROFILERESPONSE']._serialized_start=462
+  _globals['_CALIBRATEPROFILERESPONSE']._serialized_end=602
+  _globals['_SPARSITYPROGRESS']._serialized_start=604
+  _globals['_SPARSITYPROGRESS']._serialized_end=666
+  _globals['_CALIBRATEDPROFILE']._serialized_start=669
+  _globals['_CALIBRATEDPROFILE']._serialized_end=828
+  _globals['_QUALITYCARD']._serialized_start=831
+  _globals['_QUALITYCARD']._serialized_end=1023
+  _globals['_EVALUATEPROFILEREQUEST']._serialized_start=1026
+  _globals['_EVALUATEPROFILEREQUEST']._serialized_end=1176
+  _globals['_EVALUATEPROFILERESPONSE']._serialized_start=1179
+  _globals['_EVALUATEPROFILERESPONSE']._serialized_end=1323
+  _globals['_SPARSITYEVALUATION']._serialized_start=1326
+  _globals['_SPARSITYEVALUATION']._serialized_end=1550
+  _globals['_SPEEDCARD']._serialized_start=1552
+  _globals['_SPEEDCARD']._serialized_end=1663
+  _globals['_PREDICTCORENEURONSREQUEST']._serialized_start=1666
+  _globals['_PREDICTCORENEURONSREQUEST']._serialized_end=1807
+  _globals['_PREDICTCORENEURONSRESPONSE']._serialized_start=1809
+  _globals['_PREDICTCORENEURONSRESPONSE']._serialized_end=1928
+  _globals['_CORENEURONS']._serialized_start=1930
+  _globals['_CORENEURONS']._serialized_end=1988
+  _globals['_LAYERNEURONS']._serialized_start=1990
+  _globals['_LAYERNEURONS']._serialized_end=2036
+  _globals['_COREOVERLAP']._serialized_start=2038
+  _globals['_COREOVERLAP']._serialized_end=2121
+  _globals['_SPARSITYSERVICE']._serialized_start=2124
+  _globals['_SPARSITYSERVICE']._serialized_end=2451
 # @@protoc_insertion_point(module_scope)

@@ -66,10 +66,13 @@ class CalibrateProfileRequest(_message.Message):
     HOLDOUT_FRACTION_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     holdout_fraction: _builtins.float
     """Share of the documents, the last ones, kept out of calibration for the quality card. Default 0.25, at least one."""
     description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def policy(self) -> _sparse_policy_pb2.SparsePolicy: ...
     @_builtins.property
@@ -85,10 +88,11 @@ class CalibrateProfileRequest(_message.Message):
         holdout_fraction: _builtins.float | None = ...,
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "policy", b"policy", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "holdout_fraction", b"holdout_fraction", "model", b"model", "policy", b"policy", "tags", b"tags", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "holdout_fraction", b"holdout_fraction", "model", b"model", "policy", b"policy", "replace_tags", b"replace_tags", "tags", b"tags", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
     _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015

@@ -105,6 +105,7 @@ class ExtractVectorsRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     method: Global___ExtractionMethod.ValueType
     site: _program_pb2.Site.ValueType
@@ -115,6 +116,8 @@ class ExtractVectorsRequest(_message.Message):
     seed: _builtins.int
     """Splits and solvers are seeded. Default 0."""
     description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContrastPair]: ...
     @_builtins.property
@@ -136,10 +139,11 @@ class ExtractVectorsRequest(_message.Message):
         seed: _builtins.int = ...,
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "seed", b"seed", "site", b"site", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "seed", b"seed", "site", b"site", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
     _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
@@ -181,7 +185,7 @@ class ExtractionProgress(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """"activations", "directions" or "evidence"."""
+    """"activations", "directions", "tokens" or "evidence"."""
     done: _builtins.int
     total: _builtins.int
     def __init__(
@@ -239,6 +243,10 @@ class LayerEvidence(_message.Message):
     NORM_FIELD_NUMBER: _builtins.int
     ACTIVATION_NORM_FIELD_NUMBER: _builtins.int
     EXPLAINED_VARIANCE_FIELD_NUMBER: _builtins.int
+    MIDPOINT_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    POSITIVE_TOKENS_FIELD_NUMBER: _builtins.int
+    NEGATIVE_TOKENS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     heldout_accuracy: _builtins.float
     """Share of held-out examples on the right side of the midpoint threshold."""
@@ -248,6 +256,20 @@ class LayerEvidence(_message.Message):
     activation_norm: _builtins.float
     explained_variance: _builtins.float
     """Share of the variance of the pair differences that lies along the vector."""
+    midpoint: _builtins.float
+    """Half-way between the mean projections h . v / |v| of the two sides of the training pairs: the threshold of
+    heldout_accuracy. Like them it is of pooled states. The artifact keeps it for STORED_THRESHOLD_MIDPOINT.
+    """
+    margin: _builtins.float
+    """Distance of the mean projections of the held-out sides in standard deviations within the sides."""
+    @_builtins.property
+    def positive_tokens(self) -> Global___TokenProjections:
+        """Projections of single tokens, which gates, abort conditions, readouts and watches see: of the held-out examples, at
+        most 64 of each side.
+        """
+
+    @_builtins.property
+    def negative_tokens(self) -> Global___TokenProjections: ...
     def __init__(
         self,
         *,
@@ -257,11 +279,55 @@ class LayerEvidence(_message.Message):
         norm: _builtins.float = ...,
         activation_norm: _builtins.float = ...,
         explained_variance: _builtins.float = ...,
+        midpoint: _builtins.float = ...,
+        margin: _builtins.float = ...,
+        positive_tokens: Global___TokenProjections | None = ...,
+        negative_tokens: Global___TokenProjections | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_tokens", b"negative_tokens", "positive_tokens", b"positive_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_norm", b"activation_norm", "explained_variance", b"explained_variance", "heldout_accuracy", b"heldout_accuracy", "layer", b"layer", "norm", b"norm", "random_accuracy", b"random_accuracy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_norm", b"activation_norm", "explained_variance", b"explained_variance", "heldout_accuracy", b"heldout_accuracy", "layer", b"layer", "margin", b"margin", "midpoint", b"midpoint", "negative_tokens", b"negative_tokens", "norm", b"norm", "positive_tokens", b"positive_tokens", "random_accuracy", b"random_accuracy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerEvidence: _TypeAlias = LayerEvidence  # noqa: Y015
+
+@_typing.final
+class TokenProjections(_message.Message):
+    """TokenProjections: h . v / |v| over all tokens but the first of the examples of one side."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    P05_FIELD_NUMBER: _builtins.int
+    P25_FIELD_NUMBER: _builtins.int
+    P50_FIELD_NUMBER: _builtins.int
+    P75_FIELD_NUMBER: _builtins.int
+    P95_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    mean: _builtins.float
+    p05: _builtins.float
+    """Quantiles."""
+    p25: _builtins.float
+    p50: _builtins.float
+    p75: _builtins.float
+    p95: _builtins.float
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        mean: _builtins.float = ...,
+        p05: _builtins.float = ...,
+        p25: _builtins.float = ...,
+        p50: _builtins.float = ...,
+        p75: _builtins.float = ...,
+        p95: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean", b"mean", "p05", b"p05", "p25", b"p25", "p50", b"p50", "p75", b"p75", "p95", b"p95", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenProjections: _TypeAlias = TokenProjections  # noqa: Y015

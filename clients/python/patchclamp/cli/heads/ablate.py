@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.evaluate_head_edit(args.heads, args.mode, timeout=args.timeout, **options) as stream,
     ):
-        effect = job_result(stream)
+        effect = job_result(stream, quiet=args.json)
     if args.json:
         print_json(effect)
     else:

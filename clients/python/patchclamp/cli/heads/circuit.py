@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.find_circuit(args.pairs, args.method, timeout=args.timeout, **options) as stream,
     ):
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)
     else:

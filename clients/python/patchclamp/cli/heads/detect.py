@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.detect_retrieval_heads(needle_test(args), timeout=args.timeout, **options) as stream,
     ):
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     grid = NeedleGrid.of(result.runs)
     if args.json:
         print_json(result)

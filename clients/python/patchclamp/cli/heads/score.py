@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.score_heads(args.method, timeout=args.timeout, **cast(HeadScoreOptions, options)) as stream,
     ):
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)
     else:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.calibrate_profile(args.policy, texts_of(args), timeout=args.timeout, **options) as stream,
     ):
-        result = job_result(stream)
+        result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)
         return 0

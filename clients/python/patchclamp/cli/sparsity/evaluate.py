@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             sparsities, texts_of(args), measure_speed=args.speed, timeout=args.timeout, **text_options(args)
         ) as stream,
     ):
-        evaluations = job_result(stream)
+        evaluations = job_result(stream, quiet=args.json)
     if args.json:
         # `sparsity plot` reads these.
         print_json([{"spec": specs[each.index].text, **each.to_dict()} for each in evaluations])

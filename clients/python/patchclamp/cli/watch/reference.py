@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         connect(args) as client,
         client.record_reference(args.name, timeout=args.timeout, **cast(ReferenceOptions, options)) as stream,
     ):
-        artifact = job_result(stream)
+        artifact = job_result(stream, quiet=args.json)
     if args.json:
         print_json(artifact)
     else:

@@ -1,0 +1,28 @@
+"""Arguments of the commands. A wrong use is one line, of the command it is about, with what was probably meant."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse prints the usage of twenty lines before the reason, and lets the outermost parser complain."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # An abbreviation that is clear today is ambiguous, or means another option, when one more has come.
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """Nothing is left over for the parser around this one."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def _meant(self, option: str) -> str:
+        close = difflib.get_close_matches(option.partition("=")[0], self._option_string_actions, n=1)
+        return f" (did you mean {close[0]}?)" if close else ""

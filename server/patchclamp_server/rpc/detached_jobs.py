@@ -1,0 +1,178 @@
+"""Calls that go on without their client: what a call needs of gRPC, kept here, and what has come of each."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from patchclamp_server.errors import NotFound
+
+# Of jobs that have ended.
+KEPT_SECONDS = 24 * 3600.0
+MAX_KEPT = 256
+MAX_KEPT_BYTES = 64 * 1024 * 1024
+PROGRESS = "progress"
+
+
+class JobState(Enum):
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(eq=False)
+class DetachedJob:
+    """One job, in the event loop of the server. `results`: its responses but those that tell progress."""
+
+    id: str
+    method: str
+    tenant: str
+    created: float = field(default_factory=time.time)
+    ended: float | None = None
+    state: JobState = JobState.RUNNING
+    results: list[Message] = field(default_factory=list)
+    # The last response that told progress, and how many did.
+    progress: Message | None = None
+    told: int = 0
+    status: grpc.Status | None = None
+    task: "asyncio.Task[None] | None" = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, response: Message) -> None:
+        if response.WhichOneof("event") == PROGRESS:
+            self.progress = response
+            self.told += 1
+        else:
+            self.results.append(response)
+        self._wake()
+
+    def end(self, state: JobState) -> None:
+        self.state, self.ended = state, time.time()
+        self._wake()
+
+    async def responses(self) -> AsyncIterator[Message]:
+        """All results, the progress as it is now, and what comes, until the job has ended."""
+        given, told = 0, 0
+        while True:
+            changed = self._changed
+            if given < len(self.results):
+                given += 1
+                yield self.results[given - 1]
+            elif told < self.told and self.progress is not None:
+                told = self.told
+                yield self.progress
+            elif self.ended is not None:
+                return
+            else:
+                await changed.wait()
+
+    @property
+    def bytes(self) -> int:
+        return sum(result.ByteSize() for result in self.results)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class DetachedContext:
+    """In place of gRPC's context: who called is known, nobody waits, and what is written is kept."""
+
+    def __init__(self, call: Any, job: DetachedJob) -> None:
+        self._metadata = tuple(call.invocation_metadata() or ())
+        self._auth = call.auth_context()
+        self._peer = call.peer()
+        self._job = job
+
+    def invocation_metadata(self) -> tuple[Any, ...]:
+        return self._metadata
+
+    def auth_context(self) -> Any:
+        return self._auth
+
+    def peer(self) -> Any:
+        return self._peer
+
+    def time_remaining(self) -> None:
+        """A job has no deadline."""
+
+    def code(self) -> None:
+        """A handler that returns has succeeded."""
+
+    async def write(self, response: Message) -> None:
+        self._job.add(response)
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any = ()) -> None:
+        self._job.status = _Status(code, details, trailing_metadata)
+
+
+@dataclass(frozen=True)
+class _Status(grpc.Status):
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: Any
+
+
+class DetachedJobs:
+    """The jobs of one server process, for one event loop."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, DetachedJob] = {}
+
+    def start(self, method: str, tenant: str, call: Callable[[DetachedJob], Awaitable[None]]) -> DetachedJob:
+        """`call` answers the job; it runs in a task of its own, in a copy of the context of this one."""
+        self._forget()
+        job = DetachedJob(f"job-{secrets.token_hex(8)}", method, tenant)
+        self._jobs[job.id] = job
+        job.task = asyncio.ensure_future(call(job))
+        job.task.add_done_callback(lambda task: job.end(_state(job, task)))
+        return job
+
+    def get(self, job_id: str, tenant: str) -> DetachedJob:
+        """Raises NotFound, also for a job of another tenant."""
+        job = self._jobs.get(job_id)
+        if job is None or job.tenant != tenant:
+            raise NotFound("id", f"no job {job_id!r}; jobs end with the server, and are forgotten after a day")
+        return job
+
+    def of(self, tenant: str) -> list[DetachedJob]:
+        """The newest first."""
+        return [job for job in reversed(self._jobs.values()) if job.tenant == tenant]
+
+    async def cancel(self, job: DetachedJob) -> None:
+        """Returns when it has ended."""
+        if job.task is not None and not job.task.done():
+            job.task.cancel()
+            await asyncio.wait([job.task])
+            # Its end is told by a callback, which comes after those who waited.
+            await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        """Ends what runs."""
+        await asyncio.gather(*map(self.cancel, self._jobs.values()))
+
+    def _forget(self) -> None:
+        """The oldest of those that have ended, until the rest is within its bounds."""
+        over = [job for job in self._jobs.values() if job.ended is not None]
+        kept = sum(job.bytes for job in over)
+        for i, job in enumerate(over):
+            old = job.ended is not None and time.time() - job.ended > KEPT_SECONDS
+            if not old and len(over) - i < MAX_KEPT and kept <= MAX_KEPT_BYTES:
+                break
+            kept -= job.bytes
+            del self._jobs[job.id]
+
+
+def _state(job: DetachedJob, task: "asyncio.Future[None]") -> JobState:
+    if task.cancelled():
+        return JobState.CANCELLED
+    if job.status is None and task.exception() is None:
+        return JobState.SUCCEEDED
+    return JobState.CANCELLED if job.status and job.status.code is grpc.StatusCode.CANCELLED else JobState.FAILED
