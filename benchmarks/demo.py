@@ -183,12 +183,11 @@ def compare(client: Client, prompt: str, variant: Variant) -> None:
     """Prints the KL divergence at every token of the steered answer."""
     with client.compare(prompt, **options(variant.program)) as stream:
         result = stream.result()
-    pieces = client.tokenize([at.id for at in result.divergences]).pieces
     largest = max(at.kl for at in result.divergences) or 1.0
     print(f"{variant.title}; KL(edited||baseline) in nats at each token of: {prompt} ...\n")
     rows = [
-        f"{piece.replace(chr(10), ' / '):16.16s} {at.kl:6.3f} {'#' * round(20 * at.kl / largest):20s}"
-        for piece, at in zip(pieces, result.divergences, strict=True)
+        f"{at.text.replace(chr(10), ' / '):16.16s} {at.kl:6.3f} {'#' * round(20 * at.kl / largest):20s}"
+        for at in result.divergences
     ]
     half = (len(rows) + 1) // 2
     for left, right in zip_longest(rows[:half], rows[half:], fillvalue=""):

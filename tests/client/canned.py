@@ -267,6 +267,10 @@ class Models(ModelServiceServicer):
     def Tokenize(self, request: Any, context: Any) -> model_pb2.TokenizeResponse:
         return model_pb2.TokenizeResponse(ids=[1, 2], pieces=["The", " cat"])
 
+    def Detokenize(self, request: Any, context: Any) -> model_pb2.DetokenizeResponse:
+        pieces = ["The", " cat"][: len(request.ids)]
+        return model_pb2.DetokenizeResponse(text="".join(pieces), pieces=pieces)
+
 
 class Generations(GenerationServiceServicer):
     """Two tokens; a report of whatever was asked for."""

@@ -223,10 +223,10 @@ def test_exactly_one_of_prompt_and_messages_is_given(arguments: tuple[Any, ...])
 
 @pytest.mark.parametrize("ids", [[5, 6], (5, 6), np.array([5, 6])])
 def test_a_prompt_of_numbers_is_token_ids(ids: Any) -> None:
-    assert list(prompt(ids, {}).tokens.ids) == [5, 6]
+    assert list(prompt(ids).tokens.ids) == [5, 6]
 
 
 @pytest.mark.parametrize("turn", [("user", "hi"), {"role": "user", "content": "hi"}])
 def test_a_prompt_of_turns_is_a_chat(turn: Any) -> None:
     chat = generation_pb2.ChatMessages(messages=[generation_pb2.ChatMessage(role="user", content="hi")])
-    assert prompt([turn], {}).chat == prompt(None, {"messages": [turn]}).chat == chat
+    assert prompt([turn]).chat == prompt(None, messages=[turn]).chat == chat

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_repeated_edits_get_distinct_names() -> None:
 
 def test_sampling_flags_reach_the_request_and_others_stay_unset() -> None:
     args = parse("generate", "hi", "--temperature", "0.7", "--stop", "a", "--stop", "b", "--logprobs", "0")
-    request = generate(prompt_of(args), generate_options(args))
+    request = generate(prompt_of(args), **generate_options(args))
     assert (request.prompt.text, request.sampling.temperature) == ("hi", 0.7)
     assert list(request.stop.strings) == ["a", "b"]
     assert request.HasField("logprobs")
@@ -103,7 +104,7 @@ def test_sampling_flags_reach_the_request_and_others_stay_unset() -> None:
 
 def test_a_system_turn_makes_the_prompt_a_chat() -> None:
     args = parse("generate", "hi", "--system", "be brief")
-    chat = generate(prompt_of(args), generate_options(args)).prompt.chat
+    chat = generate(prompt_of(args), **generate_options(args)).prompt.chat
     assert [(m.role, m.content) for m in chat.messages] == [("system", "be brief"), ("user", "hi")]
 
 
@@ -217,7 +218,16 @@ def test_a_text_file_without_text_is_refused_by_name(tmp_path: Path, content: by
         text_file(str(file))
 
 
-@pytest.mark.parametrize("line", ["{", '{"positive": "a"}', '{"positive": 1, "negative": "b"}', "[]"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"positive": "a"}',
+        '{"positive": 1, "negative": "b"}',
+        '{"positive": [{"role": "user", "content": 5}], "negative": "b"}',
+        "[]",
+    ],
+)
 def test_a_malformed_pair_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(f'{{"positive": "a", "negative": "b"}}\n{line}\n')
@@ -274,12 +284,49 @@ def test_a_file_that_cannot_be_read_exits_with_2(capsys: pytest.CaptureFixture[s
     assert "missing.gguf" in capsys.readouterr().err
 
 
-def test_a_number_out_of_range_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "hi", "--top-k", "-1"]) == 2
-    assert "-1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "largest"),
+    [
+        ("--seed", "-1", 2**64 - 1),
+        ("--seed", str(2**64), 2**64 - 1),
+        ("--top-k", "-1", 2**31 - 1),
+        ("--max-tokens", str(2**31), 2**31 - 1),
+        ("--logprobs", "two", 2**31 - 1),
+    ],
+)
+def test_a_number_out_of_range_names_its_option_and_the_range(
+    option: str, value: str, largest: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", "hi", option, value])
+    assert exit_.value.code == 2
+    message = f"argument {option}: expected a whole number from 0 to {largest}, got {value!r}"
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "compare", "models", "health"])
+def options_below(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from options_below(below)
+        else:
+            yield action
+
+
+def test_every_whole_number_of_the_command_line_has_a_range() -> None:
+    actions = list(options_below(build_parser()))
+    assert len(actions) > 200
+    assert [action.option_strings for action in actions if action.type is int] == []
+
+
+def test_a_layer_beyond_all_numbers_is_the_fault_of_its_argument() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'v@99999999999:1': layers\[0\]: expected an int from 0"):
+        steer("v@99999999999:1")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"layers\[0\]: expected an int from 0"):
+        clamp("L99999999999N1=0")
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "compare", "tokenize", "detokenize", "models", "health"])
 def test_every_command_can_answer_in_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "-h"])

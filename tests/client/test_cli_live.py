@@ -1,6 +1,7 @@
 """The command line against a whole server: what it prints, and its exit status."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from live import LiveServer
 
 from patchclamp.cli import main
+from patchclamp.cli.terminal import quoted
 from patchclamp.programs import Program, add, when
 from patchclamp_server.model.load import load_model
 
@@ -80,9 +82,37 @@ def test_a_gate_from_the_evidence_of_its_own_vector(pairs: str, tmp_path: Path, 
     assert result["receipt"]["edits"][0]["gate_threshold"] == pytest.approx(made["layers"][0]["midpoint"])
 
 
-def test_generate_lists_logprobs_when_asked(capsys: pytest.CaptureFixture[str]):
+def test_generate_lists_logprobs_by_words_when_asked(capsys: pytest.CaptureFixture[str]):
+    tokens = json_of(capsys, "generate", "hello", *SHORT, "--logprobs", "2")["tokens"]
     assert main(["generate", "hello", *SHORT, "--logprobs", "2"]) == 0
-    assert capsys.readouterr().out.count("-") >= 4
+    table = capsys.readouterr().out
+    for token in tokens:
+        likeliest = "  ".join(f"{quoted(top['text'])} {top['logprob']:.4f}" for top in token["top_logprobs"])
+        assert re.search(
+            rf"^{token['position']} +{re.escape(quoted(token['text']))} .*{re.escape(likeliest)}$", table, re.M
+        )
+
+
+def test_score_lists_words(capsys: pytest.CaptureFixture[str]):
+    assert main(["score", "hello", " you"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:5]
+    assert [row.split()[1] for row in rows] == ['"', '"y"', '"o"', '"u"']
+
+
+def test_tokens_become_text_and_text_becomes_tokens(capsys: pytest.CaptureFixture[str]):
+    ids = json_of(capsys, "tokenize", "a é")["ids"]
+    assert json_of(capsys, "detokenize", *map(str, ids))["text"] == "a é"
+    assert main(["detokenize", *map(str, ids)]) == 0
+    assert capsys.readouterr().out == "a é\n"
+    assert main(["detokenize", "--pieces", *map(str, ids[:2])]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ['"a"', str(ids[0])]
+    assert main(["tokenize", "hi", "--chat"]) == 0
+    assert "assistant" in capsys.readouterr().out
+
+
+def test_an_id_that_is_no_token_is_refused_by_its_place(capsys: pytest.CaptureFixture[str]):
+    assert main(["detokenize", "1", "99999"]) == 1
+    assert "ids[1]: expected a whole number from 0 to" in capsys.readouterr().err
 
 
 def test_a_refusal_exits_with_1_and_prints_the_field(capsys: pytest.CaptureFixture[str]):

@@ -35,7 +35,8 @@ def misused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (
             ("generate", "Hi", "--top-k", "many"),
-            "patchclamp generate: error: argument --top-k: invalid int value: 'many'; see patchclamp generate --help\n",
+            "patchclamp generate: error: argument --top-k: expected a whole number from 0 to 2147483647, got 'many'; "
+            "see patchclamp generate --help\n",
         ),
         (
             ("vectors",),

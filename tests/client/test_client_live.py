@@ -8,8 +8,18 @@ import pytest
 from live import LiveServer
 
 from patchclamp import AsyncClient, Client, PatchclampError
-from patchclamp.programs import Program, add, clamp_neurons, generated, positions, read_projection, role, set_neurons
-from patchclamp.results import CompareText, Divergence, ExtractionProgress
+from patchclamp.programs import (
+    Program,
+    add,
+    clamp_neurons,
+    generated,
+    positions,
+    read_logit_lens,
+    read_projection,
+    role,
+    set_neurons,
+)
+from patchclamp.results import CompareText, Detokenization, Divergence, ExtractionProgress
 from patchclamp.streams import Session
 from patchclamp_server.model.load import load_model
 
@@ -68,6 +78,26 @@ def test_logprobs_and_readouts_come_with_their_tokens(client: Client):
     assert all(t.logprob is not None and len(t.top_logprobs) == 2 for t in result.tokens)
     assert {(r.name, r.layer) for r in result.prompt_readouts} == {("push", 0), ("push", 1)}
     assert len(result.prompt_readouts) == 10
+
+
+def test_what_is_read_as_tokens_is_read_as_words(client: Client):
+    program = Program(readouts=[read_logit_lens(2, layers=1)])
+    result = client.generate("hello", max_tokens=3, ignore_eos=True, logprobs=2, program=program).result()
+    ids = [token.id for token in result.tokens]
+    assert tuple(token.text for token in result.tokens) == client.detokenize(ids).pieces
+    for token in result.tokens:
+        likeliest = [top.id for top in token.top_logprobs]
+        assert tuple(top.text for top in token.top_logprobs) == client.detokenize(likeliest).pieces
+    for value in result.prompt_readouts:
+        assert value.texts == client.detokenize(value.ids).pieces
+
+
+async def test_both_clients_tell_the_text_of_token_ids(client: Client, server: LiveServer):
+    ids = client.tokenize("a é").ids
+    async with AsyncClient(server.address) as asynchronous:
+        assert await asynchronous.detokenize(ids) == client.detokenize(ids)
+    assert client.detokenize(ids) == Detokenization("a é", ("a", " ", "\ufffd", "\ufffd"))
+    assert client.detokenize([*ids, 2], skip_special_tokens=True).text == "a é"
 
 
 def test_a_refusal_names_the_field(client: Client):

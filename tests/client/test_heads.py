@@ -196,7 +196,7 @@ def test_head_sets_are_compared_by_stated_definitions(serve: Serve) -> None:
 
 
 def test_one_head_set_is_nothing_to_compare() -> None:
-    with Client() as client, pytest.raises(TypeError, match="several head sets"):
+    with Client() as client, pytest.raises(TypeError, match="head_sets: expected several"):
         client.compare_head_sets("one")
 
 
@@ -229,7 +229,7 @@ def test_grounding_is_asked_for_by_head_set(serve: Serve) -> None:
 
 
 def test_head_scores_are_uploaded_and_downloaded_as_published_json() -> None:
-    header, chunk = upload(b"{}", {"kind": "head_set", "format": "head_score_json"})
+    header, chunk = upload(b"{}", kind="head_set", format="head_score_json")
     assert header.header.kind == artifact_pb2.ARTIFACT_KIND_HEAD_SET
     assert header.header.format == artifact_pb2.ARTIFACT_FORMAT_HEAD_SCORE_JSON
     assert chunk.chunk == b"{}"

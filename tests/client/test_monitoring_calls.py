@@ -50,10 +50,12 @@ def test_an_item_is_one_message_of_its_kind() -> None:
     assert watch_neuron_set("n", "toxic") == pb.WatchItem(name="n", neurons=pb.WatchedNeurons(neuron_set="toxic"))
     stored = pb.WatchedDirection(layers=[16], vector=program.Vector(artifact="joyful"))
     assert pb.WatchItem(name="joy", direction=stored, threshold=2.0) == JOY
-    sent = pb.WatchedDirection(site=program.SITE_RESID_PRE, layers=[1, 2], vector=program.Vector(values=tensor([1.0])))
+    sent = pb.WatchedDirection(
+        site=program.SITE_RESID_PRE, layers=[1, 2], vector=program.Vector(values=tensor([1.0], "v"))
+    )
     assert watch_direction("v", [1.0], layers=[1, 2], site="resid_pre") == pb.WatchItem(name="v", direction=sent)
     features = pb.WatchedFeatures(
-        site=program.SITE_RESID_POST, layer=3, encoder=tensor([[1.0, 2.0]]), bias=tensor([0.5])
+        site=program.SITE_RESID_POST, layer=3, encoder=tensor([[1.0, 2.0]], "encoder"), bias=tensor([0.5], "bias")
     )
     assert watch_features("f", 3, [[1.0, 2.0]], bias=[0.5]) == pb.WatchItem(name="f", features=features)
     heads = pb.WatchedHeads(heads=heads_of((18, 6)))
@@ -203,6 +205,12 @@ def test_create_sends_all_items_under_the_name(server: Monitoring, capsys: pytes
 def test_a_watch_of_nothing_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", "create", "safety"]) == 2
     assert "nothing to watch" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("client")
+def test_the_best_heads_of_no_head_set_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", "create", "safety", "--heads", "L1H2", "--top", "3"]) == 2
+    assert "--top keeps the best heads of a head set, and none is watched" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("client")

@@ -272,7 +272,7 @@ def test_an_object_with_only_the_array_protocol_is_accepted() -> None:
 
 
 def test_bytes_are_no_vector() -> None:
-    with pytest.raises(TypeError, match="bytes"):
+    with pytest.raises(TypeError, match="source: expected numbers, got b"):
         vector(b"\0\0\0\0")
 
 

@@ -229,7 +229,7 @@ def test_core_neurons_are_by_prompt_and_layer(serve: Serve) -> None:
 
 
 def test_one_text_in_place_of_several_prompts_is_refused() -> None:
-    with Client() as client, pytest.raises(TypeError, match=r"expected several prompts: \['hello'\]"):
+    with Client() as client, pytest.raises(TypeError, match=r"prompts: expected several, each a prompt, got 'hello'"):
         client.predict_core_neurons("hello", griffin())
 
 

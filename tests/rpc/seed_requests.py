@@ -255,6 +255,7 @@ def calls() -> dict[str, list[Call]]:
         "ArtifactService/DeleteArtifact": [[artifact_pb2.DeleteArtifactRequest(ref="extracted")]],
         "ModelService/ListModels": [[model_pb2.ListModelsRequest()]],
         "ModelService/Tokenize": [[model_pb2.TokenizeRequest(prompt=prompt)] for prompt in (PROMPT, CHAT, TOKENS)],
+        "ModelService/Detokenize": [[model_pb2.DetokenizeRequest(ids=[1, 40, 41], skip_special_tokens=True)]],
         **monitoring(),
     }
     return {f"patchclamp.v1.{method}": calls for method, calls in named.items()}

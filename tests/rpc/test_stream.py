@@ -63,7 +63,7 @@ async def test_one_wake_up_serves_every_stream_of_a_step(monkeypatch: pytest.Mon
 
 
 def test_tokens_and_text_of_a_batch_share_a_response():
-    builder = ResponseBuilder(3, wait_for_readouts=False)
+    builder = ResponseBuilder(3, wait_for_readouts=False, piece=str)
     events = [Token(5, 3), Text("a"), Token(6, 4), Text("b"), FINISHED]
     [response] = builder.responses(events)
     assert response.text == "ab"
@@ -72,7 +72,7 @@ def test_tokens_and_text_of_a_batch_share_a_response():
 
 
 def test_a_backlog_is_cut_into_responses_a_client_accepts_and_nothing_is_lost():
-    builder = ResponseBuilder(0, wait_for_readouts=True)
+    builder = ResponseBuilder(0, wait_for_readouts=True, piece=str)
     wide = tuple(float(i) for i in range(50_000))
     events = [
         event for p in range(40) for event in (Token(p, p), Text("x"), Readouts(p, (ReadoutValue("r", 0, p, wide),)))
@@ -85,7 +85,7 @@ def test_a_backlog_is_cut_into_responses_a_client_accepts_and_nothing_is_lost():
 
 
 def test_a_token_waits_for_its_readouts_while_its_text_does_not():
-    builder = ResponseBuilder(3, wait_for_readouts=True)
+    builder = ResponseBuilder(3, wait_for_readouts=True, piece=str)
     [first] = builder.responses([Token(5, 3), Text("a")])
     assert (first.text, len(first.tokens)) == ("a", 0)
     value = ReadoutValue("r", 0, 3, (1.0,))
@@ -94,7 +94,7 @@ def test_a_token_waits_for_its_readouts_while_its_text_does_not():
 
 
 def test_in_lockstep_a_token_goes_at_once_and_its_readouts_ride_on_the_next():
-    builder = ResponseBuilder(3, wait_for_readouts=False)
+    builder = ResponseBuilder(3, wait_for_readouts=False, piece=str)
     [first] = builder.responses([Token(5, 3)])
     assert [t.id for t in first.tokens] == [5]
     [second] = builder.responses([Readouts(3, (ReadoutValue("r", 0, 3, (1.0,)),)), Token(6, 4)])
@@ -102,13 +102,13 @@ def test_in_lockstep_a_token_goes_at_once_and_its_readouts_ride_on_the_next():
 
 
 def test_readouts_of_the_prompt_are_kept_apart():
-    builder = ResponseBuilder(3, wait_for_readouts=True)
+    builder = ResponseBuilder(3, wait_for_readouts=True, piece=str)
     [response] = builder.responses([Readouts(2, (ReadoutValue("r", 0, 2, (1.0,)),))])
     assert [v.position for v in response.prompt_readouts] == [2]
 
 
 def test_a_failure_is_raised_after_the_tokens_before_it():
-    builder = ResponseBuilder(3, wait_for_readouts=True)
+    builder = ResponseBuilder(3, wait_for_readouts=True, piece=str)
     responses = builder.responses([Token(5, 3), Text("a"), Failed(Aborted("program.abort_when[0]", "fired"))])
     assert [t.id for t in next(responses).tokens] == [5]
     with pytest.raises(Aborted):

@@ -13,7 +13,54 @@ with Client() as client:
 from patchclamp.aio import AsyncClient
 from patchclamp.client import Client
 from patchclamp.errors import FieldViolation, PatchclampError
-from patchclamp.programs import Program
+from patchclamp.programs import EditOptions, Program, ReadoutOptions, VectorEditOptions
+from patchclamp.requests import (
+    AttributeOptions,
+    CalibrateOptions,
+    CircuitOptions,
+    DetectOptions,
+    EvaluateOptions,
+    ExtractOptions,
+    FollowOptions,
+    GenerateOptions,
+    HeadEditOptions,
+    HeadScoreOptions,
+    PromptOptions,
+    ReferenceOptions,
+    ScoreOptions,
+    StartWatchOptions,
+    UploadOptions,
+    WatchOptions,
+)
 from patchclamp.retry import Retry
+from patchclamp.sparsity import LayerOptions, PolicyOptions
 
-__all__ = ["AsyncClient", "Client", "FieldViolation", "PatchclampError", "Program", "Retry"]
+__all__ = [
+    "AsyncClient",
+    "AttributeOptions",
+    "CalibrateOptions",
+    "CircuitOptions",
+    "Client",
+    "DetectOptions",
+    "EditOptions",
+    "EvaluateOptions",
+    "ExtractOptions",
+    "FieldViolation",
+    "FollowOptions",
+    "GenerateOptions",
+    "HeadEditOptions",
+    "HeadScoreOptions",
+    "LayerOptions",
+    "PatchclampError",
+    "PolicyOptions",
+    "Program",
+    "PromptOptions",
+    "ReadoutOptions",
+    "ReferenceOptions",
+    "Retry",
+    "ScoreOptions",
+    "StartWatchOptions",
+    "UploadOptions",
+    "VectorEditOptions",
+    "WatchOptions",
+]

@@ -11,6 +11,7 @@ import grpc
 from patchclamp import requests
 from patchclamp.async_streams import AsyncCall, AsyncGenerateStream, AsyncSession, AsyncStream, drain
 from patchclamp.calls import Method, RequestT, ResponseT
+from patchclamp.client import Client
 from patchclamp.collectors import MessageT
 from patchclamp.connection import (
     DEFAULT_ADDRESS,
@@ -22,7 +23,9 @@ from patchclamp.connection import (
     health_status,
 )
 from patchclamp.errors import PatchclampError
+from patchclamp.fields import build
 from patchclamp.heads import CleanCorruptPair, HeadsLike, NeedleTest
+from patchclamp.keywords import described_by, takes_options_of
 from patchclamp.names import (
     ArtifactFormatName,
     ArtifactKindName,
@@ -64,6 +67,7 @@ from patchclamp.results import (
     CreatedWatch,
     DetectionCollector,
     DetectionEvent,
+    Detokenization,
     DownloadCollector,
     EvaluationCollector,
     ExtractionEvent,
@@ -106,6 +110,7 @@ from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
 
+@described_by(Client)
 class AsyncClient:
     """Calls to one server. Make it inside a running event loop; calls that stream are iterated, not awaited."""
 
@@ -140,11 +145,15 @@ class AsyncClient:
             HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
         )
 
+    @takes_options_of(requests.generate)
     def generate(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerateStream:
-        return AsyncGenerateStream(self._stream(self._generation.Generate, requests.generate(prompt, options), timeout))
+        return AsyncGenerateStream(
+            self._stream(self._generation.Generate, requests.generate(prompt, **options), timeout)
+        )
 
+    @takes_options_of(requests.session_start)
     def session(
         self,
         prompt: PromptLike | None = None,
@@ -154,9 +163,10 @@ class AsyncClient:
         **options: Unpack[GenerateOptions],
     ) -> AsyncSession:
         outbox: asyncio.Queue[generation_pb2.SessionRequest] = asyncio.Queue()
-        outbox.put_nowait(requests.session_start(prompt, lockstep, options))
+        outbox.put_nowait(requests.session_start(prompt, lockstep=lockstep, **options))
         return AsyncSession(self._once(self._generation.Session, drain(outbox), timeout), outbox)
 
+    @takes_options_of(requests.score)
     async def score(
         self,
         prompt: PromptLike | None = None,
@@ -165,15 +175,17 @@ class AsyncClient:
         timeout: float | None = None,
         **options: Unpack[ScoreOptions],
     ) -> ScoreResult:
-        request = requests.score(prompt, continuation, options)
+        request = requests.score(prompt, continuation, **options)
         return ScoreResult.from_proto(await self._unary(self._generation.Score, request, timeout))
 
+    @takes_options_of(requests.compare)
     def compare(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncStream[generation_pb2.CompareResponse, CompareEvent, CompareResult]:
-        call = self._stream(self._generation.Compare, requests.compare(prompt, options), timeout)
+        call = self._stream(self._generation.Compare, requests.compare(prompt, **options), timeout)
         return AsyncStream(call, CompareCollector())
 
+    @takes_options_of(requests.extract_vectors)
     def extract_vectors(
         self,
         pairs: Iterable[tuple[PromptLike, PromptLike]],
@@ -182,11 +194,12 @@ class AsyncClient:
         timeout: float = float("inf"),
         **options: Unpack[ExtractOptions],
     ) -> AsyncStream[steering_pb2.ExtractVectorsResponse, ExtractionEvent, ExtractionResult]:
-        request = requests.extract_vectors(pairs, method, options)
+        request = requests.extract_vectors(pairs, method, **options)
         return AsyncStream(
             self._stream(self._steering.ExtractVectors, request, timeout), JobCollector(ExtractionResult.from_proto)
         )
 
+    @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(
         self,
         policy: sparse_policy_pb2.SparsePolicy,
@@ -196,10 +209,11 @@ class AsyncClient:
         **options: Unpack[CalibrateOptions],
     ) -> AsyncStream[sparsity_pb2.CalibrateProfileResponse, Progress | CalibratedProfile, CalibratedProfile]:
         call = self._stream(
-            self._sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, options), timeout
+            self._sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, **options), timeout
         )
         return AsyncStream(call, JobCollector(CalibratedProfile.from_proto))
 
+    @takes_options_of(requests.evaluate_profile)
     def evaluate_profile(
         self,
         sparsities: Iterable[SparsityLike],
@@ -209,7 +223,7 @@ class AsyncClient:
         timeout: float = float("inf"),
         **options: Unpack[EvaluateOptions],
     ) -> AsyncStream[sparsity_pb2.EvaluateProfileResponse, SparsityEvaluationEvent, tuple[SparsityEvaluation, ...]]:
-        request = requests.evaluate_profile(sparsities, texts, measure_speed, options)
+        request = requests.evaluate_profile(sparsities, texts, measure_speed=measure_speed, **options)
         call = self._stream(self._sparsity.EvaluateProfile, request, timeout)
         return AsyncStream(call, EvaluationCollector(len(request.sparsities)))
 
@@ -225,6 +239,7 @@ class AsyncClient:
         request = requests.predict_core_neurons(prompts, sparsity, layers, model)
         return CoreNeurons.from_proto(await self._unary(self._sparsity.PredictCoreNeurons, request, timeout))
 
+    @takes_options_of(requests.detect_retrieval_heads)
     def detect_retrieval_heads(
         self,
         test: NeedleTest | None = None,
@@ -232,9 +247,10 @@ class AsyncClient:
         timeout: float = float("inf"),
         **options: Unpack[DetectOptions],
     ) -> AsyncStream[head_pb2.DetectRetrievalHeadsResponse, DetectionEvent, RetrievalHeads]:
-        request = requests.detect_retrieval_heads(test, options)
+        request = requests.detect_retrieval_heads(test, **options)
         return AsyncStream(self._stream(self._heads.DetectRetrievalHeads, request, timeout), DetectionCollector())
 
+    @takes_options_of(requests.score_heads)
     def score_heads(
         self,
         method: HeadScoreMethodName,
@@ -242,9 +258,10 @@ class AsyncClient:
         timeout: float = float("inf"),
         **options: Unpack[HeadScoreOptions],
     ) -> AsyncStream[head_pb2.ScoreHeadsResponse, Progress | ScoredHeads, ScoredHeads]:
-        call = self._stream(self._heads.ScoreHeads, requests.score_heads(method, options), timeout)
+        call = self._stream(self._heads.ScoreHeads, requests.score_heads(method, **options), timeout)
         return AsyncStream(call, JobCollector(ScoredHeads.from_proto))
 
+    @takes_options_of(requests.evaluate_head_edit)
     def evaluate_head_edit(
         self,
         heads: HeadsLike,
@@ -253,10 +270,11 @@ class AsyncClient:
         timeout: float = float("inf"),
         **options: Unpack[HeadEditOptions],
     ) -> AsyncStream[head_pb2.EvaluateHeadEditResponse, Progress | HeadEditEffect, HeadEditEffect]:
-        request = requests.evaluate_head_edit(heads, mode, options)
+        request = requests.evaluate_head_edit(heads, mode, **options)
         call = self._stream(self._heads.EvaluateHeadEdit, request, timeout)
         return AsyncStream(call, JobCollector(HeadEditEffect.from_proto))
 
+    @takes_options_of(requests.find_circuit)
     def find_circuit(
         self,
         pairs: Iterable[CleanCorruptPair],
@@ -265,7 +283,7 @@ class AsyncClient:
         timeout: float = float("inf"),
         **options: Unpack[CircuitOptions],
     ) -> AsyncStream[head_pb2.FindCircuitResponse, Progress | Circuit, Circuit]:
-        call = self._stream(self._heads.FindCircuit, requests.find_circuit(pairs, method, options), timeout)
+        call = self._stream(self._heads.FindCircuit, requests.find_circuit(pairs, method, **options), timeout)
         return AsyncStream(call, JobCollector(Circuit.from_proto))
 
     async def compare_head_sets(
@@ -275,6 +293,7 @@ class AsyncClient:
         response = await self._unary(self._heads.CompareHeadSets, request, timeout)
         return tuple(map(HeadSetComparison.from_proto, response.comparisons))
 
+    @takes_options_of(requests.attribute_logits)
     async def attribute_logits(
         self,
         prompt: PromptLike | None = None,
@@ -283,9 +302,10 @@ class AsyncClient:
         timeout: float | None = None,
         **options: Unpack[AttributeOptions],
     ) -> LogitAttribution:
-        request = requests.attribute_logits(prompt, target, options)
+        request = requests.attribute_logits(prompt, target, **options)
         return LogitAttribution.from_proto(await self._unary(self._heads.AttributeLogits, request, timeout))
 
+    @takes_options_of(requests.create_watch)
     async def create_watch(
         self,
         items: Iterable[monitoring_pb2.WatchItem],
@@ -293,17 +313,18 @@ class AsyncClient:
         timeout: float | None = None,
         **options: Unpack[WatchOptions],
     ) -> CreatedWatch:
-        request = requests.create_watch(items, options)
+        request = requests.create_watch(items, **options)
         return CreatedWatch.from_proto(await self._unary(self._monitoring.CreateWatch, request, timeout))
 
+    @takes_options_of(requests.start_watch)
     async def start_watch(
         self, watch: str, name: str = "", *, timeout: float | None = None, **options: Unpack[StartWatchOptions]
     ) -> RunningWatch:
-        request = requests.start_watch(watch, name or watch, options)
+        request = requests.start_watch(watch, name or watch, **options)
         return RunningWatch.from_proto((await self._unary(self._monitoring.StartWatch, request, timeout)).watch)
 
     async def stop_watch(self, name: str, *, timeout: float | None = None) -> RunningWatch:
-        request = monitoring_pb2.StopWatchRequest(name=name)
+        request = build(monitoring_pb2.StopWatchRequest, name=name)
         return RunningWatch.from_proto((await self._unary(self._monitoring.StopWatch, request, timeout)).watch)
 
     async def list_watches(self, *, timeout: float | None = None) -> RunningWatches:
@@ -313,25 +334,28 @@ class AsyncClient:
     async def watch_statistics(
         self, name: str, items: Iterable[str] = (), *, timeout: float | None = None
     ) -> WatchStatistics:
-        request = monitoring_pb2.GetWatchStatisticsRequest(name=name, items=items)
+        request = build(monitoring_pb2.GetWatchStatisticsRequest, name=name, items=items)
         return WatchStatistics.from_proto(await self._unary(self._monitoring.GetWatchStatistics, request, timeout))
 
+    @takes_options_of(requests.record_reference)
     def record_reference(
         self, name: str, *, timeout: float = float("inf"), **options: Unpack[ReferenceOptions]
     ) -> AsyncStream[monitoring_pb2.RecordReferenceResponse, Progress | Artifact, Artifact]:
-        call = self._stream(self._monitoring.RecordReference, requests.record_reference(name, options), timeout)
+        call = self._stream(self._monitoring.RecordReference, requests.record_reference(name, **options), timeout)
         return AsyncStream(call, ReferenceCollector())
 
+    @takes_options_of(requests.watch_activations)
     def watch_activations(
         self, name: str, *, timeout: float = float("inf"), **options: Unpack[FollowOptions]
     ) -> AsyncStream[monitoring_pb2.WatchActivationsResponse, Activations, ActivationCounts]:
-        call = self._stream(self._monitoring.WatchActivations, requests.watch_activations(name, options), timeout)
+        call = self._stream(self._monitoring.WatchActivations, requests.watch_activations(name, **options), timeout)
         return AsyncStream(call, ActivationCollector())
 
+    @takes_options_of(requests.upload)
     async def put_artifact(
         self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
     ) -> Artifact:
-        response = await self._repeated(self._artifacts.Upload, lambda: requests.upload(data, options), timeout)
+        response = await self._repeated(self._artifacts.Upload, lambda: requests.upload(data, **options), timeout)
         return Artifact.from_proto(response.artifact)
 
     async def download_artifact(
@@ -346,7 +370,7 @@ class AsyncClient:
         return await AsyncStream(call, DownloadCollector()).result()
 
     async def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
-        request = artifact_pb2.GetArtifactRequest(ref=ref)
+        request = build(artifact_pb2.GetArtifactRequest, ref=ref)
         return Artifact.from_proto((await self._unary(self._artifacts.GetArtifact, request, timeout)).artifact)
 
     async def list_artifacts(
@@ -367,27 +391,39 @@ class AsyncClient:
                 return
 
     async def tag_artifact(self, tag: str, ref: str, *, timeout: float | None = None) -> Artifact:
-        request = artifact_pb2.TagArtifactRequest(tag=tag, ref=ref)
+        request = build(artifact_pb2.TagArtifactRequest, tag=tag, ref=ref)
         return Artifact.from_proto((await self._unary(self._artifacts.TagArtifact, request, timeout)).artifact)
 
     async def untag_artifact(self, tag: str, *, timeout: float | None = None) -> None:
-        await self._unary(self._artifacts.TagArtifact, artifact_pb2.TagArtifactRequest(tag=tag), timeout)
+        await self._unary(self._artifacts.TagArtifact, build(artifact_pb2.TagArtifactRequest, tag=tag), timeout)
 
     async def delete_artifact(self, ref: str, *, timeout: float | None = None) -> None:
-        await self._unary(self._artifacts.DeleteArtifact, artifact_pb2.DeleteArtifactRequest(ref=ref), timeout)
+        await self._unary(self._artifacts.DeleteArtifact, build(artifact_pb2.DeleteArtifactRequest, ref=ref), timeout)
 
     async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         response = await self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout)
         return tuple(map(Model.from_proto, response.models))
 
+    @takes_options_of(requests.tokenize)
     async def tokenize(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[PromptOptions]
     ) -> Tokenization:
-        request = requests.tokenize(prompt, options)
+        request = requests.tokenize(prompt, **options)
         return Tokenization.from_proto(await self._unary(self._models.Tokenize, request, timeout))
 
+    async def detokenize(
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Detokenization:
+        request = requests.detokenize(ids, skip_special_tokens, model)
+        return Detokenization.from_proto(await self._unary(self._models.Detokenize, request, timeout))
+
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:
-        return health_status(await self._unary(self._health, HealthRequest(service=service), timeout))
+        return health_status(await self._unary(self._health, build(HealthRequest, service=service), timeout))
 
     async def close(self) -> None:
         await self._channel.close(None)

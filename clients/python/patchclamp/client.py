@@ -22,7 +22,9 @@ from patchclamp.connection import (
     health_status,
 )
 from patchclamp.errors import PatchclampError
+from patchclamp.fields import build
 from patchclamp.heads import CleanCorruptPair, HeadsLike, NeedleTest
+from patchclamp.keywords import takes_options_of
 from patchclamp.names import (
     ArtifactFormatName,
     ArtifactKindName,
@@ -64,6 +66,7 @@ from patchclamp.results import (
     CreatedWatch,
     DetectionCollector,
     DetectionEvent,
+    Detokenization,
     DownloadCollector,
     EvaluationCollector,
     ExtractionEvent,
@@ -148,12 +151,15 @@ class Client:
             HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
         )
 
+    @takes_options_of(requests.generate)
     def generate(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> GenerateStream:
         """Streams a continuation of the prompt, or with messages= an answer. Options: GenerateOptions."""
-        return GenerateStream(self._stream(self._generation.Generate, requests.generate(prompt, options), timeout))
+        request = requests.generate(prompt, **options)
+        return GenerateStream(self._stream(self._generation.Generate, request, timeout))
 
+    @takes_options_of(requests.session_start)
     def session(
         self,
         prompt: PromptLike | None = None,
@@ -162,14 +168,15 @@ class Client:
         timeout: float = float("inf"),
         **options: Unpack[GenerateOptions],
     ) -> Session:
-        """A generation whose named strengths can change between tokens; use it in a ``with`` block.
+        """A generation whose named strengths can change between tokens; use it in a (sync or async) ``with`` block.
 
         lockstep: generate only as many tokens as advance() has granted.
         """
         outbox: SimpleQueue[generation_pb2.SessionRequest | None] = SimpleQueue()
-        outbox.put(requests.session_start(prompt, lockstep, options))
+        outbox.put(requests.session_start(prompt, lockstep=lockstep, **options))
         return Session(self._once(self._generation.Session, iter(outbox.get, None), timeout), outbox)
 
+    @takes_options_of(requests.score)
     def score(
         self,
         prompt: PromptLike | None = None,
@@ -179,16 +186,18 @@ class Client:
         **options: Unpack[ScoreOptions],
     ) -> ScoreResult:
         """Log-probabilities of a given continuation."""
-        request = requests.score(prompt, continuation, options)
+        request = requests.score(prompt, continuation, **options)
         return ScoreResult.from_proto(self._unary(self._generation.Score, request, timeout))
 
+    @takes_options_of(requests.compare)
     def compare(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Stream[generation_pb2.CompareResponse, CompareEvent, CompareResult]:
         """The program and the unedited model in one batch, with the divergence at every token."""
-        call = self._stream(self._generation.Compare, requests.compare(prompt, options), timeout)
+        call = self._stream(self._generation.Compare, requests.compare(prompt, **options), timeout)
         return Stream(call, CompareCollector())
 
+    @takes_options_of(requests.extract_vectors)
     def extract_vectors(
         self,
         pairs: Iterable[tuple[PromptLike, PromptLike]],
@@ -198,11 +207,12 @@ class Client:
         **options: Unpack[ExtractOptions],
     ) -> Stream[steering_pb2.ExtractVectorsResponse, ExtractionEvent, ExtractionResult]:
         """Finds a steering vector from (positive, negative) pairs: progress, then the stored vector."""
-        request = requests.extract_vectors(pairs, method, options)
+        request = requests.extract_vectors(pairs, method, **options)
         return Stream(
             self._stream(self._steering.ExtractVectors, request, timeout), JobCollector(ExtractionResult.from_proto)
         )
 
+    @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(
         self,
         policy: sparse_policy_pb2.SparsePolicy,
@@ -213,10 +223,11 @@ class Client:
     ) -> Stream[sparsity_pb2.CalibrateProfileResponse, Progress | CalibratedProfile, CalibratedProfile]:
         """Calibrates a policy (patchclamp.sparsity) on texts: progress, then the stored profile with its card."""
         call = self._stream(
-            self._sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, options), timeout
+            self._sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, **options), timeout
         )
         return Stream(call, JobCollector(CalibratedProfile.from_proto))
 
+    @takes_options_of(requests.evaluate_profile)
     def evaluate_profile(
         self,
         sparsities: Iterable[SparsityLike],
@@ -227,7 +238,7 @@ class Client:
         **options: Unpack[EvaluateOptions],
     ) -> Stream[sparsity_pb2.EvaluateProfileResponse, SparsityEvaluationEvent, tuple[SparsityEvaluation, ...]]:
         """Measures policies and profiles against the dense model on texts, beside random sets of the same size."""
-        request = requests.evaluate_profile(sparsities, texts, measure_speed, options)
+        request = requests.evaluate_profile(sparsities, texts, measure_speed=measure_speed, **options)
         call = self._stream(self._sparsity.EvaluateProfile, request, timeout)
         return Stream(call, EvaluationCollector(len(request.sparsities)))
 
@@ -244,6 +255,7 @@ class Client:
         request = requests.predict_core_neurons(prompts, sparsity, layers, model)
         return CoreNeurons.from_proto(self._unary(self._sparsity.PredictCoreNeurons, request, timeout))
 
+    @takes_options_of(requests.detect_retrieval_heads)
     def detect_retrieval_heads(
         self,
         test: NeedleTest | None = None,
@@ -255,9 +267,10 @@ class Client:
 
         The scores are stored as a head set.
         """
-        request = requests.detect_retrieval_heads(test, options)
+        request = requests.detect_retrieval_heads(test, **options)
         return Stream(self._stream(self._heads.DetectRetrievalHeads, request, timeout), DetectionCollector())
 
+    @takes_options_of(requests.score_heads)
     def score_heads(
         self,
         method: HeadScoreMethodName,
@@ -266,9 +279,10 @@ class Client:
         **options: Unpack[HeadScoreOptions],
     ) -> Stream[head_pb2.ScoreHeadsResponse, Progress | ScoredHeads, ScoredHeads]:
         """Scores every head by a method of the literature; the scores are stored as a head set."""
-        call = self._stream(self._heads.ScoreHeads, requests.score_heads(method, options), timeout)
+        call = self._stream(self._heads.ScoreHeads, requests.score_heads(method, **options), timeout)
         return Stream(call, JobCollector(ScoredHeads.from_proto))
 
+    @takes_options_of(requests.evaluate_head_edit)
     def evaluate_head_edit(
         self,
         heads: HeadsLike,
@@ -281,10 +295,11 @@ class Client:
 
         heads: (layer, head) pairs, or the id or tag of a head set.
         """
-        request = requests.evaluate_head_edit(heads, mode, options)
+        request = requests.evaluate_head_edit(heads, mode, **options)
         call = self._stream(self._heads.EvaluateHeadEdit, request, timeout)
         return Stream(call, JobCollector(HeadEditEffect.from_proto))
 
+    @takes_options_of(requests.find_circuit)
     def find_circuit(
         self,
         pairs: Iterable[CleanCorruptPair],
@@ -294,7 +309,7 @@ class Client:
         **options: Unpack[CircuitOptions],
     ) -> Stream[head_pb2.FindCircuitResponse, Progress | Circuit, Circuit]:
         """Ranks heads by their effect on clean/corrupt pairs; the effects are stored as a head set."""
-        call = self._stream(self._heads.FindCircuit, requests.find_circuit(pairs, method, options), timeout)
+        call = self._stream(self._heads.FindCircuit, requests.find_circuit(pairs, method, **options), timeout)
         return Stream(call, JobCollector(Circuit.from_proto))
 
     def compare_head_sets(
@@ -305,6 +320,7 @@ class Client:
         response = self._unary(self._heads.CompareHeadSets, request, timeout)
         return tuple(map(HeadSetComparison.from_proto, response.comparisons))
 
+    @takes_options_of(requests.attribute_logits)
     def attribute_logits(
         self,
         prompt: PromptLike | None = None,
@@ -314,9 +330,10 @@ class Client:
         **options: Unpack[AttributeOptions],
     ) -> LogitAttribution:
         """Splits logit(target) - logit(contrast) after the prompt into parts by head, MLP and source token."""
-        request = requests.attribute_logits(prompt, target, options)
+        request = requests.attribute_logits(prompt, target, **options)
         return LogitAttribution.from_proto(self._unary(self._heads.AttributeLogits, request, timeout))
 
+    @takes_options_of(requests.create_watch)
     def create_watch(
         self,
         items: Iterable[monitoring_pb2.WatchItem],
@@ -325,9 +342,10 @@ class Client:
         **options: Unpack[WatchOptions],
     ) -> CreatedWatch:
         """Stores what is to be watched (patchclamp.monitoring) as an artifact. Options: WatchOptions."""
-        request = requests.create_watch(items, options)
+        request = requests.create_watch(items, **options)
         return CreatedWatch.from_proto(self._unary(self._monitoring.CreateWatch, request, timeout))
 
+    @takes_options_of(requests.start_watch)
     def start_watch(
         self, watch: str, name: str = "", *, timeout: float | None = None, **options: Unpack[StartWatchOptions]
     ) -> RunningWatch:
@@ -335,12 +353,12 @@ class Client:
 
         name: its label in Prometheus; default the tag.
         """
-        request = requests.start_watch(watch, name or watch, options)
+        request = requests.start_watch(watch, name or watch, **options)
         return RunningWatch.from_proto(self._unary(self._monitoring.StartWatch, request, timeout).watch)
 
     def stop_watch(self, name: str, *, timeout: float | None = None) -> RunningWatch:
         """Ends a running watch, and returns what it was."""
-        request = monitoring_pb2.StopWatchRequest(name=name)
+        request = build(monitoring_pb2.StopWatchRequest, name=name)
         return RunningWatch.from_proto(self._unary(self._monitoring.StopWatch, request, timeout).watch)
 
     def list_watches(self, *, timeout: float | None = None) -> RunningWatches:
@@ -352,28 +370,31 @@ class Client:
         self, name: str, items: Iterable[str] = (), *, timeout: float | None = None
     ) -> WatchStatistics:
         """What a running watch has seen since it started; of these items only, where some are named."""
-        request = monitoring_pb2.GetWatchStatisticsRequest(name=name, items=items)
+        request = build(monitoring_pb2.GetWatchStatisticsRequest, name=name, items=items)
         return WatchStatistics.from_proto(self._unary(self._monitoring.GetWatchStatistics, request, timeout))
 
+    @takes_options_of(requests.record_reference)
     def record_reference(
         self, name: str, *, timeout: float = float("inf"), **options: Unpack[ReferenceOptions]
     ) -> Stream[monitoring_pb2.RecordReferenceResponse, Progress | Artifact, Artifact]:
         """Stores the distribution of the next tokens that a running watch sees. Options: ReferenceOptions."""
-        call = self._stream(self._monitoring.RecordReference, requests.record_reference(name, options), timeout)
+        call = self._stream(self._monitoring.RecordReference, requests.record_reference(name, **options), timeout)
         return Stream(call, ReferenceCollector())
 
+    @takes_options_of(requests.watch_activations)
     def watch_activations(
         self, name: str, *, timeout: float = float("inf"), **options: Unpack[FollowOptions]
     ) -> Stream[monitoring_pb2.WatchActivationsResponse, Activations, ActivationCounts]:
         """Activations above their thresholds as they occur, in batches. Options: FollowOptions."""
-        call = self._stream(self._monitoring.WatchActivations, requests.watch_activations(name, options), timeout)
+        call = self._stream(self._monitoring.WatchActivations, requests.watch_activations(name, **options), timeout)
         return Stream(call, ActivationCollector())
 
+    @takes_options_of(requests.upload)
     def put_artifact(
         self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
     ) -> Artifact:
         """Stores an artifact: a vector unless kind= says otherwise. Options: UploadOptions."""
-        response = self._repeated(self._artifacts.Upload, lambda: requests.upload(data, options), timeout)
+        response = self._repeated(self._artifacts.Upload, lambda: requests.upload(data, **options), timeout)
         return Artifact.from_proto(response.artifact)
 
     def download_artifact(
@@ -390,7 +411,7 @@ class Client:
 
     def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
         """By id or tag."""
-        request = artifact_pb2.GetArtifactRequest(ref=ref)
+        request = build(artifact_pb2.GetArtifactRequest, ref=ref)
         return Artifact.from_proto(self._unary(self._artifacts.GetArtifact, request, timeout).artifact)
 
     def list_artifacts(
@@ -412,32 +433,45 @@ class Client:
 
     def tag_artifact(self, tag: str, ref: str, *, timeout: float | None = None) -> Artifact:
         """Points a tag at an artifact."""
-        request = artifact_pb2.TagArtifactRequest(tag=tag, ref=ref)
+        request = build(artifact_pb2.TagArtifactRequest, tag=tag, ref=ref)
         return Artifact.from_proto(self._unary(self._artifacts.TagArtifact, request, timeout).artifact)
 
     def untag_artifact(self, tag: str, *, timeout: float | None = None) -> None:
         """Removes a tag; the artifact stays."""
-        self._unary(self._artifacts.TagArtifact, artifact_pb2.TagArtifactRequest(tag=tag), timeout)
+        self._unary(self._artifacts.TagArtifact, build(artifact_pb2.TagArtifactRequest, tag=tag), timeout)
 
     def delete_artifact(self, ref: str, *, timeout: float | None = None) -> None:
         """Removes the artifact and its tags."""
-        self._unary(self._artifacts.DeleteArtifact, artifact_pb2.DeleteArtifactRequest(ref=ref), timeout)
+        self._unary(self._artifacts.DeleteArtifact, build(artifact_pb2.DeleteArtifactRequest, ref=ref), timeout)
 
     def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """What is served."""
         response = self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout)
         return tuple(map(Model.from_proto, response.models))
 
+    @takes_options_of(requests.tokenize)
     def tokenize(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[PromptOptions]
     ) -> Tokenization:
         """The prompt exactly as generate would render it."""
-        request = requests.tokenize(prompt, options)
+        request = requests.tokenize(prompt, **options)
         return Tokenization.from_proto(self._unary(self._models.Tokenize, request, timeout))
+
+    def detokenize(
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Detokenization:
+        """The text of token ids, of all together and of each; `text` without special tokens where that is asked for."""
+        request = requests.detokenize(ids, skip_special_tokens, model)
+        return Detokenization.from_proto(self._unary(self._models.Detokenize, request, timeout))
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """ "serving", "not_serving" or "unknown", by the standard health service."""
-        return health_status(self._unary(self._health, HealthRequest(service=service), timeout))
+        return health_status(self._unary(self._health, build(HealthRequest, service=service), timeout))
 
     def close(self) -> None:
         self._channel.close()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from patchclamp.fields import build, build_as, instance, several, shown
 from patchclamp.prompts import PromptLike, prompt
 from patchclamp.v1 import generation_pb2, head_pb2
 
@@ -40,7 +41,7 @@ class Needle:
     answer: str
 
     def message(self) -> head_pb2.Needle:
-        return head_pb2.Needle(question=self.question, needle=self.needle, answer=self.answer)
+        return build(head_pb2.Needle, question=self.question, needle=self.needle, answer=self.answer)
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ class NeedleTest:
     max_runs: int = 0
 
     def message(self) -> head_pb2.NeedleTest:
-        return head_pb2.NeedleTest(
+        needles = several(self.needles, "needles", "a Needle")
+        return build(
+            head_pb2.NeedleTest,
             haystacks=[self.haystacks] if isinstance(self.haystacks, str) else self.haystacks,
-            needles=[needle.message() for needle in self.needles],
+            needles=[instance(each, Needle, f"needles[{i}]", "a Needle").message() for i, each in enumerate(needles)],
             lengths=self.lengths,
             depths=self.depths,
             seed=self.seed,
@@ -79,8 +82,12 @@ class StoppingRule:
     min_successes: int = 0
 
     def message(self) -> head_pb2.StoppingRule:
-        return head_pb2.StoppingRule(
-            top_k=self.top_k, agreement=self.agreement, window=self.window, min_successes=self.min_successes
+        return build(
+            head_pb2.StoppingRule,
+            top_k=self.top_k,
+            agreement=self.agreement,
+            window=self.window,
+            min_successes=self.min_successes,
         )
 
 
@@ -93,7 +100,9 @@ class TemporalFact:
     time_conditioned: bool
 
     def message(self) -> head_pb2.TemporalFact:
-        return head_pb2.TemporalFact(prompt=self.prompt, answer=self.answer, time_conditioned=self.time_conditioned)
+        return build(
+            head_pb2.TemporalFact, prompt=self.prompt, answer=self.answer, time_conditioned=self.time_conditioned
+        )
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,13 @@ class CleanCorruptPair:
     clean_answer: str
     corrupt_answer: str
 
-    def message(self) -> head_pb2.CleanCorruptPair:
-        return head_pb2.CleanCorruptPair(
-            clean=prompt(self.clean, {}),
-            corrupt=prompt(self.corrupt, {}),
+    def message(self, parent: str = "") -> head_pb2.CleanCorruptPair:
+        """`parent`: path of the pair in errors, with a dot after it."""
+        return build_as(
+            {name: parent + name for name in ("clean_answer", "corrupt_answer")},
+            head_pb2.CleanCorruptPair,
+            clean=prompt(self.clean, field=f"{parent}clean"),
+            corrupt=prompt(self.corrupt, field=f"{parent}corrupt"),
             clean_answer=self.clean_answer,
             corrupt_answer=self.corrupt_answer,
         )
@@ -122,14 +134,14 @@ class Grounding:
     top_k: int = 0
 
     def message(self) -> generation_pb2.Grounding:
-        return generation_pb2.Grounding(head_set=self.head_set, top_k=self.top_k)
+        return build(generation_pb2.Grounding, head_set=self.head_set, top_k=self.top_k)
 
 
 GroundingLike = Grounding | generation_pb2.Grounding | str
 
 
 def grounding_message(grounding: GroundingLike | None) -> generation_pb2.Grounding | None:
-    """The message of a grounding, or of the id or tag of a head set."""
+    """The message of a grounding, or of the id or tag of a head set. TypeError for anything else."""
     match grounding:
         case None | generation_pb2.Grounding():
             return grounding
@@ -137,18 +149,27 @@ def grounding_message(grounding: GroundingLike | None) -> generation_pb2.Groundi
             return Grounding(grounding).message()
         case Grounding():
             return grounding.message()
+        case _:
+            raise TypeError(f"grounding: expected a Grounding, or the id or tag of a head set, got {shown(grounding)}")
 
 
 def selection_message(heads: HeadsLike, top_k: int = 0) -> head_pb2.HeadSelection:
     """Heads listed as (layer, head), or of a head set (id or tag), of which top_k keeps the best.
 
-    ValueError: top_k with listed heads, or no heads.
+    ValueError: top_k with listed heads, or no heads. TypeError for what is neither.
     """
     if isinstance(heads, str):
-        return head_pb2.HeadSelection(head_set=heads, top_k=top_k)
+        return build(head_pb2.HeadSelection, head_set=heads, top_k=top_k)
     if top_k:
         raise ValueError("top_k selects from a head set; list only the heads that are meant")
-    listed = [head_pb2.HeadId(layer=layer, head=head) for layer, head in heads]
+    listed = [_head_id(each, f"heads[{i}]") for i, each in enumerate(several(heads, "heads", "(layer, head)"))]
     if not listed:
         raise ValueError("give at least one head")
     return head_pb2.HeadSelection(heads=head_pb2.HeadIds(heads=listed))
+
+
+def _head_id(head: object, field: str) -> head_pb2.HeadId:
+    pair = several(head, field, "an int")
+    if len(pair) != 2:
+        raise ValueError(f"{field}: expected (layer, head), got {shown(head)}")
+    return build_as({"layer": f"{field}[0]", "head": f"{field}[1]"}, head_pb2.HeadId, layer=pair[0], head=pair[1])

@@ -16,22 +16,24 @@ One function a kind of item; monitoring.proto says what the value of each is. Se
 
 from collections.abc import Iterable
 
+from patchclamp.fields import build, one_or_several
 from patchclamp.heads import HeadsLike, selection_message
 from patchclamp.names import SITES, SiteName, value_of, value_or_unspecified
-from patchclamp.programs.vectors import VectorLike, vector
+from patchclamp.programs.vectors import VectorLike, vector_of
 from patchclamp.tensors import Numbers, tensor
 from patchclamp.v1 import monitoring_pb2 as pb
 
 
 def watch_neurons(name: str, layer: int, neurons: Iterable[int], *, threshold: float | None = None) -> pb.WatchItem:
     """Neurons of a layer: their activations at mlp_post."""
-    source = pb.WatchedNeurons(layer=layer, neurons=neurons)
-    return pb.WatchItem(name=name, neurons=source, threshold=threshold)
+    source = build(pb.WatchedNeurons, layer=layer, neurons=neurons)
+    return build(pb.WatchItem, name=name, neurons=source, threshold=threshold)
 
 
 def watch_neuron_set(name: str, neuron_set: str, *, threshold: float | None = None) -> pb.WatchItem:
     """All neurons of a stored neuron set (id or tag)."""
-    return pb.WatchItem(name=name, neurons=pb.WatchedNeurons(neuron_set=neuron_set), threshold=threshold)
+    source = build(pb.WatchedNeurons, neuron_set=neuron_set)
+    return build(pb.WatchItem, name=name, neurons=source, threshold=threshold)
 
 
 def watch_direction(
@@ -46,12 +48,13 @@ def watch_direction(
 
     layers, site: default those of the stored vector; numbers need layers, and are at resid_post unless told otherwise.
     """
-    source = pb.WatchedDirection(
+    source = build(
+        pb.WatchedDirection,
         site=value_or_unspecified(SITES, site, "site"),
-        layers=[layers] if isinstance(layers, int) else layers,
-        vector=vector(direction),
+        layers=one_or_several(layers, "layers", "an int"),
+        vector=vector_of(direction, "direction"),
     )
-    return pb.WatchItem(name=name, direction=source, threshold=threshold)
+    return build(pb.WatchItem, name=name, direction=source, threshold=threshold)
 
 
 def watch_features(
@@ -65,16 +68,18 @@ def watch_features(
     threshold: float | None = None,
 ) -> pb.WatchItem:
     """Features of a sparse autoencoder: rows of its encoder [k, width], bias [k], thresholds of JumpReLU [k]."""
-    source = pb.WatchedFeatures(
+    source = build(
+        pb.WatchedFeatures,
         site=value_of(SITES, site, "site"),
         layer=layer,
-        encoder=tensor(encoder),
-        bias=None if bias is None else tensor(bias),
-        jump=None if jump is None else tensor(jump),
+        encoder=tensor(encoder, "encoder"),
+        bias=None if bias is None else tensor(bias, "bias"),
+        jump=None if jump is None else tensor(jump, "jump"),
     )
-    return pb.WatchItem(name=name, features=source, threshold=threshold)
+    return build(pb.WatchItem, name=name, features=source, threshold=threshold)
 
 
 def watch_heads(name: str, heads: HeadsLike, *, top_k: int = 0, threshold: float | None = None) -> pb.WatchItem:
     """Largest attention probability of heads: (layer, head) pairs, or the top_k best of a head set (id or tag)."""
-    return pb.WatchItem(name=name, heads=pb.WatchedHeads(heads=selection_message(heads, top_k)), threshold=threshold)
+    source = pb.WatchedHeads(heads=selection_message(heads, top_k))
+    return build(pb.WatchItem, name=name, heads=source, threshold=threshold)

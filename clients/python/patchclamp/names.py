@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar, cast
 
+from patchclamp.fields import shown
 from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, program_pb2, sparse_policy_pb2, steering_pb2
 
 ValueT = TypeVar("ValueT", bound=int)
@@ -55,7 +56,9 @@ ARTIFACT_FORMATS = {
 
 
 def value_of(table: Mapping[str, ValueT], name: str, what: str) -> ValueT:
-    """The enum value with this name; ValueError names the accepted ones."""
+    """The enum value with this name; ValueError, or TypeError for what is no name, lists the accepted ones."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what}: expected one of {', '.join(table)}, got {shown(name)}")
     try:
         return table[name]
     except KeyError:

@@ -9,10 +9,12 @@ client.generate("I feel", sparsity=Sparsity("my-profile", fovea(keep_ratio=0.3),
 One function a policy; sparse_policy.proto says what each computes. What is left out is the server's default.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
+from patchclamp.fields import build, build_as, instance, one_or_several, shown
+from patchclamp.keywords import takes_options_of
 from patchclamp.names import (
     CORE_INFER_RANKINGS,
     TEAL_ALLOCATIONS,
@@ -25,15 +27,46 @@ from patchclamp.v1 import sparse_policy_pb2 as pb
 FoveaBits = Literal[2, 3, 4, 8]
 
 
-class PolicyOptions(TypedDict, total=False):
-    """keep_ratio: share of neurons (teal, wina: of input channels) that is kept, or one share for each layer.
+class LayerOptions(TypedDict, total=False):
+    """Layers outside first_layer ≤ l < end_layer stay dense."""
 
-    Layers outside first_layer ≤ l < end_layer stay dense.
-    """
-
-    keep_ratio: float | Sequence[float]
     first_layer: int
-    end_layer: int
+    end_layer: int | None
+
+
+class PolicyOptions(LayerOptions, total=False):
+    """keep_ratio: share of neurons (teal, wina: of input channels) that is kept, or one share for each layer."""
+
+    keep_ratio: float | Sequence[float] | None
+
+
+def _layers(policy: pb.SparsePolicy, *, first_layer: int = 0, end_layer: int | None = None) -> pb.SparsePolicy:
+    """Fills in what every policy has."""
+    policy.MergeFrom(build(pb.SparsePolicy, first_layer=first_layer, end_layer=end_layer))
+    return policy
+
+
+@takes_options_of(_layers)
+def _policy(
+    policy: pb.SparsePolicy,
+    *,
+    keep_ratio: float | Sequence[float] | None = None,
+    **options: Unpack[LayerOptions],
+) -> pb.SparsePolicy:
+    """Fills in what every policy has that keeps a share."""
+    if keep_ratio is not None:
+        ratios = one_or_several(keep_ratio, "keep_ratio", "a number")
+        listed = build_as({"layer_keep_ratios": "keep_ratio"}, pb.SparsePolicy, layer_keep_ratios=ratios)
+        if isinstance(keep_ratio, Iterable):
+            policy.MergeFrom(listed)
+        else:
+            policy.keep_ratio = ratios[0]
+    return _layers(policy, **options)
+
+
+def _core_infer(token_keep: float | None, rank_by: CoreInferRankingName | None) -> pb.CoreInferPolicy:
+    rank = value_or_unspecified(CORE_INFER_RANKINGS, rank_by, "rank_by")
+    return build(pb.CoreInferPolicy, token_keep=token_keep, rank_by=rank)
 
 
 def dense() -> pb.SparsePolicy:
@@ -41,11 +74,13 @@ def dense() -> pb.SparsePolicy:
     return pb.SparsePolicy(dense=pb.DensePolicy())
 
 
-def exact_zero(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
-    """Neurons that are exactly zero are skipped (ReLU models); keep_ratio is not used."""
-    return _policy(options, pb.SparsePolicy(exact_zero=pb.ExactZeroPolicy()))
+@takes_options_of(_layers)
+def exact_zero(**options: Unpack[LayerOptions]) -> pb.SparsePolicy:
+    """Neurons that are exactly zero are skipped (ReLU models): the activations say how many."""
+    return _layers(pb.SparsePolicy(exact_zero=pb.ExactZeroPolicy()), **options)
 
 
+@takes_options_of(_policy)
 def coreinfer_stability(
     *,
     token_keep: float | None = None,
@@ -56,9 +91,10 @@ def coreinfer_stability(
 
     token_keep: share of a token's positive neurons that is its core.
     """
-    return _policy(options, pb.SparsePolicy(coreinfer_stability=_core_infer(token_keep, rank_by)))
+    return _policy(pb.SparsePolicy(coreinfer_stability=_core_infer(token_keep, rank_by)), **options)
 
 
+@takes_options_of(_policy)
 def coreinfer_similarity(
     *,
     token_keep: float | None = None,
@@ -66,35 +102,41 @@ def coreinfer_similarity(
     **options: Unpack[PolicyOptions],
 ) -> pb.SparsePolicy:
     """The neurons of the cluster of calibration sentences that the prompt is nearest to. Needs a profile."""
-    return _policy(options, pb.SparsePolicy(coreinfer_similarity=_core_infer(token_keep, rank_by)))
+    return _policy(pb.SparsePolicy(coreinfer_similarity=_core_infer(token_keep, rank_by)), **options)
 
 
+@takes_options_of(_policy)
 def griffin(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
     """The neurons with the largest share in the normalised activations of the prompt."""
-    return _policy(options, pb.SparsePolicy(griffin=pb.GriffinPolicy()))
+    return _policy(pb.SparsePolicy(griffin=pb.GriffinPolicy()), **options)
 
 
+@takes_options_of(_policy)
 def teal(*, allocation: TealAllocationName | None = None, **options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
     """Input channels above a calibrated magnitude. Needs a profile."""
     value = value_or_unspecified(TEAL_ALLOCATIONS, allocation, "allocation")
-    return _policy(options, pb.SparsePolicy(teal=pb.TealPolicy(allocation=value)))
+    return _policy(pb.SparsePolicy(teal=pb.TealPolicy(allocation=value)), **options)
 
 
+@takes_options_of(_policy)
 def wina(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
     """Input channels by magnitude times the norm of their weights."""
-    return _policy(options, pb.SparsePolicy(wina=pb.WinaPolicy()))
+    return _policy(pb.SparsePolicy(wina=pb.WinaPolicy()), **options)
 
 
+@takes_options_of(_policy)
 def cats(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
     """Neurons with the largest |act(gate)| of each token; with a profile, those above a calibrated threshold."""
-    return _policy(options, pb.SparsePolicy(cats=pb.CatsPolicy()))
+    return _policy(pb.SparsePolicy(cats=pb.CatsPolicy()), **options)
 
 
+@takes_options_of(_policy)
 def static_set(neuron_set: str = "", **options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
     """The same neurons for every token: those of a neuron_set artifact (id or tag), else of the profile."""
-    return _policy(options, pb.SparsePolicy(static_set=pb.StaticSetPolicy(neuron_set=neuron_set)))
+    return _policy(pb.SparsePolicy(static_set=build(pb.StaticSetPolicy, neuron_set=neuron_set)), **options)
 
 
+@takes_options_of(_policy)
 def fovea(
     *,
     bits: FoveaBits | None = None,
@@ -104,20 +146,26 @@ def fovea(
     **options: Unpack[PolicyOptions],
 ) -> pb.SparsePolicy:
     """A low-bit copy of the weights scores the neurons and stands in for those that are dropped. Needs a profile."""
-    kind = pb.FoveaPolicy(
-        bits=bits, exact_gate=exact_gate, without_compensation=without_compensation, uniform_budget=uniform_budget
+    kind = build(
+        pb.FoveaPolicy,
+        bits=bits,
+        exact_gate=exact_gate,
+        without_compensation=without_compensation,
+        uniform_budget=uniform_budget,
     )
-    return _policy(options, pb.SparsePolicy(fovea=kind))
+    return _policy(pb.SparsePolicy(fovea=kind), **options)
 
 
+@takes_options_of(_policy)
 def random_set(*, seed: int = 0, **options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
     """A random set for each layer: a control, for evaluations only."""
-    return _policy(options, pb.SparsePolicy(random_set=pb.RandomSetPolicy(seed=seed)))
+    return _policy(pb.SparsePolicy(random_set=build(pb.RandomSetPolicy, seed=seed)), **options)
 
 
+@takes_options_of(_policy)
 def oracle(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
     """The neurons with the largest contribution, found by computing all: a control, for evaluations only."""
-    return _policy(options, pb.SparsePolicy(oracle=pb.OraclePolicy()))
+    return _policy(pb.SparsePolicy(oracle=pb.OraclePolicy()), **options)
 
 
 @dataclass(frozen=True)
@@ -133,31 +181,43 @@ class QualityGuard:
     window: int | None = None
 
     def message(self) -> pb.QualityGuard:
-        return pb.QualityGuard(sample_rate=self.sample_rate, max_divergence=self.max_divergence, window=self.window)
+        return build(
+            pb.QualityGuard, sample_rate=self.sample_rate, max_divergence=self.max_divergence, window=self.window
+        )
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """profile: id or tag of a sparsity profile; alone, it says the policy too. guard: default none."""
+    """profile: id or tag of a sparsity profile; alone, it says the policy too. guard: default none.
+
+    TypeError for a policy in the place of the profile.
+    """
 
     profile: str = ""
     policy: pb.SparsePolicy | None = None
     guard: QualityGuard | None = None
 
+    def __post_init__(self) -> None:
+        what = "the id or tag of a profile; a policy is given as Sparsity(policy=...)"
+        instance(self.profile, str, "profile", what)
+        if self.policy is not None:
+            instance(self.policy, pb.SparsePolicy, "policy", "a policy such as cats(keep_ratio=0.5)")
+        if self.guard is not None:
+            instance(self.guard, QualityGuard, "guard", "a QualityGuard(...)")
+
     def message(self) -> pb.Sparsity:
         """ValueError when there is neither a profile nor a policy."""
         if not self.profile and self.policy is None:
             raise ValueError("give a profile, a policy or both")
-        return pb.Sparsity(
-            profile=self.profile, policy=self.policy, guard=None if self.guard is None else self.guard.message()
-        )
+        guard = None if self.guard is None else self.guard.message()
+        return pb.Sparsity(profile=self.profile, policy=self.policy, guard=guard)
 
 
 SparsityLike = Sparsity | pb.Sparsity | pb.SparsePolicy | str
 
 
-def sparsity_message(sparsity: SparsityLike | None) -> pb.Sparsity | None:
-    """The message of a sparsity, of a policy alone, or of the id or tag of a profile."""
+def sparsity_message(sparsity: SparsityLike | None, field: str = "sparsity") -> pb.Sparsity | None:
+    """The message of a sparsity, of a policy alone, or of the id or tag of a profile. TypeError for anything else."""
     match sparsity:
         case None | pb.Sparsity():
             return sparsity
@@ -167,19 +227,6 @@ def sparsity_message(sparsity: SparsityLike | None) -> pb.Sparsity | None:
             return Sparsity(profile=sparsity).message()
         case Sparsity():
             return sparsity.message()
-
-
-def _policy(options: PolicyOptions, policy: pb.SparsePolicy) -> pb.SparsePolicy:
-    """Fills in what every policy has."""
-    keep = options.get("keep_ratio")
-    if isinstance(keep, int | float):
-        policy.keep_ratio = keep
-    elif keep is not None:
-        policy.layer_keep_ratios.extend(keep)
-    policy.MergeFrom(pb.SparsePolicy(first_layer=options.get("first_layer", 0), end_layer=options.get("end_layer")))
-    return policy
-
-
-def _core_infer(token_keep: float | None, rank_by: CoreInferRankingName | None) -> pb.CoreInferPolicy:
-    rank = value_or_unspecified(CORE_INFER_RANKINGS, rank_by, "rank_by")
-    return pb.CoreInferPolicy(token_keep=token_keep, rank_by=rank)
+        case _:
+            what = "a Sparsity, a policy such as cats(keep_ratio=0.5), or the id or tag of a profile"
+            raise TypeError(f"{field}: expected {what}, got {shown(sparsity)}")

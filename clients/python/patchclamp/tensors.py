@@ -10,6 +10,7 @@ from math import prod
 from sys import byteorder
 from typing import Any, Protocol, TypeAlias, cast
 
+from patchclamp.fields import shown
 from patchclamp.v1.tensor_pb2 import DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32, DATA_TYPE_FLOAT64, DataType, Tensor
 
 
@@ -30,10 +31,26 @@ _BUFFER_TYPES: dict[str, DataType.ValueType] = {
 }
 
 
-def tensor(numbers: Numbers) -> Tensor:
-    """Dense row-major little-endian Tensor. TypeError for what holds no numbers, ValueError for ragged rows."""
-    if isinstance(numbers, str | bytes | bytearray):
-        raise TypeError(f"expected numbers, not {type(numbers).__name__}")
+def tensor(numbers: Numbers, field: str) -> Tensor:
+    """Dense row-major little-endian Tensor.
+
+    TypeError for what holds no numbers, ValueError for ragged rows; both begin with `field`, the argument's name.
+    """
+    if not isinstance(numbers, str | bytes | bytearray):
+        try:
+            return _tensor(numbers)
+        except _NoNumber as error:
+            raise TypeError(f"{field}: expected numbers, got {error}") from None
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{field}: {error}") from None
+    raise TypeError(f"{field}: expected numbers, got {shown(numbers)}")
+
+
+class _NoNumber(Exception):
+    """What stands where a number should."""
+
+
+def _tensor(numbers: Numbers) -> Tensor:
     view = _buffer(numbers)
     if view is not None:
         dtype = _BUFFER_TYPES.get(view.format.lstrip("@=<"))
@@ -44,7 +61,7 @@ def tensor(numbers: Numbers) -> Tensor:
         return _from_nested(to_list())
     to_array = getattr(numbers, "__array__", None)
     if to_array is not None:
-        return tensor(to_array())
+        return _tensor(to_array())
     return _from_nested(numbers)
 
 
@@ -76,7 +93,7 @@ def _shape(numbers: object) -> Iterator[int]:
 def _flatten(numbers: object, shape: tuple[int, ...]) -> Iterator[float]:
     if not shape:
         if not isinstance(numbers, int | float):
-            raise TypeError(f"expected a number, not {type(numbers).__name__}")
+            raise _NoNumber(shown(numbers))
         yield numbers
         return
     if not isinstance(numbers, Sequence):

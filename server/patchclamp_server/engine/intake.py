@@ -1,7 +1,6 @@
 """What a request must be to run, what it needs, and the sequence that runs it."""
 
 import math
-import secrets
 import time
 
 import torch
@@ -9,6 +8,7 @@ import torch
 from patchclamp_server.engine.admission import Admission, Demand, Refusal
 from patchclamp_server.engine.output import Output
 from patchclamp_server.engine.request import Request
+from patchclamp_server.engine.sampler import drawn_seed
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker
@@ -84,7 +84,7 @@ class Intake:
         sequence = Sequence(
             id=request_id,
             request=request,
-            seed=secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed,
+            seed=drawn_seed() if request.sampling.seed is None else request.sampling.seed,
             state=None,
             capture=self._capture(request),
             output=Output(

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase
 
 from patchclamp_server.engine.chat_layout import ChatLayout, ChatTemplate, Message
-from patchclamp_server.engine.text import fast_tokenizer, piece, token_bytes
+from patchclamp_server.engine.text import IncrementalDetokenizer, fast_tokenizer, piece, token_bytes
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.info import ModelInfo
 
@@ -47,6 +47,7 @@ class PromptEncoder:
         added = tokenizer.added_tokens_decoder
         self._control = {id: token.content for id, token in added.items() if token.special}
         self._unknown = tokenizer.unk_token_id
+        self._pieces: dict[int, str] = {}
 
     def encode_text(self, text: str) -> EncodedPrompt:
         """Tokenise as is, with the special tokens the tokenizer puts around a text."""
@@ -100,9 +101,21 @@ class PromptEncoder:
         roles = tuple(layout.role_at(start, end) for start, end in tokens.spans) if layout.framed else None
         return self._checked("prompt.chat", tokens.ids, roles)
 
+    def piece(self, id: int) -> str:
+        """The text of one token, see text.piece; remembered, because every token that is generated asks for it."""
+        found = self._pieces.get(id)
+        if found is None:
+            found = self._pieces[id] = piece(self._tokenizer, id)
+        return found
+
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """The text of each token, see text.piece."""
-        return tuple(piece(self._tokenizer, id) for id in ids)
+        """The text of each token."""
+        return tuple(map(self.piece, ids))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of tokens that start a sequence, as a generation would stream it."""
+        detokenizer = IncrementalDetokenizer(self._tokenizer, skip_special_tokens)
+        return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of consecutive tokens, special or not; U+FFFD for what is no whole character."""

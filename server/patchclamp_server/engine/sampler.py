@@ -17,6 +17,7 @@ Log-probabilities are those of the model's own distribution, log softmax(l), bef
 """
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,11 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
     for i, scores in zip(wanted, _logprobs(logits, rows, ids, wanted), strict=True):
         sampled[i] = scores
     return sampled
+
+
+def drawn_seed() -> int:
+    """For a request without a seed: below 2^53, so that a client whose numbers are doubles can send it again."""
+    return secrets.randbits(53)
 
 
 def uniform(seed: int, drawn: int) -> float:

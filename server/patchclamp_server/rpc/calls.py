@@ -1,7 +1,7 @@
 """What the calls that run the model share: decoding a request, running it, and following its events."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +28,7 @@ from patchclamp_server.rpc.generation_codec import (
     decode_sampling,
     decode_stop,
 )
-from patchclamp_server.rpc.program_codec import decode_program
+from patchclamp_server.rpc.program_codec import decode_program, token_readouts
 from patchclamp_server.rpc.response_builder import ResponseBuilder
 from patchclamp_server.rpc.sparsity_codec import decode_sparsity
 from patchclamp_server.rpc.stream import EventStream
@@ -46,7 +46,7 @@ class Prepared:
     priority: Priority
     sparsity: SparseInference | None
     grounding: Grounding | None
-    text_of: Callable[[Sequence[int]], str]
+    prompts: PromptEncoder
     warnings: tuple[RequestWarning, ...] = ()
 
     def grounded(self, program: BoundProgram) -> BoundProgram:
@@ -57,9 +57,16 @@ class Prepared:
         """Of the responses to a request. Nothing waits for readouts where the client asked for none."""
         grounded = None
         if self.grounding is not None:
-            grounded = GroundedTokens(self.grounding, self.prompt.ids, self.text_of)
+            grounded = GroundedTokens(self.grounding, self.prompt.ids, self.prompts.text_of)
         wait = wait_for_readouts and bool(self.program.readouts)
-        return ResponseBuilder(len(self.prompt.ids), wait_for_readouts=wait, grounded=grounded, warnings=self.warnings)
+        return ResponseBuilder(
+            len(self.prompt.ids),
+            wait_for_readouts=wait,
+            piece=self.prompts.piece,
+            token_readouts=token_readouts(self.program),
+            grounded=grounded,
+            warnings=self.warnings,
+        )
 
     def to_request(self, on_event: Callable[[Event], None], deadline: float | None, **changes: Any) -> Request:
         """`changes`: further fields of Request, or others than those of the message."""
@@ -102,7 +109,7 @@ class Preparation:
         program = self.program(proto.program, prompt)
         sparsity = self.sparsity(proto.sparsity) if proto.HasField("sparsity") else None
         grounding = self.grounding(proto.grounding, program) if proto.HasField("grounding") else None
-        return Prepared(prompt, program, sampling, stop, priority, sparsity, grounding, self.prompts.text_of, warnings)
+        return Prepared(prompt, program, sampling, stop, priority, sparsity, grounding, self.prompts, warnings)
 
     def program(self, proto: program_pb2.Program, prompt: EncodedPrompt) -> BoundProgram:
         return bind(decode_program(proto), self.model, self._store, prompt_roles=prompt.roles)

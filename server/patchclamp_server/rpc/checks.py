@@ -35,8 +35,7 @@ def _interval(low: float, high: float) -> str:
 def count(value: int, field: str, *, low: int = 0, high: int = LARGEST_COUNT) -> int:
     """`value`, which must lie in [low, high]; a negative one sent on the wire arrives as a huge one."""
     if not low <= value <= high:
-        bound = f"at least {low}" if high == LARGEST_COUNT else f"from {low} to {high}"
-        raise InvalidArgument(field, f"expected {bound}, got {value}")
+        raise InvalidArgument(field, f"expected a whole number from {low} to {high}, got {value}")
     return value
 
 

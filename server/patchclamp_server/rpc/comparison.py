@@ -1,6 +1,5 @@
 """Compare: one prompt under the program and without it, and how far apart they are at each token."""
 
-import secrets
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import groupby
@@ -8,6 +7,7 @@ from typing import TypeAlias
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp_server.engine.request import Divergence, Event
+from patchclamp_server.engine.sampler import drawn_seed
 from patchclamp_server.interventions.state import EMPTY_PROGRAM
 from patchclamp_server.rpc.calls import Prepared
 from patchclamp_server.rpc.stream import EventStream
@@ -27,9 +27,10 @@ class Comparison:
 
     def __init__(self, prepared: Prepared, stream: EventStream[tuple[Side, Event]], deadline: float | None) -> None:
         self._stream = stream
+        self._piece = prepared.prompts.piece
         sampling = prepared.sampling
         if sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(64))
+            sampling = replace(sampling, seed=drawn_seed())
         self.edited = prepared.to_request(
             lambda event: stream.put((EDITED, event)),
             deadline,
@@ -57,7 +58,7 @@ class Comparison:
                 for _, event in tagged:
                     if isinstance(event, Divergence):
                         self._divergences.append(event)
-                        yield _divergence(event)
+                        yield self._divergence(event)
                     else:
                         events.append(event)
                 for response in self._builders[side].responses(events):
@@ -65,6 +66,12 @@ class Comparison:
                         unfinished.remove(side)
                     yield pb.CompareResponse(text=pb.CompareText(side=side, response=response))
         yield pb.CompareResponse(summary=summary(self._divergences))
+
+    def _divergence(self, event: Divergence) -> pb.CompareResponse:
+        text = self._piece(event.id)
+        return pb.CompareResponse(
+            divergence=pb.TokenDivergence(position=event.position, id=event.id, kl=event.kl, text=text)
+        )
 
 
 def summary(divergences: list[Divergence]) -> pb.CompareSummary:
@@ -76,7 +83,3 @@ def summary(divergences: list[Divergence]) -> pb.CompareSummary:
         top1_agreement=sum(d.same_top1 for d in divergences) / n if n else 1.0,
         positions=n,
     )
-
-
-def _divergence(event: Divergence) -> pb.CompareResponse:
-    return pb.CompareResponse(divergence=pb.TokenDivergence(position=event.position, id=event.id, kl=event.kl))

@@ -1,5 +1,7 @@
 """Generation messages → the engine's words, and its usage and finish → messages. Ranges are refused by field path."""
 
+from collections.abc import Callable
+
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp_server.engine.prompt import EncodedPrompt, PromptEncoder
 from patchclamp_server.engine.request import (
@@ -111,12 +113,14 @@ def decode_grounding(proto: pb.Grounding, field: str = "grounding") -> HeadSelec
     return HeadSelection(head_set=proto.head_set, top_k=proto.top_k)
 
 
-def encode_token(token: Token) -> pb.GeneratedToken:
+def encode_token(token: Token, piece: Callable[[int], str]) -> pb.GeneratedToken:
+    """`piece`: the text of a token."""
     return pb.GeneratedToken(
         id=token.id,
         position=token.position,
         logprob=token.logprob,
-        top_logprobs=[pb.TokenLogprob(id=id_, logprob=value) for id_, value in token.top_logprobs],
+        top_logprobs=[pb.TokenLogprob(id=id_, logprob=value, text=piece(id_)) for id_, value in token.top_logprobs],
+        text=piece(token.id),
     )
 
 

@@ -18,6 +18,7 @@ from patchclamp_server.rpc.calls import Preparation, check_model, deadline_of, r
 from patchclamp_server.rpc.checks import chosen
 from patchclamp_server.rpc.comparison import EDITED, Comparison, Side
 from patchclamp_server.rpc.generation_codec import decode_logprobs, decode_priority, decode_prompt
+from patchclamp_server.rpc.program_codec import token_readouts
 from patchclamp_server.rpc.response_builder import ResponseBuilder
 from patchclamp_server.rpc.session import SessionControl
 from patchclamp_server.rpc.stream import EventBridge, EventStream
@@ -86,7 +87,12 @@ class GenerationService(GenerationServiceServicer):
         score = await asyncio.to_thread(self._score_request, request, stream, deadline_of(context))
         response = pb.ScoreResponse()
         assert score.score_from is not None
-        builder = ResponseBuilder(score.score_from, wait_for_readouts=True)
+        builder = ResponseBuilder(
+            score.score_from,
+            wait_for_readouts=True,
+            piece=self._prepare.prompts.piece,
+            token_readouts=frozenset() if score.program is None else token_readouts(score.program),
+        )
         size = 0
         with running(self._engine, score):
             async for part in responses_of(stream, builder):

@@ -6,8 +6,10 @@ from typing import Any
 from patchclamp.v1 import model_pb2 as pb
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
 from patchclamp_server.engine.prompt import PromptEncoder
+from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.calls import check_model
+from patchclamp_server.rpc.checks import count
 from patchclamp_server.rpc.generation_codec import decode_prompt
 from patchclamp_server.rpc.program_codec import SITE_NUMBERS
 
@@ -31,6 +33,19 @@ class ModelService(ModelServiceServicer):
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         prompt = decode_prompt(request.prompt, self._prompts)
         return pb.TokenizeResponse(ids=prompt.ids, pieces=self._prompts.pieces(prompt.ids), roles=prompt.roles or ())
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        check_model(request.model, self._model)
+        most = self._model.context_length
+        if len(request.ids) > most:
+            raise InvalidArgument("ids", f"expected at most {most} tokens, as the context has, got {len(request.ids)}")
+        for i, id in enumerate(request.ids):
+            count(id, f"ids[{i}]", high=self._model.vocab_size - 1)
+        return await asyncio.to_thread(self._detokenize, request)
+
+    def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        text = self._prompts.decode(request.ids, skip_special_tokens=request.skip_special_tokens)
+        return pb.DetokenizeResponse(text=text, pieces=self._prompts.pieces(request.ids))
 
 
 def encode_model(info: ModelInfo) -> pb.Model:

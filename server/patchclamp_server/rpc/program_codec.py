@@ -6,11 +6,12 @@ values). What depends on the served model, and whether a scope contradicts itsel
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import (
     PUBLIC_SITES,
     AbortCondition,
@@ -294,9 +295,15 @@ _READOUT_KINDS: dict[str, Callable[[Any, str], ReadoutKind]] = {
 }
 
 
-def encode_readout_value(value: ReadoutValue) -> pb.ReadoutValue:
+def token_readouts(program: BoundProgram) -> frozenset[str]:
+    """Names of the readouts whose ids are tokens."""
+    return frozenset(readout.name for readout in program.readouts if readout.kind is LogitLensReadout)
+
+
+def encode_readout_value(value: ReadoutValue, texts: Iterable[str] = ()) -> pb.ReadoutValue:
+    """`texts`: of the ids, where they are tokens."""
     return pb.ReadoutValue(
-        name=value.name, layer=value.layer, position=value.position, values=value.values, ids=value.ids
+        name=value.name, layer=value.layer, position=value.position, values=value.values, ids=value.ids, texts=texts
     )
 
 

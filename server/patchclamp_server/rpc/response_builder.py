@@ -1,11 +1,12 @@
 """Engine events → GenerateResponse messages, as few as fit."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2
 from patchclamp_server.engine.request import Event, Failed, Finished, Readouts, Text, Token
 from patchclamp_server.heads.grounding import GroundedTokens
+from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.request_warnings import RequestWarning
 from patchclamp_server.rpc.generation_codec import encode_finished, encode_grounding, encode_source, encode_token
 from patchclamp_server.rpc.program_codec import encode_readout_value, encode_warning
@@ -23,7 +24,7 @@ class ResponseBuilder:
     `wait_for_readouts` a token waits for them (its text does not), so that both arrive together. Without it, as in a
     lockstep session where that step needs the client's next Advance, they ride on the next token; every value names
     its own position. With `grounded`, tokens carry their sources, which are known before they are. `warnings` go with
-    the first response.
+    the first response. `piece` is the text of a token; the values of `token_readouts` get it for their ids.
     """
 
     def __init__(
@@ -31,11 +32,15 @@ class ResponseBuilder:
         prompt_tokens: int,
         *,
         wait_for_readouts: bool,
+        piece: Callable[[int], str],
+        token_readouts: frozenset[str] = frozenset(),
         grounded: GroundedTokens | None = None,
         warnings: Sequence[RequestWarning] = (),
     ) -> None:
         self._prompt_tokens = prompt_tokens
         self._wait = wait_for_readouts
+        self._piece = piece
+        self._token_readouts = token_readouts
         self._grounded = grounded
         self._response = pb.GenerateResponse(warnings=[encode_warning(w) for w in warnings])
         self._bytes = 0
@@ -53,7 +58,7 @@ class ResponseBuilder:
                     self._add_token(event)
                 case Readouts(position, values):
                     own = values if self._grounded is None else self._grounded.take(values)
-                    self._add_readouts(position, [encode_readout_value(v) for v in own])
+                    self._add_readouts(position, [self._encoded(v) for v in own])
                 case Finished():
                     self._release()
                     self._response.prompt_readouts.extend(self._late)
@@ -75,7 +80,7 @@ class ResponseBuilder:
 
     def _add_token(self, token: Token) -> None:
         self._release()
-        message = encode_token(token)
+        message = encode_token(token, self._piece)
         if self._grounded is not None:
             message.sources.extend(encode_source(s) for s in self._grounded.sources(token.position, token.id))
         message.readouts.extend(self._late)
@@ -92,6 +97,10 @@ class ResponseBuilder:
             self._held.readouts.extend(values)
         else:
             self._late.extend(values)
+
+    def _encoded(self, value: ReadoutValue) -> program_pb2.ReadoutValue:
+        texts = map(self._piece, value.ids) if value.name in self._token_readouts else ()
+        return encode_readout_value(value, texts)
 
     def _release(self) -> None:
         if self._held is not None:

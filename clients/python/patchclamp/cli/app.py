@@ -7,14 +7,27 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from patchclamp.cli import compare, completion, generate, heads, models, score, serving, sparsity, vectors, watch
+from patchclamp.cli import (
+    compare,
+    completion,
+    generate,
+    heads,
+    models,
+    score,
+    serving,
+    sparsity,
+    tokens,
+    vectors,
+    watch,
+)
 from patchclamp.cli.parser import Parser
-from patchclamp.cli.terminal import styled
+from patchclamp.cli.terminal import escape_what_cannot_be_written, styled
 from patchclamp.errors import PatchclampError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    escape_what_cannot_be_written()
     if arguments and arguments[0] in serving.COMMANDS:
         return serving.run(arguments[0], arguments[1:])
     args = build_parser().parse_args(arguments)
@@ -49,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     sparsity.add_parser(commands)
     heads.add_parser(commands)
     watch.add_parser(commands)
+    tokens.add_parsers(commands)
     models.add_parsers(commands)
     completion.add_parser(commands)
     return parser

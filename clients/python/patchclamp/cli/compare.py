@@ -1,6 +1,7 @@
 """patchclamp compare"""
 
 import argparse
+import math
 
 from patchclamp.cli.generate import print_ending
 from patchclamp.cli.options import (
@@ -18,7 +19,9 @@ from patchclamp.results import CompareEvent, CompareText
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
-        "compare", parents=[connection_options()], help="edited beside unedited, with the divergence at every token"
+        "compare",
+        parents=[connection_options(timeout=math.inf)],
+        help="edited beside unedited, with the divergence at every token",
     )
     add_prompt_arguments(parser)
     add_sampling_arguments(parser)

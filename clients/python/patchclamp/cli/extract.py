@@ -1,9 +1,11 @@
 """patchclamp vectors extract"""
 
 import argparse
+import math
 from typing import cast
 
 from patchclamp.cli.files import json_lines
+from patchclamp.cli.numbers import seed
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import job_result, note, print_json, table
@@ -13,7 +15,9 @@ from patchclamp.results import TokenProjections
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = actions.add_parser("extract", parents=[connection_options()], help="find a vector from contrast pairs")
+    parser = actions.add_parser(
+        "extract", parents=[connection_options(timeout=math.inf)], help="find a vector from contrast pairs"
+    )
     parser.add_argument("name", help="tag to store it under")
     parser.add_argument(
         "--pairs",
@@ -27,7 +31,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
     parser.add_argument("--pooling", choices=POOLINGS)
     parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=seed)
     parser.add_argument("--description")
     parser.set_defaults(run=run)
 
@@ -45,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     options["tags"] = [args.name]
     with (
         connect(args) as client,
-        client.extract_vectors(args.pairs, args.method, **cast(ExtractOptions, options)) as stream,
+        client.extract_vectors(
+            args.pairs, args.method, timeout=args.timeout, **cast(ExtractOptions, options)
+        ) as stream,
     ):
         result = job_result(stream, quiet=args.json)
     if args.json:
@@ -92,6 +98,10 @@ def _middle(tokens: TokenProjections | None) -> str:
 def _side(value: object) -> PromptLike:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(set(turn) == {"role", "content"} for turn in value):
+    if isinstance(value, list) and value and all(map(_is_turn, value)):
         return cast(Messages, value)
     raise ValueError(value)
+
+
+def _is_turn(turn: dict[str, object]) -> bool:
+    return set(turn) == {"role", "content"} and all(isinstance(text, str) for text in turn.values())

@@ -1,6 +1,7 @@
 """patchclamp generate"""
 
 import argparse
+import math
 from dataclasses import replace
 
 from patchclamp.cli.options import (
@@ -12,14 +13,16 @@ from patchclamp.cli.options import (
     prompt_of,
 )
 from patchclamp.cli.sparse_spec import add_sparsity_arguments
-from patchclamp.cli.terminal import note, print_json, table
+from patchclamp.cli.terminal import note, print_json, quoted, table
 from patchclamp.requests import GenerateOptions
 from patchclamp.results import GenerateResult, RequestWarning, Token
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
-        "generate", parents=[connection_options()], help="stream text, steered or not, and print the receipt"
+        "generate",
+        parents=[connection_options(timeout=math.inf)],
+        help="stream text, steered or not, and print the receipt",
     )
     add_prompt_arguments(parser)
     add_sampling_arguments(parser)
@@ -49,10 +52,16 @@ def run(args: argparse.Namespace) -> int:
 
 def print_logprobs(tokens: tuple[Token, ...]) -> None:
     rows = [
-        (t.position, t.id, _logprob(t.logprob), "  ".join(f"{i}:{_logprob(p)}" for i, p in t.top_logprobs))
-        for t in tokens
+        (
+            token.position,
+            quoted(token.text),
+            token.id,
+            _logprob(token.logprob),
+            "  ".join(f"{quoted(top.text)} {_logprob(top.logprob)}" for top in token.top_logprobs),
+        )
+        for token in tokens
     ]
-    table(("position", "token", "logprob", "likeliest"), rows)
+    table(("position", "token", "id", "logprob", "likeliest"), rows)
 
 
 def print_ending(result: GenerateResult, told: tuple[RequestWarning, ...] = ()) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+from patchclamp.cli.numbers import count, seed
 from patchclamp.cli.sparse_spec import sparsity_of
 from patchclamp.cli.steering import add_steering_arguments, program_of
 from patchclamp.client import Client
@@ -41,8 +42,8 @@ def output_options() -> argparse.ArgumentParser:
     return parser
 
 
-def connection_options() -> argparse.ArgumentParser:
-    """Parent of every command that calls a server."""
+def connection_options(timeout: float = DEFAULT_TIMEOUT_SECONDS) -> argparse.ArgumentParser:
+    """Parent of every command that calls a server. `timeout`: infinite for a stream, which takes what it takes."""
     parser = argparse.ArgumentParser(add_help=False, parents=[output_options()])
     group = parser.add_argument_group("server")
     group.add_argument(
@@ -59,7 +60,7 @@ def connection_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--timeout",
         type=float,
-        default=DEFAULT_TIMEOUT_SECONDS,
+        default=timeout,
         metavar="SECONDS",
         help='deadline of each call (default: %(default)s; "inf" for none)',
     )
@@ -90,18 +91,20 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: greedy)")
-    group.add_argument("--max-tokens", type=int, metavar="N")
+    group.add_argument("--max-tokens", type=count, metavar="N")
     group.add_argument("--temperature", type=float)
-    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-k", type=count, metavar="K")
     group.add_argument("--top-p", type=float)
     group.add_argument("--min-p", type=float)
     group.add_argument("--repetition-penalty", type=float)
     group.add_argument("--presence-penalty", type=float)
     group.add_argument("--frequency-penalty", type=float)
-    group.add_argument("--seed", type=int)
+    group.add_argument("--seed", type=seed)
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group.add_argument("--ignore-eos", action="store_true", default=None)
-    group.add_argument("--logprobs", type=int, metavar="N", help="log-probabilities of each token and the N likeliest")
+    group.add_argument(
+        "--logprobs", type=count, metavar="N", help="log-probabilities of each token and the N likeliest"
+    )
 
 
 def prompt_of(args: argparse.Namespace) -> str | list[tuple[str, str]]:

@@ -7,7 +7,8 @@
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from patchclamp.programs import (
@@ -63,14 +64,16 @@ def steer(text: str) -> pb.Edit:
     if not (at and ref and layers):
         raise argparse.ArgumentTypeError(f"{text!r} is not VECTOR@LAYERS:STRENGTH, such as joyful@10-14:4.0")
     strength, *words = options.split(",") if options else ["1"]
-    unit = "unit" in words
-    return add(
-        vector(ref, unit=unit),
-        layers=layer_list(layers),
-        strength=_number(strength, "strength"),
-        scope=_scope([word for word in words if word != "unit"], text),
-        name=f"{ref}@{layers}",
-    )
+    scope = _scope([word for word in words if word != "unit"], text)
+    direction = vector(ref, unit="unit" in words)
+    with _about(text):
+        return add(
+            direction,
+            layers=layer_list(layers),
+            strength=_number(strength, "strength"),
+            scope=scope,
+            name=f"{ref}@{layers}",
+        )
 
 
 def clamp(text: str) -> pb.Edit:
@@ -82,9 +85,9 @@ def clamp(text: str) -> pb.Edit:
     scope = _scope(match["options"].split(",")[1:], text)
     name = f"L{layer}N{match['neurons']}"
     low, bounds, high = match["value"].partition("..")
-    if not bounds:
-        return set_neurons(neurons, _number(low, "value"), layers=layer, scope=scope, name=name)
-    try:
+    with _about(text):
+        if not bounds:
+            return set_neurons(neurons, _number(low, "value"), layers=layer, scope=scope, name=name)
         return clamp_neurons(
             neurons,
             min=_number(low, "min") if low else None,
@@ -93,8 +96,6 @@ def clamp(text: str) -> pb.Edit:
             scope=scope,
             name=name,
         )
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def program_file(path: str) -> Program:
@@ -119,6 +120,15 @@ def layer_list(text: str) -> Layers:
             raise argparse.ArgumentTypeError(f"layers {text!r}: {last} is below {first}")
         layers.extend(range(first, last + 1))
     return layers
+
+
+@contextmanager
+def _about(text: str) -> Iterator[None]:
+    """What a builder refuses is the fault of this argument."""
+    try:
+        yield
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _scope(words: Iterable[str], text: str) -> Scope:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from patchclamp.collectors import EventT, MessageT, ResultT
@@ -13,8 +14,25 @@ from patchclamp.streams import Stream
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 
 
-def print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=_plain))
+def print_json(value: object, indent: int | None = 2) -> None:
+    """As text people can read, or escaped where the output cannot write a character of it."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=_plain)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, default=_plain)
+    print(text)
+
+
+def quoted(text: str) -> str:
+    """A text within a line, where its spaces and line breaks show."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def escape_what_cannot_be_written() -> None:
+    """A model writes every language: on an output of few characters the others are backslash escapes, not an error."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:

@@ -10,6 +10,8 @@ Program([
 
 from patchclamp.programs.conditions import abort_when, when
 from patchclamp.programs.edits import (
+    EditOptions,
+    VectorEditOptions,
     ablate_heads,
     add,
     add_neurons,
@@ -27,14 +29,25 @@ from patchclamp.programs.edits import (
     uniform_heads,
 )
 from patchclamp.programs.program import Program, ProgramLike, program_message
-from patchclamp.programs.readouts import read_heads, read_logit_lens, read_neurons, read_projection, read_top_neurons
-from patchclamp.programs.scopes import Scope, everything, generated, last, positions, prompt, role, tokens
+from patchclamp.programs.readouts import (
+    ReadoutOptions,
+    read_heads,
+    read_logit_lens,
+    read_neurons,
+    read_projection,
+    read_top_neurons,
+)
+from patchclamp.programs.scopes import Scope, ScopeLike, everything, generated, last, positions, prompt, role, tokens
 from patchclamp.programs.vectors import VectorLike, vector
 
 __all__ = [
+    "EditOptions",
     "Program",
     "ProgramLike",
+    "ReadoutOptions",
     "Scope",
+    "ScopeLike",
+    "VectorEditOptions",
     "VectorLike",
     "ablate_heads",
     "abort_when",

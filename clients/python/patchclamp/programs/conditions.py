@@ -5,9 +5,10 @@ Values of read_projection and of watched directions are on the same scale: what 
 
 from typing import Literal
 
+from patchclamp.fields import build, build_as
 from patchclamp.names import SITES, STORED_THRESHOLDS, SiteName, value_of
-from patchclamp.programs.scopes import Scope, scope_message
-from patchclamp.programs.vectors import VectorLike, vector
+from patchclamp.programs.scopes import ScopeLike, scope_message
+from patchclamp.programs.vectors import VectorLike, vector_of
 from patchclamp.v1 import program_pb2 as pb
 
 # "midpoint": half-way between both sides of the pairs that a stored vector was extracted from, at this site and layer.
@@ -23,7 +24,7 @@ def when(
     below: Threshold | None = None,
     cosine: bool = False,
     latched: bool = False,
-    scope: Scope | None = None,
+    scope: ScopeLike | None = None,
 ) -> pb.Gate:
     """Gate of an edit: open where the condition holds; latched: and at every later token of the sequence.
 
@@ -31,7 +32,8 @@ def when(
     or "midpoint" of the evidence of a stored vector. That is a threshold of pooled states, and a gate sees single
     tokens: `positive_tokens` and `negative_tokens` of the evidence say where those lie.
     """
-    return pb.Gate(condition=_condition(direction, layer, site, above, below, cosine, scope), latched=latched)
+    condition = _condition(direction, layer, site, above, below, cosine, scope)
+    return build(pb.Gate, condition=condition, latched=latched)
 
 
 def abort_when(
@@ -42,11 +44,12 @@ def abort_when(
     above: Threshold | None = None,
     below: Threshold | None = None,
     cosine: bool = False,
-    scope: Scope | None = None,
+    scope: ScopeLike | None = None,
     name: str = "",
 ) -> pb.AbortCondition:
     """Ends the stream with ABORTED as soon as the condition holds. Exactly one of `above` and `below`, as in when()."""
-    return pb.AbortCondition(name=name, condition=_condition(direction, layer, site, above, below, cosine, scope))
+    condition = _condition(direction, layer, site, above, below, cosine, scope)
+    return build(pb.AbortCondition, name=name, condition=condition)
 
 
 def _condition(
@@ -56,24 +59,25 @@ def _condition(
     above: Threshold | None,
     below: Threshold | None,
     cosine: bool,
-    scope: Scope | None,
+    scope: ScopeLike | None,
 ) -> pb.Condition:
     if above is not None and below is None:
-        comparison, threshold = pb.COMPARISON_ABOVE, above
+        comparison, threshold, given = pb.COMPARISON_ABOVE, above, "above"
     elif below is not None and above is None:
-        comparison, threshold = pb.COMPARISON_BELOW, below
+        comparison, threshold, given = pb.COMPARISON_BELOW, below, "below"
     else:
         raise ValueError("give exactly one of above and below")
-    condition = pb.Condition(
+    condition = build(
+        pb.Condition,
         site=value_of(SITES, site, "site"),
         layer=layer,
-        vector=vector(direction),
+        vector=vector_of(direction, "direction"),
         comparison=comparison,
         cosine=cosine,
         scope=scope_message(scope),
     )
     if isinstance(threshold, str):
-        condition.stored_threshold = value_of(STORED_THRESHOLDS, threshold, "threshold")
+        condition.stored_threshold = value_of(STORED_THRESHOLDS, threshold, given)
     else:
-        condition.threshold = threshold
+        condition.MergeFrom(build_as({"threshold": given}, pb.Condition, threshold=threshold))
     return condition

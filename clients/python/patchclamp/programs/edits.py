@@ -5,11 +5,13 @@ Options that every edit takes are in EditOptions, those of edits by a vector in 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypedDict, Unpack, assert_never
+from typing import Literal, TypedDict, Unpack
 
+from patchclamp.fields import build, build_as, one_or_several
+from patchclamp.keywords import takes_options_of
 from patchclamp.names import SITES, SiteName, value_of
-from patchclamp.programs.scopes import Scope, scope_message
-from patchclamp.programs.vectors import VectorLike, vector
+from patchclamp.programs.scopes import ScopeLike, scope_message
+from patchclamp.programs.vectors import VectorLike, vector_of
 from patchclamp.tensors import Numbers, tensor
 from patchclamp.v1 import program_pb2 as pb
 
@@ -20,14 +22,15 @@ Neurons = int | Iterable[int] | str
 class EditOptions(TypedDict, total=False):
     """layers: one layer, several, or "all"; left out only for a neuron set, which names its own.
 
-    strength: 1 (default) is the full edit, 0 changes nothing. scope: default every token. gate: default always.
+    strength: 1 (default) is the full edit, 0 changes nothing. gate: default always.
+    scope: a scope or "prompt" or "generated"; default every token.
     name: unique in the program; needed to change the strength in a session and shown in the receipt.
     """
 
     layers: Layers
-    strength: float
-    scope: Scope
-    gate: pb.Gate
+    strength: float | None
+    scope: ScopeLike | None
+    gate: pb.Gate | None
     name: str
 
 
@@ -38,16 +41,68 @@ class VectorEditOptions(EditOptions, total=False):
     preserve_norm: bool
 
 
+def _edit(
+    edit: pb.Edit,
+    fixed_site: SiteName,
+    *,
+    layers: Layers = (),
+    strength: float | None = None,
+    scope: ScopeLike | None = None,
+    gate: pb.Gate | None = None,
+    name: str = "",
+) -> pb.Edit:
+    """Fills in what every edit has."""
+    listed, all_layers = layer_fields(layers)
+    common = build(
+        pb.Edit,
+        name=name,
+        site=value_of(SITES, fixed_site, "site"),
+        layers=listed,
+        all_layers=all_layers,
+        strength=strength,
+        scope=scope_message(scope),
+        gate=gate,
+    )
+    edit.MergeFrom(common)
+    return edit
+
+
+@takes_options_of(_edit)
+def _by_vector(
+    edit: pb.Edit, *, site: SiteName = "resid_post", preserve_norm: bool = False, **options: Unpack[EditOptions]
+) -> pb.Edit:
+    edit.MergeFrom(build(pb.Edit, preserve_norm=preserve_norm))
+    return _edit(edit, site, **options)
+
+
+@takes_options_of(_edit)
+def _neurons(kind: pb.NeuronEdit, neurons: Neurons, **options: Unpack[EditOptions]) -> pb.Edit:
+    if isinstance(neurons, str):
+        kind.neuron_set = neurons
+    else:
+        kind.MergeFrom(build(pb.NeuronEdit, neurons=one_or_several(neurons, "neurons", "an int")))
+    return _edit(pb.Edit(neurons=kind), "mlp_post", **options)
+
+
+@takes_options_of(_edit)
+def _heads(kind: pb.HeadEdit, heads: int | Iterable[int], **options: Unpack[EditOptions]) -> pb.Edit:
+    kind.MergeFrom(build(pb.HeadEdit, heads=one_or_several(heads, "heads", "an int")))
+    return _edit(pb.Edit(heads=kind), "attn_z", **options)
+
+
+@takes_options_of(_by_vector)
 def add(direction: VectorLike, **options: Unpack[VectorEditOptions]) -> pb.Edit:
     """t(h) = h + v."""
-    return _by_vector(options, pb.Edit(add=pb.AddVector(vector=vector(direction))))
+    return _by_vector(pb.Edit(add=pb.AddVector(vector=vector_of(direction, "direction"))), **options)
 
 
+@takes_options_of(_by_vector)
 def project_out(direction: VectorLike, **options: Unpack[VectorEditOptions]) -> pb.Edit:
     """t(h) = h - (h·u)u, with u = v/‖v‖."""
-    return _by_vector(options, pb.Edit(project_out=pb.ProjectOut(vector=vector(direction))))
+    return _by_vector(pb.Edit(project_out=pb.ProjectOut(vector=vector_of(direction, "direction"))), **options)
 
 
+@takes_options_of(_by_vector)
 def cap_projection(
     direction: VectorLike,
     *,
@@ -56,136 +111,112 @@ def cap_projection(
     **options: Unpack[VectorEditOptions],
 ) -> pb.Edit:
     """t(h) = h + (clip(h·u, min, max) - h·u)u. At least one bound."""
+    kind = build(pb.CapProjection, vector=vector_of(direction, "direction"), min=min, max=max)
     _check_bounds(min, max)
-    return _by_vector(options, pb.Edit(cap_projection=pb.CapProjection(vector=vector(direction), min=min, max=max)))
+    return _by_vector(pb.Edit(cap_projection=kind), **options)
 
 
+@takes_options_of(_by_vector)
 def set_projection(direction: VectorLike, target: float, **options: Unpack[VectorEditOptions]) -> pb.Edit:
     """t(h) = h + (target - h·u)u."""
-    return _by_vector(options, pb.Edit(set_projection=pb.SetProjection(vector=vector(direction), target=target)))
+    kind = build(pb.SetProjection, vector=vector_of(direction, "direction"), target=target)
+    return _by_vector(pb.Edit(set_projection=kind), **options)
 
 
+@takes_options_of(_by_vector)
 def replace(direction: VectorLike, **options: Unpack[VectorEditOptions]) -> pb.Edit:
     """t(h) = v."""
-    return _by_vector(options, pb.Edit(replace=pb.ReplaceVector(vector=vector(direction))))
+    return _by_vector(pb.Edit(replace=pb.ReplaceVector(vector=vector_of(direction, "direction"))), **options)
 
 
+@takes_options_of(_by_vector)
 def rotate_towards(direction: VectorLike, radians: float, **options: Unpack[VectorEditOptions]) -> pb.Edit:
     """Turns h by `radians` (0 to π) towards v in the plane of both, never past v; the norm stays."""
-    return _by_vector(options, pb.Edit(rotate_towards=pb.RotateTowards(vector=vector(direction), radians=radians)))
+    kind = build(pb.RotateTowards, vector=vector_of(direction, "direction"), radians=radians)
+    return _by_vector(pb.Edit(rotate_towards=kind), **options)
 
 
+@takes_options_of(_by_vector)
 def low_rank(rotation: Numbers, weight: Numbers, bias: Numbers, **options: Unpack[VectorEditOptions]) -> pb.Edit:
     """ReFT: t(h) = h + Rᵀ(Wh + b - Rh), with R and W [rank, width] and b [rank]."""
-    kind = pb.LowRank(rotation=tensor(rotation), weight=tensor(weight), bias=tensor(bias))
-    return _by_vector(options, pb.Edit(low_rank=kind))
+    kind = pb.LowRank(rotation=tensor(rotation, "rotation"), weight=tensor(weight, "weight"), bias=tensor(bias, "bias"))
+    return _by_vector(pb.Edit(low_rank=kind), **options)
 
 
+@takes_options_of(_neurons)
 def set_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
     """t(a) = value.
 
     neurons: one index, several, or the id or tag of a neuron set.
     values: one for all neurons or one each; left out: those that the neuron set carries.
     """
-    return _neurons(options, pb.NeuronEdit(set=_values(neurons, values)), neurons)
+    return _neurons(pb.NeuronEdit(set=_values(neurons, values)), neurons, **options)
 
 
+@takes_options_of(_neurons)
 def scale_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
     """t(a) = value·a. Arguments as in set_neurons."""
-    return _neurons(options, pb.NeuronEdit(scale=_values(neurons, values)), neurons)
+    return _neurons(pb.NeuronEdit(scale=_values(neurons, values)), neurons, **options)
 
 
+@takes_options_of(_neurons)
 def add_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
     """t(a) = a + value. Arguments as in set_neurons."""
-    return _neurons(options, pb.NeuronEdit(add=_values(neurons, values)), neurons)
+    return _neurons(pb.NeuronEdit(add=_values(neurons, values)), neurons, **options)
 
 
+@takes_options_of(_neurons)
 def clamp_neurons(
     neurons: Neurons, *, min: float | None = None, max: float | None = None, **options: Unpack[EditOptions]
 ) -> pb.Edit:
     """t(a) = clip(a, min, max). At least one bound."""
+    bounds = build(pb.NeuronBounds, min=min, max=max)
     _check_bounds(min, max)
-    return _neurons(options, pb.NeuronEdit(clamp=pb.NeuronBounds(min=min, max=max)), neurons)
+    return _neurons(pb.NeuronEdit(clamp=bounds), neurons, **options)
 
 
+@takes_options_of(_heads)
 def scale_heads(heads: int | Iterable[int], factor: float, **options: Unpack[EditOptions]) -> pb.Edit:
     """t(z) = factor·z for the output of each head."""
-    return _edit(options, "attn_z", pb.Edit(heads=pb.HeadEdit(heads=_indices(heads), scale=factor)))
+    return _heads(build_as({"scale": "factor"}, pb.HeadEdit, scale=factor), heads, **options)
 
 
+@takes_options_of(_heads)
 def ablate_heads(heads: int | Iterable[int], **options: Unpack[EditOptions]) -> pb.Edit:
     """t(z) = 0."""
     return scale_heads(heads, 0.0, **options)
 
 
+@takes_options_of(_heads)
 def mean_heads(heads: int | Iterable[int], mean: Numbers, **options: Unpack[EditOptions]) -> pb.Edit:
     """t(z) = mean: [n_heads_of_edit, head_dim], or [n_layers_of_edit, n_heads_of_edit, head_dim]."""
-    return _edit(options, "attn_z", pb.Edit(heads=pb.HeadEdit(heads=_indices(heads), mean=tensor(mean))))
+    return _heads(pb.HeadEdit(mean=tensor(mean, "mean")), heads, **options)
 
 
+@takes_options_of(_heads)
 def uniform_heads(heads: int | Iterable[int], **options: Unpack[EditOptions]) -> pb.Edit:
     """The heads attend to all visible tokens alike.
 
     Strength s multiplies the query, after its norm and rotation, by 1 - s: at 0.5 attention is flatter, and no average
     of its pattern with the uniform one.
     """
-    return _edit(options, "attn_z", pb.Edit(heads=pb.HeadEdit(heads=_indices(heads), uniform=True)))
+    return _heads(pb.HeadEdit(uniform=True), heads, **options)
 
 
 def layer_fields(layers: Layers) -> tuple[list[int], bool]:
     """(layers, all_layers) of the message. Which layers exist is the server's to say."""
-    match layers:
-        case "all":
-            return [], True
-        case str():
+    if isinstance(layers, str):
+        if layers != "all":
             raise ValueError(f'layers is {layers!r}; accepted: an int, several ints, or "all"')
-        case int():
-            return [layers], False
-        case Iterable():
-            return list(layers), False
-        case _:
-            assert_never(layers)
-
-
-def _by_vector(options: VectorEditOptions, edit: pb.Edit) -> pb.Edit:
-    edit.preserve_norm = options.get("preserve_norm", False)
-    return _edit(options, options.get("site", "resid_post"), edit)
-
-
-def _neurons(options: EditOptions, kind: pb.NeuronEdit, neurons: Neurons) -> pb.Edit:
-    if isinstance(neurons, str):
-        kind.neuron_set = neurons
-    else:
-        kind.neurons.extend(_indices(neurons))
-    return _edit(options, "mlp_post", pb.Edit(neurons=kind))
-
-
-def _edit(options: EditOptions, site: SiteName, edit: pb.Edit) -> pb.Edit:
-    """Fills in what every edit has."""
-    layers, all_layers = layer_fields(options.get("layers", ()))
-    edit.MergeFrom(
-        pb.Edit(
-            name=options.get("name", ""),
-            site=value_of(SITES, site, "site"),
-            layers=layers,
-            all_layers=all_layers,
-            strength=options.get("strength"),
-            scope=scope_message(options.get("scope")),
-            gate=options.get("gate"),
-        )
-    )
-    return edit
-
-
-def _indices(indices: int | Iterable[int]) -> list[int]:
-    return [indices] if isinstance(indices, int) else list(indices)
+        return [], True
+    return one_or_several(layers, "layers", 'an int, or "all"'), False
 
 
 def _values(neurons: Neurons, values: float | Sequence[float]) -> pb.NeuronValues:
-    listed = [values] if isinstance(values, int | float) else list(values)
+    listed = one_or_several(values, "values", "a number")
     if not listed and not isinstance(neurons, str):
         raise ValueError("values can be left out only with a neuron set that carries them")
-    return pb.NeuronValues(values=listed)
+    return build(pb.NeuronValues, values=listed)
 
 
 def _check_bounds(low: float | None, high: float | None) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from google.protobuf import json_format
 
+from patchclamp.fields import MessageT, instance, several
 from patchclamp.v1 import program_pb2 as pb
 
 
@@ -18,14 +19,18 @@ class Program:
 
     def __init__(
         self,
-        edits: Iterable[pb.Edit] = (),
+        edits: Iterable[pb.Edit] | pb.Edit = (),
         *,
-        readouts: Iterable[pb.Readout] = (),
-        abort_when: Iterable[pb.AbortCondition] = (),
+        readouts: Iterable[pb.Readout] | pb.Readout = (),
+        abort_when: Iterable[pb.AbortCondition] | pb.AbortCondition = (),
     ) -> None:
-        object.__setattr__(self, "edits", tuple(edits))
-        object.__setattr__(self, "readouts", tuple(readouts))
-        object.__setattr__(self, "abort_when", tuple(abort_when))
+        """One edit, readout or condition need not be in a list. TypeError for one in the place of another."""
+        object.__setattr__(self, "edits", _all(edits, pb.Edit, "edits", "an edit such as add(...)"))
+        object.__setattr__(
+            self, "readouts", _all(readouts, pb.Readout, "readouts", "a readout such as read_heads(...)")
+        )
+        conditions = _all(abort_when, pb.AbortCondition, "abort_when", "a condition such as abort_when(...)")
+        object.__setattr__(self, "abort_when", conditions)
 
     def message(self) -> pb.Program:
         return pb.Program(edits=self.edits, readouts=self.readouts, abort_when=self.abort_when)
@@ -44,11 +49,22 @@ class Program:
         return cls(message.edits, readouts=message.readouts, abort_when=message.abort_when)
 
 
-ProgramLike = Program | pb.Program | Sequence[pb.Edit]
+ProgramLike = Program | pb.Program | pb.Edit | Sequence[pb.Edit]
 
 
 def program_message(program: ProgramLike | None) -> pb.Program | None:
-    """The message of a program, or of a plain list of edits."""
+    """The message of a program, of a plain list of edits, or of one edit."""
     if program is None or isinstance(program, pb.Program):
         return program
-    return (program if isinstance(program, Program) else Program(program)).message()
+    if isinstance(program, Program):
+        return program.message()
+    edits = _all(program, pb.Edit, "program", "an edit such as add(...); Program(...) holds readouts and conditions")
+    return pb.Program(edits=edits)
+
+
+def _all(values: Iterable[MessageT] | MessageT, kind: type[MessageT], field: str, what: str) -> tuple[MessageT, ...]:
+    """The values, each of which must be a `kind`; one alone will do."""
+    if isinstance(values, kind):
+        return (values,)
+    listed = several(values, field, what)
+    return tuple(instance(value, kind, f"{field}[{i}]", what) for i, value in enumerate(listed))

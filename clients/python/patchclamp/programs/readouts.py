@@ -3,21 +3,48 @@
 from collections.abc import Iterable
 from typing import TypedDict, Unpack
 
+from patchclamp.fields import build, several
+from patchclamp.keywords import takes_options_of
 from patchclamp.names import SITES, SiteName, value_of
 from patchclamp.programs.edits import Layers, layer_fields
-from patchclamp.programs.scopes import Scope, scope_message
-from patchclamp.programs.vectors import VectorLike, vector
+from patchclamp.programs.scopes import ScopeLike, scope_message
+from patchclamp.programs.vectors import VectorLike, vector_of
 from patchclamp.v1 import program_pb2 as pb
 
 
 class ReadoutOptions(TypedDict, total=False):
-    """layers: one layer, several, or "all". scope: default every token. name: shown with the values."""
+    """layers: one layer, several, or "all". name: shown with the values.
+
+    scope: a scope or "prompt" or "generated"; default every token.
+    """
 
     layers: Layers
-    scope: Scope
+    scope: ScopeLike | None
     name: str
 
 
+def _readout(
+    readout: pb.Readout,
+    fixed_site: SiteName,
+    *,
+    layers: Layers = (),
+    scope: ScopeLike | None = None,
+    name: str = "",
+) -> pb.Readout:
+    listed, all_layers = layer_fields(layers)
+    common = build(
+        pb.Readout,
+        name=name,
+        site=value_of(SITES, fixed_site, "site"),
+        layers=listed,
+        all_layers=all_layers,
+        scope=scope_message(scope),
+    )
+    readout.MergeFrom(common)
+    return readout
+
+
+@takes_options_of(_readout)
 def read_projection(
     directions: Iterable[VectorLike], *, site: SiteName = "resid_post", **options: Unpack[ReadoutOptions]
 ) -> pb.Readout:
@@ -25,41 +52,30 @@ def read_projection(
 
     Multiply by |v| for h·v: `norm` of the evidence of an extracted vector.
     """
-    if isinstance(directions, str):
-        raise TypeError(f"expected several vectors: [{directions!r}]")
-    kind = pb.ProjectionReadout(vectors=[vector(d) for d in directions])
-    return _readout(options, site, pb.Readout(projection=kind))
+    listed = several(directions, "directions", "a vector")
+    kind = pb.ProjectionReadout(vectors=[vector_of(d, f"directions[{i}]") for i, d in enumerate(listed)])
+    return _readout(pb.Readout(projection=kind), site, **options)
 
 
+@takes_options_of(_readout)
 def read_neurons(neurons: Iterable[int], **options: Unpack[ReadoutOptions]) -> pb.Readout:
     """Values of chosen neurons."""
-    return _readout(options, "mlp_post", pb.Readout(neurons=pb.NeuronReadout(neurons=list(neurons))))
+    return _readout(pb.Readout(neurons=build(pb.NeuronReadout, neurons=neurons)), "mlp_post", **options)
 
 
+@takes_options_of(_readout)
 def read_top_neurons(k: int, **options: Unpack[ReadoutOptions]) -> pb.Readout:
     """The k neurons with the largest absolute value."""
-    return _readout(options, "mlp_post", pb.Readout(top_neurons=pb.TopNeuronsReadout(k=k)))
+    return _readout(pb.Readout(top_neurons=build(pb.TopNeuronsReadout, k=k)), "mlp_post", **options)
 
 
+@takes_options_of(_readout)
 def read_logit_lens(k: int, *, site: SiteName = "resid_post", **options: Unpack[ReadoutOptions]) -> pb.Readout:
     """The k most likely tokens when this residual state is read by the final norm and unembedding."""
-    return _readout(options, site, pb.Readout(logit_lens=pb.LogitLensReadout(k=k)))
+    return _readout(pb.Readout(logit_lens=build(pb.LogitLensReadout, k=k)), site, **options)
 
 
+@takes_options_of(_readout)
 def read_heads(heads: Iterable[int] = (), **options: Unpack[ReadoutOptions]) -> pb.Readout:
     """For each head (default: all) the position it attends to most, as `ids`, and its probability, as `values`."""
-    return _readout(options, "attn_z", pb.Readout(heads=pb.HeadReadout(heads=list(heads))))
-
-
-def _readout(options: ReadoutOptions, site: SiteName, readout: pb.Readout) -> pb.Readout:
-    layers, all_layers = layer_fields(options.get("layers", ()))
-    readout.MergeFrom(
-        pb.Readout(
-            name=options.get("name", ""),
-            site=value_of(SITES, site, "site"),
-            layers=layers,
-            all_layers=all_layers,
-            scope=scope_message(options.get("scope")),
-        )
-    )
-    return readout
+    return _readout(pb.Readout(heads=build(pb.HeadReadout, heads=heads)), "attn_z", **options)

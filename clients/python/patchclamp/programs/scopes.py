@@ -1,9 +1,16 @@
-"""Which tokens: ``generated()``, ``role("user") & last(4)``, ``(prompt() | tokens([7])).except_(positions(0, 1))``."""
+"""Which tokens: ``generated()``, ``role("user") & last(4)``, ``(prompt() | tokens([7])).except_(positions(0, 1))``.
 
-from collections.abc import Iterable
+The scopes without arguments can be written as words: "all", "prompt", "generated".
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from patchclamp.fields import build, build_as, shown
 from patchclamp.v1 import program_pb2 as pb
+
+ScopeName = Literal["all", "prompt", "generated"]
 
 
 @dataclass(frozen=True)
@@ -13,24 +20,27 @@ class Scope:
     include: tuple[pb.TokenSelector, ...] = ()
     exclude: tuple[pb.TokenSelector, ...] = ()
 
-    def __and__(self, other: "Scope") -> "Scope":
+    def __and__(self, other: "ScopeLike") -> "Scope":
         """Tokens in both. ValueError when one field would need two values."""
+        other = scope_of(other)
         if self.include and other.include:
             include = tuple(_both(a, b) for a in self.include for b in other.include)
         else:
             include = self.include or other.include
         return Scope(include, self.exclude + other.exclude)
 
-    def __or__(self, other: "Scope") -> "Scope":
+    def __or__(self, other: "ScopeLike") -> "Scope":
         """Tokens in either. ValueError when either excludes tokens: exclude after the union instead."""
+        other = scope_of(other)
         if self.exclude or other.exclude:
             raise ValueError("apply except_ to the union: (a | b).except_(c)")
         if not self.include or not other.include:
             return everything()
         return Scope(self.include + other.include)
 
-    def except_(self, other: "Scope") -> "Scope":
+    def except_(self, other: "ScopeLike") -> "Scope":
         """Tokens in this scope that are not in `other`. ValueError when `other` itself excludes tokens or is all."""
+        other = scope_of(other)
         if other.exclude:
             raise ValueError("the excluded scope cannot exclude tokens itself")
         if not other.include:
@@ -39,6 +49,9 @@ class Scope:
 
     def message(self) -> pb.Scope:
         return pb.Scope(include=self.include, exclude=self.exclude)
+
+
+ScopeLike = Scope | ScopeName
 
 
 def everything() -> Scope:
@@ -58,19 +71,20 @@ def generated() -> Scope:
 
 def positions(start: int, end: int | None = None) -> Scope:
     """Half-open range; negative numbers count from the end of the prompt (-1 is its last token)."""
-    return Scope((pb.TokenSelector(positions=pb.PositionRange(start=start, end=end)),))
+    return Scope((pb.TokenSelector(positions=build(pb.PositionRange, start=start, end=end)),))
 
 
 def last(k: int) -> Scope:
     """The last k tokens of the prompt."""
-    if k < 1:
+    selector = build_as({"last_k": "k"}, pb.TokenSelector, last_k=k)
+    if not selector.last_k:
         raise ValueError("last(k) needs k of at least 1")
-    return Scope((pb.TokenSelector(last_k=k),))
+    return Scope((selector,))
 
 
 def tokens(ids: Iterable[int]) -> Scope:
     """Tokens with one of these ids."""
-    selector = pb.TokenSelector(token_ids=list(ids))
+    selector = build_as({"token_ids": "ids"}, pb.TokenSelector, token_ids=ids)
     if not selector.token_ids:
         raise ValueError("tokens(ids) needs at least one id")
     return Scope((selector,))
@@ -78,14 +92,30 @@ def tokens(ids: Iterable[int]) -> Scope:
 
 def role(name: str) -> Scope:
     """Tokens of the chat turns of this role, for requests with messages."""
-    if not name:
+    selector = build_as({"role": "name"}, pb.TokenSelector, role=name)
+    if not selector.role:
         raise ValueError("role(name) needs a name")
-    return Scope((pb.TokenSelector(role=name),))
+    return Scope((selector,))
 
 
-def scope_message(scope: Scope | None) -> pb.Scope | None:
+_NAMED: Mapping[str, Callable[[], Scope]] = {"all": everything, "prompt": prompt, "generated": generated}
+
+
+def scope_of(scope: ScopeLike, field: str = "scope") -> Scope:
+    """The scope, or the one with this name. ValueError lists the names, TypeError for anything else."""
+    if isinstance(scope, Scope):
+        return scope
+    names = ", ".join(map(repr, _NAMED))
+    if not isinstance(scope, str):
+        raise TypeError(f"{field}: expected {names} or a scope such as generated() or last(4), got {shown(scope)}")
+    if scope not in _NAMED:
+        raise ValueError(f"{field} {scope!r} is unknown; accepted: {names}, or a scope such as last(4)")
+    return _NAMED[scope]()
+
+
+def scope_message(scope: ScopeLike | None) -> pb.Scope | None:
     """None stays None: the default of the field, which is every token."""
-    return None if scope is None else scope.message()
+    return None if scope is None else scope_of(scope).message()
 
 
 def _both(a: pb.TokenSelector, b: pb.TokenSelector) -> pb.TokenSelector:

@@ -2,6 +2,7 @@
 
 from typing import TypeAlias
 
+from patchclamp.fields import build_as, shown
 from patchclamp.tensors import Numbers, tensor
 from patchclamp.v1 import program_pb2 as pb
 
@@ -15,14 +16,20 @@ def vector(source: VectorLike, *, layer: int | None = None, unit: bool = False) 
     layer: use this layer's row of the artifact at every layer of the edit.
     unit: divide by the Euclidean norm before use; projections, in edits, conditions and readouts, always do.
     """
-    message = pb.Vector(unit=unit)
-    if isinstance(source, pb.Vector):
-        message.CopyFrom(source)
-        message.unit = unit or source.unit
-    elif isinstance(source, str):
-        message.artifact = source
-    else:
-        message.values.CopyFrom(tensor(source))
-    if layer is not None:
-        message.artifact_layer = layer
+    message = vector_of(source, "source")
+    message.MergeFrom(build_as({"artifact_layer": "layer"}, pb.Vector, artifact_layer=layer, unit=unit))
     return message
+
+
+def vector_of(source: VectorLike, field: str) -> pb.Vector:
+    """The direction that an argument of this name is."""
+    if isinstance(source, pb.Vector):
+        message = pb.Vector()
+        message.CopyFrom(source)
+        return message
+    if isinstance(source, str):
+        return pb.Vector(artifact=source)
+    values = tensor(source, field)
+    if not values.shape:
+        raise TypeError(f"{field}: expected the id or tag of a vector, or its numbers, got {shown(source)}")
+    return pb.Vector(values=values)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 from google.protobuf import json_format, struct_pb2
 
+from patchclamp.fields import build, instance, shown
 from patchclamp.names import (
     ARTIFACT_FORMATS,
     ARTIFACT_KINDS,
@@ -26,33 +28,45 @@ class UploadOptions(TypedDict, total=False):
 
     kind: ArtifactKindName
     format: ArtifactFormatName
-    site: SiteName
+    site: SiteName | None
     model_fingerprint: str
     description: str
     tags: Sequence[str]
     provenance: Mapping[str, Any]
 
 
-def upload(source: bytes | Path, options: UploadOptions) -> Iterator[artifact_pb2.UploadRequest]:
-    """The header, then chunks of at most 1 MiB."""
-    data = source.read_bytes() if isinstance(source, Path) else source
-    header = artifact_pb2.UploadHeader(
-        kind=value_of(ARTIFACT_KINDS, options.get("kind", "vector"), "kind"),
-        format=artifact_format(options.get("format", "safetensors")),
-        site=value_or_unspecified(SITES, options.get("site"), "site"),
-        model_fingerprint=options.get("model_fingerprint", ""),
-        description=options.get("description", ""),
-        tags=options.get("tags", ()),
-        size_bytes=len(data),
-        provenance=json_format.ParseDict(dict(options.get("provenance", {})), struct_pb2.Struct()),
+def upload(
+    data: bytes | Path,
+    *,
+    kind: ArtifactKindName = "vector",
+    format: ArtifactFormatName = "safetensors",
+    site: SiteName | None = None,
+    model_fingerprint: str = "",
+    description: str = "",
+    tags: Sequence[str] = (),
+    provenance: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[artifact_pb2.UploadRequest]:
+    """The header, then chunks of at most 1 MiB. data: of the file, or its path."""
+    content = data.read_bytes() if isinstance(data, Path) else instance(data, bytes, "data", "bytes or a Path")
+    header = build(
+        artifact_pb2.UploadHeader,
+        kind=value_of(ARTIFACT_KINDS, kind, "kind"),
+        format=artifact_format(format),
+        site=value_or_unspecified(SITES, site, "site"),
+        model_fingerprint=model_fingerprint,
+        description=description,
+        tags=tags,
+        size_bytes=len(content),
+        provenance=_provenance(provenance),
     )
-    return _upload_messages(header, data)
+    return _upload_messages(header, content)
 
 
 def list_artifacts(
     kind: ArtifactKindName | None, model_fingerprint: str, page_token: str
 ) -> artifact_pb2.ListArtifactsRequest:
-    return artifact_pb2.ListArtifactsRequest(
+    return build(
+        artifact_pb2.ListArtifactsRequest,
         kind=value_or_unspecified(ARTIFACT_KINDS, kind, "kind"),
         model_fingerprint=model_fingerprint,
         page_token=page_token,
@@ -60,11 +74,19 @@ def list_artifacts(
 
 
 def download(ref: str, format: ArtifactFormatName, layers: Iterable[int]) -> artifact_pb2.DownloadRequest:
-    return artifact_pb2.DownloadRequest(ref=ref, format=artifact_format(format), layers=layers)
+    return build(artifact_pb2.DownloadRequest, ref=ref, format=artifact_format(format), layers=layers)
 
 
 def artifact_format(name: ArtifactFormatName) -> artifact_pb2.ArtifactFormat.ValueType:
     return value_of(ARTIFACT_FORMATS, name, "format")
+
+
+def _provenance(fields: Mapping[str, Any]) -> struct_pb2.Struct:
+    """TypeError for what JSON cannot write."""
+    try:
+        return json_format.ParseDict(dict(fields), struct_pb2.Struct())
+    except (TypeError, ValueError, json_format.ParseError):
+        raise TypeError(f"provenance: expected a dict that JSON can write, got {shown(fields)}") from None
 
 
 def _upload_messages(header: artifact_pb2.UploadHeader, data: bytes) -> Iterator[artifact_pb2.UploadRequest]:

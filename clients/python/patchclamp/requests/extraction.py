@@ -1,8 +1,9 @@
 """Requests of SteeringService."""
 
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from patchclamp.fields import build, several, shown
 from patchclamp.names import (
     METHODS,
     POOLINGS,
@@ -20,10 +21,10 @@ from patchclamp.v1 import steering_pb2
 class ExtractOptions(TypedDict, total=False):
     """site: a residual site, default resid_post. layers: default every layer. tags: names to store the vector under."""
 
-    site: SiteName
+    site: SiteName | None
     layers: Iterable[int]
-    pooling: PoolingName
-    holdout_fraction: float
+    pooling: PoolingName | None
+    holdout_fraction: float | None
     seed: int
     description: str
     tags: Sequence[str]
@@ -31,21 +32,40 @@ class ExtractOptions(TypedDict, total=False):
 
 
 def extract_vectors(
-    pairs: Iterable[tuple[PromptLike, PromptLike]], method: MethodName, options: ExtractOptions
+    pairs: Iterable[tuple[PromptLike, PromptLike]],
+    method: MethodName,
+    *,
+    site: SiteName | None = None,
+    layers: Iterable[int] = (),
+    pooling: PoolingName | None = None,
+    holdout_fraction: float | None = None,
+    seed: int = 0,
+    description: str = "",
+    tags: Sequence[str] = (),
+    model: str = "",
 ) -> steering_pb2.ExtractVectorsRequest:
     """pairs: (positive, negative)."""
-    return steering_pb2.ExtractVectorsRequest(
-        model=options.get("model", ""),
+    listed = several(pairs, "pairs", "(positive, negative)")
+    return build(
+        steering_pb2.ExtractVectorsRequest,
+        model=model,
         method=value_of(METHODS, method, "method"),
-        pairs=[
-            steering_pb2.ContrastPair(positive=prompt(positive, {}), negative=prompt(negative, {}))
-            for positive, negative in pairs
-        ],
-        site=value_or_unspecified(SITES, options.get("site"), "site"),
-        layers=list(options.get("layers", ())),
-        pooling=value_or_unspecified(POOLINGS, options.get("pooling"), "pooling"),
-        holdout_fraction=options.get("holdout_fraction"),
-        seed=options.get("seed", 0),
-        description=options.get("description", ""),
-        tags=options.get("tags", ()),
+        pairs=[_pair(pair, f"pairs[{i}]") for i, pair in enumerate(listed)],
+        site=value_or_unspecified(SITES, site, "site"),
+        layers=layers,
+        pooling=value_or_unspecified(POOLINGS, pooling, "pooling"),
+        holdout_fraction=holdout_fraction,
+        seed=seed,
+        description=description,
+        tags=tags,
     )
+
+
+def _pair(pair: Any, field: str) -> steering_pb2.ContrastPair:
+    match pair:
+        case (positive, negative):
+            return steering_pb2.ContrastPair(
+                positive=prompt(positive, field=f"{field}[0]"), negative=prompt(negative, field=f"{field}[1]")
+            )
+        case _:
+            raise TypeError(f"{field}: expected (positive, negative), got {shown(pair)}")

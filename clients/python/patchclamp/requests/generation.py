@@ -1,19 +1,24 @@
-"""Requests of GenerationService and of Tokenize."""
+"""Requests of GenerationService and of ModelService."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
+from patchclamp.fields import build, build_as
 from patchclamp.heads import GroundingLike, grounding_message
+from patchclamp.keywords import takes_options_of
 from patchclamp.names import PRIORITIES, PriorityName, value_or_unspecified
 from patchclamp.programs import ProgramLike, program_message
-from patchclamp.prompts import PromptLike, PromptOptions, prompt
+from patchclamp.prompts import Messages, PromptLike, PromptOptions, prompt
 from patchclamp.sparsity import SparsityLike, sparsity_message
 from patchclamp.v1 import generation_pb2, model_pb2
 
 
 class GenerateOptions(PromptOptions, total=False):
-    """Fields and defaults of the messages Sampling and StopConditions.
+    """Fields and defaults of the messages Sampling and StopConditions; None is the server's default.
 
+    program: edits, readouts and conditions (patchclamp.programs), or one edit.
     temperature 0 (default) is greedy. logprobs n: the chosen token's and the n most likely ones'.
+    seed: default one that the server draws, and tells. max_tokens: default 256.
     sparsity: a policy, a profile or both (patchclamp.sparsity); default dense.
     grounding: a head set; says which prompt tokens its heads copied each generated token from (patchclamp.heads).
     """
@@ -21,19 +26,19 @@ class GenerateOptions(PromptOptions, total=False):
     program: ProgramLike | None
     temperature: float
     top_k: int
-    top_p: float
+    top_p: float | None
     min_p: float
-    repetition_penalty: float
+    repetition_penalty: float | None
     presence_penalty: float
     frequency_penalty: float
-    seed: int
-    max_tokens: int
+    seed: int | None
+    max_tokens: int | None
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop_string: bool
-    priority: PriorityName
-    logprobs: int
+    priority: PriorityName | None
+    logprobs: int | None
     sparsity: SparsityLike | None
     grounding: GroundingLike | None
 
@@ -43,55 +48,88 @@ class ScoreOptions(PromptOptions, total=False):
 
     program: ProgramLike | None
     top_logprobs: int
-    priority: PriorityName
+    priority: PriorityName | None
     sparsity: SparsityLike | None
 
 
-def generate(source: PromptLike | None, options: GenerateOptions) -> generation_pb2.GenerateRequest:
-    stop = options.get("stop", ())
-    return generation_pb2.GenerateRequest(
-        model=options.get("model", ""),
-        prompt=prompt(source, options),
-        program=program_message(options.get("program")),
-        sampling=generation_pb2.Sampling(
-            temperature=options.get("temperature", 0.0),
-            top_k=options.get("top_k", 0),
-            top_p=options.get("top_p"),
-            min_p=options.get("min_p", 0.0),
-            repetition_penalty=options.get("repetition_penalty"),
-            presence_penalty=options.get("presence_penalty", 0.0),
-            frequency_penalty=options.get("frequency_penalty", 0.0),
-            seed=options.get("seed"),
-        ),
-        stop=generation_pb2.StopConditions(
-            max_tokens=options.get("max_tokens"),
-            strings=[stop] if isinstance(stop, str) else stop,
-            token_ids=options.get("stop_token_ids", ()),
-            ignore_eos=options.get("ignore_eos", False),
-            include_stop_string=options.get("include_stop_string", False),
-        ),
-        priority=value_or_unspecified(PRIORITIES, options.get("priority"), "priority"),
-        logprobs=options.get("logprobs"),
-        sparsity=sparsity_message(options.get("sparsity")),
-        grounding=grounding_message(options.get("grounding")),
+def generate(
+    source: PromptLike | None,
+    *,
+    messages: Messages | None = None,
+    continue_final_message: bool = False,
+    model: str = "",
+    program: ProgramLike | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int | None = None,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    include_stop_string: bool = False,
+    priority: PriorityName | None = None,
+    logprobs: int | None = None,
+    sparsity: SparsityLike | None = None,
+    grounding: GroundingLike | None = None,
+) -> generation_pb2.GenerateRequest:
+    sampling = build(
+        generation_pb2.Sampling,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+    )
+    conditions = build_as(
+        {"strings": "stop", "token_ids": "stop_token_ids"},
+        generation_pb2.StopConditions,
+        max_tokens=max_tokens,
+        strings=[stop] if isinstance(stop, str) else stop,
+        token_ids=stop_token_ids,
+        ignore_eos=ignore_eos,
+        include_stop_string=include_stop_string,
+    )
+    return build(
+        generation_pb2.GenerateRequest,
+        model=model,
+        prompt=prompt(source, messages=messages, continue_final_message=continue_final_message),
+        program=program_message(program),
+        sampling=sampling,
+        stop=conditions,
+        priority=value_or_unspecified(PRIORITIES, priority, "priority"),
+        logprobs=logprobs,
+        sparsity=sparsity_message(sparsity),
+        grounding=grounding_message(grounding),
     )
 
 
-def compare(source: PromptLike | None, options: GenerateOptions) -> generation_pb2.CompareRequest:
-    return generation_pb2.CompareRequest(request=generate(source, options))
+@takes_options_of(generate)
+def compare(source: PromptLike | None, **options: Unpack[GenerateOptions]) -> generation_pb2.CompareRequest:
+    return generation_pb2.CompareRequest(request=generate(source, **options))
 
 
-def session_start(source: PromptLike | None, lockstep: bool, options: GenerateOptions) -> generation_pb2.SessionRequest:
-    start = generation_pb2.SessionStart(request=generate(source, options), lockstep=lockstep)
+@takes_options_of(generate)
+def session_start(
+    source: PromptLike | None, *, lockstep: bool = False, **options: Unpack[GenerateOptions]
+) -> generation_pb2.SessionRequest:
+    start = build(generation_pb2.SessionStart, request=generate(source, **options), lockstep=lockstep)
     return generation_pb2.SessionRequest(start=start)
 
 
 def set_strength(edit: str, strength: float) -> generation_pb2.SessionRequest:
-    return generation_pb2.SessionRequest(set_strength=generation_pb2.SetStrength(edit=edit, strength=strength))
+    return generation_pb2.SessionRequest(set_strength=build(generation_pb2.SetStrength, edit=edit, strength=strength))
 
 
 def advance(tokens: int) -> generation_pb2.SessionRequest:
-    return generation_pb2.SessionRequest(advance=generation_pb2.Advance(tokens=tokens))
+    return generation_pb2.SessionRequest(advance=build(generation_pb2.Advance, tokens=tokens))
 
 
 def stop_session() -> generation_pb2.SessionRequest:
@@ -99,22 +137,44 @@ def stop_session() -> generation_pb2.SessionRequest:
 
 
 def score(
-    source: PromptLike | None, continuation: str | Sequence[int], options: ScoreOptions
+    source: PromptLike | None,
+    continuation: str | Sequence[int],
+    *,
+    messages: Messages | None = None,
+    continue_final_message: bool = False,
+    model: str = "",
+    program: ProgramLike | None = None,
+    top_logprobs: int = 0,
+    priority: PriorityName | None = None,
+    sparsity: SparsityLike | None = None,
 ) -> generation_pb2.ScoreRequest:
-    request = generation_pb2.ScoreRequest(
-        model=options.get("model", ""),
-        prompt=prompt(source, options),
-        program=program_message(options.get("program")),
-        priority=value_or_unspecified(PRIORITIES, options.get("priority"), "priority"),
-        top_logprobs=options.get("top_logprobs", 0),
-        sparsity=sparsity_message(options.get("sparsity")),
+    request = build(
+        generation_pb2.ScoreRequest,
+        model=model,
+        prompt=prompt(source, messages=messages, continue_final_message=continue_final_message),
+        program=program_message(program),
+        priority=value_or_unspecified(PRIORITIES, priority, "priority"),
+        top_logprobs=top_logprobs,
+        sparsity=sparsity_message(sparsity),
     )
     if isinstance(continuation, str):
-        request.text = continuation
+        text = build_as({"text": "continuation"}, generation_pb2.ScoreRequest, text=continuation)
+        request.MergeFrom(text)
     else:
-        request.tokens.CopyFrom(generation_pb2.TokenIds(ids=continuation))
+        request.tokens.CopyFrom(build_as({"ids": "continuation"}, generation_pb2.TokenIds, ids=continuation))
     return request
 
 
-def tokenize(source: PromptLike | None, options: PromptOptions) -> model_pb2.TokenizeRequest:
-    return model_pb2.TokenizeRequest(model=options.get("model", ""), prompt=prompt(source, options))
+def tokenize(
+    source: PromptLike | None,
+    *,
+    messages: Messages | None = None,
+    continue_final_message: bool = False,
+    model: str = "",
+) -> model_pb2.TokenizeRequest:
+    form = prompt(source, messages=messages, continue_final_message=continue_final_message)
+    return build(model_pb2.TokenizeRequest, model=model, prompt=form)
+
+
+def detokenize(ids: Sequence[int], skip_special_tokens: bool, model: str) -> model_pb2.DetokenizeRequest:
+    return build(model_pb2.DetokenizeRequest, ids=ids, skip_special_tokens=skip_special_tokens, model=model)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
+from patchclamp.fields import build, instance, several
 from patchclamp.heads import (
     CleanCorruptPair,
     HeadsLike,
@@ -20,7 +21,7 @@ from patchclamp.names import (
     HeadScoreMethodName,
     value_of,
 )
-from patchclamp.prompts import PromptLike, PromptOptions, prompt
+from patchclamp.prompts import Messages, PromptLike, PromptOptions, prompt
 from patchclamp.v1 import head_pb2
 
 
@@ -35,8 +36,8 @@ class StoredOptions(TypedDict, total=False):
 class DetectOptions(StoredOptions, total=False):
     """threshold: score of a retrieval head. stopping: default run everything; StoppingRule() is its defaults."""
 
-    threshold: float
-    stopping: StoppingRule
+    threshold: float | None
+    stopping: StoppingRule | None
 
 
 class HeadScoreOptions(StoredOptions, total=False):
@@ -56,10 +57,10 @@ class HeadEditOptions(TypedDict, total=False):
     """
 
     top_k: int
-    scale: float
+    scale: float | None
     random_sets: int
     seed: int
-    test: NeedleTest
+    test: NeedleTest | None
     texts: str | Iterable[str]
     model: str
 
@@ -76,84 +77,137 @@ class AttributeOptions(PromptOptions, total=False):
     """contrast: default none, which attributes logit(target) alone. top_heads: that are split by source token."""
 
     contrast: str
-    top_heads: int
+    top_heads: int | None
 
 
-def detect_retrieval_heads(test: NeedleTest | None, options: DetectOptions) -> head_pb2.DetectRetrievalHeadsRequest:
-    stopping = options.get("stopping")
-    return head_pb2.DetectRetrievalHeadsRequest(
-        model=options.get("model", ""),
-        test=None if test is None else test.message(),
-        threshold=options.get("threshold"),
-        stopping=None if stopping is None else stopping.message(),
-        description=options.get("description", ""),
-        tags=options.get("tags", ()),
+def detect_retrieval_heads(
+    test: NeedleTest | None,
+    *,
+    threshold: float | None = None,
+    stopping: StoppingRule | None = None,
+    description: str = "",
+    tags: Sequence[str] = (),
+    model: str = "",
+) -> head_pb2.DetectRetrievalHeadsRequest:
+    rule = None if stopping is None else instance(stopping, StoppingRule, "stopping", "a StoppingRule(...)")
+    return build(
+        head_pb2.DetectRetrievalHeadsRequest,
+        model=model,
+        test=_needle_test(test),
+        threshold=threshold,
+        stopping=None if rule is None else rule.message(),
+        description=description,
+        tags=tags,
     )
 
 
-def score_heads(method: HeadScoreMethodName, options: HeadScoreOptions) -> head_pb2.ScoreHeadsRequest:
-    return head_pb2.ScoreHeadsRequest(
-        model=options.get("model", ""),
+def score_heads(
+    method: HeadScoreMethodName,
+    *,
+    ngram: int = 0,
+    sequence_tokens: int = 0,
+    sequences: int = 0,
+    seed: int = 0,
+    facts: Iterable[TemporalFact] = (),
+    description: str = "",
+    tags: Sequence[str] = (),
+    model: str = "",
+) -> head_pb2.ScoreHeadsRequest:
+    what = "a TemporalFact(...)"
+    listed = enumerate(several(facts, "facts", what))
+    return build(
+        head_pb2.ScoreHeadsRequest,
+        model=model,
         method=value_of(HEAD_SCORE_METHODS, method, "method"),
-        ngram=options.get("ngram", 0),
-        sequence_tokens=options.get("sequence_tokens", 0),
-        sequences=options.get("sequences", 0),
-        seed=options.get("seed", 0),
-        facts=[fact.message() for fact in options.get("facts", ())],
-        description=options.get("description", ""),
-        tags=options.get("tags", ()),
+        ngram=ngram,
+        sequence_tokens=sequence_tokens,
+        sequences=sequences,
+        seed=seed,
+        facts=[instance(fact, TemporalFact, f"facts[{i}]", what).message() for i, fact in listed],
+        description=description,
+        tags=tags,
     )
 
 
 def evaluate_head_edit(
-    heads: HeadsLike, mode: HeadEditModeName, options: HeadEditOptions
+    heads: HeadsLike,
+    mode: HeadEditModeName,
+    *,
+    top_k: int = 0,
+    scale: float | None = None,
+    random_sets: int = 0,
+    seed: int = 0,
+    test: NeedleTest | None = None,
+    texts: str | Iterable[str] = (),
+    model: str = "",
 ) -> head_pb2.EvaluateHeadEditRequest:
     """ValueError unless scale comes with the mode "scale", and with no other."""
-    if (mode == "scale") != ("scale" in options):
+    number = value_of(HEAD_EDIT_MODES, mode, "mode")
+    if (mode == "scale") != (scale is not None):
         raise ValueError('scale is given with the mode "scale", and with no other')
-    test = options.get("test")
-    texts = options.get("texts", ())
-    return head_pb2.EvaluateHeadEditRequest(
-        model=options.get("model", ""),
-        heads=selection_message(heads, options.get("top_k", 0)),
-        mode=value_of(HEAD_EDIT_MODES, mode, "mode"),
-        scale=options.get("scale", 0.0),
-        random_sets=options.get("random_sets", 0),
-        seed=options.get("seed", 0),
-        test=None if test is None else test.message(),
+    return build(
+        head_pb2.EvaluateHeadEditRequest,
+        model=model,
+        heads=selection_message(heads, top_k),
+        mode=number,
+        scale=0.0 if scale is None else scale,
+        random_sets=random_sets,
+        seed=seed,
+        test=_needle_test(test),
         texts=[texts] if isinstance(texts, str) else texts,
     )
 
 
 def find_circuit(
-    pairs: Iterable[CleanCorruptPair], method: CircuitMethodName, options: CircuitOptions
+    pairs: Iterable[CleanCorruptPair],
+    method: CircuitMethodName,
+    *,
+    circuit_size: int = 0,
+    random_sets: int = 0,
+    seed: int = 0,
+    description: str = "",
+    tags: Sequence[str] = (),
+    model: str = "",
 ) -> head_pb2.FindCircuitRequest:
-    return head_pb2.FindCircuitRequest(
-        model=options.get("model", ""),
+    what = "a CleanCorruptPair(...)"
+    listed = enumerate(several(pairs, "pairs", what))
+    return build(
+        head_pb2.FindCircuitRequest,
+        model=model,
         method=value_of(CIRCUIT_METHODS, method, "method"),
-        pairs=[pair.message() for pair in pairs],
-        circuit_size=options.get("circuit_size", 0),
-        random_sets=options.get("random_sets", 0),
-        seed=options.get("seed", 0),
-        description=options.get("description", ""),
-        tags=options.get("tags", ()),
+        pairs=[instance(p, CleanCorruptPair, f"pairs[{i}]", what).message(f"pairs[{i}].") for i, p in listed],
+        circuit_size=circuit_size,
+        random_sets=random_sets,
+        seed=seed,
+        description=description,
+        tags=tags,
     )
 
 
 def compare_head_sets(head_sets: Iterable[str], top_k: int) -> head_pb2.CompareHeadSetsRequest:
     """TypeError for one head set in place of several."""
-    if isinstance(head_sets, str):
-        raise TypeError(f"expected several head sets: [{head_sets!r}, ...]")
-    return head_pb2.CompareHeadSetsRequest(head_sets=head_sets, top_k=top_k)
+    return build(head_pb2.CompareHeadSetsRequest, head_sets=head_sets, top_k=top_k)
 
 
 def attribute_logits(
-    source: PromptLike | None, target: str, options: AttributeOptions
+    source: PromptLike | None,
+    target: str,
+    *,
+    messages: Messages | None = None,
+    continue_final_message: bool = False,
+    model: str = "",
+    contrast: str = "",
+    top_heads: int | None = None,
 ) -> head_pb2.AttributeLogitsRequest:
-    return head_pb2.AttributeLogitsRequest(
-        model=options.get("model", ""),
-        prompt=prompt(source, options),
+    return build(
+        head_pb2.AttributeLogitsRequest,
+        model=model,
+        prompt=prompt(source, messages=messages, continue_final_message=continue_final_message),
         target=target,
-        contrast=options.get("contrast", ""),
-        top_heads=options.get("top_heads"),
+        contrast=contrast,
+        top_heads=top_heads,
     )
+
+
+def _needle_test(test: NeedleTest | None) -> head_pb2.NeedleTest | None:
+    return None if test is None else instance(test, NeedleTest, "test", "a NeedleTest(...)").message()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
+from patchclamp.fields import build, several
 from patchclamp.names import PHASES, PhaseName, value_of
 from patchclamp.v1 import monitoring_pb2 as pb
 
@@ -21,7 +22,7 @@ class StartWatchOptions(TypedDict, total=False):
     buckets: upper bounds of the histogram in Prometheus. reference: id or tag of a watch_reference of this watch.
     """
 
-    sampling_rate: float
+    sampling_rate: float | None
     phases: Iterable[PhaseName]
     window_tokens: int
     buckets: Iterable[float]
@@ -41,49 +42,47 @@ class FollowOptions(TypedDict, total=False):
     """items: names, default all. threshold: in place of the items' own. max_events: default without an end."""
 
     items: Iterable[str]
-    threshold: float
+    threshold: float | None
     max_events: int
 
 
-def create_watch(items: Iterable[pb.WatchItem], options: WatchOptions) -> pb.CreateWatchRequest:
-    return pb.CreateWatchRequest(
-        model=options.get("model", ""),
-        items=items,
-        description=options.get("description", ""),
-        tags=options.get("tags", ()),
-    )
+def create_watch(
+    items: Iterable[pb.WatchItem], *, description: str = "", tags: Sequence[str] = (), model: str = ""
+) -> pb.CreateWatchRequest:
+    return build(pb.CreateWatchRequest, model=model, items=items, description=description, tags=tags)
 
 
-def start_watch(watch: str, name: str, options: StartWatchOptions) -> pb.StartWatchRequest:
+def start_watch(
+    watch: str,
+    name: str,
+    *,
+    sampling_rate: float | None = None,
+    phases: Iterable[PhaseName] = (),
+    window_tokens: int = 0,
+    buckets: Iterable[float] = (),
+    reference: str = "",
+) -> pb.StartWatchRequest:
     """TypeError for one phase that is not in a list."""
-    phases = options.get("phases", ())
-    if isinstance(phases, str):
-        raise TypeError(f"expected several phases: [{phases!r}]")
-    return pb.StartWatchRequest(
+    listed = several(phases, "phases", f"one of {', '.join(PHASES)}")
+    return build(
+        pb.StartWatchRequest,
         watch=watch,
         name=name,
-        sampling_rate=options.get("sampling_rate"),
-        phases=[value_of(PHASES, phase, "phase") for phase in phases],
-        window_tokens=options.get("window_tokens", 0),
-        buckets=options.get("buckets", ()),
-        reference=options.get("reference", ""),
+        sampling_rate=sampling_rate,
+        phases=[value_of(PHASES, phase, f"phases[{i}]") for i, phase in enumerate(listed)],
+        window_tokens=window_tokens,
+        buckets=buckets,
+        reference=reference,
     )
 
 
-def record_reference(name: str, options: ReferenceOptions) -> pb.RecordReferenceRequest:
-    return pb.RecordReferenceRequest(
-        name=name,
-        tokens=options.get("tokens", 0),
-        description=options.get("description", ""),
-        tags=options.get("tags", ()),
-        use=options.get("use", False),
-    )
+def record_reference(
+    name: str, *, tokens: int = 0, description: str = "", tags: Sequence[str] = (), use: bool = False
+) -> pb.RecordReferenceRequest:
+    return build(pb.RecordReferenceRequest, name=name, tokens=tokens, description=description, tags=tags, use=use)
 
 
-def watch_activations(name: str, options: FollowOptions) -> pb.WatchActivationsRequest:
-    return pb.WatchActivationsRequest(
-        name=name,
-        items=options.get("items", ()),
-        threshold=options.get("threshold"),
-        max_events=options.get("max_events", 0),
-    )
+def watch_activations(
+    name: str, *, items: Iterable[str] = (), threshold: float | None = None, max_events: int = 0
+) -> pb.WatchActivationsRequest:
+    return build(pb.WatchActivationsRequest, name=name, items=items, threshold=threshold, max_events=max_events)

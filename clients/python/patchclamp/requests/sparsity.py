@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
+from patchclamp.fields import build, build_as, several
 from patchclamp.prompts import PromptLike, prompt
 from patchclamp.sparsity import SparsityLike, sparsity_message
 from patchclamp.v1 import sparse_policy_pb2, sparsity_pb2
@@ -19,35 +20,48 @@ class EvaluateOptions(TypedDict, total=False):
 class CalibrateOptions(EvaluateOptions, total=False):
     """holdout_fraction: share of the documents that only the quality card sees. tags: names to store it under."""
 
-    holdout_fraction: float
+    holdout_fraction: float | None
     description: str
     tags: Sequence[str]
 
 
 def calibrate_profile(
-    policy: sparse_policy_pb2.SparsePolicy, texts: str | Iterable[str], options: CalibrateOptions
+    policy: sparse_policy_pb2.SparsePolicy,
+    texts: str | Iterable[str],
+    *,
+    document_tokens: int = 0,
+    text_description: str = "",
+    model: str = "",
+    holdout_fraction: float | None = None,
+    description: str = "",
+    tags: Sequence[str] = (),
 ) -> sparsity_pb2.CalibrateProfileRequest:
-    return sparsity_pb2.CalibrateProfileRequest(
-        model=options.get("model", ""),
+    return build(
+        sparsity_pb2.CalibrateProfileRequest,
+        model=model,
         policy=policy,
-        text=_text(texts, options),
-        holdout_fraction=options.get("holdout_fraction"),
-        description=options.get("description", ""),
-        tags=options.get("tags", ()),
+        text=_text(texts, document_tokens, text_description),
+        holdout_fraction=holdout_fraction,
+        description=description,
+        tags=tags,
     )
 
 
 def evaluate_profile(
     sparsities: Iterable[SparsityLike],
     texts: str | Iterable[str],
-    measure_speed: bool,
-    options: EvaluateOptions,
+    *,
+    measure_speed: bool = False,
+    document_tokens: int = 0,
+    text_description: str = "",
+    model: str = "",
 ) -> sparsity_pb2.EvaluateProfileRequest:
     """TypeError for one sparsity in place of several, ValueError for none."""
-    return sparsity_pb2.EvaluateProfileRequest(
-        model=options.get("model", ""),
+    return build(
+        sparsity_pb2.EvaluateProfileRequest,
+        model=model,
         sparsities=_sparsities(sparsities),
-        text=_text(texts, options),
+        text=_text(texts, document_tokens, text_description),
         measure_speed=measure_speed,
     )
 
@@ -56,28 +70,33 @@ def predict_core_neurons(
     prompts: Iterable[PromptLike], sparsity: SparsityLike, layers: Iterable[int], model: str
 ) -> sparsity_pb2.PredictCoreNeuronsRequest:
     """TypeError for one text in place of several prompts."""
-    if isinstance(prompts, str):
-        raise TypeError(f"expected several prompts: [{prompts!r}]")
-    return sparsity_pb2.PredictCoreNeuronsRequest(
+    listed = several(prompts, "prompts", "a prompt")
+    return build(
+        sparsity_pb2.PredictCoreNeuronsRequest,
         model=model,
-        prompts=[prompt(source, {}) for source in prompts],
+        prompts=[prompt(source, field=f"prompts[{i}]") for i, source in enumerate(listed)],
         sparsity=sparsity_message(sparsity),
-        layers=list(layers),
+        layers=layers,
     )
 
 
 def _sparsities(sparsities: Iterable[SparsityLike]) -> list[sparse_policy_pb2.Sparsity]:
-    if isinstance(sparsities, str):
-        raise TypeError(f"expected several sparsities: [{sparsities!r}]")
-    messages = [message for message in map(sparsity_message, sparsities) if message is not None]
+    messages = []
+    for i, each in enumerate(several(sparsities, "sparsities", "a policy or profile")):
+        message = sparsity_message(each, f"sparsities[{i}]")
+        if message is None:
+            raise TypeError(f"sparsities[{i}]: expected a policy or profile, got None")
+        messages.append(message)
     if not messages:
         raise ValueError("give at least one sparsity to evaluate")
     return messages
 
 
-def _text(texts: str | Iterable[str], options: EvaluateOptions) -> sparsity_pb2.SparsityText:
-    return sparsity_pb2.SparsityText(
+def _text(texts: str | Iterable[str], document_tokens: int, description: str) -> sparsity_pb2.SparsityText:
+    return build_as(
+        {"description": "text_description"},
+        sparsity_pb2.SparsityText,
         texts=[texts] if isinstance(texts, str) else texts,
-        document_tokens=options.get("document_tokens", 0),
-        description=options.get("text_description", ""),
+        document_tokens=document_tokens,
+        description=description,
     )

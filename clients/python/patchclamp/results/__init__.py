@@ -24,6 +24,7 @@ from patchclamp.results.generation import (
     GenerateResult,
     ScoreResult,
     Token,
+    TokenLogprob,
     Usage,
 )
 from patchclamp.results.grounding import (
@@ -52,6 +53,7 @@ from patchclamp.results.jobs import (
     Progress,
 )
 from patchclamp.results.models import (
+    Detokenization,
     Model,
     Tokenization,
 )
@@ -107,6 +109,7 @@ __all__ = [
     "CreatedWatch",
     "DetectionCollector",
     "DetectionEvent",
+    "Detokenization",
     "Divergence",
     "DownloadCollector",
     "EditReceipt",
@@ -149,6 +152,7 @@ __all__ = [
     "SparsityReport",
     "SpeedCard",
     "Token",
+    "TokenLogprob",
     "TokenProjections",
     "Tokenization",
     "Usage",

@@ -22,6 +22,7 @@ class Divergence(Record):
 
     position: int
     id: int
+    text: str
     kl: float
 
 
@@ -68,7 +69,8 @@ class CompareCollector:
                 side = name_of(COMPARE_SIDES, message.text.side)
                 return CompareText(side, self.sides[side].add(message.text.response))
             case "divergence":
-                at = Divergence(message.divergence.position, message.divergence.id, message.divergence.kl)
+                where = message.divergence
+                at = Divergence(where.position, where.id, where.text, where.kl)
                 self.divergences.append(at)
                 return at
             case "summary":

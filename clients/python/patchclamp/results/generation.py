@@ -11,16 +11,31 @@ from patchclamp.v1 import generation_pb2 as pb
 
 
 @dataclass(frozen=True)
+class TokenLogprob(Record):
+    """A token that could have been chosen."""
+
+    id: int
+    text: str
+    logprob: float
+
+    @classmethod
+    def from_proto(cls, message: pb.TokenLogprob) -> "TokenLogprob":
+        return cls(message.id, message.text, message.logprob)
+
+
+@dataclass(frozen=True)
 class Token(Record):
     """One token; `position` counts the prompt. Log-probabilities are natural, None when not asked for.
 
+    text: of the token by itself, with U+FFFD for bytes that are no whole character.
     sources: with grounding, the prompt positions it was copied from, most probable first.
     """
 
     id: int
+    text: str
     position: int
     logprob: float | None
-    top_logprobs: tuple[tuple[int, float], ...]
+    top_logprobs: tuple[TokenLogprob, ...]
     readouts: tuple[ReadoutValue, ...]
     sources: tuple[CopySource, ...] = ()
 
@@ -28,9 +43,10 @@ class Token(Record):
     def from_proto(cls, message: pb.GeneratedToken) -> "Token":
         return cls(
             message.id,
+            message.text,
             message.position,
             message.logprob if message.HasField("logprob") else None,
-            tuple((top.id, top.logprob) for top in message.top_logprobs),
+            tuple(map(TokenLogprob.from_proto, message.top_logprobs)),
             tuple(ReadoutValue.from_proto(r) for r in message.readouts),
             tuple(CopySource.from_proto(source) for source in message.sources),
         )

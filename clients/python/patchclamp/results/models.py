@@ -59,3 +59,15 @@ class Tokenization(Record):
     @classmethod
     def from_proto(cls, message: pb.TokenizeResponse) -> "Tokenization":
         return cls(tuple(message.ids), tuple(message.pieces), tuple(message.roles))
+
+
+@dataclass(frozen=True)
+class Detokenization(Record):
+    """text: of all tokens together; pieces: of each by itself, with U+FFFD for bytes that are no whole character."""
+
+    text: str
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def from_proto(cls, message: pb.DetokenizeResponse) -> "Detokenization":
+        return cls(message.text, tuple(message.pieces))

@@ -12,6 +12,7 @@ class ReadoutValue(Record):
     """What one readout saw at one token and layer; `ids`: the neurons, tokens or positions of the values.
 
     The values of a projection are h·v/|v|.
+    texts: of the ids where they are tokens, as in a logit lens.
     """
 
     name: str
@@ -19,10 +20,12 @@ class ReadoutValue(Record):
     position: int
     values: tuple[float, ...]
     ids: tuple[int, ...]
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, message: pb.ReadoutValue) -> "ReadoutValue":
-        return cls(message.name, message.layer, message.position, tuple(message.values), tuple(message.ids))
+        values, ids, texts = tuple(message.values), tuple(message.ids), tuple(message.texts)
+        return cls(message.name, message.layer, message.position, values, ids, texts)
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,9 @@ class Sampling(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted for each time a token was generated."""
     seed: _builtins.int
-    """Same seed, prompt and program: same text, whatever else is in the batch. Unset: chosen by the server."""
+    """Same seed, prompt and program: same text, whatever else is in the batch. Unset: chosen by the server, below 2^53,
+    so that it survives JavaScript and jq, whose numbers are doubles.
+    """
     def __init__(
         self,
         *,
@@ -463,17 +465,21 @@ class TokenLogprob(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     logprob: _builtins.float
+    text: _builtins.str
+    """As GeneratedToken.text."""
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         logprob: _builtins.float = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "logprob", b"logprob"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "logprob", b"logprob", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -491,10 +497,15 @@ class GeneratedToken(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     READOUTS_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     position: _builtins.int
     """Position in the sequence, prompt included."""
     logprob: _builtins.float
+    text: _builtins.str
+    """What the token stands for by itself, special or not, with its leading space. A token whose bytes are no whole
+    character has U+FFFD for them: GenerateResponse.text puts the characters together.
+    """
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
     @_builtins.property
@@ -512,10 +523,11 @@ class GeneratedToken(_message.Message):
         top_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         readouts: _abc.Iterable[_program_pb2.ReadoutValue] | None = ...,
         sources: _abc.Iterable[Global___CopySource] | None = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "id", b"id", "logprob", b"logprob", "position", b"position", "readouts", b"readouts", "sources", b"sources", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "id", b"id", "logprob", b"logprob", "position", b"position", "readouts", b"readouts", "sources", b"sources", "text", b"text", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
     _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
@@ -950,19 +962,23 @@ class TokenDivergence(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     KL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     id: _builtins.int
     kl: _builtins.float
+    text: _builtins.str
+    """As GeneratedToken.text."""
     def __init__(
         self,
         *,
         position: _builtins.int = ...,
         id: _builtins.int = ...,
         kl: _builtins.float = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "kl", b"kl", "position", b"position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "kl", b"kl", "position", b"position", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,11 @@ class ModelServiceStub:
                 request_serializer=patchclamp_dot_v1_dot_model__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=patchclamp_dot_v1_dot_model__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/patchclamp.v1.ModelService/Detokenize',
+                request_serializer=patchclamp_dot_v1_dot_model__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=patchclamp_dot_v1_dot_model__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -64,6 +69,13 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Detokenize(self, request, context):
+        """Detokenize tells the text of token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=patchclamp_dot_v1_dot_model__pb2.TokenizeRequest.FromString,
                     response_serializer=patchclamp_dot_v1_dot_model__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=patchclamp_dot_v1_dot_model__pb2.DetokenizeRequest.FromString,
+                    response_serializer=patchclamp_dot_v1_dot_model__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +150,33 @@ class ModelService:
             '/patchclamp.v1.ModelService/Tokenize',
             patchclamp_dot_v1_dot_model__pb2.TokenizeRequest.SerializeToString,
             patchclamp_dot_v1_dot_model__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/patchclamp.v1.ModelService/Detokenize',
+            patchclamp_dot_v1_dot_model__pb2.DetokenizeRequest.SerializeToString,
+            patchclamp_dot_v1_dot_model__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1038,6 +1038,7 @@ class ReadoutValue(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the readout, or its index when unnamed."""
     layer: _builtins.int
@@ -1050,6 +1051,10 @@ class ReadoutValue(_message.Message):
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Neuron or token ids (neurons, top_neurons, logit_lens) or positions (heads) the values belong to."""
 
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The text of each of `ids` where they are tokens (logit_lens), as GeneratedToken.text."""
+
     def __init__(
         self,
         *,
@@ -1058,10 +1063,11 @@ class ReadoutValue(_message.Message):
         position: _builtins.int = ...,
         values: _abc.Iterable[_builtins.float] | None = ...,
         ids: _abc.Iterable[_builtins.int] | None = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "layer", b"layer", "name", b"name", "position", b"position", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "layer", b"layer", "name", b"name", "position", b"position", "texts", b"texts", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

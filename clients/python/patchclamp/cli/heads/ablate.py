@@ -1,10 +1,12 @@
 """patchclamp heads ablate"""
 
 import argparse
+import math
 
 from patchclamp.cli.files import text_file
 from patchclamp.cli.heads.needles import add_needle_arguments, needle_test
 from patchclamp.cli.heads.selection import add_heads_argument
+from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.terminal import job_result, print_json, table
 from patchclamp.names import HEAD_EDIT_MODES
@@ -15,13 +17,13 @@ from patchclamp.results import HeadEditEffect, HeadMetrics
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
         "ablate",
-        parents=[connection_options()],
+        parents=[connection_options(timeout=math.inf)],
         help="what editing heads does to needles and perplexity",
     )
     add_heads_argument(parser)
     parser.add_argument("--mode", choices=HEAD_EDIT_MODES, default="zero", help="default: %(default)s")
     parser.add_argument("--scale", type=float, metavar="FACTOR", help="of the mode scale")
-    parser.add_argument("--random-sets", type=int, default=0, metavar="N", help="of equal size (default: 10)")
+    parser.add_argument("--random-sets", type=count, default=0, metavar="N", help="of equal size (default: 10)")
     add_needle_arguments(parser)
     parser.add_argument(
         "--text", type=text_file, nargs="+", default=[], metavar="FILE", help="of perplexity (default: built in)"
@@ -41,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.scale is not None:
         options["scale"] = args.scale
-    with connect(args) as client, client.evaluate_head_edit(args.heads, args.mode, **options) as stream:
+    with (
+        connect(args) as client,
+        client.evaluate_head_edit(args.heads, args.mode, timeout=args.timeout, **options) as stream,
+    ):
         effect = job_result(stream, quiet=args.json)
     if args.json:
         print_json(effect)

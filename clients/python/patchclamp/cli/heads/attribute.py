@@ -1,13 +1,13 @@
 """patchclamp heads attribute"""
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 from patchclamp.cli.heads.scores import SHOWN, add_heat_map_argument, show_heat_map, write_heat_map
+from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given, prompt_of
-from patchclamp.cli.terminal import print_json, table
+from patchclamp.cli.terminal import print_json, quoted, table
 from patchclamp.requests import AttributeOptions
 from patchclamp.results import HeadScore, LogitAttribution, score_matrix
 
@@ -31,7 +31,9 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--system", metavar="TEXT", help="system turn before it; implies --chat")
     parser.add_argument("--target", required=True, help="text whose first token is attributed")
     parser.add_argument("--contrast", default="", help="text whose first token it is compared with (default: none)")
-    parser.add_argument("--top-heads", type=int, metavar="K", help="heads that are split by source token (default: 10)")
+    parser.add_argument(
+        "--top-heads", type=count, metavar="K", help="heads that are split by source token (default: 10)"
+    )
     parser.add_argument("--model", default="", help="default: the server's model")
     add_heat_map_argument(parser)
     parser.set_defaults(run=run)
@@ -73,5 +75,5 @@ def _show(result: LogitAttribution, pieces: Sequence[str]) -> None:
 def _sources(sources: Sequence[float], pieces: Sequence[str]) -> str:
     """The source tokens with the largest parts, with their positions."""
     largest = sorted(range(len(sources)), key=lambda position: -abs(sources[position]))[:_SOURCES_SHOWN]
-    shown = (f"{json.dumps(pieces[at], ensure_ascii=False)}@{at} {sources[at]:+.3f}" for at in largest)
+    shown = (f"{quoted(pieces[at])}@{at} {sources[at]:+.3f}" for at in largest)
     return "  ".join(shown)

@@ -1,10 +1,12 @@
 """patchclamp heads circuit"""
 
 import argparse
+import math
 from typing import cast
 
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
+from patchclamp.cli.numbers import count, seed
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import job_result, note, print_json
 from patchclamp.heads import CleanCorruptPair
@@ -17,7 +19,9 @@ _FIELDS = ("clean", "corrupt", "clean_answer", "corrupt_answer")
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
-        "circuit", parents=[connection_options()], help="rank heads by their effect on clean/corrupt pairs"
+        "circuit",
+        parents=[connection_options(timeout=math.inf)],
+        help="rank heads by their effect on clean/corrupt pairs",
     )
     parser.add_argument("name", help="tag to store the effects under, as a head set")
     parser.add_argument(
@@ -28,9 +32,9 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help='lines of {"clean": ..., "corrupt": ..., "clean_answer": ..., "corrupt_answer": ...}',
     )
     parser.add_argument("--method", choices=CIRCUIT_METHODS, default="activation_patching", help="default: %(default)s")
-    parser.add_argument("--circuit-size", type=int, metavar="N", help="heads whose faithfulness is reported")
-    parser.add_argument("--random-sets", type=int, metavar="N", help="random circuits of equal size")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--circuit-size", type=count, metavar="N", help="heads whose faithfulness is reported")
+    parser.add_argument("--random-sets", type=count, metavar="N", help="random circuits of equal size")
+    parser.add_argument("--seed", type=seed)
     parser.add_argument("--description")
     parser.add_argument("--model", default="", help="default: the server's model")
     add_heat_map_argument(parser)
@@ -54,7 +58,10 @@ def clean_corrupt_file(path: str) -> list[CleanCorruptPair]:
 def run(args: argparse.Namespace) -> int:
     chosen = given(args, "circuit_size", "random_sets", "seed", "description")
     options = cast(CircuitOptions, {**chosen, "tags": [args.name], "model": args.model})
-    with connect(args) as client, client.find_circuit(args.pairs, args.method, **options) as stream:
+    with (
+        connect(args) as client,
+        client.find_circuit(args.pairs, args.method, timeout=args.timeout, **options) as stream,
+    ):
         result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)

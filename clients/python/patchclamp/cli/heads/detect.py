@@ -1,6 +1,7 @@
 """patchclamp heads detect"""
 
 import argparse
+import math
 from typing import cast
 
 from patchclamp.cli.files import picture_file
@@ -18,7 +19,9 @@ from patchclamp.results import NeedleGrid, RetrievalHeads, score_matrix
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
-        "detect", parents=[connection_options()], help="find retrieval heads with needles hidden in text"
+        "detect",
+        parents=[connection_options(timeout=math.inf)],
+        help="find retrieval heads with needles hidden in text",
     )
     parser.add_argument("name", help="tag to store the head set under")
     add_needle_arguments(parser)
@@ -46,7 +49,10 @@ def stopping_rule(text: str) -> StoppingRule:
 def run(args: argparse.Namespace) -> int:
     chosen = given(args, "threshold", "stopping", "description")
     options = cast(DetectOptions, {**chosen, "tags": [args.name], "model": args.model})
-    with connect(args) as client, client.detect_retrieval_heads(needle_test(args), **options) as stream:
+    with (
+        connect(args) as client,
+        client.detect_retrieval_heads(needle_test(args), timeout=args.timeout, **options) as stream,
+    ):
         result = job_result(stream, quiet=args.json)
     grid = NeedleGrid.of(result.runs)
     if args.json:

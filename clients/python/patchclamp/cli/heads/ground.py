@@ -1,7 +1,7 @@
 """patchclamp heads ground"""
 
 import argparse
-import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from patchclamp.cli.options import (
     prompt_of,
 )
 from patchclamp.cli.sparse_spec import add_sparsity_arguments
-from patchclamp.cli.terminal import heading, note, print_json, table
+from patchclamp.cli.terminal import heading, note, print_json, quoted, table
 from patchclamp.heads import Grounding, Head
 from patchclamp.requests import GenerateOptions
 from patchclamp.results import GroundedRange, GroundingReport, Token
@@ -26,7 +26,9 @@ _HEADS_SHOWN = 3
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
-        "ground", parents=[connection_options()], help="an answer, and the parts of the prompt it was copied from"
+        "ground",
+        parents=[connection_options(timeout=math.inf)],
+        help="an answer, and the parts of the prompt it was copied from",
     )
     parser.add_argument("head_set", metavar="HEAD_SET", help="id or tag, for example of `heads detect`")
     add_prompt_arguments(parser)
@@ -61,7 +63,7 @@ def _show(report: GroundingReport, tokens: Sequence[Token]) -> None:
                 f"{each.start}-{each.end - 1}",
                 each.tokens,
                 _heads(each, tokens),
-                json.dumps(each.text, ensure_ascii=False),
+                quoted(each.text),
             )
             for each in report.ranges
         ]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from patchclamp.cli.files import json_lines, text_file, text_of
+from patchclamp.cli.numbers import count, seed
 from patchclamp.heads import Needle, NeedleTest
 
 NumberT = TypeVar("NumberT", int, float)
@@ -24,8 +25,8 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lengths", type=_numbers(int), default=[], metavar="N,...", help="tokens of the prompts")
     group.add_argument("--depths", type=_numbers(float), default=[], metavar="X,...", help="0 (start) to 1 (end)")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--max-runs", type=int, default=0, metavar="N", help="default: every needle, length and depth")
+    group.add_argument("--seed", type=seed, default=0)
+    group.add_argument("--max-runs", type=count, default=0, metavar="N", help="default: every needle, length and depth")
 
 
 def needle_test(args: argparse.Namespace) -> NeedleTest:

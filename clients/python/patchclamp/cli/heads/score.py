@@ -1,10 +1,12 @@
 """patchclamp heads score"""
 
 import argparse
+import math
 from typing import cast
 
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
+from patchclamp.cli.numbers import count, seed
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import job_result, note, print_json
 from patchclamp.heads import TemporalFact
@@ -14,13 +16,15 @@ from patchclamp.results import score_matrix
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = actions.add_parser("score", parents=[connection_options()], help="score every head by a method")
+    parser = actions.add_parser(
+        "score", parents=[connection_options(timeout=math.inf)], help="score every head by a method"
+    )
     parser.add_argument("method", choices=HEAD_SCORE_METHODS)
     parser.add_argument("name", nargs="?", help="tag to store the head set under")
-    parser.add_argument("--ngram", type=int, metavar="N", help="of ngram: tokens that have to match (default: 2)")
-    parser.add_argument("--sequence-tokens", type=int, metavar="N", help="before a random sequence repeats")
-    parser.add_argument("--sequences", type=int, metavar="N", help="how many of them")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--ngram", type=count, metavar="N", help="of ngram: tokens that have to match (default: 2)")
+    parser.add_argument("--sequence-tokens", type=count, metavar="N", help="before a random sequence repeats")
+    parser.add_argument("--sequences", type=count, metavar="N", help="how many of them")
+    parser.add_argument("--seed", type=seed)
     parser.add_argument(
         "--facts",
         type=facts_file,
@@ -45,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
     options = given(args, "ngram", "sequence_tokens", "sequences", "seed", "facts", "description", "model")
     if args.name is not None:
         options["tags"] = [args.name]
-    with connect(args) as client, client.score_heads(args.method, **cast(HeadScoreOptions, options)) as stream:
+    with (
+        connect(args) as client,
+        client.score_heads(args.method, timeout=args.timeout, **cast(HeadScoreOptions, options)) as stream,
+    ):
         result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)

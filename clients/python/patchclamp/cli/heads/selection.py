@@ -3,6 +3,7 @@
 import argparse
 import re
 
+from patchclamp.cli.numbers import count
 from patchclamp.heads import Head, HeadsLike
 
 _LISTED = re.compile(r"L\d+H\d+(,L\d+H\d+)*")
@@ -25,5 +26,5 @@ def add_heads_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_top_k_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--top", type=int, default=0, metavar="K", help="of a head set, the K best (default: all above its threshold)"
+        "--top", type=count, default=0, metavar="K", help="of a head set, the K best (default: all above its threshold)"
     )

@@ -1,6 +1,7 @@
 """patchclamp sparsity calibrate"""
 
 import argparse
+import math
 from typing import cast
 
 from patchclamp.cli.options import connect, connection_options, given
@@ -13,7 +14,7 @@ from patchclamp.requests import CalibrateOptions
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
-        "calibrate", parents=[connection_options()], help="make the profile of a policy from text"
+        "calibrate", parents=[connection_options(timeout=math.inf)], help="make the profile of a policy from text"
     )
     parser.add_argument("name", help="tag to store it under")
     parser.add_argument(
@@ -32,7 +33,10 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def run(args: argparse.Namespace) -> int:
     chosen = given(args, "holdout_fraction", "description")
     options = cast(CalibrateOptions, {**text_options(args), **chosen, "tags": [args.name]})
-    with connect(args) as client, client.calibrate_profile(args.policy, texts_of(args), **options) as stream:
+    with (
+        connect(args) as client,
+        client.calibrate_profile(args.policy, texts_of(args), timeout=args.timeout, **options) as stream,
+    ):
         result = job_result(stream, quiet=args.json)
     if args.json:
         print_json(result)

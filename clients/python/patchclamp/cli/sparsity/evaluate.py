@@ -1,6 +1,7 @@
 """patchclamp sparsity evaluate"""
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from patchclamp.cli.options import connect, connection_options
@@ -13,7 +14,9 @@ from patchclamp.results import SparsityEvaluation
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
-        "evaluate", parents=[connection_options()], help="quality and speed against the dense model, beside random sets"
+        "evaluate",
+        parents=[connection_options(timeout=math.inf)],
+        help="quality and speed against the dense model, beside random sets",
     )
     parser.add_argument("specs", type=spec, nargs="+", metavar="PROFILE|POLICY[:SETTING,...]")
     parser.add_argument("--keep", type=float, nargs="+", default=[], metavar="RATIO", help="every policy at each")
@@ -28,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     sparsities = [each.sparsity for each in specs]
     with (
         connect(args) as client,
-        client.evaluate_profile(sparsities, texts_of(args), measure_speed=args.speed, **text_options(args)) as stream,
+        client.evaluate_profile(
+            sparsities, texts_of(args), measure_speed=args.speed, timeout=args.timeout, **text_options(args)
+        ) as stream,
     ):
         evaluations = job_result(stream, quiet=args.json)
     if args.json:

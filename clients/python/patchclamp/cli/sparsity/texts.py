@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from patchclamp.cli.files import text_file
+from patchclamp.cli.numbers import count
 from patchclamp.requests import EvaluateOptions
 
 
@@ -17,7 +18,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=_named, nargs="+", required=True, metavar="FILE", help="plain text; long ones are cut up"
     )
-    parser.add_argument("--document-tokens", type=int, metavar="N", help="tokens of a document they are cut into")
+    parser.add_argument("--document-tokens", type=count, metavar="N", help="tokens of a document they are cut into")
     parser.add_argument("--model", default="", help="default: the server's model")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import note, print_json
 from patchclamp.cli.watch.item_spec import ITEM_OPTIONS
@@ -17,7 +18,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     group = parser.add_argument_group("items", "each may be given several times; an item fires above its threshold")
     for option, read, metavar, text in ITEM_OPTIONS:
         group.add_argument(option, type=read, action="append", dest="items", default=[], metavar=metavar, help=text)
-    group.add_argument("--top", type=int, default=0, metavar="K", help="of every head set, the K best")
+    group.add_argument("--top", type=count, default=0, metavar="K", help="of every head set, the K best")
     group.add_argument(
         "--items",
         type=items_file,
@@ -42,9 +43,11 @@ def items_file(path: str) -> list[pb.WatchItem]:
 def run(args: argparse.Namespace) -> int:
     if not args.items:
         raise ValueError(f"nothing to watch: give {', '.join(option for option, *_ in ITEM_OPTIONS)} or --items")
-    for item in args.items:
-        if args.top and item.heads.heads.head_set:
-            item.heads.heads.top_k = args.top
+    head_sets = [item.heads.heads for item in args.items if item.heads.heads.head_set]
+    if args.top and not head_sets:
+        raise ValueError("--top keeps the best heads of a head set, and none is watched")
+    for selection in head_sets:
+        selection.top_k = args.top or selection.top_k
     with connect(args) as client:
         watch = client.create_watch(args.items, tags=[args.name], model=args.model, **given(args, "description"))
     if args.json:

@@ -1,12 +1,13 @@
 """patchclamp watch follow"""
 
 import argparse
-import json
+import math
 import sys
 from typing import cast
 
+from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given
-from patchclamp.cli.terminal import note
+from patchclamp.cli.terminal import note, print_json
 from patchclamp.requests import FollowOptions
 from patchclamp.results import Activation
 
@@ -14,15 +15,14 @@ from patchclamp.results import Activation
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
         "follow",
-        parents=[connection_options()],
+        parents=[connection_options(timeout=math.inf)],
         help="activations above their thresholds as they occur; with --json one object a line",
     )
     parser.add_argument("name", help="the running watch")
     parser.add_argument("--item", action="append", dest="items", metavar="NAME", help="only this one; repeatable")
     parser.add_argument("--threshold", type=float, help="in place of the items' own")
-    parser.add_argument("--max-events", type=int, metavar="N", help="end after so many (default: never)")
-    # It ends when it is told to, or interrupted.
-    parser.set_defaults(run=run, timeout=float("inf"))
+    parser.add_argument("--max-events", type=count, metavar="N", help="end after so many (default: never)")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
     with connect(args) as client, client.watch_activations(args.name, timeout=args.timeout, **options) as stream:
         for batch in stream:
             for activation in batch.activations:
-                print(json.dumps(activation.to_dict(), ensure_ascii=False) if args.json else _line(activation))
+                if args.json:
+                    print_json(activation, indent=None)
+                else:
+                    print(_line(activation))
             # Whoever reads a pipe wants them as they occur.
             sys.stdout.flush()
             if batch.dropped:

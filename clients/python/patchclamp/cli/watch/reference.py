@@ -1,8 +1,10 @@
 """patchclamp watch reference"""
 
 import argparse
+import math
 from typing import cast
 
+from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import job_result, note, print_json
 from patchclamp.requests import ReferenceOptions
@@ -10,15 +12,16 @@ from patchclamp.requests import ReferenceOptions
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
-        "reference", parents=[connection_options()], help="record what a running watch sees next, to measure drift by"
+        "reference",
+        parents=[connection_options(timeout=math.inf)],
+        help="record what a running watch sees next, to measure drift by",
     )
     parser.add_argument("name", help="the running watch")
     parser.add_argument("tag", help="tag to store the reference under")
-    parser.add_argument("--tokens", type=int, metavar="N", help="how many (default: the window of the watch)")
+    parser.add_argument("--tokens", type=count, metavar="N", help="how many (default: the window of the watch)")
     parser.add_argument("--use", action="store_true", help="measure drift of the watch against it from then on")
     parser.add_argument("--description")
-    # It ends when as many tokens have been served, whenever that is.
-    parser.set_defaults(run=run, timeout=float("inf"))
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 from typing import cast
 
+from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import note, print_json
 from patchclamp.names import PHASES
@@ -15,7 +16,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("name", nargs="?", default="", help="label in Prometheus (default: the tag)")
     parser.add_argument("--sampling-rate", type=float, metavar="SHARE", help="of the tokens, at random (default: 1)")
     parser.add_argument("--phases", nargs="+", choices=PHASES, help="tokens that count (default: generated)")
-    parser.add_argument("--window-tokens", type=int, metavar="N", help="that drift is measured over (default: 4096)")
+    parser.add_argument("--window-tokens", type=count, metavar="N", help="that drift is measured over (default: 4096)")
     parser.add_argument("--buckets", type=float, nargs="+", metavar="BOUND", help="of the histogram in Prometheus")
     parser.add_argument("--reference", metavar="REF", help="watch_reference that drift is measured against")
     parser.set_defaults(run=run)

@@ -1,0 +1,120 @@
+"""Every public function of the client with arguments it accepts, found by introspection."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from patchclamp import AsyncClient, Client, heads, monitoring, programs, sparsity
+from patchclamp.heads import CleanCorruptPair
+
+Arguments = dict[str, Any]
+
+# Calls that only name their object, or take what has no default.
+_REQUIRED: dict[str, Arguments] = {
+    "generate": {"prompt": "hi"},
+    "session": {"prompt": "hi"},
+    "score": {"prompt": "hi", "continuation": " you"},
+    "compare": {"prompt": "hi"},
+    "tokenize": {"prompt": "hi"},
+    "detokenize": {"ids": [1]},
+    "extract_vectors": {"pairs": [("yes", "no")]},
+    "calibrate_profile": {"policy": sparsity.cats(), "texts": "words"},
+    "evaluate_profile": {"sparsities": ["mine"], "texts": "words"},
+    "predict_core_neurons": {"prompts": ["hi"], "sparsity": "mine"},
+    "score_heads": {"method": "induction"},
+    "evaluate_head_edit": {"heads": "mine", "mode": "scale", "scale": 0.5},
+    "find_circuit": {"pairs": [CleanCorruptPair("a", "b", "c", "d")], "method": "path_patching"},
+    "compare_head_sets": {"head_sets": ["one", "two"]},
+    "attribute_logits": {"prompt": "hi", "target": " you"},
+    "create_watch": {"items": [monitoring.watch_neurons("n", 1, [2])]},
+    "start_watch": {"watch": "mine"},
+    "stop_watch": {"name": "mine"},
+    "watch_statistics": {"name": "mine"},
+    "record_reference": {"name": "mine"},
+    "watch_activations": {"name": "mine"},
+    "put_artifact": {"data": b"data"},
+    "download_artifact": {"ref": "mine"},
+    "get_artifact": {"ref": "mine"},
+    "tag_artifact": {"tag": "mine", "ref": "other"},
+    "untag_artifact": {"tag": "mine"},
+    "delete_artifact": {"ref": "mine"},
+    "add": {"direction": "v"},
+    "project_out": {"direction": "v"},
+    "cap_projection": {"direction": "v", "max": 1.0},
+    "set_projection": {"direction": "v", "target": 1.0},
+    "replace": {"direction": "v"},
+    "rotate_towards": {"direction": "v", "radians": 1.0},
+    "low_rank": {"rotation": [[1.0]], "weight": [[1.0]], "bias": [1.0]},
+    "set_neurons": {"neurons": [1], "values": 1.0},
+    "scale_neurons": {"neurons": [1], "values": 1.0},
+    "add_neurons": {"neurons": [1], "values": 1.0},
+    "clamp_neurons": {"neurons": [1], "min": 0.0},
+    "scale_heads": {"heads": [1], "factor": 0.5},
+    "ablate_heads": {"heads": [1]},
+    "mean_heads": {"heads": [1], "mean": [[1.0]]},
+    "uniform_heads": {"heads": [1]},
+    "read_projection": {"directions": ["v"]},
+    "read_neurons": {"neurons": [1]},
+    "read_top_neurons": {"k": 1},
+    "read_logit_lens": {"k": 1},
+    "when": {"direction": "v", "layer": 1, "above": 0.0},
+    "abort_when": {"direction": "v", "layer": 1, "above": 0.0},
+    "vector": {"source": "v"},
+    "positions": {"start": 0},
+    "last": {"k": 1},
+    "tokens": {"ids": [1]},
+    "role": {"name": "user"},
+    "watch_neurons": {"name": "n", "layer": 1, "neurons": [2]},
+    "watch_neuron_set": {"name": "n", "neuron_set": "mine"},
+    "watch_direction": {"name": "n", "direction": "v"},
+    "watch_features": {"name": "n", "layer": 1, "encoder": [[1.0]]},
+    "watch_heads": {"name": "n", "heads": "mine"},
+    "Sparsity": {"profile": "mine"},
+    "Grounding": {"head_set": "mine"},
+    "Needle": {"question": "q", "needle": "n", "answer": "a"},
+    "TemporalFact": {"prompt": "p", "answer": "a", "time_conditioned": True},
+    "CleanCorruptPair": {"clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"},
+}
+# Words of the package that are no call: types, and what makes a message of a value.
+_NO_CALLS = {"Head", "Scope", "program_message", "sparsity_message", "grounding_message", "selection_message"}
+
+
+def client_methods(kind: type[Client] | type[AsyncClient]) -> list[str]:
+    """Calls of the server: close() and with_token() are none."""
+    functions = [(name, each) for name, each in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"]
+    return [name for name, function in functions if "timeout" in inspect.signature(function).parameters]
+
+
+def builders() -> dict[str, Callable[..., Any]]:
+    """Functions and dataclasses that make parts of a request."""
+    found = {name: getattr(programs, name) for name in programs.__all__}
+    for module in (sparsity, heads, monitoring):
+        found |= {
+            name: value
+            for name, value in vars(module).items()
+            if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
+        }
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in _NO_CALLS and (inspect.isfunction(value) or hasattr(value, "message"))
+    }
+
+
+def arguments_of(name: str) -> Arguments:
+    """What is required, so that the call would be accepted."""
+    return _REQUIRED.get(name, {})
+
+
+def made(result: Any) -> Any:
+    """The result of a call of the sync client, or the message of a builder."""
+    if inspect.isgenerator(result):
+        return next(result)
+    return result.message() if hasattr(result, "message") else result
+
+
+async def awaited(result: Any) -> Any:
+    """The result of a call of the async client."""
+    if inspect.isasyncgen(result):
+        return await anext(result)
+    return await result if inspect.isawaitable(result) else result
