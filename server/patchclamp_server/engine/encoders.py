@@ -37,7 +37,7 @@ class Encoders:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.start = fast_tokenizer(tokenizer)
         # All that a text is cut at, control tokens or not.
-        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._added = {id: token.content.strip() for id, token in tokenizer.added_tokens_decoder.items()}
         self.longest_token = longest_token(self.start)
 
     def at_start(self, text: str) -> Tokens:
@@ -50,7 +50,8 @@ class Encoders:
         tokens = encode(self._middle, text)
         if self._middle is self._section:
             return tokens
-        cut = next((i for i, id in enumerate(tokens.ids) if id in self._added), None)
+        found = zip(tokens.ids, tokens.spans, strict=True)
+        cut = next((i for i, (id, (a, b)) in enumerate(found) if self._added.get(id) == text[a:b].strip()), None)
         if cut is None:
             return tokens
         # Behind the first control token that is written in it, the text is read as it always is there.

@@ -28,7 +28,7 @@ from torch import Tensor
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.engine.request import Priority, Request, Token
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, RequestError
 from patchclamp_server.heads.analysis_batch import OnEvent, completed
 from patchclamp_server.heads.scoring import Fact, HeadScores, Progress, Scoring, ends, resampled_means
 from patchclamp_server.interventions.bind import bind
@@ -71,7 +71,11 @@ def _requests(facts: tuple[Fact, ...], prompts: PromptEncoder, info: ModelInfo) 
     """All facts unedited, then all facts without each head, by layer and head."""
     tokens = []
     for i, fact in enumerate(facts):
-        prompt = prompts.encode_text(fact.prompt).ids
+        try:
+            prompt = prompts.encode_text(fact.prompt).ids
+        except RequestError as error:
+            error.field = f"facts[{i}].prompt"
+            raise
         answer = prompts.encode_continuation(fact.answer, f"facts[{i}].answer", prompt)
         if not answer:
             raise InvalidArgument(f"facts[{i}].answer", "is empty; at least one token is scored")
