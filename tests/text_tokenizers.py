@@ -1,4 +1,4 @@
-"""Tokenizers as models have them, of a small vocabulary: what differs is how they treat spaces and the start of a text."""
+"""Tokenizers as models have them, of a small vocabulary. They differ in how they read spaces and the start of a text."""
 
 import json
 from collections.abc import Callable
@@ -87,14 +87,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte level with a space": lambda: _byte_level(True),
 }
 # Those that write a space before a text.
-PREFIXING = (
-    "llama2",
-    "metaspace always",
-    "metaspace first",
-    "metaspace not split",
-    "unigram",
-    "byte level with a space",
-)
+PREFIXING = tuple(kind for kind in KINDS if kind not in ("metaspace never", "gemma", "byte level"))
 
 
 @cache

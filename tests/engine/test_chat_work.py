@@ -104,10 +104,10 @@ def test_a_template_that_numbers_its_turns_takes_linear_work() -> None:
 
 
 def test_a_turn_that_only_its_place_shows_keeps_its_role() -> None:
-    """The header of the first answer differs from those of others."""
+    """The header of the second answer differs from those of others."""
     template = (
-        "{% for m in messages %}{{ '[' + m.role + ('!' if loop.index0 == 3 else '') + '] ' + m.content + '<|im_end|>' }}"
-        "{% endfor %}"
+        "{% for m in messages %}{{ '[' + m.role + ('!' if loop.index0 == 3 else '') + '] ' }}"
+        "{{ m.content + '<|im_end|>' }}{% endfor %}"
     )
     found = runs(encoder(counting(template)), [("user", "a"), ("assistant", "b")] * 3)
     assert [text for _, text in found] == [
