@@ -1,4 +1,4 @@
-"""Tokenizers as models have them, of a small vocabulary. They differ in how they read spaces and the start of a text."""
+"""Tokenizers as models have them, of a small vocabulary. They differ in how they read spaces and a text's start."""
 
 import json
 from collections.abc import Callable
