@@ -10,7 +10,6 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.heads.attention_mass import NOWHERE
 from patchclamp_server.heads.repeated_tokens import (
     Repeated,
-    leading_tokens,
     ordinary_tokens,
     other_occurrence,
     random_positions,
@@ -86,8 +85,8 @@ def test_rows_of_the_embedding_that_no_token_has_are_never_drawn(tiny_llama: Loa
 
 def test_a_sequence_starts_as_the_tokenizer_starts_a_text(tiny_llama: LoadedModel) -> None:
     with_bos = planted()
-    assert leading_tokens(PromptEncoder(with_bos.tokenizer, with_bos.info)) == (BOS,)
-    assert leading_tokens(PromptEncoder(tiny_llama.tokenizer, tiny_llama.info)) == ()
+    assert PromptEncoder(with_bos.tokenizer, with_bos.info).text_start == (BOS,)
+    assert PromptEncoder(tiny_llama.tokenizer, tiny_llama.info).text_start == ()
 
 
 def test_a_vocabulary_that_is_too_small_is_refused() -> None:

@@ -17,7 +17,7 @@ TOKENS = TokenSequence("seven tokens", tuple((i, i + 1) for i in range(3, 9)), t
 
 
 def sequences(model: LoadedModel) -> list[TokenSequence]:
-    return token_sequences(PromptEncoder(model.tokenizer, model.info), model.tokenizer.unk_token_id)
+    return token_sequences(PromptEncoder(model.tokenizer, model.info))
 
 
 def test_days_months_numbers_and_letters_are_there() -> None:
@@ -37,7 +37,7 @@ def test_a_spelling_counts_where_the_tokenizer_has_whole_tokens() -> None:
 
 def test_an_unknown_word_takes_no_part() -> None:
     tokenizer = planted_tokenizer(absent="Wednesday")
-    days, _ = token_sequences(PromptEncoder(tokenizer, planted().info), tokenizer.unk_token_id)
+    days, _ = token_sequences(PromptEncoder(tokenizer, planted().info))
     assert [WORDS[a] for a, _ in days.pairs] == ["Monday", "Thursday", "Friday", "Saturday", "Sunday"]
     assert len(days.members) == 6
 

@@ -115,8 +115,8 @@ def test_there_are_a_dozen_built_in_facts_of_each_kind() -> None:
     [
         (FACTS[:4], "facts"),
         ((FACTS[0], *FACTS[3:]), "facts"),
-        ((*FACTS, Fact("", " red", True)), "facts[5]"),
-        ((*FACTS, Fact("In 1920", "", True)), "facts[5]"),
+        ((*FACTS, Fact("", " red", True)), "facts[5].prompt"),
+        ((*FACTS, Fact("In 1920", "", True)), "facts[5].answer"),
     ],
 )
 async def test_facts_of_one_kind_and_empty_ones_are_refused(

@@ -80,4 +80,4 @@ def test_the_embedded_model_loads(embedded_dir: Path) -> None:
     loaded = load_model("embedded")
     assert (loaded.info.name, loaded.info.n_layers, loaded.info.d_model) == ("SmolLM2-135M-Instruct", 30, 576)
     assert loaded.info.fingerprint == model_fingerprint(embedded_dir)
-    assert loaded.eos_token_ids == {loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert loaded.eos_token_ids == set(loaded.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))

@@ -1,8 +1,8 @@
 """Where the turns of a chat and their contents lie in the text that a chat template renders.
 
 The template is rendered once more with a placeholder for every content, the skeleton; what stands between the
-placeholders is the template's own text. Rendering the growing prefixes messages[:i] of the skeleton tells where a turn
-ends.
+placeholders is the template's own text. Where in it a turn ends, footers.py tells. All of it takes as many renderings
+of messages as there are messages, times a constant.
 """
 
 import re
@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from patchclamp_server.engine.footers import Footers
+from patchclamp_server.engine.text_threads import check_awaited
+from patchclamp_server.errors import FailedPrecondition
+from patchclamp_server.model.chat_templates import template_of
+
+_FIELD = "prompt.chat"
+# Roles between two turns of one role: some templates join turns that follow each other, others want roles to alternate.
+_BETWEEN: tuple[tuple[str, ...], ...] = ((), ("assistant",), ("user",))
 # Private-use characters: no white space, which templates trim, and nothing a template looks for.
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
@@ -52,11 +60,11 @@ class ChatLayout:
         assert start <= end
         return self.roles[bisect_right(self.starts, start) - 1]
 
-    def touches_content(self, start: int, end: int) -> bool:
-        """Whether characters [start, end) of the text overlap a content."""
+    def content_at(self, start: int, end: int) -> int | None:
+        """Index of the first content that characters [start, end) of the text overlap."""
         # Content k ends where part k + 1 starts; the first one that ends after `start` is the one to look at.
         k = bisect_right(self._text_starts, start, lo=1) - 1
-        return k < len(self.contents) and self._text_starts[k + 1] - len(self.contents[k]) < end
+        return k if k < len(self.contents) and self._text_starts[k + 1] - len(self.contents[k]) < end else None
 
     def from_skeleton(self, offset: int) -> int:
         """Offset in the text of an offset in one of the template's own parts of the skeleton."""
@@ -73,33 +81,61 @@ class ChatLayout:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer. Renderings raise jinja2.TemplateError where the template refuses."""
+    """The chat template of a tokenizer.
+
+    Renderings raise jinja2.TemplateError where the template refuses, and FailedPrecondition where it fails.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, model: str) -> "ChatTemplate":
+        """FailedPrecondition where the model has none that a chat alone chooses."""
+        if not template_of(tokenizer):
+            named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+            which = f"only chat templates named {', '.join(named)} and no default" if named else "no chat template"
+            raise FailedPrecondition(_FIELD, f"{model} has {which}; send text or tokens")
+        return cls(tokenizer)
+
     def render(self, turns: Sequence[Message], generation_prompt: bool) -> str:
-        text = self._tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns],
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
+        check_awaited()
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": turn.role, "content": turn.content} for turn in turns],
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        except TemplateSyntaxError as error:
+            raise FailedPrecondition(_FIELD, f"the model's chat template is no template: {error}") from error
+        except TemplateError:
+            raise
+        # A template is a program of the model's author, which may raise whatever Python does.
+        except Exception as error:
+            raise FailedPrecondition(
+                _FIELD, f"the model's chat template failed: {type(error).__name__}: {error}"
+            ) from error
         assert isinstance(text, str)
         return text
 
     def first_refused(self, turns: Sequence[Message]) -> int:
-        """Index of the turn at which the template first refuses the growing chat."""
-        for i in range(len(turns)):
-            if self._skeleton(turns[: i + 1], generation_prompt=False) is None:
-                return i
-        return len(turns) - 1
+        """Index of a turn at which the template refuses the growing chat, and one turn before did not."""
+        roles = [turn.role for turn in turns]
+        accepted, refused = 0, len(turns)
+        while refused - accepted > 1:
+            middle = (accepted + refused) // 2
+            if self._skeleton(roles[:middle]) is None:
+                refused = middle
+            else:
+                accepted = middle
+        return refused - 1
 
     def layout(self, turns: Sequence[Message], text: str, continues: bool) -> ChatLayout | None:
         """Layout of the rendering `text` of `turns`; with `continues` it ends with the last content.
 
         None where the template rewrites contents other than by trimming white space, drops them or reorders them.
         """
-        parts = self._skeleton(turns, generation_prompt=not continues)
+        parts = self._skeleton([turn.role for turn in turns], generation_prompt=not continues)
         if parts is None or len(parts) != len(turns) + 1:
             return None
         contents = _match(parts, turns, text)
@@ -111,32 +147,32 @@ class ChatTemplate:
         runs = runs or []
         return ChatLayout(tuple(parts), tuple(contents), tuple(s for s, _ in runs), tuple(r for _, r in runs))
 
-    def _skeleton(self, turns: Sequence[Message], generation_prompt: bool) -> list[str] | None:
-        """The template's own text around the placeholders of `turns`; None where it refuses them.
+    def _skeleton(self, roles: Sequence[str], generation_prompt: bool = False) -> list[str] | None:
+        """The template's own text around placeholders for the contents; None where it refuses them, or fails on them.
 
-        Fewer than len(turns) + 1 parts where it does not render each once and in order.
+        Fewer than len(roles) + 1 parts where it does not render each once and in order.
         """
-        placeholders = [Message(turn.role, _placeholder(i)) for i, turn in enumerate(turns)]
+        placeholders = [Message(role, _placeholder(i)) for i, role in enumerate(roles)]
         try:
             text = self.render(placeholders, generation_prompt)
-        except TemplateError:
+        except (TemplateError, FailedPrecondition):
             return None
         pieces = _PLACEHOLDER.split(text)
-        return pieces[::2] if pieces[1::2] == [str(i) for i in range(len(turns))] else [text]
+        return pieces[::2] if pieces[1::2] == [str(i) for i in range(len(roles))] else [text]
 
     def _role_runs(
         self, turns: Sequence[Message], parts: Sequence[str], contents: Sequence[str]
     ) -> list[tuple[int, str]] | None:
         """(start, role) of each run of one role in the text; None where a turn's end cannot be told."""
-        footers = self._footers(turns, parts)
-        if footers is None:
-            return None
         # A content without a turn of its own (a system text inside the first user turn) stands in the next one's.
         frames = [turn.role for turn in turns]
+        footers = Footers(self._skeleton, tuple(frames), parts).found()
+        if footers is None:
+            return None
         for i in reversed(range(len(turns) - 1)):
             if footers[i] is None:
                 frames[i] = frames[i + 1]
-        inserted = self._inserted(turns, parts[0], footers[0] or "")
+        inserted = self._inserted(turns[0].role, parts[0])
         if inserted is None:
             return None
         starts = _part_starts(parts, contents)
@@ -151,54 +187,31 @@ class ChatTemplate:
             runs.append((starts[i + 1] + len(footer or ""), following))
         return runs
 
-    def _footers(self, turns: Sequence[Message], parts: Sequence[str]) -> list[str | None] | None:
-        """Text that closes each turn; None for one that is not rendered until the next is there.
-
-        None as a whole where the template changes the end of a turn once another follows.
-        """
-        footers: list[str | None] = []
-        # The same text after a turn of the same role ends it in the same place: a long chat needs few renderings.
-        known: dict[tuple[str, str], str | None] = {}
-        for i, turn in enumerate(turns):
-            last = i + 1 == len(turns)
-            key = (turn.role, parts[i + 1])
-            if last or key not in known:
-                prefix = self._skeleton(turns[: i + 1], generation_prompt=False)
-                known[key] = prefix[-1] if prefix is not None and len(prefix) == i + 2 else None
-            footer = known[key]
-            if footer is None and last:
-                return None
-            if footer is not None and not parts[i + 1].startswith(footer):
-                return None
-            footers.append(footer)
-        return footers
-
-    def _inserted(self, turns: Sequence[Message], opening: str, footer: str) -> int | None:
+    def _inserted(self, role: str, opening: str) -> int | None:
         """Length of a default system text before the first turn, which is what a later turn of its role lacks.
 
-        None where no later turn of that role can be rendered.
+        None where no later turn of that role is rendered as the first one is.
         """
-        first = turns[0]
-        if first.role == "system":
+        if role == "system":
             return 0
-        again = self._skeleton([first, first], generation_prompt=False)
-        if again is None:
-            # Templates that want user and assistant to alternate.
-            pair = [first, Message("assistant", "")]
-            reply = self._skeleton(pair, generation_prompt=False)
-            again = self._skeleton([*pair, first], generation_prompt=False)
-            if reply is None or again is None:
-                return None
-            footer = reply[-1]
-        header = again[-2]
-        if not header.startswith(footer) or not opening.endswith(header[len(footer) :]):
+        headers = (self._later_header(role, between) for between in _BETWEEN)
+        header = next((found for found in headers if found is not None and opening.endswith(found)), None)
+        if header is None:
             return None
-        inserted = opening[: len(opening) - len(header) + len(footer)]
+        inserted = opening.removesuffix(header)
         # A token that begins every sequence is no system text, and belongs to the first turn.
         text = inserted
         for token in self._tokenizer.all_special_tokens:
             text = text.replace(token, "")
         return len(inserted) if text.strip() else 0
+
+    def _later_header(self, role: str, between: Sequence[str]) -> str | None:
+        """What stands before a second turn of a role, with turns of other roles between it and the first."""
+        before = self._skeleton([role, *between])
+        after = self._skeleton([role, *between, role])
+        if before is None or after is None or len(after) != len(between) + 3 or not after[-2].startswith(before[-1]):
+            return None
+        return after[-2].removeprefix(before[-1])
 
 
 def _match(parts: Sequence[str], turns: Sequence[Message], text: str) -> list[str] | None:

@@ -18,6 +18,7 @@ from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.vocabulary import check_ids
 
 
 class Intake:
@@ -31,6 +32,8 @@ class Intake:
     def check(self, request: Request) -> None:
         """Raises InvalidArgument for what can never run."""
         context = self._model.info.context_length
+        # Whoever made the request has checked them where they came from; one missed would fail a step of everybody.
+        check_ids(request.tokens, self._model.info.vocab_size, "prompt")
         length = len(request.tokens)
         if not length:
             raise InvalidArgument("prompt", "the prompt is empty")
@@ -88,7 +91,7 @@ class Intake:
             state=None,
             capture=self._capture(request),
             output=Output(
-                IncrementalDetokenizer(model.tokenizer),
+                IncrementalDetokenizer(model.tokenizer, after=request.tokens[:prompt_length]),
                 StopChecker(request.stop.strings, request.stop.include_stop_string),
                 frozenset() if request.stop.ignore_eos else model.eos_token_ids,
             ),

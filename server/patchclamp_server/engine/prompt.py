@@ -2,21 +2,24 @@
 
 Text is a raw completion: special tokens written in it are parsed. The content of a chat message is not: a control
 token typed by a user, such as an end of turn, stays the characters that were typed, so no message can open a turn.
+
+Every text that becomes tokens, a prompt or what a job is about, passes `_encoded`: it is not longer than what may be
+read, its call still waits for it, and the model has a row for every id.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerBase
 
 from patchclamp_server.engine.chat_layout import ChatLayout, ChatTemplate, Message
-from patchclamp_server.engine.text import IncrementalDetokenizer, fast_tokenizer, piece, token_bytes
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument
+from patchclamp_server.engine.encoders import Encoders, Tokens
+from patchclamp_server.engine.text import IncrementalDetokenizer, piece, token_bytes
+from patchclamp_server.engine.text_threads import TextThreads, check_awaited
+from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.vocabulary import check_ids, first_outside
 
 _MESSAGES = "prompt.chat.messages"
 
@@ -29,51 +32,66 @@ class EncodedPrompt:
     roles: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Ids with the characters [start, end) of the text that each covers."""
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
-
-
 class PromptEncoder:
-    """Encodes the three forms of a prompt. Refusals name the field, from "prompt" on."""
+    """Encodes the three forms of a prompt, and other texts. Refusals of prompts name the field, from "prompt" on.
+
+    `serving` and `analysis`: the threads in which requests and jobs do so, see text_threads.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, info: ModelInfo) -> None:
         self._tokenizer = tokenizer
-        self._backend = fast_tokenizer(tokenizer)
+        self._encoders = Encoders(tokenizer)
         self._info = info
         added = tokenizer.added_tokens_decoder
         self._control = {id: token.content for id, token in added.items() if token.special}
         self._unknown = tokenizer.unk_token_id
         self._pieces: dict[int, str] = {}
+        self.serving = TextThreads("text")
+        self.analysis = TextThreads("analysis-text")
+        # The special tokens that the tokenizer puts before a text.
+        self.text_start = _before("a", self._encoders)
+
+    def close(self) -> None:
+        self.serving.close()
+        self.analysis.close()
 
     def encode_text(self, text: str) -> EncodedPrompt:
-        """Tokenise as is, with the special tokens the tokenizer puts around a text."""
-        if not text:
-            raise InvalidArgument("prompt.text", "is empty; a prompt has at least one token")
-        return self._checked("prompt.text", self._backend.encode(text, add_special_tokens=True).ids)
+        """Tokenise as is, with the special tokens the tokenizer puts around a text. Where it puts any, a text may be
+        empty."""
 
-    def encode_continuation(self, text: str) -> tuple[int, ...]:
-        """Ids of text that follows a prompt, as in Score: no special tokens are put around it."""
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        def read(text: str) -> Tokens:
+            encoding = self._encoders.start.encode(text, add_special_tokens=True)
+            return Tokens(encoding.ids, encoding.offsets)
 
-    @cached_property
-    def text_start(self) -> tuple[int, ...]:
-        """The special tokens that the tokenizer puts before a text."""
-        bare = self._backend.encode("a", add_special_tokens=False).ids
-        whole = self._backend.encode("a", add_special_tokens=True).ids
-        before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-        return tuple(whole[:before])
+        return self._checked("prompt.text", self._encoded(read, text, "prompt.text").ids)
+
+    def encode_body(self, text: str, field: str, *, most_tokens: int) -> tuple[int, ...]:
+        """Ids of a text of a job, from its start, without the special tokens around it. `most_tokens`: that the job
+        may take of it."""
+        return tuple(self._encoded(self._encoders.at_start, text, field, most_tokens).ids)
+
+    def encode_continuation(
+        self, text: str, field: str = "continuation", after: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
+        """Ids of text that follows the tokens `after`, as in Score: those that it has in the text of both together,
+        where a token ends where it begins. None stands for any words."""
+        if after is not None and tuple(after) == self.text_start:
+            read = self._encoders.at_start
+        elif after and after[-1] in self._control:
+            read = self._encoders.after_control
+        else:
+            read = self._encoders.in_middle
+        return tuple(self._encoded(read, text, field).ids)
 
     def encode_tokens(self, ids: Sequence[int]) -> EncodedPrompt:
-        for i, id in enumerate(ids):
-            if not 0 <= id < self._info.vocab_size:
-                raise InvalidArgument(
-                    f"prompt.tokens.ids[{i}]", f"{id} is outside the vocabulary [0, {self._info.vocab_size})"
-                )
+        check_ids(ids, self._info.vocab_size, "prompt.tokens.ids")
         return self._checked("prompt.tokens.ids", ids)
+
+    def token_of(self, text: str) -> int | None:
+        """The one token that the model has for a text in the middle of another; None where it has none."""
+        ids = self._encoders.in_middle(text).ids
+        whole = len(ids) == 1 and ids[0] != self._unknown and first_outside(ids, self._info.vocab_size) is None
+        return ids[0] if whole else None
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], continue_final_message: bool = False) -> EncodedPrompt:
         """Render (role, content) turns by the model's chat template and tokenise them.
@@ -81,25 +99,13 @@ class PromptEncoder:
         The header and footer of a turn have its role; a default system text has the role "system", the header of the
         turn to be generated the role "assistant". With `continue_final_message` the prompt ends with the last content.
         """
-        if not self._tokenizer.chat_template:
-            raise FailedPrecondition("prompt.chat", f"{self._info.name} has no chat template; send text or tokens")
-        if not messages:
-            raise InvalidArgument(_MESSAGES, "is empty; a chat has at least one message")
-        turns = [Message(role, content) for role, content in messages]
-        for i, turn in enumerate(turns):
-            if not turn.role or not turn.role.isprintable() or " " in turn.role or self._control_in(turn.role):
-                raise InvalidArgument(f"{_MESSAGES}[{i}].role", f"{turn.role!r} is not the name of a role")
-        template = ChatTemplate(self._tokenizer)
+        template = ChatTemplate.of(self._tokenizer, self._info.name)
+        turns = self._turns(messages)
         text = self._render(template, turns, continue_final_message)
         layout = template.layout(turns, text, continue_final_message)
         if layout is None:
             return self._encode_opaque(turns, text, continue_final_message)
-        text = layout.text
-        tokens = self._encode(self._backend, text)
-        if self._control_typed(layout, tokens):
-            tokens = self._encode_literally(layout)
-        roles = tuple(layout.role_at(start, end) for start, end in tokens.spans) if layout.framed else None
-        return self._checked("prompt.chat", tokens.ids, roles)
+        return self._encode_layout(layout)
 
     def piece(self, id: int) -> str:
         """The text of one token, see text.piece; remembered, because every token that is generated asks for it."""
@@ -122,6 +128,39 @@ class PromptEncoder:
         table = token_bytes(self._tokenizer)
         return b"".join(table.of(id, first=False) for id in ids).decode(errors="replace")
 
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of text that so many tokens may be read from: as many times those of the longest token."""
+        return tokens * self._encoders.longest_token
+
+    def _encoded(
+        self,
+        read: Callable[[str], Tokens],
+        text: str,
+        field: str,
+        most_tokens: int | None = None,
+        *,
+        field_at: Callable[[int, int], str] | None = None,
+    ) -> Tokens:
+        """What `read` makes of a text. `field_at`: of characters [start, end), where `field` is made of several."""
+        check_awaited()
+        self._check_bytes(len(text.encode()), field, most_tokens or self._info.context_length)
+        found = read(text)
+        size = self._info.vocab_size
+        outside = first_outside(found.ids, size)
+        if outside is not None:
+            id, (start, end) = found.ids[outside], found.spans[outside]
+            written = text[start:end] or self._tokenizer.convert_ids_to_tokens(id)
+            raise InvalidArgument(
+                field if field_at is None else field_at(start, end),
+                f"{written!r} is the token {id} of the tokenizer, outside the vocabulary [0, {size}) of the model",
+            )
+        return found
+
+    def _check_bytes(self, size: int, field: str, tokens: int) -> None:
+        most = self.bytes_of(tokens)
+        if size > most:
+            raise InvalidArgument(field, f"has {size} bytes; at most {most} are read, for {tokens} tokens")
+
     def _checked(self, field: str, ids: Sequence[int], roles: tuple[str, ...] | None = None) -> EncodedPrompt:
         if not ids:
             raise InvalidArgument(field, "is empty; a prompt has at least one token")
@@ -131,6 +170,24 @@ class PromptEncoder:
             )
         return EncodedPrompt(tuple(ids), roles)
 
+    def _turns(self, messages: Sequence[tuple[str, str]]) -> list[Message]:
+        """Refuses, before anything is rendered, what cannot be a chat of this model."""
+        context = self._info.context_length
+        if not messages:
+            raise InvalidArgument(_MESSAGES, "is empty; a chat has at least one message")
+        if len(messages) > context:
+            raise InvalidArgument(_MESSAGES, f"{len(messages)} messages; a context of {context} tokens holds no more")
+        self._check_bytes(sum(len(content.encode()) for _, content in messages), _MESSAGES, context)
+        names: set[str] = set()
+        for i, (role, _) in enumerate(messages):
+            if role not in names and not self._is_name(role):
+                raise InvalidArgument(f"{_MESSAGES}[{i}].role", f"{role!r} is not the name of a role")
+            names.add(role)
+        return [Message(role, content) for role, content in messages]
+
+    def _is_name(self, role: str) -> bool:
+        return bool(role) and role.isprintable() and " " not in role and not self._control_in(role)
+
     def _render(self, template: ChatTemplate, turns: Sequence[Message], continues: bool) -> str:
         try:
             return template.render(turns, generation_prompt=not continues)
@@ -139,6 +196,19 @@ class PromptEncoder:
             raise InvalidArgument(
                 f"{_MESSAGES}[{index}].role", f"{turns[index].role!r} is refused by the chat template: {error}"
             ) from error
+
+    def _encode_layout(self, layout: ChatLayout) -> EncodedPrompt:
+        def read(text: str) -> Tokens:
+            tokens = self._encoders.at_start(text)
+            return self._encode_literally(layout) if self._control_typed(layout, tokens) else tokens
+
+        def field_at(start: int, end: int) -> str:
+            content = layout.content_at(start, end)
+            return "prompt.chat" if content is None else f"{_MESSAGES}[{content}].content"
+
+        tokens = self._encoded(read, layout.text, "prompt.chat", field_at=field_at)
+        roles = tuple(layout.role_at(start, end) for start, end in tokens.spans) if layout.framed else None
+        return self._checked("prompt.chat", tokens.ids, roles)
 
     def _encode_opaque(self, turns: Sequence[Message], text: str, continues: bool) -> EncodedPrompt:
         """A template that rewrites this content: no roles, and nothing is encoded whose meaning is not certain."""
@@ -152,13 +222,13 @@ class PromptEncoder:
                 raise InvalidArgument(
                     f"{_MESSAGES}[{i}].content", f"has {found}, a control token of a template that rewrites contents"
                 )
-        return self._checked("prompt.chat", self._encode(self._backend, text).ids)
+        return self._checked("prompt.chat", self._encoded(self._encoders.at_start, text, "prompt.chat").ids)
 
     def _control_in(self, text: str) -> str:
         """A control token written in a text, or ""."""
         return next((content for content in self._control.values() if content in text), "")
 
-    def _control_typed(self, layout: ChatLayout, tokens: _Tokens) -> bool:
+    def _control_typed(self, layout: ChatLayout, tokens: Tokens) -> bool:
         """Whether a control token was read, in part at least, from the content of a message."""
         for id, (start, end) in zip(tokens.ids, tokens.spans, strict=True):
             written = layout.text[start:end]
@@ -166,7 +236,7 @@ class PromptEncoder:
                 # Some control tokens take the white space around them; that is not part of what was typed.
                 start += len(written) - len(written.lstrip())
                 end -= len(written) - len(written.rstrip())
-                if layout.touches_content(start, end):
+                if layout.content_at(start, end) is not None:
                     return True
         return False
 
@@ -174,50 +244,36 @@ class PromptEncoder:
         """Whether a token read from these characters is a control token (the unknown token stands for others too)."""
         return id in self._control and (id != self._unknown or self._control[id].strip() == written.strip())
 
-    def _encode_literally(self, layout: ChatLayout) -> _Tokens:
+    def _encode_literally(self, layout: ChatLayout) -> Tokens:
         """Encode with the template's control tokens only.
 
         A tokenizer cuts a text at its control tokens before anything else, so the pieces between those of the template
         can be encoded one by one, without looking for control tokens. On ordinary contents this is the plain encoding.
         """
-        skeleton = self._encode(self._backend, layout.skeleton)
-        tokens = _Tokens([], [])
+        skeleton = self._encoders.at_start(layout.skeleton)
+        tokens = Tokens([], [])
         start = 0
+
+        def append(end: int) -> None:
+            check_awaited()
+            encoded = self._encoders.literally(layout.text[start:end], start=not start)
+            tokens.ids.extend(encoded.ids)
+            tokens.spans.extend((start + a, start + b) for a, b in encoded.spans)
+
         for id, (a, b) in zip(skeleton.ids, skeleton.spans, strict=True):
             if self._is_control(id, layout.skeleton[a:b]):
                 a, b = layout.from_skeleton(a), layout.from_skeleton(b)
-                self._append_literal(tokens, layout.text, start, a)
+                append(a)
                 tokens.ids.append(id)
                 tokens.spans.append((a, b))
                 start = b
-        self._append_literal(tokens, layout.text, start, len(layout.text))
+        append(len(layout.text))
         return tokens
 
-    def _append_literal(self, tokens: _Tokens, text: str, start: int, end: int) -> None:
-        encoder = self._literal if start else self._literal_start
-        encoded = self._encode(encoder, text[start:end])
-        tokens.ids.extend(encoded.ids)
-        tokens.spans.extend((start + a, start + b) for a, b in encoded.spans)
 
-    @staticmethod
-    def _encode(tokenizer: Tokenizer, text: str) -> _Tokens:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        return _Tokens(encoding.ids, encoding.offsets)
-
-    @cached_property
-    def _literal_start(self) -> Tokenizer:
-        """The tokenizer without control tokens; its own, because the switch is a state that requests would share."""
-        tokenizer = Tokenizer.from_str(self._backend.to_str())
-        tokenizer.encode_special_tokens = True
-        return tokenizer
-
-    @cached_property
-    def _literal(self) -> Tokenizer:
-        """The same for a piece that is not the first: no prefix space where only the start of a text gets one."""
-        pre_tokenizer = self._literal_start.pre_tokenizer
-        if not isinstance(pre_tokenizer, Metaspace) or pre_tokenizer.prepend_scheme != "first":
-            return self._literal_start
-        tokenizer = Tokenizer.from_str(self._literal_start.to_str())
-        tokenizer.encode_special_tokens = True
-        tokenizer.pre_tokenizer = Metaspace(pre_tokenizer.replacement, "never", pre_tokenizer.split)
-        return tokenizer
+def _before(text: str, encoders: Encoders) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text."""
+    bare = encoders.at_start(text).ids
+    whole = encoders.start.encode(text, add_special_tokens=True).ids
+    before = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return tuple(whole[:before])

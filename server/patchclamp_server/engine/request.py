@@ -1,6 +1,6 @@
 """The words in which the rpc layer and the engine speak: requests in, events out. No gRPC here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
@@ -42,7 +42,8 @@ class SamplingParams:
 class StopParams:
     max_tokens: int = 256
     strings: tuple[str, ...] = ()
-    token_ids: tuple[int, ...] = ()
+    # Looked up for every generated token.
+    token_ids: Set[int] = frozenset()
     ignore_eos: bool = False
     include_stop_string: bool = False
 

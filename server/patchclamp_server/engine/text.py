@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -75,10 +75,18 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
 
 
 def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The Rust tokenizer behind a tokenizer. Raises FailedPrecondition where there is none."""
+    """The Rust tokenizer behind a tokenizer. It reads texts whole: neither cut nor filled up, whatever its file says.
+
+    Raises FailedPrecondition where there is none.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise FailedPrecondition("model", f"needs a fast tokenizer (tokenizer.json), not {type(tokenizer).__name__}")
+    # Only where there is something to switch off: a tokenizer cannot be changed while it encodes in another thread.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
     return backend
 
 
@@ -90,17 +98,21 @@ def piece(tokenizer: PreTrainedTokenizerBase, id: int) -> str:
 class IncrementalDetokenizer:
     """Text of a growing sequence of tokens, character by character as it becomes final.
 
-    The pushes and flush() together are ``tokenizer.decode(all)`` without the clean-up of spaces before punctuation.
+    The pushes and flush() together are ``tokenizer.decode(all)`` without the clean-up of spaces before punctuation, or,
+    with `after`, what ``tokenizer.decode(after + all)`` adds to ``tokenizer.decode(after)``: the word that follows a
+    prompt keeps its space, which decoders of SentencePiece drop at the start of a text.
     A character whose bytes are not all there is held back; bytes that can no longer become one are U+FFFD. One
     difference: `decode` gives up a whole run of byte-fallback tokens when a part of it is invalid; here its valid
     characters, which may have been sent already, stay. Constant work for each token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True, after: Iterable[int] = ()
+    ) -> None:
         self._bytes = token_bytes(tokenizer)
         self._skip_special_tokens = skip_special_tokens
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._first = True
+        self._first = all(skip_special_tokens and self._bytes.is_special(id) for id in after)
 
     def push(self, token_id: int) -> str:
         if self._skip_special_tokens and self._bytes.is_special(token_id):
@@ -182,6 +194,15 @@ def _borders(string: str) -> list[int]:
             length = borders[length]
         borders.append(length + (string[length] == string[n]))
     return borders
+
+
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Bytes of text that no token has more of."""
+    byte_level = "ByteLevel" in _decoder_kinds(tokenizer)
+    added = tokenizer.get_added_tokens_decoder().values()
+    # A character of a byte-level token is one byte; other tokens decode to no more than they are written with.
+    lengths = (len(token if byte_level else token.encode()) for token in tokenizer.get_vocab(with_added_tokens=False))
+    return max(1, *lengths, *(len(token.content.encode()) for token in added))
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:

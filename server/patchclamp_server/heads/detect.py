@@ -88,9 +88,9 @@ async def detect(
         raise InvalidArgument("threshold", f"{job.threshold:g} is not a share above 0 and up to 1")
     if job.stopping is not None:
         job.stopping.check(info.n_layers * info.n_heads, "stopping")
-    planned = await asyncio.to_thread(plan, job.test, info)
+    planned = await prompts.analysis.run(plan, job.test, info)
     writer = PromptWriter(planned, info, prompts, token_bytes(engine.model.tokenizer))
-    written = [await asyncio.to_thread(writer.write, placement) for placement in planned.placements]
+    written = [await prompts.analysis.run(writer.write, placement) for placement in planned.placements]
     program = reading_all_heads(info)
     scores = RetrievalScores()
     done: list[NeedleRun] = []

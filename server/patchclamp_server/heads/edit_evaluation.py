@@ -82,13 +82,13 @@ async def evaluate_edit(
         raise InvalidArgument("scale", f"must be finite, got {job.scale}")
     heads = await asyncio.to_thread(select, job.heads, store, info, "heads")
     sets = ((), heads, *random_sets(heads, info, job.random_sets, job.seed))
-    planned = await asyncio.to_thread(plan, job.test, info)
+    planned = await prompts.analysis.run(plan, job.test, info)
     writer = PromptWriter(planned, info, prompts, token_bytes(engine.model.tokenizer))
-    written = [await asyncio.to_thread(writer.write, placement) for placement in planned.placements]
-    texts = await asyncio.to_thread(windows, job.texts, prompts, info.context_length)
+    written = [await prompts.analysis.run(writer.write, placement) for placement in planned.placements]
+    texts = await prompts.analysis.run(windows, job.texts, prompts, info.context_length)
     means = None
     if job.mode is HeadEditMode.MEAN:
-        means = await mean_outputs(engine, info, await asyncio.to_thread(windows, (), prompts, info.context_length))
+        means = await mean_outputs(engine, info, await prompts.analysis.run(windows, (), prompts, info.context_length))
     requests: list[Callable[[OnEvent], Request]] = []
     for edited in sets:
         program = head_program(edited, job.mode, info, scale=job.scale, means=means) if edited else None

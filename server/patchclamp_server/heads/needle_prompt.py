@@ -56,7 +56,10 @@ class PromptWriter:
         self._info = info
         self._encoder = encoder
         self._tokens = tokens
-        self._texts = [_Text(text, encoder, tokens) for text in plan.haystacks]
+        self._texts = [
+            _Text(text, encoder, tokens, f"test.haystacks[{i}]", info.context_length)
+            for i, text in enumerate(plan.haystacks)
+        ]
 
     def write(self, placement: Placement) -> NeedlePrompt:
         """A prompt of at most `placement.length` tokens, by a few at most shorter.
@@ -64,7 +67,9 @@ class PromptWriter:
         Raises InvalidArgument for a length without room for text beside the needle, or for the answer in the context.
         """
         needle, length = self.plan.needles[placement.needle], placement.length
-        answer = len(self._encoder.encode_continuation(needle.needle)) + ANSWER_MARGIN
+        field = f"test.needles[{placement.needle}].needle"
+        answer = len(self._encoder.encode_continuation(needle.needle, field)) + ANSWER_MARGIN
+        self._encoder.encode_continuation(needle.question, f"test.needles[{placement.needle}].question")
         if length + answer > self._info.context_length:
             raise InvalidArgument(
                 "test.lengths",
@@ -125,17 +130,19 @@ def sentence_breaks(text: str) -> list[int]:
 
 
 class _Text:
-    """A haystack, repeated as often as it takes, to be cut after so many tokens."""
+    """A haystack, repeated as often as it takes, to be cut after so many tokens, `most` at most."""
 
-    def __init__(self, text: str, encoder: PromptEncoder, tokens: TokenBytes) -> None:
-        self._text = text.strip().encode()
+    def __init__(self, text: str, encoder: PromptEncoder, tokens: TokenBytes, field: str, most: int) -> None:
+        # No more than `most` tokens can be read from.
+        self._text = text.strip().encode()[: encoder.bytes_of(most)].decode(errors="ignore").encode()
         self._encoder = encoder
         self._tokens = tokens
+        self._field = field
 
     @cached_property
     def _ends(self) -> Sequence[int]:
         """Byte at which each token of the text ends."""
-        ids = self._encoder.encode_continuation(self._text.decode())
+        ids = self._encoder.encode_continuation(self._text.decode(), self._field)
         return list(accumulate(len(self._tokens.of(id, first=False)) for id in ids))
 
     def of_tokens(self, n: int) -> str:

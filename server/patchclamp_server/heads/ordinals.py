@@ -39,7 +39,7 @@ def ordinals() -> tuple[Ordinal, ...]:
     return tuple(Ordinal(e["name"], tuple(e["words"]), e["cyclic"], e["cased"]) for e in entries)
 
 
-def token_sequences(prompts: PromptEncoder, unknown: int | None) -> list[TokenSequence]:
+def token_sequences(prompts: PromptEncoder) -> list[TokenSequence]:
     """Words of several tokens are left out, with the pairs they are in.
 
     FailedPrecondition: the tokenizer has whole tokens for no sequence.
@@ -47,8 +47,7 @@ def token_sequences(prompts: PromptEncoder, unknown: int | None) -> list[TokenSe
     found: dict[tuple[tuple[int, int], ...], TokenSequence] = {}
     for ordinal in ordinals():
         for name, words in _spellings(ordinal):
-            ids = [prompts.encode_continuation(word) for word in words]
-            tokens = [id[0] if len(id) == 1 and id[0] != unknown else None for id in ids]
+            tokens = [prompts.token_of(word) for word in words]
             following = tokens[1:] + tokens[:1] if ordinal.cyclic else tokens[1:]
             pairs = tuple((a, b) for a, b in zip(tokens, following, strict=False) if a is not None and b is not None)
             members = tuple(dict.fromkeys(token for token in tokens if token is not None))

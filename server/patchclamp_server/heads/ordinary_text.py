@@ -18,11 +18,11 @@ def windows(texts: Sequence[str], prompts: PromptEncoder, context_length: int) -
 
     Raises InvalidArgument for texts that are too short or too long.
     """
-    opening = _opening(prompts)
+    opening = prompts.text_start
     size = min(WINDOW, context_length) - len(opening)
     found: list[tuple[int, ...]] = []
     for i, text in enumerate(texts or (ordinary_text(),)):
-        ids = prompts.encode_continuation(text)
+        ids = prompts.encode_body(text, f"texts[{i}]", most_tokens=MAX_WINDOWS * WINDOW)
         own = [ids[start : start + size] for start in range(0, len(ids), size)]
         own = [opening + window for window in own if len(opening) + len(window) >= 2]
         if not own:
@@ -33,10 +33,3 @@ def windows(texts: Sequence[str], prompts: PromptEncoder, context_length: int) -
     if len(found) > MAX_WINDOWS:
         raise InvalidArgument("texts", f"{len(found)} windows of {size} tokens; at most {MAX_WINDOWS} are scored")
     return found
-
-
-def _opening(prompts: PromptEncoder) -> tuple[int, ...]:
-    """Special tokens that the tokenizer puts before a text."""
-    bare = prompts.encode_continuation("a")
-    ids = prompts.encode_text("a").ids
-    return ids[: ids.index(bare[0])]

@@ -78,7 +78,7 @@ def sequences(model: LoadedModel, prompts: PromptEncoder, job: Scoring, n: int) 
     if job.sequence_tokens < 2:
         raise InvalidArgument("sequence_tokens", f"expected at least 2, got {job.sequence_tokens}")
     context = model.info.context_length
-    start = leading_tokens(prompts)
+    start = prompts.text_start
     if len(start) + 2 * job.sequence_tokens > context:
         message = f"twice {job.sequence_tokens} tokens are more than the context of {context}"
         raise InvalidArgument("sequence_tokens", message)
@@ -146,11 +146,3 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tens
     special.update(tokenizer.all_special_ids)
     # The table may have rows that no token has.
     return torch.tensor([id for id in range(min(vocab_size, len(tokenizer))) if id not in special])
-
-
-def leading_tokens(prompts: PromptEncoder) -> tuple[int, ...]:
-    """What the tokenizer puts before a text, such as BOS."""
-    text = "a"
-    plain, whole = prompts.encode_continuation(text), prompts.encode_text(text).ids
-    starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
-    return whole[: next(starts, 0)]

@@ -36,7 +36,7 @@ def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerat
 
 def _scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> Generator[Progress | HeadScores, None, None]:
     decoder = engine.model.decoder
-    sequences = token_sequences(prompts, engine.model.tokenizer.unk_token_id)
+    sequences = token_sequences(prompts)
     circuit = OvCircuit(decoder, sequences)
     random = circuit.random_targets(torch.Generator().manual_seed(job.seed))
     hits, random_hits = [], []

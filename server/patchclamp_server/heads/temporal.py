@@ -14,7 +14,6 @@ Information, which finds candidates by circuits of single facts (EAP-IG) and con
 heads are ablated, so no threshold on the edges of a circuit chooses what is tested.
 """
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -29,7 +28,7 @@ from torch import Tensor
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.engine.request import Priority, Request, Token
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, RequestError
 from patchclamp_server.heads.analysis_batch import OnEvent, completed
 from patchclamp_server.heads.scoring import Fact, HeadScores, Progress, Scoring, ends, resampled_means
 from patchclamp_server.interventions.bind import bind
@@ -49,7 +48,7 @@ async def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncG
     if not 2 <= int(timed.sum()) <= len(facts) - 2:
         raise InvalidArgument("facts", "need at least two time-conditioned facts and two others")
     info = engine.model.info
-    requests = await asyncio.to_thread(_requests, facts, prompts, info)
+    requests = await prompts.analysis.run(_requests, facts, prompts, info)
     found = torch.empty(len(requests))
     async with aclosing(completed(engine, requests, max_in_flight=MAX_IN_FLIGHT)) as finished:
         done = 0
@@ -72,10 +71,15 @@ def _requests(facts: tuple[Fact, ...], prompts: PromptEncoder, info: ModelInfo) 
     """All facts unedited, then all facts without each head, by layer and head."""
     tokens = []
     for i, fact in enumerate(facts):
-        answer = prompts.encode_continuation(fact.answer)
-        if not fact.prompt or not answer:
-            raise InvalidArgument(f"facts[{i}]", "has an empty prompt or answer")
-        tokens.append((prompts.encode_text(fact.prompt).ids, answer))
+        try:
+            prompt = prompts.encode_text(fact.prompt).ids
+        except RequestError as error:
+            error.field = f"facts[{i}].prompt"
+            raise
+        answer = prompts.encode_continuation(fact.answer, f"facts[{i}].answer", prompt)
+        if not answer:
+            raise InvalidArgument(f"facts[{i}].answer", "is empty; at least one token is scored")
+        tokens.append((prompt, answer))
     without = [
         bind(Program((Edit(HeadEdit((head,), scale=0.0), Site.ATTN_Z, layers=(layer,)),)), info)
         for layer in range(info.n_layers)

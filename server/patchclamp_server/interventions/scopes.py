@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Phase, PositionRange, Scope, TokenSelector
+from patchclamp_server.vocabulary import check_ids
 
 # Role of the turn that the model itself writes.
 GENERATED_ROLE = "assistant"
@@ -44,9 +45,7 @@ def _check_selector(selector: TokenSelector, path: str, *, vocab_size: int, has_
             raise InvalidArgument(f"{path}.role", message)
     if selector.positions is not None:
         _check_range(selector.positions, f"{path}.positions", selector.phase)
-    for i, token in enumerate(selector.token_ids):
-        if not 0 <= token < vocab_size:
-            raise InvalidArgument(f"{path}.token_ids[{i}]", f"{token} is outside the vocabulary of {vocab_size}")
+    check_ids(selector.token_ids, vocab_size, f"{path}.token_ids")
 
 
 def _check_range(positions: PositionRange, path: str, phase: Phase | None) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from patchclamp_server.model.cache import cached_model
 from patchclamp_server.model.digests import sha256_of_file
+from patchclamp_server.model.end_tokens import gguf_end_token_ids
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Part of an entry's key: raise it when the same file is to be converted differently.
-CONVERSION = 1
+CONVERSION = 3
 
 # How a byte-level vocabulary splits text before its merges apply, by `tokenizer.ggml.pre` (names of llama.cpp).
 # transformers splits by the regular expression of those it knows, and as GPT-2 otherwise. These split digits apart
@@ -73,6 +74,8 @@ def convert(path: Path, directory: Path, progress: Progress) -> None:
             )
         except (ValueError, KeyError, OSError) as error:
             raise ModelSourceError(f"{path} cannot be converted: {error}") from error
+        if ends := gguf_end_token_ids(header):
+            model.generation_config.eos_token_id = sorted(ends)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 

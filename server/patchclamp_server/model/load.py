@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from patchclamp_server.model.chat_templates import template_of
 from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.model.end_tokens import end_token_ids
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 from patchclamp_server.model.source import EMBEDDED, resolve
+from patchclamp_server.model.tokenizer import load_tokenizer
 from patchclamp_server.model.weights import decoder_from_transformers
 
 
@@ -41,7 +44,7 @@ def load_model(
     source = resolve(ref, progress)
     fingerprint = model_fingerprint(source.directory, progress)
     model, tokenizer = load_pretrained(source.directory, dtype=dtype, progress=progress)
-    eos = eos_token_ids(model, tokenizer)
+    eos = end_token_ids(model, tokenizer)
     decoder = decoder_from_transformers(model, dtype=dtype, device=device)
     decoder.warm_up()
     spec = decoder.spec
@@ -60,7 +63,7 @@ def load_model(
         dtype=str(dtype).removeprefix("torch."),
         device=device,
         sites=dict(spec.sites),
-        has_chat_template=tokenizer.chat_template is not None,
+        has_chat_template=template_of(tokenizer) is not None,
     )
     (progress or Silent()).update(Stage.READY)
     return LoadedModel(info, decoder, tokenizer, eos)
@@ -72,7 +75,7 @@ def load_pretrained(
     """The transformers model and tokenizer of a local directory; no code of the repository runs, no pickle is read."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = load_tokenizer(directory)
         with transformers_progress(progress, Stage.LOAD):
             # With output_loading_info it returns a pair, which its annotation does not know.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,13 +96,3 @@ def load_pretrained(
         shown = ", ".join(absent[:5]) + (" …" if len(absent) > 5 else "")
         raise ModelSourceError(f"{directory} lacks {len(absent)} weights of a {type(model).__name__}: {shown}")
     return model, tokenizer
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every end-of-sequence id that the generation config, the config or the tokenizer names."""
-    ids: set[int] = set()
-    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    for named in (generation, getattr(model.config, "eos_token_id", None), tokenizer.eos_token_id):
-        if named is not None:
-            ids.update([named] if isinstance(named, int) else named)
-    return frozenset(ids)

@@ -87,8 +87,8 @@ def decode_attribution(request: pb.AttributeLogitsRequest, prompts: PromptEncode
     tokens = decode_prompt(request.prompt, prompts).ids
     if len(tokens) > MAX_ATTRIBUTED_TOKENS:
         raise InvalidArgument("prompt", f"has {len(tokens)} tokens; at most {MAX_ATTRIBUTED_TOKENS} are attributed")
-    target = _first_token(request.target, prompts, "target")
-    contrast = _first_token(request.contrast, prompts, "contrast") if request.contrast else None
+    target = _first_token(request.target, prompts, "target", tokens)
+    contrast = _first_token(request.contrast, prompts, "contrast", tokens) if request.contrast else None
     top_heads = request.top_heads if request.HasField("top_heads") else DEFAULT_TOP_HEADS
     n_heads = info.n_layers * info.n_heads
     # Of embedding and biases, of each MLP and of each head.
@@ -115,11 +115,14 @@ def encode_attribution(found: LogitAttribution) -> pb.AttributeLogitsResponse:
 
 
 def _pair(proto: pb.CleanCorruptPair, prompts: PromptEncoder, info: ModelInfo, field: str) -> CleanCorruptPair:
+    clean = _prompt(proto.clean, prompts, info, f"{field}.clean")
+    corrupt = _prompt(proto.corrupt, prompts, info, f"{field}.corrupt")
+    # Both answers are looked for after either prompt.
     return CleanCorruptPair(
-        _prompt(proto.clean, prompts, info, f"{field}.clean"),
-        _prompt(proto.corrupt, prompts, info, f"{field}.corrupt"),
-        _first_token(proto.clean_answer, prompts, f"{field}.clean_answer"),
-        _first_token(proto.corrupt_answer, prompts, f"{field}.corrupt_answer"),
+        clean,
+        corrupt,
+        _first_token(proto.clean_answer, prompts, f"{field}.clean_answer", clean),
+        _first_token(proto.corrupt_answer, prompts, f"{field}.corrupt_answer", clean),
     )
 
 
@@ -132,8 +135,8 @@ def _prompt(proto: generation_pb2.Prompt, prompts: PromptEncoder, info: ModelInf
     return ids
 
 
-def _first_token(text: str, prompts: PromptEncoder, field: str) -> int:
-    ids = prompts.encode_continuation(text)
+def _first_token(text: str, prompts: PromptEncoder, field: str, after: tuple[int, ...]) -> int:
+    ids = prompts.encode_continuation(text, field, after)
     if not ids:
         raise InvalidArgument(field, "is empty; its first token is needed")
     return ids[0]

@@ -19,9 +19,12 @@ from patchclamp_server.heads.head_sets import HeadSelection
 from patchclamp_server.rpc.checks import chosen, count, finite, known
 from patchclamp_server.rpc.program_codec import encode_receipt
 from patchclamp_server.rpc.sparsity_codec import encode_report
+from patchclamp_server.vocabulary import check_ids
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+# Each has an automaton that is built between two steps, of all streams.
+MAX_STOP_STRING_CHARACTERS = 4096
 # What float32 logits stay finite under, however often a token was seen.
 LARGEST_PENALTY = 1e6
 
@@ -91,13 +94,15 @@ def decode_stop(proto: pb.StopConditions, vocab_size: int, field: str = "stop") 
     for i, string in enumerate(proto.strings):
         if not string:
             raise InvalidArgument(f"{field}.strings[{i}]", "expected a string that is not empty")
-    for i, token in enumerate(proto.token_ids):
-        count(token, f"{field}.token_ids[{i}]", high=vocab_size - 1)
+        if len(string) > MAX_STOP_STRING_CHARACTERS:
+            message = f"expected at most {MAX_STOP_STRING_CHARACTERS} characters, got {len(string)}"
+            raise InvalidArgument(f"{field}.strings[{i}]", message)
+    check_ids(proto.token_ids, vocab_size, f"{field}.token_ids")
     max_tokens = proto.max_tokens if proto.HasField("max_tokens") else StopParams().max_tokens
     return StopParams(
         max_tokens=count(max_tokens, f"{field}.max_tokens"),
         strings=tuple(proto.strings),
-        token_ids=tuple(proto.token_ids),
+        token_ids=frozenset(proto.token_ids),
         ignore_eos=proto.ignore_eos,
         include_stop_string=proto.include_stop_string,
     )

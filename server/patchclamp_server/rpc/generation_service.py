@@ -47,11 +47,12 @@ class GenerationService(GenerationServiceServicer):
         self._engine = engine
         self._on_grounded = on_grounded
         self._prepare = Preparation(prompts, store, model, binder)
+        self._threads = prompts.serving
         self._bridge: EventBridge | None = None
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         self._engine.check_room()
-        prepared = await asyncio.to_thread(self._prepare.generate, request)
+        prepared = await self._threads.run(self._prepare.generate, request)
         stream = self._stream()
         with running(self._engine, prepared.to_request(stream.put, deadline_of(context), held=stream.is_full)):
             async for response in responses_of(stream, prepared.builder()):
@@ -67,7 +68,7 @@ class GenerationService(GenerationServiceServicer):
         lockstep = first.start.lockstep
         stream = self._stream()
         with within("start.request"):
-            prepared = await asyncio.to_thread(self._prepare.generate, first.start.request)
+            prepared = await self._threads.run(self._prepare.generate, first.start.request)
         builder = prepared.builder(wait_for_readouts=not lockstep)
         credits = 0 if lockstep else None
         request = prepared.to_request(stream.put, deadline_of(context), credits=credits, held=stream.is_full)
@@ -84,7 +85,7 @@ class GenerationService(GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         self._engine.check_room()
         stream = self._stream()
-        score = await asyncio.to_thread(self._score_request, request, stream, deadline_of(context))
+        score = await self._threads.run(self._score_request, request, stream, deadline_of(context))
         response = pb.ScoreResponse()
         assert score.score_from is not None
         builder = ResponseBuilder(
@@ -114,7 +115,7 @@ class GenerationService(GenerationServiceServicer):
     async def Compare(self, request: pb.CompareRequest, context: Context) -> AsyncIterator[pb.CompareResponse]:
         self._engine.check_room()
         with within("request"):
-            prepared = await asyncio.to_thread(self._prepare.generate, request.request)
+            prepared = await self._threads.run(self._prepare.generate, request.request)
             stream: EventStream[tuple[Side, Event]] = EventStream(self._bridge_of_loop(), self._engine.wake)
             comparison = Comparison(prepared, stream, deadline_of(context))
             with running(self._engine, comparison.edited), running(self._engine, comparison.baseline):
@@ -136,7 +137,7 @@ class GenerationService(GenerationServiceServicer):
         prompt = decode_prompt(proto.prompt, self._prepare.prompts)
         form = chosen(proto, "continuation", "")
         if form == "text":
-            continuation = self._prepare.prompts.encode_continuation(proto.text)
+            continuation = self._prepare.prompts.encode_continuation(proto.text, form, prompt.ids)
         else:
             continuation = decode_prompt(pb.Prompt(tokens=proto.tokens), self._prepare.prompts, "").ids
         if not continuation:

@@ -127,7 +127,7 @@ def _check_fact(fact: Fact, prompts: PromptEncoder, info: ModelInfo, field: str)
     except RequestError as error:
         error.field = f"{field}.prompt"
         raise
-    answer = prompts.encode_continuation(fact.answer)
+    answer = prompts.encode_continuation(fact.answer, f"{field}.answer", prompt)
     if not answer:
         raise InvalidArgument(f"{field}.answer", "is empty; at least one token is scored")
     if len(prompt) + len(answer) > info.context_length:

@@ -58,7 +58,7 @@ class HeadService(HeadServiceServicer):
         self, request: pb.DetectRetrievalHeadsRequest, context: Context
     ) -> AsyncIterator[pb.DetectRetrievalHeadsResponse]:
         check_model(request.model, self._model)
-        job = await asyncio.to_thread(decode_detection, request, self._model)
+        job = await self._prompts.analysis.run(decode_detection, request, self._model)
         await asyncio.to_thread(self._store.check_tags, job.tags)
         with _fields({"prompt": "test.lengths"}):
             async with aclosing(detect(self._engine, self._store, self._model, self._prompts, job)) as events:
@@ -67,7 +67,7 @@ class HeadService(HeadServiceServicer):
 
     async def ScoreHeads(self, request: pb.ScoreHeadsRequest, context: Context) -> AsyncIterator[pb.ScoreHeadsResponse]:
         check_model(request.model, self._model)
-        job = await asyncio.to_thread(decode_scoring, request, self._prompts, self._model)
+        job = await self._prompts.analysis.run(decode_scoring, request, self._prompts, self._model)
         await asyncio.to_thread(self._store.check_tags, job.tags)
         with _fields({"prompt": "facts"}):
             scored = score_heads(self._engine, self._store, self._model, self._prompts, job)
@@ -79,7 +79,7 @@ class HeadService(HeadServiceServicer):
         self, request: pb.EvaluateHeadEditRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateHeadEditResponse]:
         check_model(request.model, self._model)
-        job = await asyncio.to_thread(decode_edit_evaluation, request, self._model)
+        job = await self._prompts.analysis.run(decode_edit_evaluation, request, self._model)
         with _fields({"prompt": "test.lengths", "program.edits": "scale"}):
             async with aclosing(evaluate_edit(self._engine, self._store, self._model, self._prompts, job)) as events:
                 async for event in events:
@@ -89,7 +89,7 @@ class HeadService(HeadServiceServicer):
         self, request: pb.FindCircuitRequest, context: Context
     ) -> AsyncIterator[pb.FindCircuitResponse]:
         check_model(request.model, self._model)
-        job = await asyncio.to_thread(decode_circuit, request, self._prompts, self._model)
+        job = await self._prompts.analysis.run(decode_circuit, request, self._prompts, self._model)
         await asyncio.to_thread(self._store.check_tags, job.tags)
         found = find_circuit(self._engine.model.decoder, self._store, self._model, job)
         async with aclosing(self._jobs.follow(found)) as events:
@@ -101,7 +101,7 @@ class HeadService(HeadServiceServicer):
 
     async def AttributeLogits(self, request: pb.AttributeLogitsRequest, context: Context) -> pb.AttributeLogitsResponse:
         check_model(request.model, self._model)
-        asked = await asyncio.to_thread(decode_attribution, request, self._prompts, self._model)
+        asked = await self._prompts.analysis.run(decode_attribution, request, self._prompts, self._model)
 
         def work(job: Job[pb.AttributeLogitsResponse]) -> pb.AttributeLogitsResponse:
             decoder = self._engine.model.decoder

@@ -1,6 +1,5 @@
 """ModelService: what is served, and how it reads a prompt."""
 
-import asyncio
 from typing import Any
 
 from patchclamp.v1 import model_pb2 as pb
@@ -28,7 +27,7 @@ class ModelService(ModelServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         check_model(request.model, self._model)
-        return await asyncio.to_thread(self._tokenize, request)
+        return await self._prompts.serving.run(self._tokenize, request)
 
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         prompt = decode_prompt(request.prompt, self._prompts)

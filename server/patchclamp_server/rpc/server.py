@@ -304,6 +304,7 @@ class Server:
         if self._health_endpoint is not None:
             await self._health_endpoint.stop()
         await asyncio.to_thread(self._metrics_endpoint.close)
+        self._prompts.close()
         self._watching_files.cancel()
         await asyncio.to_thread(self._security.close)
         if self._tracing is not None:

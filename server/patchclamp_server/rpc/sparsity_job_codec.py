@@ -101,8 +101,8 @@ def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo,
     start = prompts.text_start
     documents: list[tuple[int, ...]] = []
     longest_text = 0
-    for text in proto.texts:
-        ids = prompts.encode_continuation(text)
+    for i, text in enumerate(proto.texts):
+        ids = prompts.encode_body(text, f"text.texts[{i}]", most_tokens=most)
         longest_text = max(longest_text, len(ids))
         room = tokens - len(start)
         documents += [start + ids[i : i + room] for i in range(0, len(ids) - room + 1, room)]

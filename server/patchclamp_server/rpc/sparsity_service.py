@@ -1,6 +1,5 @@
 """SparsityService: calibration and evaluation of sparse policies as streams, and the sets that they fix for prompts."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -53,7 +52,7 @@ class SparsityService(SparsityServiceServicer):
     ) -> AsyncIterator[pb.CalibrateProfileResponse]:
         check_model(request.model, self._model)
         model = self._engine.sparse_model
-        asked = await asyncio.to_thread(decode_calibration, request, self._prompts, self._model, model)
+        asked = await self._prompts.analysis.run(decode_calibration, request, self._prompts, self._model, model)
         await asyncio.to_thread(self._store.check_tags, asked.tags)
 
         def work(job: Job[pb.CalibrateProfileResponse]) -> None:
@@ -71,7 +70,9 @@ class SparsityService(SparsityServiceServicer):
         self, request: pb.EvaluateProfileRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateProfileResponse]:
         check_model(request.model, self._model)
-        asked, text = await asyncio.to_thread(decode_evaluation, request, self._prompts, self._model, self._binder)
+        asked, text = await self._prompts.analysis.run(
+            decode_evaluation, request, self._prompts, self._model, self._binder
+        )
 
         def work(job: Job[pb.EvaluateProfileResponse]) -> None:
             def progress(stage: str, done: int, total: int) -> None:
@@ -88,7 +89,7 @@ class SparsityService(SparsityServiceServicer):
         self, request: pb.PredictCoreNeuronsRequest, context: Context
     ) -> pb.PredictCoreNeuronsResponse:
         check_model(request.model, self._model)
-        bound, prompts, layers = await asyncio.to_thread(
+        bound, prompts, layers = await self._prompts.analysis.run(
             decode_core_request, request, self._prompts, self._model, self._binder
         )
 

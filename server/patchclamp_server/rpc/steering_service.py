@@ -1,6 +1,5 @@
 """SteeringService: extraction of steering vectors as a stream of progress and a result."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -30,7 +29,7 @@ class SteeringService(SteeringServiceServicer):
     ) -> AsyncIterator[pb.ExtractVectorsResponse]:
         """Cancelling the call cancels the job with every request it has in the engine."""
         check_model(request.model, self._model)
-        job = await asyncio.to_thread(decode_extraction, request, self._prompts, self._model)
+        job = await self._prompts.analysis.run(decode_extraction, request, self._prompts, self._model)
         await asyncio.to_thread(self._store.check_tags, job.tags)
         async with aclosing(extract(self._engine, self._store, self._model, job)) as events:
             async for event in events:

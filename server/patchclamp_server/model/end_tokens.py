@@ -1,0 +1,100 @@
+"""Which tokens end a generation.
+
+A model may have several: one that ends a text, one that ends a turn of a chat, those of fill-in-the-middle. No single
+file names them all, so all that name any are read.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from patchclamp_server.model.chat_templates import template_of
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+logger = logging.getLogger(__name__)
+
+# Keys of a GGUF file, below "tokenizer.ggml.", whose tokens end a generation in llama.cpp. The last three stand behind
+# what fills a gap: padding, the next file, the next repository.
+GGUF_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_sep", "fim_rep")
+# Control tokens that end a generation in llama.cpp by their text, as many files name no more than one of theirs.
+GGUF_TEXTS = frozenset(
+    {
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "_<EOT>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "<|fim_pad|>",
+        "<fim-pad>",
+        "<fim_pad>",
+        "<|file_sep|>",
+        "<|repo_name|>",
+        "<|fim_repo|>",
+    }
+)
+CONTROL = 3
+_CONTENT = "\ue000"
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every end that the generation config, the config or the tokenizer names, and what the chat template ends a turn
+    of the assistant with."""
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    config = model.config.get_text_config()
+    named = (
+        generation,
+        getattr(model.config, "eos_token_id", None),
+        getattr(config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+        turn_end(tokenizer),
+    )
+    return frozenset(id for value in named for id in _ids(value) if 0 <= id < config.vocab_size)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The added token that the chat template writes right behind what the assistant says, if it does."""
+    if template_of(tokenizer) is None:
+        return None
+    chat = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _CONTENT}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    # A template is a program of the model's author, which may raise whatever Python does.
+    except Exception as error:
+        logger.warning("the chat template does not say how it ends a turn: %s: %s", type(error).__name__, error)
+        return None
+    end = str(text).rpartition(_CONTENT)[2].lstrip()
+    added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
+    # The longest: one may begin with another.
+    found = max((content for content in added if content and end.startswith(content)), key=len, default="")
+    return added.get(found)
+
+
+def gguf_end_token_ids(header: "GGUFReader") -> frozenset[int]:
+    """Every end that a GGUF file names by a key, or has by a text that is one."""
+    by_key = (header.fields.get(f"tokenizer.ggml.{key}_token_id") for key in GGUF_KEYS)
+    return frozenset({*(int(field.contents()) for field in by_key if field is not None), *_by_text(header)})
+
+
+def _by_text(header: "GGUFReader") -> Iterator[int]:
+    tokens, types = (header.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if tokens is None or types is None:
+        return
+    for id, (text, type) in enumerate(zip(tokens.contents(), types.contents(), strict=True)):
+        if type == CONTROL and text in GGUF_TEXTS:
+            yield id
+
+
+def _ids(named: Any) -> list[int]:
+    if named is None:
+        return []
+    return [named] if isinstance(named, int) else list(named)
