@@ -40,6 +40,7 @@ def watch_of_everything(family: str) -> Watch:
     items = [
         WatchItem("last", WatchedNeurons(LAYERS - 1, (5, 2, s.d_ff - 1)), threshold=0.1),
         WatchItem("heads", WatchedHeads(HeadSelection((Head(2, 1), Head(0, 3), Head(0, 0)))), threshold=0.3),
+        WatchItem("all keys", WatchedHeads(HeadSelection((Head(1, 1), Head(0, 3))), include_sink=True), threshold=0.3),
         WatchItem("first", WatchedNeurons(0, (0,))),
     ]
     for site in VECTOR_SITES:
@@ -80,6 +81,10 @@ def expected_values(family: str, watch: Watch, job: Job, tokens: Sequence[int]) 
             column = seen.sites[Site.MLP_POST, layer][:, unit].double()
         elif kind == ItemKind.HEAD:
             column = seen.attention[layer][unit].max(dim=1).values.double()
+        elif kind == ItemKind.HEAD_OFF_SINK:
+            # The first token sees no key but its own.
+            off_sink = torch.nn.functional.pad(seen.attention[layer][unit][:, 1:], (0, 1))
+            column = off_sink.max(dim=1).values.double()
         else:
             column = seen.sites[watch.sites[unit], layer].double() @ watch.vectors[unit].double()
             if kind == ItemKind.FEATURE:

@@ -156,7 +156,8 @@ class _Binder:
             raise FailedPrecondition(f"{path}.heads.head_set", "this server keeps no artifacts")
         # Listed heads are looked up nowhere.
         chosen = select(source.selection, self.artifacts, self.info, f"{path}.heads")  # type: ignore[arg-type]
-        return [_Found(f"L{layer}H{head}", ItemKind.HEAD, layer, head) for layer, head in chosen]
+        kind = ItemKind.HEAD if source.include_sink else ItemKind.HEAD_OFF_SINK
+        return [_Found(f"L{layer}H{head}", kind, layer, head) for layer, head in chosen]
 
     def site(self, site: Site | None, path: str) -> Site:
         site = site or Site.RESID_POST

@@ -39,7 +39,10 @@ class WatchedFeatures:
 
 @dataclass(frozen=True)
 class WatchedHeads:
+    """`include_sink`: keys at position 0 count too."""
+
     selection: HeadSelection
+    include_sink: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
     neuron     a                            the activation at mlp_post
     direction  h · v                        at a site of the residual width
     feature    max(0, h · w + b), and 0 where that is not above the feature's jump
-    head       the largest attention probability
+    head       the largest attention probability, off the sink: keys at position 0 are left out, and the
+               probabilities of the others remain those of the whole softmax; or, where asked for, of all keys
 
 All are values after all edits. An item fires at a token where its value is above its threshold.
 """
@@ -40,6 +41,10 @@ class ItemKind(IntEnum):
     DIRECTION = 1
     FEATURE = 2
     HEAD = 3
+    HEAD_OFF_SINK = 4
+
+
+HEAD_KINDS = (ItemKind.HEAD, ItemKind.HEAD_OFF_SINK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +107,10 @@ def check_watch(watch: Watch, spec: DecoderSpec | ModelInfo) -> None:
     """Whether a stored watch fits the model. Raises FailedPrecondition."""
     if int(watch.layers.max()) >= spec.n_layers:
         raise FailedPrecondition("watch", f"watches layer {int(watch.layers.max())}; the model has {spec.n_layers}")
-    for kind, most in ((ItemKind.NEURON, spec.d_ff), (ItemKind.HEAD, spec.n_heads)):
-        units = watch.units[watch.kinds == kind]
+    heads = torch.isin(watch.kinds, torch.tensor(HEAD_KINDS))
+    for name, own, most in (("neuron", watch.kinds == ItemKind.NEURON, spec.d_ff), ("head", heads, spec.n_heads)):
+        units = watch.units[own]
         if len(units) and int(units.max()) >= most:
-            name = kind.name.lower()
             raise FailedPrecondition("watch", f"watches {name} {int(units.max())}; a layer of the model has {most}")
     if len(watch.sites) and watch.vectors.shape[1] != spec.d_model:
         raise FailedPrecondition("watch", f"has vectors of {watch.vectors.shape[1]}; the model has {spec.d_model}")
