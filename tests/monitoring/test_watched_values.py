@@ -46,7 +46,8 @@ def jobs(family: str) -> list[Job]:
 
 
 def assert_seen(family: str, followed: Followed, sequence: int, job: Job, outcome: Outcome, first: int = 0) -> None:
-    """Positions from `first` on, but for the last token, which is never computed."""
+    """Positions from `first` on, but for the last token, which is never computed, and the first, which is a sink."""
+    first = max(first, 1)
     tokens = [*job.prompt, *outcome.tokens][:-1]
     expected = expected_values(family, followed.watch, job, tokens)
     seen = followed.of(sequence)
@@ -65,13 +66,13 @@ def assert_statistics(bench: Bench, followed: Followed, name: str = "seen") -> N
     found = bench.engine.monitor.statistics(name)
     assert found.rows == len(values)
     assert found.tokens.tolist() == [len(values)] * values.shape[1]
-    assert found.fired.tolist() == (values > followed.watch.thresholds.numpy()).sum(axis=0).tolist()
+    assert found.sums.fired.tolist() == (values > found.scale.thresholds).sum(axis=0).tolist()
     np.testing.assert_allclose(found.mean, values.mean(axis=0), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.deviation, values.std(axis=0), rtol=1e-6, atol=1e-6)
-    assert found.min.tolist() == values.min(axis=0).tolist()
-    assert found.max.tolist() == values.max(axis=0).tolist()
+    assert found.sums.min.tolist() == values.min(axis=0).tolist()
+    assert found.sums.max.tolist() == values.max(axis=0).tolist()
     for item, own in enumerate(values.T):
-        assert found.histogram[item].tolist() == np.bincount(
+        assert found.sums.histogram[item].tolist() == np.bincount(
             np.searchsorted(found.edges[item], own, side="left"), minlength=found.edges.shape[1] + 1
         ).tolist()  # fmt: skip
 

@@ -5,7 +5,8 @@
 
 Attention has all of it at hand while it computes z: no attention matrix is kept. A head that has nothing to do attends
 to the first token (the attention sink: Xiao et al. 2024): its peak is then near 1, and says nothing. Off the sink the
-probabilities are still those of the whole softmax, so that a head at rest is near 0, and not the largest of very little.
+probabilities are still those of the whole softmax, so that a head at rest is near 0, and not the largest of very
+little.
 """
 
 from collections.abc import Mapping
