@@ -320,8 +320,8 @@ def test_a_shift_that_an_edit_makes_in_the_engine_is_seen_as_drift() -> None:
     plain = [Job(prompt(f"plain {i}", 20), None, 8) for i in range(6)]
     with Bench("llama", EngineConfig(enable_prefix_cache=False)) as bench:
         monitor = bench.engine.monitor
-        monitor.start("sha256:w", neurons_watch(), options(window_tokens=6 * 27))
-        _, done = record(monitor, 6 * 27)
+        monitor.start("sha256:w", neurons_watch(), options(window_tokens=6 * 26))
+        _, done = record(monitor, 6 * 26)
         bench.run(plain)
         until(lambda: bool(done))
         assert done[0] is not None

@@ -187,8 +187,16 @@ def test_generated_tokens_are_watched_unless_more_is_asked() -> None:
         bench.run([asked])
         tokens = LENGTH + asked.max_tokens - 1
         assert list(seen["default"].of(1)) == list(range(LENGTH, tokens))
-        assert list(seen["prompt"].of(1)) == list(range(LENGTH))
-        assert list(seen["both"].of(1)) == list(range(tokens))
+        assert list(seen["prompt"].of(1)) == list(range(1, LENGTH))
+        assert list(seen["both"].of(1)) == list(range(1, tokens))
+        found = {name: bench.engine.monitor.statistics(name) for name in seen}
+        # The first token is an attention sink: it is counted, and is in no figure.
+        assert {name: own.sinks for name, own in found.items()} == {"default": 0, "prompt": 1, "both": 1}
+        assert {name: own.rows for name, own in found.items()} == {
+            "default": asked.max_tokens - 1,
+            "prompt": LENGTH - 1,
+            "both": tokens - 1,
+        }
 
 
 def test_analysis_requests_and_baselines_are_not_watched() -> None:
@@ -201,7 +209,7 @@ def test_analysis_requests_and_baselines_are_not_watched() -> None:
         for outcome in (analysis, compared):
             assert outcome.done.wait(30)
         # Each token of the second once, though its baseline computes it too.
-        assert set(followed.values) == {(2, position) for position in range(LENGTH + TOKENS - 1)}
+        assert set(followed.values) == {(2, position) for position in range(1, LENGTH + TOKENS - 1)}
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -215,7 +223,7 @@ def test_the_dense_steps_of_a_quality_guard_are_not_watched(executor: str) -> No
         assert report is not None
         assert report.guard is not None
         assert report.guard.sampled_tokens > 0
-        assert list(followed.of(1)) == list(range(LENGTH + TOKENS - 1))
+        assert list(followed.of(1)) == list(range(1, LENGTH + TOKENS - 1))
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

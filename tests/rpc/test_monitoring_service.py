@@ -184,7 +184,7 @@ def test_every_kind_of_item_is_resolved_and_named(stub: MonitoringServiceStub, c
         (watch_direction("d", [1.0], layers=0), INVALID, "items[0].direction.vector.values"),
         (watch_direction("d", "joyful", layers=9), INVALID, "items[0].direction.layers[0]"),
         (watch_direction("d", "joyful", site="mlp_post"), INVALID, "items[0].direction.site"),
-        (watch_features("f", 0, [[1.0]]), INVALID, "items[0].features.encoder"),
+        (watch_features("f", 0, [[1.0, 2.0]]), INVALID, "items[0].features.encoder_features_by_width"),
         (watch_features("f", 0, ENCODER.tolist(), bias=[0.0]), INVALID, "items[0].features.bias"),
         (watch_features("f", 7, ENCODER.tolist()), INVALID, "items[0].features.layer"),
         (watch_heads("h", [(0, 4)]), INVALID, "items[0].heads.heads.heads.heads[0].head"),
@@ -218,6 +218,7 @@ def test_a_watch_runs_from_its_start_to_its_stop(stub: MonitoringServiceStub, cl
     generate(client)
     running = started(stub, watch_neurons("n", 0, [1]), sampling_rate=1.0, window_tokens=9, buckets=[0, 1])
     assert (running.tokens, running.window_tokens, list(running.buckets)) == (0, 9, [0, 1])
+    assert running.state == pb.WATCH_STATE_RUNNING
     generate(client, 20)
     listed = stub.ListWatches(pb.ListWatchesRequest())
     # The last token is not run through the model.
@@ -230,10 +231,10 @@ def test_a_watch_runs_from_its_start_to_its_stop(stub: MonitoringServiceStub, cl
 def test_what_is_counted_is_what_readouts_show(stub: MonitoringServiceStub, client: Client) -> None:
     started(
         stub,
-        watch_neurons("n", 1, [3, 4]),
+        watch_neurons("n", 1, [3, 4], threshold=0.0),
         watch_direction("joy", "joyful", layers=0, threshold=0.5),
-        watch_features("sae", 1, ENCODER.tolist()),
-        watch_heads("h", [(1, 2)]),
+        watch_features("sae", 1, ENCODER.t().tolist(), layout="width_by_features"),
+        watch_heads("h", [(1, 2)], include_sink=True, threshold=0.0),
     )
     program = Program(
         readouts=[
@@ -608,7 +609,10 @@ def test_a_watch_that_is_configured_runs_from_the_start(tiny_llama_dir: Path, tm
         assert [(watch.name, bool(watch.reference), watch.tokens) for watch in found] == [
             ("plain", False, 7),
             ("compared", True, 7),
+            # Started with the first server, and never stopped.
+            ("safety", False, 7),
         ]
+        assert [watch.configured for watch in found] == [True, True, False]
 
 
 @pytest.mark.parametrize(

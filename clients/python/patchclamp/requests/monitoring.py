@@ -18,7 +18,9 @@ class WatchOptions(TypedDict, total=False):
 class StartWatchOptions(TypedDict, total=False):
     """sampling_rate: share of the tokens, default 1. phases: default ("generated",). window_tokens: of drift.
 
-    buckets: upper bounds of the histogram in Prometheus. reference: id or tag of a watch_reference of this watch.
+    buckets: upper bounds of the histograms in Prometheus, default by the reference or the first tokens. reference: id
+    or tag of a watch_reference of this watch. calibration_tokens: first tokens that what was not chosen is derived
+    from. export_items: series in Prometheus for each item too.
     """
 
     sampling_rate: float
@@ -26,6 +28,8 @@ class StartWatchOptions(TypedDict, total=False):
     window_tokens: int
     buckets: Iterable[float]
     reference: str
+    calibration_tokens: int
+    export_items: bool
 
 
 class ReferenceOptions(TypedDict, total=False):
@@ -67,6 +71,8 @@ def start_watch(watch: str, name: str, options: StartWatchOptions) -> pb.StartWa
         window_tokens=options.get("window_tokens", 0),
         buckets=options.get("buckets", ()),
         reference=options.get("reference", ""),
+        calibration_tokens=options.get("calibration_tokens", 0),
+        export_items=options.get("export_items", False),
     )
 
 
