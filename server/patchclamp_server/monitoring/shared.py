@@ -38,6 +38,7 @@ from patchclamp_server.monitoring.stored_run import Report, Said, StoredRun
 log = logging.getLogger(__name__)
 # A report is renewed after so long, and no longer believed after three times as long.
 REPORT_SECONDS = 30.0
+FORGET_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,11 @@ class SharedWatches:
                 return Listed(name, self._registry.stop(name), None)
             run = self._runs.pop(name, None)
             if run is None:
-                content = self._records.read().get(name)
-                if content is None:
+                contents = self._records.read()
+                if name not in contents:
                     raise NotFound("name", f"no watch named {name!r} is running")
                 with suppress(InvalidArgument):  # a damaged record is removed all the same
-                    run = StoredRun.from_json(name, content)
+                    run = StoredRun.from_json(name, contents[name])
             self._records.remove(name)
             if run is not None:
                 self._references.remove(f"{name}.{run.revision}")
@@ -229,10 +230,15 @@ class SharedWatches:
         return Replica(self.replica, here, time.time()), *others
 
     def _believed(self) -> list[Report]:
-        """Reports that are not too old."""
-        reports = [Report.from_json(content) for content in self._replicas.read().values()]
-        oldest = time.time() - 3.0 * REPORT_SECONDS
-        return sorted((r for r in reports if r is not None and r.reported > oldest), key=lambda r: r.replica)
+        """Reports that are not too old. What a server that crashed left behind is removed when nobody asks any more."""
+        believed, now = [], time.time()
+        for name, content in sorted(self._replicas.read().items()):
+            report = Report.from_json(content)
+            if report is not None and now - report.reported < 3.0 * REPORT_SECONDS:
+                believed.append(report)
+            elif report is None or now - report.reported > FORGET_SECONDS:
+                self._replicas.remove(name)
+        return believed
 
     def _report(self) -> None:
         """A report that cannot be written is missing in the listings of others, and nothing else."""
