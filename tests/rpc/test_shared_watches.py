@@ -1,4 +1,4 @@
-"""Watches on several servers of one artifact store: what is started or stopped on one is so on all, and after a restart."""
+"""Watches on several servers of one artifact store: started or stopped on one, they are so on all, after a restart too."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -115,9 +115,7 @@ class SharedWatches:
                 if not created:
                     self._registry.stop(running.name)
             if not created:
-                message = (
-                    f"a watch named {running.name!r} is in the store: a server of the model runs it; stop it first"
-                )
+                message = f"a watch named {running.name!r} is running on a server of this store; stop it first"
                 raise FailedPrecondition("name", message)
             self._runs[running.name] = run
             self._refused.pop(running.name, None)
