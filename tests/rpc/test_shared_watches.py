@@ -1,4 +1,4 @@
-"""Watches on several servers of one artifact store: started or stopped on one, they are so on all, after a restart too."""
+"""Watches on several servers of one artifact store: started or stopped on one, they are so on all, also later on."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
