@@ -63,7 +63,7 @@ class Running:
     def __post_init__(self) -> None:
         # Whether prompt tokens and whether generated ones are watched; asked for every row.
         self._phases = Phase.PROMPT in self.options.phases, Phase.GENERATED in self.options.phases
-        self._kind_of = self.watch.kind_of.numpy()
+        self._kind_of = self.watch.kind_of
 
     @classmethod
     def of(

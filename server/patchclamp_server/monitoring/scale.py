@@ -93,10 +93,10 @@ class FirstTokens:
         """As it follows from what has been seen; 0 for what follows from nothing."""
         watch, values = self._watch, self.values
         thresholds = watch.thresholds.numpy().copy()
-        for quantile in watch.quantiles.unique().tolist():
-            if quantile:
-                some = np.flatnonzero(watch.quantiles.numpy() == quantile)
-                thresholds[some] = _quantile(values[:, some], quantile)
+        quantiles = watch.quantiles.numpy()
+        for quantile in np.unique(quantiles[quantiles > 0.0]).tolist():
+            some = np.flatnonzero(quantiles == quantile)
+            thresholds[some] = _quantile(values[:, some], quantile)
         return Scale(thresholds, _buckets(watch, self._options, values), Source.FIRST_TOKENS)
 
 
@@ -123,7 +123,7 @@ def _quantile(values: NDArray[np.float32], quantile: float) -> Floats:
 def _buckets(watch: Watch, options: WatchOptions, values: NDArray[np.floating]) -> Buckets:
     if options.buckets:
         return (options.buckets,) * len(watch.kind_names)
-    kind_of = watch.kind_of.numpy()
+    kind_of = watch.kind_of
     return tuple(bounds(values[:, kind_of == kind]) for kind in range(len(watch.kind_names)))
 
 

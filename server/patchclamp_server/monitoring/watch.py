@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
@@ -70,15 +72,15 @@ class Watch:
     @property
     def kind_names(self) -> tuple[str, ...]:
         """Names of the kinds there are, in the order of KIND_NAMES."""
-        return tuple(KIND_NAMES[place] for place in self._places().unique().tolist())
+        return tuple(KIND_NAMES[place] for place in np.unique(self._places()).tolist())
 
     @property
-    def kind_of(self) -> Tensor:
-        """int64 [W]: of each item, the place of its kind in `kind_names`."""
-        return self._places().unique(return_inverse=True)[1]
+    def kind_of(self) -> NDArray[np.int64]:
+        """[W]: of each item, the place of its kind in `kind_names`."""
+        return np.unique(self._places(), return_inverse=True)[1].astype(np.int64)
 
-    def _places(self) -> Tensor:
-        return self.kinds.clamp(max=len(KIND_NAMES) - 1)
+    def _places(self) -> NDArray[np.int64]:
+        return self.kinds.clamp(max=len(KIND_NAMES) - 1).numpy().astype(np.int64)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, none of them empty: without vectors, what belongs to them is left out."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -333,7 +333,11 @@ def _heads(proto: pb.WatchedHeads, field: str) -> WatchedHeads:
     return WatchedHeads(decode_heads(proto.heads, f"{field}.heads"), proto.include_sink)
 
 
-_ENCODERS = ("encoder_features_by_width", "encoder_width_by_features", "encoder")
+_ENCODERS: tuple[Literal["encoder_features_by_width", "encoder_width_by_features", "encoder"], ...] = (
+    "encoder_features_by_width",
+    "encoder_width_by_features",
+    "encoder",
+)
 _SOURCES: dict[str, Any] = {"neurons": _neurons, "direction": _direction, "features": _features, "heads": _heads}
 
 
