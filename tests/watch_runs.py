@@ -17,6 +17,7 @@ from patchclamp_server.interventions.program import HeadReadout, Phase, Program,
 from patchclamp_server.monitoring.activations import Activations
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import (
+    Encoder,
     WatchedDirection,
     WatchedFeatures,
     WatchedHeads,
@@ -30,7 +31,9 @@ EVERYTHING = -1e30
 
 
 def neurons_watch(family: str = "llama", layer: int = 1, neurons: tuple[int, ...] = (3, 0, 17)) -> Watch:
-    return bind_watch([WatchItem("n", WatchedNeurons(layer, neurons))], loaded(family).info, None, max_items=100)
+    return bind_watch(
+        [WatchItem("n", WatchedNeurons(layer, neurons), threshold=0.0)], loaded(family).info, None, max_items=100
+    )
 
 
 def watch_of_everything(family: str) -> Watch:
@@ -40,6 +43,7 @@ def watch_of_everything(family: str) -> Watch:
     items = [
         WatchItem("last", WatchedNeurons(LAYERS - 1, (5, 2, s.d_ff - 1)), threshold=0.1),
         WatchItem("heads", WatchedHeads(HeadSelection((Head(2, 1), Head(0, 3), Head(0, 0)))), threshold=0.3),
+        WatchItem("all keys", WatchedHeads(HeadSelection((Head(1, 1), Head(0, 3))), include_sink=True), threshold=0.3),
         WatchItem("first", WatchedNeurons(0, (0,))),
     ]
     for site in VECTOR_SITES:
@@ -47,8 +51,11 @@ def watch_of_everything(family: str) -> Watch:
             vector = Vector(values=numbers(f"{family} watched {site.value}", width))
             items.append(WatchItem(site.value, WatchedDirection(vector, site, (2, 0)), threshold=-1.0))
     encoder, bias = numbers(f"{family} encoder", 3, width), torch.tensor([0.5, 0.0, -0.5])
-    items.append(WatchItem("sae", WatchedFeatures(encoder, 1, Site.MLP_OUT, bias)))
-    items.append(WatchItem("jump", WatchedFeatures(encoder, 0, bias=bias, jump=torch.tensor([0.0, 2.0, 4.0]))))
+    columns = Encoder("encoder_width_by_features", encoder.t())
+    items.append(
+        WatchItem("sae", WatchedFeatures(Encoder("encoder_features_by_width", encoder), 1, Site.MLP_OUT, bias))
+    )
+    items.append(WatchItem("jump", WatchedFeatures(columns, 0, bias=bias, jump=torch.tensor([0.0, 2.0, 4.0]))))
     return bind_watch(items, loaded(family).info, None, max_items=100)
 
 
@@ -80,6 +87,10 @@ def expected_values(family: str, watch: Watch, job: Job, tokens: Sequence[int]) 
             column = seen.sites[Site.MLP_POST, layer][:, unit].double()
         elif kind == ItemKind.HEAD:
             column = seen.attention[layer][unit].max(dim=1).values.double()
+        elif kind == ItemKind.HEAD_OFF_SINK:
+            # The first token sees no key but its own.
+            off_sink = torch.nn.functional.pad(seen.attention[layer][unit][:, 1:], (0, 1))
+            column = off_sink.max(dim=1).values.double()
         else:
             column = seen.sites[watch.sites[unit], layer].double() @ watch.vectors[unit].double()
             if kind == ItemKind.FEATURE:

@@ -127,6 +127,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=WATCH[@REFERENCE]",
         help="run a stored watch from the start, with its drift from a reference; repeatable, or with commas",
     )
+    _add(
+        parser,
+        "--watch-poll-seconds",
+        type=_interval,
+        help="how often the artifact store is looked at for watches started on another server (default: 5)",
+    )
     _add(parser, "--tracing", type=_tracing, help="otlp: send OpenTelemetry traces to a collector (default: off)")
     _add(
         parser,
@@ -285,6 +291,13 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}")
+    return value
+
+
+def _interval(text: str) -> float:
+    value = _seconds(text)
+    if value < 0.1:
+        raise argparse.ArgumentTypeError(f"expected at least 0.1 seconds, got {text}")
     return value
 
 

@@ -16,6 +16,7 @@ DEFAULT_MAX_UPLOAD_BYTES = 256 * 1024 * 1024
 DEFAULT_MAX_CONCURRENT_UPLOAD_BYTES = 1024 * 1024 * 1024
 DEFAULT_UPLOAD_IDLE_SECONDS = 30.0
 DEFAULT_STEP_TIMEOUT_SECONDS = 300.0
+DEFAULT_WATCH_POLL_SECONDS = 5.0
 
 
 def default_artifacts_url() -> str:
@@ -75,4 +76,6 @@ class ServerConfig:
     tracing: str = "off"
     otlp_endpoint: str = ""
     watches: tuple[WatchAtStart, ...] = ()
+    # How often the artifact store is looked at for watches that were started or stopped on another server.
+    watch_poll_seconds: float = DEFAULT_WATCH_POLL_SECONDS
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -164,9 +164,11 @@ class Metrics:
         """`stats` is called at every scrape, on the scraper's thread."""
         self.registry.register(EngineCollector(stats))
 
-    def read_watches(self, registry: WatchRegistry, dropped: Callable[[RunningWatch], int]) -> None:
+    def read_watches(
+        self, registry: WatchRegistry, dropped: Callable[[RunningWatch], int], refused: Callable[[], int]
+    ) -> None:
         """Both are read at every scrape, on the scraper's thread. `dropped`: events that readers did not get."""
-        self.registry.register(WatchCollector(registry, dropped))
+        self.registry.register(WatchCollector(registry, dropped, refused))
 
     def on_step(self, *, seconds: float, rows: int, generated: int) -> None:
         self._step_seconds.observe(seconds)

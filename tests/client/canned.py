@@ -224,17 +224,54 @@ class Monitoring(MonitoringServiceServicer):
         return monitoring_pb2.StopWatchResponse(watch=self.watch)
 
     def ListWatches(self, request: Any, context: Any) -> monitoring_pb2.ListWatchesResponse:
-        return monitoring_pb2.ListWatchesResponse(watches=[self.watch], max_watches=16, max_items=4096)
+        listed = monitoring_pb2.RunningWatch()
+        listed.CopyFrom(self.watch)
+        running, refused = monitoring_pb2.WATCH_STATE_RUNNING, monitoring_pb2.WATCH_STATE_REFUSED
+        listed.replicas.add(replica="here-1", state=running, tokens=100)
+        listed.replicas.add(replica="there-2", state=refused, reason="16 watches are running")
+        return monitoring_pb2.ListWatchesResponse(watches=[listed], max_watches=16, max_items=4096, replica="here-1")
 
     def GetWatchStatistics(self, request: Any, context: Any) -> monitoring_pb2.GetWatchStatisticsResponse:
         self.request = request
         quantile = monitoring_pb2.Quantile(probability=0.5, value=0.25)
         figures = {"tokens": 100, "fired": 25, "mean": 0.5, "standard_deviation": 1.5, "min": -2.0, "max": 3.0}
+        drift = {"drift": 0.75, "drift_noise": 0.25, "drift_excess": 0.5}
         items = [
-            monitoring_pb2.ItemStatistics(name="joy", quantiles=[quantile], drift=0.75, **figures),
+            monitoring_pb2.ItemStatistics(
+                name="joy",
+                quantiles=[quantile],
+                kind=monitoring_pb2.WATCH_ITEM_KIND_DIRECTION,
+                threshold=1.5,
+                **drift,
+                **figures,
+            ),
             monitoring_pb2.ItemStatistics(name="suspects/L12N3", quantiles=[quantile], not_finite=2, **figures),
         ]
-        return monitoring_pb2.GetWatchStatisticsResponse(watch=self.watch, items=items, mean_drift=0.75, max_drift=0.75)
+        kind = monitoring_pb2.KindStatistics(
+            kind=monitoring_pb2.WATCH_ITEM_KIND_DIRECTION,
+            items=1,
+            values=100,
+            fired=25,
+            mean=0.5,
+            min=-2.0,
+            max=3.0,
+            buckets=[-1.0, 1.0],
+        )
+        return monitoring_pb2.GetWatchStatisticsResponse(
+            watch=self.watch,
+            items=items,
+            mean_drift=0.75,
+            max_drift=0.75,
+            mean_drift_noise=0.25,
+            max_drift_noise=0.375,
+            mean_drift_excess=0.5,
+            max_drift_excess=0.375,
+            kinds=[kind],
+            calibration=monitoring_pb2.WatchCalibration(
+                scale=monitoring_pb2.WATCH_SCALE_FIRST_TOKENS, tokens=100, total=1024
+            ),
+            sink_tokens=7,
+        )
 
     def RecordReference(self, request: Any, context: Any) -> Iterator[monitoring_pb2.RecordReferenceResponse]:
         self.request = request

@@ -17,6 +17,7 @@ from patchclamp.cli.watch.create import items_file
 from patchclamp.cli.watch.item_spec import direction, head_list, neuron_set, neurons
 from patchclamp.monitoring import watch_direction, watch_features, watch_heads, watch_neuron_set, watch_neurons
 from patchclamp.results import Activations, Progress
+from patchclamp.results.monitoring import WatchCalibration
 from patchclamp.tensors import tensor
 from patchclamp.v1 import head_pb2
 from patchclamp.v1 import monitoring_pb2 as pb
@@ -55,11 +56,38 @@ def test_an_item_is_one_message_of_its_kind() -> None:
     )
     assert watch_direction("v", [1.0], layers=[1, 2], site="resid_pre") == pb.WatchItem(name="v", direction=sent)
     features = pb.WatchedFeatures(
-        site=program.SITE_RESID_POST, layer=3, encoder=tensor([[1.0, 2.0]], "encoder"), bias=tensor([0.5], "bias")
+        site=program.SITE_RESID_POST,
+        layer=3,
+        encoder_features_by_width=tensor([[1.0, 2.0]], "encoder"),
+        bias=tensor([0.5], "bias"),
     )
     assert watch_features("f", 3, [[1.0, 2.0]], bias=[0.5]) == pb.WatchItem(name="f", features=features)
     heads = pb.WatchedHeads(heads=heads_of((18, 6)))
     assert watch_heads("h", [(18, 6)]) == pb.WatchItem(name="h", heads=heads)
+    heads.include_sink = True
+    assert watch_heads("h", [(18, 6)], include_sink=True) == pb.WatchItem(name="h", heads=heads)
+
+
+def test_a_threshold_is_a_number_or_a_percentile() -> None:
+    assert watch_neuron_set("n", "toxic", threshold="p99.9").threshold_quantile == pytest.approx(0.999)
+    assert watch_neuron_set("n", "toxic", threshold=2).threshold == 2.0
+    assert not watch_neuron_set("n", "toxic").HasField("threshold")
+    for wrong in ("99", "p0", "p100", "p", "high", "p-1"):
+        with pytest.raises(ValueError, match="percentile such as 'p99'"):
+            watch_neurons("n", 1, [2], threshold=wrong)
+
+
+def test_an_encoder_has_the_layout_of_its_keyword_and_a_square_one_needs_it() -> None:
+    """W_enc of SAELens is [d_in, d_sae]."""
+    columns = watch_features("f", 3, [[1.0], [2.0]], layout="width_by_features")
+    assert columns.features.encoder_width_by_features == tensor([[1.0], [2.0]], "encoder")
+    square = [[1.0, 2.0], [3.0, 4.0]]
+    with pytest.raises(ValueError, match=r"square, \[2, 2\]: say layout='features_by_width'"):
+        watch_features("f", 3, square)
+    rows = watch_features("f", 3, square, layout="features_by_width")
+    assert rows.features.encoder_features_by_width == tensor(square, "encoder")
+    with pytest.raises(ValueError, match="unknown layout 'rows'"):
+        watch_features("f", 3, square, layout="rows")  # type: ignore[arg-type]
 
 
 def test_a_watch_is_created_with_its_items(client: Client, server: Monitoring) -> None:
@@ -71,7 +99,15 @@ def test_a_watch_is_created_with_its_items(client: Client, server: Monitoring) -
 
 def test_a_watch_starts_with_its_options(client: Client, server: Monitoring) -> None:
     running = client.start_watch(
-        "stored", "safety", sampling_rate=0.5, phases=["generated"], window_tokens=64, buckets=[-1, 1], reference="r"
+        "stored",
+        "safety",
+        sampling_rate=0.5,
+        phases=["generated"],
+        window_tokens=64,
+        buckets=[-1, 1],
+        reference="r",
+        calibration_tokens=99,
+        export_items=True,
     )
     assert server.request == pb.StartWatchRequest(
         watch="stored",
@@ -81,6 +117,8 @@ def test_a_watch_starts_with_its_options(client: Client, server: Monitoring) -> 
         window_tokens=64,
         buckets=[-1, 1],
         reference="r",
+        calibration_tokens=99,
+        export_items=True,
     )
     assert (running.phases, running.reference, running.tokens) == (("generated",), REFERENCE.id, 100)
     assert running.started == "1970-01-01T00:00:00Z"
@@ -103,12 +141,20 @@ def test_statistics_are_by_item(client: Client, server: Monitoring) -> None:
     assert (joy.fired, joy.mean, joy.quantiles[0].value, joy.drift) == (25, 0.5, 0.25, 0.75)
     assert (suspect.not_finite, suspect.drift) == (2, None)
     assert (found.mean_drift, found.max_drift) == (0.75, 0.75)
+    assert (joy.kind, joy.threshold, joy.drift_noise, joy.drift_excess) == ("direction", 1.5, 0.25, 0.5)
+    assert (found.mean_drift_excess, found.max_drift_noise, found.sink_tokens) == (0.5, 0.375, 7)
+    [directions] = found.kinds
+    assert (directions.kind, directions.values, directions.buckets) == ("direction", 100, (-1.0, 1.0))
+    assert found.calibration == WatchCalibration("first_tokens", 100, 1024)
 
 
 def test_running_watches_come_with_the_caps(client: Client) -> None:
     running = client.list_watches()
     assert [watch.name for watch in running.watches] == ["safety"]
-    assert (running.max_watches, running.max_items) == (16, 4096)
+    assert (running.max_watches, running.max_items, running.replica) == (16, 4096, "here-1")
+    here, there = running.watches[0].replicas
+    assert (here.state, here.tokens) == ("running", 100)
+    assert (there.replica, there.state, there.reason) == ("there-2", "refused", "16 watches are running")
     assert client.stop_watch("safety").tokens == 100
 
 
@@ -148,6 +194,7 @@ def test_an_item_in_one_argument_has_a_name_a_source_and_a_threshold() -> None:
     assert neurons("L12N345") == watch_neurons("L12N345", 12, [345])
     assert neurons("L12N3,345") == watch_neurons("L12", 12, [3, 345])
     assert neurons("suspects=L12N3,345:1.5") == watch_neurons("suspects", 12, [3, 345], threshold=1.5)
+    assert neuron_set("toxic:p99.9") == watch_neuron_set("toxic", "toxic", threshold="p99.9")
     assert neuron_set("toxic:-.5") == watch_neuron_set("toxic", "toxic", threshold=-0.5)
     assert direction("joy=joyful@14-15,20:2") == watch_direction("joy", "joyful", layers=[14, 15, 20], threshold=2)
     assert direction("joyful") == watch_direction("joyful", "joyful")
@@ -167,6 +214,7 @@ def test_an_id_is_not_taken_for_a_threshold_and_names_by_its_first_digits() -> N
     [
         (neurons, "L12"),
         (neurons, "L12N3:high"),
+        (neurons, "L12N3:p100"),
         (neurons, "a=b=L12N3"),
         (neuron_set, "=toxic"),
         (direction, "joyful@all"),
@@ -191,9 +239,14 @@ def test_items_come_from_a_file_too(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("client")
 def test_create_sends_all_items_under_the_name(server: Monitoring, capsys: pytest.CaptureFixture[str]) -> None:
     items = ["--neurons", "L1N2", "--direction", "joy=joyful@16:2", "--heads", "retrieval", "--neurons", "L3N4"]
-    assert main(["watch", "create", "safety", *items, "--top", "5"]) == 0
+    assert main(["watch", "create", "safety", *items, "--top", "5", "--include-sink"]) == 0
     assert server.request == pb.CreateWatchRequest(
-        items=[watch_neurons("L1N2", 1, [2]), JOY, watch_heads("retrieval", "retrieval", top_k=5), neurons("L3N4")],
+        items=[
+            watch_neurons("L1N2", 1, [2]),
+            JOY,
+            watch_heads("retrieval", "retrieval", top_k=5, include_sink=True),
+            neurons("L3N4"),
+        ],
         tags=["safety"],
     )
     printed = capsys.readouterr()
@@ -216,6 +269,7 @@ def test_the_best_heads_of_no_head_set_are_wrong_usage(capsys: pytest.CaptureFix
 @pytest.mark.usefixtures("client")
 def test_start_sends_what_was_given(server: Monitoring) -> None:
     options = ["--sampling-rate", ".25", "--phases", "prompt", "generated", "--buckets", "-1", "1", "--reference", "r"]
+    options += ["--calibration-tokens", "99", "--export-items"]
     assert main(["watch", "start", "safety", "live", "--window-tokens", "64", *options]) == 0
     assert server.request == pb.StartWatchRequest(
         watch="safety",
@@ -225,6 +279,8 @@ def test_start_sends_what_was_given(server: Monitoring) -> None:
         window_tokens=64,
         buckets=[-1, 1],
         reference="r",
+        calibration_tokens=99,
+        export_items=True,
     )
 
 
@@ -233,13 +289,20 @@ def test_tables_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", "list"]) == 0
     printed = capsys.readouterr()
     assert "safety  2" in printed.out
+    assert "1 of 2 servers" in printed.out
+    assert "safety does not run on there-2: 16 watches are running" in printed.err
     assert "1 of 16 watches, 2 of 4096 items" in printed.err
     assert main(["watch", "stats", "safety"]) == 0
     printed = capsys.readouterr()
     header, joy, suspect = printed.out.splitlines()
-    assert header.split() == ["item", "tokens", "fired", "mean", "deviation", "min", "q0.5", "max", "drift"]
-    assert joy.split() == ["joy", "100", "25.0%", "0.5", "1.5", "-2", "0.25", "3", "0.750"]
-    assert len(suspect.split()) == 8
+    columns = ["item", "tokens", "threshold", "fired", "mean", "deviation", "min", "q0.5", "max", "drift"]
+    assert header.split() == [*columns, "by", "chance"]
+    assert joy.split() == ["joy", "100", "1.5", "25.0%", "0.5", "1.5", "-2", "0.25", "3", "0.750", "0.250"]
+    assert len(suspect.split()) == 9
+    assert "direction: 1 items, mean 0.5, -2 to 3" in printed.err
+    assert "first tokens: 100 of 1024" in printed.err
+    assert "7 first tokens of sequences" in printed.err
+    assert "mean 0.750, of which 0.500 beyond chance; largest 0.750, of which 0.375 beyond chance" in printed.err
     assert "2 values were not finite" in printed.err
     assert main(["watch", "stop", "safety"]) == 0
     assert "100 tokens" in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_the_command_line_creates_starts_reads_and_stops(
     server: LiveServer, client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("PATCHCLAMP_ADDRESS", server.address)
-    assert main(["watch", "create", "cli", "--neurons", "suspects=L1N3,4:-1", "--heads", "L0H1,L1H2:.8"]) == 0
+    assert main(["watch", "create", "cli", "--neurons", "suspects=L1N3,4:p95", "--heads", "L0H1,L1H2:.8"]) == 0
     assert capsys.readouterr().out.split() == ["suspects/L1N3", "suspects/L1N4", "heads/L0H1", "heads/L1H2"]
     assert main(["watch", "start", "cli", "live", "--window-tokens", "8", "--buckets", "0", "1"]) == 0
     assert main(["watch", "start", "cli", "live"]) == 1

@@ -44,7 +44,7 @@ class Case:
     def attend(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Peaks]:
         rows, heads, _ = self.q.shape
         slots = [s.blocks[s.offset // self.block] * self.block + s.offset % self.block for s in self.spans]
-        peaks = Peaks({5: np.arange(rows)}, rows, heads, CPU)
+        peaks = Peaks({5: np.arange(rows)}, rows, heads, CPU, off_sink=True)
         batch = AttentionBatch(self.spans, self.block, {self.options["window"]}, CPU)  # type: ignore[arg-type]
         q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
         self.written = self.pool.to(dtype)
@@ -62,6 +62,16 @@ class Case:
 
     def exact(self, row: int, head: int) -> tuple[Tensor, int, float]:
         """z, and where the head looks, of keys that are in the pool."""
+        first, weights, values = self.weights(row, head)
+        return weights @ values, first + int(weights.argmax()), float(weights.max())
+
+    def exact_off_sink(self, row: int, head: int) -> float:
+        """The largest weight of a key of a position above 0; of none, 0."""
+        first, weights, _ = self.weights(row, head)
+        return float(weights[0 if first else 1 :].max()) if first or len(weights) > 1 else 0.0
+
+    def weights(self, row: int, head: int) -> tuple[int, Tensor, Tensor]:
+        """First visible position, and the weights and values from there on."""
         span, window, cap = self.spans[row], int(self.options["window"]), self.options["soft_cap"]
         keys, values = self.written.double()[:, span.blocks].flatten(1, 2)[:, : span.offset + 1]
         kv = head // (self.q.shape[1] // keys.shape[1])
@@ -70,7 +80,7 @@ class Case:
             scores = cap * torch.tanh(scores / cap)
         first = max(0, len(scores) - window) if window else 0
         weights = torch.softmax(scores[first:], dim=0)
-        return weights @ values[first:, kv], first + int(weights.argmax()), float(weights.max())
+        return first, weights, values[first:, kv]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,6 +95,25 @@ def test_each_row_is_its_own_softmax_over_its_visible_keys(shape: tuple, dtype: 
         assert (own - exact).abs().max() <= tolerance * max(1.0, float(exact.abs().max()))
         assert peaks.positions[0, row, head] == position
         assert float(peaks.probabilities[0, row, head]) == pytest.approx(probability, rel=1e-4)
+        assert peaks.off_sink is not None
+        off_sink = case.exact_off_sink(row, head)
+        assert float(peaks.off_sink[0, row, head]) == pytest.approx(off_sink, rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_at_rest_on_the_first_token_is_near_0_off_the_sink(dtype: torch.dtype) -> None:
+    case = Case((40, 9), 6, 2, 16, 4, 0, 0.0)
+    for row, span in enumerate(case.spans):
+        for kv in range(2):
+            case.pool[0, span.blocks[0], 0, kv] = 3.0 * case.q[row, 3 * kv : 3 * kv + 3].sum(dim=0)
+    _, peaks = case.attend(dtype)
+    assert peaks.off_sink is not None
+    at_rest = (peaks.positions[0] == 0) & (peaks.probabilities[0] > 0.9)
+    assert at_rest.sum() >= 6
+    assert (peaks.off_sink[0][at_rest] < 0.1).all()
+    for row, head in at_rest.nonzero().tolist():
+        expected = case.exact_off_sink(row, head)
+        assert float(peaks.off_sink[0, row, head]) == pytest.approx(expected, rel=1e-3, abs=1e-12)
 
 
 def test_a_row_has_the_same_bits_with_any_neighbours_and_on_any_number_of_threads() -> None:

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 SPLITS = Config({"TILE": 16, "SPLIT": 32, "SPLITS": 4}, 4, 1)
 WHOLE = Config({"TILE": 16, "SPLIT": 1024, "SPLITS": 4}, 4, 1)
 ROWS = Config({"ROWS": 16, "TILE": 16}, 4, 1)
-OUTPUTS = ("z", "argmax", "probability", "marked_mass")
+OUTPUTS = ("z", "argmax", "probability", "marked_mass", "off_sink")
 
 
 class Case:
@@ -75,6 +75,8 @@ class Case:
             buffers |= {"argmax": Guarded(shape, torch.int32), "probability": Guarded(shape, torch.float32)}
         if marks:
             buffers["marked_mass"] = Guarded(shape, torch.float32)
+        if self.arguments.get("off_sink"):
+            buffers["off_sink"] = Guarded(shape, torch.float32)
         floats = scratch_floats(self.q, self.cache.shape[3], self.batch, self.arguments.get("window", 0), config)
         buffers["scratch"] = Guarded((floats,), torch.float32)
         tensors = {name: buffer.tensor for name, buffer in buffers.items()}
@@ -104,7 +106,7 @@ class Case:
         limit = tolerance * max(1.0, true.z.abs().max().item() if true.z.numel() else 1.0)
         torch.testing.assert_close(mine.z.double(), true.z, rtol=0, atol=limit)
         # Weights are computed in float32 from the inputs as they are, whatever the dtype.
-        for name in ("probability", "marked_mass"):
+        for name in ("probability", "marked_mass", "off_sink"):
             if getattr(true, name) is not None:
                 torch.testing.assert_close(getattr(mine, name).double(), getattr(true, name), rtol=1e-4, atol=1e-5)
         if true.argmax is not None:
@@ -116,20 +118,37 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_rows_are_those_of_the_reference(dtype: torch.dtype, config: Config) -> None:
     case = Case([(1, 0), (1, 40), (1, 99)], dtype=dtype).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     case.assert_right(config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_rows_are_those_of_the_reference(dtype: torch.dtype) -> None:
     case = Case([(37, 0), (5, 0)], dtype=dtype).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     case.assert_right()
+
+
+def test_off_the_sink_is_the_largest_weight_but_that_of_the_first_key() -> None:
+    """Of rows that look at the first key, at another, and that see no other."""
+    case = Case([(1, 40), (1, 99), (1, 0), (20, 0)], n_heads=2, n_kv=1)
+    for n, (_, offset, blocks) in enumerate(case.listed):
+        case.cache[0, blocks[0], 0] = 0.0 if n == 1 else 8.0 * case.q[n].sum(dim=0)
+        assert offset >= 0
+    case.arguments |= {"readout": True, "off_sink": True}
+    for config in (SPLITS, WHOLE):
+        seen = case.assert_right(config)
+        assert seen.off_sink is not None
+        assert seen.probability is not None
+        sink = seen.argmax == 0
+        assert torch.equal(seen.off_sink[~sink], seen.probability[~sink])
+        assert (seen.off_sink[sink] < seen.probability[sink]).all()
+        assert seen.off_sink[2].tolist() == [0.0, 0.0]
 
 
 def test_decode_and_prefill_of_one_call() -> None:
     case = Case([(1, 12), (1, 70), (33, 0), (18, 21), (1, 0), (2, 50)], n_heads=2, n_kv=1).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     assert case.batch.n_single == 2
     case.assert_right()
 
@@ -137,7 +156,7 @@ def test_decode_and_prefill_of_one_call() -> None:
 @pytest.mark.parametrize("context", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 127, 128, 129, 200])
 def test_a_context_may_end_anywhere_in_blocks_tiles_and_splits(context: int) -> None:
     case = Case([(1, context - 1)], n_heads=2, n_kv=1).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     case.assert_right()
 
 
@@ -150,7 +169,7 @@ def test_a_chunk_may_begin_and_end_anywhere(offset: int, rows: int) -> None:
 @pytest.mark.parametrize(("n_heads", "n_kv"), [(1, 1), (3, 3), (3, 1), (8, 2), (14, 2), (8, 1), (20, 1)])
 def test_any_number_of_query_heads_a_key_head(n_heads: int, n_kv: int) -> None:
     case = Case([(1, 45), (2, 3)], n_heads=n_heads, n_kv=n_kv)
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     case.assert_right()
 
 
@@ -240,7 +259,7 @@ def test_of_equal_weights_the_first_is_named() -> None:
         for _, _, ids in case.listed:
             for place in places:
                 case.cache[0, ids[place // 8], place % 8] = case.q[0, 0] * 2
-        case.arguments["readout"] = True
+        case.arguments |= {"readout": True, "off_sink": True}
         for config in (SPLITS, WHOLE):
             mine = case.run(config).argmax
             assert (mine == places[0]).all()
@@ -259,7 +278,7 @@ def test_all_keys_equal_name_the_first_visible_one() -> None:
 def test_scores_far_apart_do_not_overflow() -> None:
     case = Case([(1, 70), (20, 30)])
     case.q *= 1e4
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     mine = case.run()
     torch.testing.assert_close(mine.probability, torch.ones_like(mine.probability))
     assert mine.z.isfinite().all()
@@ -268,7 +287,7 @@ def test_scores_far_apart_do_not_overflow() -> None:
 @pytest.mark.parametrize("config", [SPLITS, WHOLE], ids=["splits", "whole"])
 def test_padding_sequences_give_zeros_and_no_key(config: Config) -> None:
     case = Case([(1, 40), (1, 7), (1, 99), (20, 0), (3, 0)]).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     case.batch.context_lengths[torch.tensor([1, 4])] = 0
     case.batch.block_tables[1] = case.batch.block_tables[4] = case.ids[-1]
     mine = case.assert_right(config)
@@ -282,20 +301,20 @@ def test_padding_sequences_give_zeros_and_no_key(config: Config) -> None:
 def test_a_bound_on_the_context_larger_than_any_context_is_right() -> None:
     """As in a CUDA graph: the splits beyond a context are empty, and are treated as absent."""
     case = Case([(1, 0), (1, 20), (1, 99)]).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     case.batch = replace(case.batch, max_context=5000)
     case.assert_right()
 
 
 def test_a_context_may_have_more_splits_than_are_combined_at_a_time() -> None:
     case = Case([(1, 20), (1, 299), (1, 639)], n_heads=2, n_kv=1).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     case.assert_right(Config({"TILE": 16, "SPLIT": 16, "SPLITS": 64}, 4, 1))
 
 
 def test_no_rows() -> None:
     case = Case([])
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     assert case.run().z.shape == (0, 64)
     case = Case([(0, 5), (1, 9), (0, 0), (4, 0)])
     case.assert_right()
@@ -312,7 +331,7 @@ def test_agrees_with_the_attention_of_torch() -> None:
 def test_a_chunk_row_is_the_decode_row_at_its_position() -> None:
     """Two kernels, one sequence: the last row of a prompt, and the same token decoded."""
     case = Case([(20, 30)])
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     chunk = case.run()
     case.batch = RaggedBatch.build([(1, 49, case.listed[0][2])], 8, CPU)
     case.q, case.rows = case.q[-1:], 1
@@ -323,7 +342,7 @@ def test_a_chunk_row_is_the_decode_row_at_its_position() -> None:
 
 def test_repeats_its_bits() -> None:
     case = Case([(1, 99), (5, 30)], dtype=torch.bfloat16).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     first, again = case.run(), case.run()
     for name in OUTPUTS:
         assert torch.equal(getattr(first, name), getattr(again, name))
@@ -339,7 +358,7 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch() -> None:
 
 def test_the_default_configuration_and_the_reference_path_give_the_same() -> None:
     case = Case([(1, 300), (1, 20), (40, 30)], n_heads=2, n_kv=1).random_marks()
-    case.arguments["readout"] = True
+    case.arguments |= {"readout": True, "off_sink": True}
     mine = paged_attention(case.q, case.cache[0], case.cache[1], case.batch, **case.arguments)
     with reference_only():
         plain = paged_attention(case.q, case.cache[0], case.cache[1], case.batch, **case.arguments)
@@ -364,6 +383,7 @@ def test_random_sweep() -> None:
             seed=seed,
         )
         case.arguments["readout"] = draw.random() < 0.5
+        case.arguments["off_sink"] = draw.random() < 0.5
         if draw.random() < 0.4:
             case.arguments["window"] = draw.randint(1, 60)
         if draw.random() < 0.4:
@@ -423,6 +443,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         ("out.z", {"out": Attended(z=torch.zeros(4, 63))}),
         ("out.argmax", {"out": Attended(z=torch.zeros(4, 64)), "readout": True}),
         ("out.marked_mass", {"out": Attended(z=torch.zeros(4, 64), marked_mass=torch.zeros(4, 4))}),
+        ("out.off_sink", {"out": Attended(z=torch.zeros(4, 64)), "off_sink": True}),
         ("scratch", {"scratch": torch.zeros(3)}),
     ]
     paged_attention(**good)

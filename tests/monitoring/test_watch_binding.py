@@ -10,17 +10,24 @@ from patchclamp_server.heads.head_sets import Head, HeadSelection
 from patchclamp_server.interventions.program import Site, Vector
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import (
+    Encoder,
     WatchedDirection,
     WatchedFeatures,
     WatchedHeads,
     WatchedNeurons,
     WatchItem,
 )
-from patchclamp_server.monitoring.watch import DEFAULT_BUCKETS, MAX_BUCKETS, Watch, WatchOptions, check_watch
+from patchclamp_server.monitoring.watch import ItemKind, Watch, WatchOptions, check_watch
 
 INFO = loaded("llama").info
 WIDTH, FF = INFO.d_model, INFO.d_ff
 ONES = torch.ones(WIDTH)
+
+
+def features(
+    encoder: torch.Tensor, layer: int, field: str = "encoder_features_by_width", **given: torch.Tensor
+) -> WatchedFeatures:
+    return WatchedFeatures(Encoder(field, encoder), layer, **given)  # type: ignore[arg-type]
 
 
 def bound(*items: WatchItem) -> Watch:
@@ -32,7 +39,7 @@ def test_several_things_of_one_item_are_named_by_layer_and_number() -> None:
         WatchItem("one", WatchedNeurons(2, (5,))),
         WatchItem("n", WatchedNeurons(0, (3, 1))),
         WatchItem("d", WatchedDirection(Vector(values=ONES), layers=(0, 2))),
-        WatchItem("f", WatchedFeatures(torch.ones(2, WIDTH), 1)),
+        WatchItem("f", features(torch.ones(2, WIDTH), 1)),
         WatchItem("h", WatchedHeads(HeadSelection((Head(1, 3), Head(0, 2))))),
     )
     expected = ("one", "n/L0N3", "n/L0N1", "d/L0", "d/L2", "f/L1F0", "f/L1F1", "h/L1H3", "h/L0H2")
@@ -70,11 +77,14 @@ NEURON = WatchedNeurons(0, (1,))
         (WatchItem("x", WatchedDirection(Vector(values=ONES))), "items[0].direction.layers"),
         (WatchItem("x", WatchedDirection(Vector(values=ONES[1:]), layers=(0,))), "items[0].direction.vector.values"),
         (WatchItem("x", WatchedDirection(Vector(values=ONES), Site.MLP_POST, (0,))), "items[0].direction.site"),
-        (WatchItem("x", WatchedFeatures(torch.ones(2, 3), 0)), "items[0].features.encoder"),
-        (WatchItem("x", WatchedFeatures(torch.ones(2, WIDTH), 9)), "items[0].features.layer"),
-        (WatchItem("x", WatchedFeatures(torch.ones(2, WIDTH), 0, bias=torch.ones(3))), "items[0].features.bias"),
+        (WatchItem("x", NEURON, threshold=1.0, quantile=0.5), "items[0].threshold_quantile"),
+        (WatchItem("x", NEURON, quantile=1.0), "items[0].threshold_quantile"),
+        (WatchItem("x", NEURON, quantile=float("nan")), "items[0].threshold_quantile"),
+        (WatchItem("x", features(torch.ones(2, 3), 0)), "items[0].features.encoder_features_by_width"),
+        (WatchItem("x", features(torch.ones(2, WIDTH), 9)), "items[0].features.layer"),
+        (WatchItem("x", features(torch.ones(2, WIDTH), 0, bias=torch.ones(3))), "items[0].features.bias"),
         (
-            WatchItem("x", WatchedFeatures(torch.ones(1, WIDTH), 0, jump=torch.tensor([torch.inf]))),
+            WatchItem("x", features(torch.ones(1, WIDTH), 0, jump=torch.tensor([torch.inf]))),
             "items[0].features.jump",
         ),
         (WatchItem("x", WatchedHeads(HeadSelection((Head(0, 4),)))), "items[0].heads.heads.heads.heads[0].head"),
@@ -105,7 +115,9 @@ def test_more_items_than_the_server_watches_are_refused() -> None:
         {"names": torch.tensor(list(b"[1, 2"), dtype=torch.uint8)},
         {"sites": torch.tensor(list(b'["attn_q"]'), dtype=torch.uint8)},
         {"kinds": torch.zeros(3)},
-        {"kinds": torch.full((3,), 4)},
+        {"kinds": torch.full((3,), len(ItemKind))},
+        {"quantiles": torch.full((3,), 1.0, dtype=torch.float64)},
+        {"quantiles": torch.full((2,), 0.5, dtype=torch.float64)},
         {"units": torch.full((3,), -1)},
         {"layers": torch.full((3,), -1)},
         {"thresholds": torch.full((3,), torch.inf, dtype=torch.float64)},
@@ -141,7 +153,8 @@ def test_a_watch_of_another_model_is_refused() -> None:
         ({"sampling_rate": float("nan")}, "sampling_rate"),
         ({"phases": frozenset()}, "phases"),
         ({"window_tokens": 0}, "window_tokens"),
-        ({"buckets": ()}, "buckets"),
+        ({"calibration_tokens": 0}, "calibration_tokens"),
+        ({"calibration_tokens": 4097}, "calibration_tokens"),
         ({"buckets": (1.0, 1.0)}, "buckets"),
         ({"buckets": (1.0, float("inf"))}, "buckets"),
         ({"buckets": tuple(map(float, range(33)))}, "buckets"),
@@ -153,8 +166,55 @@ def test_options_out_of_range_are_refused_by_their_field(options: dict[str, obje
     assert refused.value.field == field
 
 
-def test_the_default_buckets_are_half_decades_on_both_sides_of_0() -> None:
-    assert len(DEFAULT_BUCKETS) <= MAX_BUCKETS
-    assert (DEFAULT_BUCKETS[0], DEFAULT_BUCKETS[-1]) == (-100.0, 100.0)
-    assert 0.0 in DEFAULT_BUCKETS
-    assert tuple(sorted(DEFAULT_BUCKETS)) == DEFAULT_BUCKETS
+def test_an_item_fires_above_a_quantile_of_its_own_values_unless_told_otherwise() -> None:
+    """Features, whose values are cut off at 0, fire when they are above it."""
+    watch = bound(
+        WatchItem("n", NEURON),
+        WatchItem("h", WatchedHeads(HeadSelection((Head(0, 1),))), quantile=0.9),
+        WatchItem("f", features(torch.ones(1, WIDTH), 0)),
+        WatchItem("t", WatchedNeurons(0, (2,)), threshold=1.5),
+    )
+    assert watch.quantiles.tolist() == [0.99, 0.9, 0.0, 0.0]
+    assert watch.thresholds.tolist() == [0.0, 0.0, 0.0, 1.5]
+    assert torch.equal(Watch.from_tensors(watch.tensors()).quantiles, watch.quantiles)
+    assert watch.kind_names == ("neuron", "feature", "head")
+    assert watch.kind_of.tolist() == [0, 2, 1, 0]
+
+
+def test_a_watch_stored_before_there_were_quantiles_keeps_its_thresholds_and_its_heads() -> None:
+    stored = bound(
+        WatchItem("n", NEURON, threshold=0.5),
+        WatchItem("h", WatchedHeads(HeadSelection((Head(0, 1),)), include_sink=True), threshold=0.0),
+    ).tensors()
+    assert "quantiles" not in stored
+    watch = Watch.from_tensors(stored)
+    assert watch.kinds.tolist() == [0, 3]
+    assert watch.kind_names == ("neuron", "head")
+
+
+def test_an_encoder_is_read_by_the_layout_that_its_field_names() -> None:
+    """W_enc of SAELens is [d_in, d_sae]."""
+    square = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    rows = bound(WatchItem("f", features(square, 0)))
+    columns = bound(WatchItem("f", features(square.t(), 0, "encoder_width_by_features")))
+    assert torch.equal(rows.vectors, square)
+    assert torch.equal(columns.vectors, square)
+    assert torch.equal(bound(WatchItem("f", features(square[:3], 0, "encoder"))).vectors, square[:3])
+
+
+@pytest.mark.parametrize(
+    ("field", "shape", "message"),
+    [
+        ("encoder", (WIDTH, WIDTH), "square .* encoder_features_by_width .* encoder_width_by_features"),
+        ("encoder", (WIDTH, 3), r"is not \[features, \d+\]; .* encoder_width_by_features"),
+        ("encoder_features_by_width", (WIDTH, 3), r"is not \[features, \d+\]; .* encoder_width_by_features"),
+        ("encoder_width_by_features", (3, WIDTH), r"is not \[\d+, features\]; .* encoder_features_by_width"),
+        ("encoder_width_by_features", (WIDTH, 0), r"is not \[\d+, features\]"),
+    ],
+)
+def test_an_encoder_that_could_stand_either_way_or_stands_the_other_is_refused(
+    field: str, shape: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=message) as refused:
+        bound(WatchItem("f", features(torch.ones(shape), 0, field)))
+    assert refused.value.field == f"items[0].features.{field}"

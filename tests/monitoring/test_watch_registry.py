@@ -68,7 +68,7 @@ def test_what_is_read_is_complete_whenever_it_is_read() -> None:
     found = monitor.statistics("w")
     assert found.tokens.tolist() == [len(values)] * 3
     np.testing.assert_allclose(found.total, values.sum(axis=0))
-    assert found.max.tolist() == values.max(axis=0).tolist()
+    assert found.sums.max.tolist() == values.max(axis=0).tolist()
     assert monitor.get("w").tokens == len(values)
 
 
@@ -100,8 +100,8 @@ def test_two_watches_of_one_neuron_count_it_by_their_own_thresholds() -> None:
     monitor.start("sha256:c", neurons_watch(neurons=(5, 3)), options("c"))
     values = normal(50)
     run(monitor, values)
-    assert monitor.statistics("a").fired.tolist() == [(values[:, 3] > 0).sum()]
-    assert monitor.statistics("c").fired.tolist() == [(values[:, 5] > 0).sum(), (values[:, 3] > 0).sum()]
+    assert monitor.statistics("a").sums.fired.tolist() == [(values[:, 3] > 0).sum()]
+    assert monitor.statistics("c").sums.fired.tolist() == [(values[:, 5] > 0).sum(), (values[:, 3] > 0).sum()]
     assert 0 < monitor.get("b").tokens < 50
 
 
@@ -144,23 +144,26 @@ def test_drift_is_none_before_a_window_0_on_what_was_recorded_and_large_on_what_
     assert monitor.statistics("w").drift is None
     run(monitor, normal(64, 7))
     found = monitor.statistics("w")
-    assert (found.mean_drift, found.max_drift) == (0.0, 0.0)
+    assert found.drift is not None
+    assert (found.drift.mean, found.drift.max, found.drift.max_excess) == (0.0, 0.0, 0.0)
     assert found.edges.tolist() == reference.edges.tolist()
     # Of the same distribution, cut at windows that steps run across.
     for i in range(100, 112):
         run(monitor, normal(100, i))
-    unchanged = monitor.statistics("w").max_drift
+    unchanged = monitor.statistics("w").drift
     assert unchanged is not None
-    assert unchanged < 0.2
+    assert 0.0 < unchanged.max < 0.2
+    assert unchanged.max_excess < 0.05
     shifted = np.tile(np.array([0, 0, 0, 2.0] + [0] * 16, dtype=np.float32), (100, 1))
     for i in range(200, 212):
         run(monitor, normal(100, i) + shifted)
     found = monitor.statistics("w")
     assert found.drift is not None
     # Two normal distributions that are two deviations apart: 2 Φ(1) - 1 = 0.68.
-    assert 0.55 < found.drift[0] < 0.8
-    assert max(found.drift[1:]) < 0.2
-    assert found.max_drift == found.drift[0]
+    assert 0.55 < found.drift.distance[0] < 0.8
+    assert found.drift.max == found.drift.distance[0]
+    assert found.drift.excess[0] > 0.45
+    assert max(found.drift.excess[1:]) < 0.05
     assert found.rows == 512 + 512 + 1200 + 1200
 
 
@@ -237,7 +240,7 @@ def test_values_that_are_not_finite_are_no_events() -> None:
     run(monitor, np.array([[np.nan, np.inf, 1.0]], dtype=np.float32))
     assert followed.of(3)[10].tolist()[2:] == [1.0]
     assert np.isnan(followed.of(3)[10][:2]).all()
-    assert monitor.statistics("w").not_finite.tolist() == [1, 1, 0]
+    assert monitor.statistics("w").sums.not_finite.tolist() == [1, 1, 0]
 
 
 def test_followers_and_recordings_are_told_when_a_watch_stops_or_the_engine_ends() -> None:
@@ -317,20 +320,20 @@ def test_a_shift_that_an_edit_makes_in_the_engine_is_seen_as_drift() -> None:
     plain = [Job(prompt(f"plain {i}", 20), None, 8) for i in range(6)]
     with Bench("llama", EngineConfig(enable_prefix_cache=False)) as bench:
         monitor = bench.engine.monitor
-        monitor.start("sha256:w", neurons_watch(), options(window_tokens=6 * 27))
-        _, done = record(monitor, 6 * 27)
+        monitor.start("sha256:w", neurons_watch(), options(window_tokens=6 * 26))
+        _, done = record(monitor, 6 * 26)
         bench.run(plain)
         until(lambda: bool(done))
         assert done[0] is not None
         monitor.set_reference("w", done[0], "sha256:r")
         bench.run(plain)
-        same = monitor.statistics("w").max_drift
+        same = monitor.statistics("w").drift
         assert same is not None
-        assert same < 0.02  # batches may differ, and with them the last bits
+        assert same.max < 0.02  # batches may differ, and with them the last bits
         bench.run([Job(job.prompt, steered, 8) for job in plain])
-        drifted = monitor.statistics("w").max_drift
+        drifted = monitor.statistics("w").drift
         assert drifted is not None
-        assert drifted > 0.3
+        assert drifted.max_excess > 0.2
 
 
 def test_the_end_of_the_engine_ends_its_watches() -> None:

@@ -7,11 +7,15 @@ from numpy.typing import NDArray
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.monitoring.accumulator import Accumulator, Sums, floor32
-from patchclamp_server.monitoring.reference import BINS, MAX_KEPT, Recording, Reference, total_variation
+from patchclamp_server.monitoring.drift import drift_of
+from patchclamp_server.monitoring.reference import BINS, LEVELS, MAX_KEPT, Recording, Reference
+from patchclamp_server.monitoring.scale import Scale, Source
 from patchclamp_server.monitoring.statistics import Statistics
 
 ROWS, ITEMS = 300, 7
 BUCKETS = (-1.0, -0.1, 0.0, 0.1, 1.0)
+KIND_BUCKETS, KIND_OF = (BUCKETS, (0.0, 0.5)), np.array([0, 0, 1, 0, 0, 1, 0])
+CPU = torch.device("cpu")
 
 
 def values(seed: int = 0, rows: int = ROWS) -> NDArray[np.float32]:
@@ -25,7 +29,9 @@ def values(seed: int = 0, rows: int = ROWS) -> NDArray[np.float32]:
 
 
 def accumulator(kind: str, thresholds: NDArray[np.float64]) -> Accumulator:
-    return Accumulator(thresholds, BUCKETS, torch.device("cpu"), compiled=kind == "compiled")
+    """Items of two kinds, with buckets of their own."""
+    scale = Scale(thresholds, KIND_BUCKETS, Source.CHOSEN)
+    return Accumulator(scale, KIND_OF, torch.device("cpu"), compiled=kind == "compiled")
 
 
 def add(own: Accumulator, seen: NDArray[np.float32], rows: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
@@ -38,15 +44,18 @@ def assert_counts(found: Sums, seen: NDArray[np.float32], thresholds: NDArray[np
         assert found.tokens[item] == len(good)
         assert found.not_finite[item] == len(own) - len(good)
         assert found.fired[item] == (good > thresholds[item]).sum()
-        np.testing.assert_allclose(found.total[item], good.sum(), rtol=1e-12, atol=1e-9)
+        np.testing.assert_allclose(found.positive[item], good[good > 0].sum(), rtol=1e-12)
+        np.testing.assert_allclose(found.negative[item], -good[good < 0].sum(), rtol=1e-12)
         np.testing.assert_allclose(found.total_squares[item], (good**2).sum(), rtol=1e-12)
         assert found.min[item] == min(good, default=np.inf)
         assert found.max[item] == max(good, default=-np.inf)
         places = np.searchsorted(edges[item], good, side="left")
         assert found.histogram[item].tolist() == np.bincount(places, minlength=edges.shape[1] + 1).tolist()
-    good = seen[np.isfinite(seen)].astype(np.float64)
-    expected = np.bincount(np.searchsorted(BUCKETS, good, side="left"), minlength=len(BUCKETS) + 1)
-    assert found.bucket_counts[0].tolist() == expected.tolist()
+    for kind, bounds in enumerate(KIND_BUCKETS):
+        own = seen[:, kind == KIND_OF]
+        good = own[np.isfinite(own)].astype(np.float64)
+        expected = np.bincount(np.searchsorted(bounds, good, side="left"), minlength=len(BUCKETS) + 1)
+        assert found.bucket_counts[kind].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("kind", ["compiled", "operators"])
@@ -81,7 +90,7 @@ def test_new_edges_begin_a_new_histogram_and_leave_the_buckets_as_they_are(kind:
 
 def test_an_edge_between_two_float32_counts_as_the_number_it_is() -> None:
     """0.1 in float32 is above 0.1."""
-    own = Accumulator(np.array([0.1]), (0.1,), torch.device("cpu"), compiled=True)
+    own = Accumulator(Scale(np.array([0.1]), ((0.1,),), Source.CHOSEN), np.zeros(1, dtype=np.int64), CPU, compiled=True)
     own.add(np.array([[0.1]], dtype=np.float32), np.arange(1), np.arange(1))
     found = own.read()
     assert found.fired.tolist() == [1]
@@ -90,18 +99,12 @@ def test_an_edge_between_two_float32_counts_as_the_number_it_is() -> None:
 
 
 def statistics(seen: NDArray[np.float32], edges: NDArray[np.float64]) -> Statistics:
-    own = Accumulator(np.zeros(seen.shape[1]), BUCKETS, torch.device("cpu"), compiled=True)
+    n = seen.shape[1]
+    scale, kind_of = Scale(np.zeros(n), (BUCKETS,), Source.CHOSEN), np.zeros(n, dtype=np.int64)
+    own = Accumulator(scale, kind_of, CPU, compiled=True)
     own.set_edges(edges)
-    own.add(seen, np.arange(len(seen)), np.arange(seen.shape[1]))
-    sums = own.read()
-    return Statistics(
-        *(sums.tokens, sums.fired, sums.not_finite, sums.total, sums.total_squares, sums.min, sums.max),
-        edges=edges,
-        histogram=sums.histogram,
-        buckets=BUCKETS,
-        bucket_counts=sums.bucket_counts[0],
-        rows=len(seen),
-    )
+    own.add(seen, np.arange(len(seen)), np.arange(n))
+    return Statistics(own.read(), edges, scale, ("neuron",), kind_of, rows=len(seen))
 
 
 def test_quantiles_are_within_the_bin_of_the_true_ones() -> None:
@@ -117,7 +120,7 @@ def test_what_has_seen_nothing_has_no_quantiles_and_no_mean() -> None:
     found = statistics(np.full((5, 1), np.nan, dtype=np.float32), np.zeros((1, 1)))
     assert np.isnan(found.quantiles((0.5,))).all()
     assert found.mean.tolist() == found.deviation.tolist() == [0.0]
-    assert found.not_finite.tolist() == [5]
+    assert found.sums.not_finite.tolist() == [5]
 
 
 def recorded(seen: NDArray[np.float32], tokens: int | None = None, parts: int = 3) -> Reference:
@@ -165,7 +168,74 @@ def test_a_recording_of_more_than_is_kept_samples_tokens() -> None:
 def test_total_variation_is_0_of_equal_shares_1_of_disjoint_ones_and_of_nothing() -> None:
     own = np.array([[1, 1, 0], [5, 0, 0], [0, 0, 0], [2, 2, 0]])
     reference = np.array([[10, 10, 0], [0, 0, 3], [1, 1, 1], [1, 0, 1]])
-    assert total_variation(own, reference).tolist() == [0.0, 1.0, 1.0, 0.5]
+    found = drift_of(own, reference, np.ones(4))
+    assert found.distance.tolist() == [0.0, 1.0, 1.0, 0.5]
+    assert found.noise[2] == found.spread[2] == 0.0
+    assert found.excess.tolist()[:3] == [0.0, pytest.approx(1.0 - found.noise[1]), 1.0]
+
+
+@pytest.mark.parametrize("window", [200, 512, 1024, 4096])
+def test_two_samples_of_one_distribution_have_no_drift_beyond_their_noise(window: int) -> None:
+    """Of many items: normal, mostly 0, and of few values."""
+    rng, n_items = np.random.default_rng(window), 300
+
+    def sample() -> NDArray[np.float32]:
+        drawn = rng.normal(size=(window, n_items)).astype(np.float32)
+        drawn[:, :50] *= rng.random(size=(window, 50)) < 0.2
+        drawn[:, 50:80] = rng.integers(0, 3, size=(window, 30))
+        return drawn
+
+    def counts(seen: NDArray[np.float32]) -> NDArray[np.int64]:
+        edges = zip(seen.T, reference.edges.numpy(), strict=True)
+        return np.stack([np.bincount(np.searchsorted(edge, own), minlength=BINS) for own, edge in edges])
+
+    reference = recorded(sample())
+    assert reference.inflation is not None
+    varies = reference.inflation.numpy()
+    assert varies.mean() < 1.1
+    found = drift_of(counts(sample()), reference.counts.numpy(), varies)
+    assert found.mean > 0.8 * found.mean_noise
+    assert found.mean_excess < 0.02
+    assert found.max_excess < 0.05
+    shifted = sample()
+    shifted[:, 7] += 3.0
+    shifted[:, 200] += 2.0
+    found = drift_of(counts(shifted), reference.counts.numpy(), varies)
+    assert found.mean_excess < 0.03
+    # Two normal distributions that are two deviations apart: 2 Φ(1) - 1 = 0.68.
+    assert 0.68 - found.noise[200] - 0.1 < found.excess[200] < 0.68
+    assert found.max_excess > 0.3
+    found = drift_of(counts(sample() + np.float32(0.5)), reference.counts.numpy(), varies)
+    assert found.mean_excess > 0.1
+
+
+def test_tokens_that_come_in_equal_runs_have_more_noise_than_independent_ones() -> None:
+    """Runs of four: a sample of n tokens tells as much as n / 4."""
+    rng = np.random.default_rng(0)
+
+    def sample() -> NDArray[np.float32]:
+        return np.repeat(rng.normal(size=(256, 100)).astype(np.float32), 4, axis=0)
+
+    reference = recorded(sample())
+    assert reference.inflation is not None
+    assert float(reference.inflation.mean()) == pytest.approx(4.0, rel=0.15)
+    edges, other = reference.edges.numpy(), sample()
+    counts = np.stack([np.bincount(np.searchsorted(edges[i], own), minlength=BINS) for i, own in enumerate(other.T)])
+    found = drift_of(counts, reference.counts.numpy(), reference.inflation.numpy())
+    assert found.mean_excess < 0.02
+    alone = drift_of(counts, reference.counts.numpy(), np.ones(100))
+    assert alone.mean_excess > 0.05
+
+
+def test_a_reference_keeps_quantiles_that_thresholds_follow_from() -> None:
+    seen = values(rows=1001)
+    levels = recorded(seen).levels
+    assert levels is not None
+    assert float(levels[0, LEVELS.index(0.5)]) == np.median(seen[:, 0])
+    assert levels[0, [0, -1]].tolist() == [seen[:, 0].min(), seen[:, 0].max()]
+    good = seen[np.isfinite(seen[:, 3]), 3]
+    assert levels[3, [0, -1]].tolist() == [good.min(), good.max()]
+    assert levels[4].tolist() == [0.0] * len(LEVELS)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +247,9 @@ def test_total_variation_is_0_of_equal_shares_1_of_disjoint_ones_and_of_nothing(
         {"counts": torch.full((2, 4), -1)},
         {"mean": torch.tensor([0.0, torch.nan], dtype=torch.float64)},
         {"more": torch.zeros(1)},
+        {"levels": torch.zeros(2, 3, dtype=torch.float64)},
+        {"levels": -torch.arange(26, dtype=torch.float64).view(2, 13)},
+        {"inflation": torch.full((2,), 0.5, dtype=torch.float64)},
     ],
 )
 def test_a_stored_reference_that_is_none_is_refused(broken: dict[str, torch.Tensor]) -> None:

@@ -46,7 +46,8 @@ def jobs(family: str) -> list[Job]:
 
 
 def assert_seen(family: str, followed: Followed, sequence: int, job: Job, outcome: Outcome, first: int = 0) -> None:
-    """Positions from `first` on, but for the last token, which is never computed."""
+    """Positions from `first` on, but for the last token, which is never computed, and the first, which is a sink."""
+    first = max(first, 1)
     tokens = [*job.prompt, *outcome.tokens][:-1]
     expected = expected_values(family, followed.watch, job, tokens)
     seen = followed.of(sequence)
@@ -65,13 +66,13 @@ def assert_statistics(bench: Bench, followed: Followed, name: str = "seen") -> N
     found = bench.engine.monitor.statistics(name)
     assert found.rows == len(values)
     assert found.tokens.tolist() == [len(values)] * values.shape[1]
-    assert found.fired.tolist() == (values > followed.watch.thresholds.numpy()).sum(axis=0).tolist()
+    assert found.sums.fired.tolist() == (values > found.scale.thresholds).sum(axis=0).tolist()
     np.testing.assert_allclose(found.mean, values.mean(axis=0), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.deviation, values.std(axis=0), rtol=1e-6, atol=1e-6)
-    assert found.min.tolist() == values.min(axis=0).tolist()
-    assert found.max.tolist() == values.max(axis=0).tolist()
+    assert found.sums.min.tolist() == values.min(axis=0).tolist()
+    assert found.sums.max.tolist() == values.max(axis=0).tolist()
     for item, own in enumerate(values.T):
-        assert found.histogram[item].tolist() == np.bincount(
+        assert found.sums.histogram[item].tolist() == np.bincount(
             np.searchsorted(found.edges[item], own, side="left"), minlength=found.edges.shape[1] + 1
         ).tolist()  # fmt: skip
 
@@ -186,8 +187,16 @@ def test_generated_tokens_are_watched_unless_more_is_asked() -> None:
         bench.run([asked])
         tokens = LENGTH + asked.max_tokens - 1
         assert list(seen["default"].of(1)) == list(range(LENGTH, tokens))
-        assert list(seen["prompt"].of(1)) == list(range(LENGTH))
-        assert list(seen["both"].of(1)) == list(range(tokens))
+        assert list(seen["prompt"].of(1)) == list(range(1, LENGTH))
+        assert list(seen["both"].of(1)) == list(range(1, tokens))
+        found = {name: bench.engine.monitor.statistics(name) for name in seen}
+        # The first token is an attention sink: it is counted, and is in no figure.
+        assert {name: own.sinks for name, own in found.items()} == {"default": 0, "prompt": 1, "both": 1}
+        assert {name: own.rows for name, own in found.items()} == {
+            "default": asked.max_tokens - 1,
+            "prompt": LENGTH - 1,
+            "both": tokens - 1,
+        }
 
 
 def test_analysis_requests_and_baselines_are_not_watched() -> None:
@@ -200,7 +209,7 @@ def test_analysis_requests_and_baselines_are_not_watched() -> None:
         for outcome in (analysis, compared):
             assert outcome.done.wait(30)
         # Each token of the second once, though its baseline computes it too.
-        assert set(followed.values) == {(2, position) for position in range(LENGTH + TOKENS - 1)}
+        assert set(followed.values) == {(2, position) for position in range(1, LENGTH + TOKENS - 1)}
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -214,7 +223,7 @@ def test_the_dense_steps_of_a_quality_guard_are_not_watched(executor: str) -> No
         assert report is not None
         assert report.guard is not None
         assert report.guard.sampled_tokens > 0
-        assert list(followed.of(1)) == list(range(LENGTH + TOKENS - 1))
+        assert list(followed.of(1)) == list(range(1, LENGTH + TOKENS - 1))
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

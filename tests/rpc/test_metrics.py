@@ -18,9 +18,16 @@ GENERATE = 'service="patchclamp.v1.GenerationService",method="Generate"'
 # Prometheus' base units and suffixes; what is left are gauges and histograms of counted things.
 SUFFIXES = ("_total", "_seconds", "_bytes", "_ratio", "_nats", "_info")
 COUNTED = ("_in_flight", "_running", "_waiting", "_blocks", "_blocks_free", "_blocks_cached", "_rows", "_tokens")
-COUNTED_WATCHES = ("_watches", "_items", "_limit")
+COUNTED_WATCHES = ("_watches", "_watches_refused", "_items", "_limit")
 # Without a unit: activations of the model, and whether something is so.
-BARE = ("patchclamp_watch_mean", "patchclamp_watch_max", "patchclamp_watch_activation", "patchclamp_serving")
+BARE = (
+    "patchclamp_watch_min",
+    "patchclamp_watch_max",
+    "patchclamp_watch_activation",
+    "patchclamp_watch_item_threshold",
+    "patchclamp_watch_calibrating",
+    "patchclamp_serving",
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,5 +123,7 @@ def test_labels_are_of_closed_sets(live_server: LiveServer, channel: grpc.Channe
         for label in sample.labels
     }
     described = {"name", "architecture", "fingerprint", "dtype", "device"}
-    closed = {"service", "method", "code", "outcome", "policy", "reason", "kind", "file", "tenant", "watch"}
-    assert labels <= closed | described | {"statistic", "le"}
+    closed = {"service", "method", "code", "outcome", "policy", "reason", "file", "tenant", "statistic", "le"}
+    # Of watches that somebody started, and of the items of those that ask for it: as many as the caps allow.
+    closed |= {"watch", "kind", "item"}
+    assert labels <= closed | described

@@ -11,12 +11,17 @@ from patchclamp.v1 import monitoring_pb2 as pb
 from patchclamp_server.errors import InvalidArgument, NotFound, RequestError
 from patchclamp_server.heads.head_sets import Head, HeadSelection
 from patchclamp_server.interventions.program import Phase, Site
+from patchclamp_server.monitoring.accumulator import Sums
 from patchclamp_server.monitoring.activations import Activations
+from patchclamp_server.monitoring.drift import Drift
 from patchclamp_server.monitoring.items import WatchedDirection, WatchedFeatures, WatchedHeads, WatchedNeurons
 from patchclamp_server.monitoring.running import RunningWatch
+from patchclamp_server.monitoring.scale import Scale, Source
+from patchclamp_server.monitoring.shared import Listed, Replica
 from patchclamp_server.monitoring.statistics import Statistics
 from patchclamp_server.monitoring.stored import WatchAsked
-from patchclamp_server.monitoring.watch import DEFAULT_BUCKETS, ItemKind, Watch, WatchOptions
+from patchclamp_server.monitoring.stored_run import Said, StoredRun
+from patchclamp_server.monitoring.watch import ItemKind, Watch, WatchOptions
 from patchclamp_server.rpc.monitoring_codec import (
     Followed,
     Recorded,
@@ -25,6 +30,7 @@ from patchclamp_server.rpc.monitoring_codec import (
     decode_recording,
     decode_start,
     encode_activations,
+    encode_listed,
     encode_running,
     encode_statistics,
 )
@@ -63,7 +69,7 @@ def refused(decode: Any, *arguments: Any) -> RequestError:
 
 def test_neurons_are_of_a_layer_or_of_a_set() -> None:
     listed, stored = decode_items([item(neurons=NEURONS), item(neurons=pb.WatchedNeurons(neuron_set="toxic"))])
-    assert (listed.name, listed.threshold, listed.source) == ("one", 0.0, WatchedNeurons(1, (3, 5)))
+    assert (listed.name, listed.threshold, listed.source) == ("one", None, WatchedNeurons(1, (3, 5)))
     assert stored.source == WatchedNeurons(neuron_set="toxic")
 
 
@@ -78,21 +84,34 @@ def test_a_direction_has_the_site_and_layers_of_its_artifact_unless_told() -> No
     assert (given.source.site, given.source.layers) == (Site.RESID_PRE, (2, 1))
 
 
-def test_features_come_with_their_encoder() -> None:
-    [features] = decode_items([item(features=pb.WatchedFeatures(layer=2, encoder=numbers(3, 4), jump=numbers(3)))])
+def test_an_item_has_a_threshold_or_a_quantile() -> None:
+    given, left = decode_items([item(neurons=NEURONS, threshold_quantile=0.5), item(neurons=NEURONS, threshold=0.0)])
+    assert (given.threshold, given.quantile) == (None, 0.5)
+    assert (left.threshold, left.quantile) == (0.0, None)
+
+
+@pytest.mark.parametrize("field", ["encoder", "encoder_features_by_width", "encoder_width_by_features"])
+def test_features_come_with_their_encoder_and_its_layout(field: str) -> None:
+    [features] = decode_items([item(features=pb.WatchedFeatures(layer=2, jump=numbers(3), **{field: numbers(3, 4)}))])
     assert isinstance(features.source, WatchedFeatures)
     assert (features.source.layer, features.source.site, features.source.bias) == (2, None, None)
-    assert features.source.encoder.shape == (3, 4)
+    assert (features.source.encoder.field, features.source.encoder.matrix.shape) == (field, (3, 4))
     assert features.source.jump is not None
 
 
 def test_heads_are_listed_or_the_best_of_a_set() -> None:
     best = head_pb2.HeadSelection(head_set="retrieval", top_k=2)
     listed, stored = decode_items(
-        [item(heads=pb.WatchedHeads(heads=HEADS)), item(heads=pb.WatchedHeads(heads=best), threshold=0.5)]
+        [
+            item(heads=pb.WatchedHeads(heads=HEADS)),
+            item(heads=pb.WatchedHeads(heads=best, include_sink=True), threshold=0.5),
+        ]
     )
     assert listed.source == WatchedHeads(HeadSelection((Head(1, 3),)))
-    assert (stored.source, stored.threshold) == (WatchedHeads(HeadSelection(head_set="retrieval", top_k=2)), 0.5)
+    assert (stored.source, stored.threshold) == (
+        WatchedHeads(HeadSelection(head_set="retrieval", top_k=2), include_sink=True),
+        0.5,
+    )
 
 
 def features(**fields: Any) -> pb.WatchItem:
@@ -120,7 +139,12 @@ BAD_ITEMS: list[tuple[pb.WatchItem, str]] = [
     (direction(vector=program_pb2.Vector(values=numbers(2, 2, 2))), "direction.vector.values.shape"),
     (direction(vector=VECTOR, site=99), "direction.site"),
     (direction(vector=VECTOR, layers=[1, 1]), "direction.layers[1]"),
-    (item(features=pb.WatchedFeatures(layer=1)), "features.encoder"),
+    (item(features=pb.WatchedFeatures(layer=1)), "features.encoder_features_by_width"),
+    (features(encoder_width_by_features=numbers(4, 2)), "features.encoder"),
+    (
+        item(features=pb.WatchedFeatures(encoder_width_by_features=numbers(4))),
+        "features.encoder_width_by_features.shape",
+    ),
     (features(encoder=numbers(4)), "features.encoder.shape"),
     (features(encoder=numbers(2, 4, dtype=0)), "features.encoder.dtype"),
     (features(bias=numbers(2, 1)), "features.bias.shape"),
@@ -145,14 +169,22 @@ def test_a_watch_of_nothing_is_refused() -> None:
 
 def test_a_start_that_says_nothing_has_the_defaults() -> None:
     asked = decode_start(pb.StartWatchRequest(watch="safety", name="live"))
-    assert asked == WatchAsked("safety", WatchOptions("live", 1.0, frozenset({Phase.GENERATED}), 4096, DEFAULT_BUCKETS))
+    assert asked == WatchAsked("safety", WatchOptions("live", 1.0, frozenset({Phase.GENERATED}), 4096, ()))
 
 
 def test_a_start_has_what_it_was_given() -> None:
     request = pb.StartWatchRequest(
-        watch="w", name="n", sampling_rate=0.5, phases=[PROMPT], window_tokens=9, buckets=[-1, 2], reference="r"
+        watch="w",
+        name="n",
+        sampling_rate=0.5,
+        phases=[PROMPT],
+        window_tokens=9,
+        buckets=[-1, 2],
+        reference="r",
+        calibration_tokens=99,
+        export_items=True,
     )
-    options = WatchOptions("n", 0.5, frozenset({Phase.PROMPT}), 9, (-1.0, 2.0))
+    options = WatchOptions("n", 0.5, frozenset({Phase.PROMPT}), 9, (-1.0, 2.0), 99, True)
     assert decode_start(request) == WatchAsked("w", options, "r")
 
 
@@ -173,6 +205,7 @@ def test_a_start_has_what_it_was_given() -> None:
         ({"buckets": [0, float("inf")]}, "buckets"),
         ({"buckets": [float("nan")]}, "buckets"),
         ({"buckets": range(33)}, "buckets"),
+        ({"calibration_tokens": 4097}, "calibration_tokens"),
     ],
 )
 def test_a_wrong_option_is_refused_by_its_name(fields: dict[str, Any], field: str) -> None:
@@ -222,25 +255,49 @@ def test_a_running_watch_tells_all_it_runs_with() -> None:
     assert (message.name, message.watch, message.reference, message.tokens) == ("w", "sha256:1", "sha256:2", 7)
     assert (list(message.items), list(message.phases)) == (["a", "b"], [PROMPT, GENERATED])
     assert (message.sampling_rate, message.window_tokens) == (0.5, 4096)
-    assert tuple(message.buckets) == DEFAULT_BUCKETS
+    assert (list(message.buckets), message.calibration_tokens, message.export_items) == ([], 1024, False)
     assert message.started.ToMilliseconds() == 1500
+    assert message.state == pb.WATCH_STATE_RUNNING
 
 
-def statistics(drift: Any = None) -> Statistics:
+def test_a_watch_of_the_store_that_does_not_run_here_tells_why_and_what_others_say() -> None:
+    run = StoredRun("sha256:1", WatchOptions("w", 0.5), "sha256:2", 1.5)
+    replicas = (Replica("here-1", Said("full", 0), 2.0), Replica("there-2", Said("", 9), 1.0))
+    message = encode_listed(Listed("w", None, run, "full", replicas))
+    assert (message.name, message.watch, message.reference, message.sampling_rate) == ("w", "sha256:1", "sha256:2", 0.5)
+    assert (message.state, message.reason, message.tokens) == (pb.WATCH_STATE_REFUSED, "full", 0)
+    assert [(each.replica, each.state, each.reason, each.tokens) for each in message.replicas] == [
+        ("here-1", pb.WATCH_STATE_REFUSED, "full", 0),
+        ("there-2", pb.WATCH_STATE_RUNNING, "", 9),
+    ]
+    assert not message.configured
+    assert encode_listed(Listed("w", RUNNING, None)).configured
+
+
+def statistics(drift: Drift | None = None) -> Statistics:
     """Item a has seen 1, 2 and 3; item b nothing that was finite."""
-    return Statistics(
+    sums = Sums(
         tokens=np.array([3, 0]),
         fired=np.array([2, 0]),
         not_finite=np.array([0, 4]),
-        total=np.array([6.0, 0.0]),
+        positive=np.array([6.5, 0.0]),
+        negative=np.array([0.5, 0.0]),
         total_squares=np.array([14.0, 0.0]),
         min=np.array([1.0, np.inf]),
         max=np.array([3.0, -np.inf]),
-        edges=np.array([[1.0, 2.0], [1.0, 2.0]]),
         histogram=np.array([[1, 1, 1], [0, 0, 0]]),
-        buckets=(0.0,),
-        bucket_counts=np.array([0, 3]),
+        bucket_counts=np.array([[0, 3]]),
+    )
+    return Statistics(
+        sums,
+        edges=np.array([[1.0, 2.0], [1.0, 2.0]]),
+        scale=Scale(np.array([1.5, 2.5]), ((0.0,),), Source.FIRST_TOKENS),
+        kind_names=("neuron",),
+        kind_of=np.zeros(2, dtype=np.int64),
         rows=4,
+        sinks=5,
+        calibrated=4,
+        calibration=1024,
         drift=drift,
     )
 
@@ -252,17 +309,33 @@ def test_statistics_are_of_each_item() -> None:
     assert first.standard_deviation == pytest.approx((2 / 3) ** 0.5)
     assert [q.probability for q in first.quantiles] == [0.05, 0.5, 0.95, 0.99]
     assert 1.0 <= first.quantiles[1].value <= 2.0
+    assert (first.threshold, second.threshold, first.kind) == (1.5, 2.5, pb.WATCH_ITEM_KIND_NEURON)
     assert not first.HasField("drift")
+    assert not first.HasField("drift_excess")
     assert not message.HasField("mean_drift")
     # What nothing was seen of has zeros, and not infinities, which JSON lacks.
     assert (second.not_finite, second.mean, second.min, second.max, len(second.quantiles)) == (4, 0.0, 0.0, 0.0, 0)
 
 
 def test_statistics_of_some_items_still_have_the_drift_of_all() -> None:
-    message = encode_statistics(RUNNING, statistics(np.array([0.2, 0.4])), (1,))
+    drift = Drift(np.array([0.2, 0.4]), np.array([0.1, 0.1]), np.array([0.01, 0.01]))
+    message = encode_statistics(RUNNING, statistics(drift), (1,))
     assert [each.name for each in message.items] == ["b"]
-    assert message.items[0].drift == 0.4
+    [item] = message.items
+    assert (item.drift, item.drift_noise, item.drift_excess) == (0.4, 0.1, pytest.approx(0.3))
     assert (message.mean_drift, message.max_drift) == (pytest.approx(0.3), 0.4)
+    assert (message.mean_drift_noise, message.mean_drift_excess) == (0.1, pytest.approx(0.2))
+    by_chance = 0.1 + 0.01 * (2 * np.log(2)) ** 0.5
+    assert (message.max_drift_noise, message.max_drift_excess) == pytest.approx((by_chance, 0.4 - by_chance))
+
+
+def test_statistics_tell_of_each_kind_and_of_what_is_still_derived() -> None:
+    message = encode_statistics(RUNNING, statistics(), ())
+    [neurons] = message.kinds
+    assert (neurons.kind, neurons.items, neurons.values, neurons.fired) == (pb.WATCH_ITEM_KIND_NEURON, 2, 3, 2)
+    assert (neurons.mean, neurons.min, neurons.max, list(neurons.buckets)) == (2.0, 1.0, 3.0, [0.0])
+    assert message.sink_tokens == 5
+    assert message.calibration == pb.WatchCalibration(scale=pb.WATCH_SCALE_FIRST_TOKENS, tokens=4, total=1024)
 
 
 def test_activations_say_where_they_occurred() -> None:

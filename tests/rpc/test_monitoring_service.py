@@ -184,7 +184,7 @@ def test_every_kind_of_item_is_resolved_and_named(stub: MonitoringServiceStub, c
         (watch_direction("d", [1.0], layers=0), INVALID, "items[0].direction.vector.values"),
         (watch_direction("d", "joyful", layers=9), INVALID, "items[0].direction.layers[0]"),
         (watch_direction("d", "joyful", site="mlp_post"), INVALID, "items[0].direction.site"),
-        (watch_features("f", 0, [[1.0]]), INVALID, "items[0].features.encoder"),
+        (watch_features("f", 0, [[1.0, 2.0]]), INVALID, "items[0].features.encoder_features_by_width"),
         (watch_features("f", 0, ENCODER.tolist(), bias=[0.0]), INVALID, "items[0].features.bias"),
         (watch_features("f", 7, ENCODER.tolist()), INVALID, "items[0].features.layer"),
         (watch_heads("h", [(0, 4)]), INVALID, "items[0].heads.heads.heads.heads[0].head"),
@@ -218,6 +218,7 @@ def test_a_watch_runs_from_its_start_to_its_stop(stub: MonitoringServiceStub, cl
     generate(client)
     running = started(stub, watch_neurons("n", 0, [1]), sampling_rate=1.0, window_tokens=9, buckets=[0, 1])
     assert (running.tokens, running.window_tokens, list(running.buckets)) == (0, 9, [0, 1])
+    assert running.state == pb.WATCH_STATE_RUNNING
     generate(client, 20)
     listed = stub.ListWatches(pb.ListWatchesRequest())
     # The last token is not run through the model.
@@ -230,10 +231,10 @@ def test_a_watch_runs_from_its_start_to_its_stop(stub: MonitoringServiceStub, cl
 def test_what_is_counted_is_what_readouts_show(stub: MonitoringServiceStub, client: Client) -> None:
     started(
         stub,
-        watch_neurons("n", 1, [3, 4]),
+        watch_neurons("n", 1, [3, 4], threshold=0.0),
         watch_direction("joy", "joyful", layers=0, threshold=0.5),
-        watch_features("sae", 1, ENCODER.tolist()),
-        watch_heads("h", [(1, 2)]),
+        watch_features("sae", 1, ENCODER.t().tolist(), layout="width_by_features"),
+        watch_heads("h", [(1, 2)], include_sink=True, threshold=0.0),
     )
     program = Program(
         readouts=[
@@ -487,29 +488,92 @@ def samples_of(server: LiveServer, watch: str) -> dict[str, float]:
     return found
 
 
-def test_prometheus_is_told_of_all_items_together(
+def test_prometheus_is_told_of_the_items_of_each_kind_together(
     server: LiveServer, stub: MonitoringServiceStub, client: Client
 ) -> None:
-    started(stub, watch_neurons("n", 1, [3, 4]), buckets=[0], window_tokens=10)
-    assert "patchclamp_watch_mean" not in samples_of(server, "w")
+    """Values of a neuron, a direction and a head have nothing in common that a mean could be of."""
+    neurons = watch_neurons("n", 1, [3, 4], threshold=0.0)
+    started(stub, neurons, watch_heads("h", [(1, 2)], threshold=0.5), buckets=[0], window_tokens=10)
+    assert "patchclamp_watch_max neuron" not in samples_of(server, "w")
     generate(client, 12)
-    items = statistics(stub).items
-    below = samples_of(server, "w")["patchclamp_watch_activation_bucket 0.0"]
-    assert samples_of(server, "w") == {
-        "patchclamp_watch_tokens_total": 11,
-        "patchclamp_watch_fired_total": sum(item.fired for item in items),
+    *items, head = statistics(stub).items
+    shown = samples_of(server, "w")
+    fired = sum(item.fired for item in items)
+    neuron = {
+        "patchclamp_watch_values_total": 22,
+        "patchclamp_watch_fired_total": fired,
         "patchclamp_watch_not_finite_total": 0,
-        "patchclamp_watch_events_dropped_total": 0,
-        "patchclamp_watch_mean": pytest.approx(sum(item.mean for item in items) / 2),
+        "patchclamp_watch_positive_sum_total": shown["patchclamp_watch_positive_sum_total neuron"],
+        "patchclamp_watch_negative_sum_total": shown["patchclamp_watch_negative_sum_total neuron"],
+        "patchclamp_watch_min": min(item.min for item in items),
         "patchclamp_watch_max": max(item.max for item in items),
-        "patchclamp_watch_activation_bucket 0.0": 22 - sum(item.fired for item in items),
-        "patchclamp_watch_activation_bucket +Inf": 22,
     }
-    assert 0 < below < 22
+    heads = {
+        "patchclamp_watch_values_total": 11,
+        "patchclamp_watch_fired_total": head.fired,
+        "patchclamp_watch_not_finite_total": 0,
+        "patchclamp_watch_positive_sum_total": pytest.approx(11 * head.mean),
+        "patchclamp_watch_negative_sum_total": 0,
+        "patchclamp_watch_min": head.min,
+        "patchclamp_watch_max": head.max,
+    }
+    assert shown == {
+        "patchclamp_watch_tokens_total": 11,
+        "patchclamp_watch_sink_tokens_total": 0,
+        "patchclamp_watch_events_dropped_total": 0,
+        "patchclamp_watch_calibrating": 0,
+        **{f"{name} neuron": value for name, value in neuron.items()},
+        **{f"{name} head": value for name, value in heads.items()},
+        "patchclamp_watch_activation_bucket neuron 0.0": 22 - fired,
+        "patchclamp_watch_activation_bucket neuron +Inf": 22,
+        "patchclamp_watch_activation_bucket head 0.0": 0,
+        "patchclamp_watch_activation_bucket head +Inf": 11,
+    }
+    # What a mean over any time is made of.
+    above, below = (shown[f"patchclamp_watch_{sign}_sum_total neuron"] for sign in ("positive", "negative"))
+    assert (above - below) / 22 == pytest.approx(sum(item.mean for item in items) / 2)
+    assert min(above, below) > 0
     assert server.metric("patchclamp_watches") == 1
-    assert server.metric("patchclamp_watch_items") == 2
+    assert server.metric("patchclamp_watch_items") == 3
     assert server.metric("patchclamp_watches_limit") == MAX_WATCHES
     assert server.metric("patchclamp_watch_items_limit") == MAX_ITEMS
+    assert server.metric("patchclamp_watches_refused") == 0
+
+
+def test_counts_by_thresholds_that_still_move_are_not_in_prometheus(
+    server: LiveServer, stub: MonitoringServiceStub, client: Client
+) -> None:
+    started(stub, watch_neurons("n", 1, [3, 4]), calibration_tokens=20, export_items=True)
+    generate(client, 12)
+    answer, shown = statistics(stub), samples_of(server, "w")
+    assert answer.calibration == pb.WatchCalibration(scale=pb.WATCH_SCALE_FIRST_TOKENS, tokens=11, total=20)
+    assert (shown["patchclamp_watch_calibrating"], shown["patchclamp_watch_values_total neuron"]) == (1, 22)
+    assert not any("fired" in name or "bucket" in name or "threshold" in name for name in shown)
+    generate(client, 12)
+    answer, shown = statistics(stub), samples_of(server, "w")
+    assert (answer.calibration.tokens, shown["patchclamp_watch_calibrating"]) == (20, 0)
+    assert shown["patchclamp_watch_fired_total neuron"] == sum(item.fired for item in answer.items)
+    bounds = {name.split()[-1] for name in shown if name.startswith("patchclamp_watch_activation_bucket")}
+    assert {float(bound) for bound in bounds - {"+Inf"}} == set(answer.kinds[0].buckets)
+
+
+def test_an_item_has_series_of_its_own_where_the_watch_asks_for_it(
+    server: LiveServer, stub: MonitoringServiceStub, client: Client
+) -> None:
+    plain, exported = (
+        started(stub, watch_neurons("n", 1, [3, 4], threshold=0.0), name=name, buckets=[0], export_items=name == "e")
+        for name in ("w", "e")
+    )
+    assert (plain.export_items, exported.export_items) == (False, True)
+    generate(client, 12)
+    assert not any("item" in name for name in samples_of(server, "w"))
+    shown, items = samples_of(server, "e"), statistics(stub, "e").items
+    for item in items:
+        assert shown[f"patchclamp_watch_item_values_total {item.name}"] == 11
+        assert shown[f"patchclamp_watch_item_fired_total {item.name}"] == item.fired
+        assert shown[f"patchclamp_watch_item_threshold {item.name}"] == 0
+        sums = [shown[f"patchclamp_watch_item_{sign}_sum_total {item.name}"] for sign in ("positive", "negative")]
+        assert sums[0] - sums[1] == pytest.approx(11 * item.mean)
 
 
 def test_drift_is_shown_once_there_is_a_reference_and_a_full_window(
@@ -525,6 +589,10 @@ def test_drift_is_shown_once_there_is_a_reference_and_a_full_window(
     answer, shown = statistics(stub), samples_of(server, "w")
     assert shown["patchclamp_watch_drift_ratio mean"] == answer.mean_drift
     assert shown["patchclamp_watch_drift_ratio max"] == answer.max_drift
+    # Ten tokens against ten: most of it is chance.
+    assert shown["patchclamp_watch_drift_noise_ratio mean"] == answer.mean_drift_noise > 0.3
+    assert shown["patchclamp_watch_drift_excess_ratio mean"] == answer.mean_drift_excess < 0.5
+    assert shown["patchclamp_watch_drift_excess_ratio max"] == answer.max_drift_excess
 
 
 def test_series_vanish_with_their_watch(server: LiveServer, stub: MonitoringServiceStub, client: Client) -> None:
@@ -608,7 +676,10 @@ def test_a_watch_that_is_configured_runs_from_the_start(tiny_llama_dir: Path, tm
         assert [(watch.name, bool(watch.reference), watch.tokens) for watch in found] == [
             ("plain", False, 7),
             ("compared", True, 7),
+            # Started with the first server, and never stopped.
+            ("safety", False, 7),
         ]
+        assert [watch.configured for watch in found] == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from patchclamp.monitoring import watch_direction, watch_heads, watch_neurons
 
-items = [watch_neurons("suspects", 12, [3, 345]), watch_direction("joy", "joyful_sad", layers=16, threshold=2.0)]
+items = [watch_neurons("suspects", 12, [3, 345]), watch_direction("joy", "joyful_sad", layers=16, threshold="p99.9")]
 client.create_watch(items, tags=["safety"])            # an artifact; nothing is measured yet
 client.start_watch("safety")                           # measured from here on, and in Prometheus
 client.watch_statistics("safety").items[0].mean
@@ -11,10 +11,15 @@ for batch in client.watch_activations("safety", max_events=10):
     print(batch.activations)
 
 One function a kind of item; monitoring.proto says what the value of each is. Several things in one item have the names
-"<name>/L<layer>N<neuron>" and the like. An item fires at a token when its value is above `threshold` (default 0).
+"<name>/L<layer>N<neuron>" and the like.
+
+An item fires at a token when its value is above `threshold`: a number, or "p99", the 99th percentile of its own values,
+of the reference that the watch is started with, else of the first tokens it sees. The default is "p99", and 0 for
+features.
 """
 
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
 
 from patchclamp.fields import build, one_or_several
 from patchclamp.heads import HeadsLike, selection_message
@@ -23,17 +28,21 @@ from patchclamp.programs.vectors import VectorLike, vector_of
 from patchclamp.tensors import Numbers, tensor
 from patchclamp.v1 import monitoring_pb2 as pb
 
+# A number, or "p" and a percentile.
+Threshold: TypeAlias = float | str
+EncoderLayout: TypeAlias = Literal["features_by_width", "width_by_features"]
 
-def watch_neurons(name: str, layer: int, neurons: Iterable[int], *, threshold: float | None = None) -> pb.WatchItem:
+
+def watch_neurons(name: str, layer: int, neurons: Iterable[int], *, threshold: Threshold | None = None) -> pb.WatchItem:
     """Neurons of a layer: their activations at mlp_post."""
     source = build(pb.WatchedNeurons, layer=layer, neurons=neurons)
-    return build(pb.WatchItem, name=name, neurons=source, threshold=threshold)
+    return _item(name, threshold, neurons=source)
 
 
-def watch_neuron_set(name: str, neuron_set: str, *, threshold: float | None = None) -> pb.WatchItem:
+def watch_neuron_set(name: str, neuron_set: str, *, threshold: Threshold | None = None) -> pb.WatchItem:
     """All neurons of a stored neuron set (id or tag)."""
     source = build(pb.WatchedNeurons, neuron_set=neuron_set)
-    return build(pb.WatchItem, name=name, neurons=source, threshold=threshold)
+    return _item(name, threshold, neurons=source)
 
 
 def watch_direction(
@@ -42,7 +51,7 @@ def watch_direction(
     *,
     layers: int | Iterable[int] = (),
     site: SiteName | None = None,
-    threshold: float | None = None,
+    threshold: Threshold | None = None,
 ) -> pb.WatchItem:
     """Projection of the residual stream on a direction.
 
@@ -54,7 +63,7 @@ def watch_direction(
         layers=one_or_several(layers, "layers", "an int"),
         vector=vector_of(direction, "direction"),
     )
-    return build(pb.WatchItem, name=name, direction=source, threshold=threshold)
+    return _item(name, threshold, direction=source)
 
 
 def watch_features(
@@ -62,24 +71,86 @@ def watch_features(
     layer: int,
     encoder: Numbers,
     *,
+    layout: EncoderLayout | None = None,
     bias: "Numbers | None" = None,
     jump: "Numbers | None" = None,
     site: SiteName = "resid_post",
-    threshold: float | None = None,
+    threshold: Threshold | None = None,
 ) -> pb.WatchItem:
-    """Features of a sparse autoencoder: rows of its encoder [k, width], bias [k], thresholds of JumpReLU [k]."""
+    """Features of a sparse autoencoder: some of its encoder, bias [k], thresholds of JumpReLU [k].
+
+    layout: "width_by_features" for [width, k], a column for each feature, as W_enc [d_in, d_sae] of SAELens and Gemma
+    Scope; "features_by_width" for [k, width], a row for each, as the weight of a torch.nn.Linear, which is the default.
+    A square encoder could be either: it needs the layout, ValueError.
+    """
+    matrix = tensor(encoder, "encoder")
+    if layout is None and len(matrix.shape) == 2 and matrix.shape[0] == matrix.shape[1]:
+        message = (
+            f"the encoder is square, {list(matrix.shape)}: say layout='features_by_width' (a row for each feature) or "
+            "layout='width_by_features' (a column for each, as W_enc of SAELens)"
+        )
+        raise ValueError(message)
+    if layout not in (None, "features_by_width", "width_by_features"):
+        raise ValueError(f"unknown layout {layout!r}: expected 'features_by_width' or 'width_by_features'")
     source = build(
         pb.WatchedFeatures,
         site=value_of(SITES, site, "site"),
         layer=layer,
-        encoder=tensor(encoder, "encoder"),
         bias=None if bias is None else tensor(bias, "bias"),
         jump=None if jump is None else tensor(jump, "jump"),
     )
-    return build(pb.WatchItem, name=name, features=source, threshold=threshold)
+    if layout == "width_by_features":
+        source.encoder_width_by_features.CopyFrom(matrix)
+    else:
+        source.encoder_features_by_width.CopyFrom(matrix)
+    return _item(name, threshold, features=source)
 
 
-def watch_heads(name: str, heads: HeadsLike, *, top_k: int = 0, threshold: float | None = None) -> pb.WatchItem:
-    """Largest attention probability of heads: (layer, head) pairs, or the top_k best of a head set (id or tag)."""
-    source = pb.WatchedHeads(heads=selection_message(heads, top_k))
-    return build(pb.WatchItem, name=name, heads=source, threshold=threshold)
+def watch_heads(
+    name: str,
+    heads: HeadsLike,
+    *,
+    top_k: int = 0,
+    include_sink: bool = False,
+    threshold: Threshold | None = None,
+) -> pb.WatchItem:
+    """Largest attention probability of heads: (layer, head) pairs, or the top_k best of a head set (id or tag).
+
+    The first token is left out: a head with nothing to do looks there, with a probability near 1. include_sink: it
+    counts.
+    """
+    source = build(pb.WatchedHeads, heads=selection_message(heads, top_k), include_sink=include_sink)
+    return _item(name, threshold, heads=source)
+
+
+def _item(
+    name: str,
+    threshold: Threshold | None,
+    *,
+    neurons: pb.WatchedNeurons | None = None,
+    direction: pb.WatchedDirection | None = None,
+    features: pb.WatchedFeatures | None = None,
+    heads: pb.WatchedHeads | None = None,
+) -> pb.WatchItem:
+    number, quantile = (None, quantile_of(threshold)) if isinstance(threshold, str) else (threshold, None)
+    return build(
+        pb.WatchItem,
+        name=name,
+        neurons=neurons,
+        direction=direction,
+        features=features,
+        heads=heads,
+        threshold=number,
+        threshold_quantile=quantile,
+    )
+
+
+def quantile_of(text: str) -> float:
+    """0.99 of "p99". ValueError for what is no percentile above 0 and below 100."""
+    try:
+        percentile = float(text.removeprefix("p")) if text.startswith("p") else 0.0
+    except ValueError:
+        percentile = 0.0
+    if not 0.0 < percentile < 100.0:
+        raise ValueError(f"threshold {text!r}: expected a number, or a percentile such as 'p99' or 'p99.9'")
+    return percentile / 100.0

@@ -100,3 +100,4 @@ class Attended:
     argmax: Tensor | None = None  # int32 [T, H]: position of the key with the largest weight, the first of equals
     probability: Tensor | None = None  # float32 [T, H]: its weight
     marked_mass: Tensor | None = None  # float32 [T, H]: the weight on the keys of the row's marked span
+    off_sink: Tensor | None = None  # float32 [T, H]: the largest weight on a key of a position above 0

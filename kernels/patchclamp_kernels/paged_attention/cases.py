@@ -25,13 +25,14 @@ N_KV, DIM, BLOCK_SIZE = 8, 128, 16
 _TYPES = {
     **dict.fromkeys(("q", "key_cache", "value_cache", "z"), "*bf16"),
     **dict.fromkeys(("block_tables", "context_lengths", "query_starts", "tiles", "marked", "argmax"), "*i32"),
-    **dict.fromkeys(("head_scale", "probability", "marked_mass", "partials"), "*fp32"),
+    **dict.fromkeys(("head_scale", "probability", "marked_mass", "off_sink", "partials"), "*fp32"),
     **dict.fromkeys(("table_width", "n_splits", "tile_rows", "window", "sink", "recent"), "i32"),
     **dict.fromkeys(("scale", "ceiling"), "fp32"),
     "streaming_heads": "*u8",
 }
-_OPTIONAL = ("head_scale", "streaming_heads", "marked", "argmax", "probability", "marked_mass")
+_OPTIONAL = ("head_scale", "streaming_heads", "marked", "argmax", "probability", "marked_mass", "off_sink")
 _READOUT = ("argmax", "probability")
+_WATCHED = (*_READOUT, "off_sink")
 
 
 def compile_cases() -> list[CompileCase]:
@@ -39,7 +40,7 @@ def compile_cases() -> list[CompileCase]:
     for model, n_heads in MODELS.items():
         shape: dict[str, Any] = {"N_HEADS": n_heads, "DIM": DIM, "DIM_PAD": DIM}
         form = shape | {"N_KV": N_KV, "BLOCK_SIZE": BLOCK_SIZE, "HAS_CAP": False, "HAS_WINDOW": False}
-        for suffix, given in (("", ()), ("-readout", _READOUT)):
+        for suffix, given in (("", ()), ("-readout", _READOUT), ("-watched", _WATCHED)):
             for way, programs in (("direct", 2048), ("split", 8)):
                 config = decode_default(DIM, 2, programs)
                 blocks = {name: size for name, size in config.blocks.items() if name != "SPLITS"}

@@ -33,6 +33,7 @@ def decode_kernel(
     argmax,
     probability,
     marked_mass,
+    off_sink,
     partials,
     table_width,
     n_splits,
@@ -97,6 +98,7 @@ def decode_kernel(
     mass_sum = tl.zeros((GROUP_PAD, TILE), tl.float32)
     best = tl.full((GROUP_PAD, TILE), float("-inf"), tl.float32)
     best_start = tl.zeros((GROUP_PAD, TILE), tl.int32)
+    off = tl.full((GROUP_PAD, TILE), float("-inf"), tl.float32)
     acc = tl.zeros((GROUP_PAD, DIM_PAD), tl.float32)
     for tile in range(begin, tl.minimum(begin + share, n_tiles)):
         start = tl.where(tile < sink_tiles, tile, tile - sink_tiles + first_tile) * TILE
@@ -122,6 +124,8 @@ def decode_kernel(
         if argmax is not None:
             best_start = tl.where(scores > best, start, best_start)
             best = tl.maximum(best, scores)
+        if off_sink is not None:
+            off = tl.maximum(off, tl.where(tokens[None, :] > 0, scores, float("-inf")))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         finite = tl.where(new_top > float("-inf"), new_top, 0.0)
         decay = tl.exp2(top - finite)
@@ -136,6 +140,7 @@ def decode_kernel(
 
     total = tl.sum(weight_sum, axis=1)
     mass = tl.sum(mass_sum, axis=1)
+    off_top = tl.max(off, axis=1)
     key = tl.min(tl.where(best == top[:, None], best_start + lanes[None, :], _NO_KEY), axis=1)
     stored = in_group[:, None] & used[None, :]
     if DIRECT:
@@ -149,6 +154,8 @@ def decode_kernel(
             tl.store(probability + outputs, tl.where(total > 0, 1.0 / divisor, 0.0), mask=in_group)
         if marked is not None:
             tl.store(marked_mass + outputs, mass / divisor, mask=in_group)
+        if off_sink is not None:
+            tl.store(off_sink + outputs, tl.where(total > 0, tl.exp2(off_top - top) / divisor, 0.0), mask=in_group)
     else:
         part = (outputs * n_splits + split)[:, None] * DIM + columns[None, :]
         tl.store(partials + part, acc, mask=stored)
@@ -158,6 +165,8 @@ def decode_kernel(
             tl.store(stats + 2 * plane, key.to(tl.float32, bitcast=True), mask=in_group)
         if marked is not None:
             tl.store(stats + 3 * plane, mass, mask=in_group)
+        if off_sink is not None:
+            tl.store(stats + 4 * plane, off_top, mask=in_group)
 
 
 @triton.jit(do_not_specialize=["n_splits"])
@@ -168,6 +177,7 @@ def combine_kernel(
     argmax,
     probability,
     marked_mass,
+    off_sink,
     n_splits,
     N_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -213,3 +223,6 @@ def combine_kernel(
     if marked_mass is not None:
         masses = tl.load(stats + 3 * plane + splits, mask=present, other=0.0)
         tl.store(marked_mass + output, tl.sum(share * masses, axis=0) / divisor)
+    if off_sink is not None:
+        tops = tl.load(stats + 4 * plane + splits, mask=present, other=float("-inf"))
+        tl.store(off_sink + output, tl.exp2(tl.max(tops, axis=0) - top) / divisor)

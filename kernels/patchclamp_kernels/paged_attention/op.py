@@ -19,6 +19,9 @@ DECODE = "paged_attention_decode"
 PREFILL = "paged_attention_prefill"
 COMBINE = Config({"CHUNK": 16}, num_warps=4, num_stages=2)
 MAX_HEAD_DIM = 256
+_OUTPUTS = ("z", "argmax", "probability", "marked_mass", "off_sink")
+# Numbers of a split: its maximum, sum, argmax, marked mass, and its maximum off the sink.
+_STATS = 5
 
 
 def paged_attention(
@@ -33,6 +36,7 @@ def paged_attention(
     head_scale: Tensor | None = None,
     streaming: Streaming | None = None,
     readout: bool = False,
+    off_sink: bool = False,
     marked: Tensor | None = None,
     out: Attended | None = None,
     scratch: Tensor | None = None,
@@ -42,8 +46,9 @@ def paged_attention(
     """q [T, H, D], key_cache and value_cache [n_blocks, block_size, KV, D] of one dtype, H a multiple of KV.
 
     `window` > 0: a row sees keys of position > its own - window. `soft_cap` > 0: scores are cap · tanh(s / cap).
-    `head_scale` float32 [T, H] multiplies the heads of z. `readout` asks for argmax and probability, `marked` int32
-    [T, 2] for the mass on key positions lo ≤ j < hi of each row. `out` may bring every tensor that is returned, and
+    `head_scale` float32 [T, H] multiplies the heads of z. `readout` asks for argmax and probability, `off_sink`
+    for the largest weight of a key that is not at position 0, `marked` int32 [T, 2] for the mass on key positions
+    lo ≤ j < hi of each row. `out` may bring every tensor that is returned, and
     `scratch` float32 memory of at least `scratch_floats`. Rows of no sequence are not written.
 
     Raises ValueError naming the argument. Block ids within the cache are the caller's promise: a device is not asked.
@@ -72,7 +77,7 @@ def paged_attention(
         check_tensor("streaming.heads", streaming.heads, shape=(n_heads,), dtypes=flags, device=device)
         check(streaming.sink >= 0, f"streaming.sink is {streaming.sink}, not 0 or more")
         check(streaming.recent >= 1, f"streaming.recent is {streaming.recent}, not positive")
-    out = _outputs(out, q, readout, marked is not None)
+    out = _outputs(out, q, readout, marked is not None, off_sink)
     if rows == 0:
         return out
     if not uses_kernel(q):
@@ -89,6 +94,7 @@ def paged_attention(
                 head_scale=head_scale,
                 streaming=streaming,
                 readout=readout,
+                off_sink=off_sink,
                 marked=marked,
             ),
         )
@@ -112,14 +118,14 @@ def paged_attention(
         "sink": streaming.sink if streaming else 0,
         "recent": streaming.recent if streaming else 0,
     }
-    outputs = {"z": out.z, "argmax": out.argmax, "probability": out.probability, "marked_mass": out.marked_mass}
+    outputs = {name: getattr(out, name) for name in _OUTPUTS}
     shape = {"N_HEADS": n_heads, "DIM": dim, "DIM_PAD": padded(dim)}
     form = shape | {"N_KV": n_kv, "BLOCK_SIZE": batch.block_size, "HAS_CAP": soft_cap > 0, "HAS_WINDOW": window > 0}
 
     if batch.n_single:
         plan = split_plan(q, n_kv, batch, window, config)
         if plan.n_splits > 1:
-            floats = batch.n_single * n_heads * plan.n_splits * (dim + 4)
+            floats = batch.n_single * n_heads * plan.n_splits * (dim + _STATS)
             if scratch is None:
                 scratch = torch.empty(floats, dtype=torch.float32, device=device)
             else:
@@ -196,9 +202,9 @@ def split_plan(q: Tensor, n_kv: int, batch: RaggedBatch, window: int, config: Co
 
 
 def scratch_floats(q: Tensor, n_kv: int, batch: RaggedBatch, window: int = 0, config: Config | None = None) -> int:
-    """How many float32 `scratch` must have: of each split a weighted sum of values and four numbers."""
+    """How many float32 `scratch` must have: of each split a weighted sum of values and five numbers."""
     n_splits = split_plan(q, n_kv, batch, window, config).n_splits if batch.n_single else 1
-    return batch.n_single * q.shape[1] * n_splits * (q.shape[2] + 4) if n_splits > 1 else 0
+    return batch.n_single * q.shape[1] * n_splits * (q.shape[2] + _STATS) if n_splits > 1 else 0
 
 
 def padded(dim: int) -> int:
@@ -239,7 +245,7 @@ def _check_batch(batch: RaggedBatch, rows: int, device: torch.device) -> None:
     check(tile >= 16 and tile & (tile - 1) == 0, f"batch.tile_rows is {tile}, not a power of two from 16")
 
 
-def _outputs(out: Attended | None, q: Tensor, readout: bool, marks: bool) -> Attended:
+def _outputs(out: Attended | None, q: Tensor, readout: bool, marks: bool, off_sink: bool) -> Attended:
     """`out`, checked, or new tensors."""
     rows, n_heads, dim = q.shape
 
@@ -252,12 +258,14 @@ def _outputs(out: Attended | None, q: Tensor, readout: bool, marks: bool) -> Att
             argmax=numbers(torch.int32) if readout else None,
             probability=numbers(torch.float32) if readout else None,
             marked_mass=numbers(torch.float32) if marks else None,
+            off_sink=numbers(torch.float32) if off_sink else None,
         )
     check_tensor("out.z", out.z, shape=(rows, n_heads * dim), dtypes=(q.dtype,), device=q.device)
     wanted = (
         ("argmax", out.argmax, readout, torch.int32),
         ("probability", out.probability, readout, torch.float32),
         ("marked_mass", out.marked_mass, marks, torch.float32),
+        ("off_sink", out.off_sink, off_sink, torch.float32),
     )
     for name, tensor, asked, dtype in wanted:
         check((tensor is not None) == asked, f"out.{name} is {'missing' if asked else 'not asked for'}")
@@ -267,7 +275,7 @@ def _outputs(out: Attended | None, q: Tensor, readout: bool, marks: bool) -> Att
 
 
 def _by_reference(out: Attended, exact: Attended) -> Attended:
-    for name in ("z", "argmax", "probability", "marked_mass"):
+    for name in _OUTPUTS:
         target, source = getattr(out, name), getattr(exact, name)
         if target is not None:
             target.copy_(source)

@@ -31,6 +31,7 @@ def prefill_kernel(
     argmax,
     probability,
     marked_mass,
+    off_sink,
     table_width,
     tile_rows,
     scale,
@@ -86,6 +87,7 @@ def prefill_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     key = tl.full((ROWS,), -1, tl.int32)
+    off = tl.full((ROWS,), float("-inf"), tl.float32)
     acc = tl.zeros((ROWS, DIM_PAD), tl.float32)
     table = block_tables + sequence.to(tl.int64) * table_width
     # Tiles of which every row sees every key need no masks: all but the last few, where no head has a window.
@@ -93,17 +95,18 @@ def prefill_kernel(
     plain = 0
     if not (HAS_WINDOW or HAS_STREAMING):
         plain = tl.minimum((first_position + 1) // TILE, n_tiles)
-        top, total, mass, key, acc = _attend(
+        top, total, mass, key, off, acc = _attend(
             query, key_cache, value_cache, table, head, positions, marked_low, marked_high, streams,
-            top, total, mass, key, acc, 0, plain, sink_tiles, first_tile, first_position, last_position,
+            top, total, mass, key, off, acc, 0, plain, sink_tiles, first_tile, first_position, last_position,
             scale, ceiling, window, sink, recent, N_HEADS, N_KV, DIM, DIM_PAD, BLOCK_SIZE,
-            HAS_CAP, HAS_WINDOW, HAS_STREAMING, argmax is not None, marked is not None, False, TILE,
+            HAS_CAP, HAS_WINDOW, HAS_STREAMING, argmax is not None, off_sink is not None, marked is not None, False,
+            TILE,
         )  # fmt: skip
-    top, total, mass, key, acc = _attend(
+    top, total, mass, key, off, acc = _attend(
         query, key_cache, value_cache, table, head, positions, marked_low, marked_high, streams,
-        top, total, mass, key, acc, plain, n_tiles, sink_tiles, first_tile, first_position, last_position,
+        top, total, mass, key, off, acc, plain, n_tiles, sink_tiles, first_tile, first_position, last_position,
         scale, ceiling, window, sink, recent, N_HEADS, N_KV, DIM, DIM_PAD, BLOCK_SIZE,
-        HAS_CAP, HAS_WINDOW, HAS_STREAMING, argmax is not None, marked is not None, True, TILE,
+        HAS_CAP, HAS_WINDOW, HAS_STREAMING, argmax is not None, off_sink is not None, marked is not None, True, TILE,
     )  # fmt: skip
 
     divisor = tl.where(total > 0, total, 1.0)
@@ -116,16 +119,18 @@ def prefill_kernel(
         tl.store(probability + outputs, tl.where(total > 0, 1.0 / divisor, 0.0), mask=is_row)
     if marked is not None:
         tl.store(marked_mass + outputs, mass / divisor, mask=is_row)
+    if off_sink is not None:
+        tl.store(off_sink + outputs, tl.where(total > 0, tl.exp2(off - top) / divisor, 0.0), mask=is_row)
 
 
 @triton.jit
 def _attend(
     query, key_cache, value_cache, table, head, positions, marked_low, marked_high, streams,
-    top, total, mass, key, acc, begin, end, sink_tiles, first_tile, first_position, last_position,
+    top, total, mass, key, off, acc, begin, end, sink_tiles, first_tile, first_position, last_position,
     scale, ceiling, window, sink, recent,
     N_HEADS: tl.constexpr, N_KV: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_STREAMING: tl.constexpr,
-    READOUT: tl.constexpr, MARKED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
+    READOUT: tl.constexpr, OFF_SINK: tl.constexpr, MARKED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over tiles begin … end - 1 of the program's list."""
     columns = tl.arange(0, DIM_PAD)
@@ -163,6 +168,8 @@ def _attend(
         if READOUT:
             tile_key = tl.min(tl.where(scores == tile_top[:, None], tokens[None, :], _NO_KEY), axis=1)
             key = tl.where(tile_top > top, tile_key, key)
+        if OFF_SINK:
+            off = tl.maximum(off, tl.max(tl.where(tokens[None, :] > 0, scores, float("-inf")), axis=1))
         new_top = tl.maximum(top, tile_top)
         finite = tl.where(new_top > float("-inf"), new_top, 0.0)
         decay = tl.exp2(top - finite)
@@ -177,4 +184,4 @@ def _attend(
             v = tl.load(value_cache + offsets, mask=used[None, :], other=0.0)
         acc = product(weights.to(v.dtype), v, acc * decay[:, None])
         top = new_top
-    return top, total, mass, key, acc
+    return top, total, mass, key, off, acc

@@ -19,6 +19,7 @@ def paged_attention_reference(
     head_scale: Tensor | None = None,
     streaming: Streaming | None = None,
     readout: bool = False,
+    off_sink: bool = False,
     marked: Tensor | None = None,
 ) -> Attended:
     """Probabilities and masses are in the accumulation dtype, rows of no sequence 0 (argmax -1)."""
@@ -28,7 +29,7 @@ def paged_attention_reference(
     z = q.new_zeros((rows, n_heads, dim))
     argmax = torch.full((rows, n_heads), -1, dtype=torch.int32, device=q.device)
     probability = torch.zeros((rows, n_heads), dtype=exact, device=q.device)
-    mass = torch.zeros_like(probability)
+    mass, off = torch.zeros_like(probability), torch.zeros_like(probability)
     starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
     for s, context in enumerate(contexts):
         mine = slice(starts[s], starts[s + 1])
@@ -60,6 +61,8 @@ def paged_attention_reference(
         # torch promises no order among equals.
         first = torch.where(weights == best, keys, context).amin(dim=-1)
         argmax[mine], probability[mine] = first.to(torch.int32), best[..., 0]
+        if context > 1:
+            off[mine] = weights[..., 1:].amax(dim=-1)
         if marked is not None:
             low, high = (marked[mine, i, None, None] for i in (0, 1))
             mass[mine] = torch.where((keys >= low) & (keys < high), weights, 0.0).sum(dim=-1)
@@ -68,4 +71,5 @@ def paged_attention_reference(
         argmax=argmax if readout else None,
         probability=probability if readout else None,
         marked_mass=None if marked is None else mass,
+        off_sink=off if off_sink else None,
     )

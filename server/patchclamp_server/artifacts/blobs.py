@@ -17,6 +17,8 @@ from patchclamp_server.errors import ResourceExhausted
 log = logging.getLogger(__name__)
 TEMPORARY = "tmp"
 STALE_AFTER = timedelta(hours=1)
+# What file systems without hard links say.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # No space, no quota, and a file above the limit of the process.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -89,6 +91,43 @@ class BlobStore:
                 for name in temporary.values():
                     with suppress(FileNotFoundError):
                         self.fs.rm_file(name)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Writes a path that is not there. FileExistsError: it is; of several that create it at once, one does. A place
+        that knows no such operation is asked before, and the last one wins. ResourceExhausted: no room."""
+        full = self._full(path)
+        with full_disk_is_resource_exhausted("the artifact store"):
+            if self.local:
+                self._create_locally(full, data)
+                return
+            self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+            try:
+                self.fs.pipe_file(full, data, mode="create")
+            except (NotImplementedError, ValueError):
+                self._refuse_existing(full)
+                self.fs.pipe_file(full, data)
+
+    def _create_locally(self, full: str, data: bytes) -> None:
+        temporary = self._full(f"{TEMPORARY}/{uuid.uuid4().hex}")
+        _write_synced(temporary, data)
+        try:
+            _make_directories(Path(full).parent)
+            try:
+                os.link(temporary, full)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                self._refuse_existing(full)
+                os.replace(temporary, full)
+            _sync_directory(Path(full).parent)
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(temporary)
+
+    def _refuse_existing(self, full: str) -> None:
+        self.fs.invalidate_cache()
+        if self.fs.exists(full):
+            raise FileExistsError(errno.EEXIST, "there is one already", full)
 
     def remove(self, path: str) -> None:
         self.fs.rm_file(self._full(path))

@@ -2,6 +2,7 @@
 
     objects/ab/cdef….safetensors   bytes whose SHA-256 is abcdef…; the id is "sha256:abcdef…"
     tags/<name>                    holds an id
+    watches/…, watch_…/…           what servers tell each other of the watches that run (monitoring/shared.py)
     tmp/<random>                   unfinished writes
 
 Objects never change; tags move. Methods may be called from any thread, and several processes may share a directory.
@@ -26,6 +27,7 @@ from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
+from patchclamp_server.artifacts.records import Records
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, width_of
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
 from patchclamp_server.artifacts.validation import check_tag, checked_metadata
@@ -204,6 +206,10 @@ class ArtifactStore:
                 self._damaged.discard(artifact_id)
         self.access.changed("delete", artifact_id, tags)
         return artifact_id, tags
+
+    def records(self, directory: str) -> Records:
+        """Of a directory of the store besides its own three."""
+        return Records(self._blobs, directory)
 
     def resolve(self, ref: str) -> str:
         """The id of a reference: "sha256:" + 64 hex digits, or a tag. Prefixes of an id are not accepted."""

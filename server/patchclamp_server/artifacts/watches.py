@@ -27,8 +27,9 @@ WATCH_TENSORS = {
     "vectors": 2,
     "bias": 1,
     "jump": 1,
+    "quantiles": 1,
 }
-REFERENCE_TENSORS = {"edges": 2, "counts": 2, "mean": 1, "deviation": 1}
+REFERENCE_TENSORS = {"edges": 2, "counts": 2, "mean": 1, "deviation": 1, "levels": 2, "inflation": 1}
 MAX_WATCH_ITEMS = 65_536
 MAX_WATCH_BYTES = 1 << 30
 # Every value that is watched is compared with every edge.

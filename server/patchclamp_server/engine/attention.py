@@ -198,5 +198,10 @@ def _find_peaks(
         scores.masked_fill_(hidden, float("-inf"))
         # Of equals, max gives the first.
         largest, where = scores.max(dim=2)
+        total = scores.logsumexp(dim=2)
         peaks.positions.index_copy_(0, own, where.t().to(torch.int32))
-        peaks.probabilities.index_copy_(0, own, (largest - scores.logsumexp(dim=2)).exp_().t())
+        peaks.probabilities.index_copy_(0, own, (largest - total).exp_().t())
+        if peaks.off_sink is not None:
+            # A column of -inf stands for the keys of a row that sees the first alone.
+            scores[:, :, 0] = float("-inf")
+            peaks.off_sink.index_copy_(0, own, (scores.amax(dim=2) - total).exp_().t())

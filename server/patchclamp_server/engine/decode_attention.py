@@ -37,7 +37,8 @@ from patchclamp_server.model.sparse.memory import in_parts
 _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _SMALLEST = np.float32(-87.0)  # whose exponential is just normal
-_NO_PEAKS = np.empty((0, 0, 0), dtype=np.int32), np.empty((0, 0, 0), dtype=np.float32)
+_NONE = np.empty((0, 0, 0), dtype=np.float32)
+_NO_PEAKS = np.empty((0, 0, 0), dtype=np.int32), _NONE, None
 
 
 def attend_single_rows(
@@ -54,7 +55,7 @@ def attend_single_rows(
     [2, n_blocks, block_size, n_kv_heads, head_dim] holds their keys already."""
     n, n_heads, dim = q.shape
     z = np.empty((n, n_heads * dim), dtype=np.float32)
-    where, share = _NO_PEAKS if peaks is None or peaks.arrays is None else peaks.arrays
+    where, share, off_sink = _NO_PEAKS if peaks is None or peaks.arrays is None else peaks.arrays
     arguments = (
         q.contiguous().numpy(),
         pool.numpy(),
@@ -66,6 +67,7 @@ def attend_single_rows(
         z,
         where,
         share,
+        _NONE if off_sink is None else off_sink,
         0 if peaks is None else peaks.place,
     )
     in_parts(partial(_attend, *arguments), n, 1, batch.n_keys * 2 * pool.shape[3] * dim * z.itemsize)
@@ -73,7 +75,7 @@ def attend_single_rows(
 
 
 @numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
-def _attend(q, pool, tables, positions, scale, window, cap, z, peak_at, peak, place, start, end):
+def _attend(q, pool, tables, positions, scale, window, cap, z, peak_at, peak, off_sink, place, start, end):
     # The loops over heads count from 0: from kv * group on, LLVM makes vectors of none of those inside (2.5x slower).
     n_heads, dim = q.shape[1], q.shape[2]
     size, n_kv = pool.shape[2], pool.shape[3]
@@ -124,6 +126,20 @@ def _attend(q, pool, tables, positions, scale, window, cap, z, peak_at, peak, pl
             if peak.shape[0]:
                 peak_at[place, i, h] = at[h]
                 peak[place, i, h] = share
+                if off_sink.shape[0]:
+                    # Unless the head looks at the first token, its peak is off the sink.
+                    off_sink[place, i, h] = share if at[h] else share * _largest(scores[h, 1 : last + 1], powers)
+
+
+@numba.njit(nogil=True, cache=True)
+def _largest(weights, scratch):
+    """Of weights from 0 to 1, whose order is that of their bits: integers are compared as vectors, NaN or not."""
+    bits = weights.view(np.int32)
+    most = np.int32(0)
+    for j in range(bits.shape[0]):
+        most = max(most, bits[j])
+    scratch[0] = most
+    return scratch.view(np.float32)[0]
 
 
 @numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)

@@ -27,6 +27,7 @@ from patchclamp_server.engine.kernel_step import (
 )
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.packed import Packed
+from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.interventions.head_readings import HeadReadings
 from patchclamp_server.interventions.kernel_plan import NO_PROGRAM, KernelPlan, empty_plan
 from patchclamp_server.interventions.slots import SlotTables
@@ -97,7 +98,7 @@ class DecodeGraphs:
             plan.attn_q,
             plan.attn_z,
             plan.neurons,
-            heads is not None or (watched is not None and bool(watched.layout.heads)),
+            heads is not None or (watched is not None and watched.layout.looks_at_heads),
         )
         graph = self._graph(key)
         graph.fill(batch, plan)
@@ -172,6 +173,7 @@ class _Graph:
         launches.attn_q, launches.attn_z = key.attn_q, key.attn_z
         launches.neurons, launches.most_neuron_entries = key.neurons, NEURON_ENTRIES
         self.peaks = all_peaks(decoder.spec, n, device) if key.peaks else None
+        self._off_sink: Peaks | None = None
         programs = programs_of(owner.tables, decoder.spec, self.rows, launches)
         self._inputs = kernel_inputs(arrays, attention, programs, self.peaks)
         self.finite = torch.empty(n, dtype=torch.bool, device=device)
@@ -215,10 +217,14 @@ class _Graph:
         owner, rows, inputs = self._owner, self.rows, self._inputs
         rows.opened.zero_()
         rows.receipts.zero_()
+        peaks = self.peaks
         if watched is not None:
-            inputs = replace(inputs, programs=watched.between(inputs.programs))
+            if peaks is not None and watched.layout.heads_off_sink:
+                # Memory that no captured graph has: a watched step runs launch by launch.
+                peaks = self._off_sink = self._off_sink or peaks.with_off_sink()
+            inputs = replace(inputs, programs=watched.between(inputs.programs), peaks=peaks)
         x, normed = run_step(owner.forward, owner.tables, owner.cache.pools, inputs, self._packed.device)
-        if watched is not None and self.peaks is not None:
-            watched.layout.look_at_heads(self.peaks)
+        if watched is not None and peaks is not None:
+            watched.layout.look_at_heads(peaks)
         owner.logits[: self._n].copy_(owner.forward.decoder.unembed(normed))
         self.finite.copy_(finite_rows(x))

@@ -128,11 +128,12 @@ class KernelExecutor:
             batch = self._padding([rows])
             for plan in _variants(rows, self.tables.n_places):
                 self._execute(batch, plan, None)
-            self._execute(batch, empty_plan(rows), self._all_peaks(rows))
+            for read in (self._all_peaks(rows), self._all_peaks(rows).with_off_sink()):
+                self._execute(batch, empty_plan(rows), read)
         for sequences in (n for n in SIZES if n <= config.max_sequences):
             for offset in (0, context - 1):
                 batch = self._padding([1] * sequences, offset)
-                for peaks in (None, self._all_peaks(sequences)):
+                for peaks in (None, self._all_peaks(sequences), self._all_peaks(sequences).with_off_sink()):
                     self._execute(batch, empty_plan(sequences), peaks)
         if self.graphs is not None:
             self.graphs.capture_all()

@@ -192,7 +192,7 @@ class KernelForward:
         out = None
         if peaks is not None:
             z = torch.empty((len(q), spec.sites[Site.ATTN_Z]), dtype=q.dtype, device=q.device)
-            out = Attended(z, peaks.positions, peaks.probabilities)
+            out = Attended(z, peaks.positions, peaks.probabilities, off_sink=peaks.off_sink)
         z = paged_attention(
             q,
             pool[0],
@@ -202,6 +202,7 @@ class KernelForward:
             window=spec.windows[layer],
             soft_cap=spec.attention_soft_cap,
             readout=peaks is not None,
+            off_sink=peaks is not None and peaks.off_sink is not None,
             out=out,
         ).z
         place = place_number(Site.ATTN_Z, layer)

@@ -1,10 +1,12 @@
 """The statistics of the items of a watch, added up where the model runs.
 
-    fired += v > threshold,  total += v,  total_squares += v²,  min, max,  histogram[#{edges < v}] += 1
+    fired += v > threshold,  positive += max(v, 0),  negative += max(-v, 0),  total_squares += v²,  min, max,
+    histogram[#{edges < v}] += 1
 
-v are float32; sums are float64 and bins int64, so that a watch can run for months. A value that is not finite counts in
-`not_finite` and nowhere else. On a CPU many rows go through one loop that numba compiles; elsewhere through a few torch
-operators, and nothing comes to the host before somebody reads.
+v are float32; sums are float64 and bins int64, so that a watch can run for months. What is positive and what is
+negative is added up apart, so that neither sum ever falls: as counters in Prometheus they give means over any time. A
+value that is not finite counts in `not_finite` and nowhere else. On a CPU many rows go through one loop that numba
+compiles; elsewhere through a few torch operators, and nothing comes to the host before somebody reads.
 """
 
 # What numba compiles has no types for mypy.
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.monitoring.reference import Floats, Ints
+from patchclamp_server.monitoring.scale import Scale, Source
 
 Float32s = NDArray[np.float32]
 
@@ -31,25 +34,27 @@ class Sums:
     tokens: Any  # [W]
     fired: Any
     not_finite: Any
-    total: Any
+    positive: Any
+    negative: Any
     total_squares: Any
     min: Any
     max: Any
     histogram: Any  # [W, k + 1], over the edges in use
-    bucket_counts: Any  # [W or 1, buckets + 1]
+    bucket_counts: Any  # [kinds, buckets + 1]
 
     @classmethod
-    def zero(cls, n_items: int, bins: int, buckets: int) -> "Sums":
+    def zero(cls, n_items: int, bins: int, kinds: int) -> "Sums":
         return cls(
             tokens=np.zeros(n_items, dtype=np.int64),
             fired=np.zeros(n_items, dtype=np.int64),
             not_finite=np.zeros(n_items, dtype=np.int64),
-            total=np.zeros(n_items),
+            positive=np.zeros(n_items),
+            negative=np.zeros(n_items),
             total_squares=np.zeros(n_items),
             min=np.full(n_items, np.inf),
             max=np.full(n_items, -np.inf),
             histogram=np.zeros((n_items, bins), dtype=np.int64),
-            bucket_counts=np.zeros((1, buckets), dtype=np.int64),
+            bucket_counts=np.zeros((kinds, bins), dtype=np.int64),
         )
 
     def on(self, device: torch.device) -> "Sums":
@@ -64,23 +69,36 @@ class Sums:
 
 
 class Accumulator:
-    """`edges` [W, k] are those of the items: the buckets, which all items share, until there is a reference."""
+    """`edges` [W, k] are those of the items: the buckets of their kind, until there is a reference. `kind_of` [W]: of
+    each item, which of the scale's buckets are its own."""
 
-    def __init__(self, thresholds: Floats, buckets: tuple[float, ...], device: torch.device, *, compiled: bool) -> None:
+    def __init__(self, scale: Scale, kind_of: Ints, device: torch.device, *, compiled: bool) -> None:
         self.device, self.compiled = device, compiled
-        self._thresholds = floor32(thresholds)
-        self._buckets = floor32(np.array(buckets))
-        self.edges = np.tile(np.array(buckets), (len(thresholds), 1))
+        self.scale, self._kind_of = scale, kind_of
+        # Bounds of infinity have no value beyond them.
+        buckets = np.full((len(scale.buckets), max(map(len, scale.buckets))), np.inf)
+        for own, bounds in zip(buckets, scale.buckets, strict=True):
+            own[: len(bounds)] = bounds
+        self._thresholds = floor32(scale.thresholds)
+        self._buckets = floor32(buckets)
+        self.edges = buckets[kind_of]
         self._rounded = floor32(self.edges)
         self.own_edges = False
-        sums = Sums.zero(len(thresholds), len(buckets) + 1, len(buckets) + 1)
+        sums = Sums.zero(len(kind_of), buckets.shape[1] + 1, len(buckets))
         self.sums = sums if self.compiled else sums.on(device)
         self._constants = self._placed()
+
+    def on(self, device: torch.device, *, compiled: bool) -> "Accumulator":
+        """Goes on elsewhere with what has been counted, before there are edges of a reference."""
+        moved = Accumulator(self.scale, self._kind_of, device, compiled=compiled)
+        moved.sums = self.sums if compiled else self.sums.on(device)
+        return moved
 
     def set_edges(self, edges: Floats) -> None:
         """From now on the histogram counts by these; what buckets have counted stays."""
         if not self.own_edges:
-            self.sums.bucket_counts[0] += self.sums.histogram.sum(0)
+            counted = _by_kind(_copied(self.sums.histogram), self._kind_of, len(self._buckets))
+            self.sums.bucket_counts[:] += counted if self.compiled else torch.from_numpy(counted).to(self.device)
         self.own_edges = True
         self.edges, self._rounded = edges, floor32(edges)
         empty = np.zeros((len(edges), edges.shape[1] + 1), dtype=np.int64)
@@ -89,50 +107,60 @@ class Accumulator:
         self.sums = Sums(*arrays)
         self._constants = self._placed()
 
-    def _placed(self) -> tuple[Tensor, Tensor, Tensor]:
-        arrays = (self._thresholds, self._rounded, self._buckets)
-        thresholds, edges, buckets = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return thresholds, edges, buckets
+    def _placed(self) -> tuple[Tensor, ...]:
+        # Where the bins of an item's kind begin in the flat bucket counts.
+        first = self._kind_of[:, None] * (self._buckets.shape[1] + 1)
+        arrays = (self._thresholds, self._rounded, self._buckets[self._kind_of], first)
+        return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
     def add(self, values: Any, rows: Ints, columns: Ints) -> None:
         """Item w of row r is values[rows[r], columns[w]] of a ring's values."""
         if self.compiled:
-            buckets = self._buckets if self.own_edges else self._buckets[:0]
-            _add(values, rows, columns, self._thresholds, self._rounded, buckets, *self.sums.values())
+            count_buckets = self.own_edges
+            constants = (self._thresholds, self._rounded, self._buckets, self._kind_of, count_buckets)
+            _add(values, rows, columns, *constants, *self.sums.values())
         else:
             index = (torch.from_numpy(array).to(self.device) for array in (rows, columns))
             self._add_on_device(values.index_select(0, next(index)).index_select(1, next(index)))
 
     def _add_on_device(self, values: Tensor) -> None:
         """values [n, W]."""
-        thresholds, edges, buckets = self._constants
+        thresholds, edges, buckets, first = self._constants
         sums = self.sums
         finite = torch.isfinite(values)
         good = torch.where(finite, values, 0.0).double()
         sums.tokens.add_(finite.sum(0))
         sums.fired.add_(((values > thresholds) & finite).sum(0))
         sums.not_finite.add_((~finite).sum(0))
-        sums.total.add_(good.sum(0))
+        sums.positive.add_(good.clamp_min(0.0).sum(0))
+        sums.negative.sub_(good.clamp_max(0.0).sum(0))
         sums.total_squares.add_((good * good).sum(0))
         torch.minimum(sums.min, torch.where(finite, good, torch.inf).amin(0), out=sums.min)
         torch.maximum(sums.max, torch.where(finite, good, -torch.inf).amax(0), out=sums.max)
         turned, counted = values.t().contiguous(), finite.t().long()
         sums.histogram.scatter_add_(1, torch.searchsorted(edges, turned), counted)
         if self.own_edges:
-            bins = torch.searchsorted(buckets, turned).reshape(1, -1)
-            sums.bucket_counts.scatter_add_(1, bins, counted.reshape(1, -1))
+            bins = first + torch.searchsorted(buckets, turned)
+            sums.bucket_counts.view(-1).scatter_add_(0, bins.reshape(-1), counted.reshape(-1))
 
     def read(self) -> Sums:
-        """A copy on the host, whose bucket counts are those of all items."""
+        """A copy on the host, whose bucket counts are those of all tokens."""
         sums = self.sums.read()
         if not self.own_edges:
-            sums.bucket_counts[0] += sums.histogram.sum(axis=0)
+            sums.bucket_counts[:] += _by_kind(sums.histogram, self._kind_of, len(self._buckets))
         return sums
 
     def histogram(self) -> Ints:
         """A copy on the host."""
         copied: Ints = _copied(self.sums.histogram)
         return copied
+
+
+def _by_kind(histogram: Ints, kind_of: Ints, kinds: int) -> Ints:
+    """[kinds, bins]"""
+    counts = np.zeros((kinds, histogram.shape[1]), dtype=np.int64)
+    np.add.at(counts, kind_of, histogram)
+    return counts
 
 
 def _copied(values: Any) -> Any:
@@ -152,10 +180,11 @@ def floor32(numbers: Floats) -> Float32s:
 def warm_up() -> None:
     """Compiles what `add` runs on a CPU, or reads it from the disk."""
     for own in (False, True):
-        accumulator = Accumulator(np.zeros(1), (0.0,), torch.device("cpu"), compiled=True)
+        index = np.zeros(1, dtype=np.int64)
+        scale = Scale(np.zeros(1), ((0.0,),), Source.CHOSEN)
+        accumulator = Accumulator(scale, index, torch.device("cpu"), compiled=True)
         if own:
             accumulator.set_edges(np.zeros((1, 1)))
-        index = np.zeros(1, dtype=np.int64)
         accumulator.add(np.zeros((1, 1), dtype=np.float32), index, index)
 
 
@@ -167,21 +196,24 @@ def _add(
     thresholds,
     edges,
     buckets,
+    kind_of,
+    count_buckets,
     tokens,
     fired,
     not_finite,
-    total,
+    positive,
+    negative,
     total_squares,
     low,
     high,
     histogram,
     bucket_counts,
 ):
-    k, n_buckets = edges.shape[1], buckets.shape[0]
+    k, n_buckets = edges.shape[1], buckets.shape[1]
     for item in range(columns.shape[0]):
-        column, threshold = columns[item], thresholds[item]
+        column, threshold, kind = columns[item], thresholds[item], kind_of[item]
         n, above, broken = 0, 0, 0
-        summed, squares = 0.0, 0.0
+        up, down, squares = 0.0, 0.0, 0.0
         least, most = np.float32(np.inf), np.float32(-np.inf)
         for row in rows:
             v = values[row, column]
@@ -190,7 +222,8 @@ def _add(
                 continue
             n += 1
             above += v > threshold
-            summed += v
+            up += max(v, np.float32(0))
+            down -= min(v, np.float32(0))
             squares += np.float64(v) * np.float64(v)
             least, most = min(least, v), max(most, v)
             # Counting all edges is a vector instruction or two; a search would be a chain of jumps.
@@ -198,14 +231,15 @@ def _add(
             for j in range(k):
                 place += np.int32(edges[item, j] < v)
             histogram[item, place] += 1
-            if n_buckets:
+            if count_buckets:
                 place = np.int32(0)
                 for j in range(n_buckets):
-                    place += np.int32(buckets[j] < v)
-                bucket_counts[0, place] += 1
+                    place += np.int32(buckets[kind, j] < v)
+                bucket_counts[kind, place] += 1
         tokens[item] += n
         fired[item] += above
         not_finite[item] += broken
-        total[item] += summed
+        positive[item] += up
+        negative[item] += down
         total_squares[item] += squares
         low[item], high[item] = min(low[item], least), max(high[item], most)

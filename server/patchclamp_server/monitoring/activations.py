@@ -37,12 +37,20 @@ class Subscription:
         thresholds: Floats,
         started: float,
         on_activations: Callable[[Activations | None], None],
+        *,
+        own: bool,
     ) -> None:
-        """thresholds [items]; `started` on the clock of time.monotonic()."""
+        """thresholds [items]; `started` on the clock of time.monotonic(); `own`: thresholds are those of the watch."""
         self._items = np.array(items, dtype=np.int64)
         self._thresholds = floor32(thresholds)
+        self._own = own
         self._started = started
         self.on_activations = on_activations
+
+    def settle(self, thresholds: Floats) -> None:
+        """thresholds [W]: those of the watch are these from now on."""
+        if self._own:
+            self._thresholds = floor32(thresholds[self._items])
 
     def take(self, values: Float32s, rows: Sequence[Row]) -> Activations | None:
         """values [n, W] of `rows`; None when nothing is above its threshold."""

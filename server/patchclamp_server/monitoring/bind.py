@@ -18,6 +18,7 @@ from patchclamp_server.interventions.program import Site
 from patchclamp_server.interventions.resolver import Resolver, check_finite, check_indices
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.monitoring.items import (
+    Encoder,
     WatchedDirection,
     WatchedFeatures,
     WatchedHeads,
@@ -27,6 +28,8 @@ from patchclamp_server.monitoring.items import (
 from patchclamp_server.monitoring.watch import VECTOR_SITES, ItemKind, Watch
 
 MAX_NAME_CHARACTERS = 128
+# Of an item's own values: where it fires unless told otherwise.
+DEFAULT_QUANTILE = 0.99
 
 
 class _Found(NamedTuple):
@@ -51,18 +54,20 @@ def bind_watch(
     binder = _Binder(info, artifacts)
     names: list[str] = []
     thresholds: list[float] = []
+    quantiles: list[float] = []
     found: list[_Found] = []
     for i, item in enumerate(items):
         path = f"items[{i}]"
         if not 1 <= len(item.name) <= MAX_NAME_CHARACTERS:
             raise InvalidArgument(f"{path}.name", f"expected 1 to {MAX_NAME_CHARACTERS} characters")
-        check_finite(item.threshold, f"{path}.threshold")
+        threshold, quantile = _threshold(item, path)
         own = binder.find(item, path)
         if len(found) + len(own) > max_items:
             raise ResourceExhausted("items", f"more than {max_items} items, which is what this server watches in all")
         for one in own:
             names.append(item.name if len(own) == 1 else f"{item.name}/{one.suffix}")
-            thresholds.append(item.threshold)
+            thresholds.append(threshold)
+            quantiles.append(quantile)
         if len(set(names)) != len(names):
             raise InvalidArgument(f"{path}.name", f"{item.name!r} gives an item a name that another has")
         found += own
@@ -80,7 +85,22 @@ def bind_watch(
         sites=tuple(one.site for one in found if one.site is not None),
         bias=torch.tensor([one.bias for one in with_vector], dtype=torch.float32),
         jump=torch.tensor([one.jump for one in with_vector], dtype=torch.float32),
+        quantiles=torch.tensor(quantiles if any(quantiles) else [], dtype=torch.float64),
     )
+
+
+def _threshold(item: WatchItem, path: str) -> tuple[float, float]:
+    """Threshold and quantile, of which one is 0."""
+    if item.quantile is not None:
+        if item.threshold is not None:
+            raise InvalidArgument(f"{path}.threshold_quantile", "a threshold is given as well; expected one of both")
+        if not 0.0 < item.quantile < 1.0:
+            raise InvalidArgument(f"{path}.threshold_quantile", f"must be above 0 and below 1, got {item.quantile}")
+        return 0.0, item.quantile
+    if item.threshold is None:
+        return 0.0, 0.0 if isinstance(item.source, WatchedFeatures) else DEFAULT_QUANTILE
+    check_finite(item.threshold, f"{path}.threshold")
+    return item.threshold, 0.0
 
 
 class _Binder:
@@ -132,12 +152,8 @@ class _Binder:
     def features(self, source: WatchedFeatures, path: str) -> list[_Found]:
         site = self.site(source.site, path)
         self.layer(source.layer, f"{path}.layer")
-        encoder = source.encoder.float()
-        if encoder.dim() != 2 or not len(encoder) or encoder.shape[1] != self.info.d_model:
-            raise InvalidArgument(
-                f"{path}.encoder", f"shape {list(encoder.shape)} is not [features, {self.info.d_model}]"
-            )
-        numbers = {"encoder": encoder}
+        encoder = self.encoder(source.encoder, path)
+        numbers = {source.encoder.field: encoder}
         for name, given in (("bias", source.bias), ("jump", source.jump)):
             numbers[name] = torch.zeros(len(encoder)) if given is None else given.float()
             if list(numbers[name].shape) != [len(encoder)]:
@@ -151,12 +167,33 @@ class _Binder:
             for i, row in enumerate(encoder)
         ]
 
+    def encoder(self, given: Encoder, path: str) -> Tensor:
+        """[k, d_model]"""
+        matrix, width, field = given.matrix.float(), self.info.d_model, given.field
+        turned = field == "encoder_width_by_features"
+        rows = matrix.t() if turned else matrix
+        if rows.dim() != 2 or not rows.numel() or rows.shape[1] != width:
+            expected = f"[{width}, features]" if turned else f"[features, {width}]"
+            message = f"shape {list(matrix.shape)} is not {expected}"
+            if matrix.dim() == 2 and rows.shape[0] == width:
+                other = "encoder_features_by_width" if turned else "encoder_width_by_features"
+                message += f"; a matrix that stands the other way belongs into {other}"
+            raise InvalidArgument(f"{path}.{field}", message)
+        if field == "encoder" and rows.shape[0] == width:
+            message = (
+                f"a square matrix of {width} could stand either way: give it as encoder_features_by_width (a row for "
+                "each feature) or encoder_width_by_features (a column for each, as W_enc of SAELens)"
+            )
+            raise InvalidArgument(f"{path}.{field}", message)
+        return rows
+
     def heads(self, source: WatchedHeads, path: str) -> list[_Found]:
         if source.selection.head_set and self.artifacts is None:
             raise FailedPrecondition(f"{path}.heads.head_set", "this server keeps no artifacts")
         # Listed heads are looked up nowhere.
         chosen = select(source.selection, self.artifacts, self.info, f"{path}.heads")  # type: ignore[arg-type]
-        return [_Found(f"L{layer}H{head}", ItemKind.HEAD, layer, head) for layer, head in chosen]
+        kind = ItemKind.HEAD if source.include_sink else ItemKind.HEAD_OFF_SINK
+        return [_Found(f"L{layer}H{head}", kind, layer, head) for layer, head in chosen]
 
     def site(self, site: Site | None, path: str) -> Site:
         site = site or Site.RESID_POST

@@ -27,10 +27,23 @@ class WatchedDirection:
 
 
 @dataclass(frozen=True, eq=False)
-class WatchedFeatures:
-    """encoder [k, d_model], bias and jump [k]. The default site is resid_post."""
+class Encoder:
+    """The encoder of a sparse autoencoder, of k features. `field`, of the message, says which of its two axes they are:
 
-    encoder: Tensor
+    encoder_features_by_width  [k, d_model]
+    encoder_width_by_features  [d_model, k], as W_enc [d_in, d_sae] of SAELens
+    encoder                    [k, d_model], deprecated: refused where k = d_model, which would fit either way
+    """
+
+    field: str
+    matrix: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedFeatures:
+    """bias and jump [k]. The default site is resid_post."""
+
+    encoder: Encoder
     layer: int
     site: Site | None = None
     bias: Tensor | None = None
@@ -39,11 +52,18 @@ class WatchedFeatures:
 
 @dataclass(frozen=True)
 class WatchedHeads:
+    """`include_sink`: keys at position 0 count too."""
+
     selection: HeadSelection
+    include_sink: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class WatchItem:
+    """It fires above `threshold`, or above a `quantile` of its own values. Default, with neither: 0 for features, else
+    the 0.99 quantile."""
+
     name: str
     source: WatchedNeurons | WatchedDirection | WatchedFeatures | WatchedHeads
-    threshold: float = 0.0
+    threshold: float | None = None
+    quantile: float | None = None

@@ -22,7 +22,7 @@ from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.monitoring.looks import Gathered, Looks, Projected, looks_at
 from patchclamp_server.monitoring.reference import Ints
 from patchclamp_server.monitoring.ring import Ring
-from patchclamp_server.monitoring.watch import ItemKind, Watch
+from patchclamp_server.monitoring.watch import HEAD_KINDS, ItemKind, Watch
 from patchclamp_server.sparsity.apply import Forced
 
 
@@ -32,8 +32,10 @@ class Layout:
     looks: Looks
     # Numbers of the places that a step stops at.
     places: Mapping[Place, int]
-    # By layer: number of the place that sees the largest probabilities of its heads, [T, n_heads].
+    # By layer: number of the place that sees the largest probabilities of its heads, [T, n_heads]; and of that which
+    # sees those off the sink.
     heads: Mapping[int, int]
+    heads_off_sink: Mapping[int, int]
     # Of each watch, its items' columns in the ring.
     columns: Sequence[Ints]
     n_layers: int
@@ -45,44 +47,58 @@ class Layout:
 
     def __post_init__(self) -> None:
         self.breaks = frozenset(place_number(site, layer) for site, layer in self.places)
+        self._layers = sorted(self.heads.keys() | self.heads_off_sink.keys())
+
+    @property
+    def looks_at_heads(self) -> bool:
+        return bool(self._layers)
 
     def peaks(self, readings: HeadReadings | None, n_rows: int) -> Peaks | None:
         """Of the rows of the step, together with those that requests read."""
         read = None if readings is None else readings.peaks
-        if not self.heads:
+        if not self._layers:
             return read
         own = self.ring.step.index
         if self._peaks is not None:
             peaks, before, rows = self._peaks
             if before is readings and peaks.positions.shape[1] == n_rows and np.array_equal(rows, own):
                 return peaks
-        rows_by_layer: dict[int, IntArray] = dict.fromkeys(self.heads, own)
+        rows_by_layer: dict[int, IntArray] = dict.fromkeys(self._layers, own)
         for layer, asked in ({} if read is None else read.layers).items():
-            rows_by_layer[layer] = np.union1d(rows_by_layer[layer], asked.rows) if layer in self.heads else asked.rows
-        peaks = Peaks(dict(sorted(rows_by_layer.items())), n_rows, self.n_heads, self.ring.device)
+            mine = rows_by_layer.get(layer)
+            rows_by_layer[layer] = asked.rows if mine is None else np.union1d(mine, asked.rows)
+        ordered = dict(sorted(rows_by_layer.items()))
+        off_sink = bool(self.heads_off_sink)
+        peaks = Peaks(ordered, n_rows, self.n_heads, self.ring.device, off_sink=off_sink)
         self._peaks = peaks, readings, own
         return peaks
 
     def look_at_heads(self, peaks: Peaks) -> None:
         for layer, number in self.heads.items():
             self.looks.look(number, peaks.layers[layer].probabilities)
+        for layer, number in self.heads_off_sink.items():
+            off_sink = peaks.layers[layer].off_sink
+            assert off_sink is not None
+            self.looks.look(number, off_sink)
 
 
 def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device, *, compiled: bool) -> Layout:
     """`device`: of the model."""
     owner = np.repeat(np.arange(len(watches)), [len(watch) for watch in watches])
-    places: dict[tuple[Site | None, int], list[int]] = defaultdict(list)
+    places: dict[tuple[Site | ItemKind, int], list[int]] = defaultdict(list)
     units = np.concatenate([watch.units.numpy() for watch in watches])
     kinds = np.concatenate([watch.kinds.numpy() for watch in watches])
     for number, place in enumerate(place for watch in watches for place in _places(watch)):
         places[place].append(number)
-    ordered = sorted(places.items(), key=lambda entry: (entry[0][1], entry[0][0] is None))
+    ordered = sorted(places.items(), key=lambda entry: (entry[0][1], entry[0][0] in HEAD_KINDS))
     column_of = np.empty(len(owner), dtype=np.int64)
     column_of[np.concatenate([numbers for _, numbers in ordered])] = np.arange(len(owner))
     looked: list[Gathered | Projected] = []
     for (site, _), items in ordered:
-        if site is None or site is Site.MLP_POST:
-            looked.append(Gathered(units[items], spec.n_heads if site is None else spec.sites[site]))
+        if isinstance(site, ItemKind):
+            looked.append(Gathered(units[items], spec.n_heads))
+        elif site is Site.MLP_POST:
+            looked.append(Gathered(units[items], spec.sites[site]))
         else:
             rows = [torch.from_numpy(units[items][owner[items] == i]) for i in range(len(watches))]
             looked.append(_projected(watches, rows, torch.from_numpy(kinds[items] == ItemKind.FEATURE)))
@@ -91,19 +107,20 @@ def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device,
     return Layout(
         ring,
         looks_at(looked, ring),
-        {(site, layer): number for (site, layer), number in numbers.items() if site is not None},
-        {layer: number for (site, layer), number in numbers.items() if site is None},
+        {(site, layer): number for (site, layer), number in numbers.items() if isinstance(site, Site)},
+        {layer: number for (site, layer), number in numbers.items() if site is ItemKind.HEAD},
+        {layer: number for (site, layer), number in numbers.items() if site is ItemKind.HEAD_OFF_SINK},
         [column_of[owner == i] for i in range(len(watches))],
         spec.n_layers,
         spec.n_heads,
     )
 
 
-def _places(watch: Watch) -> Iterator[tuple[Site | None, int]]:
-    """Site and layer of each item; no site for a head."""
+def _places(watch: Watch) -> Iterator[tuple[Site | ItemKind, int]]:
+    """Site and layer of each item; for a head, which is at no site, its kind."""
     for kind, layer, unit in zip(watch.kinds.tolist(), watch.layers.tolist(), watch.units.tolist(), strict=True):
-        if kind == ItemKind.HEAD:
-            yield None, layer
+        if kind in HEAD_KINDS:
+            yield ItemKind(kind), layer
         else:
             yield (Site.MLP_POST if kind == ItemKind.NEURON else watch.sites[unit]), layer
 

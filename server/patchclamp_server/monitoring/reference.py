@@ -1,10 +1,13 @@
 """The distribution of the items of a watch over a stretch of what was served, and how far another is from it.
 
-    edges     15 quantiles of each item: 16 bins of equal mass; bin j holds edges[j-1] < value <= edges[j]
-    drift     ½ Σ_j |p_j - q_j|, the total variation distance of two distributions over the bins, 0 to 1
+    edges      15 quantiles of each item: 16 bins of equal mass; bin j holds edges[j-1] < value <= edges[j]
+    levels     quantiles of each item at LEVELS, which thresholds and buckets follow from (scale.py)
+    inflation  D = max(1, Σ_bj (c_bj - n_b p_j)² / (n_b p_j) / ((B - 1) (bins - 1))): how much more the counts c of
+               B = 8 stretches vary than those of independent tokens; the tokens of one text are alike (the design
+               effect of cluster samples: Rao and Scott 1981)
 
-Equal values fall into one bin, and leave others empty: a neuron that is 0 nine times in ten has a bin of that mass. Two
-stretches of n tokens of the same text differ by about sqrt(2 · 16 / π n), 0.05 at 4096, for no reason but chance.
+Equal values fall into one bin, and leave others empty: a neuron that is 0 nine times in ten has a bin of that mass. How
+far another distribution is from it: drift.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +24,10 @@ from patchclamp_server.monitoring.tensors import checked
 BINS = 16
 # Of a reference that was made elsewhere.
 MAX_EDGES = 64
+# Probabilities of the quantiles that are kept: the least and the largest value among them.
+LEVELS = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+# Stretches, each of so many tokens at least, that the inflation is found from.
+_STRETCHES, _SHORTEST = 8, 16
 # Values that are kept to find quantiles of: 64 MiB.
 MAX_KEPT = 2**24
 
@@ -34,12 +41,17 @@ class Reference:
     counts: Tensor  # int64 [W, k + 1]
     mean: Tensor  # float64 [W]
     deviation: Tensor  # float64 [W]
+    # None in references that were recorded before there were any.
+    levels: Tensor | None = None  # float64 [W, LEVELS]
+    inflation: Tensor | None = None  # float64 [W], at least 1
 
     def __len__(self) -> int:
         return len(self.edges)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"edges": self.edges, "counts": self.counts, "mean": self.mean, "deviation": self.deviation}
+        named = {"edges": self.edges, "counts": self.counts, "mean": self.mean, "deviation": self.deviation}
+        more = {"levels": self.levels, "inflation": self.inflation}
+        return named | {name: tensor for name, tensor in more.items() if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Reference":
@@ -48,21 +60,22 @@ class Reference:
         n, k = edges.shape
         counts = checked(tensors, "counts", torch.int64, [n, k + 1])
         mean, deviation = (checked(tensors, name, torch.float64, [n]) for name in ("mean", "deviation"))
-        if unexpected := tensors.keys() - {"edges", "counts", "mean", "deviation"}:
+        levels = inflation = None
+        if "levels" in tensors:
+            levels = checked(tensors, "levels", torch.float64, [n, len(LEVELS)])
+        if "inflation" in tensors:
+            inflation = checked(tensors, "inflation", torch.float64, [n])
+        if unexpected := tensors.keys() - {"edges", "counts", "mean", "deviation", "levels", "inflation"}:
             raise InvalidArgument("", f"a reference has no tensors {', '.join(sorted(unexpected))}")
         if k > MAX_EDGES:
             raise InvalidArgument("", f"at most {MAX_EDGES} edges an item, got {k}")
         if not edges.numel() or bool((edges.diff(dim=1) < 0).any()) or int(counts.min()) < 0:
             raise InvalidArgument("", "edges must be ascending, and counts not negative")
-        return cls(edges, counts, mean, deviation)
-
-
-def total_variation(counts: Ints, reference: Ints) -> Floats:
-    """[W], of counts [W, bins]. A distribution of nothing has nothing in common with any."""
-    sums = np.stack((counts.sum(axis=1), reference.sum(axis=1)))
-    shares = [c / np.maximum(n, 1)[:, None] for c, n in zip((counts, reference), sums, strict=True)]
-    distance = 0.5 * np.abs(shares[0] - shares[1]).sum(axis=1)
-    return np.where((sums == 0).any(axis=0), 1.0, distance)
+        if levels is not None and bool((levels.diff(dim=1) < 0).any()):
+            raise InvalidArgument("", "levels must be ascending")
+        if inflation is not None and float(inflation.min()) < 1.0:
+            raise InvalidArgument("", "inflation must be at least 1")
+        return cls(edges, counts, mean, deviation, levels, inflation)
 
 
 class Recording:
@@ -118,5 +131,29 @@ class Recording:
         tokens, total, squares = self._totals
         mean = total / np.maximum(tokens, 1)
         deviation = np.sqrt(np.maximum(squares / np.maximum(tokens, 1) - mean**2, 0.0))
-        arrays = (edges.astype(np.float64), counts.astype(np.int64), mean, deviation)
+        at = np.ceil(n[:, None] * np.array(LEVELS)).astype(np.int64) - 1
+        levels = np.take_along_axis(ordered, np.maximum(at, 0), axis=1).astype(np.float64)
+        levels[n == 0] = 0.0
+        inflation = _inflation(kept, edges, counts) if self.seen <= len(self._kept) else np.ones(len(n))
+        arrays = (edges.astype(np.float64), counts.astype(np.int64), mean, deviation, levels, inflation)
         return Reference(*(torch.from_numpy(array) for array in arrays))
+
+
+def _inflation(values: NDArray[np.float32], edges: NDArray[np.float32], counts: Ints) -> Floats:
+    """[W], of values [n, W] in their order. A random sample of tokens has no order: there it would be 1."""
+    stretches = min(_STRETCHES, len(values) // _SHORTEST)
+    if stretches < 2:
+        return np.ones(len(edges))
+    share = counts / np.maximum(counts.sum(axis=1), 1)[:, None]  # [W, bins]
+    used = share > 0
+    squares = np.zeros(len(edges))
+    for part in np.array_split(values, stretches):
+        finite = np.isfinite(part)
+        upto = np.stack([((part <= edge) & finite).sum(axis=0) for edge in edges.T], axis=1)
+        n = finite.sum(axis=0)[:, None]
+        found = np.diff(upto, axis=1, prepend=0, append=n)
+        expected = n * share
+        squares += np.where(used, (found - expected) ** 2 / np.where(expected > 0, expected, 1.0), 0.0).sum(axis=1)
+    free = (stretches - 1) * np.maximum(used.sum(axis=1) - 1, 1)
+    inflation: Floats = np.maximum(squares / free, 1.0)
+    return inflation

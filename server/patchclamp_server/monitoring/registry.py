@@ -34,6 +34,9 @@ from patchclamp_server.monitoring.step import MAX_WATCHES, ServedSpan, StepWatch
 from patchclamp_server.monitoring.watch import MAX_REFERENCE_TOKENS, Watch, WatchOptions, check_watch
 from patchclamp_server.sparsity.apply import Forced
 
+# Items with series of their own in Prometheus, of all watches.
+MAX_EXPORTED_ITEMS = 256
+
 
 class WatchRegistry:
     """`compiled`: rows are copied and counted by loops that numba compiles, as on a CPU, and not by torch operators."""
@@ -77,10 +80,17 @@ class WatchRegistry:
         """Raises FailedPrecondition where the watch does not fit the model or the reference does not fit the watch, or
         the name is in use; ResourceExhausted at the caps; Unavailable once the engine has ended."""
         check_watch(watch, self._spec)
-        running = Running.of(watch_id, watch, options, self._device, compiled=self._compiled)
         if reference is not None:
             _check_reference(reference, watch)
-            running.set_reference(reference, reference_id)
+        running = Running.of(
+            watch_id,
+            watch,
+            options,
+            self._device,
+            compiled=self._compiled,
+            reference=reference,
+            reference_id=reference_id,
+        )
         with self._changing:
             if self._ended:
                 raise Unavailable("", "the engine has stopped")
@@ -92,6 +102,8 @@ class WatchRegistry:
             if items + len(watch) > self.max_items:
                 message = f"{items} items are watched; with {len(watch)} more they would exceed {self.max_items}"
                 raise ResourceExhausted("watch", message)
+            if options.export_items:
+                _check_exported([*self._watches.values(), running])
             snapshot = running.snapshot()
             calls = self._change({**self._watches, options.name: running})
         _tell(calls)
@@ -161,10 +173,10 @@ class WatchRegistry:
             chosen = list(items) or list(range(len(running.watch)))
             if not all(0 <= item < len(running.watch) for item in chosen):
                 raise InvalidArgument("items", f"the watch has {len(running.watch)} items")
-            thresholds = running.watch.thresholds.numpy()[chosen]
+            thresholds = running.thresholds[chosen]
             if threshold is not None:
                 thresholds = np.full(len(chosen), threshold)
-            subscription = Subscription(chosen, thresholds, running.clock, on_activations)
+            subscription = Subscription(chosen, thresholds, running.clock, on_activations, own=threshold is None)
             running.subscriptions.append(subscription)
         _tell(calls)
         return lambda: self._forget(running.subscriptions, subscription)
@@ -281,6 +293,13 @@ def _warm_up() -> None:
 def _check_reference(reference: Reference, watch: Watch) -> None:
     if len(reference) != len(watch):
         raise FailedPrecondition("reference", f"is of {len(reference)} items, the watch has {len(watch)}")
+
+
+def _check_exported(watches: Sequence[Running]) -> None:
+    items = sum(len(running.watch) for running in watches if running.options.export_items)
+    if items > MAX_EXPORTED_ITEMS:
+        message = f"{items} items would have series of their own; this server exports at most {MAX_EXPORTED_ITEMS}"
+        raise ResourceExhausted("export_items", message)
 
 
 def _tell(calls: Sequence[Call]) -> None:

@@ -12,8 +12,10 @@ import torch
 from patchclamp_server.interventions.program import Phase
 from patchclamp_server.monitoring.accumulator import Accumulator, Float32s
 from patchclamp_server.monitoring.activations import Subscription
-from patchclamp_server.monitoring.reference import Floats, Ints, Recording, Reference, total_variation
+from patchclamp_server.monitoring.drift import Drift, drift_of
+from patchclamp_server.monitoring.reference import Floats, Ints, Recording, Reference
 from patchclamp_server.monitoring.ring import Ring
+from patchclamp_server.monitoring.scale import FirstTokens, Scale, Source, asking, chosen_scale, scale_of_reference
 from patchclamp_server.monitoring.statistics import Statistics
 from patchclamp_server.monitoring.watch import Watch, WatchOptions
 
@@ -38,15 +40,21 @@ class Running:
     watch_id: str
     watch: Watch
     options: WatchOptions
-    accumulator: Accumulator
+    device: torch.device
+    compiled: bool
+    # None while thresholds and buckets are being derived from the first tokens.
+    accumulator: Accumulator | None = None
+    first: FirstTokens | None = None
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
     rows: int = 0
+    # Rows at position 0, which are not counted otherwise.
+    sinks: int = 0
     recordings: list[Recording] = field(default_factory=list)
     subscriptions: list[Subscription] = field(default_factory=list)
     reference_id: str = ""
-    _reference: Ints | None = None
-    _drift: Floats | None = None
+    _reference: Reference | None = None
+    _drift: Drift | None = None
     # Tokens of the window that is filling, and what had been counted before it.
     _filled: int = 0
     _before: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -55,25 +63,75 @@ class Running:
     def __post_init__(self) -> None:
         # Whether prompt tokens and whether generated ones are watched; asked for every row.
         self._phases = Phase.PROMPT in self.options.phases, Phase.GENERATED in self.options.phases
+        self._kind_of = self.watch.kind_of
 
     @classmethod
     def of(
-        cls, watch_id: str, watch: Watch, options: WatchOptions, device: torch.device, *, compiled: bool
+        cls,
+        watch_id: str,
+        watch: Watch,
+        options: WatchOptions,
+        device: torch.device,
+        *,
+        compiled: bool,
+        reference: Reference | None = None,
+        reference_id: str = "",
     ) -> "Running":
-        thresholds = watch.thresholds.numpy()
-        return cls(watch_id, watch, options, Accumulator(thresholds, options.buckets, device, compiled=compiled))
+        running = cls(watch_id, watch, options, device, compiled)
+        scale = chosen_scale(watch, options)
+        if scale is None and reference is not None:
+            scale = scale_of_reference(watch, options, reference)
+        if scale is None:
+            running.first = FirstTokens(watch, options)
+        else:
+            running.accumulator = Accumulator(scale, running._kind_of, device, compiled=compiled)
+        if reference is not None:
+            running.set_reference(reference, reference_id)
+        return running
 
     def set_reference(self, reference: Reference, reference_id: str) -> None:
-        """Drift is measured against it, over windows that begin now."""
-        self.accumulator.set_edges(reference.edges.numpy())
-        self.reference_id = reference_id
-        self._reference, self._drift = reference.counts.numpy(), None
-        self._filled, self._before = 0, self.accumulator.histogram()
+        """Drift is measured against it, over windows that begin now, or when the first tokens have been seen. What has
+        no thresholds and buckets yet takes them from it."""
+        if self.accumulator is None:
+            scale = scale_of_reference(self.watch, self.options, reference)
+            if scale is not None:
+                self._settle(scale)
+        self.reference_id, self._reference, self._drift = reference_id, reference, None
+        self._begin_windows()
+
+    def _begin_windows(self) -> None:
+        if self.accumulator is not None and self._reference is not None:
+            self.accumulator.set_edges(self._reference.edges.numpy())
+            self._filled, self._before = 0, self.accumulator.histogram()
+
+    def _settle(self, scale: Scale) -> None:
+        """Thresholds and buckets are these from now on."""
+        self.accumulator = self._counted(scale).on(self.device, compiled=self.compiled)
+        self.first = None if scale.source is Source.REFERENCE else self.first
+        for subscription in self.subscriptions:
+            subscription.settle(scale.thresholds)
+        self._begin_windows()
+
+    def _counted(self, scale: Scale) -> Accumulator:
+        """The first tokens, on the host. Sums are added up in their order, so that they never fall."""
+        assert self.first is not None
+        counted = Accumulator(scale, self._kind_of, torch.device("cpu"), compiled=True)
+        values = self.first.values
+        counted.add(values, np.arange(len(values)), np.arange(len(self.watch)))
+        return counted
 
     def wants(self, generated: bool) -> bool:
         """Whether a token is watched: one of its phases, and of these a random share."""
         rate = self.options.sampling_rate
         return self._phases[generated] and (rate >= 1.0 or self._random.random() < rate)
+
+    @property
+    def thresholds(self) -> Floats:
+        """[W]; infinite where they are still to be derived: nothing fires before."""
+        if self.accumulator is not None:
+            return self.accumulator.scale.thresholds
+        waiting: Floats = np.where(asking(self.watch), np.inf, self.watch.thresholds.numpy())
+        return waiting
 
     @property
     def follows(self) -> bool:
@@ -90,11 +148,17 @@ class Running:
         calls: list[Call] = []
         if not len(rows):
             return calls
-        values = _on_host(ring, rows, columns) if self.recordings or self.subscriptions else None
-        for part in self._windows(len(rows)):
+        asked = bool(self.recordings or self.subscriptions)
+        values = _on_host(ring, rows, columns) if asked or self.accumulator is None else None
+        counted = 0
+        if self.accumulator is None:
+            assert values is not None
+            counted = self._take_first(values)
+        for part in self._windows(counted, len(rows)):
+            assert self.accumulator is not None
             self.accumulator.add(ring.values, rows[part], columns)
             self._advance(part.stop - part.start)
-        if values is not None:
+        if asked and values is not None:
             calls += [call for recording in list(self.recordings) for call in self._record(recording, values)]
             for subscription in self.subscriptions:
                 found = subscription.take(values, [ring.kept[row] for row in rows.tolist()])
@@ -102,9 +166,19 @@ class Running:
                     calls.append(lambda tell=subscription.on_activations, found=found: tell(found))  # type: ignore[misc]
         return calls
 
-    def _windows(self, n: int) -> Iterator[slice]:
-        """n rows, cut where a window ends."""
-        start = 0
+    def _take_first(self, values: Float32s) -> int:
+        """How many of the rows are among the first tokens."""
+        assert self.first is not None
+        taken = min(self.first.left, len(values))
+        self.first.add(values[:taken])
+        self.rows += taken
+        if not self.first.left:
+            self._settle(self.first.scale())
+            self.first.forget()
+        return taken
+
+    def _windows(self, start: int, n: int) -> Iterator[slice]:
+        """Rows from `start` to n, cut where a window ends."""
         while start < n:
             end = n if self._reference is None else min(n, start + self.options.window_tokens - self._filled)
             yield slice(start, end)
@@ -116,8 +190,11 @@ class Running:
             return
         self._filled += n
         if self._filled == self.options.window_tokens:
+            assert self.accumulator is not None
             counted = self.accumulator.histogram()
-            self._drift = total_variation(counted - self._before, self._reference)
+            inflation = self._reference.inflation
+            varies = np.ones(len(self.watch)) if inflation is None else inflation.numpy()
+            self._drift = drift_of(counted - self._before, self._reference.counts.numpy(), varies)
             self._filled, self._before = 0, counted
 
     def _record(self, recording: Recording, values: Float32s) -> list[Call]:
@@ -146,20 +223,21 @@ class Running:
         )
 
     def statistics(self) -> Statistics:
-        sums = self.accumulator.read()
+        """While the first tokens are being seen: as if there were no more of them."""
+        accumulator = self.accumulator
+        if accumulator is None:
+            assert self.first is not None
+            accumulator = self._counted(self.first.scale())
         return Statistics(
-            sums.tokens,
-            sums.fired,
-            sums.not_finite,
-            sums.total,
-            sums.total_squares,
-            sums.min,
-            sums.max,
-            self.accumulator.edges,
-            sums.histogram,
-            self.options.buckets,
-            sums.bucket_counts[0],
+            accumulator.read(),
+            accumulator.edges,
+            accumulator.scale,
+            self.watch.kind_names,
+            self._kind_of,
             self.rows,
+            self.sinks,
+            0 if self.first is None else self.first.seen,
+            0 if self.first is None else self.first.total,
             self._drift,
         )
 

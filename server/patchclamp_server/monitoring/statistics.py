@@ -8,61 +8,117 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from patchclamp_server.monitoring.accumulator import Sums
+from patchclamp_server.monitoring.drift import Drift
 from patchclamp_server.monitoring.reference import Floats, Ints
+from patchclamp_server.monitoring.scale import Scale
+
+
+@dataclass(frozen=True, eq=False)
+class KindStatistics:
+    """The items of one kind together; min inf and max -inf where there are no values."""
+
+    name: str
+    items: int
+    values: int
+    fired: int
+    not_finite: int
+    positive: float
+    negative: float
+    min: float
+    max: float
+    buckets: tuple[float, ...]
+    bucket_counts: Ints  # [buckets + 1]
+
+    @property
+    def mean(self) -> float:
+        return (self.positive - self.negative) / max(self.values, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """`tokens` counts finite values, and all but `not_finite` is about those. `histogram` counts since its `edges` have
-    been in use: those of the reference, else the buckets. `bucket_counts` is of all items together."""
+    """`sums.tokens` counts finite values, and all but `sums.not_finite` is about those. The histogram counts since its
+    `edges` have been in use: those of the reference, else the buckets."""
 
-    tokens: Ints  # [W]
-    fired: Ints
-    not_finite: Ints
-    total: Floats
-    total_squares: Floats
-    min: Floats  # inf where there are no tokens
-    max: Floats  # -inf where there are no tokens
+    sums: Sums  # [W]; min inf and max -inf where there are no tokens
     edges: Floats  # [W, k]; bin j holds edges[j-1] < value <= edges[j]
-    histogram: Ints  # [W, k + 1]
-    buckets: tuple[float, ...]
-    bucket_counts: Ints  # [buckets + 1]
+    scale: Scale
+    kind_names: tuple[str, ...]
+    kind_of: Ints  # [W], in kind_names
     rows: int
+    # Rows at position 0, which are in no other figure.
+    sinks: int = 0
+    # First tokens that the scale is derived from: how many there are, and will be.
+    calibrated: int = 0
+    calibration: int = 0
     # Of the last full window; None without a reference, and before a window is full.
-    drift: Floats | None = None
+    drift: Drift | None = None
+
+    @property
+    def tokens(self) -> Ints:
+        """[W]"""
+        tokens: Ints = self.sums.tokens
+        return tokens
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether thresholds and buckets still change."""
+        return self.calibrated < self.calibration
+
+    @property
+    def total(self) -> Floats:
+        """[W]"""
+        total: Floats = self.sums.positive - self.sums.negative
+        return total
 
     @property
     def mean(self) -> Floats:
         return self.total / np.maximum(self.tokens, 1)
 
+    def kinds(self) -> list[KindStatistics]:
+        found = []
+        sums = self.sums
+        for place, name in enumerate(self.kind_names):
+            own = self.kind_of == place
+            buckets = self.scale.buckets[place]
+            found.append(
+                KindStatistics(
+                    name=name,
+                    items=int(own.sum()),
+                    values=int(sums.tokens[own].sum()),
+                    fired=int(sums.fired[own].sum()),
+                    not_finite=int(sums.not_finite[own].sum()),
+                    positive=float(sums.positive[own].sum()),
+                    negative=float(sums.negative[own].sum()),
+                    min=float(sums.min[own].min()),
+                    max=float(sums.max[own].max()),
+                    buckets=buckets,
+                    bucket_counts=sums.bucket_counts[place, : len(buckets) + 1],
+                )
+            )
+        return found
+
     @property
     def deviation(self) -> Floats:
         """Of the values seen, not an estimate for others."""
-        variance = self.total_squares / np.maximum(self.tokens, 1) - self.mean**2
+        variance = self.sums.total_squares / np.maximum(self.tokens, 1) - self.mean**2
         deviation: Floats = np.sqrt(np.maximum(variance, 0.0))
         return deviation
-
-    @property
-    def mean_drift(self) -> float | None:
-        return None if self.drift is None else float(self.drift.mean())
-
-    @property
-    def max_drift(self) -> float | None:
-        return None if self.drift is None else float(self.drift.max())
 
     def quantiles(self, probabilities: Sequence[float]) -> Floats:
         """[W, probabilities]; NaN where nothing has been counted."""
         seen = self.tokens > 0
-        low, high = np.where(seen, self.min, 0.0)[:, None], np.where(seen, self.max, 0.0)[:, None]
+        low, high = (np.where(seen, end, 0.0)[:, None] for end in (self.sums.min, self.sums.max))
         # Nothing lies beyond min and max.
         ends = np.clip(np.concatenate((low, self.edges, high), axis=1), low, high)
-        upto = self.histogram.cumsum(axis=1)
+        histogram = self.sums.histogram
+        upto = histogram.cumsum(axis=1)
         found = np.full((len(self.tokens), len(probabilities)), np.nan)
         for item in np.flatnonzero(upto[:, -1]).tolist():
             for i, probability in enumerate(probabilities):
                 target = probability * upto[item, -1]
                 place = int(np.searchsorted(upto[item], target))
-                inside = self.histogram[item, place]
+                inside = histogram[item, place]
                 share = (target - (upto[item, place] - inside)) / inside if inside else 0.0
                 start, end = ends[item, place : place + 2]
                 found[item, i] = start + share * (end - start)

@@ -59,7 +59,9 @@ def awaited(layout: Layout, watches: Sequence[Running]) -> bool:
 
 
 def watched_rows(spans: Sequence[ServedSpan], watches: Sequence[Running]) -> Rows | None:
-    """Rows that are computed for the first time, and that somebody watches.
+    """Rows that are computed for the first time, and that somebody watches. The first token of a sequence is where
+    heads with nothing to do look, and has a norm of its own (the attention sink): it would be an outlier in every
+    figure, and is only counted.
 
     Plain Python: of one row, numpy's calls cost more than what they do.
     """
@@ -70,6 +72,10 @@ def watched_rows(spans: Sequence[ServedSpan], watches: Sequence[Running]) -> Row
         for i in range(max(0, span.fresh - span.position), len(span.token_ids)):
             position = span.position + i
             generated = position >= span.prompt_length
+            if not position:
+                for running in watches:
+                    running.sinks += running.wants(generated)
+                continue
             bits = 0
             for number, running in enumerate(watches):
                 if running.wants(generated):

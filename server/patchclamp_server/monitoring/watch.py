@@ -3,19 +3,23 @@
     neuron     a                            the activation at mlp_post
     direction  h · v, |v| = 1               at a site of the residual width
     feature    max(0, h · w + b), and 0 where that is not above the feature's jump
-    head       the largest attention probability
+    head       the largest attention probability, off the sink: keys at position 0 are left out, and the
+               probabilities of the others remain those of the whole softmax; or, where asked for, of all keys
 
-All are values after all edits. An item fires at a token where its value is above its threshold.
+All are values after all edits. An item fires at a token where its value is above its threshold: a number, or a quantile
+of its own values, see scale.py.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
@@ -27,10 +31,8 @@ from patchclamp_server.monitoring.tensors import checked
 # Sites of the residual width, which directions and features are watched at.
 VECTOR_SITES = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST, Site.ATTN_OUT, Site.MLP_OUT)
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-# -100 to 100 in half decades, and 0.
-_HALF_DECADES = tuple(round(10 ** (exponent / 2), 4) for exponent in range(-4, 5))
-DEFAULT_BUCKETS = (*(-bound for bound in reversed(_HALF_DECADES)), 0.0, *_HALF_DECADES)
 MAX_BUCKETS = 32
+DEFAULT_CALIBRATION_TOKENS, MAX_CALIBRATION_TOKENS = 1024, 4096
 DEFAULT_WINDOW_TOKENS = 4096
 # Of the length of a direction in float32.
 UNIT_ROUNDING = 1e-3
@@ -42,6 +44,12 @@ class ItemKind(IntEnum):
     DIRECTION = 1
     FEATURE = 2
     HEAD = 3
+    HEAD_OFF_SINK = 4
+
+
+HEAD_KINDS = (ItemKind.HEAD, ItemKind.HEAD_OFF_SINK)
+# What users know kinds by, in the order of ItemKind; both kinds of head are "head".
+KIND_NAMES = ("neuron", "direction", "feature", "head")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +65,30 @@ class Watch:
     sites: tuple[Site, ...]  # [D]
     bias: Tensor  # float32 [D], 0 for directions
     jump: Tensor  # float32 [D], 0 for directions
+    # float64 [W]: what quantile the threshold of an item is, 0 where it is a number. Empty where all are numbers.
+    quantiles: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def kind_names(self) -> tuple[str, ...]:
+        """Names of the kinds there are, in the order of KIND_NAMES."""
+        return tuple(KIND_NAMES[place] for place in np.unique(self._places()).tolist())
+
+    @property
+    def kind_of(self) -> NDArray[np.int64]:
+        """[W]: of each item, the place of its kind in `kind_names`."""
+        return np.unique(self._places(), return_inverse=True)[1].astype(np.int64)
+
+    def _places(self) -> NDArray[np.int64]:
+        return self.kinds.clamp(max=len(KIND_NAMES) - 1).numpy().astype(np.int64)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, none of them empty: without vectors, what belongs to them is left out."""
         texts = {"names": self.names, "sites": [site.value for site in self.sites]}
         tensors = {name: _as_bytes(json.dumps(list(text))) for name, text in texts.items()}
-        for name in ("kinds", "layers", "units", "thresholds", "vectors", "bias", "jump"):
+        for name in ("kinds", "layers", "units", "thresholds", "vectors", "bias", "jump", "quantiles"):
             tensor: Tensor = getattr(self, name)
             if tensor.numel():
                 tensors[name] = tensor
@@ -83,11 +106,16 @@ class Watch:
             raise InvalidArgument("", f"sites must be of {', '.join(known)}, not {unknown[0]!r:.40}")
         numbers = {name: checked(tensors, name, torch.int64, [n]) for name in ("kinds", "layers", "units")}
         thresholds = checked(tensors, "thresholds", torch.float64, [n])
+        quantiles = torch.empty(0)
+        if "quantiles" in tensors:
+            quantiles = checked(tensors, "quantiles", torch.float64, [n])
+            if float(quantiles.min()) < 0.0 or float(quantiles.max()) >= 1.0:
+                raise InvalidArgument("", "quantiles are above 0 and below 1, or 0 for a threshold that is a number")
         vectors, bias, jump = torch.empty(0, 0), torch.empty(0), torch.empty(0)
         if sites:
             vectors = checked(tensors, "vectors", torch.float32, [len(sites), None])
             bias, jump = (checked(tensors, name, torch.float32, [len(sites)]) for name in ("bias", "jump"))
-        unexpected = tensors.keys() - {"names", "sites", *numbers, "thresholds"}
+        unexpected = tensors.keys() - {"names", "sites", *numbers, "thresholds", "quantiles"}
         if unexpected - {"vectors", "bias", "jump"} or (unexpected and not sites):
             raise InvalidArgument("", f"a watch has no tensors {', '.join(sorted(unexpected))}")
         kinds, units = numbers["kinds"], numbers["units"]
@@ -97,17 +125,17 @@ class Watch:
         if int(numbers["layers"].min()) < 0 or bool((units[with_vector] >= len(sites)).any()):
             raise InvalidArgument("", "an item names a layer or a vector that there is not")
         return cls(tuple(names), kinds, numbers["layers"], units, thresholds, vectors,
-                   tuple(known[site] for site in sites), bias, jump)  # fmt: skip
+                   tuple(known[site] for site in sites), bias, jump, quantiles)  # fmt: skip
 
 
 def check_watch(watch: Watch, spec: DecoderSpec | ModelInfo) -> None:
     """Whether a stored watch fits the model. Raises FailedPrecondition."""
     if int(watch.layers.max()) >= spec.n_layers:
         raise FailedPrecondition("watch", f"watches layer {int(watch.layers.max())}; the model has {spec.n_layers}")
-    for kind, most in ((ItemKind.NEURON, spec.d_ff), (ItemKind.HEAD, spec.n_heads)):
-        units = watch.units[watch.kinds == kind]
+    heads = torch.isin(watch.kinds, torch.tensor(HEAD_KINDS))
+    for name, own, most in (("neuron", watch.kinds == ItemKind.NEURON, spec.d_ff), ("head", heads, spec.n_heads)):
+        units = watch.units[own]
         if len(units) and int(units.max()) >= most:
-            name = kind.name.lower()
             raise FailedPrecondition("watch", f"watches {name} {int(units.max())}; a layer of the model has {most}")
     if len(watch.sites) and watch.vectors.shape[1] != spec.d_model:
         raise FailedPrecondition("watch", f"has vectors of {watch.vectors.shape[1]}; the model has {spec.d_model}")
@@ -138,14 +166,17 @@ def _strings(tensors: Mapping[str, Tensor], name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """How a watch runs. `name`: its label in Prometheus; `buckets`: upper bounds of the histogram there. Raises
-    InvalidArgument by the fields of StartWatchRequest."""
+    """How a watch runs. `name`: its label in Prometheus; `buckets`: upper bounds of the histograms there, none to
+    derive them; `export_items`: whether each item has series of its own there. Raises InvalidArgument by the fields of
+    StartWatchRequest."""
 
     name: str
     sampling_rate: float = 1.0
     phases: frozenset[Phase] = frozenset({Phase.GENERATED})
     window_tokens: int = DEFAULT_WINDOW_TOKENS
-    buckets: tuple[float, ...] = DEFAULT_BUCKETS
+    buckets: tuple[float, ...] = ()
+    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
+    export_items: bool = False
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -156,8 +187,11 @@ class WatchOptions:
             raise InvalidArgument("phases", "at least one phase is needed")
         if not 1 <= self.window_tokens <= MAX_WINDOW_TOKENS:
             raise InvalidArgument("window_tokens", f"must be in [1, {MAX_WINDOW_TOKENS}], got {self.window_tokens}")
-        if not 1 <= len(self.buckets) <= MAX_BUCKETS:
-            raise InvalidArgument("buckets", f"1 to {MAX_BUCKETS} upper bounds, got {len(self.buckets)}")
+        if not 1 <= self.calibration_tokens <= MAX_CALIBRATION_TOKENS:
+            message = f"must be in [1, {MAX_CALIBRATION_TOKENS}], got {self.calibration_tokens}"
+            raise InvalidArgument("calibration_tokens", message)
+        if len(self.buckets) > MAX_BUCKETS:
+            raise InvalidArgument("buckets", f"at most {MAX_BUCKETS} upper bounds, got {len(self.buckets)}")
         if not all(math.isfinite(bound) for bound in self.buckets):
             raise InvalidArgument("buckets", "must be finite; that of infinity is always there")
         if any(a >= b for a, b in zip(self.buckets, self.buckets[1:], strict=False)):

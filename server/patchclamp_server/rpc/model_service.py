@@ -1,5 +1,6 @@
 """ModelService: what is served, and how it reads a prompt."""
 
+import asyncio
 from typing import Any
 
 from patchclamp.v1 import model_pb2 as pb

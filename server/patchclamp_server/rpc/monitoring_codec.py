@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -15,7 +15,9 @@ from patchclamp_server.artifacts.watches import check_item_name
 from patchclamp_server.errors import InvalidArgument, NotFound
 from patchclamp_server.interventions.program import Phase
 from patchclamp_server.monitoring.activations import Activations
+from patchclamp_server.monitoring.drift import Drift
 from patchclamp_server.monitoring.items import (
+    Encoder,
     WatchedDirection,
     WatchedFeatures,
     WatchedHeads,
@@ -23,7 +25,9 @@ from patchclamp_server.monitoring.items import (
     WatchItem,
 )
 from patchclamp_server.monitoring.running import RunningWatch
-from patchclamp_server.monitoring.statistics import Statistics
+from patchclamp_server.monitoring.scale import Source
+from patchclamp_server.monitoring.shared import Listed
+from patchclamp_server.monitoring.statistics import KindStatistics, Statistics
 from patchclamp_server.monitoring.stored import WatchAsked
 from patchclamp_server.monitoring.watch import MAX_REFERENCE_TOKENS, Watch, WatchOptions
 from patchclamp_server.rpc.artifact_codec import decode_label
@@ -35,6 +39,17 @@ from patchclamp_server.rpc.tensor_codec import decode_tensor
 PHASE_NUMBERS: Mapping[Phase, "program_pb2.Phase.ValueType"] = {
     Phase.PROMPT: program_pb2.PHASE_PROMPT,
     Phase.GENERATED: program_pb2.PHASE_GENERATED,
+}
+KIND_NUMBERS: Mapping[str, "pb.WatchItemKind.ValueType"] = {
+    "neuron": pb.WATCH_ITEM_KIND_NEURON,
+    "direction": pb.WATCH_ITEM_KIND_DIRECTION,
+    "feature": pb.WATCH_ITEM_KIND_FEATURE,
+    "head": pb.WATCH_ITEM_KIND_HEAD,
+}
+SCALE_NUMBERS: Mapping[Source, "pb.WatchScale.ValueType"] = {
+    Source.CHOSEN: pb.WATCH_SCALE_CHOSEN,
+    Source.REFERENCE: pb.WATCH_SCALE_REFERENCE,
+    Source.FIRST_TOKENS: pb.WATCH_SCALE_FIRST_TOKENS,
 }
 QUANTILES = (0.05, 0.5, 0.95, 0.99)
 MAX_NAME_BYTES = 128
@@ -81,6 +96,9 @@ def decode_start(request: pb.StartWatchRequest) -> WatchAsked:
         given["window_tokens"] = request.window_tokens
     if request.buckets:
         given["buckets"] = tuple(request.buckets)
+    if request.calibration_tokens:
+        given["calibration_tokens"] = request.calibration_tokens
+    given["export_items"] = request.export_items
     return WatchAsked(request.watch, WatchOptions(request.name, **given), request.reference)
 
 
@@ -106,53 +124,128 @@ def decode_item_names(names: Sequence[str], watch: Watch) -> tuple[int, ...]:
 
 
 def encode_running(running: RunningWatch) -> pb.RunningWatch:
-    started = Timestamp()
-    started.FromNanoseconds(round(running.started * 1e9))
-    options = running.options
     return pb.RunningWatch(
         name=running.name,
         watch=running.watch_id,
         items=running.watch.names,
-        sampling_rate=options.sampling_rate,
-        phases=[PHASE_NUMBERS[phase] for phase in Phase if phase in options.phases],
-        window_tokens=options.window_tokens,
-        buckets=options.buckets,
         reference=running.reference_id,
-        started=started,
+        started=_timestamp(running.started),
         tokens=running.tokens,
+        **_options(running.options),
+        state=pb.WATCH_STATE_RUNNING,
     )
+
+
+def encode_listed(listed: Listed) -> pb.RunningWatch:
+    """A watch that does not run here has what its record says."""
+    if listed.here is not None:
+        encoded = encode_running(listed.here)
+    else:
+        encoded = pb.RunningWatch(name=listed.name, state=pb.WATCH_STATE_REFUSED, reason=listed.reason)
+        if listed.run is not None:
+            options = listed.run.options
+            encoded.MergeFrom(
+                pb.RunningWatch(
+                    watch=listed.run.watch,
+                    reference=listed.run.reference,
+                    started=_timestamp(listed.run.started),
+                    **_options(options),
+                )
+            )
+    encoded.configured = listed.here is not None and listed.run is None
+    for replica in listed.replicas:
+        state = pb.WATCH_STATE_REFUSED if replica.said.reason else pb.WATCH_STATE_RUNNING
+        encoded.replicas.add(
+            replica=replica.name,
+            state=state,
+            reason=replica.said.reason,
+            tokens=replica.said.tokens,
+            reported=_timestamp(replica.reported),
+        )
+    return encoded
+
+
+def _options(options: WatchOptions) -> dict[str, Any]:
+    """Fields of RunningWatch."""
+    return {
+        "sampling_rate": options.sampling_rate,
+        "phases": [PHASE_NUMBERS[phase] for phase in Phase if phase in options.phases],
+        "window_tokens": options.window_tokens,
+        "buckets": options.buckets,
+        "export_items": options.export_items,
+        "calibration_tokens": options.calibration_tokens,
+    }
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromNanoseconds(round(seconds * 1e9))
+    return stamp
 
 
 def encode_statistics(running: RunningWatch, seen: Statistics, items: Sequence[int]) -> pb.GetWatchStatisticsResponse:
     """`items`: indices, none are all."""
-    chosen_items = items or range(len(running.watch))
+    names = running.watch.names
     quantiles = seen.quantiles(QUANTILES)
-    mean, deviation = seen.mean, seen.deviation
+    mean, deviation, sums, drift = seen.mean, seen.deviation, seen.sums, seen.drift
     return pb.GetWatchStatisticsResponse(
         watch=encode_running(running),
         items=[
             pb.ItemStatistics(
-                name=running.watch.names[i],
-                tokens=int(seen.tokens[i]),
-                fired=int(seen.fired[i]),
+                name=names[i],
+                tokens=int(sums.tokens[i]),
+                fired=int(sums.fired[i]),
                 mean=float(mean[i]),
                 standard_deviation=float(deviation[i]),
                 # Nothing has been seen: no number is the least of none, and JSON knows no infinity.
-                min=float(seen.min[i]) if seen.tokens[i] else 0.0,
-                max=float(seen.max[i]) if seen.tokens[i] else 0.0,
-                not_finite=int(seen.not_finite[i]),
+                min=float(sums.min[i]) if sums.tokens[i] else 0.0,
+                max=float(sums.max[i]) if sums.tokens[i] else 0.0,
+                not_finite=int(sums.not_finite[i]),
                 quantiles=[
                     pb.Quantile(probability=p, value=float(value))
                     for p, value in zip(QUANTILES, quantiles[i], strict=True)
                     if np.isfinite(value)
                 ],
-                drift=None if seen.drift is None else float(seen.drift[i]),
+                drift=None if drift is None else float(drift.distance[i]),
+                kind=KIND_NUMBERS[seen.kind_names[seen.kind_of[i]]],
+                threshold=float(seen.scale.thresholds[i]),
+                drift_noise=None if drift is None else float(drift.noise[i]),
+                drift_excess=None if drift is None else float(drift.excess[i]),
             )
-            for i in chosen_items
+            for i in items or range(len(names))
         ],
-        mean_drift=seen.mean_drift,
-        max_drift=seen.max_drift,
+        kinds=map(_kind, seen.kinds()),
+        calibration=pb.WatchCalibration(
+            scale=SCALE_NUMBERS[seen.scale.source], tokens=seen.calibrated, total=seen.calibration
+        ),
+        sink_tokens=seen.sinks,
+        **({} if drift is None else _drift(drift)),
     )
+
+
+def _kind(kind: KindStatistics) -> pb.KindStatistics:
+    return pb.KindStatistics(
+        kind=KIND_NUMBERS[kind.name],
+        items=kind.items,
+        values=kind.values,
+        fired=kind.fired,
+        mean=kind.mean,
+        min=kind.min if kind.values else 0.0,
+        max=kind.max if kind.values else 0.0,
+        buckets=kind.buckets,
+    )
+
+
+def _drift(drift: Drift) -> dict[str, Any]:
+    """The fields of all items together."""
+    return {
+        "mean_drift": drift.mean,
+        "max_drift": drift.max,
+        "mean_drift_noise": drift.mean_noise,
+        "max_drift_noise": drift.max_noise,
+        "mean_drift_excess": drift.mean_excess,
+        "max_drift_excess": drift.max_excess,
+    }
 
 
 def encode_activations(
@@ -184,10 +277,11 @@ def _item(proto: pb.WatchItem, field: str) -> WatchItem:
     check_item_name(proto.name, f"{field}.name")
     if len(proto.name.encode()) > MAX_NAME_BYTES:
         raise InvalidArgument(f"{field}.name", f"expected at most {MAX_NAME_BYTES} bytes of UTF-8")
-    threshold = finite(proto.threshold, f"{field}.threshold") if proto.HasField("threshold") else 0.0
+    threshold = finite(proto.threshold, f"{field}.threshold") if proto.HasField("threshold") else None
+    quantile = proto.threshold_quantile if proto.HasField("threshold_quantile") else None
     name = chosen(proto, "source", field)
     source = _SOURCES[name](getattr(proto, name), f"{field}.{name}")
-    return WatchItem(proto.name, source, threshold)
+    return WatchItem(proto.name, source, threshold, quantile)
 
 
 def _neurons(proto: pb.WatchedNeurons, field: str) -> WatchedNeurons:
@@ -212,24 +306,40 @@ def _direction(proto: pb.WatchedDirection, field: str) -> WatchedDirection:
 
 
 def _features(proto: pb.WatchedFeatures, field: str) -> WatchedFeatures:
-    required(proto, "encoder", field)
     numbers = {
         name: decode_tensor(getattr(proto, name), f"{field}.{name}", ndims=(1,)) if proto.HasField(name) else None
         for name in ("bias", "jump")
     }
     return WatchedFeatures(
-        encoder=decode_tensor(proto.encoder, f"{field}.encoder", ndims=(2,)),
+        encoder=_encoder(proto, field),
         layer=proto.layer,
         site=decode_site(proto.site, f"{field}.site") if proto.site else None,
         **numbers,
     )
 
 
+def _encoder(proto: pb.WatchedFeatures, field: str) -> Encoder:
+    """Of one of the three fields."""
+    given = [name for name in _ENCODERS if proto.HasField(name)]
+    if not given:
+        raise InvalidArgument(f"{field}.{_ENCODERS[0]}", f"missing; expected one of {', '.join(_ENCODERS[:2])}")
+    if len(given) > 1:
+        raise InvalidArgument(f"{field}.{given[1]}", f"{given[0]} is given as well; expected one of both")
+    [name] = given
+    matrix = decode_tensor(getattr(proto, name), f"{field}.{name}", ndims=(2,))
+    return Encoder(name, matrix)
+
+
 def _heads(proto: pb.WatchedHeads, field: str) -> WatchedHeads:
     required(proto, "heads", field)
-    return WatchedHeads(decode_heads(proto.heads, f"{field}.heads"))
+    return WatchedHeads(decode_heads(proto.heads, f"{field}.heads"), proto.include_sink)
 
 
+_ENCODERS: tuple[Literal["encoder_features_by_width", "encoder_width_by_features", "encoder"], ...] = (
+    "encoder_features_by_width",
+    "encoder_width_by_features",
+    "encoder",
+)
 _SOURCES: dict[str, Any] = {"neurons": _neurons, "direction": _direction, "features": _features, "heads": _heads}
 
 

@@ -1,8 +1,10 @@
 """MonitoringService: watches are made, run, read, followed and given a reference; see monitoring/ for what they are."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from patchclamp_server.errors import InvalidArgument, NotFound, ResourceExhauste
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.reference import Reference
-from patchclamp_server.monitoring.stored import start_stored, store_reference, store_watch
+from patchclamp_server.monitoring.shared import SharedWatches
+from patchclamp_server.monitoring.stored import store_reference, store_watch
 from patchclamp_server.rpc.artifact_codec import decode_label, encode_artifact
 from patchclamp_server.rpc.calls import check_model
 from patchclamp_server.rpc.generation_service import CLIENT_MESSAGE_BYTES
@@ -27,13 +30,15 @@ from patchclamp_server.rpc.monitoring_codec import (
     decode_recording,
     decode_start,
     encode_activations,
+    encode_listed,
     encode_running,
     encode_statistics,
 )
 from patchclamp_server.rpc.stream import EventBridge
 from patchclamp_server.rpc.watch_stream import ActivationStream, DroppedEvents, RecordingStream, first
 
-Context = Any
+logger = logging.getLogger(__name__)
+RpcContext = Any
 # Calls that follow a watch, or record a reference. Each costs the engine a little at every step.
 MAX_STREAMS = 64
 
@@ -44,6 +49,7 @@ class MonitoringService(MonitoringServiceServicer):
 
     def __init__(self, engine: Engine, prompts: PromptEncoder, store: ArtifactStore, model_info: ModelInfo) -> None:
         self.dropped = DroppedEvents()
+        self.shared = SharedWatches(engine.monitor, store, model_info, self.dropped.forget)
         self._registry = engine.monitor
         self._prompts = prompts
         self._store = store
@@ -58,7 +64,7 @@ class MonitoringService(MonitoringServiceServicer):
         for stream in self._streams:
             stream.end(Unavailable("", "the server is shutting down"))
 
-    async def CreateWatch(self, request: pb.CreateWatchRequest, context: Context) -> pb.CreateWatchResponse:
+    async def CreateWatch(self, request: pb.CreateWatchRequest, context: RpcContext) -> pb.CreateWatchResponse:
         check_model(request.model, self._model)
         description, tags = decode_label(request)
 
@@ -70,25 +76,41 @@ class MonitoringService(MonitoringServiceServicer):
 
         return await asyncio.to_thread(create)
 
-    async def StartWatch(self, request: pb.StartWatchRequest, context: Context) -> pb.StartWatchResponse:
+    async def StartWatch(self, request: pb.StartWatchRequest, context: RpcContext) -> pb.StartWatchResponse:
         asked = decode_start(request)
-        running = await asyncio.to_thread(start_stored, self._registry, asked, self._store, self._model)
+        running = await asyncio.to_thread(self.shared.start, asked)
         return pb.StartWatchResponse(watch=encode_running(running))
 
-    async def StopWatch(self, request: pb.StopWatchRequest, context: Context) -> pb.StopWatchResponse:
-        running = self._registry.stop(request.name)
-        self.dropped.forget(running)
-        return pb.StopWatchResponse(watch=encode_running(running))
+    async def StopWatch(self, request: pb.StopWatchRequest, context: RpcContext) -> pb.StopWatchResponse:
+        stopped = await asyncio.to_thread(self.shared.stop, request.name)
+        if stopped.here is not None:
+            self.dropped.forget(stopped.here)
+        return pb.StopWatchResponse(watch=encode_listed(stopped))
 
-    async def ListWatches(self, request: pb.ListWatchesRequest, context: Context) -> pb.ListWatchesResponse:
+    async def ListWatches(self, request: pb.ListWatchesRequest, context: RpcContext) -> pb.ListWatchesResponse:
+        await self.look()
         return pb.ListWatchesResponse(
-            watches=map(encode_running, self._registry.running()),
+            watches=map(encode_listed, await asyncio.to_thread(self.shared.listing)),
             max_watches=self._registry.max_watches,
             max_items=self._registry.max_items,
+            replica=self.shared.replica,
         )
 
+    async def look(self) -> None:
+        """Runs what the store says, with no caller's rights: not even those of a call that waits for it."""
+        try:
+            await asyncio.to_thread(Context().run, self.shared.look)
+        except OSError as error:
+            logger.warning("the store cannot be read: the watches stay as they are (%s)", error)
+
+    async def follow_store(self, seconds: float) -> None:
+        """Looks again and again, until it is cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.look()
+
     async def GetWatchStatistics(
-        self, request: pb.GetWatchStatisticsRequest, context: Context
+        self, request: pb.GetWatchStatisticsRequest, context: RpcContext
     ) -> pb.GetWatchStatisticsResponse:
         def read() -> pb.GetWatchStatisticsResponse:
             running = self._registry.get(request.name)
@@ -102,7 +124,7 @@ class MonitoringService(MonitoringServiceServicer):
         return response
 
     async def RecordReference(
-        self, request: pb.RecordReferenceRequest, context: Context
+        self, request: pb.RecordReferenceRequest, context: RpcContext
     ) -> AsyncIterator[pb.RecordReferenceResponse]:
         asked = decode_recording(request)
         await asyncio.to_thread(self._store.check_tags, asked.tags)
@@ -129,11 +151,11 @@ class MonitoringService(MonitoringServiceServicer):
             store_reference, reference, running, tokens, self._store, self._model, asked.description, asked.tags
         )
         if asked.use:
-            self._registry.set_reference(asked.name, reference, info.id)
+            await asyncio.to_thread(self.shared.use_reference, asked.name, reference, info.id)
         yield pb.RecordReferenceResponse(result=encode_artifact(info))
 
     async def WatchActivations(
-        self, request: pb.WatchActivationsRequest, context: Context
+        self, request: pb.WatchActivationsRequest, context: RpcContext
     ) -> AsyncIterator[pb.WatchActivationsResponse]:
         running = self._registry.get(request.name)
         asked = decode_following(request, running.watch)

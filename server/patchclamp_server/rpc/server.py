@@ -41,7 +41,7 @@ from patchclamp_server.metrics import Metrics
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import Progress
-from patchclamp_server.monitoring.stored import WatchAsked, start_stored
+from patchclamp_server.monitoring.stored import WatchAsked
 from patchclamp_server.monitoring.watch import WatchOptions
 from patchclamp_server.rpc.artifact_service import ArtifactService
 from patchclamp_server.rpc.call_security import CallSecurity
@@ -129,7 +129,8 @@ class Server:
         self._jobs = ExclusiveJobs()
         self._detached = DetachedJobs()
         self._monitoring = MonitoringService(self.engine, self._prompts, self._store, model.info)
-        self.metrics.read_watches(self.engine.monitor, self._monitoring.dropped.of)
+        shared = self._monitoring.shared
+        self.metrics.read_watches(self.engine.monitor, self._monitoring.dropped.of, lambda: shared.refused)
         self._health_endpoint: HealthEndpoint | None = None
         self.health_address = ""
         # What health says, for those who ask over HTTP.
@@ -148,6 +149,7 @@ class Server:
         address = Address.parse(self.config.address)
         metrics_address = Address.parse(self.config.metrics_address)
         await asyncio.to_thread(self._start_watches)
+        await self._monitoring.look()
         # What gRPC says of a taken port has no reason.
         (reserved or reserve(self.config)).release()
         with naming("--metrics-address", metrics_address):
@@ -191,6 +193,8 @@ class Server:
         self._security.warn_if_open(address)
         self._watching_files = asyncio.create_task(self._security.watch())
         self._watching_files.add_done_callback(_log_failure)
+        self._watching_store = asyncio.create_task(self._monitoring.follow_store(self.config.watch_poll_seconds))
+        self._watching_store.add_done_callback(_log_store_failure)
         await self._set_alive(True)
         if self.config.step_timeout_seconds:
             watching = watch_steps(self.engine.step_seconds, self.config.step_timeout_seconds, self._step_is_late)
@@ -201,7 +205,7 @@ class Server:
         for name, watch, reference in self.config.watches:
             try:
                 asked = WatchAsked(watch, WatchOptions(name), reference)
-                start_stored(self.engine.monitor, asked, self._store, self._info)
+                self._monitoring.shared.start_own(asked)
             except RequestError as error:
                 raise ConfigurationError(f"--watch {name}={watch}: {error}") from error
 
@@ -287,6 +291,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         # The port stays open meanwhile: a call gets UNAVAILABLE and its reason, not a connection that breaks.
         self._in_flight.close()
+        self._watching_store.cancel()
         self._monitoring.close()
         try:
             await asyncio.wait_for(self._in_flight.idle(), self.config.drain_seconds)
@@ -305,6 +310,7 @@ class Server:
             await self._health_endpoint.stop()
         await asyncio.to_thread(self._metrics_endpoint.close)
         self._prompts.close()
+        await asyncio.to_thread(self._monitoring.shared.close)
         self._watching_files.cancel()
         await asyncio.to_thread(self._security.close)
         if self._tracing is not None:
@@ -332,6 +338,11 @@ class Server:
 def _log_failure(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and task.exception() is not None:
         logger.critical("files are no longer read when they change", exc_info=task.exception())
+
+
+def _log_store_failure(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.critical("watches of the store are no longer followed", exc_info=task.exception())
 
 
 def check_files(config: ServerConfig) -> None:

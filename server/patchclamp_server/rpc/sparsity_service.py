@@ -1,5 +1,6 @@
 """SparsityService: calibration and evaluation of sparse policies as streams, and the sets that they fix for prompts."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any

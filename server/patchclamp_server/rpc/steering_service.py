@@ -1,5 +1,6 @@
 """SteeringService: extraction of steering vectors as a stream of progress and a result."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any

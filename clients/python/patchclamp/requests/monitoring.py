@@ -19,7 +19,9 @@ class WatchOptions(TypedDict, total=False):
 class StartWatchOptions(TypedDict, total=False):
     """sampling_rate: share of the tokens, default 1. phases: default ("generated",). window_tokens: of drift.
 
-    buckets: upper bounds of the histogram in Prometheus. reference: id or tag of a watch_reference of this watch.
+    buckets: upper bounds of the histograms in Prometheus, default by the reference or the first tokens. reference: id
+    or tag of a watch_reference of this watch. calibration_tokens: first tokens that what was not chosen is derived
+    from. export_items: series in Prometheus for each item too.
     """
 
     sampling_rate: float | None
@@ -27,6 +29,8 @@ class StartWatchOptions(TypedDict, total=False):
     window_tokens: int
     buckets: Iterable[float]
     reference: str
+    calibration_tokens: int
+    export_items: bool
 
 
 class ReferenceOptions(TypedDict, total=False):
@@ -61,6 +65,8 @@ def start_watch(
     window_tokens: int = 0,
     buckets: Iterable[float] = (),
     reference: str = "",
+    calibration_tokens: int = 0,
+    export_items: bool = False,
 ) -> pb.StartWatchRequest:
     """TypeError for one phase that is not in a list."""
     listed = several(phases, "phases", f"one of {', '.join(PHASES)}")
@@ -73,6 +79,8 @@ def start_watch(
         window_tokens=window_tokens,
         buckets=buckets,
         reference=reference,
+        calibration_tokens=calibration_tokens,
+        export_items=export_items,
     )
 
 

@@ -21,9 +21,50 @@ class CreatedWatch(Record):
         return cls(Artifact.from_proto(message.artifact), tuple(message.items))
 
 
+WATCH_STATES = {"running": pb.WATCH_STATE_RUNNING, "refused": pb.WATCH_STATE_REFUSED}
+ITEM_KINDS = {
+    "neuron": pb.WATCH_ITEM_KIND_NEURON,
+    "direction": pb.WATCH_ITEM_KIND_DIRECTION,
+    "feature": pb.WATCH_ITEM_KIND_FEATURE,
+    "head": pb.WATCH_ITEM_KIND_HEAD,
+}
+SCALES = {
+    "chosen": pb.WATCH_SCALE_CHOSEN,
+    "reference": pb.WATCH_SCALE_REFERENCE,
+    "first_tokens": pb.WATCH_SCALE_FIRST_TOKENS,
+}
+
+
+@dataclass(frozen=True)
+class WatchReplica(Record):
+    """What one of the servers that share an artifact store said of a watch. state: "running" or "refused", for the
+    reason given. reported: an RFC 3339 time."""
+
+    replica: str
+    state: str
+    reason: str
+    tokens: int
+    reported: str
+
+    @classmethod
+    def from_proto(cls, message: pb.ReplicaWatch) -> "WatchReplica":
+        return cls(
+            message.replica,
+            name_of(WATCH_STATES, message.state),
+            message.reason,
+            message.tokens,
+            message.reported.ToJsonString(),
+        )
+
+
 @dataclass(frozen=True)
 class RunningWatch(Record):
-    """watch, reference: ids of artifacts; reference is "" where there is none. started: an RFC 3339 time."""
+    """watch, reference: ids of artifacts; reference is "" where there is none. started: an RFC 3339 time.
+
+    buckets: those that were chosen; what is in use is in the statistics. configured: by the server's --watch, and not
+    in the store. state: "running", or "refused" for the reason given. replicas: in a listing, of all servers of the
+    store.
+    """
 
     name: str
     watch: str
@@ -35,6 +76,12 @@ class RunningWatch(Record):
     reference: str
     started: str
     tokens: int
+    calibration_tokens: int = 0
+    export_items: bool = False
+    configured: bool = False
+    state: str = "running"
+    reason: str = ""
+    replicas: tuple[WatchReplica, ...] = ()
 
     @classmethod
     def from_proto(cls, message: pb.RunningWatch) -> "RunningWatch":
@@ -49,20 +96,28 @@ class RunningWatch(Record):
             reference=message.reference,
             started=message.started.ToJsonString(),
             tokens=message.tokens,
+            calibration_tokens=message.calibration_tokens,
+            export_items=message.export_items,
+            configured=message.configured,
+            state=name_of(WATCH_STATES, message.state) if message.state else "running",
+            reason=message.reason,
+            replicas=tuple(map(WatchReplica.from_proto, message.replicas)),
         )
 
 
 @dataclass(frozen=True)
 class RunningWatches(Record):
-    """What runs, and how many watches and items may."""
+    """What runs, and how many watches and items may. replica: the server that answers."""
 
     watches: tuple[RunningWatch, ...]
     max_watches: int
     max_items: int
+    replica: str = ""
 
     @classmethod
     def from_proto(cls, message: pb.ListWatchesResponse) -> "RunningWatches":
-        return cls(tuple(map(RunningWatch.from_proto, message.watches)), message.max_watches, message.max_items)
+        watches = tuple(map(RunningWatch.from_proto, message.watches))
+        return cls(watches, message.max_watches, message.max_items, message.replica)
 
 
 @dataclass(frozen=True)
@@ -73,7 +128,8 @@ class Quantile(Record):
 
 @dataclass(frozen=True)
 class ItemStatistics(Record):
-    """Of the finite values; drift: None without a reference, and before a window is full."""
+    """Of the finite values; drift: None without a reference, and before a window is full. threshold: in use, chosen or
+    derived. drift_noise: what chance alone makes of two samples of the same traffic; drift_excess: drift beyond it."""
 
     name: str
     tokens: int
@@ -85,6 +141,10 @@ class ItemStatistics(Record):
     not_finite: int
     quantiles: tuple[Quantile, ...]
     drift: float | None = None
+    kind: str = ""
+    threshold: float = 0.0
+    drift_noise: float | None = None
+    drift_excess: float | None = None
 
     @classmethod
     def from_proto(cls, message: pb.ItemStatistics) -> "ItemStatistics":
@@ -99,17 +159,71 @@ class ItemStatistics(Record):
             not_finite=message.not_finite,
             quantiles=tuple(Quantile(each.probability, each.value) for each in message.quantiles),
             drift=message.drift if message.HasField("drift") else None,
+            kind=name_of(ITEM_KINDS, message.kind) if message.kind else "",
+            threshold=message.threshold,
+            drift_noise=message.drift_noise if message.HasField("drift_noise") else None,
+            drift_excess=message.drift_excess if message.HasField("drift_excess") else None,
         )
 
 
 @dataclass(frozen=True)
+class KindStatistics(Record):
+    """The items of one kind together. buckets: upper bounds of the histogram in Prometheus."""
+
+    kind: str
+    items: int
+    values: int
+    fired: int
+    mean: float
+    min: float
+    max: float
+    buckets: tuple[float, ...]
+
+    @classmethod
+    def from_proto(cls, message: pb.KindStatistics) -> "KindStatistics":
+        return cls(
+            kind=name_of(ITEM_KINDS, message.kind),
+            items=message.items,
+            values=message.values,
+            fired=message.fired,
+            mean=message.mean,
+            min=message.min,
+            max=message.max,
+            buckets=tuple(message.buckets),
+        )
+
+
+@dataclass(frozen=True)
+class WatchCalibration(Record):
+    """Where thresholds and buckets come from that nobody chose: "chosen" (there are none), "reference", "first_tokens".
+    Of the latter there are `tokens` of `total`: until they are all there, thresholds and buckets still change."""
+
+    scale: str
+    tokens: int
+    total: int
+
+    @classmethod
+    def from_proto(cls, message: pb.WatchCalibration) -> "WatchCalibration":
+        return cls(name_of(SCALES, message.scale), message.tokens, message.total)
+
+
+@dataclass(frozen=True)
 class WatchStatistics(Record):
-    """mean_drift, max_drift: over the items; None without a reference, and before a window is full."""
+    """mean_drift, max_drift: over the items; None without a reference, and before a window is full. …_noise: what
+    chance makes of them; …_excess: what is beyond it, which is what to alert on. sink_tokens: first tokens of
+    sequences, which are in no other figure."""
 
     watch: RunningWatch
     items: tuple[ItemStatistics, ...]
     mean_drift: float | None = None
     max_drift: float | None = None
+    mean_drift_noise: float | None = None
+    max_drift_noise: float | None = None
+    mean_drift_excess: float | None = None
+    max_drift_excess: float | None = None
+    kinds: tuple[KindStatistics, ...] = ()
+    calibration: WatchCalibration | None = None
+    sink_tokens: int = 0
 
     @classmethod
     def from_proto(cls, message: pb.GetWatchStatisticsResponse) -> "WatchStatistics":
@@ -118,6 +232,13 @@ class WatchStatistics(Record):
             tuple(map(ItemStatistics.from_proto, message.items)),
             message.mean_drift if message.HasField("mean_drift") else None,
             message.max_drift if message.HasField("max_drift") else None,
+            message.mean_drift_noise if message.HasField("mean_drift_noise") else None,
+            message.max_drift_noise if message.HasField("max_drift_noise") else None,
+            message.mean_drift_excess if message.HasField("mean_drift_excess") else None,
+            message.max_drift_excess if message.HasField("max_drift_excess") else None,
+            kinds=tuple(map(KindStatistics.from_proto, message.kinds)),
+            calibration=WatchCalibration.from_proto(message.calibration) if message.HasField("calibration") else None,
+            sink_tokens=message.sink_tokens,
         )
 
 

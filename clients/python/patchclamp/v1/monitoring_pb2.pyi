@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from patchclamp.v1 import artifact_pb2 as _artifact_pb2
 from patchclamp.v1 import head_pb2 as _head_pb2
 from patchclamp.v1 import program_pb2 as _program_pb2
@@ -22,7 +23,77 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _WatchState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WatchStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WATCH_STATE_UNSPECIFIED: _WatchState.ValueType  # 0
+    WATCH_STATE_RUNNING: _WatchState.ValueType  # 1
+    WATCH_STATE_REFUSED: _WatchState.ValueType  # 2
+    """The server cannot run it, for the reason given, and tries again every few seconds."""
+
+class WatchState(_WatchState, metaclass=_WatchStateEnumTypeWrapper): ...
+
+WATCH_STATE_UNSPECIFIED: WatchState.ValueType  # 0
+WATCH_STATE_RUNNING: WatchState.ValueType  # 1
+WATCH_STATE_REFUSED: WatchState.ValueType  # 2
+"""The server cannot run it, for the reason given, and tries again every few seconds."""
+Global___WatchState: _TypeAlias = WatchState  # noqa: Y015
+
+class _WatchItemKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WatchItemKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchItemKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WATCH_ITEM_KIND_UNSPECIFIED: _WatchItemKind.ValueType  # 0
+    WATCH_ITEM_KIND_NEURON: _WatchItemKind.ValueType  # 1
+    WATCH_ITEM_KIND_DIRECTION: _WatchItemKind.ValueType  # 2
+    WATCH_ITEM_KIND_FEATURE: _WatchItemKind.ValueType  # 3
+    WATCH_ITEM_KIND_HEAD: _WatchItemKind.ValueType  # 4
+
+class WatchItemKind(_WatchItemKind, metaclass=_WatchItemKindEnumTypeWrapper): ...
+
+WATCH_ITEM_KIND_UNSPECIFIED: WatchItemKind.ValueType  # 0
+WATCH_ITEM_KIND_NEURON: WatchItemKind.ValueType  # 1
+WATCH_ITEM_KIND_DIRECTION: WatchItemKind.ValueType  # 2
+WATCH_ITEM_KIND_FEATURE: WatchItemKind.ValueType  # 3
+WATCH_ITEM_KIND_HEAD: WatchItemKind.ValueType  # 4
+Global___WatchItemKind: _TypeAlias = WatchItemKind  # noqa: Y015
+
+class _WatchScale:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WatchScaleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchScale.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WATCH_SCALE_UNSPECIFIED: _WatchScale.ValueType  # 0
+    WATCH_SCALE_CHOSEN: _WatchScale.ValueType  # 1
+    """All thresholds and buckets were chosen."""
+    WATCH_SCALE_REFERENCE: _WatchScale.ValueType  # 2
+    """The rest follows from the reference."""
+    WATCH_SCALE_FIRST_TOKENS: _WatchScale.ValueType  # 3
+    """The rest follows from the first tokens that the watch saw."""
+
+class WatchScale(_WatchScale, metaclass=_WatchScaleEnumTypeWrapper): ...
+
+WATCH_SCALE_UNSPECIFIED: WatchScale.ValueType  # 0
+WATCH_SCALE_CHOSEN: WatchScale.ValueType  # 1
+"""All thresholds and buckets were chosen."""
+WATCH_SCALE_REFERENCE: WatchScale.ValueType  # 2
+"""The rest follows from the reference."""
+WATCH_SCALE_FIRST_TOKENS: WatchScale.ValueType  # 3
+"""The rest follows from the first tokens that the watch saw."""
+Global___WatchScale: _TypeAlias = WatchScale  # noqa: Y015
 
 @_typing.final
 class WatchItem(_message.Message):
@@ -36,10 +107,16 @@ class WatchItem(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
+    THRESHOLD_QUANTILE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 128 bytes of printable text."""
     threshold: _builtins.float
-    """An item fires at a token when its value is above this. Default 0."""
+    """An item fires at a token when its value is above this."""
+    threshold_quantile: _builtins.float
+    """Instead of a number a quantile of the item's own values, above 0 and below 1: of the reference that the watch is
+    started with, else of the first tokens that it sees. Default, without a threshold: 0.99, but for features, which fire
+    when they are above 0.
+    """
     @_builtins.property
     def neurons(self) -> Global___WatchedNeurons: ...
     @_builtins.property
@@ -57,17 +134,22 @@ class WatchItem(_message.Message):
         features: Global___WatchedFeatures | None = ...,
         heads: Global___WatchedHeads | None = ...,
         threshold: _builtins.float | None = ...,
+        threshold_quantile: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "direction", b"direction", "features", b"features", "heads", b"heads", "neurons", b"neurons", "source", b"source", "threshold", b"threshold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "_threshold_quantile", b"_threshold_quantile", "direction", b"direction", "features", b"features", "heads", b"heads", "neurons", b"neurons", "source", b"source", "threshold", b"threshold", "threshold_quantile", b"threshold_quantile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "direction", b"direction", "features", b"features", "heads", b"heads", "name", b"name", "neurons", b"neurons", "source", b"source", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "_threshold_quantile", b"_threshold_quantile", "direction", b"direction", "features", b"features", "heads", b"heads", "name", b"name", "neurons", b"neurons", "source", b"source", "threshold", b"threshold", "threshold_quantile", b"threshold_quantile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
     _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__threshold_quantile: _TypeAlias = _typing.Literal["threshold_quantile"]  # noqa: Y015
+    _WhichOneofArgType__threshold_quantile: _TypeAlias = _typing.Literal["_threshold_quantile", b"_threshold_quantile"]  # noqa: Y015
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["neurons", "direction", "features", "heads"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold_quantile) -> _WhichOneofReturnType__threshold_quantile | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
@@ -145,11 +227,16 @@ class WatchedFeatures(_message.Message):
     ENCODER_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
     JUMP_FIELD_NUMBER: _builtins.int
+    ENCODER_FEATURES_BY_WIDTH_FIELD_NUMBER: _builtins.int
+    ENCODER_WIDTH_BY_FEATURES_FIELD_NUMBER: _builtins.int
     site: _program_pb2.Site.ValueType
     layer: _builtins.int
     @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def encoder(self) -> _tensor_pb2.Tensor:
-        """Rows of the encoder [k, width]."""
+        """Deprecated: rows of the encoder [k, width]. A square matrix is refused here: it would be read either way without a
+        word. Name its orientation by one of the two fields below.
+        """
 
     @_builtins.property
     def bias(self) -> _tensor_pb2.Tensor:
@@ -159,6 +246,14 @@ class WatchedFeatures(_message.Message):
     def jump(self) -> _tensor_pb2.Tensor:
         """Thresholds of JumpReLU [k]. Default 0."""
 
+    @_builtins.property
+    def encoder_features_by_width(self) -> _tensor_pb2.Tensor:
+        """[k, width]: a row for each feature, as in the weight of a torch.nn.Linear."""
+
+    @_builtins.property
+    def encoder_width_by_features(self) -> _tensor_pb2.Tensor:
+        """[width, k]: a column for each feature, as in the W_enc [d_in, d_sae] of SAELens and Gemma Scope."""
+
     def __init__(
         self,
         *,
@@ -167,10 +262,12 @@ class WatchedFeatures(_message.Message):
         encoder: _tensor_pb2.Tensor | None = ...,
         bias: _tensor_pb2.Tensor | None = ...,
         jump: _tensor_pb2.Tensor | None = ...,
+        encoder_features_by_width: _tensor_pb2.Tensor | None = ...,
+        encoder_width_by_features: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "encoder", b"encoder", "jump", b"jump"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "encoder", b"encoder", "encoder_features_by_width", b"encoder_features_by_width", "encoder_width_by_features", b"encoder_width_by_features", "jump", b"jump"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "encoder", b"encoder", "jump", b"jump", "layer", b"layer", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "encoder", b"encoder", "encoder_features_by_width", b"encoder_features_by_width", "encoder_width_by_features", b"encoder_width_by_features", "jump", b"jump", "layer", b"layer", "site", b"site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -178,21 +275,28 @@ Global___WatchedFeatures: _TypeAlias = WatchedFeatures  # noqa: Y015
 
 @_typing.final
 class WatchedHeads(_message.Message):
-    """Value: the largest attention probability of the head."""
+    """Value: the largest attention probability of the head off the sink. The key at position 0 is left out, where a head that
+    has nothing to do looks; the probabilities of the others stay those of the whole softmax, and the value of a token that
+    sees no other key is 0.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADS_FIELD_NUMBER: _builtins.int
+    INCLUDE_SINK_FIELD_NUMBER: _builtins.int
+    include_sink: _builtins.bool
+    """Value: the largest attention probability over all keys."""
     @_builtins.property
     def heads(self) -> _head_pb2.HeadSelection: ...
     def __init__(
         self,
         *,
         heads: _head_pb2.HeadSelection | None = ...,
+        include_sink: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "include_sink", b"include_sink"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,6 +373,8 @@ class StartWatchRequest(_message.Message):
     WINDOW_TOKENS_FIELD_NUMBER: _builtins.int
     BUCKETS_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
+    CALIBRATION_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPORT_ITEMS_FIELD_NUMBER: _builtins.int
     watch: _builtins.str
     """Id or tag of a watch artifact."""
     name: _builtins.str
@@ -279,13 +385,21 @@ class StartWatchRequest(_message.Message):
     """Tokens that drift is measured over. Default 4096."""
     reference: _builtins.str
     """Id or tag of a watch_reference artifact of this watch. Drift is reported once there is one."""
+    calibration_tokens: _builtins.int
+    """Tokens that thresholds and buckets are derived from where neither was chosen and there is no reference: 1 to 4096,
+    fewer where items times tokens would exceed 1,048,576. Default 1024.
+    """
+    export_items: _builtins.bool
+    """Series in Prometheus for each item too, with its name as a label. RESOURCE_EXHAUSTED above 256 items of all watches."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[_program_pb2.Phase.ValueType]:
         """Default: generated tokens."""
 
     @_builtins.property
     def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Upper bounds of the histogram in Prometheus, ascending, at most 32. Default: -100 to 100 in half decades, and 0."""
+        """Upper bounds of the histograms in Prometheus, ascending, at most 32, the same for every kind of item. Default: of each
+        kind its own, from quantiles of the reference or of the first tokens, and then fixed.
+        """
 
     def __init__(
         self,
@@ -297,10 +411,12 @@ class StartWatchRequest(_message.Message):
         window_tokens: _builtins.int = ...,
         buckets: _abc.Iterable[_builtins.float] | None = ...,
         reference: _builtins.str = ...,
+        calibration_tokens: _builtins.int = ...,
+        export_items: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_sampling_rate", b"_sampling_rate", "sampling_rate", b"sampling_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sampling_rate", b"_sampling_rate", "buckets", b"buckets", "name", b"name", "phases", b"phases", "reference", b"reference", "sampling_rate", b"sampling_rate", "watch", b"watch", "window_tokens", b"window_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sampling_rate", b"_sampling_rate", "buckets", b"buckets", "calibration_tokens", b"calibration_tokens", "export_items", b"export_items", "name", b"name", "phases", b"phases", "reference", b"reference", "sampling_rate", b"sampling_rate", "watch", b"watch", "window_tokens", b"window_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__sampling_rate: _TypeAlias = _typing.Literal["sampling_rate"]  # noqa: Y015
     _WhichOneofArgType__sampling_rate: _TypeAlias = _typing.Literal["_sampling_rate", b"_sampling_rate"]  # noqa: Y015
@@ -342,6 +458,12 @@ class RunningWatch(_message.Message):
     REFERENCE_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    EXPORT_ITEMS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_TOKENS_FIELD_NUMBER: _builtins.int
+    CONFIGURED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     watch: _builtins.str
     """Id of the watch artifact."""
@@ -351,6 +473,14 @@ class RunningWatch(_message.Message):
     """Id of the watch_reference artifact, where there is one."""
     tokens: _builtins.int
     """Tokens seen since."""
+    export_items: _builtins.bool
+    calibration_tokens: _builtins.int
+    configured: _builtins.bool
+    """The server was configured with it (--watch): it is not kept in the store."""
+    state: Global___WatchState.ValueType
+    """Of the server that answers."""
+    reason: _builtins.str
+    """Why it does not run there."""
     @_builtins.property
     def items(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -359,6 +489,10 @@ class RunningWatch(_message.Message):
     def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def started(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaWatch]:
+        """In a listing: what each server of the store said of it last, the one that answers first. Empty for a configured watch."""
+
     def __init__(
         self,
         *,
@@ -372,14 +506,58 @@ class RunningWatch(_message.Message):
         reference: _builtins.str = ...,
         started: _timestamp_pb2.Timestamp | None = ...,
         tokens: _builtins.int = ...,
+        export_items: _builtins.bool = ...,
+        calibration_tokens: _builtins.int = ...,
+        configured: _builtins.bool = ...,
+        state: Global___WatchState.ValueType = ...,
+        reason: _builtins.str = ...,
+        replicas: _abc.Iterable[Global___ReplicaWatch] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "items", b"items", "name", b"name", "phases", b"phases", "reference", b"reference", "sampling_rate", b"sampling_rate", "started", b"started", "tokens", b"tokens", "watch", b"watch", "window_tokens", b"window_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "calibration_tokens", b"calibration_tokens", "configured", b"configured", "export_items", b"export_items", "items", b"items", "name", b"name", "phases", b"phases", "reason", b"reason", "reference", b"reference", "replicas", b"replicas", "sampling_rate", b"sampling_rate", "started", b"started", "state", b"state", "tokens", b"tokens", "watch", b"watch", "window_tokens", b"window_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunningWatch: _TypeAlias = RunningWatch  # noqa: Y015
+
+@_typing.final
+class ReplicaWatch(_message.Message):
+    """A watch on one of the servers that share an artifact store."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    REPORTED_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    """Host name of the server, and a random part that it has until it ends."""
+    state: Global___WatchState.ValueType
+    reason: _builtins.str
+    tokens: _builtins.int
+    """Tokens seen since it started there."""
+    @_builtins.property
+    def reported(self) -> _timestamp_pb2.Timestamp:
+        """When the server said so. It says so every half minute, or when something changes."""
+
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        state: Global___WatchState.ValueType = ...,
+        reason: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        reported: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reported", b"reported"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "replica", b"replica", "reported", b"reported", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaWatch: _TypeAlias = ReplicaWatch  # noqa: Y015
 
 @_typing.final
 class StopWatchRequest(_message.Message):
@@ -444,9 +622,12 @@ class ListWatchesResponse(_message.Message):
     WATCHES_FIELD_NUMBER: _builtins.int
     MAX_WATCHES_FIELD_NUMBER: _builtins.int
     MAX_ITEMS_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
     max_watches: _builtins.int
     """The caps of this server."""
     max_items: _builtins.int
+    replica: _builtins.str
+    """Of the server that answers."""
     @_builtins.property
     def watches(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningWatch]: ...
     def __init__(
@@ -455,10 +636,11 @@ class ListWatchesResponse(_message.Message):
         watches: _abc.Iterable[Global___RunningWatch] | None = ...,
         max_watches: _builtins.int = ...,
         max_items: _builtins.int = ...,
+        replica: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_items", b"max_items", "max_watches", b"max_watches", "watches", b"watches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_items", b"max_items", "max_watches", b"max_watches", "replica", b"replica", "watches", b"watches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,13 +679,38 @@ class GetWatchStatisticsResponse(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     MEAN_DRIFT_FIELD_NUMBER: _builtins.int
     MAX_DRIFT_FIELD_NUMBER: _builtins.int
+    MEAN_DRIFT_NOISE_FIELD_NUMBER: _builtins.int
+    MAX_DRIFT_NOISE_FIELD_NUMBER: _builtins.int
+    MEAN_DRIFT_EXCESS_FIELD_NUMBER: _builtins.int
+    MAX_DRIFT_EXCESS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
+    SINK_TOKENS_FIELD_NUMBER: _builtins.int
     mean_drift: _builtins.float
     """Mean and largest drift of the items. Absent without a reference, and before a window is full."""
     max_drift: _builtins.float
+    mean_drift_noise: _builtins.float
+    """What chance alone makes of two samples of the same traffic, see ItemStatistics: the mean over the items, and what the
+    largest of so many items is expected to be.
+    """
+    max_drift_noise: _builtins.float
+    mean_drift_excess: _builtins.float
+    """Drift beyond that, at least 0: the mean over the items of drift - noise, and the most that an item is above what the
+    largest of so many would be by chance. These are what to alert on.
+    """
+    max_drift_excess: _builtins.float
+    sink_tokens: _builtins.int
+    """Tokens at position 0, which are attention sinks: they are counted here and are in no other figure, and no event."""
     @_builtins.property
     def watch(self) -> Global___RunningWatch: ...
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemStatistics]: ...
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___KindStatistics]:
+        """The items of each kind together."""
+
+    @_builtins.property
+    def calibration(self) -> Global___WatchCalibration: ...
     def __init__(
         self,
         *,
@@ -511,21 +718,118 @@ class GetWatchStatisticsResponse(_message.Message):
         items: _abc.Iterable[Global___ItemStatistics] | None = ...,
         mean_drift: _builtins.float | None = ...,
         max_drift: _builtins.float | None = ...,
+        mean_drift_noise: _builtins.float | None = ...,
+        max_drift_noise: _builtins.float | None = ...,
+        mean_drift_excess: _builtins.float | None = ...,
+        max_drift_excess: _builtins.float | None = ...,
+        kinds: _abc.Iterable[Global___KindStatistics] | None = ...,
+        calibration: Global___WatchCalibration | None = ...,
+        sink_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drift", b"_max_drift", "_mean_drift", b"_mean_drift", "max_drift", b"max_drift", "mean_drift", b"mean_drift", "watch", b"watch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drift", b"_max_drift", "_max_drift_excess", b"_max_drift_excess", "_max_drift_noise", b"_max_drift_noise", "_mean_drift", b"_mean_drift", "_mean_drift_excess", b"_mean_drift_excess", "_mean_drift_noise", b"_mean_drift_noise", "calibration", b"calibration", "max_drift", b"max_drift", "max_drift_excess", b"max_drift_excess", "max_drift_noise", b"max_drift_noise", "mean_drift", b"mean_drift", "mean_drift_excess", b"mean_drift_excess", "mean_drift_noise", b"mean_drift_noise", "watch", b"watch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drift", b"_max_drift", "_mean_drift", b"_mean_drift", "items", b"items", "max_drift", b"max_drift", "mean_drift", b"mean_drift", "watch", b"watch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drift", b"_max_drift", "_max_drift_excess", b"_max_drift_excess", "_max_drift_noise", b"_max_drift_noise", "_mean_drift", b"_mean_drift", "_mean_drift_excess", b"_mean_drift_excess", "_mean_drift_noise", b"_mean_drift_noise", "calibration", b"calibration", "items", b"items", "kinds", b"kinds", "max_drift", b"max_drift", "max_drift_excess", b"max_drift_excess", "max_drift_noise", b"max_drift_noise", "mean_drift", b"mean_drift", "mean_drift_excess", b"mean_drift_excess", "mean_drift_noise", b"mean_drift_noise", "sink_tokens", b"sink_tokens", "watch", b"watch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_drift: _TypeAlias = _typing.Literal["max_drift"]  # noqa: Y015
     _WhichOneofArgType__max_drift: _TypeAlias = _typing.Literal["_max_drift", b"_max_drift"]  # noqa: Y015
+    _WhichOneofReturnType__max_drift_excess: _TypeAlias = _typing.Literal["max_drift_excess"]  # noqa: Y015
+    _WhichOneofArgType__max_drift_excess: _TypeAlias = _typing.Literal["_max_drift_excess", b"_max_drift_excess"]  # noqa: Y015
+    _WhichOneofReturnType__max_drift_noise: _TypeAlias = _typing.Literal["max_drift_noise"]  # noqa: Y015
+    _WhichOneofArgType__max_drift_noise: _TypeAlias = _typing.Literal["_max_drift_noise", b"_max_drift_noise"]  # noqa: Y015
     _WhichOneofReturnType__mean_drift: _TypeAlias = _typing.Literal["mean_drift"]  # noqa: Y015
     _WhichOneofArgType__mean_drift: _TypeAlias = _typing.Literal["_mean_drift", b"_mean_drift"]  # noqa: Y015
+    _WhichOneofReturnType__mean_drift_excess: _TypeAlias = _typing.Literal["mean_drift_excess"]  # noqa: Y015
+    _WhichOneofArgType__mean_drift_excess: _TypeAlias = _typing.Literal["_mean_drift_excess", b"_mean_drift_excess"]  # noqa: Y015
+    _WhichOneofReturnType__mean_drift_noise: _TypeAlias = _typing.Literal["mean_drift_noise"]  # noqa: Y015
+    _WhichOneofArgType__mean_drift_noise: _TypeAlias = _typing.Literal["_mean_drift_noise", b"_mean_drift_noise"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_drift) -> _WhichOneofReturnType__max_drift | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_drift_excess) -> _WhichOneofReturnType__max_drift_excess | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_drift_noise) -> _WhichOneofReturnType__max_drift_noise | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_drift) -> _WhichOneofReturnType__mean_drift | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_drift_excess) -> _WhichOneofReturnType__mean_drift_excess | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_drift_noise) -> _WhichOneofReturnType__mean_drift_noise | None: ...
 
 Global___GetWatchStatisticsResponse: _TypeAlias = GetWatchStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class KindStatistics(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    FIRED_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    MIN_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    BUCKETS_FIELD_NUMBER: _builtins.int
+    kind: Global___WatchItemKind.ValueType
+    items: _builtins.int
+    values: _builtins.int
+    """Finite values, and those of them above the thresholds of their items."""
+    fired: _builtins.int
+    mean: _builtins.float
+    min: _builtins.float
+    max: _builtins.float
+    @_builtins.property
+    def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Upper bounds of the histogram in Prometheus. While the watch is calibrating: what they would be now."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___WatchItemKind.ValueType = ...,
+        items: _builtins.int = ...,
+        values: _builtins.int = ...,
+        fired: _builtins.int = ...,
+        mean: _builtins.float = ...,
+        min: _builtins.float = ...,
+        max: _builtins.float = ...,
+        buckets: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "fired", b"fired", "items", b"items", "kind", b"kind", "max", b"max", "mean", b"mean", "min", b"min", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KindStatistics: _TypeAlias = KindStatistics  # noqa: Y015
+
+@_typing.final
+class WatchCalibration(_message.Message):
+    """Where thresholds and buckets come from that nobody chose."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    scale: Global___WatchScale.ValueType
+    tokens: _builtins.int
+    """Tokens that they are derived from, and how many it will be: while `tokens` is less, they still change with every
+    token, and nothing of them is in Prometheus. 0 where they are not derived from the first tokens.
+    """
+    total: _builtins.int
+    def __init__(
+        self,
+        *,
+        scale: Global___WatchScale.ValueType = ...,
+        tokens: _builtins.int = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale", "tokens", b"tokens", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchCalibration: _TypeAlias = WatchCalibration  # noqa: Y015
 
 @_typing.final
 class ItemStatistics(_message.Message):
@@ -543,6 +847,10 @@ class ItemStatistics(_message.Message):
     NOT_FINITE_FIELD_NUMBER: _builtins.int
     QUANTILES_FIELD_NUMBER: _builtins.int
     DRIFT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    DRIFT_NOISE_FIELD_NUMBER: _builtins.int
+    DRIFT_EXCESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     tokens: _builtins.int
     fired: _builtins.int
@@ -555,6 +863,16 @@ class ItemStatistics(_message.Message):
     """Values that were not finite; in none of the other figures."""
     drift: _builtins.float
     """Total variation distance, 0 to 1, between the last window and the reference over the bins of the reference."""
+    kind: Global___WatchItemKind.ValueType
+    threshold: _builtins.float
+    """That it fires above, whether chosen or derived."""
+    drift_noise: _builtins.float
+    """Drift expected by chance of two samples of one distribution, n tokens in the window and m in the reference:
+    sum over bins of sqrt(D p (1 - p) (1/n + 1/m) / 2 pi), p the share of both together, and D how much more the counts of
+    stretches of the reference vary than those of independent tokens would.
+    """
+    drift_excess: _builtins.float
+    """max(0, drift - drift_noise)."""
     @_builtins.property
     def quantiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quantile]:
         """0.05, 0.5, 0.95 and 0.99, interpolated in the bins of the histogram: the buckets, or those of the reference, and then
@@ -574,14 +892,27 @@ class ItemStatistics(_message.Message):
         not_finite: _builtins.int = ...,
         quantiles: _abc.Iterable[Global___Quantile] | None = ...,
         drift: _builtins.float | None = ...,
+        kind: Global___WatchItemKind.ValueType = ...,
+        threshold: _builtins.float = ...,
+        drift_noise: _builtins.float | None = ...,
+        drift_excess: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift", b"_drift", "drift", b"drift"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift", b"_drift", "_drift_excess", b"_drift_excess", "_drift_noise", b"_drift_noise", "drift", b"drift", "drift_excess", b"drift_excess", "drift_noise", b"drift_noise"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift", b"_drift", "drift", b"drift", "fired", b"fired", "max", b"max", "mean", b"mean", "min", b"min", "name", b"name", "not_finite", b"not_finite", "quantiles", b"quantiles", "standard_deviation", b"standard_deviation", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift", b"_drift", "_drift_excess", b"_drift_excess", "_drift_noise", b"_drift_noise", "drift", b"drift", "drift_excess", b"drift_excess", "drift_noise", b"drift_noise", "fired", b"fired", "kind", b"kind", "max", b"max", "mean", b"mean", "min", b"min", "name", b"name", "not_finite", b"not_finite", "quantiles", b"quantiles", "standard_deviation", b"standard_deviation", "threshold", b"threshold", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__drift: _TypeAlias = _typing.Literal["drift"]  # noqa: Y015
     _WhichOneofArgType__drift: _TypeAlias = _typing.Literal["_drift", b"_drift"]  # noqa: Y015
+    _WhichOneofReturnType__drift_excess: _TypeAlias = _typing.Literal["drift_excess"]  # noqa: Y015
+    _WhichOneofArgType__drift_excess: _TypeAlias = _typing.Literal["_drift_excess", b"_drift_excess"]  # noqa: Y015
+    _WhichOneofReturnType__drift_noise: _TypeAlias = _typing.Literal["drift_noise"]  # noqa: Y015
+    _WhichOneofArgType__drift_noise: _TypeAlias = _typing.Literal["_drift_noise", b"_drift_noise"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__drift) -> _WhichOneofReturnType__drift | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drift_excess) -> _WhichOneofReturnType__drift_excess | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drift_noise) -> _WhichOneofReturnType__drift_noise | None: ...
 
 Global___ItemStatistics: _TypeAlias = ItemStatistics  # noqa: Y015
 

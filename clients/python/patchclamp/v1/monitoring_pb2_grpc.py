@@ -28,6 +28,9 @@ if _version_not_supported:
 class MonitoringServiceStub:
     """MonitoringService watches chosen neurons, features, directions and heads in all that is served. What is watched is an
     artifact; a running watch has a name, which is its label in Prometheus. Values are those after all edits.
+
+    A started watch is kept in the artifact store: every server of the same model that shares the store runs it, from a few
+    seconds later on, and after a restart; StopWatch ends it on all of them. Statistics are those of the server that answers.
     """
 
     def __init__(self, channel):
@@ -76,6 +79,9 @@ class MonitoringServiceStub:
 class MonitoringServiceServicer:
     """MonitoringService watches chosen neurons, features, directions and heads in all that is served. What is watched is an
     artifact; a running watch has a name, which is its label in Prometheus. Values are those after all edits.
+
+    A started watch is kept in the artifact store: every server of the same model that shares the store runs it, from a few
+    seconds later on, and after a restart; StopWatch ends it on all of them. Statistics are those of the server that answers.
     """
 
     def CreateWatch(self, request, context):
@@ -86,21 +92,24 @@ class MonitoringServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartWatch(self, request, context):
-        """StartWatch begins to accumulate statistics under a name. RESOURCE_EXHAUSTED at the server's cap on watches and items.
+        """StartWatch begins to accumulate statistics under a name. RESOURCE_EXHAUSTED at the server's caps on watches and items;
+        FAILED_PRECONDITION where a watch of that name runs already, here or on another server of the store: the store decides.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopWatch(self, request, context):
-        """StopWatch ends a running watch; its series leave Prometheus.
+        """StopWatch ends a running watch, on the other servers of the store a few seconds later; its series leave Prometheus.
+        One that a server was configured with belongs to that server: it ends there alone, and runs again at its next start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListWatches(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """ListWatches lists the watches of this server and of the store, with what each server of the store says of them.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -177,6 +186,9 @@ def add_MonitoringServiceServicer_to_server(servicer, server):
 class MonitoringService:
     """MonitoringService watches chosen neurons, features, directions and heads in all that is served. What is watched is an
     artifact; a running watch has a name, which is its label in Prometheus. Values are those after all edits.
+
+    A started watch is kept in the artifact store: every server of the same model that shares the store runs it, from a few
+    seconds later on, and after a restart; StopWatch ends it on all of them. Statistics are those of the server that answers.
     """
 
     @staticmethod

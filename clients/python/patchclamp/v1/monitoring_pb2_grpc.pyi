@@ -29,6 +29,9 @@ GRPC_VERSION: str
 class MonitoringServiceStub:
     """MonitoringService watches chosen neurons, features, directions and heads in all that is served. What is watched is an
     artifact; a running watch has a name, which is its label in Prometheus. Values are those after all edits.
+
+    A started watch is kept in the artifact store: every server of the same model that shares the store runs it, from a few
+    seconds later on, and after a restart; StopWatch ends it on all of them. Statistics are those of the server that answers.
     """
 
     @_typing.overload
@@ -38,10 +41,15 @@ class MonitoringServiceStub:
     CreateWatch: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.CreateWatchRequest, _monitoring_pb2.CreateWatchResponse]
     """CreateWatch resolves what is to be watched and stores it as a watch artifact."""
     StartWatch: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.StartWatchRequest, _monitoring_pb2.StartWatchResponse]
-    """StartWatch begins to accumulate statistics under a name. RESOURCE_EXHAUSTED at the server's cap on watches and items."""
+    """StartWatch begins to accumulate statistics under a name. RESOURCE_EXHAUSTED at the server's caps on watches and items;
+    FAILED_PRECONDITION where a watch of that name runs already, here or on another server of the store: the store decides.
+    """
     StopWatch: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.StopWatchRequest, _monitoring_pb2.StopWatchResponse]
-    """StopWatch ends a running watch; its series leave Prometheus."""
+    """StopWatch ends a running watch, on the other servers of the store a few seconds later; its series leave Prometheus.
+    One that a server was configured with belongs to that server: it ends there alone, and runs again at its next start.
+    """
     ListWatches: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.ListWatchesRequest, _monitoring_pb2.ListWatchesResponse]
+    """ListWatches lists the watches of this server and of the store, with what each server of the store says of them."""
     GetWatchStatistics: _grpc.UnaryUnaryMultiCallable[_monitoring_pb2.GetWatchStatisticsRequest, _monitoring_pb2.GetWatchStatisticsResponse]
     """GetWatchStatistics returns what a running watch has seen, item by item."""
     RecordReference: _grpc.UnaryStreamMultiCallable[_monitoring_pb2.RecordReferenceRequest, _monitoring_pb2.RecordReferenceResponse]
@@ -57,16 +65,24 @@ class MonitoringServiceStub:
 class MonitoringServiceAsyncStub(MonitoringServiceStub):
     """MonitoringService watches chosen neurons, features, directions and heads in all that is served. What is watched is an
     artifact; a running watch has a name, which is its label in Prometheus. Values are those after all edits.
+
+    A started watch is kept in the artifact store: every server of the same model that shares the store runs it, from a few
+    seconds later on, and after a restart; StopWatch ends it on all of them. Statistics are those of the server that answers.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateWatch: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.CreateWatchRequest, _monitoring_pb2.CreateWatchResponse]  # type: ignore[assignment]
     """CreateWatch resolves what is to be watched and stores it as a watch artifact."""
     StartWatch: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.StartWatchRequest, _monitoring_pb2.StartWatchResponse]  # type: ignore[assignment]
-    """StartWatch begins to accumulate statistics under a name. RESOURCE_EXHAUSTED at the server's cap on watches and items."""
+    """StartWatch begins to accumulate statistics under a name. RESOURCE_EXHAUSTED at the server's caps on watches and items;
+    FAILED_PRECONDITION where a watch of that name runs already, here or on another server of the store: the store decides.
+    """
     StopWatch: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.StopWatchRequest, _monitoring_pb2.StopWatchResponse]  # type: ignore[assignment]
-    """StopWatch ends a running watch; its series leave Prometheus."""
+    """StopWatch ends a running watch, on the other servers of the store a few seconds later; its series leave Prometheus.
+    One that a server was configured with belongs to that server: it ends there alone, and runs again at its next start.
+    """
     ListWatches: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.ListWatchesRequest, _monitoring_pb2.ListWatchesResponse]  # type: ignore[assignment]
+    """ListWatches lists the watches of this server and of the store, with what each server of the store says of them."""
     GetWatchStatistics: _aio.UnaryUnaryMultiCallable[_monitoring_pb2.GetWatchStatisticsRequest, _monitoring_pb2.GetWatchStatisticsResponse]  # type: ignore[assignment]
     """GetWatchStatistics returns what a running watch has seen, item by item."""
     RecordReference: _aio.UnaryStreamMultiCallable[_monitoring_pb2.RecordReferenceRequest, _monitoring_pb2.RecordReferenceResponse]  # type: ignore[assignment]
@@ -81,6 +97,9 @@ class MonitoringServiceAsyncStub(MonitoringServiceStub):
 class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
     """MonitoringService watches chosen neurons, features, directions and heads in all that is served. What is watched is an
     artifact; a running watch has a name, which is its label in Prometheus. Values are those after all edits.
+
+    A started watch is kept in the artifact store: every server of the same model that shares the store runs it, from a few
+    seconds later on, and after a restart; StopWatch ends it on all of them. Statistics are those of the server that answers.
     """
 
     @_abc_1.abstractmethod
@@ -97,7 +116,9 @@ class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitoring_pb2.StartWatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_monitoring_pb2.StartWatchResponse, _abc.Awaitable[_monitoring_pb2.StartWatchResponse]]:
-        """StartWatch begins to accumulate statistics under a name. RESOURCE_EXHAUSTED at the server's cap on watches and items."""
+        """StartWatch begins to accumulate statistics under a name. RESOURCE_EXHAUSTED at the server's caps on watches and items;
+        FAILED_PRECONDITION where a watch of that name runs already, here or on another server of the store: the store decides.
+        """
 
     @_abc_1.abstractmethod
     def StopWatch(
@@ -105,14 +126,17 @@ class MonitoringServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitoring_pb2.StopWatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_monitoring_pb2.StopWatchResponse, _abc.Awaitable[_monitoring_pb2.StopWatchResponse]]:
-        """StopWatch ends a running watch; its series leave Prometheus."""
+        """StopWatch ends a running watch, on the other servers of the store a few seconds later; its series leave Prometheus.
+        One that a server was configured with belongs to that server: it ends there alone, and runs again at its next start.
+        """
 
     @_abc_1.abstractmethod
     def ListWatches(
         self,
         request: _monitoring_pb2.ListWatchesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_monitoring_pb2.ListWatchesResponse, _abc.Awaitable[_monitoring_pb2.ListWatchesResponse]]: ...
+    ) -> _typing.Union[_monitoring_pb2.ListWatchesResponse, _abc.Awaitable[_monitoring_pb2.ListWatchesResponse]]:
+        """ListWatches lists the watches of this server and of the store, with what each server of the store says of them."""
 
     @_abc_1.abstractmethod
     def GetWatchStatistics(

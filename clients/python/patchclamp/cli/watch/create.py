@@ -15,10 +15,15 @@ from patchclamp.v1 import monitoring_pb2 as pb
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser("create", parents=[connection_options()], help="store what is to be watched")
     parser.add_argument("name", help="tag to store the watch under")
-    group = parser.add_argument_group("items", "each may be given several times; an item fires above its threshold")
+    group = parser.add_argument_group(
+        "items",
+        "each may be given several times; an item fires above its threshold: a number, or a percentile of its own "
+        "values such as p99, which is the default (features: 0)",
+    )
     for option, read, metavar, text in ITEM_OPTIONS:
         group.add_argument(option, type=read, action="append", dest="items", default=[], metavar=metavar, help=text)
     group.add_argument("--top", type=count, default=0, metavar="K", help="of every head set, the K best")
+    group.add_argument("--include-sink", action="store_true", help="heads: the first token of a text counts too")
     group.add_argument(
         "--items",
         type=items_file,
@@ -48,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--top keeps the best heads of a head set, and none is watched")
     for selection in head_sets:
         selection.top_k = args.top or selection.top_k
+    for item in args.items:
+        if args.include_sink and item.HasField("heads"):
+            item.heads.include_sink = True
     with connect(args) as client:
         watch = client.create_watch(args.items, tags=[args.name], model=args.model, **given(args, "description"))
     if args.json:

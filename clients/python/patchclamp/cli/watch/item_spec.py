@@ -1,9 +1,9 @@
-"""What is watched, in one argument each: [NAME=]WHAT[:THRESHOLD].
+"""What is watched, in one argument each: [NAME=]WHAT[:THRESHOLD], the threshold a number or a percentile of its values.
 
 --neurons     L12N345    suspects=L12N3,345:1.5
---neuron-set  toxic      toxic:0.5
---direction   joyful@16  joy=joyful@14-16:2     joyful (at its own layers)
---heads       L18H6,L17H3:.8    copying=retrieval
+--neuron-set  toxic      toxic:p99.9
+--direction   joyful@16  joy=joyful@14-16:p95     joyful (at its own layers)
+--heads       L18H6,L17H3:.5    copying=retrieval
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from patchclamp.cli.heads.selection import heads
 from patchclamp.cli.steering import layer_list
-from patchclamp.monitoring import watch_direction, watch_heads, watch_neuron_set, watch_neurons
+from patchclamp.monitoring import Threshold, quantile_of, watch_direction, watch_heads, watch_neuron_set, watch_neurons
 from patchclamp.v1 import monitoring_pb2 as pb
 
 _SPEC = re.compile(r"((?P<name>[^=:]+)=)?(?P<what>(sha256:)?[^:=]+)(:(?P<threshold>[^:=]+))?")
@@ -31,13 +31,13 @@ def neurons(text: str) -> pb.WatchItem:
 
 
 def neuron_set(text: str) -> pb.WatchItem:
-    name, what, threshold = _parts(text, "toxic or toxic:0.5")
+    name, what, threshold = _parts(text, "toxic or toxic:p99")
     return watch_neuron_set(name or _short(what), what, threshold=threshold)
 
 
 def direction(text: str) -> pb.WatchItem:
     """joyful@14-16; without layers those that the vector has."""
-    name, what, threshold = _parts(text, "joyful@16 or joy=joyful@14-16:2")
+    name, what, threshold = _parts(text, "joyful@16 or joy=joyful@14-16:p99")
     ref, _, layers = what.partition("@")
     found = layer_list(layers) if layers else ()
     if isinstance(found, str):
@@ -46,7 +46,7 @@ def direction(text: str) -> pb.WatchItem:
 
 
 def head_list(text: str) -> pb.WatchItem:
-    name, what, threshold = _parts(text, "L18H6,L17H3 or copying=retrieval:.8")
+    name, what, threshold = _parts(text, "L18H6,L17H3 or copying=retrieval:.5")
     listed = heads(what)
     default = _short(what) if isinstance(listed, str) or "," not in what else "heads"
     return watch_heads(name or default, listed, threshold=threshold)
@@ -57,19 +57,35 @@ ITEM_OPTIONS: tuple[tuple[str, Callable[[str], pb.WatchItem], str, str], ...] = 
     ("--neurons", neurons, "[NAME=]L<layer>N<neurons>[:THRESHOLD]", "neurons of a layer, as in L12N3,345:1.5"),
     ("--neuron-set", neuron_set, "[NAME=]SET[:THRESHOLD]", "all neurons of a stored set"),
     ("--direction", direction, "[NAME=]VECTOR[@LAYERS][:THRESHOLD]", "projections on a stored vector"),
-    ("--heads", head_list, "[NAME=]HEADS|HEAD_SET[:THRESHOLD]", "largest probability of heads, as in L18H6:.8"),
+    (
+        "--heads",
+        head_list,
+        "[NAME=]HEADS|HEAD_SET[:THRESHOLD]",
+        "largest attention off the first token, as in L18H6:.5",
+    ),
 )
 
 
-def _parts(text: str, example: str) -> tuple[str, str, float | None]:
+def _parts(text: str, example: str) -> tuple[str, str, Threshold | None]:
     match = _SPEC.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected something like {example}")
+    return match["name"] or "", match["what"], _threshold(text, match["threshold"])
+
+
+def _threshold(text: str, given: str | None) -> Threshold | None:
+    if given is None:
+        return None
     try:
-        threshold = None if match["threshold"] is None else float(match["threshold"])
+        return float(given)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: the threshold {match['threshold']!r} is not a number") from None
-    return match["name"] or "", match["what"], threshold
+        pass
+    try:
+        quantile_of(given)
+    except ValueError:
+        message = f"{text!r}: the threshold {given!r} is neither a number nor a percentile such as p99"
+        raise argparse.ArgumentTypeError(message) from None
+    return given
 
 
 def _short(ref: str) -> str:

@@ -1,0 +1,146 @@
+"""Thresholds and buckets that nobody chose, derived from the values themselves: numbers that fit one model and layer
+say nothing of another, whose 99th percentile may be 0.2 or 562.
+
+    threshold of an item   the quantile that its item asks for, interpolated
+    buckets of a kind      quantiles of the values of all its items, and what may yet come: the largest value, and
+                           once and three times the range beyond it; the same below, where there are negative values
+
+From a reference where the watch is started with one, else from the first tokens that it sees; then they stay.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchclamp_server.monitoring.reference import LEVELS, Floats, Reference
+from patchclamp_server.monitoring.watch import Watch, WatchOptions
+
+Buckets = tuple[tuple[float, ...], ...]
+
+_BUCKET_QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
+_DIGITS = 3
+# Values that are sorted for the buckets of a kind.
+_MOST_VALUES = 2**16
+# Values of the first tokens that are kept: 4 MiB, and 40 ms of the engine's thread once, when they are full.
+_MOST_KEPT = 2**20
+
+
+class Source(Enum):
+    CHOSEN = "chosen"
+    REFERENCE = "reference"
+    FIRST_TOKENS = "first tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """`buckets` [kinds of the watch]: of each the bounds, ascending."""
+
+    thresholds: Floats  # [W]
+    buckets: Buckets
+    source: Source
+
+
+def chosen_scale(watch: Watch, options: WatchOptions) -> Scale | None:
+    """None where something is to be derived."""
+    if not options.buckets or asking(watch).any():
+        return None
+    return Scale(watch.thresholds.numpy(), (options.buckets,) * len(watch.kind_names), Source.CHOSEN)
+
+
+def scale_of_reference(watch: Watch, options: WatchOptions, reference: Reference) -> Scale | None:
+    """None where the reference is an old one, which has no levels."""
+    if reference.levels is None:
+        return None
+    levels = reference.levels.numpy()
+    grid = np.union1d(np.linspace(0.0, 1.0, 201), LEVELS)
+    sample = np.stack([np.interp(grid, LEVELS, row) for row in levels], axis=1)  # [grid, W]
+    thresholds = watch.thresholds.numpy().copy()
+    for item in np.flatnonzero(asking(watch)).tolist():
+        thresholds[item] = np.interp(float(watch.quantiles[item]), LEVELS, levels[item])
+    return Scale(thresholds, _buckets(watch, options, sample), Source.REFERENCE)
+
+
+class FirstTokens:
+    """The values of the first tokens of a watch, [n, W], until there are `total` of them."""
+
+    def __init__(self, watch: Watch, options: WatchOptions) -> None:
+        self._watch, self._options = watch, options
+        self.total = max(1, min(options.calibration_tokens, _MOST_KEPT // len(watch)))
+        self._kept = np.empty((self.total, len(watch)), dtype=np.float32)
+        self.seen = 0
+
+    @property
+    def left(self) -> int:
+        return self.total - self.seen
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        return self._kept[: self.seen]
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Of at most `left` tokens."""
+        self._kept[self.seen : self.seen + len(values)] = values
+        self.seen += len(values)
+
+    def forget(self) -> None:
+        """All but how many there were."""
+        self._kept = self._kept[:0].copy()
+
+    def scale(self) -> Scale:
+        """As it follows from what has been seen; 0 for what follows from nothing."""
+        watch, values = self._watch, self.values
+        thresholds = watch.thresholds.numpy().copy()
+        quantiles = watch.quantiles.numpy()
+        for quantile in np.unique(quantiles[quantiles > 0.0]).tolist():
+            some = np.flatnonzero(quantiles == quantile)
+            thresholds[some] = _quantile(values[:, some], quantile)
+        return Scale(thresholds, _buckets(watch, self._options, values), Source.FIRST_TOKENS)
+
+
+def asking(watch: Watch) -> NDArray[np.bool_]:
+    """[W]: whether the threshold of an item is a quantile."""
+    if not len(watch.quantiles):
+        return np.zeros(len(watch), dtype=bool)
+    asks: NDArray[np.bool_] = watch.quantiles.numpy() > 0.0
+    return asks
+
+
+def _quantile(values: NDArray[np.float32], quantile: float) -> Floats:
+    """Of the finite values of each column, 0 where there are none."""
+    if not len(values):
+        return np.zeros(values.shape[1])
+    found = np.quantile(values, quantile, axis=0).astype(np.float64)
+    for column in np.flatnonzero(~np.isfinite(values).all(axis=0)).tolist():
+        own = values[:, column]
+        own = own[np.isfinite(own)]
+        found[column] = float(np.quantile(own, quantile)) if len(own) else 0.0
+    return found
+
+
+def _buckets(watch: Watch, options: WatchOptions, values: NDArray[np.floating]) -> Buckets:
+    if options.buckets:
+        return (options.buckets,) * len(watch.kind_names)
+    kind_of = watch.kind_of
+    return tuple(bounds(values[:, kind_of == kind]) for kind in range(len(watch.kind_names)))
+
+
+def bounds(values: NDArray[np.floating]) -> tuple[float, ...]:
+    """Bounds of a histogram for values like these, at least one; of three digits."""
+    flat = values.reshape(-1)
+    flat = flat[np.isfinite(flat)]
+    if not len(flat):
+        return (0.0,)
+    low, high = float(flat.min()), float(flat.max())
+    flat = flat[:: -(-len(flat) // _MOST_VALUES)]
+    spread = high - low
+    found = [*np.quantile(flat, _BUCKET_QUANTILES).tolist(), high, high + spread, high + 3.0 * spread]
+    if low < 0.0:
+        found += [low, low - spread, low - 3.0 * spread]
+    return _rounded(found)
+
+
+def _rounded(numbers: Sequence[float]) -> tuple[float, ...]:
+    return tuple(sorted({float(f"{number:.{_DIGITS}g}") + 0.0 for number in numbers}))

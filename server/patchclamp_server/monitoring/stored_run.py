@@ -1,0 +1,88 @@
+"""The record of a started watch in the artifact store, and what a server says of those it finds there: both JSON."""
+
+import math
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.program import Phase
+from patchclamp_server.monitoring.running import RunningWatch
+from patchclamp_server.monitoring.watch import WatchOptions
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """`watch` and `reference` are ids. A later watch of the same name has another `revision`."""
+
+    watch: str
+    options: WatchOptions
+    reference: str
+    started: float
+    revision: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def of(cls, running: RunningWatch) -> "StoredRun":
+        return cls(running.watch_id, running.options, running.reference_id, running.started)
+
+    def to_json(self) -> dict[str, Any]:
+        options = asdict(self.options)
+        options["phases"] = sorted(phase.value for phase in self.options.phases)
+        return {**asdict(self), "options": options}
+
+    @classmethod
+    def from_json(cls, name: str, content: Any) -> "StoredRun":
+        """Raises InvalidArgument for what is none."""
+        try:
+            options = dict(content["options"])
+            options["phases"] = frozenset(map(Phase, options["phases"]))
+            options["buckets"] = tuple(map(float, options["buckets"]))
+            run = cls(
+                watch=_text(content["watch"]),
+                options=WatchOptions(**options),
+                reference=_text(content["reference"]),
+                started=float(content["started"]),
+                revision=_text(content["revision"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidArgument("", f"the record of the watch {name!r} in the store is damaged ({error})") from error
+        if run.options.name != name or not math.isfinite(run.started):
+            raise InvalidArgument("", f"the record of the watch {name!r} in the store is damaged")
+        return run
+
+
+@dataclass(frozen=True)
+class Said:
+    """Of one watch. `reason`: why it does not run; "" where it does."""
+
+    reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a server says of the watches of the store."""
+
+    replica: str
+    watches: Mapping[str, Said]
+    reported: float = field(default_factory=time.time)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Any) -> "Report | None":
+        """None for what is none."""
+        try:
+            watches = {_text(n): Said(_text(s["reason"]), int(s["tokens"])) for n, s in content["watches"].items()}
+            return cls(_text(content["replica"]), watches, float(content["reported"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {type(value).__name__}")
+    return value
