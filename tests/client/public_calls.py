@@ -67,7 +67,7 @@ _REQUIRED: dict[str, Arguments] = {
     "watch_neurons": {"name": "n", "layer": 1, "neurons": [2]},
     "watch_neuron_set": {"name": "n", "neuron_set": "mine"},
     "watch_direction": {"name": "n", "direction": "v"},
-    "watch_features": {"name": "n", "layer": 1, "encoder": [[1.0]]},
+    "watch_features": {"name": "n", "layer": 1, "encoder": [[1.0, 2.0]]},
     "watch_heads": {"name": "n", "heads": "mine"},
     "Sparsity": {"profile": "mine"},
     "Grounding": {"head_set": "mine"},
@@ -76,7 +76,15 @@ _REQUIRED: dict[str, Arguments] = {
     "CleanCorruptPair": {"clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"},
 }
 # Words of the package that are no call: types, and what makes a message of a value.
-_NO_CALLS = {"Head", "Scope", "program_message", "sparsity_message", "grounding_message", "selection_message"}
+_NO_CALLS = {
+    "Head",
+    "Scope",
+    "program_message",
+    "sparsity_message",
+    "grounding_message",
+    "selection_message",
+    "quantile_of",
+}
 
 
 def client_methods(kind: type[Client] | type[AsyncClient]) -> list[str]:

@@ -18,7 +18,7 @@ of the reference that the watch is started with, else of the first tokens it see
 features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 from patchclamp.fields import build, one_or_several
@@ -31,6 +31,11 @@ from patchclamp.v1 import monitoring_pb2 as pb
 # A number, or "p" and a percentile.
 Threshold: TypeAlias = float | str
 EncoderLayout: TypeAlias = Literal["features_by_width", "width_by_features"]
+# Field of WatchedFeatures that holds an encoder so laid out.
+_LAYOUTS: Mapping[EncoderLayout, str] = {
+    "features_by_width": "encoder_features_by_width",
+    "width_by_features": "encoder_width_by_features",
+}
 
 
 def watch_neurons(name: str, layer: int, neurons: Iterable[int], *, threshold: Threshold | None = None) -> pb.WatchItem:
@@ -90,8 +95,7 @@ def watch_features(
             "layout='width_by_features' (a column for each, as W_enc of SAELens)"
         )
         raise ValueError(message)
-    if layout not in (None, "features_by_width", "width_by_features"):
-        raise ValueError(f"unknown layout {layout!r}: expected 'features_by_width' or 'width_by_features'")
+    chosen = _LAYOUTS["features_by_width"] if layout is None else value_of(_LAYOUTS, layout, "layout")
     source = build(
         pb.WatchedFeatures,
         site=value_of(SITES, site, "site"),
@@ -99,10 +103,7 @@ def watch_features(
         bias=None if bias is None else tensor(bias, "bias"),
         jump=None if jump is None else tensor(jump, "jump"),
     )
-    if layout == "width_by_features":
-        source.encoder_width_by_features.CopyFrom(matrix)
-    else:
-        source.encoder_features_by_width.CopyFrom(matrix)
+    getattr(source, chosen).CopyFrom(matrix)
     return _item(name, threshold, features=source)
 
 
