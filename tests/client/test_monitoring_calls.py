@@ -86,7 +86,7 @@ def test_an_encoder_has_the_layout_of_its_keyword_and_a_square_one_needs_it() ->
         watch_features("f", 3, square)
     rows = watch_features("f", 3, square, layout="features_by_width")
     assert rows.features.encoder_features_by_width == tensor(square, "encoder")
-    with pytest.raises(ValueError, match="unknown layout 'rows'"):
+    with pytest.raises(ValueError, match="layout 'rows' is unknown"):
         watch_features("f", 3, square, layout="rows")  # type: ignore[arg-type]
 
 

@@ -279,3 +279,16 @@ def test_bytes_are_no_vector() -> None:
 def test_options_of_a_vector_are_added_to_its_source() -> None:
     direction = vector(vector("joyful", unit=True), layer=12)
     assert (direction.artifact, direction.artifact_layer, direction.unit) == ("joyful", 12, True)
+
+
+@pytest.mark.parametrize("side", ["above", "below"])
+def test_a_threshold_by_name_is_one_that_the_vector_carries(side: str):
+    condition = when("joyful", layer=3, **{side: "midpoint"}).condition
+    assert condition.stored_threshold == pb.STORED_THRESHOLD_MIDPOINT
+    assert condition.threshold == 0
+    assert not when("joyful", layer=3, **{side: 2.0}).condition.stored_threshold
+
+
+def test_a_threshold_of_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="above 'midpont' is unknown; accepted: midpoint"):
+        when("joyful", layer=3, above="midpont")

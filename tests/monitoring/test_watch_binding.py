@@ -1,5 +1,7 @@
 """What can be watched, under which names, and how it is stored."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine_runs import loaded
@@ -130,6 +132,16 @@ def test_a_stored_watch_that_is_none_is_refused(broken: dict[str, torch.Tensor |
     tensors = {**neurons_watch().tensors(), **broken}
     with pytest.raises(InvalidArgument):
         Watch.from_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def test_a_watch_whose_directions_are_on_another_scale_is_refused() -> None:
+    """As they were stored before values were those on unit vectors."""
+    watch = watch_of_everything("llama")
+    row = int(watch.units[watch.kinds == ItemKind.DIRECTION][0])
+    vectors = watch.vectors.clone()
+    vectors[row] *= 60
+    with pytest.raises(FailedPrecondition, match="a direction of length 60"):
+        check_watch(replace(watch, vectors=vectors), loaded("llama").decoder.spec)
 
 
 def test_a_watch_of_another_model_is_refused() -> None:
