@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +45,22 @@ def test_every_rpc_has_right_calls_to_begin_from(fuzzer: ModuleType) -> None:
     assert fuzzer.calls().keys() == fuzzer.methods().keys()
 
 
+def test_it_says_how_long_calls_took(result: dict[str, Any]) -> None:
+    assert 0.0 < result["p99_seconds"] <= result["worst_seconds"]
+    assert result["slowest"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_models_load_and_the_same_seed_makes_the_same(seed: int, tmp_path: Path) -> None:
+    from fuzzing.models import save_random_model
+
+    from patchclamp_server.model.load import load_model
+
+    first, second = (save_random_model(tmp_path / name, Random(seed)) for name in ("a", "b"))
+    assert first == second
+    assert load_model(str(tmp_path / "a")).info.vocab_size >= 8
+
+
 def test_the_same_seed_makes_the_same_calls(fuzzer: ModuleType) -> None:
     first, second, other = (list(fuzzer.cases(seed, 50)) for seed in (1, 1, 2))
     assert first == second
@@ -58,6 +75,9 @@ def test_the_same_seed_makes_the_same_calls(fuzzer: ModuleType) -> None:
         {"serving": False},
         {"uncalled": ["/x"]},
         {"rss_growth_ratio": 9.0},
+        {"worst_seconds": 31.0},
+        {"worst_wait_seconds": 31.0},
+        {"worst_idle_seconds": 31.0},
     ],
     ids=str,
 )

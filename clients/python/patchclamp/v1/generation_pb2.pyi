@@ -49,6 +49,10 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     FINISH_REASON_EOS: _FinishReason.ValueType  # 1
+    """An end token of the model: one that its generation configuration, configuration, tokenizer or GGUF file (eos, eot,
+    eom, ends of fill-in-the-middle) names, or with which its chat template ends a turn of the assistant. It is among
+    the generated tokens and adds no text.
+    """
     FINISH_REASON_STOP_STRING: _FinishReason.ValueType  # 2
     FINISH_REASON_STOP_TOKEN: _FinishReason.ValueType  # 3
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 4
@@ -59,6 +63,10 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_EOS: FinishReason.ValueType  # 1
+"""An end token of the model: one that its generation configuration, configuration, tokenizer or GGUF file (eos, eot,
+eom, ends of fill-in-the-middle) names, or with which its chat template ends a turn of the assistant. It is among
+the generated tokens and adds no text.
+"""
 FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 2
 FINISH_REASON_STOP_TOKEN: FinishReason.ValueType  # 3
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 4
@@ -159,7 +167,7 @@ class Prompt(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Tokenised as is, with the tokenizer's special tokens."""
+    """Tokenised as is, with the tokenizer's special tokens. It may be empty where these are any."""
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """Rendered by the model's chat template."""
@@ -248,6 +256,10 @@ Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
 class StopConditions(_message.Message):
+    """What ends a generation, whichever comes first: max_tokens or the end of the model's context, a stop string, a stop
+    token, an end token of the model (see FINISH_REASON_EOS), an `abort_when`, the client, or a deadline.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
@@ -258,6 +270,7 @@ class StopConditions(_message.Message):
     max_tokens: _builtins.int
     """Default 256. Generation ends with the model's context too; where one that is set reaches beyond, a warning says so."""
     ignore_eos: _builtins.bool
+    """Go on past end tokens of the model."""
     include_stop_string: _builtins.bool
     """Keep the matched stop string in the text."""
     @_builtins.property
@@ -794,6 +807,7 @@ class ScoreRequest(_message.Message):
     SPARSITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
+    """Has the tokens that it has in the text of prompt and continuation together: no space is put before it."""
     priority: Global___Priority.ValueType
     top_logprobs: _builtins.int
     """Also return the n most likely tokens at each position."""
