@@ -56,7 +56,7 @@ def test_a_model_that_brings_its_own_code_is_refused_and_the_code_not_run(model_
         model_copy / "config.json", model_type="unheard_of", auto_map={"AutoConfig": "code.C", "AutoModel": "code.M"}
     )
     (model_copy / "code.py").write_text(f"open({str(model_copy / 'ran')!r}, 'w')")
-    with pytest.raises(ModelSourceError, match="cannot be loaded"):
+    with pytest.raises(ModelSourceError, match="architecture .unheard_of. is not supported"):
         load_pretrained(model_copy)
     assert not (model_copy / "ran").exists()
 
@@ -72,7 +72,7 @@ def test_progress_passes_through_every_stage_and_no_other_bar_is_drawn(
                 seen.append(stage)
 
     load_model(str(model_copy), progress=Recording())
-    assert seen == [Stage.FINGERPRINT, Stage.LOAD, Stage.READY]
+    assert seen == [Stage.FINGERPRINT, Stage.LOAD, Stage.PREPARE, Stage.READY]
     assert "%|" not in capfd.readouterr().err
 
 

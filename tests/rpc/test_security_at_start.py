@@ -52,7 +52,9 @@ def test_the_command_ends_before_the_model_is_loaded(
 ):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     assert main(["--model", "/nowhere/model", "--tokens", "/nowhere/tokens"]) == 1
-    assert capsys.readouterr().err == "patchclamp serve: cannot read /nowhere/tokens: No such file or directory\n"
+    assert (
+        capsys.readouterr().err == "patchclamp serve: error: cannot read /nowhere/tokens: No such file or directory\n"
+    )
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.3.2.1:0"])
