@@ -48,6 +48,13 @@ def tensor_digests(path: Path, on_bytes: OnBytes | None = None) -> Parts:
     return _parts(path, "tensors", _tensor_parts, on_bytes)
 
 
+def tensor_dtypes(path: Path) -> dict[str, str]:
+    """By tensor name, from the header of a safetensors file alone. ModelSourceError: it is not one."""
+    with path.open("rb") as file:
+        header, _ = _read_header(path, file)
+    return {name: str(entry["dtype"]) for name, entry in header.items()}
+
+
 def content_digest(path: Path, on_bytes: OnBytes | None = None) -> str:
     """One digest of a file: over its tensors for ``*.safetensors``, else over its bytes."""
     if path.suffix == ".safetensors":

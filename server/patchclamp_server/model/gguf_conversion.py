@@ -14,7 +14,7 @@ from patchclamp_server.model.errors import ModelSourceError, foreign_errors
 from patchclamp_server.model.gguf_config import gguf_config
 from patchclamp_server.model.gguf_metadata import Metadata
 from patchclamp_server.model.gguf_tensors import check_tensors
-from patchclamp_server.model.loaded import refuse_unloaded
+from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 from patchclamp_server.model.spec import read_spec
 
@@ -79,7 +79,7 @@ def convert(path: Path, directory: Path, progress: Progress) -> None:
         check_tensors(metadata, config)
         tokenizer = AutoTokenizer.from_pretrained(**location)
         _restore_digit_splitting(tokenizer, header, path.name)
-        with transformers_progress(progress, Stage.CONVERT):
+        with without_load_report(), transformers_progress(progress, Stage.CONVERT):
             # With output_loading_info it returns a pair, which its annotation does not know.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **location,

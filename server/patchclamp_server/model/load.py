@@ -13,15 +13,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from patchclamp_server.model.checked_config import load_config
+from patchclamp_server.model.checked_config import check_generation_config, check_weight_dtypes, load_config
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.device import check_device
 from patchclamp_server.model.errors import ModelSourceError, foreign_errors
 from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.model.loaded import refuse_unloaded
+from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
-from patchclamp_server.model.source import EMBEDDED, resolve
+from patchclamp_server.model.source import EMBEDDED, resolve, weight_files
 from patchclamp_server.model.weights import decoder_from_transformers
 
 
@@ -50,7 +50,7 @@ def load_model(
     check_device(device, dtype)
     source = resolve(ref, progress)
     # What can be refused without the weights is refused before they are read, which takes minutes.
-    config, tokenizer = load_config(source.directory), load_tokenizer(source.directory)
+    config, tokenizer = _checked(source.directory)
     fingerprint = model_fingerprint(source.directory, progress)
     model = _load_weights(source.directory, config, dtype, progress)
     eos = eos_token_ids(model, tokenizer)
@@ -86,23 +86,30 @@ def load_pretrained(
     directory: Path, *, dtype: torch.dtype = torch.float32, progress: Progress | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The transformers model and tokenizer of a local directory; no code of the repository runs, no pickle is read."""
-    config, tokenizer = load_config(directory), load_tokenizer(directory)
+    config, tokenizer = _checked(directory)
     return _load_weights(directory, config, dtype, progress), tokenizer
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Raises ModelSourceError when its files are broken."""
+def _checked(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """All that can be known without the data of the weights. Raises ModelSourceError when some of it is broken."""
+    config = load_config(directory)
+    check_generation_config(directory)
+    check_weight_dtypes(weight_files(directory))
     with foreign_errors(f"the tokenizer of {directory} cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        if len(tokenizer) == 0:
-            raise ModelSourceError(f"the tokenizer of {directory} has no tokens")
-    return tokenizer
+        if tokenizer.vocab_size == 0:
+            raise ModelSourceError(f"the tokenizer of {directory} has no vocabulary")
+    return config, tokenizer
 
 
 def _load_weights(
     directory: Path, config: PreTrainedConfig, dtype: torch.dtype, progress: Progress | None
 ) -> PreTrainedModel:
-    with foreign_errors(f"{directory} cannot be loaded"), transformers_progress(progress, Stage.LOAD):
+    with (
+        foreign_errors(f"{directory} cannot be loaded"),
+        without_load_report(),
+        transformers_progress(progress, Stage.LOAD),
+    ):
         # With output_loading_info it returns a pair, which its annotation does not know.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,

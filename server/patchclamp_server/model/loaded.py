@@ -1,14 +1,27 @@
 """What transformers says after loading: every parameter came from the files, and every tensor of the files was used."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from patchclamp_server.model.errors import ModelSourceError
 
 SHOWN = 5
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Within it transformers prints no table of what it did not find: `refuse_unloaded` names it in one line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def refuse_unloaded(source: Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:

@@ -74,6 +74,22 @@ def read_spec(config: PreTrainedConfig) -> DecoderSpec:
     activation = ACTIVATIONS.get(getattr(config, family.activation_key))
     if activation is None:
         raise FailedPrecondition("model", f"activation {getattr(config, family.activation_key)!r} is not supported")
+    n_kv_heads: int = getattr(config, "num_key_value_heads", None) or n_heads
+    context_length = _context_length(config)
+    sizes = {
+        "channels": d_model,
+        "layers": n_layers,
+        "heads": n_heads,
+        "key-value heads": n_kv_heads,
+        "channels of a head": head_dim,
+        "neurons": d_ff,
+        "positions": context_length,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise FailedPrecondition("model", f"{architecture} with {size} {name} is not supported")
+    if n_heads % n_kv_heads:
+        raise FailedPrecondition("model", f"{n_heads} heads cannot share {n_kv_heads} key-value heads")
     parallel = architecture == "gpt_neox" and bool(config.use_parallel_residual)
     scalar = getattr(config, "query_pre_attn_scalar", None)
     return DecoderSpec(
@@ -82,10 +98,10 @@ def read_spec(config: PreTrainedConfig) -> DecoderSpec:
         d_model=d_model,
         d_ff=d_ff,
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
-        context_length=_context_length(config),
+        context_length=context_length,
         eps=float(getattr(config, family.eps_key)) if family.eps_key else 1e-5,
         activation=activation,
         attention_scale=float(scalar if scalar else head_dim) ** -0.5,
