@@ -21,6 +21,7 @@ from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
+from patchclamp_server.model.range_check import warn_of_overflow
 from patchclamp_server.model.source import EMBEDDED, resolve, weight_files
 from patchclamp_server.model.weights import decoder_from_transformers
 
@@ -58,6 +59,7 @@ def load_model(
     try:
         decoder = decoder_from_transformers(model, dtype=dtype, device=device, progress=shown)
         decoder.warm_up()
+        warn_of_overflow(decoder, tokenizer)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelSourceError(f"{source.directory} does not fit into the memory of {device}: {error}") from error
     spec = decoder.spec
