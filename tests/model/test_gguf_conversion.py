@@ -54,7 +54,7 @@ def test_a_file_is_converted_once_wherever_it_lies(tiny_gguf: Path, tmp_path: Pa
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(tiny_gguf.read_bytes())
     assert converted_gguf(copy, second) == directory
-    assert first.stages == [Stage.VERIFY, Stage.CONVERT]
+    assert first.stages == [Stage.VERIFY, Stage.CONVERT, Stage.WRITE]
     assert second.stages == [Stage.VERIFY]
 
 

@@ -90,7 +90,8 @@ def convert(path: Path, directory: Path, progress: Progress) -> None:
             )
     model, loading = loaded
     refuse_unloaded(path, model, loading)
-    model.save_pretrained(directory)
+    with transformers_progress(progress, Stage.WRITE):
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
