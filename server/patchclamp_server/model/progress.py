@@ -34,8 +34,8 @@ class Progress(Protocol):
     """Called often, on the thread that works. What it raises stops the work and leaves no entry in the cache."""
 
     def update(self, stage: Stage, done: int = 0, total: int | None = None) -> None:
-        """`done` of `total`, None where that is unknown: bytes (DOWNLOAD, VERIFY, FINGERPRINT), tensors (CONVERT, LOAD),
-        files (WRITE) or layers (PREPARE). READY comes once, when the model can be run."""
+        """`done` of `total`, None where that is unknown: bytes (DOWNLOAD, VERIFY, FINGERPRINT), tensors (CONVERT,
+        LOAD), files (WRITE) or layers (PREPARE). READY comes once, when the model can be run."""
         ...
 
 
