@@ -1,6 +1,7 @@
 """Tensors of a GGUF file against the parameters of its model: each has the other, in one shape."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -20,10 +21,10 @@ def check_tensors(metadata: Metadata, config: PreTrainedConfig) -> None:
     transformers would fill what is missing with random numbers, and drop what it does not know.
     """
     with torch.device("meta"):
-        # mypy does not know the return type.
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    processor = TENSOR_PROCESSORS.get(metadata.architecture, TensorProcessor)(config=config.to_dict())
+    processors: Any = TENSOR_PROCESSORS
+    processor = processors.get(metadata.architecture, TensorProcessor)(config=config.to_dict())
     named: Mapping[str, str] = get_gguf_hf_weights_map(model, processor)
     there, path = metadata.tensors, metadata.path
     tied = {"output.weight"} if config.tie_word_embeddings else set()

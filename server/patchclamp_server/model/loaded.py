@@ -17,7 +17,7 @@ SHOWN = 5
 def without_load_report() -> Iterator[None]:
     """Within it transformers prints no table of what it did not find: `refuse_unloaded` names it in one line."""
     before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(transformers_logging.ERROR)
     try:
         yield
     finally:

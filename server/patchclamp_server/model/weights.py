@@ -38,7 +38,7 @@ class _Builder:
         if family.position_embedding is not None:
             table = self._module(family.position_embedding).weight
             positions = self._tensor(table[family.position_offset :])
-        blocks = []
+        blocks: list[Block] = []
         for layer in layers.children():
             self.progress.update(Stage.PREPARE, len(blocks), self.spec.n_layers)
             blocks.append(self._block(layer))
