@@ -213,7 +213,7 @@ class NeuronOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         groups, units = self.groups, self.units
-        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows), dim=1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows).float(), dim=1)
         flat = x.view(-1)
         a = flat.index_select(0, units.place).float()
         target = torch.minimum(torch.maximum(torch.addcmul(self.offset, a, units.factor), self.low), self.high)
@@ -238,7 +238,7 @@ class HeadOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         groups, units = self.groups, self.units
-        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows), dim=1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows).float(), dim=1)
         heads = x.view(x.shape[0] * self.n_heads, -1)
         z = heads.index_select(0, units.place).float()
         target = torch.addcmul(self.offset, z, units.factor[:, None])

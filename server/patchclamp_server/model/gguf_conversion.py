@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Part of an entry's key: raise it when the same file is to be converted differently.
-CONVERSION = 2
+CONVERSION = 5
 
 # How a byte-level vocabulary splits text before its merges apply, by `tokenizer.ggml.pre` (names of llama.cpp).
 # transformers splits by the regular expression of those it knows, and as GPT-2 otherwise. These split digits apart

@@ -1,5 +1,6 @@
 """What transformers says after loading: every parameter came from the files, and every tensor of the files was used."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ SHOWN = 5
 def without_load_report() -> Iterator[None]:
     """Within it transformers prints no table of what it did not find: `refuse_unloaded` names it in one line."""
     before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
