@@ -15,7 +15,7 @@ class FaultyExecutor:
 
     def __init__(self, executor: Executor, fault: Callable[[int], None]) -> None:
         self._executor, self._fault = executor, fault
-        self.tables, self.sparse = executor.tables, executor.sparse
+        self.tables, self.sparse, self.trace = executor.tables, executor.sparse, executor.trace
         self.steps = 0
 
     def execute(self, batch: StepBatch) -> Executed:

@@ -2,12 +2,15 @@
 
 import argparse
 import asyncio
+import atexit
 import importlib.util
 import json
 import logging
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -170,8 +173,7 @@ def serve(args: argparse.Namespace) -> int:
 
         asyncio.run(server.run(ready, reserved))
     except (ConfigurationError, ModelSourceError, EngineStopped, OSError) as error:
-        print(f"patchclamp serve: {error}", file=sys.stderr)
-        return 1
+        return _failed("serve", error)
     except KeyboardInterrupt:  # while the model loads; afterwards it is a signal like any other
         return 130
     return 0
@@ -214,20 +216,41 @@ def pull(args: argparse.Namespace) -> int:
     try:
         with RichProgress() as progress:
             info = load_model(args.model or "embedded", progress=progress).info
-    except ModelSourceError as error:
-        print(f"patchclamp pull: {error}", file=sys.stderr)
-        return 1
+    except (ModelSourceError, OSError) as error:
+        return _failed("pull", error)
+    except KeyboardInterrupt:
+        return 130
     name, fingerprint = info.name, info.fingerprint
     print(json.dumps({"name": name, "fingerprint": fingerprint}) if args.json else f"{name} {fingerprint}")
     return 0
 
 
+def _failed(command: str, error: Exception) -> int:
+    """One line for what the operator can mend; a defect of ours keeps its traceback."""
+    print(f"patchclamp {command}: error: {error}", file=sys.stderr)
+    return 1
+
+
 def _configure_process() -> None:
     """Before torch and numba are imported: threads, and where compiled code is kept (the package may be read-only)."""
+    configure_threads()
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        os.environ["NUMBA_CACHE_DIR"] = _compiled_code_directory()
+
+
+def _compiled_code_directory() -> str:
+    """Below the cache; where that cannot be written, a directory that goes with this process."""
     from patchclamp_server.model.digests import cache_root
 
-    configure_threads()
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
+    directory = cache_root() / "numba"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return str(directory)
+    except OSError:
+        temporary = tempfile.mkdtemp(prefix="patchclamp-numba-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return temporary
 
 
 def _log_trace_ids() -> None:

@@ -263,8 +263,8 @@ def test_a_prompt_of_one_token_and_an_empty_set_are_defined(name: str, keep: flo
         assert report(outcome).active_ratio == 0.0
 
 
-def test_positive_rankings_of_a_prompt_without_positive_activations_give_an_empty_core() -> None:
-    """All-negative neurons have no core by value; the layer adds nothing, and the request goes on."""
+def test_positive_rankings_of_a_prompt_without_positive_activations_are_filled_up() -> None:
+    """All-negative neurons have no core by value: the mean chooses as many as were asked for, and it is said."""
     negative = Program(
         tuple(
             Edit(
@@ -278,13 +278,18 @@ def test_positive_rankings_of_a_prompt_without_positive_activations_give_an_empt
         )
     )
     inference = sparse("coreinfer_stability", 0.5, rank_by="value")
-    selector = inference.selector
     outcome = run_alone("llama", job(inference, "negative", negative), config())
     assert report(outcome).sparse_tokens == TOKENS - 1
-    state = selector.begin()
-    selector.observe_prompt(state, 0, -torch.ones(4, 80))
-    selector.end_prompt(state)
-    assert not state.sets[0].any()
+    assert report(outcome).filled_ratio == 1.0
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_core_infer_after_a_prompt_of_one_token_computes_what_it_was_asked_for(kernels: bool) -> None:
+    asked = Job((7,), max_tokens=4, sparsity=sparse("coreinfer_stability", 0.5))
+    outcome = run_alone("llama", asked, config(kernels=kernels))
+    assert report(outcome).active_ratio == pytest.approx(0.5)
+    # Of 80 neurons 16 are the core of a token, and 24 more make the half.
+    assert report(outcome).filled_ratio == pytest.approx(24 / 40)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

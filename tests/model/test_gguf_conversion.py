@@ -54,8 +54,8 @@ def test_a_file_is_converted_once_wherever_it_lies(tiny_gguf: Path, tmp_path: Pa
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(tiny_gguf.read_bytes())
     assert converted_gguf(copy, second) == directory
-    assert first.stages == [Stage.VERIFY, Stage.CONVERT, Stage.READY]
-    assert second.stages == [Stage.VERIFY, Stage.READY]
+    assert first.stages == [Stage.VERIFY, Stage.CONVERT, Stage.WRITE]
+    assert second.stages == [Stage.VERIFY]
 
 
 def test_an_interrupted_conversion_leaves_no_entry_and_the_next_one_succeeds(own_cache: Path, tiny_gguf: Path) -> None:

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_llama import byte_tokenizer
+from transformers import OPTConfig, OPTForCausalLM
 
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.load import load_model, load_pretrained
 from patchclamp_server.model.progress import Stage
+from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_a_model_that_brings_its_own_code_is_refused_and_the_code_not_run(model_
         model_copy / "config.json", model_type="unheard_of", auto_map={"AutoConfig": "code.C", "AutoModel": "code.M"}
     )
     (model_copy / "code.py").write_text(f"open({str(model_copy / 'ran')!r}, 'w')")
-    with pytest.raises(ModelSourceError, match="cannot be loaded"):
+    with pytest.raises(ModelSourceError, match="architecture 'unheard_of' is not supported"):
         load_pretrained(model_copy)
     assert not (model_copy / "ran").exists()
 
@@ -72,8 +75,34 @@ def test_progress_passes_through_every_stage_and_no_other_bar_is_drawn(
                 seen.append(stage)
 
     load_model(str(model_copy), progress=Recording())
-    assert seen == [Stage.FINGERPRINT, Stage.LOAD, Stage.READY]
+    assert seen == [Stage.FINGERPRINT, Stage.LOAD, Stage.PREPARE, Stage.READY]
     assert "%|" not in capfd.readouterr().err
+
+
+def test_norms_without_weights_are_served(tmp_path: Path) -> None:
+    """OPT may leave them out: its norms only normalise."""
+    config = OPTConfig(
+        vocab_size=259,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        layer_norm_elementwise_affine=False,
+        enable_bias=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OPTForCausalLM(config)
+    model.train(False)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    decoder = load_model(str(tmp_path)).decoder
+    ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        x = decoder.forward(inputs_of(ids, 0, 10, decoder), pools_for(decoder, ids), NoHooks())
+        torch.testing.assert_close(decoder.logits(x), model(ids).logits[0], atol=1e-4, rtol=1e-4)
 
 
 def test_the_embedded_model_loads(embedded_dir: Path) -> None:

@@ -51,7 +51,9 @@ def test_the_command_ends_before_the_model_is_loaded(
 ):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     assert main(["--model", "/nowhere/model", "--tokens", "/nowhere/tokens"]) == 1
-    assert capsys.readouterr().err == "patchclamp serve: cannot read /nowhere/tokens: No such file or directory\n"
+    assert (
+        capsys.readouterr().err == "patchclamp serve: error: cannot read /nowhere/tokens: No such file or directory\n"
+    )
 
 
 def test_nothing_is_asked_of_a_caller_on_loopback_and_nothing_warned(

@@ -1,6 +1,7 @@
 """Each selection against a naive loop over its published formula."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,12 +48,14 @@ def naive_stability(h: torch.Tensor, rank_by: str, token_keep: float, keep: floa
     for row in values.tolist():
         for j in sorted(range(D_FF), key=lambda j: -row[j])[:k]:
             frequency[j] += row[j] > 0
-    ranked = sorted(range(D_FF), key=lambda j: (-frequency[j], j))[: round(keep * D_FF)]
-    return {j for j in ranked if frequency[j]}
+    means = values.double().mean(0).tolist()
+    # Those in no core come last, and among them those with the largest mean first.
+    ranked = sorted(range(D_FF), key=lambda j: (-frequency[j], j if frequency[j] else -means[j], j))
+    return set(ranked[: round(keep * D_FF)])
 
 
 @pytest.mark.parametrize("rank_by", ["value", "magnitude"])
-@pytest.mark.parametrize(("rows", "keep"), [(1, 0.4), (7, 0.4), (40, 0.1)])
+@pytest.mark.parametrize(("rows", "keep"), [(1, 0.4), (1, 0.1), (1, 1.0), (3, 0.9), (7, 0.4), (40, 0.1)])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_stability_counts_how_often_a_neuron_is_in_the_core_of_a_token(
     rank_by: str, rows: int, keep: float, chunks: int
@@ -62,8 +65,44 @@ def test_stability_counts_how_often_a_neuron_is_in_the_core_of_a_token(
     assert found == naive_stability(h, rank_by, 0.2, keep)
 
 
-def test_activations_that_are_all_negative_have_an_empty_core() -> None:
-    assert fixed_set("coreinfer_stability", -neurons(4).abs(), rank_by="value") == set()
+@pytest.mark.parametrize("rank_by", ["value", "magnitude"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_stability_computes_the_share_that_was_asked_for_however_short_the_prompt(rank_by: str, rows: int) -> None:
+    """Of one token, 20 % of the positive neurons are its core: the others of half are those of the largest mean."""
+    found = fixed_set("coreinfer_stability", neurons(rows), rank_by=rank_by, keep_ratio=0.5)
+    assert len(found) == D_FF // 2
+
+
+def test_activations_that_are_all_negative_fill_the_set_with_the_largest_of_them() -> None:
+    h = -neurons(4).abs()
+    wanted = set(h.double().mean(0).topk(D_FF // 2).indices.tolist())
+    assert fixed_set("coreinfer_stability", h, rank_by="value", keep_ratio=0.5) == wanted
+
+
+def test_a_policy_says_how_much_of_its_sets_it_filled_up() -> None:
+    selector = bound(POLICIES["coreinfer_stability"](keep_ratio=0.5))
+    for rows, expected in ((1, 1 - 16 / 40), (400, 0.0)):
+        state = selector.begin()
+        selector.observe_prompt(state, 0, neurons(rows))
+        selector.end_prompt(state)
+        assert state.filled_ratio == pytest.approx(expected)
+
+
+def test_similarity_fills_up_a_cluster_whose_sentences_had_too_few_neurons_in_their_cores() -> None:
+    made = profile("coreinfer_similarity")
+    assert made is not None
+    few = dict(made.tensors)
+    few["counts"] = torch.zeros_like(few["counts"])
+    few["counts"][:, :, 7] = 3
+    selector = POLICIES["coreinfer_similarity"](keep_ratio=0.25).bind(sparse_model(), replace(made, tensors=few))
+    state, h = selector.begin(), neurons(6)
+    selector.observe_prompt(state, 0, h)
+    selector.end_prompt(state)
+    order = [j for j in h.abs().double().mean(0).argsort(descending=True).tolist() if j != 7]
+    chosen = selector.fixed_set(state, 0)
+    assert chosen is not None
+    assert set(chosen.nonzero().flatten().tolist()) == {7, *order[:19]}
+    assert state.filled_ratio == pytest.approx(19 / 20)
 
 
 def test_an_empty_core_adds_the_bias_of_the_down_projection_alone() -> None:

@@ -101,7 +101,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     """q [B, H, n, D], k and v [B, H, keys, D]; mask None is causal."""
     if not soft_cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / soft_cap)) * soft_cap
+    # In float32, as the other branch has them inside: float16 would overflow before the cap holds.
+    scores = torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scale / soft_cap)) * soft_cap
     if mask is None:
         mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
     return torch.softmax(scores + mask, dim=-1).to(v.dtype) @ v

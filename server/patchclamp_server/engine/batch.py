@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from patchclamp_server.engine.attention import Span
+from patchclamp_server.engine.overflow import FiniteProbe
 from patchclamp_server.engine.sparse_decoder import SparseDecoder
 from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
 from patchclamp_server.interventions.scopes import BoolArray, IntArray
@@ -70,3 +71,6 @@ class Executor(Protocol):
     @property
     def sparse(self) -> SparseDecoder: ...
     def execute(self, batch: StepBatch) -> Executed: ...
+    def trace(self, batch: StepBatch, *, edited: bool) -> FiniteProbe:
+        """Runs a step of sequences that have failed, to see where; spoils their receipts and latches."""
+        ...

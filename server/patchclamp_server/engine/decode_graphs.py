@@ -18,7 +18,6 @@ from patchclamp_server.engine.batch import PADDING_SLOT, Executed, StepBatch
 from patchclamp_server.engine.kernel_step import (
     all_peaks,
     banks_of,
-    finite_rows,
     kernel_inputs,
     program_rows,
     programs_of,
@@ -26,6 +25,7 @@ from patchclamp_server.engine.kernel_step import (
     step_arrays,
 )
 from patchclamp_server.engine.kv_cache import KvCache
+from patchclamp_server.engine.overflow import finite_rows
 from patchclamp_server.engine.packed import Packed
 from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.interventions.head_readings import HeadReadings

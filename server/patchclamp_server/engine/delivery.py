@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.engine.live import LiveRequests
+from patchclamp_server.engine.overflow import logits_refusal
 from patchclamp_server.engine.quality_guard import divergences
 from patchclamp_server.engine.request import FinishReason
 from patchclamp_server.engine.runner import Prediction, Runner, StepResult
@@ -42,8 +43,7 @@ class Delivery:
             for i, (prediction, choice) in enumerate(zip(drawn, sampled, strict=True)):
                 sequence = prediction.sequence
                 if choice.id == NOT_FINITE:
-                    message = f"the logits after position {prediction.position} are not finite"
-                    self._live.fail(sequence, EngineFailure("", message))
+                    self._live.fail(sequence, logits_refusal(self._runner.dtype, prediction.position))
                     continue
                 if on_logits is not None:
                     on_logits(sequence.id, len(sequence.tokens), logits[i])
@@ -102,7 +102,8 @@ class Delivery:
             elif sequence.scores:
                 self.scored_tokens += 1
                 with live.concerning(sequence):
-                    sequence.score(prediction.position, result.logits[prediction.row])
+                    if not sequence.score(prediction.position, result.logits[prediction.row]):
+                        live.fail(sequence, logits_refusal(self._runner.dtype, prediction.position))
             elif sequence.request.stop.max_tokens > 0:
                 yield prediction
 

@@ -24,6 +24,7 @@ from patchclamp_server.engine.intake import Intake
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.live import LiveRequests
 from patchclamp_server.engine.operator_executor import OperatorExecutor
+from patchclamp_server.engine.overflow import refusal
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.scheduler import Scheduler, Work
@@ -31,8 +32,6 @@ from patchclamp_server.engine.text import token_bytes
 from patchclamp_server.errors import (
     Cancelled,
     DeadlineExceeded,
-    EngineFailure,
-    InvalidArgument,
     NotFound,
     RequestError,
     Unavailable,
@@ -331,12 +330,16 @@ class Engine:
     def _break(self, item: Work, position: int) -> None:
         """Fails a sequence whose activations overflowed, and cleans the blocks it wrote."""
         sequence, size = item.sequence, self.config.kv_block_size
+        try:
+            found = self.runner.locate(item)
+        except Exception:
+            # The others of the step must not be lost for a message.
+            log.exception("where the activations of a request overflowed was not found")
+            found = None
         self.cache.scrub(sequence.blocks[sequence.computed // size :])
-        message = f"activations are not finite at position {position}"
-        if sequence.state is not None and sequence.state.bound.edits:
-            self.live.fail_id(sequence.id, InvalidArgument("program.edits", f"{message}: an edit is too strong"))
-        else:
-            self.live.fail_id(sequence.id, EngineFailure("", message))
+        failure = refusal(found, self.model.decoder.dtype, position)
+        log.warning("a request failed: %s", failure)
+        self.live.fail_id(sequence.id, failure)
 
 
 def _executor(model: SparseModel, cache: KvCache, config: EngineConfig) -> Executor:

@@ -121,7 +121,7 @@ class Intake:
             return None
         decoder, layers = self._model.decoder, request.capture.layers
         width = decoder.spec.sites[request.capture.site]
-        return CaptureState(layers, torch.zeros(len(layers), width, dtype=decoder.dtype, device=decoder.device))
+        return CaptureState(layers, torch.zeros(len(layers), width, device=decoder.device))
 
 
 def _follower(leader: Sequence) -> Sequence:

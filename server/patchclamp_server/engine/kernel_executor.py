@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,6 @@ from patchclamp_server.engine.decode_graphs import SIZES, DecodeGraphs
 from patchclamp_server.engine.kernel_products import kernel_products
 from patchclamp_server.engine.kernel_step import (
     all_peaks,
-    finite_rows,
     kernel_inputs,
     program_rows,
     programs_of,
@@ -23,6 +23,7 @@ from patchclamp_server.engine.kernel_step import (
 )
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.operator_executor import setting_of
+from patchclamp_server.engine.overflow import FiniteProbe, finite_rows
 from patchclamp_server.engine.packed import packed
 from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.engine.sparse_decoder import SparseDecoder
@@ -86,6 +87,18 @@ class KernelExecutor:
             executed.outcome.readouts += heads.values(peaks)
         return executed
 
+    def trace(self, batch: StepBatch, *, edited: bool) -> FiniteProbe:
+        probe = FiniteProbe()
+        plan = self.planner.plan(batch.programs, len(batch.token_ids)) if edited else empty_plan(len(batch.token_ids))
+        arrays = packed(step_arrays(batch, plan), self.decoder.device)
+        rows = program_rows(arrays, columns=plan.n_columns, items=plan.n_items, readings=plan.n_readings)
+        programs = programs_of(self.tables, self.decoder.spec, rows, plan)
+        programs = replace(programs, observers=probe, breaks=frozenset(range(self.tables.n_places)))
+        spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
+        attention = RaggedBatch.build(spans, batch.block_size, self.decoder.device)
+        self.forward(kernel_inputs(arrays, attention, programs, None), self.cache.pools)
+        return probe
+
     def _execute(
         self, batch: StepBatch, plan: KernelPlan, peaks: Peaks | None, watched: WatchedSites | None = None
     ) -> Executed:
@@ -97,7 +110,7 @@ class KernelExecutor:
         if watched is not None:
             programs = watched.between(programs)
         if plan.observers is not None:
-            plan.observers.begin(arrays["positions"], self.decoder.dtype)
+            plan.observers.begin(arrays["positions"])
         spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
         attention = RaggedBatch.build(spans, batch.block_size, device)
         inputs = kernel_inputs(arrays, attention, programs, peaks)

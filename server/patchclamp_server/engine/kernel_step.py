@@ -89,8 +89,3 @@ def run_step(
     x, normed = forward(inputs, pools)
     accumulate_receipts(tables.counts, inputs.programs.rows.receipts, arrays["spans"], arrays["counters"])
     return x, normed
-
-
-def finite_rows(x: Tensor) -> Tensor:
-    """[T] bool. A sum in float32: what bfloat16 holds does not overflow it."""
-    return torch.isfinite(x.sum(dim=1, dtype=torch.float32))

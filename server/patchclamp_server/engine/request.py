@@ -213,6 +213,7 @@ class SparsityReport:
     dense_tokens: int
     active_ratio: float
     guard: GuardReport | None = None
+    filled_ratio: float = 0.0
 
 
 @dataclass(frozen=True)

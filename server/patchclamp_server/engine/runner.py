@@ -9,6 +9,7 @@ from torch import Tensor
 from patchclamp_server.engine.attention import Span
 from patchclamp_server.engine.batch import Executor, StepBatch
 from patchclamp_server.engine.kv_cache import KvCache
+from patchclamp_server.engine.overflow import Overflow
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
@@ -45,6 +46,7 @@ class Runner:
         self.monitor = monitor
         self.cache = cache
         self.block_size = cache.block_size
+        self.dtype = cache.pools[0].dtype
 
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:
@@ -89,6 +91,22 @@ class Runner:
             lost = {id(item.sequence) for item, _ in broken}
             predictions = [p for p in predictions if id(p.sequence) not in lost]
         return StepResult(predictions, executed.logits, executed.outcome, broken)
+
+    @torch.inference_mode()
+    def locate(self, item: Work) -> Overflow:
+        """Where the activations of work that broke stopped being finite. Its KV is written as the step wrote it."""
+        sequence, offset = item.sequence, item.sequence.computed
+        new = sequence.token_array(offset, offset + item.n)
+        batch = StepBatch(
+            token_ids=new.tolist(),
+            spans=[Span(0, item.n, offset, sequence.blocks)],
+            programs=[_program_span(sequence, 0, offset, new)] if sequence.state is not None else [],
+            logit_rows=[],
+            block_size=self.block_size,
+        )
+        has_edits = sequence.state is not None and bool(sequence.state.bound.edits)
+        edited = self.executor.trace(batch, edited=True).first if has_edits else None
+        return Overflow(edited, self.executor.trace(batch, edited=False).first, has_edits)
 
     @torch.inference_mode()
     def run_densely(self, sequences: list[Sequence]) -> Tensor:

@@ -1,5 +1,6 @@
 """One running sequence: its tokens, how far they are computed, and where its KV blocks are."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from enum import Enum
@@ -204,15 +205,19 @@ class Sequence:
         full = len(self.tokens) >= context_length
         return FinishReason.LENGTH if full or len(self.output_ids) >= self.request.stop.max_tokens else None
 
-    def score(self, position: int, logits: Tensor) -> None:
-        """Emits the log-probability of the known token after `position`."""
+    def score(self, position: int, logits: Tensor) -> bool:
+        """Emits the log-probability of the known token after `position`; False where it is not a number."""
         logprobs = torch.log_softmax(logits, dim=0)
         token = self.tokens[position + 1]
+        logprob = float(logprobs[token])
+        if math.isnan(logprob):
+            return False
         top: tuple[tuple[int, float], ...] = ()
         if self.request.sampling.logprobs:
             best = torch.topk(logprobs, self.request.sampling.logprobs)
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        self.request.on_event(Token(token, position + 1, float(logprobs[token]), top))
+        self.request.on_event(Token(token, position + 1, logprob, top))
+        return True
 
     def compare(self, position: int, logits: Tensor) -> None:
         """Emits KL(own ‖ other) of the predictions for the token after `position`; `logits` are the other's."""

@@ -91,6 +91,7 @@ class SparseSequence:
             dense_tokens=max(0, computed - self.prompt_length) - sparse,
             active_ratio=1.0 - dropped / blocks if blocks else 1.0,
             guard=None if self.guard is None else self.guard.report(self.dense_from),
+            filled_ratio=self._state.filled_ratio,
         )
 
 

@@ -64,7 +64,6 @@ class Setting:
     n_heads: int
     head_dim: int
     widths: dict[Site, int]
-    dtype: torch.dtype
     device: torch.device
     # [n, d_model] -> logits [n, vocab]
     unembed: Callable[[Tensor], Tensor]
@@ -231,7 +230,7 @@ class Compiler:
             self._tensor(np.repeat(np.arange(len(groups)), sizes)),
             self._float(np.concatenate([g.strength for g in groups])),
             gate,
-            torch.ones(len(rows), dtype=self.setting.dtype, device=self.device),
+            torch.ones(len(rows), device=self.device),
             self._pairs(rows),
         )
         counter = self._tensor(np.repeat([g.counter for g in groups], sizes))
@@ -366,11 +365,11 @@ class Compiler:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def _float(self, array: FloatArray) -> Tensor:
-        return self._tensor(array).to(self.setting.dtype)
+        return self._tensor(array).float()
 
     def _rows(self, rows: IntArray, width: int) -> Tensor:
-        """Vectors [n, width] of the bank."""
-        return self.setting.tables.bank(width).data.index_select(0, self._tensor(rows))
+        """Vectors [n, width] of the bank, float32: what is summed over them would overflow or round in less."""
+        return self.setting.tables.bank(width).data.index_select(0, self._tensor(rows)).float()
 
     def _padded_rows(self, rows: list[IntArray], most: int, width: int) -> Tensor:
         """Vectors [k, most, width]; shorter lists are padded with zero vectors."""

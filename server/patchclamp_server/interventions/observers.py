@@ -59,7 +59,8 @@ class ReadoutOperator:
 
 
 class ProjectionOperator(ReadoutOperator):
-    """h · u for every vector u of the row's readout; they were bound with unit length, as those of conditions are."""
+    """h · u for every vector u of the row's readout; they were bound with unit length, as those of conditions are.
+    Summed in float32."""
 
     def __init__(self, layer: int, rows: Tensor, readings: list[Reading], owner: Tensor, vectors: Tensor) -> None:
         super().__init__(layer, rows, readings)
@@ -67,7 +68,7 @@ class ProjectionOperator(ReadoutOperator):
         self.grid = Grid(owner, len(readings))
 
     def read(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.grid.collect(torch.bmm(self.grid.spread(h), self.vectors)), None
+        return self.grid.collect(torch.bmm(self.grid.spread(h.float()), self.vectors)), None
 
     def length(self, readout: BoundReadout) -> int:
         return len(readout.vectors[self.layer])
@@ -135,7 +136,7 @@ class AbortOperator:
 
 @dataclass(eq=False)
 class CaptureState:
-    """Accumulates pooled activations of one sequence: values [n_layers, width]."""
+    """Accumulates pooled activations of one sequence: values [n_layers, width], float32."""
 
     layers: tuple[int, ...]
     values: Tensor
@@ -150,7 +151,7 @@ class CaptureOperator:
         self.layer = layer
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        pooled = torch.zeros((len(self.states), x.shape[1]), dtype=x.dtype, device=x.device)
-        pooled.index_add_(0, self.owner, x.index_select(0, self.rows) * self.weight[:, None])
+        pooled = torch.zeros((len(self.states), x.shape[1]), device=x.device)
+        pooled.index_add_(0, self.owner, x.index_select(0, self.rows).float() * self.weight[:, None])
         for state, values in zip(self.states, pooled, strict=True):
             state.values[state.layers.index(self.layer)] += values

@@ -4,6 +4,9 @@ An operator object belongs to a (site, layer, stage) and holds index tensors ove
 one program at one row (for neurons and heads: one edit at one neuron or head of a row). `run` edits the activation x
 [T, width] in place at those entries only, so rows of other programs keep their bits, and reports the norms of every
 (row, edit) group to the step for the receipts.
+
+Whatever the dtype of x, entries are computed in float32 and rounded once, when they are written: float16 holds no norm
+above 65,504, and bfloat16 has 8 bits for a sum over thousands of channels.
 """
 
 from dataclasses import dataclass
@@ -68,7 +71,7 @@ class AddOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         entries = self.entries
-        h = x.index_select(0, entries.rows)
+        h = x.index_select(0, entries.rows).float()
         delta = self._delta() if self.delta is None else self.delta
         opened = entries.opened(context)
         if entries.gate is not None:
@@ -76,7 +79,7 @@ class AddOperator:
         if entries.pairs is not None:
             later, earlier = entries.pairs
             h.index_add_(0, later, delta.index_select(0, earlier))
-        x.index_add_(0, entries.rows, delta)
+        x.index_add_(0, entries.rows, delta.to(x.dtype))
         context.count(self.delta_norms, torch.linalg.vector_norm(h, dim=1), opened)
 
 
@@ -93,7 +96,7 @@ class TargetOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         entries = self.entries
-        h = x.index_select(0, entries.rows)
+        h = x.index_select(0, entries.rows).float()
         norms = torch.linalg.vector_norm(h, dim=1)
         edited = torch.lerp(h, self.target(h, norms), entries.strength[:, None])
         if self.preserve_norm:
@@ -105,7 +108,7 @@ class TargetOperator:
         opened = entries.opened(context)
         if entries.gate is not None:
             edited = torch.where(opened[:, None] > 0, edited, h)
-        x.index_copy_(0, entries.rows, edited)
+        x.index_copy_(0, entries.rows, edited.to(x.dtype))
         context.count(torch.linalg.vector_norm(edited - h, dim=1), norms, opened)
 
 
@@ -210,15 +213,15 @@ class NeuronOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         groups, units = self.groups, self.units
-        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows), dim=1)
+        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows).float(), dim=1)
         flat = x.view(-1)
-        a = flat.index_select(0, units.place)
+        a = flat.index_select(0, units.place).float()
         target = torch.minimum(torch.maximum(torch.addcmul(self.offset, a, units.factor), self.low), self.high)
         edited = torch.lerp(a, target, units.strength)
         opened = groups.opened(context)
         if groups.gate is not None:
             edited = torch.where(opened.index_select(0, units.group) > 0, edited, a)
-        flat.index_copy_(0, units.place, edited)
+        flat.index_copy_(0, units.place, edited.to(x.dtype))
         norms = _norms_before(groups, units, norms, edited.square() - a.square())
         squares = torch.zeros_like(norms).index_add_(0, units.group, (edited - a).square())
         context.count(squares.sqrt(), norms, opened)
@@ -235,15 +238,15 @@ class HeadOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         groups, units = self.groups, self.units
-        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows), dim=1)
+        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows).float(), dim=1)
         heads = x.view(x.shape[0] * self.n_heads, -1)
-        z = heads.index_select(0, units.place)
+        z = heads.index_select(0, units.place).float()
         target = torch.addcmul(self.offset, z, units.factor[:, None])
         edited = torch.lerp(z, target, units.strength[:, None])
         opened = groups.opened(context)
         if groups.gate is not None:
             edited = torch.where(opened.index_select(0, units.group)[:, None] > 0, edited, z)
-        heads.index_copy_(0, units.place, edited)
+        heads.index_copy_(0, units.place, edited.to(x.dtype))
         norms = _norms_before(groups, units, norms, (edited.square() - z.square()).sum(1))
         squares = torch.zeros_like(norms).index_add_(0, units.group, (edited - z).square().sum(1))
         context.count(squares.sqrt(), norms, opened)
@@ -271,7 +274,7 @@ class ConditionOperator:
         self.valid = valid  # [E] bool, row is in the condition's scope
 
     def holds(self, x: Tensor) -> Tensor:
-        h = x.index_select(0, self.rows)
+        h = x.index_select(0, self.rows).float()
         value = (h * self.units).sum(1)
         value = torch.where(self.cosine, value / torch.linalg.vector_norm(h, dim=1), value)
         return (self.sign * value > self.threshold) & self.valid

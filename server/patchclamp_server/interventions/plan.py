@@ -83,8 +83,8 @@ class StepPlan:
         """Layers whose queries are edited."""
         return frozenset(layer for site, layer in self.operators if site is Site.ATTN_Q)
 
-    def begin(self, positions: Tensor, dtype: torch.dtype) -> None:
-        opened = torch.zeros(self.n_open + 1, dtype=dtype, device=positions.device)
+    def begin(self, positions: Tensor) -> None:
+        opened = torch.zeros(self.n_open + 1, device=positions.device)
         opened[-1] = 1.0
         self.context = StepContext(positions, self.tables.latch, opened, [], [], [])
 

@@ -24,18 +24,23 @@ def cached_model(key: str, build: Callable[[Path], None], progress: Progress) ->
     """The directory of entry `key`; `build` fills an empty directory with it when there is no sound entry yet.
 
     An entry that does not match its manifest is thrown away and built again. What `build` raises is passed on, and
-    leaves no entry.
+    leaves no entry. Raises ModelSourceError where the cache cannot be written and has no such entry.
     """
     models = cache_root() / "models"
     entry = models / key
     if not is_sound(entry):
-        models.mkdir(parents=True, exist_ok=True)
-        with _locked(models / f".{key}.lock", progress):
-            # Whoever held the lock before may have built it.
-            if not is_sound(entry):
-                _discard(models, key)
-                _build(models, key, build)
-    progress.update(Stage.READY)
+        try:
+            models.mkdir(parents=True, exist_ok=True)
+            with _locked(models / f".{key}.lock", progress):
+                # Whoever held the lock before may have built it.
+                if not is_sound(entry):
+                    _discard(models, key)
+                    _build(models, key, build)
+        except OSError as error:
+            raise ModelSourceError(
+                f"the model has to be converted once, and the cache {models} cannot be written: {error}; "
+                "PATCHCLAMP_CACHE names another directory"
+            ) from error
     return entry
 
 
@@ -47,8 +52,8 @@ def is_sound(entry: Path) -> bool:
             path = entry / name
             if path.stat().st_size != expected["size"] or content_digest(path) != expected["digest"]:
                 return False
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, ModelSourceError):
-        # Every way in which a damaged entry can look: no manifest, not JSON, another shape, a broken header.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelSourceError):
+        # Every way in which a damaged entry can look: no manifest, not to be read, not JSON, another shape.
         return False
     return bool(listed)
 

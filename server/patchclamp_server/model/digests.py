@@ -5,8 +5,10 @@ matter. Any other file is digested as its bytes.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import os
 import struct
 import tempfile
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from patchclamp_server.model.errors import ModelSourceError
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22
 # The limit of the safetensors format: a longer header is not a safetensors file.
@@ -42,6 +46,13 @@ def sha256_of_file(path: Path, on_bytes: OnBytes | None = None) -> str:
 def tensor_digests(path: Path, on_bytes: OnBytes | None = None) -> Parts:
     """``{tensor: "dtype shape sha256(data)"}`` of a safetensors file. ModelSourceError: it is not one."""
     return _parts(path, "tensors", _tensor_parts, on_bytes)
+
+
+def tensor_dtypes(path: Path) -> dict[str, str]:
+    """By tensor name, from the header of a safetensors file alone. ModelSourceError: it is not one."""
+    with path.open("rb") as file:
+        header, _ = _read_header(path, file)
+    return {name: str(entry["dtype"]) for name, entry in header.items()}
 
 
 def content_digest(path: Path, on_bytes: OnBytes | None = None) -> str:
@@ -120,10 +131,17 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, list[i
         header = json.loads(file.read(length))
     except ValueError as error:
         raise ModelSourceError(f"{path} is not a safetensors file: its header is not JSON") from error
-    header.pop("__metadata__", None)
     data_start = 8 + length
-    ends = [entry["data_offsets"][1] for entry in header.values()]
-    if data_start + max(ends, default=0) != size:
+    try:
+        header.pop("__metadata__", None)
+        spans = [tuple(map(int, entry["data_offsets"])) for entry in header.values()]
+        sound = all(entry["dtype"] and isinstance(entry["shape"], list) for entry in header.values())
+        sound = sound and all(0 <= begin <= end for begin, end in spans)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ModelSourceError(f"{path} is not a safetensors file: its header does not list tensors")
+    if data_start + max((end for _, end in spans), default=0) != size:
         raise ModelSourceError(f"{path} is cut short or has bytes that belong to no tensor")
     return header, data_start
 
@@ -144,7 +162,10 @@ def _record_path(path: Path, kind: str) -> Path:
 def _recall(path: Path, stat: os.stat_result, kind: str) -> Parts | None:
     try:
         record = json.loads(_record_path(path, kind).read_bytes())
-    except (FileNotFoundError, ValueError):
+    # OSError: nothing is remembered, or there is nothing that can be read.
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict):
         return None
     if [record.get("path"), record.get("size"), record.get("mtime_ns")] != [str(path), stat.st_size, stat.st_mtime_ns]:
         return None
@@ -153,5 +174,14 @@ def _recall(path: Path, stat: os.stat_result, kind: str) -> Parts | None:
 
 
 def _remember(path: Path, stat: os.stat_result, kind: str, parts: Parts) -> None:
+    """Where the cache can be written. A digest that is not remembered is computed again at the next start."""
     record = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "parts": parts}
-    write_atomically(_record_path(path, kind), json.dumps(record).encode())
+    try:
+        write_atomically(_record_path(path, kind), json.dumps(record).encode())
+    except OSError as error:
+        _say_once(f"{cache_root()}: {error.strerror or error}")
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("digests of model files cannot be remembered, and will be computed at every start: %s", reason)

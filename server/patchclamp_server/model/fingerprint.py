@@ -78,8 +78,8 @@ def _tokenizer_digest(directory: Path) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ModelSourceError(f"{path} is not JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ModelSourceError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def _canonical_digest(value: Any) -> str:

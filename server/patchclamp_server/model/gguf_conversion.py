@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import pre_tokenizers
@@ -11,8 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from patchclamp_server.model.cache import cached_model
 from patchclamp_server.model.digests import sha256_of_file
 from patchclamp_server.model.end_tokens import gguf_end_token_ids
-from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.errors import ModelSourceError, foreign_errors
+from patchclamp_server.model.gguf_config import gguf_config
+from patchclamp_server.model.gguf_metadata import Metadata
+from patchclamp_server.model.gguf_tensors import check_tensors
+from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
+from patchclamp_server.model.spec import read_spec
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Part of an entry's key: raise it when the same file is to be converted differently.
-CONVERSION = 3
+CONVERSION = 6
 
 # How a byte-level vocabulary splits text before its merges apply, by `tokenizer.ggml.pre` (names of llama.cpp).
 # transformers splits by the regular expression of those it knows, and as GPT-2 otherwise. These split digits apart
@@ -55,7 +60,10 @@ def converted_gguf(path: Path, progress: Progress | None = None) -> Path:
 
 
 def convert(path: Path, directory: Path, progress: Progress) -> None:
-    """Write config, float32 weights and tokenizer of the file into `directory`."""
+    """Write config, float32 weights and tokenizer of the file into `directory`.
+
+    Raises ModelSourceError for what is not supported or not whole, before a weight is read.
+    """
     location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     # Read whole before transformers does, which does not say what is wrong with a damaged file.
     try:
@@ -65,19 +73,29 @@ def convert(path: Path, directory: Path, progress: Progress) -> None:
         header = GGUFReader(path)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise ModelSourceError(f"{path} is not a whole GGUF file: {error}") from error
-    with transformers_progress(progress, Stage.CONVERT):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**location)
-            _restore_digit_splitting(tokenizer, header, path.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                **location, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    metadata = Metadata(str(path), header)
+    with foreign_errors(f"{path} cannot be converted"):
+        config = gguf_config(metadata)
+        read_spec(config)
+        check_tensors(metadata, config)
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+        _restore_digit_splitting(tokenizer, header, path.name)
+        with without_load_report(), transformers_progress(progress, Stage.CONVERT):
+            # With output_loading_info it returns a pair, which its annotation does not know.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **location,
+                config=config,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                output_loading_info=True,
             )
-        except (ValueError, KeyError, OSError) as error:
-            raise ModelSourceError(f"{path} cannot be converted: {error}") from error
-        if ends := gguf_end_token_ids(header):
-            model.generation_config.eos_token_id = sorted(ends)
+    model, loading = loaded
+    refuse_unloaded(path, model, loading)
+    if ends := gguf_end_token_ids(header):
+        model.generation_config.eos_token_id = sorted(ends)
+    with transformers_progress(progress, Stage.WRITE):
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase, header: "GGUFReader", file_name: str) -> None:

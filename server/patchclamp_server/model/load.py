@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from patchclamp_server.model.chat_templates import template_of
+from patchclamp_server.model.checked_config import check_generation_config, check_weight_dtypes, load_config
 from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.model.device import check_device
 from patchclamp_server.model.end_tokens import end_token_ids
-from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.errors import ModelSourceError, foreign_errors
 from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
-from patchclamp_server.model.source import EMBEDDED, resolve
+from patchclamp_server.model.range_check import warn_of_overflow
+from patchclamp_server.model.source import EMBEDDED, resolve, weight_files
 from patchclamp_server.model.tokenizer import load_tokenizer
 from patchclamp_server.model.weights import decoder_from_transformers
 
@@ -38,15 +42,23 @@ def load_model(
 ) -> LoadedModel:
     """Load "embedded", a hub id, a local directory or a ``.gguf`` file, fetching and converting it where needed.
 
-    Raises ModelSourceError when there is no such model, when its weights are not safetensors or are incomplete, or
-    when it needs code of its own to run.
+    Raises ModelSourceError when there is no such model or device, when its weights are not safetensors or are not all
+    there, when its architecture is not supported, or when it needs code of its own to run.
     """
+    check_device(device, dtype)
     source = resolve(ref, progress)
+    # What can be refused without the weights is refused before they are read, which takes minutes.
+    config, tokenizer = _checked(source.directory)
     fingerprint = model_fingerprint(source.directory, progress)
-    model, tokenizer = load_pretrained(source.directory, dtype=dtype, progress=progress)
+    model = _load_weights(source.directory, config, dtype, progress)
     eos = end_token_ids(model, tokenizer)
-    decoder = decoder_from_transformers(model, dtype=dtype, device=device)
-    decoder.warm_up()
+    shown = progress or Silent()
+    try:
+        decoder = decoder_from_transformers(model, dtype=dtype, device=device, progress=shown)
+        decoder.warm_up()
+        warn_of_overflow(decoder, tokenizer)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelSourceError(f"{source.directory} does not fit into the memory of {device}: {error}") from error
     spec = decoder.spec
     info = ModelInfo(
         name=source.name,
@@ -65,7 +77,7 @@ def load_model(
         sites=dict(spec.sites),
         has_chat_template=template_of(tokenizer) is not None,
     )
-    (progress or Silent()).update(Stage.READY)
+    shown.update(Stage.READY)
     return LoadedModel(info, decoder, tokenizer, eos)
 
 
@@ -73,26 +85,37 @@ def load_pretrained(
     directory: Path, *, dtype: torch.dtype = torch.float32, progress: Progress | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The transformers model and tokenizer of a local directory; no code of the repository runs, no pickle is read."""
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        tokenizer = load_tokenizer(directory)
-        with transformers_progress(progress, Stage.LOAD):
-            # With output_loading_info it returns a pair, which its annotation does not know.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError) as error:
-        raise ModelSourceError(f"{directory} cannot be loaded: {error}") from error
+    config, tokenizer = _checked(directory)
+    return _load_weights(directory, config, dtype, progress), tokenizer
+
+
+def _checked(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """All that can be known without the data of the weights. Raises ModelSourceError when some of it is broken."""
+    config = load_config(directory)
+    check_generation_config(directory)
+    check_weight_dtypes(weight_files(directory))
+    return config, load_tokenizer(directory)
+
+
+def _load_weights(
+    directory: Path, config: PreTrainedConfig, dtype: torch.dtype, progress: Progress | None
+) -> PreTrainedModel:
+    with (
+        foreign_errors(f"{directory} cannot be loaded"),
+        without_load_report(),
+        transformers_progress(progress, Stage.LOAD),
+    ):
+        # With output_loading_info it returns a pair, which its annotation does not know.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # They are refused by name afterwards; transformers would print a table.
+            ignore_mismatched_sizes=True,
+        )
     model: PreTrainedModel = loaded[0]
-    loading: dict[str, Any] = loaded[1]
-    # transformers fills what a checkpoint lacks with random numbers and warns: that is not the model that was named.
-    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    if absent:
-        shown = ", ".join(absent[:5]) + (" …" if len(absent) > 5 else "")
-        raise ModelSourceError(f"{directory} lacks {len(absent)} weights of a {type(model).__name__}: {shown}")
-    return model, tokenizer
+    refuse_unloaded(directory, model, loaded[1])
+    return model

@@ -1,5 +1,6 @@
 """How far the fetching and loading of a model has come, for whoever waits for it."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -11,6 +12,9 @@ from rich.console import Console
 from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
+# Between two lines of a stage where there is no terminal.
+LINE_SECONDS = 10.0
+
 
 class Stage(Enum):
     """The value is what a person reads."""
@@ -19,8 +23,10 @@ class Stage(Enum):
     DOWNLOAD = "download"
     VERIFY = "verify"
     CONVERT = "convert"
+    WRITE = "write"
     FINGERPRINT = "fingerprint"
     LOAD = "load"
+    PREPARE = "prepare"
     READY = "ready"
 
 
@@ -28,7 +34,8 @@ class Progress(Protocol):
     """Called often, on the thread that works. What it raises stops the work and leaves no entry in the cache."""
 
     def update(self, stage: Stage, done: int = 0, total: int | None = None) -> None:
-        """`done` of `total` bytes (DOWNLOAD, VERIFY, FINGERPRINT) or tensors (CONVERT, LOAD); total None: unknown."""
+        """`done` of `total`, None where that is unknown: bytes (DOWNLOAD, VERIFY, FINGERPRINT), tensors (CONVERT,
+        LOAD), files (WRITE) or layers (PREPARE). READY comes once, when the model can be run."""
         ...
 
 
@@ -40,14 +47,16 @@ class Silent:
 
 
 class RichProgress:
-    """A bar a stage on standard error; where that is no terminal, a line a stage. Use as a context manager.
+    """A bar a stage on standard error; where that is no terminal, a line a stage, and one with the share done every
+    `LINE_SECONDS`. Use as a context manager.
 
     >>> with RichProgress() as progress:
     ...     load_model("embedded", progress=progress)
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True)
+        self._clock = clock
         self._bars = rich.progress.Progress(
             rich.progress.SpinnerColumn(),
             rich.progress.TextColumn("{task.description}"),
@@ -58,6 +67,7 @@ class RichProgress:
         )
         self._stage: Stage | None = None
         self._task: rich.progress.TaskID | None = None
+        self._last_line = 0.0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -68,12 +78,13 @@ class RichProgress:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._console.is_terminal:
+            if exc is None:
+                self._finish_stage()
             self._bars.stop()
 
     def update(self, stage: Stage, done: int = 0, total: int | None = None) -> None:
         if not self._console.is_terminal:
-            if stage is not self._stage:
-                self._console.print(f"model: {stage.value}")
+            self._print_line(stage, done, total)
         elif stage is Stage.READY:
             self._finish_stage()
         else:
@@ -83,6 +94,16 @@ class RichProgress:
             if self._task is not None:
                 self._bars.update(self._task, completed=done, total=total)
         self._stage = stage
+
+    def _print_line(self, stage: Stage, done: int, total: int | None) -> None:
+        now = self._clock()
+        if stage is not self._stage:
+            self._console.print(f"model: {stage.value}")
+        elif total and now - self._last_line >= LINE_SECONDS:
+            self._console.print(f"model: {stage.value} {done / total:.0%}")
+        else:
+            return
+        self._last_line = now
 
     def _finish_stage(self) -> None:
         if self._task is not None:

@@ -57,10 +57,10 @@ def resolve(ref: str, progress: Progress | None = None) -> ModelSource:
     elif path.is_dir():
         source = ModelSource(path.resolve().name, path)
     elif path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ModelSourceError(f"{ref} is a file that is not .gguf; a model is {ACCEPTED}")
         source = ModelSource(path.stem, converted_gguf(path, progress))
-    elif path.suffix == ".gguf" or not HUB_ID.fullmatch(ref):
+    elif path.suffix.lower() == ".gguf" or not HUB_ID.fullmatch(ref):
         raise ModelSourceError(f"{ref} does not exist; a model is {ACCEPTED}")
     else:
         source = ModelSource(ref, _from_hub(ref, progress or Silent()))
@@ -75,7 +75,7 @@ def weight_files(directory: Path) -> list[Path]:
     run code.
     """
     if not (directory / "config.json").is_file():
-        hint = "; name the .gguf file itself" if any(directory.glob("*.gguf")) else ""
+        hint = "; name the .gguf file itself" if any(p.suffix.lower() == ".gguf" for p in directory.iterdir()) else ""
         raise ModelSourceError(f"{directory} has no config.json, so it holds no model{hint}")
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]

@@ -19,6 +19,8 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+# Those whose frequencies do not depend on the length of the running sequence, within `_context_length`.
+ROTARY_SCALINGS = frozenset({"default", "linear", "yarn", "llama3", "longrope"})
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,22 @@ def read_spec(config: PreTrainedConfig) -> DecoderSpec:
     activation = ACTIVATIONS.get(getattr(config, family.activation_key))
     if activation is None:
         raise FailedPrecondition("model", f"activation {getattr(config, family.activation_key)!r} is not supported")
-    _check_rotary(config)
+    n_kv_heads: int = getattr(config, "num_key_value_heads", None) or n_heads
+    context_length = _context_length(config)
+    sizes = {
+        "channels": d_model,
+        "layers": n_layers,
+        "heads": n_heads,
+        "key-value heads": n_kv_heads,
+        "channels of a head": head_dim,
+        "neurons": d_ff,
+        "positions": context_length,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise FailedPrecondition("model", f"{architecture} with {size} {name} is not supported")
+    if n_heads % n_kv_heads:
+        raise FailedPrecondition("model", f"{n_heads} heads cannot share {n_kv_heads} key-value heads")
     parallel = architecture == "gpt_neox" and bool(config.use_parallel_residual)
     scalar = getattr(config, "query_pre_attn_scalar", None)
     return DecoderSpec(
@@ -81,10 +98,10 @@ def read_spec(config: PreTrainedConfig) -> DecoderSpec:
         d_model=d_model,
         d_ff=d_ff,
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
+        context_length=context_length,
         eps=float(getattr(config, family.eps_key)) if family.eps_key else 1e-5,
         activation=activation,
         attention_scale=float(scalar if scalar else head_dim) ** -0.5,
@@ -129,9 +146,19 @@ def _rotary_kinds(config: Any, n_layers: int) -> tuple[str, ...]:
     return tuple(config.layer_types)
 
 
-def _check_rotary(config: Any) -> None:
+def _context_length(config: Any) -> int:
+    """Positions that one table describes. Raises FailedPrecondition for a scaling of which none does.
+
+    LongRoPE has frequencies for contexts up to the length of training, and others for longer ones, which rotate every
+    token anew. Served is what the first describe, unless both are the same (how the factors of Llama 3 come from GGUF).
+    """
+    length: int = config.max_position_embeddings
     for parameters in _rotary_parameters(config).values():
         kind = parameters.get("rope_type", "default")
-        if kind in ("dynamic", "longrope"):
-            # Their frequencies depend on the length of the running sequence: no table by position describes them.
-            raise FailedPrecondition("model", f"rotary scaling {kind!r} is not supported")
+        if kind not in ROTARY_SCALINGS:
+            raise FailedPrecondition(
+                "model", f"rotary scaling {kind!r} is not supported: {', '.join(sorted(ROTARY_SCALINGS))}"
+            )
+        if kind == "longrope" and parameters["short_factor"] != parameters["long_factor"]:
+            length = min(length, parameters["original_max_position_embeddings"])
+    return length

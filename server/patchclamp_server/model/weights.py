@@ -9,19 +9,23 @@ from transformers import PreTrainedModel
 from patchclamp_server.model.architectures import NormKind, QkvLayout
 from patchclamp_server.model.decoder import Block, Decoder, Norm
 from patchclamp_server.model.linear import Linear
+from patchclamp_server.model.progress import Progress, Silent, Stage
 from patchclamp_server.model.spec import read_spec
 
 
-def decoder_from_transformers(model: PreTrainedModel, *, dtype: torch.dtype, device: str) -> Decoder:
+def decoder_from_transformers(
+    model: PreTrainedModel, *, dtype: torch.dtype, device: str, progress: Progress | None = None
+) -> Decoder:
     """The decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table."""
-    return _Builder(model, dtype, device).build()
+    return _Builder(model, dtype, device, progress or Silent()).build()
 
 
 class _Builder:
     """Reads modules by the paths of the architecture table."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: str, progress: Progress) -> None:
         self.model = model
+        self.progress = progress
         self.spec = read_spec(model.config)
         self.dtype = dtype
         self.device = device
@@ -34,6 +38,10 @@ class _Builder:
         if family.position_embedding is not None:
             table = self._module(family.position_embedding).weight
             positions = self._tensor(table[family.position_offset :])
+        blocks: list[Block] = []
+        for layer in layers.children():
+            self.progress.update(Stage.PREPARE, len(blocks), self.spec.n_layers)
+            blocks.append(self._block(layer))
         unembedding = self._module(family.unembedding)
         tied = unembedding.weight is self._module(family.embedding).weight
         weight = embedding if tied else self._tensor(unembedding.weight)
@@ -43,7 +51,7 @@ class _Builder:
             embedding,
             positions,
             self._rotary(),
-            [self._block(layer) for layer in layers.children()],
+            blocks,
             self._norm(self._module(family.final_norm)),
             Linear(weight, bias),
         )
@@ -96,9 +104,13 @@ class _Builder:
     def _norm(self, module: Any) -> Norm:
         kind = self.spec.family.norm
         eps = self.spec.eps if kind is not NormKind.LAYER else float(module.eps)
-        weight = module.weight.float() + 1.0 if kind is NormKind.RMS_ONE_PLUS else module.weight
-        bias = self._tensor(module.bias) if kind is NormKind.LAYER else None
-        return Norm(self._tensor(weight), bias, eps)
+        if kind is not NormKind.LAYER:
+            weight = module.weight.float() + 1.0 if kind is NormKind.RMS_ONE_PLUS else module.weight
+            return Norm(self._tensor(weight), None, eps)
+        # OPT's may lack both: they only normalise.
+        weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
+        bias = torch.zeros(module.normalized_shape) if module.bias is None else module.bias
+        return Norm(self._tensor(weight), self._tensor(bias), eps)
 
     def _rotary(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Tables by position, from the family's own module, so that every fixed scaling is taken over."""

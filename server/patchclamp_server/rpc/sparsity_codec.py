@@ -87,6 +87,7 @@ def encode_report(report: SparsityReport) -> pb.SparsityReport:
         sparse_tokens=report.sparse_tokens,
         dense_tokens=report.dense_tokens,
         active_ratio=report.active_ratio,
+        filled_ratio=report.filled_ratio,
     )
     if (guard := report.guard) is not None:
         message.guard.CopyFrom(

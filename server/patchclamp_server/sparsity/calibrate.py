@@ -177,9 +177,9 @@ def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) 
     errors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for x, sketched in zip(samples, sketches, strict=True):
         exact = MlpInput(x, sketched.weights)
-        errors[0].append((sketched.gate(x) - exact.gate).square().mean(0).sqrt())
+        errors[0].append((sketched.gate(x) - exact.gate).float().square().mean(0).sqrt())
         if sketched.weights.gate is not None:
-            errors[1].append((sketched.up(x) - exact.up).square().mean(0).sqrt())
+            errors[1].append((sketched.up(x) - exact.up).float().square().mean(0).sqrt())
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
     if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
@@ -205,7 +205,7 @@ def _damage(
             error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
             if selection.remainder is not None:
                 error -= selection.remainder(selection.active)
-            row.append(float(error.square().sum()))
+            row.append(float(error.float().square().sum()))
         errors.append(row)
         steps.advance()
     return damage_curves(torch.tensor(divergence), torch.tensor(errors))

@@ -3,8 +3,9 @@
 Calibration: each sentence has core counts f_l (see coreinfer_stability); the multi-hot of the top neurons at
 `cluster_layer`, scaled to length one, is clustered by k-means (k ≥ 4, the elbow of the inertia), and a cluster's
 neurons are ranked, layer by layer, by the summed counts of its sentences. A request is given the cluster whose centre
-is nearest to the multi-hot of its own prompt, and the keep · d_ff first neurons of that ranking. Without a prompt: the
-first cluster. Same paper as coreinfer_stability.
+is nearest to the multi-hot of its own prompt, and the keep · d_ff first neurons of that ranking, filled up as in
+coreinfer_stability where no sentence of the cluster had so many in its core. Without a prompt: the first cluster,
+filled up by the index. Same paper as coreinfer_stability.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ from torch import Tensor
 from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.sparsity.coreinfer_stability import (
     CoreInferStability,
+    PromptStatistics,
+    choose,
     core_counts,
-    most_frequent,
     token_order,
 )
 from patchclamp_server.sparsity.mlp import SparseModel
@@ -55,16 +57,20 @@ class _Selector(Selector):
             raise FailedPrecondition("sparsity.profile", f"finds clusters at layer {self._layer}, which is not there")
 
     def observe_prompt(self, state: SequenceState, layer: int, neurons: Tensor) -> None:
+        prompt = state.statistics.setdefault(layer, PromptStatistics())
+        prompt.add(neurons, self._policy)
         if layer == self._layer:
-            state.statistics.setdefault(layer, []).append(token_order(neurons, self._policy))
+            prompt.orders.append(token_order(neurons, self._policy))
 
     def end_prompt(self, state: SequenceState) -> None:
-        cluster = 0
-        if self._layer in state.statistics:
-            counts = core_counts(state.statistics[self._layer], self._policy.token_keep, self.model.spec.d_ff)
+        cluster, prompts = 0, state.statistics
+        if self._layer in prompts:
+            counts = core_counts(prompts[self._layer].orders, self._policy.token_keep, self.model.spec.d_ff)
             cluster = int((self._centres - multi_hot(counts)).square().sum(1).argmin())
-        state.statistics.clear()
-        state.sets = {layer: most_frequent(self._counts[cluster, layer], keep) for layer, keep in enumerate(self.keep)}
+        for layer, keep in enumerate(self.keep):
+            mean = prompts[layer].total if layer in prompts else None
+            choose(state, layer, self._counts[cluster, layer], keep, mean)
+        prompts.clear()
 
     def cost(self, layer: int, weight_bits: int = 16) -> Cost:
         return ONLY_ACTIVE

@@ -41,8 +41,8 @@ class MlpWeights:
 
     @cached_property
     def down_norm(self) -> Tensor:
-        """‖down_j‖ [d_ff]."""
-        norms: Tensor = torch.linalg.vector_norm(self.down, dim=1)
+        """‖down_j‖ [d_ff], float32."""
+        norms: Tensor = torch.linalg.vector_norm(self.down, dim=1, dtype=torch.float32)
         return norms
 
 

@@ -68,7 +68,8 @@ class SequenceState:
     """What a policy knows of one sequence. `sets` [d_ff] bool by layer: for all its decode; `statistics`: the rest.
 
     `fixed`: the final form of `sets`, made when first used. `selected` and `active`: blocks (by the share of their
-    weights) in which something was selected, and how much of them was computed, summed over rows.
+    weights) in which something was selected, and how much of them was computed, summed over rows. `chosen`: neurons in
+    the sets of a policy that may have to fill them up, and `filled`: those of them that its rule had not found.
     """
 
     sets: dict[int, Tensor] = field(default_factory=dict)
@@ -76,6 +77,12 @@ class SequenceState:
     fixed: dict[int, FixedSet] = field(default_factory=dict)
     selected: float = 0.0
     active: float | Tensor = 0.0
+    chosen: int = 0
+    filled: int = 0
+
+    @property
+    def filled_ratio(self) -> float:
+        return self.filled / self.chosen if self.chosen else 0.0
 
 
 class Selector(ABC):

@@ -81,7 +81,7 @@ def greedy_path(decoder: Decoder, layer: int, residual: Tensor, documents: int, 
             if lowered < -1e-9:
                 continue
             trial.kept = [*kept[:i], max(lowered, 0.0), *kept[i + 1 :]]
-            error = float((sparse.forward(inputs, pools, NoHooks()) - target).square().sum())
+            error = float((sparse.forward(inputs, pools, NoHooks()) - target).float().square().sum())
             errors.append((error, trial.kept))
         if not errors:
             break

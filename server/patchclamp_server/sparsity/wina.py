@@ -33,7 +33,10 @@ class _Selector(Selector):
         derived, blocks = self.model.derived, self.model.decoder.blocks
         if "column_norms" not in derived:
             derived["column_norms"] = [
-                {name: torch.linalg.vector_norm(matrix(getattr(block, name)), dim=0) for name in PROJECTIONS}
+                {
+                    name: torch.linalg.vector_norm(matrix(getattr(block, name)), dim=0, dtype=torch.float32)
+                    for name in PROJECTIONS
+                }
                 for block in blocks
             ]
         norms: list[dict[str, Tensor]] = derived["column_norms"]

@@ -40,7 +40,11 @@ class GuardReport(Record):
 
 @dataclass(frozen=True)
 class SparsityReport(Record):
-    """Counted by the server. active_ratio: share of neurons (or channels) computed for the sparse tokens."""
+    """Counted by the server. active_ratio: share of neurons (or channels) computed for the sparse tokens.
+
+    filled_ratio: share of the neurons of a CoreInfer set that its rule did not find in so short a prompt, and that the
+    mean activation chose.
+    """
 
     policy: str
     profile: str
@@ -48,6 +52,7 @@ class SparsityReport(Record):
     dense_tokens: int
     active_ratio: float
     guard: GuardReport | None
+    filled_ratio: float = 0.0
 
     @classmethod
     def from_proto(cls, message: sparse_policy_pb2.SparsityReport) -> "SparsityReport":
@@ -58,6 +63,7 @@ class SparsityReport(Record):
             message.dense_tokens,
             message.active_ratio,
             GuardReport.from_proto(message.guard) if message.HasField("guard") else None,
+            message.filled_ratio,
         )
 
     def __str__(self) -> str:
@@ -65,6 +71,8 @@ class SparsityReport(Record):
         dense = f", {self.dense_tokens} dense" if self.dense_tokens else ""
         line = f"sparsity {self.policy}{profile}: {self.sparse_tokens} sparse tokens{dense}"
         line += f", {self.active_ratio:.1%} computed"
+        if self.filled_ratio:
+            line += f" ({self.filled_ratio:.0%} of the set filled up by mean activation)"
         return line if self.guard is None else f"{line}\n  {self.guard}"
 
 

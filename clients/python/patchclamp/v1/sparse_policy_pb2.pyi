@@ -196,7 +196,8 @@ Global___ExactZeroPolicy: _TypeAlias = ExactZeroPolicy  # noqa: Y015
 @_typing.final
 class CoreInferPolicy(_message.Message):
     """The neurons most often in the core of a prompt token (CoreInfer). `similarity` takes those of a cluster of
-    calibration sentences and needs a profile.
+    calibration sentences and needs a profile. Where fewer neurons are in a core than the keep ratio asks for, as after a
+    prompt of one token, the set is filled up by the largest mean activation over the prompt: see filled_ratio.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -481,6 +482,7 @@ class SparsityReport(_message.Message):
     DENSE_TOKENS_FIELD_NUMBER: _builtins.int
     ACTIVE_RATIO_FIELD_NUMBER: _builtins.int
     GUARD_FIELD_NUMBER: _builtins.int
+    FILLED_RATIO_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Name of the policy, e.g. "fovea"."""
     profile: _builtins.str
@@ -490,6 +492,10 @@ class SparsityReport(_message.Message):
     dense_tokens: _builtins.int
     active_ratio: _builtins.float
     """Share of neurons (or channels) computed, over all layers of the sparse tokens. A dense layer counts as 1."""
+    filled_ratio: _builtins.float
+    """Share of the neurons in the sets of coreinfer_* that its rule did not find, and that the mean activation of the
+    prompt chose. 0 for other policies.
+    """
     @_builtins.property
     def guard(self) -> Global___GuardReport:
         """Set when the request had a guard."""
@@ -503,10 +509,11 @@ class SparsityReport(_message.Message):
         dense_tokens: _builtins.int = ...,
         active_ratio: _builtins.float = ...,
         guard: Global___GuardReport | None = ...,
+        filled_ratio: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["guard", b"guard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_ratio", b"active_ratio", "dense_tokens", b"dense_tokens", "guard", b"guard", "policy", b"policy", "profile", b"profile", "sparse_tokens", b"sparse_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_ratio", b"active_ratio", "dense_tokens", b"dense_tokens", "filled_ratio", b"filled_ratio", "guard", b"guard", "policy", b"policy", "profile", b"profile", "sparse_tokens", b"sparse_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

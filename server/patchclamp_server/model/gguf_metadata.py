@@ -1,0 +1,100 @@
+"""Metadata of a GGUF file, of which every key of the architecture must be used, or be known to change nothing."""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchclamp_server.model.errors import ModelSourceError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+SPECIAL_TOKEN = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
+# Keys that do not change what the model computes: how its vectors would be pooled, the layout its file once had,
+# whether a scaling was trained, and counts of labels that no causal LM has.
+IRRELEVANT = frozenset({"pooling_type", "tensor_data_layout", "rope.scaling.finetuned", "classifier.output_labels"})
+# Keys that change nothing at these values. At any other the model is one that is not known here.
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.output_scale": (0.0, 1.0),
+    "attention.shared_kv_layers": (0,),
+    "attention.sliding_window": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "final_logit_softcapping": (0.0,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0.0, 1.0),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (0.0, 1.0),
+    # Of YaRN: how much of it is mixed in; negative is "as usual", all of it.
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "use_parallel_residual": (False,),
+}
+
+
+class Metadata:
+    """Keys below the architecture, without its name; what was never taken is refused by `refuse_rest`."""
+
+    def __init__(self, path: str, header: "GGUFReader") -> None:
+        self.path = path
+        fields = header.fields
+        if "general.architecture" not in fields:
+            raise ModelSourceError(f"{path} names no general.architecture")
+        self.architecture = str(fields["general.architecture"].contents())
+        prefix = f"{self.architecture}."
+        self._values = {k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)}
+        # Ids by name: bos, eos, eot, padding, ...
+        self.special_tokens: dict[str, int] = {
+            match[1]: field.contents() for k, field in fields.items() if (match := SPECIAL_TOKEN.fullmatch(k))
+        }
+        tokens = fields.get("tokenizer.ggml.tokens")
+        self.n_tokens = 0 if tokens is None else len(tokens.data)
+        self.tensors = {tensor.name: tensor for tensor in header.tensors}
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value of a key; one that is given for each layer must be the same for all."""
+        value = self._values.pop(key, default)
+        if isinstance(value, list):
+            if len({*value}) != 1:
+                raise self.refusal(key, f"{value} differs between layers, which is not supported")
+            value = value[0]
+        return value
+
+    def take_list(self, key: str) -> Any:
+        """The value of a key as it is: a number for all layers, a list with one for each, or None."""
+        return self._values.pop(key, None)
+
+    def need(self, key: str) -> Any:
+        value = self.take(key)
+        if value is None:
+            raise ModelSourceError(f"{self.path} lacks the key {self.architecture}.{key}, which its family needs")
+        return value
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """[rows, columns] of a tensor."""
+        return tuple(int(n) for n in reversed(self.tensors[tensor].shape))
+
+    def floats(self, tensor: str) -> NDArray[np.float32]:
+        """A small tensor of float32."""
+        return np.asarray(self.tensors[tensor].data, dtype=np.float32)
+
+    def refuse_rest(self) -> None:
+        """Raises ModelSourceError for keys that are left and could change what the model computes."""
+        for key, value in self._values.items():
+            if key in IRRELEVANT or value in NEUTRAL.get(key, ()):
+                continue
+            shown = value if not isinstance(value, list) or len(value) <= 8 else f"a list of {len(value)}"
+            raise self.refusal(key, f"{shown} is not supported; served without it, the model would be another one")
+
+    def refusal(self, key: str, why: str) -> ModelSourceError:
+        return ModelSourceError(f"{self.path}: {self.architecture}.{key} = {why}")

@@ -1,0 +1,47 @@
+"""Whether ordinary text stays in the range of the dtype that a model is served in."""
+
+import logging
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from patchclamp_server.engine.attention import AttentionBatch, Span
+from patchclamp_server.engine.overflow import FiniteProbe, range_of
+from patchclamp_server.model.decoder import Decoder, StepInputs
+
+logger = logging.getLogger(__name__)
+
+TEXT = (
+    "The river runs past the old mill, where 12 people met on a cold morning in 1897. They counted apples, read the "
+    "news aloud and asked: who will mend the bridge? def add(a, b): return a + b"
+)
+MAX_TOKENS = 64
+
+
+@torch.inference_mode()
+def warn_of_overflow(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Logs a warning that names the place. Only float16 is that narrow: models are trained in the others."""
+    if decoder.dtype != torch.float16:
+        return
+    spec = decoder.spec
+    ids = [i for i in tokenizer(TEXT)["input_ids"] if i < spec.vocab_size][: min(MAX_TOKENS, spec.context_length)]
+    if len(ids) < 2:
+        return
+    n = len(ids)
+    positions = torch.arange(n, device=decoder.device)
+    # One block of n tokens, after block 0, which stays zero.
+    shape = (2, 2, n, spec.n_kv_heads, spec.head_dim)
+    pools = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.blocks]
+    attention = AttentionBatch([Span(0, n, 0, [1])], n, decoder.windows, decoder.device)
+    probe = FiniteProbe()
+    x = decoder.forward(
+        StepInputs(torch.tensor(ids, device=decoder.device), positions, positions + n, attention), pools, probe
+    )
+    place = probe.first
+    if place is None and bool(torch.isfinite(decoder.logits(x)).all()):
+        return
+    where = "the logits pass" if place is None else f"{place} passes"
+    name, largest, wider = range_of(decoder.dtype)
+    logger.warning(
+        "on ordinary text %s %s, the largest number of %s: requests will fail; %s", where, largest, name, wider
+    )

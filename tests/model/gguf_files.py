@@ -1,0 +1,118 @@
+"""GGUF files of the tiny models, written as llama.cpp's converter writes them: its names, keys and layouts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedModel
+
+# 256 tokens, as many as the tiny models have rows.
+VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:255], "ĠĠ"]
+NAMES = {"gemma3_text": "gemma3"}
+Keys = Mapping[str, Any]
+
+
+def keys_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Below the architecture: shapes and constants, without a scaling."""
+    config: Any = model.config
+    keys = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+    }
+    if config.model_type == "gpt2":
+        return keys | {"feed_forward_length": config.n_inner, "attention.layer_norm_epsilon": config.layer_norm_epsilon}
+    keys |= {
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    rotary = config.rope_parameters
+    keys["rope.freq_base"] = float(rotary.get("full_attention", rotary)["rope_theta"])
+    if (head_dim := getattr(config, "head_dim", None)) is not None:
+        keys |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if getattr(config, "sliding_window", None):
+        keys["attention.sliding_window"] = config.sliding_window
+    if config.model_type.startswith("gemma"):
+        keys["attention.scale"] = config.query_pre_attn_scalar**-0.5
+    if config.model_type == "gemma2":
+        keys["attn_logit_softcapping"] = config.attn_logit_softcapping
+        keys["final_logit_softcapping"] = config.final_logit_softcapping
+    if config.model_type == "gemma3_text":
+        keys["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    return keys
+
+
+def tensors_of(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """By the names of the file, in its layout."""
+    config: Any = model.config
+    architecture = NAMES.get(config.model_type, config.model_type)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    tensors = {}
+    for path, value in model.state_dict().items():
+        if path == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        name = names.get_name(path, try_suffixes=(".weight", ".bias"))
+        assert name is not None, path
+        tensor = value.detach().float()
+        if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+            heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+            tensor = interleaved(tensor, heads)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1.0
+        if architecture == "gpt2" and name.startswith("blk.") and tensor.ndim == 2:
+            tensor = tensor.T
+        tensors[name] = np.ascontiguousarray(tensor.numpy())
+    return tensors
+
+
+def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a head in the order of llama.cpp's rotation: 0, half, 1, half + 1, ..."""
+    halves = weight.view(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path, model: PreTrainedModel, *, keys: Keys | None = None, tensors: Mapping[str, Any] | None = None
+) -> Path:
+    """`keys` and `tensors` are added to those of the model; None removes one."""
+    config: Any = model.config
+    architecture = NAMES.get(config.model_type, config.model_type)
+    writer = GGUFWriter(path, architecture)
+    for key, value in (keys_of(model) | dict(keys or {})).items():
+        add(writer, f"{architecture}.{key}", value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types([1] * len(VOCABULARY))
+    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, tensor in (tensors_of(model) | dict(tensors or {})).items():
+        if tensor is not None:
+            writer.add_tensor(name, np.asarray(tensor, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
