@@ -11,8 +11,8 @@ from patchclamp_server.rpc.server import MIN_PING_MILLISECONDS
 def test_a_quiet_stream_whose_client_pings_often_runs_to_its_deadline(live_server: LiveServer):
     """gRPC sends one a second at most, and left to itself ends the connection at the fourth ("Too many pings")."""
     with (
-        Client(live_server.address, channel_options={"grpc.keepalive_time_ms": 1000}) as client,
-        client.session("hello", lockstep=True, timeout=5.0) as quiet,
+        Client(live_server.address, channel_options={"grpc.keepalive_time_ms": 150}) as client,
+        client.session("hello", lockstep=True, timeout=6.0) as quiet,
         pytest.raises(PatchclampError, match="DEADLINE_EXCEEDED"),
     ):
         quiet.result()
