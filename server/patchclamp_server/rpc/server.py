@@ -139,7 +139,7 @@ class Server:
                 ("grpc.so_reuseport", 0),
                 # Pings keep quiet streams open, and gRPC takes more than one in five minutes for an attack.
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_MILLISECONDS),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MILLISECONDS),
             ],
         )
         self._add_services()
