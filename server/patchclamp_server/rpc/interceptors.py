@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,11 +137,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def _answer(self, method: Method, context: Context, answer: Callable[[Received], Awaitable[Any]]) -> Any:
         with self._measured(method) as outcome:
             try:
-                with (
-                    self._in_flight.call() if method.service in self._counted else nullcontext(),
-                    self._secured(method, context, outcome) as received,
-                ):
-                    result = await answer(received)
+                with self._in_flight.call() if method.service in self._counted else nullcontext():
+                    async with self._secured(method, context, outcome) as received:
+                        result = await answer(received)
             except RequestError as error:
                 status = to_status(error)
                 if status.code is grpc.StatusCode.INTERNAL:
@@ -165,7 +163,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         except grpc.aio.InternalError as error:
             raise asyncio.CancelledError from error  # see write_all
 
-    def _secured(self, method: Method, context: Context, outcome: "_Outcome") -> AbstractContextManager[Received]:
+    def _secured(self, method: Method, context: Context, outcome: "_Outcome") -> AbstractAsyncContextManager[Received]:
         if self._security is None:
             return nullcontext(unchanged)
         return self._security.call(method.service, method.name, context, outcome)
