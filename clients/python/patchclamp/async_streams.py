@@ -1,7 +1,7 @@
 """Streams of the async client. A stream that is closed early, or whose task is cancelled, cancels its call."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -55,10 +55,15 @@ class AsyncStream(Generic[MessageT, EventT, ResultT]):
                 on_event(event)
         return complete(self._collector.result())
 
-    def close(self) -> None:
-        """Cancels the call if it is still running; iteration ends."""
+    def close(self) -> Awaitable[None]:
+        """Cancels the call if it is still running; iteration ends. It has done so whether or not it is awaited."""
         self._closed = True
         self._call.cancel()
+        return _Done()
+
+    async def aclose(self) -> None:
+        """As `close`, for contextlib.aclosing and whatever else knows streams by this name."""
+        await self.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -102,6 +107,13 @@ class AsyncSession(AsyncGenerateStream):
     async def stop(self) -> None:
         """Ends generation; the last chunk, with the receipt, still arrives."""
         await self._outbox.put(requests.stop_session())
+
+
+class _Done:
+    """Lets others run once, so that they see what has been done."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
 
 
 async def drain(outbox: asyncio.Queue[MessageT]) -> AsyncIterator[MessageT]:
