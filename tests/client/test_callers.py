@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from live import LiveServer
 
 from patchclamp import AsyncClient, Client
 from patchclamp.v1 import generation_pb2, model_pb2
@@ -101,3 +102,14 @@ async def test_a_stream_of_the_async_client_is_closed_with_or_without_await(serv
         stream.close()
         assert [chunk async for chunk in stream] == []
         await client.aclose()
+
+
+async def test_a_session_leaves_no_task_behind(live_server: LiveServer):
+    async with AsyncClient(live_server.address) as client:
+        for _ in range(3):
+            async with client.session("hello", max_tokens=2, ignore_eos=True) as session:
+                await session.result()
+        # What ends with a call ends when the loop comes to it.
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}

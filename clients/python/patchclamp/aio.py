@@ -142,7 +142,7 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[GenerateOptions],
     ) -> AsyncSession:
-        outbox: asyncio.Queue[generation_pb2.SessionRequest] = asyncio.Queue()
+        outbox: asyncio.Queue[generation_pb2.SessionRequest | None] = asyncio.Queue()
         outbox.put_nowait(requests.session_start(prompt, lockstep, options))
         return AsyncSession(self._once(self._generation.Session, drain(outbox), timeout), outbox)
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import grpc
 
@@ -22,6 +22,8 @@ class AsyncCall(Protocol[MessageT_co]):
     def __aiter__(self) -> AsyncIterator[MessageT_co]: ...
 
     def cancel(self) -> bool: ...
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None: ...
 
 
 class AsyncStream(Generic[MessageT, EventT, ResultT]):
@@ -91,10 +93,12 @@ class AsyncSession(AsyncGenerateStream):
     def __init__(
         self,
         call: AsyncCall[generation_pb2.GenerateResponse],
-        outbox: asyncio.Queue[generation_pb2.SessionRequest],
+        outbox: asyncio.Queue[generation_pb2.SessionRequest | None],
     ) -> None:
         super().__init__(call)
         self._outbox = outbox
+        # Lets the task that sends end with the call: gRPC leaves it waiting.
+        call.add_done_callback(lambda _: outbox.put_nowait(None))
 
     async def set_strength(self, edit: str, strength: float) -> None:
         """Changes a named edit from the next token on."""
@@ -116,10 +120,10 @@ class _Done:
         yield
 
 
-async def drain(outbox: asyncio.Queue[MessageT]) -> AsyncIterator[MessageT]:
-    """What a session sends; gRPC ends it with the call."""
-    while True:
-        yield await outbox.get()
+async def drain(outbox: asyncio.Queue[MessageT | None]) -> AsyncIterator[MessageT]:
+    """What a session sends, until None."""
+    while (message := await outbox.get()) is not None:
+        yield message
 
 
 def _task_is_cancelled() -> bool:

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from threading import Event
-from typing import Generic
+from typing import Any, Generic
 
 import grpc
 
@@ -151,6 +151,9 @@ class AsyncRepeatedCall(Generic[MessageT]):
     def cancel(self) -> bool:
         self._cancelled.set()
         return self._call.cancel()
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self._call.add_done_callback(callback)
 
     async def _is_cancelled_within(self, seconds: float) -> bool:
         try:
