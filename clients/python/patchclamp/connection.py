@@ -29,6 +29,8 @@ _OPTIONS: dict[str, str | int] = {
     # A server that is back after a restart is found within this time.
     "grpc.initial_reconnect_backoff_ms": 200,
     "grpc.max_reconnect_backoff_ms": 2000,
+    # And so are replicas with new addresses, where DNS has a name for all: it is asked again when a connection ends.
+    "grpc.dns_min_time_between_resolutions_ms": 5000,
     # A quiet stream is kept open by what lies between, and found dead where the server has vanished without a word.
     "grpc.keepalive_time_ms": 30_000,
     "grpc.keepalive_timeout_ms": 20_000,
