@@ -267,7 +267,7 @@ def rolling(result: dict[str, Any]) -> list[str]:
         f"Rolling restart of two servers under load (`python benchmarks/rolling.py`, {result['date']}, commit "
         f"`{result['commit']}`): {result['lost_calls']} of",
         f"{sum(result['answered_calls'].values()) + result['lost_calls']} calls lost; while both were there, the less "
-        f"loaded answered {100 * result['balance_of_two']:.0f} %; the slowest call took {result['slowest_call_seconds']} s.",
+        f"loaded answered {100 * result['balance_of_two']:.0f} %; slowest call: {result['slowest_call_seconds']} s.",
     ]
 
 
