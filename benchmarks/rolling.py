@@ -36,7 +36,7 @@ from patchclamp import AsyncClient, Client, PatchclampError
 PROMPT = "The weather today"
 TOKENS = 8
 # Calls that both servers together have answered before the first one is restarted.
-BALANCED_CALLS = 40
+BALANCED_CALLS = 60
 LEAST_BALANCE = 0.4
 # Callers of each of the two clients.
 CALLERS = 3
