@@ -3,7 +3,7 @@
 import asyncio
 import copy
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
@@ -125,7 +125,7 @@ class AsyncTransport:
         return ModelServiceStub(self._channel.use())
 
     @property
-    def _health(self) -> grpc.aio.UnaryUnaryMultiCallable:
+    def _health(self) -> "grpc.aio.UnaryUnaryMultiCallable[Any, Any]":
         channel = self._channel.use_for_health()
         return channel.unary_unary(HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString)
 
