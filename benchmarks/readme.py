@@ -262,6 +262,15 @@ def faults(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def rolling(result: dict[str, Any]) -> list[str]:
+    return [
+        f"Rolling restart of two servers under load (`python benchmarks/rolling.py`, {result['date']}, commit "
+        f"`{result['commit']}`): {result['lost_calls']} of",
+        f"{sum(result['answered_calls'].values()) + result['lost_calls']} calls lost; while both were there, the less "
+        f"loaded answered {100 * result['balance_of_two']:.0f} %; slowest call: {result['slowest_call_seconds']} s.",
+    ]
+
+
 # By what a result says it is, or else by the name of its file.
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "cpu": cpu,
@@ -272,6 +281,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "heads_readout": heads_readout,
     "load": load,
     "monitoring": monitoring,
+    "rolling": rolling,
     "sparse_quality": sparse_quality,
     "sparse_speed": sparse_speed,
 }

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -42,7 +43,11 @@ class LiveServer:
 
     def run(self, coroutine: Any) -> Any:
         """Result of a coroutine in the server's loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        return self.begin(coroutine).result()
+
+    def begin(self, coroutine: Any) -> Future[Any]:
+        """Of a coroutine in the server's loop, which is not waited for."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def metrics(self) -> str:
         """What Prometheus would scrape now."""

@@ -131,10 +131,29 @@ def test_jitter_only_adds_to_the_time_and_at_most_its_share(serve: Serve) -> Non
     full = Full(refusals=1, retry_after=2.0)
     with grpc.insecure_channel(serve(models=full)) as channel, pytest.raises(grpc.RpcError) as refused:
         ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
-    attempts = Attempts(Retry(jitter=0.5), None)
-    delays = [attempts.delay(refused.value) for _ in range(200)]
+    delays = [Attempts(Retry(jitter=0.5), None).delay(refused.value) for _ in range(200)]
     assert all(delay is not None and 2.0 <= delay <= 3.0 for delay in delays)
     assert len(set(delays)) > 100
+
+
+def test_who_is_refused_again_and_again_waits_longer_and_longer(serve: Serve) -> None:
+    """A place that takes two minutes to become free is asked for about as often as that number has bits."""
+    full = Full(refusals=1, retry_after=1.0)
+    with grpc.insecure_channel(serve(models=full)) as channel, pytest.raises(grpc.RpcError) as refused:
+        ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
+    attempts = Attempts(Retry(seconds=120.0, jitter=0.0), None)
+    delays = [attempts.delay(refused.value) for _ in range(6)]
+    assert delays == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+
+
+def test_the_wait_does_not_grow_beyond_half_of_what_is_left(serve: Serve) -> None:
+    full = Full(refusals=1, retry_after=1.0)
+    with grpc.insecure_channel(serve(models=full)) as channel, pytest.raises(grpc.RpcError) as refused:
+        ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
+    attempts = Attempts(Retry(seconds=120.0, jitter=0.0), 10.0)
+    delays = [attempts.delay(refused.value) for _ in range(50)]
+    assert delays[:3] == [1.0, 2.0, 4.0]
+    assert all(delay is not None and delay <= 5.0 for delay in delays)
 
 
 @pytest.mark.parametrize("arguments", [{"seconds": -1.0}, {"jitter": -0.1}])

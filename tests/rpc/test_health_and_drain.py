@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from live import LiveServer
+from secured import until
 from statuses import failure
 from test_generation_service import request
 
@@ -69,6 +70,15 @@ def process(tiny_llama_dir: Path, tmp_path: Path) -> Iterator["subprocess.Popen[
     process.wait()
 
 
+def ends_with(channel: grpc.Channel) -> grpc.StatusCode:
+    call = GenerationServiceStub(channel).Generate(request())
+    try:
+        list(call)
+    except grpc.RpcError as error:
+        return error.code()
+    return call.code()
+
+
 def address_of(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -88,10 +98,7 @@ def test_sigterm_lets_a_running_stream_finish_and_refuses_new_ones(process: "sub
         first = next(stream)
         process.send_signal(signal.SIGTERM)
         assert next(statuses).status == NOT_SERVING
-        with pytest.raises(grpc.RpcError) as caught:
-            list(GenerationServiceStub(channel).Generate(LONG))
-        refused = failure(caught.value)
-        assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        until(lambda: ends_with(channel) is grpc.StatusCode.UNAVAILABLE)
         sent.put(pb.SessionRequest(advance=pb.Advance(tokens=239)))
         responses = [first, *stream]
         sent.put(None)
@@ -120,7 +127,26 @@ def test_work_beyond_the_drain_time_is_cancelled(live_server: LiveServer, tmp_pa
         with pytest.raises(grpc.RpcError) as caught:
             list(stream)
         sent.put(None)
-        assert failure(caught.value).code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+        ended = failure(caught.value)
+        assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+
+
+def test_a_drain_tells_every_connection_to_leave_while_its_streams_go_on(live_server: LiveServer, tmp_path: Path):
+    with LiveServer(live_server.model, tmp_path) as server, grpc.insecure_channel(server.address) as channel:
+        states: queue.Queue[grpc.ChannelConnectivity] = queue.Queue()
+        sent: queue.Queue[pb.SessionRequest | None] = queue.Queue()
+        sent.put(pb.SessionRequest(start=pb.SessionStart(request=LONG, lockstep=True)))
+        sent.put(pb.SessionRequest(advance=pb.Advance(tokens=1)))
+        stream = GenerationServiceStub(channel).Session(iter(sent.get, None))
+        first = next(stream)
+        channel.subscribe(states.put)
+        assert states.get(timeout=60) is grpc.ChannelConnectivity.READY
+        stopping = server.begin(server.server.stop())
+        assert states.get(timeout=60) is not grpc.ChannelConnectivity.READY
+        sent.put(pb.SessionRequest(advance=pb.Advance(tokens=239)))
+        assert sum(len(response.tokens) for response in [first, *stream]) == 240
+        sent.put(None)
+        stopping.result()
 
 
 def test_a_taken_port_is_an_error_and_not_a_second_server(live_server: LiveServer, tmp_path: Path):

@@ -166,7 +166,9 @@ def test_a_drain_ends_jobs_when_its_time_is_over(live_server: LiveServer, tmp_pa
             JobServiceStub(channel).StartJob(pb.StartJobRequest(extract_vectors=extraction()))
         server.run(server.server.stop())
         [job] = server.server._detached.of("")
-        assert job.state is JobState.CANCELLED
+        assert job.state is JobState.FAILED
+        assert job.status is not None
+        assert job.status.code is CODES.UNAVAILABLE
 
 
 POLICY = """

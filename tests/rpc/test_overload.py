@@ -123,7 +123,7 @@ def test_calls_are_bounded_whatever_they_ask(model: LoadedModel, tmp_path: Path)
         assert retry_seconds(refusal) > 0
         sessions[0].close()
         sessions[0].finished()
-        until(lambda: server.server._in_flight._calls < 2)
+        until(lambda: len(server.server._in_flight._running) < 2)
         assert ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest()).models
         sessions[1].close()
         sessions[1].finished()

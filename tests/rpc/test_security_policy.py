@@ -1,6 +1,7 @@
 """What tenants may do: every rule of the policy file through a real channel."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from test_head_service import attribution, cat
 from test_head_service import edit as head_edit
 from test_sparsity_service import asks_for, calibration, evaluation, policy
 
-from patchclamp import Client, PatchclampError
+from patchclamp import Client, PatchclampError, Retry
 from patchclamp.v1 import (
     artifact_pb2,
     artifact_pb2_grpc,
@@ -52,7 +53,9 @@ tenants:
   predictcoreneurons: {tokens_per_minute: 2}
   findcircuit: {tokens_per_minute: 2}
   attributelogits: {tokens_per_minute: 2}
-  narrow: {max_concurrent: 1}
+  narrow: {max_concurrent: 1, max_waiting: 0}
+  sixteen: {max_concurrent: 16}
+  short: {max_concurrent: 1, max_waiting: 2}
 """
 VECTOR = save({f"layer.{layer}": torch.ones(32) for layer in (0, 1)})
 OTHER = save({f"layer.{layer}": torch.full((32,), 2.0) for layer in (0, 1)})
@@ -83,6 +86,8 @@ def server(live_server: LiveServer, tmp_path_factory: pytest.TempPathFactory) ->
         "writer",
         "slow",
         "narrow",
+        "sixteen",
+        "short",
         "stranger",
         *map(str.lower, JOBS),
     )
@@ -389,3 +394,25 @@ def test_without_tokens_the_default_holds_for_everybody(live_server: LiveServer,
         assert model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest())
         answer = refusal(lambda: list(GenerationServiceStub(channel).Generate(generation())))
     assert (answer.code, answer.reason) == (DENIED, "METHOD_NOT_ALLOWED")
+
+
+def refused_calls(server: Secured, tenant: str) -> float:
+    return server.server.metric(f'patchclamp_tenant_requests_total{{code="RESOURCE_EXHAUSTED",tenant="{tenant}"}}')
+
+
+def test_a_burst_beyond_the_limit_waits_and_none_of_it_is_refused(server: Secured):
+    with client(server, "sixteen") as sixteen, ThreadPoolExecutor(40) as pool:
+        streams = [pool.submit(lambda: sixteen.generate("hi", max_tokens=2).result()) for _ in range(200)]
+        assert all(stream.result().usage.generated_tokens for stream in streams)
+    assert refused_calls(server, "sixteen") == 0
+
+
+def test_clients_that_find_the_line_full_come_back_rarely_and_are_all_served(server: Secured):
+    """A line of two for a burst of forty: what is refused is asked for again after a longer and longer time."""
+    with (
+        Client(server.server.address, token=server.tokens["short"], retry=Retry(120.0)) as short,
+        ThreadPoolExecutor(40) as pool,
+    ):
+        streams = [pool.submit(lambda: short.generate("hi", max_tokens=2).result()) for _ in range(40)]
+        assert all(stream.result().usage.generated_tokens for stream in streams)
+    assert refused_calls(server, "short") < 40 * 8

@@ -22,6 +22,7 @@ tenants:
     artifacts: {use: ["joy*", "sha256:*"], tag: ["joy-*"], delete: [], upload: false}
     edits: {kinds: [add, heads], max_edits: 4, max_strength: 2, inline_vectors: false}
     max_concurrent: 8
+    max_waiting: 100
     tokens_per_minute: 60000
     max_priority: batch
     weight: 0.5
@@ -47,7 +48,7 @@ def test_every_field_arrives():
     assert not artifacts.upload
     assert (edits.kinds, edits.max_edits, edits.max_strength) == (("add", "heads"), 4, 2.0)
     assert not edits.inline_vectors
-    assert (rules.max_concurrent, rules.tokens_per_minute) == (8, 60000)
+    assert (rules.max_concurrent, rules.max_waiting, rules.tokens_per_minute) == (8, 100, 60000)
     assert (rules.max_priority, rules.weight) == (Priority.BATCH, 0.5)
 
 
@@ -88,6 +89,7 @@ def test_without_a_default_nobody_else_may_call():
         ),
         ("tenants: {a: {edits: {max_edits: -1}}}", "tenants.a.edits.max_edits: expected a whole number of at least 0"),
         ("tenants: {a: {edits: {max_strength: .nan}}}", "tenants.a.edits.max_strength: expected a number"),
+        ("tenants: {a: {max_waiting: -1}}", "tenants.a.max_waiting: expected a whole number of at least 0"),
         ("tenants: {a: {max_concurrent: 0}}", "tenants.a.max_concurrent: expected a whole number of at least 1"),
         ("tenants: {a: {tokens_per_minute: true}}", "tenants.a.tokens_per_minute: expected a whole number"),
         ("tenants: {a: {max_priority: high}}", "tenants.a.max_priority: expected one of interactive, batch, analysis"),

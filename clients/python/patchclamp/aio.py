@@ -1,28 +1,23 @@
 """The async client: the same methods as the sync one, in client.py, where they are described."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-import grpc
-
 from patchclamp import requests
-from patchclamp.async_streams import AsyncCall, AsyncGenerateStream, AsyncSession, AsyncStream, drain
-from patchclamp.calls import Method, RequestT, ResponseT
+from patchclamp.async_streams import AsyncGenerateStream, AsyncSession, AsyncStream, drain
+from patchclamp.async_transport import AsyncTransport
 from patchclamp.client import Client
-from patchclamp.collectors import MessageT
 from patchclamp.connection import (
     DEFAULT_ADDRESS,
     DEFAULT_TIMEOUT_SECONDS,
-    HEALTH_METHOD,
+    ChannelOptions,
     Connection,
     HealthRequest,
-    HealthResponse,
     health_status,
 )
-from patchclamp.errors import PatchclampError
 from patchclamp.fields import build
 from patchclamp.heads import CleanCorruptPair, HeadsLike, NeedleTest
 from patchclamp.keywords import described_by, takes_options_of
@@ -89,7 +84,7 @@ from patchclamp.results import (
     Tokenization,
     WatchStatistics,
 )
-from patchclamp.retry import NEVER, AsyncRepeatedCall, Attempts, Retry
+from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
 from patchclamp.v1 import (
     artifact_pb2,
@@ -101,18 +96,14 @@ from patchclamp.v1 import (
     sparsity_pb2,
     steering_pb2,
 )
-from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
-from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp.v1.head_pb2_grpc import HeadServiceStub
-from patchclamp.v1.model_pb2_grpc import ModelServiceStub
-from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
-from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
-from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
 
 @described_by(Client)
-class AsyncClient:
-    """Calls to one server. Make it inside a running event loop; calls that stream are iterated, not awaited."""
+class AsyncClient(AsyncTransport):
+    """The arguments are those of Client. Calls that stream are iterated, not awaited.
+
+    It may be made before an event loop runs; whatever calls the server needs one. `close` and `aclose` are awaited.
+    """
 
     def __init__(
         self,
@@ -123,26 +114,24 @@ class AsyncClient:
         certificate: str | Path | None = None,
         key: str | Path | None = None,
         token_in_clear: bool = False,
+        tls_server_name: str | None = None,
+        channel_options: ChannelOptions = (),
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
         retry: Retry = NEVER,
     ) -> None:
-        self._retry = retry
-        self._connection = Connection(address, token, tls, timeout, certificate, key, token_in_clear)
-        credentials, options = self._connection.credentials, self._connection.channel_options
-        self._channel = (
-            grpc.aio.insecure_channel(address, options)
-            if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options)
-        )
-        self._generation = GenerationServiceStub(self._channel)
-        self._steering = SteeringServiceStub(self._channel)
-        self._sparsity = SparsityServiceStub(self._channel)
-        self._heads = HeadServiceStub(self._channel)
-        self._monitoring = MonitoringServiceStub(self._channel)
-        self._artifacts = ArtifactServiceStub(self._channel)
-        self._models = ModelServiceStub(self._channel)
-        self._health = self._channel.unary_unary(
-            HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
+        super().__init__(
+            Connection(
+                address,
+                token,
+                tls,
+                timeout,
+                certificate,
+                key,
+                token_in_clear,
+                tls_server_name,
+                dict(channel_options),
+            ),
+            retry,
         )
 
     @takes_options_of(requests.generate)
@@ -162,7 +151,7 @@ class AsyncClient:
         timeout: float = float("inf"),
         **options: Unpack[GenerateOptions],
     ) -> AsyncSession:
-        outbox: asyncio.Queue[generation_pb2.SessionRequest] = asyncio.Queue()
+        outbox: asyncio.Queue[generation_pb2.SessionRequest | None] = asyncio.Queue()
         outbox.put_nowait(requests.session_start(prompt, lockstep=lockstep, **options))
         return AsyncSession(self._once(self._generation.Session, drain(outbox), timeout), outbox)
 
@@ -425,9 +414,6 @@ class AsyncClient:
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:
         return health_status(await self._unary(self._health, build(HealthRequest, service=service), timeout))
 
-    async def close(self) -> None:
-        await self._channel.close(None)
-
     async def __aenter__(self) -> Self:
         return self
 
@@ -435,35 +421,3 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def _unary(
-        self, method: Method[RequestT, Awaitable[ResponseT]], request: RequestT, timeout: float | None
-    ) -> ResponseT:
-        return await self._repeated(method, lambda: request, timeout)
-
-    async def _repeated(
-        self, method: Method[RequestT, Awaitable[ResponseT]], make: Callable[[], RequestT], timeout: float | None
-    ) -> ResponseT:
-        """`make`: the request of each attempt."""
-        attempts = Attempts(self._retry, self._connection.deadline(timeout))
-        while True:
-            try:
-                return await method(make(), timeout=attempts.seconds_left(), metadata=self._connection.metadata)
-            except grpc.aio.AioRpcError as error:
-                delay = attempts.delay(error)
-                if delay is None:
-                    raise PatchclampError.from_rpc(error) from None
-                await asyncio.sleep(delay)
-
-    def _stream(
-        self, method: Method[RequestT, AsyncCall[MessageT]], request: RequestT, timeout: float | None
-    ) -> AsyncCall[MessageT]:
-        def begin(seconds: float | None) -> AsyncCall[MessageT]:
-            return method(request, timeout=seconds, metadata=self._connection.metadata)
-
-        return AsyncRepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
-
-    def _once(
-        self, method: Method[RequestT, AsyncCall[MessageT]], request: RequestT, timeout: float | None
-    ) -> AsyncCall[MessageT]:
-        return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)

@@ -1,9 +1,9 @@
 """Streams of the async client. A stream that is closed early, or whose task is cancelled, cancels its call."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import grpc
 
@@ -22,6 +22,8 @@ class AsyncCall(Protocol[MessageT_co]):
     def __aiter__(self) -> AsyncIterator[MessageT_co]: ...
 
     def cancel(self) -> bool: ...
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None: ...
 
 
 class AsyncStream(Generic[MessageT, EventT, ResultT]):
@@ -55,10 +57,15 @@ class AsyncStream(Generic[MessageT, EventT, ResultT]):
                 on_event(event)
         return complete(self._collector.result())
 
-    def close(self) -> None:
-        """Cancels the call if it is still running; iteration ends."""
+    def close(self) -> Awaitable[None]:
+        """Cancels the call if it is still running; iteration ends. It has done so whether or not it is awaited."""
         self._closed = True
         self._call.cancel()
+        return _Done()
+
+    async def aclose(self) -> None:
+        """As `close`, for contextlib.aclosing and whatever else knows streams by this name."""
+        await self.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -86,10 +93,12 @@ class AsyncSession(AsyncGenerateStream):
     def __init__(
         self,
         call: AsyncCall[generation_pb2.GenerateResponse],
-        outbox: asyncio.Queue[generation_pb2.SessionRequest],
+        outbox: asyncio.Queue[generation_pb2.SessionRequest | None],
     ) -> None:
         super().__init__(call)
         self._outbox = outbox
+        # Lets the task that sends end with the call: gRPC leaves it waiting.
+        call.add_done_callback(lambda _: outbox.put_nowait(None))
 
     async def set_strength(self, edit: str, strength: float) -> None:
         """Changes a named edit from the next token on."""
@@ -104,10 +113,17 @@ class AsyncSession(AsyncGenerateStream):
         await self._outbox.put(requests.stop_session())
 
 
-async def drain(outbox: asyncio.Queue[MessageT]) -> AsyncIterator[MessageT]:
-    """What a session sends; gRPC ends it with the call."""
-    while True:
-        yield await outbox.get()
+class _Done:
+    """Lets others run once, so that they see what has been done."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+async def drain(outbox: asyncio.Queue[MessageT | None]) -> AsyncIterator[MessageT]:
+    """What a session sends, until None."""
+    while (message := await outbox.get()) is not None:
+        yield message
 
 
 def _task_is_cancelled() -> bool:

@@ -1,27 +1,20 @@
 """The sync client."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self, Unpack
 
-import grpc
-
 from patchclamp import requests
-from patchclamp.calls import Method, RequestT, ResponseT
-from patchclamp.collectors import MessageT
 from patchclamp.connection import (
     DEFAULT_ADDRESS,
     DEFAULT_TIMEOUT_SECONDS,
-    HEALTH_METHOD,
+    ChannelOptions,
     Connection,
     HealthRequest,
-    HealthResponse,
     health_status,
 )
-from patchclamp.errors import PatchclampError
 from patchclamp.fields import build
 from patchclamp.heads import CleanCorruptPair, HeadsLike, NeedleTest
 from patchclamp.keywords import takes_options_of
@@ -88,9 +81,10 @@ from patchclamp.results import (
     Tokenization,
     WatchStatistics,
 )
-from patchclamp.retry import NEVER, Attempts, RepeatedCall, Retry
+from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
-from patchclamp.streams import Call, GenerateStream, Session, Stream
+from patchclamp.streams import GenerateStream, Session, Stream
+from patchclamp.transport import Transport
 from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
@@ -101,21 +95,18 @@ from patchclamp.v1 import (
     sparsity_pb2,
     steering_pb2,
 )
-from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
-from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp.v1.head_pb2_grpc import HeadServiceStub
-from patchclamp.v1.model_pb2_grpc import ModelServiceStub
-from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
-from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
-from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
 
-class Client:
-    """Calls to one server; thread-safe. Every method raises PatchclampError when the server refuses or fails.
+class Client(Transport):
+    """Calls to one server, or to all that the address names in turn; thread-safe.
+
+    Every method raises PatchclampError when the server refuses or fails.
 
     timeout: seconds for each call, unless the call gives its own; ``math.inf`` is no deadline. Sessions and
-    long jobs have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message.
-    token, tls, certificate, key, token_in_clear: see Connection. ValueError for a token that would travel in clear.
+    long jobs have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message,
+    a session never.
+    address, token, tls, certificate, key, token_in_clear, tls_server_name, channel_options: see Connection. ValueError
+    for a token that would travel in clear.
     retry: whether a call that a full server refuses waits and is sent again, as ``Retry()``; otherwise the error says
     when to (`retry_after`).
     """
@@ -129,26 +120,24 @@ class Client:
         certificate: str | Path | None = None,
         key: str | Path | None = None,
         token_in_clear: bool = False,
+        tls_server_name: str | None = None,
+        channel_options: ChannelOptions = (),
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
         retry: Retry = NEVER,
     ) -> None:
-        self._retry = retry
-        self._connection = Connection(address, token, tls, timeout, certificate, key, token_in_clear)
-        credentials, options = self._connection.credentials, self._connection.channel_options
-        self._channel = (
-            grpc.insecure_channel(address, options)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, options)
-        )
-        self._generation = GenerationServiceStub(self._channel)
-        self._steering = SteeringServiceStub(self._channel)
-        self._sparsity = SparsityServiceStub(self._channel)
-        self._heads = HeadServiceStub(self._channel)
-        self._monitoring = MonitoringServiceStub(self._channel)
-        self._artifacts = ArtifactServiceStub(self._channel)
-        self._models = ModelServiceStub(self._channel)
-        self._health = self._channel.unary_unary(
-            HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
+        super().__init__(
+            Connection(
+                address,
+                token,
+                tls,
+                timeout,
+                certificate,
+                key,
+                token_in_clear,
+                tls_server_name,
+                dict(channel_options),
+            ),
+            retry,
         )
 
     @takes_options_of(requests.generate)
@@ -473,9 +462,6 @@ class Client:
         """ "serving", "not_serving" or "unknown", by the standard health service."""
         return health_status(self._unary(self._health, build(HealthRequest, service=service), timeout))
 
-    def close(self) -> None:
-        self._channel.close()
-
     def __enter__(self) -> Self:
         return self
 
@@ -483,33 +469,3 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _unary(self, method: Method[RequestT, ResponseT], request: RequestT, timeout: float | None) -> ResponseT:
-        return self._repeated(method, lambda: request, timeout)
-
-    def _repeated(
-        self, method: Method[RequestT, ResponseT], make: Callable[[], RequestT], timeout: float | None
-    ) -> ResponseT:
-        """`make`: the request of each attempt."""
-        attempts = Attempts(self._retry, self._connection.deadline(timeout))
-        while True:
-            try:
-                return method(make(), timeout=attempts.seconds_left(), metadata=self._connection.metadata)
-            except grpc.RpcError as error:
-                delay = attempts.delay(error)
-                if delay is None:
-                    raise PatchclampError.from_rpc(error) from None
-                time.sleep(delay)
-
-    def _stream(
-        self, method: Method[RequestT, Call[MessageT]], request: RequestT, timeout: float | None
-    ) -> Call[MessageT]:
-        def begin(seconds: float | None) -> Call[MessageT]:
-            return method(request, timeout=seconds, metadata=self._connection.metadata)
-
-        return RepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
-
-    def _once(
-        self, method: Method[RequestT, Call[MessageT]], request: RequestT, timeout: float | None
-    ) -> Call[MessageT]:
-        return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)

@@ -11,6 +11,36 @@ from patchclamp.standard_messages import CLASSES
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _TOO_LARGE = re.compile(r"(?:CLIENT: |SERVER: )?Received message larger than max \((\d+) vs\. (\d+)\)")
+# By one server, by one of several.
+_NO_CONNECTION = ("failed to connect to all addresses", "connections to all backends failing")
+# What gRPC says of a connection that came to nothing, and what that means here, with the options of Client and the
+# command line. The first that is found counts.
+_HINTS = (
+    (
+        ("WRONG_VERSION_NUMBER",),
+        "the server does not speak TLS: leave out tls= (--tls, --ca, PATCHCLAMP_CA)",
+    ),
+    (
+        ("Hostname Verification Check failed",),
+        "the server's certificate is for another name than that of the address: give that name by tls_server_name= "
+        "(--tls-server-name)",
+    ),
+    (
+        ("CERTIFICATE_VERIFY_FAILED", "certificate signature failure"),
+        "the server's certificate is not by an authority that this client trusts: name the PEM file of its root by "
+        "tls= (--ca)",
+    ),
+    (
+        ("Socket closed",),
+        "the server hung up before it said anything: it may speak TLS, which tls= (--ca, --tls) turns on, or want a "
+        "certificate of the client, certificate= and key= (--cert, --key)",
+    ),
+    (
+        ("Connection refused",),
+        "nothing listens there: is the server running, and is this its address? (A name that has several addresses, "
+        "as localhost may, hides what the others said: if the server speaks TLS, tls= or --ca is needed)",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +66,7 @@ class PatchclampError(Exception):
     code: name of the gRPC status, such as "INVALID_ARGUMENT"; reason: a stable word for programs (ErrorInfo).
     violations: the fields at fault (BadRequest), or the unmet preconditions with their subjects (PreconditionFailure).
     retry_after: seconds after which the server suggests to try again (RetryInfo).
+    hint: what to do where no connection came about, or "".
     """
 
     def __init__(self, code: str, message: str, details: ErrorDetails | None = None) -> None:
@@ -46,12 +77,15 @@ class PatchclampError(Exception):
         self.reason = details.reason
         self.violations = details.violations
         self.retry_after = details.retry_after
+        self.hint = _hint(code, message)
 
     def __str__(self) -> str:
         lines = [f"{self.code}: {self.message}"]
         lines += [f"  {v.field}: {v.description}" for v in self.violations if v.field not in self.message]
         if self.retry_after is not None:
             lines.append(f"  try again in {self.retry_after:g} s")
+        if self.hint:
+            lines.append(f"  {self.hint}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,6 +95,7 @@ class PatchclampError(Exception):
             "reason": self.reason,
             "violations": [asdict(violation) for violation in self.violations],
             "retry_after": self.retry_after,
+            "hint": self.hint,
         }
 
     @classmethod
@@ -87,6 +122,12 @@ def _explained(message: str) -> str:
         f"the request has {size:,} bytes and the server takes {limit:,} at once: "
         "send it in parts, or serve with a larger --max-message-bytes"
     )
+
+
+def _hint(code: str, message: str) -> str:
+    if code != "UNAVAILABLE" or not message.startswith(_NO_CONNECTION):
+        return ""
+    return next((hint for words, hint in _HINTS if any(said in message for said in words)), "")
 
 
 def _decode(encoded: bytes) -> ErrorDetails:

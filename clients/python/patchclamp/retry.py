@@ -1,12 +1,17 @@
-"""Calls that a full server refuses, sent again when it says so."""
+"""Calls that are sent again: those that a full server refuses when it says so, and those that found no server.
+
+gRPC could repeat the latter itself, but a stream of its synchronous API that it repeats while the server leaves never
+ends, whatever its deadline (seen with grpcio 1.85). So it repeats nothing, and all attempts are made here.
+"""
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from threading import Event
-from typing import Generic
+from typing import Any, Generic
 
 import grpc
 
@@ -15,16 +20,26 @@ from patchclamp.collectors import MessageT
 from patchclamp.errors import PatchclampError
 from patchclamp.streams import Call
 
+# How long a call that finds no server is sent again: until the server has been left for another, or is found again.
+UNAVAILABLE_SECONDS = 5.0
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 1.0
+# A stream that the server resets, without a word, is this; our own cancellation has other words. It does so with a call
+# that comes in the moment in which it closes its port.
+RESET = "CANCELLED"
+
 
 @dataclass(frozen=True)
 class Retry:
-    """What is refused with RESOURCE_EXHAUSTED and a time to retry after is sent again after that time.
+    """What is refused with RESOURCE_EXHAUSTED and a time to retry after is sent again after that time, which doubles:
 
-        wait = retry_after · U(1, 1 + jitter)
+        n-th wait = min(retry_after · 2ⁿ⁻¹, max(retry_after, half of the time that is left)) · U(1, 1 + jitter)
 
     seconds: no attempt begins later than this after the first, nor after the timeout of the call, which holds for all
     attempts together. jitter: how far clients that were refused together are spread. A stream is sent again only before
     its first message; a session never.
+
+    What is UNAVAILABLE is sent again in the same way, without being asked to and for 5 seconds at least, after
+    min(0.1 · 2ⁿ⁻¹, 1) · U(1, 1 + jitter) seconds: more `seconds` span the restart of a server that is the only one.
     """
 
     seconds: float = 60.0
@@ -35,7 +50,7 @@ class Retry:
             raise ValueError(f"expected seconds and jitter of at least 0, got {self.seconds} and {self.jitter}")
 
 
-# Every call once.
+# What a full server refuses is refused.
 NEVER = Retry(seconds=0.0)
 
 
@@ -44,21 +59,30 @@ class Attempts:
 
     def __init__(self, retry: Retry, seconds: float | None) -> None:
         self._retry = retry
-        now = time.monotonic()
-        self._deadline = None if seconds is None else now + seconds
-        self._last = now + retry.seconds
+        self._began = time.monotonic()
+        self._deadline = math.inf if seconds is None else self._began + seconds
+        self._made = 0
 
     def seconds_left(self) -> float | None:
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return None if math.isinf(self._deadline) else max(0.0, self._deadline - time.monotonic())
 
     def delay(self, error: grpc.RpcError) -> float | None:
         """Seconds until the next attempt; None when there is none."""
         refusal = PatchclampError.from_rpc(error)
-        if refusal.code != "RESOURCE_EXHAUSTED" or refusal.retry_after is None:
+        growth = 2.0 ** min(self._made, 30)
+        self._made += 1
+        if refusal.code == "UNAVAILABLE" or (refusal.code == "CANCELLED" and refusal.message == RESET):
+            lasting = max(self._retry.seconds, UNAVAILABLE_SECONDS)
+            least, wait = 0.0, min(FIRST_WAIT_SECONDS * growth, LONGEST_WAIT_SECONDS)
+        elif refusal.code == "RESOURCE_EXHAUSTED" and refusal.retry_after is not None:
+            lasting = self._retry.seconds
+            least, wait = refusal.retry_after, refusal.retry_after * growth
+        else:
             return None
-        delay = refusal.retry_after * random.uniform(1.0, 1.0 + self._retry.jitter)
-        begin = time.monotonic() + delay
-        return None if begin > self._last or (self._deadline is not None and begin >= self._deadline) else delay
+        left = min(self._began + lasting, self._deadline) - time.monotonic()
+        # The last attempts come closer together: a wait that only grew would leave a part of the time unused.
+        delay = min(wait, max(least, left / 2)) * random.uniform(1.0, 1.0 + self._retry.jitter)
+        return delay if delay < left else None
 
 
 class RepeatedCall(Generic[MessageT]):
@@ -127,6 +151,9 @@ class AsyncRepeatedCall(Generic[MessageT]):
     def cancel(self) -> bool:
         self._cancelled.set()
         return self._call.cancel()
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self._call.add_done_callback(callback)
 
     async def _is_cancelled_within(self, seconds: float) -> bool:
         try:

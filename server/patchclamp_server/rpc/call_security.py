@@ -1,7 +1,7 @@
 """The security of one call: who it is, whether it may, what it did. The interceptor puts every call through here."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeAlias
 
@@ -53,12 +53,12 @@ class CallSecurity:
         self._model = model
         self._text_of = text_of if security.audit_prompts else None
 
-    @contextmanager
-    def call(self, service: str, name: str, context: Context, ending: Ending) -> Iterator[Received]:
+    @asynccontextmanager
+    async def call(self, service: str, name: str, context: Context, ending: Ending) -> AsyncIterator[Received]:
         """Gives what the request is to be passed through once it is known: nothing is decoded for whoever may not call.
 
-        Raises Unauthenticated, PermissionDenied or QuotaExceeded; PermissionDenied also out of the block, when the kill
-        switch ends it.
+        Waits for a place among the calls of the tenant. Raises Unauthenticated, PermissionDenied or QuotaExceeded;
+        PermissionDenied also out of the block, when the kill switch ends it.
         """
         if service in OPEN_SERVICES or not self._security.is_configured:
             yield unchanged
@@ -88,8 +88,9 @@ class CallSecurity:
         COMPUTES.set(access.computes)
         ACCESS.set(access)
         running = RunningCall()
-        with tenant.call(running), running.ending_with(killed()):
-            yield received
+        with running.ending_with(killed()):
+            async with tenant.call(running):
+                yield received
 
     def _identify(self, context: Context) -> Identity:
         try:

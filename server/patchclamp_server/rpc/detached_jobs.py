@@ -154,9 +154,10 @@ class DetachedJobs:
             # Its end is told by a callback, which comes after those who waited.
             await asyncio.sleep(0)
 
-    async def close(self) -> None:
-        """Ends what runs."""
-        await asyncio.gather(*map(self.cancel, self._jobs.values()))
+    async def ended(self) -> None:
+        """Returns when none runs any more."""
+        if running := [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]:
+            await asyncio.wait(running)
 
     def _forget(self) -> None:
         """The oldest of those that have ended, until the rest is within its bounds."""

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from patchclamp_server.errors import InvalidArgument, RequestError, ResourceExha
 from patchclamp_server.metrics import Metrics
 from patchclamp_server.rpc.call_security import CallSecurity, Received, unchanged
 from patchclamp_server.rpc.errors import to_status
+from patchclamp_server.security.running_call import RunningCall
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,15 @@ UNKNOWN = Method("unknown", "unknown")
 
 
 class InFlight:
-    """Counts calls that are being answered; after `close` no more may begin, and `idle` resolves when none is left.
+    """Counts calls that are being answered; after `close` no more may begin, `idle` resolves when none is left, and
+    `end` ends those that are.
 
     At most `max_calls` at once: streams of every kind, sessions, uploads and jobs that wait for their turn.
     """
 
     def __init__(self, max_calls: int = DEFAULT_MAX_CALLS) -> None:
         self._max_calls = max_calls
-        self._calls = 0
+        self._running: set[RunningCall] = set()
         self._closed = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -63,19 +65,26 @@ class InFlight:
         """One call. Raises Unavailable after `close`, ResourceExhausted when there are `max_calls`."""
         if self._closed:
             raise Unavailable("", "the server is shutting down")
-        if self._calls >= self._max_calls:
-            raise ResourceExhausted("", f"{self._calls} calls are being answered, as many as may")
-        self._calls += 1
+        if len(self._running) >= self._max_calls:
+            raise ResourceExhausted("", f"{len(self._running)} calls are being answered, as many as may")
+        running = RunningCall()
+        self._running.add(running)
         self._idle.clear()
         try:
-            yield
+            with running.ending_with(Unavailable("", "the server has shut down before the call was finished")):
+                yield
         finally:
-            self._calls -= 1
-            if self._calls == 0:
+            self._running.remove(running)
+            if not self._running:
                 self._idle.set()
 
     def close(self) -> None:
         self._closed = True
+
+    def end(self) -> None:
+        """They end with UNAVAILABLE."""
+        for call in self._running:
+            call.kill()
 
     async def idle(self) -> None:
         await self._idle.wait()
@@ -132,11 +141,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def _answer(self, method: Method, context: Context, answer: Callable[[Received], Awaitable[Any]]) -> Any:
         with self._measured(method) as outcome:
             try:
-                with (
-                    self._in_flight.call() if method.service in self._counted else nullcontext(),
-                    self._secured(method, context, outcome) as received,
-                ):
-                    result = await answer(received)
+                with self._in_flight.call() if method.service in self._counted else nullcontext():
+                    async with self._secured(method, context, outcome) as received:
+                        result = await answer(received)
             except RequestError as error:
                 status = to_status(error)
                 if status.code is grpc.StatusCode.INTERNAL:
@@ -160,7 +167,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         except grpc.aio.InternalError as error:
             raise asyncio.CancelledError from error  # see write_all
 
-    def _secured(self, method: Method, context: Context, outcome: "_Outcome") -> AbstractContextManager[Received]:
+    def _secured(self, method: Method, context: Context, outcome: "_Outcome") -> AbstractAsyncContextManager[Received]:
         if self._security is None:
             return nullcontext(unchanged)
         return self._security.call(method.service, method.name, context, outcome)

@@ -50,6 +50,7 @@ from patchclamp_server.rpc.detached_jobs import DetachedJobs
 from patchclamp_server.rpc.exclusive import ExclusiveJobs
 from patchclamp_server.rpc.generation_service import GenerationService
 from patchclamp_server.rpc.head_service import HeadService
+from patchclamp_server.rpc.health import Health
 from patchclamp_server.rpc.health_endpoint import HealthEndpoint
 from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
 from patchclamp_server.rpc.job_service import JobService
@@ -96,6 +97,10 @@ METHODS: tuple[str, ...] = (
     "ServerReflection/ServerReflectionInfo",
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# The closest that pings of a client may follow each other.
+MIN_PING_MILLISECONDS = 100
+# Time for clients that balance by health to leave, before the port is closed to them.
+LEAVE_SECONDS = 0.5
 # Time for the last statuses to reach their clients once every call is answered.
 FLUSH_SECONDS = 1.0
 # Time for the engine's last step, once nothing is left to run.
@@ -162,15 +167,18 @@ class Server:
         self._security.on_new_certificate = self._metrics_endpoint.renew_certificate
         self._in_flight = InFlight(self.config.max_calls)
         self._tracing = _tracing(self.config, self._info)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         security = CallSecurity(self._security, self._info.name, self._prompts.text_of)
         calls = CallInterceptor(self.metrics, self._in_flight, frozenset(SERVICES), security)
+        self._health = Health()
         self._grpc = grpc.aio.server(
             interceptors=self._interceptors(calls),
             options=[
                 ("grpc.max_receive_message_length", self.config.max_message_bytes),
                 # A second server on the port is a mistake, not a second worker.
                 ("grpc.so_reuseport", 0),
+                # Pings keep quiet streams open, and gRPC takes more than one in five minutes for an attack.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MILLISECONDS),
             ],
         )
         self._add_services(calls)
@@ -278,8 +286,9 @@ class Server:
         add_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
 
     async def stop(self) -> None:
-        """Drain and end: health says NOT_SERVING, new calls are refused, running ones have `drain_seconds`.
+        """Drain and end: health says NOT_SERVING, connections get a GOAWAY, and running calls have `drain_seconds`.
 
+        What runs beyond, such as a session whose client has nothing more to say, ends with UNAVAILABLE.
         Calls that come while it runs, or after, wait for the same end.
         """
         if self._stopping is None:
@@ -289,18 +298,25 @@ class Server:
     async def _stop(self) -> None:
         self._say_alive(False)
         await self._health.enter_graceful_shutdown()
-        # The port stays open meanwhile: a call gets UNAVAILABLE and its reason, not a connection that breaks.
+        drain_seconds = self.config.drain_seconds
+        if self._health.watchers:
+            # They leave on this news and lose nothing. After a GOAWAY gRPC resets the calls that cross it on their way.
+            leave_seconds = min(LEAVE_SECONDS, drain_seconds)
+            await asyncio.sleep(leave_seconds)
+            drain_seconds -= leave_seconds
         self._in_flight.close()
         self._watching_store.cancel()
         self._monitoring.close()
+        # GOAWAY now: whoever does not follow health looks for another server with the next call. What runs goes on.
+        leaving = asyncio.create_task(self._grpc.stop(drain_seconds + FLUSH_SECONDS))
         try:
-            await asyncio.wait_for(self._in_flight.idle(), self.config.drain_seconds)
+            await asyncio.wait_for(self._in_flight.idle(), drain_seconds)
         except TimeoutError:
             logger.warning("calls still ran after %g s and are cancelled", self.config.drain_seconds)
-            await self._detached.close()
-            await self._grpc.stop(None)
-        else:
-            await self._grpc.stop(FLUSH_SECONDS)
+            self._in_flight.end()
+            await self._detached.ended()
+        await self._grpc.stop(FLUSH_SECONDS)
+        await leaving
         if self._watchdog is not None:
             self._watchdog.cancel()
         if not await asyncio.to_thread(self.engine.shutdown, LAST_STEP_SECONDS):

@@ -19,6 +19,7 @@ EDIT_KINDS = (
     "heads",
 )
 ANYTHING = ("*",)
+WAITING_PER_PLACE = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class EditRules:
 
 @dataclass(frozen=True)
 class TenantRules:
-    """`methods`: patterns of "Service/Method". `max_priority`: requests run at this priority at most."""
+    """`methods`: patterns of "Service/Method". `max_priority`: requests run at this priority at most. `max_concurrent`:
+    calls at once; `max_waiting`: those that may wait for a place beside them, None is 16 for each place."""
 
     kill: bool = False
     methods: tuple[str, ...] = ANYTHING
@@ -54,9 +56,15 @@ class TenantRules:
     artifacts: ArtifactRules = field(default_factory=ArtifactRules)
     edits: EditRules = field(default_factory=EditRules)
     max_concurrent: int | None = None
+    max_waiting: int | None = None
     tokens_per_minute: int | None = None
     max_priority: Priority = Priority.INTERACTIVE
     weight: float = 1.0
+
+    @property
+    def line(self) -> int:
+        """How many calls may wait for a place."""
+        return WAITING_PER_PLACE * (self.max_concurrent or 0) if self.max_waiting is None else self.max_waiting
 
 
 UNLIMITED = TenantRules()

@@ -7,6 +7,7 @@ tenants:
     artifacts: {use: ["joy*"], upload: false}
     edits: {kinds: [add], max_strength: 2.0, max_edits: 4}
     max_concurrent: 8
+    max_waiting: 100
     tokens_per_minute: 60000
 """
 
@@ -148,6 +149,7 @@ def _rules(fields: _Fields, methods: Collection[str]) -> TenantRules:
         artifacts=ArtifactRules() if artifacts is None else _artifact_rules(artifacts),
         edits=EditRules() if edits is None else _edit_rules(edits),
         max_concurrent=fields.count("max_concurrent", low=1),
+        max_waiting=fields.count("max_waiting", low=0),
         tokens_per_minute=fields.count("tokens_per_minute", low=1),
         max_priority=PRIORITIES[priority],
         weight=weight,

@@ -1,4 +1,4 @@
-"""A call that can be ended from outside: by the kill switch."""
+"""A call that can be ended from outside: by the kill switch, or the end of the server."""
 
 import asyncio
 from collections.abc import Iterator

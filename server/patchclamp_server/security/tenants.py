@@ -1,16 +1,23 @@
-"""The tenants of a server while it runs: their rules, their buckets, their calls. Belongs to the event loop."""
+"""The tenants of a server while it runs: their rules, their buckets, their calls. Belongs to the event loop.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Calls beyond a tenant's `max_concurrent` wait in a line of their own, first come, first served, as long as their
+deadlines let them. The line is bounded too: who finds it full is told when half of it will have gone, by the measured
+length L of calls and the w that wait,
 
+    retry_after = w / 2 · L / max_concurrent
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from patchclamp_server.engine.admission import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, UNMEASURED_RETRY_SECONDS, Ratio
 from patchclamp_server.errors import PermissionDenied, QuotaExceeded
 from patchclamp_server.security.metrics import OTHER_TENANT
 from patchclamp_server.security.policy import Policy, TenantRules
 from patchclamp_server.security.running_call import RunningCall
 from patchclamp_server.security.token_bucket import TokenBucket
-
-# When a call of the tenant ends is not known; a client that waits so long finds room in most cases.
-RETRY_CONCURRENT_SECONDS = 1.0
 
 
 class Tenant:
@@ -20,6 +27,9 @@ class Tenant:
         self.name = name
         self.bucket: TokenBucket | None = None
         self.running: set[RunningCall] = set()
+        # In the order in which they came.
+        self.waiting: dict[RunningCall, asyncio.Future[None]] = {}
+        self._seconds = Ratio()
         self.apply(rules)
 
     def apply(self, rules: TenantRules) -> None:
@@ -31,19 +41,61 @@ class Tenant:
         else:
             # What is owed stays owed.
             self.bucket.per_minute = rules.tokens_per_minute
+        self._let_in()
 
-    @contextmanager
-    def call(self, running: RunningCall) -> Iterator[None]:
-        """Raises QuotaExceeded when as many run as may."""
-        limit = self.rules.max_concurrent
-        if limit is not None and len(self.running) >= limit:
-            message = f"{len(self.running)} calls of tenant {self.name!r} run; its max_concurrent is {limit}"
-            raise QuotaExceeded("", message).after(RETRY_CONCURRENT_SECONDS)
-        self.running.add(running)
+    @asynccontextmanager
+    async def call(self, call: RunningCall) -> AsyncIterator[None]:
+        """Waits for a place. Raises QuotaExceeded when as many wait as may."""
+        place = asyncio.get_running_loop().create_future()
+        began: float | None = None
         try:
+            if self._has_place() and not self.waiting:
+                self.running.add(call)
+            else:
+                self._check_line()
+                self.waiting[call] = place
+                await place
+            began = time.monotonic()
             yield
         finally:
-            self.running.remove(running)
+            if began is not None:
+                self._seconds.add(time.monotonic() - began, 1)
+            self.waiting.pop(call, None)
+            self.running.discard(call)
+            self._let_in()
+
+    def kill(self) -> None:
+        """Ends its calls, those that wait too."""
+        for call in (*self.running, *self.waiting):
+            call.kill()
+
+    def _has_place(self) -> bool:
+        limit = self.rules.max_concurrent
+        return limit is None or len(self.running) < limit
+
+    def _check_line(self) -> None:
+        limit, line = self.rules.max_concurrent, self.rules.line
+        if limit is None or len(self.waiting) < line:
+            return
+        message = (
+            f"{len(self.running)} calls of tenant {self.name!r} run and {len(self.waiting)} wait; "
+            f"its max_concurrent is {limit}, its max_waiting {line}"
+        )
+        seconds = self._seconds.value()
+        if seconds is None:
+            raise QuotaExceeded("", message).after(UNMEASURED_RETRY_SECONDS)
+        half = max(line, 1) / 2 * seconds / limit
+        raise QuotaExceeded("", message).after(min(max(half, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS))
+
+    def _let_in(self) -> None:
+        """Those that have waited longest, as far as there are places."""
+        while self.waiting and self._has_place():
+            call = next(iter(self.waiting))
+            place = self.waiting.pop(call)
+            # One whose client has left meanwhile leaves by itself.
+            if not place.done():
+                self.running.add(call)
+                place.set_result(None)
 
 
 class Tenants:
@@ -79,8 +131,7 @@ class Tenants:
             else:
                 del self._tenants[name]
             if rules is None or policy.kill or rules.kill:
-                for call in tenant.running:
-                    call.kill()
+                tenant.kill()
 
     def _rules(self, name: str) -> TenantRules | None:
         return self._policy.tenants.get(name, self._policy.default)

@@ -49,13 +49,24 @@ def connection_options(timeout: float = DEFAULT_TIMEOUT_SECONDS) -> argparse.Arg
     group.add_argument(
         "--address",
         default=os.environ.get("PATCHCLAMP_ADDRESS", DEFAULT_ADDRESS),
-        help="host:port (default: PATCHCLAMP_ADDRESS, else %(default)s)",
+        help="host:port; several servers: ipv4:HOST:PORT,HOST:PORT (default: PATCHCLAMP_ADDRESS, else %(default)s)",
     )
     group.add_argument("--tls", nargs="?", const=True, default=False, metavar="ROOTS.pem", help="connect by TLS")
     for option, variable, text in _SECURITY_OPTIONS:
         group.add_argument(
             option, default=os.environ.get(variable), metavar="FILE", help=f"{text} (default: {variable})"
         )
+    group.add_argument(
+        "--tls-server-name", metavar="NAME", help="name in the server's certificate (default: the host of --address)"
+    )
+    group.add_argument(
+        "--channel-option",
+        action="append",
+        default=[],
+        type=_channel_option,
+        metavar="NAME=VALUE",
+        help="argument of the channel, by gRPC's name; repeatable",
+    )
     group.add_argument("--token-in-clear", action="store_true", help="send the token to another host without TLS")
     group.add_argument(
         "--timeout",
@@ -77,8 +88,21 @@ def connect(args: argparse.Namespace) -> Client:
         certificate=args.cert,
         key=args.key,
         token_in_clear=args.token_in_clear,
+        tls_server_name=args.tls_server_name,
+        channel_options=args.channel_option,
         timeout=args.timeout,
     )
+
+
+def _channel_option(text: str) -> tuple[str, str | int]:
+    """Whole numbers are numbers to gRPC, and all else is text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as grpc.keepalive_time_ms=10000, got {text!r}")
+    try:
+        return name, int(value)
+    except ValueError:
+        return name, value
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
