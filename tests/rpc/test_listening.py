@@ -97,7 +97,7 @@ def test_a_taken_port_is_named_with_its_option_before_the_model_is_loaded(
     free = {"--address": "127.0.0.1:0", "--metrics-address": "127.0.0.1:0"}
     arguments = [part for pair in {**free, option: taken}.items() for part in pair]
     assert main(["--model", "/nowhere/model", *arguments]) == 1
-    assert capsys.readouterr().err == f"patchclamp serve: {option} {taken}: address already in use\n"
+    assert capsys.readouterr().err == f"patchclamp serve: error: {option} {taken}: address already in use\n"
 
 
 def test_a_port_is_held_while_the_model_loads_and_free_for_its_server_then(taken: str):
