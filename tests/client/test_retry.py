@@ -37,8 +37,13 @@ class Full(ModelServiceServicer, GenerationServiceServicer):
         yield generation_pb2.GenerateResponse(text="hello")
         yield generation_pb2.GenerateResponse(finished=generation_pb2.Finished())
 
-    def Session(self, request_iterator: Any, context: Any) -> Any:
+    def Session(self, request_iterator: Any, context: Any) -> Iterator[generation_pb2.GenerateResponse]:
         self._refuse_or_count(context)
+        for message in request_iterator:
+            if message.HasField("stop"):
+                yield generation_pb2.GenerateResponse(finished=generation_pb2.Finished())
+                return
+            yield generation_pb2.GenerateResponse(text=message.WhichOneof("event"))
 
     Score = Compare = Tokenize = ListModels
 
@@ -46,6 +51,20 @@ class Full(ModelServiceServicer, GenerationServiceServicer):
         self.times.append(time.monotonic())
         if len(self.times) <= self.refusals:
             context.abort_with_status(rpc_status.to_status(refusal(self.retry_after)))
+
+
+class Breaks(GenerationServiceServicer):
+    """Every session ends after its first message."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def Session(self, request_iterator: Any, context: grpc.ServicerContext) -> Any:
+        self.calls += 1
+        yield generation_pb2.GenerateResponse(text="hello")
+        context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    Generate = Score = Compare = Session
 
 
 def refusal(retry_after: float | None) -> status_pb2.Status:
@@ -108,15 +127,39 @@ def test_the_timeout_holds_for_all_attempts_together() -> None:
     assert Attempts(Retry(), None).seconds_left() is None
 
 
-def test_a_session_is_never_sent_again(serve: Serve) -> None:
-    server = Full(refusals=1)
-    with (
-        Client(serve(generation=server), retry=ASAP) as client,
-        client.session("hi") as session,
-        pytest.raises(PatchclampError, match="RESOURCE_EXHAUSTED"),
+def test_a_refused_session_is_sent_again_with_all_that_it_has_sent(serve: Serve) -> None:
+    server = Full(refusals=2)
+    with Client(serve(generation=server), retry=ASAP) as client, client.session("hi", lockstep=True) as session:
+        session.advance(1)
+        session.set_strength("joy", 1.0)
+        assert [next(session).text for _ in range(3)] == ["start", "advance", "set_strength"]
+        session.advance(1)
+        assert next(session).text == "advance"
+        session.stop()
+        assert next(session).finished
+    assert len(server.times) == 3
+
+
+async def test_a_refused_session_of_the_async_client_is_too(serve: Serve) -> None:
+    server = Full(refusals=2)
+    async with (
+        AsyncClient(serve(generation=server), retry=ASAP) as client,
+        client.session("hi", lockstep=True) as session,
     ):
-        next(session)
-    assert len(server.times) == 1
+        await session.advance(1)
+        assert [(await anext(session)).text for _ in range(2)] == ["start", "advance"]
+        await session.stop()
+        assert (await anext(session)).finished
+    assert len(server.times) == 3
+
+
+def test_a_session_that_has_been_answered_is_not_sent_again(serve: Serve) -> None:
+    server = Breaks()
+    with Client(serve(generation=server), retry=ASAP) as client, client.session("hi") as session:
+        assert next(session).text == "hello"
+        with pytest.raises(PatchclampError, match="UNAVAILABLE"):
+            next(session)
+    assert server.calls == 1
 
 
 def test_closing_a_stream_that_waits_to_be_sent_again_ends_it(serve: Serve) -> None:

@@ -122,17 +122,6 @@ async def test_the_async_client_sends_again_what_is_unavailable(serve: Serve):
     assert server.calls == 3
 
 
-def test_a_session_that_finds_no_server_is_not_sent_again(serve: Serve):
-    server = Absent(refusals=1)
-    with (
-        Client(serve(generation=server)) as client,
-        client.session("hi") as session,
-        pytest.raises(PatchclampError, match="UNAVAILABLE: away"),
-    ):
-        next(session)
-    assert server.calls == 1
-
-
 def unavailable(serve: Serve) -> grpc.RpcError:
     with grpc.insecure_channel(serve(models=Absent(refusals=1))) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/patchclamp.v1.ModelService/ListModels")(b"")

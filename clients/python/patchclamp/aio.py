@@ -1,13 +1,12 @@
 """The async client: the same methods as the sync one, in client.py, where they are described."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
 from patchclamp import requests
-from patchclamp.async_streams import AsyncGenerateStream, AsyncSession, AsyncStream, drain
+from patchclamp.async_streams import AsyncGenerateStream, AsyncOutbox, AsyncSession, AsyncStream
 from patchclamp.async_transport import AsyncTransport
 from patchclamp.client import Client
 from patchclamp.connection import (
@@ -151,9 +150,8 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[GenerateOptions],
     ) -> AsyncSession:
-        outbox: asyncio.Queue[generation_pb2.SessionRequest | None] = asyncio.Queue()
-        outbox.put_nowait(requests.session_start(prompt, lockstep=lockstep, **options))
-        return AsyncSession(self._once(self._generation.Session, drain(outbox), timeout), outbox)
+        outbox = AsyncOutbox(requests.session_start(prompt, lockstep=lockstep, **options))
+        return AsyncSession(self._session(self._generation.Session, outbox, timeout), outbox)
 
     @takes_options_of(requests.score)
     async def score(

@@ -23,7 +23,14 @@ class AsyncCall(Protocol[MessageT_co]):
 
     def cancel(self) -> bool: ...
 
+
+class AsyncEndingCall(AsyncCall[MessageT_co], Protocol[MessageT_co]):
+    """One that tells when it has ended."""
+
     def add_done_callback(self, callback: Callable[[Any], None]) -> None: ...
+
+
+AsyncCallT = TypeVar("AsyncCallT", bound=AsyncEndingCall[Any])
 
 
 class AsyncStream(Generic[MessageT, EventT, ResultT]):
@@ -93,24 +100,27 @@ class AsyncSession(AsyncGenerateStream):
     def __init__(
         self,
         call: AsyncCall[generation_pb2.GenerateResponse],
-        outbox: asyncio.Queue[generation_pb2.SessionRequest | None],
+        outbox: "AsyncOutbox[generation_pb2.SessionRequest]",
     ) -> None:
         super().__init__(call)
         self._outbox = outbox
-        # Lets the task that sends end with the call: gRPC leaves it waiting.
-        call.add_done_callback(lambda _: outbox.put_nowait(None))
+
+    async def __anext__(self) -> Chunk:
+        chunk = await super().__anext__()
+        self._outbox.answered()
+        return chunk
 
     async def set_strength(self, edit: str, strength: float) -> None:
         """Changes a named edit from the next token on."""
-        await self._outbox.put(requests.set_strength(edit, strength))
+        self._outbox.put(requests.set_strength(edit, strength))
 
     async def advance(self, tokens: int = 1) -> None:
         """Grants tokens to a lockstep session."""
-        await self._outbox.put(requests.advance(tokens))
+        self._outbox.put(requests.advance(tokens))
 
     async def stop(self) -> None:
         """Ends generation; the last chunk, with the receipt, still arrives."""
-        await self._outbox.put(requests.stop_session())
+        self._outbox.put(requests.stop_session())
 
 
 class _Done:
@@ -120,9 +130,38 @@ class _Done:
         yield
 
 
-async def drain(outbox: asyncio.Queue[MessageT | None]) -> AsyncIterator[MessageT]:
-    """What a session sends, until None."""
-    while (message := await outbox.get()) is not None:
+class AsyncOutbox(Generic[MessageT]):
+    """As Outbox, in an event loop."""
+
+    def __init__(self, first: MessageT) -> None:
+        self._sent = [first]
+        self._is_answered = False
+        self._queue: asyncio.Queue[MessageT | None] = asyncio.Queue()
+
+    def attempt(self, begin: Callable[[AsyncIterator[MessageT]], AsyncCallT]) -> AsyncCallT:
+        """The call that `begin` makes of an iterator of the messages."""
+        queue: asyncio.Queue[MessageT | None] = asyncio.Queue()
+        self._queue = queue
+        for message in self._sent:
+            queue.put_nowait(message)
+        call = begin(_until_none(queue))
+        # Lets the task that sends end with its call: gRPC leaves it waiting.
+        call.add_done_callback(lambda _: queue.put_nowait(None))
+        return call
+
+    def put(self, message: MessageT) -> None:
+        if not self._is_answered:
+            self._sent.append(message)
+        self._queue.put_nowait(message)
+
+    def answered(self) -> None:
+        """There will be no further attempt."""
+        self._is_answered = True
+        self._sent.clear()
+
+
+async def _until_none(queue: asyncio.Queue[MessageT | None]) -> AsyncIterator[MessageT]:
+    while (message := await queue.get()) is not None:
         yield message
 
 

@@ -2,12 +2,12 @@
 
 import asyncio
 import copy
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
-from patchclamp.async_streams import AsyncCall
+from patchclamp.async_streams import AsyncCall, AsyncEndingCall, AsyncOutbox
 from patchclamp.calls import Method, RequestT, ResponseT
 from patchclamp.collectors import MessageT
 from patchclamp.connection import HEALTH_METHOD, Connection, HealthRequest, HealthResponse
@@ -156,10 +156,16 @@ class AsyncTransport:
 
         return AsyncRepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
 
-    def _once(
-        self, method: Method[RequestT, AsyncCall[MessageT]], request: RequestT, timeout: float | None
+    def _session(
+        self,
+        method: Method[AsyncIterator[RequestT], AsyncEndingCall[MessageT]],
+        outbox: AsyncOutbox[RequestT],
+        timeout: float | None,
     ) -> AsyncCall[MessageT]:
-        return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+        def begin(seconds: float | None) -> AsyncCall[MessageT]:
+            return outbox.attempt(lambda sent: method(sent, timeout=seconds, metadata=self._connection.metadata))
+
+        return AsyncRepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
 
 
 def _channel(connection: Connection, options: list[tuple[str, str | int]]) -> grpc.aio.Channel:

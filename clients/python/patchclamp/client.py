@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -83,7 +82,7 @@ from patchclamp.results import (
 )
 from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
-from patchclamp.streams import GenerateStream, Session, Stream
+from patchclamp.streams import GenerateStream, Outbox, Session, Stream
 from patchclamp.transport import Transport
 from patchclamp.v1 import (
     artifact_pb2,
@@ -103,8 +102,7 @@ class Client(Transport):
     Every method raises PatchclampError when the server refuses or fails.
 
     timeout: seconds for each call, unless the call gives its own; ``math.inf`` is no deadline. Sessions and
-    long jobs have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message,
-    a session never.
+    long jobs have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message.
     address, token, tls, certificate, key, token_in_clear, tls_server_name, channel_options: see Connection. ValueError
     for a token that would travel in clear.
     retry: whether a call that a full server refuses waits and is sent again, as ``Retry()``; otherwise the error says
@@ -161,9 +159,8 @@ class Client(Transport):
 
         lockstep: generate only as many tokens as advance() has granted.
         """
-        outbox: SimpleQueue[generation_pb2.SessionRequest | None] = SimpleQueue()
-        outbox.put(requests.session_start(prompt, lockstep=lockstep, **options))
-        return Session(self._once(self._generation.Session, iter(outbox.get, None), timeout), outbox)
+        outbox = Outbox(requests.session_start(prompt, lockstep=lockstep, **options))
+        return Session(self._session(self._generation.Session, outbox, timeout), outbox)
 
     @takes_options_of(requests.score)
     def score(

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, Generic
+from typing import Generic
 
 import grpc
 
@@ -35,8 +35,8 @@ class Retry:
         n-th wait = min(retry_after · 2ⁿ⁻¹, max(retry_after, half of the time that is left)) · U(1, 1 + jitter)
 
     seconds: no attempt begins later than this after the first, nor after the timeout of the call, which holds for all
-    attempts together. jitter: how far clients that were refused together are spread. A stream is sent again only before
-    its first message; a session never.
+    attempts together. jitter: how far clients that were refused together are spread. A stream, and a session with all
+    that it has sent, is sent again only before its first message.
 
     What is UNAVAILABLE is sent again in the same way, without being asked to and for 5 seconds at least, after
     min(0.1 · 2ⁿ⁻¹, 1) · U(1, 1 + jitter) seconds: more `seconds` span the restart of a server that is the only one.
@@ -117,9 +117,6 @@ class RepeatedCall(Generic[MessageT]):
         self._cancelled.set()
         return self._call.cancel()
 
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        return self._call.add_callback(callback)
-
 
 class AsyncRepeatedCall(Generic[MessageT]):
     """As RepeatedCall, in an event loop."""
@@ -151,9 +148,6 @@ class AsyncRepeatedCall(Generic[MessageT]):
     def cancel(self) -> bool:
         self._cancelled.set()
         return self._call.cancel()
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        self._call.add_done_callback(callback)
 
     async def _is_cancelled_within(self, seconds: float) -> bool:
         try:

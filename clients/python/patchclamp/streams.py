@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
+from threading import Lock
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import grpc
 
@@ -23,7 +24,14 @@ class Call(Protocol[MessageT_co]):
 
     def cancel(self) -> object: ...
 
+
+class EndingCall(Call[MessageT_co], Protocol[MessageT_co]):
+    """One that tells when it has ended; False where it had before."""
+
     def add_callback(self, callback: Callable[[], None]) -> bool: ...
+
+
+CallT = TypeVar("CallT", bound=EndingCall[Any])
 
 
 class Stream(Generic[MessageT, EventT, ResultT]):
@@ -84,14 +92,15 @@ class Session(GenerateStream):
     """A generation whose strengths change while it runs. What is sent after the stream has ended has no effect."""
 
     def __init__(
-        self,
-        call: Call[generation_pb2.GenerateResponse],
-        outbox: SimpleQueue[generation_pb2.SessionRequest | None],
+        self, call: Call[generation_pb2.GenerateResponse], outbox: "Outbox[generation_pb2.SessionRequest]"
     ) -> None:
         super().__init__(call)
         self._outbox = outbox
-        if not call.add_callback(self._end_outbox):
-            self._end_outbox()
+
+    def __next__(self) -> Chunk:
+        chunk = super().__next__()
+        self._outbox.answered()
+        return chunk
 
     def set_strength(self, edit: str, strength: float) -> None:
         """Changes a named edit from the next token on."""
@@ -105,5 +114,40 @@ class Session(GenerateStream):
         """Ends generation; the last chunk, with the receipt, still arrives."""
         self._outbox.put(requests.stop_session())
 
-    def _end_outbox(self) -> None:
-        self._outbox.put(None)  # lets the thread that sends end with the call
+
+class Outbox(Generic[MessageT]):
+    """What a session sends, beginning with `first`: until an attempt has been answered, the next sends it all again."""
+
+    def __init__(self, first: MessageT) -> None:
+        self._lock = Lock()
+        self._sent = [first]
+        self._is_answered = False
+        self._queue: SimpleQueue[MessageT | None] = SimpleQueue()
+
+    def attempt(self, begin: Callable[[Iterator[MessageT]], CallT]) -> CallT:
+        """The call that `begin` makes of an iterator of the messages."""
+        queue: SimpleQueue[MessageT | None] = SimpleQueue()
+        with self._lock:
+            self._queue = queue
+            for message in self._sent:
+                queue.put(message)
+        call = begin(iter(queue.get, None))
+
+        def end() -> None:
+            queue.put(None)  # lets the thread that sends end with its call
+
+        if not call.add_callback(end):
+            end()
+        return call
+
+    def put(self, message: MessageT) -> None:
+        with self._lock:
+            if not self._is_answered:
+                self._sent.append(message)
+            self._queue.put(message)
+
+    def answered(self) -> None:
+        """There will be no further attempt."""
+        with self._lock:
+            self._is_answered = True
+            self._sent.clear()

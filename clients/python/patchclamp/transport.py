@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import grpc
@@ -12,7 +12,7 @@ from patchclamp.collectors import MessageT
 from patchclamp.connection import HEALTH_METHOD, Connection, HealthRequest, HealthResponse
 from patchclamp.errors import PatchclampError
 from patchclamp.retry import Attempts, RepeatedCall, Retry
-from patchclamp.streams import Call
+from patchclamp.streams import Call, EndingCall, Outbox
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
@@ -86,10 +86,16 @@ class Transport:
 
         return RepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
 
-    def _once(
-        self, method: Method[RequestT, Call[MessageT]], request: RequestT, timeout: float | None
+    def _session(
+        self,
+        method: Method[Iterator[RequestT], EndingCall[MessageT]],
+        outbox: Outbox[RequestT],
+        timeout: float | None,
     ) -> Call[MessageT]:
-        return method(request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+        def begin(seconds: float | None) -> Call[MessageT]:
+            return outbox.attempt(lambda sent: method(sent, timeout=seconds, metadata=self._connection.metadata))
+
+        return RepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
 
 
 def _channel(connection: Connection, options: list[tuple[str, str | int]]) -> grpc.Channel:
