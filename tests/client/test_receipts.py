@@ -20,7 +20,8 @@ def test_rows_of_both_are_told_apart():
 
 
 def test_a_gate_says_its_threshold_also_when_it_never_opened():
-    assert "gate at 12.34 open 0 times" in receipt(EditReceipt("joy", 0, 0.0, 0, 0, 12.3412))
+    text = receipt(EditReceipt("joy", 0, 0.0, 0, 0, 12.3412))
+    assert text.splitlines()[1] == "  joy: 0 token-layer rows, gate at 12.34 open 0 times"
 
 
 def test_warnings_follow_the_edits():

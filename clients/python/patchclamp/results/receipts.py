@@ -81,7 +81,10 @@ class EditReceipt(Record):
                 "their change was measured when they were computed",
             ]
         else:
-            parts = [f"{self.rows} token-layer rows", f"mean change {self.mean_relative_change:.2%} of the norm"]
+            parts = [f"{self.rows} token-layer rows"]
+            # Of no rows there is no mean.
+            if self.rows:
+                parts.append(f"mean change {self.mean_relative_change:.2%} of the norm")
             if self.rows_from_cache:
                 parts.append(f"{self.rows_from_cache} more rows from the prefix cache")
         if self.gate_threshold is not None:
