@@ -84,6 +84,10 @@ def _changes(random: Random, message: Message) -> Iterator[Callable[[], object]]
             yield lambda part=part: part.CopyFrom(prompt(random))
     for holder, field in _strings(message):
         yield lambda holder=holder, field=field: setattr(holder, field.name, text(random))
+    for part in _messages(message):
+        for field, values in part.ListFields():
+            if field.type == FieldDescriptor.TYPE_STRING and field.is_repeated:
+                yield lambda values=values: values.__setitem__(random.randrange(len(values)), text(random))
 
 
 def _messages(message: Message) -> Iterator[Message]:

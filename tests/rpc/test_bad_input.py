@@ -105,6 +105,7 @@ INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
     "infinite penalty": (request(sampling=pb.Sampling(presence_penalty=INF)), "sampling.presence_penalty"),
     "too many stop strings": (request(stop=pb.StopConditions(strings=["x"] * 17)), "stop.strings"),
     "empty stop string": (request(stop=pb.StopConditions(strings=["x", ""])), "stop.strings[1]"),
+    "a stop string as long as a book": (request(stop=pb.StopConditions(strings=["x", "y" * 5000])), "stop.strings[1]"),
     "unknown stop token": (request(stop=pb.StopConditions(token_ids=[999_999])), "stop.token_ids[0]"),
     "too many logprobs": (request(logprobs=21), "logprobs"),
     "unknown priority": (request(priority=9), "priority"),

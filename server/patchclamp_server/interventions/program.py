@@ -5,6 +5,7 @@ Nothing here is checked against a model; see bind.py. Nothing here knows gRPC; s
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,11 @@ class TokenSelector:
     last_k: int | None = None
     token_ids: tuple[int, ...] = ()
     role: str | None = None
+
+    @cached_property
+    def token_set(self) -> frozenset[int]:
+        """Looked up in every step, of which a long list must not be a part."""
+        return frozenset(self.token_ids)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _selector_mask(
     if selector.last_k is not None:
         mask &= (positions >= prompt - selector.last_k) & (positions < prompt)
     if selector.token_ids:
-        mask &= np.isin(token_ids, selector.token_ids)
+        mask &= np.array([id in selector.token_set for id in token_ids.tolist()], dtype=np.bool_)
     if selector.role is not None:
         roles = sequence.roles or ()
         own = [(roles[p] if p < len(roles) else GENERATED_ROLE) == selector.role for p in positions]
