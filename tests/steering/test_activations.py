@@ -10,11 +10,12 @@ import torch
 from steering_fixtures import Recorded
 from transformers import AutoModelForCausalLM
 
-from patchclamp_server.engine.request import Capture, Pooling
+from patchclamp_server.engine.request import Capture
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.pooling import Pooling
 from patchclamp_server.steering.activations import collect
 
 # Shorter and longer than a KV block, longer than a step, with a prefix in common, and one twice.
@@ -29,7 +30,7 @@ def prompts_of(info: ModelInfo, lengths: Sequence[int] = LENGTHS) -> list[tuple[
 
 async def gathered(recorded: Recorded, prompts: list[tuple[int, ...]], capture: Capture) -> list[torch.Tensor]:
     async with aclosing(collect(recorded.engine, prompts, capture)) as pooled:
-        by_index = {index: values async for index, values in pooled}
+        by_index = {index: each.values async for index, each in pooled}
     return [by_index[index] for index in range(len(prompts))]
 
 

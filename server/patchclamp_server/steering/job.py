@@ -5,17 +5,18 @@ import hashlib
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Capture, Pooling
+from patchclamp_server.engine.request import Capture
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.pooling import Pooling
 from patchclamp_server.steering.activations import collect
 from patchclamp_server.steering.evidence import (
     RANDOM_DIRECTIONS,
@@ -25,6 +26,7 @@ from patchclamp_server.steering.evidence import (
     layer_evidence,
     shuffled,
     training_pairs,
+    warnings,
 )
 from patchclamp_server.steering.registry import METHODS
 
@@ -69,6 +71,7 @@ class Result:
     artifact: ArtifactInfo
     layers: tuple[LayerEvidence, ...]
     best_layer: int
+    warnings: tuple[str, ...]
 
 
 async def extract(
@@ -88,9 +91,12 @@ async def extract(
     prompts = [tokens for i in order for tokens in (job.pairs[i].positive, job.pairs[i].negative)]
     capture = Capture(job.site, job.layers, job.pooling)
     done = 0
-    async with aclosing(collect(engine, prompts, capture)) as pooled:
-        async for index, values in pooled:
-            (negative if index % 2 else positive)[index // 2] = values
+    tokens, left_out = torch.zeros(2, n_layers, dtype=torch.int64)
+    async with aclosing(collect(engine, prompts, capture)) as collected:
+        async for index, pooled in collected:
+            (negative if index % 2 else positive)[index // 2] = pooled.values
+            tokens += pooled.tokens
+            left_out += pooled.left_out
             done += 1
             if done * PROGRESS_EVENTS // len(prompts) > (done - 1) * PROGRESS_EVENTS // len(prompts):
                 yield Progress("activations", done, len(prompts))
@@ -110,10 +116,11 @@ async def extract(
         measured = await asyncio.to_thread(
             layer_evidence, layer, directions[layer], training_sides, heldout_sides, job.seed
         )
+        measured = replace(measured, pooled_tokens=int(tokens[row]), tokens_left_out=int(left_out[row]))
         evidence.append(measured)
         yield Progress("evidence", row + 1, n_layers)
 
-    best = best_layer(evidence)
+    best, warned = best_layer(evidence), warnings(evidence)
     artifact = await asyncio.to_thread(
         store.put,
         ArtifactKind.VECTOR,
@@ -128,10 +135,11 @@ async def extract(
             "heldout_pairs": n_pairs - n_training,
             "random_directions": RANDOM_DIRECTIONS,
             "layers": [asdict(e) for e in evidence],
+            "warnings": list(warned),
         },
         tags=job.tags,
     )
-    yield Result(artifact, tuple(evidence), best)
+    yield Result(artifact, tuple(evidence), best, warned)
 
 
 def pairs_digest(pairs: tuple[TokenPair, ...]) -> str:

@@ -51,7 +51,16 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
         return 0
     table(
-        ("layer", "held-out accuracy", "random direction", "norm", "activation norm", "explained variance"),
+        (
+            "layer",
+            "held-out accuracy",
+            "random direction",
+            "norm",
+            "activation norm",
+            "explained variance",
+            "participation ratio",
+            "tokens left out",
+        ),
         [
             (
                 f"{layer.layer}{' *' if layer.layer == result.best_layer else ''}",
@@ -60,10 +69,14 @@ def run(args: argparse.Namespace) -> int:
                 f"{layer.norm:.3f}",
                 f"{layer.activation_norm:.3f}",
                 f"{layer.explained_variance:.3f}",
+                f"{layer.participation_ratio:.1f}",
+                f"{layer.tokens_left_out} of {layer.pooled_tokens + layer.tokens_left_out}",
             )
             for layer in result.layers
         ],
     )
+    for warning in result.warnings:
+        note(f"warning: {warning}")
     note(f"stored as {args.name} = {result.artifact.id}; best layer {result.best_layer}")
     return 0
 
