@@ -7,9 +7,11 @@ import torch
 from sparse_models import bound, documents, profile, run, sparse_model
 
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.sparsity import POLICIES, MlpInput
+from patchclamp_server.interventions.program import Site
+from patchclamp_server.sparsity import POLICIES, MlpInput, calibrate
 from patchclamp_server.sparsity.budgets import GRID, REFERENCE, allocate, damage_curves
 from patchclamp_server.sparsity.coreinfer_similarity import multi_hot
+from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for
 from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.kmeans import elbow_clusters
 from patchclamp_server.sparsity.mlp import matrix
@@ -244,6 +246,21 @@ def test_clusters_are_found_where_there_are_some() -> None:
     centres, assigned = elbow_clusters(points)
     assert len(centres) == 5
     assert len(set(assigned.tolist())) == 5
+
+
+def test_static_scores_are_of_all_tokens_but_attention_sinks() -> None:
+    model, texts = sparse_model(), documents(3, 24, seed=11)
+    found = calibrate(StaticSet(), model, texts).tensors["scores"]
+    for text in texts.split(1):
+        kept = KeepSite(Site.MLP_POST)
+        decoder = model.decoder
+        decoder.forward(inputs_of(text, 0, 24, decoder), pools_for(decoder, text), kept)
+        for layer, weights in enumerate(model.layers):
+            others = kept.kept[layer][1:]
+            norms = others.norm(dim=1)
+            ordinary = others[norms <= 3 * norms.median()]
+            found[layer] -= ordinary.square().sum(dim=0) * weights.down.square().sum(dim=1)
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-3)
 
 
 def test_static_sets_name_layers_and_neurons_that_exist() -> None:
