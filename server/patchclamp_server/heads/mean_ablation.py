@@ -42,10 +42,10 @@ class CorruptMeans:
     def __init__(self, pairs: tuple[CleanCorruptPair, ...]) -> None:
         self.by_position = len({len(pair.corrupt) for pair in pairs}) == 1
         self._sum: Tensor | None = None  # float64
-        self._count: Tensor | int = 0  # by layer, or for all
+        self._count = torch.zeros(())  # or by layer
 
     def add(self, corrupt: Run) -> None:
-        total, count = corrupt.z.double(), 1
+        total, count = corrupt.z.double(), torch.ones(())
         if not self.by_position:
             kept = ordinary_tokens(corrupt.z.flatten(2))[:, :, None, None]
             total, count = (total * kept).sum(dim=1, keepdim=True), kept.sum(dim=1, keepdim=True)

@@ -210,10 +210,10 @@ def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors
                 message = f"layer.{layer}.neurons names neuron {largest}; {model.name} has 0 to {model.d_ff - 1}"
                 raise InvalidArgument("tensors", message)
     if kind is ArtifactKind.HEAD_SET and tensors["scores"].shape != (model.n_layers, model.n_heads):
-        layers, heads = tensors["scores"].shape
-        message = f"scores [{layers}, {heads}]; {model.name} has {model.n_layers} layers of {model.n_heads} heads"
-        if layers < model.n_layers or heads < model.n_heads:
-            first = f"0-{heads}" if heads < model.n_heads else f"{layers}-0"
+        n_layers, n_heads = tensors["scores"].shape
+        message = f"scores [{n_layers}, {n_heads}]; {model.name} has {model.n_layers} layers of {model.n_heads} heads"
+        if n_layers < model.n_layers or n_heads < model.n_heads:
+            first = f"0-{n_heads}" if n_heads < model.n_heads else f"{n_layers}-0"
             message += f": the first that is missing is {first}"
         raise InvalidArgument("tensors", message)
 
