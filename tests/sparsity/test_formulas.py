@@ -15,11 +15,12 @@ from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for
 from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.kmeans import elbow_clusters
 from patchclamp_server.sparsity.mlp import matrix
-from patchclamp_server.sparsity.policy import weight_shares
+from patchclamp_server.sparsity.policy import PROJECTIONS, weight_shares
 from patchclamp_server.sparsity.quantiles import quantiles, threshold
 from patchclamp_server.sparsity.sketch import PACKED_ROWS, SketchedProduct, sketch
 from patchclamp_server.sparsity.static_set import StaticSet
 from patchclamp_server.sparsity.teal import STEP
+from patchclamp_server.sparsity.teal_allocation import greedy_path
 from patchclamp_server.sparsity.top import top_mask
 
 D_FF = 80
@@ -190,6 +191,21 @@ def test_each_greedy_step_of_teal_lowers_one_product_and_the_block_by_one_step()
         changes = path[:-1] - path[1:]
         assert bool(((changes > 1e-6).sum(1) == 1).all())
         torch.testing.assert_close(changes @ shares, torch.full((len(changes),), STEP), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_greedy_path_of_teal_does_not_follow_the_first_token(layer: int) -> None:
+    """However long its state: after the norm before attention the other tokens see the same of it."""
+    model, made, texts = sparse_model(), profile("teal"), documents(2, 6, seed=1)
+    assert made is not None
+    kept = KeepSite(Site.RESID_PRE)
+    model.decoder.forward(inputs_of(texts, 0, 6, model.decoder), pools_for(model.decoder, texts), kept)
+    states = kept.kept[layer]
+    sinks = states.clone()
+    sinks[::6] *= 1000
+    grids = [made.tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
+    paths = [greedy_path(model.decoder, layer, residual, 2, grids) for residual in (states, sinks)]
+    assert torch.equal(*paths)
 
 
 def test_thresholds_keep_the_share_asked_for() -> None:

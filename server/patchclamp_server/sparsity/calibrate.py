@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
-from patchclamp_server.pooling import ordinary_tokens
+from patchclamp_server.pooling import ordinary_tokens, outliers
 from patchclamp_server.sparsity.budgets import GRID, REFERENCE, damage_curves
 from patchclamp_server.sparsity.coreinfer_similarity import CoreInferSimilarity, multi_hot
 from patchclamp_server.sparsity.coreinfer_stability import core_counts, token_order
@@ -203,13 +203,14 @@ def _damage(
         divergence.append(evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile)).divergence)
         mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
         down, row = mlp.weights.down, []
+        ordinary = ~outliers((mlp.neurons @ down).norm(dim=1))
         for keep in GRID:
             selector = replace(policy, keep_ratio=keep).bind(model, profile)
             selection = selector.select(selector.begin(), layer, mlp)
             error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
             if selection.remainder is not None:
                 error -= selection.remainder(selection.active)
-            row.append(float(error.square().sum()))
+            row.append(float(error[ordinary].square().sum()))
         errors.append(row)
         steps.advance()
     return damage_curves(torch.tensor(divergence), torch.tensor(errors))
