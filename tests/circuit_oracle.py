@@ -47,6 +47,12 @@ def with_head(z: Tensor, head: int, value: Tensor, n_heads: int) -> Tensor:
     return z
 
 
+def ordinary(z: Tensor) -> Tensor:
+    """Of z [T, width], the rows but the first, and but those of more than three times the median norm of the rest."""
+    norms = z[1:].norm(dim=1)
+    return z[1:][norms <= 3 * norms.median()]
+
+
 class Naive:
     """What is measured of pairs of prompts of a tiny model."""
 
@@ -59,14 +65,15 @@ class Naive:
         self.corrupt = {pair: recorded(model, pair.corrupt) for pair in pairs}
         self.clean_metric = {pair: self.metric(pair, pair.clean) for pair in pairs}
         self.corrupt_metric = {pair: self.metric(pair, pair.corrupt) for pair in pairs}
-        # By layer: of each position [T, width] where all prompts are equally long, else of all tokens [1, width].
+        # By layer: of each position [T, width] where all prompts are equally long, else [1, width] of all tokens
+        # but the first of each prompt and those of more than three times the median norm.
         self.means: dict[int, Tensor] = {}
         for layer in range(model.config.num_hidden_layers):
             outputs = [self.corrupt[pair][Site.ATTN_Z, layer] for pair in pairs]
             if len({len(z) for z in outputs}) == 1:
                 self.means[layer] = torch.stack(outputs).mean(dim=0)
             else:
-                self.means[layer] = torch.cat(outputs).mean(dim=0, keepdim=True)
+                self.means[layer] = torch.cat([ordinary(z) for z in outputs]).mean(dim=0, keepdim=True)
 
     def metric(self, pair: CleanCorruptPair, tokens: Sequence[int], edit: Edit | None = None) -> float:
         logits = last_logits(self.model, tokens, edit)

@@ -228,10 +228,9 @@ def test_a_safetensors_file_that_lies_is_malformed(data: bytes) -> None:
 
 
 def test_published_head_scores_become_the_means_of_their_runs_in_a_table_of_layers_and_heads() -> None:
-    published = b'{"1-2": [0.5, 0.0, 1.0], "0-0": [1], "1-0": [0.25]}'
+    published = b'{"1-1": [0.5, 0.0, 1.0], "0-0": [1], "0-1": [0], "1-0": [0.25]}'
     decoded = head_score_json.decode(published)
-    assert decoded.tensors["scores"].tolist() == [[1.0, 0.0, 0.0], [0.25, 0.0, 0.5]]
-    assert decoded.missing_is_zero
+    assert decoded.tensors["scores"].tolist() == [[1.0, 0.0], [0.25, 0.5]]
     assert decoded.provenance == {"method": "imported", "format": "head_score_json", "runs": {"fewest": 1, "most": 3}}
 
 
@@ -257,6 +256,8 @@ BAD_HEAD_SCORES = {
     "deep JSON": (b"[" * 100_000, "JSON"),
     "a list": (b"[[0.5]]", "object"),
     "no heads": (b"{}", "object"),
+    "a head less": (b'{"0-0": [1], "0-2": [1], "1-0": [1], "1-1": [1]}', "2 of 6 heads are missing, the first is 0-1"),
+    "the first heads less": (b'{"1-1": [1]}', "3 of 4 heads are missing, the first is 0-0"),
     "a head twice": (b'{"0-0": [1], "0-0": [0]}', "twice"),
     "a head in words": (b'{"first": [1]}', "'first'"),
     "a negative layer": (b'{"-1-0": [1]}', "'-1-0'"),

@@ -16,7 +16,8 @@ from patchclamp.programs import Program, generated, read_heads, uniform_heads
 from patchclamp.results import NeedleRun, Progress, score_matrix
 from patchclamp_server.model.load import load_model
 
-SCORES = {"0-1": [0.5], "1-2": [0.75, 0.25], "1-3": [0.125]}
+ZEROS = {f"{layer}-{head}": [0.0] for layer in range(2) for head in range(4)}
+SCORES = {**ZEROS, "0-1": [0.5], "1-2": [0.75, 0.25], "1-3": [0.125]}
 # One byte is one token.
 NEEDLES = NeedleTest(["It rains. " * 40], [Needle("Who?", "Ann did.", "Ann")], [96, 128], [0.1, 0.9])
 RANDOM: dict[str, Any] = {"sequence_tokens": 16, "sequences": 2}
@@ -45,7 +46,7 @@ def test_published_head_scores_come_back_as_they_were_sent(client: Client):
     back = json.loads(client.download_artifact("imported", "head_score_json"))
     sent = {head: sum(scores) / len(scores) for head, scores in SCORES.items()}
     means = {head: sum(scores) / len(scores) for head, scores in back.items()}
-    assert {head: mean for head, mean in means.items() if mean} == pytest.approx(sent)
+    assert means == pytest.approx(sent)
     assert client.get_artifact("imported").kind == "head_set"
 
 

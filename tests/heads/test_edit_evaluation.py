@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from circuit_oracle import ordinary
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -120,12 +121,12 @@ async def test_mean_outputs_are_those_of_the_output_projections_input(
     seen: list[list[torch.Tensor]] = [[], []]
     for layer, block in enumerate(model.model.layers):
         block.self_attn.o_proj.register_forward_pre_hook(
-            lambda _, inputs, layer=layer: seen[layer].append(inputs[0][0, 1:])
+            lambda _, inputs, layer=layer: seen[layer].append(inputs[0][0])
         )
     with torch.no_grad():
         for window in tokens:
             model(torch.tensor([window]))
-    expected = torch.stack([torch.cat(rows).mean(dim=0) for rows in seen]).view(2, 4, -1)
+    expected = torch.stack([torch.cat([*map(ordinary, rows)]).mean(dim=0) for rows in seen]).view(2, 4, -1)
     torch.testing.assert_close(await mean_outputs(engine, tiny_llama.info, tokens), expected, rtol=1e-4, atol=1e-6)
 
 

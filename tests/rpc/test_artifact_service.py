@@ -150,7 +150,8 @@ async def test_a_sparsity_profile_round_trips(stub: Stub) -> None:
 
 
 async def test_published_head_scores_become_a_head_set_of_all_heads_of_the_model(stub: Stub) -> None:
-    published = b'{"2-1": [0.75, 0.25], "0-0": [0.125]}'
+    runs = {f"{layer}-{head}": [0] for layer in range(4) for head in range(2)}
+    published = json.dumps({**runs, "2-1": [0.75, 0.25], "0-0": [0.125]}).encode()
     artifact = await upload(stub, published, kind=HEAD_SET, format=HEAD_SCORES)
     assert (artifact.kind, artifact.layers, artifact.width) == (HEAD_SET, [0, 1, 2, 3], 2)
     assert artifact.provenance["format"] == "head_score_json"
@@ -161,8 +162,26 @@ async def test_published_head_scores_become_a_head_set_of_all_heads_of_the_model
     assert (exported["2-1"], exported["1-0"]) == ([0.5], [0.0])
 
 
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ([(0, 0), (2, 1)], "4 of 6 heads are missing, the first is 0-1"),
+        ([(0, 0), (1, 0), (2, 0), (3, 0)], "the first that is missing is 0-1"),
+        ([(0, 0), (0, 1), (1, 0), (1, 1)], "the first that is missing is 2-0"),
+    ],
+)
+async def test_head_scores_that_are_not_of_all_heads_are_refused_by_the_first_missing_one(
+    stub: Stub, named: list[tuple[int, int]], message: str
+) -> None:
+    published = json.dumps({f"{layer}-{head}": [1] for layer, head in named}).encode()
+    with pytest.raises(grpc.aio.AioRpcError, match=message) as refusal:
+        await upload(stub, published, kind=HEAD_SET, format=HEAD_SCORES)
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field_of(refusal.value) == "chunk"
+
+
 async def test_head_scores_of_a_model_that_is_not_served_have_the_heads_that_the_file_names(stub: Stub) -> None:
-    published = b'{"9-5": [1]}'
+    published = json.dumps({f"{layer}-{head}": [1] for layer in range(10) for head in range(6)}).encode()
     artifact = await upload(stub, published, kind=HEAD_SET, format=HEAD_SCORES, model_fingerprint="another-model")
     assert (len(artifact.layers), artifact.width) == (10, 6)
 

@@ -8,17 +8,20 @@ import torch
 from sparse_models import bound, documents, profile, run, sparse_model
 
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.sparsity import POLICIES, MlpInput
+from patchclamp_server.interventions.program import Site
+from patchclamp_server.sparsity import POLICIES, MlpInput, calibrate
 from patchclamp_server.sparsity.budgets import GRID, REFERENCE, allocate, damage_curves
 from patchclamp_server.sparsity.coreinfer_similarity import multi_hot
+from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for
 from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.kmeans import elbow_clusters
 from patchclamp_server.sparsity.mlp import matrix
-from patchclamp_server.sparsity.policy import weight_shares
+from patchclamp_server.sparsity.policy import PROJECTIONS, weight_shares
 from patchclamp_server.sparsity.quantiles import quantiles, threshold
 from patchclamp_server.sparsity.sketch import PACKED_ROWS, SketchedProduct, sketch
 from patchclamp_server.sparsity.static_set import StaticSet
 from patchclamp_server.sparsity.teal import STEP
+from patchclamp_server.sparsity.teal_allocation import greedy_path
 from patchclamp_server.sparsity.top import top_mask
 
 D_FF = 80
@@ -229,6 +232,21 @@ def test_each_greedy_step_of_teal_lowers_one_product_and_the_block_by_one_step()
         torch.testing.assert_close(changes @ shares, torch.full((len(changes),), STEP), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_greedy_path_of_teal_does_not_follow_the_first_token(layer: int) -> None:
+    """However long its state: after the norm before attention the other tokens see the same of it."""
+    model, made, texts = sparse_model(), profile("teal"), documents(2, 6, seed=1)
+    assert made is not None
+    kept = KeepSite(Site.RESID_PRE)
+    model.decoder.forward(inputs_of(texts, 0, 6, model.decoder), pools_for(model.decoder, texts), kept)
+    states = kept.kept[layer]
+    sinks = states.clone()
+    sinks[::6] *= 1000
+    grids = [made.tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
+    paths = [greedy_path(model.decoder, layer, residual, 2, grids) for residual in (states, sinks)]
+    assert torch.equal(*paths)
+
+
 def test_thresholds_keep_the_share_asked_for() -> None:
     values = torch.randn(5000).abs()
     grid = quantiles(values)
@@ -283,6 +301,21 @@ def test_clusters_are_found_where_there_are_some() -> None:
     centres, assigned = elbow_clusters(points)
     assert len(centres) == 5
     assert len(set(assigned.tolist())) == 5
+
+
+def test_static_scores_are_of_all_tokens_but_attention_sinks() -> None:
+    model, texts = sparse_model(), documents(3, 24, seed=11)
+    found = calibrate(StaticSet(), model, texts).tensors["scores"]
+    for text in texts.split(1):
+        kept = KeepSite(Site.MLP_POST)
+        decoder = model.decoder
+        decoder.forward(inputs_of(text, 0, 24, decoder), pools_for(decoder, text), kept)
+        for layer, weights in enumerate(model.layers):
+            others = kept.kept[layer][1:]
+            norms = others.norm(dim=1)
+            ordinary = others[norms <= 3 * norms.median()]
+            found[layer] -= ordinary.square().sum(dim=0) * weights.down.square().sum(dim=1)
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-3)
 
 
 def test_static_sets_name_layers_and_neurons_that_exist() -> None:

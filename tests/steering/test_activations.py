@@ -10,11 +10,14 @@ import torch
 from steering_fixtures import Recorded
 from transformers import AutoModelForCausalLM
 
-from patchclamp_server.engine.request import Capture, Pooling
+from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.request import Capture, Captured, Event, Priority, Request, StopParams
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.pooling import Pooling
 from patchclamp_server.steering.activations import collect
 
 # Shorter and longer than a KV block, longer than a step, with a prefix in common, and one twice.
@@ -29,7 +32,7 @@ def prompts_of(info: ModelInfo, lengths: Sequence[int] = LENGTHS) -> list[tuple[
 
 async def gathered(recorded: Recorded, prompts: list[tuple[int, ...]], capture: Capture) -> list[torch.Tensor]:
     async with aclosing(collect(recorded.engine, prompts, capture)) as pooled:
-        by_index = {index: values async for index, values in pooled}
+        by_index = {index: each.values async for index, each in pooled}
     return [by_index[index] for index in range(len(prompts))]
 
 
@@ -122,3 +125,24 @@ async def drained(recorded: Recorded) -> None:
     await asyncio.to_thread(recorded.engine.shutdown)
     stats = recorded.engine.stats()
     assert stats.kv_blocks_free == stats.kv_blocks_total
+
+
+def test_a_prompt_that_is_computed_again_after_a_preemption_is_pooled_once(tiny_llama: LoadedModel) -> None:
+    """An interactive request takes the KV cache while an analysis goes on."""
+    prompt = prompts_of(tiny_llama.info, [40])[0]
+    pooled = []
+    for rival in (False, True):
+        engine = Engine(tiny_llama, EngineConfig(kv_cache_tokens=96))
+        events: list[Event] = []
+        capture = Capture(Site.RESID_POST, (0, 1), Pooling.MEAN)
+        stop = StopParams(max_tokens=40, ignore_eos=True)
+        engine.submit(Request(prompt, events.append, stop=stop, priority=Priority.ANALYSIS, capture=capture))
+        while not events:
+            engine.step()
+        if rival:
+            engine.submit(Request(prompt[::-1], lambda event: None, stop=stop))
+        while engine.step():
+            pass
+        pooled += [event.pooled.values for event in events if isinstance(event, Captured)]
+        assert bool(engine.stats().preemptions) is rival
+    torch.testing.assert_close(pooled[1], pooled[0], rtol=1e-4, atol=1e-5)

@@ -44,11 +44,14 @@ def text(content: str) -> generation_pb2.Prompt:
     return generation_pb2.Prompt(text=content)
 
 
-async def extracted(channel: grpc.aio.Channel, concept: str) -> pb.ExtractionResult:
+async def extracted(
+    channel: grpc.aio.Channel, concept: str, pooling: pb.TokenPooling = pb.TOKEN_POOLING_LAST_TOKEN
+) -> pb.ExtractionResult:
     lines = [json.loads(line) for line in (CONCEPTS / f"{concept}.jsonl").read_text(encoding="utf-8").splitlines()]
     request = pb.ExtractVectorsRequest(
         method=pb.EXTRACTION_METHOD_DIFFERENCE_OF_MEANS,
         pairs=[pb.ContrastPair(positive=text(line["positive"]), negative=text(line["negative"])) for line in lines],
+        pooling=pooling,
         tags=[concept],
     )
     events = [event async for event in SteeringServiceStub(channel).ExtractVectors(request)]
@@ -123,3 +126,17 @@ async def test_a_vector_tells_held_out_pairs_apart_and_moves_the_model(channel: 
     assert towards > 3 * strongest
     assert away < -strongest
     assert balances[0] - balances[1] >= 6
+
+
+async def test_a_mean_tells_held_out_pairs_apart_at_every_layer_although_some_words_are_sinks(
+    channel: grpc.aio.Channel,
+) -> None:
+    """The norm of some words is that of 8 others at layers 2 to 8, and of 50 from layer 11 on."""
+    result = await extracted(channel, "joyful_sad", pb.TOKEN_POOLING_MEAN)
+    accuracies = [layer.heldout_accuracy for layer in result.layers]
+    assert min(accuracies) >= 0.75
+    assert sum(accuracies) / len(accuracies) >= 0.93
+    assert not result.warnings
+    left_out = [layer.tokens_left_out for layer in result.layers]
+    assert min(left_out[2:8]) > 20
+    assert 0 < min(left_out[11:]) <= max(left_out[11:]) < 10

@@ -13,6 +13,7 @@ from patchclamp_server.steering.evidence import (
     layer_evidence,
     shuffled,
     training_pairs,
+    warnings,
 )
 
 WIDTH = 512
@@ -87,6 +88,25 @@ def test_the_best_layer_has_the_best_accuracy_then_the_larger_margin() -> None:
         return LayerEvidence(layer, accuracy, 0.5, 1.0, 1.0, 0.1, margin, midpoint=0.0)
 
     assert best_layer([at(0, 0.9, 9.0), at(3, 1.0, 2.0), at(5, 1.0, 3.0), at(8, 0.8, 5.0)]) == 5
+
+
+def test_differences_of_equal_size_in_k_coordinates_have_a_participation_ratio_of_k() -> None:
+    axis = torch.eye(5)
+    pairs = Sides(torch.cat((axis[:3], -axis[:3])), torch.zeros(6, 5))
+    assert layer_evidence(0, axis[0], pairs, pairs, seed=0).participation_ratio == pytest.approx(3)
+
+
+def test_a_coordinate_that_drowns_the_others_is_warned_of() -> None:
+    loud = unit()
+    loud[7] = 0.0
+    evidence = [layer_evidence(3, loud, sides(40, loud, 1), sides(40, loud, 2), seed=0)]
+    assert not warnings(evidence)
+    for each in (training := sides(40, loud, 1), heldout := sides(40, loud, 2)):
+        each.positive[:, 7] *= 100
+    evidence.append(layer_evidence(5, loud, training, heldout, seed=0))
+    (warning,) = warnings(evidence)
+    assert "coordinates" in warning
+    assert ": 5 (1.0);" in warning
 
 
 def test_the_split_is_seeded_and_uses_every_pair() -> None:

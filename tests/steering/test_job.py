@@ -7,10 +7,10 @@ import pytest
 from steering_fixtures import Recorded
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.engine.request import Pooling
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.pooling import Pooling
 from patchclamp_server.steering.job import Extraction, TokenPair, extract
 
 

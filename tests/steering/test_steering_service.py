@@ -108,6 +108,9 @@ async def test_the_evidence_is_the_same_in_the_answer_and_on_the_artifact(live: 
         assert told.random_accuracy == pytest.approx(kept["random_accuracy"])
         assert told.explained_variance == pytest.approx(kept["explained_variance"])
         assert (told.midpoint, told.margin) == pytest.approx((kept["midpoint"], kept["margin"]))
+        assert told.participation_ratio == pytest.approx(kept["participation_ratio"])
+        assert (told.pooled_tokens, told.tokens_left_out) == (kept["pooled_tokens"], kept["tokens_left_out"]) == (32, 0)
+    assert list(result.warnings) == list(card["warnings"])
     # The last token alone tells the sides apart.
     assert min(e.heldout_accuracy for e in result.layers) == 1.0
 

@@ -3,8 +3,6 @@
 import math
 import time
 
-import torch
-
 from patchclamp_server.engine.admission import Admission, Demand, Refusal
 from patchclamp_server.engine.output import Output
 from patchclamp_server.engine.request import Request
@@ -13,11 +11,11 @@ from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.observers import CaptureState
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.pooling import TokenPool
 from patchclamp_server.vocabulary import check_ids
 
 
@@ -89,7 +87,7 @@ class Intake:
             request=request,
             seed=drawn_seed() if request.sampling.seed is None else request.sampling.seed,
             state=None,
-            capture=self._capture(request),
+            capture=_capture(request, prompt_length),
             output=Output(
                 IncrementalDetokenizer(model.tokenizer, after=request.tokens[:prompt_length]),
                 StopChecker(request.stop.strings, request.stop.include_stop_string),
@@ -116,12 +114,10 @@ class Intake:
                 raise
         return sequence
 
-    def _capture(self, request: Request) -> CaptureState | None:
-        if request.capture is None:
-            return None
-        decoder, layers = self._model.decoder, request.capture.layers
-        width = decoder.spec.sites[request.capture.site]
-        return CaptureState(layers, torch.zeros(len(layers), width, device=decoder.device))
+
+def _capture(request: Request, prompt_length: int) -> TokenPool | None:
+    asked = request.capture
+    return None if asked is None else TokenPool(asked.pooling, asked.layers, prompt_length)
 
 
 def _follower(leader: Sequence) -> Sequence:

@@ -4,12 +4,11 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
-import torch
-
 from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import ReadoutValue, Receipt, Site
+from patchclamp_server.pooling import Pooled, Pooling
 from patchclamp_server.request_warnings import RequestWarning
 from patchclamp_server.sparsity.policy import Selector
 
@@ -46,11 +45,6 @@ class StopParams:
     token_ids: Set[int] = frozenset()
     ignore_eos: bool = False
     include_stop_string: bool = False
-
-
-class Pooling(Enum):
-    LAST_TOKEN = "last_token"
-    MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -187,9 +181,9 @@ class Divergence:
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """Pooled activations [n_layers, width] of a request with `capture`."""
+    """Of a request with `capture`."""
 
-    values: torch.Tensor
+    pooled: Pooled
 
 
 @dataclass(frozen=True)

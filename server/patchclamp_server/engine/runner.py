@@ -137,5 +137,5 @@ def _program_span(sequence: Sequence, row: int, offset: int, tokens: np.ndarray)
     capture = None
     asked = sequence.request.capture
     if asked is not None and sequence.capture is not None:
-        capture = CaptureSpan(sequence.capture, asked.site, asked.pooling)
+        capture = CaptureSpan(sequence.capture, asked.site)
     return ProgramSpan(sequence.state, row, offset, tokens, sequence.prompt_length, capture)

@@ -27,10 +27,10 @@ from patchclamp_server.engine.request import (
 from patchclamp_server.engine.sampler import Sampled, SamplingRow
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import RequestError
-from patchclamp_server.interventions.observers import CaptureState
 from patchclamp_server.interventions.program import Receipt
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.pooling import TokenPool
 
 
 class Status(Enum):
@@ -51,7 +51,7 @@ class Sequence:
     request: Request
     seed: int
     state: ProgramState | None
-    capture: CaptureState | None
+    capture: TokenPool | None
     # None for a follower, which says nothing itself.
     output: Output | None
     # Boundary between PHASE_PROMPT and PHASE_GENERATED.
@@ -252,7 +252,7 @@ class Sequence:
         output = self.output_or_fail()
         output.flush(self.request.on_event)
         if self.capture is not None:
-            self.request.on_event(Captured(self.capture.values))
+            self.request.on_event(Captured(self.capture.result()))
         sparsity = None if self.sparse is None else self.sparse.report(self.computed)
         self.request.on_event(
             Finished(

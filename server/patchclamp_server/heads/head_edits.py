@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Capture, Pooling
+from patchclamp_server.engine.request import Capture
 from patchclamp_server.heads.head_sets import Head
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import Edit, HeadEdit, Program, Site
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.pooling import Pooling
 from patchclamp_server.steering.activations import collect
 
 
@@ -61,12 +62,12 @@ def head_program(
 
 
 async def mean_outputs(engine: Engine, info: ModelInfo, windows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Mean output of every head over all tokens but the first of each window: [n_layers, n_heads, head_dim]."""
+    """Mean output of every head over the tokens of all windows that pooling.py takes for ordinary: [n_layers, n_heads,
+    head_dim]."""
     capture = Capture(Site.ATTN_Z, tuple(range(info.n_layers)), Pooling.MEAN)
-    total, tokens = torch.zeros(info.n_layers, info.sites[Site.ATTN_Z]), 0
-    async with aclosing(collect(engine, windows, capture)) as pooled:
-        async for index, values in pooled:
-            counted = len(windows[index]) - 1
-            total += counted * values
-            tokens += counted
-    return (total / tokens).view(info.n_layers, info.n_heads, info.head_dim)
+    total, tokens = torch.zeros(info.n_layers, info.sites[Site.ATTN_Z]), torch.zeros(info.n_layers, dtype=torch.int64)
+    async with aclosing(collect(engine, windows, capture)) as collected:
+        async for _, pooled in collected:
+            total += pooled.tokens[:, None] * pooled.values
+            tokens += pooled.tokens
+    return (total / tokens[:, None]).view(info.n_layers, info.n_heads, info.head_dim)

@@ -21,6 +21,7 @@ from patchclamp_server.heads.circuit_runs import (
     variants_at_once,
 )
 from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.pooling import ordinary_tokens
 
 
 def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Tensor]:
@@ -34,19 +35,22 @@ class CorruptMeans:
 
     Of each position, when all prompts have equally many tokens: the same position then plays the same part in prompts
     of one template, and the first, which attention often rests on, is not mixed with the others. Otherwise one mean
-    over all tokens of all prompts, since positions of prompts of different lengths do not correspond.
+    over all tokens of all prompts, since positions of prompts of different lengths do not correspond, but for those
+    that pooling.py leaves out.
     """
 
     def __init__(self, pairs: tuple[CleanCorruptPair, ...]) -> None:
         self.by_position = len({len(pair.corrupt) for pair in pairs}) == 1
         self._sum: Tensor | None = None  # float64
-        self._count = 0
+        self._count = torch.zeros(())  # or by layer
 
     def add(self, corrupt: Run) -> None:
-        z = corrupt.z.double()
-        total = z if self.by_position else z.sum(dim=1, keepdim=True)
+        total, count = corrupt.z.double(), torch.ones(())
+        if not self.by_position:
+            kept = ordinary_tokens(corrupt.z.flatten(2))[:, :, None, None]
+            total, count = (total * kept).sum(dim=1, keepdim=True), kept.sum(dim=1, keepdim=True)
         self._sum = total if self._sum is None else self._sum + total
-        self._count += 1 if self.by_position else z.shape[1]
+        self._count = self._count + count
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """[n_layers, T or 1, n_heads, head_dim]."""

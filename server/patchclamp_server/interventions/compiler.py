@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.engine.request import Pooling
 from patchclamp_server.interventions.bound import BoundCondition, BoundEdit, BoundReadout, Kind
 from patchclamp_server.interventions.layout import KERNEL_READOUTS
 from patchclamp_server.interventions.observers import (
     AbortHit,
     AbortOperator,
     CaptureOperator,
+    CaptureRows,
     LogitLensOperator,
     NeuronReadoutOperator,
     ProjectionOperator,
@@ -140,7 +140,7 @@ class Compiler:
             if span.state is not None:
                 self._collect(span, span.state)
             if span.capture is not None:
-                for layer in span.capture.state.layers:
+                for layer in span.capture.pool.layers:
                     self.captures[(span.capture.site, layer)].append((span.capture, span))
         places = {*self.edits, *self.gates, *self.aborts, *self.readouts, *self.captures}
         # In the order of the forward pass, which is the order in which receipts are counted.
@@ -340,26 +340,13 @@ class Compiler:
         return LogitLensOperator(layer, rows, readings, self.setting.unembed)
 
     def _capture(self, captures: list[tuple[CaptureSpan, ProgramSpan]], layer: int) -> Operator:
-        rows, owner, weight = [], [], []
-        for i, (capture, span) in enumerate(captures):
-            last = span.prompt_length - 1
-            positions = span.positions
-            if capture.pooling is Pooling.LAST_TOKEN:
-                wanted, each = positions == last, 1.0
-            else:
-                # The first token is an attention sink: its norm, often 100 times that of others, would drown them.
-                wanted = (positions <= last) & ((positions > 0) | (last == 0))
-                each = 1.0 / max(last, 1)
-            rows.append(span.row + np.flatnonzero(wanted))
-            owner.append(np.full(int(wanted.sum()), i))
-            weight.append(np.full(int(wanted.sum()), each))
-        return CaptureOperator(
-            self._tensor(np.concatenate(rows)),
-            self._tensor(np.concatenate(owner)),
-            self._float(np.concatenate(weight)),
-            [capture.state for capture, _ in captures],
-            layer,
-        )
+        # Up to the end of the prompt.
+        wanted = [
+            CaptureRows(capture.pool, slice(span.row, span.row + n), span.offset)
+            for capture, span in captures
+            if (n := min(len(span.token_ids), span.prompt_length - span.offset)) > 0
+        ]
+        return CaptureOperator(wanted, layer)
 
     def _tensor(self, array: FloatArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -10,6 +10,7 @@ from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.operators import ConditionOperator, Grid, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.pooling import TokenPool
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,24 +135,22 @@ class AbortOperator:
         return [self.entries[i] for i in self.held.nonzero().flatten().tolist()]
 
 
-@dataclass(eq=False)
-class CaptureState:
-    """Accumulates pooled activations of one sequence: values [n_layers, width], float32."""
+@dataclass(frozen=True, eq=False)
+class CaptureRows:
+    """Rows of one sequence, tokens from position `start` on."""
 
-    layers: tuple[int, ...]
-    values: Tensor
+    pool: TokenPool
+    rows: slice
+    start: int
 
 
 class CaptureOperator:
-    """values[layer] += Σ_row weight · h: the mean over all tokens but the first, or the last one."""
+    """Hands the rows of prompts to their pools."""
 
-    def __init__(self, rows: Tensor, owner: Tensor, weight: Tensor, states: list[CaptureState], layer: int) -> None:
-        self.rows, self.owner, self.weight = rows, owner, weight
-        self.states = states
+    def __init__(self, captures: list[CaptureRows], layer: int) -> None:
+        self.captures = captures
         self.layer = layer
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        pooled = torch.zeros((len(self.states), x.shape[1]), device=x.device)
-        pooled.index_add_(0, self.owner, x.index_select(0, self.rows).float() * self.weight[:, None])
-        for state, values in zip(self.states, pooled, strict=True):
-            state.values[state.layers.index(self.layer)] += values
+        for capture in self.captures:
+            capture.pool.add(self.layer, x[capture.rows], capture.start)

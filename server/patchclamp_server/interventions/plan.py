@@ -6,22 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.engine.request import Pooling
-from patchclamp_server.interventions.observers import AbortHit, AbortOperator, CaptureState, ReadoutOperator
+from patchclamp_server.interventions.observers import AbortHit, AbortOperator, ReadoutOperator
 from patchclamp_server.interventions.operators import Operator, StepContext
 from patchclamp_server.interventions.program import ReadoutValue, Site
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.pooling import TokenPool
 
 Place = tuple[Site, int]
 
 
 @dataclass(frozen=True, eq=False)
 class CaptureSpan:
-    state: CaptureState
+    pool: TokenPool
     site: Site
-    pooling: Pooling
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,8 +117,6 @@ class ArtifactService(ArtifactServiceServicer):
             tensors = file.tensors
             check_tensors(kind, tensors)
             if fingerprint == self._model.fingerprint:
-                if kind is ArtifactKind.HEAD_SET and file.missing_is_zero:
-                    tensors = _all_heads(self._model, tensors)
                 _check_fits(self._model, kind, site, tensors)
                 if kind is ArtifactKind.SPARSITY_PROFILE:
                     _check_profile(self._model, provenance, tensors)
@@ -214,8 +212,12 @@ def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors
                 message = f"layer.{layer}.neurons names neuron {largest}; {model.name} has 0 to {model.d_ff - 1}"
                 raise InvalidArgument("tensors", message)
     if kind is ArtifactKind.HEAD_SET and tensors["scores"].shape != (model.n_layers, model.n_heads):
-        message = f"scores {list(tensors['scores'].shape)}; {model.name} has {model.n_layers} layers of {model.n_heads}"
-        raise InvalidArgument("tensors", f"{message} heads")
+        n_layers, n_heads = tensors["scores"].shape
+        message = f"scores [{n_layers}, {n_heads}]; {model.name} has {model.n_layers} layers of {model.n_heads} heads"
+        if n_layers < model.n_layers or n_heads < model.n_heads:
+            first = f"0-{n_heads}" if n_heads < model.n_heads else f"{n_layers}-0"
+            message += f": the first that is missing is {first}"
+        raise InvalidArgument("tensors", message)
 
 
 def _check_profile(model: ModelInfo, provenance: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -236,15 +238,6 @@ def _check_watch(model: ModelInfo, tensors: dict[str, torch.Tensor]) -> None:
         check_watch(Watch.from_tensors(tensors), model)
     except FailedPrecondition as error:
         raise InvalidArgument("tensors", error.message) from error
-
-
-def _all_heads(model: ModelInfo, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With zeros for the heads of the model that are missing. Heads that it does not have stay, to be refused."""
-    filled = {}
-    for name, values in tensors.items():
-        layers, heads = model.n_layers - values.shape[0], model.n_heads - values.shape[1]
-        filled[name] = torch.nn.functional.pad(values, (0, max(heads, 0), 0, max(layers, 0)))
-    return filled
 
 
 def _upload_path(error: RequestError) -> str:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp_server.engine.prompt import PromptEncoder
-from patchclamp_server.engine.request import Pooling
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.interventions.program import RESIDUAL_SITES, Site
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.pooling import Pooling
 from patchclamp_server.rpc.artifact_codec import decode_label, encode_artifact
 from patchclamp_server.rpc.checks import count, distinct, known, required
 from patchclamp_server.rpc.generation_codec import decode_prompt
@@ -26,8 +26,7 @@ METHOD_NAMES: dict[int, str] = {
     pb.ExtractionMethod.Value(f"EXTRACTION_METHOD_{name.upper()}"): name for name in METHODS
 }
 POOLINGS: dict[int, Pooling] = {
-    # The last token has read the whole example. A mean holds the first token too, an attention sink whose norm is often
-    # a hundred times that of the others, and then tells little but the length of the example.
+    # The last token has read the whole example.
     pb.TOKEN_POOLING_UNSPECIFIED: Pooling.LAST_TOKEN,
     pb.TOKEN_POOLING_LAST_TOKEN: Pooling.LAST_TOKEN,
     pb.TOKEN_POOLING_MEAN: Pooling.MEAN,
@@ -79,11 +78,14 @@ def encode_event(event: Progress | Result) -> pb.ExtractVectorsResponse:
             margin=e.margin,
             positive_tokens=_encode_tokens(e.positive_tokens),
             negative_tokens=_encode_tokens(e.negative_tokens),
+            pooled_tokens=e.pooled_tokens,
+            tokens_left_out=e.tokens_left_out,
+            participation_ratio=e.participation_ratio,
         )
         for e in event.layers
     ]
     artifact = encode_artifact(event.artifact)
-    result = pb.ExtractionResult(artifact=artifact, layers=layers, best_layer=event.best_layer)
+    result = pb.ExtractionResult(artifact=artifact, layers=layers, best_layer=event.best_layer, warnings=event.warnings)
     return pb.ExtractVectorsResponse(result=result)
 
 

@@ -1,6 +1,7 @@
 """Calibration: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
 
-Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken).
+Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken). Where
+they are sums of squares, attention sinks are left out (pooling.py); quantiles and counts hardly see so few tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
+from patchclamp_server.pooling import ordinary_tokens, outliers
 from patchclamp_server.sparsity.budgets import GRID, REFERENCE, damage_curves
 from patchclamp_server.sparsity.coreinfer_similarity import CoreInferSimilarity, multi_hot
 from patchclamp_server.sparsity.coreinfer_stability import core_counts, token_order
@@ -133,6 +135,8 @@ def _static_set(policy: Policy, model: SparseModel, documents: Tensor, steps: St
     for heard in _heard(model, documents, steps):
         for layer, weights in enumerate(model.layers):
             neurons = heard[layer, "mlp_output"].float()
+            # Of the hundreds of tokens of a document the first alone, an attention sink, would decide at some layers.
+            neurons = neurons[ordinary_tokens(neurons.view(-1, documents.shape[1], neurons.shape[1])).flatten()]
             scores[layer] += (neurons.square().sum(0) * weights.down_norm.float().square()).cpu()
     return {"scores": scores.to(model.decoder.device)}
 
@@ -199,13 +203,14 @@ def _damage(
         divergence.append(evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile)).divergence)
         mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
         down, row = mlp.weights.down, []
+        ordinary = ~outliers((mlp.neurons @ down).norm(dim=1))
         for keep in GRID:
             selector = replace(policy, keep_ratio=keep).bind(model, profile)
             selection = selector.select(selector.begin(), layer, mlp)
             error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
             if selection.remainder is not None:
                 error -= selection.remainder(selection.active)
-            row.append(float(error.float().square().sum()))
+            row.append(float(error[ordinary].float().square().sum()))
         errors.append(row)
         steps.advance()
     return damage_curves(torch.tensor(divergence), torch.tensor(errors))

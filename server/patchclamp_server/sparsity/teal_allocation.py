@@ -1,7 +1,8 @@
 """TEAL's greedy allocation of one block: which of its four products can give up inputs at least cost.
 
 Each step takes STEP / (the product's share of the block's weights) off the product with which ‖block(x) - block₀(x)‖²
-is least, so every step lowers the share that the block keeps by STEP. The path of shares serves every keep ratio.
+is least, so every step lowers the share that the block keeps by STEP. The path of shares serves every keep ratio. The
+norm is over the tokens that pooling.py takes for ordinary: the squares of one attention sink would outweigh all others.
 """
 
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.pooling import ordinary_tokens
 from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
 from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
@@ -71,6 +73,7 @@ def greedy_path(decoder: Decoder, layer: int, residual: Tensor, documents: int, 
     sparse = sparse_decoder(model, Step([Rows(slice(0, len(residual)), trial, trial.begin())]))
     inputs, pools = inputs_of(ids, 0, ids.shape[1], single), pools_for(single, ids)
     target = single.forward(inputs, pools, NoHooks())
+    ordinary = ordinary_tokens(target.view(documents, -1, target.shape[1])).flatten()
     shares = weight_shares(spec)
     kept = [1.0] * len(PROJECTIONS)
     path = [kept]
@@ -81,7 +84,7 @@ def greedy_path(decoder: Decoder, layer: int, residual: Tensor, documents: int, 
             if lowered < -1e-9:
                 continue
             trial.kept = [*kept[:i], max(lowered, 0.0), *kept[i + 1 :]]
-            error = float((sparse.forward(inputs, pools, NoHooks()) - target).float().square().sum())
+            error = float((sparse.forward(inputs, pools, NoHooks()) - target)[ordinary].float().square().sum())
             errors.append((error, trial.kept))
         if not errors:
             break

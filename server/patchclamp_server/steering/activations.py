@@ -3,19 +3,18 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-import torch
-
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Capture, Captured, Event, Failed, Finished, Priority, Request, StopParams
 from patchclamp_server.errors import ResourceExhausted
+from patchclamp_server.pooling import Pooled
 
 MAX_IN_FLIGHT = 64
 
 
 async def collect(
     engine: Engine, prompts: Sequence[tuple[int, ...]], capture: Capture, *, max_in_flight: int = MAX_IN_FLIGHT
-) -> AsyncGenerator[tuple[int, torch.Tensor], None]:
-    """Yields (index of the prompt, its pooled activations [layers, width] float32 on the CPU) as prompts finish.
+) -> AsyncGenerator[tuple[int, Pooled], None]:
+    """Yields (index of the prompt, its pooled activations on the CPU) as prompts finish.
 
     At most `max_in_flight` requests are with the engine. When the iteration ends early, by an error, by `aclose` or by
     cancellation of the task, those still there are cancelled. Raises what the engine refuses a prompt with, or the
@@ -45,7 +44,7 @@ async def collect(
             index, event = await events.get()
             match event:
                 case Captured():
-                    yield index, event.values.float().cpu()
+                    yield index, event.pooled.cpu()
                 case Finished():
                     del in_flight[index]
                 case Failed():

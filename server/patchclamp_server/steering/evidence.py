@@ -10,6 +10,8 @@ from patchclamp_server.steering.token_projections import TokenProjections
 
 RANDOM_DIRECTIONS = 32
 MIN_TRAINING_PAIRS = 2
+# On SmolLM2-135M, of 576 coordinates, differences of means of sinks lie in 2 to 5, those of other tokens in 55 or more.
+FEW_COORDINATES = 8.0
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,10 @@ class LayerEvidence:
         RANDOM_DIRECTIONS of them. Accuracy does not depend on the norm.
     norm, activation_norm: of the vector, and the mean over the (pooled) activations it is added to.
     explained_variance: Σ (d_i · u)² / Σ ‖d_i‖² over the pair differences d_i, for the unit vector u.
+    participation_ratio: (Σ v_j)² / Σ v_j² with v_j = Σ_i d_ij² over the differences of all pairs: how many coordinates
+        carry what the sides differ in. Few are a sign of outliers that hide everything else.
+    pooled_tokens, tokens_left_out: of the examples of all pairs, how many tokens stand for them, and how many others
+        were passed over as outliers (pooling.py).
     margin: (mean h⁺·u - mean h⁻·u) / pooled standard deviation within the sides; 0 when nothing varies.
     midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates.
     positive_tokens, negative_tokens: h·u of single tokens of each side of the held-out pairs.
@@ -36,6 +42,9 @@ class LayerEvidence:
     midpoint: float
     positive_tokens: TokenProjections | None = None
     negative_tokens: TokenProjections | None = None
+    participation_ratio: float = 0.0
+    pooled_tokens: int = 0
+    tokens_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,33 @@ def layer_evidence(layer: int, direction: torch.Tensor, training: Sides, heldout
         explained_variance=float((differences @ unit).square().sum() / total) if total > 0 else 0.0,
         margin=_margin(unit, heldout),
         midpoint=float(_midpoint(unit[:, None], training)),
+        participation_ratio=_participation_ratio(training, heldout),
     )
 
 
 def best_layer(layers: Sequence[LayerEvidence]) -> int:
     """Layer with the best held-out accuracy; among equals the one with the larger margin."""
     return max(layers, key=lambda e: (e.heldout_accuracy, e.margin)).layer
+
+
+def warnings(layers: Sequence[LayerEvidence]) -> tuple[str, ...]:
+    """What whoever uses the vector should know first, a sentence each."""
+    narrow = [e for e in layers if 0 < e.participation_ratio < FEW_COORDINATES]
+    if not narrow:
+        return ()
+    named = ", ".join(f"{e.layer} ({e.participation_ratio:.1f})" for e in narrow)
+    return (
+        "few coordinates carry what the sides differ in, and may hide the rest, at layers (participation ratio, below "
+        f"{FEW_COORDINATES:g}): {named}; compare held-out accuracy with the other pooling and logistic_probe",
+    )
+
+
+def _participation_ratio(training: Sides, heldout: Sides) -> float:
+    """In float64: fourth powers of large activations would leave float32."""
+    differences = torch.cat((training.positive - training.negative, heldout.positive - heldout.negative))
+    variance = differences.double().square().sum(dim=0)
+    total = variance.sum()
+    return float(total**2 / variance.square().sum()) if total > 0 else 0.0
 
 
 def _accuracy(units: torch.Tensor, training: Sides, heldout: Sides) -> torch.Tensor:

@@ -14,10 +14,11 @@ import torch
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import NO_TAGS, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Capture, Pooling
+from patchclamp_server.engine.request import Capture
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.pooling import Pooling
 from patchclamp_server.steering.activations import collect
 from patchclamp_server.steering.evidence import (
     RANDOM_DIRECTIONS,
@@ -27,6 +28,7 @@ from patchclamp_server.steering.evidence import (
     layer_evidence,
     shuffled,
     training_pairs,
+    warnings,
 )
 from patchclamp_server.steering.registry import METHODS
 from patchclamp_server.steering.token_projections import MAX_EXAMPLES, TokenProjections, project
@@ -74,6 +76,7 @@ class Result:
     artifact: ArtifactInfo
     layers: tuple[LayerEvidence, ...]
     best_layer: int
+    warnings: tuple[str, ...]
 
 
 async def extract(
@@ -93,9 +96,12 @@ async def extract(
     prompts = [tokens for i in order for tokens in (job.pairs[i].positive, job.pairs[i].negative)]
     capture = Capture(job.site, job.layers, job.pooling)
     done = 0
-    async with aclosing(collect(engine, prompts, capture)) as pooled:
-        async for index, values in pooled:
-            (negative if index % 2 else positive)[index // 2] = values
+    pooled_tokens, left_out = torch.zeros(2, n_layers, dtype=torch.int64)
+    async with aclosing(collect(engine, prompts, capture)) as collected:
+        async for index, pooled in collected:
+            (negative if index % 2 else positive)[index // 2] = pooled.values
+            pooled_tokens += pooled.tokens
+            left_out += pooled.left_out
             done += 1
             if done * PROGRESS_EVENTS // len(prompts) > (done - 1) * PROGRESS_EVENTS // len(prompts):
                 yield Progress("activations", done, len(prompts))
@@ -127,10 +133,18 @@ async def extract(
             layer_evidence, layer, directions[layer], training_sides, heldout_sides, job.seed
         )
         positive_tokens, negative_tokens = (TokenProjections.of(side[layer]) for side in sides)
-        evidence.append(replace(measured, positive_tokens=positive_tokens, negative_tokens=negative_tokens))
+        evidence.append(
+            replace(
+                measured,
+                positive_tokens=positive_tokens,
+                negative_tokens=negative_tokens,
+                pooled_tokens=int(pooled_tokens[row]),
+                tokens_left_out=int(left_out[row]),
+            )
+        )
         yield Progress("evidence", row + 1, n_layers)
 
-    best = best_layer(evidence)
+    best, warned = best_layer(evidence), warnings(evidence)
     artifact = await asyncio.to_thread(
         store.put,
         ArtifactKind.VECTOR,
@@ -145,10 +159,11 @@ async def extract(
             "heldout_pairs": n_pairs - n_training,
             "random_directions": RANDOM_DIRECTIONS,
             "layers": [asdict(e) for e in evidence],
+            "warnings": list(warned),
         },
         tags=job.tags,
     )
-    yield Result(artifact, tuple(evidence), best)
+    yield Result(artifact, tuple(evidence), best, warned)
 
 
 def pairs_digest(pairs: tuple[TokenPair, ...]) -> str:

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             "margin",
             "tokens of positives",
             "tokens of negatives",
+            "participation ratio",
+            "tokens left out",
         ),
         [
             (
@@ -82,10 +84,14 @@ def run(args: argparse.Namespace) -> int:
                 f"{layer.margin:.2f}",
                 _middle(layer.positive_tokens),
                 _middle(layer.negative_tokens),
+                f"{layer.participation_ratio:.1f}",
+                f"{layer.tokens_left_out} of {layer.pooled_tokens + layer.tokens_left_out}",
             )
             for layer in result.layers
         ],
     )
+    for warning in result.warnings:
+        note(f"warning: {warning}")
     note(f"stored as {args.name} = {result.artifact.id}; best layer {result.best_layer}")
     return 0
 

@@ -82,6 +82,9 @@ class LayerEvidence(Record):
     margin: float = 0.0
     positive_tokens: TokenProjections | None = None
     negative_tokens: TokenProjections | None = None
+    pooled_tokens: int = 0
+    tokens_left_out: int = 0
+    participation_ratio: float = 0.0
 
     @classmethod
     def from_proto(cls, message: steering_pb2.LayerEvidence) -> "LayerEvidence":
@@ -100,21 +103,26 @@ class LayerEvidence(Record):
             message.margin,
             positive,
             negative,
+            message.pooled_tokens,
+            message.tokens_left_out,
+            message.participation_ratio,
         )
 
 
 @dataclass(frozen=True)
 class ExtractionResult(Record):
-    """The stored vector and its evidence at each layer; `best_layer` has the best held-out accuracy."""
+    """The stored vector and its evidence at each layer; `best_layer` has the best held-out accuracy, and `warnings` say
+    what to know before the vector is used."""
 
     artifact: Artifact
     layers: tuple[LayerEvidence, ...]
     best_layer: int
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, message: steering_pb2.ExtractionResult) -> "ExtractionResult":
         layers = tuple(LayerEvidence.from_proto(layer) for layer in message.layers)
-        return cls(Artifact.from_proto(message.artifact), layers, message.best_layer)
+        return cls(Artifact.from_proto(message.artifact), layers, message.best_layer, tuple(message.warnings))
 
 
 ExtractionProgress = Progress

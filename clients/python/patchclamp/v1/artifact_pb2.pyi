@@ -71,9 +71,14 @@ class _ArtifactFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR: _ArtifactFormat.ValueType  # 2
     """GGUF control vector as llama.cpp and repeng write it: tensors "direction.<l>", l from 1. Vectors only."""
     ARTIFACT_FORMAT_HEAD_SCORE_JSON: _ArtifactFormat.ValueType  # 3
-    """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only."""
+    """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only. A file
+    that does not name every head of the model is refused.
+    """
 
-class ArtifactFormat(_ArtifactFormat, metaclass=_ArtifactFormatEnumTypeWrapper): ...
+class ArtifactFormat(_ArtifactFormat, metaclass=_ArtifactFormatEnumTypeWrapper):
+    """What a file does not hold stays missing: a vector or neuron set has the layers that the file names, and no other; a head
+    set or sparsity profile that lacks a head or tensor is refused.
+    """
 
 ARTIFACT_FORMAT_UNSPECIFIED: ArtifactFormat.ValueType  # 0
 ARTIFACT_FORMAT_SAFETENSORS: ArtifactFormat.ValueType  # 1
@@ -81,7 +86,9 @@ ARTIFACT_FORMAT_SAFETENSORS: ArtifactFormat.ValueType  # 1
 ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR: ArtifactFormat.ValueType  # 2
 """GGUF control vector as llama.cpp and repeng write it: tensors "direction.<l>", l from 1. Vectors only."""
 ARTIFACT_FORMAT_HEAD_SCORE_JSON: ArtifactFormat.ValueType  # 3
-"""JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only."""
+"""JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only. A file
+that does not name every head of the model is refused.
+"""
 Global___ArtifactFormat: _TypeAlias = ArtifactFormat  # noqa: Y015
 
 @_typing.final

@@ -27,17 +27,17 @@ from patchclamp.v1 import generation_pb2 as patchclamp_dot_v1_dot_generation__pb
 from patchclamp.v1 import program_pb2 as patchclamp_dot_v1_dot_program__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpatchclamp/v1/steering.proto\x12\rpatchclamp.v1\x1a\x1cpatchclamp/v1/artifact.proto\x1a\x1epatchclamp/v1/generation.proto\x1a\x1bpatchclamp/v1/program.proto\"`\n\x0c\x43ontrastPair\x12\'\n\x08positive\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\'\n\x08negative\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\"\xdf\x02\n\x15\x45xtractVectorsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x06method\x18\x02 \x01(\x0e\x32\x1f.patchclamp.v1.ExtractionMethod\x12*\n\x05pairs\x18\x03 \x03(\x0b\x32\x1b.patchclamp.v1.ContrastPair\x12!\n\x04site\x18\x04 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12,\n\x07pooling\x18\x06 \x01(\x0e\x32\x1b.patchclamp.v1.TokenPooling\x12\x1d\n\x10holdout_fraction\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\t \x01(\t\x12\x0c\n\x04tags\x18\n \x03(\t\x12\x14\n\x0creplace_tags\x18\x0b \x01(\x08\x42\x13\n\x11_holdout_fraction\"\x8b\x01\n\x16\x45xtractVectorsResponse\x12\x35\n\x08progress\x18\x01 \x01(\x0b\x32!.patchclamp.v1.ExtractionProgressH\x00\x12\x31\n\x06result\x18\x02 \x01(\x0b\x32\x1f.patchclamp.v1.ExtractionResultH\x00\x42\x07\n\x05\x65vent\"@\n\x12\x45xtractionProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\"\x7f\n\x10\x45xtractionResult\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12,\n\x06layers\x18\x02 \x03(\x0b\x32\x1c.patchclamp.v1.LayerEvidence\x12\x12\n\nbest_layer\x18\x03 \x01(\r\"\xaa\x02\n\rLayerEvidence\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x18\n\x10heldout_accuracy\x18\x02 \x01(\x01\x12\x17\n\x0frandom_accuracy\x18\x03 \x01(\x01\x12\x0c\n\x04norm\x18\x04 \x01(\x01\x12\x17\n\x0f\x61\x63tivation_norm\x18\x05 \x01(\x01\x12\x1a\n\x12\x65xplained_variance\x18\x06 \x01(\x01\x12\x10\n\x08midpoint\x18\n \x01(\x01\x12\x0e\n\x06margin\x18\x0b \x01(\x01\x12\x38\n\x0fpositive_tokens\x18\x0c \x01(\x0b\x32\x1f.patchclamp.v1.TokenProjections\x12\x38\n\x0fnegative_tokens\x18\r \x01(\x0b\x32\x1f.patchclamp.v1.TokenProjections\"q\n\x10TokenProjections\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x0b\n\x03p05\x18\x03 \x01(\x01\x12\x0b\n\x03p25\x18\x04 \x01(\x01\x12\x0b\n\x03p50\x18\x05 \x01(\x01\x12\x0b\n\x03p75\x18\x06 \x01(\x01\x12\x0b\n\x03p95\x18\x07 \x01(\x01*\xb0\x01\n\x10\x45xtractionMethod\x12!\n\x1d\x45XTRACTION_METHOD_UNSPECIFIED\x10\x00\x12)\n%EXTRACTION_METHOD_DIFFERENCE_OF_MEANS\x10\x01\x12(\n$EXTRACTION_METHOD_PCA_OF_DIFFERENCES\x10\x02\x12$\n EXTRACTION_METHOD_LOGISTIC_PROBE\x10\x03*c\n\x0cTokenPooling\x12\x1d\n\x19TOKEN_POOLING_UNSPECIFIED\x10\x00\x12\x1c\n\x18TOKEN_POOLING_LAST_TOKEN\x10\x01\x12\x16\n\x12TOKEN_POOLING_MEAN\x10\x02\x32r\n\x0fSteeringService\x12_\n\x0e\x45xtractVectors\x12$.patchclamp.v1.ExtractVectorsRequest\x1a%.patchclamp.v1.ExtractVectorsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpatchclamp/v1/steering.proto\x12\rpatchclamp.v1\x1a\x1cpatchclamp/v1/artifact.proto\x1a\x1epatchclamp/v1/generation.proto\x1a\x1bpatchclamp/v1/program.proto\"`\n\x0c\x43ontrastPair\x12\'\n\x08positive\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\'\n\x08negative\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\"\xdf\x02\n\x15\x45xtractVectorsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x06method\x18\x02 \x01(\x0e\x32\x1f.patchclamp.v1.ExtractionMethod\x12*\n\x05pairs\x18\x03 \x03(\x0b\x32\x1b.patchclamp.v1.ContrastPair\x12!\n\x04site\x18\x04 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12,\n\x07pooling\x18\x06 \x01(\x0e\x32\x1b.patchclamp.v1.TokenPooling\x12\x1d\n\x10holdout_fraction\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\t \x01(\t\x12\x0c\n\x04tags\x18\n \x03(\t\x12\x14\n\x0creplace_tags\x18\x0b \x01(\x08\x42\x13\n\x11_holdout_fraction\"\x8b\x01\n\x16\x45xtractVectorsResponse\x12\x35\n\x08progress\x18\x01 \x01(\x0b\x32!.patchclamp.v1.ExtractionProgressH\x00\x12\x31\n\x06result\x18\x02 \x01(\x0b\x32\x1f.patchclamp.v1.ExtractionResultH\x00\x42\x07\n\x05\x65vent\"@\n\x12\x45xtractionProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\"\x91\x01\n\x10\x45xtractionResult\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12,\n\x06layers\x18\x02 \x03(\x0b\x32\x1c.patchclamp.v1.LayerEvidence\x12\x12\n\nbest_layer\x18\x03 \x01(\r\x12\x10\n\x08warnings\x18\x04 \x03(\t\"\xf7\x02\n\rLayerEvidence\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x18\n\x10heldout_accuracy\x18\x02 \x01(\x01\x12\x17\n\x0frandom_accuracy\x18\x03 \x01(\x01\x12\x0c\n\x04norm\x18\x04 \x01(\x01\x12\x17\n\x0f\x61\x63tivation_norm\x18\x05 \x01(\x01\x12\x1a\n\x12\x65xplained_variance\x18\x06 \x01(\x01\x12\x15\n\rpooled_tokens\x18\x07 \x01(\x04\x12\x17\n\x0ftokens_left_out\x18\x08 \x01(\x04\x12\x1b\n\x13participation_ratio\x18\t \x01(\x01\x12\x10\n\x08midpoint\x18\n \x01(\x01\x12\x0e\n\x06margin\x18\x0b \x01(\x01\x12\x38\n\x0fpositive_tokens\x18\x0c \x01(\x0b\x32\x1f.patchclamp.v1.TokenProjections\x12\x38\n\x0fnegative_tokens\x18\r \x01(\x0b\x32\x1f.patchclamp.v1.TokenProjections\"q\n\x10TokenProjections\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x0b\n\x03p05\x18\x03 \x01(\x01\x12\x0b\n\x03p25\x18\x04 \x01(\x01\x12\x0b\n\x03p50\x18\x05 \x01(\x01\x12\x0b\n\x03p75\x18\x06 \x01(\x01\x12\x0b\n\x03p95\x18\x07 \x01(\x01*\xb0\x01\n\x10\x45xtractionMethod\x12!\n\x1d\x45XTRACTION_METHOD_UNSPECIFIED\x10\x00\x12)\n%EXTRACTION_METHOD_DIFFERENCE_OF_MEANS\x10\x01\x12(\n$EXTRACTION_METHOD_PCA_OF_DIFFERENCES\x10\x02\x12$\n EXTRACTION_METHOD_LOGISTIC_PROBE\x10\x03*c\n\x0cTokenPooling\x12\x1d\n\x19TOKEN_POOLING_UNSPECIFIED\x10\x00\x12\x1c\n\x18TOKEN_POOLING_LAST_TOKEN\x10\x01\x12\x16\n\x12TOKEN_POOLING_MEAN\x10\x02\x32r\n\x0fSteeringService\x12_\n\x0e\x45xtractVectors\x12$.patchclamp.v1.ExtractVectorsRequest\x1a%.patchclamp.v1.ExtractVectorsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchclamp.v1.steering_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXTRACTIONMETHOD']._serialized_start=1344
-  _globals['_EXTRACTIONMETHOD']._serialized_end=1520
-  _globals['_TOKENPOOLING']._serialized_start=1522
-  _globals['_TOKENPOOLING']._serialized_end=1621
+  _globals['_EXTRACTIONMETHOD']._serialized_start=1440
+  _globals['_EXTRACTIONMETHOD']._serialized_end=1616
+  _globals['_TOKENPOOLING']._serialized_start=1618
+  _globals['_TOKENPOOLING']._serialized_end=1717
   _globals['_CONTRASTPAIR']._serialized_start=138
   _globals['_CONTRASTPAIR']._serialized_end=234
   _globals['_EXTRACTVECTORSREQUEST']._serialized_start=237
@@ -46,12 +46,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXTRACTVECTORSRESPONSE']._serialized_end=730
   _globals['_EXTRACTIONPROGRESS']._serialized_start=732
   _globals['_EXTRACTIONPROGRESS']._serialized_end=796
-  _globals['_EXTRACTIONRESULT']._serialized_start=798
-  _globals['_EXTRACTIONRESULT']._serialized_end=925
-  _globals['_LAYEREVIDENCE']._serialized_start=928
-  _globals['_LAYEREVIDENCE']._serialized_end=1226
-  _globals['_TOKENPROJECTIONS']._serialized_start=1228
-  _globals['_TOKENPROJECTIONS']._serialized_end=1341
-  _globals['_STEERINGSERVICE']._serialized_start=1623
-  _globals['_STEERINGSERVICE']._serialized_end=1737
+  _globals['_EXTRACTIONRESULT']._serialized_start=799
+  _globals['_EXTRACTIONRESULT']._serialized_end=944
+  _globals['_LAYEREVIDENCE']._serialized_start=947
+  _globals['_LAYEREVIDENCE']._serialized_end=1322
+  _globals['_TOKENPROJECTIONS']._serialized_start=1324
+  _globals['_TOKENPROJECTIONS']._serialized_end=1437
+  _globals['_STEERINGSERVICE']._serialized_start=1719
+  _globals['_STEERINGSERVICE']._serialized_end=1833
 # @@protoc_insertion_point(module_scope)

@@ -55,16 +55,21 @@ class _TokenPoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenPoo
     DESCRIPTOR: _descriptor.EnumDescriptor
     TOKEN_POOLING_UNSPECIFIED: _TokenPooling.ValueType  # 0
     TOKEN_POOLING_LAST_TOKEN: _TokenPooling.ValueType  # 1
+    """The last token that is no sink, of the last 8; the very last where all of them are."""
     TOKEN_POOLING_MEAN: _TokenPooling.ValueType  # 2
-    """All tokens but the first, which as an attention sink would drown the others."""
+    """Mean of all tokens but attention sinks."""
 
 class TokenPooling(_TokenPooling, metaclass=_TokenPoolingEnumTypeWrapper):
-    """Which tokens of an example stand for it."""
+    """Which tokens of an example stand for it. Attention sinks do not: they say where attention rests, and drown the rest.
+    Taken for sinks, at each layer for itself, are the first token and those whose norm is above 3 times the median norm of
+    all tokens of the example but the first. A text of one token stands for itself.
+    """
 
 TOKEN_POOLING_UNSPECIFIED: TokenPooling.ValueType  # 0
 TOKEN_POOLING_LAST_TOKEN: TokenPooling.ValueType  # 1
+"""The last token that is no sink, of the last 8; the very last where all of them are."""
 TOKEN_POOLING_MEAN: TokenPooling.ValueType  # 2
-"""All tokens but the first, which as an attention sink would drown the others."""
+"""Mean of all tokens but attention sinks."""
 Global___TokenPooling: _TypeAlias = TokenPooling  # noqa: Y015
 
 @_typing.final
@@ -210,22 +215,28 @@ class ExtractionResult(_message.Message):
     ARTIFACT_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     BEST_LAYER_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     best_layer: _builtins.int
     """Layer with the best held-out accuracy (ties: the larger margin)."""
     @_builtins.property
     def artifact(self) -> _artifact_pb2.Artifact: ...
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerEvidence]: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What to know before the vector is used, such as layers where few coordinates hide what the examples are about."""
+
     def __init__(
         self,
         *,
         artifact: _artifact_pb2.Artifact | None = ...,
         layers: _abc.Iterable[Global___LayerEvidence] | None = ...,
         best_layer: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "best_layer", b"best_layer", "layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "best_layer", b"best_layer", "layers", b"layers", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -243,6 +254,9 @@ class LayerEvidence(_message.Message):
     NORM_FIELD_NUMBER: _builtins.int
     ACTIVATION_NORM_FIELD_NUMBER: _builtins.int
     EXPLAINED_VARIANCE_FIELD_NUMBER: _builtins.int
+    POOLED_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    PARTICIPATION_RATIO_FIELD_NUMBER: _builtins.int
     MIDPOINT_FIELD_NUMBER: _builtins.int
     MARGIN_FIELD_NUMBER: _builtins.int
     POSITIVE_TOKENS_FIELD_NUMBER: _builtins.int
@@ -256,6 +270,15 @@ class LayerEvidence(_message.Message):
     activation_norm: _builtins.float
     explained_variance: _builtins.float
     """Share of the variance of the pair differences that lies along the vector."""
+    pooled_tokens: _builtins.int
+    """Tokens that the activations of all examples are of, and further ones that were left out as attention sinks: of a
+    mean, all but the first of each example; of last tokens, those after the one that was taken.
+    """
+    tokens_left_out: _builtins.int
+    participation_ratio: _builtins.float
+    """In how many coordinates the sides of the pairs differ: (sum of v)^2 / sum of v^2, with v the mean squared difference
+    by coordinate. Below 8, `warnings` tell.
+    """
     midpoint: _builtins.float
     """Half-way between the mean projections h . v / |v| of the two sides of the training pairs: the threshold of
     heldout_accuracy. Like them it is of pooled states. The artifact keeps it for STORED_THRESHOLD_MIDPOINT.
@@ -279,6 +302,9 @@ class LayerEvidence(_message.Message):
         norm: _builtins.float = ...,
         activation_norm: _builtins.float = ...,
         explained_variance: _builtins.float = ...,
+        pooled_tokens: _builtins.int = ...,
+        tokens_left_out: _builtins.int = ...,
+        participation_ratio: _builtins.float = ...,
         midpoint: _builtins.float = ...,
         margin: _builtins.float = ...,
         positive_tokens: Global___TokenProjections | None = ...,
@@ -286,7 +312,7 @@ class LayerEvidence(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["negative_tokens", b"negative_tokens", "positive_tokens", b"positive_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_norm", b"activation_norm", "explained_variance", b"explained_variance", "heldout_accuracy", b"heldout_accuracy", "layer", b"layer", "margin", b"margin", "midpoint", b"midpoint", "negative_tokens", b"negative_tokens", "norm", b"norm", "positive_tokens", b"positive_tokens", "random_accuracy", b"random_accuracy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_norm", b"activation_norm", "explained_variance", b"explained_variance", "heldout_accuracy", b"heldout_accuracy", "layer", b"layer", "margin", b"margin", "midpoint", b"midpoint", "negative_tokens", b"negative_tokens", "norm", b"norm", "participation_ratio", b"participation_ratio", "pooled_tokens", b"pooled_tokens", "positive_tokens", b"positive_tokens", "random_accuracy", b"random_accuracy", "tokens_left_out", b"tokens_left_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

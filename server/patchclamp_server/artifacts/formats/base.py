@@ -22,13 +22,12 @@ class CannotExpress(Exception):
 class Decoded:
     """Tensors under the names of the kind; metadata if Patchclamp wrote the file, else what it says of itself.
 
-    `missing_is_zero`: the format leaves zeros out, so the shapes are only the least that the file speaks of.
+    What the file does not hold stays missing: nothing is filled in.
     """
 
     tensors: dict[str, torch.Tensor]
     metadata: Metadata | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    missing_is_zero: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
     {"<layer>-<head>": [score of one run, ...], ...}
 
-Layers and heads from 0, in any order. Imported: the mean of each list. A head that the file does not name has score 0;
-how many heads there are it does not say, so the shape goes to the last layer and head that it names. Exported: every
-head, with a list of one. Ends of intervals have no place in this format and are left out, as is all metadata.
+Layers and heads from 0, in any order. Imported: the mean of each list. How many heads there are the file does not say:
+the shape goes to the last layer and head that it names. Every head of it must be there, as in the published files; of
+one that is not, nothing is known, and 0 would be a measurement. Exported: every head, with a list of one. Ends of
+intervals have no place in this format and are left out, as is all metadata.
 """
 
 import json
 import math
 import re
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,12 +41,19 @@ def decode(source: bytes | Path) -> Decoded:
     if not isinstance(entries, dict) or not entries:
         raise MalformedFile('not head scores: expected an object {"<layer>-<head>": [score, ...]} that is not empty')
     means = {_head(name): _mean(name, runs) for name, runs in entries.items()}
-    scores = torch.zeros(1 + max(layer for layer, _ in means), 1 + max(head for _, head in means))
+    shape = 1 + max(layer for layer, _ in means), 1 + max(head for _, head in means)
+    if missing := prod(shape) - len(means):
+        layer, head = next(place for place in product(*map(range, shape)) if place not in means)
+        raise MalformedFile(
+            f"{missing} of {prod(shape)} heads are missing, the first is {layer}-{head}; a head whose score is 0 is "
+            "written as [0]"
+        )
+    scores = torch.empty(shape)
     for (layer, head), mean in means.items():
         scores[layer, head] = mean
     runs = [len(runs) for runs in entries.values()]
     provenance = {"method": "imported", "format": "head_score_json", "runs": {"fewest": min(runs), "most": max(runs)}}
-    return Decoded({"scores": scores}, provenance=provenance, missing_is_zero=True)
+    return Decoded({"scores": scores}, provenance=provenance)
 
 
 def encode(artifact: Artifact, architecture: str = "") -> bytes:

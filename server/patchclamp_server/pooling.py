@@ -1,0 +1,130 @@
+"""What stands for a text of many tokens: a mean of their states or the last one, without attention sinks.
+
+    outlier   token t ≥ 1 with ‖h_t‖ > 3 · median_{s ≥ 1} ‖h_s‖      of one text, at one site and layer
+    mean      (1/n) Σ h_t     over the n tokens t ≥ 1 that are no outliers
+    last      h_t of the last token t that is none
+
+Why: attention rests on a few tokens whose norm is many times that of the others (Sun et al. 2024, Massive Activations
+in Large Language Models). The first token (t = 0, left out always) is the one most known, not the only one: in
+Qwen2.5 it is also the first "." or "," of a text (17 times the median norm), in SmolLM2-135M now and then a word (50
+times). Such a state says where attention rests and hardly anything of the text; a mean that holds one tells little
+else. Of all other tokens of SmolLM2 not one in a hundred reaches 2.5 times the median at any layer. The median
+is the lower one of two, so that of two tokens the larger can be the outlier, and at most half of the tokens are.
+
+Tokens are left out rather than normalised, so that a mean stays a mean of activations that occur, and strength 1 of a
+difference of means moves one mean onto the other. Both were measured to find directions equally well.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+OUTLIER_RATIO = 3.0
+# Rows of a text that are kept until its norms are known: bounds of memory. A mean leaves out at most so many tokens,
+# the largest; where the last so many are all outliers, the very last stands for the text.
+MOST_LEFT_OUT = 64
+LAST_TOKENS = 8
+
+
+class Pooling(Enum):
+    LAST_TOKEN = "last_token"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Of one text: values [n_layers, width] float32; by layer [n_layers] the number of `tokens` that they are the mean
+    of, and of tokens `left_out` as outliers: of all, or of those after the last that is none."""
+
+    values: Tensor
+    tokens: Tensor
+    left_out: Tensor
+
+    def cpu(self) -> "Pooled":
+        return Pooled(self.values.cpu(), self.tokens.cpu(), self.left_out.cpu())
+
+
+def outliers(norms: Tensor) -> Tensor:
+    """norms [..., n] of the tokens of a text but the first -> bool alike. A norm that is not finite is none: it is a
+    fault to be seen, and not a token to be passed over."""
+    median = norms.median(dim=-1, keepdim=True).values
+    return (norms > OUTLIER_RATIO * median) & (median > 0) & norms.isfinite()
+
+
+def ordinary_tokens(states: Tensor) -> Tensor:
+    """states [..., T, width] of whole texts -> bool [..., T]: no outlier, and not the first token unless it is the only
+    one."""
+    norms = states.float().norm(dim=-1)
+    if norms.shape[-1] == 1:
+        return torch.ones_like(norms, dtype=torch.bool)
+    return torch.cat((torch.zeros_like(norms[..., :1], dtype=torch.bool), ~outliers(norms[..., 1:])), dim=-1)
+
+
+class TokenPool:
+    """Pools one text of T tokens whose states come in chunks, layer by layer.
+
+    Which norms are outliers is known at the end. Rows that may turn out to be, the largest, or to be the last that is
+    none, are kept until then; the others are summed in float32 and let go.
+    """
+
+    def __init__(self, pooling: Pooling, layers: tuple[int, ...], n_tokens: int) -> None:
+        self.pooling, self.layers, self.n_tokens = pooling, layers, n_tokens
+        # Tokens but the first, unless there is no other.
+        self._pooled = max(n_tokens - 1, 1)
+        most = self._pooled // 2 if pooling is Pooling.MEAN else self._pooled
+        self._room = min(most, MOST_LEFT_OUT if pooling is Pooling.MEAN else LAST_TOKENS)
+        self._layers: dict[int, _Layer] = {}
+
+    def add(self, layer: int, states: Tensor, start: int) -> None:
+        """states [n, width] of tokens start ≤ t < start + n ≤ T. Token 0 begins the text anew: it was preempted."""
+        # A copy: the blocks go on to edit the residual stream in place.
+        states = states.to(torch.float32, copy=True)
+        places = torch.arange(start, start + len(states), device=states.device)
+        norms = states.norm(dim=1)
+        if start == 0:
+            if self.n_tokens > 1:
+                states, places, norms = states[1:], places[1:], norms[1:]
+            self._layers[layer] = _Layer(norms, states, places, states.new_zeros(states.shape[1]))
+        else:
+            so_far = self._layers[layer]
+            so_far.norms = torch.cat((so_far.norms, norms))
+            so_far.states = torch.cat((so_far.states, states))
+            so_far.places = torch.cat((so_far.places, places))
+        self._let_go(self._layers[layer])
+
+    def _let_go(self, layer: "_Layer") -> None:
+        """Of all but the rows that there is room for."""
+        if len(layer.states) <= self._room:
+            return
+        mean = self.pooling is Pooling.MEAN
+        kept = torch.topk(layer.states.norm(dim=1) if mean else layer.places, self._room).indices
+        if mean:
+            layer.sum += layer.states.index_fill(0, kept, 0.0).sum(dim=0)
+        layer.states, layer.places = layer.states[kept], layer.places[kept]
+
+    def result(self) -> Pooled:
+        """Once all tokens of all layers have come."""
+        found = [self._result(self._layers[layer]) for layer in self.layers]
+        return Pooled(*(torch.stack(column) for column in zip(*found, strict=True)))
+
+    def _result(self, layer: "_Layer") -> tuple[Tensor, Tensor, Tensor]:
+        # Indices into the norms, which begin with token 1 unless there is only token 0.
+        index = layer.places - (1 if self.n_tokens > 1 else 0)
+        passed = outliers(layer.norms)[index]
+        if self.pooling is Pooling.MEAN:
+            left_out = passed.sum()
+            tokens = self._pooled - left_out
+            return (layer.sum + layer.states.masked_fill(passed[:, None], 0.0).sum(dim=0)) / tokens, tokens, left_out
+        last = torch.where(passed, -1, index).argmax()
+        last = torch.where(passed.all(), index.argmax(), last)
+        return layer.states[last], torch.ones_like(last), self._pooled - 1 - index[last]
+
+
+@dataclass(eq=False)
+class _Layer:
+    norms: Tensor  # of all tokens that came
+    states: Tensor  # [k, width] of those that are kept, at `places` [k]
+    places: Tensor
+    sum: Tensor  # [width] of the others
