@@ -148,6 +148,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def serve(args: argparse.Namespace) -> int:
     """Load the model, serve until SIGTERM or SIGINT, drain. Returns the exit code."""
     _configure_process()
+    from patchclamp_server.engine.faults import is_out_of_memory
     from patchclamp_server.model.errors import ModelSourceError
     from patchclamp_server.model.progress import RichProgress
     from patchclamp_server.rpc.server import EngineStopped, Server, check_files, load, reserve
@@ -174,6 +175,10 @@ def serve(args: argparse.Namespace) -> int:
         asyncio.run(server.run(ready, reserved))
     except (ConfigurationError, ModelSourceError, EngineStopped, OSError) as error:
         return _failed("serve", error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed("serve", f"out of memory: {error}; --kv-cache-tokens asks for less")
     except KeyboardInterrupt:  # while the model loads; afterwards it is a signal like any other
         return 130
     return 0
@@ -225,7 +230,7 @@ def pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def _failed(command: str, error: Exception) -> int:
+def _failed(command: str, error: Exception | str) -> int:
     """One line for what the operator can mend; a defect of ours keeps its traceback."""
     print(f"patchclamp {command}: error: {error}", file=sys.stderr)
     return 1

@@ -141,6 +141,23 @@ def test_a_text_of_more_bytes_than_tokens_could_have_is_not_tokenised(call, fiel
     assert not read
 
 
+def test_a_text_of_many_short_tokens_is_refused_before_all_of_it_is_tokenised() -> None:
+    """A token has up to nine bytes, so that so many bytes could be 10,000 tokens."""
+    encoder = PromptEncoder(tokenizer("llama2"), info(context_length=10_000))
+    text = "x" * encoder.bytes_of(10_000)
+    error = refused(encoder.encode_text, text)
+    assert error.field == "prompt.text"
+    assert "far more than the 10000 tokens" in error.message
+
+
+def test_a_text_of_long_tokens_that_fits_is_read_however_many_bytes_it_has() -> None:
+    own = tokenizer("byte level")
+    longest = max((token for token in own.get_vocab() if token.isascii()), key=len)
+    text = f" {longest}" * 5000
+    encoder = PromptEncoder(own, info(context_length=len(own(text)["input_ids"])))
+    assert list(encoder.encode_text(text).ids) == own(text)["input_ids"]
+
+
 def test_the_bytes_of_a_byte_level_token_are_its_characters() -> None:
     own = PromptEncoder(tokenizer("byte level"), info())
     assert own.bytes_of(1) == max(len(token) for token in tokenizer("byte level").get_vocab())

@@ -200,6 +200,15 @@ def test_serve_says_what_is_wrong_in_one_line(model_copy: Path, capsys: pytest.C
     assert all(line.startswith("model: ") for line in stages)
 
 
+def test_a_kv_cache_that_does_not_fit_is_said_in_one_line(
+    tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(tiny_llama_dir), "--kv-cache-tokens", str(10**15)]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("patchclamp serve: error: out of memory: Unable to allocate")
+    assert last.endswith("--kv-cache-tokens asks for less")
+
+
 def test_a_cache_that_cannot_be_written_stops_no_local_model_and_is_said_once(
     model_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,6 +1,8 @@
 """What a GGUF file says of its model decides what is computed: transformers, set up with the same, is the oracle."""
 
+import contextlib
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,7 @@ REFUSED: dict[str, Any] = {
     "rope.scaling.type": "dynamic",
     "rope.scaling.attn_factor": 1.2,
     "rope.scaling.yarn_log_multiplier": 0.1,
+    "rope.freq_base": 0.0,
     "rope.dimension_count": 6,
     "rope.dimension_sections": [2, 2, 2, 0],
     "attention.value_length": 8,
@@ -239,3 +242,15 @@ def test_an_architecture_that_is_not_served_is_refused_before_it_is_converted(tm
     path.write_bytes(path.read_bytes().replace(b"llama", b"lfm2x"))
     with pytest.raises(ModelSourceError, match="architecture 'lfm2x' is not supported: llama, qwen2"):
         converted_gguf(path)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_file_with_changed_bytes_is_refused_as_a_model_or_served(seed: int, tmp_path: Path) -> None:
+    path, chance = write_gguf(tmp_path / "m.gguf", tiny_model("llama")), random.Random(seed)
+    content = bytearray(path.read_bytes())
+    for _ in range(20):
+        content[chance.randrange(12_000)] = chance.randrange(256)
+    path.write_bytes(content)
+    # Anything else that is raised fails the test. A change may also hit a name that nobody needs.
+    with contextlib.suppress(ModelSourceError):
+        load_model(str(path))

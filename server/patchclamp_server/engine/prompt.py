@@ -3,11 +3,10 @@
 Text is a raw completion: special tokens written in it are parsed. The content of a chat message is not: a control
 token typed by a user, such as an end of turn, stays the characters that were typed, so no message can open a turn.
 
-Every text that becomes tokens, a prompt or what a job is about, passes `_encoded`: it is not longer than what may be
-read, its call still waits for it, and the model has a row for every id.
+Every text that becomes tokens, a prompt or what a job is about, passes the gate of text_gate.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from patchclamp_server.engine.chat_layout import ChatLayout, ChatTemplate, Message
 from patchclamp_server.engine.encoders import Encoders, Tokens
 from patchclamp_server.engine.text import IncrementalDetokenizer, piece, token_bytes
+from patchclamp_server.engine.text_gate import TextGate
 from patchclamp_server.engine.text_threads import TextThreads, check_awaited
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
@@ -42,6 +42,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._encoders = Encoders(tokenizer)
         self._info = info
+        self._gate = TextGate(self._encoders, info)
         added = tokenizer.added_tokens_decoder
         self._control = {id: token.content for id, token in added.items() if token.special}
         self._unknown = tokenizer.unk_token_id
@@ -63,12 +64,12 @@ class PromptEncoder:
             encoding = self._encoders.start.encode(text, add_special_tokens=True)
             return Tokens(encoding.ids, encoding.offsets)
 
-        return self._checked("prompt.text", self._encoded(read, text, "prompt.text").ids)
+        return self._checked("prompt.text", self._gate.tokens(read, text, "prompt.text").ids)
 
     def encode_body(self, text: str, field: str, *, most_tokens: int) -> tuple[int, ...]:
         """Ids of a text of a job, from its start, without the special tokens around it. `most_tokens`: that the job
         may take of it."""
-        return tuple(self._encoded(self._encoders.at_start, text, field, most_tokens).ids)
+        return tuple(self._gate.tokens(self._encoders.at_start, text, field, most_tokens).ids)
 
     def encode_continuation(
         self, text: str, field: str = "continuation", after: Sequence[int] | None = None
@@ -81,7 +82,7 @@ class PromptEncoder:
             read = self._encoders.after_control
         else:
             read = self._encoders.in_middle
-        return tuple(self._encoded(read, text, field).ids)
+        return tuple(self._gate.tokens(read, text, field).ids)
 
     def encode_tokens(self, ids: Sequence[int]) -> EncodedPrompt:
         check_ids(ids, self._info.vocab_size, "prompt.tokens.ids")
@@ -129,37 +130,8 @@ class PromptEncoder:
         return b"".join(table.of(id, first=False) for id in ids).decode(errors="replace")
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes of text that so many tokens may be read from: as many times those of the longest token."""
-        return tokens * self._encoders.longest_token
-
-    def _encoded(
-        self,
-        read: Callable[[str], Tokens],
-        text: str,
-        field: str,
-        most_tokens: int | None = None,
-        *,
-        field_at: Callable[[int, int], str] | None = None,
-    ) -> Tokens:
-        """What `read` makes of a text. `field_at`: of characters [start, end), where `field` is made of several."""
-        check_awaited()
-        self._check_bytes(len(text.encode()), field, most_tokens or self._info.context_length)
-        found = read(text)
-        size = self._info.vocab_size
-        outside = first_outside(found.ids, size)
-        if outside is not None:
-            id, (start, end) = found.ids[outside], found.spans[outside]
-            written = text[start:end] or self._tokenizer.convert_ids_to_tokens(id)
-            raise InvalidArgument(
-                field if field_at is None else field_at(start, end),
-                f"{written!r} is the token {id} of the tokenizer, outside the vocabulary [0, {size}) of the model",
-            )
-        return found
-
-    def _check_bytes(self, size: int, field: str, tokens: int) -> None:
-        most = self.bytes_of(tokens)
-        if size > most:
-            raise InvalidArgument(field, f"has {size} bytes; at most {most} are read, for {tokens} tokens")
+        """Bytes of text that so many tokens may be read from."""
+        return self._gate.bytes_of(tokens)
 
     def _checked(self, field: str, ids: Sequence[int], roles: tuple[str, ...] | None = None) -> EncodedPrompt:
         if not ids:
@@ -177,7 +149,7 @@ class PromptEncoder:
             raise InvalidArgument(_MESSAGES, "is empty; a chat has at least one message")
         if len(messages) > context:
             raise InvalidArgument(_MESSAGES, f"{len(messages)} messages; a context of {context} tokens holds no more")
-        self._check_bytes(sum(len(content.encode()) for _, content in messages), _MESSAGES, context)
+        self._gate.check_bytes(sum(len(content.encode()) for _, content in messages), _MESSAGES, context)
         names: set[str] = set()
         for i, (role, _) in enumerate(messages):
             if role not in names and not self._is_name(role):
@@ -206,7 +178,7 @@ class PromptEncoder:
             content = layout.content_at(start, end)
             return "prompt.chat" if content is None else f"{_MESSAGES}[{content}].content"
 
-        tokens = self._encoded(read, layout.text, "prompt.chat", field_at=field_at)
+        tokens = self._gate.tokens(read, layout.text, "prompt.chat", field_at=field_at)
         roles = tuple(layout.role_at(start, end) for start, end in tokens.spans) if layout.framed else None
         return self._checked("prompt.chat", tokens.ids, roles)
 
@@ -222,7 +194,7 @@ class PromptEncoder:
                 raise InvalidArgument(
                     f"{_MESSAGES}[{i}].content", f"has {found}, a control token of a template that rewrites contents"
                 )
-        return self._checked("prompt.chat", self._encoded(self._encoders.at_start, text, "prompt.chat").ids)
+        return self._checked("prompt.chat", self._gate.tokens(self._encoders.at_start, text, "prompt.chat").ids)
 
     def _control_in(self, text: str) -> str:
         """A control token written in a text, or ""."""

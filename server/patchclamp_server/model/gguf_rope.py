@@ -23,7 +23,10 @@ def rope_parameters(metadata: Metadata, *, rotary_dim: int, context: int, reads_
 
     Raises ModelSourceError for a scaling that transformers has no equal of.
     """
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.take("rope.freq_base", DEFAULT_BASE)}
+    base = metadata.take("rope.freq_base", DEFAULT_BASE)
+    if not base > 0:
+        raise metadata.refusal("rope.freq_base", f"{base} is not supported: above 0")
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     factor = float(metadata.take("rope.scaling.factor") or metadata.take("rope.scale_linear") or 1.0)
     kind = str(metadata.take("rope.scaling.type", "linear"))
     # Says something only of YaRN and of factors: files without a scaling have it too.

@@ -1036,7 +1036,9 @@ class WatchActivationsRequest(_message.Message):
     MAX_EVENTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     threshold: _builtins.float
-    """Instead of the items' own thresholds."""
+    """Instead of the items' own thresholds. One that is still derived from the first tokens is above all values: until it is
+    known its item is silent.
+    """
     max_events: _builtins.int
     """Ends after so many events. Default: never."""
     @_builtins.property

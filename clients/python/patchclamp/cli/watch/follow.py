@@ -20,7 +20,11 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     parser.add_argument("name", help="the running watch")
     parser.add_argument("--item", action="append", dest="items", metavar="NAME", help="only this one; repeatable")
-    parser.add_argument("--threshold", type=float, help="in place of the items' own")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="in place of the items' own, which are silent while they are derived from the first tokens",
+    )
     parser.add_argument("--max-events", type=count, metavar="N", help="end after so many (default: never)")
     parser.set_defaults(run=run)
 
