@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="patchclamp", description="Generate text while you steer activations and clamp neurons.")
+    purpose = "Generate text while you steer activations and clamp neurons."
+    parser: argparse.ArgumentParser = Parser(prog="patchclamp", description=purpose)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('patchclamp')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serving.add_parsers(commands)
