@@ -19,8 +19,8 @@ Context = Any
 
 # Probes have no token.
 OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
-# Calls that take no place of `max_concurrent`: the job takes one, and whoever may have only one can still ask how it goes
-# and cancel it. The kill switch ends the job, and so those who follow it.
+# Calls that take no place of `max_concurrent`: the job takes one, and whoever may have only one can still ask how it
+# goes and cancel it. The kill switch ends the job, and so those who follow it.
 PLACELESS_SERVICES = frozenset({"patchclamp.v1.JobService"})
 # Calls that are in the audit log whatever their requests ran: they change what is watched, or run edits and sparse
 # policies of their own. Of their fields, these are recorded.
