@@ -34,6 +34,7 @@ from measure import alternate, decode_steps, least_steps, save
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
@@ -99,7 +100,7 @@ class Session:
 
 def detection(session: Session, test: NeedleTest) -> dict[str, Any]:
     started = time.perf_counter()
-    found, runs = session.detect(Detection(test, tags=("found",)))
+    found, runs = session.detect(Detection(test, tags=Tags(("found",))))
     seconds = time.perf_counter() - started
     best = [asdict(head) | {"head": f"L{head.head.layer}H{head.head.head}"} for head in found.scores[:20]]
     lengths = sorted({run.length for run in runs})
@@ -166,7 +167,7 @@ def against_naive(model: LoadedModel, test: NeedleTest) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         session = Session(model, directory)
         started = time.perf_counter()
-        found, _ = session.detect(Detection(test, tags=("found",)))
+        found, _ = session.detect(Detection(test, tags=Tags(("found",))))
         ours = time.perf_counter() - started
         scores = session.store.get("found").head_scores()[0]
         session.engine.shutdown()

@@ -120,7 +120,7 @@ class Client:
         return self._generation.Generate(asked)
 
     def upload(self, number: int, width: int, tag: str = "") -> str:
-        """A vector that no other number has. Its id; raises RpcError."""
+        """A vector that no other number has; it takes the tag from the one before. Its id; raises RpcError."""
         file = save({"layer.0": full((width,), float(number + 1))})
         header = artifact_pb2.UploadHeader(
             kind="ARTIFACT_KIND_VECTOR",
@@ -129,6 +129,7 @@ class Client:
             # Padding that makes it large.
             description=f"{number} " * 400,
             tags=[tag] if tag else [],
+            replace_tags=True,
         )
         parts = [artifact_pb2.UploadRequest(header=header), artifact_pb2.UploadRequest(chunk=file)]
         return self._artifacts.Upload(iter(parts), timeout=PATIENCE_SECONDS).artifact.id

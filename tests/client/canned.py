@@ -7,6 +7,7 @@ from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
     head_pb2,
+    job_pb2,
     model_pb2,
     monitoring_pb2,
     program_pb2,
@@ -15,6 +16,7 @@ from patchclamp.v1 import (
 )
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceServicer
 from patchclamp.v1.head_pb2_grpc import HeadServiceServicer
+from patchclamp.v1.job_pb2_grpc import JobServiceServicer
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
 from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceServicer
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceServicer
@@ -293,6 +295,17 @@ class Monitoring(MonitoringServiceServicer):
             )
             activation.time.FromMilliseconds(1500)
             yield monitoring_pb2.WatchActivationsResponse(activations=[activation], dropped=3 * (number - 1))
+
+
+class Jobs(JobServiceServicer):
+    """Begins whatever it is asked for."""
+
+    def __init__(self) -> None:
+        self.request: Any = None
+
+    def StartJob(self, request: Any, context: Any) -> job_pb2.StartJobResponse:
+        self.request = request
+        return job_pb2.StartJobResponse(job=job_pb2.Job(id="job-1", state=job_pb2.JOB_STATE_RUNNING))
 
 
 class Models(ModelServiceServicer):

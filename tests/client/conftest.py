@@ -9,6 +9,7 @@ import pytest
 
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
+from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
@@ -21,6 +22,7 @@ _SERVICES: dict[str, Callable[[Any, grpc.Server], None]] = {
     "sparsity": add_SparsityServiceServicer_to_server,
     "heads": add_HeadServiceServicer_to_server,
     "monitoring": add_MonitoringServiceServicer_to_server,
+    "jobs": add_JobServiceServicer_to_server,
 }
 
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp import AsyncClient, Client, heads, monitoring, programs, sparsity
+from patchclamp import AsyncClient, Client, heads, monitoring, programs, requests, sparsity
 from patchclamp.heads import CleanCorruptPair
 
 Arguments = dict[str, Any]
@@ -38,6 +38,10 @@ _REQUIRED: dict[str, Arguments] = {
     "tag_artifact": {"tag": "mine", "ref": "other"},
     "untag_artifact": {"tag": "mine"},
     "delete_artifact": {"ref": "mine"},
+    "start_job": {"request": requests.record_reference("mine")},
+    "follow_job": {"job_id": "job-1"},
+    "job": {"job_id": "job-1"},
+    "cancel_job": {"job_id": "job-1"},
     "add": {"direction": "v"},
     "project_out": {"direction": "v"},
     "cap_projection": {"direction": "v", "max": 1.0},

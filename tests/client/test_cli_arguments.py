@@ -347,6 +347,13 @@ def test_every_action_on_sparsity_can_answer_in_json(action: str, capsys: pytest
     assert "--json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("action", ["list", "status", "follow", "cancel"])
+def test_every_action_on_jobs_can_answer_in_json(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["jobs", action, "-h"])
+    assert "--json" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("action", ["detect", "score", "ablate", "circuit", "ground", "compare", "attribute"])
 def test_every_action_on_heads_can_answer_in_json(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

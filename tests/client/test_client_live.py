@@ -166,11 +166,11 @@ def test_an_extracted_vector_is_stored_with_evidence_and_steers(client: Client):
 
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
 def test_an_artifact_survives_download_and_upload(client: Client, format: str):
-    made = client.extract_vectors(PAIRS, layers=[1], tags=["round-trip"]).result().artifact
-    data = client.download_artifact("round-trip", format)
-    back = client.put_artifact(data, format=format, tags=["back"], description="came back")
+    made = client.extract_vectors(PAIRS, layers=[1], tags=[f"gone-{format}"]).result().artifact
+    data = client.download_artifact(f"gone-{format}", format)
+    back = client.put_artifact(data, format=format, tags=[f"back-{format}"], description="came back")
     assert (back.layers, back.width, back.site) == (made.layers, made.width, made.site)
-    assert client.get_artifact("back") == back
+    assert client.get_artifact(f"back-{format}") == back
 
 
 def test_artifacts_are_listed_tagged_and_deleted(client: Client):

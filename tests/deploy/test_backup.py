@@ -9,7 +9,7 @@ import torch
 from deployed import DEPLOY
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.artifacts.types import ArtifactKind, Tags
 from patchclamp_server.interventions.program import Site
 
 COPIED = re.compile(r"-C /var/lib/patchclamp/artifacts -cf - (.+) > artifacts\.tar")
@@ -22,7 +22,7 @@ def put(store: ArtifactStore, number: int) -> None:
         tensors,
         model_fingerprint="f" * 64,
         site=Site.RESID_POST,
-        tags=[f"vector-{number}", "last"],
+        tags=Tags((f"vector-{number}", "last"), replace=True),
     )
 
 

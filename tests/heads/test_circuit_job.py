@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.artifacts.types import ArtifactKind, Tags
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.heads.circuit import CircuitSearch
 from patchclamp_server.heads.circuit_job import Circuit, find_circuit
@@ -66,7 +66,7 @@ async def test_progress_counts_every_stage_to_its_end_and_then_comes_the_circuit
 async def test_the_best_heads_of_the_stored_set_are_the_circuit(
     tiny_llama: LoadedModel, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
 ) -> None:
-    job = CircuitSearch("mean_ablation", pairs, circuit_size=3, description="tiny", tags=("circuit",))
+    job = CircuitSearch("mean_ablation", pairs, circuit_size=3, description="tiny", tags=Tags(("circuit",)))
     *_, result = await events(tiny_llama, store, job)
     assert isinstance(result, Circuit)
     stored = store.get("circuit")

@@ -13,6 +13,7 @@ from naive_retrieval import naive_mean, naive_run, naive_success
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.engine.config import EngineConfig, Unobserved
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
@@ -65,7 +66,7 @@ async def run(engine: Engine, store: ArtifactStore, job: Detection) -> Detected:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def detected(embedded_engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Detected:
     store = ArtifactStore(tmp_path_factory.mktemp("head_sets"))
-    return await run(embedded_engine, store, Detection(TEST, tags=("found",)))
+    return await run(embedded_engine, store, Detection(TEST, tags=Tags(("found",))))
 
 
 async def test_the_scores_are_those_of_full_attention_matrices(

@@ -12,7 +12,7 @@ from planted_heads import INDUCTION, planted
 
 from patchclamp.v1 import head_pb2
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.artifacts.types import ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.heads.head_sets import load_head_set
@@ -20,7 +20,7 @@ from patchclamp_server.heads.registry import SCORING_METHODS
 from patchclamp_server.heads.score_job import Result, score_heads
 from patchclamp_server.heads.scoring import Progress, Scoring, ends, in_thread, resampled_means
 
-JOB = Scoring("ngram", sequence_tokens=16, sequences=3, seed=2**63, description="bigrams", tags=("bigram",))
+JOB = Scoring("ngram", sequence_tokens=16, sequences=3, seed=2**63, description="bigrams", tags=Tags(("bigram",)))
 
 
 def events(store: ArtifactStore, job: Scoring) -> AsyncIterator[Progress | Result]:

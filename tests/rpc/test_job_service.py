@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from live import LiveServer
-from secured import refusal, secured, until
+from secured import generation, refusal, secured, until
 from statuses import failure
 
 from patchclamp import Client
@@ -198,6 +198,23 @@ def test_a_job_has_the_rights_and_the_quota_of_who_began_it(live_server: LiveSer
         assert (refused.code, refused.reason) == (CODES.PERMISSION_DENIED, "METHOD_NOT_ALLOWED")
     lines = {(line["tenant"], line["method"], line["code"]) for line in server.audit()}
     assert ("one", "SteeringService/ExtractVectors", "OK") in lines
+
+
+def test_a_tenant_of_one_call_at_a_time_runs_follows_and_cancels_a_job(live_server: LiveServer, tmp_path: Path):
+    policy = "tenants:\n  one: {max_concurrent: 1}\n"
+    with (
+        secured(live_server.model, tmp_path, "one", policy=policy) as server,
+        Client(server.server.address, token=server.tokens["one"]) as client,
+        grpc.insecure_channel(server.server.address) as channel,
+    ):
+        client.create_watch([watch_neurons("n", 0, [1])], tags=["quiet"])
+        client.start_watch("quiet")
+        jobs, one = JobServiceStub(channel), server.metadata("one")
+        job = jobs.StartJob(endless(), metadata=one).job
+        following = jobs.FollowJob(pb.FollowJobRequest(id=job.id), metadata=one)
+        assert next(following).record_reference.progress.total == 1000
+        assert jobs.CancelJob(pb.CancelJobRequest(id=job.id), metadata=one).job.state == pb.JOB_STATE_CANCELLED
+        assert server.generate(channel, "one", generation())
 
 
 def job(number: int, state: JobState) -> DetachedJob:

@@ -39,6 +39,7 @@ from patchclamp.requests import (
     GenerateOptions,
     HeadEditOptions,
     HeadScoreOptions,
+    JobRequest,
     PromptLike,
     PromptOptions,
     ReferenceOptions,
@@ -59,6 +60,7 @@ from patchclamp.results import (
     CompareResult,
     CoreNeurons,
     CreatedWatch,
+    DeletedArtifact,
     DetectionCollector,
     DetectionEvent,
     Detokenization,
@@ -66,9 +68,13 @@ from patchclamp.results import (
     EvaluationCollector,
     ExtractionEvent,
     ExtractionResult,
+    FollowCollector,
     HeadEditEffect,
     HeadSetComparison,
+    Job,
     JobCollector,
+    JobEvent,
+    JobResult,
     LogitAttribution,
     Model,
     Progress,
@@ -89,6 +95,7 @@ from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
     head_pb2,
+    job_pb2,
     model_pb2,
     monitoring_pb2,
     sparse_policy_pb2,
@@ -377,15 +384,40 @@ class AsyncClient(AsyncTransport):
             if not page_token:
                 return
 
-    async def tag_artifact(self, tag: str, ref: str, *, timeout: float | None = None) -> Artifact:
-        request = build(artifact_pb2.TagArtifactRequest, tag=tag, ref=ref)
+    async def tag_artifact(
+        self, tag: str, ref: str, *, replace: bool = False, timeout: float | None = None
+    ) -> Artifact:
+        request = requests.tag_artifact(tag, ref, replace)
         return Artifact.from_proto((await self._unary(self._artifacts.TagArtifact, request, timeout)).artifact)
 
     async def untag_artifact(self, tag: str, *, timeout: float | None = None) -> None:
         await self._unary(self._artifacts.TagArtifact, build(artifact_pb2.TagArtifactRequest, tag=tag), timeout)
 
-    async def delete_artifact(self, ref: str, *, timeout: float | None = None) -> None:
-        await self._unary(self._artifacts.DeleteArtifact, build(artifact_pb2.DeleteArtifactRequest, ref=ref), timeout)
+    async def delete_artifact(self, ref: str, *, timeout: float | None = None) -> DeletedArtifact:
+        request = build(artifact_pb2.DeleteArtifactRequest, ref=ref)
+        return DeletedArtifact.from_proto(await self._unary(self._artifacts.DeleteArtifact, request, timeout))
+
+    async def start_job(self, request: JobRequest, *, timeout: float | None = None) -> Job:
+        message = requests.start_job(request)
+        return Job.from_proto((await self._unary(self._jobs.StartJob, message, timeout)).job)
+
+    def follow_job(
+        self, job_id: str, *, timeout: float = float("inf")
+    ) -> AsyncStream[job_pb2.FollowJobResponse, JobEvent, JobResult]:
+        call = self._stream(self._jobs.FollowJob, requests.follow_job(job_id), timeout)
+        return AsyncStream(call, FollowCollector())
+
+    async def job(self, job_id: str, *, timeout: float | None = None) -> Job:
+        request = requests.get_job(job_id)
+        return Job.from_proto((await self._unary(self._jobs.GetJob, request, timeout)).job)
+
+    async def jobs(self, *, timeout: float | None = None) -> tuple[Job, ...]:
+        response = await self._unary(self._jobs.ListJobs, job_pb2.ListJobsRequest(), timeout)
+        return tuple(map(Job.from_proto, response.jobs))
+
+    async def cancel_job(self, job_id: str, *, timeout: float | None = None) -> Job:
+        request = requests.cancel_job(job_id)
+        return Job.from_proto((await self._unary(self._jobs.CancelJob, request, timeout)).job)
 
     async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         response = await self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout)

@@ -36,6 +36,7 @@ from patchclamp.requests import (
     GenerateOptions,
     HeadEditOptions,
     HeadScoreOptions,
+    JobRequest,
     PromptLike,
     PromptOptions,
     ReferenceOptions,
@@ -56,6 +57,7 @@ from patchclamp.results import (
     CompareResult,
     CoreNeurons,
     CreatedWatch,
+    DeletedArtifact,
     DetectionCollector,
     DetectionEvent,
     Detokenization,
@@ -63,9 +65,13 @@ from patchclamp.results import (
     EvaluationCollector,
     ExtractionEvent,
     ExtractionResult,
+    FollowCollector,
     HeadEditEffect,
     HeadSetComparison,
+    Job,
     JobCollector,
+    JobEvent,
+    JobResult,
     LogitAttribution,
     Model,
     Progress,
@@ -88,6 +94,7 @@ from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
     head_pb2,
+    job_pb2,
     model_pb2,
     monitoring_pb2,
     sparse_policy_pb2,
@@ -417,18 +424,49 @@ class Client(Transport):
             if not page_token:
                 return
 
-    def tag_artifact(self, tag: str, ref: str, *, timeout: float | None = None) -> Artifact:
-        """Points a tag at an artifact."""
-        request = build(artifact_pb2.TagArtifactRequest, tag=tag, ref=ref)
+    def tag_artifact(self, tag: str, ref: str, *, replace: bool = False, timeout: float | None = None) -> Artifact:
+        """Points a tag at an artifact. replace: also one that names another; otherwise that is ALREADY_EXISTS."""
+        request = requests.tag_artifact(tag, ref, replace)
         return Artifact.from_proto(self._unary(self._artifacts.TagArtifact, request, timeout).artifact)
 
     def untag_artifact(self, tag: str, *, timeout: float | None = None) -> None:
         """Removes a tag; the artifact stays."""
         self._unary(self._artifacts.TagArtifact, build(artifact_pb2.TagArtifactRequest, tag=tag), timeout)
 
-    def delete_artifact(self, ref: str, *, timeout: float | None = None) -> None:
-        """Removes the artifact and its tags."""
-        self._unary(self._artifacts.DeleteArtifact, build(artifact_pb2.DeleteArtifactRequest, ref=ref), timeout)
+    def delete_artifact(self, ref: str, *, timeout: float | None = None) -> DeletedArtifact:
+        """Removes the artifact and its tags, and says which. One of several tags is refused: say the id."""
+        request = build(artifact_pb2.DeleteArtifactRequest, ref=ref)
+        return DeletedArtifact.from_proto(self._unary(self._artifacts.DeleteArtifact, request, timeout))
+
+    def start_job(self, request: JobRequest, *, timeout: float | None = None) -> Job:
+        """Begins a long call that goes on without this client. request: as a builder of patchclamp.requests makes it.
+
+        The job ends with the server. A request that is refused is the failure of its job.
+        """
+        message = requests.start_job(request)
+        return Job.from_proto(self._unary(self._jobs.StartJob, message, timeout).job)
+
+    def follow_job(
+        self, job_id: str, *, timeout: float = float("inf")
+    ) -> Stream[job_pb2.FollowJobResponse, JobEvent, JobResult]:
+        """The events and the result of the job's method, from its first result on. Closing the stream ends no job."""
+        call = self._stream(self._jobs.FollowJob, requests.follow_job(job_id), timeout)
+        return Stream(call, FollowCollector())
+
+    def job(self, job_id: str, *, timeout: float | None = None) -> Job:
+        """What is known of a job. NOT_FOUND for one of another tenant, and a day after its end."""
+        request = requests.get_job(job_id)
+        return Job.from_proto(self._unary(self._jobs.GetJob, request, timeout).job)
+
+    def jobs(self, *, timeout: float | None = None) -> tuple[Job, ...]:
+        """The jobs of this caller, the newest first."""
+        response = self._unary(self._jobs.ListJobs, job_pb2.ListJobsRequest(), timeout)
+        return tuple(map(Job.from_proto, response.jobs))
+
+    def cancel_job(self, job_id: str, *, timeout: float | None = None) -> Job:
+        """Ends a job that runs, and returns what it was; one that has ended stays as it is."""
+        request = requests.cancel_job(job_id)
+        return Job.from_proto(self._unary(self._jobs.CancelJob, request, timeout).job)
 
     def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """What is served."""

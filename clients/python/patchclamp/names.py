@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Literal, Protocol, TypeVar, cast
 
 from patchclamp.fields import shown
-from patchclamp.v1 import artifact_pb2, generation_pb2, head_pb2, program_pb2, sparse_policy_pb2, steering_pb2
+from patchclamp.v1 import (
+    artifact_pb2,
+    generation_pb2,
+    head_pb2,
+    job_pb2,
+    program_pb2,
+    sparse_policy_pb2,
+    steering_pb2,
+)
 
 ValueT = TypeVar("ValueT", bound=int)
 
@@ -47,6 +55,7 @@ CORE_INFER_RANKINGS = _table(sparse_policy_pb2.CoreInferRanking, "CORE_INFER_RAN
 TEAL_ALLOCATIONS = _table(sparse_policy_pb2.TealAllocation, "TEAL_ALLOCATION_")
 HEAD_SCORE_METHODS = _table(head_pb2.HeadScoreMethod, "HEAD_SCORE_METHOD_")
 HEAD_EDIT_MODES = _table(head_pb2.HeadEditMode, "HEAD_EDIT_MODE_")
+JOB_STATES = _table(job_pb2.JobState, "JOB_STATE_")
 CIRCUIT_METHODS = _table(head_pb2.CircuitMethod, "CIRCUIT_METHOD_")
 ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,

@@ -16,6 +16,7 @@ from patchclamp.streams import Call, EndingCall, Outbox
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
+from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp.v1.model_pb2_grpc import ModelServiceStub
 from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
@@ -41,6 +42,7 @@ class Transport:
         self._monitoring = MonitoringServiceStub(self._channel)
         self._artifacts = ArtifactServiceStub(self._channel)
         self._models = ModelServiceStub(self._channel)
+        self._jobs = JobServiceStub(self._channel)
         self._health = self._health_channel.unary_unary(
             HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
         )

@@ -1,7 +1,7 @@
 """The security of one call: who it is, whether it may, what it did. The interceptor puts every call through here."""
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeAlias
 
@@ -19,6 +19,9 @@ Context = Any
 
 # Probes have no token.
 OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
+# Calls that take no place of `max_concurrent`: the job takes one, and whoever may have only one can still ask how it
+# goes and cancel it. The kill switch ends the job, and so those who follow it.
+PLACELESS_SERVICES = frozenset({"patchclamp.v1.JobService"})
 # Calls that are in the audit log whatever their requests ran: they change what is watched, or run edits and sparse
 # policies of their own. Of their fields, these are recorded.
 AUDITED_METHODS = frozenset(
@@ -88,8 +91,9 @@ class CallSecurity:
         COMPUTES.set(access.computes)
         ACCESS.set(access)
         running = RunningCall()
+        place = nullcontext() if service in PLACELESS_SERVICES else tenant.call(running)
         with running.ending_with(killed()):
-            async with tenant.call(running):
+            async with place:
                 yield received
 
     def _identify(self, context: Context) -> Identity:

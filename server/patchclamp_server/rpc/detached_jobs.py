@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -57,7 +57,7 @@ class DetachedJob:
         self.state, self.ended = state, time.time()
         self._wake()
 
-    async def responses(self) -> AsyncIterator[Message]:
+    async def responses(self) -> AsyncGenerator[Message, None]:
         """All results, the progress as it is now, and what comes, until the job has ended."""
         given, told = 0, 0
         while True:

@@ -27,7 +27,7 @@ def job_methods(services: tuple[str, ...]) -> dict[str, Method]:
         for method in descriptor_pool.Default().FindServiceByName(service).methods
         if method.server_streaming and not method.client_streaming
     }
-    fields = pb.StartJobRequest.DESCRIPTOR.oneofs_by_name["request"].fields
+    fields: Any = pb.StartJobRequest.DESCRIPTOR.oneofs_by_name["request"].fields
     return {field.name: streams[field.message_type.full_name] for field in fields}
 
 
@@ -60,7 +60,8 @@ class JobService(JobServiceServicer):
         kind = next(kind for kind, method in self._methods.items() if job.method.endswith(f"/{method.name}"))
         async with aclosing(job.responses()) as responses:
             async for response in responses:
-                yield pb.FollowJobResponse(**{kind: response})
+                of_kind: dict[str, Any] = {kind: response}
+                yield pb.FollowJobResponse(**of_kind)
         if job.status is not None:
             await context.abort(job.status.code, job.status.details, job.status.trailing_metadata)
         if job.state is JobState.CANCELLED:

@@ -12,6 +12,7 @@ from patchclamp.cli import (
     completion,
     generate,
     heads,
+    jobs,
     models,
     score,
     serving,
@@ -20,6 +21,7 @@ from patchclamp.cli import (
     vectors,
     watch,
 )
+from patchclamp.cli.naming import replace_hint
 from patchclamp.cli.parser import Parser
 from patchclamp.cli.terminal import escape_what_cannot_be_written, styled
 from patchclamp.errors import PatchclampError
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except PatchclampError as error:
-        _report(json.dumps({"error": error.to_dict()}) if args.json else styled(f"error: {error}", "red", sys.stderr))
+        text = f"error: {error}{replace_hint(args, error)}"
+        _report(json.dumps({"error": error.to_dict()}) if args.json else styled(text, "red", sys.stderr))
         return 1
     except BrokenPipeError:
         # Whoever read our output has enough. Python would flush stdout once more at exit, and fail again.
@@ -51,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="patchclamp", description="Generate text while you steer activations and clamp neurons.")
+    purpose = "Generate text while you steer activations and clamp neurons."
+    parser: argparse.ArgumentParser = Parser(prog="patchclamp", description=purpose)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('patchclamp')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serving.add_parsers(commands)
@@ -62,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     sparsity.add_parser(commands)
     heads.add_parser(commands)
     watch.add_parser(commands)
+    jobs.add_parser(commands)
     tokens.add_parsers(commands)
     models.add_parsers(commands)
     completion.add_parser(commands)

@@ -4,7 +4,10 @@ import argparse
 import math
 from typing import cast
 
+from patchclamp import requests
 from patchclamp.cli.files import json_lines
+from patchclamp.cli.jobs import add_detach_argument, detach
+from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.numbers import seed
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.steering import layer_list
@@ -33,6 +36,8 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
     parser.add_argument("--seed", type=seed)
     parser.add_argument("--description")
+    add_replace_argument(parser)
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -46,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     options = given(args, "site", "pooling", "holdout_fraction", "seed", "description")
     if args.layers != "all":
         options["layers"] = args.layers
-    options["tags"] = [args.name]
+    options |= {"tags": [args.name], "replace_tags": args.replace}
+    if args.detach:
+        return detach(args, requests.extract_vectors(args.pairs, args.method, **cast(ExtractOptions, options)))
     with (
         connect(args) as client,
         client.extract_vectors(
@@ -92,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for warning in result.warnings:
         note(f"warning: {warning}")
+    note_moved(result.artifact)
     note(f"stored as {args.name} = {result.artifact.id}; best layer {result.best_layer}")
     return 0
 

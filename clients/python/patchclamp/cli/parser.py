@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 class Parser(argparse.ArgumentParser):
     """argparse prints the usage of twenty lines before the reason, and lets the outermost parser complain."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         # An abbreviation that is clear today is ambiguous, or means another option, when one more has come.
-        super().__init__(*args, allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """Nothing is left over for the parser around this one."""

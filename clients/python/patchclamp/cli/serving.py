@@ -14,7 +14,7 @@ COMMANDS = {
 }
 
 
-def add_parsers(commands: "argparse._SubParsersAction[Parser]") -> None:
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     # The server's own parser reads the arguments, -h included: its defaults must not be imported for other commands.
     for name, purpose in COMMANDS.items():
         commands.add_parser(name, help=purpose, add_help=False)

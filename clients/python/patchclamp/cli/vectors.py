@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 from patchclamp.cli import extract
+from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import heading, note, print_json, table
 from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName, ArtifactKindName
 from patchclamp.requests import UploadOptions
-from patchclamp.results import Artifact
+from patchclamp.results import Artifact, DeletedArtifact
 
 _SUFFIXES: dict[str, ArtifactFormatName] = {
     ".gguf": "gguf",
@@ -41,6 +42,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     put.add_argument("--kind", choices=ARTIFACT_KINDS, help="default: head_set for head scores in JSON, else vector")
     put.add_argument("--site", choices=SITES, help="site of a vector (default: resid_post)")
     put.add_argument("--description")
+    add_replace_argument(put)
     put.set_defaults(run=run_put)
 
     export = actions.add_parser("export", parents=[connection_options()], help="write an artifact to a file")
@@ -59,6 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     target = tag.add_mutually_exclusive_group(required=True)
     target.add_argument("ref", nargs="?", help="id or another tag")
     target.add_argument("--remove", action="store_true")
+    add_replace_argument(tag)
     tag.set_defaults(run=run_tag)
 
 
@@ -92,6 +95,7 @@ def run_put(args: argparse.Namespace) -> int:
         options["description"] = args.description
     if args.name is not None:
         options["tags"] = [args.name]
+        options["replace_tags"] = args.replace
     with connect(args) as client:
         artifact = client.put_artifact(args.file, **options)
     return _show(args, artifact)
@@ -116,20 +120,25 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_remove(args: argparse.Namespace) -> int:
-    with connect(args) as client:
-        for ref in args.refs:
-            client.delete_artifact(ref)
-    if args.json:
-        print_json({"deleted": args.refs})
-    else:
-        note(f"deleted {', '.join(args.refs)}")
+    deleted: list[DeletedArtifact] = []
+    try:
+        with connect(args) as client:
+            for ref in args.refs:
+                deleted.append(client.delete_artifact(ref))
+    finally:
+        # Also what went before one that was refused.
+        if args.json:
+            print_json({"deleted": deleted})
+        else:
+            for each in deleted:
+                note(f"deleted {each.id} ({', '.join(each.tags) or 'no tags'})")
     return 0
 
 
 def run_tag(args: argparse.Namespace) -> int:
     with connect(args) as client:
         if not args.remove:
-            return _show(args, client.tag_artifact(args.tag, args.ref))
+            return _show(args, client.tag_artifact(args.tag, args.ref, replace=args.replace))
         client.untag_artifact(args.tag)
     if args.json:
         print_json({"removed": args.tag})
@@ -142,9 +151,10 @@ def _show(args: argparse.Namespace, artifact: Artifact) -> int:
     if args.json:
         print_json(artifact)
         return 0
+    note_moved(artifact)
     heading(", ".join(artifact.tags) or artifact.id)
     for name, value in artifact.to_dict().items():
-        if value not in ("", (), {}, 0):
+        if name != "replaced_tags" and value not in ("", (), {}, 0):
             print(f"  {name:<18} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value}")
     return 0
 

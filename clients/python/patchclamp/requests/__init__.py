@@ -1,7 +1,14 @@
 """Arguments of the clients → request messages. Everything the sync and the async client share about what is sent."""
 
 from patchclamp.prompts import Messages, PromptLike, PromptOptions, prompt
-from patchclamp.requests.artifacts import UploadOptions, artifact_format, download, list_artifacts, upload
+from patchclamp.requests.artifacts import (
+    UploadOptions,
+    artifact_format,
+    download,
+    list_artifacts,
+    tag_artifact,
+    upload,
+)
 from patchclamp.requests.extraction import ExtractOptions, extract_vectors
 from patchclamp.requests.generation import (
     GenerateOptions,
@@ -29,6 +36,7 @@ from patchclamp.requests.heads import (
     find_circuit,
     score_heads,
 )
+from patchclamp.requests.jobs import JobRequest, cancel_job, follow_job, get_job, start_job
 from patchclamp.requests.monitoring import (
     FollowOptions,
     ReferenceOptions,
@@ -58,6 +66,7 @@ __all__ = [
     "GenerateOptions",
     "HeadEditOptions",
     "HeadScoreOptions",
+    "JobRequest",
     "Messages",
     "PromptLike",
     "PromptOptions",
@@ -70,6 +79,7 @@ __all__ = [
     "artifact_format",
     "attribute_logits",
     "calibrate_profile",
+    "cancel_job",
     "compare",
     "compare_head_sets",
     "create_watch",
@@ -80,7 +90,9 @@ __all__ = [
     "evaluate_profile",
     "extract_vectors",
     "find_circuit",
+    "follow_job",
     "generate",
+    "get_job",
     "list_artifacts",
     "predict_core_neurons",
     "prompt",
@@ -89,8 +101,10 @@ __all__ = [
     "score_heads",
     "session_start",
     "set_strength",
+    "start_job",
     "start_watch",
     "stop_session",
+    "tag_artifact",
     "tokenize",
     "upload",
     "watch_activations",

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from google.protobuf import json_format, struct_pb2
 
-from patchclamp.fields import build, instance, shown
+from patchclamp.fields import build, build_as, instance, shown
 from patchclamp.names import (
     ARTIFACT_FORMATS,
     ARTIFACT_KINDS,
@@ -24,7 +24,10 @@ CHUNK_BYTES = 1 << 20
 
 
 class UploadOptions(TypedDict, total=False):
-    """site: of a vector, default resid_post. model_fingerprint: default the server's model."""
+    """site: of a vector, default resid_post. model_fingerprint: default the server's model.
+
+    replace_tags: take tags that name another artifact; otherwise they are refused.
+    """
 
     kind: ArtifactKindName
     format: ArtifactFormatName
@@ -32,6 +35,7 @@ class UploadOptions(TypedDict, total=False):
     model_fingerprint: str
     description: str
     tags: Sequence[str]
+    replace_tags: bool
     provenance: Mapping[str, Any]
 
 
@@ -44,6 +48,7 @@ def upload(
     model_fingerprint: str = "",
     description: str = "",
     tags: Sequence[str] = (),
+    replace_tags: bool = False,
     provenance: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[artifact_pb2.UploadRequest]:
     """The header, then chunks of at most 1 MiB. data: of the file, or its path."""
@@ -56,6 +61,7 @@ def upload(
         model_fingerprint=model_fingerprint,
         description=description,
         tags=tags,
+        replace_tags=replace_tags,
         size_bytes=len(content),
         provenance=_provenance(provenance),
     )
@@ -75,6 +81,10 @@ def list_artifacts(
 
 def download(ref: str, format: ArtifactFormatName, layers: Iterable[int]) -> artifact_pb2.DownloadRequest:
     return build(artifact_pb2.DownloadRequest, ref=ref, format=artifact_format(format), layers=layers)
+
+
+def tag_artifact(tag: str, ref: str, replace: bool) -> artifact_pb2.TagArtifactRequest:
+    return build_as({"replace_tag": "replace"}, artifact_pb2.TagArtifactRequest, tag=tag, ref=ref, replace_tag=replace)
 
 
 def artifact_format(name: ArtifactFormatName) -> artifact_pb2.ArtifactFormat.ValueType:

@@ -19,7 +19,10 @@ from patchclamp.v1 import steering_pb2
 
 
 class ExtractOptions(TypedDict, total=False):
-    """site: a residual site, default resid_post. layers: default every layer. tags: names to store the vector under."""
+    """site: a residual site, default resid_post. layers: default every layer. tags: names to store the vector under.
+
+    replace_tags: take tags that name another artifact; otherwise they are refused before the work.
+    """
 
     site: SiteName | None
     layers: Iterable[int]
@@ -28,12 +31,13 @@ class ExtractOptions(TypedDict, total=False):
     seed: int
     description: str
     tags: Sequence[str]
+    replace_tags: bool
     model: str
 
 
 def extract_vectors(
     pairs: Iterable[tuple[PromptLike, PromptLike]],
-    method: MethodName,
+    method: MethodName = "difference_of_means",
     *,
     site: SiteName | None = None,
     layers: Iterable[int] = (),
@@ -42,6 +46,7 @@ def extract_vectors(
     seed: int = 0,
     description: str = "",
     tags: Sequence[str] = (),
+    replace_tags: bool = False,
     model: str = "",
 ) -> steering_pb2.ExtractVectorsRequest:
     """pairs: (positive, negative)."""
@@ -58,6 +63,7 @@ def extract_vectors(
         seed=seed,
         description=description,
         tags=tags,
+        replace_tags=replace_tags,
     )
 
 

@@ -26,10 +26,14 @@ from patchclamp.v1 import head_pb2
 
 
 class StoredOptions(TypedDict, total=False):
-    """tags: names to store the head set under."""
+    """tags: names to store the head set under.
+
+    replace_tags: take tags that name another artifact; otherwise they are refused before the work.
+    """
 
     description: str
     tags: Sequence[str]
+    replace_tags: bool
     model: str
 
 
@@ -81,12 +85,13 @@ class AttributeOptions(PromptOptions, total=False):
 
 
 def detect_retrieval_heads(
-    test: NeedleTest | None,
+    test: NeedleTest | None = None,
     *,
     threshold: float | None = None,
     stopping: StoppingRule | None = None,
     description: str = "",
     tags: Sequence[str] = (),
+    replace_tags: bool = False,
     model: str = "",
 ) -> head_pb2.DetectRetrievalHeadsRequest:
     rule = None if stopping is None else instance(stopping, StoppingRule, "stopping", "a StoppingRule(...)")
@@ -98,6 +103,7 @@ def detect_retrieval_heads(
         stopping=None if rule is None else rule.message(),
         description=description,
         tags=tags,
+        replace_tags=replace_tags,
     )
 
 
@@ -111,6 +117,7 @@ def score_heads(
     facts: Iterable[TemporalFact] = (),
     description: str = "",
     tags: Sequence[str] = (),
+    replace_tags: bool = False,
     model: str = "",
 ) -> head_pb2.ScoreHeadsRequest:
     what = "a TemporalFact(...)"
@@ -126,6 +133,7 @@ def score_heads(
         facts=[instance(fact, TemporalFact, f"facts[{i}]", what).message() for i, fact in listed],
         description=description,
         tags=tags,
+        replace_tags=replace_tags,
     )
 
 
@@ -167,6 +175,7 @@ def find_circuit(
     seed: int = 0,
     description: str = "",
     tags: Sequence[str] = (),
+    replace_tags: bool = False,
     model: str = "",
 ) -> head_pb2.FindCircuitRequest:
     what = "a CleanCorruptPair(...)"
@@ -181,6 +190,7 @@ def find_circuit(
         seed=seed,
         description=description,
         tags=tags,
+        replace_tags=replace_tags,
     )
 
 

@@ -9,10 +9,11 @@ from patchclamp.v1 import monitoring_pb2 as pb
 
 
 class WatchOptions(TypedDict, total=False):
-    """tags: names to store the watch under."""
+    """tags: names to store the watch under. replace_tags: take those that name another artifact."""
 
     description: str
     tags: Sequence[str]
+    replace_tags: bool
     model: str
 
 
@@ -34,11 +35,15 @@ class StartWatchOptions(TypedDict, total=False):
 
 
 class ReferenceOptions(TypedDict, total=False):
-    """tokens: default the window of the watch. use: measure drift against it from then on."""
+    """tokens: default the window of the watch. use: measure drift against it from then on.
+
+    replace_tags: take tags that name another artifact; otherwise they are refused before the recording.
+    """
 
     tokens: int
     description: str
     tags: Sequence[str]
+    replace_tags: bool
     use: bool
 
 
@@ -51,9 +56,16 @@ class FollowOptions(TypedDict, total=False):
 
 
 def create_watch(
-    items: Iterable[pb.WatchItem], *, description: str = "", tags: Sequence[str] = (), model: str = ""
+    items: Iterable[pb.WatchItem],
+    *,
+    description: str = "",
+    tags: Sequence[str] = (),
+    replace_tags: bool = False,
+    model: str = "",
 ) -> pb.CreateWatchRequest:
-    return build(pb.CreateWatchRequest, model=model, items=items, description=description, tags=tags)
+    return build(
+        pb.CreateWatchRequest, model=model, items=items, description=description, tags=tags, replace_tags=replace_tags
+    )
 
 
 def start_watch(
@@ -85,9 +97,23 @@ def start_watch(
 
 
 def record_reference(
-    name: str, *, tokens: int = 0, description: str = "", tags: Sequence[str] = (), use: bool = False
+    name: str,
+    *,
+    tokens: int = 0,
+    description: str = "",
+    tags: Sequence[str] = (),
+    replace_tags: bool = False,
+    use: bool = False,
 ) -> pb.RecordReferenceRequest:
-    return build(pb.RecordReferenceRequest, name=name, tokens=tokens, description=description, tags=tags, use=use)
+    return build(
+        pb.RecordReferenceRequest,
+        name=name,
+        tokens=tokens,
+        description=description,
+        tags=tags,
+        replace_tags=replace_tags,
+        use=use,
+    )
 
 
 def watch_activations(

@@ -18,11 +18,15 @@ class EvaluateOptions(TypedDict, total=False):
 
 
 class CalibrateOptions(EvaluateOptions, total=False):
-    """holdout_fraction: share of the documents that only the quality card sees. tags: names to store it under."""
+    """holdout_fraction: share of the documents that only the quality card sees. tags: names to store it under.
+
+    replace_tags: take tags that name another artifact; otherwise they are refused before the work.
+    """
 
     holdout_fraction: float | None
     description: str
     tags: Sequence[str]
+    replace_tags: bool
 
 
 def calibrate_profile(
@@ -35,6 +39,7 @@ def calibrate_profile(
     holdout_fraction: float | None = None,
     description: str = "",
     tags: Sequence[str] = (),
+    replace_tags: bool = False,
 ) -> sparsity_pb2.CalibrateProfileRequest:
     return build(
         sparsity_pb2.CalibrateProfileRequest,
@@ -44,6 +49,7 @@ def calibrate_profile(
         holdout_fraction=holdout_fraction,
         description=description,
         tags=tags,
+        replace_tags=replace_tags,
     )
 
 

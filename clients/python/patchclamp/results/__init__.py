@@ -2,6 +2,7 @@
 
 from patchclamp.results.artifacts import (
     Artifact,
+    DeletedArtifact,
     DownloadCollector,
     ExtractionEvent,
     ExtractionProgress,
@@ -16,6 +17,11 @@ from patchclamp.results.comparison import (
     CompareSummary,
     CompareText,
     Divergence,
+)
+from patchclamp.results.followed import (
+    FollowCollector,
+    JobEvent,
+    JobResult,
 )
 from patchclamp.results.generation import (
     Chunk,
@@ -49,6 +55,7 @@ from patchclamp.results.heads import (
     score_matrix,
 )
 from patchclamp.results.jobs import (
+    Job,
     JobCollector,
     Progress,
 )
@@ -107,6 +114,7 @@ __all__ = [
     "CoreNeurons",
     "CoreOverlap",
     "CreatedWatch",
+    "DeletedArtifact",
     "DetectionCollector",
     "DetectionEvent",
     "Detokenization",
@@ -118,6 +126,7 @@ __all__ = [
     "ExtractionProgress",
     "ExtractionResult",
     "Finished",
+    "FollowCollector",
     "GenerateCollector",
     "GenerateResult",
     "GroundedRange",
@@ -129,7 +138,10 @@ __all__ = [
     "HeadScore",
     "HeadSetComparison",
     "ItemStatistics",
+    "Job",
     "JobCollector",
+    "JobEvent",
+    "JobResult",
     "LayerEvidence",
     "LogitAttribution",
     "Model",

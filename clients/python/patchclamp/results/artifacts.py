@@ -1,5 +1,6 @@
 """Stored artifacts, and the extraction that makes vectors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,10 @@ from patchclamp.v1 import artifact_pb2, steering_pb2
 
 @dataclass(frozen=True)
 class Artifact(Record):
-    """A stored artifact. `created` is an RFC 3339 time; `evidence` says what was measured about it."""
+    """A stored artifact. `created` is an RFC 3339 time; `evidence` says what was measured about it.
+
+    replaced_tags: tags that the call which returned this took from other artifacts, and the ids of those.
+    """
 
     id: str
     kind: str
@@ -27,6 +31,7 @@ class Artifact(Record):
     description: str
     provenance: dict[str, Any]
     evidence: dict[str, Any]
+    replaced_tags: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_proto(cls, message: artifact_pb2.Artifact) -> "Artifact":
@@ -43,7 +48,20 @@ class Artifact(Record):
             description=message.description,
             provenance=json_format.MessageToDict(message.provenance),
             evidence=json_format.MessageToDict(message.evidence),
+            replaced_tags=dict(message.replaced_tags),
         )
+
+
+@dataclass(frozen=True)
+class DeletedArtifact(Record):
+    """What went: an artifact, and all tags that named it."""
+
+    id: str
+    tags: tuple[str, ...]
+
+    @classmethod
+    def from_proto(cls, message: artifact_pb2.DeleteArtifactResponse) -> "DeletedArtifact":
+        return cls(message.id, tuple(message.tags))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""What every long job streams: progress, then one result."""
+"""Long jobs: what they stream, progress and then one result, and what is known of those that run by themselves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
+from patchclamp.names import JOB_STATES, name_of
 from patchclamp.results.record import Record
+from patchclamp.v1 import job_pb2
 
 ResultT = TypeVar("ResultT")
 MessageResultT = TypeVar("MessageResultT")
@@ -63,3 +65,39 @@ class JobCollector(Generic[MessageResultT, ResultT]):
     def result(self) -> ResultT | None:
         """None while the result has not arrived."""
         return self._result
+
+
+@dataclass(frozen=True)
+class Job(Record):
+    """A call that goes on without its client.
+
+    method: such as "SparsityService/CalibrateProfile". state: running, succeeded, failed or cancelled.
+    created, ended: RFC 3339 times; ended is "" while it runs. stage, done, total: as in Progress.
+    error_code, error: of a failed one, the name of its gRPC status and the message.
+    """
+
+    id: str
+    method: str
+    state: str
+    created: str
+    ended: str
+    stage: str
+    done: int
+    total: int
+    error_code: str
+    error: str
+
+    @classmethod
+    def from_proto(cls, message: job_pb2.Job) -> "Job":
+        return cls(
+            id=message.id,
+            method=message.method,
+            state=name_of(JOB_STATES, message.state),
+            created=message.created.ToJsonString(),
+            ended=message.ended.ToJsonString() if message.HasField("ended") else "",
+            stage=message.stage,
+            done=message.done,
+            total=message.total,
+            error_code=message.error_code,
+            error=message.error_message,
+        )

@@ -162,9 +162,12 @@ SparsityEvaluationEvent = Progress | SparsityEvaluation
 
 @dataclass
 class EvaluationCollector:
-    """Turns the messages of an evaluation into events; the result is there when all `expected` ones are."""
+    """Turns the messages of an evaluation into events; the result is there when all `expected` ones are.
 
-    expected: int
+    expected: None when it is not known, and the end of the stream tells that all have come.
+    """
+
+    expected: int | None = None
     evaluations: list[SparsityEvaluation] = field(default_factory=list)
 
     def add(self, message: sparsity_pb2.EvaluateProfileResponse) -> SparsityEvaluationEvent:
@@ -180,7 +183,7 @@ class EvaluationCollector:
 
     def result(self) -> tuple[SparsityEvaluation, ...] | None:
         """In the order asked for; None while some are missing."""
-        if len(self.evaluations) < self.expected:
+        if len(self.evaluations) < (1 if self.expected is None else self.expected):
             return None
         return tuple(sorted(self.evaluations, key=lambda evaluation: evaluation.index))
 

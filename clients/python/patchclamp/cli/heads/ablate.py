@@ -3,9 +3,11 @@
 import argparse
 import math
 
+from patchclamp import requests
 from patchclamp.cli.files import text_file
 from patchclamp.cli.heads.needles import add_needle_arguments, needle_test
 from patchclamp.cli.heads.selection import add_heads_argument
+from patchclamp.cli.jobs import add_detach_argument, detach
 from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.terminal import job_result, print_json, table
@@ -29,6 +31,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--text", type=text_file, nargs="+", default=[], metavar="FILE", help="of perplexity (default: built in)"
     )
     parser.add_argument("--model", default="", help="default: the server's model")
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -43,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.scale is not None:
         options["scale"] = args.scale
+    if args.detach:
+        return detach(args, requests.evaluate_head_edit(args.heads, args.mode, **options))
     with (
         connect(args) as client,
         client.evaluate_head_edit(args.heads, args.mode, timeout=args.timeout, **options) as stream,

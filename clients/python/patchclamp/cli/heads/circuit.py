@@ -4,8 +4,11 @@ import argparse
 import math
 from typing import cast
 
+from patchclamp import requests
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
+from patchclamp.cli.jobs import add_detach_argument, detach
+from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.numbers import count, seed
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import job_result, note, print_json
@@ -36,6 +39,8 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--random-sets", type=count, metavar="N", help="random circuits of equal size")
     parser.add_argument("--seed", type=seed)
     parser.add_argument("--description")
+    add_replace_argument(parser)
+    add_detach_argument(parser)
     parser.add_argument("--model", default="", help="default: the server's model")
     add_heat_map_argument(parser)
     parser.set_defaults(run=run)
@@ -57,7 +62,9 @@ def clean_corrupt_file(path: str) -> list[CleanCorruptPair]:
 
 def run(args: argparse.Namespace) -> int:
     chosen = given(args, "circuit_size", "random_sets", "seed", "description")
-    options = cast(CircuitOptions, {**chosen, "tags": [args.name], "model": args.model})
+    options = cast(CircuitOptions, {**chosen, "tags": [args.name], "replace_tags": args.replace, "model": args.model})
+    if args.detach:
+        return detach(args, requests.find_circuit(args.pairs, args.method, **options))
     with (
         connect(args) as client,
         client.find_circuit(args.pairs, args.method, timeout=args.timeout, **options) as stream,
@@ -74,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             f"faithfulness {result.faithfulness:.3f}; of random circuits {result.random_faithfulness_mean:.3f} "
             f"± {result.random_faithfulness_deviation:.3f}"
         )
+        note_moved(result.artifact)
         note(f"stored as {args.name} = {result.artifact.id}")
     write_heat_map(args, score_matrix(result.effects), f"effect by {args.method}")
     return 0

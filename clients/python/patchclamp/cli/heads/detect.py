@@ -4,10 +4,13 @@ import argparse
 import math
 from typing import cast
 
+from patchclamp import requests
 from patchclamp.cli.files import picture_file
 from patchclamp.cli.heads.drawing import needle_grid_lines
 from patchclamp.cli.heads.needles import add_needle_arguments, needle_test
 from patchclamp.cli.heads.scores import add_heat_map_argument, print_lines, show_scores, write_heat_map
+from patchclamp.cli.jobs import add_detach_argument, detach
+from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.settings import settings
 from patchclamp.cli.terminal import job_result, note, print_json
@@ -34,6 +37,8 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="stop once the ranking is stable, as in top_k=10,agreement=.9,window=6,min_successes=12",
     )
     parser.add_argument("--description")
+    add_replace_argument(parser)
+    add_detach_argument(parser)
     parser.add_argument("--model", default="", help="default: the server's model")
     add_heat_map_argument(parser)
     parser.add_argument("--grid", type=picture_file, metavar="OUT.png", help="picture of success by length and depth")
@@ -48,7 +53,9 @@ def stopping_rule(text: str) -> StoppingRule:
 
 def run(args: argparse.Namespace) -> int:
     chosen = given(args, "threshold", "stopping", "description")
-    options = cast(DetectOptions, {**chosen, "tags": [args.name], "model": args.model})
+    options = cast(DetectOptions, {**chosen, "tags": [args.name], "replace_tags": args.replace, "model": args.model})
+    if args.detach:
+        return detach(args, requests.detect_retrieval_heads(needle_test(args), **options))
     with (
         connect(args) as client,
         client.detect_retrieval_heads(needle_test(args), timeout=args.timeout, **options) as stream,
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
     else:
         _show(result, grid)
+        note_moved(result.artifact)
         note(f"stored as {args.name} = {result.artifact.id}")
     write_heat_map(args, score_matrix(result.scores), "retrieval score")
     if args.grid is not None:

@@ -4,8 +4,11 @@ import argparse
 import math
 from typing import cast
 
+from patchclamp import requests
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
+from patchclamp.cli.jobs import add_detach_argument, detach
+from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.numbers import count, seed
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import job_result, note, print_json
@@ -32,6 +35,8 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help='of temporal: lines of {"prompt": ..., "answer": ..., "time_conditioned": true}',
     )
     parser.add_argument("--description")
+    add_replace_argument(parser)
+    add_detach_argument(parser)
     parser.add_argument("--model", default="", help="default: the server's model")
     add_heat_map_argument(parser)
     parser.set_defaults(run=run)
@@ -48,7 +53,9 @@ def facts_file(path: str) -> list[TemporalFact]:
 def run(args: argparse.Namespace) -> int:
     options = given(args, "ngram", "sequence_tokens", "sequences", "seed", "facts", "description", "model")
     if args.name is not None:
-        options["tags"] = [args.name]
+        options |= {"tags": [args.name], "replace_tags": args.replace}
+    if args.detach:
+        return detach(args, requests.score_heads(args.method, **cast(HeadScoreOptions, options)))
     with (
         connect(args) as client,
         client.score_heads(args.method, timeout=args.timeout, **cast(HeadScoreOptions, options)) as stream,
@@ -58,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
     else:
         show_scores(result.scores, args.method)
+        note_moved(result.artifact)
         note(f"stored as {args.name or 'no tag'} = {result.artifact.id}")
     write_heat_map(args, score_matrix(result.scores), args.method)
     return 0

@@ -4,6 +4,9 @@ import argparse
 import math
 from typing import cast
 
+from patchclamp import requests
+from patchclamp.cli.jobs import add_detach_argument, detach
+from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.sparse_spec import policy
 from patchclamp.cli.sparsity.cards import CARD_HEADER, card_cells
@@ -27,12 +30,18 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add_text_arguments(parser)
     parser.add_argument("--holdout-fraction", type=float, metavar="SHARE", help="of the text, for the quality card")
     parser.add_argument("--description")
+    add_replace_argument(parser)
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     chosen = given(args, "holdout_fraction", "description")
-    options = cast(CalibrateOptions, {**text_options(args), **chosen, "tags": [args.name]})
+    options = cast(
+        CalibrateOptions, {**text_options(args), **chosen, "tags": [args.name], "replace_tags": args.replace}
+    )
+    if args.detach:
+        return detach(args, requests.calibrate_profile(args.policy, texts_of(args), **options))
     with (
         connect(args) as client,
         client.calibrate_profile(args.policy, texts_of(args), timeout=args.timeout, **options) as stream,
@@ -45,5 +54,6 @@ def run(args: argparse.Namespace) -> int:
     table(("", *CARD_HEADER), rows)
     card = result.quality
     note(f"{card.scored_tokens} tokens of {card.documents} held-out documents; dense {card.dense_perplexity:.2f}")
+    note_moved(result.artifact)
     note(f"stored as {args.name} = {result.artifact.id}")
     return 0

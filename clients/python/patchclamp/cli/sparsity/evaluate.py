@@ -4,6 +4,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from patchclamp import requests
+from patchclamp.cli.jobs import add_detach_argument, detach
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.sparse_spec import Spec, spec
 from patchclamp.cli.sparsity.cards import CARD_HEADER, card_cells
@@ -22,6 +24,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--keep", type=float, nargs="+", default=[], metavar="RATIO", help="every policy at each")
     add_text_arguments(parser)
     parser.add_argument("--speed", action="store_true", help="also time decoding, dense and sparse by turns")
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -29,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
     given: list[Spec] = args.specs
     specs = [each.with_keep(keep) for each in given for keep in args.keep] if args.keep else given
     sparsities = [each.sparsity for each in specs]
+    if args.detach:
+        return detach(
+            args, requests.evaluate_profile(sparsities, texts_of(args), measure_speed=args.speed, **text_options(args))
+        )
     with (
         connect(args) as client,
         client.evaluate_profile(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given
 from patchclamp.cli.terminal import note, print_json
@@ -32,6 +33,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help='{"items": [...]} in protobuf JSON: WatchItem messages, SAE features too',
     )
     parser.add_argument("--description")
+    add_replace_argument(parser)
     parser.add_argument("--model", default="", help="default: the server's model")
     parser.set_defaults(run=run)
 
@@ -57,11 +59,15 @@ def run(args: argparse.Namespace) -> int:
         if args.include_sink and item.HasField("heads"):
             item.heads.include_sink = True
     with connect(args) as client:
-        watch = client.create_watch(args.items, tags=[args.name], model=args.model, **given(args, "description"))
+        options = given(args, "description")
+        watch = client.create_watch(
+            args.items, tags=[args.name], replace_tags=args.replace, model=args.model, **options
+        )
     if args.json:
         print_json(watch)
         return 0
     for item in watch.items:
         print(item)
+    note_moved(watch.artifact)
     note(f"{len(watch.items)} items stored as {args.name} = {watch.artifact.id}")
     return 0

@@ -1,0 +1,57 @@
+"""What a job streams to who follows it: the events of its method, which the first message tells."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from patchclamp.results.artifacts import Artifact, ExtractionResult
+from patchclamp.results.heads import Circuit, DetectionCollector, HeadEditEffect, NeedleRun, RetrievalHeads, ScoredHeads
+from patchclamp.results.jobs import JobCollector, Progress
+from patchclamp.results.monitoring import ReferenceCollector
+from patchclamp.results.sparsity import CalibratedProfile, EvaluationCollector, SparsityEvaluation
+from patchclamp.v1 import job_pb2
+
+JobResult = (
+    ExtractionResult
+    | CalibratedProfile
+    | tuple[SparsityEvaluation, ...]
+    | RetrievalHeads
+    | ScoredHeads
+    | HeadEditEffect
+    | Circuit
+    | Artifact
+)
+JobEvent = Progress | NeedleRun | SparsityEvaluation | JobResult
+
+# By the field of FollowJobResponse that holds what the method streams.
+COLLECTORS: Mapping[str, Callable[[], Any]] = {
+    "extract_vectors": lambda: JobCollector(ExtractionResult.from_proto),
+    "calibrate_profile": lambda: JobCollector(CalibratedProfile.from_proto),
+    "evaluate_profile": EvaluationCollector,
+    "detect_retrieval_heads": DetectionCollector,
+    "score_heads": lambda: JobCollector(ScoredHeads.from_proto),
+    "evaluate_head_edit": lambda: JobCollector(HeadEditEffect.from_proto),
+    "find_circuit": lambda: JobCollector(Circuit.from_proto),
+    "record_reference": ReferenceCollector,
+}
+
+
+@dataclass
+class FollowCollector:
+    """Turns the messages of a followed job into the events and the result of its method."""
+
+    _of_method: Any = None
+
+    def add(self, message: job_pb2.FollowJobResponse) -> JobEvent:
+        kind = message.WhichOneof("response")
+        if kind is None:
+            raise ValueError("a job is of a method that this client does not know")
+        if self._of_method is None:
+            self._of_method = COLLECTORS[kind]()
+        event: JobEvent = self._of_method.add(getattr(message, kind))
+        return event
+
+    def result(self) -> JobResult | None:
+        """None while the result has not arrived."""
+        result: JobResult | None = None if self._of_method is None else self._of_method.result()
+        return result
