@@ -28,6 +28,7 @@ from patchclamp_server.engine.peaks import LayerPeaks
 from patchclamp_server.model.invariant.rows import exponentials
 from patchclamp_server.model.invariant.tiles import add_values, dot_keys, largest_of, sum_of
 from patchclamp_server.model.sparse.memory import in_parts
+from patchclamp_server.model.sparse.vector import LINE, prefetch
 
 _KEYS = 16  # that are scored at once: the lanes of a vector
 _NO_PEAKS = np.empty((0, 0, 0), dtype=np.int32), np.empty((0, 0, 0), dtype=np.float32)
@@ -81,9 +82,11 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, place,
     most = 0
     longest = 0
     for i in range(start, end):
-        most = max(most, tiles[i, 2] * group)
+        # One row reads the keys of all heads, which lie together; more rows read those of a head again and again.
+        most = max(most, n_heads if tiles[i, 2] == 1 else tiles[i, 2] * group)
         longest = max(longest, tiles[i, 3] + tiles[i, 2])
-    longest = (longest + _KEYS - 1) // _KEYS * _KEYS
+    # An odd number of cache lines: the same key of all rows would share few places of the cache otherwise.
+    longest = ((longest + _KEYS - 1) // _KEYS | 1) * _KEYS
     queries = np.zeros(most * width, dtype=np.float32)
     scores = np.empty(most * longest, dtype=np.float32)
     sums = np.empty(most * width, dtype=np.float32)
@@ -92,56 +95,73 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, place,
     for i in range(start, end):
         sequence, row, rows, position = tiles[i, 0], tiles[i, 1], tiles[i, 2], tiles[i, 3]
         n = rows * group
+        together = n_kv if rows == 1 else 1
         end_key = position + rows
         # Of the row that sees the earliest keys.
         first_chunk = (max(0, position - window + 1) if window else 0) // _KEYS
         n_chunks = (end_key + _KEYS - 1) // _KEYS - first_chunk
-        for kv in range(n_kv):
-            for v in range(n):
-                at = ((row + v // group) * n_heads + kv * group + v % group) * dim
+        for first_kv in range(0, n_kv, together):
+            for v in range(n * together):
+                h = (first_kv + v // n) * group + v % group
+                at = ((row + v % n // group) * n_heads + h) * dim
                 for d in range(dim):
                     queries[v * width + d] = q[at + d]
             for c in range(n_chunks):
                 key = (first_chunk + c) * _KEYS
-                if in_place:
-                    here = ((tables[sequence, key // size] * size + key % size) * n_kv + kv) * dim
-                    for v in range(n):
-                        dot_keys(queries, v * width, flat, here, n_kv * dim, width, scores, v * longest + c * _KEYS)
-                else:
-                    _copy(flat, 0, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
-                    for v in range(n):
-                        dot_keys(queries, v * width, copied, 0, width, width, scores, v * longest + c * _KEYS)
-            for v in range(n):
-                last = position + v // group - first_chunk * _KEYS
+                if in_place and rows == 1 and c + 1 < n_chunks:
+                    _ask_for(flat, 0, tables[sequence], size, n_kv * dim, key + _KEYS)
+                for kv in range(first_kv, first_kv + together):
+                    if in_place:
+                        here = ((tables[sequence, key // size] * size + key % size) * n_kv + kv) * dim
+                        source, stride = flat, n_kv * dim
+                    else:
+                        _copy(flat, 0, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
+                        source, here, stride = copied, 0, width
+                    begin = (kv - first_kv) * n
+                    for v in range(begin, begin + n):
+                        dot_keys(queries, v * width, source, here, stride, width, scores, v * longest + c * _KEYS)
+            for v in range(n * together):
+                own = scores[v * longest : v * longest + n_chunks * _KEYS]
+                last = position + v % n // group - first_chunk * _KEYS
                 first = max(0, last - window + 1) if window else 0
-                at = v * longest
-                largest = _scale(scores, at, first, last, n_chunks * _KEYS, scale, cap)
+                largest = _scale(own, first, last, scale, cap)
                 if peak.shape[0]:
-                    h = kv * group + v % group
                     j = first
                     # A NaN is nowhere the largest.
-                    while j < last and scores[at + j] != largest:
+                    while j < last and own[j] != largest:
                         j += 1
-                    peak_at[place, row + v // group, h] = first_chunk * _KEYS + j
-                total[v] = _softmax_weights(scores, at, first, last, n_chunks * _KEYS, largest, powers)
-            sums[: n * width] = 0
+                    h = (first_kv + v // n) * group + v % group
+                    peak_at[place, row + v % n // group, h] = first_chunk * _KEYS + j
+                total[v] = _softmax_weights(own, first, last, largest, powers)
+            sums[: n * together * width] = 0
             for c in range(n_chunks):
                 key = (first_chunk + c) * _KEYS
-                if in_place:
-                    here = values_at + ((tables[sequence, key // size] * size + key % size) * n_kv + kv) * dim
-                    stride = n_kv * dim
-                    _add_chunk(scores, longest, flat, here, stride, width, sums, n, group, position, window, key, c)
-                else:
-                    _copy(flat, values_at, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
-                    _add_chunk(scores, longest, copied, 0, width, width, sums, n, group, position, window, key, c)
-            for v in range(n):
-                h = kv * group + v % group
+                if in_place and rows == 1 and c + 1 < n_chunks:
+                    _ask_for(flat, values_at, tables[sequence], size, n_kv * dim, key + _KEYS)
+                for kv in range(first_kv, first_kv + together):
+                    v = (kv - first_kv) * n
+                    if in_place:
+                        here = values_at + ((tables[sequence, key // size] * size + key % size) * n_kv + kv) * dim
+                        source, stride = flat, n_kv * dim
+                    else:
+                        _copy(flat, values_at, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
+                        source, here, stride = copied, 0, width
+                    _add_chunk(scores, longest, source, here, stride, width, sums, v, n, group, position, window, key, c)
+            for v in range(n * together):
+                h = (first_kv + v // n) * group + v % group
                 # The largest weight is exp(0).
                 share = np.float32(1) / total[v]
                 for d in range(dim):
-                    z[row + v // group, h * dim + d] = sums[v * width + d] * share
+                    z[row + v % n // group, h * dim + d] = sums[v * width + d] * share
                 if peak.shape[0]:
-                    peak[place, row + v // group, h] = share
+                    peak[place, row + v % n // group, h] = share
+
+
+@_compiled
+def _ask_for(pool, at, table, size, stride, key):
+    """Asks for 16 keys or values of all heads before they are needed: head by head they are read in leaps."""
+    here = at + (table[key // size] * size + key % size) * stride
+    prefetch(pool, here, _KEYS * stride * 4 // LINE)
 
 
 @_compiled
@@ -154,55 +174,55 @@ def _copy(pool, at, table, size, n_kv, kv, dim, key, end_key, copied, width):
 
 
 @_compiled
-def _scale(scores, at, first, last, n, scale, cap):
-    """scores ← cap(scores · scale) from `first` to `last`, -inf in the others of the n, and the largest."""
-    for j in range(at + first, at + last + 1):
+def _scale(scores, first, last, scale, cap):
+    """scores ← cap(scores · scale) from `first` to `last`, -inf in the others, and the largest."""
+    # Counted from 0, here and below: numba takes a place that may be negative for one from the end, and LLVM makes no
+    # vectors of those.
+    n = scores.shape[0]
+    for j in range(n):
         scores[j] *= scale
     if cap > 0:
-        for j in range(at + first, at + last + 1):
+        for j in range(first, last + 1):
             scores[j] = np.float32(math.tanh(scores[j] / cap)) * cap
-    _fill_hidden(scores, at, first, last, n, np.float32(-np.inf))
-    return largest_of(scores, at, n)
+    _fill_hidden(scores, first, last, np.float32(-np.inf))
+    return largest_of(scores, 0, n)
 
 
 @_compiled
-def _softmax_weights(scores, at, first, last, n, largest, powers):
-    """scores ← exp(scores - largest) from `first` to `last`, 0 in the others of the n, and their sum: that of each of
-    16 lanes, and these by halves."""
-    for j in range(at, at + n):
+def _softmax_weights(scores, first, last, largest, powers):
+    """scores ← exp(scores - largest) from `first` to `last`, 0 in the others, and their sum: that of each of 16 lanes,
+    and these by halves."""
+    n = scores.shape[0]
+    for j in range(n):
         scores[j] -= largest
-    exponentials(scores, at, n, powers)
-    _fill_hidden(scores, at, first, last, n, np.float32(0))
-    return sum_of(scores, at, n)
+    exponentials(scores, powers)
+    _fill_hidden(scores, first, last, np.float32(0))
+    return sum_of(scores, 0, n)
 
 
 @_compiled
-def _fill_hidden(scores, at, first, last, n, value):
-    for j in range(at, at + first):
-        scores[j] = value
-    for j in range(at + last + 1, at + n):
-        scores[j] = value
+def _fill_hidden(scores, first, last, value):
+    scores[:first] = value
+    scores[last + 1 :] = value
 
 
 @_compiled
-def _add_chunk(scores, longest, values, here, stride, width, sums, n, group, position, window, key, c):
-    """Adds 16 keys' share to the sums of all rows, of each row those it sees: four rows at once where they are all."""
+def _add_chunk(scores, longest, values, here, stride, width, sums, start, n, group, position, window, key, c):
+    """Adds 16 values to the sums of n queries, for each those that it sees: to four at once where they see all."""
     v = 0
     while v < n:
-        first = key
-        if window:
-            first = max(first, position + min(v + 3, n - 1) // group - window + 1)
-        whole = v + 4 <= n and position + v // group >= key + _KEYS - 1 and first == key
-        at = v * longest + c * _KEYS
-        if whole:
+        own = position + v // group
+        at = (start + v) * longest + c * _KEYS
+        z = (start + v) * width
+        latest = position + min(v + 3, n - 1) // group
+        if v + 4 <= n and own >= key + _KEYS - 1 and not (window and latest - window + 1 > key):
             w = (at, at + longest, at + 2 * longest, at + 3 * longest)
-            y = (v * width, (v + 1) * width, (v + 2) * width, (v + 3) * width)
-            add_values(scores, w, _KEYS, values, here, stride, width, sums, y)
+            four = (z, z + width, z + 2 * width, z + 3 * width)
+            add_values(scores, w, _KEYS, values, here, stride, width, sums, four)
             v += 4
             continue
-        own = position + v // group
         begin = max(0, own - window + 1 - key) if window else 0
         n_keys = min(_KEYS, own - key + 1) - begin
         if n_keys > 0:
-            add_values(scores, (at + begin,), n_keys, values, here + begin * stride, stride, width, sums, (v * width,))
+            add_values(scores, (at + begin,), n_keys, values, here + begin * stride, stride, width, sums, (z,))
         v += 1

@@ -31,6 +31,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    batch_invariant: bool | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load "embedded", a hub id, a local directory or a ``.gguf`` file, fetching and converting it where needed.
@@ -42,7 +43,7 @@ def load_model(
     fingerprint = model_fingerprint(source.directory, progress)
     model, tokenizer = load_pretrained(source.directory, dtype=dtype, progress=progress)
     eos = eos_token_ids(model, tokenizer)
-    decoder = decoder_from_transformers(model, dtype=dtype, device=device)
+    decoder = decoder_from_transformers(model, dtype=dtype, device=device, batch_invariant=batch_invariant)
     decoder.warm_up()
     spec = decoder.spec
     info = ModelInfo(

@@ -121,7 +121,7 @@ def _pack(
     if left:
         sizes = _SMALLER if blocks >= _SIDE_BY_SIDE else _SMALLER[-1:]
         ends.append(next((n for n in sizes if n >= left), _ROWS))
-    starts = np.concatenate(([0], np.cumsum(ends)))
+    starts = np.concatenate(([0], np.cumsum(ends, dtype=np.int64)))
     packed = np.empty(int(starts[-1]) * depth, dtype=np.float32)
     sums = np.empty(int(starts[-1]) * (depth // GROUP) if with_sums else 0, dtype=np.float32)
     _pack_rows(x.contiguous().numpy(), starts, packed, sums)

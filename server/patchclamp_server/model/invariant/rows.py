@@ -14,7 +14,8 @@ import math
 import numba
 import numpy as np
 
-from patchclamp_server.model.invariant.tiles import dot
+from patchclamp_server.model.invariant.tiles import dot, sum_of
+from patchclamp_server.model.sparse.vector import LANES
 
 compiled = numba.njit(nogil=True, cache=True)
 
@@ -29,12 +30,13 @@ _TANH_LARGEST = np.float32(10.0)
 
 
 @compiled
-def exponentials(x, at, n, powers):
-    """x[at + j] ← exp(x[at + j]) for j < n, within [exp(SMALLEST), exp(LARGEST)]; NaN stays. `powers` [n] int32."""
-    # Loops of plain arithmetic: they become vectors.
+def exponentials(x, powers):
+    """x [n] ← exp(x), within [exp(SMALLEST), exp(LARGEST)]; NaN stays. `powers`: memory for n numbers, int32."""
+    # Loops of plain arithmetic, counted from 0: they become vectors.
+    n = x.shape[0]
     power = powers.view(np.float32)
     for j in range(n):
-        v = x[at + j]
+        v = x[j]
         v = SMALLEST if v < SMALLEST else v
         v = LARGEST if v > LARGEST else v
         e = np.floor(v * _LOG2_E + np.float32(0.5))
@@ -44,21 +46,22 @@ def exponentials(x, at, n, powers):
         p = p * r + np.float32(4.1665795894e-2)
         p = p * r + np.float32(1.6666665459e-1)
         p = p * r + np.float32(5.0000001201e-1)
-        x[at + j] = p * r * r + r + np.float32(1)
+        x[j] = p * r * r + r + np.float32(1)
         powers[j] = (np.int32(e) + np.int32(127)) << np.int32(23)
     for j in range(n):
-        x[at + j] *= power[j]
+        x[j] *= power[j]
 
 
 @compiled
-def hyperbolic_tangents(x, n, doubled, powers):
-    """doubled[j] ← tanh(x[j]) for j < n: 1 - 2 / (exp(2 x) + 1), near 0 by the polynomial of Cephes' tanhf."""
+def hyperbolic_tangents(x, doubled, powers):
+    """doubled [n] ← tanh(x): 1 - 2 / (exp(2 x) + 1), near 0 by the polynomial of Cephes' tanhf."""
+    n = x.shape[0]
     for j in range(n):
         v = x[j]
         v = -_TANH_LARGEST if v < -_TANH_LARGEST else v
         v = _TANH_LARGEST if v > _TANH_LARGEST else v
         doubled[j] = v + v
-    exponentials(doubled, 0, n, powers)
+    exponentials(doubled, powers)
     for j in range(n):
         v = x[j]
         z = v * v
@@ -72,88 +75,93 @@ def hyperbolic_tangents(x, n, doubled, powers):
 
 
 @compiled
-def rms_norms(x, weight, eps, out):
-    """out [n, width] = x / sqrt(mean x² + eps) · weight."""
-    width = x.shape[1]
-    flat, flat_out = x.reshape(-1), out.reshape(-1)
-    for i in range(x.shape[0]):
-        _rms_norm(flat, i * width, weight, eps, flat_out)
+def rms_norms(x, weight, eps, out, start, end):
+    """out [n, width] = x / sqrt(mean x² + eps) · weight, rows start ≤ i < end."""
+    for i in range(start, end):
+        _rms_norm(x[i], weight, eps, out[i])
 
 
 @compiled
-def _rms_norm(x, at, weight, eps, out):
+def _rms_norm(x, weight, eps, out):
     width = weight.shape[0]
-    scale = np.float32(1) / np.sqrt(dot(x, at, x, at, width) / np.float32(width) + eps)
+    scale = np.float32(1) / np.sqrt(dot(x, 0, x, 0, width) / np.float32(width) + eps)
     for k in range(width):
-        out[at + k] = x[at + k] * scale * weight[k]
+        out[k] = x[k] * scale * weight[k]
 
 
 @compiled
-def layer_norms(x, weight, bias, eps, out):
-    """out [n, width] = (x - mean x) / sqrt(var x + eps) · weight + bias."""
+def layer_norms(x, weight, bias, eps, out, start, end):
+    """out [n, width] = (x - mean x) / sqrt(var x + eps) · weight + bias, rows start ≤ i < end."""
     width = x.shape[1]
-    flat, flat_out = x.reshape(-1), out.reshape(-1)
-    ones = np.ones(width, dtype=np.float32)
-    for i in range(x.shape[0]):
-        at = i * width
-        mean = dot(flat, at, ones, 0, width) / np.float32(width)
+    for i in range(start, end):
+        row, own = x[i], out[i]
+        total = np.float32(0)
+        # Sums of vectors end at a multiple of 16.
+        whole = width // LANES * LANES
+        total = sum_of(row, 0, whole)
+        for k in range(whole, width):
+            total += row[k]
+        mean = total / np.float32(width)
         for k in range(width):
-            flat_out[at + k] = flat[at + k] - mean
-        scale = np.float32(1) / np.sqrt(dot(flat_out, at, flat_out, at, width) / np.float32(width) + eps)
+            own[k] = row[k] - mean
+        scale = np.float32(1) / np.sqrt(dot(own, 0, own, 0, width) / np.float32(width) + eps)
         for k in range(width):
-            flat_out[at + k] = flat_out[at + k] * scale * weight[k] + bias[k]
+            own[k] = own[k] * scale * weight[k] + bias[k]
 
 
 @compiled
-def normalise_heads(qkv, width, weights, eps):
-    """RMS norms of the heads of qkv [n, heads * width], in place; weights [normed heads, width]."""
-    flat = qkv.reshape(-1)
-    for i in range(qkv.shape[0]):
-        for h in range(weights.shape[0]):
-            _rms_norm(flat, i * qkv.shape[1] + h * width, weights[h], eps, flat)
+def finish_heads(qkv, attended, weights, eps, cos, signed_sin, start, end):
+    """Queries and keys as they are attended with, in place: the first `attended` heads of qkv [n, heads, width].
 
-
-@compiled
-def rotate_heads(qkv, width, heads, cos, signed_sin):
-    """x cos + roll(x, half) signed_sin for the first `heads` heads of qkv [n, heads * width], in place.
-
-    cos and signed_sin [n, rotary]: the first dimensions of a head turn, the others stay.
+    RMS norms by weights [attended, width] where there are any; then x cos + roll(x, half) signed_sin, by cos and
+    signed_sin [n, rotary] of the first dimensions, the others stay. Rows start ≤ i < end.
     """
     rotary = cos.shape[1]
     half = rotary // 2
-    flat = qkv.reshape(-1)
-    for i in range(qkv.shape[0]):
-        for h in range(heads):
-            at = i * qkv.shape[1] + h * width
+    for i in range(start, end):
+        for h in range(attended):
+            head = qkv[i, h]
+            if weights.shape[0]:
+                _rms_norm(head, weights[h], eps, head)
             for k in range(half):
-                low, high = flat[at + k], flat[at + half + k]
-                flat[at + k] = low * cos[i, k] + high * signed_sin[i, k]
-                flat[at + half + k] = high * cos[i, half + k] + low * signed_sin[i, half + k]
+                low, high = head[k], head[half + k]
+                head[k] = low * cos[i, k] + high * signed_sin[i, k]
+                head[half + k] = high * cos[i, half + k] + low * signed_sin[i, half + k]
 
 
 @compiled
-def activations(z, kind, gated, h):
+def activations(z, kind, gated, h, start, end):
     """h [n, width] = act(z) for z [n, width], and act(gate) · up for z [n, 2 width] that has gates, then ups."""
     width = h.shape[1]
     powers = np.empty(width, dtype=np.int32)
-    for i in range(z.shape[0]):
+    for i in range(start, end):
         row, out = z[i], h[i]
         if kind == SILU:
             for k in range(width):
                 out[k] = -row[k]
-            exponentials(out, 0, width, powers)
+            exponentials(out, powers)
             for k in range(width):
                 out[k] = row[k] / (np.float32(1) + out[k])
         elif kind == GELU:
             for k in range(width):
+                out[k] = np.float32(-0.5) * row[k] * row[k]
+            exponentials(out, powers)
+            for k in range(width):
+                # erf by Abramowitz and Stegun 7.1.26, whose error is at most 1.5e-7.
                 a = row[k]
-                out[k] = np.float32(0.5) * a * (np.float32(1) + np.float32(math.erf(a * np.float32(math.sqrt(0.5)))))
+                t = np.float32(1) / (np.float32(1) + np.float32(0.3275911 * math.sqrt(0.5)) * abs(a))
+                p = np.float32(1.061405429) * t - np.float32(1.453152027)
+                p = p * t + np.float32(1.421413741)
+                p = p * t - np.float32(0.284496736)
+                p = p * t + np.float32(0.254829592)
+                erf = np.float32(1) - p * t * out[k]
+                out[k] = np.float32(0.5) * a * (np.float32(1) + (-erf if a < 0 else erf))
         elif kind == GELU_TANH:
             inner = np.empty(width, dtype=np.float32)
             for k in range(width):
                 a = row[k]
                 inner[k] = np.float32(math.sqrt(2 / math.pi)) * (a + np.float32(0.044715) * a * a * a)
-            hyperbolic_tangents(inner, width, out, powers)
+            hyperbolic_tangents(inner, out, powers)
             for k in range(width):
                 out[k] = np.float32(0.5) * row[k] * (np.float32(1) + out[k])
         else:
@@ -165,15 +173,15 @@ def activations(z, kind, gated, h):
 
 
 @compiled
-def cap_softly(x, cap):
+def cap_softly(x, cap, start, end):
     """x [n, width] ← cap tanh(x / cap), in place."""
     width = x.shape[1]
     scaled, out = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
     powers = np.empty(width, dtype=np.int32)
-    for i in range(x.shape[0]):
+    for i in range(start, end):
         for k in range(width):
             scaled[k] = x[i, k] / cap
-        hyperbolic_tangents(scaled, width, out, powers)
+        hyperbolic_tangents(scaled, out, powers)
         for k in range(width):
             x[i, k] = out[k] * cap
 
@@ -181,7 +189,5 @@ def cap_softly(x, cap):
 @compiled
 def row_dots(x, y, out):
     """out[i] = x_i · y_i for rows of x and y [n, width]."""
-    width = x.shape[1]
-    left, right = x.reshape(-1), y.reshape(-1)
     for i in range(x.shape[0]):
-        out[i] = dot(left, i * width, right, i * width, width)
+        out[i] = dot(x[i], 0, y[i], 0, x.shape[1])

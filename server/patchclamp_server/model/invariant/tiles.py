@@ -30,6 +30,16 @@ from patchclamp_server.model.sparse.vector import (
     store,
 )
 
+# For each step from 16 vectors to one that has their sums, the lanes of a pair that are added: within quarters of a
+# vector, then between them, each of which is one instruction.
+_QUARTERS = range(0, LANES, 4)
+_HALVES = [
+    tuple([q + k + half for q in _QUARTERS for k in lanes] for half in (0, 2)) for lanes in ((0, 16, 1, 17), (0, 1, 16, 17))
+] + [
+    ([*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]),
+    ([k for k in range(32) if k % 8 < 4], [k for k in range(32) if k % 8 >= 4]),
+]
+
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _BYTES = ir.VectorType(_I8, LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
@@ -203,14 +213,19 @@ def dot_keys(_context, q, q_at, keys, keys_at, stride, width, scores, scores_at)
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         query = b.gep(data_of(context, b, signature, args, 0), [args[1]])
         first = b.gep(data_of(context, b, signature, args, 2), [args[3]])
-        rows = [b.gep(first, [b.mul(args[4], _I64(j))]) for j in range(LANES)]
-        sums = [cgutils.alloca_once_value(b, ZEROS) for _ in rows]
-        with cgutils.for_range_slice(b, _I64(0), args[5], _I64(LANES), _I64) as (k, _):
-            value = load(b, b.gep(query, [k]), FLOATS)
-            for row, total in zip(rows, sums, strict=True):
-                b.store(fma(b, load(b, b.gep(row, [k]), FLOATS), value, b.load(total)), total)
+        parts = []
+        # Eight at a time, for whose addresses there are registers.
+        for start in range(0, LANES, 8):
+            rows = [b.gep(first, [b.mul(args[4], _I64(j))]) for j in range(start, start + 8)]
+            sums = [cgutils.alloca_once_value(b, ZEROS) for _ in rows]
+            with cgutils.for_range_slice(b, _I64(0), args[5], _I64(LANES), _I64) as (k, _):
+                value = load(b, b.gep(query, [k]), FLOATS)
+                for row, total in zip(rows, sums, strict=True):
+                    b.store(fma(b, load(b, b.gep(row, [k]), FLOATS), value, b.load(total)), total)
+            parts.append(_sum_of_each(b, [b.load(total) for total in sums]))
         out = b.gep(data_of(context, b, signature, args, 6), [args[7]])
-        store(b, _sum_of_each(b, [b.load(total) for total in sums]), out)
+        low, high = (_index(places) for places in _HALVES[-1])
+        store(b, b.fadd(b.shuffle_vector(*parts, low), b.shuffle_vector(*parts, high)), out)
         return context.get_dummy_value()
 
     return signature, generate
@@ -230,18 +245,25 @@ def add_values(_context, weights, weights_at, n, values, values_at, stride, widt
         factors = row_pointers(context, b, signature, args, 0, 1)
         first = b.gep(data_of(context, b, signature, args, 3), [args[4]])
         outs = row_pointers(context, b, signature, args, 7, 8)
-        sums = [cgutils.alloca_once(b, FLOATS) for _ in outs]
-        with cgutils.for_range_slice(b, _I64(0), args[6], _I64(LANES), _I64) as (k, _):
-            for out, total in zip(outs, sums, strict=True):
-                b.store(load(b, b.gep(out, [k]), FLOATS), total)
-            column = b.gep(first, [k])
-            with cgutils.for_range(b, args[2]) as loop:
-                value = load(b, b.gep(column, [b.mul(loop.index, args[5])]), FLOATS)
-                for factor, total in zip(factors, sums, strict=True):
-                    weight = splat(b, b.load(b.gep(factor, [loop.index])))
-                    b.store(fma(b, weight, value, b.load(total)), total)
-            for out, total in zip(outs, sums, strict=True):
-                store(b, b.load(total), b.gep(out, [k]))
+        # Vectors side by side, so that no sum waits for the one before: four of them, then what is left one by one.
+        whole = b.mul(b.udiv(args[6], _I64(4 * LANES)), _I64(4 * LANES))
+        for begin, end, vectors in ((_I64(0), whole, 4), (whole, args[6], 1)):
+            sums = [[cgutils.alloca_once(b, FLOATS) for _ in range(vectors)] for _ in outs]
+            with cgutils.for_range_slice(b, begin, end, _I64(vectors * LANES), _I64) as (k, _):
+                places = [b.add(k, _I64(i * LANES)) for i in range(vectors)]
+                for out, row in zip(outs, sums, strict=True):
+                    for place, total in zip(places, row, strict=True):
+                        b.store(load(b, b.gep(out, [place]), FLOATS), total)
+                with cgutils.for_range(b, args[2]) as loop:
+                    here = b.gep(first, [b.mul(loop.index, args[5])])
+                    lanes = [load(b, b.gep(here, [place]), FLOATS) for place in places]
+                    for factor, row in zip(factors, sums, strict=True):
+                        weight = splat(b, b.load(b.gep(factor, [loop.index])))
+                        for value, total in zip(lanes, row, strict=True):
+                            b.store(fma(b, weight, value, b.load(total)), total)
+                for out, row in zip(outs, sums, strict=True):
+                    for place, total in zip(places, row, strict=True):
+                        store(b, b.load(total), b.gep(out, [place]))
         return context.get_dummy_value()
 
     return signature, generate
@@ -257,19 +279,14 @@ def _join_lanes(b: Any, vector: Any, join: Any) -> Any:
 
 
 def _sum_of_each(b: Any, vectors: list[Any]) -> Any:
-    """The sum of the lanes of vector j in lane j, for 16 vectors."""
-    width = 1
-    while len(vectors) > 1:
-        # Lane by lane of the result: which lane of the pair, of whose two halves the sum is taken.
-        places = [
-            i if i % (2 * width) < width else LANES + i - width for i in range(LANES)
-        ]
-        low, high = _index(places), _index([place + width for place in places])
+    """The sum of the lanes of vector j in lane j, for 16 vectors; or what eight leave of it."""
+    for low, high in _HALVES:
+        if len(vectors) == 1:
+            break
         vectors = [
-            b.fadd(b.shuffle_vector(x, y, low), b.shuffle_vector(x, y, high))
+            b.fadd(b.shuffle_vector(x, y, _index(low)), b.shuffle_vector(x, y, _index(high)))
             for x, y in zip(vectors[::2], vectors[1::2], strict=True)
         ]
-        width *= 2
     return vectors[0]
 
 
