@@ -62,5 +62,27 @@ def cap_softly(x: Tensor, cap: float) -> Tensor:
     return x
 
 
+def row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """x_i · y_i of rows [n, width] -> [n]."""
+    out = torch.empty(len(x))
+    rows.row_dots(x.contiguous().numpy(), y.contiguous().numpy(), out.numpy())
+    return out
+
+
+def turns(sine: Tensor, cosine: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """cos θ and sin θ of θ = min(most, atan2(sine, cosine)), [n] each."""
+    turned = torch.empty(2, len(sine))
+    rows.turns(sine.numpy(), cosine.numpy(), most.numpy(), turned.numpy())
+    return turned[0], turned[1]
+
+
+def low_rank(h: Tensor, owner: Tensor, difference: Tensor, bias: Tensor, rotation: Tensor) -> Tensor:
+    """h_i + Rᵀ (D h_i + b) of rows h [n, width]; D and R [k, rank, width] and b [k, rank] are those of owner[i]."""
+    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    matrices = (difference.contiguous().numpy(), bias.contiguous().numpy(), rotation.contiguous().numpy())
+    rows.low_rank(h.contiguous().numpy(), owner.numpy(), *matrices, out.numpy())
+    return out
+
+
 def _each_row(work: "partial[None]", x: Tensor) -> None:
     in_parts(work, x.shape[0], 1, _WORK * x.numel() * x.itemsize)

@@ -191,3 +191,28 @@ def row_dots(x, y, out):
     """out[i] = x_i · y_i for rows of x and y [n, width]."""
     for i in range(x.shape[0]):
         out[i] = dot(x[i], 0, y[i], 0, x.shape[1])
+
+
+@compiled
+def turns(sine, cosine, most, turned):
+    """turned[0] and [1] ← cos θ and sin θ of θ = min(most, atan2(sine, cosine))."""
+    for i in range(sine.shape[0]):
+        angle = min(np.float64(most[i]), math.atan2(np.float64(sine[i]), np.float64(cosine[i])))
+        turned[0, i] = math.cos(angle)
+        turned[1, i] = math.sin(angle)
+
+
+@compiled
+def low_rank(h, owner, difference, bias, rotation, out):
+    """out_i = h_i + Σ_r (D_r · h_i + b_r) R_r for rows of h [n, width], of whose owner D, R [rank, width] and b are."""
+    for i in range(h.shape[0]):
+        k = owner[i]
+        own = out[i]
+        own[:] = h[i]
+        for r in range(rotation.shape[1]):
+            inner = dot(difference[k, r], 0, h[i], 0, h.shape[1]) + bias[k, r]
+            # Ranks that fill up to those of other edits would turn -0 into 0.
+            if inner != 0:
+                row = rotation[k, r]
+                for d in range(own.shape[0]):
+                    own[d] += inner * row[d]
