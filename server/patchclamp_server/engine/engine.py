@@ -50,6 +50,8 @@ class Engine:
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
+        if self.config.batch_invariant not in (None, model.decoder.batch_invariant):
+            raise ValueError(f"batch_invariant: the model was loaded for {model.decoder.batch_invariant}")
         # A tokenizer that cannot be decoded token by token is refused here, not at the first request.
         token_bytes(model.tokenizer)
         spec = model.decoder.spec

@@ -44,6 +44,7 @@ FEW_ROWS = 2
 
 
 def can_be_invariant(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether there are products whose bits do not depend on the number of rows."""
     return torch.device(device).type == "cpu" and dtype == torch.float32
 
 
