@@ -97,7 +97,9 @@ def heard(model: LoadedModel, prompts: Sequence[tuple[int, ...]], size: int, sam
         for i, tokens in enumerate(prompts[start : start + size], start):
             own = Heard()
             asked = replace(sampling, seed=i)
-            engine.submit(Request(tokens, own.on_event, sampling=asked, stop=StopParams(max_tokens=12, ignore_eos=True)))
+            engine.submit(
+                Request(tokens, own.on_event, sampling=asked, stop=StopParams(max_tokens=12, ignore_eos=True))
+            )
             batch.append(own)
         while engine.step():
             pass

@@ -146,7 +146,9 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, place,
                     else:
                         _copy(flat, values_at, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
                         source, here, stride = copied, 0, width
-                    _add_chunk(scores, longest, source, here, stride, width, sums, v, n, group, position, window, key, c)
+                    _add_chunk(
+                        scores, longest, source, here, stride, width, sums, v, n, group, position, window, key, c
+                    )
             for v in range(n * together):
                 h = (first_kv + v // n) * group + v % group
                 # The largest weight is exp(0).

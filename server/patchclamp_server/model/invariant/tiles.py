@@ -1,8 +1,8 @@
 """The inner loops of products whose bits do not depend on the number of rows: LLVM vectors of 16 outputs.
 
-A tile is R rows of x and B blocks of 16 outputs. Each of its sums is one chain of fused multiply-adds in the order of
-the inputs, whatever R and B are, and nothing here allows LLVM to reorder or to contract: the bits of a row follow from
-the order that is written down, and hold on any number of threads and on any processor.
+A tile is R rows of x and a block of 16 outputs. Each of its sums is one chain of fused multiply-adds in the order of
+the inputs, whatever R is, and nothing here allows LLVM to reorder or to contract: the bits of a row follow from the
+order that is written down, and hold on any number of threads and on any processor.
 
 Weights are laid out block by block, [out / 16, in, 16 outputs]; the rows of a tile input by input, [in, R].
 """
@@ -34,7 +34,8 @@ from patchclamp_server.model.sparse.vector import (
 # vector, then between them, each of which is one instruction.
 _QUARTERS = range(0, LANES, 4)
 _HALVES = [
-    tuple([q + k + half for q in _QUARTERS for k in lanes] for half in (0, 2)) for lanes in ((0, 16, 1, 17), (0, 1, 16, 17))
+    tuple([q + k + half for q in _QUARTERS for k in lanes] for half in (0, 2))
+    for lanes in ((0, 16, 1, 17), (0, 1, 16, 17))
 ] + [
     ([*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]),
     ([k for k in range(32) if k % 8 < 4], [k for k in range(32) if k % 8 >= 4]),
@@ -47,22 +48,22 @@ _INTS = ir.VectorType(ir.IntType(32), LANES)
 
 @intrinsic
 def multiply_tile(_context, weights, at, x, x_at, depth, y, y_at):  # type: ignore[no-untyped-def]
-    """y[y_at[r] + 16 b + lane] = Σ_k weights[at[b] + 16 k + lane] x[x_at + R k + r], over k < `depth`, in its order.
+    """y[y_at[r] + lane] = Σ_k weights[at + 16 k + lane] x[x_at + R k + r], over k < `depth`, in its order.
 
-    `at` is a tuple of B offsets, `y_at` one of R. weights and x float32.
+    `y_at` is a tuple of R offsets. weights and x float32.
     """
-    signature = types.void(weights, at, x, types.int64, types.int64, y, y_at)
+    signature = types.void(weights, types.int64, x, types.int64, types.int64, y, y_at)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        blocks = row_pointers(context, b, signature, args, 0, 1)
-        outs = row_pointers(context, b, signature, args, 5, 6)
+        block = b.gep(data_of(context, b, signature, args, 0), [args[1]])
         values = b.gep(data_of(context, b, signature, args, 2), [args[3]])
-        sums = _sums(b, len(outs), len(blocks))
+        outs = row_pointers(context, b, signature, args, 5, 6)
+        sums = [cgutils.alloca_once_value(b, ZEROS) for _ in outs]
         with cgutils.for_range(b, args[4]) as loop:
-            first = b.mul(loop.index, _I64(LANES))
-            lanes = [load(b, b.gep(block, [first]), FLOATS) for block in blocks]
+            lanes = load(b, b.gep(block, [b.mul(loop.index, _I64(LANES))]), FLOATS)
             _accumulate(b, sums, lanes, values, b.mul(loop.index, _I64(len(outs))))
-        _store_sums(b, sums, outs)
+        for total, out in zip(sums, outs, strict=True):
+            store(b, b.load(total), out)
         return context.get_dummy_value()
 
     return signature, generate
@@ -70,74 +71,61 @@ def multiply_tile(_context, weights, at, x, x_at, depth, y, y_at):  # type: igno
 
 @intrinsic
 def multiply_code_tile(  # type: ignore[no-untyped-def]
-    _context, codes, at, scales, scale_at, x, x_at, sums, sums_at, groups, y, y_at
+    _context, codes, at, scales, scales_at, x, x_at, sums, sums_at, groups, y, y_at
 ):
-    """y[y_at[r] + 16 b + lane] = Σ_g scale_g (Σ_k code_gk x_gk) + low_g sums_g, groups and codes in their order.
+    """y[y_at[r] + lane] = Σ_g scale_g (Σ_k code_gk x_gk) + low_g sums_g, groups and codes in their order.
 
     A group is 32 codes: signed bytes, or 16 bytes of which byte k holds code k in its low and code k + 16 in its high
-    half; that is also the order of the sum. `sums` [groups, R] are those of the rows' groups, read for 4 bits only.
+    half, the two summed in turn. `sums` [groups, R] are those of the rows' groups, read for 4 bits only.
     """
     signature = types.void(
-        codes, at, scales, scale_at, x, types.int64, sums, types.int64, types.int64, y, y_at
+        codes, types.int64, scales, types.int64, x, types.int64, sums, types.int64, types.int64, y, y_at
     )
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         packed = signature.args[0].dtype == types.uint8
-        blocks = row_pointers(context, b, signature, args, 0, 1)
-        scale_rows = row_pointers(context, b, signature, args, 2, 3)
-        values = b.gep(data_of(context, b, signature, args, 4), [args[5]])
-        group_sums = b.gep(data_of(context, b, signature, args, 6), [args[7]])
+        block, scale_row, values, group_sums = (
+            b.gep(data_of(context, b, signature, args, i), [args[i + 1]]) for i in (0, 2, 4, 6)
+        )
         outs = row_pointers(context, b, signature, args, 9, 10)
         rows = len(outs)
-        totals = _sums(b, rows, len(blocks))
-        parts = _sums(b, rows, len(blocks))
+        totals = [cgutils.alloca_once_value(b, ZEROS) for _ in outs]
+        parts = [cgutils.alloca_once(b, FLOATS) for _ in outs]
+        elements = UNIT // 2 if packed else UNIT
         with cgutils.for_range(b, args[8]) as group:
-            for part in (p for row in parts for p in row):
+            for part in parts:
                 b.store(ZEROS, part)
-            first = b.mul(group.index, _I64((UNIT // 2 if packed else UNIT) * LANES))
+            first = b.gep(block, [b.mul(group.index, _I64(elements * LANES))])
             inputs = b.mul(group.index, _I64(UNIT * rows))
-            with cgutils.for_range(b, _I64(UNIT // 2 if packed else UNIT)) as loop:
-                here = b.add(first, b.mul(loop.index, _I64(LANES)))
+            with cgutils.for_range(b, _I64(elements)) as loop:
+                here = b.gep(first, [b.mul(loop.index, _I64(LANES))])
                 place = b.add(inputs, b.mul(loop.index, _I64(rows)))
                 if packed:
-                    halves = [_halves(b, b.gep(block, [here])) for block in blocks]
-                    _accumulate(b, parts, [low for low, _ in halves], values, place)
-                    _accumulate(b, parts, [high for _, high in halves], values, b.add(place, _I64(UNIT // 2 * rows)))
+                    low, high = _halves(b, here)
+                    _accumulate(b, parts, low, values, place)
+                    _accumulate(b, parts, high, values, b.add(place, _I64(UNIT // 2 * rows)))
                 else:
-                    lanes = [load_lanes(b, b.gep(block, [here]), types.int8) for block in blocks]
-                    _accumulate(b, parts, lanes, values, place)
-            at = b.mul(group.index, _I64(2 * LANES))
-            for i, scale_row in enumerate(scale_rows):
-                scale = load(b, b.gep(scale_row, [at]), FLOATS)
-                low = load(b, b.gep(scale_row, [b.add(at, _I64(LANES))]), FLOATS)
-                for r in range(rows):
-                    total = fma(b, scale, b.load(parts[r][i]), b.load(totals[r][i]))
-                    if packed:
-                        group_sum = b.load(b.gep(group_sums, [b.add(b.mul(group.index, _I64(rows)), _I64(r))]))
-                        total = fma(b, low, splat(b, group_sum), total)
-                    b.store(total, totals[r][i])
-        _store_sums(b, totals, outs)
+                    _accumulate(b, parts, load_lanes(b, here, types.int8), values, place)
+            scale_at = b.gep(scale_row, [b.mul(group.index, _I64(2 * LANES))])
+            scale, low = load(b, scale_at, FLOATS), load(b, b.gep(scale_at, [_I64(LANES)]), FLOATS)
+            for r, (part, total) in enumerate(zip(parts, totals, strict=True)):
+                value = fma(b, scale, b.load(part), b.load(total))
+                if packed:
+                    group_sum = b.load(b.gep(group_sums, [b.add(b.mul(group.index, _I64(rows)), _I64(r))]))
+                    value = fma(b, low, splat(b, group_sum), value)
+                b.store(value, total)
+        for total, out in zip(totals, outs, strict=True):
+            store(b, b.load(total), out)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _sums(b: Any, rows: int, blocks: int) -> list[list[Any]]:
-    return [[cgutils.alloca_once_value(b, ZEROS) for _ in range(blocks)] for _ in range(rows)]
-
-
-def _accumulate(b: Any, sums: list[list[Any]], lanes: list[Any], values: Any, place: Any) -> None:
-    """sums[r][i] += lanes[i] values[place + r]."""
-    for r, row in enumerate(sums):
+def _accumulate(b: Any, sums: list[Any], lanes: Any, values: Any, place: Any) -> None:
+    """sums[r] += lanes values[place + r]."""
+    for r, total in enumerate(sums):
         value = splat(b, b.load(b.gep(values, [b.add(place, _I64(r))])))
-        for weight, total in zip(lanes, row, strict=True):
-            b.store(fma(b, weight, value, b.load(total)), total)
-
-
-def _store_sums(b: Any, sums: list[list[Any]], outs: list[Any]) -> None:
-    for row, out in zip(sums, outs, strict=True):
-        for i, total in enumerate(row):
-            store(b, b.load(total), b.gep(out, [_I64(i * LANES)]))
+        b.store(fma(b, lanes, value, b.load(total)), total)
 
 
 def _halves(b: Any, pointer: Any) -> tuple[Any, Any]:
@@ -237,9 +225,7 @@ def add_values(_context, weights, weights_at, n, values, values_at, stride, widt
 
     `weights_at` and `z_at` are tuples; `width` is a multiple of 16.
     """
-    signature = types.void(
-        weights, weights_at, types.int64, values, types.int64, types.int64, types.int64, z, z_at
-    )
+    signature = types.void(weights, weights_at, types.int64, values, types.int64, types.int64, types.int64, z, z_at)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         factors = row_pointers(context, b, signature, args, 0, 1)
