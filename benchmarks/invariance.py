@@ -2,8 +2,8 @@
 
     python benchmarks/invariance.py [--prompts 100] [--tokens 48] [--rounds 5] [--mode on|off]
 
-1. The prompts alone and in batches of 2, 8 and 40, greedy and at temperature 1.5, with log-probabilities, in steps of at
-   most 64 rows: how many have another text, or another log-probability in any bit, than alone. `--mode off` counts
+1. The prompts alone and in batches of 2, 8 and 40, greedy and at temperature 1.5, with log-probabilities, in steps of
+   at most 64 rows: how many have another text, or another log-probability in any bit, than alone. `--mode off` counts
    without `--batch-invariant`, for comparison.
 2. Speed of the mode over that of the engine without it, in alternating runs: decoding 1 and 16 streams, and prompts.
 

@@ -26,6 +26,7 @@ from patchclamp_server.engine.live import LiveRequests
 from patchclamp_server.engine.operator_executor import OperatorExecutor
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
+from patchclamp_server.engine.sampler import warm_up
 from patchclamp_server.engine.scheduler import Scheduler, Work
 from patchclamp_server.engine.text import token_bytes
 from patchclamp_server.errors import (
@@ -116,6 +117,7 @@ class Engine:
         self.live.observer = observer
 
     def start(self) -> None:
+        warm_up(self.model.decoder.device)
         self._thread.start()
 
     def submit(self, request: Request) -> int:
@@ -322,9 +324,9 @@ class Engine:
         prefill_tokens = sum(w.n for w in work if w.n > 1)
         self._prefill_tokens += prefill_tokens
         self.delivery.deliver(work, result, self.on_logits)
-        self.observer.on_step(
-            seconds=time.monotonic() - started, prefill_tokens=prefill_tokens, decode_rows=decode_rows
-        )
+        seconds = time.monotonic() - started
+        self.scheduler.pace.record(decode_rows=decode_rows, prefill_rows=prefill_tokens, seconds=seconds)
+        self.observer.on_step(seconds=seconds, prefill_tokens=prefill_tokens, decode_rows=decode_rows)
 
     def _break(self, item: Work, position: int) -> None:
         """Fails a sequence whose activations overflowed, and cleans the blocks it wrote."""

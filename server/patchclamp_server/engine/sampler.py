@@ -84,6 +84,11 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
     return sampled
 
 
+def warm_up(device: torch.device) -> None:
+    """Compiles what is compiled at run time, so that no request waits for it."""
+    sample(torch.zeros(1, 2, device=device), [SamplingRow(SamplingParams(1.0, top_p=0.5, logprobs=1), 0, (), ())])
+
+
 def uniform(seed: int, drawn: int) -> float:
     """Uniform in [0, 1) with 53 bits: Philox-4x64 (Salmon et al. 2011) with key `seed` at block `drawn`."""
     return float(int(np.random.Philox(key=seed, counter=drawn).random_raw()) >> 11) * 2.0**-53

@@ -31,6 +31,13 @@ class SiteHooks(Protocol):
     def visit(self, site: Site, layer: int, x: Tensor, /) -> None: ...
 
 
+class Untouched:
+    """Hooks that do nothing."""
+
+    def visit(self, site: Site, layer: int, x: Tensor, /) -> None:
+        pass
+
+
 @dataclass(frozen=True, eq=False)
 class StepInputs:
     """Rows of one step, single-token rows first."""
@@ -116,12 +123,13 @@ class Decoder:
     def warm_up(self) -> None:
         """Compiles what is compiled at run time, so that no request waits for it."""
         spec, block = self.spec, self.blocks[0]
-        for linear, width in (
-            (block.qkv, spec.d_model),
-            (block.mlp_output, spec.d_ff),
-            (self.unembedding, spec.d_model),
-        ):
-            linear(torch.zeros(1, width, dtype=self.dtype, device=self.device))
+        x = torch.zeros(1, spec.d_model, dtype=self.dtype, device=self.device)
+        rotary = self.rotary.get(spec.rotary_kinds[0])
+        self._qkv(block, 0, block.attn_norm(x), None if rotary is None else (rotary[0][:1], rotary[1][:1]))
+        self._mlp(block, 0, x, Untouched())
+        self.logits(x)
+        if operators.holds_for(x):
+            operators.warm_up()
         pool = torch.zeros(2, 2, 1, spec.n_kv_heads, spec.head_dim, dtype=self.dtype, device=self.device)
         row = torch.zeros(1, spec.n_heads, spec.head_dim, dtype=self.dtype, device=self.device)
         key, slot = row[:, : spec.n_kv_heads], torch.ones(1, dtype=torch.int64, device=self.device)

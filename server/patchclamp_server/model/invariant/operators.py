@@ -84,5 +84,12 @@ def low_rank(h: Tensor, owner: Tensor, difference: Tensor, bias: Tensor, rotatio
     return out
 
 
+def warm_up() -> None:
+    """Compiles what edits need, so that no request waits for it."""
+    row = torch.ones(1, 1)
+    turns(row_dots(row, row), row[0], row[0])
+    low_rank(row, torch.zeros(1, dtype=torch.int64), row[None], row, row[None])
+
+
 def _each_row(work: "partial[None]", x: Tensor) -> None:
     in_parts(work, x.shape[0], 1, _WORK * x.numel() * x.itemsize)

@@ -126,7 +126,7 @@ def _starts(rows: int) -> NDArray[np.int64]:
 
 def _pack(x: Tensor, starts: NDArray[np.int64], *, with_sums: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Rows of x by tile: [in, R] of each, and the sums of their groups."""
-    rows, depth = x.shape
+    depth = x.shape[1]
     array = x.contiguous().numpy()
     end = int(starts[-1])
     # One row is packed as it is.

@@ -142,7 +142,7 @@ def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
 
 @intrinsic
 def dot(_context, x, x_at, y, y_at, n):  # type: ignore[no-untyped-def]
-    """Σ_k x[x_at + k] y[y_at + k] over k < n, float32: 16 chains side by side, their sum by halves, then what is left."""
+    """Σ_k x[x_at + k] y[y_at + k] over k < n, float32: 16 chains side by side, their sum by halves, then the rest."""
     signature = types.float32(x, types.int64, y, types.int64, types.int64)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
