@@ -111,6 +111,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         _add(parser, f"--{name.replace('_', '-')}", type=ENGINE_TYPES.get(name, _positive), help=text)
     _add(parser, "--prefix-cache", type=_one_of("on", "off"), help="reuse KV blocks of equal prefixes (default: on)")
     _add(parser, "--kernels", type=_one_of("on", "off"), help="run steps on Triton kernels (default: on with CUDA)")
+    _add(
+        parser,
+        "--batch-invariant",
+        type=_one_of("on", "off"),
+        help="what a request is told does not depend on what else runs (default: on in float32 on a CPU)",
+    )
     for name, text in SECURITY_FILES.items():
         _add(parser, f"--{name.replace('_', '-')}", help=text)
     for name, text in SWITCHES.items():
@@ -278,7 +284,7 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
     for name in SWITCHES:
         if name in given:
             given[name] = given[name] == "on"
-    for name in ("kernels", "decode_graphs"):
+    for name in ("kernels", "decode_graphs", "batch_invariant"):
         if name in given:
             engine[name] = given[name] == "on"
     if "watches" in given:

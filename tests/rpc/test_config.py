@@ -10,6 +10,8 @@ import pytest
 from patchclamp_server.cli import add_serve_arguments, config_from
 from patchclamp_server.config import ServerConfig, WatchAtStart
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.rpc.server import load
+from patchclamp_server.security.configuration import ConfigurationError
 
 
 def parse(*arguments: str) -> ServerConfig:
@@ -48,6 +50,19 @@ def test_kernels_and_graphs_are_left_to_the_device_unless_given():
     assert (parse().engine.kernels, parse().engine.decode_graphs) == (None, None)
     engine = parse("--kernels", "on", "--decode-graphs", "off").engine
     assert (engine.kernels, engine.decode_graphs) == (True, False)
+
+
+def test_batch_invariance_is_left_to_dtype_and_device_unless_given(monkeypatch: pytest.MonkeyPatch):
+    assert parse().engine.batch_invariant is None
+    assert parse("--batch-invariant", "off").engine.batch_invariant is False
+    monkeypatch.setenv("PATCHCLAMP_BATCH_INVARIANT", "on")
+    assert parse().engine.batch_invariant is True
+
+
+@pytest.mark.parametrize("options", [("--dtype", "bfloat16"), ("--device", "cuda"), ("--kernels", "on")])
+def test_batch_invariance_is_refused_by_name_where_it_cannot_be_promised(options: tuple[str, ...]):
+    with pytest.raises(ConfigurationError, match=f"^--batch-invariant on holds with .*{options[1]}"):
+        load(parse("--batch-invariant", "on", *options))
 
 
 def test_watches_of_all_uses_run_from_the_start():

@@ -1,14 +1,15 @@
-"""Attention of a ragged batch over the paged KV cache: the CPU path, and the reference for kernels.
+"""Attention of a ragged batch over the paged KV cache: what runs on a CPU, and the reference for kernels.
 
     z_h = Σ_j softmax_j(cap(q_h · k_j · scale)) v_j      over keys j ≤ position, j > position - window
 
-q [T, n_heads, head_dim]; the pool of a layer is [2, n_blocks, block_size, n_kv_heads, head_dim] (keys, values). Rows
-that bring one token (decode) are computed together: on a CPU in float32 by decode_attention.py, elsewhere over their
-padded block tables. A chunk of a prompt is computed over its own. Block 0 is never given out and stays zero: padded
+q [T, n_heads, head_dim]; the pool of a layer is [2, n_blocks, block_size, n_kv_heads, head_dim] (keys, values). On a
+CPU in float32 row_attention.py computes all rows. Elsewhere rows that bring one token (decode) are computed together
+over their padded block tables, and a chunk of a prompt over its own. Block 0 is never given out and stays zero: padded
 entries of a block table point at it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,43 +34,82 @@ class Span:
     blocks: list[int]
 
 
+# Rows of one sequence whose keys are read together.
+_TILE_ROWS = 8
+
+
 class AttentionBatch:
-    """Block tables and masks of one step, shared by all layers."""
+    """Block tables and masks of one step, shared by all layers; those that are asked for."""
 
     def __init__(self, spans: list[Span], block_size: int, windows: set[int], device: torch.device) -> None:
+        self.spans = spans
         self.single = [s for s in spans if s.n == 1]
         if any(s.n == 1 and s.start != i for i, s in enumerate(self.single)):
             raise ValueError("single-token spans must be the first rows of the batch")
-        self.chunks = [_Chunk(s, block_size, windows, device) for s in spans if s.n > 1]
         self.device = device
-        # Block tables of all single-token rows, padded with block 0.
-        width = max((s.offset // block_size + 1 for s in self.single), default=0)
-        self.tables = np.zeros((len(self.single), width), dtype=np.int64)
-        for i, s in enumerate(self.single):
-            used = s.offset // block_size + 1
-            self.tables[i, :used] = s.blocks[:used]
-        self.positions = np.array([s.offset for s in self.single], dtype=np.int64)
-        # Keys that single-token rows may see.
-        self.n_keys = sum(s.offset + 1 for s in self.single)
+        self.windows = windows
         self.block_size = block_size
         self._gathered: Tensor | None = None
         self._masks: dict[int, Tensor] = {}
+
+    @cached_property
+    def tables(self) -> IntArray:
+        """Block tables of all spans, padded with block 0."""
+        return _tables(self.spans, self.block_size)
+
+    @cached_property
+    def tiles(self) -> IntArray:
+        """[n, 4]: sequence, first row, number of rows and position of the first, of rows that follow each other."""
+        tiles = [
+            (i, s.start + row, min(_TILE_ROWS, s.n - row), s.offset + row)
+            for i, s in enumerate(self.spans)
+            for row in range(0, s.n, _TILE_ROWS)
+        ]
+        # The last rows of a prompt see the most keys: each half of the tiles has as many of them.
+        tiles = tiles[::2] + tiles[1::2][::-1]
+        return np.array(tiles, dtype=np.int64).reshape(-1, 4)
+
+    @cached_property
+    def n_keys(self) -> int:
+        """Keys that are read, once for each tile."""
+        return int((self.tiles[:, 2] + self.tiles[:, 3]).sum())
+
+    @cached_property
+    def chunks(self) -> "list[_Chunk]":
+        return [_Chunk(s, self.block_size, self.windows, self.device) for s in self.spans if s.n > 1]
+
+    @cached_property
+    def single_tables(self) -> IntArray:
+        return _tables(self.single, self.block_size)
+
+    @cached_property
+    def positions(self) -> IntArray:
+        """Those of the single-token rows."""
+        return np.array([s.offset for s in self.single], dtype=np.int64)
 
     @property
     def gathered(self) -> Tensor:
         """The tables of single-token rows as one index of blocks."""
         if self._gathered is None:
-            self._gathered = torch.from_numpy(self.tables.reshape(-1)).to(self.device)
+            self._gathered = torch.from_numpy(self.single_tables.reshape(-1)).to(self.device)
         return self._gathered
 
     def mask(self, window: int) -> Tensor:
         """[single rows, 1, 1, keys]: 0 where a row sees a key of `gathered`, -inf elsewhere."""
         if window not in self._masks:
             positions = self.positions[:, None]
-            visible = _visible(positions, np.arange(self.tables.shape[1] * self.block_size)[None], window)
+            visible = _visible(positions, np.arange(self.single_tables.shape[1] * self.block_size)[None], window)
             mask = np.where(visible, np.float32(0), np.float32("-inf"))
             self._masks[window] = torch.from_numpy(mask).to(self.device)[:, None, None]
         return self._masks[window]
+
+
+def _tables(spans: list[Span], block_size: int) -> IntArray:
+    used = [(s.offset + s.n - 1) // block_size + 1 for s in spans]
+    tables = np.zeros((len(spans), max(used, default=0)), dtype=np.int64)
+    for table, s, n in zip(tables, spans, used, strict=True):
+        table[:n] = s.blocks[:n]
+    return tables
 
 
 class _Chunk:
@@ -131,16 +171,14 @@ def paged_attention(
     key_pool, value_pool = pool[0], pool[1]
     key_pool.view(-1, n_kv, dim).index_copy_(0, slots, k)
     value_pool.view(-1, n_kv, dim).index_copy_(0, slots, v)
+    if pool.device.type == "cpu" and pool.dtype == torch.float32:
+        # Compiled by numba, which only this path needs.
+        from patchclamp_server.engine.row_attention import attend_rows
+
+        return attend_rows(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap, peaks=peaks)
     parts = []
     single = len(batch.single)
-    if single and pool.device.type == "cpu" and pool.dtype == torch.float32:
-        # Compiled by numba, which only this path needs.
-        from patchclamp_server.engine.decode_attention import attend_single_rows
-
-        parts.append(
-            attend_single_rows(q[:single], pool, batch, scale=scale, window=window, soft_cap=soft_cap, peaks=peaks)
-        )
-    elif single:
+    if single:
         # The query heads of one KV head stand where query tokens would, so that no key is repeated.
         shape = (single, -1, n_kv, dim)
         keys = key_pool.index_select(0, batch.gathered).view(shape).transpose(1, 2)

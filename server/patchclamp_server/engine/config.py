@@ -17,6 +17,7 @@ class EngineConfig:
     With fewer tokens a step than sequences, the sequences that came last wait for their next token. `kernels`: steps
     run on patchclamp_kernels instead of torch operators; None does so on CUDA. `decode_graphs`: their decode steps are
     padded to a few sizes and replayed as CUDA graphs; None does so on CUDA, and on a CPU the padded step is run.
+    `batch_invariant`: what the model was loaded for (load_model), or None: whatever that is.
     """
 
     max_sequences: int = 64
@@ -29,6 +30,7 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     kernels: bool | None = None
     decode_graphs: bool | None = None
+    batch_invariant: bool | None = None
     # Running watches, and all that they watch.
     max_watches: int = 16
     max_watched_items: int = 8192

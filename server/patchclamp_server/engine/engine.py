@@ -27,6 +27,7 @@ from patchclamp_server.engine.operator_executor import OperatorExecutor
 from patchclamp_server.engine.overflow import refusal
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
+from patchclamp_server.engine.sampler import warm_up
 from patchclamp_server.engine.scheduler import Scheduler, Work
 from patchclamp_server.engine.text import token_bytes
 from patchclamp_server.errors import (
@@ -49,6 +50,8 @@ class Engine:
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
+        if self.config.batch_invariant not in (None, model.decoder.batch_invariant):
+            raise ValueError(f"batch_invariant: the model was loaded for {model.decoder.batch_invariant}")
         # A tokenizer that cannot be decoded token by token is refused here, not at the first request.
         token_bytes(model.tokenizer)
         spec = model.decoder.spec
@@ -113,6 +116,7 @@ class Engine:
         self.live.observer = observer
 
     def start(self) -> None:
+        warm_up(self.model.decoder.device)
         self._thread.start()
 
     def submit(self, request: Request) -> int:
@@ -323,9 +327,12 @@ class Engine:
         self._recomputed_tokens += recomputed
         generated = self.delivery.generated_tokens
         self.delivery.deliver(work, result, self.on_logits)
-        generated = self.delivery.generated_tokens - generated
+        seconds = time.monotonic() - started
         rows = sum(w.n for w in work)
-        self.observer.on_step(seconds=time.monotonic() - started, rows=rows, generated=generated)
+        decode_rows = sum(w.n for w in work if w.n == 1)
+        self.scheduler.pace.record(decode_rows=decode_rows, prefill_rows=rows - decode_rows, seconds=seconds)
+        generated = self.delivery.generated_tokens - generated
+        self.observer.on_step(seconds=seconds, rows=rows, generated=generated)
 
     def _break(self, item: Work, position: int) -> None:
         """Fails a sequence whose activations overflowed, and cleans the blocks it wrote."""

@@ -49,7 +49,11 @@ class GuardState:
 
 def divergences(dense: Tensor, sparse: Tensor) -> list[tuple[float, bool]]:
     """KL(dense ‖ sparse) and whether the first choice is the same, for each row of logits [n, vocab]."""
-    log_p, log_q = torch.log_softmax(dense.double(), dim=1), torch.log_softmax(sparse.double(), dim=1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(1).clamp_min(0.0)
-    same = log_p.argmax(1) == log_q.argmax(1)
-    return list(zip(kl.tolist(), same.tolist(), strict=True))
+    return [_divergence(p, q) for p, q in zip(dense, sparse, strict=True)]
+
+
+def _divergence(dense: Tensor, sparse: Tensor) -> tuple[float, bool]:
+    # Row by row, and summed by numpy: torch's sums depend on the number of rows and of threads.
+    log_p, log_q = torch.log_softmax(dense.double(), dim=0), torch.log_softmax(sparse.double(), dim=0)
+    kl = float((log_p.exp() * (log_p - log_q)).cpu().numpy().sum())
+    return max(kl, 0.0), bool(log_p.argmax() == log_q.argmax())

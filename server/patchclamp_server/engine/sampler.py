@@ -14,6 +14,9 @@ For logits l of one row, in this order:
 Every filter is a threshold on s, so tokens equal in value are kept or dropped together and the result does not depend
 on the order in which a sort leaves them. The uniform number is a function of (seed, number of tokens drawn) alone.
 Log-probabilities are those of the model's own distribution, log softmax(l), before penalties and temperature.
+
+What is drawn from a row, and its log-probabilities, do not depend on the other rows: what torch does here is exact or
+an operation of single numbers that is rounded once, and on a CPU sums and exponentials are those of sampling_rows.py.
 """
 
 import math
@@ -28,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.engine.request import SamplingParams
+from patchclamp_server.model.invariant import operators
 
 # `Sampled.id` of a row whose logits hold NaN or +inf: there is no distribution, and the caller must fail the request.
 NOT_FINITE = -1
@@ -84,6 +88,11 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
 def drawn_seed() -> int:
     """For a request without a seed: below 2^53, so that a client whose numbers are doubles can send it again."""
     return secrets.randbits(53)
+
+
+def warm_up(device: torch.device) -> None:
+    """Compiles what is compiled at run time, so that no request waits for it."""
+    sample(torch.zeros(1, 2, device=device), [SamplingRow(SamplingParams(1.0, top_p=0.5, logprobs=1), 0, (), ())])
 
 
 def uniform(seed: int, drawn: int) -> float:
@@ -148,8 +157,32 @@ def _draw_random(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     if threshold is not None:
         scores.masked_fill_(scores < threshold[:, None], -math.inf)
     u = torch.tensor([uniform(row.seed, len(row.output_ids)) for row in rows], dtype=torch.float64, device=device)
-    ids: list[int] = _invert_cdf(scores.exp_(), u).tolist()
+    if operators.holds_for(scores):
+        from patchclamp_server.engine.sampling_rows import invert_cdf
+
+        found = invert_cdf(scores, u)
+    else:
+        found = _invert_cdf(scores.exp_(), u)
+    ids: list[int] = found.tolist()
     return ids
+
+
+def log_totals(logits: Tensor) -> Tensor:
+    """log Σ exp(l) of each row [n, vocab] -> [n, 1]."""
+    if operators.holds_for(logits):
+        from patchclamp_server.engine import sampling_rows
+
+        return sampling_rows.log_totals(logits)
+    return torch.logsumexp(logits, dim=-1, keepdim=True)
+
+
+def _running_masses(head: Tensor, log_total: Tensor) -> Tensor:
+    """Σ_{j ≤ i} exp(l_j - log total) of each row [n, size], float64."""
+    if operators.holds_for(head):
+        from patchclamp_server.engine.sampling_rows import running_masses
+
+        return running_masses(head, log_total)
+    return (head.double() - log_total.double()).exp().cumsum(dim=-1)
 
 
 def _invert_cdf(mass: Tensor, u: Tensor) -> Tensor:
@@ -203,14 +236,14 @@ def _nucleus_thresholds(scores: Tensor, top_p: Tensor, candidates: Sequence[int]
     """Score at which the mass from the top down reaches top_p of the whole. scores: [m, vocab]; top_p: [m] float64."""
     vocab = scores.shape[-1]
     # Relative to the total, as softmax divides; the running sum over the head is in float64.
-    log_total = torch.logsumexp(scores, dim=-1, keepdim=True)
+    log_total = log_totals(scores)
     threshold = torch.empty(scores.shape[0], dtype=torch.float32, device=scores.device)
     todo = torch.arange(scores.shape[0], device=scores.device)
     for size in (*(c for c in candidates if c < vocab), vocab):
         part = scores if len(todo) == len(scores) else scores[todo]
         whole_row = size == vocab
         head = part.sort(dim=-1, descending=True).values if whole_row else part.topk(size, dim=-1).values
-        reached = (head.double() - log_total[todo].double()).exp().cumsum(dim=-1)
+        reached = _running_masses(head, log_total[todo])
         place = torch.searchsorted(reached, top_p[todo, None])
         fits = (place < size).squeeze(-1)
         if whole_row:
@@ -227,7 +260,7 @@ def _nucleus_thresholds(scores: Tensor, top_p: Tensor, candidates: Sequence[int]
 def _logprobs(logits: Tensor, rows: Sequence[SamplingRow], ids: Sequence[int], wanted: Sequence[int]) -> list[Sampled]:
     """The rows `wanted`, with the log-probability of the chosen token and of the n most likely."""
     raw = logits if len(wanted) == len(rows) else logits[list(wanted)]
-    log_total = torch.logsumexp(raw, dim=-1, keepdim=True)  # [m, 1]
+    log_total = log_totals(raw)  # [m, 1]
     chosen = torch.tensor([ids[i] for i in wanted], device=logits.device)[:, None]
     own: list[float] = (raw.gather(-1, chosen) - log_total).squeeze(-1).tolist()
     counts = [min(rows[i].params.logprobs or 0, logits.shape[-1]) for i in wanted]

@@ -2,9 +2,12 @@
 
 Running sequences come first, by priority and arrival: one token each for those that decode, then chunks of prompts as
 the token budget allows; then waiting sequences are admitted, in the turn of fair_queue.py, while the blocks that they
-and the running ones are expected to need are there. When blocks run out all the same, the running sequence that would
-be served last gives up its own and is computed again later (preemption by recomputation); so does one of a lower
-priority when a request of a higher one waits for a place, and one whose client keeps it waiting when any other waits.
+and the running ones are expected to need are there. While a sequence of a higher priority could run, the prompts of
+lower ones have together only as many rows of a step as pace.py says, so that analysis leaves decoding its latency.
+
+When blocks run out all the same, the running sequence that would be served last gives up its own and is computed again
+later (preemption by recomputation); so does one of a lower priority when a request of a higher one waits for a place,
+and one whose client keeps it waiting when any other waits.
 """
 
 import time
@@ -15,6 +18,8 @@ import numpy as np
 
 from patchclamp_server.engine.fair_queue import FairQueue
 from patchclamp_server.engine.kv_cache import BlockKey, KvCache
+from patchclamp_server.engine.pace import Pace
+from patchclamp_server.engine.request import Priority
 from patchclamp_server.engine.sequence import Sequence, Status
 
 # A sequence whose client keeps it waiting has its place for this long.
@@ -43,6 +48,24 @@ class Work:
         return max(0, min(self.sequence.computed + self.n, self.sequence.reached) - self.sequence.computed)
 
 
+@dataclass(eq=False)
+class _Yielding:
+    """Rows that prompts of a lower priority than `highest` may still have in this step. A single token is no prompt."""
+
+    highest: Priority | None
+    rows: int
+
+    def allow(self, sequence: Sequence, n: int) -> int:
+        return min(n, self.rows) if self._concerns(sequence) else n
+
+    def take(self, sequence: Sequence, n: int) -> None:
+        if self._concerns(sequence):
+            self.rows -= n
+
+    def _concerns(self, sequence: Sequence) -> bool:
+        return self.highest is not None and sequence.request.priority > self.highest and sequence.remaining > 1
+
+
 class Scheduler:
     """`expected_length`: tokens that a sequence is expected to have in the end. `is_late`: it need not start any more;
     those are left in `late` for whoever ends them."""
@@ -64,6 +87,7 @@ class Scheduler:
         self.expected_length = expected_length
         self._is_late = is_late
         self.late: list[Sequence] = []
+        self.pace = Pace(cache.block_size)
         # In the last step a sequence that could have run was left waiting.
         self.contended = False
         # Those that the last step ran for the first time.
@@ -93,24 +117,33 @@ class Scheduler:
         before = self.preemptions
         self.running.sort(key=lambda s: s.priority)
         work: list[Work] = []
+        yielding = self._yielding()
         # Decoding sequences first: they have a client waiting for every token.
         for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
             if budget <= 0:
                 break
             if sequence.status is not Status.RUNNING or not sequence.runnable:
                 continue
-            n = min(sequence.chunk, budget)
-            if self._reserve(sequence, n):
+            n = yielding.allow(sequence, min(sequence.chunk, budget))
+            if n and self._reserve(sequence, n):
                 work.append(Work(sequence, n))
+                yielding.take(sequence, n)
                 budget -= n
         self.contended = self.preemptions != before
         if not self.contended:
             # Blocks are short otherwise, and who was preempted must not come back in the same step.
-            self._admit(work, budget)
+            self._admit(work, budget, yielding)
         work = [w for w in work if w.sequence.status is Status.RUNNING]
         return sorted(work, key=lambda w: w.n > 1)
 
-    def _admit(self, work: list[Work], budget: int) -> None:
+    def _yielding(self) -> "_Yielding":
+        ready = next((s for s in self.waiting.in_turn() if s.runnable), None)
+        could_run = [s.request.priority for s in self.running if s.runnable]
+        if ready is not None:
+            could_run.append(ready.request.priority)
+        return _Yielding(min(could_run, default=None), self.pace.rows(self.max_tokens))
+
+    def _admit(self, work: list[Work], budget: int, yielding: "_Yielding") -> None:
         if budget <= 0 or len(self.running) >= self.max_sequences:
             self.contended = any(s.runnable for s in self.waiting.in_turn())
             return
@@ -128,7 +161,10 @@ class Scheduler:
             hit = self._lookup(sequence)
             if self._next_key(sequence, len(hit)) in coming:
                 continue
-            n = min(sequence.chunk_from(len(hit) * self.cache.block_size), budget)
+            n = yielding.allow(sequence, min(sequence.chunk_from(len(hit) * self.cache.block_size), budget))
+            if not n:
+                self.contended = True
+                break
             if not self._has_room(hit, n) and not (self._displace(sequence) and self._has_room(hit, n)):
                 self.contended = True
                 break
@@ -139,6 +175,7 @@ class Scheduler:
             coming |= self._prompt_keys(sequence)
             self._reserve(sequence, n)
             work.append(Work(sequence, n))
+            yielding.take(sequence, n)
             budget -= n
 
     def _note_pauses(self) -> None:

@@ -9,7 +9,9 @@ from torch import Tensor
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.operators import ConditionOperator, Grid, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
+from patchclamp_server.interventions.row_arithmetic import row_dots
 from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.invariant import operators
 from patchclamp_server.pooling import TokenPool
 
 
@@ -66,10 +68,15 @@ class ProjectionOperator(ReadoutOperator):
     def __init__(self, layer: int, rows: Tensor, readings: list[Reading], owner: Tensor, vectors: Tensor) -> None:
         super().__init__(layer, rows, readings)
         self.vectors = vectors.transpose(1, 2)  # [k, width, most]
+        self.owner = owner
         self.grid = Grid(owner, len(readings))
 
     def read(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.grid.collect(torch.bmm(self.grid.spread(h.float()), self.vectors)), None
+        h = h.float()
+        if operators.holds_for(h):
+            columns = [row_dots(h, column) for column in self.vectors.index_select(0, self.owner).unbind(2)]
+            return torch.stack(columns, dim=1), None
+        return self.grid.collect(torch.bmm(self.grid.spread(h), self.vectors)), None
 
     def length(self, readout: BoundReadout) -> int:
         return len(readout.vectors[self.layer])

@@ -15,6 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_dots, row_norms, turns
+from patchclamp_server.model.invariant import operators as invariant
+
 
 @dataclass(eq=False)
 class StepContext:
@@ -62,7 +65,7 @@ class AddOperator:
     def __init__(self, entries: Entries, vectors: Tensor) -> None:
         self.entries = entries
         self.vectors = vectors  # [k, width]
-        self.delta_norms = torch.linalg.vector_norm(vectors, dim=1)[entries.edit] * entries.strength.abs()
+        self.delta_norms = row_norms(vectors)[entries.edit] * entries.strength.abs()
         # One row an edit (decode): the products do not change from step to step.
         self.delta = self._delta() if len(entries.rows) == len(vectors) else None
 
@@ -80,7 +83,7 @@ class AddOperator:
             later, earlier = entries.pairs
             h.index_add_(0, later, delta.index_select(0, earlier))
         x.index_add_(0, entries.rows, delta.to(x.dtype))
-        context.count(self.delta_norms, torch.linalg.vector_norm(h, dim=1), opened)
+        context.count(self.delta_norms, row_norms(h), opened)
 
 
 class TargetOperator:
@@ -97,10 +100,10 @@ class TargetOperator:
     def run(self, x: Tensor, context: StepContext) -> None:
         entries = self.entries
         h = x.index_select(0, entries.rows).float()
-        norms = torch.linalg.vector_norm(h, dim=1)
-        edited = torch.lerp(h, self.target(h, norms), entries.strength[:, None])
+        norms = row_norms(h)
+        edited = interpolate(h, self.target(h, norms), entries.strength[:, None])
         if self.preserve_norm:
-            reached = torch.linalg.vector_norm(edited, dim=1)
+            reached = row_norms(edited)
             # A strength of 0 must leave the bits alone, and x * (n / n) may not; nothing rescales an empty row.
             fixed = (entries.strength == 0) | (reached == 0)
             scale = torch.where(fixed, torch.ones_like(reached), norms / reached)
@@ -109,7 +112,7 @@ class TargetOperator:
         if entries.gate is not None:
             edited = torch.where(opened[:, None] > 0, edited, h)
         x.index_copy_(0, entries.rows, edited.to(x.dtype))
-        context.count(torch.linalg.vector_norm(edited - h, dim=1), norms, opened)
+        context.count(row_norms(edited - h), norms, opened)
 
 
 class AddPreservingOperator(TargetOperator):
@@ -135,9 +138,9 @@ class ProjectOperator(TargetOperator):
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
         unit = self.vectors.index_select(0, self.entries.edit)
-        projection = (h * unit).sum(1)
+        projection = row_dots(h, unit)
         clipped = torch.minimum(torch.maximum(projection, self.low), self.high)
-        return torch.addcmul(h, (clipped - projection)[:, None], unit)
+        return add_product(h, (clipped - projection)[:, None], unit)
 
 
 class RotateOperator(TargetOperator):
@@ -150,11 +153,11 @@ class RotateOperator(TargetOperator):
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
         unit = self.vectors.index_select(0, self.entries.edit)
         direction = h / norms[:, None]
-        cosine = (direction * unit).sum(1)
+        cosine = row_dots(direction, unit)
         across = unit - cosine[:, None] * direction
-        sine = torch.linalg.vector_norm(across, dim=1)
-        angle = torch.minimum(self.radians, torch.atan2(sine, cosine))
-        turned = torch.cos(angle)[:, None] * direction + (torch.sin(angle) / sine)[:, None] * across
+        sine = row_norms(across)
+        cosine, share = turns(sine, cosine, self.radians)
+        turned = cosine[:, None] * direction + (share / sine)[:, None] * across
         # A row along v has no plane to turn in.
         return torch.where((sine > 1e-6)[:, None], turned * norms[:, None], h)
 
@@ -189,6 +192,8 @@ class LowRankOperator(TargetOperator):
         self.grid = Grid(entries.edit, len(rotation))
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        if invariant.holds_for(h):
+            return invariant.low_rank(h, self.entries.edit, self.difference, self.bias[:, 0], self.rotation)
         inner = torch.baddbmm(self.bias, self.grid.spread(h), self.difference.transpose(1, 2))
         return h + self.grid.collect(torch.bmm(inner, self.rotation))
 
@@ -213,11 +218,11 @@ class NeuronOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         groups, units = self.groups, self.units
-        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows).float(), dim=1)
+        norms = row_norms(x.index_select(0, groups.rows).float())
         flat = x.view(-1)
         a = flat.index_select(0, units.place).float()
-        target = torch.minimum(torch.maximum(torch.addcmul(self.offset, a, units.factor), self.low), self.high)
-        edited = torch.lerp(a, target, units.strength)
+        target = torch.minimum(torch.maximum(add_product(self.offset, a, units.factor), self.low), self.high)
+        edited = interpolate(a, target, units.strength)
         opened = groups.opened(context)
         if groups.gate is not None:
             edited = torch.where(opened.index_select(0, units.group) > 0, edited, a)
@@ -238,11 +243,11 @@ class HeadOperator:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         groups, units = self.groups, self.units
-        norms = torch.linalg.vector_norm(x.index_select(0, groups.rows).float(), dim=1)
+        norms = row_norms(x.index_select(0, groups.rows).float())
         heads = x.view(x.shape[0] * self.n_heads, -1)
         z = heads.index_select(0, units.place).float()
-        target = torch.addcmul(self.offset, z, units.factor[:, None])
-        edited = torch.lerp(z, target, units.strength[:, None])
+        target = add_product(self.offset, z, units.factor[:, None])
+        edited = interpolate(z, target, units.strength[:, None])
         opened = groups.opened(context)
         if groups.gate is not None:
             edited = torch.where(opened.index_select(0, units.group)[:, None] > 0, edited, z)
@@ -275,8 +280,8 @@ class ConditionOperator:
 
     def holds(self, x: Tensor) -> Tensor:
         h = x.index_select(0, self.rows).float()
-        value = (h * self.units).sum(1)
-        value = torch.where(self.cosine, value / torch.linalg.vector_norm(h, dim=1), value)
+        value = row_dots(h, self.units)
+        value = torch.where(self.cosine, value / row_norms(h), value)
         return (self.sign * value > self.threshold) & self.valid
 
 

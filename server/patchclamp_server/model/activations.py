@@ -16,3 +16,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": gelu_tanh,
     "relu": F.relu,
 }
+
+
+# How compiled loops know them (invariant/rows.py, sparse/kernels.py).
+CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}

@@ -1,6 +1,7 @@
 """Matrix products: y = x Wᵀ + b for x [T, in], W [out, in].
 
-On a CPU the product that is fastest depends on the number of rows:
+`batch_invariant`, on a CPU in float32: one product for every number of rows, whose bits do not depend on it
+(invariant/products.py). Otherwise the product that was fastest for the number of rows when this was measured:
 
 - one row streams the weights once, so fewer bytes are faster: codes, where the weights are quantised (quantized.py; so
   do two rows); otherwise our own vectors (sparse/vector.py), by all threads where there are enough bytes;
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from patchclamp_server.model.invariant.products import RowProduct
     from patchclamp_server.model.quantized import QuantizedWeight
 
 # oneDNN picks the packed layout for a number of rows; 16 was the best or within noise for 1 to 256 rows.
@@ -41,27 +43,44 @@ _PACK_FOR_ROWS = 16
 FEW_ROWS = 2
 
 
+def can_be_invariant(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether there are products whose bits do not depend on the number of rows."""
+    return torch.device(device).type == "cpu" and dtype == torch.float32
+
+
 class Linear:
     """One projection. Rows of the result never depend on the values of other rows."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, input_major: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, input_major: bool = False, batch_invariant: bool = False
+    ) -> None:
+        assert not batch_invariant or can_be_invariant(weight.dtype, weight.device)
         self.bias = bias  # [out]
         self.weight: Tensor | None = weight  # [out, in]; its transpose is contiguous where it is input-major
         self.packed: Tensor | None = None
         self.quantized: QuantizedWeight | None = None
         self._one_row: Callable[[Tensor], Tensor] | None = None
+        self._by_rows: RowProduct | None = None
+        self.batch_invariant = batch_invariant
         on_cpu = weight.device.type == "cpu"
-        if on_cpu and weight.dtype == torch.float32 and torch._C._has_mkldnn:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
-            # Products of codes are compiled by numba, which only this path needs.
+        if can_be_invariant(weight.dtype, weight.device) and (batch_invariant or torch._C._has_mkldnn):
+            # What numba compiles only this path needs.
             from patchclamp_server.model.quantized import recover
 
             self.quantized = recover(weight)
+            if batch_invariant:
+                from patchclamp_server.model.invariant.products import row_product
+
+                self._by_rows = row_product(weight, self.quantized)
+            else:
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
             if self.quantized is not None:
                 self.weight = None
                 return
         if input_major:
             self.weight = weight.t().contiguous().t()
+        if self._by_rows is not None:
+            return
         if on_cpu and weight.dtype in (torch.float32, torch.bfloat16):
             assert self.weight is not None
             from patchclamp_server.model.sparse import one_row_product
@@ -69,6 +88,8 @@ class Linear:
             self._one_row = one_row_product(self.weight, input_major=input_major)
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
+        if self._by_rows is not None:
+            return self._biased(self._by_rows.multiply(x))
         rows = x.shape[0]
         if self.quantized is not None and rows <= FEW_ROWS:
             return self._biased(self.quantized.multiply(x))

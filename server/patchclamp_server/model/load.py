@@ -38,6 +38,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    batch_invariant: bool | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load "embedded", a hub id, a local directory or a ``.gguf`` file, fetching and converting it where needed.
@@ -54,7 +55,9 @@ def load_model(
     eos = end_token_ids(model, tokenizer)
     shown = progress or Silent()
     try:
-        decoder = decoder_from_transformers(model, dtype=dtype, device=device, progress=shown)
+        decoder = decoder_from_transformers(
+            model, dtype=dtype, device=device, batch_invariant=batch_invariant, progress=shown
+        )
         decoder.warm_up()
         warn_of_overflow(decoder, tokenizer)
     except (MemoryError, torch.OutOfMemoryError) as error:

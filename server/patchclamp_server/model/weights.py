@@ -8,23 +8,36 @@ from transformers import PreTrainedModel
 
 from patchclamp_server.model.architectures import NormKind, QkvLayout
 from patchclamp_server.model.decoder import Block, Decoder, Norm
-from patchclamp_server.model.linear import Linear
+from patchclamp_server.model.linear import Linear, can_be_invariant
 from patchclamp_server.model.progress import Progress, Silent, Stage
 from patchclamp_server.model.spec import read_spec
 
 
 def decoder_from_transformers(
-    model: PreTrainedModel, *, dtype: torch.dtype, device: str, progress: Progress | None = None
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    batch_invariant: bool | None = None,
+    progress: Progress | None = None,
 ) -> Decoder:
-    """The decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table."""
-    return _Builder(model, dtype, device, progress or Silent()).build()
+    """The decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table.
+
+    `batch_invariant`: see Decoder; None: where that is possible.
+    """
+    if batch_invariant is None:
+        batch_invariant = can_be_invariant(dtype, device)
+    return _Builder(model, dtype, device, batch_invariant, progress or Silent()).build()
 
 
 class _Builder:
     """Reads modules by the paths of the architecture table."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, device: str, progress: Progress) -> None:
+    def __init__(
+        self, model: PreTrainedModel, dtype: torch.dtype, device: str, batch_invariant: bool, progress: Progress
+    ) -> None:
         self.model = model
+        self.batch_invariant = batch_invariant
         self.progress = progress
         self.spec = read_spec(model.config)
         self.dtype = dtype
@@ -53,7 +66,7 @@ class _Builder:
             self._rotary(),
             blocks,
             self._norm(self._module(family.final_norm)),
-            Linear(weight, bias),
+            Linear(weight, bias, batch_invariant=self.batch_invariant),
         )
 
     def _block(self, layer: nn.Module) -> Block:
@@ -69,17 +82,23 @@ class _Builder:
         if family.qkv_layout is QkvLayout.PER_HEAD:
             rows = torch.arange(3 * spec.n_heads * spec.head_dim).view(spec.n_heads, 3, spec.head_dim)
             order = rows.transpose(0, 1).reshape(-1)
+        q_norm, k_norm = norm(family.q_norm), norm(family.k_norm)
+        head_norms = None
+        if q_norm is not None and k_norm is not None:
+            heads = [q_norm.weight.expand(spec.n_heads, -1), k_norm.weight.expand(spec.n_kv_heads, -1)]
+            head_norms = torch.cat(heads)
         return Block(
             attn_norm=attn_norm,
             qkv=self._linear(layer, family.qkv, order),
-            q_norm=norm(family.q_norm),
-            k_norm=norm(family.k_norm),
+            q_norm=q_norm,
+            k_norm=k_norm,
             attn_output=self._linear(layer, (family.attn_output,)),
             post_attn_norm=norm(family.post_attn_norm),
             mlp_norm=mlp_norm,
             mlp_input=self._linear(layer, family.mlp_input),
             mlp_output=self._linear(layer, (family.mlp_output,), input_major=True),
             post_mlp_norm=norm(family.post_mlp_norm),
+            head_norms=head_norms,
         )
 
     def _linear(
@@ -96,7 +115,8 @@ class _Builder:
             weight = weight[order]
             bias = None if bias is None else bias[order]
         weight = self._tensor(weight)
-        return Linear(weight, None if bias is None else self._tensor(bias), input_major=input_major)
+        bias = None if bias is None else self._tensor(bias)
+        return Linear(weight, bias, input_major=input_major, batch_invariant=self.batch_invariant)
 
     def _module(self, path: str) -> Any:
         return _submodule(self.model, path)

@@ -39,6 +39,7 @@ from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import RequestError
 from patchclamp_server.metrics import Metrics
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.linear import can_be_invariant
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import Progress
 from patchclamp_server.monitoring.stored import WatchAsked
@@ -377,8 +378,16 @@ def reserve(config: ServerConfig) -> Reservation:
 
 
 def load(config: ServerConfig, progress: Progress | None = None) -> LoadedModel:
-    """The model of `config`. Raises ModelSourceError."""
-    return load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device, progress=progress)
+    """The model of `config`. Raises ModelSourceError, and ConfigurationError for what it cannot promise."""
+    dtype, engine = getattr(torch, config.dtype), config.engine
+    if engine.batch_invariant and (not can_be_invariant(dtype, config.device) or engine.kernels):
+        raise ConfigurationError(
+            "--batch-invariant on holds with --dtype float32, --device cpu and --kernels off, "
+            f"got {config.dtype}, {config.device} and {'on' if engine.kernels else 'off'}"
+        )
+    return load_model(
+        config.model, dtype=dtype, device=config.device, batch_invariant=engine.batch_invariant, progress=progress
+    )
 
 
 def _tracing(config: ServerConfig, model: ModelInfo) -> "Tracing | None":

@@ -220,8 +220,10 @@ class Sampling(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted for each time a token was generated."""
     seed: _builtins.int
-    """Same seed, prompt and program: same text, whatever else is in the batch. Unset: chosen by the server, below 2^53,
-    so that it survives JavaScript and jq, whose numbers are doubles.
+    """Same seed, prompt, program and server: same text and log-probabilities. In the server's mode --batch-invariant (the
+    default in float32 on a CPU), whatever else is in the batch, for requests without `sparsity`; otherwise rounding
+    depends on the shape of the batch, and a draw or a near-tie may fall to another token. Unset: chosen by the server,
+    below 2^53, so that it survives JavaScript and jq, whose numbers are doubles.
     """
     def __init__(
         self,

@@ -1,0 +1,123 @@
+"""The sums of sampling on a CPU: every row by itself in one order, where torch's depend on how many rows there are.
+
+Compiled once and cached on disk; a change in model/invariant needs one here.
+"""
+
+# What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
+# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def"
+
+import math
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchclamp_server.model.invariant.rows import SMALLEST, exponentials
+from patchclamp_server.model.invariant.tiles import largest_of, sum_of
+from patchclamp_server.model.sparse.vector import LANES
+
+# Masses that are summed before they are added to the sum of all.
+BLOCK = 256
+
+_compiled = numba.njit(nogil=True, cache=True)
+
+
+def log_totals(logits: Tensor) -> Tensor:
+    """log Σ exp(l) of each row [n, vocab] float32 -> [n, 1]."""
+    totals = torch.empty(len(logits), 1)
+    _log_totals(logits.contiguous().numpy(), totals.numpy())
+    return totals
+
+
+def running_masses(head: Tensor, log_total: Tensor) -> Tensor:
+    """Σ_{j ≤ i} exp(l_j - log total), rows of head [n, size] and log_total [n, 1] -> [n, size] float64."""
+    masses = torch.empty(head.shape, dtype=torch.float64)
+    _running_masses(head.contiguous().numpy(), log_total.contiguous().numpy(), masses.numpy())
+    return masses
+
+
+def invert_cdf(scores: Tensor, u: Tensor) -> Tensor:
+    """First id at which the running sum of exp(scores) passes u times its total: scores [n, vocab] (overwritten), at
+    most 0, u [n] float64 -> [n]."""
+    ids = torch.empty(len(scores), dtype=torch.int64)
+    _invert_cdf(scores.numpy(), u.numpy(), ids.numpy())
+    return ids
+
+
+@_compiled
+def _exponentials_in_blocks(x, powers, sums):
+    """x ← exp(x), 0 where that is less than float32 holds, and the sum of each block."""
+    for b in range(sums.shape[0]):
+        block = x[b * BLOCK : (b + 1) * BLOCK]
+        for k in range(block.shape[0]):
+            # What exponentials gives for it is not 0.
+            powers[k] = block[k] < SMALLEST
+        exponentials(block, powers[BLOCK : BLOCK + block.shape[0]])
+        for k in range(block.shape[0]):
+            block[k] = np.float32(0) if powers[k] else block[k]
+        whole = block.shape[0] // LANES * LANES
+        sums[b] = sum_of(block, 0, whole)
+        for k in range(whole, block.shape[0]):
+            sums[b] += block[k]
+
+
+@_compiled
+def _log_totals(logits, totals):
+    vocab = logits.shape[1]
+    powers = np.empty(2 * BLOCK, dtype=np.int32)
+    sums = np.empty((vocab + BLOCK - 1) // BLOCK, dtype=np.float64)
+    masses = np.empty(vocab, dtype=np.float32)
+    for i in range(logits.shape[0]):
+        row = logits[i]
+        largest = largest_of(row, 0, vocab // LANES * LANES)
+        for k in range(vocab // LANES * LANES, vocab):
+            largest = max(largest, row[k])
+        for k in range(vocab):
+            masses[k] = row[k] - largest
+        _exponentials_in_blocks(masses, powers, sums)
+        total = 0.0
+        for b in range(sums.shape[0]):
+            total += sums[b]
+        totals[i, 0] = np.float64(largest) + math.log(total)
+
+
+@_compiled
+def _running_masses(head, log_total, masses):
+    for i in range(head.shape[0]):
+        total = 0.0
+        for j in range(head.shape[1]):
+            total += math.exp(np.float64(head[i, j]) - np.float64(log_total[i, 0]))
+            masses[i, j] = total
+
+
+@_compiled
+def _invert_cdf(scores, u, ids):
+    vocab = scores.shape[1]
+    powers = np.empty(2 * BLOCK, dtype=np.int32)
+    sums = np.empty((vocab + BLOCK - 1) // BLOCK, dtype=np.float64)
+    for i in range(scores.shape[0]):
+        masses = scores[i]
+        _exponentials_in_blocks(masses, powers, sums)
+        total = 0.0
+        for b in range(sums.shape[0]):
+            total += sums[b]
+        target = u[i] * total
+        # The last id with mass is drawn where rounding leaves the sum at the target or below it.
+        reached = 0.0
+        block = 0
+        last = 0
+        for b in range(sums.shape[0]):
+            if sums[b] > 0:
+                last = b
+        while block < last and reached + sums[block] <= target:
+            reached += sums[block]
+            block += 1
+        drawn = -1
+        for k in range(block * BLOCK, min(vocab, (block + 1) * BLOCK)):
+            if masses[k] > 0:
+                drawn = k
+                reached += masses[k]
+                if reached > target:
+                    break
+        ids[i] = drawn
