@@ -369,6 +369,15 @@ async def test_some_layers_of_it_can_be_exported(stub: Stub) -> None:
     assert field_of(refusal.value) == "layers[1]"
 
 
+@pytest.mark.parametrize("file_format", [SAFETENSORS, GGUF])
+async def test_a_layer_is_exported_once(stub: Stub, file_format: "pb.ArtifactFormat.ValueType") -> None:
+    artifact = await upload(stub, vector_file(layers=[1, 3]))
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await download(stub, artifact.id, file_format, layers=[1, 3, 1])
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field_of(refusal.value) == "layers[2]"
+
+
 async def test_a_head_set_is_exported_whole(stub: Stub) -> None:
     artifact = await upload(stub, save({"scores": torch.ones(4, 2)}), kind=HEAD_SET)
     for layers, file_format in (([1], SAFETENSORS), ([7], HEAD_SCORES)):

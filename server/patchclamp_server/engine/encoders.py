@@ -96,10 +96,12 @@ def _literal(tokenizer: Tokenizer) -> Tokenizer:
 
 def _changed(tokenizer: Tokenizer, change: Callable[[Json], Json | None]) -> Tokenizer:
     """The tokenizer with another normalizer and pre-tokenizer; itself where nothing changes."""
-    # The vocabulary, which is most of it, stays as it is.
-    before: Json = json.loads(tokenizer.to_str())
-    after = {**before, **{name: _each(before[name], change) for name in ("normalizer", "pre_tokenizer")}}
-    return tokenizer if after == before else Tokenizer.from_str(json.dumps(after))
+    parts = {"normalizer": tokenizer.normalizer, "pre_tokenizer": tokenizer.pre_tokenizer}
+    before = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
+    after = {name: _each(step, change) for name, step in before.items()}
+    if after == before:
+        return tokenizer
+    return Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), **after}))
 
 
 def _each(step: Json | None, change: Callable[[Json], Json | None]) -> Json | None:

@@ -24,7 +24,7 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.monitoring.watch import Watch, check_watch
 from patchclamp_server.rpc.artifact_codec import decode_format, decode_kind, decode_struct, encode_artifact
 from patchclamp_server.rpc.calls import within
-from patchclamp_server.rpc.checks import count
+from patchclamp_server.rpc.checks import count, distinct
 from patchclamp_server.rpc.program_codec import decode_site
 from patchclamp_server.rpc.upload_space import UploadLimits, UploadSpace
 from patchclamp_server.sparsity.binder import policy_of
@@ -70,7 +70,8 @@ class ArtifactService(ArtifactServiceServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
         file_format = decode_format(request.format, "format")
-        info, data = await asyncio.to_thread(self._encode, request.ref, tuple(request.layers), file_format)
+        layers = distinct(request.layers, "layers")
+        info, data = await asyncio.to_thread(self._encode, request.ref, layers, file_format)
         for start in range(0, len(data), CHUNK_BYTES):
             artifact = encode_artifact(info) if start == 0 else None
             yield pb.DownloadResponse(artifact=artifact, chunk=data[start : start + CHUNK_BYTES])
