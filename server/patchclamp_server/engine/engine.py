@@ -344,9 +344,7 @@ class Engine:
             log.exception("where the activations of a request overflowed was not found")
             found = None
         self.cache.scrub(sequence.blocks[sequence.computed // size :])
-        failure = refusal(found, self.model.decoder.dtype, position)
-        log.warning("a request failed: %s", failure)
-        self.live.fail_id(sequence.id, failure)
+        self.live.fail_id(sequence.id, refusal(found, self.model.decoder.dtype, position))
 
 
 def _executor(model: SparseModel, cache: KvCache, config: EngineConfig) -> Executor:
