@@ -4,7 +4,7 @@ Compiled once and cached on disk; a change in model/invariant needs one here.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
-# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def"
+# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, var-annotated"
 
 import math
 

@@ -20,9 +20,8 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
 
 def row_norms(x: Tensor) -> Tensor:
     """|x_i| of rows [n, width] -> [n]."""
-    if not holds_for(x):
-        return torch.linalg.vector_norm(x, dim=1)
-    return row_dots(x, x).sqrt_()
+    length: Tensor = row_dots(x, x).sqrt_() if holds_for(x) else torch.linalg.vector_norm(x, dim=1)
+    return length
 
 
 def interpolate(start: Tensor, end: Tensor, share: Tensor) -> Tensor:

@@ -151,8 +151,8 @@ def dot(_context, x, x_at, y, y_at, n):  # type: ignore[no-untyped-def]
         total = cgutils.alloca_once_value(b, ZEROS)
         whole = b.mul(b.udiv(args[4], _I64(LANES)), _I64(LANES))
         with cgutils.for_range_slice(b, _I64(0), whole, _I64(LANES), _I64) as (k, _):
-            values = [load(b, b.gep(array, [k]), FLOATS) for array in (left, right)]
-            b.store(fma(b, *values, b.load(total)), total)
+            a, c = (load(b, b.gep(array, [k]), FLOATS) for array in (left, right))
+            b.store(fma(b, a, c, b.load(total)), total)
         result = cgutils.alloca_once_value(b, _join_lanes(b, b.load(total), lambda b, x, y: b.fadd(x, y)))
         kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 3)
         scalar_fma = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.f32")
