@@ -16,6 +16,7 @@ from patchclamp.retry import AsyncRepeatedCall, Attempts, Retry
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
+from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp.v1.model_pb2_grpc import ModelServiceStub
 from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceAsyncStub
     from patchclamp.v1.generation_pb2_grpc import GenerationServiceAsyncStub
     from patchclamp.v1.head_pb2_grpc import HeadServiceAsyncStub
+    from patchclamp.v1.job_pb2_grpc import JobServiceAsyncStub
     from patchclamp.v1.model_pb2_grpc import ModelServiceAsyncStub
     from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceAsyncStub
     from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceAsyncStub
@@ -119,6 +121,10 @@ class AsyncTransport:
     @property
     def _artifacts(self) -> "ArtifactServiceAsyncStub":
         return ArtifactServiceStub(self._channel.use())
+
+    @property
+    def _jobs(self) -> "JobServiceAsyncStub":
+        return JobServiceStub(self._channel.use())
 
     @property
     def _models(self) -> "ModelServiceAsyncStub":

@@ -32,7 +32,7 @@ from patchclamp.v1 import monitoring_pb2 as pb
 Threshold: TypeAlias = float | str
 EncoderLayout: TypeAlias = Literal["features_by_width", "width_by_features"]
 # Field of WatchedFeatures that holds an encoder so laid out.
-_LAYOUTS: Mapping[EncoderLayout, str] = {
+_LAYOUTS: Mapping[str, str] = {
     "features_by_width": "encoder_features_by_width",
     "width_by_features": "encoder_width_by_features",
 }
@@ -95,7 +95,7 @@ def watch_features(
             "layout='width_by_features' (a column for each, as W_enc of SAELens)"
         )
         raise ValueError(message)
-    chosen = _LAYOUTS["features_by_width"] if layout is None else value_of(_LAYOUTS, layout, "layout")
+    chosen = value_of(_LAYOUTS, layout or "features_by_width", "layout")
     source = build(
         pb.WatchedFeatures,
         site=value_of(SITES, site, "site"),

@@ -14,7 +14,7 @@ from patchclamp.v1 import (
     steering_pb2,
 )
 
-ValueT = TypeVar("ValueT", bound=int)
+ValueT = TypeVar("ValueT")
 
 SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out", "mlp_post", "mlp_out"]
 PhaseName = Literal["prompt", "generated"]
