@@ -17,6 +17,8 @@ from serving import ServerProcess, at_rest
 
 from fuzzing.cases import Case, methods
 from fuzzing.times import WORST_SECONDS, Probe, seconds_to_idle
+from patchclamp.v1 import job_pb2
+from patchclamp.v1.job_pb2_grpc import JobServiceStub
 
 CODES = grpc.StatusCode
 DECLARED = frozenset(
@@ -24,6 +26,7 @@ DECLARED = frozenset(
         CODES.OK,
         CODES.INVALID_ARGUMENT,
         CODES.NOT_FOUND,
+        CODES.ALREADY_EXISTS,
         CODES.FAILED_PRECONDITION,
         CODES.RESOURCE_EXHAUSTED,
         CODES.ABORTED,
@@ -97,6 +100,8 @@ class Fuzzer:
                 before = server.rss_bytes() if server.is_alive else 0
                 self._run(server, everything[warm_up:])
             alive = server.is_alive
+            if alive:
+                self._end_jobs(server)
             return Ended(
                 alive=alive,
                 serving=alive and server.is_serving(),
@@ -106,6 +111,15 @@ class Fuzzer:
                 idle_seconds=seconds_to_idle(server) if alive else 0.0,
                 log=server.log(),
             )
+
+    def _end_jobs(self, server: ServerProcess) -> None:
+        """Jobs go on without their clients, some for ever; what ended them is looked at like what ended a call."""
+        with grpc.insecure_channel(server.address) as channel:
+            stub = JobServiceStub(channel)
+            for job in stub.ListJobs(job_pb2.ListJobsRequest()).jobs:
+                ended = stub.CancelJob(job_pb2.CancelJobRequest(id=job.id)).job
+                if ended.error_code and CODES[ended.error_code] not in DECLARED:
+                    self.found.failures.append(f"# job {ended.method} ended with {ended.error_code}")
 
     def _run(self, server: ServerProcess, everything: Sequence[Case]) -> None:
         # One channel a client: what breaks a connection must not stop the others.

@@ -16,6 +16,7 @@ from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
     head_pb2,
+    job_pb2,
     model_pb2,
     monitoring_pb2,
     program_pb2,
@@ -53,6 +54,7 @@ PAIR = head_pb2.CleanCorruptPair(
     clean_answer="d",
     corrupt_answer="Y",
 )
+SCORES = head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_NGRAM", ngram=2, sequence_tokens=8, sequences=2)
 FACTS = [head_pb2.TemporalFact(prompt=f"In 19{i}0", answer="x", time_conditioned=i < 2) for i in range(4)]
 
 
@@ -216,7 +218,7 @@ def calls() -> dict[str, list[Call]]:
             ]
         ],
         "HeadService/ScoreHeads": [
-            [head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_NGRAM", ngram=2, sequence_tokens=8, sequences=2)],
+            [SCORES],
             [head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_INDUCTION", sequence_tokens=8, sequences=1)],
             [head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_TEMPORAL", facts=FACTS)],
             [head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_SUCCESSOR")],
@@ -253,6 +255,15 @@ def calls() -> dict[str, list[Call]]:
         "ArtifactService/TagArtifact": [[artifact_pb2.TagArtifactRequest(tag="tagged", ref="heads")]],
         # Of what nobody else names.
         "ArtifactService/DeleteArtifact": [[artifact_pb2.DeleteArtifactRequest(ref="extracted")]],
+        "JobService/StartJob": [
+            [job_pb2.StartJobRequest(score_heads=SCORES)],
+            [job_pb2.StartJobRequest(record_reference=monitoring_pb2.RecordReferenceRequest(name="w", tokens=8))],
+        ],
+        **{
+            f"JobService/{name}Job": [[getattr(job_pb2, f"{name}JobRequest")(id="job-0123456789abcdef")]]
+            for name in ("Follow", "Get", "Cancel")
+        },
+        "JobService/ListJobs": [[job_pb2.ListJobsRequest()]],
         "ModelService/ListModels": [[model_pb2.ListModelsRequest()]],
         "ModelService/Tokenize": [[model_pb2.TokenizeRequest(prompt=prompt)] for prompt in (PROMPT, CHAT, TOKENS)],
         "ModelService/Detokenize": [[model_pb2.DetokenizeRequest(ids=[1, 40, 41], skip_special_tokens=True)]],
