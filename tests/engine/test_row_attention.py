@@ -1,4 +1,4 @@
-"""Attention of single rows, compiled and by torch, against one row at a time in float64."""
+"""Attention row by row, compiled and by torch, against one row at a time in float64; and cut into chunks anyhow."""
 
 import math
 
@@ -154,3 +154,26 @@ def test_scores_far_apart_neither_overflow_nor_lose_the_largest() -> None:
         assert (z.view(2, 8)[head] - exact).abs().max() < 1e-5
         assert peaks.positions[0, 0, head] == position
         assert float(peaks.probabilities[0, 0, head]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0][0] > 12])
+def test_rows_of_a_prompt_have_the_same_bits_however_it_is_cut(shape: tuple) -> None:  # type: ignore[type-arg]
+    contexts, heads, kv, dim, block, window, cap = shape
+    n = contexts[0]
+    case = Case((n,), heads, kv, dim, block, window, cap)
+    q, k, v = (torch.randn(n, h, dim, generator=torch.Generator().manual_seed(h)) for h in (heads, kv, kv))
+    blocks = case.spans[0].blocks
+
+    def attended(sizes: list[int]) -> Tensor:
+        pool, parts, start = torch.zeros_like(case.pool), [], 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            slots = torch.tensor([blocks[i // block] * block + i % block for i in range(start, start + size)])
+            batch = AttentionBatch([Span(0, size, start, blocks)], block, {window}, CPU)
+            parts.append(paged_attention(q[rows], k[rows], v[rows], pool, slots, batch, **case.options))  # type: ignore[arg-type]
+            start += size
+        return torch.cat(parts)
+
+    whole = attended([n])
+    assert torch.equal(attended([1] * n), whole)
+    assert torch.equal(attended([5, n - 12, 7]), whole)
