@@ -104,7 +104,7 @@ class Fuzzer:
                 self._end_jobs(server)
             return Ended(
                 alive=alive,
-                serving=alive and server.is_serving(),
+                serving=alive and _is_serving(server),
                 held=at_rest(server) if alive else {"everything": 1.0},
                 growth=server.rss_bytes() / before if alive and before else 0.0,
                 waited=probe.worst,
@@ -161,6 +161,14 @@ def _prepared(model: Path) -> Iterator[ServerProcess]:
                 if code is not CODES.OK:
                     raise SystemExit(f"{name}, which the calls need, ended with {code.name}: {detail}")
         yield server
+
+
+def _is_serving(server: ServerProcess) -> bool:
+    """Not, when it does not say so in time."""
+    try:
+        return server.is_serving()
+    except grpc.RpcError:
+        return False
 
 
 def _allowed(case: Case) -> frozenset[CODES]:
