@@ -101,3 +101,16 @@ def test_a_soft_cap(threads: int) -> None:
     assert_rows_alone(lambda x: operators.cap_softly(x, 30.0), x)
     exact = torch.tanh(x.double() / 30) * 30
     torch.testing.assert_close(operators.cap_softly(x.clone(), 30.0).double(), exact, rtol=1e-6, atol=1e-5)
+
+
+def test_norms_of_any_number_of_dimensions_are_over_the_last() -> None:
+    weight, bias, x = random(64), random(65)[:64], random(3, 5, 64)
+    torch.testing.assert_close(operators.rms_norm(x, weight, 1e-5), F.rms_norm(x, (64,), weight, 1e-5))
+    layer = F.layer_norm(x, (64,), weight, bias, 1e-5)
+    torch.testing.assert_close(operators.layer_norm(x, weight, bias, 1e-5), layer, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(96,), (2, 3, 96), (3, 80)])
+def test_a_product_of_what_is_not_rows_of_its_width_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises((AssertionError, IndexError)):
+        Linear(random(48, 96), None, batch_invariant=True)(random(*shape))

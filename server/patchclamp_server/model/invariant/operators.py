@@ -21,17 +21,20 @@ def holds_for(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x² + eps) · weight, x [n, width]."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _each_row(partial(rows.rms_norms, x.numpy(), weight.numpy(), np.float32(eps), out.numpy()), x)
-    return out
+    """x / sqrt(mean x² + eps) · weight, x [..., width]."""
+    flat = _rows(x)
+    out = torch.empty_like(flat)
+    _each_row(partial(rows.rms_norms, flat.numpy(), weight.numpy(), np.float32(eps), out.numpy()), flat)
+    return out.view(x.shape)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean x) / sqrt(var x + eps) · weight + bias, x [n, width]."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _each_row(partial(rows.layer_norms, x.numpy(), weight.numpy(), bias.numpy(), np.float32(eps), out.numpy()), x)
-    return out
+    """(x - mean x) / sqrt(var x + eps) · weight + bias, x [..., width]."""
+    flat = _rows(x)
+    out = torch.empty_like(flat)
+    work = partial(rows.layer_norms, flat.numpy(), weight.numpy(), bias.numpy(), np.float32(eps), out.numpy())
+    _each_row(work, flat)
+    return out.view(x.shape)
 
 
 def finish_heads(
@@ -51,6 +54,7 @@ def finish_heads(
 
 def activate(hidden: Tensor, activation: str, *, gated: bool) -> Tensor:
     """act(z) for z [n, width], or act(gate) · up for [n, 2 width] with the gates first."""
+    assert hidden.ndim == 2
     neurons = torch.empty(hidden.shape[0], hidden.shape[1] // 2 if gated else hidden.shape[1])
     _each_row(partial(rows.activations, hidden.numpy(), CODES[activation], gated, neurons.numpy()), hidden)
     return neurons
@@ -58,12 +62,15 @@ def activate(hidden: Tensor, activation: str, *, gated: bool) -> Tensor:
 
 def cap_softly(x: Tensor, cap: float) -> Tensor:
     """x ← cap tanh(x / cap), x [n, width], in place."""
+    assert x.ndim == 2
     _each_row(partial(rows.cap_softly, x.numpy(), np.float32(cap)), x)
     return x
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
     """x_i · y_i of rows [n, width] -> [n]."""
+    assert x.shape == y.shape
+    assert x.ndim == 2
     out = torch.empty(len(x))
     rows.row_dots(x.contiguous().numpy(), y.contiguous().numpy(), out.numpy())
     return out
@@ -89,6 +96,11 @@ def warm_up() -> None:
     row = torch.ones(1, 1)
     turns(row_dots(row, row), row[0], row[0])
     low_rank(row, torch.zeros(1, dtype=torch.int64), row[None], row, row[None])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., width] -> [n, width], contiguous. What is compiled reads by these two numbers and checks nothing."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _each_row(work: "partial[None]", x: Tensor) -> None:

@@ -67,6 +67,8 @@ class FloatTiles:
 
     def multiply(self, x: Tensor) -> Tensor:
         blocks, depth, _ = self.weights.shape
+        # What is compiled checks nothing.
+        assert x.shape[1:] == (depth,)
         rows = len(x)
         starts = _starts(rows)
         packed, _ = _pack(x, starts, with_sums=False)
@@ -85,6 +87,7 @@ class CodeTiles:
     def multiply(self, x: Tensor) -> Tensor:
         codes, scales = self.quantized.codes, self.quantized.scale_and_low
         blocks, groups = codes.shape[:2]
+        assert x.shape[1:] == (groups * GROUP,)
         rows = len(x)
         starts = _starts(rows)
         packed, sums = _pack(x, starts, with_sums=self.quantized.bits == 4)
