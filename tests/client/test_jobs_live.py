@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,13 @@ def test_the_reason_of_a_failed_job_is_shown_and_following_it_exits_with_1(
 def test_an_interrupted_follower_leaves_the_job_running_and_says_so(client: Client):
     job = client.start_job(endless())
     follow = [sys.executable, "-m", "patchclamp", "jobs", "follow", job.id]
-    with subprocess.Popen(follow, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that runs the tests in the background has them ignore the signal, and their children too.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(follow, stderr=subprocess.PIPE, text=True, preexec_fn=listening) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "tokens 0/1000\n"
         process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"{job.id} goes on; `patchclamp jobs cancel {job.id}` ends it" in said
     assert client.cancel_job(job.id).state == "cancelled"
