@@ -124,7 +124,7 @@ def test_receipts_gates_and_projections_are_those_of_float32(name: str, kernels:
     assert found.mean_relative_change == pytest.approx(expected.mean_relative_change, rel=RELATIVE)
     # The prompt: tokens after it may differ.
     for own, other in zip(half.readouts[: len(PROMPT)], full.readouts[: len(PROMPT)], strict=True):
-        assert other.values[0] > 100_000
+        assert other.values[0] > torch.finfo(torch.float16).max
         assert own.values[0] == pytest.approx(other.values[0], rel=RELATIVE)
 
 
