@@ -137,7 +137,7 @@ def test_a_capture_is_summed_in_float32(kernels: bool) -> None:
         engine.submit(Request(PROMPT, events.append, capture=capture, stop=StopParams(max_tokens=0)))
         while engine.step():
             pass
-        captured.append(next(e.values for e in events if isinstance(e, Captured)))
+        captured.append(next(e.pooled.values for e in events if isinstance(e, Captured)))
     assert captured[0].dtype == torch.float32
     torch.testing.assert_close(captured[0], captured[1], rtol=RELATIVE, atol=0.05)
 
