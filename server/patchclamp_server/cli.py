@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from patchclamp.extras import install_line
 from patchclamp_server.addresses import Address
 from patchclamp_server.threads import configure_threads
 
@@ -363,7 +364,7 @@ def _tracing(text: str) -> str:
     if choice == "otlp":
         missing = [name for name in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc") if not _has(name)]
         if missing:
-            raise argparse.ArgumentTypeError(f"{missing[0]} is not installed: pip install 'patchclamp[otel]'")
+            raise argparse.ArgumentTypeError(f"{missing[0]} is not installed: {install_line('otel')}")
         protocol = next((os.environ[name] for name in OTLP_PROTOCOLS if os.environ.get(name)), "grpc")
         if protocol != "grpc":
             raise argparse.ArgumentTypeError(f"the environment asks for OTLP by {protocol}; only grpc is spoken here")

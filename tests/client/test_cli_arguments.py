@@ -367,4 +367,4 @@ def test_a_server_command_without_the_extra_says_what_to_install(command: str) -
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert "torch" in finished.stderr
-    assert "pip install 'patchclamp[server]'" in finished.stderr
+    assert "pip install '.[server]'" in finished.stderr

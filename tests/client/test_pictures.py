@@ -169,4 +169,4 @@ def test_a_picture_without_matplotlib_says_what_to_install_before_any_work(
     )
     finished = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
-    assert "pip install 'patchclamp[plot]'" in finished.stderr
+    assert "pip install '.[plot]'" in finished.stderr

@@ -7,6 +7,7 @@ import sys
 from patchclamp.cli import serving
 from patchclamp.cli.parser import Parser
 from patchclamp.cli.terminal import styled
+from patchclamp.extras import install_line
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 
@@ -23,7 +24,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("shtab") is None:
-        hint = "patchclamp completion needs shtab: pip install 'patchclamp[completion]'"
+        hint = f"patchclamp completion needs shtab: {install_line('completion')}"
         print(styled(hint, "red", sys.stderr), file=sys.stderr)
         return 1
     import shtab

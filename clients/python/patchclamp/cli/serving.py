@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from patchclamp.cli.parser import Parser
 from patchclamp.cli.terminal import styled
+from patchclamp.extras import install_line
 
 COMMANDS = {
     "serve": "serve a model",
@@ -42,6 +43,6 @@ def run(name: str, argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("patchclamp"):
             raise
-        hint = f"patchclamp {name} needs the server ({error.name} is missing): pip install 'patchclamp[server]'"
+        hint = f"patchclamp {name} needs the server ({error.name} is missing): {install_line('server')}"
         print(styled(hint, "red", sys.stderr), file=sys.stderr)
         return 1

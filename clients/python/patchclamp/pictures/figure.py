@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from patchclamp.extras import install_line
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -12,7 +14,7 @@ class MissingMatplotlib(ImportError):
     """Says what to install."""
 
     def __init__(self) -> None:
-        super().__init__("pictures need matplotlib: pip install 'patchclamp[plot]'", name="matplotlib")
+        super().__init__(f"pictures need matplotlib: {install_line('plot')}", name="matplotlib")
 
 
 def require_matplotlib() -> None:
