@@ -8,6 +8,7 @@ import pytest
 
 from patchclamp.v1 import generation_pb2
 from patchclamp.v1 import head_pb2 as pb
+from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.heads.circuit_methods import CIRCUIT_METHODS
@@ -76,7 +77,7 @@ def test_a_detection_has_what_it_was_given(large: ModelInfo) -> None:
         test=test, threshold=0.2, stopping=stopping, description="needles", tags=["a", "b"]
     )
     asked = NeedleTest(("Hay.",), (Needle("Who?", "Ann did.", "Ann"),), (100,), (0.5,), 2**64 - 1, 7)
-    expected = Detection(asked, 0.2, StoppingRule(3, 0.5, 2, 4), "needles", ("a", "b"))
+    expected = Detection(asked, 0.2, StoppingRule(3, 0.5, 2, 4), "needles", Tags(("a", "b")))
     assert decode_detection(request, large) == expected
 
 
@@ -98,7 +99,7 @@ def test_a_scoring_has_the_parameters_of_its_method(large: ModelInfo, prompts: P
     ngram = pb.ScoreHeadsRequest(
         method=pb.HEAD_SCORE_METHOD_NGRAM, ngram=3, sequence_tokens=16, sequences=2, seed=5, tags=["t"], description="d"
     )
-    expected = Scoring("ngram", 3, 16, 2, 5, description="d", tags=("t",))
+    expected = Scoring("ngram", 3, 16, 2, 5, description="d", tags=Tags(("t",)))
     assert decode_scoring(ngram, prompts, large) == expected
     fact = pb.TemporalFact(prompt="In 1920", answer=" x", time_conditioned=True)
     temporal = pb.ScoreHeadsRequest(method=pb.HEAD_SCORE_METHOD_TEMPORAL, facts=[fact])

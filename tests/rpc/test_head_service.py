@@ -359,7 +359,7 @@ def embedded_channel(embedded_server: LiveServer) -> Iterator[grpc.Channel]:
 def detected(embedded_channel: grpc.Channel) -> list[pb.DetectRetrievalHeadsResponse]:
     """Three runs, stored as "retrieval"."""
     test = pb.NeedleTest(lengths=[100], depths=[0.2, 0.8], max_runs=3, seed=5)
-    request = pb.DetectRetrievalHeadsRequest(test=test, tags=["retrieval"])
+    request = pb.DetectRetrievalHeadsRequest(test=test, tags=["retrieval"], replace_tags=True)
     return list(HeadServiceStub(embedded_channel).DetectRetrievalHeads(request))
 
 

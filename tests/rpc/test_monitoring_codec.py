@@ -8,6 +8,7 @@ import torch
 
 from patchclamp.v1 import head_pb2, program_pb2, tensor_pb2
 from patchclamp.v1 import monitoring_pb2 as pb
+from patchclamp_server.artifacts.types import NO_TAGS, Tags
 from patchclamp_server.errors import InvalidArgument, NotFound, RequestError
 from patchclamp_server.heads.head_sets import Head, HeadSelection
 from patchclamp_server.interventions.program import Phase, Site
@@ -216,9 +217,9 @@ def test_a_wrong_option_is_refused_by_its_name(fields: dict[str, Any], field: st
 
 
 def test_a_recording_leaves_the_window_to_the_watch() -> None:
-    assert decode_recording(pb.RecordReferenceRequest(name="w")) == Recorded("w", 0, "", (), False)
+    assert decode_recording(pb.RecordReferenceRequest(name="w")) == Recorded("w", 0, "", NO_TAGS, False)
     request = pb.RecordReferenceRequest(name="w", tokens=2**24, description="d", tags=["t"], use=True)
-    assert decode_recording(request) == Recorded("w", 2**24, "d", ("t",), True)
+    assert decode_recording(request) == Recorded("w", 2**24, "d", Tags(("t",)), True)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,12 @@ from patchclamp.v1 import monitoring_pb2 as pb
 from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
 from patchclamp_server.model.load import load_model
 
-REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
+REFUSALS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
 REQUESTS = {name.rpartition("/")[2]: call for name, [[call]] in monitoring().items()}
 
 

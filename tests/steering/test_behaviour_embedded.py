@@ -53,6 +53,7 @@ async def extracted(
         pairs=[pb.ContrastPair(positive=text(line["positive"]), negative=text(line["negative"])) for line in lines],
         pooling=pooling,
         tags=[concept],
+        replace_tags=True,
     )
     events = [event async for event in SteeringServiceStub(channel).ExtractVectors(request)]
     return events[-1].result

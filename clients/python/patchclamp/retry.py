@@ -23,9 +23,10 @@ from patchclamp.streams import Call
 # How long a call that finds no server is sent again: until the server has been left for another, or is found again.
 UNAVAILABLE_SECONDS = 5.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 1.0
-# A stream that the server resets, without a word, is this; our own cancellation has other words. It does so with a call
-# that comes in the moment in which it closes its port.
-RESET = "CANCELLED"
+# Code and message of calls that ended without a status of the server. A stream that it resets without a word, as it
+# does in the moment in which it closes its port, is the first; our own cancellation has other words. The second is a
+# session of the asyncio API that was refused while it still wrote.
+WITHOUT_STATUS = frozenset({("CANCELLED", "CANCELLED"), ("INTERNAL", "Internal error from Core")})
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Attempts:
         refusal = PatchclampError.from_rpc(error)
         growth = 2.0 ** min(self._made, 30)
         self._made += 1
-        if refusal.code == "UNAVAILABLE" or (refusal.code == "CANCELLED" and refusal.message == RESET):
+        if refusal.code == "UNAVAILABLE" or (refusal.code, refusal.message) in WITHOUT_STATUS:
             lasting = max(self._retry.seconds, UNAVAILABLE_SECONDS)
             least, wait = 0.0, min(FIRST_WAIT_SECONDS * growth, LONGEST_WAIT_SECONDS)
         elif refusal.code == "RESOURCE_EXHAUSTED" and refusal.retry_after is not None:

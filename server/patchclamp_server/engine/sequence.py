@@ -214,7 +214,7 @@ class Sequence:
             return False
         top: tuple[tuple[int, float], ...] = ()
         if self.request.sampling.logprobs:
-            best = torch.topk(logprobs, self.request.sampling.logprobs)
+            best = torch.topk(logprobs, min(self.request.sampling.logprobs, len(logprobs)))
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         self.request.on_event(Token(token, position + 1, logprob, top))
         return True
