@@ -13,7 +13,7 @@ from live_prometheus import RANGE, LivePrometheus, until
 
 from patchclamp import Client
 from patchclamp.monitoring import watch_direction
-from patchclamp.programs import add
+from patchclamp.programs import add, scale_neurons
 from patchclamp.sparsity import QualityGuard, Sparsity, cats
 from patchclamp_server.model.load import load_model
 
@@ -34,11 +34,15 @@ SILENT = {
 }
 
 
+# An edit to be counted, which changes nothing.
+UNMOVED = scale_neurons([0], 1.0, layers=0)
+
+
 class Load:
     """Requests without a pause: the same prompts over and over, under a program that can be changed."""
 
     def __init__(self, address: str) -> None:
-        self.program: list[Any] = []
+        self.program: list[Any] = [UNMOVED]
         self._address = address
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run)
