@@ -262,6 +262,17 @@ def faults(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def invariance(result: dict[str, Any]) -> list[str]:
+    decode, prefill = (f"{result[name]:.2f}" for name in ("decode_ratio_1", "prefill_ratio"))
+    return [
+        f"Batch invariance, on by default in float32 on a CPU (`python benchmarks/invariance.py`, {result['date']}, commit "
+        f"`{result['commit']}`): of {result['prompts']} prompts",
+        f"alone and in batches of {', '.join(map(str, result['batches']))}, {result['different_texts']} texts and "
+        f"{result['different_logprobs']} log-probabilities differ. Speed with it over speed without:",
+        f"{decode} decoding one request, {result['decode_ratio_16']:.2f} decoding 16, {prefill} in prompts.",
+    ]
+
+
 def rolling(result: dict[str, Any]) -> list[str]:
     return [
         f"Rolling restart of two servers under load (`python benchmarks/rolling.py`, {result['date']}, commit "
@@ -279,6 +290,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "heads_causal": heads_causal,
     "heads_naive": heads_naive,
     "heads_readout": heads_readout,
+    "invariance": invariance,
     "load": load,
     "monitoring": monitoring,
     "rolling": rolling,
