@@ -265,8 +265,8 @@ def faults(result: dict[str, Any]) -> list[str]:
 def invariance(result: dict[str, Any]) -> list[str]:
     decode, prefill = (f"{result[name]:.2f}" for name in ("decode_ratio_1", "prefill_ratio"))
     return [
-        f"Batch invariance, on by default in float32 on a CPU (`python benchmarks/invariance.py`, {result['date']}, commit "
-        f"`{result['commit']}`): of {result['prompts']} prompts",
+        f"Batch invariance, on by default in float32 on a CPU (`python benchmarks/invariance.py`, {result['date']}, "
+        f"commit `{result['commit']}`): of {result['prompts']} prompts",
         f"alone and in batches of {', '.join(map(str, result['batches']))}, {result['different_texts']} texts and "
         f"{result['different_logprobs']} log-probabilities differ. Speed with it over speed without:",
         f"{decode} decoding one request, {result['decode_ratio_16']:.2f} decoding 16, {prefill} in prompts.",
