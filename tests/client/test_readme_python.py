@@ -1,4 +1,7 @@
-"""The Python of the README: what stands under "Python" runs on the embedded model, the rest names what there is."""
+"""The Python of the README and of the guide to steering.
+
+What stands under "Python", and the guide, runs on the embedded model; the rest of the README names what there is.
+"""
 
 import ast
 import importlib
@@ -12,15 +15,23 @@ from live import LiveServer
 from patchclamp import Client
 
 ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs/user/steering.md"
 PAIRS = ROOT / "benchmarks/data/concepts/joyful_sad.jsonl"
 
 
-def blocks(section: str = "") -> list[str]:
+def blocks(section: str = "", document: Path = ROOT / "README.md") -> list[str]:
     """Of one section, or of all."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
     if section:
         text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def extract(server: LiveServer, layers: list[int]) -> None:
+    """The vector that all of them use."""
+    with Client(server.address) as client:
+        pairs = [tuple(ast.literal_eval(line).values()) for line in PAIRS.read_text(encoding="utf-8").splitlines()[:8]]
+        client.extract_vectors(pairs, layers=layers, tags=["joyful_sad"], replace_tags=True).result()
 
 
 def test_the_examples_of_the_clients_run(
@@ -29,13 +40,20 @@ def test_the_examples_of_the_clients_run(
     monkeypatch.chdir(tmp_path)
     examples = blocks("Python")
     assert len(examples) == 2
-    with Client(embedded_server.address) as client:
-        pairs = [tuple(ast.literal_eval(line).values()) for line in PAIRS.read_text(encoding="utf-8").splitlines()[:8]]
-        client.extract_vectors(pairs, layers=[15, 16], tags=["joyful_sad"], replace_tags=True).result()
+    extract(embedded_server, [15, 16])
     for example in examples:
         exec(example.replace("localhost:50051", embedded_server.address), {"__name__": "readme"})
     # The comment of the example says what it prints.
     assert "INVALID_ARGUMENT program.edits[0].layers[0] unknown layer 99: the model has 30" in capsys.readouterr().out
+
+
+def test_the_sweep_of_the_guide_runs(embedded_server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks(document=GUIDE)
+    extract(embedded_server, [8, 12, 16, 21, 25])
+    exec(example.replace("localhost:50051", embedded_server.address), {"__name__": "guide"})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # Layer, strength, effect, that of a random vector, ratio of perplexities.
+    assert [len(row) for row in rows] == [5] * 20
 
 
 @pytest.mark.parametrize("example", blocks())

@@ -1,4 +1,4 @@
-"""The backup of deploy/README.md, taken while artifacts are stored: every tag in it has its object."""
+"""The backup of deploy/README.md, taken while artifacts are stored: tags and watches in it have their objects."""
 
 import re
 import subprocess
@@ -31,6 +31,7 @@ def test_every_tag_of_a_backup_of_a_running_store_has_its_object(tmp_path: Path)
     store = ArtifactStore(source)
     for number in range(50):
         put(store, number)
+    store.records("watches/model").create("safety", {"watch": store.resolve("last")})
     ended = threading.Event()
 
     def write() -> None:
@@ -43,7 +44,8 @@ def test_every_tag_of_a_backup_of_a_running_store_has_its_object(tmp_path: Path)
     writer.start()
     with_compose, with_kubectl = COPIED.findall((DEPLOY / "README.md").read_text())
     # Objects never change: one that is missing when tags are copied is never tagged by them.
-    assert with_compose == with_kubectl == "tags objects"
+    assert with_compose == with_kubectl
+    assert with_compose.endswith(" . objects")
     backup = subprocess.run(
         ["tar", "-C", source, "-cf", "-", *with_compose.split()], stdout=subprocess.PIPE, check=False
     )
@@ -53,8 +55,11 @@ def test_every_tag_of_a_backup_of_a_running_store_has_its_object(tmp_path: Path)
     assert backup.returncode in (0, 1)
     target.mkdir()
     subprocess.run(["tar", "-C", target, "-xf", "-"], input=backup.stdout, check=True)
+    # What was being written is no part of it.
+    assert not (target / "tmp").exists()
     restored = ArtifactStore(target)
     tags = sorted(path.name for path in (target / "tags").iterdir())
     assert "last" in tags
+    restored.get(restored.records("watches/model").read()["safety"]["watch"])
     for tag in tags:
         restored.get(tag)
