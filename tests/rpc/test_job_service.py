@@ -270,3 +270,28 @@ def test_the_followers_of_a_tenant_with_a_quota_are_bounded(live_server: LiveSer
         following[0].cancel()
         until(lambda: server.server.metric(FOLLOWING) == BESIDE_PER_PLACE - 1)
         jobs.CancelJob(pb.CancelJobRequest(id=running.id), metadata=one)
+
+
+def test_a_start_that_is_sent_again_begins_no_second_job(server: LiveServer, jobs: JobServiceStub):
+    asked = pb.StartJobRequest(extract_vectors=extraction(layers=[0]), key="once")
+    first, again = jobs.StartJob(asked).job, jobs.StartJob(asked).job
+    assert first.id == again.id
+    assert ended(jobs, first.id).state == pb.JOB_STATE_SUCCEEDED
+    assert jobs.StartJob(asked).job.id == first.id
+    others = [pb.StartJobRequest(extract_vectors=extraction(layers=[0]), key=key) for key in ("twice", "", "")]
+    assert len({first.id, *(jobs.StartJob(other).job.id for other in others)}) == 4
+
+
+def test_a_key_that_is_too_long_is_refused_by_name(jobs: JobServiceStub):
+    refused = refusal(lambda: jobs.StartJob(pb.StartJobRequest(extract_vectors=extraction(), key="k" * 129)))
+    assert refused.code is CODES.INVALID_ARGUMENT
+    assert refused.details["BadRequest"].field_violations[0].field == "key"
+
+
+async def test_a_key_is_of_one_tenant():
+    jobs = DetachedJobs()
+
+    async def nothing(job: DetachedJob) -> None: ...
+
+    ids = {jobs.start("S/M", tenant, nothing, "key").id for tenant in ("one", "two", "one")}
+    assert len(ids) == 2

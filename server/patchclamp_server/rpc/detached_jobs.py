@@ -34,6 +34,7 @@ class DetachedJob:
     id: str
     method: str
     tenant: str
+    key: str = ""
     created: float = field(default_factory=time.time)
     ended: float | None = None
     state: JobState = JobState.RUNNING
@@ -126,10 +127,16 @@ class DetachedJobs:
     def __init__(self) -> None:
         self._jobs: dict[str, DetachedJob] = {}
 
-    def start(self, method: str, tenant: str, call: Callable[[DetachedJob], Awaitable[None]]) -> DetachedJob:
-        """`call` answers the job; it runs in a task of its own, in a copy of the context of this one."""
+    def start(
+        self, method: str, tenant: str, call: Callable[[DetachedJob], Awaitable[None]], key: str = ""
+    ) -> DetachedJob:
+        """`call` answers the job; it runs in a task of its own, in a copy of the context of this one. A job of the
+        tenant that was begun with this key is begun once."""
         self._forget(tenant)
-        job = DetachedJob(f"job-{secrets.token_hex(8)}", method, tenant)
+        for job in self.of(tenant) if key else ():
+            if job.key == key:
+                return job
+        job = DetachedJob(f"job-{secrets.token_hex(8)}", method, tenant, key)
         self._jobs[job.id] = job
         job.task = asyncio.ensure_future(call(job))
         job.task.add_done_callback(lambda task: job.end(_state(job, task)))
