@@ -174,7 +174,8 @@ async def test_a_stream_that_is_closed_between_two_attempts_ends(serve: Serve):
     async with AsyncClient(serve(generation=server), retry=Retry(60.0)) as client:
         stream = client.generate("hi")
         reading = asyncio.create_task(anext(stream, None))
-        while not server.calls:
+        call: Any = stream._call
+        while not call._call.done():
             await asyncio.sleep(0)
         await stream.close()
         assert await reading is None
