@@ -1,5 +1,6 @@
 """Servers that are not there, or no longer: what is sent again, and that every call ends."""
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -10,10 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
-from patchclamp import AsyncClient, Client, PatchclampError, Retry
+from patchclamp import AsyncClient, Client, PatchclampError, Retry, requests
 from patchclamp.retry import UNAVAILABLE_SECONDS, Attempts
-from patchclamp.v1 import generation_pb2, model_pb2
+from patchclamp.v1 import generation_pb2, job_pb2, model_pb2
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
+from patchclamp.v1.job_pb2_grpc import JobServiceServicer
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
 
 Serve = Callable[..., str]
@@ -142,3 +144,38 @@ def test_waits_for_a_server_grow_to_a_second(serve: Serve):
     error = unavailable(serve)
     attempts = Attempts(Retry(seconds=600.0, jitter=0.0), None)
     assert [attempts.delay(error) for _ in range(6)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+class Starts(JobServiceServicer):
+    """Begins every job that it is asked for, and loses its first answer."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+
+    def StartJob(self, request: Any, context: grpc.ServicerContext) -> job_pb2.StartJobResponse:
+        self.keys.append(request.key)
+        if len(self.keys) == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "away")
+        return job_pb2.StartJobResponse(job=job_pb2.Job(id="job-1", state=job_pb2.JOB_STATE_RUNNING))
+
+
+def test_a_job_that_is_begun_again_is_begun_with_the_same_key(serve: Serve):
+    server = Starts()
+    with Client(serve(jobs=server), retry=ASAP) as client:
+        client.start_job(requests.detect_retrieval_heads())
+        client.start_job(requests.detect_retrieval_heads())
+    first, again, other = server.keys
+    assert first == again != other
+    assert first
+
+
+async def test_a_stream_that_is_closed_between_two_attempts_ends(serve: Serve):
+    server = Absent(refusals=1 << 30)
+    async with AsyncClient(serve(generation=server), retry=Retry(60.0)) as client:
+        stream = client.generate("hi")
+        reading = asyncio.create_task(anext(stream, None))
+        call: Any = stream._call
+        while not call._call.done():
+            await asyncio.sleep(0)
+        await stream.close()
+        assert await reading is None

@@ -20,8 +20,10 @@ from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 from patchclamp_server.rpc.detached_jobs import MAX_KEPT, DetachedJob, DetachedJobs, JobState
 from patchclamp_server.rpc.job_service import job_methods
 from patchclamp_server.rpc.server import SERVICES
+from patchclamp_server.security.tenants import BESIDE_PER_PLACE
 
 CODES = grpc.StatusCode
+FOLLOWING = 'patchclamp_requests_in_flight{method="FollowJob",service="patchclamp.v1.JobService"}'
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +219,8 @@ def test_a_tenant_of_one_call_at_a_time_runs_follows_and_cancels_a_job(live_serv
         assert server.generate(channel, "one", generation())
 
 
-def job(number: int, state: JobState) -> DetachedJob:
-    made = DetachedJob(f"job-{number}", "S/M", "")
+def job(number: int, state: JobState, tenant: str = "") -> DetachedJob:
+    made = DetachedJob(f"job-{number}", "S/M", tenant)
     if state is not JobState.RUNNING:
         made.end(state)
     return made
@@ -235,3 +237,61 @@ async def test_the_oldest_ended_jobs_are_forgotten_and_none_that_runs():
     assert kept[0] == newest.id
     assert kept[-1] == "job-0"
     assert len(kept) == MAX_KEPT + 1
+
+
+async def test_no_tenant_forgets_the_jobs_of_another():
+    jobs = DetachedJobs()
+    jobs._jobs = {f"job-{n}": job(n, JobState.SUCCEEDED, "" if n else "other") for n in range(MAX_KEPT + 9)}
+
+    async def nothing(job: DetachedJob) -> None: ...
+
+    jobs.start("S/M", "", nothing)
+    assert [j.id for j in jobs.of("other")] == ["job-0"]
+    assert len(jobs.of("")) == MAX_KEPT
+
+
+def test_the_followers_of_a_tenant_with_a_quota_are_bounded(live_server: LiveServer, tmp_path: Path):
+    """They take no place of max_concurrent, but they take of the calls that the server answers at once."""
+    policy = "tenants:\n  one: {max_concurrent: 1}\n  two: {}\n"
+    with (
+        secured(live_server.model, tmp_path, "one", "two", policy=policy) as server,
+        Client(server.server.address, token=server.tokens["one"]) as client,
+        grpc.insecure_channel(server.server.address) as channel,
+    ):
+        client.create_watch([watch_neurons("n", 0, [1])], tags=["quiet"])
+        client.start_watch("quiet")
+        jobs, one = JobServiceStub(channel), server.metadata("one")
+        running = jobs.StartJob(endless(), metadata=one).job
+        following = [jobs.FollowJob(pb.FollowJobRequest(id=running.id), metadata=one) for _ in range(BESIDE_PER_PLACE)]
+        assert all(next(each).record_reference.progress.total == 1000 for each in following)
+        refused = refusal(lambda: jobs.ListJobs(pb.ListJobsRequest(), metadata=one))
+        assert (refused.code, refused.reason) == (CODES.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+        assert list(jobs.ListJobs(pb.ListJobsRequest(), metadata=server.metadata("two")).jobs) == []
+        following[0].cancel()
+        until(lambda: server.server.metric(FOLLOWING) == BESIDE_PER_PLACE - 1)
+        jobs.CancelJob(pb.CancelJobRequest(id=running.id), metadata=one)
+
+
+def test_a_start_that_is_sent_again_begins_no_second_job(server: LiveServer, jobs: JobServiceStub):
+    asked = pb.StartJobRequest(extract_vectors=extraction(layers=[0]), key="once")
+    first, again = jobs.StartJob(asked).job, jobs.StartJob(asked).job
+    assert first.id == again.id
+    assert ended(jobs, first.id).state == pb.JOB_STATE_SUCCEEDED
+    assert jobs.StartJob(asked).job.id == first.id
+    others = [pb.StartJobRequest(extract_vectors=extraction(layers=[0]), key=key) for key in ("twice", "", "")]
+    assert len({first.id, *(jobs.StartJob(other).job.id for other in others)}) == 4
+
+
+def test_a_key_that_is_too_long_is_refused_by_name(jobs: JobServiceStub):
+    refused = refusal(lambda: jobs.StartJob(pb.StartJobRequest(extract_vectors=extraction(), key="k" * 129)))
+    assert refused.code is CODES.INVALID_ARGUMENT
+    assert refused.details["BadRequest"].field_violations[0].field == "key"
+
+
+async def test_a_key_is_of_one_tenant():
+    jobs = DetachedJobs()
+
+    async def nothing(job: DetachedJob) -> None: ...
+
+    ids = {jobs.start("S/M", tenant, nothing, "key").id for tenant in ("one", "two", "one")}
+    assert len(ids) == 2

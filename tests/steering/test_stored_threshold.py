@@ -14,7 +14,7 @@ from patchclamp.programs import abort_when, add, vector, when
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.artifacts.types import Artifact, ArtifactKind, Tags
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.program import Program, Site
@@ -30,8 +30,10 @@ def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path)
 
 
-def put(store: ArtifactStore, evidence: dict[str, Any], tags: tuple[str, ...] = ("v",)) -> str:
-    tensors = {f"layer.{layer}": torch.arange(1.0, 1.0 + INFO.d_model) for layer in (0, 1)}
+def put(
+    store: ArtifactStore, evidence: dict[str, Any], tags: Tags | tuple[str, ...] = ("v",), sign: float = 1.0
+) -> str:
+    tensors = {f"layer.{layer}": sign * torch.arange(1.0, 1.0 + INFO.d_model) for layer in (0, 1)}
     fields: dict[str, Any] = {"model_fingerprint": INFO.fingerprint, "site": Site.RESID_POST, "evidence": evidence}
     return store.put(ArtifactKind.VECTOR, tensors, tags=tags, **fields).id
 
@@ -55,6 +57,24 @@ def test_the_midpoint_is_that_of_the_layer(store: ArtifactStore, layer: int, mid
     put(store, CARD)
     assert threshold_of(store, abort_when("v", layer=layer, above="midpoint")) == midpoint
     assert threshold_of(store, abort_when("v", layer=layer, below="midpoint")) == midpoint
+
+
+class MovingTag:
+    """A store whose tag "v" is another one's as soon as it has been asked for."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+
+    def get(self, ref: str) -> Artifact:
+        artifact = self._store.get(ref)
+        put(self._store, {"layers": [{"layer": 0, "midpoint": 1.0}]}, tags=Tags(("v",), replace=True), sign=-1.0)
+        return artifact
+
+
+def test_the_midpoint_and_the_direction_are_those_of_one_artifact_though_its_tag_moves(store: ArtifactStore) -> None:
+    put(store, CARD)
+    condition = bind(decoded(abort_when("v", layer=0, above="midpoint")), INFO, MovingTag(store)).aborts[0].condition
+    assert (condition.threshold, bool(condition.unit.sum() > 0)) == (-3.5, True)
 
 
 def test_a_program_of_another_midpoint_has_another_fingerprint(store: ArtifactStore) -> None:

@@ -51,6 +51,8 @@ class AsyncStream(Generic[MessageT, EventT, ResultT]):
         try:
             return self._collector.add(await anext(self._messages))
         except grpc.aio.AioRpcError as error:
+            if self._closed:  # closed by another task while this one waited for the next attempt
+                raise StopAsyncIteration from None
             raise PatchclampError.from_rpc(error) from None
         except asyncio.CancelledError:
             if self._closed and not _task_is_cancelled():  # closed by another task while this one waited

@@ -30,11 +30,16 @@ class ArtifactLookup(Protocol):
 
 
 class Resolver:
-    """Resolves and checks; `path` is always the field path of what is being resolved."""
+    """Resolves and checks; `path` is always the field path of what is being resolved.
+
+    A reference means one artifact for all that this resolver is asked, also where its tag moves meanwhile: a stored
+    threshold belongs to the vector that the condition compares with it.
+    """
 
     def __init__(self, info: ModelInfo, artifacts: ArtifactLookup | None) -> None:
         self.info = info
         self.artifacts = artifacts
+        self._found: dict[str, Artifact] = {}
 
     def width(self, site: Site, path: str) -> int:
         width = self.info.sites.get(site)
@@ -62,7 +67,7 @@ class Resolver:
         if self.artifacts is None:
             raise FailedPrecondition(path, "this server keeps no artifacts")
         try:
-            artifact = self.artifacts.get(ref)
+            artifact = self._found.get(ref) or self._found.setdefault(ref, self.artifacts.get(ref))
         except RequestError as error:
             error.field = path
             raise

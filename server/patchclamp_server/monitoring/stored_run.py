@@ -12,6 +12,15 @@ from patchclamp_server.interventions.program import Phase
 from patchclamp_server.monitoring.running import RunningWatch
 from patchclamp_server.monitoring.watch import WatchOptions
 
+# WatchOptions checks ranges, and leaves types to those who make it.
+_OPTION_TYPES = {
+    "name": str,
+    "sampling_rate": float,
+    "window_tokens": int,
+    "calibration_tokens": int,
+    "export_items": bool,
+}
+
 
 @dataclass(frozen=True)
 class StoredRun:
@@ -39,6 +48,9 @@ class StoredRun:
             options = dict(content["options"])
             options["phases"] = frozenset(map(Phase, options["phases"]))
             options["buckets"] = tuple(map(float, options["buckets"]))
+            for field_name in options.keys() & _OPTION_TYPES.keys():
+                if type(options[field_name]) is not _OPTION_TYPES[field_name]:
+                    raise TypeError(f"{field_name} is {options[field_name]!r:.40}")
             run = cls(
                 watch=_text(content["watch"]),
                 options=WatchOptions(**options),
@@ -46,7 +58,7 @@ class StoredRun:
                 started=float(content["started"]),
                 revision=_text(content["revision"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidArgument("", f"the record of the watch {name!r} in the store is damaged ({error})") from error
         if run.options.name != name or not math.isfinite(run.started):
             raise InvalidArgument("", f"the record of the watch {name!r} in the store is damaged")
@@ -78,7 +90,7 @@ class Report:
         try:
             watches = {_text(n): Said(_text(s["reason"]), int(s["tokens"])) for n, s in content["watches"].items()}
             return cls(_text(content["replica"]), watches, float(content["reported"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return None
 
 

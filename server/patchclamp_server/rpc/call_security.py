@@ -91,9 +91,9 @@ class CallSecurity:
         COMPUTES.set(access.computes)
         ACCESS.set(access)
         running = RunningCall()
-        place = nullcontext() if service in PLACELESS_SERVICES else tenant.call(running)
-        with running.ending_with(killed()):
-            async with place:
+        is_placeless = service in PLACELESS_SERVICES
+        with running.ending_with(killed()), tenant.beside() if is_placeless else nullcontext():
+            async with nullcontext() if is_placeless else tenant.call(running):
                 yield received
 
     def _identify(self, context: Context) -> Identity:

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from patchclamp_server.errors import NotFound
 
-# Of jobs that have ended.
+# Of the jobs of a tenant that have ended: nobody's results go for those of another.
 KEPT_SECONDS = 24 * 3600.0
 MAX_KEPT = 256
 MAX_KEPT_BYTES = 64 * 1024 * 1024
@@ -34,6 +34,7 @@ class DetachedJob:
     id: str
     method: str
     tenant: str
+    key: str = ""
     created: float = field(default_factory=time.time)
     ended: float | None = None
     state: JobState = JobState.RUNNING
@@ -126,10 +127,16 @@ class DetachedJobs:
     def __init__(self) -> None:
         self._jobs: dict[str, DetachedJob] = {}
 
-    def start(self, method: str, tenant: str, call: Callable[[DetachedJob], Awaitable[None]]) -> DetachedJob:
-        """`call` answers the job; it runs in a task of its own, in a copy of the context of this one."""
-        self._forget()
-        job = DetachedJob(f"job-{secrets.token_hex(8)}", method, tenant)
+    def start(
+        self, method: str, tenant: str, call: Callable[[DetachedJob], Awaitable[None]], key: str = ""
+    ) -> DetachedJob:
+        """`call` answers the job; it runs in a task of its own, in a copy of the context of this one. A job of the
+        tenant that was begun with this key is begun once."""
+        self._forget(tenant)
+        for job in self.of(tenant) if key else ():
+            if job.key == key:
+                return job
+        job = DetachedJob(f"job-{secrets.token_hex(8)}", method, tenant, key)
         self._jobs[job.id] = job
         job.task = asyncio.ensure_future(call(job))
         job.task.add_done_callback(lambda task: job.end(_state(job, task)))
@@ -159,13 +166,16 @@ class DetachedJobs:
         if running := [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]:
             await asyncio.wait(running)
 
-    def _forget(self) -> None:
-        """The oldest of those that have ended, until the rest is within its bounds."""
-        over = [job for job in self._jobs.values() if job.ended is not None]
+    def _forget(self, tenant: str) -> None:
+        """What ended a day ago, and the oldest of the tenant's that have ended, until its rest is within its bounds."""
+        now = time.time()
+        for job in list(self._jobs.values()):
+            if job.ended is not None and now - job.ended > KEPT_SECONDS:
+                del self._jobs[job.id]
+        over = [job for job in self._jobs.values() if job.ended is not None and job.tenant == tenant]
         kept = sum(job.bytes for job in over)
         for i, job in enumerate(over):
-            old = job.ended is not None and time.time() - job.ended > KEPT_SECONDS
-            if not old and len(over) - i < MAX_KEPT and kept <= MAX_KEPT_BYTES:
+            if len(over) - i < MAX_KEPT and kept <= MAX_KEPT_BYTES:
                 break
             kept -= job.bytes
             del self._jobs[job.id]

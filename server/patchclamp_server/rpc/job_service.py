@@ -10,13 +10,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from patchclamp.v1 import job_pb2 as pb
 from patchclamp.v1.job_pb2_grpc import JobServiceServicer
 from patchclamp_server.callers import CALLER
-from patchclamp_server.errors import Cancelled
+from patchclamp_server.errors import Cancelled, InvalidArgument
 from patchclamp_server.rpc.call_observer import OBSERVER
 from patchclamp_server.rpc.checks import chosen
 from patchclamp_server.rpc.detached_jobs import DetachedContext, DetachedJob, DetachedJobs, JobState
 from patchclamp_server.rpc.interceptors import CallInterceptor, Method
 
 Context = Any
+MAX_KEY_BYTES = 128
 
 
 def job_methods(services: tuple[str, ...]) -> dict[str, Method]:
@@ -42,6 +43,8 @@ class JobService(JobServiceServicer):
 
     async def StartJob(self, request: pb.StartJobRequest, context: Context) -> pb.StartJobResponse:
         kind = chosen(request, "request", "")
+        if len(request.key.encode()) > MAX_KEY_BYTES:
+            raise InvalidArgument("key", f"expected at most {MAX_KEY_BYTES} bytes, got {len(request.key.encode())}")
         method = self._methods[kind]
         handler = getattr(self._servicers[method.service], method.name)
         message = getattr(request, kind)
@@ -52,7 +55,7 @@ class JobService(JobServiceServicer):
             await self._calls.answer_detached(method, handler, message, DetachedContext(context, job))
 
         name = f"{method.service.rpartition('.')[2]}/{method.name}"
-        job = self._jobs.start(name, CALLER.get().tenant, call)
+        job = self._jobs.start(name, CALLER.get().tenant, call, request.key)
         return pb.StartJobResponse(job=encode_job(job))
 
     async def FollowJob(self, request: pb.FollowJobRequest, context: Context) -> AsyncIterator[pb.FollowJobResponse]:

@@ -9,8 +9,8 @@ length L of calls and the w that wait,
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from patchclamp_server.engine.admission import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, UNMEASURED_RETRY_SECONDS, Ratio
 from patchclamp_server.errors import PermissionDenied, QuotaExceeded
@@ -18,6 +18,9 @@ from patchclamp_server.security.metrics import OTHER_TENANT
 from patchclamp_server.security.policy import Policy, TenantRules
 from patchclamp_server.security.running_call import RunningCall
 from patchclamp_server.security.token_bucket import TokenBucket
+
+# Calls that take no place, for each place that there is: all together they take of those that the server answers.
+BESIDE_PER_PLACE = 16
 
 
 class Tenant:
@@ -29,6 +32,7 @@ class Tenant:
         self.running: set[RunningCall] = set()
         # In the order in which they came.
         self.waiting: dict[RunningCall, asyncio.Future[None]] = {}
+        self._beside = 0
         self._seconds = Ratio()
         self.apply(rules)
 
@@ -63,6 +67,19 @@ class Tenant:
             self.waiting.pop(call, None)
             self.running.discard(call)
             self._let_in()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """A call that takes no place. Raises QuotaExceeded when there are as many as may be."""
+        limit = self.rules.max_concurrent
+        if limit is not None and self._beside >= BESIDE_PER_PLACE * limit:
+            message = f"tenant {self.name!r} starts, follows or asks for jobs in {self._beside} calls, as many as may"
+            raise QuotaExceeded("", message).after(UNMEASURED_RETRY_SECONDS)
+        self._beside += 1
+        try:
+            yield
+        finally:
+            self._beside -= 1
 
     def kill(self) -> None:
         """Ends its calls, those that wait too."""

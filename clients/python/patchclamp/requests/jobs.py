@@ -1,5 +1,6 @@
 """Requests of JobService."""
 
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,13 +28,14 @@ _FIELDS: Mapping[Any, FieldDescriptor] = {
 
 
 def start_job(request: JobRequest) -> job_pb2.StartJobRequest:
-    """TypeError for what is no request of a method that can be a job."""
+    """With a key of its own, so that what is sent again begins no second job. TypeError for what is no request of a
+    method that can be a job."""
     field = _FIELDS.get(request.DESCRIPTOR) if isinstance(request, Message) else None
     if field is None:
         makers = ", ".join(each.name for each in _FIELDS.values())
         raise TypeError(f"request: expected what {makers} of patchclamp.requests make, got {shown(request)}")
     held: dict[str, Any] = {field.name: request}
-    return job_pb2.StartJobRequest(**held)
+    return job_pb2.StartJobRequest(**held, key=secrets.token_hex(16))
 
 
 def get_job(job_id: str) -> job_pb2.GetJobRequest:

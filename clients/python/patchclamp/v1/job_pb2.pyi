@@ -47,7 +47,9 @@ Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
-    """Job is kept for a day after its end, while fewer than 256 newer ones have ended and their results have 64 MiB."""
+    """Job is kept for a day after its end, while fewer than 256 newer ones of its tenant have ended and their results have
+    64 MiB.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -111,6 +113,12 @@ class StartJobRequest(_message.Message):
     EVALUATE_HEAD_EDIT_FIELD_NUMBER: _builtins.int
     FIND_CIRCUIT_FIELD_NUMBER: _builtins.int
     RECORD_REFERENCE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Of the client's choice, such as 32 random hex digits; at most 128 bytes. While a job of the caller's tenant that was
+    begun with this key is kept, StartJob returns it and begins none: a call whose answer was lost can be sent again.
+    Empty: every call begins a job.
+    """
     @_builtins.property
     def extract_vectors(self) -> _steering_pb2.ExtractVectorsRequest: ...
     @_builtins.property
@@ -138,10 +146,11 @@ class StartJobRequest(_message.Message):
         evaluate_head_edit: _head_pb2.EvaluateHeadEditRequest | None = ...,
         find_circuit: _head_pb2.FindCircuitRequest | None = ...,
         record_reference: _monitoring_pb2.RecordReferenceRequest | None = ...,
+        key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "key", b"key", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
