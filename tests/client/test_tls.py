@@ -1,5 +1,7 @@
 """TLS as a client meets it: names of certificates, and mistakes that gRPC reports in other words."""
 
+import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +75,29 @@ def test_a_client_without_a_certificate_is_told_that_one_may_be_wanted(ports: Po
 def test_a_certificate_of_another_authority_is_called_that(ports: Ports, tmp_path: Path):
     for name in ("ca", "another"):
         assert "authority" in failed(ports.tls, tls=Authority(tmp_path / name, name).root)
+
+
+def test_a_port_that_speaks_no_grpc_is_called_that():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        answering = threading.Thread(target=_answer_in_http_1, args=(listener,), daemon=True)
+        answering.start()
+        assert "--address" in failed(f"127.0.0.1:{port}")
+
+
+def _answer_in_http_1(listener: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection:
+            connection.recv(1024)
+            connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+
+
+def test_a_url_in_place_of_an_address_is_told_what_an_address_is():
+    assert "without http://" in failed("http://127.0.0.1:50051")
 
 
 def test_a_server_that_is_not_there_is_called_that(ports: Ports):

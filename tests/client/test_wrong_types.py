@@ -224,3 +224,17 @@ def test_one_edit_is_a_program() -> None:
     edit = add("v", layers=1)
     assert generate("hi", program=edit) == generate("hi", program=[edit]) == generate("hi", program=Program(edit))
     assert Program(readouts=read_heads(layers=1)) == Program(readouts=[read_heads(layers=1)])
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("wrong_timeout", ["3", True, [3], object()])
+async def test_a_timeout_that_is_no_number_is_refused_by_its_name(kind: Any, wrong_timeout: Any):
+    with pytest.raises(TypeError, match=r"^timeout: expected a number of seconds, got "):
+        kind(timeout=wrong_timeout)
+    with pytest.raises(TypeError, match=r"^timeout: expected a number of seconds, got "):
+        await awaited(kind().models(timeout=wrong_timeout))
+
+
+def test_a_timeout_that_is_not_a_number_of_seconds_is_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"^timeout: .*nan"):
+        Client().models(timeout=float("nan"))

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import SupportsFloat, TypeAlias
 
 import grpc
 
+from patchclamp.fields import shown
 from patchclamp.standard_messages import CLASSES
 from patchclamp.targets import Target
 
@@ -55,7 +56,8 @@ class Connection:
     Where an address can mean several servers (``ipv4:a:1,b:1``, or a name that DNS may know several addresses of) every
     call goes to the next one in turn, of those whose health says SERVING.
 
-    Raises ValueError for a token that would travel in clear, and for a certificate or name without TLS.
+    Raises ValueError for a token that would travel in clear, and for a certificate or name without TLS; TypeError for a
+    timeout that is no number.
     """
 
     address: str = DEFAULT_ADDRESS
@@ -69,6 +71,8 @@ class Connection:
     channel_options: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.timeout is not None:
+            _seconds(self.timeout)
         if (self.certificate is None) != (self.key is None):
             raise ValueError("a client's certificate and its key belong together")
         if self.certificate is not None and self.tls is False:
@@ -118,9 +122,18 @@ class Connection:
         return replace(self, token=token)
 
     def deadline(self, timeout: float | None) -> float | None:
-        """Seconds for a call: its own, else the connection's; infinity is no deadline."""
-        seconds = self.timeout if timeout is None else timeout
+        """Seconds for a call: its own, else the connection's; infinity is no deadline. TypeError for no number."""
+        seconds = self.timeout if timeout is None else _seconds(timeout)
         return None if seconds is None or math.isinf(seconds) else seconds
+
+
+def _seconds(timeout: object) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, SupportsFloat):
+        raise TypeError(f"timeout: expected a number of seconds, got {shown(timeout)}")
+    seconds = float(timeout)
+    if math.isnan(seconds):
+        raise ValueError("timeout: expected a number of seconds, got nan")
+    return seconds
 
 
 def trace_context() -> tuple[tuple[str, str], ...]:

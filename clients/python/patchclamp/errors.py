@@ -12,7 +12,7 @@ from patchclamp.standard_messages import CLASSES
 _DETAILS_KEY = "grpc-status-details-bin"
 _TOO_LARGE = re.compile(r"(?:CLIENT: |SERVER: )?Received message larger than max \((\d+) vs\. (\d+)\)")
 # By one server, by one of several.
-_NO_CONNECTION = ("failed to connect to all addresses", "connections to all backends failing")
+_NO_CONNECTION = ("failed to connect to all addresses", "connections to all backends failing", "errors resolving ")
 # What gRPC says of a connection that came to nothing, and what that means here, with the options of Client and the
 # command line. The first that is found counts.
 _HINTS = (
@@ -39,6 +39,14 @@ _HINTS = (
         ("Connection refused",),
         "nothing listens there: is the server running, and is this its address? (A name that has several addresses, "
         "as localhost may, hides what the others said: if the server speaks TLS, tls= or --ca is needed)",
+    ),
+    (
+        ("Failed parsing HTTP/2",),
+        "what listens there speaks no gRPC: is it the port of metrics? That of the server is its --address",
+    ),
+    (
+        ("Misformatted domain name",),
+        "an address is host:port, [IPv6 address]:port or unix:path, without http://",
     ),
 )
 
