@@ -118,7 +118,7 @@ def test_half_precision_directions_are_kept_on_import_and_written_as_float32(tmp
 
 
 def test_what_llama_cpp_has_no_place_for_is_refused_and_not_dropped() -> None:
-    with pytest.raises(CannotExpress, match="layer 0"):
+    with pytest.raises(CannotExpress, match=r"layer 0: choose layers from 1 on \(--layers\)"):
         gguf_control_vector.encode(stored_vector({0: torch.ones(2), 1: torch.ones(2)}), "llama")
     with pytest.raises(CannotExpress, match="mlp_out"):
         gguf_control_vector.encode(stored_vector({1: torch.ones(2)}, Site.MLP_OUT), "llama")

@@ -61,6 +61,15 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"patchclamp {version('patchclamp')}\n"
 
 
+def test_help_names_the_default_address_and_not_the_one_that_is_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATCHCLAMP_ADDRESS", "elsewhere:1")
+    with pytest.raises(SystemExit):
+        main(["models", "--help"])
+    assert "PATCHCLAMP_ADDRESS, else localhost:50051)" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_the_completion_of_a_shell_knows_the_options_of_every_command(
     shell: str, capsys: pytest.CaptureFixture[str]

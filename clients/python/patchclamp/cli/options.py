@@ -49,7 +49,8 @@ def connection_options(timeout: float = DEFAULT_TIMEOUT_SECONDS) -> argparse.Arg
     group.add_argument(
         "--address",
         default=os.environ.get("PATCHCLAMP_ADDRESS", DEFAULT_ADDRESS),
-        help="host:port; several servers: ipv4:HOST:PORT,HOST:PORT (default: PATCHCLAMP_ADDRESS, else %(default)s)",
+        help="host:port; several servers: ipv4:HOST:PORT,HOST:PORT "
+        f"(default: PATCHCLAMP_ADDRESS, else {DEFAULT_ADDRESS})",
     )
     group.add_argument("--tls", nargs="?", const=True, default=False, metavar="ROOTS.pem", help="connect by TLS")
     for option, variable, text in _SECURITY_OPTIONS:
