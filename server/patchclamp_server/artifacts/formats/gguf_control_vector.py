@@ -76,7 +76,9 @@ def encode(artifact: Artifact, architecture: str) -> bytes:
         site = info.site.value if info.site else "no site"
         raise CannotExpress(f"llama.cpp adds control vectors at resid_post; this vector is for {site}")
     if 0 in info.layers:
-        raise CannotExpress("llama.cpp control vectors start at layer 1; this vector has layer 0")
+        raise CannotExpress(
+            "llama.cpp control vectors start at layer 1 and this vector has layer 0: choose layers from 1 on (--layers)"
+        )
     with tempfile.TemporaryDirectory(prefix="patchclamp-") as directory:
         path = Path(directory) / "vector.gguf"
         writer = gguf.GGUFWriter(path, ARCHITECTURE)
