@@ -131,7 +131,7 @@ def _check_socket(path: str) -> None:
             if not os.path.exists(path):
                 raise
             if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise OSError(errno.EEXIST, "a file that is no socket is there") from None
+                raise OSError(errno.ENOTSOCK, f"{path} is there and is no socket") from None
             return
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 

@@ -317,8 +317,12 @@ def _address(text: str) -> str:
 
 
 def _tcp_address(text: str) -> str:
-    if Address.parse(_address(text)).path:
-        raise argparse.ArgumentTypeError(f"HTTP is served on host:port, got {text!r}")
+    try:
+        address = Address.parse(text)
+    except ValueError:
+        address = Address(path=text)
+    if address.path:
+        raise argparse.ArgumentTypeError(f"expected host:port or [IPv6 address]:port, got {text!r}")
     return text
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patchclamp_server.cli import add_serve_arguments, config_from
+from patchclamp_server.cli import add_serve_arguments, config_from, main
 from patchclamp_server.config import ServerConfig, WatchAtStart
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.rpc.server import load
@@ -111,3 +111,10 @@ def test_reading_the_options_imports_no_torch():
     environment = {"PYTHONPATH": ":".join(sys.path)}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("address", ["unix:socket", "9464", "a:b:1"])
+def test_the_metrics_address_is_told_what_it_takes(address: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["--metrics-address", address])
+    assert f"expected host:port or [IPv6 address]:port, got '{address}'" in capsys.readouterr().err
