@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import os
 import socket
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def _check_socket(path: str) -> None:
         except ConnectionRefusedError:
             if not os.path.exists(path):
                 raise
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise OSError(errno.EEXIST, "a file that is no socket is there") from None
             return
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 

@@ -64,6 +64,14 @@ def test_grpc_health_and_metrics_are_served_at_ipv6_addresses_in_brackets(live_s
             assert health.health() == "serving"
 
 
+def test_a_file_that_is_no_socket_is_named_before_the_model_loads_and_stays(tmp_path: Path):
+    path = tmp_path / "notes"
+    path.write_text("mine")
+    with pytest.raises(OSError, match=f"--address unix:{path}: a file that is no socket is there"):
+        Reservation({"--address": Address(path=str(path))})
+    assert path.read_text() == "mine"
+
+
 def test_a_unix_socket_is_served_and_replaces_one_that_a_killed_server_left(live_server: LiveServer, tmp_path: Path):
     path = tmp_path / "patchclamp.sock"
     with socket.socket(socket.AF_UNIX) as left:
