@@ -26,6 +26,9 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 1.0
 # A stream that the server resets, without a word, is this; our own cancellation has other words. It does so with a call
 # that comes in the moment in which it closes its port.
 RESET = "CANCELLED"
+# What gRPC's asynchronous API says of a session that the server refused while a message was being written to it: the
+# refusal itself is lost.
+LOST = "Internal error from Core"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Attempts:
         refusal = PatchclampError.from_rpc(error)
         growth = 2.0 ** min(self._made, 30)
         self._made += 1
-        if refusal.code == "UNAVAILABLE" or (refusal.code == "CANCELLED" and refusal.message == RESET):
+        silent = (refusal.code, refusal.message) in (("CANCELLED", RESET), ("INTERNAL", LOST))
+        if refusal.code == "UNAVAILABLE" or silent:
             lasting = max(self._retry.seconds, UNAVAILABLE_SECONDS)
             least, wait = 0.0, min(FIRST_WAIT_SECONDS * growth, LONGEST_WAIT_SECONDS)
         elif refusal.code == "RESOURCE_EXHAUSTED" and refusal.retry_after is not None:
