@@ -161,10 +161,10 @@ class DetachedJobs:
             # Its end is told by a callback, which comes after those who waited.
             await asyncio.sleep(0)
 
-    async def ended(self) -> None:
-        """Returns when none runs any more."""
+    async def ended(self, seconds: float) -> None:
+        """Returns when none runs any more, or after `seconds`: a job may compute for long before it looks up."""
         if running := [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]:
-            await asyncio.wait(running)
+            await asyncio.wait(running, timeout=seconds)
 
     def _forget(self, tenant: str) -> None:
         """What ended a day ago, and the oldest of the tenant's that have ended, until its rest is within its bounds."""

@@ -104,7 +104,7 @@ MIN_PING_MILLISECONDS = 100
 LEAVE_SECONDS = 0.5
 # Time for the last statuses to reach their clients once every call is answered.
 FLUSH_SECONDS = 1.0
-# Time for the engine's last step, once nothing is left to run.
+# Time for the engine's last step, and for the last of a job, once nothing is left to run.
 LAST_STEP_SECONDS = 10.0
 # Time for the last spans to reach the collector.
 SPAN_FLUSH_SECONDS = 5.0
@@ -315,7 +315,7 @@ class Server:
         except TimeoutError:
             logger.warning("calls still ran after %g s and are cancelled", self.config.drain_seconds)
             self._in_flight.end()
-            await self._detached.ended()
+            await self._detached.ended(LAST_STEP_SECONDS)
         await self._grpc.stop(FLUSH_SECONDS)
         await leaving
         if self._watchdog is not None:
