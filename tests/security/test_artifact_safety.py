@@ -7,6 +7,7 @@ process that is started and every connection that is made.
 import io
 import os
 import pickle
+import re
 import sys
 import tempfile
 import zipfile
@@ -41,6 +42,8 @@ WATCHED = (
     "socket.connect",
     "subprocess.Popen",
 )
+# Every server of this process looks by itself for watches that were started on another.
+OF_STARTED_WATCHES = re.compile(r"/watches(/[0-9a-f]{32}(/.*)?)?$")
 EVENTS: list[tuple[str, str]] | None = None
 SECRET = Path(__file__)
 
@@ -77,7 +80,7 @@ REFS = [
 def record(event: str, arguments: tuple[Any, ...]) -> None:
     # A number is a file that is open already; compiled modules are Python's own.
     if EVENTS is not None and event in WATCHED and not isinstance(arguments[0], int):
-        if str(arguments[0]).endswith(".pyc"):
+        if str(arguments[0]).endswith(".pyc") or OF_STARTED_WATCHES.search(str(arguments[0])):
             return
         EVENTS.append((event, str(arguments[0])))
 
