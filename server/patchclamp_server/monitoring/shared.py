@@ -99,9 +99,6 @@ class SharedWatches:
             self._own.add(running.name)
         return running
 
-    def is_own(self, name: str) -> bool:
-        return name in self._own
-
     def start(self, asked: WatchAsked) -> RunningWatch:
         """Here, and on all servers of the store. Raises the errors of start_stored; FailedPrecondition where the name
         is in use; ResourceExhausted where the store is full."""
