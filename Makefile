@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNNING := $(VENV)/.installed-server
 TESTING := $(VENV)/.installed-dev
 
-.PHONY: demo test check proto serve bench numbers clean
+.PHONY: demo test check proto generated serve bench numbers clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ check: $(TESTING)
 
 proto: $(TESTING)
 	PATH="$(abspath $(BIN)):$$PATH" bash proto/generate.sh clients/python
+
+generated: proto
+	$(BIN)/python clients/python/generate_sync.py
 
 serve: $(RUNNING)
 	$(BIN)/patchclamp serve

@@ -1,4 +1,4 @@
-"""The async client: the same methods as the sync one, in client.py, where they are described."""
+"""The asynchronous client. client.py, the synchronous one, is generated from it."""
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
@@ -6,9 +6,8 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from patchclamp import requests
-from patchclamp.async_streams import AsyncGenerateStream, AsyncOutbox, AsyncSession, AsyncStream
+from patchclamp.async_streams import AsyncGenerateStream, AsyncSession, AsyncStream
 from patchclamp.async_transport import AsyncTransport
-from patchclamp.client import Client
 from patchclamp.connection import (
     DEFAULT_ADDRESS,
     DEFAULT_TIMEOUT_SECONDS,
@@ -19,7 +18,7 @@ from patchclamp.connection import (
 )
 from patchclamp.fields import build
 from patchclamp.heads import CleanCorruptPair, HeadsLike, NeedleTest
-from patchclamp.keywords import described_by, takes_options_of
+from patchclamp.keywords import takes_options_of
 from patchclamp.names import (
     ArtifactFormatName,
     ArtifactKindName,
@@ -91,6 +90,7 @@ from patchclamp.results import (
 )
 from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
+from patchclamp.tasks import AsyncOutbox
 from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
@@ -104,11 +104,20 @@ from patchclamp.v1 import (
 )
 
 
-@described_by(Client)
 class AsyncClient(AsyncTransport):
-    """The arguments are those of Client. Calls that stream are iterated, not awaited.
+    """Calls one server, or in turn all that the address names.
 
-    It may be made before an event loop runs; whatever calls the server needs one. `close` and `aclose` are awaited.
+    A client may be made before an event loop runs; whatever calls the server needs one. Calls that stream are iterated,
+    not awaited; `close` and `aclose` are awaited.
+
+    Every method raises PatchclampError when the server refuses or fails.
+
+    timeout: seconds for each call, unless the call gives its own; ``math.inf`` is no deadline. Sessions and
+    long jobs have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message.
+    address, token, tls, certificate, key, token_in_clear, tls_server_name, channel_options: Connection describes them.
+    Raises ValueError for a token that would travel in clear.
+    retry: whether a call that a full server refuses waits and is sent again, as ``Retry()``; otherwise the error says
+    when to (`retry_after`).
     """
 
     def __init__(
@@ -144,8 +153,9 @@ class AsyncClient(AsyncTransport):
     def generate(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerateStream:
+        """Streams a continuation of the prompt, or with messages= an answer. Options: GenerateOptions."""
         return AsyncGenerateStream(
-            self._stream(self._generation.Generate, requests.generate(prompt, **options), timeout)
+            self._stream(self._stubs.generation.Generate, requests.generate(prompt, **options), timeout)
         )
 
     @takes_options_of(requests.session_start)
@@ -157,8 +167,12 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[GenerateOptions],
     ) -> AsyncSession:
+        """Begins a generation whose named strengths can change between tokens. Use it in a ``with`` block.
+
+        lockstep: whether to generate only as many tokens as advance() has granted.
+        """
         outbox = AsyncOutbox(requests.session_start(prompt, lockstep=lockstep, **options))
-        return AsyncSession(self._session(self._generation.Session, outbox, timeout), outbox)
+        return AsyncSession(self._session(self._stubs.generation.Session, outbox, timeout), outbox)
 
     @takes_options_of(requests.score)
     async def score(
@@ -169,14 +183,16 @@ class AsyncClient(AsyncTransport):
         timeout: float | None = None,
         **options: Unpack[ScoreOptions],
     ) -> ScoreResult:
+        """Returns the log-probabilities of a given continuation. Options: ScoreOptions."""
         request = requests.score(prompt, continuation, **options)
-        return ScoreResult.from_proto(await self._unary(self._generation.Score, request, timeout))
+        return ScoreResult.from_proto(await self._unary(self._stubs.generation.Score, request, timeout))
 
     @takes_options_of(requests.compare)
     def compare(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncStream[generation_pb2.CompareResponse, CompareEvent, CompareResult]:
-        call = self._stream(self._generation.Compare, requests.compare(prompt, **options), timeout)
+        """Runs the program and the unedited model in one batch, and streams their divergence at every token."""
+        call = self._stream(self._stubs.generation.Compare, requests.compare(prompt, **options), timeout)
         return AsyncStream(call, CompareCollector())
 
     @takes_options_of(requests.extract_vectors)
@@ -188,9 +204,11 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[ExtractOptions],
     ) -> AsyncStream[steering_pb2.ExtractVectorsResponse, ExtractionEvent, ExtractionResult]:
+        """Finds a steering vector from (positive, negative) pairs: progress, then the stored vector."""
         request = requests.extract_vectors(pairs, method, **options)
         return AsyncStream(
-            self._stream(self._steering.ExtractVectors, request, timeout), JobCollector(ExtractionResult.from_proto)
+            self._stream(self._stubs.steering.ExtractVectors, request, timeout),
+            JobCollector(ExtractionResult.from_proto),
         )
 
     @takes_options_of(requests.calibrate_profile)
@@ -202,8 +220,9 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[CalibrateOptions],
     ) -> AsyncStream[sparsity_pb2.CalibrateProfileResponse, Progress | CalibratedProfile, CalibratedProfile]:
+        """Calibrates a policy (patchclamp.sparsity) on texts: progress, then the stored profile with its card."""
         call = self._stream(
-            self._sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, **options), timeout
+            self._stubs.sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, **options), timeout
         )
         return AsyncStream(call, JobCollector(CalibratedProfile.from_proto))
 
@@ -217,8 +236,9 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[EvaluateOptions],
     ) -> AsyncStream[sparsity_pb2.EvaluateProfileResponse, SparsityEvaluationEvent, tuple[SparsityEvaluation, ...]]:
+        """Measures policies and profiles against the dense model on texts, beside random sets of the same size."""
         request = requests.evaluate_profile(sparsities, texts, measure_speed=measure_speed, **options)
-        call = self._stream(self._sparsity.EvaluateProfile, request, timeout)
+        call = self._stream(self._stubs.sparsity.EvaluateProfile, request, timeout)
         return AsyncStream(call, EvaluationCollector(len(request.sparsities)))
 
     async def predict_core_neurons(
@@ -230,8 +250,9 @@ class AsyncClient(AsyncTransport):
         model: str = "",
         timeout: float | None = None,
     ) -> CoreNeurons:
+        """Returns the neurons that a policy with fixed sets keeps for each prompt, and how much these sets overlap."""
         request = requests.predict_core_neurons(prompts, sparsity, layers, model)
-        return CoreNeurons.from_proto(await self._unary(self._sparsity.PredictCoreNeurons, request, timeout))
+        return CoreNeurons.from_proto(await self._unary(self._stubs.sparsity.PredictCoreNeurons, request, timeout))
 
     @takes_options_of(requests.detect_retrieval_heads)
     def detect_retrieval_heads(
@@ -241,8 +262,12 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[DetectOptions],
     ) -> AsyncStream[head_pb2.DetectRetrievalHeadsResponse, DetectionEvent, RetrievalHeads]:
+        """Hides needles in text and scores the heads that look at them while the model copies: progress, runs, result.
+
+        The scores are stored as a head set.
+        """
         request = requests.detect_retrieval_heads(test, **options)
-        return AsyncStream(self._stream(self._heads.DetectRetrievalHeads, request, timeout), DetectionCollector())
+        return AsyncStream(self._stream(self._stubs.heads.DetectRetrievalHeads, request, timeout), DetectionCollector())
 
     @takes_options_of(requests.score_heads)
     def score_heads(
@@ -252,7 +277,8 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[HeadScoreOptions],
     ) -> AsyncStream[head_pb2.ScoreHeadsResponse, Progress | ScoredHeads, ScoredHeads]:
-        call = self._stream(self._heads.ScoreHeads, requests.score_heads(method, **options), timeout)
+        """Scores every head by a method of the literature; the scores are stored as a head set."""
+        call = self._stream(self._stubs.heads.ScoreHeads, requests.score_heads(method, **options), timeout)
         return AsyncStream(call, JobCollector(ScoredHeads.from_proto))
 
     @takes_options_of(requests.evaluate_head_edit)
@@ -264,8 +290,12 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[HeadEditOptions],
     ) -> AsyncStream[head_pb2.EvaluateHeadEditResponse, Progress | HeadEditEffect, HeadEditEffect]:
+        """Measures what editing heads does to needle success and perplexity, beside random heads.
+
+        heads: (layer, head) pairs, or the id or tag of a head set.
+        """
         request = requests.evaluate_head_edit(heads, mode, **options)
-        call = self._stream(self._heads.EvaluateHeadEdit, request, timeout)
+        call = self._stream(self._stubs.heads.EvaluateHeadEdit, request, timeout)
         return AsyncStream(call, JobCollector(HeadEditEffect.from_proto))
 
     @takes_options_of(requests.find_circuit)
@@ -277,14 +307,19 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[CircuitOptions],
     ) -> AsyncStream[head_pb2.FindCircuitResponse, Progress | Circuit, Circuit]:
-        call = self._stream(self._heads.FindCircuit, requests.find_circuit(pairs, method, **options), timeout)
+        """Ranks heads by their effect on clean/corrupt pairs; the effects are stored as a head set."""
+        call = self._stream(self._stubs.heads.FindCircuit, requests.find_circuit(pairs, method, **options), timeout)
         return AsyncStream(call, JobCollector(Circuit.from_proto))
 
     async def compare_head_sets(
         self, head_sets: Iterable[str], *, top_k: int = 0, timeout: float | None = None
     ) -> tuple[HeadSetComparison, ...]:
+        """Returns the overlap of every two head sets.
+
+        top_k: how many of its best heads each set is compared by; 0 takes those that reach the threshold of their set.
+        """
         request = requests.compare_head_sets(head_sets, top_k)
-        response = await self._unary(self._heads.CompareHeadSets, request, timeout)
+        response = await self._unary(self._stubs.heads.CompareHeadSets, request, timeout)
         return tuple(map(HeadSetComparison.from_proto, response.comparisons))
 
     @takes_options_of(requests.attribute_logits)
@@ -296,8 +331,9 @@ class AsyncClient(AsyncTransport):
         timeout: float | None = None,
         **options: Unpack[AttributeOptions],
     ) -> LogitAttribution:
+        """Splits logit(target) - logit(contrast) after the prompt into parts by head, MLP and source token."""
         request = requests.attribute_logits(prompt, target, **options)
-        return LogitAttribution.from_proto(await self._unary(self._heads.AttributeLogits, request, timeout))
+        return LogitAttribution.from_proto(await self._unary(self._stubs.heads.AttributeLogits, request, timeout))
 
     @takes_options_of(requests.create_watch)
     async def create_watch(
@@ -307,49 +343,66 @@ class AsyncClient(AsyncTransport):
         timeout: float | None = None,
         **options: Unpack[WatchOptions],
     ) -> CreatedWatch:
+        """Stores what is to be watched (patchclamp.monitoring) as an artifact. Options: WatchOptions."""
         request = requests.create_watch(items, **options)
-        return CreatedWatch.from_proto(await self._unary(self._monitoring.CreateWatch, request, timeout))
+        return CreatedWatch.from_proto(await self._unary(self._stubs.monitoring.CreateWatch, request, timeout))
 
     @takes_options_of(requests.start_watch)
     async def start_watch(
         self, watch: str, name: str = "", *, timeout: float | None = None, **options: Unpack[StartWatchOptions]
     ) -> RunningWatch:
+        """Measures a stored watch (id or tag) in all that is served from now on. Options: StartWatchOptions.
+
+        name: its label in Prometheus; default the tag.
+        """
         request = requests.start_watch(watch, name or watch, **options)
-        return RunningWatch.from_proto((await self._unary(self._monitoring.StartWatch, request, timeout)).watch)
+        response = await self._unary(self._stubs.monitoring.StartWatch, request, timeout)
+        return RunningWatch.from_proto(response.watch)
 
     async def stop_watch(self, name: str, *, timeout: float | None = None) -> RunningWatch:
+        """Ends a running watch, and returns what it was."""
         request = build(monitoring_pb2.StopWatchRequest, name=name)
-        return RunningWatch.from_proto((await self._unary(self._monitoring.StopWatch, request, timeout)).watch)
+        response = await self._unary(self._stubs.monitoring.StopWatch, request, timeout)
+        return RunningWatch.from_proto(response.watch)
 
     async def list_watches(self, *, timeout: float | None = None) -> RunningWatches:
+        """Returns the watches that run, and the caps of the server."""
         request = monitoring_pb2.ListWatchesRequest()
-        return RunningWatches.from_proto(await self._unary(self._monitoring.ListWatches, request, timeout))
+        return RunningWatches.from_proto(await self._unary(self._stubs.monitoring.ListWatches, request, timeout))
 
     async def watch_statistics(
         self, name: str, items: Iterable[str] = (), *, timeout: float | None = None
     ) -> WatchStatistics:
+        """Returns what a running watch has seen since it started; of these items only, where some are named."""
         request = build(monitoring_pb2.GetWatchStatisticsRequest, name=name, items=items)
-        return WatchStatistics.from_proto(await self._unary(self._monitoring.GetWatchStatistics, request, timeout))
+        return WatchStatistics.from_proto(
+            await self._unary(self._stubs.monitoring.GetWatchStatistics, request, timeout)
+        )
 
     @takes_options_of(requests.record_reference)
     def record_reference(
         self, name: str, *, timeout: float = float("inf"), **options: Unpack[ReferenceOptions]
     ) -> AsyncStream[monitoring_pb2.RecordReferenceResponse, Progress | Artifact, Artifact]:
-        call = self._stream(self._monitoring.RecordReference, requests.record_reference(name, **options), timeout)
+        """Stores the distribution of the next tokens that a running watch sees. Options: ReferenceOptions."""
+        call = self._stream(self._stubs.monitoring.RecordReference, requests.record_reference(name, **options), timeout)
         return AsyncStream(call, ReferenceCollector())
 
     @takes_options_of(requests.watch_activations)
     def watch_activations(
         self, name: str, *, timeout: float = float("inf"), **options: Unpack[FollowOptions]
     ) -> AsyncStream[monitoring_pb2.WatchActivationsResponse, Activations, ActivationCounts]:
-        call = self._stream(self._monitoring.WatchActivations, requests.watch_activations(name, **options), timeout)
+        """Streams activations above their thresholds as they occur, in batches. Options: FollowOptions."""
+        call = self._stream(
+            self._stubs.monitoring.WatchActivations, requests.watch_activations(name, **options), timeout
+        )
         return AsyncStream(call, ActivationCollector())
 
     @takes_options_of(requests.upload)
     async def put_artifact(
         self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
     ) -> Artifact:
-        response = await self._repeated(self._artifacts.Upload, lambda: requests.upload(data, **options), timeout)
+        """Stores an artifact: a vector unless kind= says otherwise. Options: UploadOptions."""
+        response = await self._repeated(self._stubs.artifacts.Upload, lambda: requests.upload(data, **options), timeout)
         return Artifact.from_proto(response.artifact)
 
     async def download_artifact(
@@ -360,12 +413,15 @@ class AsyncClient(AsyncTransport):
         layers: Iterable[int] = (),
         timeout: float | None = None,
     ) -> bytes:
-        call = self._stream(self._artifacts.Download, requests.download(ref, format, layers), timeout)
+        """Returns the artifact, or some layers of it, as a file of this format."""
+        call = self._stream(self._stubs.artifacts.Download, requests.download(ref, format, layers), timeout)
         return await AsyncStream(call, DownloadCollector()).result()
 
     async def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
+        """Returns the artifact that an id or a tag names."""
         request = build(artifact_pb2.GetArtifactRequest, ref=ref)
-        return Artifact.from_proto((await self._unary(self._artifacts.GetArtifact, request, timeout)).artifact)
+        response = await self._unary(self._stubs.artifacts.GetArtifact, request, timeout)
+        return Artifact.from_proto(response.artifact)
 
     async def list_artifacts(
         self,
@@ -374,10 +430,11 @@ class AsyncClient(AsyncTransport):
         model_fingerprint: str = "",
         timeout: float | None = None,
     ) -> AsyncIterator[Artifact]:
+        """Yields all artifacts, page by page; the timeout is for each page."""
         page_token = ""
         while True:
             request = requests.list_artifacts(kind, model_fingerprint, page_token)
-            page = await self._unary(self._artifacts.ListArtifacts, request, timeout)
+            page = await self._unary(self._stubs.artifacts.ListArtifacts, request, timeout)
             for artifact in page.artifacts:
                 yield Artifact.from_proto(artifact)
             page_token = page.next_page_token
@@ -387,48 +444,71 @@ class AsyncClient(AsyncTransport):
     async def tag_artifact(
         self, tag: str, ref: str, *, replace: bool = False, timeout: float | None = None
     ) -> Artifact:
+        """Points a tag at an artifact.
+
+        replace: whether a tag that names another artifact is moved; otherwise that is refused with ALREADY_EXISTS.
+        """
         request = requests.tag_artifact(tag, ref, replace)
-        return Artifact.from_proto((await self._unary(self._artifacts.TagArtifact, request, timeout)).artifact)
+        response = await self._unary(self._stubs.artifacts.TagArtifact, request, timeout)
+        return Artifact.from_proto(response.artifact)
 
     async def untag_artifact(self, tag: str, *, timeout: float | None = None) -> None:
-        await self._unary(self._artifacts.TagArtifact, build(artifact_pb2.TagArtifactRequest, tag=tag), timeout)
+        """Removes a tag; the artifact stays."""
+        await self._unary(self._stubs.artifacts.TagArtifact, build(artifact_pb2.TagArtifactRequest, tag=tag), timeout)
 
     async def delete_artifact(self, ref: str, *, timeout: float | None = None) -> DeletedArtifact:
+        """Removes the artifact and its tags, and returns which.
+
+        A tag is refused where the artifact has others as well: give the id.
+        """
         request = build(artifact_pb2.DeleteArtifactRequest, ref=ref)
-        return DeletedArtifact.from_proto(await self._unary(self._artifacts.DeleteArtifact, request, timeout))
+        return DeletedArtifact.from_proto(await self._unary(self._stubs.artifacts.DeleteArtifact, request, timeout))
 
     async def start_job(self, request: JobRequest, *, timeout: float | None = None) -> Job:
+        """Begins a long call that goes on without this client. A builder of patchclamp.requests makes the request.
+
+        The job ends with the server. A request that is refused is the failure of its job.
+        """
         message = requests.start_job(request)
-        return Job.from_proto((await self._unary(self._jobs.StartJob, message, timeout)).job)
+        response = await self._unary(self._stubs.jobs.StartJob, message, timeout)
+        return Job.from_proto(response.job)
 
     def follow_job(
         self, job_id: str, *, timeout: float = float("inf")
     ) -> AsyncStream[job_pb2.FollowJobResponse, JobEvent, JobResult]:
-        call = self._stream(self._jobs.FollowJob, requests.follow_job(job_id), timeout)
+        """Streams a job's events from the first on, and has its result. Closing the stream does not end the job."""
+        call = self._stream(self._stubs.jobs.FollowJob, requests.follow_job(job_id), timeout)
         return AsyncStream(call, FollowCollector())
 
     async def job(self, job_id: str, *, timeout: float | None = None) -> Job:
+        """Returns what is known of a job. One of another tenant is NOT_FOUND, and so is any a day after its end."""
         request = requests.get_job(job_id)
-        return Job.from_proto((await self._unary(self._jobs.GetJob, request, timeout)).job)
+        response = await self._unary(self._stubs.jobs.GetJob, request, timeout)
+        return Job.from_proto(response.job)
 
     async def jobs(self, *, timeout: float | None = None) -> tuple[Job, ...]:
-        response = await self._unary(self._jobs.ListJobs, job_pb2.ListJobsRequest(), timeout)
+        """Returns the jobs of this caller, the newest first."""
+        response = await self._unary(self._stubs.jobs.ListJobs, job_pb2.ListJobsRequest(), timeout)
         return tuple(map(Job.from_proto, response.jobs))
 
     async def cancel_job(self, job_id: str, *, timeout: float | None = None) -> Job:
+        """Ends a job that runs, and returns what it was; one that has ended stays as it is."""
         request = requests.cancel_job(job_id)
-        return Job.from_proto((await self._unary(self._jobs.CancelJob, request, timeout)).job)
+        response = await self._unary(self._stubs.jobs.CancelJob, request, timeout)
+        return Job.from_proto(response.job)
 
     async def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
-        response = await self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout)
+        """Returns the models that are served."""
+        response = await self._unary(self._stubs.models.ListModels, model_pb2.ListModelsRequest(), timeout)
         return tuple(map(Model.from_proto, response.models))
 
     @takes_options_of(requests.tokenize)
     async def tokenize(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[PromptOptions]
     ) -> Tokenization:
+        """Returns the tokens of the prompt exactly as `generate` would render it."""
         request = requests.tokenize(prompt, **options)
-        return Tokenization.from_proto(await self._unary(self._models.Tokenize, request, timeout))
+        return Tokenization.from_proto(await self._unary(self._stubs.models.Tokenize, request, timeout))
 
     async def detokenize(
         self,
@@ -438,11 +518,16 @@ class AsyncClient(AsyncTransport):
         model: str = "",
         timeout: float | None = None,
     ) -> Detokenization:
+        """Returns the text of token ids, of all together and of each.
+
+        skip_special_tokens: whether `text` leaves special tokens out.
+        """
         request = requests.detokenize(ids, skip_special_tokens, model)
-        return Detokenization.from_proto(await self._unary(self._models.Detokenize, request, timeout))
+        return Detokenization.from_proto(await self._unary(self._stubs.models.Detokenize, request, timeout))
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:
-        return health_status(await self._unary(self._health, build(HealthRequest, service=service), timeout))
+        """Asks the standard health service, and returns "serving", "not_serving" or "unknown"."""
+        return health_status(await self._unary(self._stubs.health, build(HealthRequest, service=service), timeout))
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,4 +1,5 @@
-"""The sync client."""
+# Generated from aio.py by clients/python/generate_sync.py; change aio.py.
+"""The synchronous client: the methods of the asynchronous one, without `await`."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -88,7 +89,8 @@ from patchclamp.results import (
 )
 from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
-from patchclamp.streams import GenerateStream, Outbox, Session, Stream
+from patchclamp.streams import GenerateStream, Session, Stream
+from patchclamp.threads import Outbox
 from patchclamp.transport import Transport
 from patchclamp.v1 import (
     artifact_pb2,
@@ -104,14 +106,16 @@ from patchclamp.v1 import (
 
 
 class Client(Transport):
-    """Calls to one server, or to all that the address names in turn; thread-safe.
+    """Calls one server, or in turn all that the address names.
+
+    A client is thread-safe.
 
     Every method raises PatchclampError when the server refuses or fails.
 
     timeout: seconds for each call, unless the call gives its own; ``math.inf`` is no deadline. Sessions and
     long jobs have none by default. A call that is UNAVAILABLE is repeated, a stream only before its first message.
-    address, token, tls, certificate, key, token_in_clear, tls_server_name, channel_options: see Connection. ValueError
-    for a token that would travel in clear.
+    address, token, tls, certificate, key, token_in_clear, tls_server_name, channel_options: Connection describes them.
+    Raises ValueError for a token that would travel in clear.
     retry: whether a call that a full server refuses waits and is sent again, as ``Retry()``; otherwise the error says
     when to (`retry_after`).
     """
@@ -150,8 +154,9 @@ class Client(Transport):
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> GenerateStream:
         """Streams a continuation of the prompt, or with messages= an answer. Options: GenerateOptions."""
-        request = requests.generate(prompt, **options)
-        return GenerateStream(self._stream(self._generation.Generate, request, timeout))
+        return GenerateStream(
+            self._stream(self._stubs.generation.Generate, requests.generate(prompt, **options), timeout)
+        )
 
     @takes_options_of(requests.session_start)
     def session(
@@ -162,12 +167,12 @@ class Client(Transport):
         timeout: float = float("inf"),
         **options: Unpack[GenerateOptions],
     ) -> Session:
-        """A generation whose named strengths can change between tokens; use it in a (sync or async) ``with`` block.
+        """Begins a generation whose named strengths can change between tokens. Use it in a ``with`` block.
 
-        lockstep: generate only as many tokens as advance() has granted.
+        lockstep: whether to generate only as many tokens as advance() has granted.
         """
         outbox = Outbox(requests.session_start(prompt, lockstep=lockstep, **options))
-        return Session(self._session(self._generation.Session, outbox, timeout), outbox)
+        return Session(self._session(self._stubs.generation.Session, outbox, timeout), outbox)
 
     @takes_options_of(requests.score)
     def score(
@@ -178,16 +183,16 @@ class Client(Transport):
         timeout: float | None = None,
         **options: Unpack[ScoreOptions],
     ) -> ScoreResult:
-        """Log-probabilities of a given continuation."""
+        """Returns the log-probabilities of a given continuation. Options: ScoreOptions."""
         request = requests.score(prompt, continuation, **options)
-        return ScoreResult.from_proto(self._unary(self._generation.Score, request, timeout))
+        return ScoreResult.from_proto(self._unary(self._stubs.generation.Score, request, timeout))
 
     @takes_options_of(requests.compare)
     def compare(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Stream[generation_pb2.CompareResponse, CompareEvent, CompareResult]:
-        """The program and the unedited model in one batch, with the divergence at every token."""
-        call = self._stream(self._generation.Compare, requests.compare(prompt, **options), timeout)
+        """Runs the program and the unedited model in one batch, and streams their divergence at every token."""
+        call = self._stream(self._stubs.generation.Compare, requests.compare(prompt, **options), timeout)
         return Stream(call, CompareCollector())
 
     @takes_options_of(requests.extract_vectors)
@@ -202,7 +207,8 @@ class Client(Transport):
         """Finds a steering vector from (positive, negative) pairs: progress, then the stored vector."""
         request = requests.extract_vectors(pairs, method, **options)
         return Stream(
-            self._stream(self._steering.ExtractVectors, request, timeout), JobCollector(ExtractionResult.from_proto)
+            self._stream(self._stubs.steering.ExtractVectors, request, timeout),
+            JobCollector(ExtractionResult.from_proto),
         )
 
     @takes_options_of(requests.calibrate_profile)
@@ -216,7 +222,7 @@ class Client(Transport):
     ) -> Stream[sparsity_pb2.CalibrateProfileResponse, Progress | CalibratedProfile, CalibratedProfile]:
         """Calibrates a policy (patchclamp.sparsity) on texts: progress, then the stored profile with its card."""
         call = self._stream(
-            self._sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, **options), timeout
+            self._stubs.sparsity.CalibrateProfile, requests.calibrate_profile(policy, texts, **options), timeout
         )
         return Stream(call, JobCollector(CalibratedProfile.from_proto))
 
@@ -232,7 +238,7 @@ class Client(Transport):
     ) -> Stream[sparsity_pb2.EvaluateProfileResponse, SparsityEvaluationEvent, tuple[SparsityEvaluation, ...]]:
         """Measures policies and profiles against the dense model on texts, beside random sets of the same size."""
         request = requests.evaluate_profile(sparsities, texts, measure_speed=measure_speed, **options)
-        call = self._stream(self._sparsity.EvaluateProfile, request, timeout)
+        call = self._stream(self._stubs.sparsity.EvaluateProfile, request, timeout)
         return Stream(call, EvaluationCollector(len(request.sparsities)))
 
     def predict_core_neurons(
@@ -244,9 +250,9 @@ class Client(Transport):
         model: str = "",
         timeout: float | None = None,
     ) -> CoreNeurons:
-        """The neurons that a policy with fixed sets keeps for each prompt, and how much these sets overlap."""
+        """Returns the neurons that a policy with fixed sets keeps for each prompt, and how much these sets overlap."""
         request = requests.predict_core_neurons(prompts, sparsity, layers, model)
-        return CoreNeurons.from_proto(self._unary(self._sparsity.PredictCoreNeurons, request, timeout))
+        return CoreNeurons.from_proto(self._unary(self._stubs.sparsity.PredictCoreNeurons, request, timeout))
 
     @takes_options_of(requests.detect_retrieval_heads)
     def detect_retrieval_heads(
@@ -261,7 +267,7 @@ class Client(Transport):
         The scores are stored as a head set.
         """
         request = requests.detect_retrieval_heads(test, **options)
-        return Stream(self._stream(self._heads.DetectRetrievalHeads, request, timeout), DetectionCollector())
+        return Stream(self._stream(self._stubs.heads.DetectRetrievalHeads, request, timeout), DetectionCollector())
 
     @takes_options_of(requests.score_heads)
     def score_heads(
@@ -272,7 +278,7 @@ class Client(Transport):
         **options: Unpack[HeadScoreOptions],
     ) -> Stream[head_pb2.ScoreHeadsResponse, Progress | ScoredHeads, ScoredHeads]:
         """Scores every head by a method of the literature; the scores are stored as a head set."""
-        call = self._stream(self._heads.ScoreHeads, requests.score_heads(method, **options), timeout)
+        call = self._stream(self._stubs.heads.ScoreHeads, requests.score_heads(method, **options), timeout)
         return Stream(call, JobCollector(ScoredHeads.from_proto))
 
     @takes_options_of(requests.evaluate_head_edit)
@@ -284,12 +290,12 @@ class Client(Transport):
         timeout: float = float("inf"),
         **options: Unpack[HeadEditOptions],
     ) -> Stream[head_pb2.EvaluateHeadEditResponse, Progress | HeadEditEffect, HeadEditEffect]:
-        """What editing heads does to needle success and perplexity, beside random heads.
+        """Measures what editing heads does to needle success and perplexity, beside random heads.
 
         heads: (layer, head) pairs, or the id or tag of a head set.
         """
         request = requests.evaluate_head_edit(heads, mode, **options)
-        call = self._stream(self._heads.EvaluateHeadEdit, request, timeout)
+        call = self._stream(self._stubs.heads.EvaluateHeadEdit, request, timeout)
         return Stream(call, JobCollector(HeadEditEffect.from_proto))
 
     @takes_options_of(requests.find_circuit)
@@ -302,15 +308,18 @@ class Client(Transport):
         **options: Unpack[CircuitOptions],
     ) -> Stream[head_pb2.FindCircuitResponse, Progress | Circuit, Circuit]:
         """Ranks heads by their effect on clean/corrupt pairs; the effects are stored as a head set."""
-        call = self._stream(self._heads.FindCircuit, requests.find_circuit(pairs, method, **options), timeout)
+        call = self._stream(self._stubs.heads.FindCircuit, requests.find_circuit(pairs, method, **options), timeout)
         return Stream(call, JobCollector(Circuit.from_proto))
 
     def compare_head_sets(
         self, head_sets: Iterable[str], *, top_k: int = 0, timeout: float | None = None
     ) -> tuple[HeadSetComparison, ...]:
-        """Overlap of every two head sets; top_k 0: of the heads with at least the threshold of their set."""
+        """Returns the overlap of every two head sets.
+
+        top_k: how many of its best heads each set is compared by; 0 takes those that reach the threshold of their set.
+        """
         request = requests.compare_head_sets(head_sets, top_k)
-        response = self._unary(self._heads.CompareHeadSets, request, timeout)
+        response = self._unary(self._stubs.heads.CompareHeadSets, request, timeout)
         return tuple(map(HeadSetComparison.from_proto, response.comparisons))
 
     @takes_options_of(requests.attribute_logits)
@@ -324,7 +333,7 @@ class Client(Transport):
     ) -> LogitAttribution:
         """Splits logit(target) - logit(contrast) after the prompt into parts by head, MLP and source token."""
         request = requests.attribute_logits(prompt, target, **options)
-        return LogitAttribution.from_proto(self._unary(self._heads.AttributeLogits, request, timeout))
+        return LogitAttribution.from_proto(self._unary(self._stubs.heads.AttributeLogits, request, timeout))
 
     @takes_options_of(requests.create_watch)
     def create_watch(
@@ -336,7 +345,7 @@ class Client(Transport):
     ) -> CreatedWatch:
         """Stores what is to be watched (patchclamp.monitoring) as an artifact. Options: WatchOptions."""
         request = requests.create_watch(items, **options)
-        return CreatedWatch.from_proto(self._unary(self._monitoring.CreateWatch, request, timeout))
+        return CreatedWatch.from_proto(self._unary(self._stubs.monitoring.CreateWatch, request, timeout))
 
     @takes_options_of(requests.start_watch)
     def start_watch(
@@ -347,39 +356,43 @@ class Client(Transport):
         name: its label in Prometheus; default the tag.
         """
         request = requests.start_watch(watch, name or watch, **options)
-        return RunningWatch.from_proto(self._unary(self._monitoring.StartWatch, request, timeout).watch)
+        response = self._unary(self._stubs.monitoring.StartWatch, request, timeout)
+        return RunningWatch.from_proto(response.watch)
 
     def stop_watch(self, name: str, *, timeout: float | None = None) -> RunningWatch:
         """Ends a running watch, and returns what it was."""
         request = build(monitoring_pb2.StopWatchRequest, name=name)
-        return RunningWatch.from_proto(self._unary(self._monitoring.StopWatch, request, timeout).watch)
+        response = self._unary(self._stubs.monitoring.StopWatch, request, timeout)
+        return RunningWatch.from_proto(response.watch)
 
     def list_watches(self, *, timeout: float | None = None) -> RunningWatches:
-        """The watches that run, and the caps of the server."""
+        """Returns the watches that run, and the caps of the server."""
         request = monitoring_pb2.ListWatchesRequest()
-        return RunningWatches.from_proto(self._unary(self._monitoring.ListWatches, request, timeout))
+        return RunningWatches.from_proto(self._unary(self._stubs.monitoring.ListWatches, request, timeout))
 
     def watch_statistics(
         self, name: str, items: Iterable[str] = (), *, timeout: float | None = None
     ) -> WatchStatistics:
-        """What a running watch has seen since it started; of these items only, where some are named."""
+        """Returns what a running watch has seen since it started; of these items only, where some are named."""
         request = build(monitoring_pb2.GetWatchStatisticsRequest, name=name, items=items)
-        return WatchStatistics.from_proto(self._unary(self._monitoring.GetWatchStatistics, request, timeout))
+        return WatchStatistics.from_proto(self._unary(self._stubs.monitoring.GetWatchStatistics, request, timeout))
 
     @takes_options_of(requests.record_reference)
     def record_reference(
         self, name: str, *, timeout: float = float("inf"), **options: Unpack[ReferenceOptions]
     ) -> Stream[monitoring_pb2.RecordReferenceResponse, Progress | Artifact, Artifact]:
         """Stores the distribution of the next tokens that a running watch sees. Options: ReferenceOptions."""
-        call = self._stream(self._monitoring.RecordReference, requests.record_reference(name, **options), timeout)
+        call = self._stream(self._stubs.monitoring.RecordReference, requests.record_reference(name, **options), timeout)
         return Stream(call, ReferenceCollector())
 
     @takes_options_of(requests.watch_activations)
     def watch_activations(
         self, name: str, *, timeout: float = float("inf"), **options: Unpack[FollowOptions]
     ) -> Stream[monitoring_pb2.WatchActivationsResponse, Activations, ActivationCounts]:
-        """Activations above their thresholds as they occur, in batches. Options: FollowOptions."""
-        call = self._stream(self._monitoring.WatchActivations, requests.watch_activations(name, **options), timeout)
+        """Streams activations above their thresholds as they occur, in batches. Options: FollowOptions."""
+        call = self._stream(
+            self._stubs.monitoring.WatchActivations, requests.watch_activations(name, **options), timeout
+        )
         return Stream(call, ActivationCollector())
 
     @takes_options_of(requests.upload)
@@ -387,7 +400,7 @@ class Client(Transport):
         self, data: bytes | Path, *, timeout: float | None = None, **options: Unpack[UploadOptions]
     ) -> Artifact:
         """Stores an artifact: a vector unless kind= says otherwise. Options: UploadOptions."""
-        response = self._repeated(self._artifacts.Upload, lambda: requests.upload(data, **options), timeout)
+        response = self._repeated(self._stubs.artifacts.Upload, lambda: requests.upload(data, **options), timeout)
         return Artifact.from_proto(response.artifact)
 
     def download_artifact(
@@ -398,14 +411,15 @@ class Client(Transport):
         layers: Iterable[int] = (),
         timeout: float | None = None,
     ) -> bytes:
-        """The artifact, or some layers of it, as a file of this format."""
-        call = self._stream(self._artifacts.Download, requests.download(ref, format, layers), timeout)
+        """Returns the artifact, or some layers of it, as a file of this format."""
+        call = self._stream(self._stubs.artifacts.Download, requests.download(ref, format, layers), timeout)
         return Stream(call, DownloadCollector()).result()
 
     def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
-        """By id or tag."""
+        """Returns the artifact that an id or a tag names."""
         request = build(artifact_pb2.GetArtifactRequest, ref=ref)
-        return Artifact.from_proto(self._unary(self._artifacts.GetArtifact, request, timeout).artifact)
+        response = self._unary(self._stubs.artifacts.GetArtifact, request, timeout)
+        return Artifact.from_proto(response.artifact)
 
     def list_artifacts(
         self,
@@ -414,72 +428,83 @@ class Client(Transport):
         model_fingerprint: str = "",
         timeout: float | None = None,
     ) -> Iterator[Artifact]:
-        """All artifacts, page by page; the timeout is for each page."""
+        """Yields all artifacts, page by page; the timeout is for each page."""
         page_token = ""
         while True:
             request = requests.list_artifacts(kind, model_fingerprint, page_token)
-            page = self._unary(self._artifacts.ListArtifacts, request, timeout)
-            yield from map(Artifact.from_proto, page.artifacts)
+            page = self._unary(self._stubs.artifacts.ListArtifacts, request, timeout)
+            for artifact in page.artifacts:
+                yield Artifact.from_proto(artifact)
             page_token = page.next_page_token
             if not page_token:
                 return
 
     def tag_artifact(self, tag: str, ref: str, *, replace: bool = False, timeout: float | None = None) -> Artifact:
-        """Points a tag at an artifact. replace: also one that names another; otherwise that is ALREADY_EXISTS."""
+        """Points a tag at an artifact.
+
+        replace: whether a tag that names another artifact is moved; otherwise that is refused with ALREADY_EXISTS.
+        """
         request = requests.tag_artifact(tag, ref, replace)
-        return Artifact.from_proto(self._unary(self._artifacts.TagArtifact, request, timeout).artifact)
+        response = self._unary(self._stubs.artifacts.TagArtifact, request, timeout)
+        return Artifact.from_proto(response.artifact)
 
     def untag_artifact(self, tag: str, *, timeout: float | None = None) -> None:
         """Removes a tag; the artifact stays."""
-        self._unary(self._artifacts.TagArtifact, build(artifact_pb2.TagArtifactRequest, tag=tag), timeout)
+        self._unary(self._stubs.artifacts.TagArtifact, build(artifact_pb2.TagArtifactRequest, tag=tag), timeout)
 
     def delete_artifact(self, ref: str, *, timeout: float | None = None) -> DeletedArtifact:
-        """Removes the artifact and its tags, and says which. One of several tags is refused: say the id."""
+        """Removes the artifact and its tags, and returns which.
+
+        A tag is refused where the artifact has others as well: give the id.
+        """
         request = build(artifact_pb2.DeleteArtifactRequest, ref=ref)
-        return DeletedArtifact.from_proto(self._unary(self._artifacts.DeleteArtifact, request, timeout))
+        return DeletedArtifact.from_proto(self._unary(self._stubs.artifacts.DeleteArtifact, request, timeout))
 
     def start_job(self, request: JobRequest, *, timeout: float | None = None) -> Job:
-        """Begins a long call that goes on without this client. request: as a builder of patchclamp.requests makes it.
+        """Begins a long call that goes on without this client. A builder of patchclamp.requests makes the request.
 
         The job ends with the server. A request that is refused is the failure of its job.
         """
         message = requests.start_job(request)
-        return Job.from_proto(self._unary(self._jobs.StartJob, message, timeout).job)
+        response = self._unary(self._stubs.jobs.StartJob, message, timeout)
+        return Job.from_proto(response.job)
 
     def follow_job(
         self, job_id: str, *, timeout: float = float("inf")
     ) -> Stream[job_pb2.FollowJobResponse, JobEvent, JobResult]:
-        """The events and the result of the job's method, from its first result on. Closing the stream ends no job."""
-        call = self._stream(self._jobs.FollowJob, requests.follow_job(job_id), timeout)
+        """Streams a job's events from the first on, and has its result. Closing the stream does not end the job."""
+        call = self._stream(self._stubs.jobs.FollowJob, requests.follow_job(job_id), timeout)
         return Stream(call, FollowCollector())
 
     def job(self, job_id: str, *, timeout: float | None = None) -> Job:
-        """What is known of a job. NOT_FOUND for one of another tenant, and a day after its end."""
+        """Returns what is known of a job. One of another tenant is NOT_FOUND, and so is any a day after its end."""
         request = requests.get_job(job_id)
-        return Job.from_proto(self._unary(self._jobs.GetJob, request, timeout).job)
+        response = self._unary(self._stubs.jobs.GetJob, request, timeout)
+        return Job.from_proto(response.job)
 
     def jobs(self, *, timeout: float | None = None) -> tuple[Job, ...]:
-        """The jobs of this caller, the newest first."""
-        response = self._unary(self._jobs.ListJobs, job_pb2.ListJobsRequest(), timeout)
+        """Returns the jobs of this caller, the newest first."""
+        response = self._unary(self._stubs.jobs.ListJobs, job_pb2.ListJobsRequest(), timeout)
         return tuple(map(Job.from_proto, response.jobs))
 
     def cancel_job(self, job_id: str, *, timeout: float | None = None) -> Job:
         """Ends a job that runs, and returns what it was; one that has ended stays as it is."""
         request = requests.cancel_job(job_id)
-        return Job.from_proto(self._unary(self._jobs.CancelJob, request, timeout).job)
+        response = self._unary(self._stubs.jobs.CancelJob, request, timeout)
+        return Job.from_proto(response.job)
 
     def models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
-        """What is served."""
-        response = self._unary(self._models.ListModels, model_pb2.ListModelsRequest(), timeout)
+        """Returns the models that are served."""
+        response = self._unary(self._stubs.models.ListModels, model_pb2.ListModelsRequest(), timeout)
         return tuple(map(Model.from_proto, response.models))
 
     @takes_options_of(requests.tokenize)
     def tokenize(
         self, prompt: PromptLike | None = None, *, timeout: float | None = None, **options: Unpack[PromptOptions]
     ) -> Tokenization:
-        """The prompt exactly as generate would render it."""
+        """Returns the tokens of the prompt exactly as `generate` would render it."""
         request = requests.tokenize(prompt, **options)
-        return Tokenization.from_proto(self._unary(self._models.Tokenize, request, timeout))
+        return Tokenization.from_proto(self._unary(self._stubs.models.Tokenize, request, timeout))
 
     def detokenize(
         self,
@@ -489,13 +514,16 @@ class Client(Transport):
         model: str = "",
         timeout: float | None = None,
     ) -> Detokenization:
-        """The text of token ids, of all together and of each; `text` without special tokens where that is asked for."""
+        """Returns the text of token ids, of all together and of each.
+
+        skip_special_tokens: whether `text` leaves special tokens out.
+        """
         request = requests.detokenize(ids, skip_special_tokens, model)
-        return Detokenization.from_proto(self._unary(self._models.Detokenize, request, timeout))
+        return Detokenization.from_proto(self._unary(self._stubs.models.Detokenize, request, timeout))
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
-        """ "serving", "not_serving" or "unknown", by the standard health service."""
-        return health_status(self._unary(self._health, build(HealthRequest, service=service), timeout))
+        """Asks the standard health service, and returns "serving", "not_serving" or "unknown"."""
+        return health_status(self._unary(self._stubs.health, build(HealthRequest, service=service), timeout))
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""What help() shows of a call: all keywords that it passes on, none of which is dropped, and one text for both clients.
+"""What help() shows of a call: all keywords that it passes on, none of which is dropped.
 
 A function with ``**options: Unpack[SomeOptions]`` names the builder that reads them; SomeOptions tells type checkers
 what the builder's own keywords are, and a test holds both equal.
@@ -12,7 +12,6 @@ from inspect import Parameter, Signature
 from typing import Any, TypeVar, cast
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-ClassT = TypeVar("ClassT", bound=type)
 
 
 def takes_options_of(builder: Callable[..., object]) -> Callable[[FunctionT], FunctionT]:
@@ -44,20 +43,8 @@ def takes_options_of(builder: Callable[..., object]) -> Callable[[FunctionT], Fu
     return decorate
 
 
-def described_by(described: type) -> Callable[[ClassT], ClassT]:
-    """Gives every method without a docstring the one that the method of the same name has in `described`."""
-
-    def decorate(kind: ClassT) -> ClassT:
-        for name, function in vars(kind).items():
-            if inspect.isfunction(function) and function.__doc__ is None:
-                function.__doc__ = getattr(getattr(described, name, None), "__doc__", None)
-        return kind
-
-    return decorate
-
-
 def _joined(own: Signature, builder: Signature) -> Signature:
-    """`own` with the keywords of `builder` in place of **options."""
+    """Returns `own` with the keywords of `builder` in place of **options."""
     parameters = list(own.parameters.values())
     positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
     keywords = [p for p in parameters if p.kind is Parameter.KEYWORD_ONLY]

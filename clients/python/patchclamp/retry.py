@@ -4,21 +4,14 @@ gRPC could repeat the latter itself, but a stream of its synchronous API that it
 ends, whatever its deadline (seen with grpcio 1.85). So it repeats nothing, and all attempts are made here.
 """
 
-import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from threading import Event
-from typing import Generic
 
 import grpc
 
-from patchclamp.async_streams import AsyncCall
-from patchclamp.collectors import MessageT
 from patchclamp.errors import PatchclampError
-from patchclamp.streams import Call
 
 # How long a call that finds no server is sent again: until the server has been left for another, or is found again.
 UNAVAILABLE_SECONDS = 5.0
@@ -56,7 +49,7 @@ NEVER = Retry(seconds=0.0)
 
 
 class Attempts:
-    """Of one call with a deadline of `seconds` from now, or none."""
+    """Counts the attempts of one call, which has a deadline of `seconds` from now, or none."""
 
     def __init__(self, retry: Retry, seconds: float | None) -> None:
         self._retry = retry
@@ -68,7 +61,7 @@ class Attempts:
         return None if math.isinf(self._deadline) else max(0.0, self._deadline - time.monotonic())
 
     def delay(self, error: grpc.RpcError) -> float | None:
-        """Seconds until the next attempt; None when there is none."""
+        """Returns the seconds until the next attempt; None when there is none."""
         refusal = PatchclampError.from_rpc(error)
         growth = 2.0 ** min(self._made, 30)
         self._made += 1
@@ -84,75 +77,3 @@ class Attempts:
         # The last attempts come closer together: a wait that only grew would leave a part of the time unused.
         delay = min(wait, max(least, left / 2)) * random.uniform(1.0, 1.0 + self._retry.jitter)
         return delay if delay < left else None
-
-
-class RepeatedCall(Generic[MessageT]):
-    """A call that streams, begun again by `begin` (with the seconds it has left) until its first message has come."""
-
-    def __init__(self, begin: Callable[[float | None], Call[MessageT]], attempts: Attempts) -> None:
-        self._begin = begin
-        self._attempts = attempts
-        self._cancelled = Event()
-        self._call = begin(attempts.seconds_left())
-
-    def __iter__(self) -> Iterator[MessageT]:
-        while True:
-            messages = iter(self._call)
-            try:
-                first = next(messages)
-            except StopIteration:
-                return
-            except grpc.RpcError as error:
-                delay = self._attempts.delay(error)
-                if delay is None or self._cancelled.wait(delay):
-                    raise
-                self._call = self._begin(self._attempts.seconds_left())
-                if self._cancelled.is_set():
-                    self._call.cancel()
-                continue
-            yield first
-            yield from messages
-            return
-
-    def cancel(self) -> object:
-        self._cancelled.set()
-        return self._call.cancel()
-
-
-class AsyncRepeatedCall(Generic[MessageT]):
-    """As RepeatedCall, in an event loop."""
-
-    def __init__(self, begin: Callable[[float | None], AsyncCall[MessageT]], attempts: Attempts) -> None:
-        self._begin = begin
-        self._attempts = attempts
-        self._cancelled = asyncio.Event()
-        self._call = begin(attempts.seconds_left())
-
-    async def __aiter__(self) -> AsyncIterator[MessageT]:
-        while True:
-            messages = aiter(self._call)
-            try:
-                first = await anext(messages)
-            except StopAsyncIteration:
-                return
-            except grpc.aio.AioRpcError as error:
-                delay = self._attempts.delay(error)
-                if delay is None or await self._is_cancelled_within(delay):
-                    raise
-                self._call = self._begin(self._attempts.seconds_left())
-                continue
-            yield first
-            async for message in messages:
-                yield message
-            return
-
-    def cancel(self) -> bool:
-        self._cancelled.set()
-        return self._call.cancel()
-
-    async def _is_cancelled_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._cancelled.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True

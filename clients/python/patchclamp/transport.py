@@ -1,26 +1,20 @@
-"""How the sync client reaches its server: one channel, its stubs, and the calls on it."""
+# Generated from async_transport.py by clients/python/generate_sync.py; change async_transport.py.
+"""How the synchronous client calls its server: with a deadline, with its token, and again where that may help."""
 
 import copy
 import time
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Generic, Self
 
 import grpc
 
-from patchclamp.calls import Method, RequestT, ResponseT
+from patchclamp.calls import Call, EndingCall, Method, RequestT, ResponseT, UnaryMethod
 from patchclamp.collectors import MessageT
-from patchclamp.connection import HEALTH_METHOD, Connection, HealthRequest, HealthResponse
+from patchclamp.connection import Connection
 from patchclamp.errors import PatchclampError
-from patchclamp.retry import Attempts, RepeatedCall, Retry
-from patchclamp.streams import Call, EndingCall, Outbox
-from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
-from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp.v1.head_pb2_grpc import HeadServiceStub
-from patchclamp.v1.job_pb2_grpc import JobServiceStub
-from patchclamp.v1.model_pb2_grpc import ModelServiceStub
-from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
-from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
-from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
+from patchclamp.retry import Attempts, Retry
+from patchclamp.stubs import Stubs
+from patchclamp.threads import Cancellation, Link, Outbox
 
 
 class Transport:
@@ -29,47 +23,35 @@ class Transport:
     def __init__(self, connection: Connection, retry: Retry) -> None:
         self._connection = connection
         self._retry = retry
-        self._channel = _channel(connection, connection.options)
-        # Asks for health where calls are balanced by it.
-        self._health_channel = self._channel
-        if connection.is_balanced:
-            self._health_channel = _channel(connection, connection.health_options)
-        self._owns_channel = True
-        self._generation = GenerationServiceStub(self._channel)
-        self._steering = SteeringServiceStub(self._channel)
-        self._sparsity = SparsityServiceStub(self._channel)
-        self._heads = HeadServiceStub(self._channel)
-        self._monitoring = MonitoringServiceStub(self._channel)
-        self._artifacts = ArtifactServiceStub(self._channel)
-        self._models = ModelServiceStub(self._channel)
-        self._jobs = JobServiceStub(self._channel)
-        self._health = self._health_channel.unary_unary(
-            HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
-        )
+        self._link = Link(connection)
+        self._owns_link = True
 
     def with_token(self, token: str | None) -> Self:
-        """The same client on the same channel, for another caller. Closing it leaves the channel open.
+        """Returns the same client on the same channel, for another caller. Closing it leaves the channel open.
 
         Raises ValueError for a token that would travel in clear.
         """
         other = copy.copy(self)
         other._connection = self._connection.with_token(token)
-        other._owns_channel = False
+        other._owns_link = False
         return other
 
     def close(self) -> None:
         """Cancels the calls that run. Nothing can be called afterwards."""
-        if self._owns_channel:
-            self._health_channel.close()
-            self._channel.close()
+        if self._owns_link:
+            self._link.close()
 
-    def _unary(self, method: Method[RequestT, ResponseT], request: RequestT, timeout: float | None) -> ResponseT:
+    @property
+    def _stubs(self) -> Stubs:
+        return self._link.stubs()
+
+    def _unary(self, method: UnaryMethod[RequestT, ResponseT], request: RequestT, timeout: float | None) -> ResponseT:
         return self._repeated(method, lambda: request, timeout)
 
     def _repeated(
-        self, method: Method[RequestT, ResponseT], make: Callable[[], RequestT], timeout: float | None
+        self, method: UnaryMethod[RequestT, ResponseT], make: Callable[[], RequestT], timeout: float | None
     ) -> ResponseT:
-        """`make`: the request of each attempt."""
+        """Calls until an attempt succeeds or there is none left. `make` makes the request of each attempt."""
         attempts = Attempts(self._retry, self._connection.deadline(timeout))
         while True:
             try:
@@ -100,8 +82,35 @@ class Transport:
         return RepeatedCall(begin, Attempts(self._retry, self._connection.deadline(timeout)))
 
 
-def _channel(connection: Connection, options: list[tuple[str, str | int]]) -> grpc.Channel:
-    credentials = connection.credentials
-    if credentials is None:
-        return grpc.insecure_channel(connection.address, options)
-    return grpc.secure_channel(connection.address, credentials, options)
+class RepeatedCall(Generic[MessageT]):
+    """A call that streams, begun again by `begin` (with the seconds it has left) until its first message has come."""
+
+    def __init__(self, begin: Callable[[float | None], Call[MessageT]], attempts: Attempts) -> None:
+        self._begin = begin
+        self._attempts = attempts
+        self._cancellation = Cancellation()
+        self._call = begin(attempts.seconds_left())
+
+    def __iter__(self) -> Iterator[MessageT]:
+        while True:
+            messages = iter(self._call)
+            try:
+                first = next(messages)
+            except StopIteration:
+                return
+            except grpc.RpcError as error:
+                delay = self._attempts.delay(error)
+                if delay is None or self._cancellation.comes_within(delay):
+                    raise
+                self._call = self._begin(self._attempts.seconds_left())
+                # A cancellation that came while the call began has cancelled only the call before.
+                if self._cancellation.is_set():
+                    self._call.cancel()
+                continue
+            yield first
+            yield from messages
+            return
+
+    def cancel(self) -> object:
+        self._cancellation.set()
+        return self._call.cancel()

@@ -1,0 +1,47 @@
+"""The channel of the asynchronous client, and the stubs of all services on it."""
+
+import grpc
+
+from patchclamp.connection import HEALTH_METHOD, Connection, HealthRequest, HealthResponse
+from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
+from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp.v1.head_pb2_grpc import HeadServiceStub
+from patchclamp.v1.job_pb2_grpc import JobServiceStub
+from patchclamp.v1.model_pb2_grpc import ModelServiceStub
+from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
+from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
+from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
+
+
+class AsyncStubs:
+    """Opens the channel that a connection describes, and holds a stub for each service."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._channel = channel = _opened(connection, connection.options)
+        # Calls that ask for health have a channel of their own where the others are balanced by it.
+        self._health_channel = channel
+        if connection.is_balanced:
+            self._health_channel = _opened(connection, connection.health_options)
+        self.generation = GenerationServiceStub(channel)
+        self.steering = SteeringServiceStub(channel)
+        self.sparsity = SparsityServiceStub(channel)
+        self.heads = HeadServiceStub(channel)
+        self.monitoring = MonitoringServiceStub(channel)
+        self.artifacts = ArtifactServiceStub(channel)
+        self.models = ModelServiceStub(channel)
+        self.jobs = JobServiceStub(channel)
+        self.health = self._health_channel.unary_unary(
+            HEALTH_METHOD, HealthRequest.SerializeToString, HealthResponse.FromString
+        )
+
+    async def close(self) -> None:
+        """Cancels the calls that run, and ends the connection."""
+        await self._health_channel.close(None)
+        await self._channel.close(None)
+
+
+def _opened(connection: Connection, options: list[tuple[str, str | int]]) -> grpc.aio.Channel:
+    credentials = connection.credentials
+    if credentials is None:
+        return grpc.aio.insecure_channel(connection.address, options)
+    return grpc.aio.secure_channel(connection.address, credentials, options)
