@@ -1,14 +1,17 @@
 """The words of the contract as Python strings: "resid_post" for SITE_RESID_POST, and so on for every enum."""
 
+import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Literal, Protocol, TypeVar, cast
+
+from google.protobuf.descriptor import EnumDescriptor
 
 from patchclamp.fields import shown
 from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
     head_pb2,
-    job_pb2,
     program_pb2,
     sparse_policy_pb2,
     steering_pb2,
@@ -33,30 +36,42 @@ CircuitMethodName = Literal["mean_ablation", "activation_patching", "path_patchi
 class ProtoEnum(Protocol[ValueT]):
     """What a generated enum offers."""
 
-    def items(self) -> list[tuple[str, ValueT]]: ...
+    @property
+    def DESCRIPTOR(self) -> EnumDescriptor: ...
+
+    def Value(self, name: str, /) -> ValueT: ...
 
 
-def _table(enum: ProtoEnum[ValueT], prefix: str) -> dict[str, ValueT]:
-    """{"resid_post": SITE_RESID_POST, ...} without the unspecified value."""
-    return {name.removeprefix(prefix).lower(): value for name, value in enum.items() if value != 0}
+@cache
+def enum_names(enum: EnumDescriptor) -> dict[int, str]:
+    """Returns the name of each value as this package spells it, such as "resid_post"; "" is the unspecified one."""
+    prefix = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.name).upper() + "_"
+    return {each.number: each.name.removeprefix(prefix).lower() if each.number else "" for each in enum.values}
 
 
-SITES = _table(program_pb2.Site, "SITE_")
-STORED_THRESHOLDS = _table(program_pb2.StoredThreshold, "STORED_THRESHOLD_")
-WARNING_CODES = _table(program_pb2.RequestWarningCode, "REQUEST_WARNING_CODE_")
-PHASES = _table(program_pb2.Phase, "PHASE_")
-PRIORITIES = _table(generation_pb2.Priority, "PRIORITY_")
-FINISH_REASONS = _table(generation_pb2.FinishReason, "FINISH_REASON_")
-COMPARE_SIDES = _table(generation_pb2.CompareSide, "COMPARE_SIDE_")
-ARTIFACT_KINDS = _table(artifact_pb2.ArtifactKind, "ARTIFACT_KIND_")
-METHODS = _table(steering_pb2.ExtractionMethod, "EXTRACTION_METHOD_")
-POOLINGS = _table(steering_pb2.TokenPooling, "TOKEN_POOLING_")
-CORE_INFER_RANKINGS = _table(sparse_policy_pb2.CoreInferRanking, "CORE_INFER_RANKING_")
-TEAL_ALLOCATIONS = _table(sparse_policy_pb2.TealAllocation, "TEAL_ALLOCATION_")
-HEAD_SCORE_METHODS = _table(head_pb2.HeadScoreMethod, "HEAD_SCORE_METHOD_")
-HEAD_EDIT_MODES = _table(head_pb2.HeadEditMode, "HEAD_EDIT_MODE_")
-JOB_STATES = _table(job_pb2.JobState, "JOB_STATE_")
-CIRCUIT_METHODS = _table(head_pb2.CircuitMethod, "CIRCUIT_METHOD_")
+def name_of(enum: EnumDescriptor, value: int) -> str:
+    """Returns the name of a value of an enum; the number of one that this client does not know yet."""
+    return enum_names(enum).get(value, str(value))
+
+
+def _table(enum: ProtoEnum[ValueT]) -> dict[str, ValueT]:
+    """Returns {"resid_post": SITE_RESID_POST, ...} without the unspecified value."""
+    full_names = {each.number: each.name for each in enum.DESCRIPTOR.values}
+    return {name: enum.Value(full_names[number]) for number, name in enum_names(enum.DESCRIPTOR).items() if number}
+
+
+SITES = _table(program_pb2.Site)
+STORED_THRESHOLDS = _table(program_pb2.StoredThreshold)
+PHASES = _table(program_pb2.Phase)
+PRIORITIES = _table(generation_pb2.Priority)
+ARTIFACT_KINDS = _table(artifact_pb2.ArtifactKind)
+METHODS = _table(steering_pb2.ExtractionMethod)
+POOLINGS = _table(steering_pb2.TokenPooling)
+CORE_INFER_RANKINGS = _table(sparse_policy_pb2.CoreInferRanking)
+TEAL_ALLOCATIONS = _table(sparse_policy_pb2.TealAllocation)
+HEAD_SCORE_METHODS = _table(head_pb2.HeadScoreMethod)
+HEAD_EDIT_MODES = _table(head_pb2.HeadEditMode)
+CIRCUIT_METHODS = _table(head_pb2.CircuitMethod)
 ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,
@@ -65,7 +80,7 @@ ARTIFACT_FORMATS = {
 
 
 def value_of(table: Mapping[str, ValueT], name: str, what: str) -> ValueT:
-    """The enum value with this name; ValueError, or TypeError for what is no name, lists the accepted ones."""
+    """Returns the enum value with this name. ValueError, or TypeError for what is no name, lists the accepted ones."""
     if not isinstance(name, str):
         raise TypeError(f"{what}: expected one of {', '.join(table)}, got {shown(name)}")
     try:
@@ -75,12 +90,5 @@ def value_of(table: Mapping[str, ValueT], name: str, what: str) -> ValueT:
 
 
 def value_or_unspecified(table: Mapping[str, ValueT], name: str | None, what: str) -> ValueT:
-    """As value_of; None is the unspecified value, which means the server's default."""
+    """Does what value_of does; None is the unspecified value, which means the server's default."""
     return cast(ValueT, 0) if name is None else value_of(table, name, what)
-
-
-def name_of(table: Mapping[str, int], value: int) -> str:
-    """The name of an enum value; "" when unspecified, the number for one that this client does not know yet."""
-    if value == 0:
-        return ""
-    return next((name for name, known in table.items() if known == value), str(value))

@@ -4,12 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from google.protobuf import json_format
-
-from patchclamp.names import ARTIFACT_KINDS, SITES, name_of
 from patchclamp.results.jobs import Progress
 from patchclamp.results.record import Record
-from patchclamp.v1 import artifact_pb2, steering_pb2
+from patchclamp.v1 import artifact_pb2
 
 
 @dataclass(frozen=True)
@@ -33,24 +30,6 @@ class Artifact(Record):
     evidence: dict[str, Any]
     replaced_tags: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def from_proto(cls, message: artifact_pb2.Artifact) -> "Artifact":
-        return cls(
-            id=message.id,
-            kind=name_of(ARTIFACT_KINDS, message.kind),
-            tags=tuple(message.tags),
-            model_fingerprint=message.model_fingerprint,
-            site=name_of(SITES, message.site),
-            layers=tuple(message.layers),
-            width=message.width,
-            size_bytes=message.size_bytes,
-            created=message.created.ToJsonString(),
-            description=message.description,
-            provenance=json_format.MessageToDict(message.provenance),
-            evidence=json_format.MessageToDict(message.evidence),
-            replaced_tags=dict(message.replaced_tags),
-        )
-
 
 @dataclass(frozen=True)
 class DeletedArtifact(Record):
@@ -58,10 +37,6 @@ class DeletedArtifact(Record):
 
     id: str
     tags: tuple[str, ...]
-
-    @classmethod
-    def from_proto(cls, message: artifact_pb2.DeleteArtifactResponse) -> "DeletedArtifact":
-        return cls(message.id, tuple(message.tags))
 
 
 @dataclass(frozen=True)
@@ -75,10 +50,6 @@ class TokenProjections(Record):
     p50: float
     p75: float
     p95: float
-
-    @classmethod
-    def from_proto(cls, message: steering_pb2.TokenProjections) -> "TokenProjections":
-        return cls(message.tokens, message.mean, message.p05, message.p25, message.p50, message.p75, message.p95)
 
 
 @dataclass(frozen=True)
@@ -104,28 +75,6 @@ class LayerEvidence(Record):
     tokens_left_out: int = 0
     participation_ratio: float = 0.0
 
-    @classmethod
-    def from_proto(cls, message: steering_pb2.LayerEvidence) -> "LayerEvidence":
-        positive, negative = (
-            TokenProjections.from_proto(getattr(message, side)) if message.HasField(side) else None
-            for side in ("positive_tokens", "negative_tokens")
-        )
-        return cls(
-            message.layer,
-            message.heldout_accuracy,
-            message.random_accuracy,
-            message.norm,
-            message.activation_norm,
-            message.explained_variance,
-            message.midpoint,
-            message.margin,
-            positive,
-            negative,
-            message.pooled_tokens,
-            message.tokens_left_out,
-            message.participation_ratio,
-        )
-
 
 @dataclass(frozen=True)
 class ExtractionResult(Record):
@@ -136,11 +85,6 @@ class ExtractionResult(Record):
     layers: tuple[LayerEvidence, ...]
     best_layer: int
     warnings: tuple[str, ...] = ()
-
-    @classmethod
-    def from_proto(cls, message: steering_pb2.ExtractionResult) -> "ExtractionResult":
-        layers = tuple(LayerEvidence.from_proto(layer) for layer in message.layers)
-        return cls(Artifact.from_proto(message.artifact), layers, message.best_layer, tuple(message.warnings))
 
 
 ExtractionProgress = Progress

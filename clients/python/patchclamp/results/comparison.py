@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from patchclamp.names import COMPARE_SIDES, name_of
+from patchclamp.names import name_of
 from patchclamp.results.generation import Chunk, GenerateCollector, GenerateResult
 from patchclamp.results.record import Record
 from patchclamp.v1 import generation_pb2 as pb
@@ -66,16 +66,14 @@ class CompareCollector:
     def add(self, message: pb.CompareResponse) -> CompareEvent:
         match message.WhichOneof("event"):
             case "text":
-                side = name_of(COMPARE_SIDES, message.text.side)
+                side = name_of(pb.CompareSide.DESCRIPTOR, message.text.side)
                 return CompareText(side, self.sides[side].add(message.text.response))
             case "divergence":
-                where = message.divergence
-                at = Divergence(where.position, where.id, where.text, where.kl)
+                at = Divergence.from_proto(message.divergence)
                 self.divergences.append(at)
                 return at
             case "summary":
-                total = message.summary
-                self.summary = CompareSummary(total.mean_kl, total.max_kl, total.top1_agreement, total.positions)
+                self.summary = CompareSummary.from_proto(message.summary)
                 return self.summary
             case other:
                 raise ValueError(f"a comparison sent an event this client does not know: {other}")

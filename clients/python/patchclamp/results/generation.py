@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from patchclamp.names import FINISH_REASONS, name_of
 from patchclamp.results.grounding import CopySource, GroundingReport
 from patchclamp.results.receipts import ReadoutValue, Receipt, RequestWarning
 from patchclamp.results.record import Record
@@ -17,10 +16,6 @@ class TokenLogprob(Record):
     id: int
     text: str
     logprob: float
-
-    @classmethod
-    def from_proto(cls, message: pb.TokenLogprob) -> "TokenLogprob":
-        return cls(message.id, message.text, message.logprob)
 
 
 @dataclass(frozen=True)
@@ -39,18 +34,6 @@ class Token(Record):
     readouts: tuple[ReadoutValue, ...]
     sources: tuple[CopySource, ...] = ()
 
-    @classmethod
-    def from_proto(cls, message: pb.GeneratedToken) -> "Token":
-        return cls(
-            message.id,
-            message.text,
-            message.position,
-            message.logprob if message.HasField("logprob") else None,
-            tuple(map(TokenLogprob.from_proto, message.top_logprobs)),
-            tuple(ReadoutValue.from_proto(r) for r in message.readouts),
-            tuple(CopySource.from_proto(source) for source in message.sources),
-        )
-
 
 @dataclass(frozen=True)
 class Usage(Record):
@@ -60,17 +43,6 @@ class Usage(Record):
     time_to_first_token_seconds: float
     total_seconds: float
     preemptions: int
-
-    @classmethod
-    def from_proto(cls, message: pb.Usage) -> "Usage":
-        return cls(
-            message.prompt_tokens,
-            message.cached_prompt_tokens,
-            message.generated_tokens,
-            message.time_to_first_token_seconds,
-            message.total_seconds,
-            message.preemptions,
-        )
 
     def __str__(self) -> str:
         cached = f" ({self.cached_prompt_tokens} cached)" if self.cached_prompt_tokens else ""
@@ -95,18 +67,6 @@ class Finished(Record):
     sparsity: SparsityReport | None = None
     grounding: GroundingReport | None = None
 
-    @classmethod
-    def from_proto(cls, message: pb.Finished) -> "Finished":
-        return cls(
-            name_of(FINISH_REASONS, message.reason),
-            message.stop_string,
-            Receipt.from_proto(message.receipt),
-            Usage.from_proto(message.usage),
-            message.seed,
-            SparsityReport.from_proto(message.sparsity) if message.HasField("sparsity") else None,
-            GroundingReport.from_proto(message.grounding) if message.HasField("grounding") else None,
-        )
-
 
 @dataclass(frozen=True)
 class Chunk(Record):
@@ -120,16 +80,6 @@ class Chunk(Record):
     prompt_readouts: tuple[ReadoutValue, ...]
     finished: Finished | None
     warnings: tuple[RequestWarning, ...] = ()
-
-    @classmethod
-    def from_proto(cls, message: pb.GenerateResponse) -> "Chunk":
-        return cls(
-            message.text,
-            tuple(Token.from_proto(t) for t in message.tokens),
-            tuple(ReadoutValue.from_proto(r) for r in message.prompt_readouts),
-            Finished.from_proto(message.finished) if message.HasField("finished") else None,
-            tuple(RequestWarning.from_proto(w) for w in message.warnings),
-        )
 
 
 @dataclass(frozen=True)
@@ -159,18 +109,6 @@ class ScoreResult(Record):
     receipt: Receipt
     usage: Usage
     sparsity: SparsityReport | None = None
-
-    @classmethod
-    def from_proto(cls, message: pb.ScoreResponse) -> "ScoreResult":
-        return cls(
-            tuple(Token.from_proto(t) for t in message.tokens),
-            message.total_logprob,
-            message.perplexity,
-            tuple(ReadoutValue.from_proto(r) for r in message.prompt_readouts),
-            Receipt.from_proto(message.receipt),
-            Usage.from_proto(message.usage),
-            SparsityReport.from_proto(message.sparsity) if message.HasField("sparsity") else None,
-        )
 
 
 @dataclass

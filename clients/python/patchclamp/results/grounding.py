@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from patchclamp.results.record import Record
-from patchclamp.v1 import generation_pb2 as pb
 
 
 @dataclass(frozen=True)
@@ -15,10 +14,6 @@ class CopySource(Record):
     head: int
     probability: float
 
-    @classmethod
-    def from_proto(cls, message: pb.CopySource) -> "CopySource":
-        return cls(message.position, message.layer, message.head, message.probability)
-
 
 @dataclass(frozen=True)
 class GroundedRange(Record):
@@ -29,10 +24,6 @@ class GroundedRange(Record):
     tokens: int
     text: str
 
-    @classmethod
-    def from_proto(cls, message: pb.GroundedRange) -> "GroundedRange":
-        return cls(message.start, message.end, message.tokens, message.text)
-
 
 @dataclass(frozen=True)
 class GroundingReport(Record):
@@ -41,11 +32,6 @@ class GroundingReport(Record):
     grounded_ratio: float
     grounded_tokens: int
     ranges: tuple[GroundedRange, ...]
-
-    @classmethod
-    def from_proto(cls, message: pb.GroundingReport) -> "GroundingReport":
-        ranges = tuple(GroundedRange.from_proto(each) for each in message.ranges)
-        return cls(message.grounded_ratio, message.grounded_tokens, ranges)
 
     def __str__(self) -> str:
         places = "no range" if not self.ranges else f"{len(self.ranges)} range{'s' if len(self.ranges) > 1 else ''}"

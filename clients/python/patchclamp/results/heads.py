@@ -21,16 +21,6 @@ class HeadScore(Record):
     high: float | None = None
     always_on: bool = False
 
-    @classmethod
-    def from_proto(cls, message: pb.HeadScore) -> "HeadScore":
-        return cls(
-            _head(message.head),
-            message.score,
-            message.low if message.HasField("low") else None,
-            message.high if message.HasField("high") else None,
-            message.always_on,
-        )
-
 
 def score_matrix(scores: Iterable[HeadScore]) -> tuple[tuple[float, ...], ...]:
     """[layers][heads]. ValueError unless there is one score for each head of every layer."""
@@ -52,10 +42,6 @@ class NeedleRun(Record):
     recall: float
     success: bool
     answer: str
-
-    @classmethod
-    def from_proto(cls, message: pb.NeedleRun) -> "NeedleRun":
-        return cls(message.needle, message.length, message.depth, message.recall, message.success, message.answer)
 
 
 @dataclass(frozen=True)
@@ -92,19 +78,6 @@ class RetrievalHeads(Record):
     stability: float
     stopped_early: bool
 
-    @classmethod
-    def from_proto(cls, message: pb.RetrievalHeads, runs: Iterable[NeedleRun]) -> "RetrievalHeads":
-        return cls(
-            Artifact.from_proto(message.artifact),
-            tuple(map(HeadScore.from_proto, message.scores)),
-            tuple(runs),
-            message.successes,
-            message.threshold,
-            message.fraction_above_threshold,
-            message.stability,
-            message.stopped_early,
-        )
-
 
 DetectionEvent = Progress | NeedleRun | RetrievalHeads
 
@@ -125,7 +98,7 @@ class DetectionCollector:
                 self.runs.append(run)
                 return run
             case "result":
-                self._result = RetrievalHeads.from_proto(message.result, self.runs)
+                self._result = RetrievalHeads.from_proto(message.result, runs=tuple(self.runs))
                 return self._result
             case other:
                 raise ValueError(f"a detection sent an event this client does not know: {other}")
@@ -142,10 +115,6 @@ class ScoredHeads(Record):
     artifact: Artifact
     scores: tuple[HeadScore, ...]
 
-    @classmethod
-    def from_proto(cls, message: pb.ScoredHeads) -> "ScoredHeads":
-        return cls(Artifact.from_proto(message.artifact), tuple(map(HeadScore.from_proto, message.scores)))
-
 
 @dataclass(frozen=True)
 class HeadMetrics(Record):
@@ -156,11 +125,6 @@ class HeadMetrics(Record):
     mean_recall: float
     perplexity: float
     heads: tuple[Head, ...]
-
-    @classmethod
-    def from_proto(cls, message: pb.HeadMetrics) -> "HeadMetrics":
-        heads = tuple(map(_head, message.heads))
-        return cls(message.runs, message.successes, message.mean_recall, message.perplexity, heads)
 
 
 @dataclass(frozen=True)
@@ -175,18 +139,6 @@ class HeadEditEffect(Record):
     random_perplexity_mean: float
     random_perplexity_deviation: float
 
-    @classmethod
-    def from_proto(cls, message: pb.HeadEditEffect) -> "HeadEditEffect":
-        return cls(
-            HeadMetrics.from_proto(message.unedited),
-            HeadMetrics.from_proto(message.edited),
-            tuple(map(HeadMetrics.from_proto, message.random)),
-            message.random_success_mean,
-            message.random_success_deviation,
-            message.random_perplexity_mean,
-            message.random_perplexity_deviation,
-        )
-
 
 @dataclass(frozen=True)
 class Circuit(Record):
@@ -199,18 +151,6 @@ class Circuit(Record):
     faithfulness: float
     random_faithfulness_mean: float
     random_faithfulness_deviation: float
-
-    @classmethod
-    def from_proto(cls, message: pb.Circuit) -> "Circuit":
-        return cls(
-            Artifact.from_proto(message.artifact),
-            tuple(map(HeadScore.from_proto, message.effects)),
-            message.clean_metric,
-            message.corrupt_metric,
-            message.faithfulness,
-            message.random_faithfulness_mean,
-            message.random_faithfulness_deviation,
-        )
 
 
 @dataclass(frozen=True)
@@ -225,18 +165,6 @@ class HeadSetComparison(Record):
     common: int
     rank_correlation: float
 
-    @classmethod
-    def from_proto(cls, message: pb.HeadSetComparison) -> "HeadSetComparison":
-        return cls(
-            message.first,
-            message.second,
-            message.jaccard,
-            message.overlap_coefficient,
-            message.expected_common,
-            message.common,
-            message.rank_correlation,
-        )
-
 
 @dataclass(frozen=True)
 class HeadAttribution(Record):
@@ -245,10 +173,6 @@ class HeadAttribution(Record):
     head: Head
     part: float
     sources: tuple[float, ...]
-
-    @classmethod
-    def from_proto(cls, message: pb.HeadAttribution) -> "HeadAttribution":
-        return cls(_head(message.head), message.part, tuple(message.sources))
 
 
 @dataclass(frozen=True)
@@ -261,18 +185,3 @@ class LogitAttribution(Record):
     mlps: tuple[float, ...]
     biases: float
     heads: tuple[HeadAttribution, ...]
-
-    @classmethod
-    def from_proto(cls, message: pb.AttributeLogitsResponse) -> "LogitAttribution":
-        return cls(
-            message.logit_difference,
-            message.parts_sum,
-            message.embedding,
-            tuple(message.mlps),
-            message.biases,
-            tuple(map(HeadAttribution.from_proto, message.heads)),
-        )
-
-
-def _head(message: pb.HeadId) -> Head:
-    return Head(message.layer, message.head)

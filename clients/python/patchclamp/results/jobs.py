@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from patchclamp.names import JOB_STATES, name_of
 from patchclamp.results.record import Record
 from patchclamp.v1 import job_pb2
 
@@ -38,10 +37,6 @@ class Progress(Record):
     stage: str
     done: int
     total: int
-
-    @classmethod
-    def from_proto(cls, message: ProgressMessage) -> "Progress":
-        return cls(message.stage, message.done, message.total)
 
 
 class JobCollector(Generic[MessageResultT, ResultT]):
@@ -88,16 +83,6 @@ class Job(Record):
     error: str
 
     @classmethod
-    def from_proto(cls, message: job_pb2.Job) -> "Job":
-        return cls(
-            id=message.id,
-            method=message.method,
-            state=name_of(JOB_STATES, message.state),
-            created=message.created.ToJsonString(),
-            ended=message.ended.ToJsonString() if message.HasField("ended") else "",
-            stage=message.stage,
-            done=message.done,
-            total=message.total,
-            error_code=message.error_code,
-            error=message.error_message,
-        )
+    def from_proto(cls, message: job_pb2.Job, **given: Any) -> "Job":
+        ended = message.ended.ToJsonString() if message.HasField("ended") else ""
+        return super().from_proto(message, ended=ended, error=message.error_message, **given)

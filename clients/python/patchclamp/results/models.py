@@ -1,10 +1,12 @@
 """What is served, and how a prompt is tokenised."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from patchclamp.names import SITES, name_of
+from patchclamp.names import name_of
 from patchclamp.results.record import Record
 from patchclamp.v1 import model_pb2 as pb
+from patchclamp.v1 import program_pb2
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,9 @@ class Model(Record):
     has_chat_template: bool
 
     @classmethod
-    def from_proto(cls, message: pb.Model) -> "Model":
-        return cls(
-            name=message.name,
-            fingerprint=message.fingerprint,
-            architecture=message.architecture,
-            n_layers=message.n_layers,
-            d_model=message.d_model,
-            d_ff=message.d_ff,
-            n_heads=message.n_heads,
-            n_kv_heads=message.n_kv_heads,
-            head_dim=message.head_dim,
-            vocab_size=message.vocab_size,
-            context_length=message.context_length,
-            dtype=message.dtype,
-            device=message.device,
-            sites={name_of(SITES, s.site): s.width for s in message.sites},
-            has_chat_template=message.has_chat_template,
-        )
+    def from_proto(cls, message: pb.Model, **given: Any) -> "Model":
+        sites = {name_of(program_pb2.Site.DESCRIPTOR, each.site): each.width for each in message.sites}
+        return super().from_proto(message, sites=sites, **given)
 
 
 @dataclass(frozen=True)
@@ -56,10 +43,6 @@ class Tokenization(Record):
     pieces: tuple[str, ...]
     roles: tuple[str, ...]
 
-    @classmethod
-    def from_proto(cls, message: pb.TokenizeResponse) -> "Tokenization":
-        return cls(tuple(message.ids), tuple(message.pieces), tuple(message.roles))
-
 
 @dataclass(frozen=True)
 class Detokenization(Record):
@@ -67,7 +50,3 @@ class Detokenization(Record):
 
     text: str
     pieces: tuple[str, ...]
-
-    @classmethod
-    def from_proto(cls, message: pb.DetokenizeResponse) -> "Detokenization":
-        return cls(message.text, tuple(message.pieces))

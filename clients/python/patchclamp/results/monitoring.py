@@ -1,8 +1,8 @@
 """Results of MonitoringService."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from patchclamp.names import PHASES, name_of
 from patchclamp.results.artifacts import Artifact
 from patchclamp.results.jobs import Progress
 from patchclamp.results.record import Record
@@ -16,24 +16,6 @@ class CreatedWatch(Record):
     artifact: Artifact
     items: tuple[str, ...]
 
-    @classmethod
-    def from_proto(cls, message: pb.CreateWatchResponse) -> "CreatedWatch":
-        return cls(Artifact.from_proto(message.artifact), tuple(message.items))
-
-
-WATCH_STATES = {"running": pb.WATCH_STATE_RUNNING, "refused": pb.WATCH_STATE_REFUSED}
-ITEM_KINDS = {
-    "neuron": pb.WATCH_ITEM_KIND_NEURON,
-    "direction": pb.WATCH_ITEM_KIND_DIRECTION,
-    "feature": pb.WATCH_ITEM_KIND_FEATURE,
-    "head": pb.WATCH_ITEM_KIND_HEAD,
-}
-SCALES = {
-    "chosen": pb.WATCH_SCALE_CHOSEN,
-    "reference": pb.WATCH_SCALE_REFERENCE,
-    "first_tokens": pb.WATCH_SCALE_FIRST_TOKENS,
-}
-
 
 @dataclass(frozen=True)
 class WatchReplica(Record):
@@ -45,16 +27,6 @@ class WatchReplica(Record):
     reason: str
     tokens: int
     reported: str
-
-    @classmethod
-    def from_proto(cls, message: pb.ReplicaWatch) -> "WatchReplica":
-        return cls(
-            message.replica,
-            name_of(WATCH_STATES, message.state),
-            message.reason,
-            message.tokens,
-            message.reported.ToJsonString(),
-        )
 
 
 @dataclass(frozen=True)
@@ -84,25 +56,10 @@ class RunningWatch(Record):
     replicas: tuple[WatchReplica, ...] = ()
 
     @classmethod
-    def from_proto(cls, message: pb.RunningWatch) -> "RunningWatch":
-        return cls(
-            name=message.name,
-            watch=message.watch,
-            items=tuple(message.items),
-            sampling_rate=message.sampling_rate,
-            phases=tuple(name_of(PHASES, phase) for phase in message.phases),
-            window_tokens=message.window_tokens,
-            buckets=tuple(message.buckets),
-            reference=message.reference,
-            started=message.started.ToJsonString(),
-            tokens=message.tokens,
-            calibration_tokens=message.calibration_tokens,
-            export_items=message.export_items,
-            configured=message.configured,
-            state=name_of(WATCH_STATES, message.state) if message.state else "running",
-            reason=message.reason,
-            replicas=tuple(map(WatchReplica.from_proto, message.replicas)),
-        )
+    def from_proto(cls, message: pb.RunningWatch, **given: Any) -> "RunningWatch":
+        # A server that does not say so yet knows of no watch that does not run.
+        known = given if message.state else {"state": "running", **given}
+        return super().from_proto(message, **known)
 
 
 @dataclass(frozen=True)
@@ -113,11 +70,6 @@ class RunningWatches(Record):
     max_watches: int
     max_items: int
     replica: str = ""
-
-    @classmethod
-    def from_proto(cls, message: pb.ListWatchesResponse) -> "RunningWatches":
-        watches = tuple(map(RunningWatch.from_proto, message.watches))
-        return cls(watches, message.max_watches, message.max_items, message.replica)
 
 
 @dataclass(frozen=True)
@@ -146,25 +98,6 @@ class ItemStatistics(Record):
     drift_noise: float | None = None
     drift_excess: float | None = None
 
-    @classmethod
-    def from_proto(cls, message: pb.ItemStatistics) -> "ItemStatistics":
-        return cls(
-            name=message.name,
-            tokens=message.tokens,
-            fired=message.fired,
-            mean=message.mean,
-            standard_deviation=message.standard_deviation,
-            min=message.min,
-            max=message.max,
-            not_finite=message.not_finite,
-            quantiles=tuple(Quantile(each.probability, each.value) for each in message.quantiles),
-            drift=message.drift if message.HasField("drift") else None,
-            kind=name_of(ITEM_KINDS, message.kind) if message.kind else "",
-            threshold=message.threshold,
-            drift_noise=message.drift_noise if message.HasField("drift_noise") else None,
-            drift_excess=message.drift_excess if message.HasField("drift_excess") else None,
-        )
-
 
 @dataclass(frozen=True)
 class KindStatistics(Record):
@@ -179,19 +112,6 @@ class KindStatistics(Record):
     max: float
     buckets: tuple[float, ...]
 
-    @classmethod
-    def from_proto(cls, message: pb.KindStatistics) -> "KindStatistics":
-        return cls(
-            kind=name_of(ITEM_KINDS, message.kind),
-            items=message.items,
-            values=message.values,
-            fired=message.fired,
-            mean=message.mean,
-            min=message.min,
-            max=message.max,
-            buckets=tuple(message.buckets),
-        )
-
 
 @dataclass(frozen=True)
 class WatchCalibration(Record):
@@ -201,10 +121,6 @@ class WatchCalibration(Record):
     scale: str
     tokens: int
     total: int
-
-    @classmethod
-    def from_proto(cls, message: pb.WatchCalibration) -> "WatchCalibration":
-        return cls(name_of(SCALES, message.scale), message.tokens, message.total)
 
 
 @dataclass(frozen=True)
@@ -224,22 +140,6 @@ class WatchStatistics(Record):
     kinds: tuple[KindStatistics, ...] = ()
     calibration: WatchCalibration | None = None
     sink_tokens: int = 0
-
-    @classmethod
-    def from_proto(cls, message: pb.GetWatchStatisticsResponse) -> "WatchStatistics":
-        return cls(
-            RunningWatch.from_proto(message.watch),
-            tuple(map(ItemStatistics.from_proto, message.items)),
-            message.mean_drift if message.HasField("mean_drift") else None,
-            message.max_drift if message.HasField("max_drift") else None,
-            message.mean_drift_noise if message.HasField("mean_drift_noise") else None,
-            message.max_drift_noise if message.HasField("max_drift_noise") else None,
-            message.mean_drift_excess if message.HasField("mean_drift_excess") else None,
-            message.max_drift_excess if message.HasField("max_drift_excess") else None,
-            kinds=tuple(map(KindStatistics.from_proto, message.kinds)),
-            calibration=WatchCalibration.from_proto(message.calibration) if message.HasField("calibration") else None,
-            sink_tokens=message.sink_tokens,
-        )
 
 
 @dataclass
@@ -277,17 +177,9 @@ class Activation(Record):
     seconds: float
 
     @classmethod
-    def from_proto(cls, message: pb.Activation) -> "Activation":
-        return cls(
-            item=message.item,
-            value=message.value,
-            token_id=message.token_id,
-            token=message.token,
-            position=message.position,
-            sequence=message.sequence,
-            phase=name_of(PHASES, message.phase),
-            seconds=message.time.seconds + message.time.nanos * 1e-9,
-        )
+    def from_proto(cls, message: pb.Activation, **given: Any) -> "Activation":
+        seconds = message.time.seconds + message.time.nanos * 1e-9
+        return super().from_proto(message, seconds=seconds, **given)
 
 
 @dataclass(frozen=True)
@@ -296,10 +188,6 @@ class Activations(Record):
 
     activations: tuple[Activation, ...]
     dropped: int
-
-    @classmethod
-    def from_proto(cls, message: pb.WatchActivationsResponse) -> "Activations":
-        return cls(tuple(map(Activation.from_proto, message.activations)), message.dropped)
 
 
 @dataclass(frozen=True)

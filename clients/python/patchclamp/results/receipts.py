@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from patchclamp.names import WARNING_CODES, name_of
 from patchclamp.results.record import Record
-from patchclamp.v1 import program_pb2 as pb
 
 
 @dataclass(frozen=True)
@@ -22,11 +20,6 @@ class ReadoutValue(Record):
     ids: tuple[int, ...]
     texts: tuple[str, ...] = ()
 
-    @classmethod
-    def from_proto(cls, message: pb.ReadoutValue) -> "ReadoutValue":
-        values, ids, texts = tuple(message.values), tuple(message.ids), tuple(message.texts)
-        return cls(message.name, message.layer, message.position, values, ids, texts)
-
 
 @dataclass(frozen=True)
 class RequestWarning(Record):
@@ -38,10 +31,6 @@ class RequestWarning(Record):
     code: str
     field: str
     message: str
-
-    @classmethod
-    def from_proto(cls, message: pb.RequestWarning) -> "RequestWarning":
-        return cls(name_of(WARNING_CODES, message.code), message.field, message.message)
 
     def __str__(self) -> str:
         return f"warning: {self.field}: {self.message}"
@@ -62,17 +51,6 @@ class EditReceipt(Record):
     gate_firings: int
     rows_from_cache: int
     gate_threshold: float | None = None
-
-    @classmethod
-    def from_proto(cls, message: pb.EditReceipt) -> "EditReceipt":
-        return cls(
-            message.name,
-            message.rows,
-            message.mean_relative_change,
-            message.gate_firings,
-            message.rows_from_cache,
-            message.gate_threshold if message.HasField("gate_threshold") else None,
-        )
 
     def __str__(self) -> str:
         if self.rows_from_cache and not self.rows:
@@ -103,12 +81,6 @@ class Receipt(Record):
     edits: tuple[EditReceipt, ...]
     touched: bool
     warnings: tuple[RequestWarning, ...] = ()
-
-    @classmethod
-    def from_proto(cls, message: pb.Receipt) -> "Receipt":
-        edits = tuple(EditReceipt.from_proto(e) for e in message.edits)
-        warnings = tuple(RequestWarning.from_proto(w) for w in message.warnings)
-        return cls(message.program_fingerprint, edits, message.touched, warnings)
 
     def __str__(self) -> str:
         outcome = "edited" if self.touched else "NO activation was touched"

@@ -1,13 +1,78 @@
-"""Base of the results: plain data for --json."""
+"""The base of the results: what one reads of its message, and how it is written as JSON."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from types import NoneType
+from typing import Any, Self, get_args, get_type_hints
+
+from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+
+from patchclamp.names import name_of
+
+Read = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class Record:
-    """A frozen dataclass that can be written as JSON."""
+    """A frozen dataclass whose fields have the names and the values of the fields of a message."""
+
+    @classmethod
+    def from_proto(cls, message: Any, **given: Any) -> Self:
+        """Returns the record of a message, and of the fields that are given in place of the message's own.
+
+        An enum value becomes its name: "" when it is unspecified, and its number when this client does not know it. A
+        time becomes RFC 3339 text, a Struct a dict, what is repeated a tuple. A field that may be None is None where
+        the message does not have it.
+        """
+        readers = _readers(cls, message.DESCRIPTOR, frozenset(given))
+        return cls(**{name: read(message) for name, read in readers}, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dicts, lists, strings and numbers."""
+        """Returns nested dicts, lists, strings and numbers."""
         return asdict(self)
+
+
+@cache
+def _readers(record: type[Record], message: Any, given: frozenset[str]) -> tuple[tuple[str, Read], ...]:
+    """Returns the name of each field that is not given, and what reads it. KeyError for one that no message has."""
+    types = get_type_hints(record)
+    names = [each.name for each in fields(record) if each.name not in given]
+    return tuple((name, _reader(message.fields_by_name[name], types[name])) for name in names)
+
+
+def _reader(field: FieldDescriptor, kind: Any) -> Read:
+    """Returns what reads a field of a message as a value of this type."""
+    name, alternatives = field.name, get_args(kind)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return lambda message: dict(getattr(message, name))
+    if field.is_repeated:
+        convert = _converter(field, alternatives[0])
+        return lambda message: tuple(map(convert, getattr(message, name)))
+    if NoneType in alternatives:
+        convert = _converter(field, next(each for each in alternatives if each is not NoneType))
+        return lambda message: convert(getattr(message, name)) if message.HasField(name) else None
+    convert = _converter(field, kind)
+    return lambda message: convert(getattr(message, name))
+
+
+def _converter(field: FieldDescriptor, kind: Any) -> Read:
+    """Returns what makes a value of this type of one value of a field."""
+    if field.enum_type is not None:
+        return partial(name_of, field.enum_type)
+    if field.message_type is None:
+        return _unchanged
+    match field.message_type.full_name:
+        case "google.protobuf.Timestamp":
+            return lambda value: value.ToJsonString()
+        case "google.protobuf.Struct":
+            return json_format.MessageToDict
+    if issubclass(kind, Record):
+        return kind.from_proto
+    # A named tuple, such as Head.
+    return lambda value: kind(*(getattr(value, each) for each in kind._fields))
+
+
+def _unchanged(value: Any) -> Any:
+    return value

@@ -1,11 +1,12 @@
 """What sparse inference did in a request, and results of SparsityService."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from patchclamp.results.artifacts import Artifact
 from patchclamp.results.jobs import Progress
 from patchclamp.results.record import Record
-from patchclamp.v1 import sparse_policy_pb2, sparsity_pb2
+from patchclamp.v1 import sparsity_pb2
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,6 @@ class GuardReport(Record):
     top1_agreement: float
     max_divergence: float
     dense_from: int | None
-
-    @classmethod
-    def from_proto(cls, message: sparse_policy_pb2.GuardReport) -> "GuardReport":
-        return cls(
-            message.sampled_tokens,
-            message.mean_divergence,
-            message.top1_agreement,
-            message.max_divergence,
-            message.dense_from if message.HasField("dense_from") else None,
-        )
 
     def __str__(self) -> str:
         if not self.sampled_tokens:
@@ -54,18 +45,6 @@ class SparsityReport(Record):
     guard: GuardReport | None
     filled_ratio: float = 0.0
 
-    @classmethod
-    def from_proto(cls, message: sparse_policy_pb2.SparsityReport) -> "SparsityReport":
-        return cls(
-            message.policy,
-            message.profile,
-            message.sparse_tokens,
-            message.dense_tokens,
-            message.active_ratio,
-            GuardReport.from_proto(message.guard) if message.HasField("guard") else None,
-            message.filled_ratio,
-        )
-
     def __str__(self) -> str:
         profile = f" ({self.profile[:19]})" if self.profile else ""
         dense = f", {self.dense_tokens} dense" if self.dense_tokens else ""
@@ -89,19 +68,6 @@ class QualityCard(Record):
     scored_tokens: int
     dense_perplexity: float
 
-    @classmethod
-    def from_proto(cls, message: sparsity_pb2.QualityCard) -> "QualityCard":
-        return cls(
-            message.perplexity_ratio,
-            message.divergence,
-            message.top1_agreement,
-            message.sparsity,
-            message.bytes_read_16,
-            message.documents,
-            message.scored_tokens,
-            message.dense_perplexity,
-        )
-
 
 @dataclass(frozen=True)
 class SpeedCard(Record):
@@ -112,10 +78,6 @@ class SpeedCard(Record):
     speedup: float
     tokens: int
 
-    @classmethod
-    def from_proto(cls, message: sparsity_pb2.SpeedCard) -> "SpeedCard":
-        return cls(message.dense_seconds_per_token, message.sparse_seconds_per_token, message.speedup, message.tokens)
-
 
 @dataclass(frozen=True)
 class CalibratedProfile(Record):
@@ -124,14 +86,6 @@ class CalibratedProfile(Record):
     artifact: Artifact
     quality: QualityCard
     random_control: QualityCard
-
-    @classmethod
-    def from_proto(cls, message: sparsity_pb2.CalibratedProfile) -> "CalibratedProfile":
-        return cls(
-            Artifact.from_proto(message.artifact),
-            QualityCard.from_proto(message.quality),
-            QualityCard.from_proto(message.random_control),
-        )
 
 
 @dataclass(frozen=True)
@@ -144,17 +98,6 @@ class SparsityEvaluation(Record):
     quality: QualityCard
     random_control: QualityCard
     speed: SpeedCard | None
-
-    @classmethod
-    def from_proto(cls, message: sparsity_pb2.SparsityEvaluation) -> "SparsityEvaluation":
-        return cls(
-            message.index,
-            message.policy,
-            message.keep_ratio,
-            QualityCard.from_proto(message.quality),
-            QualityCard.from_proto(message.random_control),
-            SpeedCard.from_proto(message.speed) if message.HasField("speed") else None,
-        )
 
 
 SparsityEvaluationEvent = Progress | SparsityEvaluation
@@ -206,8 +149,6 @@ class CoreNeurons(Record):
     overlaps: tuple[CoreOverlap, ...]
 
     @classmethod
-    def from_proto(cls, message: sparsity_pb2.PredictCoreNeuronsResponse) -> "CoreNeurons":
-        return cls(
-            tuple({each.layer: tuple(each.neurons) for each in prompt.layers} for prompt in message.prompts),
-            tuple(CoreOverlap(o.first, o.second, tuple(o.jaccard), o.mean_jaccard) for o in message.overlaps),
-        )
+    def from_proto(cls, message: sparsity_pb2.PredictCoreNeuronsResponse, **given: Any) -> "CoreNeurons":
+        prompts = tuple({each.layer: tuple(each.neurons) for each in prompt.layers} for prompt in message.prompts)
+        return super().from_proto(message, prompts=prompts, **given)
