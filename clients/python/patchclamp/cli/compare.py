@@ -5,14 +5,12 @@ import math
 
 from patchclamp.cli.generate import print_ending
 from patchclamp.cli.options import (
-    add_prompt_arguments,
-    add_sampling_arguments,
+    add_generation_arguments,
     connect,
     connection_options,
     generate_options,
     prompt_of,
 )
-from patchclamp.cli.sparse_spec import add_sparsity_arguments
 from patchclamp.cli.terminal import heading, print_json
 from patchclamp.results import CompareEvent, CompareText
 
@@ -23,9 +21,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         parents=[connection_options(timeout=math.inf)],
         help="edited beside unedited, with the divergence at every token",
     )
-    add_prompt_arguments(parser)
-    add_sampling_arguments(parser)
-    add_sparsity_arguments(parser)
+    add_generation_arguments(parser)
     parser.set_defaults(run=run)
 
 

@@ -6,14 +6,15 @@ from typing import cast
 
 from patchclamp import requests
 from patchclamp.cli.files import json_lines
-from patchclamp.cli.jobs import add_detach_argument, detach
-from patchclamp.cli.naming import add_replace_argument, note_moved
-from patchclamp.cli.numbers import seed
-from patchclamp.cli.options import connect, connection_options, given
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
+from patchclamp.cli.options import connection_options, given
+from patchclamp.cli.parser import seed
 from patchclamp.cli.steering import layer_list
-from patchclamp.cli.terminal import job_result, note, print_json, table
+from patchclamp.cli.terminal import note, print_json, table
+from patchclamp.client import Client
 from patchclamp.names import METHODS, POOLINGS, SITES
-from patchclamp.requests import ExtractOptions, Messages, PromptLike
+from patchclamp.requests import Messages, PromptLike
 from patchclamp.results import TokenProjections
 
 
@@ -35,8 +36,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--pooling", choices=POOLINGS)
     parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
     parser.add_argument("--seed", type=seed)
-    parser.add_argument("--description")
-    add_replace_argument(parser)
+    add_naming_arguments(parser)
     add_detach_argument(parser)
     parser.set_defaults(run=run)
 
@@ -48,19 +48,12 @@ def pairs_file(path: str) -> list[tuple[PromptLike, PromptLike]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = given(args, "site", "pooling", "holdout_fraction", "seed", "description")
+    options = {**given(args, "site", "pooling", "holdout_fraction", "seed"), **naming_options(args, args.name)}
     if args.layers != "all":
         options["layers"] = args.layers
-    options |= {"tags": [args.name], "replace_tags": args.replace}
-    if args.detach:
-        return detach(args, requests.extract_vectors(args.pairs, args.method, **cast(ExtractOptions, options)))
-    with (
-        connect(args) as client,
-        client.extract_vectors(
-            args.pairs, args.method, timeout=args.timeout, **cast(ExtractOptions, options)
-        ) as stream,
-    ):
-        result = job_result(stream, quiet=args.json)
+    result = job_outcome(args, Client.extract_vectors, requests.extract_vectors, args.pairs, args.method, **options)
+    if result is None:
+        return 0
     if args.json:
         print_json(result)
         return 0
@@ -99,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for warning in result.warnings:
         note(f"warning: {warning}")
-    note_moved(result.artifact)
-    note(f"stored as {args.name} = {result.artifact.id}; best layer {result.best_layer}")
+    note_stored(result.artifact, args.name, f"; best layer {result.best_layer}")
     return 0
 
 

@@ -5,14 +5,12 @@ import math
 from dataclasses import replace
 
 from patchclamp.cli.options import (
-    add_prompt_arguments,
-    add_sampling_arguments,
+    add_generation_arguments,
     connect,
     connection_options,
     generate_options,
     prompt_of,
 )
-from patchclamp.cli.sparse_spec import add_sparsity_arguments
 from patchclamp.cli.terminal import note, print_json, quoted, table
 from patchclamp.requests import GenerateOptions
 from patchclamp.results import GenerateResult, RequestWarning, Token
@@ -24,9 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         parents=[connection_options(timeout=math.inf)],
         help="stream text, steered or not, and print the receipt",
     )
-    add_prompt_arguments(parser)
-    add_sampling_arguments(parser)
-    add_sparsity_arguments(parser)
+    add_generation_arguments(parser)
     parser.set_defaults(run=run)
 
 

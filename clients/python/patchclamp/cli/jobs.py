@@ -2,12 +2,16 @@
 
 import argparse
 import math
+from collections.abc import Callable
+from typing import Any
 
 from patchclamp.cli.naming import note_moved
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.terminal import job_result, note, print_json, table
+from patchclamp.collectors import ResultT
 from patchclamp.requests import JobRequest
 from patchclamp.results import Artifact, Job, JobResult
+from patchclamp.streams import Stream
 
 # Options that say how the result is shown.
 _OF_THE_RESULT = ("heatmap", "grid")
@@ -37,6 +41,24 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action.add_argument("id", help="as --detach and `jobs list` print it")
 
 
+def job_outcome(
+    args: argparse.Namespace,
+    call: Callable[..., Stream[Any, Any, ResultT]],
+    build: Callable[..., JobRequest],
+    *arguments: Any,
+    **options: Any,
+) -> ResultT | None:
+    """Returns the result of a job, with its progress on the way; with --detach it only begins, and there is None.
+
+    call, build: the method of Client and the builder of patchclamp.requests, which take the same arguments.
+    """
+    if args.detach:
+        _detach(args, build(*arguments, **options))
+        return None
+    with connect(args) as client, call(client, *arguments, timeout=args.timeout, **options) as stream:
+        return job_result(stream, quiet=args.json)
+
+
 def add_detach_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detach",
@@ -45,8 +67,8 @@ def add_detach_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def detach(args: argparse.Namespace, request: JobRequest) -> int:
-    """Begins a job in place of waiting for the result. ValueError for an option that says how the result is shown."""
+def _detach(args: argparse.Namespace, request: JobRequest) -> None:
+    """Begins a job, and prints its id. ValueError for an option that says how the result is shown."""
     for option in _OF_THE_RESULT:
         if getattr(args, option, None) is not None:
             raise ValueError(f"--{option} shows the result, which --detach does not wait for")
@@ -56,7 +78,6 @@ def detach(args: argparse.Namespace, request: JobRequest) -> int:
         print_json(job)
     else:
         print(job.id)
-    return 0
 
 
 def run_list(args: argparse.Namespace) -> int:

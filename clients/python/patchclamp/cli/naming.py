@@ -1,16 +1,35 @@
 """Names that a command stores under: whether they may be taken from others, and what was."""
 
 import argparse
+from typing import Any
 
 from patchclamp.cli.terminal import note
 from patchclamp.errors import PatchclampError
 from patchclamp.results import Artifact
 
 
+def add_naming_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what a command takes that stores an artifact; `naming_options` reads it."""
+    parser.add_argument("--description")
+    add_replace_argument(parser)
+
+
+def naming_options(args: argparse.Namespace, *tags: str) -> dict[str, Any]:
+    """Returns the options of a request that stores an artifact under these tags."""
+    options = {} if args.description is None else {"description": args.description}
+    return {**options, "tags": tags, "replace_tags": args.replace}
+
+
 def add_replace_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replace", action="store_true", help="take the name from the artifact that has it, which stays stored"
     )
+
+
+def note_stored(artifact: Artifact, name: str, remark: str = "") -> None:
+    """Prints the tags that were another's, and where a result is stored."""
+    note_moved(artifact)
+    note(f"stored as {name} = {artifact.id}{remark}")
 
 
 def note_moved(artifact: Artifact) -> None:

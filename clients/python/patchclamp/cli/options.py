@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from patchclamp.cli.numbers import count, seed
-from patchclamp.cli.sparse_spec import sparsity_of
+from patchclamp.cli.parser import count, seed
+from patchclamp.cli.sparse_spec import add_sparsity_arguments, sparsity_of
 from patchclamp.cli.steering import add_steering_arguments, program_of
 from patchclamp.client import Client
 from patchclamp.connection import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS
@@ -106,15 +106,26 @@ def _channel_option(text: str) -> tuple[str, str | int]:
         return name, value
 
 
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="", help="default: the server's model")
+
+
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help='text, or "-" to read it from standard input')
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's turn of a chat")
     parser.add_argument("--system", metavar="TEXT", help="system turn before it; implies --chat")
-    parser.add_argument("--model", default="", help="default: the server's model")
+    add_model_argument(parser)
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command takes that generates from a prompt: `generate_options` reads it."""
+    add_prompt_arguments(parser)
     add_steering_arguments(parser)
+    _add_sampling_arguments(parser)
+    add_sparsity_arguments(parser)
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: greedy)")
     group.add_argument("--max-tokens", type=count, metavar="N")
     group.add_argument("--temperature", type=float)

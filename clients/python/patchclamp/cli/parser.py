@@ -1,8 +1,8 @@
-"""Arguments of the commands. A wrong use is one line, of the command it is about, with what was probably meant."""
+"""How arguments are read. A wrong use is one line, of the command it is about, with what was probably meant."""
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
@@ -26,3 +26,22 @@ class Parser(argparse.ArgumentParser):
     def _meant(self, option: str) -> str:
         close = difflib.get_close_matches(option.partition("=")[0], self._option_string_actions, n=1)
         return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _whole(largest: int) -> Callable[[str], int]:
+    """Returns what reads a whole number in the range of its field: argparse names the option of a wrong one."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = -1
+        if not 0 <= value <= largest:
+            raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {largest}, got {text!r}")
+        return value
+
+    return parse
+
+
+count = _whole(2**31 - 1)
+seed = _whole(2**64 - 1)

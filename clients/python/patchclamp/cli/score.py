@@ -3,10 +3,10 @@
 import argparse
 
 from patchclamp.cli.generate import print_logprobs
-from patchclamp.cli.numbers import count
 from patchclamp.cli.options import add_prompt_arguments, connect, connection_options, prompt_of
+from patchclamp.cli.parser import count
 from patchclamp.cli.sparse_spec import add_sparsity_arguments, sparsity_of
-from patchclamp.cli.steering import program_of
+from patchclamp.cli.steering import add_steering_arguments, program_of
 from patchclamp.cli.terminal import note, print_json
 
 
@@ -15,6 +15,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "score", parents=[connection_options()], help="log-probabilities of a given continuation"
     )
     add_prompt_arguments(parser)
+    add_steering_arguments(parser)
     parser.add_argument("continuation", help="text to score after the prompt")
     parser.add_argument("--logprobs", type=count, default=0, metavar="N", help="also the N likeliest at each position")
     add_sparsity_arguments(parser, with_guard=False)

@@ -2,17 +2,14 @@
 
 import argparse
 
-from patchclamp.cli.numbers import count
-from patchclamp.cli.options import connect, connection_options, prompt_of
+from patchclamp.cli.options import add_model_argument, add_prompt_arguments, connect, connection_options, prompt_of
+from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import print_json, quoted, table
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     tokenize = commands.add_parser("tokenize", parents=[connection_options()], help="the tokens of a prompt, as sent")
-    tokenize.add_argument("prompt", help='text, or "-" to read it from standard input')
-    tokenize.add_argument("--chat", action="store_true", help="send the prompt as a user's turn of a chat")
-    tokenize.add_argument("--system", metavar="TEXT", help="system turn before it; implies --chat")
-    tokenize.add_argument("--model", default="", help="default: the server's model")
+    add_prompt_arguments(tokenize)
     tokenize.set_defaults(run=run_tokenize)
 
     detokenize = commands.add_parser("detokenize", parents=[connection_options()], help="the text of token ids")
@@ -20,7 +17,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     form = detokenize.add_mutually_exclusive_group()
     form.add_argument("--pieces", action="store_true", help="the text of each token instead of the whole")
     form.add_argument("--skip-special-tokens", action="store_true", help="leave them out of the whole text")
-    detokenize.add_argument("--model", default="", help="default: the server's model")
+    add_model_argument(detokenize)
     detokenize.set_defaults(run=run_detokenize)
 
 

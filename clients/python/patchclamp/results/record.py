@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
+from operator import attrgetter
 from types import NoneType
 from typing import Any, Self, get_args, get_type_hints
 
@@ -54,7 +55,8 @@ def _reader(field: FieldDescriptor, kind: Any) -> Read:
         convert = _converter(field, next(each for each in alternatives if each is not NoneType))
         return lambda message: convert(getattr(message, name)) if message.HasField(name) else None
     convert = _converter(field, kind)
-    return lambda message: convert(getattr(message, name))
+    # Most fields are numbers and texts, and tokens come by the thousand.
+    return attrgetter(name) if convert is _unchanged else lambda message: convert(getattr(message, name))
 
 
 def _converter(field: FieldDescriptor, kind: Any) -> Read:

@@ -7,12 +7,12 @@ from patchclamp import requests
 from patchclamp.cli.files import text_file
 from patchclamp.cli.heads.needles import add_needle_arguments, needle_test
 from patchclamp.cli.heads.selection import add_heads_argument
-from patchclamp.cli.jobs import add_detach_argument, detach
-from patchclamp.cli.numbers import count
-from patchclamp.cli.options import connect, connection_options
-from patchclamp.cli.terminal import job_result, print_json, table
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.options import add_model_argument, connection_options, given
+from patchclamp.cli.parser import count
+from patchclamp.cli.terminal import print_json, table
+from patchclamp.client import Client
 from patchclamp.names import HEAD_EDIT_MODES
-from patchclamp.requests import HeadEditOptions
 from patchclamp.results import HeadEditEffect, HeadMetrics
 
 
@@ -30,13 +30,14 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--text", type=text_file, nargs="+", default=[], metavar="FILE", help="of perplexity (default: built in)"
     )
-    parser.add_argument("--model", default="", help="default: the server's model")
+    add_model_argument(parser)
     add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    options: HeadEditOptions = {
+    options = {
+        **given(args, "scale"),
         "top_k": args.top,
         "random_sets": args.random_sets,
         "seed": args.seed,
@@ -44,15 +45,9 @@ def run(args: argparse.Namespace) -> int:
         "texts": args.text,
         "model": args.model,
     }
-    if args.scale is not None:
-        options["scale"] = args.scale
-    if args.detach:
-        return detach(args, requests.evaluate_head_edit(args.heads, args.mode, **options))
-    with (
-        connect(args) as client,
-        client.evaluate_head_edit(args.heads, args.mode, timeout=args.timeout, **options) as stream,
-    ):
-        effect = job_result(stream, quiet=args.json)
+    effect = job_outcome(args, Client.evaluate_head_edit, requests.evaluate_head_edit, args.heads, args.mode, **options)
+    if effect is None:
+        return 0
     if args.json:
         print_json(effect)
     else:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 from patchclamp.cli.heads.scores import SHOWN, add_heat_map_argument, show_heat_map, write_heat_map
-from patchclamp.cli.numbers import count
-from patchclamp.cli.options import connect, connection_options, given, prompt_of
+from patchclamp.cli.options import add_prompt_arguments, connect, connection_options, given, prompt_of
+from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import print_json, quoted, table
 from patchclamp.requests import AttributeOptions
 from patchclamp.results import HeadScore, LogitAttribution, score_matrix
@@ -26,15 +26,12 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = actions.add_parser(
         "attribute", parents=[connection_options()], help="split a logit difference into parts by head and source token"
     )
-    parser.add_argument("prompt", help='text, or "-" to read it from standard input')
-    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's turn of a chat")
-    parser.add_argument("--system", metavar="TEXT", help="system turn before it; implies --chat")
+    add_prompt_arguments(parser)
     parser.add_argument("--target", required=True, help="text whose first token is attributed")
     parser.add_argument("--contrast", default="", help="text whose first token it is compared with (default: none)")
     parser.add_argument(
         "--top-heads", type=count, metavar="K", help="heads that are split by source token (default: 10)"
     )
-    parser.add_argument("--model", default="", help="default: the server's model")
     add_heat_map_argument(parser)
     parser.set_defaults(run=run)
 

@@ -2,19 +2,18 @@
 
 import argparse
 import math
-from typing import cast
 
 from patchclamp import requests
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
-from patchclamp.cli.jobs import add_detach_argument, detach
-from patchclamp.cli.naming import add_replace_argument, note_moved
-from patchclamp.cli.numbers import count, seed
-from patchclamp.cli.options import connect, connection_options, given
-from patchclamp.cli.terminal import job_result, note, print_json
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
+from patchclamp.cli.options import add_model_argument, connection_options, given
+from patchclamp.cli.parser import count, seed
+from patchclamp.cli.terminal import print_json
+from patchclamp.client import Client
 from patchclamp.heads import CleanCorruptPair
 from patchclamp.names import CIRCUIT_METHODS
-from patchclamp.requests import CircuitOptions
 from patchclamp.results import score_matrix
 
 _FIELDS = ("clean", "corrupt", "clean_answer", "corrupt_answer")
@@ -38,10 +37,9 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--circuit-size", type=count, metavar="N", help="heads whose faithfulness is reported")
     parser.add_argument("--random-sets", type=count, metavar="N", help="random circuits of equal size")
     parser.add_argument("--seed", type=seed)
-    parser.add_argument("--description")
-    add_replace_argument(parser)
+    add_naming_arguments(parser)
     add_detach_argument(parser)
-    parser.add_argument("--model", default="", help="default: the server's model")
+    add_model_argument(parser)
     add_heat_map_argument(parser)
     parser.set_defaults(run=run)
 
@@ -61,15 +59,10 @@ def clean_corrupt_file(path: str) -> list[CleanCorruptPair]:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = given(args, "circuit_size", "random_sets", "seed", "description")
-    options = cast(CircuitOptions, {**chosen, "tags": [args.name], "replace_tags": args.replace, "model": args.model})
-    if args.detach:
-        return detach(args, requests.find_circuit(args.pairs, args.method, **options))
-    with (
-        connect(args) as client,
-        client.find_circuit(args.pairs, args.method, timeout=args.timeout, **options) as stream,
-    ):
-        result = job_result(stream, quiet=args.json)
+    options = {**given(args, "circuit_size", "random_sets", "seed", "model"), **naming_options(args, args.name)}
+    result = job_outcome(args, Client.find_circuit, requests.find_circuit, args.pairs, args.method, **options)
+    if result is None:
+        return 0
     if args.json:
         print_json(result)
     else:
@@ -81,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
             f"faithfulness {result.faithfulness:.3f}; of random circuits {result.random_faithfulness_mean:.3f} "
             f"± {result.random_faithfulness_deviation:.3f}"
         )
-        note_moved(result.artifact)
-        note(f"stored as {args.name} = {result.artifact.id}")
+        note_stored(result.artifact, args.name)
     write_heat_map(args, score_matrix(result.effects), f"effect by {args.method}")
     return 0

@@ -2,21 +2,20 @@
 
 import argparse
 import math
-from typing import cast
 
 from patchclamp import requests
 from patchclamp.cli.files import picture_file
 from patchclamp.cli.heads.drawing import needle_grid_lines
 from patchclamp.cli.heads.needles import add_needle_arguments, needle_test
 from patchclamp.cli.heads.scores import add_heat_map_argument, print_lines, show_scores, write_heat_map
-from patchclamp.cli.jobs import add_detach_argument, detach
-from patchclamp.cli.naming import add_replace_argument, note_moved
-from patchclamp.cli.options import connect, connection_options, given
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
+from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.settings import settings
-from patchclamp.cli.terminal import job_result, note, print_json
+from patchclamp.cli.terminal import note, print_json
+from patchclamp.client import Client
 from patchclamp.heads import StoppingRule
 from patchclamp.pictures.heads import needle_grid_figure
-from patchclamp.requests import DetectOptions
 from patchclamp.results import NeedleGrid, RetrievalHeads, score_matrix
 
 
@@ -36,10 +35,9 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="on|SETTING,...",
         help="stop once the ranking is stable, as in top_k=10,agreement=.9,window=6,min_successes=12",
     )
-    parser.add_argument("--description")
-    add_replace_argument(parser)
+    add_naming_arguments(parser)
     add_detach_argument(parser)
-    parser.add_argument("--model", default="", help="default: the server's model")
+    add_model_argument(parser)
     add_heat_map_argument(parser)
     parser.add_argument("--grid", type=picture_file, metavar="OUT.png", help="picture of success by length and depth")
     parser.set_defaults(run=run)
@@ -52,22 +50,18 @@ def stopping_rule(text: str) -> StoppingRule:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = given(args, "threshold", "stopping", "description")
-    options = cast(DetectOptions, {**chosen, "tags": [args.name], "replace_tags": args.replace, "model": args.model})
-    if args.detach:
-        return detach(args, requests.detect_retrieval_heads(needle_test(args), **options))
-    with (
-        connect(args) as client,
-        client.detect_retrieval_heads(needle_test(args), timeout=args.timeout, **options) as stream,
-    ):
-        result = job_result(stream, quiet=args.json)
+    options = {**given(args, "threshold", "stopping", "model"), **naming_options(args, args.name)}
+    result = job_outcome(
+        args, Client.detect_retrieval_heads, requests.detect_retrieval_heads, needle_test(args), **options
+    )
+    if result is None:
+        return 0
     grid = NeedleGrid.of(result.runs)
     if args.json:
         print_json(result)
     else:
         _show(result, grid)
-        note_moved(result.artifact)
-        note(f"stored as {args.name} = {result.artifact.id}")
+        note_stored(result.artifact, args.name)
     write_heat_map(args, score_matrix(result.scores), "retrieval score")
     if args.grid is not None:
         needle_grid_figure(grid, "needles found").savefig(args.grid)

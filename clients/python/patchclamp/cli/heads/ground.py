@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from patchclamp.cli.generate import print_ending
 from patchclamp.cli.heads.selection import add_top_k_argument
 from patchclamp.cli.options import (
-    add_prompt_arguments,
-    add_sampling_arguments,
+    add_generation_arguments,
     connect,
     connection_options,
     generate_options,
     prompt_of,
 )
-from patchclamp.cli.sparse_spec import add_sparsity_arguments
 from patchclamp.cli.terminal import heading, note, print_json, quoted, table
 from patchclamp.heads import Grounding, Head
 from patchclamp.requests import GenerateOptions
@@ -31,10 +29,8 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="an answer, and the parts of the prompt it was copied from",
     )
     parser.add_argument("head_set", metavar="HEAD_SET", help="id or tag, for example of `heads detect`")
-    add_prompt_arguments(parser)
+    add_generation_arguments(parser)
     add_top_k_argument(parser)
-    add_sampling_arguments(parser)
-    add_sparsity_arguments(parser)
     parser.set_defaults(run=run)
 
 

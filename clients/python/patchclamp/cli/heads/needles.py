@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from patchclamp.cli.files import json_lines, text_file, text_of
-from patchclamp.cli.numbers import count, seed
+from patchclamp.cli.parser import count, seed
 from patchclamp.heads import Needle, NeedleTest
 
 NumberT = TypeVar("NumberT", int, float)

@@ -2,19 +2,18 @@
 
 import argparse
 import math
-from typing import cast
 
 from patchclamp import requests
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
-from patchclamp.cli.jobs import add_detach_argument, detach
-from patchclamp.cli.naming import add_replace_argument, note_moved
-from patchclamp.cli.numbers import count, seed
-from patchclamp.cli.options import connect, connection_options, given
-from patchclamp.cli.terminal import job_result, note, print_json
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
+from patchclamp.cli.options import add_model_argument, connection_options, given
+from patchclamp.cli.parser import count, seed
+from patchclamp.cli.terminal import print_json
+from patchclamp.client import Client
 from patchclamp.heads import TemporalFact
 from patchclamp.names import HEAD_SCORE_METHODS
-from patchclamp.requests import HeadScoreOptions
 from patchclamp.results import score_matrix
 
 
@@ -34,10 +33,9 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="FILE",
         help='of temporal: lines of {"prompt": ..., "answer": ..., "time_conditioned": true}',
     )
-    parser.add_argument("--description")
-    add_replace_argument(parser)
+    add_naming_arguments(parser)
     add_detach_argument(parser)
-    parser.add_argument("--model", default="", help="default: the server's model")
+    add_model_argument(parser)
     add_heat_map_argument(parser)
     parser.set_defaults(run=run)
 
@@ -51,22 +49,17 @@ def facts_file(path: str) -> list[TemporalFact]:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = given(args, "ngram", "sequence_tokens", "sequences", "seed", "facts", "description", "model")
-    if args.name is not None:
-        options |= {"tags": [args.name], "replace_tags": args.replace}
-    if args.detach:
-        return detach(args, requests.score_heads(args.method, **cast(HeadScoreOptions, options)))
-    with (
-        connect(args) as client,
-        client.score_heads(args.method, timeout=args.timeout, **cast(HeadScoreOptions, options)) as stream,
-    ):
-        result = job_result(stream, quiet=args.json)
+    tags = () if args.name is None else (args.name,)
+    options = given(args, "ngram", "sequence_tokens", "sequences", "seed", "facts", "model")
+    options |= naming_options(args, *tags)
+    result = job_outcome(args, Client.score_heads, requests.score_heads, args.method, **options)
+    if result is None:
+        return 0
     if args.json:
         print_json(result)
     else:
         show_scores(result.scores, args.method)
-        note_moved(result.artifact)
-        note(f"stored as {args.name or 'no tag'} = {result.artifact.id}")
+        note_stored(result.artifact, args.name or "no tag")
     write_heat_map(args, score_matrix(result.scores), args.method)
     return 0
 

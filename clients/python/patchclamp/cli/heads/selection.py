@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from patchclamp.cli.numbers import count
+from patchclamp.cli.parser import count
 from patchclamp.heads import Head, HeadsLike
 
 _LISTED = re.compile(r"L\d+H\d+(,L\d+H\d+)*")

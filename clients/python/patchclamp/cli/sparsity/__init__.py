@@ -8,7 +8,5 @@ from patchclamp.cli.sparsity import calibrate, core, evaluate, plot
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("sparsity", help="calibrate, measure and look at sparse inference")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    calibrate.add_parser(actions)
-    evaluate.add_parser(actions)
-    core.add_parser(actions)
-    plot.add_parser(actions)
+    for action in (calibrate, evaluate, core, plot):
+        action.add_parser(actions)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.options import add_model_argument, connect, connection_options
 from patchclamp.cli.sparse_spec import spec
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import print_json, table
@@ -23,7 +23,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="one whose set is fixed by the prompt, such as coreinfer_stability:keep_ratio=.4 or griffin",
     )
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
-    parser.add_argument("--model", default="", help="default: the server's model")
+    add_model_argument(parser)
     parser.set_defaults(run=run)
 
 

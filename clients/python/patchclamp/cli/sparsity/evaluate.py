@@ -5,13 +5,15 @@ import math
 from collections.abc import Sequence
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, detach
-from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.options import connection_options
 from patchclamp.cli.sparse_spec import Spec, spec
-from patchclamp.cli.sparsity.cards import CARD_HEADER, card_cells
 from patchclamp.cli.sparsity.texts import add_text_arguments, text_options, texts_of
-from patchclamp.cli.terminal import job_result, note, print_json, table
-from patchclamp.results import SparsityEvaluation
+from patchclamp.cli.terminal import note, print_json, table
+from patchclamp.client import Client
+from patchclamp.results import QualityCard, SparsityEvaluation
+
+CARD_HEADER = ("perplexity ratio", "KL", "top-1", "sparsity", "bytes read")
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,17 +34,17 @@ def run(args: argparse.Namespace) -> int:
     given: list[Spec] = args.specs
     specs = [each.with_keep(keep) for each in given for keep in args.keep] if args.keep else given
     sparsities = [each.sparsity for each in specs]
-    if args.detach:
-        return detach(
-            args, requests.evaluate_profile(sparsities, texts_of(args), measure_speed=args.speed, **text_options(args))
-        )
-    with (
-        connect(args) as client,
-        client.evaluate_profile(
-            sparsities, texts_of(args), measure_speed=args.speed, timeout=args.timeout, **text_options(args)
-        ) as stream,
-    ):
-        evaluations = job_result(stream, quiet=args.json)
+    evaluations = job_outcome(
+        args,
+        Client.evaluate_profile,
+        requests.evaluate_profile,
+        sparsities,
+        texts_of(args),
+        measure_speed=args.speed,
+        **text_options(args),
+    )
+    if evaluations is None:
+        return 0
     if args.json:
         # `sparsity plot` reads these.
         print_json([{"spec": specs[each.index].text, **each.to_dict()} for each in evaluations])
@@ -51,6 +53,17 @@ def run(args: argparse.Namespace) -> int:
     card = evaluations[0].quality
     note(f"{card.scored_tokens} tokens of {card.documents} documents; dense perplexity {card.dense_perplexity:.2f}")
     return 0
+
+
+def card_cells(card: QualityCard) -> tuple[str, ...]:
+    """Returns the cells of a quality card, under CARD_HEADER."""
+    return (
+        f"{card.perplexity_ratio:.4f}",
+        f"{card.divergence:.4f}",
+        f"{card.top1_agreement:.3f}",
+        f"{card.sparsity:.3f}",
+        f"{card.bytes_read_16:.3f}",
+    )
 
 
 def _print_table(specs: Sequence[Spec], evaluations: Sequence[SparsityEvaluation]) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from patchclamp.cli.files import text_file
-from patchclamp.cli.numbers import count
+from patchclamp.cli.options import add_model_argument
+from patchclamp.cli.parser import count
 from patchclamp.requests import EvaluateOptions
 
 
@@ -19,7 +20,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=_named, nargs="+", required=True, metavar="FILE", help="plain text; long ones are cut up"
     )
     parser.add_argument("--document-tokens", type=count, metavar="N", help="tokens of a document they are cut into")
-    parser.add_argument("--model", default="", help="default: the server's model")
+    add_model_argument(parser)
 
 
 def texts_of(args: argparse.Namespace) -> list[str]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from patchclamp.cli.naming import add_replace_argument, note_moved
-from patchclamp.cli.numbers import count
-from patchclamp.cli.options import connect, connection_options, given
+from patchclamp.cli.naming import add_naming_arguments, naming_options, note_moved
+from patchclamp.cli.options import add_model_argument, connect, connection_options
+from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import note, print_json
 from patchclamp.cli.watch.item_spec import ITEM_OPTIONS
 from patchclamp.v1 import monitoring_pb2 as pb
@@ -32,9 +32,8 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="FILE",
         help='{"items": [...]} in protobuf JSON: WatchItem messages, SAE features too',
     )
-    parser.add_argument("--description")
-    add_replace_argument(parser)
-    parser.add_argument("--model", default="", help="default: the server's model")
+    add_naming_arguments(parser)
+    add_model_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -59,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if args.include_sink and item.HasField("heads"):
             item.heads.include_sink = True
     with connect(args) as client:
-        options = given(args, "description")
-        watch = client.create_watch(
-            args.items, tags=[args.name], replace_tags=args.replace, model=args.model, **options
-        )
+        watch = client.create_watch(args.items, model=args.model, **naming_options(args, args.name))
     if args.json:
         print_json(watch)
         return 0

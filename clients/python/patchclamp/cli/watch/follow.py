@@ -5,8 +5,8 @@ import math
 import sys
 from typing import cast
 
-from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given
+from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import note, print_json
 from patchclamp.requests import FollowOptions
 from patchclamp.results import Activation

@@ -2,15 +2,14 @@
 
 import argparse
 import math
-from typing import cast
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, detach
-from patchclamp.cli.naming import add_replace_argument, note_moved
-from patchclamp.cli.numbers import count
-from patchclamp.cli.options import connect, connection_options, given
-from patchclamp.cli.terminal import job_result, note, print_json
-from patchclamp.requests import ReferenceOptions
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
+from patchclamp.cli.options import connection_options, given
+from patchclamp.cli.parser import count
+from patchclamp.cli.terminal import print_json
+from patchclamp.client import Client
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,25 +22,18 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("tag", help="tag to store the reference under")
     parser.add_argument("--tokens", type=count, metavar="N", help="how many (default: the window of the watch)")
     parser.add_argument("--use", action="store_true", help="measure drift of the watch against it from then on")
-    parser.add_argument("--description")
-    add_replace_argument(parser)
+    add_naming_arguments(parser)
     add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = given(args, "tokens", "description")
-    options = {**chosen, "tags": [args.tag], "replace_tags": args.replace, "use": args.use}
-    if args.detach:
-        return detach(args, requests.record_reference(args.name, **cast(ReferenceOptions, options)))
-    with (
-        connect(args) as client,
-        client.record_reference(args.name, timeout=args.timeout, **cast(ReferenceOptions, options)) as stream,
-    ):
-        artifact = job_result(stream, quiet=args.json)
+    options = {**given(args, "tokens", "use"), **naming_options(args, args.tag)}
+    artifact = job_outcome(args, Client.record_reference, requests.record_reference, args.name, **options)
+    if artifact is None:
+        return 0
     if args.json:
         print_json(artifact)
     else:
-        note_moved(artifact)
-        note(f"stored as {args.tag} = {artifact.id}")
+        note_stored(artifact, args.tag)
     return 0

@@ -3,8 +3,8 @@
 import argparse
 from typing import cast
 
-from patchclamp.cli.numbers import count
 from patchclamp.cli.options import connect, connection_options, given
+from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import note, print_json
 from patchclamp.names import PHASES
 from patchclamp.requests import StartWatchOptions
