@@ -66,6 +66,16 @@ def one_or_several(values: object, field: str, what: str) -> list[Any]:
     return several(values, field, what)
 
 
+def one_text_or_several(texts: str | Iterable[str]) -> Iterable[str]:
+    """Returns the texts; one alone will do."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def instances(values: object, kind: type[ValueT], field: str, what: str) -> list[ValueT]:
+    """Returns the elements of an iterable, each of which must be a `kind`. TypeError names the one that is not."""
+    return [instance(value, kind, f"{field}[{i}]", what) for i, value in enumerate(several(values, field, what))]
+
+
 def instance(value: object, kind: type[ValueT], field: str, what: str) -> ValueT:
     """`value`, which must be a `kind`: TypeError says what is expected."""
     if not isinstance(value, kind):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from patchclamp.fields import build, build_as, instance, several, shown
+from patchclamp.fields import build, build_as, instances, one_text_or_several, several, shown
 from patchclamp.prompts import PromptLike, prompt
 from patchclamp.v1 import generation_pb2, head_pb2
 
@@ -60,11 +60,10 @@ class NeedleTest:
     max_runs: int = 0
 
     def message(self) -> head_pb2.NeedleTest:
-        needles = several(self.needles, "needles", "a Needle")
         return build(
             head_pb2.NeedleTest,
-            haystacks=[self.haystacks] if isinstance(self.haystacks, str) else self.haystacks,
-            needles=[instance(each, Needle, f"needles[{i}]", "a Needle").message() for i, each in enumerate(needles)],
+            haystacks=one_text_or_several(self.haystacks),
+            needles=[each.message() for each in instances(self.needles, Needle, "needles", "a Needle")],
             lengths=self.lengths,
             depths=self.depths,
             seed=self.seed,

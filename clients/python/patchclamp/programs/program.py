@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from google.protobuf import json_format
 
-from patchclamp.fields import MessageT, instance, several
+from patchclamp.fields import MessageT, instances
 from patchclamp.v1 import program_pb2 as pb
 
 
@@ -64,7 +64,4 @@ def program_message(program: ProgramLike | None) -> pb.Program | None:
 
 def _all(values: Iterable[MessageT] | MessageT, kind: type[MessageT], field: str, what: str) -> tuple[MessageT, ...]:
     """The values, each of which must be a `kind`; one alone will do."""
-    if isinstance(values, kind):
-        return (values,)
-    listed = several(values, field, what)
-    return tuple(instance(value, kind, f"{field}[{i}]", what) for i, value in enumerate(listed))
+    return (values,) if isinstance(values, kind) else tuple(instances(values, kind, field, what))

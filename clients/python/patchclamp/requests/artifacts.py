@@ -23,19 +23,28 @@ from patchclamp.v1 import artifact_pb2
 CHUNK_BYTES = 1 << 20
 
 
-class UploadOptions(TypedDict, total=False):
-    """site: of a vector, default resid_post. model_fingerprint: default the server's model.
+class StoredOptions(TypedDict, total=False):
+    """Options of every request that stores an artifact.
 
-    replace_tags: take tags that name another artifact; otherwise they are refused.
+    tags: names to store it under. replace_tags: whether tags are taken that name another artifact; otherwise they are
+    refused before the work.
+    """
+
+    description: str
+    tags: Sequence[str]
+    replace_tags: bool
+
+
+class UploadOptions(StoredOptions, total=False):
+    """Options of an upload, besides StoredOptions.
+
+    site: the site of a vector, by default resid_post. model_fingerprint: by default that of the server's model.
     """
 
     kind: ArtifactKindName
     format: ArtifactFormatName
     site: SiteName | None
     model_fingerprint: str
-    description: str
-    tags: Sequence[str]
-    replace_tags: bool
     provenance: Mapping[str, Any]
 
 

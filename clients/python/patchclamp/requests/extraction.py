@@ -1,7 +1,7 @@
 """Requests of SteeringService."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from patchclamp.fields import build, several, shown
 from patchclamp.names import (
@@ -15,13 +15,14 @@ from patchclamp.names import (
     value_or_unspecified,
 )
 from patchclamp.prompts import PromptLike, prompt
+from patchclamp.requests.artifacts import StoredOptions
 from patchclamp.v1 import steering_pb2
 
 
-class ExtractOptions(TypedDict, total=False):
-    """site: a residual site, default resid_post. layers: default every layer. tags: names to store the vector under.
+class ExtractOptions(StoredOptions, total=False):
+    """Options of an extraction, besides StoredOptions.
 
-    replace_tags: take tags that name another artifact; otherwise they are refused before the work.
+    site: a residual site, by default resid_post. layers: by default every layer.
     """
 
     site: SiteName | None
@@ -29,9 +30,6 @@ class ExtractOptions(TypedDict, total=False):
     pooling: PoolingName | None
     holdout_fraction: float | None
     seed: int
-    description: str
-    tags: Sequence[str]
-    replace_tags: bool
     model: str
 
 

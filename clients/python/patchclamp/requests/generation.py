@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Unpack
 
-from patchclamp.fields import build, build_as
+from patchclamp.fields import build, build_as, one_text_or_several
 from patchclamp.heads import GroundingLike, grounding_message
 from patchclamp.keywords import takes_options_of
 from patchclamp.names import PRIORITIES, PriorityName, value_or_unspecified
@@ -92,7 +92,7 @@ def generate(
         {"strings": "stop", "token_ids": "stop_token_ids"},
         generation_pb2.StopConditions,
         max_tokens=max_tokens,
-        strings=[stop] if isinstance(stop, str) else stop,
+        strings=one_text_or_several(stop),
         token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
         include_stop_string=include_stop_string,

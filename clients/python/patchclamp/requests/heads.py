@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
-from patchclamp.fields import build, instance, several
+from patchclamp.fields import build, instance, instances, one_text_or_several
 from patchclamp.heads import (
     CleanCorruptPair,
     HeadsLike,
@@ -22,31 +22,30 @@ from patchclamp.names import (
     value_of,
 )
 from patchclamp.prompts import Messages, PromptLike, PromptOptions, prompt
+from patchclamp.requests.artifacts import StoredOptions
 from patchclamp.v1 import head_pb2
 
 
-class StoredOptions(TypedDict, total=False):
-    """tags: names to store the head set under.
+class DetectOptions(StoredOptions, total=False):
+    """Options of a detection, besides StoredOptions.
 
-    replace_tags: take tags that name another artifact; otherwise they are refused before the work.
+    threshold: score that makes a retrieval head. stopping: by default everything is run; StoppingRule() has the
+    server's defaults.
     """
 
-    description: str
-    tags: Sequence[str]
-    replace_tags: bool
     model: str
-
-
-class DetectOptions(StoredOptions, total=False):
-    """threshold: score of a retrieval head. stopping: default run everything; StoppingRule() is its defaults."""
-
     threshold: float | None
     stopping: StoppingRule | None
 
 
 class HeadScoreOptions(StoredOptions, total=False):
-    """ngram: n, of that method. sequence_tokens: before a random sequence repeats. facts: of temporal."""
+    """Options of a score of heads, besides StoredOptions.
 
+    ngram: n of the method ngram. sequence_tokens: how many come before a random sequence repeats. facts: those that
+    the method temporal needs.
+    """
+
+    model: str
     ngram: int
     sequence_tokens: int
     sequences: int
@@ -55,9 +54,11 @@ class HeadScoreOptions(StoredOptions, total=False):
 
 
 class HeadEditOptions(TypedDict, total=False):
-    """top_k: of a head set, only the k best. scale: of that mode. random_sets: controls of equal size.
+    """Options of an evaluation of a head edit.
 
-    test, texts: what needle success and perplexity are measured on; default those of the server.
+    top_k: how many of the best heads of a head set are edited. scale: the factor of the mode "scale". random_sets: how
+    many controls of equal size there are. test, texts: what needle success and perplexity are measured on, by default
+    those of the server.
     """
 
     top_k: int
@@ -70,15 +71,24 @@ class HeadEditOptions(TypedDict, total=False):
 
 
 class CircuitOptions(StoredOptions, total=False):
-    """circuit_size: heads whose faithfulness is reported. random_sets: random circuits of equal size."""
+    """Options of a circuit, besides StoredOptions.
 
+    circuit_size: how many heads' faithfulness is reported. random_sets: how many random circuits of equal size are
+    compared with it.
+    """
+
+    model: str
     circuit_size: int
     random_sets: int
     seed: int
 
 
 class AttributeOptions(PromptOptions, total=False):
-    """contrast: default none, which attributes logit(target) alone. top_heads: that are split by source token."""
+    """Options of an attribution, besides PromptOptions.
+
+    contrast: by default none, which attributes logit(target) alone. top_heads: how many heads are split by source
+    token.
+    """
 
     contrast: str
     top_heads: int | None
@@ -120,8 +130,6 @@ def score_heads(
     replace_tags: bool = False,
     model: str = "",
 ) -> head_pb2.ScoreHeadsRequest:
-    what = "a TemporalFact(...)"
-    listed = enumerate(several(facts, "facts", what))
     return build(
         head_pb2.ScoreHeadsRequest,
         model=model,
@@ -130,7 +138,7 @@ def score_heads(
         sequence_tokens=sequence_tokens,
         sequences=sequences,
         seed=seed,
-        facts=[instance(fact, TemporalFact, f"facts[{i}]", what).message() for i, fact in listed],
+        facts=[fact.message() for fact in instances(facts, TemporalFact, "facts", "a TemporalFact(...)")],
         description=description,
         tags=tags,
         replace_tags=replace_tags,
@@ -162,7 +170,7 @@ def evaluate_head_edit(
         random_sets=random_sets,
         seed=seed,
         test=_needle_test(test),
-        texts=[texts] if isinstance(texts, str) else texts,
+        texts=one_text_or_several(texts),
     )
 
 
@@ -178,13 +186,12 @@ def find_circuit(
     replace_tags: bool = False,
     model: str = "",
 ) -> head_pb2.FindCircuitRequest:
-    what = "a CleanCorruptPair(...)"
-    listed = enumerate(several(pairs, "pairs", what))
+    listed = enumerate(instances(pairs, CleanCorruptPair, "pairs", "a CleanCorruptPair(...)"))
     return build(
         head_pb2.FindCircuitRequest,
         model=model,
         method=value_of(CIRCUIT_METHODS, method, "method"),
-        pairs=[instance(p, CleanCorruptPair, f"pairs[{i}]", what).message(f"pairs[{i}].") for i, p in listed],
+        pairs=[pair.message(f"pairs[{i}].") for i, pair in listed],
         circuit_size=circuit_size,
         random_sets=random_sets,
         seed=seed,

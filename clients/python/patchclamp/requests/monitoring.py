@@ -5,15 +5,13 @@ from typing import TypedDict
 
 from patchclamp.fields import build, several
 from patchclamp.names import PHASES, PhaseName, value_of
+from patchclamp.requests.artifacts import StoredOptions
 from patchclamp.v1 import monitoring_pb2 as pb
 
 
-class WatchOptions(TypedDict, total=False):
-    """tags: names to store the watch under. replace_tags: take those that name another artifact."""
+class WatchOptions(StoredOptions, total=False):
+    """Options of a watch that is stored, besides StoredOptions."""
 
-    description: str
-    tags: Sequence[str]
-    replace_tags: bool
     model: str
 
 
@@ -34,16 +32,14 @@ class StartWatchOptions(TypedDict, total=False):
     export_items: bool
 
 
-class ReferenceOptions(TypedDict, total=False):
-    """tokens: default the window of the watch. use: measure drift against it from then on.
+class ReferenceOptions(StoredOptions, total=False):
+    """Options of a recording, besides StoredOptions.
 
-    replace_tags: take tags that name another artifact; otherwise they are refused before the recording.
+    tokens: how many are recorded, by default the window of the watch. use: whether drift is measured against it from
+    then on.
     """
 
     tokens: int
-    description: str
-    tags: Sequence[str]
-    replace_tags: bool
     use: bool
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
-from patchclamp.fields import build, build_as, several
+from patchclamp.fields import build, build_as, one_text_or_several, several
 from patchclamp.prompts import PromptLike, prompt
+from patchclamp.requests.artifacts import StoredOptions
 from patchclamp.sparsity import SparsityLike, sparsity_message
 from patchclamp.v1 import sparse_policy_pb2, sparsity_pb2
 
@@ -17,16 +18,13 @@ class EvaluateOptions(TypedDict, total=False):
     model: str
 
 
-class CalibrateOptions(EvaluateOptions, total=False):
-    """holdout_fraction: share of the documents that only the quality card sees. tags: names to store it under.
+class CalibrateOptions(EvaluateOptions, StoredOptions, total=False):
+    """Options of a calibration, besides EvaluateOptions and StoredOptions.
 
-    replace_tags: take tags that name another artifact; otherwise they are refused before the work.
+    holdout_fraction: share of the documents that only the quality card sees.
     """
 
     holdout_fraction: float | None
-    description: str
-    tags: Sequence[str]
-    replace_tags: bool
 
 
 def calibrate_profile(
@@ -102,7 +100,7 @@ def _text(texts: str | Iterable[str], document_tokens: int, description: str) ->
     return build_as(
         {"description": "text_description"},
         sparsity_pb2.SparsityText,
-        texts=[texts] if isinstance(texts, str) else texts,
+        texts=one_text_or_several(texts),
         document_tokens=document_tokens,
         description=description,
     )
