@@ -18,6 +18,7 @@ from patchclamp.v1 import (
 )
 
 ValueT = TypeVar("ValueT")
+ValueT_co = TypeVar("ValueT_co", covariant=True)
 
 SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out", "mlp_post", "mlp_out"]
 PhaseName = Literal["prompt", "generated"]
@@ -33,13 +34,13 @@ HeadEditModeName = Literal["zero", "mean", "uniform", "scale"]
 CircuitMethodName = Literal["mean_ablation", "activation_patching", "path_patching"]
 
 
-class ProtoEnum(Protocol[ValueT]):
+class ProtoEnum(Protocol[ValueT_co]):
     """What a generated enum offers."""
 
     @property
     def DESCRIPTOR(self) -> EnumDescriptor: ...
 
-    def Value(self, name: str, /) -> ValueT: ...
+    def Value(self, name: str, /) -> ValueT_co: ...
 
 
 @cache

@@ -27,7 +27,8 @@ class Record:
         time becomes RFC 3339 text, a Struct a dict, what is repeated a tuple. A field that may be None is None where
         the message does not have it.
         """
-        readers = _readers(cls, message.DESCRIPTOR, frozenset(given))
+        kind: Any = cls  # hashable, as every class is, though mypy doubts it
+        readers = _readers(kind, message.DESCRIPTOR, frozenset(given))
         return cls(**{name: read(message) for name, read in readers}, **given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,7 +37,7 @@ class Record:
 
 
 @cache
-def _readers(record: type[Record], message: Any, given: frozenset[str]) -> tuple[tuple[str, Read], ...]:
+def _readers(record: Any, message: Any, given: frozenset[str]) -> tuple[tuple[str, Read], ...]:
     """Returns the name of each field that is not given, and what reads it. KeyError for one that no message has."""
     types = get_type_hints(record)
     names = [each.name for each in fields(record) if each.name not in given]
@@ -71,7 +72,8 @@ def _converter(field: FieldDescriptor, kind: Any) -> Read:
         case "google.protobuf.Struct":
             return json_format.MessageToDict
     if issubclass(kind, Record):
-        return kind.from_proto
+        read: Read = kind.from_proto
+        return read
     # A named tuple, such as Head.
     return lambda value: kind(*(getattr(value, each) for each in kind._fields))
 
