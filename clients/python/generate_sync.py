@@ -78,7 +78,7 @@ PHRASES: Mapping[str, Mapping[str, str]] = {
     },
     "async_transport.py": {
         "the asynchronous client": "the synchronous client",
-        "The base of AsyncClient.": "The base of Client.",
+        "AsyncClient": "Client",
         "grpc.aio.": "grpc.",
         """\
             async for message in messages:

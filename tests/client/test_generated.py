@@ -52,7 +52,7 @@ def test_what_is_generated_again_is_no_longer_found(copy: Path) -> None:
 
 def test_a_phrase_that_the_source_no_longer_has_is_refused(copy: Path) -> None:
     source = copy / "clients/python/patchclamp/async_transport.py"
-    source.write_text(source.read_text().replace("The base of AsyncClient.", "The calls of AsyncClient."))
+    source.write_text(source.read_text().replace("It is the base of AsyncClient.", "It is a base."))
     refused = run(copy)
     assert refused.returncode == 1
     assert "async_transport.py has no longer the words" in refused.stderr

@@ -53,7 +53,7 @@ class AsyncGenerateStream(AsyncStream[generation_pb2.GenerateResponse, Chunk, Ge
 
 
 class AsyncSession(AsyncGenerateStream):
-    """A generation whose strengths change while it runs. What is sent after the stream has ended has no effect."""
+    """Streams a generation whose strengths can change while it runs. What is sent after its end has no effect."""
 
     def __init__(
         self, call: AsyncCall[generation_pb2.GenerateResponse], outbox: AsyncOutbox[generation_pb2.SessionRequest]

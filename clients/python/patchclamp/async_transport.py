@@ -17,7 +17,7 @@ from patchclamp.tasks import AsyncCancellation, AsyncLink, AsyncOutbox
 
 
 class AsyncTransport:
-    """The base of AsyncClient."""
+    """Calls the methods of the stubs. It is the base of AsyncClient."""
 
     def __init__(self, connection: Connection, retry: Retry) -> None:
         self._connection = connection
@@ -86,7 +86,7 @@ class AsyncTransport:
 
 
 class AsyncRepeatedCall(Generic[MessageT]):
-    """A call that streams, begun again by `begin` (with the seconds it has left) until its first message has come."""
+    """Makes a call that streams, and again by `begin` (with the seconds left) until its first message has come."""
 
     def __init__(self, begin: Callable[[float | None], AsyncCall[MessageT]], attempts: Attempts) -> None:
         self._begin = begin

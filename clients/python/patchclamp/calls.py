@@ -11,7 +11,7 @@ MessageT_co = TypeVar("MessageT_co", covariant=True)
 
 
 class Method(Protocol[RequestT_contra, ResponseT_co]):
-    """A method of a stub, unary or streaming."""
+    """Says how a method of a stub is called, unary or streaming."""
 
     def __call__(
         self, request: RequestT_contra, /, timeout: float | None, metadata: tuple[tuple[str, str], ...]
@@ -23,7 +23,7 @@ AsyncUnaryMethod: TypeAlias = Method[RequestT, Awaitable[ResponseT]]
 
 
 class Call(Protocol[MessageT_co]):
-    """What a running call that streams offers."""
+    """Says what a running call that streams offers."""
 
     def __iter__(self) -> Iterator[MessageT_co]: ...
 
@@ -31,13 +31,13 @@ class Call(Protocol[MessageT_co]):
 
 
 class EndingCall(Call[MessageT_co], Protocol[MessageT_co]):
-    """A call that tells when it ends. `add_callback` returns False where it has ended before."""
+    """Tells besides when it ends. `add_callback` returns False where it has ended before."""
 
     def add_callback(self, callback: Callable[[], None]) -> bool: ...
 
 
 class AsyncCall(Protocol[MessageT_co]):
-    """What a running call that streams offers in an event loop."""
+    """Says what a running call that streams offers in an event loop."""
 
     def __aiter__(self) -> AsyncIterator[MessageT_co]: ...
 
@@ -45,6 +45,6 @@ class AsyncCall(Protocol[MessageT_co]):
 
 
 class AsyncEndingCall(AsyncCall[MessageT_co], Protocol[MessageT_co]):
-    """A call of an event loop that tells when it ends."""
+    """Tells besides when it ends."""
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None: ...

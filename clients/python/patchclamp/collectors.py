@@ -21,7 +21,7 @@ class Collector(Protocol[MessageT_contra, EventT_co, ResultT_co]):
 
 
 def complete(result: ResultT | None) -> ResultT:
-    """PatchclampError DATA_LOSS for a stream that ended, or was closed, before its last message."""
+    """Returns the result. Raises PatchclampError DATA_LOSS where the stream ended before its last message."""
     if result is None:
         raise PatchclampError("DATA_LOSS", "the stream ended before its last message")
     return result

@@ -46,9 +46,12 @@ _HEALTH = {0: "unknown", 1: "serving", 2: "not_serving", 3: "service_unknown"}
 
 @dataclass(frozen=True)
 class Connection:
-    """tls: True for the system's roots, or a PEM file of roots. timeout: seconds for each call, None: no deadline.
+    """Says how a server is reached.
+
+    tls: True for the system's roots, or a PEM file of roots. timeout: seconds for each call; None is no deadline.
     certificate, key: PEM files, for a server that asks clients for a certificate (mTLS).
-    token_in_clear: send the token without TLS to a host that is not this one, where others may read it on its way.
+    token_in_clear: whether the token is sent without TLS to a host that is not this one, where others may read it on
+    its way.
     tls_server_name: the name in the server's certificate, where it is not the host of the address.
     channel_options: arguments of the channel, by gRPC's names, such as {"grpc.max_receive_message_length": 1 << 24};
     they replace ours.
@@ -89,7 +92,7 @@ class Connection:
 
     @property
     def options(self) -> list[tuple[str, str | int]]:
-        """Of the channel."""
+        """The options of the channel."""
         options = dict(_OPTIONS)
         if self.is_balanced:
             options["grpc.service_config"] = json.dumps(_BALANCED)
@@ -99,12 +102,12 @@ class Connection:
 
     @property
     def health_options(self) -> list[tuple[str, str | int]]:
-        """Of a channel that asks for health: it must reach a server that says NOT_SERVING."""
+        """The options of a channel that asks for health: it must reach a server that says NOT_SERVING."""
         return [*self.options, ("grpc.inhibit_health_checking", 1)]
 
     @property
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """None for plain text."""
+        """The credentials of the channel; None stands for plain text."""
         if self.tls is False:
             return None
         roots, key, certificate = (
@@ -122,7 +125,10 @@ class Connection:
         return replace(self, token=token)
 
     def deadline(self, timeout: float | None) -> float | None:
-        """Seconds for a call: its own, else the connection's; infinity is no deadline. TypeError for no number."""
+        """Returns the seconds for a call: its own, else the connection's; None, for infinity, is no deadline.
+
+        Raises TypeError for what is no number.
+        """
         seconds = self.timeout if timeout is None else _seconds(timeout)
         return None if seconds is None or math.isinf(seconds) else seconds
 
@@ -137,7 +143,7 @@ def _seconds(timeout: object) -> float:
 
 
 def trace_context() -> tuple[tuple[str, str], ...]:
-    """traceparent and what else OpenTelemetry's propagators write for the current span; nothing where there is none.
+    """Returns what OpenTelemetry's propagators write for the current span, such as traceparent; nothing without a span.
 
     A program that has not loaded OpenTelemetry has no span, and it is not loaded here.
     """
@@ -153,5 +159,5 @@ def trace_context() -> tuple[tuple[str, str], ...]:
 
 
 def health_status(response: object) -> str:
-    """ "serving", "not_serving", "unknown" or "service_unknown"."""
+    """Returns "serving", "not_serving", "unknown" or "service_unknown"."""
     return _HEALTH[getattr(response, "status", 0)]

@@ -53,7 +53,7 @@ _HINTS = (
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """What is wrong with which field; `field` is a path such as ``program.edits[1].layers``."""
+    """Says what is wrong with which field; `field` is a path such as ``program.edits[1].layers``."""
 
     field: str
     description: str
@@ -61,7 +61,7 @@ class FieldViolation:
 
 @dataclass(frozen=True)
 class ErrorDetails:
-    """What a status carries besides code and message. Anything may be absent."""
+    """Holds what a status carries besides code and message. Anything may be absent."""
 
     reason: str = ""
     violations: tuple[FieldViolation, ...] = ()
@@ -69,7 +69,7 @@ class ErrorDetails:
 
 
 class PatchclampError(Exception):
-    """The server refused or failed a call.
+    """Says that the server refused or failed a call.
 
     code: name of the gRPC status, such as "INVALID_ARGUMENT"; reason: a stable word for programs (ErrorInfo).
     violations: the fields at fault (BadRequest), or the unmet preconditions with their subjects (PreconditionFailure).
@@ -108,7 +108,7 @@ class PatchclampError(Exception):
 
     @classmethod
     def from_rpc(cls, error: grpc.RpcError) -> "PatchclampError":
-        """From the error of a call of either gRPC API."""
+        """Returns the exception for an error of a call of either gRPC API."""
         if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
             raise TypeError(f"not the error of a call: {error!r}") from error
         metadata: Any = error.trailing_metadata()  # (key, value) pairs in both APIs; the stubs know only one
@@ -122,7 +122,7 @@ class PatchclampError(Exception):
 
 
 def _explained(message: str) -> str:
-    """What gRPC itself says of a request that is too large names no option of ours."""
+    """Returns the message, with our options where gRPC says that a request is too large, for it names none."""
     if (match := _TOO_LARGE.match(message)) is None:
         return message
     size, limit = map(int, match.groups())

@@ -2,5 +2,5 @@
 
 
 def install_line(extra: str) -> str:
-    """Patchclamp is on no package index: it is installed from its repository."""
+    """Returns how an extra is installed: Patchclamp is on no package index, but comes from its repository."""
     return f"in the repository of Patchclamp, pip install '.[{extra}]'"

@@ -28,7 +28,7 @@ _LONGEST_SHOWN = 60
 
 
 def build(kind: Callable[P, MessageT], /, *args: P.args, **fields: P.kwargs) -> MessageT:
-    """``kind(**fields)``, None being unset. TypeError or ValueError names the field and what it can hold.
+    """Returns ``kind(**fields)``; None is unset. TypeError or ValueError names the field and what it can hold.
 
     One text is refused where several are expected: it would be taken apart into characters.
     """
@@ -36,7 +36,7 @@ def build(kind: Callable[P, MessageT], /, *args: P.args, **fields: P.kwargs) -> 
 
 
 def build_as(names: Mapping[str, str], kind: Callable[P, MessageT], /, *args: P.args, **fields: P.kwargs) -> MessageT:
-    """As build. names: what the user calls a field where that is not its name in the contract."""
+    """Does what build does. names: what the user calls a field where that is not its name in the contract."""
     message_type = cast(type[MessageT], kind)
     descriptors = _descriptors(message_type)
     given: dict[str, Any] = {}
@@ -53,14 +53,14 @@ def build_as(names: Mapping[str, str], kind: Callable[P, MessageT], /, *args: P.
 
 
 def several(values: object, field: str, what: str) -> list[Any]:
-    """The elements of an iterable. TypeError for anything else, one text included."""
+    """Returns the elements of an iterable. Raises TypeError for anything else, one text included."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise TypeError(f"{field}: expected several, each {what}, got {shown(values)}")
     return list(values)
 
 
 def one_or_several(values: object, field: str, what: str) -> list[Any]:
-    """As several, but one number is a list of one."""
+    """Does what several does, but takes one number for a list of one."""
     if isinstance(values, SupportsIndex | SupportsFloat) and not isinstance(values, Iterable):
         return [values]
     return several(values, field, what)
@@ -77,14 +77,14 @@ def instances(values: object, kind: type[ValueT], field: str, what: str) -> list
 
 
 def instance(value: object, kind: type[ValueT], field: str, what: str) -> ValueT:
-    """`value`, which must be a `kind`: TypeError says what is expected."""
+    """Returns the value, which must be a `kind`: TypeError says what is expected."""
     if not isinstance(value, kind):
         raise TypeError(f"{field}: expected {what}, got {shown(value)}")
     return value
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: on one line, and not longer than people read."""
+    """Returns a value as an error shows it: on one line, and not longer than people read."""
     if isinstance(value, Message) or callable(value):
         return f"{'a' if isinstance(value, Message) else 'the'} {_name_of(value)}"
     text = " ".join(repr(value).split())

@@ -19,13 +19,13 @@ from patchclamp.v1 import generation_pb2, head_pb2
 
 
 class Head(NamedTuple):
-    """One attention head."""
+    """Names one attention head."""
 
     layer: int
     head: int
 
     def __str__(self) -> str:
-        """As people write it: L18H6."""
+        """Returns the head as people write it: L18H6."""
         return f"L{self.layer}H{self.head}"
 
 
@@ -34,7 +34,7 @@ HeadsLike = str | Iterable[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Needle:
-    """A statement to hide, a question about it, and the words of the statement that answer it."""
+    """Holds a statement to hide, a question about it, and the words of the statement that answer it."""
 
     question: str
     needle: str
@@ -46,10 +46,10 @@ class Needle:
 
 @dataclass(frozen=True)
 class NeedleTest:
-    """Every needle at every length and depth. Haystacks and needles: default those of the server.
+    """Hides every needle at every length and depth. Haystacks and needles are by default those of the server.
 
-    lengths: tokens of the whole prompt. depths: where in the haystack, 0 (start) to 1 (end).
-    max_runs: that many of the seeded order; 0: all.
+    lengths: tokens of the whole prompt. depths: where in the haystack the needle is, from 0 (start) to 1 (end).
+    max_runs: how many runs of the seeded order are made; 0 is all.
     """
 
     haystacks: Sequence[str] = ()
@@ -73,7 +73,7 @@ class NeedleTest:
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """Stop when the top_k best heads agree with those of `window` successes earlier; 0 and None: the defaults."""
+    """Stops when the top_k best heads agree with those of `window` successes earlier; 0 and None are the defaults."""
 
     top_k: int = 0
     agreement: float | None = None
@@ -92,7 +92,10 @@ class StoppingRule:
 
 @dataclass(frozen=True)
 class TemporalFact:
-    """The prompt is continued by `answer`; time_conditioned: the prompt names a time that the answer depends on."""
+    """Says that the prompt is continued by the answer.
+
+    time_conditioned: whether the prompt names a time that the answer depends on.
+    """
 
     prompt: str
     answer: str
@@ -106,7 +109,7 @@ class TemporalFact:
 
 @dataclass(frozen=True)
 class CleanCorruptPair:
-    """Two prompts of the same number of tokens, and what each is continued by."""
+    """Holds two prompts of the same number of tokens, and what each is continued by."""
 
     clean: PromptLike
     corrupt: PromptLike
@@ -114,7 +117,7 @@ class CleanCorruptPair:
     corrupt_answer: str
 
     def message(self, parent: str = "") -> head_pb2.CleanCorruptPair:
-        """`parent`: path of the pair in errors, with a dot after it."""
+        """Returns the message. `parent` is the path of the pair in errors, with a dot after it."""
         return build_as(
             {name: parent + name for name in ("clean_answer", "corrupt_answer")},
             head_pb2.CleanCorruptPair,
@@ -127,7 +130,10 @@ class CleanCorruptPair:
 
 @dataclass(frozen=True)
 class Grounding:
-    """head_set: id or tag. top_k: only its k best heads; 0: all with a score of at least the threshold of the set."""
+    """Chooses the heads that say where an answer was copied from.
+
+    head_set: id or tag. top_k: how many of its best heads; 0 is all that reach the threshold of the set.
+    """
 
     head_set: str
     top_k: int = 0
@@ -140,7 +146,7 @@ GroundingLike = Grounding | generation_pb2.Grounding | str
 
 
 def grounding_message(grounding: GroundingLike | None) -> generation_pb2.Grounding | None:
-    """The message of a grounding, or of the id or tag of a head set. TypeError for anything else."""
+    """Returns the message of a grounding, or of the id or tag of a head set. Raises TypeError for anything else."""
     match grounding:
         case None | generation_pb2.Grounding():
             return grounding
@@ -153,9 +159,9 @@ def grounding_message(grounding: GroundingLike | None) -> generation_pb2.Groundi
 
 
 def selection_message(heads: HeadsLike, top_k: int = 0) -> head_pb2.HeadSelection:
-    """Heads listed as (layer, head), or of a head set (id or tag), of which top_k keeps the best.
+    """Returns a selection of listed (layer, head) pairs, or of a head set (id or tag), of which top_k keeps the best.
 
-    ValueError: top_k with listed heads, or no heads. TypeError for what is neither.
+    Raises ValueError for top_k with listed heads and for no heads, TypeError for what is neither.
     """
     if isinstance(heads, str):
         return build(head_pb2.HeadSelection, head_set=heads, top_k=top_k)

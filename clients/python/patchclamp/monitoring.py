@@ -39,13 +39,13 @@ _LAYOUTS: Mapping[str, str] = {
 
 
 def watch_neurons(name: str, layer: int, neurons: Iterable[int], *, threshold: Threshold | None = None) -> pb.WatchItem:
-    """Neurons of a layer: their activations at mlp_post."""
+    """Watches neurons of a layer: their activations at mlp_post."""
     source = build(pb.WatchedNeurons, layer=layer, neurons=neurons)
     return _item(name, threshold, neurons=source)
 
 
 def watch_neuron_set(name: str, neuron_set: str, *, threshold: Threshold | None = None) -> pb.WatchItem:
-    """All neurons of a stored neuron set (id or tag)."""
+    """Watches all neurons of a stored neuron set (id or tag)."""
     source = build(pb.WatchedNeurons, neuron_set=neuron_set)
     return _item(name, threshold, neurons=source)
 
@@ -58,9 +58,10 @@ def watch_direction(
     site: SiteName | None = None,
     threshold: Threshold | None = None,
 ) -> pb.WatchItem:
-    """Projection of the residual stream on a direction.
+    """Watches the projection h·v/|v| of the residual stream on a direction.
 
-    layers, site: default those of the stored vector; numbers need layers, and are at resid_post unless told otherwise.
+    layers, site: by default those of the stored vector; numbers need layers, and are at resid_post unless told
+    otherwise.
     """
     source = build(
         pb.WatchedDirection,
@@ -82,7 +83,7 @@ def watch_features(
     site: SiteName = "resid_post",
     threshold: Threshold | None = None,
 ) -> pb.WatchItem:
-    """Features of a sparse autoencoder: some of its encoder, bias [k], thresholds of JumpReLU [k].
+    """Watches features of a sparse autoencoder: some of its encoder, bias [k], thresholds of JumpReLU [k].
 
     layout: "width_by_features" for [width, k], a column for each feature, as W_enc [d_in, d_sae] of SAELens and Gemma
     Scope; "features_by_width" for [k, width], a row for each, as the weight of a torch.nn.Linear, which is the default.
@@ -115,10 +116,10 @@ def watch_heads(
     include_sink: bool = False,
     threshold: Threshold | None = None,
 ) -> pb.WatchItem:
-    """Largest attention probability of heads: (layer, head) pairs, or the top_k best of a head set (id or tag).
+    """Watches the largest attention probability of heads: (layer, head) pairs, or the top_k best of a head set.
 
-    The first token is left out: a head with nothing to do looks there, with a probability near 1. include_sink: it
-    counts.
+    The first token is left out: a head with nothing to do looks there, with a probability near 1. include_sink:
+    whether it counts.
     """
     source = build(pb.WatchedHeads, heads=selection_message(heads, top_k), include_sink=include_sink)
     return _item(name, threshold, heads=source)
@@ -147,7 +148,7 @@ def _item(
 
 
 def quantile_of(text: str) -> float:
-    """0.99 of "p99". ValueError for what is no percentile above 0 and below 100."""
+    """Returns 0.99 for "p99". Raises ValueError for what is no percentile above 0 and below 100."""
     try:
         percentile = float(text.removeprefix("p")) if text.startswith("p") else 0.0
     except ValueError:

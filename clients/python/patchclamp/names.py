@@ -35,7 +35,7 @@ CircuitMethodName = Literal["mean_ablation", "activation_patching", "path_patchi
 
 
 class ProtoEnum(Protocol[ValueT_co]):
-    """What a generated enum offers."""
+    """Says what a generated enum offers."""
 
     @property
     def DESCRIPTOR(self) -> EnumDescriptor: ...

@@ -14,9 +14,11 @@ _TURN = '(role, content) or {"role": ..., "content": ...}'
 
 
 class PromptOptions(TypedDict, total=False):
-    """messages: chat turns, (role, content) or {"role", "content"}, instead of a prompt.
+    """Options of everything that takes a prompt.
 
-    continue_final_message: do not open a new assistant turn. model: default the server's model.
+    messages: chat turns, (role, content) or {"role", "content"}, instead of a prompt.
+    continue_final_message: whether the last turn goes on instead of a new one of the assistant. model: by default the
+    server's model.
     """
 
     messages: Messages | None
@@ -31,9 +33,10 @@ def prompt(
     continue_final_message: bool = False,
     field: str = "prompt",
 ) -> generation_pb2.Prompt:
-    """Text, token ids or chat turns. `field`: what errors call `source`.
+    """Returns the message of a text, of token ids or of chat turns. `field` is what errors call `source`.
 
-    ValueError unless exactly one of `source` and `messages` is given, and for continue_final_message without a chat.
+    Raises ValueError unless exactly one of `source` and `messages` is given, and for continue_final_message without a
+    chat.
     """
     if (source is None) == (messages is None):
         raise ValueError(f"{field}: give either a prompt or messages")
@@ -59,7 +62,7 @@ def _not_continued(continues: bool, message: generation_pb2.Prompt) -> generatio
 
 
 def _message(turn: Any, field: str) -> generation_pb2.ChatMessage:
-    """What else a turn of another library may hold, such as tool_calls, would be lost: it is refused."""
+    """Returns a turn, and refuses what else one of another library holds, such as tool_calls: it would be lost."""
     match turn:
         case (role, content):
             pass

@@ -24,7 +24,9 @@ WITHOUT_STATUS = frozenset({("CANCELLED", "CANCELLED"), ("INTERNAL", "Internal e
 
 @dataclass(frozen=True)
 class Retry:
-    """What is refused with RESOURCE_EXHAUSTED and a time to retry after is sent again after that time, which doubles:
+    """Says how often and how long a call is sent again.
+
+    What is refused with RESOURCE_EXHAUSTED and a time to retry after is sent again after that time, which doubles:
 
         n-th wait = min(retry_after · 2ⁿ⁻¹, max(retry_after, half of the time that is left)) · U(1, 1 + jitter)
 

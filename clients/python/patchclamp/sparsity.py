@@ -28,14 +28,17 @@ FoveaBits = Literal[2, 3, 4, 8]
 
 
 class LayerOptions(TypedDict, total=False):
-    """Layers outside first_layer ≤ l < end_layer stay dense."""
+    """Options of every policy: layers outside first_layer ≤ l < end_layer stay dense."""
 
     first_layer: int
     end_layer: int | None
 
 
 class PolicyOptions(LayerOptions, total=False):
-    """keep_ratio: share of neurons (teal, wina: of input channels) that is kept, or one share for each layer."""
+    """Options of policies that keep a share, besides LayerOptions.
+
+    keep_ratio: share of neurons (teal, wina: of input channels) that is kept, or one share for each layer.
+    """
 
     keep_ratio: float | Sequence[float] | None
 
@@ -70,13 +73,13 @@ def _core_infer(token_keep: float | None, rank_by: CoreInferRankingName | None) 
 
 
 def dense() -> pb.SparsePolicy:
-    """Everything is computed."""
+    """Computes everything."""
     return pb.SparsePolicy(dense=pb.DensePolicy())
 
 
 @takes_options_of(_layers)
 def exact_zero(**options: Unpack[LayerOptions]) -> pb.SparsePolicy:
-    """Neurons that are exactly zero are skipped (ReLU models): the activations say how many."""
+    """Skips neurons that are exactly zero (ReLU models): the activations say how many."""
     return _layers(pb.SparsePolicy(exact_zero=pb.ExactZeroPolicy()), **options)
 
 
@@ -87,7 +90,7 @@ def coreinfer_stability(
     rank_by: CoreInferRankingName | None = None,
     **options: Unpack[PolicyOptions],
 ) -> pb.SparsePolicy:
-    """The neurons most often in the core of a prompt token.
+    """Keeps the neurons that are most often in the core of a prompt token.
 
     token_keep: share of a token's positive neurons that is its core.
     """
@@ -101,38 +104,38 @@ def coreinfer_similarity(
     rank_by: CoreInferRankingName | None = None,
     **options: Unpack[PolicyOptions],
 ) -> pb.SparsePolicy:
-    """The neurons of the cluster of calibration sentences that the prompt is nearest to. Needs a profile."""
+    """Keeps the neurons of the cluster of calibration sentences that the prompt is nearest to. It needs a profile."""
     return _policy(pb.SparsePolicy(coreinfer_similarity=_core_infer(token_keep, rank_by)), **options)
 
 
 @takes_options_of(_policy)
 def griffin(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
-    """The neurons with the largest share in the normalised activations of the prompt."""
+    """Keeps the neurons with the largest share in the normalised activations of the prompt."""
     return _policy(pb.SparsePolicy(griffin=pb.GriffinPolicy()), **options)
 
 
 @takes_options_of(_policy)
 def teal(*, allocation: TealAllocationName | None = None, **options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
-    """Input channels above a calibrated magnitude. Needs a profile."""
+    """Keeps input channels above a calibrated magnitude. It needs a profile."""
     value = value_or_unspecified(TEAL_ALLOCATIONS, allocation, "allocation")
     return _policy(pb.SparsePolicy(teal=pb.TealPolicy(allocation=value)), **options)
 
 
 @takes_options_of(_policy)
 def wina(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
-    """Input channels by magnitude times the norm of their weights."""
+    """Keeps input channels by magnitude times the norm of their weights."""
     return _policy(pb.SparsePolicy(wina=pb.WinaPolicy()), **options)
 
 
 @takes_options_of(_policy)
 def cats(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
-    """Neurons with the largest |act(gate)| of each token; with a profile, those above a calibrated threshold."""
+    """Keeps neurons with the largest |act(gate)| of each token; with a profile, those above a calibrated threshold."""
     return _policy(pb.SparsePolicy(cats=pb.CatsPolicy()), **options)
 
 
 @takes_options_of(_policy)
 def static_set(neuron_set: str = "", **options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
-    """The same neurons for every token: those of a neuron_set artifact (id or tag), else of the profile."""
+    """Keeps the same neurons for every token: those of a neuron_set artifact (id or tag), else of the profile."""
     return _policy(pb.SparsePolicy(static_set=build(pb.StaticSetPolicy, neuron_set=neuron_set)), **options)
 
 
@@ -145,7 +148,7 @@ def fovea(
     uniform_budget: bool = False,
     **options: Unpack[PolicyOptions],
 ) -> pb.SparsePolicy:
-    """A low-bit copy of the weights scores the neurons and stands in for those that are dropped. Needs a profile."""
+    """Scores neurons by a low-bit copy of the weights, which stands in for those dropped. It needs a profile."""
     kind = build(
         pb.FoveaPolicy,
         bits=bits,
@@ -158,13 +161,13 @@ def fovea(
 
 @takes_options_of(_policy)
 def random_set(*, seed: int = 0, **options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
-    """A random set for each layer: a control, for evaluations only."""
+    """Keeps a random set for each layer: a control, for evaluations only."""
     return _policy(pb.SparsePolicy(random_set=build(pb.RandomSetPolicy, seed=seed)), **options)
 
 
 @takes_options_of(_policy)
 def oracle(**options: Unpack[PolicyOptions]) -> pb.SparsePolicy:
-    """The neurons with the largest contribution, found by computing all: a control, for evaluations only."""
+    """Keeps the neurons with the largest contribution, found by computing all: a control, for evaluations only."""
     return _policy(pb.SparsePolicy(oracle=pb.OraclePolicy()), **options)
 
 
@@ -188,9 +191,10 @@ class QualityGuard:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """profile: id or tag of a sparsity profile; alone, it says the policy too. guard: default none.
+    """Says which neurons of a request are computed.
 
-    TypeError for a policy in the place of the profile.
+    profile: id or tag of a sparsity profile; alone, it says the policy too. guard: by default none.
+    Raises TypeError for a policy in the place of the profile.
     """
 
     profile: str = ""
@@ -206,7 +210,7 @@ class Sparsity:
             instance(self.guard, QualityGuard, "guard", "a QualityGuard(...)")
 
     def message(self) -> pb.Sparsity:
-        """ValueError when there is neither a profile nor a policy."""
+        """Returns the message. Raises ValueError when there is neither a profile nor a policy."""
         if not self.profile and self.policy is None:
             raise ValueError("give a profile, a policy or both")
         guard = None if self.guard is None else self.guard.message()
@@ -217,7 +221,10 @@ SparsityLike = Sparsity | pb.Sparsity | pb.SparsePolicy | str
 
 
 def sparsity_message(sparsity: SparsityLike | None, field: str = "sparsity") -> pb.Sparsity | None:
-    """The message of a sparsity, of a policy alone, or of the id or tag of a profile. TypeError for anything else."""
+    """Returns the message of a sparsity, of a policy alone, or of the id or tag of a profile.
+
+    Raises TypeError for anything else.
+    """
     match sparsity:
         case None | pb.Sparsity():
             return sparsity

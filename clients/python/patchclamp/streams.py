@@ -54,7 +54,7 @@ class GenerateStream(Stream[generation_pb2.GenerateResponse, Chunk, GenerateResu
 
 
 class Session(GenerateStream):
-    """A generation whose strengths change while it runs. What is sent after the stream has ended has no effect."""
+    """Streams a generation whose strengths can change while it runs. What is sent after its end has no effect."""
 
     def __init__(
         self, call: Call[generation_pb2.GenerateResponse], outbox: Outbox[generation_pb2.SessionRequest]

@@ -10,7 +10,7 @@ SOCKETS = ("unix", "unix-abstract")
 
 @dataclass(frozen=True)
 class Target:
-    """`authority`: the server that is asked for a name, "" for that of this machine."""
+    """Holds the parts of a target. `authority` is the server that is asked for a name, "" for that of this machine."""
 
     scheme: str
     hosts: tuple[str, ...]
@@ -30,21 +30,21 @@ class Target:
 
     @property
     def is_here(self) -> bool:
-        """Whether what is sent there stays on this machine."""
+        """Tells whether what is sent there stays on this machine."""
         if self.scheme in SOCKETS:
             return True
         return self.scheme in ("dns", "ipv4", "ipv6") and not self.authority and all(map(_is_loopback, self.hosts))
 
     @property
     def may_be_several(self) -> bool:
-        """Whether there can be more than one server behind it: several addresses, or a name, which may have several."""
+        """Tells whether more than one server can be behind it: several addresses, or a name, which may have several."""
         if self.scheme == "dns":
             return self.hosts[0] != "localhost" and _ip(self.hosts[0]) is None
         return len(self.hosts) > 1
 
 
 def _host(address: str) -> str:
-    """ "[::1]:50051" → "::1"; a port need not be there."""
+    """Returns "::1" for "[::1]:50051"; a port need not be there."""
     if address.startswith("["):
         return address[1:].partition("]")[0]
     # More than one colon and no brackets: an address of IPv6 alone.

@@ -15,7 +15,7 @@ from patchclamp.v1.tensor_pb2 import DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32, DATA_
 
 
 class SupportsArray(Protocol):
-    """numpy's array protocol, which torch, jax and pandas implement as well."""
+    """Offers numpy's array protocol, which torch, jax and pandas implement as well."""
 
     def __array__(self) -> Any: ...
 
@@ -32,9 +32,10 @@ _BUFFER_TYPES: dict[str, DataType.ValueType] = {
 
 
 def tensor(numbers: Numbers, field: str) -> Tensor:
-    """Dense row-major little-endian Tensor.
+    """Returns a dense row-major little-endian Tensor.
 
-    TypeError for what holds no numbers, ValueError for ragged rows; both begin with `field`, the argument's name.
+    Raises TypeError for what holds no numbers, ValueError for ragged rows; both begin with `field`, the name of the
+    argument.
     """
     if not isinstance(numbers, str | bytes | bytearray):
         try:
@@ -47,7 +48,7 @@ def tensor(numbers: Numbers, field: str) -> Tensor:
 
 
 class _NoNumber(Exception):
-    """What stands where a number should."""
+    """Says what stands where a number should."""
 
 
 def _tensor(numbers: Numbers) -> Tensor:

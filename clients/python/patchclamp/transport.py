@@ -18,7 +18,7 @@ from patchclamp.threads import Cancellation, Link, Outbox
 
 
 class Transport:
-    """The base of Client."""
+    """Calls the methods of the stubs. It is the base of Client."""
 
     def __init__(self, connection: Connection, retry: Retry) -> None:
         self._connection = connection
@@ -83,7 +83,7 @@ class Transport:
 
 
 class RepeatedCall(Generic[MessageT]):
-    """A call that streams, begun again by `begin` (with the seconds it has left) until its first message has come."""
+    """Makes a call that streams, and again by `begin` (with the seconds left) until its first message has come."""
 
     def __init__(self, begin: Callable[[float | None], Call[MessageT]], attempts: Attempts) -> None:
         self._begin = begin

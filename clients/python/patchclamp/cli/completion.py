@@ -41,13 +41,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, Parser]:
-    """The commands below a parser, by their names."""
+    """Returns the commands below a parser, by their names."""
     found = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(found[0]) if found else {}
 
 
 def _list_choices(parser: argparse.ArgumentParser) -> None:
-    """shtab takes an option for a command when its choices are the keys of a dict."""
+    """Lists the choices of every option: shtab takes one whose choices are the keys of a dict for a command."""
     for action in parser._actions:
         if isinstance(action.choices, dict) and not isinstance(action, argparse._SubParsersAction):
             action.choices = tuple(action.choices)

@@ -42,7 +42,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def pairs_file(path: str) -> list[tuple[PromptLike, PromptLike]]:
-    """(positive, negative) of every line that is not blank."""
+    """Returns (positive, negative) of every line that is not blank."""
     expected = '{"positive": ..., "negative": ...}, each a text or a list of {"role", "content"}'
     return json_lines(path, lambda pair: (_side(pair["positive"]), _side(pair["negative"])), expected)
 
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _middle(tokens: TokenProjections | None) -> str:
-    """Where the projections of nine tokens in ten lie."""
+    """Returns between what the projections of nine tokens in ten lie."""
     return "" if tokens is None else f"{tokens.p05:.2f} to {tokens.p95:.2f}"
 
 

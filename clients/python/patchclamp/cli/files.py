@@ -12,7 +12,7 @@ ItemT = TypeVar("ItemT")
 
 
 def text_file(path: str) -> str:
-    """The whole file; an empty one is refused."""
+    """Returns the text of a file, and refuses an empty one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -23,7 +23,10 @@ def text_file(path: str) -> str:
 
 
 def json_lines(path: str, parse: Callable[[dict[str, object]], ItemT], expected: str) -> list[ItemT]:
-    """`parse` of every line that is not blank. What it refuses by ValueError, KeyError or TypeError names the line."""
+    """Returns what `parse` makes of every line that is not blank, and names the line where it raises.
+
+    parse: refuses a line by ValueError, KeyError or TypeError.
+    """
     items = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -39,7 +42,7 @@ def json_lines(path: str, parse: Callable[[dict[str, object]], ItemT], expected:
 
 
 def text_of(fields: dict[str, object], name: str) -> str:
-    """A field that has to be a text. KeyError or ValueError when it is not."""
+    """Returns a field that has to be a text. Raises KeyError or ValueError when it is not."""
     value = fields[name]
     if not isinstance(value, str):
         raise ValueError(f"{name} is no text")
@@ -47,7 +50,7 @@ def text_of(fields: dict[str, object], name: str) -> str:
 
 
 def picture_file(path: str) -> Path:
-    """Where a picture can be written: asked before the work that it will show, which may take long."""
+    """Returns where a picture can be written: it is asked before the work that it will show, which may take long."""
     file = Path(path)
     if file.suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")

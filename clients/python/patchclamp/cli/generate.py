@@ -61,8 +61,10 @@ def print_logprobs(tokens: tuple[Token, ...]) -> None:
 
 
 def print_ending(result: GenerateResult, told: tuple[RequestWarning, ...] = ()) -> None:
-    """Receipt without the warnings that stand there already, reports and usage; on stderr, so that the text alone can
-    be redirected."""
+    """Prints the receipt without the warnings that stand there already, the reports and the usage.
+
+    They go to stderr, so that the text alone can be redirected.
+    """
     note(replace(result.receipt, warnings=tuple(w for w in result.receipt.warnings if w not in told)))
     if result.sparsity is not None:
         note(result.sparsity)

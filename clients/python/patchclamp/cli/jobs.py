@@ -120,7 +120,7 @@ def run_follow(args: argparse.Namespace) -> int:
 
 
 def _stored(result: JobResult) -> Artifact | None:
-    """What a job has stored, if its method stores anything."""
+    """Returns what a job has stored, if its method stores anything."""
     return result if isinstance(result, Artifact) else getattr(result, "artifact", None)
 
 

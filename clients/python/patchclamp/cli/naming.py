@@ -33,12 +33,12 @@ def note_stored(artifact: Artifact, name: str, remark: str = "") -> None:
 
 
 def note_moved(artifact: Artifact) -> None:
-    """A line for each tag that was another's."""
+    """Prints a line for each tag that was another's."""
     for tag, loser in artifact.replaced_tags.items():
         note(f"moved {tag} from {loser} (still stored)")
 
 
 def replace_hint(args: argparse.Namespace, error: PatchclampError) -> str:
-    """What to do about a name that is taken, on a line of its own; "" for every other error."""
+    """Returns what to do about a name that is taken, on a line of its own; "" for every other error."""
     taken = error.code == "ALREADY_EXISTS" and getattr(args, "replace", None) is False
     return "\n  --replace takes the name" if taken else ""

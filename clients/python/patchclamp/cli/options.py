@@ -36,14 +36,17 @@ _GENERATE_FIELDS = (
 
 
 def output_options() -> argparse.ArgumentParser:
-    """Parent of every command."""
+    """Returns the parent of every command."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
     return parser
 
 
 def connection_options(timeout: float = DEFAULT_TIMEOUT_SECONDS) -> argparse.ArgumentParser:
-    """Parent of every command that calls a server. `timeout`: infinite for a stream, which takes what it takes."""
+    """Returns the parent of every command that calls a server.
+
+    timeout: default of --timeout; a stream has no deadline, for it takes what it takes.
+    """
     parser = argparse.ArgumentParser(add_help=False, parents=[output_options()])
     group = parser.add_argument_group("server")
     group.add_argument(
@@ -80,7 +83,10 @@ def connection_options(timeout: float = DEFAULT_TIMEOUT_SECONDS) -> argparse.Arg
 
 
 def connect(args: argparse.Namespace) -> Client:
-    """The bearer token comes from a file or from PATCHCLAMP_TOKEN, because arguments show in process lists."""
+    """Returns the client that the options describe.
+
+    The bearer token comes from a file or from PATCHCLAMP_TOKEN, because arguments show in process lists.
+    """
     token = os.environ.get("PATCHCLAMP_TOKEN") if args.token_file is None else Path(args.token_file).read_text().strip()
     return Client(
         args.address,
@@ -96,7 +102,7 @@ def connect(args: argparse.Namespace) -> Client:
 
 
 def _channel_option(text: str) -> tuple[str, str | int]:
-    """Whole numbers are numbers to gRPC, and all else is text."""
+    """Reads NAME=VALUE. Whole numbers are numbers to gRPC, and all else is text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as grpc.keepalive_time_ms=10000, got {text!r}")
@@ -144,7 +150,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prompt_of(args: argparse.Namespace) -> str | list[tuple[str, str]]:
-    """Text, or chat turns with --chat or --system."""
+    """Returns the text, or with --chat or --system the turns of a chat."""
     text: str = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not args.chat and args.system is None:
         return text
@@ -153,12 +159,12 @@ def prompt_of(args: argparse.Namespace) -> str | list[tuple[str, str]]:
 
 
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Of these options, those that were given; the rest is left to the server's defaults."""
+    """Returns those of these options that were given; the rest is left to the server's defaults."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def generate_options(args: argparse.Namespace) -> GenerateOptions:
-    """What was given; the rest is left to the server's defaults."""
+    """Returns what was given; the rest is left to the server's defaults."""
     options = given(args, *_GENERATE_FIELDS)
     program, sparsity = program_of(args), sparsity_of(args)
     return cast(GenerateOptions, {**options, "model": args.model, "program": program, "sparsity": sparsity})

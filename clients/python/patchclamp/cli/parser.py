@@ -7,14 +7,17 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse prints the usage of twenty lines before the reason, and lets the outermost parser complain."""
+    """Says in one line what is wrong.
+
+    argparse prints the usage of twenty lines before the reason, and lets the outermost parser complain.
+    """
 
     def __init__(self, **options: Any) -> None:
         # An abbreviation that is clear today is ambiguous, or means another option, when one more has come.
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
-        """Nothing is left over for the parser around this one."""
+        """Parses all arguments, and leaves none over for the parser around this one."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")

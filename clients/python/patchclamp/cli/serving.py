@@ -35,7 +35,7 @@ def add_arguments(name: str, parser: Parser) -> Callable[[argparse.Namespace], i
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Exit status 1 with a hint when a package of the extra `server` is missing."""
+    """Runs a command of the server package, and returns its exit status: 1 with a hint when a package is missing."""
     try:
         parser = Parser(prog=f"patchclamp {name}")
         command = add_arguments(name, parser)

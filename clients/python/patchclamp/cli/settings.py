@@ -8,7 +8,7 @@ Parse = Callable[[str], Any]
 
 
 def settings(text: str, accepted: Mapping[str, Parse | None]) -> dict[str, Any]:
-    """{name: parsed value}. A name whose parser is None is a flag: it stands alone, and is True."""
+    """Returns {name: parsed value}. A name whose parser is None is a flag: it stands alone, and is True."""
     given: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")

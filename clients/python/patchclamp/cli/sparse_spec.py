@@ -50,13 +50,16 @@ POLICIES: Mapping[str, tuple[Builder, Mapping[str, Parse | None]]] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """An argument, as it was written and what it means."""
+    """Holds an argument as it was written, and what it means."""
 
     text: str
     sparsity: Sparsity
 
     def with_keep(self, keep_ratio: float) -> "Spec":
-        """The same policy at another ratio. ValueError for a profile alone, whose policy only the server knows."""
+        """Returns the same policy at another ratio.
+
+        Raises ValueError for a profile alone, whose policy only the server knows.
+        """
         policy = self.sparsity.policy
         if policy is None:
             raise ValueError(f"--keep: {self.text!r} names no policy; say POLICY:profile={self.text}")
@@ -68,7 +71,7 @@ class Spec:
 
 
 def spec(text: str) -> Spec:
-    """Words of a policy's name are a policy; anything else that can be an id or tag is a profile."""
+    """Reads a policy where its name comes first, and takes all else that can be an id or a tag for a profile."""
     name, colon, rest = text.partition(":")
     if name in POLICIES:
         return Spec(text, _of_policy(name, rest, text))
@@ -80,7 +83,7 @@ def spec(text: str) -> Spec:
 
 
 def policy(text: str) -> pb.SparsePolicy:
-    """What can be calibrated: a policy without a profile."""
+    """Reads what can be calibrated: a policy without a profile."""
     found = spec(text).sparsity
     if found.policy is None or found.profile:
         raise argparse.ArgumentTypeError(f"{text!r}: expected POLICY[:SETTING,...] of {', '.join(POLICIES)}")
@@ -88,7 +91,7 @@ def policy(text: str) -> pb.SparsePolicy:
 
 
 def guard(text: str) -> QualityGuard:
-    """ "on", or settings such as max_divergence=.1,sample_rate=.125,window=8"""
+    """Reads "on", or settings such as max_divergence=.1,sample_rate=.125,window=8."""
     if text == "on":
         return QualityGuard()
     given = settings(text, {"sample_rate": float, "max_divergence": float, "window": int})
@@ -115,7 +118,7 @@ def add_sparsity_arguments(parser: argparse.ArgumentParser, *, with_guard: bool 
 
 
 def sparsity_of(args: argparse.Namespace) -> Sparsity | None:
-    """ValueError for a guard of nothing."""
+    """Returns the sparsity with its guard; None without --sparsity. Raises ValueError for a guard of nothing."""
     quality_guard: QualityGuard | None = getattr(args, "sparsity_guard", None)
     if args.sparsity is None:
         if quality_guard is not None:

@@ -51,14 +51,14 @@ def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def program_of(args: argparse.Namespace) -> Program:
-    """The file's program, then --steer, then --clamp; edits of the same name are numbered."""
+    """Returns the file's program, then --steer, then --clamp; edits of the same name are numbered."""
     base: Program = args.program or Program()
     edits = [*base.edits, *args.steer, *args.clamp]
     return Program(_with_unique_names(edits), readouts=base.readouts, abort_when=base.abort_when)
 
 
 def steer(text: str) -> pb.Edit:
-    """joyful@10-14:4.0,generated"""
+    """Reads an edit such as joyful@10-14:4.0,generated."""
     ref, at, rest = text.rpartition("@")
     layers, _, options = rest.partition(":")
     if not (at and ref and layers):
@@ -77,7 +77,7 @@ def steer(text: str) -> pb.Edit:
 
 
 def clamp(text: str) -> pb.Edit:
-    """L12N345=3.0,generated or L12N3,7=-1..1"""
+    """Reads an edit such as L12N345=3.0,generated or L12N3,7=-1..1."""
     match = _CLAMP.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not L<layer>N<neuron>=VALUE, such as L12N345=3.0")
@@ -106,7 +106,7 @@ def program_file(path: str) -> Program:
 
 
 def layer_list(text: str) -> Layers:
-    """ "all", "10", "10-14" (both ends included), "8,10-12"."""
+    """Reads "all", "10", "10-14" (both ends included) or "8,10-12"."""
     if text == "all":
         return "all"
     layers: list[int] = []
@@ -124,7 +124,7 @@ def layer_list(text: str) -> Layers:
 
 @contextmanager
 def _about(text: str) -> Iterator[None]:
-    """What a builder refuses is the fault of this argument."""
+    """Blames this argument for what a builder refuses."""
     try:
         yield
     except ValueError as error:

@@ -15,7 +15,7 @@ _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 
 
 def print_json(value: object, indent: int | None = 2) -> None:
-    """As text people can read, or escaped where the output cannot write a character of it."""
+    """Prints JSON that people can read, with escapes only where the output cannot write a character of it."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=_plain)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -25,30 +25,30 @@ def print_json(value: object, indent: int | None = 2) -> None:
 
 
 def quoted(text: str) -> str:
-    """A text within a line, where its spaces and line breaks show."""
+    """Returns a text as it stands within a line, where its spaces and line breaks show."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def escape_what_cannot_be_written() -> None:
-    """A model writes every language: on an output of few characters the others are backslash escapes, not an error."""
+    """Makes an output of few characters write backslash escapes for the others: a model writes every language."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
-    """ANSI on a terminal that wants it, plain text elsewhere (https://no-color.org)."""
+    """Returns the text in ANSI colours on a terminal that wants them, plain elsewhere (https://no-color.org)."""
     if not takes_escapes(stream) or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{_STYLES[style]}m{text}\033[0m"
 
 
 def takes_escapes(stream: TextIO) -> bool:
-    """Whether it is a terminal that redraws and colours; TERM=dumb is that of editors and build logs."""
+    """Returns whether it is a terminal that redraws and colours; editors and build logs say TERM=dumb."""
     return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def note(text: object) -> None:
-    """A line beside the output proper: receipts, usage, what was done."""
+    """Prints a line beside the output proper: receipts, usage, what was done."""
     print(styled(str(text), "dim", sys.stderr), file=sys.stderr)
 
 
@@ -57,7 +57,7 @@ def heading(text: str) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns as wide as their widest cell."""
+    """Prints columns as wide as their widest cell."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     heading("  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True)).rstrip())
@@ -68,7 +68,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 class ProgressBar:
     """Redraws itself on a terminal that can, with a line for each stage; elsewhere a line for each tenth of a stage.
 
-    quiet: nothing elsewhere, where what is printed is for programs.
+    quiet: whether it prints nothing elsewhere, where the output is for programs.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -78,7 +78,7 @@ class ProgressBar:
         self._tenth = -1
 
     def show(self, event: object) -> None:
-        """Of the events of a job, those that are progress."""
+        """Shows those of the events of a job that are progress."""
         if not isinstance(event, Progress) or self._silent:
             return
         if event.stage != self._stage:
@@ -93,7 +93,7 @@ class ProgressBar:
             self._tenth = tenth
 
     def close(self) -> None:
-        """What is printed next starts on a line of its own, also when a stage ended early."""
+        """Ends the line, so that what is printed next has its own, also when a stage ended early."""
         if self._stage and self._redraws:
             print(file=sys.stderr)
         self._stage = ""
@@ -101,7 +101,7 @@ class ProgressBar:
 
 
 def job_result(stream: Stream[MessageT, EventT, ResultT], *, quiet: bool) -> ResultT:
-    """The result of a job, with its progress on the way. quiet: see ProgressBar."""
+    """Returns the result of a job, and shows its progress on the way. ProgressBar describes `quiet`."""
     bar = ProgressBar(quiet=quiet)
     try:
         return stream.result(bar.show)

@@ -168,7 +168,7 @@ def _format(given: ArtifactFormatName | None, path: Path) -> ArtifactFormatName:
 
 
 def _span(layers: tuple[int, ...]) -> str:
-    """ "3-7" for a run of layers, else all of them."""
+    """Returns "3-7" for a run of layers, else all of them."""
     if len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ",".join(map(str, layers)) or "-"

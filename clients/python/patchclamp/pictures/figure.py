@@ -18,7 +18,7 @@ class MissingMatplotlib(ImportError):
 
 
 def require_matplotlib() -> None:
-    """MissingMatplotlib when it is not installed."""
+    """Raises MissingMatplotlib when matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -28,7 +28,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Inches. No display is needed: savefig draws into the file."""
+    """Returns an empty figure of this size in inches. No display is needed: savefig draws into the file."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

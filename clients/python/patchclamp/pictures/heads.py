@@ -13,7 +13,7 @@ _INCHES_A_CELL = 0.25
 
 
 def heat_map_figure(matrix: Sequence[Sequence[float]], title: str) -> "Figure":
-    """matrix: [layers][heads], layer 0 at the bottom. Scores below zero get colours that part at zero."""
+    """Draws scores [layers][heads], layer 0 at the bottom. Scores below zero get colours that part at zero."""
     layers, heads = len(matrix), len(matrix[0])
     largest = max(abs(value) for row in matrix for value in row) or 1.0
     signed = any(value < 0 for row in matrix for value in row)
@@ -35,7 +35,7 @@ def heat_map_figure(matrix: Sequence[Sequence[float]], title: str) -> "Figure":
 
 
 def needle_grid_figure(grid: NeedleGrid, title: str) -> "Figure":
-    """Share of needles found, with successes/runs in each cell; the start of the haystack is at the top."""
+    """Draws the share of needles found, with successes/runs in each cell; the start of the haystack is at the top."""
     figure = new_figure(3 + len(grid.lengths), 2 + 0.6 * len(grid.depths))
     axes = figure.add_subplot()
     shares = [[cell[0] / cell[1] if cell else float("nan") for cell in row] for row in grid.cells]

@@ -21,7 +21,10 @@ _COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "navy", "gold"
 
 @dataclass(frozen=True)
 class QualityPoint:
-    """bytes_read: weight bytes of a token over those of the dense model. speedup: None when it was not measured."""
+    """Holds what a policy costs and saves at one keep ratio.
+
+    bytes_read: weight bytes of a token over those of the dense model. speedup: None when it was not measured.
+    """
 
     keep: float
     perplexity_ratio: float
@@ -33,10 +36,10 @@ Series = Mapping[str, Sequence[QualityPoint]]
 
 
 def series_of(text: str) -> Series:
-    """Points of each policy, by falling keep ratio.
+    """Returns the points of each policy, by falling keep ratio.
 
     text: JSON of `sparsity evaluate --json` (a list of evaluations), or with {"table": {policy: {keep: card}}} in it,
-    as benchmarks/sparse.py writes. ValueError for anything else.
+    as benchmarks/sparse.py writes. Raises ValueError for anything else.
     """
     found = json.loads(text)
     try:
@@ -54,7 +57,7 @@ def series_of(text: str) -> Series:
 
 
 def quality_figure(series: Series) -> "Figure":
-    """One line a policy: at the left against bytes read, at the right against speed-up where any was measured."""
+    """Draws a line for each policy: against bytes read, and beside it against speed-up where any was measured."""
     timed = any(point.speedup is not None for points in series.values() for point in points)
     figure = new_figure(16 if timed else 9, 7)
     columns = 2 if timed else 1
@@ -116,7 +119,7 @@ def _point(keep: float, card: Mapping[str, Any], speedup: float | None) -> Quali
 
 
 def _name(evaluation: Mapping[str, Any]) -> str:
-    """The policy, with its settings where it has any that are neither the ratio nor the profile: fovea:bits=2."""
+    """Returns the policy with the settings that are neither the ratio nor the profile, such as fovea:bits=2."""
     policy, spec = str(evaluation["policy"]), str(evaluation.get("spec", ""))
     settings = spec.partition(":")[2].split(",") if spec.startswith(f"{policy}:") else []
     told = [each for each in settings if each and not each.startswith(("keep_ratio=", "profile="))]

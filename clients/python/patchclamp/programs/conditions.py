@@ -26,11 +26,11 @@ def when(
     latched: bool = False,
     scope: ScopeLike | None = None,
 ) -> pb.Gate:
-    """Gate of an edit: open where the condition holds; latched: and at every later token of the sequence.
+    """Returns a gate of an edit, which is open where the condition holds; latched: also at every later token.
 
-    The condition's site must come before the edit's in the forward pass. Exactly one of `above` and `below`: a number,
-    or "midpoint" of the evidence of a stored vector. That is a threshold of pooled states, and a gate sees single
-    tokens: `positive_tokens` and `negative_tokens` of the evidence say where those lie.
+    The condition's site must come before the edit's in the forward pass. Exactly one of `above` and `below` is given: a
+    number, or "midpoint" of the evidence of a stored vector. That is a threshold of pooled states, and a gate sees
+    single tokens: `positive_tokens` and `negative_tokens` of the evidence say where those lie.
     """
     condition = _condition(direction, layer, site, above, below, cosine, scope)
     return build(pb.Gate, condition=condition, latched=latched)
@@ -47,7 +47,7 @@ def abort_when(
     scope: ScopeLike | None = None,
     name: str = "",
 ) -> pb.AbortCondition:
-    """Ends the stream with ABORTED as soon as the condition holds. Exactly one of `above` and `below`, as in when()."""
+    """Ends the stream with ABORTED as soon as the condition holds. The threshold is given as in when()."""
     condition = _condition(direction, layer, site, above, below, cosine, scope)
     return build(pb.AbortCondition, name=name, condition=condition)
 

@@ -20,10 +20,12 @@ Neurons = int | Iterable[int] | str
 
 
 class EditOptions(TypedDict, total=False):
-    """layers: one layer, several, or "all"; left out only for a neuron set, which names its own.
+    """Options of every edit.
 
-    strength: 1 (default) is the full edit, 0 changes nothing. gate: default always.
-    scope: a scope or "prompt" or "generated"; default every token.
+    layers: one layer, several, or "all"; left out only for a neuron set, which names its own.
+
+    strength: 1 (default) is the full edit, 0 changes nothing. gate: by default the edit is always made.
+    scope: a scope or "prompt" or "generated"; by default every token.
     name: unique in the program; needed to change the strength in a session and shown in the receipt.
     """
 
@@ -35,7 +37,10 @@ class EditOptions(TypedDict, total=False):
 
 
 class VectorEditOptions(EditOptions, total=False):
-    """site: default "resid_post". preserve_norm: rescale the result to the norm that h had."""
+    """Options of edits by a vector, besides EditOptions.
+
+    site: by default "resid_post". preserve_norm: whether the result is rescaled to the norm that h had.
+    """
 
     site: SiteName
     preserve_norm: bool
@@ -92,13 +97,13 @@ def _heads(kind: pb.HeadEdit, heads: int | Iterable[int], **options: Unpack[Edit
 
 @takes_options_of(_by_vector)
 def add(direction: VectorLike, **options: Unpack[VectorEditOptions]) -> pb.Edit:
-    """t(h) = h + v."""
+    """t(h) = h + v: adds a vector."""
     return _by_vector(pb.Edit(add=pb.AddVector(vector=vector_of(direction, "direction"))), **options)
 
 
 @takes_options_of(_by_vector)
 def project_out(direction: VectorLike, **options: Unpack[VectorEditOptions]) -> pb.Edit:
-    """t(h) = h - (h·u)u, with u = v/‖v‖."""
+    """t(h) = h - (h·u)u, with u = v/‖v‖: takes a direction out."""
     return _by_vector(pb.Edit(project_out=pb.ProjectOut(vector=vector_of(direction, "direction"))), **options)
 
 
@@ -110,7 +115,7 @@ def cap_projection(
     max: float | None = None,
     **options: Unpack[VectorEditOptions],
 ) -> pb.Edit:
-    """t(h) = h + (clip(h·u, min, max) - h·u)u. At least one bound."""
+    """t(h) = h + (clip(h·u, min, max) - h·u)u: keeps the projection within bounds, of which one at least is given."""
     kind = build(pb.CapProjection, vector=vector_of(direction, "direction"), min=min, max=max)
     _check_bounds(min, max)
     return _by_vector(pb.Edit(cap_projection=kind), **options)
@@ -118,14 +123,14 @@ def cap_projection(
 
 @takes_options_of(_by_vector)
 def set_projection(direction: VectorLike, target: float, **options: Unpack[VectorEditOptions]) -> pb.Edit:
-    """t(h) = h + (target - h·u)u."""
+    """t(h) = h + (target - h·u)u: sets the projection."""
     kind = build(pb.SetProjection, vector=vector_of(direction, "direction"), target=target)
     return _by_vector(pb.Edit(set_projection=kind), **options)
 
 
 @takes_options_of(_by_vector)
 def replace(direction: VectorLike, **options: Unpack[VectorEditOptions]) -> pb.Edit:
-    """t(h) = v."""
+    """t(h) = v: replaces the state by a vector."""
     return _by_vector(pb.Edit(replace=pb.ReplaceVector(vector=vector_of(direction, "direction"))), **options)
 
 
@@ -138,30 +143,30 @@ def rotate_towards(direction: VectorLike, radians: float, **options: Unpack[Vect
 
 @takes_options_of(_by_vector)
 def low_rank(rotation: Numbers, weight: Numbers, bias: Numbers, **options: Unpack[VectorEditOptions]) -> pb.Edit:
-    """ReFT: t(h) = h + Rᵀ(Wh + b - Rh), with R and W [rank, width] and b [rank]."""
+    """t(h) = h + Rᵀ(Wh + b - Rh), with R and W [rank, width] and b [rank]: edits as ReFT does."""
     kind = pb.LowRank(rotation=tensor(rotation, "rotation"), weight=tensor(weight, "weight"), bias=tensor(bias, "bias"))
     return _by_vector(pb.Edit(low_rank=kind), **options)
 
 
 @takes_options_of(_neurons)
 def set_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
-    """t(a) = value.
+    """t(a) = value: sets neurons.
 
     neurons: one index, several, or the id or tag of a neuron set.
-    values: one for all neurons or one each; left out: those that the neuron set carries.
+    values: one for all neurons or one for each; when left out, those that the neuron set carries.
     """
     return _neurons(pb.NeuronEdit(set=_values(neurons, values)), neurons, **options)
 
 
 @takes_options_of(_neurons)
 def scale_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
-    """t(a) = value·a. Arguments as in set_neurons."""
+    """t(a) = value·a: scales neurons. set_neurons describes the arguments."""
     return _neurons(pb.NeuronEdit(scale=_values(neurons, values)), neurons, **options)
 
 
 @takes_options_of(_neurons)
 def add_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
-    """t(a) = a + value. Arguments as in set_neurons."""
+    """t(a) = a + value: adds to neurons. set_neurons describes the arguments."""
     return _neurons(pb.NeuronEdit(add=_values(neurons, values)), neurons, **options)
 
 
@@ -169,7 +174,7 @@ def add_neurons(neurons: Neurons, values: float | Sequence[float] = (), **option
 def clamp_neurons(
     neurons: Neurons, *, min: float | None = None, max: float | None = None, **options: Unpack[EditOptions]
 ) -> pb.Edit:
-    """t(a) = clip(a, min, max). At least one bound."""
+    """t(a) = clip(a, min, max): keeps neurons within bounds, of which one at least is given."""
     bounds = build(pb.NeuronBounds, min=min, max=max)
     _check_bounds(min, max)
     return _neurons(pb.NeuronEdit(clamp=bounds), neurons, **options)
@@ -177,34 +182,37 @@ def clamp_neurons(
 
 @takes_options_of(_heads)
 def scale_heads(heads: int | Iterable[int], factor: float, **options: Unpack[EditOptions]) -> pb.Edit:
-    """t(z) = factor·z for the output of each head."""
+    """t(z) = factor·z: scales the output of each head."""
     return _heads(build_as({"scale": "factor"}, pb.HeadEdit, scale=factor), heads, **options)
 
 
 @takes_options_of(_heads)
 def ablate_heads(heads: int | Iterable[int], **options: Unpack[EditOptions]) -> pb.Edit:
-    """t(z) = 0."""
+    """t(z) = 0: ablates heads."""
     return scale_heads(heads, 0.0, **options)
 
 
 @takes_options_of(_heads)
 def mean_heads(heads: int | Iterable[int], mean: Numbers, **options: Unpack[EditOptions]) -> pb.Edit:
-    """t(z) = mean: [n_heads_of_edit, head_dim], or [n_layers_of_edit, n_heads_of_edit, head_dim]."""
+    """t(z) = mean: replaces the output of heads by a mean.
+
+    mean: [n_heads_of_edit, head_dim], or [n_layers_of_edit, n_heads_of_edit, head_dim].
+    """
     return _heads(pb.HeadEdit(mean=tensor(mean, "mean")), heads, **options)
 
 
 @takes_options_of(_heads)
 def uniform_heads(heads: int | Iterable[int], **options: Unpack[EditOptions]) -> pb.Edit:
-    """The heads attend to all visible tokens alike.
+    """Lets heads attend to all visible tokens alike.
 
-    Strength s multiplies the query, after its norm and rotation, by 1 - s: at 0.5 attention is flatter, and no average
-    of its pattern with the uniform one.
+    Strength s multiplies the query, after its norm and rotation, by 1 - s: at 0.5 attention is flatter, but it is
+    no average of its pattern with the uniform one.
     """
     return _heads(pb.HeadEdit(uniform=True), heads, **options)
 
 
 def layer_fields(layers: Layers) -> tuple[list[int], bool]:
-    """(layers, all_layers) of the message. Which layers exist is the server's to say."""
+    """Returns (layers, all_layers) of the message. Which layers exist is the server's to say."""
     if isinstance(layers, str):
         if layers != "all":
             raise ValueError(f'layers is {layers!r}; accepted: an int, several ints, or "all"')

@@ -11,7 +11,7 @@ from patchclamp.v1 import program_pb2 as pb
 
 @dataclass(frozen=True, init=False)
 class Program:
-    """Edits in the order they are applied, readouts, and conditions that abort the stream."""
+    """Holds edits in the order they are applied, readouts, and conditions that abort the stream."""
 
     edits: tuple[pb.Edit, ...]
     readouts: tuple[pb.Readout, ...]
@@ -24,7 +24,7 @@ class Program:
         readouts: Iterable[pb.Readout] | pb.Readout = (),
         abort_when: Iterable[pb.AbortCondition] | pb.AbortCondition = (),
     ) -> None:
-        """One edit, readout or condition need not be in a list. TypeError for one in the place of another."""
+        """Takes several of each, or one that is in no list. Raises TypeError for one in the place of another."""
         object.__setattr__(self, "edits", _all(edits, pb.Edit, "edits", "an edit such as add(...)"))
         object.__setattr__(
             self, "readouts", _all(readouts, pb.Readout, "readouts", "a readout such as read_heads(...)")
@@ -36,12 +36,12 @@ class Program:
         return pb.Program(edits=self.edits, readouts=self.readouts, abort_when=self.abort_when)
 
     def to_json(self) -> str:
-        """Protobuf JSON of the message Program, with the field names of the contract."""
+        """Returns the message Program in protobuf JSON, with the field names of the contract."""
         return json_format.MessageToJson(self.message(), preserving_proto_field_name=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Program":
-        """Inverse of to_json. ValueError for JSON that is not a Program."""
+        """Reads what to_json writes. Raises ValueError for JSON that is not a Program."""
         try:
             message = json_format.Parse(text, pb.Program())
         except json_format.ParseError as error:
@@ -53,7 +53,7 @@ ProgramLike = Program | pb.Program | pb.Edit | Sequence[pb.Edit]
 
 
 def program_message(program: ProgramLike | None) -> pb.Program | None:
-    """The message of a program, of a plain list of edits, or of one edit."""
+    """Returns the message of a program, of a plain list of edits, or of one edit."""
     if program is None or isinstance(program, pb.Program):
         return program
     if isinstance(program, Program):
@@ -63,5 +63,5 @@ def program_message(program: ProgramLike | None) -> pb.Program | None:
 
 
 def _all(values: Iterable[MessageT] | MessageT, kind: type[MessageT], field: str, what: str) -> tuple[MessageT, ...]:
-    """The values, each of which must be a `kind`; one alone will do."""
+    """Returns the values, each of which must be a `kind`; one alone will do."""
     return (values,) if isinstance(values, kind) else tuple(instances(values, kind, field, what))

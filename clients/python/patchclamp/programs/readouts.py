@@ -13,9 +13,10 @@ from patchclamp.v1 import program_pb2 as pb
 
 
 class ReadoutOptions(TypedDict, total=False):
-    """layers: one layer, several, or "all". name: shown with the values.
+    """Options of every readout.
 
-    scope: a scope or "prompt" or "generated"; default every token.
+    layers: one layer, several, or "all". name: what the values are shown with.
+    scope: a scope or "prompt" or "generated"; by default every token.
     """
 
     layers: Layers
@@ -48,9 +49,9 @@ def _readout(
 def read_projection(
     directions: Iterable[VectorLike], *, site: SiteName = "resid_post", **options: Unpack[ReadoutOptions]
 ) -> pb.Readout:
-    """h·v/|v| for each vector, on the scale of when(), abort_when() and watched directions.
+    """Reads h·v/|v| for each vector, on the scale of when(), abort_when() and watched directions.
 
-    Multiply by |v| for h·v: `norm` of the evidence of an extracted vector.
+    Times |v|, the `norm` in the evidence of an extracted vector, it is h·v.
     """
     listed = several(directions, "directions", "a vector")
     kind = pb.ProjectionReadout(vectors=[vector_of(d, f"directions[{i}]") for i, d in enumerate(listed)])
@@ -59,23 +60,23 @@ def read_projection(
 
 @takes_options_of(_readout)
 def read_neurons(neurons: Iterable[int], **options: Unpack[ReadoutOptions]) -> pb.Readout:
-    """Values of chosen neurons."""
+    """Reads the values of chosen neurons."""
     return _readout(pb.Readout(neurons=build(pb.NeuronReadout, neurons=neurons)), "mlp_post", **options)
 
 
 @takes_options_of(_readout)
 def read_top_neurons(k: int, **options: Unpack[ReadoutOptions]) -> pb.Readout:
-    """The k neurons with the largest absolute value."""
+    """Reads the k neurons with the largest absolute value."""
     return _readout(pb.Readout(top_neurons=build(pb.TopNeuronsReadout, k=k)), "mlp_post", **options)
 
 
 @takes_options_of(_readout)
 def read_logit_lens(k: int, *, site: SiteName = "resid_post", **options: Unpack[ReadoutOptions]) -> pb.Readout:
-    """The k most likely tokens when this residual state is read by the final norm and unembedding."""
+    """Reads the k most likely tokens when this residual state goes through the final norm and unembedding."""
     return _readout(pb.Readout(logit_lens=build(pb.LogitLensReadout, k=k)), site, **options)
 
 
 @takes_options_of(_readout)
 def read_heads(heads: Iterable[int] = (), **options: Unpack[ReadoutOptions]) -> pb.Readout:
-    """For each head (default: all) the position it attends to most, as `ids`, and its probability, as `values`."""
+    """Reads which position each head (by default all) attends to most, as `ids`, and its probability, as `values`."""
     return _readout(pb.Readout(heads=build(pb.HeadReadout, heads=heads)), "attn_z", **options)

@@ -15,13 +15,16 @@ ScopeName = Literal["all", "prompt", "generated"]
 
 @dataclass(frozen=True)
 class Scope:
-    """Tokens that match any of `include` (none: every token) and none of `exclude`. The messages are not changed."""
+    """Holds the tokens that match any of `include` (none: every token) and none of `exclude`.
+
+    The messages are not changed.
+    """
 
     include: tuple[pb.TokenSelector, ...] = ()
     exclude: tuple[pb.TokenSelector, ...] = ()
 
     def __and__(self, other: "ScopeLike") -> "Scope":
-        """Tokens in both. ValueError when one field would need two values."""
+        """Selects the tokens in both. Raises ValueError when one field would need two values."""
         other = scope_of(other)
         if self.include and other.include:
             include = tuple(_both(a, b) for a in self.include for b in other.include)
@@ -30,7 +33,7 @@ class Scope:
         return Scope(include, self.exclude + other.exclude)
 
     def __or__(self, other: "ScopeLike") -> "Scope":
-        """Tokens in either. ValueError when either excludes tokens: exclude after the union instead."""
+        """Selects the tokens in either. Raises ValueError when either excludes tokens: exclude after the union."""
         other = scope_of(other)
         if self.exclude or other.exclude:
             raise ValueError("apply except_ to the union: (a | b).except_(c)")
@@ -39,7 +42,10 @@ class Scope:
         return Scope(self.include + other.include)
 
     def except_(self, other: "ScopeLike") -> "Scope":
-        """Tokens in this scope that are not in `other`. ValueError when `other` itself excludes tokens or is all."""
+        """Selects the tokens in this scope that are not in `other`.
+
+        Raises ValueError when `other` itself excludes tokens or is all.
+        """
         other = scope_of(other)
         if other.exclude:
             raise ValueError("the excluded scope cannot exclude tokens itself")
@@ -55,27 +61,27 @@ ScopeLike = Scope | ScopeName
 
 
 def everything() -> Scope:
-    """Every token; a start for ``everything().except_(...)``."""
+    """Selects every token; ``everything().except_(...)`` starts with it."""
     return Scope()
 
 
 def prompt() -> Scope:
-    """Tokens the client sent."""
+    """Selects the tokens that the client sent."""
     return Scope((pb.TokenSelector(phase=pb.PHASE_PROMPT),))
 
 
 def generated() -> Scope:
-    """Tokens the model produced (for score: the continuation)."""
+    """Selects the tokens that the model produced (for score: the continuation)."""
     return Scope((pb.TokenSelector(phase=pb.PHASE_GENERATED),))
 
 
 def positions(start: int, end: int | None = None) -> Scope:
-    """Half-open range; negative numbers count from the end of the prompt (-1 is its last token)."""
+    """Selects start ≤ position < end; negative numbers count from the end of the prompt (-1 is its last token)."""
     return Scope((pb.TokenSelector(positions=build(pb.PositionRange, start=start, end=end)),))
 
 
 def last(k: int) -> Scope:
-    """The last k tokens of the prompt."""
+    """Selects the last k tokens of the prompt."""
     selector = build_as({"last_k": "k"}, pb.TokenSelector, last_k=k)
     if not selector.last_k:
         raise ValueError("last(k) needs k of at least 1")
@@ -83,7 +89,7 @@ def last(k: int) -> Scope:
 
 
 def tokens(ids: Iterable[int]) -> Scope:
-    """Tokens with one of these ids."""
+    """Selects the tokens with one of these ids."""
     selector = build_as({"token_ids": "ids"}, pb.TokenSelector, token_ids=ids)
     if not selector.token_ids:
         raise ValueError("tokens(ids) needs at least one id")
@@ -91,7 +97,7 @@ def tokens(ids: Iterable[int]) -> Scope:
 
 
 def role(name: str) -> Scope:
-    """Tokens of the chat turns of this role, for requests with messages."""
+    """Selects the tokens of the chat turns of this role, for requests with messages."""
     selector = build_as({"role": "name"}, pb.TokenSelector, role=name)
     if not selector.role:
         raise ValueError("role(name) needs a name")
@@ -102,7 +108,10 @@ _NAMED: Mapping[str, Callable[[], Scope]] = {"all": everything, "prompt": prompt
 
 
 def scope_of(scope: ScopeLike, field: str = "scope") -> Scope:
-    """The scope, or the one with this name. ValueError lists the names, TypeError for anything else."""
+    """Returns the scope, or the one with this name.
+
+    Raises ValueError, which lists the names, for another name and TypeError for anything else.
+    """
     if isinstance(scope, Scope):
         return scope
     names = ", ".join(map(repr, _NAMED))
@@ -114,7 +123,7 @@ def scope_of(scope: ScopeLike, field: str = "scope") -> Scope:
 
 
 def scope_message(scope: ScopeLike | None) -> pb.Scope | None:
-    """None stays None: the default of the field, which is every token."""
+    """Returns the message of a scope. None stays None: the default of the field, which is every token."""
     return None if scope is None else scope_of(scope).message()
 
 

@@ -10,11 +10,11 @@ VectorLike: TypeAlias = "str | Numbers | pb.Vector"
 
 
 def vector(source: VectorLike, *, layer: int | None = None, unit: bool = False) -> pb.Vector:
-    """A direction with options; wherever a vector is expected, `source` alone will do.
+    """Returns a direction with options; wherever a vector is expected, `source` alone will do.
 
     source: artifact id or tag, or numbers [width] or [n_layers_of_edit, width].
-    layer: use this layer's row of the artifact at every layer of the edit.
-    unit: divide by the Euclidean norm before use; projections, in edits, conditions and readouts, always do.
+    layer: the layer whose row of the artifact is used at every layer of the edit.
+    unit: whether it is divided by its Euclidean norm; in projections, of edits, conditions and readouts, it always is.
     """
     message = vector_of(source, "source")
     message.MergeFrom(build_as({"artifact_layer": "layer"}, pb.Vector, artifact_layer=layer, unit=unit))
@@ -22,7 +22,7 @@ def vector(source: VectorLike, *, layer: int | None = None, unit: bool = False) 
 
 
 def vector_of(source: VectorLike, field: str) -> pb.Vector:
-    """The direction that an argument of this name is."""
+    """Returns the direction that an argument of this name is."""
     if isinstance(source, pb.Vector):
         message = pb.Vector()
         message.CopyFrom(source)

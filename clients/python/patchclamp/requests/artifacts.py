@@ -60,7 +60,7 @@ def upload(
     replace_tags: bool = False,
     provenance: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[artifact_pb2.UploadRequest]:
-    """The header, then chunks of at most 1 MiB. data: of the file, or its path."""
+    """Yields the header, then chunks of at most 1 MiB. data: the content of the file, or its path."""
     content = data.read_bytes() if isinstance(data, Path) else instance(data, bytes, "data", "bytes or a Path")
     header = build(
         artifact_pb2.UploadHeader,
@@ -101,7 +101,7 @@ def artifact_format(name: ArtifactFormatName) -> artifact_pb2.ArtifactFormat.Val
 
 
 def _provenance(fields: Mapping[str, Any]) -> struct_pb2.Struct:
-    """TypeError for what JSON cannot write."""
+    """Returns the fields as a Struct. Raises TypeError for what JSON cannot write."""
     try:
         return json_format.ParseDict(dict(fields), struct_pb2.Struct())
     except (TypeError, ValueError, json_format.ParseError):

@@ -47,7 +47,7 @@ def extract_vectors(
     replace_tags: bool = False,
     model: str = "",
 ) -> steering_pb2.ExtractVectorsRequest:
-    """pairs: (positive, negative)."""
+    """Returns a request for a vector from pairs (positive, negative)."""
     listed = several(pairs, "pairs", "(positive, negative)")
     return build(
         steering_pb2.ExtractVectorsRequest,

@@ -14,13 +14,13 @@ from patchclamp.v1 import generation_pb2, model_pb2
 
 
 class GenerateOptions(PromptOptions, total=False):
-    """Fields and defaults of the messages Sampling and StopConditions; None is the server's default.
+    """Options of a generation; Sampling and StopConditions of the contract describe those that are not here.
 
-    program: edits, readouts and conditions (patchclamp.programs), or one edit.
-    temperature 0 (default) is greedy. logprobs n: the chosen token's and the n most likely ones'.
-    seed: default one that the server draws, and tells. max_tokens: default 256.
-    sparsity: a policy, a profile or both (patchclamp.sparsity); default dense.
-    grounding: a head set; says which prompt tokens its heads copied each generated token from (patchclamp.heads).
+    None is the server's default. program: edits, readouts and conditions (patchclamp.programs), or one edit.
+    temperature: 0 (default) is greedy. logprobs: how many likely tokens are told beside the chosen one.
+    seed: by default one that the server draws, and tells. max_tokens: by default 256.
+    sparsity: a policy, a profile or both (patchclamp.sparsity); by default everything is computed.
+    grounding: a head set (patchclamp.heads) that says which prompt tokens each generated token was copied from.
     """
 
     program: ProgramLike | None
@@ -44,7 +44,10 @@ class GenerateOptions(PromptOptions, total=False):
 
 
 class ScoreOptions(PromptOptions, total=False):
-    """top_logprobs n: also the n most likely tokens at each position. sparsity: without a guard."""
+    """Options of a score.
+
+    top_logprobs: how many likely tokens are told at each position. sparsity: one without a guard.
+    """
 
     program: ProgramLike | None
     top_logprobs: int

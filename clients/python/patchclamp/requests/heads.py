@@ -157,7 +157,7 @@ def evaluate_head_edit(
     texts: str | Iterable[str] = (),
     model: str = "",
 ) -> head_pb2.EvaluateHeadEditRequest:
-    """ValueError unless scale comes with the mode "scale", and with no other."""
+    """Returns a request to edit heads. Raises ValueError unless scale comes with the mode "scale" and no other."""
     number = value_of(HEAD_EDIT_MODES, mode, "mode")
     if (mode == "scale") != (scale is not None):
         raise ValueError('scale is given with the mode "scale", and with no other')
@@ -202,7 +202,7 @@ def find_circuit(
 
 
 def compare_head_sets(head_sets: Iterable[str], top_k: int) -> head_pb2.CompareHeadSetsRequest:
-    """TypeError for one head set in place of several."""
+    """Returns a request to compare head sets. Raises TypeError for one in place of several."""
     return build(head_pb2.CompareHeadSetsRequest, head_sets=head_sets, top_k=top_k)
 
 

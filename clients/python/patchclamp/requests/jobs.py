@@ -28,8 +28,10 @@ _FIELDS: Mapping[Any, FieldDescriptor] = {
 
 
 def start_job(request: JobRequest) -> job_pb2.StartJobRequest:
-    """With a key of its own, so that what is sent again begins no second job. TypeError for what is no request of a
-    method that can be a job."""
+    """Returns a request to begin a job, with a key of its own, so that what is sent again begins no second job.
+
+    Raises TypeError for what is no request of a method that can be a job.
+    """
     field = _FIELDS.get(request.DESCRIPTOR) if isinstance(request, Message) else None
     if field is None:
         makers = ", ".join(each.name for each in _FIELDS.values())

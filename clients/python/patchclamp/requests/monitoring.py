@@ -16,11 +16,12 @@ class WatchOptions(StoredOptions, total=False):
 
 
 class StartWatchOptions(TypedDict, total=False):
-    """sampling_rate: share of the tokens, default 1. phases: default ("generated",). window_tokens: of drift.
+    """Options of a watch that is started.
 
-    buckets: upper bounds of the histograms in Prometheus, default by the reference or the first tokens. reference: id
-    or tag of a watch_reference of this watch. calibration_tokens: first tokens that what was not chosen is derived
-    from. export_items: series in Prometheus for each item too.
+    sampling_rate: share of the tokens, by default 1. phases: by default ("generated",). window_tokens: how many tokens
+    drift is measured over. buckets: upper bounds of the histograms in Prometheus, by default derived from the reference
+    or the first tokens. reference: id or tag of a watch_reference of this watch. calibration_tokens: how many first
+    tokens what was not chosen is derived from. export_items: whether each item has series in Prometheus too.
     """
 
     sampling_rate: float | None
@@ -44,7 +45,10 @@ class ReferenceOptions(StoredOptions, total=False):
 
 
 class FollowOptions(TypedDict, total=False):
-    """items: names, default all. threshold: in place of the items' own. max_events: default without an end."""
+    """Options of who follows a watch.
+
+    items: names, by default all. threshold: one in place of the items' own. max_events: by default there is no end.
+    """
 
     items: Iterable[str]
     threshold: float | None
@@ -76,7 +80,7 @@ def start_watch(
     calibration_tokens: int = 0,
     export_items: bool = False,
 ) -> pb.StartWatchRequest:
-    """TypeError for one phase that is not in a list."""
+    """Returns a request to start a watch. Raises TypeError for one phase that is not in a list."""
     listed = several(phases, "phases", f"one of {', '.join(PHASES)}")
     return build(
         pb.StartWatchRequest,

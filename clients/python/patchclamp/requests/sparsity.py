@@ -11,7 +11,10 @@ from patchclamp.v1 import sparse_policy_pb2, sparsity_pb2
 
 
 class EvaluateOptions(TypedDict, total=False):
-    """document_tokens: of each document the texts are cut into. text_description: where the text is from."""
+    """Options of an evaluation.
+
+    document_tokens: length of each document that the texts are cut into. text_description: where the text is from.
+    """
 
     document_tokens: int
     text_description: str
@@ -60,7 +63,7 @@ def evaluate_profile(
     text_description: str = "",
     model: str = "",
 ) -> sparsity_pb2.EvaluateProfileRequest:
-    """TypeError for one sparsity in place of several, ValueError for none."""
+    """Returns a request to evaluate sparsities. Raises TypeError for one in place of several, ValueError for none."""
     return build(
         sparsity_pb2.EvaluateProfileRequest,
         model=model,
@@ -73,7 +76,7 @@ def evaluate_profile(
 def predict_core_neurons(
     prompts: Iterable[PromptLike], sparsity: SparsityLike, layers: Iterable[int], model: str
 ) -> sparsity_pb2.PredictCoreNeuronsRequest:
-    """TypeError for one text in place of several prompts."""
+    """Returns a request for the neurons of prompts. Raises TypeError for one text in place of several prompts."""
     listed = several(prompts, "prompts", "a prompt")
     return build(
         sparsity_pb2.PredictCoreNeuronsRequest,

@@ -11,7 +11,7 @@ from patchclamp.v1 import artifact_pb2
 
 @dataclass(frozen=True)
 class Artifact(Record):
-    """A stored artifact. `created` is an RFC 3339 time; `evidence` says what was measured about it.
+    """Describes a stored artifact. `created` is an RFC 3339 time; `evidence` says what was measured about it.
 
     replaced_tags: tags that the call which returned this took from other artifacts, and the ids of those.
     """
@@ -33,7 +33,7 @@ class Artifact(Record):
 
 @dataclass(frozen=True)
 class DeletedArtifact(Record):
-    """What went: an artifact, and all tags that named it."""
+    """Says what was deleted: an artifact, and all tags that named it."""
 
     id: str
     tags: tuple[str, ...]
@@ -41,7 +41,10 @@ class DeletedArtifact(Record):
 
 @dataclass(frozen=True)
 class TokenProjections(Record):
-    """h·v/|v| over all tokens but the first of the held-out examples of one side; p05 to p95 are quantiles."""
+    """Describes h·v/|v| over all tokens but the first of the held-out examples of one side.
+
+    p05 to p95 are quantiles.
+    """
 
     tokens: int
     mean: float
@@ -54,7 +57,9 @@ class TokenProjections(Record):
 
 @dataclass(frozen=True)
 class LayerEvidence(Record):
-    """Measured on held-out pairs, beside a random direction of equal norm: see the message of the same name.
+    """Holds what was measured on held-out pairs, beside a random direction of equal norm.
+
+    The message of the same name describes the fields that are not here.
 
     midpoint: half-way between the mean projections h·v/|v| of both sides of the training pairs, which
     when(..., above="midpoint") compares with; it is of pooled states, as margin is. positive_tokens, negative_tokens:
@@ -78,8 +83,10 @@ class LayerEvidence(Record):
 
 @dataclass(frozen=True)
 class ExtractionResult(Record):
-    """The stored vector and its evidence at each layer; `best_layer` has the best held-out accuracy, and `warnings` say
-    what to know before the vector is used."""
+    """Holds the stored vector and its evidence at each layer.
+
+    `best_layer` has the best held-out accuracy, and `warnings` say what to know before the vector is used.
+    """
 
     artifact: Artifact
     layers: tuple[LayerEvidence, ...]
@@ -102,5 +109,5 @@ class DownloadCollector:
         return message.chunk
 
     def result(self) -> bytes | None:
-        """None while nothing has arrived."""
+        """Returns the whole; None while nothing has arrived."""
         return b"".join(self.chunks) or None

@@ -10,7 +10,7 @@ from patchclamp.v1 import generation_pb2 as pb
 
 @dataclass(frozen=True)
 class CompareText(Record):
-    """A chunk of one side: "edited" or "baseline"."""
+    """Holds a chunk of one side: "edited" or "baseline"."""
 
     side: str
     chunk: Chunk
@@ -18,7 +18,7 @@ class CompareText(Record):
 
 @dataclass(frozen=True)
 class Divergence(Record):
-    """KL(edited ‖ baseline) in nats at one token of the edited text, both given that text so far."""
+    """KL(edited ‖ baseline) in nats: compares both at one token of the edited text, given that text so far."""
 
     position: int
     id: int
@@ -28,7 +28,10 @@ class Divergence(Record):
 
 @dataclass(frozen=True)
 class CompareSummary(Record):
-    """top1_agreement: share of positions at which both would choose the same most likely token."""
+    """Sums a comparison up.
+
+    top1_agreement: share of positions at which both would choose the same most likely token.
+    """
 
     mean_kl: float
     max_kl: float
@@ -79,7 +82,7 @@ class CompareCollector:
                 raise ValueError(f"a comparison sent an event this client does not know: {other}")
 
     def result(self) -> CompareResult | None:
-        """None while the summary or the end of a side has not arrived."""
+        """Returns the whole; None while the summary or the end of a side has not arrived."""
         edited, baseline = self.sides["edited"].result(), self.sides["baseline"].result()
         if edited is None or baseline is None or self.summary is None:
             return None

@@ -52,6 +52,6 @@ class FollowCollector:
         return event
 
     def result(self) -> JobResult | None:
-        """None while the result has not arrived."""
+        """Returns the result; None while it has not arrived."""
         result: JobResult | None = None if self._of_method is None else self._of_method.result()
         return result

@@ -11,7 +11,7 @@ from patchclamp.v1 import generation_pb2 as pb
 
 @dataclass(frozen=True)
 class TokenLogprob(Record):
-    """A token that could have been chosen."""
+    """Holds a token that could have been chosen."""
 
     id: int
     text: str
@@ -20,9 +20,9 @@ class TokenLogprob(Record):
 
 @dataclass(frozen=True)
 class Token(Record):
-    """One token; `position` counts the prompt. Log-probabilities are natural, None when not asked for.
+    """Holds one token; `position` counts the prompt. Log-probabilities are natural, and None when not asked for.
 
-    text: of the token by itself, with U+FFFD for bytes that are no whole character.
+    text: the text of the token by itself, with U+FFFD for bytes that are no whole character.
     sources: with grounding, the prompt positions it was copied from, most probable first.
     """
 
@@ -54,7 +54,7 @@ class Usage(Record):
 
 @dataclass(frozen=True)
 class Finished(Record):
-    """How a stream ended: "eos", "stop_string", "stop_token", "length" or "client".
+    """Says how a stream ended: "eos", "stop_string", "stop_token", "length" or "client".
 
     sparsity, grounding: None unless the request asked for them.
     """
@@ -70,7 +70,7 @@ class Finished(Record):
 
 @dataclass(frozen=True)
 class Chunk(Record):
-    """One message of a stream. `text` is final; `finished` is set on the last one.
+    """Holds one message of a stream. `text` is final; `finished` is set on the last one.
 
     warnings: on the first one, what was known before the first token; the receipt has all.
     """
@@ -84,7 +84,10 @@ class Chunk(Record):
 
 @dataclass(frozen=True)
 class GenerateResult(Record):
-    """A whole generation. Send `seed` again to repeat the sample. sparsity, grounding: where they were asked for."""
+    """Holds a whole generation. Send `seed` again to repeat the sample.
+
+    sparsity, grounding: None unless the request asked for them.
+    """
 
     text: str
     tokens: tuple[Token, ...]
@@ -100,7 +103,7 @@ class GenerateResult(Record):
 
 @dataclass(frozen=True)
 class ScoreResult(Record):
-    """Log-probabilities of a continuation; perplexity = exp(-mean log-probability)."""
+    """Holds the log-probabilities of a continuation; perplexity = exp(-mean log-probability)."""
 
     tokens: tuple[Token, ...]
     total_logprob: float
@@ -123,7 +126,7 @@ class GenerateCollector:
         return chunk
 
     def result(self) -> GenerateResult | None:
-        """None while `finished` has not arrived."""
+        """Returns the whole; None while `finished` has not arrived."""
         finished = next((c.finished for c in self.chunks if c.finished is not None), None)
         if finished is None:
             return None

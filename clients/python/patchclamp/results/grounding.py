@@ -7,7 +7,7 @@ from patchclamp.results.record import Record
 
 @dataclass(frozen=True)
 class CopySource(Record):
-    """The prompt position that a head copied a generated token from, and its attention probability there."""
+    """Says from which prompt position a head copied a generated token, and its attention probability there."""
 
     position: int
     layer: int
@@ -17,7 +17,7 @@ class CopySource(Record):
 
 @dataclass(frozen=True)
 class GroundedRange(Record):
-    """Prompt positions start ≤ p < end that `tokens` generated tokens were copied from."""
+    """Says that `tokens` generated tokens were copied from the prompt positions start ≤ p < end."""
 
     start: int
     end: int
@@ -27,7 +27,10 @@ class GroundedRange(Record):
 
 @dataclass(frozen=True)
 class GroundingReport(Record):
-    """grounded_ratio: share of the generated tokens that some head of the set copied from the prompt."""
+    """Says which parts of the prompt an answer was copied from.
+
+    grounded_ratio: share of the generated tokens that some head of the set copied from the prompt.
+    """
 
     grounded_ratio: float
     grounded_tokens: int

@@ -13,7 +13,11 @@ from patchclamp.v1 import head_pb2 as pb
 
 @dataclass(frozen=True)
 class HeadScore(Record):
-    """low, high: 95 % interval, None where the score is one measurement. always_on: in every successful run."""
+    """Holds the score of one head.
+
+    low, high: 95 % interval, None where the score is one measurement. always_on: whether it scored in every successful
+    run.
+    """
 
     head: Head
     score: float
@@ -23,7 +27,7 @@ class HeadScore(Record):
 
 
 def score_matrix(scores: Iterable[HeadScore]) -> tuple[tuple[float, ...], ...]:
-    """[layers][heads]. ValueError unless there is one score for each head of every layer."""
+    """Returns the scores as [layers][heads]. Raises ValueError unless there is one for each head of every layer."""
     by_head = {score.head: score.score for score in scores}
     layers = 1 + max((head.layer for head in by_head), default=-1)
     heads = 1 + max((head.head for head in by_head), default=-1)
@@ -34,7 +38,10 @@ def score_matrix(scores: Iterable[HeadScore]) -> tuple[tuple[float, ...], ...]:
 
 @dataclass(frozen=True)
 class NeedleRun(Record):
-    """One needle at one length and depth. recall: ROUGE-1 recall of the answer; success: it is above 0.5."""
+    """Holds the run of one needle at one length and depth.
+
+    recall: ROUGE-1 recall of the answer. success: whether it is above 0.5.
+    """
 
     needle: int
     length: int
@@ -46,7 +53,7 @@ class NeedleRun(Record):
 
 @dataclass(frozen=True)
 class NeedleGrid(Record):
-    """(successes, runs) at [depth][length]; depths to two digits. None where nothing was run."""
+    """Holds (successes, runs) at [depth][length], with depths to two digits; None where nothing was run."""
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -67,7 +74,10 @@ class NeedleGrid(Record):
 
 @dataclass(frozen=True)
 class RetrievalHeads(Record):
-    """scores: all heads, best first. stability: mean overlap of the ten best heads between halves of the runs."""
+    """Holds what a detection found.
+
+    scores: all heads, best first. stability: mean overlap of the ten best heads between halves of the runs.
+    """
 
     artifact: Artifact
     scores: tuple[HeadScore, ...]
@@ -104,13 +114,13 @@ class DetectionCollector:
                 raise ValueError(f"a detection sent an event this client does not know: {other}")
 
     def result(self) -> RetrievalHeads | None:
-        """None while the result has not arrived."""
+        """Returns the result; None while it has not arrived."""
         return self._result
 
 
 @dataclass(frozen=True)
 class ScoredHeads(Record):
-    """scores: all heads, best first."""
+    """Holds the scores of all heads, best first."""
 
     artifact: Artifact
     scores: tuple[HeadScore, ...]
@@ -118,7 +128,7 @@ class ScoredHeads(Record):
 
 @dataclass(frozen=True)
 class HeadMetrics(Record):
-    """Needle success and perplexity with these heads edited."""
+    """Holds needle success and perplexity with these heads edited."""
 
     runs: int
     successes: int
@@ -129,7 +139,10 @@ class HeadMetrics(Record):
 
 @dataclass(frozen=True)
 class HeadEditEffect(Record):
-    """random: the same edit of random sets of equal size, with mean and standard deviation over them."""
+    """Compares the edited model with the unedited one.
+
+    random: the same edit of random sets of equal size, with mean and standard deviation over them.
+    """
 
     unedited: HeadMetrics
     edited: HeadMetrics
@@ -142,7 +155,10 @@ class HeadEditEffect(Record):
 
 @dataclass(frozen=True)
 class Circuit(Record):
-    """effects: all heads, by size. faithfulness: of the best heads, beside random circuits of equal size."""
+    """Holds the effects of heads on clean/corrupt pairs.
+
+    effects: all heads, by size. faithfulness: that of the best heads, beside random circuits of equal size.
+    """
 
     artifact: Artifact
     effects: tuple[HeadScore, ...]
@@ -155,7 +171,7 @@ class Circuit(Record):
 
 @dataclass(frozen=True)
 class HeadSetComparison(Record):
-    """Of the head sets at `first` and `second`: see the message of the same name."""
+    """Compares the head sets at `first` and `second`; the message of the same name describes the figures."""
 
     first: int
     second: int
@@ -168,7 +184,10 @@ class HeadSetComparison(Record):
 
 @dataclass(frozen=True)
 class HeadAttribution(Record):
-    """What a head adds to the logit difference. sources: by position of the prompt; empty but for the top heads."""
+    """Says what a head adds to the logit difference.
+
+    sources: the parts by position of the prompt; empty but for the top heads.
+    """
 
     head: Head
     part: float
@@ -177,7 +196,7 @@ class HeadAttribution(Record):
 
 @dataclass(frozen=True)
 class LogitAttribution(Record):
-    """Parts of logit(target) - logit(contrast); parts_sum is their sum."""
+    """Holds the parts of logit(target) - logit(contrast); parts_sum is their sum."""
 
     logit_difference: float
     parts_sum: float

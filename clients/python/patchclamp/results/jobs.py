@@ -19,7 +19,7 @@ class ProgressMessage(Protocol):
 
 
 class JobMessage(Protocol[MessageResultT_co]):
-    """A response with the oneof `event`: progress or the result."""
+    """Offers the oneof `event` of a response: progress or the result."""
 
     @property
     def progress(self) -> ProgressMessage: ...
@@ -32,7 +32,7 @@ class JobMessage(Protocol[MessageResultT_co]):
 
 @dataclass(frozen=True)
 class Progress(Record):
-    """`done` of `total` steps of a stage; the stages are in the contract of the job."""
+    """Says that `done` of `total` steps of a stage are done; the contract of the job names the stages."""
 
     stage: str
     done: int
@@ -58,13 +58,13 @@ class JobCollector(Generic[MessageResultT, ResultT]):
                 raise ValueError(f"a job sent an event this client does not know: {other}")
 
     def result(self) -> ResultT | None:
-        """None while the result has not arrived."""
+        """Returns the result; None while it has not arrived."""
         return self._result
 
 
 @dataclass(frozen=True)
 class Job(Record):
-    """A call that goes on without its client.
+    """Describes a call that goes on without its client.
 
     method: such as "SparsityService/CalibrateProfile". state: running, succeeded, failed or cancelled.
     created, ended: RFC 3339 times; ended is "" while it runs. stage, done, total: as in Progress.

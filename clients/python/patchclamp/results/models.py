@@ -11,7 +11,7 @@ from patchclamp.v1 import program_pb2
 
 @dataclass(frozen=True)
 class Model(Record):
-    """Shapes and identity of a served model; `sites` maps each site the family has to its width."""
+    """Describes a served model; `sites` maps each site that the family has to its width."""
 
     name: str
     fingerprint: str
@@ -37,7 +37,7 @@ class Model(Record):
 
 @dataclass(frozen=True)
 class Tokenization(Record):
-    """The prompt as the model sees it: id, text and (for messages) role of each token."""
+    """Holds the prompt as the model sees it: id, text and (for messages) role of each token."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
@@ -46,7 +46,10 @@ class Tokenization(Record):
 
 @dataclass(frozen=True)
 class Detokenization(Record):
-    """text: of all tokens together; pieces: of each by itself, with U+FFFD for bytes that are no whole character."""
+    """Holds the text of token ids.
+
+    text: that of all together. pieces: that of each by itself, with U+FFFD for bytes that are no whole character.
+    """
 
     text: str
     pieces: tuple[str, ...]

@@ -11,7 +11,7 @@ from patchclamp.v1 import monitoring_pb2 as pb
 
 @dataclass(frozen=True)
 class CreatedWatch(Record):
-    """The stored watch, and the names of all its items in the order of the statistics."""
+    """Holds the stored watch, and the names of all its items in the order of the statistics."""
 
     artifact: Artifact
     items: tuple[str, ...]
@@ -19,8 +19,10 @@ class CreatedWatch(Record):
 
 @dataclass(frozen=True)
 class WatchReplica(Record):
-    """What one of the servers that share an artifact store said of a watch. state: "running" or "refused", for the
-    reason given. reported: an RFC 3339 time."""
+    """Holds what one of the servers that share an artifact store said of a watch.
+
+    state: "running", or "refused" for the reason given. reported: an RFC 3339 time.
+    """
 
     replica: str
     state: str
@@ -31,7 +33,9 @@ class WatchReplica(Record):
 
 @dataclass(frozen=True)
 class RunningWatch(Record):
-    """watch, reference: ids of artifacts; reference is "" where there is none. started: an RFC 3339 time.
+    """Describes a watch that was started.
+
+    watch, reference: ids of artifacts; reference is "" where there is none. started: an RFC 3339 time.
 
     buckets: those that were chosen; what is in use is in the statistics. configured: by the server's --watch, and not
     in the store. state: "running", or "refused" for the reason given. replicas: in a listing, of all servers of the
@@ -64,7 +68,7 @@ class RunningWatch(Record):
 
 @dataclass(frozen=True)
 class RunningWatches(Record):
-    """What runs, and how many watches and items may. replica: the server that answers."""
+    """Holds the watches that run, and how many watches and items may. replica: the server that answers."""
 
     watches: tuple[RunningWatch, ...]
     max_watches: int
@@ -80,8 +84,11 @@ class Quantile(Record):
 
 @dataclass(frozen=True)
 class ItemStatistics(Record):
-    """Of the finite values; drift: None without a reference, and before a window is full. threshold: in use, chosen or
-    derived. drift_noise: what chance alone makes of two samples of the same traffic; drift_excess: drift beyond it."""
+    """Describes the finite values of an item.
+
+    drift: None without a reference, and before a window is full. drift_noise: what chance alone makes of two samples of
+    the same traffic. drift_excess: the drift beyond it. threshold: the one in use, chosen or derived.
+    """
 
     name: str
     tokens: int
@@ -101,7 +108,7 @@ class ItemStatistics(Record):
 
 @dataclass(frozen=True)
 class KindStatistics(Record):
-    """The items of one kind together. buckets: upper bounds of the histogram in Prometheus."""
+    """Describes the items of one kind together. buckets: upper bounds of the histogram in Prometheus."""
 
     kind: str
     items: int
@@ -115,8 +122,11 @@ class KindStatistics(Record):
 
 @dataclass(frozen=True)
 class WatchCalibration(Record):
-    """Where thresholds and buckets come from that nobody chose: "chosen" (there are none), "reference", "first_tokens".
-    Of the latter there are `tokens` of `total`: until they are all there, thresholds and buckets still change."""
+    """Says where thresholds and buckets come from that nobody chose.
+
+    scale: "chosen" (there are none), "reference" or "first_tokens". Of the latter there are `tokens` of `total`: until
+    they are all there, thresholds and buckets still change.
+    """
 
     scale: str
     tokens: int
@@ -125,9 +135,12 @@ class WatchCalibration(Record):
 
 @dataclass(frozen=True)
 class WatchStatistics(Record):
-    """mean_drift, max_drift: over the items; None without a reference, and before a window is full. …_noise: what
-    chance makes of them; …_excess: what is beyond it, which is what to alert on. sink_tokens: first tokens of
-    sequences, which are in no other figure."""
+    """Holds what a running watch has seen.
+
+    mean_drift, max_drift: drift over the items; None without a reference, and before a window is full. …_noise: what
+    chance makes of them. …_excess: what is beyond it, which is what to alert on. sink_tokens: how many first tokens of
+    sequences were seen, which are in no other figure.
+    """
 
     watch: RunningWatch
     items: tuple[ItemStatistics, ...]
@@ -159,13 +172,16 @@ class ReferenceCollector:
                 raise ValueError(f"a recording sent an event this client does not know: {other}")
 
     def result(self) -> Artifact | None:
-        """None while the recording goes on."""
+        """Returns the reference; None while the recording goes on."""
         return self._result
 
 
 @dataclass(frozen=True)
 class Activation(Record):
-    """An item above its threshold at a token. sequence: number of the request; seconds: since the watch started."""
+    """Says that an item was above its threshold at a token.
+
+    sequence: number of the request. seconds: time since the watch started.
+    """
 
     item: str
     value: float
@@ -184,7 +200,10 @@ class Activation(Record):
 
 @dataclass(frozen=True)
 class Activations(Record):
-    """dropped: that were left out before these, because this client reads more slowly than they occur."""
+    """Holds a batch of activations.
+
+    dropped: how many were left out before these, because this client reads more slowly than they occur.
+    """
 
     activations: tuple[Activation, ...]
     dropped: int
@@ -192,7 +211,7 @@ class Activations(Record):
 
 @dataclass(frozen=True)
 class ActivationCounts(Record):
-    """What a stream of activations brought: it may have no end, so nothing but the counts is kept."""
+    """Counts what a stream of activations brought: it may have no end, so nothing but the counts is kept."""
 
     activations: int
     dropped: int

@@ -7,10 +7,9 @@ from patchclamp.results.record import Record
 
 @dataclass(frozen=True)
 class ReadoutValue(Record):
-    """What one readout saw at one token and layer; `ids`: the neurons, tokens or positions of the values.
+    """Holds what one readout saw at one token and layer. The values of a projection are h·v/|v|.
 
-    The values of a projection are h·v/|v|.
-    texts: of the ids where they are tokens, as in a logit lens.
+    ids: the neurons, tokens or positions of the values. texts: those of the ids that are tokens, as in a logit lens.
     """
 
     name: str
@@ -23,7 +22,7 @@ class ReadoutValue(Record):
 
 @dataclass(frozen=True)
 class RequestWarning(Record):
-    """What was served as asked, but can hardly have been meant.
+    """Tells of what was served as asked, but can hardly have been meant.
 
     code: "strong_edit" or "beyond_context". field: path in the request, as in errors.
     """
@@ -38,8 +37,9 @@ class RequestWarning(Record):
 
 @dataclass(frozen=True)
 class EditReceipt(Record):
-    """rows: (token, layer) pairs that this request computed and wrote; mean_relative_change: mean of ‖Δ‖/‖h‖ over them.
+    """Says what one edit did.
 
+    rows: (token, layer) pairs that this request computed and wrote. mean_relative_change: mean of ‖Δ‖/‖h‖ over them.
     rows_from_cache: pairs that an earlier request wrote, reused from the prefix cache; their change was measured there.
     gate_firings: tokens of the edit's own scope at which its gate was open, counted at each layer of the edit.
     gate_threshold: what the gate compared h·v/|v| (or the cosine) with; None without a gate.
@@ -72,9 +72,9 @@ class EditReceipt(Record):
 
 @dataclass(frozen=True)
 class Receipt(Record):
-    """Counted by the server where it happened. `touched` is False when no edit touched any activation.
+    """Says what a program did, as the server counted it. `touched` is False when no edit touched any activation.
 
-    warnings: of the whole request, also those that are about no edit.
+    warnings: those of the whole request, also those that are about no edit.
     """
 
     program_fingerprint: str

@@ -17,7 +17,7 @@ Read = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Record:
-    """A frozen dataclass whose fields have the names and the values of the fields of a message."""
+    """Holds plain values: a frozen dataclass whose fields have the names of the fields of a message."""
 
     @classmethod
     def from_proto(cls, message: Any, **given: Any) -> Self:

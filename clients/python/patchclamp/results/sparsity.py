@@ -11,7 +11,10 @@ from patchclamp.v1 import sparsity_pb2
 
 @dataclass(frozen=True)
 class GuardReport(Record):
-    """Sampled tokens against the dense model; `dense_from`: position from which the rest is dense, None: none is."""
+    """Compares sampled tokens with the dense model.
+
+    dense_from: position from which the rest is dense; None where none is.
+    """
 
     sampled_tokens: int
     mean_divergence: float
@@ -31,8 +34,9 @@ class GuardReport(Record):
 
 @dataclass(frozen=True)
 class SparsityReport(Record):
-    """Counted by the server. active_ratio: share of neurons (or channels) computed for the sparse tokens.
+    """Says what sparse inference did, as the server counted it.
 
+    active_ratio: share of neurons (or channels) that were computed for the sparse tokens.
     filled_ratio: share of the neurons of a CoreInfer set that its rule did not find in so short a prompt, and that the
     mean activation chose.
     """
@@ -57,7 +61,7 @@ class SparsityReport(Record):
 
 @dataclass(frozen=True)
 class QualityCard(Record):
-    """A policy against the dense model on held-out text: see the message of the same name."""
+    """Compares a policy with the dense model on held-out text; the message of the same name describes the figures."""
 
     perplexity_ratio: float
     divergence: float
@@ -71,7 +75,7 @@ class QualityCard(Record):
 
 @dataclass(frozen=True)
 class SpeedCard(Record):
-    """Medians over tokens of one sequence, dense and sparse by turns."""
+    """Holds medians over the tokens of one sequence, dense and sparse by turns."""
 
     dense_seconds_per_token: float
     sparse_seconds_per_token: float
@@ -81,7 +85,10 @@ class SpeedCard(Record):
 
 @dataclass(frozen=True)
 class CalibratedProfile(Record):
-    """The stored profile with its quality card; random_control: a random set of the same size on the same text."""
+    """Holds the stored profile with its quality card.
+
+    random_control: the card of a random set of the same size on the same text.
+    """
 
     artifact: Artifact
     quality: QualityCard
@@ -90,7 +97,7 @@ class CalibratedProfile(Record):
 
 @dataclass(frozen=True)
 class SparsityEvaluation(Record):
-    """That of the `index`-th sparsity asked for. speed: None when it was not measured."""
+    """Holds the cards of the `index`-th sparsity asked for. speed: None when it was not measured."""
 
     index: int
     policy: str
@@ -125,7 +132,7 @@ class EvaluationCollector:
                 raise ValueError(f"an evaluation sent an event this client does not know: {other}")
 
     def result(self) -> tuple[SparsityEvaluation, ...] | None:
-        """In the order asked for; None while some are missing."""
+        """Returns the evaluations in the order asked for; None while some are missing."""
         if len(self.evaluations) < (1 if self.expected is None else self.expected):
             return None
         return tuple(sorted(self.evaluations, key=lambda evaluation: evaluation.index))
@@ -133,7 +140,7 @@ class EvaluationCollector:
 
 @dataclass(frozen=True)
 class CoreOverlap(Record):
-    """|A and B| / |A or B| of the sets of two prompts, by layer."""
+    """|A and B| / |A or B|: compares the sets of two prompts, by layer."""
 
     first: int
     second: int
@@ -143,7 +150,10 @@ class CoreOverlap(Record):
 
 @dataclass(frozen=True)
 class CoreNeurons(Record):
-    """prompts: for each prompt, the neurons of each layer. overlaps: of every two prompts."""
+    """Holds the neurons that are kept.
+
+    prompts: for each prompt, the neurons of each layer. overlaps: those of every two prompts.
+    """
 
     prompts: tuple[dict[int, tuple[int, ...]], ...]
     overlaps: tuple[CoreOverlap, ...]

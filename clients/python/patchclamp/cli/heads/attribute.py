@@ -15,7 +15,7 @@ _SOURCES_SHOWN = 3
 
 
 class Part(NamedTuple):
-    """One row of the table."""
+    """Is one row of the table."""
 
     name: str
     part: float
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(result: LogitAttribution, pieces: Sequence[str]) -> None:
-    """The largest parts, then the rest as one."""
+    """Prints the largest parts, then the rest as one."""
     parts = [
         Part("embedding", result.embedding),
         Part("biases", result.biases),
@@ -70,7 +70,7 @@ def _show(result: LogitAttribution, pieces: Sequence[str]) -> None:
 
 
 def _sources(sources: Sequence[float], pieces: Sequence[str]) -> str:
-    """The source tokens with the largest parts, with their positions."""
+    """Returns the source tokens with the largest parts, with their positions."""
     largest = sorted(range(len(sources)), key=lambda position: -abs(sources[position]))[:_SOURCES_SHOWN]
     shown = (f"{quoted(pieces[at])}@{at} {sources[at]:+.3f}" for at in largest)
     return "  ".join(shown)

@@ -44,7 +44,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def stopping_rule(text: str) -> StoppingRule:
-    """ "on", or settings such as top_k=10,window=6"""
+    """Reads "on", or settings such as top_k=10,window=6."""
     accepted = {"top_k": int, "agreement": float, "window": int, "min_successes": int}
     return StoppingRule() if text == "on" else StoppingRule(**settings(text, accepted))
 

@@ -11,7 +11,10 @@ _WIDE_CELLS = 40
 
 
 def heat_map_lines(matrix: Sequence[Sequence[float]]) -> Iterator[str]:
-    """A line a layer, a cell a head: the nearest quarter of the largest magnitude, in other characters below zero."""
+    """Yields a line for each layer with a cell for each head.
+
+    A cell shows the nearest quarter of the largest magnitude, in other characters below zero.
+    """
     largest = max((abs(value) for row in matrix for value in row), default=0.0)
     width = 2 if len(matrix[0]) <= _WIDE_CELLS else 1
     margin = len(str(len(matrix) - 1)) + 1
@@ -25,7 +28,7 @@ def heat_map_lines(matrix: Sequence[Sequence[float]]) -> Iterator[str]:
 
 
 def needle_grid_lines(grid: NeedleGrid) -> Iterator[str]:
-    """Successes of runs: depths down, lengths across."""
+    """Yields a table of successes of runs: the depths go down, the lengths across."""
     cells = [[f"{cell[0]}/{cell[1]}" if cell else "-" for cell in row] for row in grid.cells]
     widths = [max(len(text) for text in column) for column in zip(map(str, grid.lengths), *cells, strict=True)]
     header = "  ".join(f"{length:>{width}}" for length, width in zip(grid.lengths, widths, strict=True))

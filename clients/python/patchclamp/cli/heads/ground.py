@@ -68,7 +68,7 @@ def _show(report: GroundingReport, tokens: Sequence[Token]) -> None:
 
 
 def _heads(place: GroundedRange, tokens: Sequence[Token]) -> str:
-    """Heads that copied most of the tokens of a range."""
+    """Returns the heads that copied most of the tokens of a range."""
     counts = Counter(
         Head(source.layer, source.head)
         for token in tokens

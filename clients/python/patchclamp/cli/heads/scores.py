@@ -19,7 +19,7 @@ def add_heat_map_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def show_scores(scores: Sequence[HeadScore], what: str) -> None:
-    """The best heads, with intervals where the method has any, and all heads as a heat map."""
+    """Prints the best heads, with intervals where the method has any, and all heads as a heat map."""
     intervals = any(score.low is not None for score in scores)
     header = ("head", what, *(["95 % interval"] if intervals else []), "")
     rows = [
@@ -41,7 +41,7 @@ def show_heat_map(matrix: Sequence[Sequence[float]]) -> None:
 
 
 def write_heat_map(args: argparse.Namespace, matrix: Sequence[Sequence[float]], title: str) -> None:
-    """Where --heatmap asks for it."""
+    """Writes a picture of the scores where --heatmap asks for one."""
     if args.heatmap is not None:
         heat_map_figure(matrix, title).savefig(args.heatmap)
         note(f"heat map: {args.heatmap}")

@@ -11,7 +11,7 @@ _HEAD = re.compile(r"L(\d+)H(\d+)")
 
 
 def heads(text: str) -> HeadsLike:
-    """What looks like a list of heads is one; the rest is a head set."""
+    """Returns the heads of what looks like a list of them, and takes all else for the id or tag of a head set."""
     if _LISTED.fullmatch(text):
         return [Head(int(layer), int(head)) for layer, head in _HEAD.findall(text)]
     if not text or "," in text:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_sets(prompts: Sequence[str], result: CoreNeurons) -> None:
-    """Sizes by layer of each prompt; --json has the neurons themselves."""
+    """Prints the sizes by layer of each prompt; --json has the neurons themselves."""
     rows = [
         (i, layer, len(neurons), " ".join(map(str, neurons[:8])) + (" ..." if len(neurons) > 8 else ""))
         for i, layers in enumerate(result.prompts)

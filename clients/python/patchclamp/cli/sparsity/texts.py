@@ -29,7 +29,7 @@ def texts_of(args: argparse.Namespace) -> list[str]:
 
 
 def text_options(args: argparse.Namespace) -> EvaluateOptions:
-    """The files by name are the description of the text."""
+    """Returns what was given; the names of the files are the description of the text."""
     files: list[TextFile] = args.text
     options: EvaluateOptions = {"text_description": ", ".join(file.name for file in files), "model": args.model}
     if args.document_tokens is not None:

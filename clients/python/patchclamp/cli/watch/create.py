@@ -38,7 +38,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def items_file(path: str) -> list[pb.WatchItem]:
-    """The items of a CreateWatchRequest in protobuf JSON."""
+    """Reads the items of a CreateWatchRequest in protobuf JSON."""
     try:
         request = json_format.Parse(Path(path).read_text(encoding="utf-8"), pb.CreateWatchRequest())
     except (OSError, ValueError, json_format.ParseError) as error:

@@ -20,7 +20,7 @@ _NEURONS = re.compile(r"L(\d+)N(\d+(?:,\d+)*)")
 
 
 def neurons(text: str) -> pb.WatchItem:
-    """L12N3,345 has the name L12, L12N345 its own."""
+    """Reads neurons of one layer. By default L12N3,345 has the name L12, and L12N345 its own."""
     name, what, threshold = _parts(text, "L12N345 or suspects=L12N3,345:1.5")
     match = _NEURONS.fullmatch(what)
     if match is None:
@@ -36,7 +36,7 @@ def neuron_set(text: str) -> pb.WatchItem:
 
 
 def direction(text: str) -> pb.WatchItem:
-    """joyful@14-16; without layers those that the vector has."""
+    """Reads a direction such as joyful@14-16; without layers it is watched at those that the vector has."""
     name, what, threshold = _parts(text, "joyful@16 or joy=joyful@14-16:p99")
     ref, _, layers = what.partition("@")
     found = layer_list(layers) if layers else ()
@@ -89,5 +89,5 @@ def _threshold(text: str, given: str | None) -> Threshold | None:
 
 
 def _short(ref: str) -> str:
-    """A tag is a name; of an id its first digits."""
+    """Returns a name for a tag, which is one, or for an id, by its first digits."""
     return ref.removeprefix("sha256:")[:12] if ref.startswith("sha256:") else ref
