@@ -11,14 +11,23 @@ from patchclamp.pictures.figure import SUFFIXES, MissingMatplotlib, require_matp
 ItemT = TypeVar("ItemT")
 
 
+def parsed_file(path: str, parse: Callable[[str], ItemT]) -> ItemT:
+    """Returns what `parse` makes of the text of a file. What it refuses by ValueError names the file."""
+    try:
+        return parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+
+
 def text_file(path: str) -> str:
     """Returns the text of a file, and refuses an empty one."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+    return parsed_file(path, not_empty)
+
+
+def not_empty(text: str) -> str:
+    """Returns the text of a file. Raises ValueError where there is none."""
     if not text.strip():
-        raise argparse.ArgumentTypeError(f"{path}: the file is empty")
+        raise ValueError("the file is empty")
     return text
 
 
@@ -28,17 +37,19 @@ def json_lines(path: str, parse: Callable[[dict[str, object]], ItemT], expected:
     parse: refuses a line by ValueError, KeyError or TypeError.
     """
     items = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(parsed_file(path, str.splitlines), start=1):
         if line.strip():
             try:
                 items.append(parse(json.loads(line)))
             except (ValueError, KeyError, TypeError):
                 raise argparse.ArgumentTypeError(f"{path}:{number}: expected {expected}") from None
     return items
+
+
+def json_texts(path: str, kind: Callable[..., ItemT], *names: str) -> list[ItemT]:
+    """Returns `kind` of the texts of these names in every line that is not blank."""
+    expected = ", ".join(f'"{name}": ...' for name in names)
+    return json_lines(path, lambda line: kind(*(text_of(line, name) for name in names)), f"{{{expected}}}, each a text")
 
 
 def text_of(fields: dict[str, object], name: str) -> str:

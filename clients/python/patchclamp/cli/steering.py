@@ -9,8 +9,8 @@ import argparse
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from patchclamp.cli.files import parsed_file
 from patchclamp.programs import (
     Program,
     Scope,
@@ -99,10 +99,7 @@ def clamp(text: str) -> pb.Edit:
 
 
 def program_file(path: str) -> Program:
-    try:
-        return Program.from_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+    return parsed_file(path, Program.from_json)
 
 
 def layer_list(text: str) -> Layers:

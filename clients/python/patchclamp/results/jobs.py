@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from google.protobuf.message import Message
+
 from patchclamp.results.record import Record
 from patchclamp.v1 import job_pb2
 
@@ -12,17 +14,11 @@ MessageResultT = TypeVar("MessageResultT")
 MessageResultT_co = TypeVar("MessageResultT_co", covariant=True)
 
 
-class ProgressMessage(Protocol):
-    stage: str
-    done: int
-    total: int
-
-
 class JobMessage(Protocol[MessageResultT_co]):
     """Offers the oneof `event` of a response: progress or the result."""
 
     @property
-    def progress(self) -> ProgressMessage: ...
+    def progress(self) -> Message: ...
 
     @property
     def result(self) -> MessageResultT_co: ...

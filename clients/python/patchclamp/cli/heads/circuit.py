@@ -4,7 +4,7 @@ import argparse
 import math
 
 from patchclamp import requests
-from patchclamp.cli.files import json_lines, text_of
+from patchclamp.cli.files import json_texts
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
 from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
@@ -15,8 +15,6 @@ from patchclamp.client import Client
 from patchclamp.heads import CleanCorruptPair
 from patchclamp.names import CIRCUIT_METHODS
 from patchclamp.results import score_matrix
-
-_FIELDS = ("clean", "corrupt", "clean_answer", "corrupt_answer")
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -45,17 +43,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def clean_corrupt_file(path: str) -> list[CleanCorruptPair]:
-    expected = ", ".join(f'"{name}": ...' for name in _FIELDS)
-    return json_lines(
-        path,
-        lambda line: CleanCorruptPair(
-            text_of(line, "clean"),
-            text_of(line, "corrupt"),
-            text_of(line, "clean_answer"),
-            text_of(line, "corrupt_answer"),
-        ),
-        f"{{{expected}}}, each a text",
-    )
+    return json_texts(path, CleanCorruptPair, "clean", "corrupt", "clean_answer", "corrupt_answer")
 
 
 def run(args: argparse.Namespace) -> int:

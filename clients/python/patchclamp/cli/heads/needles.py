@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
-from patchclamp.cli.files import json_lines, text_file, text_of
+from patchclamp.cli.files import json_texts, text_file
 from patchclamp.cli.parser import count, seed
 from patchclamp.heads import Needle, NeedleTest
 
@@ -34,11 +34,7 @@ def needle_test(args: argparse.Namespace) -> NeedleTest:
 
 
 def needles_file(path: str) -> list[Needle]:
-    return json_lines(
-        path,
-        lambda line: Needle(text_of(line, "question"), text_of(line, "needle"), text_of(line, "answer")),
-        '{"question": ..., "needle": ..., "answer": ...}, each a text',
-    )
+    return json_texts(path, Needle, "question", "needle", "answer")
 
 
 def _numbers(kind: Callable[[str], NumberT]) -> Callable[[str], list[NumberT]]:

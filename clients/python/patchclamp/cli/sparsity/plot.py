@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from patchclamp.cli.files import picture_file, text_file
+from patchclamp.cli.files import not_empty, parsed_file, picture_file
 from patchclamp.cli.options import output_options
 from patchclamp.cli.terminal import note, print_json
 from patchclamp.pictures.quality import Series, quality_figure, series_of
@@ -24,11 +24,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def series_file(path: str) -> Series:
-    text = text_file(path)
-    try:
-        return series_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+    return parsed_file(path, lambda text: series_of(not_empty(text)))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,10 +1,10 @@
 """patchclamp watch create"""
 
 import argparse
-from pathlib import Path
 
 from google.protobuf import json_format
 
+from patchclamp.cli.files import parsed_file
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_moved
 from patchclamp.cli.options import add_model_argument, connect, connection_options
 from patchclamp.cli.parser import count
@@ -39,11 +39,14 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def items_file(path: str) -> list[pb.WatchItem]:
     """Reads the items of a CreateWatchRequest in protobuf JSON."""
+    return parsed_file(path, _items)
+
+
+def _items(text: str) -> list[pb.WatchItem]:
     try:
-        request = json_format.Parse(Path(path).read_text(encoding="utf-8"), pb.CreateWatchRequest())
-    except (OSError, ValueError, json_format.ParseError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
-    return list(request.items)
+        return list(json_format.Parse(text, pb.CreateWatchRequest()).items)
+    except json_format.ParseError as error:
+        raise ValueError(error) from None
 
 
 def run(args: argparse.Namespace) -> int:
