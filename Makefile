@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One stamp a set of packages: the demo does not wait for the developer's tools.
 RUNNING := $(VENV)/.installed-server
 TESTING := $(VENV)/.installed-dev
+# What benchmarks compare with, in an environment of its own.
+PEERS := $(VENV)-peers/.installed
 
 .PHONY: demo test check proto serve bench numbers clean
 
@@ -24,6 +26,12 @@ $(TESTING): $(RUNNING) .ci/prometheus
 	bash .ci/prometheus $(VENV)
 	touch $@
 
+# llama.cpp is compiled here, for this machine's processor: some minutes.
+$(PEERS):
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install llama-cpp-python==0.3.36
+	touch $@
+
 demo: $(RUNNING)
 	$(BIN)/python benchmarks/demo.py
 
@@ -39,12 +47,12 @@ proto: $(TESTING)
 serve: $(RUNNING)
 	$(BIN)/patchclamp serve
 
-bench: $(RUNNING)
-	$(BIN)/python benchmarks/cpu.py
+bench: $(RUNNING) $(PEERS)
+	$(BIN)/python benchmarks/cpu.py --llama-cpp $(VENV)-peers/bin/python
 	$(BIN)/python benchmarks/readme.py
 
 numbers: $(RUNNING)
 	$(BIN)/python benchmarks/readme.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
