@@ -10,7 +10,7 @@ TESTING := $(VENV)/.installed-dev
 # What benchmarks compare with, in an environment of its own.
 PEERS := $(VENV)-peers/.installed
 
-.PHONY: demo test check proto serve bench numbers clean
+.PHONY: demo test check proto docs serve bench numbers clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ check: $(TESTING)
 
 proto: $(TESTING)
 	PATH="$(abspath $(BIN)):$$PATH" bash proto/generate.sh clients/python
+
+docs: $(TESTING)
+	$(BIN)/python docs/build.py
 
 serve: $(RUNNING)
 	$(BIN)/patchclamp serve

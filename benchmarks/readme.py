@@ -126,6 +126,8 @@ def sparse_quality(result: dict[str, Any]) -> list[str]:
     served = [row for row in rows if row not in CONTROLS]
     best = [keep for keep in keeps if min(served, key=lambda row: table[row][keep]["perplexity_ratio"]) == "fovea"]
     return [
+        "![Perplexity over dense against the bytes of weights read by a token, by policy](images/sparse_quality.svg)",
+        "",
         *lines,
         "",
         f"`python benchmarks/sparse.py --only quality` on {result['date']} at commit `{result['commit']}`: "
