@@ -7,8 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One stamp a set of packages: the demo does not wait for the developer's tools.
 RUNNING := $(VENV)/.installed-server
 TESTING := $(VENV)/.installed-dev
+# What benchmarks compare with, in an environment of its own.
+PEERS := $(VENV)-peers/.installed
 
-.PHONY: demo test check proto generated serve bench numbers clean
+.PHONY: demo test check proto generated docs serve bench numbers clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +24,12 @@ $(TESTING): $(RUNNING) .ci/prometheus
 	@echo "installing the developer's tools into $(VENV)"
 	$(PIP) install --progress-bar on -c constraints.txt -e '.[server,dev]'
 	bash .ci/prometheus $(VENV)
+	touch $@
+
+# llama.cpp is compiled here, for this machine's processor: some minutes.
+$(PEERS):
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install llama-cpp-python==0.3.36
 	touch $@
 
 demo: $(RUNNING)
@@ -39,15 +47,18 @@ proto: $(TESTING)
 generated: proto
 	$(BIN)/python clients/python/generate_sync.py
 
+docs: $(TESTING)
+	$(BIN)/python docs/build.py
+
 serve: $(RUNNING)
 	$(BIN)/patchclamp serve
 
-bench: $(RUNNING)
-	$(BIN)/python benchmarks/cpu.py
+bench: $(RUNNING) $(PEERS)
+	$(BIN)/python benchmarks/cpu.py --llama-cpp $(VENV)-peers/bin/python
 	$(BIN)/python benchmarks/readme.py
 
 numbers: $(RUNNING)
 	$(BIN)/python benchmarks/readme.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

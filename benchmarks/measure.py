@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+from measured_code import code_digest
+
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams, Token
 from patchclamp_server.interventions.bound import BoundProgram
@@ -90,11 +92,12 @@ def rates(figures: dict[str, list[float]], tokens: dict[str, int]) -> dict[str, 
 
 
 def save(name: str, payload: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/<name>.json with machine, versions and commit."""
+    """Writes benchmarks/results/<name>.json with machine, versions, commit, and the digest of the code it measures."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip() or "unknown",
+        "code": code_digest(name),
         "machine": f"{platform.machine()}, {_processor()}",
         "versions": {package: version(package) for package in ("torch", "transformers", "numba")},
         **payload,

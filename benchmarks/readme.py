@@ -1,7 +1,9 @@
-"""Writes the numbers of README.md from benchmarks/results/*.json.
+"""Writes the numbers of README.md and docs/performance.md from benchmarks/results/*.json.
 
-python benchmarks/readme.py            rewrite the block between the two markers
-python benchmarks/readme.py --check    exit status 1 when the block is stale
+python benchmarks/readme.py            rewrite the blocks between the two markers
+python benchmarks/readme.py --check    exit status 1 when a block is stale
+
+Both refuse a result whose code has changed since it was measured (measured_code.py).
 """
 
 import argparse
@@ -11,30 +13,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+from measured_code import ROOT, code_digest
+
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- numbers: begin (written by benchmarks/readme.py from benchmarks/results) -->"
 END = "<!-- numbers: end -->"
 
 
 def cpu(result: dict[str, Any]) -> list[str]:
-    speed = result["tokens_per_second"]
+    speed, ratios = result["tokens_per_second"], result
     rows = [
-        ("one request: `generate` of transformers", speed["transformers_batch1"], "1"),
-        ("one request: Patchclamp", speed["patchclamp_batch1"], f"{result['batch1_vs_transformers']:.2f}"),
-        ("16 requests, unsteered", speed["patchclamp_16_unsteered"], "1"),
-        ("16 requests, 16 programs", speed["patchclamp_16_programs"], f"{result['programs16_vs_unsteered']:.2f}"),
+        ("one request: `generate` of transformers, float32", "transformers_batch1", "1"),
+        ("one request: Patchclamp, float32", "float32_batch1", f"{ratios['float32_vs_transformers']:.2f}"),
+        ("one request: Patchclamp, 4-bit codes", "patchclamp_batch1", f"{ratios['batch1_vs_transformers']:.2f}"),
+    ]
+    if "llama_cpp_batch1" in speed:
+        times = speed["llama_cpp_batch1"] / speed["transformers_batch1"]
+        version = result["peers"]["llama_cpp"]
+        rows.append((f"one request: llama.cpp ({version}), same file", "llama_cpp_batch1", f"{times:.2f}"))
+    rows += [
+        ("16 requests, 4-bit codes, unsteered", "patchclamp_16_unsteered", "1"),
+        ("16 requests, 4-bit codes, 16 programs", "patchclamp_16_programs", f"{ratios['programs16_vs_unsteered']:.2f}"),
     ]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return [
-        "| SmolLM2-135M, float32, greedy decoding on a CPU | tokens/s | ratio |",
+        "| SmolLM2-135M, greedy decoding on a CPU | tokens/s | ratio |",
         "|---|---:|---:|",
-        *(f"| {name} | {tokens:.1f} | {ratio} |" for name, tokens, ratio in rows),
+        *(f"| {name} | {speed[key]:.1f} | {ratio} |" for name, key, ratio in rows),
         "",
-        f"`make bench` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
+        f"`{COMMANDS['cpu']}` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
         f"{result['threads']} threads, {versions};",
         f"{result['tokens']} tokens a request, medians of {result['rounds']} alternating rounds in one run.",
+        "Activations are float32 in all rows but that of llama.cpp, which rounds them to 8 bits.",
     ]
 
 
@@ -113,6 +126,8 @@ def sparse_quality(result: dict[str, Any]) -> list[str]:
     served = [row for row in rows if row not in CONTROLS]
     best = [keep for keep in keeps if min(served, key=lambda row: table[row][keep]["perplexity_ratio"]) == "fovea"]
     return [
+        "![Perplexity over dense against the bytes of weights read by a token, by policy](images/sparse_quality.svg)",
+        "",
         *lines,
         "",
         f"`python benchmarks/sparse.py --only quality` on {result['date']} at commit `{result['commit']}`: "
@@ -282,60 +297,199 @@ def rolling(result: dict[str, Any]) -> list[str]:
     ]
 
 
-# By what a result says it is, or else by the name of its file.
-SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "cpu": cpu,
-    "faults": faults,
-    "gpu": gpu,
-    "heads_causal": heads_causal,
-    "heads_naive": heads_naive,
-    "heads_readout": heads_readout,
-    "invariance": invariance,
-    "load": load,
-    "monitoring": monitoring,
-    "rolling": rolling,
-    "sparse_quality": sparse_quality,
-    "sparse_speed": sparse_speed,
+def host(result: dict[str, Any]) -> list[str]:
+    rows = [
+        (f"{n} sequences{kind}", result[f"{key}_{n}"])
+        for n in (64, 256)
+        for kind, key in ((", unedited", "host_ms"), (", each with a program", "programs_ms"))
+    ]
+    return [
+        "| host time of a decode step, forward pass stubbed, 32 layers | ms |",
+        "|---|---:|",
+        *(f"| {name} | {ms:.2f} |" for name, ms in rows),
+        "",
+        f"`{COMMANDS['host']}` on {result['date']} at commit `{result['commit']}`: {result['machine']}. With one "
+        "neighbour that reads a projection",
+        f"a step takes {result['reader_ratio_64']:.2f} and {result['reader_ratio_256']:.2f} times as long; programs "
+        f"compiled in steady steps: {result['steady_compilations']}.",
+    ]
+
+
+# How each is measured.
+COMMANDS = {
+    "cpu": "make bench",
+    "faults": "python benchmarks/faults.py",
+    "gpu": "python benchmarks/gpu.py",
+    "heads_causal": "python benchmarks/heads.py --only causal",
+    "heads_naive": "python benchmarks/heads.py --only naive",
+    "heads_readout": "python benchmarks/heads.py --only readout",
+    "host": "python benchmarks/host.py",
+    "invariance": "python benchmarks/invariance.py",
+    "load": "python benchmarks/load.py",
+    "monitoring": "python benchmarks/monitoring.py",
+    "rolling": "python benchmarks/rolling.py",
+    "sparse_quality": "python benchmarks/sparse.py --only quality",
+    "sparse_speed": "python benchmarks/sparse.py --only speed",
+}
+
+Row = tuple[str, str]
+
+
+def _cpu_row(result: dict[str, Any]) -> list[Row]:
+    rows = [
+        (
+            "decoding one request, float32, over `generate` of transformers",
+            f"{result['float32_vs_transformers']:.2f} x",
+        ),
+        ("the same on the 4-bit codes of the file", f"{result['batch1_vs_transformers']:.2f} x"),
+    ]
+    if "batch1_vs_llama_cpp" in result:
+        rows.append(("the same over llama.cpp on the same file", f"{result['batch1_vs_llama_cpp']:.2f} x"))
+    programs = f"{result['programs16_vs_unsteered']:.2f} x"
+    return [*rows, ("16 requests with 16 programs, over 16 unsteered", programs)]
+
+
+def _monitoring_row(result: dict[str, Any]) -> list[Row]:
+    worst = max(max(row["watched"], row["against_reference"]) for row in result["batches"].values())
+    name = f"watching {result['neurons']:,} neurons and {result['directions']} directions, of decode time"
+    return [(name, f"{100 * worst:+.1f} %")]
+
+
+def _invariance_row(result: dict[str, Any]) -> list[Row]:
+    batches = ", ".join(map(str, (1, *result["batches"])))
+    name = f"of {result['prompts']} prompts, texts that differ between batches of {batches}"
+    return [(name, str(result["different_texts"]))]
+
+
+def _load_row(result: dict[str, Any]) -> list[Row]:
+    name = f"goodput at {result['overload']:.0f} times the capacity, of capacity"
+    return [(name, f"{100 * result['goodput_ratio']:.0f} %")]
+
+
+def _rolling_row(result: dict[str, Any]) -> list[Row]:
+    calls = sum(result["answered_calls"].values()) + result["lost_calls"]
+    return [(f"calls lost of {calls} in a rolling restart of two servers", str(result["lost_calls"]))]
+
+
+def _faults_row(result: dict[str, Any]) -> list[Row]:
+    lost = sum(sum(row["lost"].values()) for row in result["rows"])
+    return [(f"lost by neighbours in {len(result['rows'])} planted faults", str(lost))]
+
+
+def _heads_row(result: dict[str, Any]) -> list[Row]:
+    table = result["causal"]
+    shown = " / ".join(f"{100 * table[name]['success_rate']:.0f} %" for name in ("unedited", "random3", "top3"))
+    return [("needles answered: all heads / without 3 drawn heads / without the 3 best retrieval heads", shown)]
+
+
+def _quality_row(result: dict[str, Any]) -> list[Row]:
+    card = result["table"]["fovea"]["0.5"]
+    name = f"perplexity over dense with half of the neurons (`fovea`, {100 * card['bytes_read_16']:.0f} % of the bytes)"
+    return [(name, f"{card['perplexity_ratio']:.3f}")]
+
+
+SUMMARIES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
+    "cpu": _cpu_row,
+    "faults": _faults_row,
+    "heads_causal": _heads_row,
+    "invariance": _invariance_row,
+    "load": _load_row,
+    "monitoring": _monitoring_row,
+    "rolling": _rolling_row,
+    "sparse_quality": _quality_row,
 }
 
 
-def section(path: Path) -> list[str]:
-    """Raises SystemExit for a result no section is written for."""
+# By what a result says it is, or else by the name of its file; in the order of the page.
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "cpu": ("Decoding on a CPU", cpu),
+    "gpu": ("On a GPU", gpu),
+    "host": ("What the host does in a step", host),
+    "invariance": ("Batch invariance", invariance),
+    "monitoring": ("Watching", monitoring),
+    "sparse_quality": ("Sparse inference: quality", sparse_quality),
+    "sparse_speed": ("Sparse inference: speed", sparse_speed),
+    "heads_causal": ("Retrieval heads: what they do", heads_causal),
+    "heads_naive": ("Retrieval heads: finding them", heads_naive),
+    "heads_readout": ("Retrieval heads: reading them while decoding", heads_readout),
+    "load": ("Overload", load),
+    "rolling": ("Rolling restarts", rolling),
+    "faults": ("Faults", faults),
+}
+
+
+def read(path: Path) -> tuple[str, dict[str, Any]]:
+    """Kind and content of a result. Raises SystemExit for one that no section is written for."""
     result = json.loads(path.read_text(encoding="utf-8"))
     kind = result.get("kind", path.stem)
     if kind not in SECTIONS:
         raise SystemExit(f"{path.name} is {kind!r}, which has no section in benchmarks/readme.py")
-    return SECTIONS[kind](result)
+    return kind, result
 
 
-def block() -> str:
-    """Both markers and what belongs between them. Raises SystemExit for a result no section is written for."""
+def section(path: Path) -> list[str]:
+    kind, result = read(path)
+    return SECTIONS[kind][1](result)
+
+
+def results() -> list[Path]:
+    """In the order of their sections."""
+    order = list(SECTIONS)
+    return sorted(RESULTS.glob("*.json"), key=lambda path: (order.index(read(path)[0]), path.name))
+
+
+def outdated() -> list[str]:
+    """What is wrong with results whose code has changed since they were measured."""
+    found = []
+    for path in results():
+        kind, result = read(path)
+        if result.get("code") != code_digest(kind):
+            found.append(
+                f"{path.name} measures code that has changed since commit {result.get('commit', 'unknown')}: run "
+                f"`{COMMANDS[kind]}` on a quiet machine"
+            )
+    return found
+
+
+def performance() -> str:
+    """All results, for docs/performance.md."""
     lines: list[str] = []
-    for path in sorted(RESULTS.glob("*.json")):
-        lines += ["", *section(path)]
-    return "\n".join([BEGIN, *lines, "", END])
+    for path in results():
+        lines += ["", f"## {SECTIONS[read(path)[0]][0]}", "", *section(path)]
+    return "\n".join(lines)
 
 
-def updated(text: str) -> str:
+def summary() -> str:
+    """One table, for README.md."""
+    rows = [row for path in results() for row in SUMMARIES.get(read(path)[0], lambda result: [])(read(path)[1])]
+    return "\n".join(["", "| measured | figure |", "|---|---:|", *(f"| {name} | {figure} |" for name, figure in rows)])
+
+
+PAGES = {README: summary, PERFORMANCE: performance}
+
+
+def updated(text: str, name: str, content: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise SystemExit(f"{README.name} lacks the line {BEGIN} or {END}")
-    return before + block() + after
+        raise SystemExit(f"{name} lacks the line {BEGIN} or {END}")
+    return f"{before}{BEGIN}\n{content}\n\n{END}{after}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The numbers of README.md.")
+    parser = argparse.ArgumentParser(description="The numbers of README.md and docs/performance.md.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 when they are stale")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    new = updated(text)
-    if arguments.check:
-        if new != text:
-            print("README.md is stale: run python benchmarks/readme.py", file=sys.stderr)
+    if problems := outdated():
+        print("\n".join(problems), file=sys.stderr)
+        return 1
+    for page, content in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        new = updated(text, page.name, content())
+        if arguments.check and new != text:
+            print(f"{page.name} is stale: run python benchmarks/readme.py", file=sys.stderr)
             return 1
-        return 0
-    README.write_text(new, encoding="utf-8")
+        page.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -13,7 +13,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_llama(directory: Path) -> None:
+def save_tiny_llama(directory: Path, *, context: int = 256) -> None:
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -22,7 +22,7 @@ def save_tiny_llama(directory: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,

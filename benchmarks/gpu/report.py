@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from measured_code import code_digest
+
 Row = dict[str, Any]
 
 # Rows whose bound is shorter than this do not fill the device: launch latency is what they show.
@@ -25,7 +27,13 @@ class Report:
     def __init__(self, output: Path, options: Row, earlier: Row, parts: Sequence[str]) -> None:
         """`earlier`: the record of another run on this device, or {}: it is kept but for `parts`, measured anew."""
         self.output = output
-        self.record: Row = {"kind": "gpu", "options": options, "complete": False, "errors": {}}
+        self.record: Row = {
+            "kind": "gpu",
+            "code": code_digest("gpu"),
+            "options": options,
+            "complete": False,
+            "errors": {},
+        }
         for part, (sections, names) in SECTIONS_AND_TASKS.items():
             if part not in parts:
                 self.record |= {section: earlier[section] for section in sections if section in earlier}

@@ -11,7 +11,7 @@ SUFFIXES = {".md", ".py", ".txt", ".ts", ".ipynb", ".yaml", ".yml", ".tpl", ".sh
 
 def install_lines() -> list[str]:
     """What stands after `pip install`, to the end of its line."""
-    files = [ROOT / "README.md", ROOT / "Makefile", ROOT / "CHANGELOG.md"]
+    files = [ROOT / "README.md", ROOT / "Makefile", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
     for folder in FOLDERS:
         files += [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in SUFFIXES]
     texts = (path.read_text(encoding="utf-8") for path in files if "node_modules" not in path.parts)

@@ -320,9 +320,9 @@ def test_follow_prints_a_line_for_each_activation(server: Monitoring, capsys: py
     assert [(each["sequence"], each["token"]) for each in activations] == [(1, " day"), (2, " day")]
 
 
-def test_commands_of_the_readme_are_as_the_command_line_takes_them() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    lines = [shlex.split(line, comments=True) for line in readme.splitlines() if line.startswith("patchclamp watch ")]
+def test_commands_of_the_guide_are_as_the_command_line_takes_them() -> None:
+    guide = (Path(__file__).parents[2] / "docs/user/monitoring.md").read_text()
+    lines = [shlex.split(line, comments=True) for line in guide.splitlines() if line.startswith("patchclamp watch ")]
     assert {line[2] for line in lines} == {"create", "start", "stats", "follow", "reference", "list", "stop"}
     for line in lines:
         build_parser().parse_args(line[1:])

@@ -10,7 +10,7 @@ from patchclamp_server.security.configuration import ConfigurationError
 from patchclamp_server.security.policy import EDIT_KINDS, UNLIMITED, Policy
 from patchclamp_server.security.policy_file import parse_policy
 
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "security.md"
 WHOLE = """
 kill: false
 default: {methods: ["ModelService/*"]}
@@ -115,7 +115,7 @@ def test_aliases_that_unfold_to_a_huge_tree_are_refused_in_little_memory():
         parse(f"l0: &l0 [a]\n{levels}\ntenants: *l39\n")
 
 
-def test_the_example_of_the_readme_is_a_policy():
-    example = README.read_text().partition("```yaml\n")[2].partition("```")[0]
+def test_the_example_of_the_guide_is_a_policy():
+    example = GUIDE.read_text().partition("```yaml\n")[2].partition("```")[0]
     rules = parse(example).tenants["research"]
     assert (rules.edits.max_strength, rules.max_priority) == (2.0, Priority.BATCH)

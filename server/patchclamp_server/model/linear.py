@@ -52,8 +52,15 @@ class Linear:
     """One projection. Rows of the result never depend on the values of other rows."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, input_major: bool = False, batch_invariant: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        input_major: bool = False,
+        batch_invariant: bool = False,
+        use_codes: bool = True,
     ) -> None:
+        """`use_codes`: multiplies by the codes that the weights are made of, where they are."""
         assert not batch_invariant or can_be_invariant(weight.dtype, weight.device)
         self.bias = bias  # [out]
         self.weight: Tensor | None = weight  # [out, in]; its transpose is contiguous where it is input-major
@@ -67,7 +74,7 @@ class Linear:
             # What numba compiles only this path needs.
             from patchclamp_server.model.quantized import recover
 
-            self.quantized = recover(weight)
+            self.quantized = recover(weight) if use_codes else None
             if batch_invariant:
                 from patchclamp_server.model.invariant.products import row_product
 

@@ -39,9 +39,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     batch_invariant: bool | None = None,
+    use_codes: bool = True,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load "embedded", a hub id, a local directory or a ``.gguf`` file, fetching and converting it where needed.
+
+    `use_codes=False` multiplies by float32 weights where the file has 4- or 8-bit codes: slower, for comparison.
 
     Raises ModelSourceError when there is no such model or device, when its weights are not safetensors or are not all
     there, when its architecture is not supported, or when it needs code of its own to run.
@@ -56,7 +59,7 @@ def load_model(
     shown = progress or Silent()
     try:
         decoder = decoder_from_transformers(
-            model, dtype=dtype, device=device, batch_invariant=batch_invariant, progress=shown
+            model, dtype=dtype, device=device, batch_invariant=batch_invariant, use_codes=use_codes, progress=shown
         )
         decoder.warm_up()
         warn_of_overflow(decoder, tokenizer)

@@ -19,25 +19,32 @@ def decoder_from_transformers(
     dtype: torch.dtype,
     device: str,
     batch_invariant: bool | None = None,
+    use_codes: bool = True,
     progress: Progress | None = None,
 ) -> Decoder:
     """The decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table.
 
-    `batch_invariant`: see Decoder; None: where that is possible.
+    `batch_invariant`: see Decoder; None: where that is possible. `use_codes`: see Linear.
     """
     if batch_invariant is None:
         batch_invariant = can_be_invariant(dtype, device)
-    return _Builder(model, dtype, device, batch_invariant, progress or Silent()).build()
+    return _Builder(model, dtype, device, batch_invariant, use_codes, progress or Silent()).build()
 
 
 class _Builder:
     """Reads modules by the paths of the architecture table."""
 
     def __init__(
-        self, model: PreTrainedModel, dtype: torch.dtype, device: str, batch_invariant: bool, progress: Progress
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        device: str,
+        batch_invariant: bool,
+        use_codes: bool,
+        progress: Progress,
     ) -> None:
         self.model = model
-        self.batch_invariant = batch_invariant
+        self.products = {"batch_invariant": batch_invariant, "use_codes": use_codes}
         self.progress = progress
         self.spec = read_spec(model.config)
         self.dtype = dtype
@@ -66,7 +73,7 @@ class _Builder:
             self._rotary(),
             blocks,
             self._norm(self._module(family.final_norm)),
-            Linear(weight, bias, batch_invariant=self.batch_invariant),
+            Linear(weight, bias, **self.products),
         )
 
     def _block(self, layer: nn.Module) -> Block:
@@ -116,7 +123,7 @@ class _Builder:
             bias = None if bias is None else bias[order]
         weight = self._tensor(weight)
         bias = None if bias is None else self._tensor(bias)
-        return Linear(weight, bias, input_major=input_major, batch_invariant=self.batch_invariant)
+        return Linear(weight, bias, input_major=input_major, **self.products)
 
     def _module(self, path: str) -> Any:
         return _submodule(self.model, path)

@@ -1,0 +1,116 @@
+"""The code that each result of benchmarks/results measures, and a digest of it.
+
+A result keeps the digest of the code that it measured. `benchmarks/readme.py` refuses to show a result whose code has
+changed since. Comments, docstrings, formatting, imports and the places of modules do not count: they change no figure.
+"""
+
+import ast
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Where packages of ours begin.
+SOURCES = {
+    "patchclamp_server": ROOT / "server",
+    "patchclamp_kernels": ROOT / "kernels",
+    "patchclamp": ROOT / "clients/python",
+}
+
+# What turns tokens into logits, and what a step of the engine does besides.
+_FORWARD = ("patchclamp_server.model.decoder", "patchclamp_server.model.linear", "patchclamp_server.model.quantized")
+_ATTENTION = (
+    "patchclamp_server.engine.attention",
+    "patchclamp_server.engine.row_attention",
+    "patchclamp_server.engine.peaks",
+)
+_STEP = (
+    *_FORWARD,
+    *_ATTENTION,
+    "patchclamp_server.model.invariant",
+    "patchclamp_server.engine.engine",
+    "patchclamp_server.engine.runner",
+    "patchclamp_server.engine.scheduler",
+    "patchclamp_server.engine.sampler",
+    "patchclamp_server.engine.delivery",
+    "patchclamp_server.engine.operator_executor",
+)
+_SPARSE = ("patchclamp_server.sparsity", "patchclamp_server.model.sparse")
+
+# By the name of a result: modules and packages by their dotted names, and scripts by their paths.
+MEASURED: dict[str, tuple[str, ...]] = {
+    "cpu": ("benchmarks/cpu.py", *_STEP, "patchclamp_server.interventions"),
+    "faults": (
+        "benchmarks/faults.py",
+        "benchmarks/faults",
+        "patchclamp_server.engine.engine",
+        "patchclamp_server.engine.live",
+        "patchclamp_server.engine.faults",
+        "patchclamp_server.artifacts.store",
+        "patchclamp_server.rpc.server",
+    ),
+    "gpu": ("benchmarks/gpu.py", "benchmarks/gpu", "patchclamp_kernels"),
+    "heads_causal": (
+        "benchmarks/heads.py",
+        "patchclamp_server.heads.detect",
+        "patchclamp_server.heads.edit_evaluation",
+    ),
+    "heads_naive": ("benchmarks/heads.py", "patchclamp_server.heads.detect"),
+    "heads_readout": ("benchmarks/heads.py", *_ATTENTION, "patchclamp_server.interventions.head_readings"),
+    "host": (*_STEP, "patchclamp_server.interventions"),
+    "invariance": ("benchmarks/invariance.py", *_FORWARD, *_ATTENTION, "patchclamp_server.model.invariant"),
+    "load": (
+        "benchmarks/load.py",
+        "benchmarks/load",
+        "patchclamp_server.engine.admission",
+        "patchclamp_server.engine.fair_queue",
+        "patchclamp_server.engine.intake",
+        "patchclamp_server.engine.live",
+        "patchclamp_server.engine.scheduler",
+    ),
+    "monitoring": ("benchmarks/monitoring.py", "patchclamp_server.monitoring"),
+    "rolling": (
+        "benchmarks/rolling.py",
+        "patchclamp_server.rpc.server",
+        "patchclamp.connection",
+        "patchclamp.transport",
+    ),
+    "sparse_quality": ("benchmarks/sparse.py", "benchmarks/sparse/quality.py", *_SPARSE),
+    "sparse_speed": ("benchmarks/sparse.py", "benchmarks/sparse/speed.py", *_FORWARD, "patchclamp_server.model.sparse"),
+}
+
+
+def code_digest(kind: str) -> str:
+    """SHA-256 of the code that results of this kind measure. Raises FileNotFoundError for a name that is no file."""
+    parts = sorted(_digest(path) for name in MEASURED[kind] for path in _files(name))
+    return sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _files(name: str) -> Iterator[Path]:
+    path = ROOT / name if "/" in name else SOURCES[name.partition(".")[0]] / name.replace(".", "/")
+    if path.is_dir():
+        yield from sorted(path.rglob("*.py"))
+    elif (file := path.with_suffix(".py")).is_file():
+        yield file
+    else:
+        raise FileNotFoundError(f"{name} is neither a module nor a package: change benchmarks/measured_code.py")
+
+
+def _digest(path: Path) -> str:
+    tree = _Essence().visit(ast.parse(path.read_text(encoding="utf-8")))
+    return sha256(ast.dump(tree).encode()).hexdigest()
+
+
+class _Essence(ast.NodeTransformer):
+    """Takes out what changes no figure."""
+
+    def visit_Import(self, node: ast.Import) -> None:
+        return None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        return None
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else self.generic_visit(node)
