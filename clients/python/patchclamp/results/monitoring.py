@@ -129,7 +129,8 @@ class Quantile(Record):
 @dataclass(frozen=True)
 class ItemStatistics(Record):
     """Of the finite values; drift: None without a reference, and before a window is full. threshold: in use, chosen or
-    derived. drift_noise: what chance alone makes of two samples of the same traffic; drift_excess: drift beyond it."""
+    derived. drift_noise: what chance alone makes of two samples of the same traffic; drift_excess: drift beyond it.
+    tokens_left_out: outliers of norm, as attention sinks are, which are in no other figure."""
 
     name: str
     tokens: int
@@ -145,6 +146,7 @@ class ItemStatistics(Record):
     threshold: float = 0.0
     drift_noise: float | None = None
     drift_excess: float | None = None
+    tokens_left_out: int = 0
 
     @classmethod
     def from_proto(cls, message: pb.ItemStatistics) -> "ItemStatistics":
@@ -163,6 +165,7 @@ class ItemStatistics(Record):
             threshold=message.threshold,
             drift_noise=message.drift_noise if message.HasField("drift_noise") else None,
             drift_excess=message.drift_excess if message.HasField("drift_excess") else None,
+            tokens_left_out=message.tokens_left_out,
         )
 
 
@@ -178,6 +181,7 @@ class KindStatistics(Record):
     min: float
     max: float
     buckets: tuple[float, ...]
+    values_left_out: int = 0
 
     @classmethod
     def from_proto(cls, message: pb.KindStatistics) -> "KindStatistics":
@@ -190,13 +194,15 @@ class KindStatistics(Record):
             min=message.min,
             max=message.max,
             buckets=tuple(message.buckets),
+            values_left_out=message.values_left_out,
         )
 
 
 @dataclass(frozen=True)
 class WatchCalibration(Record):
     """Where thresholds and buckets come from that nobody chose: "chosen" (there are none), "reference", "first_tokens".
-    Of the latter there are `tokens` of `total`: until they are all there, thresholds and buckets still change."""
+    Of first tokens there are `tokens` of `total`: until they are all there, thresholds, buckets and what is left out as
+    an outlier still change, and all figures with them."""
 
     scale: str
     tokens: int
