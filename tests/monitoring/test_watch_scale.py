@@ -107,6 +107,21 @@ def test_thresholds_and_buckets_follow_from_the_first_tokens_and_then_stay(compi
     assert_counted(later, np.concatenate(seen))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_watch_that_settled_on_the_thread_of_the_engine_is_counted_on_any_other(compiled: bool) -> None:
+    """The engine runs in torch's inference mode, those who read do not."""
+    monitor = registry(compiled)
+    monitor.start("sha256:w", watch(), options(window_tokens=10), recorded(values(2000, 7)), "sha256:r")
+    monitor.start("sha256:w", watch(), options("settles"))
+    with torch.inference_mode():
+        run(monitor, values(FIRST, 1))
+        monitor.statistics("settles")
+        run(monitor, values(20, 2))
+    assert monitor.statistics("settles").rows == FIRST + 20
+    monitor.set_reference("settles", recorded(values(2000, 7)), "sha256:r")
+    assert monitor.statistics("settles").sums.tokens.tolist() == [FIRST + 20] * 5
+
+
 def test_a_neuron_fires_as_often_as_its_quantile_says() -> None:
     monitor = registry()
     monitor.start("sha256:w", watch(quantile=0.9), options(calibration_tokens=1024))

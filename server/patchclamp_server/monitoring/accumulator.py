@@ -103,6 +103,8 @@ class Accumulator:
         self.outliers = outliers
         self._constants = self._placed()
 
+    # Tensors that the engine's thread made are updated in place by others, which only inference mode allows.
+    @torch.inference_mode()
     def set_edges(self, edges: Floats) -> None:
         """From now on the histogram counts by these; what buckets have counted stays."""
         if not self.own_edges:
@@ -135,6 +137,7 @@ class Accumulator:
             own = values.index_select(0, next(index))
             self._add_on_device(own.index_select(1, next(index)), own.index_select(1, next(index)))
 
+    @torch.inference_mode()
     def _add_on_device(self, values: Tensor, norms: Tensor) -> None:
         """values and norms [n, W]."""
         thresholds, edges, buckets, first, limits = self._constants
