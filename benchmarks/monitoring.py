@@ -66,7 +66,7 @@ def some_reference(watch: Watch) -> Reference:
     generator = torch.Generator().manual_seed(1)
     values, norms = (torch.randn(1024, n, generator=generator) for n in (len(watch), len(watch.places)))
     recording.add(values.numpy(), 1000.0 + norms.numpy())
-    recording.settle_by_itself(watch.place_of)
+    recording.find_outliers(watch.place_of)
     return recording.result()
 
 

@@ -212,6 +212,22 @@ def test_beside_a_reference_that_holds_outliers_none_are_left_out(compiled: bool
     assert monitor.statistics("w").sums.left_out.tolist() == [2, 0, 0, 0]
 
 
+@pytest.mark.parametrize("tokens", [60, 300])
+def test_a_reference_that_is_recorded_beside_an_old_one_holds_no_outliers(tokens: int) -> None:
+    """So that the old one can be replaced while its watch runs."""
+    monitor = registry()
+    monitor.start("sha256:w", watch(), options())
+    new = recorded(monitor, activations(200, seed=1))
+    old = Reference(new.edges, new.counts, new.mean, new.deviation, new.levels, new.inflation)
+    monitor.start("sha256:w", watch(), options("beside"), old, "sha256:old")
+    seen = activations(tokens, (0, 40), seed=2)
+    reference = recorded(monitor, seen, "beside")
+    assert reference.counts[0].sum() == tokens - 2
+    monitor.set_reference("beside", reference, "sha256:new")
+    run(monitor, activations(20, (0, 5)))
+    assert monitor.statistics("beside").sums.left_out.tolist() == [2, 0, 0, 0]
+
+
 def test_norms_that_a_file_gives_to_heads_are_not_looked_at() -> None:
     monitor = registry()
     monitor.start("sha256:w", watch(), options())

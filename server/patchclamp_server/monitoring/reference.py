@@ -99,7 +99,7 @@ class Recording:
         on_done: Callable[[Reference | None], None],
         outliers: Outliers | None = None,
     ) -> None:
-        """`outliers`: what is left out; where it is not known yet, `settle` says it."""
+        """`outliers`: what is left out; where that is not known, `find_outliers` finds it."""
         self.tokens = tokens
         self.seen = 0
         self.on_progress, self.on_done = on_progress, on_done
@@ -123,18 +123,14 @@ class Recording:
         else:
             self._take(self.outliers.without(values, norms))
 
-    def settle(self, outliers: Outliers) -> None:
-        """Outliers are these, where they were not known."""
-        if self.outliers is None:
-            self.outliers = outliers
-            for values, norms in self._waiting:
-                self._take(outliers.without(values, norms))
-            self._waiting = []
-
-    def settle_by_itself(self, place_of: Ints) -> None:
-        """Outliers are those among the tokens that wait."""
-        if self.outliers is None:
-            self.settle(Outliers.of(np.concatenate([norms for _, norms in self._waiting]), place_of))
+    def find_outliers(self, place_of: Ints) -> None:
+        """Finds what is left out from the tokens that wait, where it is not known yet. place_of [W] as in Outliers."""
+        if self.outliers is not None:
+            return
+        self.outliers = Outliers.of(np.concatenate([norms for _, norms in self._waiting]), place_of)
+        for values, norms in self._waiting:
+            self._take(self.outliers.without(values, norms))
+        self._waiting = []
 
     def _take(self, values: Float32s) -> None:
         finite = np.isfinite(values)

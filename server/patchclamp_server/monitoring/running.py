@@ -17,7 +17,14 @@ from patchclamp_server.monitoring.drift import Drift, drift_of
 from patchclamp_server.monitoring.outliers import Outliers
 from patchclamp_server.monitoring.reference import Recording, Reference
 from patchclamp_server.monitoring.ring import Columns, Ring
-from patchclamp_server.monitoring.scale import FirstTokens, Scale, asking, chosen_scale, scale_of_reference
+from patchclamp_server.monitoring.scale import (
+    FirstTokens,
+    Scale,
+    asking,
+    calibration_size,
+    chosen_scale,
+    scale_of_reference,
+)
 from patchclamp_server.monitoring.statistics import Statistics
 from patchclamp_server.monitoring.watch import Watch, WatchOptions
 
@@ -116,8 +123,6 @@ class Running:
         self.accumulator = self._counted(scale, outliers).on(self.device, compiled=self.compiled)
         for subscription in self.subscriptions:
             subscription.settle(scale.thresholds)
-        for recording in self.recordings:
-            recording.settle(outliers)
         self._begin_windows()
 
     def _counted(self, scale: Scale, outliers: Outliers) -> Accumulator:
@@ -154,11 +159,11 @@ class Running:
 
     @property
     def outliers(self) -> Outliers | None:
-        """None while they are still to be derived."""
-        if self.accumulator is not None:
-            return self.accumulator.outliers
-        assert self.first is not None
-        return self.first.known
+        """What a recording leaves out, or None where it has to find that itself: while it is not known, and beside a
+        reference that was recorded before anything was left out."""
+        if self.accumulator is None or (self._reference is not None and self._reference.norms is None):
+            return None
+        return self.accumulator.outliers
 
     def take(self, ring: Ring, rows: Ints, columns: Columns) -> list[Call]:
         """Counts `rows` of the ring; returns who is to be told, once no lock is held."""
@@ -226,11 +231,12 @@ class Running:
     def _record(self, recording: Recording, values: Float32s, norms: Float32s) -> list[Call]:
         left = recording.left
         recording.add(values[:left], norms[:left])
+        if not recording.left or recording.seen >= calibration_size(self.watch, self.options):
+            recording.find_outliers(self.watch.place_of)
         seen, total = recording.seen, recording.tokens
         calls: list[Call] = [lambda: recording.on_progress(seen, total)]
         if not recording.left:
             self.recordings.remove(recording)
-            recording.settle_by_itself(self.watch.place_of)
             # It sorts what may be millions of numbers, and the engine's thread may be the one that tells.
             finish = threading.Thread(
                 target=lambda: recording.on_done(recording.result()), name="patchclamp-reference", daemon=True

@@ -66,14 +66,19 @@ def scale_of_reference(watch: Watch, options: WatchOptions, reference: Reference
     return Scale(thresholds, _buckets(watch, options, sample), Source.REFERENCE)
 
 
+def calibration_size(watch: Watch, options: WatchOptions) -> int:
+    """Returns from how many tokens something is derived."""
+    return max(1, min(options.calibration_tokens, _MOST_KEPT // len(watch)))
+
+
 class FirstTokens:
-    """The values of the first tokens of a watch, [n, W], and their norms, [n, places], until there are `total` of
-    them."""
+    """Keeps the values of the first tokens of a watch, [n, W], and their norms, [n, places], until there are `total`
+    of them."""
 
     def __init__(self, watch: Watch, options: WatchOptions, known: Outliers | None = None) -> None:
         """`known`: outliers that do not follow from the first tokens."""
         self._watch, self._options, self.known = watch, options, known
-        self.total = max(1, min(options.calibration_tokens, _MOST_KEPT // len(watch)))
+        self.total = calibration_size(watch, options)
         self._kept = np.empty((self.total, len(watch) + len(watch.places)), dtype=np.float32)
         self.seen = 0
 
@@ -97,7 +102,7 @@ class FirstTokens:
         self._kept = self._kept[:0].copy()
 
     def outliers(self) -> Outliers:
-        """As they are known, or follow from what has been seen."""
+        """Returns those that are known, or follow from what has been seen."""
         return self.known or Outliers.of(self.values[:, len(self._watch) :], self._watch.place_of)
 
     def scale(self, outliers: Outliers) -> Scale:
