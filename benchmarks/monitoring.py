@@ -63,7 +63,10 @@ def watch_of(info: ModelInfo) -> Watch:
 def some_reference(watch: Watch) -> Reference:
     """Of normal numbers: what the bins are costs nothing."""
     recording = Recording(len(watch), 1024, lambda seen, total: None, lambda reference: None)
-    recording.add(torch.randn(1024, len(watch), generator=torch.Generator().manual_seed(1)).numpy())
+    generator = torch.Generator().manual_seed(1)
+    values, norms = (torch.randn(1024, n, generator=generator) for n in (len(watch), len(watch.places)))
+    recording.add(values.numpy(), 1000.0 + norms.numpy())
+    recording.find_outliers(watch.place_of)
     return recording.result()
 
 

@@ -238,6 +238,7 @@ class Monitoring(MonitoringServiceServicer):
         quantile = monitoring_pb2.Quantile(probability=0.5, value=0.25)
         figures = {"tokens": 100, "fired": 25, "mean": 0.5, "standard_deviation": 1.5, "min": -2.0, "max": 3.0}
         drift = {"drift": 0.75, "drift_noise": 0.25, "drift_excess": 0.5}
+        passed = {"not_finite": 2, "tokens_left_out": 3}
         items = [
             monitoring_pb2.ItemStatistics(
                 name="joy",
@@ -247,7 +248,7 @@ class Monitoring(MonitoringServiceServicer):
                 **drift,
                 **figures,
             ),
-            monitoring_pb2.ItemStatistics(name="suspects/L12N3", quantiles=[quantile], not_finite=2, **figures),
+            monitoring_pb2.ItemStatistics(name="suspects/L12N3", quantiles=[quantile], **passed, **figures),
         ]
         kind = monitoring_pb2.KindStatistics(
             kind=monitoring_pb2.WATCH_ITEM_KIND_DIRECTION,
@@ -258,6 +259,7 @@ class Monitoring(MonitoringServiceServicer):
             min=-2.0,
             max=3.0,
             buckets=[-1.0, 1.0],
+            values_left_out=4,
         )
         return monitoring_pb2.GetWatchStatisticsResponse(
             watch=self.watch,

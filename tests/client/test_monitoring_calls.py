@@ -139,12 +139,13 @@ def test_statistics_are_by_item(client: Client, server: Monitoring) -> None:
     assert server.request == pb.GetWatchStatisticsRequest(name="safety", items=["joy"])
     joy, suspect = found.items
     assert (joy.fired, joy.mean, joy.quantiles[0].value, joy.drift) == (25, 0.5, 0.25, 0.75)
-    assert (suspect.not_finite, suspect.drift) == (2, None)
+    assert (suspect.not_finite, suspect.tokens_left_out, suspect.drift) == (2, 3, None)
     assert (found.mean_drift, found.max_drift) == (0.75, 0.75)
     assert (joy.kind, joy.threshold, joy.drift_noise, joy.drift_excess) == ("direction", 1.5, 0.25, 0.5)
     assert (found.mean_drift_excess, found.max_drift_noise, found.sink_tokens) == (0.5, 0.375, 7)
     [directions] = found.kinds
     assert (directions.kind, directions.values, directions.buckets) == ("direction", 100, (-1.0, 1.0))
+    assert directions.values_left_out == 4
     assert found.calibration == WatchCalibration("first_tokens", 100, 1024)
 
 
@@ -295,10 +296,12 @@ def test_tables_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", "stats", "safety"]) == 0
     printed = capsys.readouterr()
     header, joy, suspect = printed.out.splitlines()
-    columns = ["item", "tokens", "threshold", "fired", "mean", "deviation", "min", "q0.5", "max", "drift"]
-    assert header.split() == [*columns, "by", "chance"]
-    assert joy.split() == ["joy", "100", "1.5", "25.0%", "0.5", "1.5", "-2", "0.25", "3", "0.750", "0.250"]
-    assert len(suspect.split()) == 9
+    columns = "item  tokens  left out  threshold  fired  mean  deviation  min  q0.5  max  drift  by chance"
+    assert header.split() == columns.split()
+    assert joy.split() == ["joy", "100", "0", "1.5", "25.0%", "0.5", "1.5", "-2", "0.25", "3", "0.750", "0.250"]
+    assert len(suspect.split()) == 10
+    assert suspect.split()[:3] == ["suspects/L12N3", "100", "3"]
+    assert "tokens left out (attention sinks" in printed.err
     assert "direction: 1 items, mean 0.5, -2 to 3" in printed.err
     assert "first tokens: 100 of 1024" in printed.err
     assert "7 first tokens of sequences" in printed.err

@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 PLACES = [
     Gathered(np.array([3, 0, 23, 3]), WIDTH),
     Projected(normal(5, WIDTH, seed=1), normal(5, seed=2), torch.tensor([torch.nan, 0.0, 2.0, 0.0, torch.nan])),
-    Gathered(np.array([7]), 2 * WIDTH),
+    Gathered(np.array([7]), 2 * WIDTH, has_norm=False),
     Projected(normal(2, WIDTH, seed=3), torch.zeros(2), torch.full((2,), torch.nan)),
 ]
 # As a model leaves them: rows of every other memory, and numbers that the loops do not read.
@@ -32,21 +32,23 @@ X = {
 
 def expected(x: Tensor) -> Tensor:
     wide = x.double()
-    columns = []
+    columns, norms = [], []
     for place in PLACES:
         if isinstance(place, Gathered):
             columns.append(wide[:, place.units])
         else:
             p = wide[:, : place.width] @ place.vectors.double().t() + place.bias.double()
             columns.append(torch.where(p <= place.cut, 0.0, p))
-    return torch.cat(columns, dim=1)
+        if place.has_norm:
+            norms.append(wide[:, : place.width].norm(dim=1, keepdim=True))
+    return torch.cat(columns + norms, dim=1)
 
 
 @pytest.mark.parametrize("layout", X)
 @pytest.mark.parametrize("compiled", [True, False])
-def test_rows_are_left_in_their_columns_and_nowhere_else(compiled: bool, layout: str) -> None:
+def test_values_of_rows_and_norms_are_left_in_their_columns_and_nowhere_else(compiled: bool, layout: str) -> None:
     """Few rows and many, one step after another, the last of more rows than a ring has."""
-    ring = Ring(sum(map(len, PLACES)), CPU, compiled=compiled)
+    ring = Ring(sum(map(len, PLACES)) + 3, CPU, compiled=compiled)
     looks = looks_at(PLACES, ring)
     for seed, n in enumerate([1, 2, 8, 9, 30, 2 * ring.capacity]):
         x = normal(n + STEP, 2 * WIDTH, seed=seed)
@@ -69,7 +71,7 @@ def test_rows_are_left_in_their_columns_and_nowhere_else(compiled: bool, layout:
 
 def test_a_row_that_is_not_finite_cuts_nothing() -> None:
     for compiled in (True, False):
-        ring = Ring(2, CPU, compiled=compiled)
+        ring = Ring(3, CPU, compiled=compiled)
         looks = looks_at([Projected(torch.ones(2, 3), torch.zeros(2), torch.tensor([0.0, torch.nan]))], ring)
         for value in (torch.nan, torch.inf):
             looks.begin(Rows(np.array([0]), [Row(0, 0, 0, True, 1, 0.0)]))

@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 from watch_runs import BOTH, Followed, until
 
 from patchclamp_server.errors import ResourceExhausted
+from patchclamp_server.heads.head_sets import Head, HeadSelection
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.monitoring.bind import bind_watch
-from patchclamp_server.monitoring.items import Encoder, WatchedFeatures, WatchedNeurons, WatchItem
+from patchclamp_server.monitoring.items import Encoder, WatchedFeatures, WatchedHeads, WatchedNeurons, WatchItem
+from patchclamp_server.monitoring.outliers import Outliers
 from patchclamp_server.monitoring.reference import Recording, Reference
 from patchclamp_server.monitoring.registry import MAX_EXPORTED_ITEMS, WatchRegistry
 from patchclamp_server.monitoring.scale import Source, bounds
@@ -60,8 +62,9 @@ def run(monitor: WatchRegistry, seen: NDArray[np.float32]) -> None:
 
 def recorded(seen: NDArray[np.float32]) -> Reference:
     columns = np.stack([seen[:, 3], seen[:, 0], seen[:, 17], *np.maximum(seen[:, :2], 0).T], axis=1)
-    recording = Recording(columns.shape[1], len(columns), lambda seen, total: None, lambda reference: None)
-    recording.add(columns)
+    none = Outliers.none(columns.shape[1])
+    recording = Recording(columns.shape[1], len(columns), lambda *told: None, lambda reference: None, none)
+    recording.add(columns, np.zeros((len(columns), 0), dtype=np.float32))
     return recording.result()
 
 
@@ -96,11 +99,27 @@ def test_thresholds_and_buckets_follow_from_the_first_tokens_and_then_stay(compi
     )
     assert settled.scale.thresholds[3:].tolist() == [0.0, 0.0]
     assert_counted(settled, np.concatenate(seen))
-    seen.append(10.0 * values(300, 4))
+    # Of the same norm, which the largest neuron makes.
+    seen.append(values(300, 4) * np.where(np.arange(20) == 3, 1.0, 10.0).astype(np.float32))
     run(monitor, seen[-1])
     later = monitor.statistics("w")
     assert later.scale is settled.scale
     assert_counted(later, np.concatenate(seen))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_watch_that_settled_on_the_thread_of_the_engine_is_counted_on_any_other(compiled: bool) -> None:
+    """The engine runs in torch's inference mode, those who read do not."""
+    monitor = registry(compiled)
+    monitor.start("sha256:w", watch(), options(window_tokens=10), recorded(values(2000, 7)), "sha256:r")
+    monitor.start("sha256:w", watch(), options("settles"))
+    with torch.inference_mode():
+        run(monitor, values(FIRST, 1))
+        monitor.statistics("settles")
+        run(monitor, values(20, 2))
+    assert monitor.statistics("settles").rows == FIRST + 20
+    monitor.set_reference("settles", recorded(values(2000, 7)), "sha256:r")
+    assert monitor.statistics("settles").sums.tokens.tolist() == [FIRST + 20] * 5
 
 
 def test_a_neuron_fires_as_often_as_its_quantile_says() -> None:
@@ -186,14 +205,23 @@ def test_a_reference_without_quantiles_leaves_them_to_the_first_tokens() -> None
     assert monitor.get("w").reference_id == "sha256:r"
 
 
-def test_what_was_all_chosen_is_derived_from_nothing() -> None:
+def test_what_was_all_chosen_is_derived_from_nothing_but_what_is_an_outlier() -> None:
     monitor = registry()
-    monitor.start("sha256:w", watch(threshold=562.0), options(buckets=(0.0, 500.0)))
-    run(monitor, values(5))
+    monitor.start("sha256:w", watch(threshold=562.0), options(buckets=(0.0, 500.0), calibration_tokens=8))
+    for calibrating in (True, False):
+        run(monitor, values(5))
+        found = monitor.statistics("w")
+        assert (found.calibrating, found.scale.source) == (calibrating, Source.CHOSEN)
+        assert found.scale.thresholds.tolist() == [562.0] * 3 + [0.0] * 2
+        assert {kind.buckets for kind in found.kinds()} == {(0.0, 500.0)}
+
+
+def test_heads_that_are_all_chosen_wait_for_nothing() -> None:
+    heads = WatchItem("h", WatchedHeads(HeadSelection((Head(1, 2),))), threshold=0.5)
+    monitor = registry()
+    monitor.start("sha256:w", bind_watch([heads], INFO, None, max_items=1), options(buckets=(0.0, 1.0)))
     found = monitor.statistics("w")
-    assert (found.calibrating, found.scale.source) == (False, Source.CHOSEN)
-    assert found.scale.thresholds.tolist() == [562.0] * 3 + [0.0] * 2
-    assert {kind.buckets for kind in found.kinds()} == {(0.0, 500.0)}
+    assert (found.calibrating, found.calibration, found.scale.source) == (False, 0, Source.CHOSEN)
 
 
 def test_followers_are_told_of_nothing_above_a_threshold_that_is_not_known_yet() -> None:

@@ -6,9 +6,12 @@ import torch
 from numpy.typing import NDArray
 
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.monitoring.accumulator import Accumulator, Sums, floor32
+from patchclamp_server.monitoring.accumulator import Accumulator, Sums
+from patchclamp_server.monitoring.arrays import floor32
 from patchclamp_server.monitoring.drift import drift_of
+from patchclamp_server.monitoring.outliers import Outliers
 from patchclamp_server.monitoring.reference import BINS, LEVELS, MAX_KEPT, Recording, Reference
+from patchclamp_server.monitoring.ring import Columns
 from patchclamp_server.monitoring.scale import Scale, Source
 from patchclamp_server.monitoring.statistics import Statistics
 
@@ -31,11 +34,15 @@ def values(seed: int = 0, rows: int = ROWS) -> NDArray[np.float32]:
 def accumulator(kind: str, thresholds: NDArray[np.float64]) -> Accumulator:
     """Items of two kinds, with buckets of their own."""
     scale = Scale(thresholds, KIND_BUCKETS, Source.CHOSEN)
-    return Accumulator(scale, KIND_OF, torch.device("cpu"), compiled=kind == "compiled")
+    return Accumulator(scale, Outliers.none(ITEMS), KIND_OF, CPU, compiled=kind == "compiled")
 
 
 def add(own: Accumulator, seen: NDArray[np.float32], rows: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-    own.add(seen if own.compiled else torch.from_numpy(seen), rows, columns)
+    own.add(seen if own.compiled else torch.from_numpy(seen), rows, without_norms(columns))
+
+
+def without_norms(columns: NDArray[np.int64]) -> Columns:
+    return Columns.of(columns, columns[:0], np.full(len(columns), -1))
 
 
 def assert_counts(found: Sums, seen: NDArray[np.float32], thresholds: NDArray[np.float64], edges: NDArray) -> None:  # type: ignore[type-arg]
@@ -90,8 +97,9 @@ def test_new_edges_begin_a_new_histogram_and_leave_the_buckets_as_they_are(kind:
 
 def test_an_edge_between_two_float32_counts_as_the_number_it_is() -> None:
     """0.1 in float32 is above 0.1."""
-    own = Accumulator(Scale(np.array([0.1]), ((0.1,),), Source.CHOSEN), np.zeros(1, dtype=np.int64), CPU, compiled=True)
-    own.add(np.array([[0.1]], dtype=np.float32), np.arange(1), np.arange(1))
+    scale, kind_of = Scale(np.array([0.1]), ((0.1,),), Source.CHOSEN), np.zeros(1, dtype=np.int64)
+    own = Accumulator(scale, Outliers.none(1), kind_of, CPU, compiled=True)
+    own.add(np.array([[0.1]], dtype=np.float32), np.arange(1), without_norms(np.arange(1)))
     found = own.read()
     assert found.fired.tolist() == [1]
     assert found.histogram.tolist() == [[0, 1]]
@@ -101,9 +109,9 @@ def test_an_edge_between_two_float32_counts_as_the_number_it_is() -> None:
 def statistics(seen: NDArray[np.float32], edges: NDArray[np.float64]) -> Statistics:
     n = seen.shape[1]
     scale, kind_of = Scale(np.zeros(n), (BUCKETS,), Source.CHOSEN), np.zeros(n, dtype=np.int64)
-    own = Accumulator(scale, kind_of, CPU, compiled=True)
+    own = Accumulator(scale, Outliers.none(n), kind_of, CPU, compiled=True)
     own.set_edges(edges)
-    own.add(seen, np.arange(len(seen)), np.arange(n))
+    own.add(seen, np.arange(len(seen)), without_norms(np.arange(n)))
     return Statistics(own.read(), edges, scale, ("neuron",), kind_of, rows=len(seen))
 
 
@@ -123,10 +131,14 @@ def test_what_has_seen_nothing_has_no_quantiles_and_no_mean() -> None:
     assert found.sums.not_finite.tolist() == [5]
 
 
+def recording_of(items: int, tokens: int) -> Recording:
+    return Recording(items, tokens, lambda *told: None, lambda reference: None, Outliers.none(items))
+
+
 def recorded(seen: NDArray[np.float32], tokens: int | None = None, parts: int = 3) -> Reference:
-    recording = Recording(seen.shape[1], tokens or len(seen), lambda seen, total: None, lambda reference: None)
+    recording = recording_of(seen.shape[1], tokens or len(seen))
     for part in np.array_split(seen, parts):
-        recording.add(part)
+        recording.add(part, part[:, :0])
     assert recording.left == 0
     return recording.result()
 
@@ -151,12 +163,12 @@ def test_equal_values_and_values_that_are_not_finite_are_counted_where_they_belo
 
 def test_a_recording_of_more_than_is_kept_samples_tokens() -> None:
     items = 16
-    recording = Recording(items, 2 * MAX_KEPT // items, lambda seen, total: None, lambda reference: None)
+    recording = recording_of(items, 2 * MAX_KEPT // items)
     rng = np.random.default_rng(0)
     # Fewer are kept, so that the test does not have to draw millions.
     kept = recording._kept = recording._kept[:2000]
     for _ in range(20):
-        recording.add(rng.normal(size=(1000, items)).astype(np.float32))
+        recording.add(rng.normal(size=(1000, items)).astype(np.float32), np.zeros((1000, 0), dtype=np.float32))
     recording.tokens = recording.seen
     result = recording.result()
     assert result.counts.sum(dim=1).tolist() == [len(kept)] * items
@@ -250,6 +262,8 @@ def test_a_reference_keeps_quantiles_that_thresholds_follow_from() -> None:
         {"levels": torch.zeros(2, 3, dtype=torch.float64)},
         {"levels": -torch.arange(26, dtype=torch.float64).view(2, 13)},
         {"inflation": torch.full((2,), 0.5, dtype=torch.float64)},
+        {"norms": torch.tensor([1.0, -1.0], dtype=torch.float64)},
+        {"norms": torch.ones(2)},
     ],
 )
 def test_a_stored_reference_that_is_none_is_refused(broken: dict[str, torch.Tensor]) -> None:

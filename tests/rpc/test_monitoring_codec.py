@@ -281,6 +281,7 @@ def statistics(drift: Drift | None = None) -> Statistics:
         tokens=np.array([3, 0]),
         fired=np.array([2, 0]),
         not_finite=np.array([0, 4]),
+        left_out=np.array([7, 2]),
         positive=np.array([6.5, 0.0]),
         negative=np.array([0.5, 0.0]),
         total_squares=np.array([14.0, 0.0]),
@@ -311,6 +312,7 @@ def test_statistics_are_of_each_item() -> None:
     assert [q.probability for q in first.quantiles] == [0.05, 0.5, 0.95, 0.99]
     assert 1.0 <= first.quantiles[1].value <= 2.0
     assert (first.threshold, second.threshold, first.kind) == (1.5, 2.5, pb.WATCH_ITEM_KIND_NEURON)
+    assert (first.tokens_left_out, second.tokens_left_out) == (7, 2)
     assert not first.HasField("drift")
     assert not first.HasField("drift_excess")
     assert not message.HasField("mean_drift")
@@ -335,6 +337,7 @@ def test_statistics_tell_of_each_kind_and_of_what_is_still_derived() -> None:
     [neurons] = message.kinds
     assert (neurons.kind, neurons.items, neurons.values, neurons.fired) == (pb.WATCH_ITEM_KIND_NEURON, 2, 3, 2)
     assert (neurons.mean, neurons.min, neurons.max, list(neurons.buckets)) == (2.0, 1.0, 3.0, [0.0])
+    assert neurons.values_left_out == 9
     assert message.sink_tokens == 5
     assert message.calibration == pb.WatchCalibration(scale=pb.WATCH_SCALE_FIRST_TOKENS, tokens=4, total=1024)
 

@@ -493,7 +493,8 @@ def test_prometheus_is_told_of_the_items_of_each_kind_together(
 ) -> None:
     """Values of a neuron, a direction and a head have nothing in common that a mean could be of."""
     neurons = watch_neurons("n", 1, [3, 4], threshold=0.0)
-    started(stub, neurons, watch_heads("h", [(1, 2)], threshold=0.5), buckets=[0], window_tokens=10)
+    heads = watch_heads("h", [(1, 2)], threshold=0.5)
+    started(stub, neurons, heads, buckets=[0], window_tokens=10, calibration_tokens=11)
     assert "patchclamp_watch_max neuron" not in samples_of(server, "w")
     generate(client, 12)
     *items, head = statistics(stub).items
@@ -503,15 +504,17 @@ def test_prometheus_is_told_of_the_items_of_each_kind_together(
         "patchclamp_watch_values_total": 22,
         "patchclamp_watch_fired_total": fired,
         "patchclamp_watch_not_finite_total": 0,
+        "patchclamp_watch_left_out_total": 0,
         "patchclamp_watch_positive_sum_total": shown["patchclamp_watch_positive_sum_total neuron"],
         "patchclamp_watch_negative_sum_total": shown["patchclamp_watch_negative_sum_total neuron"],
         "patchclamp_watch_min": min(item.min for item in items),
         "patchclamp_watch_max": max(item.max for item in items),
     }
-    heads = {
+    head_figures = {
         "patchclamp_watch_values_total": 11,
         "patchclamp_watch_fired_total": head.fired,
         "patchclamp_watch_not_finite_total": 0,
+        "patchclamp_watch_left_out_total": 0,
         "patchclamp_watch_positive_sum_total": pytest.approx(11 * head.mean),
         "patchclamp_watch_negative_sum_total": 0,
         "patchclamp_watch_min": head.min,
@@ -523,7 +526,7 @@ def test_prometheus_is_told_of_the_items_of_each_kind_together(
         "patchclamp_watch_events_dropped_total": 0,
         "patchclamp_watch_calibrating": 0,
         **{f"{name} neuron": value for name, value in neuron.items()},
-        **{f"{name} head": value for name, value in heads.items()},
+        **{f"{name} head": value for name, value in head_figures.items()},
         "patchclamp_watch_activation_bucket neuron 0.0": 22 - fired,
         "patchclamp_watch_activation_bucket neuron +Inf": 22,
         "patchclamp_watch_activation_bucket head 0.0": 0,
@@ -540,15 +543,19 @@ def test_prometheus_is_told_of_the_items_of_each_kind_together(
     assert server.metric("patchclamp_watches_refused") == 0
 
 
-def test_counts_by_thresholds_that_still_move_are_not_in_prometheus(
+def test_figures_that_are_still_judged_anew_are_not_in_prometheus(
     server: LiveServer, stub: MonitoringServiceStub, client: Client
 ) -> None:
     started(stub, watch_neurons("n", 1, [3, 4]), calibration_tokens=20, export_items=True)
     generate(client, 12)
     answer, shown = statistics(stub), samples_of(server, "w")
     assert answer.calibration == pb.WatchCalibration(scale=pb.WATCH_SCALE_FIRST_TOKENS, tokens=11, total=20)
-    assert (shown["patchclamp_watch_calibrating"], shown["patchclamp_watch_values_total neuron"]) == (1, 22)
-    assert not any("fired" in name or "bucket" in name or "threshold" in name for name in shown)
+    assert shown == {
+        "patchclamp_watch_tokens_total": 11,
+        "patchclamp_watch_sink_tokens_total": 0,
+        "patchclamp_watch_events_dropped_total": 0,
+        "patchclamp_watch_calibrating": 1,
+    }
     generate(client, 12)
     answer, shown = statistics(stub), samples_of(server, "w")
     assert (answer.calibration.tokens, shown["patchclamp_watch_calibrating"]) == (20, 0)
@@ -560,8 +567,9 @@ def test_counts_by_thresholds_that_still_move_are_not_in_prometheus(
 def test_an_item_has_series_of_its_own_where_the_watch_asks_for_it(
     server: LiveServer, stub: MonitoringServiceStub, client: Client
 ) -> None:
+    neurons = watch_neurons("n", 1, [3, 4], threshold=0.0)
     plain, exported = (
-        started(stub, watch_neurons("n", 1, [3, 4], threshold=0.0), name=name, buckets=[0], export_items=name == "e")
+        started(stub, neurons, name=name, buckets=[0], calibration_tokens=5, export_items=name == "e")
         for name in ("w", "e")
     )
     assert (plain.export_items, exported.export_items) == (False, True)
@@ -572,6 +580,7 @@ def test_an_item_has_series_of_its_own_where_the_watch_asks_for_it(
         assert shown[f"patchclamp_watch_item_values_total {item.name}"] == 11
         assert shown[f"patchclamp_watch_item_fired_total {item.name}"] == item.fired
         assert shown[f"patchclamp_watch_item_threshold {item.name}"] == 0
+        assert shown[f"patchclamp_watch_item_left_out_total {item.name}"] == 0
         sums = [shown[f"patchclamp_watch_item_{sign}_sum_total {item.name}"] for sign in ("positive", "negative")]
         assert sums[0] - sums[1] == pytest.approx(11 * item.mean)
 

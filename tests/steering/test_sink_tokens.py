@@ -1,8 +1,5 @@
-"""A model in which "." is an attention sink: its residual norm is some twenty times that of the other tokens.
-
-Qwen2.5 does so with the first "." or "," of a text, up to seventeen times the median norm; the embedded model with some
-words, up to fifty times. Their share of a text then outweighs what the text is about. Here the concept is planted in
-the letters p and n, and the sinks are strewn over both sides alike.
+"""Directions are found in texts with attention sinks, which are strewn over both sides alike: their share of a text
+outweighs what the text is about, unless they are left out.
 """
 
 import random
@@ -10,42 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_llama import byte_tokenizer, save_tiny_llama
-from transformers import AutoModelForCausalLM
+import sink_models
+from sink_models import id_of
 
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.interventions.program import Site
-from patchclamp_server.model.load import LoadedModel, load_model
+from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.pooling import Pooling
 from patchclamp_server.steering.job import Extraction, Result, TokenPair, extract
 
 PAIRS = 48
-SINK_COORDINATES = [5, 21]
 
 
 @pytest.fixture(scope="module")
 def sink_model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    directory = tmp_path_factory.mktemp("sink")
-    save_tiny_llama(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        embedding = model.get_input_embeddings().weight
-        embedding.copy_(torch.randn(embedding.shape, generator=generator))
-        concept = torch.randn(embedding.shape[1], generator=generator)
-        for letter, sign in (("p", 1), ("n", -1)):
-            embedding[id_of(letter)] += sign * concept
-        embedding[id_of(".")] = 0.0
-        embedding[id_of("."), SINK_COORDINATES] = 20 * embedding.shape[1] ** 0.5 / 2**0.5
-    model.save_pretrained(directory)
-    return load_model(str(directory))
-
-
-def id_of(letter: str) -> int:
-    return int(byte_tokenizer().get_vocab()[letter])
+    return sink_models.sink_model(tmp_path_factory.mktemp("sink"))
 
 
 @pytest.fixture

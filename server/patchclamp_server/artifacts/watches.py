@@ -29,7 +29,7 @@ WATCH_TENSORS = {
     "jump": 1,
     "quantiles": 1,
 }
-REFERENCE_TENSORS = {"edges": 2, "counts": 2, "mean": 1, "deviation": 1, "levels": 2, "inflation": 1}
+REFERENCE_TENSORS = {"edges": 2, "counts": 2, "mean": 1, "deviation": 1, "levels": 2, "inflation": 1, "norms": 1}
 MAX_WATCH_ITEMS = 65_536
 MAX_WATCH_BYTES = 1 << 30
 # Every value that is watched is compared with every edge.

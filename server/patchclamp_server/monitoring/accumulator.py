@@ -5,8 +5,9 @@
 
 v are float32; sums are float64 and bins int64, so that a watch can run for months. What is positive and what is
 negative is added up apart, so that neither sum ever falls: as counters in Prometheus they give means over any time. A
-value that is not finite counts in `not_finite` and nowhere else. On a CPU many rows go through one loop that numba
-compiles; elsewhere through a few torch operators, and nothing comes to the host before somebody reads.
+value that is not finite counts in `not_finite` and nowhere else; one of a token that is an outlier (outliers.py), in
+`left_out` and nowhere else. On a CPU many rows go through one loop that numba compiles; elsewhere through a few torch
+operators, and nothing comes to the host before somebody reads.
 """
 
 # What numba compiles has no types for mypy.
@@ -18,13 +19,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from patchclamp_server.monitoring.reference import Floats, Ints
+from patchclamp_server.monitoring.arrays import Floats, Ints, floor32
+from patchclamp_server.monitoring.outliers import Outliers
+from patchclamp_server.monitoring.ring import Columns
 from patchclamp_server.monitoring.scale import Scale, Source
-
-Float32s = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Sums:
     tokens: Any  # [W]
     fired: Any
     not_finite: Any
+    left_out: Any
     positive: Any
     negative: Any
     total_squares: Any
@@ -48,6 +49,7 @@ class Sums:
             tokens=np.zeros(n_items, dtype=np.int64),
             fired=np.zeros(n_items, dtype=np.int64),
             not_finite=np.zeros(n_items, dtype=np.int64),
+            left_out=np.zeros(n_items, dtype=np.int64),
             positive=np.zeros(n_items),
             negative=np.zeros(n_items),
             total_squares=np.zeros(n_items),
@@ -72,9 +74,11 @@ class Accumulator:
     """`edges` [W, k] are those of the items: the buckets of their kind, until there is a reference. `kind_of` [W]: of
     each item, which of the scale's buckets are its own."""
 
-    def __init__(self, scale: Scale, kind_of: Ints, device: torch.device, *, compiled: bool) -> None:
+    def __init__(
+        self, scale: Scale, outliers: Outliers, kind_of: Ints, device: torch.device, *, compiled: bool
+    ) -> None:
         self.device, self.compiled = device, compiled
-        self.scale, self._kind_of = scale, kind_of
+        self.scale, self.outliers, self._kind_of = scale, outliers, kind_of
         # Bounds of infinity have no value beyond them.
         buckets = np.full((len(scale.buckets), max(map(len, scale.buckets))), np.inf)
         for own, bounds in zip(buckets, scale.buckets, strict=True):
@@ -90,10 +94,17 @@ class Accumulator:
 
     def on(self, device: torch.device, *, compiled: bool) -> "Accumulator":
         """Goes on elsewhere with what has been counted, before there are edges of a reference."""
-        moved = Accumulator(self.scale, self._kind_of, device, compiled=compiled)
+        moved = Accumulator(self.scale, self.outliers, self._kind_of, device, compiled=compiled)
         moved.sums = self.sums if compiled else self.sums.on(device)
         return moved
 
+    def set_outliers(self, outliers: Outliers) -> None:
+        """From now on these are left out; what has been counted stays."""
+        self.outliers = outliers
+        self._constants = self._placed()
+
+    # Tensors that the engine's thread made are updated in place by others, which only inference mode allows.
+    @torch.inference_mode()
     def set_edges(self, edges: Floats) -> None:
         """From now on the histogram counts by these; what buckets have counted stays."""
         if not self.own_edges:
@@ -110,28 +121,34 @@ class Accumulator:
     def _placed(self) -> tuple[Tensor, ...]:
         # Where the bins of an item's kind begin in the flat bucket counts.
         first = self._kind_of[:, None] * (self._buckets.shape[1] + 1)
-        arrays = (self._thresholds, self._rounded, self._buckets[self._kind_of], first)
+        limits = self.outliers.limits
+        arrays = (self._thresholds, self._rounded, self._buckets[self._kind_of], first, limits)
         return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
-    def add(self, values: Any, rows: Ints, columns: Ints) -> None:
-        """Item w of row r is values[rows[r], columns[w]] of a ring's values."""
+    def add(self, values: Any, rows: Ints, columns: Columns) -> None:
+        """Item w of row r is values[rows[r], columns.items[w]] of a ring's values, and the norm of its place is
+        values[rows[r], columns.norms[w]]."""
         if self.compiled:
             count_buckets = self.own_edges
             constants = (self._thresholds, self._rounded, self._buckets, self._kind_of, count_buckets)
-            _add(values, rows, columns, *constants, *self.sums.values())
+            _add(values, rows, columns.items, columns.norms, self.outliers.limits, *constants, *self.sums.values())
         else:
-            index = (torch.from_numpy(array).to(self.device) for array in (rows, columns))
-            self._add_on_device(values.index_select(0, next(index)).index_select(1, next(index)))
+            index = (torch.from_numpy(array).to(self.device) for array in (rows, columns.items, columns.norms))
+            own = values.index_select(0, next(index))
+            self._add_on_device(own.index_select(1, next(index)), own.index_select(1, next(index)))
 
-    def _add_on_device(self, values: Tensor) -> None:
-        """values [n, W]."""
-        thresholds, edges, buckets, first = self._constants
+    @torch.inference_mode()
+    def _add_on_device(self, values: Tensor, norms: Tensor) -> None:
+        """values and norms [n, W]."""
+        thresholds, edges, buckets, first, limits = self._constants
         sums = self.sums
-        finite = torch.isfinite(values)
+        kept = ~((norms > limits) & torch.isfinite(norms))
+        finite = torch.isfinite(values) & kept
         good = torch.where(finite, values, 0.0).double()
         sums.tokens.add_(finite.sum(0))
         sums.fired.add_(((values > thresholds) & finite).sum(0))
-        sums.not_finite.add_((~finite).sum(0))
+        sums.not_finite.add_((kept & ~finite).sum(0))
+        sums.left_out.add_((~kept).sum(0))
         sums.positive.add_(good.clamp_min(0.0).sum(0))
         sums.negative.sub_(good.clamp_max(0.0).sum(0))
         sums.total_squares.add_((good * good).sum(0))
@@ -168,24 +185,15 @@ def _copied(values: Any) -> Any:
     return values.cpu().clone().numpy() if isinstance(values, Tensor) else values.copy()
 
 
-def floor32(numbers: Floats) -> Float32s:
-    """The largest float32 that is not above each: a float32 v is above the one if it is above the other."""
-    with np.errstate(over="ignore"):  # beyond float32 is infinity, and the largest float32 below it
-        rounded = numbers.astype(np.float32)
-    down = np.where(rounded > numbers, np.nextafter(rounded, np.float32(-np.inf)), rounded)
-    # The compiled loops know one memory layout.
-    return np.ascontiguousarray(down)
-
-
 def warm_up() -> None:
     """Compiles what `add` runs on a CPU, or reads it from the disk."""
     for own in (False, True):
         index = np.zeros(1, dtype=np.int64)
         scale = Scale(np.zeros(1), ((0.0,),), Source.CHOSEN)
-        accumulator = Accumulator(scale, index, torch.device("cpu"), compiled=True)
+        accumulator = Accumulator(scale, Outliers.none(1), index, torch.device("cpu"), compiled=True)
         if own:
             accumulator.set_edges(np.zeros((1, 1)))
-        accumulator.add(np.zeros((1, 1), dtype=np.float32), index, index)
+        accumulator.add(np.zeros((1, 1), dtype=np.float32), index, Columns.of(index, index[:0], index - 1))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -193,6 +201,8 @@ def _add(
     values,
     rows,
     columns,
+    norms,
+    limits,
     thresholds,
     edges,
     buckets,
@@ -201,6 +211,7 @@ def _add(
     tokens,
     fired,
     not_finite,
+    left_out,
     positive,
     negative,
     total_squares,
@@ -210,13 +221,21 @@ def _add(
     bucket_counts,
 ):
     k, n_buckets = edges.shape[1], buckets.shape[1]
+    kept, n_kept = np.empty(rows.shape[0], dtype=np.int64), 0
     for item in range(columns.shape[0]):
+        # Neighbours are mostly at one place, where the same rows are left out.
+        if item == 0 or norms[item] != norms[item - 1] or limits[item] != limits[item - 1]:
+            n_kept = 0
+            for row in rows:
+                if not limits[item] < values[row, norms[item]] < np.inf:
+                    kept[n_kept] = row
+                    n_kept += 1
         column, threshold, kind = columns[item], thresholds[item], kind_of[item]
         n, above, broken = 0, 0, 0
         up, down, squares = 0.0, 0.0, 0.0
         least, most = np.float32(np.inf), np.float32(-np.inf)
-        for row in rows:
-            v = values[row, column]
+        for i in range(n_kept):
+            v = values[kept[i], column]
             if not abs(v) < np.inf:
                 broken += 1
                 continue
@@ -239,6 +258,7 @@ def _add(
         tokens[item] += n
         fired[item] += above
         not_finite[item] += broken
+        left_out[item] += rows.shape[0] - n_kept
         positive[item] += up
         negative[item] += down
         total_squares[item] += squares

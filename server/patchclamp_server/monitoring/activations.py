@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from patchclamp_server.monitoring.accumulator import Float32s, floor32
-from patchclamp_server.monitoring.reference import Floats, Ints
+from patchclamp_server.monitoring.arrays import Float32s, Floats, Ints, floor32
 from patchclamp_server.monitoring.ring import Row
 
 # A step may bring as many events as it has rows times the watch has items.

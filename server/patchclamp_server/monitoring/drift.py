@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patchclamp_server.monitoring.reference import Floats, Ints
+from patchclamp_server.monitoring.arrays import Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)

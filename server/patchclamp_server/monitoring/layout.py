@@ -1,7 +1,7 @@
 """Where the items of all running watches are: which places a step stops at for them, and the columns of the ring.
 
-Places are numbered, and columns are in their order, so that each place fills in neighbours; a watch finds its own by an
-index. One layout serves all watches until one starts or stops.
+Places are numbered, and columns are in their order, so that each place fills in neighbours; the norms of places follow
+behind. A watch finds its own by an index. One layout serves all watches until one starts or stops.
 """
 
 from collections import defaultdict
@@ -19,9 +19,9 @@ from patchclamp_server.interventions.plan import Place
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.model.spec import DecoderSpec
+from patchclamp_server.monitoring.arrays import Ints
 from patchclamp_server.monitoring.looks import Gathered, Looks, Projected, looks_at
-from patchclamp_server.monitoring.reference import Ints
-from patchclamp_server.monitoring.ring import Ring
+from patchclamp_server.monitoring.ring import Columns, Ring
 from patchclamp_server.monitoring.watch import HEAD_KINDS, ItemKind, Watch
 from patchclamp_server.sparsity.apply import Forced
 
@@ -36,8 +36,8 @@ class Layout:
     # sees those off the sink.
     heads: Mapping[int, int]
     heads_off_sink: Mapping[int, int]
-    # Of each watch, its items' columns in the ring.
-    columns: Sequence[Ints]
+    # Of each watch, in the ring.
+    columns: Sequence[Columns]
     n_layers: int
     n_heads: int
     # Places by place_number, of which a launch of the kernels must not run past one.
@@ -96,13 +96,18 @@ def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device,
     looked: list[Gathered | Projected] = []
     for (site, _), items in ordered:
         if isinstance(site, ItemKind):
-            looked.append(Gathered(units[items], spec.n_heads))
+            looked.append(Gathered(units[items], spec.n_heads, has_norm=False))
         elif site is Site.MLP_POST:
             looked.append(Gathered(units[items], spec.sites[site]))
         else:
             rows = [torch.from_numpy(units[items][owner[items] == i]) for i in range(len(watches))]
             looked.append(_projected(watches, rows, torch.from_numpy(kinds[items] == ItemKind.FEATURE)))
-    ring = Ring(len(owner), device, compiled=compiled)
+    norms = {place: len(owner) + i for i, place in enumerate(p for p, _ in ordered if isinstance(p[0], Site))}
+    ring = Ring(len(owner) + len(norms), device, compiled=compiled)
+    columns = [
+        Columns.of(column_of[owner == i], np.array([norms[place] for place in watch.places], np.int64), watch.place_of)
+        for i, watch in enumerate(watches)
+    ]
     numbers = {place: number for number, (place, _) in enumerate(ordered)}
     return Layout(
         ring,
@@ -110,7 +115,7 @@ def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device,
         {(site, layer): number for (site, layer), number in numbers.items() if isinstance(site, Site)},
         {layer: number for (site, layer), number in numbers.items() if site is ItemKind.HEAD},
         {layer: number for (site, layer), number in numbers.items() if site is ItemKind.HEAD_OFF_SINK},
-        [column_of[owner == i] for i in range(len(watches))],
+        columns,
         spec.n_layers,
         spec.n_heads,
     )
@@ -118,11 +123,8 @@ def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device,
 
 def _places(watch: Watch) -> Iterator[tuple[Site | ItemKind, int]]:
     """Site and layer of each item; for a head, which is at no site, its kind."""
-    for kind, layer, unit in zip(watch.kinds.tolist(), watch.layers.tolist(), watch.units.tolist(), strict=True):
-        if kind in HEAD_KINDS:
-            yield ItemKind(kind), layer
-        else:
-            yield (Site.MLP_POST if kind == ItemKind.NEURON else watch.sites[unit]), layer
+    for kind, layer, place in zip(watch.kinds.tolist(), watch.layers.tolist(), watch.place_of.tolist(), strict=True):
+        yield (ItemKind(kind), layer) if place < 0 else watch.places[place]
 
 
 def _projected(watches: Sequence[Watch], rows: Sequence[Tensor], feature: Tensor) -> Projected:

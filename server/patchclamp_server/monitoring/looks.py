@@ -1,6 +1,7 @@
 """What looks at the activations of a place, and leaves its items' values in the ring.
 
     neurons, heads: x[u]        directions: p = x · v + bias        features: p if p > max(0, jump) else 0
+    of each place but those of heads, ‖x‖ too, which tells outliers (outliers.py)
 
 On a CPU one native call does a place, found by its number in one table. What costs there is not the arithmetic: the
 weights of a layer have just gone through the caches, and each object that Python touches at a place is fetched from
@@ -12,6 +13,7 @@ memory again. So there are none that belong to one place alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 
 import numba
@@ -22,7 +24,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchclamp_server.monitoring.reference import Ints
+from patchclamp_server.monitoring.arrays import Ints
 from patchclamp_server.monitoring.ring import Ring, Rows
 
 # Up to so many rows a plain loop projects them sooner than torch, whose call alone takes 5 us.
@@ -31,10 +33,11 @@ _FEW_ROWS = 8
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """Some columns of x [T, width]: neurons, or heads."""
+    """Some columns of x [T, width]: neurons, or heads, whose x are probabilities that have no norm."""
 
     units: Ints
     width: int
+    has_norm: bool = True
 
     def __len__(self) -> int:
         return len(self.units)
@@ -52,12 +55,16 @@ class Projected:
         return len(self.vectors)
 
     @property
+    def has_norm(self) -> bool:
+        return True
+
+    @property
     def width(self) -> int:
         return self.vectors.shape[1]
 
     def of(self, x: Tensor) -> Tensor:
-        """x [n, width] -> [n, k]"""
-        p = torch.addmm(self.bias, x.float(), self.vectors.t())
+        """x [n, width] float32 -> [n, k]"""
+        p = torch.addmm(self.bias, x, self.vectors.t())
         return torch.where(p <= self.cut, 0.0, p)
 
     def on(self, device: torch.device) -> "Projected":
@@ -65,7 +72,7 @@ class Projected:
 
 
 class Looks(Protocol):
-    """Places by number. Their items follow each other in the columns of the ring."""
+    """Places by number. Their items follow each other in the columns of the ring, and behind all items their norms."""
 
     def begin(self, rows: Rows) -> None:
         """The places that are visited next belong to a step with these rows."""
@@ -88,7 +95,7 @@ class OperatorLooks:
             torch.from_numpy(place.units).to(ring.device) if isinstance(place, Gathered) else place.on(ring.device)
             for place in places
         ]
-        self._columns = _columns(places)
+        self._columns, self._norms = _columns(places), _norm_columns(places)
 
     def begin(self, rows: Rows) -> None:
         self._ring.begin(rows)
@@ -96,9 +103,11 @@ class OperatorLooks:
 
     def look(self, number: int, x: Tensor) -> None:
         ring, place = self._ring, self._places[number]
-        own = x.index_select(0, self._index)
-        values = place.of(own) if isinstance(place, Projected) else own.index_select(1, place)
-        ring.values[ring.at : ring.at + len(values), self._columns[number]] = values
+        own = x.index_select(0, self._index).float()
+        into = ring.values[ring.at : ring.at + len(own)]
+        into[:, self._columns[number]] = place.of(own) if isinstance(place, Projected) else own.index_select(1, place)
+        if self._norms[number] >= 0:
+            into[:, self._norms[number]] = own.norm(dim=1)
 
 
 class CompiledLooks:
@@ -106,7 +115,7 @@ class CompiledLooks:
 
     def __init__(self, places: Sequence[Gathered | Projected], ring: Ring) -> None:
         self._ring = ring
-        self._columns = _columns(places)
+        self._columns, self._norms = _columns(places), _norm_columns(places)
         self._projected = {number: place for number, place in enumerate(places) if isinstance(place, Projected)}
         units = [place.units for place in places if isinstance(place, Gathered)]
         vectors = [
@@ -114,9 +123,10 @@ class CompiledLooks:
             for place in self._projected.values()
         ]
         table, n_units, n_floats = [], 0, 0
-        for place, columns in zip(places, self._columns, strict=True):
+        for place, columns, norm in zip(places, self._columns, self._norms, strict=True):
             projected = isinstance(place, Projected)
-            table.append((place.width, columns.start, len(place), n_floats if projected else n_units, projected))
+            begin = n_floats if projected else n_units
+            table.append((place.width, columns.start, len(place), begin, projected, norm))
             if projected:
                 n_floats += len(place) * (place.width + 2)
             else:
@@ -148,8 +158,10 @@ class CompiledLooks:
             self._look_by_loop(number, x)
             return
         ring = self._ring
-        p = self._projected[number].of(x.index_select(0, torch.from_numpy(ring.step.index)))
-        ring.values[ring.at : ring.at + len(p), self._columns[number]] = p.numpy()
+        own = x.index_select(0, torch.from_numpy(ring.step.index)).float()
+        into = ring.values[ring.at : ring.at + len(own)]
+        into[:, self._columns[number]] = self._projected[number].of(own).numpy()
+        into[:, self._norms[number]] = own.norm(dim=1).numpy()
 
 
 def _look(state_at: int) -> Callable[[int, Tensor], None]:
@@ -168,6 +180,12 @@ def _columns(places: Sequence[Gathered | Projected]) -> list[slice]:
     return [slice(end - len(place), end) for place, end in zip(places, ends, strict=True)]
 
 
+def _norm_columns(places: Sequence[Gathered | Projected]) -> list[int]:
+    """-1 where there is none."""
+    behind = count(sum(map(len, places)))
+    return [next(behind) if place.has_norm else -1 for place in places]
+
+
 def _address(array: NDArray[Any]) -> int:
     assert array.flags.c_contiguous
     address: int = array.__array_interface__["data"][0]
@@ -176,7 +194,7 @@ def _address(array: NDArray[Any]) -> int:
 
 def warm_up() -> None:
     """Compiles what runs on a CPU, or reads it from the disk."""
-    looks = CompiledLooks([Gathered(np.zeros(1, dtype=np.int64), 1)], Ring(1, torch.device("cpu"), compiled=True))
+    looks = CompiledLooks([Gathered(np.zeros(1, dtype=np.int64), 1)], Ring(2, torch.device("cpu"), compiled=True))
     looks.begin(Rows(np.zeros(1, dtype=np.int64), []))
     looks.look(0, torch.zeros(1, 1))
 
@@ -201,12 +219,14 @@ _floats_at, _ints_at = _pointer_to(types.float32), _pointer_to(types.int64)
 def _look_at(x_at, number, state_at):
     """`state`: where the table, units, vectors, rows and the ring's values are, how many columns these have, how many
     rows there are, and which of the ring's is the first of them. A row of the table: width of x, first column, items,
-    where they begin in the units or vectors, and whether they are vectors, which have bias and cut behind them."""
+    where they begin in the units or vectors, whether they are vectors, which have bias and cut behind them, and the
+    column of the norm, or -1."""
     state = _ints_at(state_at)
     table, rows, columns, n_rows = _ints_at(state[0]), _ints_at(state[3]), state[5], state[6]
     x, values = _floats_at(x_at), _floats_at(state[4])
-    place = 5 * number
+    place = 6 * number
     width, first, n, begin = table[place], table[place + 1], table[place + 2], table[place + 3]
+    norm = table[place + 5]
     units, vectors = _ints_at(state[1]), _floats_at(state[2])
     for i in range(n_rows):
         own, into = rows[i] * width, (state[7] + i) * columns + first
@@ -223,3 +243,8 @@ def _look_at(x_at, number, state_at):
                 if p <= vectors[vector + width + 1]:
                     p = np.float32(0)
                 values[into + j] = p
+        if norm >= 0:
+            squares = np.float32(0)
+            for d in range(width):
+                squares += x[own + d] * x[own + d]
+            values[(state[7] + i) * columns + norm] = np.sqrt(squares)

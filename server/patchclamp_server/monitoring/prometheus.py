@@ -69,7 +69,9 @@ class Families:
             "patchclamp_watch_events_dropped", "Events that slow readers of a watch did not get.", labels=WATCH
         )
         self.calibrating = GaugeMetricFamily(
-            "patchclamp_watch_calibrating", "1 while thresholds and buckets are still being derived.", labels=WATCH
+            "patchclamp_watch_calibrating",
+            "1 while thresholds, buckets and the norms of outliers are being derived: no figure of values is shown.",
+            labels=WATCH,
         )
         self.values = CounterMetricFamily("patchclamp_watch_values", "Finite values.", labels=KIND)
         self.positive = CounterMetricFamily(
@@ -83,6 +85,11 @@ class Families:
         )
         self.not_finite = CounterMetricFamily(
             "patchclamp_watch_not_finite", "Values that were not finite; in no other figure.", labels=KIND
+        )
+        self.left_out = CounterMetricFamily(
+            "patchclamp_watch_left_out",
+            "Values at tokens whose norm is above 3 times the median (attention sinks); in no other figure.",
+            labels=KIND,
         )
         self.min = GaugeMetricFamily("patchclamp_watch_min", "Least value since the start.", labels=KIND)
         self.max = GaugeMetricFamily("patchclamp_watch_max", "Largest value since the start.", labels=KIND)
@@ -109,6 +116,9 @@ class Families:
         self.item_fired = CounterMetricFamily(
             "patchclamp_watch_item_fired", "Values of an item above its threshold.", labels=ITEM
         )
+        self.item_left_out = CounterMetricFamily(
+            "patchclamp_watch_item_left_out", "Values of an item at tokens that are left out.", labels=ITEM
+        )
         self.item_threshold = GaugeMetricFamily(
             "patchclamp_watch_item_threshold", "Above which an item fires.", labels=ITEM
         )
@@ -129,23 +139,24 @@ class Families:
         self.sinks.add_metric((name,), seen.sinks)
         self.dropped.add_metric((name,), dropped)
         self.calibrating.add_metric((name,), int(seen.calibrating))
+        if seen.calibrating:  # counts of what is still judged anew with every token are no counters
+            return
         for kind in seen.kinds():
-            self._add_kind((name, kind.name), kind, seen.calibrating)
+            self._add_kind((name, kind.name), kind)
         if seen.drift is not None:
             self._add_drift(name, seen.drift)
         if watch.options.export_items:
             self._add_items(watch, seen)
 
-    def _add_kind(self, label: tuple[str, str], kind: KindStatistics, calibrating: bool) -> None:
+    def _add_kind(self, label: tuple[str, str], kind: KindStatistics) -> None:
         self.values.add_metric(label, kind.values)
         self.positive.add_metric(label, kind.positive)
         self.negative.add_metric(label, kind.negative)
         self.not_finite.add_metric(label, kind.not_finite)
+        self.left_out.add_metric(label, kind.left_out)
         if kind.values:
             self.min.add_metric(label, kind.min)
             self.max.add_metric(label, kind.max)
-        if calibrating:  # counts by thresholds and bounds that still move are no counters
-            return
         self.fired.add_metric(label, kind.fired)
         bounds = [*map(str, kind.buckets), "+Inf"]
         # Values may be negative, and a sum that falls is no counter: there is none, and so no count beside +Inf.
@@ -168,9 +179,9 @@ class Families:
             self.item_values.add_metric(label, int(sums.tokens[i]))
             self.item_positive.add_metric(label, float(sums.positive[i]))
             self.item_negative.add_metric(label, float(sums.negative[i]))
-            if not seen.calibrating:
-                self.item_fired.add_metric(label, int(sums.fired[i]))
-                self.item_threshold.add_metric(label, float(seen.scale.thresholds[i]))
+            self.item_left_out.add_metric(label, int(sums.left_out[i]))
+            self.item_fired.add_metric(label, int(sums.fired[i]))
+            self.item_threshold.add_metric(label, float(seen.scale.thresholds[i]))
             if seen.drift is not None:
                 self.item_excess.add_metric(label, float(seen.drift.excess[i]))
 
@@ -183,8 +194,8 @@ class Families:
 
     def all(self) -> Iterator[Metric]:
         yield from (self.tokens, self.sinks, self.dropped, self.calibrating)
-        yield from (self.values, self.positive, self.negative, self.fired, self.not_finite)
+        yield from (self.values, self.positive, self.negative, self.fired, self.not_finite, self.left_out)
         yield from (self.min, self.max, self.activation, self.drift, self.noise, self.excess)
         yield from (self.item_values, self.item_positive, self.item_negative, self.item_fired)
-        yield from (self.item_threshold, self.item_excess, self.refused)
+        yield from (self.item_left_out, self.item_threshold, self.item_excess, self.refused)
         yield from self.caps

@@ -5,6 +5,8 @@
     inflation  D = max(1, Σ_bj (c_bj - n_b p_j)² / (n_b p_j) / ((B - 1) (bins - 1))): how much more the counts c of
                B = 8 stretches vary than those of independent tokens; the tokens of one text are alike (the design
                effect of cluster samples: Rao and Scott 1981)
+    norms      of each item the median norm of the rows at its site and layer, by which outliers were left out of all of
+               this (outliers.py), and by which a watch with this reference leaves them out too
 
 Equal values fall into one bin, and leave others empty: a neuron that is 0 nine times in ten has a bin of that mass. How
 far another distribution is from it: drift.py.
@@ -15,10 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.monitoring.arrays import Float32s, Floats, Ints
+from patchclamp_server.monitoring.outliers import Outliers
 from patchclamp_server.monitoring.tensors import checked
 
 BINS = 16
@@ -31,9 +34,6 @@ _STRETCHES, _SHORTEST = 8, 16
 # Values that are kept to find quantiles of: 64 MiB.
 MAX_KEPT = 2**24
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -44,13 +44,14 @@ class Reference:
     # None in references that were recorded before there were any.
     levels: Tensor | None = None  # float64 [W, LEVELS]
     inflation: Tensor | None = None  # float64 [W], at least 1
+    norms: Tensor | None = None  # float64 [W], 0 where nothing is left out
 
     def __len__(self) -> int:
         return len(self.edges)
 
     def tensors(self) -> dict[str, Tensor]:
         named = {"edges": self.edges, "counts": self.counts, "mean": self.mean, "deviation": self.deviation}
-        more = {"levels": self.levels, "inflation": self.inflation}
+        more = {"levels": self.levels, "inflation": self.inflation, "norms": self.norms}
         return named | {name: tensor for name, tensor in more.items() if tensor is not None}
 
     @classmethod
@@ -60,12 +61,15 @@ class Reference:
         n, k = edges.shape
         counts = checked(tensors, "counts", torch.int64, [n, k + 1])
         mean, deviation = (checked(tensors, name, torch.float64, [n]) for name in ("mean", "deviation"))
-        levels = inflation = None
+        levels = inflation = norms = None
         if "levels" in tensors:
             levels = checked(tensors, "levels", torch.float64, [n, len(LEVELS)])
         if "inflation" in tensors:
             inflation = checked(tensors, "inflation", torch.float64, [n])
-        if unexpected := tensors.keys() - {"edges", "counts", "mean", "deviation", "levels", "inflation"}:
+        if "norms" in tensors:
+            norms = checked(tensors, "norms", torch.float64, [n])
+        known = {"edges", "counts", "mean", "deviation", "levels", "inflation", "norms"}
+        if unexpected := tensors.keys() - known:
             raise InvalidArgument("", f"a reference has no tensors {', '.join(sorted(unexpected))}")
         if k > MAX_EDGES:
             raise InvalidArgument("", f"at most {MAX_EDGES} edges an item, got {k}")
@@ -75,14 +79,16 @@ class Reference:
             raise InvalidArgument("", "levels must be ascending")
         if inflation is not None and float(inflation.min()) < 1.0:
             raise InvalidArgument("", "inflation must be at least 1")
-        return cls(edges, counts, mean, deviation, levels, inflation)
+        if norms is not None and float(norms.min()) < 0.0:
+            raise InvalidArgument("", "norms must not be negative")
+        return cls(edges, counts, mean, deviation, levels, inflation, norms)
 
 
 class Recording:
-    """Takes in the values of `tokens` tokens, and makes a reference of them.
+    """Takes in the values of `tokens` tokens, and makes a reference of them but outliers.
 
     Quantiles and counts are of all of them while they are at most MAX_KEPT values, else of a random sample of tokens
-    (Vitter 1985, algorithm R); mean and deviation are of all.
+    (Vitter 1985, algorithm R); mean and deviation are of all. While it is not known what is an outlier, tokens wait.
     """
 
     def __init__(
@@ -91,10 +97,16 @@ class Recording:
         tokens: int,
         on_progress: Callable[[int, int], None],
         on_done: Callable[[Reference | None], None],
+        outliers: Outliers | None = None,
     ) -> None:
+        """`outliers`: what is left out; where that is not known, `find_outliers` finds it."""
         self.tokens = tokens
         self.seen = 0
         self.on_progress, self.on_done = on_progress, on_done
+        self.outliers = outliers
+        # Values and norms.
+        self._waiting: list[tuple[Float32s, Float32s]] = []
+        self._taken = 0
         self._kept = np.empty((min(tokens, max(1, MAX_KEPT // n_items)), n_items), dtype=np.float32)
         self._totals = np.zeros((3, n_items))  # values, their sum, and that of their squares
         self._random = np.random.default_rng(0)
@@ -103,22 +115,39 @@ class Recording:
     def left(self) -> int:
         return self.tokens - self.seen
 
-    def add(self, values: NDArray[np.float32]) -> None:
-        """values [n, W], of the next tokens, at most `left`."""
+    def add(self, values: Float32s, norms: Float32s) -> None:
+        """values [n, W] and norms [n, places], of the next tokens, at most `left`."""
+        self.seen += len(values)
+        if self.outliers is None:
+            self._waiting.append((values, norms))
+        else:
+            self._take(self.outliers.without(values, norms))
+
+    def find_outliers(self, place_of: Ints) -> None:
+        """Finds what is left out from the tokens that wait, where it is not known yet. place_of [W] as in Outliers."""
+        if self.outliers is not None:
+            return
+        self.outliers = Outliers.of(np.concatenate([norms for _, norms in self._waiting]), place_of)
+        for values, norms in self._waiting:
+            self._take(self.outliers.without(values, norms))
+        self._waiting = []
+
+    def _take(self, values: Float32s) -> None:
         finite = np.isfinite(values)
         good = np.where(finite, values, 0.0).astype(np.float64)
         self._totals += finite.sum(axis=0), good.sum(axis=0), (good**2).sum(axis=0)
         room = len(self._kept)
-        direct = min(max(room - self.seen, 0), len(values))
-        self._kept[self.seen : self.seen + direct] = values[:direct]
-        number = np.arange(self.seen + direct, self.seen + len(values))
+        direct = min(max(room - self._taken, 0), len(values))
+        self._kept[self._taken : self._taken + direct] = values[:direct]
+        number = np.arange(self._taken + direct, self._taken + len(values))
         place = self._random.integers(0, number + 1)
         for row, at in zip(values[direct:][place < room], place[place < room].tolist(), strict=True):
             self._kept[at] = row
-        self.seen += len(values)
+        self._taken += len(values)
 
     def result(self) -> Reference:
-        """Sorts all that was kept: not for a thread that others wait for."""
+        """Sorts all that was kept: not for a thread that others wait for. Outliers must be known."""
+        assert self.outliers is not None
         kept = self._kept[: self.seen]
         n = np.isfinite(kept).sum(axis=0)
         ordered = np.sort(np.where(np.isfinite(kept), kept, np.float32(np.inf)).T, axis=1)  # [W, tokens]
@@ -135,11 +164,12 @@ class Recording:
         levels = np.take_along_axis(ordered, np.maximum(at, 0), axis=1).astype(np.float64)
         levels[n == 0] = 0.0
         inflation = _inflation(kept, edges, counts) if self.seen <= len(self._kept) else np.ones(len(n))
-        arrays = (edges.astype(np.float64), counts.astype(np.int64), mean, deviation, levels, inflation)
+        norms = self.outliers.norms
+        arrays = (edges.astype(np.float64), counts.astype(np.int64), mean, deviation, levels, inflation, norms)
         return Reference(*(torch.from_numpy(array) for array in arrays))
 
 
-def _inflation(values: NDArray[np.float32], edges: NDArray[np.float32], counts: Ints) -> Floats:
+def _inflation(values: Float32s, edges: Float32s, counts: Ints) -> Floats:
     """[W], of values [n, W] in their order. A random sample of tokens has no order: there it would be 1."""
     stretches = min(_STRETCHES, len(values) // _SHORTEST)
     if stretches < 2:

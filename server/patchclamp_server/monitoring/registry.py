@@ -200,7 +200,7 @@ class WatchRegistry:
             if running.recordings:
                 raise FailedPrecondition("name", f"a reference of {name!r} is being recorded")
             calls = self._count()
-            recording = Recording(len(running.watch), tokens, on_progress, on_done)
+            recording = Recording(len(running.watch), tokens, on_progress, on_done, running.outliers)
             running.recordings.append(recording)
         _tell(calls)
         return lambda: self._forget(running.recordings, recording)

@@ -1,4 +1,5 @@
-"""Values of the last rows that were watched, one column for each item of all watches, until somebody counts them.
+"""Values of the last rows that were watched, one column for each item of all watches and one for the norm at each of
+their places, until somebody counts them.
 
 A step leaves its rows here with one small call at each place that is visited: what the statistics cost is paid once for
 many rows. Rows are committed when their step has run; those of a step that failed are overwritten by the next.
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from patchclamp_server.monitoring.reference import Ints
+from patchclamp_server.monitoring.arrays import Ints
 
 # Values of a full ring: 2 ms to count on a CPU, and half a megabyte.
 _VALUES = 2**17
@@ -26,6 +27,19 @@ class Row(NamedTuple):
     generated: bool
     watches: int
     time: float
+
+
+class Columns(NamedTuple):
+    """Where a watch of W items finds what is its own. An item that has no norm gets any column."""
+
+    items: Ints  # [W]
+    places: Ints  # [places]: the norms of its places
+    norms: Ints  # [W]: that of the place of each item
+
+    @classmethod
+    def of(cls, items: Ints, places: Ints, place_of: Ints) -> "Columns":
+        """place_of [W]: which place an item is at, -1 for none."""
+        return cls(items, places, np.append(places, 0)[place_of])
 
 
 @dataclass(eq=False, slots=True)

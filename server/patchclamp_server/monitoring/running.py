@@ -10,12 +10,21 @@ import numpy as np
 import torch
 
 from patchclamp_server.interventions.program import Phase
-from patchclamp_server.monitoring.accumulator import Accumulator, Float32s
+from patchclamp_server.monitoring.accumulator import Accumulator
 from patchclamp_server.monitoring.activations import Subscription
+from patchclamp_server.monitoring.arrays import Float32s, Floats, Ints
 from patchclamp_server.monitoring.drift import Drift, drift_of
-from patchclamp_server.monitoring.reference import Floats, Ints, Recording, Reference
-from patchclamp_server.monitoring.ring import Ring
-from patchclamp_server.monitoring.scale import FirstTokens, Scale, Source, asking, chosen_scale, scale_of_reference
+from patchclamp_server.monitoring.outliers import Outliers
+from patchclamp_server.monitoring.reference import Recording, Reference
+from patchclamp_server.monitoring.ring import Columns, Ring
+from patchclamp_server.monitoring.scale import (
+    FirstTokens,
+    Scale,
+    asking,
+    calibration_size,
+    chosen_scale,
+    scale_of_reference,
+)
 from patchclamp_server.monitoring.statistics import Statistics
 from patchclamp_server.monitoring.watch import Watch, WatchOptions
 
@@ -42,7 +51,7 @@ class Running:
     options: WatchOptions
     device: torch.device
     compiled: bool
-    # None while thresholds and buckets are being derived from the first tokens.
+    # None while thresholds, buckets and the norms of outliers are being derived from the first tokens.
     accumulator: Accumulator | None = None
     first: FirstTokens | None = None
     started: float = field(default_factory=time.time)
@@ -78,24 +87,29 @@ class Running:
         reference_id: str = "",
     ) -> "Running":
         running = cls(watch_id, watch, options, device, compiled)
+        outliers = None if watch.places else Outliers.none(len(watch))
         scale = chosen_scale(watch, options)
-        if scale is None and reference is not None:
-            scale = scale_of_reference(watch, options, reference)
-        if scale is None:
-            running.first = FirstTokens(watch, options)
+        if scale is None or outliers is None:
+            running.first = FirstTokens(watch, options, outliers)
         else:
-            running.accumulator = Accumulator(scale, running._kind_of, device, compiled=compiled)
+            running.accumulator = Accumulator(scale, outliers, running._kind_of, device, compiled=compiled)
         if reference is not None:
             running.set_reference(reference, reference_id)
         return running
 
     def set_reference(self, reference: Reference, reference_id: str) -> None:
-        """Drift is measured against it, over windows that begin now, or when the first tokens have been seen. What has
-        no thresholds and buckets yet takes them from it."""
-        if self.accumulator is None:
-            scale = scale_of_reference(self.watch, self.options, reference)
+        """Drift is measured against it, over windows that begin now, or when the first tokens have been seen. What is
+        left out as an outlier follows from it, and where they are not known yet, thresholds and buckets too."""
+        outliers = _outliers_of(reference, self.watch)
+        if self.accumulator is not None:
+            self.accumulator.set_outliers(outliers)
+        else:
+            assert self.first is not None
+            scale = chosen_scale(self.watch, self.options) or scale_of_reference(self.watch, self.options, reference)
+            self.first.known = outliers
             if scale is not None:
-                self._settle(scale)
+                self._settle(scale, outliers)
+                self.first = None
         self.reference_id, self._reference, self._drift = reference_id, reference, None
         self._begin_windows()
 
@@ -104,20 +118,20 @@ class Running:
             self.accumulator.set_edges(self._reference.edges.numpy())
             self._filled, self._before = 0, self.accumulator.histogram()
 
-    def _settle(self, scale: Scale) -> None:
-        """Thresholds and buckets are these from now on."""
-        self.accumulator = self._counted(scale).on(self.device, compiled=self.compiled)
-        self.first = None if scale.source is Source.REFERENCE else self.first
+    def _settle(self, scale: Scale, outliers: Outliers) -> None:
+        """Thresholds, buckets and outliers are these from now on."""
+        self.accumulator = self._counted(scale, outliers).on(self.device, compiled=self.compiled)
         for subscription in self.subscriptions:
             subscription.settle(scale.thresholds)
         self._begin_windows()
 
-    def _counted(self, scale: Scale) -> Accumulator:
+    def _counted(self, scale: Scale, outliers: Outliers) -> Accumulator:
         """The first tokens, on the host. Sums are added up in their order, so that they never fall."""
         assert self.first is not None
-        counted = Accumulator(scale, self._kind_of, torch.device("cpu"), compiled=True)
-        values = self.first.values
-        counted.add(values, np.arange(len(values)), np.arange(len(self.watch)))
+        counted = Accumulator(scale, outliers, self._kind_of, torch.device("cpu"), compiled=True)
+        values, n = self.first.values, len(self.watch)
+        columns = Columns.of(np.arange(n), n + np.arange(len(self.watch.places)), self.watch.place_of)
+        counted.add(values, np.arange(len(values)), columns)
         return counted
 
     def wants(self, generated: bool) -> bool:
@@ -143,39 +157,56 @@ class Running:
         """Tokens after which somebody waits for the count."""
         return min(recording.left for recording in self.recordings) if self.recordings else None
 
-    def take(self, ring: Ring, rows: Ints, columns: Ints) -> list[Call]:
+    @property
+    def outliers(self) -> Outliers | None:
+        """What a recording leaves out, or None where it has to find that itself: while it is not known, and beside a
+        reference that was recorded before anything was left out."""
+        if self.accumulator is None or (self._reference is not None and self._reference.norms is None):
+            return None
+        return self.accumulator.outliers
+
+    def take(self, ring: Ring, rows: Ints, columns: Columns) -> list[Call]:
         """Counts `rows` of the ring; returns who is to be told, once no lock is held."""
         calls: list[Call] = []
         if not len(rows):
             return calls
         asked = bool(self.recordings or self.subscriptions)
-        values = _on_host(ring, rows, columns) if asked or self.accumulator is None else None
-        counted = 0
-        if self.accumulator is None:
-            assert values is not None
-            counted = self._take_first(values)
+        values = norms = np.zeros((0, 0), dtype=np.float32)
+        if asked or self.accumulator is None:
+            values, norms = _on_host(ring, rows, columns)
+        counted = self._take_first(values, norms) if self.accumulator is None else 0
         for part in self._windows(counted, len(rows)):
             assert self.accumulator is not None
             self.accumulator.add(ring.values, rows[part], columns)
             self._advance(part.stop - part.start)
-        if asked and values is not None:
-            calls += [call for recording in list(self.recordings) for call in self._record(recording, values)]
+        if asked:
+            calls += [call for recording in list(self.recordings) for call in self._record(recording, values, norms)]
+            judged = self._without_outliers(values, norms) if self.subscriptions else values
             for subscription in self.subscriptions:
-                found = subscription.take(values, [ring.kept[row] for row in rows.tolist()])
+                found = subscription.take(judged, [ring.kept[row] for row in rows.tolist()])
                 if found is not None:
                     calls.append(lambda tell=subscription.on_activations, found=found: tell(found))  # type: ignore[misc]
         return calls
 
-    def _take_first(self, values: Float32s) -> int:
+    def _take_first(self, values: Float32s, norms: Float32s) -> int:
         """How many of the rows are among the first tokens."""
         assert self.first is not None
         taken = min(self.first.left, len(values))
-        self.first.add(values[:taken])
+        self.first.add(values[:taken], norms[:taken])
         self.rows += taken
         if not self.first.left:
-            self._settle(self.first.scale())
+            outliers = self.first.outliers()
+            self._settle(self.first.scale(outliers), outliers)
             self.first.forget()
         return taken
+
+    def _without_outliers(self, values: Float32s, norms: Float32s) -> Float32s:
+        """For those who are told at once: they do not wait until it is known from all first tokens what an outlier is,
+        and are told by those that have been seen."""
+        if self.accumulator is not None:
+            return self.accumulator.outliers.without(values, norms)
+        assert self.first is not None
+        return self.first.outliers().without(values, norms)
 
     def _windows(self, start: int, n: int) -> Iterator[slice]:
         """Rows from `start` to n, cut where a window ends."""
@@ -197,8 +228,11 @@ class Running:
             self._drift = drift_of(counted - self._before, self._reference.counts.numpy(), varies)
             self._filled, self._before = 0, counted
 
-    def _record(self, recording: Recording, values: Float32s) -> list[Call]:
-        recording.add(values[: recording.left])
+    def _record(self, recording: Recording, values: Float32s, norms: Float32s) -> list[Call]:
+        left = recording.left
+        recording.add(values[:left], norms[:left])
+        if not recording.left or recording.seen >= calibration_size(self.watch, self.options):
+            recording.find_outliers(self.watch.place_of)
         seen, total = recording.seen, recording.tokens
         calls: list[Call] = [lambda: recording.on_progress(seen, total)]
         if not recording.left:
@@ -227,7 +261,8 @@ class Running:
         accumulator = self.accumulator
         if accumulator is None:
             assert self.first is not None
-            accumulator = self._counted(self.first.scale())
+            outliers = self.first.outliers()
+            accumulator = self._counted(self.first.scale(outliers), outliers)
         return Statistics(
             accumulator.read(),
             accumulator.edges,
@@ -242,11 +277,19 @@ class Running:
         )
 
 
-def _on_host(ring: Ring, rows: Ints, columns: Ints) -> Float32s:
-    """[n, W]"""
+def _outliers_of(reference: Reference, watch: Watch) -> Outliers:
+    """What a reference left out is left out beside it: nothing, where it was recorded before anything was."""
+    if reference.norms is None:
+        return Outliers.none(len(watch))
+    return Outliers(np.where(watch.place_of < 0, 0.0, reference.norms.numpy()), watch.place_of)
+
+
+def _on_host(ring: Ring, rows: Ints, columns: Columns) -> tuple[Float32s, Float32s]:
+    """Values [n, W] and norms [n, places]."""
+    both = np.concatenate((columns.items, columns.places))
     if ring.compiled:
-        values: Float32s = ring.values[rows[:, None], columns]
-        return values
-    index = (torch.from_numpy(array).to(ring.device) for array in (rows, columns))
-    on_host: Float32s = ring.values.index_select(0, next(index)).index_select(1, next(index)).cpu().numpy()
-    return on_host
+        values: Float32s = ring.values[rows[:, None], both]
+    else:
+        index = (torch.from_numpy(array).to(ring.device) for array in (rows, both))
+        values = ring.values.index_select(0, next(index)).index_select(1, next(index)).cpu().numpy()
+    return values[:, : len(columns.items)], values[:, len(columns.items) :]

@@ -5,7 +5,8 @@ say nothing of another, whose 99th percentile may be 0.2 or 562.
     buckets of a kind      quantiles of the values of all its items, and what may yet come: the largest value, and
                            once and three times the range beyond it; the same below, where there are negative values
 
-From a reference where the watch is started with one, else from the first tokens that it sees; then they stay.
+From a reference where the watch is started with one, else from the first tokens that it sees; then they stay. So do
+the norms that tell outliers (outliers.py), which are in neither.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from patchclamp_server.monitoring.reference import LEVELS, Floats, Reference
+from patchclamp_server.monitoring.arrays import Float32s, Floats
+from patchclamp_server.monitoring.outliers import Outliers
+from patchclamp_server.monitoring.reference import LEVELS, Reference
 from patchclamp_server.monitoring.watch import Watch, WatchOptions
 
 Buckets = tuple[tuple[float, ...], ...]
@@ -63,13 +66,20 @@ def scale_of_reference(watch: Watch, options: WatchOptions, reference: Reference
     return Scale(thresholds, _buckets(watch, options, sample), Source.REFERENCE)
 
 
-class FirstTokens:
-    """The values of the first tokens of a watch, [n, W], until there are `total` of them."""
+def calibration_size(watch: Watch, options: WatchOptions) -> int:
+    """Returns from how many tokens something is derived."""
+    return max(1, min(options.calibration_tokens, _MOST_KEPT // len(watch)))
 
-    def __init__(self, watch: Watch, options: WatchOptions) -> None:
-        self._watch, self._options = watch, options
-        self.total = max(1, min(options.calibration_tokens, _MOST_KEPT // len(watch)))
-        self._kept = np.empty((self.total, len(watch)), dtype=np.float32)
+
+class FirstTokens:
+    """Keeps the values of the first tokens of a watch, [n, W], and their norms, [n, places], until there are `total`
+    of them."""
+
+    def __init__(self, watch: Watch, options: WatchOptions, known: Outliers | None = None) -> None:
+        """`known`: outliers that do not follow from the first tokens."""
+        self._watch, self._options, self.known = watch, options, known
+        self.total = calibration_size(watch, options)
+        self._kept = np.empty((self.total, len(watch) + len(watch.places)), dtype=np.float32)
         self.seen = 0
 
     @property
@@ -77,27 +87,37 @@ class FirstTokens:
         return self.total - self.seen
 
     @property
-    def values(self) -> NDArray[np.float32]:
+    def values(self) -> Float32s:
+        """[n, W + places]: the norms stand behind the values."""
         return self._kept[: self.seen]
 
-    def add(self, values: NDArray[np.float32]) -> None:
+    def add(self, values: Float32s, norms: Float32s) -> None:
         """Of at most `left` tokens."""
-        self._kept[self.seen : self.seen + len(values)] = values
-        self.seen += len(values)
+        n = len(values)
+        np.concatenate((values, norms), axis=1, out=self._kept[self.seen : self.seen + n])
+        self.seen += n
 
     def forget(self) -> None:
         """All but how many there were."""
         self._kept = self._kept[:0].copy()
 
-    def scale(self) -> Scale:
-        """As it follows from what has been seen; 0 for what follows from nothing."""
-        watch, values = self._watch, self.values
+    def outliers(self) -> Outliers:
+        """Returns those that are known, or follow from what has been seen."""
+        return self.known or Outliers.of(self.values[:, len(self._watch) :], self._watch.place_of)
+
+    def scale(self, outliers: Outliers) -> Scale:
+        """As it follows from what has been seen but outliers; 0 for what follows from nothing."""
+        watch, options, n = self._watch, self._options, len(self._watch)
+        scale = chosen_scale(watch, options)
+        if scale is not None:
+            return scale
+        values = outliers.without(self.values[:, :n], self.values[:, n:])
         thresholds = watch.thresholds.numpy().copy()
         quantiles = watch.quantiles.numpy()
         for quantile in np.unique(quantiles[quantiles > 0.0]).tolist():
             some = np.flatnonzero(quantiles == quantile)
             thresholds[some] = _quantile(values[:, some], quantile)
-        return Scale(thresholds, _buckets(watch, self._options, values), Source.FIRST_TOKENS)
+        return Scale(thresholds, _buckets(watch, options, values), Source.FIRST_TOKENS)
 
 
 def asking(watch: Watch) -> NDArray[np.bool_]:
@@ -108,15 +128,21 @@ def asking(watch: Watch) -> NDArray[np.bool_]:
     return asks
 
 
-def _quantile(values: NDArray[np.float32], quantile: float) -> Floats:
-    """Of the finite values of each column, 0 where there are none."""
+def _quantile(values: Float32s, quantile: float) -> Floats:
+    """Interpolated, of the finite values of each column, 0 where there are none."""
     if not len(values):
         return np.zeros(values.shape[1])
-    found = np.quantile(values, quantile, axis=0).astype(np.float64)
-    for column in np.flatnonzero(~np.isfinite(values).all(axis=0)).tolist():
-        own = values[:, column]
-        own = own[np.isfinite(own)]
-        found[column] = float(np.quantile(own, quantile)) if len(own) else 0.0
+    finite = np.isfinite(values)
+    if finite.all():
+        all_of_it: Floats = np.quantile(values, quantile, axis=0).astype(np.float64)
+        return all_of_it
+    ordered = np.sort(np.where(finite, values, np.inf), axis=0).astype(np.float64)
+    ordered[np.isinf(ordered)] = 0.0
+    last = np.maximum(finite.sum(axis=0) - 1, 0)
+    at = quantile * last
+    low = np.floor(at).astype(np.int64)
+    below, above = (np.take_along_axis(ordered, row[None], axis=0)[0] for row in (low, np.minimum(low + 1, last)))
+    found: Floats = below + (at - low) * (above - below)
     return found
 
 

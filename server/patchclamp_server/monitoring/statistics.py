@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from patchclamp_server.monitoring.accumulator import Sums
+from patchclamp_server.monitoring.arrays import Floats, Ints
 from patchclamp_server.monitoring.drift import Drift
-from patchclamp_server.monitoring.reference import Floats, Ints
 from patchclamp_server.monitoring.scale import Scale
 
 
@@ -23,6 +23,7 @@ class KindStatistics:
     values: int
     fired: int
     not_finite: int
+    left_out: int
     positive: float
     negative: float
     min: float
@@ -37,7 +38,8 @@ class KindStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """`sums.tokens` counts finite values, and all but `sums.not_finite` is about those. The histogram counts since its
+    """`sums.tokens` counts finite values of tokens that are no outliers, and all but `sums.not_finite` and
+    `sums.left_out` is about those. The histogram counts since its
     `edges` have been in use: those of the reference, else the buckets."""
 
     sums: Sums  # [W]; min inf and max -inf where there are no tokens
@@ -62,7 +64,7 @@ class Statistics:
 
     @property
     def calibrating(self) -> bool:
-        """Whether thresholds and buckets still change."""
+        """Whether thresholds, buckets and what is an outlier still change."""
         return self.calibrated < self.calibration
 
     @property
@@ -88,6 +90,7 @@ class Statistics:
                     values=int(sums.tokens[own].sum()),
                     fired=int(sums.fired[own].sum()),
                     not_finite=int(sums.not_finite[own].sum()),
+                    left_out=int(sums.left_out[own].sum()),
                     positive=float(sums.positive[own].sum()),
                     negative=float(sums.negative[own].sum()),
                     min=float(sums.min[own].min()),

@@ -13,9 +13,10 @@ of its own values, see scale.py.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -74,14 +75,33 @@ class Watch:
     @property
     def kind_names(self) -> tuple[str, ...]:
         """Names of the kinds there are, in the order of KIND_NAMES."""
-        return tuple(KIND_NAMES[place] for place in np.unique(self._places()).tolist())
+        return tuple(KIND_NAMES[place] for place in np.unique(self._kind_places()).tolist())
 
     @property
     def kind_of(self) -> NDArray[np.int64]:
         """[W]: of each item, the place of its kind in `kind_names`."""
-        return np.unique(self._places(), return_inverse=True)[1].astype(np.int64)
+        return np.unique(self._kind_places(), return_inverse=True)[1].astype(np.int64)
 
-    def _places(self) -> NDArray[np.int64]:
+    @cached_property
+    def places(self) -> tuple[tuple[Site, int], ...]:
+        """Site and layer of its items, each once, in their order. Heads are at none."""
+        return tuple(dict.fromkeys(place for place in self._sites_and_layers() if place is not None))
+
+    @cached_property
+    def place_of(self) -> NDArray[np.int64]:
+        """[W]: of each item, its place in `places`; -1 for heads."""
+        number = {place: number for number, place in enumerate(self.places)}
+        found = [-1 if place is None else number[place] for place in self._sites_and_layers()]
+        return np.array(found, dtype=np.int64)
+
+    def _sites_and_layers(self) -> Iterator[tuple[Site, int] | None]:
+        for kind, layer, unit in zip(self.kinds.tolist(), self.layers.tolist(), self.units.tolist(), strict=True):
+            if kind in HEAD_KINDS:
+                yield None
+            else:
+                yield (Site.MLP_POST if kind == ItemKind.NEURON else self.sites[unit]), layer
+
+    def _kind_places(self) -> NDArray[np.int64]:
         return self.kinds.clamp(max=len(KIND_NAMES) - 1).numpy().astype(np.int64)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -211,6 +211,7 @@ def encode_statistics(running: RunningWatch, seen: Statistics, items: Sequence[i
                 threshold=float(seen.scale.thresholds[i]),
                 drift_noise=None if drift is None else float(drift.noise[i]),
                 drift_excess=None if drift is None else float(drift.excess[i]),
+                tokens_left_out=int(sums.left_out[i]),
             )
             for i in items or range(len(names))
         ],
@@ -233,6 +234,7 @@ def _kind(kind: KindStatistics) -> pb.KindStatistics:
         min=kind.min if kind.values else 0.0,
         max=kind.max if kind.values else 0.0,
         buckets=kind.buckets,
+        values_left_out=kind.left_out,
     )
 
 

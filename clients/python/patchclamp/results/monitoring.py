@@ -88,6 +88,7 @@ class ItemStatistics(Record):
 
     drift: None without a reference, and before a window is full. drift_noise: what chance alone makes of two samples of
     the same traffic. drift_excess: the drift beyond it. threshold: the one in use, chosen or derived.
+    tokens_left_out: those whose norm is an outlier, as that of attention sinks is; they are in no other figure.
     """
 
     name: str
@@ -104,6 +105,7 @@ class ItemStatistics(Record):
     threshold: float = 0.0
     drift_noise: float | None = None
     drift_excess: float | None = None
+    tokens_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class KindStatistics(Record):
     min: float
     max: float
     buckets: tuple[float, ...]
+    values_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class WatchCalibration(Record):
     """Says where thresholds and buckets come from that nobody chose.
 
     scale: "chosen" (there are none), "reference" or "first_tokens". Of the latter there are `tokens` of `total`: until
-    they are all there, thresholds and buckets still change.
+    they are all there, thresholds, buckets and what is left out as an outlier still change, and all figures with them.
     """
 
     scale: str

@@ -386,8 +386,8 @@ class StartWatchRequest(_message.Message):
     reference: _builtins.str
     """Id or tag of a watch_reference artifact of this watch. Drift is reported once there is one."""
     calibration_tokens: _builtins.int
-    """Tokens that thresholds and buckets are derived from where neither was chosen and there is no reference: 1 to 4096,
-    fewer where items times tokens would exceed 1,048,576. Default 1024.
+    """Tokens that thresholds and buckets are derived from where neither was chosen, and the median norms that tell outliers,
+    where there is no reference: 1 to 4096, fewer where items times tokens would exceed 1,048,576. Default 1024.
     """
     export_items: _builtins.bool
     """Series in Prometheus for each item too, with its name as a label. RESOURCE_EXHAUSTED above 256 items of all watches."""
@@ -769,6 +769,7 @@ class KindStatistics(_message.Message):
     MIN_FIELD_NUMBER: _builtins.int
     MAX_FIELD_NUMBER: _builtins.int
     BUCKETS_FIELD_NUMBER: _builtins.int
+    VALUES_LEFT_OUT_FIELD_NUMBER: _builtins.int
     kind: Global___WatchItemKind.ValueType
     items: _builtins.int
     values: _builtins.int
@@ -777,6 +778,8 @@ class KindStatistics(_message.Message):
     mean: _builtins.float
     min: _builtins.float
     max: _builtins.float
+    values_left_out: _builtins.int
+    """See ItemStatistics.tokens_left_out."""
     @_builtins.property
     def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Upper bounds of the histogram in Prometheus. While the watch is calibrating: what they would be now."""
@@ -792,10 +795,11 @@ class KindStatistics(_message.Message):
         min: _builtins.float = ...,
         max: _builtins.float = ...,
         buckets: _abc.Iterable[_builtins.float] | None = ...,
+        values_left_out: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "fired", b"fired", "items", b"items", "kind", b"kind", "max", b"max", "mean", b"mean", "min", b"min", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "fired", b"fired", "items", b"items", "kind", b"kind", "max", b"max", "mean", b"mean", "min", b"min", "values", b"values", "values_left_out", b"values_left_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -803,7 +807,7 @@ Global___KindStatistics: _TypeAlias = KindStatistics  # noqa: Y015
 
 @_typing.final
 class WatchCalibration(_message.Message):
-    """Where thresholds and buckets come from that nobody chose."""
+    """Where thresholds and buckets come from that nobody chose, and the median norms that tell outliers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -812,8 +816,8 @@ class WatchCalibration(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     scale: Global___WatchScale.ValueType
     tokens: _builtins.int
-    """Tokens that they are derived from, and how many it will be: while `tokens` is less, they still change with every
-    token, and nothing of them is in Prometheus. 0 where they are not derived from the first tokens.
+    """First tokens that any of them are derived from, and how many it will be: while `tokens` is less, they still change with
+    every token, all figures with them, and only tokens are counted in Prometheus. 0 with a reference, which has them.
     """
     total: _builtins.int
     def __init__(
@@ -851,6 +855,7 @@ class ItemStatistics(_message.Message):
     THRESHOLD_FIELD_NUMBER: _builtins.int
     DRIFT_NOISE_FIELD_NUMBER: _builtins.int
     DRIFT_EXCESS_FIELD_NUMBER: _builtins.int
+    TOKENS_LEFT_OUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     tokens: _builtins.int
     fired: _builtins.int
@@ -873,6 +878,11 @@ class ItemStatistics(_message.Message):
     """
     drift_excess: _builtins.float
     """max(0, drift - drift_noise)."""
+    tokens_left_out: _builtins.int
+    """Tokens that are in none of the other figures, and no event, because they are outliers, as attention sinks are: the norm
+    of the activations at the site and layer of the item is above 3 times its median. The site of a neuron is mlp_post.
+    The median is that of the reference, else of the first tokens. A head is a probability: nothing is left out.
+    """
     @_builtins.property
     def quantiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quantile]:
         """0.05, 0.5, 0.95 and 0.99, interpolated in the bins of the histogram: the buckets, or those of the reference, and then
@@ -896,10 +906,11 @@ class ItemStatistics(_message.Message):
         threshold: _builtins.float = ...,
         drift_noise: _builtins.float | None = ...,
         drift_excess: _builtins.float | None = ...,
+        tokens_left_out: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_drift", b"_drift", "_drift_excess", b"_drift_excess", "_drift_noise", b"_drift_noise", "drift", b"drift", "drift_excess", b"drift_excess", "drift_noise", b"drift_noise"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift", b"_drift", "_drift_excess", b"_drift_excess", "_drift_noise", b"_drift_noise", "drift", b"drift", "drift_excess", b"drift_excess", "drift_noise", b"drift_noise", "fired", b"fired", "kind", b"kind", "max", b"max", "mean", b"mean", "min", b"min", "name", b"name", "not_finite", b"not_finite", "quantiles", b"quantiles", "standard_deviation", b"standard_deviation", "threshold", b"threshold", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift", b"_drift", "_drift_excess", b"_drift_excess", "_drift_noise", b"_drift_noise", "drift", b"drift", "drift_excess", b"drift_excess", "drift_noise", b"drift_noise", "fired", b"fired", "kind", b"kind", "max", b"max", "mean", b"mean", "min", b"min", "name", b"name", "not_finite", b"not_finite", "quantiles", b"quantiles", "standard_deviation", b"standard_deviation", "threshold", b"threshold", "tokens", b"tokens", "tokens_left_out", b"tokens_left_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__drift: _TypeAlias = _typing.Literal["drift"]  # noqa: Y015
     _WhichOneofArgType__drift: _TypeAlias = _typing.Literal["_drift", b"_drift"]  # noqa: Y015

@@ -27,16 +27,19 @@ def run(args: argparse.Namespace) -> int:
 def _show(statistics: WatchStatistics) -> None:
     drifts = statistics.max_drift is not None
     probabilities = [f"q{each.probability:g}" for each in statistics.items[0].quantiles] if statistics.items else []
-    header = ("item", "tokens", "threshold", "fired", "mean", "deviation", "min", *probabilities, "max")
+    header = ("item", "tokens", "left out", "threshold", "fired", "mean", "deviation", "min", *probabilities, "max")
     rows = [(*_cells(item), *(_drift(item) if drifts else ())) for item in statistics.items]
     table((*header, *(("drift", "by chance") if drifts else ())), rows)
     for kind in statistics.kinds:
         note(f"{kind.kind}: {kind.items} items, mean {kind.mean:.4g}, {kind.min:.4g} to {kind.max:.4g}")
     calibration = statistics.calibration
     if calibration is not None and calibration.tokens < calibration.total:
-        note(f"thresholds and buckets still follow from the first tokens: {calibration.tokens} of {calibration.total}")
+        first = f"{calibration.tokens} of {calibration.total}"
+        note(f"thresholds, buckets and what is left out still follow from the first tokens: {first}")
     if statistics.sink_tokens:
         note(f"{statistics.sink_tokens} first tokens of sequences (attention sinks) are in no figure")
+    if any(item.tokens_left_out for item in statistics.items):
+        note("tokens left out (attention sinks: a norm above three times the median) are in no other figure")
     not_finite = sum(item.not_finite for item in statistics.items)
     if not_finite:
         note(f"{not_finite} values were not finite, and are in no other figure")
@@ -51,7 +54,8 @@ def _cells(item: ItemStatistics) -> tuple[object, ...]:
     quantiles = (f"{each.value:.4g}" for each in item.quantiles)
     fired = f"{item.fired / item.tokens:.1%}" if item.tokens else ""
     moments = (f"{value:.4g}" for value in (item.mean, item.standard_deviation, item.min))
-    return item.name, item.tokens, f"{item.threshold:.4g}", fired, *moments, *quantiles, f"{item.max:.4g}"
+    counts = (item.name, item.tokens, item.tokens_left_out)
+    return *counts, f"{item.threshold:.4g}", fired, *moments, *quantiles, f"{item.max:.4g}"
 
 
 def _drift(item: ItemStatistics) -> tuple[str, str]:

@@ -1,0 +1,65 @@
+"""Tokens that a watch leaves out of its figures: attention sinks beyond the first token.
+
+    left out   row x_t with ‖x_t‖ > 3 · median_s ‖x_s‖     x: all of the site and layer that an item is at
+
+This is the rule of pooling.py, where the median is that of a text; that of a watch is over the first tokens that it
+sees, or over the tokens of its reference. For a neuron, x is all of mlp_post at its layer, as for static sets. Where
+most rows are 0 nothing is an outlier, and a norm that is not finite is none: it is a fault to be seen.
+
+The value of a head is a probability, which no norm inflates: nothing is left out of it. (The norm of attn_z would even
+leave out the wrong tokens: it is large where heads look away from a sink, whose values are small.)
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchclamp_server.monitoring.arrays import Float32s, Floats, Ints, floor32
+from patchclamp_server.pooling import OUTLIER_RATIO
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """Of W items. `norms`: the median at the place of each, 0 where nothing is left out; `place_of`: which of the
+    places of the watch that is, -1 for none."""
+
+    norms: Floats  # [W]
+    place_of: Ints  # [W]
+
+    @classmethod
+    def none(cls, n_items: int) -> "Outliers":
+        return cls(np.zeros(n_items), np.full(n_items, -1, dtype=np.int64))
+
+    @classmethod
+    def of(cls, norms: Float32s, place_of: Ints) -> "Outliers":
+        """norms [n, places]."""
+        return cls(np.append(_medians(norms), 0.0)[place_of], place_of)
+
+    @cached_property
+    def limits(self) -> Float32s:
+        """[W]: a finite norm above it is an outlier; infinite where nothing is left out."""
+        return floor32(np.where(self.norms > 0.0, OUTLIER_RATIO * self.norms, np.inf))
+
+    def without(self, values: Float32s, norms: Float32s) -> Float32s:
+        """values [n, W] with NaN where a token is left out; norms [n, places]."""
+        judged = np.flatnonzero(self.norms > 0.0)
+        own = norms[:, self.place_of[judged]]
+        rows, items = np.nonzero((own > self.limits[judged]) & np.isfinite(own))
+        if not len(rows):
+            return values
+        without = values.copy()
+        without[rows, judged[items]] = np.nan
+        return without
+
+
+def _medians(norms: Float32s) -> NDArray[np.float64]:
+    """[places], of the finite norms of each: the lower one of two, 0 of none."""
+    found = np.zeros(norms.shape[1])
+    for place, own in enumerate(norms.T):
+        own = own[np.isfinite(own)]
+        if len(own):
+            middle = (len(own) - 1) // 2
+            found[place] = np.partition(own, middle)[middle]
+    return found
