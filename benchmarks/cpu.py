@@ -46,7 +46,6 @@ from patchclamp_server.interventions.program import (
     ProjectOut,
     RotateTowards,
     Scope,
-    Site,
     TokenSelector,
     Vector,
 )
@@ -54,6 +53,7 @@ from patchclamp_server.model.embedded import download_wheel, embedded_directory,
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.progress import RichProgress, Silent
+from patchclamp_server.model.sites import Site
 
 STREAMS = 16
 TEXT = "The old lighthouse keeper opened the door and saw"

@@ -19,24 +19,24 @@ SOURCES = {
 }
 
 # What turns tokens into logits, and what a step of the engine does besides.
-_FORWARD = ("patchclamp_server.model.decoder", "patchclamp_server.model.linear", "patchclamp_server.model.quantized")
+_FORWARD = ("patchclamp_server.model.decoder", "patchclamp_server.cpu.linear", "patchclamp_server.cpu.quantized")
 _ATTENTION = (
-    "patchclamp_server.engine.attention",
-    "patchclamp_server.engine.row_attention",
-    "patchclamp_server.engine.peaks",
+    "patchclamp_server.model.attention.paged",
+    "patchclamp_server.model.attention.row_attention",
+    "patchclamp_server.model.attention.peaks",
 )
 _STEP = (
     *_FORWARD,
     *_ATTENTION,
-    "patchclamp_server.model.invariant",
+    "patchclamp_server.cpu.invariant",
     "patchclamp_server.engine.engine",
     "patchclamp_server.engine.runner",
     "patchclamp_server.engine.scheduler",
     "patchclamp_server.engine.sampler",
     "patchclamp_server.engine.delivery",
-    "patchclamp_server.engine.operator_executor",
+    "patchclamp_server.engine.executors.operator_executor",
 )
-_SPARSE = ("patchclamp_server.sparsity", "patchclamp_server.model.sparse")
+_SPARSE = ("patchclamp_server.sparsity", "patchclamp_server.cpu.sparse")
 
 # By the name of a result: modules and packages by their dotted names, and scripts by their paths.
 MEASURED: dict[str, tuple[str, ...]] = {
@@ -53,13 +53,13 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "gpu": ("benchmarks/gpu.py", "benchmarks/gpu", "patchclamp_kernels"),
     "heads_causal": (
         "benchmarks/heads.py",
-        "patchclamp_server.heads.detect",
-        "patchclamp_server.heads.edit_evaluation",
+        "patchclamp_server.analysis.heads.retrieval.detect",
+        "patchclamp_server.analysis.heads.sets.evaluation",
     ),
-    "heads_naive": ("benchmarks/heads.py", "patchclamp_server.heads.detect"),
+    "heads_naive": ("benchmarks/heads.py", "patchclamp_server.analysis.heads.retrieval.detect"),
     "heads_readout": ("benchmarks/heads.py", *_ATTENTION, "patchclamp_server.interventions.head_readings"),
     "host": (*_STEP, "patchclamp_server.interventions"),
-    "invariance": ("benchmarks/invariance.py", *_FORWARD, *_ATTENTION, "patchclamp_server.model.invariant"),
+    "invariance": ("benchmarks/invariance.py", *_FORWARD, *_ATTENTION, "patchclamp_server.cpu.invariant"),
     "load": (
         "benchmarks/load.py",
         "benchmarks/load",
@@ -77,7 +77,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp.transport",
     ),
     "sparse_quality": ("benchmarks/sparse.py", "benchmarks/sparse/quality.py", *_SPARSE),
-    "sparse_speed": ("benchmarks/sparse.py", "benchmarks/sparse/speed.py", *_FORWARD, "patchclamp_server.model.sparse"),
+    "sparse_speed": ("benchmarks/sparse.py", "benchmarks/sparse/speed.py", *_FORWARD, "patchclamp_server.cpu.sparse"),
 }
 
 

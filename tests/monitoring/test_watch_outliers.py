@@ -9,8 +9,9 @@ from engine_runs import loaded
 from numpy.typing import NDArray
 from watch_runs import BOTH, EVERYTHING, Followed, until
 
-from patchclamp_server.heads.head_sets import Head, HeadSelection
-from patchclamp_server.interventions.program import Site, Vector
+from patchclamp_server.artifacts.head_sets import Head, HeadSelection
+from patchclamp_server.interventions.program import Vector
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.accumulator import Accumulator
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import WatchedDirection, WatchedHeads, WatchedNeurons, WatchItem

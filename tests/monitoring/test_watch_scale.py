@@ -7,9 +7,9 @@ from engine_runs import loaded
 from numpy.typing import NDArray
 from watch_runs import BOTH, Followed, until
 
+from patchclamp_server.artifacts.head_sets import Head, HeadSelection
 from patchclamp_server.errors import ResourceExhausted
-from patchclamp_server.heads.head_sets import Head, HeadSelection
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import Encoder, WatchedFeatures, WatchedHeads, WatchedNeurons, WatchItem
 from patchclamp_server.monitoring.outliers import Outliers

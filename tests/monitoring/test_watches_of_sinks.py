@@ -23,8 +23,9 @@ from patchclamp.results.monitoring import WatchStatistics
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Finished, Request, StopParams
-from patchclamp_server.interventions.program import Site, Vector
+from patchclamp_server.interventions.program import Vector
 from patchclamp_server.model.load import LoadedModel, load_model
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import WatchedDirection, WatchItem
 from patchclamp_server.monitoring.registry import WatchRegistry

@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from patchclamp_server.interventions.pooling import OUTLIER_RATIO
 from patchclamp_server.monitoring.arrays import Float32s, Floats, Ints, floor32
-from patchclamp_server.pooling import OUTLIER_RATIO
 
 
 @dataclass(frozen=True, eq=False)
