@@ -1,4 +1,5 @@
-"""Messages of SparsityService ↔ dataclasses of analysis/sparsity/job.py. What may not be asked is refused, by field path."""
+"""Messages of SparsityService ↔ dataclasses of analysis/sparsity/job.py. What may not be asked is refused, by field
+path."""
 
 from collections.abc import Sequence
 
