@@ -9,7 +9,7 @@ import patchclamp_server
 
 ROOMS = (
     # What everybody may use imports nothing of ours.
-    {"errors", "callers", "addresses", "threads"},
+    {"errors", "callers", "addresses", "files", "threads"},
     {"cpu"},
     {"model"},
     {"text", "artifacts"},
