@@ -1,4 +1,4 @@
-"""Circuits and logit attribution: messages ↔ dataclasses of heads/."""
+"""Circuits and logit attribution: messages ↔ dataclasses of analysis/heads/."""
 
 from dataclasses import dataclass
 
