@@ -3,11 +3,12 @@
     python benchmarks/heads.py [--only readout|naive|causal] [--runs 48] [--causal-runs 20] [--random-sets 10] …
 
 - readout: decode steps with all heads read and without, alternating.
-- naive: the naive way (tests/analysis/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of up
-  to 1024 tokens, and ours on the same, in this run. Also with the naive way given a cache of keys and values.
-- causal: detection over `--runs` needle runs of 256 to 1536 tokens (analysis/heads/retrieval/detect.py), with half of the built-in
-  needles; then a table on the other half: the 3 and the 10 best heads set to zero, against random draws of as many
-  other heads, in texts of up to 1024 tokens.
+- naive: the naive way (tests/analysis/heads/naive_retrieval.py: full attention matrices, token by token) on
+  `--naive-runs` of up to 1024 tokens, and ours on the same, in this run. Also with the naive way given a cache of keys
+  and values.
+- causal: detection over `--runs` needle runs of 256 to 1536 tokens (analysis/heads/retrieval/detect.py), with half of
+  the built-in needles; then a table on the other half: the 3 and the 10 best heads set to zero, against random draws of
+  as many other heads, in texts of up to 1024 tokens.
 
 Each part writes benchmarks/results/heads_<part>.json; the last line is a JSON object.
 """

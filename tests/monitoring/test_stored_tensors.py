@@ -9,6 +9,7 @@ import torch
 
 from patchclamp_server.artifacts.formats import safetensors
 from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.tensors import KINDS
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.sites import Site
@@ -152,3 +153,7 @@ def test_what_is_no_watch_is_refused_and_nothing_is_stored(
     assert refused.value.field == "tensors"
     assert message in refused.value.message
     assert store.list() == ([], "")
+
+
+def test_the_store_checks_every_kind_of_artifact() -> None:
+    assert set(KINDS) == set(ArtifactKind)

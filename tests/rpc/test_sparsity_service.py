@@ -485,7 +485,7 @@ def test_cores_that_cannot_be_predicted_are_refused_by_field(
 
 
 def test_an_answer_that_no_client_takes_is_refused(stub: SparsityServiceStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchclamp_server.rpc.codecs.sparsity_job.CLIENT_MESSAGE_BYTES", 40)
+    monkeypatch.setattr("patchclamp_server.rpc.codecs.message_size.CLIENT_MESSAGE_BYTES", 40)
     request = pb.PredictCoreNeuronsRequest(prompts=[PROMPT], sparsity=asks_for("griffin")[0])
     refused = unary_refusal(stub.PredictCoreNeurons, request)
     assert (refused.code, field_of(refused)) == (grpc.StatusCode.INVALID_ARGUMENT, "layers")

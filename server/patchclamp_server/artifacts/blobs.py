@@ -13,6 +13,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from patchclamp_server.errors import ResourceExhausted
+from patchclamp_server.files import make_directories, sync, write_synced
 
 log = logging.getLogger(__name__)
 TEMPORARY = "tmp"
@@ -75,8 +76,8 @@ class BlobStore:
             try:
                 for path, data in contents.items():
                     if self.local:
-                        _write_synced(temporary[path], data)
-                        _make_directories(Path(self._full(path)).parent)
+                        write_synced(Path(temporary[path]), data)
+                        make_directories(Path(self._full(path)).parent)
                     else:
                         self.fs.pipe_file(temporary[path], data)
                         self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
@@ -84,7 +85,7 @@ class BlobStore:
                     final = self._full(path)
                     if self.local:
                         os.replace(temporary[path], final)
-                        _sync_directory(Path(final).parent)
+                        sync(Path(final).parent)
                     else:
                         self.fs.mv(temporary[path], final)
             finally:
@@ -109,9 +110,9 @@ class BlobStore:
 
     def _create_locally(self, full: str, data: bytes) -> None:
         temporary = self._full(f"{TEMPORARY}/{uuid.uuid4().hex}")
-        _write_synced(temporary, data)
+        write_synced(Path(temporary), data)
         try:
-            _make_directories(Path(full).parent)
+            make_directories(Path(full).parent)
             try:
                 os.link(temporary, full)
             except OSError as error:
@@ -119,7 +120,7 @@ class BlobStore:
                     raise
                 self._refuse_existing(full)
                 os.replace(temporary, full)
-            _sync_directory(Path(full).parent)
+            sync(Path(full).parent)
         finally:
             with suppress(FileNotFoundError):
                 os.remove(temporary)
@@ -154,27 +155,3 @@ def full_disk_is_resource_exhausted(place: str) -> Iterator[None]:
         if error.errno in FULL:
             raise ResourceExhausted("", f"{place} is full: {error.strerror}") from error
         raise
-
-
-def _write_synced(path: str, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _make_directories(directory: Path) -> None:
-    """Creates a directory so that it survives a crash: the entry in its parent is synced too."""
-    if directory.is_dir():
-        return
-    _make_directories(directory.parent)
-    directory.mkdir(exist_ok=True)
-    _sync_directory(directory.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

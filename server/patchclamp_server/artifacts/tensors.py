@@ -7,7 +7,8 @@
     watch             see monitoring/watch.py                                      uint8, int64, floats
     watch_reference   see monitoring/reference.py                                  float64, int64
 
-Floats are finite.
+Floats are finite. The kinds of a room above this one add their checks to KINDS themselves: monitoring/ those of
+watches.
 """
 
 import re
@@ -19,12 +20,6 @@ import torch
 
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.monitoring.stored_tensors import (
-    check_reference_tensors,
-    check_watch_tensors,
-    reference_layers,
-    watch_layers,
-)
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
@@ -44,7 +39,7 @@ MAX_HEAD_LAYERS, MAX_HEADS = 1024, 1024
 
 
 @dataclass(frozen=True)
-class _Kind:
+class KindChecks:
     """`layers` tells the layers that tensors of these shapes speak of, ascending, and refuses names and shapes that the
     kind does not have; `check` refuses everything else."""
 
@@ -183,13 +178,11 @@ def _check_head_set(tensors: Tensors) -> None:
         raise InvalidArgument("tensors", f"low is above high for head {head} of layer {layer}")
 
 
-KINDS: Mapping[ArtifactKind, _Kind] = {
-    ArtifactKind.VECTOR: _Kind(_vector_layers, _check_vector),
-    ArtifactKind.NEURON_SET: _Kind(_neuron_set_layers, _check_neuron_set),
-    ArtifactKind.SPARSITY_PROFILE: _Kind(_profile_layers, _check_profile),
-    ArtifactKind.HEAD_SET: _Kind(_head_set_layers, _check_head_set),
-    ArtifactKind.WATCH: _Kind(watch_layers, check_watch_tensors),
-    ArtifactKind.WATCH_REFERENCE: _Kind(reference_layers, check_reference_tensors),
+KINDS: dict[ArtifactKind, KindChecks] = {
+    ArtifactKind.VECTOR: KindChecks(_vector_layers, _check_vector),
+    ArtifactKind.NEURON_SET: KindChecks(_neuron_set_layers, _check_neuron_set),
+    ArtifactKind.SPARSITY_PROFILE: KindChecks(_profile_layers, _check_profile),
+    ArtifactKind.HEAD_SET: KindChecks(_head_set_layers, _check_head_set),
 }
 
 

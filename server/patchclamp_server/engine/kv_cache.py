@@ -3,7 +3,7 @@
 A block holds the keys and values of `block_size` consecutive tokens of a sequence, for all layers. A full block is
 known by a key that hashes the tokens up to its end and what the sequence's edits did to them, so two requests share a
 block exactly when they would have computed the same numbers. Unused blocks keep their content until they are needed,
-least recently used first. Block 0 is never given out (see attention.py).
+least recently used first. Block 0 is never given out (see model/attention/batch.py).
 """
 
 import hashlib

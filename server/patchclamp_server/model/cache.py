@@ -6,13 +6,13 @@ keeps two processes from building the same one; it is released by the kernel whe
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from patchclamp_server.files import sync
 from patchclamp_server.model.digests import cache_root, content_digest, rename_remembered
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Progress, Stage
@@ -67,13 +67,13 @@ def _build(models: Path, key: str, build: Callable[[Path], None]) -> None:
         for path in files:
             # safetensors files are created for their owner only; an entry gets the rights of the user's umask.
             path.chmod(partial.stat().st_mode & 0o666)
-            _sync(path)
+            sync(path)
         manifest = {path.name: {"size": path.stat().st_size, "digest": content_digest(path)} for path in files}
         (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
-        _sync(partial / MANIFEST)
-        _sync(partial)
+        sync(partial / MANIFEST)
+        sync(partial)
         partial.rename(models / key)
-        _sync(models)
+        sync(models)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for path in files:
@@ -104,11 +104,3 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
             progress.update(Stage.WAIT)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,8 +4,9 @@
 
 The blocks of all families are one function driven by `DecoderSpec`: transformers supplies configuration, weights and
 rotary frequencies, and is the oracle in the tests. Its own module code is not run: it multiplies q, k, v and gate, up
-one by one, by matrices in a layout that streams badly for few rows (linear.py), and has no seams where edits could be
-fused. It is not the number of operators that makes the difference in benchmarks/cpu.py: both issue some 2,200 a token.
+one by one, by matrices in a layout that streams badly for few rows (cpu/linear.py), and has no seams where edits could
+be fused. It is not the number of operators that makes the difference in benchmarks/cpu.py: both issue some 2,200 a
+token.
 """
 
 from collections.abc import Set

@@ -4,18 +4,17 @@ A safetensors file is digested tensor by tensor, so that how its tensors are ord
 matter. Any other file is digested as its bytes.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
 import struct
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from patchclamp_server.files import write_atomically
 from patchclamp_server.model.errors import ModelSourceError
 
 logger = logging.getLogger(__name__)
@@ -73,21 +72,6 @@ def rename_remembered(source: Path, target: Path) -> None:
         if parts is not None:
             _remember(target, target.stat(), kind, parts)
             _record_path(source, kind).unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the new one, whatever happens in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.name)
-            raise
 
 
 def _parts(path: Path, kind: str, read: Callable[[Path, OnBytes], Parts], on_bytes: OnBytes | None) -> Parts:

@@ -1,4 +1,4 @@
-"""The tokenizer of a model's directory."""
+"""The tokenizer of a model's directory, and which of its templates renders a chat."""
 
 from pathlib import Path
 

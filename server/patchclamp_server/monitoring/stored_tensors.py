@@ -5,16 +5,12 @@ be shown or sent, and more of anything than a server would ever watch.
 """
 
 from collections.abc import Mapping
-from typing import TypeAlias
 
-import torch
-
+from patchclamp_server.artifacts.tensors import KINDS, KindChecks, Shapes, Tensors
+from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.monitoring.reference import Reference
 from patchclamp_server.monitoring.watch import Watch
-
-Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-Tensors: TypeAlias = Mapping[str, torch.Tensor]
 
 # Number of dimensions by name.
 WATCH_TENSORS = {
@@ -96,3 +92,7 @@ def _check_bytes(kind: str, tensors: Tensors) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if size > MAX_WATCH_BYTES:
         raise InvalidArgument("tensors", f"{size} bytes; a {kind} has at most {MAX_WATCH_BYTES}")
+
+
+KINDS[ArtifactKind.WATCH] = KindChecks(watch_layers, check_watch_tensors)
+KINDS[ArtifactKind.WATCH_REFERENCE] = KindChecks(reference_layers, check_reference_tensors)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.security.configuration import SecurityConfig
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_METRICS_ADDRESS = "127.0.0.1:9464"
@@ -34,7 +35,7 @@ class WatchAtStart(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(SecurityConfig):
     """`model`: "embedded", a hub id, a local directory or a .gguf file. Addresses are host:port; port 0 takes a free
     one. `artifacts_url`: a directory or any fsspec URL. `max_message_bytes` bounds what a client may send at once.
     """
@@ -55,19 +56,6 @@ class ServerConfig:
     max_concurrent_upload_bytes: int = DEFAULT_MAX_CONCURRENT_UPLOAD_BYTES
     # The longest wait for the next chunk of an upload.
     upload_idle_seconds: float = DEFAULT_UPLOAD_IDLE_SECONDS
-    # Paths; see the section Security of the README.
-    tls_certificate: str | None = None
-    tls_key: str | None = None
-    tls_client_ca: str | None = None
-    tokens: str | None = None
-    policy: str | None = None
-    audit_log: str | None = None
-    # Record the text of prompts too.
-    audit_prompts: bool = False
-    # Serve /metrics with the certificate of the gRPC port.
-    metrics_tls: bool = False
-    # How often the files above are looked at.
-    reload_seconds: float = 1.0
     # How long running work may go on after SIGTERM.
     drain_seconds: float = DEFAULT_DRAIN_SECONDS
     # Health says NOT_SERVING while a step has run for longer; 0 watches none.

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from patchclamp_server.addresses import Address
-from patchclamp_server.rpc.config import ServerConfig
 from patchclamp_server.security.audit import AuditLog
-from patchclamp_server.security.configuration import ConfigurationError
+from patchclamp_server.security.configuration import ConfigurationError, SecurityConfig
 from patchclamp_server.security.metrics import SecurityMetrics
 from patchclamp_server.security.policy import Policy
 from patchclamp_server.security.policy_file import parse_policy
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 class Security:
     """What is not configured is None. `methods`: all "Service/Method" that are served."""
 
-    def __init__(self, config: ServerConfig, metrics: SecurityMetrics, methods: Collection[str]) -> None:
+    def __init__(self, config: SecurityConfig, metrics: SecurityMetrics, methods: Collection[str]) -> None:
         """Raises ConfigurationError for files that cannot be used."""
         reloads = metrics.config_reloads
         self.metrics = metrics
@@ -97,7 +96,7 @@ class Security:
             log.warning("%s is open to the network and anybody may call (see --tokens and --tls-client-ca)", address)
 
 
-def _tls_files(config: ServerConfig) -> TlsFiles | None:
+def _tls_files(config: SecurityConfig) -> TlsFiles | None:
     if not config.tls_certificate and not config.tls_key:
         if config.tls_client_ca:
             raise ConfigurationError("--tls-client-ca needs --tls-certificate and --tls-key")

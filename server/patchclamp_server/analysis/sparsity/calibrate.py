@@ -1,7 +1,8 @@
 """Calibration: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
 
 Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken). Where
-they are sums of squares, attention sinks are left out (pooling.py); quantiles and counts hardly see so few tokens.
+they are sums of squares, attention sinks are left out (interventions/pooling.py); quantiles and counts hardly see so
+few tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -194,7 +195,7 @@ def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) 
 def _damage(
     policy: Fovea, model: SparseModel, documents: Tensor, profile: Profile, samples: list[Tensor], steps: Steps
 ) -> Tensor:
-    """D [n_layers, GRID] of budgets.py."""
+    """D [n_layers, GRID] of policies/budgets.py."""
     few = documents[:DAMAGE_DOCUMENTS]
     evaluator = Evaluator(model, few, few.shape[1] // 2)
     divergence, errors = [], []

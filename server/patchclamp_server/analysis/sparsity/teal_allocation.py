@@ -2,7 +2,8 @@
 
 Each step takes STEP / (the product's share of the block's weights) off the product with which ‖block(x) - block₀(x)‖²
 is least, so every step lowers the share that the block keeps by STEP. The path of shares serves every keep ratio. The
-norm is over the tokens that pooling.py takes for ordinary: the squares of one attention sink would outweigh all others.
+norm is over the tokens that interventions/pooling.py takes for ordinary: the squares of one attention sink would
+outweigh all others.
 """
 
 from dataclasses import replace

@@ -26,7 +26,7 @@ class LayerEvidence:
     participation_ratio: (Σ v_j)² / Σ v_j² with v_j = Σ_i d_ij² over the differences of all pairs: how many coordinates
         carry what the sides differ in. Few are a sign of outliers that hide everything else.
     pooled_tokens, tokens_left_out: of the examples of all pairs, how many tokens stand for them, and how many others
-        were passed over as outliers (pooling.py).
+        were passed over as outliers (interventions/pooling.py).
     margin: (mean h⁺·u - mean h⁻·u) / pooled standard deviation within the sides; 0 when nothing varies.
     midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates.
     positive_tokens, negative_tokens: h·u of single tokens of each side of the held-out pairs.

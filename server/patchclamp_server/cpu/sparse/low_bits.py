@@ -1,7 +1,8 @@
 """A low-bit copy of a matrix W [out, in], W ≈ scale · code + low by groups of inputs, and its product with few rows.
 
-For the CPU, and for a sketch (sparsity/policies/sketch.py). Codes lie in halves of words (fields.py): ten of 3 bits in a word,
-and two bits to spare. A weight of 3 bits in groups of 64 takes 4 bits, its share of a bfloat16 scale and low included.
+For the CPU, and for a sketch (sparsity/policies/sketch.py). Codes lie in halves of words (fields.py): ten of 3 bits in
+a word, and two bits to spare. A weight of 3 bits in groups of 64 takes 4 bits, its share of a bfloat16 scale and low
+included.
 
 x is rounded to 16 bits by groups, since then two weights are one multiplication: an error of at most 1 / 65534 of the
 largest |x| of the group, where that of a code is some thousand times as large. Tried, for the gate and up of d 4096,

@@ -4,8 +4,8 @@
     grounded ratio = |{generated tokens that have a source}| / |{generated tokens}|
 
 a_h(p, i): attention probability of head h from position p to i, over the heads of a set. The hit is that of a needle
-run (retrieval.py; Wu et al. 2024) with the whole prompt for the needle: ours, METHODS.md H2. It needs one more readout
-in the program of the request, of these heads alone, and no attention matrix.
+run (analysis/heads/retrieval/retrieval_scores.py; Wu et al. 2024) with the whole prompt for the needle: ours,
+METHODS.md H2. It needs one more readout in the program of the request, of these heads alone, and no attention matrix.
 """
 
 from collections import Counter, defaultdict

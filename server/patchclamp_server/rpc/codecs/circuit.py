@@ -1,4 +1,4 @@
-"""Circuits and logit attribution: messages ↔ dataclasses of heads/."""
+"""Circuits and logit attribution: messages ↔ dataclasses of analysis/heads/."""
 
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
 from patchclamp_server.rpc.codecs.checks import count, known
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.head import encode_head, encode_progress, encode_score
+from patchclamp_server.rpc.codecs.message_size import CLIENT_MESSAGE_BYTES
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_PAIRS = 1024
@@ -29,8 +30,7 @@ DEFAULT_RANDOM_SETS = 10
 # They run in one pass, which cannot be cancelled.
 MAX_ATTRIBUTED_TOKENS = 4096
 DEFAULT_TOP_HEADS = 10
-# What a gRPC client accepts unless it was told otherwise, and more than a part takes that is no source.
-CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024
+# Bytes of a message: more than a part takes that is no source.
 PART_BYTES = 32
 
 METHOD_NAMES: dict[int, str] = {

@@ -1,4 +1,4 @@
-"""Messages of HeadService ↔ dataclasses of heads/: what its jobs share, and scoring and comparison.
+"""Messages of HeadService ↔ dataclasses of analysis/heads/: what its jobs share, and scoring and comparison.
 
 The other jobs: codecs/needle.py and codecs/circuit.py. What may not be asked is refused, by field path.
 """

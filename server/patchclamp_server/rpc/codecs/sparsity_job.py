@@ -1,4 +1,5 @@
-"""Messages of SparsityService ↔ dataclasses of analysis/sparsity/job.py. What may not be asked is refused, by field path."""
+"""Messages of SparsityService ↔ dataclasses of analysis/sparsity/job.py. What may not be asked is refused, by field
+path."""
 
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_description, decode_label, encode_artifact
 from patchclamp_server.rpc.codecs.checks import count, distinct, required
 from patchclamp_server.rpc.codecs.generation import decode_prompt
+from patchclamp_server.rpc.codecs.message_size import within_a_message
 from patchclamp_server.rpc.codecs.sparsity import decode_policy, decode_unguarded, policy_path, policy_paths
 from patchclamp_server.sparsity.binder import Binder, Bound
 from patchclamp_server.sparsity.mlp import SparseModel
@@ -27,8 +29,6 @@ MIN_DOCUMENT_TOKENS = 4
 DEFAULT_HOLDOUT_FRACTION = 0.25
 MAX_EVALUATIONS = 64
 MAX_PROMPTS = 64
-# What a gRPC client accepts unless it was told otherwise.
-CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 def decode_calibration(
@@ -171,9 +171,5 @@ def encode_cores(cores: Sequence[Sequence[Tensor]], layers: Sequence[int]) -> pb
             shares = [jaccard(first[layer], cores[j][layer]) for layer in layers]
             mean = sum(shares) / len(shares)
             response.overlaps.append(pb.CoreOverlap(first=i, second=j, jaccard=shares, mean_jaccard=mean))
-    if response.ByteSize() > CLIENT_MESSAGE_BYTES:
-        message = (
-            f"the answer has {response.ByteSize()} bytes, above {CLIENT_MESSAGE_BYTES}: name fewer layers or prompts"
-        )
-        raise InvalidArgument("layers", message)
+    within_a_message(response, "layers", "name fewer layers or prompts")
     return response

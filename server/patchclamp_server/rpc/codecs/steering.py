@@ -1,4 +1,5 @@
-"""Steering messages ↔ dataclasses of analysis/steering/job.py. What a request may not ask is refused here, by field path."""
+"""Steering messages ↔ dataclasses of analysis/steering/job.py. What a request may not ask is refused here, by field
+path."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -17,6 +17,7 @@ from patchclamp_server.rpc.call.calls import Preparation, check_model, deadline_
 from patchclamp_server.rpc.call.response_builder import ResponseBuilder
 from patchclamp_server.rpc.codecs.checks import chosen
 from patchclamp_server.rpc.codecs.generation import decode_logprobs, decode_priority, decode_prompt
+from patchclamp_server.rpc.codecs.message_size import CLIENT_MESSAGE_BYTES
 from patchclamp_server.rpc.codecs.program import token_readouts
 from patchclamp_server.rpc.streams.comparison import EDITED, Comparison, Side
 from patchclamp_server.rpc.streams.session import SessionControl
@@ -25,8 +26,6 @@ from patchclamp_server.sparsity.binder import Binder
 from patchclamp_server.text.prompt import PromptEncoder
 
 Context = Any
-# What a gRPC client accepts unless it was told otherwise.
-CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 class GenerationService(GenerationServiceServicer):

@@ -13,7 +13,7 @@ from patchclamp.v1 import monitoring_pb2 as pb
 from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceServicer
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from patchclamp_server.errors import NotFound, ResourceExhausted, Unavailable
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.reference import Reference
@@ -21,6 +21,7 @@ from patchclamp_server.monitoring.shared import SharedWatches
 from patchclamp_server.monitoring.stored import store_reference, store_watch
 from patchclamp_server.rpc.call.calls import check_model
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
+from patchclamp_server.rpc.codecs.message_size import within_a_message
 from patchclamp_server.rpc.codecs.monitoring import (
     decode_following,
     decode_item_names,
@@ -32,7 +33,6 @@ from patchclamp_server.rpc.codecs.monitoring import (
     encode_running,
     encode_statistics,
 )
-from patchclamp_server.rpc.services.generation import CLIENT_MESSAGE_BYTES
 from patchclamp_server.rpc.streams.stream import EventBridge
 from patchclamp_server.rpc.streams.watch import ActivationStream, DroppedEvents, RecordingStream, first
 from patchclamp_server.text.prompt import PromptEncoder
@@ -118,9 +118,7 @@ class MonitoringService(MonitoringServiceServicer):
             return encode_statistics(running, self._registry.statistics(request.name), items)
 
         response = await asyncio.to_thread(read)
-        if response.ByteSize() > CLIENT_MESSAGE_BYTES:
-            message = f"the answer has {response.ByteSize()} bytes, above {CLIENT_MESSAGE_BYTES}: name fewer items"
-            raise InvalidArgument("items", message)
+        within_a_message(response, "items", "name fewer items")
         return response
 
     async def RecordReference(

@@ -3,7 +3,7 @@
 damage [n_layers, GRID]: D_l(k), what keeping a share k of layer l does to the output distribution. It is the
 divergence KL(dense ‖ sparse) measured with that layer alone sparse at REFERENCE, carried to other shares by the squared
 error of the layer's output, of which a small divergence is a linear function:  D_l(k) = KL_l · ε_l(k)² / ε_l(ref)².
-The error is over rows whose output is no outlier of norm (pooling.py), as that of attention sinks is.
+The error is over rows whose output is no outlier of norm (interventions/pooling.py), as that of attention sinks is.
 
 `allocate` starts dense and takes one step of the grid at a time, where it adds least damage, until the average is met.
 """

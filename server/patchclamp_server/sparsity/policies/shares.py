@@ -1,4 +1,7 @@
-"""Thresholds that keep a wanted share: calibration quantiles of magnitudes, on a fixed grid."""
+"""What a keep ratio keeps: the k largest of each row, or what passes a threshold that calibration found.
+
+Thresholds are quantiles of the magnitudes of calibration, on a fixed grid.
+"""
 
 import torch
 from torch import Tensor

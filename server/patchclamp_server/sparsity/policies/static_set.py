@@ -1,6 +1,6 @@
 """A set that is the same for every request: a `neuron_set` artifact, or the neurons calibration found largest.
 
-    calibrated score_j = Σ_t h_tj² ‖down_j‖²     t: calibration tokens but attention sinks (pooling.py)
+    calibrated score_j = Σ_t h_tj² ‖down_j‖²     t: calibration tokens but attention sinks (interventions/pooling.py)
 
 The keep · d_ff largest are active. With `neurons` (layer → indices) the set is given, and `keep_ratio` is not used;
 layers it does not name stay dense.

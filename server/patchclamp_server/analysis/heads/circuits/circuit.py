@@ -3,9 +3,9 @@
     effect_h = mean over pairs of change_h / (metric(clean) - metric(corrupt))
     circuit  = the k heads with the largest |effect_h|
 
-The change is that of a method (circuits/methods.py), so ablating a head that the answer needs has an effect below 0, and
-patching in one that carries it an effect above 0. Effects are means of ratios: every pair counts alike, however sure
-the model is of it. Interval: bootstrap over pairs. Faithfulness (faithfulness.py) is measured on the same pairs.
+The change is that of a method (circuits/methods.py), so ablating a head that the answer needs has an effect below 0,
+and patching in one that carries it an effect above 0. Effects are means of ratios: every pair counts alike, however
+sure the model is of it. Interval: bootstrap over pairs. Faithfulness (faithfulness.py) is measured on the same pairs.
 """
 
 from collections.abc import Generator

@@ -36,7 +36,7 @@ class CorruptMeans:
     Of each position, when all prompts have equally many tokens: the same position then plays the same part in prompts
     of one template, and the first, which attention often rests on, is not mixed with the others. Otherwise one mean
     over all tokens of all prompts, since positions of prompts of different lengths do not correspond, but for those
-    that pooling.py leaves out.
+    that interventions/pooling.py leaves out.
     """
 
     def __init__(self, pairs: tuple[CleanCorruptPair, ...]) -> None:

@@ -63,8 +63,8 @@ def head_program(
 
 
 async def mean_outputs(engine: Engine, info: ModelInfo, windows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Mean output of every head over the tokens of all windows that pooling.py takes for ordinary: [n_layers, n_heads,
-    head_dim]."""
+    """Mean output of every head over the tokens of all windows that interventions/pooling.py takes for ordinary:
+    [n_layers, n_heads, head_dim]."""
     capture = Capture(Site.ATTN_Z, tuple(range(info.n_layers)), Pooling.MEAN)
     total, tokens = torch.zeros(info.n_layers, info.sites[Site.ATTN_Z]), torch.zeros(info.n_layers, dtype=torch.int64)
     async with aclosing(collect(engine, windows, capture)) as collected:
