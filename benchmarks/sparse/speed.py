@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from measure import alternate
 from torch import Tensor
 
-from patchclamp_server.model.sparse import SparseLinear, SparseMlp
+from patchclamp_server.model.sparse.channels import SparseLinear
+from patchclamp_server.model.sparse.mlp import SparseMlp
 from patchclamp_server.sparsity import MlpInput, Profile, Selector, SparseModel
 from patchclamp_server.sparsity.fovea import Fovea
 

@@ -10,7 +10,9 @@ from test_quantized import affine_4, symmetric_8
 from torch import Tensor
 
 from patchclamp_server.model.linear import Linear
-from patchclamp_server.model.sparse import SparseLinear, SparseMlp, kernels
+from patchclamp_server.model.sparse import kernels
+from patchclamp_server.model.sparse.channels import SparseLinear
+from patchclamp_server.model.sparse.mlp import SparseMlp
 
 ACTIVATIONS: dict[str, Any] = {
     "silu": F.silu,
