@@ -136,12 +136,12 @@ class MlpInput:
 
     @property
     def neurons(self) -> Tensor:
-        """h [n, d_ff]: everything but down was read."""
-        if self.weights.gate is None:
-            return self.activated
-        gate, up = self.gate, self.up
-        hidden = torch.cat((gate, up), dim=1) if self._hidden is None else self._hidden
-        return neurons_of(hidden, self.weights.activation, gated=True)
+        """The neurons h [n, d_ff], as the decoder computes them: everything but down was read."""
+        gated, gate, up = self.weights.gate is not None, self.gate, self.up
+        hidden = self._hidden
+        if hidden is None:
+            hidden = torch.cat((gate, up), dim=1) if gated else up
+        return neurons_of(hidden, self.weights.activation, gated=gated)
 
 
 def mlp_weights(block: Block, spec: DecoderSpec) -> MlpWeights:
