@@ -155,7 +155,6 @@ class Decoder:
         x = self.embed(step.token_ids, step.positions)
         return self.run_blocks(x, range(self.spec.n_layers), step, pools, hooks, products)
 
-    @torch.inference_mode()
     def embed(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Returns what the residual stream starts with [T, d_model]; without positions, what tokens alone give."""
         x = F.embedding(token_ids, self.embedding)
@@ -165,7 +164,6 @@ class Decoder:
             x = x + F.embedding(positions, self.position_embedding)
         return x
 
-    @torch.inference_mode()
     def run_blocks(
         self,
         x: Tensor,
@@ -178,7 +176,7 @@ class Decoder:
         """Returns the residual stream [T, d_model] after the blocks `layers`, from x [T, d_model] before the first.
 
         `pools`: one for each of these layers, which is written. `products`: one for each layer of the decoder; without
-        them the dense ones. Hooks edit x in place.
+        them the dense ones. Hooks edit x in place. No gradients go through: compiled loops and pools have none.
         """
         spec = self.spec
         tables = {
@@ -227,7 +225,7 @@ class Decoder:
     ) -> Tensor:
         """Returns z [T, n_heads * head_dim] of h after the norm before attention."""
         spec = self.spec
-        qkv = products.qkv(h).view(len(h), spec.n_heads + 2 * spec.n_kv_heads, spec.head_dim)
+        qkv = products.qkv(h).view(h.shape[0], spec.n_heads + 2 * spec.n_kv_heads, spec.head_dim)
         q, k, v = finish_heads(qkv, spec.n_heads, spec.n_kv_heads, self.blocks[layer].head_norms, rotary)
         if layer in step.visited_queries:
             q = q.contiguous()
