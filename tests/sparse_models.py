@@ -10,7 +10,8 @@ from torch import Tensor
 from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.model.weights import decoder_from_transformers
-from patchclamp_server.sparsity.apply import Forced, Rows, Step, sparse_decoder
+from patchclamp_server.sparsity.apply import Forced, Rows, Step
+from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policies.teal import Teal
@@ -61,7 +62,7 @@ def run(
     """Residual states [tokens - prompt, d] of every document after its prompt, each by its own selector."""
     states = [selector.begin() for selector in selectors]
     step = Step()
-    decoder = sparse_decoder(model, step, products)
+    decoder, blocks = model.decoder, sparse_blocks(model, step, products)
     pools = pools_for(decoder, tokens)
     for start, end in ((0, prompt), (prompt, tokens.shape[1])):
         n = end - start
@@ -69,7 +70,7 @@ def run(
             Rows(slice(i * n, (i + 1) * n), selector, state, prompt=start == 0, forced=forced or {})
             for i, (selector, state) in enumerate(zip(selectors, states, strict=True))
         ]
-        x = decoder.forward(inputs_of(tokens, start, end, decoder), pools, NoHooks())
+        x = decoder.forward(inputs_of(tokens, start, end, decoder), pools, products=blocks)
         if start == 0:
             for selector, state in zip(selectors, states, strict=True):
                 selector.end_prompt(state)

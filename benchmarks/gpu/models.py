@@ -45,7 +45,8 @@ def rotary_table(shape: Shape, dtype: torch.dtype, device: torch.device) -> tupl
 def random_decoder(shape: Shape, dtype: torch.dtype, device: torch.device):
     """A Decoder of weights of variance 1 / inputs: activations neither vanish nor overflow."""
     from patchclamp_server.cpu.linear import Linear
-    from patchclamp_server.model.decoder import Block, Decoder, Norm
+    from patchclamp_server.model.decoder import Block, Decoder
+    from patchclamp_server.model.row_operators import HeadNorms, Norm
     from patchclamp_server.model.spec import read_spec
 
     torch.manual_seed(0)
@@ -57,13 +58,15 @@ def random_decoder(shape: Shape, dtype: torch.dtype, device: torch.device):
     def norm(width: int) -> Norm:
         return Norm(torch.ones(width, dtype=dtype, device=device), None, spec.eps)
 
+    def head_norms() -> HeadNorms:
+        return HeadNorms.of(norm(shape.head_dim), norm(shape.head_dim), shape.n_heads, shape.n_kv_heads)
+
     heads = shape.n_heads * shape.head_dim
     blocks = [
         Block(
             attn_norm=norm(shape.d_model),
             qkv=Linear(matrix(heads + 2 * shape.n_kv_heads * shape.head_dim, shape.d_model), None),
-            q_norm=norm(shape.head_dim) if shape.qk_norm else None,
-            k_norm=norm(shape.head_dim) if shape.qk_norm else None,
+            head_norms=head_norms() if shape.qk_norm else None,
             attn_output=Linear(matrix(shape.d_model, heads), None),
             post_attn_norm=None,
             mlp_norm=norm(shape.d_model),

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from measure import alternate
 from torch import Tensor
 
-from patchclamp_server.cpu.sparse import SparseLinear, SparseMlp
+from patchclamp_server.cpu.sparse.channels import SparseLinear
+from patchclamp_server.cpu.sparse.mlp import SparseMlp
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policies.fovea import Fovea
 from patchclamp_server.sparsity.policy import Selector

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchclamp_server.cpu.sparse import LowBitMatrix, fields
+from patchclamp_server.cpu.sparse import fields
+from patchclamp_server.cpu.sparse.low_bits import LowBitMatrix
 
 BITS = (2, 3, 4, 8)
 # Outputs, inputs and inputs of a group: whole and broken lanes, words and groups.

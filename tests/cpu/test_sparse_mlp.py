@@ -10,7 +10,9 @@ from test_quantized import affine_4, symmetric_8
 from torch import Tensor
 
 from patchclamp_server.cpu.linear import Linear
-from patchclamp_server.cpu.sparse import SparseLinear, SparseMlp, kernels
+from patchclamp_server.cpu.sparse import kernels
+from patchclamp_server.cpu.sparse.channels import SparseLinear
+from patchclamp_server.cpu.sparse.mlp import SparseMlp
 
 ACTIVATIONS: dict[str, Any] = {
     "silu": F.silu,

@@ -243,7 +243,7 @@ def test_the_greedy_path_of_teal_does_not_follow_the_first_token(layer: int) -> 
     sinks = states.clone()
     sinks[::6] *= 1000
     grids = [made.tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-    paths = [greedy_path(model.decoder, layer, residual, 2, grids) for residual in (states, sinks)]
+    paths = [greedy_path(model, layer, residual, 2, grids) for residual in (states, sinks)]
     assert torch.equal(*paths)
 
 

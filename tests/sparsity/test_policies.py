@@ -6,10 +6,11 @@ import pytest
 import torch
 from sparse_models import NAMES, bound, dense_run, documents, profile, run, sparse_model
 
-from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
-from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons, sparse_decoder
+from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons
+from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import MlpInput
 from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policies.fovea import Fovea
@@ -82,8 +83,8 @@ def test_forced_neurons_are_read_by_the_down_projection_of_channel_policies(name
     model, tokens, neurons = sparse_model(), documents(1, TOKENS), forced_neurons([3], [5, 3])
     step, selector = Step(), bound(POLICIES[name](keep_ratio=0.0))
     step.rows = [Rows(slice(0, TOKENS), selector, selector.begin(), forced={0: neurons})]
-    decoder = sparse_decoder(model, step)
-    decoder.forward(inputs_of(tokens, 0, TOKENS, decoder), pools_for(decoder, tokens), NoHooks())
+    decoder, products = model.decoder, sparse_blocks(model, step)
+    decoder.forward(inputs_of(tokens, 0, TOKENS, decoder), pools_for(decoder, tokens), products=products)
     active, among = step.active[0, "mlp_output"]
     assert (int(active), among) == (2 * TOKENS, model.spec.d_ff * TOKENS)
     assert int(step.active[1, "mlp_output"][0]) == 0

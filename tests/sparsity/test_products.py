@@ -6,9 +6,10 @@ import pytest
 import torch
 from sparse_models import NAMES, bound, dense_run, documents, gathered, run, sparse_model
 
-from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.calibrate import calibrate
-from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons, sparse_decoder
+from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons
+from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policies.fovea import Fovea
 from patchclamp_server.sparsity.policy import FixedSet
@@ -46,11 +47,11 @@ def test_the_weights_of_inactive_neurons_are_not_read() -> None:
         for weight in down:
             weight[1::2] = float("nan")
         step = Step([Rows(slice(0, TOKENS), selector, state)])
-        decoder = sparse_decoder(model, step, gathered())
-        x = decoder.forward(inputs_of(tokens, 0, TOKENS, decoder), pools_for(decoder, tokens), NoHooks())
+        decoder, products = model.decoder, sparse_blocks(model, step, gathered())
+        x = decoder.forward(inputs_of(tokens, 0, TOKENS, decoder), pools_for(decoder, tokens), products=products)
         assert torch.isfinite(x).all()
         step.rows = [Rows(slice(0, TOKENS), selector, selector.begin(), forced={0: forced_neurons([3])})]
-        x = decoder.forward(inputs_of(tokens, 0, TOKENS, decoder), pools_for(decoder, tokens), NoHooks())
+        x = decoder.forward(inputs_of(tokens, 0, TOKENS, decoder), pools_for(decoder, tokens), products=products)
         assert torch.isnan(x).all()
     finally:
         for weight, before in zip(down, kept, strict=True):

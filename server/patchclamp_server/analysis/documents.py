@@ -9,8 +9,10 @@ from patchclamp_server.callers import computes
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.attention.batch import AttentionBatch, Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
+from patchclamp_server.model.decoder import NoHooks as NoHooks
 from patchclamp_server.model.sites import Site
-from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
+from patchclamp_server.sparsity.apply import Rows, Step
+from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Selection, Selector, SequenceState
 
@@ -27,12 +29,13 @@ def documents_of(texts: Sequence[str], tokenize: Tokenize, tokens: int) -> Tenso
     return torch.tensor(cut)
 
 
-def pools_for(decoder: Decoder, documents: Tensor) -> list[Tensor]:
-    """KV pools of all layers, large enough for the documents; block 0 stays zero."""
+def pools_for(decoder: Decoder, documents: Tensor, layers: range | None = None) -> list[Tensor]:
+    """Returns the KV pools of `layers` (None: of all), large enough for the documents; block 0 stays zero."""
     n, tokens = documents.shape
     spec = decoder.spec
     shape = (2, n * _blocks(tokens) + 1, BLOCK, spec.n_kv_heads, spec.head_dim)
-    return [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.blocks]
+    n_pools = spec.n_layers if layers is None else len(layers)
+    return [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in range(n_pools)]
 
 
 def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> StepInputs:
@@ -54,11 +57,6 @@ def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> Step
 
 def _blocks(tokens: int) -> int:
     return (tokens + BLOCK - 1) // BLOCK
-
-
-class NoHooks:
-    def visit(self, site: Site, layer: int, x: Tensor) -> None:
-        pass
 
 
 class KeepSite:
@@ -105,7 +103,7 @@ def product_inputs(model: SparseModel, documents: Tensor) -> Iterator[tuple[Tens
             heard[layer, projection] = x
 
         listener = Listener(model, hear)
-        step = Step([Rows(slice(0, part.numel()), listener, listener.begin())])
-        decoder = sparse_decoder(model, step)
-        decoder.forward(inputs_of(part, 0, part.shape[1], decoder), pools_for(decoder, part), NoHooks())
+        products = sparse_blocks(model, Step([Rows(slice(0, part.numel()), listener, listener.begin())]))
+        decoder = model.decoder
+        decoder.forward(inputs_of(part, 0, part.shape[1], decoder), pools_for(decoder, part), NoHooks(), products)
         yield part, heard

@@ -90,7 +90,7 @@ class Linear:
             return
         if on_cpu and weight.dtype in (torch.float32, torch.bfloat16):
             assert self.weight is not None
-            from patchclamp_server.cpu.sparse import one_row_product
+            from patchclamp_server.cpu.sparse.one_row import one_row_product
 
             self._one_row = one_row_product(self.weight, input_major=input_major)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from patchclamp_server.engine.executors.sparse_decoder import SparseDecoder
+from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks
 from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.arrays import BoolArray, IntArray
@@ -69,7 +69,7 @@ class Executor(Protocol):
     @property
     def tables(self) -> Tables: ...
     @property
-    def sparse(self) -> SparseDecoder: ...
+    def sparse(self) -> SparseBlocks: ...
     def execute(self, batch: StepBatch) -> Executed: ...
     def trace(self, batch: StepBatch, *, edited: bool) -> FiniteProbe:
         """Runs a step of sequences that have failed, to see where; spoils their receipts and latches."""

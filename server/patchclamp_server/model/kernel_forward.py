@@ -4,13 +4,16 @@
 
 One launch takes what a block adds, its edits, the edits of the residual stream up to the next norm, and that norm. What
 programs there are varies by the tables it reads, not by what is launched, so that a captured graph serves any of them.
+
+That launch takes the end of one block and the start of the next, and edits rows of tables instead of calling hooks:
+this is why it has a loop over the blocks of its own, and not that of Decoder.run_blocks. Embedding, products,
+unembedding and the numbers of a family are the decoder's.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from patchclamp_kernels.gated_activation import NeuronProgram, gated_activation, neuron_receipts, neuron_tiles
@@ -19,7 +22,8 @@ from patchclamp_kernels.program_table import ProgramRows, ProgramTable
 from patchclamp_kernels.residual_edits import NormParams, ProgramStep, edit_rows, residual_edits
 from patchclamp_kernels.rope_kv_write import rope_kv_write
 from patchclamp_server.model.attention.peaks import Peaks
-from patchclamp_server.model.decoder import Block, Decoder, Norm, SiteHooks
+from patchclamp_server.model.decoder import BlockProducts, Decoder, SiteHooks
+from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import FORWARD_ORDER, Site, place_number
 
 
@@ -79,21 +83,23 @@ class KernelForward:
         self._neuron_places = torch.tensor(places, dtype=torch.int32, device=decoder.device)
 
     @torch.inference_mode()
-    def __call__(self, step: KernelInputs, pools: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The residual stream at the end and its final norm, both [T, d_model]; writes the KV pools."""
+    def __call__(
+        self, step: KernelInputs, pools: Sequence[Tensor], products: Sequence[BlockProducts] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the residual stream at the end and its final norm, both [T, d_model]; writes the KV pools.
+
+        `products`: as in Decoder.run_blocks.
+        """
         decoder, spec = self.decoder, self.decoder.spec
-        x = F.embedding(step.token_ids, decoder.embedding)
-        if spec.embedding_scale != 1.0:
-            x = x * torch.tensor(spec.embedding_scale, dtype=x.dtype)
-        if decoder.position_embedding is not None:
-            x = x + F.embedding(step.positions, decoder.position_embedding)
+        x = decoder.embed(step.token_ids, step.positions)
         blocks = decoder.blocks
         partial = self._receipt_parts(step)
         h = self._boundary(step, x, None, (0, 1), blocks[0].attn_norm)
         assert h is not None
         for layer, block in enumerate(blocks):
+            own: BlockProducts = block if products is None else products[layer]
             attn_out = _Delta(
-                self._attention(step, block, layer, h, pools[layer]),
+                self._attention(step, own, layer, h, pools[layer]),
                 place_number(Site.ATTN_OUT, layer),
                 block.post_attn_norm,
             )
@@ -106,7 +112,7 @@ class KernelForward:
                 inner = self._boundary(step, x, attn_out, (middle, middle + 1), block.mlp_norm)
             assert inner is not None
             mlp_out = _Delta(
-                self._mlp(step, block, layer, inner, partial), place_number(Site.MLP_OUT, layer), block.post_mlp_norm
+                self._mlp(step, own, layer, inner, partial), place_number(Site.MLP_OUT, layer), block.post_mlp_norm
             )
             if spec.parallel_residual:
                 residual_edits(x, delta=attn_out.values)
@@ -167,12 +173,12 @@ class KernelForward:
         edit_rows(x, program=programs.step(x.shape[1]), places=(place, place + 1))
         self._observe(programs, place, x)
 
-    def _attention(self, step: KernelInputs, block: Block, layer: int, h: Tensor, pool: Tensor) -> Tensor:
-        spec, programs = self.decoder.spec, step.programs
+    def _attention(self, step: KernelInputs, own: BlockProducts, layer: int, h: Tensor, pool: Tensor) -> Tensor:
+        spec, programs, norms = self.decoder.spec, step.programs, self.decoder.blocks[layer].head_norms
         rotary = self.decoder.rotary.get(spec.rotary_kinds[layer])
         cos, signed_sin = rotary if rotary is not None else (None, None)
         q = rope_kv_write(
-            block.qkv(h),
+            own.qkv(h),
             cos,
             signed_sin,
             step.positions,
@@ -180,9 +186,9 @@ class KernelForward:
             pool[0],
             pool[1],
             n_heads=spec.n_heads,
-            q_norm=None if block.q_norm is None else block.q_norm.weight,
-            k_norm=None if block.k_norm is None else block.k_norm.weight,
-            eps=0.0 if block.q_norm is None else block.q_norm.eps,
+            q_norm=None if norms is None else norms.q.weight,
+            k_norm=None if norms is None else norms.k.weight,
+            eps=0.0 if norms is None else norms.eps,
         )
         if programs.attn_q:
             place = place_number(Site.ATTN_Q, layer)
@@ -208,20 +214,20 @@ class KernelForward:
         if programs.attn_z:
             edit_rows(z, program=programs.step(z.shape[1]), places=(place, place + 1))
         self._observe(programs, place, z)
-        return block.attn_output(z)
+        return own.attn_output(z)
 
-    def _mlp(self, step: KernelInputs, block: Block, layer: int, h: Tensor, partial: Tensor | None) -> Tensor:
+    def _mlp(self, step: KernelInputs, own: BlockProducts, layer: int, h: Tensor, partial: Tensor | None) -> Tensor:
         spec, programs = self.decoder.spec, step.programs
         place = place_number(Site.MLP_POST, layer)
         inside = None
         if partial is not None:
             inside = NeuronProgram(programs.table, programs.rows, place, partial[layer])
-        hidden = block.mlp_input(h)
+        hidden = own.mlp_input(h)
         neurons = gated_activation(hidden, activation=spec.activation, gated=spec.family.gated, program=inside)
         if programs.neuron_rows:
             edit_rows(neurons, program=programs.step(spec.d_ff), places=(place, place + 1))
         self._observe(programs, place, neurons)
-        return block.mlp_output(neurons)
+        return own.mlp_output(neurons)
 
     def _observe(self, programs: Programs, place: int, x: Tensor) -> None:
         if programs.observers is not None and place in programs.breaks:

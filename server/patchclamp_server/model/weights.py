@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from patchclamp_server.cpu.linear import Linear, can_be_invariant
 from patchclamp_server.model.architectures import NormKind, QkvLayout
-from patchclamp_server.model.decoder import Block, Decoder, Norm
+from patchclamp_server.model.decoder import Block, Decoder
 from patchclamp_server.model.progress import Progress, Silent, Stage
+from patchclamp_server.model.row_operators import HeadNorms, Norm
 from patchclamp_server.model.spec import read_spec
 
 
@@ -92,20 +93,17 @@ class _Builder:
         q_norm, k_norm = norm(family.q_norm), norm(family.k_norm)
         head_norms = None
         if q_norm is not None and k_norm is not None:
-            heads = [q_norm.weight.expand(spec.n_heads, -1), k_norm.weight.expand(spec.n_kv_heads, -1)]
-            head_norms = torch.cat(heads)
+            head_norms = HeadNorms.of(q_norm, k_norm, spec.n_heads, spec.n_kv_heads)
         return Block(
             attn_norm=attn_norm,
             qkv=self._linear(layer, family.qkv, order),
-            q_norm=q_norm,
-            k_norm=k_norm,
+            head_norms=head_norms,
             attn_output=self._linear(layer, (family.attn_output,)),
             post_attn_norm=norm(family.post_attn_norm),
             mlp_norm=mlp_norm,
             mlp_input=self._linear(layer, family.mlp_input),
             mlp_output=self._linear(layer, (family.mlp_output,), input_major=True),
             post_mlp_norm=norm(family.post_mlp_norm),
-            head_norms=head_norms,
         )
 
     def _linear(

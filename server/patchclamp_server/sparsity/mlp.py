@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchclamp_server.cpu.activations import ACTIVATION_FUNCTIONS
+from patchclamp_server.cpu.activations import ACTIVATION_FUNCTIONS, neurons_of
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.quantized import GROUP
 from patchclamp_server.model.decoder import Block, Decoder
@@ -23,7 +23,7 @@ from patchclamp_server.model.spec import DecoderSpec
 class MlpWeights:
     """gate and up [d_ff, d], down [d_ff, d] (one row a neuron); gate is None where the MLP is not gated."""
 
-    activation: Callable[[Tensor], Tensor]
+    activation: str  # that of DecoderSpec
     gate: Tensor | None
     up: Tensor
     down: Tensor
@@ -38,6 +38,11 @@ class MlpWeights:
     def matrices(self) -> int:
         """Equal matrices in it: what one vector of every neuron is a share of."""
         return 2 if self.gate is None else 3
+
+    def activated(self, z: Tensor) -> Tensor:
+        """Returns act(z) [n, d_ff], by which policies rank neurons. It is torch's on every device: for few rows that is
+        sooner done than the compiled loops, and a last bit decides nothing."""
+        return ACTIVATION_FUNCTIONS[self.activation](z)
 
     @cached_property
     def down_norm(self) -> Tensor:
@@ -78,17 +83,22 @@ class MlpInput:
         x: Tensor,
         weights: MlpWeights,
         *,
-        gate: Tensor | None = None,
-        up: Tensor | None = None,
+        hidden: Tensor | None = None,
         gate_product: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`gate`, `up`: the pre-activations, where they are known already. `gate_product`: how gates are computed."""
+        """`hidden`: what the input projection gives for x, where it is known already. `gate_product`: how gates are
+        computed where it is not."""
         self.x = x
         self.weights = weights
         self.read: set[str] = set()
-        self._gate = gate
-        self._up = up
+        self._hidden = hidden
+        self._gate: Tensor | None = None
+        self._up: Tensor | None = None
         self._gate_product = gate_product
+        if hidden is not None and weights.gate is None:
+            self._up = hidden
+        elif hidden is not None:
+            self._gate, self._up = hidden.view(-1, 2, weights.d_ff).unbind(1)
 
     @property
     def known_gate(self) -> Tensor | None:
@@ -122,24 +132,27 @@ class MlpInput:
     @property
     def activated(self) -> Tensor:
         """act(gate) [n, d_ff]."""
-        return self.weights.activation(self.gate)
+        return self.weights.activated(self.gate)
 
     @property
     def neurons(self) -> Tensor:
-        """h [n, d_ff]: everything but down was read."""
-        return self.activated if self.weights.gate is None else self.activated * self.up
+        """The neurons h [n, d_ff], as the decoder computes them: everything but down was read."""
+        gated, gate, up = self.weights.gate is not None, self.gate, self.up
+        hidden = self._hidden
+        if hidden is None:
+            hidden = torch.cat((gate, up), dim=1) if gated else up
+        return neurons_of(hidden, self.weights.activation, gated=gated)
 
 
 def mlp_weights(block: Block, spec: DecoderSpec) -> MlpWeights:
     """The MLP of a block, out of whatever layout its products use."""
     fused, bias = matrix(block.mlp_input), block.mlp_input.bias
-    activation = ACTIVATION_FUNCTIONS[spec.activation]
     down = matrix(block.mlp_output).t().contiguous()
     if not spec.family.gated:
-        return MlpWeights(activation, None, fused, down, up_bias=bias)
+        return MlpWeights(spec.activation, None, fused, down, up_bias=bias)
     gate, up = fused.view(2, spec.d_ff, -1).unbind(0)
     gate_bias, up_bias = (None, None) if bias is None else bias.view(2, -1).unbind(0)
-    return MlpWeights(activation, gate, up, down, gate_bias, up_bias)
+    return MlpWeights(spec.activation, gate, up, down, gate_bias, up_bias)
 
 
 @torch.inference_mode()

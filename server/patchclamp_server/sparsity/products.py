@@ -1,6 +1,6 @@
 """The products of an MLP that read the weights of active neurons only, row by row, for the CPU.
 
-`GatheredMlp` is what `apply` uses for a few rows; more rows are computed densely and masked, which is sooner done. A
+`GatheredMlp` is what blocks.py uses for a few rows; more rows are computed densely and masked, which is sooner done. A
 set that stays for a sequence is compacted once, while there is room for the copies that codes need.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.cpu.sparse import CompactMlp, SparseMlp
+from patchclamp_server.cpu.sparse.mlp import CompactMlp, SparseMlp
 from patchclamp_server.cpu.sparse.output_rows import Floats
 from patchclamp_server.model.decoder import Block
 from patchclamp_server.model.spec import DecoderSpec

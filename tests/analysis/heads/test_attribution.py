@@ -10,7 +10,8 @@ from tiny_models import FAMILIES, VOCAB, tiny_model
 
 from patchclamp_server.analysis.heads.circuits.attribution import LogitAttribution, attribute
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.model.decoder import Decoder, Norm
+from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.weights import decoder_from_transformers
 

@@ -119,7 +119,7 @@ def _teal(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -
         paths = []
         for layer in range(model.n_layers):
             grids = [tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-            paths.append(greedy_path(decoder, layer, residuals.kept[layer], len(few), grids))
+            paths.append(greedy_path(model, layer, residuals.kept[layer], len(few), grids))
             steps.advance()
         length = min(map(len, paths))
         tensors["greedy"] = torch.stack([path[:length] for path in paths])

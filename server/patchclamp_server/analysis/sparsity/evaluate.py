@@ -19,7 +19,8 @@ from patchclamp_server.analysis.documents import KeepSite, NoHooks, inputs_of, p
 from patchclamp_server.callers import computes
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.sites import Site
-from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
+from patchclamp_server.sparsity.apply import Rows, Step
+from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.policy import PROJECTIONS, Selector, SequenceState, weight_shares
 
@@ -87,9 +88,9 @@ class Evaluator:
             Rows(slice(i * tokens, (i + 1) * tokens), selector, state) for i, state in enumerate(self.states(selector))
         ]
         step = Step(rows)
-        decoder = sparse_decoder(self.model, step)
         computes(len(self._scored.token_ids))
-        x = decoder.forward(self._scored, self._pools, NoHooks())
+        products = sparse_blocks(self.model, step)
+        x = self.model.decoder.forward(self._scored, self._pools, NoHooks(), products)
         nll = cross_entropy = agreement = 0.0
         for dense, choices, targets, logits in zip(
             self._dense, self._choices, self._targets, self._logits(x), strict=True

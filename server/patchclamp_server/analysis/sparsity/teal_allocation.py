@@ -6,15 +6,13 @@ norm is over the tokens that interventions/pooling.py takes for ordinary: the sq
 outweigh all others.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.interventions.pooling import ordinary_tokens
-from patchclamp_server.model.decoder import Decoder
-from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
+from patchclamp_server.sparsity.apply import Rows, Step
+from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policies.shares import threshold
 from patchclamp_server.sparsity.policies.teal import STEP
@@ -38,7 +36,7 @@ class _Trial(Selector):
     def __init__(self, model: SparseModel, grids: list[Tensor]) -> None:
         self.model = model
         self.profile = None
-        self.keep = (0.0,)
+        self.keep = (0.0,) * model.n_layers
         self.kept = [1.0] * len(PROJECTIONS)
         self._grids = grids
 
@@ -54,28 +52,18 @@ class _Trial(Selector):
 
 
 @torch.inference_mode()
-def greedy_path(decoder: Decoder, layer: int, residual: Tensor, documents: int, grids: list[Tensor]) -> Tensor:
-    """Shares kept by product after each step [steps, 4]. `residual` [documents · tokens, d]: inputs of the block."""
-    spec = decoder.spec
-    # One block that starts from given residual states: they are its embeddings.
-    one = replace(
-        spec,
-        n_layers=1,
-        windows=(spec.windows[layer],),
-        rotary_kinds=(spec.rotary_kinds[layer],),
-        embedding_scale=1.0,
-    )
-    single = Decoder(
-        one, residual, None, decoder.rotary, [decoder.blocks[layer]], decoder.final_norm, decoder.unembedding
-    )
-    model = SparseModel("", single)
-    ids = torch.arange(len(residual)).view(documents, -1)
+def greedy_path(model: SparseModel, layer: int, residual: Tensor, documents: int, grids: list[Tensor]) -> Tensor:
+    """Returns the shares kept by product after each step [steps, 4]. `residual` [documents · tokens, d]: inputs of the
+    block, the only one that is run."""
+    decoder, alone = model.decoder, range(layer, layer + 1)
+    # The run starts from residual states, so that it does not matter which tokens these are.
+    ids = torch.zeros(len(residual), dtype=torch.int64).view(documents, -1)
     trial = _Trial(model, grids)
-    sparse = sparse_decoder(model, Step([Rows(slice(0, len(residual)), trial, trial.begin())]))
-    inputs, pools = inputs_of(ids, 0, ids.shape[1], single), pools_for(single, ids)
-    target = single.forward(inputs, pools, NoHooks())
+    products = sparse_blocks(model, Step([Rows(slice(0, len(residual)), trial, trial.begin())]))
+    inputs, pools = inputs_of(ids, 0, ids.shape[1], decoder), pools_for(decoder, ids, alone)
+    target = decoder.run_blocks(residual, alone, inputs, pools)
     ordinary = ordinary_tokens(target.view(documents, -1, target.shape[1])).flatten()
-    shares = weight_shares(spec)
+    shares = weight_shares(model.spec)
     kept = [1.0] * len(PROJECTIONS)
     path = [kept]
     while sum(k * share for k, share in zip(kept, shares, strict=True)) > LEAST + 1e-9:
@@ -85,7 +73,8 @@ def greedy_path(decoder: Decoder, layer: int, residual: Tensor, documents: int, 
             if lowered < -1e-9:
                 continue
             trial.kept = [*kept[:i], max(lowered, 0.0), *kept[i + 1 :]]
-            error = float((sparse.forward(inputs, pools, NoHooks()) - target)[ordinary].float().square().sum())
+            output = decoder.run_blocks(residual, alone, inputs, pools, products=products)
+            error = float((output - target)[ordinary].float().square().sum())
             errors.append((error, trial.kept))
         if not errors:
             break

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.cpu.activations import CODES
 from patchclamp_server.cpu.invariant import rows
 from patchclamp_server.cpu.memory import in_parts
 
@@ -56,7 +55,7 @@ def activate(hidden: Tensor, activation: str, *, gated: bool) -> Tensor:
     """act(z) for z [n, width], or act(gate) · up for [n, 2 width] with the gates first."""
     assert hidden.ndim == 2
     neurons = torch.empty(hidden.shape[0], hidden.shape[1] // 2 if gated else hidden.shape[1])
-    _each_row(partial(rows.activations, hidden.numpy(), CODES[activation], gated, neurons.numpy()), hidden)
+    _each_row(partial(rows.activations, hidden.numpy(), rows.CODES[activation], gated, neurons.numpy()), hidden)
     return neurons
 
 

@@ -20,6 +20,8 @@ from patchclamp_server.cpu.vector import LANES
 compiled = numba.njit(nogil=True, cache=True)
 
 SILU, GELU, GELU_TANH, RELU = range(4)
+# By the names of DecoderSpec.activation.
+CODES = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU}
 
 # exp(x) = 2^n exp(r), r = x - n ln 2 in two parts, exp(r) by the polynomial of Cephes' expf; error below 2 ulp.
 _LOG2_E = np.float32(1.44269504)

@@ -20,10 +20,3 @@ d_ff 14336 at keep .5, least milliseconds of a run; the second the 30 MLPs of Sm
 Asking 4, 8, 16 or 32 rows ahead, and memory in huge pages, made no difference. Code that needs a C++ compiler at run
 time (inductor) is not used: a server need not have one.
 """
-
-from patchclamp_server.cpu.sparse.channels import SparseLinear
-from patchclamp_server.cpu.sparse.low_bits import LowBitMatrix
-from patchclamp_server.cpu.sparse.mlp import CompactMlp, SparseMlp
-from patchclamp_server.cpu.sparse.one_row import one_row_product
-
-__all__ = ["CompactMlp", "LowBitMatrix", "SparseLinear", "SparseMlp", "one_row_product"]

@@ -8,8 +8,6 @@ NaN and infinities are values like any other: no fast-math flag that denies them
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
 # mypy: disable-error-code="call-arg, no-untyped-call, var-annotated"
 
-import math
-
 import numba
 import numpy as np
 
@@ -19,8 +17,6 @@ GROUP = 32
 # How many rows ahead the records of codes are asked for: rows that are skipped end the processor's own prefetching.
 _AHEAD = 16
 _GROUPS_AHEAD = 2
-
-SILU, GELU, GELU_TANH, RELU = range(4)
 
 _compiled = numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
 
@@ -177,26 +173,6 @@ def sum_compact_codes(codes, step, ends, groups, scales, factors, y):  # type: i
         low = at + width
         add_code_rows(codes, offsets, start, end, row, factors, flat_scales, at, low, 2 * width, total, y, units)
         start = end
-
-
-@_compiled
-def activate(z, activation, h):  # type: ignore[no-untyped-def]
-    """h [T, K] = act(z) for z [T, K], and act(gate) · up for z [T, 2 K] that has gates, then ups."""
-    neurons = h.shape[1]
-    gated = z.shape[1] > neurons
-    for t in range(h.shape[0]):
-        for i in range(neurons):
-            a = z[t, i]
-            if activation == SILU:
-                value = a / (np.float32(1) + math.exp(-a))
-            elif activation == GELU:
-                value = np.float32(0.5) * a * (np.float32(1) + math.erf(a * np.float32(math.sqrt(0.5))))
-            elif activation == GELU_TANH:
-                inner = np.float32(math.sqrt(2 / math.pi)) * (a + np.float32(0.044715) * a * a * a)
-                value = np.float32(0.5) * a * (np.float32(1) + math.tanh(inner))
-            else:
-                value = np.float32(0) if a < 0 else a
-            h[t, i] = value * z[t, neurons + i] if gated else value
 
 
 @numba.njit(nogil=True, cache=True)

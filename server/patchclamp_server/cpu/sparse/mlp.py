@@ -18,14 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.cpu.activations import ACTIVATION_FUNCTIONS
+from patchclamp_server.cpu.activations import neurons_of
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.sparse.input_rows import input_rows
-from patchclamp_server.cpu.sparse.kernels import GELU, GELU_TANH, RELU, SILU, activate, strictly_ascending
+from patchclamp_server.cpu.sparse.kernels import strictly_ascending
 from patchclamp_server.cpu.sparse.output_rows import Floats, Index, as_floats, linear_shape, output_rows
-
-# How the compiled products know them.
-_CODES = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU}
 
 
 class SparseMlp:
@@ -39,8 +36,8 @@ class SparseMlp:
         """`mlp_input` has the gate rows first where the MLP is gated; `activation` is that of DecoderSpec."""
         self.mlp_input = mlp_input
         self.mlp_output = mlp_output
+        self.activation = activation
         self.gated = gated
-        self._code, self._function = _CODES[activation], ACTIVATION_FUNCTIONS[activation]
         self._inputs = output_rows(mlp_input)
         self._outputs = input_rows(mlp_output)
         rows, self.d_model = linear_shape(mlp_input)
@@ -101,11 +98,7 @@ class SparseMlp:
 
     def dense_neurons(self, x: Tensor) -> Tensor:
         """Activations of all neurons [T, d_ff], as the decoder computes them."""
-        hidden = self.mlp_input(x)
-        if not self.gated:
-            return self._function(hidden)
-        gate, up = hidden.view(-1, 2, self.d_ff).unbind(1)
-        return self._function(gate) * up
+        return neurons_of(self.mlp_input(x), self.activation, gated=self.gated)
 
     def _check(self, index: Tensor) -> Index:
         active: Index = np.ascontiguousarray(index.numpy())
@@ -118,9 +111,7 @@ class SparseMlp:
         return z if self._input_bias is None else z + self._input_bias[wanted]
 
     def _neurons_of(self, z: Floats, dtype: torch.dtype) -> Tensor:
-        h = np.empty((len(z), z.shape[1] // 2 if self.gated else z.shape[1]), dtype=np.float32)
-        activate(z, self._code, h)
-        return torch.from_numpy(h).to(dtype)
+        return neurons_of(torch.from_numpy(z), self.activation, gated=self.gated).to(dtype)
 
     def _sum(self, h: Tensor, product: Callable[[Floats], Floats]) -> Tensor:
         y = product(as_floats(h))

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +21,7 @@ from patchclamp_server.engine.executors.kernel_step import (
 )
 from patchclamp_server.engine.executors.operator_executor import setting_of
 from patchclamp_server.engine.executors.packed import packed
-from patchclamp_server.engine.executors.sparse_decoder import SparseDecoder
+from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.kernel_plan import KernelPlan, KernelPlanner, empty_plan
@@ -32,7 +31,6 @@ from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.kernel_forward import KernelForward
 from patchclamp_server.model.overflow import FiniteProbe, finite_rows
 from patchclamp_server.monitoring.sites import SiteWatcher, WatchedSites
-from patchclamp_server.sparsity.apply import Rows
 from patchclamp_server.sparsity.mlp import SparseModel
 
 log = logging.getLogger(__name__)
@@ -49,7 +47,7 @@ class KernelExecutor:
     def __init__(self, model: SparseModel, cache: KvCache, config: EngineConfig) -> None:
         decoder = model.decoder
         self.decoder = decoder
-        self.sparse = SparseDecoder(model, kernel_products)
+        self.sparse = SparseBlocks(model, kernel_products)
         self.cache = cache
         self.tables = SlotTables(decoder.spec.n_layers, decoder.dtype, decoder.device)
         cuda = decoder.device.type == "cuda"
@@ -66,7 +64,6 @@ class KernelExecutor:
         self.heads = HeadReader(decoder.spec.n_heads, decoder.device)
         self.watcher = SiteWatcher()
         self.forward = KernelForward(decoder)
-        self._sparse_forward: KernelForward | None = None
         self.graphs: DecodeGraphs | None = None
         if cuda if config.decode_graphs is None else config.decode_graphs:
             self.graphs = DecodeGraphs(self.forward, cache, self.tables, config.max_sequences)
@@ -114,20 +111,14 @@ class KernelExecutor:
         spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
         attention = RaggedBatch.build(spans, batch.block_size, device)
         inputs = kernel_inputs(arrays, attention, programs, peaks)
-        forward = self._following(batch.sparse) if batch.sparse else self.forward
-        x, normed = run_step(forward, self.tables, self.cache.pools, inputs, arrays)
+        products = self.sparse.follow(batch.sparse)
+        x, normed = run_step(self.forward, self.tables, self.cache.pools, inputs, arrays, products)
         if watched is not None and peaks is not None:
             watched.layout.look_at_heads(peaks)
         wanted = batch.logit_rows
         logits = self.decoder.unembed(normed[wanted] if len(wanted) != len(normed) else normed)
         outcome = plan.outcome(rows.opened, rows.readings)
         return Executed(finite_rows(x).cpu().numpy(), logits, outcome)
-
-    def _following(self, rows: Sequence[Rows]) -> KernelForward:
-        decoder = self.sparse.follow(rows)
-        if self._sparse_forward is None:
-            self._sparse_forward = KernelForward(decoder)
-        return self._sparse_forward
 
     def _warm_up(self, config: EngineConfig) -> None:
         """Compiles every kernel and captures the graphs of decode steps, before anybody waits for them.

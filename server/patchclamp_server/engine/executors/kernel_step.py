@@ -1,6 +1,6 @@
 """A step as the kernels take it: arrays of the batch and of its programs, on the device."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from patchclamp_server.engine.batch import StepBatch
 from patchclamp_server.interventions.kernel_plan import KernelPlan
 from patchclamp_server.interventions.slots import SlotTables
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.decoder import BlockProducts
 from patchclamp_server.model.kernel_forward import KernelForward, KernelInputs, Programs
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
@@ -83,9 +84,14 @@ def all_peaks(spec: DecoderSpec, rows: int, device: torch.device) -> Peaks:
 
 
 def run_step(
-    forward: KernelForward, tables: SlotTables, pools: list[Tensor], inputs: KernelInputs, arrays: Mapping[str, Tensor]
+    forward: KernelForward,
+    tables: SlotTables,
+    pools: list[Tensor],
+    inputs: KernelInputs,
+    arrays: Mapping[str, Tensor],
+    products: Sequence[BlockProducts] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream and its final norm [T, d_model]; adds the step to the receipts."""
-    x, normed = forward(inputs, pools)
+    """Returns the residual stream and its final norm [T, d_model]; adds the step to the receipts."""
+    x, normed = forward(inputs, pools, products)
     accumulate_receipts(tables.counts, inputs.programs.rows.receipts, arrays["spans"], arrays["counters"])
     return x, normed

@@ -3,7 +3,7 @@
 import torch
 
 from patchclamp_server.engine.batch import Executed, StepBatch
-from patchclamp_server.engine.executors.sparse_decoder import SparseDecoder, gathered_products
+from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks, gathered_products
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.interventions.compiler import Setting
 from patchclamp_server.interventions.head_readings import HeadReader
@@ -22,7 +22,7 @@ class OperatorExecutor:
     def __init__(self, model: SparseModel, cache: KvCache) -> None:
         decoder = model.decoder
         self.decoder = decoder
-        self.sparse = SparseDecoder(model, gathered_products)
+        self.sparse = SparseBlocks(model, gathered_products)
         self.cache = cache
         self.threads = torch.get_num_threads()
         self.tables = Tables(decoder.dtype, decoder.device)
@@ -41,8 +41,7 @@ class OperatorExecutor:
             hooks = self.watcher.follow(plan, batch.watch.layout)
         step = self._inputs(batch, plan, peaks)
         plan.begin(step.positions)
-        decoder = self.sparse.follow(batch.sparse) if batch.sparse else self.decoder
-        x = decoder.forward(step, self.cache.pools, hooks)
+        x = self.decoder.forward(step, self.cache.pools, hooks, self.sparse.follow(batch.sparse))
         outcome = plan.finish()
         if heads is not None:
             outcome.readouts += heads.values(peaks)

@@ -1,15 +1,15 @@
-"""The decoder under sparse policies, made when the first request needs it."""
+"""The products of the blocks under sparse policies, made when the first request needs them."""
 
 import threading
 from collections.abc import Callable, Sequence
 
-from patchclamp_server.model.decoder import Decoder
-from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
+from patchclamp_server.sparsity.apply import Rows, Step
+from patchclamp_server.sparsity.blocks import SparseBlock, sparse_blocks
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.products import CompactBudget, GatheredMlp, SparseProducts
 
 
-class SparseDecoder:
+class SparseBlocks:
     """`follow` belongs to the engine's thread; `prepare` may be called on any, so that no step has to wait."""
 
     def __init__(self, model: SparseModel, products: Callable[[SparseModel], Sequence[SparseProducts]]) -> None:
@@ -17,20 +17,23 @@ class SparseDecoder:
         self._products = products
         self._step = Step()
         self._lock = threading.Lock()
-        self._decoder: Decoder | None = None
+        self._blocks: list[SparseBlock] | None = None
 
-    def prepare(self) -> Decoder:
+    def prepare(self) -> list[SparseBlock]:
         with self._lock:
-            if self._decoder is None:
-                self._decoder = sparse_decoder(self.model, self._step, self._products(self.model))
-            return self._decoder
+            if self._blocks is None:
+                self._blocks = sparse_blocks(self.model, self._step, self._products(self.model))
+            return self._blocks
 
-    def follow(self, rows: Sequence[Rows]) -> Decoder:
-        """The decoder for a step with these rows."""
-        decoder = self.prepare()
+    def follow(self, rows: Sequence[Rows]) -> list[SparseBlock] | None:
+        """Returns the products of the blocks for a step with these rows under policies; None, the dense ones, where
+        there are no such rows."""
+        if not rows:
+            return None
+        blocks = self.prepare()
         self._step.rows = rows
         self._step.active.clear()
-        return decoder
+        return blocks
 
 
 def gathered_products(model: SparseModel) -> list[SparseProducts]:

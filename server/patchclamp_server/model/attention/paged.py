@@ -21,12 +21,40 @@ from patchclamp_server.model.attention.peaks import LayerPeaks
 _PEAK_SCORES = 1 << 22
 
 
+def _scaled(products: Tensor, scale: float, soft_cap: float) -> Tensor:
+    """Returns cap(q · k · scale) of products q · k; a soft cap of 0 is none."""
+    scores = products * scale
+    return torch.tanh(scores / soft_cap) * soft_cap if soft_cap else scores
+
+
+def visible_scores(
+    q: Tensor, positions: Tensor, columns: Tensor, *, scale: float, window: int, soft_cap: float
+) -> Tensor:
+    """Returns the scores [n_heads, n, m] of queries for keys of their sequence, float32: -inf where one is not seen.
+
+    q [n, n_heads, head_dim], tokens at `positions` [n]; columns [n_kv_heads, head_dim, m], float32: the keys of
+    positions 0 to m - 1, as `key_columns` gives them.
+    """
+    n, n_heads, dim = q.shape
+    n_kv, end = len(columns), columns.shape[2]
+    # The query heads of one KV head stand side by side, so that no key is repeated.
+    queries = q.float().view(n, n_kv, -1, dim).permute(1, 2, 0, 3)
+    scores = _scaled((queries.reshape(n_kv, -1, dim) @ columns).view(n_heads, n, end), scale, soft_cap)
+    hidden = ~is_visible(positions[:, None], torch.arange(end, device=q.device)[None], window)
+    return scores.masked_fill_(hidden, float("-inf"))
+
+
+def key_columns(keys: Tensor) -> Tensor:
+    """keys [m, n_kv_heads, head_dim] -> [n_kv_heads, head_dim, m], float32."""
+    return keys.float().permute(1, 2, 0)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
     """q [B, H, n, D], k and v [B, H, keys, D]; mask None is causal."""
     if not soft_cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     # In float32, as the other branch has them inside: float16 would overflow before the cap holds.
-    scores = torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scale / soft_cap)) * soft_cap
+    scores = _scaled(q.float() @ k.float().transpose(-1, -2), scale, soft_cap)
     if mask is None:
         mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
     return torch.softmax(scores + mask, dim=-1).to(v.dtype) @ v
@@ -106,19 +134,15 @@ def _find_peaks(
 
     A block of rows at a time: the scores of all would be the attention matrix.
     """
-    n_heads, n_kv, dim = q.shape[1], *keys.shape[1:]
-    columns = keys.float().permute(1, 2, 0)  # [n_kv, head_dim, n]
-    step = max(1, _PEAK_SCORES // (n_heads * len(keys)))
+    columns = key_columns(keys)
+    step = max(1, _PEAK_SCORES // (q.shape[1] * len(keys)))
     for start in range(0, len(rows), step):
         own = torch.from_numpy(rows[start : start + step]).to(q.device)
         at = torch.from_numpy(positions[start : start + step]).to(q.device)
         end = int(positions[start : start + step].max()) + 1
-        queries = q.index_select(0, own).float().view(len(own), n_kv, -1, dim).permute(1, 2, 0, 3)
-        scores = (queries.reshape(n_kv, -1, dim) @ columns[:, :, :end]).view(n_heads, len(own), end) * scale
-        if soft_cap:
-            scores = torch.tanh(scores / soft_cap) * soft_cap
-        hidden = ~is_visible(at[:, None], torch.arange(end, device=q.device)[None], window)
-        scores.masked_fill_(hidden, float("-inf"))
+        scores = visible_scores(
+            q.index_select(0, own), at, columns[:, :, :end], scale=scale, window=window, soft_cap=soft_cap
+        )
         # Of equals, max gives the first.
         largest, where = scores.max(dim=2)
         total = scores.logsumexp(dim=2)

@@ -124,7 +124,7 @@ class FoveaSelector(Selector):
             gate, error = mlp.gate, torch.zeros_like(self._gate_error[layer])
         else:
             gate, error = sketched.gate(mlp.x), self._gate_error[layer]
-        act = weights.activation
+        act = weights.activated
         # s², and not s: the order is the same.
         scores = (act(gate + error).square() + act(gate - error).square()) * weights.down_norm.square()
         blurred = act(gate)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchclamp_server.cpu.sparse import LowBitMatrix
+from patchclamp_server.cpu.sparse.low_bits import LowBitMatrix
 
 GROUP = 64
 SHRINK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)

@@ -24,7 +24,8 @@ from torch import Tensor
 from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.heads.attention_mass import attention_mass
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.model.decoder import Block, Decoder, Norm
+from patchclamp_server.model.decoder import Block, Decoder
+from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import matrix
 

@@ -33,8 +33,5 @@ def _ends(decoder: Decoder, layer: int, runs: PairRuns) -> Tensor:
     # Row 0 is the clean output, so that both sides of the difference are rounded alike.
     z = clean.repeat(1 + len(clean), 1, 1)
     z[1 + heads, heads] = corrupt
-    block = decoder.blocks[layer]
-    attn_out = block.attn_output(z.flatten(1))
-    if block.post_attn_norm is not None:
-        attn_out = block.post_attn_norm(attn_out)
+    attn_out = decoder.attention_output(layer, z.flatten(1))
     return runs.clean.end + (attn_out[1:] - attn_out[0])

@@ -8,7 +8,7 @@ replaces anything, all of its variants are the run itself: they start there, fro
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -83,9 +83,10 @@ def variant_ends(decoder: Decoder, run: Run, replaced: Tensor, values: Tensor) -
     layers = replaced.any(dim=2).any(dim=0).nonzero()
     first = int(layers[0]) if len(layers) else 0
     documents = run.tokens.expand(len(replaced), -1)
-    blocks = _from_layer(decoder, first)
-    hooks = _Replace(run.resid_pre[first], replaced[:, first:].to(decoder.device), values[first:])
-    x = blocks.forward(inputs_of(documents, 0, len(run.tokens), blocks), pools_for(blocks, documents), hooks)
+    rest = range(first, decoder.spec.n_layers)
+    start = run.resid_pre[first].repeat(len(replaced), 1)
+    step, pools = inputs_of(documents, 0, len(run.tokens), decoder), pools_for(decoder, documents, rest)
+    x = decoder.run_blocks(start, rest, step, pools, _Replace(replaced.to(decoder.device), values))
     return x.view(*documents.shape, -1)[:, -1]
 
 
@@ -116,34 +117,10 @@ class _Keep:
 
 @dataclass(frozen=True, eq=False)
 class _Replace:
-    """Layers count from the first that runs."""
-
-    start: Tensor  # [T, d_model]
-    replaced: Tensor  # [n, layers, n_heads]
-    values: Tensor  # [layers, T or 1, n_heads, head_dim]
+    replaced: Tensor  # [n, n_layers, n_heads]
+    values: Tensor  # [n_layers, T or 1, n_heads, head_dim]
 
     def visit(self, site: Site, layer: int, x: Tensor) -> None:
-        if site is Site.RESID_PRE and layer == 0:
-            x.view(-1, *self.start.shape).copy_(self.start)
-        elif site is Site.ATTN_Z:
-            z = x.view(len(self.replaced), len(self.start), *self.values.shape[2:])
+        if site is Site.ATTN_Z:
+            z = x.view(len(self.replaced), -1, *self.values.shape[2:])
             z.copy_(torch.where(self.replaced[:, layer, None, :, None], self.values[layer], z))
-
-
-def _from_layer(decoder: Decoder, first: int) -> Decoder:
-    """The blocks from `first` on. What it makes of tokens before its first block is to be overwritten."""
-    spec = decoder.spec
-    return Decoder(
-        replace(
-            spec,
-            n_layers=spec.n_layers - first,
-            windows=spec.windows[first:],
-            rotary_kinds=spec.rotary_kinds[first:],
-        ),
-        decoder.embedding,
-        decoder.position_embedding,
-        decoder.rotary,
-        decoder.blocks[first:],
-        decoder.final_norm,
-        decoder.unembedding,
-    )

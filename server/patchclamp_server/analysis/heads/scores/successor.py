@@ -26,7 +26,7 @@ from patchclamp_server.analysis.heads.scores.ov import ov_weights
 from patchclamp_server.analysis.heads.scores.scoring import BEST, HeadScores, Progress, Scoring, in_thread
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.model.decoder import Decoder
-from patchclamp_server.sparsity.mlp import MlpInput, matrix, mlp_weights
+from patchclamp_server.sparsity.mlp import matrix
 from patchclamp_server.text.prompt import PromptEncoder
 
 
@@ -82,14 +82,8 @@ class OvCircuit:
         unembedding = decoder.unembedding
         self._rows = matrix(unembedding)[self.members].float()  # [K, d_model]
         self._bias = 0.0 if unembedding.bias is None else unembedding.bias[self.members].float()
-        embedded = decoder.embedding[self.inputs] * decoder.spec.embedding_scale
-        block = decoder.blocks[0]
-        weights = mlp_weights(block, decoder.spec)
-        processed = MlpInput(block.mlp_norm(embedded), weights).neurons @ weights.down
-        if block.mlp_output.bias is not None:
-            processed = processed + block.mlp_output.bias
-        self._embedded = embedded
-        self._processed = processed if block.post_mlp_norm is None else block.post_mlp_norm(processed)
+        self._embedded = decoder.embed(self.inputs)
+        self._processed = decoder.mlp(0, decoder.blocks[0].mlp_norm(self._embedded))
 
     @torch.inference_mode()
     def written(self, layer: int, head: int | None = None) -> Tensor:

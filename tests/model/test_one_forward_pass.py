@@ -1,0 +1,232 @@
+"""Whatever runs the blocks of a model goes through Decoder.run_blocks, and varies it at its seams."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import Job, loaded, run_alone
+from planted_heads import planted_tokenizer
+from programs import prompt
+from sparse_models import bound, documents, sparse_model
+from tiny_models import FAMILIES, LAYERS, tiny_model
+from torch import Tensor
+
+import patchclamp_server
+from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for, product_inputs
+from patchclamp_server.analysis.heads.attention_mass import attention_mass
+from patchclamp_server.analysis.heads.circuits import path_patching
+from patchclamp_server.analysis.heads.circuits.attribution import attribute
+from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run_pair, variant_ends
+from patchclamp_server.analysis.heads.scores.ordinals import TokenSequence
+from patchclamp_server.analysis.heads.scores.successor import OvCircuit
+from patchclamp_server.analysis.sparsity.core_neurons import core_neurons
+from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
+from patchclamp_server.cpu.linear import Linear
+from patchclamp_server.cpu.sparse.mlp import SparseMlp
+from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.request import SparseInference
+from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.model.range_check import warn_of_overflow
+from patchclamp_server.model.sites import Site
+from patchclamp_server.model.weights import decoder_from_transformers
+from patchclamp_server.sparsity.mlp import MlpInput, mlp_weights
+from patchclamp_server.sparsity.policies import POLICIES
+
+TOKENS = 14
+WHOLE = range(LAYERS)
+PAIR = CleanCorruptPair(tuple(range(5, 5 + TOKENS)), tuple(range(6, 6 + TOKENS)), 5, 9)
+
+
+def decoder() -> Decoder:
+    return loaded("llama").decoder
+
+
+def tokens() -> Tensor:
+    return documents(2, TOKENS, seed=3)
+
+
+def test_no_class_of_the_server_is_a_decoder_or_a_product_of_its_own() -> None:
+    for module in pkgutil.walk_packages(patchclamp_server.__path__, "patchclamp_server."):
+        importlib.import_module(module.name)
+    for kind in (Decoder, Linear):
+        assert [c for c in kind.__subclasses__() if c.__module__.startswith("patchclamp_server.")] == []
+
+
+@dataclass
+class Record:
+    """What ran: the layers of each run of blocks, and by name the pieces of a block that ran outside of one."""
+
+    runs: list[range] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    decoders_made: int = 0
+    depth: int = 0
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Record:
+    seen = Record()
+    blocks = [block for model in (decoder(), sparse_model("llama").decoder) for block in model.blocks]
+    products = {id(p) for b in blocks for p in (b.qkv, b.attn_output, b.mlp_input, b.mlp_output)}
+    make, multiply = Decoder.__init__, Linear.__call__
+
+    def piece(name: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def recorded(self: Decoder, *args: Any, **options: Any) -> Tensor:
+            if not seen.depth and name == "run_blocks":
+                seen.runs.append(args[1])
+            elif not seen.depth:
+                seen.pieces.append(name)
+            seen.depth += 1
+            try:
+                return method(self, *args, **options)
+            finally:
+                seen.depth -= 1
+
+        return recorded
+
+    def made(self: Decoder, *args: Any) -> None:
+        seen.decoders_made += 1
+        make(self, *args)
+
+    def multiplied(self: Linear, x: Tensor) -> Tensor:
+        if not seen.depth and id(self) in products:
+            seen.pieces.append("product")
+        return multiply(self, x)
+
+    for name in ("run_blocks", "attention_output", "mlp"):
+        monkeypatch.setattr(Decoder, name, piece(name, getattr(Decoder, name)))
+    monkeypatch.setattr(Decoder, "__init__", made)
+    monkeypatch.setattr(Linear, "__call__", multiplied)
+    return seen
+
+
+def _mass() -> None:
+    attention_mass(decoder(), tokens()[0], torch.zeros(1, 1, dtype=torch.int64))
+
+
+def _attribution() -> None:
+    attribute(decoder(), tokens()[0].tolist(), 5)
+
+
+def _variants_from_layer_one() -> None:
+    runs = run_pair(decoder(), PAIR)
+    replaced = torch.zeros(2, LAYERS, decoder().spec.n_heads, dtype=torch.bool)
+    replaced[:, 1:] = True
+    variant_ends(decoder(), runs.clean, replaced, runs.corrupt.z)
+
+
+def _path_patching() -> None:
+    runs = run_pair(decoder(), PAIR)
+    assert len(list(path_patching.changes(decoder(), runs, runs.corrupt.z))) == LAYERS
+
+
+def _successor() -> None:
+    OvCircuit(decoder(), [TokenSequence("three tokens", ((3, 4), (4, 5)), (3, 4, 5))])
+
+
+def _greedy_path() -> None:
+    states = torch.randn(TOKENS, decoder().spec.d_model)
+    grids = [torch.linspace(0, 1, 1001)] * 4
+    assert len(greedy_path(sparse_model("llama"), 1, states, 1, grids)) > 1
+
+
+def _product_inputs() -> None:
+    assert len(list(product_inputs(sparse_model("llama"), tokens()))) == 1
+
+
+def _quality() -> None:
+    Evaluator(sparse_model("llama"), tokens(), 4).quality(bound(POLICIES["griffin"]()))
+
+
+def _core_neurons() -> None:
+    core_neurons(sparse_model("llama"), bound(POLICIES["griffin"]()), tokens()[0].tolist())
+
+
+def _request() -> None:
+    run_alone("llama", Job(prompt("one pass", 8), max_tokens=3), EngineConfig(kv_cache_tokens=256))
+
+
+def _sparse_request() -> None:
+    sparsity = SparseInference("griffin", bound(POLICIES["griffin"]()))
+    run_alone("llama", Job(prompt("one pass", 8), max_tokens=3, sparsity=sparsity), EngineConfig(kv_cache_tokens=256))
+
+
+# What a caller runs: whole passes, passes of some layers, and pieces of blocks.
+CALLERS: dict[Callable[[], None], tuple[int, list[range], list[str]]] = {
+    _mass: (1, [], []),
+    _attribution: (2, [], []),
+    _variants_from_layer_one: (2, [range(1, LAYERS)], []),
+    _path_patching: (2, [], ["attention_output"] * LAYERS),
+    _successor: (0, [], ["mlp"]),
+    _product_inputs: (1, [], []),
+    _quality: (3, [], []),
+    _core_neurons: (1, [], []),
+    _request: (3, [], []),
+    _sparse_request: (3, [], []),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS, ids=lambda caller: caller.__name__)
+def test_every_caller_runs_blocks_by_the_one_function(caller: Callable[[], None], record: Record) -> None:
+    caller()
+    whole, parts, pieces = CALLERS[caller]
+    assert record.runs == [WHOLE] * whole + parts
+    assert record.pieces == pieces
+    assert record.decoders_made == 0
+
+
+def test_the_greedy_path_of_a_block_runs_that_block_alone(record: Record) -> None:
+    _greedy_path()
+    assert set(record.runs) == {range(1, 2)}
+    assert record.pieces == []
+    assert record.decoders_made == 0
+
+
+def test_the_range_of_a_model_is_checked_by_one_pass(record: Record) -> None:
+    narrow = decoder_from_transformers(tiny_model("llama"), dtype=torch.float16, device="cpu")
+    record.decoders_made = 0
+    warn_of_overflow(narrow, planted_tokenizer())
+    assert record.runs == [WHOLE]
+    assert record.decoders_made == 0
+
+
+class Visits:
+    def __init__(self) -> None:
+        self.seen: list[tuple[Site, int, Tensor]] = []
+
+    def visit(self, site: Site, layer: int, x: Tensor) -> None:
+        self.seen.append((site, layer, x.clone()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cut", [1, 2])
+def test_blocks_run_in_parts_visit_and_give_what_they_do_in_one_run(family: str, cut: int) -> None:
+    model, documents = loaded(family).decoder, tokens()
+    step = inputs_of(documents, 0, TOKENS, model)
+    whole, parts = Visits(), Visits()
+    expected = model.forward(step, pools_for(model, documents), whole)
+    x = model.embed(step.token_ids, step.positions)
+    for layers in (range(cut), range(cut, LAYERS)):
+        x = model.run_blocks(x, layers, step, pools_for(model, documents, layers), parts)
+    assert torch.equal(x, expected)
+    for ours, theirs in zip(parts.seen, whole.seen, strict=True):
+        assert ours[:2] == theirs[:2]
+        assert torch.equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_neurons_that_policies_see_are_those_of_the_decoder_bit_by_bit(family: str, dtype: torch.dtype) -> None:
+    model = decoder_from_transformers(tiny_model(family), dtype=dtype, device="cpu")
+    neurons = KeepSite(Site.MLP_POST)
+    h = torch.randn(3, model.spec.d_model, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model.mlp(1, h, neurons)
+    block = model.blocks[1]
+    seen = MlpInput(h, mlp_weights(block, model.spec), hidden=block.mlp_input(h))
+    assert torch.equal(seen.neurons, neurons.kept[1])
+    sparse = SparseMlp(block.mlp_input, block.mlp_output, model.spec.activation, gated=model.spec.family.gated)
+    assert torch.equal(sparse.dense_neurons(h), neurons.kept[1])
