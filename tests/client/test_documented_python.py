@@ -131,12 +131,14 @@ def test_the_example_of_watches_runs(embedded_server: LiveServer, client: Client
         assert batch.activations
     finally:
         client.stop_watch("safety")
+        client.delete_artifact("safety")
 
 
 def test_the_example_of_retrieval_heads_runs(embedded_server: LiveServer, client: Client) -> None:
     given = {"page": "The key is under the old stone. ", "question": "Where is the key?"}
     answer = run("docs/user/heads.md", embedded_server.address, client=client, **given)["answer"]
     assert answer.grounding is not None
+    client.delete_artifact("retrieval")
 
 
 def test_the_example_of_retries_runs() -> None:

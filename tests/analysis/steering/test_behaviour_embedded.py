@@ -25,7 +25,7 @@ from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 from patchclamp_server.rpc.codecs.tensor import encode_tensor
 
-CONCEPTS = Path(__file__).parents[2] / "benchmarks" / "data" / "concepts"
+CONCEPTS = Path(__file__).parents[3] / "benchmarks" / "data" / "concepts"
 # Just past the middle of 30 layers: before it the last token hardly holds the concept.
 LAYER = 16
 RANDOM_SEEDS = range(4)

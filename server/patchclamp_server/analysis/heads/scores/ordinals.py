@@ -9,7 +9,7 @@ from pathlib import Path
 from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.text.prompt import PromptEncoder
 
-DATA = Path(__file__).parent / "data" / "ordinals.json"
+DATA = Path(__file__).parents[1] / "data" / "ordinals.json"
 # Being first among fewer says little.
 FEWEST_MEMBERS = 5
 

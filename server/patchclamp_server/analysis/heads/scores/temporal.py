@@ -37,7 +37,7 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 from patchclamp_server.text.prompt import PromptEncoder
 
-DATA = Path(__file__).parent / "data" / "temporal_facts.json"
+DATA = Path(__file__).parents[1] / "data" / "temporal_facts.json"
 PROGRESS_EVENTS = 100
 MAX_IN_FLIGHT = 64
 Ids: TypeAlias = tuple[int, ...]
