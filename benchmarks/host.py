@@ -81,10 +81,13 @@ class HostDecoder(Decoder):
         generator = torch.Generator().manual_seed(0)
         own._activations = {site: torch.randn(most, width, generator=generator) for site, width in spec.sites.items()}
         own._logits = torch.randn(most, spec.vocab_size, generator=generator)
+        own._visits = {}
         return own
 
     _activations: dict[Site, Tensor]
     _logits: Tensor
+    # The sites of a layer with their activations, by the number of rows.
+    _visits: dict[int, list[tuple[Site, Tensor]]]
 
     def threads_for(self, rows: int, available: int) -> int:
         return available
@@ -97,21 +100,21 @@ class HostDecoder(Decoder):
         assert len(step.attention.tables) == len(step.attention.spans)
         assert int(step.attention.tiles[:, 2].sum()) == rows
         assert step.attention.n_keys >= rows
+        if rows not in self._visits:
+            self._visits[rows] = [(site, _cycled(self._activations[site], rows)) for site in SITES]
+        visits = self._visits[rows]
         for layer in range(self.spec.n_layers):
             if layer in step.edited_queries:
-                hooks.visit(Site.ATTN_Q, layer, self._rows(Site.ATTN_Q, rows))
-            for site in SITES:
-                hooks.visit(site, layer, self._rows(site, rows))
-        return self._rows(Site.RESID_POST, rows)
+                hooks.visit(Site.ATTN_Q, layer, _cycled(self._activations[Site.ATTN_Q], rows))
+            for site, x in visits:
+                hooks.visit(site, layer, x)
+        return visits[-1][1]
 
     def logits(self, x: Tensor) -> Tensor:
         return self.unembed(x)
 
     def unembed(self, h: Tensor) -> Tensor:
         return _cycled(self._logits, len(h))
-
-    def _rows(self, site: Site, rows: int) -> Tensor:
-        return _cycled(self._activations[site], rows)
 
 
 def _cycled(values: Tensor, rows: int) -> Tensor:
