@@ -17,8 +17,8 @@ from patchclamp_server.engine.sampler import (
     _penalise,
     _thresholds,
     sample,
-    uniform,
 )
+from patchclamp_server.engine.uniforms import Uniforms, uniform
 
 VOCAB = 4000
 
@@ -179,6 +179,13 @@ def test_draws_follow_the_exact_distribution(params: SamplingParams) -> None:
     freedom = len(kept) - 1
     # Mean f, variance 2f; five standard deviations, and the seeds are fixed.
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_numbers_that_are_made_several_at_a_time_are_those_of_each_position() -> None:
+    for seed in (0, 1234, 2**64 - 1):
+        several = Uniforms(seed)
+        asked = [*range(2 * Uniforms.AT_ONCE + 1), 5, 1000, 999, 2**31]
+        assert [several.at(drawn) for drawn in asked] == [uniform(seed, drawn) for drawn in asked]
 
 
 def test_the_positions_of_one_seed_draw_independent_uniform_numbers() -> None:

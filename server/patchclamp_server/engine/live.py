@@ -122,10 +122,14 @@ class LiveRequests:
         try:
             yield
         except Exception as error:
-            log.exception("request %d failed", sequence.id)
-            if is_device_lost(error):
-                raise
-            self.fail(sequence, fault_of(error))
+            self.broke(sequence, error)
+
+    def broke(self, sequence: Sequence, error: Exception) -> None:
+        """Fails the request that an exception concerns alone; raises it again where the device is lost."""
+        log.error("request %d failed", sequence.id, exc_info=error)
+        if is_device_lost(error):
+            raise error
+        self.fail(sequence, fault_of(error))
 
     def finish_id(self, request_id: int) -> None:
         """As if it had reached its last token."""

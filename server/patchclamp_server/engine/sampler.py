@@ -24,6 +24,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.engine.request import SamplingParams
+from patchclamp_server.engine.uniforms import Uniforms
 from patchclamp_server.model.invariant import operators
 
 # `Sampled.id` of a row whose logits hold NaN or +inf: there is no distribution, and the caller must fail the request.
@@ -55,14 +57,17 @@ class SamplingRow:
     def distinct_prompt_ids(self) -> NDArray[np.int64]:
         return np.unique(np.asarray(self.prompt_ids, dtype=np.int64))
 
-    @property
+    @cached_property
     def uses_penalties(self) -> bool:
         p = self.params
         return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
+    @cached_property
+    def uniforms(self) -> Uniforms:
+        return Uniforms(self.seed)
 
-@dataclass(frozen=True)
-class Sampled:
+
+class Sampled(NamedTuple):
     """`logprob` is None and `top_logprobs` empty unless the row asked for them; most likely token first."""
 
     id: int
@@ -93,11 +98,6 @@ def drawn_seed() -> int:
 def warm_up(device: torch.device) -> None:
     """Compiles what is compiled at run time, so that no request waits for it."""
     sample(torch.zeros(1, 2, device=device), [SamplingRow(SamplingParams(1.0, top_p=0.5, logprobs=1), 0, (), ())])
-
-
-def uniform(seed: int, drawn: int) -> float:
-    """Uniform in [0, 1) with 53 bits: Philox-4x64 (Salmon et al. 2011) with key `seed` at block `drawn`."""
-    return float(int(np.random.Philox(key=seed, counter=drawn).random_raw()) >> 11) * 2.0**-53
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -156,7 +156,7 @@ def _draw_random(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     threshold = _thresholds(scores, rows)
     if threshold is not None:
         scores.masked_fill_(scores < threshold[:, None], -math.inf)
-    u = torch.tensor([uniform(row.seed, len(row.output_ids)) for row in rows], dtype=torch.float64, device=device)
+    u = torch.tensor([row.uniforms.at(len(row.output_ids)) for row in rows], dtype=torch.float64, device=device)
     if operators.holds_for(scores):
         from patchclamp_server.engine.sampling_rows import invert_cdf
 
