@@ -28,7 +28,7 @@ from patchclamp_server.engine.overflow import refusal
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.sampler import warm_up
-from patchclamp_server.engine.scheduler import Scheduler, Work
+from patchclamp_server.engine.scheduler import Scheduler, Work, counted_tokens
 from patchclamp_server.engine.text import token_bytes
 from patchclamp_server.errors import (
     Cancelled,
@@ -316,8 +316,7 @@ class Engine:
     def _run(self, work: list[Work]) -> None:
         started = time.monotonic()
         # Before the step, which moves what has been reached.
-        prompt_tokens = sum(w.new_prompt_tokens for w in work)
-        recomputed = sum(w.recomputed_tokens for w in work)
+        prompt_tokens, recomputed = counted_tokens(work)
         result = self.runner.run(work)
         for item, position in result.broken:
             self._break(item, position)
@@ -328,8 +327,8 @@ class Engine:
         generated = self.delivery.generated_tokens
         self.delivery.deliver(work, result, self.on_logits)
         seconds = time.monotonic() - started
-        rows = sum(w.n for w in work)
-        decode_rows = sum(w.n for w in work if w.n == 1)
+        rows = sum([w.n for w in work])
+        decode_rows = len([w for w in work if w.n == 1])
         self.scheduler.pace.record(decode_rows=decode_rows, prefill_rows=rows - decode_rows, seconds=seconds)
         generated = self.delivery.generated_tokens - generated
         self.observer.on_step(seconds=seconds, rows=rows, generated=generated)

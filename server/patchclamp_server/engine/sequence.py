@@ -44,7 +44,8 @@ class Sequence:
     """A request while it is in the engine.
 
     Invariant: 0 <= computed <= len(tokens); `blocks` cover at least the computed tokens; `keys[i]` is the key of
-    block i, and `keys` is at least as long as the full blocks of computed tokens when prefixes are shared.
+    block i, and `keys` is at least as long as the full blocks of computed tokens when prefixes are shared. `blocks` is
+    another list whenever blocks are given back, and a list that only grows until then.
     """
 
     id: int
@@ -88,7 +89,7 @@ class Sequence:
     ended: FinishReason | None = None
     sparse: SparseSequence | None = None
 
-    @property
+    @cached_property
     def priority(self) -> tuple[int, float]:
         return (int(self.request.priority), self.arrival)
 
@@ -97,7 +98,7 @@ class Sequence:
         """What a client asked for, and not an analysis or a baseline beside it."""
         return self.leader is None and self.request.priority is not Priority.ANALYSIS
 
-    @property
+    @cached_property
     def scores(self) -> bool:
         """All tokens are known from the start, and their log-probabilities are asked for."""
         return self.request.score_from is not None
@@ -119,6 +120,9 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
+        if self.leader is None and not self.scores:
+            # The target of nearly all, which is asked for at every token.
+            return len(self.tokens) - self.computed
         return self.target - self.computed
 
     @property
