@@ -64,7 +64,7 @@ EDITED_LAYERS = 4
 READ_LAYER = 20
 # Prompts of so many lengths, so that no two steps in a row fill the blocks of everybody.
 LENGTHS = range(16, 32)
-# Sites in the order of the forward pass, those of the queries aside.
+# Sites in the order of the forward pass, without the queries, which are visited where a program edits them.
 SITES = tuple(
     Site[name] for name in ("RESID_PRE", "ATTN_Z", "ATTN_OUT", "RESID_MID", "MLP_POST", "MLP_OUT", "RESID_POST")
 )
@@ -93,7 +93,7 @@ class HostDecoder(Decoder):
         return available
 
     @torch.inference_mode()
-    def forward(self, step: StepInputs, pools: list[Tensor], hooks: SiteHooks) -> Tensor:
+    def forward(self, step: StepInputs, pools: Sequence[Tensor], hooks: SiteHooks, products: Any = None) -> Tensor:
         rows = len(step.token_ids)
         assert len(step.positions) == len(step.slots) == rows
         # What attention reads in the first layer, and keeps for the others.
@@ -104,8 +104,6 @@ class HostDecoder(Decoder):
             self._visits[rows] = [(site, _cycled(self._activations[site], rows)) for site in SITES]
         visits = self._visits[rows]
         for layer in range(self.spec.n_layers):
-            if layer in step.edited_queries:
-                hooks.visit(Site.ATTN_Q, layer, _cycled(self._activations[Site.ATTN_Q], rows))
             for site, x in visits:
                 hooks.visit(site, layer, x)
         return visits[-1][1]

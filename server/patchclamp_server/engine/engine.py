@@ -274,17 +274,14 @@ class Engine:
 
     def _expire(self) -> float | None:
         """Fails what is past its deadline; seconds until the next one."""
-        now = time.monotonic()
-        nearest = None
-        for sequence in list(self.live.sequences.values()):
-            deadline = sequence.request.deadline
-            if deadline is None:
-                continue
-            if deadline <= now:
-                self.live.fail(sequence, DeadlineExceeded("", "the deadline passed before the request was finished"))
-            else:
-                nearest = min(deadline - now, nearest or deadline - now)
-        return nearest
+        deadlines, now = self.live.deadlines, time.monotonic()
+        nearest = min(deadlines.values(), default=None)
+        if nearest is not None and nearest <= now:
+            for request_id in [id for id, deadline in deadlines.items() if deadline <= now]:
+                error = DeadlineExceeded("", "the deadline passed before the request was finished")
+                self.live.fail_id(request_id, error)
+            nearest = min(deadlines.values(), default=None)
+        return None if nearest is None else nearest - now
 
     def _step(self, work: list[Work]) -> None:
         try:

@@ -5,10 +5,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from patchclamp_kernels.paged_attention import RaggedBatch
-from patchclamp_server.engine.attention import Span
+from patchclamp_server.engine.attention import Spans
 from patchclamp_server.engine.batch import Executed, StepBatch
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.decode_graphs import SIZES, DecodeGraphs
@@ -94,8 +95,7 @@ class KernelExecutor:
         rows = program_rows(arrays, columns=plan.n_columns, items=plan.n_items, readings=plan.n_readings)
         programs = programs_of(self.tables, self.decoder.spec, rows, plan)
         programs = replace(programs, observers=probe, breaks=frozenset(range(self.tables.n_places)))
-        spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
-        attention = RaggedBatch.build(spans, batch.block_size, self.decoder.device)
+        attention = RaggedBatch.build(batch.spans.as_lists(), batch.block_size, self.decoder.device)
         self.forward(kernel_inputs(arrays, attention, programs, None), self.cache.pools)
         return probe
 
@@ -111,8 +111,7 @@ class KernelExecutor:
             programs = watched.between(programs)
         if plan.observers is not None:
             plan.observers.begin(arrays["positions"])
-        spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
-        attention = RaggedBatch.build(spans, batch.block_size, device)
+        attention = RaggedBatch.build(batch.spans.as_lists(), batch.block_size, device)
         inputs = kernel_inputs(arrays, attention, programs, peaks)
         forward = self._following(batch.sparse) if batch.sparse else self.forward
         x, normed = run_step(forward, self.tables, self.cache.pools, inputs, arrays)
@@ -158,12 +157,10 @@ class KernelExecutor:
 
     def _padding(self, rows: list[int], offset: int = 0) -> StepBatch:
         """Rows that are written nowhere. They read block 0, which is nobody's."""
-        size = self.cache.block_size
-        spans = []
-        for i, n in enumerate(rows):
-            spans.append(Span(i, n, offset, [0] * (-(-(offset + n) // size))))
-        total = sum(span.n for span in spans)
-        return StepBatch([0] * total, spans, [], [0], size, padding=True)
+        size, n = self.cache.block_size, np.array(rows, dtype=np.int64)
+        offsets = np.full(len(n), offset, dtype=np.int64)
+        spans = Spans(n, offsets, np.zeros((len(n), -(-(offset + max(rows)) // size)), dtype=np.int64))
+        return StepBatch(np.zeros(n.sum(), dtype=np.int64), spans, [], [0], size, padding=True)
 
 
 def _variants(rows: int, n_places: int) -> list[KernelPlan]:
