@@ -106,7 +106,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     if penalised:
         logits = _penalise(logits, rows, penalised)
     # One pass gives the greedy choice, the maximum for the others, and shows NaN (which argmax prefers).
-    best = logits.argmax(dim=-1, keepdim=True)  # [n, 1]
+    best = _argmax(logits)  # [n, 1]
     peak = logits.gather(-1, best)  # [n, 1]
     ids = torch.where(peak.isfinite(), best, NOT_FINITE).squeeze(-1)
     chosen: list[int] = ids.tolist()
@@ -117,6 +117,14 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
         for i, id in zip(random, _draw_random(scores, [rows[i] for i in random]), strict=True):
             chosen[i] = id
     return chosen
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The first of the largest of each row [n, vocab] -> [n, 1]; of a row with NaN, the first NaN."""
+    if logits.device.type == "cpu":
+        # numpy's compares vectors, torch's single numbers; and no other thread has to wake for it.
+        return torch.from_numpy(logits.numpy().argmax(axis=-1, keepdims=True))
+    return logits.argmax(dim=-1, keepdim=True)
 
 
 def _penalise(logits: Tensor, rows: Sequence[SamplingRow], penalised: Sequence[int]) -> Tensor:
