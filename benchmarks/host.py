@@ -62,6 +62,8 @@ WORDS = 512
 BATCHES = (64, 256)
 EDITED_LAYERS = 4
 READ_LAYER = 20
+# Made once: it is asked of every event.
+_ENDS = (Failed, Finished)
 # Prompts of so many lengths, so that no two steps in a row fill the blocks of everybody.
 LENGTHS = range(16, 32)
 # Sites in the order of the forward pass, without the queries, which are visited where a program edits them.
@@ -211,9 +213,9 @@ class Bench:
         steps.n, steps.ends = len(programs), []
 
         def on_event(event: Event) -> None:
-            if isinstance(event, Failed):
-                failures.append(str(event.error))
-            if isinstance(event, Failed | Finished):
+            if isinstance(event, _ENDS):
+                if isinstance(event, Failed):
+                    failures.append(str(event.error))
                 left.release()
 
         stop = StopParams(max_tokens=self._tokens, ignore_eos=True)

@@ -123,7 +123,8 @@ class Scheduler:
         for sequence in [s for s, left in ready if left == 1]:
             if budget <= 0:
                 break
-            if self._is_there(sequence) and self._reserve(sequence, 1):
+            has_room = sequence.computed < len(sequence.blocks) * self.cache.block_size
+            if self._is_there(sequence) and (has_room or self._reserve(sequence, 1)):
                 work.append(Work(sequence, 1))
                 budget -= 1
         for sequence in [s for s, left in ready if left > 1]:
