@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from patchclamp_server.engine.attention import Span, Spans
 from patchclamp_server.engine.block_tables import BlockTables
+from patchclamp_server.engine.spans import Span, Spans
 
 BLOCK = 4
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from patchclamp_server.engine.attention import Spans
 from patchclamp_server.engine.overflow import FiniteProbe
+from patchclamp_server.engine.spans import Spans
 from patchclamp_server.engine.sparse_decoder import SparseDecoder
 from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
 from patchclamp_server.interventions.scopes import BoolArray, IntArray

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from patchclamp_kernels.paged_attention import RaggedBatch
-from patchclamp_server.engine.attention import Spans
 from patchclamp_server.engine.batch import Executed, StepBatch
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.decode_graphs import SIZES, DecodeGraphs
@@ -27,6 +26,7 @@ from patchclamp_server.engine.operator_executor import setting_of
 from patchclamp_server.engine.overflow import FiniteProbe, finite_rows
 from patchclamp_server.engine.packed import packed
 from patchclamp_server.engine.peaks import Peaks
+from patchclamp_server.engine.spans import Spans
 from patchclamp_server.engine.sparse_decoder import SparseDecoder
 from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.kernel_plan import KernelPlan, KernelPlanner, empty_plan

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.engine.attention import Span, Spans
 from patchclamp_server.engine.batch import Executor, StepBatch
 from patchclamp_server.engine.block_tables import BlockTables
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.overflow import Overflow
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
+from patchclamp_server.engine.spans import Span, Spans
 from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.monitoring.step import ServedSpan
