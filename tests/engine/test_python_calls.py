@@ -12,7 +12,7 @@ from engine_runs import loaded
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Request, SamplingParams, StopParams
-from patchclamp_server.metrics import Metrics
+from patchclamp_server.rpc.metrics.server import Metrics
 
 FEW, MANY = 8, 40
 # Of a sequence in a step: to be scheduled, put into a batch, sampled for, and told its token and its text. Before

@@ -3,7 +3,7 @@
 import numpy as np
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from patchclamp_server.step_histogram import StepHistogram
+from patchclamp_server.rpc.metrics.step_histogram import StepHistogram
 
 BUCKETS = (0.01, 0.1, 1.0, 2.5)
 

@@ -4,7 +4,7 @@ from operator import is_
 
 import numpy as np
 
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
 
 
 class BlockTables:

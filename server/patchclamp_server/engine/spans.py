@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
 
 
 @dataclass(frozen=True, eq=False)
