@@ -27,7 +27,7 @@ from patchclamp_server.interventions.plan import ProgramSpan
 from patchclamp_server.interventions.program import Scope
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
-from patchclamp_server.model.attention.batch import Span
+from patchclamp_server.model.attention.spans import Span
 
 Programs = list[BoundProgram | None]
 Row = dict[str, object]

@@ -12,13 +12,14 @@ from patchclamp_server.engine.request import SamplingParams
 from patchclamp_server.engine.sampler import (
     NOT_FINITE,
     SamplingRow,
+    _argmax,
     _invert_cdf,
     _nucleus_thresholds,
     _penalise,
     _thresholds,
     sample,
-    uniform,
 )
+from patchclamp_server.engine.uniforms import Uniforms, uniform
 
 VOCAB = 4000
 
@@ -69,7 +70,7 @@ def test_greedy_takes_the_first_of_equal_maxima() -> None:
     assert [s.id for s in sample(logits, [row(SamplingParams())] * 2)] == [7, 0]
 
 
-def test_a_greedy_batch_without_logprobs_computes_one_argmax_and_nothing_else_as_wide_as_the_vocabulary() -> None:
+def test_a_greedy_batch_without_logprobs_has_torch_compute_nothing_as_wide_as_the_vocabulary() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     wide: list[str] = []
@@ -85,7 +86,18 @@ def test_a_greedy_batch_without_logprobs_computes_one_argmax_and_nothing_else_as
     logits = logits_like_a_model(8)
     with Record():
         sample(logits, [row(SamplingParams())] * 8)
-    assert wide == ["aten.argmax.default"]
+    # The argmax of a CPU is numpy's, which looks at the same memory.
+    assert wide == ["aten.detach.default"]
+
+
+def test_the_argmax_of_numpy_is_that_of_torch_also_of_what_is_not_finite() -> None:
+    logits = logits_like_a_model(6)
+    logits[1, [9, 5]] = math.nan
+    logits[2, [7, 3000]] = math.inf
+    logits[3] = -math.inf
+    logits[4, [30, 20]] = 100.0
+    logits[5, 17] = -math.nan
+    assert torch.equal(_argmax(logits), logits.argmax(dim=-1, keepdim=True))
 
 
 def test_the_logits_are_left_unchanged() -> None:
@@ -179,6 +191,13 @@ def test_draws_follow_the_exact_distribution(params: SamplingParams) -> None:
     freedom = len(kept) - 1
     # Mean f, variance 2f; five standard deviations, and the seeds are fixed.
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_numbers_that_are_made_several_at_a_time_are_those_of_each_position() -> None:
+    for seed in (0, 1234, 2**64 - 1):
+        several = Uniforms(seed)
+        asked = [*range(2 * Uniforms.AT_ONCE + 1), 5, 1000, 999, 2**31]
+        assert [several.at(drawn) for drawn in asked] == [uniform(seed, drawn) for drawn in asked]
 
 
 def test_the_positions_of_one_seed_draw_independent_uniform_numbers() -> None:

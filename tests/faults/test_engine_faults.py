@@ -203,8 +203,8 @@ def test_a_sampler_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
     engine, outcome, after = engine_with(never), Outcome(), Outcome()
     with monkeypatch.context() as patch:
         # A real operator of torch that the sampler calls, made to raise.
-        patch.setattr("torch.Tensor.argmax", _raise)
-        patch.setattr("torch.argmax", _raise)
+        patch.setattr("torch.Tensor.gather", _raise)
+        patch.setattr("torch.gather", _raise)
         engine.submit(request(outcome.on_event))
         run(engine)
     assert isinstance(outcome.error, EngineFailure)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchclamp_server.model.attention.batch import AttentionBatch, Span
+from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.paged import paged_attention
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.spans import Span
 
 CPU = torch.device("cpu")
 # contexts of the rows, heads, key heads, head_dim, block size, window, soft cap

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from patchclamp_server.callers import computes
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.model.attention.batch import AttentionBatch, Span
+from patchclamp_server.model.attention.batch import AttentionBatch
+from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.decoder import NoHooks as NoHooks
 from patchclamp_server.model.sites import Site

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks
 from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.arrays import BoolArray, IntArray
-from patchclamp_server.model.attention.batch import Span
+from patchclamp_server.model.attention.spans import Spans
 from patchclamp_server.model.overflow import FiniteProbe
 from patchclamp_server.monitoring.step import StepWatch
 from patchclamp_server.sparsity.apply import Rows
@@ -25,8 +26,8 @@ class StepBatch:
     that a sparse policy selects for or observes. `watch`: rows that are watched. Rows of `padding` are written to no
     block."""
 
-    token_ids: list[int]
-    spans: list[Span]
+    token_ids: IntArray  # [T]
+    spans: Spans
     programs: list[ProgramSpan]
     # Rows whose next token is predicted, ascending.
     logit_rows: list[int]
@@ -37,23 +38,14 @@ class StepBatch:
 
     @property
     def positions(self) -> IntArray:  # [T]
-        return np.concatenate([np.arange(s.offset, s.offset + s.n) for s in self.spans])
+        return self.spans.positions
 
-    @property
+    @cached_property
     def slots(self) -> IntArray:
         """Token addresses block * block_size + offset in the KV pool, [T]."""
         if self.padding:
             return np.full(len(self.token_ids), PADDING_SLOT, dtype=np.int64)
-        return np.concatenate([self._slots(s) for s in self.spans])
-
-    def _slots(self, span: Span) -> IntArray:
-        size = self.block_size
-        if span.n == 1:
-            return np.array([span.blocks[span.offset // size] * size + span.offset % size])
-        positions = np.arange(span.offset, span.offset + span.n)
-        blocks = np.array(span.blocks, dtype=np.int64)
-        slots: IntArray = blocks[positions // size] * size + positions % size
-        return slots
+        return self.spans.slots(self.block_size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@ has all it needs."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,26 +35,18 @@ class Delivery:
     def deliver(self, work: list[Work], result: StepResult, on_logits: OnLogits | None) -> None:
         self._sample_densely(result)
         self._tell_outcome(work, result.outcome)
-        drawn = list(self._drawn(result))
+        drawn = self._drawn(result)
         if drawn:
             rows = [p.row for p in drawn]
             logits = result.logits if len(rows) == len(result.logits) else result.logits[rows]
             sampled = sample(logits, [p.sequence.sampling_row for p in drawn])
-            for i, (prediction, choice) in enumerate(zip(drawn, sampled, strict=True)):
-                sequence = prediction.sequence
-                if choice.id == NOT_FINITE:
-                    self._live.fail(sequence, logits_refusal(self._runner.dtype, prediction.position))
-                    continue
-                if on_logits is not None:
-                    on_logits(sequence.id, len(sequence.tokens), logits[i])
-                if sequence.follower is not None:
-                    sequence.predictions[len(sequence.tokens)] = torch.log_softmax(logits[i].double(), dim=0)
-                self._accept(sequence, choice)
+            self._look_at(drawn, sampled, logits, on_logits)
+            self._accept(drawn, sampled)
         self._end_computed(work)
 
     def _sample_densely(self, result: StepResult) -> None:
         """Quality guards: computes the tokens that are due densely too, and ends sparse inference that has drifted."""
-        due = [p for p in result.predictions if p.sequence.id in self._live.sequences and _guard_is_due(p)]
+        due = [p for p in result.predictions if p.sequence.sparse is not None and self._guard_is_due(p)]
         if not due:
             return
         try:
@@ -75,58 +67,97 @@ class Delivery:
                 sparse.dense_from = prediction.position + 1
                 self._live.observer.on_sparse_fallback(sparse.asked.policy)
 
+    def _guard_is_due(self, prediction: Prediction) -> bool:
+        sequence, sparse = prediction.sequence, prediction.sequence.sparse
+        if sparse is None or sparse.guard is None or not sparse.is_sparse(prediction.position):
+            return False
+        due = sparse.guard.is_due(prediction.position - sequence.prompt_length)
+        return due and sequence.id in self._live.sequences
+
     def _tell_outcome(self, work: list[Work], outcome: StepOutcome) -> None:
         """Readouts, before what they were read with is aborted."""
         live = self._live
-        for uid, value in outcome.readouts:
-            if uid in live.sequences:
-                live.sequences[uid].output_or_fail().collect(value)
-        for sequence in {w.sequence.id: w.sequence for w in work if w.sequence.leader is None}.values():
-            if sequence.id in live.sequences:
-                with live.concerning(sequence):
-                    sequence.output_or_fail().emit_readouts(sequence.request.on_event)
+        if outcome.readouts:
+            for uid, value in outcome.readouts:
+                if uid in live.sequences:
+                    live.sequences[uid].output_or_fail().collect(value)
+            for sequence in [w.sequence for w in work if w.sequence.output is not None and w.sequence.output.readouts]:
+                if sequence.id in live.sequences:
+                    with live.concerning(sequence):
+                        sequence.output_or_fail().emit_readouts(sequence.request.on_event)
         for hit in outcome.aborts:
             where = f"condition {hit.name!r} held at position {hit.position}"
             live.abort(hit.uid, Aborted("program.abort_when", where))
 
-    def _drawn(self, result: StepResult) -> Iterator[Prediction]:
+    def _drawn(self, result: StepResult) -> list[Prediction]:
         """Predictions that tokens are sampled from. Others are scored, or compared with what they are a baseline of."""
         live = self._live
+        drawn = []
         for prediction in result.predictions:
             sequence = prediction.sequence
             if sequence.id not in live.sequences:
                 continue
+            request = sequence.request
             if sequence.leader is not None:
                 with live.concerning(sequence.leader):
                     sequence.leader.compare(prediction.position, result.logits[prediction.row])
-            elif sequence.scores:
+            elif request.score_from is not None:
                 self.scored_tokens += 1
                 with live.concerning(sequence):
                     if not sequence.score(prediction.position, result.logits[prediction.row]):
                         live.fail(sequence, logits_refusal(self._runner.dtype, prediction.position))
-            elif sequence.request.stop.max_tokens > 0:
-                yield prediction
+            elif request.stop.max_tokens > 0:
+                drawn.append(prediction)
+        return drawn
 
-    def _accept(self, sequence: Sequence, choice: Sampled) -> None:
-        self._observe_token(sequence)
-        self.generated_tokens += 1
-        with self._live.concerning(sequence):
-            if (reason := sequence.accept(choice, self._context_length)) is not None:
-                self._live.finish(sequence, reason)
+    def _look_at(
+        self, drawn: list[Prediction], sampled: list[Sampled], logits: Tensor, on_logits: OnLogits | None
+    ) -> None:
+        """Shows the rows of logits to whoever needs more of them than a token."""
+        for i, (prediction, choice) in enumerate(zip(drawn, sampled, strict=True)):
+            sequence = prediction.sequence
+            if choice.id == NOT_FINITE:
+                continue
+            if on_logits is not None:
+                on_logits(sequence.id, len(sequence.tokens), logits[i])
+            if sequence.follower is not None:
+                sequence.predictions[len(sequence.tokens)] = torch.log_softmax(logits[i].double(), dim=0)
 
-    def _observe_token(self, sequence: Sequence) -> None:
+    def _accept(self, drawn: list[Prediction], sampled: list[Sampled]) -> None:
+        """Tokens that were sampled, to their sequences; those that end with them are finished."""
+        live, most = self._live, self._context_length
+        self._observe_tokens([p.sequence for p, choice in zip(drawn, sampled, strict=True) if choice.id != NOT_FINITE])
+        for prediction, choice in zip(drawn, sampled, strict=True):
+            sequence = prediction.sequence
+            if choice.id == NOT_FINITE:
+                live.fail(sequence, logits_refusal(self._runner.dtype, prediction.position))
+                continue
+            self.generated_tokens += 1
+            # What `concerning` does, which costs more to enter than a token to accept.
+            try:
+                reason = sequence.accept(choice, most)
+                if reason is not None:
+                    live.finish(sequence, reason)
+            except Exception as error:
+                live.broke(sequence, error)
+
+    def _observe_tokens(self, sequences: list[Sequence]) -> None:
+        """Tells the observer what their clients have waited for a token; all have got it now."""
         now = time.monotonic()
-        if sequence.last_token_at is None:
-            sequence.first_token_at = now
-            self._live.observer.on_first_token(now - sequence.arrival)
-        else:
-            self._live.observer.on_inter_token(now - sequence.last_token_at)
-        sequence.last_token_at = now
+        gaps = []
+        for sequence in sequences:
+            if sequence.last_token_at is None:
+                sequence.first_token_at = now
+                self._live.observer.on_first_token(now - sequence.arrival)
+            else:
+                gaps.append(now - sequence.last_token_at)
+            sequence.last_token_at = now
+        if gaps:
+            self._live.observer.on_inter_tokens(gaps)
 
     def _end_computed(self, work: list[Work]) -> None:
         """Ends sequences that sample nothing and have computed all they need."""
-        for item in work:
-            sequence = item.sequence
+        for sequence in [w.sequence for w in work if w.sequence.samples_nothing]:
             if sequence.id not in self._live.sequences or sequence.remaining > 0:
                 continue
             if sequence.leader is not None:
@@ -134,10 +165,3 @@ class Delivery:
                     self._live.complete(sequence.leader, sequence.leader.ended)
             elif sequence.scores or sequence.request.stop.max_tokens == 0:
                 self._live.finish(sequence, FinishReason.LENGTH)
-
-
-def _guard_is_due(prediction: Prediction) -> bool:
-    sequence, sparse = prediction.sequence, prediction.sequence.sparse
-    if sparse is None or sparse.guard is None or not sparse.is_sparse(prediction.position):
-        return False
-    return sparse.guard.is_due(prediction.position - sequence.prompt_length)

@@ -27,7 +27,7 @@ from patchclamp_server.engine.live import LiveRequests
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.sampler import warm_up
-from patchclamp_server.engine.scheduler import Scheduler, Work
+from patchclamp_server.engine.scheduler import Scheduler, Work, counted_tokens
 from patchclamp_server.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -274,17 +274,14 @@ class Engine:
 
     def _expire(self) -> float | None:
         """Fails what is past its deadline; seconds until the next one."""
-        now = time.monotonic()
-        nearest = None
-        for sequence in list(self.live.sequences.values()):
-            deadline = sequence.request.deadline
-            if deadline is None:
-                continue
-            if deadline <= now:
-                self.live.fail(sequence, DeadlineExceeded("", "the deadline passed before the request was finished"))
-            else:
-                nearest = min(deadline - now, nearest or deadline - now)
-        return nearest
+        deadlines, now = self.live.deadlines, time.monotonic()
+        nearest = min(deadlines.values(), default=None)
+        if nearest is not None and nearest <= now:
+            for request_id in [id for id, deadline in deadlines.items() if deadline <= now]:
+                error = DeadlineExceeded("", "the deadline passed before the request was finished")
+                self.live.fail_id(request_id, error)
+            nearest = min(deadlines.values(), default=None)
+        return None if nearest is None else nearest - now
 
     def _step(self, work: list[Work]) -> None:
         try:
@@ -316,8 +313,7 @@ class Engine:
     def _run(self, work: list[Work]) -> None:
         started = time.monotonic()
         # Before the step, which moves what has been reached.
-        prompt_tokens = sum(w.new_prompt_tokens for w in work)
-        recomputed = sum(w.recomputed_tokens for w in work)
+        prompt_tokens, recomputed = counted_tokens(work)
         result = self.runner.run(work)
         for item, position in result.broken:
             self._break(item, position)
@@ -328,8 +324,8 @@ class Engine:
         generated = self.delivery.generated_tokens
         self.delivery.deliver(work, result, self.on_logits)
         seconds = time.monotonic() - started
-        rows = sum(w.n for w in work)
-        decode_rows = sum(w.n for w in work if w.n == 1)
+        rows = sum([w.n for w in work])
+        decode_rows = len([w for w in work if w.n == 1])
         self.scheduler.pace.record(decode_rows=decode_rows, prefill_rows=rows - decode_rows, seconds=seconds)
         generated = self.delivery.generated_tokens - generated
         self.observer.on_step(seconds=seconds, rows=rows, generated=generated)

@@ -43,7 +43,8 @@ class FairQueue:
 
     def charge(self, sequence: Sequence, tokens: int) -> None:
         """Counts tokens that its tenant got, whether it waits or not."""
-        self._line(sequence).charge(sequence, tokens)
+        line = self._lines.get(sequence.request.priority) or self._line(sequence)
+        line.charge(sequence, tokens)
 
     def in_turn(self) -> Iterator[Sequence]:
         """All of them; who is next is decided when it is asked for, by what was charged until then."""

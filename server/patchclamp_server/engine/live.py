@@ -37,6 +37,8 @@ class LiveRequests:
         self.observer: EngineObserver = Unobserved()
         # Those of all requests that the engine's thread has taken in; only it looks.
         self.sequences: dict[int, Sequence] = {}
+        # Of those that have one.
+        self.deadlines: dict[int, float] = {}
         self._intake, self._scheduler, self._tables, self._admission = intake, scheduler, tables, admission
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -105,6 +107,8 @@ class LiveRequests:
             self._end_failed(request_id, request, fault_of(error))
             return
         self.sequences[request_id] = sequence
+        if request.deadline is not None:
+            self.deadlines[request_id] = request.deadline
         self._scheduler.add(sequence)
         if sequence.follower is not None:
             self._scheduler.add(sequence.follower)
@@ -122,10 +126,14 @@ class LiveRequests:
         try:
             yield
         except Exception as error:
-            log.exception("request %d failed", sequence.id)
-            if is_device_lost(error):
-                raise
-            self.fail(sequence, fault_of(error))
+            self.broke(sequence, error)
+
+    def broke(self, sequence: Sequence, error: Exception) -> None:
+        """Fails the request that an exception concerns alone; raises it again where the device is lost."""
+        log.error("request %d failed", sequence.id, exc_info=error)
+        if is_device_lost(error):
+            raise error
+        self.fail(sequence, fault_of(error))
 
     def finish_id(self, request_id: int) -> None:
         """As if it had reached its last token."""
@@ -216,6 +224,7 @@ class LiveRequests:
         """Gives back all that a sequence holds; nothing when that has been done."""
         if self.sequences.pop(sequence.id, None) is None:
             return
+        self.deadlines.pop(sequence.id, None)
         self._scheduler.remove(sequence)
         if sequence.follower is not None:
             self._scheduler.remove(sequence.follower)

@@ -24,13 +24,13 @@ class Output:
             return FinishReason.STOP_TOKEN
         if token in self.eos_token_ids:
             return FinishReason.EOS
-        result = self.stops.push(self.detokenizer.push(token))
-        if result.text_to_emit:
-            emit(Text(result.text_to_emit))
-        if result.matched is not None:
-            self.stop_string = result.matched
-            return FinishReason.STOP_STRING
-        return None
+        text = self.detokenizer.push(token)
+        if self.stops.strings:
+            result = self.stops.push(text)
+            text, self.stop_string = result.text_to_emit, result.matched or ""
+        if text:
+            emit(Text(text))
+        return FinishReason.STOP_STRING if self.stop_string else None
 
     def flush(self, emit: Callable[[Event], None]) -> None:
         """Text that was held back as a possible stop string or an unfinished character."""

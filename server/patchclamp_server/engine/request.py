@@ -3,6 +3,7 @@
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.errors import RequestError
@@ -145,9 +146,9 @@ class Timeline:
     preempted: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Token:
-    """One generated (or scored) token, in order."""
+class Token(NamedTuple):
+    """One generated (or scored) token, in order. This and its text come for every sequence of a step: tuples are made
+    fastest."""
 
     id: int
     position: int
@@ -155,8 +156,7 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """Text that has become final: whole characters that cannot belong to a stop string."""
 
     text: str

@@ -1,17 +1,19 @@
 """Runs one step: builds the ragged batch, has it executed, and says which row predicts what."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from patchclamp_server.engine.batch import Executor, StepBatch
+from patchclamp_server.engine.block_tables import BlockTables
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
-from patchclamp_server.model.attention.batch import Span
+from patchclamp_server.model.attention.spans import Span, Spans
 from patchclamp_server.model.overflow import Overflow
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.monitoring.step import ServedSpan
@@ -20,8 +22,7 @@ from patchclamp_server.sparsity.apply import Forced, Rows
 NONE_FORCED: Forced = {}
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
+class Prediction(NamedTuple):
     """Row `row` of the step's logits predicts the token after `position` of a sequence."""
 
     sequence: Sequence
@@ -47,47 +48,53 @@ class Runner:
         self.cache = cache
         self.block_size = cache.block_size
         self.dtype = cache.pools[0].dtype
+        self._tables = BlockTables()
 
     @torch.inference_mode()
     def run(self, work: list[Work]) -> StepResult:
         """`work`: single tokens first, then chunks, as the scheduler orders them."""
-        tokens: list[int] = []
-        spans: list[Span] = []
+        offsets = [w.sequence.computed for w in work]
+        tokens = [token for (s, n), at in zip(work, offsets, strict=True) for token in s.tokens[at : at + n]]
+        token_ids = np.array(tokens, dtype=np.int64)
+        spans = Spans(
+            np.array([w.n for w in work], dtype=np.int64),
+            np.array(offsets, dtype=np.int64),
+            self._tables.of([w.sequence.blocks for w in work]),
+        )
+        starts = spans.starts.tolist()
         programs: list[ProgramSpan] = []
         predictions: list[Prediction] = []
         rows: list[int] = []
         sparse: list[Rows] = []
-        monitor, served = self.monitor, list[ServedSpan]()
-        for item in work:
-            sequence, row, offset = item.sequence, len(tokens), item.sequence.computed
-            new = sequence.tokens[offset : offset + item.n]
-            tokens += new
-            spans.append(Span(row, item.n, offset, sequence.blocks))
+        monitor, served, watching = self.monitor, list[ServedSpan](), self.monitor.active
+        for (sequence, n), row, offset in zip(work, starts, offsets, strict=True):
             if sequence.state is not None or sequence.capture is not None:
-                programs.append(_program_span(sequence, row, offset, np.array(new, dtype=np.int64)))
-            if monitor.active and sequence.is_served:
+                programs.append(_program_span(sequence, row, offset, token_ids[row : row + n]))
+            if watching and sequence.is_served:
+                new = tokens[row : row + n]
                 served.append(ServedSpan(row, offset, new, sequence.id, sequence.prompt_length, fresh=sequence.reached))
             if sequence.sparse is not None:
                 watched: Forced = monitor.forced if sequence.is_served else NONE_FORCED
-                selected = sequence.sparse.rows(row, offset, item.n, watched)
+                selected = sequence.sparse.rows(row, offset, n, watched)
                 if selected is not None:
                     sparse.append(selected)
-            for position in range(max(sequence.needs_logits_from(), offset), offset + item.n):
+            for position in range(max(sequence.needs_logits_from(), offset), offset + n):
                 predictions.append(Prediction(sequence, position, len(rows)))
                 rows.append(row + position - offset)
         watch = monitor.begin(served) if served else None
-        batch = StepBatch(tokens, spans, programs, rows, self.block_size, sparse=sparse, watch=watch)
+        batch = StepBatch(token_ids, spans, programs, rows, self.block_size, sparse=sparse, watch=watch)
         executed = self.executor.execute(batch)
         if watch is not None:
             monitor.end(watch)
-        for item in work:
-            item.sequence.reached = max(item.sequence.reached, item.sequence.computed + item.n)
+        for sequence, n in work:
+            if sequence.reached < sequence.computed + n:
+                sequence.reached = sequence.computed + n
         broken = []
         if not executed.finite.all():
-            for item, span in zip(work, spans, strict=True):
-                own = executed.finite[span.start : span.start + span.n]
+            for item, start, offset in zip(work, starts, offsets, strict=True):
+                own = executed.finite[start : start + item.n]
                 if not own.all():
-                    broken.append((item, span.offset + int(own.argmin())))
+                    broken.append((item, offset + int(own.argmin())))
             lost = {id(item.sequence) for item, _ in broken}
             predictions = [p for p in predictions if id(p.sequence) not in lost]
         return StepResult(predictions, executed.logits, executed.outcome, broken)
@@ -98,8 +105,8 @@ class Runner:
         sequence, offset = item.sequence, item.sequence.computed
         new = sequence.token_array(offset, offset + item.n)
         batch = StepBatch(
-            token_ids=new.tolist(),
-            spans=[Span(0, item.n, offset, sequence.blocks)],
+            token_ids=new,
+            spans=Spans.of([Span(0, item.n, offset, sequence.blocks)], self.block_size),
             programs=[_program_span(sequence, 0, offset, new)] if sequence.state is not None else [],
             logit_rows=[],
             block_size=self.block_size,
@@ -114,11 +121,13 @@ class Runner:
 
         Leaves no trace: what the step writes, KV and latches, is put back, and receipts count no token twice.
         """
+        token_ids = np.array([s.tokens[s.computed - 1] for s in sequences], dtype=np.int64)
+        spans = [Span(row, 1, s.computed - 1, s.blocks) for row, s in enumerate(sequences)]
         batch = StepBatch(
-            token_ids=[s.tokens[s.computed - 1] for s in sequences],
-            spans=[Span(row, 1, s.computed - 1, s.blocks) for row, s in enumerate(sequences)],
+            token_ids=token_ids,
+            spans=Spans.of(spans, self.block_size),
             programs=[
-                _program_span(s, row, s.computed - 1, s.token_array(s.computed - 1, s.computed))
+                _program_span(s, row, s.computed - 1, token_ids[row : row + 1])
                 for row, s in enumerate(sequences)
                 if s.state is not None
             ],

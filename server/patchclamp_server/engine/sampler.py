@@ -24,6 +24,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from patchclamp_server.cpu.invariant import operators
 from patchclamp_server.engine.request import SamplingParams
+from patchclamp_server.engine.uniforms import Uniforms
 
 # `Sampled.id` of a row whose logits hold NaN or +inf: there is no distribution, and the caller must fail the request.
 NOT_FINITE = -1
@@ -55,14 +57,17 @@ class SamplingRow:
     def distinct_prompt_ids(self) -> NDArray[np.int64]:
         return np.unique(np.asarray(self.prompt_ids, dtype=np.int64))
 
-    @property
+    @cached_property
     def uses_penalties(self) -> bool:
         p = self.params
         return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
+    @cached_property
+    def uniforms(self) -> Uniforms:
+        return Uniforms(self.seed)
 
-@dataclass(frozen=True)
-class Sampled:
+
+class Sampled(NamedTuple):
     """`logprob` is None and `top_logprobs` empty unless the row asked for them; most likely token first."""
 
     id: int
@@ -95,18 +100,13 @@ def warm_up(device: torch.device) -> None:
     sample(torch.zeros(1, 2, device=device), [SamplingRow(SamplingParams(1.0, top_p=0.5, logprobs=1), 0, (), ())])
 
 
-def uniform(seed: int, drawn: int) -> float:
-    """Uniform in [0, 1) with 53 bits: Philox-4x64 (Salmon et al. 2011) with key `seed` at block `drawn`."""
-    return float(int(np.random.Philox(key=seed, counter=drawn).random_raw()) >> 11) * 2.0**-53
-
-
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     penalised = [i for i, row in enumerate(rows) if row.uses_penalties]
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if penalised:
         logits = _penalise(logits, rows, penalised)
     # One pass gives the greedy choice, the maximum for the others, and shows NaN (which argmax prefers).
-    best = logits.argmax(dim=-1, keepdim=True)  # [n, 1]
+    best = _argmax(logits)  # [n, 1]
     peak = logits.gather(-1, best)  # [n, 1]
     ids = torch.where(peak.isfinite(), best, NOT_FINITE).squeeze(-1)
     chosen: list[int] = ids.tolist()
@@ -117,6 +117,14 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
         for i, id in zip(random, _draw_random(scores, [rows[i] for i in random]), strict=True):
             chosen[i] = id
     return chosen
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """The first of the largest of each row [n, vocab] -> [n, 1]; of a row with NaN, the first NaN."""
+    if logits.device.type == "cpu":
+        # numpy's compares vectors, torch's single numbers; and no other thread has to wake for it.
+        return torch.from_numpy(logits.numpy().argmax(axis=-1, keepdims=True))
+    return logits.argmax(dim=-1, keepdim=True)
 
 
 def _penalise(logits: Tensor, rows: Sequence[SamplingRow], penalised: Sequence[int]) -> Tensor:
@@ -156,7 +164,7 @@ def _draw_random(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     threshold = _thresholds(scores, rows)
     if threshold is not None:
         scores.masked_fill_(scores < threshold[:, None], -math.inf)
-    u = torch.tensor([uniform(row.seed, len(row.output_ids)) for row in rows], dtype=torch.float64, device=device)
+    u = torch.tensor([row.uniforms.at(len(row.output_ids)) for row in rows], dtype=torch.float64, device=device)
     if operators.holds_for(scores):
         from patchclamp_server.engine.sampling_rows import invert_cdf
 

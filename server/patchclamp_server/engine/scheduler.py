@@ -11,8 +11,10 @@ and one whose client keeps it waiting when any other waits.
 """
 
 import time
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,26 +28,24 @@ from patchclamp_server.engine.sequence import Sequence, Status
 PAUSE_SECONDS = 1.0
 
 
-@dataclass(frozen=True, eq=False)
-class Work:
+class Work(NamedTuple):
     """The next `n` tokens of a sequence."""
 
     sequence: Sequence
     n: int
 
-    @property
-    def new_prompt_tokens(self) -> int:
-        """Of them, tokens of a prompt that have not been computed before; a baseline beside its leader has none."""
-        sequence = self.sequence
-        if sequence.leader is not None:
-            return 0
-        end = min(sequence.computed + self.n, sequence.prompt_length)
-        return max(0, end - max(sequence.computed, sequence.reached))
 
-    @property
-    def recomputed_tokens(self) -> int:
-        """Of them, tokens that a preemption made to be computed again."""
-        return max(0, min(self.sequence.computed + self.n, self.sequence.reached) - self.sequence.computed)
+def counted_tokens(work: list[Work]) -> tuple[int, int]:
+    """Before a step: tokens of prompts that it computes for the first time, a baseline beside its leader having none;
+    and tokens that a preemption made to be computed again."""
+    new = recomputed = 0
+    for sequence, n in work:
+        start, reached, prompt_length = sequence.computed, sequence.reached, sequence.prompt_length
+        if start < reached:
+            recomputed += min(start + n, reached) - start
+        if start < prompt_length and sequence.leader is None:
+            new += max(0, min(start + n, prompt_length) - max(start, reached))
+    return new, recomputed
 
 
 @dataclass(eq=False)
@@ -83,6 +83,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         self.waiting = FairQueue()
+        # By priority and arrival.
         self.running: list[Sequence] = []
         self.expected_length = expected_length
         self._is_late = is_late
@@ -115,14 +116,21 @@ class Scheduler:
         self._note_pauses()
         self._give_way()
         before = self.preemptions
-        self.running.sort(key=lambda s: s.priority)
+        ready = [(s, s.remaining) for s in self.running if s.paused_at is None]
+        yielding = self._yielding(next((s for s, left in ready if left > 0), None))
         work: list[Work] = []
-        yielding = self._yielding()
         # Decoding sequences first: they have a client waiting for every token.
-        for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
+        for sequence in [s for s, left in ready if left == 1]:
             if budget <= 0:
                 break
-            if sequence.status is not Status.RUNNING or not sequence.runnable:
+            has_room = sequence.computed < len(sequence.blocks) * self.cache.block_size
+            if self._is_there(sequence) and (has_room or self._reserve(sequence, 1)):
+                work.append(Work(sequence, 1))
+                budget -= 1
+        for sequence in [s for s, left in ready if left > 1]:
+            if budget <= 0:
+                break
+            if not self._is_there(sequence):
                 continue
             n = yielding.allow(sequence, min(sequence.chunk, budget))
             if n and self._reserve(sequence, n):
@@ -133,17 +141,23 @@ class Scheduler:
         if not self.contended:
             # Blocks are short otherwise, and who was preempted must not come back in the same step.
             self._admit(work, budget, yielding)
-        work = [w for w in work if w.sequence.status is Status.RUNNING]
-        return sorted(work, key=lambda w: w.n > 1)
+        if self.preemptions != before:
+            work = [w for w in work if w.sequence.status is Status.RUNNING]
+        return [w for w in work if w.n == 1] + [w for w in work if w.n > 1]
 
-    def _yielding(self) -> "_Yielding":
+    def _is_there(self, sequence: Sequence) -> bool:
+        """Whether it has not been preempted in this step, nor the sequence that it follows."""
+        return sequence.status is Status.RUNNING and (sequence.leader is None or sequence.remaining > 0)
+
+    def _yielding(self, running: Sequence | None) -> "_Yielding":
+        """`running`: the first of those that run and can go on."""
         ready = next((s for s in self.waiting.in_turn() if s.runnable), None)
-        could_run = [s.request.priority for s in self.running if s.runnable]
-        if ready is not None:
-            could_run.append(ready.request.priority)
+        could_run = [s.request.priority for s in (running, ready) if s is not None]
         return _Yielding(min(could_run, default=None), self.pace.rows(self.max_tokens))
 
     def _admit(self, work: list[Work], budget: int, yielding: "_Yielding") -> None:
+        if not len(self.waiting):
+            return
         if budget <= 0 or len(self.running) >= self.max_sequences:
             self.contended = any(s.runnable for s in self.waiting.in_turn())
             return
@@ -198,7 +212,7 @@ class Scheduler:
         priority is lower."""
         victim = self._long_paused()
         if victim is None:
-            victim = max(self.running, key=lambda s: s.priority, default=None)
+            victim = max(self.running, key=_priority, default=None)
             if victim is None or victim.request.priority <= sequence.request.priority:
                 return False
         self._preempt(victim)
@@ -270,7 +284,7 @@ class Scheduler:
         self.waiting.start(sequence)
         # A prompt is paid for when it starts, so that not all places go to one tenant at once.
         self._charge(sequence, sequence.target)
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_priority)
         sequence.status = Status.RUNNING
 
     def _coming(self) -> set[BlockKey]:
@@ -303,13 +317,13 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, n: int) -> bool:
         """Blocks for the next `n` tokens; preempts others, or the sequence itself when it is the last."""
-        needed = self._blocks_for(sequence.computed + n)
-        while len(sequence.blocks) < needed:
+        size = self.cache.block_size
+        while len(sequence.blocks) * size < sequence.computed + n:
             block = self.cache.allocate()
             if block is not None:
                 sequence.blocks.append(block)
                 continue
-            victim = self._long_paused() or max(self.running, key=lambda s: s.priority)
+            victim = self._long_paused() or max(self.running, key=_priority)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -332,17 +346,24 @@ class Scheduler:
     def finish_step(self, work: list[Work]) -> None:
         """After a step: tokens are computed, and full blocks become known to others."""
         size = self.cache.block_size
-        for item in work:
-            sequence = item.sequence
-            before = sequence.computed // size
-            self._charge(sequence, sequence.computed + item.n)
-            sequence.computed += item.n
-            if sequence.state is not None:
-                sequence.state.counted = max(sequence.state.counted, sequence.computed)
-            if not self.cache.share_prefixes:
-                continue
-            if sequence.computed // size > before:
-                full = min(sequence.computed, sequence.shareable_until()) // size
-                sequence.extend_keys(full * size, size)
-                for i in range(before, full):
-                    self.cache.register(sequence.blocks[i], sequence.keys[i])
+        for sequence, n in work:
+            before, computed = sequence.computed, sequence.computed + n
+            self._charge(sequence, computed)
+            sequence.computed = computed
+            state = sequence.state
+            if state is not None and computed > state.counted:
+                state.counted = computed
+            if computed // size > before // size and self.cache.share_prefixes:
+                self._register(sequence, before // size)
+
+    def _register(self, sequence: Sequence, first: int) -> None:
+        """Makes its full blocks known, from number `first` on."""
+        size = self.cache.block_size
+        full = min(sequence.computed, sequence.shareable_until()) // size
+        sequence.extend_keys(full * size, size)
+        for i in range(first, full):
+            self.cache.register(sequence.blocks[i], sequence.keys[i])
+
+
+def _priority(sequence: Sequence) -> tuple[int, float]:
+    return sequence.priority

@@ -44,7 +44,8 @@ class Sequence:
     """A request while it is in the engine.
 
     Invariant: 0 <= computed <= len(tokens); `blocks` cover at least the computed tokens; `keys[i]` is the key of
-    block i, and `keys` is at least as long as the full blocks of computed tokens when prefixes are shared.
+    block i, and `keys` is at least as long as the full blocks of computed tokens when prefixes are shared. `blocks` is
+    another list whenever blocks are given back, and a list that only grows until then.
     """
 
     id: int
@@ -88,7 +89,7 @@ class Sequence:
     ended: FinishReason | None = None
     sparse: SparseSequence | None = None
 
-    @property
+    @cached_property
     def priority(self) -> tuple[int, float]:
         return (int(self.request.priority), self.arrival)
 
@@ -97,10 +98,15 @@ class Sequence:
         """What a client asked for, and not an analysis or a baseline beside it."""
         return self.leader is None and self.request.priority is not Priority.ANALYSIS
 
-    @property
+    @cached_property
     def scores(self) -> bool:
         """All tokens are known from the start, and their log-probabilities are asked for."""
         return self.request.score_from is not None
+
+    @cached_property
+    def samples_nothing(self) -> bool:
+        """It ends when it has computed all that it needs."""
+        return self.leader is not None or self.scores or self.request.stop.max_tokens == 0
 
     @property
     def target(self) -> int:
@@ -114,6 +120,9 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
+        if self.leader is None and not self.scores:
+            # The target of nearly all, which is asked for at every token.
+            return len(self.tokens) - self.computed
         return self.target - self.computed
 
     @property
@@ -192,18 +201,20 @@ class Sequence:
 
     def accept(self, choice: Sampled, context_length: int) -> FinishReason | None:
         """Appends a sampled token and emits it; the reason when it is the last one."""
-        emit = self.request.on_event
-        position = len(self.tokens)
-        self.tokens.append(choice.id)
-        self.output_ids.append(choice.id)
+        request, tokens, emit = self.request, self.tokens, self.request.on_event
+        id, logprob, top_logprobs = choice
+        position = len(tokens)
+        tokens.append(id)
+        self.output_ids.append(id)
         if self.credits is not None:
             self.credits -= 1
-        emit(Token(choice.id, position, choice.logprob, choice.top_logprobs))
-        reason = self.output_or_fail().push(choice.id, self.request.stop, emit)
+        emit(Token(id, position, logprob, top_logprobs))
+        assert self.output is not None
+        reason = self.output.push(id, request.stop, emit)
         if reason is not None:
             return reason
-        full = len(self.tokens) >= context_length
-        return FinishReason.LENGTH if full or len(self.output_ids) >= self.request.stop.max_tokens else None
+        full = position + 1 >= context_length
+        return FinishReason.LENGTH if full or len(self.output_ids) >= request.stop.max_tokens else None
 
     def score(self, position: int, logits: Tensor) -> bool:
         """Emits the log-probability of the known token after `position`; False where it is not a number."""

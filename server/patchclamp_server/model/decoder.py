@@ -29,9 +29,10 @@ from torch import Tensor
 from patchclamp_server.cpu.activations import neurons_of
 from patchclamp_server.cpu.invariant import operators
 from patchclamp_server.cpu.linear import FEW_ROWS, Linear
-from patchclamp_server.model.attention.batch import AttentionBatch, Span
+from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.paged import paged_attention
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.row_operators import HeadNorms, Norm, cap_softly, finish_heads
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec

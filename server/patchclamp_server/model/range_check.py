@@ -5,7 +5,8 @@ import logging
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from patchclamp_server.model.attention.batch import AttentionBatch, Span
+from patchclamp_server.model.attention.batch import AttentionBatch
+from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.overflow import FiniteProbe, range_of
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,14 @@ from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Steps of a decoder that look at one token at a time, save for the first token and for runs of byte tokens.
 _TOKENWISE_DECODERS = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
+
+
+class TokenPiece(NamedTuple):
+    """What a token adds to a text that has begun: bytes, and the same as `text` where they are whole characters."""
+
+    added: bytes
+    text: str | None
+    special: bool
 
 
 class TokenBytes:
@@ -39,9 +47,23 @@ class TokenBytes:
         # Any token with text of its own: what follows it is not at the start of the sequence.
         self._anchor = 0 if self._byte_level else self._find_anchor()
         self._anchor_text = self._tokenizer.decode([self._anchor], skip_special_tokens=False)
+        # What has been looked up of tokens that follow another one, which nearly all do.
+        self._following: dict[int, TokenPiece] = {}
 
     def is_special(self, id: int) -> bool:
         return id in self._special
+
+    def following(self, id: int) -> "TokenPiece":
+        """What a token adds after another one, looked up once."""
+        found = self._following.get(id)
+        if found is None:
+            added = self.of(id, first=False)
+            try:
+                text = added.decode()
+            except UnicodeDecodeError:
+                text = None
+            found = self._following[id] = TokenPiece(added, text, self.is_special(id))
+        return found
 
     def of(self, id: int, *, first: bool) -> bytes:
         """Bytes of a token; none for an id that the tokenizer does not have (padding of the embedding matrix)."""
@@ -113,13 +135,20 @@ class IncrementalDetokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._first = all(skip_special_tokens and self._bytes.is_special(id) for id in after)
+        # Whether bytes are held back that may be the beginning of a character.
+        self._holds_bytes = False
 
     def push(self, token_id: int) -> str:
-        if self._skip_special_tokens and self._bytes.is_special(token_id):
+        added, text, special = self._bytes.following(token_id)
+        if special and self._skip_special_tokens:
             return ""
-        added = self._bytes.of(token_id, first=self._first)
-        self._first = False
-        return self._characters.decode(added)
+        if self._first:
+            self._first = False
+            added, text = self._bytes.of(token_id, first=True), None
+        if text is None or self._holds_bytes:
+            text = self._characters.decode(added)
+            self._holds_bytes = bool(self._characters.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character."""
@@ -145,7 +174,7 @@ class StopChecker:
         for i, string in enumerate(strings):
             if not string:
                 raise InvalidArgument(f"stop.strings[{i}]", "is empty; a stop string has at least one character")
-        self._strings = tuple(strings)
+        self.strings = tuple(strings)
         self._borders = tuple(_borders(string) for string in strings)
         self._include = include_stop_string
         # For each string, the length of its longest prefix that ends the text so far.
@@ -168,13 +197,13 @@ class StopChecker:
     def flush(self) -> str:
         """The text held back, when the sequence ends for another reason."""
         held, self._held = self._held, ""
-        self._matched = [0] * len(self._strings)
+        self._matched = [0] * len(self.strings)
         return held
 
     def _step(self, character: str) -> str:
         """Advance every automaton by one character; the longest string completed by it, or ""."""
         completed = ""
-        for i, (string, borders) in enumerate(zip(self._strings, self._borders, strict=True)):
+        for i, (string, borders) in enumerate(zip(self.strings, self._borders, strict=True)):
             length = self._matched[i]
             while length and string[length] != character:
                 length = borders[length]

@@ -91,7 +91,7 @@ class DecodeGraphs:
     ) -> Executed:
         """A `watched` step is padded in the same way, so that it has the same bits, and runs launch by launch."""
         n = len(batch.token_ids)
-        longest = max(span.offset for span in batch.spans) + 1
+        longest = int(batch.spans.offsets.max()) + 1
         key = GraphKey(
             next(size for size in self.sizes if size >= n),
             next(context for context in self.contexts if context >= longest),
@@ -196,11 +196,9 @@ class _Graph:
                 host[name][: len(values), : values.shape[1]] = values
             else:
                 host[name][: len(values)] = values
-        tables = host["block_tables"]
-        for i, span in enumerate(batch.spans):
-            used = span.offset // batch.block_size + 1
-            tables[i, :used] = span.blocks[:used]
-            host["context_lengths"][i] = span.offset + 1
+        # Entries past a context are not read.
+        host["block_tables"][:n, : batch.spans.tables.shape[1]] = batch.spans.tables
+        host["context_lengths"][:n] = batch.spans.offsets + 1
         self._packed.upload()
 
     def _pad(self, n: int) -> None:

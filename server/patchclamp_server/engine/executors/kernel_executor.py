@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from patchclamp_kernels.paged_attention import RaggedBatch
@@ -26,8 +27,8 @@ from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.kernel_plan import KernelPlan, KernelPlanner, empty_plan
 from patchclamp_server.interventions.slots import SlotTables
-from patchclamp_server.model.attention.batch import Span
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.spans import Spans
 from patchclamp_server.model.kernel_forward import KernelForward
 from patchclamp_server.model.overflow import FiniteProbe, finite_rows
 from patchclamp_server.monitoring.sites import SiteWatcher, WatchedSites
@@ -91,8 +92,7 @@ class KernelExecutor:
         rows = program_rows(arrays, columns=plan.n_columns, items=plan.n_items, readings=plan.n_readings)
         programs = programs_of(self.tables, self.decoder.spec, rows, plan)
         programs = replace(programs, observers=probe, breaks=frozenset(range(self.tables.n_places)))
-        spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
-        attention = RaggedBatch.build(spans, batch.block_size, self.decoder.device)
+        attention = RaggedBatch.build(batch.spans.as_lists(), batch.block_size, self.decoder.device)
         self.forward(kernel_inputs(arrays, attention, programs, None), self.cache.pools)
         return probe
 
@@ -108,8 +108,7 @@ class KernelExecutor:
             programs = watched.between(programs)
         if plan.observers is not None:
             plan.observers.begin(arrays["positions"])
-        spans = [(span.n, span.offset, span.blocks) for span in batch.spans]
-        attention = RaggedBatch.build(spans, batch.block_size, device)
+        attention = RaggedBatch.build(batch.spans.as_lists(), batch.block_size, device)
         inputs = kernel_inputs(arrays, attention, programs, peaks)
         products = self.sparse.follow(batch.sparse)
         x, normed = run_step(self.forward, self.tables, self.cache.pools, inputs, arrays, products)
@@ -149,12 +148,10 @@ class KernelExecutor:
 
     def _padding(self, rows: list[int], offset: int = 0) -> StepBatch:
         """Rows that are written nowhere. They read block 0, which is nobody's."""
-        size = self.cache.block_size
-        spans = []
-        for i, n in enumerate(rows):
-            spans.append(Span(i, n, offset, [0] * (-(-(offset + n) // size))))
-        total = sum(span.n for span in spans)
-        return StepBatch([0] * total, spans, [], [0], size, padding=True)
+        size, n = self.cache.block_size, np.array(rows, dtype=np.int64)
+        offsets = np.full(len(n), offset, dtype=np.int64)
+        spans = Spans(n, offsets, np.zeros((len(n), -(-(offset + max(rows)) // size)), dtype=np.int64))
+        return StepBatch(np.zeros(n.sum(), dtype=np.int64), spans, [], [0], size, padding=True)
 
 
 def _variants(rows: int, n_places: int) -> list[KernelPlan]:

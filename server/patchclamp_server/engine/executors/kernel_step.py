@@ -22,7 +22,7 @@ from patchclamp_server.model.spec import DecoderSpec
 def step_arrays(batch: StepBatch, plan: KernelPlan) -> dict[str, np.ndarray]:
     """By name: [T] token_ids, positions, slots, slot, mask [T, words], counted; spans [S, 2], counters [S, items]."""
     return {
-        "token_ids": np.array(batch.token_ids, dtype=np.int64),
+        "token_ids": batch.token_ids,
         "positions": batch.positions,
         "slots": batch.slots,
         "slot": plan.slot,

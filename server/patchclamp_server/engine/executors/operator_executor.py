@@ -62,7 +62,7 @@ class OperatorExecutor:
     def _inputs(self, batch: StepBatch, plan: StepPlan, peaks: Peaks | None) -> StepInputs:
         device = self.decoder.device
         return StepInputs(
-            torch.tensor(batch.token_ids, device=device),
+            torch.from_numpy(batch.token_ids).to(device),
             torch.from_numpy(batch.positions).to(device),
             torch.from_numpy(batch.slots).to(device),
             AttentionBatch(batch.spans, batch.block_size, self.decoder.windows, device),

@@ -1,6 +1,6 @@
 """Block tables and masks of one step: what attention reads besides queries, keys and values."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.model.arrays import IntArray
-
-
-@dataclass(frozen=True, eq=False)
-class Span:
-    """Rows [start, start + n) of the batch are consecutive tokens of one sequence, the first at position `offset`."""
-
-    start: int
-    n: int
-    offset: int
-    blocks: list[int]
-
+from patchclamp_server.model.attention.spans import Span, Spans
 
 # Rows of one sequence whose keys are read together.
 _TILE_ROWS = 8
@@ -28,33 +18,34 @@ _TILE_ROWS = 8
 class AttentionBatch:
     """Block tables and masks of one step, shared by all layers; those that are asked for."""
 
-    def __init__(self, spans: list[Span], block_size: int, windows: set[int], device: torch.device) -> None:
-        self.spans = spans
-        self.single = [s for s in spans if s.n == 1]
-        if any(s.n == 1 and s.start != i for i, s in enumerate(self.single)):
-            raise ValueError("single-token spans must be the first rows of the batch")
+    def __init__(self, spans: Spans | Sequence[Span], block_size: int, windows: set[int], device: torch.device) -> None:
+        self.spans = spans if isinstance(spans, Spans) else Spans.of(spans, block_size)
+        self.n_single = self.spans.n_single
         self.device = device
         self.windows = windows
         self.block_size = block_size
         self._gathered: Tensor | None = None
         self._masks: dict[int, Tensor] = {}
 
-    @cached_property
+    @property
     def tables(self) -> IntArray:
-        """Block tables of all spans, padded with block 0."""
-        return _tables(self.spans, self.block_size)
+        """Block tables of all spans."""
+        return self.spans.tables
 
     @cached_property
     def tiles(self) -> IntArray:
         """[n, 4]: sequence, first row, number of rows and position of the first, of rows that follow each other."""
-        tiles = [
-            (i, s.start + row, min(_TILE_ROWS, s.n - row), s.offset + row)
-            for i, s in enumerate(self.spans)
-            for row in range(0, s.n, _TILE_ROWS)
+        n, starts, offsets = self.spans.n, self.spans.starts, self.spans.offsets
+        first = np.arange(self.n_single)
+        single = np.stack((first, starts[: len(first)], n[: len(first)], offsets[: len(first)]), axis=1)
+        chunks = [
+            (i, starts[i] + row, min(_TILE_ROWS, n[i] - row), offsets[i] + row)
+            for i in range(self.n_single, len(n))
+            for row in range(0, n[i], _TILE_ROWS)
         ]
+        tiles = np.concatenate((single, np.array(chunks, dtype=np.int64).reshape(-1, 4)))
         # The last rows of a prompt see the most keys: each half of the tiles has as many of them.
-        tiles = tiles[::2] + tiles[1::2][::-1]
-        return np.array(tiles, dtype=np.int64).reshape(-1, 4)
+        return np.concatenate((tiles[::2], tiles[1::2][::-1]))
 
     @cached_property
     def n_keys(self) -> int:
@@ -63,16 +54,20 @@ class AttentionBatch:
 
     @cached_property
     def chunks(self) -> "list[_Chunk]":
-        return [_Chunk(s, self.block_size, self.windows, self.device) for s in self.spans if s.n > 1]
+        spans = self.spans
+        every = zip(spans.starts.tolist(), spans.n.tolist(), spans.offsets.tolist(), spans.tables, strict=True)
+        rest = list(every)[self.n_single :]
+        return [_Chunk(*span, self.block_size, self.windows, self.device) for span in rest]
 
     @cached_property
     def single_tables(self) -> IntArray:
-        return _tables(self.single, self.block_size)
+        used = int(self.positions.max(initial=-1)) // self.block_size + 1
+        return self.tables[: self.n_single, :used]
 
     @cached_property
     def positions(self) -> IntArray:
         """Those of the single-token rows."""
-        return np.array([s.offset for s in self.single], dtype=np.int64)
+        return self.spans.offsets[: self.n_single]
 
     @property
     def gathered(self) -> Tensor:
@@ -91,24 +86,25 @@ class AttentionBatch:
         return self._masks[window]
 
 
-def _tables(spans: list[Span], block_size: int) -> IntArray:
-    used = [(s.offset + s.n - 1) // block_size + 1 for s in spans]
-    tables = np.zeros((len(spans), max(used, default=0)), dtype=np.int64)
-    for table, s, n in zip(tables, spans, used, strict=True):
-        table[:n] = s.blocks[:n]
-    return tables
-
-
 class _Chunk:
-    def __init__(self, span: Span, block_size: int, windows: set[int], device: torch.device) -> None:
-        self.offset = span.offset
-        self.rows = slice(span.start, span.start + span.n)
-        self.length = span.offset + span.n
+    def __init__(
+        self,
+        start: int,
+        n: int,
+        offset: int,
+        table: IntArray,
+        block_size: int,
+        windows: set[int],
+        device: torch.device,
+    ) -> None:
+        self.offset = offset
+        self.rows = slice(start, start + n)
+        self.length = offset + n
         n_blocks = (self.length + block_size - 1) // block_size
-        self.table = torch.tensor(span.blocks[:n_blocks], dtype=torch.int64, device=device)
+        self.table = torch.from_numpy(table[:n_blocks]).to(device)
         # The first chunk of a prompt needs no cache: its keys are its own rows.
-        self.fresh = span.offset == 0
-        positions = torch.arange(span.offset, self.length, device=device)[:, None]
+        self.fresh = offset == 0
+        positions = torch.arange(offset, self.length, device=device)[:, None]
         keys = torch.arange(self.length, device=device)[None]
         self.masks: dict[int, Tensor | None] = {}
         for window in windows:

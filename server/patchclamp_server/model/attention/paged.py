@@ -89,7 +89,7 @@ def paged_attention(
 
         return attend_rows(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap, peaks=peaks)
     parts = []
-    single = len(batch.single)
+    single = batch.n_single
     if single:
         # The query heads of one KV head stand where query tokens would, so that no key is repeated.
         shape = (single, -1, n_kv, dim)

@@ -19,6 +19,7 @@ from patchclamp_server.monitoring.prometheus import WatchCollector
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.monitoring.running import RunningWatch
 from patchclamp_server.rpc.metrics.interventions import InterventionMetrics
+from patchclamp_server.rpc.metrics.step_histogram import StepHistogram
 from patchclamp_server.security.metrics import SecurityMetrics
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -89,7 +90,7 @@ class Metrics:
             buckets=FIRST_TOKEN_BUCKETS,
             registry=self.registry,
         )
-        self._inter_token_seconds = Histogram(
+        self._inter_token_seconds = StepHistogram(
             "patchclamp_inter_token_seconds",
             "From one token of a sequence to its next.",
             buckets=STEP_BUCKETS,
@@ -178,7 +179,7 @@ class Metrics:
     def on_first_token(self, seconds: float) -> None:
         self._first_token_seconds.observe(seconds)
 
-    def on_inter_token(self, seconds: float) -> None:
+    def on_inter_tokens(self, seconds: Sequence[float]) -> None:
         self._inter_token_seconds.observe(seconds)
 
     def on_finished(self, outcome: str) -> None:
