@@ -20,6 +20,7 @@ from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp_server.artifacts.formats import safetensors
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.load import load_model
 from patchclamp_server.sparsity import CALIBRATIONS, POLICIES
@@ -336,9 +337,9 @@ def test_a_card_of_documents_one_by_one_is_that_of_all_together(
     ids = tokenizer(TEXT.texts[0], add_special_tokens=False).input_ids
     documents = torch.tensor(ids[: 9 * TOKENS]).view(9, TOKENS)
     model = server.server.engine.sparse_model
-    evaluator = Evaluator(model, documents, prompt_tokens(documents))
+    evaluator = at_once(Evaluator.of(model, documents, prompt_tokens(documents)))
     selector = Binder(model, store).bind(POLICIES["griffin"](keep_ratio=0.4)).selector
-    together = evaluator.quality(selector)
+    together = at_once(evaluator.quality(selector))
     assert measured.quality.perplexity_ratio == pytest.approx(together.perplexity_ratio, rel=1e-5)
     assert measured.quality.divergence == pytest.approx(together.divergence, rel=1e-4)
     assert measured.quality.sparsity == pytest.approx(together.sparsity)

@@ -11,15 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.model.decoder import Block, Decoder
-from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.sparsity.documents import NoHooks, forward, inputs_of, pool_for
 
 BLOCK = 64
 NOWHERE = -1
 
 
-@torch.inference_mode()
-def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
+def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Sliced[Tensor]:
     """Weights that the last n queries of tokens [T] put on targets [n, m] -> [n_layers, n_heads, n, m] on the CPU.
 
     A target NOWHERE, or out of the query's sight, gets 0.
@@ -28,20 +28,22 @@ def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
     targets = targets.to(decoder.device)
     masses: list[Tensor] = []
 
-    def hear(layer: int, q: Tensor, k: Tensor) -> None:
+    def hear(q: Tensor, k: Tensor) -> None:
+        layer = len(masses)
         found = _mass(q, k, targets, spec.attention_scale, spec.windows[layer], spec.attention_soft_cap)
         masses.append(found.cpu())
 
     listening = _Listening(decoder, hear)
     document = tokens[None]
-    listening.forward(inputs_of(document, 0, len(tokens), decoder), pools_for(decoder, document), NoHooks())
+    inputs = inputs_of(document, 0, len(tokens), decoder)
+    yield from forward(listening, inputs, pool_for(decoder, document), NoHooks())
     return torch.stack(masses)
 
 
 class _Listening(Decoder):
-    """A decoder with the weights of another, that tells the queries and keys of each layer."""
+    """A decoder with the weights of another, that tells the queries and keys of each layer in turn."""
 
-    def __init__(self, decoder: Decoder, hear: Callable[[int, Tensor, Tensor], None]) -> None:
+    def __init__(self, decoder: Decoder, hear: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__(
             decoder.spec,
             decoder.embedding,
@@ -57,7 +59,7 @@ class _Listening(Decoder):
         self, block: Block, layer: int, h: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super()._qkv(block, layer, h, rotary)
-        self._hear(layer, q, k)
+        self._hear(q, k)
         return q, k, v
 
 

@@ -4,21 +4,23 @@
     variant: z_h ← value_h at every position, for the heads h that the variant replaces
 
 Variants of one run have its tokens, so many of them are sequences of one batch. Below the first layer where a batch
-replaces anything, all of its variants are the run itself: they start there, from the residual stream of the run.
+replaces anything, all of its variants are the run itself: they start there, from the residual stream of the run. All
+passes are work at the exclusive door of the engine.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.spec import DecoderSpec
-from patchclamp_server.sparsity.documents import inputs_of, pools_for
+from patchclamp_server.sparsity.documents import blocks_of, forward, inputs_of, pool_for
 
-# Token rows of a batch. More are no faster on a CPU, and a job can be cancelled between batches only.
+# Token rows of a batch. More are no faster on a CPU.
 ROWS = 256
 
 
@@ -58,35 +60,37 @@ class PairRuns:
     corrupt_metric: float
 
 
-def run_pair(decoder: Decoder, pair: CleanCorruptPair) -> PairRuns:
-    clean, corrupt = run(decoder, pair.clean), run(decoder, pair.corrupt)
+def run_pair(decoder: Decoder, pair: CleanCorruptPair) -> Sliced[PairRuns]:
+    clean, corrupt = (yield from run(decoder, pair.clean)), (yield from run(decoder, pair.corrupt))
     metrics = pair.metric(decoder, torch.stack((clean.end, corrupt.end))).tolist()
     return PairRuns(pair, clean, corrupt, *metrics)
 
 
-@torch.inference_mode()
-def run(decoder: Decoder, tokens: tuple[int, ...]) -> Run:
+def run(decoder: Decoder, tokens: tuple[int, ...]) -> Sliced[Run]:
     spec = decoder.spec
     document = torch.tensor([tokens])
     kept = _Keep()
-    x = decoder.forward(inputs_of(document, 0, len(tokens), decoder), pools_for(decoder, document), kept)
+    inputs = inputs_of(document, 0, len(tokens), decoder)
+    x = yield from forward(decoder, inputs, pool_for(decoder, document), kept)
     z = torch.stack(kept.z).view(spec.n_layers, len(tokens), spec.n_heads, spec.head_dim)
     return Run(document[0], torch.stack(kept.resid_pre), z, x[-1])
 
 
-@torch.inference_mode()
-def variant_ends(decoder: Decoder, run: Run, replaced: Tensor, values: Tensor) -> Tensor:
+def variant_ends(decoder: Decoder, run: Run, replaced: Tensor, values: Tensor) -> Sliced[Tensor]:
     """Residual states [n, d_model] at the end of n variants of a run, as `Run.end`.
 
     replaced [n, n_layers, n_heads] bool: heads whose output is taken from values [n_layers, T or 1, n_heads, head_dim].
     """
     layers = replaced.any(dim=2).any(dim=0).nonzero()
     first = int(layers[0]) if len(layers) else 0
-    documents = run.tokens.expand(len(replaced), -1)
-    blocks = _from_layer(decoder, first)
-    hooks = _Replace(run.resid_pre[first], replaced[:, first:].to(decoder.device), values[first:])
-    x = blocks.forward(inputs_of(documents, 0, len(run.tokens), blocks), pools_for(blocks, documents), hooks)
-    return x.view(*documents.shape, -1)[:, -1]
+    n, tokens, n_layers = len(replaced), len(run.tokens), decoder.spec.n_layers
+    blocks = blocks_of(decoder, first, n_layers, run.resid_pre[first])
+    # The rows of the residual stream that each variant starts from.
+    documents = torch.arange(tokens).expand(n, -1)
+    hooks = _Replace(replaced[:, first:].to(decoder.device), values[first:])
+    inputs = inputs_of(documents, 0, tokens, blocks)
+    x = yield from forward(blocks, inputs, pool_for(blocks, documents), hooks, n_layers=n_layers)
+    return x.view(n, tokens, -1)[:, -1]
 
 
 def variants_at_once(tokens: int) -> int:
@@ -118,32 +122,10 @@ class _Keep:
 class _Replace:
     """Layers count from the first that runs."""
 
-    start: Tensor  # [T, d_model]
     replaced: Tensor  # [n, layers, n_heads]
     values: Tensor  # [layers, T or 1, n_heads, head_dim]
 
     def visit(self, site: Site, layer: int, x: Tensor) -> None:
-        if site is Site.RESID_PRE and layer == 0:
-            x.view(-1, *self.start.shape).copy_(self.start)
-        elif site is Site.ATTN_Z:
-            z = x.view(len(self.replaced), len(self.start), *self.values.shape[2:])
+        if site is Site.ATTN_Z:
+            z = x.view(len(self.replaced), -1, *self.values.shape[2:])
             z.copy_(torch.where(self.replaced[:, layer, None, :, None], self.values[layer], z))
-
-
-def _from_layer(decoder: Decoder, first: int) -> Decoder:
-    """The blocks from `first` on. What it makes of tokens before its first block is to be overwritten."""
-    spec = decoder.spec
-    return Decoder(
-        replace(
-            spec,
-            n_layers=spec.n_layers - first,
-            windows=spec.windows[first:],
-            rotary_kinds=spec.rotary_kinds[first:],
-        ),
-        decoder.embedding,
-        decoder.position_embedding,
-        decoder.rotary,
-        decoder.blocks[first:],
-        decoder.final_norm,
-        decoder.unembedding,
-    )

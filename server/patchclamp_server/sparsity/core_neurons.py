@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.interventions.program import Site
-from patchclamp_server.sparsity.documents import inputs_of, pools_for
+from patchclamp_server.sparsity.documents import forward, inputs_of, pools_for
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.policy import Selector, SequenceState
 
 CHUNK_TOKENS = 512
 
 
-@torch.inference_mode()
-def core_neurons(model: SparseModel, selector: Selector, prompt: Sequence[int]) -> list[Tensor]:
+def core_neurons(model: SparseModel, selector: Selector, prompt: Sequence[int]) -> Sliced[list[Tensor]]:
     """The neurons int64 [n], ascending, that are computed after this prompt, by layer; all of a layer that is dense."""
     state, decoder = selector.begin(), model.decoder
     ids = torch.tensor([list(prompt)])
@@ -25,7 +25,7 @@ def core_neurons(model: SparseModel, selector: Selector, prompt: Sequence[int]) 
     observer = _Observer(selector, state)
     for start in range(0, ids.shape[1], CHUNK_TOKENS):
         end = min(start + CHUNK_TOKENS, ids.shape[1])
-        decoder.forward(inputs_of(ids, start, end, decoder), pools, observer)
+        yield from forward(decoder, inputs_of(ids, start, end, decoder), pools, observer)
     selector.end_prompt(state)
     sets = []
     for layer in range(model.n_layers):

@@ -1,15 +1,17 @@
 """Documents of one length as a step of the decoder: every document a sequence with consecutive KV blocks of its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.callers import computes
 from patchclamp_server.engine.attention import AttentionBatch, Span
+from patchclamp_server.engine.exclusive import Slice, Sliced
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
-from patchclamp_server.model.decoder import Decoder, StepInputs
+from patchclamp_server.model.decoder import Decoder, SiteHooks, StepInputs
 from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Selection, Selector, SequenceState
@@ -29,16 +31,24 @@ def documents_of(texts: Sequence[str], tokenize: Tokenize, tokens: int) -> Tenso
 
 def pools_for(decoder: Decoder, documents: Tensor) -> list[Tensor]:
     """KV pools of all layers, large enough for the documents; block 0 stays zero."""
+    return [_pool(decoder, documents) for _ in decoder.blocks]
+
+
+def pool_for(decoder: Decoder, documents: Tensor) -> list[Tensor]:
+    """As `pools_for`, for one pass over whole documents: no layer reads what another wrote, so all have one pool."""
+    return [_pool(decoder, documents)] * len(decoder.blocks)
+
+
+def _pool(decoder: Decoder, documents: Tensor) -> Tensor:
     n, tokens = documents.shape
     spec = decoder.spec
     shape = (2, n * _blocks(tokens) + 1, BLOCK, spec.n_kv_heads, spec.head_dim)
-    return [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.blocks]
+    return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
 
 
 def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> StepInputs:
-    """Tokens [start, end) of every document, which the caller is about to compute."""
+    """Tokens [start, end) of every document."""
     n, length = len(documents), end - start
-    computes(n * length)
     blocks = _blocks(documents.shape[1])
     tables = [list(range(1 + i * blocks, 1 + (i + 1) * blocks)) for i in range(n)]
     spans = [Span(i * length, length, start, table) for i, table in enumerate(tables)]
@@ -50,6 +60,59 @@ def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> Step
         slots.to(decoder.device),
         AttentionBatch(spans, BLOCK, decoder.windows, decoder.device),
     )
+
+
+def forward(
+    decoder: Decoder,
+    inputs: StepInputs,
+    pools: list[Tensor],
+    hooks: SiteHooks,
+    *,
+    n_layers: int | None = None,
+    tokens: int | None = None,
+) -> Sliced[Tensor]:
+    """`Decoder.forward` a few layers at a time, one at least: bit for bit what it is in one go.
+
+    `n_layers`: of the whole model, where the decoder has some of its blocks. `tokens`: what the caller pays for; all
+    rows unless it says so.
+    """
+    rows, n = len(inputs.token_ids), len(decoder.blocks)
+    whole, charged = n_layers or n, rows if tokens is None else tokens
+    x, layer = None, 0
+    while x is None or layer < n:
+        granted = yield Slice(-(-rows * (n - layer) // whole), charged)
+        charged = 0
+        end = min(n, layer + max(1, granted * whole // rows))
+        part = blocks_of(decoder, layer, end, x)
+        if x is not None:
+            inputs = replace(inputs, token_ids=torch.arange(rows, device=decoder.device))
+        x = part.forward(inputs, pools[layer:end], _Shifted(hooks, layer))
+        layer = end
+    return x
+
+
+def blocks_of(decoder: Decoder, first: int, end: int, residual: Tensor | None = None) -> Decoder:
+    """The blocks [first, end). With `residual` [N, d_model] they start from its rows, which token ids then name."""
+    spec, part = decoder.spec, copy(decoder)
+    part.blocks = decoder.blocks[first:end]
+    part.spec = replace(
+        spec, n_layers=end - first, windows=spec.windows[first:end], rotary_kinds=spec.rotary_kinds[first:end]
+    )
+    if residual is not None:
+        part.spec = replace(part.spec, embedding_scale=1.0)
+        part.embedding, part.position_embedding = residual, None
+    return part
+
+
+@dataclass(frozen=True, eq=False)
+class _Shifted:
+    """Hooks of blocks that are not the first."""
+
+    hooks: SiteHooks
+    first: int
+
+    def visit(self, site: Site, layer: int, x: Tensor) -> None:
+        self.hooks.visit(site, self.first + layer, x)
 
 
 def _blocks(tokens: int) -> int:
@@ -92,20 +155,21 @@ class Listener(Selector):
         return Cost(1.0, 0.0)
 
 
-@torch.inference_mode()
-def product_inputs(model: SparseModel, documents: Tensor) -> Iterator[tuple[Tensor, dict[tuple[int, str], Tensor]]]:
-    """For every few documents: those [b, tokens], and the inputs [b · tokens, width] by layer and product.
+def batches_of(documents: Tensor) -> tuple[Tensor, ...]:
+    """Documents [b, tokens] that are heard together: as many as have BATCH_TOKENS, and one at least."""
+    return torch.split(documents, max(1, BATCH_TOKENS // documents.shape[1]))
 
-    As many at once as have BATCH_TOKENS, and one at least: their inputs at all layers are held together.
-    """
-    for part in torch.split(documents, max(1, BATCH_TOKENS // documents.shape[1])):
-        heard: dict[tuple[int, str], Tensor] = {}
 
-        def hear(layer: int, projection: str, x: Tensor, heard: dict[tuple[int, str], Tensor] = heard) -> None:
-            heard[layer, projection] = x
+def product_inputs(model: SparseModel, documents: Tensor) -> Sliced[dict[tuple[int, str], Tensor]]:
+    """The inputs [b · tokens, width] of the four products of every block, by layer and product."""
+    heard: dict[tuple[int, str], Tensor] = {}
 
-        listener = Listener(model, hear)
-        step = Step([Rows(slice(0, part.numel()), listener, listener.begin())])
-        decoder = sparse_decoder(model, step)
-        decoder.forward(inputs_of(part, 0, part.shape[1], decoder), pools_for(decoder, part), NoHooks())
-        yield part, heard
+    def hear(layer: int, projection: str, x: Tensor) -> None:
+        heard[layer, projection] = x
+
+    listener = Listener(model, hear)
+    step = Step([Rows(slice(0, documents.numel()), listener, listener.begin())])
+    decoder = sparse_decoder(model, step)
+    inputs = inputs_of(documents, 0, documents.shape[1], decoder)
+    yield from forward(decoder, inputs, pool_for(decoder, documents), NoHooks())
+    return heard

@@ -5,15 +5,14 @@ is least, so every step lowers the share that the block keeps by STEP. The path 
 norm is over the tokens that pooling.py takes for ordinary: the squares of one attention sink would outweigh all others.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.pooling import ordinary_tokens
 from patchclamp_server.sparsity.apply import Rows, Step, sparse_decoder
-from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.sparsity.documents import NoHooks, blocks_of, forward, inputs_of, pool_for
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import (
     ONLY_ACTIVE,
@@ -52,27 +51,20 @@ class _Trial(Selector):
         return ONLY_ACTIVE
 
 
-@torch.inference_mode()
-def greedy_path(decoder: Decoder, layer: int, residual: Tensor, documents: int, grids: list[Tensor]) -> Tensor:
+def greedy_path(decoder: Decoder, layer: int, residual: Tensor, documents: int, grids: list[Tensor]) -> Sliced[Tensor]:
     """Shares kept by product after each step [steps, 4]. `residual` [documents · tokens, d]: inputs of the block."""
     spec = decoder.spec
-    # One block that starts from given residual states: they are its embeddings.
-    one = replace(
-        spec,
-        n_layers=1,
-        windows=(spec.windows[layer],),
-        rotary_kinds=(spec.rotary_kinds[layer],),
-        embedding_scale=1.0,
-    )
-    single = Decoder(
-        one, residual, None, decoder.rotary, [decoder.blocks[layer]], decoder.final_norm, decoder.unembedding
-    )
+    single = blocks_of(decoder, layer, layer + 1, residual)
     model = SparseModel("", single)
     ids = torch.arange(len(residual)).view(documents, -1)
     trial = _Trial(model, grids)
     sparse = sparse_decoder(model, Step([Rows(slice(0, len(residual)), trial, trial.begin())]))
-    inputs, pools = inputs_of(ids, 0, ids.shape[1], single), pools_for(single, ids)
-    target = single.forward(inputs, pools, NoHooks())
+    inputs, pools = inputs_of(ids, 0, ids.shape[1], single), pool_for(single, ids)
+
+    def output(of: Decoder, tokens: int) -> Sliced[Tensor]:
+        return forward(of, inputs, pools, NoHooks(), n_layers=spec.n_layers, tokens=tokens)
+
+    target = yield from output(single, len(residual))
     ordinary = ordinary_tokens(target.view(documents, -1, target.shape[1])).flatten()
     shares = weight_shares(spec)
     kept = [1.0] * len(PROJECTIONS)
@@ -84,7 +76,9 @@ def greedy_path(decoder: Decoder, layer: int, residual: Tensor, documents: int, 
             if lowered < -1e-9:
                 continue
             trial.kept = [*kept[:i], max(lowered, 0.0), *kept[i + 1 :]]
-            error = float((sparse.forward(inputs, pools, NoHooks()) - target)[ordinary].float().square().sum())
+            # The tokens of the block have been paid for.
+            change = (yield from output(sparse, 0)) - target
+            error = float(change[ordinary].float().square().sum())
             errors.append((error, trial.kept))
         if not errors:
             break
