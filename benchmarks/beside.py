@@ -25,7 +25,8 @@ from typing import Any
 
 from serving import serving
 
-from patchclamp import CleanCorruptPair, Client, PatchclampError
+from patchclamp import Client, PatchclampError
+from patchclamp.heads import CleanCorruptPair
 from patchclamp.results import Progress
 from patchclamp.sparsity import teal
 

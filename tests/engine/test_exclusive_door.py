@@ -13,7 +13,16 @@ from tiny_models import FAMILIES
 from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.exclusive import FIRST_ROWS, MOST_ROWS, Entry, ExclusiveDoor, Slice, Sliced, Work, at_once
+from patchclamp_server.engine.exclusive import (
+    FIRST_ROWS,
+    IDLE_SECONDS,
+    Entry,
+    ExclusiveDoor,
+    Slice,
+    Sliced,
+    Work,
+    at_once,
+)
 from patchclamp_server.engine.request import Priority, Request, StopParams
 from patchclamp_server.errors import QuotaExceeded, ResourceExhausted, Unavailable
 from patchclamp_server.heads.analysis_batch import exclusively, result_of
@@ -159,9 +168,9 @@ def test_a_slice_of_an_engine_with_nothing_else_to_do_has_a_bound_too() -> None:
     door, log = Door(), list[int]()
     entry = door.enter(slices(3, log))
     door.run()
-    entry.row_seconds = 1e-9
+    entry.row_seconds = IDLE_SECONDS / 300
     door.run()
-    assert log == [MOST_ROWS]
+    assert log == [300]
 
 
 def test_a_slice_that_took_long_is_followed_by_none_until_steps_have_taken_as_long() -> None:
@@ -179,8 +188,9 @@ def test_a_slice_that_took_long_is_followed_by_none_until_steps_have_taken_as_lo
 def test_of_two_works_that_which_had_less_time_for_its_weight_is_next() -> None:
     door = Door()
     first = door.enter(slices(9))
-    CALLER.set(Caller("heavy", weight=4.0))
+    heavy = CALLER.set(Caller("heavy", weight=4.0))
     second = door.enter(slices(9))
+    CALLER.reset(heavy)
     first.service, second.service = 1.0, 0.5
     door.run()
     assert (first.wanted, second.wanted) == (None, Slice(10**6))

@@ -8,10 +8,10 @@ is one token through all layers: a part of a pass counts rows · layers / all la
     rows of a slice = d / r          d seconds of a step that only decodes, r seconds of a row in the work's own slices
 
 so that a slice beside more urgent requests takes about as long as one of their steps, and a token of theirs comes at
-most about SLOWDOWN (pace.py) times as late; without them a slice has up to MOST_ROWS. A slice that took longer, since
-its smallest part has more rows, is followed by no other until steps have taken as long: requests keep half of the
-engine, and the works have the other half at least while steps are as short as slices. Of several works that which has
-had the least time for the weight of its caller is next.
+most about SLOWDOWN (pace.py) times as late; without them a slice takes up to IDLE_SECONDS. A slice that took longer,
+since its smallest part has more rows, is followed by no other until steps have taken as long: beside requests the works
+have half of the engine, and no more. Of several works that which has had the least time for the weight of its caller is
+next.
 
 Works run as analysis does: in the context of the call that brought them, so that its tenant pays for their tokens.
 They are refused where an analysis request would be. Their KV is a pool of a layer, not a share of the engine's cache.
@@ -31,8 +31,8 @@ from patchclamp_server.engine.faults import fault_of, is_device_lost, is_out_of_
 from patchclamp_server.engine.pace import smoothed
 from patchclamp_server.errors import Cancelled, Unavailable
 
-# A slice of an engine that has nothing else to do: a request that comes meanwhile waits for its end.
-MOST_ROWS = 256
+# A slice of an engine that has nothing more urgent to do: a request that comes meanwhile waits for its end.
+IDLE_SECONDS = 0.1
 # The rows of the first slice of a work, which shows how long its rows take.
 FIRST_ROWS = 8
 
@@ -182,12 +182,11 @@ def _rows(entry: Entry, decode_seconds: float | None) -> int:
     """What its next slice may have; 0 for what stands before its first."""
     if entry.wanted is None:
         return 0
-    most = min(max(1, entry.wanted.rows), MOST_ROWS)
+    most = max(1, entry.wanted.rows)
     if entry.row_seconds is None:
         return min(most, FIRST_ROWS)
-    if decode_seconds is None:
-        return most
-    return most if decode_seconds >= most * entry.row_seconds else max(1, int(decode_seconds / entry.row_seconds))
+    seconds = IDLE_SECONDS if decode_seconds is None else min(decode_seconds, IDLE_SECONDS)
+    return most if seconds >= most * entry.row_seconds else max(1, int(seconds / entry.row_seconds))
 
 
 def events_of(work: Telling[E, T]) -> Generator[E, None, T]:
