@@ -411,12 +411,16 @@ def test_cores_of_prompts_and_their_overlap(stub: SparsityServiceStub) -> None:
     assert 0 < other.mean_jaccard < 1
 
 
-def test_cores_do_not_depend_on_the_chunks_of_a_prompt(
-    stub: SparsityServiceStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cores_do_not_depend_on_the_chunks_of_a_prompt(stub: SparsityServiceStub, server: LiveServer) -> None:
     whole = cores(stub, asks_for("griffin")[0], words(9))
-    monkeypatch.setattr("patchclamp_server.sparsity.core_neurons.CHUNK_TOKENS", 7)
-    assert cores(stub, asks_for("griffin")[0], words(9)) == whole
+    scheduler = server.server.engine.scheduler
+    steps, most = server.server.engine.stats().steps, scheduler.max_tokens
+    scheduler.max_tokens = 7
+    try:
+        assert cores(stub, asks_for("griffin")[0], words(9)) == whole
+    finally:
+        scheduler.max_tokens = most
+    assert server.server.engine.stats().steps > steps + 2
 
 
 def test_cores_of_some_layers_in_the_order_asked_for_and_all_neurons_of_a_dense_one(stub: SparsityServiceStub) -> None:

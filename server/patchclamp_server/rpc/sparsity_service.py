@@ -5,14 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from torch import Tensor
-
 from patchclamp.v1 import sparsity_pb2 as pb
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceServicer
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
-from patchclamp_server.heads.analysis_batch import result_of
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.calls import check_model
 from patchclamp_server.rpc.exclusive import ExclusiveJobs
@@ -92,8 +89,5 @@ class SparsityService(SparsityServiceServicer):
             decode_core_request, request, self._prompts, self._model, self._binder
         )
 
-        async def cores() -> list[list[Tensor]]:
-            model = self._engine.sparse_model
-            return [await result_of(self._engine, core_neurons(model, bound.selector, prompt)) for prompt in prompts]
-
-        return await asyncio.to_thread(encode_cores, await self._jobs.result(cores), layers)
+        cores = await self._jobs.result(lambda: core_neurons(self._engine, bound.selector, prompts))
+        return await asyncio.to_thread(encode_cores, cores, layers)
