@@ -7,6 +7,7 @@ import torch
 from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, Policy, Profile, Selector, SparseModel, calibrate
 from patchclamp_server.sparsity.apply import Forced, Rows, Step
@@ -35,7 +36,7 @@ def profile(name: str, family: str = "llama") -> Profile | None:
     if name not in CALIBRATIONS:
         return None
     policy = Teal(allocation="greedy") if name == "teal" else POLICIES[name]()
-    return calibrate(policy, sparse_model(family), documents(4, 32, seed=7), {"text": "random tokens"})
+    return at_once(calibrate(policy, sparse_model(family), documents(4, 32, seed=7), {"text": "random tokens"}))
 
 
 def bound(policy: Policy, family: str = "llama") -> Selector:

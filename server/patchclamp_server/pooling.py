@@ -17,6 +17,7 @@ difference of means moves one mean onto the other. Both were measured to find di
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +61,16 @@ def ordinary_tokens(states: Tensor) -> Tensor:
     if norms.shape[-1] == 1:
         return torch.ones_like(norms, dtype=torch.bool)
     return torch.cat((torch.zeros_like(norms[..., :1], dtype=torch.bool), ~outliers(norms[..., 1:])), dim=-1)
+
+
+class RowSink(Protocol):
+    """Takes the rows of one text as steps compute them."""
+
+    layers: tuple[int, ...]
+
+    def add(self, layer: int, states: Tensor, start: int, /) -> None:
+        """states [n, width] of tokens start ≤ t < start + n; tokens that a preemption had computed again come again."""
+        ...
 
 
 class TokenPool:

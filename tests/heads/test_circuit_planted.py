@@ -8,6 +8,7 @@ from circuit_oracle import last_logits, random_pair
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
+from patchclamp_server.engine.exclusive import events_of
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.heads.circuit import CircuitSearch, FoundCircuit, search
 from patchclamp_server.heads.circuit_methods import CIRCUIT_METHODS
@@ -37,7 +38,7 @@ def model() -> PreTrainedModel:
 
 
 def found(model: PreTrainedModel, job: CircuitSearch) -> FoundCircuit:
-    *_, last = search(decoder_from_transformers(model, dtype=torch.float32, device="cpu"), job)
+    *_, last = events_of(search(decoder_from_transformers(model, dtype=torch.float32, device="cpu"), job))
     assert isinstance(last, FoundCircuit)
     return last
 

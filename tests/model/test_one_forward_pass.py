@@ -17,6 +17,7 @@ from torch import Tensor
 
 import patchclamp_server
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.engine.request import SparseInference
 from patchclamp_server.heads import path_patching
 from patchclamp_server.heads.attention_mass import attention_mass
@@ -31,7 +32,6 @@ from patchclamp_server.model.range_check import warn_of_overflow
 from patchclamp_server.model.sparse.mlp import SparseMlp
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity import POLICIES, MlpInput
-from patchclamp_server.sparsity.core_neurons import core_neurons
 from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for, product_inputs
 from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.mlp import mlp_weights
@@ -105,23 +105,24 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Record:
 
 
 def _mass() -> None:
-    attention_mass(decoder(), tokens()[0], torch.zeros(1, 1, dtype=torch.int64))
+    at_once(attention_mass(decoder(), tokens()[0], torch.zeros(1, 1, dtype=torch.int64)))
 
 
 def _attribution() -> None:
-    attribute(decoder(), tokens()[0].tolist(), 5)
+    at_once(attribute(decoder(), tokens()[0].tolist(), 5))
 
 
 def _variants_from_layer_one() -> None:
-    runs = run_pair(decoder(), PAIR)
+    runs = at_once(run_pair(decoder(), PAIR))
     replaced = torch.zeros(2, LAYERS, decoder().spec.n_heads, dtype=torch.bool)
     replaced[:, 1:] = True
-    variant_ends(decoder(), runs.clean, replaced, runs.corrupt.z)
+    at_once(variant_ends(decoder(), runs.clean, replaced, runs.corrupt.z))
 
 
 def _path_patching() -> None:
-    runs = run_pair(decoder(), PAIR)
-    assert len(list(path_patching.changes(decoder(), runs, runs.corrupt.z))) == LAYERS
+    runs = at_once(run_pair(decoder(), PAIR))
+    for batch in path_patching.changes(decoder(), runs, runs.corrupt.z):
+        at_once(batch)
 
 
 def _successor() -> None:
@@ -131,19 +132,16 @@ def _successor() -> None:
 def _greedy_path() -> None:
     states = torch.randn(TOKENS, decoder().spec.d_model)
     grids = [torch.linspace(0, 1, 1001)] * 4
-    assert len(greedy_path(sparse_model("llama"), 1, states, 1, grids)) > 1
+    assert len(at_once(greedy_path(sparse_model("llama"), 1, states, 1, grids))) > 1
 
 
 def _product_inputs() -> None:
-    assert len(list(product_inputs(sparse_model("llama"), tokens()))) == 1
+    at_once(product_inputs(sparse_model("llama"), tokens()))
 
 
 def _quality() -> None:
-    Evaluator(sparse_model("llama"), tokens(), 4).quality(bound(POLICIES["griffin"]()))
-
-
-def _core_neurons() -> None:
-    core_neurons(sparse_model("llama"), bound(POLICIES["griffin"]()), tokens()[0].tolist())
+    evaluator = at_once(Evaluator.of(sparse_model("llama"), tokens(), 4))
+    at_once(evaluator.quality(bound(POLICIES["griffin"]())))
 
 
 def _request() -> None:
@@ -164,7 +162,6 @@ CALLERS: dict[Callable[[], None], tuple[int, list[range], list[str]]] = {
     _successor: (0, [], ["mlp"]),
     _product_inputs: (1, [], []),
     _quality: (3, [], []),
-    _core_neurons: (1, [], []),
     _request: (3, [], []),
     _sparse_request: (3, [], []),
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sparse_models import bound, documents, profile, run, sparse_model
 
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.sparsity import POLICIES, MlpInput, calibrate
@@ -243,7 +244,7 @@ def test_the_greedy_path_of_teal_does_not_follow_the_first_token(layer: int) -> 
     sinks = states.clone()
     sinks[::6] *= 1000
     grids = [made.tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-    paths = [greedy_path(model, layer, residual, 2, grids) for residual in (states, sinks)]
+    paths = [at_once(greedy_path(model, layer, residual, 2, grids)) for residual in (states, sinks)]
     assert torch.equal(*paths)
 
 
@@ -305,7 +306,7 @@ def test_clusters_are_found_where_there_are_some() -> None:
 
 def test_static_scores_are_of_all_tokens_but_attention_sinks() -> None:
     model, texts = sparse_model(), documents(3, 24, seed=11)
-    found = calibrate(StaticSet(), model, texts).tensors["scores"]
+    found = at_once(calibrate(StaticSet(), model, texts)).tensors["scores"]
     for text in texts.split(1):
         kept = KeepSite(Site.MLP_POST)
         decoder = model.decoder
@@ -326,16 +327,16 @@ def test_static_sets_name_layers_and_neurons_that_exist() -> None:
 
 
 def test_quality_of_dense_is_perfect_and_of_a_random_set_is_not() -> None:
-    evaluator = Evaluator(sparse_model(), documents(3, 40), 16)
-    dense = evaluator.quality(bound(POLICIES["dense"]()))
+    evaluator = at_once(Evaluator.of(sparse_model(), documents(3, 40), 16))
+    dense = at_once(evaluator.quality(bound(POLICIES["dense"]())))
     assert dense.perplexity_ratio == pytest.approx(1.0, abs=1e-6)
     assert dense.divergence == pytest.approx(0.0, abs=1e-5)
     assert (dense.top1_agreement, dense.sparsity, dense.bytes_read_16) == (1.0, 0.0, 1.0)
-    random = evaluator.quality(bound(POLICIES["random"](keep_ratio=0.5)))
+    random = at_once(evaluator.quality(bound(POLICIES["random"](keep_ratio=0.5))))
     assert random.divergence > 0.01
     assert (random.sparsity, random.bytes_read_16) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_a_document_needs_a_token_to_score() -> None:
     with pytest.raises(InvalidArgument):
-        Evaluator(sparse_model(), documents(1, 16), 15)
+        at_once(Evaluator.of(sparse_model(), documents(1, 16), 15))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparse_models import bound, documents, profile, sparse_model
 
+from patchclamp_server.engine.exclusive import at_once, events_of
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, Policy, calibrate
 from patchclamp_server.sparsity.calibrate import KEPT_BYTES, MAX_TOKENS, SAMPLE_EVERY, most_tokens
@@ -15,7 +16,7 @@ from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.fovea import Fovea
 from patchclamp_server.sparsity.parameters import parameters_of, policy_with
 from patchclamp_server.sparsity.policy import PROJECTIONS
-from patchclamp_server.sparsity.progress import Steps, unheard
+from patchclamp_server.sparsity.progress import Progress, Steps
 from patchclamp_server.sparsity.quality_card import measure_quality
 from patchclamp_server.sparsity.static_set import StaticSet
 
@@ -102,25 +103,18 @@ def test_parameters_that_no_policy_has_are_refused_by_name(name: str, parameters
 
 @pytest.mark.parametrize("name", CALIBRATIONS)
 def test_calibration_can_be_ended_after_a_document(name: str) -> None:
-    class Ended(Exception):
-        pass
-
-    heard: list[tuple[str, int, int]] = []
-
-    def hear(*step: object) -> None:
-        heard.append(step)  # type: ignore[arg-type]
-        raise Ended
-
-    with pytest.raises(Ended):
-        calibrate(POLICIES[name](), MODEL, documents(4, 512), progress=hear)
-    assert heard == [("calibration", 1, 4 if name != "fovea" else 7)]
+    work = calibrate(POLICIES[name](), MODEL, documents(4, 512))
+    assert next(events_of(work)) == Progress("calibration", 1, 4 if name != "fovea" else 7)
+    work.close()
+    with pytest.raises(StopIteration):
+        next(work)
 
 
 def test_the_quality_of_many_documents_is_that_of_evaluating_them_together() -> None:
     texts = documents(5, 24)
     selector = bound(POLICIES["cats"](keep_ratio=0.3))
-    together = Evaluator(MODEL, texts, 12).quality(selector)
-    card = measure_quality(MODEL, texts, selector, Steps(unheard, "quality", 5))
+    together = at_once(at_once(Evaluator.of(MODEL, texts, 12)).quality(selector))
+    card = at_once(measure_quality(MODEL, texts, selector, Steps("quality", 5)))
     assert card.perplexity_ratio == pytest.approx(together.perplexity_ratio, rel=1e-5)
     assert card.divergence == pytest.approx(together.divergence, rel=1e-4)
     assert card.top1_agreement == pytest.approx(together.top1_agreement)
@@ -129,7 +123,7 @@ def test_the_quality_of_many_documents_is_that_of_evaluating_them_together() -> 
 
 
 def test_a_card_that_is_not_finite_can_be_stored() -> None:
-    card = measure_quality(MODEL, documents(1, 8), bound(POLICIES["dense"]()), Steps(unheard, "quality", 1))
+    card = at_once(measure_quality(MODEL, documents(1, 8), bound(POLICIES["dense"]()), Steps("quality", 1)))
     assert card.as_json()["sparsity"] == 0.0
     object.__setattr__(card, "perplexity_ratio", math.inf)
     assert card.as_json()["perplexity_ratio"] is None

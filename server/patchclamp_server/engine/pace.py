@@ -19,12 +19,17 @@ class Pace:
         self._decode: float | None = None
         self._row: float | None = None
 
+    @property
+    def decode_seconds(self) -> float:
+        """Of a step that only decodes; 0 until one has been measured."""
+        return self._decode or 0.0
+
     def record(self, *, decode_rows: int, prefill_rows: int, seconds: float) -> None:
         if not prefill_rows:
-            self._decode = _smoothed(self._decode, seconds)
+            self._decode = smoothed(self._decode, seconds)
         elif self._decode is not None or not decode_rows:
             decoding = self._decode if decode_rows and self._decode is not None else 0.0
-            self._row = _smoothed(self._row, max(0.0, seconds - decoding) / prefill_rows)
+            self._row = smoothed(self._row, max(0.0, seconds - decoding) / prefill_rows)
 
     def rows(self, most: int) -> int:
         """At most `most`, and at least a block where that is not less."""
@@ -34,5 +39,6 @@ class Pace:
         return most if wanted >= most * self._row else min(most, max(self._block_size, int(wanted / self._row)))
 
 
-def _smoothed(before: float | None, seconds: float) -> float:
+def smoothed(before: float | None, seconds: float) -> float:
+    """The kept measurement with a new one in it."""
     return seconds if before is None else before + _SHARE * (seconds - before)

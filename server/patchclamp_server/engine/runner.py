@@ -63,7 +63,7 @@ class Runner:
             new = sequence.tokens[offset : offset + item.n]
             tokens += new
             spans.append(Span(row, item.n, offset, sequence.blocks))
-            if sequence.state is not None or sequence.capture is not None:
+            if sequence.state is not None or sequence.sink is not None:
                 programs.append(_program_span(sequence, row, offset, np.array(new, dtype=np.int64)))
             if monitor.active and sequence.is_served:
                 served.append(ServedSpan(row, offset, new, sequence.id, sequence.prompt_length, fresh=sequence.reached))
@@ -135,7 +135,7 @@ class Runner:
 
 def _program_span(sequence: Sequence, row: int, offset: int, tokens: np.ndarray) -> ProgramSpan:
     capture = None
-    asked = sequence.request.capture
-    if asked is not None and sequence.capture is not None:
-        capture = CaptureSpan(sequence.capture, asked.site)
+    asked = sequence.request.capture or sequence.request.reduction
+    if asked is not None and sequence.sink is not None:
+        capture = CaptureSpan(sequence.sink, asked.site)
     return ProgramSpan(sequence.state, row, offset, tokens, sequence.prompt_length, capture)

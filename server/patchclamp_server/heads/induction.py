@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.heads.repeated_tokens import measure
-from patchclamp_server.heads.scoring import HeadScores, Progress, Scoring, in_thread
+from patchclamp_server.heads.scoring import HeadScores, Progress, Scoring
 
 
 def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerator[Progress | HeadScores, None]:
-    return in_thread(measure(engine, prompts, job, n=1, target=lambda queries, period: queries - period + 1))
+    return measure(engine, prompts, job, n=1, target=lambda queries, period: queries - period + 1)

@@ -16,7 +16,7 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.heads.repeated_tokens import measure
-from patchclamp_server.heads.scoring import HeadScores, Progress, Scoring, in_thread
+from patchclamp_server.heads.scoring import HeadScores, Progress, Scoring
 
 
 def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerator[Progress | HeadScores, None]:
@@ -24,4 +24,4 @@ def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerat
         raise InvalidArgument(
             "ngram", f"expected 1 to {job.sequence_tokens}, the tokens of a sequence, got {job.ngram}"
         )
-    return in_thread(measure(engine, prompts, job, n=job.ngram, target=lambda queries, period: queries - period + 1))
+    return measure(engine, prompts, job, n=job.ngram, target=lambda queries, period: queries - period + 1)

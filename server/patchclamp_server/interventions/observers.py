@@ -12,7 +12,7 @@ from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.row_arithmetic import row_dots
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.model.invariant import operators
-from patchclamp_server.pooling import TokenPool
+from patchclamp_server.pooling import RowSink
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +146,7 @@ class AbortOperator:
 class CaptureRows:
     """Rows of one sequence, tokens from position `start` on."""
 
-    pool: TokenPool
+    pool: RowSink
     rows: slice
     start: int
 

@@ -12,14 +12,14 @@ from patchclamp_server.interventions.program import ReadoutValue, Site
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
-from patchclamp_server.pooling import TokenPool
+from patchclamp_server.pooling import RowSink
 
 Place = tuple[Site, int]
 
 
 @dataclass(frozen=True, eq=False)
 class CaptureSpan:
-    pool: TokenPool
+    pool: RowSink
     site: Site
 
 

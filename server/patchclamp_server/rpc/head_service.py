@@ -1,6 +1,6 @@
 """HeadService: what attention heads do, found by needles, scores, circuits and attribution, and tested by edits.
 
-Jobs whose work is requests of the engine run beside each other; those that compute in a thread wait for their turn.
+Jobs whose work is requests of the engine run beside each other; those at its exclusive door wait for their turn.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import RequestError
+from patchclamp_server.heads.analysis_batch import result_of
 from patchclamp_server.heads.attribution import attribute
 from patchclamp_server.heads.circuit_job import find_circuit
 from patchclamp_server.heads.detect import detect
@@ -29,7 +30,7 @@ from patchclamp_server.rpc.circuit_codec import (
     encode_attribution,
     encode_circuit,
 )
-from patchclamp_server.rpc.exclusive import ExclusiveJobs, Job
+from patchclamp_server.rpc.exclusive import ExclusiveJobs
 from patchclamp_server.rpc.head_codec import decode_scoring, encode_overlaps, encode_scoring
 from patchclamp_server.rpc.needle_codec import (
     decode_detection,
@@ -91,7 +92,7 @@ class HeadService(HeadServiceServicer):
         check_model(request.model, self._model)
         job = await self._prompts.analysis.run(decode_circuit, request, self._prompts, self._model)
         await asyncio.to_thread(self._store.check_tags, job.tags)
-        found = find_circuit(self._engine.model.decoder, self._store, self._model, job)
+        found = find_circuit(self._engine, self._store, self._model, job)
         async with aclosing(self._jobs.follow(found)) as events:
             async for event in events:
                 yield encode_circuit(event)
@@ -102,12 +103,9 @@ class HeadService(HeadServiceServicer):
     async def AttributeLogits(self, request: pb.AttributeLogitsRequest, context: Context) -> pb.AttributeLogitsResponse:
         check_model(request.model, self._model)
         asked = await self._prompts.analysis.run(decode_attribution, request, self._prompts, self._model)
-
-        def work(job: Job[pb.AttributeLogitsResponse]) -> pb.AttributeLogitsResponse:
-            decoder = self._engine.model.decoder
-            return encode_attribution(attribute(decoder, asked.tokens, asked.target, asked.contrast, asked.top_heads))
-
-        return await self._jobs.result(work)
+        decoder = self._engine.model.decoder
+        work = attribute(decoder, asked.tokens, asked.target, asked.contrast, asked.top_heads)
+        return encode_attribution(await self._jobs.result(lambda: result_of(self._engine, work)))
 
 
 @contextmanager

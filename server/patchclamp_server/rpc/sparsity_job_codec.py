@@ -18,6 +18,7 @@ from patchclamp_server.sparsity.calibrate import CALIBRATIONS, MAX_TOKENS, most_
 from patchclamp_server.sparsity.core_neurons import jaccard
 from patchclamp_server.sparsity.job import CalibratedProfile, Calibration, Evaluation, Text
 from patchclamp_server.sparsity.mlp import SparseModel
+from patchclamp_server.sparsity.progress import Progress
 from patchclamp_server.sparsity.quality_card import QualityCard
 from patchclamp_server.sparsity.speed import SpeedCard
 
@@ -115,8 +116,8 @@ def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo,
     return Text(torch.tensor(documents), description)
 
 
-def encode_progress(stage: str, done: int, total: int) -> pb.SparsityProgress:
-    return pb.SparsityProgress(stage=stage, done=done, total=total)
+def encode_progress(progress: Progress) -> pb.SparsityProgress:
+    return pb.SparsityProgress(stage=progress.stage, done=progress.done, total=progress.total)
 
 
 def encode_profile(result: CalibratedProfile) -> pb.CalibratedProfile:

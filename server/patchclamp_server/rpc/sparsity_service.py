@@ -12,7 +12,7 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.calls import check_model
-from patchclamp_server.rpc.exclusive import ExclusiveJobs, Job
+from patchclamp_server.rpc.exclusive import ExclusiveJobs
 from patchclamp_server.rpc.sparsity_job_codec import (
     decode_calibration,
     decode_core_request,
@@ -25,6 +25,7 @@ from patchclamp_server.rpc.sparsity_job_codec import (
 from patchclamp_server.sparsity.binder import Binder
 from patchclamp_server.sparsity.core_neurons import core_neurons
 from patchclamp_server.sparsity.job import calibrate_profile, evaluate
+from patchclamp_server.sparsity.progress import Progress
 
 Context = Any
 
@@ -56,16 +57,13 @@ class SparsityService(SparsityServiceServicer):
         asked = await self._prompts.analysis.run(decode_calibration, request, self._prompts, self._model, model)
         await asyncio.to_thread(self._store.check_tags, asked.tags)
 
-        def work(job: Job[pb.CalibrateProfileResponse]) -> None:
-            def progress(stage: str, done: int, total: int) -> None:
-                job.emit(pb.CalibrateProfileResponse(progress=encode_progress(stage, done, total)))
-
-            result = calibrate_profile(model, self._store, self._model, asked, progress)
-            job.emit(pb.CalibrateProfileResponse(result=encode_profile(result)))
-
-        async with aclosing(self._jobs.stream(work)) as responses:
-            async for response in responses:
-                yield response
+        calibrated = calibrate_profile(self._engine, self._store, self._model, asked)
+        async with aclosing(self._jobs.follow(calibrated)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    yield pb.CalibrateProfileResponse(progress=encode_progress(event))
+                else:
+                    yield pb.CalibrateProfileResponse(result=encode_profile(event))
 
     async def EvaluateProfile(
         self, request: pb.EvaluateProfileRequest, context: Context
@@ -75,16 +73,13 @@ class SparsityService(SparsityServiceServicer):
             decode_evaluation, request, self._prompts, self._model, self._binder
         )
 
-        def work(job: Job[pb.EvaluateProfileResponse]) -> None:
-            def progress(stage: str, done: int, total: int) -> None:
-                job.emit(pb.EvaluateProfileResponse(progress=encode_progress(stage, done, total)))
-
-            for evaluation in evaluate(self._engine, asked, text, progress, speed=request.measure_speed):
-                job.emit(pb.EvaluateProfileResponse(evaluation=encode_evaluation(evaluation)))
-
-        async with aclosing(self._jobs.stream(work)) as responses:
-            async for response in responses:
-                yield response
+        evaluated = evaluate(self._engine, asked, text, speed=request.measure_speed)
+        async with aclosing(self._jobs.follow(evaluated)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    yield pb.EvaluateProfileResponse(progress=encode_progress(event))
+                else:
+                    yield pb.EvaluateProfileResponse(evaluation=encode_evaluation(event))
 
     async def PredictCoreNeurons(
         self, request: pb.PredictCoreNeuronsRequest, context: Context
@@ -94,11 +89,5 @@ class SparsityService(SparsityServiceServicer):
             decode_core_request, request, self._prompts, self._model, self._binder
         )
 
-        def work(job: Job[pb.PredictCoreNeuronsResponse]) -> pb.PredictCoreNeuronsResponse:
-            cores = []
-            for prompt in prompts:
-                job.check()
-                cores.append(core_neurons(self._engine.sparse_model, bound.selector, prompt))
-            return encode_cores(cores, layers)
-
-        return await self._jobs.result(work)
+        cores = await self._jobs.result(lambda: core_neurons(self._engine, bound.selector, prompts))
+        return await asyncio.to_thread(encode_cores, cores, layers)

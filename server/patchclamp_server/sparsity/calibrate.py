@@ -4,27 +4,28 @@ Statistics are of the dense model, over all tokens of the documents (every few r
 they are sums of squares, attention sinks are left out (pooling.py); quantiles and counts hardly see so few tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from patchclamp_server.engine.exclusive import Slice, Telling
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.pooling import ordinary_tokens, outliers
 from patchclamp_server.sparsity.budgets import GRID, REFERENCE, damage_curves
 from patchclamp_server.sparsity.coreinfer_similarity import CoreInferSimilarity, multi_hot
 from patchclamp_server.sparsity.coreinfer_stability import core_counts, token_order
-from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for, product_inputs
+from patchclamp_server.sparsity.documents import KeepSite, batches_of, forward, inputs_of, pool_for, product_inputs
 from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.fovea import Fovea
 from patchclamp_server.sparsity.kmeans import elbow_clusters
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import PROJECTIONS, Policy, input_widths
 from patchclamp_server.sparsity.profile import Profile
-from patchclamp_server.sparsity.progress import Progress, Steps, unheard
+from patchclamp_server.sparsity.progress import Progress, Steps
 from patchclamp_server.sparsity.quantiles import quantiles
 from patchclamp_server.sparsity.teal import Teal
 from patchclamp_server.sparsity.teal_allocation import greedy_path
@@ -41,26 +42,24 @@ MAX_TOKENS = 1 << 18
 KEPT_BYTES = 4 << 30
 
 Tensors = dict[str, Tensor]
+# Parts of the work at the exclusive door of the engine.
+Found: TypeAlias = Telling[Progress, Tensors]
 
 
 def calibrate(
-    policy: Policy,
-    model: SparseModel,
-    documents: Tensor,
-    card: Mapping[str, Any] | None = None,
-    progress: Progress = unheard,
-) -> Profile:
+    policy: Policy, model: SparseModel, documents: Tensor, card: Mapping[str, Any] | None = None
+) -> Telling[Progress, Profile]:
     """A profile of `policy` from documents [n, tokens]. InvalidArgument: the policy has nothing to calibrate.
 
-    The stage that `progress` hears of is "calibration", counted in documents and, for what is measured after them layer
-    by layer, in layers.
+    The stage of the progress that it tells is "calibration", counted in documents and, for what is measured after them
+    layer by layer, in layers.
     """
     function = CALIBRATIONS.get(policy.name)
     if function is None:
         raise InvalidArgument("sparsity.policy", f"{policy.name} needs no profile; these do: {', '.join(CALIBRATIONS)}")
     by_layer = _is_greedy(policy) or _measures_damage(policy)
-    steps = Steps(progress, "calibration", len(documents) + (model.n_layers if by_layer else 0))
-    tensors = function(policy, model, documents, steps)
+    steps = Steps("calibration", len(documents) + (model.n_layers if by_layer else 0))
+    tensors = yield from function(policy, model, documents, steps)
     tokens = {"calibration_documents": len(documents), "calibration_tokens": documents.numel()}
     return Profile(policy.name, model.fingerprint, tensors, {**tokens, **(card or {})})
 
@@ -87,67 +86,74 @@ def _measures_damage(policy: Policy) -> bool:
     return isinstance(policy, Fovea) and policy.budget == "measured"
 
 
-def _heard(model: SparseModel, documents: Tensor, steps: Steps) -> Iterator[dict[tuple[int, str], Tensor]]:
-    """The inputs of the products for every few documents, which are a step each."""
-    for part, heard in product_inputs(model, documents):
-        yield heard
-        steps.advance(len(part))
-
-
-def _samples(model: SparseModel, documents: Tensor, steps: Steps, *names: str) -> dict[str, list[Tensor]]:
+def _samples(
+    model: SparseModel, documents: Tensor, steps: Steps, *names: str
+) -> Telling[Progress, dict[str, list[Tensor]]]:
     """Some inputs [n, width] of the products named, by layer."""
     parts: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(model.n_layers)] for name in names}
-    for heard in _heard(model, documents, steps):
+    for batch in batches_of(documents):
+        heard = yield from product_inputs(model, batch)
         for name, layers in parts.items():
             for layer, kept in enumerate(layers):
                 kept.append(heard[layer, name][::SAMPLE_EVERY].clone())
+        yield steps.advance(len(batch))
     # Taken out one by one: the parts and the whole of all layers would be twice the memory.
     return {name: [torch.cat(layers.pop(0)) for _ in range(model.n_layers)] for name, layers in parts.items()}
 
 
-def _teal(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
-    samples = _samples(model, documents, steps, *PROJECTIONS)
-    tensors = {
-        f"quantiles.{name}": torch.stack([quantiles(x.abs()) for x in layers]) for name, layers in samples.items()
-    }
+def _teal(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Found:
+    samples = yield from _samples(model, documents, steps, *PROJECTIONS)
+    tensors: Tensors = {}
+    for name, layers in samples.items():
+        found = []
+        for x in layers:
+            yield Slice(1)
+            found.append(quantiles(x.abs()))
+        tensors[f"quantiles.{name}"] = torch.stack(found)
     if _is_greedy(policy):
         few = documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS]
         residuals = KeepSite(Site.RESID_PRE)
         decoder = model.decoder
-        decoder.forward(inputs_of(few, 0, few.shape[1], decoder), pools_for(decoder, few), residuals)
+        yield from forward(decoder, inputs_of(few, 0, few.shape[1], decoder), pool_for(decoder, few), residuals)
         paths = []
         for layer in range(model.n_layers):
             grids = [tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-            paths.append(greedy_path(model, layer, residuals.kept[layer], len(few), grids))
-            steps.advance()
+            paths.append((yield from greedy_path(model, layer, residuals.kept[layer], len(few), grids)))
+            yield steps.advance()
         length = min(map(len, paths))
         tensors["greedy"] = torch.stack([path[:length] for path in paths])
     return tensors
 
 
-def _cats(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
-    samples = zip(_samples(model, documents, steps, "mlp_input")["mlp_input"], model.layers, strict=True)
-    return {"quantiles": torch.stack([quantiles(MlpInput(x, weights).activated.abs()) for x, weights in samples])}
+def _cats(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Found:
+    samples = yield from _samples(model, documents, steps, "mlp_input")
+    found = []
+    for x, weights in zip(samples["mlp_input"], model.layers, strict=True):
+        yield Slice(len(x))
+        found.append(quantiles(MlpInput(x, weights).activated.abs()))
+    return {"quantiles": torch.stack(found)}
 
 
-def _static_set(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
+def _static_set(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Found:
     scores = torch.zeros(model.n_layers, model.spec.d_ff)
-    for heard in _heard(model, documents, steps):
+    for batch in batches_of(documents):
+        heard = yield from product_inputs(model, batch)
         for layer, weights in enumerate(model.layers):
             neurons = heard[layer, "mlp_output"].float()
             # Of the hundreds of tokens of a document the first alone, an attention sink, would decide at some layers.
             neurons = neurons[ordinary_tokens(neurons.view(-1, documents.shape[1], neurons.shape[1])).flatten()]
             scores[layer] += (neurons.square().sum(0) * weights.down_norm.float().square()).cpu()
+        yield steps.advance(len(batch))
     return {"scores": scores.to(model.decoder.device)}
 
 
-def _similarity(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
+def _similarity(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Found:
     assert isinstance(policy, CoreInferSimilarity)
     tokens = min(SENTENCE_TOKENS, documents.shape[1])
     sentences = []
-    for heard in _heard(model, documents, steps):
-        rows = heard[0, "mlp_output"].shape[0]
-        for start in range(0, rows - tokens + 1, tokens):
+    for batch in batches_of(documents):
+        heard = yield from product_inputs(model, batch)
+        for start in range(0, batch.numel() - tokens + 1, tokens):
             counts = [
                 core_counts(
                     [token_order(heard[layer, "mlp_output"][start : start + tokens], policy)],
@@ -157,6 +163,8 @@ def _similarity(policy: Policy, model: SparseModel, documents: Tensor, steps: St
                 for layer in range(model.n_layers)
             ]
             sentences.append(torch.stack(counts))
+        yield steps.advance(len(batch))
+    yield Slice(1)
     by_sentence = torch.stack(sentences)  # [sentences, n_layers, d_ff]
     cluster_layer = model.n_layers - 1 if policy.end_layer is None else max(policy.end_layer - 1, 0)
     centres, assigned = elbow_clusters(multi_hot(by_sentence[:, cluster_layer]))
@@ -169,10 +177,10 @@ def _similarity(policy: Policy, model: SparseModel, documents: Tensor, steps: St
     }
 
 
-@torch.inference_mode()
-def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
+def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Found:
     assert isinstance(policy, Fovea)
-    samples = _samples(model, documents, steps, "mlp_input")["mlp_input"]
+    samples = (yield from _samples(model, documents, steps, "mlp_input"))["mlp_input"]
+    yield Slice(1)
     # A selector without uncertainty, to see its sketches with.
     shape = (model.n_layers, model.spec.d_ff)
     names = [f"gate_error.{policy.bits}", f"up_error.{policy.bits}"]
@@ -180,6 +188,7 @@ def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) 
     sketches = policy.bind(model, blind).sketches
     errors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for x, sketched in zip(samples, sketches, strict=True):
+        yield Slice(len(x))
         exact = MlpInput(x, sketched.weights)
         errors[0].append((sketched.gate(x) - exact.gate).float().square().mean(0).sqrt())
         if sketched.weights.gate is not None:
@@ -187,24 +196,27 @@ def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) 
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
     if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
-        tensors["damage"] = _damage(replace(policy, budget="uniform"), model, documents, profile, samples, steps)
+        uniform = replace(policy, budget="uniform")
+        tensors["damage"] = yield from _damage(uniform, model, documents, profile, samples, steps)
     return tensors
 
 
 def _damage(
     policy: Fovea, model: SparseModel, documents: Tensor, profile: Profile, samples: list[Tensor], steps: Steps
-) -> Tensor:
+) -> Telling[Progress, Tensor]:
     """D [n_layers, GRID] of budgets.py."""
     few = documents[:DAMAGE_DOCUMENTS]
-    evaluator = Evaluator(model, few, few.shape[1] // 2)
+    evaluator = yield from Evaluator.of(model, few, few.shape[1] // 2)
     divergence, errors = [], []
     for layer, x in enumerate(samples):
         alone = tuple(REFERENCE if other == layer else 1.0 for other in range(model.n_layers))
-        divergence.append(evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile)).divergence)
+        quality = yield from evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile))
+        divergence.append(quality.divergence)
         mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
         down, row = mlp.weights.down, []
         ordinary = ~outliers((mlp.neurons @ down).norm(dim=1))
         for keep in GRID:
+            yield Slice(len(mlp.neurons))
             selector = replace(policy, keep_ratio=keep).bind(model, profile)
             selection = selector.select(selector.begin(), layer, mlp)
             error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
@@ -212,11 +224,11 @@ def _damage(
                 error -= selection.remainder(selection.active)
             row.append(float(error[ordinary].float().square().sum()))
         errors.append(row)
-        steps.advance()
+        yield steps.advance()
     return damage_curves(torch.tensor(divergence), torch.tensor(errors))
 
 
-CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor, Steps], Tensors]] = {
+CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor, Steps], Found]] = {
     "teal": _teal,
     "cats": _cats,
     "static_set": _static_set,
