@@ -10,8 +10,9 @@ from sparse_models import bound, documents, profile, run, sparse_model
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
-from patchclamp_server.sparsity import POLICIES, MlpInput, calibrate
+from patchclamp_server.sparsity import POLICIES, MlpInput
 from patchclamp_server.sparsity.budgets import GRID, REFERENCE, allocate, damage_curves
+from patchclamp_server.sparsity.calibrate import calibrate
 from patchclamp_server.sparsity.coreinfer_similarity import multi_hot
 from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for
 from patchclamp_server.sparsity.evaluate import Evaluator
@@ -306,7 +307,7 @@ def test_clusters_are_found_where_there_are_some() -> None:
 
 def test_static_scores_are_of_all_tokens_but_attention_sinks() -> None:
     model, texts = sparse_model(), documents(3, 24, seed=11)
-    found = at_once(calibrate(StaticSet(), model, texts)).tensors["scores"]
+    found = at_once(calibrate(StaticSet(), model, texts)).tensors["scores"].clone()
     for text in texts.split(1):
         kept = KeepSite(Site.MLP_POST)
         decoder = model.decoder
