@@ -251,10 +251,19 @@ def test_the_greedy_path_of_teal_does_not_follow_the_first_token(layer: int) -> 
 
 def test_thresholds_keep_the_share_asked_for() -> None:
     values = torch.randn(5000).abs()
-    grid = quantiles(values)
+    grid = at_once(quantiles(values))
     for keep in (0.75, 0.5, 0.3):
         assert float((values >= threshold(grid, keep)).float().mean()) == pytest.approx(keep, abs=0.005)
     assert not (values >= threshold(grid, 0.0)).any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 201, 5000])
+def test_quantiles_found_in_parts_are_those_of_all_values_sorted(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchclamp_server.sparsity.quantiles.PART", 64)
+    values = torch.randn(n, generator=torch.Generator().manual_seed(n)).abs()
+    values[n // 2 :: 7] = 0.0
+    ranks = torch.linspace(0, n - 1, 201, dtype=torch.float64).round().long()
+    assert torch.equal(at_once(quantiles(values)), values.sort().values[ranks])
 
 
 def test_ties_do_not_change_how_many_are_kept() -> None:

@@ -154,8 +154,7 @@ def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
         for name, sample in samples.items():
             found = []
             for layer in sample.layers:
-                yield Slice(1)
-                found.append(quantiles(sample.take(layer).abs()))
+                found.append((yield from quantiles(sample.take(layer).abs())))
             tensors[f"quantiles.{name}"] = torch.stack(found)
         if _is_greedy(policy):
             tensors["greedy"] = yield from _greedy(model, documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS], tensors, steps)
@@ -183,9 +182,12 @@ def _cats(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     def finish(steps: Steps) -> Found:
         found = []
         for layer, weights in enumerate(model.layers):
-            x = samples["mlp_input"].take(layer)
-            yield Slice(len(x))
-            found.append(quantiles(MlpInput(x, weights).activated.abs()))
+            x, done, activated = samples["mlp_input"].take(layer), 0, list[Tensor]()
+            while done < len(x):
+                rows = yield Slice(len(x) - done)
+                activated.append(MlpInput(x[done : done + rows], weights).activated.abs())
+                done += len(activated[-1])
+            found.append((yield from quantiles(torch.cat(activated))))
         return {"quantiles": torch.stack(found)}
 
     return Calibrating(samples, finish)
@@ -267,11 +269,19 @@ def _fovea_errors(policy: Fovea, model: SparseModel, documents: Tensor, sample: 
     sketches = policy.bind(model, blind).sketches
     errors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for x, sketched in zip(samples, sketches, strict=True):
-        yield Slice(len(x))
-        exact = MlpInput(x, sketched.weights)
-        errors[0].append((sketched.gate(x) - exact.gate).float().square().mean(0).sqrt())
+        done, squares = 0, torch.zeros(2, model.spec.d_ff, device=x.device)
+        while done < len(x):
+            rows = yield Slice(len(x) - done)
+            part = x[done : done + rows]
+            exact = MlpInput(part, sketched.weights)
+            squares[0] += (sketched.gate(part) - exact.gate).float().square().sum(0)
+            if sketched.weights.gate is not None:
+                squares[1] += (sketched.up(part) - exact.up).float().square().sum(0)
+            done += len(part)
+        gate, up = (squares / len(x)).sqrt()
+        errors[0].append(gate)
         if sketched.weights.gate is not None:
-            errors[1].append((sketched.up(x) - exact.up).float().square().mean(0).sqrt())
+            errors[1].append(up)
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
     if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
