@@ -9,9 +9,10 @@ from torch import Tensor
 
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.model.weights import decoder_from_transformers
-from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, Policy, Profile, Selector, SparseModel, calibrate
+from patchclamp_server.sparsity import POLICIES, Policy, Profile, Selector, SparseModel
 from patchclamp_server.sparsity.apply import Forced, Rows, Step
 from patchclamp_server.sparsity.blocks import sparse_blocks
+from patchclamp_server.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
 from patchclamp_server.sparsity.policy import SequenceState
 from patchclamp_server.sparsity.products import CompactBudget, GatheredMlp, SparseProducts

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.engine.exclusive import at_once
-from patchclamp_server.sparsity import CONTROLS, Policy, Profile, Selector, SparseModel, calibrate
+from patchclamp_server.sparsity import CONTROLS, Policy, Profile, Selector, SparseModel
+from patchclamp_server.sparsity.calibrate import calibrate
 from patchclamp_server.sparsity.cats import Cats
 from patchclamp_server.sparsity.coreinfer_similarity import CoreInferSimilarity
 from patchclamp_server.sparsity.coreinfer_stability import CoreInferStability

@@ -12,6 +12,7 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.covariance import Covariance
 from patchclamp_server.engine.reducers.histogram import Histogram
 from patchclamp_server.engine.reducers.joint_counts import JointCounts
+from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.per_label import PerLabel
 from patchclamp_server.engine.reducers.reducer import Place, Reducer, Rows
 from patchclamp_server.engine.reducers.sample import Sample
@@ -111,6 +112,23 @@ def test_a_sample_has_every_nth_row_of_each_text_in_order_however_they_came() ->
         end = {6: 11, 3: 5}.get(start, {0: 6, 1: 3}[index])
         reducer.add(0, rows[index][start:end], Place(index, start))
     assert torch.equal(reducer.take(0), torch.cat([text[::4] for text in rows]))
+
+
+def test_a_sample_of_texts_of_one_length_is_taken_as_if_they_followed_each_other() -> None:
+    reducer, rows = Sample((0,), every=4, tokens=6), texts(6, 6, 6)
+    for index, text in enumerate(rows):
+        reducer.add(0, text, Place(index, 0))
+    assert torch.equal(reducer.take(0), torch.cat(rows)[::4])
+
+
+def test_ordinary_sums_leave_out_the_first_token_and_outliers_of_each_text() -> None:
+    rows = texts(9, 9)
+    rows[0][5] *= 100
+    reducer = OrdinarySums(LAYERS, 9, of=torch.square)
+    given(reducer, rows)
+    kept = torch.cat((rows[0][1:5], rows[0][6:], rows[1][1:])).double()
+    torch.testing.assert_close(reducer.sum(0), kept.square().sum(0), rtol=1e-5, atol=1e-5)
+    assert reducer.count(2) == 15
 
 
 def test_every_label_has_a_reducer_of_its_own() -> None:

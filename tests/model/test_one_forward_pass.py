@@ -32,7 +32,7 @@ from patchclamp_server.model.range_check import warn_of_overflow
 from patchclamp_server.model.sparse.mlp import SparseMlp
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity import POLICIES, MlpInput
-from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for, product_inputs
+from patchclamp_server.sparsity.documents import KeepSite, heard, inputs_of, pools_for
 from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.mlp import mlp_weights
 from patchclamp_server.sparsity.teal_allocation import greedy_path
@@ -135,8 +135,8 @@ def _greedy_path() -> None:
     assert len(at_once(greedy_path(sparse_model("llama"), 1, states, 1, grids))) > 1
 
 
-def _product_inputs() -> None:
-    at_once(product_inputs(sparse_model("llama"), tokens()))
+def _heard() -> None:
+    at_once(heard(sparse_model("llama"), {}, tokens()[0], 0))
 
 
 def _quality() -> None:
@@ -160,7 +160,7 @@ CALLERS: dict[Callable[[], None], tuple[int, list[range], list[str]]] = {
     _variants_from_layer_one: (2, [range(1, LAYERS)], []),
     _path_patching: (2, [], ["attention_output"] * LAYERS),
     _successor: (0, [], ["mlp"]),
-    _product_inputs: (1, [], []),
+    _heard: (1, [], []),
     _quality: (3, [], []),
     _request: (3, [], []),
     _sparse_request: (3, [], []),

@@ -15,8 +15,9 @@ from patchclamp_server.engine.request import GuardReport, QualityGuard, SparseIn
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound, RequestError
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.rpc.sparsity_codec import decode_sparsity, decode_unguarded, encode_report
-from patchclamp_server.sparsity import CALIBRATIONS, CONTROLS, POLICIES
+from patchclamp_server.sparsity import CONTROLS, POLICIES
 from patchclamp_server.sparsity.binder import MAX_SELECTORS, Binder
+from patchclamp_server.sparsity.calibrate import CALIBRATIONS
 from patchclamp_server.sparsity.cats import Cats
 from patchclamp_server.sparsity.coreinfer_stability import CoreInferStability
 from patchclamp_server.sparsity.fovea import Fovea

@@ -23,8 +23,9 @@ from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.load import load_model
-from patchclamp_server.sparsity import CALIBRATIONS, POLICIES
+from patchclamp_server.sparsity import POLICIES
 from patchclamp_server.sparsity.binder import Binder
+from patchclamp_server.sparsity.calibrate import CALIBRATIONS
 from patchclamp_server.sparsity.evaluate import Evaluator
 from patchclamp_server.sparsity.quality_card import prompt_tokens
 
@@ -502,7 +503,7 @@ def test_cancelling_a_calibration_stops_it_and_stores_nothing(
     before = len(store.list(page_size=1000)[0])
     call = stub.CalibrateProfile(calibration(policy("cats"), text=long, tags=["never"]))
     progress = next(call).progress
-    assert (progress.stage, progress.done) == ("calibration", 2)
+    assert (progress.stage, progress.done) == ("calibration", 1)
     assert progress.total > 100
     call.cancel()
     # A job that waited gets its turn once that thread has ended.

@@ -10,8 +10,9 @@ from sparse_models import bound, documents, profile, run, sparse_model
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
-from patchclamp_server.sparsity import POLICIES, MlpInput, calibrate
+from patchclamp_server.sparsity import POLICIES, MlpInput
 from patchclamp_server.sparsity.budgets import GRID, REFERENCE, allocate, damage_curves
+from patchclamp_server.sparsity.calibrate import calibrate
 from patchclamp_server.sparsity.coreinfer_similarity import multi_hot
 from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for
 from patchclamp_server.sparsity.evaluate import Evaluator
@@ -250,10 +251,19 @@ def test_the_greedy_path_of_teal_does_not_follow_the_first_token(layer: int) -> 
 
 def test_thresholds_keep_the_share_asked_for() -> None:
     values = torch.randn(5000).abs()
-    grid = quantiles(values)
+    grid = at_once(quantiles(values))
     for keep in (0.75, 0.5, 0.3):
         assert float((values >= threshold(grid, keep)).float().mean()) == pytest.approx(keep, abs=0.005)
     assert not (values >= threshold(grid, 0.0)).any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 201, 5000])
+def test_quantiles_found_in_parts_are_those_of_all_values_sorted(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchclamp_server.sparsity.quantiles.PART", 64)
+    values = torch.randn(n, generator=torch.Generator().manual_seed(n)).abs()
+    values[n // 2 :: 7] = 0.0
+    ranks = torch.linspace(0, n - 1, 201, dtype=torch.float64).round().long()
+    assert torch.equal(at_once(quantiles(values)), values.sort().values[ranks])
 
 
 def test_ties_do_not_change_how_many_are_kept() -> None:
@@ -306,7 +316,7 @@ def test_clusters_are_found_where_there_are_some() -> None:
 
 def test_static_scores_are_of_all_tokens_but_attention_sinks() -> None:
     model, texts = sparse_model(), documents(3, 24, seed=11)
-    found = at_once(calibrate(StaticSet(), model, texts)).tensors["scores"]
+    found = at_once(calibrate(StaticSet(), model, texts)).tensors["scores"].clone()
     for text in texts.split(1):
         kept = KeepSite(Site.MLP_POST)
         decoder = model.decoder

@@ -4,12 +4,22 @@ import math
 
 import pytest
 import torch
+from engine_runs import loaded, started
 from sparse_models import bound, documents, profile, sparse_model
 
+from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.exclusive import at_once, events_of
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, Policy, calibrate
-from patchclamp_server.sparsity.calibrate import KEPT_BYTES, MAX_TOKENS, SAMPLE_EVERY, most_tokens
+from patchclamp_server.sparsity import POLICIES, Policy, Profile
+from patchclamp_server.sparsity.calibrate import (
+    CALIBRATIONS,
+    KEPT_BYTES,
+    MAX_TOKENS,
+    SAMPLE_EVERY,
+    calibrate,
+    calibrate_on,
+    most_tokens,
+)
 from patchclamp_server.sparsity.control import asked_ratio, control_of
 from patchclamp_server.sparsity.core_neurons import jaccard
 from patchclamp_server.sparsity.evaluate import Evaluator
@@ -19,6 +29,7 @@ from patchclamp_server.sparsity.policy import PROJECTIONS
 from patchclamp_server.sparsity.progress import Progress, Steps
 from patchclamp_server.sparsity.quality_card import measure_quality
 from patchclamp_server.sparsity.static_set import StaticSet
+from patchclamp_server.sparsity.teal import Teal
 
 MODEL = sparse_model()
 
@@ -108,6 +119,27 @@ def test_calibration_can_be_ended_after_a_document(name: str) -> None:
     work.close()
     with pytest.raises(StopIteration):
         next(work)
+
+
+@pytest.mark.parametrize("name", CALIBRATIONS)
+async def test_a_profile_of_requests_is_that_of_passes(name: str) -> None:
+    """Documents in chunks, one beside the other, against one after the other in one go."""
+    policy = Teal(allocation="greedy") if name == "teal" else POLICIES[name]()
+    config = EngineConfig(max_tokens_per_step=13, kv_block_size=4, kv_cache_tokens=128)
+    texts = documents(5, 40, seed=7)
+    with started(loaded("llama"), config) as engine:
+        events = [event async for event in calibrate_on(engine, policy, texts)]
+        expected = at_once(calibrate(policy, engine.sparse_model, texts))
+        prefilled = engine.stats().prefill_tokens
+    *progress, found = events
+    assert isinstance(found, Profile)
+    total = 5 + (3 if name in ("teal", "fovea") else 0)
+    assert progress == [Progress("calibration", n, total) for n in range(1, total + 1)]
+    assert found.tensors.keys() == expected.tensors.keys()
+    for key, tensor in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-4, atol=1e-5)
+    assert found.card == expected.card
+    assert prefilled == texts.numel()
 
 
 def test_the_quality_of_many_documents_is_that_of_evaluating_them_together() -> None:

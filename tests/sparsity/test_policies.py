@@ -8,9 +8,10 @@ from sparse_models import NAMES, bound, dense_run, documents, profile, run, spar
 
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
-from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, MlpInput, Profile, calibrate
+from patchclamp_server.sparsity import POLICIES, MlpInput, Profile
 from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons
 from patchclamp_server.sparsity.blocks import sparse_blocks
+from patchclamp_server.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.sparsity.documents import inputs_of, pools_for
 from patchclamp_server.sparsity.fovea import Fovea
 from patchclamp_server.sparsity.static_set import StaticSet

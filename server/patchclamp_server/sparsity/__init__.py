@@ -1,7 +1,7 @@
 """Sparse-activation policies by name. A policy is one file; adding one is adding it here.
 
 policy = POLICIES["fovea"](keep_ratio=0.5)
-profile = calibrate(policy, model, documents)            # where `policy.needs_profile`
+profile = ...                                            # where `policy.needs_profile`: calibrate.py makes one
 selector = policy.bind(model, profile)                   # one for all sequences
 state = selector.begin(); selector.observe_prompt(state, layer, neurons); selector.end_prompt(state)
 selection = selector.select(state, layer, MlpInput(x, model.layers[layer]))
@@ -9,7 +9,6 @@ selection = selector.select(state, layer, MlpInput(x, model.layers[layer]))
 
 from collections.abc import Mapping
 
-from patchclamp_server.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.sparsity.cats import Cats
 from patchclamp_server.sparsity.coreinfer_similarity import CoreInferSimilarity
 from patchclamp_server.sparsity.coreinfer_stability import CoreInferStability
@@ -47,7 +46,6 @@ POLICIES: Mapping[str, type[Policy]] = {
 CONTROLS = frozenset({"random", "oracle"})
 
 __all__ = [
-    "CALIBRATIONS",
     "CONTROLS",
     "POLICIES",
     "Cost",
@@ -59,5 +57,4 @@ __all__ = [
     "Selector",
     "SequenceState",
     "SparseModel",
-    "calibrate",
 ]

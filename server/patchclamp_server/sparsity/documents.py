@@ -1,24 +1,27 @@
 """Documents of one length as a step of the decoder: every document a sequence with consecutive KV blocks of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from patchclamp_server.engine.attention import AttentionBatch, Span
 from patchclamp_server.engine.exclusive import Slice, Sliced
+from patchclamp_server.engine.reducers.reducer import Reducer, Rows
+from patchclamp_server.engine.request import Event, Priority, Request, SparseInference, StopParams
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.decoder import NO_HOOKS, BlockProducts, Decoder, SiteHooks, StepInputs
 from patchclamp_server.model.decoder import NoHooks as NoHooks
-from patchclamp_server.sparsity.apply import Rows, Step
+from patchclamp_server.sparsity.apply import Rows as SparseRows
+from patchclamp_server.sparsity.apply import Step
 from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Selection, Selector, SequenceState
 
 BLOCK = 16
-BATCH_TOKENS = 512
 Tokenize = Callable[[str], Sequence[int]]
+OnEvent = Callable[[Event], None]
 
 
 def documents_of(texts: Sequence[str], tokenize: Tokenize, tokens: int) -> Tensor:
@@ -115,16 +118,25 @@ class KeepSite:
 
 
 class Listener(Selector):
-    """Selects nothing, and hears the inputs of the four products of every block."""
+    """Selects nothing, and gives the inputs of the four products of every block of one text to reducers, by product."""
 
-    def __init__(self, model: SparseModel, hear: Callable[[int, str, Tensor], None]) -> None:
+    def __init__(self, model: SparseModel, reducers: Mapping[str, Reducer], text: int) -> None:
         self.model = model
         self.profile = None
         self.keep = (0.0,) * model.n_layers
-        self._hear = hear
+        self._rows = {projection: Rows(reducer, text) for projection, reducer in reducers.items()}
+        # The token that comes next, by product and layer.
+        self._next: dict[tuple[str, int], int] = {}
+
+    def begin(self) -> SequenceState:
+        self._next.clear()
+        return super().begin()
 
     def channels(self, layer: int, projection: str, x: Tensor) -> None:
-        self._hear(layer, projection, x)
+        if (rows := self._rows.get(projection)) is not None:
+            start = self._next.get((projection, layer), 0)
+            rows.add(layer, x, start)
+            self._next[projection, layer] = start + len(x)
 
     def select(self, state: SequenceState, layer: int, mlp: MlpInput) -> Selection | None:
         return None
@@ -133,20 +145,22 @@ class Listener(Selector):
         return Cost(1.0, 0.0)
 
 
-def batches_of(documents: Tensor) -> tuple[Tensor, ...]:
-    """Documents [b, tokens] that are heard together: as many as have BATCH_TOKENS, and one at least."""
-    return torch.split(documents, max(1, BATCH_TOKENS // documents.shape[1]))
+def listening(
+    model: SparseModel, reducers: Mapping[str, Reducer], document: tuple[int, ...], text: int, on_event: OnEvent
+) -> Request:
+    """Runs a document whose inputs of products the reducers get."""
+    return Request(
+        document,
+        on_event,
+        stop=StopParams(max_tokens=0),
+        priority=Priority.ANALYSIS,
+        sparsity=SparseInference("", Listener(model, reducers, text), listens=True),
+    )
 
 
-def product_inputs(model: SparseModel, documents: Tensor) -> Sliced[dict[tuple[int, str], Tensor]]:
-    """The inputs [b · tokens, width] of the four products of every block, by layer and product."""
-    heard: dict[tuple[int, str], Tensor] = {}
-
-    def hear(layer: int, projection: str, x: Tensor) -> None:
-        heard[layer, projection] = x
-
-    listener, decoder = Listener(model, hear), model.decoder
-    products = sparse_blocks(model, Step([Rows(slice(0, documents.numel()), listener, listener.begin())]))
-    inputs = inputs_of(documents, 0, documents.shape[1], decoder)
+def heard(model: SparseModel, reducers: Mapping[str, Reducer], document: Tensor, text: int) -> Sliced[None]:
+    """The same of a document [tokens], where no engine runs requests."""
+    listener, documents, decoder = Listener(model, reducers, text), document[None], model.decoder
+    products = sparse_blocks(model, Step([SparseRows(slice(0, len(document)), listener, listener.begin())]))
+    inputs = inputs_of(documents, 0, len(document), decoder)
     yield from forward(decoder, inputs, pool_for(decoder, documents), products=products)
-    return heard

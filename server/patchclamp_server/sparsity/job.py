@@ -17,7 +17,7 @@ from patchclamp_server.engine.exclusive import Telling, Work
 from patchclamp_server.heads.analysis_batch import exclusively
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.sparsity.binder import Bound
-from patchclamp_server.sparsity.calibrate import calibrate
+from patchclamp_server.sparsity.calibrate import calibrate_on
 from patchclamp_server.sparsity.control import asked_ratio, control_of
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.parameters import parameters_of
@@ -80,9 +80,19 @@ async def calibrate_profile(
     Yields progress of the stages "calibration" and "quality", then the profile. Ending the iteration early ends what is
     still computed.
     """
-    async with aclosing(exclusively(engine, _calibrated(engine.sparse_model, job))) as events:
+    documents, profile = job.text.documents, None
+    calibration, heldout = documents[: -job.heldout], documents[-job.heldout :]
+    async with aclosing(calibrate_on(engine, job.policy, calibration)) as events:
         async for event in events:
-            yield event if isinstance(event, Progress) else await asyncio.to_thread(_store, store, info, job, event)
+            if isinstance(event, Progress):
+                yield event
+            else:
+                profile = event
+    assert profile is not None
+    work = _measured(engine.sparse_model, job.policy, profile, heldout)
+    async with aclosing(exclusively(engine, work)) as measured:
+        async for step in measured:
+            yield step if isinstance(step, Progress) else await asyncio.to_thread(_store, store, info, job, step)
 
 
 async def evaluate(
@@ -127,12 +137,9 @@ class _Calibrated:
     control: QualityCard
 
 
-def _calibrated(model: SparseModel, job: Calibration) -> Work[Progress | _Calibrated]:
-    documents = job.text.documents
-    calibration, heldout = documents[: -job.heldout], documents[-job.heldout :]
-    profile = yield from calibrate(job.policy, model, calibration)
+def _measured(model: SparseModel, policy: Policy, profile: Profile, heldout: Tensor) -> Work[Progress | _Calibrated]:
     steps = Steps("quality", 2 * len(heldout))
-    cards = yield from _with_control(model, heldout, job.policy, job.policy.bind(model, profile), steps)
+    cards = yield from _with_control(model, heldout, policy, policy.bind(model, profile), steps)
     yield _Calibrated(profile, *cards)
 
 

@@ -4,6 +4,7 @@ A `Reduction` of a request (engine/request.py) names a site and a reducer, which
 file:
 
     sums.py            count, sum and mean of every unit          n, Σ x, Σ x / n
+    ordinary_sums.py   the same without attention sinks
     covariance.py      covariance of all pairs of units           Σ (x - m)(x - m)ᵀ / n
     top_k.py           the k largest values of every unit and where they stand; k = 1 is the maximum
     joint_counts.py    how often two units are active together    Σ [x_i > θ][x_j > θ]

@@ -1,6 +1,6 @@
-"""Every n-th row of each text, for what no sum can tell, such as quantiles of all values together.
+"""Every n-th row, for what no sum can tell, such as quantiles of all values together.
 
-    rows at positions 0, n, 2 n, ... of every text
+    rows at positions 0, n, 2 n, ... of texts that follow each other, or of every text where their length is not said
 
 Kept by layer: the rows in their own type, on the device: rows / n · width values, so that whoever asks for it bounds
 the tokens. Rows come out in the order of texts and positions, however requests were run.
@@ -13,13 +13,15 @@ from patchclamp_server.engine.reducers.reducer import Place, Reducer
 
 
 class Sample(Reducer):
-    def __init__(self, layers: tuple[int, ...], every: int) -> None:
+    """`tokens`: of each text, where all have equally many; 0: each is sampled from its own beginning."""
+
+    def __init__(self, layers: tuple[int, ...], every: int, tokens: int = 0) -> None:
         super().__init__(layers)
-        self.every = every
+        self.every, self.tokens = every, tokens
         self._kept: dict[int, list[tuple[tuple[int, int], Tensor]]] = {layer: [] for layer in layers}
 
     def add(self, layer: int, rows: Tensor, place: Place) -> None:
-        first = -place.start % self.every
+        first = -(place.text * self.tokens + place.start) % self.every
         if first < len(rows):
             self._kept[layer].append(((place.text, place.start), rows[first :: self.every].clone()))
 
