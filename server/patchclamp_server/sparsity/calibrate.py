@@ -83,7 +83,8 @@ async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> Asy
     def finish() -> Work[Progress | Profile]:
         yield _profile(policy, model, documents, (yield from calibrating.finish(steps)))
 
-    async with aclosing(exclusively(engine, finish())) as events:
+    told: AsyncGenerator[Progress | Profile, None] = exclusively(engine, finish())
+    async with aclosing(told) as events:
         async for event in events:
             yield event
 
