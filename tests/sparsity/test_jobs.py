@@ -143,9 +143,9 @@ async def test_a_profile_of_requests_is_that_of_passes(name: str) -> None:
 
 
 async def test_documents_that_the_cache_has_no_room_for_are_refused_by_their_length() -> None:
-    with started(loaded("llama"), EngineConfig(kv_block_size=4, kv_cache_tokens=16)) as engine:
-        with pytest.raises(InvalidArgument) as refusal:
-            await anext(calibrate_on(engine, StaticSet(), documents(2, 32)))
+    config = EngineConfig(kv_block_size=4, kv_cache_tokens=16)
+    with started(loaded("llama"), config) as engine, pytest.raises(InvalidArgument) as refusal:
+        await anext(calibrate_on(engine, StaticSet(), documents(2, 32)))
     assert refusal.value.field == "text.document_tokens"
 
 
