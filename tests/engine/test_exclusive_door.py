@@ -52,7 +52,7 @@ class Door:
     """One without an engine: works enter and are run by hand."""
 
     def __init__(self, charge: Callable[[int], None] = lambda tokens: None) -> None:
-        self.door = ExclusiveDoor(charge)
+        self.door = ExclusiveDoor(torch.device("cpu"), charge)
         self.told: list[int] = []
         self.ends: list[BaseException | None] = []
 
@@ -234,6 +234,20 @@ async def test_work_is_refused_where_an_analysis_request_would_be() -> None:
     engine.drain(0)
     with pytest.raises(Unavailable):
         engine.exclusive.enter(slices(1), lambda event: None, lambda error: None)
+
+
+async def test_work_that_fails_while_it_is_ended_ends_nothing_else(engine: Engine) -> None:
+    def clings() -> Work[int]:
+        try:
+            yield Slice(1)
+            yield 0
+            yield Slice(1)
+        finally:
+            raise ValueError("not now")
+
+    async with aclosing(exclusively(engine, clings())) as events:
+        assert await anext(events) == 0
+    assert [event async for event in exclusively(engine, slices(2))] == [0, 1]
 
 
 async def test_work_that_an_engine_leaves_behind_ends_as_unavailable() -> None:

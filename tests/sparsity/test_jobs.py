@@ -142,6 +142,13 @@ async def test_a_profile_of_requests_is_that_of_passes(name: str) -> None:
     assert prefilled == texts.numel()
 
 
+async def test_documents_that_the_cache_has_no_room_for_are_refused_by_their_length() -> None:
+    config = EngineConfig(kv_block_size=4, kv_cache_tokens=16)
+    with started(loaded("llama"), config) as engine, pytest.raises(InvalidArgument) as refusal:
+        await anext(calibrate_on(engine, StaticSet(), documents(2, 32)))
+    assert refusal.value.field == "text.document_tokens"
+
+
 def test_the_quality_of_many_documents_is_that_of_evaluating_them_together() -> None:
     texts = documents(5, 24)
     selector = bound(POLICIES["cats"](keep_ratio=0.3))

@@ -95,7 +95,7 @@ class Engine:
         self.runner = Runner(self.executor, self.cache, self.monitor)
         self.delivery = Delivery(self.live, self.runner, model.info.context_length)
         self.access: EngineAccess = OpenEngine()
-        self.exclusive = ExclusiveDoor(lambda tokens: self.access.compute(tokens))
+        self.exclusive = ExclusiveDoor(model.decoder.device, lambda tokens: self.access.compute(tokens))
         self.on_logits: OnLogits | None = None
         # Called on the engine's thread when it ends, by `shutdown` or by `failure`: nothing will run any more.
         self.on_stopped: Callable[[], None] | None = None

@@ -17,6 +17,7 @@ Works run as analysis does: in the context of the call that brought them, so tha
 They are refused where an analysis request would be. Their KV is a pool of a layer, not a share of the engine's cache.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -30,6 +31,8 @@ from patchclamp_server.callers import CALLER
 from patchclamp_server.engine.faults import fault_of, is_device_lost, is_out_of_memory
 from patchclamp_server.engine.pace import smoothed
 from patchclamp_server.errors import Cancelled, Unavailable
+
+log = logging.getLogger(__name__)
 
 # A slice of an engine that has nothing more urgent to do: a request that comes meanwhile waits for its end.
 IDLE_SECONDS = 0.1
@@ -73,9 +76,9 @@ class Entry:
 
 
 class ExclusiveDoor:
-    def __init__(self, charge: Callable[[int], None]) -> None:
+    def __init__(self, device: torch.device, charge: Callable[[int], None]) -> None:
         """`charge`: called in the context of a work with the tokens that it begins. Raises QuotaExceeded."""
-        self._charge = charge
+        self._device, self._charge = device, charge
         self._threads = torch.get_num_threads()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -140,11 +143,14 @@ class ExclusiveDoor:
 
     def leave(self, entry: Entry, error: BaseException | None = None) -> None:
         """Ends a work where it is; nothing happens when it has ended."""
-        if entry in self._entries:
-            try:
-                entry.context.run(entry.work.close)
-            finally:
-                self._end(entry, error or Cancelled("", "the work was cancelled"))
+        if entry not in self._entries:
+            return
+        try:
+            entry.context.run(entry.work.close)
+        except Exception as failure:
+            log.exception("a work failed where it was ended")
+            error = failure
+        self._end(entry, error or Cancelled("", "the work was cancelled"))
 
     def end_all(self, error: BaseException) -> None:
         self.close()
@@ -162,6 +168,9 @@ class ExclusiveDoor:
                 while not isinstance(told, Slice):
                     entry.on_event(told)
                     told = context.run(next, work)
+            if self._device.type == "cuda":
+                # What it has launched is what the slice takes.
+                torch.cuda.synchronize(self._device)
             entry.wanted = told
         except StopIteration:
             self._end(entry, None)

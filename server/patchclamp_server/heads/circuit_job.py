@@ -41,7 +41,8 @@ async def find_circuit(
 
     Raises InvalidArgument for pairs that cannot be compared, by field path.
     """
-    async with aclosing(exclusively(engine, search(engine.model.decoder, job))) as steps:
+    told: AsyncGenerator[Progress | FoundCircuit, None] = exclusively(engine, search(engine.model.decoder, job))
+    async with aclosing(told) as steps:
         async for step in steps:
             yield step if isinstance(step, Progress) else await asyncio.to_thread(_store, store, info, job, step)
 

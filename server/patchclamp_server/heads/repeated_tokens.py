@@ -56,7 +56,9 @@ async def measure(
     evidence has the weight on the token after another occurrence of the last token, whose n - 1 before it differ.
     """
     repeated = await prompts.analysis.run(sequences, engine.model, prompts, job, n)
-    async with aclosing(exclusively(engine, _measured(engine.model.decoder, repeated, job, target, n))) as events:
+    work = _measured(engine.model.decoder, repeated, job, target, n)
+    told: AsyncGenerator[Progress | HeadScores, None] = exclusively(engine, work)
+    async with aclosing(told) as events:
         async for event in events:
             yield event
 

@@ -35,7 +35,9 @@ from patchclamp_server.sparsity.mlp import matrix
 
 async def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerator[Progress | HeadScores, None]:
     sequences = await prompts.analysis.run(token_sequences, prompts)
-    async with aclosing(exclusively(engine, _scores(engine.model.decoder, sequences, job))) as events:
+    work = _scores(engine.model.decoder, sequences, job)
+    told: AsyncGenerator[Progress | HeadScores, None] = exclusively(engine, work)
+    async with aclosing(told) as events:
         async for event in events:
             yield event
 

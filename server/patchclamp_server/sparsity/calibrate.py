@@ -20,7 +20,7 @@ from patchclamp_server.engine.exclusive import Slice, Telling, Work
 from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.reducers.sample import Sample
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, RequestError
 from patchclamp_server.heads.analysis_batch import completed, exclusively
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.pooling import outliers
@@ -76,14 +76,19 @@ async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> Asy
         partial(listening, model, calibrating.reducers, tuple(document), text)
         for text, document in enumerate(documents.tolist())
     )
-    async with aclosing(completed(engine, requests)) as finished:
-        async for _ in finished:
-            yield steps.advance()
+    try:
+        async with aclosing(completed(engine, requests)) as finished:
+            async for _ in finished:
+                yield steps.advance()
+    except RequestError as error:
+        error.field = "text.document_tokens" if error.field == "prompt" else error.field
+        raise
 
     def finish() -> Work[Progress | Profile]:
         yield _profile(policy, model, documents, (yield from calibrating.finish(steps)))
 
-    async with aclosing(exclusively(engine, finish())) as events:
+    told: AsyncGenerator[Progress | Profile, None] = exclusively(engine, finish())
+    async with aclosing(told) as events:
         async for event in events:
             yield event
 

@@ -90,7 +90,8 @@ async def calibrate_profile(
                 profile = event
     assert profile is not None
     work = _measured(engine.sparse_model, job.policy, profile, heldout)
-    async with aclosing(exclusively(engine, work)) as measured:
+    told: AsyncGenerator[Progress | _Calibrated, None] = exclusively(engine, work)
+    async with aclosing(told) as measured:
         async for step in measured:
             yield step if isinstance(step, Progress) else await asyncio.to_thread(_store, store, info, job, step)
 
@@ -105,7 +106,8 @@ async def evaluate(
     for index, bound in enumerate(asked):
         cards: tuple[QualityCard, QualityCard] | None = None
         work = _cards(model, documents, bound.policy, bound.selector, quality_steps)
-        async with aclosing(exclusively(engine, work)) as events:
+        told: AsyncGenerator[Progress | tuple[QualityCard, QualityCard], None] = exclusively(engine, work)
+        async with aclosing(told) as events:
             async for event in events:
                 if isinstance(event, Progress):
                     yield event
