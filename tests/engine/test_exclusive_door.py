@@ -10,6 +10,9 @@ import torch
 from engine_runs import Outcome, loaded, started
 from tiny_models import FAMILIES
 
+from patchclamp_server.analysis.documents import KeepSite, forward, inputs_of, pool_for, pools_for
+from patchclamp_server.analysis.heads.circuits.runs import run
+from patchclamp_server.analysis.requests import exclusively, result_of
 from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
@@ -25,10 +28,7 @@ from patchclamp_server.engine.exclusive import (
 )
 from patchclamp_server.engine.request import Priority, Request, StopParams
 from patchclamp_server.errors import QuotaExceeded, ResourceExhausted, Unavailable
-from patchclamp_server.heads.analysis_batch import exclusively, result_of
-from patchclamp_server.heads.circuit_runs import run
-from patchclamp_server.interventions.program import Site
-from patchclamp_server.sparsity.documents import KeepSite, forward, inputs_of, pool_for, pools_for
+from patchclamp_server.model.sites import Site
 
 DECODE_SECONDS = 0.01
 

@@ -7,6 +7,7 @@ import torch
 from engine_runs import loaded
 from torch import Tensor
 
+from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.covariance import Covariance
@@ -20,8 +21,8 @@ from patchclamp_server.engine.reducers.sums import Sums
 from patchclamp_server.engine.reducers.top_k import NOWHERE, TopK
 from patchclamp_server.engine.request import Event, Failed, Finished, Priority, Reduction, Request, StopParams
 from patchclamp_server.interventions.bind import bind
-from patchclamp_server.interventions.program import AddVector, Edit, Program, Site, Vector
-from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.interventions.program import AddVector, Edit, Program, Vector
+from patchclamp_server.model.sites import Site
 
 LAYERS = (0, 2)
 WIDTH = 5

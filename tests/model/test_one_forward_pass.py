@@ -16,26 +16,26 @@ from tiny_models import FAMILIES, LAYERS, tiny_model
 from torch import Tensor
 
 import patchclamp_server
+from patchclamp_server.analysis.documents import KeepSite, heard, inputs_of, pools_for
+from patchclamp_server.analysis.heads.attention_mass import attention_mass
+from patchclamp_server.analysis.heads.circuits import path_patching
+from patchclamp_server.analysis.heads.circuits.attribution import attribute
+from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run_pair, variant_ends
+from patchclamp_server.analysis.heads.scores.ordinals import TokenSequence
+from patchclamp_server.analysis.heads.scores.successor import OvCircuit
+from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
+from patchclamp_server.cpu.linear import Linear
+from patchclamp_server.cpu.sparse.mlp import SparseMlp
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.engine.request import SparseInference
-from patchclamp_server.heads import path_patching
-from patchclamp_server.heads.attention_mass import attention_mass
-from patchclamp_server.heads.attribution import attribute
-from patchclamp_server.heads.circuit_runs import CleanCorruptPair, run_pair, variant_ends
-from patchclamp_server.heads.ordinals import TokenSequence
-from patchclamp_server.heads.successor import OvCircuit
-from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.decoder import Decoder
-from patchclamp_server.model.linear import Linear
 from patchclamp_server.model.range_check import warn_of_overflow
-from patchclamp_server.model.sparse.mlp import SparseMlp
+from patchclamp_server.model.sites import Site
 from patchclamp_server.model.weights import decoder_from_transformers
-from patchclamp_server.sparsity import POLICIES, MlpInput
-from patchclamp_server.sparsity.documents import KeepSite, heard, inputs_of, pools_for
-from patchclamp_server.sparsity.evaluate import Evaluator
-from patchclamp_server.sparsity.mlp import mlp_weights
-from patchclamp_server.sparsity.teal_allocation import greedy_path
+from patchclamp_server.sparsity.mlp import MlpInput, mlp_weights
+from patchclamp_server.sparsity.policies import POLICIES
 
 TOKENS = 14
 WHOLE = range(LAYERS)

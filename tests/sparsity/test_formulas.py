@@ -7,24 +7,23 @@ import pytest
 import torch
 from sparse_models import bound, documents, profile, run, sparse_model
 
+from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.analysis.sparsity.calibrate import calibrate
+from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
+from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.program import Site
-from patchclamp_server.sparsity import POLICIES, MlpInput
-from patchclamp_server.sparsity.budgets import GRID, REFERENCE, allocate, damage_curves
-from patchclamp_server.sparsity.calibrate import calibrate
-from patchclamp_server.sparsity.coreinfer_similarity import multi_hot
-from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for
-from patchclamp_server.sparsity.evaluate import Evaluator
-from patchclamp_server.sparsity.kmeans import elbow_clusters
-from patchclamp_server.sparsity.mlp import matrix
+from patchclamp_server.model.sites import Site
+from patchclamp_server.sparsity.mlp import MlpInput, matrix
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, allocate, damage_curves
+from patchclamp_server.sparsity.policies.coreinfer_similarity import multi_hot
+from patchclamp_server.sparsity.policies.shares import quantiles, threshold, top_mask
+from patchclamp_server.sparsity.policies.sketch import PACKED_ROWS, SketchedProduct, sketch
+from patchclamp_server.sparsity.policies.static_set import StaticSet
+from patchclamp_server.sparsity.policies.teal import STEP
 from patchclamp_server.sparsity.policy import PROJECTIONS, weight_shares
-from patchclamp_server.sparsity.quantiles import quantiles, threshold
-from patchclamp_server.sparsity.sketch import PACKED_ROWS, SketchedProduct, sketch
-from patchclamp_server.sparsity.static_set import StaticSet
-from patchclamp_server.sparsity.teal import STEP
-from patchclamp_server.sparsity.teal_allocation import greedy_path
-from patchclamp_server.sparsity.top import top_mask
 
 D_FF = 80
 
@@ -259,7 +258,7 @@ def test_thresholds_keep_the_share_asked_for() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 201, 5000])
 def test_quantiles_found_in_parts_are_those_of_all_values_sorted(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchclamp_server.sparsity.quantiles.PART", 64)
+    monkeypatch.setattr("patchclamp_server.sparsity.policies.shares.PART", 64)
     values = torch.randn(n, generator=torch.Generator().manual_seed(n)).abs()
     values[n // 2 :: 7] = 0.0
     ranks = torch.linspace(0, n - 1, 201, dtype=torch.float64).round().long()

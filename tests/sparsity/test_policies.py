@@ -6,15 +6,17 @@ import pytest
 import torch
 from sparse_models import NAMES, bound, dense_run, documents, profile, run, sparse_model
 
+from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
-from patchclamp_server.sparsity import POLICIES, MlpInput, Profile
 from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons
 from patchclamp_server.sparsity.blocks import sparse_blocks
-from patchclamp_server.sparsity.calibrate import CALIBRATIONS, calibrate
-from patchclamp_server.sparsity.documents import inputs_of, pools_for
-from patchclamp_server.sparsity.fovea import Fovea
-from patchclamp_server.sparsity.static_set import StaticSet
+from patchclamp_server.sparsity.mlp import MlpInput
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.fovea import Fovea
+from patchclamp_server.sparsity.policies.static_set import StaticSet
+from patchclamp_server.sparsity.profile import Profile
 
 PROMPT, TOKENS = 12, 24
 CHANNEL_POLICIES = ("teal", "wina")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from sparse_models import NAMES, bound, dense_run, documents, gathered, run, sparse_model
 
+from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.analysis.sparsity.calibrate import calibrate
 from patchclamp_server.engine.exclusive import at_once
-from patchclamp_server.sparsity import POLICIES
 from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons
 from patchclamp_server.sparsity.blocks import sparse_blocks
-from patchclamp_server.sparsity.calibrate import calibrate
-from patchclamp_server.sparsity.documents import inputs_of, pools_for
-from patchclamp_server.sparsity.fovea import Fovea
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.fovea import Fovea
 from patchclamp_server.sparsity.policy import FixedSet
 from patchclamp_server.sparsity.products import CompactBudget
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchclamp_server.model.invariant import operators
+from patchclamp_server.cpu.invariant import operators
 
 
 class Norm:

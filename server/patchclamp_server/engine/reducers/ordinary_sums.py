@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
-from patchclamp_server.pooling import Pooling, TokenPool
+from patchclamp_server.interventions.pooling import Pooling, TokenPool
 
 
 class OrdinarySums(Reducer):

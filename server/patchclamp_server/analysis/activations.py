@@ -1,0 +1,29 @@
+"""Pooled activations of many prompts, collected through the engine as low-priority requests of one continuous batch."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
+
+from patchclamp_server.analysis.requests import OnEvent, completed
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.request import Capture, Captured, Priority, Request, StopParams
+from patchclamp_server.interventions.pooling import Pooled
+
+MAX_IN_FLIGHT = 64
+
+
+async def collect(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], capture: Capture, *, max_in_flight: int = MAX_IN_FLIGHT
+) -> AsyncGenerator[tuple[int, Pooled], None]:
+    """Yields (index of the prompt, its pooled activations on the CPU) in order; as `completed` in all else."""
+    requests = (partial(_request, tokens, capture) for tokens in prompts)
+    async with aclosing(completed(engine, requests, max_in_flight=max_in_flight)) as finished:
+        index = 0
+        async for events in finished:
+            (pooled,) = (event.pooled for event in events if isinstance(event, Captured))
+            yield index, pooled.cpu()
+            index += 1
+
+
+def _request(tokens: tuple[int, ...], capture: Capture, on_event: OnEvent) -> Request:
+    return Request(tokens, on_event, stop=StopParams(max_tokens=0), priority=Priority.ANALYSIS, capture=capture)

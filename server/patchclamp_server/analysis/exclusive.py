@@ -1,0 +1,74 @@
+"""Analysis jobs at the exclusive door of the engine: one at a time for the whole server, others wait in their order.
+
+Two at once would take each other's time and memory.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from patchclamp_server.engine.call_observer import OBSERVER
+from patchclamp_server.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+E = TypeVar("E")
+_END: Any = object()
+
+
+class ExclusiveJobs:
+    """The queue of the jobs of one server, for one event loop."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+
+    async def follow(self, job: AsyncGenerator[E, None]) -> AsyncGenerator[E, None]:
+        """Yields the events of a job once it is its turn; raises what it raises.
+
+        The job goes on however slowly they are taken, since others wait for its turn to end. Ending the iteration
+        early, or cancelling the task, closes the job, and returns when that is done. The next job begins then, and not
+        before.
+        """
+        taken: asyncio.Queue[E] = asyncio.Queue()
+
+        async def run() -> None:
+            try:
+                async with self._turn, aclosing(job) as events:
+                    _tell_observer()
+                    async for event in events:
+                        taken.put_nowait(event)
+            finally:
+                taken.put_nowait(_END)
+
+        running = asyncio.create_task(run())
+        running.add_done_callback(_log_failure)
+        try:
+            while (event := await taken.get()) is not _END:
+                yield event
+            await running
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    async def result(self, work: Callable[[], Awaitable[E]]) -> E:
+        """What a job gives that has no events; as `follow` in all else."""
+
+        async def job() -> AsyncGenerator[E, None]:
+            yield await work()
+
+        async with aclosing(self.follow(job())) as events:
+            return await anext(events)
+
+
+def _tell_observer() -> None:
+    if (observer := OBSERVER.get()) is not None:
+        observer.job_begins()
+
+
+def _log_failure(job: "asyncio.Future[None]") -> None:
+    """Even if nobody waits for the job any more, no failure goes unseen."""
+    error = None if job.cancelled() else job.exception()
+    if error is not None and not isinstance(error, RequestError):
+        logger.error("an analysis job failed", exc_info=error)
