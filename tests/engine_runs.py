@@ -2,7 +2,8 @@
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -48,6 +49,17 @@ class Job:
     max_tokens: int = 6
     roles: tuple[str, ...] | None = None
     sparsity: SparseInference | None = None
+
+
+@contextmanager
+def started(model: LoadedModel, config: EngineConfig | None = None) -> Iterator[Engine]:
+    """An engine whose thread runs until the end of the block."""
+    engine = Engine(model, config)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
 
 
 @dataclass(eq=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity.apply import Forced, Rows, Step
 from patchclamp_server.sparsity.blocks import sparse_blocks
@@ -38,7 +39,7 @@ def profile(name: str, family: str = "llama") -> Profile | None:
     if name not in CALIBRATIONS:
         return None
     policy = Teal(allocation="greedy") if name == "teal" else POLICIES[name]()
-    return calibrate(policy, sparse_model(family), documents(4, 32, seed=7), {"text": "random tokens"})
+    return at_once(calibrate(policy, sparse_model(family), documents(4, 32, seed=7), {"text": "random tokens"}))
 
 
 def bound(policy: Policy, family: str = "llama") -> Selector:

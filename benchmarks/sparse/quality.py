@@ -16,6 +16,7 @@ from torch import Tensor
 
 from patchclamp_server.analysis.sparsity.calibrate import calibrate
 from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.policies import CONTROLS
 from patchclamp_server.sparsity.policies.cats import Cats
@@ -78,7 +79,8 @@ class Profiles:
         if name not in self.made:
             fullest = {"teal": Teal(allocation="greedy"), "fovea": Fovea()}.get(name, policy)
             started = time.perf_counter()
-            self.made[name] = calibrate(fullest, self.model, self.documents, {"text": self.description})
+            work = calibrate(fullest, self.model, self.documents, {"text": self.description})
+            self.made[name] = at_once(work)
             self.seconds[name] = round(time.perf_counter() - started, 1)
             print(f"calibrated {name} in {self.seconds[name]} s", flush=True)
         return self.made[name]
@@ -92,7 +94,7 @@ class Profiles:
 def measure(profiles: Profiles, documents: Tensor, keeps: Sequence[float], policies: Sequence[str]) -> dict[str, Any]:
     """The rows named in `policies` at each ratio, on documents [n, 2 · prompt]."""
     prompt = documents.shape[1] // 2
-    evaluator = Evaluator(profiles.model, documents, prompt)
+    evaluator = at_once(Evaluator.of(profiles.model, documents, prompt))
     perplexity = float(torch.tensor(evaluator.dense_nll).exp())
     print(f"{len(documents)} documents, dense perplexity {perplexity:.2f}", flush=True)
     print(f"{'policy':22}{'keep':>6}{'ppl ratio':>11}{'KL':>9}{'top-1':>8}{'sparsity':>10}{'bytes':>8}{'s':>7}")
@@ -103,7 +105,7 @@ def measure(profiles: Profiles, documents: Tensor, keeps: Sequence[float], polic
                 continue
             started = time.perf_counter()
             selector = EXACT[row].bind(profiles.model) if row in EXACT else profiles.bound(row, keep)
-            found = evaluator.quality(selector)
+            found = at_once(evaluator.quality(selector))
             shown = "1" if row in EXACT else f"{keep:g}"
             print(
                 f"{row:22}{shown:>6}{found.perplexity_ratio:11.4f}{found.divergence:9.4f}{found.top1_agreement:8.3f}"

@@ -1,6 +1,5 @@
 """Who a call belongs to. rpc/ sets it, the engine shares out its capacity by it; without authentication all are one."""
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -16,11 +15,3 @@ class Caller:
 ANYONE = Caller()
 # Set for the time of a call; asyncio.to_thread takes them along.
 CALLER: ContextVar[Caller] = ContextVar("caller", default=ANYONE)
-# Told of the tokens that an analysis job is about to compute beside the engine. Raises QuotaExceeded.
-COMPUTES: ContextVar[Callable[[int], None] | None] = ContextVar("computes", default=None)
-
-
-def computes(tokens: int) -> None:
-    """Raises QuotaExceeded when the caller of this context has no tokens left to begin with."""
-    if (told := COMPUTES.get()) is not None:
-        told(tokens)

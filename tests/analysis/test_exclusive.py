@@ -1,109 +1,34 @@
 """Analysis jobs: one at a time, in their order, ended with their call."""
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 import pytest
 
-from patchclamp_server.analysis.exclusive import ExclusiveJobs, Job
-from patchclamp_server.errors import Cancelled, InvalidArgument
+from patchclamp_server.analysis.exclusive import ExclusiveJobs
+from patchclamp_server.errors import InvalidArgument
 
 
-def counting(n: int):
-    def work(job: Job[int]) -> None:
-        for i in range(n):
-            job.emit(i)
-
-    return work
+async def turns() -> None:
+    """Lets every task get to where it waits."""
+    for _ in range(9):
+        await asyncio.sleep(0)
 
 
-async def test_events_come_in_order_and_the_stream_ends_with_the_job() -> None:
-    assert [event async for event in ExclusiveJobs().stream(counting(100))] == list(range(100))
+def named(name: str, log: list[str] | None = None) -> Callable[[], Awaitable[str]]:
+    """A job that gives its name."""
 
-
-async def test_a_result_is_what_the_job_returns() -> None:
-    assert await ExclusiveJobs().result(lambda job: "done") == "done"
-
-
-async def test_jobs_run_one_at_a_time_in_the_order_they_came() -> None:
-    jobs, log, running = ExclusiveJobs(), [], threading.Semaphore(1)
-
-    def work(name: int):
-        def run(job: Job[int]) -> None:
-            assert running.acquire(blocking=False)
+    async def result() -> str:
+        if log is not None:
             log.append(name)
-            for i in range(5):
-                job.emit(i)
-            running.release()
+        return name
 
-        return run
-
-    async def follow(name: int) -> list[int]:
-        return [event async for event in jobs.stream(work(name))]
-
-    assert await asyncio.gather(*map(follow, range(8))) == [list(range(5))] * 8
-    assert log == list(range(8))
-
-
-async def test_what_a_job_raises_is_raised_after_its_events_and_the_next_one_runs() -> None:
-    jobs, seen = ExclusiveJobs(), []
-
-    def fails(job: Job[int]) -> None:
-        job.emit(1)
-        raise InvalidArgument("text", "too short")
-
-    async def follow() -> None:
-        async for event in jobs.stream(fails):
-            seen.append(event)
-
-    with pytest.raises(InvalidArgument) as refusal:
-        await follow()
-    assert (refusal.value.field, seen) == ("text", [1])
-    assert await jobs.result(lambda job: 2) == 2
-
-
-async def test_leaving_the_stream_ends_the_job_before_the_next_one_begins() -> None:
-    jobs, ended = ExclusiveJobs(), threading.Event()
-
-    def endless(job: Job[int]) -> None:
-        try:
-            while True:
-                job.emit(0)
-        except Cancelled:
-            ended.set()
-            raise
-
-    async with aclosing(jobs.stream(endless)) as events:
-        assert await anext(events) == 0
-    assert ended.is_set()
-    assert await jobs.result(lambda job: 1) == 1
-
-
-async def test_a_task_that_is_cancelled_ends_its_job() -> None:
-    jobs, begun, ended = ExclusiveJobs(), asyncio.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def endless(job: Job[int]) -> int:
-        loop.call_soon_threadsafe(begun.set)
-        try:
-            while True:
-                job.check()
-        except Cancelled:
-            ended.set()
-            raise
-
-    task = asyncio.create_task(jobs.result(endless))
-    await begun.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert ended.is_set()
+    return result
 
 
 async def numbers(n: int, log: list[str], closing: asyncio.Event | None = None) -> AsyncGenerator[int, None]:
-    """A job that runs itself."""
+    """A job of n events."""
     try:
         for i in range(n):
             await asyncio.sleep(0)
@@ -114,7 +39,7 @@ async def numbers(n: int, log: list[str], closing: asyncio.Event | None = None) 
         log.append("numbers")
 
 
-async def test_a_job_that_runs_itself_is_followed_to_its_end() -> None:
+async def test_a_job_is_followed_to_its_end() -> None:
     assert [number async for number in ExclusiveJobs().follow(numbers(9, []))] == list(range(9))
 
 
@@ -132,14 +57,14 @@ async def test_what_a_followed_job_raises_is_raised_after_its_events() -> None:
     with pytest.raises(InvalidArgument, match="too many"):
         await follow()
     assert seen == [1]
-    assert await jobs.result(lambda job: 2) == 2
+    assert await jobs.result(named("next")) == "next"
 
 
 async def test_a_followed_job_is_over_before_the_next_one_begins_however_slowly_it_is_read() -> None:
     jobs, log = ExclusiveJobs(), []
     async with aclosing(jobs.follow(numbers(9, log))) as slowly:
         assert await anext(slowly) == 0
-        await jobs.result(lambda job: log.append("the next one"))
+        await jobs.result(named("the next one", log))
         assert log == ["numbers", "the next one"]
         assert [number async for number in slowly] == list(range(1, 9))
 
@@ -149,9 +74,8 @@ async def test_leaving_a_followed_job_ends_it_before_the_next_one_begins() -> No
     events = jobs.follow(numbers(10**9, log, closing))
     assert await anext(events) == 0
     leaving = asyncio.create_task(events.aclose())
-    waiting = asyncio.create_task(jobs.result(lambda job: log.append("the next one")))
-    for _ in range(9):
-        await asyncio.sleep(0)
+    waiting = asyncio.create_task(jobs.result(named("the next one", log)))
+    await turns()
     assert not leaving.done()
     closing.set()
     await leaving
@@ -159,29 +83,47 @@ async def test_leaving_a_followed_job_ends_it_before_the_next_one_begins() -> No
     assert log == ["numbers", "the next one"]
 
 
+async def test_jobs_run_one_at_a_time_in_the_order_they_came() -> None:
+    jobs, log = ExclusiveJobs(), []
+
+    async def named(name: int) -> AsyncGenerator[int, None]:
+        for i in range(5):
+            await asyncio.sleep(0)
+            log.append(name)
+            yield i
+
+    async def follow(name: int) -> list[int]:
+        return [event async for event in jobs.follow(named(name))]
+
+    assert await asyncio.gather(*map(follow, range(8))) == [list(range(5))] * 8
+    assert log == [name for name in range(8) for _ in range(5)]
+
+
 async def test_a_followed_job_that_is_left_before_its_turn_never_runs() -> None:
-    jobs, log, release = ExclusiveJobs(), [], threading.Event()
-    first = asyncio.create_task(jobs.result(lambda job: release.wait()))
+    jobs, log, release = ExclusiveJobs(), [], asyncio.Event()
+    first = asyncio.create_task(jobs.result(release.wait))
     second = asyncio.create_task(anext(jobs.follow(numbers(1, log))))
-    await asyncio.sleep(0)
+    await turns()
     second.cancel()
+    await turns()
     release.set()
     assert await first
     with pytest.raises(asyncio.CancelledError):
         await second
-    assert await jobs.result(lambda job: "third") == "third"
+    assert await jobs.result(named("third")) == "third"
     assert log == []
 
 
-async def test_a_job_that_is_cancelled_while_it_waits_never_runs() -> None:
-    jobs, release, ran = ExclusiveJobs(), threading.Event(), []
-    first = asyncio.create_task(jobs.result(lambda job: release.wait()))
-    second = asyncio.create_task(jobs.result(lambda job: ran.append("second")))
-    third = asyncio.create_task(jobs.result(lambda job: "third"))
-    await asyncio.sleep(0)
+async def test_a_result_that_is_cancelled_while_it_waits_is_never_asked_for() -> None:
+    jobs, release, ran = ExclusiveJobs(), asyncio.Event(), []
+    first = asyncio.create_task(jobs.result(release.wait))
+    second = asyncio.create_task(jobs.result(named("second", ran)))
+    third = asyncio.create_task(jobs.result(named("third", ran)))
+    await turns()
     second.cancel()
+    await turns()
     release.set()
     assert await first
     assert await third == "third"
     assert second.cancelled()
-    assert ran == []
+    assert ran == ["third"]

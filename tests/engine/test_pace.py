@@ -5,7 +5,7 @@ from engine_runs import loaded
 
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.pace import Pace
+from patchclamp_server.engine.pace import LEAST_ROWS, Pace
 from patchclamp_server.engine.request import Event, Finished, Priority, Request, StopParams
 from patchclamp_server.engine.scheduler import Work
 
@@ -125,7 +125,7 @@ def test_the_pace_is_unknown_until_a_step_has_decoded_alone_and_one_with_a_promp
     assert pace.rows(8) == 8
 
 
-def test_rows_that_cost_nothing_fill_the_step_and_dear_ones_are_a_block() -> None:
+def test_rows_that_cost_nothing_fill_the_step_and_dear_ones_are_four() -> None:
     pace = Pace(16)
     pace.record(decode_rows=1, prefill_rows=0, seconds=0.1)
     pace.record(decode_rows=1, prefill_rows=64, seconds=0.05)
@@ -133,4 +133,4 @@ def test_rows_that_cost_nothing_fill_the_step_and_dear_ones_are_a_block() -> Non
     pace = Pace(16)
     pace.record(decode_rows=1, prefill_rows=0, seconds=0.01)
     pace.record(decode_rows=1, prefill_rows=64, seconds=1.0)
-    assert pace.rows(512) == 16
+    assert pace.rows(512) == LEAST_ROWS == 4

@@ -16,19 +16,19 @@ from tiny_models import FAMILIES, LAYERS, tiny_model
 from torch import Tensor
 
 import patchclamp_server
-from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for, product_inputs
+from patchclamp_server.analysis.documents import KeepSite, heard, inputs_of, pools_for
 from patchclamp_server.analysis.heads.attention_mass import attention_mass
 from patchclamp_server.analysis.heads.circuits import path_patching
 from patchclamp_server.analysis.heads.circuits.attribution import attribute
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run_pair, variant_ends
 from patchclamp_server.analysis.heads.scores.ordinals import TokenSequence
 from patchclamp_server.analysis.heads.scores.successor import OvCircuit
-from patchclamp_server.analysis.sparsity.core_neurons import core_neurons
 from patchclamp_server.analysis.sparsity.evaluate import Evaluator
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.sparse.mlp import SparseMlp
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.engine.request import SparseInference
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.range_check import warn_of_overflow
@@ -105,23 +105,24 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Record:
 
 
 def _mass() -> None:
-    attention_mass(decoder(), tokens()[0], torch.zeros(1, 1, dtype=torch.int64))
+    at_once(attention_mass(decoder(), tokens()[0], torch.zeros(1, 1, dtype=torch.int64)))
 
 
 def _attribution() -> None:
-    attribute(decoder(), tokens()[0].tolist(), 5)
+    at_once(attribute(decoder(), tokens()[0].tolist(), 5))
 
 
 def _variants_from_layer_one() -> None:
-    runs = run_pair(decoder(), PAIR)
+    runs = at_once(run_pair(decoder(), PAIR))
     replaced = torch.zeros(2, LAYERS, decoder().spec.n_heads, dtype=torch.bool)
     replaced[:, 1:] = True
-    variant_ends(decoder(), runs.clean, replaced, runs.corrupt.z)
+    at_once(variant_ends(decoder(), runs.clean, replaced, runs.corrupt.z))
 
 
 def _path_patching() -> None:
-    runs = run_pair(decoder(), PAIR)
-    assert len(list(path_patching.changes(decoder(), runs, runs.corrupt.z))) == LAYERS
+    runs = at_once(run_pair(decoder(), PAIR))
+    for batch in path_patching.changes(decoder(), runs, runs.corrupt.z):
+        at_once(batch)
 
 
 def _successor() -> None:
@@ -131,19 +132,16 @@ def _successor() -> None:
 def _greedy_path() -> None:
     states = torch.randn(TOKENS, decoder().spec.d_model)
     grids = [torch.linspace(0, 1, 1001)] * 4
-    assert len(greedy_path(sparse_model("llama"), 1, states, 1, grids)) > 1
+    assert len(at_once(greedy_path(sparse_model("llama"), 1, states, 1, grids))) > 1
 
 
-def _product_inputs() -> None:
-    assert len(list(product_inputs(sparse_model("llama"), tokens()))) == 1
+def _heard() -> None:
+    at_once(heard(sparse_model("llama"), {}, tokens()[0], 0))
 
 
 def _quality() -> None:
-    Evaluator(sparse_model("llama"), tokens(), 4).quality(bound(POLICIES["griffin"]()))
-
-
-def _core_neurons() -> None:
-    core_neurons(sparse_model("llama"), bound(POLICIES["griffin"]()), tokens()[0].tolist())
+    evaluator = at_once(Evaluator.of(sparse_model("llama"), tokens(), 4))
+    at_once(evaluator.quality(bound(POLICIES["griffin"]())))
 
 
 def _request() -> None:
@@ -162,9 +160,8 @@ CALLERS: dict[Callable[[], None], tuple[int, list[range], list[str]]] = {
     _variants_from_layer_one: (2, [range(1, LAYERS)], []),
     _path_patching: (2, [], ["attention_output"] * LAYERS),
     _successor: (0, [], ["mlp"]),
-    _product_inputs: (1, [], []),
+    _heard: (1, [], []),
     _quality: (3, [], []),
-    _core_neurons: (1, [], []),
     _request: (3, [], []),
     _sparse_request: (3, [], []),
 }

@@ -23,6 +23,7 @@ from patchclamp_server.analysis.heads.circuits.runs import run
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.sites import Site
 
@@ -80,7 +81,7 @@ def pairs(server: LiveServer) -> list[pb.CleanCorruptPair]:
     answers = torch.tensor([tokenizer.encode(answer, add_special_tokens=False)[0] for answer in PRINTABLE])
     found = []
     for clean, corrupt in (("AAAAAAAA is", "zzzzzzzz is"), ("~~~~~~~~ is", "++++++++ is")):
-        ends = [run(decoder, tuple(tokenizer.encode(text))).end for text in (clean, corrupt)]
+        ends = [at_once(run(decoder, tuple(tokenizer.encode(text)))).end for text in (clean, corrupt)]
         logits = decoder.logits(torch.stack(ends))[:, answers]
         told = logits[0] - logits[1]
         found.append(
@@ -331,7 +332,7 @@ def test_parts_of_a_logit_difference_sum_to_it(stub: HeadServiceStub) -> None:
 
 def test_without_a_contrast_the_logit_itself_is_attributed(stub: HeadServiceStub, server: LiveServer) -> None:
     tokenizer, decoder = server.model.tokenizer, server.model.decoder
-    logits = decoder.logits(run(decoder, tuple(tokenizer.encode("hello"))).end[None])[0]
+    logits = decoder.logits(at_once(run(decoder, tuple(tokenizer.encode("hello")))).end[None])[0]
     found = stub.AttributeLogits(attribution(target="a rest that is ignored"))
     assert found.logit_difference == pytest.approx(float(logits[tokenizer.encode("a")[-1]]), abs=1e-5)
 
@@ -725,14 +726,14 @@ def test_cancelling_a_call_cancels_every_request_it_has_in_the_engine(
     assert server.metric(cancelled) > before
 
 
-THREADED: dict[str, Callable[[list[pb.CleanCorruptPair]], tuple[str, Any]]] = {
+AT_THE_DOOR: dict[str, Callable[[list[pb.CleanCorruptPair]], tuple[str, Any]]] = {
     "circuit": lambda pairs: ("FindCircuit", circuit(pairs * 50, "mean_ablation", tags=["never"])),
     "scores": lambda pairs: ("ScoreHeads", scoring("induction", sequences=200, sequence_tokens=16, tags=["never"])),
 }
 
 
-@pytest.mark.parametrize("job", THREADED.values(), ids=THREADED.keys())
-def test_a_job_that_computes_is_over_before_the_next_one_begins(
+@pytest.mark.parametrize("job", AT_THE_DOOR.values(), ids=AT_THE_DOOR.keys())
+def test_a_job_at_the_door_is_over_before_the_next_one_begins(
     stub: HeadServiceStub, store: ArtifactStore, pairs: list[pb.CleanCorruptPair], job: Any
 ) -> None:
     method, request_ = job(pairs)
@@ -744,8 +745,8 @@ def test_a_job_that_computes_is_over_before_the_next_one_begins(
     assert result(call).artifact.tags == request_.tags
 
 
-@pytest.mark.parametrize("job", THREADED.values(), ids=THREADED.keys())
-def test_cancelling_a_call_ends_its_thread_and_then_it_is_the_turn_of_the_next(
+@pytest.mark.parametrize("job", AT_THE_DOOR.values(), ids=AT_THE_DOOR.keys())
+def test_cancelling_a_call_ends_its_work_and_then_it_is_the_turn_of_the_next(
     stub: HeadServiceStub, store: ArtifactStore, pairs: list[pb.CleanCorruptPair], job: Any
 ) -> None:
     method, request_ = job(pairs)
@@ -774,7 +775,7 @@ def test_a_job_that_is_cancelled_before_its_turn_never_runs(
     assert refusal(lambda: stub.CompareHeadSets(comparison("known", "too-late"))).code is UNKNOWN
 
 
-def test_a_job_that_waits_for_the_engine_alone_passes_one_that_computes(
+def test_a_job_of_requests_passes_one_at_the_door(
     stub: HeadServiceStub, server: LiveServer, pairs: list[pb.CleanCorruptPair]
 ) -> None:
     computing = stub.FindCircuit(circuit(pairs * 500, "mean_ablation"))

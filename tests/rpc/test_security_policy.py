@@ -316,7 +316,7 @@ def test_tokens_beyond_the_rate_are_owed_and_the_refusal_says_for_how_long(serve
 
 
 @pytest.mark.parametrize("method", JOBS)
-def test_tokens_that_jobs_compute_beside_the_engine_are_counted(server: Secured, calls: grpc.Channel, method: str):
+def test_tokens_that_jobs_compute_at_the_exclusive_door_are_counted(server: Secured, calls: grpc.Channel, method: str):
     """The first begins with a full bucket and takes more than it holds."""
     stub, request = JOBS[method]
 

@@ -23,6 +23,7 @@ from patchclamp_server.analysis.sparsity.quality_card import prompt_tokens
 from patchclamp_server.artifacts.formats import safetensors
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.binder import Binder
@@ -337,9 +338,9 @@ def test_a_card_of_documents_one_by_one_is_that_of_all_together(
     ids = tokenizer(TEXT.texts[0], add_special_tokens=False).input_ids
     documents = torch.tensor(ids[: 9 * TOKENS]).view(9, TOKENS)
     model = server.server.engine.sparse_model
-    evaluator = Evaluator(model, documents, prompt_tokens(documents))
+    evaluator = at_once(Evaluator.of(model, documents, prompt_tokens(documents)))
     selector = Binder(model, store).bind(POLICIES["griffin"](keep_ratio=0.4)).selector
-    together = evaluator.quality(selector)
+    together = at_once(evaluator.quality(selector))
     assert measured.quality.perplexity_ratio == pytest.approx(together.perplexity_ratio, rel=1e-5)
     assert measured.quality.divergence == pytest.approx(together.divergence, rel=1e-4)
     assert measured.quality.sparsity == pytest.approx(together.sparsity)
@@ -411,12 +412,16 @@ def test_cores_of_prompts_and_their_overlap(stub: SparsityServiceStub) -> None:
     assert 0 < other.mean_jaccard < 1
 
 
-def test_cores_do_not_depend_on_the_chunks_of_a_prompt(
-    stub: SparsityServiceStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cores_do_not_depend_on_the_chunks_of_a_prompt(stub: SparsityServiceStub, server: LiveServer) -> None:
     whole = cores(stub, asks_for("griffin")[0], words(9))
-    monkeypatch.setattr("patchclamp_server.analysis.sparsity.core_neurons.CHUNK_TOKENS", 7)
-    assert cores(stub, asks_for("griffin")[0], words(9)) == whole
+    scheduler = server.server.engine.scheduler
+    steps, most = server.server.engine.stats().steps, scheduler.max_tokens
+    scheduler.max_tokens = 7
+    try:
+        assert cores(stub, asks_for("griffin")[0], words(9)) == whole
+    finally:
+        scheduler.max_tokens = most
+    assert server.server.engine.stats().steps > steps + 2
 
 
 def test_cores_of_some_layers_in_the_order_asked_for_and_all_neurons_of_a_dense_one(stub: SparsityServiceStub) -> None:
@@ -498,7 +503,7 @@ def test_cancelling_a_calibration_stops_it_and_stores_nothing(
     before = len(store.list(page_size=1000)[0])
     call = stub.CalibrateProfile(calibration(policy("cats"), text=long, tags=["never"]))
     progress = next(call).progress
-    assert (progress.stage, progress.done) == ("calibration", 2)
+    assert (progress.stage, progress.done) == ("calibration", 1)
     assert progress.total > 100
     call.cancel()
     # A job that waited gets its turn once that thread has ended.

@@ -11,14 +11,16 @@ from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.calibrate import calibrate
 from patchclamp_server.analysis.sparsity.evaluate import Evaluator
 from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
+from patchclamp_server.analysis.sparsity.quantiles import quantiles
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import MlpInput, matrix
 from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, allocate, damage_curves
 from patchclamp_server.sparsity.policies.coreinfer_similarity import multi_hot
-from patchclamp_server.sparsity.policies.shares import quantiles, threshold, top_mask
+from patchclamp_server.sparsity.policies.shares import threshold, top_mask
 from patchclamp_server.sparsity.policies.sketch import PACKED_ROWS, SketchedProduct, sketch
 from patchclamp_server.sparsity.policies.static_set import StaticSet
 from patchclamp_server.sparsity.policies.teal import STEP
@@ -243,16 +245,25 @@ def test_the_greedy_path_of_teal_does_not_follow_the_first_token(layer: int) -> 
     sinks = states.clone()
     sinks[::6] *= 1000
     grids = [made.tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-    paths = [greedy_path(model, layer, residual, 2, grids) for residual in (states, sinks)]
+    paths = [at_once(greedy_path(model, layer, residual, 2, grids)) for residual in (states, sinks)]
     assert torch.equal(*paths)
 
 
 def test_thresholds_keep_the_share_asked_for() -> None:
     values = torch.randn(5000).abs()
-    grid = quantiles(values)
+    grid = at_once(quantiles(values))
     for keep in (0.75, 0.5, 0.3):
         assert float((values >= threshold(grid, keep)).float().mean()) == pytest.approx(keep, abs=0.005)
     assert not (values >= threshold(grid, 0.0)).any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 201, 5000])
+def test_quantiles_found_in_parts_are_those_of_all_values_sorted(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchclamp_server.sparsity.policies.shares.PART", 64)
+    values = torch.randn(n, generator=torch.Generator().manual_seed(n)).abs()
+    values[n // 2 :: 7] = 0.0
+    ranks = torch.linspace(0, n - 1, 201, dtype=torch.float64).round().long()
+    assert torch.equal(at_once(quantiles(values)), values.sort().values[ranks])
 
 
 def test_ties_do_not_change_how_many_are_kept() -> None:
@@ -305,7 +316,7 @@ def test_clusters_are_found_where_there_are_some() -> None:
 
 def test_static_scores_are_of_all_tokens_but_attention_sinks() -> None:
     model, texts = sparse_model(), documents(3, 24, seed=11)
-    found = calibrate(StaticSet(), model, texts).tensors["scores"]
+    found = at_once(calibrate(StaticSet(), model, texts)).tensors["scores"].clone()
     for text in texts.split(1):
         kept = KeepSite(Site.MLP_POST)
         decoder = model.decoder
@@ -326,16 +337,16 @@ def test_static_sets_name_layers_and_neurons_that_exist() -> None:
 
 
 def test_quality_of_dense_is_perfect_and_of_a_random_set_is_not() -> None:
-    evaluator = Evaluator(sparse_model(), documents(3, 40), 16)
-    dense = evaluator.quality(bound(POLICIES["dense"]()))
+    evaluator = at_once(Evaluator.of(sparse_model(), documents(3, 40), 16))
+    dense = at_once(evaluator.quality(bound(POLICIES["dense"]())))
     assert dense.perplexity_ratio == pytest.approx(1.0, abs=1e-6)
     assert dense.divergence == pytest.approx(0.0, abs=1e-5)
     assert (dense.top1_agreement, dense.sparsity, dense.bytes_read_16) == (1.0, 0.0, 1.0)
-    random = evaluator.quality(bound(POLICIES["random"](keep_ratio=0.5)))
+    random = at_once(evaluator.quality(bound(POLICIES["random"](keep_ratio=0.5))))
     assert random.divergence > 0.01
     assert (random.sparsity, random.bytes_read_16) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_a_document_needs_a_token_to_score() -> None:
     with pytest.raises(InvalidArgument):
-        Evaluator(sparse_model(), documents(1, 16), 15)
+        at_once(Evaluator.of(sparse_model(), documents(1, 16), 15))

@@ -8,6 +8,7 @@ from sparse_models import NAMES, bound, dense_run, documents, profile, run, spar
 
 from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons
 from patchclamp_server.sparsity.blocks import sparse_blocks
@@ -167,7 +168,7 @@ def test_a_profile_of_other_sketches_is_refused() -> None:
 
 def test_a_policy_without_a_profile_is_not_calibrated() -> None:
     with pytest.raises(InvalidArgument):
-        calibrate(POLICIES["griffin"](), sparse_model(), documents(2, 16))
+        at_once(calibrate(POLICIES["griffin"](), sparse_model(), documents(2, 16)))
 
 
 def test_a_profile_is_named_tensors_and_a_card_that_is_json() -> None:

@@ -1,25 +1,28 @@
 """Documents of one length as a step of the decoder: every document a sequence with consecutive KV blocks of its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.callers import computes
+from patchclamp_server.engine.exclusive import Slice, Sliced
+from patchclamp_server.engine.reducers.reducer import Reducer, Rows
+from patchclamp_server.engine.request import Event, Priority, Request, SparseInference, StopParams
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.spans import Span
-from patchclamp_server.model.decoder import Decoder, StepInputs
+from patchclamp_server.model.decoder import NO_HOOKS, BlockProducts, Decoder, SiteHooks, StepInputs
 from patchclamp_server.model.decoder import NoHooks as NoHooks
 from patchclamp_server.model.sites import Site
-from patchclamp_server.sparsity.apply import Rows, Step
+from patchclamp_server.sparsity.apply import Rows as SparseRows
+from patchclamp_server.sparsity.apply import Step
 from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Selection, Selector, SequenceState
 
 BLOCK = 16
-BATCH_TOKENS = 512
 Tokenize = Callable[[str], Sequence[int]]
+OnEvent = Callable[[Event], None]
 
 
 def documents_of(texts: Sequence[str], tokenize: Tokenize, tokens: int) -> Tensor:
@@ -32,17 +35,28 @@ def documents_of(texts: Sequence[str], tokenize: Tokenize, tokens: int) -> Tenso
 
 def pools_for(decoder: Decoder, documents: Tensor, layers: range | None = None) -> list[Tensor]:
     """Returns the KV pools of `layers` (None: of all), large enough for the documents; block 0 stays zero."""
+    return [_pool(decoder, documents) for _ in _of(decoder, layers)]
+
+
+def pool_for(decoder: Decoder, documents: Tensor, layers: range | None = None) -> list[Tensor]:
+    """As `pools_for`, for one pass over whole documents: no layer reads what another wrote, so all have one pool."""
+    return [_pool(decoder, documents)] * len(_of(decoder, layers))
+
+
+def _of(decoder: Decoder, layers: range | None) -> range:
+    return range(decoder.spec.n_layers) if layers is None else layers
+
+
+def _pool(decoder: Decoder, documents: Tensor) -> Tensor:
     n, tokens = documents.shape
     spec = decoder.spec
     shape = (2, n * _blocks(tokens) + 1, BLOCK, spec.n_kv_heads, spec.head_dim)
-    n_pools = spec.n_layers if layers is None else len(layers)
-    return [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in range(n_pools)]
+    return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
 
 
 def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> StepInputs:
-    """Tokens [start, end) of every document, which the caller is about to compute."""
+    """Tokens [start, end) of every document."""
     n, length = len(documents), end - start
-    computes(n * length)
     blocks = _blocks(documents.shape[1])
     tables = [list(range(1 + i * blocks, 1 + (i + 1) * blocks)) for i in range(n)]
     spans = [Span(i * length, length, start, table) for i, table in enumerate(tables)]
@@ -54,6 +68,38 @@ def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> Step
         slots.to(decoder.device),
         AttentionBatch(spans, BLOCK, decoder.windows, decoder.device),
     )
+
+
+def forward(
+    decoder: Decoder,
+    inputs: StepInputs,
+    pools: Sequence[Tensor],
+    hooks: SiteHooks = NO_HOOKS,
+    products: Sequence[BlockProducts] | None = None,
+    *,
+    start: Tensor | None = None,
+    layers: range | None = None,
+    tokens: int | None = None,
+) -> Sliced[Tensor]:
+    """Runs the blocks a few layers at a time, one at least: bit for bit what Decoder.run_blocks gives in one go.
+
+    `start` [T, d_model]: the residual stream before the first of `layers`; None: what the tokens begin with. `tokens`:
+    what the caller pays for; all rows unless it says so.
+    """
+    rows, n_layers = len(inputs.token_ids), decoder.spec.n_layers
+    charged = rows if tokens is None else tokens
+    x, left = start, _of(decoder, layers)
+    while left:
+        granted = yield Slice(-(-rows * len(left) // n_layers), charged)
+        charged = 0
+        n = max(1, granted * n_layers // rows)
+        if x is None:
+            x = decoder.embed(inputs.token_ids, inputs.positions)
+        part, left = left[:n], left[n:]
+        x = decoder.run_blocks(x, part, inputs, pools[: len(part)], hooks, products)
+        pools = pools[len(part) :]
+    assert x is not None
+    return x
 
 
 def _blocks(tokens: int) -> int:
@@ -73,16 +119,25 @@ class KeepSite:
 
 
 class Listener(Selector):
-    """Selects nothing, and hears the inputs of the four products of every block."""
+    """Selects nothing, and gives the inputs of the four products of every block of one text to reducers, by product."""
 
-    def __init__(self, model: SparseModel, hear: Callable[[int, str, Tensor], None]) -> None:
+    def __init__(self, model: SparseModel, reducers: Mapping[str, Reducer], text: int) -> None:
         self.model = model
         self.profile = None
         self.keep = (0.0,) * model.n_layers
-        self._hear = hear
+        self._rows = {projection: Rows(reducer, text) for projection, reducer in reducers.items()}
+        # The token that comes next, by product and layer.
+        self._next: dict[tuple[str, int], int] = {}
+
+    def begin(self) -> SequenceState:
+        self._next.clear()
+        return super().begin()
 
     def channels(self, layer: int, projection: str, x: Tensor) -> None:
-        self._hear(layer, projection, x)
+        if (rows := self._rows.get(projection)) is not None:
+            start = self._next.get((projection, layer), 0)
+            rows.add(layer, x, start)
+            self._next[projection, layer] = start + len(x)
 
     def select(self, state: SequenceState, layer: int, mlp: MlpInput) -> Selection | None:
         return None
@@ -91,20 +146,22 @@ class Listener(Selector):
         return Cost(1.0, 0.0)
 
 
-@torch.inference_mode()
-def product_inputs(model: SparseModel, documents: Tensor) -> Iterator[tuple[Tensor, dict[tuple[int, str], Tensor]]]:
-    """For every few documents: those [b, tokens], and the inputs [b · tokens, width] by layer and product.
+def listening(
+    model: SparseModel, reducers: Mapping[str, Reducer], document: tuple[int, ...], text: int, on_event: OnEvent
+) -> Request:
+    """Runs a document whose inputs of products the reducers get."""
+    return Request(
+        document,
+        on_event,
+        stop=StopParams(max_tokens=0),
+        priority=Priority.ANALYSIS,
+        sparsity=SparseInference("", Listener(model, reducers, text), listens=True),
+    )
 
-    As many at once as have BATCH_TOKENS, and one at least: their inputs at all layers are held together.
-    """
-    for part in torch.split(documents, max(1, BATCH_TOKENS // documents.shape[1])):
-        heard: dict[tuple[int, str], Tensor] = {}
 
-        def hear(layer: int, projection: str, x: Tensor, heard: dict[tuple[int, str], Tensor] = heard) -> None:
-            heard[layer, projection] = x
-
-        listener = Listener(model, hear)
-        products = sparse_blocks(model, Step([Rows(slice(0, part.numel()), listener, listener.begin())]))
-        decoder = model.decoder
-        decoder.forward(inputs_of(part, 0, part.shape[1], decoder), pools_for(decoder, part), NoHooks(), products)
-        yield part, heard
+def heard(model: SparseModel, reducers: Mapping[str, Reducer], document: Tensor, text: int) -> Sliced[None]:
+    """The same of a document [tokens], where no engine runs requests."""
+    listener, documents, decoder = Listener(model, reducers, text), document[None], model.decoder
+    products = sparse_blocks(model, Step([SparseRows(slice(0, len(document)), listener, listener.begin())]))
+    inputs = inputs_of(documents, 0, len(document), decoder)
+    yield from forward(decoder, inputs, pool_for(decoder, documents), products=products)

@@ -1,58 +1,21 @@
-"""Analysis jobs that compute in a thread of their own: one at a time for the whole server, others wait in their order.
+"""Analysis jobs at the exclusive door of the engine: one at a time for the whole server, others wait in their order.
 
-Two at once would take each other's cores and memory, and serving has to live beside them.
+Two at once would take each other's time and memory.
 """
 
 import asyncio
 import logging
-import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from patchclamp_server.engine.call_observer import OBSERVER
-from patchclamp_server.errors import Cancelled, RequestError
+from patchclamp_server.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
 _END: Any = object()
-
-
-class Job(Generic[E]):
-    """The side of a job that its thread sees."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._events: asyncio.Queue[E] = asyncio.Queue()
-        self._left = threading.Event()
-
-    def emit(self, event: E) -> None:
-        """Sends an event to the call. Raises Cancelled when nobody waits for it any more."""
-        self.check()
-        self._put(event)
-
-    def check(self) -> None:
-        """Raises Cancelled when nobody waits for the job any more. To be called often."""
-        if self._left.is_set():
-            raise Cancelled("", "the call has ended")
-
-    def run(self, work: "Callable[[Job[E]], None]") -> None:
-        """In the job's thread."""
-        try:
-            self.check()
-            work(self)
-        finally:
-            self._put(_END)
-
-    def leave(self) -> None:
-        self._left.set()
-
-    async def next(self) -> E:
-        return await self._events.get()
-
-    def _put(self, event: E) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
 
 class ExclusiveJobs:
@@ -61,29 +24,12 @@ class ExclusiveJobs:
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
 
-    async def stream(self, work: Callable[[Job[E]], None]) -> AsyncGenerator[E, None]:
-        """The events that `work` emits, once it is its turn; raises what it raises.
-
-        Ending the iteration early, or cancelling the task, ends the job at its next emit or check, and returns when its
-        thread is done. The next job begins then, and not before.
-        """
-        await self._turn.acquire()
-        _tell_observer()
-        job: Job[E] = Job(asyncio.get_running_loop())
-        thread = asyncio.ensure_future(asyncio.to_thread(job.run, work))
-        thread.add_done_callback(self._end)
-        try:
-            while (event := await job.next()) is not _END:
-                yield event
-            await thread
-        finally:
-            job.leave()
-            await asyncio.wait([thread])
-
     async def follow(self, job: AsyncGenerator[E, None]) -> AsyncGenerator[E, None]:
-        """The events of a job that has a thread of its own; as `stream` in all else.
+        """Yields the events of a job once it is its turn; raises what it raises.
 
-        The job goes on however slowly they are taken, since others wait for its turn to end.
+        The job goes on however slowly they are taken, since others wait for its turn to end. Ending the iteration
+        early, or cancelling the task, closes the job, and returns when that is done. The next job begins then, and not
+        before.
         """
         taken: asyncio.Queue[E] = asyncio.Queue()
 
@@ -106,19 +52,14 @@ class ExclusiveJobs:
             running.cancel()
             await asyncio.wait([running])
 
-    async def result(self, work: Callable[[Job[E]], E]) -> E:
-        """What `work` returns; as `stream` in all else."""
+    async def result(self, work: Callable[[], Awaitable[E]]) -> E:
+        """What a job gives that has no events; as `follow` in all else."""
 
-        def emit_result(job: Job[E]) -> None:
-            job.emit(work(job))
+        async def job() -> AsyncGenerator[E, None]:
+            yield await work()
 
-        async with aclosing(self.stream(emit_result)) as events:
+        async with aclosing(self.follow(job())) as events:
             return await anext(events)
-
-    def _end(self, thread: "asyncio.Future[None]") -> None:
-        """Even if nobody waits for the thread any more, its turn is over."""
-        self._turn.release()
-        _log_failure(thread)
 
 
 def _tell_observer() -> None:

@@ -1,25 +1,25 @@
-"""How far a job is: counted steps of a named stage. Whoever hears of them may raise to end the job there."""
+"""How far a job is: counted steps of a named stage."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-# (stage, done, total)
-Progress = Callable[[str, int, int], None]
 
+@dataclass(frozen=True)
+class Progress:
+    """`stage` says what is done and counted."""
 
-def unheard(stage: str, done: int, total: int) -> None:
-    """For jobs that nobody follows."""
+    stage: str
+    done: int
+    total: int
 
 
 @dataclass(eq=False)
 class Steps:
     """`total` steps of a stage, of which `done` are."""
 
-    hear: Progress
     stage: str
     total: int
     done: int = 0
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1) -> Progress:
         self.done += n
-        self.hear(self.stage, self.done, self.total)
+        return Progress(self.stage, self.done, self.total)

@@ -1,15 +1,20 @@
-"""Many requests as one continuous batch of low-priority sequences, which serving traffic goes before."""
+"""What analysis jobs have the engine do: many requests as one continuous batch of low-priority sequences, which serving
+traffic goes before, and works at its exclusive door."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
-from typing import TypeAlias
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.exclusive import Sliced, Work
 from patchclamp_server.engine.request import Event, Failed, Finished, Request
 from patchclamp_server.errors import ResourceExhausted
 
 MAX_IN_FLIGHT = 16
 OnEvent: TypeAlias = Callable[[Event], None]
+T = TypeVar("T")
 
 
 async def completed(
@@ -68,3 +73,49 @@ def _forward(index: int, queue: asyncio.Queue[tuple[int, Event]]) -> OnEvent:
             loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
     return on_event
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None
+
+
+async def exclusively(engine: Engine, work: Work[T]) -> AsyncGenerator[T, None]:
+    """Yields what a work tells, while the engine's thread runs it slice by slice; raises what it raises.
+
+    When the iteration ends early, by `aclose` or by cancellation of the task, the work ends after the slice that runs,
+    and no part of it runs any more once this has returned.
+    """
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[T | _End] = asyncio.Queue()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def tell(item: T | _End) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(put, item)
+
+    def put(item: T | _End) -> None:
+        told.put_nowait(item)
+        if isinstance(item, _End) and not ended.done():
+            ended.set_result(None)
+
+    entry = engine.enter(work, tell, lambda error: tell(_End(error)))
+    try:
+        while not isinstance(item := await told.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        if not ended.done():
+            engine.leave(entry)
+            await asyncio.wait((ended,))
+
+
+async def result_of(engine: Engine, part: Sliced[T]) -> T:
+    """What a work returns; as `exclusively` in all else."""
+
+    def work() -> Work[T]:
+        yield (yield from part)
+
+    async with aclosing(exclusively(engine, work())) as events:
+        return await anext(events)

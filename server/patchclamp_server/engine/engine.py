@@ -1,6 +1,6 @@
 """The engine: requests in, events out, one forward pass a step over whatever is running.
 
-    schedule → run → sample → emit
+    schedule → run → sample → emit → a slice of analysis that is no request (exclusive.py)
 
 It has a thread of its own. Other threads put commands into a queue; everything else belongs to the engine's thread.
 """
@@ -19,6 +19,7 @@ from patchclamp_server.engine.admission import Admission, Demand
 from patchclamp_server.engine.batch import Executor
 from patchclamp_server.engine.config import EngineConfig, EngineObserver, EngineStats
 from patchclamp_server.engine.delivery import Delivery, OnLogits
+from patchclamp_server.engine.exclusive import E, Entry, ExclusiveDoor, Work
 from patchclamp_server.engine.executors.operator_executor import OperatorExecutor
 from patchclamp_server.engine.faults import fault_of, is_device_lost, is_out_of_memory
 from patchclamp_server.engine.intake import Intake
@@ -27,7 +28,8 @@ from patchclamp_server.engine.live import LiveRequests
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.sampler import warm_up
-from patchclamp_server.engine.scheduler import Scheduler, Work, counted_tokens
+from patchclamp_server.engine.scheduler import Scheduler, counted_tokens
+from patchclamp_server.engine.scheduler import Work as SequenceWork
 from patchclamp_server.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -93,6 +95,7 @@ class Engine:
         self.runner = Runner(self.executor, self.cache, self.monitor)
         self.delivery = Delivery(self.live, self.runner, model.info.context_length)
         self.access: EngineAccess = OpenEngine()
+        self.exclusive = ExclusiveDoor(model.decoder.device, lambda tokens: self.access.compute(tokens))
         self.on_logits: OnLogits | None = None
         # Called on the engine's thread when it ends, by `shutdown` or by `failure`: nothing will run any more.
         self.on_stopped: Callable[[], None] | None = None
@@ -143,6 +146,22 @@ class Engine:
         """
         self.live.check_room(Demand(CALLER.get(), Priority.INTERACTIVE))
 
+    def enter(
+        self, work: Work[E], on_event: Callable[[E], None], on_end: Callable[[BaseException | None], None]
+    ) -> Entry:
+        """Queues a work for the engine's thread (exclusive.py), in the context of the caller.
+
+        Raises ResourceExhausted where an analysis request would be refused, and Unavailable while draining.
+        """
+        self.live.check_room(Demand(CALLER.get(), Priority.ANALYSIS))
+        entry = self.exclusive.enter(work, on_event, on_end)
+        self._wake.set()
+        return entry
+
+    def leave(self, entry: Entry) -> None:
+        """Ends a work with Cancelled after the slice that runs; nothing happens when it has ended."""
+        self._do(lambda: self.exclusive.leave(entry))
+
     def wake(self) -> None:
         """Something that held a request back is over."""
         self._wake.set()
@@ -169,13 +188,17 @@ class Engine:
         self._do(lambda: self._advance(request_id, tokens))
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Refuses new requests and waits for the others. True when none is left."""
+        """Refuses new requests and works, and waits for the others. True when none is left."""
         self.live.close()
-        return self.live.wait_until_idle(timeout_seconds)
+        self.exclusive.close()
+        until = time.monotonic() + timeout_seconds
+        idle = self.live.wait_until_idle(timeout_seconds)
+        return self.exclusive.wait_until_idle(max(0.0, until - time.monotonic())) and idle
 
     def shutdown(self, timeout_seconds: float | None = None) -> bool:
         """Stops the thread; what still runs ends with Failed(Unavailable). False when a step did not end in time."""
         self.live.close()
+        self.exclusive.close()
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
@@ -213,8 +236,9 @@ class Engine:
         self._wake.set()
 
     def step(self) -> bool:
-        """Takes commands in, and runs one step. False when nothing can run. For the engine's thread, or a test."""
-        self._step_started = time.monotonic()
+        """Takes commands in, and runs one step and one slice of what is at the exclusive door. False when nothing can
+        run. For the engine's thread, or a test."""
+        started = self._step_started = time.monotonic()
         try:
             self._obey()
             preemptions = self.scheduler.preemptions
@@ -227,9 +251,18 @@ class Engine:
             self.live.started(list(self.scheduler.started))
             if work:
                 self._step(work)
-            return bool(work)
+            return self._run_exclusively(time.monotonic() - started if work else None) or bool(work)
         finally:
             self._step_started = None
+
+    def _run_exclusively(self, step_seconds: float | None) -> bool:
+        """A slice of work that is no request, after a step that took so long. False when none ran."""
+        if not self.exclusive.busy:
+            return False
+        urgent = any(s.request.priority < Priority.ANALYSIS for s in self.scheduler.running)
+        self._step_started = time.monotonic()
+        decode_seconds = self.scheduler.pace.decode_seconds if urgent else None
+        return self.exclusive.run(step_seconds=step_seconds, decode_seconds=decode_seconds)
 
     def _obey(self) -> None:
         """Takes in what other threads have asked for."""
@@ -257,6 +290,7 @@ class Engine:
             if self.on_stopped is not None:
                 self.on_stopped()
             self.monitor.close()
+            self.exclusive.end_all(Unavailable("", "the engine has stopped"))
             # Those among the commands too, which nothing can run any more: the device may be lost.
             self.live.fail_all(Unavailable("", "the engine has stopped"))
 
@@ -283,7 +317,7 @@ class Engine:
             nearest = min(deadlines.values(), default=None)
         return None if nearest is None else nearest - now
 
-    def _step(self, work: list[Work]) -> None:
+    def _step(self, work: list[SequenceWork]) -> None:
         try:
             self._run(work)
         except Exception as error:
@@ -302,7 +336,7 @@ class Engine:
             # After the `except`, whose traceback holds the tensors of the step.
             torch.cuda.empty_cache()
 
-    def _give_up(self, work: list[Work], failure: RequestError) -> None:
+    def _give_up(self, work: list[SequenceWork], failure: RequestError) -> None:
         """Fails the sequences of a step that was not finished."""
         size = self.config.kv_block_size
         # It may have written what is not finite.
@@ -310,7 +344,7 @@ class Engine:
         for item in work:
             self.live.fail_id(item.sequence.id, failure)
 
-    def _run(self, work: list[Work]) -> None:
+    def _run(self, work: list[SequenceWork]) -> None:
         started = time.monotonic()
         # Before the step, which moves what has been reached.
         prompt_tokens, recomputed = counted_tokens(work)
@@ -330,7 +364,7 @@ class Engine:
         generated = self.delivery.generated_tokens - generated
         self.observer.on_step(seconds=seconds, rows=rows, generated=generated)
 
-    def _break(self, item: Work, position: int) -> None:
+    def _break(self, item: SequenceWork, position: int) -> None:
         """Fails a sequence whose activations overflowed, and cleans the blocks it wrote."""
         sequence, size = item.sequence, self.config.kv_block_size
         try:

@@ -5,12 +5,13 @@ import time
 
 from patchclamp_server.engine.admission import Admission, Demand, Refusal
 from patchclamp_server.engine.output import Output
+from patchclamp_server.engine.reducers.reducer import Rows
 from patchclamp_server.engine.request import Request
 from patchclamp_server.engine.sampler import drawn_seed
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.pooling import TokenPool
+from patchclamp_server.interventions.pooling import RowSink, TokenPool
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
@@ -87,7 +88,7 @@ class Intake:
             request=request,
             seed=drawn_seed() if request.sampling.seed is None else request.sampling.seed,
             state=None,
-            capture=_capture(request, prompt_length),
+            sink=_sink(request, prompt_length),
             output=Output(
                 IncrementalDetokenizer(model.tokenizer, after=request.tokens[:prompt_length]),
                 StopChecker(request.stop.strings, request.stop.include_stop_string),
@@ -99,7 +100,9 @@ class Intake:
             credits=request.credits,
         )
         if request.sparsity is not None:
-            sequence.sparse = SparseSequence.of(request.sparsity, request.program, prompt_length)
+            sequence.sparse = SparseSequence.of(
+                request.sparsity, request.program, 0 if request.sparsity.listens else prompt_length
+            )
         if request.compare_baseline:
             sequence.follower = _follower(sequence)
         program = request.program
@@ -115,9 +118,12 @@ class Intake:
         return sequence
 
 
-def _capture(request: Request, prompt_length: int) -> TokenPool | None:
-    asked = request.capture
-    return None if asked is None else TokenPool(asked.pooling, asked.layers, prompt_length)
+def _sink(request: Request, prompt_length: int) -> RowSink | None:
+    if (asked := request.capture) is not None:
+        return TokenPool(asked.pooling, asked.layers, prompt_length)
+    if (reduction := request.reduction) is not None:
+        return Rows(reduction.reducer, reduction.text, reduction.label)
+    return None
 
 
 def _follower(leader: Sequence) -> Sequence:
@@ -128,7 +134,7 @@ def _follower(leader: Sequence) -> Sequence:
         request=Request(request.tokens, on_event=lambda event: None, priority=request.priority, caller=request.caller),
         seed=0,
         state=None,
-        capture=None,
+        sink=None,
         output=None,
         prompt_length=leader.prompt_length,
         arrival=leader.arrival,

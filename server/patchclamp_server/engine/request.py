@@ -6,6 +6,7 @@ from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from patchclamp_server.callers import CALLER, Caller
+from patchclamp_server.engine.reducers.reducer import Reducer
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.pooling import Pooled, Pooling
@@ -58,6 +59,20 @@ class Capture:
     pooling: Pooling
 
 
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """Gives the rows of the prompt at one site, after its edits, to a reducer that the requests of a job share.
+
+    Each token is given once: those that the prefix cache has are computed all the same, and those that a preemption
+    makes to be computed again are not given again. `text` and `label` say to the reducer whose rows they are.
+    """
+
+    site: Site
+    reducer: Reducer
+    text: int = 0
+    label: int = 0
+
+
 @dataclass(frozen=True)
 class QualityGuard:
     """A share of the generated tokens is computed densely as well; sparse inference ends for the sequence when the mean
@@ -70,12 +85,17 @@ class QualityGuard:
 
 @dataclass(frozen=True, eq=False)
 class SparseInference:
-    """Tokens after the prompt are computed by `selector`. `profile` is the id of its artifact, where it has one."""
+    """Tokens after the prompt are computed by `selector`. `profile` is the id of its artifact, where it has one.
+
+    `listens`: an analysis job hears all tokens, those of the prompt too, as rows that the policy selects for. Nothing
+    is said of it in metrics.
+    """
 
     policy: str
     selector: Selector
     profile: str = ""
     guard: QualityGuard | None = None
+    listens: bool = False
 
 
 def _never() -> bool:
@@ -105,7 +125,9 @@ class Request:
     credits: int | None = None
     # Run a second, unedited sequence along the generated tokens, and report the divergence at each.
     compare_baseline: bool = False
+    # One of both at most.
     capture: Capture | None = None
+    reduction: Reduction | None = None
     sparsity: SparseInference | None = None
     # Whose share of the engine it takes: of the call in which it is made.
     caller: Caller = field(default_factory=CALLER.get)

@@ -68,7 +68,7 @@ class Runner:
         sparse: list[Rows] = []
         monitor, served, watching = self.monitor, list[ServedSpan](), self.monitor.active
         for (sequence, n), row, offset in zip(work, starts, offsets, strict=True):
-            if sequence.state is not None or sequence.capture is not None:
+            if sequence.state is not None or sequence.sink is not None:
                 programs.append(_program_span(sequence, row, offset, token_ids[row : row + n]))
             if watching and sequence.is_served:
                 new = tokens[row : row + n]
@@ -144,7 +144,7 @@ class Runner:
 
 def _program_span(sequence: Sequence, row: int, offset: int, tokens: np.ndarray) -> ProgramSpan:
     capture = None
-    asked = sequence.request.capture
-    if asked is not None and sequence.capture is not None:
-        capture = CaptureSpan(sequence.capture, asked.site)
+    asked = sequence.request.capture or sequence.request.reduction
+    if asked is not None and sequence.sink is not None:
+        capture = CaptureSpan(sequence.sink, asked.site)
     return ProgramSpan(sequence.state, row, offset, tokens, sequence.prompt_length, capture)

@@ -27,7 +27,7 @@ from patchclamp_server.engine.request import (
 from patchclamp_server.engine.sampler import Sampled, SamplingRow
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import RequestError
-from patchclamp_server.interventions.pooling import TokenPool
+from patchclamp_server.interventions.pooling import RowSink, TokenPool
 from patchclamp_server.interventions.program import Receipt
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.model.arrays import IntArray
@@ -52,7 +52,8 @@ class Sequence:
     request: Request
     seed: int
     state: ProgramState | None
-    capture: TokenPool | None
+    # What takes the rows of its prompt, for the site of its capture or reduction.
+    sink: RowSink | None
     # None for a follower, which says nothing itself.
     output: Output | None
     # Boundary between PHASE_PROMPT and PHASE_GENERATED.
@@ -177,7 +178,7 @@ class Sequence:
 
     def reusable_until(self) -> int:
         """Tokens before this position may be taken from the prefix cache; at least one is left to be computed."""
-        if self.capture is not None:
+        if self.sink is not None:
             return 0
         counted = self.state.counted if self.state is not None else 0
         asked = (len(self.tokens), counted)
@@ -262,8 +263,8 @@ class Sequence:
         now = time.monotonic()
         output = self.output_or_fail()
         output.flush(self.request.on_event)
-        if self.capture is not None:
-            self.request.on_event(Captured(self.capture.result()))
+        if isinstance(self.sink, TokenPool):
+            self.request.on_event(Captured(self.sink.result()))
         sparsity = None if self.sparse is None else self.sparse.report(self.computed)
         self.request.on_event(
             Finished(

@@ -9,7 +9,7 @@ from torch import Tensor
 from patchclamp_server.cpu.invariant import operators
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.operators import ConditionOperator, Grid, StepContext
-from patchclamp_server.interventions.pooling import TokenPool
+from patchclamp_server.interventions.pooling import RowSink
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.row_arithmetic import row_dots
 from patchclamp_server.model.arrays import IntArray
@@ -146,7 +146,7 @@ class AbortOperator:
 class CaptureRows:
     """Rows of one sequence, tokens from position `start` on."""
 
-    pool: TokenPool
+    pool: RowSink
     rows: slice
     start: int
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from patchclamp_server.interventions.observers import AbortHit, AbortOperator, ReadoutOperator
 from patchclamp_server.interventions.operators import Operator, StepContext
-from patchclamp_server.interventions.pooling import TokenPool
+from patchclamp_server.interventions.pooling import RowSink
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
@@ -20,7 +20,7 @@ Place = tuple[Site, int]
 
 @dataclass(frozen=True, eq=False)
 class CaptureSpan:
-    pool: TokenPool
+    pool: RowSink
     site: Site
 
 

@@ -15,8 +15,10 @@ Tokens are left out rather than normalised, so that a mean stays a mean of activ
 difference of means moves one mean onto the other. Both were measured to find directions equally well.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,15 +64,33 @@ def ordinary_tokens(states: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(norms[..., :1], dtype=torch.bool), ~outliers(norms[..., 1:])), dim=-1)
 
 
+class RowSink(Protocol):
+    """Takes the rows of one text as steps compute them."""
+
+    layers: tuple[int, ...]
+
+    def add(self, layer: int, states: Tensor, start: int, /) -> None:
+        """states [n, width] of tokens start ≤ t < start + n; tokens that a preemption had computed again come again."""
+        ...
+
+
 class TokenPool:
     """Pools one text of T tokens whose states come in chunks, layer by layer.
 
     Which norms are outliers is known at the end. Rows that may turn out to be, the largest, or to be the last that is
-    none, are kept until then; the others are summed in float32 and let go.
+    none, are kept until then; the others are summed in float32 and let go. `of`: what a mean is of, such as the squares
+    of states; outliers are those of the states themselves.
     """
 
-    def __init__(self, pooling: Pooling, layers: tuple[int, ...], n_tokens: int) -> None:
+    def __init__(
+        self,
+        pooling: Pooling,
+        layers: tuple[int, ...],
+        n_tokens: int,
+        of: Callable[[Tensor], Tensor] = lambda states: states,
+    ) -> None:
         self.pooling, self.layers, self.n_tokens = pooling, layers, n_tokens
+        self._of = of
         # Tokens but the first, unless there is no other.
         self._pooled = max(n_tokens - 1, 1)
         most = self._pooled // 2 if pooling is Pooling.MEAN else self._pooled
@@ -101,7 +121,7 @@ class TokenPool:
         mean = self.pooling is Pooling.MEAN
         kept = torch.topk(layer.states.norm(dim=1) if mean else layer.places, self._room).indices
         if mean:
-            layer.sum += layer.states.index_fill(0, kept, 0.0).sum(dim=0)
+            layer.sum += self._of(layer.states).index_fill(0, kept, 0.0).sum(dim=0)
         layer.states, layer.places = layer.states[kept], layer.places[kept]
 
     def result(self) -> Pooled:
@@ -116,7 +136,8 @@ class TokenPool:
         if self.pooling is Pooling.MEAN:
             left_out = passed.sum()
             tokens = self._pooled - left_out
-            return (layer.sum + layer.states.masked_fill(passed[:, None], 0.0).sum(dim=0)) / tokens, tokens, left_out
+            total = layer.sum + self._of(layer.states).masked_fill(passed[:, None], 0.0).sum(dim=0)
+            return total / tokens, tokens, left_out
         last = torch.where(passed, -1, index).argmax()
         last = torch.where(passed.all(), index.argmax(), last)
         return layer.states[last], torch.ones_like(last), self._pooled - 1 - index[last]

@@ -53,8 +53,8 @@ class Access:
             self.tenant.bucket.charge(len(request.tokens))
         self.record.request(request)
 
-    def computes(self, tokens: int) -> None:
-        """Of a job, beside the engine. Raises QuotaExceeded."""
+    def compute(self, tokens: int) -> None:
+        """Of a work at the engine's exclusive door. Raises QuotaExceeded."""
         self._check_tokens()
         self._began = True
         if self.tenant.bucket is not None:
@@ -118,6 +118,10 @@ class CallersAccess:
     def admitted(self, request: Request) -> None:
         if access := ACCESS.get():
             access.admitted(request)
+
+    def compute(self, tokens: int) -> None:
+        if access := ACCESS.get():
+            access.compute(tokens)
 
     def set_strength(self, edit: str, strength: float) -> None:
         if access := ACCESS.get():

@@ -9,6 +9,7 @@ from circuit_oracle import last_logits
 from tiny_models import FAMILIES, VOCAB, tiny_model
 
 from patchclamp_server.analysis.heads.circuits.attribution import LogitAttribution, attribute
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.row_operators import Norm
@@ -32,7 +33,7 @@ def prompt(tokens: int = TOKENS) -> list[int]:
 
 
 def found(family: str, tokens: int = TOKENS, top_heads: int = 10) -> LogitAttribution:
-    return attribute(decoder(family), prompt(tokens), TARGET, CONTRAST, top_heads)
+    return at_once(attribute(decoder(family), prompt(tokens), TARGET, CONTRAST, top_heads))
 
 
 def truth(family: str, tokens: int = TOKENS) -> NaiveAttribution:
@@ -53,7 +54,7 @@ def test_the_parts_sum_to_the_logit_difference_of_transformers(family: str, toke
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_contrast_they_sum_to_the_logit(family: str) -> None:
-    alone = attribute(decoder(family), prompt(), TARGET)
+    alone = at_once(attribute(decoder(family), prompt(), TARGET))
     assert alone.parts_sum == pytest.approx(float(truth(family).uncapped[TARGET]), abs=TOLERANCE)
 
 
@@ -102,7 +103,7 @@ def test_all_heads_come_by_size_and_the_top_ones_are_split() -> None:
 def test_the_bias_of_an_unembedding_belongs_to_the_biases() -> None:
     with_bias = decoder_from_transformers(tiny_model("llama"), dtype=torch.float32, device="cpu")
     with_bias.unembedding.bias = torch.arange(VOCAB, dtype=torch.float32)
-    plain, biased = found("llama"), attribute(with_bias, prompt(), TARGET, CONTRAST)
+    plain, biased = found("llama"), at_once(attribute(with_bias, prompt(), TARGET, CONTRAST))
     assert biased.biases - plain.biases == pytest.approx(TARGET - CONTRAST, abs=1e-5)
     assert biased.logit_difference == pytest.approx(biased.parts_sum, abs=TOLERANCE)
 
@@ -111,7 +112,7 @@ def test_the_bias_of_an_unembedding_belongs_to_the_biases() -> None:
 def test_the_epsilon_of_a_norm_is_part_of_its_scale(family: str) -> None:
     model = decoder_from_transformers(tiny_model(family), dtype=torch.float32, device="cpu")
     model.final_norm = Norm(model.final_norm.weight, model.final_norm.bias, eps=0.5)
-    attribution = attribute(model, prompt(), TARGET, CONTRAST)
+    attribution = at_once(attribute(model, prompt(), TARGET, CONTRAST))
     assert attribution.logit_difference == pytest.approx(attribution.parts_sum, abs=TOLERANCE)
 
 
@@ -121,5 +122,5 @@ def test_the_epsilon_of_a_norm_is_part_of_its_scale(family: str) -> None:
 )
 def test_what_cannot_be_attributed_is_refused(tokens: list[int], contrast: int, field: str) -> None:
     with pytest.raises(InvalidArgument) as refused:
-        attribute(decoder("llama"), tokens, TARGET, contrast)
+        at_once(attribute(decoder("llama"), tokens, TARGET, contrast))
     assert refused.value.field == field

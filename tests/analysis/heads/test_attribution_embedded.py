@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patchclamp_server.analysis.heads.circuits.attribution import attribute
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.model.load import LoadedModel
 
 
@@ -35,12 +36,12 @@ def test_the_parts_sum_to_the_logit_difference_of_transformers(
     tokens, (yes,), (no,) = ids(embedded, text), ids(embedded, target), ids(embedded, contrast)
     with torch.no_grad():
         logits = plain(input_ids=torch.tensor([tokens])).logits[0, -1]
-    found = attribute(embedded.decoder, tokens, yes, no)
+    found = at_once(attribute(embedded.decoder, tokens, yes, no))
     assert found.logit_difference == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
     assert found.parts_sum == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
 
 
 def test_the_strongest_head_reads_the_capital_off_the_country(embedded: LoadedModel) -> None:
     tokens, (paris,), (rome,) = (ids(embedded, text) for text in ("The capital of France is", " Paris", " Rome"))
-    strongest = attribute(embedded.decoder, tokens, paris, rome).heads[0]
+    strongest = at_once(attribute(embedded.decoder, tokens, paris, rome)).heads[0]
     assert strongest.sources[tokens.index(*ids(embedded, " France"))] > 0.9 * strongest.part > 0

@@ -13,6 +13,7 @@ from patchclamp_server.analysis.heads.circuits.faithfulness import circuit_metri
 from patchclamp_server.analysis.heads.circuits.mean_ablation import CorruptMeans
 from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run_pair
+from patchclamp_server.engine.exclusive import at_once, events_of
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.weights import decoder_from_transformers
@@ -36,7 +37,7 @@ def naive(family: str, pairs: tuple[CleanCorruptPair, ...]) -> Naive:
 
 
 def found(family: str, job: CircuitSearch) -> FoundCircuit:
-    *_, last = search(decoder(family), job)
+    *_, last = events_of(search(decoder(family), job))
     assert isinstance(last, FoundCircuit)
     return last
 
@@ -124,7 +125,7 @@ def test_faithfulness_is_that_of_naive_ablations(family: str, lengths: tuple[int
 
 def test_all_heads_are_faithful_by_1_and_none_by_0() -> None:
     pairs = pairs_of("llama", TOKENS, TOKENS)
-    runs = [run_pair(decoder("llama"), pair) for pair in pairs]
+    runs = [at_once(run_pair(decoder("llama"), pair)) for pair in pairs]
     means = CorruptMeans(pairs)
     for both in runs:
         means.add(both.corrupt)
@@ -134,7 +135,8 @@ def test_all_heads_are_faithful_by_1_and_none_by_0() -> None:
     ablated = sum(naive("llama", pairs).ablated(pair, everything) for pair in pairs) / 2
     for heads, expected in ((everything, 1.0), ([], 0.0)):
         kept = circuits(heads, 3, spec, seed=0)
-        metrics = sum(circuit_metrics(decoder("llama"), pair, kept, means.values(torch.float32)) / 2 for pair in pairs)
+        values = means.values(torch.float32)
+        metrics = sum(at_once(circuit_metrics(decoder("llama"), pair, kept, values)) / 2 for pair in pairs)
         measured = faithfulness(torch.as_tensor(metrics), clean, ablated)
         assert (measured.circuit, *measured.random) == pytest.approx((expected,) * 4, abs=1e-5)
         assert measured.random_deviation == pytest.approx(0.0, abs=1e-5)

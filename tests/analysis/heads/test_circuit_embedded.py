@@ -4,6 +4,7 @@ import pytest
 
 from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch, FoundCircuit, search
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
+from patchclamp_server.engine.exclusive import events_of
 from patchclamp_server.model.load import LoadedModel
 
 CAPITALS = [
@@ -27,7 +28,7 @@ def pairs(model: LoadedModel) -> tuple[CleanCorruptPair, ...]:
 
 
 def found(model: LoadedModel, method: str) -> FoundCircuit:
-    *_, last = search(model.decoder, CircuitSearch(method, pairs(model), circuit_size=20))
+    *_, last = events_of(search(model.decoder, CircuitSearch(method, pairs(model), circuit_size=20)))
     assert isinstance(last, FoundCircuit)
     return last
 

@@ -1,6 +1,7 @@
 """A search as a job: what it streams, what it stores, and that it ends when nobody listens."""
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run
 from patchclamp_server.analysis.heads.scores.scoring import Progress
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind, Tags
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.load import LoadedModel
 
@@ -31,21 +34,29 @@ def pairs(tiny_llama: LoadedModel) -> tuple[CleanCorruptPair, ...]:
         clean, corrupt = torch.randint(3, 250, (2, 10), generator=generator)
         corrupt[5:] = clean[5:]
         sides = [tuple(tokens.tolist()) for tokens in (clean, corrupt)]
-        ends = torch.stack([run(tiny_llama.decoder, tokens).end for tokens in sides])
+        ends = torch.stack([at_once(run(tiny_llama.decoder, tokens)).end for tokens in sides])
         logits = tiny_llama.decoder.logits(ends)
         told = logits[0] - logits[1]
         found.append(CleanCorruptPair(sides[0], sides[1], int(told.argmax()), int(told.argmin())))
     return tuple(found)
 
 
-async def events(model: LoadedModel, store: ArtifactStore, job: CircuitSearch) -> list[Progress | Circuit]:
-    return [event async for event in find_circuit(model.decoder, store, model.info, job)]
+@pytest.fixture(scope="module")
+def engine(tiny_llama: LoadedModel) -> Iterator[Engine]:
+    engine = Engine(tiny_llama)
+    engine.start()
+    yield engine
+    engine.shutdown()
+
+
+async def events(engine: Engine, store: ArtifactStore, job: CircuitSearch) -> list[Progress | Circuit]:
+    return [event async for event in find_circuit(engine, store, engine.model.info, job)]
 
 
 async def test_progress_counts_every_stage_to_its_end_and_then_comes_the_circuit(
-    tiny_llama: LoadedModel, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
+    engine: Engine, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
 ) -> None:
-    *progress, last = await events(tiny_llama, store, CircuitSearch("mean_ablation", pairs, circuit_size=2))
+    *progress, last = await events(engine, store, CircuitSearch("mean_ablation", pairs, circuit_size=2))
     assert isinstance(last, Circuit)
     assert len(last.effects) == 8
     stages: dict[str, list[Progress]] = {}
@@ -64,15 +75,15 @@ async def test_progress_counts_every_stage_to_its_end_and_then_comes_the_circuit
 
 
 async def test_the_best_heads_of_the_stored_set_are_the_circuit(
-    tiny_llama: LoadedModel, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
+    engine: Engine, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
 ) -> None:
     job = CircuitSearch("mean_ablation", pairs, circuit_size=3, description="tiny", tags=Tags(("circuit",)))
-    *_, result = await events(tiny_llama, store, job)
+    *_, result = await events(engine, store, job)
     assert isinstance(result, Circuit)
     stored = store.get("circuit")
     assert stored.info.id == result.artifact.id
     assert stored.info.kind is ArtifactKind.HEAD_SET
-    assert stored.info.model_fingerprint == tiny_llama.info.fingerprint
+    assert stored.info.model_fingerprint == engine.model.info.fingerprint
     scores, low, high = stored.head_scores()
     assert scores.shape == (2, 4)
     assert low is not None
@@ -87,10 +98,10 @@ async def test_the_best_heads_of_the_stored_set_are_the_circuit(
 
 
 async def test_the_stored_set_tells_how_it_was_found_and_what_was_measured(
-    tiny_llama: LoadedModel, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
+    engine: Engine, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
 ) -> None:
     job = CircuitSearch("activation_patching", pairs, circuit_size=2, random_sets=4, seed=2**63)
-    *_, result = await events(tiny_llama, store, job)
+    *_, result = await events(engine, store, job)
     assert isinstance(result, Circuit)
     provenance, evidence = result.artifact.provenance, result.artifact.evidence
     assert provenance["method"] == "activation_patching"
@@ -110,28 +121,28 @@ async def test_the_stored_set_tells_how_it_was_found_and_what_was_measured(
 
 
 async def test_equal_searches_give_one_artifact(
-    tiny_llama: LoadedModel, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
+    engine: Engine, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
 ) -> None:
     job = CircuitSearch("path_patching", pairs, circuit_size=2, seed=5)
-    *_, first = await events(tiny_llama, store, job)
-    *_, second = await events(tiny_llama, store, job)
+    *_, first = await events(engine, store, job)
+    *_, second = await events(engine, store, job)
     assert first == second
 
 
 async def test_a_search_that_is_left_early_stores_nothing(
-    tiny_llama: LoadedModel, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
+    engine: Engine, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
 ) -> None:
     async with aclosing(
-        find_circuit(tiny_llama.decoder, store, tiny_llama.info, CircuitSearch("path_patching", pairs, 2))
+        find_circuit(engine, store, engine.model.info, CircuitSearch("path_patching", pairs, 2))
     ) as job:
         assert await anext(job) == Progress("prompts", 1, 6)
     assert store.list() == ([], "")
 
 
 async def test_a_search_that_is_cancelled_while_it_computes_stores_nothing(
-    tiny_llama: LoadedModel, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
+    engine: Engine, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
 ) -> None:
-    search = asyncio.create_task(events(tiny_llama, store, CircuitSearch("mean_ablation", pairs * 50, circuit_size=2)))
+    search = asyncio.create_task(events(engine, store, CircuitSearch("mean_ablation", pairs * 50, circuit_size=2)))
     await asyncio.sleep(0)
     search.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -140,9 +151,9 @@ async def test_a_search_that_is_cancelled_while_it_computes_stores_nothing(
 
 
 async def test_a_refusal_reaches_who_asked(
-    tiny_llama: LoadedModel, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
+    engine: Engine, store: ArtifactStore, pairs: tuple[CleanCorruptPair, ...]
 ) -> None:
     shorter = CleanCorruptPair((3, 4), (3,), 5, 6)
     with pytest.raises(InvalidArgument) as refused:
-        await events(tiny_llama, store, CircuitSearch("path_patching", (*pairs, shorter)))
+        await events(engine, store, CircuitSearch("path_patching", (*pairs, shorter)))
     assert refused.value.field == "pairs[3].corrupt"

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch, FoundCircuit, search
 from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
+from patchclamp_server.engine.exclusive import events_of
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.weights import decoder_from_transformers
 
@@ -37,7 +38,7 @@ def model() -> PreTrainedModel:
 
 
 def found(model: PreTrainedModel, job: CircuitSearch) -> FoundCircuit:
-    *_, last = search(decoder_from_transformers(model, dtype=torch.float32, device="cpu"), job)
+    *_, last = events_of(search(decoder_from_transformers(model, dtype=torch.float32, device="cpu"), job))
     assert isinstance(last, FoundCircuit)
     return last
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from patchclamp_server.analysis.heads import attention_mass as module
 from patchclamp_server.analysis.heads.attention_mass import NOWHERE, attention_mass
 from patchclamp_server.analysis.heads.scores.repeated_tokens import random_positions
+from patchclamp_server.engine.exclusive import at_once
 
 LENGTH = 37
 TOLERANCE = 1e-5
@@ -33,7 +34,7 @@ def test_mass_is_an_entry_of_the_attention_matrix(family: str, block: int, monke
     queries = torch.arange(9, LENGTH)
     near, far = queries - 1, random_positions(queries, queries, generator)
     targets = torch.stack((near, far, queries), dim=1)
-    mass = attention_mass(loaded(family).decoder, tokens(), targets)
+    mass = at_once(attention_mass(loaded(family).decoder, tokens(), targets))
     expected = matrices(family, tokens())[:, :, queries[:, None], targets]
     assert mass.shape == expected.shape
     assert (mass - expected).abs().max() <= TOLERANCE
@@ -43,18 +44,18 @@ def test_mass_is_an_entry_of_the_attention_matrix(family: str, block: int, monke
 def test_a_target_outside_the_sliding_window_gets_nothing() -> None:
     queries = torch.arange(WINDOW, LENGTH)
     targets = torch.stack((queries - WINDOW, queries - WINDOW + 1), dim=1)
-    mass = attention_mass(loaded("mistral").decoder, tokens(), targets)
+    mass = at_once(attention_mass(loaded("mistral").decoder, tokens(), targets))
     assert (mass[..., 0] == 0).all()
     assert (mass[..., 1] > 0).all()
 
 
 def test_nowhere_gets_nothing() -> None:
-    mass = attention_mass(loaded("llama").decoder, tokens(), torch.tensor([[NOWHERE, LENGTH - 1]]))
+    mass = at_once(attention_mass(loaded("llama").decoder, tokens(), torch.tensor([[NOWHERE, LENGTH - 1]])))
     assert (mass[..., 0] == 0).all()
     assert (mass[..., 1] > 0).all()
 
 
 def test_the_weights_of_a_query_sum_to_one() -> None:
     every = torch.arange(LENGTH).expand(LENGTH, -1)
-    mass = attention_mass(loaded("gemma2").decoder, tokens(), every)
+    mass = at_once(attention_mass(loaded("gemma2").decoder, tokens(), every))
     torch.testing.assert_close(mass.sum(3), torch.ones(mass.shape[:3]))

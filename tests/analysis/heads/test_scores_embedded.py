@@ -3,10 +3,12 @@
 `pytest -s` prints the differences and the best heads.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import started
 from transformers import PreTrainedModel
 
 from patchclamp_server.analysis.heads.scores.ov import ov_weights
@@ -31,9 +33,10 @@ def eager(embedded_dir: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def engine(embedded: LoadedModel) -> Engine:
-    # Never started: these methods need no request.
-    return Engine(embedded, EngineConfig(kv_cache_tokens=64))
+def engine(embedded: LoadedModel) -> Iterator[Engine]:
+    # These methods are no requests, and need no KV cache.
+    with started(embedded, EngineConfig(kv_cache_tokens=64)) as engine:
+        yield engine
 
 
 async def scored(engine: Engine, job: Scoring) -> HeadScores:

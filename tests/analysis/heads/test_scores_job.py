@@ -1,31 +1,31 @@
 """A scoring job: what it stores, and that ending it ends the work."""
 
-import asyncio
-import threading
-from collections.abc import AsyncIterator, Generator
-from contextlib import aclosing
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import started
 from planted_heads import INDUCTION, planted
 
 from patchclamp.v1 import head_pb2
 from patchclamp_server.analysis.heads.scores.job import Result, score_heads
 from patchclamp_server.analysis.heads.scores.registry import SCORING_METHODS
-from patchclamp_server.analysis.heads.scores.scoring import Progress, Scoring, ends, in_thread, resampled_means
+from patchclamp_server.analysis.heads.scores.scoring import Progress, Scoring, ends, resampled_means
 from patchclamp_server.artifacts.head_sets import load_head_set
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind, Tags
-from patchclamp_server.engine.engine import Engine
 from patchclamp_server.text.prompt import PromptEncoder
 
 JOB = Scoring("ngram", sequence_tokens=16, sequences=3, seed=2**63, description="bigrams", tags=Tags(("bigram",)))
 
 
-def events(store: ArtifactStore, job: Scoring) -> AsyncIterator[Progress | Result]:
+async def events(store: ArtifactStore, job: Scoring) -> AsyncIterator[Progress | Result]:
     model = planted()
-    return score_heads(Engine(model), store, model.info, PromptEncoder(model.tokenizer, model.info), job)
+    with started(model) as engine:
+        scored = score_heads(engine, store, model.info, PromptEncoder(model.tokenizer, model.info), job)
+        async for event in scored:
+            yield event
 
 
 @pytest.fixture
@@ -84,51 +84,6 @@ async def test_a_set_of_one_measurement_has_no_intervals(store: ArtifactStore) -
 def test_every_method_of_the_contract_is_registered() -> None:
     names = head_pb2.HeadScoreMethod.keys()[1:]
     assert {f"HEAD_SCORE_METHOD_{name.upper()}" for name in SCORING_METHODS} == set(names)
-
-
-def steps(running: threading.Event, release: threading.Event, log: list[str]) -> Generator[int, None, None]:
-    try:
-        yield 1
-        running.set()
-        release.wait(30)
-        log.append("second step")
-        yield 2
-        log.append("third step")
-    finally:
-        log.append(f"closed, second step done: {'second step' in log}")
-
-
-async def test_ending_a_job_early_ends_it_after_the_step_that_runs() -> None:
-    running, release, log = threading.Event(), threading.Event(), []
-    async with aclosing(in_thread(steps(running, release, log))) as found:
-        assert await anext(found) == 1
-    assert log == ["closed, second step done: False"]
-
-
-async def test_cancelling_a_task_waits_for_the_step_that_runs() -> None:
-    running, release, log = threading.Event(), threading.Event(), []
-
-    async def consume() -> None:
-        async with aclosing(in_thread(steps(running, release, log))) as found:
-            async for _ in found:
-                pass
-
-    task = asyncio.create_task(consume())
-    await asyncio.to_thread(running.wait, 30)
-    task.cancel()
-    release.set()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert log == ["second step", "closed, second step done: True"]
-
-
-async def test_an_error_of_a_step_is_raised() -> None:
-    def failing() -> Generator[int, None, None]:
-        yield 1
-        raise ValueError("broken")
-
-    with pytest.raises(ValueError, match="broken"):
-        _ = [event async for event in in_thread(failing())]
 
 
 def test_intervals_are_those_of_resampled_means() -> None:

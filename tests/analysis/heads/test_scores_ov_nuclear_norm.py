@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from engine_runs import loaded
+from engine_runs import loaded, started
 from tiny_models import FAMILIES, tiny_model
 
 from patchclamp_server.analysis.heads.scores.ov import ov_weights
 from patchclamp_server.analysis.heads.scores.ov_nuclear_norm import nuclear_norms
 from patchclamp_server.analysis.heads.scores.registry import SCORING_METHODS
 from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
-from patchclamp_server.engine.engine import Engine
 from patchclamp_server.text.prompt import PromptEncoder
 
 
@@ -24,10 +23,10 @@ def test_the_norm_of_a_product_is_the_sum_of_its_singular_values() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_every_head_has_the_norm_of_what_its_weights_write(family: str) -> None:
     model = loaded(family)
-    engine = Engine(model)
     job = Scoring("ov_nuclear_norm")
     encoder = PromptEncoder(model.tokenizer, model.info)
-    events = [event async for event in SCORING_METHODS[job.method](engine, encoder, job)]
+    with started(model) as engine:
+        events = [event async for event in SCORING_METHODS[job.method](engine, encoder, job)]
     *progress, found = events
     assert progress == [Progress("layers", i + 1, model.info.n_layers) for i in range(model.info.n_layers)]
     assert isinstance(found, HeadScores)
@@ -76,7 +75,8 @@ async def test_the_control_is_of_random_factors_as_large() -> None:
     model = loaded("qwen3")
     job = Scoring("ov_nuclear_norm")
     prompts = PromptEncoder(model.tokenizer, model.info)
-    *_, found = [event async for event in SCORING_METHODS[job.method](Engine(model), prompts, job)]
+    with started(model) as engine:
+        *_, found = [event async for event in SCORING_METHODS[job.method](engine, prompts, job)]
     assert isinstance(found, HeadScores)
     # These weights are random themselves.
     ratio = found.scores / found.control

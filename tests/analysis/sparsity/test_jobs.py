@@ -4,27 +4,33 @@ import math
 
 import pytest
 import torch
+from engine_runs import loaded, started
 from sparse_models import bound, documents, profile, sparse_model
 
-from patchclamp_server.analysis.progress import Steps, unheard
+from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.sparsity.calibrate import (
     CALIBRATIONS,
     KEPT_BYTES,
     MAX_TOKENS,
     SAMPLE_EVERY,
     calibrate,
+    calibrate_on,
     most_tokens,
 )
 from patchclamp_server.analysis.sparsity.control import asked_ratio, control_of
 from patchclamp_server.analysis.sparsity.core_neurons import jaccard
 from patchclamp_server.analysis.sparsity.evaluate import Evaluator
 from patchclamp_server.analysis.sparsity.quality_card import measure_quality
+from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.exclusive import at_once, events_of
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.sparsity.parameters import parameters_of, policy_with
 from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policies.fovea import Fovea
 from patchclamp_server.sparsity.policies.static_set import StaticSet
+from patchclamp_server.sparsity.policies.teal import Teal
 from patchclamp_server.sparsity.policy import PROJECTIONS, Policy
+from patchclamp_server.sparsity.profile import Profile
 
 MODEL = sparse_model()
 
@@ -109,25 +115,46 @@ def test_parameters_that_no_policy_has_are_refused_by_name(name: str, parameters
 
 @pytest.mark.parametrize("name", CALIBRATIONS)
 def test_calibration_can_be_ended_after_a_document(name: str) -> None:
-    class Ended(Exception):
-        pass
+    work = calibrate(POLICIES[name](), MODEL, documents(4, 512))
+    assert next(events_of(work)) == Progress("calibration", 1, 4 if name != "fovea" else 7)
+    work.close()
+    with pytest.raises(StopIteration):
+        next(work)
 
-    heard: list[tuple[str, int, int]] = []
 
-    def hear(*step: object) -> None:
-        heard.append(step)  # type: ignore[arg-type]
-        raise Ended
+@pytest.mark.parametrize("name", CALIBRATIONS)
+async def test_a_profile_of_requests_is_that_of_passes(name: str) -> None:
+    """Documents in chunks, one beside the other, against one after the other in one go."""
+    policy = Teal(allocation="greedy") if name == "teal" else POLICIES[name]()
+    config = EngineConfig(max_tokens_per_step=13, kv_block_size=4, kv_cache_tokens=128)
+    texts = documents(5, 40, seed=7)
+    with started(loaded("llama"), config) as engine:
+        events = [event async for event in calibrate_on(engine, policy, texts)]
+        expected = at_once(calibrate(policy, engine.sparse_model, texts))
+        prefilled = engine.stats().prefill_tokens
+    *progress, found = events
+    assert isinstance(found, Profile)
+    total = 5 + (3 if name in ("teal", "fovea") else 0)
+    assert progress == [Progress("calibration", n, total) for n in range(1, total + 1)]
+    assert found.tensors.keys() == expected.tensors.keys()
+    for key, tensor in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-4, atol=1e-5)
+    assert found.card == expected.card
+    assert prefilled == texts.numel()
 
-    with pytest.raises(Ended):
-        calibrate(POLICIES[name](), MODEL, documents(4, 512), progress=hear)
-    assert heard == [("calibration", 1, 4 if name != "fovea" else 7)]
+
+async def test_documents_that_the_cache_has_no_room_for_are_refused_by_their_length() -> None:
+    config = EngineConfig(kv_block_size=4, kv_cache_tokens=16)
+    with started(loaded("llama"), config) as engine, pytest.raises(InvalidArgument) as refusal:
+        await anext(calibrate_on(engine, StaticSet(), documents(2, 32)))
+    assert refusal.value.field == "text.document_tokens"
 
 
 def test_the_quality_of_many_documents_is_that_of_evaluating_them_together() -> None:
     texts = documents(5, 24)
     selector = bound(POLICIES["cats"](keep_ratio=0.3))
-    together = Evaluator(MODEL, texts, 12).quality(selector)
-    card = measure_quality(MODEL, texts, selector, Steps(unheard, "quality", 5))
+    together = at_once(at_once(Evaluator.of(MODEL, texts, 12)).quality(selector))
+    card = at_once(measure_quality(MODEL, texts, selector, Steps("quality", 5)))
     assert card.perplexity_ratio == pytest.approx(together.perplexity_ratio, rel=1e-5)
     assert card.divergence == pytest.approx(together.divergence, rel=1e-4)
     assert card.top1_agreement == pytest.approx(together.top1_agreement)
@@ -136,7 +163,7 @@ def test_the_quality_of_many_documents_is_that_of_evaluating_them_together() -> 
 
 
 def test_a_card_that_is_not_finite_can_be_stored() -> None:
-    card = measure_quality(MODEL, documents(1, 8), bound(POLICIES["dense"]()), Steps(unheard, "quality", 1))
+    card = at_once(measure_quality(MODEL, documents(1, 8), bound(POLICIES["dense"]()), Steps("quality", 1)))
     assert card.as_json()["sparsity"] == 0.0
     object.__setattr__(card, "perplexity_ratio", math.inf)
     assert card.as_json()["perplexity_ratio"] is None

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.analysis.documents import forward, inputs_of, pool_for
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.model.attention.paged import key_columns, visible_scores
 from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.sites import Site
@@ -22,8 +23,7 @@ BLOCK = 64
 NOWHERE = -1
 
 
-@torch.inference_mode()
-def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
+def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Sliced[Tensor]:
     """Weights that the last n queries of tokens [T] put on targets [n, m] -> [n_layers, n_heads, n, m] on the CPU.
 
     A target NOWHERE, or out of the query's sight, gets 0.
@@ -31,9 +31,9 @@ def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
     document = tokens[None]
     every_layer = frozenset(range(decoder.spec.n_layers))
     step = replace(inputs_of(document, 0, len(tokens), decoder), visited_queries=every_layer)
-    pools = pools_for(decoder, document)
+    pools = pool_for(decoder, document)
     reader = _MassReader(decoder.spec, step, pools, targets.to(decoder.device))
-    decoder.forward(step, pools, reader)
+    yield from forward(decoder, step, pools, reader)
     return torch.stack(reader.masses)
 
 

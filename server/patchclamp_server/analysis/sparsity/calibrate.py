@@ -1,31 +1,40 @@
 """Calibration: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
 
-Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken). Where
-they are sums of squares, attention sinks are left out (interventions/pooling.py); quantiles and counts hardly see so
-few tokens.
+Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken): reducers
+get them while the documents run as requests of the engine. Where they are sums of squares, attention sinks are left out
+(interventions/pooling.py); quantiles and counts hardly see so few tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for, product_inputs
-from patchclamp_server.analysis.progress import Progress, Steps, unheard
+from patchclamp_server.analysis.documents import KeepSite, forward, heard, inputs_of, listening, pool_for
+from patchclamp_server.analysis.progress import Progress, Steps
+from patchclamp_server.analysis.requests import completed, exclusively
 from patchclamp_server.analysis.sparsity.evaluate import Evaluator
 from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
+from patchclamp_server.analysis.sparsity.quantiles import quantiles
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
-from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.pooling import ordinary_tokens, outliers
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.exclusive import Slice, Telling, Work
+from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
+from patchclamp_server.engine.reducers.reducer import Place, Reducer
+from patchclamp_server.engine.reducers.sample import Sample
+from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.interventions.pooling import outliers
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, damage_curves
 from patchclamp_server.sparsity.policies.coreinfer_similarity import CoreInferSimilarity, multi_hot
 from patchclamp_server.sparsity.policies.coreinfer_stability import core_counts, token_order
 from patchclamp_server.sparsity.policies.fovea import Fovea
-from patchclamp_server.sparsity.policies.shares import quantiles
 from patchclamp_server.sparsity.policies.teal import Teal
 from patchclamp_server.sparsity.policy import PROJECTIONS, Policy, input_widths
 from patchclamp_server.sparsity.profile import Profile
@@ -42,26 +51,71 @@ MAX_TOKENS = 1 << 18
 KEPT_BYTES = 4 << 30
 
 Tensors = dict[str, Tensor]
+# Parts of the work at the exclusive door of the engine.
+Found: TypeAlias = Telling[Progress, Tensors]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrating:
+    """`reducers` of the inputs of products, by product, and what becomes of them once they have seen all documents: a
+    part of a work at the exclusive door of the engine."""
+
+    reducers: Mapping[str, Reducer]
+    finish: Callable[[Steps], Found]
+
+
+async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> AsyncGenerator[Progress | Profile, None]:
+    """Yields progress, then a profile of `policy` from documents [n, tokens], each of which is a request of the engine.
+
+    The stage is "calibration", counted in documents and, for what is measured after them layer by layer, in layers.
+    Raises InvalidArgument where the policy has nothing to calibrate.
+    """
+    model = engine.sparse_model
+    calibrating, steps = _begun(policy, model, documents)
+    requests = (
+        partial(listening, model, calibrating.reducers, tuple(document), text)
+        for text, document in enumerate(documents.tolist())
+    )
+    try:
+        async with aclosing(completed(engine, requests)) as finished:
+            async for _ in finished:
+                yield steps.advance()
+    except RequestError as error:
+        error.field = "text.document_tokens" if error.field == "prompt" else error.field
+        raise
+
+    def finish() -> Work[Progress | Profile]:
+        yield _profile(policy, model, documents, (yield from calibrating.finish(steps)))
+
+    told: AsyncGenerator[Progress | Profile, None] = exclusively(engine, finish())
+    async with aclosing(told) as events:
+        async for event in events:
+            yield event
 
 
 def calibrate(
-    policy: Policy,
-    model: SparseModel,
-    documents: Tensor,
-    card: Mapping[str, Any] | None = None,
-    progress: Progress = unheard,
-) -> Profile:
-    """A profile of `policy` from documents [n, tokens]. InvalidArgument: the policy has nothing to calibrate.
+    policy: Policy, model: SparseModel, documents: Tensor, card: Mapping[str, Any] | None = None
+) -> Telling[Progress, Profile]:
+    """As `calibrate_on`, where no engine runs requests: a part of a work, which returns the profile."""
+    calibrating, steps = _begun(policy, model, documents)
+    for text, document in enumerate(documents):
+        yield from heard(model, calibrating.reducers, document, text)
+        yield steps.advance()
+    return _profile(policy, model, documents, (yield from calibrating.finish(steps)), card)
 
-    The stage that `progress` hears of is "calibration", counted in documents and, for what is measured after them layer
-    by layer, in layers.
-    """
+
+def _begun(policy: Policy, model: SparseModel, documents: Tensor) -> tuple[Calibrating, Steps]:
     function = CALIBRATIONS.get(policy.name)
     if function is None:
         raise InvalidArgument("sparsity.policy", f"{policy.name} needs no profile; these do: {', '.join(CALIBRATIONS)}")
     by_layer = _is_greedy(policy) or _measures_damage(policy)
-    steps = Steps(progress, "calibration", len(documents) + (model.n_layers if by_layer else 0))
-    tensors = function(policy, model, documents, steps)
+    steps = Steps("calibration", len(documents) + (model.n_layers if by_layer else 0))
+    return function(policy, model, documents), steps
+
+
+def _profile(
+    policy: Policy, model: SparseModel, documents: Tensor, tensors: Tensors, card: Mapping[str, Any] | None = None
+) -> Profile:
     tokens = {"calibration_documents": len(documents), "calibration_tokens": documents.numel()}
     return Profile(policy.name, model.fingerprint, tensors, {**tokens, **(card or {})})
 
@@ -88,92 +142,131 @@ def _measures_damage(policy: Policy) -> bool:
     return isinstance(policy, Fovea) and policy.budget == "measured"
 
 
-def _heard(model: SparseModel, documents: Tensor, steps: Steps) -> Iterator[dict[tuple[int, str], Tensor]]:
-    """The inputs of the products for every few documents, which are a step each."""
-    for part, heard in product_inputs(model, documents):
-        yield heard
-        steps.advance(len(part))
+def _sampled(model: SparseModel, documents: Tensor, *names: str) -> dict[str, Sample]:
+    """Samples of the inputs of the products named."""
+    return {name: Sample(_layers(model), SAMPLE_EVERY, documents.shape[1]) for name in names}
 
 
-def _samples(model: SparseModel, documents: Tensor, steps: Steps, *names: str) -> dict[str, list[Tensor]]:
-    """Some inputs [n, width] of the products named, by layer."""
-    parts: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(model.n_layers)] for name in names}
-    for heard in _heard(model, documents, steps):
-        for name, layers in parts.items():
-            for layer, kept in enumerate(layers):
-                kept.append(heard[layer, name][::SAMPLE_EVERY].clone())
-    # Taken out one by one: the parts and the whole of all layers would be twice the memory.
-    return {name: [torch.cat(layers.pop(0)) for _ in range(model.n_layers)] for name, layers in parts.items()}
+def _layers(model: SparseModel) -> tuple[int, ...]:
+    return tuple(range(model.n_layers))
 
 
-def _teal(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
-    samples = _samples(model, documents, steps, *PROJECTIONS)
-    tensors = {
-        f"quantiles.{name}": torch.stack([quantiles(x.abs()) for x in layers]) for name, layers in samples.items()
-    }
-    if _is_greedy(policy):
-        few = documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS]
-        residuals = KeepSite(Site.RESID_PRE)
-        decoder = model.decoder
-        decoder.forward(inputs_of(few, 0, few.shape[1], decoder), pools_for(decoder, few), residuals)
-        paths = []
-        for layer in range(model.n_layers):
-            grids = [tensors[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-            paths.append(greedy_path(model, layer, residuals.kept[layer], len(few), grids))
-            steps.advance()
-        length = min(map(len, paths))
-        tensors["greedy"] = torch.stack([path[:length] for path in paths])
-    return tensors
+def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
+    samples = _sampled(model, documents, *PROJECTIONS)
+
+    def finish(steps: Steps) -> Found:
+        tensors: Tensors = {}
+        for name, sample in samples.items():
+            found = []
+            for layer in sample.layers:
+                found.append((yield from quantiles(sample.take(layer).abs())))
+            tensors[f"quantiles.{name}"] = torch.stack(found)
+        if _is_greedy(policy):
+            tensors["greedy"] = yield from _greedy(model, documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS], tensors, steps)
+        return tensors
+
+    return Calibrating(samples, finish)
 
 
-def _cats(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
-    samples = zip(_samples(model, documents, steps, "mlp_input")["mlp_input"], model.layers, strict=True)
-    return {"quantiles": torch.stack([quantiles(MlpInput(x, weights).activated.abs()) for x, weights in samples])}
+def _greedy(model: SparseModel, documents: Tensor, quantiles: Tensors, steps: Steps) -> Telling[Progress, Tensor]:
+    residuals, decoder = KeepSite(Site.RESID_PRE), model.decoder
+    inputs = inputs_of(documents, 0, documents.shape[1], decoder)
+    yield from forward(decoder, inputs, pool_for(decoder, documents), residuals)
+    paths = []
+    for layer in range(model.n_layers):
+        grids = [quantiles[f"quantiles.{name}"][layer] for name in PROJECTIONS]
+        paths.append((yield from greedy_path(model, layer, residuals.kept[layer], len(documents), grids)))
+        yield steps.advance()
+    length = min(map(len, paths))
+    return torch.stack([path[:length] for path in paths])
 
 
-def _static_set(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
-    scores = torch.zeros(model.n_layers, model.spec.d_ff)
-    for heard in _heard(model, documents, steps):
+def _cats(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
+    samples = _sampled(model, documents, "mlp_input")
+
+    def finish(steps: Steps) -> Found:
+        found = []
         for layer, weights in enumerate(model.layers):
-            neurons = heard[layer, "mlp_output"].float()
-            # Of the hundreds of tokens of a document the first alone, an attention sink, would decide at some layers.
-            neurons = neurons[ordinary_tokens(neurons.view(-1, documents.shape[1], neurons.shape[1])).flatten()]
-            scores[layer] += (neurons.square().sum(0) * weights.down_norm.float().square()).cpu()
-    return {"scores": scores.to(model.decoder.device)}
+            x, done, activated = samples["mlp_input"].take(layer), 0, list[Tensor]()
+            while done < len(x):
+                rows = yield Slice(len(x) - done)
+                activated.append(MlpInput(x[done : done + rows], weights).activated.abs())
+                done += len(activated[-1])
+            found.append((yield from quantiles(torch.cat(activated))))
+        return {"quantiles": torch.stack(found)}
+
+    return Calibrating(samples, finish)
 
 
-def _similarity(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
+def _static_set(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
+    # Of the hundreds of tokens of a document the first alone, an attention sink, would decide at some layers.
+    squares = OrdinarySums(_layers(model), documents.shape[1], of=torch.square)
+
+    def finish(steps: Steps) -> Found:
+        yield Slice(1)
+        norms = [weights.down_norm.float() for weights in model.layers]
+        return {"scores": torch.stack([squares.sum(i).float() * norm.square() for i, norm in enumerate(norms)])}
+
+    return Calibrating({"mlp_output": squares}, finish)
+
+
+def _similarity(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     assert isinstance(policy, CoreInferSimilarity)
-    tokens = min(SENTENCE_TOKENS, documents.shape[1])
-    sentences = []
-    for heard in _heard(model, documents, steps):
-        rows = heard[0, "mlp_output"].shape[0]
-        for start in range(0, rows - tokens + 1, tokens):
-            counts = [
-                core_counts(
-                    [token_order(heard[layer, "mlp_output"][start : start + tokens], policy)],
-                    policy.token_keep,
-                    model.spec.d_ff,
-                )
-                for layer in range(model.n_layers)
-            ]
-            sentences.append(torch.stack(counts))
-    by_sentence = torch.stack(sentences)  # [sentences, n_layers, d_ff]
-    cluster_layer = model.n_layers - 1 if policy.end_layer is None else max(policy.end_layer - 1, 0)
-    centres, assigned = elbow_clusters(multi_hot(by_sentence[:, cluster_layer]))
-    totals = torch.zeros(len(centres), *by_sentence.shape[1:], dtype=by_sentence.dtype)
-    totals.index_add_(0, assigned.cpu(), by_sentence.cpu())
-    return {
-        "centres": centres,
-        "counts": totals.to(centres.device),
-        "cluster_layer": torch.tensor(cluster_layer),
-    }
+    sentences = Sentences(policy, model, min(SENTENCE_TOKENS, documents.shape[1]))
+
+    def finish(steps: Steps) -> Found:
+        yield Slice(1)
+        by_sentence = sentences.counts()  # [sentences, n_layers, d_ff]
+        cluster_layer = model.n_layers - 1 if policy.end_layer is None else max(policy.end_layer - 1, 0)
+        centres, assigned = elbow_clusters(multi_hot(by_sentence[:, cluster_layer]))
+        totals = torch.zeros(len(centres), *by_sentence.shape[1:], dtype=by_sentence.dtype)
+        totals.index_add_(0, assigned.cpu(), by_sentence.cpu())
+        return {
+            "centres": centres,
+            "counts": totals.to(centres.device),
+            "cluster_layer": torch.tensor(cluster_layer),
+        }
+
+    return Calibrating({"mlp_output": sentences}, finish)
 
 
-@torch.inference_mode()
-def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) -> Tensors:
+class Sentences(Reducer):
+    """Core counts [d_ff] of every sentence: each `tokens` tokens of a document, but for those that are left over."""
+
+    def __init__(self, policy: CoreInferSimilarity, model: SparseModel, tokens: int) -> None:
+        super().__init__(_layers(model))
+        self._policy, self._d_ff, self._tokens = policy, model.spec.d_ff, tokens
+        # By document, sentence and layer: the orders of its tokens until it has all, then its counts.
+        self._orders: defaultdict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._counts: dict[tuple[int, int, int], Tensor] = {}
+
+    def add(self, layer: int, rows: Tensor, place: Place) -> None:
+        order, positives = token_order(rows, self._policy)
+        done = 0
+        while done < len(rows):
+            sentence, token = divmod(place.start + done, self._tokens)
+            part = slice(done, min(done + self._tokens - token, len(rows)))
+            key = (place.text, sentence, layer)
+            self._orders[key].append((order[part], positives[part]))
+            if token + part.stop - part.start == self._tokens:
+                self._counts[key] = core_counts(self._orders.pop(key), self._policy.token_keep, self._d_ff)
+            done = part.stop
+
+    def counts(self) -> Tensor:
+        """[sentences, layers, d_ff], by document and place in it."""
+        found = [self._counts[key] for key in sorted(self._counts)]
+        return torch.stack(found).view(-1, len(self.layers), self._d_ff)
+
+
+def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     assert isinstance(policy, Fovea)
-    samples = _samples(model, documents, steps, "mlp_input")["mlp_input"]
+    sampled = _sampled(model, documents, "mlp_input")
+    return Calibrating(sampled, partial(_fovea_errors, policy, model, documents, sampled["mlp_input"]))
+
+
+def _fovea_errors(policy: Fovea, model: SparseModel, documents: Tensor, sample: Sample, steps: Steps) -> Found:
+    samples = [sample.take(layer) for layer in sample.layers]
+    yield Slice(1)
     # A selector without uncertainty, to see its sketches with.
     shape = (model.n_layers, model.spec.d_ff)
     names = [f"gate_error.{policy.bits}", f"up_error.{policy.bits}"]
@@ -181,31 +274,43 @@ def _fovea(policy: Policy, model: SparseModel, documents: Tensor, steps: Steps) 
     sketches = policy.bind(model, blind).sketches
     errors: tuple[list[Tensor], list[Tensor]] = ([], [])
     for x, sketched in zip(samples, sketches, strict=True):
-        exact = MlpInput(x, sketched.weights)
-        errors[0].append((sketched.gate(x) - exact.gate).float().square().mean(0).sqrt())
+        done, squares = 0, torch.zeros(2, model.spec.d_ff, device=x.device)
+        while done < len(x):
+            rows = yield Slice(len(x) - done)
+            part = x[done : done + rows]
+            exact = MlpInput(part, sketched.weights)
+            squares[0] += (sketched.gate(part) - exact.gate).float().square().sum(0)
+            if sketched.weights.gate is not None:
+                squares[1] += (sketched.up(part) - exact.up).float().square().sum(0)
+            done += len(part)
+        gate, up = (squares / len(x)).sqrt()
+        errors[0].append(gate)
         if sketched.weights.gate is not None:
-            errors[1].append((sketched.up(x) - exact.up).float().square().mean(0).sqrt())
+            errors[1].append(up)
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
     if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
-        tensors["damage"] = _damage(replace(policy, budget="uniform"), model, documents, profile, samples, steps)
+        uniform = replace(policy, budget="uniform")
+        tensors["damage"] = yield from _damage(uniform, model, documents, profile, samples, steps)
     return tensors
 
 
 def _damage(
     policy: Fovea, model: SparseModel, documents: Tensor, profile: Profile, samples: list[Tensor], steps: Steps
-) -> Tensor:
+) -> Telling[Progress, Tensor]:
     """D [n_layers, GRID] of policies/budgets.py."""
     few = documents[:DAMAGE_DOCUMENTS]
-    evaluator = Evaluator(model, few, few.shape[1] // 2)
+    evaluator = yield from Evaluator.of(model, few, few.shape[1] // 2)
     divergence, errors = [], []
     for layer, x in enumerate(samples):
         alone = tuple(REFERENCE if other == layer else 1.0 for other in range(model.n_layers))
-        divergence.append(evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile)).divergence)
+        quality = yield from evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile))
+        divergence.append(quality.divergence)
         mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
         down, row = mlp.weights.down, []
         ordinary = ~outliers((mlp.neurons @ down).norm(dim=1))
         for keep in GRID:
+            yield Slice(len(mlp.neurons))
             selector = replace(policy, keep_ratio=keep).bind(model, profile)
             selection = selector.select(selector.begin(), layer, mlp)
             error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
@@ -213,11 +318,11 @@ def _damage(
                 error -= selection.remainder(selection.active)
             row.append(float(error[ordinary].float().square().sum()))
         errors.append(row)
-        steps.advance()
+        yield steps.advance()
     return damage_curves(torch.tensor(divergence), torch.tensor(errors))
 
 
-CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor, Steps], Tensors]] = {
+CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor], Calibrating]] = {
     "teal": _teal,
     "cats": _cats,
     "static_set": _static_set,

@@ -9,15 +9,15 @@ Each document is a sequence of its own: its first `prompt` tokens are computed d
 next ones are fed from the text (as decoding them would) and scored. The dense pass is made once for all policies.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import KeepSite, NoHooks, inputs_of, pools_for
-from patchclamp_server.callers import computes
+from patchclamp_server.analysis.documents import KeepSite, forward, inputs_of, pools_for
+from patchclamp_server.engine.exclusive import Slice, Sliced
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.apply import Rows, Step
 from patchclamp_server.sparsity.blocks import sparse_blocks
@@ -42,33 +42,37 @@ class Quality:
 class Evaluator:
     """Documents [n, tokens] of one length, and what the dense model makes of them."""
 
-    @torch.inference_mode()
     def __init__(self, model: SparseModel, documents: Tensor, prompt: int) -> None:
+        """What `of` begins with."""
         if documents.shape[1] < prompt + 2 or prompt < 1:
             raise InvalidArgument("documents", f"{documents.shape[1]} tokens leave none to score after {prompt}")
         self.model = model
         self.prompt = prompt
         self.documents = documents
-        tokens = documents.shape[1]
-        decoder = model.decoder
-        self._pools = pools_for(decoder, documents)
-        observer = KeepSite(Site.MLP_POST)
-        decoder.forward(inputs_of(documents, 0, prompt, decoder), self._pools, observer)
-        self._neurons = observer.kept
-        self._scored = inputs_of(documents, prompt, tokens - 1, decoder)
-        x = decoder.forward(self._scored, self._pools, NoHooks())
+        self._pools = pools_for(model.decoder, documents)
+        self._scored = inputs_of(documents, prompt, documents.shape[1] - 1, model.decoder)
         self._targets = documents[:, prompt + 1 :]
-        self._dense: list[Tensor] = []  # probabilities [scored, vocab] of each document
+        self._neurons: dict[int, Tensor] = {}
+        # By document.
+        self._dense: list[Tensor] = []  # probabilities [scored, vocab]
         self._choices: list[Tensor] = []
-        entropies, nll = [], []
-        for targets, logits in zip(self._targets, self._logits(x), strict=True):
-            log_p = logits.log_softmax(1)
-            nll.append(-float(log_p.gather(1, targets[:, None]).mean()))
-            self._choices.append(log_p.argmax(1))
-            self._dense.append(log_p.exp())
-            entropies.append(-float((self._dense[-1] * log_p).sum(1).mean()))
-        self.dense_nll = sum(nll) / len(nll)
-        self._entropy = sum(entropies) / len(entropies)
+        self.dense_nll = self._entropy = 0.0
+
+    @classmethod
+    def of(cls, model: SparseModel, documents: Tensor, prompt: int) -> "Sliced[Evaluator]":
+        """After the dense pass. Raises InvalidArgument where no token is left to score."""
+        made = cls(model, documents, prompt)
+        decoder, observer = model.decoder, KeepSite(Site.MLP_POST)
+        yield from forward(decoder, inputs_of(documents, 0, prompt, decoder), made._pools, observer)
+        made._neurons = observer.kept
+        x = yield from forward(decoder, made._scored, made._pools)
+        for targets, states in zip(made._targets, made._by_document(x), strict=True):
+            log_p = (yield from _logits(decoder, states)).log_softmax(1)
+            made.dense_nll -= float(log_p.gather(1, targets[:, None]).mean()) / len(documents)
+            made._choices.append(log_p.argmax(1))
+            made._dense.append(log_p.exp())
+            made._entropy -= float((made._dense[-1] * log_p).sum(1).mean()) / len(documents)
+        return made
 
     def states(self, selector: Selector) -> list[SequenceState]:
         """The state of every document after its prompt."""
@@ -81,20 +85,19 @@ class Evaluator:
             states.append(state)
         return states
 
-    @torch.inference_mode()
-    def quality(self, selector: Selector) -> Quality:
+    def quality(self, selector: Selector) -> Sliced[Quality]:
         tokens = self.documents.shape[1] - self.prompt - 1
         rows = [
             Rows(slice(i * tokens, (i + 1) * tokens), selector, state) for i, state in enumerate(self.states(selector))
         ]
         step = Step(rows)
-        computes(len(self._scored.token_ids))
-        products = sparse_blocks(self.model, step)
-        x = self.model.decoder.forward(self._scored, self._pools, NoHooks(), products)
+        decoder, products = self.model.decoder, sparse_blocks(self.model, step)
+        x = yield from forward(decoder, self._scored, self._pools, products=products)
         nll = cross_entropy = agreement = 0.0
-        for dense, choices, targets, logits in zip(
-            self._dense, self._choices, self._targets, self._logits(x), strict=True
+        for dense, choices, targets, states in zip(
+            self._dense, self._choices, self._targets, self._by_document(x), strict=True
         ):
+            logits = yield from _logits(decoder, states)
             total = logits.logsumexp(1)
             nll += float((total - logits.gather(1, targets[:, None])[:, 0]).mean())
             cross_entropy += float((total - torch.linalg.vecdot(dense, logits)).mean())
@@ -124,7 +127,19 @@ class Evaluator:
         """Over all layers, of which those that select nothing count as 1."""
         return (sparse + self.model.n_layers - layers) / self.model.n_layers
 
-    def _logits(self, x: Tensor) -> Iterator[Tensor]:
-        """One document at a time: all logits at once would be gigabytes."""
-        tokens = x.shape[0] // len(self.documents)
-        return (self.model.decoder.logits(part) for part in torch.split(x, tokens))
+    def _by_document(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(x, x.shape[0] // len(self.documents))
+
+
+def _logits(decoder: Decoder, x: Tensor) -> Sliced[Tensor]:
+    """Of residual states [n, d_model] of one document, a few rows at a time: [n, vocab].
+
+    All documents at once would be gigabytes.
+    """
+    parts: list[Tensor] = []
+    done = 0
+    while done < len(x):
+        granted = yield Slice(len(x) - done)
+        parts.append(decoder.logits(x[done : done + granted]))
+        done += granted
+    return torch.cat(parts)

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from patchclamp_server.analysis.progress import Steps
+from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.sparsity.evaluate import Evaluator, Quality
+from patchclamp_server.engine.exclusive import Telling
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.policy import Selector
 
@@ -36,16 +37,18 @@ class QualityCard:
         return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
-def measure_quality(model: SparseModel, documents: Tensor, selector: Selector, steps: Steps) -> QualityCard:
+def measure_quality(
+    model: SparseModel, documents: Tensor, selector: Selector, steps: Steps
+) -> Telling[Progress, QualityCard]:
     """The card on documents [n, tokens], of which the first half is the prompt. A document is a step."""
     prompt = prompt_tokens(documents)
     found: list[Quality] = []
     dense_nll = 0.0
     for document in documents.to(model.decoder.device):
-        evaluator = Evaluator(model, document[None], prompt)
+        evaluator = yield from Evaluator.of(model, document[None], prompt)
         dense_nll += evaluator.dense_nll
-        found.append(evaluator.quality(selector))
-        steps.advance()
+        found.append((yield from evaluator.quality(selector)))
+        yield steps.advance()
     n = len(documents)
     return QualityCard(
         perplexity_ratio=math.prod(q.perplexity_ratio ** (1 / n) for q in found),

@@ -9,10 +9,11 @@ outweigh all others.
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.analysis.documents import forward, inputs_of, pool_for
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.interventions.pooling import ordinary_tokens
 from patchclamp_server.sparsity.apply import Rows, Step
-from patchclamp_server.sparsity.blocks import sparse_blocks
+from patchclamp_server.sparsity.blocks import SparseBlock, sparse_blocks
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policies.shares import threshold
 from patchclamp_server.sparsity.policies.teal import STEP
@@ -51,17 +52,22 @@ class _Trial(Selector):
         return ONLY_ACTIVE
 
 
-@torch.inference_mode()
-def greedy_path(model: SparseModel, layer: int, residual: Tensor, documents: int, grids: list[Tensor]) -> Tensor:
+def greedy_path(
+    model: SparseModel, layer: int, residual: Tensor, documents: int, grids: list[Tensor]
+) -> Sliced[Tensor]:
     """Returns the shares kept by product after each step [steps, 4]. `residual` [documents · tokens, d]: inputs of the
     block, the only one that is run."""
     decoder, alone = model.decoder, range(layer, layer + 1)
     # The run starts from residual states, so that it does not matter which tokens these are.
     ids = torch.zeros(len(residual), dtype=torch.int64).view(documents, -1)
     trial = _Trial(model, grids)
-    products = sparse_blocks(model, Step([Rows(slice(0, len(residual)), trial, trial.begin())]))
-    inputs, pools = inputs_of(ids, 0, ids.shape[1], decoder), pools_for(decoder, ids, alone)
-    target = decoder.run_blocks(residual, alone, inputs, pools)
+    sparse = sparse_blocks(model, Step([Rows(slice(0, len(residual)), trial, trial.begin())]))
+    inputs, pools = inputs_of(ids, 0, ids.shape[1], decoder), pool_for(decoder, ids, alone)
+
+    def output(products: list[SparseBlock] | None, tokens: int) -> Sliced[Tensor]:
+        return forward(decoder, inputs, pools, products=products, start=residual, layers=alone, tokens=tokens)
+
+    target = yield from output(None, len(residual))
     ordinary = ordinary_tokens(target.view(documents, -1, target.shape[1])).flatten()
     shares = weight_shares(model.spec)
     kept = [1.0] * len(PROJECTIONS)
@@ -73,8 +79,9 @@ def greedy_path(model: SparseModel, layer: int, residual: Tensor, documents: int
             if lowered < -1e-9:
                 continue
             trial.kept = [*kept[:i], max(lowered, 0.0), *kept[i + 1 :]]
-            output = decoder.run_blocks(residual, alone, inputs, pools, products=products)
-            error = float((output - target)[ordinary].float().square().sum())
+            # The tokens of the block have been paid for.
+            change = (yield from output(sparse, 0)) - target
+            error = float(change[ordinary].float().square().sum())
             errors.append((error, trial.kept))
         if not errors:
             break

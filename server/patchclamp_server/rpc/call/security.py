@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeAlias
 
-from patchclamp_server.callers import CALLER, COMPUTES, Caller
+from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.errors import PermissionDenied, Unauthenticated
 from patchclamp_server.rpc.call.identity import Identity, identify
 from patchclamp_server.security.access import ACCESS, Access
@@ -88,7 +88,6 @@ class CallSecurity:
         ending.then(lambda code: self._audit(identity, context, method, arguments, record, code))
         # Not reset: the context is that of the call's own task, and ends with it.
         CALLER.set(Caller(identity.tenant, tenant.rules.weight))
-        COMPUTES.set(access.computes)
         ACCESS.set(access)
         running = RunningCall()
         is_placeless = service in PLACELESS_SERVICES

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from patchclamp.v1 import sparsity_pb2 as pb
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, MAX_TOKENS, most_tokens
 from patchclamp_server.analysis.sparsity.core_neurons import jaccard
 from patchclamp_server.analysis.sparsity.job import CalibratedProfile, Calibration, Evaluation, Text
@@ -115,8 +116,8 @@ def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo,
     return Text(torch.tensor(documents), description)
 
 
-def encode_progress(stage: str, done: int, total: int) -> pb.SparsityProgress:
-    return pb.SparsityProgress(stage=stage, done=done, total=total)
+def encode_progress(progress: Progress) -> pb.SparsityProgress:
+    return pb.SparsityProgress(stage=progress.stage, done=progress.done, total=progress.total)
 
 
 def encode_profile(result: CalibratedProfile) -> pb.CalibratedProfile:

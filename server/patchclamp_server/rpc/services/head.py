@@ -1,6 +1,6 @@
 """HeadService: what attention heads do, found by needles, scores, circuits and attribution, and tested by edits.
 
-Jobs whose work is requests of the engine run beside each other; those that compute in a thread wait for their turn.
+Jobs whose work is requests of the engine run beside each other; those at its exclusive door wait for their turn.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from typing import Any
 
 from patchclamp.v1 import head_pb2 as pb
 from patchclamp.v1.head_pb2_grpc import HeadServiceServicer
-from patchclamp_server.analysis.exclusive import ExclusiveJobs, Job
+from patchclamp_server.analysis.exclusive import ExclusiveJobs
 from patchclamp_server.analysis.heads.circuits.attribution import attribute
 from patchclamp_server.analysis.heads.circuits.job import find_circuit
 from patchclamp_server.analysis.heads.retrieval.detect import detect
@@ -18,6 +18,7 @@ from patchclamp_server.analysis.heads.scores.job import score_heads
 from patchclamp_server.analysis.heads.scores.registry import ENGINE_METHODS
 from patchclamp_server.analysis.heads.sets.evaluation import evaluate_edit
 from patchclamp_server.analysis.heads.sets.overlap import compare
+from patchclamp_server.analysis.requests import result_of
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.errors import RequestError
@@ -86,7 +87,7 @@ class HeadService(HeadServiceServicer):
         check_model(request.model, self._model)
         job = await self._prompts.analysis.run(decode_circuit, request, self._prompts, self._model)
         await asyncio.to_thread(self._store.check_tags, job.tags)
-        found = find_circuit(self._engine.model.decoder, self._store, self._model, job)
+        found = find_circuit(self._engine, self._store, self._model, job)
         async with aclosing(self._jobs.follow(found)) as events:
             async for event in events:
                 yield encode_circuit(event)
@@ -97,12 +98,9 @@ class HeadService(HeadServiceServicer):
     async def AttributeLogits(self, request: pb.AttributeLogitsRequest, context: Context) -> pb.AttributeLogitsResponse:
         check_model(request.model, self._model)
         asked = await self._prompts.analysis.run(decode_attribution, request, self._prompts, self._model)
-
-        def work(job: Job[pb.AttributeLogitsResponse]) -> pb.AttributeLogitsResponse:
-            decoder = self._engine.model.decoder
-            return encode_attribution(attribute(decoder, asked.tokens, asked.target, asked.contrast, asked.top_heads))
-
-        return await self._jobs.result(work)
+        decoder = self._engine.model.decoder
+        work = attribute(decoder, asked.tokens, asked.target, asked.contrast, asked.top_heads)
+        return encode_attribution(await self._jobs.result(lambda: result_of(self._engine, work)))
 
 
 @contextmanager

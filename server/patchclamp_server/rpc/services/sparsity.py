@@ -7,7 +7,8 @@ from typing import Any
 
 from patchclamp.v1 import sparsity_pb2 as pb
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceServicer
-from patchclamp_server.analysis.exclusive import ExclusiveJobs, Job
+from patchclamp_server.analysis.exclusive import ExclusiveJobs
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.sparsity.core_neurons import core_neurons
 from patchclamp_server.analysis.sparsity.job import calibrate_profile, evaluate
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -56,16 +57,13 @@ class SparsityService(SparsityServiceServicer):
         asked = await self._prompts.analysis.run(decode_calibration, request, self._prompts, self._model, model)
         await asyncio.to_thread(self._store.check_tags, asked.tags)
 
-        def work(job: Job[pb.CalibrateProfileResponse]) -> None:
-            def progress(stage: str, done: int, total: int) -> None:
-                job.emit(pb.CalibrateProfileResponse(progress=encode_progress(stage, done, total)))
-
-            result = calibrate_profile(model, self._store, self._model, asked, progress)
-            job.emit(pb.CalibrateProfileResponse(result=encode_profile(result)))
-
-        async with aclosing(self._jobs.stream(work)) as responses:
-            async for response in responses:
-                yield response
+        calibrated = calibrate_profile(self._engine, self._store, self._model, asked)
+        async with aclosing(self._jobs.follow(calibrated)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    yield pb.CalibrateProfileResponse(progress=encode_progress(event))
+                else:
+                    yield pb.CalibrateProfileResponse(result=encode_profile(event))
 
     async def EvaluateProfile(
         self, request: pb.EvaluateProfileRequest, context: Context
@@ -75,16 +73,13 @@ class SparsityService(SparsityServiceServicer):
             decode_evaluation, request, self._prompts, self._model, self._binder
         )
 
-        def work(job: Job[pb.EvaluateProfileResponse]) -> None:
-            def progress(stage: str, done: int, total: int) -> None:
-                job.emit(pb.EvaluateProfileResponse(progress=encode_progress(stage, done, total)))
-
-            for evaluation in evaluate(self._engine, asked, text, progress, speed=request.measure_speed):
-                job.emit(pb.EvaluateProfileResponse(evaluation=encode_evaluation(evaluation)))
-
-        async with aclosing(self._jobs.stream(work)) as responses:
-            async for response in responses:
-                yield response
+        evaluated = evaluate(self._engine, asked, text, speed=request.measure_speed)
+        async with aclosing(self._jobs.follow(evaluated)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    yield pb.EvaluateProfileResponse(progress=encode_progress(event))
+                else:
+                    yield pb.EvaluateProfileResponse(evaluation=encode_evaluation(event))
 
     async def PredictCoreNeurons(
         self, request: pb.PredictCoreNeuronsRequest, context: Context
@@ -94,11 +89,5 @@ class SparsityService(SparsityServiceServicer):
             decode_core_request, request, self._prompts, self._model, self._binder
         )
 
-        def work(job: Job[pb.PredictCoreNeuronsResponse]) -> pb.PredictCoreNeuronsResponse:
-            cores = []
-            for prompt in prompts:
-                job.check()
-                cores.append(core_neurons(self._engine.sparse_model, bound.selector, prompt))
-            return encode_cores(cores, layers)
-
-        return await self._jobs.result(work)
+        cores = await self._jobs.result(lambda: core_neurons(self._engine, bound.selector, prompts))
+        return await asyncio.to_thread(encode_cores, cores, layers)

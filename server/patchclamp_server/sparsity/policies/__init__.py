@@ -1,7 +1,7 @@
 """Sparse-activation policies by name. A policy is one file; adding one is adding it here.
 
 policy = POLICIES["fovea"](keep_ratio=0.5)
-profile = calibrate(policy, model, documents)            # where `policy.needs_profile`
+profile = ...                                            # where `policy.needs_profile`: calibrate.py makes one
 selector = policy.bind(model, profile)                   # one for all sequences
 state = selector.begin(); selector.observe_prompt(state, layer, neurons); selector.end_prompt(state)
 selection = selector.select(state, layer, MlpInput(x, model.layers[layer]))

@@ -12,10 +12,16 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from patchclamp_server.analysis.heads.circuits.runs import PairRuns, single_heads, variant_ends, variants_at_once
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.model.decoder import Decoder
 
 
-def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Tensor]:
+def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Sliced[Tensor]]:
     """A CircuitMethod; the means are not used."""
-    for head in single_heads(decoder.spec, variants_at_once(len(runs.pair.clean))):
-        yield runs.pair.metric(decoder, variant_ends(decoder, runs.corrupt, head, runs.clean.z)) - runs.corrupt_metric
+    for heads in single_heads(decoder.spec, variants_at_once(len(runs.pair.clean))):
+        yield _changes(decoder, runs, heads)
+
+
+def _changes(decoder: Decoder, runs: PairRuns, heads: Tensor) -> Sliced[Tensor]:
+    ends = yield from variant_ends(decoder, runs.corrupt, heads, runs.clean.z)
+    return runs.pair.metric(decoder, ends) - runs.corrupt_metric

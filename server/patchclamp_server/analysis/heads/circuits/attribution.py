@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.analysis.documents import forward, inputs_of, pools_for
 from patchclamp_server.analysis.heads.attention_mass import attention_mass
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.decoder import Block, Decoder
 from patchclamp_server.model.row_operators import Norm
@@ -56,11 +57,12 @@ class LogitAttribution:
         return self.embedding + sum(self.mlps) + self.biases + sum(head.part for head in self.heads)
 
 
-@torch.inference_mode()
 def attribute(
     decoder: Decoder, tokens: Sequence[int], target: int, contrast: int | None = None, top_heads: int = 10
-) -> LogitAttribution:
-    """Without a contrast, of logit(target) alone. The `top_heads` largest heads are split by source token.
+) -> Sliced[LogitAttribution]:
+    """A work at the exclusive door of the engine. Without a contrast, of logit(target) alone.
+
+    The `top_heads` largest heads are split by source token.
 
     Raises InvalidArgument for a prompt that does not fit and for equal tokens.
     """
@@ -71,7 +73,7 @@ def attribute(
         raise InvalidArgument("contrast", "starts with the same token as target: the difference is 0 by definition")
     document = torch.tensor([tokens])
     step, pools, kept = inputs_of(document, 0, len(tokens), decoder), pools_for(decoder, document), _LastRow()
-    end = decoder.forward(step, pools, kept)[-1]
+    end = (yield from forward(decoder, step, pools, kept))[-1]
 
     def difference(by_token: Tensor) -> Tensor:
         """by_token [vocab, ...] -> [...] float64."""
@@ -86,7 +88,8 @@ def attribute(
 
     heads: list[tuple[int, int, Tensor]] = []
     everywhere = torch.arange(len(tokens))[None]
-    patterns = attention_mass(decoder, document[0], everywhere)[:, :, 0].double()  # [n_layers, n_heads, T]
+    masses = yield from attention_mass(decoder, document[0], everywhere)
+    patterns = masses[:, :, 0].double()  # [n_layers, n_heads, T]
     for layer, block in enumerate(decoder.blocks):
         values = pools[layer][1].flatten(0, 1)[step.slots].double()  # [T, n_kv_heads, head_dim]
         sources, bias = _head_sources(block, patterns[layer].to(values.device), values, direction)

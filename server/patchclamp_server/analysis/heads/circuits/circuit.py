@@ -8,7 +8,6 @@ and patching in one that carries it an effect above 0. Effects are means of rati
 sure the model is of it. Interval: bootstrap over pairs. Faithfulness (faithfulness.py) is measured on the same pairs.
 """
 
-from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +27,7 @@ from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, PairRuns, run_pair
 from patchclamp_server.analysis.heads.scores.scoring import Progress, ends, resampled_means
 from patchclamp_server.artifacts.types import NO_TAGS, Tags
+from patchclamp_server.engine.exclusive import Work
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.spec import DecoderSpec
@@ -67,7 +67,7 @@ class FoundCircuit:
     means_by_position: bool
 
 
-def search(decoder: Decoder, job: CircuitSearch) -> Generator[Progress | FoundCircuit, None, None]:
+def search(decoder: Decoder, job: CircuitSearch) -> Work[Progress | FoundCircuit]:
     """Yields progress after every batch, then the circuit. The stages are "prompts" (both of every pair, and all heads
     ablated), "effects" (counted in heads of all pairs) and "faithfulness" (in pairs).
 
@@ -80,7 +80,7 @@ def search(decoder: Decoder, job: CircuitSearch) -> Generator[Progress | FoundCi
     means = CorruptMeans(job.pairs)
     clean = corrupt = ablated = 0.0
     for i, pair in enumerate(job.pairs):
-        runs = run_pair(decoder, pair)
+        runs = yield from run_pair(decoder, pair)
         _check_difference(runs, i)
         clean += runs.clean_metric / n_pairs
         corrupt += runs.corrupt_metric / n_pairs
@@ -88,16 +88,17 @@ def search(decoder: Decoder, job: CircuitSearch) -> Generator[Progress | FoundCi
         yield Progress("prompts", i + 1, 2 * n_pairs)
     values = means.values(decoder.dtype)
     for i, pair in enumerate(job.pairs):
-        ablated += ablated_metric(decoder, pair, values) / n_pairs
+        ablated += (yield from ablated_metric(decoder, pair, values)) / n_pairs
         yield Progress("prompts", n_pairs + i + 1, 2 * n_pairs)
     check_denominator(clean, ablated)
 
     effects = torch.empty(n_pairs, n_heads)
     for i, pair in enumerate(job.pairs):
         # Once more, since the runs of all pairs may not fit into memory.
-        runs = run_pair(decoder, pair)
+        runs = yield from run_pair(decoder, pair)
         done = 0
-        for changes in CIRCUIT_METHODS[job.method](decoder, runs, values):
+        for batch in CIRCUIT_METHODS[job.method](decoder, runs, values):
+            changes = yield from batch
             effects[i, done : done + len(changes)] = changes / (runs.clean_metric - runs.corrupt_metric)
             done += len(changes)
             yield Progress("effects", i * n_heads + done, n_pairs * n_heads)
@@ -107,7 +108,7 @@ def search(decoder: Decoder, job: CircuitSearch) -> Generator[Progress | FoundCi
     kept = circuits([(e.layer, e.head) for e in ranked[: job.circuit_size]], job.random_sets, decoder.spec, job.seed)
     kept_metrics = torch.zeros(len(kept), dtype=torch.float64)
     for i, pair in enumerate(job.pairs):
-        kept_metrics += circuit_metrics(decoder, pair, kept, values) / n_pairs
+        kept_metrics += (yield from circuit_metrics(decoder, pair, kept, values)) / n_pairs
         yield Progress("faithfulness", i + 1, n_pairs)
     yield FoundCircuit(ranked, clean, corrupt, faithfulness(kept_metrics, clean, ablated), means.by_position)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run, variant_ends, variants_at_once
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.spec import DecoderSpec
@@ -52,17 +53,19 @@ def circuits(heads: list[tuple[int, int]], random_sets: int, spec: DecoderSpec, 
     return kept.view(-1, spec.n_layers, spec.n_heads)
 
 
-def circuit_metrics(decoder: Decoder, pair: CleanCorruptPair, kept: Tensor, means: Tensor) -> Tensor:
+def circuit_metrics(decoder: Decoder, pair: CleanCorruptPair, kept: Tensor, means: Tensor) -> Sliced[Tensor]:
     """Metric of the clean prompt with only the heads of each circuit kept [n, n_layers, n_heads] -> [n] float64."""
-    clean = run(decoder, pair.clean)
-    parts = torch.split(~kept, variants_at_once(len(pair.clean)))
-    return torch.cat([pair.metric(decoder, variant_ends(decoder, clean, part, means)) for part in parts])
+    clean = yield from run(decoder, pair.clean)
+    metrics = []
+    for part in torch.split(~kept, variants_at_once(len(pair.clean))):
+        metrics.append(pair.metric(decoder, (yield from variant_ends(decoder, clean, part, means))))
+    return torch.cat(metrics)
 
 
-def ablated_metric(decoder: Decoder, pair: CleanCorruptPair, means: Tensor) -> float:
+def ablated_metric(decoder: Decoder, pair: CleanCorruptPair, means: Tensor) -> Sliced[float]:
     """Metric of the clean prompt with all heads ablated."""
     none = torch.zeros(1, decoder.spec.n_layers, decoder.spec.n_heads, dtype=torch.bool)
-    return float(circuit_metrics(decoder, pair, none, means))
+    return float((yield from circuit_metrics(decoder, pair, none, means)))
 
 
 def check_denominator(clean_metric: float, ablated_metric: float) -> None:

@@ -12,10 +12,11 @@ import torch
 
 from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch, FoundCircuit, HeadEffect, search
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
-from patchclamp_server.analysis.heads.scores.scoring import Progress, in_thread
+from patchclamp_server.analysis.heads.scores.scoring import Progress
+from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
-from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.model.info import ModelInfo
 
 
@@ -33,14 +34,15 @@ class Circuit:
 
 
 async def find_circuit(
-    decoder: Decoder, store: ArtifactStore, info: ModelInfo, job: CircuitSearch
+    engine: Engine, store: ArtifactStore, info: ModelInfo, job: CircuitSearch
 ) -> AsyncGenerator[Progress | Circuit, None]:
-    """Yields progress, then the result. It computes in a thread; ending the iteration early, or cancelling it, ends
-    the computation after the batch that runs.
+    """Yields progress, then the result. Ending the iteration early, or cancelling it, ends the computation after the
+    slice that runs.
 
     Raises InvalidArgument for pairs that cannot be compared, by field path.
     """
-    async with aclosing(in_thread(search(decoder, job))) as steps:
+    told: AsyncGenerator[Progress | FoundCircuit, None] = exclusively(engine, search(engine.model.decoder, job))
+    async with aclosing(told) as steps:
         async for step in steps:
             yield step if isinstance(step, Progress) else await asyncio.to_thread(_store, store, info, job, step)
 

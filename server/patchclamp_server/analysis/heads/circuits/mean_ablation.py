@@ -20,14 +20,20 @@ from patchclamp_server.analysis.heads.circuits.runs import (
     variant_ends,
     variants_at_once,
 )
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.interventions.pooling import ordinary_tokens
 from patchclamp_server.model.decoder import Decoder
 
 
-def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Tensor]:
+def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Sliced[Tensor]]:
     """A CircuitMethod."""
-    for head in single_heads(decoder.spec, variants_at_once(len(runs.pair.clean))):
-        yield runs.pair.metric(decoder, variant_ends(decoder, runs.clean, head, means)) - runs.clean_metric
+    for heads in single_heads(decoder.spec, variants_at_once(len(runs.pair.clean))):
+        yield _changes(decoder, runs, heads, means)
+
+
+def _changes(decoder: Decoder, runs: PairRuns, heads: Tensor, means: Tensor) -> Sliced[Tensor]:
+    ends = yield from variant_ends(decoder, runs.clean, heads, means)
+    return runs.pair.metric(decoder, ends) - runs.clean_metric
 
 
 class CorruptMeans:

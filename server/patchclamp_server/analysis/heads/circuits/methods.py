@@ -7,6 +7,7 @@ from torch import Tensor
 
 from patchclamp_server.analysis.heads.circuits import activation_patching, mean_ablation, path_patching
 from patchclamp_server.analysis.heads.circuits.runs import PairRuns
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.model.decoder import Decoder
 
 
@@ -14,10 +15,11 @@ class CircuitMethod(Protocol):
     """What an intervention on one head changes of the metric of a pair.
 
     means [n_layers, T or 1, n_heads, head_dim]: the mean output of every head over the corrupt prompts of all pairs.
-    Yields float64 [n], the changes of the next n heads, ordered by layer and head, until all have been given.
+    Yields parts of a work, each of which returns float64 [n], the changes of the next n heads, ordered by layer and
+    head, until all have been given.
     """
 
-    def __call__(self, decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Tensor]: ...
+    def __call__(self, decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Sliced[Tensor]]: ...
 
 
 CIRCUIT_METHODS: Mapping[str, CircuitMethod] = {

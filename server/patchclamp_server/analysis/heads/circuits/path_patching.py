@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.analysis.heads.circuits.runs import PairRuns
+from patchclamp_server.engine.exclusive import Slice, Sliced
 from patchclamp_server.model.decoder import Decoder
 
 
-def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Tensor]:
+def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Sliced[Tensor]]:
     """A CircuitMethod; the means are not used."""
     for layer in range(decoder.spec.n_layers):
-        yield runs.pair.metric(decoder, _ends(decoder, layer, runs)) - runs.clean_metric
+        yield _changes(decoder, layer, runs)
 
 
-@torch.inference_mode()
+def _changes(decoder: Decoder, layer: int, runs: PairRuns) -> Sliced[Tensor]:
+    # No pass, but a product with the unembedding for each head.
+    yield Slice(decoder.spec.n_heads)
+    return runs.pair.metric(decoder, _ends(decoder, layer, runs)) - runs.clean_metric
+
+
 def _ends(decoder: Decoder, layer: int, runs: PairRuns) -> Tensor:
     """[n_heads, d_model]: the end of the clean run with each head of the layer patched."""
     clean, corrupt = runs.clean.z[layer, -1], runs.corrupt.z[layer, -1]  # [n_heads, head_dim]

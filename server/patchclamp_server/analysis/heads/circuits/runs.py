@@ -4,7 +4,8 @@
     variant: z_h ← value_h at every position, for the heads h that the variant replaces
 
 Variants of one run have its tokens, so many of them are sequences of one batch. Below the first layer where a batch
-replaces anything, all of its variants are the run itself: they start there, from the residual stream of the run.
+replaces anything, all of its variants are the run itself: they start there, from the residual stream of the run. All
+passes are work at the exclusive door of the engine.
 """
 
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.analysis.documents import forward, inputs_of, pool_for
+from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 
-# Token rows of a batch. More are no faster on a CPU, and a job can be cancelled between batches only.
+# Token rows of a batch. More are no faster on a CPU.
 ROWS = 256
 
 
@@ -58,24 +60,23 @@ class PairRuns:
     corrupt_metric: float
 
 
-def run_pair(decoder: Decoder, pair: CleanCorruptPair) -> PairRuns:
-    clean, corrupt = run(decoder, pair.clean), run(decoder, pair.corrupt)
+def run_pair(decoder: Decoder, pair: CleanCorruptPair) -> Sliced[PairRuns]:
+    clean, corrupt = (yield from run(decoder, pair.clean)), (yield from run(decoder, pair.corrupt))
     metrics = pair.metric(decoder, torch.stack((clean.end, corrupt.end))).tolist()
     return PairRuns(pair, clean, corrupt, *metrics)
 
 
-@torch.inference_mode()
-def run(decoder: Decoder, tokens: tuple[int, ...]) -> Run:
+def run(decoder: Decoder, tokens: tuple[int, ...]) -> Sliced[Run]:
     spec = decoder.spec
     document = torch.tensor([tokens])
     kept = _Keep()
-    x = decoder.forward(inputs_of(document, 0, len(tokens), decoder), pools_for(decoder, document), kept)
+    inputs = inputs_of(document, 0, len(tokens), decoder)
+    x = yield from forward(decoder, inputs, pool_for(decoder, document), kept)
     z = torch.stack(kept.z).view(spec.n_layers, len(tokens), spec.n_heads, spec.head_dim)
     return Run(document[0], torch.stack(kept.resid_pre), z, x[-1])
 
 
-@torch.inference_mode()
-def variant_ends(decoder: Decoder, run: Run, replaced: Tensor, values: Tensor) -> Tensor:
+def variant_ends(decoder: Decoder, run: Run, replaced: Tensor, values: Tensor) -> Sliced[Tensor]:
     """Residual states [n, d_model] at the end of n variants of a run, as `Run.end`.
 
     replaced [n, n_layers, n_heads] bool: heads whose output is taken from values [n_layers, T or 1, n_heads, head_dim].
@@ -85,8 +86,8 @@ def variant_ends(decoder: Decoder, run: Run, replaced: Tensor, values: Tensor) -
     documents = run.tokens.expand(len(replaced), -1)
     rest = range(first, decoder.spec.n_layers)
     start = run.resid_pre[first].repeat(len(replaced), 1)
-    step, pools = inputs_of(documents, 0, len(run.tokens), decoder), pools_for(decoder, documents, rest)
-    x = decoder.run_blocks(start, rest, step, pools, _Replace(replaced.to(decoder.device), values))
+    step, hooks = inputs_of(documents, 0, len(run.tokens), decoder), _Replace(replaced.to(decoder.device), values)
+    x = yield from forward(decoder, step, pool_for(decoder, documents, rest), hooks, start=start, layers=rest)
     return x.view(*documents.shape, -1)[:, -1]
 
 

@@ -11,10 +11,10 @@ random tokens of which none occurs twice in r (repeated_tokens.py). 1 is a pure 
 from collections.abc import AsyncGenerator
 
 from patchclamp_server.analysis.heads.scores.repeated_tokens import measure
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring, in_thread
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.text.prompt import PromptEncoder
 
 
 def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerator[Progress | HeadScores, None]:
-    return in_thread(measure(engine, prompts, job, n=1, target=lambda queries, period: queries - period + 1))
+    return measure(engine, prompts, job, n=1, target=lambda queries, period: queries - period + 1)

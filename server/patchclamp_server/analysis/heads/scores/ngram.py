@@ -13,7 +13,7 @@ counted; repeated random tokens have exactly one.
 from collections.abc import AsyncGenerator
 
 from patchclamp_server.analysis.heads.scores.repeated_tokens import measure
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring, in_thread
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.text.prompt import PromptEncoder
@@ -24,4 +24,4 @@ def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerat
         raise InvalidArgument(
             "ngram", f"expected 1 to {job.sequence_tokens}, the tokens of a sequence, got {job.ngram}"
         )
-    return in_thread(measure(engine, prompts, job, n=job.ngram, target=lambda queries, period: queries - period + 1))
+    return measure(engine, prompts, job, n=job.ngram, target=lambda queries, period: queries - period + 1)

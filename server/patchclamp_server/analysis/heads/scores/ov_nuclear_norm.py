@@ -9,20 +9,22 @@ a score below it says that the circuit concentrates on few directions. Source: H
 Hallucination? Understanding Out-of-Context Reasoning in Transformers.
 """
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 
 import torch
 from torch import Tensor
 
 from patchclamp_server.analysis.heads.scores.ov import ov_weights
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring, in_thread
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.exclusive import Slice, Sliced, Work
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.text.prompt import PromptEncoder
 
 
 def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerator[Progress | HeadScores, None]:
-    return in_thread(_norms(engine.model.decoder, job.seed))
+    return exclusively(engine, _norms(engine.model.decoder, job.seed))
 
 
 def nuclear_norms(left: Tensor, right: Tensor) -> Tensor:
@@ -32,16 +34,28 @@ def nuclear_norms(left: Tensor, right: Tensor) -> Tensor:
     return norms
 
 
-def _norms(decoder: Decoder, seed: int) -> Generator[Progress | HeadScores, None, None]:
+def _norms(decoder: Decoder, seed: int) -> Work[Progress | HeadScores]:
     generator = torch.Generator().manual_seed(seed)
     n_layers = decoder.spec.n_layers
     found, random = [], []
     for layer in range(n_layers):
         values, outputs = (factor.double().cpu() for factor in ov_weights(decoder, layer))
-        found.append(nuclear_norms(outputs, values))
-        random.append(nuclear_norms(_random_like(outputs, generator), _random_like(values, generator)))
+        drawn = _random_like(outputs, generator), _random_like(values, generator)
+        found.append((yield from _by_head(outputs, values)))
+        random.append((yield from _by_head(*drawn)))
         yield Progress("layers", layer + 1, n_layers)
     yield HeadScores(torch.stack(found).float(), torch.stack(random).float())
+
+
+def _by_head(left: Tensor, right: Tensor) -> Sliced[Tensor]:
+    """`nuclear_norms` of a few heads at a time."""
+    norms: list[Tensor] = []
+    done = 0
+    while done < len(left):
+        heads = yield Slice(len(left) - done)
+        norms.append(nuclear_norms(left[done : done + heads], right[done : done + heads]))
+        done += heads
+    return torch.cat(norms)
 
 
 def _random_like(factor: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,10 +9,10 @@ previous-token head of an earlier layer. Source: Bietti et al. 2023, Birth of a 
 from collections.abc import AsyncGenerator
 
 from patchclamp_server.analysis.heads.scores.repeated_tokens import measure
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring, in_thread
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.text.prompt import PromptEncoder
 
 
 def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerator[Progress | HeadScores, None]:
-    return in_thread(measure(engine, prompts, job, n=1, target=lambda queries, period: queries - 1))
+    return measure(engine, prompts, job, n=1, target=lambda queries, period: queries - 1)

@@ -6,7 +6,8 @@ and fewer of them have several. Measurements are means over the queries in the s
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from patchclamp_server.analysis.heads.attention_mass import NOWHERE, attention_mass
 from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.exclusive import Work
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.text.prompt import PromptEncoder
 
@@ -43,22 +47,33 @@ class Repeated:
 Target = Callable[[Tensor, int], Tensor]
 
 
-def measure(
+async def measure(
     engine: Engine, prompts: PromptEncoder, job: Scoring, *, n: int, target: Target
-) -> Generator[Progress | HeadScores, None, None]:
-    """`target(queries, period)`: the positions whose weight is the score.
+) -> AsyncGenerator[Progress | HeadScores, None]:
+    """Yields progress by sequence, then the scores. `target(queries, period)`: the positions whose weight is the score.
 
     The control is the weight on positions drawn evenly from those a query sees, but for the target. Where n > 1, the
     evidence has the weight on the token after another occurrence of the last token, whose n - 1 before it differ.
     """
+    repeated = await prompts.analysis.run(sequences, engine.model, prompts, job, n)
+    work = _measured(engine.model.decoder, repeated, job, target, n)
+    told: AsyncGenerator[Progress | HeadScores, None] = exclusively(engine, work)
+    async with aclosing(told) as events:
+        async for event in events:
+            yield event
+
+
+def _measured(
+    decoder: Decoder, drawn: list[Repeated], job: Scoring, target: Target, n: int
+) -> Work[Progress | HeadScores]:
     samples, controls, shorter = [], [], []
     generator = torch.Generator().manual_seed(job.seed)
-    for done, repeated in enumerate(sequences(engine.model, prompts, job, n)):
+    for done, repeated in enumerate(drawn):
         queries = repeated.queries(n)
         scored = target(queries, repeated.period)
         other = other_occurrence(repeated, queries, generator)
         targets = torch.stack((scored, random_positions(queries, scored, generator), other), dim=1)
-        mass = attention_mass(engine.model.decoder, repeated.tokens, targets)
+        mass = yield from attention_mass(decoder, repeated.tokens, targets)
         means = mass.mean(dim=2)
         samples.append(means[:, :, 0])
         controls.append(means[:, :, 1])

@@ -1,9 +1,8 @@
 """What a scoring method is asked and what it answers: one number for every head."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from patchclamp_server.artifacts.types import NO_TAGS, Tags
 RESAMPLES = 1000
 # Heads of which the evidence tells more.
 BEST = 10
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,19 +92,3 @@ def ends(means: Tensor) -> tuple[Tensor, Tensor]:
     """Of the middle 95 % of means [n, ...]."""
     low, high = means.quantile(torch.tensor([0.025, 0.975]), dim=0)
     return low, high
-
-
-async def in_thread(steps: Generator[T, None, None]) -> AsyncGenerator[T, None]:
-    """Runs a generator in a thread, one step at a time. Ended early, it ends after the step that is running."""
-    step: asyncio.Future[T | None] | None = None
-    try:
-        while True:
-            step = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
-            event = await asyncio.shield(step)
-            if event is None:
-                return
-            yield event
-    finally:
-        if step is not None and not step.done():
-            await asyncio.wait((step,))
-        steps.close()

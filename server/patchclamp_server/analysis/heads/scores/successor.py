@@ -14,7 +14,8 @@ first of the whole vocabulary is in the evidence, for the best heads and as many
 Successor Heads: Recurring, Interpretable Attention Heads In The Wild.
 """
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -23,34 +24,44 @@ from torch import Tensor
 
 from patchclamp_server.analysis.heads.scores.ordinals import TokenSequence, token_sequences
 from patchclamp_server.analysis.heads.scores.ov import ov_weights
-from patchclamp_server.analysis.heads.scores.scoring import BEST, HeadScores, Progress, Scoring, in_thread
+from patchclamp_server.analysis.heads.scores.scoring import BEST, HeadScores, Progress, Scoring
+from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.exclusive import Slice, Work
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.sparsity.mlp import matrix
 from patchclamp_server.text.prompt import PromptEncoder
 
 
-def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerator[Progress | HeadScores, None]:
-    return in_thread(_scores(engine, prompts, job))
+async def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerator[Progress | HeadScores, None]:
+    sequences = await prompts.analysis.run(token_sequences, prompts)
+    work = _scores(engine.model.decoder, sequences, job)
+    told: AsyncGenerator[Progress | HeadScores, None] = exclusively(engine, work)
+    async with aclosing(told) as events:
+        async for event in events:
+            yield event
 
 
-def _scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> Generator[Progress | HeadScores, None, None]:
-    decoder = engine.model.decoder
-    sequences = token_sequences(prompts)
+def _scores(decoder: Decoder, sequences: list[TokenSequence], job: Scoring) -> Work[Progress | HeadScores]:
+    yield Slice(1)
     circuit = OvCircuit(decoder, sequences)
     random = circuit.random_targets(torch.Generator().manual_seed(job.seed))
     hits, random_hits = [], []
     n_layers = decoder.spec.n_layers
     for layer in range(n_layers):
+        yield Slice(len(circuit.inputs))
         logits = circuit.logits(layer)
         hits.append(circuit.is_first(logits, circuit.targets))
         random_hits.append(circuit.is_first(logits, random))
         yield Progress("layers", layer + 1, n_layers)
     samples, control = (torch.stack(found).permute(2, 0, 1).float() for found in (hits, random_hits))
     found = HeadScores.means(samples, control, job.seed)
-    vocabulary = {}
+    vocabulary: dict[str, list[dict[str, Any]]] = {}
     for name, heads in (("best", found.best), ("random", _random_heads(found, job.seed))):
-        vocabulary[name] = [_head(head, share=circuit.first_of_vocabulary(*head)) for head in heads]
+        vocabulary[name] = []
+        for head in heads:
+            yield Slice(len(circuit.inputs))
+            vocabulary[name].append(_head(head, share=circuit.first_of_vocabulary(*head)))
         yield Progress("vocabulary", len(vocabulary), 2)
     evidence = {
         "tokens": len(circuit.inputs),

@@ -1,0 +1,226 @@
+"""The exclusive door: work of the engine itself that no request can say, such as passes that begin at a layer, and
+what is read from weights alone.
+
+A work is a generator that the engine's thread runs between its steps. It yields a `Slice` before each part of what it
+computes, and is sent how many rows that part may have; whatever else it yields is told to whoever waits for it. A row
+is one token through all layers: a part of a pass counts rows · layers / all layers.
+
+    rows of a slice = d / r          d seconds of a step that only decodes, r seconds of a row in the work's own slices
+
+so that a slice beside more urgent requests takes about as long as one of their steps, and a token of theirs comes at
+most about SLOWDOWN (pace.py) times as late; without them a slice takes up to IDLE_SECONDS. A slice that took longer,
+since its smallest part has more rows, is followed by no other until steps have taken as long: beside requests the works
+have half of the engine, and no more. Of several works that which has had the least time for the weight of its caller is
+next.
+
+Works run as analysis does: in the context of the call that brought them, so that its tenant pays for their tokens.
+They are refused where an analysis request would be. Their KV is a pool of a layer, not a share of the engine's cache.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from patchclamp_server.callers import CALLER
+from patchclamp_server.engine.faults import fault_of, is_device_lost, is_out_of_memory
+from patchclamp_server.engine.pace import smoothed
+from patchclamp_server.errors import Cancelled, Unavailable
+
+log = logging.getLogger(__name__)
+
+# A slice of an engine that has nothing more urgent to do: a request that comes meanwhile waits for its end.
+IDLE_SECONDS = 0.1
+# The rows of the first slice of a work, which shows how long its rows take.
+FIRST_ROWS = 8
+
+E = TypeVar("E")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a work computes next: at most so many `rows`, at least its smallest part whatever it is sent. `tokens`:
+    those that it begins with, which its caller pays for."""
+
+    rows: int
+    tokens: int = 0
+
+
+# A part of a work, which returns something.
+Sliced: TypeAlias = Generator[Slice, int, T]
+# A part that tells something on its way.
+Telling: TypeAlias = Generator[Slice | E, int, T]
+Work: TypeAlias = Generator[Slice | E, int, None]
+
+
+@dataclass(eq=False)
+class Entry:
+    """A work at the door. `on_event` and `on_end` are called on the engine's thread and must not block."""
+
+    work: Work[Any]
+    on_event: Callable[[Any], None]
+    on_end: Callable[[BaseException | None], None]
+    weight: float
+    context: Context = field(default_factory=copy_context)
+    # None before its first slice.
+    wanted: Slice | None = None
+    row_seconds: float | None = None
+    # Seconds that it has had, over its weight.
+    service: float = 0.0
+
+
+class ExclusiveDoor:
+    def __init__(self, device: torch.device, charge: Callable[[int], None]) -> None:
+        """`charge`: called in the context of a work with the tokens that it begins. Raises QuotaExceeded."""
+        self._device, self._charge = device, charge
+        self._threads = torch.get_num_threads()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        # Changed under the lock; all but the first step of an entry are of the engine's thread.
+        self._entries: list[Entry] = []
+        self._closed = False
+        # Seconds that steps have to take before the next slice.
+        self._owed = 0.0
+
+    # Any thread.
+
+    def enter(
+        self, work: Work[E], on_event: Callable[[E], None], on_end: Callable[[BaseException | None], None]
+    ) -> Entry:
+        """Its turn comes; `on_end` is told why it ended, with None when it has finished. Raises Unavailable."""
+        entry = Entry(work, on_event, on_end, CALLER.get().weight)
+        with self._lock:
+            if self._closed:
+                raise Unavailable("", "the engine has stopped")
+            # It does not have to make up for what others had before it came.
+            entry.service = min((e.service for e in self._entries), default=0.0)
+            self._entries.append(entry)
+        return entry
+
+    def close(self) -> None:
+        """Lets nothing in any more."""
+        with self._lock:
+            self._closed = True
+
+    def wait_until_idle(self, timeout_seconds: float) -> bool:
+        """True when no work is left."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._entries, timeout=timeout_seconds)
+
+    # The engine's thread.
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._entries)
+
+    def run(self, *, step_seconds: float | None, decode_seconds: float | None) -> bool:
+        """Runs one slice, when it is time for one. False when it is not.
+
+        `step_seconds`: what the step before it took, None where none could run. `decode_seconds`: what a step takes
+        that only decodes, None where no request is more urgent than analysis.
+        """
+        self._owed = 0.0 if step_seconds is None else max(0.0, self._owed - step_seconds)
+        if not self._entries or self._owed > 0:
+            return False
+        entry = min(self._entries, key=lambda e: e.service)
+        torch.set_num_threads(self._threads)
+        started = time.monotonic()
+        rows = _rows(entry, decode_seconds)
+        self._advance(entry, rows)
+        seconds = time.monotonic() - started
+        entry.service += seconds / entry.weight
+        if rows:
+            entry.row_seconds = smoothed(entry.row_seconds, seconds / rows)
+        if step_seconds is not None:
+            self._owed = seconds
+        return True
+
+    def leave(self, entry: Entry, error: BaseException | None = None) -> None:
+        """Ends a work where it is; nothing happens when it has ended."""
+        if entry not in self._entries:
+            return
+        try:
+            entry.context.run(entry.work.close)
+        except Exception as failure:
+            log.exception("a work failed where it was ended")
+            error = failure
+        self._end(entry, error or Cancelled("", "the work was cancelled"))
+
+    def end_all(self, error: BaseException) -> None:
+        self.close()
+        for entry in list(self._entries):
+            self.leave(entry, error)
+
+    def _advance(self, entry: Entry, rows: int) -> None:
+        """Up to the next slice that it asks for, or to its end."""
+        work, context = entry.work, entry.context
+        try:
+            with torch.inference_mode():
+                if entry.wanted is not None and entry.wanted.tokens:
+                    context.run(self._charge, entry.wanted.tokens)
+                told = context.run(next, work) if entry.wanted is None else context.run(work.send, rows)
+                while not isinstance(told, Slice):
+                    entry.on_event(told)
+                    told = context.run(next, work)
+            if self._device.type == "cuda":
+                # What it has launched is what the slice takes.
+                torch.cuda.synchronize(self._device)
+            entry.wanted = told
+        except StopIteration:
+            self._end(entry, None)
+        except Exception as error:
+            work.close()
+            if is_device_lost(error):
+                raise
+            self._end(entry, fault_of(error) if is_out_of_memory(error) else error)
+
+    def _end(self, entry: Entry, error: BaseException | None) -> None:
+        with self._lock:
+            self._entries.remove(entry)
+            self._idle.notify_all()
+        entry.on_end(error)
+
+
+def _rows(entry: Entry, decode_seconds: float | None) -> int:
+    """What its next slice may have; 0 for what stands before its first."""
+    if entry.wanted is None:
+        return 0
+    most = max(1, entry.wanted.rows)
+    if entry.row_seconds is None:
+        return min(most, FIRST_ROWS)
+    seconds = IDLE_SECONDS if decode_seconds is None else min(decode_seconds, IDLE_SECONDS)
+    return most if seconds >= most * entry.row_seconds else max(1, int(seconds / entry.row_seconds))
+
+
+def events_of(work: Telling[E, T]) -> Generator[E, None, T]:
+    """What a work tells, computed in this thread without an engine, with slices as large as it likes."""
+    granted: int | None = None
+    while True:
+        try:
+            with torch.inference_mode():
+                told = next(work) if granted is None else work.send(granted)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        granted = None
+        if isinstance(told, Slice):
+            granted = max(1, told.rows)
+        else:
+            yield told
+
+
+def at_once(work: Telling[Any, T]) -> T:
+    """What a part of a work returns, as `events_of`."""
+    events = events_of(work)
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            result: T = end.value
+            return result

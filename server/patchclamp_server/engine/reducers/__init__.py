@@ -1,0 +1,17 @@
+"""Reducers: what a job accumulates of the rows of all its requests, on the device, while the engine runs them.
+
+A `Reduction` of a request (engine/request.py) names a site and a reducer, which all requests of a job share. Each is a
+file:
+
+    sums.py            count, sum and mean of every unit          n, Σ x, Σ x / n
+    ordinary_sums.py   the same without attention sinks
+    covariance.py      covariance of all pairs of units           Σ (x - m)(x - m)ᵀ / n
+    top_k.py           the k largest values of every unit and where they stand; k = 1 is the maximum
+    joint_counts.py    how often two units are active together    Σ [x_i > θ][x_j > θ]
+    histogram.py       counts between edges, and quantiles of them
+    sample.py          every n-th row of each text
+    per_label.py       one reducer for each label
+
+Raw activations do not travel: what comes to the host is the result, when it is asked for. Each says in its docstring
+what it computes, the shape of what it keeps and how many bytes that is, however many rows come.
+"""
