@@ -259,7 +259,7 @@ def test_thresholds_keep_the_share_asked_for() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 201, 5000])
 def test_quantiles_found_in_parts_are_those_of_all_values_sorted(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchclamp_server.sparsity.policies.shares.PART", 64)
+    monkeypatch.setattr("patchclamp_server.analysis.sparsity.quantiles.PART", 64)
     values = torch.randn(n, generator=torch.Generator().manual_seed(n)).abs()
     values[n // 2 :: 7] = 0.0
     ranks = torch.linspace(0, n - 1, 201, dtype=torch.float64).round().long()
