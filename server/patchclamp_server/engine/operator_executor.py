@@ -8,10 +8,10 @@ from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.overflow import FiniteProbe, finite_rows
 from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.engine.sparse_decoder import SparseDecoder, gathered_products
-from patchclamp_server.interventions.compiler import Setting
 from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.plan import StepPlan
 from patchclamp_server.interventions.planner import Planner
+from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.decoder import Decoder, SiteHooks, StepInputs
 from patchclamp_server.monitoring.sites import SiteWatcher

@@ -17,8 +17,8 @@ from patchclamp_server.interventions.bound import (
     BoundEdit,
     BoundProgram,
     BoundReadout,
-    Kind,
 )
+from patchclamp_server.interventions.columns import EntryKind
 from patchclamp_server.interventions.program import (
     RESIDUAL_SITES,
     AddVector,
@@ -126,51 +126,51 @@ class _Binder:
         site, bounds = edit.site, (-math.inf, math.inf)
         match edit.kind:
             case AddVector(vector) | ReplaceVector(vector):
-                kind = Kind.ADD if isinstance(edit.kind, AddVector) else Kind.REPLACE
-                field = "add" if kind is Kind.ADD else "replace"
+                kind = EntryKind.ADD if isinstance(edit.kind, AddVector) else EntryKind.REPLACE
+                field = "add" if kind is EntryKind.ADD else "replace"
                 payload = self.resolver.vectors(
                     vector, edit.site, layers, width, f"{path}.{field}.vector", unit=vector.unit
                 )
             case ProjectOut(vector):
-                kind, bounds = Kind.PROJECT, (0.0, 0.0)
+                kind, bounds = EntryKind.PROJECT, (0.0, 0.0)
                 payload = self.resolver.vectors(
                     vector, edit.site, layers, width, f"{path}.project_out.vector", unit=True
                 )
             case SetProjection(vector, target):
-                kind, bounds = Kind.PROJECT, (target, target)
+                kind, bounds = EntryKind.PROJECT, (target, target)
                 check_finite(target, f"{path}.set_projection.target")
                 payload = self.resolver.vectors(
                     vector, edit.site, layers, width, f"{path}.set_projection.vector", unit=True
                 )
             case CapProjection(vector, low, high):
-                kind, bounds = Kind.PROJECT, checked_bounds(low, high, f"{path}.cap_projection")
+                kind, bounds = EntryKind.PROJECT, checked_bounds(low, high, f"{path}.cap_projection")
                 payload = self.resolver.vectors(
                     vector, edit.site, layers, width, f"{path}.cap_projection.vector", unit=True
                 )
             case RotateTowards(vector, radians):
                 if not 0.0 <= radians <= math.pi:
                     raise InvalidArgument(f"{path}.rotate_towards.radians", f"must be in [0, pi], got {radians}")
-                kind, bounds = Kind.ROTATE, (radians, 0.0)
+                kind, bounds = EntryKind.ROTATE, (radians, 0.0)
                 payload = self.resolver.vectors(
                     vector, edit.site, layers, width, f"{path}.rotate_towards.vector", unit=True
                 )
             case LowRank():
-                kind = Kind.LOW_RANK
+                kind = EntryKind.LOW_RANK
                 payload = dict.fromkeys(layers, self.resolver.low_rank(edit.kind, width, f"{path}.low_rank"))
             case NeuronEdit():
-                kind = Kind.NEURONS
+                kind = EntryKind.NEURONS
                 if edit.site is not Site.MLP_POST:
                     raise InvalidArgument(f"{path}.site", f"neurons are edited at mlp_post, not {edit.site.value}")
                 payload = self.resolver.neurons(edit.kind, layers, width, f"{path}.neurons")
             case HeadEdit():
-                kind = Kind.HEADS
+                kind = EntryKind.HEADS
                 if edit.site is not Site.ATTN_Z:
                     raise InvalidArgument(f"{path}.site", f"heads are edited at attn_z, not {edit.site.value}")
                 payload = self.resolver.heads(edit.kind, layers, f"{path}.heads")
                 if edit.kind.uniform:
                     site = Site.ATTN_Q
-        if edit.preserve_norm and kind in (Kind.NEURONS, Kind.HEADS):
-            raise InvalidArgument(f"{path}.preserve_norm", f"is for vector edits, not {kind.value}")
+        if edit.preserve_norm and kind in (EntryKind.NEURONS, EntryKind.HEADS):
+            raise InvalidArgument(f"{path}.preserve_norm", f"is for vector edits, not {kind.name.lower()}")
         gate, latched = None, False
         if edit.gate is not None:
             gate, latched = self.condition(edit.gate.condition, f"{path}.gate.condition"), edit.gate.latched

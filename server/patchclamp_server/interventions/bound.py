@@ -1,24 +1,12 @@
 """A program after every check: artifacts resolved, numbers finite, sites and layers known."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 
 from torch import Tensor
 
-from patchclamp_server.interventions.program import HeadReadout, Program, Scope, Site
-
-
-class Kind(Enum):
-    """Kinds of edit that one group of operators applies."""
-
-    ADD = "add"
-    PROJECT = "project"
-    REPLACE = "replace"
-    ROTATE = "rotate"
-    LOW_RANK = "low_rank"
-    NEURONS = "neurons"
-    HEADS = "heads"
+from patchclamp_server.interventions.columns import EntryKind
+from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +32,7 @@ class BoundEdit:
     """
 
     name: str
-    kind: Kind
+    kind: EntryKind
     site: Site
     layers: tuple[int, ...]
     payload: dict[int, tuple[Tensor, ...]]
@@ -64,7 +52,7 @@ class BoundReadout:
     others."""
 
     name: str
-    kind: type
+    kind: type[ReadoutKind]
     site: Site
     layers: tuple[int, ...]
     scope: Scope

@@ -14,6 +14,7 @@ GENERATED_ROLE = "assistant"
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
+FloatArray = np.ndarray
 
 
 def check_scope(scope: Scope, path: str, *, vocab_size: int, has_roles: bool) -> None:

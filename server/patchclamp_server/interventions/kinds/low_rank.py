@@ -1,0 +1,64 @@
+"""low_rank (ReFT, Wu et al. 2024): t(h) = h + Rᵀ(W h + b - R h)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchclamp_server.interventions.banks import ZERO_ROW
+from patchclamp_server.interventions.columns import COUNT, FIRST, OFFSET, OTHER, UNIT, EntryFlag, EntryKind
+from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written
+from patchclamp_server.interventions.kinds.rules import Entries, Grid, TargetRule
+from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.invariant import operators as invariant
+
+
+class Ranks:
+    """The units of k low-rank entries as matrices; shorter ones are padded with zeros to the largest of them."""
+
+    def __init__(self, entries: Entries) -> None:
+        first, count = entries.ints(FIRST), entries.ints(COUNT)
+        rank = np.arange(int(count.max()))
+        padding = rank >= count[:, None]  # [k, most]
+        number = np.where(padding, 0, first[:, None] + rank)
+        host = entries.host
+        self._entries, self._shape = entries, (*padding.shape, entries.width)
+        self.rotation = self._vectors(np.where(padding, ZERO_ROW, host.unit_ints[number, UNIT]))  # [k, most, width]
+        self.weight = self._vectors(np.where(padding, ZERO_ROW, host.unit_ints[number, OTHER]))
+        numbers = host.unit_numbers[number, OFFSET]
+        self.bias = entries.tensor(np.where(padding, np.float32(0), numbers))  # [k, most]
+
+    def _vectors(self, rows: IntArray) -> Tensor:
+        return self._entries.bank(rows.reshape(-1).astype(np.int64), self._shape[2]).view(self._shape)
+
+
+class LowRankRule(TargetRule):
+    """t(h) = h + Rᵀ(W h + b - R h)."""
+
+    def __init__(self, entries: Entries, flags: EntryFlag) -> None:
+        super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
+        ranks = Ranks(entries)
+        self.rotation, self.bias = ranks.rotation, ranks.bias
+        self.difference = ranks.weight - ranks.rotation
+        self.grid = Grid(entries)
+        k = len(entries.own)
+        self.owner = torch.arange(k, device=self.bias.device) if entries.index is None else entries.index
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        if invariant.holds_for(h):
+            return invariant.low_rank(h, self.owner, self.difference, self.bias, self.rotation)
+        inner = torch.baddbmm(self.bias[:, None], self.grid.spread(h), self.difference.transpose(1, 2))
+        return h + self.grid.collect(torch.bmm(inner, self.rotation))
+
+
+def _write(payload: Payload) -> Written:
+    """(R, W [rank, width], b [rank])"""
+    rotation, weight, bias = payload
+
+    def units(rows: IntArray) -> UnitColumns:
+        r, w = np.split(rows, 2)
+        return UnitColumns({UNIT: r, OTHER: w}, {OFFSET: bias.numpy()})
+
+    return Written(torch.cat((rotation, weight)), units)
+
+
+LOW_RANK = EditTable(EntryKind.LOW_RANK, _write, LowRankRule)

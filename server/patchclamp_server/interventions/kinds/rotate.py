@@ -1,0 +1,33 @@
+"""rotate_towards: t(h) = |h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, v)), w the part of v orthogonal to h,
+normalised."""
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.interventions.columns import LOW, EntryFlag, EntryKind
+from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
+from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
+from patchclamp_server.interventions.row_arithmetic import row_dots, row_norms, turns
+
+
+class RotateRule(TargetRule):
+    """Turns h towards v by at most the angle in LOW."""
+
+    def __init__(self, entries: Entries, flags: EntryFlag) -> None:
+        super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
+        self.vectors = entries.vectors()
+        self.radians = entries.floats(LOW)  # [E]
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        unit = self.entries.each(self.vectors)
+        direction = h / norms[:, None]
+        cosine = row_dots(direction, unit)
+        across = unit - cosine[:, None] * direction
+        sine = row_norms(across)
+        cosine, share = turns(sine, cosine, self.radians)
+        turned = cosine[:, None] * direction + (share / sine)[:, None] * across
+        # A row along v has no plane to turn in.
+        return torch.where((sine > 1e-6)[:, None], turned * norms[:, None], h)
+
+
+ROTATE = EditTable(EntryKind.ROTATE, one_vector, RotateRule)
