@@ -1,37 +1,51 @@
-"""The registry of kinds of edit and readout: everything that differs between them is looked up here."""
+"""The registry of kinds of edit and readout: everything that differs between them is looked up here.
+
+A kind is a module: its message and checks, its columns of the tables, the rule that torch runs and the number that
+kernels know it by, the name that policies give it, and the client's builders. A new one is added to the list below.
+"""
 
 from collections.abc import Callable
 
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
-from patchclamp_server.interventions.kinds.add import ADD
-from patchclamp_server.interventions.kinds.conditions import ConditionRule
-from patchclamp_server.interventions.kinds.heads import HEADS
-from patchclamp_server.interventions.kinds.kind import EditTable, ReadoutTable
-from patchclamp_server.interventions.kinds.low_rank import LOW_RANK
-from patchclamp_server.interventions.kinds.neurons import NEURONS
-from patchclamp_server.interventions.kinds.project import PROJECT
-from patchclamp_server.interventions.kinds.rankings import LOGIT_LENS, TOP_NEURONS
-from patchclamp_server.interventions.kinds.readings import NEURON_VALUES, PROJECTION
-from patchclamp_server.interventions.kinds.replace import REPLACE
-from patchclamp_server.interventions.kinds.rotate import ROTATE
-from patchclamp_server.interventions.kinds.rules import Entries, Rule
-from patchclamp_server.interventions.program import (
-    LogitLensReadout,
-    NeuronReadout,
-    ProjectionReadout,
-    ReadoutKind,
-    TopNeuronsReadout,
+from patchclamp_server.interventions.kinds import (
+    add,
+    heads,
+    low_rank,
+    neurons,
+    project,
+    rankings,
+    readings,
+    replace,
+    rotate,
 )
+from patchclamp_server.interventions.kinds.conditions import ConditionRule
+from patchclamp_server.interventions.kinds.kind import EditTable, ReadoutTable
+from patchclamp_server.interventions.kinds.rules import Entries, Rule
+from patchclamp_server.interventions.kinds.spec import EditSpec, ReadoutSpec
+from patchclamp_server.interventions.program import EditKind, ReadoutKind
 
-EDIT_TABLES: dict[EntryKind, EditTable] = {
-    table.entry: table for table in (ADD, PROJECT, REPLACE, ROTATE, LOW_RANK, NEURONS, HEADS)
-}
+EDITS: tuple[EditSpec, ...] = (
+    *add.EDITS,
+    *project.EDITS,
+    *replace.EDITS,
+    *rotate.EDITS,
+    *low_rank.EDITS,
+    *neurons.EDITS,
+    *heads.EDITS,
+)
+READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS)
+_TABLES = (add.ADD, project.PROJECT, replace.REPLACE, rotate.ROTATE, low_rank.LOW_RANK, neurons.NEURONS, heads.HEADS)
+
+# By the name of the field in their messages, and by the dataclass.
+EDIT_OF_NAME: dict[str, EditSpec] = {spec.name: spec for spec in EDITS}
+EDIT_OF: dict[type[EditKind], EditSpec] = {spec.kind: spec for spec in EDITS}
+READOUT_OF_NAME: dict[str, ReadoutSpec] = {spec.name: spec for spec in READOUTS}
+READOUT_OF: dict[type[ReadoutKind], ReadoutSpec] = {spec.kind: spec for spec in READOUTS}
+
+EDIT_TABLES: dict[EntryKind, EditTable] = {table.entry: table for table in _TABLES}
 # What attention answers itself is in no table.
 READOUT_TABLES: dict[type[ReadoutKind], ReadoutTable] = {
-    ProjectionReadout: PROJECTION,
-    NeuronReadout: NEURON_VALUES,
-    TopNeuronsReadout: TOP_NEURONS,
-    LogitLensReadout: LOGIT_LENS,
+    spec.kind: spec.table for spec in READOUTS if spec.table is not None
 }
 RULES: dict[EntryKind, Callable[[Entries, EntryFlag], Rule]] = {
     EntryKind.CONDITION: ConditionRule,

@@ -2,9 +2,13 @@
 
 from torch import Tensor
 
+from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, Rule, StepContext, TargetRule
+from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
+from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
+from patchclamp_server.interventions.program import AddVector
 from patchclamp_server.interventions.row_arithmetic import row_norms
 
 
@@ -55,3 +59,14 @@ def _always(a: Payload, b: Payload) -> bool:
 
 
 ADD = EditTable(EntryKind.ADD, one_vector, _rule, _always)
+
+
+def _decode(proto: pb.AddVector, field: str) -> AddVector:
+    return AddVector(vector_in(proto, field))
+
+
+def _bind(kind: AddVector, where: Where) -> EditNumbers:
+    return EditNumbers(ADD, payload_of(kind.vector, where, unit=kind.vector.unit))
+
+
+EDITS = (EditSpec("add", AddVector, _decode, _bind, ("add",), inline_vector("add")),)

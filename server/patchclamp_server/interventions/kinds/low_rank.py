@@ -4,12 +4,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp.v1 import program_pb2 as pb
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.field_checks import required
 from patchclamp_server.interventions.banks import ZERO_ROW
 from patchclamp_server.interventions.columns import COUNT, FIRST, OFFSET, OTHER, UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written
 from patchclamp_server.interventions.kinds.rules import Entries, Grid, TargetRule
+from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
+from patchclamp_server.interventions.program import LowRank
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.model.invariant import operators as invariant
+from patchclamp_server.tensor_messages import decode_tensor
 
 
 class Ranks:
@@ -62,3 +68,38 @@ def _write(payload: Payload) -> Written:
 
 
 LOW_RANK = EditTable(EntryKind.LOW_RANK, _write, LowRankRule)
+
+
+def _decode(proto: pb.LowRank, field: str) -> LowRank:
+    for name in ("rotation", "weight", "bias"):
+        required(proto, name, field)
+    rotation = decode_tensor(proto.rotation, f"{field}.rotation", ndims=(2,))
+    weight = decode_tensor(proto.weight, f"{field}.weight", ndims=(2,))
+    bias = decode_tensor(proto.bias, f"{field}.bias", ndims=(1,))
+    if weight.shape != rotation.shape:
+        message = f"expected the shape of rotation {list(rotation.shape)}, got {list(weight.shape)}"
+        raise InvalidArgument(f"{field}.weight.shape", message)
+    if len(bias) != len(rotation):
+        raise InvalidArgument(f"{field}.bias.shape", f"expected [{len(rotation)}] (rank), got {list(bias.shape)}")
+    return LowRank(rotation, weight, bias)
+
+
+def _bind(kind: LowRank, where: Where) -> EditNumbers:
+    path, rank = where.path, kind.bias.shape[0] if kind.bias.dim() == 1 else 0
+    if rank < 1:
+        raise InvalidArgument(f"{path}.bias", "must be a vector of at least one number")
+    for name, tensor in (("rotation", kind.rotation), ("weight", kind.weight), ("bias", kind.bias)):
+        expected = [rank] if name == "bias" else [rank, where.width]
+        if list(tensor.shape) != expected:
+            raise InvalidArgument(f"{path}.{name}", f"shape {list(tensor.shape)} is not {expected}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidArgument(f"{path}.{name}", "holds NaN or infinite numbers")
+    numbers = (kind.rotation.float(), kind.weight.float(), kind.bias.float())
+    return EditNumbers(LOW_RANK, dict.fromkeys(where.layers, numbers))
+
+
+def _inline(kind: LowRank) -> str:
+    return "low_rank"
+
+
+EDITS = (EditSpec("low_rank", LowRank, _decode, _bind, ("low_rank",), _inline),)

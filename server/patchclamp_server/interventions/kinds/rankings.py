@@ -3,10 +3,17 @@
 import torch
 from torch import Tensor
 
+from patchclamp.v1 import program_pb2 as pb
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.field_checks import count
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.columns import COUNT, EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import ReadoutTable, Written
+from patchclamp_server.interventions.kinds.readings import check_neuron_site
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext
+from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
+from patchclamp_server.interventions.program import RESIDUAL_SITES, LogitLensReadout, TopNeuronsReadout
+from patchclamp_server.interventions.resolver import check_top_k
 
 
 class RankingRule:
@@ -57,3 +64,45 @@ def _k(readout: BoundReadout, layer: int) -> Written:
 
 TOP_NEURONS = ReadoutTable(EntryKind.TOP_NEURONS, _k, TopNeuronsRule)
 LOGIT_LENS = ReadoutTable(EntryKind.LOGIT_LENS, _k, LogitLensRule)
+
+
+def _decode_top_neurons(proto: pb.TopNeuronsReadout, field: str) -> TopNeuronsReadout:
+    return TopNeuronsReadout(count(proto.k, f"{field}.k", low=1))
+
+
+def _bind_top_neurons(kind: TopNeuronsReadout, where: Where) -> ReadoutNumbers:
+    check_neuron_site(where)
+    check_top_k(kind.k, where.width, f"{where.path}.k")
+    return ReadoutNumbers(k=kind.k)
+
+
+def _decode_lens(proto: pb.LogitLensReadout, field: str) -> LogitLensReadout:
+    return LogitLensReadout(count(proto.k, f"{field}.k", low=1))
+
+
+def _bind_lens(kind: LogitLensReadout, where: Where) -> ReadoutNumbers:
+    if where.site not in RESIDUAL_SITES:
+        raise InvalidArgument(f"{where.owner}.site", f"the logit lens reads a residual site, not {where.site.value}")
+    check_top_k(kind.k, where.resolver.info.vocab_size, f"{where.path}.k")
+    return ReadoutNumbers(k=kind.k)
+
+
+READOUTS = (
+    ReadoutSpec(
+        "top_neurons",
+        TopNeuronsReadout,
+        _decode_top_neurons,
+        _bind_top_neurons,
+        ("read_top_neurons",),
+        TOP_NEURONS,
+    ),
+    ReadoutSpec(
+        "logit_lens",
+        LogitLensReadout,
+        _decode_lens,
+        _bind_lens,
+        ("read_logit_lens",),
+        LOGIT_LENS,
+        ids_are_tokens=True,
+    ),
+)

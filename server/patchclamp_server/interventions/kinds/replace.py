@@ -2,9 +2,13 @@
 
 from torch import Tensor
 
+from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
+from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
+from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
+from patchclamp_server.interventions.program import ReplaceVector
 
 
 class ReplaceRule(TargetRule):
@@ -19,3 +23,14 @@ class ReplaceRule(TargetRule):
 
 
 REPLACE = EditTable(EntryKind.REPLACE, one_vector, ReplaceRule)
+
+
+def _decode(proto: pb.ReplaceVector, field: str) -> ReplaceVector:
+    return ReplaceVector(vector_in(proto, field))
+
+
+def _bind(kind: ReplaceVector, where: Where) -> EditNumbers:
+    return EditNumbers(REPLACE, payload_of(kind.vector, where, unit=kind.vector.unit))
+
+
+EDITS = (EditSpec("replace", ReplaceVector, _decode, _bind, ("replace",), inline_vector("replace")),)

@@ -1,12 +1,20 @@
 """rotate_towards: t(h) = |h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, v)), w the part of v orthogonal to h,
 normalised."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from patchclamp.v1 import program_pb2 as pb
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.field_checks import finite
 from patchclamp_server.interventions.columns import LOW, EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
+from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
+from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
+from patchclamp_server.interventions.program import RotateTowards
 from patchclamp_server.interventions.row_arithmetic import row_dots, row_norms, turns
 
 
@@ -31,3 +39,18 @@ class RotateRule(TargetRule):
 
 
 ROTATE = EditTable(EntryKind.ROTATE, one_vector, RotateRule)
+
+
+def _decode(proto: pb.RotateTowards, field: str) -> RotateTowards:
+    return RotateTowards(vector_in(proto, field), finite(proto.radians, f"{field}.radians", low=0.0, high=math.pi))
+
+
+def _bind(kind: RotateTowards, where: Where) -> EditNumbers:
+    if not 0.0 <= kind.radians <= math.pi:
+        raise InvalidArgument(f"{where.path}.radians", f"must be in [0, pi], got {kind.radians}")
+    return EditNumbers(ROTATE, payload_of(kind.vector, where, unit=True), (kind.radians, 0.0))
+
+
+EDITS = (
+    EditSpec("rotate_towards", RotateTowards, _decode, _bind, ("rotate_towards",), inline_vector("rotate_towards")),
+)
