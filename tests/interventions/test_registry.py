@@ -46,7 +46,7 @@ def test_every_kind_of_entry_has_a_rule_of_torch() -> None:
 
 
 def test_the_host_writes_the_format_that_kernels_read() -> None:
-    ours, theirs = slots._formats()
+    ours, theirs = slots.formats()
     assert ours == theirs
     assert {kind.name for kind in program_table.EntryKind} == {k.name for k in columns.EntryKind if k.in_kernels}
 

@@ -108,7 +108,7 @@ class _Binder:
                     f"{gate.site.value} of layer {gate.layer} does not come before the edited {site.value} "
                     f"of layer {first[0]}",
                 )
-        digest = hashlib.sha256(repr((kind, site, layers, edit.preserve_norm, bounds, latched)).encode())
+        digest = hashlib.sha256(repr((kind.name, site, layers, edit.preserve_norm, bounds, latched)).encode())
         for layer in layers:
             for tensor in payload[layer]:
                 digest.update(_bytes(tensor))

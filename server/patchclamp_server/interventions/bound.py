@@ -23,13 +23,8 @@ class BoundCondition:
 
 @dataclass(frozen=True, eq=False)
 class BoundEdit:
-    """An edit with its numbers. `payload[layer]` by kind:
-
-    ADD, REPLACE (v [width],); PROJECT, ROTATE (unit v [width],); LOW_RANK (R, W [rank, width], b [rank]);
-    NEURONS (index, factor, offset, low, high, each [n]): t(a) = clip(factor a + offset, low, high);
-    HEADS (index, factor [n], offset [n, head_dim]): t(z) = factor z + offset, of the queries where `site` is ATTN_Q.
-    `bounds` is (low, high) of a PROJECT, and (radians, 0) of a ROTATE.
-    """
+    """An edit with its numbers: `payload[layer]` is what the table of its kind in kinds/ writes, and `bounds` are the
+    columns LOW and HIGH of its entries."""
 
     name: str
     kind: EntryKind

@@ -89,7 +89,7 @@ def _asked(rows: SpanRows, local: IntArray, item: IntArray) -> list[tuple[int, i
     asked = []
     for i, offset, number in zip(rows.owner[local].tolist(), rows.offset[local].tolist(), item.tolist(), strict=True):
         layout = rows.states[i].loaded.layout
-        asked.append((i, offset, layout.read[number - layout.readout_item(0)].name))
+        asked.append((i, offset, layout.items_read[number - layout.readout_item(0)].name))
     return asked
 
 

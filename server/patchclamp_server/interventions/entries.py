@@ -123,7 +123,7 @@ class ProgramWriter:
         self._aborts = [self._add(Written(abort.condition.unit[None])) for abort in bound.aborts]
         self._readouts = [
             [self._add(READOUT_TABLES[readout.kind].write(readout, layer)) for layer in readout.layers]
-            for readout in layout.read
+            for readout in layout.items_read
         ]
 
     def _add(self, written: Written) -> _Numbers:
@@ -218,7 +218,7 @@ class ProgramWriter:
 
     def _readout_rows(self, first_unit: int) -> Iterator[_Row]:
         layout = self.layout
-        for i, (readout, own) in enumerate(zip(layout.read, self._readouts, strict=True)):
+        for i, (readout, own) in enumerate(zip(layout.items_read, self._readouts, strict=True)):
             item, kind = layout.readout_item(i), READOUT_TABLES[readout.kind].entry
             for layer, numbers in zip(readout.layers, own, strict=True):
                 place, column = place_number(readout.site, layer), _first_column(layout, i, readout, layer)

@@ -33,7 +33,7 @@ class ProgramLayout:
         gates = [bound.edits[i].gate for i in self.gated]
         scopes = [e.scope for e in bound.edits] + [g.scope for g in gates if g is not None]
         scopes += [a.condition.scope for a in bound.aborts]
-        return (*scopes, *(r.scope for r in self.read))
+        return (*scopes, *(r.scope for r in self.items_read))
 
     @cached_property
     def gated(self) -> tuple[int, ...]:
@@ -41,14 +41,14 @@ class ProgramLayout:
         return tuple(i for i, e in enumerate(self.bound.edits) if e.gate is not None)
 
     @cached_property
-    def read(self) -> tuple[BoundReadout, ...]:
+    def items_read(self) -> tuple[BoundReadout, ...]:
         """Readouts of sites: those whose numbers kernels take as they pass, then those that need whole rows."""
         return tuple(sorted(self.bound.site_readouts, key=lambda readout: not in_kernels(readout)))
 
     @cached_property
     def readouts(self) -> tuple[BoundReadout, ...]:
-        """The first ones of `read`."""
-        return tuple(readout for readout in self.read if in_kernels(readout))
+        """The first ones of `items_read`."""
+        return tuple(readout for readout in self.items_read if in_kernels(readout))
 
     @cached_property
     def n_columns(self) -> int:
@@ -65,7 +65,7 @@ class ProgramLayout:
         return len(self.gated) + abort
 
     def readout_item(self, readout: int) -> int:
-        """`readout` counts those of `read`."""
+        """`readout` counts those of `items_read`."""
         return len(self.bound.edits) + self.n_columns + readout
 
     @cached_property

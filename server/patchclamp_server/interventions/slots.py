@@ -18,7 +18,7 @@ _NAMES = (
 )
 
 
-def _formats() -> tuple[dict[str, int], dict[str, int]]:
+def formats() -> tuple[dict[str, int], dict[str, int]]:
     """What the host and the kernels call kinds, flags and columns."""
     both = []
     for module in (columns, kernel_format):
@@ -28,7 +28,7 @@ def _formats() -> tuple[dict[str, int], dict[str, int]]:
     return both[0], both[1]
 
 
-if _formats()[0] != _formats()[1]:
+if formats()[0] != formats()[1]:
     raise ImportError("interventions/columns.py is not the format of patchclamp_kernels.program_table")
 
 
