@@ -16,9 +16,11 @@ class EntryKind(IntEnum):
     LOW_RANK = 4
     NEURONS = 5
     HEADS = 6
-    CONDITION = 7
-    PROJECTION = 8
-    NEURON_VALUES = 9
+    AFFINE = 7
+    AFFINE_LOW_RANK = 8
+    CONDITION = 9
+    PROJECTION = 10
+    NEURON_VALUES = 11
     # No kernel knows these: they need whole rows, and torch's rules read them on every device. Entries of theirs stand
     # behind the range of a slot that kernels run.
     TOP_NEURONS = 32

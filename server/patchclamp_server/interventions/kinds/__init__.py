@@ -9,6 +9,7 @@ from collections.abc import Callable
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds import (
     add,
+    affine,
     heads,
     low_rank,
     neurons,
@@ -32,9 +33,20 @@ EDITS: tuple[EditSpec, ...] = (
     *low_rank.EDITS,
     *neurons.EDITS,
     *heads.EDITS,
+    *affine.EDITS,
 )
 READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS)
-_TABLES = (add.ADD, project.PROJECT, replace.REPLACE, rotate.ROTATE, low_rank.LOW_RANK, neurons.NEURONS, heads.HEADS)
+_TABLES = (
+    add.ADD,
+    project.PROJECT,
+    replace.REPLACE,
+    rotate.ROTATE,
+    low_rank.LOW_RANK,
+    neurons.NEURONS,
+    heads.HEADS,
+    affine.FULL,
+    affine.LOW_RANK,
+)
 
 # By the name of the field in their messages, and by the dataclass.
 EDIT_OF_NAME: dict[str, EditSpec] = {spec.name: spec for spec in EDITS}

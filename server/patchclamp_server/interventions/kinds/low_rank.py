@@ -32,6 +32,8 @@ class Ranks:
         self.weight = self._vectors(np.where(padding, ZERO_ROW, host.unit_ints[number, OTHER]))
         numbers = host.unit_numbers[number, OFFSET]
         self.bias = entries.tensor(np.where(padding, np.float32(0), numbers))  # [k, most]
+        # [E] which entry a row belongs to.
+        self.owner = entries.tensor(np.arange(len(count))) if entries.index is None else entries.index
 
     def _vectors(self, rows: IntArray) -> Tensor:
         return self._entries.bank(rows.reshape(-1).astype(np.int64), self._shape[2]).view(self._shape)
@@ -43,20 +45,18 @@ class LowRankRule(TargetRule):
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
         ranks = Ranks(entries)
-        self.rotation, self.bias = ranks.rotation, ranks.bias
+        self.rotation, self.bias, self.owner = ranks.rotation, ranks.bias, ranks.owner
         self.difference = ranks.weight - ranks.rotation
         self.grid = Grid(entries)
-        k = len(entries.own)
-        self.owner = torch.arange(k, device=self.bias.device) if entries.index is None else entries.index
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
         if invariant.holds_for(h):
-            return invariant.low_rank(h, self.owner, self.difference, self.bias, self.rotation)
+            return invariant.low_rank(h, h, self.owner, self.difference, self.bias, self.rotation)
         inner = torch.baddbmm(self.bias[:, None], self.grid.spread(h), self.difference.transpose(1, 2))
         return h + self.grid.collect(torch.bmm(inner, self.rotation))
 
 
-def _write(payload: Payload) -> Written:
+def write_ranks(payload: Payload) -> Written:
     """(R, W [rank, width], b [rank])"""
     rotation, weight, bias = payload
 
@@ -67,7 +67,7 @@ def _write(payload: Payload) -> Written:
     return Written(torch.cat((rotation, weight)), units)
 
 
-LOW_RANK = EditTable(EntryKind.LOW_RANK, _write, LowRankRule)
+LOW_RANK = EditTable(EntryKind.LOW_RANK, write_ranks, LowRankRule)
 
 
 def _decode(proto: pb.LowRank, field: str) -> LowRank:
