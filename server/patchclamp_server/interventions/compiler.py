@@ -17,7 +17,7 @@ from patchclamp_server.interventions.plan import Part, Ranking
 from patchclamp_server.interventions.program import FORWARD_ORDER
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows, chosen, moving_rows, steady_rows
-from patchclamp_server.interventions.scopes import BoolArray, IntArray
+from patchclamp_server.interventions.scopes import BoolArray, Int32Array, IntArray
 from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.spans import ProgramSpan
 from patchclamp_server.pooling import TokenPool
@@ -73,7 +73,7 @@ def _add_rules(part: Part, setting: Setting, local: IntArray, entry: IntArray, i
             part.rankings.append(Ranking(layer, rule, asked))
 
 
-def _targets(report: Report, local: IntArray, ints: IntArray) -> IntArray:
+def _targets(report: Report, local: IntArray, ints: Int32Array) -> IntArray:
     """Where each pair writes or looks: the condition of a gate or abort, or the first number of a reading."""
     kind, gate, column = ints[:, KIND], ints[:, GATE], ints[:, COLUMN]
     # The last one is always open.
@@ -85,7 +85,7 @@ def _targets(report: Report, local: IntArray, ints: IntArray) -> IntArray:
     return np.where(kind > EntryKind.CONDITION, reading, targets)
 
 
-def _asked(rows: SpanRows, local: IntArray, item: IntArray) -> list[tuple[int, int, str]]:
+def _asked(rows: SpanRows, local: IntArray, item: Int32Array) -> list[tuple[int, int, str]]:
     asked = []
     for i, offset, number in zip(rows.owner[local].tolist(), rows.offset[local].tolist(), item.tolist(), strict=True):
         layout = rows.states[i].loaded.layout

@@ -25,7 +25,7 @@ from patchclamp_server.interventions.kinds import EDIT_TABLES, READOUT_TABLES
 from patchclamp_server.interventions.kinds.kind import UnitColumns, Written
 from patchclamp_server.interventions.layout import ProgramLayout, place_number
 from patchclamp_server.interventions.program import FORWARD_ORDER, Site
-from patchclamp_server.interventions.scopes import FloatArray, IntArray
+from patchclamp_server.interventions.scopes import FloatArray, Int32Array, IntArray
 from patchclamp_server.interventions.stages import stages
 
 # The edits of a place come first, stage after stage (a program has at most 256), and then what looks at it.
@@ -61,7 +61,7 @@ class Launches:
 class ProgramEntries:
     """Rows of the tables, sorted by place; the first `n_kernel` are those that kernels run."""
 
-    ints: IntArray  # int32 [n, INT_COLUMNS]
+    ints: Int32Array  # [n, INT_COLUMNS]
     floats: FloatArray  # float32 [n, FLOAT_COLUMNS], with no strengths of edits yet
     n_kernel: int
     edits: IntArray  # which of the rows are edits
@@ -153,7 +153,7 @@ class ProgramWriter:
         rows: IntArray = self._rows[numbers.width][numbers.start : numbers.start + numbers.n]
         return rows
 
-    def write_units(self, ints: IntArray, floats: FloatArray) -> None:
+    def write_units(self, ints: Int32Array, floats: FloatArray) -> None:
         """Fills [n_units, columns] of the tables of units."""
         ints[:], floats[:] = 0, 0.0
         for numbers in self._with_units():

@@ -10,7 +10,7 @@ from patchclamp_server.interventions.entries import Launches
 from patchclamp_server.interventions.layout import place_number
 from patchclamp_server.interventions.plan import Part, StepPlan
 from patchclamp_server.interventions.planner import Planner
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.interventions.scopes import Int32Array, IntArray
 from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.spans import ProgramSpan, StepOutcome
 
@@ -81,8 +81,8 @@ class _PartArrays:
     """A part as the kernels take it. It is made once for a part that is kept."""
 
     part: Part
-    spans: IntArray  # [S, 2]
-    counters: IntArray  # [S, items]
+    spans: Int32Array  # [S, 2]
+    counters: Int32Array  # [S, items]
     launches: Launches
     # Places that settle latches.
     latches: frozenset[int]

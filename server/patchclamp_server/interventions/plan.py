@@ -56,7 +56,7 @@ class Part:
         """Adds the step to the receipts, and brings what was read to the host."""
         context, report, spans = self.context, self.report, self.spans
         assert context is not None
-        if self.counter is not None:
+        if self.counter is not None and self.counted is not None:
             opened = torch.cat(context.gates).double() * self.counted
             norms = torch.cat(context.norms).double().clamp_min(torch.finfo(torch.float32).tiny)
             change = torch.cat(context.delta_norms).double() / norms

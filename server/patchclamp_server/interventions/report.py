@@ -40,7 +40,7 @@ class Report:
         aborts = np.zeros((len(layouts), self.n_columns), dtype=np.bool_)
         for i, layout in enumerate(layouts):
             aborts[i, len(layout.gated) : layout.n_columns] = True
-        has_aborts = aborts.any(axis=1)
+        has_aborts: BoolArray = np.logical_or.reduce(aborts, axis=1)
         self._aborting = np.flatnonzero(has_aborts[rows.owner]) if has_aborts.any() else _NONE
         self._aborts: BoolArray = aborts[rows.owner[self._aborting]]
         self._readings: list[_Reading] = []

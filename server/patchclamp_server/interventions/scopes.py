@@ -14,6 +14,7 @@ GENERATED_ROLE = "assistant"
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
+Int32Array = NDArray[np.int32]
 FloatArray = np.ndarray
 
 

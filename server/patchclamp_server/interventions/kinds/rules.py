@@ -19,7 +19,7 @@ from torch import Tensor
 from patchclamp_server.interventions.columns import COUNT, FIRST, UNIT
 from patchclamp_server.interventions.program import Site
 from patchclamp_server.interventions.row_arithmetic import interpolate, row_norms
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.interventions.scopes import BoolArray, IntArray
 from patchclamp_server.interventions.setting import Setting
 
 
@@ -57,7 +57,7 @@ class Pairs:
     strength: Tensor  # [E]
     # Place of the gate of an edit, or of the value of a condition, in StepContext.opened; of a reading in `readings`.
     target: Tensor  # [E]
-    gated: IntArray  # [E] 0 or 1
+    gated: BoolArray  # [E]
     inside: Tensor  # [E] bool; all but latched conditions that look at no token of their scope
 
 
@@ -99,7 +99,8 @@ class Entries:
 
     def ints(self, column: int) -> IntArray:
         """Of the k entries."""
-        return self.host.ints[self.own, column].astype(np.int64)
+        values: IntArray = self.host.ints[self.own, column].astype(np.int64)
+        return values
 
     def floats(self, column: int) -> Tensor:
         """Of the E pairs."""
@@ -155,7 +156,8 @@ class Units:
         self.group = entries.tensor(self.pair)
 
     def ints(self, column: int) -> IntArray:
-        return self.entries.host.unit_ints[self.number, column].astype(np.int64)
+        values: IntArray = self.entries.host.unit_ints[self.number, column].astype(np.int64)
+        return values
 
     def numbers(self, column: int) -> Tensor:
         return self.entries.tensor(self.entries.host.unit_numbers[self.number, column])
