@@ -13,6 +13,7 @@ from patchclamp_server import interventions
 from patchclamp_server.interventions import columns, slots
 from patchclamp_server.interventions.kinds import EDIT_TABLES, EDITS, READOUT_TABLES, READOUTS, RULES
 from patchclamp_server.security.edit_kinds import NAMES
+from patchclamp_server.security.policy import EDIT_KINDS
 
 # engine/peaks.py is moved out of the engine with the attention it belongs to.
 MOVING = {"patchclamp_server.engine.peaks"}
@@ -36,7 +37,7 @@ def test_every_builder_of_the_client_builds_a_registered_kind() -> None:
 
 
 def test_policies_know_every_kind_by_the_name_of_its_field() -> None:
-    assert set(NAMES.values()) == fields(pb.Edit)
+    assert set(NAMES.values()) == set(EDIT_KINDS) == fields(pb.Edit)
 
 
 def test_every_kind_of_entry_has_a_rule_of_torch() -> None:

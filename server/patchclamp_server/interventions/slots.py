@@ -9,7 +9,7 @@ from patchclamp_kernels.program_table import ProgramTable
 from patchclamp_server.interventions import columns
 from patchclamp_server.interventions.columns import KERNEL_COLUMNS
 from patchclamp_server.interventions.program import FORWARD_ORDER
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.interventions.scopes import Int32Array
 from patchclamp_server.interventions.tables import Tables
 
 _NAMES = (
@@ -66,7 +66,7 @@ class SlotTables(Tables):
         self.unit_ints[rows] = self._copy(host.unit_ints[rows])
         self.unit_numbers[rows] = self._copy(host.unit_numbers[rows])
 
-    def _slot_written(self, slot: int, first: int, places: IntArray) -> None:
+    def _slot_written(self, slot: int, first: int, places: Int32Array) -> None:
         host, rows = self.host, slice(first, first + len(places))
         self.ranges = _fitted(self.ranges, len(host.extents))
         upto = np.searchsorted(places, np.arange(self.n_places + 1), side="left")

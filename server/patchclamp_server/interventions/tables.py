@@ -18,7 +18,7 @@ from patchclamp_server.interventions.columns import FLOAT_COLUMNS, INT_COLUMNS, 
 from patchclamp_server.interventions.entries import ProgramEntries, ProgramWriter
 from patchclamp_server.interventions.layout import ProgramLayout
 from patchclamp_server.interventions.ranges import Ranges
-from patchclamp_server.interventions.scopes import FloatArray, IntArray
+from patchclamp_server.interventions.scopes import FloatArray, Int32Array
 
 NEVER = torch.iinfo(torch.int64).max
 _SLOTS = 256
@@ -142,7 +142,7 @@ class Tables:
     def _units_written(self, rows: slice) -> None:
         """For whoever keeps a copy."""
 
-    def _slot_written(self, slot: int, first: int, places: IntArray) -> None:
+    def _slot_written(self, slot: int, first: int, places: Int32Array) -> None:
         """For whoever keeps a copy: entries from `first` on that kernels run, at `places`."""
 
     @property
