@@ -62,9 +62,11 @@ WORDS = 512
 BATCHES = (64, 256)
 EDITED_LAYERS = 4
 READ_LAYER = 20
+# Made once: it is asked of every event.
+_ENDS = (Failed, Finished)
 # Prompts of so many lengths, so that no two steps in a row fill the blocks of everybody.
 LENGTHS = range(16, 32)
-# Sites in the order of the forward pass, those of the queries aside.
+# Sites in the order of the forward pass, without the queries, which are visited where a program edits them.
 SITES = tuple(
     Site[name] for name in ("RESID_PRE", "ATTN_Z", "ATTN_OUT", "RESID_MID", "MLP_POST", "MLP_OUT", "RESID_POST")
 )
@@ -81,37 +83,38 @@ class HostDecoder(Decoder):
         generator = torch.Generator().manual_seed(0)
         own._activations = {site: torch.randn(most, width, generator=generator) for site, width in spec.sites.items()}
         own._logits = torch.randn(most, spec.vocab_size, generator=generator)
+        own._visits = {}
         return own
 
     _activations: dict[Site, Tensor]
     _logits: Tensor
+    # The sites of a layer with their activations, by the number of rows.
+    _visits: dict[int, list[tuple[Site, Tensor]]]
 
     def threads_for(self, rows: int, available: int) -> int:
         return available
 
     @torch.inference_mode()
-    def forward(self, step: StepInputs, pools: list[Tensor], hooks: SiteHooks) -> Tensor:
+    def forward(self, step: StepInputs, pools: Sequence[Tensor], hooks: SiteHooks, products: Any = None) -> Tensor:
         rows = len(step.token_ids)
         assert len(step.positions) == len(step.slots) == rows
         # What attention reads in the first layer, and keeps for the others.
         assert len(step.attention.tables) == len(step.attention.spans)
         assert int(step.attention.tiles[:, 2].sum()) == rows
         assert step.attention.n_keys >= rows
+        if rows not in self._visits:
+            self._visits[rows] = [(site, _cycled(self._activations[site], rows)) for site in SITES]
+        visits = self._visits[rows]
         for layer in range(self.spec.n_layers):
-            if layer in step.edited_queries:
-                hooks.visit(Site.ATTN_Q, layer, self._rows(Site.ATTN_Q, rows))
-            for site in SITES:
-                hooks.visit(site, layer, self._rows(site, rows))
-        return self._rows(Site.RESID_POST, rows)
+            for site, x in visits:
+                hooks.visit(site, layer, x)
+        return visits[-1][1]
 
     def logits(self, x: Tensor) -> Tensor:
         return self.unembed(x)
 
     def unembed(self, h: Tensor) -> Tensor:
         return _cycled(self._logits, len(h))
-
-    def _rows(self, site: Site, rows: int) -> Tensor:
-        return _cycled(self._activations[site], rows)
 
 
 def _cycled(values: Tensor, rows: int) -> Tensor:
@@ -210,9 +213,9 @@ class Bench:
         steps.n, steps.ends = len(programs), []
 
         def on_event(event: Event) -> None:
-            if isinstance(event, Failed):
-                failures.append(str(event.error))
-            if isinstance(event, Failed | Finished):
+            if isinstance(event, _ENDS):
+                if isinstance(event, Failed):
+                    failures.append(str(event.error))
                 left.release()
 
         stop = StopParams(max_tokens=self._tokens, ignore_eos=True)
