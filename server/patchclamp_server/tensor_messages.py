@@ -1,34 +1,41 @@
-"""Tensor messages ↔ torch tensors. Little-endian, dense, row-major."""
+"""Tensor messages → torch tensors. Little-endian, dense, row-major."""
 
 import math
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
-from patchclamp.v1 import tensor_pb2
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import known
 
-TORCH_DTYPES: dict[int, torch.dtype] = {
-    tensor_pb2.DATA_TYPE_FLOAT32: torch.float32,
-    tensor_pb2.DATA_TYPE_FLOAT16: torch.float16,
-    tensor_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16,
-    tensor_pb2.DATA_TYPE_FLOAT64: torch.float64,
-    tensor_pb2.DATA_TYPE_INT64: torch.int64,
-    tensor_pb2.DATA_TYPE_INT32: torch.int32,
+if TYPE_CHECKING:
+    # The engine, whose programs are decoded with this, runs where the messages are not installed.
+    from patchclamp.v1 import tensor_pb2
+
+_DTYPES: dict[str, torch.dtype] = {
+    "DATA_TYPE_FLOAT32": torch.float32,
+    "DATA_TYPE_FLOAT16": torch.float16,
+    "DATA_TYPE_BFLOAT16": torch.bfloat16,
+    "DATA_TYPE_FLOAT64": torch.float64,
+    "DATA_TYPE_INT64": torch.int64,
+    "DATA_TYPE_INT32": torch.int32,
 }
 
 if sys.byteorder != "little":
     raise ImportError("tensors on the wire are little-endian; this machine is not")
 
 
-def decode_tensor(proto: tensor_pb2.Tensor, field: str, *, ndims: tuple[int, ...]) -> torch.Tensor:
+def decode_tensor(proto: "tensor_pb2.Tensor", field: str, *, ndims: tuple[int, ...]) -> torch.Tensor:
     """The numbers of `proto` in float32, with one of `ndims` dimensions.
 
     Raises InvalidArgument: dtype not known, a dimension below 1, another number of dimensions, bytes that do not
     fill the shape, NaN or Inf (also a float64 beyond the range of float32).
     """
-    dtype = known(proto.dtype, TORCH_DTYPES, f"{field}.dtype", tensor_pb2.DataType.keys()[1:])
+    enum = proto.DESCRIPTOR.fields_by_name["dtype"].enum_type
+    assert enum is not None
+    dtypes = {enum.values_by_name[name].number: dtype for name, dtype in _DTYPES.items()}
+    dtype = known(proto.dtype, dtypes, f"{field}.dtype", [value.name for value in enum.values][1:])
     shape = tuple(proto.shape)
     if len(shape) not in ndims:
         expected = " or ".join(str(n) for n in ndims)
@@ -50,9 +57,3 @@ def decode_tensor(proto: tensor_pb2.Tensor, field: str, *, ndims: tuple[int, ...
         index = (~finite).nonzero()[0].tolist()
         raise InvalidArgument(field, f"expected finite float32 numbers, got {values[tuple(index)]} at {index}")
     return values
-
-
-def encode_tensor(values: torch.Tensor) -> tensor_pb2.Tensor:
-    """`values` as a float32 message."""
-    data = values.detach().to("cpu", torch.float32).contiguous()
-    return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=list(data.shape), data=data.numpy().tobytes())

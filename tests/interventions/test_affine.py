@@ -13,8 +13,8 @@ from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.kinds.affine import Affine
 from patchclamp_server.interventions.program import Edit, Program, Site
 from patchclamp_server.rpc.program_codec import decode_program
+from patchclamp_server.rpc.tensor_codec import encode_tensor
 from patchclamp_server.security.edit_kinds import inline_numbers, kind_name
-from patchclamp_server.tensor_messages import encode_tensor
 
 WIDTH = shapes("llama").sites[Site.RESID_POST]
 SQUARE, TALL = torch.eye(WIDTH), torch.ones(WIDTH, 2)

@@ -1,8 +1,9 @@
 """add: h + s v."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, Rule, StepContext, TargetRule
@@ -10,6 +11,10 @@ from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Wh
 from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
 from patchclamp_server.interventions.program import AddVector
 from patchclamp_server.interventions.row_arithmetic import row_norms
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class AddRule:
@@ -61,7 +66,7 @@ def _always(a: Payload, b: Payload) -> bool:
 ADD = EditTable(EntryKind.ADD, one_vector, _rule, _always)
 
 
-def _decode(proto: pb.AddVector, field: str) -> AddVector:
+def _decode(proto: "pb.AddVector", field: str) -> AddVector:
     return AddVector(vector_in(proto, field))
 
 

@@ -6,12 +6,12 @@ kernels as well.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import required
 from patchclamp_server.interventions.columns import OFFSET, OTHER, UNIT, EntryFlag, EntryKind
@@ -23,6 +23,10 @@ from patchclamp_server.interventions.program import EditKind
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.model.invariant import operators as invariant
 from patchclamp_server.tensor_messages import decode_tensor
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +86,7 @@ FULL = EditTable(EntryKind.AFFINE, _write_full, AffineRule)
 LOW_RANK = EditTable(EntryKind.AFFINE_LOW_RANK, write_ranks, AffineLowRankRule)
 
 
-def _decode(proto: pb.Affine, field: str) -> Affine:
+def _decode(proto: "pb.Affine", field: str) -> Affine:
     if proto.HasField("matrix"):
         for name in ("left", "right"):
             if proto.HasField(name):

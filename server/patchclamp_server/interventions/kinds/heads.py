@@ -1,11 +1,12 @@
 """heads: the output z of single heads is scaled or replaced by a mean, t(z) = f z + m. Uniform attention is a scale of
 0 of their queries."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import chosen, distinct, finite
 from patchclamp_server.interventions.columns import FACTOR, OTHER, UNIT, EntryFlag, EntryKind
@@ -17,6 +18,10 @@ from patchclamp_server.interventions.resolver import check_finite, check_indices
 from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_norms
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.tensor_messages import decode_tensor
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class HeadRule:
@@ -58,7 +63,7 @@ def _write(payload: Payload) -> Written:
 HEADS = EditTable(EntryKind.HEADS, _write, HeadRule, apart, whole_rows=False)
 
 
-def _decode(proto: pb.HeadEdit, field: str) -> HeadEdit:
+def _decode(proto: "pb.HeadEdit", field: str) -> HeadEdit:
     if not proto.heads:
         raise InvalidArgument(f"{field}.heads", "expected at least one head")
     heads = distinct(proto.heads, f"{field}.heads")
@@ -113,7 +118,7 @@ _BUILDERS = ("scale_heads", "ablate_heads", "mean_heads", "uniform_heads")
 EDITS = (EditSpec("heads", HeadEdit, _decode, _bind, _BUILDERS, _inline),)
 
 
-def _decode_readout(proto: pb.HeadReadout, field: str) -> HeadReadout:
+def _decode_readout(proto: "pb.HeadReadout", field: str) -> HeadReadout:
     return HeadReadout(distinct(proto.heads, f"{field}.heads"))
 
 

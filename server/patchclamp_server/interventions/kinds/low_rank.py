@@ -1,10 +1,11 @@
 """low_rank (ReFT, Wu et al. 2024): t(h) = h + Rᵀ(W h + b - R h)."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import required
 from patchclamp_server.interventions.banks import ZERO_ROW
@@ -16,6 +17,10 @@ from patchclamp_server.interventions.program import LowRank
 from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.model.invariant import operators as invariant
 from patchclamp_server.tensor_messages import decode_tensor
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class Ranks:
@@ -70,7 +75,7 @@ def write_ranks(payload: Payload) -> Written:
 LOW_RANK = EditTable(EntryKind.LOW_RANK, write_ranks, LowRankRule)
 
 
-def _decode(proto: pb.LowRank, field: str) -> LowRank:
+def _decode(proto: "pb.LowRank", field: str) -> LowRank:
     for name in ("rotation", "weight", "bias"):
         required(proto, name, field)
     rotation = decode_tensor(proto.rotation, f"{field}.rotation", ndims=(2,))

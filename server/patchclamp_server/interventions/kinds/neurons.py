@@ -1,12 +1,12 @@
 """neurons: single neurons are set, scaled, added to or clamped: t(a) = clip(f a + c, low, high)."""
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import chosen, distinct, finite
@@ -27,6 +27,10 @@ from patchclamp_server.interventions.program import NeuronEdit, NeuronOp, Site
 from patchclamp_server.interventions.resolver import check_indices, checked_bounds
 from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_norms
 from patchclamp_server.interventions.scopes import IntArray
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class NeuronRule:
@@ -67,7 +71,7 @@ def _write(payload: Payload) -> Written:
 NEURONS = EditTable(EntryKind.NEURONS, _write, NeuronRule, apart, whole_rows=False)
 
 
-def _decode(proto: pb.NeuronEdit, field: str) -> NeuronEdit:
+def _decode(proto: "pb.NeuronEdit", field: str) -> NeuronEdit:
     if proto.neurons and proto.neuron_set:
         message = "neurons are given as well; expected one of neurons, neuron_set"
         raise InvalidArgument(f"{field}.neuron_set", message)

@@ -3,10 +3,11 @@
 t(h) = h + (clip(h·u, low, high) - h·u) u
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.field_checks import finite
 from patchclamp_server.interventions.columns import HIGH, LOW, EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
@@ -16,6 +17,10 @@ from patchclamp_server.interventions.kinds.vectors import bounds_in, inline_vect
 from patchclamp_server.interventions.program import CapProjection, ProjectOut, SetProjection
 from patchclamp_server.interventions.resolver import check_finite, checked_bounds
 from patchclamp_server.interventions.row_arithmetic import add_product, row_dots
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class ProjectRule(TargetRule):
@@ -36,16 +41,16 @@ class ProjectRule(TargetRule):
 PROJECT = EditTable(EntryKind.PROJECT, one_vector, ProjectRule)
 
 
-def _decode_project_out(proto: pb.ProjectOut, field: str) -> ProjectOut:
+def _decode_project_out(proto: "pb.ProjectOut", field: str) -> ProjectOut:
     return ProjectOut(vector_in(proto, field))
 
 
-def _decode_cap(proto: pb.CapProjection, field: str) -> CapProjection:
+def _decode_cap(proto: "pb.CapProjection", field: str) -> CapProjection:
     low, high = bounds_in(proto, field)
     return CapProjection(vector_in(proto, field), min=low, max=high)
 
 
-def _decode_set(proto: pb.SetProjection, field: str) -> SetProjection:
+def _decode_set(proto: "pb.SetProjection", field: str) -> SetProjection:
     return SetProjection(vector_in(proto, field), finite(proto.target, f"{field}.target"))
 
 

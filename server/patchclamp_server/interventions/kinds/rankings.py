@@ -1,9 +1,10 @@
 """top_neurons, logit_lens: readouts of whole rows, the k largest of what is made of them."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import count
 from patchclamp_server.interventions.bound import BoundReadout
@@ -14,6 +15,10 @@ from patchclamp_server.interventions.kinds.rules import Entries, StepContext
 from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
 from patchclamp_server.interventions.program import RESIDUAL_SITES, LogitLensReadout, TopNeuronsReadout
 from patchclamp_server.interventions.resolver import check_top_k
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class RankingRule:
@@ -66,7 +71,7 @@ TOP_NEURONS = ReadoutTable(EntryKind.TOP_NEURONS, _k, TopNeuronsRule)
 LOGIT_LENS = ReadoutTable(EntryKind.LOGIT_LENS, _k, LogitLensRule)
 
 
-def _decode_top_neurons(proto: pb.TopNeuronsReadout, field: str) -> TopNeuronsReadout:
+def _decode_top_neurons(proto: "pb.TopNeuronsReadout", field: str) -> TopNeuronsReadout:
     return TopNeuronsReadout(count(proto.k, f"{field}.k", low=1))
 
 
@@ -76,7 +81,7 @@ def _bind_top_neurons(kind: TopNeuronsReadout, where: Where) -> ReadoutNumbers:
     return ReadoutNumbers(k=kind.k)
 
 
-def _decode_lens(proto: pb.LogitLensReadout, field: str) -> LogitLensReadout:
+def _decode_lens(proto: "pb.LogitLensReadout", field: str) -> LogitLensReadout:
     return LogitLensReadout(count(proto.k, f"{field}.k", low=1))
 
 

@@ -1,10 +1,11 @@
 """projection, neurons: readouts whose numbers kernels write as they pass, h·u and the values of single neurons."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import distinct
 from patchclamp_server.interventions.bound import BoundReadout
@@ -17,6 +18,10 @@ from patchclamp_server.interventions.program import NeuronReadout, ProjectionRea
 from patchclamp_server.interventions.resolver import check_indices
 from patchclamp_server.interventions.row_arithmetic import row_dots
 from patchclamp_server.interventions.scopes import IntArray
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class ProjectionRule:
@@ -76,7 +81,7 @@ PROJECTION = ReadoutTable(EntryKind.PROJECTION, _vectors, ProjectionRule, _n_vec
 NEURON_VALUES = ReadoutTable(EntryKind.NEURON_VALUES, _neurons, NeuronValuesRule, _n_neurons, _as_named)
 
 
-def _decode_projection(proto: pb.ProjectionReadout, field: str) -> ProjectionReadout:
+def _decode_projection(proto: "pb.ProjectionReadout", field: str) -> ProjectionReadout:
     if not proto.vectors:
         raise InvalidArgument(f"{field}.vectors", "expected at least one vector")
     return ProjectionReadout(tuple(decode_vector(v, f"{field}.vectors[{i}]") for i, v in enumerate(proto.vectors)))
@@ -93,7 +98,7 @@ def _bind_projection(kind: ProjectionReadout, where: Where) -> ReadoutNumbers:
     return ReadoutNumbers({layer: torch.stack([payload[layer][0] for payload in each]) for layer in layers})
 
 
-def _decode_neurons(proto: pb.NeuronReadout, field: str) -> NeuronReadout:
+def _decode_neurons(proto: "pb.NeuronReadout", field: str) -> NeuronReadout:
     if not proto.neurons:
         raise InvalidArgument(f"{field}.neurons", "expected at least one neuron")
     return NeuronReadout(distinct(proto.neurons, f"{field}.neurons"))

@@ -1,14 +1,19 @@
 """replace: t(h) = v."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
 from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
 from patchclamp_server.interventions.program import ReplaceVector
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class ReplaceRule(TargetRule):
@@ -25,7 +30,7 @@ class ReplaceRule(TargetRule):
 REPLACE = EditTable(EntryKind.REPLACE, one_vector, ReplaceRule)
 
 
-def _decode(proto: pb.ReplaceVector, field: str) -> ReplaceVector:
+def _decode(proto: "pb.ReplaceVector", field: str) -> ReplaceVector:
     return ReplaceVector(vector_in(proto, field))
 
 

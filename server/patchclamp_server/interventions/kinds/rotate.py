@@ -2,11 +2,11 @@
 normalised."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import finite
 from patchclamp_server.interventions.columns import LOW, EntryFlag, EntryKind
@@ -16,6 +16,10 @@ from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Wh
 from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
 from patchclamp_server.interventions.program import RotateTowards
 from patchclamp_server.interventions.row_arithmetic import row_dots, row_norms, turns
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 class RotateRule(TargetRule):
@@ -41,7 +45,7 @@ class RotateRule(TargetRule):
 ROTATE = EditTable(EntryKind.ROTATE, one_vector, RotateRule)
 
 
-def _decode(proto: pb.RotateTowards, field: str) -> RotateTowards:
+def _decode(proto: "pb.RotateTowards", field: str) -> RotateTowards:
     return RotateTowards(vector_in(proto, field), finite(proto.radians, f"{field}.radians", low=0.0, high=math.pi))
 
 

@@ -1,15 +1,18 @@
 """Edits by one vector: its message, and the numbers it is bound to."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import chosen, finite, required
 from patchclamp_server.interventions.kinds.kind import Payload
 from patchclamp_server.interventions.kinds.spec import Where
 from patchclamp_server.interventions.program import Vector
 from patchclamp_server.tensor_messages import decode_tensor
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
 
 
 def vector_in(proto: Any, field: str) -> Vector:
@@ -18,7 +21,7 @@ def vector_in(proto: Any, field: str) -> Vector:
     return decode_vector(proto.vector, f"{field}.vector")
 
 
-def decode_vector(proto: pb.Vector, field: str) -> Vector:
+def decode_vector(proto: "pb.Vector", field: str) -> Vector:
     source = chosen(proto, "source", field)
     has_row = proto.HasField("artifact_layer")
     if source == "values":
@@ -30,7 +33,7 @@ def decode_vector(proto: pb.Vector, field: str) -> Vector:
     return Vector(artifact=proto.artifact, artifact_layer=proto.artifact_layer if has_row else None, unit=proto.unit)
 
 
-def bounds_in(proto: pb.CapProjection | pb.NeuronBounds, field: str) -> tuple[float | None, float | None]:
+def bounds_in(proto: "pb.CapProjection | pb.NeuronBounds", field: str) -> tuple[float | None, float | None]:
     low = finite(proto.min, f"{field}.min") if proto.HasField("min") else None
     high = finite(proto.max, f"{field}.max") if proto.HasField("max") else None
     if low is None and high is None:
