@@ -42,20 +42,13 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.program import (
-    AddVector,
-    Edit,
-    Program,
-    ProjectionReadout,
-    Readout,
-    Site,
-    Vector,
-)
-from patchclamp_server.metrics import Metrics
+from patchclamp_server.interventions.program import AddVector, Edit, Program, ProjectionReadout, Readout, Vector
 from patchclamp_server.model.decoder import Decoder, SiteHooks, StepInputs
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.model.sites import Site
 from patchclamp_server.model.weights import decoder_from_transformers
+from patchclamp_server.rpc.metrics.server import Metrics
 
 LAYERS = 32
 WORDS = 512

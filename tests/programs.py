@@ -16,7 +16,6 @@ from torch import Tensor
 
 from patchclamp_server.interventions.kinds.affine import Affine
 from patchclamp_server.interventions.program import (
-    PUBLIC_SITES,
     AbortCondition,
     AddVector,
     CapProjection,
@@ -43,11 +42,11 @@ from patchclamp_server.interventions.program import (
     RotateTowards,
     Scope,
     SetProjection,
-    Site,
     TokenSelector,
     TopNeuronsReadout,
     Vector,
 )
+from patchclamp_server.model.sites import PUBLIC_SITES, Site
 
 
 @dataclass(frozen=True)

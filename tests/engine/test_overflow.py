@@ -39,7 +39,6 @@ from patchclamp_server.interventions.program import (
     RotateTowards,
     Scope,
     SetProjection,
-    Site,
     Vector,
 )
 from patchclamp_server.interventions.scopes import SequenceTokens
@@ -47,6 +46,7 @@ from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.load import LoadedModel, load_model
+from patchclamp_server.model.sites import Site
 from patchclamp_server.model.weights import decoder_from_transformers
 
 LARGE = 40_000.0

@@ -15,8 +15,8 @@ from watch_runs import neurons_watch
 from patchclamp_kernels.runtime import INTERPRETED, reference_only
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.kernel_executor import KernelExecutor
-from patchclamp_server.engine.operator_executor import OperatorExecutor
+from patchclamp_server.engine.executors.kernel_executor import KernelExecutor
+from patchclamp_server.engine.executors.operator_executor import OperatorExecutor
 from patchclamp_server.engine.request import Event, Request, StopParams
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.program import (
@@ -32,11 +32,11 @@ from patchclamp_server.interventions.program import (
     ProjectionReadout,
     Readout,
     Scope,
-    Site,
     TokenSelector,
     TopNeuronsReadout,
     Vector,
 )
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.watch import WatchOptions
 
 FAMILY = "llama"

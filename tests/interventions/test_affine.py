@@ -10,11 +10,12 @@ from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bind import bind
+from patchclamp_server.interventions.edit_kinds import inline_numbers, kind_name
 from patchclamp_server.interventions.kinds.affine import Affine
-from patchclamp_server.interventions.program import Edit, Program, Site
-from patchclamp_server.rpc.program_codec import decode_program
-from patchclamp_server.rpc.tensor_codec import encode_tensor
-from patchclamp_server.security.edit_kinds import inline_numbers, kind_name
+from patchclamp_server.interventions.program import Edit, Program
+from patchclamp_server.model.sites import Site
+from patchclamp_server.rpc.codecs.program import decode_program
+from patchclamp_server.rpc.codecs.tensor import encode_tensor
 
 WIDTH = shapes("llama").sites[Site.RESID_POST]
 SQUARE, TALL = torch.eye(WIDTH), torch.ones(WIDTH, 2)

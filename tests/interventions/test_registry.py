@@ -11,12 +11,12 @@ from patchclamp.v1 import program_pb2 as pb
 from patchclamp_kernels import program_table
 from patchclamp_server import interventions
 from patchclamp_server.interventions import columns, slots
+from patchclamp_server.interventions.edit_kinds import NAMES
 from patchclamp_server.interventions.kinds import EDIT_TABLES, EDITS, READOUT_TABLES, READOUTS, RULES
-from patchclamp_server.security.edit_kinds import NAMES
 from patchclamp_server.security.policy import EDIT_KINDS
 
-# engine/peaks.py is moved out of the engine with the attention it belongs to.
-MOVING = {"patchclamp_server.engine.peaks"}
+# model/attention/peaks.py is moved out of the engine with the attention it belongs to.
+MOVING = {"patchclamp_server.model.attention.peaks"}
 ABOVE = ("rpc", "engine", "security", "monitoring")
 
 

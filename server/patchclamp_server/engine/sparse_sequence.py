@@ -8,7 +8,8 @@ from patchclamp_server.engine.quality_guard import GuardState
 from patchclamp_server.engine.request import SparseInference, SparsityReport
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.columns import EntryKind
-from patchclamp_server.interventions.program import NeuronReadout, Site
+from patchclamp_server.interventions.program import NeuronReadout
+from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.apply import NO_NEURONS, Forced, Rows, forced_neurons
 from patchclamp_server.sparsity.policy import SequenceState
 

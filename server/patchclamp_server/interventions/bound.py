@@ -6,7 +6,8 @@ from functools import cached_property
 from torch import Tensor
 
 from patchclamp_server.interventions.columns import EntryKind
-from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope, Site
+from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope
+from patchclamp_server.model.sites import Site
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,13 +14,14 @@ from patchclamp_server.interventions.kinds import RULES
 from patchclamp_server.interventions.kinds.rankings import RankingRule
 from patchclamp_server.interventions.kinds.rules import Entries, Pairs, StepContext
 from patchclamp_server.interventions.plan import Part, Ranking
-from patchclamp_server.interventions.program import FORWARD_ORDER
+from patchclamp_server.interventions.pooling import TokenPool
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows, chosen, moving_rows, steady_rows
-from patchclamp_server.interventions.scopes import BoolArray, Int32Array, IntArray
+from patchclamp_server.interventions.scopes import Int32Array
 from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.spans import ProgramSpan
-from patchclamp_server.pooling import TokenPool
+from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.model.sites import FORWARD_ORDER
 
 
 def compile_part(setting: Setting, spans: list[ProgramSpan], *, steady: bool, by_kernels: bool) -> Part:

@@ -23,10 +23,11 @@ from patchclamp_server.interventions.columns import (
 )
 from patchclamp_server.interventions.kinds import EDIT_TABLES, READOUT_TABLES
 from patchclamp_server.interventions.kinds.kind import UnitColumns, Written
-from patchclamp_server.interventions.layout import ProgramLayout, place_number
-from patchclamp_server.interventions.program import FORWARD_ORDER, Site
-from patchclamp_server.interventions.scopes import FloatArray, Int32Array, IntArray
+from patchclamp_server.interventions.layout import ProgramLayout
+from patchclamp_server.interventions.scopes import FloatArray, Int32Array
 from patchclamp_server.interventions.stages import stages
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import FORWARD_ORDER, Site, place_number
 
 # The edits of a place come first, stage after stage (a program has at most 256), and then what looks at it.
 _AFTER_EDITS = 511

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from patchclamp_server.interventions.bound import BoundEdit
 from patchclamp_server.interventions.entries import Launches
-from patchclamp_server.interventions.layout import place_number
 from patchclamp_server.interventions.plan import Part, StepPlan
 from patchclamp_server.interventions.planner import Planner
-from patchclamp_server.interventions.scopes import Int32Array, IntArray
+from patchclamp_server.interventions.scopes import Int32Array
 from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.spans import ProgramSpan, StepOutcome
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import place_number
 
 NO_PROGRAM = -1
 

@@ -11,15 +11,11 @@ import numpy as np
 
 from patchclamp_server.interventions.bound import BoundProgram, BoundReadout
 from patchclamp_server.interventions.kinds import READOUT_TABLES
-from patchclamp_server.interventions.program import FORWARD_ORDER, Scope, Site
-from patchclamp_server.interventions.scopes import IntArray, SequenceTokens, scope_mask
+from patchclamp_server.interventions.program import Scope
+from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask
+from patchclamp_server.model.arrays import IntArray
 
 WORD = 64
-
-
-def place_number(site: Site, layer: int) -> int:
-    """Places in the order in which the forward pass reaches them."""
-    return layer * len(FORWARD_ORDER) + site.order
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ import numpy as np
 from patchclamp_server.interventions.kinds import READOUT_TABLES
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.rows import SpanRows
-from patchclamp_server.interventions.scopes import BoolArray, IntArray
 from patchclamp_server.interventions.spans import AbortHit, ProgramSpan, StepOutcome
+from patchclamp_server.model.arrays import BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,10 @@ import numpy as np
 
 from patchclamp_server.interventions.columns import FLAGS, ITEM, KIND, EntryFlag, EntryKind
 from patchclamp_server.interventions.layout import WORD, ProgramLayout
-from patchclamp_server.interventions.scopes import BoolArray, IntArray
 from patchclamp_server.interventions.spans import ProgramSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import HostTables, Tables
+from patchclamp_server.model.arrays import BoolArray, IntArray
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
     # The tables are written by the kinds, whose rules read them.

@@ -8,9 +8,9 @@ from patchclamp_kernels import program_table as kernel_format
 from patchclamp_kernels.program_table import ProgramTable
 from patchclamp_server.interventions import columns
 from patchclamp_server.interventions.columns import KERNEL_COLUMNS
-from patchclamp_server.interventions.program import FORWARD_ORDER
 from patchclamp_server.interventions.scopes import Int32Array
 from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.model.sites import FORWARD_ORDER
 
 _NAMES = (
     *("KIND", "ITEM", "FLAGS", "FIRST", "COUNT", "GATE", "LATCH", "COLUMN", "STRENGTH", "LOW", "HIGH"),

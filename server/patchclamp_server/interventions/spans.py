@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from patchclamp_server.interventions.program import ReadoutValue, Site
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.interventions.pooling import TokenPool
+from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.state import ProgramState
-from patchclamp_server.pooling import TokenPool
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import Site
 
 Place = tuple[Site, int]
 

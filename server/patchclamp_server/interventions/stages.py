@@ -2,7 +2,7 @@
 
 from patchclamp_server.interventions.bound import BoundEdit
 from patchclamp_server.interventions.kinds import EDIT_TABLES
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 
 def stages(edits: tuple[BoundEdit, ...]) -> list[dict[int, int]]:

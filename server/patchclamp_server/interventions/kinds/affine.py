@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant import operators as invariant
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.field_checks import required
 from patchclamp_server.interventions.columns import OFFSET, OTHER, UNIT, EntryFlag, EntryKind
@@ -20,8 +21,7 @@ from patchclamp_server.interventions.kinds.low_rank import Ranks, write_ranks
 from patchclamp_server.interventions.kinds.rules import Entries, Grid, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
 from patchclamp_server.interventions.program import EditKind
-from patchclamp_server.interventions.scopes import IntArray
-from patchclamp_server.model.invariant import operators as invariant
+from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.tensor_messages import decode_tensor
 
 if TYPE_CHECKING:

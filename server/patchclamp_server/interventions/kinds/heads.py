@@ -13,10 +13,11 @@ from patchclamp_server.interventions.columns import FACTOR, OTHER, UNIT, EntryFl
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written, apart
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, ReadoutNumbers, ReadoutSpec, Where
-from patchclamp_server.interventions.program import HeadEdit, HeadReadout, Site
+from patchclamp_server.interventions.program import HeadEdit, HeadReadout
 from patchclamp_server.interventions.resolver import check_finite, check_indices
 from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_norms
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import Site
 from patchclamp_server.tensor_messages import decode_tensor
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.columns import UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.rules import Entries, Rule
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
 
 Payload = tuple[Tensor, ...]
 

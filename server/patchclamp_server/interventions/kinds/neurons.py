@@ -23,10 +23,11 @@ from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitC
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
 from patchclamp_server.interventions.kinds.vectors import bounds_in
-from patchclamp_server.interventions.program import NeuronEdit, NeuronOp, Site
+from patchclamp_server.interventions.program import NeuronEdit, NeuronOp
 from patchclamp_server.interventions.resolver import check_indices, checked_bounds
 from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_norms
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
     # The engine runs where the messages are not installed.

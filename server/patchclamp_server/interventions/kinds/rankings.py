@@ -13,8 +13,9 @@ from patchclamp_server.interventions.kinds.kind import ReadoutTable, Written
 from patchclamp_server.interventions.kinds.readings import check_neuron_site
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext
 from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
-from patchclamp_server.interventions.program import RESIDUAL_SITES, LogitLensReadout, TopNeuronsReadout
+from patchclamp_server.interventions.program import LogitLensReadout, TopNeuronsReadout
 from patchclamp_server.interventions.resolver import check_top_k
+from patchclamp_server.model.sites import RESIDUAL_SITES
 
 if TYPE_CHECKING:
     # The engine runs where the messages are not installed.

@@ -14,10 +14,11 @@ from patchclamp_server.interventions.kinds.kind import ReadoutTable, UnitColumns
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
 from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
 from patchclamp_server.interventions.kinds.vectors import decode_vector
-from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout, Site
+from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout
 from patchclamp_server.interventions.resolver import check_indices
 from patchclamp_server.interventions.row_arithmetic import row_dots
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
     # The engine runs where the messages are not installed.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.columns import COUNT, FIRST, UNIT
-from patchclamp_server.interventions.program import Site
 from patchclamp_server.interventions.row_arithmetic import interpolate, row_norms
-from patchclamp_server.interventions.scopes import BoolArray, IntArray
 from patchclamp_server.interventions.setting import Setting
+from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.model.sites import Site
 
 
 @dataclass(eq=False)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
-from patchclamp_server.interventions.program import EditKind, ReadoutKind, Site
+from patchclamp_server.interventions.program import EditKind, ReadoutKind
 from patchclamp_server.interventions.resolver import Resolver
+from patchclamp_server.model.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
