@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from patchclamp_server.interventions.kinds.affine import Affine
 from patchclamp_server.interventions.program import (
     AddVector,
     CapProjection,
@@ -59,6 +60,13 @@ def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifac
     if isinstance(kind, LowRank):
         rotation, weight, bias = kind.rotation.double(), kind.weight.double(), kind.bias.double()
         return h.add(rotation.T @ (weight @ h + bias - rotation @ h))
+    if isinstance(kind, Affine):
+        matrix = kind.matrix
+        if matrix is None:
+            assert kind.left is not None
+            assert kind.right is not None
+            matrix = kind.left.double() @ kind.right.double().T
+        return matrix.double() @ h + (0.0 if kind.bias is None else kind.bias.double())
     if isinstance(kind, NeuronEdit):
         return _neuron_target(kind, h, layer, artifacts)
     if isinstance(kind, HeadEdit):

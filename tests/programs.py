@@ -14,6 +14,7 @@ import torch
 from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
+from patchclamp_server.interventions.kinds.affine import Affine
 from patchclamp_server.interventions.program import (
     AbortCondition,
     AddVector,
@@ -98,6 +99,12 @@ _VECTOR_KINDS: dict[str, Callable[[str, int], EditKind]] = {
         rotation=numbers(seed + "R", 3, width) / math.sqrt(width),
         weight=numbers(seed + "W", 3, width) / math.sqrt(width),
         bias=numbers(seed + "b", 3),
+    ),
+    "affine": lambda seed, width: Affine(
+        matrix=numbers(seed + "A", width, width) / math.sqrt(width), bias=0.1 * numbers(seed + "b", width)
+    ),
+    "affine_low_rank": lambda seed, width: Affine(
+        left=numbers(seed + "U", width, 3) / math.sqrt(width), right=numbers(seed + "V", width, 3)
     ),
 }
 

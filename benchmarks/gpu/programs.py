@@ -123,8 +123,8 @@ class StepTables:
             if program is None:
                 continue
             state = ProgramState(row, program, SequenceTokens(1, None), self.tables.load(program))
-            slots[row] = self.tables.slots(state, at)[0]
-            layout = self.tables.written(state).layout
+            slots[row] = state.slots(self.tables, at)[0]
+            layout = state.loaded.layout
             masks[row] = layout.masks(state.sequence, at, token)[0]
             self.columns = max(self.columns, layout.n_columns)
             self.items = max(self.items, len(layout.scopes))

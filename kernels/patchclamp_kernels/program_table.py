@@ -22,9 +22,11 @@ class EntryKind(IntEnum):
     LOW_RANK = 4  # t(h) = h + Σ_r R_r (W_r·h + b_r - R_r·h)
     NEURONS = 5  # t(a) = clip(factor a + offset, low, high) at single neurons
     HEADS = 6  # t(z) = factor z + offset at single heads
-    CONDITION = 7  # opened[column] = sign · value > sign · threshold, value = h·u or the cosine
-    PROJECTION = 8  # readings[column] = h·v
-    NEURON_VALUES = 9  # readings[column + i] = a[neuron i]
+    AFFINE = 7  # t(h)_i = A_i·h + b_i
+    AFFINE_LOW_RANK = 8  # t(h) = Σ_r R_r (W_r·h + b_r)
+    CONDITION = 9  # opened[column] = sign · value > sign · threshold, value = h·u or the cosine
+    PROJECTION = 10  # readings[column] = h·v
+    NEURON_VALUES = 11  # readings[column + i] = a[neuron i]
 
 
 class EntryFlag(IntFlag):
@@ -39,10 +41,10 @@ class EntryFlag(IntFlag):
 KIND, ITEM, FLAGS, FIRST, COUNT, GATE, LATCH, COLUMN = range(8)
 # Columns of ProgramTable.floats. CONDITION: LOW is the threshold and STRENGTH the sign.
 STRENGTH, LOW, HIGH, SPARE = range(4)
-# Columns of ProgramTable.unit_numbers. HEADS use FACTOR alone, LOW_RANK only OFFSET (b_r).
+# Columns of ProgramTable.unit_numbers. HEADS use FACTOR alone, LOW_RANK and AFFINE only OFFSET (b_r).
 FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
 # Columns of ProgramTable.unit_ints. HEADS: the head, and the row of its offset in the bank of width head_dim.
-# LOW_RANK: the bank rows of R_r and W_r.
+# LOW_RANK and AFFINE_LOW_RANK: the bank rows of R_r and W_r. AFFINE: i, and the bank row of A_i; every i once.
 UNIT, OTHER = range(2)
 NO_GATE = -1
 
@@ -51,8 +53,9 @@ NO_GATE = -1
 class ProgramTable:
     """N entries and M units (neurons, heads or ranks of an edit) of all loaded programs.
 
-    Entry columns: FIRST is the bank row of its vector, or the first unit row of LOW_RANK, NEURONS, HEADS and
-    NEURON_VALUES; COUNT is the number of units; GATE is a column of `opened`, or NO_GATE; LATCH a row of `latch`.
+    Entry columns: FIRST is the bank row of its vector, or the first unit row of LOW_RANK, NEURONS, HEADS, AFFINE,
+    AFFINE_LOW_RANK and NEURON_VALUES; COUNT is the number of units; GATE is a column of `opened`, or NO_GATE; LATCH a
+    row of `latch`.
     The neurons or heads of an entry ascend, each at most once.
     """
 

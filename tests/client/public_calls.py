@@ -49,6 +49,7 @@ _REQUIRED: dict[str, Arguments] = {
     "replace": {"direction": "v"},
     "rotate_towards": {"direction": "v", "radians": 1.0},
     "low_rank": {"rotation": [[1.0]], "weight": [[1.0]], "bias": [1.0]},
+    "affine": {"matrix": [[1.0]], "bias": [1.0]},
     "set_neurons": {"neurons": [1], "values": 1.0},
     "scale_neurons": {"neurons": [1], "values": 1.0},
     "add_neurons": {"neurons": [1], "values": 1.0},

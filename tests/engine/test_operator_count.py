@@ -11,6 +11,7 @@ from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Request, StopParams
 from patchclamp_server.interventions.bind import bind
+from patchclamp_server.interventions.kinds.affine import Affine
 from patchclamp_server.interventions.program import (
     AddVector,
     Comparison,
@@ -63,6 +64,7 @@ def edits(seed: int) -> list[Edit]:
         (ReplaceVector(vector(seed + 2)), Site.MLP_OUT),
         (RotateTowards(vector(seed + 3), 0.1 + 0.01 * seed), Site.RESID_MID),
         (LowRank(matrices[0], matrices[1], torch.zeros(rank)), Site.ATTN_OUT),
+        (Affine(left=matrices[0].T, right=matrices[1].T), Site.ATTN_OUT),
         (NeuronEdit(neurons, op=NeuronOp.SET, values=(0.1 * seed,)), Site.MLP_POST),
         (HeadEdit((seed % info.n_heads,), scale=0.5), Site.ATTN_Z),
     ]

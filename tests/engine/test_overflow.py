@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_runs import Outcome, loaded
@@ -23,7 +24,9 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Capture, Captured, Event, Pooling, Request, StopParams
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
 from patchclamp_server.interventions.bind import bind
-from patchclamp_server.interventions.observers import ProjectionOperator
+from patchclamp_server.interventions.bound import BoundProgram, BoundReadout
+from patchclamp_server.interventions.plan import ProgramSpan
+from patchclamp_server.interventions.planner import Planner
 from patchclamp_server.interventions.program import (
     AddVector,
     Comparison,
@@ -34,9 +37,14 @@ from patchclamp_server.interventions.program import (
     ProjectionReadout,
     Readout,
     RotateTowards,
+    Scope,
     SetProjection,
     Vector,
 )
+from patchclamp_server.interventions.scopes import SequenceTokens
+from patchclamp_server.interventions.setting import Setting
+from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.weights import decoder_from_transformers
@@ -185,14 +193,20 @@ def test_logits_that_overflow_are_told_as_such(score: bool) -> None:
 
 
 def test_a_projection_in_bfloat16_is_not_rounded_to_eight_bits() -> None:
+    """h is exact in bfloat16; the sum over its channels would not be."""
     generator = torch.Generator().manual_seed(0)
     h, v = (torch.randn(1, 4096, generator=generator).bfloat16() for _ in range(2))
-    one = torch.zeros(1, dtype=torch.int64)
-    reading = ProjectionOperator.__new__(ProjectionOperator)
-    ProjectionOperator.__init__(reading, 0, one, [object()], one, v.float()[None])  # type: ignore[list-item]
-    found = reading.read(h)[0]
-    assert float(found) == pytest.approx(float(h.double() @ v.double().T), rel=1e-4)
-    assert math.isfinite(float(found))
+    readout = BoundReadout("p", ProjectionReadout, Site.RESID_POST, (0,), Scope(), {0: v.float()}, ids=(), k=0)
+    program = BoundProgram(Program(), "", (), (readout,), ())
+    tables = Tables(torch.bfloat16, torch.device("cpu"))
+    setting = Setting(tables, 1, 1, {Site.RESID_POST: 4096}, torch.device("cpu"), lambda x: x)
+    state = ProgramState(0, program, SequenceTokens(1, None), tables.load(program))
+    plan = Planner(setting).plan([ProgramSpan(state, 0, 1, np.zeros(1, dtype=np.int64), 1)])
+    plan.begin(torch.ones(1, dtype=torch.int64))
+    plan.visit(Site.RESID_POST, 0, h)
+    [(_, found)] = plan.finish().readouts
+    assert found.values[0] == pytest.approx(float(h.double() @ v.double().T), rel=1e-4)
+    assert math.isfinite(found.values[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

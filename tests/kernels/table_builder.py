@@ -56,6 +56,18 @@ class Program:
         ]
         return self._units(EntryKind.LOW_RANK, units, strength, **how)
 
+    def affine(self, matrix: Tensor, bias: Tensor, strength: float = 1.0, **how: object) -> int:
+        units = [
+            ([i, self.builder.store(a)], [0.0, float(b), 0.0, 0.0])
+            for i, (a, b) in enumerate(zip(matrix, bias, strict=True))
+        ]
+        return self._units(EntryKind.AFFINE, units, strength, **how)
+
+    def affine_low_rank(self, left: Tensor, right: Tensor, bias: Tensor, strength: float = 1.0, **how: object) -> int:
+        columns = [*zip(left.T, right.T, [0.0] * left.shape[1], strict=True), (bias, torch.zeros_like(bias), 1.0)]
+        units = [([self.builder.store(u), self.builder.store(v)], [0.0, b, 0.0, 0.0]) for u, v, b in columns]
+        return self._units(EntryKind.AFFINE_LOW_RANK, units, strength, **how)
+
     def neurons(
         self,
         neurons: Sequence[int],

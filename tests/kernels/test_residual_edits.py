@@ -126,6 +126,12 @@ VECTOR_EDITS: dict[str, Callable[..., int]] = {
         randn(3, d, seed=7) / d**0.5, randn(3, d, seed=8) / d**0.5, randn(3, seed=9), **how
     ),
 }
+VECTOR_EDITS |= {
+    "affine": lambda p, d, **how: p.affine(randn(d, d, seed=11) / d**0.5, randn(d, seed=12), **how),
+    "affine_low_rank": lambda p, d, **how: p.affine_low_rank(
+        randn(d, 3, seed=13) / d**0.5, randn(d, 3, seed=14), randn(d, seed=15), **how
+    ),
+}
 UNIT_EDITS: dict[str, Callable[..., int]] = {
     "neurons": lambda p, d, **how: p.neurons([0, 3, 7, d - 1], factor=-2.0, offset=0.5, low=-1.0, high=1.5, **how),
     "heads": lambda p, d, **how: p.heads([0, 3], randn(2, head_dim(d), seed=10), factor=0.5, **how),
@@ -150,6 +156,7 @@ def test_the_definition_is_what_the_contract_says(kind: str, preserve_norm: bool
     import oracle_formulas
 
     from patchclamp_server.interventions import program as messages
+    from patchclamp_server.interventions.kinds.affine import Affine
 
     d = 12
     h, v, u = randn(d).double(), randn(d, seed=5), unit(d)
@@ -162,6 +169,10 @@ def test_the_definition_is_what_the_contract_says(kind: str, preserve_norm: bool
         "replace": messages.ReplaceVector(messages.Vector(values=randn(d, seed=6))),
         "rotate": messages.RotateTowards(along, 0.4),
         "low_rank": messages.LowRank(*low_rank),
+        "affine": Affine(randn(d, d, seed=11) / d**0.5, bias=randn(d, seed=12)),
+        "affine_low_rank": Affine(
+            left=randn(d, 3, seed=13) / d**0.5, right=randn(d, 3, seed=14), bias=randn(d, seed=15)
+        ),
     }[kind]
     edit = messages.Edit(kind=message, site=messages.Site.RESID_POST, layers=(0,), preserve_norm=preserve_norm)
     want = oracle_formulas.edited(edit, strength, h, (0,), 0, {}, 4)

@@ -89,6 +89,8 @@ EDITS = [
     edit("SITE_MLP_OUT", replace={"vector": vector()}),
     edit("SITE_RESID_POST", rotate_towards={"vector": vector(), "radians": 0.3}),
     edit("SITE_RESID_POST", low_rank={"rotation": tensor(2, WIDTH), "weight": tensor(2, WIDTH), "bias": tensor(2)}),
+    edit("SITE_RESID_POST", affine={"matrix": tensor(WIDTH, WIDTH), "bias": tensor(WIDTH)}),
+    edit("SITE_RESID_MID", affine={"left": tensor(WIDTH, 2), "right": tensor(WIDTH, 2)}),
     edit("SITE_MLP_POST", neurons={"neurons": [1, 2], "set": {"values": [0.5, 1.0]}}),
     edit("SITE_MLP_POST", neurons={"neurons": [3], "clamp": {"min": -1.0, "max": 1.0}}),
     program_pb2.Edit(site="SITE_MLP_POST", neurons={"neuron_set": "neurons", "scale": {"values": [0.5]}}),

@@ -20,6 +20,8 @@ ROTATE = tl.constexpr(EntryKind.ROTATE.value)
 LOW_RANK = tl.constexpr(EntryKind.LOW_RANK.value)
 NEURONS = tl.constexpr(EntryKind.NEURONS.value)
 HEADS = tl.constexpr(EntryKind.HEADS.value)
+AFFINE = tl.constexpr(EntryKind.AFFINE.value)
+AFFINE_LOW_RANK = tl.constexpr(EntryKind.AFFINE_LOW_RANK.value)
 CONDITION = tl.constexpr(EntryKind.CONDITION.value)
 PROJECTION = tl.constexpr(EntryKind.PROJECTION.value)
 NEURON_VALUES = tl.constexpr(EntryKind.NEURON_VALUES.value)
@@ -175,6 +177,10 @@ def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: 
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
         elif kind == LOW_RANK:
             target = _low_rank(h, lane, row, first, count, D)
+        elif kind == AFFINE:
+            target = _affine(h, lane, row, first, count, D)
+        elif kind == AFFINE_LOW_RANK:
+            target = _affine_low_rank(h, lane, row, first, count, D)
         else:
             if HEAD_DIM > 0:
                 target = _heads(h, lane, row, first, count, D, HEAD_DIM)
@@ -232,6 +238,32 @@ def _low_rank(h, lane, row, first, count, D: tl.constexpr):
         inner = tl.sum(h * w, axis=0) + tl.load(row.unit_numbers + rank * 4 + OFFSET)
         r = _vector(row.bank, tl.load(row.unit_ints + rank * 2 + UNIT), lane, D)
         target += (inner - tl.sum(h * r, axis=0)) * r
+        rank += 1
+    return target
+
+
+@triton.jit
+def _affine(h, lane, row, first, count, D: tl.constexpr):
+    """A h + b, a channel at a time: the whole matrix is read for every row."""
+    target = h
+    unit = first
+    while unit < first + count:
+        a = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
+        value = tl.sum(h * a, axis=0) + tl.load(row.unit_numbers + unit * 4 + OFFSET)
+        target = tl.where(lane == tl.load(row.unit_ints + unit * 2 + UNIT), value, target)
+        unit += 1
+    return target
+
+
+@triton.jit
+def _affine_low_rank(h, lane, row, first, count, D: tl.constexpr):
+    """Σ_r R_r (W_r·h + b_r), a rank at a time."""
+    target = tl.zeros_like(h)
+    rank = first
+    while rank < first + count:
+        w = _vector(row.bank, tl.load(row.unit_ints + rank * 2 + OTHER), lane, D)
+        inner = tl.sum(h * w, axis=0) + tl.load(row.unit_numbers + rank * 4 + OFFSET)
+        target += inner * _vector(row.bank, tl.load(row.unit_ints + rank * 2 + UNIT), lane, D)
         rank += 1
     return target
 

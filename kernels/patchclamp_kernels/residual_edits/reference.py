@@ -229,6 +229,14 @@ class _Row:
                 ints, numbers = self.units(entry)
                 r, w = self.vector(ints[:, UNIT]), self.vector(ints[:, OTHER])
                 return h + r.T @ (w @ h + numbers[:, OFFSET] - r @ h)
+            case EntryKind.AFFINE:
+                ints, numbers = self.units(entry)
+                target = h.clone()
+                target[ints[:, UNIT]] = self.vector(ints[:, OTHER]) @ h + numbers[:, OFFSET]
+                return target
+            case EntryKind.AFFINE_LOW_RANK:
+                ints, numbers = self.units(entry)
+                return self.vector(ints[:, UNIT]).T @ (self.vector(ints[:, OTHER]) @ h + numbers[:, OFFSET])
             case EntryKind.NEURONS:
                 ints, numbers = self.units(entry)
                 target, neurons = h.clone(), ints[:, UNIT]

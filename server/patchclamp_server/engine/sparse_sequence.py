@@ -6,7 +6,8 @@ import torch
 
 from patchclamp_server.engine.quality_guard import GuardState
 from patchclamp_server.engine.request import SparseInference, SparsityReport
-from patchclamp_server.interventions.bound import BoundProgram, Kind
+from patchclamp_server.interventions.bound import BoundProgram
+from patchclamp_server.interventions.columns import EntryKind
 from patchclamp_server.interventions.program import NeuronReadout
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.apply import NO_NEURONS, Forced, Rows, forced_neurons
@@ -117,7 +118,7 @@ def forced_by(program: BoundProgram) -> Forced:
         if edit.site is not Site.MLP_POST:
             continue
         for layer in edit.layers:
-            if edit.kind is Kind.NEURONS:
+            if edit.kind is EntryKind.NEURONS:
                 named.setdefault(layer, []).append(edit.payload[layer][0].tolist())
             else:
                 every.add(layer)

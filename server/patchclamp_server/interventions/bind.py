@@ -4,9 +4,7 @@ The result is what the engine compiles into a step. Errors carry the field path 
 """
 
 import hashlib
-import math
 
-import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.types import ArtifactKind
@@ -17,41 +15,13 @@ from patchclamp_server.interventions.bound import (
     BoundEdit,
     BoundProgram,
     BoundReadout,
-    Kind,
 )
-from patchclamp_server.interventions.program import (
-    AddVector,
-    CapProjection,
-    Comparison,
-    Condition,
-    Edit,
-    HeadEdit,
-    HeadReadout,
-    LogitLensReadout,
-    LowRank,
-    NeuronEdit,
-    NeuronReadout,
-    Program,
-    ProjectionReadout,
-    ProjectOut,
-    Readout,
-    ReplaceVector,
-    RotateTowards,
-    Scope,
-    SetProjection,
-    TopNeuronsReadout,
-)
-from patchclamp_server.interventions.resolver import (
-    ArtifactLookup,
-    Resolver,
-    check_finite,
-    check_indices,
-    check_top_k,
-    checked_bounds,
-)
+from patchclamp_server.interventions.kinds import EDIT_OF, READOUT_OF
+from patchclamp_server.interventions.kinds.spec import Where
+from patchclamp_server.interventions.program import Comparison, Condition, Edit, Program, Readout, Scope
+from patchclamp_server.interventions.resolver import ArtifactLookup, Resolver, check_finite
 from patchclamp_server.interventions.scopes import check_scope
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.model.sites import RESIDUAL_SITES, Site
 
 MAX_EDITS = 256
 MAX_READOUTS = 64
@@ -122,54 +92,12 @@ class _Binder:
         self.scope(edit.scope, f"{path}.scope")
         check_finite(edit.strength, f"{path}.strength")
         layers = self.edit_layers(edit, path)
-        site, bounds = edit.site, (-math.inf, math.inf)
-        match edit.kind:
-            case AddVector(vector) | ReplaceVector(vector):
-                kind = Kind.ADD if isinstance(edit.kind, AddVector) else Kind.REPLACE
-                field = "add" if kind is Kind.ADD else "replace"
-                payload = self.resolver.vectors(
-                    vector, edit.site, layers, width, f"{path}.{field}.vector", unit=vector.unit
-                )
-            case ProjectOut(vector):
-                kind, bounds = Kind.PROJECT, (0.0, 0.0)
-                payload = self.resolver.vectors(
-                    vector, edit.site, layers, width, f"{path}.project_out.vector", unit=True
-                )
-            case SetProjection(vector, target):
-                kind, bounds = Kind.PROJECT, (target, target)
-                check_finite(target, f"{path}.set_projection.target")
-                payload = self.resolver.vectors(
-                    vector, edit.site, layers, width, f"{path}.set_projection.vector", unit=True
-                )
-            case CapProjection(vector, low, high):
-                kind, bounds = Kind.PROJECT, checked_bounds(low, high, f"{path}.cap_projection")
-                payload = self.resolver.vectors(
-                    vector, edit.site, layers, width, f"{path}.cap_projection.vector", unit=True
-                )
-            case RotateTowards(vector, radians):
-                if not 0.0 <= radians <= math.pi:
-                    raise InvalidArgument(f"{path}.rotate_towards.radians", f"must be in [0, pi], got {radians}")
-                kind, bounds = Kind.ROTATE, (radians, 0.0)
-                payload = self.resolver.vectors(
-                    vector, edit.site, layers, width, f"{path}.rotate_towards.vector", unit=True
-                )
-            case LowRank():
-                kind = Kind.LOW_RANK
-                payload = dict.fromkeys(layers, self.resolver.low_rank(edit.kind, width, f"{path}.low_rank"))
-            case NeuronEdit():
-                kind = Kind.NEURONS
-                if edit.site is not Site.MLP_POST:
-                    raise InvalidArgument(f"{path}.site", f"neurons are edited at mlp_post, not {edit.site.value}")
-                payload = self.resolver.neurons(edit.kind, layers, width, f"{path}.neurons")
-            case HeadEdit():
-                kind = Kind.HEADS
-                if edit.site is not Site.ATTN_Z:
-                    raise InvalidArgument(f"{path}.site", f"heads are edited at attn_z, not {edit.site.value}")
-                payload = self.resolver.heads(edit.kind, layers, f"{path}.heads")
-                if edit.kind.uniform:
-                    site = Site.ATTN_Q
-        if edit.preserve_norm and kind in (Kind.NEURONS, Kind.HEADS):
-            raise InvalidArgument(f"{path}.preserve_norm", f"is for vector edits, not {kind.value}")
+        spec = EDIT_OF[type(edit.kind)]
+        numbers = spec.bind(edit.kind, Where(self.resolver, edit.site, layers, width, path, f"{path}.{spec.name}"))
+        kind, payload, bounds = numbers.table.entry, numbers.payload, numbers.bounds
+        site = edit.site if numbers.site is None else numbers.site
+        if edit.preserve_norm and not numbers.table.whole_rows:
+            raise InvalidArgument(f"{path}.preserve_norm", f"is for vector edits, not {spec.name}")
         gate, latched = None, False
         if edit.gate is not None:
             gate, latched = self.condition(edit.gate.condition, f"{path}.gate.condition"), edit.gate.latched
@@ -180,7 +108,7 @@ class _Binder:
                     f"{gate.site.value} of layer {gate.layer} does not come before the edited {site.value} "
                     f"of layer {first[0]}",
                 )
-        digest = hashlib.sha256(repr((kind, site, layers, edit.preserve_norm, bounds, latched)).encode())
+        digest = hashlib.sha256(repr((kind.name, site, layers, edit.preserve_norm, bounds, latched)).encode())
         for layer in layers:
             for tensor in payload[layer]:
                 digest.update(_bytes(tensor))
@@ -205,38 +133,12 @@ class _Binder:
         width = self.resolver.width(readout.site, path)
         self.scope(readout.scope, f"{path}.scope")
         layers = self.resolver.layers(readout.layers, readout.all_layers, path)
-        vectors: dict[int, Tensor] = {}
-        ids: tuple[int, ...] = ()
-        heads: dict[int, tuple[int, ...]] = {}
-        k = 0
-        match readout.kind:
-            case ProjectionReadout(given):
-                if not given:
-                    raise InvalidArgument(f"{path}.projection.vectors", "at least one vector is needed")
-                each = [
-                    self.resolver.vectors(v, readout.site, layers, width, f"{path}.projection.vectors[{i}]", unit=True)
-                    for i, v in enumerate(given)
-                ]
-                vectors = {layer: torch.stack([payload[layer][0] for payload in each]) for layer in layers}
-            case NeuronReadout(ids):
-                self.neuron_site(readout.site, f"{path}.site")
-                check_indices(ids, width, f"{path}.neurons.neurons", "neuron")
-            case TopNeuronsReadout(k):
-                self.neuron_site(readout.site, f"{path}.site")
-                check_top_k(k, width, f"{path}.top_neurons.k")
-            case LogitLensReadout(k):
-                if readout.site not in RESIDUAL_SITES:
-                    raise InvalidArgument(
-                        f"{path}.site", f"the logit lens reads a residual site, not {readout.site.value}"
-                    )
-                check_top_k(k, self.info.vocab_size, f"{path}.logit_lens.k")
-            case HeadReadout(named):
-                if readout.site is not Site.ATTN_Z:
-                    raise InvalidArgument(f"{path}.site", f"heads are read at attn_z, not {readout.site.value}")
-                check_indices(named, self.info.n_heads, f"{path}.heads.heads", "head")
-                heads = dict.fromkeys(layers, named or tuple(range(self.info.n_heads)))
+        spec = READOUT_OF[type(readout.kind)]
+        own = spec.bind(readout.kind, Where(self.resolver, readout.site, layers, width, path, f"{path}.{spec.name}"))
         name = readout.name or str(index)
-        return BoundReadout(name, type(readout.kind), readout.site, layers, readout.scope, vectors, ids, k, heads)
+        return BoundReadout(
+            name, spec.kind, readout.site, layers, readout.scope, own.vectors, own.ids, own.k, own.heads
+        )
 
     def condition(self, condition: Condition, path: str) -> BoundCondition:
         width = self.resolver.width(condition.site, path)
@@ -265,20 +167,14 @@ class _Binder:
             condition.stored_threshold, condition.vector, condition.site, condition.layer, path
         )
 
-    def neuron_site(self, site: Site, path: str) -> None:
-        if site is not Site.MLP_POST:
-            raise InvalidArgument(path, f"neurons are read at mlp_post, not {site.value}")
-
     def scope(self, scope: Scope, path: str) -> None:
         check_scope(scope, path, vocab_size=self.info.vocab_size, has_roles=self.has_roles)
 
     def edit_layers(self, edit: Edit, path: str) -> tuple[int, ...]:
         """Layers of the edit: those named, or those of its neuron set."""
-        names_own = isinstance(edit.kind, NeuronEdit) and edit.kind.neuron_set is not None
-        if names_own and not edit.layers and not edit.all_layers:
-            assert isinstance(edit.kind, NeuronEdit)
-            artifact = self.resolver.artifact(
-                edit.kind.neuron_set or "", ArtifactKind.NEURON_SET, f"{path}.neurons.neuron_set"
-            )
+        spec = EDIT_OF[type(edit.kind)]
+        ref = spec.layers_from(edit.kind)
+        if ref is not None and not edit.layers and not edit.all_layers:
+            artifact = self.resolver.artifact(ref, ArtifactKind.NEURON_SET, f"{path}.{spec.name}.neuron_set")
             return self.resolver.layers(artifact.info.layers, False, path)
         return self.resolver.layers(edit.layers, edit.all_layers, path)

@@ -1,25 +1,13 @@
 """A program after every check: artifacts resolved, numbers finite, sites and layers known."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 
 from torch import Tensor
 
-from patchclamp_server.interventions.program import HeadReadout, Program, Scope
+from patchclamp_server.interventions.columns import EntryKind
+from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope
 from patchclamp_server.model.sites import Site
-
-
-class Kind(Enum):
-    """Kinds of edit that one group of operators applies."""
-
-    ADD = "add"
-    PROJECT = "project"
-    REPLACE = "replace"
-    ROTATE = "rotate"
-    LOW_RANK = "low_rank"
-    NEURONS = "neurons"
-    HEADS = "heads"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +24,11 @@ class BoundCondition:
 
 @dataclass(frozen=True, eq=False)
 class BoundEdit:
-    """An edit with its numbers. `payload[layer]` by kind:
-
-    ADD, REPLACE (v [width],); PROJECT, ROTATE (unit v [width],); LOW_RANK (R, W [rank, width], b [rank]);
-    NEURONS (index, factor, offset, low, high, each [n]): t(a) = clip(factor a + offset, low, high);
-    HEADS (index, factor [n], offset [n, head_dim]): t(z) = factor z + offset, of the queries where `site` is ATTN_Q.
-    `bounds` is (low, high) of a PROJECT, and (radians, 0) of a ROTATE.
-    """
+    """An edit with its numbers: `payload[layer]` is what the table of its kind in kinds/ writes, and `bounds` are the
+    columns LOW and HIGH of its entries."""
 
     name: str
-    kind: Kind
+    kind: EntryKind
     site: Site
     layers: tuple[int, ...]
     payload: dict[int, tuple[Tensor, ...]]
@@ -65,7 +48,7 @@ class BoundReadout:
     others."""
 
     name: str
-    kind: type
+    kind: type[ReadoutKind]
     site: Site
     layers: tuple[int, ...]
     scope: Scope

@@ -1,191 +1,244 @@
-"""Writes a program down as entries and units of patchclamp_kernels.program_table, at given strengths."""
+"""Writes a program down as entries and units of the tables (columns.py). All but the strengths of its edits is written
+once, when its request is admitted."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
-from patchclamp_kernels.program_table import (
-    FACTOR,
+from patchclamp_server.interventions.bound import BoundCondition, BoundReadout
+from patchclamp_server.interventions.columns import (
+    FLOAT_COLUMNS,
+    INT_COLUMNS,
+    ITEM,
+    KIND,
     NO_GATE,
-    OFFSET,
-    OTHER,
-    UNIT,
-    UNIT_HIGH,
-    UNIT_LOW,
+    PLACE,
+    STRENGTH,
     EntryFlag,
     EntryKind,
 )
-from patchclamp_server.interventions.bound import BoundCondition, BoundEdit, Kind
-from patchclamp_server.interventions.layout import ProgramLayout, distinct
-from patchclamp_server.interventions.program import NeuronReadout
-from patchclamp_server.interventions.state import ProgramState
-from patchclamp_server.interventions.tables import EditRows, FloatArray, LoadedProgram
-from patchclamp_server.model.sites import place_number
+from patchclamp_server.interventions.kinds import EDIT_TABLES, READOUT_TABLES
+from patchclamp_server.interventions.kinds.kind import UnitColumns, Written
+from patchclamp_server.interventions.layout import ProgramLayout
+from patchclamp_server.interventions.scopes import FloatArray, Int32Array
+from patchclamp_server.interventions.stages import stages
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import FORWARD_ORDER, Site, place_number
 
-_KINDS = {
-    Kind.ADD: EntryKind.ADD,
-    Kind.PROJECT: EntryKind.PROJECT,
-    Kind.REPLACE: EntryKind.REPLACE,
-    Kind.ROTATE: EntryKind.ROTATE,
-    Kind.LOW_RANK: EntryKind.LOW_RANK,
-    Kind.NEURONS: EntryKind.NEURONS,
-    Kind.HEADS: EntryKind.HEADS,
-}
+# The edits of a place come first, stage after stage (a program has at most 256), and then what looks at it.
+_AFTER_EDITS = 511
+# What the activation kernel does by itself; anything else at the neurons is done on whole rows.
+_ACTIVATION_KINDS = (EntryKind.NEURONS, EntryKind.NEURON_VALUES)
 NO_FLAGS = EntryFlag(0)
+_Row = tuple[tuple[int, ...], tuple[float, ...]]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One row of ProgramTable.ints and .floats, by column."""
+@dataclass(frozen=True, eq=False)
+class Launches:
+    """What entries make a step launch: whether there are any at the queries, at the heads, at the neurons, and any at
+    the neurons that need whole rows; and the most of them at the neurons of a layer."""
 
-    kind: EntryKind
-    item: int
-    first: int
-    flags: EntryFlag = NO_FLAGS
-    count: int = 0
-    gate: int = NO_GATE
-    latch: int = 0
-    column: int = 0
-    strength: float = 0.0
-    low: float = 0.0
-    high: float = 0.0
+    attn_q: bool = False
+    attn_z: bool = False
+    neurons: bool = False
+    neuron_rows: bool = False
+    most_neuron_entries: int = 0
 
-    @property
-    def ints(self) -> tuple[int, ...]:
-        return (self.kind, self.item, self.flags, self.first, self.count, self.gate, self.latch, self.column)
+    def __or__(self, other: "Launches") -> "Launches":
+        return Launches(
+            self.attn_q or other.attn_q,
+            self.attn_z or other.attn_z,
+            self.neurons or other.neurons,
+            self.neuron_rows or other.neuron_rows,
+            max(self.most_neuron_entries, other.most_neuron_entries),
+        )
 
-    @property
-    def floats(self) -> tuple[float, ...]:
-        return (self.strength, self.low, self.high, 0.0)
+
+@dataclass(frozen=True, eq=False)
+class ProgramEntries:
+    """Rows of the tables, sorted by place; the first `n_kernel` are those that kernels run."""
+
+    ints: Int32Array  # [n, INT_COLUMNS]
+    floats: FloatArray  # float32 [n, FLOAT_COLUMNS], with no strengths of edits yet
+    n_kernel: int
+    edits: IntArray  # which of the rows are edits
+
+    @cached_property
+    def launches(self) -> Launches:
+        kinds, places = self.ints[: self.n_kernel, KIND], self.ints[: self.n_kernel, PLACE]
+        site = places % len(FORWARD_ORDER)
+        neurons = site == Site.MLP_POST.order
+        return Launches(
+            attn_q=bool((site == Site.ATTN_Q.order).any()),
+            attn_z=bool((site == Site.ATTN_Z.order).any()),
+            neurons=bool(neurons.any()),
+            neuron_rows=not np.isin(kinds[neurons], _ACTIVATION_KINDS).all(),
+            most_neuron_entries=int(np.bincount(places[neurons]).max(initial=0)),
+        )
+
+    def floats_at(self, strengths: FloatArray) -> FloatArray:
+        """`floats` at the given strengths [n_edits]."""
+        floats = self.floats.copy()
+        floats[self.edits, STRENGTH] = strengths[self.ints[self.edits, ITEM]]
+        return floats
 
 
 @dataclass(eq=False)
-class Units:
-    """Units of all edits and readouts of a program, in one run of rows."""
+class _Numbers:
+    """What one edit, condition or readout has at a layer: n vectors of a width, from `start` on, and units."""
 
-    ints: list[np.ndarray] = field(default_factory=list)  # [n, 2] each
-    numbers: list[FloatArray] = field(default_factory=list)  # [n, 4] each
+    written: Written
+    width: int = 0
+    start: int = 0
     n: int = 0
-    # First row, in the run, of ("edit" or "readout", index, layer).
-    first: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    first_unit: int = 0
+    units: UnitColumns | None = None
 
-    def add(self, key: tuple[str, int, int], ints: dict[int, np.ndarray], numbers: dict[int, FloatArray]) -> None:
-        """Columns by number; those not given are 0. Rows ascend by the UNIT column, but for low rank."""
-        n = len(ints[UNIT])
-        whole, parts = np.zeros((n, 2), dtype=np.int32), np.zeros((n, 4), dtype=np.float32)
-        for column, values in ints.items():
-            whole[:, column] = values
-        for column, values in numbers.items():
-            parts[:, column] = values
-        self.first[key] = self.n
-        self.ints.append(whole)
-        self.numbers.append(parts)
-        self.n += n
+    def spots(self, rows: IntArray, first_unit: int) -> list[tuple[int, int]]:
+        """FIRST and COUNT of its entries: one for all units, or one for each vector, or one that needs neither."""
+        if self.units is not None:
+            return [(first_unit + self.first_unit, len(self.units))]
+        return [(row, 0) for row in rows.tolist()] or [(0, self.written.count)]
 
 
-def program_units(layout: ProgramLayout, loaded: LoadedProgram) -> Units:
-    units = Units()
-    for i, edit in enumerate(layout.bound.edits):
-        for layer in edit.layers:
-            _edit_units(units, ("edit", i, layer), edit.kind, loaded.edits[i][layer])
-    for i, readout in enumerate(layout.readouts):
-        if readout.kind is NeuronReadout:
-            for layer in readout.layers:
-                units.add(("readout", i, layer), {UNIT: np.array(distinct(readout))}, {})
-    return units
+class ProgramWriter:
+    """Collects the numbers of a program, and writes its entries when it is known where they went."""
 
+    def __init__(self, layout: ProgramLayout) -> None:
+        self.layout = layout
+        self.vectors: dict[int, list[Tensor]] = defaultdict(list)
+        self.n_units = 0
+        self._n_vectors: dict[int, int] = defaultdict(int)
+        self._rows: dict[int, IntArray] = {}
+        bound = layout.bound
+        self._edits = [
+            [self._add(EDIT_TABLES[edit.kind].write(edit.payload[layer])) for layer in edit.layers]
+            for edit in bound.edits
+        ]
+        gates = [gate for edit in bound.edits if (gate := edit.gate) is not None]
+        self._gates = [self._add(Written(gate.unit[None])) for gate in gates]
+        self._aborts = [self._add(Written(abort.condition.unit[None])) for abort in bound.aborts]
+        self._readouts = [
+            [self._add(READOUT_TABLES[readout.kind].write(readout, layer)) for layer in readout.layers]
+            for readout in layout.items_read
+        ]
 
-def _edit_units(units: Units, key: tuple[str, int, int], kind: Kind, given: EditRows) -> None:
-    if kind is Kind.NEURONS:
-        order = np.argsort(given.numbers[0])
-        index, factor, offset, low, high = (column[order] for column in given.numbers)
-        units.add(key, {UNIT: index}, {FACTOR: factor, OFFSET: offset, UNIT_LOW: low, UNIT_HIGH: high})
-    elif kind is Kind.HEADS:
-        order = np.argsort(given.numbers[0])
-        index, factor = (column[order] for column in given.numbers)
-        units.add(key, {UNIT: index, OTHER: given.rows[order]}, {FACTOR: factor})
-    elif kind is Kind.LOW_RANK:
-        rotation, weight = np.split(given.rows, 2)
-        units.add(key, {UNIT: rotation, OTHER: weight}, {OFFSET: given.numbers[0]})
+    def _add(self, written: Written) -> _Numbers:
+        if written.vectors is None:
+            return _Numbers(written)
+        n, width = written.vectors.shape
+        start = self._n_vectors[width]
+        self.vectors[width].append(written.vectors)
+        self._n_vectors[width] += n
+        return _Numbers(written, width, start, n)
 
+    def place(self, held: dict[int, list[int]]) -> None:
+        """Its vectors are at the rows `held` of the bank of each width: units, which name them, are known now."""
+        self._rows = {width: np.array(rows, dtype=np.int64) for width, rows in held.items()}
+        for numbers in self._with_units():
+            assert numbers.written.units is not None
+            numbers.units = numbers.written.units(self._rows_of(numbers))
+            numbers.first_unit = self.n_units
+            self.n_units += len(numbers.units)
 
-def program_entries(
-    state: ProgramState, layout: ProgramLayout, units: Units, first_unit: int, strengths: Sequence[float]
-) -> list[tuple[int, Entry]]:
-    """(place, entry) of everything the kernels do for a program, in the order in which they do it."""
-    entries = [*_edits(state, layout, units, first_unit, strengths), *_conditions(state, layout)]
-    entries += _readouts(state, layout, units, first_unit)
-    # Edits of a place come before what looks at it; both keep the order of the program.
-    return sorted(entries, key=lambda pair: pair[0])
+    def _with_units(self) -> Iterator[_Numbers]:
+        return (numbers for own in (*self._edits, *self._readouts) for numbers in own if numbers.written.units)
 
+    def _rows_of(self, numbers: _Numbers) -> IntArray:
+        if not numbers.n:
+            return np.empty(0, dtype=np.int64)
+        rows: IntArray = self._rows[numbers.width][numbers.start : numbers.start + numbers.n]
+        return rows
 
-def _edits(
-    state: ProgramState, layout: ProgramLayout, units: Units, first_unit: int, strengths: Sequence[float]
-) -> Iterator[tuple[int, Entry]]:
-    for i, edit in enumerate(state.bound.edits):
-        for layer in edit.layers:
-            place = place_number(edit.site, layer)
+    def write_units(self, ints: Int32Array, floats: FloatArray) -> None:
+        """Fills [n_units, columns] of the tables of units."""
+        ints[:], floats[:] = 0, 0.0
+        for numbers in self._with_units():
+            assert numbers.units is not None
+            own = slice(numbers.first_unit, numbers.first_unit + len(numbers.units))
+            for column, whole in numbers.units.ints.items():
+                ints[own, column] = whole
+            for column, parts in numbers.units.numbers.items():
+                floats[own, column] = parts
+
+    def entries(self, first_unit: int, counters: list[int]) -> ProgramEntries:
+        """`first_unit`: where its units are. `counters`: row of the counts, and of the latch, of each edit."""
+        rows = [
+            *self._edit_rows(first_unit, counters),
+            *self._condition_rows(counters),
+            *self._readout_rows(first_unit),
+        ]
+        ints = np.array([whole for whole, _ in rows], dtype=np.int32).reshape(-1, INT_COLUMNS)
+        floats = np.array([parts for _, parts in rows], dtype=np.float32).reshape(-1, FLOAT_COLUMNS)
+        behind = ints[:, KIND] >= EntryKind.TOP_NEURONS
+        # Edits of a place come before what looks at it; both keep the order of the program.
+        order = np.lexsort((ints[:, PLACE], behind))
+        ints, floats = ints[order], floats[order]
+        return ProgramEntries(ints, floats, int((~behind).sum()), np.flatnonzero(ints[:, KIND] < EntryKind.CONDITION))
+
+    def _edit_rows(self, first_unit: int, counters: list[int]) -> Iterator[_Row]:
+        layout = self.layout
+        stage = stages(layout.bound.edits)
+        for i, edit in enumerate(layout.bound.edits):
             flags = EntryFlag.PRESERVE_NORM if edit.preserve_norm else NO_FLAGS
             if edit.latched:
                 flags |= EntryFlag.LATCHED
-            given = state.loaded.edits[i][layer]
-            unit = units.first.get(("edit", i, layer))
-            first, count = (int(given.rows[0]), 0) if unit is None else (first_unit + unit, _count(edit, given))
             gate = NO_GATE if edit.gate is None else layout.gated.index(i)
-            low, high = edit.bounds
-            latch = state.loaded.counters[i]
-            yield (
-                place,
-                Entry(_KINDS[edit.kind], i, first, flags, count, gate, latch, 0, strengths[i], low, high),
-            )
+            for layer, numbers in zip(edit.layers, self._edits[i], strict=True):
+                [(first, count)] = numbers.spots(self._rows_of(numbers), first_unit)
+                place = place_number(edit.site, layer)
+                group = group_number(place, stage[i][layer], edit.kind, preserve_norm=edit.preserve_norm)
+                whole = (edit.kind, i, flags, first, count, gate, counters[i], 0, place, group)
+                yield whole, (0.0, *edit.bounds, 0.0)
+
+    def _condition_rows(self, counters: list[int]) -> Iterator[_Row]:
+        layout = self.layout
+        for column, (i, numbers) in enumerate(zip(layout.gated, self._gates, strict=True)):
+            edit = layout.bound.edits[i]
+            assert edit.gate is not None
+            yield self._condition(edit.gate, numbers, layout.gate_item(i), column, counters[i], latched=edit.latched)
+        for i, (abort, numbers) in enumerate(zip(layout.bound.aborts, self._aborts, strict=True)):
+            item, column = layout.abort_item(i), layout.abort_column(i)
+            yield self._condition(abort.condition, numbers, item, column, 0, latched=False)
+
+    def _condition(
+        self, condition: BoundCondition, numbers: _Numbers, item: int, column: int, latch: int, *, latched: bool
+    ) -> _Row:
+        flags = EntryFlag.COSINE if condition.cosine else NO_FLAGS
+        if latched:
+            flags |= EntryFlag.LATCHED
+        place = place_number(condition.site, condition.layer)
+        group = group_number(place, _AFTER_EDITS, EntryKind.CONDITION)
+        [vector] = self._rows_of(numbers).tolist()
+        whole = (EntryKind.CONDITION, item, flags, vector, 0, NO_GATE, latch, column, place, group)
+        return whole, (condition.sign, condition.threshold, 0.0, 0.0)
+
+    def _readout_rows(self, first_unit: int) -> Iterator[_Row]:
+        layout = self.layout
+        for i, (readout, own) in enumerate(zip(layout.items_read, self._readouts, strict=True)):
+            item, kind = layout.readout_item(i), READOUT_TABLES[readout.kind].entry
+            for layer, numbers in zip(readout.layers, own, strict=True):
+                place, column = place_number(readout.site, layer), _first_column(layout, i, readout, layer)
+                group = group_number(place, _AFTER_EDITS, kind)
+                for j, (first, count) in enumerate(numbers.spots(self._rows_of(numbers), first_unit)):
+                    yield (kind, item, 0, first, count, NO_GATE, 0, column + j, place, group), (0.0,) * FLOAT_COLUMNS
 
 
-def _count(edit: BoundEdit, given: EditRows) -> int:
-    return len(given.rows) // 2 if edit.kind is Kind.LOW_RANK else len(given.numbers[0])
+def _first_column(layout: ProgramLayout, i: int, readout: BoundReadout, layer: int) -> int:
+    return layout.reading_columns[i, layer][0] if READOUT_TABLES[readout.kind].entry.in_kernels else 0
 
 
-def _conditions(state: ProgramState, layout: ProgramLayout) -> Iterator[tuple[int, Entry]]:
-    loaded = state.loaded
-    for column, i in enumerate(layout.gated):
-        edit = state.bound.edits[i]
-        assert edit.gate is not None
-        item = layout.gate_item(i)
-        yield _condition(edit.gate, item, loaded.gates[i], column, loaded.counters[i], edit.latched)
-    for i, abort in enumerate(state.bound.aborts):
-        column = layout.abort_column(i)
-        yield _condition(abort.condition, layout.abort_item(i), loaded.aborts[i], column, 0, latched=False)
+def group_number(place: int, stage: int, kind: EntryKind, *, preserve_norm: bool = False) -> int:
+    """Entries of a number run as one; those of a place run in the order of the numbers."""
+    return ((place * (_AFTER_EDITS + 1) + stage) * 64 + kind) * 2 + preserve_norm
 
 
-def _condition(
-    condition: BoundCondition, item: int, vector: int, column: int, latch: int, latched: bool
-) -> tuple[int, Entry]:
-    flags = EntryFlag.COSINE if condition.cosine else NO_FLAGS
-    if latched:
-        flags |= EntryFlag.LATCHED
-    entry = Entry(
-        EntryKind.CONDITION,
-        item,
-        vector,
-        flags,
-        latch=latch,
-        column=column,
-        strength=condition.sign,
-        low=condition.threshold,
-    )
-    return place_number(condition.site, condition.layer), entry
-
-
-def _readouts(state: ProgramState, layout: ProgramLayout, units: Units, first_unit: int) -> Iterator[tuple[int, Entry]]:
-    vectors = [v for r, v in zip(state.bound.readouts, state.loaded.readouts, strict=True) if r in layout.readouts]
-    for i, readout in enumerate(layout.readouts):
-        item = layout.readout_item(i)
-        for layer in readout.layers:
-            place = place_number(readout.site, layer)
-            column, n = layout.reading_columns[i, layer]
-            if readout.kind is NeuronReadout:
-                first = first_unit + units.first["readout", i, layer]
-                yield place, Entry(EntryKind.NEURON_VALUES, item, first, count=n, column=column)
-                continue
-            for j, row in enumerate(vectors[i][layer].tolist()):
-                yield place, Entry(EntryKind.PROJECTION, item, row, column=column + j)
+def place_of_group(group: int) -> tuple[int, EntryKind, EntryFlag]:
+    """Place, kind and flags that all entries of a group have."""
+    rest, preserve_norm = divmod(group, 2)
+    rest, kind = divmod(rest, 64)
+    return rest // (_AFTER_EDITS + 1), EntryKind(kind), EntryFlag.PRESERVE_NORM if preserve_norm else NO_FLAGS

@@ -10,13 +10,12 @@ from functools import cached_property
 import numpy as np
 
 from patchclamp_server.interventions.bound import BoundProgram, BoundReadout
-from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout, Scope
+from patchclamp_server.interventions.kinds import READOUT_TABLES
+from patchclamp_server.interventions.program import Scope
 from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask
 from patchclamp_server.model.arrays import IntArray
 
 WORD = 64
-# Readouts that kernels take as they pass. The others need whole rows, and are observers between the kernels.
-KERNEL_READOUTS = (ProjectionReadout, NeuronReadout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +24,12 @@ class ProgramLayout:
 
     @cached_property
     def scopes(self) -> tuple[Scope, ...]:
-        """By item: edits, then gates, aborts and kernel readouts."""
+        """By item: edits, then gates, aborts and readouts."""
         bound = self.bound
         gates = [bound.edits[i].gate for i in self.gated]
         scopes = [e.scope for e in bound.edits] + [g.scope for g in gates if g is not None]
         scopes += [a.condition.scope for a in bound.aborts]
-        return (*scopes, *(r.scope for r in self.readouts))
+        return (*scopes, *(r.scope for r in self.items_read))
 
     @cached_property
     def gated(self) -> tuple[int, ...]:
@@ -38,13 +37,14 @@ class ProgramLayout:
         return tuple(i for i, e in enumerate(self.bound.edits) if e.gate is not None)
 
     @cached_property
-    def readouts(self) -> tuple[BoundReadout, ...]:
-        return tuple(r for r in self.bound.readouts if r.kind in KERNEL_READOUTS)
+    def items_read(self) -> tuple[BoundReadout, ...]:
+        """Readouts of sites: those whose numbers kernels take as they pass, then those that need whole rows."""
+        return tuple(sorted(self.bound.site_readouts, key=lambda readout: not in_kernels(readout)))
 
-    @property
-    def observed(self) -> bool:
-        """Whether observers must look between the kernels."""
-        return len(self.readouts) < len(self.bound.site_readouts)
+    @cached_property
+    def readouts(self) -> tuple[BoundReadout, ...]:
+        """The first ones of `items_read`."""
+        return tuple(readout for readout in self.items_read if in_kernels(readout))
 
     @cached_property
     def n_columns(self) -> int:
@@ -61,7 +61,7 @@ class ProgramLayout:
         return len(self.gated) + abort
 
     def readout_item(self, readout: int) -> int:
-        """`readout` counts those of `readouts`."""
+        """`readout` counts those of `items_read`."""
         return len(self.bound.edits) + self.n_columns + readout
 
     @cached_property
@@ -71,7 +71,7 @@ class ProgramLayout:
         first = 0
         for i, readout in enumerate(self.readouts):
             for layer in readout.layers:
-                n = len(distinct(readout)) if readout.kind is NeuronReadout else len(readout.vectors[layer])
+                n = READOUT_TABLES[readout.kind].columns(readout, layer)
                 columns[i, layer] = (first, n)
                 first += n
         return columns
@@ -94,6 +94,5 @@ class ProgramLayout:
         return masks.view(np.int64)
 
 
-def distinct(readout: BoundReadout) -> list[int]:
-    """Neurons of a readout as the kernels want them: ascending, each once."""
-    return sorted(set(readout.ids))
+def in_kernels(readout: BoundReadout) -> bool:
+    return READOUT_TABLES[readout.kind].entry.in_kernels

@@ -1,82 +1,91 @@
-"""The compiled programs of one step: operators at sites, run by the decoder as it passes them."""
+"""The compiled programs of one step: rules at sites, run by the decoder as it passes them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.observers import AbortHit, AbortOperator, ReadoutOperator
-from patchclamp_server.interventions.operators import Operator, StepContext
-from patchclamp_server.interventions.pooling import RowSink
+from patchclamp_server.interventions.kinds.rankings import RankingRule
+from patchclamp_server.interventions.kinds.rules import Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
-from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.interventions.report import Report
+from patchclamp_server.interventions.rows import SpanRows
+from patchclamp_server.interventions.spans import AbortHit, CaptureSpan, Place, ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
-from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.sites import Site
 
-Place = tuple[Site, int]
+__all__ = ["AbortHit", "CaptureSpan", "Part", "Place", "ProgramSpan", "Ranking", "StepOutcome", "StepPlan"]
 
 
 @dataclass(frozen=True, eq=False)
-class CaptureSpan:
-    pool: RowSink
-    site: Site
+class Ranking:
+    """Whose are the pairs of a rule that ranks whole rows: span, place in it and name of the readout, pair by pair."""
 
-
-@dataclass(frozen=True, eq=False)
-class ProgramSpan:
-    """Rows [row, row + n) of the batch are tokens of one sequence from position `offset` on."""
-
-    state: ProgramState | None
-    row: int
-    offset: int
-    token_ids: IntArray  # [n]
-    prompt_length: int
-    capture: CaptureSpan | None = None
-
-    @property
-    def positions(self) -> IntArray:
-        return np.arange(self.offset, self.offset + len(self.token_ids), dtype=np.int64)
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + len(self.token_ids))
-
-    @property
-    def reusable(self) -> bool:
-        """Whether the next token of the sequence needs the same plan: a new generated token, settled scopes, and
-        nothing that is bound to its position, as captures and readouts at sites are."""
-        if self.capture is not None or len(self.token_ids) != 1 or self.offset < self.prompt_length:
-            return False
-        if self.state is None:
-            return True
-        bound = self.state.bound
-        return self.state.settled and self.offset >= self.state.counted and not (bound.site_readouts or bound.aborts)
+    layer: int
+    rule: RankingRule
+    asked: list[tuple[int, int, str]]
 
 
 @dataclass(eq=False)
-class StepOutcome:
-    aborts: list[AbortHit] = field(default_factory=list)
-    readouts: list[tuple[int, ReadoutValue]] = field(default_factory=list)
+class Part:
+    """What is compiled of some spans of a step. `rules`: what torch runs of them, at their places.
+
+    `by_kernels`: kernels run the rest, and write its conditions and readings.
+    """
+
+    spans: list[ProgramSpan]
+    rows: SpanRows
+    report: Report
+    by_kernels: bool
+    rules: dict[Place, list[Rule]] = field(default_factory=dict)
+    rankings: list[Ranking] = field(default_factory=list)
+    # Row of Tables.counts, and 0 or 1, of each pair of an edit and a row, in the order of execution.
+    counter: Tensor | None = None
+    counted: Tensor | None = None
+    # Of the step that runs.
+    context: StepContext | None = None
+
+    def begin(self, positions: Tensor, tables: Tables) -> None:
+        device, report = positions.device, self.report
+        opened = torch.zeros(len(report.condition_rows) * report.n_columns + 1, device=device)
+        opened[-1] = 1.0
+        readings = torch.zeros(len(report.reading_rows) * report.n_readings, device=device)
+        self.context = StepContext(positions, tables.latch, opened, readings, [], [], [])
+
+    def finish(self, tables: Tables, outcome: StepOutcome) -> None:
+        """Adds the step to the receipts, and brings what was read to the host."""
+        context, report, spans = self.context, self.report, self.spans
+        assert context is not None
+        if self.counter is not None and self.counted is not None:
+            opened = torch.cat(context.gates).double() * self.counted
+            norms = torch.cat(context.norms).double().clamp_min(torch.finfo(torch.float32).tiny)
+            change = torch.cat(context.delta_norms).double() / norms
+            tables.counts.index_add_(0, self.counter, torch.stack((opened, opened * change), dim=1))
+        if not self.by_kernels and report.asks_conditions:
+            held = context.opened[:-1].view(-1, report.n_columns).cpu().numpy()
+            report.own_aborts(outcome, spans, held)
+        if not self.by_kernels and report.asks_readings:
+            report.own_readings(outcome, spans, context.readings.view(-1, report.n_readings).cpu().numpy())
+        for ranking in self.rankings:
+            for (i, offset, name), (values, ids) in zip(ranking.asked, ranking.rule.found(), strict=True):
+                span = spans[i]
+                assert span.state is not None
+                value = ReadoutValue(name, ranking.layer, span.offset + offset, values, ids)
+                outcome.readouts.append((span.state.uid, value))
 
 
 class StepPlan:
-    """Operators of one step by place. Implements the decoder's SiteHooks."""
+    """The parts of one step. Implements the decoder's SiteHooks."""
 
-    def __init__(
-        self, operators: dict[Place, list[Operator]], counter: Tensor, counted: Tensor, n_open: int, tables: Tables
-    ) -> None:
-        self.operators = operators
-        self.counter = counter  # [groups] row of Tables.counts, in the order of execution
-        self.counted = counted  # [groups] 0 or 1
-        self.n_open = n_open
+    def __init__(self, parts: Sequence[Part], tables: Tables) -> None:
+        self.parts = parts
         self.tables = tables
-        every = [op for ops in operators.values() for op in ops]
-        self._readouts = [op for op in every if isinstance(op, ReadoutOperator)]
-        self._aborts = [op for op in every if isinstance(op, AbortOperator)]
-        # Of the step that runs.
-        self.context: StepContext | None = None
+
+    @property
+    def operators(self) -> frozenset[Place]:
+        """Places at which anything runs."""
+        return frozenset(place for part in self.parts for place in part.rules)
 
     @property
     def edited_queries(self) -> frozenset[int]:
@@ -84,27 +93,20 @@ class StepPlan:
         return frozenset(layer for site, layer in self.operators if site is Site.ATTN_Q)
 
     def begin(self, positions: Tensor) -> None:
-        opened = torch.zeros(self.n_open + 1, device=positions.device)
-        opened[-1] = 1.0
-        self.context = StepContext(positions, self.tables.latch, opened, [], [], [])
+        for part in self.parts:
+            part.begin(positions, self.tables)
 
     def visit(self, site: Site, layer: int, x: Tensor) -> None:
-        for operator in self.operators.get((site, layer), ()):
-            assert self.context is not None
-            operator.run(x, self.context)
+        place = (site, layer)
+        for part in self.parts:
+            rules = part.rules.get(place)
+            if rules is not None:
+                assert part.context is not None
+                for rule in rules:
+                    rule.run(x, part.context)
 
     def finish(self) -> StepOutcome:
-        """Adds the step to the receipts, and brings what was read to the host."""
-        context = self.context
-        assert context is not None
-        if context.norms:
-            opened = torch.cat(context.opened).double() * self.counted
-            norms = torch.cat(context.norms).double().clamp_min(torch.finfo(torch.float32).tiny)
-            change = torch.cat(context.delta_norms).double() / norms
-            self.tables.counts.index_add_(0, self.counter, torch.stack((opened, opened * change), dim=1))
         outcome = StepOutcome()
-        for abort in self._aborts:
-            outcome.aborts += abort.results()
-        for readout in self._readouts:
-            outcome.readouts += readout.results()
+        for part in self.parts:
+            part.finish(self.tables, outcome)
         return outcome

@@ -72,42 +72,50 @@ class Vector:
     unit: bool = False
 
 
+class EditKind:
+    """What an edit does to an activation: the target t(h) and its numbers. Each kind has a module in kinds/."""
+
+
+class ReadoutKind:
+    """What a readout reads of an activation. Each kind has a module in kinds/."""
+
+
 @dataclass(frozen=True, eq=False)
-class AddVector:
+class AddVector(EditKind):
     vector: Vector
 
 
 @dataclass(frozen=True, eq=False)
-class ProjectOut:
+class ProjectOut(EditKind):
     vector: Vector
 
 
 @dataclass(frozen=True, eq=False)
-class CapProjection:
+class CapProjection(EditKind):
     vector: Vector
     min: float | None = None
     max: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class SetProjection:
+class SetProjection(EditKind):
     vector: Vector
     target: float
 
 
 @dataclass(frozen=True, eq=False)
-class ReplaceVector:
+class ReplaceVector(EditKind):
     vector: Vector
 
 
 @dataclass(frozen=True, eq=False)
-class RotateTowards:
+class RotateTowards(EditKind):
     vector: Vector
     radians: float
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(EditKind):
     """R and W [rank, width], b [rank]."""
 
     rotation: torch.Tensor
@@ -123,7 +131,7 @@ class NeuronOp(Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronEdit:
+class NeuronEdit(EditKind):
     """`values`: one for all neurons, one each, or empty to use those of the neuron set (not for CLAMP)."""
 
     neurons: tuple[int, ...] = ()
@@ -135,7 +143,7 @@ class NeuronEdit:
 
 
 @dataclass(frozen=True, eq=False)
-class HeadEdit:
+class HeadEdit(EditKind):
     """Exactly one of `scale`, `mean` [n_heads_of_edit, head_dim] (or with a leading layer dimension) and `uniform`:
     attend to all visible tokens alike, which is what a query of 0 does."""
 
@@ -143,10 +151,6 @@ class HeadEdit:
     scale: float | None = None
     mean: torch.Tensor | None = None
     uniform: bool = False
-
-
-VectorKind = AddVector | ProjectOut | CapProjection | SetProjection | ReplaceVector | RotateTowards | LowRank
-EditKind = VectorKind | NeuronEdit | HeadEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,35 +196,32 @@ class AbortCondition:
 
 
 @dataclass(frozen=True, eq=False)
-class ProjectionReadout:
+class ProjectionReadout(ReadoutKind):
     """h·v/|v| for each vector, as conditions see it."""
 
     vectors: tuple[Vector, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronReadout:
+class NeuronReadout(ReadoutKind):
     neurons: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class TopNeuronsReadout:
+class TopNeuronsReadout(ReadoutKind):
     k: int
 
 
 @dataclass(frozen=True, eq=False)
-class LogitLensReadout:
+class LogitLensReadout(ReadoutKind):
     k: int
 
 
 @dataclass(frozen=True, eq=False)
-class HeadReadout:
+class HeadReadout(ReadoutKind):
     """Where heads look; no heads are all of them."""
 
     heads: tuple[int, ...] = ()
-
-
-ReadoutKind = ProjectionReadout | NeuronReadout | TopNeuronsReadout | LogitLensReadout | HeadReadout
 
 
 @dataclass(frozen=True, eq=False)

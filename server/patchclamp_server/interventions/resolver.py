@@ -1,5 +1,4 @@
-"""Numbers of a program, checked against the model: vectors, low-rank maps, neurons and heads, from the request or the
-artifact store."""
+"""Numbers of a program, checked against the model: vectors and layers, from the request or the artifact store."""
 
 import math
 from typing import Protocol
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
-from patchclamp_server.interventions.program import HeadEdit, LowRank, NeuronEdit, NeuronOp, StoredThreshold, Vector
+from patchclamp_server.interventions.program import StoredThreshold, Vector
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 
@@ -134,82 +133,6 @@ class Resolver:
         raise FailedPrecondition(
             where, f"{vector.artifact} carries no {name} for layer {layer}; extract it again, or give a threshold"
         )
-
-    def low_rank(self, kind: LowRank, width: int, path: str) -> tuple[Tensor, ...]:
-        rank = kind.bias.shape[0] if kind.bias.dim() == 1 else 0
-        if rank < 1:
-            raise InvalidArgument(f"{path}.bias", "must be a vector of at least one number")
-        for name, tensor in (("rotation", kind.rotation), ("weight", kind.weight), ("bias", kind.bias)):
-            expected = [rank] if name == "bias" else [rank, width]
-            if list(tensor.shape) != expected:
-                raise InvalidArgument(f"{path}.{name}", f"shape {list(tensor.shape)} is not {expected}")
-            if not bool(torch.isfinite(tensor).all()):
-                raise InvalidArgument(f"{path}.{name}", "holds NaN or infinite numbers")
-        return (kind.rotation.float(), kind.weight.float(), kind.bias.float())
-
-    def neurons(
-        self, kind: NeuronEdit, layers: tuple[int, ...], width: int, path: str
-    ) -> dict[int, tuple[Tensor, ...]]:
-        op = kind.op.value
-        payload: dict[int, tuple[Tensor, ...]] = {}
-        for layer in layers:
-            values: Tensor | None = torch.tensor(kind.values, dtype=torch.float32)
-            if kind.neuron_set is not None:
-                if kind.neurons:
-                    raise InvalidArgument(f"{path}.neurons", "give neurons or a neuron_set, not both")
-                artifact = self.artifact(kind.neuron_set, ArtifactKind.NEURON_SET, f"{path}.neuron_set")
-                if layer not in artifact.info.layers:
-                    raise InvalidArgument(f"{path}.neuron_set", f"{kind.neuron_set} has no neurons for layer {layer}")
-                index, stored = artifact.neurons(layer)
-                check_indices(tuple(index.tolist()), width, f"{path}.neuron_set", "neuron")
-                if not kind.values:
-                    values = stored
-            else:
-                if not kind.neurons:
-                    raise InvalidArgument(f"{path}.neurons", "at least one neuron is needed")
-                check_indices(kind.neurons, width, f"{path}.neurons", "neuron")
-                index = torch.tensor(kind.neurons, dtype=torch.int64)
-            n = len(index)
-            one = torch.ones(n)
-            low, high = torch.full((n,), -math.inf), torch.full((n,), math.inf)
-            if kind.op is NeuronOp.CLAMP:
-                bounds = checked_bounds(kind.min, kind.max, f"{path}.clamp")
-                payload[layer] = (index, one, torch.zeros(n), one * bounds[0], one * bounds[1])
-                continue
-            if values is None or len(values) == 0:
-                raise InvalidArgument(f"{path}.{op}.values", "a value is needed")
-            if len(values) not in (1, n):
-                raise InvalidArgument(f"{path}.{op}.values", f"one value or {n}, got {len(values)}")
-            if not bool(torch.isfinite(values).all()):
-                raise InvalidArgument(f"{path}.{op}.values", "holds NaN or infinite numbers")
-            values = values.float().expand(n).contiguous()
-            if kind.op is NeuronOp.SET:
-                payload[layer] = (index, torch.zeros(n), values, low, high)
-            elif kind.op is NeuronOp.SCALE:
-                payload[layer] = (index, values, torch.zeros(n), low, high)
-            else:
-                payload[layer] = (index, one, values, low, high)
-        return payload
-
-    def heads(self, kind: HeadEdit, layers: tuple[int, ...], path: str) -> dict[int, tuple[Tensor, ...]]:
-        if not kind.heads:
-            raise InvalidArgument(f"{path}.heads", "at least one head is needed")
-        check_indices(kind.heads, self.info.n_heads, f"{path}.heads", "head")
-        n, dim = len(kind.heads), self.info.head_dim
-        index = torch.tensor(kind.heads, dtype=torch.int64)
-        if kind.mean is None:
-            scale = 0.0 if kind.uniform else 1.0 if kind.scale is None else kind.scale
-            check_finite(scale, f"{path}.scale")
-            return dict.fromkeys(layers, (index, torch.tensor([float(scale)] * n), torch.zeros(n, dim)))
-        mean = kind.mean.float()
-        if list(mean.shape) not in ([n, dim], [len(layers), n, dim]):
-            raise InvalidArgument(
-                f"{path}.mean", f"shape {list(mean.shape)} is neither [{n}, {dim}] nor [{len(layers)}, {n}, {dim}]"
-            )
-        if not bool(torch.isfinite(mean).all()):
-            raise InvalidArgument(f"{path}.mean", "holds NaN or infinite numbers")
-        rows = mean if mean.dim() == 3 else mean.expand(len(layers), n, dim)
-        return {layer: (index, torch.zeros(n), rows[i].contiguous()) for i, layer in enumerate(layers)}
 
 
 def check_finite(value: float, path: str) -> None:

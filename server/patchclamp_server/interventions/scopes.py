@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Phase, PositionRange, Scope, TokenSelector
@@ -11,6 +12,9 @@ from patchclamp_server.text.vocabulary import check_ids
 
 # Role of the turn that the model itself writes.
 GENERATED_ROLE = "assistant"
+
+Int32Array = NDArray[np.int32]
+FloatArray = np.ndarray
 
 
 def check_scope(scope: Scope, path: str, *, vocab_size: int, has_roles: bool) -> None:

@@ -4,17 +4,17 @@ what it did to each block of tokens."""
 import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from patchclamp_server.errors import NotFound
-from patchclamp_server.interventions.bound import BoundEdit, BoundProgram, Kind
+from patchclamp_server.interventions.bound import BoundEdit, BoundProgram
 from patchclamp_server.interventions.program import EditReceipt, Program, Receipt, Scope
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
 from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask, settled_mask
-from patchclamp_server.interventions.tables import LoadedProgram
+from patchclamp_server.interventions.tables import NEVER, LoadedProgram, Tables
 from patchclamp_server.model.arrays import BoolArray, IntArray
-from patchclamp_server.model.sites import Site
 
 # Of |delta| / |h|; taking everything away, as an ablation of all heads does, is 1 and its rounding.
 MOST_CHANGE = 1.001
@@ -42,10 +42,10 @@ class ProgramState:
     def __post_init__(self) -> None:
         self.strengths = [[(0, e.strength)] for e in self.bound.edits]
         self.rows_from_cache = [0] * len(self.bound.edits)
-        self.settled = self._settled()
+        # First position at which every token finds the same entries in scope and the same strengths.
+        self.steady_from = self.sequence.prompt_length if self._settled() else NEVER
         heads = [settled_mask(r.scope, self.sequence) for r in self.bound.head_readouts]
         self.heads_settled = None not in heads
-        self.stages = _stages(self.bound.edits)
 
     def _settled(self) -> bool:
         """Whether every scope has one value for all generated tokens, so that plans can be reused."""
@@ -60,9 +60,28 @@ class ProgramState:
             if edit.name == name:
                 history = [entry for entry in self.strengths[i] if entry[0] < position]
                 self.strengths[i] = [*history, (position, strength)]
+                self.steady_from = max(self.steady_from, position)
                 self.version += 1
                 return
         raise NotFound("set_strength.edit", f"the program has no edit named {name!r}")
+
+    def slots(self, tables: Tables, positions: IntArray) -> IntArray:
+        """Slots [n] of the program at `positions` [n]."""
+        starts = sorted({start for history in self.strengths for start, _ in history} | {0})
+        which = np.searchsorted(np.array(starts), positions, side="right") - 1
+        slots = np.zeros(len(starts), dtype=np.int64)
+        for i in np.unique(which).tolist():
+            at = np.array([starts[i]], dtype=np.int64)
+            strengths = [self.strength_at(edit, at)[0] for edit in range(len(self.strengths))]
+            slots[i] = tables.slot(self.loaded, starts[i], np.array(strengths, dtype=np.float32))
+        chosen: IntArray = slots[which]
+        return chosen
+
+    @cached_property
+    def settled_masks(self) -> IntArray:
+        """Masks [1, words] of every generated token, where all scopes are settled."""
+        end = np.array([self.sequence.prompt_length], dtype=np.int64)
+        return self.loaded.layout.masks(self.sequence, end, np.zeros(1, dtype=np.int64))
 
     def strength_at(self, edit: int, positions: IntArray) -> np.ndarray:
         """Strengths [n] float32 of an edit at `positions` [n]."""
@@ -143,32 +162,6 @@ def _strong_edit(index: int, name: str, change: float) -> RequestWarning:
         "to change; a lower strength leaves more of the text to the model"
     )
     return RequestWarning(WarningCode.STRONG_EDIT, f"program.edits[{index}]", message)
-
-
-def _stages(edits: tuple[BoundEdit, ...]) -> list[dict[int, int]]:
-    """Stage of each edit at each layer: edits of one stage and site commute, and stages run in order."""
-    last: dict[tuple[Site, int], tuple[int, list[BoundEdit]]] = {}
-    stages: list[dict[int, int]] = []
-    for edit in edits:
-        own = {}
-        for layer in edit.layers:
-            stage, members = last.get((edit.site, layer), (0, []))
-            if members and not all(_commute(edit, other, layer) for other in members):
-                stage, members = stage + 1, []
-            last[(edit.site, layer)] = (stage, [*members, edit])
-            own[layer] = stage
-        stages.append(own)
-    return stages
-
-
-def _commute(a: BoundEdit, b: BoundEdit, layer: int) -> bool:
-    if a.kind is not b.kind or a.preserve_norm or b.preserve_norm:
-        return False
-    if a.kind is Kind.ADD:
-        return True
-    if a.kind in (Kind.NEURONS, Kind.HEADS):
-        return not set(a.payload[layer][0].tolist()) & set(b.payload[layer][0].tolist())
-    return False
 
 
 EMPTY_FINGERPRINT = "sha256:" + hashlib.sha256().hexdigest()

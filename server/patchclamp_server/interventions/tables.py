@@ -1,88 +1,84 @@
-"""Device tables that live across steps: the vectors of all running programs, their receipt counters and latches.
+"""The tables that live across steps: programs as rows of whole numbers and of floats, their vectors, their receipt
+counters and latches.
 
-A program is written into the tables once, when its request is admitted. From then on a step names rows.
+A program is written into the tables once, when its request is admitted. From then on a step names rows. A *slot* is a
+program at given strengths: a session that changes a strength gets another slot from that token on, and the old one
+stays for tokens that may have to be computed again. Whole numbers and floats are on the host, where plans are made of
+them; slots.py keeps a copy where kernels read them.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from patchclamp_server.interventions.bound import BoundProgram, Kind
-from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.interventions.banks import VectorBank
+from patchclamp_server.interventions.bound import BoundProgram
+from patchclamp_server.interventions.columns import FLOAT_COLUMNS, INT_COLUMNS, PLACE
+from patchclamp_server.interventions.entries import ProgramEntries, ProgramWriter
+from patchclamp_server.interventions.layout import ProgramLayout
+from patchclamp_server.interventions.ranges import Ranges
+from patchclamp_server.interventions.scopes import FloatArray, Int32Array
 
 NEVER = torch.iinfo(torch.int64).max
-FloatArray = np.ndarray
-# Row of every bank that is always zero; pads what is shorter than the longest of its kind.
-ZERO_ROW = 0
-
-
-class VectorBank:
-    """Vectors of one width, [capacity, width]."""
-
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
-        self.data = torch.zeros((capacity, width), dtype=dtype, device=device)
-        self._free = list(range(capacity - 1, ZERO_ROW, -1))
-
-    def store(self, vectors: Tensor) -> list[int]:  # [n, width]
-        while len(self._free) < len(vectors):
-            old = len(self.data)
-            self.data = torch.cat((self.data, torch.zeros_like(self.data)))
-            self._free.extend(range(2 * old - 1, old - 1, -1))
-        # They are taken once they are written: a write that fails takes none.
-        rows = self._free[len(self._free) - len(vectors) :][::-1]
-        self.data[rows] = vectors.to(self.data)
-        del self._free[len(self._free) - len(vectors) :]
-        return rows
-
-    def release(self, rows: list[int]) -> None:
-        self._free.extend(rows)
-
-    @property
-    def n_held(self) -> int:
-        return len(self.data) - 1 - len(self._free)
-
-
-@dataclass(frozen=True)
-class EditRows:
-    """Where the numbers of one edit at one layer are.
-
-    `rows`: bank rows: the vector; R then W of a low-rank edit; the offsets of a head edit. `numbers`: what is not a
-    vector, on the host: (bias,) of a low-rank edit, (index, factor, offset, low, high) of neurons, (index, factor) of
-    heads.
-    """
-
-    rows: IntArray
-    numbers: tuple[np.ndarray, ...] = ()
+_SLOTS = 256
 
 
 @dataclass(eq=False)
 class LoadedProgram:
-    """Rows of a program in the tables. `edits[i]` and `readouts[i]` are by layer."""
+    """What one program holds in the tables. Units do not depend on strengths: all its slots share them."""
 
+    layout: ProgramLayout
     # One row of counters and latches for each edit.
     counters: list[int]
-    edits: list[dict[int, EditRows]] = field(default_factory=list)
-    gates: list[int] = field(default_factory=list)
-    aborts: list[int] = field(default_factory=list)
-    readouts: list[dict[int, IntArray]] = field(default_factory=list)
     # Everything held in the banks, by width.
     held: dict[int, list[int]] = field(default_factory=dict)
+    first_unit: int = 0
+    n_units: int = 0
+    entries: ProgramEntries | None = None
+    # Slot by the position from which it counts, and the rows of entries of all slots, in runs.
+    slots: dict[int, int] = field(default_factory=dict)
+    runs: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def written(self) -> ProgramEntries:
+        assert self.entries is not None
+        return self.entries
+
+
+class HostTables:
+    """N entries and M units of all loaded programs: columns.py has their columns."""
+
+    def __init__(self, entries: int, units: int) -> None:
+        # Of a slot: its first entry, the end of those that kernels run, and the end.
+        self.extents = np.zeros((_SLOTS, 3), dtype=np.int64)
+        self.ints = np.zeros((entries, INT_COLUMNS), dtype=np.int32)
+        self.floats = np.zeros((entries, FLOAT_COLUMNS), dtype=np.float32)
+        self.unit_ints = np.zeros((units, 2), dtype=np.int32)
+        self.unit_numbers = np.zeros((units, 4), dtype=np.float32)
 
 
 class Tables:
     """Rows are given out at admission and returned at the end."""
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, *, capacity: int = 1024, bank_elements: int = 0
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        capacity: int = 1024,
+        bank_elements: int = 0,
+        entries: int = 4096,
+        units: int = 4096,
     ) -> None:
-        """`bank_elements`: room of a bank of vectors from the start; never for less than 256 vectors."""
+        """Rows to begin with: `capacity` of counters, `entries`, `units`. `bank_elements`: room of a bank of vectors
+        from the start; never for less than 256 vectors."""
         self.dtype = dtype
         self.device = device
         self._bank_elements = bank_elements
         self.banks: dict[int, VectorBank] = {}
+        self.host = HostTables(entries, units)
+        self._slots, self._entries, self._units = Ranges(_SLOTS), Ranges(entries), Ranges(units)
         # Rows edited, and the sum of |delta| / |h| over them.
         self.counts = torch.zeros((capacity, 2), dtype=torch.float64, device=device)
         # Position at which the latch of the edit fired first.
@@ -99,60 +95,55 @@ class Tables:
     @torch.inference_mode()
     def load(self, program: BoundProgram) -> LoadedProgram:
         """Writes a program into the tables: one copy for each width of vector in it. What fails holds nothing."""
-        loaded = LoadedProgram(self._acquire(len(program.edits)))
+        loaded = LoadedProgram(ProgramLayout(program), self._acquire(len(program.edits)))
         try:
-            self._write(program, loaded)
+            self._write(loaded)
         except BaseException:
             self.release(loaded)
             raise
         return loaded
 
-    def _write(self, program: BoundProgram, loaded: LoadedProgram) -> None:
-        writer = _Writer()
-        for edit in program.edits:
-            for layer in edit.layers:
-                payload = edit.payload[layer]
-                if edit.kind is Kind.LOW_RANK:
-                    writer.add(torch.cat(payload[:2]))
-                elif edit.kind is Kind.HEADS:
-                    writer.add(payload[2])
-                elif edit.kind is not Kind.NEURONS:
-                    writer.add(payload[0][None])
-        for edit in program.edits:
-            if edit.gate is not None:
-                writer.add(edit.gate.unit[None])
-        for abort in program.aborts:
-            writer.add(abort.condition.unit[None])
-        for readout in program.readouts:
-            for layer in readout.vectors:
-                writer.add(readout.vectors[layer])
+    def _write(self, loaded: LoadedProgram) -> None:
+        writer = ProgramWriter(loaded.layout)
         for width, vectors in writer.vectors.items():
             loaded.held[width] = self.bank(width).store(torch.cat(vectors))
-        places = {width: iter(rows) for width, rows in loaded.held.items()}
+        writer.place(loaded.held)
+        host, n = self.host, writer.n_units
+        first = self._units.acquire(n)
+        loaded.first_unit, loaded.n_units = first, n
+        if n:
+            host.unit_ints = _fitted(host.unit_ints, self._units.capacity)
+            host.unit_numbers = _fitted(host.unit_numbers, self._units.capacity)
+            writer.write_units(host.unit_ints[first : first + n], host.unit_numbers[first : first + n])
+            self._units_written(slice(first, first + n))
+        loaded.entries = writer.entries(first, loaded.counters)
 
-        def take(n: int, width: int) -> IntArray:
-            return np.array([next(places[width]) for _ in range(n)], dtype=np.int64)
+    def slot(self, loaded: LoadedProgram, start: int, strengths: FloatArray) -> int:
+        """The slot of a program from position `start` on, where its edits have the `strengths` [n_edits]."""
+        slot = loaded.slots.get(start)
+        if slot is None:
+            slot = loaded.slots[start] = self._write_slot(loaded, strengths)
+        return slot
 
-        for edit in program.edits:
-            own = {}
-            for layer in edit.layers:
-                payload = edit.payload[layer]
-                if edit.kind is Kind.LOW_RANK:
-                    own[layer] = EditRows(take(2 * len(payload[0]), payload[0].shape[1]), (payload[2].numpy(),))
-                elif edit.kind is Kind.HEADS:
-                    numbers = (payload[0].numpy(), payload[1].numpy())
-                    own[layer] = EditRows(take(len(payload[0]), payload[2].shape[1]), numbers)
-                elif edit.kind is Kind.NEURONS:
-                    own[layer] = EditRows(np.empty(0, dtype=np.int64), tuple(t.numpy() for t in payload))
-                else:
-                    own[layer] = EditRows(take(1, len(payload[0])))
-            loaded.edits.append(own)
-        for edit in program.edits:
-            loaded.gates.append(ZERO_ROW if edit.gate is None else int(take(1, len(edit.gate.unit))[0]))
-        for abort in program.aborts:
-            loaded.aborts.append(int(take(1, len(abort.condition.unit))[0]))
-        for readout in program.readouts:
-            loaded.readouts.append({layer: take(*vectors.shape) for layer, vectors in readout.vectors.items()})
+    def _write_slot(self, loaded: LoadedProgram, strengths: FloatArray) -> int:
+        entries, host = loaded.written, self.host
+        n = len(entries.ints)
+        slot, first = self._slots.acquire(1), self._entries.acquire(n)
+        loaded.runs.append((first, n))
+        host.extents = _fitted(host.extents, self._slots.capacity)
+        host.extents[slot] = first, first + entries.n_kernel, first + n
+        host.ints = _fitted(host.ints, self._entries.capacity)
+        host.floats = _fitted(host.floats, self._entries.capacity)
+        host.ints[first : first + n] = entries.ints
+        host.floats[first : first + n] = entries.floats_at(strengths)
+        self._slot_written(slot, first, entries.ints[: entries.n_kernel, PLACE])
+        return slot
+
+    def _units_written(self, rows: slice) -> None:
+        """For whoever keeps a copy."""
+
+    def _slot_written(self, slot: int, first: int, places: Int32Array) -> None:
+        """For whoever keeps a copy: entries from `first` on that kernels run, at `places`."""
 
     @property
     def n_held(self) -> int:
@@ -164,6 +155,11 @@ class Tables:
         self._free.extend(loaded.counters)
         for width, rows in loaded.held.items():
             self.banks[width].release(rows)
+        for slot in loaded.slots.values():
+            self._slots.release(slot, 1)
+        for first, n in loaded.runs:
+            self._entries.release(first, n)
+        self._units.release(loaded.first_unit, loaded.n_units)
 
     def read(self, loaded: LoadedProgram) -> np.ndarray:
         """Counts [n_edits, 2] of a program."""
@@ -187,11 +183,8 @@ class Tables:
         return rows
 
 
-class _Writer:
-    """Collects vectors by width, in order."""
-
-    def __init__(self) -> None:
-        self.vectors: dict[int, list[Tensor]] = defaultdict(list)
-
-    def add(self, vectors: Tensor) -> None:
-        self.vectors[vectors.shape[1]].append(vectors)
+def _fitted(data: np.ndarray, capacity: int) -> np.ndarray:
+    """`data` with at least `capacity` rows; what is written stays."""
+    if len(data) >= capacity:
+        return data
+    return np.concatenate((data, np.zeros((capacity - len(data), *data.shape[1:]), dtype=data.dtype)))

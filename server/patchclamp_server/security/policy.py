@@ -5,19 +5,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from patchclamp_server.engine.request import Priority
+from patchclamp_server.interventions.kinds import EDITS
 
 # The fields of the oneof `kind` of the message Edit.
-EDIT_KINDS = (
-    "add",
-    "project_out",
-    "cap_projection",
-    "set_projection",
-    "replace",
-    "rotate_towards",
-    "low_rank",
-    "neurons",
-    "heads",
-)
+EDIT_KINDS = tuple(spec.name for spec in EDITS)
 ANYTHING = ("*",)
 WAITING_PER_PLACE = 16
 

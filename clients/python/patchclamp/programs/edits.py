@@ -148,6 +148,26 @@ def low_rank(rotation: Numbers, weight: Numbers, bias: Numbers, **options: Unpac
     return _by_vector(pb.Edit(low_rank=kind), **options)
 
 
+@takes_options_of(_by_vector)
+def affine(
+    matrix: "Numbers | None" = None,
+    *,
+    left: "Numbers | None" = None,
+    right: "Numbers | None" = None,
+    bias: "Numbers | None" = None,
+    **options: Unpack[VectorEditOptions],
+) -> pb.Edit:
+    """t(h) = Ah + b, with A [width, width] = matrix, or left·rightᵀ of [width, rank] each; without a bias b is 0.
+
+    Raises ValueError unless either matrix, or left and right, are given.
+    """
+    if (matrix is None) == (left is None) or (left is None) != (right is None):
+        raise ValueError("affine takes either matrix, or left and right")
+    given = {"matrix": matrix, "left": left, "right": right, "bias": bias}
+    kind = pb.Affine(**{name: tensor(values, name) for name, values in given.items() if values is not None})
+    return _by_vector(pb.Edit(affine=kind), **options)
+
+
 @takes_options_of(_neurons)
 def set_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
     """t(a) = value: sets neurons.

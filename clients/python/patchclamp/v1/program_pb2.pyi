@@ -209,6 +209,7 @@ class Edit(_message.Message):
     LOW_RANK_FIELD_NUMBER: _builtins.int
     NEURONS_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
+    AFFINE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, unique in the program; needed to change the strength in a Session and shown in the receipt."""
     site: Global___Site.ValueType
@@ -247,6 +248,8 @@ class Edit(_message.Message):
     def neurons(self) -> Global___NeuronEdit: ...
     @_builtins.property
     def heads(self) -> Global___HeadEdit: ...
+    @_builtins.property
+    def affine(self) -> Global___Affine: ...
     def __init__(
         self,
         *,
@@ -267,14 +270,15 @@ class Edit(_message.Message):
         low_rank: Global___LowRank | None = ...,
         neurons: Global___NeuronEdit | None = ...,
         heads: Global___HeadEdit | None = ...,
+        affine: Global___Affine | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "add", b"add", "cap_projection", b"cap_projection", "gate", b"gate", "heads", b"heads", "kind", b"kind", "low_rank", b"low_rank", "neurons", b"neurons", "project_out", b"project_out", "replace", b"replace", "rotate_towards", b"rotate_towards", "scope", b"scope", "set_projection", b"set_projection", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "add", b"add", "affine", b"affine", "cap_projection", b"cap_projection", "gate", b"gate", "heads", b"heads", "kind", b"kind", "low_rank", b"low_rank", "neurons", b"neurons", "project_out", b"project_out", "replace", b"replace", "rotate_towards", b"rotate_towards", "scope", b"scope", "set_projection", b"set_projection", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "add", b"add", "all_layers", b"all_layers", "cap_projection", b"cap_projection", "gate", b"gate", "heads", b"heads", "kind", b"kind", "layers", b"layers", "low_rank", b"low_rank", "name", b"name", "neurons", b"neurons", "preserve_norm", b"preserve_norm", "project_out", b"project_out", "replace", b"replace", "rotate_towards", b"rotate_towards", "scope", b"scope", "set_projection", b"set_projection", "site", b"site", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "add", b"add", "affine", b"affine", "all_layers", b"all_layers", "cap_projection", b"cap_projection", "gate", b"gate", "heads", b"heads", "kind", b"kind", "layers", b"layers", "low_rank", b"low_rank", "name", b"name", "neurons", b"neurons", "preserve_norm", b"preserve_norm", "project_out", b"project_out", "replace", b"replace", "rotate_towards", b"rotate_towards", "scope", b"scope", "set_projection", b"set_projection", "site", b"site", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "project_out", "cap_projection", "set_projection", "replace", "rotate_towards", "low_rank", "neurons", "heads"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "project_out", "cap_projection", "set_projection", "replace", "rotate_towards", "low_rank", "neurons", "heads", "affine"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
@@ -509,6 +513,42 @@ class LowRank(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LowRank: _TypeAlias = LowRank  # noqa: Y015
+
+@_typing.final
+class Affine(_message.Message):
+    """t(h) = A h + b. A [width, width] is matrix, or left right^T with left and right [width, rank]; b [width], or 0."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MATRIX_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    RIGHT_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def matrix(self) -> _tensor_pb2.Tensor:
+        """Either matrix, or left and right: a full matrix is read once for every token and layer."""
+
+    @_builtins.property
+    def left(self) -> _tensor_pb2.Tensor: ...
+    @_builtins.property
+    def right(self) -> _tensor_pb2.Tensor: ...
+    @_builtins.property
+    def bias(self) -> _tensor_pb2.Tensor: ...
+    def __init__(
+        self,
+        *,
+        matrix: _tensor_pb2.Tensor | None = ...,
+        left: _tensor_pb2.Tensor | None = ...,
+        right: _tensor_pb2.Tensor | None = ...,
+        bias: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "left", b"left", "matrix", b"matrix", "right", b"right"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "left", b"left", "matrix", b"matrix", "right", b"right"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Affine: _TypeAlias = Affine  # noqa: Y015
 
 @_typing.final
 class NeuronEdit(_message.Message):

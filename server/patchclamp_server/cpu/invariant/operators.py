@@ -82,11 +82,18 @@ def turns(sine: Tensor, cosine: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     return turned[0], turned[1]
 
 
-def low_rank(h: Tensor, owner: Tensor, difference: Tensor, bias: Tensor, rotation: Tensor) -> Tensor:
-    """h_i + Rᵀ (D h_i + b) of rows h [n, width]; D and R [k, rank, width] and b [k, rank] are those of owner[i]."""
-    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+def low_rank(start: Tensor, h: Tensor, owner: Tensor, difference: Tensor, bias: Tensor, rotation: Tensor) -> Tensor:
+    """start_i + Rᵀ (D h_i + b) of rows h [n, width]; D and R [k, rank, width] and b [k, rank] are those of owner[i]."""
+    out = start.clone(memory_format=torch.contiguous_format)
     matrices = (difference.contiguous().numpy(), bias.contiguous().numpy(), rotation.contiguous().numpy())
     rows.low_rank(h.contiguous().numpy(), owner.numpy(), *matrices, out.numpy())
+    return out
+
+
+def affine(h: Tensor, owner: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    """A h_i + b of rows h [n, width]; A [k, width, width] and b [k, width] are those of owner[i]."""
+    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    rows.affine(h.contiguous().numpy(), owner.numpy(), matrix.contiguous().numpy(), bias.numpy(), out.numpy())
     return out
 
 
@@ -94,7 +101,9 @@ def warm_up() -> None:
     """Compiles what edits need, so that no request waits for it."""
     row = torch.ones(1, 1)
     turns(row_dots(row, row), row[0], row[0])
-    low_rank(row, torch.zeros(1, dtype=torch.int64), row[None], row, row[None])
+    owner = torch.zeros(1, dtype=torch.int64)
+    low_rank(row, row, owner, row[None], row, row[None])
+    affine(row, owner, row[None], row)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -206,11 +206,10 @@ def turns(sine, cosine, most, turned):
 
 @compiled
 def low_rank(h, owner, difference, bias, rotation, out):
-    """out_i = h_i + Σ_r (D_r · h_i + b_r) R_r for rows of h [n, width], of whose owner D, R [rank, width] and b are."""
+    """out_i += Σ_r (D_r · h_i + b_r) R_r for rows of h [n, width], of whose owner D, R [rank, width] and b are."""
     for i in range(h.shape[0]):
         k = owner[i]
         own = out[i]
-        own[:] = h[i]
         for r in range(rotation.shape[1]):
             inner = dot(difference[k, r], 0, h[i], 0, h.shape[1]) + bias[k, r]
             # Ranks that fill up to those of other edits would turn -0 into 0.
@@ -218,3 +217,12 @@ def low_rank(h, owner, difference, bias, rotation, out):
                 row = rotation[k, r]
                 for d in range(own.shape[0]):
                     own[d] += inner * row[d]
+
+
+@compiled
+def affine(h, owner, matrix, bias, out):
+    """out_i = A h_i + b for rows of h [n, width], of whose owner A [width, width] and b [width] are."""
+    for i in range(h.shape[0]):
+        k = owner[i]
+        for d in range(matrix.shape[1]):
+            out[i, d] = dot(matrix[k, d], 0, h[i], 0, h.shape[1]) + bias[k, d]

@@ -61,7 +61,7 @@ class KernelExecutor:
                 entries=_CUDA_ENTRIES,
                 units=_CUDA_UNITS,
             )
-        self.planner = KernelPlanner(setting_of(decoder, self.tables), self.tables)
+        self.planner = KernelPlanner(setting_of(decoder, self.tables))
         self.heads = HeadReader(decoder.spec.n_heads, decoder.device)
         self.watcher = SiteWatcher()
         self.forward = KernelForward(decoder)

@@ -5,10 +5,10 @@ import torch
 from patchclamp_server.engine.batch import Executed, StepBatch
 from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks, gathered_products
 from patchclamp_server.engine.kv_cache import KvCache
-from patchclamp_server.interventions.compiler import Setting
 from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.plan import StepPlan
 from patchclamp_server.interventions.planner import Planner
+from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.peaks import Peaks

@@ -12,6 +12,7 @@ from patchclamp.v1 import monitoring_pb2 as pb
 from patchclamp.v1 import program_pb2
 from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.errors import InvalidArgument, NotFound
+from patchclamp_server.interventions.kinds.vectors import decode_vector
 from patchclamp_server.interventions.program import Phase
 from patchclamp_server.monitoring.activations import Activations
 from patchclamp_server.monitoring.drift import Drift
@@ -33,7 +34,7 @@ from patchclamp_server.monitoring.watch import MAX_REFERENCE_TOKENS, Watch, Watc
 from patchclamp_server.rpc.codecs.artifact import decode_label
 from patchclamp_server.rpc.codecs.checks import chosen, count, distinct, finite, known, required
 from patchclamp_server.rpc.codecs.head import decode_heads
-from patchclamp_server.rpc.codecs.program import PHASES, decode_site, decode_vector
+from patchclamp_server.rpc.codecs.program import PHASES, decode_site
 from patchclamp_server.rpc.codecs.tensor import decode_tensor
 
 PHASE_NUMBERS: Mapping[Phase, "program_pb2.Phase.ValueType"] = {

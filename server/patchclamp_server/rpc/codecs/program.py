@@ -5,51 +5,33 @@ bytes that do not fill a tensor) and numbers that are wrong for every model (NaN
 values). What depends on the served model, and whether a scope contradicts itself, is checked in interventions/bind.py.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bound import BoundProgram
+from patchclamp_server.interventions.kinds import EDIT_OF_NAME, READOUT_OF, READOUT_OF_NAME
+from patchclamp_server.interventions.kinds.vectors import vector_in
 from patchclamp_server.interventions.program import (
     AbortCondition,
-    AddVector,
-    CapProjection,
     Comparison,
     Condition,
     Edit,
-    EditKind,
     Gate,
-    HeadEdit,
-    HeadReadout,
-    LogitLensReadout,
-    LowRank,
-    NeuronEdit,
-    NeuronOp,
-    NeuronReadout,
     Phase,
     PositionRange,
     Program,
-    ProjectionReadout,
-    ProjectOut,
     Readout,
-    ReadoutKind,
     ReadoutValue,
     Receipt,
-    ReplaceVector,
-    RotateTowards,
     Scope,
-    SetProjection,
     StoredThreshold,
     TokenSelector,
-    TopNeuronsReadout,
-    Vector,
 )
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
 from patchclamp_server.rpc.codecs.checks import chosen, count, distinct, distinct_names, finite, known, required
-from patchclamp_server.rpc.codecs.tensor import decode_tensor
 
 SITES: dict[int, Site] = {pb.Site.Value(f"SITE_{site.name}"): site for site in PUBLIC_SITES}
 SITE_NUMBERS: dict[Site, "pb.Site.ValueType"] = {site: pb.Site.Value(f"SITE_{site.name}") for site in PUBLIC_SITES}
@@ -81,13 +63,13 @@ def decode_site(number: int, field: str) -> Site:
 
 def _edit(proto: pb.Edit, field: str) -> Edit:
     name = chosen(proto, "kind", field)
-    kind = _EDIT_KINDS[name](getattr(proto, name), f"{field}.{name}")
-    brings_layers = isinstance(kind, NeuronEdit) and kind.neuron_set is not None
+    spec = EDIT_OF_NAME[name]
+    kind = spec.decode(getattr(proto, name), f"{field}.{name}")
     return Edit(
         kind=kind,
         site=decode_site(proto.site, f"{field}.site"),
         name=proto.name,
-        layers=_layers(proto.layers, proto.all_layers, field, needed=not brings_layers),
+        layers=_layers(proto.layers, proto.all_layers, field, needed=spec.layers_from(kind) is None),
         all_layers=proto.all_layers,
         strength=finite(proto.strength, f"{field}.strength") if proto.HasField("strength") else 1.0,
         scope=_scope(proto.scope, f"{field}.scope"),
@@ -102,105 +84,6 @@ def _layers(layers: Sequence[int], all_layers: bool, field: str, *, needed: bool
     if needed and not layers and not all_layers:
         raise InvalidArgument(f"{field}.layers", "expected layers, or all_layers")
     return distinct(layers, f"{field}.layers")
-
-
-def _vector_in(proto: Any, field: str) -> Vector:
-    """The field `vector` of a message that needs one."""
-    required(proto, "vector", field)
-    return decode_vector(proto.vector, f"{field}.vector")
-
-
-def decode_vector(proto: pb.Vector, field: str) -> Vector:
-    source = chosen(proto, "source", field)
-    has_row = proto.HasField("artifact_layer")
-    if source == "values":
-        if has_row:
-            raise InvalidArgument(f"{field}.artifact_layer", "only for a vector that is an artifact")
-        return Vector(values=decode_tensor(proto.values, f"{field}.values", ndims=(1, 2)), unit=proto.unit)
-    if not proto.artifact:
-        raise InvalidArgument(f"{field}.artifact", "expected an artifact's id or tag")
-    return Vector(artifact=proto.artifact, artifact_layer=proto.artifact_layer if has_row else None, unit=proto.unit)
-
-
-def _bounds(proto: pb.CapProjection | pb.NeuronBounds, field: str) -> tuple[float | None, float | None]:
-    low = finite(proto.min, f"{field}.min") if proto.HasField("min") else None
-    high = finite(proto.max, f"{field}.max") if proto.HasField("max") else None
-    if low is None and high is None:
-        raise InvalidArgument(f"{field}.min", "expected min, max, or both")
-    if low is not None and high is not None and low > high:
-        raise InvalidArgument(f"{field}.max", f"expected at least min ({low:g}), got {high:g}")
-    return low, high
-
-
-def _cap(proto: pb.CapProjection, field: str) -> CapProjection:
-    low, high = _bounds(proto, field)
-    return CapProjection(_vector_in(proto, field), min=low, max=high)
-
-
-def _low_rank(proto: pb.LowRank, field: str) -> LowRank:
-    for name in ("rotation", "weight", "bias"):
-        required(proto, name, field)
-    rotation = decode_tensor(proto.rotation, f"{field}.rotation", ndims=(2,))
-    weight = decode_tensor(proto.weight, f"{field}.weight", ndims=(2,))
-    bias = decode_tensor(proto.bias, f"{field}.bias", ndims=(1,))
-    if weight.shape != rotation.shape:
-        message = f"expected the shape of rotation {list(rotation.shape)}, got {list(weight.shape)}"
-        raise InvalidArgument(f"{field}.weight.shape", message)
-    if len(bias) != len(rotation):
-        raise InvalidArgument(f"{field}.bias.shape", f"expected [{len(rotation)}] (rank), got {list(bias.shape)}")
-    return LowRank(rotation, weight, bias)
-
-
-def _neurons(proto: pb.NeuronEdit, field: str) -> NeuronEdit:
-    if proto.neurons and proto.neuron_set:
-        message = "neurons are given as well; expected one of neurons, neuron_set"
-        raise InvalidArgument(f"{field}.neuron_set", message)
-    if not proto.neurons and not proto.neuron_set:
-        raise InvalidArgument(f"{field}.neurons", "expected neurons, or neuron_set")
-    neurons = distinct(proto.neurons, f"{field}.neurons")
-    neuron_set = proto.neuron_set or None
-    name = chosen(proto, "op", field)
-    if name == "clamp":
-        low, high = _bounds(proto.clamp, f"{field}.clamp")
-        return NeuronEdit(neurons, neuron_set, NeuronOp.CLAMP, min=low, max=high)
-    values = tuple(finite(v, f"{field}.{name}.values[{i}]") for i, v in enumerate(getattr(proto, name).values))
-    if neurons and len(values) not in (1, len(neurons)):
-        message = f"expected 1 value, or one for each of the {len(neurons)} neurons, got {len(values)}"
-        raise InvalidArgument(f"{field}.{name}.values", message)
-    return NeuronEdit(neurons, neuron_set, NeuronOp(name), values)
-
-
-def _heads(proto: pb.HeadEdit, field: str) -> HeadEdit:
-    if not proto.heads:
-        raise InvalidArgument(f"{field}.heads", "expected at least one head")
-    heads = distinct(proto.heads, f"{field}.heads")
-    name = chosen(proto, "op", field)
-    if name == "scale":
-        return HeadEdit(heads, scale=finite(proto.scale, f"{field}.scale"))
-    if name == "uniform":
-        if not proto.uniform:
-            raise InvalidArgument(f"{field}.uniform", "expected true; to leave heads alone, leave the edit out")
-        return HeadEdit(heads, uniform=True)
-    mean = decode_tensor(proto.mean, f"{field}.mean", ndims=(2, 3))
-    if mean.shape[-2] != len(heads):
-        message = f"expected {len(heads)} row(s), one for each head, got {list(mean.shape)}"
-        raise InvalidArgument(f"{field}.mean.shape", message)
-    return HeadEdit(heads, mean=mean)
-
-
-_EDIT_KINDS: dict[str, Callable[[Any, str], EditKind]] = {
-    "add": lambda p, f: AddVector(_vector_in(p, f)),
-    "project_out": lambda p, f: ProjectOut(_vector_in(p, f)),
-    "cap_projection": _cap,
-    "set_projection": lambda p, f: SetProjection(_vector_in(p, f), finite(p.target, f"{f}.target")),
-    "replace": lambda p, f: ReplaceVector(_vector_in(p, f)),
-    "rotate_towards": lambda p, f: RotateTowards(
-        _vector_in(p, f), finite(p.radians, f"{f}.radians", low=0.0, high=math.pi)
-    ),
-    "low_rank": _low_rank,
-    "neurons": _neurons,
-    "heads": _heads,
-}
 
 
 def _scope(proto: pb.Scope, field: str) -> Scope:
@@ -244,7 +127,7 @@ def _condition(proto: pb.Condition, field: str) -> Condition:
     return Condition(
         site=decode_site(proto.site, f"{field}.site"),
         layer=proto.layer,
-        vector=_vector_in(proto, field),
+        vector=vector_in(proto, field),
         comparison=known(proto.comparison, COMPARISONS, f"{field}.comparison", pb.Comparison.keys()[1:]),
         threshold=finite(proto.threshold, f"{field}.threshold"),
         cosine=proto.cosine,
@@ -264,7 +147,7 @@ def _abort(proto: pb.AbortCondition, field: str) -> AbortCondition:
 def _readout(proto: pb.Readout, field: str) -> Readout:
     name = chosen(proto, "kind", field)
     return Readout(
-        kind=_READOUT_KINDS[name](getattr(proto, name), f"{field}.{name}"),
+        kind=READOUT_OF_NAME[name].decode(getattr(proto, name), f"{field}.{name}"),
         site=decode_site(proto.site, f"{field}.site"),
         name=proto.name,
         layers=_layers(proto.layers, proto.all_layers, field, needed=True),
@@ -273,30 +156,9 @@ def _readout(proto: pb.Readout, field: str) -> Readout:
     )
 
 
-def _projection_readout(proto: pb.ProjectionReadout, field: str) -> ProjectionReadout:
-    if not proto.vectors:
-        raise InvalidArgument(f"{field}.vectors", "expected at least one vector")
-    return ProjectionReadout(tuple(decode_vector(v, f"{field}.vectors[{i}]") for i, v in enumerate(proto.vectors)))
-
-
-def _neuron_readout(proto: pb.NeuronReadout, field: str) -> NeuronReadout:
-    if not proto.neurons:
-        raise InvalidArgument(f"{field}.neurons", "expected at least one neuron")
-    return NeuronReadout(distinct(proto.neurons, f"{field}.neurons"))
-
-
-_READOUT_KINDS: dict[str, Callable[[Any, str], ReadoutKind]] = {
-    "projection": _projection_readout,
-    "neurons": _neuron_readout,
-    "top_neurons": lambda p, f: TopNeuronsReadout(count(p.k, f"{f}.k", low=1)),
-    "logit_lens": lambda p, f: LogitLensReadout(count(p.k, f"{f}.k", low=1)),
-    "heads": lambda p, f: HeadReadout(distinct(p.heads, f"{f}.heads")),
-}
-
-
 def token_readouts(program: BoundProgram) -> frozenset[str]:
     """Names of the readouts whose ids are tokens."""
-    return frozenset(readout.name for readout in program.readouts if readout.kind is LogitLensReadout)
+    return frozenset(readout.name for readout in program.readouts if READOUT_OF[readout.kind].ids_are_tokens)
 
 
 def encode_readout_value(value: ReadoutValue, texts: Iterable[str] = ()) -> pb.ReadoutValue:

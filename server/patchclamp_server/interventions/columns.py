@@ -1,0 +1,56 @@
+"""The format of the tables that programs are written into: kinds of entry, flags, and columns.
+
+It is the format of patchclamp_kernels.program_table, where the formula of every kind stands. It is written down here
+again because importing that package needs Triton, which a machine without a GPU need not have; slots.py, which hands
+the tables to the kernels, refuses to be imported when the two differ.
+"""
+
+from enum import IntEnum, IntFlag
+
+
+class EntryKind(IntEnum):
+    ADD = 0
+    PROJECT = 1
+    REPLACE = 2
+    ROTATE = 3
+    LOW_RANK = 4
+    NEURONS = 5
+    HEADS = 6
+    AFFINE = 7
+    AFFINE_LOW_RANK = 8
+    CONDITION = 9
+    PROJECTION = 10
+    NEURON_VALUES = 11
+    # No kernel knows these: they need whole rows, and torch's rules read them on every device. Entries of theirs stand
+    # behind the range of a slot that kernels run.
+    TOP_NEURONS = 32
+    LOGIT_LENS = 33
+
+    @property
+    def edits(self) -> bool:
+        return self < EntryKind.CONDITION
+
+    @property
+    def in_kernels(self) -> bool:
+        return self < EntryKind.TOP_NEURONS
+
+
+class EntryFlag(IntFlag):
+    PRESERVE_NORM = 1
+    LATCHED = 2
+    COSINE = 4
+
+
+# Columns of whole numbers that kernels read, and those that only the host does: the place, and what orders the entries
+# of a place into groups that run as one (see entries.py).
+KIND, ITEM, FLAGS, FIRST, COUNT, GATE, LATCH, COLUMN = range(8)
+KERNEL_COLUMNS = 8
+PLACE, GROUP = 8, 9
+INT_COLUMNS = 10
+# Columns of numbers. A condition has its sign in STRENGTH and its threshold in LOW.
+STRENGTH, LOW, HIGH, SPARE = range(4)
+FLOAT_COLUMNS = 4
+# Columns of units: neurons, heads or ranks of an entry.
+FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
+UNIT, OTHER = range(2)
+NO_GATE = -1

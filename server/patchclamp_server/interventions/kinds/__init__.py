@@ -1,0 +1,66 @@
+"""The registry of kinds of edit and readout: everything that differs between them is looked up here.
+
+A kind is a module: its message and checks, its columns of the tables, the rule that torch runs and the number that
+kernels know it by, the name that policies give it, and the client's builders. A new one is added to the list below.
+"""
+
+from collections.abc import Callable
+
+from patchclamp_server.interventions.columns import EntryFlag, EntryKind
+from patchclamp_server.interventions.kinds import (
+    add,
+    affine,
+    heads,
+    low_rank,
+    neurons,
+    project,
+    rankings,
+    readings,
+    replace,
+    rotate,
+)
+from patchclamp_server.interventions.kinds.conditions import ConditionRule
+from patchclamp_server.interventions.kinds.kind import EditTable, ReadoutTable
+from patchclamp_server.interventions.kinds.rules import Entries, Rule
+from patchclamp_server.interventions.kinds.spec import EditSpec, ReadoutSpec
+from patchclamp_server.interventions.program import EditKind, ReadoutKind
+
+EDITS: tuple[EditSpec, ...] = (
+    *add.EDITS,
+    *project.EDITS,
+    *replace.EDITS,
+    *rotate.EDITS,
+    *low_rank.EDITS,
+    *neurons.EDITS,
+    *heads.EDITS,
+    *affine.EDITS,
+)
+READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS)
+_TABLES = (
+    add.ADD,
+    project.PROJECT,
+    replace.REPLACE,
+    rotate.ROTATE,
+    low_rank.LOW_RANK,
+    neurons.NEURONS,
+    heads.HEADS,
+    affine.FULL,
+    affine.LOW_RANK,
+)
+
+# By the name of the field in their messages, and by the dataclass.
+EDIT_OF_NAME: dict[str, EditSpec] = {spec.name: spec for spec in EDITS}
+EDIT_OF: dict[type[EditKind], EditSpec] = {spec.kind: spec for spec in EDITS}
+READOUT_OF_NAME: dict[str, ReadoutSpec] = {spec.name: spec for spec in READOUTS}
+READOUT_OF: dict[type[ReadoutKind], ReadoutSpec] = {spec.kind: spec for spec in READOUTS}
+
+EDIT_TABLES: dict[EntryKind, EditTable] = {table.entry: table for table in _TABLES}
+# What attention answers itself is in no table.
+READOUT_TABLES: dict[type[ReadoutKind], ReadoutTable] = {
+    spec.kind: spec.table for spec in READOUTS if spec.table is not None
+}
+RULES: dict[EntryKind, Callable[[Entries, EntryFlag], Rule]] = {
+    EntryKind.CONDITION: ConditionRule,
+    **{entry: table.rule for entry, table in EDIT_TABLES.items()},
+    **{table.entry: table.rule for table in READOUT_TABLES.values()},
+}

@@ -1,0 +1,148 @@
+"""neurons: single neurons are set, scaled, added to or clamped: t(a) = clip(f a + c, low, high)."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.columns import (
+    FACTOR,
+    OFFSET,
+    UNIT,
+    UNIT_HIGH,
+    UNIT_LOW,
+    EntryFlag,
+    EntryKind,
+)
+from patchclamp_server.interventions.field_checks import chosen, distinct, finite
+from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written, apart
+from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
+from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
+from patchclamp_server.interventions.kinds.vectors import bounds_in
+from patchclamp_server.interventions.program import NeuronEdit, NeuronOp
+from patchclamp_server.interventions.resolver import check_indices, checked_bounds
+from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_norms
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import Site
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
+
+
+class NeuronRule:
+    """t(a) = clip(f a + c, low, high) for single neurons."""
+
+    def __init__(self, entries: Entries, flags: EntryFlag) -> None:
+        self.entries = entries
+        self.units = units = Units(entries, entries.width)
+        self.factor, self.offset = units.numbers(FACTOR), units.numbers(OFFSET)  # [U]
+        self.low, self.high = units.numbers(UNIT_LOW), units.numbers(UNIT_HIGH)
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        entries, units = self.entries, self.units
+        norms = row_norms(x.index_select(0, entries.rows).float())
+        flat = x.view(-1)
+        a = flat.index_select(0, units.place).float()
+        target = torch.minimum(torch.maximum(add_product(self.offset, a, self.factor), self.low), self.high)
+        edited = interpolate(a, target, units.strength)
+        opened = entries.opened(context)
+        if entries.gate is not None:
+            edited = torch.where(units.opened(opened) > 0, edited, a)
+        flat.index_copy_(0, units.place, edited.to(x.dtype))
+        norms = units.norms_before(norms, edited.square() - a.square())
+        context.count(units.moved(norms, (edited - a).square()), norms, opened)
+
+
+def _write(payload: Payload) -> Written:
+    """(index, factor, offset, low, high), [n] each"""
+    order = np.argsort(payload[0].numpy())
+    index, factor, offset, low, high = (column.numpy()[order] for column in payload)
+
+    def units(_: IntArray) -> UnitColumns:
+        return UnitColumns({UNIT: index}, {FACTOR: factor, OFFSET: offset, UNIT_LOW: low, UNIT_HIGH: high})
+
+    return Written(None, units)
+
+
+NEURONS = EditTable(EntryKind.NEURONS, _write, NeuronRule, apart, whole_rows=False)
+
+
+def _decode(proto: "pb.NeuronEdit", field: str) -> NeuronEdit:
+    if proto.neurons and proto.neuron_set:
+        message = "neurons are given as well; expected one of neurons, neuron_set"
+        raise InvalidArgument(f"{field}.neuron_set", message)
+    if not proto.neurons and not proto.neuron_set:
+        raise InvalidArgument(f"{field}.neurons", "expected neurons, or neuron_set")
+    neurons = distinct(proto.neurons, f"{field}.neurons")
+    neuron_set = proto.neuron_set or None
+    name = chosen(proto, "op", field)
+    if name == "clamp":
+        low, high = bounds_in(proto.clamp, f"{field}.clamp")
+        return NeuronEdit(neurons, neuron_set, NeuronOp.CLAMP, min=low, max=high)
+    values = tuple(finite(v, f"{field}.{name}.values[{i}]") for i, v in enumerate(getattr(proto, name).values))
+    if neurons and len(values) not in (1, len(neurons)):
+        message = f"expected 1 value, or one for each of the {len(neurons)} neurons, got {len(values)}"
+        raise InvalidArgument(f"{field}.{name}.values", message)
+    return NeuronEdit(neurons, neuron_set, NeuronOp(name), values)
+
+
+def _bind(kind: NeuronEdit, where: Where) -> EditNumbers:
+    if where.site is not Site.MLP_POST:
+        raise InvalidArgument(f"{where.owner}.site", f"neurons are edited at mlp_post, not {where.site.value}")
+    payload = {layer: _payload(kind, where, layer) for layer in where.layers}
+    return EditNumbers(NEURONS, payload)
+
+
+def _payload(kind: NeuronEdit, where: Where, layer: int) -> Payload:
+    path, op = where.path, kind.op.value
+    values: Tensor | None = torch.tensor(kind.values, dtype=torch.float32)
+    if kind.neuron_set is not None:
+        if kind.neurons:
+            raise InvalidArgument(f"{path}.neurons", "give neurons or a neuron_set, not both")
+        artifact = where.resolver.artifact(kind.neuron_set, ArtifactKind.NEURON_SET, f"{path}.neuron_set")
+        if layer not in artifact.info.layers:
+            raise InvalidArgument(f"{path}.neuron_set", f"{kind.neuron_set} has no neurons for layer {layer}")
+        index, stored = artifact.neurons(layer)
+        check_indices(tuple(index.tolist()), where.width, f"{path}.neuron_set", "neuron")
+        if not kind.values:
+            values = stored
+    else:
+        if not kind.neurons:
+            raise InvalidArgument(f"{path}.neurons", "at least one neuron is needed")
+        check_indices(kind.neurons, where.width, f"{path}.neurons", "neuron")
+        index = torch.tensor(kind.neurons, dtype=torch.int64)
+    n = len(index)
+    one = torch.ones(n)
+    low, high = torch.full((n,), -math.inf), torch.full((n,), math.inf)
+    if kind.op is NeuronOp.CLAMP:
+        bounds = checked_bounds(kind.min, kind.max, f"{path}.clamp")
+        return (index, one, torch.zeros(n), one * bounds[0], one * bounds[1])
+    if values is None or len(values) == 0:
+        raise InvalidArgument(f"{path}.{op}.values", "a value is needed")
+    if len(values) not in (1, n):
+        raise InvalidArgument(f"{path}.{op}.values", f"one value or {n}, got {len(values)}")
+    if not bool(torch.isfinite(values).all()):
+        raise InvalidArgument(f"{path}.{op}.values", "holds NaN or infinite numbers")
+    values = values.float().expand(n).contiguous()
+    if kind.op is NeuronOp.SET:
+        return (index, torch.zeros(n), values, low, high)
+    if kind.op is NeuronOp.SCALE:
+        return (index, values, torch.zeros(n), low, high)
+    return (index, one, values, low, high)
+
+
+def _inline(kind: NeuronEdit) -> str:
+    return ""
+
+
+def _neuron_set(kind: NeuronEdit) -> str | None:
+    return kind.neuron_set
+
+
+_BUILDERS = ("set_neurons", "scale_neurons", "add_neurons", "clamp_neurons")
+EDITS = (EditSpec("neurons", NeuronEdit, _decode, _bind, _BUILDERS, _inline, _neuron_set),)

@@ -1,0 +1,41 @@
+"""replace: t(h) = v."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from patchclamp_server.interventions.columns import EntryFlag, EntryKind
+from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
+from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
+from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
+from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
+from patchclamp_server.interventions.program import ReplaceVector
+
+if TYPE_CHECKING:
+    # The engine runs where the messages are not installed.
+    from patchclamp.v1 import program_pb2 as pb
+
+
+class ReplaceRule(TargetRule):
+    """t(h) = v."""
+
+    def __init__(self, entries: Entries, flags: EntryFlag) -> None:
+        super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
+        self.vectors = entries.vectors()
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        return self.entries.each(self.vectors)
+
+
+REPLACE = EditTable(EntryKind.REPLACE, one_vector, ReplaceRule)
+
+
+def _decode(proto: "pb.ReplaceVector", field: str) -> ReplaceVector:
+    return ReplaceVector(vector_in(proto, field))
+
+
+def _bind(kind: ReplaceVector, where: Where) -> EditNumbers:
+    return EditNumbers(REPLACE, payload_of(kind.vector, where, unit=kind.vector.unit))
+
+
+EDITS = (EditSpec("replace", ReplaceVector, _decode, _bind, ("replace",), inline_vector("replace")),)

@@ -1,0 +1,230 @@
+"""What the torch rules of all kinds share: the entries they run over, and the step in which they do.
+
+A rule is made for one kind of entry at one place, of all programs that use it there, whatever their number: E pairs of
+an entry and a row of the batch, sorted by entry, then by row. It gathers its columns of the tables once, and `run`
+edits the activation x [T, width] in place at those rows only, so that rows of other programs keep their bits.
+
+Whatever the dtype of x, entries are computed in float32 and rounded once, when they are written: float16 holds no norm
+above 65,504, and bfloat16 has 8 bits for a sum over thousands of channels.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchclamp_server.interventions.columns import COUNT, FIRST, UNIT
+from patchclamp_server.interventions.row_arithmetic import interpolate, row_norms
+from patchclamp_server.interventions.setting import Setting
+from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.model.sites import Site
+
+
+@dataclass(eq=False)
+class StepContext:
+    """What the rules of one part of a plan share in one forward pass."""
+
+    positions: Tensor  # [T]
+    latch: Tensor  # [rows of Tables]
+    # Openness of every condition at every row that has one, flat; the last is always 1 and stands for "no gate".
+    opened: Tensor
+    readings: Tensor  # flat, as Report.reading_rows says
+    # |delta|, |h| and openness of each pair of an edit and a row, in the order of execution.
+    delta_norms: list[Tensor]
+    norms: list[Tensor]
+    gates: list[Tensor]
+
+    def count(self, delta_norm: Tensor, norm: Tensor, opened: Tensor) -> None:
+        self.delta_norms.append(delta_norm)
+        self.norms.append(norm)
+        self.gates.append(opened)
+
+
+class Rule(Protocol):
+    def run(self, x: Tensor, context: StepContext) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """All pairs of a part, sorted into groups, which are ranges of them. Arrays are on the host, tensors where x is."""
+
+    entry: IntArray  # [E]
+    row: IntArray  # [E] row of the batch
+    rows: Tensor  # [E], the same
+    strength: Tensor  # [E]
+    # Place of the gate of an edit, or of the value of a condition, in StepContext.opened; of a reading in `readings`.
+    target: Tensor  # [E]
+    gated: BoolArray  # [E]
+    inside: Tensor  # [E] bool; all but latched conditions that look at no token of their scope
+
+
+class Entries:
+    """Pairs [start, end) of a part: entries of one kind at one place."""
+
+    def __init__(self, pairs: Pairs, setting: Setting, site: Site, layer: int, start: int, end: int) -> None:
+        self.setting, self.site, self.layer = setting, site, layer
+        self.host = setting.tables.host
+        self.pairs, self.span = pairs, slice(start, end)
+        self.entry, self.row = pairs.entry[self.span], pairs.row[self.span]
+        self.rows, self.strength = pairs.rows[self.span], pairs.strength[self.span]
+        fresh = np.empty(end - start, dtype=np.bool_)
+        fresh[0] = True
+        np.not_equal(self.entry[1:], self.entry[:-1], out=fresh[1:])
+        self.own = self.entry[fresh]  # [k] the entries, ascending
+        # [E] which of the k entries; None when each is at one row.
+        self.which = None if len(self.own) == len(self.entry) else np.cumsum(fresh) - 1
+        self.gate = pairs.target[self.span] if pairs.gated[self.span].any() else None
+
+    def __len__(self) -> int:
+        return len(self.entry)
+
+    def opened(self, context: StepContext) -> Tensor:
+        return self.always if self.gate is None else context.opened.index_select(0, self.gate)
+
+    @cached_property
+    def always(self) -> Tensor:
+        return torch.ones(len(self), device=self.setting.device)
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """`which` as a tensor."""
+        return None if self.which is None else self.tensor(self.which)
+
+    def each(self, values: Tensor) -> Tensor:
+        """[k, ...] -> [E, ...]"""
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def ints(self, column: int) -> IntArray:
+        """Of the k entries."""
+        values: IntArray = self.host.ints[self.own, column].astype(np.int64)
+        return values
+
+    def floats(self, column: int) -> Tensor:
+        """Of the E pairs."""
+        return self.tensor(self.host.floats[self.entry, column])
+
+    @property
+    def width(self) -> int:
+        return self.setting.widths[self.site]
+
+    def vectors(self) -> Tensor:
+        """The vector of each of the k entries, [k, width]."""
+        return self.bank(self.ints(FIRST), self.width)
+
+    def bank(self, rows: IntArray, width: int) -> Tensor:
+        """Vectors [n, width], float32: what is summed over them would overflow or round in less."""
+        return self.setting.tables.bank(width).data.index_select(0, self.tensor(rows)).float()
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.setting.device)
+
+    @cached_property
+    def earlier(self) -> tuple[Tensor, Tensor] | None:
+        """Pairs (later, earlier) of entries at one row, where edits that commute run as one; None when no row has two.
+
+        Entries of a row are in the order of its program.
+        """
+        order = np.argsort(self.row, kind="stable")
+        ordered = self.row[order]
+        later, earlier = [], []
+        for distance in range(1, int(np.bincount(ordered - ordered[0]).max())):
+            same = ordered[distance:] == ordered[:-distance]
+            later.append(order[distance:][same])
+            earlier.append(order[:-distance][same])
+        if not later:
+            return None
+        return self.tensor(np.concatenate(later)), self.tensor(np.concatenate(earlier))
+
+
+class Units:
+    """The neurons or heads of entries: U units, those of a pair one after the other."""
+
+    def __init__(self, entries: Entries, in_row: int) -> None:
+        """`in_row`: units in a row of x."""
+        self.entries = entries
+        ints = entries.host.ints[entries.entry]
+        counts = ints[:, COUNT].astype(np.int64)
+        self.pair = np.repeat(np.arange(len(counts)), counts)  # [U]
+        within = np.arange(len(self.pair)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.within = within
+        self.number = ints[:, FIRST].astype(np.int64)[self.pair] + within  # [U] row of the units' columns
+        unit = entries.host.unit_ints[self.number, UNIT]
+        self.place = entries.tensor(entries.row[self.pair] * in_row + unit)  # [U] flat index of x
+        self.group = entries.tensor(self.pair)
+
+    def ints(self, column: int) -> IntArray:
+        values: IntArray = self.entries.host.unit_ints[self.number, column].astype(np.int64)
+        return values
+
+    def numbers(self, column: int) -> Tensor:
+        return self.entries.tensor(self.entries.host.unit_numbers[self.number, column])
+
+    @cached_property
+    def strength(self) -> Tensor:
+        return self.entries.strength.index_select(0, self.group)
+
+    def opened(self, opened: Tensor) -> Tensor:
+        return opened.index_select(0, self.group)
+
+    def norms_before(self, norms: Tensor, energy: Tensor) -> Tensor:
+        """|h| that each entry was given: that of the row, changed by the entries before it. `energy` [U] is what |h|²
+        gained."""
+        if self.entries.earlier is None:
+            return norms
+        later, earlier = self.entries.earlier
+        gained = torch.zeros_like(norms).index_add_(0, self.group, energy)
+        return norms.square().index_add_(0, later, gained.index_select(0, earlier)).clamp_min_(0.0).sqrt_()
+
+    def moved(self, norms: Tensor, squares: Tensor) -> Tensor:
+        """|delta| of each pair, `squares` [U] being those of the differences."""
+        return torch.zeros_like(norms).index_add_(0, self.group, squares).sqrt()
+
+
+class TargetRule:
+    """h + s (t(h) - h), with the norm kept if asked; subclasses give the target. At most one entry a row."""
+
+    def __init__(self, entries: Entries, *, preserve_norm: bool) -> None:
+        self.entries = entries
+        self.preserve_norm = preserve_norm
+
+    def target(self, h: Tensor, norms: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        entries = self.entries
+        h = x.index_select(0, entries.rows).float()
+        norms = row_norms(h)
+        edited = interpolate(h, self.target(h, norms), entries.strength[:, None])
+        if self.preserve_norm:
+            reached = row_norms(edited)
+            # A strength of 0 must leave the bits alone, and x * (n / n) may not; nothing rescales an empty row.
+            fixed = (entries.strength == 0) | (reached == 0)
+            scale = torch.where(fixed, torch.ones_like(reached), norms / reached)
+            edited = edited * scale[:, None]
+        opened = entries.opened(context)
+        if entries.gate is not None:
+            edited = torch.where(opened[:, None] > 0, edited, h)
+        x.index_copy_(0, entries.rows, edited.to(x.dtype))
+        context.count(row_norms(edited - h), norms, opened)
+
+
+class Grid:
+    """Pairs of k entries laid out [k, most pairs of one entry], so that all entries form one batched product."""
+
+    def __init__(self, entries: Entries) -> None:
+        which = np.arange(len(entries)) if entries.which is None else entries.which
+        counts = np.bincount(which)
+        self.shape = (len(counts), int(counts.max()))
+        starts = np.cumsum(counts) - counts
+        self.place = entries.tensor(which * self.shape[1] + np.arange(len(which)) - starts[which])
+
+    def spread(self, h: Tensor) -> Tensor:  # [E, width] -> [k, most, width]
+        k, most = self.shape
+        grid = torch.zeros((k * most, h.shape[1]), dtype=h.dtype, device=h.device)
+        return grid.index_copy_(0, self.place, h).view(k, most, -1)
+
+    def collect(self, grid: Tensor) -> Tensor:  # [k, most, n] -> [E, n]
+        return grid.reshape(-1, grid.shape[2]).index_select(0, self.place)

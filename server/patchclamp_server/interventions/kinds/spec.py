@@ -1,0 +1,78 @@
+"""What the server knows of a kind of edit or readout, from the message to the tables: one entry of the registry."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
+from patchclamp_server.interventions.program import EditKind, ReadoutKind
+from patchclamp_server.interventions.resolver import Resolver
+from patchclamp_server.model.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Where:
+    """Where an edit or readout is. `path` is that of its kind, `owner` that of the edit or readout itself."""
+
+    resolver: Resolver
+    site: Site
+    layers: tuple[int, ...]
+    width: int
+    owner: str
+    path: str
+
+
+@dataclass(frozen=True, eq=False)
+class EditNumbers:
+    """An edit as the tables take it: `payload` by layer is what `table` says, `bounds` are its LOW and HIGH."""
+
+    table: EditTable
+    payload: dict[int, Payload]
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    # Where it is done, if not at the site that it names.
+    site: Site | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EditSpec:
+    """`decode` turns the message into the dataclass and refuses what is wrong for every model; `bind` refuses what does
+    not fit this one, and resolves artifacts. Both raise InvalidArgument with the field path."""
+
+    # In the message Edit. Policies, metrics and the audit record call the kind by the same name.
+    name: str
+    kind: type[EditKind]
+    decode: Callable[[Any, str], EditKind]
+    bind: Callable[[Any, Where], EditNumbers]
+    # The functions of patchclamp.programs that build it.
+    builders: tuple[str, ...]
+    # The field in which a request brings vectors or matrices of its own, "" where there is none.
+    inline: Callable[[Any], str]
+    # The artifact that says at which layers the edit is, where the edit names none.
+    layers_from: Callable[[Any], str | None] = lambda kind: None
+
+
+@dataclass(frozen=True, eq=False)
+class ReadoutNumbers:
+    """As in BoundReadout."""
+
+    vectors: dict[int, Tensor] = field(default_factory=dict)
+    ids: tuple[int, ...] = ()
+    k: int = 0
+    heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadoutSpec:
+    """`table` None: attention answers it, and the tables know nothing of it."""
+
+    # In the message Readout.
+    name: str
+    kind: type[ReadoutKind]
+    decode: Callable[[Any, str], ReadoutKind]
+    bind: Callable[[Any, Where], ReadoutNumbers]
+    builders: tuple[str, ...]
+    table: ReadoutTable | None
+    ids_are_tokens: bool = False

@@ -1,0 +1,122 @@
+"""What programs are told of a step: which conditions ended a sequence, and the values of readouts.
+
+Steps leave both in two buffers by row and column: `opened`, whether conditions held, and `readings`. Positions come
+from the spans of the step, so that a report serves one step after the other.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from patchclamp_server.interventions.kinds import READOUT_TABLES
+from patchclamp_server.interventions.program import ReadoutValue
+from patchclamp_server.interventions.rows import SpanRows
+from patchclamp_server.interventions.spans import AbortHit, ProgramSpan, StepOutcome
+from patchclamp_server.model.arrays import BoolArray, IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """One readout at one row and layer: numbers [start, end) of those that are read."""
+
+    span: int
+    offset: int
+    name: str
+    layer: int
+    ids: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Report:
+    """Buffers have `n_columns` and `n_readings` columns, or more. `*_rows`: its rows that are in each, ascending."""
+
+    def __init__(self, rows: SpanRows) -> None:
+        layouts = rows.layouts
+        self.n_columns = max((layout.n_columns for layout in layouts), default=0)
+        self.n_readings = max((layout.n_readings for layout in layouts), default=0)
+        has_conditions = np.array([layout.n_columns > 0 for layout in layouts], dtype=np.bool_)
+        self.condition_rows = np.flatnonzero(has_conditions[rows.owner]) if self.n_columns else _NONE
+        aborts = np.zeros((len(layouts), self.n_columns), dtype=np.bool_)
+        for i, layout in enumerate(layouts):
+            aborts[i, len(layout.gated) : layout.n_columns] = True
+        has_aborts: BoolArray = np.logical_or.reduce(aborts, axis=1)
+        self._aborting = np.flatnonzero(has_aborts[rows.owner]) if has_aborts.any() else _NONE
+        self._aborts: BoolArray = aborts[rows.owner[self._aborting]]
+        self._readings: list[_Reading] = []
+        read = [self._read(rows, i) for i, layout in enumerate(layouts) if layout.readouts]
+        self._rows = np.concatenate([r for r, _ in read]) if read else _NONE
+        self._columns = np.concatenate([c for _, c in read]) if read else _NONE
+        self.reading_rows = np.unique(self._rows)
+        self._owner, self._offset, self._batch_row = rows.owner, rows.offset, rows.row
+
+    def _read(self, rows: SpanRows, span: int) -> tuple[IntArray, IntArray]:
+        """Row and column of every number that the readouts of a span ask for."""
+        layout, (own,) = rows.layouts[span], np.nonzero(rows.owner == span)
+        at, rows_read, columns_read = self._n_numbers, [_NONE], [_NONE]
+        for i, readout in enumerate(layout.readouts):
+            item = np.full(len(own), layout.readout_item(i))
+            inside = own[rows.inside(own, item) & rows.counted[own]]
+            for layer in readout.layers if len(inside) else ():
+                first, n = layout.reading_columns[i, layer]
+                columns = first + READOUT_TABLES[readout.kind].pick(readout, n)
+                for offset in rows.offset[inside].tolist():
+                    end = at + len(columns)
+                    self._readings.append(_Reading(span, offset, readout.name, layer, readout.ids, at, end))
+                    at = end
+                rows_read.append(np.repeat(inside, len(columns)))
+                columns_read.append(np.tile(columns, len(inside)))
+        return np.concatenate(rows_read), np.concatenate(columns_read)
+
+    @property
+    def _n_numbers(self) -> int:
+        return self._readings[-1].end if self._readings else 0
+
+    @property
+    def asks_conditions(self) -> bool:
+        """Whether anybody is told which conditions held: gates only ask on the device."""
+        return len(self._aborting) > 0
+
+    @property
+    def asks_readings(self) -> bool:
+        return len(self._readings) > 0
+
+    def aborts(self, outcome: StepOutcome, spans: list[ProgramSpan], opened: np.ndarray) -> None:
+        """`opened` [rows of the batch, columns]"""
+        self._abort(outcome, spans, opened[self._batch_row[self._aborting]])
+
+    def own_aborts(self, outcome: StepOutcome, spans: list[ProgramSpan], opened: np.ndarray) -> None:
+        """`opened` [condition_rows, columns]"""
+        self._abort(outcome, spans, opened[np.searchsorted(self.condition_rows, self._aborting)])
+
+    def _abort(self, outcome: StepOutcome, spans: list[ProgramSpan], opened: np.ndarray) -> None:
+        held = (opened[:, : self.n_columns] != 0) & self._aborts
+        if not held.any():
+            return
+        for i, column in np.argwhere(held).tolist():
+            local = self._aborting[i]
+            span = spans[self._owner[local]]
+            assert span.state is not None
+            layout = span.state.loaded.layout
+            name = layout.bound.aborts[column - len(layout.gated)].name
+            outcome.aborts.append(AbortHit(span.state.uid, name, span.offset + int(self._offset[local])))
+
+    def readings(self, outcome: StepOutcome, spans: list[ProgramSpan], readings: np.ndarray) -> None:
+        """`readings` [rows of the batch, columns]"""
+        self._tell(outcome, spans, readings[self._batch_row[self._rows], self._columns])
+
+    def own_readings(self, outcome: StepOutcome, spans: list[ProgramSpan], readings: np.ndarray) -> None:
+        """`readings` [reading_rows, columns]"""
+        self._tell(outcome, spans, readings[np.searchsorted(self.reading_rows, self._rows), self._columns])
+
+    def _tell(self, outcome: StepOutcome, spans: list[ProgramSpan], numbers: np.ndarray) -> None:
+        values = numbers.tolist()
+        for reading in self._readings:
+            span = spans[reading.span]
+            assert span.state is not None
+            own, position = tuple(values[reading.start : reading.end]), span.offset + reading.offset
+            value = ReadoutValue(reading.name, reading.layer, position, own, reading.ids)
+            outcome.readouts.append((span.state.uid, value))
+
+
+_NONE = np.empty(0, dtype=np.int64)
