@@ -4,6 +4,7 @@ import torch
 from engine_runs import Bench, Job, assert_same, loaded
 
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.interventions.program import (
     AddVector,
     Comparison,
@@ -116,3 +117,35 @@ def test_turning_the_cache_off_shares_nothing() -> None:
         outcomes = [bench.run([Job(question(0), max_tokens=2)])[0] for _ in range(2)]
     assert [o.end().usage.cached_prompt_tokens for o in outcomes] == [0, 0]
     assert outcomes[0].tokens == outcomes[1].tokens
+
+
+def test_the_ends_of_prefixes_are_evicted_before_their_beginnings() -> None:
+    """Six blocks: a prefix of four leaves the two that it begins with when four others are needed."""
+    cache = KvCache(
+        n_layers=1,
+        n_blocks=7,
+        block_size=4,
+        n_kv_heads=1,
+        head_dim=2,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    blocks = [cache.allocate() for _ in range(4)]
+    held = [block for block in blocks if block is not None]
+    for index, block in enumerate(held):
+        cache.register(block, b"key %d" % index)
+    cache.release(held)
+    assert cache.n_cached == 4
+    for _ in range(4):
+        assert cache.allocate() is not None
+    assert [cache.lookup(b"key %d" % index) for index in range(4)] == [held[0], held[1], None, None]
+
+
+def test_of_a_prefix_that_was_partly_evicted_the_beginning_is_still_reused() -> None:
+    config = EngineConfig(kv_block_size=16, kv_cache_tokens=40 * 16, max_tokens_per_step=2048)
+    with Bench(FAMILY, config) as bench:
+        bench.run([Job(question(0), max_tokens=1)])
+        # 32 blocks of the 40 are known; ten others need two of them.
+        bench.run([Job(tuple(2 + i % 190 for i in range(155)), max_tokens=1)])
+        again = bench.run([Job(question(1), max_tokens=1)])[0]
+    assert again.end().usage.cached_prompt_tokens == 30 * 16
