@@ -4,6 +4,7 @@ import threading
 
 import torch
 from engine_runs import Outcome, loaded
+from patience import PATIENCE_SECONDS
 
 from patchclamp_server.engine.config import EngineConfig, Unobserved
 from patchclamp_server.engine.engine import Engine
@@ -15,7 +16,6 @@ from patchclamp_server.interventions.program import AddVector, Edit, Program, Si
 
 FAMILY = "llama"
 STREAMS = 64
-PATIENCE_SECONDS = 120.0
 
 
 class PreemptionCounter(Unobserved):
@@ -184,5 +184,5 @@ def test_a_shutdown_between_two_steps_is_not_missed() -> None:
 
     engine._wake = Wake()
     engine.start()
-    engine._thread.join(10.0)
+    engine._thread.join(PATIENCE_SECONDS)
     assert not engine._thread.is_alive()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import PATIENCE_SECONDS, TOLERANCE, Bench, Job, Outcome, assert_same, loaded, truth
+from engine_runs import TOLERANCE, Bench, Job, Outcome, assert_same, loaded, truth
 from oracle import oracle_logits, run_oracle
+from patience import PATIENCE_SECONDS
 from programs import GENERATED, PROMPT, SCOPES, abort, edit, numbers, prompt, shapes, sites_of
 from tiny_models import FAMILIES, LAYERS, tiny_model
 

@@ -5,11 +5,10 @@ import threading
 from contextvars import ContextVar
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 from patchclamp_server.engine.text_threads import TextThreads, check_awaited
 from patchclamp_server.errors import Cancelled, DeadlineExceeded
-
-PATIENCE_SECONDS = 30.0
 
 
 class Work:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 from planted_heads import INDUCTION, planted
 
 from patchclamp.v1 import head_pb2
@@ -90,7 +91,7 @@ def steps(running: threading.Event, release: threading.Event, log: list[str]) ->
     try:
         yield 1
         running.set()
-        release.wait(30)
+        release.wait(PATIENCE_SECONDS)
         log.append("second step")
         yield 2
         log.append("third step")
