@@ -352,6 +352,29 @@ def test_what_a_preempted_request_waited_teaches_admission_nothing_about_speed()
     assert engine.admission.token_seconds.samples == 1
 
 
+def test_a_session_that_goes_on_has_not_been_paused_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 1e6)
+    engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
+    session, other = Outcome(), Outcome()
+    request_id = engine.submit(request(1, session, credits=2))
+    while engine.step():
+        pass
+    engine.advance(request_id, 5)
+    engine.step()
+    # From here on every pause is a long one, and this session's is over.
+    monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 0.0)
+    engine.submit(request(2, other))
+    for _ in range(4):
+        engine.step()
+    assert session.tokens
+    assert not other.tokens
+    engine.advance(request_id, 1)
+    while engine.step():
+        pass
+    assert session.end().usage.preemptions == 0
+    assert other.done.is_set()
+
+
 def test_a_session_keeps_its_place_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 1e6)
     engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))

@@ -4,6 +4,7 @@ The truth of a set is the oracle (plain transformers with hooks) with the other 
 tokens; that of a policy that selects for each token is its meaning with dense products and masks (tests/sparsity).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from sparse_models import NAMES, bound, run, sparse_model
 
 from patchclamp_kernels.runtime import reference_only
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.quality_guard import GuardState
 from patchclamp_server.engine.request import QualityGuard, SparseInference, SparsityReport
 from patchclamp_server.errors import Aborted
 from patchclamp_server.interventions.program import (
@@ -349,6 +351,13 @@ def test_a_guard_samples_the_divergence_from_the_dense_model(kernels: bool) -> N
     assert found is not None
     assert found.sampled_tokens == 1
     assert found.mean_divergence == pytest.approx(float((dense.exp() * (dense - drifted)).sum()), rel=1e-3)
+
+
+def test_a_divergence_that_is_no_number_has_drifted() -> None:
+    guard = GuardState(QualityGuard(max_divergence=1e9, sample_rate=1.0, window=2))
+    assert not guard.add(0.1, True)
+    assert not guard.add(0.1, True)
+    assert guard.add(math.nan, False)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -5,6 +5,7 @@ import pytest
 from engine_runs import Job, assert_same, run_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle_formulas import in_scope
 from programs import edit, prompt, shapes
 
 from patchclamp_kernels.runtime import reference_only
@@ -35,6 +36,14 @@ def test_what_is_settled_holds_at_every_generated_token(scope: Scope, token_ids:
     positions = np.arange(PROMPT_LENGTH, PROMPT_LENGTH + GENERATED_TOKENS, dtype=np.int64)
     if settled is not None:
         assert set(scope_mask(scope, sequence, positions, np.array(token_ids, dtype=np.int64)).tolist()) == {settled}
+
+
+@given(SCOPES, st.lists(st.integers(0, VOCABULARY - 1), min_size=14, max_size=14))
+@settings(deadline=None, max_examples=200)
+def test_the_mask_of_a_scope_is_that_of_the_oracle(scope: Scope, token_ids: list[int]) -> None:
+    positions = np.arange(len(token_ids), dtype=np.int64)
+    found = scope_mask(scope, SequenceTokens(PROMPT_LENGTH, ROLES), positions, np.array(token_ids, dtype=np.int64))
+    assert found.tolist() == [in_scope(scope, p, tuple(token_ids), PROMPT_LENGTH, ROLES) for p in positions.tolist()]
 
 
 @pytest.mark.parametrize(

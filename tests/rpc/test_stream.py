@@ -128,6 +128,13 @@ def test_in_lockstep_a_token_goes_at_once_and_its_readouts_ride_on_the_next():
     assert [(t.id, t.readouts[0].position) for t in second.tokens] == [(6, 3)]
 
 
+def test_a_late_readout_rides_on_one_token_alone():
+    builder = ResponseBuilder(3, wait_for_readouts=False, piece=str)
+    list(builder.responses([Token(5, 3)]))
+    [response] = builder.responses([Readouts(3, (ReadoutValue("r", 0, 3, (1.0,)),)), Token(6, 4), Token(7, 5)])
+    assert [[v.position for v in t.readouts] for t in response.tokens] == [[3], []]
+
+
 def test_readouts_of_the_prompt_are_kept_apart():
     builder = ResponseBuilder(3, wait_for_readouts=True, piece=str)
     [response] = builder.responses([Readouts(2, (ReadoutValue("r", 0, 2, (1.0,)),))])
