@@ -66,6 +66,22 @@ def test_a_scope_that_no_generated_token_changes_is_settled(scope: Scope, settle
     assert settled_mask(scope, SequenceTokens(PROMPT_LENGTH, ROLES)) is settled
 
 
+@pytest.mark.parametrize(
+    "scope",
+    [
+        Scope((TokenSelector(positions=PositionRange(2, PROMPT_LENGTH + 3)),)),
+        Scope((TokenSelector(positions=PositionRange(PROMPT_LENGTH + 1)),)),
+        Scope((TokenSelector(phase=Phase.GENERATED, positions=PositionRange(-2, PROMPT_LENGTH + 3)),)),
+        Scope((), (TokenSelector(positions=PositionRange(0, PROMPT_LENGTH + 3)),)),
+        Scope((), (TokenSelector(positions=PositionRange(PROMPT_LENGTH + 1)),)),
+        Scope((TokenSelector(token_ids=(1,)),)),
+        Scope((TokenSelector(last_k=2), TokenSelector(token_ids=(1,)))),
+    ],
+)
+def test_a_scope_that_holds_some_generated_tokens_and_not_others_is_not_settled(scope: Scope) -> None:
+    assert settled_mask(scope, SequenceTokens(PROMPT_LENGTH, ROLES)) is None
+
+
 # Of a prompt of 14 tokens: in the prompt and on, from a generated token on, and all but those.
 ENDING_LATE = {
     "begins in the prompt": Scope((TokenSelector(positions=PositionRange(4, 17)),)),

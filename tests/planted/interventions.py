@@ -10,7 +10,7 @@ INTERVENTIONS = [
         "if start > sequence.prompt_length:",
         "a range that ends among the generated tokens runs on past its end",
         (
-            "interventions/test_scopes.py::test_what_is_settled_holds_at_every_generated_token",
+            "interventions/test_scopes.py::test_a_scope_that_holds_some_generated_tokens_and_not_others_is_not_settled",
             "interventions/test_scopes.py::test_a_range_that_ends_among_the_generated_tokens_ends_there",
         ),
     ),
@@ -20,7 +20,7 @@ INTERVENTIONS = [
         "if end is not None or start > sequence.prompt_length:",
         "if end is not None:",
         "a range that begins at a later generated token begins with the first",
-        ("interventions/test_scopes.py::test_what_is_settled_holds_at_every_generated_token",),
+        ("interventions/test_scopes.py::test_a_scope_that_holds_some_generated_tokens_and_not_others_is_not_settled",),
     ),
     Mutant(
         "scope-relative-start",
