@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from sampling import split
 from tiny_llama import save_tiny_llama
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("patient", deadline=None)
+# For mutants.py, which asks only whether there is a failure.
+settings.register_profile("unshrunk", deadline=None, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("patient")
 
 

@@ -29,7 +29,20 @@ from planted import MUTANTS, Mutant  # noqa: E402
 TIMEOUT_SECONDS = 600
 COPIED = ("server", "clients", "kernels", "tests", "benchmarks", "docs", "proto", "README.md", "pyproject.toml")
 # What takes long to import, and none of it ours.
-LIBRARIES = ("torch", "transformers", "numba", "sklearn.cluster", "grpc", "safetensors.torch", "hypothesis", "pytest")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "numba",
+    "sklearn.cluster",
+    "sklearn.linear_model",
+    "transformers.modeling_utils",
+    "transformers.models.llama.modeling_llama",
+    "grpc_status.rpc_status",
+    "google.protobuf.json_format",
+    "safetensors.torch",
+    "hypothesis",
+    "pytest",
+)
 ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "TRITON_INTERPRET": "1",
@@ -71,8 +84,9 @@ def planted(mutant: Mutant, copy: Path) -> Iterator[None]:
         file.write_text(text)
 
 
-def verdict_of(copy: Path, tests: Sequence[str], log: Path) -> Verdict:
-    process = multiprocessing.get_context("fork").Process(target=_run_tests, args=(copy, tests, log))
+def verdict_of(copy: Path, tests: Sequence[str], log: Path, compiled: Path) -> Verdict:
+    """`compiled`: where numba keeps what it has compiled."""
+    process = multiprocessing.get_context("fork").Process(target=_run_tests, args=(copy, tests, log, compiled))
     process.start()
     process.join(TIMEOUT_SECONDS)
     if process.exitcode is None:
@@ -85,8 +99,7 @@ def verdict_of(copy: Path, tests: Sequence[str], log: Path) -> Verdict:
     return {0: Verdict.SURVIVED, 1: Verdict.CAUGHT}.get(process.exitcode, Verdict.BROKEN)
 
 
-def _run_tests(copy: Path, tests: Sequence[str], log: Path) -> None:
-    """In a process of its own. Compiled code of its own too: numba does not see that a function called has changed."""
+def _run_tests(copy: Path, tests: Sequence[str], log: Path, compiled: Path) -> None:
     import pytest
 
     with log.open("w") as output:
@@ -94,17 +107,27 @@ def _run_tests(copy: Path, tests: Sequence[str], log: Path) -> None:
         os.dup2(output.fileno(), 2)
     packages = [str(copy / name) for name in ("server", "clients/python", "kernels")]
     os.environ["PYTHONPATH"] = os.pathsep.join(packages)
+    os.environ["NUMBA_CACHE_DIR"] = str(compiled)
     sys.path[:] = [*packages, *(path for path in sys.path if not path.startswith(str(ROOT)))]
     for name in ("mutate", "mutations", *(name for name in sys.modules if name.partition(".")[0] == "planted")):
         sys.modules.pop(name, None)
-    with tempfile.TemporaryDirectory(dir=copy.parent) as compiled:
-        os.environ["NUMBA_CACHE_DIR"] = compiled
-        os.chdir(copy)
-        status = pytest.main(
-            ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=120", *(f"tests/{test}" for test in tests)]
-        )
+    os.chdir(copy)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=120", "--hypothesis-profile", "unshrunk"]
+    status = pytest.main([*options, *(f"tests/{test}" for test in tests)])
     sys.stdout.flush()
     os._exit(int(status))
+
+
+def verdict(mutant: Mutant, copy: Path, log: Path, compiled: Path) -> Verdict:
+    """Of one that is planted in the copy for as long."""
+    if occurrences(mutant, copy) != 1:
+        return Verdict.STALE
+    with planted(mutant, copy):
+        if "numba" not in source(mutant, copy).read_text():
+            return verdict_of(copy, mutant.tests, log, compiled)
+        # What calls a compiled function was compiled with it: numba does not see that the function has changed.
+        with tempfile.TemporaryDirectory() as fresh:
+            return verdict_of(copy, mutant.tests, log, Path(fresh))
 
 
 def run(mutants: Iterable[Mutant]) -> bool:
@@ -114,24 +137,21 @@ def run(mutants: Iterable[Mutant]) -> bool:
         importlib.import_module(library)
     mutants, good = list(mutants), True
     with tempfile.TemporaryDirectory() as directory:
-        copy, log = copied(Path(directory) / "copy"), Path(directory) / "log"
+        copy, log, compiled = copied(Path(directory) / "copy"), Path(directory) / "log", Path(directory) / "compiled"
         tests = sorted({test for mutant in mutants for test in mutant.tests})
         start = time.monotonic()
-        if verdict_of(copy, tests, log) is not Verdict.SURVIVED:
+        if verdict_of(copy, tests, log, compiled) is not Verdict.SURVIVED:
             print(f"the tests are red without a defect:\n{log.read_text()[-4000:]}", flush=True)
             return False
         print(f"{len(tests)} tests are green without a defect: {time.monotonic() - start:.0f} s", flush=True)
         for mutant in mutants:
-            start, verdict = time.monotonic(), Verdict.STALE
-            if occurrences(mutant, copy) == 1:
-                with planted(mutant, copy):
-                    verdict = verdict_of(copy, mutant.tests, log)
+            start, found = time.monotonic(), verdict(mutant, copy, log, compiled)
             seconds = time.monotonic() - start
-            print(f"{verdict.value:<10} {seconds:4.0f} s  {mutant.name:<36} {mutant.why}", flush=True)
-            if not verdict.caught:
+            print(f"{found.value:<10} {seconds:4.0f} s  {mutant.name:<36} {mutant.why}", flush=True)
+            if not found.caught:
                 good = False
                 print(f"    {mutant.module}: {' '.join(mutant.tests)}", flush=True)
-                if verdict is Verdict.BROKEN:
+                if found is Verdict.BROKEN:
                     print(log.read_text()[-2000:], flush=True)
     return good
 

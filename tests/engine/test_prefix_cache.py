@@ -157,7 +157,8 @@ def test_a_block_that_is_held_again_is_not_given_away() -> None:
 
 
 def test_equal_blocks_after_another_beginning_are_others() -> None:
-    jobs = [Job((first, *SYSTEM[1:64], 5, 6, 7), max_tokens=3) for first in (3, 4)]
+    """The second prompt begins with what is the second block of the first."""
+    jobs = [Job((*SYSTEM[16 * start : 64], 5, 6, 7), max_tokens=3) for start in (0, 1)]
     with Bench(FAMILY, CONFIG) as bench:
         outcomes = [bench.run([job])[0] for job in jobs]
     assert [o.end().usage.cached_prompt_tokens for o in outcomes] == [0, 0]
