@@ -88,9 +88,11 @@ def test_scores_are_the_log_probabilities_of_the_oracle(family: str, config: Eng
     assert [own.rows for own in finished.receipt.edits] == [len(tokens) - start - 1, start]
 
 
+@pytest.mark.parametrize("strength", [0.4, 4.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_divergence_from_the_baseline_is_that_of_the_oracle(family: str) -> None:
-    program = Program((edit("add", Site.RESID_POST, shapes(family), strength=0.4),))
+def test_the_divergence_from_the_baseline_is_that_of_the_oracle(family: str, strength: float) -> None:
+    """Of the edited model: where the edit is strong, the baseline's own divergence is another number."""
+    program = Program((edit("add", Site.RESID_POST, shapes(family), strength=strength),))
     tokens = prompt(f"{family} compare", 20)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     request = Request(

@@ -61,7 +61,8 @@ def assert_counts(found: Sums, seen: NDArray[np.float32], thresholds: NDArray[np
 @pytest.mark.parametrize("kind", ["compiled", "operators"])
 def test_sums_and_histograms_are_those_of_numpy_over_columns_in_any_order(kind: str) -> None:
     seen, thresholds = values(), np.linspace(-0.5, 0.5, ITEMS)
-    thresholds[1] = 0.1
+    # Values of the second item lie next to its threshold, and of the third at it.
+    thresholds[1], thresholds[2] = 0.1, 0.0
     columns = np.random.default_rng(1).permutation(ITEMS)
     ring = np.full((ROWS, ITEMS), 99.0, dtype=np.float32)
     ring[:, columns] = seen

@@ -9,7 +9,7 @@ MODEL = [
         "found = max((content for content in added",
         "found = min((content for content in added",
         "a token that the end of a turn only begins with ends it",
-        ("model/test_end_tokens.py::test_the_end_of_a_turn_is_the_token_behind_what_the_assistant_says",),
+        ("model/test_end_tokens.py::test_of_two_tokens_that_begin_alike_the_longer_one_ends_the_turn",),
     ),
     Mutant(
         "ends-beyond-the-vocabulary",

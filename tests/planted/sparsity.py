@@ -9,7 +9,7 @@ SPARSITY = [
         "int(keep * n + 0.5)",
         "int(keep * n)",
         "a keep ratio keeps the next smaller whole number",
-        ("sparsity/test_formulas.py::test_thresholds_keep_the_share_asked_for", "sparsity/test_formulas.py"),
+        ("sparsity/test_formulas.py::test_a_keep_ratio_keeps_the_nearest_whole_number",),
     ),
     Mutant(
         "threshold-of-the-rest",

@@ -22,7 +22,7 @@ from patchclamp_server.sparsity.sketch import PACKED_ROWS, SketchedProduct, sket
 from patchclamp_server.sparsity.static_set import StaticSet
 from patchclamp_server.sparsity.teal import STEP
 from patchclamp_server.sparsity.teal_allocation import greedy_path
-from patchclamp_server.sparsity.top import top_mask
+from patchclamp_server.sparsity.top import count, top_mask
 
 D_FF = 80
 
@@ -257,6 +257,14 @@ def test_thresholds_keep_the_share_asked_for() -> None:
 
 def test_ties_do_not_change_how_many_are_kept() -> None:
     assert top_mask(torch.zeros(3, 10), 0.3).sum(1).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("keep", "n", "kept"), [(0.3, 10, 3), (0.36, 10, 4), (0.34, 10, 3), (0.25, 10, 3), (1.0, 7, 7), (0.0, 7, 0)]
+)
+def test_a_keep_ratio_keeps_the_nearest_whole_number(keep: float, n: int, kept: int) -> None:
+    assert count(keep, n) == kept
+    assert int(top_mask(torch.arange(float(n)), keep).sum()) == kept
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
