@@ -112,7 +112,7 @@ def _run_tests(copy: Path, tests: Sequence[str], log: Path, compiled: Path) -> N
     for name in ("mutate", "mutations", *(name for name in sys.modules if name.partition(".")[0] == "planted")):
         sys.modules.pop(name, None)
     os.chdir(copy)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=120", "--hypothesis-profile", "unshrunk"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=60", "--hypothesis-profile", "unshrunk"]
     status = pytest.main([*options, *(f"tests/{test}" for test in tests)])
     sys.stdout.flush()
     os._exit(int(status))

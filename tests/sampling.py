@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 
-def drawn(cases: Sequence[Mapping[str, int]], share: float, seed: str) -> list[int]:
+def drawn(cases: Sequence[Mapping[str, object]], share: float, seed: str) -> list[int]:
     """Indices, ascending, of a `share` of the cases, and of as many more as it takes to have every value of every
-    parameter at least once. `cases`: by parameter the number of its value."""
+    parameter at least once. `cases`: by parameter its value."""
     order = list(range(len(cases)))
     random.Random(seed).shuffle(order)
     wanted = round(share * len(cases))
-    seen: set[tuple[str, int]] = set()
+    seen: set[tuple[str, object]] = set()
     # The first of these bring a value that was not there before; the others fill up.
     bringing = []
     for index in order:
@@ -37,6 +37,9 @@ def split(items: Sequence[pytest.Item], seed: int) -> tuple[list[pytest.Item], l
     left_out: set[pytest.Item] = set()
     for name, cases in wide.items():
         (share,) = cases[0].get_closest_marker("drawn").args  # type: ignore[union-attr]
-        kept = drawn([case.callspec.indices for case in cases], share, f"{seed} {name}")  # type: ignore[attr-defined]
-        left_out.update(case for index, case in enumerate(cases) if index not in set(kept))
+        parameters = [case.callspec.params for case in cases]  # type: ignore[attr-defined]
+        # By their text: values need not be hashable.
+        values = [{parameter: repr(value) for parameter, value in case.items()} for case in parameters]
+        kept = set(drawn(values, share, f"{seed} {name}"))
+        left_out.update(case for index, case in enumerate(cases) if index not in kept)
     return [item for item in items if item not in left_out], [item for item in items if item in left_out]

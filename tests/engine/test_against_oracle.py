@@ -47,6 +47,7 @@ def config(**options: int | bool) -> EngineConfig:
     return EngineConfig(kv_block_size=BLOCK, kv_cache_tokens=1024, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.drawn(0.4)
 @pytest.mark.parametrize("kind", EDIT_KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alone_at_every_site(family: str, kind: str) -> None:
@@ -79,6 +80,7 @@ def test_in_a_mixed_batch_of_eight_different_programs(family: str, first: int) -
                 raise AssertionError(f"in the batch, {case}: {error}") from error
 
 
+@pytest.mark.drawn(0.3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_chunked_prefill(family: str, case: str) -> None:
@@ -89,6 +91,7 @@ def test_with_chunked_prefill(family: str, case: str) -> None:
     assert_same(family, asked, outcome)
 
 
+@pytest.mark.drawn(0.2)
 @pytest.mark.parametrize("reuse", [False, True], ids=["recomputed", "own blocks reused"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,6 +133,7 @@ def test_what_is_recomputed_token_by_token_is_counted_once() -> None:
     assert_same("llama", asked, outcome)
 
 
+@pytest.mark.drawn(0.3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_prefix_cache_hit(family: str, case: str) -> None:
@@ -142,6 +146,7 @@ def test_on_a_prefix_cache_hit(family: str, case: str) -> None:
     assert_same(family, asked, outcome, reuse=True)
 
 
+@pytest.mark.drawn(0.2)
 @pytest.mark.parametrize("steered_first", [False, True], ids=["plain first", "steered first"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)

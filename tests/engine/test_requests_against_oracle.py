@@ -229,6 +229,7 @@ def pooled(states: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     return kept[-1] if pooling is Pooling.LAST_TOKEN else kept.mean(dim=0)
 
 
+@pytest.mark.drawn(0.3)
 @pytest.mark.parametrize("config", [CONFIG, CHUNKED], ids=["whole", "chunked"])
 @pytest.mark.parametrize("pooling", Pooling)
 @pytest.mark.parametrize("family", FAMILIES)

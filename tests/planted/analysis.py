@@ -76,7 +76,7 @@ ANALYSIS = [
         "grounded-in-the-answer",
         "patchclamp_server.heads.grounding",
         "if at < len(self._prompt) and self._prompt[at] == token",
-        "if self._prompt[min(at, len(self._prompt) - 1)] == token",
+        "if at >= len(self._prompt) or self._prompt[at] == token",
         "a look at the answer counts as a source in the prompt",
         ("heads/test_grounding.py::test_a_generated_token_that_is_looked_at_is_no_source",),
     ),

@@ -54,12 +54,15 @@ RPC = [
         ("rpc/test_errors.py::test_a_failure_of_the_server_tells_nothing_of_its_inside",),
     ),
     Mutant(
-        "names-twice",
+        "items-twice",
         "patchclamp_server.rpc.checks",
-        "if name and name in seen:",
+        "if value in seen:",
         "if False:",
-        "two edits of one name are accepted",
-        ("rpc/test_bad_input.py",),
+        "a neuron that is listed twice is watched twice",
+        (
+            "rpc/test_monitoring_codec.py::test_a_wrong_item_is_refused_by_its_path",
+            "steering/test_steering_service.py::test_what_cannot_be_extracted_is_refused_by_field",
+        ),
     ),
     Mutant(
         "waiting-activations-never-read",
