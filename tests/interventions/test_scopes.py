@@ -10,8 +10,9 @@ from programs import edit, prompt, shapes
 
 from patchclamp_kernels.runtime import reference_only
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Phase, PositionRange, Program, Scope, Site, TokenSelector
-from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask, settled_mask
+from patchclamp_server.interventions.scopes import SequenceTokens, check_scope, scope_mask, settled_mask
 
 PROMPT_LENGTH, GENERATED_TOKENS, VOCABULARY = 6, 8, 4
 ROLES = ("system", "system", "user", "user", "assistant", "assistant")
@@ -25,7 +26,19 @@ SELECTORS = st.builds(
     token_ids=st.just(()) | st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=2).map(tuple),
     role=st.none() | st.sampled_from(["system", "user", "assistant"]),
 )
-SCOPES = st.builds(Scope, st.lists(SELECTORS, max_size=2).map(tuple), st.lists(SELECTORS, max_size=2).map(tuple))
+
+
+def is_accepted(scope: Scope) -> bool:
+    try:
+        check_scope(scope, "scope", vocab_size=VOCABULARY, has_roles=True)
+    except InvalidArgument:
+        return False
+    return True
+
+
+SCOPES = st.builds(
+    Scope, st.lists(SELECTORS, max_size=2).map(tuple), st.lists(SELECTORS, max_size=2).map(tuple)
+).filter(is_accepted)
 
 
 @given(SCOPES, st.lists(st.integers(0, VOCABULARY - 1), min_size=GENERATED_TOKENS, max_size=GENERATED_TOKENS))
