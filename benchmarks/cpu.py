@@ -39,7 +39,6 @@ from patchclamp_server.interventions.program import (
     ProjectOut,
     RotateTowards,
     Scope,
-    Site,
     TokenSelector,
     Vector,
 )
@@ -47,6 +46,7 @@ from patchclamp_server.model.embedded import embedded_directory
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.progress import RichProgress
+from patchclamp_server.model.sites import Site
 
 STREAMS = 16
 TEXT = "The old lighthouse keeper opened the door and saw"

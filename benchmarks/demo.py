@@ -35,7 +35,7 @@ HEADS_OFF = Path("benchmarks/data/programs/layer_15_heads_off.json")
 PROMPTS = ("My day at the office was", "When she opened the door, she felt", "The weather today makes me feel")
 METHOD: MethodName = "difference_of_means"
 VECTOR = "joyful_sad"
-# Just past the middle of 30 layers, where the vector moves the model most (tests/steering/test_behaviour_embedded.py).
+# Just past the middle of 30 layers, where the vector moves the model most (tests/analysis/steering/test_behaviour_embedded.py).
 STEERED_LAYER, STRENGTH = 16, 1.5
 CLAMPED_LAYER, CLAMPED_NEURONS = 5, 8
 SAMPLING: GenerateOptions = {"max_tokens": 40, "repetition_penalty": 1.1}

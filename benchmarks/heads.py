@@ -3,9 +3,9 @@
     python benchmarks/heads.py [--only readout|naive|causal] [--runs 48] [--causal-runs 20] [--random-sets 10] …
 
 - readout: decode steps with all heads read and without, alternating.
-- naive: the naive way (tests/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of up
+- naive: the naive way (tests/analysis/heads/naive_retrieval.py: full attention matrices, token by token) on `--naive-runs` of up
   to 1024 tokens, and ours on the same, in this run. Also with the naive way given a cache of keys and values.
-- causal: detection over `--runs` needle runs of 256 to 1536 tokens (heads/detect.py), with half of the built-in
+- causal: detection over `--runs` needle runs of 256 to 1536 tokens (analysis/heads/retrieval/detect.py), with half of the built-in
   needles; then a table on the other half: the 3 and the 10 best heads set to zero, against random draws of as many
   other heads, in texts of up to 1024 tokens.
 
@@ -33,24 +33,24 @@ import torch
 from measure import alternate, decode_steps, least_steps, save
 from transformers import AutoModelForCausalLM
 
+from patchclamp_server.analysis.heads.retrieval.detect import Detection, RetrievalHeads, detect, reading_all_heads
+from patchclamp_server.analysis.heads.retrieval.needle_prompt import PromptWriter
+from patchclamp_server.analysis.heads.retrieval.needle_run import NeedleRun
+from patchclamp_server.analysis.heads.retrieval.needles import NeedleTest, built_in_needles, plan
+from patchclamp_server.analysis.heads.sets.evaluation import EditEvaluation, HeadEditEffect, HeadMetrics, evaluate_edit
+from patchclamp_server.analysis.heads.sets.overlap import rank_correlation
+from patchclamp_server.artifacts.head_sets import HeadSelection
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.prompt import PromptEncoder
-from patchclamp_server.engine.text import token_bytes
-from patchclamp_server.heads.detect import Detection, RetrievalHeads, detect, reading_all_heads
-from patchclamp_server.heads.edit_evaluation import EditEvaluation, HeadEditEffect, HeadMetrics, evaluate_edit
-from patchclamp_server.heads.head_set_overlap import rank_correlation
-from patchclamp_server.heads.head_sets import HeadSelection
-from patchclamp_server.heads.needle_prompt import PromptWriter
-from patchclamp_server.heads.needle_run import NeedleRun
-from patchclamp_server.heads.needles import NeedleTest, built_in_needles, plan
 from patchclamp_server.model.embedded import embedded_directory
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import RichProgress
+from patchclamp_server.text.detokenize import token_bytes
+from patchclamp_server.text.prompt import PromptEncoder
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "heads"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "analysis" / "heads"))
 from naive_retrieval import NaiveRun, naive_mean, naive_run, naive_success
 
 SIZES = (3, 10)

@@ -26,10 +26,11 @@ from measure import decode_steps, save
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.runner import StepResult
 from patchclamp_server.engine.scheduler import Work
-from patchclamp_server.interventions.program import Site, Vector
+from patchclamp_server.interventions.program import Vector
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.progress import RichProgress
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import WatchedDirection, WatchedNeurons, WatchItem
 from patchclamp_server.monitoring.reference import Recording, Reference

@@ -21,7 +21,7 @@ from measure import save
 from sparse import quality, speed
 from sparse.models import embedded_model, random_model
 
-from patchclamp_server.sparsity.documents import documents_of
+from patchclamp_server.analysis.documents import documents_of
 
 KEEPS = (0.75, 0.5, 0.4, 0.3)
 

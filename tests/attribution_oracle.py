@@ -8,7 +8,7 @@ from circuit_oracle import recorded
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 
 @dataclass(frozen=True)

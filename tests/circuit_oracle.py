@@ -8,8 +8,8 @@ from tiny_models import VOCAB
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from patchclamp_server.heads.circuit_runs import CleanCorruptPair
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
+from patchclamp_server.model.sites import Site
 
 # layer, activation [..., T, width] -> activation
 Edit = Callable[[Site, int, Tensor], Tensor]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from patchclamp_server.config import ServerConfig
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.rpc.config import ServerConfig
 from patchclamp_server.rpc.server import Server
 
 

@@ -27,9 +27,9 @@ from patchclamp_server.interventions.program import (
     ProjectionReadout,
     Readout,
     ReadoutValue,
-    Site,
     TopNeuronsReadout,
 )
+from patchclamp_server.model.sites import Site
 
 # edit name -> {position: strength of the tokens from there on}
 Strengths = Mapping[str, Mapping[int, float]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
 from patchclamp_server.interventions.program import (
-    PUBLIC_SITES,
     AbortCondition,
     AddVector,
     CapProjection,
@@ -42,11 +41,11 @@ from patchclamp_server.interventions.program import (
     RotateTowards,
     Scope,
     SetProjection,
-    Site,
     TokenSelector,
     TopNeuronsReadout,
     Vector,
 )
+from patchclamp_server.model.sites import PUBLIC_SITES, Site
 
 
 @dataclass(frozen=True)

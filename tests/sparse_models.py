@@ -7,13 +7,16 @@ import torch
 from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
+from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.model.weights import decoder_from_transformers
-from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, Policy, Profile, Selector, SparseModel, calibrate
 from patchclamp_server.sparsity.apply import Forced, Rows, Step, sparse_decoder
-from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
-from patchclamp_server.sparsity.policy import SequenceState
+from patchclamp_server.sparsity.mlp import SparseModel
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.teal import Teal
+from patchclamp_server.sparsity.policy import Policy, Selector, SequenceState
 from patchclamp_server.sparsity.products import CompactBudget, GatheredMlp, SparseProducts
-from patchclamp_server.sparsity.teal import Teal
+from patchclamp_server.sparsity.profile import Profile
 
 # Every policy that can be bound without saying more.
 NAMES = tuple(POLICIES)

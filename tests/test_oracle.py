@@ -34,10 +34,10 @@ from patchclamp_server.interventions.program import (
     RotateTowards,
     Scope,
     SetProjection,
-    Site,
     TokenSelector,
     Vector,
 )
+from patchclamp_server.model.sites import Site
 
 PROMPT = prompt("oracle", 18)
 

@@ -13,8 +13,9 @@ from programs import numbers, shapes
 from tiny_models import LAYERS, tiny_model
 from torch import Tensor
 
-from patchclamp_server.heads.head_sets import Head, HeadSelection
-from patchclamp_server.interventions.program import HeadReadout, Phase, Program, Readout, Site, Vector
+from patchclamp_server.artifacts.head_sets import Head, HeadSelection
+from patchclamp_server.interventions.program import HeadReadout, Phase, Program, Readout, Vector
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.activations import Activations
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import (

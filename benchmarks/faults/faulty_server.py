@@ -23,9 +23,9 @@ sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from faulty_executor import FaultyExecutor, allocate_too_much
 
 from patchclamp_server import cli
-from patchclamp_server.config import ServerConfig
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.rpc import server
+from patchclamp_server.rpc.config import ServerConfig
 
 
 def defect() -> NoReturn:

@@ -19,7 +19,6 @@ from measure import alternate, run_requests
 from gpu.models import loaded_model
 from gpu.programs import add_program, clamp_program, mixed_program, readout_program
 from gpu.setting import Setting, Shape
-from patchclamp_server.engine.attention import Span
 from patchclamp_server.engine.batch import StepBatch
 from patchclamp_server.engine.config import EngineConfig, Unobserved
 from patchclamp_server.engine.engine import Engine
@@ -28,6 +27,7 @@ from patchclamp_server.interventions.plan import ProgramSpan
 from patchclamp_server.interventions.program import Scope
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.model.attention.batch import Span
 
 Programs = list[BoundProgram | None]
 Row = dict[str, object]

@@ -44,8 +44,8 @@ def rotary_table(shape: Shape, dtype: torch.dtype, device: torch.device) -> tupl
 
 def random_decoder(shape: Shape, dtype: torch.dtype, device: torch.device):
     """A Decoder of weights of variance 1 / inputs: activations neither vanish nor overflow."""
+    from patchclamp_server.cpu.linear import Linear
     from patchclamp_server.model.decoder import Block, Decoder, Norm
-    from patchclamp_server.model.linear import Linear
     from patchclamp_server.model.spec import read_spec
 
     torch.manual_seed(0)

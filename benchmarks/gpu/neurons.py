@@ -19,8 +19,7 @@ from patchclamp_kernels.gated_activation import (
     neuron_statistics_reference,
     neuron_tiles,
 )
-from patchclamp_server.interventions.layout import place_number
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site, place_number
 
 OP = "gated_activation"
 PLACE = place_number(Site.MLP_POST, 0)

@@ -32,13 +32,13 @@ from patchclamp_server.interventions.program import (
     RotateTowards,
     Scope,
     SetProjection,
-    Site,
     TokenSelector,
     Vector,
 )
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.slots import SlotTables
 from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.model.sites import Site
 
 # Prompts of the runs that are compared are the same tokens, unedited, so that the prefix cache holds them.
 GENERATED = Scope((TokenSelector(phase=Phase.GENERATED),))

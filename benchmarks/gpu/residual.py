@@ -11,8 +11,7 @@ from gpu.setting import Setting, Shape
 from gpu.timing import Timer, bounded
 from patchclamp_kernels.receipts import accumulate_receipts, accumulate_receipts_reference
 from patchclamp_kernels.residual_edits import NormParams, residual_edits, residual_edits_reference
-from patchclamp_server.interventions.layout import place_number
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site, place_number
 
 OP = "residual_edits"
 # The boundary behind layer 0: what its MLP adds, its resid_post, the resid_pre and the norm of layer 1.

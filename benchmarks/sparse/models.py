@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.progress import RichProgress
 from patchclamp_server.model.weights import decoder_from_transformers
-from patchclamp_server.sparsity import SparseModel
+from patchclamp_server.sparsity.mlp import SparseModel
 
 
 def embedded_model() -> tuple[Callable[[str], Sequence[int]], SparseModel]:
@@ -27,7 +27,7 @@ def embedded_model() -> tuple[Callable[[str], Sequence[int]], SparseModel]:
 def random_model(
     d_model: int, d_ff: int, *, n_layers: int = 1, dtype: torch.dtype = torch.float32, four_bits: bool = False
 ) -> SparseModel:
-    """A llama of random weights: `four_bits` are found again by model/quantized.py."""
+    """A llama of random weights: `four_bits` are found again by cpu/quantized.py."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=d_model,

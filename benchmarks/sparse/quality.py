@@ -14,20 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchclamp_server.sparsity import CONTROLS, Policy, Profile, Selector, SparseModel, calibrate
-from patchclamp_server.sparsity.cats import Cats
-from patchclamp_server.sparsity.coreinfer_similarity import CoreInferSimilarity
-from patchclamp_server.sparsity.coreinfer_stability import CoreInferStability
-from patchclamp_server.sparsity.dense import Dense
-from patchclamp_server.sparsity.evaluate import Evaluator
-from patchclamp_server.sparsity.exact_zero import ExactZero
-from patchclamp_server.sparsity.fovea import Fovea
-from patchclamp_server.sparsity.griffin import Griffin
-from patchclamp_server.sparsity.oracle import Oracle
-from patchclamp_server.sparsity.random_set import RandomSet
-from patchclamp_server.sparsity.static_set import StaticSet
-from patchclamp_server.sparsity.teal import Teal
-from patchclamp_server.sparsity.wina import Wina
+from patchclamp_server.analysis.sparsity.calibrate import calibrate
+from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.sparsity.mlp import SparseModel
+from patchclamp_server.sparsity.policies import CONTROLS
+from patchclamp_server.sparsity.policies.cats import Cats
+from patchclamp_server.sparsity.policies.coreinfer_similarity import CoreInferSimilarity
+from patchclamp_server.sparsity.policies.coreinfer_stability import CoreInferStability
+from patchclamp_server.sparsity.policies.dense import Dense
+from patchclamp_server.sparsity.policies.exact_zero import ExactZero
+from patchclamp_server.sparsity.policies.fovea import Fovea
+from patchclamp_server.sparsity.policies.griffin import Griffin
+from patchclamp_server.sparsity.policies.oracle import Oracle
+from patchclamp_server.sparsity.policies.random_set import RandomSet
+from patchclamp_server.sparsity.policies.static_set import StaticSet
+from patchclamp_server.sparsity.policies.teal import Teal
+from patchclamp_server.sparsity.policies.wina import Wina
+from patchclamp_server.sparsity.policy import Policy, Selector
+from patchclamp_server.sparsity.profile import Profile
 
 PROMPT = 256
 # Row → policy, and whether it is bound to a profile. fovea_select is fovea without its compensation: selection alone.

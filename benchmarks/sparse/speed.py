@@ -12,7 +12,7 @@ to the stand-in of what was not chosen; its parts are timed alone as well.
 projection in 4-bit codes a third cannot be skipped, the scales of 32 neurons being read for one of them. Of fovea both
 count the bytes of its sketch (Selector.cost).
 
-"dense" is what the server does: model/linear.py. Beside it F.linear is measured, where there are float matrices, and
+"dense" is what the server does: cpu/linear.py. Beside it F.linear is measured, where there are float matrices, and
 `vs_fastest` and the shares of the bounds are against the faster of the two, so that no slow baseline flatters them.
 Before every run 64 MiB of other memory are read, so that no run finds its weights in a cache: in a model they are not
 there either. Figures are medians of alternating runs.
@@ -28,9 +28,11 @@ import torch.nn.functional as F
 from measure import alternate
 from torch import Tensor
 
-from patchclamp_server.model.sparse import SparseLinear, SparseMlp
-from patchclamp_server.sparsity import MlpInput, Profile, Selector, SparseModel
-from patchclamp_server.sparsity.fovea import Fovea
+from patchclamp_server.cpu.sparse import SparseLinear, SparseMlp
+from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
+from patchclamp_server.sparsity.policies.fovea import Fovea
+from patchclamp_server.sparsity.policy import Selector
+from patchclamp_server.sparsity.profile import Profile
 
 KEEPS = (0.5, 0.3)
 KINDS = ("fixed", "token", "gate", "channels", "fovea")

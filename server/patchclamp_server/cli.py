@@ -21,7 +21,7 @@ from patchclamp_server.addresses import Address
 from patchclamp_server.threads import configure_threads
 
 if TYPE_CHECKING:
-    from patchclamp_server.config import ServerConfig
+    from patchclamp_server.rpc.config import ServerConfig
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 TRACED_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s trace_id=%(trace_id)s: %(message)s"
@@ -266,7 +266,7 @@ def _compiled_code_directory() -> str:
 
 
 def _log_trace_ids() -> None:
-    from patchclamp_server.rpc.tracing import put_trace_ids_on_log_records
+    from patchclamp_server.rpc.tracing.spans import put_trace_ids_on_log_records
 
     put_trace_ids_on_log_records()
     for handler in logging.getLogger().handlers:
@@ -275,8 +275,8 @@ def _log_trace_ids() -> None:
 
 def config_from(args: argparse.Namespace) -> "ServerConfig":
     """What was given, over the defaults of ServerConfig and EngineConfig."""
-    from patchclamp_server.config import ServerConfig, WatchAtStart
     from patchclamp_server.engine.config import EngineConfig
+    from patchclamp_server.rpc.config import ServerConfig, WatchAtStart
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     engine = {name: given[name] for name in ENGINE_OPTIONS if name in given}

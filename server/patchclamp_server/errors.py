@@ -1,4 +1,4 @@
-"""Errors a client can see. The engine raises them; rpc/errors.py turns them into gRPC statuses.
+"""Errors a client can see. The engine raises them; rpc/call/errors.py turns them into gRPC statuses.
 
 Each names the field path it is about (``program.edits[1].layers``), in the words of the protobuf contract.
 """

@@ -23,7 +23,7 @@ from patchclamp_server.artifacts.formats import (
 )
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 
 def stored_vector(layers: dict[int, torch.Tensor], site: Site = Site.RESID_POST, **kwargs: object) -> Artifact:

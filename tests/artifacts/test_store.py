@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 VECTOR, NEURON_SET = ArtifactKind.VECTOR, ArtifactKind.NEURON_SET
 PROFILE, HEAD_SET = ArtifactKind.SPARSITY_PROFILE, ArtifactKind.HEAD_SET

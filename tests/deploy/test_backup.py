@@ -10,7 +10,7 @@ from deployed import DEPLOY
 
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind, Tags
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 COPIED = re.compile(r"-C /var/lib/patchclamp/artifacts -cf - (.+) > artifacts\.tar")
 

@@ -11,7 +11,7 @@ import yaml
 from deployed import DASHBOARDS, DEPLOY, Query, dashboard_queries, panels, program, resolved, rules
 from prometheus_client import CollectorRegistry
 
-from patchclamp_server.intervention_metrics import InterventionMetrics
+from patchclamp_server.rpc.metrics.interventions import InterventionMetrics
 
 RECORDED = {rule["record"] for rule in rules("record")}
 # Units that Grafana knows, of those that we use.

@@ -15,7 +15,8 @@ from tiny_models import FAMILIES
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Priority, Request, StopParams
-from patchclamp_server.interventions.program import Program, Site
+from patchclamp_server.interventions.program import Program
+from patchclamp_server.model.sites import Site
 
 # Longer than the sliding windows, and not a multiple of the blocks.
 PROMPT_LENGTH = 22

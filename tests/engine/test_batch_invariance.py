@@ -16,8 +16,9 @@ from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Finished, Request, SamplingParams, StopParams, Token
 from patchclamp_server.engine.sampler import SamplingRow, sample
-from patchclamp_server.interventions.program import Program, Site
+from patchclamp_server.interventions.program import Program
 from patchclamp_server.model.load import LoadedModel, load_model
+from patchclamp_server.model.sites import Site
 
 BLOCK = 4
 PLAIN = EngineConfig(kv_block_size=BLOCK, kv_cache_tokens=1024, enable_prefix_cache=False)

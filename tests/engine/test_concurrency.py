@@ -14,7 +14,8 @@ from patchclamp_server.engine.request import Event, Failed, FinishReason, Priori
 from patchclamp_server.errors import Cancelled, DeadlineExceeded, InvalidArgument
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.program import AddVector, Edit, Program, Site, Vector
+from patchclamp_server.interventions.program import AddVector, Edit, Program, Vector
+from patchclamp_server.model.sites import Site
 
 FAMILY = "llama"
 STREAMS = 64

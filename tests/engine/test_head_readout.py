@@ -17,16 +17,8 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Request, StopParams
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bind import bind
-from patchclamp_server.interventions.program import (
-    Edit,
-    HeadEdit,
-    HeadReadout,
-    Program,
-    Readout,
-    Scope,
-    Site,
-    TokenSelector,
-)
+from patchclamp_server.interventions.program import Edit, HeadEdit, HeadReadout, Program, Readout, Scope, TokenSelector
+from patchclamp_server.model.sites import Site
 
 # Longer than the sliding windows, and not a multiple of the blocks.
 LENGTH, BLOCK = 22, 4

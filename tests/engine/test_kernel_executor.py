@@ -17,11 +17,12 @@ from tiny_models import FAMILIES
 
 from patchclamp_kernels.runtime import reference_only
 from patchclamp_server.engine.config import EngineConfig
-from patchclamp_server.engine.decode_graphs import COLUMNS, DecodeGraphs
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.kernel_executor import KernelExecutor
+from patchclamp_server.engine.executors.decode_graphs import COLUMNS, DecodeGraphs
+from patchclamp_server.engine.executors.kernel_executor import KernelExecutor
 from patchclamp_server.engine.request import Request, StopParams
-from patchclamp_server.interventions.program import Program, Readout, Site, TopNeuronsReadout
+from patchclamp_server.interventions.program import Program, Readout, TopNeuronsReadout
+from patchclamp_server.model.sites import Site
 
 
 @pytest.fixture(autouse=True)

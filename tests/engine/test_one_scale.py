@@ -20,10 +20,10 @@ from patchclamp_server.interventions.program import (
     ProjectionReadout,
     Readout,
     Scope,
-    Site,
     TokenSelector,
     Vector,
 )
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import WatchedDirection, WatchItem
 

@@ -26,9 +26,9 @@ from patchclamp_server.interventions.program import (
     ProjectOut,
     ReplaceVector,
     RotateTowards,
-    Site,
     Vector,
 )
+from patchclamp_server.model.sites import Site
 
 FAMILY = "llama"
 ROWS = 64

@@ -35,10 +35,10 @@ from patchclamp_server.interventions.program import (
     Readout,
     RotateTowards,
     SetProjection,
-    Site,
     Vector,
 )
 from patchclamp_server.model.load import LoadedModel, load_model
+from patchclamp_server.model.sites import Site
 from patchclamp_server.model.weights import decoder_from_transformers
 
 LARGE = 40_000.0

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from patchclamp_server.engine.packed import Packed, packed
+from patchclamp_server.engine.executors.packed import Packed, packed
 
 CPU = torch.device("cpu")
 

@@ -16,11 +16,11 @@ from patchclamp_server.interventions.program import (
     Program,
     Readout,
     Scope,
-    Site,
     TokenSelector,
     TopNeuronsReadout,
     Vector,
 )
+from patchclamp_server.model.sites import Site
 
 FAMILY = "qwen3"
 CONFIG = EngineConfig(max_sequences=32, max_tokens_per_step=2048, kv_block_size=16)

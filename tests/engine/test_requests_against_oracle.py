@@ -40,10 +40,10 @@ from patchclamp_server.interventions.program import (
     ProjectionReadout,
     Readout,
     Scope,
-    Site,
     TokenSelector,
     Vector,
 )
+from patchclamp_server.model.sites import Site
 
 CONFIG = EngineConfig(kv_block_size=4, kv_cache_tokens=1024)
 CHUNKED = EngineConfig(kv_block_size=4, kv_cache_tokens=1024, max_tokens_per_step=5)

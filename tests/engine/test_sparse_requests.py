@@ -32,15 +32,15 @@ from patchclamp_server.interventions.program import (
     ProjectionReadout,
     Readout,
     Scope,
-    Site,
     TokenSelector,
     TopNeuronsReadout,
     Vector,
 )
-from patchclamp_server.sparsity import POLICIES, Cost, Selector, SequenceState
-from patchclamp_server.sparsity.dense import Dense
-from patchclamp_server.sparsity.policy import ONLY_ACTIVE
-from patchclamp_server.sparsity.static_set import StaticSet
+from patchclamp_server.model.sites import Site
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.dense import Dense
+from patchclamp_server.sparsity.policies.static_set import StaticSet
+from patchclamp_server.sparsity.policy import ONLY_ACTIVE, Cost, Selector, SequenceState
 
 LENGTH, TOKENS = 22, 6
 BLOCK = 4

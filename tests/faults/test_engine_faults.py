@@ -16,7 +16,8 @@ from patchclamp_server.engine.request import Event, Finished, Request, StopParam
 from patchclamp_server.errors import EngineFailure, ResourceExhausted, Unavailable
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.program import AddVector, Edit, Program, ProjectionReadout, Readout, Site, Vector
+from patchclamp_server.interventions.program import AddVector, Edit, Program, ProjectionReadout, Readout, Vector
+from patchclamp_server.model.sites import Site
 
 FAMILY = "llama"
 WIDTH = 48

@@ -15,9 +15,9 @@ from patchclamp_server.interventions.program import (
     NeuronReadout,
     Program,
     Readout,
-    Site,
     TopNeuronsReadout,
 )
+from patchclamp_server.model.sites import Site
 
 INFO, SHAPES = loaded("llama").info, shapes("llama")
 

@@ -19,9 +19,9 @@ from patchclamp_server.interventions.program import (
     Program,
     Readout,
     Scope,
-    Site,
     TokenSelector,
 )
+from patchclamp_server.model.sites import Site
 
 LENGTH = 12
 # Without the prefix cache every batch has the shape of the one it is compared with.

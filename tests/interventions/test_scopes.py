@@ -11,8 +11,9 @@ from programs import edit, prompt, shapes
 from patchclamp_kernels.runtime import reference_only
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.program import Phase, PositionRange, Program, Scope, Site, TokenSelector
+from patchclamp_server.interventions.program import Phase, PositionRange, Program, Scope, TokenSelector
 from patchclamp_server.interventions.scopes import SequenceTokens, check_scope, scope_mask, settled_mask
+from patchclamp_server.model.sites import Site
 
 PROMPT_LENGTH, GENERATED_TOKENS, VOCABULARY = 6, 8, 4
 ROLES = ("system", "system", "user", "user", "assistant", "assistant")

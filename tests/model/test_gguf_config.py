@@ -13,10 +13,10 @@ from gguf_files import write_gguf
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf_conversion import converted_gguf
 from patchclamp_server.model.load import load_model
-from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 ROTARY_DIM = 12  # of the tiny llama

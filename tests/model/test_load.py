@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import byte_tokenizer
 from transformers import OPTConfig, OPTForCausalLM
 
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.load import load_model, load_pretrained
 from patchclamp_server.model.progress import Stage
-from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.model.sites import Site
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import torch
 from engine_runs import loaded
 from watch_runs import neurons_watch, watch_of_everything
 
+from patchclamp_server.artifacts.head_sets import Head, HeadSelection
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError, ResourceExhausted
-from patchclamp_server.heads.head_sets import Head, HeadSelection
-from patchclamp_server.interventions.program import Site, Vector
+from patchclamp_server.interventions.program import Vector
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import (
     Encoder,

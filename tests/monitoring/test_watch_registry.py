@@ -13,7 +13,8 @@ from watch_runs import BOTH, EVERYTHING, Followed, follow, neurons_watch, until,
 
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
-from patchclamp_server.interventions.program import AddVector, Edit, Program, Site, Vector
+from patchclamp_server.interventions.program import AddVector, Edit, Program, Vector
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.activations import MAX_BATCH, Activations
 from patchclamp_server.monitoring.reference import Reference
 from patchclamp_server.monitoring.registry import WatchRegistry

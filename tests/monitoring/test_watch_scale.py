@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from watch_runs import BOTH, Followed, until
 
 from patchclamp_server.errors import ResourceExhausted
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import Encoder, WatchedFeatures, WatchedNeurons, WatchItem
 from patchclamp_server.monitoring.reference import Recording, Reference

@@ -15,11 +15,12 @@ from watch_runs import Followed, expected_values, follow, neurons_watch, watch_o
 
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.request import Priority, QualityGuard, Request, SparseInference, StopParams
-from patchclamp_server.interventions.program import NeuronReadout, Phase, Program, Readout, Site
+from patchclamp_server.interventions.program import NeuronReadout, Phase, Program, Readout
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.monitoring.watch import WatchOptions
-from patchclamp_server.sparsity import POLICIES
-from patchclamp_server.sparsity.static_set import StaticSet
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.static_set import StaticSet
 
 LENGTH, BLOCK, TOKENS = 22, 4, 6
 EXECUTORS = ("operators", "kernels")

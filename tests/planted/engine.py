@@ -216,18 +216,18 @@ ENGINE = [
     ),
     Mutant(
         "shortest-stop-string",
-        "patchclamp_server.engine.text",
+        "patchclamp_server.text.detokenize",
         "if length == len(string) and length > len(completed):",
         "if length == len(string) and not completed:",
         "of two stop strings that end together the one listed first counts",
-        ("engine/test_text.py::test_the_first_match_wins_and_of_those_ending_together_the_longest",),
+        ("text/test_detokenize.py::test_the_first_match_wins_and_of_those_ending_together_the_longest",),
     ),
     Mutant(
         "id-one-beyond-the-vocabulary",
-        "patchclamp_server.vocabulary",
+        "patchclamp_server.text.vocabulary",
         "max(ids) < size):",
         "max(ids) <= size):",
         "the id behind the last row of the embedding is let in",
-        ("engine/test_prompt.py::test_an_id_outside_the_vocabulary_is_refused_by_its_index",),
+        ("text/test_prompt.py::test_an_id_outside_the_vocabulary_is_refused_by_its_index",),
     ),
 ]

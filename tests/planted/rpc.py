@@ -2,7 +2,7 @@
 
 from planted.mutant import Mutant
 
-STREAM = "patchclamp_server.rpc.stream"
+STREAM = "patchclamp_server.rpc.streams.stream"
 
 RPC = [
     Mutant(
@@ -31,7 +31,7 @@ RPC = [
     ),
     Mutant(
         "session-that-is-never-spent",
-        "patchclamp_server.rpc.session",
+        "patchclamp_server.rpc.streams.session",
         "self._delivered >= self._granted",
         "self._delivered > self._granted",
         "a lockstep session whose client has closed its side never ends",
@@ -39,7 +39,7 @@ RPC = [
     ),
     Mutant(
         "late-readouts-twice",
-        "patchclamp_server.rpc.response_builder",
+        "patchclamp_server.rpc.call.response_builder",
         "self._late.clear()",
         "pass",
         "readouts that came after their token come with every later token too",
@@ -47,7 +47,7 @@ RPC = [
     ),
     Mutant(
         "failure-tells-its-inside",
-        "patchclamp_server.rpc.errors",
+        "patchclamp_server.rpc.call.errors",
         "message = INTERNAL_MESSAGE if is_internal else _shortened(error.message)",
         "message = _shortened(error.message)",
         "a client is told what only the log should say",
@@ -55,18 +55,18 @@ RPC = [
     ),
     Mutant(
         "items-twice",
-        "patchclamp_server.rpc.checks",
+        "patchclamp_server.rpc.codecs.checks",
         "if value in seen:",
         "if False:",
         "a neuron that is listed twice is watched twice",
         (
             "rpc/test_monitoring_codec.py::test_a_wrong_item_is_refused_by_its_path",
-            "steering/test_steering_service.py::test_what_cannot_be_extracted_is_refused_by_field",
+            "analysis/steering/test_steering_service.py::test_what_cannot_be_extracted_is_refused_by_field",
         ),
     ),
     Mutant(
         "waiting-activations-never-read",
-        "patchclamp_server.rpc.watch_stream",
+        "patchclamp_server.rpc.streams.watch",
         "self._waiting -= len(event.items)",
         "pass",
         "a reader who keeps up loses activations all the same",
@@ -74,7 +74,7 @@ RPC = [
     ),
     Mutant(
         "progress-of-before",
-        "patchclamp_server.rpc.watch_stream",
+        "patchclamp_server.rpc.streams.watch",
         "is_news = self._latest is None\n            self._latest = (tokens, total)",
         "is_news = self._latest is None\n            self._latest = self._latest or (tokens, total)",
         "of progress that was not read the first is kept",
@@ -82,7 +82,7 @@ RPC = [
     ),
     Mutant(
         "upload-space-is-kept",
-        "patchclamp_server.rpc.upload_space",
+        "patchclamp_server.rpc.call.upload_space",
         "            self.bytes -= size\n",
         "",
         "an upload that was left keeps its bytes",
@@ -90,7 +90,7 @@ RPC = [
     ),
     Mutant(
         "sides-of-two-seeds",
-        "patchclamp_server.rpc.comparison",
+        "patchclamp_server.rpc.streams.comparison",
         "sampling = replace(sampling, seed=drawn_seed())",
         "pass",
         "the sides of a comparison differ by their seeds where the client gave none",
@@ -98,7 +98,7 @@ RPC = [
     ),
     Mutant(
         "float16-by-its-bits",
-        "patchclamp_server.rpc.tensor_codec",
+        "patchclamp_server.rpc.codecs.tensor",
         "expected_bytes = math.prod(shape) * dtype.itemsize",
         "expected_bytes = len(proto.data) // dtype.itemsize * dtype.itemsize",
         "bytes that do not fill the shape are an error of the server's own",

@@ -5,7 +5,7 @@ from planted.mutant import Mutant
 SPARSITY = [
     Mutant(
         "share-rounded-down",
-        "patchclamp_server.sparsity.top",
+        "patchclamp_server.sparsity.policies.shares",
         "int(keep * n + 0.5)",
         "int(keep * n)",
         "a keep ratio keeps the next smaller whole number",
@@ -13,7 +13,7 @@ SPARSITY = [
     ),
     Mutant(
         "threshold-of-the-rest",
-        "patchclamp_server.sparsity.quantiles",
+        "patchclamp_server.sparsity.policies.shares",
         "grid[round((1.0 - keep) * STEPS)]",
         "grid[round(keep * STEPS)]",
         "a threshold keeps what it should leave out",
@@ -21,7 +21,7 @@ SPARSITY = [
     ),
     Mutant(
         "griffin-without-norms",
-        "patchclamp_server.sparsity.griffin",
+        "patchclamp_server.sparsity.policies.griffin",
         "shares = squares / squares.sum(1, keepdim=True).clamp_min(1e-30)",
         "shares = squares",
         "loud tokens of a prompt decide which neurons are kept",
@@ -29,7 +29,7 @@ SPARSITY = [
     ),
     Mutant(
         "core-rounded-down",
-        "patchclamp_server.sparsity.coreinfer_stability",
+        "patchclamp_server.sparsity.policies.coreinfer_stability",
         "k = -int(-token_keep * positives.double().mean().item() // 1)",
         "k = int(token_keep * positives.double().mean().item() // 1)",
         "the core of a token has one neuron too few",
@@ -37,7 +37,7 @@ SPARSITY = [
     ),
     Mutant(
         "fovea-trusts-its-sketch",
-        "patchclamp_server.sparsity.fovea",
+        "patchclamp_server.sparsity.policies.fovea",
         "scores *= up.square() + self._up_error[layer].square()",
         "scores *= up.square()",
         "a neuron whose sketch happens to be near zero is dropped",
@@ -45,7 +45,7 @@ SPARSITY = [
     ),
     Mutant(
         "wina-without-norms",
-        "patchclamp_server.sparsity.wina",
+        "patchclamp_server.sparsity.policies.wina",
         "x.abs() * self._norms[layer][projection]",
         "x.abs()",
         "inputs are ranked without the weights that they meet",
@@ -53,18 +53,18 @@ SPARSITY = [
     ),
     Mutant(
         "control-is-itself",
-        "patchclamp_server.sparsity.control",
+        "patchclamp_server.analysis.sparsity.control",
         "policy.seed + 1 if isinstance(policy, RandomSet) else 0",
         "policy.seed if isinstance(policy, RandomSet) else 0",
         "a random set is its own control",
-        ("sparsity/test_jobs.py::test_a_random_set_is_not_its_own_control",),
+        ("analysis/sparsity/test_jobs.py::test_a_random_set_is_not_its_own_control",),
     ),
     Mutant(
         "mean-of-ratios",
-        "patchclamp_server.sparsity.quality_card",
+        "patchclamp_server.analysis.sparsity.quality_card",
         "math.prod(q.perplexity_ratio ** (1 / n) for q in found)",
         "math.fsum(q.perplexity_ratio for q in found) / n",
         "perplexity ratios are averaged where their logarithms should be",
-        ("sparsity/test_jobs.py::test_the_quality_of_many_documents_is_that_of_evaluating_them_together",),
+        ("analysis/sparsity/test_jobs.py::test_the_quality_of_many_documents_is_that_of_evaluating_them_together",),
     ),
 ]

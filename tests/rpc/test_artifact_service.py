@@ -20,12 +20,12 @@ from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import artifact_pb2_grpc, program_pb2
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.interventions.program import PUBLIC_SITES, Site
-from patchclamp_server.metrics import Metrics
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.artifact_service import ArtifactService
-from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
-from patchclamp_server.rpc.upload_space import UploadLimits
+from patchclamp_server.model.sites import PUBLIC_SITES, Site
+from patchclamp_server.rpc.call.interceptors import CallInterceptor, InFlight
+from patchclamp_server.rpc.call.upload_space import UploadLimits
+from patchclamp_server.rpc.metrics.server import Metrics
+from patchclamp_server.rpc.services.artifact import ArtifactService
 
 SAFETENSORS, GGUF = pb.ARTIFACT_FORMAT_SAFETENSORS, pb.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR
 HEAD_SCORES = pb.ARTIFACT_FORMAT_HEAD_SCORE_JSON

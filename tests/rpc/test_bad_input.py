@@ -391,7 +391,7 @@ def test_an_artifact_of_another_model_fails_its_precondition(live_server: Any, c
 
     from patchclamp_server.artifacts.store import ArtifactStore
     from patchclamp_server.artifacts.types import ArtifactKind
-    from patchclamp_server.interventions.program import Site
+    from patchclamp_server.model.sites import Site
 
     ArtifactStore(live_server.server.config.artifacts_url).put(
         ArtifactKind.VECTOR,

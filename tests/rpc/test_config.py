@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from patchclamp_server.cli import add_serve_arguments, config_from, main
-from patchclamp_server.config import ServerConfig, WatchAtStart
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.rpc.config import ServerConfig, WatchAtStart
 from patchclamp_server.rpc.server import load
 from patchclamp_server.security.configuration import ConfigurationError
 

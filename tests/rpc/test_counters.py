@@ -21,8 +21,8 @@ from patchclamp.v1 import sparse_policy_pb2 as policy
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.engine import scheduler
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.interventions.request_warnings import WarningCode
 from patchclamp_server.model.load import LoadedModel, load_model
-from patchclamp_server.request_warnings import WarningCode
 
 ALWAYS = condition(scope=program.Scope(include=[program.TokenSelector(phase=program.PHASE_GENERATED)]), threshold=-1e9)
 

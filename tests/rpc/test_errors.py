@@ -7,7 +7,7 @@ from grpc_status import rpc_status
 
 from patchclamp_server import errors
 from patchclamp_server.engine.faults import fault_of
-from patchclamp_server.rpc.errors import INTERNAL_MESSAGE, to_status
+from patchclamp_server.rpc.call.errors import INTERNAL_MESSAGE, to_status
 
 
 class Call:

@@ -17,7 +17,7 @@ from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 LAYERS, HEADS = 2, 4
 PROMPT = "abababababab"

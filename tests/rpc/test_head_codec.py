@@ -8,23 +8,25 @@ import pytest
 
 from patchclamp.v1 import generation_pb2
 from patchclamp.v1 import head_pb2 as pb
+from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
+from patchclamp_server.analysis.heads.retrieval.detect import Detection
+from patchclamp_server.analysis.heads.retrieval.needles import Needle, NeedleTest
+from patchclamp_server.analysis.heads.retrieval.stopping import StoppingRule
+from patchclamp_server.analysis.heads.scores.scoring import Fact, Scoring
+from patchclamp_server.analysis.heads.sets.edits import HeadEditMode
+from patchclamp_server.analysis.heads.sets.evaluation import EditEvaluation
+from patchclamp_server.artifacts.head_sets import Head, HeadSelection
 from patchclamp_server.artifacts.types import Tags
-from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.heads.circuit_methods import CIRCUIT_METHODS
-from patchclamp_server.heads.detect import Detection
-from patchclamp_server.heads.edit_evaluation import EditEvaluation
-from patchclamp_server.heads.head_edits import HeadEditMode
-from patchclamp_server.heads.head_sets import Head, HeadSelection
-from patchclamp_server.heads.needles import Needle, NeedleTest
-from patchclamp_server.heads.scoring import Fact, Scoring
-from patchclamp_server.heads.stopping import StoppingRule
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel, load_model
-from patchclamp_server.rpc import circuit_codec, head_codec, needle_codec
-from patchclamp_server.rpc.circuit_codec import decode_attribution, decode_circuit
-from patchclamp_server.rpc.head_codec import decode_scoring
-from patchclamp_server.rpc.needle_codec import decode_detection, decode_edit_evaluation
+from patchclamp_server.rpc.codecs import circuit as circuit_codec
+from patchclamp_server.rpc.codecs import head as head_codec
+from patchclamp_server.rpc.codecs import needle as needle_codec
+from patchclamp_server.rpc.codecs.circuit import decode_attribution, decode_circuit
+from patchclamp_server.rpc.codecs.head import decode_scoring
+from patchclamp_server.rpc.codecs.needle import decode_detection, decode_edit_evaluation
+from patchclamp_server.text.prompt import PromptEncoder
 
 NEEDLE = pb.Needle(question="Who?", needle="Ann did.", answer="Ann")
 HEADS = pb.HeadSelection(heads=pb.HeadIds(heads=[pb.HeadId(layer=1, head=3)]))

@@ -19,12 +19,12 @@ from patchclamp.v1 import artifact_pb2, generation_pb2
 from patchclamp.v1 import head_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
+from patchclamp_server.analysis.heads.circuits.runs import run
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.engine.config import EngineConfig
-from patchclamp_server.heads.circuit_runs import run
-from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.load import load_model
+from patchclamp_server.model.sites import Site
 
 LAYERS, HEADS, CONTEXT = 2, 4, 256
 NEEDLE = pb.Needle(question="Which key?", needle="The key is of red glass.", answer="red glass")

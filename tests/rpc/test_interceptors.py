@@ -9,9 +9,9 @@ import pytest
 from statuses import failure
 
 from patchclamp_server.errors import DeadlineExceeded, InvalidArgument
-from patchclamp_server.metrics import Metrics
-from patchclamp_server.rpc.errors import INTERNAL_MESSAGE
-from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight, Method
+from patchclamp_server.rpc.call.errors import INTERNAL_MESSAGE
+from patchclamp_server.rpc.call.interceptors import CallInterceptor, InFlight, Method
+from patchclamp_server.rpc.metrics.server import Metrics
 
 SHAPES = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")
 SERVICE = "test.Service"

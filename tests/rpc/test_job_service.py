@@ -17,9 +17,9 @@ from patchclamp.v1 import monitoring_pb2, steering_pb2
 from patchclamp.v1.generation_pb2 import Prompt
 from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
-from patchclamp_server.rpc.detached_jobs import MAX_KEPT, DetachedJob, DetachedJobs, JobState
-from patchclamp_server.rpc.job_service import job_methods
+from patchclamp_server.rpc.call.detached_jobs import MAX_KEPT, DetachedJob, DetachedJobs, JobState
 from patchclamp_server.rpc.server import SERVICES
+from patchclamp_server.rpc.services.job import job_methods
 from patchclamp_server.security.tenants import BESIDE_PER_PLACE
 
 CODES = grpc.StatusCode

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import head_pb2
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.model.load import load_model
-from patchclamp_server.rpc.circuit_codec import decode_attribution, decode_circuit
+from patchclamp_server.rpc.codecs.circuit import decode_attribution, decode_circuit
+from patchclamp_server.text.prompt import PromptEncoder
 
 OWN = tokenizer("llama2")
 

@@ -8,10 +8,11 @@ import torch
 
 from patchclamp.v1 import head_pb2, program_pb2, tensor_pb2
 from patchclamp.v1 import monitoring_pb2 as pb
+from patchclamp_server.artifacts.head_sets import Head, HeadSelection
 from patchclamp_server.artifacts.types import NO_TAGS, Tags
 from patchclamp_server.errors import InvalidArgument, NotFound, RequestError
-from patchclamp_server.heads.head_sets import Head, HeadSelection
-from patchclamp_server.interventions.program import Phase, Site
+from patchclamp_server.interventions.program import Phase
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.accumulator import Sums
 from patchclamp_server.monitoring.activations import Activations
 from patchclamp_server.monitoring.drift import Drift
@@ -23,7 +24,7 @@ from patchclamp_server.monitoring.statistics import Statistics
 from patchclamp_server.monitoring.stored import WatchAsked
 from patchclamp_server.monitoring.stored_run import Said, StoredRun
 from patchclamp_server.monitoring.watch import ItemKind, Watch, WatchOptions
-from patchclamp_server.rpc.monitoring_codec import (
+from patchclamp_server.rpc.codecs.monitoring import (
     Followed,
     Recorded,
     decode_following,

@@ -27,12 +27,12 @@ from patchclamp.v1 import monitoring_pb2 as pb
 from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.config import WatchAtStart
 from patchclamp_server.engine.config import EngineConfig
-from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.load import load_model
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.watch import ItemKind, Watch
-from patchclamp_server.rpc.monitoring_service import MAX_STREAMS
+from patchclamp_server.rpc.config import WatchAtStart
+from patchclamp_server.rpc.services.monitoring import MAX_STREAMS
 from patchclamp_server.security.configuration import ConfigurationError
 
 WIDTH, NEURONS = 32, 64

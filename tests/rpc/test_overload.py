@@ -28,8 +28,8 @@ from patchclamp_server import errors
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.request import Readouts, ReadoutValue, Token
 from patchclamp_server.model.load import LoadedModel
-from patchclamp_server.rpc.errors import to_status
-from patchclamp_server.rpc.stream import EVENT_VALUES, MAX_WAITING_VALUES, values_of
+from patchclamp_server.rpc.call.errors import to_status
+from patchclamp_server.rpc.streams.stream import EVENT_VALUES, MAX_WAITING_VALUES, values_of
 
 FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
 LONG = request(stop=pb.StopConditions(max_tokens=200, ignore_eos=True))
@@ -146,7 +146,7 @@ def test_no_other_code_says_that_the_server_is_full():
     package = Path(patchclamp_server.__file__).parent
     sources = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
     say_so = {name for name, text in sources.items() if re.search(r"StatusCode\.RESOURCE_EXHAUSTED", text)}
-    assert say_so == {"rpc/errors.py"}
+    assert say_so == {"rpc/call/errors.py"}
     assert not [name for name, text in sources.items() if "maximum_concurrent_rpcs" in text]
 
 

@@ -10,7 +10,7 @@ from live import LiveServer
 
 from patchclamp import Client
 from patchclamp_server.cli import add_serve_arguments, config_from, main
-from patchclamp_server.config import ServerConfig
+from patchclamp_server.rpc.config import ServerConfig
 from patchclamp_server.rpc.server import check_files
 from patchclamp_server.security.configuration import ConfigurationError
 

@@ -10,9 +10,9 @@ from live import LiveServer
 from patchclamp import Client, PatchclampError
 from patchclamp.monitoring import watch_neurons
 from patchclamp.results.monitoring import RunningWatch
-from patchclamp_server.config import WatchAtStart
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.model.load import LoadedModel, load_model
+from patchclamp_server.rpc.config import WatchAtStart
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,21 @@ import torch
 from sparse_models import profile, sparse_model
 
 from patchclamp.v1 import sparse_policy_pb2 as pb
+from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.engine.request import GuardReport, QualityGuard, SparseInference, SparsityReport
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound, RequestError
-from patchclamp_server.interventions.program import Site
-from patchclamp_server.rpc.sparsity_codec import decode_sparsity, decode_unguarded, encode_report
-from patchclamp_server.sparsity import CALIBRATIONS, CONTROLS, POLICIES
+from patchclamp_server.model.sites import Site
+from patchclamp_server.rpc.codecs.sparsity import decode_sparsity, decode_unguarded, encode_report
 from patchclamp_server.sparsity.binder import MAX_SELECTORS, Binder
-from patchclamp_server.sparsity.cats import Cats
-from patchclamp_server.sparsity.coreinfer_stability import CoreInferStability
-from patchclamp_server.sparsity.fovea import Fovea
 from patchclamp_server.sparsity.parameters import parameters_of
+from patchclamp_server.sparsity.policies import CONTROLS, POLICIES
+from patchclamp_server.sparsity.policies.cats import Cats
+from patchclamp_server.sparsity.policies.coreinfer_stability import CoreInferStability
+from patchclamp_server.sparsity.policies.fovea import Fovea
+from patchclamp_server.sparsity.policies.teal import Teal
 from patchclamp_server.sparsity.policy import Policy
-from patchclamp_server.sparsity.teal import Teal
 
 MODEL = sparse_model()
 # What the profiles of the store were calibrated as.

@@ -17,15 +17,16 @@ from patchclamp.v1 import sparsity_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
+from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS
+from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.sparsity.quality_card import prompt_tokens
 from patchclamp_server.artifacts.formats import safetensors
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.load import load_model
-from patchclamp_server.sparsity import CALIBRATIONS, POLICIES
+from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.binder import Binder
-from patchclamp_server.sparsity.evaluate import Evaluator
-from patchclamp_server.sparsity.quality_card import prompt_tokens
+from patchclamp_server.sparsity.policies import POLICIES
 
 LAYERS, D_FF, TOKENS = 2, 64, 32
 WORDS = ("river", "stone", "lamp", "garden", "window", "letter", "bridge", "kettle", "of", "the", "and", "under")
@@ -414,7 +415,7 @@ def test_cores_do_not_depend_on_the_chunks_of_a_prompt(
     stub: SparsityServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = cores(stub, asks_for("griffin")[0], words(9))
-    monkeypatch.setattr("patchclamp_server.sparsity.core_neurons.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("patchclamp_server.analysis.sparsity.core_neurons.CHUNK_TOKENS", 7)
     assert cores(stub, asks_for("griffin")[0], words(9)) == whole
 
 
@@ -484,7 +485,7 @@ def test_cores_that_cannot_be_predicted_are_refused_by_field(
 
 
 def test_an_answer_that_no_client_takes_is_refused(stub: SparsityServiceStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchclamp_server.rpc.sparsity_job_codec.CLIENT_MESSAGE_BYTES", 40)
+    monkeypatch.setattr("patchclamp_server.rpc.codecs.sparsity_job.CLIENT_MESSAGE_BYTES", 40)
     request = pb.PredictCoreNeuronsRequest(prompts=[PROMPT], sparsity=asks_for("griffin")[0])
     refused = unary_refusal(stub.PredictCoreNeurons, request)
     assert (refused.code, field_of(refused)) == (grpc.StatusCode.INVALID_ARGUMENT, "layers")

@@ -8,11 +8,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from patchclamp.v1 import sparsity_pb2 as pb
-from patchclamp_server.engine.prompt import PromptEncoder
+from patchclamp_server.analysis.sparsity.job import Text
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.sparsity_job_codec import decode_text
-from patchclamp_server.sparsity.job import Text
+from patchclamp_server.rpc.codecs.sparsity_job import decode_text
+from patchclamp_server.text.prompt import PromptEncoder
 
 START = 1
 

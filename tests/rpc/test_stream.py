@@ -16,8 +16,8 @@ from patchclamp_server.engine.request import (
 )
 from patchclamp_server.errors import Aborted
 from patchclamp_server.interventions.program import ReadoutValue, Receipt
-from patchclamp_server.rpc.response_builder import RESPONSE_BYTES, ResponseBuilder
-from patchclamp_server.rpc.stream import EVENT_VALUES, MAX_WAITING_VALUES, EventBridge, EventStream
+from patchclamp_server.rpc.call.response_builder import RESPONSE_BYTES, ResponseBuilder
+from patchclamp_server.rpc.streams.stream import EVENT_VALUES, MAX_WAITING_VALUES, EventBridge, EventStream
 
 FINISHED = Finished(
     FinishReason.LENGTH,

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from patchclamp.v1 import artifact_pb2, artifact_pb2_grpc, model_pb2, model_pb2_grpc
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp_server.engine.text_threads import THREADS
 from patchclamp_server.model.load import LoadedModel, load_model
+from patchclamp_server.text.text_threads import THREADS
 
 CHAT = pb.Prompt(chat={"messages": [{"role": f"r{i}", "content": "x"} for i in range(4)]})
 

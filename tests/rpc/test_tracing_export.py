@@ -20,7 +20,7 @@ from test_interceptors import SERVICE
 
 from patchclamp_server import cli
 from patchclamp_server.model.load import LoadedModel
-from patchclamp_server.rpc.tracing import Tracing, put_trace_ids_on_log_records
+from patchclamp_server.rpc.tracing.spans import Tracing, put_trace_ids_on_log_records
 
 # A server without tracing and a client, in a process where nothing can import OpenTelemetry.
 UNTRACED = """

@@ -10,8 +10,8 @@ import torch
 from patchclamp_server.errors import Unavailable
 from patchclamp_server.monitoring.activations import Activations
 from patchclamp_server.monitoring.reference import Reference
-from patchclamp_server.rpc.stream import EventBridge
-from patchclamp_server.rpc.watch_stream import MAX_WAITING, ActivationStream, RecordingStream, first
+from patchclamp_server.rpc.streams.stream import EventBridge
+from patchclamp_server.rpc.streams.watch import MAX_WAITING, ActivationStream, RecordingStream, first
 
 
 def batch(n: int, value: float = 0.0, dropped: int = 0) -> Activations:

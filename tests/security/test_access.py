@@ -5,7 +5,7 @@ from programs import edit, shapes
 
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.errors import PermissionDenied
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 from patchclamp_server.security.access import Access, check_edits, check_strength
 from patchclamp_server.security.policy import EditRules, TenantRules
 from patchclamp_server.security.record import CallRecord

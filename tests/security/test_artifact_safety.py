@@ -30,7 +30,7 @@ from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import FailedPrecondition
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 WATCHED = (
     "open",

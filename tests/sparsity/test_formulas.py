@@ -7,22 +7,22 @@ import pytest
 import torch
 from sparse_models import bound, documents, profile, run, sparse_model
 
+from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.analysis.sparsity.calibrate import calibrate
+from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
+from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.program import Site
-from patchclamp_server.sparsity import POLICIES, MlpInput, calibrate
-from patchclamp_server.sparsity.budgets import GRID, REFERENCE, allocate, damage_curves
-from patchclamp_server.sparsity.coreinfer_similarity import multi_hot
-from patchclamp_server.sparsity.documents import KeepSite, inputs_of, pools_for
-from patchclamp_server.sparsity.evaluate import Evaluator
-from patchclamp_server.sparsity.kmeans import elbow_clusters
-from patchclamp_server.sparsity.mlp import matrix
+from patchclamp_server.model.sites import Site
+from patchclamp_server.sparsity.mlp import MlpInput, matrix
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, allocate, damage_curves
+from patchclamp_server.sparsity.policies.coreinfer_similarity import multi_hot
+from patchclamp_server.sparsity.policies.shares import count, quantiles, threshold, top_mask
+from patchclamp_server.sparsity.policies.sketch import PACKED_ROWS, SketchedProduct, sketch
+from patchclamp_server.sparsity.policies.static_set import StaticSet
+from patchclamp_server.sparsity.policies.teal import STEP
 from patchclamp_server.sparsity.policy import PROJECTIONS, weight_shares
-from patchclamp_server.sparsity.quantiles import quantiles, threshold
-from patchclamp_server.sparsity.sketch import PACKED_ROWS, SketchedProduct, sketch
-from patchclamp_server.sparsity.static_set import StaticSet
-from patchclamp_server.sparsity.teal import STEP
-from patchclamp_server.sparsity.teal_allocation import greedy_path
-from patchclamp_server.sparsity.top import count, top_mask
 
 D_FF = 80
 

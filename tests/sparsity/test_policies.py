@@ -6,12 +6,15 @@ import pytest
 import torch
 from sparse_models import NAMES, bound, dense_run, documents, profile, run, sparse_model
 
+from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
-from patchclamp_server.sparsity import CALIBRATIONS, POLICIES, MlpInput, Profile, calibrate
 from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons, sparse_decoder
-from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
-from patchclamp_server.sparsity.fovea import Fovea
-from patchclamp_server.sparsity.static_set import StaticSet
+from patchclamp_server.sparsity.mlp import MlpInput
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.fovea import Fovea
+from patchclamp_server.sparsity.policies.static_set import StaticSet
+from patchclamp_server.sparsity.profile import Profile
 
 PROMPT, TOKENS = 12, 24
 CHANNEL_POLICIES = ("teal", "wina")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from sparse_models import NAMES, bound, dense_run, documents, gathered, run, sparse_model
 
-from patchclamp_server.sparsity import POLICIES, calibrate
+from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.sparsity.calibrate import calibrate
 from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons, sparse_decoder
-from patchclamp_server.sparsity.documents import NoHooks, inputs_of, pools_for
-from patchclamp_server.sparsity.fovea import Fovea
+from patchclamp_server.sparsity.policies import POLICIES
+from patchclamp_server.sparsity.policies.fovea import Fovea
 from patchclamp_server.sparsity.policy import FixedSet
 from patchclamp_server.sparsity.products import CompactBudget
 

@@ -32,7 +32,7 @@ from patchclamp_server.artifacts.tensors import check_tensors, layers_of, width_
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
 from patchclamp_server.artifacts.validation import check_tag, checked_metadata
 from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 log = logging.getLogger(__name__)
 ID = re.compile(r"sha256:[0-9a-f]{64}")

@@ -18,13 +18,13 @@ from typing import TypeAlias
 import torch
 
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.artifacts.watches import (
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.monitoring.stored_tensors import (
     check_reference_tensors,
     check_watch_tensors,
     reference_layers,
     watch_layers,
 )
-from patchclamp_server.errors import InvalidArgument
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Tensors: TypeAlias = Mapping[str, torch.Tensor]

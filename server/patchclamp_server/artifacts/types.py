@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from patchclamp_server.errors import FailedPrecondition, NotFound
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 
 class ArtifactKind(Enum):

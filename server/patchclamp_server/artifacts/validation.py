@@ -8,7 +8,7 @@ from typing import Any
 
 from patchclamp_server.artifacts.types import LAYERED, ArtifactKind, Metadata
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 MAX_METADATA_BYTES = 256 * 1024
 MAX_DEPTH = 32

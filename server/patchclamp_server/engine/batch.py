@@ -7,12 +7,12 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from patchclamp_server.engine.attention import Span
-from patchclamp_server.engine.overflow import FiniteProbe
-from patchclamp_server.engine.sparse_decoder import SparseDecoder
+from patchclamp_server.engine.executors.sparse_decoder import SparseDecoder
 from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
-from patchclamp_server.interventions.scopes import BoolArray, IntArray
 from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.model.attention.batch import Span
+from patchclamp_server.model.overflow import FiniteProbe
 from patchclamp_server.monitoring.step import StepWatch
 from patchclamp_server.sparsity.apply import Rows
 

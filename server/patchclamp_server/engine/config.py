@@ -7,7 +7,7 @@ from typing import Protocol
 from patchclamp_server.engine.admission import Reason
 from patchclamp_server.engine.request import SparsityReport
 from patchclamp_server.interventions.program import Edit, Receipt
-from patchclamp_server.request_warnings import WarningCode
+from patchclamp_server.interventions.request_warnings import WarningCode
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.engine.live import LiveRequests
-from patchclamp_server.engine.overflow import logits_refusal
 from patchclamp_server.engine.quality_guard import divergences
 from patchclamp_server.engine.request import FinishReason
 from patchclamp_server.engine.runner import Prediction, Runner, StepResult
@@ -18,6 +17,7 @@ from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.errors import Aborted, EngineFailure
 from patchclamp_server.interventions.plan import StepOutcome
+from patchclamp_server.model.overflow import logits_refusal
 
 log = logging.getLogger(__name__)
 

@@ -19,17 +19,15 @@ from patchclamp_server.engine.admission import Admission, Demand
 from patchclamp_server.engine.batch import Executor
 from patchclamp_server.engine.config import EngineConfig, EngineObserver, EngineStats
 from patchclamp_server.engine.delivery import Delivery, OnLogits
+from patchclamp_server.engine.executors.operator_executor import OperatorExecutor
 from patchclamp_server.engine.faults import fault_of, is_device_lost, is_out_of_memory
 from patchclamp_server.engine.intake import Intake
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.live import LiveRequests
-from patchclamp_server.engine.operator_executor import OperatorExecutor
-from patchclamp_server.engine.overflow import refusal
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.sampler import warm_up
 from patchclamp_server.engine.scheduler import Scheduler, Work
-from patchclamp_server.engine.text import token_bytes
 from patchclamp_server.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -38,8 +36,10 @@ from patchclamp_server.errors import (
     Unavailable,
 )
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.model.overflow import refusal
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.sparsity.mlp import SparseModel
+from patchclamp_server.text.detokenize import token_bytes
 
 log = logging.getLogger(__name__)
 
@@ -353,6 +353,6 @@ def _executor(model: SparseModel, cache: KvCache, config: EngineConfig) -> Execu
     if not kernels:
         return OperatorExecutor(model, cache)
     # Triton is not needed, and takes a second to import, where no kernel runs.
-    from patchclamp_server.engine.kernel_executor import KernelExecutor
+    from patchclamp_server.engine.executors.kernel_executor import KernelExecutor
 
     return KernelExecutor(model, cache, config)

@@ -9,14 +9,14 @@ from patchclamp_server.engine.request import Request
 from patchclamp_server.engine.sampler import drawn_seed
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.engine.sparse_sequence import SparseSequence
-from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.pooling import TokenPool
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.load import LoadedModel
-from patchclamp_server.pooling import TokenPool
-from patchclamp_server.vocabulary import check_ids
+from patchclamp_server.text.detokenize import IncrementalDetokenizer, StopChecker
+from patchclamp_server.text.vocabulary import check_ids
 
 
 class Intake:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
 
 BlockKey = bytes
 ROOT_KEY: BlockKey = b""

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from patchclamp_server.engine.request import Event, FinishReason, Readouts, StopParams, Text
-from patchclamp_server.engine.text import IncrementalDetokenizer, StopChecker
 from patchclamp_server.interventions.program import ReadoutValue
+from patchclamp_server.text.detokenize import IncrementalDetokenizer, StopChecker
 
 
 @dataclass(eq=False)

@@ -7,9 +7,10 @@ from enum import Enum, IntEnum
 from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.program import ReadoutValue, Receipt, Site
-from patchclamp_server.pooling import Pooled, Pooling
-from patchclamp_server.request_warnings import RequestWarning
+from patchclamp_server.interventions.pooling import Pooled, Pooling
+from patchclamp_server.interventions.program import ReadoutValue, Receipt
+from patchclamp_server.interventions.request_warnings import RequestWarning
+from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.policy import Selector
 
 

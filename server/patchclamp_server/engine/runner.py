@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.engine.attention import Span
 from patchclamp_server.engine.batch import Executor, StepBatch
 from patchclamp_server.engine.kv_cache import KvCache
-from patchclamp_server.engine.overflow import Overflow
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
+from patchclamp_server.model.attention.batch import Span
+from patchclamp_server.model.overflow import Overflow
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.monitoring.step import ServedSpan
 from patchclamp_server.sparsity.apply import Forced, Rows

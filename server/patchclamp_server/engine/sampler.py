@@ -30,8 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant import operators
 from patchclamp_server.engine.request import SamplingParams
-from patchclamp_server.model.invariant import operators
 
 # `Sampled.id` of a row whose logits hold NaN or +inf: there is no distribution, and the caller must fail the request.
 NOT_FINITE = -1

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.model.invariant.rows import SMALLEST, exponentials
-from patchclamp_server.model.invariant.tiles import largest_of, sum_of
-from patchclamp_server.model.sparse.vector import LANES
+from patchclamp_server.cpu.invariant.rows import SMALLEST, exponentials
+from patchclamp_server.cpu.invariant.tiles import largest_of, sum_of
+from patchclamp_server.cpu.vector import LANES
 
 # Masses that are summed before they are added to the sum of all.
 BLOCK = 256

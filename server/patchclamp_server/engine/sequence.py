@@ -27,10 +27,10 @@ from patchclamp_server.engine.request import (
 from patchclamp_server.engine.sampler import Sampled, SamplingRow
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import RequestError
+from patchclamp_server.interventions.pooling import TokenPool
 from patchclamp_server.interventions.program import Receipt
-from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.interventions.state import ProgramState
-from patchclamp_server.pooling import TokenPool
+from patchclamp_server.model.arrays import IntArray
 
 
 class Status(Enum):

@@ -7,7 +7,8 @@ import torch
 from patchclamp_server.engine.quality_guard import GuardState
 from patchclamp_server.engine.request import SparseInference, SparsityReport
 from patchclamp_server.interventions.bound import BoundProgram, Kind
-from patchclamp_server.interventions.program import NeuronReadout, Site
+from patchclamp_server.interventions.program import NeuronReadout
+from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.apply import NO_NEURONS, Forced, Rows, forced_neurons
 from patchclamp_server.sparsity.policy import SequenceState
 

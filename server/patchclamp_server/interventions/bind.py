@@ -20,7 +20,6 @@ from patchclamp_server.interventions.bound import (
     Kind,
 )
 from patchclamp_server.interventions.program import (
-    RESIDUAL_SITES,
     AddVector,
     CapProjection,
     Comparison,
@@ -40,7 +39,6 @@ from patchclamp_server.interventions.program import (
     RotateTowards,
     Scope,
     SetProjection,
-    Site,
     TopNeuronsReadout,
 )
 from patchclamp_server.interventions.resolver import (
@@ -53,6 +51,7 @@ from patchclamp_server.interventions.resolver import (
 )
 from patchclamp_server.interventions.scopes import check_scope
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import RESIDUAL_SITES, Site
 
 MAX_EDITS = 256
 MAX_READOUTS = 64

@@ -6,7 +6,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from patchclamp_server.interventions.program import HeadReadout, Program, Scope, Site
+from patchclamp_server.interventions.program import HeadReadout, Program, Scope
+from patchclamp_server.model.sites import Site
 
 
 class Kind(Enum):

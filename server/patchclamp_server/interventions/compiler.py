@@ -43,17 +43,17 @@ from patchclamp_server.interventions.operators import (
 )
 from patchclamp_server.interventions.plan import CaptureSpan, Place, ProgramSpan, StepPlan
 from patchclamp_server.interventions.program import (
-    FORWARD_ORDER,
     HeadReadout,
     LogitLensReadout,
     NeuronReadout,
     ProjectionReadout,
-    Site,
     TopNeuronsReadout,
 )
-from patchclamp_server.interventions.scopes import BoolArray, IntArray, scope_mask
+from patchclamp_server.interventions.scopes import scope_mask
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import ZERO_ROW, EditRows, FloatArray, Tables
+from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.model.sites import FORWARD_ORDER, Site
 
 
 @dataclass(frozen=True, eq=False)

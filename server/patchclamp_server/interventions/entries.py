@@ -17,10 +17,11 @@ from patchclamp_kernels.program_table import (
     EntryKind,
 )
 from patchclamp_server.interventions.bound import BoundCondition, BoundEdit, Kind
-from patchclamp_server.interventions.layout import ProgramLayout, distinct, place_number
+from patchclamp_server.interventions.layout import ProgramLayout, distinct
 from patchclamp_server.interventions.program import NeuronReadout
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import EditRows, FloatArray, LoadedProgram
+from patchclamp_server.model.sites import place_number
 
 _KINDS = {
     Kind.ADD: EntryKind.ADD,

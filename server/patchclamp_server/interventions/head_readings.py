@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.plan import ProgramSpan
 from patchclamp_server.interventions.program import ReadoutValue
-from patchclamp_server.interventions.scopes import IntArray, scope_mask
+from patchclamp_server.interventions.scopes import scope_mask
 from patchclamp_server.interventions.state import ProgramState
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.attention.peaks import Peaks
 
 
 @dataclass(eq=False)

@@ -9,12 +9,13 @@ from torch import Tensor
 from patchclamp_kernels.program_table import EntryKind
 from patchclamp_server.interventions.bound import BoundEdit, BoundReadout
 from patchclamp_server.interventions.compiler import Compiler, Setting
-from patchclamp_server.interventions.layout import WORD, ProgramLayout, distinct, place_number
+from patchclamp_server.interventions.layout import WORD, ProgramLayout, distinct
 from patchclamp_server.interventions.observers import AbortHit
 from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome, StepPlan
-from patchclamp_server.interventions.program import FORWARD_ORDER, NeuronReadout, ReadoutValue, Site
-from patchclamp_server.interventions.scopes import BoolArray, IntArray
+from patchclamp_server.interventions.program import NeuronReadout, ReadoutValue
 from patchclamp_server.interventions.slots import SlotTables
+from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.model.sites import FORWARD_ORDER, Site, place_number
 
 # What the activation kernel does by itself; anything else at the neurons is done on whole rows.
 _ACTIVATION_KINDS = {EntryKind.NEURONS, EntryKind.NEURON_VALUES}

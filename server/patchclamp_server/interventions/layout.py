@@ -10,23 +10,13 @@ from functools import cached_property
 import numpy as np
 
 from patchclamp_server.interventions.bound import BoundProgram, BoundReadout
-from patchclamp_server.interventions.program import (
-    FORWARD_ORDER,
-    NeuronReadout,
-    ProjectionReadout,
-    Scope,
-    Site,
-)
-from patchclamp_server.interventions.scopes import IntArray, SequenceTokens, scope_mask
+from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout, Scope
+from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask
+from patchclamp_server.model.arrays import IntArray
 
 WORD = 64
 # Readouts that kernels take as they pass. The others need whole rows, and are observers between the kernels.
 KERNEL_READOUTS = (ProjectionReadout, NeuronReadout)
-
-
-def place_number(site: Site, layer: int) -> int:
-    """Places in the order in which the forward pass reaches them."""
-    return layer * len(FORWARD_ORDER) + site.order
 
 
 @dataclass(frozen=True, eq=False)

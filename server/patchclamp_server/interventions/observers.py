@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant import operators
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.operators import ConditionOperator, Grid, StepContext
+from patchclamp_server.interventions.pooling import TokenPool
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.row_arithmetic import row_dots
-from patchclamp_server.interventions.scopes import IntArray
-from patchclamp_server.model.invariant import operators
-from patchclamp_server.pooling import TokenPool
+from patchclamp_server.model.arrays import IntArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant import operators as invariant
 from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_dots, row_norms, turns
-from patchclamp_server.model.invariant import operators as invariant
 
 
 @dataclass(eq=False)

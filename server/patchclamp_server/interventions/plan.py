@@ -8,11 +8,12 @@ from torch import Tensor
 
 from patchclamp_server.interventions.observers import AbortHit, AbortOperator, ReadoutOperator
 from patchclamp_server.interventions.operators import Operator, StepContext
-from patchclamp_server.interventions.program import ReadoutValue, Site
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.interventions.pooling import TokenPool
+from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
-from patchclamp_server.pooling import TokenPool
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import Site
 
 Place = tuple[Site, int]
 

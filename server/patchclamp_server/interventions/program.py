@@ -1,6 +1,6 @@
 """The intervention language as frozen dataclasses: one for each message of proto/patchclamp/v1/program.proto.
 
-Nothing here is checked against a model; see bind.py. Nothing here knows gRPC; see rpc/program_codec.py.
+Nothing here is checked against a model; see bind.py. Nothing here knows gRPC; see rpc/codecs/program.py.
 """
 
 from dataclasses import dataclass, field
@@ -10,46 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from patchclamp_server.request_warnings import RequestWarning
-
-
-class Site(Enum):
-    """One activation of a block. The value is the name used in messages, docs and metrics.
-
-    ATTN_Q, the queries of all heads as they meet the keys (after norm and rotation), is the only one that no message
-    can name: it is where uniform attention is made.
-    """
-
-    # Of the object: a decode step looks up 200 places, and Enum's own is Python.
-    __hash__ = object.__hash__
-
-    RESID_PRE = "resid_pre"
-    ATTN_Q = "attn_q"
-    RESID_MID = "resid_mid"
-    RESID_POST = "resid_post"
-    ATTN_Z = "attn_z"
-    ATTN_OUT = "attn_out"
-    MLP_POST = "mlp_post"
-    MLP_OUT = "mlp_out"
-
-    @property
-    def order(self) -> int:
-        """Place within a block, in the order of the forward pass."""
-        return FORWARD_ORDER.index(self)
-
-
-FORWARD_ORDER = (
-    Site.RESID_PRE,
-    Site.ATTN_Q,
-    Site.ATTN_Z,
-    Site.ATTN_OUT,
-    Site.RESID_MID,
-    Site.MLP_POST,
-    Site.MLP_OUT,
-    Site.RESID_POST,
-)
-PUBLIC_SITES = tuple(site for site in FORWARD_ORDER if site is not Site.ATTN_Q)
-RESIDUAL_SITES = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST)
+from patchclamp_server.interventions.request_warnings import RequestWarning
+from patchclamp_server.model.sites import Site
 
 
 class Phase(Enum):
@@ -311,3 +273,7 @@ class ReadoutValue(NamedTuple):
     position: int
     values: tuple[float, ...]
     ids: tuple[int, ...] = ()
+
+
+# The rows that generate a token: the last one of the prompt, and those of generated tokens.
+GENERATING = Scope((TokenSelector(last_k=1), TokenSelector(phase=Phase.GENERATED)))

@@ -9,16 +9,9 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
-from patchclamp_server.interventions.program import (
-    HeadEdit,
-    LowRank,
-    NeuronEdit,
-    NeuronOp,
-    Site,
-    StoredThreshold,
-    Vector,
-)
+from patchclamp_server.interventions.program import HeadEdit, LowRank, NeuronEdit, NeuronOp, StoredThreshold, Vector
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
 
 MAX_TOP_K = 128
 

@@ -7,8 +7,8 @@ are.
 import torch
 from torch import Tensor
 
-from patchclamp_server.model.invariant import operators
-from patchclamp_server.model.invariant.operators import holds_for
+from patchclamp_server.cpu.invariant import operators
+from patchclamp_server.cpu.invariant.operators import holds_for
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:

@@ -3,17 +3,14 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.program import Phase, PositionRange, Scope, TokenSelector
-from patchclamp_server.vocabulary import check_ids
+from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.text.vocabulary import check_ids
 
 # Role of the turn that the model itself writes.
 GENERATED_ROLE = "assistant"
-
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
 
 
 def check_scope(scope: Scope, path: str, *, vocab_size: int, has_roles: bool) -> None:

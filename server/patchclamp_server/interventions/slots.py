@@ -14,11 +14,11 @@ from torch import Tensor
 from patchclamp_kernels.program_table import EntryKind, ProgramTable
 from patchclamp_server.interventions.entries import Units, program_entries, program_units
 from patchclamp_server.interventions.layout import ProgramLayout
-from patchclamp_server.interventions.program import FORWARD_ORDER
 from patchclamp_server.interventions.ranges import Ranges
-from patchclamp_server.interventions.scopes import IntArray
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import LoadedProgram, Tables
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.sites import FORWARD_ORDER
 
 
 @dataclass(eq=False)

@@ -9,10 +9,12 @@ import numpy as np
 
 from patchclamp_server.errors import NotFound
 from patchclamp_server.interventions.bound import BoundEdit, BoundProgram, Kind
-from patchclamp_server.interventions.program import EditReceipt, Program, Receipt, Scope, Site
-from patchclamp_server.interventions.scopes import BoolArray, IntArray, SequenceTokens, scope_mask, settled_mask
+from patchclamp_server.interventions.program import EditReceipt, Program, Receipt, Scope
+from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
+from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask, settled_mask
 from patchclamp_server.interventions.tables import LoadedProgram
-from patchclamp_server.request_warnings import RequestWarning, WarningCode
+from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.model.sites import Site
 
 # Of |delta| / |h|; taking everything away, as an ablation of all heads does, is 1 and its rounding.
 MOST_CHANGE = 1.001

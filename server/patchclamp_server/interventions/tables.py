@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.bound import BoundProgram, Kind
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
 
 NEVER = torch.iinfo(torch.int64).max
 FloatArray = np.ndarray

@@ -7,7 +7,7 @@ Adding a family is adding a row. A family with another wiring of its residual st
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 
 class NormKind(Enum):

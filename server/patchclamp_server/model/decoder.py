@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchclamp_server.engine.attention import AttentionBatch, Span, paged_attention
-from patchclamp_server.engine.peaks import Peaks
-from patchclamp_server.interventions.program import Site
-from patchclamp_server.model.activations import ACTIVATION_FUNCTIONS
-from patchclamp_server.model.invariant import operators
-from patchclamp_server.model.linear import FEW_ROWS, Linear
+from patchclamp_server.cpu.activations import ACTIVATION_FUNCTIONS
+from patchclamp_server.cpu.invariant import operators
+from patchclamp_server.cpu.linear import FEW_ROWS, Linear
+from patchclamp_server.model.attention.batch import AttentionBatch, Span
+from patchclamp_server.model.attention.paged import paged_attention
+from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from patchclamp_server.model.chat_templates import template_of
+from patchclamp_server.model.tokenizer import template_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from patchclamp_kernels.paged_attention import Attended, RaggedBatch, paged_atte
 from patchclamp_kernels.program_table import ProgramRows, ProgramTable
 from patchclamp_kernels.residual_edits import NormParams, ProgramStep, edit_rows, residual_edits
 from patchclamp_kernels.rope_kv_write import rope_kv_write
-from patchclamp_server.engine.peaks import Peaks
-from patchclamp_server.interventions.layout import place_number
-from patchclamp_server.interventions.program import FORWARD_ORDER, Site
+from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.decoder import Block, Decoder, Norm, SiteHooks
+from patchclamp_server.model.sites import FORWARD_ORDER, Site, place_number
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from patchclamp_server.model.chat_templates import template_of
 from patchclamp_server.model.checked_config import check_generation_config, check_weight_dtypes, load_config
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.device import check_device
@@ -19,7 +18,7 @@ from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 from patchclamp_server.model.range_check import warn_of_overflow
 from patchclamp_server.model.source import EMBEDDED, resolve, weight_files
-from patchclamp_server.model.tokenizer import load_tokenizer
+from patchclamp_server.model.tokenizer import load_tokenizer, template_of
 from patchclamp_server.model.weights import decoder_from_transformers
 
 

@@ -5,9 +5,9 @@ import logging
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from patchclamp_server.engine.attention import AttentionBatch, Span
-from patchclamp_server.engine.overflow import FiniteProbe, range_of
+from patchclamp_server.model.attention.batch import AttentionBatch, Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
+from patchclamp_server.model.overflow import FiniteProbe, range_of
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from patchclamp_server.errors import FailedPrecondition
-from patchclamp_server.interventions.program import Site
 from patchclamp_server.model.architectures import FAMILIES, Family, site_widths
+from patchclamp_server.model.sites import Site
 
 ACTIVATIONS = {
     "silu": "silu",

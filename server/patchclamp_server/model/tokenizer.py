@@ -14,3 +14,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         if tokenizer.vocab_size == 0:
             raise ModelSourceError(f"the tokenizer of {directory} has no vocabulary")
     return tokenizer
+
+
+DEFAULT_TEMPLATE = "default"
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Its template, or of several named ones the default; None where a chat without further words chooses none."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get(DEFAULT_TEMPLATE)
+    return template or None

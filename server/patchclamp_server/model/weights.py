@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from patchclamp_server.cpu.linear import Linear, can_be_invariant
 from patchclamp_server.model.architectures import NormKind, QkvLayout
 from patchclamp_server.model.decoder import Block, Decoder, Norm
-from patchclamp_server.model.linear import Linear, can_be_invariant
 from patchclamp_server.model.progress import Progress, Silent, Stage
 from patchclamp_server.model.spec import read_spec
 

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from patchclamp_server.artifacts.head_sets import select
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-from patchclamp_server.heads.head_sets import select
-from patchclamp_server.interventions.program import Site
 from patchclamp_server.interventions.resolver import Resolver, check_finite, check_indices
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.items import (
     Encoder,
     WatchedDirection,

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from patchclamp_server.heads.head_sets import HeadSelection
-from patchclamp_server.interventions.program import Site, Vector
+from patchclamp_server.artifacts.head_sets import HeadSelection
+from patchclamp_server.interventions.program import Vector
+from patchclamp_server.model.sites import Site
 
 
 @dataclass(frozen=True)

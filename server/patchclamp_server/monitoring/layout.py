@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.engine.peaks import Peaks
 from patchclamp_server.interventions.head_readings import HeadReadings
-from patchclamp_server.interventions.layout import place_number
 from patchclamp_server.interventions.plan import Place
-from patchclamp_server.interventions.program import Site
-from patchclamp_server.interventions.scopes import IntArray
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.sites import Site, place_number
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.monitoring.looks import Gathered, Looks, Projected, looks_at
 from patchclamp_server.monitoring.reference import Ints

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from patchclamp_server.interventions.plan import StepPlan
-from patchclamp_server.interventions.program import FORWARD_ORDER, Site
+from patchclamp_server.model.sites import FORWARD_ORDER, Site
 from patchclamp_server.monitoring.layout import Layout
 
 if TYPE_CHECKING:

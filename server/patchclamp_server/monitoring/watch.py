@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
-from patchclamp_server.interventions.program import Phase, Site
+from patchclamp_server.interventions.program import Phase
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.monitoring.tensors import checked
 

@@ -32,45 +32,45 @@ from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_s
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 from patchclamp.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server
 from patchclamp_server.addresses import Address, Reservation, naming
+from patchclamp_server.analysis.exclusive import ExclusiveJobs
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.config import ServerConfig
+from patchclamp_server.cpu.linear import can_be_invariant
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.prompt import PromptEncoder
 from patchclamp_server.errors import RequestError
-from patchclamp_server.metrics import Metrics
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.model.linear import can_be_invariant
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import Progress
 from patchclamp_server.monitoring.stored import WatchAsked
 from patchclamp_server.monitoring.watch import WatchOptions
-from patchclamp_server.rpc.artifact_service import ArtifactService
-from patchclamp_server.rpc.call_security import CallSecurity
+from patchclamp_server.rpc.call.detached_jobs import DetachedJobs
+from patchclamp_server.rpc.call.interceptors import CallInterceptor, InFlight
+from patchclamp_server.rpc.call.security import CallSecurity
+from patchclamp_server.rpc.call.upload_space import UploadLimits
+from patchclamp_server.rpc.config import ServerConfig
 from patchclamp_server.rpc.credentials import server_credentials
-from patchclamp_server.rpc.detached_jobs import DetachedJobs
-from patchclamp_server.rpc.exclusive import ExclusiveJobs
-from patchclamp_server.rpc.generation_service import GenerationService
-from patchclamp_server.rpc.head_service import HeadService
-from patchclamp_server.rpc.health import Health
-from patchclamp_server.rpc.health_endpoint import HealthEndpoint
-from patchclamp_server.rpc.interceptors import CallInterceptor, InFlight
-from patchclamp_server.rpc.job_service import JobService
-from patchclamp_server.rpc.metrics_endpoint import MetricsEndpoint
-from patchclamp_server.rpc.model_service import ModelService
-from patchclamp_server.rpc.monitoring_service import MonitoringService
+from patchclamp_server.rpc.health.endpoint import HealthEndpoint
+from patchclamp_server.rpc.health.servicer import Health
+from patchclamp_server.rpc.health.watchdog import stacks, watch_steps
+from patchclamp_server.rpc.metrics.endpoint import MetricsEndpoint
+from patchclamp_server.rpc.metrics.server import Metrics
 from patchclamp_server.rpc.reflection import add_reflection
-from patchclamp_server.rpc.sparsity_service import SparsityService
-from patchclamp_server.rpc.steering_service import SteeringService
-from patchclamp_server.rpc.upload_space import UploadLimits
-from patchclamp_server.rpc.watchdog import stacks, watch_steps
+from patchclamp_server.rpc.services.artifact import ArtifactService
+from patchclamp_server.rpc.services.generation import GenerationService
+from patchclamp_server.rpc.services.head import HeadService
+from patchclamp_server.rpc.services.job import JobService
+from patchclamp_server.rpc.services.model import ModelService
+from patchclamp_server.rpc.services.monitoring import MonitoringService
+from patchclamp_server.rpc.services.sparsity import SparsityService
+from patchclamp_server.rpc.services.steering import SteeringService
 from patchclamp_server.security.access import CallersAccess
 from patchclamp_server.security.configuration import ConfigurationError
 from patchclamp_server.security.metrics import SecurityMetrics
 from patchclamp_server.security.security import Security
 from patchclamp_server.sparsity.binder import Binder
+from patchclamp_server.text.prompt import PromptEncoder
 
 if TYPE_CHECKING:
-    from patchclamp_server.rpc.tracing import Tracing
+    from patchclamp_server.rpc.tracing.spans import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -394,6 +394,6 @@ def _tracing(config: ServerConfig, model: ModelInfo) -> "Tracing | None":
     if config.tracing == "off":
         return None
     # OpenTelemetry is installed only where it is wanted.
-    from patchclamp_server.rpc.tracing import Tracing
+    from patchclamp_server.rpc.tracing.spans import Tracing
 
     return Tracing(config.otlp_endpoint, model, version("patchclamp"), frozenset(SERVICES))

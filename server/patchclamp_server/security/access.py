@@ -11,8 +11,8 @@ from dataclasses import replace
 from patchclamp_server.artifacts.access import Tags
 from patchclamp_server.engine.request import Event, Finished, Request, Token
 from patchclamp_server.errors import PermissionDenied, QuotaExceeded
+from patchclamp_server.interventions.edit_kinds import inline_numbers, kind_name
 from patchclamp_server.interventions.program import Edit
-from patchclamp_server.security.edit_kinds import inline_numbers, kind_name
 from patchclamp_server.security.policy import EditRules, matches
 from patchclamp_server.security.record import CallRecord
 from patchclamp_server.security.tenants import Tenant

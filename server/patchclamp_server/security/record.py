@@ -7,8 +7,8 @@ from typing import Any
 
 from patchclamp_server.engine.request import Request
 from patchclamp_server.interventions.bound import BoundProgram
+from patchclamp_server.interventions.edit_kinds import kind_name
 from patchclamp_server.interventions.program import Receipt
-from patchclamp_server.security.edit_kinds import kind_name
 
 # An analysis job runs thousands of requests, most of them alike; a line has to end somewhere.
 MAX_ENTRIES = 64

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from patchclamp_server.addresses import Address
-from patchclamp_server.config import ServerConfig
+from patchclamp_server.rpc.config import ServerConfig
 from patchclamp_server.security.audit import AuditLog
 from patchclamp_server.security.configuration import ConfigurationError
 from patchclamp_server.security.metrics import SecurityMetrics

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.model.decoder import Decoder
-from patchclamp_server.model.linear import Linear
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import (
     FixedSet,

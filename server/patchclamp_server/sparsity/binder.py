@@ -16,9 +16,9 @@ from patchclamp_server.errors import FailedPrecondition, InvalidArgument, Reques
 from patchclamp_server.interventions.resolver import ArtifactLookup
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.parameters import policy_with
+from patchclamp_server.sparsity.policies.static_set import StaticSet
 from patchclamp_server.sparsity.policy import Policy, Selector
 from patchclamp_server.sparsity.profile import Profile
-from patchclamp_server.sparsity.static_set import StaticSet
 
 MAX_SELECTORS = 64
 

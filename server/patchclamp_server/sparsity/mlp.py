@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchclamp_server.model.activations import ACTIVATION_FUNCTIONS
+from patchclamp_server.cpu.activations import ACTIVATION_FUNCTIONS
+from patchclamp_server.cpu.linear import Linear
+from patchclamp_server.cpu.quantized import GROUP
 from patchclamp_server.model.decoder import Block, Decoder
-from patchclamp_server.model.linear import Linear
-from patchclamp_server.model.quantized import GROUP
 from patchclamp_server.model.spec import DecoderSpec
 
 

@@ -5,7 +5,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.sparsity import POLICIES
+from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policy import Policy
 
 # A set of neurons is an artifact of its own.

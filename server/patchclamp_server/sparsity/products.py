@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.sparse import CompactMlp, SparseMlp
+from patchclamp_server.cpu.sparse.output_rows import Floats
 from patchclamp_server.model.decoder import Block
-from patchclamp_server.model.sparse import CompactMlp, SparseMlp
-from patchclamp_server.model.sparse.output_rows import Floats
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.sparsity.policy import FixedSet
 

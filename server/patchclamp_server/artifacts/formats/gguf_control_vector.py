@@ -27,7 +27,7 @@ import torch
 
 from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 ARCHITECTURE = "controlvector"
 DIRECTION = re.compile(r"direction\.([1-9][0-9]{0,5})")

@@ -18,7 +18,7 @@ from safetensors.torch import load as load_safetensors
 
 from patchclamp_server.artifacts.formats.base import Decoded, MalformedFile
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind, Metadata
-from patchclamp_server.interventions.program import Site
+from patchclamp_server.model.sites import Site
 
 METADATA_KEY = "patchclamp"
 METADATA_VERSION = 1

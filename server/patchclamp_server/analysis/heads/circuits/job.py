@@ -1,0 +1,114 @@
+"""One search for a circuit: clean/corrupt pairs → effects of all heads → faithfulness → stored head set."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch, FoundCircuit, HeadEffect, search
+from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
+from patchclamp_server.analysis.heads.scores.scoring import Progress, in_thread
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
+from patchclamp_server.model.decoder import Decoder
+from patchclamp_server.model.info import ModelInfo
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """`effects`: of all heads, the largest |effect| first."""
+
+    artifact: ArtifactInfo
+    effects: tuple[HeadEffect, ...]
+    clean_metric: float
+    corrupt_metric: float
+    faithfulness: float
+    random_faithfulness_mean: float
+    random_faithfulness_deviation: float
+
+
+async def find_circuit(
+    decoder: Decoder, store: ArtifactStore, info: ModelInfo, job: CircuitSearch
+) -> AsyncGenerator[Progress | Circuit, None]:
+    """Yields progress, then the result. It computes in a thread; ending the iteration early, or cancelling it, ends
+    the computation after the batch that runs.
+
+    Raises InvalidArgument for pairs that cannot be compared, by field path.
+    """
+    async with aclosing(in_thread(search(decoder, job))) as steps:
+        async for step in steps:
+            yield step if isinstance(step, Progress) else await asyncio.to_thread(_store, store, info, job, step)
+
+
+def _store(store: ArtifactStore, info: ModelInfo, job: CircuitSearch, found: FoundCircuit) -> Circuit:
+    artifact = store.put(
+        ArtifactKind.HEAD_SET,
+        head_set(found.effects, info),
+        model_fingerprint=info.fingerprint,
+        description=job.description,
+        provenance=_provenance(info, job),
+        evidence=_evidence(found, job),
+        tags=job.tags,
+    )
+    return Circuit(
+        artifact,
+        found.effects,
+        found.clean_metric,
+        found.corrupt_metric,
+        found.faithfulness.circuit,
+        found.faithfulness.random_mean,
+        found.faithfulness.random_deviation,
+    )
+
+
+def head_set(effects: tuple[HeadEffect, ...], info: ModelInfo) -> dict[str, torch.Tensor]:
+    """Sizes of the effects, so that the best heads of the set are the circuit: score |effect| and its interval, which
+    starts at 0 where that of the effect has both signs."""
+    tensors = {name: torch.zeros(info.n_layers, info.n_heads) for name in ("scores", "low", "high")}
+    for e in effects:
+        ends = sorted((abs(e.low), abs(e.high)))
+        tensors["scores"][e.layer, e.head] = abs(e.effect)
+        tensors["low"][e.layer, e.head] = 0.0 if e.low <= 0 <= e.high else ends[0]
+        tensors["high"][e.layer, e.head] = ends[1]
+    return tensors
+
+
+def pairs_digest(pairs: tuple[CleanCorruptPair, ...]) -> str:
+    """SHA-256 of all pairs in order, as JSON without spaces: [[clean, corrupt, clean answer, corrupt answer], ...]."""
+    values = [[pair.clean, pair.corrupt, pair.clean_answer, pair.corrupt_answer] for pair in pairs]
+    return "sha256:" + hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
+
+
+def _provenance(info: ModelInfo, job: CircuitSearch) -> dict[str, Any]:
+    return {
+        "method": job.method,
+        "parameters": {
+            "circuit_size": job.circuit_size,
+            "random_sets": job.random_sets,
+            # As text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
+            "seed": str(job.seed),
+        },
+        "pairs": len(job.pairs),
+        "pairs_digest": pairs_digest(job.pairs),
+        "model": info.name,
+    }
+
+
+def _evidence(found: FoundCircuit, job: CircuitSearch) -> dict[str, Any]:
+    circuit = found.effects[: job.circuit_size]
+    return {
+        # A head of the set is one of the circuit: its score is at least that of the last of them.
+        "threshold": float(torch.tensor(abs(circuit[-1].effect), dtype=torch.float32)),
+        "clean_metric": found.clean_metric,
+        "corrupt_metric": found.corrupt_metric,
+        "ablated_metric": found.faithfulness.ablated_metric,
+        "means": "by position" if found.means_by_position else "over all positions",
+        "faithfulness": found.faithfulness.circuit,
+        "random_faithfulness": list(found.faithfulness.random),
+        "circuit": [asdict(e) for e in circuit],
+    }

@@ -1,0 +1,74 @@
+"""An edit of a set of heads as a program, in every mode that a head can be edited in. The modes differ:
+
+    zero     z_h ← 0
+    mean     z_h ← mean of z_h over ordinary text
+    uniform  a_h ← the same for all visible tokens, which is what the published masking of retrieval heads does
+    scale    z_h ← scale · z_h
+
+z_h [head_dim] is the head's output before the output projection, a_h its attention; at every token, of prompt and
+answer.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import aclosing
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.analysis.activations import collect
+from patchclamp_server.artifacts.head_sets import Head
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.request import Capture
+from patchclamp_server.interventions.bind import bind
+from patchclamp_server.interventions.bound import BoundProgram
+from patchclamp_server.interventions.pooling import Pooling
+from patchclamp_server.interventions.program import Edit, HeadEdit, Program
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
+
+
+class HeadEditMode(Enum):
+    """The names of the enum HeadEditMode, in lower case and without its prefix."""
+
+    ZERO = "zero"
+    MEAN = "mean"
+    UNIFORM = "uniform"
+    SCALE = "scale"
+
+
+def head_program(
+    heads: Sequence[Head], mode: HeadEditMode, info: ModelInfo, *, scale: float = 0.0, means: Tensor | None = None
+) -> BoundProgram:
+    """means [n_layers, n_heads, head_dim] for the mode MEAN. Raises InvalidArgument for a scale that is not finite."""
+    by_layer: dict[int, list[int]] = defaultdict(list)
+    for layer, head in heads:
+        by_layer[layer].append(head)
+
+    def edit(layer: int, named: list[int]) -> HeadEdit:
+        match mode:
+            case HeadEditMode.ZERO:
+                return HeadEdit(tuple(named), scale=0.0)
+            case HeadEditMode.SCALE:
+                return HeadEdit(tuple(named), scale=scale)
+            case HeadEditMode.UNIFORM:
+                return HeadEdit(tuple(named), uniform=True)
+            case HeadEditMode.MEAN:
+                assert means is not None
+                return HeadEdit(tuple(named), mean=means[layer, named])
+
+    edits = (Edit(edit(layer, named), Site.ATTN_Z, layers=(layer,)) for layer, named in sorted(by_layer.items()))
+    return bind(Program(tuple(edits)), info)
+
+
+async def mean_outputs(engine: Engine, info: ModelInfo, windows: Sequence[tuple[int, ...]]) -> Tensor:
+    """Mean output of every head over the tokens of all windows that pooling.py takes for ordinary: [n_layers, n_heads,
+    head_dim]."""
+    capture = Capture(Site.ATTN_Z, tuple(range(info.n_layers)), Pooling.MEAN)
+    total, tokens = torch.zeros(info.n_layers, info.sites[Site.ATTN_Z]), torch.zeros(info.n_layers, dtype=torch.int64)
+    async with aclosing(collect(engine, windows, capture)) as collected:
+        async for _, pooled in collected:
+            total += pooled.tokens[:, None] * pooled.values
+            tokens += pooled.tokens
+    return (total / tokens[:, None]).view(info.n_layers, info.n_heads, info.head_dim)

@@ -1,0 +1,107 @@
+"""The row by row computations of rows.py on torch tensors, which share their memory; rows are shared among threads."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchclamp_server.cpu.activations import CODES
+from patchclamp_server.cpu.invariant import rows
+from patchclamp_server.cpu.memory import in_parts
+
+_NONE = np.empty((0, 0), dtype=np.float32)
+# What a byte of a row costs, beside one that is only read: an activation is some ten operations.
+_WORK = 8
+
+
+def holds_for(x: Tensor) -> bool:
+    """Whether rows of x are computed here; elsewhere torch's operators compute them."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean x² + eps) · weight, x [..., width]."""
+    flat = _rows(x)
+    out = torch.empty_like(flat)
+    _each_row(partial(rows.rms_norms, flat.numpy(), weight.numpy(), np.float32(eps), out.numpy()), flat)
+    return out.view(x.shape)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean x) / sqrt(var x + eps) · weight + bias, x [..., width]."""
+    flat = _rows(x)
+    out = torch.empty_like(flat)
+    work = partial(rows.layer_norms, flat.numpy(), weight.numpy(), bias.numpy(), np.float32(eps), out.numpy())
+    _each_row(work, flat)
+    return out.view(x.shape)
+
+
+def finish_heads(
+    qkv: Tensor, attended: int, norm: Tensor | None, eps: float, rotary: tuple[Tensor, Tensor] | None
+) -> None:
+    """Norms and rotary embedding of the first `attended` heads of qkv [n, heads, width], in place.
+
+    `norm` [attended, width]; `rotary`: cos and signed sin [n, rotary].
+    """
+    if norm is None and rotary is None:
+        return
+    weights = _NONE if norm is None else norm.numpy()
+    cos, signed_sin = (_NONE, _NONE) if rotary is None else (table.numpy() for table in rotary)
+    work = partial(rows.finish_heads, qkv.numpy(), attended, weights, np.float32(eps), cos, signed_sin)
+    _each_row(work, qkv)
+
+
+def activate(hidden: Tensor, activation: str, *, gated: bool) -> Tensor:
+    """act(z) for z [n, width], or act(gate) · up for [n, 2 width] with the gates first."""
+    assert hidden.ndim == 2
+    neurons = torch.empty(hidden.shape[0], hidden.shape[1] // 2 if gated else hidden.shape[1])
+    _each_row(partial(rows.activations, hidden.numpy(), CODES[activation], gated, neurons.numpy()), hidden)
+    return neurons
+
+
+def cap_softly(x: Tensor, cap: float) -> Tensor:
+    """x ← cap tanh(x / cap), x [n, width], in place."""
+    assert x.ndim == 2
+    _each_row(partial(rows.cap_softly, x.numpy(), np.float32(cap)), x)
+    return x
+
+
+def row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """x_i · y_i of rows [n, width] -> [n]."""
+    assert x.shape == y.shape
+    assert x.ndim == 2
+    out = torch.empty(len(x))
+    rows.row_dots(x.contiguous().numpy(), y.contiguous().numpy(), out.numpy())
+    return out
+
+
+def turns(sine: Tensor, cosine: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """cos θ and sin θ of θ = min(most, atan2(sine, cosine)), [n] each."""
+    turned = torch.empty(2, len(sine))
+    rows.turns(sine.numpy(), cosine.numpy(), most.numpy(), turned.numpy())
+    return turned[0], turned[1]
+
+
+def low_rank(h: Tensor, owner: Tensor, difference: Tensor, bias: Tensor, rotation: Tensor) -> Tensor:
+    """h_i + Rᵀ (D h_i + b) of rows h [n, width]; D and R [k, rank, width] and b [k, rank] are those of owner[i]."""
+    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    matrices = (difference.contiguous().numpy(), bias.contiguous().numpy(), rotation.contiguous().numpy())
+    rows.low_rank(h.contiguous().numpy(), owner.numpy(), *matrices, out.numpy())
+    return out
+
+
+def warm_up() -> None:
+    """Compiles what edits need, so that no request waits for it."""
+    row = torch.ones(1, 1)
+    turns(row_dots(row, row), row[0], row[0])
+    low_rank(row, torch.zeros(1, dtype=torch.int64), row[None], row, row[None])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., width] -> [n, width], contiguous. What is compiled reads by these two numbers and checks nothing."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _each_row(work: "partial[None]", x: Tensor) -> None:
+    in_parts(work, x.shape[0], 1, _WORK * x.numel() * x.itemsize)

@@ -1,0 +1,105 @@
+"""Matrix products: y = x Wᵀ + b for x [T, in], W [out, in].
+
+`batch_invariant`, on a CPU in float32: one product for every number of rows, whose bits do not depend on it
+(invariant/products.py). Otherwise the product that was fastest for the number of rows when this was measured:
+
+- one row streams the weights once, so fewer bytes are faster: codes, where the weights are quantised (quantized.py; so
+  do two rows); otherwise our own vectors (vector.py), by all threads where there are enough bytes;
+- more rows, float32: oneDNN, with weights packed once for its kernels; bfloat16: torch.
+
+Least milliseconds of one run on 2 shared cores, where the weights come from memory (one matrix of an 8B model, 30 of
+SmolLM2-135M, or its unembedding):
+
+    rows  float32         F.linear   W @ [x, x]ᵀ   oneDNN, packed   ours       bfloat16   F.linear   ours
+       1  28672 x 4096        23.0          31.3             27.0   17.5                      13.8    9.2
+       1   4096 x 14336       10.1          12.4              9.7    7.5                       6.0    4.0
+       1   4096 x 4096         4.3           4.7              3.5    2.6                       1.9    1.5
+       1    960 x 576, 30      6.6           5.0              6.7    5.7                       5.9    3.7
+       1    576 x 1536, 30     7.7           7.4              8.9    6.4                       6.4    4.4
+       1  49152 x 576         10.0           4.2              5.5    5.2                       7.3    6.9
+       2  28672 x 4096        44.8          24.3             21.1   30.1                      10.1   16.1
+       2   4096 x 14336       20.2          14.2             10.2   15.1                       5.4    7.0
+       2    960 x 576, 30     10.7           5.1              7.4    6.9                       5.3    4.4
+
+A down projection is kept input-major: the weights of one neuron are contiguous, so that a sparse read skips those of
+the others without a copy. Its product with one row is then a sum of columns, 8.5 and 4.2 ms for the second line.
+The packed copy is kept beside what one row needs. Other devices and dtypes keep the plain matrix alone.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from patchclamp_server.cpu.invariant.products import RowProduct
+    from patchclamp_server.cpu.quantized import QuantizedWeight
+
+# oneDNN picks the packed layout for a number of rows; 16 was the best or within noise for 1 to 256 rows.
+_PACK_FOR_ROWS = 16
+# Rows for which codes are faster.
+FEW_ROWS = 2
+
+
+def can_be_invariant(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether there are products whose bits do not depend on the number of rows."""
+    return torch.device(device).type == "cpu" and dtype == torch.float32
+
+
+class Linear:
+    """One projection. Rows of the result never depend on the values of other rows."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, input_major: bool = False, batch_invariant: bool = False
+    ) -> None:
+        assert not batch_invariant or can_be_invariant(weight.dtype, weight.device)
+        self.bias = bias  # [out]
+        self.weight: Tensor | None = weight  # [out, in]; its transpose is contiguous where it is input-major
+        self.packed: Tensor | None = None
+        self.quantized: QuantizedWeight | None = None
+        self._one_row: Callable[[Tensor], Tensor] | None = None
+        self._by_rows: RowProduct | None = None
+        self.batch_invariant = batch_invariant
+        on_cpu = weight.device.type == "cpu"
+        if can_be_invariant(weight.dtype, weight.device) and (batch_invariant or torch._C._has_mkldnn):
+            # What numba compiles only this path needs.
+            from patchclamp_server.cpu.quantized import recover
+
+            self.quantized = recover(weight)
+            if batch_invariant:
+                from patchclamp_server.cpu.invariant.products import row_product
+
+                self._by_rows = row_product(weight, self.quantized)
+            else:
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
+            if self.quantized is not None:
+                self.weight = None
+                return
+        if input_major:
+            self.weight = weight.t().contiguous().t()
+        if self._by_rows is not None:
+            return
+        if on_cpu and weight.dtype in (torch.float32, torch.bfloat16):
+            assert self.weight is not None
+            from patchclamp_server.cpu.sparse import one_row_product
+
+            self._one_row = one_row_product(self.weight, input_major=input_major)
+
+    def __call__(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
+        if self._by_rows is not None:
+            return self._biased(self._by_rows.multiply(x))
+        rows = x.shape[0]
+        if self.quantized is not None and rows <= FEW_ROWS:
+            return self._biased(self.quantized.multiply(x))
+        if self._one_row is not None and rows == 1:
+            return self._biased(self._one_row(x)).to(x.dtype)
+        if self.packed is not None:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            return y
+        assert self.weight is not None
+        return F.linear(x, self.weight, self.bias)
+
+    def _biased(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y.add_(self.bias)

@@ -1,0 +1,41 @@
+"""Arrays whose records begin at cache lines, and work shared among threads."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from patchclamp_server.cpu.vector import LINE
+
+# Bytes of weights from which a second thread is woken: some hundred microseconds of reading.
+_WORTH_A_THREAD = 4 << 20
+
+
+def aligned_records(n: int, size: int) -> NDArray[np.uint8]:
+    """Zeros [n, size rounded up to whole cache lines]. A line of its own follows, which a vector may reach into."""
+    size = -(-size // LINE) * LINE
+    memory = np.zeros(n * size + 2 * LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % LINE
+    return memory[start : start + n * size].reshape(n, size)
+
+
+def in_parts(work: Callable[[int, int], Any], n: int, multiple: int, read_bytes: int) -> None:
+    """work(start, end) over 0..n, in as many parts as torch has threads; each starts at a multiple of `multiple`."""
+    parts = torch.get_num_threads() if read_bytes >= _WORTH_A_THREAD else 1
+    step = max(multiple, -(-n // parts // multiple) * multiple)
+    if parts == 1 or n <= step:
+        work(0, n)
+        return
+    others = [_workers().submit(work, start, min(n, start + step)) for start in range(step, n, step)]
+    work(0, step)
+    for other in others:
+        other.result()
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="sparse")

@@ -1,0 +1,211 @@
+"""Products that read the rows of active neurons or channels only.
+
+Each is specialised by the element type of its array (vector.py says which format that is). Compiled once and cached on
+disk like those of quantized.py; numba's cache looks at this file alone, so a change in vector.py needs one here.
+NaN and infinities are values like any other: no fast-math flag that denies them.
+"""
+
+# What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
+# mypy: disable-error-code="call-arg, no-untyped-call, var-annotated"
+
+import math
+
+import numba
+import numpy as np
+
+from patchclamp_server.cpu.vector import LANES, LINE, UNIT, add_code_rows, add_rows, dot_code_rows, dot_rows, prefetch
+
+GROUP = 32
+# How many rows ahead the records of codes are asked for: rows that are skipped end the processor's own prefetching.
+_AHEAD = 16
+_GROUPS_AHEAD = 2
+
+SILU, GELU, GELU_TANH, RELU = range(4)
+
+_compiled = numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
+
+
+@numba.njit(nogil=True, cache=True)
+def strictly_ascending(index, end):  # type: ignore[no-untyped-def]
+    """Whether `index` names things below `end`, each once, in order."""
+    before = -1
+    for i in range(index.shape[0]):
+        if index[i] <= before:
+            return False
+        before = index[i]
+    return before < end
+
+
+@_compiled
+def dot_float_rows(weights, x, index, y, start, end):  # type: ignore[no-untyped-def]
+    """y[i] = weights[index[i]] · x for start ≤ i < end. `weights` [n, width] float32, or uint16 that holds bfloat16."""
+    width = weights.shape[1]
+    units = width // UNIT
+    flat = weights.reshape(-1)
+    for i in range(start, end, 4):
+        # Past the end the last row is repeated, and not stored.
+        a = index[i] * width
+        b = index[min(i + 1, end - 1)] * width
+        c = index[min(i + 2, end - 1)] * width
+        d = index[min(i + 3, end - 1)] * width
+        sums = dot_rows(flat, (a, b, c, d), x, units)
+        for r in range(min(4, end - i)):
+            total = sums[r]
+            for k in range(units * UNIT, width):
+                total += _as_float(weights[index[i + r], k]) * x[k]
+            y[i + r] = total
+
+
+@_compiled
+def sum_float_rows(weights, factors, index, y, start, end):  # type: ignore[no-untyped-def]
+    """y[k] += Σ_i factors[i] weights[index[i], k] for start ≤ k < end. `start` is a multiple of 32."""
+    width = weights.shape[1]
+    units = (end - start) // UNIT
+    flat = weights.reshape(-1)
+    n = index.shape[0]
+    whole = n - n % 4
+    for i in range(0, whole, 4):
+        a, b, c, d = index[i] * width, index[i + 1] * width, index[i + 2] * width, index[i + 3] * width
+        at = (a + start, b + start, c + start, d + start)
+        add_rows(flat, at, (factors[i], factors[i + 1], factors[i + 2], factors[i + 3]), y, start, units)
+    for i in range(whole, n):
+        add_rows(flat, (index[i] * width + start,), (factors[i],), y, start, units)
+    for k in range(start + units * UNIT, end):
+        for i in range(n):
+            y[k] += factors[i] * _as_float(weights[index[i], k])
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _as_float(value):  # type: ignore[no-untyped-def]
+    return _widen(value)
+
+
+def _widen(value):  # type: ignore[no-untyped-def]
+    raise NotImplementedError
+
+
+@numba.extending.overload(_widen)
+def _widen_by_format(value):  # type: ignore[no-untyped-def]
+    if value == numba.types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: value
+
+
+@_compiled
+def dot_code_records(records, header, x, index, y):  # type: ignore[no-untyped-def]
+    """y[i] = (record index[i]) · x. A record is a header [scale, low] and the codes of an output.
+
+    records [n, bytes] uint8 or int8, whose headers have `header` bytes and low only for 4 bits.
+    """
+    groups = x.shape[0] // GROUP
+    size = records.shape[1]
+    flat = records.reshape(-1)
+    scales = flat.view(np.float32)
+    lines = size // LINE
+    sums = np.zeros((groups + LANES - 1) // LANES * LANES, dtype=np.float32)
+    for g in range(groups):
+        for k in range(GROUP):
+            sums[g] += x[g * GROUP + k]
+    n = index.shape[0]
+    for i in range(min(n, _AHEAD)):
+        prefetch(flat, index[i] * size, lines)
+    for i in range(0, n, 4):
+        for r in range(i + _AHEAD, min(n, i + _AHEAD + 4)):
+            prefetch(flat, index[r] * size, lines)
+        a = index[i] * size
+        b = index[min(i + 1, n - 1)] * size
+        c = index[min(i + 2, n - 1)] * size
+        d = index[min(i + 3, n - 1)] * size
+        codes_at = (a + header, b + header, c + header, d + header)
+        products = dot_code_rows(flat, codes_at, x, scales, (a // 4, b // 4, c // 4, d // 4), sums, groups)
+        for r in range(min(4, n - i)):
+            y[i + r] = products[r]
+
+
+@_compiled
+def sum_code_records(records, step, scales, factors, index, y):  # type: ignore[no-untyped-def]
+    """y += Σ_i factors[i] (row index[i]). A record is the codes of an input, filled up to whole cache lines.
+
+    A unit of codes has `step` elements. scales [groups, 2, width]: scale and low of each group of 32 rows and output;
+    width is y's.
+    """
+    size = records.shape[1]
+    flat = records.reshape(-1)
+    flat_scales = scales.reshape(-1)
+    width = scales.shape[2]
+    n = index.shape[0]
+    offsets = index * size
+    lines = (width // UNIT * step + LINE - 1) // LINE
+    ahead = 0
+    i = 0
+    while i < n:
+        group = index[i] // GROUP
+        total = np.float32(0)
+        end = i
+        while end < n and index[end] // GROUP == group:
+            total += factors[end]
+            end += 1
+        while ahead < n and index[ahead] // GROUP <= group + _GROUPS_AHEAD:
+            prefetch(flat, offsets[ahead], lines)
+            ahead += 1
+        at = group * 2 * width
+        low = at + width
+        add_code_rows(flat, offsets, i, end, step, factors, flat_scales, at, low, 2 * width, total, y, width // UNIT)
+        i = end
+
+
+@_compiled
+def sum_compact_codes(codes, step, ends, groups, scales, factors, y):  # type: ignore[no-untyped-def]
+    """The sum of `sum_code_records` over all rows of a compact copy: part p has the rows before ends[p].
+
+    codes [units of outputs, rows of the part, codes of a unit], part by part: in the order in which they are read.
+    """
+    flat_scales = scales.reshape(-1)
+    width = scales.shape[2]
+    units = width // UNIT
+    n = factors.shape[0]
+    offsets = np.empty(n, dtype=np.int64)
+    start = 0
+    for part in range(groups.shape[0]):
+        end = ends[part]
+        total = np.float32(0)
+        for r in range(start, end):
+            total += factors[r]
+            offsets[r] = start * units * step + (r - start) * step
+        at = groups[part] * 2 * width
+        row = (end - start) * step
+        low = at + width
+        add_code_rows(codes, offsets, start, end, row, factors, flat_scales, at, low, 2 * width, total, y, units)
+        start = end
+
+
+@_compiled
+def activate(z, activation, h):  # type: ignore[no-untyped-def]
+    """h [T, K] = act(z) for z [T, K], and act(gate) · up for z [T, 2 K] that has gates, then ups."""
+    neurons = h.shape[1]
+    gated = z.shape[1] > neurons
+    for t in range(h.shape[0]):
+        for i in range(neurons):
+            a = z[t, i]
+            if activation == SILU:
+                value = a / (np.float32(1) + math.exp(-a))
+            elif activation == GELU:
+                value = np.float32(0.5) * a * (np.float32(1) + math.erf(a * np.float32(math.sqrt(0.5))))
+            elif activation == GELU_TANH:
+                inner = np.float32(math.sqrt(2 / math.pi)) * (a + np.float32(0.044715) * a * a * a)
+                value = np.float32(0.5) * a * (np.float32(1) + math.tanh(inner))
+            else:
+                value = np.float32(0) if a < 0 else a
+            h[t, i] = value * z[t, neurons + i] if gated else value
+
+
+@numba.njit(nogil=True, cache=True)
+def select_channels(x, scale, threshold, index):  # type: ignore[no-untyped-def]
+    """Writes the channels whose |x| · scale is not below the threshold, and returns their number. A NaN is kept."""
+    n = 0
+    for k in range(x.shape[0]):
+        score = abs(x[k]) * scale[k] if scale.shape[0] else abs(x[k])
+        if not score < threshold:
+            index[n] = k
+            n += 1
+    return n

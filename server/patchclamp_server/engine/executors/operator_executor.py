@@ -1,0 +1,77 @@
+"""Steps by torch operators: the decoder calls the operators of the step's programs at its sites."""
+
+import torch
+
+from patchclamp_server.engine.batch import Executed, StepBatch
+from patchclamp_server.engine.executors.sparse_decoder import SparseDecoder, gathered_products
+from patchclamp_server.engine.kv_cache import KvCache
+from patchclamp_server.interventions.compiler import Setting
+from patchclamp_server.interventions.head_readings import HeadReader
+from patchclamp_server.interventions.plan import StepPlan
+from patchclamp_server.interventions.planner import Planner
+from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.model.attention.batch import AttentionBatch
+from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.decoder import Decoder, SiteHooks, StepInputs
+from patchclamp_server.model.overflow import FiniteProbe, finite_rows
+from patchclamp_server.monitoring.sites import SiteWatcher
+from patchclamp_server.sparsity.mlp import SparseModel
+
+
+class OperatorExecutor:
+    def __init__(self, model: SparseModel, cache: KvCache) -> None:
+        decoder = model.decoder
+        self.decoder = decoder
+        self.sparse = SparseDecoder(model, gathered_products)
+        self.cache = cache
+        self.threads = torch.get_num_threads()
+        self.tables = Tables(decoder.dtype, decoder.device)
+        self.planner = Planner(setting_of(decoder, self.tables))
+        self.heads = HeadReader(decoder.spec.n_heads, decoder.device)
+        self.watcher = SiteWatcher()
+
+    def execute(self, batch: StepBatch) -> Executed:
+        torch.set_num_threads(self.decoder.threads_for(len(batch.token_ids), self.threads))
+        plan = self.planner.plan(batch.programs)
+        heads = self.heads.read(batch.programs, len(batch.token_ids))
+        peaks = None if heads is None else heads.peaks
+        hooks: SiteHooks = plan
+        if batch.watch is not None:
+            peaks = batch.watch.layout.peaks(heads, len(batch.token_ids))
+            hooks = self.watcher.follow(plan, batch.watch.layout)
+        step = self._inputs(batch, plan, peaks)
+        plan.begin(step.positions)
+        decoder = self.sparse.follow(batch.sparse) if batch.sparse else self.decoder
+        x = decoder.forward(step, self.cache.pools, hooks)
+        outcome = plan.finish()
+        if heads is not None:
+            outcome.readouts += heads.values(peaks)
+        if batch.watch is not None and peaks is not None:
+            batch.watch.layout.look_at_heads(peaks)
+        finite = finite_rows(x).cpu().numpy()
+        rows = batch.logit_rows
+        return Executed(finite, self.decoder.logits(x[rows] if len(rows) != len(x) else x), outcome)
+
+    def trace(self, batch: StepBatch, *, edited: bool) -> FiniteProbe:
+        plan = self.planner.plan(batch.programs if edited else [])
+        step = self._inputs(batch, plan, None)
+        plan.begin(step.positions)
+        probe = FiniteProbe(plan)
+        self.decoder.forward(step, self.cache.pools, probe)
+        return probe
+
+    def _inputs(self, batch: StepBatch, plan: StepPlan, peaks: Peaks | None) -> StepInputs:
+        device = self.decoder.device
+        return StepInputs(
+            torch.tensor(batch.token_ids, device=device),
+            torch.from_numpy(batch.positions).to(device),
+            torch.from_numpy(batch.slots).to(device),
+            AttentionBatch(batch.spans, batch.block_size, self.decoder.windows, device),
+            plan.edited_queries,
+            peaks,
+        )
+
+
+def setting_of(decoder: Decoder, tables: Tables) -> Setting:
+    spec = decoder.spec
+    return Setting(tables, spec.n_heads, spec.head_dim, spec.sites, decoder.device, decoder.logits)

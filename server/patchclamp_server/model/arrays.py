@@ -1,0 +1,7 @@
+"""Arrays of numpy, by the type of their elements."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]

@@ -1,0 +1,130 @@
+"""Attention of a ragged batch over the paged KV cache: what runs on a CPU, and the reference for kernels.
+
+    z_h = Σ_j softmax_j(cap(q_h · k_j · scale)) v_j      over keys j ≤ position, j > position - window
+
+q [T, n_heads, head_dim]; the pool of a layer is [2, n_blocks, block_size, n_kv_heads, head_dim] (keys, values). On a
+CPU in float32 row_attention.py computes all rows. Elsewhere rows that bring one token (decode) are computed together
+over their padded block tables, and a chunk of a prompt over its own. Block 0 is never given out and stays zero: padded
+entries of a block table point at it.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.attention.batch import AttentionBatch, is_visible
+from patchclamp_server.model.attention.peaks import LayerPeaks
+
+# Scores [n_heads, rows, keys] of one block of rows whose peaks are read.
+_PEAK_SCORES = 1 << 22
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
+    """q [B, H, n, D], k and v [B, H, keys, D]; mask None is causal."""
+    if not soft_cap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    # In float32, as the other branch has them inside: float16 would overflow before the cap holds.
+    scores = torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scale / soft_cap)) * soft_cap
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
+    return torch.softmax(scores + mask, dim=-1).to(v.dtype) @ v
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    peaks: LayerPeaks | None = None,
+) -> Tensor:
+    """Writes k and v [T, n_kv_heads, head_dim] at the token addresses `slots`, then attends; fills in `peaks`.
+
+    Returns z [T, n_heads * head_dim]. Its bits do not depend on whether peaks are asked for.
+    """
+    n_kv, dim = pool.shape[3:]
+    n_heads = q.shape[1]
+    group = n_heads // n_kv
+    key_pool, value_pool = pool[0], pool[1]
+    key_pool.view(-1, n_kv, dim).index_copy_(0, slots, k)
+    value_pool.view(-1, n_kv, dim).index_copy_(0, slots, v)
+    if pool.device.type == "cpu" and pool.dtype == torch.float32:
+        # Compiled by numba, which only this path needs.
+        from patchclamp_server.model.attention.row_attention import attend_rows
+
+        return attend_rows(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap, peaks=peaks)
+    parts = []
+    single = len(batch.single)
+    if single:
+        # The query heads of one KV head stand where query tokens would, so that no key is repeated.
+        shape = (single, -1, n_kv, dim)
+        keys = key_pool.index_select(0, batch.gathered).view(shape).transpose(1, 2)
+        values = value_pool.index_select(0, batch.gathered).view(shape).transpose(1, 2)
+        mask = batch.mask(window)
+        out = _attend(q[:single].reshape(single, n_kv, group, dim), keys, values, mask, scale, soft_cap)
+        parts.append(out.reshape(single, n_heads * dim))
+        if peaks is not None:
+            for row in peaks.rows[peaks.rows < single].tolist():
+                last = int(batch.positions[row])
+                own = keys[row, :, : last + 1].transpose(0, 1)
+                _find_peaks(q, own, peaks, np.array([row]), np.array([last]), scale, window, soft_cap)
+    for chunk in batch.chunks:
+        if chunk.fresh:
+            keys, values = k[chunk.rows], v[chunk.rows]
+        else:
+            keys = key_pool.index_select(0, chunk.table).view(-1, n_kv, dim)[: chunk.length]
+            values = value_pool.index_select(0, chunk.table).view(-1, n_kv, dim)[: chunk.length]
+        if peaks is not None:
+            rows = peaks.rows[(peaks.rows >= chunk.rows.start) & (peaks.rows < chunk.rows.stop)]
+            positions = rows - chunk.rows.start + chunk.offset
+            _find_peaks(q, keys, peaks, rows, positions, scale, window, soft_cap)
+        keys = keys.transpose(0, 1).repeat_interleave(group, 0)[None]
+        values = values.transpose(0, 1).repeat_interleave(group, 0)[None]
+        out = _attend(q[chunk.rows].transpose(0, 1)[None], keys, values, chunk.masks[window], scale, soft_cap)
+        parts.append(out[0].transpose(0, 1).reshape(-1, n_heads * dim))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _find_peaks(
+    q: Tensor,
+    keys: Tensor,
+    peaks: LayerPeaks,
+    rows: IntArray,
+    positions: IntArray,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> None:
+    """Peaks of `rows` of q, tokens at `positions` of one sequence whose keys are `keys` [n, n_kv_heads, head_dim].
+
+    A block of rows at a time: the scores of all would be the attention matrix.
+    """
+    n_heads, n_kv, dim = q.shape[1], *keys.shape[1:]
+    columns = keys.float().permute(1, 2, 0)  # [n_kv, head_dim, n]
+    step = max(1, _PEAK_SCORES // (n_heads * len(keys)))
+    for start in range(0, len(rows), step):
+        own = torch.from_numpy(rows[start : start + step]).to(q.device)
+        at = torch.from_numpy(positions[start : start + step]).to(q.device)
+        end = int(positions[start : start + step].max()) + 1
+        queries = q.index_select(0, own).float().view(len(own), n_kv, -1, dim).permute(1, 2, 0, 3)
+        scores = (queries.reshape(n_kv, -1, dim) @ columns[:, :, :end]).view(n_heads, len(own), end) * scale
+        if soft_cap:
+            scores = torch.tanh(scores / soft_cap) * soft_cap
+        hidden = ~is_visible(at[:, None], torch.arange(end, device=q.device)[None], window)
+        scores.masked_fill_(hidden, float("-inf"))
+        # Of equals, max gives the first.
+        largest, where = scores.max(dim=2)
+        total = scores.logsumexp(dim=2)
+        peaks.positions.index_copy_(0, own, where.t().to(torch.int32))
+        peaks.probabilities.index_copy_(0, own, (largest - total).exp_().t())
+        if peaks.off_sink is not None:
+            # A column of -inf stands for the keys of a row that sees the first alone.
+            scores[:, :, 0] = float("-inf")
+            peaks.off_sink.index_copy_(0, own, (scores.amax(dim=2) - total).exp_().t())

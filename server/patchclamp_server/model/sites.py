@@ -1,0 +1,47 @@
+"""The activations of a block that can be read and edited, in the order of the forward pass."""
+
+from enum import Enum
+
+
+class Site(Enum):
+    """One activation of a block. The value is the name used in messages, docs and metrics.
+
+    ATTN_Q, the queries of all heads as they meet the keys (after norm and rotation), is the only one that no message
+    can name: it is where uniform attention is made.
+    """
+
+    # Of the object: a decode step looks up 200 places, and Enum's own is Python.
+    __hash__ = object.__hash__
+
+    RESID_PRE = "resid_pre"
+    ATTN_Q = "attn_q"
+    RESID_MID = "resid_mid"
+    RESID_POST = "resid_post"
+    ATTN_Z = "attn_z"
+    ATTN_OUT = "attn_out"
+    MLP_POST = "mlp_post"
+    MLP_OUT = "mlp_out"
+
+    @property
+    def order(self) -> int:
+        """Place within a block, in the order of the forward pass."""
+        return FORWARD_ORDER.index(self)
+
+
+FORWARD_ORDER = (
+    Site.RESID_PRE,
+    Site.ATTN_Q,
+    Site.ATTN_Z,
+    Site.ATTN_OUT,
+    Site.RESID_MID,
+    Site.MLP_POST,
+    Site.MLP_OUT,
+    Site.RESID_POST,
+)
+PUBLIC_SITES = tuple(site for site in FORWARD_ORDER if site is not Site.ATTN_Q)
+RESIDUAL_SITES = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST)
+
+
+def place_number(site: Site, layer: int) -> int:
+    """Places in the order in which the forward pass reaches them."""
+    return layer * len(FORWARD_ORDER) + site.order

@@ -1,0 +1,88 @@
+"""Artifacts between protobuf and dataclasses: kinds, formats, information, provenance."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from patchclamp.v1 import artifact_pb2 as pb
+from patchclamp.v1 import program_pb2
+from patchclamp_server.artifacts.formats import FORMATS, Format
+from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
+from patchclamp_server.artifacts.validation import check_tag
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.rpc.codecs.checks import known
+from patchclamp_server.rpc.codecs.program import SITE_NUMBERS
+
+MAX_DESCRIPTION_CHARACTERS = 10_000
+
+KINDS: dict[int, ArtifactKind] = {pb.ArtifactKind.Value(f"ARTIFACT_KIND_{k.name}"): k for k in ArtifactKind}
+KIND_NUMBERS: dict[ArtifactKind, "pb.ArtifactKind.ValueType"] = {
+    k: pb.ArtifactKind.Value(f"ARTIFACT_KIND_{k.name}") for k in ArtifactKind
+}
+FILE_FORMATS: dict[int, Format] = {
+    pb.ArtifactFormat.Value(f"ARTIFACT_FORMAT_{name.upper()}"): file_format for name, file_format in FORMATS.items()
+}
+
+
+def decode_kind(number: int, field: str) -> ArtifactKind:
+    return known(number, KINDS, field, pb.ArtifactKind.keys()[1:])
+
+
+def decode_format(number: int, field: str) -> Format:
+    return known(number, FILE_FORMATS, field, pb.ArtifactFormat.keys()[1:])
+
+
+def decode_struct(struct: Struct, field: str) -> dict[str, Any]:
+    """The JSON object of a Struct. InvalidArgument for NaN and Inf, which JSON lacks."""
+    try:
+        fields: dict[str, Any] = json_format.MessageToDict(struct)
+    # Which of the two depends on the implementation of protobuf.
+    except (json_format.SerializeToJsonError, ValueError) as error:
+        raise InvalidArgument(field, f"not a JSON object: {error}") from error
+    return fields
+
+
+def decode_tags(names: Iterable[str], replace: bool) -> Tags:
+    """InvalidArgument with the path of the first that is no name."""
+    tags = Tags(tuple(names), replace)
+    for i, name in enumerate(tags.names):
+        check_tag(name, f"tags[{i}]")
+    return tags
+
+
+def decode_label(request: Any) -> tuple[str, Tags]:
+    """What a result is stored with: fields `description`, `tags` and `replace_tags` of the request."""
+    return decode_description(request.description, "description"), decode_tags(request.tags, request.replace_tags)
+
+
+def decode_description(text: str, field: str) -> str:
+    if len(text) > MAX_DESCRIPTION_CHARACTERS:
+        raise InvalidArgument(field, f"expected at most {MAX_DESCRIPTION_CHARACTERS} characters, got {len(text)}")
+    return text
+
+
+def encode_artifact(info: ArtifactInfo) -> pb.Artifact:
+    created = Timestamp()
+    created.FromNanoseconds(round(info.created * 1e9))
+    return pb.Artifact(
+        id=info.id,
+        kind=KIND_NUMBERS[info.kind],
+        tags=info.tags,
+        model_fingerprint=info.model_fingerprint,
+        site=SITE_NUMBERS[info.site] if info.site else program_pb2.SITE_UNSPECIFIED,
+        layers=info.layers,
+        width=info.width,
+        size_bytes=info.size_bytes,
+        created=created,
+        description=info.description,
+        provenance=_encode_struct(info.provenance),
+        evidence=_encode_struct(info.evidence),
+        replaced_tags=info.replaced,
+    )
+
+
+def _encode_struct(fields: Mapping[str, Any]) -> Struct:
+    return json_format.ParseDict(dict(fields), Struct())

@@ -1,0 +1,246 @@
+"""ArtifactService: uploads checked against the served model, downloads in any format, tags and listings."""
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchclamp.v1 import artifact_pb2 as pb
+from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
+from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource_exhausted
+from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
+from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
+from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
+from patchclamp_server.artifacts.types import LAYERED, ArtifactInfo, ArtifactKind, Tags
+from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
+from patchclamp_server.monitoring.watch import Watch, check_watch
+from patchclamp_server.rpc.call.calls import within
+from patchclamp_server.rpc.call.upload_space import UploadLimits, UploadSpace
+from patchclamp_server.rpc.codecs.artifact import decode_format, decode_kind, decode_struct, encode_artifact
+from patchclamp_server.rpc.codecs.checks import count, distinct
+from patchclamp_server.rpc.codecs.program import decode_site
+from patchclamp_server.sparsity.binder import policy_of
+
+CHUNK_BYTES = 1024 * 1024
+SPOOL_PREFIX = "patchclamp-upload-"
+Context = Any
+
+
+class ArtifactService(ArtifactServiceServicer):
+    """Raises the errors of errors.py; an interceptor turns them into statuses. Disk and hashing run in threads."""
+
+    def __init__(self, store: ArtifactStore, model_info: ModelInfo, limits: UploadLimits | None = None) -> None:
+        self._store = store
+        self._model = model_info
+        self.uploads = UploadSpace(limits or UploadLimits())
+        _sweep_spools()
+
+    async def Upload(self, request_iterator: Any, context: Context) -> pb.UploadResponse:
+        requests: AsyncIterator[pb.UploadRequest] = aiter(request_iterator)
+        first = await anext(requests, None)
+        if first is None or not first.HasField("header"):
+            raise InvalidArgument("header", "the first message must be the header")
+        header = first.header
+        # What can be refused without the file is refused before it travels.
+        with within("header"):
+            self._store.access.put(header.tags)
+        kind = decode_kind(header.kind, "header.kind")
+        file_format = decode_format(header.format, "header.format")
+        site = decode_site(header.site, "header.site") if header.site else None
+        provenance = decode_struct(header.provenance, "header.provenance")
+        size = count(header.size_bytes, "header.size_bytes", low=1, high=self.uploads.limits.largest)
+        with self.uploads.taken(size):
+            with (
+                full_disk_is_resource_exhausted("the space for uploads"),
+                tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX) as directory,
+            ):
+                path = Path(directory) / "file"
+                await _spool(self.uploads.in_time(requests, size), path, size)
+                decoded = await asyncio.to_thread(_decode, file_format, path)
+            info = await asyncio.to_thread(self._store_upload, header, kind, site, provenance, decoded)
+        return pb.UploadResponse(artifact=encode_artifact(info))
+
+    async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
+        file_format = decode_format(request.format, "format")
+        layers = distinct(request.layers, "layers")
+        info, data = await asyncio.to_thread(self._encode, request.ref, layers, file_format)
+        for start in range(0, len(data), CHUNK_BYTES):
+            artifact = encode_artifact(info) if start == 0 else None
+            yield pb.DownloadResponse(artifact=artifact, chunk=data[start : start + CHUNK_BYTES])
+
+    async def GetArtifact(self, request: pb.GetArtifactRequest, context: Context) -> pb.GetArtifactResponse:
+        info = await asyncio.to_thread(self._store.info, request.ref)
+        return pb.GetArtifactResponse(artifact=encode_artifact(info))
+
+    async def ListArtifacts(self, request: pb.ListArtifactsRequest, context: Context) -> pb.ListArtifactsResponse:
+        kind = decode_kind(request.kind, "kind") if request.kind else None
+        page_size = count(request.page_size, "page_size", high=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
+        page, token = await asyncio.to_thread(
+            self._store.list, kind, request.model_fingerprint, page_size, request.page_token
+        )
+        return pb.ListArtifactsResponse(artifacts=map(encode_artifact, page), next_page_token=token)
+
+    async def TagArtifact(self, request: pb.TagArtifactRequest, context: Context) -> pb.TagArtifactResponse:
+        if request.ref:
+            info = await asyncio.to_thread(self._store.tag, request.tag, request.ref, replace_tag=request.replace_tag)
+        else:
+            untagged = await asyncio.to_thread(self._store.untag, request.tag)
+            info = await asyncio.to_thread(self._store.info, untagged)
+        return pb.TagArtifactResponse(artifact=encode_artifact(info))
+
+    async def DeleteArtifact(self, request: pb.DeleteArtifactRequest, context: Context) -> pb.DeleteArtifactResponse:
+        artifact_id, tags = await asyncio.to_thread(self._store.delete, request.ref)
+        return pb.DeleteArtifactResponse(id=artifact_id, tags=tags)
+
+    def _store_upload(
+        self, header: pb.UploadHeader, kind: ArtifactKind, site: Site | None, provenance: dict[str, Any], file: Decoded
+    ) -> ArtifactInfo:
+        """The header wins; what it leaves empty comes from the file, if Patchclamp wrote it, and then from the server.
+
+        So a downloaded file that is uploaded again keeps its evidence and its id.
+        """
+        own = file.metadata
+        if own and own.kind is not kind:
+            raise InvalidArgument("header.kind", f"the file holds a {own.kind.value}, not a {kind.value}")
+        if kind is ArtifactKind.VECTOR:
+            site = site or (own.site if own else None) or Site.RESID_POST
+        provenance = provenance or dict(own.provenance if own else file.provenance)
+        fingerprint = header.model_fingerprint or (own.model_fingerprint if own else "") or self._model.fingerprint
+        try:
+            tensors = file.tensors
+            check_tensors(kind, tensors)
+            if fingerprint == self._model.fingerprint:
+                _check_fits(self._model, kind, site, tensors)
+                if kind is ArtifactKind.SPARSITY_PROFILE:
+                    _check_profile(self._model, provenance, tensors)
+                if kind is ArtifactKind.WATCH:
+                    _check_watch(self._model, tensors)
+            return self._store.put(
+                kind,
+                tensors,
+                model_fingerprint=fingerprint,
+                site=site,
+                description=header.description or (own.description if own else ""),
+                provenance=provenance,
+                evidence=own.evidence if own else {},
+                tags=Tags(tuple(header.tags), header.replace_tags),
+            )
+        except InvalidArgument as error:
+            raise InvalidArgument(_upload_path(error), error.message) from error
+        except AlreadyExists as error:
+            raise AlreadyExists(f"header.{error.field}", error.message) from error
+
+    def _encode(self, ref: str, layers: tuple[int, ...], file_format: Format) -> tuple[ArtifactInfo, bytes]:
+        artifact = self._store.get(ref)
+        for i, layer in enumerate(layers):
+            if artifact.info.kind in LAYERED and layer not in artifact.info.layers:
+                raise InvalidArgument(f"layers[{i}]", f"{ref} has no layer {layer}")
+        if layers:
+            artifact = artifact.only(layers)
+        try:
+            data = file_format.encode(artifact, self._architecture(artifact.info))
+        except CannotExpress as error:
+            raise FailedPrecondition("format", str(error)) from error
+        return self._store.info(artifact.info.id), data
+
+    def _architecture(self, info: ArtifactInfo) -> str:
+        """Architecture of the vector's model; "" for a model this server does not know."""
+        return self._model.architecture if info.model_fingerprint == self._model.fingerprint else ""
+
+
+def _sweep_spools() -> None:
+    """Removes what uploads left in the temporary directory when their process was killed.
+
+    Chunks come within seconds: a file that was written to an hour ago is nobody's.
+    """
+    for directory in Path(tempfile.gettempdir()).glob(f"{SPOOL_PREFIX}*"):
+        # Others may sweep at the same time, and may own it.
+        with suppress(OSError):
+            written = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+            if time.time() - written > STALE_AFTER.total_seconds():
+                shutil.rmtree(directory)
+
+
+async def _spool(requests: AsyncIterator[pb.UploadRequest], path: Path, size: int) -> None:
+    """Writes the chunks to a file. InvalidArgument unless they are `size` bytes in chunks of at most 1 MiB."""
+    received = 0
+    with path.open("wb") as file:
+        async for request in requests:
+            if not request.HasField("chunk"):
+                raise InvalidArgument("chunk", "after the header every message must be a chunk")
+            if not 0 < len(request.chunk) <= CHUNK_BYTES:
+                raise InvalidArgument("chunk", f"{len(request.chunk)} bytes; a chunk has 1 to {CHUNK_BYTES}")
+            received += len(request.chunk)
+            if received > size:
+                raise InvalidArgument("chunk", f"more bytes than the {size} of header.size_bytes")
+            await asyncio.to_thread(file.write, request.chunk)
+    if received < size:
+        raise InvalidArgument("chunk", f"{received} bytes arrived; header.size_bytes says {size}")
+
+
+def _decode(file_format: Format, path: Path) -> Decoded:
+    try:
+        return file_format.decode(path)
+    except MalformedFile as error:
+        raise InvalidArgument("chunk", str(error)) from error
+
+
+def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors: dict[str, torch.Tensor]) -> None:
+    """Layers, site and width (or neuron indices) exist in the model. Expects tensors that check_tensors accepted."""
+    layers = layers_of(kind, shapes_of(tensors))
+    if layers and layers[-1] >= model.n_layers:
+        raise InvalidArgument("tensors", f"layer {layers[-1]}; {model.name} has layers 0 to {model.n_layers - 1}")
+    if kind is ArtifactKind.VECTOR and site is not None:
+        if site not in model.sites:
+            accepted = ", ".join(s.value for s in model.sites)
+            raise InvalidArgument("site", f"{model.name} has no {site.value}; it has {accepted}")
+        width = tensors[f"layer.{layers[0]}"].numel()
+        if width != model.sites[site]:
+            message = f"width {width}; {site.value} of {model.name} has width {model.sites[site]}"
+            raise InvalidArgument("tensors", message)
+    if kind is ArtifactKind.NEURON_SET:
+        for layer in layers:
+            largest = int(tensors[f"layer.{layer}.neurons"].max())
+            if largest >= model.d_ff:
+                message = f"layer.{layer}.neurons names neuron {largest}; {model.name} has 0 to {model.d_ff - 1}"
+                raise InvalidArgument("tensors", message)
+    if kind is ArtifactKind.HEAD_SET and tensors["scores"].shape != (model.n_layers, model.n_heads):
+        n_layers, n_heads = tensors["scores"].shape
+        message = f"scores [{n_layers}, {n_heads}]; {model.name} has {model.n_layers} layers of {model.n_heads} heads"
+        if n_layers < model.n_layers or n_heads < model.n_heads:
+            first = f"0-{n_heads}" if n_heads < model.n_heads else f"{n_layers}-0"
+            message += f": the first that is missing is {first}"
+        raise InvalidArgument("tensors", message)
+
+
+def _check_profile(model: ModelInfo, provenance: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """The policy exists, and takes these parameters and tensors."""
+    try:
+        policy_of(provenance, tensors, n_layers=model.n_layers, d_ff=model.d_ff)
+    except InvalidArgument as error:
+        name = error.field.removeprefix("sparsity.")
+        path = f"provenance.{name}" if name in ("policy", "parameters") else f"provenance.parameters.{name}"
+        raise InvalidArgument(path, error.message) from error
+    except FailedPrecondition as error:
+        raise InvalidArgument("tensors", error.message) from error
+
+
+def _check_watch(model: ModelInfo, tensors: dict[str, torch.Tensor]) -> None:
+    """The model has what is watched."""
+    try:
+        check_watch(Watch.from_tensors(tensors), model)
+    except FailedPrecondition as error:
+        raise InvalidArgument("tensors", error.message) from error
+
+
+def _upload_path(error: RequestError) -> str:
+    """The field of UploadRequest of an argument of ArtifactStore.put; evidence travels only inside the file."""
+    return "chunk" if error.field.startswith(("tensors", "evidence")) else f"header.{error.field}"

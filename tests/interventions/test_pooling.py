@@ -1,0 +1,118 @@
+"""What stands for a text: the rule of pooling.py on states that are made up."""
+
+import pytest
+import torch
+
+from patchclamp_server.interventions.pooling import (
+    LAST_TOKENS,
+    MOST_LEFT_OUT,
+    Pooled,
+    Pooling,
+    TokenPool,
+    ordinary_tokens,
+    outliers,
+)
+
+WIDTH = 6
+CHUNKS = [1, 3, 7, 1000]
+
+
+def text(n: int, sinks: dict[int, float], seed: int = 0) -> torch.Tensor:
+    """[n, WIDTH] of norm 1, but for the tokens in `sinks`."""
+    states = torch.nn.functional.normalize(torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed)), dim=1)
+    for token, norm in sinks.items():
+        states[token] *= norm
+    return states
+
+
+def pooled(pooling: Pooling, states: torch.Tensor, chunk: int = 1000) -> Pooled:
+    pool = TokenPool(pooling, (4,), len(states))
+    for start in range(0, len(states), chunk):
+        pool.add(4, states[start : start + chunk], start)
+    return pool.result()
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_a_mean_leaves_out_the_first_token_and_every_outlier(chunk: int) -> None:
+    states = text(40, {0: 100.0, 3: 20.0, 17: 3.1, 30: 2.9})
+    found = pooled(Pooling.MEAN, states, chunk)
+    kept = [t for t in range(1, 40) if t not in (3, 17)]
+    torch.testing.assert_close(found.values[0], states[kept].mean(dim=0))
+    assert (found.tokens.tolist(), found.left_out.tolist()) == ([37], [2])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_the_last_token_that_is_no_outlier_stands_for_the_text(chunk: int) -> None:
+    states = text(20, {0: 100.0, 5: 50.0, 17: 9.0, 19: 20.0})
+    found = pooled(Pooling.LAST_TOKEN, states, chunk)
+    assert torch.equal(found.values[0], states[18])
+    assert (found.tokens.tolist(), found.left_out.tolist()) == ([1], [1])
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_a_text_of_one_token_stands_for_itself(pooling: Pooling) -> None:
+    states = text(1, {0: 100.0})
+    found = pooled(pooling, states)
+    assert torch.equal(found.values, states)
+    assert (found.tokens.tolist(), found.left_out.tolist()) == ([1], [0])
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_of_two_tokens_after_the_first_the_much_larger_is_the_outlier(pooling: Pooling) -> None:
+    states = text(3, {0: 100.0, 2: 20.0})
+    assert torch.equal(pooled(pooling, states).values[0], states[1])
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_a_text_that_begins_anew_is_not_counted_twice(pooling: Pooling) -> None:
+    states = text(30, {7: 20.0})
+    pool = TokenPool(pooling, (4,), 30)
+    pool.add(4, states[:20], 0)
+    pool.add(4, states, 0)
+    torch.testing.assert_close(pool.result().values, pooled(pooling, states).values)
+
+
+def test_the_largest_are_left_out_where_there_are_more_outliers_than_rows_are_kept_for() -> None:
+    n = 4 * MOST_LEFT_OUT
+    sinks = {t: 50.0 + t for t in range(2, 2 + MOST_LEFT_OUT + 5)}
+    states = text(n, sinks)
+    found = pooled(Pooling.MEAN, states, 32)
+    kept = [1, *range(2, 7), *range(2 + MOST_LEFT_OUT + 5, n)]
+    torch.testing.assert_close(found.values[0], states[kept].mean(dim=0))
+    assert found.left_out.tolist() == [MOST_LEFT_OUT]
+
+
+def test_the_very_last_stands_for_a_text_that_ends_with_outliers_only() -> None:
+    states = text(40, dict.fromkeys(range(40 - LAST_TOKENS, 40), 50.0))
+    found = pooled(Pooling.LAST_TOKEN, states)
+    assert torch.equal(found.values[0], states[-1])
+    assert found.left_out.tolist() == [0]
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    states = torch.ones(3001, WIDTH, dtype=torch.bfloat16)
+    assert torch.equal(pooled(Pooling.MEAN, states, 100).values, torch.ones(1, WIDTH))
+
+
+def test_states_are_kept_as_they_were_when_they_came() -> None:
+    states = text(5, {})
+    pool = TokenPool(Pooling.LAST_TOKEN, (4,), 5)
+    given = states.clone()
+    pool.add(4, given, 0)
+    given.zero_()
+    assert torch.equal(pool.result().values[0], states[-1])
+
+
+@pytest.mark.parametrize("broken", [[torch.inf], [torch.nan], [torch.inf, torch.nan]], ids=str)
+def test_a_norm_that_is_not_finite_is_a_fault_and_no_outlier(broken: list[float]) -> None:
+    assert not outliers(torch.tensor([1.0, 1.0, 1.0, *broken])).any()
+
+
+def test_where_most_states_are_zero_nothing_is_an_outlier() -> None:
+    assert not outliers(torch.tensor([0.0, 0.0, 0.0, 5.0])).any()
+
+
+def test_ordinary_tokens_are_told_text_by_text() -> None:
+    states = torch.stack((text(5, {0: 9.0, 2: 9.0}), text(5, {4: 9.0})))
+    assert ordinary_tokens(states).tolist() == [[False, True, False, True, True], [False, True, True, True, False]]
+    assert ordinary_tokens(states[:, :1]).tolist() == [[True], [True]]
