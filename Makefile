@@ -1,4 +1,5 @@
-# The two commands of the README are `make demo` and `make test`; the rest are a developer's habits.
+# The two commands of the README are `make demo` and `make test`; the rest are a developer's habits. `make test-all` is
+# for the night: every case of what `make test` draws a sample of, and the planted defects one after another.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,9 @@ TESTING := $(VENV)/.installed-dev
 # What benchmarks compare with, in an environment of its own.
 PEERS := $(VENV)-peers/.installed
 
-.PHONY: demo test check proto generated docs serve bench numbers clean
+WORKERS ?= 2
+
+.PHONY: demo test test-all check proto generated docs serve bench numbers clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,7 +39,12 @@ demo: $(RUNNING)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(TESTING)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-all: $(TESTING)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --all
+	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/kernels/mutate.py
 
 check: $(TESTING)
 	PATH="$(abspath $(BIN)):$$PATH" bash .ci/check

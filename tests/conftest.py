@@ -1,10 +1,14 @@
-"""Fixtures of every package: the real embedded model, and a tiny one of random weights."""
+"""Fixtures of every package: the real embedded model, and a tiny one of random weights; and which tests run."""
+
+import os
 
 from patchclamp_server.threads import configure_threads
 
+# Of pytest-xdist: there is one for each core.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER is not None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 configure_threads()
-
-import os
 
 import torch
 
@@ -18,6 +22,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from hypothesis import Phase, settings
+from sampling import split
 from tiny_llama import save_tiny_llama
 
 from patchclamp_server.model.embedded import embedded_directory
@@ -25,6 +31,36 @@ from patchclamp_server.model.progress import RichProgress
 
 if TYPE_CHECKING:
     from live import LiveServer
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("patient", deadline=None)
+# For mutants.py, which asks only whether there is a failure.
+settings.register_profile("unshrunk", deadline=None, phases=[Phase.explicit, Phase.generate])
+settings.load_profile("patient")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("patchclamp")
+    group.addoption("--all", action="store_true", help="every case of the widest products of parameters")
+    group.addoption("--seed", type=int, default=0, help="of the sample of them that is drawn without --all")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "drawn(share): its cases are many and alike; a share of them is drawn by --seed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        items[:], left_out = split(items, config.getoption("--seed"))
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = config.getoption("--seed")
+    return (
+        "all cases" if config.getoption("--all") else f"a sample of the widest products, by --seed {seed} (--all: all)"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from oracle import OracleResult, run_oracle
+from patience import PATIENCE_SECONDS
 from tiny_models import VOCAB, tiny_model
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
@@ -34,7 +35,6 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.model.weights import decoder_from_transformers
 
-PATIENCE_SECONDS = 30.0
 # Of the largest logit: the bar of DESIGN §5.
 TOLERANCE = 1e-4
 ROUNDING = torch.finfo(torch.float32).eps
@@ -95,6 +95,8 @@ class Outcome:
 @cache
 def loaded(family: str) -> LoadedModel:
     decoder = decoder_from_transformers(tiny_model(family), dtype=torch.float32, device="cpu")
+    # As load_model does: what numba compiles is compiled before anybody waits for an answer.
+    decoder.warm_up()
     spec = decoder.spec
     info = ModelInfo(
         name=f"tiny {family}",

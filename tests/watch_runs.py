@@ -8,6 +8,7 @@ import torch
 from engine_runs import Bench, Job, loaded
 from numpy.typing import NDArray
 from oracle import _Pass
+from patience import PATIENCE_SECONDS
 from programs import numbers, shapes
 from tiny_models import LAYERS, tiny_model
 from torch import Tensor
@@ -143,7 +144,7 @@ def until(condition: Callable[[], bool]) -> None:
     import threading
     import time
 
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + PATIENCE_SECONDS
     waiter = threading.Event()
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

@@ -609,6 +609,51 @@ def test_a_put_that_is_killed_before_its_object_has_its_name_shows_nothing(tmp_p
     assert len(list((tmp_path / "tmp").iterdir())) == (2 if event == "os.rename" else 0)
 
 
+KILLED_BETWEEN_NAMES = """
+import os, signal, sys, torch
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactKind, Tags
+from patchclamp_server.interventions.program import Site
+
+store = ArtifactStore(sys.argv[1])
+wanted, seen = sys.argv[2], 0
+
+def stop(event, arguments):
+    global seen
+    if event == wanted and any(name in str(path) for path in arguments for name in ("/objects/", "/tags/")):
+        seen += 1
+        if seen == 2:
+            os.write(1, b"!")
+            signal.pause()
+
+def put():
+    return store.put(ArtifactKind.VECTOR, {"layer.0": torch.ones(1000)}, model_fingerprint="m", site=Site.RESID_POST,
+                     tags=Tags(("new",), replace=True))
+
+if wanted == "os.remove":
+    info = put()
+sys.addaudithook(stop)
+store.delete(info.id) if wanted == "os.remove" else put()
+"""
+
+
+@pytest.mark.parametrize("event", ["os.rename", "os.remove"], ids=["put", "delete"])
+def test_a_kill_between_two_names_leaves_an_object_without_a_tag_and_no_tag_without_its_object(
+    tmp_path: Path, event: str
+) -> None:
+    with start(KILLED_BETWEEN_NAMES, str(tmp_path), event) as child:
+        assert child.stdout is not None
+        assert child.stdout.read(1) == b"!"
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+    store = ArtifactStore(tmp_path)
+    (info,) = store.list()[0]
+    assert info.tags == ()
+    assert store.get(info.id).direction(0).tolist() == [1.0] * 1000
+    with pytest.raises(NotFound):
+        store.info("new")
+
+
 def test_everything_acknowledged_before_a_kill_is_there_and_whole(tmp_path: Path) -> None:
     with start(KILLED_IN_A_LOOP, str(tmp_path)) as child:
         assert child.stdout is not None

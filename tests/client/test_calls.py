@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from patience import PATIENCE_SECONDS
 
 from patchclamp import AsyncClient, Client, PatchclampError
 from patchclamp.requests import prompt
@@ -142,7 +143,7 @@ def test_the_timeout_of_a_call_wins_over_the_default_of_the_client(serve: Serve)
         pytest.raises(PatchclampError, match="DEADLINE_EXCEEDED"),
     ):
         client.generate("hi", timeout=0.2).result()
-    assert server.ended.wait(30)
+    assert server.ended.wait(PATIENCE_SECONDS)
 
 
 async def test_a_deadline_ends_an_async_stream(serve: Serve) -> None:
@@ -157,7 +158,7 @@ def test_closing_a_stream_cancels_the_call_and_ends_iteration(serve: Serve) -> N
         with client.generate("hi") as stream:
             assert next(stream).text == "hel"
         assert list(stream) == []
-        assert server.ended.wait(30)
+        assert server.ended.wait(PATIENCE_SECONDS)
 
 
 async def test_closing_an_async_stream_cancels_the_call_and_ends_iteration(serve: Serve) -> None:

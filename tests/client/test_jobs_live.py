@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from live import LiveServer
+from patience import PATIENCE_SECONDS
 
 from patchclamp import AsyncClient, Client, PatchclampError, requests
 from patchclamp.cli import main
@@ -162,7 +163,7 @@ def test_an_interrupted_follower_leaves_the_job_running_and_says_so(client: Clie
         assert process.stderr is not None
         assert process.stderr.readline() == "tokens 0/1000\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert f"{job.id} goes on; `patchclamp jobs cancel {job.id}` ends it" in said
     assert client.cancel_job(job.id).state == "cancelled"

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from patience import PATIENCE_SECONDS
 
 from patchclamp import AsyncClient, Client, PatchclampError, Retry, requests
 from patchclamp.retry import UNAVAILABLE_SECONDS, Attempts
@@ -19,7 +20,6 @@ from patchclamp.v1.job_pb2_grpc import JobServiceServicer
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
 
 Serve = Callable[..., str]
-PATIENCE_SECONDS = 60.0
 ASAP = Retry(seconds=0.0, jitter=0.0)
 
 

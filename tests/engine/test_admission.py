@@ -214,6 +214,14 @@ def test_how_much_a_request_generates_is_learned_from_those_that_may_stop_early(
     assert admission.expected_tokens(100, may_stop_early=False) == 100
 
 
+def test_requests_whose_clients_set_the_pace_teach_no_rates() -> None:
+    admission = measured(tokens_per_second=20)
+    for _ in range(200):
+        admission.on_finished(demand(), generated=6, prefill_seconds=500, decode_seconds=500, paced=True)
+    # Four prompt tokens at 0.1 s and six generated ones at 0.5 s, as before.
+    assert admission.check_start(demand(), seconds_left=3.5) is None
+
+
 # In the engine
 
 
@@ -311,6 +319,60 @@ def test_a_session_whose_client_pauses_gives_its_place_to_one_that_waits(monkeyp
     while engine.step():
         pass
     assert paused.tokens == alone.tokens
+
+
+def finished_in(engine: Engine, request_id: int, outcome: Outcome, *, grant: bool) -> None:
+    while not outcome.done.is_set():
+        engine.step()
+        if grant:
+            engine.advance(request_id, 1)
+
+
+@pytest.mark.parametrize(("credits", "learned"), [(None, 1), (1, 0)], ids=["free", "lockstep"])
+def test_what_a_lockstep_client_lets_wait_teaches_admission_nothing_about_speed(
+    credits: int | None, learned: int
+) -> None:
+    engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
+    outcome = Outcome()
+    session = engine.submit(request(1, outcome, credits=credits))
+    finished_in(engine, session, outcome, grant=credits is not None)
+    assert engine.admission.token_seconds.samples == learned
+    assert engine.admission.prompt_seconds.samples == learned
+
+
+def test_what_a_preempted_request_waited_teaches_admission_nothing_about_speed() -> None:
+    engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
+    preempted, urgent = Outcome(), Outcome()
+    engine.submit(request(1, preempted, priority=Priority.BATCH))
+    engine.step()
+    engine.submit(request(2, urgent))
+    while engine.step():
+        pass
+    assert preempted.end().usage.preemptions == 1
+    assert engine.admission.token_seconds.samples == 1
+
+
+def test_a_session_that_goes_on_has_not_been_paused_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 1e6)
+    engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
+    session, other = Outcome(), Outcome()
+    request_id = engine.submit(request(1, session, credits=2))
+    while engine.step():
+        pass
+    engine.advance(request_id, 5)
+    engine.step()
+    # From here on every pause is a long one, and this session's is over.
+    monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 0.0)
+    engine.submit(request(2, other))
+    for _ in range(4):
+        engine.step()
+    assert session.tokens
+    assert not other.tokens
+    engine.advance(request_id, 1)
+    while engine.step():
+        pass
+    assert session.end().usage.preemptions == 0
+    assert other.done.is_set()
 
 
 def test_a_session_keeps_its_place_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:

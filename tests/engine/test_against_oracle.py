@@ -48,6 +48,7 @@ def config(**options: int | bool) -> EngineConfig:
     return EngineConfig(kv_block_size=BLOCK, kv_cache_tokens=1024, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.drawn(0.4)
 @pytest.mark.parametrize("kind", EDIT_KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alone_at_every_site(family: str, kind: str) -> None:
@@ -80,6 +81,7 @@ def test_in_a_mixed_batch_of_eight_different_programs(family: str, first: int) -
                 raise AssertionError(f"in the batch, {case}: {error}") from error
 
 
+@pytest.mark.drawn(0.3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_chunked_prefill(family: str, case: str) -> None:
@@ -90,6 +92,7 @@ def test_with_chunked_prefill(family: str, case: str) -> None:
     assert_same(family, asked, outcome)
 
 
+@pytest.mark.drawn(0.2)
 @pytest.mark.parametrize("reuse", [False, True], ids=["recomputed", "own blocks reused"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,6 +134,7 @@ def test_what_is_recomputed_token_by_token_is_counted_once() -> None:
     assert_same("llama", asked, outcome)
 
 
+@pytest.mark.drawn(0.3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_prefix_cache_hit(family: str, case: str) -> None:
@@ -143,6 +147,7 @@ def test_on_a_prefix_cache_hit(family: str, case: str) -> None:
     assert_same(family, asked, outcome, reuse=True)
 
 
+@pytest.mark.drawn(0.2)
 @pytest.mark.parametrize("steered_first", [False, True], ids=["plain first", "steered first"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,13 +1,16 @@
 """Many streams at once, and what is given back when they go away."""
 
 import threading
+import time
+from collections.abc import Callable
 
 import torch
 from engine_runs import Outcome, loaded
+from patience import PATIENCE_SECONDS
 
 from patchclamp_server.engine.config import EngineConfig, Unobserved
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Event, FinishReason, Priority, Request, StopParams, Token
+from patchclamp_server.engine.request import Event, Failed, FinishReason, Priority, Request, StopParams, Token
 from patchclamp_server.errors import Cancelled, DeadlineExceeded, InvalidArgument
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
@@ -16,7 +19,6 @@ from patchclamp_server.model.sites import Site
 
 FAMILY = "llama"
 STREAMS = 64
-PATIENCE_SECONDS = 120.0
 
 
 class PreemptionCounter(Unobserved):
@@ -185,5 +187,63 @@ def test_a_shutdown_between_two_steps_is_not_missed() -> None:
 
     engine._wake = Wake()
     engine.start()
-    engine._thread.join(10.0)
+    engine._thread.join(PATIENCE_SECONDS)
     assert not engine._thread.is_alive()
+
+
+def test_of_two_that_no_longer_fit_the_less_urgent_one_is_preempted() -> None:
+    config = EngineConfig(kv_block_size=4, kv_cache_tokens=13 * 4, enable_prefix_cache=False)
+    engine = Engine(loaded(FAMILY), config)
+    engine.scheduler.expected_length = lambda sequence: len(sequence.tokens)
+    urgent, patient = Outcome(), Outcome()
+    engine.submit(request(1, patient.on_event, max_tokens=16, priority=Priority.BATCH))
+    engine.submit(request(2, urgent.on_event, max_tokens=16))
+    while engine.step():
+        pass
+    assert urgent.end().usage.preemptions == 0
+    assert patient.end().usage.preemptions > 0
+    assert len(urgent.tokens) == len(patient.tokens) == 16
+
+
+def test_of_two_deadlines_the_nearer_one_ends_its_request_first() -> None:
+    """Both wait for their clients, so that nothing but a deadline wakes the engine."""
+    engine = Engine(loaded(FAMILY))
+    ended: list[str] = []
+    done = {name: threading.Event() for name in ("far", "near")}
+
+    def ending(name: str) -> Callable[[Event], None]:
+        def on_event(event: Event) -> None:
+            if isinstance(event, Failed):
+                ended.append(name)
+                done[name].set()
+
+        return on_event
+
+    now = time.monotonic()
+    engine.submit(request(1, ending("far"), max_tokens=4, credits=0, deadline=now + 1.0))
+    engine.submit(request(2, ending("near"), max_tokens=4, credits=0, deadline=now + 0.1))
+    engine.start()
+    for event in done.values():
+        assert event.wait(PATIENCE_SECONDS)
+    engine.shutdown()
+    assert ended == ["near", "far"]
+
+
+def test_a_request_that_was_held_back_goes_on_when_the_engine_is_woken() -> None:
+    engine = Engine(loaded(FAMILY))
+    outcome, held = Outcome(), threading.Event()
+    behind = [True]
+
+    def is_held() -> bool:
+        held.set()
+        return behind[0]
+
+    engine.submit(request(1, outcome.on_event, max_tokens=4, held=is_held))
+    engine.step()
+    assert held.is_set()
+    engine.start()
+    behind[0] = False
+    engine.wake()
+    assert outcome.done.wait(PATIENCE_SECONDS)
+    engine.shutdown()
+    assert len(outcome.tokens) == 4

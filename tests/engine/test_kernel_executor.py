@@ -42,6 +42,7 @@ def graphs_of(bench: Bench) -> DecodeGraphs:
     return executor.graphs
 
 
+@pytest.mark.drawn(0.3)
 @pytest.mark.parametrize("first", range(0, len(CASES), 7))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_different_programs_with_chunked_prefill_and_padded_decode_steps(family: str, first: int) -> None:

@@ -4,6 +4,7 @@ import torch
 from engine_runs import Bench, Job, assert_same, loaded
 
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.interventions.program import (
     AddVector,
     Comparison,
@@ -116,3 +117,60 @@ def test_turning_the_cache_off_shares_nothing() -> None:
         outcomes = [bench.run([Job(question(0), max_tokens=2)])[0] for _ in range(2)]
     assert [o.end().usage.cached_prompt_tokens for o in outcomes] == [0, 0]
     assert outcomes[0].tokens == outcomes[1].tokens
+
+
+def cache_of(n_blocks: int) -> KvCache:
+    device = torch.device("cpu")
+    return KvCache(
+        n_layers=1, n_blocks=n_blocks + 1, block_size=4, n_kv_heads=1, head_dim=2, dtype=torch.float32, device=device
+    )
+
+
+def known_blocks(cache: KvCache, n: int) -> list[int]:
+    """n blocks whose content is known, b"0" and on, and which somebody holds."""
+    held = [block for _ in range(n) if (block := cache.allocate()) is not None]
+    for index, block in enumerate(held):
+        cache.register(block, b"%d" % index)
+    return held
+
+
+def test_the_ends_of_prefixes_are_evicted_before_their_beginnings() -> None:
+    """Six blocks: a prefix of four leaves the two that it begins with when four others are needed."""
+    cache = cache_of(6)
+    prefix = known_blocks(cache, 4)
+    cache.release(prefix)
+    assert cache.n_cached == 4
+    for _ in range(4):
+        assert cache.allocate() is not None
+    assert [cache.lookup(b"%d" % index) for index in range(4)] == [prefix[0], prefix[1], None, None]
+
+
+def test_a_block_that_is_held_again_is_not_given_away() -> None:
+    cache = cache_of(3)
+    blocks = known_blocks(cache, 2)
+    cache.release(blocks)
+    cache.hold(blocks[0])
+    assert cache.n_free == 2
+    assert blocks[0] not in {cache.allocate() for _ in range(2)}
+    assert cache.allocate() is None
+    assert cache.lookup(b"0") == blocks[0]
+
+
+def test_equal_blocks_after_another_beginning_are_others() -> None:
+    """The second prompt begins with what is the second block of the first."""
+    jobs = [Job((*SYSTEM[16 * start : 64], 5, 6, 7), max_tokens=3) for start in (0, 1)]
+    with Bench(FAMILY, CONFIG) as bench:
+        outcomes = [bench.run([job])[0] for job in jobs]
+    assert [o.end().usage.cached_prompt_tokens for o in outcomes] == [0, 0]
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        assert_same(FAMILY, job, outcome)
+
+
+def test_of_a_prefix_that_was_partly_evicted_the_beginning_is_still_reused() -> None:
+    config = EngineConfig(kv_block_size=16, kv_cache_tokens=40 * 16, max_tokens_per_step=2048)
+    with Bench(FAMILY, config) as bench:
+        bench.run([Job(question(0), max_tokens=1)])
+        # 32 blocks of the 40 are known; ten others need two of them.
+        bench.run([Job(tuple(2 + i % 190 for i in range(155)), max_tokens=1)])
+        again = bench.run([Job(question(1), max_tokens=1)])[0]
+    assert again.end().usage.cached_prompt_tokens == 30 * 16

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import PATIENCE_SECONDS, TOLERANCE, Bench, Job, Outcome, assert_same, loaded, truth
+from engine_runs import TOLERANCE, Bench, Job, Outcome, assert_same, loaded, truth
 from oracle import oracle_logits, run_oracle
+from patience import PATIENCE_SECONDS
 from programs import GENERATED, PROMPT, SCOPES, abort, edit, numbers, prompt, shapes, sites_of
 from tiny_models import FAMILIES, LAYERS, tiny_model
 
@@ -87,9 +88,11 @@ def test_scores_are_the_log_probabilities_of_the_oracle(family: str, config: Eng
     assert [own.rows for own in finished.receipt.edits] == [len(tokens) - start - 1, start]
 
 
+@pytest.mark.parametrize("strength", [0.4, 4.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_divergence_from_the_baseline_is_that_of_the_oracle(family: str) -> None:
-    program = Program((edit("add", Site.RESID_POST, shapes(family), strength=0.4),))
+def test_the_divergence_from_the_baseline_is_that_of_the_oracle(family: str, strength: float) -> None:
+    """Of the edited model: where the edit is strong, the baseline's own divergence is another number."""
+    program = Program((edit("add", Site.RESID_POST, shapes(family), strength=strength),))
     tokens = prompt(f"{family} compare", 20)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     request = Request(
@@ -226,6 +229,7 @@ def pooled(states: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     return kept[-1] if pooling is Pooling.LAST_TOKEN else kept.mean(dim=0)
 
 
+@pytest.mark.drawn(0.3)
 @pytest.mark.parametrize("config", [CONFIG, CHUNKED], ids=["whole", "chunked"])
 @pytest.mark.parametrize("pooling", Pooling)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,19 +4,23 @@ The truth of a set is the oracle (plain transformers with hooks) with the other 
 tokens; that of a policy that selects for each token is its meaning with dense products and masks (tests/sparsity).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from engine_runs import TOLERANCE, Bench, Job, Outcome, assert_same, run_alone
-from programs import GENERATED, PROMPT, edit, mixed, prompt, shapes
+from programs import GENERATED, PROMPT, abort, condition, edit, mixed, prompt, shapes
 from sparse_models import NAMES, bound, run, sparse_model
 
 from patchclamp_kernels.runtime import reference_only
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.quality_guard import GuardState
 from patchclamp_server.engine.request import QualityGuard, SparseInference, SparsityReport
+from patchclamp_server.errors import Aborted
 from patchclamp_server.interventions.program import (
+    AbortCondition,
     Comparison,
     Condition,
     Edit,
@@ -73,8 +77,7 @@ def report(outcome: Outcome) -> SparsityReport:
 
 
 def assert_same_outcome(own: Outcome, other: Outcome) -> None:
-    assert own.tokens == other.tokens
-    torch.testing.assert_close(torch.stack(own.logits), torch.stack(other.logits), rtol=1e-4, atol=1e-4)
+    assert_same_outcome_of_tokens(own, other)
     for edit_, same in zip(own.end().receipt.edits, other.end().receipt.edits, strict=True):
         assert (edit_.rows, edit_.gate_firings) == (same.rows, same.gate_firings)
 
@@ -219,23 +222,47 @@ def test_clamped_and_watched_neurons_are_computed_whatever_the_policy_says(kerne
     assert own.end().receipt.edits[0].rows == truth.end().receipt.edits[-1].rows
 
 
+NEVER = condition(Site.MLP_POST, 2, shapes("llama"), threshold=1e9)
+
+
 @pytest.mark.parametrize(
-    "program",
+    ("program", "layers"),
     [
-        Program((edit("add", Site.MLP_POST, shapes("llama")),)),
-        Program((), (Readout(TopNeuronsReadout(4), Site.MLP_POST, name="top", layers=(0, 1, 2)),)),
+        (Program((edit("add", Site.MLP_POST, shapes("llama")),)), {1}),
+        (Program((), (Readout(TopNeuronsReadout(4), Site.MLP_POST, name="top", layers=(0, 1, 2)),)), {0, 1, 2}),
+        (Program((edit("add", Site.RESID_POST, shapes("llama"), layers=(2,), gate=Gate(NEVER)),)), {2}),
+        (Program((), abort_when=(AbortCondition("never", NEVER),)), {2}),
     ],
-    ids=["a direction", "the largest neurons"],
+    ids=["a direction", "the largest neurons", "a gate", "an abort condition"],
 )
-def test_layers_whose_neurons_are_all_needed_are_dense(program: Program) -> None:
+def test_layers_whose_neurons_are_all_needed_are_dense(program: Program, layers: set[int]) -> None:
     dense = job(None, "all", program)
     own = run_alone("llama", replace(dense, sparsity=sparse("griffin", 0.0)), config())
-    layers = {layer for e in program.edits for layer in e.layers} | {
-        layer for r in program.readouts for layer in r.layers
-    }
     if layers == {0, 1, 2}:
         assert_same("llama", dense, own)
     assert report(own).active_ratio == pytest.approx(len(layers) / 3)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_an_abort_condition_at_neurons_holds_where_they_are_computed_densely(kernels: bool) -> None:
+    """Of an empty set the neurons would be 0, and so would what the condition examines."""
+    program = abort(shapes("llama"), threshold=0.0)
+    examined = condition(Site.MLP_POST, 1, shapes("llama"), "abort", scope=GENERATED)
+    read = Readout(
+        ProjectionReadout((replace(examined.vector, unit=True),)), Site.MLP_POST, layers=(1,), scope=GENERATED
+    )
+    kept: dict[int, tuple[int, ...]] = {0: (), 1: tuple(range(shapes("llama").d_ff)), 2: ()}
+    asked = Job(prompt("abort at neurons", LENGTH), Program((*silenced(kept), *program.edits), (read,)), TOKENS)
+    values = [value.values[0] for value in run_alone("llama", asked, config()).readouts]
+    # Half-way between 0 and the first: it holds at the first generated token of the dense layer, and never of zeros.
+    comparison = Comparison.ABOVE if values[0] > 0 else Comparison.BELOW
+    fires = replace(examined, comparison=comparison, threshold=values[0] / 2)
+    aborting = Program(program.edits, abort_when=(AbortCondition("at neurons", fires),))
+    own = run_alone(
+        "llama", replace(asked, program=aborting, sparsity=static({0: (), 1: (), 2: ()})), config(kernels=kernels)
+    )
+    assert isinstance(own.error, Aborted)
+    assert len(own.tokens) == 1
 
 
 def test_blocks_of_sparse_tokens_are_not_shared_and_prompts_are_where_they_need_not_be_seen() -> None:
@@ -324,6 +351,13 @@ def test_a_guard_samples_the_divergence_from_the_dense_model(kernels: bool) -> N
     assert found is not None
     assert found.sampled_tokens == 1
     assert found.mean_divergence == pytest.approx(float((dense.exp() * (dense - drifted)).sum()), rel=1e-3)
+
+
+def test_a_divergence_that_is_no_number_has_drifted() -> None:
+    guard = GuardState(QualityGuard(max_divergence=1e9, sample_rate=1.0, window=2))
+    assert not guard.add(0.1, True)
+    assert not guard.add(0.1, True)
+    assert guard.add(math.nan, False)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from engine_runs import Outcome, loaded
 from faulty_executor import FaultyExecutor, allocate_too_much
+from patience import PATIENCE_SECONDS
 
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
@@ -20,7 +21,6 @@ from patchclamp_server.model.sites import Site
 
 FAMILY = "llama"
 WIDTH = 48
-PATIENCE_SECONDS = 60.0
 
 
 def program() -> BoundProgram:

@@ -10,6 +10,7 @@ import pytest
 from faulty_executor import FaultyExecutor, allocate_too_much
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from live import LiveServer
+from patience import PATIENCE_SECONDS
 from statuses import failure
 from test_generation_service import request
 
@@ -23,7 +24,6 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SHORT = request(stop=pb.StopConditions(max_tokens=4, ignore_eos=True))
 STEP_TIMEOUT_SECONDS = 0.2
-PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_runs import Bench, Job, Outcome
+from engine_runs import Bench, Job, Outcome, assert_same, run_alone
 from programs import EDIT_KINDS, VECTOR_KINDS, edit, mixed, one_of_each_kind, prompt, shapes, sites_of
 from tiny_models import FAMILIES
 
+from patchclamp_kernels.runtime import reference_only
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.interventions.program import (
     Edit,
@@ -124,6 +125,17 @@ def test_a_gate_that_never_opens_leaves_a_receipt_of_zeros() -> None:
     assert_equal_bits(steered[0], plain[0])
     assert [(e.rows, e.gate_firings) for e in steered[0].end().receipt.edits] == [(0, 0), (0, 0)]
     assert not steered[0].end().receipt.touched
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_additions_that_preserve_the_norm_run_one_after_the_other(kernels: bool) -> None:
+    """The second one sees what the first has left: their sum, scaled once, is another vector."""
+    s = shapes("llama")
+    edits = tuple(edit("add", Site.RESID_POST, s, name, name=name, preserve_norm=True) for name in ("a", "b"))
+    asked = Job(prompt("norms", LENGTH), Program(edits), max_tokens=4)
+    with reference_only():
+        outcome = run_alone("llama", asked, replace(CONFIG, kernels=kernels))
+    assert_same("llama", asked, outcome)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

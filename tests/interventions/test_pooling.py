@@ -103,8 +103,9 @@ def test_states_are_kept_as_they_were_when_they_came() -> None:
     assert torch.equal(pool.result().values[0], states[-1])
 
 
-def test_a_norm_that_is_not_finite_is_a_fault_and_no_outlier() -> None:
-    assert not outliers(torch.tensor([1.0, 1.0, torch.inf, torch.nan])).any()
+@pytest.mark.parametrize("broken", [[torch.inf], [torch.nan], [torch.inf, torch.nan]], ids=str)
+def test_a_norm_that_is_not_finite_is_a_fault_and_no_outlier(broken: list[float]) -> None:
+    assert not outliers(torch.tensor([1.0, 1.0, 1.0, *broken])).any()
 
 
 def test_where_most_states_are_zero_nothing_is_an_outlier() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from gguf import GGUFReader, GGUFWriter
 from tiny_llama import CHAT_TEMPLATE, byte_tokenizer, save_tiny_llama
+from transformers import AddedToken
 
 from patchclamp_server.model.end_tokens import gguf_end_token_ids, turn_end
 from patchclamp_server.model.errors import ModelSourceError
@@ -60,6 +61,13 @@ def test_the_end_of_a_turn_is_the_token_behind_what_the_assistant_says(template:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     assert turn_end(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+def test_of_two_tokens_that_begin_alike_the_longer_one_ends_the_turn() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|im", special=True), AddedToken("<|im_end|>!", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '<|im_end|>!' }}{% endfor %}"
+    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>!")
 
 
 def test_a_template_that_cannot_be_rendered_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -54,6 +54,21 @@ def test_one_changed_weight_makes_another_model(tiny_llama_dir: Path, model_copy
     assert model_fingerprint(model_copy) != model_fingerprint(tiny_llama_dir)
 
 
+def test_a_weight_of_another_shape_makes_another_model(tiny_llama_dir: Path, model_copy: Path) -> None:
+    """Its bytes are the same."""
+    tensors = load_file(model_copy / "model.safetensors")
+    weight = tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = weight.reshape(weight.shape[1], weight.shape[0])
+    save_file(tensors, model_copy / "model.safetensors", metadata={"format": "pt"})
+    assert model_fingerprint(model_copy) != model_fingerprint(tiny_llama_dir)
+
+
+def test_the_order_of_keys_in_the_config_makes_no_other_model(tiny_llama_dir: Path, model_copy: Path) -> None:
+    path = model_copy / "config.json"
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=7))
+    assert model_fingerprint(model_copy) == model_fingerprint(tiny_llama_dir)
+
+
 def test_a_config_that_computes_something_else_makes_another_model(tiny_llama_dir: Path, model_copy: Path) -> None:
     edit_config(model_copy, rms_norm_eps=1e-3)
     assert model_fingerprint(model_copy) != model_fingerprint(tiny_llama_dir)

@@ -5,8 +5,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from engine_runs import PATIENCE_SECONDS, Bench, Job, loaded
+from engine_runs import Bench, Job, loaded
 from numpy.typing import NDArray
+from patience import PATIENCE_SECONDS
 from programs import numbers, prompt
 from watch_runs import BOTH, EVERYTHING, Followed, follow, neurons_watch, until, watch_of_everything
 

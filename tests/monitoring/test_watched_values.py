@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_runs import TOLERANCE, Bench, Job, Outcome, loaded, run_alone
 from numpy.typing import NDArray
+from patience import PATIENCE_SECONDS
 from programs import GENERATED, mixed, prompt, shapes
 from sparse_models import bound, sparse_model
 from watch_runs import Followed, expected_values, follow, neurons_watch, watch_of_everything
@@ -159,10 +160,10 @@ def test_a_token_that_is_computed_again_after_a_preemption_is_seen_once(executor
         bench.engine.on_logits = interrupt
         outcomes.append(submit(bench, "preempted", priority=Priority.BATCH))
         bench.run([])
-        assert outcomes[0].done.wait(30)
+        assert outcomes[0].done.wait(PATIENCE_SECONDS)
         assert outcomes[0].end().usage.preemptions == 1
         for sequence, (name, outcome) in enumerate(zip(("preempted", "rival"), outcomes, strict=True), start=1):
-            assert outcome.done.wait(30)
+            assert outcome.done.wait(PATIENCE_SECONDS)
             assert_seen("llama", followed, sequence, Job(prompt(name, LENGTH), None), outcome)
 
 
@@ -208,7 +209,7 @@ def test_analysis_requests_and_baselines_are_not_watched() -> None:
         compared = submit(bench, "compared", compare_baseline=True)
         bench.run([])
         for outcome in (analysis, compared):
-            assert outcome.done.wait(30)
+            assert outcome.done.wait(PATIENCE_SECONDS)
         # Each token of the second once, though its baseline computes it too.
         assert set(followed.values) == {(2, position) for position in range(1, LENGTH + TOKENS - 1)}
 

@@ -16,9 +16,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from patience import PATIENCE_SECONDS
 
 # Far longer than anything takes here: what waits that long has failed.
-PATIENCE_SECONDS = 60.0
 
 
 class Collector(TraceServiceServicer):

@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from live import LiveServer
+from patience import PATIENCE_SECONDS
 from secured import until
 from statuses import failure
 from test_generation_service import request
@@ -104,13 +105,13 @@ def test_sigterm_lets_a_running_stream_finish_and_refuses_new_ones(process: "sub
         sent.put(None)
         assert sum(len(r.tokens) for r in responses) == 240
         assert responses[-1].finished.reason == pb.FINISH_REASON_LENGTH
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0
 
 
 def test_an_idle_server_ends_at_once(process: "subprocess.Popen[str]"):
     address_of(process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0
 
 
 def test_work_beyond_the_drain_time_is_cancelled(live_server: LiveServer, tmp_path: Path):
@@ -140,9 +141,9 @@ def test_a_drain_tells_every_connection_to_leave_while_its_streams_go_on(live_se
         stream = GenerationServiceStub(channel).Session(iter(sent.get, None))
         first = next(stream)
         channel.subscribe(states.put)
-        assert states.get(timeout=60) is grpc.ChannelConnectivity.READY
+        assert states.get(timeout=PATIENCE_SECONDS) is grpc.ChannelConnectivity.READY
         stopping = server.begin(server.server.stop())
-        assert states.get(timeout=60) is not grpc.ChannelConnectivity.READY
+        assert states.get(timeout=PATIENCE_SECONDS) is not grpc.ChannelConnectivity.READY
         sent.put(pb.SessionRequest(advance=pb.Advance(tokens=239)))
         assert sum(len(response.tokens) for response in [first, *stream]) == 240
         sent.put(None)

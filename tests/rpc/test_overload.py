@@ -11,6 +11,7 @@ import grpc
 import pytest
 import torch
 from live import LiveServer
+from patience import PATIENCE_SECONDS
 from safetensors.torch import save
 from statuses import Failure, failure
 from test_generation_service import request
@@ -30,7 +31,6 @@ from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.rpc.call.errors import to_status
 from patchclamp_server.rpc.streams.stream import EVENT_VALUES, MAX_WAITING_VALUES, values_of
 
-PATIENCE_SECONDS = 60.0
 FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
 LONG = request(stop=pb.StopConditions(max_tokens=200, ignore_eos=True))
 ASK: dict[str, Callable[[grpc.Channel], Any]] = {

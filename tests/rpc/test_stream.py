@@ -17,7 +17,7 @@ from patchclamp_server.engine.request import (
 from patchclamp_server.errors import Aborted
 from patchclamp_server.interventions.program import ReadoutValue, Receipt
 from patchclamp_server.rpc.call.response_builder import RESPONSE_BYTES, ResponseBuilder
-from patchclamp_server.rpc.streams.stream import EventBridge, EventStream
+from patchclamp_server.rpc.streams.stream import EVENT_VALUES, MAX_WAITING_VALUES, EventBridge, EventStream
 
 FINISHED = Finished(
     FinishReason.LENGTH,
@@ -62,6 +62,33 @@ async def test_one_wake_up_serves_every_stream_of_a_step(monkeypatch: pytest.Mon
     assert len(wake_ups) == 1
 
 
+def large(values: int) -> Readouts:
+    """An event that counts this much."""
+    return Readouts(0, (ReadoutValue("r", 0, 0, (0.0,) * (values - 2 * EVENT_VALUES)),))
+
+
+async def test_whoever_is_told_of_a_read_finds_the_stream_no_longer_full():
+    told: list[bool] = []
+    bridge = EventBridge(asyncio.get_running_loop())
+    stream: EventStream[Readouts] = EventStream(bridge, on_read=lambda: told.append(stream.is_full()))
+    stream.put(large(MAX_WAITING_VALUES - 1))
+    assert not stream.is_full()
+    stream.put(large(2 * EVENT_VALUES))
+    assert stream.is_full()
+    await stream.batch()
+    assert told == [False]
+
+
+@pytest.mark.parametrize(("values", "times"), [(MAX_WAITING_VALUES // 2, 1), (MAX_WAITING_VALUES // 2 - 1, 0)])
+async def test_a_batch_that_may_have_been_half_of_a_full_stream_is_told_of(values: int, times: int):
+    """What was put between the reading of a batch and its count held the sequence back: nothing else would wake it."""
+    told: list[None] = []
+    stream: EventStream[Readouts] = EventStream(EventBridge(asyncio.get_running_loop()), lambda: told.append(None))
+    stream.put(large(values))
+    await stream.batch()
+    assert len(told) == times
+
+
 def test_tokens_and_text_of_a_batch_share_a_response():
     builder = ResponseBuilder(3, wait_for_readouts=False, piece=str)
     events = [Token(5, 3), Text("a"), Token(6, 4), Text("b"), FINISHED]
@@ -99,6 +126,13 @@ def test_in_lockstep_a_token_goes_at_once_and_its_readouts_ride_on_the_next():
     assert [t.id for t in first.tokens] == [5]
     [second] = builder.responses([Readouts(3, (ReadoutValue("r", 0, 3, (1.0,)),)), Token(6, 4)])
     assert [(t.id, t.readouts[0].position) for t in second.tokens] == [(6, 3)]
+
+
+def test_a_late_readout_rides_on_one_token_alone():
+    builder = ResponseBuilder(3, wait_for_readouts=False, piece=str)
+    list(builder.responses([Token(5, 3)]))
+    [response] = builder.responses([Readouts(3, (ReadoutValue("r", 0, 3, (1.0,)),)), Token(6, 4), Token(7, 5)])
+    assert [[v.position for v in t.readouts] for t in response.tokens] == [[3], []]
 
 
 def test_readouts_of_the_prompt_are_kept_apart():

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from live import LiveServer
+from patience import PATIENCE_SECONDS
 from statuses import failure
 from test_generation_service import request
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,6 @@ from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.text.text_threads import THREADS
 
-PATIENCE_SECONDS = 30.0
 CHAT = pb.Prompt(chat={"messages": [{"role": f"r{i}", "content": "x"} for i in range(4)]})
 
 

@@ -57,6 +57,21 @@ async def test_calls_beyond_the_limit_wait_and_begin_in_the_order_in_which_they_
     assert not calls.tenant.waiting
 
 
+async def test_a_call_that_comes_while_others_wait_goes_behind_them():
+    """Also in the moment in which a place is free that the first of them has not taken yet."""
+    calls = Calls(Tenant("t", TenantRules(max_concurrent=1)))
+    tasks = [calls.start(i) for i in range(2)]
+    await settle()
+    calls.tenant.running.clear()
+    tasks.append(calls.start(2))
+    await settle()
+    assert calls.begun == [0]
+    for i in range(3):
+        await calls.end(i)
+    await asyncio.gather(*tasks)
+    assert calls.begun == [0, 1, 2]
+
+
 async def test_the_line_is_bounded():
     calls = Calls(Tenant("t", TenantRules(max_concurrent=1, max_waiting=1)))
     tasks = [calls.start(i) for i in range(2)]

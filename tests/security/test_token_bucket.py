@@ -1,5 +1,7 @@
 """Tokens a minute."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from patchclamp_server.security.token_bucket import TokenBucket
@@ -19,3 +21,12 @@ def test_a_part_of_the_bucket_is_enough_to_begin():
     bucket = TokenBucket(600)
     bucket.charge(500)
     assert bucket.seconds_until_ready() == 0.0
+
+
+def test_a_bucket_holds_no_more_than_a_minute_brings(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr("patchclamp_server.security.token_bucket.time", SimpleNamespace(monotonic=lambda: now))
+    bucket = TokenBucket(600)
+    now = 3600.0
+    bucket.charge(601)
+    assert bucket.seconds_until_ready() == pytest.approx(0.2)

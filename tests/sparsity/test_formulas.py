@@ -20,7 +20,7 @@ from patchclamp_server.sparsity.mlp import MlpInput, matrix
 from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, allocate, damage_curves
 from patchclamp_server.sparsity.policies.coreinfer_similarity import multi_hot
-from patchclamp_server.sparsity.policies.shares import threshold, top_mask
+from patchclamp_server.sparsity.policies.shares import count, threshold, top_mask
 from patchclamp_server.sparsity.policies.sketch import PACKED_ROWS, SketchedProduct, sketch
 from patchclamp_server.sparsity.policies.static_set import StaticSet
 from patchclamp_server.sparsity.policies.teal import STEP
@@ -268,6 +268,14 @@ def test_quantiles_found_in_parts_are_those_of_all_values_sorted(n: int, monkeyp
 
 def test_ties_do_not_change_how_many_are_kept() -> None:
     assert top_mask(torch.zeros(3, 10), 0.3).sum(1).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("keep", "n", "kept"), [(0.3, 10, 3), (0.36, 10, 4), (0.34, 10, 3), (0.25, 10, 3), (1.0, 7, 7), (0.0, 7, 0)]
+)
+def test_a_keep_ratio_keeps_the_nearest_whole_number(keep: float, n: int, kept: int) -> None:
+    assert count(keep, n) == kept
+    assert int(top_mask(torch.arange(float(n)), keep).sum()) == kept
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

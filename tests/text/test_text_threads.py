@@ -5,11 +5,10 @@ import threading
 from contextvars import ContextVar
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 from patchclamp_server.errors import Cancelled, DeadlineExceeded
 from patchclamp_server.text.text_threads import TextThreads, check_awaited
-
-PATIENCE_SECONDS = 30.0
 
 
 class Work:

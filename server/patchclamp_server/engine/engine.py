@@ -278,9 +278,10 @@ class Engine:
                     # What was cancelled before that ends as cancelled.
                     self._obey()
                     break
-                timeout = self._expire()
+                self._expire()
                 if not self.step():
-                    self._wake.wait(timeout)
+                    # Asked again: the step has taken in requests that may wait for nothing but their deadlines.
+                    self._wake.wait(self._expire())
         except BaseException as error:
             log.critical("the engine stopped on a defect", exc_info=True)
             self.failure = error

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -100,7 +101,7 @@ async def test_ending_early_takes_all_requests_back(engine: Engine) -> None:
     prompts = PromptEncoder(engine.model.tokenizer, engine.model.info)
     async with aclosing(SCORING_METHODS["temporal"](engine, prompts, Scoring("temporal"))) as events:
         assert await anext(events) == Progress("effects", 3, 9 * len(built_in_facts()))
-    assert engine.drain(timeout_seconds=30.0)
+    assert engine.drain(timeout_seconds=PATIENCE_SECONDS)
 
 
 def test_there_are_a_dozen_built_in_facts_of_each_kind() -> None:

@@ -37,6 +37,15 @@ def test_the_planted_direction_is_right_and_random_directions_are_near_chance() 
     assert 0.45 < evidence.random_accuracy < 0.62
 
 
+def test_random_directions_are_turned_to_the_side_where_the_training_pairs_are() -> None:
+    """In one dimension every direction is the planted one or its opposite; unturned, half of them would be wrong."""
+    planted = torch.tensor([8.0])
+    evidence = layer_evidence(0, planted, sides(40, planted, 1), sides(40, planted, 2), seed=3)
+    assert evidence.random_accuracy == 1.0
+    reversed_ = layer_evidence(0, planted, sides(40, -planted, 1), sides(40, -planted, 2), seed=3)
+    assert reversed_.random_accuracy == 1.0
+
+
 def test_a_direction_turned_round_is_wrong() -> None:
     planted = 4 * unit()
     evidence = layer_evidence(0, -planted, sides(200, planted, 1), sides(200, planted, 2), seed=0)

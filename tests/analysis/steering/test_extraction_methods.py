@@ -85,3 +85,13 @@ def test_the_probe_discounts_a_direction_that_varies_within_a_side() -> None:
     negative = (-shift + scale * torch.randn(300, 2, generator=generator))[:, None]
     probe = METHODS["logistic_probe"](positive, negative, 0)[0]
     assert abs(float(probe[1] / probe[0])) < 0.1
+
+
+def test_the_normal_of_the_probe_is_that_of_the_activations() -> None:
+    """The sides differ as much in both coordinates, by their own noise; a loud one is divided by its scale again."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.5, 50.0])
+    positive = (scale * (1.0 + torch.randn(400, 2, generator=generator)))[:, None]
+    negative = (scale * (-1.0 + torch.randn(400, 2, generator=generator)))[:, None]
+    normal = METHODS["logistic_probe"](positive, negative, 0)[0]
+    assert float(normal[1] / normal[0]) == pytest.approx(0.01, rel=0.3)

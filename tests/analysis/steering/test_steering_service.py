@@ -14,6 +14,7 @@ from patchclamp.v1 import artifact_pb2, generation_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp_server.analysis.steering.evidence import shuffled
 from patchclamp_server.analysis.steering.job import TokenPair, pairs_digest
 from patchclamp_server.analysis.steering.registry import METHODS
 from patchclamp_server.artifacts.formats import safetensors
@@ -113,6 +114,18 @@ async def test_the_evidence_is_the_same_in_the_answer_and_on_the_artifact(live: 
     assert list(result.warnings) == list(card["warnings"])
     # The last token alone tells the sides apart.
     assert min(e.heldout_accuracy for e in result.layers) == 1.0
+
+
+async def test_the_evidence_is_that_of_the_pairs_that_were_held_out(live: Live) -> None:
+    """The held-out pairs have their sides exchanged: what was learned from the others is wrong of every one."""
+    request, seed = extraction(pairs=16), 5
+    for index in shuffled(16, seed)[12:]:
+        exchanged = request.pairs[index]
+        positive, negative = exchanged.positive.text, exchanged.negative.text
+        exchanged.positive.text, exchanged.negative.text = negative, positive
+    request.seed = seed
+    result = (await events_of(live, request))[-1].result
+    assert {layer.heldout_accuracy for layer in result.layers} == {0.0}
 
 
 async def test_the_three_forms_of_a_prompt_are_accepted(live: Live) -> None:

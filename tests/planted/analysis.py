@@ -1,0 +1,125 @@
+"""Defects in analyses: steering vectors and heads."""
+
+from planted.mutant import Mutant
+
+EVIDENCE = "patchclamp_server.analysis.steering.evidence"
+
+ANALYSIS = [
+    Mutant(
+        "random-directions-unturned",
+        EVIDENCE,
+        "return torch.where(difference < 0, -units, units)",
+        "return units",
+        "half of the random directions point away from the positives: the control is too weak",
+        (
+            "analysis/steering/test_evidence.py::test_random_directions_are_turned_to_the_side_where_the_training_pairs_are",
+        ),
+    ),
+    Mutant(
+        "threshold-of-the-held-out",
+        EVIDENCE,
+        "threshold = _midpoint(units, training)",
+        "threshold = _midpoint(units, heldout)",
+        "the threshold is fitted to the pairs that it is tested on",
+        ("analysis/steering/test_evidence.py::test_the_threshold_comes_from_the_training_pairs",),
+    ),
+    Mutant(
+        "tested-on-what-was-learned",
+        "patchclamp_server.analysis.steering.job",
+        "heldout_sides = Sides(positive[n_training:, row], negative[n_training:, row])",
+        "heldout_sides = Sides(positive[:n_training, row], negative[:n_training, row])",
+        "held-out accuracy is that of the training pairs",
+        ("analysis/steering/test_steering_service.py::test_the_evidence_is_that_of_the_pairs_that_were_held_out",),
+    ),
+    Mutant(
+        "component-of-either-sign",
+        "patchclamp_server.analysis.steering.pca_of_differences",
+        "if component @ mean < 0:",
+        "if False:",
+        "the positives project lower on a principal component now and then",
+        ("analysis/steering/test_extraction_methods.py::test_the_positives_project_higher",),
+    ),
+    Mutant(
+        "normal-in-another-space",
+        "patchclamp_server.analysis.steering.logistic_probe",
+        "probe.coef_[0] / scaler.scale_",
+        "probe.coef_[0]",
+        "the normal of a probe is that of standardised activations",
+        ("analysis/steering/test_extraction_methods.py::test_the_normal_of_the_probe_is_that_of_the_activations",),
+    ),
+    Mutant(
+        "copied-from-the-token-before",
+        "patchclamp_server.analysis.heads.retrieval.retrieval_scores",
+        "generated = tokens[value.position + 1]",
+        "generated = tokens[value.position]",
+        "a look counts as a copy of the token that made it",
+        (
+            "analysis/heads/test_retrieval_scores.py::test_the_row_of_the_last_prompt_token_generates_the_first_token_of_the_answer",
+            "analysis/heads/test_retrieval_scores.py::test_a_hit_is_a_look_at_the_needle_token_that_is_generated",
+        ),
+    ),
+    Mutant(
+        "overlap-of-the-smaller",
+        "patchclamp_server.analysis.heads.retrieval.retrieval_scores",
+        "return len(a & b) / max(1, len(a), len(b))",
+        "return len(a & b) / max(1, min(len(a), len(b)))",
+        "a small set overlaps a large one as if they were equal",
+        ("analysis/heads/test_retrieval_scores.py::test_overlap_is_of_the_larger_set",),
+    ),
+    Mutant(
+        "ties-by-their-first-rank",
+        "patchclamp_server.analysis.heads.sets.overlap",
+        "return (below + 1 + upto).double() / 2",
+        "return (below + 1).double()",
+        "equal scores have the first of their ranks",
+        ("analysis/heads/test_head_sets.py::test_rank_correlation_is_spearmans_with_ties",),
+    ),
+    Mutant(
+        "grounded-in-the-answer",
+        "patchclamp_server.rpc.call.grounding",
+        "if at < len(self._prompt) and self._prompt[at] == token",
+        "if at >= len(self._prompt) or self._prompt[at] == token",
+        "a look at the answer counts as a source in the prompt",
+        ("analysis/heads/test_grounding.py::test_a_generated_token_that_is_looked_at_is_no_source",),
+    ),
+    Mutant(
+        "control-has-the-target",
+        "patchclamp_server.analysis.heads.scores.repeated_tokens",
+        "return drawn + (drawn >= excluded)",
+        "return drawn",
+        "the control of a head score looks at what is scored, and never at the last position",
+        ("analysis/heads/test_scores_repeated_tokens.py::test_random_positions_are_all_that_a_query_sees_but_one",),
+    ),
+    Mutant(
+        "interval-of-ninety-percent",
+        "patchclamp_server.analysis.heads.scores.scoring",
+        "torch.tensor([0.025, 0.975])",
+        "torch.tensor([0.05, 0.95])",
+        "intervals are narrower than they are said to be",
+        ("analysis/heads/test_scores_job.py::test_intervals_are_those_of_resampled_means",),
+    ),
+    Mutant(
+        "random-heads-among-the-tested",
+        "patchclamp_server.analysis.heads.sets.evaluation",
+        "if Head(layer, head) not in named",
+        "if named",
+        "random sets hold heads of the set that they are the control of",
+        ("analysis/heads/test_edit_evaluation.py::test_random_sets_are_seeded_and_hold_none_of_the_heads",),
+    ),
+    Mutant(
+        "window-one-key-too-long",
+        "patchclamp_server.analysis.heads.attention_mass",
+        "hidden |= distance >= window",
+        "hidden |= distance > window",
+        "attention is measured one key beyond the sliding window",
+        ("analysis/heads/test_scores_attention.py",),
+    ),
+    Mutant(
+        "week-without-an-end",
+        "patchclamp_server.analysis.heads.scores.ordinals",
+        "following = tokens[1:] + tokens[:1] if ordinal.cyclic else tokens[1:]",
+        "following = tokens[1:] + tokens[:1]",
+        "every sequence wraps around",
+        ("analysis/heads/test_scores_successor.py::test_a_sequence_that_ends_has_no_successor_of_its_last_token",),
+    ),
+]
