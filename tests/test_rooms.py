@@ -23,7 +23,7 @@ ROOMS = (
     {"rpc"},
     {"cli"},
 )
-PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
+PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in sorted(rooms)}
 SERVER = Path(patchclamp_server.__file__).parent
 
 

@@ -109,8 +109,8 @@ ANALYSIS = [
     Mutant(
         "window-one-key-too-long",
         "patchclamp_server.analysis.heads.attention_mass",
-        "hidden |= distance >= window",
-        "hidden |= distance > window",
+        "window=spec.windows[layer],",
+        "window=spec.windows[layer] and spec.windows[layer] + 1,",
         "attention is measured one key beyond the sliding window",
         ("analysis/heads/test_scores_attention.py",),
     ),

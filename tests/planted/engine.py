@@ -127,8 +127,8 @@ ENGINE = [
     Mutant(
         "first-served-is-preempted",
         SCHEDULER,
-        "victim = self._long_paused() or max(self.running, key=lambda s: s.priority)",
-        "victim = self._long_paused() or min(self.running, key=lambda s: s.priority)",
+        "victim = self._long_paused() or max(self.running, key=_priority)",
+        "victim = self._long_paused() or min(self.running, key=_priority)",
         "when blocks run out the most urgent sequence gives up its own",
         ("engine/test_concurrency.py::test_of_two_that_no_longer_fit_the_less_urgent_one_is_preempted",),
     ),
@@ -143,8 +143,8 @@ ENGINE = [
     Mutant(
         "far-deadline-wakes-the-engine",
         "patchclamp_server.engine.engine",
-        "nearest = min(deadline - now, nearest or deadline - now)",
-        "nearest = max(deadline - now, nearest or deadline - now)",
+        "deadlines, now = self.live.deadlines, time.monotonic()\n        nearest = min(",
+        "deadlines, now = self.live.deadlines, time.monotonic()\n        nearest = max(",
         "of two waiting requests the nearer deadline passes unnoticed",
         ("engine/test_concurrency.py::test_of_two_deadlines_the_nearer_one_ends_its_request_first",),
     ),
@@ -193,8 +193,8 @@ ENGINE = [
     Mutant(
         "every-token-draws-alike",
         SAMPLER,
-        "uniform(row.seed, len(row.output_ids))",
-        "uniform(row.seed, 0)",
+        "row.uniforms.at(len(row.output_ids))",
+        "row.uniforms.at(0)",
         "every token of a request is drawn by the same number",
         ("engine/test_sampler.py::test_a_growing_output_moves_the_draw",),
     ),

@@ -67,7 +67,7 @@ INTERVENTIONS = [
     ),
     Mutant(
         "norm-preserving-edits-commute",
-        "patchclamp_server.interventions.state",
+        "patchclamp_server.interventions.stages",
         "if a.kind is not b.kind or a.preserve_norm or b.preserve_norm:",
         "if a.kind is not b.kind:",
         "two additions of one site that preserve the norm run as one",
@@ -75,8 +75,8 @@ INTERVENTIONS = [
     ),
     Mutant(
         "edits-of-one-neuron-commute",
-        "patchclamp_server.interventions.state",
-        "return not set(a.payload[layer][0].tolist()) & set(b.payload[layer][0].tolist())",
+        "patchclamp_server.interventions.kinds.kind",
+        "return not set(a[0].tolist()) & set(b[0].tolist())",
         "return True",
         "two edits of the same neurons run as one",
         ("engine/test_against_oracle.py::test_alone[llama-edits that could run as one]",),

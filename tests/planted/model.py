@@ -84,6 +84,14 @@ MODEL = [
         ("cpu/test_quantized.py",),
     ),
     Mutant(
+        "codes-without-their-bias",
+        "patchclamp_server.cpu.linear",
+        "return y if self.bias is None else y.add_(self.bias)",
+        "return y",
+        "products of codes leave the bias out",
+        ("cpu/test_linear.py::test_any_number_of_rows_is_the_product",),
+    ),
+    Mutant(
         "pooled-with-the-sink",
         "patchclamp_server.interventions.pooling",
         "~outliers(norms[..., 1:])",

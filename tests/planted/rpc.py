@@ -55,7 +55,7 @@ RPC = [
     ),
     Mutant(
         "items-twice",
-        "patchclamp_server.rpc.codecs.checks",
+        "patchclamp_server.interventions.field_checks",
         "if value in seen:",
         "if False:",
         "a neuron that is listed twice is watched twice",
@@ -98,7 +98,7 @@ RPC = [
     ),
     Mutant(
         "float16-by-its-bits",
-        "patchclamp_server.rpc.codecs.tensor",
+        "patchclamp_server.interventions.tensor_messages",
         "expected_bytes = math.prod(shape) * dtype.itemsize",
         "expected_bytes = len(proto.data) // dtype.itemsize * dtype.itemsize",
         "bytes that do not fill the shape are an error of the server's own",
