@@ -4,7 +4,7 @@
 
 A server in a process of its own decodes one stream after another: alone, beside a running TEAL calibration, and beside
 a search for a circuit, by turns. A job that ends is begun anew, and it has reported progress before a stream begins.
-The last line is a JSON object, by case:
+Whole runs are written to benchmarks/results/beside.json. The last line is a JSON object, by case:
 
     p50_ms, p99_ms, max_ms   between the tokens that the client sees, over all rounds
     first_ms                 median time to the first token
@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from measure import save
 from serving import serving
 
 from patchclamp import Client, PatchclampError
@@ -140,7 +141,10 @@ def main() -> None:
                 with beside(server.address, begin) as steps:
                     stream_once(client, options.tokens, found[case], steps)
                 print(case, found[case].summary(), flush=True)
-    print(json.dumps({case: figures.summary() for case, figures in found.items()}))
+    result = {case: figures.summary() for case, figures in found.items()}
+    if vars(options) == vars(parser.parse_args([])):
+        print(f"written: {save('beside', {**vars(options), 'cases': result}).name}")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

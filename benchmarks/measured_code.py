@@ -40,6 +40,12 @@ _SPARSE = ("patchclamp_server.sparsity", "patchclamp_server.cpu.sparse")
 
 # By the name of a result: modules and packages by their dotted names, and scripts by their paths.
 MEASURED: dict[str, tuple[str, ...]] = {
+    "beside": (
+        "benchmarks/beside.py",
+        "patchclamp_server.engine.exclusive",
+        "patchclamp_server.engine.pace",
+        "patchclamp_server.engine.scheduler",
+    ),
     "cpu": ("benchmarks/cpu.py", *_STEP, "patchclamp_server.interventions"),
     "faults": (
         "benchmarks/faults.py",
@@ -58,7 +64,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
     ),
     "heads_naive": ("benchmarks/heads.py", "patchclamp_server.analysis.heads.retrieval.detect"),
     "heads_readout": ("benchmarks/heads.py", *_ATTENTION, "patchclamp_server.interventions.head_readings"),
-    "host": (*_STEP, "patchclamp_server.interventions"),
+    "host": ("benchmarks/host.py", *_STEP, "patchclamp_server.interventions"),
     "invariance": ("benchmarks/invariance.py", *_FORWARD, *_ATTENTION, "patchclamp_server.cpu.invariant"),
     "load": (
         "benchmarks/load.py",

@@ -75,12 +75,33 @@ def test_a_name_that_is_no_file_is_refused(measured: ModuleType, tmp_path: Path)
         measured.code_digest("speed")
 
 
-def test_a_result_of_other_code_is_not_shown(
+def test_a_figure_whose_code_has_changed_is_taken_off_its_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = load("readme")
+    page = tmp_path / "performance.md"
+    page.write_text(f"{readme.BEGIN}\n{readme.END}\n")
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "PAGES", {page: readme.performance})
+    result = {
+        "answered_calls": {"a": 3},
+        "balance_of_two": 0.5,
+        "code": readme.code_digest("rolling"),
+        "commit": "abc1234",
+        "date": "2026-11-29",
+        "lost_calls": 0,
+        "slowest_call_seconds": 1.0,
+    }
+    (tmp_path / "rolling.json").write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["readme.py"])
+    assert readme.main() == 0
+    assert "0 of\n3 calls lost" in page.read_text()
     monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
-    (tmp_path / "load.json").write_text(json.dumps({"code": "0" * 16, "commit": "abc1234"}))
+    assert readme.main() == 0
+    monkeypatch.setattr(readme, "code_digest", lambda kind: "other code")
     assert readme.main() == 1
-    assert "load.json measures code that has changed since commit abc1234" in capsys.readouterr().err
+    assert "performance.md is stale" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["readme.py"])
+    assert readme.main() == 0
+    assert "calls lost" not in page.read_text()
+    assert "- Rolling restarts (`python benchmarks/rolling.py`, last run on 2026-11-29" in page.read_text()
