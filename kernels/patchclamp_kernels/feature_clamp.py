@@ -14,6 +14,8 @@ products and sums are fp32. The latents of row t are [starts[t], starts[t + 1]) 
 Bound by bytes: 2 k d elements of E and D for the k latents of a row. One instance owns a row and keeps it in registers,
 with what it adds; a block of latents' encoder and decoder rows is asked for together, so that the decoder's are on the
 way while the products with the encoder's are summed. A row's bits do not depend on the other rows.
+
+The server does not call it yet: edits of features (issue 16) bring it into the CUDA path.
 """
 
 import torch

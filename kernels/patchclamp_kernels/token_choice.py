@@ -10,6 +10,8 @@ Both read the logits once (B·V elements, the bound) in tiles of a row, so that 
 each instance leaves the maximum of its tile, where it stands, and the sum of exponentials below it. A second pass, one
 instance a row, combines the tiles in the order of ids. The sum carries the broken rows: the exponential of NaN, and of
 inf - inf, is NaN and stays so in every sum, whereas a maximum may drop it.
+
+The server does not call it yet: its sampler on CUDA runs torch operators until a GPU is at hand to compare both.
 """
 
 from itertools import product

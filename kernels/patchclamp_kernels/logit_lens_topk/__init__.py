@@ -22,6 +22,8 @@ tile's candidates are already in order, so it holds one head a tile and replaces
 
 Bound: V·d elements of unembedding (1.05 GB for Llama-3-8B in bf16) up to some 150 rows, then 2·T·V·d FLOPs. Row tiles
 run fastest, so those of one tile of tokens share its rows of the unembedding in L2.
+
+The server does not call it yet: its lens on CUDA runs torch operators until a GPU is at hand to compare both.
 """
 
 from patchclamp_kernels.logit_lens_topk.cases import compile_cases, tuning_cases

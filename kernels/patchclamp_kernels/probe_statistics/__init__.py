@@ -18,6 +18,8 @@ atomics, whose order cannot be told from the result. Sums and maxima of a tile o
 in which an instance owns its probes adds the tiles in order: the same batch twice adds the same bits. Up to one tile of
 rows (a decode batch) the first pass adds them itself and the second is not launched.
 
+The server does not call it yet: probes and features in watches (issue 16) bring it into the CUDA path.
+
 Bound: P·d bytes of probes (8 MiB for 1,024 probes at d 4096 in bf16) at decode, 2·T·P·d FLOPs from some hundred rows
 on. A tile in which no row counts reads neither x nor probes: prompts that are not watched cost two empty launches.
 """
