@@ -190,7 +190,9 @@ def _matches(
         start, end = selector.positions.start, selector.positions.end
         if position < (start if start >= 0 else prompt_length + start):
             return False
-        if end is not None and position >= (end if end >= 0 else prompt_length + end):
+        # An end of 0 after a negative start is the end of the prompt.
+        from_end = end is not None and (end < 0 or (end == 0 and start < 0))
+        if end is not None and position >= (prompt_length + end if from_end else end):
             return False
     if selector.last_k is not None and not prompt_length - selector.last_k <= position < prompt_length:
         return False

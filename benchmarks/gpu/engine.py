@@ -27,7 +27,7 @@ from patchclamp_server.interventions.plan import ProgramSpan
 from patchclamp_server.interventions.program import Scope
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.state import ProgramState
-from patchclamp_server.model.attention.spans import Span
+from patchclamp_server.model.attention.spans import Span, Spans
 
 Programs = list[BoundProgram | None]
 Row = dict[str, object]
@@ -295,7 +295,7 @@ class _Bench:
                     loaded.append(entry)
                     state = ProgramState(self.uid, program, SequenceTokens(1, None), entry)
                     given.append(ProgramSpan(state, i, context, np.zeros(1, dtype=np.int64), 1))
-            batch = StepBatch([7] * n, spans, given, list(range(n)), cache.block_size)
+            batch = StepBatch(np.full(n, 7), Spans.of(spans, cache.block_size), given, list(range(n)), cache.block_size)
             replay = self._replay(batch)
             times = []
             for _ in range(self.setting.pick(25, 15, 2)):

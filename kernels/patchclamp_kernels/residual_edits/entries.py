@@ -175,12 +175,8 @@ def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: 
             target = _projected(h, _vector(row.bank, first, lane, D), floats)
         elif kind == ROTATE:
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
-        elif kind == LOW_RANK:
-            target = _low_rank(h, lane, row, first, count, D)
-        elif kind == AFFINE:
-            target = _affine(h, lane, row, first, count, D)
-        elif kind == AFFINE_LOW_RANK:
-            target = _affine_low_rank(h, lane, row, first, count, D)
+        elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE):
+            target = _by_units(h, lane, row, kind, first, count, D)
         else:
             if HEAD_DIM > 0:
                 target = _heads(h, lane, row, first, count, D, HEAD_DIM)
@@ -229,42 +225,26 @@ def _rotated(h, norm, u, radians):
 
 
 @triton.jit
-def _low_rank(h, lane, row, first, count, D: tl.constexpr):
-    """h + Σ_r R_r (W_r·h + b_r - R_r·h), a rank at a time."""
-    target = h
-    rank = first
-    while rank < first + count:
-        w = _vector(row.bank, tl.load(row.unit_ints + rank * 2 + OTHER), lane, D)
-        inner = tl.sum(h * w, axis=0) + tl.load(row.unit_numbers + rank * 4 + OFFSET)
-        r = _vector(row.bank, tl.load(row.unit_ints + rank * 2 + UNIT), lane, D)
-        target += (inner - tl.sum(h * r, axis=0)) * r
-        rank += 1
-    return target
+def _by_units(h, lane, row, kind, first, count, D: tl.constexpr):
+    """The targets that are sums over units: ranks R_r with W_r and b_r, or channels r with the rows A_r of a matrix.
 
+        low rank          h + Σ_r R_r (W_r·h + b_r - R_r·h)
+        affine, low rank      Σ_r R_r (W_r·h + b_r)
+        affine                Σ_r e_r (A_r·h + b_r)         the whole matrix is read for every row
 
-@triton.jit
-def _affine(h, lane, row, first, count, D: tl.constexpr):
-    """A h + b, a channel at a time: the whole matrix is read for every row."""
-    target = h
+    One loop for all of them: each of its own would cost registers of the others.
+    """
+    target = tl.where(kind == LOW_RANK, h, 0.0)
     unit = first
     while unit < first + count:
-        a = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
-        value = tl.sum(h * a, axis=0) + tl.load(row.unit_numbers + unit * 4 + OFFSET)
-        target = tl.where(lane == tl.load(row.unit_ints + unit * 2 + UNIT), value, target)
+        w = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
+        inner = tl.sum(h * w, axis=0) + tl.load(row.unit_numbers + unit * 4 + OFFSET)
+        at = tl.load(row.unit_ints + unit * 2 + UNIT)
+        # Row 0 of a bank is there whatever it holds.
+        r = _vector(row.bank, tl.where(kind == AFFINE, 0, at), lane, D)
+        r = tl.where(kind == AFFINE, (lane == at).to(tl.float32), r)
+        target += tl.where(kind == LOW_RANK, inner - tl.sum(h * r, axis=0), inner) * r
         unit += 1
-    return target
-
-
-@triton.jit
-def _affine_low_rank(h, lane, row, first, count, D: tl.constexpr):
-    """Σ_r R_r (W_r·h + b_r), a rank at a time."""
-    target = tl.zeros_like(h)
-    rank = first
-    while rank < first + count:
-        w = _vector(row.bank, tl.load(row.unit_ints + rank * 2 + OTHER), lane, D)
-        inner = tl.sum(h * w, axis=0) + tl.load(row.unit_numbers + rank * 4 + OFFSET)
-        target += inner * _vector(row.bank, tl.load(row.unit_ints + rank * 2 + UNIT), lane, D)
-        rank += 1
     return target
 
 

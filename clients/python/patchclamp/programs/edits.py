@@ -161,10 +161,10 @@ def affine(
 
     Raises ValueError unless either matrix, or left and right, are given.
     """
-    if (matrix is None) == (left is None) or (left is None) != (right is None):
-        raise ValueError("affine takes either matrix, or left and right")
     given = {"matrix": matrix, "left": left, "right": right, "bias": bias}
     kind = pb.Affine(**{name: tensor(values, name) for name, values in given.items() if values is not None})
+    if (matrix is None) == (left is None) or (left is None) != (right is None):
+        raise ValueError("affine takes either matrix, or left and right")
     return _by_vector(pb.Edit(affine=kind), **options)
 
 
