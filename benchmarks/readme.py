@@ -389,8 +389,8 @@ def _rolling_row(result: dict[str, Any]) -> list[Row]:
 
 
 def _faults_row(result: dict[str, Any]) -> list[Row]:
-    lost = sum(sum(row["lost"].values()) for row in result["rows"])
-    return [(f"lost by neighbours in {len(result['rows'])} planted faults", str(lost))]
+    lost = sum(any(row["lost"].values()) for row in result["rows"])
+    return [(f"planted faults, of {len(result['rows'])}, that cost a neighbour anything", str(lost))]
 
 
 def _heads_row(result: dict[str, Any]) -> list[Row]:
