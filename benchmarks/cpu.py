@@ -16,6 +16,7 @@ configure_threads()
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -96,6 +97,8 @@ def llama_cpp(stack: ExitStack, python: str, threads: int, tokens: int) -> tuple
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # Its threads wait as llama.cpp has them wait.
+            env={name: value for name, value in os.environ.items() if not name.startswith("OMP_")},
         )
     )
     assert peer.stdin is not None

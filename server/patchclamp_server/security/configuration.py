@@ -9,7 +9,7 @@ class ConfigurationError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SecurityConfig:
-    """Paths of files; see the section Security of the README. What has none is not in use."""
+    """Paths of files; see docs/security.md. What has none is not in use."""
 
     tls_certificate: str | None = None
     tls_key: str | None = None
