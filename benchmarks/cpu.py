@@ -97,8 +97,8 @@ def llama_cpp(stack: ExitStack, python: str, threads: int, tokens: int) -> tuple
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Its threads wait as llama.cpp has them wait.
-            env={name: value for name, value in os.environ.items() if not name.startswith("OMP_")},
+            # Its threads wait as llama.cpp has them wait: ours are told not to spin.
+            env={name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))},
         )
     )
     assert peer.stdin is not None
