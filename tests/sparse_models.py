@@ -7,9 +7,10 @@ import torch
 from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
 from patchclamp_server.engine.exclusive import at_once
+from patchclamp_server.model.decoder import NoHooks
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity.apply import Forced, Rows, Step
 from patchclamp_server.sparsity.blocks import sparse_blocks

@@ -143,6 +143,7 @@ def test_the_example_of_retrieval_heads_runs(embedded_server: LiveServer, client
 
 def test_the_example_of_retries_runs() -> None:
     names = run("docs/operating.md", "localhost:50051")
+    assert isinstance(names["client"], Client)
     names["client"].close()
 
 

@@ -13,7 +13,8 @@ from gguf_files import write_gguf
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.model.decoder import NoHooks
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf_conversion import converted_gguf
 from patchclamp_server.model.load import load_model

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import byte_tokenizer
 from transformers import OPTConfig, OPTForCausalLM
 
-from patchclamp_server.analysis.documents import NoHooks, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.model.decoder import NoHooks
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.load import load_model, load_pretrained

@@ -10,8 +10,9 @@ from patchclamp.v1 import program_pb2 as pb
 from patchclamp.v1 import tensor_pb2
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions import program as p
+from patchclamp_server.interventions.tensor_messages import decode_tensor
 from patchclamp_server.rpc.codecs.program import SITES, decode_program, encode_receipt
-from patchclamp_server.rpc.codecs.tensor import decode_tensor, encode_tensor
+from patchclamp_server.rpc.codecs.tensor import encode_tensor
 
 VALUES = torch.tensor([1.0, -2.5, 0.125])
 VECTOR = pb.Vector(values=encode_tensor(VALUES), unit=True)

@@ -12,7 +12,6 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import NO_HOOKS, BlockProducts, Decoder, SiteHooks, StepInputs
-from patchclamp_server.model.decoder import NoHooks as NoHooks
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.apply import Rows as SparseRows
 from patchclamp_server.sparsity.apply import Step

@@ -13,7 +13,7 @@ from patchclamp_server.artifacts.formats import FORMATS, Format
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.rpc.codecs.checks import known
+from patchclamp_server.interventions.field_checks import known
 from patchclamp_server.rpc.codecs.program import SITE_NUMBERS
 
 MAX_DESCRIPTION_CHARACTERS = 10_000

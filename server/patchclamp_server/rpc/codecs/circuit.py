@@ -11,9 +11,9 @@ from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
 from patchclamp_server.analysis.heads.scores.scoring import Progress
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.field_checks import count, known
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
-from patchclamp_server.rpc.codecs.checks import count, known
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.head import encode_head, encode_progress, encode_score
 from patchclamp_server.rpc.codecs.message_size import CLIENT_MESSAGE_BYTES

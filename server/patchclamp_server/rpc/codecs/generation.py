@@ -14,8 +14,8 @@ from patchclamp_server.engine.request import (
     Usage,
 )
 from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.interventions.field_checks import chosen, count, finite, known
 from patchclamp_server.rpc.call.grounding import CopySource, GroundingReport
-from patchclamp_server.rpc.codecs.checks import chosen, count, finite, known
 from patchclamp_server.rpc.codecs.program import encode_receipt
 from patchclamp_server.rpc.codecs.sparsity import encode_report
 from patchclamp_server.text.prompt import EncodedPrompt, PromptEncoder

@@ -14,9 +14,9 @@ from patchclamp_server.analysis.heads.scores.scoring import Fact, Progress, Scor
 from patchclamp_server.analysis.heads.sets.overlap import HeadSetOverlap
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, ranked
 from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.interventions.field_checks import chosen, count, known
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
-from patchclamp_server.rpc.codecs.checks import chosen, count, known
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_NGRAM = 64

@@ -12,8 +12,10 @@ from patchclamp.v1 import monitoring_pb2 as pb
 from patchclamp.v1 import program_pb2
 from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.errors import InvalidArgument, NotFound
+from patchclamp_server.interventions.field_checks import chosen, count, distinct, finite, known, required
 from patchclamp_server.interventions.kinds.vectors import decode_vector
 from patchclamp_server.interventions.program import Phase
+from patchclamp_server.interventions.tensor_messages import decode_tensor
 from patchclamp_server.monitoring.activations import Activations
 from patchclamp_server.monitoring.drift import Drift
 from patchclamp_server.monitoring.items import (
@@ -32,10 +34,8 @@ from patchclamp_server.monitoring.stored import WatchAsked
 from patchclamp_server.monitoring.stored_tensors import check_item_name
 from patchclamp_server.monitoring.watch import MAX_REFERENCE_TOKENS, Watch, WatchOptions
 from patchclamp_server.rpc.codecs.artifact import decode_label
-from patchclamp_server.rpc.codecs.checks import chosen, count, distinct, finite, known, required
 from patchclamp_server.rpc.codecs.head import decode_heads
 from patchclamp_server.rpc.codecs.program import PHASES, decode_site
-from patchclamp_server.rpc.codecs.tensor import decode_tensor
 
 PHASE_NUMBERS: Mapping[Phase, "program_pb2.Phase.ValueType"] = {
     Phase.PROMPT: program_pb2.PHASE_PROMPT,

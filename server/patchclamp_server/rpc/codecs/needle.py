@@ -15,9 +15,9 @@ from patchclamp_server.analysis.heads.sets.evaluation import (
 )
 from patchclamp_server.artifacts.head_sets import DEFAULT_THRESHOLD
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.field_checks import count, distinct, finite, known, required
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
-from patchclamp_server.rpc.codecs.checks import count, distinct, finite, known, required
 from patchclamp_server.rpc.codecs.head import decode_heads, encode_head, encode_progress, encode_score
 
 MAX_HAYSTACKS = 64

@@ -11,6 +11,15 @@ from typing import Any
 from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bound import BoundProgram
+from patchclamp_server.interventions.field_checks import (
+    chosen,
+    count,
+    distinct,
+    distinct_names,
+    finite,
+    known,
+    required,
+)
 from patchclamp_server.interventions.kinds import EDIT_OF_NAME, READOUT_OF, READOUT_OF_NAME
 from patchclamp_server.interventions.kinds.vectors import vector_in
 from patchclamp_server.interventions.program import (
@@ -31,7 +40,6 @@ from patchclamp_server.interventions.program import (
 )
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
-from patchclamp_server.rpc.codecs.checks import chosen, count, distinct, distinct_names, finite, known, required
 
 SITES: dict[int, Site] = {pb.Site.Value(f"SITE_{site.name}"): site for site in PUBLIC_SITES}
 SITE_NUMBERS: dict[Site, "pb.Site.ValueType"] = {site: pb.Site.Value(f"SITE_{site.name}") for site in PUBLIC_SITES}

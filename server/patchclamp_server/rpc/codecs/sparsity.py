@@ -10,7 +10,7 @@ from typing import Any
 from patchclamp.v1 import sparse_policy_pb2 as pb
 from patchclamp_server.engine.request import QualityGuard, SparseInference, SparsityReport
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
-from patchclamp_server.rpc.codecs.checks import chosen, count, finite, known
+from patchclamp_server.interventions.field_checks import chosen, count, finite, known
 from patchclamp_server.sparsity.binder import Binder, Bound, StoredNeurons, StoredProfile
 from patchclamp_server.sparsity.parameters import parameters_of, policy_with
 from patchclamp_server.sparsity.policies import CONTROLS

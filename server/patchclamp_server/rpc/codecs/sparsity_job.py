@@ -14,9 +14,9 @@ from patchclamp_server.analysis.sparsity.job import CalibratedProfile, Calibrati
 from patchclamp_server.analysis.sparsity.quality_card import QualityCard
 from patchclamp_server.analysis.sparsity.speed import SpeedCard
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.field_checks import count, distinct, required
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_description, decode_label, encode_artifact
-from patchclamp_server.rpc.codecs.checks import count, distinct, required
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.message_size import within_a_message
 from patchclamp_server.rpc.codecs.sparsity import decode_policy, decode_unguarded, policy_path, policy_paths

@@ -11,11 +11,11 @@ from patchclamp_server.analysis.steering.job import Extraction, Progress, Result
 from patchclamp_server.analysis.steering.registry import METHODS
 from patchclamp_server.analysis.steering.token_projections import TokenProjections
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
+from patchclamp_server.interventions.field_checks import count, distinct, known, required
 from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import RESIDUAL_SITES, Site
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
-from patchclamp_server.rpc.codecs.checks import count, distinct, known, required
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.program import decode_site
 from patchclamp_server.text.prompt import PromptEncoder

@@ -1,11 +1,8 @@
-"""torch tensors → tensor messages, and what reads them under the name by which the codecs of rpc know it."""
+"""Turns torch tensors into tensor messages; interventions/tensor_messages.py reads them."""
 
 import torch
 
 from patchclamp.v1 import tensor_pb2
-from patchclamp_server.interventions.tensor_messages import decode_tensor
-
-__all__ = ["decode_tensor", "encode_tensor"]
 
 
 def encode_tensor(values: torch.Tensor) -> tensor_pb2.Tensor:

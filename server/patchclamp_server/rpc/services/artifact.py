@@ -19,13 +19,13 @@ from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, 
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
 from patchclamp_server.artifacts.types import LAYERED, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.interventions.field_checks import count, distinct
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.watch import Watch, check_watch
 from patchclamp_server.rpc.call.calls import within
 from patchclamp_server.rpc.call.upload_space import UploadLimits, UploadSpace
 from patchclamp_server.rpc.codecs.artifact import decode_format, decode_kind, decode_struct, encode_artifact
-from patchclamp_server.rpc.codecs.checks import count, distinct
 from patchclamp_server.rpc.codecs.program import decode_site
 from patchclamp_server.sparsity.binder import policy_of
 

@@ -12,9 +12,9 @@ from patchclamp.v1.job_pb2_grpc import JobServiceServicer
 from patchclamp_server.callers import CALLER
 from patchclamp_server.engine.call_observer import OBSERVER
 from patchclamp_server.errors import Cancelled, InvalidArgument
+from patchclamp_server.interventions.field_checks import chosen
 from patchclamp_server.rpc.call.detached_jobs import DetachedContext, DetachedJob, DetachedJobs, JobState
 from patchclamp_server.rpc.call.interceptors import CallInterceptor, Method
-from patchclamp_server.rpc.codecs.checks import chosen
 
 Context = Any
 MAX_KEY_BYTES = 128

@@ -6,9 +6,9 @@ from typing import Any
 from patchclamp.v1 import model_pb2 as pb
 from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.call.calls import check_model
-from patchclamp_server.rpc.codecs.checks import count
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.program import SITE_NUMBERS
 from patchclamp_server.text.prompt import PromptEncoder

@@ -9,7 +9,7 @@ from patchclamp.v1 import generation_pb2 as pb
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed
 from patchclamp_server.errors import EngineFailure, InvalidArgument, NotFound, RequestError
-from patchclamp_server.rpc.codecs.checks import chosen, count, finite
+from patchclamp_server.interventions.field_checks import chosen, count, finite
 from patchclamp_server.rpc.streams.stream import EventStream
 
 logger = logging.getLogger(__name__)
