@@ -11,6 +11,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from patchclamp.v1 import head_pb2 as _head_pb2
 from patchclamp.v1 import monitoring_pb2 as _monitoring_pb2
+from patchclamp.v1 import neuron_pb2 as _neuron_pb2
 from patchclamp.v1 import sparsity_pb2 as _sparsity_pb2
 from patchclamp.v1 import steering_pb2 as _steering_pb2
 import builtins as _builtins
@@ -113,6 +114,13 @@ class StartJobRequest(_message.Message):
     EVALUATE_HEAD_EDIT_FIELD_NUMBER: _builtins.int
     FIND_CIRCUIT_FIELD_NUMBER: _builtins.int
     RECORD_REFERENCE_FIELD_NUMBER: _builtins.int
+    DECODE_NEURONS_FIELD_NUMBER: _builtins.int
+    FIND_NEURONS_FIELD_NUMBER: _builtins.int
+    LOCALIZE_NEURONS_FIELD_NUMBER: _builtins.int
+    EVALUATE_NEURON_EDIT_FIELD_NUMBER: _builtins.int
+    CENSUS_NEURONS_FIELD_NUMBER: _builtins.int
+    DESCRIBE_NEURONS_FIELD_NUMBER: _builtins.int
+    MATCH_NEURONS_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     """Of the client's choice, such as 32 random hex digits; at most 128 bytes. While a job of the caller's tenant that was
@@ -135,6 +143,20 @@ class StartJobRequest(_message.Message):
     def find_circuit(self) -> _head_pb2.FindCircuitRequest: ...
     @_builtins.property
     def record_reference(self) -> _monitoring_pb2.RecordReferenceRequest: ...
+    @_builtins.property
+    def decode_neurons(self) -> _neuron_pb2.DecodeNeuronsRequest: ...
+    @_builtins.property
+    def find_neurons(self) -> _neuron_pb2.FindNeuronsRequest: ...
+    @_builtins.property
+    def localize_neurons(self) -> _neuron_pb2.LocalizeNeuronsRequest: ...
+    @_builtins.property
+    def evaluate_neuron_edit(self) -> _neuron_pb2.EvaluateNeuronEditRequest: ...
+    @_builtins.property
+    def census_neurons(self) -> _neuron_pb2.CensusNeuronsRequest: ...
+    @_builtins.property
+    def describe_neurons(self) -> _neuron_pb2.DescribeNeuronsRequest: ...
+    @_builtins.property
+    def match_neurons(self) -> _neuron_pb2.MatchNeuronsRequest: ...
     def __init__(
         self,
         *,
@@ -146,13 +168,20 @@ class StartJobRequest(_message.Message):
         evaluate_head_edit: _head_pb2.EvaluateHeadEditRequest | None = ...,
         find_circuit: _head_pb2.FindCircuitRequest | None = ...,
         record_reference: _monitoring_pb2.RecordReferenceRequest | None = ...,
+        decode_neurons: _neuron_pb2.DecodeNeuronsRequest | None = ...,
+        find_neurons: _neuron_pb2.FindNeuronsRequest | None = ...,
+        localize_neurons: _neuron_pb2.LocalizeNeuronsRequest | None = ...,
+        evaluate_neuron_edit: _neuron_pb2.EvaluateNeuronEditRequest | None = ...,
+        census_neurons: _neuron_pb2.CensusNeuronsRequest | None = ...,
+        describe_neurons: _neuron_pb2.DescribeNeuronsRequest | None = ...,
+        match_neurons: _neuron_pb2.MatchNeuronsRequest | None = ...,
         key: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "key", b"key", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "key", b"key", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
@@ -209,6 +238,13 @@ class FollowJobResponse(_message.Message):
     EVALUATE_HEAD_EDIT_FIELD_NUMBER: _builtins.int
     FIND_CIRCUIT_FIELD_NUMBER: _builtins.int
     RECORD_REFERENCE_FIELD_NUMBER: _builtins.int
+    DECODE_NEURONS_FIELD_NUMBER: _builtins.int
+    FIND_NEURONS_FIELD_NUMBER: _builtins.int
+    LOCALIZE_NEURONS_FIELD_NUMBER: _builtins.int
+    EVALUATE_NEURON_EDIT_FIELD_NUMBER: _builtins.int
+    CENSUS_NEURONS_FIELD_NUMBER: _builtins.int
+    DESCRIBE_NEURONS_FIELD_NUMBER: _builtins.int
+    MATCH_NEURONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def extract_vectors(self) -> _steering_pb2.ExtractVectorsResponse: ...
     @_builtins.property
@@ -225,6 +261,20 @@ class FollowJobResponse(_message.Message):
     def find_circuit(self) -> _head_pb2.FindCircuitResponse: ...
     @_builtins.property
     def record_reference(self) -> _monitoring_pb2.RecordReferenceResponse: ...
+    @_builtins.property
+    def decode_neurons(self) -> _neuron_pb2.DecodeNeuronsResponse: ...
+    @_builtins.property
+    def find_neurons(self) -> _neuron_pb2.FindNeuronsResponse: ...
+    @_builtins.property
+    def localize_neurons(self) -> _neuron_pb2.LocalizeNeuronsResponse: ...
+    @_builtins.property
+    def evaluate_neuron_edit(self) -> _neuron_pb2.EvaluateNeuronEditResponse: ...
+    @_builtins.property
+    def census_neurons(self) -> _neuron_pb2.CensusNeuronsResponse: ...
+    @_builtins.property
+    def describe_neurons(self) -> _neuron_pb2.DescribeNeuronsResponse: ...
+    @_builtins.property
+    def match_neurons(self) -> _neuron_pb2.MatchNeuronsResponse: ...
     def __init__(
         self,
         *,
@@ -236,12 +286,19 @@ class FollowJobResponse(_message.Message):
         evaluate_head_edit: _head_pb2.EvaluateHeadEditResponse | None = ...,
         find_circuit: _head_pb2.FindCircuitResponse | None = ...,
         record_reference: _monitoring_pb2.RecordReferenceResponse | None = ...,
+        decode_neurons: _neuron_pb2.DecodeNeuronsResponse | None = ...,
+        find_neurons: _neuron_pb2.FindNeuronsResponse | None = ...,
+        localize_neurons: _neuron_pb2.LocalizeNeuronsResponse | None = ...,
+        evaluate_neuron_edit: _neuron_pb2.EvaluateNeuronEditResponse | None = ...,
+        census_neurons: _neuron_pb2.CensusNeuronsResponse | None = ...,
+        describe_neurons: _neuron_pb2.DescribeNeuronsResponse | None = ...,
+        match_neurons: _neuron_pb2.MatchNeuronsResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference"]  # noqa: Y015
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons"]  # noqa: Y015
     _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
 
