@@ -24,7 +24,7 @@ SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out",
 PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
 ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference"]
-ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json"]
+ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json"]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]
 CoreInferRankingName = Literal["magnitude", "value"]
@@ -77,6 +77,7 @@ ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,
     "head_score_json": artifact_pb2.ARTIFACT_FORMAT_HEAD_SCORE_JSON,
+    "neuron_set_json": artifact_pb2.ARTIFACT_FORMAT_NEURON_SET_JSON,
 }
 
 

@@ -2,6 +2,7 @@
 
     vector            layer.<l> [width]                                            floats, one width
     neuron_set        layer.<l>.neurons [n], optionally layer.<l>.values [n]       int64 ≥ 0 and unique; floats
+                      and layer.<l>.scores [n]
     sparsity_profile  names of the policy's own, any shape                         float32 or int64
     head_set          scores [n_layers, n_heads], optionally low, high alike       float32
     watch             see monitoring/watch.py                                      uint8, int64, floats
@@ -27,7 +28,9 @@ Tensors: TypeAlias = Mapping[str, torch.Tensor]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Leading zeros are refused, so that a layer has one name.
 VECTOR_TENSOR = re.compile(r"layer\.(0|[1-9][0-9]{0,5})")
-NEURON_TENSOR = re.compile(r"layer\.(0|[1-9][0-9]{0,5})\.(neurons|values)")
+NEURON_TENSOR = re.compile(r"layer\.(0|[1-9][0-9]{0,5})\.(neurons|values|scores)")
+# What a neuron set may say of each of its neurons.
+NEURON_NUMBERS = ("values", "scores")
 PROFILE_TENSOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 PROFILE_DTYPES = (torch.float32, torch.int64)
 MAX_PROFILE_TENSORS = 1024
@@ -102,7 +105,9 @@ def _check_vector(tensors: Tensors) -> None:
 
 
 def _neuron_set_layers(shapes: Shapes) -> tuple[int, ...]:
-    return _named_layers("neuron_set", NEURON_TENSOR, "layer.<l>.neurons and layer.<l>.values", shapes)
+    return _named_layers(
+        "neuron_set", NEURON_TENSOR, "layer.<l>.neurons, layer.<l>.values and layer.<l>.scores", shapes
+    )
 
 
 def _check_neuron_set(tensors: Tensors) -> None:
@@ -110,19 +115,21 @@ def _check_neuron_set(tensors: Tensors) -> None:
         name = f"layer.{layer}.neurons"
         neurons = tensors.get(name)
         if neurons is None:
-            raise InvalidArgument("tensors", f"layer.{layer}.values stands without {name}")
+            given = next(f"layer.{layer}.{kind}" for kind in NEURON_NUMBERS if f"layer.{layer}.{kind}" in tensors)
+            raise InvalidArgument("tensors", f"{given} stands without {name}")
         if neurons.dtype != torch.int64 or neurons.numel() == 0:
             raise InvalidArgument("tensors", f"{name} must be int64 [n] with n >= 1, not {_describe(neurons)}")
         if int(neurons.min()) < 0:
             raise InvalidArgument("tensors", f"{name} holds the negative index {int(neurons.min())}")
         if len(set(neurons.tolist())) != neurons.numel():
             raise InvalidArgument("tensors", f"{name} names a neuron twice")
-        values = tensors.get(f"layer.{layer}.values")
-        if values is not None:
-            _check_floats(f"layer.{layer}.values", values)
-            if values.numel() != neurons.numel():
-                message = f"layer.{layer}.values has {values.numel()} values for {neurons.numel()} neurons"
-                raise InvalidArgument("tensors", message)
+        for kind in NEURON_NUMBERS:
+            numbers = tensors.get(f"layer.{layer}.{kind}")
+            if numbers is not None:
+                _check_floats(f"layer.{layer}.{kind}", numbers)
+                if numbers.numel() != neurons.numel():
+                    message = f"layer.{layer}.{kind} has {numbers.numel()} {kind} for {neurons.numel()} neurons"
+                    raise InvalidArgument("tensors", message)
 
 
 def _profile_layers(shapes: Shapes) -> tuple[int, ...]:

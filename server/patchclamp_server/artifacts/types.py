@@ -98,6 +98,11 @@ class Artifact:
         self._expect(ArtifactKind.NEURON_SET, layer)
         return self.tensors[f"layer.{layer}.neurons"], self.tensors.get(f"layer.{layer}.values")
 
+    def neuron_scores(self, layer: int) -> torch.Tensor | None:
+        """Returns the scores [n] of the neurons of a layer, in the order of `neurons`, where the set has scores."""
+        self._expect(ArtifactKind.NEURON_SET, layer)
+        return self.tensors.get(f"layer.{layer}.scores")
+
     def head_scores(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Scores float32 [n_layers, n_heads], and the low and high ends of their intervals where the set has them."""
         self._expect(ArtifactKind.HEAD_SET)

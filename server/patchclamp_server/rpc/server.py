@@ -20,6 +20,7 @@ from patchclamp.v1 import (
     job_pb2,
     model_pb2,
     monitoring_pb2,
+    neuron_pb2,
     sparsity_pb2,
     steering_pb2,
 )
@@ -29,6 +30,7 @@ from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
 from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
+from patchclamp.v1.neuron_pb2_grpc import add_NeuronServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 from patchclamp.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server
 from patchclamp_server.addresses import Address, Reservation, naming
@@ -60,6 +62,7 @@ from patchclamp_server.rpc.services.head import HeadService
 from patchclamp_server.rpc.services.job import JobService
 from patchclamp_server.rpc.services.model import ModelService
 from patchclamp_server.rpc.services.monitoring import MonitoringService
+from patchclamp_server.rpc.services.neuron import NeuronService
 from patchclamp_server.rpc.services.sparsity import SparsityService
 from patchclamp_server.rpc.services.steering import SteeringService
 from patchclamp_server.security.access import CallersAccess
@@ -81,6 +84,7 @@ SERVICES: tuple[str, ...] = tuple(
         steering_pb2,
         sparsity_pb2,
         head_pb2,
+        neuron_pb2,
         monitoring_pb2,
         artifact_pb2,
         model_pb2,
@@ -265,6 +269,7 @@ class Server:
         steering = SteeringService(self.engine, self._prompts, self._store, self._info)
         sparsity = SparsityService(self.engine, self._prompts, self._store, self._info, self._binder, self._jobs)
         heads = HeadService(self.engine, self._prompts, self._store, self._info, self._jobs)
+        neurons = NeuronService(self.engine, self._prompts, self._store, self._info, self._jobs)
         uploads = UploadLimits(
             max_bytes=self.config.max_upload_bytes,
             max_concurrent_bytes=self.config.max_concurrent_upload_bytes,
@@ -273,6 +278,7 @@ class Server:
         add_SteeringServiceServicer_to_server(steering, self._grpc)
         add_SparsityServiceServicer_to_server(sparsity, self._grpc)
         add_HeadServiceServicer_to_server(heads, self._grpc)
+        add_NeuronServiceServicer_to_server(neurons, self._grpc)
         add_MonitoringServiceServicer_to_server(self._monitoring, self._grpc)
         add_ArtifactServiceServicer_to_server(ArtifactService(self._store, self._info, uploads), self._grpc)
         add_ModelServiceServicer_to_server(ModelService(self._info, self._prompts), self._grpc)
@@ -280,6 +286,7 @@ class Server:
             "patchclamp.v1.SteeringService": steering,
             "patchclamp.v1.SparsityService": sparsity,
             "patchclamp.v1.HeadService": heads,
+            "patchclamp.v1.NeuronService": neurons,
             "patchclamp.v1.MonitoringService": self._monitoring,
         }
         add_JobServiceServicer_to_server(JobService(self._detached, with_jobs, calls), self._grpc)

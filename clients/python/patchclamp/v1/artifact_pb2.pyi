@@ -32,7 +32,9 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     ARTIFACT_KIND_VECTOR: _ArtifactKind.ValueType  # 1
     """One direction for each layer: tensors "layer.<l>" [width]."""
     ARTIFACT_KIND_NEURON_SET: _ArtifactKind.ValueType  # 2
-    """Neuron indices for each layer: tensors "layer.<l>.neurons" [n] and optionally "layer.<l>.values" [n]."""
+    """Neuron indices for each layer: tensors "layer.<l>.neurons" [n] and optionally "layer.<l>.values" [n], what an edit sets
+    them to by default, and "layer.<l>.scores" [n].
+    """
     ARTIFACT_KIND_SPARSITY_PROFILE: _ArtifactKind.ValueType  # 3
     """What a sparse policy was calibrated to: tensors by names of the policy; the policy is in `provenance`."""
     ARTIFACT_KIND_HEAD_SET: _ArtifactKind.ValueType  # 4
@@ -48,7 +50,9 @@ ARTIFACT_KIND_UNSPECIFIED: ArtifactKind.ValueType  # 0
 ARTIFACT_KIND_VECTOR: ArtifactKind.ValueType  # 1
 """One direction for each layer: tensors "layer.<l>" [width]."""
 ARTIFACT_KIND_NEURON_SET: ArtifactKind.ValueType  # 2
-"""Neuron indices for each layer: tensors "layer.<l>.neurons" [n] and optionally "layer.<l>.values" [n]."""
+"""Neuron indices for each layer: tensors "layer.<l>.neurons" [n] and optionally "layer.<l>.values" [n], what an edit sets
+them to by default, and "layer.<l>.scores" [n].
+"""
 ARTIFACT_KIND_SPARSITY_PROFILE: ArtifactKind.ValueType  # 3
 """What a sparse policy was calibrated to: tensors by names of the policy; the policy is in `provenance`."""
 ARTIFACT_KIND_HEAD_SET: ArtifactKind.ValueType  # 4
@@ -74,6 +78,8 @@ class _ArtifactFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only. A file
     that does not name every head of the model is refused.
     """
+    ARTIFACT_FORMAT_NEURON_SET_JSON: _ArtifactFormat.ValueType  # 5
+    """JSON {"<layer>": [neuron, ...]}. Neuron sets only, without values and scores."""
 
 class ArtifactFormat(_ArtifactFormat, metaclass=_ArtifactFormatEnumTypeWrapper):
     """What a file does not hold stays missing: a vector or neuron set has the layers that the file names, and no other; a head
@@ -89,6 +95,8 @@ ARTIFACT_FORMAT_HEAD_SCORE_JSON: ArtifactFormat.ValueType  # 3
 """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only. A file
 that does not name every head of the model is refused.
 """
+ARTIFACT_FORMAT_NEURON_SET_JSON: ArtifactFormat.ValueType  # 5
+"""JSON {"<layer>": [neuron, ...]}. Neuron sets only, without values and scores."""
 Global___ArtifactFormat: _TypeAlias = ArtifactFormat  # noqa: Y015
 
 @_typing.final

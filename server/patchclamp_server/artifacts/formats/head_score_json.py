@@ -14,11 +14,12 @@ import re
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.json_object import json_object
 from patchclamp_server.artifacts.tensors import MAX_HEAD_LAYERS, MAX_HEADS
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 
@@ -30,16 +31,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 def decode(source: bytes | Path) -> Decoded:
     """ "scores" [layers, heads] float32. MalformedFile names the head that is wrong."""
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise MalformedFile(f"{size} bytes; a file of head scores has at most {MAX_FILE_BYTES}")
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    try:
-        entries = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise MalformedFile(f"not JSON: {error}") from error
-    if not isinstance(entries, dict) or not entries:
-        raise MalformedFile('not head scores: expected an object {"<layer>-<head>": [score, ...]} that is not empty')
+    entries = json_object(source, "head scores", '{"<layer>-<head>": [score, ...]}', MAX_FILE_BYTES)
     means = {_head(name): _mean(name, runs) for name, runs in entries.items()}
     shape = 1 + max(layer for layer, _ in means), 1 + max(head for _, head in means)
     if missing := prod(shape) - len(means):
@@ -83,16 +75,3 @@ def _mean(name: str, runs: Any) -> float:
         if isinstance(run, bool) or not isinstance(run, int | float) or not -LARGEST <= run <= LARGEST:
             raise MalformedFile(f"{name}: {run!r:.40} is not a score")
     return math.fsum(runs) / len(runs)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r:.80} is there twice")
-    return entries
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number in JSON")

@@ -34,6 +34,8 @@ AUDITED_METHODS = frozenset(
         "SparsityService/PredictCoreNeurons",
         "HeadService/EvaluateHeadEdit",
         "HeadService/FindCircuit",
+        "NeuronService/EvaluateNeuronEdit",
+        "NeuronService/DescribeNeurons",
     }
 )
 AUDITED_FIELDS = ("name", "watch", "method", "mode")
