@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def stored_vector(layers: dict[int, torch.Tensor], site: Site = Site.RESID_POST,
 def stored_heads(**tensors: torch.Tensor) -> Artifact:
     store = ArtifactStore("memory://formats")
     return store.get(store.put(ArtifactKind.HEAD_SET, tensors, model_fingerprint="m").id)
+
+
+def stored_neurons(layers: dict[int, list[int]], **numbers: list[float]) -> Artifact:
+    """`numbers`: values or scores of all layers, in their order."""
+    store = ArtifactStore("memory://formats")
+    tensors = {f"layer.{layer}.neurons": torch.tensor(neurons) for layer, neurons in layers.items()}
+    for kind, flat in numbers.items():
+        parts = torch.tensor(flat).split([len(neurons) for neurons in layers.values()])
+        tensors |= {f"layer.{layer}.{kind}": part for layer, part in zip(layers, parts, strict=True)}
+    return store.get(store.put(ArtifactKind.NEURON_SET, tensors, model_fingerprint="m").id)
 
 
 def write_as_repeng(path: Path, directions: dict[int, np.ndarray], arch: str = "controlvector") -> Path:
@@ -168,8 +179,12 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     name: str, seed: int, cut: float, flips: int
 ) -> None:
     random = np.random.default_rng(seed)
-    vector, heads = stored_vector({1: torch.ones(8), 2: torch.zeros(8)}), stored_heads(scores=torch.rand(2, 3))
-    data = bytearray(FORMATS[name].encode(heads if name == "head_score_json" else vector, "llama"))
+    stored = {
+        "head_score_json": stored_heads(scores=torch.rand(2, 3)),
+        "neuron_set_json": stored_neurons({0: [3, 1], 2: [7]}),
+    }
+    artifact = stored.get(name) or stored_vector({1: torch.ones(8), 2: torch.zeros(8)})
+    data = bytearray(FORMATS[name].encode(artifact, "llama"))
     for position in random.integers(0, len(data), flips):
         data[position] = random.integers(0, 256)
     if flips < 3:
@@ -179,7 +194,8 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     except MalformedFile:
         tensors = {}
     # Heads that a file does not name are zeros of a tensor, so that format alone is bounded by what a model may have.
-    limit = 4 * 1024 * 1024 if name == "head_score_json" else len(data)
+    # A digit and a comma of JSON are an index of eight bytes.
+    limit = 4 * 1024 * 1024 if name == "head_score_json" else len(data) * (4 if name == "neuron_set_json" else 1)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) <= limit
 
 
@@ -287,3 +303,42 @@ def test_a_file_of_head_scores_beyond_the_bound_is_not_read(tmp_path: Path) -> N
         file.truncate(head_score_json.MAX_FILE_BYTES + 1)
     with pytest.raises(MalformedFile, match="at most"):
         head_score_json.decode(path)
+
+
+def test_neurons_go_out_as_lists_by_layer_and_come_back_in_their_order() -> None:
+    artifact = stored_neurons({2: [7, 0], 0: [3]}, scores=[0.5, 0.25, 1.0], values=[20.0, -20.0, 1.0])
+    data = FORMATS["neuron_set_json"].encode(artifact, "llama")
+    assert json.loads(data) == {"0": [3], "2": [7, 0]}
+    decoded = FORMATS["neuron_set_json"].decode(data)
+    assert {name: tensor.tolist() for name, tensor in decoded.tensors.items()} == {
+        "layer.0.neurons": [3],
+        "layer.2.neurons": [7, 0],
+    }
+    assert decoded.provenance["format"] == "neuron_set_json"
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"[]", "object"),
+        (b"{}", "not empty"),
+        (b'{"0": []}', "no layer has a neuron"),
+        (b'{"01": [1]}', "'01'"),
+        (b'{"-1": [1]}', "'-1'"),
+        (b'{"0": 1}', "layer 0"),
+        (b'{"3": [1.5]}', "layer 3: 1.5"),
+        (b'{"3": [true]}', "layer 3: True"),
+        (b'{"3": [-1]}', "layer 3: -1"),
+        (b'{"3": [4294967296]}', "layer 3: 4294967296"),
+        (b'{"3": [1], "3": [2]}', "'3'"),
+        (b'{"3": [NaN]}', "NaN"),
+    ],
+)
+def test_a_file_that_is_no_lists_of_neurons_is_refused_by_what_is_wrong(data: bytes, named: str) -> None:
+    with pytest.raises(MalformedFile, match=re.escape(named)):
+        FORMATS["neuron_set_json"].decode(data)
+
+
+def test_a_vector_is_no_lists_of_neurons() -> None:
+    with pytest.raises(CannotExpress, match="neuron_set"):
+        FORMATS["neuron_set_json"].encode(stored_vector({1: torch.ones(2)}), "llama")

@@ -30,7 +30,7 @@ NeuronsLike = str | Iterable[tuple[int, int]]
 
 
 def selection_message(neurons: NeuronsLike, top_k: int = 0) -> neuron_pb2.NeuronSelection:
-    """Returns a selection of listed (layer, neuron) pairs, or of a neuron set (id or tag), of which top_k keeps the best.
+    """Returns a selection of (layer, neuron) pairs, or of a neuron set (id or tag), of which top_k keeps the best.
 
     Raises ValueError for top_k with listed neurons and for no neurons, TypeError for what is neither.
     """

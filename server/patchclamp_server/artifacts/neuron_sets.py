@@ -1,5 +1,6 @@
 """Sets of neurons: which neurons a stored set or a list names, and what the set says of each."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,8 +47,10 @@ class NeuronSet:
 
     def by_layer(self) -> dict[int, Tensor]:
         """Returns the places [n] in `neurons` of the neurons of each layer, layers ascending."""
-        layers = torch.tensor([neuron.layer for neuron in self.neurons], dtype=torch.int64)
-        return {int(layer): (layers == layer).nonzero()[:, 0] for layer in layers.unique()}
+        places: defaultdict[int, list[int]] = defaultdict(list)
+        for place, neuron in enumerate(self.neurons):
+            places[neuron.layer].append(place)
+        return {layer: torch.tensor(places[layer], dtype=torch.int64) for layer in sorted(places)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns what is stored of it as a neuron_set artifact."""
