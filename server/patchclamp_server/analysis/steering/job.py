@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 
 from patchclamp_server.analysis.activations import collect
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.evidence import (
     RANDOM_DIRECTIONS,
     LayerEvidence,
@@ -63,15 +64,6 @@ class Extraction:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """`stage` is "activations" or "tokens" (counted in prompts), "directions" or "evidence" (counted in layers)."""
-
-    stage: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Result:
     artifact: ArtifactInfo
     layers: tuple[LayerEvidence, ...]
@@ -83,6 +75,8 @@ async def extract(
     engine: Engine, store: ArtifactStore, info: ModelInfo, job: Extraction
 ) -> AsyncGenerator[Progress | Result, None]:
     """Yields progress, then the result. Ending the iteration early cancels what the engine still computes.
+
+    Stages are "activations" and "tokens", counted in prompts, and "directions" and "evidence", counted in layers.
 
     Raises InvalidArgument on too few or too many pairs and where both sides have the same activations.
     """

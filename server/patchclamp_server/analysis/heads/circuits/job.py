@@ -12,7 +12,7 @@ import torch
 
 from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch, FoundCircuit, HeadEffect, search
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
-from patchclamp_server.analysis.heads.scores.scoring import Progress
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
