@@ -26,7 +26,7 @@ class TextGate:
         self._info = info
 
     def bytes_of(self, tokens: int) -> int:
-        """Returns the most bytes of text that so many tokens may be read from: tokens × bytes of the longest token."""
+        """Returns the most bytes of text that so many tokens may be read from: tokens · bytes of the longest token."""
         return tokens * self._encoders.longest_token
 
     def tokens(
