@@ -223,7 +223,7 @@ def dot_keys(_context, q, q_at, keys, keys_at, stride, width, scores, scores_at)
 def add_values(_context, weights, weights_at, n, values, values_at, stride, width, z, z_at):  # type: ignore[no-untyped-def]
     """Adds Σ_j weights[weights_at[r] + j] values[values_at + j stride + k] over j < n to z[z_at[r] + k].
 
-    `weights_at` and `z_at` are tuples; `width` is a multiple of 16.
+    `weights_at` and `z_at` are tuples; `width` is a multiple of 16. Terms are added in the order of j.
     """
     signature = types.void(weights, weights_at, types.int64, values, types.int64, types.int64, types.int64, z, z_at)
 

@@ -1,6 +1,6 @@
 """This projection reads only the input channels that matter: y = Σ_{j kept} x_j W[:, j] + b.
 
-Channel j is kept unless |x_j| · scale_j < threshold. TEAL (arXiv 2408.14690) has no scale; WINA has scale_j = ‖W[:, j]‖.
+Channel j is kept unless |x_j| · scale_j < threshold. TEAL (arXiv 2408.14690) has no scale; in WINA it is ‖W[:, j]‖.
 A NaN is kept, so that it shows. Rows select for themselves. A row that keeps all channels takes the dense path.
 """
 
