@@ -4,7 +4,7 @@ Calls beyond a tenant's `max_concurrent` wait in a queue of its own, first come,
 deadlines let them. The queue is bounded too. A call that finds it full is told when half of it will be gone, by the
 measured length L of calls and the w that wait:
 
-retry_after = w / 2 · L / max_concurrent
+    retry_after = w / 2 · L / max_concurrent
 """
 
 import asyncio
