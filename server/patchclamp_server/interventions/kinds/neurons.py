@@ -1,4 +1,4 @@
-"""neurons: single neurons are set, scaled, added to or clamped: t(a) = clip(f a + c, low, high)."""
+"""The edit `neurons` sets, scales, adds to or clamps single neurons: t(a) = clip(f a + c, low, high)."""
 
 import math
 from typing import TYPE_CHECKING
@@ -30,12 +30,12 @@ from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class NeuronRule:
-    """t(a) = clip(f a + c, low, high) for single neurons."""
+    """Has the target t(a) = clip(f a + c, low, high) for single neurons."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
@@ -59,7 +59,7 @@ class NeuronRule:
 
 
 def _write(payload: Payload) -> Written:
-    """(index, factor, offset, low, high), [n] each"""
+    """Writes the payload (index, factor, offset, low, high), [n] each."""
     order = np.argsort(payload[0].numpy())
     index, factor, offset, low, high = (column.numpy()[order] for column in payload)
 

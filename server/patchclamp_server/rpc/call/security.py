@@ -1,4 +1,4 @@
-"""The security of one call: who makes it, whether it is allowed, what it did. The interceptor puts every call through it."""
+"""The security of one call: who makes it, whether it may, what it did. The interceptor puts every call through it."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext

@@ -16,7 +16,7 @@ async def watch_steps(
 ) -> None:
     """Calls `on_change(True)` when a step has run for more than `bound` seconds, `on_change(False)` when it has ended.
 
-    The first logs the stacks of all threads. It runs until it is cancelled.
+    When a step is late, the stacks of all threads are logged. It runs until it is cancelled.
     """
     late = False
     while True:

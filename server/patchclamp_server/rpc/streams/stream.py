@@ -34,7 +34,7 @@ class EventBridge:
         self._scheduled = False
 
     def wake(self, stream: "EventStream[Any]") -> None:
-        """May be called on any thread. It appends before its test, and _release clears before it empties, so none is missed."""
+        """May be called on any thread. It appends before it tests, _release clears before it empties: none is lost."""
         self._ready.append(stream)
         if not self._scheduled:
             self._scheduled = True

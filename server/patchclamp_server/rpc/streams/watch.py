@@ -42,7 +42,7 @@ class DroppedEvents:
 
 
 class ActivationStream:
-    """Holds activations for one call. `put` and `end` work on any thread, `batches` in one task of the bridge's loop."""
+    """Holds one call's activations. `put` and `end` work on any thread, `batches` in one task of the bridge's loop."""
 
     def __init__(self, bridge: EventBridge, on_dropped: Callable[[int], None]) -> None:
         self._events: EventStream[Activations | RequestError | None] = EventStream(bridge)
