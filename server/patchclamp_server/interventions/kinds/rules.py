@@ -49,7 +49,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Holds all pairs of a part, sorted into groups, which are ranges of them. Arrays are on the host, tensors with x."""
+    """All pairs of a part, sorted into groups, which are ranges of them. Arrays are on the host, tensors with x."""
 
     entry: IntArray  # [E]
     row: IntArray  # [E] row of the batch

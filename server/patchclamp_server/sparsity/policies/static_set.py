@@ -3,7 +3,7 @@
     calibrated score_j = Σ_t h_tj² ‖down_j‖²     t: calibration tokens but attention sinks (interventions/pooling.py)
 
 The keep · d_ff largest are active. With `neurons` (layer → indices) the set is given, and `keep_ratio` is not used;
-layers that it does not name stay dense. 
+layers that it does not name stay dense.
 Such sets are those of Neuron Specialization (Tan, Wu, Monz 2024) and the dead neurons of a census.
 """
 
