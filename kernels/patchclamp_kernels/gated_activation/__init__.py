@@ -1,4 +1,5 @@
-"""Neurons of an MLP: activation and edits (activation.py), their receipts (receipts.py), watches (statistics.py)."""
+"""The neurons of an MLP: activation and edits (activation.py), their receipts (receipts.py), watches
+(statistics.py)."""
 
 import torch
 
