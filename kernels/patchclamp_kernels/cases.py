@@ -10,7 +10,8 @@ from patchclamp_kernels.configs import Config
 @dataclass(frozen=True)
 class CompileCase:
     """One variant of a kernel that is in use. `signature` gives types by argument name ("*bf16", "i32", …; constexpr
-    arguments are absent) and `constexprs` the values of the constexpr ones; blocks of `config` need not be repeated.
+    arguments are absent) and `constexprs` the values of the constexpr ones; blocks of `config` that the kernel takes
+    need not be repeated.
 
     Pointers and the integers named in `divisible` are multiples of 16, except what the kernel does not specialise.
     `vector_bytes` is the widest global load that the compiler must reach, 0 where the kernel only gathers scalars.

@@ -149,7 +149,7 @@ def rope_kv_write(
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Returns q [T, H, D], rotated; k and v go to the caches [n_blocks, block_size, KV, D]. `out` may not overlap `qkv`.
+    """Returns rotated q [T, H, D]; k and v go to the caches [n_blocks, block_size, KV, D]. `out` may not overlap `qkv`.
 
     `cos` and `signed_sin` may be in the dtype of `qkv` or float32; without them nothing is rotated. The caller promises
     that positions lie within the tables and addresses within the caches: a device is not asked.

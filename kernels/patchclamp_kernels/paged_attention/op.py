@@ -45,11 +45,11 @@ def paged_attention(
 ) -> Attended:
     """Attends with q [T, H, D] to key_cache and value_cache [n_blocks, block_size, KV, D] of one dtype; KV divides H.
 
-    With `window` > 0 a row sees keys of position > its own - window. With `soft_cap` > 0 scores are cap · tanh(s /
-    cap). `head_scale` float32 [T, H] multiplies the heads of z. `readout` asks for argmax and probability, `off_sink`
-    for the largest weight of a key that is not at position 0, `marked` int32 [T, 2] for the mass on key positions lo ≤
-    j < hi of each row. `out` may bring every tensor that is returned, and `scratch` float32 memory of at least
-    `scratch_floats`. Rows that belong to no sequence are not written.
+    With `window` > 0 a row sees keys of position > its own - window. With `soft_cap` > 0 scores are
+    cap · tanh(s / cap). `head_scale` float32 [T, H] multiplies the heads of z. `readout` asks for argmax and
+    probability, `off_sink` for the largest weight of a key that is not at position 0, `marked` int32 [T, 2] for the
+    mass on key positions lo ≤ j < hi of each row. `out` may bring every tensor that is returned, and `scratch` float32
+    memory of at least `scratch_floats`. Rows that belong to no sequence are not written.
 
     Raises ValueError naming the argument. The caller promises that block ids lie within the cache, because a device is
     not asked.

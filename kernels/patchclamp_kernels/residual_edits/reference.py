@@ -107,7 +107,10 @@ def residual_edits_reference(
 
 
 def normalised(x: Tensor, norm: NormParams) -> Tensor:
-    """Returns x / sqrt(mean(x²) + eps) · weight, or with a bias (x - mean) / sqrt(var + eps) · weight + bias; rounds once."""
+    """Returns x / sqrt(mean(x²) + eps) · weight, or with a bias (x - mean) / sqrt(var + eps) · weight + bias.
+
+    The result is rounded once.
+    """
     h = x.to(accumulation_dtype(x.dtype))
     if norm.bias is not None:
         h = h - h.mean(dim=1, keepdim=True)
