@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.text.chat_layout import ChatLayout, ChatTemplate, Message
+from patchclamp_server.text.chat_template import ChatTemplate, Message, RenderedChat
 from patchclamp_server.text.detokenize import IncrementalDetokenizer, piece, token_bytes
 from patchclamp_server.text.encoders import Encoders, Tokens
 from patchclamp_server.text.text_gate import TextGate
@@ -105,10 +105,10 @@ class PromptEncoder:
         template = ChatTemplate.of(self._tokenizer, self._info.name)
         turns = self._turns(messages)
         text = self._render(template, turns, continue_final_message)
-        layout = template.layout(turns, text, continue_final_message)
-        if layout is None:
+        rendered = template.parse(turns, text, continue_final_message)
+        if rendered is None:
             return self._encode_opaque(turns, text, continue_final_message)
-        return self._encode_layout(layout)
+        return self._encode_rendered(rendered)
 
     def piece(self, id: int) -> str:
         """Returns the text of one token, see detokenize.piece; it is remembered, because every generated token asks."""
@@ -171,17 +171,17 @@ class PromptEncoder:
                 f"{_MESSAGES}[{index}].role", f"{turns[index].role!r} is refused by the chat template: {error}"
             ) from error
 
-    def _encode_layout(self, layout: ChatLayout) -> EncodedPrompt:
+    def _encode_rendered(self, rendered: RenderedChat) -> EncodedPrompt:
         def read(text: str) -> Tokens:
             tokens = self._encoders.at_start(text)
-            return self._encode_literally(layout) if self._control_typed(layout, tokens) else tokens
+            return self._encode_literally(rendered) if self._control_typed(rendered, tokens) else tokens
 
         def field_at(start: int, end: int) -> str:
-            content = layout.content_at(start, end)
+            content = rendered.content_at(start, end)
             return "prompt.chat" if content is None else f"{_MESSAGES}[{content}].content"
 
-        tokens = self._gate.tokens(read, layout.text, "prompt.chat", field_at=field_at)
-        roles = tuple(layout.role_at(start, end) for start, end in tokens.spans) if layout.framed else None
+        tokens = self._gate.tokens(read, rendered.text, "prompt.chat", field_at=field_at)
+        roles = tuple(rendered.role_at(start, end) for start, end in tokens.spans) if rendered.framed else None
         return self._checked("prompt.chat", tokens.ids, roles)
 
     def _encode_opaque(self, turns: Sequence[Message], text: str, continues: bool) -> EncodedPrompt:
@@ -202,15 +202,15 @@ class PromptEncoder:
         """Returns a control token that is written in a text, or ""."""
         return next((content for content in self._control.values() if content in text), "")
 
-    def _control_typed(self, layout: ChatLayout, tokens: Tokens) -> bool:
+    def _control_typed(self, rendered: RenderedChat, tokens: Tokens) -> bool:
         """Returns whether a control token was read, in part at least, from the content of a message."""
         for id, (start, end) in zip(tokens.ids, tokens.spans, strict=True):
-            written = layout.text[start:end]
+            written = rendered.text[start:end]
             if self._is_control(id, written):
                 # Some control tokens take the white space around them, which is not part of what was typed.
                 start += len(written) - len(written.lstrip())
                 end -= len(written) - len(written.rstrip())
-                if layout.content_at(start, end) is not None:
+                if rendered.content_at(start, end) is not None:
                     return True
         return False
 
@@ -218,30 +218,30 @@ class PromptEncoder:
         """Whether a token read from these characters is a control token (the unknown token stands for others too)."""
         return id in self._control and (id != self._unknown or self._control[id].strip() == written.strip())
 
-    def _encode_literally(self, layout: ChatLayout) -> Tokens:
+    def _encode_literally(self, rendered: RenderedChat) -> Tokens:
         """Encodes a chat in which only the template's control tokens count as such.
 
         A tokenizer cuts a text at its control tokens before anything else, so the pieces between those of the template
         can be encoded one by one, without looking for control tokens. On ordinary contents this is the plain encoding.
         """
-        skeleton = self._encoders.at_start(layout.skeleton)
+        skeleton = self._encoders.at_start(rendered.skeleton)
         tokens = Tokens([], [])
         start = 0
 
         def append(end: int) -> None:
             check_awaited()
-            encoded = self._encoders.literally(layout.text[start:end], start=not start)
+            encoded = self._encoders.literally(rendered.text[start:end], start=not start)
             tokens.ids.extend(encoded.ids)
             tokens.spans.extend((start + a, start + b) for a, b in encoded.spans)
 
         for id, (a, b) in zip(skeleton.ids, skeleton.spans, strict=True):
-            if self._is_control(id, layout.skeleton[a:b]):
-                a, b = layout.from_skeleton(a), layout.from_skeleton(b)
+            if self._is_control(id, rendered.skeleton[a:b]):
+                a, b = rendered.from_skeleton(a), rendered.from_skeleton(b)
                 append(a)
                 tokens.ids.append(id)
                 tokens.spans.append((a, b))
                 start = b
-        append(len(layout.text))
+        append(len(rendered.text))
         return tokens
 
 

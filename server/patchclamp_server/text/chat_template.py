@@ -34,7 +34,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class ChatLayout:
+class RenderedChat:
     """The rendered text is parts[0] contents[0] … contents[n-1] parts[n]; the parts are the template's own text."""
 
     parts: tuple[str, ...]
@@ -130,8 +130,8 @@ class ChatTemplate:
                 accepted = middle
         return refused - 1
 
-    def layout(self, turns: Sequence[Message], text: str, continues: bool) -> ChatLayout | None:
-        """Returns the layout of the rendering `text` of `turns`; with `continues` the text ends with the last content.
+    def parse(self, turns: Sequence[Message], text: str, continues: bool) -> RenderedChat | None:
+        """Parses the rendering `text` of `turns`; with `continues` the text ends with the last content.
 
         Returns None where the template drops or reorders contents, or rewrites them other than by trimming white space.
         """
@@ -145,7 +145,7 @@ class ChatTemplate:
         if continues:
             parts = [*parts[:-1], ""]
         runs = runs or []
-        return ChatLayout(tuple(parts), tuple(contents), tuple(s for s, _ in runs), tuple(r for _, r in runs))
+        return RenderedChat(tuple(parts), tuple(contents), tuple(s for s, _ in runs), tuple(r for _, r in runs))
 
     def _skeleton(self, roles: Sequence[str], generation_prompt: bool = False) -> list[str] | None:
         """Returns the template's own text around placeholders for the contents; None where it refuses or fails.
