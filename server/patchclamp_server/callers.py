@@ -1,4 +1,4 @@
-"""Every call has a caller. rpc/ sets it, and the engine divides its capacity by it; without authentication it is one."""
+"""Every call has a caller, set by rpc/, by which the engine divides its capacity; without authentication it is one."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
