@@ -1,4 +1,4 @@
-"""Every call has a caller. rpc/ sets it, and the engine divides its capacity by it; without authentication it is one."""
+"""rpc/ sets the caller of a call, and the engine divides its capacity by it; without authentication all are one."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
