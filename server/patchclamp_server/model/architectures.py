@@ -143,17 +143,24 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def site_widths(*, d_model: int, d_ff: int, n_heads: int, head_dim: int, parallel_residual: bool) -> dict[Site, int]:
-    """Returns the sites of a model with their widths. A parallel residual stream has none between attention and MLP."""
+def site_widths(
+    *, d_model: int, d_ff: int, n_heads: int, head_dim: int, gated: bool, parallel_residual: bool
+) -> dict[Site, int]:
+    """Returns the sites of a model with their widths. A parallel residual stream has none between attention and MLP, and
+    an MLP without a gate has the pre-activations of `up` alone."""
     widths = {
         Site.RESID_PRE: d_model,
         Site.RESID_MID: d_model,
         Site.RESID_POST: d_model,
         Site.ATTN_Z: n_heads * head_dim,
         Site.ATTN_OUT: d_model,
+        Site.MLP_GATE: d_ff,
+        Site.MLP_UP: d_ff,
         Site.MLP_POST: d_ff,
         Site.MLP_OUT: d_model,
     }
     if parallel_residual:
         del widths[Site.RESID_MID]
+    if not gated:
+        del widths[Site.MLP_GATE]
     return widths

@@ -82,6 +82,8 @@ class StepInputs:
     attention: AttentionBatch
     # Site.ATTN_Q is visited at these layers only, because a visit needs contiguous queries.
     visited_queries: Set[int] = frozenset()
+    # Layers at which Site.MLP_GATE and Site.MLP_UP are visited: elsewhere gates and ups are not taken apart.
+    visited_preactivations: Set[int] = frozenset()
     peaks: Peaks | None = None
 
 
@@ -194,13 +196,14 @@ class Decoder:
             z = self._attention(layer, block.attn_norm(x), step, pool, rotary, hooks, own)
             attn_out = self.attention_output(layer, z, own)
             hooks.visit(Site.ATTN_OUT, layer, attn_out)
+            apart = layer in step.visited_preactivations
             if spec.parallel_residual:
-                mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own)
+                mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own, visit_preactivations=apart)
                 x = x + attn_out
             else:
                 x = x + attn_out
                 hooks.visit(Site.RESID_MID, layer, x)
-                mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own)
+                mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own, visit_preactivations=apart)
             hooks.visit(Site.MLP_OUT, layer, mlp_out)
             x = x + mlp_out
             hooks.visit(Site.RESID_POST, layer, x)
@@ -254,11 +257,36 @@ class Decoder:
         out = (block if products is None else products).attn_output(z)
         return out if block.post_attn_norm is None else block.post_attn_norm(out)
 
-    def mlp(self, layer: int, h: Tensor, hooks: SiteHooks = NO_HOOKS, products: BlockProducts | None = None) -> Tensor:
-        """Returns what the MLP adds to the residual stream, given h [T, d_model] after the norm before it."""
+    def mlp(
+        self,
+        layer: int,
+        h: Tensor,
+        hooks: SiteHooks = NO_HOOKS,
+        products: BlockProducts | None = None,
+        *,
+        visit_preactivations: bool = False,
+    ) -> Tensor:
+        """Returns what the MLP adds to the residual stream, given h [T, d_model] after the norm before it.
+
+        `visit_preactivations`: whether hooks see Site.MLP_GATE and Site.MLP_UP, in copies of their own: a row that no
+        hook edits keeps its bits.
+        """
         spec, block = self.spec, self.blocks[layer]
         own: BlockProducts = block if products is None else products
-        neurons = neurons_of(own.mlp_input(h), spec.activation, gated=spec.family.gated)
+        hidden = own.mlp_input(h)
+        if visit_preactivations:
+            hidden = self._visit_preactivations(layer, hidden, hooks)
+        neurons = neurons_of(hidden, spec.activation, gated=spec.family.gated)
         hooks.visit(Site.MLP_POST, layer, neurons)
         out = own.mlp_output(neurons)
         return out if block.post_mlp_norm is None else block.post_mlp_norm(out)
+
+    def _visit_preactivations(self, layer: int, hidden: Tensor, hooks: SiteHooks) -> Tensor:
+        """Returns what the input projection gave, [T, d_ff] or [T, 2 d_ff] with the gates first, as hooks left it."""
+        if not self.spec.family.gated:
+            hooks.visit(Site.MLP_UP, layer, hidden)
+            return hidden
+        gate, up = (part.contiguous() for part in hidden.chunk(2, dim=1))
+        hooks.visit(Site.MLP_GATE, layer, gate)
+        hooks.visit(Site.MLP_UP, layer, up)
+        return torch.cat((gate, up), dim=1)

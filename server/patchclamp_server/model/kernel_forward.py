@@ -24,12 +24,12 @@ from patchclamp_kernels.rope_kv_write import rope_kv_write
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.decoder import BlockProducts, Decoder, SiteHooks
 from patchclamp_server.model.row_operators import Norm
-from patchclamp_server.model.sites import FORWARD_ORDER, Site, place_number
+from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site, place_number
 
 
 @dataclass(frozen=True, eq=False)
 class Programs:
-    """The programs of a step. `attn_q`, `attn_z`, `neurons`, `neuron_rows`, `breaks`: see KernelPlan."""
+    """The programs of a step. The flags and `breaks`: see KernelPlan."""
 
     table: ProgramTable
     rows: ProgramRows
@@ -40,6 +40,7 @@ class Programs:
     attn_z: bool = False
     neurons: bool = False
     neuron_rows: bool = False
+    preactivations: bool = False
     most_neuron_entries: int = 0
     breaks: Set[int] = frozenset()
     observers: SiteHooks | None = None
@@ -81,6 +82,8 @@ class KernelForward:
         self._neuron_tiles = neuron_tiles(spec.d_ff, decoder.device)
         places = [place_number(Site.MLP_POST, layer) for layer in range(spec.n_layers)]
         self._neuron_places = torch.tensor(places, dtype=torch.int32, device=decoder.device)
+        own = [site for site in PREACTIVATION_SITES if site in spec.sites]
+        self._preactivation_places = [[place_number(site, layer) for site in own] for layer in range(spec.n_layers)]
 
     @torch.inference_mode()
     def __call__(
@@ -218,17 +221,32 @@ class KernelForward:
         return own.attn_output(z)
 
     def _mlp(self, step: KernelInputs, own: BlockProducts, layer: int, h: Tensor, partial: Tensor | None) -> Tensor:
+        """Neurons are edited in the pass that makes them. Gates and ups, which that pass takes together, are edited and
+        observed before it in copies of their own, and only where there is anything at them: a row that nothing edits
+        keeps its bits."""
         spec, programs = self.decoder.spec, step.programs
         place = place_number(Site.MLP_POST, layer)
         inside = None
         if partial is not None:
             inside = NeuronProgram(programs.table, programs.rows, place, partial[layer])
         hidden = own.mlp_input(h)
+        if programs.preactivations or not programs.breaks.isdisjoint(self._preactivation_places[layer]):
+            hidden = self._preactivations(programs, layer, hidden)
         neurons = gated_activation(hidden, activation=spec.activation, gated=spec.family.gated, program=inside)
         if programs.neuron_rows:
             edit_rows(neurons, program=programs.step(spec.d_ff), places=(place, place + 1))
         self._observe(programs, place, neurons)
         return own.mlp_output(neurons)
+
+    def _preactivations(self, programs: Programs, layer: int, hidden: Tensor) -> Tensor:
+        """hidden [T, d_ff or 2 d_ff] after what is done at Site.MLP_GATE and Site.MLP_UP."""
+        gated = self.decoder.spec.family.gated
+        parts = [part.contiguous() for part in hidden.chunk(2, dim=1)] if gated else [hidden]
+        for place, part in zip(self._preactivation_places[layer], parts, strict=True):
+            if programs.preactivations:
+                edit_rows(part, program=programs.step(part.shape[1]), places=(place, place + 1))
+            self._observe(programs, place, part)
+        return torch.cat(parts, dim=1) if gated else hidden
 
     def _observe(self, programs: Programs, place: int, x: Tensor) -> None:
         if programs.observers is not None and place in programs.breaks:

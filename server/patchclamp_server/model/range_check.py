@@ -35,9 +35,15 @@ def warn_of_overflow(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> No
     pools = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.blocks]
     attention = AttentionBatch([Span(0, n, 0, [1])], n, decoder.windows, decoder.device)
     probe = FiniteProbe()
-    x = decoder.forward(
-        StepInputs(torch.tensor(ids, device=decoder.device), positions, positions + n, attention), pools, probe
+    every_layer = frozenset(range(spec.n_layers))
+    step = StepInputs(
+        torch.tensor(ids, device=decoder.device),
+        positions,
+        positions + n,
+        attention,
+        visited_preactivations=every_layer,
     )
+    x = decoder.forward(step, pools, probe)
     place = probe.first
     if place is None and bool(torch.isfinite(decoder.logits(x)).all()):
         return

@@ -19,6 +19,8 @@ class Site(Enum):
     RESID_POST = "resid_post"
     ATTN_Z = "attn_z"
     ATTN_OUT = "attn_out"
+    MLP_GATE = "mlp_gate"
+    MLP_UP = "mlp_up"
     MLP_POST = "mlp_post"
     MLP_OUT = "mlp_out"
 
@@ -34,12 +36,18 @@ FORWARD_ORDER = (
     Site.ATTN_Z,
     Site.ATTN_OUT,
     Site.RESID_MID,
+    Site.MLP_GATE,
+    Site.MLP_UP,
     Site.MLP_POST,
     Site.MLP_OUT,
     Site.RESID_POST,
 )
 PUBLIC_SITES = tuple(site for site in FORWARD_ORDER if site is not Site.ATTN_Q)
 RESIDUAL_SITES = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST)
+# mlp_post = act(mlp_gate) · mlp_up, or act(mlp_up) in an MLP without a gate.
+PREACTIVATION_SITES = (Site.MLP_GATE, Site.MLP_UP)
+# One number for each neuron, of the same index at each.
+NEURON_SITES = (*PREACTIVATION_SITES, Site.MLP_POST)
 
 
 def place_number(site: Site, layer: int) -> int:

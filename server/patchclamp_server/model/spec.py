@@ -111,7 +111,14 @@ def read_spec(config: PreTrainedConfig) -> DecoderSpec:
         parallel_residual=parallel,
         windows=_windows(config, n_layers),
         rotary_kinds=_rotary_kinds(config, n_layers),
-        sites=site_widths(d_model=d_model, d_ff=d_ff, n_heads=n_heads, head_dim=head_dim, parallel_residual=parallel),
+        sites=site_widths(
+            d_model=d_model,
+            d_ff=d_ff,
+            n_heads=n_heads,
+            head_dim=head_dim,
+            gated=family.gated,
+            parallel_residual=parallel,
+        ),
     )
 
 

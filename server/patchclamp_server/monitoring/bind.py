@@ -16,7 +16,7 @@ from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from patchclamp_server.interventions.resolver import Resolver, check_finite, check_indices
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import NEURON_SITES, Site
 from patchclamp_server.monitoring.items import (
     Encoder,
     WatchedDirection,
@@ -25,7 +25,7 @@ from patchclamp_server.monitoring.items import (
     WatchedNeurons,
     WatchItem,
 )
-from patchclamp_server.monitoring.watch import VECTOR_SITES, ItemKind, Watch
+from patchclamp_server.monitoring.watch import NEURON_KIND_OF, VECTOR_SITES, ItemKind, Watch
 
 MAX_NAME_CHARACTERS = 128
 # An item fires above this quantile of its own values unless the client says otherwise.
@@ -129,13 +129,21 @@ class _Binder:
             chosen = [(layer, artifact.neurons(layer)[0].tolist()) for layer in artifact.info.layers]
         elif not source.neurons:
             raise InvalidArgument(f"{path}.neurons", "neurons or a neuron_set are needed")
+        kind = self.neuron_kind(source.site or Site.MLP_POST, path)
         field = "neurons" if source.neuron_set is None else "neuron_set"
         found = []
         for layer, neurons in chosen:
             self.layer(layer, f"{path}.layer" if field == "neurons" else f"{path}.{field}")
             check_indices(tuple(neurons), self.info.d_ff, f"{path}.{field}", "neuron")
-            found += [_Found(f"L{layer}N{neuron}", ItemKind.NEURON, layer, neuron) for neuron in neurons]
+            found += [_Found(f"L{layer}N{neuron}", kind, layer, neuron) for neuron in neurons]
         return found
+
+    def neuron_kind(self, site: Site, path: str) -> ItemKind:
+        self.resolver.width(site, path)
+        if site not in NEURON_KIND_OF:
+            expected = ", ".join(s.value for s in NEURON_SITES if s in self.info.sites)
+            raise InvalidArgument(f"{path}.site", f"expected a site of neurons: {expected}")
+        return NEURON_KIND_OF[site]
 
     def direction(self, source: WatchedDirection, path: str) -> list[_Found]:
         site, layers = source.site, source.layers

@@ -11,11 +11,12 @@ from patchclamp_server.model.sites import Site
 
 @dataclass(frozen=True)
 class WatchedNeurons:
-    """Names neurons of a layer, or those of a neuron set in all of its layers."""
+    """Names neurons of a layer, or those of a neuron set in all of its layers. The default site is mlp_post."""
 
     layer: int = 0
     neurons: tuple[int, ...] = ()
     neuron_set: str | None = None
+    site: Site | None = None
 
 
 @dataclass(frozen=True, eq=False)

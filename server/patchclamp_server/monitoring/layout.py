@@ -16,12 +16,12 @@ from patchclamp_server.interventions.head_readings import HeadReadings
 from patchclamp_server.interventions.spans import Place
 from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.attention.peaks import Peaks
-from patchclamp_server.model.sites import Site, place_number
+from patchclamp_server.model.sites import NEURON_SITES, PREACTIVATION_SITES, Site, place_number
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.monitoring.arrays import Ints
 from patchclamp_server.monitoring.looks import Gathered, Looks, Projected, looks_at
 from patchclamp_server.monitoring.ring import Columns, Ring
-from patchclamp_server.monitoring.watch import HEAD_KINDS, ItemKind, Watch
+from patchclamp_server.monitoring.watch import HEAD_KINDS, NEURON_KINDS, ItemKind, Watch
 from patchclamp_server.sparsity.apply import Forced
 
 
@@ -41,11 +41,15 @@ class Layout:
     n_heads: int
     # The kernels must not run past these places, by place_number, in one launch.
     breaks: frozenset[int] = field(init=False)
+    # Layers whose gates or ups are looked at.
+    visited_preactivations: frozenset[int] = field(init=False)
     # These are the last peaks that were asked for, with what they depend on.
     _peaks: tuple[Peaks, HeadReadings | None, Ints] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.breaks = frozenset(place_number(site, layer) for site, layer in self.places)
+        layers = (layer for site, layer in self.places if site in PREACTIVATION_SITES)
+        self.visited_preactivations = frozenset(layers)
         self._layers = sorted(self.heads.keys() | self.heads_off_sink.keys())
 
     @property
@@ -96,7 +100,7 @@ def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device,
     for (site, _), items in ordered:
         if isinstance(site, ItemKind):
             looked.append(Gathered(units[items], spec.n_heads, has_norm=False))
-        elif site is Site.MLP_POST:
+        elif site in NEURON_SITES:
             looked.append(Gathered(units[items], spec.sites[site]))
         else:
             rows = [torch.from_numpy(units[items][owner[items] == i]) for i in range(len(watches))]
@@ -139,7 +143,7 @@ def forced_by_watches(watches: Sequence[Watch]) -> Forced:
     """Returns the neurons that sparse policies must keep, by layer."""
     named: dict[int, set[int]] = defaultdict(set)
     for watch in watches:
-        neurons = watch.kinds == ItemKind.NEURON
+        neurons = torch.isin(watch.kinds, torch.tensor(list(NEURON_KINDS)))
         for layer, unit in zip(watch.layers[neurons].tolist(), watch.units[neurons].tolist(), strict=True):
             named[layer].add(unit)
     return {layer: torch.tensor(sorted(units), dtype=torch.int64) for layer, units in named.items()}

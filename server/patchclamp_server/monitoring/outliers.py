@@ -3,8 +3,8 @@
     left out   row x_t with ‖x_t‖ > 3 · median_s ‖x_s‖     x: all of the site and layer that an item is at
 
 This is the rule of pooling.py, where the median is over a text; the median of a watch is over the first tokens that it
-sees, or over the tokens of its reference. For a neuron, x is all of mlp_post at its layer, as for static sets. Where
-most rows are 0 nothing is an outlier. A norm that is not finite is not an outlier either, but a fault to be seen.
+sees, or over the tokens of its reference. For a neuron, x is all neurons of its layer at its site, as for static sets.
+Where most rows are 0 nothing is an outlier. A norm that is not finite is not an outlier either, but a fault to be seen.
 
 The value of a head is a probability, which no norm inflates, so nothing is left out of it. (The norm of attn_z would
 even leave out the wrong tokens: it is large where heads look away from a sink, whose values are small.)

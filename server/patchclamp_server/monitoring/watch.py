@@ -1,6 +1,6 @@
 """A watch is W items of four kinds as plain numbers, so that it can be an artifact.
 
-    neuron     a                            the activation at mlp_post
+    neuron     a                            the activation at mlp_post, or what it is made of, at mlp_gate or mlp_up
     direction  h · v, |v| = 1               at a site of the residual width
     feature    max(0, h · w + b), and 0 where that is not above the feature's jump
     head       the largest attention probability, off the sink: keys at position 0 are left out, and the
@@ -47,11 +47,22 @@ class ItemKind(IntEnum):
     FEATURE = 2
     HEAD = 3
     HEAD_OFF_SINK = 4
+    GATE_OF_NEURON = 5
+    UP_OF_NEURON = 6
 
 
 HEAD_KINDS = (ItemKind.HEAD, ItemKind.HEAD_OFF_SINK)
-# Users know the kinds by these names, in the order of ItemKind; both kinds of head are "head".
+# Kinds of neurons by the site that they are watched at.
+NEURON_KIND_OF = {
+    Site.MLP_POST: ItemKind.NEURON,
+    Site.MLP_GATE: ItemKind.GATE_OF_NEURON,
+    Site.MLP_UP: ItemKind.UP_OF_NEURON,
+}
+NEURON_KINDS = {kind: site for site, kind in NEURON_KIND_OF.items()}
+# Users know the kinds by these names; _NAME_OF_KIND says which kind has which.
 KIND_NAMES = ("neuron", "direction", "feature", "head")
+# Of each ItemKind, the place of its name in KIND_NAMES.
+_NAME_OF_KIND = np.array([0, 1, 2, 3, 3, 0, 0], dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +111,11 @@ class Watch:
             if kind in HEAD_KINDS:
                 yield None
             else:
-                yield (Site.MLP_POST if kind == ItemKind.NEURON else self.sites[unit]), layer
+                yield NEURON_KINDS.get(kind) or self.sites[unit], layer
 
     def _kind_places(self) -> NDArray[np.int64]:
-        return self.kinds.clamp(max=len(KIND_NAMES) - 1).numpy().astype(np.int64)
+        places: NDArray[np.int64] = _NAME_OF_KIND[self.kinds.numpy()]
+        return places
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors by name, none of them empty: without vectors, what belongs to them is left out."""
@@ -153,8 +165,8 @@ def check_watch(watch: Watch, spec: DecoderSpec | ModelInfo) -> None:
     """Checks that a stored watch fits the model. Raises FailedPrecondition."""
     if int(watch.layers.max()) >= spec.n_layers:
         raise FailedPrecondition("watch", f"watches layer {int(watch.layers.max())}; the model has {spec.n_layers}")
-    heads = torch.isin(watch.kinds, torch.tensor(HEAD_KINDS))
-    for name, own, most in (("neuron", watch.kinds == ItemKind.NEURON, spec.d_ff), ("head", heads, spec.n_heads)):
+    neurons, heads = (torch.isin(watch.kinds, torch.tensor(list(kinds))) for kinds in (NEURON_KINDS, HEAD_KINDS))
+    for name, own, most in (("neuron", neurons, spec.d_ff), ("head", heads, spec.n_heads)):
         units = watch.units[own]
         if len(units) and int(units.max()) >= most:
             raise FailedPrecondition("watch", f"watches {name} {int(units.max())}; a layer of the model has {most}")
@@ -165,7 +177,7 @@ def check_watch(watch: Watch, spec: DecoderSpec | ModelInfo) -> None:
         if abs(length - 1.0) > UNIT_ROUNDING:
             message = f"has a direction of length {length:.4g}, where values are those on unit vectors: create it again"
             raise FailedPrecondition("watch", message)
-    for site in watch.sites:
+    for site, _ in watch.places:
         if site not in spec.sites:
             raise FailedPrecondition("watch", f"watches {site.value}, which {spec.architecture} has not")
 

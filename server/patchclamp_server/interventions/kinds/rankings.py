@@ -10,9 +10,8 @@ from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.columns import COUNT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.interventions.kinds.kind import ReadoutTable, Written
-from patchclamp_server.interventions.kinds.readings import check_neuron_site
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext
-from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
+from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where, check_neuron_site
 from patchclamp_server.interventions.program import LogitLensReadout, TopNeuronsReadout
 from patchclamp_server.interventions.resolver import check_top_k
 from patchclamp_server.model.sites import RESIDUAL_SITES
@@ -77,7 +76,7 @@ def _decode_top_neurons(proto: "pb.TopNeuronsReadout", field: str) -> TopNeurons
 
 
 def _bind_top_neurons(kind: TopNeuronsReadout, where: Where) -> ReadoutNumbers:
-    check_neuron_site(where)
+    check_neuron_site(where, "read")
     check_top_k(kind.k, where.width, f"{where.path}.k")
     return ReadoutNumbers(k=kind.k)
 

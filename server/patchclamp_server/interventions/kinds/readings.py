@@ -12,13 +12,12 @@ from patchclamp_server.interventions.columns import UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import distinct
 from patchclamp_server.interventions.kinds.kind import ReadoutTable, UnitColumns, Written
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
-from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
+from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where, check_neuron_site
 from patchclamp_server.interventions.kinds.vectors import decode_vector
 from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout
 from patchclamp_server.interventions.resolver import check_indices
 from patchclamp_server.interventions.row_arithmetic import row_dots
 from patchclamp_server.model.arrays import IntArray
-from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
     # The engine also runs where the messages are not installed.
@@ -106,14 +105,9 @@ def _decode_neurons(proto: "pb.NeuronReadout", field: str) -> NeuronReadout:
 
 
 def _bind_neurons(kind: NeuronReadout, where: Where) -> ReadoutNumbers:
-    check_neuron_site(where)
+    check_neuron_site(where, "read")
     check_indices(kind.neurons, where.width, f"{where.path}.neurons", "neuron")
     return ReadoutNumbers(ids=kind.neurons)
-
-
-def check_neuron_site(where: Where) -> None:
-    if where.site is not Site.MLP_POST:
-        raise InvalidArgument(f"{where.owner}.site", f"neurons are read at mlp_post, not {where.site.value}")
 
 
 READOUTS = (

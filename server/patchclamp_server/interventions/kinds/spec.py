@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
 from patchclamp_server.interventions.program import EditKind, ReadoutKind
 from patchclamp_server.interventions.resolver import Resolver
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import NEURON_SITES, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,13 @@ class Where:
     width: int
     owner: str
     path: str
+
+
+def check_neuron_site(where: Where, done: str) -> None:
+    """Raises InvalidArgument where single neurons cannot be `done`: "edited" or "read"."""
+    has = [site.value for site in NEURON_SITES if site in where.resolver.info.sites]
+    if where.site.value not in has:
+        raise InvalidArgument(f"{where.owner}.site", f"neurons are {done} at {', '.join(has)}, not {where.site.value}")
 
 
 @dataclass(frozen=True, eq=False)
