@@ -1,4 +1,4 @@
-"""rpc/ sets the caller of a call, and the engine divides its capacity by it; without authentication all are one."""
+"""Every call has a caller, set by rpc/, by which the engine divides its capacity; without authentication it is one."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass

@@ -233,7 +233,8 @@ class LiveRequests:
 
     def _leave(self, sequence: Sequence, outcome: str) -> None:
         """After the last event."""
-        if sequence.sparse is not None and not sequence.sparse.asked.listens:
+        compares = sequence.request.scores is not None
+        if sequence.sparse is not None and not sequence.sparse.asked.listens and not compares:
             self.observer.on_sparse_finished(sequence.sparse.report(sequence.computed))
         self._forget(sequence.id, outcome)
 

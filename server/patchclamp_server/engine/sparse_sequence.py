@@ -84,16 +84,17 @@ class SparseSequence:
         """`computed`: tokens of the sequence that were."""
         end = computed if self.dense_from is None else min(computed, self.dense_from)
         sparse = max(0, end - self.prompt_length)
-        blocks = self._rows * self.asked.selector.model.n_layers
-        dropped = self._state.selected - float(self._state.active)
+        by_layer = {layer: 1.0 - dropped / self._rows for layer, dropped in self._state.dropped().items()}
+        dropped = sum(1.0 - share for share in by_layer.values())
         return SparsityReport(
             policy=self.asked.policy,
             profile=self.asked.profile,
             sparse_tokens=sparse,
             dense_tokens=max(0, computed - self.prompt_length) - sparse,
-            active_ratio=1.0 - dropped / blocks if blocks else 1.0,
+            active_ratio=1.0 - dropped / self.asked.selector.model.n_layers,
             guard=None if self.guard is None else self.guard.report(self.dense_from),
             filled_ratio=self._state.filled_ratio,
+            active_by_layer=by_layer,
         )
 
 

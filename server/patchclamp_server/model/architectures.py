@@ -146,8 +146,8 @@ FAMILIES: dict[str, Family] = {
 def site_widths(
     *, d_model: int, d_ff: int, n_heads: int, head_dim: int, gated: bool, parallel_residual: bool
 ) -> dict[Site, int]:
-    """Returns the sites of a model with their widths. A parallel residual stream has none between attention and MLP, and
-    an MLP without a gate has the pre-activations of `up` alone."""
+    """Returns the sites of a model with their widths. A parallel residual stream has none between attention and MLP; an
+    MLP without a gate has the pre-activations of `up` alone."""
     widths = {
         Site.RESID_PRE: d_model,
         Site.RESID_MID: d_model,
