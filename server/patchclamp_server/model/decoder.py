@@ -179,7 +179,8 @@ class Decoder:
         """Returns the residual stream [T, d_model] after the blocks `layers`, from x [T, d_model] before the first.
 
         `pools`: one for each of these layers, which is written. `products`: one for each layer of the decoder; without
-        them the dense ones. Hooks edit x in place. No gradients go through: compiled loops and pools have none.
+        them the dense ones. Hooks edit x in place. Where x is differentiated, torch's operators compute what compiled
+        loops do otherwise, and `products` have to be such as have gradients (analysis/neurons/products.py).
         """
         spec = self.spec
         tables = {
