@@ -39,12 +39,29 @@ class QuantizedWeight:
     codes: NDArray[Any]
     scale_and_low: NDArray[Any]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        return self.codes.shape[0] * LANES, self.codes.shape[1] * GROUP
+
     def multiply(self, x: Tensor) -> Tensor:
         """Returns x Wᵀ [T, out] of x [T, in] float32 on the CPU."""
         out = torch.empty((x.shape[0], self.codes.shape[0] * LANES), dtype=torch.float32)
         product = _multiply_4 if self.bits == 4 else _multiply_8
         product(self.codes, self.scale_and_low, x.contiguous().numpy(), out.numpy())
         return out
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """The weights of outputs start ≤ o < end, both multiples of 16: [end - start, in] float32."""
+        assert start % LANES == 0
+        assert end % LANES == 0
+        blocks = slice(start // LANES, end // LANES)
+        codes = torch.from_numpy(self.codes[blocks])  # [blocks, groups, 16 or 32, lanes]
+        scale, low = torch.from_numpy(self.scale_and_low[blocks]).unsqueeze(3).unbind(2)
+        if self.bits == 4:
+            codes = torch.cat((codes & 15, codes >> 4), dim=2)
+        weights = torch.addcmul(low, codes.float(), scale)
+        return weights.permute(0, 3, 1, 2).reshape(end - start, -1)
 
 
 def recover(weight: Tensor) -> QuantizedWeight | None:

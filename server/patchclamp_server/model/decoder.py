@@ -180,8 +180,8 @@ class Decoder:
         """Returns the residual stream [T, d_model] after the blocks `layers`, from x [T, d_model] before the first.
 
         `pools` has one pool for each of these layers, which is written. `products` has one entry for each layer of the
-        decoder; without it the products are dense. Hooks edit x in place. Gradients do not flow: compiled loops and
-        pools have none.
+        decoder; without it the products are dense. Hooks edit x in place. Where x is differentiated, torch's operators
+        compute what compiled loops do otherwise, and `products` must have gradients (analysis/neurons/products.py).
         """
         spec = self.spec
         tables = {

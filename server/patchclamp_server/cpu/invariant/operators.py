@@ -15,8 +15,9 @@ _WORK = 8
 
 
 def holds_for(x: Tensor) -> bool:
-    """Returns whether rows of x are computed here; elsewhere torch's operators compute them."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    """Returns whether rows of x are computed here; elsewhere torch's operators compute them. Compiled loops have no
+    derivatives: what is differentiated is torch's."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

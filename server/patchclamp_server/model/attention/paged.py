@@ -75,15 +75,21 @@ def paged_attention(
 ) -> Tensor:
     """Writes k and v [T, n_kv_heads, head_dim] at the token addresses `slots`, then attends; fills in `peaks`.
 
-    Returns z [T, n_heads * head_dim]. Its bits do not depend on whether peaks are asked for.
+    Returns z [T, n_heads * head_dim]. Its bits do not depend on whether peaks are asked for. Where q, k and v are
+    differentiated, torch's operators compute z on every device, and the pool stays as it is.
     """
     n_kv, dim = pool.shape[3:]
     n_heads = q.shape[1]
     group = n_heads // n_kv
     key_pool, value_pool = pool[0], pool[1]
-    key_pool.view(-1, n_kv, dim).index_copy_(0, slots, k)
-    value_pool.view(-1, n_kv, dim).index_copy_(0, slots, v)
-    if pool.device.type == "cpu" and pool.dtype == torch.float32:
+    if k.requires_grad:
+        # A pool that is written has no gradients: keys and values go into a copy of it.
+        key_pool = key_pool.view(-1, n_kv, dim).index_copy(0, slots, k).view(key_pool.shape)
+        value_pool = value_pool.view(-1, n_kv, dim).index_copy(0, slots, v).view(value_pool.shape)
+    else:
+        key_pool.view(-1, n_kv, dim).index_copy_(0, slots, k)
+        value_pool.view(-1, n_kv, dim).index_copy_(0, slots, v)
+    if pool.device.type == "cpu" and pool.dtype == torch.float32 and not q.requires_grad:
         # numba compiles it, and only this path needs numba.
         from patchclamp_server.model.attention.row_attention import attend_rows
 
