@@ -11,6 +11,7 @@ import torch
 from engine_runs import loaded
 from torch import Tensor
 
+from patchclamp_server.artifacts.corpora import UNLABELLED
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.covariance import Covariance
@@ -21,7 +22,7 @@ from patchclamp_server.engine.reducers.joint_counts import JointCounts
 from patchclamp_server.engine.reducers.moments import Moments
 from patchclamp_server.engine.reducers.occurrences import Occurrences
 from patchclamp_server.engine.reducers.per_label import PerLabel
-from patchclamp_server.engine.reducers.reducer import UNLABELLED, Place, Reducer, Resumable
+from patchclamp_server.engine.reducers.reducer import Place, Reducer, Resumable
 from patchclamp_server.engine.reducers.sums import Sums
 from patchclamp_server.engine.reducers.top_k import TopK
 from patchclamp_server.engine.reducers.top_keys import NO_KEY, TopKeys

@@ -20,10 +20,13 @@ class ArtifactKind(Enum):
     HEAD_SET = "head_set"
     WATCH = "watch"
     WATCH_REFERENCE = "watch_reference"
+    CORPUS = "corpus"
 
 
 # Kinds whose layers stand for themselves, so that some can be taken without the others.
 LAYERED = (ArtifactKind.VECTOR, ArtifactKind.NEURON_SET)
+# Kinds that are of no model, and fit every one: their fingerprint is empty.
+OF_NO_MODEL = (ArtifactKind.CORPUS,)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class ArtifactInfo:
     `replaced`: the tags that this very call took from other artifacts, and the ids of those.
 
     `width`: of a vector; for a head set the heads of a layer, for the others 0. `layers`: none for a sparsity profile,
-    a watch and a reference of one.
+    a watch, a reference of one and a corpus. `model_fingerprint`: empty for a corpus, which fits every model.
     """
 
     id: str

@@ -11,11 +11,9 @@ from patchclamp_server.interventions.kinds.rules import Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows
-from patchclamp_server.interventions.spans import AbortHit, CaptureSpan, Place, ProgramSpan, StepOutcome
+from patchclamp_server.interventions.spans import Place, ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.sites import Site
-
-__all__ = ["AbortHit", "CaptureSpan", "Part", "Place", "ProgramSpan", "Ranking", "StepOutcome", "StepPlan"]
 
 
 @dataclass(frozen=True, eq=False)

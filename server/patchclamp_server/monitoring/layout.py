@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.head_readings import HeadReadings
-from patchclamp_server.interventions.plan import Place
+from patchclamp_server.interventions.spans import Place
 from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.sites import Site, place_number

@@ -1,8 +1,6 @@
 """Jobs of SparsityService: text in documents → a stored profile with its quality card, or cards of several policies."""
 
 import asyncio
-import hashlib
-import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchclamp_server.analysis.digests import json_digest
 from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.analysis.sparsity.calibrate import calibrate_on
@@ -37,9 +36,8 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the token ids of all documents in order, as JSON without spaces: [[id, ...], ...]."""
-        ids = json.dumps(self.documents.tolist(), separators=(",", ":"))
-        return "sha256:" + hashlib.sha256(ids.encode()).hexdigest()
+        """Of the token ids of all documents in order: [[id, ...], ...]."""
+        return json_digest(self.documents.tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """File formats of artifacts, registered by name. A new format is a module here and a line below."""
 
-from patchclamp_server.artifacts.formats import gguf_control_vector, head_score_json, safetensors
+from patchclamp_server.artifacts.formats import gguf_control_vector, head_score_json, safetensors, text_json_lines
 from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, Format, MalformedFile
 
 FORMATS = {
@@ -9,6 +9,7 @@ FORMATS = {
         Format("safetensors", safetensors.decode, safetensors.encode),
         Format("gguf_control_vector", gguf_control_vector.decode, gguf_control_vector.encode),
         Format("head_score_json", head_score_json.decode, head_score_json.encode),
+        Format("text_json_lines", text_json_lines.decode, text_json_lines.encode),
     )
 }
 

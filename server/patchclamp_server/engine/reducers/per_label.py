@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from patchclamp_server.engine.reducers.reducer import UNLABELLED, Place, Reducer, Resumable
+from patchclamp_server.artifacts.corpora import UNLABELLED
+from patchclamp_server.engine.reducers.reducer import Place, Reducer, Resumable
 
 R = TypeVar("R", bound=Reducer)
 

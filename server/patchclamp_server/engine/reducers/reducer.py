@@ -10,13 +10,11 @@ from torch import Tensor
 
 from patchclamp_server.model.arrays import IntArray
 
-# The label of a text that has none.
-UNLABELLED = -1
-
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where rows stand: token positions from `start` on of text number `text` of the job, which has the `label`.
+    """Where rows stand: token positions from `start` on of text number `text` of the job, which has the `label`,
+    or UNLABELLED (artifacts/corpora.py).
 
     `ids`: int64, the token ids of the whole text; None where the rows are not those of a request.
     """
