@@ -2,8 +2,8 @@
 
     checkpoints/<key>    SHA-256 of what follows, 32 bytes · safetensors, whose metadata say how far the job was
 
-A checkpoint takes the place of the one before in one step, so that a crash leaves the one or the other. There are at most
-`most` of them and `most_bytes` together: beyond that the oldest are removed, never the one that was just written.
+A checkpoint takes the place of the one before in one step, so that a crash leaves the one or the other. There are at
+most `most` of them and `most_bytes` together: beyond that the oldest are removed, never the one that was just written.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A corpus: documents of text, with a label each or none, kept as bytes so that none is a Python object before its turn.
+"""A corpus: documents of text with or without a label, kept as bytes: none is a Python object before its turn.
 
     text    uint8 [bytes]        all documents one after the other, UTF-8
     ends    int64 [documents]    where each ends: document d is text[ends[d - 1] : ends[d]], the first from 0 on
@@ -71,13 +71,13 @@ class CorpusBuilder:
 
     def tensors(self) -> dict[str, Tensor]:
         """Shared with the builder, which must not be added to any more. "labels" where one has a label."""
-        found = {
+        found: dict[str, Tensor] = {
             "text": torch.from_numpy(np.frombuffer(self._text, dtype=np.uint8)),
             "ends": torch.from_numpy(np.frombuffer(self._ends, dtype=np.int64)),
         }
-        return found | (
-            {"labels": torch.from_numpy(np.frombuffer(self._labels, dtype=np.int64))} if self._names else {}
-        )
+        if self._names:
+            found["labels"] = torch.from_numpy(np.frombuffer(self._labels, dtype=np.int64))
+        return found
 
     def provenance(self) -> dict[str, Any]:
         return {"labels": list(self._names)} if self._names else {}

@@ -16,7 +16,7 @@ from patchclamp_server.artifacts.corpora import MAX_DOCUMENT_BYTES, MAX_LABEL_CH
 from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 
-# What a document and a label take where every byte is written as \\u and four digits.
+# What a document and a label take where every byte is written as \u and four digits.
 MAX_LINE_BYTES = 6 * (MAX_DOCUMENT_BYTES + 4 * MAX_LABEL_CHARACTERS) + 100
 
 

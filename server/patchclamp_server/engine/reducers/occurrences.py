@@ -62,6 +62,9 @@ class Occurrences(Resumable):
         return {"tokens": torch.from_numpy(self._tokens.copy()), "pairs": torch.from_numpy(self._pairs.copy())}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        if not state:
+            self._tokens, self._pairs = np.zeros_like(self._tokens), np.zeros_like(self._pairs)
+            return
         expected = {"tokens": (torch.int64, (self.vocab,)), "pairs": (torch.int64, (self.buckets,))}
         if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} != expected:
             raise ValueError(f"{sorted(state)}: expected {expected}")

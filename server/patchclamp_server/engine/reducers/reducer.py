@@ -62,7 +62,9 @@ class Resumable(Reducer):
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state` of one that was made alike gave, instead of what it has. ValueError: it is not that."""
+        """Takes up what `state` of one that was made alike gave, instead of what it has; an empty one: begins anew.
+
+        ValueError: it is not that."""
 
 
 class ByLayer(Resumable):
