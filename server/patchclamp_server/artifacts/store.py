@@ -2,6 +2,7 @@
 
     objects/ab/cdef….safetensors   bytes whose SHA-256 is abcdef…; the id is "sha256:abcdef…"
     tags/<name>                    holds an id
+    checkpoints/<key>              jobs that have not ended (checkpoints.py)
     watches/…, watch_…/…           what servers tell each other of the watches that run (monitoring/shared.py)
     tmp/<random>                   unfinished writes
 
@@ -25,6 +26,7 @@ import torch
 from patchclamp_server.artifacts.access import ArtifactAccess, OpenStore
 from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
+from patchclamp_server.artifacts.checkpoints import Checkpoints
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
@@ -206,6 +208,9 @@ class ArtifactStore:
                 self._damaged.discard(artifact_id)
         self.access.changed("delete", artifact_id, tags)
         return artifact_id, tags
+
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self._blobs)
 
     def records(self, directory: str) -> Records:
         """Returns the records in a directory of the store other than its own three."""

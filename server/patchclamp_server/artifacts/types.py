@@ -20,10 +20,13 @@ class ArtifactKind(Enum):
     HEAD_SET = "head_set"
     WATCH = "watch"
     WATCH_REFERENCE = "watch_reference"
+    CORPUS = "corpus"
 
 
 # The layers of these kinds stand for themselves, so that some can be taken without the others.
 LAYERED = (ArtifactKind.VECTOR, ArtifactKind.NEURON_SET)
+# Kinds that are of no model, and fit every one: their fingerprint is empty.
+OF_NO_MODEL = (ArtifactKind.CORPUS,)
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class ArtifactInfo:
     """An artifact without its tensors. `created` is in seconds since the epoch.
 
     `replaced` holds the tags that this very call took from other artifacts, and the ids of those. `width` is that of a
-    vector, the heads per layer of a head set, and 0 for others. `layers` is empty for a sparsity profile, a watch and a
-    watch reference.
+    vector, the heads per layer of a head set, and 0 for others. `layers` is empty for a sparsity profile, a watch, a
+    watch reference and a corpus, `model_fingerprint` for a corpus, which fits every model.
     """
 
     id: str

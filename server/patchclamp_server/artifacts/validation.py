@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from patchclamp_server.artifacts.types import LAYERED, ArtifactKind, Metadata
+from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactKind, Metadata
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.sites import Site
 
@@ -38,7 +38,9 @@ def checked_metadata(metadata: Metadata) -> Metadata:
     watch = metadata.provenance.get("watch")
     if metadata.kind is ArtifactKind.WATCH_REFERENCE and not (isinstance(watch, str) and watch):
         raise InvalidArgument("provenance.watch", "a watch_reference needs the id of its watch")
-    if not metadata.model_fingerprint:
+    if metadata.kind in OF_NO_MODEL and metadata.model_fingerprint:
+        raise InvalidArgument("model_fingerprint", f"a {metadata.kind.value} is of no model; leave it empty")
+    if metadata.kind not in OF_NO_MODEL and not metadata.model_fingerprint:
         raise InvalidArgument("model_fingerprint", "an artifact belongs to a model; the fingerprint is empty")
     fingerprint = _canonical(metadata.model_fingerprint, "model_fingerprint", 0)
     description = _canonical(metadata.description, "description", 0)

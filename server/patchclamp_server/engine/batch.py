@@ -22,7 +22,7 @@ PADDING_SLOT = -1
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """T rows: single tokens first, then chunks. `programs`: the spans that have a program or a capture. `sparse`: rows
+    """T rows: single tokens first, then chunks. `programs`: the spans that have a program or captures. `sparse`: rows
     that a sparse policy selects for or observes. `watch`: rows that are watched. Rows of `padding` are written to no
     block."""
 

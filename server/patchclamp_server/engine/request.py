@@ -65,7 +65,8 @@ class Reduction:
     """Gives the rows of the prompt at one site, after its edits, to a reducer that the requests of a job share.
 
     Each token is given once: those that the prefix cache has are computed all the same, and those that a preemption
-    makes to be computed again are not given again. `text` and `label` say to the reducer whose rows they are.
+    makes to be computed again are not given again. `text` and `label` say to the reducer whose rows they are; the token
+    ids come with them.
     """
 
     site: Site
@@ -128,9 +129,9 @@ class Request:
     credits: int | None = None
     # Run a second, unedited sequence along the generated tokens, and report the divergence at each.
     compare_baseline: bool = False
-    # One of both at most.
+    # A capture or reductions. One pass over the prompt feeds all reducers, at whichever sites.
     capture: Capture | None = None
-    reduction: Reduction | None = None
+    reductions: tuple[Reduction, ...] = ()
     sparsity: SparseInference | None = None
     # Whose share of the engine it takes: of the call in which it is made.
     caller: Caller = field(default_factory=CALLER.get)

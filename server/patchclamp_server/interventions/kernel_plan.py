@@ -119,7 +119,7 @@ class KernelPlanner:
         return self._planner.compilations
 
     def plan(self, spans: list[ProgramSpan], rows: int) -> KernelPlan:
-        """`spans`: those of the step that have a program or a capture."""
+        """`spans`: those of the step that have a program or captures."""
         parts = self._planner.plan(spans)
         if self._last is None or self._last[0] is not parts or self._last[1] != rows:
             self._last = (parts, rows, self._made(parts, rows))

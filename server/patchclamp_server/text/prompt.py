@@ -85,6 +85,10 @@ class PromptEncoder:
             read = self._encoders.in_middle
         return tuple(self._gate.tokens(read, text, field).ids)
 
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        """Of a document of a job. InvalidArgument: one that the model lacks."""
+        check_ids(ids, self._info.vocab_size, field)
+
     def encode_tokens(self, ids: Sequence[int]) -> EncodedPrompt:
         check_ids(ids, self._info.vocab_size, "prompt.tokens.ids")
         return self._checked("prompt.tokens.ids", ids)
