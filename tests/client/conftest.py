@@ -12,6 +12,7 @@ from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
 from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
+from patchclamp.v1.neuron_pb2_grpc import add_NeuronServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 
 Serve = Callable[..., str]
@@ -21,6 +22,7 @@ _SERVICES: dict[str, Callable[[Any, grpc.Server], None]] = {
     "models": add_ModelServiceServicer_to_server,
     "sparsity": add_SparsityServiceServicer_to_server,
     "heads": add_HeadServiceServicer_to_server,
+    "neurons": add_NeuronServiceServicer_to_server,
     "monitoring": add_MonitoringServiceServicer_to_server,
     "jobs": add_JobServiceServicer_to_server,
 }

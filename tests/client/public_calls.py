@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp import AsyncClient, Client, heads, monitoring, programs, requests, sparsity
+from patchclamp import AsyncClient, Client, heads, monitoring, neurons, programs, requests, sparsity
 from patchclamp.heads import CleanCorruptPair
 
 Arguments = dict[str, Any]
@@ -26,6 +26,13 @@ _REQUIRED: dict[str, Arguments] = {
     "find_circuit": {"pairs": [CleanCorruptPair("a", "b", "c", "d")], "method": "path_patching"},
     "compare_head_sets": {"head_sets": ["one", "two"]},
     "attribute_logits": {"prompt": "hi", "target": " you"},
+    "find_neurons": {"words": "dog"},
+    "localize_neurons": {"method": neurons.welch_t({"a": ["x"], "b": ["y"]}, "a")},
+    "evaluate_neuron_edit": {"neurons": "mine", "mode": "clamp", "targets": [neurons.TextsTest("t", "words")]},
+    "census_neurons": {"texts": "corpus"},
+    "describe_neurons": {"neurons": "mine", "texts": "corpus", "descriptions": ["dogs"]},
+    "match_neurons": {"other": "theirs", "texts": "corpus"},
+    "compare_neuron_sets": {"neuron_sets": ["one", "two"]},
     "create_watch": {"items": [monitoring.watch_neurons("n", 1, [2])]},
     "start_watch": {"watch": "mine"},
     "stop_watch": {"name": "mine"},
@@ -78,6 +85,18 @@ _REQUIRED: dict[str, Arguments] = {
     "Grounding": {"head_set": "mine"},
     "Needle": {"question": "q", "needle": "n", "answer": "a"},
     "TemporalFact": {"prompt": "p", "answer": "a", "time_conditioned": True},
+    "TextSource": {"texts": ["words"]},
+    "Fact": {"prompt": "p", "answer": "a"},
+    "FactsTest": {"name": "n", "facts": [("p", "a")]},
+    "TextsTest": {"name": "n", "texts": "words"},
+    "GenerationTest": {"name": "n", "prompts": ["hi"]},
+    "average_precision": {"texts": "corpus", "target": "a"},
+    "activation_entropy": {"texts": "corpus"},
+    "gradient_times_activation": {"facts": [("p", "a")]},
+    "integrated_gradients": {"facts": [("p", "a")]},
+    "welch_t": {"texts": "corpus", "target": "a"},
+    "contrast_set": {"texts": "corpus", "target": "a"},
+    "sparse_probe": {"texts": "corpus", "target": "a"},
     "CleanCorruptPair": {"clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"},
 }
 # Words of the package that are no call: types, and what makes a message of a value.
@@ -88,7 +107,13 @@ _NO_CALLS = {
     "sparsity_message",
     "grounding_message",
     "selection_message",
+    "selection_or_layers",
     "quantile_of",
+    "texts_message",
+    "fact_messages",
+    "check_messages",
+    "Neuron",
+    "LocalizationMethod",
 }
 
 
@@ -100,7 +125,7 @@ def client_methods(kind: type[Client] | type[AsyncClient]) -> list[str]:
 
 def builders() -> dict[str, Callable[..., Any]]:
     """Functions and dataclasses that make parts of a request."""
-    found = {name: getattr(programs, name) for name in programs.__all__}
+    found = {name: getattr(package, name) for package in (programs, neurons) for name in package.__all__}
     for module in (sparsity, heads, monitoring):
         found |= {
             name: value

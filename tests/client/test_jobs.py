@@ -11,6 +11,7 @@ from canned import Heads, Jobs, Monitoring, Sparsities
 from patchclamp import requests
 from patchclamp.cli import main
 from patchclamp.heads import CleanCorruptPair
+from patchclamp.neurons import TextsTest, welch_t
 from patchclamp.requests import start_job
 from patchclamp.results.followed import COLLECTORS
 from patchclamp.sparsity import cats
@@ -27,6 +28,13 @@ MADE: dict[str, Any] = {
     "evaluate_head_edit": requests.evaluate_head_edit("mine", "zero"),
     "find_circuit": requests.find_circuit([CleanCorruptPair("a", "b", "c", "d")], "path_patching"),
     "record_reference": requests.record_reference("mine"),
+    "decode_neurons": requests.decode_neurons("mine"),
+    "find_neurons": requests.find_neurons("dog"),
+    "localize_neurons": requests.localize_neurons(welch_t("wiki", "code")),
+    "evaluate_neuron_edit": requests.evaluate_neuron_edit("mine", "zero", TextsTest("prose", "words")),
+    "census_neurons": requests.census_neurons("wiki"),
+    "describe_neurons": requests.describe_neurons("mine", "wiki"),
+    "match_neurons": requests.match_neurons("tuned", "wiki"),
 }
 COMMANDS = [
     ("heads", Heads, ["heads", "detect", "mine", "--lengths", "128"]),

@@ -26,19 +26,29 @@ from patchclamp.names import (
     HeadEditModeName,
     HeadScoreMethodName,
     MethodName,
+    NeuronEditModeName,
 )
+from patchclamp.neurons import LocalizationMethod, NeuronsLike, NeuronTestLike, TextsLike
+from patchclamp.programs import VectorLike
 from patchclamp.requests import (
     AttributeOptions,
     CalibrateOptions,
+    CensusNeuronsOptions,
     CircuitOptions,
+    DecodeNeuronsOptions,
+    DescribeNeuronsOptions,
     DetectOptions,
+    EvaluateNeuronEditOptions,
     EvaluateOptions,
     ExtractOptions,
+    FindNeuronsOptions,
     FollowOptions,
     GenerateOptions,
     HeadEditOptions,
     HeadScoreOptions,
     JobRequest,
+    LocalizeNeuronsOptions,
+    MatchNeuronsOptions,
     PromptLike,
     PromptOptions,
     ReferenceOptions,
@@ -59,7 +69,11 @@ from patchclamp.results import (
     CompareResult,
     CoreNeurons,
     CreatedWatch,
+    DecodeCollector,
+    DecodedNeuron,
+    DecodedNeurons,
     DeletedArtifact,
+    DescribeCollector,
     DetectionCollector,
     DetectionEvent,
     Detokenization,
@@ -68,14 +82,23 @@ from patchclamp.results import (
     ExtractionEvent,
     ExtractionResult,
     FollowCollector,
+    FoundNeurons,
     HeadEditEffect,
     HeadSetComparison,
     Job,
     JobCollector,
     JobEvent,
     JobResult,
+    LocalizedNeurons,
     LogitAttribution,
+    MatchedNeurons,
     Model,
+    NeuronCensus,
+    NeuronDescription,
+    NeuronEditCollector,
+    NeuronEditEffect,
+    NeuronEditEvent,
+    NeuronSetComparison,
     Progress,
     ReferenceCollector,
     RetrievalHeads,
@@ -98,6 +121,7 @@ from patchclamp.v1 import (
     job_pb2,
     model_pb2,
     monitoring_pb2,
+    neuron_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
     steering_pb2,
@@ -334,6 +358,125 @@ class AsyncClient(AsyncTransport):
         """Splits logit(target) - logit(contrast) after the prompt into parts by head, MLP and source token."""
         request = requests.attribute_logits(prompt, target, **options)
         return LogitAttribution.from_proto(await self._unary(self._stubs.heads.AttributeLogits, request, timeout))
+
+    @takes_options_of(requests.decode_neurons)
+    def decode_neurons(
+        self,
+        neurons: NeuronsLike | None = None,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[DecodeNeuronsOptions],
+    ) -> AsyncStream[neuron_pb2.DecodeNeuronsResponse, Progress | DecodedNeurons, tuple[DecodedNeuron, ...]]:
+        """Reads off the weights which tokens neurons stand for: progress, and neurons, some together.
+
+        neurons: (layer, neuron) pairs, or the id or tag of a neuron set; by default all of `layers`. Those of a whole
+        model are many: `result` keeps them all, so that they are better asked for layer by layer.
+        """
+        request = requests.decode_neurons(neurons, **options)
+        return AsyncStream(self._stream(self._stubs.neurons.DecodeNeurons, request, timeout), DecodeCollector())
+
+    @takes_options_of(requests.find_neurons)
+    def find_neurons(
+        self,
+        words: str | Iterable[str] | None = None,
+        *,
+        vector: "VectorLike | None" = None,
+        timeout: float = float("inf"),
+        **options: Unpack[FindNeuronsOptions],
+    ) -> AsyncStream[neuron_pb2.FindNeuronsResponse, Progress | FoundNeurons, FoundNeurons]:
+        """Finds the neurons that write most in favour of a word, of several together, or along a vector.
+
+        They are stored as a neuron set with values, which set_neurons takes. vector: instead of words, a direction of
+        the residual stream.
+        """
+        request = requests.find_neurons(words, vector=vector, **options)
+        call = self._stream(self._stubs.neurons.FindNeurons, request, timeout)
+        return AsyncStream(call, JobCollector(FoundNeurons.from_proto))
+
+    @takes_options_of(requests.localize_neurons)
+    def localize_neurons(
+        self,
+        method: LocalizationMethod,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[LocalizeNeuronsOptions],
+    ) -> AsyncStream[neuron_pb2.LocalizeNeuronsResponse, Progress | LocalizedNeurons, LocalizedNeurons]:
+        """Finds the neurons of a relation, a language, a kind of text or a fact, by a method of patchclamp.neurons.
+
+        They are stored as neuron sets, one for each label, with evidence on held-out texts beside random sets.
+        """
+        call = self._stream(self._stubs.neurons.LocalizeNeurons, requests.localize_neurons(method, **options), timeout)
+        return AsyncStream(call, JobCollector(LocalizedNeurons.from_proto))
+
+    @takes_options_of(requests.evaluate_neuron_edit)
+    def evaluate_neuron_edit(
+        self,
+        neurons: NeuronsLike,
+        mode: NeuronEditModeName,
+        targets: NeuronTestLike | Iterable[NeuronTestLike],
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[EvaluateNeuronEditOptions],
+    ) -> AsyncStream[neuron_pb2.EvaluateNeuronEditResponse, NeuronEditEvent, NeuronEditEffect]:
+        """Measures what editing growing fractions of a set does to tests, beside random sets: points, then the effect.
+
+        neurons: (layer, neuron) pairs, or the id or tag of a neuron set. targets: tests of what should change.
+        """
+        request = requests.evaluate_neuron_edit(neurons, mode, targets, **options)
+        call = self._stream(self._stubs.neurons.EvaluateNeuronEdit, request, timeout)
+        return AsyncStream(call, NeuronEditCollector())
+
+    @takes_options_of(requests.census_neurons)
+    def census_neurons(
+        self, texts: TextsLike, *, timeout: float = float("inf"), **options: Unpack[CensusNeuronsOptions]
+    ) -> AsyncStream[neuron_pb2.CensusNeuronsResponse, Progress | NeuronCensus, NeuronCensus]:
+        """Counts which neurons are dead, rare, always on, detectors of tokens or n-grams, or positional.
+
+        texts: texts, or the id or tag of a corpus. An interrupted census goes on from its last checkpoint.
+        """
+        call = self._stream(self._stubs.neurons.CensusNeurons, requests.census_neurons(texts, **options), timeout)
+        return AsyncStream(call, JobCollector(NeuronCensus.from_proto))
+
+    @takes_options_of(requests.describe_neurons)
+    def describe_neurons(
+        self,
+        neurons: NeuronsLike,
+        texts: TextsLike,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[DescribeNeuronsOptions],
+    ) -> AsyncStream[neuron_pb2.DescribeNeuronsResponse, Progress | NeuronDescription, tuple[NeuronDescription, ...]]:
+        """Returns the contexts in which neurons are largest, neuron by neuron, and scores descriptions of them."""
+        request = requests.describe_neurons(neurons, texts, **options)
+        return AsyncStream(self._stream(self._stubs.neurons.DescribeNeurons, request, timeout), DescribeCollector())
+
+    @takes_options_of(requests.match_neurons)
+    def match_neurons(
+        self,
+        other: str,
+        texts: TextsLike,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[MatchNeuronsOptions],
+    ) -> AsyncStream[neuron_pb2.MatchNeuronsResponse, Progress | MatchedNeurons, MatchedNeurons]:
+        """Finds the neurons of another checkpoint, by its --match-model name, that go with these over the same texts.
+
+        The mutual matches are stored as a neuron set of the other model.
+        """
+        request = requests.match_neurons(other, texts, **options)
+        call = self._stream(self._stubs.neurons.MatchNeurons, request, timeout)
+        return AsyncStream(call, JobCollector(MatchedNeurons.from_proto))
+
+    async def compare_neuron_sets(
+        self, neuron_sets: Iterable[str], *, top_k: int = 0, timeout: float | None = None
+    ) -> tuple[NeuronSetComparison, ...]:
+        """Returns the overlap of every two neuron sets, beside what is expected of random ones.
+
+        top_k: how many of its best neurons each set is compared by; 0 takes all.
+        """
+        request = requests.compare_neuron_sets(neuron_sets, top_k)
+        response = await self._unary(self._stubs.neurons.CompareNeuronSets, request, timeout)
+        return tuple(map(NeuronSetComparison.from_proto, response.comparisons))
 
     @takes_options_of(requests.create_watch)
     async def create_watch(

@@ -12,6 +12,7 @@ from patchclamp.v1 import (
     artifact_pb2,
     generation_pb2,
     head_pb2,
+    neuron_pb2,
     program_pb2,
     sparse_policy_pb2,
     steering_pb2,
@@ -34,6 +35,10 @@ TealAllocationName = Literal["uniform", "greedy"]
 HeadScoreMethodName = Literal["induction", "previous_token", "ngram", "successor", "ov_nuclear_norm", "temporal"]
 HeadEditModeName = Literal["zero", "mean", "uniform", "scale"]
 CircuitMethodName = Literal["mean_ablation", "activation_patching", "path_patching"]
+NeuronWeightsName = Literal["gate", "up", "down"]
+NeuronPoolingName = Literal["last_token", "mean", "max"]
+NeuronRankerName = Literal["mean_difference", "f", "mutual_information", "l1"]
+NeuronEditModeName = Literal["zero", "mean", "clamp", "scale"]
 
 
 class ProtoEnum(Protocol[ValueT_co]):
@@ -75,6 +80,10 @@ TEAL_ALLOCATIONS = _table(sparse_policy_pb2.TealAllocation)
 HEAD_SCORE_METHODS = _table(head_pb2.HeadScoreMethod)
 HEAD_EDIT_MODES = _table(head_pb2.HeadEditMode)
 CIRCUIT_METHODS = _table(head_pb2.CircuitMethod)
+NEURON_WEIGHTS = _table(neuron_pb2.NeuronWeights)
+NEURON_POOLINGS = _table(neuron_pb2.NeuronPooling)
+NEURON_RANKERS = _table(neuron_pb2.NeuronRanker)
+NEURON_EDIT_MODES = _table(neuron_pb2.NeuronEditMode)
 ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,

@@ -8,6 +8,20 @@ from patchclamp.results.artifacts import Artifact, ExtractionResult
 from patchclamp.results.heads import Circuit, DetectionCollector, HeadEditEffect, NeedleRun, RetrievalHeads, ScoredHeads
 from patchclamp.results.jobs import JobCollector, Progress
 from patchclamp.results.monitoring import ReferenceCollector
+from patchclamp.results.neurons import (
+    DecodeCollector,
+    DecodedNeuron,
+    DecodedNeurons,
+    DescribeCollector,
+    FoundNeurons,
+    LocalizedNeurons,
+    MatchedNeurons,
+    NeuronCensus,
+    NeuronDescription,
+    NeuronEditCollector,
+    NeuronEditEffect,
+    NeuronEditPoint,
+)
 from patchclamp.results.sparsity import CalibratedProfile, EvaluationCollector, SparsityEvaluation
 from patchclamp.v1 import job_pb2
 
@@ -20,8 +34,15 @@ JobResult = (
     | HeadEditEffect
     | Circuit
     | Artifact
+    | tuple[DecodedNeuron, ...]
+    | FoundNeurons
+    | LocalizedNeurons
+    | NeuronEditEffect
+    | NeuronCensus
+    | tuple[NeuronDescription, ...]
+    | MatchedNeurons
 )
-JobEvent = Progress | NeedleRun | SparsityEvaluation | JobResult
+JobEvent = Progress | NeedleRun | SparsityEvaluation | DecodedNeurons | NeuronEditPoint | NeuronDescription | JobResult
 
 # By the field of FollowJobResponse that holds what the method streams.
 COLLECTORS: Mapping[str, Callable[[], Any]] = {
@@ -33,6 +54,13 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
     "evaluate_head_edit": lambda: JobCollector(HeadEditEffect.from_proto),
     "find_circuit": lambda: JobCollector(Circuit.from_proto),
     "record_reference": ReferenceCollector,
+    "decode_neurons": DecodeCollector,
+    "find_neurons": lambda: JobCollector(FoundNeurons.from_proto),
+    "localize_neurons": lambda: JobCollector(LocalizedNeurons.from_proto),
+    "evaluate_neuron_edit": NeuronEditCollector,
+    "census_neurons": lambda: JobCollector(NeuronCensus.from_proto),
+    "describe_neurons": DescribeCollector,
+    "match_neurons": lambda: JobCollector(MatchedNeurons.from_proto),
 }
 
 

@@ -28,11 +28,20 @@ class JobMessage(Protocol[MessageResultT_co]):
 
 @dataclass(frozen=True)
 class Progress(Record):
-    """Says that `done` of `total` steps of a stage are done; the contract of the job names the stages."""
+    """Says that `done` of `total` steps of a stage are done; the contract of the job names the stages.
+
+    resumed: how many of `done` come from the checkpoint of an interrupted run, where the job keeps any.
+    """
 
     stage: str
     done: int
     total: int
+    resumed: int = 0
+
+    @classmethod
+    def from_proto(cls, message: Any, **given: Any) -> "Progress":
+        known = {} if "resumed" in message.DESCRIPTOR.fields_by_name else {"resumed": 0}
+        return super().from_proto(message, **known, **given)
 
 
 class JobCollector(Generic[MessageResultT, ResultT]):
