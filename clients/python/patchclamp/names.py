@@ -25,8 +25,8 @@ SiteName = Literal[
 ]
 PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
-ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference"]
-ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json"]
+ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus"]
+ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "text_json_lines"]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]
 CoreInferRankingName = Literal["magnitude", "value"]
@@ -79,6 +79,7 @@ ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,
     "head_score_json": artifact_pb2.ARTIFACT_FORMAT_HEAD_SCORE_JSON,
+    "text_json_lines": artifact_pb2.ARTIFACT_FORMAT_TEXT_JSON_LINES,
 }
 
 
