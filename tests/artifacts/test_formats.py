@@ -20,6 +20,7 @@ from patchclamp_server.artifacts.formats import (
     gguf_control_vector,
     head_score_json,
     safetensors,
+    text_json_lines,
 )
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
@@ -36,6 +37,15 @@ def stored_vector(layers: dict[int, torch.Tensor], site: Site = Site.RESID_POST,
 def stored_heads(**tensors: torch.Tensor) -> Artifact:
     store = ArtifactStore("memory://formats")
     return store.get(store.put(ArtifactKind.HEAD_SET, tensors, model_fingerprint="m").id)
+
+
+def stored_corpus() -> Artifact:
+    store, file = (
+        ArtifactStore("memory://formats"),
+        text_json_lines.decode(b'{"text": "a", "label": "b"}\n{"text": "c"}'),
+    )
+    info = store.put(ArtifactKind.CORPUS, file.tensors, model_fingerprint="", provenance=file.provenance)
+    return store.get(info.id)
 
 
 def write_as_repeng(path: Path, directions: dict[int, np.ndarray], arch: str = "controlvector") -> Path:
@@ -168,8 +178,9 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     name: str, seed: int, cut: float, flips: int
 ) -> None:
     random = np.random.default_rng(seed)
-    vector, heads = stored_vector({1: torch.ones(8), 2: torch.zeros(8)}), stored_heads(scores=torch.rand(2, 3))
-    data = bytearray(FORMATS[name].encode(heads if name == "head_score_json" else vector, "llama"))
+    makers = {"head_score_json": lambda: stored_heads(scores=torch.rand(2, 3)), "text_json_lines": stored_corpus}
+    artifact = makers.get(name, lambda: stored_vector({1: torch.ones(8), 2: torch.zeros(8)}))()
+    data = bytearray(FORMATS[name].encode(artifact, "llama"))
     for position in random.integers(0, len(data), flips):
         data[position] = random.integers(0, 256)
     if flips < 3:
@@ -179,7 +190,8 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     except MalformedFile:
         tensors = {}
     # Heads that a file does not name are zeros of a tensor, so that format alone is bounded by what a model may have.
-    limit = 4 * 1024 * 1024 if name == "head_score_json" else len(data)
+    # A document of one byte has an end and a label of eight each.
+    limit = {"head_score_json": 4 * 1024 * 1024, "text_json_lines": 2 * len(data)}.get(name, len(data))
     assert sum(t.numel() * t.element_size() for t in tensors.values()) <= limit
 
 
