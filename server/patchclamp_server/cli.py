@@ -49,6 +49,7 @@ ENGINE_OPTIONS = {
     "max_tokens_per_step": "token rows of one forward pass",
     "kv_block_size": "tokens in a KV block",
     "kv_cache_tokens": "tokens the KV cache holds",
+    "analysis_slowdown": "how many times as long a stream may wait for a token beside analysis, above 1 (default: 1.5)",
     "max_failed_steps": "forward passes that may fail in a row before the server ends",
     "max_watches": "watches that may run, at most 63",
     "max_watched_items": "items that may be watched",
@@ -309,6 +310,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _slowdown(text: str) -> float:
+    value = float(text)
+    if not 1.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 1, got {text}")
+    return value
+
+
 def _address(text: str) -> str:
     try:
         Address.parse(text)
@@ -409,7 +417,7 @@ def _watch_count(text: str) -> int:
     return value
 
 
-ENGINE_TYPES = {"max_watches": _watch_count}
+ENGINE_TYPES = {"max_watches": _watch_count, "analysis_slowdown": _slowdown}
 
 
 def main(arguments: list[str] | None = None) -> int:

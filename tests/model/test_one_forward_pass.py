@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.engine.request import SparseInference
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.range_check import warn_of_overflow
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity.mlp import MlpInput, mlp_weights
 from patchclamp_server.sparsity.policies import POLICIES
@@ -207,6 +207,20 @@ def test_blocks_run_in_parts_visit_and_give_what_they_do_in_one_run(family: str,
     for ours, theirs in zip(parts.seen, whole.seen, strict=True):
         assert ours[:2] == theirs[:2]
         assert torch.equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, TOKENS])
+def test_gates_and_ups_are_taken_apart_where_that_is_asked_for_and_no_bit_changes(family: str, rows: int) -> None:
+    model, documents = loaded(family).decoder, tokens()[:1, :rows]
+    plain, looked = Visits(), Visits()
+    step = inputs_of(documents, 0, rows, model)
+    expected = model.forward(step, pools_for(model, documents), plain)
+    asked = replace(step, visited_preactivations=frozenset({1}))
+    assert torch.equal(model.forward(asked, pools_for(model, documents), looked), expected)
+    own = [site for site in PREACTIVATION_SITES if site in model.spec.sites]
+    assert {place[:2] for place in looked.seen} - {place[:2] for place in plain.seen} == {(site, 1) for site in own}
+    assert not {site for site, _, _ in plain.seen} & set(own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

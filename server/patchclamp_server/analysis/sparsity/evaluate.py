@@ -98,7 +98,7 @@ async def scored(
         await asyncio.to_thread(selector.prepare)
     kept = 4 * (tokens - prompt - 1) * engine.model.info.vocab_size
     try:
-        for few in documents.split(max(1, KEPT_BYTES // kept)):
+        for few in torch.split(documents, max(1, KEPT_BYTES // kept)):
             async with aclosing(_scored(engine, [tuple(ids) for ids in few.tolist()], prompt, selectors)) as found:
                 async for each in found:
                     yield each

@@ -1,4 +1,4 @@
-"""How a call becomes a job of analysis: the services that have such jobs begin and follow them alike."""
+"""A call becomes a job of analysis here: the services that have such jobs begin and follow them alike."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, eq=False)
 class AnalysisJobs:
-    """What jobs need of the server. `door`: the queue of those that run at the exclusive door of the engine."""
+    """Holds what jobs need of the server. `door` is the queue of those that run at the engine's exclusive door."""
 
     engine: Engine
     prompts: PromptEncoder
@@ -31,7 +31,7 @@ class AnalysisJobs:
     door: ExclusiveJobs
 
     async def begin(self, request: Any, decode: Callable[[], J]) -> J:
-        """The job that `decode` makes of `request`, on the threads of analysis.
+        """Returns the job that `decode` makes of `request`, on the threads of analysis.
 
         Raises NotFound for another model than the one served, what `decode` raises, and AlreadyExists for `tags` of
         the job that name something else: nothing is computed for what cannot be stored.
@@ -53,10 +53,11 @@ class AnalysisJobs:
         exclusive: bool = False,
         fields: Mapping[str, str] | None = None,
     ) -> AsyncIterator[R]:
-        """The responses of a job: what `encode` makes of each of the events that `run` gives, progress among them.
+        """Yields the responses of a job: what `encode` makes of each event of `run`, progress among them.
 
-        Ending the iteration early closes them, which ends the job. `exclusive`: it waits for its turn at the door.
-        `fields`: those of the request by the fields of the engine's requests that are made of them, for errors.
+        Ending the iteration early closes the events, which ends the job. An `exclusive` job waits for its turn at the
+        door. `fields` names, for errors, the request's fields by the fields of the engine's requests that are made of
+        them.
         """
         job = await self.begin(request, decode)
         with renaming_fields(fields or {}):
