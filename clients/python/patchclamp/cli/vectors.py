@@ -18,7 +18,10 @@ _SUFFIXES: dict[str, ArtifactFormatName] = {
     ".gguf": "gguf",
     ".safetensors": "safetensors",
     ".json": "head_score_json",
+    ".jsonl": "text_json_lines",
 }
+# The kind of a file whose format holds no other.
+_KINDS: dict[ArtifactFormatName, ArtifactKindName] = {"head_score_json": "head_set", "text_json_lines": "corpus"}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,7 +42,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     put.add_argument("file", type=Path)
     put.add_argument("--name", help="tag to store it under")
     put.add_argument("--format", choices=ARTIFACT_FORMATS, help="default: by the file's suffix")
-    put.add_argument("--kind", choices=ARTIFACT_KINDS, help="default: head_set for head scores in JSON, else vector")
+    put.add_argument(
+        "--kind", choices=ARTIFACT_KINDS, help="default: head_set for .json, corpus for .jsonl, else vector"
+    )
     put.add_argument("--site", choices=SITES, help="site of a vector (default: resid_post)")
     put.add_argument("--description")
     add_replace_argument(put)
@@ -86,8 +91,7 @@ def run_get(args: argparse.Namespace) -> int:
 
 def run_put(args: argparse.Namespace) -> int:
     format = _format(args.format, args.file)
-    default: ArtifactKindName = "head_set" if format == "head_score_json" else "vector"
-    kind: ArtifactKindName = args.kind or default
+    kind: ArtifactKindName = args.kind or _KINDS.get(format, "vector")
     options: UploadOptions = {"kind": kind, "format": format}
     if args.site is not None:
         options["site"] = args.site
