@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from patchclamp.neurons import (
     welch_t,
 )
 from patchclamp.requests import evaluate_neuron_edit, localize_neurons
+from patchclamp.v1 import job_pb2
 from patchclamp.v1 import neuron_pb2 as pb
+from patchclamp.v1.job_pb2_grpc import JobServiceServicer
 
 Serve = Callable[..., str]
 
@@ -110,6 +112,7 @@ def test_decode_prints_a_row_for_each_matrix(server: Neurons, capsys: pytest.Cap
     assert rows[1].split() == ["L1N5", "down", "+9.5", '"', 'dog"', "-3.0", '"', 'cat"']
     assert main(["neurons", "decode", "--layers", "0-1"]) == 0
     assert server.request == pb.DecodeNeuronsRequest(layers=[0, 1])
+    capsys.readouterr()
     assert json_of(capsys, "decode", "L1N5,L0N3")[0]["neuron"] == [1, 5]
 
 
@@ -310,6 +313,36 @@ def test_a_picture_is_written_where_one_is_asked_for(
         assert main(["neurons", *arguments, "--picture", "out.svg"]) == 0
     assert words in Path("out.svg").read_text()
     assert "picture: out.svg" in capsys.readouterr().err
+
+
+class FollowedJobs(JobServiceServicer):
+    """One job, which was a call of this method."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def FollowJob(self, request: Any, context: Any) -> Iterator[job_pb2.FollowJobResponse]:
+        call: Any = getattr(Neurons(), "".join(word.capitalize() for word in self.method.split("_")))
+        asked = pb.DescribeNeuronsRequest() if self.method == "describe_neurons" else pb.LocalizeNeuronsRequest()
+        for response in call(asked, None):
+            held: dict[str, Any] = {self.method: response}
+            yield job_pb2.FollowJobResponse(**held)
+
+
+@pytest.mark.parametrize("method", ["find_neurons", "localize_neurons", "census_neurons", "match_neurons"])
+def test_a_job_that_is_followed_ends_with_the_sets_it_has_stored(
+    serve: Serve, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["jobs", "follow", "job-1", "--address", serve(jobs=FollowedJobs(method))]) == 0
+    assert capsys.readouterr().out == f"{NEURON_SET.id}\n"
+
+
+@pytest.mark.parametrize("method", ["decode_neurons", "evaluate_neuron_edit", "describe_neurons"])
+def test_a_job_that_stores_nothing_ends_with_what_it_found(
+    serve: Serve, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["jobs", "follow", "job-1", "--address", serve(jobs=FollowedJobs(method))]) == 0
+    assert json.loads(capsys.readouterr().out)
 
 
 def test_a_picture_shows_a_result_that_detach_does_not_wait_for(capsys: pytest.CaptureFixture[str]) -> None:
