@@ -35,7 +35,7 @@ def waiting(caller: Caller, length: int = 1, priority: Priority = Priority.INTER
         request=request,
         seed=0,
         state=None,
-        sink=None,
+        captures=(),
         output=None,
         prompt_length=length,
         arrival=float(number),

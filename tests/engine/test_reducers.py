@@ -171,7 +171,7 @@ def test_requests_of_a_job_share_a_reducer_that_sees_every_token_once() -> None:
     prompts = [(*start, 30, 31, 32), (*start, 40), start[:3], (*start, 50, 51)]
     make = partial(Request, on_event=events.append, priority=Priority.ANALYSIS)
     requests = [
-        make(prompt, stop=StopParams(max_tokens=0), reduction=Reduction(Site.MLP_POST, reducer, text=i))
+        make(prompt, stop=StopParams(max_tokens=0), reductions=(Reduction(Site.MLP_POST, reducer, text=i),))
         for i, prompt in enumerate(prompts)
     ]
     urgent = Request((50, 51), events.append, stop=StopParams(max_tokens=4, ignore_eos=True))
@@ -195,6 +195,8 @@ def test_a_reducer_sees_a_site_after_its_edits() -> None:
     push = Edit(AddVector(Vector(values=torch.full((1, width), 9.0))), Site.RESID_POST, layers=(1,))
     program = bind(Program((push,)), model.info)
     asked = Reduction(Site.RESID_POST, reducer)
-    run_all(engine, [Request((5, 6), events.append, program, stop=StopParams(max_tokens=0), reduction=asked)], events)
+    run_all(
+        engine, [Request((5, 6), events.append, program, stop=StopParams(max_tokens=0), reductions=(asked,))], events
+    )
     plain = states((5, 6), Site.RESID_POST, 1).double().sum(0)
     torch.testing.assert_close(reducer.sum(1) - plain, torch.full((width,), 18.0).double(), rtol=0, atol=1e-3)

@@ -2,7 +2,7 @@
 traffic goes before, and works at its exclusive door."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -10,57 +10,74 @@ from typing import TypeAlias, TypeVar
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import Sliced, Work
 from patchclamp_server.engine.request import Event, Failed, Finished, Request
-from patchclamp_server.errors import ResourceExhausted
+from patchclamp_server.errors import QuotaExceeded, ResourceExhausted
 
 MAX_IN_FLIGHT = 16
 OnEvent: TypeAlias = Callable[[Event], None]
+Make: TypeAlias = Callable[[OnEvent], Request]
 T = TypeVar("T")
 
 
 async def completed(
-    engine: Engine, requests: Iterable[Callable[[OnEvent], Request]], *, max_in_flight: int = MAX_IN_FLIGHT
+    engine: Engine,
+    requests: Iterable[Make] | AsyncIterable[Make],
+    *,
+    max_in_flight: int = MAX_IN_FLIGHT,
+    patient: bool = False,
 ) -> AsyncGenerator[list[Event], None]:
     """Yields all events of each request, in the order of the requests; at most `max_in_flight` are with the engine.
 
-    A request is made when its turn comes. When the iteration ends early, by an error, by `aclose` or by cancellation of
+    A request is made when its turn comes. `patient`: where serving traffic leaves no room for any of them, waits for
+    room, and does not raise. When the iteration ends early, by an error, by `aclose` or by cancellation of
     the task, those still with the engine are cancelled. Raises what the engine refuses a request with, or the error
     that a request failed with.
     """
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-    waiting = enumerate(requests)
-    upcoming = next(waiting, None)
     in_flight: dict[int, int] = {}  # index of the request → its id
     events: dict[int, list[Event]] = {}
     finished: set[int] = set()
     following = 0
-    try:
-        while upcoming is not None or in_flight:
-            while upcoming is not None and len(in_flight) < max_in_flight:
-                index, make = upcoming
-                try:
-                    in_flight[index] = engine.submit(make(_forward(index, queue)))
-                except ResourceExhausted:
-                    # Serving traffic fills the queue. One of ours that finishes makes room for the next.
-                    if not in_flight:
-                        raise
-                    break
-                events[index] = []
-                upcoming = next(waiting, None)
-            index, event = await queue.get()
-            events[index].append(event)
-            if isinstance(event, Failed):
-                del in_flight[index]
-                raise event.error
-            if isinstance(event, Finished):
-                del in_flight[index]
-                finished.add(index)
-            while following in finished:
-                finished.remove(following)
-                yield events.pop(following)
-                following += 1
-    finally:
-        for request_id in in_flight.values():
-            engine.cancel(request_id)
+    async with aclosing(_each(requests)) as waiting:
+        try:
+            upcoming, index = await anext(waiting, None), 0
+            while upcoming is not None or in_flight:
+                while upcoming is not None and len(in_flight) < max_in_flight:
+                    try:
+                        in_flight[index] = engine.submit(upcoming(_forward(index, queue)))
+                    except ResourceExhausted as error:
+                        # Serving traffic fills the queue. One of ours that finishes makes room for the next.
+                        if in_flight:
+                            break
+                        if not patient or isinstance(error, QuotaExceeded):
+                            raise
+                        await asyncio.sleep(error.retry_after_seconds)
+                        continue
+                    events[index] = []
+                    upcoming, index = await anext(waiting, None), index + 1
+                number, event = await queue.get()
+                events[number].append(event)
+                if isinstance(event, Failed):
+                    del in_flight[number]
+                    raise event.error
+                if isinstance(event, Finished):
+                    del in_flight[number]
+                    finished.add(number)
+                while following in finished:
+                    finished.remove(following)
+                    yield events.pop(following)
+                    following += 1
+        finally:
+            for request_id in in_flight.values():
+                engine.cancel(request_id)
+
+
+async def _each(requests: Iterable[Make] | AsyncIterable[Make]) -> AsyncGenerator[Make, None]:
+    if isinstance(requests, AsyncIterable):
+        async for make in requests:
+            yield make
+    else:
+        for make in requests:
+            yield make
 
 
 def _forward(index: int, queue: asyncio.Queue[tuple[int, Event]]) -> OnEvent:

@@ -1,4 +1,4 @@
-"""What may be stored beside tensors: metadata and tag names. Field paths name the argument of ArtifactStore.put."""
+"""Checks of what is stored beside tensors: metadata and tag names. Field paths name arguments of ArtifactStore.put."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from patchclamp_server.artifacts.types import LAYERED, ArtifactKind, Metadata
+from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactKind, Metadata
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.sites import Site
 
@@ -22,7 +22,7 @@ def check_tag(tag: str, path: str = "tag") -> None:
 
 
 def checked_metadata(metadata: Metadata) -> Metadata:
-    """The metadata in its one canonical form, so that equal content has one id."""
+    """Returns the metadata in its one canonical form, so that equal content has one id."""
     site = metadata.site
     if metadata.kind is ArtifactKind.VECTOR and site is None:
         raise InvalidArgument("site", "a vector needs the site it belongs to")
@@ -38,7 +38,9 @@ def checked_metadata(metadata: Metadata) -> Metadata:
     watch = metadata.provenance.get("watch")
     if metadata.kind is ArtifactKind.WATCH_REFERENCE and not (isinstance(watch, str) and watch):
         raise InvalidArgument("provenance.watch", "a watch_reference needs the id of its watch")
-    if not metadata.model_fingerprint:
+    if metadata.kind in OF_NO_MODEL and metadata.model_fingerprint:
+        raise InvalidArgument("model_fingerprint", f"a {metadata.kind.value} is of no model; leave it empty")
+    if metadata.kind not in OF_NO_MODEL and not metadata.model_fingerprint:
         raise InvalidArgument("model_fingerprint", "an artifact belongs to a model; the fingerprint is empty")
     fingerprint = _canonical(metadata.model_fingerprint, "model_fingerprint", 0)
     description = _canonical(metadata.description, "description", 0)
@@ -60,7 +62,7 @@ def checked_metadata(metadata: Metadata) -> Metadata:
 
 
 def _canonical(value: Any, path: str, depth: int) -> Any:
-    """JSON with lists for tuples and 3 for 3.0: protobuf's Struct knows only doubles, and must not change the id."""
+    """Returns JSON with lists for tuples and 3 for 3.0: protobuf's Struct knows only doubles, yet the id must stay."""
     if depth > MAX_DEPTH:
         raise InvalidArgument(path, f"nested deeper than {MAX_DEPTH}")
     if value is None or isinstance(value, bool):
@@ -71,7 +73,7 @@ def _canonical(value: Any, path: str, depth: int) -> Any:
             raise InvalidArgument(path, "text is not valid Unicode")
         return value
     if isinstance(value, int | float):
-        # Rejects NaN, Inf and integers that no double can hold.
+        # This rejects NaN, Inf and integers that no double can hold.
         if not -1.7e308 < value < 1.7e308:
             raise InvalidArgument(path, f"{value!r:.40} is not a finite number")
         integral = isinstance(value, int) or (math.fabs(value) < 2**53 and value.is_integer())

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks
-from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
+from patchclamp_server.interventions.spans import ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.arrays import BoolArray, IntArray
 from patchclamp_server.model.attention.spans import Spans
@@ -22,7 +22,7 @@ PADDING_SLOT = -1
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """T rows: single tokens first, then chunks. `programs`: the spans that have a program or a capture. `sparse`: rows
+    """T rows: single tokens first, then chunks. `programs`: the spans that have a program or captures. `sparse`: rows
     that a sparse policy selects for or observes. `watch`: rows that are watched. Rows of `padding` are written to no
     block."""
 

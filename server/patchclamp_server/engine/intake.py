@@ -3,6 +3,8 @@
 import math
 import time
 
+import numpy as np
+
 from patchclamp_server.engine.admission import Admission, Demand, Refusal
 from patchclamp_server.engine.output import Output
 from patchclamp_server.engine.reducers.reducer import Rows
@@ -11,8 +13,9 @@ from patchclamp_server.engine.sampler import drawn_seed
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.pooling import RowSink, TokenPool
+from patchclamp_server.interventions.pooling import TokenPool
 from patchclamp_server.interventions.scopes import SequenceTokens
+from patchclamp_server.interventions.spans import CaptureSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.load import LoadedModel
@@ -88,7 +91,7 @@ class Intake:
             request=request,
             seed=drawn_seed() if request.sampling.seed is None else request.sampling.seed,
             state=None,
-            sink=_sink(request, prompt_length),
+            captures=_captures(request, prompt_length),
             output=Output(
                 IncrementalDetokenizer(model.tokenizer, after=request.tokens[:prompt_length]),
                 StopChecker(request.stop.strings, request.stop.include_stop_string),
@@ -118,12 +121,13 @@ class Intake:
         return sequence
 
 
-def _sink(request: Request, prompt_length: int) -> RowSink | None:
+def _captures(request: Request, prompt_length: int) -> tuple[CaptureSpan, ...]:
     if (asked := request.capture) is not None:
-        return TokenPool(asked.pooling, asked.layers, prompt_length)
-    if (reduction := request.reduction) is not None:
-        return Rows(reduction.reducer, reduction.text, reduction.label)
-    return None
+        return (CaptureSpan(TokenPool(asked.pooling, asked.layers, prompt_length), asked.site),)
+    if not request.reductions:
+        return ()
+    ids = np.array(request.tokens, dtype=np.int64)
+    return tuple(CaptureSpan(Rows(r.reducer, r.text, r.label, ids), r.site) for r in request.reductions)
 
 
 def _follower(leader: Sequence) -> Sequence:
@@ -134,7 +138,7 @@ def _follower(leader: Sequence) -> Sequence:
         request=Request(request.tokens, on_event=lambda event: None, priority=request.priority, caller=request.caller),
         seed=0,
         state=None,
-        sink=None,
+        captures=(),
         output=None,
         prompt_length=leader.prompt_length,
         arrival=leader.arrival,

@@ -12,7 +12,7 @@ from patchclamp_server.engine.block_tables import BlockTables
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
-from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
+from patchclamp_server.interventions.spans import ProgramSpan, StepOutcome
 from patchclamp_server.model.attention.spans import Span, Spans
 from patchclamp_server.model.overflow import Overflow
 from patchclamp_server.monitoring.registry import WatchRegistry
@@ -68,7 +68,7 @@ class Runner:
         sparse: list[Rows] = []
         monitor, served, watching = self.monitor, list[ServedSpan](), self.monitor.active
         for (sequence, n), row, offset in zip(work, starts, offsets, strict=True):
-            if sequence.state is not None or sequence.sink is not None:
+            if sequence.state is not None or sequence.captures:
                 programs.append(_program_span(sequence, row, offset, token_ids[row : row + n]))
             if watching and sequence.is_served:
                 new = tokens[row : row + n]
@@ -143,8 +143,4 @@ class Runner:
 
 
 def _program_span(sequence: Sequence, row: int, offset: int, tokens: np.ndarray) -> ProgramSpan:
-    capture = None
-    asked = sequence.request.capture or sequence.request.reduction
-    if asked is not None and sequence.sink is not None:
-        capture = CaptureSpan(sequence.sink, asked.site)
-    return ProgramSpan(sequence.state, row, offset, tokens, sequence.prompt_length, capture)
+    return ProgramSpan(sequence.state, row, offset, tokens, sequence.prompt_length, sequence.captures)

@@ -27,8 +27,9 @@ from patchclamp_server.engine.request import (
 from patchclamp_server.engine.sampler import Sampled, SamplingRow
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import RequestError
-from patchclamp_server.interventions.pooling import RowSink, TokenPool
+from patchclamp_server.interventions.pooling import TokenPool
 from patchclamp_server.interventions.program import Receipt
+from patchclamp_server.interventions.spans import CaptureSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.model.arrays import IntArray
 
@@ -52,8 +53,8 @@ class Sequence:
     request: Request
     seed: int
     state: ProgramState | None
-    # What takes the rows of its prompt, for the site of its capture or reduction.
-    sink: RowSink | None
+    # What takes the rows of its prompt, each at the site of its capture or of one of its reductions.
+    captures: tuple[CaptureSpan, ...]
     # None for a follower, which says nothing itself.
     output: Output | None
     # Boundary between PHASE_PROMPT and PHASE_GENERATED.
@@ -79,6 +80,8 @@ class Sequence:
     charged: int = 0
     # Since when its client keeps it waiting, while it holds a place.
     paused_at: float | None = None
+    # Its client has kept it waiting while it held a place: how long it took says nothing about the engine.
+    was_paused: bool = False
     # Follows another sequence along its tokens, to compare with it; or is followed.
     leader: "Sequence | None" = None
     follower: "Sequence | None" = None
@@ -145,11 +148,14 @@ class Sequence:
         return self.remaining > 0 and not self.paused
 
     def needs_logits_from(self) -> int:
-        """First position whose logits are needed."""
+        """First position whose logits are needed; behind the last one where nothing is predicted."""
         if self.request.score_from is not None:
-            return self.request.score_from - 1
+            # Those before `reached` have been scored, before a preemption.
+            return max(self.request.score_from - 1, self.reached)
         if self.leader is not None:
             return self.prompt_length - 1
+        if self.samples_nothing:
+            return len(self.tokens)
         return len(self.tokens) - 1
 
     def token_array(self, start: int, end: int) -> IntArray:
@@ -178,13 +184,13 @@ class Sequence:
 
     def reusable_until(self) -> int:
         """Tokens before this position may be taken from the prefix cache; at least one is left to be computed."""
-        if self.sink is not None:
+        if self.captures:
             return 0
         counted = self.state.counted if self.state is not None else 0
         asked = (len(self.tokens), counted)
         # A waiting sequence is asked in every step.
         if self._reusable is None or self._reusable[0] != asked:
-            until = min(self.needs_logits_from(), self.shareable_until())
+            until = min(self.needs_logits_from(), len(self.tokens) - 1, self.shareable_until())
             if self.sparse is not None:
                 until = min(until, self.sparse.reusable_until)
             if self.state is not None:
@@ -228,6 +234,8 @@ class Sequence:
         if self.request.sampling.logprobs:
             best = torch.topk(logprobs, min(self.request.sampling.logprobs, len(logprobs)))
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        if self.request.scores is not None:
+            self.request.scores.add(position + 1, logprobs)
         self.request.on_event(Token(token, position + 1, logprob, top))
         return True
 
@@ -263,8 +271,9 @@ class Sequence:
         now = time.monotonic()
         output = self.output_or_fail()
         output.flush(self.request.on_event)
-        if isinstance(self.sink, TokenPool):
-            self.request.on_event(Captured(self.sink.result()))
+        for capture in self.captures:
+            if isinstance(capture.pool, TokenPool):
+                self.request.on_event(Captured(capture.pool.result()))
         sparsity = None if self.sparse is None else self.sparse.report(self.computed)
         self.request.on_event(
             Finished(

@@ -19,7 +19,7 @@ from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows, chosen, moving_rows, steady_rows
 from patchclamp_server.interventions.scopes import Int32Array
 from patchclamp_server.interventions.setting import Setting
-from patchclamp_server.interventions.spans import ProgramSpan
+from patchclamp_server.interventions.spans import CaptureSpan, ProgramSpan
 from patchclamp_server.model.arrays import BoolArray, IntArray
 from patchclamp_server.model.sites import FORWARD_ORDER
 
@@ -35,8 +35,8 @@ def compile_part(setting: Setting, spans: list[ProgramSpan], *, steady: bool, by
         if len(entry):
             _add_rules(part, setting, local, entry, inside)
     for span in spans:
-        if span.capture is not None:
-            _add_captures(part, span)
+        for capture in span.captures:
+            _add_capture(part, span, capture)
     return part
 
 
@@ -104,10 +104,8 @@ class CaptureRule:
         self.pool.add(self.layer, x[self.rows], self.start)
 
 
-def _add_captures(part: Part, span: ProgramSpan) -> None:
+def _add_capture(part: Part, span: ProgramSpan, capture: CaptureSpan) -> None:
     """Up to the end of the prompt."""
-    capture = span.capture
-    assert capture is not None
     n = min(len(span.token_ids), span.prompt_length - span.offset)
     for layer in capture.pool.layers if n > 0 else ():
         rule = CaptureRule(capture.pool, layer, slice(span.row, span.row + n), span.offset)

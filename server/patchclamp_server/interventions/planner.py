@@ -26,7 +26,7 @@ class Planner:
         self._plan = StepPlan((), setting.tables)
 
     def plan(self, spans: list[ProgramSpan]) -> StepPlan:
-        """`spans`: those of the step that have a program or a capture. The same plan as before where all is steady."""
+        """`spans`: those of the step that have a program or captures. The same plan as before where all is steady."""
         steady, moving, key = [], [], list[int]()
         for span in spans:
             state = span.state
@@ -35,7 +35,7 @@ class Planner:
                 and span.offset >= state.steady_from
                 and span.offset >= state.counted
                 and len(span.token_ids) == 1
-                and span.capture is None
+                and not span.captures
             ):
                 steady.append(span)
                 key += (span.row, state.uid, state.version)

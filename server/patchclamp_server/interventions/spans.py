@@ -15,6 +15,8 @@ Place = tuple[Site, int]
 
 @dataclass(frozen=True, eq=False)
 class CaptureSpan:
+    """What takes the rows of a prompt at one site."""
+
     pool: RowSink
     site: Site
 
@@ -28,7 +30,7 @@ class ProgramSpan:
     offset: int
     token_ids: IntArray  # [n]
     prompt_length: int
-    capture: CaptureSpan | None = None
+    captures: tuple[CaptureSpan, ...] = ()
 
     @property
     def positions(self) -> IntArray:

@@ -716,7 +716,7 @@ Global___LabelledTexts: _TypeAlias = LabelledTexts  # noqa: Y015
 
 @_typing.final
 class TextSource(_message.Message):
-    """TextSource: texts by label, sent here or stored."""
+    """TextSource: texts by label, sent here or stored. Each text begins with the special tokens that start one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -729,7 +729,7 @@ class TextSource(_message.Message):
     window_tokens: _builtins.int
     """Tokens of a window that longer texts are cut into. Default 512."""
     max_tokens: _builtins.int
-    """The first so many tokens of every label. Default: all."""
+    """The windows are run up to the first that reaches so many tokens in all. Default: all."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelledTexts]: ...
     def __init__(
@@ -762,7 +762,7 @@ class Fact(_message.Message):
     def prompt(self) -> _generation_pb2.Prompt: ...
     @_builtins.property
     def candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Default: the answers of the other facts of the same list."""
+        """Default: up to four answers of other facts of the same list that are not this one's, drawn by the seed."""
 
     def __init__(
         self,
@@ -1424,7 +1424,9 @@ Global___FactsTest: _TypeAlias = FactsTest  # noqa: Y015
 
 @_typing.final
 class TextsTest(_message.Message):
-    """perplexity of the texts, and mean KL(unedited || edited) of the predictions of their tokens."""
+    """Perplexity of the texts, and mean KL(unedited || edited) of the predictions of their tokens. Texts are cut into windows
+    of 512 tokens, at most 256 of all tests.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

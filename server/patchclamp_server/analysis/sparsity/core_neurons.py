@@ -44,7 +44,7 @@ def _request(prompt: tuple[int, ...], observed: "_Observed", on_event: OnEvent) 
         on_event,
         stop=StopParams(max_tokens=0),
         priority=Priority.ANALYSIS,
-        reduction=Reduction(Site.MLP_POST, observed),
+        reductions=(Reduction(Site.MLP_POST, observed),),
     )
 
 

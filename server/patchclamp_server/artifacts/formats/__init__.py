@@ -1,6 +1,12 @@
-"""File formats of artifacts, registered by name. A new format is a module here and a line below."""
+"""File formats of artifacts are registered here by name. A new format is a module in this package and a line below."""
 
-from patchclamp_server.artifacts.formats import gguf_control_vector, head_score_json, neuron_set_json, safetensors
+from patchclamp_server.artifacts.formats import (
+    gguf_control_vector,
+    head_score_json,
+    neuron_set_json,
+    safetensors,
+    text_json_lines,
+)
 from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, Format, MalformedFile
 
 FORMATS = {
@@ -10,6 +16,7 @@ FORMATS = {
         Format("gguf_control_vector", gguf_control_vector.decode, gguf_control_vector.encode),
         Format("head_score_json", head_score_json.decode, head_score_json.encode),
         Format("neuron_set_json", neuron_set_json.decode, neuron_set_json.encode),
+        Format("text_json_lines", text_json_lines.decode, text_json_lines.encode),
     )
 }
 

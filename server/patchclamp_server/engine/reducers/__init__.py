@@ -3,6 +3,11 @@
 A `Reduction` of a request (engine/request.py) names a site and a reducer, which all requests of a job share. Each is a
 file:
 
+    firing.py          how often every unit fires                 Σ [x_i > θ], Σ [|x_i| > θ]
+    firing_by_position.py   the same by part of a text
+    moments.py         mean, variance and maximum                 Σ x, Σ x², max x
+    top_keys.py        the tokens or pairs with which a unit fires most
+    occurrences.py     how often each token and pair comes
     sums.py            count, sum and mean of every unit          n, Σ x, Σ x / n
     ordinary_sums.py   the same without attention sinks
     covariance.py      covariance of all pairs of units           Σ (x - m)(x - m)ᵀ / n
@@ -13,5 +18,7 @@ file:
     per_label.py       one reducer for each label
 
 Raw activations do not travel: what comes to the host is the result, when it is asked for. Each says in its docstring
-what it computes, the shape of what it keeps and how many bytes that is, however many rows come.
+what it computes, the shape of what it keeps and how many bytes that is, however many rows come. Those that are
+`Resumable` can be written down between two texts and taken up again (analysis/corpora). On a CPU the passes over rows
+are loops that numba compiles (loops.py).
 """

@@ -10,46 +10,40 @@ nothing is lost to a mean that is much larger than the deviations:
 Kept by layer: float64 [width] and [width, width]: about 8 · layers · width² bytes.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from patchclamp_server.engine.reducers.reducer import Place, Reducer
+from patchclamp_server.engine.reducers.reducer import ByLayer, Place
 
 
-@dataclass(eq=False)
-class _Moments:
-    n: int
-    mean: Tensor  # [width]
-    scatter: Tensor  # [width, width], M
+class Covariance(ByLayer):
+    def parameters(self) -> dict[str, Any]:
+        return {}
 
+    def _begin(self, width: int, device: torch.device) -> dict[str, Tensor]:
+        return {
+            "rows": torch.zeros(1, dtype=torch.int64),
+            "mean": torch.zeros(width, dtype=torch.float64, device=device),
+            "scatter": torch.zeros((width, width), dtype=torch.float64, device=device),
+        }
 
-class Covariance(Reducer):
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        super().__init__(layers)
-        self._moments: dict[int, _Moments] = {}
-
-    def add(self, layer: int, rows: Tensor, place: Place) -> None:
+    def _add(self, kept: dict[str, Tensor], rows: Tensor, place: Place) -> None:
         x = rows.double()
-        n, mean = len(x), x.mean(0)
-        centred = x - mean
-        scatter = centred.T @ centred
-        before = self._moments.get(layer)
-        if before is None:
-            self._moments[layer] = _Moments(n, mean, scatter)
-            return
-        total, apart = before.n + n, mean - before.mean
-        before.scatter += scatter + apart.outer(apart) * (before.n * n / total)
-        before.mean = before.mean + apart * (n / total)
-        before.n = total
+        n, mean, before = len(x), x.mean(0), int(kept["rows"])
+        centred, apart, total = x - mean, mean - kept["mean"], before + len(x)
+        kept["scatter"] += centred.T @ centred + apart.outer(apart) * (before * n / total)
+        kept["mean"] += apart * (n / total)
+        kept["rows"] += n
 
     def count(self, layer: int) -> int:
-        return self._moments[layer].n
+        return int(self._kept[layer]["rows"])
 
     def mean(self, layer: int) -> Tensor:
         """[width] float64. Raises KeyError where no row has come."""
-        return self._moments[layer].mean
+        return self._kept[layer]["mean"]
 
     def covariance(self, layer: int) -> Tensor:
         """[width, width] float64, over n and not n - 1."""
-        return self._moments[layer].scatter / self._moments[layer].n
+        return self._kept[layer]["scatter"] / self.count(layer)

@@ -1,21 +1,21 @@
-"""NeuronService: neurons found by their weights, by labelled text, by facts and by a census, and tested by edits.
-
-Jobs whose work is requests of the engine run beside each other; those at its exclusive door wait for their turn.
-"""
+"""NeuronService: neurons found by their weights, by labelled text, by facts and by a census, and tested by edits."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceServicer
-from patchclamp_server.analysis.exclusive import ExclusiveJobs
 from patchclamp_server.analysis.neurons.compare import compare
-from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.engine.engine import Engine
+from patchclamp_server.analysis.neurons.decode import decode
+from patchclamp_server.analysis.neurons.find_job import find_neurons
+from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.interventions.field_checks import count
-from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.neurons.compare import encode_overlaps
-from patchclamp_server.text.prompt import PromptEncoder
+from patchclamp_server.rpc.codecs.neurons.decode import decode_decoding, encode_decoding
+from patchclamp_server.rpc.codecs.neurons.find import decode_finding, encode_finding
 
 Context = Any
 
@@ -24,18 +24,35 @@ class NeuronService(NeuronServiceServicer):
     """Raises the errors of errors.py; an interceptor turns them into statuses. Cancelling a call ends its job, with
     every request it has in the engine."""
 
-    def __init__(
-        self, engine: Engine, prompts: PromptEncoder, store: ArtifactStore, model_info: ModelInfo, jobs: ExclusiveJobs
-    ) -> None:
-        self._engine = engine
-        self._prompts = prompts
-        self._store = store
-        self._model = model_info
+    def __init__(self, jobs: AnalysisJobs) -> None:
         self._jobs = jobs
+
+    def DecodeNeurons(
+        self, request: pb.DecodeNeuronsRequest, context: Context
+    ) -> AsyncIterator[pb.DecodeNeuronsResponse]:
+        jobs = self._jobs
+        decoder = jobs.engine.model.decoder
+        return jobs.stream(
+            request,
+            partial(decode_decoding, request, jobs.store, jobs.model, decoder.spec),
+            lambda job: exclusively(jobs.engine, decode(decoder, job)),
+            partial(encode_decoding, prompts=jobs.prompts),
+            exclusive=True,
+        )
+
+    def FindNeurons(self, request: pb.FindNeuronsRequest, context: Context) -> AsyncIterator[pb.FindNeuronsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_finding, request, jobs.prompts, jobs.store, jobs.model),
+            partial(find_neurons, jobs.engine, jobs.store, jobs.model),
+            partial(encode_finding, prompts=jobs.prompts),
+            exclusive=True,
+        )
 
     async def CompareNeuronSets(
         self, request: pb.CompareNeuronSetsRequest, context: Context
     ) -> pb.CompareNeuronSetsResponse:
         top_k = count(request.top_k, "top_k")
-        overlaps = await asyncio.to_thread(compare, request.neuron_sets, top_k, self._store, self._model)
-        return encode_overlaps(overlaps)
+        store, model = self._jobs.store, self._jobs.model
+        return encode_overlaps(await asyncio.to_thread(compare, request.neuron_sets, top_k, store, model))

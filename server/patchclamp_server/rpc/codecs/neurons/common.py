@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp_server.analysis.neurons.stored import StoredSet
-from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.neuron_sets import Neuron, NeuronSelection
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import chosen, count, distinct
@@ -71,7 +70,3 @@ def encode_stored(stored: StoredSet) -> pb.StoredNeurons:
         best=best,
         layers=encode_counts(Counter(neuron.layer for neuron in found.neurons)),
     )
-
-
-def encode_progress(progress: Progress) -> pb.NeuronProgress:
-    return pb.NeuronProgress(stage=progress.stage, done=progress.done, total=progress.total)
