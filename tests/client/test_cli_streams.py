@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from canned import Generations, Heads, Monitoring, Sparsities
+from canned_neurons import Neurons
 
 from patchclamp.cli import main
 from patchclamp.v1 import generation_pb2 as pb
@@ -37,6 +38,7 @@ class Timed:
 def file(tmp_path: Path) -> str:
     """One line that every kind of file can be."""
     pair = {"positive": "a", "negative": "b", "clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"}
+    pair |= {"prompt": "p", "answer": "a"}
     path = tmp_path / "line.jsonl"
     path.write_text(json.dumps(pair))
     return str(path)
@@ -59,6 +61,18 @@ STREAMS = {
             ["heads", "score", "induction"],
             ["heads", "ablate", "mine"],
             ["heads", "circuit", "mine", "--pairs", "FILE"],
+        ],
+    ),
+    "neurons": (
+        Neurons,
+        [
+            ["neurons", "decode", "mine"],
+            ["neurons", "find", "dog"],
+            ["neurons", "localize", "welch_t", "--corpus", "wiki", "--target", "code"],
+            ["neurons", "evaluate", "mine", "--target", "FILE"],
+            ["neurons", "census", "mine", "--corpus", "wiki"],
+            ["neurons", "describe", "mine", "--texts", "FILE"],
+            ["neurons", "match", "tuned", "--corpus", "wiki"],
         ],
     ),
     "monitoring": (Monitoring, [["watch", "reference", "mine", "usual"], ["watch", "follow", "mine"]]),

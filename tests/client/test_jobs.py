@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from canned import Heads, Jobs, Monitoring, Sparsities
+from canned_neurons import Neurons
 
 from patchclamp import requests
 from patchclamp.cli import main
@@ -41,17 +42,25 @@ COMMANDS = [
     ("heads", Heads, ["heads", "score", "induction", "mine", "--seed", "3"]),
     ("heads", Heads, ["heads", "ablate", "mine", "--mode", "scale", "--scale", "0.5"]),
     ("heads", Heads, ["heads", "circuit", "mine", "--pairs", "FILE", "--method", "mean_ablation"]),
+    ("neurons", Neurons, ["neurons", "decode", "mine", "--tokens", "5"]),
+    ("neurons", Neurons, ["neurons", "find", "dog", "--name", "mine", "--top", "3"]),
+    ("neurons", Neurons, ["neurons", "localize", "welch_t", "mine", "--texts", "a=FILE", "--target", "a"]),
+    ("neurons", Neurons, ["neurons", "evaluate", "mine", "--mode", "scale", "--value", ".5", "--target", "FILE"]),
+    ("neurons", Neurons, ["neurons", "census", "mine", "--corpus", "wiki", "--ngram", "3"]),
+    ("neurons", Neurons, ["neurons", "describe", "mine", "--corpus", "wiki", "--contexts", "3"]),
+    ("neurons", Neurons, ["neurons", "match", "tuned", "--corpus", "wiki", "--name", "mine"]),
     ("sparsity", Sparsities, ["sparsity", "calibrate", "mine", "--policy", "cats", "--text", "FILE"]),
     ("sparsity", Sparsities, ["sparsity", "evaluate", "cats", "--keep", ".5", "--text", "FILE", "--speed"]),
     ("monitoring", Monitoring, ["watch", "reference", "safety", "usual", "--tokens", "9", "--use"]),
 ]
-STORING = [each for each in COMMANDS if not {"ablate", "evaluate"} & set(each[2])]
+STORING = [each for each in COMMANDS if not {"ablate", "evaluate", "decode", "describe"} & set(each[2])]
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     """One line that every kind of file can be."""
     pair = {"positive": "a", "negative": "b", "clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"}
+    pair |= {"prompt": "p", "answer": "a"}
     path = tmp_path / "line.jsonl"
     path.write_text(json.dumps(pair))
     return str(path)
@@ -89,7 +98,7 @@ def test_a_detached_command_asks_for_what_it_would_ask_for_without(
 ) -> None:
     direct, jobs = servicer(), Jobs()
     monkeypatch.setenv("PATCHCLAMP_ADDRESS", serve(**{service: direct, "jobs": jobs}))
-    arguments = [file if argument == "FILE" else argument for argument in command]
+    arguments = [argument.replace("FILE", file) for argument in command]
     assert main(arguments) == 0
     capsys.readouterr()
     assert main([*arguments, "--detach"]) == 0
@@ -121,7 +130,7 @@ def test_a_command_takes_a_name_that_is_taken_only_when_it_is_told_to(
 ) -> None:
     server = servicer()
     monkeypatch.setenv("PATCHCLAMP_ADDRESS", serve(**{service: server}))
-    arguments = [file if argument == "FILE" else argument for argument in command]
+    arguments = [argument.replace("FILE", file) for argument in command]
     assert main(arguments) == 0
     assert not server.request.replace_tags
     assert main([*arguments, "--replace"]) == 0

@@ -237,7 +237,7 @@ def test_probes_are_over_all_layers_unless_they_name_one(client: Client) -> None
 
 
 def test_what_is_no_method_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"method: expected what a function of patchclamp\.neurons makes"):
+    with pytest.raises(TypeError, match=r"method: expected what a function of patchclamp\.neurons makes, got 'welch"):
         requests.localize_neurons("welch_t")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"method: .* such as welch_t"):
         requests.localize_neurons(pb.LocalizeNeuronsRequest())
@@ -284,6 +284,7 @@ def test_an_edit_is_measured_point_by_point_beside_random_sets(client: Client, s
 
 
 TEST = TextsTest("t", "words")
+UNFIT: Any = ["a", ("a", 5)]
 
 
 @pytest.mark.parametrize(
@@ -295,8 +296,12 @@ TEST = TextsTest("t", "words")
         (("dog", "scale", TEST), {}, 'value: the mode "scale" needs the factor'),
         (("dog", "off", TEST), {}, "mode 'off' is unknown; accepted: zero, mean, clamp, scale"),
         (("dog", "zero", ["t"]), {}, r"targets\[0\]: expected a FactsTest, TextsTest or GenerationTest, got 't'"),
-        (("dog", "zero", [FactsTest("t", ["a"])]), {}, r"targets\[0\]\.facts\[0\]: expected a Fact or \(prompt, ans"),
-        (("dog", "zero", [FactsTest("t", [("a", 5)])]), {}, r"targets\[0\]\.facts\[0\]\.answer: expected a str, got 5"),
+        (
+            ("dog", "zero", [FactsTest("t", UNFIT[:1])]),
+            {},
+            r"targets\[0\]\.facts\[0\]: expected a Fact or \(prompt, ans",
+        ),
+        (("dog", "zero", [FactsTest("t", UNFIT[1:])]), {}, r"targets\[0\]\.facts\[0\]\.answer: expected a str, got 5"),
         (("dog", "zero", [GenerationTest("t", [], max_tokens=-1)]), {}, r"targets\[0\]\.max_tokens: expected an int"),
     ],
 )

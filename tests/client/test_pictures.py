@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from canned_neurons import point
 
 from patchclamp.cli.heads.drawing import heat_map_lines, needle_grid_lines
 from patchclamp.pictures.heads import heat_map_figure, needle_grid_figure
+from patchclamp.pictures.neurons import census_figure, dose_response_figure, layer_scores_figure
 from patchclamp.pictures.quality import QualityPoint, quality_figure, series_of
-from patchclamp.results import NeedleGrid
+from patchclamp.results import LayerCensus, NeedleGrid, NeuronEditEffect
+from patchclamp.v1 import neuron_pb2
 
 MATRIX = ((0.0, 0.25, 0.0), (0.0, 0.0, 0.75))
 GRID = NeedleGrid((256, 512), (0.1, 0.9), (((1, 2), None), ((0, 1), (3, 3))))
@@ -128,6 +131,39 @@ def test_a_needle_grid_shows_the_share_found_and_the_counts(matplotlib: Any, tmp
     assert is_png(tmp_path / "grid.png")
 
 
+def test_scores_of_layers_are_bars_with_the_mean_as_a_line(matplotlib: Any, tmp_path: Path) -> None:
+    figure = layer_scores_figure([3, 5], [0.5, 0.875], [0.25, 0.5], "welch_t")
+    [axes] = figure.axes
+    assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches] == [(3, 0.5), (5, 0.875)]
+    assert list(axes.get_lines()[0].get_ydata()) == [0.25, 0.5]
+    assert (axes.get_xlabel(), axes.get_title()) == ("layer", "welch_t")
+    figure.savefig(tmp_path / "layers.png")
+    assert is_png(tmp_path / "layers.png")
+    assert not layer_scores_figure([3], [0.5], (), "dog").axes[0].get_lines()
+
+
+def test_changes_by_fraction_have_the_band_of_the_random_sets(matplotlib: Any, tmp_path: Path) -> None:
+    effect = neuron_pb2.NeuronEditEffect(points=[point(0.5, 1, -0.25), point(1.0, 2, -0.5)])
+    figure = dose_response_figure(NeuronEditEffect.from_proto(effect), "zero capitals")
+    accuracy, perplexity = figure.axes
+    lines = {line.get_label(): line for line in accuracy.get_lines()}
+    assert list(lines["the set"].get_xdata()) == [0.5, 1.0]
+    assert list(lines["the set"].get_ydata()) == [-0.25, -0.5]
+    band = accuracy.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (-0.0625, 0.0)
+    assert (accuracy.get_title(), accuracy.get_ylabel()) == ("capitals", "change of accuracy")
+    assert perplexity.get_title() == "prose (side)"
+    figure.savefig(tmp_path / "dose.png")
+    assert is_png(tmp_path / "dose.png")
+
+
+def test_classes_of_a_census_are_stacked(matplotlib: Any) -> None:
+    layers = [LayerCensus(0, 8, 2, 1, 0, 0, 0, 0, 0.25), LayerCensus(1, 8, 1, 3, 0, 0, 0, 0, 0.125)]
+    [axes] = census_figure(layers, "1,000 tokens").axes
+    assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [(0, 2), (0, 1), (2, 1), (1, 3)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dead", "rare"]
+
+
 def test_a_heat_map_in_text_shades_the_nearest_quarter_of_the_largest_score() -> None:
     lines = list(heat_map_lines(((0.1, 0.25, 0.5), (0.8, 0.9, 1.0))))
     assert lines[1:3] == ["L0 |  ░░▒▒|", "L1 |▓▓████|"]
@@ -158,6 +194,7 @@ def test_a_needle_grid_in_text_lines_up_its_columns() -> None:
         ["sparsity", "plot", "results.json", "out.png"],
         ["heads", "detect", "retrieval", "--heatmap", "out.png"],
         ["heads", "detect", "retrieval", "--grid", "out.png"],
+        ["neurons", "find", "dog", "--picture", "out.png"],
     ],
 )
 def test_a_picture_without_matplotlib_says_what_to_install_before_any_work(

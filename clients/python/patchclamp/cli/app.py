@@ -14,6 +14,7 @@ from patchclamp.cli import (
     heads,
     jobs,
     models,
+    neurons,
     score,
     serving,
     sparsity,
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     vectors.add_parser(commands)
     sparsity.add_parser(commands)
     heads.add_parser(commands)
+    neurons.add_parser(commands)
     watch.add_parser(commands)
     jobs.add_parser(commands)
     tokens.add_parsers(commands)

@@ -10,11 +10,19 @@ from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.terminal import job_result, note, print_json, table
 from patchclamp.collectors import ResultT
 from patchclamp.requests import JobRequest
-from patchclamp.results import Artifact, Job, JobResult
+from patchclamp.results import (
+    Artifact,
+    FoundNeurons,
+    Job,
+    JobResult,
+    LocalizedNeurons,
+    MatchedNeurons,
+    NeuronCensus,
+)
 from patchclamp.streams import Stream
 
 # Options that say how the result is shown.
-_OF_THE_RESULT = ("heatmap", "grid")
+_OF_THE_RESULT = ("heatmap", "grid", "picture")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -110,18 +118,34 @@ def run_follow(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         note(f"{args.id} goes on; `patchclamp jobs cancel {args.id}` ends it")
         raise
-    artifact = _stored(result)
-    if args.json or artifact is None:
+    artifacts = _stored(result)
+    if args.json or not artifacts:
         print_json(result)
-    else:
+        return 0
+    for artifact in artifacts:
         print(artifact.id)
         note_moved(artifact)
     return 0
 
 
-def _stored(result: JobResult) -> Artifact | None:
+def _stored(result: JobResult) -> list[Artifact]:
     """Returns what a job has stored, if its method stores anything."""
-    return result if isinstance(result, Artifact) else getattr(result, "artifact", None)
+    match result:
+        case Artifact():
+            return [result]
+        case FoundNeurons(found=found):
+            sets = [found]
+        case LocalizedNeurons():
+            sets = [each.stored for each in result.sets]
+        case NeuronCensus():
+            sets = [each.stored for each in result.classes]
+        case MatchedNeurons(ported=ported):
+            sets = [ported]
+        case _:
+            artifact = getattr(result, "artifact", None)
+            return [] if artifact is None else [artifact]
+    # A set of no neuron is not stored.
+    return [each.artifact for each in sets if each.artifact.id]
 
 
 def _show(args: argparse.Namespace, job: Job) -> int:

@@ -86,10 +86,10 @@ class ProgressBar:
             self._stage = event.stage
         if self._redraws:
             filled = 24 * event.done // max(event.total, 1)
-            bar = f"\r{event.stage:<12} [{'#' * filled:<24}] {event.done}/{event.total}"
+            bar = f"\r{event.stage:<12} [{'#' * filled:<24}] {event.done}/{event.total}{_resumed(event)}"
             print(bar, end="", file=sys.stderr, flush=True)
         elif (tenth := 10 * event.done // max(event.total, 1)) > self._tenth:
-            print(f"{event.stage} {event.done}/{event.total}", file=sys.stderr, flush=True)
+            print(f"{event.stage} {event.done}/{event.total}{_resumed(event)}", file=sys.stderr, flush=True)
             self._tenth = tenth
 
     def close(self) -> None:
@@ -107,6 +107,10 @@ def job_result(stream: Stream[MessageT, EventT, ResultT], *, quiet: bool) -> Res
         return stream.result(bar.show)
     finally:
         bar.close()
+
+
+def _resumed(event: Progress) -> str:
+    return f" ({event.resumed} resumed)" if event.resumed else ""
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from patchclamp.cli import extract
@@ -14,14 +16,19 @@ from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFo
 from patchclamp.requests import UploadOptions
 from patchclamp.results import Artifact, DeletedArtifact
 
-_SUFFIXES: dict[str, ArtifactFormatName] = {
+_SUFFIXES: Mapping[str, ArtifactFormatName] = {
     ".gguf": "gguf",
     ".safetensors": "safetensors",
-    ".json": "head_score_json",
     ".jsonl": "text_json_lines",
 }
-# The kind of a file whose format holds no other.
-_KINDS: dict[ArtifactFormatName, ArtifactKindName] = {"head_score_json": "head_set", "text_json_lines": "corpus"}
+# A file that ends in .json is one of these: its content, or the artifact, says which.
+_JSON: Mapping[str, ArtifactFormatName] = {"head_set": "head_score_json", "neuron_set": "neuron_set_json"}
+# What a file of this format is by default; of any other, a vector.
+_KINDS: Mapping[ArtifactFormatName, ArtifactKindName] = {
+    "head_score_json": "head_set",
+    "neuron_set_json": "neuron_set",
+    "text_json_lines": "corpus",
+}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,7 +50,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     put.add_argument("--name", help="tag to store it under")
     put.add_argument("--format", choices=ARTIFACT_FORMATS, help="default: by the file's suffix")
     put.add_argument(
-        "--kind", choices=ARTIFACT_KINDS, help="default: head_set for .json, corpus for .jsonl, else vector"
+        "--kind", choices=ARTIFACT_KINDS, help="default: by the content of JSON, corpus for .jsonl, else vector"
     )
     put.add_argument("--site", choices=SITES, help="site of a vector (default: resid_post)")
     put.add_argument("--description")
@@ -90,7 +97,7 @@ def run_get(args: argparse.Namespace) -> int:
 
 
 def run_put(args: argparse.Namespace) -> int:
-    format = _format(args.format, args.file)
+    format = args.format or _format_of(args.file, lambda: args.kind or _kind_of_json(args.file))
     kind: ArtifactKindName = args.kind or _KINDS.get(format, "vector")
     options: UploadOptions = {"kind": kind, "format": format}
     if args.site is not None:
@@ -108,7 +115,8 @@ def run_put(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     layers = () if args.layers == "all" else args.layers
     with connect(args) as client:
-        data = client.download_artifact(args.ref, _format(args.format, args.output), layers=layers)
+        format = args.format or _format_of(args.output, lambda: client.get_artifact(args.ref).kind)
+        data = client.download_artifact(args.ref, format, layers=layers)
     # Whole or not at all: a file that was there stays when the disk is full.
     partial = args.output.with_name(f"{args.output.name}.{os.getpid()}.part")
     try:
@@ -163,12 +171,28 @@ def _show(args: argparse.Namespace, artifact: Artifact) -> int:
     return 0
 
 
-def _format(given: ArtifactFormatName | None, path: Path) -> ArtifactFormatName:
-    if given is not None:
-        return given
+def _format_of(path: Path, kind: Callable[[], str]) -> ArtifactFormatName:
+    """Returns the format that a name stands for. kind: what is in it, which is asked for where it is JSON."""
+    if path.suffix == ".json":
+        found = kind()
+        if found not in _JSON:
+            raise ValueError(f"{path}: JSON holds a {' or '.join(_JSON)}, not a {found}")
+        return _JSON[found]
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: give --format, or a name that ends in {' or '.join(_SUFFIXES)}")
+        raise ValueError(f"{path}: give --format, or a name that ends in {', '.join(_SUFFIXES)} or .json")
     return _SUFFIXES[path.suffix]
+
+
+def _kind_of_json(path: Path) -> str:
+    """Returns "head_set" or "neuron_set" by the first name in the file: "<layer>-<head>" or "<layer>"."""
+    try:
+        first = next(iter(json.loads(path.read_bytes())), "")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if re.fullmatch(r"\d+(-\d+)?", str(first)) is None:
+        message = f'{path}: expected head scores {{"<layer>-<head>": [...]}} or neurons {{"<layer>": [...]}}'
+        raise ValueError(f"{message}; else give --kind")
+    return "head_set" if "-" in first else "neuron_set"
 
 
 def _span(layers: tuple[int, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from patchclamp.fields import build, build_as, several, shown
 from patchclamp.prompts import PromptLike, prompt
@@ -82,7 +82,7 @@ def fact_messages(facts: Iterable[FactLike], field: str) -> list[pb.Fact]:
     return [_fact(each, f"{field}[{i}]").message(f"{field}[{i}].") for i, each in listed]
 
 
-def _fact(fact: object, field: str) -> Fact:
+def _fact(fact: Any, field: str) -> Fact:
     match fact:
         case Fact():
             return fact

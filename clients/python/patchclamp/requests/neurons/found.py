@@ -145,8 +145,6 @@ def localize_neurons(
         model=model,
         layers=layers,
         site=value_or_unspecified(SITES, site, "site"),
-        top_k=top_k,
-        share=share,
         holdout_fraction=holdout_fraction,
         random_sets=random_sets,
         seed=seed,
@@ -154,8 +152,12 @@ def localize_neurons(
         tags=tags,
         replace_tags=replace_tags,
     )
-    if top_k is not None and share is not None:
-        raise ValueError("share: give either top_k or share")
+    if top_k is not None:
+        request.MergeFrom(build(pb.LocalizeNeuronsRequest, top_k=top_k))
+    if share is not None:
+        request.MergeFrom(build(pb.LocalizeNeuronsRequest, share=share))
+        if top_k is not None:
+            raise ValueError("share: give either top_k or share")
     request.MergeFrom(chosen)
     return request
 

@@ -1,0 +1,101 @@
+"""Neuron sets from the client and the command line, against a whole server of a tiny random llama (2 x 64 neurons)."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live import LiveServer
+
+from patchclamp import AsyncClient, Client, PatchclampError
+from patchclamp.cli import main
+from patchclamp.programs import set_neurons
+from patchclamp_server.model.load import load_model
+
+SETS = {"one": {"0": [1, 2, 3], "1": [5]}, "two": {"1": [5, 6], "0": [3]}}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One of its own, with imported neuron sets in its store."""
+    with LiveServer(load_model(str(tiny_llama_dir)), tmp_path_factory.mktemp("neuron_artifacts")) as live:
+        with Client(live.address) as client:
+            for tag, lists in SETS.items():
+                data = json.dumps(lists).encode()
+                client.put_artifact(data, kind="neuron_set", format="neuron_set_json", tags=[tag])
+        yield live
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[Client]:
+    with Client(server.address) as client:
+        yield client
+
+
+def test_a_neuron_set_in_json_comes_back_as_it_was_sent(client: Client):
+    assert json.loads(client.download_artifact("one", "neuron_set_json")) == SETS["one"]
+    assert client.get_artifact("one").kind == "neuron_set"
+
+
+def test_an_imported_set_is_clamped_in_the_next_call(client: Client):
+    options = {"max_tokens": 4, "ignore_eos": True}
+    result = client.generate("hello", program=set_neurons("one", 3.0, name="one"), **options).result()  # type: ignore[arg-type]
+    assert [(edit.name, edit.rows > 0) for edit in result.receipt.edits] == [("one", True)]
+
+
+def test_neuron_sets_are_compared(client: Client):
+    [found] = client.compare_neuron_sets(["one", "two"])
+    assert (found.common, found.jaccard, found.overlap_coefficient) == (2, 2 / 5, 2 / 3)
+    assert [(each.layer, each.neurons) for each in found.common_by_layer] == [(0, 1), (1, 1)]
+    assert 0.0 < found.expected_common < 1.0
+    assert 0.0 < found.p_value < 0.05
+
+
+def test_the_best_of_sets_without_scores_are_refused_by_field(client: Client):
+    with pytest.raises(PatchclampError) as refused:
+        client.compare_neuron_sets(["one", "two"], top_k=2)
+    assert (refused.value.code, refused.value.violations[0].field) == ("FAILED_PRECONDITION", "top_k")
+
+
+async def test_the_async_client_does_the_same(server: LiveServer):
+    async with AsyncClient(server.address) as client:
+        [found] = await client.compare_neuron_sets(["one", "two"])
+    assert found.common == 2
+
+
+@pytest.fixture
+def command_line(server: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHCLAMP_ADDRESS", server.address)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("command_line")
+def test_the_command_line_tells_neurons_from_head_scores_in_json(capsys: pytest.CaptureFixture[str]):
+    Path("neurons.json").write_text('{"0": [1, 7]}')
+    heads = {f"{layer}-{head}": [0.5] for layer in range(2) for head in range(4)}
+    Path("heads.json").write_text(json.dumps(heads))
+    assert main(["vectors", "put", "neurons.json", "--name", "by-hand"]) == 0
+    assert "neuron_set" in capsys.readouterr().out
+    assert main(["vectors", "put", "heads.json", "--name", "heads"]) == 0
+    assert "head_set" in capsys.readouterr().out
+    for ref, held in (("by-hand", {"0": [1, 7]}), ("heads", heads)):
+        assert main(["vectors", "export", ref, "-o", "back.json"]) == 0
+        assert json.loads(Path("back.json").read_text()) == held
+    assert main(["neurons", "compare", "by-hand", "one"]) == 0
+    assert "by-hand, one" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("command_line")
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"layer": [1]}', "3"])
+def test_json_of_neither_kind_is_refused_before_it_is_sent(content: str, capsys: pytest.CaptureFixture[str]):
+    Path("file.json").write_text(content)
+    assert main(["vectors", "put", "file.json"]) == 2
+    assert capsys.readouterr().err.startswith("error: file.json: ")
+
+
+@pytest.mark.usefixtures("command_line")
+def test_an_artifact_that_json_cannot_hold_is_told_what_can(client: Client, capsys: pytest.CaptureFixture[str]):
+    pairs = [("good day", "bad day"), ("good tea", "bad tea"), ("good idea", "bad idea"), ("good dog", "bad dog")]
+    client.extract_vectors(pairs, layers=[0], tags=["joy"]).result()
+    assert main(["vectors", "export", "joy", "-o", "joy.json"]) == 2
+    assert capsys.readouterr().err == "error: joy.json: JSON holds a head_set or neuron_set, not a vector\n"
