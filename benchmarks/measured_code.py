@@ -32,6 +32,7 @@ _STEP = (
     "patchclamp_server.engine.engine",
     "patchclamp_server.engine.runner",
     "patchclamp_server.engine.scheduler",
+    "patchclamp_server.engine.steps",
     "patchclamp_server.engine.sampler",
     "patchclamp_server.engine.delivery",
     "patchclamp_server.engine.executors.operator_executor",
@@ -42,15 +43,19 @@ _SPARSE = ("patchclamp_server.sparsity", "patchclamp_server.cpu.sparse")
 MEASURED: dict[str, tuple[str, ...]] = {
     "beside": (
         "benchmarks/beside.py",
+        "patchclamp_server.engine.analysis_share",
         "patchclamp_server.engine.exclusive",
         "patchclamp_server.engine.pace",
         "patchclamp_server.engine.scheduler",
+        "patchclamp_server.engine.steps",
+        "patchclamp_server.engine.yielding",
     ),
     "cpu": ("benchmarks/cpu.py", *_STEP, "patchclamp_server.interventions"),
     "faults": (
         "benchmarks/faults.py",
         "benchmarks/faults",
         "patchclamp_server.engine.engine",
+        "patchclamp_server.engine.steps",
         "patchclamp_server.engine.live",
         "patchclamp_server.engine.faults",
         "patchclamp_server.artifacts.store",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection
 from patchclamp_server.interventions.program import HeadReadout, Phase, Program, Readout, Vector
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import NEURON_SITES, Site
 from patchclamp_server.monitoring.activations import Activations
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import (
@@ -26,7 +26,7 @@ from patchclamp_server.monitoring.items import (
     WatchedNeurons,
     WatchItem,
 )
-from patchclamp_server.monitoring.watch import VECTOR_SITES, ItemKind, Watch, WatchOptions
+from patchclamp_server.monitoring.watch import NEURON_KINDS, VECTOR_SITES, ItemKind, Watch, WatchOptions
 
 BOTH = frozenset(Phase)
 EVERYTHING = -1e30
@@ -48,6 +48,9 @@ def watch_of_everything(family: str) -> Watch:
         WatchItem("all keys", WatchedHeads(HeadSelection((Head(1, 1), Head(0, 3))), include_sink=True), threshold=0.3),
         WatchItem("first", WatchedNeurons(0, (0,))),
     ]
+    for site in NEURON_SITES:
+        if site in s.sites:
+            items.append(WatchItem(site.value, WatchedNeurons(1, (s.d_ff - 1, 0, 5), site=site), threshold=0.0))
     for site in VECTOR_SITES:
         if site in s.sites:
             vector = Vector(values=numbers(f"{family} watched {site.value}", width))
@@ -85,8 +88,8 @@ def expected_values(family: str, watch: Watch, job: Job, tokens: Sequence[int]) 
     seen = _Recorded(tiny_model(family), reading, tokens, len(job.prompt), job.roles, {}, {}).run()
     columns = []
     for kind, layer, unit in zip(watch.kinds.tolist(), watch.layers.tolist(), watch.units.tolist(), strict=True):
-        if kind == ItemKind.NEURON:
-            column = seen.sites[Site.MLP_POST, layer][:, unit].double()
+        if kind in NEURON_KINDS:
+            column = seen.sites[NEURON_KINDS[kind], layer][:, unit].double()
         elif kind == ItemKind.HEAD:
             column = seen.attention[layer][unit].max(dim=1).values.double()
         elif kind == ItemKind.HEAD_OFF_SINK:

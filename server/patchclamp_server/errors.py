@@ -3,6 +3,8 @@
 Each names the field path it is about (``program.edits[1].layers``), in the words of the protobuf contract.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -81,3 +83,13 @@ class Unavailable(RequestError):
 
 class EngineFailure(RequestError):
     """A step of the engine failed. → INTERNAL."""
+
+
+@contextmanager
+def renaming_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors raised inside name the fields of a request of ours, which was made of other fields."""
+    try:
+        yield
+    except RequestError as error:
+        error.field = names.get(error.field, error.field)
+        raise

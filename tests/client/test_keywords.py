@@ -8,7 +8,7 @@ from public_calls import arguments_of, awaited, builders, client_methods, made
 
 import patchclamp
 from patchclamp import AsyncClient, Client
-from patchclamp.programs import add, generated, set_neurons, when
+from patchclamp.programs import ablate_heads, add, generated, when
 from patchclamp.sparsity import exact_zero, fovea
 
 CLIENTS = {"sync": Client, "async": AsyncClient}
@@ -78,7 +78,7 @@ def test_a_misspelt_option_of_a_builder_names_the_one_that_was_meant(build: Any,
     "build",
     [
         lambda: add("v", layers=1, when=when("v", layer=0, above=1.0)),
-        lambda: set_neurons([1], 1.0, layers=1, site="mlp_post"),
+        lambda: ablate_heads([1], layers=1, site="attn_z"),
         lambda: exact_zero(keep_ratio=0.5),
         lambda: Client().generate("hi", n=3, response_format={"type": "json_object"}),
     ],

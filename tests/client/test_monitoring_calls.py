@@ -49,6 +49,10 @@ def test_an_item_is_one_message_of_its_kind() -> None:
     expected = pb.WatchItem(name="n", neurons=pb.WatchedNeurons(layer=12, neurons=[3, 345]), threshold=0.0)
     assert watch_neurons("n", 12, [3, 345], threshold=0.0) == expected
     assert watch_neuron_set("n", "toxic") == pb.WatchItem(name="n", neurons=pb.WatchedNeurons(neuron_set="toxic"))
+    gates = pb.WatchedNeurons(layer=1, neurons=[2], site=program.SITE_MLP_GATE)
+    assert watch_neurons("g", 1, [2], site="mlp_gate") == pb.WatchItem(name="g", neurons=gates)
+    ups = pb.WatchedNeurons(neuron_set="toxic", site=program.SITE_MLP_UP)
+    assert watch_neuron_set("u", "toxic", site="mlp_up") == pb.WatchItem(name="u", neurons=ups)
     stored = pb.WatchedDirection(layers=[16], vector=program.Vector(artifact="joyful"))
     assert pb.WatchItem(name="joy", direction=stored, threshold=2.0) == JOY
     sent = pb.WatchedDirection(

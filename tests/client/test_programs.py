@@ -95,6 +95,14 @@ def test_every_neuron_builder_sets_its_own_operation(edit: pb.Edit, operation: s
     assert (edit.neurons.WhichOneof("op"), edit.site) == (operation, pb.SITE_MLP_POST)
 
 
+def test_neurons_are_edited_and_read_at_the_site_that_is_named() -> None:
+    assert clamp_neurons([4], min=0.0, layers=1, site="mlp_gate").site == pb.SITE_MLP_GATE
+    assert set_neurons("suspects", site="mlp_up").site == pb.SITE_MLP_UP
+    assert (read_neurons([4], layers=1).site, read_top_neurons(3, layers=1).site) == (pb.SITE_MLP_POST,) * 2
+    assert read_neurons([4], layers=1, site="mlp_up").site == pb.SITE_MLP_UP
+    assert read_top_neurons(3, layers=1, site="mlp_gate").site == pb.SITE_MLP_GATE
+
+
 def test_ablating_heads_is_scaling_them_by_a_zero_that_is_sent() -> None:
     edit = ablate_heads([2, 3], layers=0)
     assert edit.heads.WhichOneof("op") == "scale"

@@ -36,7 +36,7 @@ from patchclamp_server.interventions.program import (
     TopNeuronsReadout,
     Vector,
 )
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import NEURON_SITES, Site
 from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policies.dense import Dense
 from patchclamp_server.sparsity.policies.static_set import StaticSet
@@ -204,12 +204,13 @@ def assert_same_outcome_of_tokens(own: Outcome, other: Outcome) -> None:
     assert (torch.stack(own.logits) - torch.stack(other.logits)).abs().max() <= TOLERANCE * scale
 
 
+@pytest.mark.parametrize("site", NEURON_SITES)
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_clamped_and_watched_neurons_are_computed_whatever_the_policy_says(kernels: bool) -> None:
+def test_clamped_and_watched_neurons_are_computed_whatever_the_policy_says(kernels: bool, site: Site) -> None:
     """Of an empty set they are all that is left: the edit works and the readout sees what a dense layer would give."""
     nothing: dict[int, tuple[int, ...]] = {0: (), 1: (), 2: ()}
-    clamp = Edit(NeuronEdit((3, 7), values=(4.0,)), Site.MLP_POST, name="clamp", layers=(1,))
-    watch = Readout(NeuronReadout((5, 2)), Site.MLP_POST, name="watch", layers=(0,), scope=GENERATED)
+    clamp = Edit(NeuronEdit((3, 7), values=(4.0,)), site, name="clamp", layers=(1,))
+    watch = Readout(NeuronReadout((5, 2)), site, name="watch", layers=(0,), scope=GENERATED)
     asked = job(static(nothing), "forced", Program((clamp,), (watch,)))
     own = run_alone("llama", asked, config(kernels=kernels))
     kept = {0: (2, 5), 1: (3, 7), 2: ()}
@@ -229,11 +230,12 @@ NEVER = condition(Site.MLP_POST, 2, shapes("llama"), threshold=1e9)
     ("program", "layers"),
     [
         (Program((edit("add", Site.MLP_POST, shapes("llama")),)), {1}),
+        (Program((edit("add", Site.MLP_UP, shapes("llama")),)), {1}),
         (Program((), (Readout(TopNeuronsReadout(4), Site.MLP_POST, name="top", layers=(0, 1, 2)),)), {0, 1, 2}),
         (Program((edit("add", Site.RESID_POST, shapes("llama"), layers=(2,), gate=Gate(NEVER)),)), {2}),
         (Program((), abort_when=(AbortCondition("never", NEVER),)), {2}),
     ],
-    ids=["a direction", "the largest neurons", "a gate", "an abort condition"],
+    ids=["a direction", "a direction of ups", "the largest neurons", "a gate", "an abort condition"],
 )
 def test_layers_whose_neurons_are_all_needed_are_dense(program: Program, layers: set[int]) -> None:
     dense = job(None, "all", program)

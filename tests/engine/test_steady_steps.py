@@ -64,6 +64,7 @@ def never(seed: int) -> Condition:
 READERS = {
     "projection": reads(ProjectionReadout((vector(1), vector(2))), Site.RESID_POST),
     "neurons": reads(NeuronReadout((7, 3, 11)), Site.MLP_POST),
+    "gates of neurons": reads(NeuronReadout((7, 3)), Site.MLP_GATE),
     "top neurons": reads(TopNeuronsReadout(3), Site.MLP_POST),
     "logit lens": reads(LogitLensReadout(2), Site.RESID_POST),
     "abort": Program(abort_when=(AbortCondition("stop", never(3)),)),

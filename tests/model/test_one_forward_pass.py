@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -11,12 +11,12 @@ import torch
 from engine_runs import Job, loaded, run_alone
 from planted_heads import planted_tokenizer
 from programs import prompt
-from sparse_models import bound, documents, sparse_model
+from sparse_models import bound, documents, evaluated, sparse_model
 from tiny_models import FAMILIES, LAYERS, tiny_model
 from torch import Tensor
 
 import patchclamp_server
-from patchclamp_server.analysis.documents import KeepSite, heard, inputs_of, pools_for
+from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
 from patchclamp_server.analysis.heads.attention_mass import attention_mass
 from patchclamp_server.analysis.heads.circuits import path_patching
 from patchclamp_server.analysis.heads.circuits.attribution import attribute
@@ -25,7 +25,6 @@ from patchclamp_server.analysis.heads.scores.ordinals import TokenSequence
 from patchclamp_server.analysis.heads.scores.successor import OvCircuit
 from patchclamp_server.analysis.neurons.gradients import site_gradients
 from patchclamp_server.analysis.neurons.targets import Example, LogitDifference
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.sparse.mlp import SparseMlp
@@ -34,7 +33,7 @@ from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.engine.request import SparseInference
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.range_check import warn_of_overflow
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity.mlp import MlpInput, mlp_weights
 from patchclamp_server.sparsity.policies import POLICIES
@@ -141,13 +140,9 @@ def _greedy_path() -> None:
     assert len(at_once(greedy_path(sparse_model("llama"), 1, states, 1, grids))) > 1
 
 
-def _heard() -> None:
-    at_once(heard(sparse_model("llama"), {}, tokens()[0], 0))
-
-
 def _quality() -> None:
-    evaluator = at_once(Evaluator.of(sparse_model("llama"), tokens(), 4))
-    at_once(evaluator.quality(bound(POLICIES["griffin"]())))
+    """Griffin observes the prompt, so that its pass is a chunk of its own."""
+    evaluated(tokens(), 4, bound(POLICIES["griffin"]()))
 
 
 def _request() -> None:
@@ -167,7 +162,6 @@ CALLERS: dict[Callable[[], None], tuple[int, list[range], list[str]]] = {
     _path_patching: (2, [], ["attention_output"] * LAYERS),
     _successor: (0, [], ["mlp"]),
     _gradients: (1, [range(layer, layer + 1) for layer in reversed(WHOLE)], []),
-    _heard: (1, [], []),
     _quality: (3, [], []),
     _request: (3, [], []),
     _sparse_request: (3, [], []),
@@ -220,6 +214,20 @@ def test_blocks_run_in_parts_visit_and_give_what_they_do_in_one_run(family: str,
     for ours, theirs in zip(parts.seen, whole.seen, strict=True):
         assert ours[:2] == theirs[:2]
         assert torch.equal(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, TOKENS])
+def test_gates_and_ups_are_taken_apart_where_that_is_asked_for_and_no_bit_changes(family: str, rows: int) -> None:
+    model, documents = loaded(family).decoder, tokens()[:1, :rows]
+    plain, looked = Visits(), Visits()
+    step = inputs_of(documents, 0, rows, model)
+    expected = model.forward(step, pools_for(model, documents), plain)
+    asked = replace(step, visited_preactivations=frozenset({1}))
+    assert torch.equal(model.forward(asked, pools_for(model, documents), looked), expected)
+    own = [site for site in PREACTIVATION_SITES if site in model.spec.sites]
+    assert {place[:2] for place in looked.seen} - {place[:2] for place in plain.seen} == {(site, 1) for site in own}
+    assert not {site for site, _, _ in plain.seen} & set(own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

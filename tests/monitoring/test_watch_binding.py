@@ -10,7 +10,7 @@ from watch_runs import neurons_watch, watch_of_everything
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError, ResourceExhausted
 from patchclamp_server.interventions.program import Vector
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import NEURON_SITES, Site
 from patchclamp_server.monitoring.bind import bind_watch
 from patchclamp_server.monitoring.items import (
     Encoder,
@@ -77,6 +77,7 @@ NEURON = WatchedNeurons(0, (1,))
         (WatchItem("x", WatchedNeurons(0, (FF,))), "items[0].neurons.neurons[0]"),
         (WatchItem("x", WatchedNeurons(0)), "items[0].neurons.neurons"),
         (WatchItem("x", WatchedNeurons(neuron_set="a")), "items[0].neurons.neuron_set"),
+        (WatchItem("x", WatchedNeurons(0, (1,), site=Site.MLP_OUT)), "items[0].neurons.site"),
         (WatchItem("x", WatchedDirection(Vector(values=ONES))), "items[0].direction.layers"),
         (WatchItem("x", WatchedDirection(Vector(values=ONES[1:]), layers=(0,))), "items[0].direction.vector.values"),
         (WatchItem("x", WatchedDirection(Vector(values=ONES), Site.MLP_POST, (0,))), "items[0].direction.site"),
@@ -231,3 +232,21 @@ def test_an_encoder_that_could_stand_either_way_or_stands_the_other_is_refused(
     with pytest.raises(InvalidArgument, match=message) as refused:
         bound(WatchItem("f", features(torch.ones(shape), 0, field)))
     assert refused.value.field == f"items[0].features.{field}"
+
+
+def test_neurons_watched_at_different_sites_are_of_different_places_and_one_kind() -> None:
+    items = [WatchItem(site.value, WatchedNeurons(1, (2,), site=site)) for site in NEURON_SITES]
+    watch = bound(*items, WatchItem("by default", WatchedNeurons(1, (2,))))
+    assert watch.places == tuple((site, 1) for site in NEURON_SITES)
+    assert watch.place_of.tolist() == [0, 1, 2, 2]
+    assert watch.kind_names == ("neuron",)
+
+
+def test_a_watched_gate_is_refused_where_there_is_none_also_of_a_stored_watch() -> None:
+    gates = [WatchItem("x", WatchedNeurons(0, (1,), site=Site.MLP_GATE))]
+    ungated = loaded("gpt2").info
+    with pytest.raises(InvalidArgument, match="gpt2 has no site mlp_gate") as refused:
+        bind_watch(gates, ungated, None, max_items=10)
+    assert refused.value.field == "items[0].neurons.site"
+    with pytest.raises(FailedPrecondition, match="watches mlp_gate, which gpt2 has not"):
+        check_watch(bound(*gates), ungated)

@@ -73,6 +73,8 @@ def test_neurons_are_of_a_layer_or_of_a_set() -> None:
     listed, stored = decode_items([item(neurons=NEURONS), item(neurons=pb.WatchedNeurons(neuron_set="toxic"))])
     assert (listed.name, listed.threshold, listed.source) == ("one", None, WatchedNeurons(1, (3, 5)))
     assert stored.source == WatchedNeurons(neuron_set="toxic")
+    [gates] = decode_items([item(neurons=pb.WatchedNeurons(layer=1, neurons=[3], site=program_pb2.SITE_MLP_GATE))])
+    assert gates.source == WatchedNeurons(1, (3,), site=Site.MLP_GATE)
 
 
 def test_a_direction_has_the_site_and_layers_of_its_artifact_unless_told() -> None:
@@ -132,6 +134,7 @@ BAD_ITEMS: list[tuple[pb.WatchItem, str]] = [
     (item(), "source"),
     (item(neurons=NEURONS, threshold=float("nan")), "threshold"),
     (item(neurons=pb.WatchedNeurons(layer=1)), "neurons.neurons"),
+    (item(neurons=pb.WatchedNeurons(neurons=[1], site=99)), "neurons.site"),
     (item(neurons=pb.WatchedNeurons(neurons=[1, 1])), "neurons.neurons[1]"),
     (item(neurons=pb.WatchedNeurons(neurons=[1], neuron_set="s")), "neurons.neurons"),
     (item(neurons=pb.WatchedNeurons(layer=1, neuron_set="s")), "neurons.layer"),

@@ -13,9 +13,6 @@ from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import NO_HOOKS, BlockProducts, Decoder, SiteHooks, StepInputs
 from patchclamp_server.model.sites import Site
-from patchclamp_server.sparsity.apply import Rows as SparseRows
-from patchclamp_server.sparsity.apply import Step
-from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Selection, Selector, SequenceState
 
@@ -156,11 +153,3 @@ def listening(
         priority=Priority.ANALYSIS,
         sparsity=SparseInference("", Listener(model, reducers, text), listens=True),
     )
-
-
-def heard(model: SparseModel, reducers: Mapping[str, Reducer], document: Tensor, text: int) -> Sliced[None]:
-    """The same of a document [tokens], where no engine runs requests."""
-    listener, documents, decoder = Listener(model, reducers, text), document[None], model.decoder
-    products = sparse_blocks(model, Step([SparseRows(slice(0, len(document)), listener, listener.begin())]))
-    inputs = inputs_of(documents, 0, len(document), decoder)
-    yield from forward(decoder, inputs, pool_for(decoder, documents), products=products)

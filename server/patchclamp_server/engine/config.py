@@ -34,6 +34,9 @@ class EngineConfig:
     # Running watches, and all that they watch.
     max_watches: int = 16
     max_watched_items: int = 8192
+    # The mean time between tokens of a stream beside analysis over that without; analysis has the rest of the time,
+    # (slowdown - 1) / slowdown of it (analysis_share.py).
+    analysis_slowdown: float = 1.5
     # The engine ends when so many steps in a row have failed.
     max_failed_steps: int = 8
 

@@ -16,7 +16,7 @@ from patchclamp_server.engine.sampler import NOT_FINITE, Sampled, sample
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.errors import Aborted, EngineFailure
-from patchclamp_server.interventions.plan import StepOutcome
+from patchclamp_server.interventions.spans import StepOutcome
 from patchclamp_server.model.overflow import logits_refusal
 
 log = logging.getLogger(__name__)

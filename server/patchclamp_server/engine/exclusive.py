@@ -5,13 +5,11 @@ A work is a generator that the engine's thread runs between its steps. It yields
 computes, and is sent how many rows that part may have; whatever else it yields is told to whoever waits for it. A row
 is one token through all layers: a part of a pass counts rows · layers / all layers.
 
-    rows of a slice = d / r          d seconds of a step that only decodes, r seconds of a row in the work's own slices
+    rows of a slice = seconds / r          r seconds of a row in the work's own slices
 
-so that a slice beside more urgent requests takes about as long as one of their steps, and a token of theirs comes at
-most about SLOWDOWN (pace.py) times as late; without them a slice takes up to IDLE_SECONDS. A slice that took longer,
-since its smallest part has more rows, is followed by no other until steps have taken as long: beside requests the works
-have half of the engine, and no more. Of several works that which has had the least time for the weight of its caller is
-next.
+with the seconds of a turn of analysis beside more urgent requests (analysis_share.py), and ALONE_SECONDS (pace.py)
+without them. A slice that took longer, since its smallest part has more rows, makes the next turn of analysis come
+later. Of several works that which has had the least time for the weight of its caller is next.
 
 Works run as analysis does: in the context of the call that brought them, so that its tenant pays for their tokens.
 They are refused where an analysis request would be. Their KV is a pool of a layer, not a share of the engine's cache.
@@ -34,8 +32,6 @@ from patchclamp_server.errors import Cancelled, Unavailable
 
 log = logging.getLogger(__name__)
 
-# A slice of an engine that has nothing more urgent to do: a request that comes meanwhile waits for its end.
-IDLE_SECONDS = 0.1
 # The rows of the first slice of a work, which shows how long its rows take.
 FIRST_ROWS = 8
 
@@ -85,8 +81,6 @@ class ExclusiveDoor:
         # Changed under the lock; all but the first step of an entry are of the engine's thread.
         self._entries: list[Entry] = []
         self._closed = False
-        # Seconds that steps have to take before the next slice.
-        self._owed = 0.0
 
     # Any thread.
 
@@ -119,27 +113,18 @@ class ExclusiveDoor:
     def busy(self) -> bool:
         return bool(self._entries)
 
-    def run(self, *, step_seconds: float | None, decode_seconds: float | None) -> bool:
-        """Runs one slice, when it is time for one. False when it is not.
-
-        `step_seconds`: what the step before it took, None where none could run. `decode_seconds`: what a step takes
-        that only decodes, None where no request is more urgent than analysis.
-        """
-        self._owed = 0.0 if step_seconds is None else max(0.0, self._owed - step_seconds)
-        if not self._entries or self._owed > 0:
-            return False
+    def run(self, seconds: float) -> float:
+        """Runs a slice of about so many seconds, the smallest there is for 0. Returns the seconds that it took."""
         entry = min(self._entries, key=lambda e: e.service)
         torch.set_num_threads(self._threads)
         started = time.monotonic()
-        rows = _rows(entry, decode_seconds)
+        rows = _rows(entry, seconds)
         self._advance(entry, rows)
-        seconds = time.monotonic() - started
-        entry.service += seconds / entry.weight
+        took = time.monotonic() - started
+        entry.service += took / entry.weight
         if rows:
-            entry.row_seconds = smoothed(entry.row_seconds, seconds / rows)
-        if step_seconds is not None:
-            self._owed = seconds
-        return True
+            entry.row_seconds = smoothed(entry.row_seconds, took / rows)
+        return took
 
     def leave(self, entry: Entry, error: BaseException | None = None) -> None:
         """Ends a work where it is; nothing happens when it has ended."""
@@ -187,14 +172,13 @@ class ExclusiveDoor:
         entry.on_end(error)
 
 
-def _rows(entry: Entry, decode_seconds: float | None) -> int:
+def _rows(entry: Entry, seconds: float) -> int:
     """What its next slice may have; 0 for what stands before its first."""
     if entry.wanted is None:
         return 0
     most = max(1, entry.wanted.rows)
     if entry.row_seconds is None:
         return min(most, FIRST_ROWS)
-    seconds = IDLE_SECONDS if decode_seconds is None else min(decode_seconds, IDLE_SECONDS)
     return most if seconds >= most * entry.row_seconds else max(1, int(seconds / entry.row_seconds))
 
 

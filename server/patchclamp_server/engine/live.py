@@ -217,7 +217,7 @@ class LiveRequests:
                 generated=len(sequence.output_ids),
                 prefill_seconds=generated_from - (sequence.admitted_at or sequence.arrival),
                 decode_seconds=now - generated_from,
-                paced=request.credits is not None or bool(sequence.preempted_at),
+                paced=request.credits is not None or sequence.was_paused or bool(sequence.preempted_at),
             )
 
     def _release(self, sequence: Sequence) -> None:
@@ -233,7 +233,8 @@ class LiveRequests:
 
     def _leave(self, sequence: Sequence, outcome: str) -> None:
         """After the last event."""
-        if sequence.sparse is not None and not sequence.sparse.asked.listens:
+        compares = sequence.request.scores is not None
+        if sequence.sparse is not None and not sequence.sparse.asked.listens and not compares:
             self.observer.on_sparse_finished(sequence.sparse.report(sequence.computed))
         self._forget(sequence.id, outcome)
 

@@ -9,7 +9,7 @@ from patchclamp_server.engine.request import SparseInference, SparsityReport
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.columns import EntryKind
 from patchclamp_server.interventions.program import NeuronReadout
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import NEURON_SITES
 from patchclamp_server.sparsity.apply import NO_NEURONS, Forced, Rows, forced_neurons
 from patchclamp_server.sparsity.policy import SequenceState
 
@@ -84,16 +84,17 @@ class SparseSequence:
         """`computed`: tokens of the sequence that were."""
         end = computed if self.dense_from is None else min(computed, self.dense_from)
         sparse = max(0, end - self.prompt_length)
-        blocks = self._rows * self.asked.selector.model.n_layers
-        dropped = self._state.selected - float(self._state.active)
+        by_layer = {layer: 1.0 - dropped / self._rows for layer, dropped in self._state.dropped().items()}
+        dropped = sum(1.0 - share for share in by_layer.values())
         return SparsityReport(
             policy=self.asked.policy,
             profile=self.asked.profile,
             sparse_tokens=sparse,
             dense_tokens=max(0, computed - self.prompt_length) - sparse,
-            active_ratio=1.0 - dropped / blocks if blocks else 1.0,
+            active_ratio=1.0 - dropped / self.asked.selector.model.n_layers,
             guard=None if self.guard is None else self.guard.report(self.dense_from),
             filled_ratio=self._state.filled_ratio,
+            active_by_layer=by_layer,
         )
 
 
@@ -109,13 +110,14 @@ def union(a: Forced, b: Forced) -> Forced:
 
 
 def forced_by(program: BoundProgram) -> Forced:
-    """Neurons that a program edits or reads. What is not about single neurons, such as a direction, needs them all."""
+    """Neurons that a program edits or reads, at whichever of their sites. What is not about single neurons, such as a
+    direction, needs them all."""
     named: dict[int, list[list[int]]] = {}
     every: set[int] = set()
     for edit in program.edits:
-        if edit.gate is not None and edit.gate.site is Site.MLP_POST:
+        if edit.gate is not None and edit.gate.site in NEURON_SITES:
             every.add(edit.gate.layer)
-        if edit.site is not Site.MLP_POST:
+        if edit.site not in NEURON_SITES:
             continue
         for layer in edit.layers:
             if edit.kind is EntryKind.NEURONS:
@@ -123,7 +125,7 @@ def forced_by(program: BoundProgram) -> Forced:
             else:
                 every.add(layer)
     for readout in program.readouts:
-        if readout.site is not Site.MLP_POST:
+        if readout.site not in NEURON_SITES:
             continue
         for layer in readout.layers:
             if readout.kind is NeuronReadout:
@@ -131,7 +133,7 @@ def forced_by(program: BoundProgram) -> Forced:
             else:
                 every.add(layer)
     for abort in program.aborts:
-        if abort.condition.site is Site.MLP_POST:
+        if abort.condition.site in NEURON_SITES:
             every.add(abort.condition.layer)
     forced: dict[int, torch.Tensor | None] = {layer: forced_neurons(*sets) for layer, sets in named.items()}
     return forced | dict.fromkeys(every)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.bound import BoundReadout
-from patchclamp_server.interventions.plan import ProgramSpan
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.scopes import scope_mask
+from patchclamp_server.interventions.spans import ProgramSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.attention.peaks import Peaks

@@ -42,6 +42,7 @@ from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import Progress
 from patchclamp_server.monitoring.stored import WatchAsked
 from patchclamp_server.monitoring.watch import WatchOptions
+from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.call.detached_jobs import DetachedJobs
 from patchclamp_server.rpc.call.interceptors import CallInterceptor, InFlight
 from patchclamp_server.rpc.call.security import CallSecurity
@@ -262,9 +263,8 @@ class Server:
             ),
             self._grpc,
         )
-        steering = SteeringService(self.engine, self._prompts, self._store, self._info)
-        sparsity = SparsityService(self.engine, self._prompts, self._store, self._info, self._binder, self._jobs)
-        heads = HeadService(self.engine, self._prompts, self._store, self._info, self._jobs)
+        jobs = AnalysisJobs(self.engine, self._prompts, self._store, self._info, self._jobs)
+        steering, sparsity, heads = SteeringService(jobs), SparsityService(jobs, self._binder), HeadService(jobs)
         uploads = UploadLimits(
             max_bytes=self.config.max_upload_bytes,
             max_concurrent_bytes=self.config.max_concurrent_upload_bytes,

@@ -80,8 +80,9 @@ class Step:
         self.active[layer, kind] = before + active, among + rows * width
         # Of the products of a block, what this is about.
         weight = part.selector.shares.get(kind, 1.0)
-        part.state.active = part.state.active + active * (weight / width)
-        part.state.selected += weight * rows
+        state = part.state
+        state.active[layer] = state.active.get(layer, 0.0) + active * (weight / width)
+        state.selected[layer] = state.selected.get(layer, 0.0) + weight * rows
 
 
 def forced_neurons(*sets: Sequence[int]) -> Tensor:

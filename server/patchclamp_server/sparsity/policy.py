@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
@@ -67,18 +68,28 @@ class FixedSet:
 class SequenceState:
     """What a policy knows of one sequence. `sets` [d_ff] bool by layer: for all its decode; `statistics`: the rest.
 
-    `fixed`: the final form of `sets`, made when first used. `selected` and `active`: blocks (by the share of their
-    weights) in which something was selected, and how much of them was computed, summed over rows. `chosen`: neurons in
-    the sets of a policy that may have to fill them up, and `filled`: those of them that its rule had not found.
+    `fixed`: the final form of `sets`, made when first used. `selected` and `active`, by layer: the share of the weights
+    of a block among which something was selected, and how much of them was computed, summed over rows. `chosen`:
+    neurons in the sets of a policy that may have to fill them up, and `filled`: those of them that its rule had not
+    found.
     """
 
     sets: dict[int, Tensor] = field(default_factory=dict)
     statistics: dict[int, Any] = field(default_factory=dict)
     fixed: dict[int, FixedSet] = field(default_factory=dict)
-    selected: float = 0.0
-    active: float | Tensor = 0.0
+    selected: dict[int, float] = field(default_factory=dict)
+    active: dict[int, float | Tensor] = field(default_factory=dict)
     chosen: int = 0
     filled: int = 0
+
+    def dropped(self) -> dict[int, float]:
+        """What was selected among and not computed, by layer, summed over rows. Waits for the device once."""
+        counted = [active for active in self.active.values() if isinstance(active, Tensor)]
+        read = iter(torch.stack(counted).tolist() if counted else ())
+        return {
+            layer: self.selected[layer] - (next(read) if isinstance(active, Tensor) else active)
+            for layer, active in self.active.items()
+        }
 
     @property
     def filled_ratio(self) -> float:

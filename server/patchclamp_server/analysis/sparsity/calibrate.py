@@ -10,20 +10,20 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import KeepSite, forward, heard, inputs_of, listening, pool_for
+from patchclamp_server.analysis.documents import KeepSite, forward, inputs_of, listening, pool_for
 from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.requests import completed, exclusively
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.sparsity.evaluate import scored
 from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
 from patchclamp_server.analysis.sparsity.quantiles import quantiles
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.exclusive import Slice, Telling, Work
+from patchclamp_server.engine.exclusive import Slice, Sliced, Telling, Work
 from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.reducers.sample import Sample
@@ -45,6 +45,8 @@ SENTENCE_TOKENS = 64
 # Of the documents, what the slower measurements use.
 DAMAGE_DOCUMENTS, DAMAGE_ROWS = 2, 128
 GREEDY_DOCUMENTS, GREEDY_TOKENS = 2, 128
+# Of layers, until their damage is known.
+SQUARED_ERRORS = "squared_errors"
 
 # Bounds of one calibration: an hour of a small CPU, and memory.
 MAX_TOKENS = 1 << 18
@@ -58,10 +60,12 @@ Found: TypeAlias = Telling[Progress, Tensors]
 @dataclass(frozen=True, eq=False)
 class Calibrating:
     """`reducers` of the inputs of products, by product, and what becomes of them once they have seen all documents: a
-    part of a work at the exclusive door of the engine."""
+    part of a work at the exclusive door of the engine. `evaluate`: what is measured with that profile, by requests, and
+    yields the tensors that it has in the end."""
 
     reducers: Mapping[str, Reducer]
     finish: Callable[[Steps], Found]
+    evaluate: Callable[[Engine, Tensors, Steps], AsyncGenerator[Progress | Tensors, None]] | None = None
 
 
 async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> AsyncGenerator[Progress | Profile, None]:
@@ -84,24 +88,26 @@ async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> Asy
         error.field = "text.document_tokens" if error.field == "prompt" else error.field
         raise
 
-    def finish() -> Work[Progress | Profile]:
-        yield _profile(policy, model, documents, (yield from calibrating.finish(steps)))
+    def finish() -> Work[Progress | Tensors]:
+        yield (yield from calibrating.finish(steps))
 
-    told: AsyncGenerator[Progress | Profile, None] = exclusively(engine, finish())
+    told: AsyncGenerator[Progress | Tensors, None] = exclusively(engine, finish())
+    tensors: Tensors = {}
     async with aclosing(told) as events:
         async for event in events:
-            yield event
-
-
-def calibrate(
-    policy: Policy, model: SparseModel, documents: Tensor, card: Mapping[str, Any] | None = None
-) -> Telling[Progress, Profile]:
-    """As `calibrate_on`, where no engine runs requests: a part of a work, which returns the profile."""
-    calibrating, steps = _begun(policy, model, documents)
-    for text, document in enumerate(documents):
-        yield from heard(model, calibrating.reducers, document, text)
-        yield steps.advance()
-    return _profile(policy, model, documents, (yield from calibrating.finish(steps)), card)
+            if isinstance(event, Progress):
+                yield event
+            else:
+                tensors = event
+    if calibrating.evaluate is not None:
+        async with aclosing(calibrating.evaluate(engine, tensors, steps)) as evaluated:
+            async for event in evaluated:
+                if isinstance(event, Progress):
+                    yield event
+                else:
+                    tensors = event
+    card = {"calibration_documents": len(documents), "calibration_tokens": documents.numel()}
+    yield Profile(policy.name, model.fingerprint, tensors, card)
 
 
 def _begun(policy: Policy, model: SparseModel, documents: Tensor) -> tuple[Calibrating, Steps]:
@@ -111,13 +117,6 @@ def _begun(policy: Policy, model: SparseModel, documents: Tensor) -> tuple[Calib
     by_layer = _is_greedy(policy) or _measures_damage(policy)
     steps = Steps("calibration", len(documents) + (model.n_layers if by_layer else 0))
     return function(policy, model, documents), steps
-
-
-def _profile(
-    policy: Policy, model: SparseModel, documents: Tensor, tensors: Tensors, card: Mapping[str, Any] | None = None
-) -> Profile:
-    tokens = {"calibration_documents": len(documents), "calibration_tokens": documents.numel()}
-    return Profile(policy.name, model.fingerprint, tensors, {**tokens, **(card or {})})
 
 
 def most_tokens(policy: Policy, model: SparseModel) -> int:
@@ -261,10 +260,11 @@ class Sentences(Reducer):
 def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     assert isinstance(policy, Fovea)
     sampled = _sampled(model, documents, "mlp_input")
-    return Calibrating(sampled, partial(_fovea_errors, policy, model, documents, sampled["mlp_input"]))
+    evaluate = partial(_damage, policy, documents[:DAMAGE_DOCUMENTS]) if _measures_damage(policy) else None
+    return Calibrating(sampled, partial(_fovea_errors, policy, model, sampled["mlp_input"]), evaluate)
 
 
-def _fovea_errors(policy: Fovea, model: SparseModel, documents: Tensor, sample: Sample, steps: Steps) -> Found:
+def _fovea_errors(policy: Fovea, model: SparseModel, sample: Sample, steps: Steps) -> Found:
     samples = [sample.take(layer) for layer in sample.layers]
     yield Slice(1)
     # A selector without uncertainty, to see its sketches with.
@@ -290,22 +290,14 @@ def _fovea_errors(policy: Fovea, model: SparseModel, documents: Tensor, sample: 
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
     if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
-        uniform = replace(policy, budget="uniform")
-        tensors["damage"] = yield from _damage(uniform, model, documents, profile, samples, steps)
+        tensors[SQUARED_ERRORS] = yield from _squared_errors(replace(policy, budget="uniform"), model, profile, samples)
     return tensors
 
 
-def _damage(
-    policy: Fovea, model: SparseModel, documents: Tensor, profile: Profile, samples: list[Tensor], steps: Steps
-) -> Telling[Progress, Tensor]:
-    """D [n_layers, GRID] of policies/budgets.py."""
-    few = documents[:DAMAGE_DOCUMENTS]
-    evaluator = yield from Evaluator.of(model, few, few.shape[1] // 2)
-    divergence, errors = [], []
+def _squared_errors(policy: Fovea, model: SparseModel, profile: Profile, samples: list[Tensor]) -> Sliced[Tensor]:
+    """ε² [n_layers, GRID] of policies/budgets.py."""
+    errors = []
     for layer, x in enumerate(samples):
-        alone = tuple(REFERENCE if other == layer else 1.0 for other in range(model.n_layers))
-        quality = yield from evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile))
-        divergence.append(quality.divergence)
         mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
         down, row = mlp.weights.down, []
         ordinary = ~outliers((mlp.neurons @ down).norm(dim=1))
@@ -318,8 +310,28 @@ def _damage(
                 error -= selection.remainder(selection.active)
             row.append(float(error[ordinary].float().square().sum()))
         errors.append(row)
-        yield steps.advance()
-    return damage_curves(torch.tensor(divergence), torch.tensor(errors))
+    return torch.tensor(errors)
+
+
+async def _damage(
+    policy: Fovea, documents: Tensor, engine: Engine, tensors: Tensors, steps: Steps
+) -> AsyncGenerator[Progress | Tensors, None]:
+    """Yields progress, then the tensors with D [n_layers, GRID] of policies/budgets.py: of every layer alone at
+    REFERENCE, what it does to documents [n, tokens], of which the first half is the prompt."""
+    model = engine.sparse_model
+    kept = {name: tensor for name, tensor in tensors.items() if name != SQUARED_ERRORS}
+    profile, layers = Profile(policy.name, model.fingerprint, kept), range(model.n_layers)
+    alone = [tuple(REFERENCE if other == layer else 1.0 for other in layers) for layer in layers]
+    selectors = [replace(policy, budget="uniform", keep_ratio=keep).bind(model, profile) for keep in alone]
+    divergence = torch.zeros(model.n_layers, dtype=torch.float64)
+    left = dict.fromkeys(layers, len(documents))
+    async with aclosing(scored(engine, documents, documents.shape[1] // 2, selectors)) as found:
+        async for layer, document in found:
+            divergence[layer] += document.divergence / len(documents)
+            left[layer] -= 1
+            if not left[layer]:
+                yield steps.advance()
+    yield {**kept, "damage": damage_curves(divergence.float(), tensors[SQUARED_ERRORS])}
 
 
 CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor], Calibrating]] = {

@@ -11,7 +11,7 @@ from patchclamp_server.sparsity.policy import Policy, Selector
 
 
 def control_of(policy: Policy, selector: Selector, model: SparseModel, sparsity: float) -> Selector:
-    """`sparsity`: the share that the policy did not compute, as measured."""
+    """`sparsity`: the share that the policy did not compute, as measured; of no matter where it has a ratio."""
     layers = range(model.n_layers)
     keep = tuple(1.0 if selector.is_dense(layer) else selector.keep[layer] for layer in layers)
     if asked_ratio(policy) is None:

@@ -1,8 +1,6 @@
 """One extraction: contrast pairs → activations → directions → evidence → stored artifact."""
 
 import asyncio
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,6 +10,8 @@ from typing import TypeAlias
 import torch
 
 from patchclamp_server.analysis.activations import collect
+from patchclamp_server.analysis.digests import json_digest
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.evidence import (
     RANDOM_DIRECTIONS,
     LayerEvidence,
@@ -63,15 +63,6 @@ class Extraction:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """`stage` is "activations" or "tokens" (counted in prompts), "directions" or "evidence" (counted in layers)."""
-
-    stage: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Result:
     artifact: ArtifactInfo
     layers: tuple[LayerEvidence, ...]
@@ -83,6 +74,8 @@ async def extract(
     engine: Engine, store: ArtifactStore, info: ModelInfo, job: Extraction
 ) -> AsyncGenerator[Progress | Result, None]:
     """Yields progress, then the result. Ending the iteration early cancels what the engine still computes.
+
+    Stages are "activations" and "tokens", counted in prompts, and "directions" and "evidence", counted in layers.
 
     Raises InvalidArgument on too few or too many pairs and where both sides have the same activations.
     """
@@ -166,12 +159,6 @@ async def extract(
     yield Result(artifact, tuple(evidence), best, warned)
 
 
-def pairs_digest(pairs: tuple[TokenPair, ...]) -> str:
-    """SHA-256 of the token ids of all pairs in order, as JSON without spaces: [[positive, negative], ...]."""
-    text = json.dumps([[pair.positive, pair.negative] for pair in pairs], separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
 def _provenance(info: ModelInfo, job: Extraction) -> dict[str, object]:
     return {
         "method": job.method,
@@ -184,7 +171,8 @@ def _provenance(info: ModelInfo, job: Extraction) -> dict[str, object]:
             "seed": str(job.seed),
         },
         "pairs": len(job.pairs),
-        "pairs_digest": pairs_digest(job.pairs),
+        # Of the token ids of all pairs in order: [[positive, negative], ...].
+        "pairs_digest": json_digest([[pair.positive, pair.negative] for pair in job.pairs]),
         "model": info.name,
     }
 

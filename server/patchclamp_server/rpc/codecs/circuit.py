@@ -9,14 +9,15 @@ from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch
 from patchclamp_server.analysis.heads.circuits.job import Circuit
 from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
-from patchclamp_server.analysis.heads.scores.scoring import Progress
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import count, known
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
 from patchclamp_server.rpc.codecs.generation import decode_prompt
-from patchclamp_server.rpc.codecs.head import encode_head, encode_progress, encode_score
+from patchclamp_server.rpc.codecs.head import encode_head, encode_score
 from patchclamp_server.rpc.codecs.message_size import CLIENT_MESSAGE_BYTES
+from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_PAIRS = 1024
@@ -69,7 +70,7 @@ def decode_circuit(request: pb.FindCircuitRequest, prompts: PromptEncoder, info:
 
 def encode_circuit(event: Progress | Circuit) -> pb.FindCircuitResponse:
     if isinstance(event, Progress):
-        return pb.FindCircuitResponse(progress=encode_progress(event))
+        return encode_progress(event, pb.FindCircuitResponse)
     circuit = pb.Circuit(
         artifact=encode_artifact(event.artifact),
         effects=[encode_score((e.layer, e.head), e.effect, e.low, e.high) for e in event.effects],

@@ -10,13 +10,15 @@ from dataclasses import asdict
 from patchclamp.v1 import head_pb2 as pb
 from patchclamp_server.analysis.heads.scores.job import Result
 from patchclamp_server.analysis.heads.scores.registry import SCORING_METHODS
-from patchclamp_server.analysis.heads.scores.scoring import Fact, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import Fact, Scoring
 from patchclamp_server.analysis.heads.sets.overlap import HeadSetOverlap
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, ranked
 from patchclamp_server.errors import InvalidArgument, RequestError
 from patchclamp_server.interventions.field_checks import chosen, count, known
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
+from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_NGRAM = 64
@@ -76,7 +78,7 @@ def decode_scoring(request: pb.ScoreHeadsRequest, prompts: PromptEncoder, info: 
 
 def encode_scoring(event: Progress | Result) -> pb.ScoreHeadsResponse:
     if isinstance(event, Progress):
-        return pb.ScoreHeadsResponse(progress=encode_progress(event))
+        return encode_progress(event, pb.ScoreHeadsResponse)
     found = event.found
     scores = [
         encode_score(
@@ -92,10 +94,6 @@ def encode_scoring(event: Progress | Result) -> pb.ScoreHeadsResponse:
 
 def encode_overlaps(overlaps: Iterable[HeadSetOverlap]) -> pb.CompareHeadSetsResponse:
     return pb.CompareHeadSetsResponse(comparisons=[pb.HeadSetComparison(**asdict(overlap)) for overlap in overlaps])
-
-
-def encode_progress(progress: Progress) -> pb.HeadProgress:
-    return pb.HeadProgress(stage=progress.stage, done=progress.done, total=progress.total)
 
 
 def encode_head(head: tuple[int, int]) -> pb.HeadId:

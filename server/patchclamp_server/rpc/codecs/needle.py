@@ -5,7 +5,6 @@ from patchclamp_server.analysis.heads.retrieval.detect import Detection, Retriev
 from patchclamp_server.analysis.heads.retrieval.needle_run import NeedleRun
 from patchclamp_server.analysis.heads.retrieval.needles import Needle, NeedleTest, Plan, plan
 from patchclamp_server.analysis.heads.retrieval.stopping import StoppingRule
-from patchclamp_server.analysis.heads.scores.scoring import Progress
 from patchclamp_server.analysis.heads.sets.edits import HeadEditMode
 from patchclamp_server.analysis.heads.sets.evaluation import (
     MAX_RANDOM_SETS,
@@ -13,12 +12,14 @@ from patchclamp_server.analysis.heads.sets.evaluation import (
     HeadEditEffect,
     HeadMetrics,
 )
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import DEFAULT_THRESHOLD
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import count, distinct, finite, known, required
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
-from patchclamp_server.rpc.codecs.head import decode_heads, encode_head, encode_progress, encode_score
+from patchclamp_server.rpc.codecs.head import decode_heads, encode_head, encode_score
+from patchclamp_server.rpc.codecs.progress import encode_progress
 
 MAX_HAYSTACKS = 64
 MAX_NEEDLES = 1024
@@ -45,7 +46,7 @@ def decode_detection(request: pb.DetectRetrievalHeadsRequest, info: ModelInfo) -
 def encode_detection(event: Progress | NeedleRun | RetrievalHeads) -> pb.DetectRetrievalHeadsResponse:
     match event:
         case Progress():
-            return pb.DetectRetrievalHeadsResponse(progress=encode_progress(event))
+            return encode_progress(event, pb.DetectRetrievalHeadsResponse)
         case NeedleRun():
             run = pb.NeedleRun(
                 needle=event.needle,
@@ -93,7 +94,7 @@ def decode_edit_evaluation(request: pb.EvaluateHeadEditRequest, info: ModelInfo)
 
 def encode_edit_evaluation(event: Progress | HeadEditEffect) -> pb.EvaluateHeadEditResponse:
     if isinstance(event, Progress):
-        return pb.EvaluateHeadEditResponse(progress=encode_progress(event))
+        return encode_progress(event, pb.EvaluateHeadEditResponse)
     effect = pb.HeadEditEffect(
         unedited=_metrics(event.unedited),
         edited=_metrics(event.edited),

@@ -19,6 +19,7 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_description, decode_label, encode_artifact
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.message_size import within_a_message
+from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.rpc.codecs.sparsity import decode_policy, decode_unguarded, policy_path, policy_paths
 from patchclamp_server.sparsity.binder import Binder, Bound
 from patchclamp_server.sparsity.mlp import SparseModel
@@ -116,27 +117,29 @@ def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo,
     return Text(torch.tensor(documents), description)
 
 
-def encode_progress(progress: Progress) -> pb.SparsityProgress:
-    return pb.SparsityProgress(stage=progress.stage, done=progress.done, total=progress.total)
-
-
-def encode_profile(result: CalibratedProfile) -> pb.CalibratedProfile:
-    return pb.CalibratedProfile(
-        artifact=encode_artifact(result.artifact),
-        quality=encode_card(result.quality),
-        random_control=encode_card(result.random_control),
+def encode_profile(event: Progress | CalibratedProfile) -> pb.CalibrateProfileResponse:
+    if isinstance(event, Progress):
+        return encode_progress(event, pb.CalibrateProfileResponse)
+    profile = pb.CalibratedProfile(
+        artifact=encode_artifact(event.artifact),
+        quality=encode_card(event.quality),
+        random_control=encode_card(event.random_control),
     )
+    return pb.CalibrateProfileResponse(result=profile)
 
 
-def encode_evaluation(evaluation: Evaluation) -> pb.SparsityEvaluation:
-    return pb.SparsityEvaluation(
-        index=evaluation.index,
-        policy=evaluation.policy,
-        keep_ratio=evaluation.keep_ratio,
-        quality=encode_card(evaluation.quality),
-        random_control=encode_card(evaluation.random_control),
-        speed=None if evaluation.speed is None else encode_speed(evaluation.speed),
+def encode_evaluation(event: Progress | Evaluation) -> pb.EvaluateProfileResponse:
+    if isinstance(event, Progress):
+        return encode_progress(event, pb.EvaluateProfileResponse)
+    evaluation = pb.SparsityEvaluation(
+        index=event.index,
+        policy=event.policy,
+        keep_ratio=event.keep_ratio,
+        quality=encode_card(event.quality),
+        random_control=encode_card(event.random_control),
+        speed=None if event.speed is None else encode_speed(event.speed),
     )
+    return pb.EvaluateProfileResponse(evaluation=evaluation)
 
 
 def encode_card(card: QualityCard) -> pb.QualityCard:

@@ -25,7 +25,8 @@ from patchclamp_server.analysis.heads.circuits.faithfulness import (
 from patchclamp_server.analysis.heads.circuits.mean_ablation import CorruptMeans
 from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, PairRuns, run_pair
-from patchclamp_server.analysis.heads.scores.scoring import Progress, ends, resampled_means
+from patchclamp_server.analysis.heads.scores.scoring import ends, resampled_means
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.types import NO_TAGS, Tags
 from patchclamp_server.engine.exclusive import Work
 from patchclamp_server.errors import InvalidArgument

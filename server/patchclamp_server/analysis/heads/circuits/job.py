@@ -1,8 +1,6 @@
 """One search for a circuit: clean/corrupt pairs → effects of all heads → faithfulness → stored head set."""
 
 import asyncio
-import hashlib
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -10,9 +8,9 @@ from typing import Any
 
 import torch
 
+from patchclamp_server.analysis.digests import json_digest
 from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch, FoundCircuit, HeadEffect, search
-from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair
-from patchclamp_server.analysis.heads.scores.scoring import Progress
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
@@ -80,13 +78,8 @@ def head_set(effects: tuple[HeadEffect, ...], info: ModelInfo) -> dict[str, torc
     return tensors
 
 
-def pairs_digest(pairs: tuple[CleanCorruptPair, ...]) -> str:
-    """SHA-256 of all pairs in order, as JSON without spaces: [[clean, corrupt, clean answer, corrupt answer], ...]."""
-    values = [[pair.clean, pair.corrupt, pair.clean_answer, pair.corrupt_answer] for pair in pairs]
-    return "sha256:" + hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
-
-
 def _provenance(info: ModelInfo, job: CircuitSearch) -> dict[str, Any]:
+    pairs = [[pair.clean, pair.corrupt, pair.clean_answer, pair.corrupt_answer] for pair in job.pairs]
     return {
         "method": job.method,
         "parameters": {
@@ -95,8 +88,8 @@ def _provenance(info: ModelInfo, job: CircuitSearch) -> dict[str, Any]:
             # As text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
             "seed": str(job.seed),
         },
-        "pairs": len(job.pairs),
-        "pairs_digest": pairs_digest(job.pairs),
+        "pairs": len(pairs),
+        "pairs_digest": json_digest(pairs),
         "model": info.name,
     }
 

@@ -14,7 +14,8 @@ from patchclamp_server.analysis.heads.retrieval.needle_run import NeedleRun, gen
 from patchclamp_server.analysis.heads.retrieval.needles import NeedleTest, Plan, plan
 from patchclamp_server.analysis.heads.retrieval.retrieval_scores import RetrievalScores, run_scores
 from patchclamp_server.analysis.heads.retrieval.stopping import StoppingRule
-from patchclamp_server.analysis.heads.scores.scoring import RESAMPLES, Progress
+from patchclamp_server.analysis.heads.scores.scoring import RESAMPLES
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import completed
 from patchclamp_server.artifacts.head_sets import DEFAULT_THRESHOLD, Head, ranked
 from patchclamp_server.artifacts.store import ArtifactStore

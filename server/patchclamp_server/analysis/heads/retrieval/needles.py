@@ -3,7 +3,6 @@
 A needle is a question, a statement that answers it, and the words of the statement that are the answer.
 """
 
-import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import product
 
+from patchclamp_server.analysis.digests import json_digest
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
 
@@ -60,9 +60,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of texts and needles."""
-        content = json.dumps([self.haystacks, [asdict(n) for n in self.needles]], separators=(",", ":"))
-        return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
+        """Of texts and needles."""
+        return json_digest([self.haystacks, [asdict(n) for n in self.needles]])
 
     def card(self) -> dict[str, object]:
         """The test as it is kept in the provenance of a result."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchclamp_server.analysis.heads.scores.registry import SCORING_METHODS
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Scoring
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
 from patchclamp_server.engine.engine import Engine

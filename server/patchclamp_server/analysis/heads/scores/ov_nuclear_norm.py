@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.analysis.heads.scores.ov import ov_weights
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Scoring
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import Slice, Sliced, Work

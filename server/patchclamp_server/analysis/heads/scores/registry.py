@@ -11,7 +11,8 @@ from patchclamp_server.analysis.heads.scores import (
     successor,
     temporal,
 )
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Scoring
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.text.prompt import PromptEncoder
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from patchclamp_server.analysis.heads.attention_mass import NOWHERE, attention_mass
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Scoring
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import Work

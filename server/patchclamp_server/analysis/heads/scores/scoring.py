@@ -38,15 +38,6 @@ class Scoring:
     tags: Tags = NO_TAGS
 
 
-@dataclass(frozen=True)
-class Progress:
-    """`stage` says what is done and counted."""
-
-    stage: str
-    done: int
-    total: int
-
-
 @dataclass(frozen=True, eq=False)
 class HeadScores:
     """All [n_layers, n_heads], float32 on the CPU.

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from patchclamp_server.analysis.heads.scores.ordinals import TokenSequence, token_sequences
 from patchclamp_server.analysis.heads.scores.ov import ov_weights
-from patchclamp_server.analysis.heads.scores.scoring import BEST, HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import BEST, HeadScores, Scoring
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import Slice, Work

@@ -25,7 +25,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.heads.scores.scoring import Fact, HeadScores, Progress, Scoring, ends, resampled_means
+from patchclamp_server.analysis.heads.scores.scoring import Fact, HeadScores, Scoring, ends, resampled_means
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import OnEvent, completed
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Priority, Request, Token

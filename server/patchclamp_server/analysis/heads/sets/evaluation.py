@@ -18,8 +18,8 @@ from patchclamp_server.analysis.heads.retrieval.needle_prompt import PromptWrite
 from patchclamp_server.analysis.heads.retrieval.needle_run import NeedleRun, needle_request, needle_run
 from patchclamp_server.analysis.heads.retrieval.needles import NeedleTest, plan
 from patchclamp_server.analysis.heads.retrieval.ordinary_text import windows
-from patchclamp_server.analysis.heads.scores.scoring import Progress
 from patchclamp_server.analysis.heads.sets.edits import HeadEditMode, head_program, mean_outputs
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import OnEvent, completed
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, select
 from patchclamp_server.artifacts.store import ArtifactStore
