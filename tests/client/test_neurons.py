@@ -237,9 +237,7 @@ def test_probes_are_over_all_layers_unless_they_name_one(client: Client) -> None
 
 
 def test_what_is_no_method_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"method: expected what a function of patchclamp\.neurons makes"
-    ):
+    with pytest.raises(TypeError, match=r"method: expected what a function of patchclamp\.neurons makes"):
         requests.localize_neurons("welch_t")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"method: .* such as welch_t"):
         requests.localize_neurons(pb.LocalizeNeuronsRequest())
