@@ -31,6 +31,14 @@ ENGINE = [
         ("engine/test_prefix_cache.py::test_equal_blocks_after_another_beginning_are_others",),
     ),
     Mutant(
+        "scored-again",
+        "patchclamp_server.engine.sequence",
+        "return max(self.request.score_from - 1, self.reached)",
+        "return self.request.score_from - 1",
+        "what a preemption has computed again is scored again: its tokens count twice",
+        ("engine/test_requests_against_oracle.py::test_a_token_is_scored_once_though_its_sequence_is_preempted",),
+    ),
+    Mutant(
         "aborts-see-no-neurons",
         "patchclamp_server.engine.sparse_sequence",
         "every.add(abort.condition.layer)",
