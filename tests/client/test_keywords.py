@@ -8,7 +8,7 @@ from public_calls import arguments_of, awaited, builders, client_methods, made
 
 import patchclamp
 from patchclamp import AsyncClient, Client
-from patchclamp.programs import add, generated, when
+from patchclamp.programs import ablate_heads, add, generated, when
 from patchclamp.sparsity import exact_zero, fovea
 
 CLIENTS = {"sync": Client, "async": AsyncClient}
