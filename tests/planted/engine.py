@@ -4,6 +4,7 @@ from planted.mutant import Mutant
 
 ADMISSION, FAIR = "patchclamp_server.engine.admission", "patchclamp_server.engine.fair_queue"
 SCHEDULER, SAMPLER = "patchclamp_server.engine.scheduler", "patchclamp_server.engine.sampler"
+PLACES = "patchclamp_server.engine.places"
 
 ENGINE = [
     Mutant(
@@ -136,7 +137,7 @@ ENGINE = [
     ),
     Mutant(
         "paused-once-paused-for-ever",
-        SCHEDULER,
+        PLACES,
         "                sequence.paused_at = None\n                continue",
         "                continue",
         "a session that paused once loses its place while it is being served",
@@ -144,7 +145,7 @@ ENGINE = [
     ),
     Mutant(
         "first-served-is-preempted",
-        SCHEDULER,
+        PLACES,
         "victim = self._long_paused() or max(self.running, key=_priority)",
         "victim = self._long_paused() or min(self.running, key=_priority)",
         "when blocks run out the most urgent sequence gives up its own",

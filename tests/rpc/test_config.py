@@ -46,6 +46,12 @@ def test_the_prefix_cache_can_be_turned_off():
     assert not parse("--prefix-cache", "off").engine.enable_prefix_cache
 
 
+def test_the_slowdown_beside_analysis_is_a_number_above_1():
+    assert parse("--analysis-slowdown", "1.25").engine.analysis_slowdown == 1.25
+    with pytest.raises(argparse.ArgumentError, match="expected a number above 1, got 1"):
+        parse("--analysis-slowdown", "1")
+
+
 def test_kernels_and_graphs_are_left_to_the_device_unless_given():
     assert (parse().engine.kernels, parse().engine.decode_graphs) == (None, None)
     engine = parse("--kernels", "on", "--decode-graphs", "off").engine
