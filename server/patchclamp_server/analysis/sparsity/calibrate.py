@@ -27,7 +27,7 @@ from patchclamp_server.engine.exclusive import Slice, Telling, Work
 from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.reducers.sample import Sample
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, renaming_fields
 from patchclamp_server.interventions.pooling import outliers
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
@@ -76,13 +76,10 @@ async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> Asy
         partial(listening, model, calibrating.reducers, tuple(document), text)
         for text, document in enumerate(documents.tolist())
     )
-    try:
+    with renaming_fields({"prompt": "text.document_tokens"}):
         async with aclosing(completed(engine, requests)) as finished:
             async for _ in finished:
                 yield steps.advance()
-    except RequestError as error:
-        error.field = "text.document_tokens" if error.field == "prompt" else error.field
-        raise
 
     def finish() -> Work[Progress | Profile]:
         yield _profile(policy, model, documents, (yield from calibrating.finish(steps)))
