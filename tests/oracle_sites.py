@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Family:
     o_proj: str
     # Module whose output attention adds to the residual stream.
     attn_out: str
+    # Modules whose outputs are gate and up; one that gives both, gates first, or one that is up where there is no gate.
+    mlp_input: tuple[str, ...]
     down_proj: str
     # Module whose output the MLP adds to the residual stream.
     mlp_out: str
@@ -36,6 +38,7 @@ _LLAMA = Family(
     mid_norm="post_attention_layernorm",
     o_proj="self_attn.o_proj",
     attn_out="self_attn",
+    mlp_input=("mlp.gate_proj", "mlp.up_proj"),
     down_proj="mlp.down_proj",
     mlp_out="mlp",
 )
@@ -45,6 +48,7 @@ _GEMMA = Family(
     mid_norm="pre_feedforward_layernorm",
     o_proj="self_attn.o_proj",
     attn_out="post_attention_layernorm",
+    mlp_input=("mlp.gate_proj", "mlp.up_proj"),
     down_proj="mlp.down_proj",
     mlp_out="post_feedforward_layernorm",
 )
@@ -53,16 +57,19 @@ _FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "phi3": _LLAMA,
+    "phi3": replace(_LLAMA, mlp_input=("mlp.gate_up_proj",)),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gpt2": Family("transformer.h", "transformer.ln_f", "ln_2", "attn.c_proj", "attn", "mlp.c_proj", "mlp"),
+    "gpt2": Family(
+        "transformer.h", "transformer.ln_f", "ln_2", "attn.c_proj", "attn", ("mlp.c_fc",), "mlp.c_proj", "mlp"
+    ),
     "opt": Family(
         blocks="model.decoder.layers",
         final_norm="model.decoder.final_layer_norm",
         mid_norm="final_layer_norm",
         o_proj="self_attn.out_proj",
         attn_out="self_attn",
+        mlp_input=("fc1",),
         down_proj="fc2",
         mlp_out="fc2",
     ),
@@ -72,10 +79,12 @@ _FAMILIES: dict[str, Family] = {
         mid_norm=None,
         o_proj="attention.dense",
         attn_out="attention",
+        mlp_input=("mlp.dense_h_to_4h",),
         down_proj="mlp.dense_4h_to_h",
         mlp_out="mlp",
     ),
 }
+_UNGATED = ("gpt2", "opt", "gpt_neox")
 
 
 def logit_lens(model: PreTrainedModel, h: Tensor) -> Tensor:
@@ -119,6 +128,14 @@ def attach(model: PreTrainedModel, visit: Visit) -> list[Any]:
 
         hooks.append(module.register_forward_hook(hook))
 
+    def on_halves(module: nn.Module, layer: int) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            gate, up = output.chunk(2, dim=-1)
+            return torch.cat((visit(Site.MLP_GATE, layer, gate), visit(Site.MLP_UP, layer, up)), dim=-1)
+
+        hooks.append(module.register_forward_hook(hook))
+
+    gated = model.config.model_type not in _UNGATED
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     for layer, block in enumerate(blocks):
@@ -127,6 +144,12 @@ def attach(model: PreTrainedModel, visit: Visit) -> list[Any]:
         on_output(block.get_submodule(family.attn_out), Site.ATTN_OUT, layer)
         if family.mid_norm is not None:
             on_input_in_place(block.get_submodule(family.mid_norm), Site.RESID_MID, layer)
+        projections = [block.get_submodule(path) for path in family.mlp_input]
+        if gated and len(projections) == 1:
+            on_halves(projections[0], layer)
+        else:
+            for projection, site in zip(reversed(projections), (Site.MLP_UP, Site.MLP_GATE), strict=False):
+                on_output(projection, site, layer)
         on_input(block.get_submodule(family.down_proj), Site.MLP_POST, layer)
         on_output(block.get_submodule(family.mlp_out), Site.MLP_OUT, layer)
         on_output(block, Site.RESID_POST, layer)

@@ -46,7 +46,9 @@ from patchclamp_server.interventions.program import (
     TopNeuronsReadout,
     Vector,
 )
-from patchclamp_server.model.sites import PUBLIC_SITES, Site
+from patchclamp_server.model.sites import NEURON_SITES, PUBLIC_SITES, Site
+
+UNGATED = ("gpt2", "opt", "gpt_neox")
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ def shapes(family: str) -> Shapes:
     d_model, n_heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or d_model // n_heads
     d_ff = next(getattr(config, name) for name in ("intermediate_size", "n_inner", "ffn_dim") if hasattr(config, name))
-    sites = dict.fromkeys(PUBLIC_SITES, d_model) | {Site.ATTN_Z: n_heads * head_dim, Site.MLP_POST: d_ff}
+    sites = dict.fromkeys(PUBLIC_SITES, d_model) | {Site.ATTN_Z: n_heads * head_dim} | dict.fromkeys(NEURON_SITES, d_ff)
     if family == "gpt_neox":
         del sites[Site.RESID_MID]
+    if family in UNGATED:
+        del sites[Site.MLP_GATE]
     return Shapes(family, config.num_hidden_layers, n_heads, head_dim, d_ff, sites)
 
 
@@ -133,7 +137,7 @@ EDIT_KINDS = (*_VECTOR_KINDS, *_OTHER_KINDS)
 
 def sites_of(kind: str, shapes: Shapes) -> tuple[Site, ...]:
     if kind.startswith("neurons"):
-        return (Site.MLP_POST,)
+        return tuple(site for site in NEURON_SITES if site in shapes.sites)
     if kind.startswith("heads"):
         return (Site.ATTN_Z,)
     return tuple(shapes.sites)
@@ -314,8 +318,8 @@ def abort(shapes: Shapes, threshold: float, scope: Scope = GENERATED) -> Program
 
 READOUTS = (
     *(("projection", site) for site in PUBLIC_SITES),
-    ("neurons", Site.MLP_POST),
-    ("top_neurons", Site.MLP_POST),
+    *(("neurons", site) for site in NEURON_SITES),
+    *(("top_neurons", site) for site in NEURON_SITES),
     ("logit_lens", Site.RESID_PRE),
     ("logit_lens", Site.RESID_MID),
     ("logit_lens", Site.RESID_POST),

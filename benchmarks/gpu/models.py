@@ -91,7 +91,7 @@ def loaded_model(shape: Shape, dtype: torch.dtype, device: torch.device):
 
 
 def model_info(shape: Shape, dtype: torch.dtype, device: torch.device):
-    from patchclamp_server.model.architectures import site_widths
+    from patchclamp_server.model.architectures import FAMILIES, site_widths
     from patchclamp_server.model.info import ModelInfo
 
     return ModelInfo(
@@ -113,6 +113,7 @@ def model_info(shape: Shape, dtype: torch.dtype, device: torch.device):
             d_ff=shape.d_ff,
             n_heads=shape.n_heads,
             head_dim=shape.head_dim,
+            gated=FAMILIES[shape.architecture].gated,
             parallel_residual=False,
         ),
     )

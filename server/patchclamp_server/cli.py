@@ -1,4 +1,4 @@
-"""`patchclamp serve` and `patchclamp pull`. Imports nothing heavy before the threads are configured."""
+"""The commands `patchclamp serve` and `patchclamp pull` import nothing heavy before the threads are configured."""
 
 import argparse
 import asyncio
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 TRACED_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s trace_id=%(trace_id)s: %(message)s"
-# Without a protocol of its own, that of all signals holds.
+# Without a protocol for traces, the one for all signals holds.
 OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 # A name is a label of Prometheus; a watch and a reference are ids or tags.
 WATCH_AT_START = re.compile(r"([^=@]+)=([^=@]+)(?:@([^=@]+))?")
 DTYPES = ("float32", "bfloat16", "float16")
-# Options that name files of security.
+# These options name files of security.
 SECURITY_FILES = {
     "tls_certificate": "PEM file of the server's certificate, and those between it and its root: serve by TLS",
     "tls_key": "PEM file of its key",
@@ -43,7 +43,7 @@ SWITCHES = {
     "audit_prompts": "record the text of prompts in the audit log too (default: off)",
     "metrics_tls": "serve /metrics with the certificate of the gRPC port (default: off)",
 }
-# Options of the engine: its own defaults hold where none is given.
+# These are options of the engine, whose own defaults hold where none is given.
 ENGINE_OPTIONS = {
     "max_sequences": "sequences that run at once",
     "max_tokens_per_step": "token rows of one forward pass",
@@ -63,7 +63,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every option can be set by a variable: --drain-seconds by PATCHCLAMP_DRAIN_SECONDS."""
+    """Adds the options of `serve`. A variable can set each: --drain-seconds is PATCHCLAMP_DRAIN_SECONDS."""
     add_model_arguments(parser)
     _add(
         parser,
@@ -153,7 +153,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Load the model, serve until SIGTERM or SIGINT, drain. Returns the exit code."""
+    """Loads the model, serves until SIGTERM or SIGINT, and drains. Returns the exit code."""
     _configure_process()
     from patchclamp_server.engine.faults import is_out_of_memory
     from patchclamp_server.model.errors import ModelSourceError
@@ -167,7 +167,7 @@ def serve(args: argparse.Namespace) -> int:
         _log_trace_ids()
     try:
         check_files(config)
-        # Before the model: whoever starts a second server need not wait for its weights to hear of the first.
+        # This comes before the model: whoever starts a second server need not wait for weights to hear of the first.
         reserved = reserve(config)
         with RichProgress() as progress:
             model = load(config, progress)
@@ -199,14 +199,14 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def token(args: argparse.Namespace) -> int:
-    """A new token, shown this once, and the line for the file of --tokens. Returns the exit code."""
+    """Prints a new token, shown this once, and the line for the file of --tokens. Returns the exit code."""
     from patchclamp_server.security.tokens import new_token, parse_duration
 
     try:
         expires = None if args.expires is None else time.time() + parse_duration(args.expires)
         presented, kept = new_token(args.tenant, expires)
         line = kept.line
-    # OverflowError: a time beyond the calendar.
+    # A time beyond the calendar raises OverflowError.
     except (ValueError, OverflowError) as error:
         print(f"patchclamp token: {error}", file=sys.stderr)
         return 2
@@ -219,7 +219,7 @@ def token(args: argparse.Namespace) -> int:
 
 
 def pull(args: argparse.Namespace) -> int:
-    """Fetch, verify and convert the model, so that `serve` starts without a network. Returns the exit code."""
+    """Fetches, verifies and converts the model, so that `serve` starts without a network. Returns the exit code."""
     _configure_process()
     from patchclamp_server.model.errors import ModelSourceError
     from patchclamp_server.model.load import load_model
@@ -238,20 +238,21 @@ def pull(args: argparse.Namespace) -> int:
 
 
 def _failed(command: str, error: Exception | str) -> int:
-    """One line for what the operator can mend; a defect of ours keeps its traceback."""
+    """Prints one line for what the operator can mend; a defect of ours keeps its traceback."""
     print(f"patchclamp {command}: error: {error}", file=sys.stderr)
     return 1
 
 
 def _configure_process() -> None:
-    """Before torch and numba are imported: threads, and where compiled code is kept (the package may be read-only)."""
+    """Sets threads, and where compiled code is kept (the package may be read-only), before torch and numba are
+    imported."""
     configure_threads()
     if "NUMBA_CACHE_DIR" not in os.environ:
         os.environ["NUMBA_CACHE_DIR"] = _compiled_code_directory()
 
 
 def _compiled_code_directory() -> str:
-    """Below the cache; where that cannot be written, a directory that goes with this process."""
+    """Returns a directory below the cache; where that cannot be written, one that is removed with this process."""
     from patchclamp_server.model.digests import cache_root
 
     directory = cache_root() / "numba"
@@ -274,7 +275,7 @@ def _log_trace_ids() -> None:
 
 
 def config_from(args: argparse.Namespace) -> "ServerConfig":
-    """What was given, over the defaults of ServerConfig and EngineConfig."""
+    """Returns what was given, over the defaults of ServerConfig and EngineConfig."""
     from patchclamp_server.engine.config import EngineConfig
     from patchclamp_server.rpc.config import ServerConfig, WatchAtStart
 
@@ -295,7 +296,7 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
 
 
 def _add(parser: argparse.ArgumentParser, option: str, **arguments: object) -> None:
-    """An option whose default is its variable, checked like a value on the command line; None when neither is set."""
+    """Adds an option whose default is its variable, checked like a given value; it is None when neither is set."""
     variable = "PATCHCLAMP_" + option.removeprefix("--").replace("-", "_").upper()
     arguments["help"] = f"{arguments['help']} [{variable}]"
     parser.add_argument(option, default=os.environ.get(variable) or None, **arguments)  # type: ignore[arg-type]
@@ -341,7 +342,7 @@ def _interval(text: str) -> float:
 
 
 class _Together(argparse.Action):
-    """The values of all its uses; those of the variable only where it is not used at all."""
+    """Joins the values of all its uses; those of the variable count only where it is not used at all."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -352,7 +353,7 @@ class _Together(argparse.Action):
 
 
 def _watches(text: str) -> tuple[tuple[str, str, str], ...]:
-    """ "joy=joyful-watch@joyful-normal,toxic=sha256:..." as (name, watch, reference)."""
+    """Parses "joy=joyful-watch@joyful-normal,toxic=sha256:..." as (name, watch, reference)."""
     found = []
     for part in filter(None, text.split(",")):
         match = WATCH_AT_START.fullmatch(part)
@@ -363,7 +364,7 @@ def _watches(text: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def _tracing(text: str) -> str:
-    """Refused before the model is loaded where it could not work."""
+    """Refuses tracing before the model is loaded where it could not work."""
     choice = _one_of("off", "otlp")(text)
     if choice == "otlp":
         missing = [name for name in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc") if not _has(name)]
@@ -378,7 +379,7 @@ def _tracing(text: str) -> str:
 def _has(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
+    except ModuleNotFoundError:  # this is the package around it
         return False
 
 
@@ -390,7 +391,7 @@ def _endpoint(text: str) -> str:
 
 
 def _one_of(*choices: str) -> Callable[[str], str]:
-    """A type rather than argparse's `choices`, which are not checked for a default."""
+    """Checks a choice as a type, because argparse does not check `choices` for a default."""
 
     def check(text: str) -> str:
         if text not in choices:
@@ -401,7 +402,7 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 
 def _watch_count(text: str) -> int:
-    """Rows of the watches are marked by the bits of a number."""
+    """Bounds watches, because the bits of a number mark their rows."""
     value = _positive(text)
     if value > 63:
         raise argparse.ArgumentTypeError(f"expected at most 63, got {value}")
@@ -412,7 +413,7 @@ ENGINE_TYPES = {"max_watches": _watch_count}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m patchclamp_server.cli`: `patchclamp serve` without the client's package of commands."""
+    """Runs `python -m patchclamp_server.cli`: `patchclamp serve` without the client's package of commands."""
     parser = argparse.ArgumentParser(prog="patchclamp-server")
     add_serve_arguments(parser)
     return serve(parser.parse_args(arguments))

@@ -340,6 +340,21 @@ def test_what_a_lockstep_client_lets_wait_teaches_admission_nothing_about_speed(
     assert engine.admission.prompt_seconds.samples == learned
 
 
+def test_a_request_that_was_held_for_its_reader_teaches_admission_nothing_about_speed() -> None:
+    engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
+    outcome, behind = Outcome(), [False]
+    engine.submit(request(1, outcome, held=lambda: behind[0]))
+    engine.step()
+    behind[0] = True
+    assert not engine.step()
+    behind[0] = False
+    while engine.step():
+        pass
+    assert len(outcome.tokens) == 8
+    assert engine.admission.token_seconds.samples == 0
+    assert engine.admission.prompt_seconds.samples == 0
+
+
 def test_what_a_preempted_request_waited_teaches_admission_nothing_about_speed() -> None:
     engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
     preempted, urgent = Outcome(), Outcome()

@@ -38,15 +38,24 @@ _LAYOUTS: Mapping[str, str] = {
 }
 
 
-def watch_neurons(name: str, layer: int, neurons: Iterable[int], *, threshold: Threshold | None = None) -> pb.WatchItem:
-    """Watches neurons of a layer: their activations at mlp_post."""
-    source = build(pb.WatchedNeurons, layer=layer, neurons=neurons)
+def watch_neurons(
+    name: str,
+    layer: int,
+    neurons: Iterable[int],
+    *,
+    site: SiteName | None = None,
+    threshold: Threshold | None = None,
+) -> pb.WatchItem:
+    """Watches neurons of a layer: their activations at mlp_post, unless site is "mlp_gate" or "mlp_up"."""
+    source = build(pb.WatchedNeurons, layer=layer, neurons=neurons, site=value_or_unspecified(SITES, site, "site"))
     return _item(name, threshold, neurons=source)
 
 
-def watch_neuron_set(name: str, neuron_set: str, *, threshold: Threshold | None = None) -> pb.WatchItem:
-    """Watches all neurons of a stored neuron set (id or tag)."""
-    source = build(pb.WatchedNeurons, neuron_set=neuron_set)
+def watch_neuron_set(
+    name: str, neuron_set: str, *, site: SiteName | None = None, threshold: Threshold | None = None
+) -> pb.WatchItem:
+    """Watches all neurons of a stored neuron set (id or tag); for site see watch_neurons."""
+    source = build(pb.WatchedNeurons, neuron_set=neuron_set, site=value_or_unspecified(SITES, site, "site"))
     return _item(name, threshold, neurons=source)
 
 

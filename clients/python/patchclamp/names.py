@@ -20,7 +20,9 @@ from patchclamp.v1 import (
 ValueT = TypeVar("ValueT")
 ValueT_co = TypeVar("ValueT_co", covariant=True)
 
-SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out", "mlp_post", "mlp_out"]
+SiteName = Literal[
+    "resid_pre", "resid_mid", "resid_post", "attn_z", "attn_out", "mlp_post", "mlp_out", "mlp_gate", "mlp_up"
+]
 PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
 ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference"]

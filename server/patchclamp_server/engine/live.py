@@ -217,7 +217,7 @@ class LiveRequests:
                 generated=len(sequence.output_ids),
                 prefill_seconds=generated_from - (sequence.admitted_at or sequence.arrival),
                 decode_seconds=now - generated_from,
-                paced=request.credits is not None or bool(sequence.preempted_at),
+                paced=request.credits is not None or sequence.was_paused or bool(sequence.preempted_at),
             )
 
     def _release(self, sequence: Sequence) -> None:

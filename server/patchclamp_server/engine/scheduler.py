@@ -199,6 +199,7 @@ class Scheduler:
                 sequence.paused_at = None
             elif sequence.paused_at is None:
                 sequence.paused_at = now
+                sequence.was_paused = True
 
     def _give_way(self) -> None:
         """When every place is taken, a sequence that may have to makes room for one that waits."""

@@ -79,6 +79,8 @@ class Sequence:
     charged: int = 0
     # Since when its client keeps it waiting, while it holds a place.
     paused_at: float | None = None
+    # Its client has kept it waiting while it held a place: how long it took says nothing about the engine.
+    was_paused: bool = False
     # Follows another sequence along its tokens, to compare with it; or is followed.
     leader: "Sequence | None" = None
     follower: "Sequence | None" = None

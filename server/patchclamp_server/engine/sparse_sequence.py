@@ -9,7 +9,7 @@ from patchclamp_server.engine.request import SparseInference, SparsityReport
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.columns import EntryKind
 from patchclamp_server.interventions.program import NeuronReadout
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import NEURON_SITES
 from patchclamp_server.sparsity.apply import NO_NEURONS, Forced, Rows, forced_neurons
 from patchclamp_server.sparsity.policy import SequenceState
 
@@ -109,13 +109,14 @@ def union(a: Forced, b: Forced) -> Forced:
 
 
 def forced_by(program: BoundProgram) -> Forced:
-    """Neurons that a program edits or reads. What is not about single neurons, such as a direction, needs them all."""
+    """Neurons that a program edits or reads, at whichever of their sites. What is not about single neurons, such as a
+    direction, needs them all."""
     named: dict[int, list[list[int]]] = {}
     every: set[int] = set()
     for edit in program.edits:
-        if edit.gate is not None and edit.gate.site is Site.MLP_POST:
+        if edit.gate is not None and edit.gate.site in NEURON_SITES:
             every.add(edit.gate.layer)
-        if edit.site is not Site.MLP_POST:
+        if edit.site not in NEURON_SITES:
             continue
         for layer in edit.layers:
             if edit.kind is EntryKind.NEURONS:
@@ -123,7 +124,7 @@ def forced_by(program: BoundProgram) -> Forced:
             else:
                 every.add(layer)
     for readout in program.readouts:
-        if readout.site is not Site.MLP_POST:
+        if readout.site not in NEURON_SITES:
             continue
         for layer in readout.layers:
             if readout.kind is NeuronReadout:
@@ -131,7 +132,7 @@ def forced_by(program: BoundProgram) -> Forced:
             else:
                 every.add(layer)
     for abort in program.aborts:
-        if abort.condition.site is Site.MLP_POST:
+        if abort.condition.site in NEURON_SITES:
             every.add(abort.condition.layer)
     forced: dict[int, torch.Tensor | None] = {layer: forced_neurons(*sets) for layer, sets in named.items()}
     return forced | dict.fromkeys(every)

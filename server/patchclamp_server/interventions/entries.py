@@ -27,7 +27,7 @@ from patchclamp_server.interventions.layout import ProgramLayout
 from patchclamp_server.interventions.scopes import FloatArray, Int32Array
 from patchclamp_server.interventions.stages import stages
 from patchclamp_server.model.arrays import IntArray
-from patchclamp_server.model.sites import FORWARD_ORDER, Site, place_number
+from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site, place_number
 
 # The edits of a place come first, stage after stage (a program has at most 256), and then what looks at it.
 _AFTER_EDITS = 511
@@ -40,12 +40,13 @@ _Row = tuple[tuple[int, ...], tuple[float, ...]]
 @dataclass(frozen=True, eq=False)
 class Launches:
     """What entries make a step launch: whether there are any at the queries, at the heads, at the neurons, and any at
-    the neurons that need whole rows; and the most of them at the neurons of a layer."""
+    the neurons that need whole rows, and any at their gates or ups; and the most of them at the neurons of a layer."""
 
     attn_q: bool = False
     attn_z: bool = False
     neurons: bool = False
     neuron_rows: bool = False
+    preactivations: bool = False
     most_neuron_entries: int = 0
 
     def __or__(self, other: "Launches") -> "Launches":
@@ -54,6 +55,7 @@ class Launches:
             self.attn_z or other.attn_z,
             self.neurons or other.neurons,
             self.neuron_rows or other.neuron_rows,
+            self.preactivations or other.preactivations,
             max(self.most_neuron_entries, other.most_neuron_entries),
         )
 
@@ -77,6 +79,7 @@ class ProgramEntries:
             attn_z=bool((site == Site.ATTN_Z.order).any()),
             neurons=bool(neurons.any()),
             neuron_rows=not np.isin(kinds[neurons], _ACTIVATION_KINDS).all(),
+            preactivations=bool(np.isin(site, [site.order for site in PREACTIVATION_SITES]).any()),
             most_neuron_entries=int(np.bincount(places[neurons]).max(initial=0)),
         )
 

@@ -22,9 +22,9 @@ NO_PROGRAM = -1
 class KernelPlan:
     """Arrays over the T rows of a step, and over its S programs.
 
-    `attn_q`, `attn_z`, `neurons`, `neuron_rows`: whether there are entries at the queries, at the heads, at the
-    neurons, and entries at the neurons that need whole rows. `breaks`: places after which a launch must end, because
-    something looks at the activation there or a latch must be settled.
+    `attn_q`, `attn_z`, `neurons`, `neuron_rows`, `preactivations`: whether there are entries at the queries, at the
+    heads, at the neurons, entries at the neurons that need whole rows, and entries at gates or ups. `breaks`: places
+    after which a launch must end, because something looks at the activation there or a latch must be settled.
     """
 
     slot: IntArray  # [T]
@@ -39,6 +39,7 @@ class KernelPlan:
     attn_z: bool = False
     neurons: bool = False
     neuron_rows: bool = False
+    preactivations: bool = False
     most_neuron_entries: int = 0
     breaks: set[int] = field(default_factory=set)
     # What torch runs between the kernels, where there is any.
@@ -146,6 +147,7 @@ class KernelPlanner:
             plan.breaks |= arrays.latches
         plan.attn_q, plan.attn_z = launches.attn_q, launches.attn_z
         plan.neurons, plan.neuron_rows = launches.neurons, launches.neuron_rows
+        plan.preactivations = launches.preactivations
         plan.most_neuron_entries = launches.most_neuron_entries
         observed = parts.operators
         if observed:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows
 from patchclamp_server.interventions.spans import Place, ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,21 +75,27 @@ class Part:
 
 
 class StepPlan:
-    """The parts of one step. Implements the decoder's SiteHooks."""
+    """The parts of one step. Implements the decoder's SiteHooks. Decode steps keep it, and with it what is known of its
+    places."""
 
     def __init__(self, parts: Sequence[Part], tables: Tables) -> None:
         self.parts = parts
         self.tables = tables
 
-    @property
+    @cached_property
     def operators(self) -> frozenset[Place]:
         """Places at which anything runs."""
         return frozenset(place for part in self.parts for place in part.rules)
 
-    @property
+    @cached_property
     def edited_queries(self) -> frozenset[int]:
         """Layers whose queries are edited."""
         return frozenset(layer for site, layer in self.operators if site is Site.ATTN_Q)
+
+    @cached_property
+    def visited_preactivations(self) -> frozenset[int]:
+        """Layers at whose gates or ups anything runs."""
+        return frozenset(layer for site, layer in self.operators if site in PREACTIVATION_SITES)
 
     def begin(self, positions: Tensor) -> None:
         for part in self.parts:

@@ -1,12 +1,12 @@
-"""The forward pass of a decoder on patchclamp_kernels: the same sites as Decoder.forward, fewer passes over memory.
+"""The forward pass on patchclamp_kernels has the same sites as Decoder.forward and makes fewer passes over memory.
 
     launch of a residual boundary:  x ← edits(x + edits(out));  h ← norm(x)
 
-One launch takes what a block adds, its edits, the edits of the residual stream up to the next norm, and that norm. What
-programs there are varies by the tables it reads, not by what is launched, so that a captured graph serves any of them.
+One launch takes what a block adds, its edits, the edits of the residual stream up to the next norm, and that norm. The
+programs of a step only change the tables that the launch reads, so that a captured graph serves any of them.
 
-That launch takes the end of one block and the start of the next, and edits rows of tables instead of calling hooks:
-this is why it has a loop over the blocks of its own, and not that of Decoder.run_blocks. Embedding, products,
+Since that launch takes the end of one block and the start of the next, and reads tables of edits instead of calling
+hooks, this module has its own loop over the blocks and does not use Decoder.run_blocks. Embedding, products,
 unembedding and the numbers of a family are the decoder's.
 """
 
@@ -24,22 +24,23 @@ from patchclamp_kernels.rope_kv_write import rope_kv_write
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.decoder import BlockProducts, Decoder, SiteHooks
 from patchclamp_server.model.row_operators import Norm
-from patchclamp_server.model.sites import FORWARD_ORDER, Site, place_number
+from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site, place_number
 
 
 @dataclass(frozen=True, eq=False)
 class Programs:
-    """The programs of a step. `attn_q`, `attn_z`, `neurons`, `neuron_rows`, `breaks`: see KernelPlan."""
+    """The programs of a step. The flags and `breaks`: see KernelPlan."""
 
     table: ProgramTable
     rows: ProgramRows
-    # Vectors by width.
+    # These are vectors by width.
     banks: dict[int, Tensor]
     head_dim: int
     attn_q: bool = False
     attn_z: bool = False
     neurons: bool = False
     neuron_rows: bool = False
+    preactivations: bool = False
     most_neuron_entries: int = 0
     breaks: Set[int] = frozenset()
     observers: SiteHooks | None = None
@@ -66,7 +67,7 @@ class KernelInputs:
 
 @dataclass(frozen=True, eq=False)
 class _Delta:
-    """What a block adds to the residual stream, at which place, and the norm it passes first."""
+    """Holds what a block adds to the residual stream, at which place, and the norm that it passes first."""
 
     values: Tensor
     place: int
@@ -81,6 +82,8 @@ class KernelForward:
         self._neuron_tiles = neuron_tiles(spec.d_ff, decoder.device)
         places = [place_number(Site.MLP_POST, layer) for layer in range(spec.n_layers)]
         self._neuron_places = torch.tensor(places, dtype=torch.int32, device=decoder.device)
+        own = [site for site in PREACTIVATION_SITES if site in spec.sites]
+        self._preactivation_places = [[place_number(site, layer) for site in own] for layer in range(spec.n_layers)]
 
     @torch.inference_mode()
     def __call__(
@@ -88,7 +91,7 @@ class KernelForward:
     ) -> tuple[Tensor, Tensor]:
         """Returns the residual stream at the end and its final norm, both [T, d_model]; writes the KV pools.
 
-        `products`: as in Decoder.run_blocks.
+        `products` is as in Decoder.run_blocks.
         """
         decoder, spec = self.decoder, self.decoder.spec
         x = decoder.embed(step.token_ids, step.positions)
@@ -105,7 +108,8 @@ class KernelForward:
             )
             middle = place_number(Site.RESID_MID, layer)
             if spec.parallel_residual:
-                # The MLP may be gated by what attention wrote, which is added to the stream only after it.
+                # Attention's output is edited now, because the MLP's edits may be gated by it, but is added to the
+                # stream only after the MLP.
                 self._edit(step, attn_out.values, attn_out.place)
                 inner = self._boundary(step, x, None, None, block.mlp_norm)
             else:
@@ -131,7 +135,7 @@ class KernelForward:
         return x, h
 
     def _receipt_parts(self, step: KernelInputs) -> Tensor | None:
-        """Where the activation kernel leaves what receipts are made of, for all layers; see NeuronProgram."""
+        """Returns memory in which the activation kernel leaves parts of receipts, for all layers; see NeuronProgram."""
         programs = step.programs
         if not programs.neurons or programs.neuron_rows:
             return None
@@ -141,7 +145,7 @@ class KernelForward:
     def _boundary(
         self, step: KernelInputs, x: Tensor, delta: _Delta | None, places: tuple[int, int] | None, norm: Norm | None
     ) -> Tensor | None:
-        """x ← edits(x + edits(delta)) in place; the norm of x. One launch unless something must be seen between."""
+        """Sets x ← edits(x + edits(delta)) in place, returns x's norm: one launch unless observers look between."""
         programs = step.programs
         stream = range(*places) if places is not None else range(0)
         crossed = [*stream] if delta is None else [delta.place, *stream]
@@ -217,17 +221,32 @@ class KernelForward:
         return own.attn_output(z)
 
     def _mlp(self, step: KernelInputs, own: BlockProducts, layer: int, h: Tensor, partial: Tensor | None) -> Tensor:
+        """Neurons are edited in the pass that makes them. Gates and ups, which that pass takes together, are edited and
+        observed before it in copies of their own, and only where there is anything at them: a row that nothing edits
+        keeps its bits."""
         spec, programs = self.decoder.spec, step.programs
         place = place_number(Site.MLP_POST, layer)
         inside = None
         if partial is not None:
             inside = NeuronProgram(programs.table, programs.rows, place, partial[layer])
         hidden = own.mlp_input(h)
+        if programs.preactivations or not programs.breaks.isdisjoint(self._preactivation_places[layer]):
+            hidden = self._preactivations(programs, layer, hidden)
         neurons = gated_activation(hidden, activation=spec.activation, gated=spec.family.gated, program=inside)
         if programs.neuron_rows:
             edit_rows(neurons, program=programs.step(spec.d_ff), places=(place, place + 1))
         self._observe(programs, place, neurons)
         return own.mlp_output(neurons)
+
+    def _preactivations(self, programs: Programs, layer: int, hidden: Tensor) -> Tensor:
+        """hidden [T, d_ff or 2 d_ff] after what is done at Site.MLP_GATE and Site.MLP_UP."""
+        gated = self.decoder.spec.family.gated
+        parts = [part.contiguous() for part in hidden.chunk(2, dim=1)] if gated else [hidden]
+        for place, part in zip(self._preactivation_places[layer], parts, strict=True):
+            if programs.preactivations:
+                edit_rows(part, program=programs.step(part.shape[1]), places=(place, place + 1))
+            self._observe(programs, place, part)
+        return torch.cat(parts, dim=1) if gated else hidden
 
     def _observe(self, programs: Programs, place: int, x: Tensor) -> None:
         if programs.observers is not None and place in programs.breaks:

@@ -1,7 +1,8 @@
 """What changes: one function for each kind of edit.
 
 Each kind defines a target t(h); the edit writes h + strength·(t(h) - h).
-Options that every edit takes are in EditOptions, those of edits by a vector in VectorEditOptions.
+Options that every edit takes are in EditOptions, those of edits by a vector in VectorEditOptions, those of edits of
+neurons in NeuronEditOptions.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,16 @@ class VectorEditOptions(EditOptions, total=False):
     preserve_norm: bool
 
 
+class NeuronEditOptions(EditOptions, total=False):
+    """Options of edits of neurons, besides EditOptions.
+
+    site: by default "mlp_post"; "mlp_gate" and "mlp_up" are what a neuron is made of, act(gate)·up, of which models
+    without a gate have "mlp_up".
+    """
+
+    site: SiteName
+
+
 def _edit(
     edit: pb.Edit,
     fixed_site: SiteName,
@@ -81,12 +92,14 @@ def _by_vector(
 
 
 @takes_options_of(_edit)
-def _neurons(kind: pb.NeuronEdit, neurons: Neurons, **options: Unpack[EditOptions]) -> pb.Edit:
+def _neurons(
+    kind: pb.NeuronEdit, neurons: Neurons, *, site: SiteName = "mlp_post", **options: Unpack[EditOptions]
+) -> pb.Edit:
     if isinstance(neurons, str):
         kind.neuron_set = neurons
     else:
         kind.MergeFrom(build(pb.NeuronEdit, neurons=one_or_several(neurons, "neurons", "an int")))
-    return _edit(pb.Edit(neurons=kind), "mlp_post", **options)
+    return _edit(pb.Edit(neurons=kind), site, **options)
 
 
 @takes_options_of(_edit)
@@ -169,7 +182,9 @@ def affine(
 
 
 @takes_options_of(_neurons)
-def set_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
+def set_neurons(
+    neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[NeuronEditOptions]
+) -> pb.Edit:
     """t(a) = value: sets neurons.
 
     neurons: one index, several, or the id or tag of a neuron set.
@@ -179,20 +194,24 @@ def set_neurons(neurons: Neurons, values: float | Sequence[float] = (), **option
 
 
 @takes_options_of(_neurons)
-def scale_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
+def scale_neurons(
+    neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[NeuronEditOptions]
+) -> pb.Edit:
     """t(a) = value·a: scales neurons. set_neurons describes the arguments."""
     return _neurons(pb.NeuronEdit(scale=_values(neurons, values)), neurons, **options)
 
 
 @takes_options_of(_neurons)
-def add_neurons(neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[EditOptions]) -> pb.Edit:
+def add_neurons(
+    neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[NeuronEditOptions]
+) -> pb.Edit:
     """t(a) = a + value: adds to neurons. set_neurons describes the arguments."""
     return _neurons(pb.NeuronEdit(add=_values(neurons, values)), neurons, **options)
 
 
 @takes_options_of(_neurons)
 def clamp_neurons(
-    neurons: Neurons, *, min: float | None = None, max: float | None = None, **options: Unpack[EditOptions]
+    neurons: Neurons, *, min: float | None = None, max: float | None = None, **options: Unpack[NeuronEditOptions]
 ) -> pb.Edit:
     """t(a) = clip(a, min, max): keeps neurons within bounds, of which one at least is given."""
     bounds = build(pb.NeuronBounds, min=min, max=max)

@@ -59,15 +59,17 @@ def read_projection(
 
 
 @takes_options_of(_readout)
-def read_neurons(neurons: Iterable[int], **options: Unpack[ReadoutOptions]) -> pb.Readout:
-    """Reads the values of chosen neurons."""
-    return _readout(pb.Readout(neurons=build(pb.NeuronReadout, neurons=neurons)), "mlp_post", **options)
+def read_neurons(
+    neurons: Iterable[int], *, site: SiteName = "mlp_post", **options: Unpack[ReadoutOptions]
+) -> pb.Readout:
+    """Reads the values of chosen neurons, or at "mlp_gate" and "mlp_up" those that they are made of."""
+    return _readout(pb.Readout(neurons=build(pb.NeuronReadout, neurons=neurons)), site, **options)
 
 
 @takes_options_of(_readout)
-def read_top_neurons(k: int, **options: Unpack[ReadoutOptions]) -> pb.Readout:
-    """Reads the k neurons with the largest absolute value."""
-    return _readout(pb.Readout(top_neurons=build(pb.TopNeuronsReadout, k=k)), "mlp_post", **options)
+def read_top_neurons(k: int, *, site: SiteName = "mlp_post", **options: Unpack[ReadoutOptions]) -> pb.Readout:
+    """Reads the k neurons with the largest absolute value, at "mlp_gate" or "mlp_up" of what they are made of."""
+    return _readout(pb.Readout(top_neurons=build(pb.TopNeuronsReadout, k=k)), site, **options)
 
 
 @takes_options_of(_readout)

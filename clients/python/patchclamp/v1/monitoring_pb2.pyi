@@ -157,16 +157,19 @@ Global___WatchItem: _TypeAlias = WatchItem  # noqa: Y015
 
 @_typing.final
 class WatchedNeurons(_message.Message):
-    """Value: the activation a of the neuron at mlp_post."""
+    """Value: the activation a of the neuron at mlp_post, or what it is made of, at mlp_gate or mlp_up."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
     NEURONS_FIELD_NUMBER: _builtins.int
     NEURON_SET_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     neuron_set: _builtins.str
     """Instead of layer and neurons: id or tag of a neuron_set artifact."""
+    site: _program_pb2.Site.ValueType
+    """SITE_MLP_POST, which is the default, SITE_MLP_GATE or SITE_MLP_UP."""
     @_builtins.property
     def neurons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -175,10 +178,11 @@ class WatchedNeurons(_message.Message):
         layer: _builtins.int = ...,
         neurons: _abc.Iterable[_builtins.int] | None = ...,
         neuron_set: _builtins.str = ...,
+        site: _program_pb2.Site.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "neuron_set", b"neuron_set", "neurons", b"neurons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "neuron_set", b"neuron_set", "neurons", b"neurons", "site", b"site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -880,7 +884,7 @@ class ItemStatistics(_message.Message):
     """max(0, drift - drift_noise)."""
     tokens_left_out: _builtins.int
     """Tokens that are in none of the other figures, and no event, because they are outliers, as attention sinks are: the norm
-    of the activations at the site and layer of the item is above 3 times its median. The site of a neuron is mlp_post.
+    of the activations at the site and layer of the item is above 3 times its median. Of a neuron, those of all of its layer.
     The median is that of the reference, else of the first tokens. A head is a probability: nothing is left out.
     """
     @_builtins.property

@@ -41,6 +41,14 @@ class _SiteEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Site.ValueType],
     """The neurons: input of the down projection. Width d_ff."""
     SITE_MLP_OUT: _Site.ValueType  # 7
     """What the MLP adds to the residual stream (after a post-MLP norm, where the family has one). Width d_model."""
+    SITE_MLP_GATE: _Site.ValueType  # 8
+    """The neurons before their activation function, in a gated MLP: mlp_post = act(mlp_gate) * mlp_up. Width d_ff. Absent
+    where there is no gate (gpt2, opt, gpt_neox).
+    """
+    SITE_MLP_UP: _Site.ValueType  # 9
+    """Output of the up projection. Without a gate it is what the activation function is applied to: mlp_post = act(mlp_up).
+    Width d_ff.
+    """
 
 class Site(_Site, metaclass=_SiteEnumTypeWrapper):
     """The intervention language: what a request does to the model while it runs, and what it reads from it.
@@ -64,6 +72,14 @@ SITE_MLP_POST: Site.ValueType  # 6
 """The neurons: input of the down projection. Width d_ff."""
 SITE_MLP_OUT: Site.ValueType  # 7
 """What the MLP adds to the residual stream (after a post-MLP norm, where the family has one). Width d_model."""
+SITE_MLP_GATE: Site.ValueType  # 8
+"""The neurons before their activation function, in a gated MLP: mlp_post = act(mlp_gate) * mlp_up. Width d_ff. Absent
+where there is no gate (gpt2, opt, gpt_neox).
+"""
+SITE_MLP_UP: Site.ValueType  # 9
+"""Output of the up projection. Without a gate it is what the activation function is applied to: mlp_post = act(mlp_up).
+Width d_ff.
+"""
 Global___Site: _TypeAlias = Site  # noqa: Y015
 
 class _Phase:
@@ -552,7 +568,7 @@ Global___Affine: _TypeAlias = Affine  # noqa: Y015
 
 @_typing.final
 class NeuronEdit(_message.Message):
-    """NeuronEdit changes chosen neurons at SITE_MLP_POST."""
+    """NeuronEdit changes chosen neurons at SITE_MLP_POST, or what they are made of, at SITE_MLP_GATE or SITE_MLP_UP."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -925,11 +941,11 @@ class Readout(_message.Message):
 
     @_builtins.property
     def neurons(self) -> Global___NeuronReadout:
-        """Values of chosen neurons (SITE_MLP_POST)."""
+        """Values of chosen neurons (SITE_MLP_POST, SITE_MLP_GATE, SITE_MLP_UP)."""
 
     @_builtins.property
     def top_neurons(self) -> Global___TopNeuronsReadout:
-        """The k neurons with the largest absolute value (SITE_MLP_POST)."""
+        """The k neurons with the largest absolute value (SITE_MLP_POST, SITE_MLP_GATE, SITE_MLP_UP)."""
 
     @_builtins.property
     def logit_lens(self) -> Global___LogitLensReadout:

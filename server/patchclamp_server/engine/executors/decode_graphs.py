@@ -2,7 +2,8 @@
 
 A graph holds a whole step: forward pass, receipts, logits. It reads static buffers, so that a replay is one copy of the
 step's arrays and one launch. What programs are in the batch is data; a graph depends on the number of rows, on the
-bound of the contexts, and on what is launched at all: edits of queries, heads or neurons, and the peaks of heads.
+bound of the contexts, and on what is launched at all: edits of queries, of heads, of neurons or of their
+pre-activations, and the peaks of heads.
 
 On a CPU a "replay" runs the same padded step anew: the bookkeeping is tested there.
 """
@@ -51,6 +52,7 @@ class GraphKey:
     attn_q: bool
     attn_z: bool
     neurons: bool
+    preactivations: bool
     peaks: bool
 
 
@@ -98,6 +100,7 @@ class DecodeGraphs:
             plan.attn_q,
             plan.attn_z,
             plan.neurons,
+            plan.preactivations,
             heads is not None or (watched is not None and watched.layout.looks_at_heads),
         )
         graph = self._graph(key)
@@ -116,24 +119,24 @@ class DecodeGraphs:
         return Executed(graph.finite[:n].cpu().numpy(), logits, outcome)
 
     def capture_all(self) -> None:
-        """The graphs of steps up to the first bound of contexts. Longer ones, and those with edited queries or peaks,
-        are captured when they come, of kernels that are compiled by then."""
+        """The graphs of steps up to the first bound of contexts. Longer ones, and those with edited queries,
+        pre-activations or peaks are captured when they come, of kernels that are compiled by then."""
         for rows in reversed(self.sizes):
             for attn_z in (False, True):
                 for neurons in (False, True):
-                    self._graph(GraphKey(rows, self.contexts[0], False, attn_z, neurons, False))
+                    self._graph(GraphKey(rows, self.contexts[0], False, attn_z, neurons, False, False))
 
     def _graph(self, key: GraphKey) -> "_Graph":
-        graph, addresses = self._graphs.get(key), self._addresses()
+        graph, addresses = self._graphs.get(key), self._addresses(key)
         if graph is None or graph.addresses != addresses:
             graph = _Graph(key, self, addresses)
             self._graphs[key] = graph
         return graph
 
-    def _addresses(self) -> tuple[int, ...]:
+    def _addresses(self, key: GraphKey) -> tuple[int, ...]:
         """Where a graph reads and writes besides its own buffers. A table that has grown is elsewhere."""
         tables = self.tables
-        banks = banks_of(tables, self.forward.decoder.spec, neuron_rows=False)
+        banks = banks_of(tables, self.forward.decoder.spec, neurons=key.preactivations)
         entries = (tables.ranges, tables.ints, tables.floats, tables.unit_ints, tables.unit_numbers)
         return tuple(t.data_ptr() for t in (*entries, tables.latch, tables.counts, *banks.values()))
 
@@ -172,6 +175,7 @@ class _Graph:
         launches = empty_plan(n)
         launches.attn_q, launches.attn_z = key.attn_q, key.attn_z
         launches.neurons, launches.most_neuron_entries = key.neurons, NEURON_ENTRIES
+        launches.preactivations = key.preactivations
         self.peaks = all_peaks(decoder.spec, n, device) if key.peaks else None
         self._off_sink: Peaks | None = None
         programs = programs_of(owner.tables, decoder.spec, self.rows, launches)

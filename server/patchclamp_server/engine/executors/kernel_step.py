@@ -48,10 +48,10 @@ def program_rows(arrays: Mapping[str, Tensor], *, columns: int, items: int, read
     )
 
 
-def banks_of(tables: SlotTables, spec: DecoderSpec, *, neuron_rows: bool) -> dict[int, Tensor]:
+def banks_of(tables: SlotTables, spec: DecoderSpec, *, neurons: bool) -> dict[int, Tensor]:
     """Banks of the widths that kernels take vectors of; that of the neurons is large and seldom needed."""
     widths = {spec.d_model, spec.sites[Site.ATTN_Z], spec.head_dim}
-    if neuron_rows:
+    if neurons:
         widths.add(spec.d_ff)
     return {width: tables.bank(width).data for width in sorted(widths)}
 
@@ -60,12 +60,13 @@ def programs_of(tables: SlotTables, spec: DecoderSpec, rows: ProgramRows, plan: 
     return Programs(
         tables.table,
         rows,
-        banks_of(tables, spec, neuron_rows=plan.neuron_rows),
+        banks_of(tables, spec, neurons=plan.neuron_rows or plan.preactivations),
         spec.head_dim,
         attn_q=plan.attn_q,
         attn_z=plan.attn_z,
         neurons=plan.neurons,
         neuron_rows=plan.neuron_rows,
+        preactivations=plan.preactivations,
         most_neuron_entries=plan.most_neuron_entries,
         breaks=plan.breaks,
         observers=plan.observers,

@@ -12,9 +12,9 @@ from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.peaks import Peaks
-from patchclamp_server.model.decoder import Decoder, SiteHooks, StepInputs
+from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.overflow import FiniteProbe, finite_rows
-from patchclamp_server.monitoring.sites import SiteWatcher
+from patchclamp_server.monitoring.sites import SiteWatcher, WatchedSites
 from patchclamp_server.sparsity.mlp import SparseModel
 
 
@@ -35,11 +35,11 @@ class OperatorExecutor:
         plan = self.planner.plan(batch.programs)
         heads = self.heads.read(batch.programs, len(batch.token_ids))
         peaks = None if heads is None else heads.peaks
-        hooks: SiteHooks = plan
+        hooks: StepPlan | WatchedSites = plan
         if batch.watch is not None:
             peaks = batch.watch.layout.peaks(heads, len(batch.token_ids))
             hooks = self.watcher.follow(plan, batch.watch.layout)
-        step = self._inputs(batch, plan, peaks)
+        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations)
         plan.begin(step.positions)
         x = self.decoder.forward(step, self.cache.pools, hooks, self.sparse.follow(batch.sparse))
         outcome = plan.finish()
@@ -53,13 +53,15 @@ class OperatorExecutor:
 
     def trace(self, batch: StepBatch, *, edited: bool) -> FiniteProbe:
         plan = self.planner.plan(batch.programs if edited else [])
-        step = self._inputs(batch, plan, None)
+        step = self._inputs(batch, plan, None, frozenset(range(self.decoder.spec.n_layers)))
         plan.begin(step.positions)
         probe = FiniteProbe(plan)
         self.decoder.forward(step, self.cache.pools, probe)
         return probe
 
-    def _inputs(self, batch: StepBatch, plan: StepPlan, peaks: Peaks | None) -> StepInputs:
+    def _inputs(
+        self, batch: StepBatch, plan: StepPlan, peaks: Peaks | None, visited_preactivations: frozenset[int]
+    ) -> StepInputs:
         device = self.decoder.device
         return StepInputs(
             torch.from_numpy(batch.token_ids).to(device),
@@ -67,6 +69,7 @@ class OperatorExecutor:
             torch.from_numpy(batch.slots).to(device),
             AttentionBatch(batch.spans, batch.block_size, self.decoder.windows, device),
             plan.edited_queries,
+            visited_preactivations,
             peaks,
         )
 

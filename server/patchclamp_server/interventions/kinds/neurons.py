@@ -1,4 +1,7 @@
-"""neurons: single neurons are set, scaled, added to or clamped: t(a) = clip(f a + c, low, high)."""
+"""The edit `neurons` sets, scales, adds to or clamps single neurons: t(a) = clip(f a + c, low, high).
+
+a is the activation of a neuron at mlp_post, or one of the pre-activations that it is made of, at mlp_gate or mlp_up.
+"""
 
 import math
 from typing import TYPE_CHECKING
@@ -21,21 +24,20 @@ from patchclamp_server.interventions.columns import (
 from patchclamp_server.interventions.field_checks import chosen, distinct, finite
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written, apart
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
-from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
+from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where, check_neuron_site
 from patchclamp_server.interventions.kinds.vectors import bounds_in
 from patchclamp_server.interventions.program import NeuronEdit, NeuronOp
 from patchclamp_server.interventions.resolver import check_indices, checked_bounds
 from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_norms
 from patchclamp_server.model.arrays import IntArray
-from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class NeuronRule:
-    """t(a) = clip(f a + c, low, high) for single neurons."""
+    """Has the target t(a) = clip(f a + c, low, high) for single neurons."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
@@ -59,7 +61,7 @@ class NeuronRule:
 
 
 def _write(payload: Payload) -> Written:
-    """(index, factor, offset, low, high), [n] each"""
+    """Writes the payload (index, factor, offset, low, high), [n] each."""
     order = np.argsort(payload[0].numpy())
     index, factor, offset, low, high = (column.numpy()[order] for column in payload)
 
@@ -92,8 +94,7 @@ def _decode(proto: "pb.NeuronEdit", field: str) -> NeuronEdit:
 
 
 def _bind(kind: NeuronEdit, where: Where) -> EditNumbers:
-    if where.site is not Site.MLP_POST:
-        raise InvalidArgument(f"{where.owner}.site", f"neurons are edited at mlp_post, not {where.site.value}")
+    check_neuron_site(where, "edited")
     payload = {layer: _payload(kind, where, layer) for layer in where.layers}
     return EditNumbers(NEURONS, payload)
 

@@ -1,4 +1,4 @@
-"""top_neurons, logit_lens: readouts of whole rows, the k largest of what is made of them."""
+"""The readouts top_neurons and logit_lens read whole rows, and keep the k largest of what is made of them."""
 
 from typing import TYPE_CHECKING
 
@@ -10,15 +10,14 @@ from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.columns import COUNT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.interventions.kinds.kind import ReadoutTable, Written
-from patchclamp_server.interventions.kinds.readings import check_neuron_site
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext
-from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
+from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where, check_neuron_site
 from patchclamp_server.interventions.program import LogitLensReadout, TopNeuronsReadout
 from patchclamp_server.interventions.resolver import check_top_k
 from patchclamp_server.model.sites import RESIDUAL_SITES
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
@@ -39,7 +38,7 @@ class RankingRule:
         raise NotImplementedError
 
     def found(self) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
-        """Values and ids of each pair, of the last step."""
+        """Returns the values and ids of each pair in the last step."""
         assert self.values is not None
         assert self.ids is not None
         values, ids = self.values.float().cpu().tolist(), self.ids.cpu().tolist()
@@ -48,7 +47,7 @@ class RankingRule:
 
 
 class TopNeuronsRule(RankingRule):
-    """The k neurons with the largest |a|, with their signed values."""
+    """Reads the k neurons with the largest |a|, with their signed values."""
 
     def read(self, h: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.topk(h.abs(), self.k, dim=1).indices
@@ -56,7 +55,7 @@ class TopNeuronsRule(RankingRule):
 
 
 class LogitLensRule(RankingRule):
-    """log softmax of the final norm and unembedding applied to a residual state: the k most likely tokens."""
+    """Reads the k most likely tokens by log softmax(unembed(norm(h))) of a residual state."""
 
     def read(self, h: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(self.entries.setting.unembed(h), dim=1)
@@ -77,7 +76,7 @@ def _decode_top_neurons(proto: "pb.TopNeuronsReadout", field: str) -> TopNeurons
 
 
 def _bind_top_neurons(kind: TopNeuronsReadout, where: Where) -> ReadoutNumbers:
-    check_neuron_site(where)
+    check_neuron_site(where, "read")
     check_top_k(kind.k, where.width, f"{where.path}.k")
     return ReadoutNumbers(k=kind.k)
 

@@ -1,4 +1,4 @@
-"""projection, neurons: readouts whose numbers kernels write as they pass, h·u and the values of single neurons."""
+"""Kernels write the numbers of the readouts projection and neurons as they pass: h·u and values of single neurons."""
 
 from typing import TYPE_CHECKING
 
@@ -12,22 +12,21 @@ from patchclamp_server.interventions.columns import UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import distinct
 from patchclamp_server.interventions.kinds.kind import ReadoutTable, UnitColumns, Written
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
-from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
+from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where, check_neuron_site
 from patchclamp_server.interventions.kinds.vectors import decode_vector
 from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout
 from patchclamp_server.interventions.resolver import check_indices
 from patchclamp_server.interventions.row_arithmetic import row_dots
 from patchclamp_server.model.arrays import IntArray
-from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class ProjectionRule:
-    """h · u for every vector u of the row's readout; they were bound with unit length, as those of conditions are.
-    Summed in float32."""
+    """Reads h · u for every vector u of the row's readout, summed in float32. Vectors were bound with unit length, as
+    those of conditions are."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
@@ -40,7 +39,7 @@ class ProjectionRule:
 
 
 class NeuronValuesRule:
-    """Values of the neurons each readout names."""
+    """Reads the values of the neurons that each readout names."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         units = Units(entries, entries.width)
@@ -61,7 +60,7 @@ def _n_vectors(readout: BoundReadout, layer: int) -> int:
 
 
 def _distinct(readout: BoundReadout) -> IntArray:
-    """Neurons as the kernels want them: ascending, each once."""
+    """Returns the neurons as the kernels want them: ascending, each once."""
     return np.unique(np.array(readout.ids, dtype=np.int64))
 
 
@@ -106,14 +105,9 @@ def _decode_neurons(proto: "pb.NeuronReadout", field: str) -> NeuronReadout:
 
 
 def _bind_neurons(kind: NeuronReadout, where: Where) -> ReadoutNumbers:
-    check_neuron_site(where)
+    check_neuron_site(where, "read")
     check_indices(kind.neurons, where.width, f"{where.path}.neurons", "neuron")
     return ReadoutNumbers(ids=kind.neurons)
-
-
-def check_neuron_site(where: Where) -> None:
-    if where.site is not Site.MLP_POST:
-        raise InvalidArgument(f"{where.owner}.site", f"neurons are read at mlp_post, not {where.site.value}")
 
 
 READOUTS = (

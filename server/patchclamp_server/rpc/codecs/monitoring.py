@@ -288,15 +288,16 @@ def _item(proto: pb.WatchItem, field: str) -> WatchItem:
 
 
 def _neurons(proto: pb.WatchedNeurons, field: str) -> WatchedNeurons:
+    site = decode_site(proto.site, f"{field}.site") if proto.site else None
     if proto.neuron_set:
         for name in ("neurons", "layer"):
             if getattr(proto, name):
                 message = "a neuron_set is given as well; expected one of neurons, neuron_set"
                 raise InvalidArgument(f"{field}.{name}", message)
-        return WatchedNeurons(neuron_set=proto.neuron_set)
+        return WatchedNeurons(neuron_set=proto.neuron_set, site=site)
     if not proto.neurons:
         raise InvalidArgument(f"{field}.neurons", "expected neurons, or neuron_set")
-    return WatchedNeurons(proto.layer, distinct(proto.neurons, f"{field}.neurons"))
+    return WatchedNeurons(proto.layer, distinct(proto.neurons, f"{field}.neurons"), site=site)
 
 
 def _direction(proto: pb.WatchedDirection, field: str) -> WatchedDirection:

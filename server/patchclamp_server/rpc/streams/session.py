@@ -1,4 +1,4 @@
-"""The client's side of a Session: what it sends while tokens stream back."""
+"""This handles the client's side of a Session: what the client sends while tokens stream back."""
 
 import asyncio
 import logging
@@ -38,7 +38,7 @@ class SessionControl:
             task.cancel()
 
     def delivered(self, tokens: int) -> None:
-        """Tokens have gone to the client."""
+        """Tells that so many tokens have been sent to the client."""
         self._delivered += tokens
         self._finish_if_spent()
 
@@ -70,7 +70,7 @@ class SessionControl:
         self._engine.advance(self._id, tokens)
 
     def _finish_if_spent(self) -> None:
-        """A lockstep client that has closed its side can grant nothing more: what it granted is all there is."""
+        """Ends a lockstep session whose client has closed its side, and so grants no more, once its tokens are sent."""
         if self._lockstep and self._half_closed and self._delivered >= self._granted:
             self._engine.finish(self._id)
 
