@@ -111,5 +111,5 @@ def renaming_fields(names: Mapping[str, str]) -> AbstractContextManager[None]:
 
 
 def below(path: str, name: str) -> str:
-    """The path of the field `name` of the message at `path`; "" is the request itself."""
+    """Returns the path of the field `name` of the message at `path`; "" is the request itself."""
     return f"{path}.{name}" if path and name else path or name

@@ -31,7 +31,7 @@ class AnalysisJobs:
     door: ExclusiveJobs
 
     async def begin(self, request: Any, decode: Callable[[], J]) -> J:
-        """The job that `decode` makes of `request`, on the threads of analysis.
+        """Returns the job that `decode` makes of `request`, on the threads of analysis.
 
         Raises NotFound for another model than the one served, what `decode` raises, and AlreadyExists for `tags` of
         the job that name something else: nothing is computed for what cannot be stored.
@@ -53,7 +53,7 @@ class AnalysisJobs:
         exclusive: bool = False,
         fields: Mapping[str, str] | None = None,
     ) -> AsyncIterator[R]:
-        """The responses of a job: what `encode` makes of each of the events that `run` gives, progress among them.
+        """Yields the responses of a job: what `encode` makes of each event that `run` gives, progress among them.
 
         Ending the iteration early closes them, which ends the job. `exclusive`: it waits for its turn at the door.
         `fields`: those of the request by the fields of the engine's requests that are made of them, for errors.
