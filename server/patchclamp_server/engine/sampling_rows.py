@@ -4,6 +4,7 @@ The functions are compiled once and cached on disk; a change in cpu/invariant ne
 """
 
 # mypy has no types for what numba compiles, and the first argument of an intrinsic is not given by its caller.
+# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, var-annotated"
 
 import math
 

@@ -28,7 +28,7 @@ MAX_CIRCUIT_SIZE = 1000
 MAX_RANDOM_SETS = 100
 DEFAULT_CIRCUIT_SIZE = 10
 DEFAULT_RANDOM_SETS = 10
-# They run in one pass.
+# One pass takes so many tokens at most.
 MAX_ATTRIBUTED_TOKENS = 4096
 DEFAULT_TOP_HEADS = 10
 # A part without sources takes fewer bytes of a message than this.
