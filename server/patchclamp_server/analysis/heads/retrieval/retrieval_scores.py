@@ -65,7 +65,7 @@ class RetrievalScores:
         return ends(resampled_means(self.samples.float(), seed))
 
     def stability(self, seed: int) -> float:
-        """Returns the mean overlap of the best heads of random halves of the runs, over HALVES of them; 0 for one run."""
+        """Returns the mean overlap of the best heads of random halves of the runs, HALVES times; 0 for one run."""
         samples, half = self.samples, len(self.runs) // 2
         if not half:
             return 0.0
