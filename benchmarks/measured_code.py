@@ -54,7 +54,6 @@ MEASURED: dict[str, tuple[str, ...]] = {
     ),
     "cpu": ("benchmarks/cpu.py", *_STEP, "patchclamp_server.interventions"),
     "faults": (
-        "benchmarks/faults.py",
         "benchmarks/faults",
         "patchclamp_server.engine.engine",
         "patchclamp_server.engine.steps",
@@ -63,7 +62,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp_server.artifacts.store",
         "patchclamp_server.rpc.server",
     ),
-    "gpu": ("benchmarks/gpu.py", "benchmarks/gpu", "patchclamp_kernels"),
+    "gpu": ("benchmarks/gpu", "patchclamp_kernels"),
     "heads_causal": (
         "benchmarks/heads.py",
         "patchclamp_server.analysis.heads.retrieval.detect",
@@ -74,7 +73,6 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "host": ("benchmarks/host.py", *_STEP, "patchclamp_server.interventions"),
     "invariance": ("benchmarks/invariance.py", *_FORWARD, *_ATTENTION, "patchclamp_server.cpu.invariant"),
     "load": (
-        "benchmarks/load.py",
         "benchmarks/load",
         "patchclamp_server.engine.admission",
         "patchclamp_server.engine.fair_queue",
@@ -90,8 +88,13 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp.connection",
         "patchclamp.transport",
     ),
-    "sparse_quality": ("benchmarks/sparse.py", "benchmarks/sparse/quality.py", *_SPARSE),
-    "sparse_speed": ("benchmarks/sparse.py", "benchmarks/sparse/speed.py", *_FORWARD, "patchclamp_server.cpu.sparse"),
+    "sparse_quality": ("benchmarks/sparse/__main__.py", "benchmarks/sparse/quality.py", *_SPARSE),
+    "sparse_speed": (
+        "benchmarks/sparse/__main__.py",
+        "benchmarks/sparse/speed.py",
+        *_FORWARD,
+        "patchclamp_server.cpu.sparse",
+    ),
 }
 
 

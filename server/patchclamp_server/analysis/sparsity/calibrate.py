@@ -29,7 +29,7 @@ from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.reducers.sample import Sample
 from patchclamp_server.engine.request import Reduction, Request
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, renaming_fields
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policies.coreinfer_similarity import CoreInferSimilarity, multi_hot
@@ -82,13 +82,10 @@ async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> Asy
         return partial(listening, model, calibrating.reducers, tuple(document.tolist()), text, reduction)
 
     requests = (request(text, document) for text, document in enumerate(documents))
-    try:
+    with renaming_fields({"prompt": "text.document_tokens"}):
         async with aclosing(completed(engine, requests)) as finished:
             async for _ in finished:
                 yield steps.advance()
-    except RequestError as error:
-        error.field = "text.document_tokens" if error.field == "prompt" else error.field
-        raise
 
     def finish() -> Work[Progress | Tensors]:
         yield (yield from calibrating.finish(steps))
