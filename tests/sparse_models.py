@@ -1,17 +1,22 @@
 """Tiny models as policies see them, with profiles of every policy that has one."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import TypeVar
 
 import torch
-from tiny_models import VOCAB, tiny_model
+from engine_runs import loaded, started
+from tiny_models import VOCAB
 from torch import Tensor
 
 from patchclamp_server.analysis.documents import inputs_of, pools_for
-from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
-from patchclamp_server.engine.exclusive import at_once
+from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate_on
+from patchclamp_server.analysis.sparsity.evaluate import Quality, Scored, scored
+from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.model.decoder import NoHooks
-from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity.apply import Forced, Rows, Step
 from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.mlp import SparseModel
@@ -27,8 +32,8 @@ NAMES = tuple(POLICIES)
 
 @cache
 def sparse_model(family: str = "llama") -> SparseModel:
-    decoder = decoder_from_transformers(tiny_model(family), dtype=torch.float32, device="cpu")
-    return SparseModel(family, decoder)
+    """What engines on the tiny model have too."""
+    return SparseModel(loaded(family).info.fingerprint, loaded(family).decoder)
 
 
 def documents(n: int, tokens: int, seed: int = 0) -> Tensor:
@@ -40,7 +45,39 @@ def profile(name: str, family: str = "llama") -> Profile | None:
     if name not in CALIBRATIONS:
         return None
     policy = Teal(allocation="greedy") if name == "teal" else POLICIES[name]()
-    return at_once(calibrate(policy, sparse_model(family), documents(4, 32, seed=7), {"text": "random tokens"}))
+    return calibrated(policy, documents(4, 32, seed=7), family)
+
+
+E = TypeVar("E")
+
+
+def events_of(
+    job: Callable[[Engine], AsyncGenerator[E, None]], family: str = "llama", config: EngineConfig | None = None
+) -> list[E]:
+    """All events of a job on an engine of its own, whether a loop runs in this thread or not."""
+
+    async def run() -> list[E]:
+        with started(loaded(family), config or EngineConfig(kv_cache_tokens=4096)) as engine:
+            return [event async for event in job(engine)]
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, run()).result()
+
+
+def calibrated(policy: Policy, texts: Tensor, family: str = "llama") -> Profile:
+    found = events_of(lambda engine: calibrate_on(engine, policy, texts), family)[-1]
+    assert isinstance(found, Profile)
+    return found
+
+
+def evaluated(
+    texts: Tensor, prompt: int, *selectors: Selector, family: str = "llama", config: EngineConfig | None = None
+) -> list[Quality]:
+    """The quality of each selector."""
+    by_selector: dict[int, list[Scored]] = {}
+    for index, document in events_of(lambda engine: scored(engine, texts, prompt, selectors), family, config):
+        by_selector.setdefault(index, []).append(document)
+    return [Quality.of(by_selector[index], selector) for index, selector in enumerate(selectors)]
 
 
 def bound(policy: Policy, family: str = "llama") -> Selector:

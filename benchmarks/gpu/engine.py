@@ -23,9 +23,9 @@ from patchclamp_server.engine.batch import StepBatch
 from patchclamp_server.engine.config import EngineConfig, Unobserved
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.plan import ProgramSpan
 from patchclamp_server.interventions.program import Scope
 from patchclamp_server.interventions.scopes import SequenceTokens
+from patchclamp_server.interventions.spans import ProgramSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.model.attention.spans import Span, Spans
 

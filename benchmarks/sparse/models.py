@@ -1,27 +1,48 @@
-"""The models that benchmarks/sparse.py runs on: the embedded one, and random weights of other shapes."""
-
-from collections.abc import Callable, Sequence
+"""The models that benchmarks/sparse runs on: the embedded one, and random weights of other shapes."""
 
 import torch
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from patchclamp_server.model.load import load_model
+from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import RichProgress
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity.mlp import SparseModel
 
+WORDS = 256
 
-def embedded_model() -> tuple[Callable[[str], Sequence[int]], SparseModel]:
-    """Its tokenizer, and the model."""
+
+def embedded_model() -> LoadedModel:
     with RichProgress() as progress:
-        loaded = load_model(progress=progress)
+        return load_model(progress=progress)
 
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = loaded.tokenizer(text).input_ids
-        return ids
 
-    return tokenize, SparseModel(loaded.info.fingerprint, loaded.decoder)
+def random_loaded_model(d_model: int, d_ff: int, *, n_layers: int) -> LoadedModel:
+    """`random_model` as an engine takes it."""
+    model = random_model(d_model, d_ff, n_layers=n_layers)
+    spec = model.spec
+    info = ModelInfo(
+        name="random weights",
+        fingerprint=model.fingerprint,
+        architecture=spec.architecture,
+        n_layers=spec.n_layers,
+        d_model=spec.d_model,
+        d_ff=spec.d_ff,
+        n_heads=spec.n_heads,
+        n_kv_heads=spec.n_kv_heads,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        context_length=spec.context_length,
+        dtype="float32",
+        device="cpu",
+        sites=dict(spec.sites),
+    )
+    backend = Tokenizer(models.WordLevel(vocab={f"word{i}": i for i in range(WORDS)}, unk_token="word0"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    return LoadedModel(info, model.decoder, tokenizer, eos_token_ids=frozenset())
 
 
 def random_model(
@@ -29,7 +50,7 @@ def random_model(
 ) -> SparseModel:
     """A llama of random weights: `four_bits` are found again by cpu/quantized.py."""
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=WORDS,
         hidden_size=d_model,
         intermediate_size=d_ff,
         num_hidden_layers=n_layers,

@@ -6,18 +6,18 @@ weights of the MLP that one row reads, over the dense ones, for weights of 16 bi
 products of a block.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.sparsity.calibrate import calibrate
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator
-from patchclamp_server.engine.exclusive import at_once
-from patchclamp_server.sparsity.mlp import SparseModel
+from patchclamp_server.analysis.sparsity.calibrate import calibrate_on
+from patchclamp_server.analysis.sparsity.evaluate import Quality, scored
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.sparsity.policies import CONTROLS
 from patchclamp_server.sparsity.policies.cats import Cats
 from patchclamp_server.sparsity.policies.coreinfer_similarity import CoreInferSimilarity
@@ -69,34 +69,39 @@ Table = dict[str, dict[str, dict[str, float]]]
 class Profiles:
     """Calibrates on `documents` when first asked. Rows of one policy share what the fullest of them needs."""
 
-    def __init__(self, model: SparseModel, documents: Tensor, description: str) -> None:
-        self.model, self.documents, self.description = model, documents, description
+    def __init__(self, engine: Engine, documents: Tensor, description: str) -> None:
+        self.engine, self.documents, self.description = engine, documents, description
         self.made: dict[str, Profile] = {}
         self.seconds: dict[str, float] = {}
 
-    def of(self, policy: Policy) -> Profile:
+    async def of(self, policy: Policy) -> Profile:
         name = policy.name
         if name not in self.made:
             fullest = {"teal": Teal(allocation="greedy"), "fovea": Fovea()}.get(name, policy)
             started = time.perf_counter()
-            work = calibrate(fullest, self.model, self.documents, {"text": self.description})
-            self.made[name] = at_once(work)
+            async for event in calibrate_on(self.engine, fullest, self.documents):
+                if isinstance(event, Profile):
+                    self.made[name] = event
             self.seconds[name] = round(time.perf_counter() - started, 1)
             print(f"calibrated {name} in {self.seconds[name]} s", flush=True)
         return self.made[name]
 
-    def bound(self, row: str, keep: float) -> Selector:
+    async def bound(self, row: str, keep: float) -> Selector:
+        model = self.engine.sparse_model
+        if row in EXACT:
+            return EXACT[row].bind(model)
         policy, calibrated = ROWS[row]
-        profile = self.of(policy) if calibrated else None
-        return replace(policy, keep_ratio=keep).bind(self.model, profile)
+        profile = await self.of(policy) if calibrated else None
+        return replace(policy, keep_ratio=keep).bind(model, profile)
 
 
-def measure(profiles: Profiles, documents: Tensor, keeps: Sequence[float], policies: Sequence[str]) -> dict[str, Any]:
+async def measure(
+    profiles: Profiles, documents: Tensor, keeps: Sequence[float], policies: Sequence[str]
+) -> dict[str, Any]:
     """The rows named in `policies` at each ratio, on documents [n, 2 · prompt]."""
     prompt = documents.shape[1] // 2
-    evaluator = at_once(Evaluator.of(profiles.model, documents, prompt))
-    perplexity = float(torch.tensor(evaluator.dense_nll).exp())
-    print(f"{len(documents)} documents, dense perplexity {perplexity:.2f}", flush=True)
+    perplexity = math.nan
+    print(f"{len(documents)} documents")
     print(f"{'policy':22}{'keep':>6}{'ppl ratio':>11}{'KL':>9}{'top-1':>8}{'sparsity':>10}{'bytes':>8}{'s':>7}")
     table: Table = {}
     for keep in keeps:
@@ -104,8 +109,10 @@ def measure(profiles: Profiles, documents: Tensor, keeps: Sequence[float], polic
             if row in EXACT and keep != keeps[0]:
                 continue
             started = time.perf_counter()
-            selector = EXACT[row].bind(profiles.model) if row in EXACT else profiles.bound(row, keep)
-            found = at_once(evaluator.quality(selector))
+            selector = await profiles.bound(row, keep)
+            each = [document async for _, document in scored(profiles.engine, documents, prompt, [selector])]
+            perplexity = math.exp(fmean(document.dense_nll for document in each))
+            found = Quality.of(each, selector)
             shown = "1" if row in EXACT else f"{keep:g}"
             print(
                 f"{row:22}{shown:>6}{found.perplexity_ratio:11.4f}{found.divergence:9.4f}{found.top1_agreement:8.3f}"

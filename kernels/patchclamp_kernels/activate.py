@@ -1,4 +1,4 @@
-"""The activation functions of MLPs, as torch has them and as kernels compute them."""
+"""These are the activation functions of MLPs, as torch has them and as kernels compute them."""
 
 import math
 
@@ -25,7 +25,7 @@ def activate_reference(x: Tensor, activation: str) -> Tensor:
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """GELU-tanh is x sigmoid(2u), which is x (1 + tanh u) / 2 without its cancellation at negative x."""
+    """Computes GELU-tanh as x sigmoid(2u), which is x (1 + tanh u) / 2 without its cancellation at negative x."""
     if ACTIVATION == "silu":
         y = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "gelu":

@@ -1,4 +1,4 @@
-"""What an op module tells the tools: how its kernels are compiled ahead of time, and what may be tuned."""
+"""An op module tells the tools how its kernels are compiled ahead of time, and what may be tuned."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,12 +9,13 @@ from patchclamp_kernels.configs import Config
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One variant of a kernel that is in use: signature by argument name ("*bf16", "i32", …; constexpr arguments are
-    absent) and the values of the constexpr ones; blocks of `config` that the kernel takes need not be repeated.
-    Pointers and the integers named in `divisible` are multiples of 16, save what the kernel does not specialise.
+    """One variant of a kernel that is in use. `signature` gives types by argument name ("*bf16", "i32", …; constexpr
+    arguments are absent) and `constexprs` the values of the constexpr ones; blocks of `config` that the kernel takes
+    need not be repeated.
 
-    `vector_bytes`: the widest global load the compiler must reach, 0 where the kernel only gathers scalars.
-    `options`: what the launch passes to the compiler besides warps and stages.
+    Pointers and the integers named in `divisible` are multiples of 16, except what the kernel does not specialise.
+    `vector_bytes` is the widest global load that the compiler must reach, 0 where the kernel only gathers scalars.
+    `options` are what the launch passes to the compiler besides warps and stages.
     """
 
     name: str

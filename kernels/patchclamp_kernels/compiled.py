@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every kernel variant in use, without a GPU: what would make it slow shows here.
+"""This compiles every kernel variant in use ahead of time, without a GPU, and shows what would make it slow.
 
     python -m patchclamp_kernels.compiled [--op NAME …] [--sm 80 90] [--json FILE]
 
@@ -32,7 +32,7 @@ PROCESSES = 2
 
 @dataclass(frozen=True)
 class Report:
-    """One variant compiled for one capability. `error` says why there are no numbers."""
+    """Reports one variant compiled for one capability. `error` says why there are no numbers."""
 
     op: str
     case: str
@@ -50,7 +50,7 @@ class Report:
         return max(self.loads, default=0)
 
     def problems(self) -> list[str]:
-        """In words; empty when the variant is fit to be served."""
+        """Returns the problems in words; none when the variant is fit to be served."""
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
@@ -64,8 +64,8 @@ class Report:
 
 
 def compile_case(op: str, case: CompileCase, capability: int) -> Report:
-    """Raises RuntimeError in the interpreter, where there is nothing to compile, and ValueError for a case that does
-    not describe its kernel's arguments."""
+    """Compiles one case. Raises RuntimeError in the interpreter, where there is nothing to compile, and ValueError for
+    a case that does not describe its kernel's arguments."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 makes interpreted kernels: unset it to compile ahead of time")
     if capability not in SHARED_LIMIT:
@@ -111,7 +111,7 @@ def _source(case: CompileCase) -> ASTSource:
 
 
 def compile_ops(names: Iterable[str], capabilities: Iterable[int]) -> list[Report]:
-    """Every case of the ops, in processes of their own: Triton's compiler holds the interpreter's lock."""
+    """Compiles every case of the ops in other processes, because Triton's compiler holds the interpreter's lock."""
     tasks = [
         (op, index, capability)
         for op, cases in ops.compile_cases(names).items()

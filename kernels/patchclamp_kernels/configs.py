@@ -1,4 +1,4 @@
-"""Launch configurations: a table for each class of GPU, made offline by tune.py, over the defaults of each op.
+"""Each class of GPU has a table of launch configurations, made offline by tune.py, over the defaults of each op.
 
 Nothing is tuned while serving: a wrapper asks the table once for its op and bucket of shapes, and launches.
 """
@@ -25,7 +25,7 @@ class Config:
 
 
 def config_for(op: str, bucket: str, default: Config, device: torch.device) -> Config:
-    """The tuned configuration of an op for a bucket of shapes on this GPU, or the op's own default."""
+    """Returns the tuned configuration of an op for a bucket of shapes on this GPU, or the op's own default."""
     if device.type != "cuda":
         return default
     entry = table(gpu_class(device.index or 0)).get(op, {}).get(bucket)
@@ -34,14 +34,14 @@ def config_for(op: str, bucket: str, default: Config, device: torch.device) -> C
 
 @cache
 def gpu_class(index: int) -> str:
-    """Name of the table for a device; "" when there is none."""
+    """Returns the name of the table for a device; "" when there is none."""
     words = re.split(r"[\s-]+", torch.cuda.get_device_name(index))
     return next((file for word, file in GPU_CLASSES.items() if word in words), "")
 
 
 @cache
 def table(name: str) -> dict[str, dict[str, Config]]:
-    """Tuned configurations by op and bucket."""
+    """Returns the tuned configurations by op and bucket."""
     file = resources.files(__package__) / "tables" / f"{name}.json"
     if not name or not file.is_file():
         return {}
@@ -55,7 +55,7 @@ def load(text: str) -> dict[str, dict[str, Config]]:
 
 
 def dump(tuned: dict[str, dict[str, Config]]) -> str:
-    """The text of a table file."""
+    """Returns the text of a table file."""
     plain = {
         op: {bucket: asdict(config) for bucket, config in sorted(buckets.items())} for op, buckets in tuned.items()
     }

@@ -1,4 +1,4 @@
-"""The matrix product of the kernels."""
+"""This is the matrix product of the kernels."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ _WIDEN = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def product(a, b, total):
-    """total + a b, in float32; float32 operands are not shortened to tf32."""
+    """Returns total + a b in float32; float32 operands are not shortened to tf32."""
     if _WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -1,19 +1,19 @@
-"""Sets and scales latents of a sparse autoencoder by the exact change of the residual stream.
+"""This op sets and scales latents of a sparse autoencoder by the exact change of the residual stream.
 
     f_i(x) = act((x - b_in)·E_i + c_i),   x' = x + Σ_i s_i (scale_i f_i(x) + target_i - f_i(x)) D_i
 
 over the latents i of each row. All f_i are those of the row as it came in, so latents act together and their order does
 not matter. The autoencoder never decodes the whole row: its reconstruction error stays out of the model.
 
-E, D [F, d] are encoder and decoder with one row a latent, c [F] the encoder's bias; b_in is the decoder's bias where
-the autoencoder was trained on centred inputs (`apply_decoder_bias_to_input`), else 0. act is ReLU, or JumpReLU:
-relu(z) where z > threshold_i, else 0. The conventions are those of SAELens. x [T, d] is edited in place, rounded once;
-products and sums are fp32. The latents of row t are [starts[t], starts[t + 1]) of `features`, `targets`, `scales` and
-`strength`: scale 0 sets a latent, target 0 scales it.
+E, D [F, d] are encoder and decoder with one row for each latent, c [F] is the encoder's bias; b_in is the decoder's
+bias where the autoencoder was trained on centred inputs (`apply_decoder_bias_to_input`), else 0. act is ReLU, or
+JumpReLU: relu(z) where z > threshold_i, else 0. The conventions are those of SAELens. x [T, d] is edited in place,
+rounded once; products and sums are fp32. The latents of row t are [starts[t], starts[t + 1]) of `features`, `targets`,
+`scales` and `strength`: scale 0 sets a latent, target 0 scales it.
 
-Bound by bytes: 2 k d elements of E and D for the k latents of a row. One instance owns a row and keeps it in registers,
-with what it adds; a block of latents' encoder and decoder rows is asked for together, so that the decoder's are on the
-way while the products with the encoder's are summed. A row's bits do not depend on the other rows.
+The op is bound by bytes: 2 k d elements of E and D for the k latents of a row. One instance owns a row and keeps it in
+registers, with what it adds; a block of latents' encoder and decoder rows is asked for together, so that the decoder's
+are on the way while the products with the encoder's are summed. A row's bits do not depend on the other rows.
 
 The server does not call it yet: edits of features (issue 16) bring it into the CUDA path.
 """
@@ -147,8 +147,8 @@ def feature_clamp(
 
     encoder, decoder [F, d] of one dtype, biases [F] and [d], threshold [F] of a float dtype each; starts int32 [T + 1]
     ascending from 0 to at most n, features int32 [n] below F; targets, scales, strength float32 [n]. Values beyond
-    starts[T] are left undefined. What is in starts and features is trusted: no kernel can refuse. Raises ValueError for
-    a wrong argument.
+    starts[T] are undefined. The contents of starts and features are trusted, because no kernel can refuse. Raises
+    ValueError for a wrong argument.
     """
     device = x.device
     check_tensor("x", x, shape=(None, None), dtypes=DTYPES, device=device)
@@ -221,7 +221,7 @@ def feature_clamp(
 
 
 def _default(d: int) -> Config:
-    """About 64 kB of bf16 encoder and decoder in flight: more latents at once would not fit into registers."""
+    """Keeps about 64 kB of bf16 encoder and decoder in flight: more latents at once would not fit into registers."""
     width = triton.next_power_of_2(d)
     return Config(
         {"BLOCK_FEATURES": max(1, min(16, 16384 // width))}, num_warps=8 if width <= 4096 else 16, num_stages=1
@@ -249,7 +249,7 @@ def compile_cases() -> list[CompileCase]:
 
 
 def tuning_cases(device: torch.device) -> list[TuningCase]:
-    """Decode of 64 requests with 64 latents each."""
+    """Tunes decoding of 64 requests with 64 latents each."""
     cases = []
     n_latents, rows, k = 16384, 64, 64
     for d in (4096, 2048):

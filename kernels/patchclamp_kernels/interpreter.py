@@ -1,4 +1,4 @@
-"""What Triton 3.6's interpreter does otherwise than its compiler, made alike."""
+"""This aligns Triton 3.6's interpreter with its compiler where they differ."""
 
 from typing import Any
 

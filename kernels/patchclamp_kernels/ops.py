@@ -1,4 +1,4 @@
-"""The one list of ops. A module is imported when it is asked for, so that one tool can run on one op."""
+"""This is the one list of ops. A module is imported when it is asked for, so that one tool can run on one op."""
 
 from collections.abc import Iterable
 from importlib import import_module
@@ -23,14 +23,14 @@ OPS = {
 
 
 def op_module(name: str) -> Any:
-    """Raises ValueError for a name that is no op."""
+    """Returns the module of an op. Raises ValueError for an unknown name."""
     if name not in OPS:
         raise ValueError(f"no op is called {name!r}: {', '.join(OPS)}")
     return import_module(OPS[name])
 
 
 def compile_cases(names: Iterable[str] = OPS) -> dict[str, list[CompileCase]]:
-    """By op, in the order of the op's module. Raises ValueError when two cases of an op have one name."""
+    """Returns the cases by op, in the order of the op's module. ValueError: two cases of an op have one name."""
     cases = {name: list(op_module(name).compile_cases()) for name in names}
     for name, of_op in cases.items():
         seen = [case.name for case in of_op]

@@ -1,4 +1,4 @@
-"""The tables through which kernels read intervention programs: what varies by request varies by data.
+"""Kernels read intervention programs through these tables: what varies by request varies by data.
 
 A program is written once, when its request is admitted. Its *entries* are the things it does, sorted by place; a place
 is a (layer, site) of the forward pass, numbered in the order in which the pass reaches it. A step carries for each row
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class EntryKind(IntEnum):
-    """u is a unit vector; s the strength. Edits: h' = h + s (t(h) - h)."""
+    """u is a unit vector; s is the strength. Edits give h' = h + s (t(h) - h)."""
 
     ADD = 0  # t(h) = h + v
     PROJECT = 1  # t(h) = h + (clip(h·u, low, high) - h·u) u
@@ -51,12 +51,11 @@ NO_GATE = -1
 
 @dataclass(frozen=True, eq=False)
 class ProgramTable:
-    """N entries and M units (neurons, heads or ranks of an edit) of all loaded programs.
+    """Has N entries and M units (neurons, heads or ranks of an edit) of all loaded programs.
 
-    Entry columns: FIRST is the bank row of its vector, or the first unit row of LOW_RANK, NEURONS, HEADS, AFFINE,
-    AFFINE_LOW_RANK and NEURON_VALUES; COUNT is the number of units; GATE is a column of `opened`, or NO_GATE; LATCH a
-    row of `latch`.
-    The neurons or heads of an entry ascend, each at most once.
+    In the entry columns FIRST is the bank row of its vector, or the first unit row of LOW_RANK, NEURONS, HEADS, AFFINE,
+    AFFINE_LOW_RANK and NEURON_VALUES; COUNT is the number of units; GATE is a column of `opened`, or NO_GATE; LATCH is
+    a row of `latch`. The neurons or heads of an entry ascend, each at most once.
     """
 
     entries: Tensor  # int32 [slots, places + 1]: entries of slot s at place p are entries[s, p] to entries[s, p + 1]
@@ -69,7 +68,8 @@ class ProgramTable:
 
 @dataclass(frozen=True, eq=False)
 class ProgramRows:
-    """What a step says of its T rows, and where it writes. `opened`, `receipts` and `readings` belong to the step.
+    """Holds what a step says of its T rows, and where it writes. `opened`, `receipts` and `readings` belong to the
+    step.
 
     receipts[t, item] sums over places 1 and |Δ|₂ / |h|₂ of every edit that ran at a row with counted = 1; h is the row
     that the edit was given, changed by the edits before it.

@@ -1,4 +1,4 @@
-"""What PTX and machine code say about a compiled kernel: how wide it loads, and what it takes of an SM."""
+"""PTX and machine code tell of a compiled kernel how wide it loads, and what it takes of an SM."""
 
 import re
 import subprocess
@@ -29,14 +29,14 @@ class Resources:
 
 
 def load_widths(ptx: str) -> dict[int, int]:
-    """How often each width in bytes occurs among loads and asynchronous copies from global memory, widest first."""
+    """Counts each width in bytes among loads and asynchronous copies from global memory, widest first."""
     widths = Counter(int(m["lanes"] or 1) * int(m["bits"]) // 8 for m in _LOAD.finditer(ptx))
     widths.update(int(m["size"], 0) for m in _ASYNC_COPY.finditer(ptx))
     return dict(sorted(widths.items(), reverse=True))
 
 
 def resources(ptx: str, cubin: bytes, capability: int, *, fused_multiply_add: bool = True) -> Resources:
-    """Raises CalledProcessError when a tool refuses its input."""
+    """Returns what a kernel takes of an SM. Raises CalledProcessError when a tool refuses its input."""
     with tempfile.TemporaryDirectory() as directory:
         binary = Path(directory) / "kernel.cubin"
         binary.write_bytes(cubin)

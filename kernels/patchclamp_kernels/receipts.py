@@ -1,13 +1,14 @@
-"""Adds the receipts of a step to the counters of its programs.
+"""This op adds the receipts of a step to the counters of its programs.
 
     counts[counters[s, i]] += Σ_t receipts[t, i]      t over the rows of span s
 
-receipts [T, items, 2] float32 (places edited, and the sum of |Δ|₂ / |h|₂); spans [S, 2] int32 (first row, rows: those
-of one sequence; 0 rows pads); counters [S, items] int32 is a row of counts, or -1; counts [rows, 2] float64.
+receipts [T, items, 2] float32 are places edited, and the sum of |Δ|₂ / |h|₂; spans [S, 2] int32 are the first row and
+the rows of one sequence (0 rows pads); counters [S, items] int32 is a row of counts, or -1; counts is [rows, 2]
+float64.
 
-Sums are float64 and of a fixed order: a tile of rows by a tree, tile after tile. No atomics, so no counter may be named
-twice among the spans that have rows. One program instance takes a tile of the items of one span; the bound is the
-8 bytes of each (row, item), read once with whole lines of neighbouring items.
+Sums are float64 and of a fixed order: a tile of rows by a tree, tile after tile. There are no atomics, so no counter
+may be named twice among the spans that have rows. One program instance takes a tile of the items of one span; the bound
+is the 8 bytes of each (row, item), read once with whole lines of neighbouring items.
 """
 
 import torch

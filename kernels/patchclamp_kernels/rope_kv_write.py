@@ -1,13 +1,13 @@
-"""Rotary embedding of q and k, and the write of k and v into the paged cache, in one launch.
+"""This op applies rotary embedding to q and k, and writes k and v into the paged cache, in one launch.
 
     y = round(x / sqrt(mean(x²) + eps) · w)          q and k, where the model has q and k norms
     y[:R] = y[:R] cos[p] + roll(y[:R], R/2) signed_sin[p]
 
-qkv [T, (H + 2 KV) D], a row of the fused product: H query heads, KV key heads, KV value heads. cos and signed_sin
+qkv [T, (H + 2 KV) D] has rows of the fused product: H query heads, KV key heads, KV value heads. cos and signed_sin are
 [context, R] with R ≤ D even; the sign of rotate_half is folded into the first half of the sine (RoFormer, Su et al.
 2021, in the layout of Llama). Row t stands at position positions[t] and its k and v go to the token address slots[t] =
-block · block_size + offset; a negative address writes no key and no value (a row that only pads the batch).
-Returns q [T, H, D].
+block · block_size + offset; a negative address writes no key and no value (a row that only pads the batch). It returns
+q [T, H, D].
 
 The normed value is rounded to the activation dtype before it is rotated, as a decoder of separate operators does; the
 rotation itself is computed in float32 and rounded once. Nothing is reused, so the bound is bytes: a row reads and
@@ -127,7 +127,7 @@ def rope_kv_write_kernel(
 
 @triton.jit
 def _norm_weight(q_norm, k_norm, columns, used, is_query):
-    """[HEADS, DIM_PAD]: the weight of each row's own norm."""
+    """Returns [HEADS, DIM_PAD]: the weight of each row's own norm."""
     of_query = tl.load(q_norm + columns, mask=used, other=0.0).to(tl.float32)
     of_key = tl.load(k_norm + columns, mask=used, other=0.0).to(tl.float32)
     return tl.where(is_query[:, None], of_query[None, :], of_key[None, :])
@@ -149,10 +149,10 @@ def rope_kv_write(
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """q [T, H, D], rotated; k and v are in the caches [n_blocks, block_size, KV, D]. `out` must not overlap `qkv`.
+    """Returns rotated q [T, H, D]; k and v go to the caches [n_blocks, block_size, KV, D]. `out` may not overlap `qkv`.
 
-    `cos` and `signed_sin` may be in the dtype of `qkv` or float32; without them nothing is rotated. Positions within
-    the tables and addresses within the caches are the caller's promise: a device is not asked.
+    `cos` and `signed_sin` may be in the dtype of `qkv` or float32; without them nothing is rotated. The caller promises
+    that positions lie within the tables and addresses within the caches: a device is not asked.
     """
     check(n_heads >= 1, f"n_heads is {n_heads}, not positive")
     check(qkv.dtype in DTYPES, f"qkv is {qkv.dtype}, not one of {DTYPES}")
@@ -252,7 +252,7 @@ def compile_cases() -> list[CompileCase]:
 
 
 def tuning_cases(device: torch.device) -> list[TuningCase]:
-    """256 decode rows of Llama-3-8B."""
+    """Tunes 256 decode rows of Llama-3-8B."""
     n_heads, n_kv, dim, rows, block = 32, 8, 128, 256, 16
     qkv = torch.randn(rows, (n_heads + 2 * n_kv) * dim, dtype=torch.bfloat16, device=device)
     table = torch.randn(4096, dim, dtype=torch.bfloat16, device=device)

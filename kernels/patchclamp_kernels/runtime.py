@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and what every op checks of its arguments.
+"""This chooses the implementation of an op that runs, and checks arguments for every op.
 
 The Triton kernel runs on CUDA tensors, and on CPU tensors where ``TRITON_INTERPRET=1`` was set before Triton was
 imported. Otherwise the torch reference runs, which is the definition of the op.
@@ -27,7 +27,7 @@ def uses_kernel(x: Tensor) -> bool:
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """Every op of the process runs its torch reference meanwhile: to compare an engine against it."""
+    """Makes every op of the process run its torch reference meanwhile, to compare an engine against it."""
     global _reference_only
     before = _reference_only
     _reference_only = True
@@ -52,7 +52,7 @@ def check_tensor(
     device: torch.device,
     contiguous: bool = True,
 ) -> None:
-    """`shape` has None where any size is taken. Raises ValueError naming the argument and what is taken."""
+    """Checks a tensor; `shape` has None where any size is taken. ValueError names the argument and what is taken."""
     fits = x.ndim == len(shape) and all(want is None or want == have for want, have in zip(shape, x.shape, strict=True))
     if not fits:
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
@@ -66,5 +66,5 @@ def check_tensor(
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What references compute in: float64 for float64 (the truth of the tests), float32 for the rest."""
+    """Returns the dtype of references: float64 for float64 (the truth of the tests), float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,15 +1,15 @@
-"""The most likely token of each row of logits, and log softmax at given tokens, without writing the softmax.
+"""These ops find the most likely token of each row of logits, and log softmax at given tokens, without the softmax.
 
     greedy_choice:   id[b] = argmax l[b], the lowest id among equals;  logprob[b] = l[b, id] - log Σ exp l[b]
     token_logprobs:  out[b, j] = l[b, ids[b, j]] - log Σ exp l[b]
 
-l [B, V] float32, float16 or bfloat16; sums in float32, natural logarithms. A row that holds NaN or +inf, or only -inf,
-has no distribution: its id is NOT_FINITE and its log-probabilities are NaN, as in the engine's sampler.
+l [B, V] is float32, float16 or bfloat16; sums are in float32, logarithms natural. A row that holds NaN or +inf, or only
+-inf, has no distribution: its id is NOT_FINITE and its log-probabilities are NaN, as in the engine's sampler.
 
 Both read the logits once (B·V elements, the bound) in tiles of a row, so that one row of 128,256 still fills a GPU:
-each instance leaves the maximum of its tile, where it stands, and the sum of exponentials below it. A second pass, one
-instance a row, combines the tiles in the order of ids. The sum carries the broken rows: the exponential of NaN, and of
-inf - inf, is NaN and stays so in every sum, whereas a maximum may drop it.
+each instance leaves the maximum of its tile, where it stands, and the sum of exponentials below it. A second pass, with
+an instance for each row, combines the tiles in the order of ids. The sum carries the broken rows: the exponential of
+NaN, and of inf - inf, is NaN and stays so in every sum, whereas a maximum may drop it.
 
 The server does not call it yet: its sampler on CUDA runs torch operators until a GPU is at hand to compare both.
 """
@@ -32,7 +32,7 @@ NOT_FINITE = -1
 
 
 def greedy_choice_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids int64 [B] and log-probabilities [B] in the accumulation dtype."""
+    """Returns ids int64 [B] and log-probabilities [B] in the accumulation dtype."""
     numbers = logits.to(accumulation_dtype(logits.dtype))
     if numbers.numel() == 0:
         return torch.empty(len(numbers), dtype=torch.int64, device=logits.device), numbers.sum(-1)
@@ -44,7 +44,7 @@ def greedy_choice_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_logprobs_reference(logits: Tensor, ids: Tensor) -> Tensor:
-    """[B, n] in the accumulation dtype."""
+    """Returns [B, n] in the accumulation dtype."""
     numbers = logits.to(accumulation_dtype(logits.dtype))
     known = (ids >= 0) & (ids < logits.shape[-1])
     finite = numbers.amax(dim=-1, keepdim=True).isfinite()
@@ -78,7 +78,7 @@ def _tile_kernel(
 
 @triton.jit
 def _merge_sums(tile_max, tile_sum, row, tiles, TILES: tl.constexpr):
-    """Maximum of a row, and Σ exp(l - maximum): positive exactly where the row has a distribution."""
+    """Returns a row's maximum, and Σ exp(l - maximum), which is positive exactly where the row has a distribution."""
     tile = tl.arange(0, TILES)
     place = row * tiles + tile
     peaks = tl.load(tile_max + place, mask=tile < tiles, other=-float("inf"))
@@ -127,7 +127,7 @@ def greedy_choice(
     out_logprobs: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids int64 [B] and their log-probabilities float32 [B]. Raises ValueError."""
+    """Returns ids int64 [B] and their log-probabilities float32 [B]. Raises ValueError."""
     rows, vocabulary = _check_logits(logits)
     if out_ids is None:
         out_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -150,7 +150,7 @@ def greedy_choice(
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, *, out: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """Log softmax at ids int64 [B, n], float32 [B, n]. NaN at an id outside of the vocabulary. Raises ValueError."""
+    """Returns log softmax float32 [B, n] at ids int64 [B, n]; NaN outside the vocabulary. Raises ValueError."""
     rows, vocabulary = _check_logits(logits)
     check_tensor("ids", ids, shape=(rows, None), dtypes=(torch.int64,), device=logits.device)
     n = ids.shape[1]

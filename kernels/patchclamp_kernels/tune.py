@@ -34,7 +34,7 @@ Table = dict[str, dict[str, Config]]
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate of a case: its time, or why it is out."""
+    """One candidate of a case: its time, or why it was rejected."""
 
     config: Config
     milliseconds: float = math.inf
@@ -42,7 +42,7 @@ class Trial:
 
 
 class CudaTimer:
-    """The median over runs with CUDA events; before each, the L2 cache is filled with something else."""
+    """Takes the median over runs with CUDA events; before each, the L2 cache is filled with something else."""
 
     def __init__(self, device: torch.device) -> None:
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -64,8 +64,8 @@ class CudaTimer:
 
 
 def try_candidates(case: TuningCase, timer: Timer) -> list[Trial]:
-    """One trial a candidate, in order. What does not compile, does not fit on the device or does not compute finite
-    numbers is rejected; any other error is a bug of the op and is raised."""
+    """Makes one trial for each candidate, in order. What does not compile, does not fit on the device or does not
+    compute finite numbers is rejected; any other error is a bug of the op and is raised."""
     return [_try(case, config, timer) for config in case.candidates]
 
 
@@ -80,7 +80,7 @@ def _try(case: TuningCase, config: Config, timer: Timer) -> Trial:
 
 
 def _tensors(result: object) -> Iterator[Tensor]:
-    """In whatever an op returns."""
+    """Yields the tensors in whatever an op returns."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, tuple | list):
@@ -92,13 +92,13 @@ def _tensors(result: object) -> Iterator[Tensor]:
 
 
 def fastest(trials: Iterable[Trial]) -> Trial | None:
-    """The earlier of two that are as fast; None when every candidate was rejected."""
+    """Returns the fastest trial, the earlier of two that are as fast; None when every candidate was rejected."""
     runnable = [trial for trial in trials if not trial.rejected]
     return min(runnable, key=lambda trial: trial.milliseconds, default=None)
 
 
 def compile_all(op: str, processes: int) -> None:
-    """Runs every candidate once, shared out over processes: each takes a second to compile, and Triton caches it."""
+    """Runs every candidate once, distributed over processes: each takes a second to compile, and Triton caches it."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.starmap(_run_share, [(op, rank, processes) for rank in range(processes)], chunksize=1)
 
@@ -112,7 +112,7 @@ def _run_share(op: str, rank: int, processes: int) -> None:
 
 
 def check_known(table: Table, cases: Iterable[TuningCase]) -> None:
-    """Raises ValueError for an entry that no tuning case stands for: no wrapper would ever look it up."""
+    """Raises ValueError for an entry that no tuning case stands for, because no wrapper would ever look it up."""
     known = {(case.op, case.bucket) for case in cases}
     strangers = [f"{op}/{bucket}" for op, buckets in table.items() for bucket in buckets if (op, bucket) not in known]
     if strangers:
@@ -120,7 +120,7 @@ def check_known(table: Table, cases: Iterable[TuningCase]) -> None:
 
 
 def tune(cases: Iterable[TuningCase], timer: Timer) -> Table:
-    """The fastest configuration by op and bucket. A case without any is left out: the op's default stays."""
+    """Returns the fastest configuration by op and bucket. A case without any is left out: the op's default stays."""
     table: Table = {}
     for case in cases:
         trials = try_candidates(case, timer)

@@ -1,4 +1,4 @@
-"""Where a server listens: host:port, an IPv6 host in brackets or bare, or unix:path for a socket of this machine."""
+"""A server listens at host:port, with an IPv6 host in brackets or bare, or at unix:path, a socket of this machine."""
 
 import errno
 import ipaddress
@@ -16,7 +16,7 @@ EXPECTED = "expected host:port, [IPv6 address]:port or unix:path"
 
 @dataclass(frozen=True)
 class Address:
-    """A host (without brackets) and a port, where 0 takes a free one; or the path of a Unix socket."""
+    """A host (without brackets) and a port, where 0 takes a free one, or the path of a Unix socket."""
 
     host: str = ""
     port: int = 0
@@ -24,7 +24,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ValueError, with what is accepted, for anything else."""
+        """Parses an address. Raises ValueError for other texts, and says what is accepted."""
         if text.startswith("unix:"):
             # gRPC takes unix:path and unix:///absolute/path.
             path = text.removeprefix("unix:").removeprefix("//")
@@ -56,20 +56,20 @@ class Address:
             return False
 
     def __str__(self) -> str:
-        """As gRPC takes it."""
+        """Returns the address as gRPC takes it."""
         if self.path:
             return f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class Reservation:
-    """Ports that are held while a model loads, so that a taken one is known at once and not minutes later.
+    """Holds ports while a model loads, so that a taken one is known at once and not minutes later.
 
     A held port is bound and does not listen: whoever connects is refused, as before.
     """
 
     def __init__(self, addresses: Mapping[str, Address]) -> None:
-        """By the option that names them. Raises OSError, which names option, address and reason."""
+        """`addresses` go by the option that names them. Raises OSError, which names option, address and reason."""
         self._held: list[socket.socket] = []
         try:
             for option, address in addresses.items():
@@ -80,7 +80,7 @@ class Reservation:
             raise
 
     def release(self) -> None:
-        """The ports are free for those who serve on them."""
+        """Frees the ports for those who serve on them."""
         while self._held:
             self._held.pop().close()
 
@@ -95,7 +95,7 @@ class Reservation:
 
 @contextmanager
 def naming(option: str, address: Address) -> Iterator[None]:
-    """Turns what its block raises where an address cannot be had into an OSError that names the option too.
+    """Turns what its block raises for an unusable address into an OSError that names the option too.
 
     gRPC raises RuntimeError there.
     """
@@ -117,7 +117,7 @@ def _is_ipv6(host: str) -> bool:
 def _check_socket(path: str) -> None:
     """Raises OSError where another server listens at the socket, or where it cannot be made.
 
-    A socket that a killed server left is no obstacle: gRPC replaces it. It would replace one that is served as well.
+    A socket that a killed server left does not matter: gRPC replaces it. But it would replace one in use as well.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
@@ -137,14 +137,14 @@ def _check_socket(path: str) -> None:
 
 
 def _places(address: Address) -> Iterable[tuple[int, tuple[object, ...]]]:
-    """(family, sockaddr) of all that the host means."""
+    """Returns (family, sockaddr) of all that the host means."""
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return dict.fromkeys((family, place) for family, _, _, _, place in found)
 
 
 def _bound(family: int, place: tuple[object, ...]) -> socket.socket | None:
-    """A socket that holds the place; None where connections of a server that has ended still linger there, or where
-    this machine has no such address of several that a name means."""
+    """Returns a socket that holds the place; None where connections of a server that has ended still linger there, or
+    where this machine lacks one of several addresses that a name means."""
     held = socket.socket(family, socket.SOCK_STREAM)
     try:
         held.bind(place)
@@ -152,7 +152,7 @@ def _bound(family: int, place: tuple[object, ...]) -> socket.socket | None:
         held.close()
         if error.errno != errno.EADDRINUSE:
             raise
-        # SO_REUSEADDR sees past lingering connections, but not past a socket that listens.
+        # SO_REUSEADDR ignores lingering connections, but not a socket that listens.
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)

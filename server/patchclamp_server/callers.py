@@ -1,4 +1,4 @@
-"""Who a call belongs to. rpc/ sets it, the engine shares out its capacity by it; without authentication all are one."""
+"""Every call has a caller, set by rpc/, by which the engine divides its capacity; without authentication it is one."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Caller:
-    """`tenant`: a name of the policy file, "" where none is in use. `weight`: its share of a full engine."""
+    """`tenant` is a name of the policy file, "" where none is in use. `weight` is its share of a full engine."""
 
     tenant: str = ""
     weight: float = 1.0
 
 
 ANYONE = Caller()
-# Set for the time of a call; asyncio.to_thread takes them along.
+# This is set for the time of a call; asyncio.to_thread inherits it.
 CALLER: ContextVar[Caller] = ContextVar("caller", default=ANYONE)

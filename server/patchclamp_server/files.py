@@ -1,4 +1,4 @@
-"""Files that survive a crash of the machine: what is written is on the disk, and so is its name."""
+"""Files written here survive a crash of the machine: their bytes are on the disk, and so are their names."""
 
 import os
 from contextlib import suppress
@@ -16,7 +16,7 @@ def sync(path: Path) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Writes a new file, whose name is not synced yet. FileExistsError: there is one."""
+    """Writes a new file, whose name is not synced yet. Raises FileExistsError if there is one."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()

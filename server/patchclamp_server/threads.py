@@ -1,4 +1,4 @@
-"""How the process uses its cores. Decided before torch is imported, since OpenMP reads its environment once."""
+"""This sets how the process uses its cores, before torch is imported, since OpenMP reads its environment once."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ ENVIRONMENT = {
 
 
 def configure_threads() -> None:
-    """Set what the operator has not set. Too late once torch is there, which is logged and changes nothing."""
+    """Sets what the operator has not set. Once torch is imported it only logs that it is too late."""
     if "torch" in sys.modules:
         logger.warning("torch is imported already: the OpenMP settings of Patchclamp are not applied")
         return

@@ -8,9 +8,10 @@ from contextlib import aclosing
 import pytest
 import torch
 from engine_runs import Outcome, loaded, started
+from kept_sites import KeepSite
 from tiny_models import FAMILIES
 
-from patchclamp_server.analysis.documents import KeepSite, forward, inputs_of, pool_for, pools_for
+from patchclamp_server.analysis.documents import forward, inputs_of, pool_for, pools_for
 from patchclamp_server.analysis.heads.circuits.runs import run
 from patchclamp_server.analysis.requests import exclusively, result_of
 from patchclamp_server.callers import CALLER, Caller
@@ -18,7 +19,6 @@ from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import (
     FIRST_ROWS,
-    IDLE_SECONDS,
     Entry,
     ExclusiveDoor,
     Slice,
@@ -26,6 +26,7 @@ from patchclamp_server.engine.exclusive import (
     Work,
     at_once,
 )
+from patchclamp_server.engine.pace import ALONE_SECONDS, StepRows
 from patchclamp_server.engine.request import Priority, Request, StopParams
 from patchclamp_server.errors import QuotaExceeded, ResourceExhausted, Unavailable
 from patchclamp_server.model.sites import Site
@@ -59,8 +60,8 @@ class Door:
     def enter(self, work: Work[int]) -> Entry:
         return self.door.enter(work, self.told.append, self.ends.append)
 
-    def run(self, step_seconds: float | None = None, decode_seconds: float | None = None) -> bool:
-        return self.door.run(step_seconds=step_seconds, decode_seconds=decode_seconds)
+    def run(self, seconds: float = ALONE_SECONDS) -> None:
+        self.door.run(seconds)
 
 
 async def test_what_a_work_tells_comes_in_order_and_its_end_ends_the_iteration(engine: Engine) -> None:
@@ -154,35 +155,79 @@ def test_work_gets_on_beside_a_stream_and_the_stream_beside_it() -> None:
     assert (len(log), ended) == (20, [None])
 
 
-def test_a_slice_beside_requests_has_the_rows_that_a_step_of_theirs_takes_as_long_as() -> None:
+def test_a_slice_has_as_many_rows_as_take_the_seconds_that_it_may_take() -> None:
     door, log = Door(), list[int]()
     entry = door.enter(slices(9, log))
-    assert door.run()
+    door.run()
     for _ in range(2):
-        assert door.run(step_seconds=1.0, decode_seconds=DECODE_SECONDS)
+        door.run(DECODE_SECONDS)
         entry.row_seconds = DECODE_SECONDS / 24
-    assert log == [FIRST_ROWS, 24]
+    door.run(0.0)
+    assert log == [FIRST_ROWS, 24, 1]
 
 
-def test_a_slice_of_an_engine_with_nothing_else_to_do_has_a_bound_too() -> None:
-    door, log = Door(), list[int]()
-    entry = door.enter(slices(3, log))
-    door.run()
-    entry.row_seconds = IDLE_SECONDS / 300
-    door.run()
-    assert log == [300]
+class Turns:
+    """An engine with a work at its door whose steps and slices take what a simulated server's would."""
+
+    def __init__(self) -> None:
+        self.engine, self.log = Engine(loaded("llama"), EngineConfig(enable_prefix_cache=False)), list[int]()
+        self.engine.enter(slices(10**6, self.log), lambda event: None, lambda error: None)
+        # What ran, in order: "door", or the rows of a step.
+        self.ran: list[str | StepRows] = []
+        # Of each slice that had some: the seconds that it was to take.
+        self.asked: list[float] = []
+        took, run = self.engine.scheduler.took, self.engine.exclusive.run
+
+        def clocked_step(rows: StepRows, seconds: float) -> None:
+            self.ran.append(rows)
+            took(rows, DECODE_SECONDS * (rows.decode > 0) + DECODE_SECONDS / 8 * (rows.prompt + rows.analysis))
+
+        def clocked_slice(seconds: float) -> float:
+            run(seconds)
+            self.ran.append("door")
+            self.asked.append(seconds)
+            return seconds
+
+        self.engine.scheduler.took, self.engine.exclusive.run = clocked_step, clocked_slice  # type: ignore[method-assign]
+
+    def submit(self, priority: Priority, length: int, max_tokens: int) -> None:
+        stop = StopParams(max_tokens=max_tokens, ignore_eos=True)
+        tokens = tuple(5 + i % 50 for i in range(length))
+        self.engine.submit(Request(tokens, lambda event: None, stop=stop, priority=priority))
+
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            assert self.engine.step()
 
 
-def test_a_slice_that_took_long_is_followed_by_none_until_steps_have_taken_as_long() -> None:
-    door = Door()
-    entry = door.enter(slices(9))
-    door.run()
-    assert door.run(step_seconds=DECODE_SECONDS, decode_seconds=DECODE_SECONDS)
-    seconds = entry.service
-    assert not door.run(step_seconds=0.0, decode_seconds=DECODE_SECONDS)
-    assert door.run(step_seconds=seconds, decode_seconds=DECODE_SECONDS)
-    # Nothing is owed to an engine that has nothing to run.
-    assert door.run()
+def test_requests_of_analysis_and_the_door_take_turns_so_that_who_comes_waits_for_one_of_them() -> None:
+    turns = Turns()
+    for _ in range(8):
+        turns.submit(Priority.ANALYSIS, 100, 0)
+    turns.steps(8)
+    assert [ran == "door" for ran in turns.ran] == [False, True] * 4
+    assert turns.asked == [ALONE_SECONDS] * 4
+
+
+def test_beside_a_stream_requests_of_analysis_and_the_door_have_one_share_together() -> None:
+    turns = Turns()
+    for _ in range(8):
+        turns.submit(Priority.ANALYSIS, 100, 0)
+    turns.submit(Priority.INTERACTIVE, 3, 100)
+    turns.steps(90)
+    share = turns.engine.config.analysis_slowdown - 1
+    rows = [ran for ran in turns.ran if isinstance(ran, StepRows)]
+    analysis = sum(turns.asked) + sum(ran.analysis for ran in rows) * DECODE_SECONDS / 8
+    assert sum(turns.asked) > 0.3 * analysis
+    assert 0.8 * share * 90 * DECODE_SECONDS < analysis < share * 90 * DECODE_SECONDS + 3 * DECODE_SECONDS
+
+
+def test_the_door_alone_has_the_whole_share_beside_a_stream() -> None:
+    turns = Turns()
+    turns.submit(Priority.INTERACTIVE, 3, 100)
+    turns.steps(60)
+    share = turns.engine.config.analysis_slowdown - 1
+    assert sum(turns.asked) == pytest.approx(share * 60 * DECODE_SECONDS, rel=0.1)
 
 
 def test_of_two_works_that_which_had_less_time_for_its_weight_is_next() -> None:

@@ -25,7 +25,6 @@ from patchclamp_server.engine.request import Capture, Captured, Event, Pooling, 
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram, BoundReadout
-from patchclamp_server.interventions.plan import ProgramSpan
 from patchclamp_server.interventions.planner import Planner
 from patchclamp_server.interventions.program import (
     AddVector,
@@ -43,6 +42,7 @@ from patchclamp_server.interventions.program import (
 )
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.setting import Setting
+from patchclamp_server.interventions.spans import ProgramSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.load import LoadedModel, load_model

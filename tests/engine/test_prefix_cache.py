@@ -1,10 +1,12 @@
 """A prefix is computed once for all requests that would compute the same numbers, and never shared by others."""
 
 import torch
-from engine_runs import Bench, Job, assert_same, loaded
+from engine_runs import Bench, Job, Outcome, assert_same, loaded
 
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.kv_cache import KvCache
+from patchclamp_server.engine.request import Priority, Request, StopParams
 from patchclamp_server.interventions.program import (
     AddVector,
     Comparison,
@@ -174,3 +176,22 @@ def test_of_a_prefix_that_was_partly_evicted_the_beginning_is_still_reused() -> 
         bench.run([Job(tuple(2 + i % 190 for i in range(155)), max_tokens=1)])
         again = bench.run([Job(question(1), max_tokens=1)])[0]
     assert again.end().usage.cached_prompt_tokens == 30 * 16
+
+
+def test_a_request_does_not_wait_for_a_prefix_that_less_urgent_work_computes() -> None:
+    engine = Engine(loaded(FAMILY), EngineConfig(max_tokens_per_step=64, kv_block_size=16))
+    analysed, asked, alone = Outcome(), Outcome(), Outcome()
+    stop = StopParams(max_tokens=4, ignore_eos=True)
+    engine.submit(Request(question(1), analysed.on_event, stop=stop, priority=Priority.ANALYSIS))
+    engine.step()
+    engine.submit(Request(question(1), asked.on_event, stop=stop))
+    for _ in range(2):
+        engine.step()
+    assert engine.scheduler.running[0].request.on_event == asked.on_event
+    assert engine.scheduler.running[0].computed == 16 + 2 * 64
+    while engine.step():
+        pass
+    engine.submit(Request(question(1), alone.on_event, stop=stop))
+    while engine.step():
+        pass
+    assert asked.tokens == analysed.tokens == alone.tokens

@@ -24,6 +24,7 @@ from patchclamp_server.engine.request import (
     Failed,
     Finished,
     Pooling,
+    Priority,
     Request,
     StopParams,
     Token,
@@ -86,6 +87,25 @@ def test_scores_are_the_log_probabilities_of_the_oracle(family: str, config: Eng
     assert isinstance(finished, Finished)
     # The last token is scored and never an input.
     assert [own.rows for own in finished.receipt.edits] == [len(tokens) - start - 1, start]
+
+
+@pytest.mark.parametrize("prefixes", [True, False], ids=["prefixes", "no prefixes"])
+def test_a_token_is_scored_once_though_its_sequence_is_preempted(prefixes: bool) -> None:
+    config = replace(CHUNKED, max_sequences=1, enable_prefix_cache=prefixes)
+    engine, seen, tokens = Engine(loaded("llama"), config), list[Event](), prompt("scored and preempted", 24)
+    engine.submit(Request(tokens, seen.append, priority=Priority.ANALYSIS, score_from=4))
+    for _ in range(3):
+        engine.step()
+    assert seen
+    engine.submit(Request(tokens[:3], lambda event: None, stop=StopParams(max_tokens=2, ignore_eos=True)))
+    while engine.step():
+        pass
+    assert engine.stats().preemptions == 1
+    logprobs = torch.log_softmax(oracle_logits(tiny_model("llama"), tokens, None), dim=-1)
+    found = [event for event in seen if isinstance(event, Token)]
+    assert [event.position for event in found] == list(range(4, 24))
+    expected = [float(logprobs[position - 1, tokens[position]]) for position in range(4, 24)]
+    assert [event.logprob for event in found] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("strength", [0.4, 4.0])

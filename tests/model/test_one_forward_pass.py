@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import Job, loaded, run_alone
+from kept_sites import KeepSite
 from planted_heads import planted_tokenizer
 from programs import prompt
-from sparse_models import bound, documents, sparse_model
+from sparse_models import bound, documents, evaluated, sparse_model
 from tiny_models import FAMILIES, LAYERS, tiny_model
 from torch import Tensor
 
 import patchclamp_server
-from patchclamp_server.analysis.documents import KeepSite, heard, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.heads.attention_mass import attention_mass
 from patchclamp_server.analysis.heads.circuits import path_patching
 from patchclamp_server.analysis.heads.circuits.attribution import attribute
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run_pair, variant_ends
 from patchclamp_server.analysis.heads.scores.ordinals import TokenSequence
 from patchclamp_server.analysis.heads.scores.successor import OvCircuit
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.sparse.mlp import SparseMlp
@@ -135,13 +135,9 @@ def _greedy_path() -> None:
     assert len(at_once(greedy_path(sparse_model("llama"), 1, states, 1, grids))) > 1
 
 
-def _heard() -> None:
-    at_once(heard(sparse_model("llama"), {}, tokens()[0], 0))
-
-
 def _quality() -> None:
-    evaluator = at_once(Evaluator.of(sparse_model("llama"), tokens(), 4))
-    at_once(evaluator.quality(bound(POLICIES["griffin"]())))
+    """Griffin observes the prompt, so that its pass is a chunk of its own."""
+    evaluated(tokens(), 4, bound(POLICIES["griffin"]()))
 
 
 def _request() -> None:
@@ -160,7 +156,6 @@ CALLERS: dict[Callable[[], None], tuple[int, list[range], list[str]]] = {
     _variants_from_layer_one: (2, [range(1, LAYERS)], []),
     _path_patching: (2, [], ["attention_output"] * LAYERS),
     _successor: (0, [], ["mlp"]),
-    _heard: (1, [], []),
     _quality: (3, [], []),
     _request: (3, [], []),
     _sparse_request: (3, [], []),

@@ -4,6 +4,7 @@ from planted.mutant import Mutant
 
 ADMISSION, FAIR = "patchclamp_server.engine.admission", "patchclamp_server.engine.fair_queue"
 SCHEDULER, SAMPLER = "patchclamp_server.engine.scheduler", "patchclamp_server.engine.sampler"
+PLACES = "patchclamp_server.engine.places"
 
 ENGINE = [
     Mutant(
@@ -29,6 +30,14 @@ ENGINE = [
         '% (0, b"", len(touched), touched, token_ids)',
         "blocks of equal tokens after other tokens are taken for each other",
         ("engine/test_prefix_cache.py::test_equal_blocks_after_another_beginning_are_others",),
+    ),
+    Mutant(
+        "scored-again",
+        "patchclamp_server.engine.sequence",
+        "return max(self.request.score_from - 1, self.reached)",
+        "return self.request.score_from - 1",
+        "what a preemption has computed again is scored again: its tokens count twice",
+        ("engine/test_requests_against_oracle.py::test_a_token_is_scored_once_though_its_sequence_is_preempted",),
     ),
     Mutant(
         "aborts-see-no-neurons",
@@ -63,16 +72,26 @@ ENGINE = [
     Mutant(
         "lockstep-pauses-are-slow-tokens",
         "patchclamp_server.engine.live",
-        "paced=request.credits is not None or bool(sequence.preempted_at)",
-        "paced=bool(sequence.preempted_at)",
+        "paced=request.credits is not None or sequence.was_paused or bool(sequence.preempted_at)",
+        "paced=sequence.was_paused or bool(sequence.preempted_at)",
         "the pauses of a lockstep client teach admission that tokens are slow",
         ("engine/test_admission.py::test_what_a_lockstep_client_lets_wait_teaches_admission_nothing_about_speed",),
     ),
     Mutant(
+        "slow-readers-are-slow-tokens",
+        "patchclamp_server.engine.live",
+        "paced=request.credits is not None or sequence.was_paused or bool(sequence.preempted_at)",
+        "paced=request.credits is not None or bool(sequence.preempted_at)",
+        "a request that was held for its reader teaches admission that tokens are slow",
+        (
+            "engine/test_admission.py::test_a_request_that_was_held_for_its_reader_teaches_admission_nothing_about_speed",
+        ),
+    ),
+    Mutant(
         "preemptions-are-slow-tokens",
         "patchclamp_server.engine.live",
-        "paced=request.credits is not None or bool(sequence.preempted_at)",
-        "paced=request.credits is not None",
+        "paced=request.credits is not None or sequence.was_paused or bool(sequence.preempted_at)",
+        "paced=request.credits is not None or sequence.was_paused",
         "what a preempted request waited teaches admission that tokens are slow",
         ("engine/test_admission.py::test_what_a_preempted_request_waited_teaches_admission_nothing_about_speed",),
     ),
@@ -118,15 +137,15 @@ ENGINE = [
     ),
     Mutant(
         "paused-once-paused-for-ever",
-        SCHEDULER,
-        "            if not sequence.paused:\n                sequence.paused_at = None\n            elif",
-        "            if",
+        PLACES,
+        "                sequence.paused_at = None\n                continue",
+        "                continue",
         "a session that paused once loses its place while it is being served",
         ("engine/test_admission.py::test_a_session_that_goes_on_has_not_been_paused_for_long",),
     ),
     Mutant(
         "first-served-is-preempted",
-        SCHEDULER,
+        PLACES,
         "victim = self._long_paused() or max(self.running, key=_priority)",
         "victim = self._long_paused() or min(self.running, key=_priority)",
         "when blocks run out the most urgent sequence gives up its own",
@@ -135,7 +154,7 @@ ENGINE = [
     Mutant(
         "prefix-computed-by-everybody",
         SCHEDULER,
-        "if self._next_key(sequence, len(hit)) in coming:",
+        "if coming.has(self.prefixes.next_key(sequence, len(hit)), sequence):",
         "if False:",
         "a prefix that is being computed is computed by others too",
         ("engine/test_prefix_cache.py::test_a_system_prompt_under_16_generated_only_programs_is_computed_once",),
@@ -159,10 +178,42 @@ ENGINE = [
     Mutant(
         "pace-counts-decoding-twice",
         "patchclamp_server.engine.pace",
-        "max(0.0, seconds - decoding) / prefill_rows",
-        "seconds / prefill_rows",
+        "max(0.0, seconds - decoding) / rows.prompt",
+        "seconds / rows.prompt",
         "rows of prompts seem to cost what decoding costs too",
-        ("engine/test_pace.py::test_they_have_as_many_as_double_the_time_of_a_decoding_step",),
+        ("engine/test_pace.py::test_what_decoding_takes_is_no_cost_of_the_rows_of_prompts",),
+    ),
+    Mutant(
+        "analysis-in-every-step",
+        "patchclamp_server.engine.yielding",
+        "if share.is_due else 0",
+        "if True else 0",
+        "every step of a stream has a turn of analysis in it",
+        ("engine/test_pace.py::test_of_any_time_beside_a_stream_analysis_takes_no_more_than_its_share_and_two_turns",),
+    ),
+    Mutant(
+        "analysis-is-never-charged",
+        "patchclamp_server.engine.scheduler",
+        "self.share.analysed(analysis)",
+        "pass",
+        "analysis goes on beside a stream once it has been due",
+        ("engine/test_pace.py::test_of_any_time_beside_a_stream_analysis_takes_no_more_than_its_share_and_two_turns",),
+    ),
+    Mutant(
+        "door-is-never-charged",
+        "patchclamp_server.engine.steps",
+        "share.analysed(seconds)",
+        "pass",
+        "slices at the exclusive door go on beside a stream after each of its steps",
+        ("engine/test_exclusive_door.py::test_the_door_alone_has_the_whole_share_beside_a_stream",),
+    ),
+    Mutant(
+        "urgent-prompts-wait-for-analysis",
+        "patchclamp_server.engine.prefixes",
+        "return priority is not None and priority <= sequence.request.priority",
+        "return priority is not None",
+        "a request waits for a prefix that less urgent work computes, at its pace",
+        ("engine/test_prefix_cache.py::test_a_request_does_not_wait_for_a_prefix_that_less_urgent_work_computes",),
     ),
     Mutant(
         "guard-passes-nan",

@@ -18,16 +18,11 @@ from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator
-from patchclamp_server.analysis.sparsity.quality_card import prompt_tokens
 from patchclamp_server.artifacts.formats import safetensors
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.sites import Site
-from patchclamp_server.sparsity.binder import Binder
-from patchclamp_server.sparsity.policies import POLICIES
 
 LAYERS, D_FF, TOKENS = 2, 64, 32
 WORDS = ("river", "stone", "lamp", "garden", "window", "letter", "bridge", "kettle", "of", "the", "and", "under")
@@ -330,21 +325,15 @@ def test_keeping_nothing_is_measured_too(stub: SparsityServiceStub, name: str) -
     assert measured.quality.divergence > 0
 
 
-def test_a_card_of_documents_one_by_one_is_that_of_all_together(
-    stub: SparsityServiceStub, server: LiveServer, store: ArtifactStore
+def test_an_evaluation_scores_by_requests_that_are_not_told_as_sparse_serving(
+    stub: SparsityServiceStub, server: LiveServer
 ) -> None:
-    [measured] = evaluate(stub, *asks_for("griffin", keep_ratio=0.4))
-    tokenizer = server.model.tokenizer
-    ids = tokenizer(TEXT.texts[0], add_special_tokens=False).input_ids
-    documents = torch.tensor(ids[: 9 * TOKENS]).view(9, TOKENS)
-    model = server.server.engine.sparse_model
-    evaluator = at_once(Evaluator.of(model, documents, prompt_tokens(documents)))
-    selector = Binder(model, store).bind(POLICIES["griffin"](keep_ratio=0.4)).selector
-    together = at_once(evaluator.quality(selector))
-    assert measured.quality.perplexity_ratio == pytest.approx(together.perplexity_ratio, rel=1e-5)
-    assert measured.quality.divergence == pytest.approx(together.divergence, rel=1e-4)
-    assert measured.quality.sparsity == pytest.approx(together.sparsity)
-    assert measured.quality.bytes_read_16 == pytest.approx(together.bytes_read_16)
+    sparse_tokens = 'patchclamp_sparse_tokens_total{policy="griffin"}'
+    scored, sparse = server.server.engine.stats().scored_tokens, server.metric(sparse_tokens)
+    evaluate(stub, *asks_for("griffin", keep_ratio=0.4))
+    # Of nine documents the second half each: densely, under the policy and under its control.
+    assert server.server.engine.stats().scored_tokens - scored == 3 * 9 * TOKENS // 2
+    assert server.metric(sparse_tokens) == sparse
 
 
 def test_speed_is_measured_dense_and_sparse_by_turns(stub: SparsityServiceStub, server: LiveServer) -> None:

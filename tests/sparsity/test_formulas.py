@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_models import bound, documents, profile, run, sparse_model
+from kept_sites import KeepSite
+from sparse_models import bound, calibrated, documents, evaluated, profile, run, sparse_model
 
-from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
-from patchclamp_server.analysis.sparsity.calibrate import calibrate
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
 from patchclamp_server.analysis.sparsity.quantiles import quantiles
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
@@ -324,7 +323,7 @@ def test_clusters_are_found_where_there_are_some() -> None:
 
 def test_static_scores_are_of_all_tokens_but_attention_sinks() -> None:
     model, texts = sparse_model(), documents(3, 24, seed=11)
-    found = at_once(calibrate(StaticSet(), model, texts)).tensors["scores"].clone()
+    found = calibrated(StaticSet(), texts).tensors["scores"].clone()
     for text in texts.split(1):
         kept = KeepSite(Site.MLP_POST)
         decoder = model.decoder
@@ -345,16 +344,15 @@ def test_static_sets_name_layers_and_neurons_that_exist() -> None:
 
 
 def test_quality_of_dense_is_perfect_and_of_a_random_set_is_not() -> None:
-    evaluator = at_once(Evaluator.of(sparse_model(), documents(3, 40), 16))
-    dense = at_once(evaluator.quality(bound(POLICIES["dense"]())))
+    policies = POLICIES["dense"](), POLICIES["random"](keep_ratio=0.5)
+    dense, random = evaluated(documents(3, 40), 16, *map(bound, policies))
     assert dense.perplexity_ratio == pytest.approx(1.0, abs=1e-6)
     assert dense.divergence == pytest.approx(0.0, abs=1e-5)
     assert (dense.top1_agreement, dense.sparsity, dense.bytes_read_16) == (1.0, 0.0, 1.0)
-    random = at_once(evaluator.quality(bound(POLICIES["random"](keep_ratio=0.5))))
     assert random.divergence > 0.01
     assert (random.sparsity, random.bytes_read_16) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_a_document_needs_a_token_to_score() -> None:
     with pytest.raises(InvalidArgument):
-        at_once(Evaluator.of(sparse_model(), documents(1, 16), 15))
+        evaluated(documents(1, 16), 15)

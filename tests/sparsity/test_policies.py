@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_models import NAMES, bound, dense_run, documents, profile, run, sparse_model
+from sparse_models import NAMES, bound, calibrated, dense_run, documents, profile, run, sparse_model
 
 from patchclamp_server.analysis.documents import inputs_of, pools_for
-from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS, calibrate
-from patchclamp_server.engine.exclusive import at_once
+from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons
 from patchclamp_server.sparsity.blocks import sparse_blocks
@@ -168,7 +167,7 @@ def test_a_profile_of_other_sketches_is_refused() -> None:
 
 def test_a_policy_without_a_profile_is_not_calibrated() -> None:
     with pytest.raises(InvalidArgument):
-        at_once(calibrate(POLICIES["griffin"](), sparse_model(), documents(2, 16)))
+        calibrated(POLICIES["griffin"](), documents(2, 16))
 
 
 def test_a_profile_is_named_tensors_and_a_card_that_is_json() -> None:

@@ -4,11 +4,9 @@ import gc
 
 import pytest
 import torch
-from sparse_models import NAMES, bound, dense_run, documents, gathered, run, sparse_model
+from sparse_models import NAMES, bound, calibrated, dense_run, documents, gathered, run, sparse_model
 
 from patchclamp_server.analysis.documents import inputs_of, pools_for
-from patchclamp_server.analysis.sparsity.calibrate import calibrate
-from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.sparsity.apply import Rows, Step, forced_neurons
 from patchclamp_server.sparsity.blocks import sparse_blocks
 from patchclamp_server.sparsity.policies import POLICIES
@@ -82,12 +80,10 @@ def test_without_room_for_compact_copies_the_result_is_the_same(name: str) -> No
 def test_what_is_dropped_is_stood_in_for(products: bool) -> None:
     """With eight bits fovea's copy of the weights is nearly exact, so that an empty set changes next to nothing."""
     model, tokens = sparse_model(), documents(1, TOKENS)
-    calibrated = at_once(calibrate(Fovea(bits=8, budget="uniform"), model, documents(4, 32, seed=7)))
+    found = calibrated(Fovea(bits=8, budget="uniform"), documents(4, 32, seed=7))
     dense, errors = dense_run(model, tokens, PROMPT)[0], []
     for compensate in (True, False):
         policy = Fovea(keep_ratio=0.0, bits=8, budget="uniform", compensate=compensate)
-        ours, _ = run(
-            model, tokens, PROMPT, [policy.bind(model, calibrated)], products=gathered() if products else None
-        )
+        ours, _ = run(model, tokens, PROMPT, [policy.bind(model, found)], products=gathered() if products else None)
         errors.append(float((ours[0] - dense).norm() / dense.norm()))
     assert errors[0] < 0.02 < 0.2 < errors[1]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.text.chat_layout import ChatTemplate, Message
+from patchclamp_server.text.chat_template import ChatTemplate, Message
 from patchclamp_server.text.prompt import EncodedPrompt, PromptEncoder
 
 GEMMA = (
@@ -140,9 +140,9 @@ def test_ordinary_contents_are_encoded_as_the_plain_rendering_on_both_paths(
     assert encoder.encode_chat(messages).ids == want
     # The path of contents with control tokens, on contents without.
     template, turns = ChatTemplate(tokenizer), [Message(*message) for message in messages]
-    layout = template.layout(turns, template.render(turns, generation_prompt=True), continues=False)
-    assert layout is not None
-    assert tuple(encoder._encode_literally(layout).ids) == want
+    chat = template.parse(turns, template.render(turns, generation_prompt=True), continues=False)
+    assert chat is not None
+    assert tuple(encoder._encode_literally(chat).ids) == want
 
 
 def test_control_tokens_typed_in_a_message_stay_text(encoder: PromptEncoder) -> None:

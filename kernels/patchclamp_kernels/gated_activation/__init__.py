@@ -1,4 +1,4 @@
-"""Neurons of an MLP: activation and edits (activation.py), their receipts (receipts.py), watches (statistics.py)."""
+"""Neurons of an MLP have activations and edits (activation.py), receipts (receipts.py), watches (statistics.py)."""
 
 import torch
 

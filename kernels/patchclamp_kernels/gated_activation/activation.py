@@ -1,4 +1,4 @@
-"""Neurons of an MLP, and the edits and readings of single neurons, in the pass that makes them.
+"""This op makes the neurons of an MLP, and edits and reads single neurons in the same pass.
 
     a = act(gate) · up        (gated)            a = act(hidden)        (ungated)
     t(a) = clip(factor a + offset, low, high),   a' = a + s (t(a) - a)  at the neurons of each NEURONS entry, in order
@@ -10,9 +10,10 @@ each entry. So rows without a program are torch's up to the accuracy of exp and 
 bit for bit. GELU-tanh is x sigmoid(2u), which is x (1 + tanh u) / 2 without its cancellation at negative x.
 
 The pass is bound by its bytes: 3 T d_ff elements. Each instance makes one tile of one row. Where the row has a program
-it then walks the entries with one lane a unit, editing the tile where it was just stored. (One lane a neuron, searching
-the list, would be many times the work: an entry names tens of 14,336 neurons.) The units of an entry that fall into a
-tile are found by sampling its ascending list once. `partial` receives what receipts are made of (receipts.py).
+it then walks the entries with one lane for each unit, and edits the tile where it was just stored. (One lane for each
+neuron, searching the list, would be many times the work: an entry names tens of 14,336 neurons.) The units of an entry
+that fall into a tile are found by sampling its ascending list once. `partial` receives the parts of receipts
+(receipts.py).
 """
 
 import torch
@@ -56,7 +57,7 @@ DEFAULT = Config({"BLOCK": 1024, "CHUNK": 128}, num_warps=4, num_stages=1)
 
 
 def neuron_tiles(d_ff: int, device: torch.device, config: Config | None = None) -> int:
-    """Tiles of a row: the second dimension of `NeuronProgram.partial`."""
+    """Returns the number of tiles of a row: the second dimension of `NeuronProgram.partial`."""
     return -(-d_ff // _config(d_ff, device, config).blocks["BLOCK"])
 
 
@@ -94,7 +95,7 @@ def _entry_runs(e, row, ints, mask, words, position, opened, opened_columns, lat
 
 @triton.jit
 def _units_in_tile(units, count, start, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Range of an ascending list that contains its units in [start, start + BLOCK), by one look at CHUNK samples."""
+    """Finds the range of an ascending list that holds its units in [start, start + BLOCK), from CHUNK samples."""
     low = 0
     high = count
     if count > CHUNK:
@@ -238,10 +239,10 @@ def gated_activation(
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """hidden [T, 2 d_ff] (gate, then up) if `gated`, else [T, d_ff] -> neurons [T, d_ff], as in the module docstring.
+    """Returns neurons [T, d_ff] of hidden [T, 2 d_ff] (gate, then up) if `gated`, else [T, d_ff]; see the module.
 
     With a program, `rows.readings` and `program.partial` are written. Entries of other kinds than NEURONS and
-    NEURON_VALUES are not looked at, and tables are trusted: see NeuronProgram. Raises ValueError for a wrong argument.
+    NEURON_VALUES are ignored, and tables are trusted: see NeuronProgram. Raises ValueError for a wrong argument.
     """
     check(activation in ACTIVATIONS, f"activation is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
     check_tensor("hidden", hidden, shape=(None, None), dtypes=DTYPES, device=hidden.device)

@@ -1,4 +1,4 @@
-"""The programs that an activation pass reads: the arguments of its kernel."""
+"""An activation pass reads programs through these arguments of its kernel."""
 
 from dataclasses import dataclass
 
@@ -30,11 +30,11 @@ SIZES = ("place", "places", "words", "opened_columns", "reading_columns", "max_e
 @dataclass(frozen=True, eq=False)
 class NeuronProgram:
     """The programs of a step at one place. Their entries there are NEURONS and NEURON_VALUES only: the caller
-    guarantees it, and edits places with other kinds through `edit_rows`.
+    guarantees this, and edits places with other kinds through `edit_rows`.
 
-    `partial` is scratch: for each tile of `neuron_tiles`, and each entry of the row's program at the place, |h|² before
-    the entry and |Δ|² of the entry, or -1 where it did not run. It has rows for T or more, and
-    room for the most entries that a program has at this place.
+    `partial` is scratch memory: for each tile of `neuron_tiles`, and each entry of the row's program at the place, it
+    has |h|² before the entry and |Δ|² of the entry, or -1 where it did not run. It has rows for T or more, and room for
+    the most entries that a program has at this place.
     """
 
     table: ProgramTable
@@ -70,7 +70,7 @@ def check_program(program: NeuronProgram, n_rows: int, tiles: int, device: torch
 
 
 def program_arguments(program: NeuronProgram | None) -> tuple[Tensor | int | None, ...]:
-    """In the order of POINTERS and SIZES."""
+    """Returns the arguments in the order of POINTERS and SIZES."""
     if program is None:
         return (None,) * len(POINTERS) + (0,) * len(SIZES)
     table, rows = program.table, program.rows

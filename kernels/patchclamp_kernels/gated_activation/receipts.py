@@ -1,10 +1,10 @@
-"""Receipts of neuron edits, from the sums that `gated_activation` left.
+"""This op makes receipts of neuron edits from the sums that `gated_activation` left.
 
     receipts[t, item] += (1, |Δ|₂ / |h|₂)    for every NEURONS entry of the item that ran at row t, over all places
 
-|h|² and |Δ|² are summed over the tiles of a row. One launch serves all places of a step (one `partial` a place): a
-launch after each layer would cost more than the edits. An instance owns a row and a block of items, and looks at many
-places at once; sums have a fixed order, so that receipts are the same bits in every run. Only latency bounds it.
+|h|² and |Δ|² are summed over the tiles of a row. One launch serves all places of a step (with one `partial` for each),
+because a launch after each layer would cost more than the edits. An instance owns a row and a block of items, and reads
+many places at once; sums have a fixed order, so that receipts are the same bits in every run. Only latency bounds it.
 """
 
 import torch

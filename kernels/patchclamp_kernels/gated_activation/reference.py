@@ -1,4 +1,4 @@
-"""What `gated_activation` computes, in torch, an entry of a row at a time. In float64 it is the truth of the tests."""
+"""The definition of `gated_activation` in torch, one entry of a row at a time; in float64 the truth of the tests."""
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def _run_program(a: Tensor, t: int, slot: int, program: NeuronProgram) -> None:
 
 
 def _runs(ints: list[int], t: int, table: ProgramTable, rows: ProgramRows) -> bool:
-    """Whether row t is in the scope of the entry, and its gate is open."""
+    """Returns whether row t is in the scope of the entry, and its gate is open."""
     if not int(rows.mask[t, ints[ITEM] // 64]) >> (ints[ITEM] % 64) & 1:
         return False
     if ints[FLAGS] & EntryFlag.LATCHED:

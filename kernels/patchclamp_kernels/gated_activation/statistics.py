@@ -1,12 +1,12 @@
-"""Statistics of watched neurons, over the rows of a step.
+"""This op accumulates statistics of watched neurons over the rows of a step.
 
     fired[w] += #{t : a[t, n_w] > threshold_w}
     total[w] += Σ_t a[t, n_w]
     largest[w] = max(largest[w], max_t a[t, n_w])
 
 neurons [T, d_ff] are read after all edits; rows with row_mask 0 are left out. An instance owns a tile of the watched
-neurons and walks the rows in order, so that sums have one order and nothing is atomic. It gathers single elements: of
-each 32-byte sector one is used unless neighbours are watched, hence many rows at a time are in flight.
+neurons and walks the rows in order, so that sums have one order and nothing is atomic. It gathers single elements, of
+which a 32-byte sector has one unless neighbours are watched, so many rows at a time are in flight.
 """
 
 import torch

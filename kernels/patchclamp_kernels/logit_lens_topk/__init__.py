@@ -1,4 +1,4 @@
-"""The k most likely tokens of rows of the residual stream (logit lens), without the logits in memory.
+"""This op finds the k most likely tokens of rows of the residual stream (logit lens), without the logits in memory.
 
     h[t]     = norm(x[t])                   rounded to the dtype of x, as the decoder hands it to its unembedding
     l[t, v]  = h[t]·unembedding[v]          summed in float32 and not rounded
@@ -14,14 +14,15 @@ logit lens", 2020.
 
 A row with NaN or +inf among its logits, or only -inf, has no distribution: its ids are NOT_FINITE, the rest NaN.
 
-Pass 1, an instance a (tile of rows, tile of tokens): the tile of logits in registers, from which it leaves maximum, sum
-of exponentials and the k largest with their ids, found by taking the maximum k times. Sorting the tile was weighed and
-left: rows of a tile lie within a quad of lanes after tl.dot, so a maximum is two shuffles, and k is mostly 1 to 16. The
-candidates take 8 k bytes for every 128 logits. Pass 2, an instance a row, merges the tiles in the order of ids: each
-tile's candidates are already in order, so it holds one head a tile and replaces the one it takes.
+In pass 1 an instance has a tile of rows and a tile of tokens. It holds the tile of logits in registers and leaves their
+maximum, sum of exponentials and the k largest with their ids, found by taking the maximum k times. Sorting the tile was
+considered and rejected: rows of a tile lie within a quad of lanes after tl.dot, so a maximum is two shuffles, and k is
+mostly 1 to 16. The candidates take 8 k bytes for every 128 logits. In pass 2 an instance has a row and merges the tiles
+in the order of ids: each tile's candidates are already in order, so it holds one head for each tile and replaces the
+one it takes.
 
-Bound: V·d elements of unembedding (1.05 GB for Llama-3-8B in bf16) up to some 150 rows, then 2·T·V·d FLOPs. Row tiles
-run fastest, so those of one tile of tokens share its rows of the unembedding in L2.
+The op is bound by V·d elements of unembedding (1.05 GB for Llama-3-8B in bf16) up to some 150 rows, then by 2·T·V·d
+FLOPs. Row tiles run fastest, so those of one tile of tokens share its rows of the unembedding in L2.
 
 The server does not call it yet: its lens on CUDA runs torch operators until a GPU is at hand to compare both.
 """

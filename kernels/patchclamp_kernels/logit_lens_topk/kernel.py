@@ -1,4 +1,4 @@
-"""The norm of a row, the top tokens of a tile of logits, and the merge of the tiles of a row."""
+"""These kernels compute the norm of a row, the top tokens of a tile of logits, and the merge of the tiles of a row."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The checked wrapper, and what it launches by default."""
+"""This is the checked wrapper, and what it launches by default."""
 
 import torch
 import triton
@@ -28,7 +28,7 @@ def logit_lens_topk(
     out_log_total: Tensor | None = None,
     config: Config | None = None,
 ) -> LensTopK:
-    """k of 1 to 64, at most V; norm_weight and norm_bias [d] in the dtype of x or float32. Raises ValueError."""
+    """k is 1 to 64, at most V; norm_weight and norm_bias [d] have the dtype of x or float32. Raises ValueError."""
     check(x.ndim == 2, f"x has shape {list(x.shape)}, not [*, *]")
     rows, d = x.shape
     device = x.device

@@ -1,4 +1,4 @@
-"""The lens in torch over the whole of the logits: the definition of the op."""
+"""The lens in torch over all logits is the definition of the op."""
 
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ def logit_lens_topk_reference(
 
 
 def normalised_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """h, in the dtype of x."""
+    """Returns h in the dtype of x."""
     if weight is None:
         return x
     h = x.to(accumulation_dtype(x.dtype))

@@ -1,4 +1,4 @@
-"""What `paged_attention` is told of a batch, and what it gives back."""
+"""A batch tells `paged_attention` what to compute, and Attended is what it gives back."""
 
 from array import array
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ TILE_ROWS = 128
 
 @dataclass(frozen=True, eq=False)
 class RaggedBatch:
-    """T rows of S sequences, consecutive rows of a sequence being consecutive tokens.
+    """Describes T rows of S sequences; consecutive rows of a sequence are consecutive tokens.
 
     The first `n_single` sequences have one row each, rows 0 to n_single - 1, which the decode kernel computes; `tiles`
     sends the rows of the others to the prefill kernel. `context_lengths` counts the keys of a sequence after this
@@ -43,7 +43,7 @@ class RaggedBatch:
         device: torch.device,
         tile_rows: int = TILE_ROWS,
     ) -> Self:
-        """`spans` are (rows, position of the first, block ids) in the order of the batch. One copy to the device.
+        """Builds a batch with one copy to the device; `spans` are (rows, position of the first, block ids) in order.
 
         Raises ValueError when a span has more tokens than its blocks hold.
         """
@@ -94,7 +94,7 @@ class Streaming:
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """The outputs of T rows; None where not asked for."""
+    """The outputs of T rows; those that were not asked for are None."""
 
     z: Tensor  # [T, H * D]
     argmax: Tensor | None = None  # int32 [T, H]: position of the key with the largest weight, the first of equals

@@ -1,4 +1,4 @@
-"""The variants of `paged_attention` in use, for ahead-of-time compilation and for the tuner."""
+"""These are the variants of `paged_attention` in use, for ahead-of-time compilation and for the tuner."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def _case(name: str, kernel: Any, constexprs: dict[str, Any], config: Config, gi
 
 
 def tuning_cases(device: torch.device) -> list[TuningCase]:
-    """Decode of Llama-3-8B at batches of 1 to 256, and a prompt of 4,096 tokens."""
+    """Tunes decoding of Llama-3-8B at batches of 1 to 256, and a prompt of 4,096 tokens."""
     n_heads = MODELS["llama-3-8b"]
     cases = []
     shorter = [(tile, warps, stages) for tile in (32, 64, 128) for warps in (2, 4, 8) for stages in (2, 3, 4)]

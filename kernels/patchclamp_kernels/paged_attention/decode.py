@@ -1,9 +1,9 @@
-"""Decode: one row a sequence. The keys of a sequence are shared out over splits, and the splits are combined in order.
+"""In decode a sequence has one row. Its keys are distributed over splits, and the splits are combined in order.
 
 A program computes the query heads of one KV head over one split, so that every key is read once. Heads are padded to
-16 rows for the tensor cores, which idle in this kernel anyway. What a tile costs beside its loads is one maximum across
-the warps: the sum of the softmax, the read-out and the marked mass are kept for each lane of the tile, and are reduced
-once after the loop.
+16 rows for the tensor cores, which idle in this kernel anyway. Besides its loads a tile costs one maximum across the
+warps: the sum of the softmax, the read-out and the marked mass are kept for each lane of the tile, and are reduced once
+after the loop.
 """
 
 import triton
@@ -54,7 +54,7 @@ def decode_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Grid (S · KV, splits): the KV heads of a token, which are neighbours in memory, are read at one time."""
+    """Runs on the grid (S · KV, splits): the KV heads of a token, neighbours in memory, are read at one time."""
     GROUP: tl.constexpr = N_HEADS // N_KV
     HAS_STREAMING: tl.constexpr = streaming_heads is not None
     row = (tl.program_id(0) // N_KV).to(tl.int64)
@@ -184,7 +184,7 @@ def combine_kernel(
     DIM_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid (S, H). A split that saw no key has a maximum of -inf, and nothing else of it was written."""
+    """Runs on the grid (S, H). A split that saw no key has a maximum of -inf, and nothing else of it was written."""
     output = tl.program_id(0).to(tl.int64) * N_HEADS + tl.program_id(1)
     plane = tl.num_programs(0).to(tl.int64) * N_HEADS * n_splits
     stats = partials + plane * DIM + output * n_splits

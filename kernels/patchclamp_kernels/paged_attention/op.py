@@ -1,4 +1,4 @@
-"""The checked entrance of `paged_attention`: which kernels a batch needs, and how they are launched."""
+"""This checked entrance of `paged_attention` chooses the kernels that a batch needs, and launches them."""
 
 from dataclasses import dataclass
 
@@ -43,15 +43,16 @@ def paged_attention(
     config: Config | None = None,
     prefill_config: Config | None = None,
 ) -> Attended:
-    """q [T, H, D], key_cache and value_cache [n_blocks, block_size, KV, D] of one dtype, H a multiple of KV.
+    """Attends with q [T, H, D] to key_cache and value_cache [n_blocks, block_size, KV, D] of one dtype; KV divides H.
 
-    `window` > 0: a row sees keys of position > its own - window. `soft_cap` > 0: scores are cap · tanh(s / cap).
-    `head_scale` float32 [T, H] multiplies the heads of z. `readout` asks for argmax and probability, `off_sink`
-    for the largest weight of a key that is not at position 0, `marked` int32 [T, 2] for the mass on key positions
-    lo ≤ j < hi of each row. `out` may bring every tensor that is returned, and
-    `scratch` float32 memory of at least `scratch_floats`. Rows of no sequence are not written.
+    With `window` > 0 a row sees keys of position > its own - window. With `soft_cap` > 0 scores are
+    cap · tanh(s / cap). `head_scale` float32 [T, H] multiplies the heads of z. `readout` asks for argmax and
+    probability, `off_sink` for the largest weight of a key that is not at position 0, `marked` int32 [T, 2] for the
+    mass on key positions lo ≤ j < hi of each row. `out` may bring every tensor that is returned, and `scratch` float32
+    memory of at least `scratch_floats`. Rows that belong to no sequence are not written.
 
-    Raises ValueError naming the argument. Block ids within the cache are the caller's promise: a device is not asked.
+    Raises ValueError naming the argument. The caller promises that block ids lie within the cache, because a device is
+    not asked.
     """
     check(q.ndim == 3, f"q has shape {list(q.shape)}, not [T, H, D]")
     check(q.dtype in DTYPES, f"q is {q.dtype}, not one of {DTYPES}")
@@ -179,14 +180,14 @@ def paged_attention(
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How the decode rows of a batch are shared out: at least SPLIT keys a split, and at most `n_splits` splits."""
+    """Tells how the decode rows of a batch are split: at least SPLIT keys a split, and at most `n_splits` splits."""
 
     config: Config
     n_splits: int
 
 
 def split_plan(q: Tensor, n_kv: int, batch: RaggedBatch, window: int, config: Config | None = None) -> SplitPlan:
-    """Follows from shapes and host integers alone."""
+    """Plans splits from shapes and host integers alone."""
     _, n_heads, dim = q.shape
     if config is None:
         programs = triton.next_power_of_2(batch.n_single * n_kv)
@@ -202,13 +203,13 @@ def split_plan(q: Tensor, n_kv: int, batch: RaggedBatch, window: int, config: Co
 
 
 def scratch_floats(q: Tensor, n_kv: int, batch: RaggedBatch, window: int = 0, config: Config | None = None) -> int:
-    """How many float32 `scratch` must have: of each split a weighted sum of values and five numbers."""
+    """Returns how many float32 `scratch` must have: of each split a weighted sum of values and five numbers."""
     n_splits = split_plan(q, n_kv, batch, window, config).n_splits if batch.n_single else 1
     return batch.n_single * q.shape[1] * n_splits * (q.shape[2] + _STATS) if n_splits > 1 else 0
 
 
 def padded(dim: int) -> int:
-    """Columns of a head in a kernel: a power of two that the tensor cores take."""
+    """Returns the columns of a head in a kernel: a power of two that the tensor cores take."""
     return max(16, int(triton.next_power_of_2(dim)))
 
 
@@ -246,7 +247,7 @@ def _check_batch(batch: RaggedBatch, rows: int, device: torch.device) -> None:
 
 
 def _outputs(out: Attended | None, q: Tensor, readout: bool, marks: bool, off_sink: bool) -> Attended:
-    """`out`, checked, or new tensors."""
+    """Checks `out`, or makes new tensors."""
     rows, n_heads, dim = q.shape
 
     def numbers(dtype: torch.dtype) -> Tensor:

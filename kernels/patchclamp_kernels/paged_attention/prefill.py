@@ -1,8 +1,8 @@
-"""Prefill: the rows of a prompt, or of a chunk of one behind a context that is in the cache already.
+"""Prefill computes the rows of a prompt, or of a chunk of one behind a context that is in the cache already.
 
 A program computes up to ROWS rows of one query head; the heads of a group run side by side and find their keys in the
 L2. Each thread group of a row holds whole rows of a tile, so that the read-out may reduce every tile: there is no room
-in registers for a running maximum of each lane, and no need of one.
+in registers for a running maximum of each lane, and no need for one.
 """
 
 import triton
@@ -49,7 +49,7 @@ def prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid (H, tiles · tile_rows / ROWS), the last rows of a prompt first: theirs is the most work."""
+    """Runs on the grid (H, tiles · tile_rows / ROWS), the last rows of a prompt first: they are the most work."""
     HAS_STREAMING: tl.constexpr = streaming_heads is not None
     head = tl.program_id(0)
     place = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -132,7 +132,7 @@ def _attend(
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_STREAMING: tl.constexpr,
     READOUT: tl.constexpr, OFF_SINK: tl.constexpr, MARKED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax over tiles begin … end - 1 of the program's list."""
+    """Continues the running softmax over tiles begin … end - 1 of the program's list."""
     columns = tl.arange(0, DIM_PAD)
     used = columns < DIM
     for tile in range(begin, end):

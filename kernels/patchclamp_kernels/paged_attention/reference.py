@@ -1,4 +1,4 @@
-"""The definition of `paged_attention` in plain torch: full probability matrices, one sequence at a time."""
+"""The definition of `paged_attention` in plain torch has full probability matrices, one sequence at a time."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def paged_attention_reference(
     off_sink: bool = False,
     marked: Tensor | None = None,
 ) -> Attended:
-    """Probabilities and masses are in the accumulation dtype, rows of no sequence 0 (argmax -1)."""
+    """Probabilities and masses are in the accumulation dtype; rows that belong to no sequence are 0 (argmax -1)."""
     rows, n_heads, dim = q.shape
     n_kv = key_cache.shape[2]
     exact = accumulation_dtype(q.dtype)

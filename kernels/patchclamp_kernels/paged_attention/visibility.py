@@ -1,4 +1,4 @@
-"""Which keys a row sees, in tiles and one by one: shared by the decode and the prefill kernel."""
+"""This tells which keys a row sees, in tiles and one by one; the decode and the prefill kernel share it."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def key_tiles(
     HAS_WINDOW: tl.constexpr,
     HAS_STREAMING: tl.constexpr,
 ):
-    """Rows at first_position … last_position see keys of tiles [0, sink_tiles) and [first, end) alone."""
+    """Returns tiles: rows at first_position … last_position only see keys of tiles [0, sink_tiles) and [first, end)."""
     end = tl.cdiv(tl.maximum(last_position + 1, 0), TILE)
     low = 0
     if HAS_WINDOW:

@@ -1,4 +1,4 @@
-"""Projections of activations onto probes, accumulated into statistics that stay on the device.
+"""This op accumulates projections of activations onto probes into statistics that stay on the device.
 
     v[t, p]  = x[t]·probe[p] + offset[p]                  for rows t with row_mask[t] != 0
     slot     = 0                                          where v < low[p]
@@ -20,8 +20,9 @@ rows (a decode batch) the first pass adds them itself and the second is not laun
 
 The server does not call it yet: probes and features in watches (issue 16) bring it into the CUDA path.
 
-Bound: P·d bytes of probes (8 MiB for 1,024 probes at d 4096 in bf16) at decode, 2·T·P·d FLOPs from some hundred rows
-on. A tile in which no row counts reads neither x nor probes: prompts that are not watched cost two empty launches.
+The op is bound by P·d bytes of probes (8 MiB for 1,024 probes at d 4096 in bf16) at decode, and by 2·T·P·d FLOPs from
+some hundred rows on. A tile in which no row counts reads neither x nor probes: prompts that are not watched cost two
+empty launches.
 """
 
 from patchclamp_kernels.probe_statistics.cases import compile_cases, tuning_cases

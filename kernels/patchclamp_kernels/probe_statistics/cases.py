@@ -1,4 +1,4 @@
-"""Variants in use, and what may be tuned."""
+"""These are the variants in use, and what may be tuned."""
 
 from itertools import product
 

@@ -19,7 +19,7 @@ def _project(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """x·probe of a tile, float32 [BLOCK_T, BLOCK_P]."""
+    """Returns x·probe of a tile, float32 [BLOCK_T, BLOCK_P]."""
     k = tl.arange(0, BLOCK_D)
     x_rows = x + row.to(tl.int64)[:, None] * D
     probe_rows = probes + probe.to(tl.int64)[None, :] * D

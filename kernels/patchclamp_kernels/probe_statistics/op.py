@@ -1,4 +1,4 @@
-"""The checked wrapper, and what it launches by default."""
+"""This is the checked wrapper, and what it launches by default."""
 
 import torch
 import triton
@@ -36,10 +36,10 @@ def probe_statistics(
 ) -> Tensor | None:
     """Adds the rows of x [T, d] to the statistics of probes [P, d], in place.
 
-    float32 [P]: `low`, `high` (range of the histogram), `offsets`, `thresholds`, and `largest`, which starts at -inf.
-    int64: `histogram` [P, bins + 2], of which the first and last hold what lies outside; `count`, `not_finite` and
-    `fired` [P]; the last comes with `thresholds`. float32 or float64 [P]: `total` and `total_squares`.
-    int32 [T]: `row_mask`. A range that is empty leaves only the first and last slot.
+    `low`, `high` (range of the histogram), `offsets`, `thresholds`, and `largest`, which starts at -inf, are float32
+    [P]. `histogram` [P, bins + 2] is int64, and its first and last slots hold what lies outside; `count`, `not_finite`
+    and `fired`, which comes with `thresholds`, are int64 [P]. `total` and `total_squares` are float32 or float64 [P].
+    `row_mask` is int32 [T]. A range that is empty leaves only the first and last slot.
 
     Returns values float32 [T, P], of masked rows too, where `return_values` is set or `out_values` given. One stream at
     a time may add to a set of statistics. Raises ValueError.

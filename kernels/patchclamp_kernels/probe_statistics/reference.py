@@ -1,4 +1,4 @@
-"""The statistics in torch, probe by probe: the definition of the op."""
+"""The statistics in torch, probe by probe, are the definition of the op."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def probe_statistics_reference(
     thresholds: Tensor | None = None,
     fired: Tensor | None = None,
 ) -> Tensor:
-    """The values [T, P] in the accumulation dtype; statistics are added in place, as by the kernel."""
+    """Returns the values [T, P] in the accumulation dtype; statistics are added in place, as by the kernel."""
     acc = accumulation_dtype(x.dtype)
     values = x.to(acc) @ probes.to(acc).T
     if offsets is not None:

@@ -1,16 +1,16 @@
-"""One pass over the residual stream: add, edit, observe, normalise.
+"""This op adds, edits, observes and normalises in one pass over the residual stream.
 
     e = delta[t]                     or round(norm(delta[t])), then the entries of the row's program at `delta_places`
     h = round(x[t] + round(e))       then the entries at `places`
     x[t] = round(h)
     out[t] = round(norm(x[t]))       RMS norm, or LayerNorm with a bias
 
-x, delta, out [T, d] float32, float16 or bfloat16; everything between two roundings is fp32. What an entry does is said
-in program_table.py; edits are those of Turner et al. 2023 (add), Arditi et al. 2024 (project out), Wu et al. 2024
+x, delta, out [T, d] are float32, float16 or bfloat16; everything between two roundings is fp32. program_table.py says
+what an entry does; edits are those of Turner et al. 2023 (add), Arditi et al. 2024 (project out), Wu et al. 2024
 (LOW_RANK: ReFT), Vu & Nguyen 2025 (rotate), with conditions as in Lee et al. 2024 (CAST).
 
 One program instance takes one row and keeps it in registers: x and delta are read once, x and out written once, so the
-bound is 8 bytes an element in bf16 with delta and norm, and 2 more for each vector that an edit of the row reads.
+bound is 8 bytes for each element in bf16 with delta and norm, and 2 more for each vector that an edit of the row reads.
 The entries are walked by an ordinary loop over scalars, so a row pays for the entries of its own program and none for
 the programs of others; a row without entries loads its slot and two bounds. There is one kernel for all kinds: which
 programs meet in a step never makes a launch or a variant of its own.

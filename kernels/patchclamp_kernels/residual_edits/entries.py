@@ -1,4 +1,4 @@
-"""The device side of a program: what each kind of entry does to one row h [BLOCK] in registers, in fp32.
+"""On the device each kind of entry of a program edits one row h [BLOCK] in registers, in fp32, as defined here.
 
 Lanes beyond the width hold zeros and keep them. Every scalar here is the same in all threads of the instance, so its
 branches never diverge; what one thread wrote for the others to read (`opened`, `latch`) lies behind a barrier.
@@ -53,7 +53,7 @@ PARALLEL = tl.constexpr(definition.PARALLEL)
 
 
 class Row(NamedTuple):
-    """Pointers into the tables of all programs, and to what belongs to this row of the batch."""
+    """Has pointers into the tables of all programs, and to what belongs to this row of the batch."""
 
     ints: tl.tensor
     floats: tl.tensor
@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
 @triton.jit
 def run_entries(h, lane, row, start, end, D: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """h after the entries [start, end) of the row's program."""
+    """Returns h after the entries [start, end) of the row's program."""
     i = start
     while i < end:
         ints = row.ints + i * 8
@@ -191,7 +191,7 @@ def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: 
 
 @triton.jit
 def _lerp(h, target, strength):
-    """h + s (t - h), exactly t at s = 1: as torch.lerp."""
+    """Returns h + s (t - h), exactly t at s = 1, as torch.lerp does."""
     difference = target - h
     return tl.where(tl.abs(strength) < 0.5, h + strength * difference, target - difference * (1.0 - strength))
 
@@ -205,7 +205,7 @@ def _projected(h, u, floats):
 
 @triton.jit
 def _rotated(h, norm, u, radians):
-    """|h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, u)), w the part of u orthogonal to h, normalised."""
+    """Returns |h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, u)), w the normalised part of u orthogonal to h."""
     length = tl.maximum(norm, TINY)
     cosine = tl.sum(h * u, axis=0) / length
     # u = cosine ĥ + sine w
@@ -226,13 +226,13 @@ def _rotated(h, norm, u, radians):
 
 @triton.jit
 def _by_units(h, lane, row, kind, first, count, D: tl.constexpr):
-    """The targets that are sums over units: ranks R_r with W_r and b_r, or channels r with the rows A_r of a matrix.
+    """Returns targets that are sums over units: ranks R_r with W_r and b_r, or channels r with rows A_r of a matrix.
 
         low rank          h + Σ_r R_r (W_r·h + b_r - R_r·h)
         affine, low rank      Σ_r R_r (W_r·h + b_r)
         affine                Σ_r e_r (A_r·h + b_r)         the whole matrix is read for every row
 
-    One loop for all of them: each of its own would cost registers of the others.
+    One loop serves all of them, because each loop of its own would cost the others registers.
     """
     target = tl.where(kind == LOW_RANK, h, 0.0)
     unit = first
@@ -258,8 +258,8 @@ def _settle(h, lane, row, D: tl.constexpr):
 
 @triton.jit
 def _neurons(h, lane, row, first, count, strength, D: tl.constexpr):
-    """h with the edited neurons, and the square of what they changed. Goes by way of memory, once for each neuron: a
-    search of every lane in the list of neurons costs twice the registers of everything else."""
+    """Returns h with the edited neurons, and the square of what they changed. It goes by way of memory, once for each
+    neuron: a search of every lane in the list of neurons costs twice the registers of everything else."""
     _settle(h, lane, row, D)
     # As many at a time: lists are short against a row.
     UNITS: tl.constexpr = h.shape[0] // 32

@@ -1,4 +1,4 @@
-"""The kernel of `residual_edits`, its checked wrappers, and the variants in use."""
+"""This has the kernel of `residual_edits`, its checked wrappers, and the variants in use."""
 
 from functools import partial
 
@@ -207,7 +207,7 @@ def edit_rows(x: Tensor, *, program: ProgramStep, places: Places, config: Config
 
 
 def default_config(d: int) -> Config:
-    """Up to 16 elements a thread; no more than 512 threads, which leaves 128 registers to each."""
+    """Gives a thread up to 16 elements, and no more than 512 threads, which leaves 128 registers to each."""
     return Config(num_warps=16 if triton.next_power_of_2(d) > 4096 else 8, num_stages=1)
 
 
@@ -295,7 +295,7 @@ _TABLE_TYPES = {
 
 
 def compile_cases() -> list[CompileCase]:
-    """Llama-3-8B and Qwen3-1.7B in bf16."""
+    """Returns the cases of Llama-3-8B and Qwen3-1.7B in bf16."""
     cases = []
     for d, head_dim in ((4096, 128), (2048, 128)):
         for delta in (False, True):
@@ -332,7 +332,7 @@ def _compile_case(d: int, *, delta: bool, program: bool, norm: int, head_dim: in
 
 
 def tuning_cases(device: torch.device) -> list[TuningCase]:
-    """The plain residual add and norm of a full decode batch: what every step pays."""
+    """Tunes the plain residual add and norm of a full decode batch, which every step pays."""
     cases = []
     for d in (4096, 2048):
         x, delta, out = (torch.randn(256, d, device=device).bfloat16() for _ in range(3))

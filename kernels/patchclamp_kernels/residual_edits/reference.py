@@ -1,4 +1,4 @@
-"""What `residual_edits` takes, and its definition in torch: one row at a time, one entry at a time."""
+"""This has the arguments of `residual_edits`, and its definition in torch: one row at a time, one entry at a time."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +29,7 @@ PARALLEL = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class NormParams:
-    """RMS norm where `bias` is None, else LayerNorm."""
+    """Holds an RMS norm where `bias` is None, else a LayerNorm."""
 
     weight: Tensor  # [d]
     bias: Tensor | None  # [d]
@@ -40,8 +40,9 @@ class NormParams:
 class ProgramStep:
     """The programs of a step's rows, for activations of one width. Raises ValueError for tensors that do not fit.
 
-    Checked when made, once a step, and not at each of the many launches that take it. What its tables say is not
-    checked: a row of `bank` or of `head_bank` (needed where there are entries of HEADS) that does not exist is read.
+    It is checked when it is made, once for each step, and not at each of the many launches that take it. The contents
+    of its tables are not checked: a row of `bank` or of `head_bank` (needed where there are entries of HEADS) that does
+    not exist is read.
     """
 
     table: ProgramTable
@@ -106,7 +107,10 @@ def residual_edits_reference(
 
 
 def normalised(x: Tensor, norm: NormParams) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight, or with a bias (x - mean) / sqrt(var + eps) · weight + bias; rounded once."""
+    """Returns x / sqrt(mean(x²) + eps) · weight, or with a bias (x - mean) / sqrt(var + eps) · weight + bias.
+
+    The result is rounded once.
+    """
     h = x.to(accumulation_dtype(x.dtype))
     if norm.bias is not None:
         h = h - h.mean(dim=1, keepdim=True)
@@ -252,7 +256,7 @@ class _Row:
                 return target.view(-1)
 
     def rotated(self, entry: _Entry, h: Tensor) -> Tensor:
-        """|h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, u)), w the part of u orthogonal to h, normalised."""
+        """Returns |h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, u)), w the unit part of u orthogonal to h."""
         norm = torch.linalg.vector_norm(h)
         if norm == 0:
             return h

@@ -1,6 +1,6 @@
-"""Linear layers and MLPs that read only the weights they need; one file a part.
+"""These linear layers and MLPs read only the weights that they need; each part has a file.
 
-`sparse_mlp` (and its halves `sparse_up`, `sparse_down`): a set of active neurons for each row. `sparse_linear`: a
+`sparse_mlp` (and its halves `sparse_up`, `sparse_down`) takes a set of active neurons for each row, `sparse_linear` a
 threshold on the input. Both take weights of float32, float16, bfloat16, or four bits (`Int4Weight`).
 """
 

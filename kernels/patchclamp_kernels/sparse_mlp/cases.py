@@ -1,4 +1,4 @@
-"""The variants in use, for Llama-3-8B and Qwen3-1.7B in bfloat16 and in four bits, and what may be tuned of them."""
+"""These are the variants in use for Llama-3-8B and Qwen3-1.7B in bfloat16 and in four bits, and what may be tuned."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -69,7 +69,7 @@ def _sum_cases() -> Iterator[CompileCase]:
 def _case(
     name: str, row: Any, tile: Any, rows: int, group: int, config: Config, constexprs: dict[str, Any]
 ) -> CompileCase:
-    """One for both models: no size of theirs is compiled in."""
+    """Returns one case for both models, because no size of theirs is compiled in."""
     constexprs = {**constexprs, "GROUP": group}
     if not group:
         constexprs |= {"scales": None, "zeros": None}
@@ -107,7 +107,7 @@ def _weight_like(group: int) -> Weight:
 
 
 def tuning_cases(device: torch.device) -> list[TuningCase]:
-    """Half of the neurons, and half of the input channels; batch 1 and one set for 16 rows."""
+    """Tunes half of the neurons, and half of the input channels; batch 1 and one set for 16 rows."""
     return [
         case
         for (d, d_ff), rows, quantised in product(MODELS.values(), (1, 16), (False, True))
@@ -172,5 +172,5 @@ def _weighted_candidates(rows: int, quantised: bool) -> tuple[Config, ...]:
 
 
 def _tile_widths(quantised: bool) -> tuple[int, ...]:
-    """Whole groups, of any size that is allowed."""
+    """Returns whole groups, of any size that is allowed."""
     return (128, 256) if quantised else (64, 128, 256)

@@ -1,16 +1,17 @@
-"""An MLP of which each row computes the neurons of its own set only (CoreInfer, GRIFFIN, static masks).
+"""In this MLP each row computes only the neurons of its own set (CoreInfer, GRIFFIN, static masks).
 
     h[b, k] = act(x[b]·gate[j]) · (x[b]·up[j])        j = index[which[b], k];  ungated: act(x[b]·up[j])
     y[b]    = Σ_k h[b, k] · down[j] + bias
 
-x [B, d], gate_up [2·d_ff, d] (gate rows first; [d_ff, d] ungated), down [d_ff, d] neuron-major: the three vectors of a
-neuron are three contiguous rows. h [B, K] is compact, in the slots of the set and in the dtype of x, 0 in padding; the
-halves are public because an engine edits h between them. float32, float16 or bfloat16 like x, or Int4Weight.
+x is [B, d], gate_up [2·d_ff, d] (gate rows first; [d_ff, d] ungated) and down [d_ff, d] neuron-major, so the three
+vectors of a neuron are three contiguous rows. h [B, K] is compact, in the slots of the set and in the dtype of x, 0 in
+padding; the halves are public because an engine edits h between them. Weights are float32, float16 or bfloat16 like x,
+or Int4Weight.
 
-Bound: bytes of the rows of active neurons, 3·K·d for one set, at B = 1 to 32. The up kernel gives each program a few
-neurons and the whole width, so that h needs no second pass; many small programs (1,792 at K = 7168) leave no long tail.
-At B = 1 products are summed in registers, one sum a thread and element, and reduced once at the end; above, tiles go
-through tensor cores. The down half is `rows.py`, which also skips neurons that are exactly 0.
+The op is bound by the bytes of the rows of active neurons, 3·K·d for one set, at B = 1 to 32. The up kernel gives each
+program a few neurons and the whole width, so that h needs no second pass; many small programs (1,792 at K = 7168) leave
+no long tail. At B = 1 products are summed in registers, one sum for each thread and element, and reduced once at the
+end; above, tiles go through tensor cores. The down half is `rows.py`, which also skips neurons that are exactly 0.
 """
 
 from typing import Any
@@ -52,7 +53,7 @@ def sparse_up_reference(
     gated: bool = True,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """All neurons, then those of the sets. Rows without a set are 0."""
+    """Computes all neurons, then takes those of the sets. Rows without a set are 0."""
     acc = accumulation_dtype(x.dtype)
     z = F.linear(x.to(acc), dense(gate_up, acc), None if bias is None else bias.to(acc))
     gate, up = z.chunk(2, dim=1) if gated else (z, None)
@@ -62,7 +63,7 @@ def sparse_up_reference(
 
 
 def sparse_down_reference(h: Tensor, down: Weight, sets: NeuronSets, *, bias: Tensor | None = None) -> Tensor:
-    """The dense product, of neurons that are 0 outside of the sets. Rows without a set are 0."""
+    """Computes the dense product of neurons that are 0 outside of the sets. Rows without a set are 0."""
     acc = accumulation_dtype(h.dtype)
     index, active, has_set = sets.of_rows(down.shape[0])
     neurons = torch.zeros(h.shape[0], down.shape[0], dtype=acc, device=h.device)
@@ -90,7 +91,7 @@ def sparse_mlp_reference(
 
 @triton.jit
 def _neuron(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """act(gate) · up, or act(up) of an ungated MLP."""
+    """Returns act(gate) · up, or act(up) of an ungated MLP."""
     z = gate if GATED else up
     value = activate(z, ACTIVATION)
     return value * up if GATED else value
@@ -100,7 +101,7 @@ def _neuron(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
 def _group_sums(
     words, value, x_sum, scales, zeros, row, active, first, groups, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """x·w of each group [R, groups]: scale · (Σ q x - zero · Σ x), where `value` has the unit of each nibble in x."""
+    """Returns x·w of each group [R, groups]: scale · (Σ q x - zero · Σ x); `value` has the unit of each nibble in x."""
     product = tl.reshape(words * value[None, :, :, :], [row.shape[0], BLOCK // GROUP, GROUP])
     scale, zero = load_scales(scales, zeros, row, active, first, groups, GROUP, BLOCK)
     return scale * (tl.sum(product, axis=2) - zero * x_sum[None, :])
@@ -252,9 +253,10 @@ def sparse_up(
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """The neurons of the sets: h [B, K] in the dtype of x. `bias` [2·d_ff], or [d_ff] ungated.
+    """Returns the neurons of the sets: h [B, K] in the dtype of x. `bias` is [2·d_ff], or [d_ff] ungated.
 
-    Rows without a set are left alone in `out`, and 0 where there is none. Raises ValueError naming the argument.
+    Rows without a set are left alone in `out`, and are 0 where there is no `out`. Raises ValueError naming the
+    argument.
     """
     check_tensor("x", x, shape=(None, None), dtypes=_DTYPES, device=x.device)
     sets.check(x)
@@ -308,9 +310,10 @@ def sparse_down(
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """y [B, d] of the compact neurons h [B, K] of the sets. `down` [d_ff, d] neuron-major, `bias` [d].
+    """Returns y [B, d] of the compact neurons h [B, K] of the sets. `down` [d_ff, d] is neuron-major, `bias` is [d].
 
-    Rows without a set are left alone in `out`, and 0 where there is none. Raises ValueError naming the argument.
+    Rows without a set are left alone in `out`, and are 0 where there is no `out`. Raises ValueError naming the
+    argument.
     """
     check_tensor("h", h, shape=(None, sets.index.shape[-1]), dtypes=_DTYPES, device=h.device)
     sets.check(h)
@@ -339,7 +342,7 @@ def sparse_mlp(
     out: Tensor | None = None,
     return_neurons: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y [B, d], or (y, h) with `return_neurons`: `sparse_up`, then `sparse_down`, which hold all there is to say."""
+    """Returns y [B, d], or (y, h) with `return_neurons`, by `sparse_up` and `sparse_down`, which document the rest."""
     wanted = 2 * down.shape[0] if gated else down.shape[0]
     check(gate_up.shape[0] == wanted, f"gate_up has {gate_up.shape[0]} rows, not {wanted} for {down.shape[0]} neurons")
     check(down.shape[-1] == x.shape[-1], f"down has {down.shape[-1]} columns, not {x.shape[-1]} like x")

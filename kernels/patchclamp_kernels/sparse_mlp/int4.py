@@ -1,4 +1,4 @@
-"""Weights of four bits in groups along a row: w[r, c] = scale[r, g] · (q[r, c] - zero[r, g]), g = c // group_size.
+"""Weights have four bits in groups along a row: w[r, c] = scale[r, g] · (q[r, c] - zero[r, g]), g = c // group_size.
 
 A group of G columns is G/8 little-endian words of 32 bits, and column c of it is nibble c // (G/8) of word c % (G/8).
 So nibble n of all words of a group, in order, is a run of neighbouring columns, then comes nibble n + 1: a kernel that
@@ -59,7 +59,7 @@ class Int4Weight:
 
 
 def pack(q: Tensor, group_size: int) -> Tensor:
-    """uint8 [rows, columns] of 0 to 15 -> uint8 [rows, columns / 2] in the order of the module."""
+    """Packs uint8 [rows, columns] of 0 to 15 into uint8 [rows, columns / 2] in the order of the module."""
     check(q.ndim == 2 and q.dtype == torch.uint8, f"q is {q.dtype} {list(q.shape)}, not uint8 [rows, columns]")
     check(q.shape[1] % group_size == 0, f"q has {q.shape[1]} columns, not groups of {group_size}")
     low, high = q.view(q.shape[0], q.shape[1] // group_size, 4, 2, group_size // 8).unbind(3)
@@ -67,16 +67,15 @@ def pack(q: Tensor, group_size: int) -> Tensor:
 
 
 def unpack(packed: Tensor, group_size: int) -> Tensor:
-    """The inverse of `pack`."""
+    """Does the inverse of `pack`."""
     rows, half = packed.shape
     words = packed.view(rows, 2 * half // group_size, group_size // 8, 4).transpose(2, 3)
     return torch.stack((words & 15, words >> 4), dim=3).reshape(rows, 2 * half)
 
 
 def quantise(weight: Tensor, group_size: int = 64, *, symmetric: bool = False) -> Int4Weight:
-    """Round to nearest. Asymmetric: the 16 levels span [min(0, smallest), max(0, largest)] of the group and one of them
-    is 0. Symmetric: level 8 is 0 and the value of the largest magnitude is level 0, whatever its sign.
-    """
+    """Rounds to nearest. Asymmetric, the 16 levels span [min(0, smallest), max(0, largest)] of the group and one of
+    them is 0. Symmetric, level 8 is 0 and the value of the largest magnitude is level 0, whatever its sign."""
     check(weight.ndim == 2, f"weight has shape {list(weight.shape)}, not [rows, columns]")
     check(group_size in GROUP_SIZES, f"group_size is {group_size}, not one of {GROUP_SIZES}")
     check(weight.shape[1] % group_size == 0, f"weight has {weight.shape[1]} columns, not groups of {group_size}")
@@ -103,7 +102,7 @@ Weight = Tensor | Int4Weight
 
 
 def check_weight(name: str, weight: Weight, *, shape: tuple[int | None, int | None], like: Tensor) -> None:
-    """`like` is the input that meets the weight: on the same device, and of the same dtype where that is dense."""
+    """Checks a weight. `like` is its input: on the same device, and of the same dtype where the weight is dense."""
     if isinstance(weight, Int4Weight):
         fits = all(want is None or want == have for want, have in zip(shape, weight.shape, strict=True))
         check(fits, f"{name} has shape {list(weight.shape)}, not {list(shape)}")
@@ -117,7 +116,7 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def kernel_arguments(weight: Weight) -> dict[str, Tensor | int | None]:
-    """What the kernels of this package take of a weight. `stride` is the length of a row in elements of `weight`."""
+    """Returns the kernels' arguments for a weight. `stride` is the length of a row in elements of `weight`."""
     if isinstance(weight, Int4Weight):
         return {
             "weight": weight.packed.view(torch.int32),
@@ -131,20 +130,20 @@ def kernel_arguments(weight: Weight) -> dict[str, Tensor | int | None]:
 
 
 def check_block(name: str, size: int, weight: Weight) -> None:
-    """A tile of columns must be whole groups."""
+    """Raises ValueError unless a tile of columns is whole groups."""
     group = weight.group_size if isinstance(weight, Int4Weight) else 1
     check(size % group == 0, f"config has {name} {size}, not a multiple of groups of {group}")
 
 
 def kind(weight: Weight) -> str:
-    """Part of a bucket of configurations."""
+    """Returns the weight's part of a bucket of configurations."""
     return "int4" if isinstance(weight, Int4Weight) else f"{8 * weight.element_size()}bit"
 
 
 @triton.jit
 def load_words(weight, row, active, first, stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns first to first + BLOCK of the active ones of rows [R], in float32 [R, BLOCK / GROUP, 8, GROUP / 8]: each
-    level times 16 ** n for nibble n, as masking leaves it. `nibble_units` takes that back, for fewer numbers."""
+    """Loads columns first to first + BLOCK of the active ones of rows [R], in float32 [R, BLOCK / GROUP, 8, GROUP / 8]:
+    each level times 16 ** n for nibble n, as masking leaves it. `nibble_units` takes that back, for fewer numbers."""
     word = first // 8 + tl.arange(0, BLOCK // 8)
     words = tl.load(
         weight + row[:, None] * stride + word[None, :], mask=active[:, None] & (word < stride)[None, :], other=0
@@ -157,13 +156,13 @@ def load_words(weight, row, active, first, stride, GROUP: tl.constexpr, BLOCK: t
 
 @triton.jit
 def nibble_units():
-    """16 ** -n for n = 0 to 7, exactly: a power of two is its exponent."""
+    """Returns 16 ** -n for n = 0 to 7, exactly: a power of two is its exponent."""
     return ((127 - 4 * tl.arange(0, 8)) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load_scales(scales, zeros, row, active, first, groups, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """scale, zero in float32 [R, BLOCK / GROUP] of those columns; scale 0 wherever nothing is read."""
+    """Loads scale and zero in float32 [R, BLOCK / GROUP] of those columns; the scale is 0 wherever nothing is read."""
     group = first // GROUP + tl.arange(0, BLOCK // GROUP)
     inside = active[:, None] & (group < groups)[None, :]
     at = row[:, None] * groups + group[None, :]
@@ -190,7 +189,7 @@ def load_dense(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Columns first to first + BLOCK of the active ones of rows [R], dense [R, BLOCK] in `dtype`; 0 elsewhere."""
+    """Loads columns first to first + BLOCK of the active ones of rows [R], dense [R, BLOCK] in `dtype`; 0 elsewhere."""
     if GROUP == 0:
         column = first + tl.arange(0, BLOCK)
         inside = active[:, None] & (column < columns)[None, :]

@@ -1,18 +1,19 @@
-"""y[b] = Σ_j a[b, j] · W[row(b, j)] + bias: the rows of a matrix, weighted. Both sparse reads end in it: the down
-projection of a set of neurons (a = h, row = index) and a linear layer with a threshold on its input (a = x, row = j).
+"""The sum of weighted rows y[b] = Σ_j a[b, j] · W[row(b, j)] + bias ends both sparse reads: the down projection of a
+set of neurons (a = h, row = index) and a linear layer with a threshold on its input (a = x, row = j).
 
-A row of W is read only where it is wanted; at B = 1 also only where a is not exactly 0, which is all there is to the
-exact sparsity of ReLU models. The load is masked, which costs an instruction and no bytes; a compacted list would cost
+A row of W is read only where it is wanted; at B = 1 also only where a is not exactly 0, which is all that the exact
+sparsity of ReLU models needs. The load is masked, which costs an instruction and no bytes; a compacted list would cost
 a launch (of the order of 2 µs, where a whole projection takes 5 to 20), and would make the order of the sums of a row
 depend on its neighbours. As it is, slot j always goes to the same split and the same place in it, so the bits of a row
 depend on its own a, set and threshold, and on the shapes.
 
-Bound: bytes of the rows read. The slots are split over programs to keep enough loads in flight; each split
-leaves float32 sums in scratch [splits, B, columns], which a second kernel adds in a fixed order.
+The op is bound by the bytes of the rows read. The slots are split over programs to keep enough loads in flight; each
+split leaves float32 sums in scratch [splits, B, columns], which a second kernel adds in a fixed order.
 
-Two forms. A *row* kernel (B = 1) keeps a [slots, columns] tile of sums in registers, so that nothing is reduced across
-threads before the end. A *tile* kernel takes up to 32 rows of the batch at once in tensor cores: a program belongs to
-one set, and the rows of others are masked, which costs arithmetic that is idle anyway and saves sorting the batch.
+There are two forms. A *row* kernel (B = 1) keeps a [slots, columns] tile of sums in registers, so that nothing is
+reduced across threads before the end. A *tile* kernel takes up to 32 rows of the batch at once in tensor cores: a
+program belongs to one set, and the rows of others are masked, which costs arithmetic that is idle anyway and saves
+sorting the batch.
 """
 
 from typing import Any
@@ -208,8 +209,8 @@ def ordered_sum_kernel(
 
 
 def default_config(rows: int, weight: Weight) -> Config:
-    """PROGRAMS is how many the slots are split for; more of them keep more loads in flight and need more scratch, which
-    grows with the rows of the batch as well: a tile is split less."""
+    """PROGRAMS is the number that the slots are split for; more of them keep more loads in flight and need more scratch
+    memory, which also grows with the rows of the batch, so a tile is split less."""
     if rows == 1:
         width = 512 if isinstance(weight, Int4Weight) else 256
         return Config(blocks={"BLOCK_J": 16, "BLOCK_C": width, "PROGRAMS": 768, "STAGES": 3})
@@ -218,7 +219,7 @@ def default_config(rows: int, weight: Weight) -> Config:
 
 
 def split_slots(slots: int, columns: int, config: Config) -> tuple[int, int]:
-    """Number of splits and slots of each. Depends on the shapes alone, never on the batch."""
+    """Returns the number of splits and the slots of each. They depend on the shapes alone, never on the batch."""
     blocks = config.blocks
     wanted = triton.cdiv(blocks["PROGRAMS"], triton.cdiv(columns, blocks["BLOCK_C"]))
     tiles = triton.cdiv(slots, blocks["BLOCK_J"])
@@ -247,7 +248,7 @@ def weighted_rows(
     bias: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
-    """Launches, with arguments that were checked: a [B, slots], weight [rows, columns], out [B, columns]."""
+    """Launches with arguments that were checked: a [B, slots], weight [rows, columns], out [B, columns]."""
     (rows, slots), (weight_rows, columns) = a.shape, weight.shape
     if rows == 0 or columns == 0:
         return

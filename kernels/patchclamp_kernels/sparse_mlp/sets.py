@@ -1,4 +1,4 @@
-"""Which neurons are active for which row of a batch."""
+"""Sets tell which neurons are active for which row of a batch."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from patchclamp_kernels.runtime import check_tensor
 
 @dataclass(frozen=True, eq=False)
 class NeuronSets:
-    """S sets of at most K neurons, and the set of each of B rows. Rows of one set share the reads of its weights.
+    """Holds S sets of at most K neurons, and the set of each of B rows. Rows of one set share the reads of its weights.
 
     An entry of `index` outside of [0, d_ff) is padding and may stand anywhere; a neuron stands at most once in a set
     (a second time, it counts twice). A row whose `which` is outside of [0, S), say -1, has no set: it is left alone,
@@ -25,7 +25,8 @@ class NeuronSets:
         check_tensor("sets.which", self.which, shape=(x.shape[0],), dtypes=(torch.int32,), device=x.device)
 
     def of_rows(self, neurons: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For references: neuron of each row and slot [B, K] (0 in padding), where it is one, rows with a set [B]."""
+        """Returns, for references, the neuron of each row and slot [B, K] (0 in padding), where it is one, and rows
+        with a set [B]."""
         sets, slots = self.index.shape
         has_set = (self.which >= 0) & (self.which < sets)
         if sets == 0:

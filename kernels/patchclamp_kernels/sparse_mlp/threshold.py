@@ -1,13 +1,14 @@
-"""A linear layer that skips the input channels of small score (TEAL: score |x_j|; WINA: |x_j|·‖W_:,j‖).
+"""This linear layer skips input channels of small score (in TEAL |x_j|, in WINA |x_j|·‖W_:,j‖).
 
     y[b] = Σ_{j kept} x[b, j] · W[j] + bias        j is kept unless |x[b, j]| · channel_scale[j] < threshold[b]
 
-x [B, in], W [in, out] in-major (the weights of a channel are one contiguous row), y [B, out]. Scores are float32
-whatever the dtype of x, so that a selection is the same everywhere; a NaN is kept, and shows. float32, float16 or
-bfloat16 like x, or Int4Weight. TEAL: arXiv 2408.14690; its kernel adds in the order of atomics and takes batch 1, fp16.
+x is [B, in], W [in, out] in-major (the weights of a channel are one contiguous row) and y [B, out]. Scores are float32
+whatever the dtype of x, so that a selection is the same everywhere; a NaN is kept, so that it shows. Weights are
+float32, float16 or bfloat16 like x, or Int4Weight. The kernel of TEAL (arXiv 2408.14690) adds in the order of atomics
+and takes batch 1, fp16.
 
 The weights of a channel that is not kept are not read: see `rows.py` for how, and for what bounds it. In a batch a
-channel is read if any row of a tile of 32 keeps it, and is multiplied by 0 in the others, so weights are to be finite.
+channel is read if any row of a tile of 32 keeps it, and is multiplied by 0 in the others, so weights must be finite.
 """
 
 import torch
@@ -48,7 +49,8 @@ def sparse_linear(
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """y [B, out]. `threshold` is one number, or float32 [B]; `channel_scale` float32 [in]; `bias` [out] like x.
+    """Returns y [B, out]. `threshold` is one number, or float32 [B]; `channel_scale` is float32 [in]; `bias` is [out]
+    like x.
 
     Raises ValueError naming the argument.
     """

@@ -1,17 +1,17 @@
-"""What the store asks before it reads or changes anything: whether whoever calls may."""
+"""The store asks here, before it reads or changes anything, whether the caller may."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-# Read only when they are needed: it takes a file each.
+# Tags are read only when they are needed, because each takes a file.
 Tags = Callable[[], Iterable[str]]
 
 
 class ArtifactAccess(Protocol):
-    """Called on the thread of the caller. All but `sees` and `changed` raise PermissionDenied."""
+    """The store calls these on the thread of the caller. All but `sees` and `changed` raise PermissionDenied."""
 
     def sees(self, artifact_id: str, tags: Iterable[str]) -> bool:
-        """Whether a listing shows it."""
+        """Returns whether a listing shows the artifact."""
         ...
 
     def use(self, artifact_id: str, ref: str, tags: Tags) -> None: ...
@@ -19,18 +19,18 @@ class ArtifactAccess(Protocol):
     def put(self, tags: Iterable[str]) -> None: ...
 
     def tag(self, tag: str) -> None:
-        """To set it, to move it, or to remove it."""
+        """Asked before the tag is set, moved or removed."""
         ...
 
     def delete(self, artifact_id: str, tags: Iterable[str]) -> None: ...
 
     def changed(self, action: str, artifact_id: str, tags: Iterable[str]) -> None:
-        """Told after "put", "tag", "untag" and "delete"."""
+        """Told after each action: "put", "tag", "untag" or "delete"."""
         ...
 
 
 class OpenStore:
-    """Everybody may do anything."""
+    """Allows everybody everything."""
 
     def sees(self, artifact_id: str, tags: Iterable[str]) -> bool:
         return True

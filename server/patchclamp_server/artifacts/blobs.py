@@ -1,4 +1,4 @@
-"""Named bytes in a directory or at any fsspec URL, written whole or not at all."""
+"""A blob store keeps named bytes in a directory or at any fsspec URL; they are written whole or not at all."""
 
 import errno
 import logging
@@ -18,9 +18,9 @@ from patchclamp_server.files import make_directories, sync, write_synced
 log = logging.getLogger(__name__)
 TEMPORARY = "tmp"
 STALE_AFTER = timedelta(hours=1)
-# What file systems without hard links say.
+# File systems without hard links raise one of these.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-# No space, no quota, and a file above the limit of the process.
+# These mean: no space, no quota, and a file above the limit of the process.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,19 +46,19 @@ class BlobStore:
         return bytes(self.fs.cat_file(self._full(path), start=start, end=end))
 
     def stat(self, path: str) -> tuple[int, float]:
-        """Size in bytes, and the time of writing in seconds since the epoch."""
+        """Returns the size in bytes, and the time of writing in seconds since the epoch."""
         full = self._full(path)
         return int(self.fs.size(full)), float(self.fs.modified(full).timestamp())
 
     def names(self, directory: str) -> list[str]:
-        """Paths below a directory, relative to it, sorted. Empty where the directory does not exist."""
+        """Returns the paths below a directory, relative to it and sorted; none where the directory does not exist."""
         prefix = self._full(directory)
         self.fs.invalidate_cache()
         found = self.fs.find(prefix)
         return sorted(str(name).removeprefix(prefix + "/") for name in found)
 
     def read_all(self, directory: str) -> dict[str, bytes]:
-        """Everything directly below a directory, by name; what vanishes meanwhile is left out."""
+        """Returns everything directly below a directory by name; what vanishes meanwhile is left out."""
         contents = {}
         for name in self.names(directory):
             with suppress(FileNotFoundError):
@@ -66,11 +66,11 @@ class BlobStore:
         return contents
 
     def write(self, path: str, data: bytes) -> None:
-        """Replaces the bytes at a path in one step. ResourceExhausted: no room."""
+        """Replaces the bytes at a path in one step. Raises ResourceExhausted when there is no room."""
         self.write_all({path: data})
 
     def write_all(self, contents: Mapping[str, bytes]) -> None:
-        """As `write` for several paths, in their order, once there is room for all of them: none is written before."""
+        """Writes several paths in their order, each as `write` does, but none before there is room for all of them."""
         temporary = {path: self._full(f"{TEMPORARY}/{uuid.uuid4().hex}") for path in contents}
         with full_disk_is_resource_exhausted("the artifact store"):
             try:
@@ -94,8 +94,9 @@ class BlobStore:
                         self.fs.rm_file(name)
 
     def create(self, path: str, data: bytes) -> None:
-        """Writes a path that is not there. FileExistsError: it is; of several that create it at once, one does. A place
-        that knows no such operation is asked before, and the last one wins. ResourceExhausted: no room."""
+        """Writes a path that does not exist yet. Of several callers that create it at once, one succeeds and the others
+        get FileExistsError. A file system without such an operation is asked first, and there the last one wins. Raises
+        ResourceExhausted when there is no room."""
         full = self._full(path)
         with full_disk_is_resource_exhausted("the artifact store"):
             if self.local:
@@ -148,7 +149,7 @@ class BlobStore:
 
 @contextmanager
 def full_disk_is_resource_exhausted(place: str) -> Iterator[None]:
-    """Turns the error of a full disk (or quota) into ResourceExhausted; other errors pass."""
+    """Turns the error of a full disk (or quota) into ResourceExhausted; lets other errors pass."""
     try:
         yield
     except OSError as error:

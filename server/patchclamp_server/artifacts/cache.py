@@ -1,4 +1,4 @@
-"""The artifacts used last, kept in memory up to a number of bytes."""
+"""The cache keeps the artifacts used last in memory, up to a number of bytes."""
 
 import threading
 from collections import OrderedDict
@@ -7,7 +7,7 @@ from patchclamp_server.artifacts.types import Artifact
 
 
 class ArtifactCache:
-    """Least recently used out first. Artifacts never change, so an entry is never stale. Thread-safe."""
+    """Drops the least recently used first. Artifacts never change, so an entry is never stale. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

@@ -1,4 +1,4 @@
-"""Sets of heads: which heads a stored head set or a list names, best first."""
+"""This module resolves which heads a stored head set or a list names, best first."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.model.info import ModelInfo
 
 DEFAULT_THRESHOLD = 0.1
@@ -20,7 +20,7 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadSelection:
-    """Either `heads`, or the id or tag of a head set: its `top_k` best, or with 0 those with at least its threshold."""
+    """Names heads by `heads`, or by the id or tag of a head set: its `top_k` best, or all from its threshold."""
 
     heads: tuple[Head, ...] = ()
     head_set: str = ""
@@ -36,21 +36,21 @@ class HeadSet:
     model_fingerprint: str
 
     def best(self, top_k: int) -> tuple[Head, ...]:
-        """The k best, or with 0 all with a score of at least the threshold."""
+        """Returns the k best heads, or with 0 all whose score is at least the threshold."""
         return ranked(self.scores)[: top_k or int((self.scores >= self.threshold).sum())]
 
 
 def ranked(scores: Tensor) -> tuple[Head, ...]:
-    """All heads of scores [n_layers, n_heads], best first; equal ones by layer and head."""
+    """Returns all heads of scores [n_layers, n_heads], best first; heads with equal scores by layer and head."""
     order = scores.flatten().argsort(descending=True, stable=True)
     return tuple(Head(*divmod(index, scores.shape[1])) for index in order.tolist())
 
 
 def select(selection: HeadSelection, store: ArtifactStore, info: ModelInfo, path: str) -> tuple[Head, ...]:
-    """The heads selected, at least one; in the order listed, or best first.
+    """Returns the selected heads, at least one, in the order listed, or best first.
 
-    Raises InvalidArgument (field path), NotFound (head set) or FailedPrecondition (of another model, or no head reaches
-    the threshold).
+    Raises InvalidArgument (field path), NotFound (head set) or FailedPrecondition (the head set is of another model, or
+    no head reaches the threshold).
     """
     if bool(selection.heads) == bool(selection.head_set):
         raise InvalidArgument(path, "give heads or a head_set, one of both")
@@ -75,15 +75,12 @@ def check_top_k(top_k: int, n_heads: int, path: str) -> None:
 
 
 def load_head_set(ref: str, store: ArtifactStore, path: str) -> HeadSet:
-    """A head set of any model. One that names no threshold (an imported one) has that of retrieval heads.
+    """Loads a head set of any model. One that names no threshold (an imported one) gets that of retrieval heads.
 
     Raises NotFound, or InvalidArgument for another kind of artifact.
     """
-    try:
+    with about(path):
         artifact = store.get(ref)
-    except RequestError as error:
-        error.field = path
-        raise
     if artifact.info.kind is not ArtifactKind.HEAD_SET:
         raise InvalidArgument(path, f"{ref} is a {artifact.info.kind.value}, not a head_set")
     threshold = artifact.info.evidence.get("threshold", DEFAULT_THRESHOLD)

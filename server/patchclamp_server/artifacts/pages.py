@@ -1,4 +1,4 @@
-"""Opaque page tokens: where the next page starts, and the query it belongs to."""
+"""A page token is opaque: it holds where the next page starts, and the query it belongs to."""
 
 import base64
 import binascii
@@ -9,13 +9,13 @@ from patchclamp_server.errors import InvalidArgument
 
 
 def page_token(after: str, *query: str) -> str:
-    """A token for the entries after `after` of the listing with these filters."""
+    """Returns a token for the entries after `after` of the listing with these filters."""
     text = json.dumps([after, _digest(query)])
     return base64.urlsafe_b64encode(text.encode()).decode()
 
 
 def parse_page_token(token: str, *query: str) -> str:
-    """The entry a page starts after; "" for the first page. InvalidArgument: not a token of this listing."""
+    """Returns the entry after which a page starts, "" for the first. InvalidArgument: not a token of this listing."""
     if not token:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Small JSON objects by name, beside the artifacts: what servers that share a store tell each other."""
+"""Records are small JSON objects beside the artifacts, by which servers that share a store tell each other things."""
 
 import json
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from patchclamp_server.artifacts.blobs import BlobStore
 
 
 class Records:
-    """Those of one directory of the store. Nothing is kept: every reading is of what is there now."""
+    """The records of one directory of the store. Nothing is cached: every read sees what is there now."""
 
     def __init__(self, blobs: BlobStore, directory: str) -> None:
         self._blobs, self._directory = blobs, directory
 
     def read(self) -> dict[str, Any]:
-        """By name. What is not JSON is None."""
+        """Returns the records by name, with None for one that is not JSON."""
         return {name: _parsed(data) for name, data in self._blobs.read_all(self._directory).items()}
 
     def create(self, name: str, content: Mapping[str, Any]) -> bool:
-        """False, where there is one of that name. ResourceExhausted: no room."""
+        """Returns False where a record of that name exists. Raises ResourceExhausted when there is no room."""
         try:
             self._blobs.create(self._path(name), _bytes(content))
         except FileExistsError:
@@ -27,11 +27,11 @@ class Records:
         return True
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """In place of what is there. ResourceExhausted: no room."""
+        """Writes a record, in place of one of that name. Raises ResourceExhausted when there is no room."""
         self._blobs.write(self._path(name), _bytes(content))
 
     def remove(self, name: str) -> None:
-        """Nothing, where there is none: another server may remove it at the same time."""
+        """Removes a record, if it exists: another server may remove it at the same time."""
         with suppress(FileNotFoundError):
             self._blobs.remove(self._path(name))
 

@@ -41,7 +41,7 @@ DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 # A page ends early at this many bytes of metadata, so that it stays below the 4 MB of a gRPC message.
 MAX_PAGE_BYTES = 512 * 1024
 MAX_CACHED_HEADERS = 4096
-# ArtifactStore.list hides the built-in name inside the class.
+# Inside the class, ArtifactStore.list hides the built-in name.
 Ids = list[str]
 
 
@@ -54,7 +54,7 @@ class ArtifactStore:
         self._loaded = ArtifactCache(cache_bytes)
         self._headers: dict[str, safetensors.Header] = {}
         self._damaged: set[str] = set()
-        # Held while objects and tags change, so that a tag is never set on an object that is being deleted.
+        # This is held while objects and tags change, so that a tag is never set on an object that is being deleted.
         self._lock = threading.RLock()
 
     def put(
@@ -71,9 +71,9 @@ class ArtifactStore:
     ) -> ArtifactInfo:
         """Stores an artifact and points the tags at it. Equal content has one id and is stored once.
 
-        InvalidArgument (field = the argument's name): content that tensors.py or validation.py refuses.
-        AlreadyExists: a tag names another artifact, and the tags do not say that it may be replaced.
-        ResourceExhausted: no room.
+        Raises InvalidArgument (field = the argument's name) for content that tensors.py or validation.py refuses,
+        AlreadyExists where a tag names another artifact and `tags` does not say that it may be replaced, and
+        ResourceExhausted when there is no room.
         """
         tags = tags if isinstance(tags, Tags) else Tags(tuple(tags))
         for index, tag in enumerate(tags.names):
@@ -88,20 +88,20 @@ class ArtifactStore:
         with self._lock:
             replaced = self._replaced(tags, artifact_id)
             contents = {} if self._is_intact(artifact_id) else {_object_path(artifact_id): data}
-            # The object first: a crash in between leaves an object without a tag, not a tag without an object.
+            # The object comes first: a crash in between leaves an object without a tag, not a tag without an object.
             self._blobs.write_all(contents | {f"tags/{tag}": artifact_id.encode() for tag in tags.names})
             self._damaged.discard(artifact_id)
         self.access.changed("put", artifact_id, tags.names)
         return replace(self.info(artifact_id), replaced=replaced)
 
     def check_tags(self, tags: Tags) -> None:
-        """Before the work for an artifact that is to have them. Raises AlreadyExists as `put` would for a new one."""
+        """Checks tags before the work for a new artifact. Raises AlreadyExists as `put` would."""
         self._replaced(tags, "")
 
     def get(self, ref: str) -> Artifact:
-        """The tensors of an id or tag, verified against the id. `info.tags` is empty: tags move, ask info() for them.
+        """Returns the artifact of an id or tag, verified against the id. `info.tags` is empty: ask info() for tags.
 
-        NotFound: no such artifact. FailedPrecondition: the stored bytes are damaged.
+        Raises NotFound for an unknown artifact and FailedPrecondition where the stored bytes are damaged.
         """
         artifact_id = self._usable(ref)
         if artifact := self._loaded.get(artifact_id):
@@ -113,7 +113,7 @@ class ArtifactStore:
         return artifact
 
     def info(self, ref: str) -> ArtifactInfo:
-        """What is known of an id or tag, from the header alone. Errors as in get()."""
+        """Returns what is known of an id or tag, from the header alone. Raises as get() does."""
         artifact_id = self._usable(ref)
         return self._info(artifact_id, ref, self._tags_by_id()[artifact_id])
 
@@ -124,7 +124,7 @@ class ArtifactStore:
         page_size: int = DEFAULT_PAGE_SIZE,
         page_token: str = "",
     ) -> tuple[list[ArtifactInfo], str]:
-        """One page in the order of the ids, and the token of the next page ("" at the end).
+        """Returns one page in the order of the ids, and the token of the next page ("" at the end).
 
         A page may hold fewer than `page_size` entries before the end. Damaged objects are left out and logged.
         """
@@ -139,7 +139,7 @@ class ArtifactStore:
         for index in range(start, len(ids)):
             try:
                 info = self._info(ids[index], ids[index], tags[ids[index]])
-            # Deleted since the ids were read, or damaged: the latter is in the log.
+            # The object was deleted since the ids were read, or is damaged, which is in the log.
             except (NotFound, FailedPrecondition):
                 continue
             if (kind and info.kind is not kind) or model_fingerprint not in ("", info.model_fingerprint):
@@ -154,8 +154,8 @@ class ArtifactStore:
         return page, ""
 
     def tag(self, tag: str, ref: str, *, replace_tag: bool = False) -> ArtifactInfo:
-        """Points a tag at the artifact of an id or another tag. AlreadyExists: it names another one, and may not be
-        replaced."""
+        """Points a tag at the artifact of an id or another tag. Raises AlreadyExists where it names another artifact
+        and may not be replaced."""
         check_tag(tag)
         self.access.tag(tag)
         with self._lock:
@@ -166,7 +166,7 @@ class ArtifactStore:
         return replace(self.info(artifact_id), replaced=replaced)
 
     def untag(self, tag: str) -> str:
-        """Removes a tag and returns the id it held. The artifact stays. NotFound: no such tag."""
+        """Removes a tag and returns the id it held. The artifact stays. Raises NotFound for an unknown tag."""
         check_tag(tag)
         self.access.tag(tag)
         with self._lock:
@@ -180,8 +180,8 @@ class ArtifactStore:
     def delete(self, ref: str) -> tuple[str, tuple[str, ...]]:
         """Removes an artifact, damaged or not, with all its tags; returns its id and these.
 
-        NotFound: no such artifact. FailedPrecondition: it was named by one tag of several, so that the others would go
-        unnamed.
+        Raises NotFound for an unknown artifact, and FailedPrecondition where one tag of several named it, so that the
+        others would go unnamed.
         """
         with self._lock:
             artifact_id = self.resolve(ref)
@@ -192,7 +192,7 @@ class ArtifactStore:
                 raise FailedPrecondition(
                     "ref", f"{ref!r} is also tagged {others}: remove a tag, or delete all of it as {artifact_id}"
                 )
-            # Tags first: a crash in between leaves an object without a tag, not a tag without an object.
+            # Tags go first: a crash in between leaves an object without a tag, not a tag without an object.
             for tag in tags:
                 with suppress(FileNotFoundError):
                     self._blobs.remove(f"tags/{tag}")
@@ -208,11 +208,11 @@ class ArtifactStore:
         return artifact_id, tags
 
     def records(self, directory: str) -> Records:
-        """Of a directory of the store besides its own three."""
+        """Returns the records in a directory of the store other than its own three."""
         return Records(self._blobs, directory)
 
     def resolve(self, ref: str) -> str:
-        """The id of a reference: "sha256:" + 64 hex digits, or a tag. Prefixes of an id are not accepted."""
+        """Returns the id of a reference: "sha256:" + 64 hex digits, or a tag. Prefixes of an id are not accepted."""
         if ref.startswith("sha256:"):
             if not ID.fullmatch(ref):
                 raise InvalidArgument("ref", f"{ref!r} is not an id: sha256: and 64 lower-case hex digits")
@@ -227,7 +227,7 @@ class ArtifactStore:
         return artifact_id
 
     def _replaced(self, tags: Tags, artifact_id: str, path: str = "tags[{}]") -> dict[str, str]:
-        """The tags that name another artifact than this, and the ids of those. AlreadyExists unless they may go."""
+        """Returns the tags that name another artifact, and its id. Raises AlreadyExists if they may not be moved."""
         replaced = {}
         for index, tag in enumerate(tags.names):
             try:
@@ -244,14 +244,14 @@ class ArtifactStore:
         return replaced
 
     def _usable(self, ref: str) -> str:
-        """The id of a reference that the caller may use."""
+        """Returns the id of a reference that the caller may use."""
         artifact_id = self.resolve(ref)
         self.access.use(artifact_id, ref, lambda: self._tags_by_id()[artifact_id])
         return artifact_id
 
     @property
     def damaged(self) -> frozenset[str]:
-        """Ids of the objects that were found damaged so far."""
+        """The ids of the objects that have been found damaged so far."""
         return frozenset(self._damaged)
 
     def _ids(self) -> Ids:
@@ -333,5 +333,5 @@ def _object_path(artifact_id: str) -> str:
 
 
 def _next_token(after: str, query: tuple[str, ...]) -> str:
-    # list() has a parameter of the name of the function.
+    # This is outside the class, because list() has a parameter of the function's name.
     return page_token(after, *query)

@@ -1,4 +1,4 @@
-"""Which tensors an artifact of each kind has. Refusals name the tensor; their field is "tensors".
+"""This table lists the tensors of each kind of artifact. Refusals name the tensor; their field is "tensors".
 
     vector            layer.<l> [width]                                            floats, one width
     neuron_set        layer.<l>.neurons [n], optionally layer.<l>.values [n]       int64 ≥ 0 and unique; floats
@@ -7,8 +7,7 @@
     watch             see monitoring/watch.py                                      uint8, int64, floats
     watch_reference   see monitoring/reference.py                                  float64, int64
 
-Floats are finite. The kinds of a room above this one add their checks to KINDS themselves: monitoring/ those of
-watches.
+Floats are finite. Packages above this one add the checks of their kinds to KINDS: monitoring/ adds those of watches.
 """
 
 import re
@@ -34,36 +33,36 @@ MAX_PROFILE_TENSORS = 1024
 MAX_PROFILE_DIMENSIONS = 8
 MAX_PROFILE_BYTES = 1 << 30
 HEAD_TENSORS = ("scores", "low", "high")
-# No model comes near; a file that names a head far beyond must not make a tensor of that size.
+# No model comes near these bounds; a file that names a head far beyond must not make a tensor of that size.
 MAX_HEAD_LAYERS, MAX_HEADS = 1024, 1024
 
 
 @dataclass(frozen=True)
 class KindChecks:
-    """`layers` tells the layers that tensors of these shapes speak of, ascending, and refuses names and shapes that the
-    kind does not have; `check` refuses everything else."""
+    """The checks of one kind. `layers` returns the layers of tensors of these shapes, ascending, and refuses names and
+    shapes that the kind does not have; `check` refuses everything else."""
 
     layers: Callable[[Shapes], tuple[int, ...]]
     check: Callable[[Tensors], None]
 
 
 def layers_of(kind: ArtifactKind, shapes: Shapes) -> tuple[int, ...]:
-    """Layers that tensors of these shapes speak of, ascending; none for the kinds whose tensors do not tell.
+    """Returns the layers of tensors of these shapes, ascending; none for kinds whose tensors do not tell.
 
-    InvalidArgument: a name, or a number of dimensions, that the kind does not have.
+    Raises InvalidArgument for a name, or a number of dimensions, that the kind does not have.
     """
     return KINDS[kind].layers(shapes)
 
 
 def width_of(kind: ArtifactKind, shapes: Shapes) -> int:
-    """Width of a vector, heads of a layer of a head set, 0 for the others. Expects shapes that layers_of accepted."""
+    """Returns the width of a vector, the heads per layer of a head set, else 0. layers_of must accept the shapes."""
     if kind is ArtifactKind.VECTOR:
         return next(iter(shapes.values()))[0]
     return shapes["scores"][1] if kind is ArtifactKind.HEAD_SET else 0
 
 
 def check_tensors(kind: ArtifactKind, tensors: Tensors) -> None:
-    """InvalidArgument naming the tensor that an artifact of this kind may not have."""
+    """Raises InvalidArgument, which names the tensor that an artifact of this kind may not have."""
     layers_of(kind, shapes_of(tensors))
     KINDS[kind].check(tensors)
 

@@ -1,4 +1,4 @@
-"""What an artifact is: one message of proto/patchclamp/v1/artifact.proto, one frozen dataclass."""
+"""An artifact as Python types: one frozen dataclass for each message of proto/patchclamp/v1/artifact.proto."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,15 +22,15 @@ class ArtifactKind(Enum):
     WATCH_REFERENCE = "watch_reference"
 
 
-# Kinds whose layers stand for themselves, so that some can be taken without the others.
+# The layers of these kinds stand for themselves, so that some can be taken without the others.
 LAYERED = (ArtifactKind.VECTOR, ArtifactKind.NEURON_SET)
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What is stored beside the tensors and takes part in the id: everything but tags and the time of creation.
+    """Metadata is stored beside the tensors and takes part in the id; only tags and the time of creation do not.
 
-    `site` is that of a vector; None for the other kinds (neuron sets always sit at mlp_post).
+    `site` is that of a vector; it is None for the other kinds (neuron sets always sit at mlp_post).
     """
 
     kind: ArtifactKind
@@ -43,7 +43,7 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Tags:
-    """Names to store an artifact under. `replace`: also those that name another artifact, which then loses them."""
+    """Names to store an artifact under. With `replace`, names that belong to another artifact are taken from it."""
 
     names: tuple[str, ...] = ()
     replace: bool = False
@@ -56,10 +56,9 @@ NO_TAGS = Tags()
 class ArtifactInfo:
     """An artifact without its tensors. `created` is in seconds since the epoch.
 
-    `replaced`: the tags that this very call took from other artifacts, and the ids of those.
-
-    `width`: of a vector; for a head set the heads of a layer, for the others 0. `layers`: none for a sparsity profile,
-    a watch and a reference of one.
+    `replaced` holds the tags that this very call took from other artifacts, and the ids of those. `width` is that of a
+    vector, the heads per layer of a head set, and 0 for others. `layers` is empty for a sparsity profile, a watch and a
+    watch reference.
     """
 
     id: str
@@ -89,27 +88,28 @@ class Artifact:
     tensors: dict[str, torch.Tensor]
 
     def direction(self, layer: int) -> torch.Tensor:
-        """The vector [width] of a layer. NotFound: no such layer; FailedPrecondition: not a vector."""
+        """Returns the vector [width] of a layer. NotFound: no such layer; FailedPrecondition: not a vector."""
         self._expect(ArtifactKind.VECTOR, layer)
         return self.tensors[f"layer.{layer}"]
 
     def neurons(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Neuron indices int64 [n] of a layer and their values [n], where the set has values."""
+        """Returns the neuron indices int64 [n] of a layer, and their values [n] where the set has values."""
         self._expect(ArtifactKind.NEURON_SET, layer)
         return self.tensors[f"layer.{layer}.neurons"], self.tensors.get(f"layer.{layer}.values")
 
     def head_scores(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Scores float32 [n_layers, n_heads], and the low and high ends of their intervals where the set has them."""
+        """Returns scores float32 [n_layers, n_heads], and where the set has them, low and high ends of intervals."""
         self._expect(ArtifactKind.HEAD_SET)
         return self.tensors["scores"], self.tensors.get("low"), self.tensors.get("high")
 
     def profile_tensors(self) -> dict[str, torch.Tensor]:
-        """What a sparse policy was calibrated to, by names of its own; `info.provenance["policy"]` names the policy."""
+        """Returns a sparse policy's calibration under the policy's names; `info.provenance["policy"]` names it."""
         self._expect(ArtifactKind.SPARSITY_PROFILE)
         return self.tensors
 
     def only(self, layers: Sequence[int]) -> "Artifact":
-        """The vector or neuron set without other layers. NotFound: no such layer. FailedPrecondition: another kind."""
+        """Returns the vector or neuron set with these layers alone. Raises NotFound for an unknown layer,
+        FailedPrecondition for another kind."""
         if self.info.kind not in LAYERED:
             raise FailedPrecondition("layers", f"a {self.info.kind.value} is exported whole; leave the layers empty")
         for layer in layers:

@@ -1,4 +1,4 @@
-"""What may be stored beside tensors: metadata and tag names. Field paths name the argument of ArtifactStore.put."""
+"""Checks of what is stored beside tensors: metadata and tag names. Field paths name arguments of ArtifactStore.put."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def check_tag(tag: str, path: str = "tag") -> None:
 
 
 def checked_metadata(metadata: Metadata) -> Metadata:
-    """The metadata in its one canonical form, so that equal content has one id."""
+    """Returns the metadata in its one canonical form, so that equal content has one id."""
     site = metadata.site
     if metadata.kind is ArtifactKind.VECTOR and site is None:
         raise InvalidArgument("site", "a vector needs the site it belongs to")
@@ -60,7 +60,7 @@ def checked_metadata(metadata: Metadata) -> Metadata:
 
 
 def _canonical(value: Any, path: str, depth: int) -> Any:
-    """JSON with lists for tuples and 3 for 3.0: protobuf's Struct knows only doubles, and must not change the id."""
+    """Returns JSON with lists for tuples and 3 for 3.0: protobuf's Struct knows only doubles, yet the id must stay."""
     if depth > MAX_DEPTH:
         raise InvalidArgument(path, f"nested deeper than {MAX_DEPTH}")
     if value is None or isinstance(value, bool):
@@ -71,7 +71,7 @@ def _canonical(value: Any, path: str, depth: int) -> Any:
             raise InvalidArgument(path, "text is not valid Unicode")
         return value
     if isinstance(value, int | float):
-        # Rejects NaN, Inf and integers that no double can hold.
+        # This rejects NaN, Inf and integers that no double can hold.
         if not -1.7e308 < value < 1.7e308:
             raise InvalidArgument(path, f"{value!r:.40} is not a finite number")
         integral = isinstance(value, int) or (math.fabs(value) < 2**53 and value.is_integer())

@@ -1,8 +1,8 @@
-"""The neurons of an MLP, from what its input projection gives.
+"""This computes the neurons of an MLP from what its input projection gives.
 
     gated    h = act(gate) · up         ungated    h = act(z)
 
-This is the one place on a CPU that writes the formula, with its two backends: compiled loops where they hold
+Only this module writes the formula on a CPU, with its two backends: compiled loops where they apply
 (invariant/operators.py), torch's operators elsewhere. On a GPU the kernel `gated_activation` computes the neurons
 together with their edits.
 """
@@ -19,7 +19,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# By the names of DecoderSpec.activation.
+# The keys are the names of DecoderSpec.activation.
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -1,14 +1,15 @@
-"""Matrix products: y = x Wᵀ + b for x [T, in], W [out, in].
+"""A projection computes the matrix product y = x Wᵀ + b for x [T, in], W [out, in].
 
-`batch_invariant`, on a CPU in float32: one product for every number of rows, whose bits do not depend on it
-(invariant/products.py). Otherwise the product that was fastest for the number of rows when this was measured:
+Where it is `batch_invariant`, on a CPU in float32, one product serves every number of rows, and its bits do not depend
+on it (invariant/products.py). Otherwise it uses the product that was fastest for the number of rows when this was
+measured:
 
 - one row streams the weights once, so fewer bytes are faster: codes, where the weights are quantised (quantized.py; so
   do two rows); otherwise our own vectors (vector.py), by all threads where there are enough bytes;
 - more rows, float32: oneDNN, with weights packed once for its kernels; bfloat16: torch.
 
-Least milliseconds of one run on 2 shared cores, where the weights come from memory (one matrix of an 8B model, 30 of
-SmolLM2-135M, or its unembedding):
+These are the least milliseconds of one run on 2 shared cores, where the weights come from memory (one matrix of an 8B
+model, 30 of SmolLM2-135M, or its unembedding):
 
     rows  float32         F.linear   W @ [x, x]ᵀ   oneDNN, packed   ours       bfloat16   F.linear   ours
        1  28672 x 4096        23.0          31.3             27.0   17.5                      13.8    9.2
@@ -39,17 +40,17 @@ if TYPE_CHECKING:
 
 # oneDNN picks the packed layout for a number of rows; 16 was the best or within noise for 1 to 256 rows.
 _PACK_FOR_ROWS = 16
-# Rows for which codes are faster.
+# Codes are faster for at most so many rows.
 FEW_ROWS = 2
 
 
 def can_be_invariant(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether there are products whose bits do not depend on the number of rows."""
+    """Returns whether there are products whose bits do not depend on the number of rows."""
     return torch.device(device).type == "cpu" and dtype == torch.float32
 
 
 class Linear:
-    """One projection. Rows of the result never depend on the values of other rows."""
+    """A projection. Rows of the result never depend on the values of other rows."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class Linear:
         batch_invariant: bool = False,
         use_codes: bool = True,
     ) -> None:
-        """`use_codes`: multiplies by the codes that the weights are made of, where they are."""
+        """`use_codes` multiplies by the codes that the weights are made of, where there are any."""
         assert not batch_invariant or can_be_invariant(weight.dtype, weight.device)
         self.bias = bias  # [out]
         self.weight: Tensor | None = weight  # [out, in]; its transpose is contiguous where it is input-major
@@ -71,7 +72,7 @@ class Linear:
         self.batch_invariant = batch_invariant
         on_cpu = weight.device.type == "cpu"
         if can_be_invariant(weight.dtype, weight.device) and (batch_invariant or torch._C._has_mkldnn):
-            # What numba compiles only this path needs.
+            # Only this path needs what numba compiles.
             from patchclamp_server.cpu.quantized import recover
 
             self.quantized = recover(weight) if use_codes else None

@@ -1,4 +1,4 @@
-"""Arrays whose records begin at cache lines, and work shared among threads."""
+"""This allocates arrays whose records begin at cache lines, and shares work among threads."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from patchclamp_server.cpu.vector import LINE
 
-# Bytes of weights from which a second thread is woken: some hundred microseconds of reading.
+# A second thread is woken for at least so many bytes of weights: they take some hundred microseconds to read.
 _WORTH_A_THREAD = 4 << 20
 
 
 def aligned_records(n: int, size: int) -> NDArray[np.uint8]:
-    """Zeros [n, size rounded up to whole cache lines]. A line of its own follows, which a vector may reach into."""
+    """Returns zeros [n, size rounded up to whole cache lines]. One more line follows, which a vector may reach into."""
     size = -(-size // LINE) * LINE
     memory = np.zeros(n * size + 2 * LINE, dtype=np.uint8)
     start = -memory.ctypes.data % LINE
@@ -24,7 +24,7 @@ def aligned_records(n: int, size: int) -> NDArray[np.uint8]:
 
 
 def in_parts(work: Callable[[int, int], Any], n: int, multiple: int, read_bytes: int) -> None:
-    """work(start, end) over 0..n, in as many parts as torch has threads; each starts at a multiple of `multiple`."""
+    """Calls work(start, end) over 0..n, in a part for each thread of torch that starts at a multiple of `multiple`."""
     parts = torch.get_num_threads() if read_bytes >= _WORTH_A_THREAD else 1
     step = max(multiple, -(-n // parts // multiple) * multiple)
     if parts == 1 or n <= step:

@@ -1,13 +1,14 @@
-"""Weights that are group-quantised, found and kept without loss, for decoding one or two rows on a CPU.
+"""Group-quantised weights are found and kept without loss, for decoding one or two rows on a CPU.
 
 A model that comes from a GGUF file is a float32 matrix whose groups of 32 inputs hold few distinct values:
 w = scale * code + low. Decoding one token reads every weight once, so its time is the bytes read; codes are a quarter
-or an eighth of the float32 bytes. `recover` finds scale, low and codes again and proves them by reconstruction; a
-matrix that is not quantised is left alone. Products accumulate in float32, as the float32 matrix would:
+or an eighth of the float32 bytes. `recover` finds scale, low and codes again and proves them by reconstruction; it
+leaves other matrices alone. Products accumulate in float32, as the float32 matrix would:
 
     y_o = Σ_g scale_og Σ_k code_ogk x_gk + low_og Σ_k x_gk
 
-Formats: GGML Q4_1 (4-bit codes between the least and the largest weight of a group) and Q8_0 (8-bit codes, symmetric).
+The formats are GGML Q4_1 (4-bit codes between the least and the largest weight of a group) and Q8_0 (8-bit codes,
+symmetric).
 """
 
 from dataclasses import dataclass
@@ -20,17 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 GROUP = 32
-# Output rows side by side in a layout: one vector register of float32 (AVX-512).
+# So many output rows lie side by side in a layout: one vector register of float32 (AVX-512).
 LANES = 16
-# Largest error of a reconstructed weight, in units of the largest weight of its group: float32 rounding.
+# This is the largest error of a reconstructed weight, in units of the largest weight of its group: float32 rounding.
 TOLERANCE = 5e-7
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """codes [out / 16, groups, 16 or 32, 16 lanes]; scale and low [out / 16, groups, 2, 16 lanes].
+    """Holds codes [out / 16, groups, 16 or 32, 16 lanes], and scale and low [out / 16, groups, 2, 16 lanes].
 
-    4-bit: byte k of a group holds code k in its low and code k + 16 in its high half. 8-bit: signed codes, low is 0.
+    With 4 bits, byte k of a group holds code k in its low and code k + 16 in its high half. With 8 bits, codes are
+    signed and low is 0.
     """
 
     bits: int
@@ -38,7 +40,7 @@ class QuantizedWeight:
     scale_and_low: NDArray[Any]
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x [T, in] float32 on the CPU -> [T, out]."""
+        """Returns x Wᵀ [T, out] of x [T, in] float32 on the CPU."""
         out = torch.empty((x.shape[0], self.codes.shape[0] * LANES), dtype=torch.float32)
         product = _multiply_4 if self.bits == 4 else _multiply_8
         product(self.codes, self.scale_and_low, x.contiguous().numpy(), out.numpy())
@@ -46,7 +48,7 @@ class QuantizedWeight:
 
 
 def recover(weight: Tensor) -> QuantizedWeight | None:
-    """The quantised form of `weight` [out, in] float32, or None when it has none."""
+    """Returns the quantised form of `weight` [out, in] float32, or None when it has none."""
     out, width = weight.shape
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or out % LANES or width % GROUP:
         return None
@@ -69,7 +71,7 @@ def recover(weight: Tensor) -> QuantizedWeight | None:
 
 
 def _lanes(values: Tensor) -> NDArray[Any]:
-    """[out, groups, n] -> [out / 16, groups, n, 16], contiguous."""
+    """Arranges [out, groups, n] as a contiguous [out / 16, groups, n, 16]."""
     out, groups, n = values.shape
     return values.view(out // LANES, LANES, groups, n).permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -93,7 +95,7 @@ def _multiply_4(codes, scale_and_low, x, y):  # type: ignore[no-untyped-def]
                     total = np.float32(0)
                     for k in range(GROUP // 2):
                         byte = np.int32(codes[block, g, k, lane])
-                        # Explicit int32: numba widens to 64 bits, which halves the lanes of a register.
+                        # int32 is explicit, because numba widens to 64 bits, which halves the lanes of a register.
                         total += np.float32(np.int32(byte & 15)) * x[row, g * GROUP + k]
                         total += np.float32(np.int32(byte >> 4)) * x[row, g * GROUP + GROUP // 2 + k]
                     scaled = scale_and_low[block, g, 0, lane] * total + scale_and_low[block, g, 1, lane] * sums[g]

@@ -1,7 +1,7 @@
-"""The inner loops of sparse products, written as vectors: numba functions that LLVM sees as 16 lanes of float32.
+"""The inner loops of sparse products are numba functions that LLVM sees as vectors of 16 lanes of float32.
 
-Left to its own vectoriser, LLVM makes a product of one row of 4-bit codes more than ten times slower than this:
-it takes the groups, not the weights of one, for the lanes. The vectors are LLVM's own, not those of an instruction set.
+LLVM's own vectoriser makes a product of one row of 4-bit codes more than ten times slower than this: it takes the
+groups, not the weights of one, for the lanes. The vectors are LLVM's own, not those of an instruction set.
 
 A unit is 32 weights that lie together, whatever their format, which is the element type of their array:
 
@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 LANES = 16
 UNIT = 2 * LANES
-# A cache line, of which a record of codes is a whole number.
+# This is a cache line; the size of a record of codes is a multiple of it.
 LINE = 64
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -34,7 +34,7 @@ ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 
 @intrinsic
 def dot_rows(_context, weights, at, x, units):  # type: ignore[no-untyped-def]
-    """(Σ_k weights[a + k] x[k] for a in at), over `units` of weights. `at` is a tuple of offsets."""
+    """Returns Σ_k weights[a + k] x[k] for each offset a in the tuple `at`, over `units` of weights."""
     signature = types.UniTuple(types.float32, at.count)(weights, at, x, types.int64)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -56,7 +56,7 @@ def dot_rows(_context, weights, at, x, units):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def dot_code_rows(_context, codes, at, x, scales, scale_at, sums, groups):  # type: ignore[no-untyped-def]
-    """(Σ_g scale_g Σ_k code_gk x_gk + low_g sums_g for each row), rows of `groups` units of codes.
+    """Returns Σ_g scale_g Σ_k code_gk x_gk + low_g sums_g for each row of `groups` units of codes.
 
     The scales of a row begin at its `scale_at`, its lows behind them (none for 8 bits); `sums` ends in zeros up to a
     multiple of 16.
@@ -86,7 +86,7 @@ def dot_code_rows(_context, codes, at, x, scales, scale_at, sums, groups):  # ty
                 group_sum = load(b, b.gep(group_sums, [first]), FLOATS)
                 for scale_row, total in zip(scale_rows, totals, strict=True):
                     lows = load(b, b.gep(scale_row, [b.add(groups, first)]), FLOATS)
-                    # Behind the lows is what is no number.
+                    # What lies behind the lows is not a number.
                     lows = b.select(inside, lows, ZEROS)
                     b.store(fma(b, lows, group_sum, b.load(total)), total)
         results = [_horizontal_sum(b, b.load(total)) for total in totals]
@@ -97,7 +97,7 @@ def dot_code_rows(_context, codes, at, x, scales, scale_at, sums, groups):  # ty
 
 @intrinsic
 def add_rows(_context, weights, at, factors, y, y_at, units):  # type: ignore[no-untyped-def]
-    """y[y_at + k] += Σ_r factors[r] weights[at[r] + k], over `units` of weights. `at` and `factors` are tuples."""
+    """Adds Σ_r factors[r] weights[at[r] + k] to y[y_at + k], over `units` of weights. `at` and `factors` are tuples."""
     signature = types.void(weights, at, factors, y, types.int64, types.int64)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -120,10 +120,10 @@ def add_rows(_context, weights, at, factors, y, y_at, units):  # type: ignore[no
 def add_code_rows(  # type: ignore[no-untyped-def]
     _context, codes, offsets, first, last, step, factors, scales, scale_at, low_at, next_scales, factor_sum, y, units
 ):
-    """y[u] += scale[u] Σ_r factors[r] codes[offsets[r] + u step] + low[u] factor_sum, for the rows first ≤ r < last.
+    """Adds scale[u] Σ_r factors[r] codes[offsets[r] + u step] + low[u] factor_sum to y[u], for rows first ≤ r < last.
 
     u counts units of outputs, whose scales and lows (none for 8 bits) begin at `scale_at` and `low_at`. The rows are of
-    one group: they share their scales. Those `next_scales` further on are asked for in advance.
+    one group, so they share their scales. The scales `next_scales` further on are prefetched.
     """
     signature = types.void(
         codes,
@@ -179,7 +179,7 @@ def add_code_rows(  # type: ignore[no-untyped-def]
 
 @intrinsic
 def prefetch(_context, array, at, lines):  # type: ignore[no-untyped-def]
-    """Asks for `lines` cache lines from element `at`, before they are needed."""
+    """Prefetches `lines` cache lines from element `at`."""
     signature = types.void(array, types.int64, types.int64)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -198,7 +198,8 @@ def data_of(context: Any, b: Any, signature: Any, args: Any, i: int) -> Any:
 def _prefetch_line(b: Any, pointer: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-    # To be read, data, into the outer caches: into the innermost, few requests are under way at a time.
+    # The arguments mean: to be read, data, into the outer caches, because only few requests into the innermost cache
+    # can be under way at a time.
     b.call(fetch, [b.bitcast(pointer, _I8.as_pointer()), _I32(0), _I32(1), _I32(1)])
 
 
@@ -208,7 +209,7 @@ def row_pointers(context: Any, b: Any, signature: Any, args: Any, array: int, of
 
 
 def _load_unit(b: Any, row: Any, unit: Any, dtype: Any) -> tuple[Any, Any]:
-    """Unit number `unit` of a row as two vectors of float32."""
+    """Returns unit number `unit` of a row as two vectors of float32."""
     elements = LANES if dtype == types.uint8 else UNIT
     first = b.gep(row, [b.mul(unit, _I64(elements))])
     if dtype == types.uint8:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks
-from patchclamp_server.interventions.plan import ProgramSpan, StepOutcome
+from patchclamp_server.interventions.spans import ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.arrays import BoolArray, IntArray
 from patchclamp_server.model.attention.spans import Spans

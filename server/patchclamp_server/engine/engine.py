@@ -1,6 +1,4 @@
-"""The engine: requests in, events out, one forward pass a step over whatever is running.
-
-    schedule → run → sample → emit → a slice of analysis that is no request (exclusive.py)
+"""The engine takes requests in and sends events out, with one forward pass a step (steps.py) over whatever is running.
 
 It has a thread of its own. Other threads put commands into a queue; everything else belongs to the engine's thread.
 """
@@ -11,8 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
 from patchclamp_server.callers import CALLER
 from patchclamp_server.engine.access import EngineAccess, OpenEngine
 from patchclamp_server.engine.admission import Admission, Demand
@@ -21,24 +17,16 @@ from patchclamp_server.engine.config import EngineConfig, EngineObserver, Engine
 from patchclamp_server.engine.delivery import Delivery, OnLogits
 from patchclamp_server.engine.exclusive import E, Entry, ExclusiveDoor, Work
 from patchclamp_server.engine.executors.operator_executor import OperatorExecutor
-from patchclamp_server.engine.faults import fault_of, is_device_lost, is_out_of_memory
 from patchclamp_server.engine.intake import Intake
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.live import LiveRequests
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.sampler import warm_up
-from patchclamp_server.engine.scheduler import Scheduler, counted_tokens
-from patchclamp_server.engine.scheduler import Work as SequenceWork
-from patchclamp_server.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    NotFound,
-    RequestError,
-    Unavailable,
-)
+from patchclamp_server.engine.scheduler import Scheduler
+from patchclamp_server.engine.steps import Steps
+from patchclamp_server.errors import Cancelled, DeadlineExceeded, NotFound, Unavailable
 from patchclamp_server.model.load import LoadedModel
-from patchclamp_server.model.overflow import refusal
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.text.detokenize import token_bytes
@@ -72,7 +60,7 @@ class Engine:
             max_sequences=self.config.max_sequences,
             max_kv_tokens=self.config.max_waiting_kv_tokens or 8 * self.config.kv_cache_tokens,
         )
-        # What sparse policies are bound to; one for all requests.
+        # Sparse policies are bound to this one model, for all requests.
         self.sparse_model = SparseModel(model.info.fingerprint, model.decoder)
         self.executor = _executor(self.sparse_model, self.cache, self.config)
         self.tables = self.executor.tables
@@ -84,6 +72,7 @@ class Engine:
             max_tokens=self.config.max_tokens_per_step,
             expected_length=self.intake.expected_length,
             is_late=lambda sequence: self.intake.late(sequence) is not None,
+            analysis_slowdown=self.config.analysis_slowdown,
         )
         self.live = LiveRequests(self.intake, self.scheduler, self.tables, self.admission)
         self.monitor = WatchRegistry(
@@ -96,18 +85,25 @@ class Engine:
         self.delivery = Delivery(self.live, self.runner, model.info.context_length)
         self.access: EngineAccess = OpenEngine()
         self.exclusive = ExclusiveDoor(model.decoder.device, lambda tokens: self.access.compute(tokens))
+        self.steps = Steps(
+            model,
+            self.config,
+            intake=self.intake,
+            scheduler=self.scheduler,
+            live=self.live,
+            runner=self.runner,
+            delivery=self.delivery,
+            exclusive=self.exclusive,
+        )
         self.on_logits: OnLogits | None = None
-        # Called on the engine's thread when it ends, by `shutdown` or by `failure`: nothing will run any more.
+        # This is called on the engine's thread when it ends, by `shutdown` or by `failure`: nothing will run any more.
         self.on_stopped: Callable[[], None] | None = None
-        # What ended the engine, unless `shutdown` did.
+        # This exception ended the engine, unless `shutdown` did.
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="patchclamp-engine", daemon=True)
-        self._steps = self._prefill_tokens = self._recomputed_tokens = 0
-        self._failed_steps = 0  # in a row
-        self._all_failed_steps = 0
         self._step_started: float | None = None
 
     @property
@@ -131,7 +127,7 @@ class Engine:
         self.intake.check(request)
         request = self.access.admit(request)
         if request.sparsity is not None:
-            # Here, and not on the engine's thread, where everybody would wait for it the first time.
+            # This happens here, and not on the engine's thread, where everybody would wait for it the first time.
             self.executor.sparse.prepare()
         arrival = time.monotonic()
         request_id = self.live.admit(request, arrival)
@@ -142,7 +138,7 @@ class Engine:
     def check_room(self) -> None:
         """Raises ResourceExhausted when the queue is full for the caller of this context, whatever it would submit.
 
-        Cheap: to be asked before a request is prepared, which is work, and most of the work of refusing it.
+        This is cheap: it can be asked before a request is prepared, which is most of the work of refusing it.
         """
         self.live.check_room(Demand(CALLER.get(), Priority.INTERACTIVE))
 
@@ -163,7 +159,7 @@ class Engine:
         self._do(lambda: self.exclusive.leave(entry))
 
     def wake(self) -> None:
-        """Something that held a request back is over."""
+        """Wakes the engine when something that held a request back is over."""
         self._wake.set()
 
     def cancel(self, request_id: int) -> None:
@@ -188,7 +184,7 @@ class Engine:
         self._do(lambda: self._advance(request_id, tokens))
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Refuses new requests and works, and waits for the others. True when none is left."""
+        """Refuses new requests and works, and waits for the others. Returns True when none is left."""
         self.live.close()
         self.exclusive.close()
         until = time.monotonic() + timeout_seconds
@@ -196,7 +192,8 @@ class Engine:
         return self.exclusive.wait_until_idle(max(0.0, until - time.monotonic())) and idle
 
     def shutdown(self, timeout_seconds: float | None = None) -> bool:
-        """Stops the thread; what still runs ends with Failed(Unavailable). False when a step did not end in time."""
+        """Stops the thread; what still runs ends with Failed(Unavailable). Returns False when a step did not end in
+        time."""
         self.live.close()
         self.exclusive.close()
         self._stopping = True
@@ -206,7 +203,7 @@ class Engine:
         return not self._thread.is_alive()
 
     def step_seconds(self) -> float:
-        """How long the step has been running that runs now; 0 between steps. From any thread."""
+        """Returns how long the current step has been running, or 0 between steps. Any thread may call it."""
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
 
@@ -217,52 +214,33 @@ class Engine:
             kv_blocks_total=self.cache.n_blocks,
             kv_blocks_free=self.cache.n_free,
             kv_blocks_cached=self.cache.n_cached,
-            steps=self._steps,
-            prefill_tokens=self._prefill_tokens,
+            steps=self.steps.n,
+            prefill_tokens=self.steps.prefill_tokens,
             decode_tokens=self.delivery.generated_tokens,
             scored_tokens=self.delivery.scored_tokens,
-            recomputed_tokens=self._recomputed_tokens,
+            recomputed_tokens=self.steps.recomputed_tokens,
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             preemptions=self.scheduler.preemptions,
-            failed_steps=self._all_failed_steps,
+            failed_steps=self.steps.failed,
             program_rows=self.tables.n_held,
             queue_kv_tokens=self.admission.kv_tokens,
         )
 
-    # What follows runs on the engine's thread.
+    # The engine's thread runs what follows.
 
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
         self._wake.set()
 
     def step(self) -> bool:
-        """Takes commands in, and runs one step and one slice of what is at the exclusive door. False when nothing can
-        run. For the engine's thread, or a test."""
-        started = self._step_started = time.monotonic()
+        """Takes commands in, and runs one step. Returns False when nothing can run. For the engine's thread, or a
+        test."""
+        self._step_started = time.monotonic()
         try:
             self._obey()
-            preemptions = self.scheduler.preemptions
-            work = self.scheduler.schedule()
-            for _ in range(self.scheduler.preemptions - preemptions):
-                self.observer.on_preemption()
-            for sequence in self.scheduler.late:
-                if (refusal := self.intake.late(sequence)) is not None:
-                    self.live.fail(sequence, self.live.refused(refusal))
-            self.live.started(list(self.scheduler.started))
-            if work:
-                self._step(work)
-            return self._run_exclusively(time.monotonic() - started if work else None) or bool(work)
+            return self.steps.run(self.on_logits)
         finally:
             self._step_started = None
-
-    def _run_exclusively(self, step_seconds: float | None) -> bool:
-        """A slice of work that is no request, after a step that took so long. False when none ran."""
-        if not self.exclusive.busy:
-            return False
-        urgent = any(s.request.priority < Priority.ANALYSIS for s in self.scheduler.running)
-        self._step_started = time.monotonic()
-        decode_seconds = self.scheduler.pace.decode_seconds if urgent else None
-        return self.exclusive.run(step_seconds=step_seconds, decode_seconds=decode_seconds)
 
     def _obey(self) -> None:
         """Takes in what other threads have asked for."""
@@ -272,7 +250,8 @@ class Engine:
     def _loop(self) -> None:
         try:
             while True:
-                # In this order: who sets `_stopping` wakes the loop after it, and a wake that is cleared has been seen.
+                # This order matters: who sets `_stopping` wakes the loop after it, and a wake that is cleared has been
+                # seen.
                 self._wake.clear()
                 if self._stopping:
                     # What was cancelled before that ends as cancelled.
@@ -280,7 +259,7 @@ class Engine:
                     break
                 self._expire()
                 if not self.step():
-                    # Asked again: the step has taken in requests that may wait for nothing but their deadlines.
+                    # Deadlines are asked again: the step has taken in requests that may wait for nothing but theirs.
                     self._wake.wait(self._expire())
         except BaseException as error:
             log.critical("the engine stopped on a defect", exc_info=True)
@@ -292,7 +271,7 @@ class Engine:
                 self.on_stopped()
             self.monitor.close()
             self.exclusive.end_all(Unavailable("", "the engine has stopped"))
-            # Those among the commands too, which nothing can run any more: the device may be lost.
+            # Requests among the commands fail too, since nothing can run them any more: the device may be lost.
             self.live.fail_all(Unavailable("", "the engine has stopped"))
 
     def _set_strength(self, request_id: int, edit: str, strength: float) -> None:
@@ -308,7 +287,7 @@ class Engine:
             sequence.credits += tokens
 
     def _expire(self) -> float | None:
-        """Fails what is past its deadline; seconds until the next one."""
+        """Fails what is past its deadline, and returns the seconds until the next deadline."""
         deadlines, now = self.live.deadlines, time.monotonic()
         nearest = min(deadlines.values(), default=None)
         if nearest is not None and nearest <= now:
@@ -318,71 +297,12 @@ class Engine:
             nearest = min(deadlines.values(), default=None)
         return None if nearest is None else nearest - now
 
-    def _step(self, work: list[SequenceWork]) -> None:
-        try:
-            self._run(work)
-        except Exception as error:
-            # Out of memory, or a defect: the requests of this step are lost, the engine is not.
-            log.exception("a step of %d sequences failed", len(work))
-            self._failed_steps += 1
-            self._all_failed_steps += 1
-            if is_device_lost(error) or self._failed_steps >= self.config.max_failed_steps:
-                raise
-            self._give_up(work, fault_of(error))
-            emptied = is_out_of_memory(error)
-        else:
-            self._failed_steps = 0
-            return
-        if emptied and self.model.decoder.device.type == "cuda":
-            # After the `except`, whose traceback holds the tensors of the step.
-            torch.cuda.empty_cache()
-
-    def _give_up(self, work: list[SequenceWork], failure: RequestError) -> None:
-        """Fails the sequences of a step that was not finished."""
-        size = self.config.kv_block_size
-        # It may have written what is not finite.
-        self.cache.scrub([b for w in work for b in w.sequence.blocks[w.sequence.computed // size :]])
-        for item in work:
-            self.live.fail_id(item.sequence.id, failure)
-
-    def _run(self, work: list[SequenceWork]) -> None:
-        started = time.monotonic()
-        # Before the step, which moves what has been reached.
-        prompt_tokens, recomputed = counted_tokens(work)
-        result = self.runner.run(work)
-        for item, position in result.broken:
-            self._break(item, position)
-        self.scheduler.finish_step([w for w in work if w.sequence.id in self.live.sequences])
-        self._steps += 1
-        self._prefill_tokens += prompt_tokens
-        self._recomputed_tokens += recomputed
-        generated = self.delivery.generated_tokens
-        self.delivery.deliver(work, result, self.on_logits)
-        seconds = time.monotonic() - started
-        rows = sum([w.n for w in work])
-        decode_rows = len([w for w in work if w.n == 1])
-        self.scheduler.pace.record(decode_rows=decode_rows, prefill_rows=rows - decode_rows, seconds=seconds)
-        generated = self.delivery.generated_tokens - generated
-        self.observer.on_step(seconds=seconds, rows=rows, generated=generated)
-
-    def _break(self, item: SequenceWork, position: int) -> None:
-        """Fails a sequence whose activations overflowed, and cleans the blocks it wrote."""
-        sequence, size = item.sequence, self.config.kv_block_size
-        try:
-            found = self.runner.locate(item)
-        except Exception:
-            # The others of the step must not be lost for a message.
-            log.exception("where the activations of a request overflowed was not found")
-            found = None
-        self.cache.scrub(sequence.blocks[sequence.computed // size :])
-        self.live.fail_id(sequence.id, refusal(found, self.model.decoder.dtype, position))
-
 
 def _executor(model: SparseModel, cache: KvCache, config: EngineConfig) -> Executor:
     kernels = model.decoder.device.type == "cuda" if config.kernels is None else config.kernels
     if not kernels:
         return OperatorExecutor(model, cache)
-    # Triton is not needed, and takes a second to import, where no kernel runs.
+    # Where no kernel runs, Triton is not needed, and takes a second to import.
     from patchclamp_server.engine.executors.kernel_executor import KernelExecutor
 
     return KernelExecutor(model, cache, config)

@@ -5,13 +5,11 @@ A work is a generator that the engine's thread runs between its steps. It yields
 computes, and is sent how many rows that part may have; whatever else it yields is told to whoever waits for it. A row
 is one token through all layers: a part of a pass counts rows · layers / all layers.
 
-    rows of a slice = d / r          d seconds of a step that only decodes, r seconds of a row in the work's own slices
+    rows of a slice = seconds / r          r seconds of a row in the work's own slices
 
-so that a slice beside more urgent requests takes about as long as one of their steps, and a token of theirs comes at
-most about SLOWDOWN (pace.py) times as late; without them a slice takes up to IDLE_SECONDS. A slice that took longer,
-since its smallest part has more rows, is followed by no other until steps have taken as long: beside requests the works
-have half of the engine, and no more. Of several works that which has had the least time for the weight of its caller is
-next.
+with the seconds of a turn of analysis beside more urgent requests (analysis_share.py), and ALONE_SECONDS (pace.py)
+without them. A slice that took longer, since its smallest part has more rows, makes the next turn of analysis come
+later. Of several works that which has had the least time for the weight of its caller is next.
 
 Works run as analysis does: in the context of the call that brought them, so that its tenant pays for their tokens.
 They are refused where an analysis request would be. Their KV is a pool of a layer, not a share of the engine's cache.
@@ -34,9 +32,7 @@ from patchclamp_server.errors import Cancelled, Unavailable
 
 log = logging.getLogger(__name__)
 
-# A slice of an engine that has nothing more urgent to do: a request that comes meanwhile waits for its end.
-IDLE_SECONDS = 0.1
-# The rows of the first slice of a work, which shows how long its rows take.
+# The first slice of a work has so many rows, and shows how long its rows take.
 FIRST_ROWS = 8
 
 E = TypeVar("E")
@@ -45,16 +41,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slice:
-    """What a work computes next: at most so many `rows`, at least its smallest part whatever it is sent. `tokens`:
-    those that it begins with, which its caller pays for."""
+    """What a work computes next: at most so many `rows`, but at least its smallest part, whatever it is sent. Its
+    caller pays for the `tokens` that it begins with."""
 
     rows: int
     tokens: int = 0
 
 
-# A part of a work, which returns something.
+# A part of a work returns something.
 Sliced: TypeAlias = Generator[Slice, int, T]
-# A part that tells something on its way.
+# Such a part also tells something on its way.
 Telling: TypeAlias = Generator[Slice | E, int, T]
 Work: TypeAlias = Generator[Slice | E, int, None]
 
@@ -68,37 +64,36 @@ class Entry:
     on_end: Callable[[BaseException | None], None]
     weight: float
     context: Context = field(default_factory=copy_context)
-    # None before its first slice.
+    # It is None before the first slice.
     wanted: Slice | None = None
     row_seconds: float | None = None
-    # Seconds that it has had, over its weight.
+    # The seconds that it has had, divided by its weight.
     service: float = 0.0
 
 
 class ExclusiveDoor:
     def __init__(self, device: torch.device, charge: Callable[[int], None]) -> None:
-        """`charge`: called in the context of a work with the tokens that it begins. Raises QuotaExceeded."""
+        """`charge` is called in the context of a work with the tokens that it begins. It raises QuotaExceeded."""
         self._device, self._charge = device, charge
         self._threads = torch.get_num_threads()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        # Changed under the lock; all but the first step of an entry are of the engine's thread.
+        # Entries change under the lock; all but the first step of an entry happens on the engine's thread.
         self._entries: list[Entry] = []
         self._closed = False
-        # Seconds that steps have to take before the next slice.
-        self._owed = 0.0
 
-    # Any thread.
+    # Any thread may call what follows.
 
     def enter(
         self, work: Work[E], on_event: Callable[[E], None], on_end: Callable[[BaseException | None], None]
     ) -> Entry:
-        """Its turn comes; `on_end` is told why it ended, with None when it has finished. Raises Unavailable."""
+        """Queues a work. `on_end` is told why it ended, with None when it has finished. Raises Unavailable after
+        `close`."""
         entry = Entry(work, on_event, on_end, CALLER.get().weight)
         with self._lock:
             if self._closed:
                 raise Unavailable("", "the engine has stopped")
-            # It does not have to make up for what others had before it came.
+            # A new work does not make up for what others had before it came.
             entry.service = min((e.service for e in self._entries), default=0.0)
             self._entries.append(entry)
         return entry
@@ -109,37 +104,28 @@ class ExclusiveDoor:
             self._closed = True
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
-        """True when no work is left."""
+        """Returns True when no work is left."""
         with self._lock:
             return self._idle.wait_for(lambda: not self._entries, timeout=timeout_seconds)
 
-    # The engine's thread.
+    # Only the engine's thread calls what follows.
 
     @property
     def busy(self) -> bool:
         return bool(self._entries)
 
-    def run(self, *, step_seconds: float | None, decode_seconds: float | None) -> bool:
-        """Runs one slice, when it is time for one. False when it is not.
-
-        `step_seconds`: what the step before it took, None where none could run. `decode_seconds`: what a step takes
-        that only decodes, None where no request is more urgent than analysis.
-        """
-        self._owed = 0.0 if step_seconds is None else max(0.0, self._owed - step_seconds)
-        if not self._entries or self._owed > 0:
-            return False
+    def run(self, seconds: float) -> float:
+        """Runs a slice of about so many seconds, the smallest there is for 0. Returns the seconds that it took."""
         entry = min(self._entries, key=lambda e: e.service)
         torch.set_num_threads(self._threads)
         started = time.monotonic()
-        rows = _rows(entry, decode_seconds)
+        rows = _rows(entry, seconds)
         self._advance(entry, rows)
-        seconds = time.monotonic() - started
-        entry.service += seconds / entry.weight
+        took = time.monotonic() - started
+        entry.service += took / entry.weight
         if rows:
-            entry.row_seconds = smoothed(entry.row_seconds, seconds / rows)
-        if step_seconds is not None:
-            self._owed = seconds
-        return True
+            entry.row_seconds = smoothed(entry.row_seconds, took / rows)
+        return took
 
     def leave(self, entry: Entry, error: BaseException | None = None) -> None:
         """Ends a work where it is; nothing happens when it has ended."""
@@ -158,7 +144,7 @@ class ExclusiveDoor:
             self.leave(entry, error)
 
     def _advance(self, entry: Entry, rows: int) -> None:
-        """Up to the next slice that it asks for, or to its end."""
+        """Runs the work up to the next slice that it asks for, or to its end."""
         work, context = entry.work, entry.context
         try:
             with torch.inference_mode():
@@ -169,7 +155,7 @@ class ExclusiveDoor:
                     entry.on_event(told)
                     told = context.run(next, work)
             if self._device.type == "cuda":
-                # What it has launched is what the slice takes.
+                # The slice takes as long as what it has launched.
                 torch.cuda.synchronize(self._device)
             entry.wanted = told
         except StopIteration:
@@ -187,19 +173,18 @@ class ExclusiveDoor:
         entry.on_end(error)
 
 
-def _rows(entry: Entry, decode_seconds: float | None) -> int:
-    """What its next slice may have; 0 for what stands before its first."""
+def _rows(entry: Entry, seconds: float) -> int:
+    """Returns how many rows the next slice of a work may have, or 0 before its first."""
     if entry.wanted is None:
         return 0
     most = max(1, entry.wanted.rows)
     if entry.row_seconds is None:
         return min(most, FIRST_ROWS)
-    seconds = IDLE_SECONDS if decode_seconds is None else min(decode_seconds, IDLE_SECONDS)
     return most if seconds >= most * entry.row_seconds else max(1, int(seconds / entry.row_seconds))
 
 
 def events_of(work: Telling[E, T]) -> Generator[E, None, T]:
-    """What a work tells, computed in this thread without an engine, with slices as large as it likes."""
+    """Yields what a work tells, computed in this thread without an engine, with slices as large as it likes."""
     granted: int | None = None
     while True:
         try:
@@ -216,7 +201,7 @@ def events_of(work: Telling[E, T]) -> Generator[E, None, T]:
 
 
 def at_once(work: Telling[Any, T]) -> T:
-    """What a part of a work returns, as `events_of`."""
+    """Returns what a part of a work returns, computed as by `events_of`."""
     events = events_of(work)
     while True:
         try:

@@ -1,11 +1,12 @@
 """The words in which the rpc layer and the engine speak: requests in, events out. No gRPC here."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from patchclamp_server.callers import CALLER, Caller
+from patchclamp_server.engine.reducers.divergence import ScoreReducer
 from patchclamp_server.engine.reducers.reducer import Reducer
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bound import BoundProgram
@@ -121,6 +122,8 @@ class Request:
     # Role of the chat turn of each prompt token, for scopes that name roles.
     roles: tuple[str, ...] | None = None
     score_from: int | None = None
+    # Takes what those tokens are scored with. An analysis job compares: nothing is said of its sparsity in metrics.
+    scores: ScoreReducer | None = None
     # Tokens that may be generated before Engine.advance grants more; None is no limit.
     credits: int | None = None
     # Run a second, unedited sequence along the generated tokens, and report the divergence at each.
@@ -231,6 +234,8 @@ class SparsityReport:
     active_ratio: float
     guard: GuardReport | None = None
     filled_ratio: float = 0.0
+    # Not in the message: of the layers in which something was selected.
+    active_by_layer: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from patchclamp_server.engine.block_tables import BlockTables
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
-from patchclamp_server.interventions.plan import CaptureSpan, ProgramSpan, StepOutcome
+from patchclamp_server.interventions.spans import CaptureSpan, ProgramSpan, StepOutcome
 from patchclamp_server.model.attention.spans import Span, Spans
 from patchclamp_server.model.overflow import Overflow
 from patchclamp_server.monitoring.registry import WatchRegistry

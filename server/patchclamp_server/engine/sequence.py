@@ -79,6 +79,8 @@ class Sequence:
     charged: int = 0
     # Since when its client keeps it waiting, while it holds a place.
     paused_at: float | None = None
+    # Its client has kept it waiting while it held a place: how long it took says nothing about the engine.
+    was_paused: bool = False
     # Follows another sequence along its tokens, to compare with it; or is followed.
     leader: "Sequence | None" = None
     follower: "Sequence | None" = None
@@ -147,7 +149,8 @@ class Sequence:
     def needs_logits_from(self) -> int:
         """First position whose logits are needed."""
         if self.request.score_from is not None:
-            return self.request.score_from - 1
+            # Those before `reached` have been scored, before a preemption.
+            return max(self.request.score_from - 1, self.reached)
         if self.leader is not None:
             return self.prompt_length - 1
         return len(self.tokens) - 1
@@ -228,6 +231,8 @@ class Sequence:
         if self.request.sampling.logprobs:
             best = torch.topk(logprobs, min(self.request.sampling.logprobs, len(logprobs)))
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        if self.request.scores is not None:
+            self.request.scores.add(position + 1, logprobs)
         self.request.on_event(Token(token, position + 1, logprob, top))
         return True
 

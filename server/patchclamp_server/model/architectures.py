@@ -1,7 +1,7 @@
-"""The architecture table: where each family keeps its weights, and which of them its blocks are wired from.
+"""The architecture table says where each family keeps its weights, and how its blocks are wired.
 
 Adding a family is adding a row. A family with another wiring of its residual stream says so here (`parallel_residual`,
-`post_attn_norm`), and the sites it has follow from that.
+`post_attn_norm`), and its sites follow from that.
 """
 
 from dataclasses import dataclass, replace
@@ -12,29 +12,29 @@ from patchclamp_server.model.sites import Site
 
 class NormKind(Enum):
     RMS = "rms"
-    # Gemma stores w - 1: the norm multiplies by 1 + w.
+    # Gemma stores w - 1, so the norm multiplies by 1 + w.
     RMS_ONE_PLUS = "rms_one_plus"
     LAYER = "layer"
 
 
 class QkvLayout(Enum):
-    """How rows of a fused projection are ordered."""
+    """Tells how the rows of a fused projection are ordered."""
 
-    # All q heads, then all k heads, then all v heads.
+    # All q heads come first, then all k heads, then all v heads.
     CONCATENATED = "concatenated"
-    # q, k, v of head 0, then of head 1, ... (gpt_neox).
+    # q, k, v of head 0 come first, then those of head 1, ... (gpt_neox).
     PER_HEAD = "per_head"
 
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths below the causal-LM model (`layers`) and below a block (the rest)."""
+    """Has module paths below the causal-LM model (`layers` to `position_embedding`) and below a block (the rest)."""
 
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     unembedding: str = "lm_head"
-    # Absent for learned positions.
+    # A family with learned positions has no rotary module.
     rotary: str | None = "model.rotary_emb"
     position_embedding: str | None = None
     # OPT's table starts with two unused rows.
@@ -42,7 +42,7 @@ class Family:
 
     attn_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
-    # Sandwich norms: applied to what attention and MLP add to the residual stream.
+    # Sandwich norms apply to what attention and MLP add to the residual stream.
     post_attn_norm: str | None = None
     post_mlp_norm: str | None = None
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -50,7 +50,7 @@ class Family:
     q_norm: str | None = None
     k_norm: str | None = None
     attn_output: str = "self_attn.o_proj"
-    # One or two modules for gated MLPs (gate rows first); one for ungated ones.
+    # Gated MLPs have one or two modules (gate rows first), ungated ones have one.
     mlp_input: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     gated: bool = True
     mlp_output: str = "mlp.down_proj"
@@ -60,10 +60,10 @@ class Family:
     norm: NormKind = NormKind.RMS
     scale_embedding: bool = False
     has_soft_caps: bool = False
-    # Configuration keys of activation function and norm epsilon.
+    # These are the configuration keys of the activation function and of the norm's epsilon.
     activation_key: str = "hidden_act"
     eps_key: str = "rms_norm_eps"
-    # Configuration values under which this row describes the model; anything else is refused.
+    # The row describes the model only under these configuration values; anything else is refused.
     requires: tuple[tuple[str, object], ...] = ()
 
 
@@ -146,8 +146,8 @@ FAMILIES: dict[str, Family] = {
 def site_widths(
     *, d_model: int, d_ff: int, n_heads: int, head_dim: int, gated: bool, parallel_residual: bool
 ) -> dict[Site, int]:
-    """Sites of a model and their widths. With a parallel residual stream there is nothing between attention and MLP;
-    the pre-activations of an MLP without a gate are those of `up` alone."""
+    """Returns the sites of a model with their widths. A parallel residual stream has none between attention and MLP; an
+    MLP without a gate has the pre-activations of `up` alone."""
     widths = {
         Site.RESID_PRE: d_model,
         Site.RESID_MID: d_model,

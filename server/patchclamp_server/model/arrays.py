@@ -1,4 +1,4 @@
-"""Arrays of numpy, by the type of their elements."""
+"""Type names for numpy arrays, by the type of their elements."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,7 +1,7 @@
-"""A cache of models made from other files: each entry is whole or it is not there.
+"""This is a cache of models made from other files: an entry is whole or does not exist.
 
-An entry is built in a hidden sibling, its manifest is written last, and one rename makes it visible. A lock per entry
-keeps two processes from building the same one; it is released by the kernel when its holder dies.
+An entry is built in a hidden sibling, its manifest is written last, and one rename makes it visible. A lock for each
+entry keeps two processes from building the same one; the kernel releases it when its holder dies.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ MANIFEST = "patchclamp-manifest.json"
 
 
 def cached_model(key: str, build: Callable[[Path], None], progress: Progress) -> Path:
-    """The directory of entry `key`; `build` fills an empty directory with it when there is no sound entry yet.
+    """Returns the directory of entry `key`; `build` fills an empty directory with it when there is no sound entry yet.
 
     An entry that does not match its manifest is thrown away and built again. What `build` raises is passed on, and
     leaves no entry. Raises ModelSourceError where the cache cannot be written and has no such entry.
@@ -32,7 +32,7 @@ def cached_model(key: str, build: Callable[[Path], None], progress: Progress) ->
         try:
             models.mkdir(parents=True, exist_ok=True)
             with _locked(models / f".{key}.lock", progress):
-                # Whoever held the lock before may have built it.
+                # The previous holder of the lock may have built it.
                 if not is_sound(entry):
                     _discard(models, key)
                     _build(models, key, build)
@@ -45,7 +45,7 @@ def cached_model(key: str, build: Callable[[Path], None], progress: Progress) ->
 
 
 def is_sound(entry: Path) -> bool:
-    """Whether the files are those of the manifest, by size and digest (remembered while a file is unchanged)."""
+    """Returns whether the files match the manifest, by size and digest (remembered while a file is unchanged)."""
     try:
         listed = json.loads((entry / MANIFEST).read_bytes())["files"]
         for name, expected in listed.items():
@@ -53,7 +53,7 @@ def is_sound(entry: Path) -> bool:
             if path.stat().st_size != expected["size"] or content_digest(path) != expected["digest"]:
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelSourceError):
-        # Every way in which a damaged entry can look: no manifest, not to be read, not JSON, another shape.
+        # A damaged entry can look like any of these: no manifest, an unreadable one, no JSON, or another shape.
         return False
     return bool(listed)
 
@@ -65,7 +65,7 @@ def _build(models: Path, key: str, build: Callable[[Path], None]) -> None:
         build(partial)
         files = sorted(path for path in partial.iterdir() if path.is_file())
         for path in files:
-            # safetensors files are created for their owner only; an entry gets the rights of the user's umask.
+            # safetensors creates files for their owner only; an entry gets the rights of the user's umask.
             path.chmod(partial.stat().st_mode & 0o666)
             sync(path)
         manifest = {path.name: {"size": path.stat().st_size, "digest": content_digest(path)} for path in files}
@@ -81,11 +81,11 @@ def _build(models: Path, key: str, build: Callable[[Path], None]) -> None:
 
 
 def _discard(models: Path, key: str) -> None:
-    """Remove a damaged entry and what killed builders left. Only under the lock."""
+    """Removes a damaged entry and what killed builders left. It must only be called under the lock."""
     for leftover in models.glob(f".{key}.*.partial"):
         shutil.rmtree(leftover)
     if (models / key).exists():
-        # Renamed first, so that no reader sees it half removed.
+        # The entry is renamed first, so that no reader sees it half removed.
         grave = _hidden(models, key)
         (models / key).rename(grave)
         shutil.rmtree(grave)

@@ -1,4 +1,4 @@
-"""The configuration of a local model, checked before any of its weights is read."""
+"""The configuration of a local model is checked here before any of its weights is read."""
 
 import json
 from collections.abc import Iterable
@@ -12,17 +12,17 @@ from patchclamp_server.model.digests import tensor_dtypes
 from patchclamp_server.model.errors import ModelSourceError, foreign_errors
 from patchclamp_server.model.spec import read_spec
 
-# Where packers of quantised weights say which format they wrote.
+# Packers of quantised weights say under these keys which format they wrote.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
-# What weights may be stored in. Integers and eight-bit floats are codes, which mean nothing without their scales.
+# Weights may be stored in these. Integers and eight-bit floats are codes, which mean nothing without their scales.
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
-    """Raises ModelSourceError for what is not supported: architecture, variant, activation, rotary scaling, packed
-    weights. The message names what would be."""
+    """Returns the configuration of a model. Raises ModelSourceError for an architecture, variant, activation, rotary
+    scaling or packed weights that are not supported; the message names what would be."""
     path = directory / "config.json"
     raw = _read_object(path)
     for key in QUANTIZATION_KEYS:
@@ -43,7 +43,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 
 def check_generation_config(directory: Path) -> None:
-    """Raises ModelSourceError for a file that transformers would leave out in silence, and ends with it."""
+    """Raises ModelSourceError for a file that transformers would ignore silently, with the end tokens in it."""
     path = directory / "generation_config.json"
     if not path.exists():
         return
@@ -54,7 +54,7 @@ def check_generation_config(directory: Path) -> None:
 
 
 def check_weight_dtypes(weights: Iterable[Path]) -> None:
-    """Raises ModelSourceError for packed weights that no configuration speaks of: they would be taken for numbers."""
+    """Raises ModelSourceError for packed weights that no configuration mentions: they would be taken for numbers."""
     for path in weights:
         for name, dtype in tensor_dtypes(path).items():
             if name.endswith(".weight") and dtype not in WEIGHT_DTYPES:

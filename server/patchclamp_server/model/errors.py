@@ -1,4 +1,4 @@
-"""What can go wrong before a model serves: at start-up, shown to the operator, not to a client of the rpc layer."""
+"""These errors occur before a model serves: the operator sees them at start-up, not a client of the rpc layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from patchclamp_server.errors import RequestError
 
 
 class ModelSourceError(Exception):
-    """The model cannot be had or must not be loaded. The message says what would be accepted.
+    """The model cannot be found or must not be loaded. The message says what would be accepted.
 
     It is one line, whatever lines another library's message had.
     """
@@ -18,10 +18,10 @@ class ModelSourceError(Exception):
 
 @contextmanager
 def foreign_errors(message: str) -> Iterator[None]:
-    """Around code of other libraries that reads a file of unknown origin: what it raises becomes ModelSourceError.
+    """Turns what other libraries raise for a file of unknown origin into ModelSourceError.
 
-    Every exception, since what transformers and tokenizers raise for a broken file is no closed set. Only for calls
-    that do nothing but read such a file.
+    It catches every exception, since transformers and tokenizers raise no closed set for a broken file. So it may only
+    enclose calls that do nothing but read such a file.
     """
     try:
         yield

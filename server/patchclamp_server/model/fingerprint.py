@@ -1,4 +1,4 @@
-"""The identity of a model: what decides its activations and the meaning of its token ids, and nothing else."""
+"""A fingerprint identifies a model by what decides its activations and its token ids' meaning, and only that."""
 
 import hashlib
 import json
@@ -10,8 +10,8 @@ from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Progress, Silent, Stage
 from patchclamp_server.model.source import weight_files
 
-# Keys of config.json that do not change what the model computes: paths, versions, the dtype its tensors carry anyway,
-# and options of transformers' outputs. Keys that begin with an underscore are bookkeeping of transformers.
+# These keys of config.json do not change what the model computes: paths, versions, the dtype that its tensors carry
+# anyway, and options of transformers' outputs. Keys that begin with an underscore are bookkeeping of transformers.
 NOT_COMPUTATION = frozenset(
     {
         "dtype",
@@ -27,15 +27,15 @@ NOT_COMPUTATION = frozenset(
         "auto_map",
     }
 )
-# Read only where there is no tokenizer.json.
+# These are read only where there is no tokenizer.json.
 OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
 
 def model_fingerprint(directory: Path, progress: Progress | None = None) -> str:
-    """SHA-256 (hexadecimal) over the config, the tokenizer and every tensor's name, dtype, shape and bytes.
+    """Returns the hexadecimal SHA-256 over config, tokenizer and the name, dtype, shape and bytes of every tensor.
 
-    Independent of paths, file times, library versions, sharding and JSON formatting. The tensors are read once and
-    their digests remembered by path, size and modification time.
+    It does not depend on paths, file times, library versions, sharding or JSON formatting. The tensors are read once
+    and their digests remembered by path, size and modification time.
     """
     shown = progress or Silent()
     weights = weight_files(directory)
@@ -59,7 +59,7 @@ def model_fingerprint(directory: Path, progress: Progress | None = None) -> str:
 
 
 def _computation(value: Any) -> Any:
-    """`value` without the keys that do not define the computation, at any depth (multimodal configs nest)."""
+    """Returns `value` without the keys that do not define the computation, at any depth (multimodal configs nest)."""
     if isinstance(value, dict):
         kept = {key: item for key, item in value.items() if key not in NOT_COMPUTATION and not key.startswith("_")}
         return {key: _computation(item) for key, item in kept.items()}

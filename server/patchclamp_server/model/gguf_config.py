@@ -1,7 +1,7 @@
-"""What a GGUF file says of its model, as a configuration of transformers.
+"""This module turns what a GGUF file says of its model into a configuration of transformers.
 
-transformers reads a part of the keys itself and leaves out the rest in silence: scalings, soft caps, windows, scales of
-attention. Here every key is mapped, or known to change nothing (gguf_metadata.py), or refused by its name.
+transformers itself reads some keys and silently ignores the rest: scalings, soft caps, windows, scales of attention.
+Here every key is mapped, or known to change nothing (gguf_metadata.py), or refused by its name.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf_metadata import Metadata
 from patchclamp_server.model.gguf_rope import DEFAULT_BASE, rope_parameters
 
-# Key of the file -> key of the configuration. All must be there.
+# These map a key of the file to a key of the configuration. All of them are required.
 _SHAPES = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -32,7 +32,7 @@ _SHAPES_OF_GPT2 = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
-# Special tokens: name in the file -> name in the configuration.
+# These map the name of a special token in the file to its name in the configuration.
 _TOKENS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 Fields = dict[str, Any]
 
@@ -49,10 +49,7 @@ class GgufFamily:
 
 
 def gguf_config(metadata: Metadata) -> PreTrainedConfig:
-    """Takes from `metadata` what it reads, tensors of rotary factors too; the other tensors are left.
-
-    Raises ModelSourceError for a family or a key that is not supported, and for one that is missing.
-    """
+    """Takes from `metadata` what it reads, tensors of rotary factors too, and leaves the other tensors."""
     family = FAMILIES.get(metadata.architecture)
     if family is None:
         known = ", ".join(FAMILIES)
@@ -61,7 +58,7 @@ def gguf_config(metadata: Metadata) -> PreTrainedConfig:
         "vocab_size": _vocabulary(metadata),
         "tie_word_embeddings": "output.weight" not in metadata.tensors,
     }
-    # Those of the class would be a guess.
+    # The defaults of the configuration class would be a guess.
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     fields |= {f"{_TOKENS[kind]}_token_id": token for kind, token in metadata.special_tokens.items() if kind in _TOKENS}
     if family.model_type == "gpt2":
@@ -99,7 +96,7 @@ def _add_attention(metadata: Metadata, fields: Fields, family: GgufFamily) -> No
     head_dim = int(metadata.take("attention.key_length", usual))
     if (values := metadata.take("attention.value_length", head_dim)) != head_dim:
         raise metadata.refusal("attention.value_length", f"{values} is not supported beside keys of {head_dim}")
-    # Qwen2 and Phi-3 have no such field; they take what is usual.
+    # Qwen2 and Phi-3 have no such field and use the usual value.
     if head_dim != usual or family.model_type not in ("qwen2", "phi3"):
         fields["head_dim"] = head_dim
     rotary_dim = int(metadata.take("rope.dimension_count", head_dim))
@@ -118,7 +115,7 @@ def _add_attention(metadata: Metadata, fields: Fields, family: GgufFamily) -> No
     if not scale:
         return
     if family.model_type.startswith("gemma"):
-        # A whole number d, of which the file has 1/sqrt(d) rounded to float32.
+        # The scalar is a whole number d, and the file has 1/sqrt(d) rounded to float32.
         fields["query_pre_attn_scalar"] = round(scale**-2)
         usual_scale = fields["query_pre_attn_scalar"] ** -0.5
     else:
@@ -134,12 +131,12 @@ def _add_window(metadata: Metadata, fields: Fields) -> None:
 def _phi3(metadata: Metadata, fields: Fields) -> None:
     _add_window(metadata, fields)
     original = fields["rope_parameters"].get("original_max_position_embeddings")
-    # Read by transformers beside the parameters.
+    # transformers reads this beside the parameters.
     fields["original_max_position_embeddings"] = original or fields["max_position_embeddings"]
 
 
 def _gemma2(metadata: Metadata, fields: Fields) -> None:
-    # Every second layer sees all; the defaults are those of llama.cpp.
+    # Every second layer attends to the whole context; the defaults are those of llama.cpp.
     _add_gemma_attention(metadata, fields, pattern=2, window=4096, wide=46)
     fields["attn_logit_softcapping"] = metadata.take("attn_logit_softcapping", 50.0) or None
     fields["final_logit_softcapping"] = metadata.take("final_logit_softcapping", 30.0) or None
@@ -148,7 +145,7 @@ def _gemma2(metadata: Metadata, fields: Fields) -> None:
 def _gemma3(metadata: Metadata, fields: Fields) -> None:
     _add_gemma_attention(metadata, fields, pattern=6, window=0, wide=62)
     fields["final_logit_softcapping"] = metadata.take("final_logit_softcapping") or None
-    # Layers with a window rotate by a base of their own, and are not scaled.
+    # Layers with a window have a rotary base of their own, and no scaling.
     local = metadata.take("rope.freq_base_swa", DEFAULT_BASE)
     if (swa := metadata.take("rope.dimension_count_swa", fields["head_dim"])) != fields["head_dim"]:
         raise metadata.refusal("rope.dimension_count_swa", f"{swa} is not supported")
@@ -159,7 +156,7 @@ def _gemma3(metadata: Metadata, fields: Fields) -> None:
 
 
 def _add_gemma_attention(metadata: Metadata, fields: Fields, *, pattern: int, window: int, wide: int) -> None:
-    """Which layers have a window; the scale of attention of the largest model (of `wide` layers) is another."""
+    """Sets the layers with a window, and attention's scale, which differs in the largest model (`wide` layers)."""
     n_layers = int(fields["num_hidden_layers"])
     fields["sliding_window"] = metadata.take("attention.sliding_window", window) or None
     given = metadata.take_list("attention.sliding_window_pattern")

@@ -1,4 +1,4 @@
-"""GGUF → safetensors with a tokenizer, once per file: the quantised blocks are unpacked exactly, to float32."""
+"""A GGUF file is converted to safetensors with a tokenizer once; its quantised blocks become exact float32."""
 
 import logging
 from pathlib import Path
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Part of an entry's key: raise it when the same file is to be converted differently.
+# This is part of an entry's key: raise it when the same file is to be converted differently.
 CONVERSION = 6
 
-# How a byte-level vocabulary splits text before its merges apply, by `tokenizer.ggml.pre` (names of llama.cpp).
-# transformers splits by the regular expression of those it knows, and as GPT-2 otherwise. These split digits apart
-# as well, which transformers leaves out.
+# `tokenizer.ggml.pre` (names of llama.cpp) says how a byte-level vocabulary splits text before its merges apply.
+# transformers splits by the regular expression of the names that it knows, and as GPT-2 otherwise. These split digits
+# apart as well, which transformers leaves out.
 DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 AS_GPT2 = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "dolma", "jina-es", "jina-de", "trillion"})
 
@@ -39,9 +39,9 @@ def conversion_key(sha256: str) -> str:
 
 
 def converted_gguf(path: Path, progress: Progress | None = None) -> Path:
-    """Directory with the safetensors and tokenizer of a ``.gguf`` file, from the cache where it was converted before.
+    """Returns the directory with safetensors and tokenizer of a ``.gguf`` file, which is cached once it is converted.
 
-    Raises ModelSourceError when it is no GGUF file or of a family transformers cannot read.
+    Raises ModelSourceError when it is not a GGUF file, or is of a family that transformers cannot read.
     """
     progress = progress or Silent()
     size = path.stat().st_size
@@ -60,14 +60,14 @@ def converted_gguf(path: Path, progress: Progress | None = None) -> Path:
 
 
 def convert(path: Path, directory: Path, progress: Progress) -> None:
-    """Write config, float32 weights and tokenizer of the file into `directory`.
+    """Writes config, float32 weights and tokenizer of the file into `directory`.
 
-    Raises ModelSourceError for what is not supported or not whole, before a weight is read.
+    Raises ModelSourceError, before a weight is read, for a file that is not supported or not whole.
     """
     location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    # Read whole before transformers does, which does not say what is wrong with a damaged file.
+    # The file is read whole before transformers does, which does not say what is wrong with a damaged file.
     try:
-        # Only a GGUF file needs its reader: machines that serve other models may not have it.
+        # Only a GGUF file needs its reader, and machines that serve other models may not have it.
         from gguf import GGUFReader
 
         header = GGUFReader(path)
@@ -81,7 +81,7 @@ def convert(path: Path, directory: Path, progress: Progress) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**location)
         _restore_digit_splitting(tokenizer, header, path.name)
         with without_load_report(), transformers_progress(progress, Stage.CONVERT):
-            # With output_loading_info it returns a pair, which its annotation does not know.
+            # With output_loading_info this returns a pair, which its annotation does not know.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **location,
                 config=config,

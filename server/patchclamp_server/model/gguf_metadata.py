@@ -1,4 +1,4 @@
-"""Metadata of a GGUF file, of which every key of the architecture must be used, or be known to change nothing."""
+"""Every key of the architecture in a GGUF file's metadata must be used, or be known to change nothing."""
 
 import re
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 SPECIAL_TOKEN = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
-# Keys that do not change what the model computes: how its vectors would be pooled, the layout its file once had,
+# These keys do not change what the model computes: how its vectors would be pooled, the layout its file once had,
 # whether a scaling was trained, and counts of labels that no causal LM has.
 IRRELEVANT = frozenset({"pooling_type", "tensor_data_layout", "rope.scaling.finetuned", "classifier.output_labels"})
-# Keys that change nothing at these values. At any other the model is one that is not known here.
+# These keys change nothing at these values. At any other value the model is one that is not known here.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -35,7 +35,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "logit_scale": (0.0, 1.0),
     "nextn_predict_layers": (0,),
     "residual_scale": (0.0, 1.0),
-    # Of YaRN: how much of it is mixed in; negative is "as usual", all of it.
+    # In YaRN this is how much of it is mixed in; a negative value means "as usual", all of it.
     "rope.scaling.yarn_ext_factor": (1.0, -1.0),
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "use_parallel_residual": (False,),
@@ -43,7 +43,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 
 class Metadata:
-    """Keys below the architecture, without its name; what was never taken is refused by `refuse_rest`."""
+    """Holds the keys below the architecture, without its name; `refuse_rest` refuses those that were never taken."""
 
     def __init__(self, path: str, header: "GGUFReader") -> None:
         self.path = path
@@ -53,7 +53,7 @@ class Metadata:
         self.architecture = str(fields["general.architecture"].contents())
         prefix = f"{self.architecture}."
         self._values = {k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)}
-        # Ids by name: bos, eos, eot, padding, ...
+        # These are ids by name: bos, eos, eot, padding, ...
         self.special_tokens: dict[str, int] = {
             match[1]: field.contents() for k, field in fields.items() if (match := SPECIAL_TOKEN.fullmatch(k))
         }
@@ -62,7 +62,7 @@ class Metadata:
         self.tensors = {tensor.name: tensor for tensor in header.tensors}
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key; one that is given for each layer must be the same for all."""
+        """Takes the value of a key; a value that is given for each layer must be the same for all."""
         value = self._values.pop(key, default)
         if isinstance(value, list):
             if len({*value}) != 1:
@@ -71,7 +71,7 @@ class Metadata:
         return value
 
     def take_list(self, key: str) -> Any:
-        """The value of a key as it is: a number for all layers, a list with one for each, or None."""
+        """Takes the value of a key as it is: a number for all layers, a list with one for each, or None."""
         return self._values.pop(key, None)
 
     def need(self, key: str) -> Any:
@@ -81,11 +81,11 @@ class Metadata:
         return value
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """[rows, columns] of a tensor."""
+        """Returns the shape of a tensor: [rows, columns]."""
         return tuple(int(n) for n in reversed(self.tensors[tensor].shape))
 
     def floats(self, tensor: str) -> NDArray[np.float32]:
-        """A small tensor of float32."""
+        """Returns a small tensor of float32."""
         return np.asarray(self.tensors[tensor].data, dtype=np.float32)
 
     def refuse_rest(self) -> None:

@@ -1,10 +1,10 @@
-"""Rotary scaling of a GGUF file as rotary parameters of transformers.
+"""This module turns the rotary scaling of a GGUF file into rotary parameters of transformers.
 
     frequency_i = base^(-2i/d) · scale_i                cos and sin are multiplied by an attention factor
 
 Names and defaults are those of llama.cpp: a factor without a type is linear; YaRN multiplies the attention factor by
-1 + ln(factor) / 10. Factors that were computed at conversion are tensors: `rope_freqs.weight` (Llama 3: frequencies are
-divided by it), `rope_factors_short.weight` and `rope_factors_long.weight` (Phi-3: by one of them, see spec.py).
+1 + ln(factor) / 10. Factors computed at conversion are tensors: `rope_freqs.weight` (Llama 3: frequencies are divided
+by it), `rope_factors_short.weight` and `rope_factors_long.weight` (Phi-3: by one of them, see spec.py).
 """
 
 import math
@@ -19,9 +19,9 @@ DEFAULT_BASE = 10000.0
 
 
 def rope_parameters(metadata: Metadata, *, rotary_dim: int, context: int, reads_factors: bool) -> dict[str, Any]:
-    """Of all layers, or of those without a window. Takes the keys it reads, and the tensors of factors.
+    """Returns rotary parameters of all layers, or of those without a window; takes the keys and tensors it reads.
 
-    Raises ModelSourceError for a scaling that transformers has no equal of.
+    Raises ModelSourceError for a scaling that transformers has no equivalent of.
     """
     base = metadata.take("rope.freq_base", DEFAULT_BASE)
     if not base > 0:
@@ -29,7 +29,7 @@ def rope_parameters(metadata: Metadata, *, rotary_dim: int, context: int, reads_
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     factor = float(metadata.take("rope.scaling.factor") or metadata.take("rope.scale_linear") or 1.0)
     kind = str(metadata.take("rope.scaling.type", "linear"))
-    # Says something only of YaRN and of factors: files without a scaling have it too.
+    # This key matters only for YaRN and factors, but files without a scaling have it too.
     original = int(metadata.take("rope.scaling.original_context_length") or context)
     attention = float(metadata.take("rope.scaling.attn_factor", 1.0))
     factors = _factors(metadata, rotary_dim) if reads_factors else None
@@ -55,7 +55,7 @@ def rope_parameters(metadata: Metadata, *, rotary_dim: int, context: int, reads_
 
 
 def _factors(metadata: Metadata, rotary_dim: int) -> tuple[list[float], list[float]] | None:
-    """What frequencies are divided by in a short and in a long context, where the file says so."""
+    """Returns what frequencies are divided by in a short and in a long context; None where the file does not say."""
     names = [name for name in (LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in metadata.tensors]
     if not names:
         return None

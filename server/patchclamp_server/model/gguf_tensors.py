@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file against the parameters of its model: each has the other, in one shape."""
+"""The tensors of a GGUF file are checked against the parameters of its model: each needs the other, in one shape."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf_metadata import Metadata
 
 SHOWN = 5
-# Its matrices are stored [out, in] in the file and [in, out] in the model.
+# The matrices of these architectures are stored [out, in] in the file and [in, out] in the model.
 TRANSPOSED = frozenset({"gpt2"})
 
 
 def check_tensors(metadata: Metadata, config: PreTrainedConfig) -> None:
-    """Before a weight is read. Raises ModelSourceError naming tensors that are missing, unknown, or of another shape.
+    """Checks, before a weight is read, that no tensor is missing, unknown or of another shape; raises ModelSourceError.
 
     transformers would fill what is missing with random numbers, and drop what it does not know.
     """

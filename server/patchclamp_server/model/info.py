@@ -1,4 +1,4 @@
-"""What the rest of the server needs to know about the model that is served."""
+"""The rest of the server reads here what it needs to know about the model that is served."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from patchclamp_server.model.sites import Site
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Shapes, sites and identity of a loaded model. `sites` maps each site the family has to its width."""
+    """Shapes, sites and identity of a loaded model. `sites` maps each site that the family has to its width."""
 
     name: str
     fingerprint: str

@@ -1,12 +1,12 @@
-"""The forward pass of a decoder on patchclamp_kernels: the same sites as Decoder.forward, fewer passes over memory.
+"""The forward pass on patchclamp_kernels has the same sites as Decoder.forward and makes fewer passes over memory.
 
     launch of a residual boundary:  x ← edits(x + edits(out));  h ← norm(x)
 
-One launch takes what a block adds, its edits, the edits of the residual stream up to the next norm, and that norm. What
-programs there are varies by the tables it reads, not by what is launched, so that a captured graph serves any of them.
+One launch takes what a block adds, its edits, the edits of the residual stream up to the next norm, and that norm. The
+programs of a step only change the tables that the launch reads, so that a captured graph serves any of them.
 
-That launch takes the end of one block and the start of the next, and edits rows of tables instead of calling hooks:
-this is why it has a loop over the blocks of its own, and not that of Decoder.run_blocks. Embedding, products,
+Since that launch takes the end of one block and the start of the next, and reads tables of edits instead of calling
+hooks, this module has its own loop over the blocks and does not use Decoder.run_blocks. Embedding, products,
 unembedding and the numbers of a family are the decoder's.
 """
 
@@ -33,7 +33,7 @@ class Programs:
 
     table: ProgramTable
     rows: ProgramRows
-    # Vectors by width.
+    # These are vectors by width.
     banks: dict[int, Tensor]
     head_dim: int
     attn_q: bool = False
@@ -67,7 +67,7 @@ class KernelInputs:
 
 @dataclass(frozen=True, eq=False)
 class _Delta:
-    """What a block adds to the residual stream, at which place, and the norm it passes first."""
+    """Holds what a block adds to the residual stream, at which place, and the norm that it passes first."""
 
     values: Tensor
     place: int
@@ -91,7 +91,7 @@ class KernelForward:
     ) -> tuple[Tensor, Tensor]:
         """Returns the residual stream at the end and its final norm, both [T, d_model]; writes the KV pools.
 
-        `products`: as in Decoder.run_blocks.
+        `products` is as in Decoder.run_blocks.
         """
         decoder, spec = self.decoder, self.decoder.spec
         x = decoder.embed(step.token_ids, step.positions)
@@ -108,7 +108,8 @@ class KernelForward:
             )
             middle = place_number(Site.RESID_MID, layer)
             if spec.parallel_residual:
-                # The MLP may be gated by what attention wrote, which is added to the stream only after it.
+                # Attention's output is edited now, because the MLP's edits may be gated by it, but is added to the
+                # stream only after the MLP.
                 self._edit(step, attn_out.values, attn_out.place)
                 inner = self._boundary(step, x, None, None, block.mlp_norm)
             else:
@@ -134,7 +135,7 @@ class KernelForward:
         return x, h
 
     def _receipt_parts(self, step: KernelInputs) -> Tensor | None:
-        """Where the activation kernel leaves what receipts are made of, for all layers; see NeuronProgram."""
+        """Returns memory in which the activation kernel leaves parts of receipts, for all layers; see NeuronProgram."""
         programs = step.programs
         if not programs.neurons or programs.neuron_rows:
             return None
@@ -144,7 +145,7 @@ class KernelForward:
     def _boundary(
         self, step: KernelInputs, x: Tensor, delta: _Delta | None, places: tuple[int, int] | None, norm: Norm | None
     ) -> Tensor | None:
-        """x ← edits(x + edits(delta)) in place; the norm of x. One launch unless something must be seen between."""
+        """Sets x ← edits(x + edits(delta)) in place, returns x's norm: one launch unless observers look between."""
         programs = step.programs
         stream = range(*places) if places is not None else range(0)
         crossed = [*stream] if delta is None else [delta.place, *stream]

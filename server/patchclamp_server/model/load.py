@@ -1,4 +1,4 @@
-"""A model, ready to serve: decoder, tokenizer, and what the rest of the server needs to know about them."""
+"""Loading gives a model that is ready to serve: decoder, tokenizer, and what the rest of the server needs to know."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from patchclamp_server.model.weights import decoder_from_transformers
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """`eos_token_ids`: any of them ends a generation."""
+    """Any of `eos_token_ids` ends a generation."""
 
     info: ModelInfo
     decoder: Decoder
@@ -41,7 +41,7 @@ def load_model(
     use_codes: bool = True,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load "embedded", a hub id, a local directory or a ``.gguf`` file, fetching and converting it where needed.
+    """Loads "embedded", a hub id, a local directory or a ``.gguf`` file, and fetches and converts it where needed.
 
     `use_codes=False` multiplies by float32 weights where the file has 4- or 8-bit codes: slower, for comparison.
 
@@ -89,13 +89,13 @@ def load_model(
 def load_pretrained(
     directory: Path, *, dtype: torch.dtype = torch.float32, progress: Progress | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The transformers model and tokenizer of a local directory; no code of the repository runs, no pickle is read."""
+    """Loads the transformers model and tokenizer of a local directory; runs no code of it and reads no pickle."""
     config, tokenizer = _checked(directory)
     return _load_weights(directory, config, dtype, progress), tokenizer
 
 
 def _checked(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """All that can be known without the data of the weights. Raises ModelSourceError when some of it is broken."""
+    """Loads all that does not need the data of the weights. Raises ModelSourceError when some of it is broken."""
     config = load_config(directory)
     check_generation_config(directory)
     check_weight_dtypes(weight_files(directory))
@@ -110,7 +110,7 @@ def _load_weights(
         without_load_report(),
         transformers_progress(progress, Stage.LOAD),
     ):
-        # With output_loading_info it returns a pair, which its annotation does not know.
+        # With output_loading_info this returns a pair, which its annotation does not know.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -118,7 +118,7 @@ def _load_weights(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            # They are refused by name afterwards; transformers would print a table.
+            # Weights of other shapes are refused by name afterwards; transformers would print a table.
             ignore_mismatched_sizes=True,
         )
     model: PreTrainedModel = loaded[0]

@@ -1,4 +1,4 @@
-"""What transformers says after loading: every parameter came from the files, and every tensor of the files was used."""
+"""This checks after loading that every parameter came from the files, and that every tensor of the files was used."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ SHOWN = 5
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Within it transformers prints no table of what it did not find: `refuse_unloaded` names it in one line."""
+    """Keeps transformers from printing a table of what it did not find: `refuse_unloaded` names it in one line."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
@@ -28,8 +28,8 @@ def without_load_report() -> Iterator[None]:
 def refuse_unloaded(source: Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
     """Raises ModelSourceError for weights that are missing, of another shape, or of no use to the model.
 
-    transformers fills what a checkpoint lacks with random numbers and drops what it does not know: neither is the
-    model that was named. It leaves out of `loading` what its own table calls harmless, such as old buffers.
+    transformers fills what a checkpoint lacks with random numbers and drops what it does not know; both give another
+    model than the one named. It leaves out of `loading` what its own table calls harmless, such as old buffers.
     """
     kind = type(model).__name__
     if missing := loading["missing_keys"]:

@@ -1,7 +1,7 @@
-"""What left the range of its dtype: found where it happened, by running the step of a broken sequence once more.
+"""A second run of a broken sequence's step finds where values left the range of the dtype.
 
-A step says only which rows are not finite in the end: looking at every site of every step would cost more than the
-edits. Whose fault it is shows in a second look without them.
+A step itself only says which rows are not finite in the end, because checking every site of every step would cost more
+than the edits. A run without the edits shows whether they are the cause.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from patchclamp_server.errors import FailedPrecondition, InvalidArgument, Reques
 from patchclamp_server.model.decoder import SiteHooks
 from patchclamp_server.model.sites import Site
 
-# Largest numbers as people write them.
+# These are the largest numbers as people write them.
 _LARGEST = {torch.float16: "65,504", torch.bfloat16: "3.4e38", torch.float32: "3.4e38"}
 
 
 def range_of(dtype: torch.dtype) -> tuple[str, str, str]:
-    """Name of a dtype, its largest number, and what to do about it."""
+    """Returns the name of a dtype, its largest number, and what to do about it."""
     if dtype is torch.float16:
         advice = "bfloat16 and float32 hold more (--dtype of the server)"
     else:
@@ -27,7 +27,7 @@ def range_of(dtype: torch.dtype) -> tuple[str, str, str]:
 
 
 def finite_rows(x: Tensor) -> Tensor:
-    """[T] bool. A sum in float32: what a narrower dtype holds does not overflow it."""
+    """Returns [T] bool. It sums in float32, which the values of a narrower dtype do not overflow."""
     return torch.isfinite(x.sum(dim=1, dtype=torch.float32))
 
 
@@ -41,7 +41,7 @@ class Place:
 
 
 class FiniteProbe:
-    """Implements SiteHooks: remembers the first place at which something is not finite, after `edits` have run."""
+    """Implements SiteHooks: it remembers the first place at which something is not finite, after `edits` have run."""
 
     def __init__(self, edits: SiteHooks | None = None) -> None:
         self._edits = edits
@@ -56,7 +56,7 @@ class FiniteProbe:
 
 @dataclass(frozen=True)
 class Overflow:
-    """`edited`: where it is with the edits of the request; `plain`: without any. None: nowhere."""
+    """`edited` is the place with the edits of the request, `plain` the one without any; None means nowhere."""
 
     edited: Place | None
     plain: Place | None
@@ -64,7 +64,7 @@ class Overflow:
 
 
 def refusal(found: Overflow | None, dtype: torch.dtype, position: int) -> RequestError:
-    """What the client is told. `found` None: it could not be looked for."""
+    """Returns the error for the client. `found` is None if the place could not be looked for."""
     name, largest, advice = range_of(dtype)
     limit = f"passes {largest}, the largest number of {name}, at position {position}"
     if found is not None and found.has_edits and found.plain is None:

@@ -1,4 +1,4 @@
-"""How far the fetching and loading of a model has come, for whoever waits for it."""
+"""Progress tells whoever waits for a model how far its fetching and loading have come."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
-# Between two lines of a stage where there is no terminal.
+# This is the time between two lines of a stage where there is no terminal.
 LINE_SECONDS = 10.0
 
 
@@ -31,10 +31,10 @@ class Stage(Enum):
 
 
 class Progress(Protocol):
-    """Called often, on the thread that works. What it raises stops the work and leaves no entry in the cache."""
+    """It is called often, on the working thread. What it raises stops the work and leaves no entry in the cache."""
 
     def update(self, stage: Stage, done: int = 0, total: int | None = None) -> None:
-        """`done` of `total`, None where that is unknown: bytes (DOWNLOAD, VERIFY, FINGERPRINT), tensors (CONVERT,
+        """Reports `done` of `total` (None where it is unknown) bytes (DOWNLOAD, VERIFY, FINGERPRINT), tensors (CONVERT,
         LOAD), files (WRITE) or layers (PREPARE). READY comes once, when the model can be run."""
         ...
 
@@ -47,8 +47,8 @@ class Silent:
 
 
 class RichProgress:
-    """A bar a stage on standard error; where that is no terminal, a line a stage, and one with the share done every
-    `LINE_SECONDS`. Use as a context manager.
+    """Shows a bar for each stage on standard error; where that is no terminal, a line for each stage, and every
+    `LINE_SECONDS` one with the share done. Use it as a context manager.
 
     >>> with RichProgress() as progress:
     ...     load_model("embedded", progress=progress)
@@ -114,7 +114,7 @@ class RichProgress:
 
 
 class _CountedItems:
-    """Stands where transformers expects one of its bars, and reports to a Progress instead."""
+    """Replaces a bar of transformers, and reports to a Progress instead."""
 
     def __init__(self, items: Iterable[Any], total: int | None, report: Callable[[int, int | None], None]) -> None:
         self._items = items
@@ -129,9 +129,9 @@ class _CountedItems:
 
 @contextmanager
 def transformers_progress(progress: Progress | None, stage: Stage) -> Iterator[None]:
-    """Within it, the bars transformers would draw over tensors are reported as `stage`. None: leaves them alone.
+    """Reports the bars that transformers would draw over tensors as `stage`. With None it leaves them alone.
 
-    The hook is global to the process: models are loaded one after another.
+    The hook is global to the process, so models are loaded one after another.
     """
     if progress is None:
         yield
@@ -146,7 +146,7 @@ def transformers_progress(progress: Progress | None, stage: Stage) -> Iterator[N
 
     progress.update(stage)
     previous = transformers_logging.set_tqdm_hook(hook)
-    # The reader of most GGUF families draws its bar past that hook.
+    # The reader of most GGUF families draws its bar without that hook.
     gguf_reader: Any = modeling_gguf_pytorch_utils
     drawn = gguf_reader.tqdm
     gguf_reader.tqdm = lambda *args, **kwargs: hook(drawn, args, kwargs)

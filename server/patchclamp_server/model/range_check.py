@@ -1,4 +1,4 @@
-"""Whether ordinary text stays in the range of the dtype that a model is served in."""
+"""This checks whether ordinary text stays in the range of the dtype that a model is served in."""
 
 import logging
 
@@ -21,7 +21,7 @@ MAX_TOKENS = 64
 
 @torch.inference_mode()
 def warn_of_overflow(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Logs a warning that names the place. Only float16 is that narrow: models are trained in the others."""
+    """Logs a warning that names the place. Only float16 is too narrow: models are trained in the other dtypes."""
     if decoder.dtype != torch.float16:
         return
     spec = decoder.spec
@@ -30,7 +30,7 @@ def warn_of_overflow(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> No
         return
     n = len(ids)
     positions = torch.arange(n, device=decoder.device)
-    # One block of n tokens, after block 0, which stays zero.
+    # The pool has one block of n tokens, behind block 0, which stays zero.
     shape = (2, 2, n, spec.n_kv_heads, spec.head_dim)
     pools = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.blocks]
     attention = AttentionBatch([Span(0, n, 0, [1])], n, decoder.windows, decoder.device)

@@ -1,7 +1,8 @@
-"""What a decoder does to every row besides matrix products and activations: norms, rotary embedding, soft caps.
+"""A decoder's operators on single rows, besides products and activations: norms, rotary embedding, soft caps.
 
-Each has two backends on one interface: compiled loops where they hold, whose bits of a row depend on no other row
-(invariant/operators.py), and torch's operators elsewhere. On a GPU kernels fuse them with edits (kernel_forward.py).
+Each has two backends behind one interface. Compiled loops (invariant/operators.py), in which the bits of a row depend
+on no other row, run where they apply, and torch's operators elsewhere. On a GPU kernels fuse them with edits
+(kernel_forward.py).
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from patchclamp_server.cpu.invariant import operators
 
 
 class Norm:
-    """RMS norm, or layer norm where there is a bias, over the last dimension."""
+    """An RMS norm, or a layer norm where there is a bias, over the last dimension."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         self.weight = weight
@@ -33,11 +34,11 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class HeadNorms:
-    """RMS norms of the queries and of the keys of every head, of equal eps."""
+    """The RMS norms of the queries and of the keys of every head, which have the same eps."""
 
     q: Norm
     k: Norm
-    # The weights head by head [n_heads + n_kv_heads, head_dim].
+    # These are the weights head by head [n_heads + n_kv_heads, head_dim].
     weights: Tensor
 
     @classmethod
@@ -54,8 +55,8 @@ def finish_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns queries [T, n_heads, head_dim], keys and values [T, n_kv_heads, head_dim], as they are attended with.
 
-    `qkv` [T, n_heads + 2 n_kv_heads, head_dim] is what the projection gives, and may be changed in place. `rotary`: cos
-    and signed sin [T, rotary_dim] of the rows.
+    `qkv` [T, n_heads + 2 n_kv_heads, head_dim] is what the projection gives, and may be changed in place. `rotary` has
+    cos and signed sin [T, rotary_dim] of the rows.
     """
     attended = n_heads + n_kv_heads
     if operators.holds_for(qkv):
@@ -72,7 +73,7 @@ def finish_heads(
 
 
 def _rotate(qk: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Returns x cos + rotate_half(x) sin, as a roll by half: `signed_sin` has the sign of the first half in it."""
+    """Returns x cos + rotate_half(x) sin, as a roll by half: `signed_sin` includes the sign of the first half."""
     dim = cos.shape[-1]
     if dim == qk.shape[-1]:
         return torch.addcmul(qk * cos, torch.roll(qk, dim // 2, -1), signed_sin)
@@ -82,7 +83,7 @@ def _rotate(qk: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 def cap_softly(x: Tensor, cap: float) -> Tensor:
-    """Returns cap tanh(x / cap), x itself where the cap is 0. x [T, width] may be changed in place."""
+    """Returns cap tanh(x / cap), or x itself where the cap is 0. x [T, width] may be changed in place."""
     if not cap:
         return x
     return operators.cap_softly(x, cap) if operators.holds_for(x) else torch.tanh(x / cap) * cap

@@ -1,16 +1,16 @@
-"""The activations of a block that can be read and edited, in the order of the forward pass."""
+"""Sites are the activations of a block that can be read and edited, in the order of the forward pass."""
 
 from enum import Enum
 
 
 class Site(Enum):
-    """One activation of a block. The value is the name used in messages, docs and metrics.
+    """A site is one activation of a block. The value is the name used in messages, docs and metrics.
 
-    ATTN_Q, the queries of all heads as they meet the keys (after norm and rotation), is the only one that no message
-    can name: it is where uniform attention is made.
+    ATTN_Q, the queries of all heads as they meet the keys (after norm and rotation), is the only site that no message
+    can name: uniform attention is made there.
     """
 
-    # Of the object: a decode step looks up 200 places, and Enum's own is Python.
+    # The hash is that of the object: a decode step looks up 200 places, and Enum's own hash is Python code.
     __hash__ = object.__hash__
 
     RESID_PRE = "resid_pre"
@@ -26,7 +26,7 @@ class Site(Enum):
 
     @property
     def order(self) -> int:
-        """Place within a block, in the order of the forward pass."""
+        """The index within a block, in the order of the forward pass."""
         return FORWARD_ORDER.index(self)
 
 
@@ -51,5 +51,5 @@ NEURON_SITES = (*PREACTIVATION_SITES, Site.MLP_POST)
 
 
 def place_number(site: Site, layer: int) -> int:
-    """Places in the order in which the forward pass reaches them."""
+    """Numbers the places in the order in which the forward pass reaches them."""
     return layer * len(FORWARD_ORDER) + site.order

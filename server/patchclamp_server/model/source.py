@@ -1,4 +1,4 @@
-"""From what a user names to a local directory of safetensors."""
+"""This module turns what a user names into a local directory of safetensors."""
 
 import json
 import re
@@ -20,7 +20,7 @@ ACCEPTED = '"embedded", a hub id such as org/name, a directory with safetensors,
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# Of a hub repository: what loading reads, and nothing that could run code.
+# These are the files of a hub repository that loading reads; none of them can run code.
 HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -45,9 +45,9 @@ class ModelSource:
 
 
 def resolve(ref: str, progress: Progress | None = None) -> ModelSource:
-    """Find, download or convert the model `ref`: one of ACCEPTED.
+    """Finds, downloads or converts the model `ref`, which is one of ACCEPTED.
 
-    Raises ModelSourceError: nothing of that name, no network, or weights that are not safetensors.
+    Raises ModelSourceError for an unknown name, a missing network, or weights that are not safetensors.
     """
     path = Path(ref).expanduser()
     if ref == EMBEDDED:
@@ -69,7 +69,7 @@ def resolve(ref: str, progress: Progress | None = None) -> ModelSource:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that make up the model: ``model.safetensors``, or every shard of its index.
+    """Returns the safetensors files of the model: ``model.safetensors``, or every shard of its index.
 
     Raises ModelSourceError when there are none, or one is missing. Pickled weights are never an alternative: they can
     run code.

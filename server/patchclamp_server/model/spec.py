@@ -1,4 +1,4 @@
-"""What a decoder computes, read from a transformers configuration and the architecture table."""
+"""A spec says what a decoder computes, read from a transformers configuration and the architecture table."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,12 @@ ACTIVATIONS = {
     "swish": "silu",
     "gelu": "gelu",
     "relu": "relu",
-    # One formula under three names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+    # This is one formula under three names: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Those whose frequencies do not depend on the length of the running sequence, within `_context_length`.
+# The frequencies of these do not depend on the length of the running sequence, within `_context_length`.
 ROTARY_SCALINGS = frozenset({"default", "linear", "yarn", "llama3", "longrope"})
 
 
@@ -43,9 +43,9 @@ class DecoderSpec:
     final_soft_cap: float
     embedding_scale: float
     parallel_residual: bool
-    # Sliding window of each layer.
+    # This is the sliding window of each layer.
     windows: tuple[int, ...]
-    # Which rotary table each layer uses ("" when the family has one).
+    # This names the rotary table of each layer ("" when the family has one).
     rotary_kinds: tuple[str, ...]
     sites: dict[Site, int]
 
@@ -55,7 +55,7 @@ class DecoderSpec:
 
 
 def read_spec(config: PreTrainedConfig) -> DecoderSpec:
-    """Raises FailedPrecondition for a family or a variant that is not in the table."""
+    """Reads the spec. Raises FailedPrecondition for a family or a variant that is not in the table."""
     config = config.get_text_config()
     architecture: str = config.model_type
     family = FAMILIES.get(architecture)
@@ -140,7 +140,7 @@ def _windows(config: Any, n_layers: int) -> tuple[int, ...]:
 
 
 def _rotary_parameters(config: Any) -> dict[str, dict[str, Any]]:
-    """Rotary parameters by kind of layer; the key is "" where all layers share one set."""
+    """Returns rotary parameters by kind of layer; the key is "" where all layers share one set."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if parameters and all(isinstance(value, dict) for value in parameters.values()):
         return dict(parameters)
@@ -154,10 +154,10 @@ def _rotary_kinds(config: Any, n_layers: int) -> tuple[str, ...]:
 
 
 def _context_length(config: Any) -> int:
-    """Positions that one table describes. Raises FailedPrecondition for a scaling of which none does.
+    """Returns the positions that one rotary table describes. Raises FailedPrecondition for a scaling without one.
 
-    LongRoPE has frequencies for contexts up to the length of training, and others for longer ones, which rotate every
-    token anew. Served is what the first describe, unless both are the same (how the factors of Llama 3 come from GGUF).
+    LongRoPE has frequencies for contexts up to the training length, and others for longer ones, which would rotate
+    every token anew. The context of the first is served, unless both are the same (as for Llama 3's factors from GGUF).
     """
     length: int = config.max_position_embeddings
     for parameters in _rotary_parameters(config).values():

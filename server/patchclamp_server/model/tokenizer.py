@@ -1,4 +1,4 @@
-"""The tokenizer of a model's directory, and which of its templates renders a chat."""
+"""This loads the tokenizer of a model's directory, and chooses which of its templates renders a chat."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from patchclamp_server.model.errors import ModelSourceError, foreign_errors
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """No code of the repository runs. Raises ModelSourceError where its files make no tokenizer."""
+    """Loads a tokenizer without running code of its repository. ModelSourceError: its files make no tokenizer."""
     with foreign_errors(f"the tokenizer of {directory} cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         if tokenizer.vocab_size == 0:
@@ -20,7 +20,7 @@ DEFAULT_TEMPLATE = "default"
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Its template, or of several named ones the default; None where a chat without further words chooses none."""
+    """Returns the template, or the default of several named ones; None where a chat alone chooses none."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get(DEFAULT_TEMPLATE)

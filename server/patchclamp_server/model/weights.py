@@ -23,9 +23,9 @@ def decoder_from_transformers(
     use_codes: bool = True,
     progress: Progress | None = None,
 ) -> Decoder:
-    """The decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table.
+    """Returns the decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table.
 
-    `batch_invariant`: see Decoder; None: where that is possible. `use_codes`: see Linear.
+    For `batch_invariant` see Decoder; None sets it where that is possible. For `use_codes` see Linear.
     """
     if batch_invariant is None:
         batch_invariant = can_be_invariant(dtype, device)
@@ -132,13 +132,13 @@ class _Builder:
         if kind is not NormKind.LAYER:
             weight = module.weight.float() + 1.0 if kind is NormKind.RMS_ONE_PLUS else module.weight
             return Norm(self._tensor(weight), None, eps)
-        # OPT's may lack both: they only normalise.
+        # OPT's norms may lack both weight and bias: they only normalise.
         weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
         bias = torch.zeros(module.normalized_shape) if module.bias is None else module.bias
         return Norm(self._tensor(weight), self._tensor(bias), eps)
 
     def _rotary(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Tables by position, from the family's own module, so that every fixed scaling is taken over."""
+        """Takes the tables by position from the family's own module, so that every fixed scaling is taken over."""
         path = self.spec.family.rotary
         if path is None:
             return {}
@@ -158,5 +158,5 @@ class _Builder:
 
 
 def _submodule(module: nn.Module, path: str) -> Any:
-    # Which attributes it has is known to the architecture table, not to the type checker.
+    # The architecture table knows which attributes it has; the type checker does not.
     return module.get_submodule(path)

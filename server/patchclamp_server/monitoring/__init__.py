@@ -1,4 +1,4 @@
-# The store refuses what is no watch as soon as anything of this package is there.
+# Importing any module of this package registers the checks by which the store refuses tensors that are not a watch.
 from patchclamp_server.monitoring import stored_tensors
 
 __all__ = ["stored_tensors"]

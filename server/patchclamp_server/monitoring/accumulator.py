@@ -1,13 +1,13 @@
-"""The statistics of the items of a watch, added up where the model runs.
+"""An accumulator adds up the statistics of the items of a watch where the model runs.
 
     fired += v > threshold,  positive += max(v, 0),  negative += max(-v, 0),  total_squares += v²,  min, max,
     histogram[#{edges < v}] += 1
 
-v are float32; sums are float64 and bins int64, so that a watch can run for months. What is positive and what is
-negative is added up apart, so that neither sum ever falls: as counters in Prometheus they give means over any time. A
-value that is not finite counts in `not_finite` and nowhere else; one of a token that is an outlier (outliers.py), in
-`left_out` and nowhere else. On a CPU many rows go through one loop that numba compiles; elsewhere through a few torch
-operators, and nothing comes to the host before somebody reads.
+v are float32; sums are float64 and bins int64, so that a watch can run for months. Positive and negative values are
+added up apart, so that neither sum ever falls: as counters in Prometheus they give means over any time. A value that is
+not finite counts in `not_finite` only, and a value at a token that is an outlier (outliers.py) in `left_out` only. On a
+CPU many rows go through one loop that numba compiles; elsewhere they go through a few torch operators, and nothing is
+copied to the host before somebody reads.
 """
 
 # What numba compiles has no types for mypy.
@@ -29,7 +29,7 @@ from patchclamp_server.monitoring.scale import Scale, Source
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Over W items, as numpy arrays or as tensors."""
+    """The sums over W items, as numpy arrays or as tensors."""
 
     tokens: Any  # [W]
     fired: Any
@@ -66,20 +66,20 @@ class Sums:
         return [getattr(self, field.name) for field in fields(self)]
 
     def read(self) -> "Sums":
-        """A copy on the host."""
+        """Returns a copy on the host."""
         return Sums(*(_copied(v) for v in self.values()))
 
 
 class Accumulator:
-    """`edges` [W, k] are those of the items: the buckets of their kind, until there is a reference. `kind_of` [W]: of
-    each item, which of the scale's buckets are its own."""
+    """`edges` [W, k] are the bin edges of the items: the buckets of their kind, until there is a reference. `kind_of`
+    [W] tells which of the scale's buckets belong to an item."""
 
     def __init__(
         self, scale: Scale, outliers: Outliers, kind_of: Ints, device: torch.device, *, compiled: bool
     ) -> None:
         self.device, self.compiled = device, compiled
         self.scale, self.outliers, self._kind_of = scale, outliers, kind_of
-        # Bounds of infinity have no value beyond them.
+        # Shorter lists of bounds are padded with infinity, beyond which there is no value.
         buckets = np.full((len(scale.buckets), max(map(len, scale.buckets))), np.inf)
         for own, bounds in zip(buckets, scale.buckets, strict=True):
             own[: len(bounds)] = bounds
@@ -93,20 +93,20 @@ class Accumulator:
         self._constants = self._placed()
 
     def on(self, device: torch.device, *, compiled: bool) -> "Accumulator":
-        """Goes on elsewhere with what has been counted, before there are edges of a reference."""
+        """Moves to another device with what has been counted, before there are edges of a reference."""
         moved = Accumulator(self.scale, self.outliers, self._kind_of, device, compiled=compiled)
         moved.sums = self.sums if compiled else self.sums.on(device)
         return moved
 
     def set_outliers(self, outliers: Outliers) -> None:
-        """From now on these are left out; what has been counted stays."""
+        """Leaves these out from now on; what has been counted stays."""
         self.outliers = outliers
         self._constants = self._placed()
 
-    # Tensors that the engine's thread made are updated in place by others, which only inference mode allows.
+    # The engine's thread makes tensors that other threads update in place, which only inference mode allows.
     @torch.inference_mode()
     def set_edges(self, edges: Floats) -> None:
-        """From now on the histogram counts by these; what buckets have counted stays."""
+        """Counts the histogram by these edges from now on; what the buckets have counted stays."""
         if not self.own_edges:
             counted = _by_kind(_copied(self.sums.histogram), self._kind_of, len(self._buckets))
             self.sums.bucket_counts[:] += counted if self.compiled else torch.from_numpy(counted).to(self.device)
@@ -119,15 +119,15 @@ class Accumulator:
         self._constants = self._placed()
 
     def _placed(self) -> tuple[Tensor, ...]:
-        # Where the bins of an item's kind begin in the flat bucket counts.
+        # This is where the bins of an item's kind begin in the flat bucket counts.
         first = self._kind_of[:, None] * (self._buckets.shape[1] + 1)
         limits = self.outliers.limits
         arrays = (self._thresholds, self._rounded, self._buckets[self._kind_of], first, limits)
         return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
     def add(self, values: Any, rows: Ints, columns: Columns) -> None:
-        """Item w of row r is values[rows[r], columns.items[w]] of a ring's values, and the norm of its place is
-        values[rows[r], columns.norms[w]]."""
+        """Adds rows of a ring's values. Item w of row r is values[rows[r], columns.items[w]], and the norm of its place
+        is values[rows[r], columns.norms[w]]."""
         if self.compiled:
             count_buckets = self.own_edges
             constants = (self._thresholds, self._rounded, self._buckets, self._kind_of, count_buckets)
@@ -139,7 +139,7 @@ class Accumulator:
 
     @torch.inference_mode()
     def _add_on_device(self, values: Tensor, norms: Tensor) -> None:
-        """values and norms [n, W]."""
+        """Adds values and norms, both [n, W]."""
         thresholds, edges, buckets, first, limits = self._constants
         sums = self.sums
         kept = ~((norms > limits) & torch.isfinite(norms))
@@ -161,27 +161,27 @@ class Accumulator:
             sums.bucket_counts.view(-1).scatter_add_(0, bins.reshape(-1), counted.reshape(-1))
 
     def read(self) -> Sums:
-        """A copy on the host, whose bucket counts are those of all tokens."""
+        """Returns a copy on the host, whose bucket counts include all tokens."""
         sums = self.sums.read()
         if not self.own_edges:
             sums.bucket_counts[:] += _by_kind(sums.histogram, self._kind_of, len(self._buckets))
         return sums
 
     def histogram(self) -> Ints:
-        """A copy on the host."""
+        """Returns a copy on the host."""
         copied: Ints = _copied(self.sums.histogram)
         return copied
 
 
 def _by_kind(histogram: Ints, kind_of: Ints, kinds: int) -> Ints:
-    """[kinds, bins]"""
+    """Sums the histograms of items by kind: [kinds, bins]."""
     counts = np.zeros((kinds, histogram.shape[1]), dtype=np.int64)
     np.add.at(counts, kind_of, histogram)
     return counts
 
 
 def _copied(values: Any) -> Any:
-    """To the host."""
+    """Copies values to the host."""
     return values.cpu().clone().numpy() if isinstance(values, Tensor) else values.copy()
 
 
@@ -245,7 +245,7 @@ def _add(
             down -= min(v, np.float32(0))
             squares += np.float64(v) * np.float64(v)
             least, most = min(least, v), max(most, v)
-            # Counting all edges is a vector instruction or two; a search would be a chain of jumps.
+            # Counting all edges takes a vector instruction or two; a search would be a chain of jumps.
             place = np.int32(0)
             for j in range(k):
                 place += np.int32(edges[item, j] < v)

@@ -1,4 +1,4 @@
-"""Events: values above their thresholds, for somebody who follows a running watch."""
+"""Whoever follows a running watch gets events: values above their thresholds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MAX_BATCH = 1024
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """m events, oldest first, as parallel arrays. `dropped`: how many more there were in this batch."""
+    """Holds m events, oldest first, as parallel arrays. `dropped` counts the further events of this batch."""
 
     items: Ints
     values: Floats
@@ -28,7 +28,7 @@ class Activations:
 
 
 class Subscription:
-    """Events of some items of a watch. `on_activations` must not block; None is its last call."""
+    """Delivers events of some items of a watch. `on_activations` must not block; its last call gets None."""
 
     def __init__(
         self,
@@ -39,7 +39,8 @@ class Subscription:
         *,
         own: bool,
     ) -> None:
-        """thresholds [items]; `started` on the clock of time.monotonic(); `own`: thresholds are those of the watch."""
+        """thresholds is [items]; `started` is on the clock of time.monotonic(); `own` tells that the thresholds are
+        those of the watch."""
         self._items = np.array(items, dtype=np.int64)
         self._thresholds = floor32(thresholds)
         self._own = own
@@ -47,12 +48,12 @@ class Subscription:
         self.on_activations = on_activations
 
     def settle(self, thresholds: Floats) -> None:
-        """thresholds [W]: those of the watch are these from now on."""
+        """Sets the thresholds [W] of the watch from now on."""
         if self._own:
             self._thresholds = floor32(thresholds[self._items])
 
     def take(self, values: Float32s, rows: Sequence[Row]) -> Activations | None:
-        """values [n, W] of `rows`; None when nothing is above its threshold."""
+        """Returns the events of values [n, W] of `rows`; None when nothing is above its threshold."""
         own = values[:, self._items]
         row, item = np.nonzero((own > self._thresholds) & np.isfinite(own))
         if not len(row):

@@ -9,9 +9,9 @@ Ints = NDArray[np.int64]
 
 
 def floor32(numbers: Floats) -> Float32s:
-    """Returns the largest float32 that is not above each: a float32 v is above the one if it is above the other."""
-    with np.errstate(over="ignore"):  # beyond float32 is infinity, and the largest float32 below it
+    """Returns the largest float32 not above each number: a float32 v is above the one if it is above the other."""
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinity, and then the largest float32 below it
         rounded = numbers.astype(np.float32)
     down = np.where(rounded > numbers, np.nextafter(rounded, np.float32(-np.inf)), rounded)
-    # The compiled loops know one memory layout.
+    # The compiled loops know only one memory layout.
     return np.ascontiguousarray(down)

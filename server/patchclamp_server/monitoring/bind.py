@@ -1,7 +1,7 @@
-"""Binds what a client asks to be watched to the model: every artifact resolved, every index in range, all names apart.
+"""This binds what a client asks to watch to the model: it resolves artifacts, checks indices and makes names distinct.
 
-One item of a source keeps the name given; several are "<name>/L<layer>N<neuron>", "<name>/L<layer>" for a direction at
-several layers, "<name>/L<layer>F<feature>" and "<name>/L<layer>H<head>".
+One item of a source keeps the name given; several items are called "<name>/L<layer>N<neuron>", "<name>/L<layer>" for a
+direction at several layers, "<name>/L<layer>F<feature>" and "<name>/L<layer>H<head>".
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from patchclamp_server.monitoring.items import (
 from patchclamp_server.monitoring.watch import NEURON_KIND_OF, VECTOR_SITES, ItemKind, Watch
 
 MAX_NAME_CHARACTERS = 128
-# Of an item's own values: where it fires unless told otherwise.
+# An item fires above this quantile of its own values unless the client says otherwise.
 DEFAULT_QUANTILE = 0.99
 
 
@@ -36,7 +36,7 @@ class _Found(NamedTuple):
     suffix: str
     kind: ItemKind
     layer: int
-    # Neuron or head.
+    # This is the neuron or the head.
     unit: int = 0
     site: Site | None = None
     vector: Tensor | None = None
@@ -47,8 +47,8 @@ class _Found(NamedTuple):
 def bind_watch(
     items: Sequence[WatchItem], info: ModelInfo, artifacts: ArtifactStore | None, *, max_items: int
 ) -> Watch:
-    """Raises InvalidArgument, NotFound or FailedPrecondition with the field path, ResourceExhausted for more than
-    `max_items`."""
+    """Returns the watch of these items. Raises InvalidArgument, NotFound or FailedPrecondition with the field path, and
+    ResourceExhausted for more than `max_items`."""
     if not items:
         raise InvalidArgument("items", "at least one item is needed")
     binder = _Binder(info, artifacts)
@@ -90,7 +90,7 @@ def bind_watch(
 
 
 def _threshold(item: WatchItem, path: str) -> tuple[float, float]:
-    """Threshold and quantile, of which one is 0."""
+    """Returns threshold and quantile, of which one is 0."""
     if item.quantile is not None:
         if item.threshold is not None:
             raise InvalidArgument(f"{path}.threshold_quantile", "a threshold is given as well; expected one of both")
@@ -153,7 +153,7 @@ class _Binder:
             layers = layers or artifact.info.layers
         site = self.site(site, path)
         layers = self.resolver.layers(layers, False, path)
-        # On the scale of gates and readouts, so that a value seen here can be a threshold there.
+        # Vectors have length 1, as in gates and readouts, so that a value seen here can be a threshold there.
         rows = self.resolver.vectors(source.vector, site, layers, self.info.d_model, f"{path}.vector", unit=True)
         return [_Found(f"L{layer}", ItemKind.DIRECTION, layer, site=site, vector=rows[layer][0]) for layer in layers]
 
@@ -176,7 +176,7 @@ class _Binder:
         ]
 
     def encoder(self, given: Encoder, path: str) -> Tensor:
-        """[k, d_model]"""
+        """Returns the encoder as [k, d_model]."""
         matrix, width, field = given.matrix.float(), self.info.d_model, given.field
         turned = field == "encoder_width_by_features"
         rows = matrix.t() if turned else matrix
@@ -198,7 +198,7 @@ class _Binder:
     def heads(self, source: WatchedHeads, path: str) -> list[_Found]:
         if source.selection.head_set and self.artifacts is None:
             raise FailedPrecondition(f"{path}.heads.head_set", "this server keeps no artifacts")
-        # Listed heads are looked up nowhere.
+        # `select` needs no store for listed heads.
         chosen = select(source.selection, self.artifacts, self.info, f"{path}.heads")  # type: ignore[arg-type]
         kind = ItemKind.HEAD if source.include_sink else ItemKind.HEAD_OFF_SINK
         return [_Found(f"L{layer}H{head}", kind, layer, head) for layer, head in chosen]

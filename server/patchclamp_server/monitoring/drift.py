@@ -1,14 +1,13 @@
-"""How far what a watch sees is from its reference, and how far it would be by chance.
+"""Drift is how far what a watch sees is from its reference; by chance alone it would not be 0.
 
     distance   d = ½ Σ_j |p_j - q_j|, the total variation distance of two distributions over the bins, 0 to 1
     noise      E d of two samples of one distribution, of n and m tokens: each p_j - q_j is about normal with
                s_j² = D r_j (1 - r_j) (1/n + 1/m) with r the share of both together, so that E d = Σ_j s_j / sqrt(2 π)
     spread     the deviation of d around it, sqrt((1/4 - 1/2π) Σ_j s_j²), the bins taken as independent
 
-D is the inflation of the reference (reference.py): the tokens of a text are alike, and vary less than as many from
-anywhere. At 200 tokens against as many, 16 equal bins and D = 1, noise is .15: a distance alone says little.
-
-Of W items the largest is, by chance, about noise + sqrt(2 ln W) spread.
+D is the inflation of the reference (reference.py): the tokens of a text are alike, and vary less than as many tokens
+from anywhere. At 200 tokens against as many, 16 equal bins and D = 1, noise is .15, so a distance alone says little.
+The largest distance of W items is, by chance, about noise + sqrt(2 ln W) spread.
 """
 
 import math
@@ -27,7 +26,7 @@ class Drift:
 
     @property
     def excess(self) -> Floats:
-        """[W]: the distance beyond what chance makes."""
+        """The distance [W] beyond what is expected by chance."""
         beyond: Floats = np.maximum(self.distance - self.noise, 0.0)
         return beyond
 
@@ -41,7 +40,7 @@ class Drift:
 
     @property
     def mean_excess(self) -> float:
-        """Items below their noise weigh against those above: the mean of many is near 0 where nothing has changed."""
+        """Items below their noise offset those above it, so the mean of many is near 0 where nothing has changed."""
         return max(0.0, float((self.distance - self.noise).mean()))
 
     @property
@@ -50,7 +49,7 @@ class Drift:
 
     @property
     def max_noise(self) -> float:
-        """What the largest distance is expected to be by chance, at the item with the most noise."""
+        """The largest distance to be expected by chance, at the item with the most noise."""
         return min(1.0, float(self._largest_by_chance().max()))
 
     @property
@@ -63,7 +62,7 @@ class Drift:
 
 
 def drift_of(counts: Ints, reference: Ints, inflation: Floats) -> Drift:
-    """Of counts [W, bins]. A distribution of nothing has nothing in common with any: its distance is 1, its noise 0."""
+    """Returns the drift of counts [W, bins]. An empty one has nothing in common with any: distance 1, noise 0."""
     n, m = counts.sum(axis=1), reference.sum(axis=1)
     empty = (n == 0) | (m == 0)
     n, m = np.maximum(n, 1), np.maximum(m, 1)

@@ -1,4 +1,4 @@
-"""What a client asks to be watched: the messages WatchItem of proto/patchclamp/v1/monitoring.proto. See bind.py."""
+"""A client asks for a watch by messages WatchItem of proto/patchclamp/v1/monitoring.proto. bind.py binds them."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from patchclamp_server.model.sites import Site
 
 @dataclass(frozen=True)
 class WatchedNeurons:
-    """Neurons of a layer, or those of a neuron set in all of its layers. The default site is mlp_post."""
+    """Names neurons of a layer, or those of a neuron set in all of its layers. The default site is mlp_post."""
 
     layer: int = 0
     neurons: tuple[int, ...] = ()
@@ -21,7 +21,7 @@ class WatchedNeurons:
 
 @dataclass(frozen=True, eq=False)
 class WatchedDirection:
-    """Without a site and layers: those of the artifact."""
+    """Without a site and layers, those of the artifact are taken."""
 
     vector: Vector
     site: Site | None = None
@@ -30,7 +30,7 @@ class WatchedDirection:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """The encoder of a sparse autoencoder, of k features. `field`, of the message, says which of its two axes they are:
+    """The encoder of a sparse autoencoder with k features. The message's `field` says which axis they are:
 
     encoder_features_by_width  [k, d_model]
     encoder_width_by_features  [d_model, k], as W_enc [d_in, d_sae] of SAELens
@@ -43,7 +43,7 @@ class Encoder:
 
 @dataclass(frozen=True, eq=False)
 class WatchedFeatures:
-    """bias and jump [k]. The default site is resid_post."""
+    """bias and jump are [k]. The default site is resid_post."""
 
     encoder: Encoder
     layer: int
@@ -54,7 +54,7 @@ class WatchedFeatures:
 
 @dataclass(frozen=True)
 class WatchedHeads:
-    """`include_sink`: keys at position 0 count too."""
+    """With `include_sink` keys at position 0 count too."""
 
     selection: HeadSelection
     include_sink: bool = False
@@ -62,8 +62,8 @@ class WatchedHeads:
 
 @dataclass(frozen=True, eq=False)
 class WatchItem:
-    """It fires above `threshold`, or above a `quantile` of its own values. Default, with neither: 0 for features, else
-    the 0.99 quantile."""
+    """The item fires above `threshold`, or above a `quantile` of its own values. With neither, it fires above 0 for
+    features and above the 0.99 quantile otherwise."""
 
     name: str
     source: WatchedNeurons | WatchedDirection | WatchedFeatures | WatchedHeads

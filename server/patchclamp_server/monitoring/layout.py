@@ -1,7 +1,7 @@
-"""Where the items of all running watches are: which places a step stops at for them, and the columns of the ring.
+"""The layout says where the items of all running watches are: the places that a step visits, and the ring's columns.
 
-Places are numbered, and columns are in their order, so that each place fills in neighbours; the norms of places follow
-behind. A watch finds its own by an index. One layout serves all watches until one starts or stops.
+Places are numbered, and columns are in their order, so that each place fills neighbouring columns; the norms of places
+come last. A watch finds its own columns by an index. One layout serves all watches until one starts or stops.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.head_readings import HeadReadings
-from patchclamp_server.interventions.plan import Place
+from patchclamp_server.interventions.spans import Place
 from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.sites import NEURON_SITES, PREACTIVATION_SITES, Site, place_number
@@ -29,21 +29,21 @@ from patchclamp_server.sparsity.apply import Forced
 class Layout:
     ring: Ring
     looks: Looks
-    # Numbers of the places that a step stops at.
+    # These are the numbers of the places that a step visits.
     places: Mapping[Place, int]
-    # By layer: number of the place that sees the largest probabilities of its heads, [T, n_heads]; and of that which
-    # sees those off the sink.
+    # By layer: the number of the place that sees the largest probabilities of its heads, [T, n_heads], and of the place
+    # that sees the largest off the sink.
     heads: Mapping[int, int]
     heads_off_sink: Mapping[int, int]
-    # Of each watch, in the ring.
+    # These are the columns of each watch in the ring.
     columns: Sequence[Columns]
     n_layers: int
     n_heads: int
-    # Places by place_number, of which a launch of the kernels must not run past one.
+    # The kernels must not run past these places, by place_number, in one launch.
     breaks: frozenset[int] = field(init=False)
     # Layers whose gates or ups are looked at.
     visited_preactivations: frozenset[int] = field(init=False)
-    # The last peaks that were asked for, with what they depend on.
+    # These are the last peaks that were asked for, with what they depend on.
     _peaks: tuple[Peaks, HeadReadings | None, Ints] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Layout:
         return bool(self._layers)
 
     def peaks(self, readings: HeadReadings | None, n_rows: int) -> Peaks | None:
-        """Of the rows of the step, together with those that requests read."""
+        """Returns the peaks to fill in, for the rows of this step that watches or readouts read."""
         read = None if readings is None else readings.peaks
         if not self._layers:
             return read
@@ -86,7 +86,7 @@ class Layout:
 
 
 def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device, *, compiled: bool) -> Layout:
-    """`device`: of the model."""
+    """Lays out the items of the watches. `device` is that of the model."""
     owner = np.repeat(np.arange(len(watches)), [len(watch) for watch in watches])
     places: dict[tuple[Site | ItemKind, int], list[int]] = defaultdict(list)
     units = np.concatenate([watch.units.numpy() for watch in watches])
@@ -125,13 +125,13 @@ def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device,
 
 
 def _places(watch: Watch) -> Iterator[tuple[Site | ItemKind, int]]:
-    """Site and layer of each item; for a head, which is at no site, its kind."""
+    """Yields the site and layer of each item; for a head, which is at no site, its kind and layer."""
     for kind, layer, place in zip(watch.kinds.tolist(), watch.layers.tolist(), watch.place_of.tolist(), strict=True):
         yield (ItemKind(kind), layer) if place < 0 else watch.places[place]
 
 
 def _projected(watches: Sequence[Watch], rows: Sequence[Tensor], feature: Tensor) -> Projected:
-    """`rows`: of the vectors of each watch."""
+    """Joins the vectors of one place; `rows` are those of each watch."""
     own = [(watch, some) for watch, some in zip(watches, rows, strict=True) if len(some)]
     vectors, bias, jump = (
         torch.cat([getattr(watch, name)[some] for watch, some in own]) for name in ("vectors", "bias", "jump")
@@ -140,7 +140,7 @@ def _projected(watches: Sequence[Watch], rows: Sequence[Tensor], feature: Tensor
 
 
 def forced_by_watches(watches: Sequence[Watch]) -> Forced:
-    """Neurons that sparse policies must keep, by layer."""
+    """Returns the neurons that sparse policies must keep, by layer."""
     named: dict[int, set[int]] = defaultdict(set)
     for watch in watches:
         neurons = torch.isin(watch.kinds, torch.tensor(list(NEURON_KINDS)))

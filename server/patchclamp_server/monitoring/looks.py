@@ -1,11 +1,11 @@
-"""What looks at the activations of a place, and leaves its items' values in the ring.
+"""A look reads the activations of a place and writes the values of its items into the ring.
 
     neurons, heads: x[u]        directions: p = x · v + bias        features: p if p > max(0, jump) else 0
     of each place but those of heads, ‖x‖ too, which tells outliers (outliers.py)
 
-On a CPU one native call does a place, found by its number in one table. What costs there is not the arithmetic: the
-weights of a layer have just gone through the caches, and each object that Python touches at a place is fetched from
-memory again. So there are none that belong to one place alone.
+On a CPU one native call does a place, found by its number in one table. The arithmetic costs little there: the weights
+of a layer have just gone through the caches, and each object that Python touches at a place is fetched from memory
+again. So no object belongs to one place alone.
 """
 
 # What numba compiles has no types for mypy.
@@ -27,13 +27,13 @@ from torch import Tensor
 from patchclamp_server.monitoring.arrays import Ints
 from patchclamp_server.monitoring.ring import Ring, Rows
 
-# Up to so many rows a plain loop projects them sooner than torch, whose call alone takes 5 us.
+# A plain loop projects up to so many rows sooner than torch, whose call alone takes 5 us.
 _FEW_ROWS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """Some columns of x [T, width]: neurons, or heads, whose x are probabilities that have no norm."""
+    """Reads some columns of x [T, width]: neurons, or heads, whose x are probabilities that have no norm."""
 
     units: Ints
     width: int
@@ -45,7 +45,7 @@ class Gathered:
 
 @dataclass(frozen=True, eq=False)
 class Projected:
-    """p = x · v + bias of some vectors, and 0 where p is at most `cut`: max(0, jump) for features. NaN cuts nothing."""
+    """Computes p = x · v + bias, and 0 where p is at most `cut`: max(0, jump) for features. A NaN cuts nothing."""
 
     vectors: Tensor  # [k, width] float32
     bias: Tensor  # [k]
@@ -63,7 +63,7 @@ class Projected:
         return self.vectors.shape[1]
 
     def of(self, x: Tensor) -> Tensor:
-        """x [n, width] float32 -> [n, k]"""
+        """Returns p [n, k] of x [n, width] float32."""
         p = torch.addmm(self.bias, x, self.vectors.t())
         return torch.where(p <= self.cut, 0.0, p)
 
@@ -72,14 +72,14 @@ class Projected:
 
 
 class Looks(Protocol):
-    """Places by number. Their items follow each other in the columns of the ring, and behind all items their norms."""
+    """Places have numbers. Their items follow each other in the columns of the ring, and all norms come last."""
 
     def begin(self, rows: Rows) -> None:
-        """The places that are visited next belong to a step with these rows."""
+        """Tells that the places visited next belong to a step with these rows."""
 
     @property
     def look(self) -> Callable[[int, Tensor], None]:
-        """At place `number` of this step; x [T, width] after all edits."""
+        """Reads place `number` in this step; x [T, width] is after all edits."""
 
 
 def looks_at(places: Sequence[Gathered | Projected], ring: Ring) -> Looks:
@@ -87,7 +87,7 @@ def looks_at(places: Sequence[Gathered | Projected], ring: Ring) -> Looks:
 
 
 class OperatorLooks:
-    """By torch operators, on the device."""
+    """Reads places by torch operators, on the device."""
 
     def __init__(self, places: Sequence[Gathered | Projected], ring: Ring) -> None:
         self._ring = ring
@@ -111,7 +111,7 @@ class OperatorLooks:
 
 
 class CompiledLooks:
-    """By a loop that numba compiles. Projections of many rows are left to torch."""
+    """Reads places by a loop that numba compiles. Projections of many rows are left to torch."""
 
     def __init__(self, places: Sequence[Gathered | Projected], ring: Ring) -> None:
         self._ring = ring
@@ -131,7 +131,7 @@ class CompiledLooks:
                 n_floats += len(place) * (place.width + 2)
             else:
                 n_units += len(place)
-        # Kept, since the loop has only their addresses.
+        # These are kept, since the loop has only their addresses.
         self._tables: list[NDArray[Any]] = [
             np.array(table, dtype=np.int64),
             np.concatenate([*units, np.zeros(0, dtype=np.int64)]),
@@ -181,7 +181,7 @@ def _columns(places: Sequence[Gathered | Projected]) -> list[slice]:
 
 
 def _norm_columns(places: Sequence[Gathered | Projected]) -> list[int]:
-    """-1 where there is none."""
+    """Returns the column of each place's norm; -1 where it has none."""
     behind = count(sum(map(len, places)))
     return [next(behind) if place.has_norm else -1 for place in places]
 
@@ -200,7 +200,7 @@ def warm_up() -> None:
 
 
 def _pointer_to(element):
-    """A function of compiled code: an address as a pointer. Numbers are what costs least to call compiled code with."""
+    """Makes a compiled function that casts an address to a pointer: compiled code is called cheapest with numbers."""
 
     @intrinsic
     def at(_context, address):
@@ -217,10 +217,10 @@ _floats_at, _ints_at = _pointer_to(types.float32), _pointer_to(types.int64)
 
 @numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
 def _look_at(x_at, number, state_at):
-    """`state`: where the table, units, vectors, rows and the ring's values are, how many columns these have, how many
-    rows there are, and which of the ring's is the first of them. A row of the table: width of x, first column, items,
-    where they begin in the units or vectors, whether they are vectors, which have bias and cut behind them, and the
-    column of the norm, or -1."""
+    """Reads one place. `state` holds: the addresses of the table, units, vectors, rows and the ring's values, how many
+    columns these have, how many rows there are, and which row of the ring is the first of them. A row of the table
+    holds: width of x, first column, number of items, where they begin in the units or vectors, whether they are
+    vectors, which have bias and cut behind them, and the column of the norm, or -1."""
     state = _ints_at(state_at)
     table, rows, columns, n_rows = _ints_at(state[0]), _ints_at(state[3]), state[5], state[6]
     x, values = _floats_at(x_at), _floats_at(state[4])

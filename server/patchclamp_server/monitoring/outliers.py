@@ -1,13 +1,13 @@
-"""Tokens that a watch leaves out of its figures: attention sinks beyond the first token.
+"""A watch leaves outliers out of its figures: attention sinks beyond the first token.
 
     left out   row x_t with ‖x_t‖ > 3 · median_s ‖x_s‖     x: all of the site and layer that an item is at
 
-This is the rule of pooling.py, where the median is that of a text; that of a watch is over the first tokens that it
+This is the rule of pooling.py, where the median is over a text; the median of a watch is over the first tokens that it
 sees, or over the tokens of its reference. For a neuron, x is all neurons of its layer at its site, as for static sets.
-Where most rows are 0 nothing is an outlier, and a norm that is not finite is none: it is a fault to be seen.
+Where most rows are 0 nothing is an outlier. A norm that is not finite is not an outlier either, but a fault to be seen.
 
-The value of a head is a probability, which no norm inflates: nothing is left out of it. (The norm of attn_z would even
-leave out the wrong tokens: it is large where heads look away from a sink, whose values are small.)
+The value of a head is a probability, which no norm inflates, so nothing is left out of it. (The norm of attn_z would
+even leave out the wrong tokens: it is large where heads look away from a sink, whose values are small.)
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from patchclamp_server.monitoring.arrays import Float32s, Floats, Ints, floor32
 
 @dataclass(frozen=True, eq=False)
 class Outliers:
-    """Of W items. `norms`: the median at the place of each, 0 where nothing is left out; `place_of`: which of the
-    places of the watch that is, -1 for none."""
+    """The outliers of W items. `norms` has the median at the place of each item, 0 where nothing is left out;
+    `place_of` tells which place of the watch that is, -1 for none."""
 
     norms: Floats  # [W]
     place_of: Ints  # [W]
@@ -34,16 +34,16 @@ class Outliers:
 
     @classmethod
     def of(cls, norms: Float32s, place_of: Ints) -> "Outliers":
-        """norms [n, places]."""
+        """Takes medians of norms [n, places]."""
         return cls(np.append(_medians(norms), 0.0)[place_of], place_of)
 
     @cached_property
     def limits(self) -> Float32s:
-        """[W]: a finite norm above it is an outlier; infinite where nothing is left out."""
+        """The limits [W]: a finite norm above one is an outlier; it is infinite where nothing is left out."""
         return floor32(np.where(self.norms > 0.0, OUTLIER_RATIO * self.norms, np.inf))
 
     def without(self, values: Float32s, norms: Float32s) -> Float32s:
-        """values [n, W] with NaN where a token is left out; norms [n, places]."""
+        """Returns values [n, W] with NaN where a token is left out; norms are [n, places]."""
         judged = np.flatnonzero(self.norms > 0.0)
         own = norms[:, self.place_of[judged]]
         rows, items = np.nonzero((own > self.limits[judged]) & np.isfinite(own))
@@ -55,7 +55,7 @@ class Outliers:
 
 
 def _medians(norms: Float32s) -> NDArray[np.float64]:
-    """[places], of the finite norms of each: the lower one of two, 0 of none."""
+    """Returns the median [places] of the finite norms of each place: the lower one of two, 0 without any."""
     found = np.zeros(norms.shape[1])
     for place, own in enumerate(norms.T):
         own = own[np.isfinite(own)]

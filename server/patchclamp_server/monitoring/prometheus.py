@@ -1,14 +1,13 @@
-"""What running watches tell Prometheus, read once at each scrape. Labels are the name of a watch, of which there is a
-cap, and the kind of its items; the series of a watch end with it.
+"""Running watches are shown to Prometheus, read once at each scrape. Labels are the name of a watch, whose number is
+capped, and the kind of its items; the series of a watch end with it.
 
-Figures are of the items of one kind together: those of a neuron, a direction and a head have nothing in common, and one
-series for each of thousands of items would be the end of any Prometheus; item by item they are in GetWatchStatistics.
-Where a watch asks for it, each of its items has series of its own, with its name as a label: of all watches at most
-MAX_EXPORTED_ITEMS.
+Figures cover the items of one kind together: those of a neuron, a direction and a head have nothing in common, and one
+series for each of thousands of items would be too much for any Prometheus; GetWatchStatistics has them item by item.
+Where a watch asks for it, each of its items has its own series, with its name as a label: at most MAX_EXPORTED_ITEMS.
 
     mean over any time = (rate(positive_sum) - rate(negative_sum)) / rate(values)
 
-What is positive and what is negative is summed apart because a counter must not fall.
+Positive and negative values are summed apart because a counter must not fall.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,8 +27,8 @@ ITEM = ("watch", "item")
 
 
 class WatchCollector(Collector):
-    """`dropped`: events that subscribers of a running watch did not get, because they read too slowly. `refused`: how
-    many watches of the store cannot run here."""
+    """`dropped` counts the events that subscribers of a running watch did not get, because they read too slowly.
+    `refused` counts the watches of the store that cannot run here."""
 
     def __init__(
         self, registry: WatchRegistry, dropped: Callable[[RunningWatch], int], refused: Callable[[], int]
@@ -44,14 +43,14 @@ class WatchCollector(Collector):
         for watch in running:
             try:
                 statistics = self._registry.statistics(watch.name)
-            except NotFound:  # stopped since
+            except NotFound:  # it was stopped meanwhile
                 continue
             families.add(watch, statistics, self._dropped(watch))
         families.add_caps(running, self._registry, self._refused())
         return families.all()
 
     def describe(self) -> Iterator[Metric]:
-        """Without values: registering must not ask an engine that has not started."""
+        """Describes metrics without values: registering must not ask an engine that has not started."""
         return Families().all()
 
 
@@ -139,7 +138,7 @@ class Families:
         self.sinks.add_metric((name,), seen.sinks)
         self.dropped.add_metric((name,), dropped)
         self.calibrating.add_metric((name,), int(seen.calibrating))
-        if seen.calibrating:  # counts of what is still judged anew with every token are no counters
+        if seen.calibrating:  # counts that are judged anew with every token are not counters
             return
         for kind in seen.kinds():
             self._add_kind((name, kind.name), kind)
@@ -159,7 +158,7 @@ class Families:
             self.max.add_metric(label, kind.max)
         self.fired.add_metric(label, kind.fired)
         bounds = [*map(str, kind.buckets), "+Inf"]
-        # Values may be negative, and a sum that falls is no counter: there is none, and so no count beside +Inf.
+        # Values may be negative, and a sum that falls is not a counter: so there is no sum, and no count beside +Inf.
         counts = zip(bounds, kind.bucket_counts.cumsum().tolist(), strict=True)
         self.activation.add_metric(label, list(counts), sum_value=None)
 

@@ -1,4 +1,4 @@
-"""The distribution of the items of a watch over a stretch of what was served, and how far another is from it.
+"""A reference is the distribution of the items of a watch over a stretch of what was served.
 
     edges      15 quantiles of each item: 16 bins of equal mass; bin j holds edges[j-1] < value <= edges[j]
     levels     quantiles of each item at LEVELS, which thresholds and buckets follow from (scale.py)
@@ -8,8 +8,8 @@
     norms      of each item the median norm of the rows at its site and layer, by which outliers were left out of all of
                this (outliers.py), and by which a watch with this reference leaves them out too
 
-Equal values fall into one bin, and leave others empty: a neuron that is 0 nine times in ten has a bin of that mass. How
-far another distribution is from it: drift.py.
+Equal values fall into one bin, and leave others empty: a neuron that is 0 nine times in ten has a bin of that mass.
+drift.py tells how far another distribution is from it.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,13 +25,13 @@ from patchclamp_server.monitoring.outliers import Outliers
 from patchclamp_server.monitoring.tensors import checked
 
 BINS = 16
-# Of a reference that was made elsewhere.
+# A reference that was made elsewhere may have more edges than ours, up to this.
 MAX_EDGES = 64
-# Probabilities of the quantiles that are kept: the least and the largest value among them.
+# These are the probabilities of the quantiles that are kept, including the least and the largest value.
 LEVELS = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
-# Stretches, each of so many tokens at least, that the inflation is found from.
+# The inflation is found from so many stretches, each of at least so many tokens.
 _STRETCHES, _SHORTEST = 8, 16
-# Values that are kept to find quantiles of: 64 MiB.
+# So many values are kept to find quantiles of: 64 MiB.
 MAX_KEPT = 2**24
 
 
@@ -41,7 +41,7 @@ class Reference:
     counts: Tensor  # int64 [W, k + 1]
     mean: Tensor  # float64 [W]
     deviation: Tensor  # float64 [W]
-    # None in references that were recorded before there were any.
+    # These are None in references that were recorded before there were any.
     levels: Tensor | None = None  # float64 [W, LEVELS]
     inflation: Tensor | None = None  # float64 [W], at least 1
     norms: Tensor | None = None  # float64 [W], 0 where nothing is left out
@@ -56,7 +56,7 @@ class Reference:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Reference":
-        """Raises InvalidArgument for what is no reference."""
+        """Raises InvalidArgument for tensors that are not a reference."""
         edges = checked(tensors, "edges", torch.float64, [None, None])
         n, k = edges.shape
         counts = checked(tensors, "counts", torch.int64, [n, k + 1])
@@ -85,10 +85,10 @@ class Reference:
 
 
 class Recording:
-    """Takes in the values of `tokens` tokens, and makes a reference of them but outliers.
+    """Collects the values of `tokens` tokens, and makes a reference of all but the outliers.
 
-    Quantiles and counts are of all of them while they are at most MAX_KEPT values, else of a random sample of tokens
-    (Vitter 1985, algorithm R); mean and deviation are of all. While it is not known what is an outlier, tokens wait.
+    Quantiles and counts are over all of them up to MAX_KEPT values, else over a random sample of tokens (Vitter 1985,
+    algorithm R); mean and deviation are over all. Tokens wait until it is known what is an outlier.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Recording:
         on_done: Callable[[Reference | None], None],
         outliers: Outliers | None = None,
     ) -> None:
-        """`outliers`: what is left out; where that is not known, `find_outliers` finds it."""
+        """`outliers` are left out; where they are not known, `find_outliers` finds them."""
         self.tokens = tokens
         self.seen = 0
         self.on_progress, self.on_done = on_progress, on_done
         self.outliers = outliers
-        # Values and norms.
+        # These are values and norms.
         self._waiting: list[tuple[Float32s, Float32s]] = []
         self._taken = 0
         self._kept = np.empty((min(tokens, max(1, MAX_KEPT // n_items)), n_items), dtype=np.float32)
@@ -116,7 +116,7 @@ class Recording:
         return self.tokens - self.seen
 
     def add(self, values: Float32s, norms: Float32s) -> None:
-        """values [n, W] and norms [n, places], of the next tokens, at most `left`."""
+        """Adds values [n, W] and norms [n, places] of the next tokens, at most `left`."""
         self.seen += len(values)
         if self.outliers is None:
             self._waiting.append((values, norms))
@@ -124,7 +124,7 @@ class Recording:
             self._take(self.outliers.without(values, norms))
 
     def find_outliers(self, place_of: Ints) -> None:
-        """Finds what is left out from the tokens that wait, where it is not known yet. place_of [W] as in Outliers."""
+        """Finds outliers among the tokens that wait, if they are not known yet. place_of [W] is as in Outliers."""
         if self.outliers is not None:
             return
         self.outliers = Outliers.of(np.concatenate([norms for _, norms in self._waiting]), place_of)
@@ -146,12 +146,12 @@ class Recording:
         self._taken += len(values)
 
     def result(self) -> Reference:
-        """Sorts all that was kept: not for a thread that others wait for. Outliers must be known."""
+        """Sorts all that was kept, so not on a thread that others wait for. Outliers must be known."""
         assert self.outliers is not None
         kept = self._kept[: self.seen]
         n = np.isfinite(kept).sum(axis=0)
         ordered = np.sort(np.where(np.isfinite(kept), kept, np.float32(np.inf)).T, axis=1)  # [W, tokens]
-        # The smallest value that at least this share is not above.
+        # This is the smallest value that at least this share of values does not exceed.
         places = np.ceil(n[:, None] * np.arange(1, BINS) / BINS).astype(np.int64) - 1
         edges = np.take_along_axis(ordered, np.maximum(places, 0), axis=1)
         edges[n == 0] = 0.0
@@ -170,7 +170,7 @@ class Recording:
 
 
 def _inflation(values: Float32s, edges: Float32s, counts: Ints) -> Floats:
-    """[W], of values [n, W] in their order. A random sample of tokens has no order: there it would be 1."""
+    """Returns D [W] of values [n, W] in their order. A random sample of tokens has no order, so D would be 1."""
     stretches = min(_STRETCHES, len(values) // _SHORTEST)
     if stretches < 2:
         return np.ones(len(edges))

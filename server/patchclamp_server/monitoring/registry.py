@@ -1,11 +1,11 @@
-"""The running watches of an engine.
+"""The registry holds the running watches of an engine.
 
     begin(step) → places fill a ring → end(step) → counted when the ring is full, or somebody reads or waits
 
 The engine's thread runs steps; any other may start, stop and read. Nobody waits for a step: watches are changed between
-them, and a step that runs meanwhile is counted by the ones it began with. Watched are rows of what is served: not those
+steps, and a step that runs meanwhile is counted by the watches it began with. Only served rows are watched: not those
 of analysis requests and of baselines, not tokens that came from the prefix cache, and a token that is computed again
-after a preemption only once. A step of the quality guard's is not told of at all.
+after a preemption only once. The steps of the quality guard are not reported here.
 """
 
 import threading
@@ -34,12 +34,12 @@ from patchclamp_server.monitoring.step import MAX_WATCHES, ServedSpan, StepWatch
 from patchclamp_server.monitoring.watch import MAX_REFERENCE_TOKENS, Watch, WatchOptions, check_watch
 from patchclamp_server.sparsity.apply import Forced
 
-# Items with series of their own in Prometheus, of all watches.
+# So many items of all watches may have their own series in Prometheus.
 MAX_EXPORTED_ITEMS = 256
 
 
 class WatchRegistry:
-    """`compiled`: rows are copied and counted by loops that numba compiles, as on a CPU, and not by torch operators."""
+    """With `compiled`, numba's loops copy and count rows, as on a CPU, and not torch operators."""
 
     def __init__(
         self,
@@ -53,21 +53,21 @@ class WatchRegistry:
         if max_watches > MAX_WATCHES:
             raise ValueError(f"max_watches must be at most {MAX_WATCHES}, got {max_watches}")
         self.max_watches, self.max_items = max_watches, max_items
-        # Neurons that sparse policies keep, since generated tokens are watched there. Another object when it changes.
+        # Sparse policies keep these neurons, since generated tokens are watched there. A change makes a new object.
         self.forced: Forced = {}
         self._spec, self._device = spec, device
         self._lock = threading.Lock()
-        # Held while a layout is made, which the engine's thread does not wait for. Taken before the other.
+        # This is held while a layout is made, for which the engine's thread does not wait; it is taken before _lock.
         self._changing = threading.Lock()
         self._watches: dict[str, Running] = {}
-        # None while nothing is watched.
+        # This is None while nothing is watched.
         self._current: tuple[Layout, Sequence[Running]] | None = None
         self._ended = False
         self._compiled = device.type == "cpu" if compiled is None else compiled
         if self._compiled:
             _warm_up()
 
-    # Any thread.
+    # Any thread may call the following.
 
     def start(
         self,
@@ -77,7 +77,7 @@ class WatchRegistry:
         reference: Reference | None = None,
         reference_id: str = "",
     ) -> RunningWatch:
-        """Raises FailedPrecondition where the watch does not fit the model or the reference does not fit the watch, or
+        """Starts a watch. Raises FailedPrecondition where it does not fit the model, the reference does not fit it, or
         the name is in use; ResourceExhausted at the caps; Unavailable once the engine has ended."""
         check_watch(watch, self._spec)
         if reference is not None:
@@ -110,7 +110,7 @@ class WatchRegistry:
         return snapshot
 
     def stop(self, name: str) -> RunningWatch:
-        """As it was. Those who follow it are told. Raises NotFound."""
+        """Stops a watch, returns it as it was and tells those who follow it. Raises NotFound."""
         with self._changing:
             running = self._named(name)
             calls = self._change({other: own for other, own in self._watches.items() if other != name})
@@ -121,7 +121,7 @@ class WatchRegistry:
         return snapshot
 
     def running(self) -> list[RunningWatch]:
-        """In the order in which they were started."""
+        """Returns the watches in the order in which they were started."""
         with self._lock:
             calls = self._count()
             snapshots = [running.snapshot() for running in self._watches.values()]
@@ -129,7 +129,7 @@ class WatchRegistry:
         return snapshots
 
     def get(self, name: str) -> RunningWatch:
-        """Raises NotFound."""
+        """Returns the watch of this name. Raises NotFound."""
         with self._lock:
             running = self._named(name)
             calls = self._count()
@@ -138,7 +138,7 @@ class WatchRegistry:
         return snapshot
 
     def statistics(self, name: str) -> Statistics:
-        """Raises NotFound."""
+        """Returns the statistics of the watch of this name. Raises NotFound."""
         with self._lock:
             running = self._named(name)
             calls = self._count()
@@ -147,7 +147,7 @@ class WatchRegistry:
         return statistics
 
     def set_reference(self, name: str, reference: Reference, reference_id: str) -> None:
-        """Drift is measured against it from now on. Raises NotFound, or FailedPrecondition where it has other items."""
+        """Measures drift against this reference from now on. Raises NotFound, or FailedPrecondition for other items."""
         with self._lock:
             running = self._named(name)
             _check_reference(reference, running.watch)
@@ -162,10 +162,10 @@ class WatchRegistry:
         threshold: float | None,
         on_activations: Callable[[Activations | None], None],
     ) -> Callable[[], None]:
-        """Events of the items, all without any, above `threshold` or their own, from now on. Returns what ends it.
+        """Delivers events of the items (of all, without any) above `threshold` or their own; returns what ends it.
 
-        Called is mostly on the engine's thread, and must not block; the last time with None, when the watch was stopped
-        or the engine has ended. Raises NotFound.
+        `on_activations` is mostly called on the engine's thread, and must not block; its last call gets None, when the
+        watch was stopped or the engine has ended. Raises NotFound.
         """
         with self._lock:
             running = self._named(name)
@@ -188,10 +188,10 @@ class WatchRegistry:
         on_progress: Callable[[int, int], None],
         on_done: Callable[[Reference | None], None],
     ) -> Callable[[], None]:
-        """Waits for so many tokens more, and makes a reference of them. Returns what ends it.
+        """Waits for so many more tokens, and makes a reference of them. Returns what ends it.
 
         `on_done` is called on a thread of its own, or with None where the watch was stopped or the engine has ended.
-        Raises NotFound, InvalidArgument, and FailedPrecondition while the watch records another.
+        Raises NotFound, InvalidArgument, and FailedPrecondition while the watch records another reference.
         """
         if not 1 <= tokens <= MAX_REFERENCE_TOKENS:
             raise InvalidArgument("tokens", f"must be in [1, {MAX_REFERENCE_TOKENS}], got {tokens}")
@@ -206,7 +206,7 @@ class WatchRegistry:
         return lambda: self._forget(running.recordings, recording)
 
     def close(self) -> None:
-        """Stops all watches: nothing will run any more."""
+        """Stops all watches, because nothing will run any more."""
         with self._changing:
             self._ended = True
             watches = list(self._watches.values())
@@ -217,10 +217,10 @@ class WatchRegistry:
 
     @property
     def ended(self) -> bool:
-        """Whether the engine has: every watch is stopped then."""
+        """Whether the engine has ended; then every watch is stopped."""
         return self._ended
 
-    # The engine's thread.
+    # Only the engine's thread calls the following.
 
     @property
     def active(self) -> bool:
@@ -228,7 +228,7 @@ class WatchRegistry:
         return self._current is not None
 
     def begin(self, spans: Sequence[ServedSpan]) -> StepWatch | None:
-        """`spans`: those of the step that are served. None when no row of theirs is watched."""
+        """Begins a step; `spans` are its served ones. Returns None when none of their rows is watched."""
         with self._lock:
             if self._current is None:
                 return None
@@ -245,13 +245,13 @@ class WatchRegistry:
         return StepWatch(layout, rows, watches)
 
     def end(self, step: StepWatch) -> None:
-        """The step has run."""
+        """Counts the rows of a step that has run, if somebody waits for them."""
         calls: list[Call] = []
         layout = step.layout
         with self._lock:
             layout.ring.commit(step.rows)
             if self._current is None or layout is not self._current[0]:
-                # Watches were started or stopped meanwhile; for those it began with, the step counts.
+                # Watches were started or stopped meanwhile; the step counts for those that it began with.
                 calls = counted(layout, step.watches)
             elif awaited(layout, step.watches):
                 calls = self._count()
@@ -303,6 +303,6 @@ def _check_exported(watches: Sequence[Running]) -> None:
 
 
 def _tell(calls: Sequence[Call]) -> None:
-    """Not under the lock: who is told may ask something."""
+    """Calls these outside the lock, because whoever is told may ask something."""
     for call in calls:
         call()

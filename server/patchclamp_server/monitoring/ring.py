@@ -1,8 +1,8 @@
-"""Values of the last rows that were watched, one column for each item of all watches and one for the norm at each of
-their places, until somebody counts them.
+"""The ring holds values of the last watched rows until they are counted: a column for each item of all watches and one
+for the norm at each of their places.
 
-A step leaves its rows here with one small call at each place that is visited: what the statistics cost is paid once for
-many rows. Rows are committed when their step has run; those of a step that failed are overwritten by the next.
+A step leaves its rows here with one small call at each place that is visited, so that the cost of the statistics is
+paid once for many rows. Rows are committed when their step has run; the next step overwrites those of a failed one.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,14 @@ import torch
 
 from patchclamp_server.monitoring.arrays import Ints
 
-# Values of a full ring: 2 ms to count on a CPU, and half a megabyte.
+# A full ring has so many values: they take 2 ms to count on a CPU, and half a megabyte.
 _VALUES = 2**17
 _MOST_ROWS = 128
 
 
 class Row(NamedTuple):
-    """A watched token. Bit i of `watches`: whether watch i of the layout counts it. `time`: of time.monotonic()."""
+    """A watched token. Bit i of `watches` tells whether watch i of the layout counts it. `time` is that of
+    time.monotonic()."""
 
     token_id: int
     position: int
@@ -30,21 +31,21 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Where a watch of W items finds what is its own. An item that has no norm gets any column."""
+    """Tells where a watch of W items finds its values. An item that has no norm gets any column."""
 
     items: Ints  # [W]
     places: Ints  # [places]: the norms of its places
-    norms: Ints  # [W]: that of the place of each item
+    norms: Ints  # [W]: the norm of the place of each item
 
     @classmethod
     def of(cls, items: Ints, places: Ints, place_of: Ints) -> "Columns":
-        """place_of [W]: which place an item is at, -1 for none."""
+        """place_of [W] tells which place an item is at, -1 for none."""
         return cls(items, places, np.append(places, 0)[place_of])
 
 
 @dataclass(eq=False, slots=True)
 class Rows:
-    """n watched rows of a step."""
+    """The n watched rows of a step."""
 
     index: Ints  # [n] of the batch
     kept: list[Row]
@@ -54,15 +55,15 @@ class Rows:
 
 
 class Ring:
-    """`values` [capacity, columns] float32: an array where `compiled` loops fill it in, else a tensor on the device."""
+    """`values` [capacity, columns] float32 is an array that `compiled` loops fill in, else a tensor on the device."""
 
     def __init__(self, columns: int, device: torch.device, *, compiled: bool) -> None:
         self.columns, self.device, self.compiled = columns, device, compiled
         self.capacity = max(1, min(_MOST_ROWS, _VALUES // max(columns, 1)))
-        # Committed rows, of which those before `counted` have been counted.
+        # These rows are committed; those before `counted` have been counted.
         self.kept: list[Row] = []
         self.counted = 0
-        # Where the step that runs writes, and its rows.
+        # This is where the running step writes, and its rows.
         self.at = 0
         self.step = Rows(np.zeros(0, dtype=np.int64), [])
         self._allocate()
@@ -90,14 +91,14 @@ class Ring:
             self._allocate()
 
     def begin(self, rows: Rows) -> None:
-        """These are written next."""
+        """Tells that these rows are written next."""
         self.step, self.at = rows, len(self.kept)
 
     def commit(self, rows: Rows) -> None:
         self.kept += rows.kept
 
     def take(self) -> range:
-        """Committed rows that are to be counted now."""
+        """Returns the committed rows that are to be counted now."""
         taken = range(self.counted, len(self.kept))
         self.counted = len(self.kept)
         return taken

@@ -1,4 +1,4 @@
-"""A running watch: what it has counted, its window and reference, and who follows it."""
+"""A running watch knows what it has counted, its window and reference, and who follows it."""
 
 import threading
 import time
@@ -51,26 +51,26 @@ class Running:
     options: WatchOptions
     device: torch.device
     compiled: bool
-    # None while thresholds, buckets and the norms of outliers are being derived from the first tokens.
+    # This is None while thresholds, buckets and the norms of outliers are being derived from the first tokens.
     accumulator: Accumulator | None = None
     first: FirstTokens | None = None
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
     rows: int = 0
-    # Rows at position 0, which are not counted otherwise.
+    # These are rows at position 0, which are not counted otherwise.
     sinks: int = 0
     recordings: list[Recording] = field(default_factory=list)
     subscriptions: list[Subscription] = field(default_factory=list)
     reference_id: str = ""
     _reference: Reference | None = None
     _drift: Drift | None = None
-    # Tokens of the window that is filling, and what had been counted before it.
+    # These are the tokens of the window that is filling, and what had been counted before it.
     _filled: int = 0
     _before: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     _random: Random = field(default_factory=lambda: Random(0))
 
     def __post_init__(self) -> None:
-        # Whether prompt tokens and whether generated ones are watched; asked for every row.
+        # These tell whether prompt tokens and whether generated ones are watched; every row asks for them.
         self._phases = Phase.PROMPT in self.options.phases, Phase.GENERATED in self.options.phases
         self._kind_of = self.watch.kind_of
 
@@ -98,8 +98,8 @@ class Running:
         return running
 
     def set_reference(self, reference: Reference, reference_id: str) -> None:
-        """Drift is measured against it, over windows that begin now, or when the first tokens have been seen. What is
-        left out as an outlier follows from it, and where they are not known yet, thresholds and buckets too."""
+        """Measures drift against this reference, over windows that begin now, or when the first tokens have been seen.
+        The outliers follow from it, and so do thresholds and buckets where they are not known yet."""
         outliers = _outliers_of(reference, self.watch)
         if self.accumulator is not None:
             self.accumulator.set_outliers(outliers)
@@ -119,14 +119,14 @@ class Running:
             self._filled, self._before = 0, self.accumulator.histogram()
 
     def _settle(self, scale: Scale, outliers: Outliers) -> None:
-        """Thresholds, buckets and outliers are these from now on."""
+        """Uses this scale and these outliers from now on."""
         self.accumulator = self._counted(scale, outliers).on(self.device, compiled=self.compiled)
         for subscription in self.subscriptions:
             subscription.settle(scale.thresholds)
         self._begin_windows()
 
     def _counted(self, scale: Scale, outliers: Outliers) -> Accumulator:
-        """The first tokens, on the host. Sums are added up in their order, so that they never fall."""
+        """Counts the first tokens on the host. Sums are added up in their order, so that they never fall."""
         assert self.first is not None
         counted = Accumulator(scale, outliers, self._kind_of, torch.device("cpu"), compiled=True)
         values, n = self.first.values, len(self.watch)
@@ -135,13 +135,13 @@ class Running:
         return counted
 
     def wants(self, generated: bool) -> bool:
-        """Whether a token is watched: one of its phases, and of these a random share."""
+        """Returns whether a token is watched: it is in a watched phase, and in the random share of that."""
         rate = self.options.sampling_rate
         return self._phases[generated] and (rate >= 1.0 or self._random.random() < rate)
 
     @property
     def thresholds(self) -> Floats:
-        """[W]; infinite where they are still to be derived: nothing fires before."""
+        """The thresholds [W]; infinite where they are still to be derived, so that nothing fires before."""
         if self.accumulator is not None:
             return self.accumulator.scale.thresholds
         waiting: Floats = np.where(asking(self.watch), np.inf, self.watch.thresholds.numpy())
@@ -154,7 +154,7 @@ class Running:
 
     @property
     def soon(self) -> int | None:
-        """Tokens after which somebody waits for the count."""
+        """After so many tokens somebody waits for the count."""
         return min(recording.left for recording in self.recordings) if self.recordings else None
 
     @property
@@ -166,7 +166,7 @@ class Running:
         return self.accumulator.outliers
 
     def take(self, ring: Ring, rows: Ints, columns: Columns) -> list[Call]:
-        """Counts `rows` of the ring; returns who is to be told, once no lock is held."""
+        """Counts `rows` of the ring; returns the calls that tell others, to be made once no lock is held."""
         calls: list[Call] = []
         if not len(rows):
             return calls
@@ -189,7 +189,7 @@ class Running:
         return calls
 
     def _take_first(self, values: Float32s, norms: Float32s) -> int:
-        """How many of the rows are among the first tokens."""
+        """Keeps those rows that are among the first tokens, and returns how many they are."""
         assert self.first is not None
         taken = min(self.first.left, len(values))
         self.first.add(values[:taken], norms[:taken])
@@ -201,15 +201,15 @@ class Running:
         return taken
 
     def _without_outliers(self, values: Float32s, norms: Float32s) -> Float32s:
-        """For those who are told at once: they do not wait until it is known from all first tokens what an outlier is,
-        and are told by those that have been seen."""
+        """Returns values for those who are told at once: they do not wait until all first tokens show what an outlier
+        is, but judge by those seen so far."""
         if self.accumulator is not None:
             return self.accumulator.outliers.without(values, norms)
         assert self.first is not None
         return self.first.outliers().without(values, norms)
 
     def _windows(self, start: int, n: int) -> Iterator[slice]:
-        """Rows from `start` to n, cut where a window ends."""
+        """Yields the rows from `start` to n, cut where a window ends."""
         while start < n:
             end = n if self._reference is None else min(n, start + self.options.window_tokens - self._filled)
             yield slice(start, end)
@@ -237,7 +237,7 @@ class Running:
         calls: list[Call] = [lambda: recording.on_progress(seen, total)]
         if not recording.left:
             self.recordings.remove(recording)
-            # It sorts what may be millions of numbers, and the engine's thread may be the one that tells.
+            # This sorts what may be millions of numbers, and the caller may be the engine's thread.
             finish = threading.Thread(
                 target=lambda: recording.on_done(recording.result()), name="patchclamp-reference", daemon=True
             )
@@ -257,7 +257,7 @@ class Running:
         )
 
     def statistics(self) -> Statistics:
-        """While the first tokens are being seen: as if there were no more of them."""
+        """Returns the statistics; while the first tokens are being seen, as if there were no more of them."""
         accumulator = self.accumulator
         if accumulator is None:
             assert self.first is not None
@@ -278,14 +278,14 @@ class Running:
 
 
 def _outliers_of(reference: Reference, watch: Watch) -> Outliers:
-    """What a reference left out is left out beside it: nothing, where it was recorded before anything was."""
+    """Returns the outliers of a reference: none, where it was recorded before anything was left out."""
     if reference.norms is None:
         return Outliers.none(len(watch))
     return Outliers(np.where(watch.place_of < 0, 0.0, reference.norms.numpy()), watch.place_of)
 
 
 def _on_host(ring: Ring, rows: Ints, columns: Columns) -> tuple[Float32s, Float32s]:
-    """Values [n, W] and norms [n, places]."""
+    """Returns values [n, W] and norms [n, places]."""
     both = np.concatenate((columns.items, columns.places))
     if ring.compiled:
         values: Float32s = ring.values[rows[:, None], both]

@@ -1,12 +1,12 @@
-"""Thresholds and buckets that nobody chose, derived from the values themselves: numbers that fit one model and layer
-say nothing of another, whose 99th percentile may be 0.2 or 562.
+"""Thresholds and buckets that nobody chose are derived from the values themselves, because numbers that fit one model
+and layer say nothing of another, whose 99th percentile may be 0.2 or 562.
 
     threshold of an item   the quantile that its item asks for, interpolated
     buckets of a kind      quantiles of the values of all its items, and what may yet come: the largest value, and
                            once and three times the range beyond it; the same below, where there are negative values
 
-From a reference where the watch is started with one, else from the first tokens that it sees; then they stay. So do
-the norms that tell outliers (outliers.py), which are in neither.
+They come from a reference where the watch is started with one, else from the first tokens that it sees, and then they
+stay. So do the norms that tell outliers (outliers.py), which are in neither.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ Buckets = tuple[tuple[float, ...], ...]
 
 _BUCKET_QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 _DIGITS = 3
-# Values that are sorted for the buckets of a kind.
+# So many values are sorted for the buckets of a kind.
 _MOST_VALUES = 2**16
-# Values of the first tokens that are kept: 4 MiB, and 40 ms of the engine's thread once, when they are full.
+# So many values of the first tokens are kept: 4 MiB, and 40 ms of the engine's thread once, when they are full.
 _MOST_KEPT = 2**20
 
 
@@ -39,7 +39,7 @@ class Source(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """`buckets` [kinds of the watch]: of each the bounds, ascending."""
+    """`buckets` has the ascending bounds of each kind of the watch."""
 
     thresholds: Floats  # [W]
     buckets: Buckets
@@ -47,14 +47,14 @@ class Scale:
 
 
 def chosen_scale(watch: Watch, options: WatchOptions) -> Scale | None:
-    """None where something is to be derived."""
+    """Returns the scale that the client chose; None where something is to be derived."""
     if not options.buckets or asking(watch).any():
         return None
     return Scale(watch.thresholds.numpy(), (options.buckets,) * len(watch.kind_names), Source.CHOSEN)
 
 
 def scale_of_reference(watch: Watch, options: WatchOptions, reference: Reference) -> Scale | None:
-    """None where the reference is an old one, which has no levels."""
+    """Returns the scale that follows from a reference; None where the reference is an old one, which has no levels."""
     if reference.levels is None:
         return None
     levels = reference.levels.numpy()
@@ -67,16 +67,15 @@ def scale_of_reference(watch: Watch, options: WatchOptions, reference: Reference
 
 
 def calibration_size(watch: Watch, options: WatchOptions) -> int:
-    """Returns from how many tokens something is derived."""
+    """Returns from how many tokens thresholds, buckets and outliers are derived."""
     return max(1, min(options.calibration_tokens, _MOST_KEPT // len(watch)))
 
 
 class FirstTokens:
-    """Keeps the values of the first tokens of a watch, [n, W], and their norms, [n, places], until there are `total`
-    of them."""
+    """Keeps the values [n, W] and norms [n, places] of the first tokens of a watch, until there are `total` of them."""
 
     def __init__(self, watch: Watch, options: WatchOptions, known: Outliers | None = None) -> None:
-        """`known`: outliers that do not follow from the first tokens."""
+        """`known` are outliers that do not follow from the first tokens."""
         self._watch, self._options, self.known = watch, options, known
         self.total = calibration_size(watch, options)
         self._kept = np.empty((self.total, len(watch) + len(watch.places)), dtype=np.float32)
@@ -88,25 +87,25 @@ class FirstTokens:
 
     @property
     def values(self) -> Float32s:
-        """[n, W + places]: the norms stand behind the values."""
+        """The values [n, W + places]: the norms follow the values."""
         return self._kept[: self.seen]
 
     def add(self, values: Float32s, norms: Float32s) -> None:
-        """Of at most `left` tokens."""
+        """Adds at most `left` tokens."""
         n = len(values)
         np.concatenate((values, norms), axis=1, out=self._kept[self.seen : self.seen + n])
         self.seen += n
 
     def forget(self) -> None:
-        """All but how many there were."""
+        """Forgets everything but how many there were."""
         self._kept = self._kept[:0].copy()
 
     def outliers(self) -> Outliers:
-        """Returns those that are known, or follow from what has been seen."""
+        """Returns the outliers that are known, or follow from what has been seen."""
         return self.known or Outliers.of(self.values[:, len(self._watch) :], self._watch.place_of)
 
     def scale(self, outliers: Outliers) -> Scale:
-        """As it follows from what has been seen but outliers; 0 for what follows from nothing."""
+        """Returns the scale that follows from what has been seen but outliers; 0 for what follows from nothing."""
         watch, options, n = self._watch, self._options, len(self._watch)
         scale = chosen_scale(watch, options)
         if scale is not None:
@@ -121,7 +120,7 @@ class FirstTokens:
 
 
 def asking(watch: Watch) -> NDArray[np.bool_]:
-    """[W]: whether the threshold of an item is a quantile."""
+    """Returns [W]: whether the threshold of an item is a quantile."""
     if not len(watch.quantiles):
         return np.zeros(len(watch), dtype=bool)
     asks: NDArray[np.bool_] = watch.quantiles.numpy() > 0.0
@@ -129,7 +128,7 @@ def asking(watch: Watch) -> NDArray[np.bool_]:
 
 
 def _quantile(values: Float32s, quantile: float) -> Floats:
-    """Interpolated, of the finite values of each column, 0 where there are none."""
+    """Returns the interpolated quantile of the finite values of each column, 0 where there are none."""
     if not len(values):
         return np.zeros(values.shape[1])
     finite = np.isfinite(values)
@@ -154,7 +153,7 @@ def _buckets(watch: Watch, options: WatchOptions, values: NDArray[np.floating]) 
 
 
 def bounds(values: NDArray[np.floating]) -> tuple[float, ...]:
-    """Bounds of a histogram for values like these, at least one; of three digits."""
+    """Returns the bounds of a histogram for values like these: at least one, rounded to three digits."""
     flat = values.reshape(-1)
     flat = flat[np.isfinite(flat)]
     if not len(flat):

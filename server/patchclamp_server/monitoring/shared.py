@@ -1,17 +1,17 @@
-"""Started watches in the artifact store, so that every server of a model that shares the store runs them.
+"""Started watches are kept in the artifact store, so that every server of a model that shares it runs them.
 
     watches/<model>/<name>                          the record: watch, options, reference, and a revision of its own
     watch_references/<model>/<name>.<revision>      a reference that came later
     watch_replicas/<model>/<replica>                what a server says of the watches it found
 
 The store decides. A start writes the record where there is none: of two servers that start one name at once, one is
-refused. A stop removes it. Every server looks every few seconds: what it finds it runs, what is gone it stops, and
-where the revision is another it stops the old one and runs the new one. Nothing is ever written into a record that is
-there, so that no late write brings a stopped watch back. A crash loses nothing: what is in the store runs again, what
-is not in the store was never said to have started.
+refused. A stop removes it. Every server looks every few seconds: it runs what it finds, stops what is gone, and where
+the revision has changed it stops the old watch and runs the new one. Nothing is ever written into an existing record,
+so that no late write brings a stopped watch back. A crash loses nothing: what is in the store runs again, and what is
+not was never reported as started.
 
-A watch that a server was configured with (--watch) is that server's own: it is not in the store, and where the store
-has one of the same name, the server's own runs there.
+A watch that a server was configured with (--watch) is that server's own: it is not in the store, and it runs there
+instead of one of the same name in the store.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ FORGET_SECONDS = 86_400.0
 
 @dataclass(frozen=True)
 class Replica:
-    """What a server said of one watch."""
+    """What a server reported of one watch."""
 
     name: str
     said: Said
@@ -52,8 +52,8 @@ class Replica:
 
 @dataclass(frozen=True)
 class Listed:
-    """A watch that runs here or is in the store: `run` is its record, None for one of the server's own; `here` is None
-    where it does not run, for the `reason`. `replicas`: this server first."""
+    """A watch that runs here or is in the store. `run` is its record, None for one of the server's own; `here` is None
+    where it does not run, for the `reason`. `replicas` has this server first."""
 
     name: str
     here: RunningWatch | None
@@ -63,7 +63,7 @@ class Listed:
 
 
 class SharedWatches:
-    """From any thread. `on_stopped` is told of watches that end because the store says so."""
+    """May be used from any thread. `on_stopped` is told of watches that end because the store says so."""
 
     def __init__(
         self,
@@ -79,29 +79,29 @@ class SharedWatches:
         self._records = store.records(f"watches/{model}")
         self._references = store.records(f"watch_references/{model}")
         self._replicas = store.records(f"watch_replicas/{model}")
-        # Held while watches start and stop: a look at the store must not see half of a start.
+        # This is held while watches start and stop: a look at the store must not see half of a start.
         self._lock = threading.Lock()
         self._own: set[str] = set()
-        # What runs here for the store, and what cannot.
+        # These are the watches that run here for the store, and those that cannot.
         self._runs: dict[str, StoredRun] = {}
         self._refused: dict[str, tuple[StoredRun | None, str]] = {}
         self._reported: Report | None = None
 
     @property
     def refused(self) -> int:
-        """Watches of the store that cannot run here."""
+        """The number of watches of the store that cannot run here."""
         return len(self._refused)
 
     def start_own(self, asked: WatchAsked) -> RunningWatch:
-        """Of this server alone. Raises the errors of start_stored."""
+        """Starts a watch of this server alone. Raises the errors of start_stored."""
         with self._lock:
             running = start_stored(self._registry, asked, self._store, self._info)
             self._own.add(running.name)
         return running
 
     def start(self, asked: WatchAsked) -> RunningWatch:
-        """Here, and on all servers of the store. Raises the errors of start_stored; FailedPrecondition where the name
-        is in use; ResourceExhausted where the store is full."""
+        """Starts a watch here, and on all servers of the store. Raises the errors of start_stored; FailedPrecondition
+        where the name is in use; ResourceExhausted where the store is full."""
         with self._lock:
             running = start_stored(self._registry, asked, self._store, self._info)
             run = StoredRun.of(running)
@@ -120,7 +120,7 @@ class SharedWatches:
         return running
 
     def stop(self, name: str) -> Listed:
-        """Here, and on all servers of the store; as it was. NotFound: there is none of that name."""
+        """Stops a watch here and on all servers of the store, and returns it as it was. Raises NotFound."""
         with self._lock:
             if name in self._own:
                 self._own.discard(name)
@@ -141,7 +141,7 @@ class SharedWatches:
         return Listed(name, here, run, reason)
 
     def use_reference(self, name: str, reference: Reference, reference_id: str) -> None:
-        """Drift is measured against it from now on, on all servers of the store. Raises the errors of set_reference."""
+        """Measures drift against this reference, on all servers of the store. Raises the errors of set_reference."""
         with self._lock:
             self._registry.set_reference(name, reference, reference_id)
             run = self._runs.get(name)
@@ -150,7 +150,7 @@ class SharedWatches:
                 self._runs[name] = replace(run, reference=reference_id)
 
     def look(self) -> None:
-        """Runs and stops what the store says. Raises OSError where the store cannot be read: nothing changes then."""
+        """Runs and stops what the store says. Raises OSError where the store cannot be read; then nothing changes."""
         with self._lock:
             if self._registry.ended:
                 return
@@ -176,7 +176,7 @@ class SharedWatches:
             self._report()
 
     def _reason_not_to_run(self, name: str, run: StoredRun) -> str:
-        """Starts it, or gives it its new reference, where it can; "" then."""
+        """Starts the watch, or gives it its new reference, and returns "", or the reason why it cannot."""
         if name in self._own:
             return "this server is configured with a watch of that name (--watch)"
         try:
@@ -202,7 +202,7 @@ class SharedWatches:
         return any(running.name == name for running in self._registry.running())
 
     def listing(self) -> list[Listed]:
-        """What runs here in the order of its start, and what does not."""
+        """Returns what runs here in the order of its start, and then what does not."""
         running = {each.name: each for each in self._registry.running()}
         with self._lock:
             runs, refused = dict(self._runs), dict(self._refused)
@@ -225,7 +225,7 @@ class SharedWatches:
         return Replica(self.replica, here, time.time()), *others
 
     def _believed(self) -> list[Report]:
-        """Reports that are not too old. What a server that crashed left behind is removed when nobody asks any more."""
+        """Returns the reports that are not too old. What a crashed server left behind is removed after a day."""
         believed, now = [], time.time()
         for name, content in sorted(self._replicas.read().items()):
             report = Report.from_json(content)
@@ -236,14 +236,14 @@ class SharedWatches:
         return believed
 
     def _report(self) -> None:
-        """A report that cannot be written is missing in the listings of others, and nothing else."""
+        """Writes a report; one that cannot be written is missing in the listings of others, and nothing else."""
         try:
             self._write_report()
         except (OSError, ResourceExhausted) as error:
             log.warning("this server cannot tell the store of its watches: %s", error)
 
     def _write_report(self) -> None:
-        """When something has changed, or the last report gets old. Without watches there is none."""
+        """Writes a report when something has changed, or the last one gets old. Without watches there is none."""
         tokens = {each.name: each.tokens for each in self._registry.running()}
         watches = {name: Said("", tokens.get(name, 0)) for name in self._runs}
         watches |= {name: Said(reason, 0) for name, (_, reason) in self._refused.items()}
@@ -260,7 +260,7 @@ class SharedWatches:
             self._replicas.write(self.replica, self._reported.to_json())
 
     def close(self) -> None:
-        """This server says nothing of watches any more; they stay in the store."""
+        """Withdraws this server's report; the watches stay in the store."""
         with self._lock:
             if self._reported is not None:
                 self._replicas.remove(self.replica)

@@ -1,4 +1,4 @@
-"""The hooks of a watched step: at each place the operators of its programs, and after them what the watches look at."""
+"""The hooks of a watched step run the operators of its programs at each place, and then the looks of the watches."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,14 +11,14 @@ from patchclamp_server.model.sites import FORWARD_ORDER, Site
 from patchclamp_server.monitoring.layout import Layout
 
 if TYPE_CHECKING:
-    # Its kernels need Triton, which takes a second to import where none runs.
+    # Its kernels need Triton, which takes a second to import even where no kernel runs.
     from patchclamp_server.model.kernel_forward import Programs
 
 Visit = Callable[[Site, int, Tensor], None]
 
 
 class WatchedSites:
-    """Implements the decoder's SiteHooks. `plan` None: there are no programs to be run by operators."""
+    """Implements the decoder's SiteHooks. With `plan` None no programs are run by operators."""
 
     def __init__(self, plan: StepPlan | None, layout: Layout) -> None:
         self.plan, self.layout = plan, layout
@@ -29,7 +29,7 @@ class WatchedSites:
         self.visit = _visit(plan.visit if plan is not None and plan.operators else None, layout)
 
     def between(self, programs: "Programs") -> "Programs":
-        """Programs of kernels that are looked at in the same way: no launch runs past a place of the watches.
+        """Returns programs of kernels that are watched in the same way: no launch runs past a place of the watches.
 
         A row keeps its bits, but in a dtype narrower than float32 one that is edited on both sides of a place, as at
         resid_post and at the resid_pre of the next layer, is rounded between them.
@@ -38,7 +38,7 @@ class WatchedSites:
 
 
 def _visit(edit: Visit | None, layout: Layout) -> Visit:
-    """A decode step visits 200 places, between which the caches are swept: a closure finds more than a method does."""
+    """A decode step visits 200 places, between which the caches are emptied: a closure finds more than a method."""
     looks = layout.looks
     numbers: dict[Site, list[int | None]] = {site: [None] * layout.n_layers for site in FORWARD_ORDER}
     for (site, layer), number in layout.places.items():
@@ -55,7 +55,7 @@ def _visit(edit: Visit | None, layout: Layout) -> Visit:
 
 
 class SiteWatcher:
-    """Keeps the last hooks: decode steps have the same plan and layout again and again."""
+    """Keeps the last hooks, because decode steps have the same plan and layout again and again."""
 
     def __init__(self) -> None:
         self._last: WatchedSites | None = None

@@ -1,4 +1,4 @@
-"""What a watch has seen, as arrays over its W items.
+"""Statistics are what a watch has seen, as arrays over its W items.
 
 quantile  v with F(v) = p, F running straight through each bin of the histogram, whose ends are min and max
 """
@@ -16,7 +16,7 @@ from patchclamp_server.monitoring.scale import Scale
 
 @dataclass(frozen=True, eq=False)
 class KindStatistics:
-    """The items of one kind together; min inf and max -inf where there are no values."""
+    """The items of one kind together; min is inf and max -inf where there are no values."""
 
     name: str
     items: int
@@ -38,9 +38,9 @@ class KindStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """`sums.tokens` counts finite values of tokens that are no outliers, and all but `sums.not_finite` and
-    `sums.left_out` is about those. The histogram counts since its
-    `edges` have been in use: those of the reference, else the buckets."""
+    """`sums.tokens` counts finite values at tokens that are not outliers, and all figures but `sums.not_finite` and
+    `sums.left_out` are about those. The histogram counts since its `edges` have been in use: those of the reference,
+    else the buckets."""
 
     sums: Sums  # [W]; min inf and max -inf where there are no tokens
     edges: Floats  # [W, k]; bin j holds edges[j-1] < value <= edges[j]
@@ -48,28 +48,28 @@ class Statistics:
     kind_names: tuple[str, ...]
     kind_of: Ints  # [W], in kind_names
     rows: int
-    # Rows at position 0, which are in no other figure.
+    # These are rows at position 0, which are in no other figure.
     sinks: int = 0
-    # First tokens that the scale is derived from: how many there are, and will be.
+    # The scale is derived from first tokens: these tell how many there are, and how many there will be.
     calibrated: int = 0
     calibration: int = 0
-    # Of the last full window; None without a reference, and before a window is full.
+    # This is the drift of the last full window; None without a reference, and before a window is full.
     drift: Drift | None = None
 
     @property
     def tokens(self) -> Ints:
-        """[W]"""
+        """The counted tokens [W]."""
         tokens: Ints = self.sums.tokens
         return tokens
 
     @property
     def calibrating(self) -> bool:
-        """Whether thresholds, buckets and what is an outlier still change."""
+        """Whether thresholds, buckets and outliers still change."""
         return self.calibrated < self.calibration
 
     @property
     def total(self) -> Floats:
-        """[W]"""
+        """The sum of the values [W]."""
         total: Floats = self.sums.positive - self.sums.negative
         return total
 
@@ -103,13 +103,13 @@ class Statistics:
 
     @property
     def deviation(self) -> Floats:
-        """Of the values seen, not an estimate for others."""
+        """The deviation of the values seen, not an estimate for others."""
         variance = self.sums.total_squares / np.maximum(self.tokens, 1) - self.mean**2
         deviation: Floats = np.sqrt(np.maximum(variance, 0.0))
         return deviation
 
     def quantiles(self, probabilities: Sequence[float]) -> Floats:
-        """[W, probabilities]; NaN where nothing has been counted."""
+        """Returns [W, probabilities]; NaN where nothing has been counted."""
         seen = self.tokens > 0
         low, high = (np.where(seen, end, 0.0)[:, None] for end in (self.sums.min, self.sums.max))
         # Nothing lies beyond min and max.

@@ -1,4 +1,4 @@
-"""A step as the watches see it: which of its rows they want, and how what they left in the ring is counted."""
+"""In a step the watches choose the rows that they want, and count later what these left in the ring."""
 
 from collections.abc import Sequence
 from time import monotonic
@@ -10,13 +10,13 @@ from patchclamp_server.monitoring.layout import Layout
 from patchclamp_server.monitoring.ring import Row, Rows
 from patchclamp_server.monitoring.running import Call, Running
 
-# A row says by the bits of an int64 who watches it.
+# The bits of an int64 tell who watches a row.
 MAX_WATCHES = 63
 
 
 class ServedSpan(NamedTuple):
-    """The n rows of a step from `row` on: tokens of one sequence from `position` on, of which those before `fresh` have
-    been computed before."""
+    """The n rows of a step from `row` on are tokens of one sequence from `position` on; those before `fresh` have been
+    computed before."""
 
     row: int
     position: int
@@ -27,16 +27,16 @@ class ServedSpan(NamedTuple):
 
 
 class StepWatch(NamedTuple):
-    """What a step does for the watches: its rows, and the places that look at them."""
+    """Holds what a step does for the watches: its rows, and the places that look at them."""
 
     layout: Layout
     rows: Rows
-    # Who each row of the ring belongs to, while the layout is in use.
+    # These tell to whom each row of the ring belongs, while the layout is in use.
     watches: Sequence[Running]
 
 
 def counted(layout: Layout, watches: Sequence[Running]) -> list[Call]:
-    """Counts what is in the ring; returns who is to be told."""
+    """Counts what is in the ring; returns the calls that tell others."""
     ring, calls = layout.ring, list[Call]()
     taken = ring.take()
     if taken:
@@ -48,7 +48,7 @@ def counted(layout: Layout, watches: Sequence[Running]) -> list[Call]:
 
 
 def awaited(layout: Layout, watches: Sequence[Running]) -> bool:
-    """Whether somebody is told more as soon as what is in the ring is counted."""
+    """Returns whether somebody is told more as soon as the ring is counted."""
     for running in watches:
         if running.follows:
             return True
@@ -59,11 +59,11 @@ def awaited(layout: Layout, watches: Sequence[Running]) -> bool:
 
 
 def watched_rows(spans: Sequence[ServedSpan], watches: Sequence[Running]) -> Rows | None:
-    """Rows that are computed for the first time, and that somebody watches. The first token of a sequence is where
-    heads with nothing to do look, and has a norm of its own (the attention sink): it would be an outlier in every
-    figure, and is only counted.
+    """Returns the rows that are computed for the first time and that somebody watches. The first token of a sequence is
+    where heads with nothing to do look, and has a norm of its own (the attention sink): it would be an outlier in every
+    figure, so it is only counted.
 
-    Plain Python: of one row, numpy's calls cost more than what they do.
+    This is plain Python because numpy's calls cost more than they do for one row.
     """
     index: list[int] = []
     kept: list[Row] = []

@@ -1,4 +1,4 @@
-"""Watches and references from the artifact store: of the served model, and of each other."""
+"""Stored watches and references are checked here: they must belong to the served model, and to each other."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from patchclamp_server.monitoring.watch import Watch, WatchOptions
 
 @dataclass(frozen=True)
 class WatchAsked:
-    """A stored watch to run, and the reference to measure its drift against: ids or tags. No reference: ""."""
+    """A stored watch to run, and the reference to measure its drift against: ids or tags. "" means no reference."""
 
     watch: str
     options: WatchOptions
@@ -23,8 +23,9 @@ class WatchAsked:
 
 
 def start_stored(registry: WatchRegistry, asked: WatchAsked, store: ArtifactStore, info: ModelInfo) -> RunningWatch:
-    """Raises the errors of WatchRegistry.start, and at `watch` and `reference`: NotFound, InvalidArgument (another kind
-    of artifact), FailedPrecondition (of another model, or recorded with another watch)."""
+    """Starts a stored watch. Raises the errors of WatchRegistry.start, and at `watch` and `reference`: NotFound,
+    InvalidArgument (another kind of artifact), FailedPrecondition (of another model, or recorded with another
+    watch)."""
     resolver = Resolver(info, store)
     artifact = _loaded(resolver, asked.watch, ArtifactKind.WATCH, "watch")
     watch = Watch.from_tensors(artifact.tensors)
@@ -58,7 +59,7 @@ def store_reference(
     description: str,
     tags: Tags,
 ) -> ArtifactInfo:
-    """What `running` saw in `tokens` tokens."""
+    """Stores what `running` saw in `tokens` tokens."""
     return store.put(
         ArtifactKind.WATCH_REFERENCE,
         reference.tensors(),

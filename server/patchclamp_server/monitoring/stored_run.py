@@ -1,4 +1,4 @@
-"""The record of a started watch in the artifact store, and what a server says of those it finds there: both JSON."""
+"""The record of a started watch in the artifact store, and a server's report of the watches that it finds, are JSON."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from patchclamp_server.interventions.program import Phase
 from patchclamp_server.monitoring.running import RunningWatch
 from patchclamp_server.monitoring.watch import WatchOptions
 
-# WatchOptions checks ranges, and leaves types to those who make it.
+# WatchOptions checks ranges, and leaves the types to whoever makes it.
 _OPTION_TYPES = {
     "name": str,
     "sampling_rate": float,
@@ -43,7 +43,7 @@ class StoredRun:
 
     @classmethod
     def from_json(cls, name: str, content: Any) -> "StoredRun":
-        """Raises InvalidArgument for what is none."""
+        """Raises InvalidArgument for content that is not a record."""
         try:
             options = dict(content["options"])
             options["phases"] = frozenset(map(Phase, options["phases"]))
@@ -67,7 +67,7 @@ class StoredRun:
 
 @dataclass(frozen=True)
 class Said:
-    """Of one watch. `reason`: why it does not run; "" where it does."""
+    """What a server reports of one watch. `reason` tells why it does not run, and is "" where it does."""
 
     reason: str
     tokens: int
@@ -75,7 +75,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Report:
-    """What a server says of the watches of the store."""
+    """What a server reports of the watches of the store."""
 
     replica: str
     watches: Mapping[str, Said]
@@ -86,7 +86,7 @@ class Report:
 
     @classmethod
     def from_json(cls, content: Any) -> "Report | None":
-        """None for what is none."""
+        """Returns None for content that is not a report."""
         try:
             watches = {_text(n): Said(_text(s["reason"]), int(s["tokens"])) for n, s in content["watches"].items()}
             return cls(_text(content["replica"]), watches, float(content["reported"]))

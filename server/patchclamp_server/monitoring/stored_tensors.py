@@ -1,7 +1,7 @@
-"""What a stored watch, and a stored reference of one, may hold. Refusals name the field "tensors".
+"""These checks bound what a stored watch, and a stored reference of one, may hold. Refusals name the field "tensors".
 
-What the tensors mean is the affair of monitoring/; here is what a file of a stranger must not bring: names that cannot
-be shown or sent, and more of anything than a server would ever watch.
+The other modules of monitoring/ give the tensors their meaning. Here a stranger's file is kept from bringing names that
+cannot be shown or sent, and more of anything than a server would ever watch.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.monitoring.reference import Reference
 from patchclamp_server.monitoring.watch import Watch
 
-# Number of dimensions by name.
+# These are the numbers of dimensions by name.
 WATCH_TENSORS = {
     "names": 1,
     "sites": 1,
@@ -30,13 +30,13 @@ MAX_WATCH_ITEMS = 65_536
 MAX_WATCH_BYTES = 1 << 30
 # Every value that is watched is compared with every edge.
 MAX_REFERENCE_EDGES = 64
-# Of UTF-8, and of all names and sites of a watch as JSON.
+# The first bounds a name in UTF-8, the second all names and sites of a watch as JSON.
 MAX_ITEM_NAME_BYTES = 256
 MAX_TEXT_BYTES = 8 * 1024 * 1024
 
 
 def watch_layers(shapes: Shapes) -> tuple[int, ...]:
-    """None: which layers are watched stands in the tensors, not in their names."""
+    """Returns no layers: which layers are watched stands in the tensors, not in their names."""
     _check_shapes("watch", WATCH_TENSORS, shapes)
     for name in ("names", "sites"):
         if shapes.get(name, (0,))[0] > MAX_TEXT_BYTES:
@@ -72,7 +72,7 @@ def check_reference_tensors(tensors: Tensors) -> None:
 
 
 def check_item_name(name: str, path: str) -> None:
-    """A name is printable text that a message can carry."""
+    """Checks that a name is printable text that a message can carry. Raises InvalidArgument."""
     # A lone surrogate is not printable.
     if not name or not name.isprintable() or len(name.encode()) > MAX_ITEM_NAME_BYTES:
         message = f"{name!r:.80} is not a name: 1 to {MAX_ITEM_NAME_BYTES} bytes of printable text"

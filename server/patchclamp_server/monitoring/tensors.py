@@ -1,4 +1,4 @@
-"""Tensors of stored watches and references, as they must be."""
+"""This checks the tensors of stored watches and references."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from patchclamp_server.errors import InvalidArgument
 
 
 def checked(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: list[int | None]) -> Tensor:
-    """The tensor, of a shape in which None is any size, and of finite numbers. Raises InvalidArgument."""
+    """Returns the tensor if it is finite and has this shape, in which None is any size. Raises InvalidArgument."""
     tensor = tensors.get(name)
     if tensor is None:
         raise InvalidArgument("", f"there is no tensor {name!r}")

@@ -1,4 +1,4 @@
-"""What is watched: W items, of four kinds, as plain numbers, so that a watch is an artifact.
+"""A watch is W items of four kinds as plain numbers, so that it can be an artifact.
 
     neuron     a                            the activation at mlp_post, or what it is made of, at mlp_gate or mlp_up
     direction  h · v, |v| = 1               at a site of the residual width
@@ -6,8 +6,8 @@
     head       the largest attention probability, off the sink: keys at position 0 are left out, and the
                probabilities of the others remain those of the whole softmax; or, where asked for, of all keys
 
-All are values after all edits. An item fires at a token where its value is above its threshold: a number, or a quantile
-of its own values, see scale.py.
+All values are taken after all edits. An item fires at a token where its value is above its threshold, which is a
+number, or a quantile of its own values, see scale.py.
 """
 
 import json
@@ -30,13 +30,13 @@ from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.monitoring.tensors import checked
 
-# Sites of the residual width, which directions and features are watched at.
+# Directions and features are watched at these sites of the residual width.
 VECTOR_SITES = (Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST, Site.ATTN_OUT, Site.MLP_OUT)
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 MAX_BUCKETS = 32
 DEFAULT_CALIBRATION_TOKENS, MAX_CALIBRATION_TOKENS = 1024, 4096
 DEFAULT_WINDOW_TOKENS = 4096
-# Of the length of a direction in float32.
+# The length of a direction in float32 may differ from 1 by this.
 UNIT_ROUNDING = 1e-3
 MAX_WINDOW_TOKENS = MAX_REFERENCE_TOKENS = 2**24
 
@@ -59,7 +59,7 @@ NEURON_KIND_OF = {
     Site.MLP_UP: ItemKind.UP_OF_NEURON,
 }
 NEURON_KINDS = {kind: site for site, kind in NEURON_KIND_OF.items()}
-# What users know kinds by.
+# Users know the kinds by these names; _NAME_OF_KIND says which kind has which.
 KIND_NAMES = ("neuron", "direction", "feature", "head")
 # Of each ItemKind, the place of its name in KIND_NAMES.
 _NAME_OF_KIND = np.array([0, 1, 2, 3, 3, 0, 0], dtype=np.int64)
@@ -67,7 +67,7 @@ _NAME_OF_KIND = np.array([0, 1, 2, 3, 3, 0, 0], dtype=np.int64)
 
 @dataclass(frozen=True, eq=False)
 class Watch:
-    """W items, D of them with a vector. `units`: the neuron, the head, or the row of `vectors`."""
+    """Has W items, D of them with a vector. `units` is the neuron, the head, or the row of `vectors`."""
 
     names: tuple[str, ...]  # [W]
     kinds: Tensor  # int64 [W], of ItemKind
@@ -78,7 +78,7 @@ class Watch:
     sites: tuple[Site, ...]  # [D]
     bias: Tensor  # float32 [D], 0 for directions
     jump: Tensor  # float32 [D], 0 for directions
-    # float64 [W]: what quantile the threshold of an item is, 0 where it is a number. Empty where all are numbers.
+    # float64 [W]: the quantile that an item's threshold is, 0 where it is a number. Empty where all are numbers.
     quantiles: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
@@ -86,22 +86,22 @@ class Watch:
 
     @property
     def kind_names(self) -> tuple[str, ...]:
-        """Names of the kinds there are, in the order of KIND_NAMES."""
+        """The names of the kinds that occur, in the order of KIND_NAMES."""
         return tuple(KIND_NAMES[place] for place in np.unique(self._kind_places()).tolist())
 
     @property
     def kind_of(self) -> NDArray[np.int64]:
-        """[W]: of each item, the place of its kind in `kind_names`."""
+        """The index [W] of each item's kind in `kind_names`."""
         return np.unique(self._kind_places(), return_inverse=True)[1].astype(np.int64)
 
     @cached_property
     def places(self) -> tuple[tuple[Site, int], ...]:
-        """Site and layer of its items, each once, in their order. Heads are at none."""
+        """The site and layer of its items, each once, in their order. Heads are at none."""
         return tuple(dict.fromkeys(place for place in self._sites_and_layers() if place is not None))
 
     @cached_property
     def place_of(self) -> NDArray[np.int64]:
-        """[W]: of each item, its place in `places`; -1 for heads."""
+        """The index [W] of each item's place in `places`; -1 for heads."""
         number = {place: number for number, place in enumerate(self.places)}
         found = [-1 if place is None else number[place] for place in self._sites_and_layers()]
         return np.array(found, dtype=np.int64)
@@ -118,7 +118,7 @@ class Watch:
         return places
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, none of them empty: without vectors, what belongs to them is left out."""
+        """Returns the tensors by name, none of them empty: without vectors, what belongs to them is left out."""
         texts = {"names": self.names, "sites": [site.value for site in self.sites]}
         tensors = {name: _as_bytes(json.dumps(list(text))) for name, text in texts.items()}
         for name in ("kinds", "layers", "units", "thresholds", "vectors", "bias", "jump", "quantiles"):
@@ -129,7 +129,7 @@ class Watch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Watch":
-        """Raises InvalidArgument for what is no watch of any model; see check_watch for those of one."""
+        """Raises InvalidArgument for tensors that are not a watch of any model; see check_watch for one model."""
         names, sites = _strings(tensors, "names"), _strings(tensors, "sites")
         n = len(names)
         if not n or len(set(names)) != n:
@@ -162,7 +162,7 @@ class Watch:
 
 
 def check_watch(watch: Watch, spec: DecoderSpec | ModelInfo) -> None:
-    """Whether a stored watch fits the model. Raises FailedPrecondition."""
+    """Checks that a stored watch fits the model. Raises FailedPrecondition."""
     if int(watch.layers.max()) >= spec.n_layers:
         raise FailedPrecondition("watch", f"watches layer {int(watch.layers.max())}; the model has {spec.n_layers}")
     neurons, heads = (torch.isin(watch.kinds, torch.tensor(list(kinds))) for kinds in (NEURON_KINDS, HEAD_KINDS))
@@ -199,9 +199,9 @@ def _strings(tensors: Mapping[str, Tensor], name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """How a watch runs. `name`: its label in Prometheus; `buckets`: upper bounds of the histograms there, none to
-    derive them; `export_items`: whether each item has series of its own there. Raises InvalidArgument by the fields of
-    StartWatchRequest."""
+    """Tells how a watch runs. `name` is its label in Prometheus. `buckets` are the upper bounds of the histograms
+    there; without any they are derived. `export_items` tells whether each item has its own series there. Raises
+    InvalidArgument by the fields of StartWatchRequest."""
 
     name: str
     sampling_rate: float = 1.0

@@ -1,4 +1,4 @@
-"""TLS of the server's port. New connections get the certificate that is in the files by then; the others go on."""
+"""TLS of the server's port: new connections get the certificate that is in the files by then; old ones go on."""
 
 import grpc
 
@@ -7,11 +7,11 @@ from patchclamp_server.security.watched_file import WatchedFile
 
 
 def server_credentials(tls: WatchedFile[TlsMaterial]) -> grpc.ServerCredentials:
-    """mTLS where there is a client CA: whoever has no certificate of it gets no connection."""
+    """Returns credentials, for mTLS where there is a client CA: whoever has no certificate of it gets no connection."""
     served = tls.value
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
-        """Asked by gRPC before every handshake, on a thread of its own; None changes nothing."""
+        """Answers gRPC before every handshake, on a thread of its own; None changes nothing."""
         nonlocal served
         if tls.value is served:
             return None

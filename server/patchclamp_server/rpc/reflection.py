@@ -1,4 +1,4 @@
-"""Server reflection as v1 and as v1alpha: newer tools ask for v1 alone, older ones know only v1alpha.
+"""Server reflection is served as v1 and as v1alpha: newer tools ask for v1 alone, older ones know only v1alpha.
 
 The two differ in the name of their package; messages and fields are the same, and so are the bytes. grpcio-reflection
 brings v1alpha.
@@ -14,7 +14,7 @@ V1 = "grpc.reflection.v1.ServerReflection"
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """`services`: full names of what is listed, beside reflection itself."""
+    """Adds reflection; `services` are the full names that are listed, beside reflection itself."""
     names = (*services, reflection.SERVICE_NAME, V1)
     reflection.enable_server_reflection(names, server)
     # grpcio-reflection does not export it by name, and offers it nowhere else.

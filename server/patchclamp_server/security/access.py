@@ -1,7 +1,7 @@
-"""What one call may do with the engine and the store, by the rules of its tenant, and what it did.
+"""This module checks what one call may do with the engine and the store by its tenant's rules, and records what it did.
 
-`ACCESS` is that of the running call: rpc/ sets it, and it is taken along into the threads and tasks of the call. The
-engine and the store ask `CallersAccess`, so every RPC passes here, whatever it runs or reads.
+`ACCESS` is the access of the running call: rpc/ sets it, and the threads and tasks of the call inherit it. The engine
+and the store ask `CallersAccess`, so every RPC passes here, whatever it runs or reads.
 """
 
 from collections.abc import Iterable
@@ -19,17 +19,17 @@ from patchclamp_server.security.tenants import Tenant
 
 
 class Access:
-    """Of one call."""
+    """What one call may do, and what it did."""
 
     def __init__(self, tenant: Tenant, record: CallRecord) -> None:
         self.tenant = tenant
         self.record = record
         self._began = False
-        # Artifacts that the call has been allowed to use, or has made itself.
+        # These are the artifacts that the call has been allowed to use, or has made itself.
         self._allowed: set[str] = set()
 
     def admit(self, request: Request) -> Request:
-        """Edits within the rules, tokens left to begin with, the priority no higher than it may be."""
+        """Checks the edits, and that tokens are left; returns the request with at most the allowed priority."""
         rules, bucket = self.tenant.rules, self.tenant.bucket
         if request.program is not None:
             check_edits(request.program.program.edits, rules.edits)
@@ -54,14 +54,14 @@ class Access:
         self.record.request(request)
 
     def compute(self, tokens: int) -> None:
-        """Of a work at the engine's exclusive door. Raises QuotaExceeded."""
+        """Charges work at the engine's exclusive door. Raises QuotaExceeded."""
         self._check_tokens()
         self._began = True
         if self.tenant.bucket is not None:
             self.tenant.bucket.charge(tokens)
 
     def _check_tokens(self) -> None:
-        """A call that has begun is not stopped in its middle: what it takes beyond is owed."""
+        """A call that has begun is not stopped in its middle; the tokens that it takes beyond its quota are owed."""
         bucket, rate = self.tenant.bucket, self.tenant.rules.tokens_per_minute
         if bucket is not None and not self._began and (wait := bucket.seconds_until_ready()) > 0:
             message = f"tenant {self.tenant.name!r} has used its {rate} tokens a minute"
@@ -109,7 +109,7 @@ ACCESS: ContextVar[Access | None] = ContextVar("access", default=None)
 
 
 class CallersAccess:
-    """EngineAccess and ArtifactAccess of whichever call asks. What the server does on its own is not limited."""
+    """The EngineAccess and ArtifactAccess of whichever call asks. What the server does on its own is not limited."""
 
     def admit(self, request: Request) -> Request:
         access = ACCESS.get()
@@ -153,7 +153,7 @@ class CallersAccess:
 
 
 def check_edits(edits: tuple[Edit, ...], rules: EditRules) -> None:
-    """Raises PermissionDenied with the path of the edit."""
+    """Raises PermissionDenied with the path of the edit that the rules do not allow."""
     if rules.max_edits is not None and len(edits) > rules.max_edits:
         message = f"{len(edits)} edits; the policy allows {rules.max_edits}"
         raise PermissionDenied("program.edits", message)

@@ -1,7 +1,7 @@
-"""The audit log: JSON lines in a file that may be rotated by renaming it, written by a thread of its own.
+"""The audit log is a file of JSON lines, written by a thread of its own; it may be rotated by renaming the file.
 
-Nothing waits for the disk. A line that cannot be written (a full disk, or one so slow that the queue is full) is
-counted, and serving goes on.
+Nothing waits for the disk. A line that cannot be written (because the disk is full, or so slow that the queue is full)
+is counted, and serving goes on.
 """
 
 import json
@@ -27,7 +27,7 @@ class AuditLog:
         self._on_lost = on_lost
         self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED)
         self._file: int | None = None
-        self._torn = False  # the last line was written in part
+        self._torn = False  # whether the last line was written only in part
         self._failing = False
         try:
             self._open()
@@ -37,7 +37,7 @@ class AuditLog:
         self._thread.start()
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Never blocks and never fails."""
+        """Queues an entry; it never blocks and never fails."""
         try:
             self._queue.put_nowait(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         except queue.Full:
@@ -68,7 +68,7 @@ class AuditLog:
         assert self._file is not None
         data = b"\n" + line if self._torn else line
         while data:
-            # A disk that is nearly full takes a part, and says why at the next.
+            # A disk that is nearly full takes only a part of the data; the next write then raises the reason.
             data = data[os.write(self._file, data) :]
             self._torn = bool(data)
 

@@ -1,4 +1,4 @@
-"""What an operator chooses of security, and what is wrong with a file of it."""
+"""Here is what an operator may configure of security, and the error for a file that cannot be used."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class ConfigurationError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SecurityConfig:
-    """Paths of files; see docs/security.md. What has none is not in use."""
+    """These are paths of files; see docs/security.md. A part without a file is not in use."""
 
     tls_certificate: str | None = None
     tls_key: str | None = None
@@ -17,9 +17,9 @@ class SecurityConfig:
     tokens: str | None = None
     policy: str | None = None
     audit_log: str | None = None
-    # Record the text of prompts too.
+    # Whether the audit log records the text of prompts too.
     audit_prompts: bool = False
-    # Serve /metrics with the certificate of the gRPC port.
+    # Whether /metrics is served with the certificate of the gRPC port.
     metrics_tls: bool = False
-    # How often the files above are looked at.
+    # How often the files above are checked for changes.
     reload_seconds: float = 1.0

@@ -1,10 +1,10 @@
-"""What Prometheus sees of security. Labels are from closed sets: tenants are those that the policy file lists."""
+"""Prometheus metrics of security. Labels are from closed sets: tenants are those that the policy file lists."""
 
 from prometheus_client import CollectorRegistry, Counter
 
 OTHER_TENANT = "other"
 FILES = ("tls", "tokens", "policy")
-# Of Unauthenticated.
+# These are the reasons that Unauthenticated gives.
 REASONS = ("TOKEN_MISSING", "TOKEN_MALFORMED", "TOKEN_UNKNOWN", "TOKEN_EXPIRED", "CERTIFICATE_NAMELESS")
 
 

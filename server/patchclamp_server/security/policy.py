@@ -1,4 +1,4 @@
-"""What a tenant may do, as the policy file says it. Whatever a tenant's entry leaves out is not limited."""
+"""A policy says what a tenant may do. Whatever a tenant's entry in the file leaves out is not limited."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from patchclamp_server.engine.request import Priority
 from patchclamp_server.interventions.kinds import EDITS
 
-# The fields of the oneof `kind` of the message Edit.
+# These are the fields of the oneof `kind` of the message Edit.
 EDIT_KINDS = tuple(spec.name for spec in EDITS)
 ANYTHING = ("*",)
 WAITING_PER_PLACE = 16
@@ -15,20 +15,20 @@ WAITING_PER_PLACE = 16
 
 @dataclass(frozen=True)
 class ArtifactRules:
-    """Patterns of ids and tags. `use`: one of an artifact's names matches. `tag`: the tag that is set, moved or
-    removed. `delete`: the id, or every tag, matches: what others have tagged stays."""
+    """Patterns of ids and tags. `use` must match one of an artifact's names, `tag` the tag that is set, moved or
+    removed, and `delete` the id or every tag, so that what others have tagged stays."""
 
     use: tuple[str, ...] = ANYTHING
     tag: tuple[str, ...] = ANYTHING
     delete: tuple[str, ...] = ANYTHING
-    # Of a file, or by a job that stores what it found.
+    # Whether a tenant may store an artifact: a file that it uploads, or what a job of its own found.
     upload: bool = True
 
 
 @dataclass(frozen=True)
 class EditRules:
-    """`inline_vectors`: whether a request may bring its own numbers; without them a ceiling on the strength also bounds
-    what is added, since the vectors are those of artifacts."""
+    """`inline_vectors` tells whether a request may bring its own numbers. Without them a ceiling on the strength also
+    bounds what is added, since the vectors are those of artifacts."""
 
     kinds: tuple[str, ...] = EDIT_KINDS
     max_edits: int | None = None
@@ -38,8 +38,8 @@ class EditRules:
 
 @dataclass(frozen=True)
 class TenantRules:
-    """`methods`: patterns of "Service/Method". `max_priority`: requests run at this priority at most. `max_concurrent`:
-    calls at once; `max_waiting`: those that may wait for a place beside them, None is 16 for each place."""
+    """`methods` holds patterns of "Service/Method". Requests run at `max_priority` at most. `max_concurrent` calls may
+    run at once, and `max_waiting` may wait for a place beside them; None stands for 16 for each place."""
 
     kill: bool = False
     methods: tuple[str, ...] = ANYTHING
@@ -54,7 +54,7 @@ class TenantRules:
 
     @property
     def line(self) -> int:
-        """How many calls may wait for a place."""
+        """Returns how many calls may wait for a place."""
         return WAITING_PER_PLACE * (self.max_concurrent or 0) if self.max_waiting is None else self.max_waiting
 
 
@@ -63,7 +63,7 @@ UNLIMITED = TenantRules()
 
 @dataclass(frozen=True)
 class Policy:
-    """`default`: rules of everybody who is not listed; None refuses them. `kill` ends the calls of all."""
+    """`default` has the rules of everybody who is not listed; None refuses them. `kill` ends the calls of all."""
 
     tenants: Mapping[str, TenantRules] = field(default_factory=dict)
     default: TenantRules | None = UNLIMITED

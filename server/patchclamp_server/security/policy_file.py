@@ -1,4 +1,4 @@
-"""The policy file: YAML, checked field by field.
+"""The policy file is YAML and is checked field by field. An example:
 
 kill: false
 default: {methods: [ModelService/*]}
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from patchclamp_server.engine.request import Priority
+from patchclamp_server.errors import below
 from patchclamp_server.security.configuration import ConfigurationError
 from patchclamp_server.security.metrics import OTHER_TENANT
 from patchclamp_server.security.policy import (
@@ -33,17 +34,17 @@ from patchclamp_server.security.policy import (
 from patchclamp_server.security.tokens import TENANT
 
 PRIORITIES = {priority.name.lower(): priority for priority in Priority}
-# Far above any file that people write; aliases of YAML could make a small file a huge tree.
+# This is far above any file that people write; aliases of YAML could make a small file a huge tree.
 MAX_CHARACTERS = 1 << 20
 
 
 def parse_policy(text: str, source: str, methods: Collection[str]) -> Policy:
-    """`methods`: all "Service/Method" that are served. Raises ConfigurationError with the path of the field."""
+    """Parses a policy; `methods` are all "Service/Method" served. ConfigurationError names the path of a field."""
     if len(text) > MAX_CHARACTERS:
         raise ConfigurationError(f"{source}: {len(text)} characters; at most {MAX_CHARACTERS} are read")
     try:
         tree = yaml.safe_load(text)
-    # ValueError: a date that no calendar has. RecursionError: brackets in thousands.
+    # A date that no calendar has raises ValueError, and thousands of brackets raise RecursionError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{source} is not YAML: {error}") from error
     try:
@@ -53,7 +54,7 @@ def parse_policy(text: str, source: str, methods: Collection[str]) -> Policy:
 
 
 class _Fields:
-    """The fields of one mapping. Every one must be asked for: what is left at the end is unknown."""
+    """The fields of one mapping. Every one must be asked for: a field that is left at the end is unknown."""
 
     def __init__(self, tree: Any, path: str) -> None:
         self._path = path
@@ -63,7 +64,7 @@ class _Fields:
         self._asked: list[str] = []
 
     def path(self, name: str) -> str:
-        return f"{self._path}.{name}" if self._path else name
+        return below(self._path, name)
 
     def take(self, name: str, default: Any) -> Any:
         self._asked.append(name)
@@ -104,7 +105,7 @@ class _Fields:
         return tuple(value)
 
     def entries(self) -> "list[tuple[str, _Fields]]":
-        """The fields as named mappings."""
+        """Returns the fields as named mappings."""
         names = list(self._left)
         return [(name, _Fields(self.take(name, None), self.path(str(name)))) for name in names]
 
@@ -185,5 +186,5 @@ def _edit_rules(fields: _Fields) -> EditRules:
 
 
 def _shown(value: object) -> str:
-    # Not repr: what aliases of YAML unfold to may be larger than any memory.
+    # This is not repr, because what aliases of YAML unfold to may be larger than any memory.
     return reprlib.repr(value)

@@ -1,4 +1,4 @@
-"""What one call did, for the audit log. No numbers of vectors, and no text of prompts unless it is asked for."""
+"""A record of what one call did, for the audit log. It has no numbers of vectors, and prompts only if asked for."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -10,13 +10,13 @@ from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.edit_kinds import kind_name
 from patchclamp_server.interventions.program import Receipt
 
-# An analysis job runs thousands of requests, most of them alike; a line has to end somewhere.
+# An analysis job runs thousands of requests, most of them alike, so the length of a line is bounded.
 MAX_ENTRIES = 64
 
 
 @dataclass
 class ProgramRecord:
-    """Requests with one program. `rows` as in the receipts, those from the prefix cache included."""
+    """Counts requests with one program. `rows` is as in the receipts and includes rows from the prefix cache."""
 
     fingerprint: str
     edits: list[dict[str, Any]]
@@ -27,7 +27,7 @@ class ProgramRecord:
 
 
 class CallRecord:
-    """Filled from the threads of the call and of the engine. `text_of`: of prompts that are to be recorded."""
+    """The threads of the call and of the engine fill it. `text_of` decodes prompts, if they are to be recorded."""
 
     def __init__(self, text_of: Callable[[tuple[int, ...]], str] | None = None) -> None:
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class CallRecord:
         return bool(self._programs or self._sparsity or self._changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """`left_out`: entries beyond the first 64 of a kind."""
+        """Returns the record as JSON fields; `left_out` counts the entries beyond the first 64 of a kind."""
         with self._lock:
             fields: dict[str, Any] = {
                 "programs": [asdict(program) for program in self._programs.values()],

@@ -1,4 +1,4 @@
-"""A call that can be ended from outside: by the kill switch, or the end of the server."""
+"""A running call can be ended from outside: by the kill switch, or when the server ends."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from patchclamp_server.errors import RequestError
 
 
 class RunningCall:
-    """Of the task that makes it."""
+    """Stands for the call of the current task."""
 
     def __init__(self) -> None:
         task = asyncio.current_task()
@@ -17,7 +17,7 @@ class RunningCall:
         self._killed = False
 
     def kill(self) -> None:
-        """Cancels the call, once. In the event loop."""
+        """Cancels the call, once. It must be called in the event loop."""
         if not self._killed:
             self._killed = True
             self._task.cancel()

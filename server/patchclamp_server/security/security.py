@@ -1,4 +1,4 @@
-"""Everything an operator has configured of security, kept up to date with its files."""
+"""Security holds everything that an operator has configured of it, and keeps it up to date with its files."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Security:
-    """What is not configured is None. `methods`: all "Service/Method" that are served."""
+    """A part that is not configured is None. `methods` are all "Service/Method" that are served."""
 
     def __init__(self, config: SecurityConfig, metrics: SecurityMetrics, methods: Collection[str]) -> None:
         """Raises ConfigurationError for files that cannot be used."""
@@ -47,14 +47,14 @@ class Security:
             )
         self.tenants = Tenants(Policy() if self._policy is None else self._policy.value)
         self.audit = AuditLog(Path(config.audit_log), metrics.audit_lost.inc) if config.audit_log else None
-        # For whoever serves the certificate outside of gRPC, which looks at `tls` itself.
+        # Called for whoever serves the certificate outside of gRPC; gRPC reads `tls` itself.
         self.on_new_certificate: Callable[[], None] = lambda: None
         if config.metrics_tls and self.tls is None:
             raise ConfigurationError("--metrics-tls needs --tls-certificate and --tls-key")
 
     @property
     def is_configured(self) -> bool:
-        """Whether calls have to be looked at, at all."""
+        """Whether calls have to be checked at all."""
         parts = (self.tls, self.tokens, self._policy, self.audit)
         return any(part is not None for part in parts)
 
@@ -66,7 +66,7 @@ class Security:
     async def watch(self) -> None:
         """Reads files again when they change, until it is cancelled."""
         files = [file for file in (self.tls, self.tokens, self._policy) if file is not None]
-        # A thread of its own: the kill switch must not wait for the work of calls.
+        # It has a thread of its own, because the kill switch must not wait for the work of calls.
         reader = ThreadPoolExecutor(1, "patchclamp-files")
         loop = asyncio.get_running_loop()
         while files:
@@ -85,7 +85,7 @@ class Security:
             self.audit.close()
 
     def warn_if_open(self, address: Address) -> None:
-        """Logs what anybody on the network of `address` can do or read."""
+        """Logs a warning where anybody on the network of `address` could call the server or read what passes."""
         if address.is_loopback:
             return
         if self.tls is None and self.tokens is None:

@@ -1,8 +1,8 @@
-"""The tenants of a server while it runs: their rules, their buckets, their calls. Belongs to the event loop.
+"""The tenants of a running server: their rules, their buckets, their calls. They belong to the event loop.
 
-Calls beyond a tenant's `max_concurrent` wait in a line of their own, first come, first served, as long as their
-deadlines let them. The line is bounded too: who finds it full is told when half of it will have gone, by the measured
-length L of calls and the w that wait,
+Calls beyond a tenant's `max_concurrent` wait in a queue of its own, first come, first served, as long as their
+deadlines let them. The queue is bounded too. A call that finds it full is told when half of it will be gone, by the
+measured length L of calls and the w that wait:
 
     retry_after = w / 2 · L / max_concurrent
 """
@@ -19,18 +19,18 @@ from patchclamp_server.security.policy import Policy, TenantRules
 from patchclamp_server.security.running_call import RunningCall
 from patchclamp_server.security.token_bucket import TokenBucket
 
-# Calls that take no place, for each place that there is: all together they take of those that the server answers.
+# So many calls may take no place for each place that there is; all together they use up what the server can answer.
 BESIDE_PER_PLACE = 16
 
 
 class Tenant:
-    """`rules` changes when the policy does: always ask for it, also within a call."""
+    """`rules` changes when the policy does, so ask for it anew each time, also within a call."""
 
     def __init__(self, name: str, rules: TenantRules) -> None:
         self.name = name
         self.bucket: TokenBucket | None = None
         self.running: set[RunningCall] = set()
-        # In the order in which they came.
+        # Calls wait in the order in which they came.
         self.waiting: dict[RunningCall, asyncio.Future[None]] = {}
         self._beside = 0
         self._seconds = Ratio()
@@ -43,13 +43,13 @@ class Tenant:
         elif self.bucket is None:
             self.bucket = TokenBucket(rules.tokens_per_minute)
         else:
-            # What is owed stays owed.
+            # A new rate keeps the tokens that are owed.
             self.bucket.per_minute = rules.tokens_per_minute
         self._let_in()
 
     @asynccontextmanager
     async def call(self, call: RunningCall) -> AsyncIterator[None]:
-        """Waits for a place. Raises QuotaExceeded when as many wait as may."""
+        """Waits for a place. Raises QuotaExceeded when as many calls wait as may."""
         place = asyncio.get_running_loop().create_future()
         began: float | None = None
         try:
@@ -70,7 +70,7 @@ class Tenant:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """A call that takes no place. Raises QuotaExceeded when there are as many as may be."""
+        """Holds a call that takes no place. Raises QuotaExceeded when there are as many such calls as may be."""
         limit = self.rules.max_concurrent
         if limit is not None and self._beside >= BESIDE_PER_PLACE * limit:
             message = f"tenant {self.name!r} starts, follows or asks for jobs in {self._beside} calls, as many as may"
@@ -82,7 +82,7 @@ class Tenant:
             self._beside -= 1
 
     def kill(self) -> None:
-        """Ends its calls, those that wait too."""
+        """Ends the tenant's calls, those that wait too."""
         for call in (*self.running, *self.waiting):
             call.kill()
 
@@ -105,11 +105,11 @@ class Tenant:
         raise QuotaExceeded("", message).after(min(max(half, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS))
 
     def _let_in(self) -> None:
-        """Those that have waited longest, as far as there are places."""
+        """Starts the calls that have waited longest, as far as there are places."""
         while self.waiting and self._has_place():
             call = next(iter(self.waiting))
             place = self.waiting.pop(call)
-            # One whose client has left meanwhile leaves by itself.
+            # A call whose client has left meanwhile leaves by itself.
             if not place.done():
                 self.running.add(call)
                 place.set_result(None)
@@ -121,7 +121,7 @@ class Tenants:
         self._tenants: dict[str, Tenant] = {}
 
     def get(self, name: str) -> Tenant:
-        """Raises PermissionDenied for a tenant that the policy refuses, or whose calls it has stopped."""
+        """Returns a tenant. Raises PermissionDenied for one that the policy refuses, or whose calls it has stopped."""
         rules = self._rules(name)
         if rules is None:
             raise PermissionDenied("", f"tenant {name!r} is not in the policy of this server", "TENANT_UNKNOWN")
@@ -132,14 +132,14 @@ class Tenants:
         return self._tenants[name]
 
     def label(self, name: str) -> str:
-        """For metrics: a name from the policy file, or that of all others."""
+        """Returns the label for metrics: a name from the policy file, or one that stands for all others."""
         return name if name in self._policy.tenants else OTHER_TENANT
 
     def is_listed(self, name: str) -> bool:
         return name in self._policy.tenants
 
     def apply(self, policy: Policy) -> None:
-        """New rules for all, running calls included; ends the calls of tenants that are killed or no longer there."""
+        """Sets new rules for all, running calls included; ends the calls of tenants that are killed or not listed."""
         self._policy = policy
         for name, tenant in list(self._tenants.items()):
             rules = self._rules(name)

@@ -1,4 +1,4 @@
-"""Certificate, key and client CA of the server: PEM files, checked together before they are used."""
+"""The server's certificate, key and client CA are PEM files, checked together before they are used."""
 
 import ssl
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from patchclamp_server.security.watched_file import read_text
 
 @dataclass(frozen=True)
 class TlsMaterial:
-    """PEM. `client_ca`: roots of the certificates that clients must show; None asks for none."""
+    """All are PEM. `client_ca` holds the roots of the certificates that clients must show; None asks for none."""
 
     certificate: bytes
     key: bytes
@@ -29,7 +29,7 @@ class TlsFiles:
         return (self.certificate, self.key) if self.client_ca is None else (self.certificate, self.key, self.client_ca)
 
     def read(self) -> TlsMaterial:
-        """Raises ConfigurationError for files that are missing, broken, or do not belong together."""
+        """Reads the files. Raises ConfigurationError for files that are missing, broken, or do not belong together."""
         read = [read_text(path) for path in self.paths]
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
@@ -41,7 +41,7 @@ class TlsFiles:
         if client_ca is not None:
             try:
                 context.load_verify_locations(cadata=client_ca)
-            # ValueError: a file without a certificate.
+            # A file without a certificate raises ValueError.
             except (ssl.SSLError, ValueError) as error:
                 raise ConfigurationError(f"{self.client_ca} holds no certificates of a CA: {error}") from error
         if [read_text(path) for path in self.paths] != read:
@@ -50,5 +50,5 @@ class TlsFiles:
 
 
 def _no_password() -> NoReturn:
-    """In place of OpenSSL's question on the terminal."""
+    """Raises ConfigurationError, in place of OpenSSL's question on the terminal."""
     raise ConfigurationError("the key is encrypted; the server has nobody to ask for its password")

@@ -1,7 +1,7 @@
-"""Tokens a minute: a bucket that fills at a steady rate and may be owed to.
+"""Tokens per minute are limited by a bucket that fills at a steady rate and whose balance may become negative.
 
 What a call will cost is known only when it has ended. So a call may begin while the bucket is not empty, is charged as
-it goes, and what it takes beyond is owed: nobody begins again before the rate has paid it.
+it goes, and owes what it takes beyond: nobody begins again before the rate has paid it.
 """
 
 import threading
@@ -9,7 +9,7 @@ import time
 
 
 class TokenBucket:
-    """Full at first: it holds what a minute brings. May be used from any thread."""
+    """The bucket is full at first: it holds what a minute brings. It may be used from any thread."""
 
     def __init__(self, per_minute: int) -> None:
         self._lock = threading.Lock()
@@ -23,7 +23,7 @@ class TokenBucket:
             self._balance -= tokens
 
     def seconds_until_ready(self) -> float:
-        """0 while there is at least one token; else when there will be one."""
+        """Returns 0 while there is at least one token, else the seconds until there is one."""
         with self._lock:
             self._fill()
             return max(0.0, (1.0 - self._balance) * 60 / self.per_minute)

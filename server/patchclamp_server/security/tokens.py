@@ -1,6 +1,6 @@
-"""Bearer tokens: 256 random bits for the client, their SHA-256 for the server.
+"""A bearer token is 256 random bits, which the client keeps; the server keeps their SHA-256.
 
-The file has a line for each token, `#` begins a comment:
+The file has a line for each token; `#` begins a comment:
 
     <tenant> sha256:<64 hex digits> [expires=<time as 2026-12-31T23:59:59Z>]
 
@@ -30,7 +30,7 @@ ID_DIGITS = 12
 
 @dataclass(frozen=True)
 class Token:
-    """`digest`: SHA-256 of the token. `expires`: seconds since the epoch, None for never."""
+    """`digest` is the SHA-256 of the token. `expires` is in seconds since the epoch; None stands for never."""
 
     tenant: str
     digest: bytes
@@ -38,12 +38,12 @@ class Token:
 
     @property
     def id(self) -> str:
-        """Names the token in the audit log; of no use to whoever reads it."""
+        """The id names the token in the audit log, and is of no use to whoever reads it there."""
         return self.digest.hex()[:ID_DIGITS]
 
     @property
     def line(self) -> str:
-        """Of the file."""
+        """The token's line in the file."""
         expiry = "" if self.expires is None else f" expires={_time_text(self.expires)}"
         return f"{self.tenant} sha256:{self.digest.hex()}{expiry}"
 
@@ -55,10 +55,10 @@ class TokenTable:
         self.tokens = tokens
 
     def find(self, presented: str) -> Token:
-        """Raises Unauthenticated for a token that is not in the file or has expired."""
+        """Finds a token. Raises Unauthenticated for one that is not in the file or has expired."""
         digest = _digest(presented)
         found = None
-        # All are compared, each in constant time: how long it takes says nothing about any of them.
+        # All tokens are compared, each in constant time, so that the time taken tells nothing about any of them.
         for token in self.tokens:
             if hmac.compare_digest(token.digest, digest):
                 found = token
@@ -70,7 +70,7 @@ class TokenTable:
 
 
 def parse_tokens(text: str, source: str) -> TokenTable:
-    """Raises ConfigurationError with the number of the line."""
+    """Parses the file. Raises ConfigurationError with the number of the line."""
     tokens: list[Token] = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -83,7 +83,7 @@ def parse_tokens(text: str, source: str) -> TokenTable:
 
 
 def new_token(tenant: str, expires: float | None = None) -> tuple[str, Token]:
-    """A fresh token, and what the server keeps of it. Raises ValueError for a name that no tenant can have."""
+    """Returns a fresh token, and what the server keeps of it. Raises ValueError for a name that no tenant can have."""
     if not TENANT.fullmatch(tenant):
         raise ValueError(f"{tenant!r} is not the name of a tenant; accepted: {TENANT.pattern}")
     presented = PREFIX + secrets.token_urlsafe(32)
@@ -91,7 +91,7 @@ def new_token(tenant: str, expires: float | None = None) -> tuple[str, Token]:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of "90s", "15m", "12h", "30d" or "4w". Raises ValueError."""
+    """Returns the seconds of "90s", "15m", "12h", "30d" or "4w". Raises ValueError for other texts."""
     match = DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a duration such as 12h or 30d")
@@ -105,7 +105,7 @@ def _parse_line(words: list[str], place: str) -> Token:
     if not TENANT.fullmatch(tenant):
         raise ConfigurationError(f"{place}: {tenant!r} is not the name of a tenant; accepted: {TENANT.pattern}")
     if not (match := DIGEST.fullmatch(digest)):
-        # Not quoted: whoever writes the token itself into the file shall not find it in the log.
+        # The digest is not quoted: whoever writes the token itself into the file shall not find it in the log.
         raise ConfigurationError(f"{place}: after the tenant, expected sha256: and 64 hex digits")
     if not expiry:
         return Token(tenant, bytes.fromhex(match[1]))

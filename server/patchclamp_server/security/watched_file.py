@@ -1,4 +1,4 @@
-"""A file (or several that belong together) that is read again when it changes. A broken one keeps what was read before.
+"""A watched file (or several that belong together) is read again when it changes. A broken one changes nothing.
 
 A change is seen by time, size and inode, so a file that is replaced by renaming, or by moving a symbolic link as
 Kubernetes does with secrets, is seen as well.
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 class WatchedFile(Generic[T]):
-    """`value` is what `read` made of the files last. `name` is the label of `reloads`."""
+    """`value` is what `read` last made of the files. `name` is the label of `reloads`."""
 
     def __init__(self, name: str, paths: Sequence[Path], read: Callable[[], T], reloads: Counter) -> None:
-        """Raises ConfigurationError when the files cannot be used: there is nothing to keep yet."""
+        """Reads the files. Raises ConfigurationError when they cannot be used: there is nothing to keep yet."""
         self.name = name
         self._paths = tuple(paths)
         self._read = read
@@ -31,8 +31,8 @@ class WatchedFile(Generic[T]):
         self.value = read()
 
     def poll(self) -> bool:
-        """Reads what has changed. True when there is a new value."""
-        # Taken before reading: what changes meanwhile is seen next time.
+        """Reads the files if they have changed, and returns whether there is a new value."""
+        # The signature is taken before reading, so that a change meanwhile is seen next time.
         signature = self._signature()
         if signature == self._seen:
             return False
@@ -52,7 +52,7 @@ class WatchedFile(Generic[T]):
 
 
 def read_text(path: Path) -> str:
-    """Raises ConfigurationError when there is no such file, or no text in it."""
+    """Reads UTF-8 text. Raises ConfigurationError where the file cannot be read or is not text."""
     try:
         return path.read_text("utf-8")
     except OSError as error:

@@ -1,12 +1,12 @@
-"""The products of the blocks under policies: every row of a step by its own, in one batch.
+"""These products of the blocks follow sparse policies: every row of a step its own, in one batch.
 
-`sparse_blocks` gives them to Decoder.run_blocks and to the kernels; a `Step` tells them whose the rows are. Neurons are
-selected from x after the residual edits, forced ones with them; the neurons that were not selected are 0 before the
-edits of neurons, and add nothing.
+`sparse_blocks` gives them to Decoder.run_blocks and to the kernels; a `Step` tells them to whom the rows belong.
+Neurons, forced ones included, are selected from x after the residual edits; the neurons that were not selected are 0
+before the edits of neurons, and add nothing.
 
-What that means is a dense product and a mask, and that is how many rows are computed. For a few, where there are
-products for it (products.py), the weights of inactive neurons are not read. TEAL and WINA, which thin out the inputs of
-all products, read only the output projection sparsely: for the others a transposed copy of the model would be needed.
+This amounts to a dense product and a mask, and many rows are computed so. For few rows, where there are products for it
+(products.py), the weights of inactive neurons are not read. TEAL and WINA, which thin out the inputs of all products,
+read only the output projection sparsely: for the others a transposed copy of the model would be needed.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def sparse_blocks(
 ) -> list["SparseBlock"]:
     """Returns the products of all blocks, which follow `step`.
 
-    `gathered`: for each layer the products that read active neurons only; without them inactive ones are masked.
+    `gathered` has, for each layer, the products that read active neurons only; without it inactive ones are masked.
     """
     return [
         SparseBlock(block, model, layer, step, None if gathered is None else gathered[layer])
@@ -37,14 +37,14 @@ def sparse_blocks(
 
 @dataclass(eq=False)
 class SparseBlock:
-    """The products of one block under the policies of a step, in the place of the dense ones of its `Block`."""
+    """Replaces the dense products of one `Block` by those under the policies of a step."""
 
     block: Block
     model: SparseModel
     layer: int
     step: Step
     gathered: SparseProducts | None
-    # From the input of the MLP to its output: what was selected, and what stands in for the neurons that were not.
+    # These pass from the input of the MLP to its output: what was selected, and what replaces the other neurons.
     chosen: list[Chosen] = field(default_factory=list)
     remainders: list[tuple[slice | Tensor, Tensor]] = field(default_factory=list)
 
@@ -85,7 +85,7 @@ class SparseBlock:
         return y
 
     def _channels(self, projection: str, x: Tensor) -> list[Chosen]:
-        """Which inputs x [T, width] of a projection are read, for rows whose policy thins them out."""
+        """Returns which inputs x [T, width] of a projection are read, for rows whose policy thins them out."""
         found = []
         for part in self.step.thinned(self.layer):
             mask = part.selector.channels(self.layer, projection, x[part.rows])
@@ -102,9 +102,9 @@ class SparseBlock:
         return self.gathered is not None and rows <= self.gathered.most_rows
 
     def _choose(self, parts: Sequence[Rows], x: Tensor, hidden: Tensor | None) -> None:
-        """Selects for the rows of `parts`: all of one policy at once, where its sets do not stay for a sequence.
+        """Selects for the rows of `parts`, for all of one policy at once where its sets do not stay for a sequence.
 
-        `hidden`: what the input projection gives, where it has been computed for all rows.
+        `hidden` is what the input projection gives, where it has been computed for all rows.
         """
         self.chosen, self.remainders = [], []
         together: dict[Selector, list[Rows]] = {}
@@ -176,7 +176,7 @@ def _by_groups(
 
 
 def masked(x: Tensor, chosen: Sequence[Chosen]) -> Tensor:
-    """x [T, width] with zeros where a row does not read it."""
+    """Returns x [T, width] with zeros where a row does not read it."""
     if not chosen:
         return x
     x = x.clone()

@@ -1,4 +1,4 @@
-"""The MLP that policies select from: its weights by neuron, and its input, of which a selector computes what it needs.
+"""Policies select from this MLP: its weights by neuron, and its input, of which a selector computes what it needs.
 
 gated    h_j = act(x · gate_j + b) (x · up_j + b)         ungated    h_j = act(x · up_j + b)
 y = Σ_j h_j down_j + b
@@ -21,7 +21,7 @@ from patchclamp_server.model.spec import DecoderSpec
 
 @dataclass(frozen=True, eq=False)
 class MlpWeights:
-    """gate and up [d_ff, d], down [d_ff, d] (one row a neuron); gate is None where the MLP is not gated."""
+    """gate, up and down are [d_ff, d], one row for each neuron; gate is None where the MLP is not gated."""
 
     activation: str  # that of DecoderSpec
     gate: Tensor | None
@@ -36,26 +36,26 @@ class MlpWeights:
 
     @property
     def matrices(self) -> int:
-        """Equal matrices in it: what one vector of every neuron is a share of."""
+        """The number of equal matrices in it: one vector of every neuron is one of so many shares."""
         return 2 if self.gate is None else 3
 
     def activated(self, z: Tensor) -> Tensor:
         """Returns act(z) [n, d_ff], by which policies rank neurons. It is torch's on every device: for few rows that is
-        sooner done than the compiled loops, and a last bit decides nothing."""
+        faster than the compiled loops, and a last bit decides nothing."""
         return ACTIVATION_FUNCTIONS[self.activation](z)
 
     @cached_property
     def down_norm(self) -> Tensor:
-        """‖down_j‖ [d_ff], float32."""
+        """The norms ‖down_j‖ [d_ff], float32."""
         norms: Tensor = torch.linalg.vector_norm(self.down, dim=1, dtype=torch.float32)
         return norms
 
 
 @dataclass(frozen=True, eq=False)
 class SparseModel:
-    """What policies need of a model. `layers` are materialised when first asked for.
+    """Has what policies need of a model. `layers` are materialised when first asked for.
 
-    `derived`: what policies made of the weights (norms, sketches), shared by all that are bound to this model.
+    `derived` is what policies made of the weights (norms, sketches), shared by all that are bound to this model.
     """
 
     fingerprint: str
@@ -76,7 +76,7 @@ class SparseModel:
 
 
 class MlpInput:
-    """Rows x [n, d] at an MLP. `gate` and `up` are computed when a selector asks, and `read` tells that it did."""
+    """Has rows x [n, d] at an MLP. `gate` and `up` are computed when a selector asks, and `read` tells that it did."""
 
     def __init__(
         self,
@@ -86,8 +86,8 @@ class MlpInput:
         hidden: Tensor | None = None,
         gate_product: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`hidden`: what the input projection gives for x, where it is known already. `gate_product`: how gates are
-        computed where it is not."""
+        """`hidden` is what the input projection gives for x, where it is known already. `gate_product` computes gates
+        where it is not."""
         self.x = x
         self.weights = weights
         self.read: set[str] = set()
@@ -102,7 +102,7 @@ class MlpInput:
 
     @property
     def known_gate(self) -> Tensor | None:
-        """Pre-activations of all gates [n, d_ff], if they have been computed."""
+        """The pre-activations of all gates [n, d_ff], if they have been computed."""
         return self._gate
 
     @property
@@ -111,7 +111,7 @@ class MlpInput:
 
     @property
     def gate(self) -> Tensor:
-        """Pre-activations [n, d_ff] of what the activation function is applied to: of up in an MLP without a gate."""
+        """The pre-activations [n, d_ff] that the activation function takes: those of up in an MLP without a gate."""
         weights = self.weights
         if weights.gate is None:
             return self.up
@@ -131,7 +131,7 @@ class MlpInput:
 
     @property
     def activated(self) -> Tensor:
-        """act(gate) [n, d_ff]."""
+        """The activations act(gate) [n, d_ff]."""
         return self.weights.activated(self.gate)
 
     @property
@@ -145,7 +145,7 @@ class MlpInput:
 
 
 def mlp_weights(block: Block, spec: DecoderSpec) -> MlpWeights:
-    """The MLP of a block, out of whatever layout its products use."""
+    """Returns the MLP of a block, whatever layout its products use."""
     fused, bias = matrix(block.mlp_input), block.mlp_input.bias
     down = matrix(block.mlp_output).t().contiguous()
     if not spec.family.gated:
@@ -157,7 +157,7 @@ def mlp_weights(block: Block, spec: DecoderSpec) -> MlpWeights:
 
 @torch.inference_mode()
 def matrix(linear: Linear) -> Tensor:
-    """W [out, in]. Where only codes or packed weights are kept, its products with unit vectors, which are exact."""
+    """Returns W [out, in]. Where only codes or packed weights are kept, these are exact products with unit vectors."""
     if linear.weight is not None:
         return linear.weight
     assert linear.quantized is not None

@@ -1,4 +1,4 @@
-"""The parameters of a policy as JSON, as the provenance of a profile keeps them: {"keep_ratio": 0.5, "bits": 3}."""
+"""The provenance of a profile keeps the parameters of a policy as JSON: {"keep_ratio": 0.5, "bits": 3}."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
@@ -13,15 +13,15 @@ NOT_STORED = frozenset({"neurons"})
 
 
 def parameters_of(policy: Policy) -> dict[str, Any]:
-    """Every parameter but those that are artifacts of their own, defaults included."""
+    """Returns every parameter but those that are artifacts of their own, defaults included."""
     found = {field.name: getattr(policy, field.name) for field in _fields(policy)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def policy_with(name: str, parameters: Mapping[str, Any]) -> Policy:
-    """The policy of a name with these parameters, and defaults for the others.
+    """Returns the policy of a name with these parameters, and defaults for the others.
 
-    InvalidArgument("sparsity.<parameter>"): no such policy or parameter, or a value that it does not take.
+    Raises InvalidArgument("sparsity.<parameter>") for an unknown policy or parameter, or a value that it does not take.
     """
     if name not in POLICIES:
         raise InvalidArgument("sparsity.policy", f"{name!r:.80} is not a policy; there are {', '.join(POLICIES)}")
@@ -40,7 +40,7 @@ def _fields(policy: Policy | type[Policy]) -> list[Field[Any]]:
 
 
 def _checked(field: Field[Any], value: Any) -> Any:
-    """JSON does not tell 1.0 from 1, protobuf's Struct knows only 1.0, and neither knows tuples."""
+    """Converts a value: JSON does not tell 1.0 from 1, protobuf's Struct knows only 1.0, and neither knows tuples."""
     default = field.default
     assert default is not MISSING
     if field.name == "keep_ratio" and isinstance(value, list | tuple) and all(map(_is_number, value)):

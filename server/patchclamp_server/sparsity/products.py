@@ -1,7 +1,7 @@
-"""The products of an MLP that read the weights of active neurons only, row by row, for the CPU.
+"""These products of an MLP read the weights of active neurons only, row by row, for the CPU.
 
-`GatheredMlp` is what blocks.py uses for a few rows; more rows are computed densely and masked, which is sooner done. A
-set that stays for a sequence is compacted once, while there is room for the copies that codes need.
+blocks.py uses `GatheredMlp` for a few rows; more rows are computed densely and masked, which is faster. A set that
+stays for a sequence is compacted once, while there is room for the copies that codes need.
 """
 
 import weakref
@@ -18,48 +18,48 @@ from patchclamp_server.model.decoder import Block
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.sparsity.policy import FixedSet
 
-# Rows of a step up to which reading active neurons one row at a time beats a dense product of all rows.
+# Up to so many rows, reading active neurons one row at a time is faster than a dense product of all rows.
 MOST_GATHERED_ROWS = 4
 COMPACT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Rows of a step at one layer: `active` [n, d_ff] bool, all rows alike where it is `fixed`."""
+    """Rows of a step at one layer: `active` [n, d_ff] bool, with all rows alike where it is `fixed`."""
 
     rows: slice | Tensor
     active: Tensor
     fixed: FixedSet | None = None
-    # Pre-activations [n, d_ff] of all gates, where choosing took them.
+    # These are pre-activations [n, d_ff] of all gates, where choosing computed them.
     gate: Tensor | None = None
 
 
 class SparseProducts(Protocol):
-    """Products for at most `most_rows` chosen rows of a step."""
+    """Defines products for at most `most_rows` chosen rows of a step."""
 
     most_rows: int
 
     def gate(self, x: Tensor) -> Tensor:
-        """Pre-activations [n, d_ff] of all gates."""
+        """Returns the pre-activations [n, d_ff] of all gates."""
         ...
 
     def inputs(self, x: Tensor, chosen: Chosen) -> Tensor:
-        """x [n, d_model] -> what the input projection gives [n, d_ff or 2 d_ff], 0 at neurons that are not active."""
+        """Returns the input projection [n, d_ff or 2 d_ff] of x [n, d_model], 0 at neurons that are not active."""
         ...
 
     def outputs(self, neurons: Tensor, chosen: Chosen) -> Tensor:
-        """neurons [n, d_ff] -> [n, d_model], of which only active ones are read."""
+        """Returns y [n, d_model] of neurons [n, d_ff], of which only active ones are read."""
         ...
 
 
 @dataclass(eq=False)
 class CompactBudget:
-    """Bytes that compact copies may still take."""
+    """Counts the bytes that compact copies may still take."""
 
     free: int = COMPACT_BYTES
 
     def take(self, size: int, owner: FixedSet) -> bool:
-        """Whether there is room; it is given back when the owner goes."""
+        """Takes room and returns whether there was any; it is given back when the owner is collected."""
         if size > self.free:
             return False
         self.free -= size
@@ -87,7 +87,7 @@ class GatheredMlp:
         return self.mlp.gate(x).to(x.dtype)
 
     def inputs(self, x: Tensor, chosen: Chosen) -> Tensor:
-        # In numpy, which takes a tenth of torch's time to put a few hundred numbers in their places.
+        # This is numpy, which takes a tenth of torch's time to put a few hundred numbers in their places.
         hidden = np.zeros((len(x), 2 if self.mlp.gated else 1, self.mlp.d_ff), dtype=np.float32)
         if chosen.fixed is not None:
             compact = self._compact(chosen.fixed)
@@ -114,12 +114,12 @@ class GatheredMlp:
         return torch.cat(rows)
 
     def _spread(self, z: Tensor, index: Tensor, hidden: Floats) -> None:
-        """z [n, K], or [n, 2 K] with the gates first, to its places in hidden [n, 1 or 2, d_ff]."""
+        """Writes z [n, K], or [n, 2 K] with the gates first, to its places in hidden [n, 1 or 2, d_ff]."""
         parts = z.float().numpy().reshape(len(hidden), hidden.shape[1], len(index))
         hidden[:, :, index.numpy()] = parts
 
     def _compact(self, fixed: FixedSet) -> CompactMlp | None:
-        """The copy of this set, where there is room for one; a set of all neurons needs none."""
+        """Returns the copy of this set, where there is room for one; a set of all neurons needs none."""
         if fixed.prepared is None:
             whole = len(fixed.index) == self.mlp.d_ff
             size = self.compact_bytes * len(fixed.index) // self.mlp.d_ff

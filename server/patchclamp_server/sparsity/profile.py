@@ -1,4 +1,4 @@
-"""A sparsity profile: what calibration found out about one model, and the card that says how good it is."""
+"""A sparsity profile is what calibration found out about one model, with the card that says how good it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProfileTensor:
-    """The shape of a tensor of a profile: numbers, "layers", "neurons", or a name that stands for the same number in
+    """The shape of a tensor of a profile has numbers, "layers", "neurons", or a name that stands for the same number in
     all tensors of the profile."""
 
     shape: tuple[int | str, ...]
@@ -31,7 +31,7 @@ class Profile:
     card: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, policy: str, model: "SparseModel") -> None:
-        """FailedPrecondition: made for another policy or another model."""
+        """Raises FailedPrecondition for a profile that was made for another policy or another model."""
         if self.policy != policy:
             raise FailedPrecondition("sparsity.profile", f"is a profile of {self.policy}, not of {policy}")
         if self.model_fingerprint != model.fingerprint:
@@ -41,7 +41,7 @@ class Profile:
             )
 
     def check_tensors(self, wanted: Mapping[str, ProfileTensor], *, n_layers: int, d_ff: int) -> None:
-        """FailedPrecondition: a tensor is missing, or has not the shape that the policy reads it with."""
+        """Raises FailedPrecondition where a tensor is missing, or lacks the shape that the policy reads."""
         sizes = {"layers": n_layers, "neurons": d_ff}
         for name, expected in wanted.items():
             tensor = self.tensors.get(name)

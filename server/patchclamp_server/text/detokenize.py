@@ -1,4 +1,4 @@
-"""From token ids to text that is final: incremental detokenisation, and stop strings across token borders."""
+"""Turns token ids into text that is final: incremental detokenisation, and stop strings across token borders."""
 
 import codecs
 import json
@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Steps of a decoder that look at one token at a time, save for the first token and for runs of byte tokens.
+# These steps of a decoder look at one token at a time, except at the first token and in runs of byte tokens.
 _TOKENWISE_DECODERS = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 
 
 class TokenPiece(NamedTuple):
-    """What a token adds to a text that has begun: bytes, and the same as `text` where they are whole characters."""
+    """The bytes that a token adds to a text that has begun, and the same as `text` where they are whole characters."""
 
     added: bytes
     text: str | None
@@ -27,11 +27,11 @@ class TokenPiece(NamedTuple):
 
 
 class TokenBytes:
-    """UTF-8 bytes that each token adds to the text; the text of a sequence is the decoding of their concatenation.
+    """Knows the UTF-8 bytes that each token adds; the text of a sequence is the decoding of their concatenation.
 
-    Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM): the bytes its characters stand for. SentencePiece (Gemma, Llama 2,
-    Mistral): the byte of a byte-fallback token, otherwise the text it adds after another token, or, at the start of
-    the sequence, where some tokenizers drop a prefix space, by itself.
+    In byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) these are the bytes that its characters stand for. In SentencePiece
+    (Gemma, Llama 2, Mistral) they are the byte of a byte-fallback token, otherwise the text that it adds after another
+    token. At the start of the sequence, where some tokenizers drop a prefix space, they are its text by itself.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -44,17 +44,17 @@ class TokenBytes:
             )
         self._byte_fallback = "ByteFallback" in kinds
         self._special = frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
-        # Any token with text of its own: what follows it is not at the start of the sequence.
+        # The anchor is any token with text of its own: what follows it is not at the start of the sequence.
         self._anchor = 0 if self._byte_level else self._find_anchor()
         self._anchor_text = self._tokenizer.decode([self._anchor], skip_special_tokens=False)
-        # What has been looked up of tokens that follow another one, which nearly all do.
+        # This remembers the pieces of tokens that follow another one, as nearly all do.
         self._following: dict[int, TokenPiece] = {}
 
     def is_special(self, id: int) -> bool:
         return id in self._special
 
     def following(self, id: int) -> "TokenPiece":
-        """What a token adds after another one, looked up once."""
+        """Returns what a token adds after another one, which is looked up once."""
         found = self._following.get(id)
         if found is None:
             added = self.of(id, first=False)
@@ -66,14 +66,14 @@ class TokenBytes:
         return found
 
     def of(self, id: int, *, first: bool) -> bytes:
-        """Bytes of a token; none for an id that the tokenizer does not have (padding of the embedding matrix)."""
+        """Returns the bytes of a token; none for an id that the tokenizer lacks (padding of the embedding matrix)."""
         token = self._tokenizer.id_to_token(id)
         if token is None:
             return b""
         if self._byte_level:
             mapped = [_BYTE_OF_CHARACTER.get(character) for character in token]
             values = [value for value in mapped if value is not None]
-            # Added tokens are plain text, told apart by the decoder as here: by a character that stands for no byte.
+            # Added tokens are plain text. Like the decoder, this knows them by a character that stands for no byte.
             return bytes(values) if len(values) == len(mapped) else token.encode()
         byte = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
         if byte and (not first or int(byte[1], 16) >= 0x80):
@@ -92,19 +92,20 @@ class TokenBytes:
 
 @lru_cache(maxsize=8)
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
-    """One table for each tokenizer, shared by its sequences."""
+    """Returns the one table of a tokenizer, which its sequences share."""
     return TokenBytes(tokenizer)
 
 
 def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The Rust tokenizer behind a tokenizer. It reads texts whole: neither cut nor filled up, whatever its file says.
+    """Returns the Rust tokenizer behind a tokenizer. It neither truncates nor pads texts, whatever its file says.
 
     Raises FailedPrecondition where there is none.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise FailedPrecondition("model", f"needs a fast tokenizer (tokenizer.json), not {type(tokenizer).__name__}")
-    # Only where there is something to switch off: a tokenizer cannot be changed while it encodes in another thread.
+    # It is changed only where there is something to switch off, because it cannot be changed while it encodes in
+    # another thread.
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -113,19 +114,19 @@ def fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def piece(tokenizer: PreTrainedTokenizerBase, id: int) -> str:
-    """Text of one token, special or not, with its leading space; U+FFFD for bytes that are no whole character."""
+    """Returns the text of one token, special or not, with its leading space; U+FFFD for what is no character."""
     return token_bytes(tokenizer).of(id, first=False).decode(errors="replace")
 
 
 class IncrementalDetokenizer:
-    """Text of a growing sequence of tokens, character by character as it becomes final.
+    """Gives the text of a growing sequence of tokens, character by character as it becomes final.
 
     The pushes and flush() together are ``tokenizer.decode(all)`` without the clean-up of spaces before punctuation, or,
     with `after`, what ``tokenizer.decode(after + all)`` adds to ``tokenizer.decode(after)``: the word that follows a
     prompt keeps its space, which decoders of SentencePiece drop at the start of a text.
     A character whose bytes are not all there is held back; bytes that can no longer become one are U+FFFD. One
     difference: `decode` gives up a whole run of byte-fallback tokens when a part of it is invalid; here its valid
-    characters, which may have been sent already, stay. Constant work for each token.
+    characters, which may have been sent already, stay. Each token takes constant work.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class IncrementalDetokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._first = all(skip_special_tokens and self._bytes.is_special(id) for id in after)
-        # Whether bytes are held back that may be the beginning of a character.
+        # This tells whether bytes are held back that may be the beginning of a character.
         self._holds_bytes = False
 
     def push(self, token_id: int) -> str:
@@ -151,13 +152,13 @@ class IncrementalDetokenizer:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character."""
+        """Returns what is left at the end: U+FFFD for an unfinished character."""
         return self._characters.decode(b"", final=True)
 
 
 @dataclass(frozen=True)
 class StopResult:
-    """Text that is final, and the stop string that ended it."""
+    """Text that is final, and the stop string that ended it, if one did."""
 
     text_to_emit: str
     matched: str | None = None
@@ -166,8 +167,9 @@ class StopResult:
 class StopChecker:
     """Looks for stop strings in streamed text, holding back only the longest suffix that could still become one.
 
-    The match is the one complete first; of those complete at the same character, the longest. So it does not depend
-    on how the text is cut into pushes. One Knuth-Morris-Pratt automaton for each string: O(strings) for each character.
+    The string that is complete first matches; of those complete at the same character, the longest. So it does not
+    depend on how the text is cut into pushes. Each string has a Knuth-Morris-Pratt automaton, so a character takes
+    O(strings).
     """
 
     def __init__(self, strings: Sequence[str], include_stop_string: bool = False) -> None:
@@ -177,12 +179,12 @@ class StopChecker:
         self.strings = tuple(strings)
         self._borders = tuple(_borders(string) for string in strings)
         self._include = include_stop_string
-        # For each string, the length of its longest prefix that ends the text so far.
+        # For each string, this is the length of its longest prefix that ends the text so far.
         self._matched = [0] * len(strings)
         self._held = ""
 
     def push(self, text: str) -> StopResult:
-        """Text that has become final. Once `matched` is set the sequence is over: nothing may be pushed after it."""
+        """Returns the text that has become final. Nothing may be pushed once `matched` is set: the sequence is over."""
         seen = len(self._held)
         text = self._held + text
         for end in range(seen + 1, len(text) + 1):
@@ -195,13 +197,13 @@ class StopChecker:
         return StopResult(text[:final])
 
     def flush(self) -> str:
-        """The text held back, when the sequence ends for another reason."""
+        """Returns the text held back, when the sequence ends for another reason."""
         held, self._held = self._held, ""
         self._matched = [0] * len(self.strings)
         return held
 
     def _step(self, character: str) -> str:
-        """Advance every automaton by one character; the longest string completed by it, or ""."""
+        """Advances every automaton by one character and returns the longest string completed by it, or ""."""
         completed = ""
         for i, (string, borders) in enumerate(zip(self.strings, self._borders, strict=True)):
             length = self._matched[i]
@@ -215,7 +217,8 @@ class StopChecker:
 
 
 def _borders(string: str) -> list[int]:
-    """Length of the longest proper prefix of string[:n] that is also its suffix, for n = 0 … len(string)."""
+    """Returns, for n = 0 … len(string), the length of the longest proper prefix of string[:n] that is also its
+    suffix."""
     borders = [0, 0]
     for n in range(1, len(string)):
         length = borders[n]
@@ -226,16 +229,16 @@ def _borders(string: str) -> list[int]:
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
-    """Bytes of text that no token has more of."""
+    """Returns a number of bytes of text that no token exceeds."""
     byte_level = "ByteLevel" in _decoder_kinds(tokenizer)
     added = tokenizer.get_added_tokens_decoder().values()
-    # A character of a byte-level token is one byte; other tokens decode to no more than they are written with.
+    # A character of a byte-level token is one byte; other tokens decode to no more bytes than they are written with.
     lengths = (len(token if byte_level else token.encode()) for token in tokenizer.get_vocab(with_added_tokens=False))
     return max(1, *lengths, *(len(token.content.encode()) for token in added))
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:
-    """Names of the steps of the tokenizer's decoder; empty when it has none."""
+    """Returns the names of the steps of the tokenizer's decoder; it is empty when there is no decoder."""
     if tokenizer.decoder is None:
         return frozenset()
     config: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
@@ -244,7 +247,7 @@ def _decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: a printable byte of Latin-1 stands for itself, the n-th other byte is U+0100 + n."""
+    """Returns GPT-2's alphabet: a printable byte of Latin-1 stands for itself, the n-th other byte is U+0100 + n."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(0x100) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

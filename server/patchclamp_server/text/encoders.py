@@ -1,12 +1,12 @@
-"""The tokenizer of a model, as it reads a text by where that stands in the text of a sequence.
+"""A model's tokenizer reads a text by the place that the text has in a sequence.
 
 SentencePiece vocabularies write a word with the space before it, and put a space before a text so that its first word
 is written like the others. That space belongs to the start of a text alone. With p the prompt and c what follows it,
 
     tokens(c) = tokens(p + c) from where p ends
 
-so c, a middle, is read without it. After a control token, at which tokenizers cut a text before anything else, some put
-the space again (all of Llama 2's), others do not.
+so c, which stands in the middle, is read without it. Tokenizers cut a text at control tokens before anything else;
+after one, some put the space again (all of Llama 2's do), others do not.
 """
 
 import json
@@ -25,18 +25,18 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids with the characters [start, end) of the text that each covers."""
+    """Ids, and for each the characters [start, end) of the text that it covers."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
 
 
 class Encoders:
-    """None of them puts special tokens around a text."""
+    """Reads texts at each place; no method puts special tokens around a text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.start = fast_tokenizer(tokenizer)
-        # All that a text is cut at, control tokens or not.
+        # A text is cut at each of these added tokens, whether they are control tokens or not.
         self._added = {id: token.content.strip() for id, token in tokenizer.added_tokens_decoder.items()}
         self.longest_token = longest_token(self.start)
 
@@ -54,15 +54,15 @@ class Encoders:
         cut = next((i for i, (id, (a, b)) in enumerate(found) if self._added.get(id) == text[a:b].strip()), None)
         if cut is None:
             return tokens
-        # Behind the first control token that is written in it, the text is read as it always is there.
+        # From the first added token on, the text is read as it always is behind one.
         start = tokens.spans[cut][0]
         rest = encode(self._section, text[start:])
         spans = [(start + a, start + b) for a, b in rest.spans]
         return Tokens(tokens.ids[:cut] + rest.ids, tokens.spans[:cut] + spans)
 
     def literally(self, text: str, *, start: bool) -> Tokens:
-        """Control tokens that are written in the text stay the characters that they are written with; the text stands
-        at the start, or after a control token."""
+        """Reads a text at the start or after a control token. Control tokens that are written in it stay the characters
+        that they are written with."""
         return encode(self._literal_start if start else self._literal_section, text)
 
     @cached_property
@@ -88,14 +88,14 @@ def encode(tokenizer: Tokenizer, text: str) -> Tokens:
 
 
 def _literal(tokenizer: Tokenizer) -> Tokenizer:
-    """Its own, because the switch is a state that requests would share."""
+    """Returns a copy, because the switch is a state that requests would share."""
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
     return copy
 
 
 def _changed(tokenizer: Tokenizer, change: Callable[[Json], Json | None]) -> Tokenizer:
-    """The tokenizer with another normalizer and pre-tokenizer; itself where nothing changes."""
+    """Returns the tokenizer with its normalizer and pre-tokenizer changed; the same object where nothing changes."""
     parts = {"normalizer": tokenizer.normalizer, "pre_tokenizer": tokenizer.pre_tokenizer}
     before = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
     after = {name: _each(step, change) for name, step in before.items()}
@@ -105,7 +105,7 @@ def _changed(tokenizer: Tokenizer, change: Callable[[Json], Json | None]) -> Tok
 
 
 def _each(step: Json | None, change: Callable[[Json], Json | None]) -> Json | None:
-    """Every step of a normalizer or pre-tokenizer changed; None leaves a step out."""
+    """Applies `change` to every step of a normalizer or pre-tokenizer; None leaves a step out."""
     if step is None:
         return None
     if step["type"] != "Sequence":
@@ -121,7 +121,7 @@ def _prefixed_at_start_only(step: Json) -> Json:
 
 
 def _never_prefixed(step: Json) -> Json | None:
-    """Without a space before the text, and with the one that is there."""
+    """Changes a step so that it puts no space before the text, and keeps the one that is there."""
     match step["type"]:
         case "Prepend":
             return None

@@ -1,6 +1,7 @@
-"""The gate that every text passes on its way to tokens: a prompt, a continuation, an answer, a document of a job.
+"""Every text passes this gate on its way to tokens: a prompt, a continuation, an answer, a document of a job.
 
-It is no longer than what may be read, its call still waits for it, and the model has a row for every id.
+The gate makes sure that the text is not longer than what may be read, that its call still waits for it, and that the
+model has a row for every id.
 """
 
 from collections.abc import Callable
@@ -11,21 +12,21 @@ from patchclamp_server.text.encoders import Encoders, Tokens
 from patchclamp_server.text.text_threads import check_awaited
 from patchclamp_server.text.vocabulary import first_outside
 
-# More than a token has on average in almost any text.
+# A token has fewer bytes than this on average in almost any text.
 USUAL_BYTES = 8
-# Of a text that is looked at in pieces.
+# A long text is looked at in pieces of so many characters.
 PIECE_CHARACTERS = 1 << 15
 
 
 class TextGate:
-    """Raises InvalidArgument with the field of a text that does not pass."""
+    """Checks texts, and raises InvalidArgument with the field of one that does not pass."""
 
     def __init__(self, encoders: Encoders, info: ModelInfo) -> None:
         self._encoders = encoders
         self._info = info
 
     def bytes_of(self, tokens: int) -> int:
-        """Bytes of text that so many tokens may be read from: as many times those of the longest token."""
+        """Returns the most bytes of text that so many tokens may be read from: tokens · bytes of the longest token."""
         return tokens * self._encoders.longest_token
 
     def tokens(
@@ -37,8 +38,8 @@ class TextGate:
         *,
         field_at: Callable[[int, int], str] | None = None,
     ) -> Tokens:
-        """What `read` makes of a text. `most_tokens`: that are read, default the context; `field_at`: the field of
-        characters [start, end), where `field` is made of several."""
+        """Returns what `read` makes of a text. At most `most_tokens` are read, by default the context; `field_at` names
+        the field of characters [start, end), where `field` is made of several."""
         check_awaited()
         self._check_length(text, field, most_tokens or self._info.context_length)
         found = read(text)
@@ -64,7 +65,7 @@ class TextGate:
         self.check_bytes(size, field, tokens)
         if size <= max(USUAL_BYTES * tokens, PIECE_CHARACTERS):
             return
-        # Tokenising cannot be interrupted, so a text that is likely too long is counted in pieces before. A piece has
+        # Tokenising cannot be interrupted, so a text that is likely too long is counted in pieces first. A piece has
         # many tokens, and a cut costs a few.
         counted = 0
         for start in range(0, len(text), PIECE_CHARACTERS):

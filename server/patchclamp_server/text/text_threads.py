@@ -1,6 +1,6 @@
-"""Threads of their own for templates and tokenizers, so that no long text keeps other calls from their threads.
+"""Templates and tokenizers have threads of their own, so that no long text keeps other calls from their threads.
 
-What runs there ends with the call that asked for it: between two renderings, or before the next text, it looks whether
+Work in them ends with the call that asked for it: between two renderings, or before the next text, it checks whether
 anybody still waits (`check_awaited`).
 """
 
@@ -19,15 +19,16 @@ from patchclamp_server.errors import Cancelled, DeadlineExceeded
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Enough to keep the cores busy; the engine's thread needs them too.
+# This is enough to keep the cores busy; the engine's thread needs them too.
 THREADS = 4
-# Far more than the longest text that fits a context takes, waiting for a thread included.
+# This is far longer than the longest text that fits a context takes, including its wait for a thread.
 MOST_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """Who waits for a piece of work, and since when, on the clock of time.monotonic()."""
+    """Tells whether somebody still waits for a piece of work (`left`), and since when, on the clock of
+    time.monotonic()."""
 
     most_seconds: float
     since: float = field(default_factory=time.monotonic)
@@ -38,9 +39,9 @@ _WAITING: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
 
 
 def check_awaited() -> None:
-    """Raises Cancelled when the call that this work is for has ended, DeadlineExceeded when it has taken too long.
+    """Raises Cancelled when the call that this work is for has ended, DeadlineExceeded when it takes too long.
 
-    Nothing happens in work that no TextThreads run.
+    It does nothing in work that no TextThreads run.
     """
     waiting = _WAITING.get()
     if waiting is None:
@@ -57,8 +58,8 @@ class TextThreads:
         self._most_seconds = most_seconds
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of `work`, which runs in one of the threads with the context of the caller, and which the end of
-        the caller's task ends at its next `check_awaited`."""
+        """Runs `work` in one of the threads with the caller's context and returns its result. When the caller's task
+        ends, the work ends at its next `check_awaited`."""
         waiting = _Waiting(self._most_seconds)
         context = copy_context()
         context.run(_WAITING.set, waiting)
@@ -73,5 +74,5 @@ class TextThreads:
             waiting.left.set()
 
     def close(self) -> None:
-        """Starts nothing more; what runs ends with its call."""
+        """Starts no further work; work that runs ends with its call."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The gate before the embedding: an id that the model has no row for ends here, and not in a step that others share."""
+"""Ids are checked before the embedding, so that one without a row in the model cannot fail a shared step."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from patchclamp_server.errors import InvalidArgument
 
 
 def first_outside(ids: Sequence[int], size: int) -> int | None:
-    """Index of the first id outside the vocabulary [0, size); None where the model has a row for each."""
+    """Returns the index of the first id outside the vocabulary [0, size); None where the model has a row for each."""
     if not ids or (min(ids) >= 0 and max(ids) < size):
         return None
     return next(i for i, id in enumerate(ids) if not 0 <= id < size)

@@ -11,7 +11,7 @@ import torch
 from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch
 from patchclamp_server.analysis.heads.circuits.job import Circuit, find_circuit
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run
-from patchclamp_server.analysis.heads.scores.scoring import Progress
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine

@@ -16,8 +16,8 @@ from patchclamp_server.analysis.heads.retrieval.detect import Detection, Retriev
 from patchclamp_server.analysis.heads.retrieval.needle_run import NeedleRun
 from patchclamp_server.analysis.heads.retrieval.needles import Needle, NeedleTest, plan
 from patchclamp_server.analysis.heads.retrieval.stopping import StoppingRule
-from patchclamp_server.analysis.heads.scores.scoring import Progress
 from patchclamp_server.analysis.heads.sets.overlap import rank_correlation
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, select
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Tags

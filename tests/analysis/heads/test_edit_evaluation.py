@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from patchclamp_server.analysis.heads.retrieval.needles import Needle, NeedleTest
 from patchclamp_server.analysis.heads.retrieval.ordinary_text import windows
-from patchclamp_server.analysis.heads.scores.scoring import Progress
 from patchclamp_server.analysis.heads.sets.edits import HeadEditMode, mean_outputs
 from patchclamp_server.analysis.heads.sets.evaluation import EditEvaluation, HeadEditEffect, evaluate_edit, random_sets
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine

@@ -11,7 +11,8 @@ from planted_heads import INDUCTION, planted
 from patchclamp.v1 import head_pb2
 from patchclamp_server.analysis.heads.scores.job import Result, score_heads
 from patchclamp_server.analysis.heads.scores.registry import SCORING_METHODS
-from patchclamp_server.analysis.heads.scores.scoring import Progress, Scoring, ends, resampled_means
+from patchclamp_server.analysis.heads.scores.scoring import Scoring, ends, resampled_means
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import load_head_set
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind, Tags

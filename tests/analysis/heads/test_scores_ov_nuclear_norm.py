@@ -8,7 +8,8 @@ from tiny_models import FAMILIES, tiny_model
 from patchclamp_server.analysis.heads.scores.ov import ov_weights
 from patchclamp_server.analysis.heads.scores.ov_nuclear_norm import nuclear_norms
 from patchclamp_server.analysis.heads.scores.registry import SCORING_METHODS
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Scoring
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.text.prompt import PromptEncoder
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from patchclamp_server.analysis.heads.scores.registry import SCORING_METHODS
-from patchclamp_server.analysis.heads.scores.scoring import Fact, HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import Fact, HeadScores, Scoring
 from patchclamp_server.analysis.heads.scores.temporal import built_in_facts
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.errors import InvalidArgument

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from circuit_oracle import random_pair
-from sparse_models import bound, documents
+from sparse_models import documents
 from tiny_models import tiny_model
 from torch import Tensor
 
@@ -16,14 +16,15 @@ from patchclamp_server.analysis.heads.attention_mass import attention_mass
 from patchclamp_server.analysis.heads.circuits.attribution import attribute
 from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch, search
 from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
-from patchclamp_server.analysis.sparsity.calibrate import calibrate
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.progress import Steps
+from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS
 from patchclamp_server.engine.exclusive import Slice, Work
+from patchclamp_server.engine.reducers.reducer import Place
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.weights import decoder_from_transformers
 from patchclamp_server.sparsity.mlp import SparseModel
-from patchclamp_server.sparsity.policies import POLICIES
 from patchclamp_server.sparsity.policies.teal import Teal
+from patchclamp_server.sparsity.policy import input_widths
 
 
 class Counted:
@@ -44,24 +45,29 @@ class Counted:
         return counted
 
 
-def evaluation(decoder: Decoder) -> Work[Any]:
-    evaluator = yield from Evaluator.of(SparseModel("llama", decoder), documents(2, 12), 6)
-    yield (yield from evaluator.quality(bound(POLICIES["cats"](keep_ratio=0.5))))
-
-
 def circuit(method: str) -> Callable[[Decoder], Work[Any]]:
     pairs = tuple(random_pair(tiny_model("llama"), 6, seed) for seed in range(2))
     return lambda decoder: search(decoder, CircuitSearch(method, pairs, circuit_size=2, random_sets=2))
 
 
+def greedy(decoder: Decoder) -> Work[Any]:
+    """What follows the requests that have given the inputs of all products and of the blocks."""
+    texts = documents(2, 16, seed=7)
+    calibrating = CALIBRATIONS["teal"](Teal(allocation="greedy"), SparseModel("llama", decoder), texts)
+    assert calibrating.residuals is not None
+    widths = *input_widths(decoder.spec), decoder.spec.d_model
+    for reducer, width in zip((*calibrating.reducers.values(), calibrating.residuals), widths, strict=True):
+        for layer in reducer.layers:
+            for text in range(2):
+                rows = torch.randn(16, width, generator=torch.Generator().manual_seed(layer))
+                reducer.add(layer, rows, Place(text))
+    yield (yield from calibrating.finish(Steps("calibration", decoder.spec.n_layers)))
+
+
 WORKS: dict[str, Callable[[Decoder], Any]] = {
     "attention mass": lambda decoder: attention_mass(decoder, documents(1, 9)[0], torch.zeros(3, 1, dtype=torch.int64)),
     "attribution": lambda decoder: attribute(decoder, [5, 6, 7, 8], 5, 9),
-    "calibration": lambda decoder: calibrate(
-        Teal(allocation="greedy"), SparseModel("llama", decoder), documents(2, 16, seed=7)
-    ),
-    "damage": lambda decoder: calibrate(POLICIES["fovea"](), SparseModel("llama", decoder), documents(2, 16, seed=7)),
-    "evaluation": evaluation,
+    "greedy calibration": greedy,
     **{method: circuit(method) for method in CIRCUIT_METHODS},
 }
 

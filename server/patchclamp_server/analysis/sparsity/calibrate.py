@@ -1,4 +1,4 @@
-"""Calibration: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
+"""Calibrates policies: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
 
 Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken): reducers
 get them while the documents run as requests of the engine. Where they are sums of squares, attention sinks are left out
@@ -10,28 +10,28 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import KeepSite, forward, heard, inputs_of, listening, pool_for
+from patchclamp_server.analysis.documents import OnEvent, listening
 from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.requests import completed, exclusively
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator
+from patchclamp_server.analysis.sparsity.damage import SQUARED_ERRORS, measure_damage, squared_errors
 from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
 from patchclamp_server.analysis.sparsity.quantiles import quantiles
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import Slice, Telling, Work
+from patchclamp_server.engine.reducers.beginnings import Beginnings
 from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.reducers.sample import Sample
-from patchclamp_server.errors import InvalidArgument, RequestError
-from patchclamp_server.interventions.pooling import outliers
+from patchclamp_server.engine.request import Reduction, Request
+from patchclamp_server.errors import InvalidArgument, renaming_fields
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
-from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, damage_curves
 from patchclamp_server.sparsity.policies.coreinfer_similarity import CoreInferSimilarity, multi_hot
 from patchclamp_server.sparsity.policies.coreinfer_stability import core_counts, token_order
 from patchclamp_server.sparsity.policies.fovea import Fovea
@@ -39,29 +39,32 @@ from patchclamp_server.sparsity.policies.teal import Teal
 from patchclamp_server.sparsity.policy import PROJECTIONS, Policy, input_widths
 from patchclamp_server.sparsity.profile import Profile
 
-# Rows kept of each document where samples are kept rather than sums.
+# Where samples are kept rather than sums, one of so many rows of each document is kept.
 SAMPLE_EVERY = 16
 SENTENCE_TOKENS = 64
-# Of the documents, what the slower measurements use.
-DAMAGE_DOCUMENTS, DAMAGE_ROWS = 2, 128
+# The slower measurements use so many of the documents.
+DAMAGE_DOCUMENTS = 2
 GREEDY_DOCUMENTS, GREEDY_TOKENS = 2, 128
 
-# Bounds of one calibration: an hour of a small CPU, and memory.
+# These bound one calibration to an hour of a small CPU, and its memory.
 MAX_TOKENS = 1 << 18
 KEPT_BYTES = 4 << 30
 
 Tensors = dict[str, Tensor]
-# Parts of the work at the exclusive door of the engine.
+# These are parts of the work at the exclusive door of the engine.
 Found: TypeAlias = Telling[Progress, Tensors]
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrating:
-    """`reducers` of the inputs of products, by product, and what becomes of them once they have seen all documents: a
-    part of a work at the exclusive door of the engine."""
+    """The parts of a calibration. `reducers` take the inputs of products, by product. `finish`, a part of a work at the
+    exclusive door of the engine, makes tensors of what they have seen in all documents. `evaluate` measures with that
+    profile, by requests, and yields the tensors of the end. `residuals` gets the residual streams before the blocks."""
 
     reducers: Mapping[str, Reducer]
     finish: Callable[[Steps], Found]
+    evaluate: Callable[[Engine, Tensors, Steps], AsyncGenerator[Progress | Tensors, None]] | None = None
+    residuals: Beginnings | None = None
 
 
 async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> AsyncGenerator[Progress | Profile, None]:
@@ -72,36 +75,38 @@ async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> Asy
     """
     model = engine.sparse_model
     calibrating, steps = _begun(policy, model, documents)
-    requests = (
-        partial(listening, model, calibrating.reducers, tuple(document), text)
-        for text, document in enumerate(documents.tolist())
-    )
-    try:
+    kept = calibrating.residuals
+
+    def request(text: int, document: Tensor) -> Callable[[OnEvent], Request]:
+        reduction = None if kept is None or text >= kept.texts else Reduction(Site.RESID_PRE, kept, text)
+        return partial(listening, model, calibrating.reducers, tuple(document.tolist()), text, reduction)
+
+    requests = (request(text, document) for text, document in enumerate(documents))
+    with renaming_fields({"prompt": "text.document_tokens"}):
         async with aclosing(completed(engine, requests)) as finished:
             async for _ in finished:
                 yield steps.advance()
-    except RequestError as error:
-        error.field = "text.document_tokens" if error.field == "prompt" else error.field
-        raise
 
-    def finish() -> Work[Progress | Profile]:
-        yield _profile(policy, model, documents, (yield from calibrating.finish(steps)))
+    def finish() -> Work[Progress | Tensors]:
+        yield (yield from calibrating.finish(steps))
 
-    told: AsyncGenerator[Progress | Profile, None] = exclusively(engine, finish())
+    told: AsyncGenerator[Progress | Tensors, None] = exclusively(engine, finish())
+    tensors: Tensors = {}
     async with aclosing(told) as events:
         async for event in events:
-            yield event
-
-
-def calibrate(
-    policy: Policy, model: SparseModel, documents: Tensor, card: Mapping[str, Any] | None = None
-) -> Telling[Progress, Profile]:
-    """As `calibrate_on`, where no engine runs requests: a part of a work, which returns the profile."""
-    calibrating, steps = _begun(policy, model, documents)
-    for text, document in enumerate(documents):
-        yield from heard(model, calibrating.reducers, document, text)
-        yield steps.advance()
-    return _profile(policy, model, documents, (yield from calibrating.finish(steps)), card)
+            if isinstance(event, Progress):
+                yield event
+            else:
+                tensors = event
+    if calibrating.evaluate is not None:
+        async with aclosing(calibrating.evaluate(engine, tensors, steps)) as evaluated:
+            async for event in evaluated:
+                if isinstance(event, Progress):
+                    yield event
+                else:
+                    tensors = event
+    card = {"calibration_documents": len(documents), "calibration_tokens": documents.numel()}
+    yield Profile(policy.name, model.fingerprint, tensors, card)
 
 
 def _begun(policy: Policy, model: SparseModel, documents: Tensor) -> tuple[Calibrating, Steps]:
@@ -113,15 +118,8 @@ def _begun(policy: Policy, model: SparseModel, documents: Tensor) -> tuple[Calib
     return function(policy, model, documents), steps
 
 
-def _profile(
-    policy: Policy, model: SparseModel, documents: Tensor, tensors: Tensors, card: Mapping[str, Any] | None = None
-) -> Profile:
-    tokens = {"calibration_documents": len(documents), "calibration_tokens": documents.numel()}
-    return Profile(policy.name, model.fingerprint, tensors, {**tokens, **(card or {})})
-
-
 def most_tokens(policy: Policy, model: SparseModel) -> int:
-    """Tokens of documents that calibration takes at most: what is kept of them has KEPT_BYTES."""
+    """Returns the most tokens of documents that calibration takes: what is kept of them has KEPT_BYTES."""
     spec = model.spec
     width = {
         "teal": sum(input_widths(spec)),
@@ -143,7 +141,7 @@ def _measures_damage(policy: Policy) -> bool:
 
 
 def _sampled(model: SparseModel, documents: Tensor, *names: str) -> dict[str, Sample]:
-    """Samples of the inputs of the products named."""
+    """Returns samples of the inputs of the products named."""
     return {name: Sample(_layers(model), SAMPLE_EVERY, documents.shape[1]) for name in names}
 
 
@@ -153,6 +151,8 @@ def _layers(model: SparseModel) -> tuple[int, ...]:
 
 def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     samples = _sampled(model, documents, *PROJECTIONS)
+    few, tokens = min(GREEDY_DOCUMENTS, len(documents)), min(GREEDY_TOKENS, documents.shape[1])
+    residuals = Beginnings(_layers(model), few, tokens) if _is_greedy(policy) else None
 
     def finish(steps: Steps) -> Found:
         tensors: Tensors = {}
@@ -161,21 +161,18 @@ def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
             for layer in sample.layers:
                 found.append((yield from quantiles(sample.take(layer).abs())))
             tensors[f"quantiles.{name}"] = torch.stack(found)
-        if _is_greedy(policy):
-            tensors["greedy"] = yield from _greedy(model, documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS], tensors, steps)
+        if residuals is not None:
+            tensors["greedy"] = yield from _greedy(model, residuals, tensors, steps)
         return tensors
 
-    return Calibrating(samples, finish)
+    return Calibrating(samples, finish, residuals=residuals)
 
 
-def _greedy(model: SparseModel, documents: Tensor, quantiles: Tensors, steps: Steps) -> Telling[Progress, Tensor]:
-    residuals, decoder = KeepSite(Site.RESID_PRE), model.decoder
-    inputs = inputs_of(documents, 0, documents.shape[1], decoder)
-    yield from forward(decoder, inputs, pool_for(decoder, documents), residuals)
+def _greedy(model: SparseModel, residuals: Beginnings, quantiles: Tensors, steps: Steps) -> Telling[Progress, Tensor]:
     paths = []
     for layer in range(model.n_layers):
         grids = [quantiles[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-        paths.append((yield from greedy_path(model, layer, residuals.kept[layer], len(documents), grids)))
+        paths.append((yield from greedy_path(model, layer, residuals.take(layer), residuals.texts, grids)))
         yield steps.advance()
     length = min(map(len, paths))
     return torch.stack([path[:length] for path in paths])
@@ -199,7 +196,7 @@ def _cats(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
 
 
 def _static_set(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
-    # Of the hundreds of tokens of a document the first alone, an attention sink, would decide at some layers.
+    # The first token alone, an attention sink, would outweigh the hundreds of others of a document at some layers.
     squares = OrdinarySums(_layers(model), documents.shape[1], of=torch.square)
 
     def finish(steps: Steps) -> Found:
@@ -231,12 +228,13 @@ def _similarity(policy: Policy, model: SparseModel, documents: Tensor) -> Calibr
 
 
 class Sentences(Reducer):
-    """Core counts [d_ff] of every sentence: each `tokens` tokens of a document, but for those that are left over."""
+    """Keeps core counts [d_ff] of every sentence: each `tokens` tokens of a document, but for those that are left
+    over."""
 
     def __init__(self, policy: CoreInferSimilarity, model: SparseModel, tokens: int) -> None:
         super().__init__(_layers(model))
         self._policy, self._d_ff, self._tokens = policy, model.spec.d_ff, tokens
-        # By document, sentence and layer: the orders of its tokens until it has all, then its counts.
+        # These have, by document, sentence and layer, the orders of its tokens until it has all, then its counts.
         self._orders: defaultdict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._counts: dict[tuple[int, int, int], Tensor] = {}
 
@@ -253,7 +251,7 @@ class Sentences(Reducer):
             done = part.stop
 
     def counts(self) -> Tensor:
-        """[sentences, layers, d_ff], by document and place in it."""
+        """Returns the counts [sentences, layers, d_ff], by document and place in it."""
         found = [self._counts[key] for key in sorted(self._counts)]
         return torch.stack(found).view(-1, len(self.layers), self._d_ff)
 
@@ -261,13 +259,14 @@ class Sentences(Reducer):
 def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     assert isinstance(policy, Fovea)
     sampled = _sampled(model, documents, "mlp_input")
-    return Calibrating(sampled, partial(_fovea_errors, policy, model, documents, sampled["mlp_input"]))
+    evaluate = partial(measure_damage, policy, documents[:DAMAGE_DOCUMENTS]) if _measures_damage(policy) else None
+    return Calibrating(sampled, partial(_fovea_errors, policy, model, sampled["mlp_input"]), evaluate)
 
 
-def _fovea_errors(policy: Fovea, model: SparseModel, documents: Tensor, sample: Sample, steps: Steps) -> Found:
+def _fovea_errors(policy: Fovea, model: SparseModel, sample: Sample, steps: Steps) -> Found:
     samples = [sample.take(layer) for layer in sample.layers]
     yield Slice(1)
-    # A selector without uncertainty, to see its sketches with.
+    # This selector has no uncertainty; it serves to see its sketches.
     shape = (model.n_layers, model.spec.d_ff)
     names = [f"gate_error.{policy.bits}", f"up_error.{policy.bits}"]
     blind = Profile(policy.name, model.fingerprint, {name: torch.zeros(shape) for name in names})
@@ -290,36 +289,8 @@ def _fovea_errors(policy: Fovea, model: SparseModel, documents: Tensor, sample: 
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
     if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
-        uniform = replace(policy, budget="uniform")
-        tensors["damage"] = yield from _damage(uniform, model, documents, profile, samples, steps)
+        tensors[SQUARED_ERRORS] = yield from squared_errors(replace(policy, budget="uniform"), model, profile, samples)
     return tensors
-
-
-def _damage(
-    policy: Fovea, model: SparseModel, documents: Tensor, profile: Profile, samples: list[Tensor], steps: Steps
-) -> Telling[Progress, Tensor]:
-    """D [n_layers, GRID] of policies/budgets.py."""
-    few = documents[:DAMAGE_DOCUMENTS]
-    evaluator = yield from Evaluator.of(model, few, few.shape[1] // 2)
-    divergence, errors = [], []
-    for layer, x in enumerate(samples):
-        alone = tuple(REFERENCE if other == layer else 1.0 for other in range(model.n_layers))
-        quality = yield from evaluator.quality(replace(policy, keep_ratio=alone).bind(model, profile))
-        divergence.append(quality.divergence)
-        mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
-        down, row = mlp.weights.down, []
-        ordinary = ~outliers((mlp.neurons @ down).norm(dim=1))
-        for keep in GRID:
-            yield Slice(len(mlp.neurons))
-            selector = replace(policy, keep_ratio=keep).bind(model, profile)
-            selection = selector.select(selector.begin(), layer, mlp)
-            error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
-            if selection.remainder is not None:
-                error -= selection.remainder(selection.active)
-            row.append(float(error[ordinary].float().square().sum()))
-        errors.append(row)
-        yield steps.advance()
-    return damage_curves(torch.tensor(divergence), torch.tensor(errors))
 
 
 CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor], Calibrating]] = {

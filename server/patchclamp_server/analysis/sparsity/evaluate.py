@@ -1,28 +1,46 @@
-"""What a policy does to the model's predictions: dense prompts, then the following tokens computed sparsely.
+"""What policies do to the model's predictions: dense prompts, then the following tokens computed sparsely.
 
     perplexity ratio = exp(mean NLL sparse - mean NLL dense)        over the scored tokens of all documents
     divergence       = mean over tokens of KL(dense ‖ sparse)       nats
     top-1 agreement  = share of tokens with the same first choice
     sparsity         = share of neurons (channels, for TEAL and WINA) that were not computed
 
-Each document is a sequence of its own: its first `prompt` tokens are computed densely and observed by its policy, the
-next ones are fed from the text (as decoding them would) and scored. The dense pass is made once for all policies.
+Each document is scored by requests of the engine: its first `prompt` tokens are computed densely and observed by its
+policy, the next ones are fed from the text (as decoding them would) and scored, from the first on that a sparse token
+predicts. It is scored densely once for all policies, and what came of that is kept on the device until they have been
+compared with it.
 """
 
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from functools import partial
+from math import fsum
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import KeepSite, forward, inputs_of, pools_for
-from patchclamp_server.engine.exclusive import Slice, Sliced
-from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.model.decoder import Decoder
-from patchclamp_server.model.sites import Site
-from patchclamp_server.sparsity.apply import Rows, Step
-from patchclamp_server.sparsity.blocks import sparse_blocks
-from patchclamp_server.sparsity.mlp import SparseModel
-from patchclamp_server.sparsity.policy import PROJECTIONS, Selector, SequenceState, weight_shares
+from patchclamp_server.analysis.requests import OnEvent, completed
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.reducers.divergence import Divergence, Reference, ScoreReducer
+from patchclamp_server.engine.request import Event, Finished, Priority, Request, SparseInference, Token
+from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.sparsity.policy import Selector
+
+# Of dense predictions at a time, or those of one document.
+KEPT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One document under one policy: means over its scored tokens, and the active share of layers that select."""
+
+    dense_nll: float
+    nll: float
+    divergence: float
+    top1_agreement: float
+    active: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -35,111 +53,92 @@ class Quality:
     bytes_read_16: float
     bytes_read_32: float
 
+    @classmethod
+    def of(cls, documents: Sequence[Scored], selector: Selector) -> "Quality":
+        """Of documents of one length. Layers that select nothing count as 1."""
+        n_layers, active = selector.model.n_layers, [scored.active for scored in documents]
+
+        def read(bits: int) -> float:
+            return _mean(
+                [
+                    (sum(selector.cost(i, bits).bytes_read(s) for i, s in shares.items()) + n_layers - len(shares))
+                    / n_layers
+                    for shares in active
+                ]
+            )
+
+        log_ratio = _mean([scored.nll - scored.dense_nll for scored in documents])
+        return cls(
+            # Infinite where math.exp overflows.
+            perplexity_ratio=float(torch.tensor(log_ratio, dtype=torch.float64).exp()),
+            divergence=_mean([scored.divergence for scored in documents]),
+            top1_agreement=_mean([scored.top1_agreement for scored in documents]),
+            sparsity=_mean([sum(1.0 - share for share in shares.values()) / n_layers for shares in active]),
+            bytes_read_16=read(16),
+            bytes_read_32=read(32),
+        )
+
     def card(self) -> dict[str, float]:
         return {name: round(value, 5) for name, value in asdict(self).items()}
 
 
-class Evaluator:
-    """Documents [n, tokens] of one length, and what the dense model makes of them."""
+async def scored(
+    engine: Engine, documents: Tensor, prompt: int, selectors: Sequence[Selector]
+) -> AsyncGenerator[tuple[int, Scored], None]:
+    """Yields the index of a selector, and what came of a document [tokens] under it: of a few documents by selector and
+    document, then of the next.
 
-    def __init__(self, model: SparseModel, documents: Tensor, prompt: int) -> None:
-        """What `of` begins with."""
-        if documents.shape[1] < prompt + 2 or prompt < 1:
-            raise InvalidArgument("documents", f"{documents.shape[1]} tokens leave none to score after {prompt}")
-        self.model = model
-        self.prompt = prompt
-        self.documents = documents
-        self._pools = pools_for(model.decoder, documents)
-        self._scored = inputs_of(documents, prompt, documents.shape[1] - 1, model.decoder)
-        self._targets = documents[:, prompt + 1 :]
-        self._neurons: dict[int, Tensor] = {}
-        # By document.
-        self._dense: list[Tensor] = []  # probabilities [scored, vocab]
-        self._choices: list[Tensor] = []
-        self.dense_nll = self._entropy = 0.0
-
-    @classmethod
-    def of(cls, model: SparseModel, documents: Tensor, prompt: int) -> "Sliced[Evaluator]":
-        """After the dense pass. Raises InvalidArgument where no token is left to score."""
-        made = cls(model, documents, prompt)
-        decoder, observer = model.decoder, KeepSite(Site.MLP_POST)
-        yield from forward(decoder, inputs_of(documents, 0, prompt, decoder), made._pools, observer)
-        made._neurons = observer.kept
-        x = yield from forward(decoder, made._scored, made._pools)
-        for targets, states in zip(made._targets, made._by_document(x), strict=True):
-            log_p = (yield from _logits(decoder, states)).log_softmax(1)
-            made.dense_nll -= float(log_p.gather(1, targets[:, None]).mean()) / len(documents)
-            made._choices.append(log_p.argmax(1))
-            made._dense.append(log_p.exp())
-            made._entropy -= float((made._dense[-1] * log_p).sum(1).mean()) / len(documents)
-        return made
-
-    def states(self, selector: Selector) -> list[SequenceState]:
-        """The state of every document after its prompt."""
-        states = []
-        for i in range(len(self.documents)):
-            state = selector.begin()
-            for layer, neurons in self._neurons.items():
-                selector.observe_prompt(state, layer, neurons[i * self.prompt : (i + 1) * self.prompt])
-            selector.end_prompt(state)
-            states.append(state)
-        return states
-
-    def quality(self, selector: Selector) -> Sliced[Quality]:
-        tokens = self.documents.shape[1] - self.prompt - 1
-        rows = [
-            Rows(slice(i * tokens, (i + 1) * tokens), selector, state) for i, state in enumerate(self.states(selector))
-        ]
-        step = Step(rows)
-        decoder, products = self.model.decoder, sparse_blocks(self.model, step)
-        x = yield from forward(decoder, self._scored, self._pools, products=products)
-        nll = cross_entropy = agreement = 0.0
-        for dense, choices, targets, states in zip(
-            self._dense, self._choices, self._targets, self._by_document(x), strict=True
-        ):
-            logits = yield from _logits(decoder, states)
-            total = logits.logsumexp(1)
-            nll += float((total - logits.gather(1, targets[:, None])[:, 0]).mean())
-            cross_entropy += float((total - torch.linalg.vecdot(dense, logits)).mean())
-            agreement += float((logits.argmax(1) == choices).double().mean())
-        n = len(self.documents)
-        active = self._active(step)
-        share = self._mean(sum(active.values()), len(active))
-        read = {bits: self._bytes_read(selector, active, bits) for bits in (16, 32)}
-        ratio = float(torch.tensor(nll / n - self.dense_nll, dtype=torch.float64).exp())
-        return Quality(
-            ratio, max(0.0, cross_entropy / n - self._entropy), agreement / n, 1.0 - share, read[16], read[32]
-        )
-
-    def _active(self, step: Step) -> dict[int, float]:
-        """Active share of each sparse layer: of its neurons, or of its channels, weighted by what a channel reads."""
-        weight = dict(zip(PROJECTIONS, weight_shares(self.model.spec), strict=True))
-        shares: dict[int, float] = {}
-        for (layer, kind), (active, total) in step.active.items():
-            shares[layer] = shares.get(layer, 0.0) + weight.get(kind, 1.0) * int(active) / total
-        return shares
-
-    def _bytes_read(self, selector: Selector, active: dict[int, float], bits: int) -> float:
-        sparse = sum(selector.cost(layer, bits).bytes_read(share) for layer, share in active.items())
-        return self._mean(sparse, len(active))
-
-    def _mean(self, sparse: float, layers: int) -> float:
-        """Over all layers, of which those that select nothing count as 1."""
-        return (sparse + self.model.n_layers - layers) / self.model.n_layers
-
-    def _by_document(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(x, x.shape[0] // len(self.documents))
-
-
-def _logits(decoder: Decoder, x: Tensor) -> Sliced[Tensor]:
-    """Of residual states [n, d_model] of one document, a few rows at a time: [n, vocab].
-
-    All documents at once would be gigabytes.
+    Raises InvalidArgument where no token is left to score or a document is longer than the engine has room for, by the
+    field "text.document_tokens", and what the engine refuses or fails with.
     """
-    parts: list[Tensor] = []
-    done = 0
-    while done < len(x):
-        granted = yield Slice(len(x) - done)
-        parts.append(decoder.logits(x[done : done + granted]))
-        done += granted
-    return torch.cat(parts)
+    tokens = documents.shape[1]
+    if tokens < prompt + 2 or prompt < 1:
+        raise InvalidArgument("text.document_tokens", f"{tokens} tokens leave none to score after {prompt}")
+    for selector in selectors:
+        await asyncio.to_thread(selector.prepare)
+    kept = 4 * (tokens - prompt - 1) * engine.model.info.vocab_size
+    try:
+        for few in torch.split(documents, max(1, KEPT_BYTES // kept)):
+            async with aclosing(_scored(engine, [tuple(ids) for ids in few.tolist()], prompt, selectors)) as found:
+                async for each in found:
+                    yield each
+    except RequestError as error:
+        error.field = "text.document_tokens" if error.field == "prompt" else error.field
+        raise
+
+
+async def _scored(
+    engine: Engine, documents: Sequence[tuple[int, ...]], prompt: int, selectors: Sequence[Selector]
+) -> AsyncGenerator[tuple[int, Scored], None]:
+    references = [Reference(prompt + 1) for _ in documents]
+    requests = [partial(_request, ids, prompt, kept, None) for ids, kept in zip(documents, references, strict=True)]
+    async with aclosing(completed(engine, requests)) as finished:
+        dense = [_nll(events, prompt) async for events in finished]
+    for index, selector in enumerate(selectors):
+        asked = SparseInference("", selector)
+        compared = [Divergence(reference) for reference in references]
+        requests = [partial(_request, ids, prompt, into, asked) for ids, into in zip(documents, compared, strict=True)]
+        async with aclosing(completed(engine, requests)) as finished:
+            done = 0
+            async for events in finished:
+                ended = events[-1]
+                assert isinstance(ended, Finished)
+                assert ended.sparsity is not None
+                active = ended.sparsity.active_by_layer
+                yield index, Scored(dense[done], _nll(events, prompt), *compared[done].means(), active)
+                done += 1
+
+
+def _request(
+    ids: tuple[int, ...], prompt: int, scores: ScoreReducer, sparsity: SparseInference | None, on_event: OnEvent
+) -> Request:
+    return Request(ids, on_event, priority=Priority.ANALYSIS, score_from=prompt, scores=scores, sparsity=sparsity)
+
+
+def _nll(events: Sequence[Event], prompt: int) -> float:
+    """The first scored token is the dense prompt's prediction, and left out."""
+    return _mean([-(e.logprob or 0.0) for e in events if isinstance(e, Token) and e.position > prompt])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fsum(values) / len(values)

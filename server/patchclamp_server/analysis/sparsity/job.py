@@ -1,17 +1,16 @@
-"""Jobs of SparsityService: text in documents → a stored profile with its quality card, or cards of several policies."""
+"""Runs SparsityService's jobs: text in documents → a stored profile with its quality card, or cards of policies."""
 
 import asyncio
-import hashlib
-import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from patchclamp_server.analysis.digests import json_digest
 from patchclamp_server.analysis.progress import Progress, Steps
-from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.analysis.sparsity.calibrate import calibrate_on
 from patchclamp_server.analysis.sparsity.control import asked_ratio, control_of
 from patchclamp_server.analysis.sparsity.quality_card import QualityCard, measure_quality, prompt_tokens
@@ -19,13 +18,14 @@ from patchclamp_server.analysis.sparsity.speed import RUNS, SpeedCard, measure_s
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import NO_TAGS, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.exclusive import Telling, Work
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.sparsity.binder import Bound
-from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.parameters import parameters_of
 from patchclamp_server.sparsity.policy import Policy, Selector
 from patchclamp_server.sparsity.profile import Profile
+
+# The first card is that of a policy, the second that of its control.
+Cards: TypeAlias = tuple[QualityCard, QualityCard]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,8 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the token ids of all documents in order, as JSON without spaces: [[id, ...], ...]."""
-        ids = json.dumps(self.documents.tolist(), separators=(",", ":"))
-        return "sha256:" + hashlib.sha256(ids.encode()).hexdigest()
+        """Returns the digest of the token ids of all documents in order: [[id, ...], ...]."""
+        return json_digest(self.documents.tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +61,8 @@ class CalibratedProfile:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`keep_ratio`: the share asked for (the mean of its layers); what was kept, for a policy that takes no ratio."""
+    """An evaluation. `keep_ratio` is the share asked for (the mean of its layers), or what was kept, for a policy that
+    takes no ratio."""
 
     index: int
     policy: str
@@ -89,25 +89,26 @@ async def calibrate_profile(
             else:
                 profile = event
     assert profile is not None
-    work = _measured(engine.sparse_model, job.policy, profile, heldout)
-    told: AsyncGenerator[Progress | _Calibrated, None] = exclusively(engine, work)
-    async with aclosing(told) as measured:
+    selector = job.policy.bind(engine.sparse_model, profile)
+    steps = Steps("quality", 2 * len(heldout))
+    async with aclosing(_with_control(engine, job.policy, selector, heldout, steps)) as measured:
         async for step in measured:
-            yield step if isinstance(step, Progress) else await asyncio.to_thread(_store, store, info, job, step)
+            if isinstance(step, Progress):
+                yield step
+            else:
+                yield await asyncio.to_thread(_store, store, info, job, profile, step)
 
 
 async def evaluate(
     engine: Engine, asked: Sequence[Bound], text: Text, *, speed: bool
 ) -> AsyncGenerator[Progress | Evaluation, None]:
     """Yields progress of the stages "quality" and "speed", and an evaluation of each policy as soon as it is there."""
-    model, documents = engine.sparse_model, text.documents
+    documents = text.documents
     quality_steps = Steps("quality", 2 * len(documents) * len(asked))
     speed_steps = Steps("speed", RUNS * len(asked))
     for index, bound in enumerate(asked):
-        cards: tuple[QualityCard, QualityCard] | None = None
-        work = _cards(model, documents, bound.policy, bound.selector, quality_steps)
-        told: AsyncGenerator[Progress | tuple[QualityCard, QualityCard], None] = exclusively(engine, work)
-        async with aclosing(told) as events:
+        cards: Cards | None = None
+        async with aclosing(_with_control(engine, bound.policy, bound.selector, documents, quality_steps)) as events:
             async for event in events:
                 if isinstance(event, Progress):
                     yield event
@@ -130,40 +131,38 @@ async def evaluate(
         yield Evaluation(index, bound.policy.name, keep_ratio, quality, control, card)
 
 
-@dataclass(frozen=True, eq=False)
-class _Calibrated:
-    """What is stored."""
+async def _with_control(
+    engine: Engine, policy: Policy, selector: Selector, documents: Tensor, steps: Steps
+) -> AsyncGenerator[Progress | Cards, None]:
+    """Yields progress, then the card of a policy and that of its control."""
+    cards: list[QualityCard] = []
 
-    profile: Profile
-    quality: QualityCard
-    control: QualityCard
+    def together() -> Iterator[list[Selector]]:
+        if asked_ratio(policy) is not None:
+            yield [selector, control_of(policy, selector, engine.sparse_model, 0.0)]
+            return
+        # The control has the size that the policy is found to have.
+        yield [selector]
+        yield [control_of(policy, selector, engine.sparse_model, cards[0].sparsity)]
 
-
-def _measured(model: SparseModel, policy: Policy, profile: Profile, heldout: Tensor) -> Work[Progress | _Calibrated]:
-    steps = Steps("quality", 2 * len(heldout))
-    cards = yield from _with_control(model, heldout, policy, policy.bind(model, profile), steps)
-    yield _Calibrated(profile, *cards)
-
-
-def _cards(
-    model: SparseModel, documents: Tensor, policy: Policy, selector: Selector, steps: Steps
-) -> Work[Progress | tuple[QualityCard, QualityCard]]:
-    yield (yield from _with_control(model, documents, policy, selector, steps))
-
-
-def _with_control(
-    model: SparseModel, documents: Tensor, policy: Policy, selector: Selector, steps: Steps
-) -> Telling[Progress, tuple[QualityCard, QualityCard]]:
-    quality = yield from measure_quality(model, documents, selector, steps)
-    control = control_of(policy, selector, model, quality.sparsity)
-    return quality, (yield from measure_quality(model, documents, control, steps))
+    for selectors in together():
+        async with aclosing(measure_quality(engine, documents, selectors, steps)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    yield event
+                else:
+                    cards.append(event)
+    quality, control = cards
+    yield quality, control
 
 
-def _store(store: ArtifactStore, info: ModelInfo, job: Calibration, found: _Calibrated) -> CalibratedProfile:
-    documents = job.text.documents
+def _store(
+    store: ArtifactStore, info: ModelInfo, job: Calibration, profile: Profile, cards: Cards
+) -> CalibratedProfile:
+    documents, (quality, control) = job.text.documents, cards
     artifact = store.put(
         ArtifactKind.SPARSITY_PROFILE,
-        {name: _stored(tensor) for name, tensor in found.profile.tensors.items()},
+        {name: _stored(tensor) for name, tensor in profile.tensors.items()},
         model_fingerprint=info.fingerprint,
         description=job.description,
         provenance={
@@ -179,12 +178,12 @@ def _store(store: ArtifactStore, info: ModelInfo, job: Calibration, found: _Cali
             },
             "model": info.name,
         },
-        evidence={"quality": found.quality.as_json(), "random_control": found.control.as_json()},
+        evidence={"quality": quality.as_json(), "random_control": control.as_json()},
         tags=job.tags,
     )
-    return CalibratedProfile(artifact, found.quality, found.control)
+    return CalibratedProfile(artifact, quality, control)
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """As profiles are stored, whatever the model computes in."""
+    """Returns a tensor in the type that profiles are stored in, whatever the model computes in."""
     return tensor.detach().cpu().to(torch.float32 if tensor.is_floating_point() else torch.int64)

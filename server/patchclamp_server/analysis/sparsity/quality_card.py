@@ -1,27 +1,22 @@
-"""The quality card of a policy: what evaluate.py measures, document by document, so that any number of them fits.
-
-    perplexity ratio = exp(mean over documents of NLL sparse - NLL dense)         the others: means over documents
-
-All documents have the same length, so these are the numbers of evaluating them together.
-"""
+"""The quality card of a policy: what evaluate.py measures of it on documents that are half prompt."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from patchclamp_server.analysis.progress import Progress, Steps
-from patchclamp_server.analysis.sparsity.evaluate import Evaluator, Quality
-from patchclamp_server.engine.exclusive import Telling
-from patchclamp_server.sparsity.mlp import SparseModel
+from patchclamp_server.analysis.sparsity.evaluate import Quality, Scored, scored
+from patchclamp_server.engine.engine import Engine
 from patchclamp_server.sparsity.policy import Selector
 
 
 @dataclass(frozen=True)
 class QualityCard:
-    """Fields as in the message QualityCard."""
+    """Has the fields of the message QualityCard."""
 
     perplexity_ratio: float
     divergence: float
@@ -33,39 +28,38 @@ class QualityCard:
     dense_perplexity: float
 
     def as_json(self) -> dict[str, Any]:
-        """A number that is not finite, which JSON lacks, is null."""
+        """Returns the card for JSON, in which a number that is not finite is null."""
         return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
-def measure_quality(
-    model: SparseModel, documents: Tensor, selector: Selector, steps: Steps
-) -> Telling[Progress, QualityCard]:
-    """The card on documents [n, tokens], of which the first half is the prompt. A document is a step."""
+async def measure_quality(
+    engine: Engine, documents: Tensor, selectors: Sequence[Selector], steps: Steps
+) -> AsyncGenerator[Progress | QualityCard, None]:
+    """Yields progress, then the card of each selector on documents [n, tokens], of which the first half is the prompt.
+
+    A document under a selector is a step. Raises as `scored`.
+    """
     prompt = prompt_tokens(documents)
-    found: list[Quality] = []
-    dense_nll = 0.0
-    for document in documents.to(model.decoder.device):
-        evaluator = yield from Evaluator.of(model, document[None], prompt)
-        dense_nll += evaluator.dense_nll
-        found.append((yield from evaluator.quality(selector)))
-        yield steps.advance()
+    found: list[list[Scored]] = [[] for _ in selectors]
+    async with aclosing(scored(engine, documents, prompt, selectors)) as measured:
+        async for index, document in measured:
+            found[index].append(document)
+            yield steps.advance()
     n = len(documents)
-    return QualityCard(
-        perplexity_ratio=math.prod(q.perplexity_ratio ** (1 / n) for q in found),
-        divergence=_mean([q.divergence for q in found]),
-        top1_agreement=_mean([q.top1_agreement for q in found]),
-        sparsity=_mean([q.sparsity for q in found]),
-        bytes_read_16=_mean([q.bytes_read_16 for q in found]),
-        documents=n,
-        scored_tokens=n * (documents.shape[1] - prompt - 1),
-        dense_perplexity=math.exp(dense_nll / n),
-    )
+    for selector, of in zip(selectors, found, strict=True):
+        quality = Quality.of(of, selector)
+        yield QualityCard(
+            perplexity_ratio=quality.perplexity_ratio,
+            divergence=quality.divergence,
+            top1_agreement=quality.top1_agreement,
+            sparsity=quality.sparsity,
+            bytes_read_16=quality.bytes_read_16,
+            documents=n,
+            scored_tokens=n * (documents.shape[1] - prompt - 1),
+            dense_perplexity=math.exp(math.fsum(document.dense_nll for document in of) / n),
+        )
 
 
 def prompt_tokens(documents: Tensor) -> int:
-    """Tokens of each document that are its dense prompt."""
+    """Returns the number of tokens of each document that are its dense prompt."""
     return documents.shape[1] // 2
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

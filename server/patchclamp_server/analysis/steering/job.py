@@ -1,8 +1,6 @@
-"""One extraction: contrast pairs → activations → directions → evidence → stored artifact."""
+"""Runs one extraction: contrast pairs → activations → directions → evidence → stored artifact."""
 
 import asyncio
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,6 +10,8 @@ from typing import TypeAlias
 import torch
 
 from patchclamp_server.analysis.activations import collect
+from patchclamp_server.analysis.digests import json_digest
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.evidence import (
     RANDOM_DIRECTIONS,
     LayerEvidence,
@@ -33,11 +33,11 @@ from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 
-# Projections of tokens by layer.
+# These are the projections of tokens, by layer.
 Tokens: TypeAlias = defaultdict[int, list[float]]
 MAX_ACTIVATION_BYTES = 4 << 30
 PROGRESS_EVENTS = 100
-# Relative to the norm of activations, float32.
+# It is relative to the norm of activations, in float32.
 ROUNDING = 1e-5
 
 
@@ -63,15 +63,6 @@ class Extraction:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """`stage` is "activations" or "tokens" (counted in prompts), "directions" or "evidence" (counted in layers)."""
-
-    stage: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Result:
     artifact: ArtifactInfo
     layers: tuple[LayerEvidence, ...]
@@ -84,13 +75,15 @@ async def extract(
 ) -> AsyncGenerator[Progress | Result, None]:
     """Yields progress, then the result. Ending the iteration early cancels what the engine still computes.
 
+    Stages are "activations" and "tokens", counted in prompts, and "directions" and "evidence", counted in layers.
+
     Raises InvalidArgument on too few or too many pairs and where both sides have the same activations.
     """
     n_pairs, n_layers = len(job.pairs), len(job.layers)
     n_training = training_pairs(n_pairs, job.holdout_fraction)
     shape = (n_pairs, n_layers, info.sites[job.site])
     _check_size(shape)
-    # Rows in shuffled order, so that the training and the held-out pairs are two slices and need no copy.
+    # Rows are in shuffled order, so that the training and the held-out pairs are two slices and need no copy.
     order = shuffled(n_pairs, job.seed)
     positive, negative = torch.empty(shape), torch.empty(shape)
     prompts = [tokens for i in order for tokens in (job.pairs[i].positive, job.pairs[i].negative)]
@@ -114,7 +107,7 @@ async def extract(
         directions[layer] = _checked(found[0], training[0][:, 0], layer)
         yield Progress("directions", row + 1, n_layers)
 
-    # positive, negative, positive, ... of the held-out pairs.
+    # The held-out pairs are positive, negative, positive, ... in order.
     examples = prompts[2 * n_training :][: 2 * MAX_EXAMPLES]
     sides: tuple[Tokens, Tokens] = (defaultdict(list), defaultdict(list))
     done = 0
@@ -166,12 +159,6 @@ async def extract(
     yield Result(artifact, tuple(evidence), best, warned)
 
 
-def pairs_digest(pairs: tuple[TokenPair, ...]) -> str:
-    """SHA-256 of the token ids of all pairs in order, as JSON without spaces: [[positive, negative], ...]."""
-    text = json.dumps([[pair.positive, pair.negative] for pair in pairs], separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
 def _provenance(info: ModelInfo, job: Extraction) -> dict[str, object]:
     return {
         "method": job.method,
@@ -180,11 +167,12 @@ def _provenance(info: ModelInfo, job: Extraction) -> dict[str, object]:
             "layers": list(job.layers),
             "pooling": job.pooling.value,
             "holdout_fraction": job.holdout_fraction,
-            # As text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
+            # The seed is text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
             "seed": str(job.seed),
         },
         "pairs": len(job.pairs),
-        "pairs_digest": pairs_digest(job.pairs),
+        # The digest is over the token ids of all pairs in order: [[positive, negative], ...].
+        "pairs_digest": json_digest([[pair.positive, pair.negative] for pair in job.pairs]),
         "model": info.name,
     }
 
@@ -201,7 +189,7 @@ def _check_size(shape: tuple[int, int, int]) -> None:
 
 
 def _checked(direction: torch.Tensor, activations: torch.Tensor, layer: int) -> torch.Tensor:
-    """direction [d], unless it is what rounding leaves of equal sides: the batch a prompt runs in moves last bits."""
+    """Returns direction [d], unless rounding left it of equal sides: the batch a prompt runs in moves last bits."""
     rounding = ROUNDING * activations.norm(dim=1).mean()
     if not direction.isfinite().all() or direction.norm() <= rounding:
         raise InvalidArgument(

@@ -1,4 +1,4 @@
-"""File formats of artifacts, registered by name. A new format is a module here and a line below."""
+"""File formats of artifacts are registered here by name. A new format is a module in this package and a line below."""
 
 from patchclamp_server.artifacts.formats import gguf_control_vector, head_score_json, safetensors
 from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, Format, MalformedFile

@@ -1,4 +1,4 @@
-"""What every file format of an artifact provides."""
+"""Every file format of an artifact provides what is defined here."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class CannotExpress(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Tensors under the names of the kind; metadata if Patchclamp wrote the file, else what it says of itself.
+    """Holds tensors under the names of the kind; the metadata if Patchclamp wrote the file, else its provenance.
 
     What the file does not hold stays missing: nothing is filled in.
     """

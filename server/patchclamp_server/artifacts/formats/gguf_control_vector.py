@@ -1,16 +1,17 @@
-"""GGUF control vectors, as llama.cpp reads and repeng writes them: tensors "direction.<l>" [width], l from 1.
+"""A GGUF control vector, as llama.cpp reads and repeng writes it, has tensors "direction.<l>" [width], l from 1.
 
 Mapping: direction.l ↔ layer l (0-based), site resid_post.
 - llama.cpp: `common_control_vector_load_one` writes direction.l to offset (l-1)·width, `llama_adapter_cvec::apply`
   fills tensors[il] from offset (il-1)·width, and `build_cvec(cur, il)` adds it to the output of block il (0-based). The
   two shifts cancel: direction.l is added after block l, and block 0 has none.
 - repeng: `ControlVector.export_gguf` writes direction.{layer} for 0-based layers, found from hidden_states[layer + 1],
-  which is the output of block `layer`. The same mapping.
+  which is the output of block `layer`. This is the same mapping.
+
 So a vector with layer 0, or of another site, cannot be expressed, and encode refuses it. llama.cpp reads float32 only.
 
 Files are read here and not with gguf.GGUFReader: uploads are not trusted, and that reader goes on past the end of the
-file for any array length that the file claims. Layout (GGUF specification, versions 2 and 3, little-endian): magic,
-version u32, tensor count u64, key count u64, keys, tensor entries, padding to general.alignment, data.
+file for any array length that the file claims. The layout (GGUF specification, versions 2 and 3, little-endian) is:
+magic, version u32, tensor count u64, key count u64, keys, tensor entries, padding to general.alignment, data.
 """
 
 import re
@@ -32,21 +33,21 @@ from patchclamp_server.model.sites import Site
 ARCHITECTURE = "controlvector"
 DIRECTION = re.compile(r"direction\.([1-9][0-9]{0,5})")
 MAX_HEADER_BYTES = 8 * 1024 * 1024
-# GGUF value types: struct code of each scalar; 8 is a string, 9 an array.
+# SCALARS gives the struct code of each scalar GGUF value type; 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# ggml tensor types that hold plain floats.
+# These ggml tensor types hold plain floats.
 FLOAT_TYPES = {0: "<f4", 1: "<f2", 28: "<f8"}
 
 
 def decode(source: bytes | Path) -> Decoded:
-    """Tensors "layer.<l>" from "direction.<l>", in the file's element type, and what the file says of itself."""
+    """Returns tensors "layer.<l>" from "direction.<l>", in the file's element type, and the provenance."""
     data = source if isinstance(source, bytes) else source.read_bytes()
     keys, entries, data_start = _read_header(data)
     if keys.get("general.architecture") != ARCHITECTURE:
         found = keys.get("general.architecture")
         raise MalformedFile(f"general.architecture is {found!r:.80}; a control vector has {ARCHITECTURE!r}")
-    # Entries may overlap; without this bound a small file could claim its bytes any number of times.
+    # Entries may overlap: without this bound a small file could claim its bytes any number of times.
     if data_start + sum(e.size for e in entries) > len(data):
         raise MalformedFile("the file ends before its tensors do")
     tensors: dict[str, torch.Tensor] = {}
@@ -68,7 +69,7 @@ def decode(source: bytes | Path) -> Decoded:
 
 
 def encode(artifact: Artifact, architecture: str) -> bytes:
-    """The GGUF file, float32. `architecture` goes to controlvector.model_hint, unless the vector came with its own."""
+    """Writes a GGUF file in float32. Its model_hint is `architecture`, unless the vector came with its own."""
     info = artifact.info
     if info.kind is not ArtifactKind.VECTOR:
         raise CannotExpress(f"a GGUF control vector holds a vector, not a {info.kind.value}")
@@ -95,7 +96,7 @@ def encode(artifact: Artifact, architecture: str) -> bytes:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Place of a tensor: `offset` counts from the start of the data, `size` is in bytes."""
+    """The place of a tensor: `offset` counts from the start of the data, `size` is in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -108,7 +109,7 @@ class _Entry:
 
 
 class _Cursor:
-    """Reads little-endian values in order; every read is checked against the end."""
+    """Reads little-endian values in order and checks every read against the end."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data[:MAX_HEADER_BYTES]
@@ -130,7 +131,7 @@ class _Cursor:
             raise MalformedFile("a name or text in the header is not UTF-8") from error
 
     def value(self) -> Any:
-        """A metadata value. Arrays are passed over: a control vector needs none."""
+        """Reads a metadata value. It skips arrays, because a control vector needs none."""
         kind = self.scalar("I")
         if kind == STRING:
             return self.text()
@@ -142,7 +143,7 @@ class _Cursor:
         if item in SCALARS:
             self.take(count * struct.calcsize(f"<{SCALARS[item]}"))
         elif item == STRING:
-            # Ends at the end of the header at the latest, since every text takes at least 8 bytes.
+            # This ends at the end of the header at the latest, since every text takes at least 8 bytes.
             for _ in range(count):
                 self.text()
         else:
@@ -151,7 +152,7 @@ class _Cursor:
 
 
 def _read_header(data: bytes) -> tuple[dict[str, Any], list[_Entry], int]:
-    """Keys, tensor entries and the offset at which the tensor data start."""
+    """Returns the keys, the tensor entries and the offset at which the tensor data start."""
     cursor = _Cursor(data)
     if cursor.take(4) != b"GGUF":
         raise MalformedFile("not a GGUF file: it does not start with GGUF")

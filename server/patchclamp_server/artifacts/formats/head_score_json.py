@@ -1,11 +1,11 @@
-"""Head scores as the code of Retrieval Head publishes them (Wu et al. 2024): one JSON object,
+"""The code of Retrieval Head (Wu et al. 2024) publishes head scores as one JSON object,
 
     {"<layer>-<head>": [score of one run, ...], ...}
 
-Layers and heads from 0, in any order. Imported: the mean of each list. How many heads there are the file does not say:
-the shape goes to the last layer and head that it names. Every head of it must be there, as in the published files; of
-one that is not, nothing is known, and 0 would be a measurement. Exported: every head, with a list of one. Ends of
-intervals have no place in this format and are left out, as is all metadata.
+Layers and heads count from 0 and come in any order. Import takes the mean of each list. The file does not say how many
+heads there are, so the shape goes to the last layer and head that it names. Every head of this shape must be there, as
+in the published files: nothing is known of a missing one, and 0 would be a measurement. Export writes every head, with
+a list of one. Ends of intervals have no place in this format and are left out, as is all metadata.
 """
 
 import json
@@ -23,13 +23,13 @@ from patchclamp_server.artifacts.tensors import MAX_HEAD_LAYERS, MAX_HEADS
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 
 HEAD = re.compile(r"(0|[1-9][0-9]{0,5})-(0|[1-9][0-9]{0,5})")
-# 1,024 heads with 600 runs each take 12 MB; what JSON becomes in memory is many times its size.
+# 1,024 heads with 600 runs each take 12 MB; parsed JSON takes many times its size in memory.
 MAX_FILE_BYTES = 64 * 1024 * 1024
 LARGEST = torch.finfo(torch.float32).max
 
 
 def decode(source: bytes | Path) -> Decoded:
-    """ "scores" [layers, heads] float32. MalformedFile names the head that is wrong."""
+    """Returns "scores" [layers, heads] float32. Raises MalformedFile, which names the head that is wrong."""
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > MAX_FILE_BYTES:
         raise MalformedFile(f"{size} bytes; a file of head scores has at most {MAX_FILE_BYTES}")
@@ -57,7 +57,7 @@ def decode(source: bytes | Path) -> Decoded:
 
 
 def encode(artifact: Artifact, architecture: str = "") -> bytes:
-    """All heads, layer by layer, each with a list of its one score. The architecture is not needed."""
+    """Writes all heads, layer by layer, each with a list of its one score. The architecture is not needed."""
     if artifact.info.kind is not ArtifactKind.HEAD_SET:
         raise CannotExpress(f"a file of head scores holds a head_set, not a {artifact.info.kind.value}")
     scores, _, _ = artifact.head_scores()
@@ -79,7 +79,7 @@ def _mean(name: str, runs: Any) -> float:
     if not isinstance(runs, list) or not runs:
         raise MalformedFile(f"{name}: expected a list of at least one score")
     for run in runs:
-        # Not 10^400 either, which JSON allows and no float holds.
+        # JSON allows numbers such as 10^400, which no float holds; they are refused too.
         if isinstance(run, bool) or not isinstance(run, int | float) or not -LARGEST <= run <= LARGEST:
             raise MalformedFile(f"{name}: {run!r:.40} is not a score")
     return math.fsum(runs) / len(runs)

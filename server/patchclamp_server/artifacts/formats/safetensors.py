@@ -1,8 +1,9 @@
-"""safetensors with an artifact's metadata in the header: the form that is stored, and whose SHA-256 is the id.
+"""Artifacts are stored as safetensors with their metadata in the header; the SHA-256 of these bytes is the id.
 
-Layout (safetensors specification): u64 little-endian n · header of n bytes JSON · tensor data. The bytes are made here
-and not by the library, because the id must not depend on the order in which a version of the library writes. Equal
-content gives equal bytes: keys sorted, tensors by element size (largest first, which keeps them aligned), then by name.
+The layout (safetensors specification) is: u64 little-endian n · header of n bytes JSON · tensor data. The bytes are
+made here and not by the library, because the id must not depend on the order in which a version of the library writes.
+Equal content gives equal bytes: keys are sorted, and tensors are ordered by element size (largest first, which keeps
+them aligned), then by name.
 """
 
 import json
@@ -35,7 +36,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """A header alone. `shapes` by tensor name; `file_bytes` is the length the whole file must have."""
+    """A header alone. `shapes` is by tensor name; `file_bytes` is the length that the whole file must have."""
 
     metadata: Metadata | None
     shapes: dict[str, tuple[int, ...]]
@@ -44,13 +45,13 @@ class Header:
 
 
 def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The stored bytes. The same metadata and tensors give the same bytes, on every machine and version."""
+    """Returns the stored bytes. The same metadata and tensors give the same bytes, on every machine and version."""
     entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: metadata_json(metadata)}}
     parts: list[bytes] = []
     offset = 0
     for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
         tensor = tensors[name].detach().cpu().contiguous()
-        # One dimension: a tensor without any has no view as bytes.
+        # It is viewed in one dimension first, because a tensor without dimensions has no view as bytes.
         data = tensor.view(-1).view(torch.uint8).numpy().tobytes()
         shape, span = list(tensor.shape), [offset, offset + len(data)]
         entries[name] = {"data_offsets": span, "dtype": DTYPES[tensor.dtype], "shape": shape}
@@ -62,7 +63,7 @@ def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def header_length(prefix: bytes) -> int:
-    """Length of the JSON header from the first 8 bytes of a file."""
+    """Returns the length of the JSON header from the first 8 bytes of a file."""
     if len(prefix) < 8:
         raise MalformedFile("not a safetensors file: shorter than 8 bytes")
     length = int(struct.unpack("<Q", prefix[:8])[0])
@@ -72,7 +73,7 @@ def header_length(prefix: bytes) -> int:
 
 
 def parse_header(header: bytes) -> Header:
-    """The header from its JSON bytes, without the 8 bytes before them."""
+    """Parses the header from its JSON bytes, without the 8 bytes before them."""
     try:
         entries = json.loads(header)
     except (ValueError, RecursionError) as error:
@@ -92,7 +93,7 @@ def parse_header(header: bytes) -> Header:
 
 
 def decode(source: bytes | Path) -> Decoded:
-    """Tensors, and the metadata if Patchclamp wrote the file. MalformedFile for anything that is not safetensors."""
+    """Returns the tensors, and the metadata if Patchclamp wrote the file. MalformedFile: it is no safetensors file."""
     data = source if isinstance(source, bytes) else source.read_bytes()
     length = header_length(data)
     if len(data) < 8 + length:
@@ -107,7 +108,7 @@ def decode(source: bytes | Path) -> Decoded:
 
 
 def encode(artifact: Artifact, architecture: str = "") -> bytes:
-    """The stored bytes: their SHA-256 is the artifact's id. The architecture is not needed."""
+    """Returns the stored bytes, whose SHA-256 is the artifact's id. The architecture is not needed."""
     return dump(artifact.info.metadata, artifact.tensors)
 
 
@@ -116,7 +117,7 @@ def _canonical_json(value: Any) -> str:
 
 
 def metadata_json(metadata: Metadata) -> str:
-    """The canonical JSON that stands in the header."""
+    """Returns the canonical JSON that stands in the header."""
     return _canonical_json(
         {
             "version": METADATA_VERSION,

@@ -1,5 +1,5 @@
-"""Computing a row of a batch so that its bits depend on nothing but the row, on a CPU in float32.
+"""This package computes a row of a batch so that its bits depend on nothing but the row, on a CPU in float32.
 
-`tiles` has the vectors, whose sums have one order; `products` multiplies by weights, `rows` does what a decoder does to
-a row besides, and `operators` gives that to torch.
+`tiles` has the vectors, whose sums have one order; `products` multiplies by weights, `rows` does everything else that a
+decoder does to a row, and `operators` offers that to torch.
 """

@@ -1,4 +1,4 @@
-"""The row by row computations of rows.py on torch tensors, which share their memory; rows are shared among threads."""
+"""These operators run rows.py on torch tensors, without copies of their memory; threads share the rows."""
 
 from functools import partial
 
@@ -10,17 +10,17 @@ from patchclamp_server.cpu.invariant import rows
 from patchclamp_server.cpu.memory import in_parts
 
 _NONE = np.empty((0, 0), dtype=np.float32)
-# What a byte of a row costs, beside one that is only read: an activation is some ten operations.
+# The cost of a byte of a row, relative to one that is only read: an activation takes some ten operations.
 _WORK = 8
 
 
 def holds_for(x: Tensor) -> bool:
-    """Whether rows of x are computed here; elsewhere torch's operators compute them."""
+    """Returns whether rows of x are computed here; elsewhere torch's operators compute them."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x² + eps) · weight, x [..., width]."""
+    """Returns x / sqrt(mean x² + eps) · weight, x [..., width]."""
     flat = _rows(x)
     out = torch.empty_like(flat)
     _each_row(partial(rows.rms_norms, flat.numpy(), weight.numpy(), np.float32(eps), out.numpy()), flat)
@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean x) / sqrt(var x + eps) · weight + bias, x [..., width]."""
+    """Returns (x - mean x) / sqrt(var x + eps) · weight + bias, x [..., width]."""
     flat = _rows(x)
     out = torch.empty_like(flat)
     work = partial(rows.layer_norms, flat.numpy(), weight.numpy(), bias.numpy(), np.float32(eps), out.numpy())
@@ -39,9 +39,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def finish_heads(
     qkv: Tensor, attended: int, norm: Tensor | None, eps: float, rotary: tuple[Tensor, Tensor] | None
 ) -> None:
-    """Norms and rotary embedding of the first `attended` heads of qkv [n, heads, width], in place.
+    """Applies norms and rotary embedding to the first `attended` heads of qkv [n, heads, width], in place.
 
-    `norm` [attended, width]; `rotary`: cos and signed sin [n, rotary].
+    `norm` is [attended, width]; `rotary` has cos and signed sin [n, rotary].
     """
     if norm is None and rotary is None:
         return
@@ -52,7 +52,7 @@ def finish_heads(
 
 
 def activate(hidden: Tensor, activation: str, *, gated: bool) -> Tensor:
-    """act(z) for z [n, width], or act(gate) · up for [n, 2 width] with the gates first."""
+    """Returns act(z) for z [n, width], or act(gate) · up for [n, 2 width] with the gates first."""
     assert hidden.ndim == 2
     neurons = torch.empty(hidden.shape[0], hidden.shape[1] // 2 if gated else hidden.shape[1])
     _each_row(partial(rows.activations, hidden.numpy(), rows.CODES[activation], gated, neurons.numpy()), hidden)
@@ -60,14 +60,14 @@ def activate(hidden: Tensor, activation: str, *, gated: bool) -> Tensor:
 
 
 def cap_softly(x: Tensor, cap: float) -> Tensor:
-    """x ← cap tanh(x / cap), x [n, width], in place."""
+    """Sets x ← cap tanh(x / cap), x [n, width], in place."""
     assert x.ndim == 2
     _each_row(partial(rows.cap_softly, x.numpy(), np.float32(cap)), x)
     return x
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """x_i · y_i of rows [n, width] -> [n]."""
+    """Returns x_i · y_i, [n], of rows [n, width]."""
     assert x.shape == y.shape
     assert x.ndim == 2
     out = torch.empty(len(x))
@@ -76,14 +76,14 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 def turns(sine: Tensor, cosine: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """cos θ and sin θ of θ = min(most, atan2(sine, cosine)), [n] each."""
+    """Returns cos θ and sin θ, [n] each, of θ = min(most, atan2(sine, cosine))."""
     turned = torch.empty(2, len(sine))
     rows.turns(sine.numpy(), cosine.numpy(), most.numpy(), turned.numpy())
     return turned[0], turned[1]
 
 
 def low_rank(start: Tensor, h: Tensor, owner: Tensor, difference: Tensor, bias: Tensor, rotation: Tensor) -> Tensor:
-    """start_i + Rᵀ (D h_i + b) of rows h [n, width]; D and R [k, rank, width] and b [k, rank] are those of owner[i]."""
+    """Returns start_i + Rᵀ (D h_i + b) of rows h [n, width], with D, R [k, rank, width] and b [k, rank] of owner[i]."""
     out = start.clone(memory_format=torch.contiguous_format)
     matrices = (difference.contiguous().numpy(), bias.contiguous().numpy(), rotation.contiguous().numpy())
     rows.low_rank(h.contiguous().numpy(), owner.numpy(), *matrices, out.numpy())
@@ -91,7 +91,7 @@ def low_rank(start: Tensor, h: Tensor, owner: Tensor, difference: Tensor, bias: 
 
 
 def affine(h: Tensor, owner: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """A h_i + b of rows h [n, width]; A [k, width, width] and b [k, width] are those of owner[i]."""
+    """Returns A h_i + b of rows h [n, width], with A [k, width, width] and b [k, width] of owner[i]."""
     out = torch.empty_like(h, memory_format=torch.contiguous_format)
     rows.affine(h.contiguous().numpy(), owner.numpy(), matrix.contiguous().numpy(), bias.numpy(), out.numpy())
     return out
@@ -107,7 +107,7 @@ def warm_up() -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., width] -> [n, width], contiguous. What is compiled reads by these two numbers and checks nothing."""
+    """Flattens [..., width] to a contiguous [n, width]: compiled code reads by these two numbers and checks nothing."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 

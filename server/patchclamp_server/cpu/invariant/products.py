@@ -1,8 +1,8 @@
-"""Products y = x Wᵀ whose bits do not depend on the number of rows: the tiles of tiles.py over all rows of x.
+"""The bits of these products y = x Wᵀ do not depend on the number of rows: tiles.py runs over all rows of x.
 
 Blocks of 16 outputs are read one after another, each for all tiles of rows while it is in the cache. The rows that are
-left over have a smaller tile, in which the last one is repeated. Compiled once and cached on disk; numba's cache looks
-at this file alone, so a change in tiles.py needs one here.
+left over have a smaller tile, in which the last one is repeated. numba compiles this once and caches it on disk; its
+cache looks at this file alone, so a change in tiles.py needs a change here.
 
 Least milliseconds of processor time for the products of SmolLM2-135M in 4-bit codes, from memory, on one shared core,
 where several blocks side by side keep more sums going but read from several places:
@@ -32,33 +32,33 @@ from patchclamp_server.cpu.invariant.tiles import multiply_code_tile, multiply_t
 from patchclamp_server.cpu.memory import in_parts
 from patchclamp_server.cpu.quantized import GROUP, LANES, QuantizedWeight
 
-# Rows of a whole tile, and of one for what is left: about as many sums as there are registers.
+# A whole tile has 12 rows, and a smaller one takes the rest: about as many sums as there are registers.
 _ROWS = 12
 _SMALLER = (1, 2, 4, 8)
-# Operations that take half as long as reading a byte of weights from memory: a second thread is worth waking sooner.
+# So many operations take half as long as reading a byte of weights from memory: a second thread pays off sooner.
 _OPERATIONS_A_BYTE = 4
 
 _compiled = numba.njit(nogil=True, cache=True)
 
 
 class RowProduct(Protocol):
-    """y = x Wᵀ, each row by itself."""
+    """Computes y = x Wᵀ, each row by itself."""
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x [T, in] float32 on the CPU -> [T, out]."""
+        """Returns x Wᵀ [T, out] of x [T, in] float32 on the CPU."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class FloatTiles:
-    """weights [out / 16, in, 16], filled up with zeros."""
+    """Holds weights [out / 16, in, 16], padded with zeros."""
 
     weights: NDArray[np.float32]
     out: int
 
     @classmethod
     def of(cls, weight: Tensor) -> "FloatTiles":
-        """`weight` [out, in] float32."""
+        """Makes the tiles of `weight` [out, in] float32."""
         out, width = weight.shape
         blocks = -(-out // LANES)
         padded = torch.zeros(blocks * LANES, width)
@@ -67,7 +67,7 @@ class FloatTiles:
 
     def multiply(self, x: Tensor) -> Tensor:
         blocks, depth, _ = self.weights.shape
-        # What is compiled checks nothing.
+        # Compiled code does not check shapes.
         assert x.shape[1:] == (depth,)
         rows = len(x)
         starts = _starts(rows)
@@ -80,7 +80,7 @@ class FloatTiles:
 
 @dataclass(frozen=True, eq=False)
 class CodeTiles:
-    """The codes that decoding reads, no copy."""
+    """Uses the codes that decoding reads, without a copy."""
 
     quantized: QuantizedWeight
 
@@ -113,13 +113,13 @@ def row_product(weight: Tensor, quantized: QuantizedWeight | None) -> RowProduct
 
 
 def _cost(size: int, products: int) -> int:
-    """In bytes read: of weights of `size` bytes, or of so many multiply-adds where those take longer."""
+    """Returns the cost in bytes read: of `size` bytes of weights, or of the multiply-adds where those take longer."""
     return max(size, 2 * products // _OPERATIONS_A_BYTE)
 
 
 @lru_cache(1024)
 def _starts(rows: int) -> NDArray[np.int64]:
-    """The first row of each tile, and where they end."""
+    """Returns the first row of each tile, and where the last one ends."""
     whole, left = divmod(rows, _ROWS)
     sizes = [_ROWS] * whole
     if left:
@@ -128,11 +128,11 @@ def _starts(rows: int) -> NDArray[np.int64]:
 
 
 def _pack(x: Tensor, starts: NDArray[np.int64], *, with_sums: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Rows of x by tile: [in, R] of each, and the sums of their groups."""
+    """Packs the rows of x by tile, each as [in, R], and sums their groups."""
     depth = x.shape[1]
     array = x.contiguous().numpy()
     end = int(starts[-1])
-    # One row is packed as it is.
+    # A single row needs no packing.
     packed = array.reshape(-1) if end == 1 else np.empty(end * depth, dtype=np.float32)
     sums = np.empty(end * (depth // GROUP) if with_sums else 0, dtype=np.float32)
     if end > 1 or with_sums:
@@ -159,7 +159,7 @@ def _pack_rows(x, starts, packed, sums):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _multiply_floats(weights, depth, x, starts, n, y, start, end):  # type: ignore[no-untyped-def]
-    """Outputs of the blocks start ≤ b < end."""
+    """Computes the outputs of the blocks start ≤ b < end."""
     size = depth * LANES
     width = weights.shape[0] // depth
     for b in range(start, end):
@@ -182,7 +182,7 @@ def _multiply_floats(weights, depth, x, starts, n, y, start, end):  # type: igno
 
 @_compiled
 def _multiply_codes(codes, scales, groups, size, x, sums, starts, n, y, start, end):  # type: ignore[no-untyped-def]
-    """The same of codes, of which a group of a block has `size` elements."""
+    """Does the same with codes, of which a group of a block has `size` elements."""
     depth = groups * GROUP
     width = codes.shape[0] // (groups * size) * LANES
     for b in range(start, end):
@@ -203,7 +203,7 @@ def _multiply_codes(codes, scales, groups, size, x, sums, starts, n, y, start, e
                 multiply_code_tile(codes, c, scales, s, x, a, sums, g, groups, y, _rows_12(t, n, width, o))
 
 
-# Where the rows of a tile begin in y, at output o. Those past the last row are the last row.
+# These tell where the rows of a tile begin in y, at output o. Rows past the last one repeat it.
 
 
 @_compiled

@@ -1,9 +1,9 @@
-"""What a decoder does to each row besides products, on a CPU in float32, a pass over the row each.
+"""These loops do what a decoder does to each row besides products, on a CPU in float32, in a pass over the row each.
 
-A row is computed by itself, in the order that is written: no flag allows another one, no vector ends where a batch or a
-thread does. So its bits depend neither on the other rows nor on how many there are, which torch's operators do not
-promise: the end of a range is computed by other instructions than its vectors, and ranges end where threads divide
-them. Arrays are numpy's. Compiled once and cached on disk; a change in tiles.py needs one here.
+A row is computed by itself, in the order that is written: no flag allows another order, and no vector ends where a
+batch or a thread does. So its bits depend neither on the other rows nor on how many there are, which torch's operators
+do not promise: the end of a range is computed by other instructions than its vectors, and ranges end where threads
+divide them. Arrays are numpy's. numba compiles this once and caches it on disk; a change in tiles.py needs one here.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
@@ -20,21 +20,21 @@ from patchclamp_server.cpu.vector import LANES
 compiled = numba.njit(nogil=True, cache=True)
 
 SILU, GELU, GELU_TANH, RELU = range(4)
-# By the names of DecoderSpec.activation.
+# The keys are the names of DecoderSpec.activation.
 CODES = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU}
 
-# exp(x) = 2^n exp(r), r = x - n ln 2 in two parts, exp(r) by the polynomial of Cephes' expf; error below 2 ulp.
+# exp(x) = 2^n exp(r), with r = x - n ln 2 in two parts and Cephes' polynomial of expf; the error is below 2 ulp.
 _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-# Whose exponentials are just normal, and just finite.
+# Their exponentials are just normal, and just finite.
 SMALLEST, LARGEST = np.float32(-87.0), np.float32(88.0)
 _TANH_LARGEST = np.float32(10.0)
 
 
 @compiled
 def exponentials(x, powers):
-    """x [n] ← exp(x), within [exp(SMALLEST), exp(LARGEST)]; NaN stays. `powers`: memory for n numbers, int32."""
-    # Loops of plain arithmetic, counted from 0: they become vectors.
+    """Sets x [n] ← exp(x), within [exp(SMALLEST), exp(LARGEST)]; NaN stays. `powers` is memory for n int32."""
+    # These are loops of plain arithmetic that count from 0, so that they become vectors.
     n = x.shape[0]
     power = powers.view(np.float32)
     for j in range(n):
@@ -56,7 +56,7 @@ def exponentials(x, powers):
 
 @compiled
 def hyperbolic_tangents(x, doubled, powers):
-    """doubled [n] ← tanh(x): 1 - 2 / (exp(2 x) + 1), near 0 by the polynomial of Cephes' tanhf."""
+    """Sets doubled [n] ← tanh(x) = 1 - 2 / (exp(2 x) + 1); near 0 by the polynomial of Cephes' tanhf."""
     n = x.shape[0]
     for j in range(n):
         v = x[j]
@@ -78,7 +78,7 @@ def hyperbolic_tangents(x, doubled, powers):
 
 @compiled
 def rms_norms(x, weight, eps, out, start, end):
-    """out [n, width] = x / sqrt(mean x² + eps) · weight, rows start ≤ i < end."""
+    """Sets out [n, width] = x / sqrt(mean x² + eps) · weight for rows start ≤ i < end."""
     for i in range(start, end):
         _rms_norm(x[i], weight, eps, out[i])
 
@@ -93,7 +93,7 @@ def _rms_norm(x, weight, eps, out):
 
 @compiled
 def layer_norms(x, weight, bias, eps, out, start, end):
-    """out [n, width] = (x - mean x) / sqrt(var x + eps) · weight + bias, rows start ≤ i < end."""
+    """Sets out [n, width] = (x - mean x) / sqrt(var x + eps) · weight + bias for rows start ≤ i < end."""
     width = x.shape[1]
     for i in range(start, end):
         row, own = x[i], out[i]
@@ -113,10 +113,10 @@ def layer_norms(x, weight, bias, eps, out, start, end):
 
 @compiled
 def finish_heads(qkv, attended, weights, eps, cos, signed_sin, start, end):
-    """Queries and keys as they are attended with, in place: the first `attended` heads of qkv [n, heads, width].
+    """Finishes queries and keys for attention in place: the first `attended` heads of qkv [n, heads, width].
 
-    RMS norms by weights [attended, width] where there are any; then x cos + roll(x, half) signed_sin, by cos and
-    signed_sin [n, rotary] of the first dimensions, the others stay. Rows start ≤ i < end.
+    It applies RMS norms by weights [attended, width], if there are any, then x cos + roll(x, half) signed_sin, by cos
+    and signed_sin [n, rotary], to the first dimensions; the others stay. It takes rows start ≤ i < end.
     """
     rotary = cos.shape[1]
     half = rotary // 2
@@ -133,7 +133,7 @@ def finish_heads(qkv, attended, weights, eps, cos, signed_sin, start, end):
 
 @compiled
 def activations(z, kind, gated, h, start, end):
-    """h [n, width] = act(z) for z [n, width], and act(gate) · up for z [n, 2 width] that has gates, then ups."""
+    """Sets h [n, width] = act(z) for z [n, width], and act(gate) · up for z [n, 2 width] with gates before ups."""
     width = h.shape[1]
     powers = np.empty(width, dtype=np.int32)
     for i in range(start, end):
@@ -149,7 +149,7 @@ def activations(z, kind, gated, h, start, end):
                 out[k] = np.float32(-0.5) * row[k] * row[k]
             exponentials(out, powers)
             for k in range(width):
-                # erf by Abramowitz and Stegun 7.1.26, whose error is at most 1.5e-7.
+                # erf is that of Abramowitz and Stegun 7.1.26, whose error is at most 1.5e-7.
                 a = row[k]
                 t = np.float32(1) / (np.float32(1) + np.float32(0.3275911 * math.sqrt(0.5)) * abs(a))
                 p = np.float32(1.061405429) * t - np.float32(1.453152027)
@@ -176,7 +176,7 @@ def activations(z, kind, gated, h, start, end):
 
 @compiled
 def cap_softly(x, cap, start, end):
-    """x [n, width] ← cap tanh(x / cap), in place."""
+    """Sets x [n, width] ← cap tanh(x / cap), in place."""
     width = x.shape[1]
     scaled, out = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
     powers = np.empty(width, dtype=np.int32)
@@ -190,14 +190,14 @@ def cap_softly(x, cap, start, end):
 
 @compiled
 def row_dots(x, y, out):
-    """out[i] = x_i · y_i for rows of x and y [n, width]."""
+    """Sets out[i] = x_i · y_i for rows of x and y [n, width]."""
     for i in range(x.shape[0]):
         out[i] = dot(x[i], 0, y[i], 0, x.shape[1])
 
 
 @compiled
 def turns(sine, cosine, most, turned):
-    """turned[0] and [1] ← cos θ and sin θ of θ = min(most, atan2(sine, cosine))."""
+    """Sets turned[0] and [1] ← cos θ and sin θ of θ = min(most, atan2(sine, cosine))."""
     for i in range(sine.shape[0]):
         angle = min(np.float64(most[i]), math.atan2(np.float64(sine[i]), np.float64(cosine[i])))
         turned[0, i] = math.cos(angle)
@@ -206,13 +206,13 @@ def turns(sine, cosine, most, turned):
 
 @compiled
 def low_rank(h, owner, difference, bias, rotation, out):
-    """out_i += Σ_r (D_r · h_i + b_r) R_r for rows of h [n, width], of whose owner D, R [rank, width] and b are."""
+    """Adds Σ_r (D_r · h_i + b_r) R_r to out_i for rows h [n, width], with their owner's D, R [rank, width] and b."""
     for i in range(h.shape[0]):
         k = owner[i]
         own = out[i]
         for r in range(rotation.shape[1]):
             inner = dot(difference[k, r], 0, h[i], 0, h.shape[1]) + bias[k, r]
-            # Ranks that fill up to those of other edits would turn -0 into 0.
+            # Ranks that pad an edit to the rank of others would turn -0 into 0.
             if inner != 0:
                 row = rotation[k, r]
                 for d in range(own.shape[0]):
@@ -221,7 +221,7 @@ def low_rank(h, owner, difference, bias, rotation, out):
 
 @compiled
 def affine(h, owner, matrix, bias, out):
-    """out_i = A h_i + b for rows of h [n, width], of whose owner A [width, width] and b [width] are."""
+    """Sets out_i = A h_i + b for rows h [n, width], with their owner's A [width, width] and b [width]."""
     for i in range(h.shape[0]):
         k = owner[i]
         for d in range(matrix.shape[1]):

@@ -1,10 +1,10 @@
-"""The inner loops of products whose bits do not depend on the number of rows: LLVM vectors of 16 outputs.
+"""These are the inner loops of products whose bits do not depend on the number of rows: LLVM vectors of 16 outputs.
 
 A tile is R rows of x and a block of 16 outputs. Each of its sums is one chain of fused multiply-adds in the order of
 the inputs, whatever R is, and nothing here allows LLVM to reorder or to contract: the bits of a row follow from the
-order that is written down, and hold on any number of threads and on any processor.
+order that is written down, and are the same on any number of threads and on any processor.
 
-Weights are laid out block by block, [out / 16, in, 16 outputs]; the rows of a tile input by input, [in, R].
+Weights are laid out block by block, [out / 16, in, 16 outputs], and the rows of a tile input by input, [in, R].
 """
 
 # llvmlite's builders have no types.
@@ -30,8 +30,8 @@ from patchclamp_server.cpu.vector import (
     store,
 )
 
-# For each step from 16 vectors to one that has their sums, the lanes of a pair that are added: within quarters of a
-# vector, then between them, each of which is one instruction.
+# These are the lanes of a pair that are added, for each step from 16 vectors to one that has their sums: within
+# quarters of a vector, then between them, each of which is one instruction.
 _QUARTERS = range(0, LANES, 4)
 _HALVES = [
     tuple([q + k + half for q in _QUARTERS for k in lanes] for half in (0, 2))
@@ -48,9 +48,9 @@ _INTS = ir.VectorType(ir.IntType(32), LANES)
 
 @intrinsic
 def multiply_tile(_context, weights, at, x, x_at, depth, y, y_at):  # type: ignore[no-untyped-def]
-    """y[y_at[r] + lane] = Σ_k weights[at + 16 k + lane] x[x_at + R k + r], over k < `depth`, in its order.
+    """Sets y[y_at[r] + lane] = Σ_k weights[at + 16 k + lane] x[x_at + R k + r], over k < `depth`, in order of k.
 
-    `y_at` is a tuple of R offsets. weights and x float32.
+    `y_at` is a tuple of R offsets. weights and x are float32.
     """
     signature = types.void(weights, types.int64, x, types.int64, types.int64, y, y_at)
 
@@ -73,10 +73,10 @@ def multiply_tile(_context, weights, at, x, x_at, depth, y, y_at):  # type: igno
 def multiply_code_tile(  # type: ignore[no-untyped-def]
     _context, codes, at, scales, scales_at, x, x_at, sums, sums_at, groups, y, y_at
 ):
-    """y[y_at[r] + lane] = Σ_g scale_g (Σ_k code_gk x_gk) + low_g sums_g, groups and codes in their order.
+    """Sets y[y_at[r] + lane] = Σ_g scale_g (Σ_k code_gk x_gk) + low_g sums_g, with groups and codes in order.
 
     A group is 32 codes: signed bytes, or 16 bytes of which byte k holds code k in its low and code k + 16 in its high
-    half, the two summed in turn. `sums` [groups, R] are those of the rows' groups, read for 4 bits only.
+    half, which are added in turn. `sums` [groups, R] are the sums of the rows' groups and are read for 4 bits only.
     """
     signature = types.void(
         codes, types.int64, scales, types.int64, x, types.int64, sums, types.int64, types.int64, y, y_at
@@ -122,7 +122,7 @@ def multiply_code_tile(  # type: ignore[no-untyped-def]
 
 
 def _accumulate(b: Any, sums: list[Any], lanes: Any, values: Any, place: Any) -> None:
-    """sums[r] += lanes values[place + r]."""
+    """Adds lanes · values[place + r] to sums[r]."""
     for r, total in enumerate(sums):
         value = splat(b, b.load(b.gep(values, [b.add(place, _I64(r))])))
         b.store(fma(b, lanes, value, b.load(total)), total)
@@ -135,14 +135,14 @@ def _halves(b: Any, pointer: Any) -> tuple[Any, Any]:
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    """x y + z, rounded once: LLVM's own operation, which it must not take apart."""
+    """Returns x y + z, rounded once: LLVM's own operation, which it must not split."""
     kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, y, z])
 
 
 @intrinsic
 def dot(_context, x, x_at, y, y_at, n):  # type: ignore[no-untyped-def]
-    """Σ_k x[x_at + k] y[y_at + k] over k < n, float32: 16 chains side by side, their sum by halves, then the rest."""
+    """Returns Σ_k x[x_at + k] y[y_at + k] over k < n, float32: 16 chains, their sum by halves, then the rest."""
     signature = types.float32(x, types.int64, y, types.int64, types.int64)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -166,18 +166,18 @@ def dot(_context, x, x_at, y, y_at, n):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def sum_of(_context, x, x_at, n):  # type: ignore[no-untyped-def]
-    """Σ_k x[x_at + k] over k < n, a multiple of 16, float32: that of each lane, and these by halves."""
+    """Returns Σ_k x[x_at + k] over k < n, a multiple of 16, float32: the sum of each lane, and these by halves."""
     return _of_all(x, 0.0, lambda b, value, total: b.fadd(value, total))
 
 
 @intrinsic
 def largest_of(_context, x, x_at, n):  # type: ignore[no-untyped-def]
-    """max_k x[x_at + k] over k < n, a multiple of 16, float32, of those that are numbers; -inf where none is."""
+    """Returns max_k x[x_at + k] over k < n, a multiple of 16, float32, without NaN; -inf where all are NaN."""
     return _of_all(x, float("-inf"), lambda b, value, most: b.select(b.fcmp_ordered(">", value, most), value, most))
 
 
 def _of_all(x: Any, start: float, join: Any) -> Any:
-    """The signature and code of what is joined lane by lane, and then by halves."""
+    """Returns the signature and code of a reduction that joins lane by lane, and then by halves."""
     signature = types.float32(x, types.int64, types.int64)
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -192,7 +192,7 @@ def _of_all(x: Any, start: float, join: Any) -> Any:
 
 @intrinsic
 def dot_keys(_context, q, q_at, keys, keys_at, stride, width, scores, scores_at):  # type: ignore[no-untyped-def]
-    """scores[scores_at + j] = q · key_j for 16 keys, of which key j begins at keys[keys_at + j stride].
+    """Sets scores[scores_at + j] = q · key_j for 16 keys, of which key j begins at keys[keys_at + j stride].
 
     `width` is a multiple of 16. Each score is 16 chains and their sum by neighbours, pairs of neighbours and so on.
     """
@@ -202,7 +202,7 @@ def dot_keys(_context, q, q_at, keys, keys_at, stride, width, scores, scores_at)
         query = b.gep(data_of(context, b, signature, args, 0), [args[1]])
         first = b.gep(data_of(context, b, signature, args, 2), [args[3]])
         parts = []
-        # Eight at a time, for whose addresses there are registers.
+        # It takes eight keys at a time, because there are registers for the addresses of eight.
         for start in range(0, LANES, 8):
             rows = [b.gep(first, [b.mul(args[4], _I64(j))]) for j in range(start, start + 8)]
             sums = [cgutils.alloca_once_value(b, ZEROS) for _ in rows]
@@ -221,9 +221,9 @@ def dot_keys(_context, q, q_at, keys, keys_at, stride, width, scores, scores_at)
 
 @intrinsic
 def add_values(_context, weights, weights_at, n, values, values_at, stride, width, z, z_at):  # type: ignore[no-untyped-def]
-    """z[z_at[r] + k] += Σ_j weights[weights_at[r] + j] values[values_at + j stride + k] over j < n, in its order.
+    """Adds Σ_j weights[weights_at[r] + j] values[values_at + j stride + k] over j < n to z[z_at[r] + k].
 
-    `weights_at` and `z_at` are tuples; `width` is a multiple of 16.
+    `weights_at` and `z_at` are tuples; `width` is a multiple of 16. Terms are added in the order of j.
     """
     signature = types.void(weights, weights_at, types.int64, values, types.int64, types.int64, types.int64, z, z_at)
 
@@ -231,7 +231,7 @@ def add_values(_context, weights, weights_at, n, values, values_at, stride, widt
         factors = row_pointers(context, b, signature, args, 0, 1)
         first = b.gep(data_of(context, b, signature, args, 3), [args[4]])
         outs = row_pointers(context, b, signature, args, 7, 8)
-        # Vectors side by side, so that no sum waits for the one before: four of them, then what is left one by one.
+        # Vectors run side by side, so that no sum waits for the one before: four of them, then the rest one by one.
         whole = b.mul(b.udiv(args[6], _I64(4 * LANES)), _I64(4 * LANES))
         for begin, end, vectors in ((_I64(0), whole, 4), (whole, args[6], 1)):
             sums = [[cgutils.alloca_once(b, FLOATS) for _ in range(vectors)] for _ in outs]
@@ -265,7 +265,7 @@ def _join_lanes(b: Any, vector: Any, join: Any) -> Any:
 
 
 def _sum_of_each(b: Any, vectors: list[Any]) -> Any:
-    """The sum of the lanes of vector j in lane j, for 16 vectors; or what eight leave of it."""
+    """Returns the sum of the lanes of vector j in lane j, for 16 vectors; for eight, two partial sums of each."""
     for low, high in _HALVES:
         if len(vectors) == 1:
             break

@@ -1,8 +1,10 @@
-"""MLPs and projections that read only the weights of active neurons and channels, on a CPU; low-bit copies of matrices
-to choose them by (low_bits.py, which says what else was tried for those); and the dense product of one row.
+"""This package has MLPs and projections that read only the weights of active neurons and channels, on a CPU; low-bit
+copies of matrices to choose them by (low_bits.py, which says what else was tried for those); and the dense product of
+one row.
 
-Tried, and kept where it was best (2 shared cores, batch 1; the first table is one float32 or bfloat16 MLP of d 4096,
-d_ff 14336 at keep .5, least milliseconds of a run; the second the 30 MLPs of SmolLM2-135M in 4-bit codes, from memory):
+These ways were tried, and the best one kept (2 shared cores, batch 1; the first table is one float32 or bfloat16 MLP of
+d 4096, d_ff 14336 at keep .5, least milliseconds of a run; the second the 30 MLPs of SmolLM2-135M in 4-bit codes, from
+memory):
 
     gate and up    float32   bfloat16     down                               float32   bfloat16
     dense, F.linear   23.8       21.8     dense, F.linear                       10.3       10.8

@@ -1,7 +1,7 @@
-"""A projection that reads only the input channels that matter: y = Σ_{j kept} x_j W[:, j] + b.
+"""This projection reads only the input channels that matter: y = Σ_{j kept} x_j W[:, j] + b.
 
-Channel j is kept unless |x_j| · scale_j < threshold. TEAL (arXiv 2408.14690): no scale; WINA: scale_j is ‖W[:, j]‖.
-A NaN is kept, and shows. Rows select for themselves. A row that keeps all channels takes the dense path.
+Channel j is kept unless |x_j| · scale_j < threshold. TEAL (arXiv 2408.14690) has no scale; in WINA it is ‖W[:, j]‖.
+A NaN is kept, so that it shows. Rows select for themselves. A row that keeps all channels takes the dense path.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ _NO_SCALE: Floats = np.empty(0, dtype=np.float32)
 
 
 class SparseLinear:
-    """Keeps an input-major copy beside the projection, unless it is `input_major` itself."""
+    """Keeps an input-major copy beside the projection, unless the projection is `input_major` itself."""
 
     def __init__(self, linear: Linear) -> None:
         self.linear = linear
@@ -26,7 +26,7 @@ class SparseLinear:
         self._bias = None if linear.bias is None else as_floats(linear.bias)
 
     def __call__(self, x: Tensor, threshold: float, scale: Tensor | None = None) -> Tensor:
-        """x [T, in], scale [in] float32 -> [T, out]."""
+        """Returns y [T, out] of x [T, in] and scale [in] float32."""
         scales = _NO_SCALE if scale is None else as_floats(scale)
         return torch.cat([self._row(x[i : i + 1], threshold, scales) for i in range(x.shape[0])])
 

@@ -1,4 +1,4 @@
-"""Products of codes of a few bits with x in 16 bits: numba functions around vectors of 16 words.
+"""These numba functions around vectors of 16 words multiply codes of a few bits by x in 16 bits.
 
 A word of 32 bits is two halves of 16, and a half holds 16 // bits codes, its fields; the first is in the lowest bits.
 Shifted and masked, a vector of words is 32 integers of 16 bits, and its product with pairs of x, summed in pairs, is
@@ -23,7 +23,7 @@ from patchclamp_server.cpu import vector
 from patchclamp_server.cpu.vector import LANES
 
 HALF = 16
-# Steps below have no inverse in float32: such a group counts as zeros.
+# Smaller steps have no inverse in float32, so such a group counts as zeros.
 _LEAST = np.float32(1.2e-38)
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WORDS = ir.VectorType(_I32, LANES)
@@ -36,9 +36,10 @@ _compiled = numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
 
 @intrinsic(prefer_literal=True)
 def dot_fields(_context, words, at, x, vectors, scales, scale_at, steps, sums, groups, y, y_at, bits):  # type: ignore[no-untyped-def]
-    """y[y_at + lane] = Σ_g scale_g steps_g (Σ_k code_gk x_gk) + low_g sums_g, for each 16 outputs in the tuple `at`.
+    """Sets y[y_at + lane] = Σ_g scale_g steps_g (Σ_k code_gk x_gk) + low_g sums_g, for each of `at`: 16 outputs.
 
-    A group of 16 outputs has `vectors` of words; x are pairs of 16 bits, as many as a word has fields in a half.
+    A group of 16 outputs has `vectors` vectors of words; x has pairs of 16 bits, as many as a word has fields in a
+    half.
     """
     if not isinstance(bits, types.IntegerLiteral):
         return None
@@ -84,7 +85,7 @@ def dot_fields(_context, words, at, x, vectors, scales, scale_at, steps, sums, g
 
 
 def _field(b, halves, bits, k):  # type: ignore[no-untyped-def]
-    """Codes k of the halves."""
+    """Returns codes k of the halves."""
     if k:
         halves = b.lshr(halves, ir.Constant(_HALVES, [k * bits] * 2 * LANES))
     if (k + 1) * bits == HALF:
@@ -94,9 +95,9 @@ def _field(b, halves, bits, k):  # type: ignore[no-untyped-def]
 
 @_compiled
 def round_groups(x, group, rounded, steps, sums):  # type: ignore[no-untyped-def]
-    """x [width] ≈ steps_g · rounded [groups, group filled up with 0], and the sum of that by groups. rounded: int16.
+    """Rounds x [width] ≈ steps_g · rounded [groups, group padded with 0] (int16), and sums the rounded groups.
 
-    Where there is a number in x that is not finite, its sum is that of x.
+    Where a group of x has a number that is not finite, its sum is that of x.
     """
     for g in range(rounded.shape[0]):
         most, total = np.float32(0), np.float32(0)
@@ -117,16 +118,16 @@ def round_groups(x, group, rounded, steps, sums):  # type: ignore[no-untyped-def
 
 @_compiled
 def multiply_fields(words, scales, x, steps, sums, bits, y, start, end):  # type: ignore[no-untyped-def]
-    """y[16 i + lane] for start ≤ i < end.
+    """Computes y[16 i + lane] for start ≤ i < end.
 
-    words [out / 16, groups, vectors, 16], scales [out / 16, groups, scale and low, 16]; x, steps and sums are those of
-    `round_groups`, x as int32.
+    words are [out / 16, groups, vectors, 16] and scales [out / 16, groups, scale and low, 16]; x, steps and sums come
+    from `round_groups`, x as int32.
     """
     _, groups, vectors, _ = words.shape
     size, scale_size = groups * vectors * LANES, groups * 2 * LANES
     flat, flat_scales = words.reshape(-1), scales.reshape(-1)
     for i in range(start, end, 4):
-        # Past the end the last is repeated.
+        # Past the end the last block is repeated.
         p, q, r = min(i + 1, end - 1), min(i + 2, end - 1), min(i + 3, end - 1)
         at = (i * size, p * size, q * size, r * size)
         s_at = (i * scale_size, p * scale_size, q * scale_size, r * scale_size)
@@ -141,10 +142,10 @@ def multiply_fields(words, scales, x, steps, sums, bits, y, start, end):  # type
             dot_fields(flat, at, x, vectors, flat_scales, s_at, steps, sums, groups, y, y_at, 8)
 
 
-# No contraction: rounded twice, as torch does, what is unpacked is what was packed.
+# Contraction is not allowed: rounded twice, as torch does, the unpacked values are those that were packed.
 @numba.njit(nogil=True, cache=True)
 def unpack_fields(words, scales, group, bits, columns):  # type: ignore[no-untyped-def]
-    """columns [in, out / 16 · 16] = scale · code + low, for the words of `multiply_fields` and scales in float32."""
+    """Sets columns [in, out / 16 · 16] = scale · code + low, for the words of `multiply_fields` and float32 scales."""
     blocks, groups, _, _ = words.shape
     fields, mask = HALF // bits, np.int32(2**bits - 1)
     for block in range(blocks):
@@ -155,6 +156,6 @@ def unpack_fields(words, scales, group, bits, columns):  # type: ignore[no-untyp
                 shift = np.int32(k // 2 % fields * bits + k % 2 * HALF)
                 column = columns[g * group + k, block * LANES : block * LANES + LANES]
                 for lane in range(LANES):
-                    # Explicit int32: numba widens to 64 bits, which halves the lanes of a register.
+                    # It is an explicit int32, because numba widens to 64 bits, which halves the lanes of a register.
                     code = np.int32(np.int32(word[lane] >> shift) & mask)
                     column[lane] = np.float32(code) * scale[lane] + low[lane]

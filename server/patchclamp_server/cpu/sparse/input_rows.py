@@ -1,6 +1,7 @@
-"""Sums over chosen inputs of a matrix W [out, in]: y += Σ_i factors_i W[:, index_i]. Inputs not chosen are not read.
+"""Sums over chosen inputs of W [out, in] are y += Σ_i factors_i W[:, index_i]. Other inputs are not read.
 
-The weights of an input lie side by side. Inputs are the neurons of a down projection, or the channels of any.
+The weights of an input lie side by side. Inputs are the neurons of a down projection, or the channels of any
+projection.
 """
 
 from collections.abc import Callable
@@ -21,16 +22,16 @@ from patchclamp_server.cpu.vector import UNIT
 
 class InputRows(Protocol):
     def sum(self, factors: Floats, index: Index) -> Floats:
-        """factors [T, K], index [K] -> [T, out]."""
+        """Returns y [T, out] of factors [T, K] and index [K]."""
         ...
 
     def take(self, index: Index) -> Callable[[Floats], Floats]:
-        """`sum` for an index that stays."""
+        """Returns `sum` for an index that stays the same."""
         ...
 
 
 def input_rows(linear: Linear) -> InputRows:
-    """The inputs of a projection on the CPU."""
+    """Returns the inputs of a projection on the CPU."""
     if linear.quantized is not None:
         return CodeInputRows.of(linear.quantized)
     assert linear.weight is not None
@@ -39,7 +40,7 @@ def input_rows(linear: Linear) -> InputRows:
 
 @dataclass(frozen=True, eq=False)
 class FloatInputRows:
-    """The matrix input-major: no copy where the projection has it so, one otherwise."""
+    """Holds the matrix input-major: without a copy where the projection is, with one otherwise."""
 
     weight: NDArray[Any]  # [in, out]
 
@@ -56,9 +57,9 @@ class FloatInputRows:
 
 @dataclass(frozen=True, eq=False)
 class CodeInputRows:
-    """A copy of the codes with those of an input side by side, in units of 32 outputs.
+    """Holds a copy of the codes with those of an input side by side, in units of 32 outputs.
 
-    Scales and lows are of an output and 32 inputs, so that those of a group are read when one of its inputs is.
+    A scale and low belong to an output and 32 inputs, so that those of a group are read when one of its inputs is.
     """
 
     records: NDArray[Any]  # [in, bytes]
@@ -91,7 +92,7 @@ class CodeInputRows:
         return np.ascontiguousarray(y[:, : self.out])
 
     def take(self, index: Index) -> Callable[[Floats], Floats]:
-        """From a compact copy of the codes in the order in which they are read; the scales are shared."""
+        """Sums from a compact copy of the codes in the order in which they are read; the scales are shared."""
         groups, sizes = np.unique(index // GROUP, return_counts=True)
         ends = np.cumsum(sizes)
         units = self.scales.shape[2] // UNIT

@@ -1,8 +1,8 @@
-"""Products that read the rows of active neurons or channels only.
+"""These products read only the rows of active neurons or channels.
 
-Each is specialised by the element type of its array (vector.py says which format that is). Compiled once and cached on
-disk like those of quantized.py; numba's cache looks at this file alone, so a change in vector.py needs one here.
-NaN and infinities are values like any other: no fast-math flag that denies them.
+Each is specialised by the element type of its array (vector.py says which format that is). They are compiled once and
+cached on disk like those of quantized.py; numba's cache looks at this file alone, so a change in vector.py needs a
+change here. NaN and infinities are values like any other, so no fast-math flag denies them.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
@@ -14,7 +14,7 @@ import numpy as np
 from patchclamp_server.cpu.vector import LANES, LINE, UNIT, add_code_rows, add_rows, dot_code_rows, dot_rows, prefetch
 
 GROUP = 32
-# How many rows ahead the records of codes are asked for: rows that are skipped end the processor's own prefetching.
+# The records of codes are asked for so many rows ahead: rows that are skipped end the processor's own prefetching.
 _AHEAD = 16
 _GROUPS_AHEAD = 2
 
@@ -23,7 +23,7 @@ _compiled = numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
 
 @numba.njit(nogil=True, cache=True)
 def strictly_ascending(index, end):  # type: ignore[no-untyped-def]
-    """Whether `index` names things below `end`, each once, in order."""
+    """Returns whether `index` has only numbers below `end`, each once, in order."""
     before = -1
     for i in range(index.shape[0]):
         if index[i] <= before:
@@ -34,7 +34,7 @@ def strictly_ascending(index, end):  # type: ignore[no-untyped-def]
 
 @_compiled
 def dot_float_rows(weights, x, index, y, start, end):  # type: ignore[no-untyped-def]
-    """y[i] = weights[index[i]] · x for start ≤ i < end. `weights` [n, width] float32, or uint16 that holds bfloat16."""
+    """Sets y[i] = weights[index[i]] · x for start ≤ i < end; weights [n, width] float32, or bfloat16 as uint16."""
     width = weights.shape[1]
     units = width // UNIT
     flat = weights.reshape(-1)
@@ -54,7 +54,7 @@ def dot_float_rows(weights, x, index, y, start, end):  # type: ignore[no-untyped
 
 @_compiled
 def sum_float_rows(weights, factors, index, y, start, end):  # type: ignore[no-untyped-def]
-    """y[k] += Σ_i factors[i] weights[index[i], k] for start ≤ k < end. `start` is a multiple of 32."""
+    """Adds Σ_i factors[i] weights[index[i], k] to y[k] for start ≤ k < end. `start` is a multiple of 32."""
     width = weights.shape[1]
     units = (end - start) // UNIT
     flat = weights.reshape(-1)
@@ -89,9 +89,9 @@ def _widen_by_format(value):  # type: ignore[no-untyped-def]
 
 @_compiled
 def dot_code_records(records, header, x, index, y):  # type: ignore[no-untyped-def]
-    """y[i] = (record index[i]) · x. A record is a header [scale, low] and the codes of an output.
+    """Sets y[i] = (record index[i]) · x. A record is a header [scale, low] and the codes of an output.
 
-    records [n, bytes] uint8 or int8, whose headers have `header` bytes and low only for 4 bits.
+    records [n, bytes] are uint8 or int8; their headers have `header` bytes, and low only for 4 bits.
     """
     groups = x.shape[0] // GROUP
     size = records.shape[1]
@@ -120,10 +120,10 @@ def dot_code_records(records, header, x, index, y):  # type: ignore[no-untyped-d
 
 @_compiled
 def sum_code_records(records, step, scales, factors, index, y):  # type: ignore[no-untyped-def]
-    """y += Σ_i factors[i] (row index[i]). A record is the codes of an input, filled up to whole cache lines.
+    """Adds Σ_i factors[i] (row index[i]) to y. A record is the codes of an input, padded to whole cache lines.
 
-    A unit of codes has `step` elements. scales [groups, 2, width]: scale and low of each group of 32 rows and output;
-    width is y's.
+    A unit of codes has `step` elements. scales [groups, 2, width] has scale and low of each group of 32 rows and
+    output; width is that of y.
     """
     size = records.shape[1]
     flat = records.reshape(-1)
@@ -152,9 +152,9 @@ def sum_code_records(records, step, scales, factors, index, y):  # type: ignore[
 
 @_compiled
 def sum_compact_codes(codes, step, ends, groups, scales, factors, y):  # type: ignore[no-untyped-def]
-    """The sum of `sum_code_records` over all rows of a compact copy: part p has the rows before ends[p].
+    """Computes the sum of `sum_code_records` over all rows of a compact copy: part p has the rows before ends[p].
 
-    codes [units of outputs, rows of the part, codes of a unit], part by part: in the order in which they are read.
+    codes are [units of outputs, rows of the part, codes of a unit], part by part, in the order in which they are read.
     """
     flat_scales = scales.reshape(-1)
     width = scales.shape[2]

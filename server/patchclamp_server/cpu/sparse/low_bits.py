@@ -1,14 +1,14 @@
-"""A low-bit copy of a matrix W [out, in], W ≈ scale · code + low by groups of inputs, and its product with few rows.
+"""A low-bit copy of W [out, in], W ≈ scale · code + low by groups of inputs, is multiplied with few rows.
 
-For the CPU, and for a sketch (sparsity/policies/sketch.py). Codes lie in halves of words (fields.py): ten of 3 bits in
-a word, and two bits to spare. A weight of 3 bits in groups of 64 takes 4 bits, its share of a bfloat16 scale and low
-included.
+It is for the CPU, and for a sketch (sparsity/policies/sketch.py). Codes lie in halves of words (fields.py): a word has
+ten of 3 bits, and two bits to spare. A weight of 3 bits in groups of 64 takes 4 bits, its share of a bfloat16 scale and
+low included.
 
-x is rounded to 16 bits by groups, since then two weights are one multiplication: an error of at most 1 / 65534 of the
-largest |x| of the group, where that of a code is some thousand times as large. Tried, for the gate and up of d 4096,
-d_ff 14336, least milliseconds on one thread: 2.8; with x in float32, codes where they stand in a word 5.1, shifted 6.2,
-and by rows of codes as in output_rows.py 8.4. For the down projection: 1.4; half of its inputs, gathered in a layout of
-their own with x in float32, 2.1.
+x is rounded to 16 bits by groups, since then two weights are one multiplication: the error is at most 1 / 65534 of the
+largest |x| of the group, where that of a code is some thousand times as large. For the gate and up of d 4096,
+d_ff 14336 this takes 2.8 ms at least on one thread; tried were x in float32 with codes where they stand in a word (5.1)
+and shifted (6.2), and rows of codes as in output_rows.py (8.4). The down projection takes 1.4 ms; half of its inputs,
+gathered in a layout of their own with x in float32, took 2.1.
 
 Rows are computed one by one: none depends on its neighbours. The number of threads does not change bits.
 """
@@ -29,7 +29,7 @@ from patchclamp_server.cpu.vector import LANES
 
 @dataclass(frozen=True, eq=False)
 class LowBitMatrix:
-    """words [out / 16, groups, vectors, 16], scales [out / 16, groups, scale and low, 16]."""
+    """Has words [out / 16, groups, vectors, 16] and scales [out / 16, groups, scale and low, 16]."""
 
     bits: int
     words: NDArray[np.int32]
@@ -39,7 +39,7 @@ class LowBitMatrix:
 
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor, low: Tensor, bits: int) -> "LowBitMatrix":
-        """codes [out, in] uint8, scale and low [out, groups] that bfloat16 holds. `bits`: 2, 3, 4 or 8."""
+        """Packs codes [out, in] uint8 with scale and low [out, groups] that bfloat16 holds. `bits` is 2, 3, 4 or 8."""
         out, width = codes.shape
         groups, blocks, fields = scale.shape[1], _whole(out, LANES), HALF // bits
         group = width // groups
@@ -58,11 +58,11 @@ class LowBitMatrix:
 
     @staticmethod
     def bits_per_weight(bits: int, group: int) -> float:
-        """Scales and lows included."""
+        """Returns the bits of a weight, scales and lows included."""
         return (2 * HALF * _whole(group, 2 * (HALF // bits)) + 2 * 16) / group
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x [T, in] -> x Wᵀ [T, out] float32."""
+        """Returns x Wᵀ [T, out] float32 of x [T, in]."""
         _, groups, vectors, _ = self.words.shape
         rounded = np.zeros((groups, vectors * (HALF // self.bits) * 2), dtype=np.int16)
         steps, sums = np.empty(groups, dtype=np.float32), np.empty(groups, dtype=np.float32)
@@ -75,7 +75,7 @@ class LowBitMatrix:
         return torch.from_numpy(np.ascontiguousarray(y[:, : self.out]))
 
     def matrix(self) -> Tensor:
-        """Wᵀ [in, out] float32."""
+        """Returns Wᵀ [in, out] float32."""
         columns = np.empty((self.width, len(self.words) * LANES), dtype=np.float32)
         scales: Floats = torch.from_numpy(self.scales).view(torch.bfloat16).float().numpy()
         unpack_fields(self.words, scales, self.width // self.words.shape[1], self.bits, columns)
@@ -83,5 +83,5 @@ class LowBitMatrix:
 
 
 def _whole(n: int, size: int) -> int:
-    """How many of `size` it takes to hold n."""
+    """Returns how many of `size` it takes to hold n."""
     return -(-n // size)

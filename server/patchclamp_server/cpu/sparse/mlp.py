@@ -1,15 +1,15 @@
-"""An MLP of which only the active neurons are computed: y = W_down[:, S] (act(W_gate[S] x) · W_up[S] x).
+"""A sparse MLP computes only the active neurons: y = W_down[:, S] (act(W_gate[S] x) · W_up[S] x).
 
-The weights of a neuron lie side by side, so that those of the others are not read: no product with a mask. Sets of two
-kinds, one interface: `SparseMlp` takes a set with every call (it changes per token), `compact` fixes one (it stays for
-a sequence). Neurons are computed first and summed after, so that edits can be made in between.
+The weights of a neuron lie side by side, so that those of the others are not read; there is no product with a mask. Two
+kinds of sets have one interface: `SparseMlp` takes a set with every call (it changes per token), `compact` fixes one
+(it stays for a sequence). Neurons are computed first and summed after, so that edits can be made in between.
 
-A set is an ascending index [K] int64 of distinct neurons and holds for all rows of a call: rows with sets of their own
-are calls of their own. Rows are computed one by one: none depends on its neighbours. Products accumulate in float32,
-are the same bits on any number of threads, and take nothing from the weights of inactive neurons, NaN or not. A set of
-all neurons is the dense path, bit by bit.
+A set is an ascending index [K] int64 of distinct neurons and holds for all rows of a call; rows with other sets need
+other calls. Rows are computed one by one: none depends on its neighbours. Products accumulate in float32, are the same
+bits on any number of threads, and take nothing from the weights of inactive neurons, NaN or not. A set of all neurons
+takes the dense path, bit by bit.
 
-Made for one or two rows on a CPU; it works for more. benchmarks/sparse.py measures the speed.
+It is made for one or two rows on a CPU and works for more. benchmarks/sparse measures the speed.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,9 @@ from patchclamp_server.cpu.sparse.output_rows import Floats, Index, as_floats, l
 
 
 class SparseMlp:
-    """The MLP of one block. Raises ValueError for a set that is not ascending, names a neuron twice or one too many.
+    """The MLP of one block. Raises ValueError for a set that is not ascending, has a neuron twice or an unknown one.
 
-    Keeps beside the projections: nothing of a float32 or bfloat16 input projection, a neuron-major copy of an output
+    Beside the projections it keeps no copy of a float32 or bfloat16 input projection, a neuron-major copy of an output
     projection that is not `input_major`, and of codes a copy in which a neuron's lie side by side.
     """
 
@@ -47,24 +47,24 @@ class SparseMlp:
         self._output_bias = _bias(mlp_output)
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        """x [T, d_model] -> [T, d_model]."""
+        """Returns y [T, d_model] of x [T, d_model]."""
         return self.output(self.neurons(x, index), index)
 
     def gate(self, x: Tensor) -> Tensor:
-        """Pre-activations of all gates [T, d_ff] float32, for sets that are chosen by them. Gated MLPs only."""
+        """Returns the pre-activations of all gates [T, d_ff] float32, for sets chosen by them. Gated MLPs only."""
         assert self.gated
         gate = torch.from_numpy(self._gate(as_floats(x)))
         return gate if self.mlp_input.bias is None else gate.add_(self.mlp_input.bias[: self.d_ff])
 
     def neurons(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Activations [T, K] in the dtype of x; with `gate` (what `gate` returned), only up rows are read."""
+        """Returns activations [T, K] in the dtype of x; with `gate` (what `gate` returned), only up rows are read."""
         active = self._check(index)
         if len(active) == self.d_ff:
             return self.dense_neurons(x)
         return self._neurons_of(self._preactivations(x, active, gate), x.dtype)
 
     def preactivations(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
-        """What `neurons` applies the activation to: [T, K], gated [T, 2 K] with the gates first, in the dtype of x."""
+        """Returns what `neurons` activates, in x's dtype: [T, K], or if gated [T, 2 K] with gates first."""
         return torch.from_numpy(self._preactivations(x, self._check(index), gate)).to(x.dtype)
 
     def _preactivations(self, x: Tensor, active: Index, gate: Tensor | None) -> Floats:
@@ -78,18 +78,18 @@ class SparseMlp:
         return z
 
     def output(self, h: Tensor, index: Tensor) -> Tensor:
-        """Activations [T, K] of the neurons of `index` -> [T, d_model]."""
+        """Returns y [T, d_model] of the activations [T, K] of the neurons of `index`."""
         active = self._check(index)
         if len(active) == self.d_ff:
             return self.mlp_output(h)
         return self._sum(h, lambda rows: self._outputs.sum(rows, active))
 
     def compact(self, index: Tensor) -> "CompactMlp":
-        """The MLP of these neurons alone."""
+        """Returns the MLP of these neurons alone."""
         return CompactMlp(self, index)
 
     def warm_up(self) -> None:
-        """Compiles what is compiled at run time; what is not of this MLP's formats is not."""
+        """Compiles what is compiled at run time, for the formats of this MLP only."""
         x, index = torch.zeros(1, self.d_model), torch.tensor([0], dtype=torch.int64)
         gate = self.gate(x) if self.gated else None
         self.output(self.neurons(x, index, gate), index)
@@ -97,7 +97,7 @@ class SparseMlp:
         self.compact(index)(x)
 
     def dense_neurons(self, x: Tensor) -> Tensor:
-        """Activations of all neurons [T, d_ff], as the decoder computes them."""
+        """Returns the activations of all neurons [T, d_ff], as the decoder computes them."""
         return neurons_of(self.mlp_input(x), self.activation, gated=self.gated)
 
     def _check(self, index: Tensor) -> Index:
@@ -107,7 +107,7 @@ class SparseMlp:
         return active
 
     def _biased(self, z: Floats, wanted: Index) -> Floats:
-        """Products with the rows `wanted` of the input projection, with their biases."""
+        """Adds their biases to products with the rows `wanted` of the input projection."""
         return z if self._input_bias is None else z + self._input_bias[wanted]
 
     def _neurons_of(self, z: Floats, dtype: torch.dtype) -> Tensor:
@@ -119,7 +119,7 @@ class SparseMlp:
 
 
 class CompactMlp:
-    """An MLP with a set that stays. Of codes it is a compact copy; float rows are read where they are, as fast."""
+    """An MLP with a fixed set. It copies codes compactly; float rows are read where they are, which is as fast."""
 
     def __init__(self, mlp: SparseMlp, index: Tensor) -> None:
         active = mlp._check(index).copy()
@@ -133,24 +133,24 @@ class CompactMlp:
         self._outputs = mlp._outputs.take(active)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, d_model] -> [T, d_model]."""
+        """Returns y [T, d_model] of x [T, d_model]."""
         return self.output(self.neurons(x))
 
     def neurons(self, x: Tensor) -> Tensor:
-        """Activations [T, K] in the dtype of x."""
+        """Returns activations [T, K] in the dtype of x."""
         if self._keeps_all:
             return self._mlp.dense_neurons(x)
         return self._mlp._neurons_of(self._preactivations(x), x.dtype)
 
     def preactivations(self, x: Tensor) -> Tensor:
-        """As that of SparseMlp. Not for a set of all neurons."""
+        """Returns what SparseMlp.preactivations does. It must not be called for a set of all neurons."""
         return torch.from_numpy(self._preactivations(x)).to(x.dtype)
 
     def _preactivations(self, x: Tensor) -> Floats:
         return self._mlp._biased(self._inputs(as_floats(x)), self._wanted)
 
     def output(self, h: Tensor) -> Tensor:
-        """Activations [T, K] -> [T, d_model]."""
+        """Returns y [T, d_model] of activations [T, K]."""
         return self._mlp.mlp_output(h) if self._keeps_all else self._mlp._sum(h, self._outputs)
 
 

@@ -1,4 +1,4 @@
-"""The dense product of one row, by the vectors of the sparse ones with all rows of weights chosen."""
+"""The dense product of one row uses the vectors of the sparse products, with all rows of weights chosen."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from patchclamp_server.cpu.sparse.output_rows import FloatOutputRows, as_array, 
 
 
 def one_row_product(weight: Tensor, *, input_major: bool) -> Callable[[Tensor], Tensor]:
-    """x [1, in] -> x Wᵀ [1, out] float32, for `weight` [out, in] in float32 or bfloat16."""
+    """Returns the product x [1, in] -> x Wᵀ [1, out] float32, for `weight` [out, in] in float32 or bfloat16."""
     if input_major:
         product = FloatInputRows(as_array(weight.t())).take(np.arange(weight.shape[1]))
     else:

@@ -1,4 +1,4 @@
-"""Products with chosen rows of a matrix W [out, in]: y_i = W[index_i] · x. Rows that are not chosen are not read."""
+"""These are products with chosen rows of W [out, in]: y_i = W[index_i] · x. Rows that are not chosen are not read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ Index = NDArray[np.int64]
 
 class OutputRows(Protocol):
     def dot(self, x: Floats, index: Index) -> Floats:
-        """x [T, in], index [K] -> [T, K]."""
+        """Returns y [T, K] of x [T, in] and index [K]."""
         ...
 
     def take(self, index: Index) -> Callable[[Floats], Floats]:
-        """`dot` for an index that stays."""
+        """Returns `dot` for an index that stays the same."""
         ...
 
     def leading(self, n: int) -> Callable[[Floats], Floats]:
-        """The product with the first n rows."""
+        """Returns the product with the first n rows."""
         ...
 
 
 def output_rows(linear: Linear) -> OutputRows:
-    """The rows of a projection on the CPU."""
+    """Returns the rows of a projection on the CPU."""
     if linear.quantized is not None:
         return CodeOutputRows.of(linear.quantized)
     assert linear.weight is not None
@@ -41,7 +41,7 @@ def output_rows(linear: Linear) -> OutputRows:
 
 
 def linear_shape(linear: Linear) -> tuple[int, int]:
-    """(out, in) of a projection."""
+    """Returns (out, in) of a projection."""
     if linear.weight is not None:
         return linear.weight.shape[0], linear.weight.shape[1]
     assert linear.quantized is not None
@@ -50,13 +50,13 @@ def linear_shape(linear: Linear) -> tuple[int, int]:
 
 
 def as_floats(x: torch.Tensor) -> Floats:
-    """Contiguous float32."""
+    """Returns x as contiguous float32."""
     floats: Floats = x.detach().float().contiguous().numpy()
     return floats
 
 
 def as_array(weight: torch.Tensor) -> NDArray[Any]:
-    """The memory of a float32 or bfloat16 matrix, the latter as uint16."""
+    """Returns the memory of a float32 or bfloat16 matrix, the latter as uint16."""
     if weight.dtype == torch.bfloat16:
         weight = weight.view(torch.uint16)
     else:
@@ -66,7 +66,7 @@ def as_array(weight: torch.Tensor) -> NDArray[Any]:
 
 @dataclass(frozen=True, eq=False)
 class FloatOutputRows:
-    """The matrix itself, no copy: its rows are long, and are read as fast where they are as from a compact copy."""
+    """Holds the matrix without a copy: its rows are long, and are read as fast in place as from a compact copy."""
 
     weight: NDArray[Any]  # [out, in]
 
@@ -86,7 +86,7 @@ class FloatOutputRows:
 
 @dataclass(frozen=True, eq=False)
 class CodeOutputRows:
-    """A copy of codes, scales and lows with those of an output side by side; beside it the codes that dense reads."""
+    """Copies codes, scales and lows so that those of an output lie side by side; keeps the dense ones."""
 
     quantized: QuantizedWeight
     records: NDArray[Any]  # [out, bytes]
@@ -109,12 +109,12 @@ class CodeOutputRows:
         return y
 
     def take(self, index: Index) -> Callable[[Floats], Floats]:
-        """From a compact copy in the layout of the dense product, which is then the product."""
+        """Multiplies by a compact copy in the layout of the dense product, which then does the work."""
         codes, scale_and_low = self.quantized.codes, self.quantized.scale_and_low
         return self._product(_take_rows(codes, index), _take_rows(scale_and_low, index), len(index))
 
     def leading(self, n: int) -> Callable[[Floats], Floats]:
-        """Part of what the dense product reads, of which a few rows more may have to be read."""
+        """Multiplies by a part of what the dense product reads; a few more rows may be read."""
         blocks = -(-n // LANES)
         return self._product(self.quantized.codes[:blocks], self.quantized.scale_and_low[:blocks], n)
 
@@ -130,13 +130,13 @@ class CodeOutputRows:
 
 
 def _rows(lanes: NDArray[Any]) -> NDArray[Any]:
-    """[out / 16, groups, n, 16] -> [out, groups, n], contiguous."""
+    """Arranges [out / 16, groups, n, 16] as a contiguous [out, groups, n]."""
     blocks, groups, n, _ = lanes.shape
     return np.ascontiguousarray(lanes.transpose(0, 3, 1, 2)).reshape(blocks * LANES, groups, n)
 
 
 def _take_rows(lanes: NDArray[Any], index: Index) -> NDArray[Any]:
-    """The rows of `index` in the same layout, filled up to whole lanes with zeros."""
+    """Returns the rows of `index` in the same layout, padded to whole lanes with zeros."""
     _, groups, n, _ = lanes.shape
     taken = np.zeros((-(-len(index) // LANES) * LANES, groups, n), dtype=lanes.dtype)
     taken[: len(index)] = lanes[index // LANES, :, :, index % LANES]

@@ -1,6 +1,6 @@
-"""The registry of kinds of edit and readout: everything that differs between them is looked up here.
+"""In this registry of kinds of edit and readout everything that differs between them is looked up.
 
-A kind is a module: its message and checks, its columns of the tables, the rule that torch runs and the number that
+A kind is a module with its message and checks, its columns of the tables, the rule that torch runs, the number that
 kernels know it by, the name that policies give it, and the client's builders. A new one is added to the list below.
 """
 
@@ -48,14 +48,14 @@ _TABLES = (
     affine.LOW_RANK,
 )
 
-# By the name of the field in their messages, and by the dataclass.
+# These look a kind up by the name of the field in its message, and by its dataclass.
 EDIT_OF_NAME: dict[str, EditSpec] = {spec.name: spec for spec in EDITS}
 EDIT_OF: dict[type[EditKind], EditSpec] = {spec.kind: spec for spec in EDITS}
 READOUT_OF_NAME: dict[str, ReadoutSpec] = {spec.name: spec for spec in READOUTS}
 READOUT_OF: dict[type[ReadoutKind], ReadoutSpec] = {spec.kind: spec for spec in READOUTS}
 
 EDIT_TABLES: dict[EntryKind, EditTable] = {table.entry: table for table in _TABLES}
-# What attention answers itself is in no table.
+# Readouts that attention answers itself are in no table.
 READOUT_TABLES: dict[type[ReadoutKind], ReadoutTable] = {
     spec.kind: spec.table for spec in READOUTS if spec.table is not None
 }

@@ -1,4 +1,4 @@
-"""add: h + s v."""
+"""The edit `add` gives h + s v."""
 
 from typing import TYPE_CHECKING
 
@@ -13,18 +13,18 @@ from patchclamp_server.interventions.program import AddVector
 from patchclamp_server.interventions.row_arithmetic import row_norms
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class AddRule:
-    """h + s v. Several edits may add to one row."""
+    """Computes h + s v. Several edits may add to one row."""
 
     def __init__(self, entries: Entries) -> None:
         self.entries = entries
         self.vectors = entries.vectors()  # [k, width]
         self.delta_norms = entries.each(row_norms(self.vectors)) * entries.strength.abs()
-        # One row an edit (decode): the products do not change from step to step.
+        # With one row for each edit (decode) the products do not change from step to step.
         self.delta = self._delta() if entries.which is None else None
 
     def _delta(self) -> Tensor:
@@ -45,7 +45,7 @@ class AddRule:
 
 
 class AddPreservingRule(TargetRule):
-    """t(h) = h + v, followed by the rescaling to |h|."""
+    """Has the target t(h) = h + v, which is rescaled to |h|."""
 
     def __init__(self, entries: Entries) -> None:
         super().__init__(entries, preserve_norm=True)

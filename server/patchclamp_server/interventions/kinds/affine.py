@@ -1,8 +1,8 @@
-"""affine: t(h) = A h + b, with a full matrix A, or one of low rank, A = U Vᵀ.
+"""The edit `affine` has the target t(h) = A h + b, with a full matrix A, or one of low rank, A = U Vᵀ.
 
-Of low rank an entry is Σ_r R_r (W_r·h + b_r): a rank has R = u_r, W = v_r and b = 0, and one more has R = b, W = 0 and
-b = 1. A full matrix is a unit a channel, with the row A_i and b_i; it is read once for every row of the batch, by
-kernels as well.
+An entry of low rank is Σ_r R_r (W_r·h + b_r): a rank has R = u_r, W = v_r and b = 0, and one more has R = b, W = 0 and
+b = 1. A full matrix has a unit for each channel, with the row A_i and b_i; it is read once for every row of the batch,
+by kernels as well.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ from patchclamp_server.interventions.tensor_messages import decode_tensor
 from patchclamp_server.model.arrays import IntArray
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 @dataclass(frozen=True, eq=False)
 class Affine(EditKind):
-    """A [width, width] is `matrix`, or `left` `right`ᵀ of [width, rank] each; `bias` [width], None for 0."""
+    """A [width, width] is `matrix`, or `left` `right`ᵀ of [width, rank] each; `bias` is [width], None for 0."""
 
     matrix: Tensor | None = None
     left: Tensor | None = None
@@ -40,7 +40,7 @@ class Affine(EditKind):
 
 
 class AffineRule(TargetRule):
-    """t(h) = A h + b. The units of an entry are the channels, in order."""
+    """Has the target t(h) = A h + b. The units of an entry are the channels, in order."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
@@ -56,7 +56,7 @@ class AffineRule(TargetRule):
 
 
 class AffineLowRankRule(TargetRule):
-    """t(h) = Rᵀ(W h + b)."""
+    """Has the target t(h) = Rᵀ(W h + b)."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
@@ -73,7 +73,7 @@ class AffineLowRankRule(TargetRule):
 
 
 def _write_full(payload: Payload) -> Written:
-    """(A [width, width], b [width])"""
+    """Writes the payload (A [width, width], b [width])."""
     matrix, bias = payload
 
     def units(rows: IntArray) -> UnitColumns:

@@ -1,4 +1,4 @@
-"""Conditions of gates and aborts: value = h·u, or the cosine; holds where sign · value > sign · threshold."""
+"""The value of a condition (gates, aborts) is h·u, or the cosine; it holds where sign · value > sign · threshold."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class ConditionRule:
-    """Writes the openness of conditions; latches remember the position at which theirs held first."""
+    """Writes the openness of conditions; latches remember the position at which theirs first held."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries

@@ -1,5 +1,5 @@
-"""heads: the output z of single heads is scaled or replaced by a mean, t(z) = f z + m. Uniform attention is a scale of
-0 of their queries."""
+"""The edit `heads` scales the output z of single heads or replaces it by a mean: t(z) = f z + m. Uniform attention is a
+scale of 0 of their queries."""
 
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,12 @@ from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class HeadRule:
-    """t(z) = f z + m for single heads."""
+    """Has the target t(z) = f z + m for single heads."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
@@ -51,7 +51,7 @@ class HeadRule:
 
 
 def _write(payload: Payload) -> Written:
-    """(index, factor [n], offset [n, head_dim])"""
+    """Writes the payload (index, factor [n], offset [n, head_dim])."""
     order = np.argsort(payload[0].numpy())
     index, factor = payload[0].numpy()[order], payload[1].numpy()[order]
 

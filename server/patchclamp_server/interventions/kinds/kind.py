@@ -1,6 +1,6 @@
-"""What is known of a kind of entry: how its numbers are written into the tables, and the rule that torch runs.
+"""A kind of entry defines how its numbers are written into the tables, and the rule that torch runs.
 
-The rule of the kernels is the number of the kind itself: patchclamp_kernels.program_table says what they do for it.
+Kernels know the rule by the number of the kind: patchclamp_kernels.program_table says what they do for it.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Payload = tuple[Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class UnitColumns:
-    """n units of an entry by column of `unit_ints` and `unit_numbers`; those not given are 0.
+    """Holds n units of an entry by column of `unit_ints` and `unit_numbers`; columns that are not given are 0.
 
     Kernels need neurons and heads to ascend.
     """
@@ -33,9 +33,9 @@ class UnitColumns:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """The numbers of an edit or readout at a layer: `vectors` [n, width] go to the bank of their width, and `units`,
-    given the rows that they got there, to the tables of units. Without units there is an entry for each vector, and
-    without either one with this `count`."""
+    """Holds the numbers of an edit or readout at a layer. `vectors` [n, width] go to the bank of their width, and
+    `units`, given the rows that they got there, to the tables of units. Without units there is an entry for each
+    vector, and without either one entry with this `count`."""
 
     vectors: Tensor | None = None
     units: Callable[[IntArray], UnitColumns] | None = None
@@ -58,8 +58,8 @@ def _never(a: Payload, b: Payload) -> bool:
 class EditTable:
     """A kind of entry that edits. `rule` gets the entries and the flags that all of them have.
 
-    `commute`: whether two edits of the kind at one place, with these numbers and without norm preservation, are the
-    same in either order, and may run as one.
+    `commute` tells whether two edits of the kind at one place, with these numbers and without norm preservation, give
+    the same in either order, and may run as one.
     """
 
     entry: EntryKind
@@ -74,7 +74,8 @@ class EditTable:
 class ReadoutTable:
     """A kind of entry that reads. `write` gets the readout and a layer.
 
-    `columns`: for kinds that write numbers of a row, how many at a layer; `pick` puts them into the order asked for.
+    For kinds that write numbers of a row, `columns` tells how many at a layer, and `pick` puts them into the order
+    asked for.
     """
 
     entry: EntryKind
@@ -85,10 +86,10 @@ class ReadoutTable:
 
 
 def one_vector(payload: Payload) -> Written:
-    """(v [width],)"""
+    """Writes the payload (v [width],)."""
     return Written(payload[0][None])
 
 
 def apart(a: Payload, b: Payload) -> bool:
-    """Whether two lists of units, the first of the numbers, have none in common."""
+    """Returns whether two lists of units, which come first in the numbers, have none in common."""
     return not set(a[0].tolist()) & set(b[0].tolist())

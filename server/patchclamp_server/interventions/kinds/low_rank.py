@@ -1,4 +1,4 @@
-"""low_rank (ReFT, Wu et al. 2024): t(h) = h + Rᵀ(W h + b - R h)."""
+"""The edit `low_rank` (ReFT, Wu et al. 2024) has the target t(h) = h + Rᵀ(W h + b - R h)."""
 
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,12 @@ from patchclamp_server.interventions.tensor_messages import decode_tensor
 from patchclamp_server.model.arrays import IntArray
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class Ranks:
-    """The units of k low-rank entries as matrices; shorter ones are padded with zeros to the largest of them."""
+    """Holds the units of k low-rank entries as matrices; zeros pad smaller ranks to the largest one."""
 
     def __init__(self, entries: Entries) -> None:
         first, count = entries.ints(FIRST), entries.ints(COUNT)
@@ -37,7 +37,7 @@ class Ranks:
         self.weight = self._vectors(np.where(padding, ZERO_ROW, host.unit_ints[number, OTHER]))
         numbers = host.unit_numbers[number, OFFSET]
         self.bias = entries.tensor(np.where(padding, np.float32(0), numbers))  # [k, most]
-        # [E] which entry a row belongs to.
+        # [E]: the entry that a row belongs to.
         self.owner = entries.tensor(np.arange(len(count))) if entries.index is None else entries.index
 
     def _vectors(self, rows: IntArray) -> Tensor:
@@ -45,7 +45,7 @@ class Ranks:
 
 
 class LowRankRule(TargetRule):
-    """t(h) = h + Rᵀ(W h + b - R h)."""
+    """Has the target t(h) = h + Rᵀ(W h + b - R h)."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
@@ -62,7 +62,7 @@ class LowRankRule(TargetRule):
 
 
 def write_ranks(payload: Payload) -> Written:
-    """(R, W [rank, width], b [rank])"""
+    """Writes the payload (R, W [rank, width], b [rank])."""
     rotation, weight, bias = payload
 
     def units(rows: IntArray) -> UnitColumns:

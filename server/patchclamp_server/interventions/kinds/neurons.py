@@ -1,4 +1,4 @@
-"""neurons: single neurons are set, scaled, added to or clamped: t(a) = clip(f a + c, low, high).
+"""The edit `neurons` sets, scales, adds to or clamps single neurons: t(a) = clip(f a + c, low, high).
 
 a is the activation of a neuron at mlp_post, or one of the pre-activations that it is made of, at mlp_gate or mlp_up.
 """
@@ -32,12 +32,12 @@ from patchclamp_server.interventions.row_arithmetic import add_product, interpol
 from patchclamp_server.model.arrays import IntArray
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class NeuronRule:
-    """t(a) = clip(f a + c, low, high) for single neurons."""
+    """Has the target t(a) = clip(f a + c, low, high) for single neurons."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
@@ -61,7 +61,7 @@ class NeuronRule:
 
 
 def _write(payload: Payload) -> Written:
-    """(index, factor, offset, low, high), [n] each"""
+    """Writes the payload (index, factor, offset, low, high), [n] each."""
     order = np.argsort(payload[0].numpy())
     index, factor, offset, low, high = (column.numpy()[order] for column in payload)
 

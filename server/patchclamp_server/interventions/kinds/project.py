@@ -1,4 +1,4 @@
-"""project_out, set_projection, cap_projection: the projection h·u on a unit vector, clipped to [low, high].
+"""The edits project_out, set_projection and cap_projection clip the projection h·u on a unit vector to [low, high].
 
 t(h) = h + (clip(h·u, low, high) - h·u) u
 """
@@ -19,12 +19,12 @@ from patchclamp_server.interventions.resolver import check_finite, checked_bound
 from patchclamp_server.interventions.row_arithmetic import add_product, row_dots
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class ProjectRule(TargetRule):
-    """t(h) = h + (clip(h·u, low, high) - h·u) u."""
+    """Has the target t(h) = h + (clip(h·u, low, high) - h·u) u."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))

@@ -1,4 +1,4 @@
-"""top_neurons, logit_lens: readouts of whole rows, the k largest of what is made of them."""
+"""The readouts top_neurons and logit_lens read whole rows, and keep the k largest of what is made of them."""
 
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from patchclamp_server.interventions.resolver import check_top_k
 from patchclamp_server.model.sites import RESIDUAL_SITES
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
@@ -38,7 +38,7 @@ class RankingRule:
         raise NotImplementedError
 
     def found(self) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
-        """Values and ids of each pair, of the last step."""
+        """Returns the values and ids of each pair in the last step."""
         assert self.values is not None
         assert self.ids is not None
         values, ids = self.values.float().cpu().tolist(), self.ids.cpu().tolist()
@@ -47,7 +47,7 @@ class RankingRule:
 
 
 class TopNeuronsRule(RankingRule):
-    """The k neurons with the largest |a|, with their signed values."""
+    """Reads the k neurons with the largest |a|, with their signed values."""
 
     def read(self, h: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.topk(h.abs(), self.k, dim=1).indices
@@ -55,7 +55,7 @@ class TopNeuronsRule(RankingRule):
 
 
 class LogitLensRule(RankingRule):
-    """log softmax of the final norm and unembedding applied to a residual state: the k most likely tokens."""
+    """Reads the k most likely tokens by log softmax(unembed(norm(h))) of a residual state."""
 
     def read(self, h: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(self.entries.setting.unembed(h), dim=1)

@@ -1,4 +1,4 @@
-"""projection, neurons: readouts whose numbers kernels write as they pass, h·u and the values of single neurons."""
+"""Kernels write the numbers of the readouts projection and neurons as they pass: h·u and values of single neurons."""
 
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,13 @@ from patchclamp_server.interventions.row_arithmetic import row_dots
 from patchclamp_server.model.arrays import IntArray
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class ProjectionRule:
-    """h · u for every vector u of the row's readout; they were bound with unit length, as those of conditions are.
-    Summed in float32."""
+    """Reads h · u for every vector u of the row's readout, summed in float32. Vectors were bound with unit length, as
+    those of conditions are."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
@@ -39,7 +39,7 @@ class ProjectionRule:
 
 
 class NeuronValuesRule:
-    """Values of the neurons each readout names."""
+    """Reads the values of the neurons that each readout names."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         units = Units(entries, entries.width)
@@ -60,7 +60,7 @@ def _n_vectors(readout: BoundReadout, layer: int) -> int:
 
 
 def _distinct(readout: BoundReadout) -> IntArray:
-    """Neurons as the kernels want them: ascending, each once."""
+    """Returns the neurons as the kernels want them: ascending, each once."""
     return np.unique(np.array(readout.ids, dtype=np.int64))
 
 

@@ -1,4 +1,4 @@
-"""replace: t(h) = v."""
+"""The edit `replace` has the target t(h) = v."""
 
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,12 @@ from patchclamp_server.interventions.kinds.vectors import inline_vector, payload
 from patchclamp_server.interventions.program import ReplaceVector
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 class ReplaceRule(TargetRule):
-    """t(h) = v."""
+    """Has the target t(h) = v."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))

@@ -1,5 +1,5 @@
-"""rotate_towards: t(h) = |h| (cos θ ĥ + sin θ w), θ = min(radians, angle(h, v)), w the part of v orthogonal to h,
-normalised."""
+"""The edit rotate_towards has the target t(h) = |h| (cos θ ĥ + sin θ w) with θ = min(radians, angle(h, v)) and w the
+normalised part of v orthogonal to h."""
 
 import math
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from patchclamp_server.interventions.program import RotateTowards
 from patchclamp_server.interventions.row_arithmetic import row_dots, row_norms, turns
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 

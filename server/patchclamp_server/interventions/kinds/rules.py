@@ -1,8 +1,8 @@
-"""What the torch rules of all kinds share: the entries they run over, and the step in which they do.
+"""The torch rules of all kinds share this: the entries that they run over, and the step in which they do.
 
-A rule is made for one kind of entry at one place, of all programs that use it there, whatever their number: E pairs of
-an entry and a row of the batch, sorted by entry, then by row. It gathers its columns of the tables once, and `run`
-edits the activation x [T, width] in place at those rows only, so that rows of other programs keep their bits.
+A rule is made for one kind of entry at one place, for all programs that use it there: E pairs of an entry and a row of
+the batch, sorted by entry, then by row. It gathers its columns of the tables once, and `run` edits the activation
+x [T, width] in place at those rows only, so that rows of other programs keep their bits.
 
 Whatever the dtype of x, entries are computed in float32 and rounded once, when they are written: float16 holds no norm
 above 65,504, and bfloat16 has 8 bits for a sum over thousands of channels.
@@ -25,14 +25,14 @@ from patchclamp_server.model.sites import Site
 
 @dataclass(eq=False)
 class StepContext:
-    """What the rules of one part of a plan share in one forward pass."""
+    """The rules of one part of a plan share this in one forward pass."""
 
     positions: Tensor  # [T]
     latch: Tensor  # [rows of Tables]
-    # Openness of every condition at every row that has one, flat; the last is always 1 and stands for "no gate".
+    # The openness of every condition at every row that has one, flat; the last is always 1 and stands for "no gate".
     opened: Tensor
     readings: Tensor  # flat, as Report.reading_rows says
-    # |delta|, |h| and openness of each pair of an edit and a row, in the order of execution.
+    # These are |delta|, |h| and openness of each pair of an edit and a row, in the order of execution.
     delta_norms: list[Tensor]
     norms: list[Tensor]
     gates: list[Tensor]
@@ -49,20 +49,20 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """All pairs of a part, sorted into groups, which are ranges of them. Arrays are on the host, tensors where x is."""
+    """All pairs of a part, sorted into groups, which are ranges of them. Arrays are on the host, tensors with x."""
 
     entry: IntArray  # [E]
     row: IntArray  # [E] row of the batch
     rows: Tensor  # [E], the same
     strength: Tensor  # [E]
-    # Place of the gate of an edit, or of the value of a condition, in StepContext.opened; of a reading in `readings`.
+    # The index of an edit's gate, or of a condition's value, in StepContext.opened; of a reading in `readings`.
     target: Tensor  # [E]
     gated: BoolArray  # [E]
-    inside: Tensor  # [E] bool; all but latched conditions that look at no token of their scope
+    inside: Tensor  # [E] bool; true for all but latched conditions that look at no token of their scope
 
 
 class Entries:
-    """Pairs [start, end) of a part: entries of one kind at one place."""
+    """Holds the pairs [start, end) of a part: entries of one kind at one place."""
 
     def __init__(self, pairs: Pairs, setting: Setting, site: Site, layer: int, start: int, end: int) -> None:
         self.setting, self.site, self.layer = setting, site, layer
@@ -74,7 +74,7 @@ class Entries:
         fresh[0] = True
         np.not_equal(self.entry[1:], self.entry[:-1], out=fresh[1:])
         self.own = self.entry[fresh]  # [k] the entries, ascending
-        # [E] which of the k entries; None when each is at one row.
+        # [E]: which of the k entries; None when each is at one row.
         self.which = None if len(self.own) == len(self.entry) else np.cumsum(fresh) - 1
         self.gate = pairs.target[self.span] if pairs.gated[self.span].any() else None
 
@@ -94,16 +94,16 @@ class Entries:
         return None if self.which is None else self.tensor(self.which)
 
     def each(self, values: Tensor) -> Tensor:
-        """[k, ...] -> [E, ...]"""
+        """Spreads values [k, ...] of the entries to their pairs [E, ...]."""
         return values if self.index is None else values.index_select(0, self.index)
 
     def ints(self, column: int) -> IntArray:
-        """Of the k entries."""
+        """Returns a column of the k entries."""
         values: IntArray = self.host.ints[self.own, column].astype(np.int64)
         return values
 
     def floats(self, column: int) -> Tensor:
-        """Of the E pairs."""
+        """Returns a column of the E pairs."""
         return self.tensor(self.host.floats[self.entry, column])
 
     @property
@@ -111,11 +111,11 @@ class Entries:
         return self.setting.widths[self.site]
 
     def vectors(self) -> Tensor:
-        """The vector of each of the k entries, [k, width]."""
+        """Returns the vector of each of the k entries, [k, width]."""
         return self.bank(self.ints(FIRST), self.width)
 
     def bank(self, rows: IntArray, width: int) -> Tensor:
-        """Vectors [n, width], float32: what is summed over them would overflow or round in less."""
+        """Returns vectors [n, width] in float32: sums over them would overflow or round in a narrower dtype."""
         return self.setting.tables.bank(width).data.index_select(0, self.tensor(rows)).float()
 
     def tensor(self, array: np.ndarray) -> Tensor:
@@ -125,7 +125,7 @@ class Entries:
     def earlier(self) -> tuple[Tensor, Tensor] | None:
         """Pairs (later, earlier) of entries at one row, where edits that commute run as one; None when no row has two.
 
-        Entries of a row are in the order of its program.
+        The entries of a row are in the order of its program.
         """
         order = np.argsort(self.row, kind="stable")
         ordered = self.row[order]
@@ -140,10 +140,10 @@ class Entries:
 
 
 class Units:
-    """The neurons or heads of entries: U units, those of a pair one after the other."""
+    """Holds the neurons or heads of entries: U units, with those of a pair one after the other."""
 
     def __init__(self, entries: Entries, in_row: int) -> None:
-        """`in_row`: units in a row of x."""
+        """`in_row` is the number of units in a row of x."""
         self.entries = entries
         ints = entries.host.ints[entries.entry]
         counts = ints[:, COUNT].astype(np.int64)
@@ -170,8 +170,8 @@ class Units:
         return opened.index_select(0, self.group)
 
     def norms_before(self, norms: Tensor, energy: Tensor) -> Tensor:
-        """|h| that each entry was given: that of the row, changed by the entries before it. `energy` [U] is what |h|²
-        gained."""
+        """Returns the |h| that each entry was given: that of the row, changed by the entries before it. `energy` [U] is
+        what |h|² gained."""
         if self.entries.earlier is None:
             return norms
         later, earlier = self.entries.earlier
@@ -179,12 +179,12 @@ class Units:
         return norms.square().index_add_(0, later, gained.index_select(0, earlier)).clamp_min_(0.0).sqrt_()
 
     def moved(self, norms: Tensor, squares: Tensor) -> Tensor:
-        """|delta| of each pair, `squares` [U] being those of the differences."""
+        """Returns |delta| of each pair; `squares` [U] are the squared differences."""
         return torch.zeros_like(norms).index_add_(0, self.group, squares).sqrt()
 
 
 class TargetRule:
-    """h + s (t(h) - h), with the norm kept if asked; subclasses give the target. At most one entry a row."""
+    """Computes h + s (t(h) - h), with the norm kept if asked; subclasses give t. A row has at most one entry."""
 
     def __init__(self, entries: Entries, *, preserve_norm: bool) -> None:
         self.entries = entries
@@ -200,7 +200,7 @@ class TargetRule:
         edited = interpolate(h, self.target(h, norms), entries.strength[:, None])
         if self.preserve_norm:
             reached = row_norms(edited)
-            # A strength of 0 must leave the bits alone, and x * (n / n) may not; nothing rescales an empty row.
+            # A strength of 0 must leave the bits alone, and x * (n / n) may not; no factor rescales an empty row.
             fixed = (entries.strength == 0) | (reached == 0)
             scale = torch.where(fixed, torch.ones_like(reached), norms / reached)
             edited = edited * scale[:, None]
@@ -212,7 +212,7 @@ class TargetRule:
 
 
 class Grid:
-    """Pairs of k entries laid out [k, most pairs of one entry], so that all entries form one batched product."""
+    """Arranges the pairs of k entries as [k, most pairs of one entry], so that all entries form one batched product."""
 
     def __init__(self, entries: Entries) -> None:
         which = np.arange(len(entries)) if entries.which is None else entries.which

@@ -1,4 +1,4 @@
-"""What the server knows of a kind of edit or readout, from the message to the tables: one entry of the registry."""
+"""A spec is what the server knows of a kind of edit or readout, from the message to the tables: one registry entry."""
 
 import math
 from collections.abc import Callable
@@ -35,12 +35,12 @@ def check_neuron_site(where: Where, done: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class EditNumbers:
-    """An edit as the tables take it: `payload` by layer is what `table` says, `bounds` are its LOW and HIGH."""
+    """Holds an edit as the tables take it: `payload` by layer is what `table` says, `bounds` are its LOW and HIGH."""
 
     table: EditTable
     payload: dict[int, Payload]
     bounds: tuple[float, float] = (-math.inf, math.inf)
-    # Where it is done, if not at the site that it names.
+    # The site at which the edit runs, if not at the one that it names.
     site: Site | None = None
 
 
@@ -49,22 +49,22 @@ class EditSpec:
     """`decode` turns the message into the dataclass and refuses what is wrong for every model; `bind` refuses what does
     not fit this one, and resolves artifacts. Both raise InvalidArgument with the field path."""
 
-    # In the message Edit. Policies, metrics and the audit record call the kind by the same name.
+    # The name in the message Edit. Policies, metrics and the audit record call the kind by the same name.
     name: str
     kind: type[EditKind]
     decode: Callable[[Any, str], EditKind]
     bind: Callable[[Any, Where], EditNumbers]
     # The functions of patchclamp.programs that build it.
     builders: tuple[str, ...]
-    # The field in which a request brings vectors or matrices of its own, "" where there is none.
+    # Returns the field in which a request brings its own vectors or matrices, "" where there is none.
     inline: Callable[[Any], str]
-    # The artifact that says at which layers the edit is, where the edit names none.
+    # Returns the artifact that says at which layers the edit is, where the edit names none.
     layers_from: Callable[[Any], str | None] = lambda kind: None
 
 
 @dataclass(frozen=True, eq=False)
 class ReadoutNumbers:
-    """As in BoundReadout."""
+    """The fields are as in BoundReadout."""
 
     vectors: dict[int, Tensor] = field(default_factory=dict)
     ids: tuple[int, ...] = ()
@@ -74,9 +74,9 @@ class ReadoutNumbers:
 
 @dataclass(frozen=True, eq=False)
 class ReadoutSpec:
-    """`table` None: attention answers it, and the tables know nothing of it."""
+    """With `table` None attention answers the readout, and the tables know nothing of it."""
 
-    # In the message Readout.
+    # The name in the message Readout.
     name: str
     kind: type[ReadoutKind]
     decode: Callable[[Any, str], ReadoutKind]

@@ -1,4 +1,4 @@
-"""Edits by one vector: its message, and the numbers it is bound to."""
+"""This handles edits by one vector: its message, and the numbers that it is bound to."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,12 @@ from patchclamp_server.interventions.program import Vector
 from patchclamp_server.interventions.tensor_messages import decode_tensor
 
 if TYPE_CHECKING:
-    # The engine runs where the messages are not installed.
+    # The engine also runs where the messages are not installed.
     from patchclamp.v1 import program_pb2 as pb
 
 
 def vector_in(proto: Any, field: str) -> Vector:
-    """The field `vector` of a message that needs one."""
+    """Returns the field `vector` of a message that needs one."""
     required(proto, "vector", field)
     return decode_vector(proto.vector, f"{field}.vector")
 
@@ -48,5 +48,5 @@ def payload_of(vector: Vector, where: Where, *, unit: bool) -> dict[int, Payload
 
 
 def inline_vector(name: str) -> Callable[[Any], str]:
-    """EditSpec.inline of a kind with one vector."""
+    """Returns the EditSpec.inline of a kind with one vector."""
     return lambda kind: "" if kind.vector.values is None else f"{name}.vector.values"

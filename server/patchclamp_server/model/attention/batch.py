@@ -1,4 +1,4 @@
-"""Block tables and masks of one step: what attention reads besides queries, keys and values."""
+"""The block tables and masks of one step are what attention reads besides queries, keys and values."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,12 +11,12 @@ from torch import Tensor
 from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.attention.spans import Span, Spans
 
-# Rows of one sequence whose keys are read together.
+# The keys of so many rows of one sequence are read together.
 _TILE_ROWS = 8
 
 
 class AttentionBatch:
-    """Block tables and masks of one step, shared by all layers; those that are asked for."""
+    """Makes the block tables and masks of one step when they are first asked for; all layers share them."""
 
     def __init__(self, spans: Spans | Sequence[Span], block_size: int, windows: set[int], device: torch.device) -> None:
         self.spans = spans if isinstance(spans, Spans) else Spans.of(spans, block_size)
@@ -29,12 +29,12 @@ class AttentionBatch:
 
     @property
     def tables(self) -> IntArray:
-        """Block tables of all spans."""
+        """The block tables of all spans."""
         return self.spans.tables
 
     @cached_property
     def tiles(self) -> IntArray:
-        """[n, 4]: sequence, first row, number of rows and position of the first, of rows that follow each other."""
+        """Tiles [n, 4] of consecutive rows: sequence, first row, number of rows, position of the first row."""
         n, starts, offsets = self.spans.n, self.spans.starts, self.spans.offsets
         first = np.arange(self.n_single)
         single = np.stack((first, starts[: len(first)], n[: len(first)], offsets[: len(first)]), axis=1)
@@ -44,12 +44,12 @@ class AttentionBatch:
             for row in range(0, n[i], _TILE_ROWS)
         ]
         tiles = np.concatenate((single, np.array(chunks, dtype=np.int64).reshape(-1, 4)))
-        # The last rows of a prompt see the most keys: each half of the tiles has as many of them.
+        # The last rows of a prompt see the most keys, so they are dealt evenly to both halves of the tiles.
         return np.concatenate((tiles[::2], tiles[1::2][::-1]))
 
     @cached_property
     def n_keys(self) -> int:
-        """Keys that are read, once for each tile."""
+        """Counts the keys that are read, once for each tile."""
         return int((self.tiles[:, 2] + self.tiles[:, 3]).sum())
 
     @cached_property
@@ -66,7 +66,7 @@ class AttentionBatch:
 
     @cached_property
     def positions(self) -> IntArray:
-        """Those of the single-token rows."""
+        """The positions of the single-token rows."""
         return self.spans.offsets[: self.n_single]
 
     @property
@@ -77,7 +77,7 @@ class AttentionBatch:
         return self._gathered
 
     def mask(self, window: int) -> Tensor:
-        """[single rows, 1, 1, keys]: 0 where a row sees a key of `gathered`, -inf elsewhere."""
+        """Returns a mask [single rows, 1, 1, keys]: 0 where a row sees a key of `gathered`, -inf elsewhere."""
         if window not in self._masks:
             positions = self.positions[:, None]
             visible = is_visible(positions, np.arange(self.single_tables.shape[1] * self.block_size)[None], window)
@@ -102,7 +102,7 @@ class _Chunk:
         self.length = offset + n
         n_blocks = (self.length + block_size - 1) // block_size
         self.table = torch.from_numpy(table[:n_blocks]).to(device)
-        # The first chunk of a prompt needs no cache: its keys are its own rows.
+        # The first chunk of a prompt needs no cache, because its keys are its own rows.
         self.fresh = offset == 0
         positions = torch.arange(offset, self.length, device=device)[:, None]
         keys = torch.arange(self.length, device=device)[None]
@@ -115,6 +115,6 @@ class _Chunk:
 
 
 def is_visible(positions: Any, keys: Any, window: int) -> Any:
-    """Whether a row at `positions` [n, 1] sees keys [1, m]; both arrays or both tensors."""
+    """Returns whether a row at `positions` [n, 1] sees keys [1, m]; both are arrays or both are tensors."""
     visible = keys <= positions
     return visible & (positions - keys < window) if window else visible

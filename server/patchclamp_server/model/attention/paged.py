@@ -1,8 +1,8 @@
-"""Attention of a ragged batch over the paged KV cache: what runs on a CPU, and the reference for kernels.
+"""Attention of a ragged batch over the paged KV cache, for CPUs and as the reference for kernels.
 
     z_h = Σ_j softmax_j(cap(q_h · k_j · scale)) v_j      over keys j ≤ position, j > position - window
 
-q [T, n_heads, head_dim]; the pool of a layer is [2, n_blocks, block_size, n_kv_heads, head_dim] (keys, values). On a
+q is [T, n_heads, head_dim]; the pool of a layer is [2, n_blocks, block_size, n_kv_heads, head_dim] (keys, values). On a
 CPU in float32 row_attention.py computes all rows. Elsewhere rows that bring one token (decode) are computed together
 over their padded block tables, and a chunk of a prompt over its own. Block 0 is never given out and stays zero: padded
 entries of a block table point at it.
@@ -17,12 +17,12 @@ from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.attention.batch import AttentionBatch, is_visible
 from patchclamp_server.model.attention.peaks import LayerPeaks
 
-# Scores [n_heads, rows, keys] of one block of rows whose peaks are read.
+# One block of rows whose peaks are read has at most so many scores [n_heads, rows, keys].
 _PEAK_SCORES = 1 << 22
 
 
 def _scaled(products: Tensor, scale: float, soft_cap: float) -> Tensor:
-    """Returns cap(q · k · scale) of products q · k; a soft cap of 0 is none."""
+    """Returns cap(q · k · scale) of products q · k; a soft cap of 0 means none."""
     scores = products * scale
     return torch.tanh(scores / soft_cap) * soft_cap if soft_cap else scores
 
@@ -32,8 +32,8 @@ def visible_scores(
 ) -> Tensor:
     """Returns the scores [n_heads, n, m] of queries for keys of their sequence, float32: -inf where one is not seen.
 
-    q [n, n_heads, head_dim], tokens at `positions` [n]; columns [n_kv_heads, head_dim, m], float32: the keys of
-    positions 0 to m - 1, as `key_columns` gives them.
+    q [n, n_heads, head_dim] are the queries of tokens at `positions` [n]; columns [n_kv_heads, head_dim, m] are the
+    float32 keys of positions 0 to m - 1, as `key_columns` gives them.
     """
     n, n_heads, dim = q.shape
     n_kv, end = len(columns), columns.shape[2]
@@ -45,15 +45,15 @@ def visible_scores(
 
 
 def key_columns(keys: Tensor) -> Tensor:
-    """keys [m, n_kv_heads, head_dim] -> [n_kv_heads, head_dim, m], float32."""
+    """Transposes keys [m, n_kv_heads, head_dim] to [n_kv_heads, head_dim, m] in float32."""
     return keys.float().permute(1, 2, 0)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
-    """q [B, H, n, D], k and v [B, H, keys, D]; mask None is causal."""
+    """Returns z of q [B, H, n, D], k and v [B, H, keys, D]; mask None is causal."""
     if not soft_cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    # In float32, as the other branch has them inside: float16 would overflow before the cap holds.
+    # Scores are in float32, as inside the other branch: float16 would overflow before the cap applies.
     scores = _scaled(q.float() @ k.float().transpose(-1, -2), scale, soft_cap)
     if mask is None:
         mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
@@ -84,7 +84,7 @@ def paged_attention(
     key_pool.view(-1, n_kv, dim).index_copy_(0, slots, k)
     value_pool.view(-1, n_kv, dim).index_copy_(0, slots, v)
     if pool.device.type == "cpu" and pool.dtype == torch.float32:
-        # Compiled by numba, which only this path needs.
+        # numba compiles it, and only this path needs numba.
         from patchclamp_server.model.attention.row_attention import attend_rows
 
         return attend_rows(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap, peaks=peaks)
@@ -130,9 +130,9 @@ def _find_peaks(
     window: int,
     soft_cap: float,
 ) -> None:
-    """Peaks of `rows` of q, tokens at `positions` of one sequence whose keys are `keys` [n, n_kv_heads, head_dim].
+    """Fills in the peaks of `rows` of q: tokens at `positions` of one sequence with `keys` [n, n_kv_heads, head_dim].
 
-    A block of rows at a time: the scores of all would be the attention matrix.
+    It takes a block of rows at a time, because the scores of all rows would be the attention matrix.
     """
     columns = key_columns(keys)
     step = max(1, _PEAK_SCORES // (q.shape[1] * len(keys)))
@@ -143,12 +143,12 @@ def _find_peaks(
         scores = visible_scores(
             q.index_select(0, own), at, columns[:, :, :end], scale=scale, window=window, soft_cap=soft_cap
         )
-        # Of equals, max gives the first.
+        # Among equals, max gives the first.
         largest, where = scores.max(dim=2)
         total = scores.logsumexp(dim=2)
         peaks.positions.index_copy_(0, own, where.t().to(torch.int32))
         peaks.probabilities.index_copy_(0, own, (largest - total).exp_().t())
         if peaks.off_sink is not None:
-            # A column of -inf stands for the keys of a row that sees the first alone.
+            # A row that sees the first key alone then has a column of -inf only, which becomes 0.
             scores[:, :, 0] = float("-inf")
             peaks.off_sink.index_copy_(0, own, (scores.amax(dim=2) - total).exp_().t())

@@ -1,12 +1,11 @@
-"""Where heads look: what attention tells of itself in a step.
+"""The peak of a head is the position that it attends to most; attention reports it in a step.
 
     peak_th     = argmax_j softmax_j(s_thj), the lowest position of equals, and its probability
     off_sink_th = max_{j > 0} softmax_j(s_thj), 0 where a row sees no key but that of position 0
 
-Attention has all of it at hand while it computes z: no attention matrix is kept. A head that has nothing to do attends
-to the first token (the attention sink: Xiao et al. 2024): its peak is then near 1, and says nothing. Off the sink the
-probabilities are still those of the whole softmax, so that a head at rest is near 0, and not the largest of very
-little.
+Attention knows all of this while it computes z, so no attention matrix is kept. A head that has nothing to do attends
+to the first token (the attention sink: Xiao et al. 2024); its peak is then near 1, and says nothing. Off the sink the
+probabilities are still those of the whole softmax, so that a head at rest is near 0.
 """
 
 from collections.abc import Mapping
@@ -23,19 +22,19 @@ from patchclamp_server.model.arrays import IntArray
 
 @dataclass(frozen=True, eq=False)
 class LayerPeaks:
-    """What attention of one layer fills in: at least `rows`, ascending. Numbers of other rows mean nothing."""
+    """Attention of one layer fills these in, at least for `rows`, ascending. Values of other rows mean nothing."""
 
     rows: IntArray
     positions: Tensor  # int32 [T, n_heads]
     probabilities: Tensor  # float32 [T, n_heads]
-    off_sink: Tensor | None  # float32 [T, n_heads], where asked for
-    # On a CPU: the place of the layer in the arrays [layers, T, n_heads] that the tensors are part of.
+    off_sink: Tensor | None  # float32 [T, n_heads], where it is asked for
+    # On a CPU, this is the layer's index in the arrays [layers, T, n_heads] that the tensors are part of.
     place: int
     arrays: tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None] | None
 
 
 class Peaks:
-    """Memory for the peaks of all layers that are read, so that they come to the host at once."""
+    """Holds the peaks of all layers that are read in one memory, so that they are copied to the host at once."""
 
     def __init__(
         self,
@@ -46,7 +45,7 @@ class Peaks:
         *,
         off_sink: bool = False,
     ) -> None:
-        """`rows` that are asked for at each layer, of the `n_rows` of the step."""
+        """`rows` has the rows that are asked for at each layer, of the `n_rows` of the step."""
         shape = (len(rows), n_rows, n_heads)
         self.positions = torch.empty(shape, dtype=torch.int32, device=device)
         self.probabilities = torch.empty(shape, dtype=torch.float32, device=device)
@@ -54,7 +53,7 @@ class Peaks:
         self.layers = self._layers(rows)
 
     def with_off_sink(self) -> "Peaks":
-        """The same memory, and some for what is off the sink."""
+        """Returns peaks with the same memory, and with memory for the values off the sink."""
         more = copy(self)
         more.off_sink = torch.empty_like(self.probabilities)
         more.layers = more._layers({layer: own.rows for layer, own in self.layers.items()})

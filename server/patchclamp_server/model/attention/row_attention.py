@@ -1,15 +1,15 @@
-"""Attention on a CPU in float32, of decoding rows and of chunks of prompts alike: every row by itself, in one order.
+"""Attention on a CPU in float32 computes every row by itself in one order, in decoding and in prompt chunks alike.
 
     z_h = Σ_j w_j v_j / Σ_j w_j,   w_j = exp(s_hj - max_j s_hj),   s_hj = cap(q_h · k_j · scale)
 
 Rows of one sequence that follow each other form a tile, so that keys and values are read once for all of them and for
 all query heads of a KV head, where they are in the pool. Keys are taken 16 at a time from the beginning of the
 sequence, whatever the tile: the bits of a row depend neither on its neighbours, nor on where its prompt was cut into
-chunks, nor on the number of threads. Scores are kept for one tile and KV head, no attention matrix is. The largest
-score is known before the first exponential, so where heads look costs next to nothing (peaks.py).
+chunks, nor on the number of threads. Scores are kept for one tile and KV head; no attention matrix is kept. The largest
+score is known before the first exponential, so the peaks of heads (peaks.py) cost next to nothing.
 
-Compiled once and cached on disk; a change in cpu/invariant/tiles.py needs one here. NaN and infinities are values
-like any other.
+numba compiles this once and caches it on disk; a change in cpu/invariant/tiles.py needs a change here. NaN and
+infinities are values like any other.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
@@ -30,7 +30,7 @@ from patchclamp_server.cpu.vector import LINE, prefetch
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.peaks import LayerPeaks
 
-_KEYS = 16  # that are scored at once: the lanes of a vector
+_KEYS = 16  # keys that are scored at once: the lanes of a vector
 _NONE = np.empty((0, 0, 0), dtype=np.float32)
 _NO_PEAKS = np.empty((0, 0, 0), dtype=np.int32), _NONE, None
 
@@ -47,8 +47,8 @@ def attend_rows(
     soft_cap: float,
     peaks: LayerPeaks | None,
 ) -> Tensor:
-    """z [T, n_heads * head_dim] of all rows of a batch. q [T, n_heads, head_dim]; the pool of the layer
-    [2, n_blocks, block_size, n_kv_heads, head_dim] holds their keys already."""
+    """Returns z [T, n_heads * head_dim] of all rows of a batch, from q [T, n_heads, head_dim]. The layer's pool
+    [2, n_blocks, block_size, n_kv_heads, head_dim] holds their keys and values already."""
     n, n_heads, dim = q.shape
     z = np.empty((n, n_heads * dim), dtype=np.float32)
     where, share, off_sink = _NO_PEAKS if peaks is None or peaks.arrays is None else peaks.arrays
@@ -77,17 +77,17 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_si
     group = n_heads // n_kv
     values_at = pool.shape[1] * size * n_kv * dim
     flat = pool.reshape(-1)
-    # Keys that do not lie in a block 16 by 16, or are no whole vectors, are copied to where they do.
+    # Keys that do not lie in a block 16 by 16, or are not whole vectors, are copied to where they do.
     width = (dim + _KEYS - 1) // _KEYS * _KEYS
     in_place = size % _KEYS == 0 and width == dim
     copied = np.zeros(_KEYS * width, dtype=np.float32)
     most = 0
     longest = 0
     for i in range(start, end):
-        # One row reads the keys of all heads, which lie together; more rows read those of a head again and again.
+        # A single row reads the keys of all heads, which lie together; more rows read those of one head repeatedly.
         most = max(most, n_heads if tiles[i, 2] == 1 else tiles[i, 2] * group)
         longest = max(longest, tiles[i, 3] + tiles[i, 2])
-    # An odd number of cache lines: the same key of all rows would share few places of the cache otherwise.
+    # This is an odd number of cache lines: otherwise the same key of all rows would share few places of the cache.
     longest = ((longest + _KEYS - 1) // _KEYS | 1) * _KEYS
     queries = np.zeros(most * width, dtype=np.float32)
     scores = np.empty(most * longest, dtype=np.float32)
@@ -99,7 +99,7 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_si
         n = rows * group
         together = n_kv if rows == 1 else 1
         end_key = position + rows
-        # Of the row that sees the earliest keys.
+        # This is the first chunk of the row that sees the earliest keys.
         first_chunk = (max(0, position - window + 1) if window else 0) // _KEYS
         n_chunks = (end_key + _KEYS - 1) // _KEYS - first_chunk
         for first_kv in range(0, n_kv, together):
@@ -129,7 +129,7 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_si
                 largest = _scale(own, first, last, scale, cap)
                 if peak.shape[0]:
                     j = first
-                    # A NaN is nowhere the largest.
+                    # If every score is NaN, no key equals the largest, and the search ends at `last`.
                     while j < last and own[j] != largest:
                         j += 1
                     h = (first_kv + v // n) * group + v % group
@@ -161,7 +161,7 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_si
                     peak[place, row + v % n // group, h] = share
                 if off_sink.shape[0]:
                     if not peak_at[place, row + v % n // group, h]:
-                        # The head looks at the first token: its peak off the sink is the largest of the other weights.
+                        # The head's peak is the first token: its peak off the sink is the largest other weight.
                         own = scores[v * longest : v * longest + n_chunks * _KEYS]
                         own[0] = np.float32(0)
                         share *= largest_of(own, 0, own.shape[0])
@@ -170,14 +170,14 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_si
 
 @_compiled
 def _ask_for(pool, at, table, size, stride, key):
-    """Asks for 16 keys or values of all heads before they are needed: head by head they are read in leaps."""
+    """Prefetches 16 keys or values of all heads, because reading them head by head jumps through memory."""
     here = at + (table[key // size] * size + key % size) * stride
     prefetch(pool, here, _KEYS * stride * 4 // LINE)
 
 
 @_compiled
 def _copy(pool, at, table, size, n_kv, kv, dim, key, end_key, copied, width):
-    """Up to 16 keys or values of a sequence, side by side; what follows the last one means nothing."""
+    """Copies up to 16 keys or values of a sequence side by side; what follows the last one means nothing."""
     for j in range(min(_KEYS, end_key - key)):
         here = at + ((table[(key + j) // size] * size + (key + j) % size) * n_kv + kv) * dim
         for d in range(dim):
@@ -186,9 +186,9 @@ def _copy(pool, at, table, size, n_kv, kv, dim, key, end_key, copied, width):
 
 @_compiled
 def _scale(scores, first, last, scale, cap):
-    """scores ← cap(scores · scale) from `first` to `last`, -inf in the others, and the largest."""
-    # Counted from 0, here and below: numba takes a place that may be negative for one from the end, and LLVM makes no
-    # vectors of those.
+    """Sets scores ← cap(scores · scale) from `first` to `last`, -inf in the others, and returns the largest."""
+    # Indices count from 0, here and below: numba takes an index that may be negative as one from the end, and LLVM does
+    # not vectorise those.
     n = scores.shape[0]
     for j in range(n):
         scores[j] *= scale
@@ -201,8 +201,8 @@ def _scale(scores, first, last, scale, cap):
 
 @_compiled
 def _softmax_weights(scores, first, last, largest, powers):
-    """scores ← exp(scores - largest) from `first` to `last`, 0 in the others, and their sum: that of each of 16 lanes,
-    and these by halves."""
+    """Sets scores ← exp(scores - largest) from `first` to `last`, 0 in the others, and returns their sum, which adds
+    each of 16 lanes and then these by halves."""
     n = scores.shape[0]
     for j in range(n):
         scores[j] -= largest
@@ -219,7 +219,7 @@ def _fill_hidden(scores, first, last, value):
 
 @_compiled
 def _add_chunk(scores, longest, values, here, stride, width, sums, start, n, group, position, window, key, c):
-    """Adds 16 values to the sums of n queries, for each those that it sees: to four at once where they see all."""
+    """Adds 16 values to the sums of n queries, for each those that it sees: four queries at once that see all."""
     v = 0
     while v < n:
         own = position + v // group

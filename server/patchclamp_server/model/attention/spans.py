@@ -1,4 +1,4 @@
-"""Where the rows of a ragged batch come from: spans of consecutive tokens of sequences, one by one or as arrays."""
+"""The rows of a ragged batch come from spans of consecutive tokens of sequences, which are single objects or arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """The spans of a step as arrays: those of one row come first.
+    """Holds the spans of a step as arrays; spans of one row come first.
 
-    Span i has `n` [S] rows, which follow those of span i - 1, tokens from position `offsets` [S] on; `tables`
+    Span i has `n` [S] rows, which follow those of span i - 1 and are tokens from position `offsets` [S] on; `tables`
     [S, blocks] has its blocks, at least as many as those tokens and the ones before them fill.
     """
 
@@ -46,13 +46,13 @@ class Spans:
 
     @cached_property
     def starts(self) -> IntArray:
-        """First row of each span, [S]."""
+        """The first row of each span, [S]."""
         starts: IntArray = np.cumsum(self.n) - self.n
         return starts
 
     @cached_property
     def n_single(self) -> int:
-        """Spans of one row. Raises ValueError where they are not the first ones."""
+        """The number of spans of one row. Raises ValueError where they are not the first ones."""
         single = self.n == 1
         found = int(single.sum())
         if not single[:found].all():
@@ -66,7 +66,7 @@ class Spans:
 
     @cached_property
     def positions(self) -> IntArray:
-        """Those of all rows, [T]."""
+        """The positions of all rows, [T]."""
         if self.n_single == len(self.n):
             return self.offsets
         positions: IntArray = np.arange(len(self.span_of)) + (self.offsets - self.starts)[self.span_of]
@@ -78,5 +78,5 @@ class Spans:
         return slots + self.positions % block_size
 
     def as_lists(self) -> list[tuple[int, int, list[int]]]:
-        """Returns rows, position of the first and blocks of each span."""
+        """Returns the number of rows, the position of the first row and the blocks of each span."""
         return list(zip(self.n.tolist(), self.offsets.tolist(), self.tables.tolist(), strict=True))

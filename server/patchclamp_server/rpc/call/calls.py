@@ -1,4 +1,4 @@
-"""What the calls that run the model share: decoding a request, running it, and following its events."""
+"""The calls that run the model share this: decoding a request, running it, and following its events."""
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,7 +13,7 @@ from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.call_observer import OBSERVER
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Priority, Request, SamplingParams, SparseInference, StopParams
-from patchclamp_server.errors import NotFound, RequestError
+from patchclamp_server.errors import NotFound
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
@@ -50,11 +50,11 @@ class Prepared:
     warnings: tuple[RequestWarning, ...] = ()
 
     def grounded(self, program: BoundProgram) -> BoundProgram:
-        """The program with what grounding reads, where it is asked for."""
+        """Returns the program with what grounding reads, where it is asked for."""
         return program if self.grounding is None else self.grounding.added_to(program)
 
     def builder(self, *, wait_for_readouts: bool = True) -> ResponseBuilder:
-        """Of the responses to a request. Nothing waits for readouts where the client asked for none."""
+        """Returns the builder of the responses. Nothing waits for readouts where the client asked for none."""
         grounded = None
         if self.grounding is not None:
             grounded = GroundedTokens(self.grounding, self.prompt.ids, self.prompts.text_of)
@@ -69,7 +69,7 @@ class Prepared:
         )
 
     def to_request(self, on_event: Callable[[Event], None], deadline: float | None, **changes: Any) -> Request:
-        """`changes`: further fields of Request, or others than those of the message."""
+        """Returns the engine's request. `changes` are further fields of Request, or replace those of the message."""
         fields: dict[str, Any] = {
             "tokens": self.prompt.ids,
             "on_event": on_event,
@@ -134,24 +134,14 @@ def check_model(name: str, model: ModelInfo) -> None:
 
 
 def deadline_of(context: Any) -> float | None:
-    """The call's deadline on the clock of time.monotonic(), where it has one."""
+    """Returns the call's deadline on the clock of time.monotonic(); None where it has none."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
 
 
 @contextmanager
-def within(field: str) -> Iterator[None]:
-    """Errors raised inside are about the message at `field`."""
-    try:
-        yield
-    except RequestError as error:
-        error.field = f"{field}.{error.field}" if error.field else field
-        raise
-
-
-@contextmanager
 def running(engine: Engine, request: Request) -> Iterator[int]:
-    """Submit, and leave nothing running behind: cancelling what has ended does nothing."""
+    """Submits a request, and leaves nothing running behind: cancelling a request that has ended does nothing."""
     observer = OBSERVER.get()
     request_id = engine.submit(request) if observer is None else observer.submit(engine, request)
     try:
@@ -161,7 +151,7 @@ def running(engine: Engine, request: Request) -> Iterator[int]:
 
 
 async def responses_of(stream: EventStream[Event], builder: ResponseBuilder) -> AsyncIterator[pb.GenerateResponse]:
-    """Responses up to and with the one that has `finished`. Raises the error of a request that failed."""
+    """Yields responses up to and including the one that has `finished`. Raises the error of a request that failed."""
     while True:
         for response in builder.responses(await stream.batch()):
             yield response

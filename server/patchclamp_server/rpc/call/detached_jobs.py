@@ -1,4 +1,4 @@
-"""Calls that go on without their client: what a call needs of gRPC, kept here, and what has come of each."""
+"""Detached jobs are calls that go on without their client; this keeps what they need of gRPC, and their results."""
 
 import asyncio
 import secrets
@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from patchclamp_server.errors import NotFound
 
-# Of the jobs of a tenant that have ended: nobody's results go for those of another.
+# So much is kept of the jobs of a tenant that have ended: no results are dropped for those of another tenant.
 KEPT_SECONDS = 24 * 3600.0
 MAX_KEPT = 256
 MAX_KEPT_BYTES = 64 * 1024 * 1024
@@ -29,7 +29,7 @@ class JobState(Enum):
 
 @dataclass(eq=False)
 class DetachedJob:
-    """One job, in the event loop of the server. `results`: its responses but those that tell progress."""
+    """One job, in the event loop of the server. `results` has its responses but those that report progress."""
 
     id: str
     method: str
@@ -39,7 +39,7 @@ class DetachedJob:
     ended: float | None = None
     state: JobState = JobState.RUNNING
     results: list[Message] = field(default_factory=list)
-    # The last response that told progress, and how many did.
+    # These are the last response that reported progress, and how many did.
     progress: Message | None = None
     told: int = 0
     status: grpc.Status | None = None
@@ -59,7 +59,7 @@ class DetachedJob:
         self._wake()
 
     async def responses(self) -> AsyncGenerator[Message, None]:
-        """All results, the progress as it is now, and what comes, until the job has ended."""
+        """Yields all results, the latest progress, and what comes later, until the job has ended."""
         given, told = 0, 0
         while True:
             changed = self._changed
@@ -84,7 +84,7 @@ class DetachedJob:
 
 
 class DetachedContext:
-    """In place of gRPC's context: who called is known, nobody waits, and what is written is kept."""
+    """Replaces gRPC's context: it knows who called, nobody waits, and what is written is kept."""
 
     def __init__(self, call: Any, job: DetachedJob) -> None:
         self._metadata = tuple(call.invocation_metadata() or ())
@@ -102,10 +102,10 @@ class DetachedContext:
         return self._peer
 
     def time_remaining(self) -> None:
-        """A job has no deadline."""
+        """Returns None: a job has no deadline."""
 
     def code(self) -> None:
-        """A handler that returns has succeeded."""
+        """Returns None: a handler that returns has succeeded."""
 
     async def write(self, response: Message) -> None:
         self._job.add(response)
@@ -130,8 +130,8 @@ class DetachedJobs:
     def start(
         self, method: str, tenant: str, call: Callable[[DetachedJob], Awaitable[None]], key: str = ""
     ) -> DetachedJob:
-        """`call` answers the job; it runs in a task of its own, in a copy of the context of this one. A job of the
-        tenant that was begun with this key is begun once."""
+        """Starts a job, which `call` answers in a task of its own, in a copy of this context. A job of the tenant that
+        was started with this key is not started again."""
         self._forget(tenant)
         for job in self.of(tenant) if key else ():
             if job.key == key:
@@ -150,24 +150,24 @@ class DetachedJobs:
         return job
 
     def of(self, tenant: str) -> list[DetachedJob]:
-        """The newest first."""
+        """Returns the tenant's jobs, the newest first."""
         return [job for job in reversed(self._jobs.values()) if job.tenant == tenant]
 
     async def cancel(self, job: DetachedJob) -> None:
-        """Returns when it has ended."""
+        """Cancels a job and returns when it has ended."""
         if job.task is not None and not job.task.done():
             job.task.cancel()
             await asyncio.wait([job.task])
-            # Its end is told by a callback, which comes after those who waited.
+            # A callback marks its end, which comes after those who waited.
             await asyncio.sleep(0)
 
     async def ended(self, seconds: float) -> None:
-        """Returns when none runs any more, or after `seconds`: a job may compute for long before it looks up."""
+        """Returns when no job runs any more, or after `seconds`: a job may compute for long before it checks."""
         if running := [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]:
             await asyncio.wait(running, timeout=seconds)
 
     def _forget(self, tenant: str) -> None:
-        """What ended a day ago, and the oldest of the tenant's that have ended, until its rest is within its bounds."""
+        """Drops jobs that ended a day ago, and the tenant's oldest ended ones until the rest is within its bounds."""
         now = time.time()
         for job in list(self._jobs.values()):
             if job.ended is not None and now - job.ended > KEPT_SECONDS:

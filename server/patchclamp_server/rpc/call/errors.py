@@ -1,7 +1,7 @@
-"""RequestError → gRPC status with google.rpc details, so that a client can act without reading prose.
+"""A RequestError becomes a gRPC status with google.rpc details, so that a client can act without reading prose.
 
-Every status carries an ErrorInfo (domain "patchclamp", a stable reason, the field path as metadata); besides
-INVALID_ARGUMENT a BadRequest, FAILED_PRECONDITION a PreconditionFailure, RESOURCE_EXHAUSTED a RetryInfo.
+Every status carries an ErrorInfo (domain "patchclamp", a stable reason, the field path as metadata). INVALID_ARGUMENT
+also carries a BadRequest, FAILED_PRECONDITION a PreconditionFailure, and RESOURCE_EXHAUSTED a RetryInfo.
 
 A request larger than the server's limit never reaches this code: gRPC itself answers RESOURCE_EXHAUSTED
 ("Received message larger than max"), without details and so without RetryInfo: sending it again cannot help.
@@ -43,12 +43,12 @@ MAPPINGS: dict[type[errors.RequestError], Mapping] = {
     errors.Unavailable: Mapping(grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.EngineFailure: Mapping(grpc.StatusCode.INTERNAL, "ENGINE_FAILURE"),
 }
-# What a client learns of a failure that is the server's own.
+# A client is told this of a failure that is the server's own.
 INTERNAL_MESSAGE = "internal error; the server's log has the details"
 
 
 def mapping_of(error: errors.RequestError) -> Mapping:
-    """Of the nearest class that has one; a RequestError without any is a fault of the server."""
+    """Returns the mapping of the nearest class that has one; a RequestError without any is a fault of the server."""
     for cls in type(error).__mro__:
         if cls in MAPPINGS:
             return MAPPINGS[cls]
@@ -56,7 +56,7 @@ def mapping_of(error: errors.RequestError) -> Mapping:
 
 
 def to_status(error: errors.RequestError) -> grpc.Status:
-    """code, details and trailing_metadata (grpc-status-details-bin) for `context.abort`."""
+    """Returns code, details and trailing_metadata (grpc-status-details-bin) for `context.abort`."""
     mapping = mapping_of(error)
     is_internal = mapping.code is grpc.StatusCode.INTERNAL
     message = INTERNAL_MESSAGE if is_internal else _shortened(error.message)

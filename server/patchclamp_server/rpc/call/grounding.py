@@ -1,11 +1,11 @@
-"""Grounding: which tokens of the prompt a generated token was copied from, told by retrieval heads as it is generated.
+"""Grounding tells from which prompt tokens a generated token was copied, by retrieval heads as it is generated.
 
     source of token t at position p + 1:  (h, j) with j = argmax_i a_h(p, i), j in the prompt, and token j is t
     grounded ratio = |{generated tokens that have a source}| / |{generated tokens}|
 
-a_h(p, i): attention probability of head h from position p to i, over the heads of a set. The hit is that of a needle
-run (analysis/heads/retrieval/retrieval_scores.py; Wu et al. 2024) with the whole prompt for the needle: ours,
-METHODS.md H2. It needs one more readout in the program of the request, of these heads alone, and no attention matrix.
+a_h(p, i) is the attention probability of head h from position p to i, over the heads of a set. A hit is that of a
+needle run (analysis/heads/retrieval/retrieval_scores.py; Wu et al. 2024) with the whole prompt as the needle; this is
+ours, METHODS.md H2. It needs one more readout of these heads in the program of the request, and no attention matrix.
 """
 
 from collections import Counter, defaultdict
@@ -20,7 +20,7 @@ from patchclamp_server.model.sites import Site
 
 @dataclass(frozen=True)
 class CopySource:
-    """Fields as in the message of this name."""
+    """The fields are as in the message of this name."""
 
     position: int
     layer: int
@@ -30,7 +30,7 @@ class CopySource:
 
 @dataclass(frozen=True)
 class GroundedRange:
-    """Prompt positions start ≤ p < end; `tokens` that were copied from them."""
+    """Prompt positions start ≤ p < end, from which `tokens` tokens were copied."""
 
     start: int
     end: int
@@ -40,8 +40,8 @@ class GroundedRange:
 
 @dataclass(frozen=True)
 class GroundingReport:
-    """Ranges in order, never next to another. Each token counts where its most probable source is, so that the tokens
-    of all ranges are `grounded_tokens`."""
+    """Ranges are in order and never adjacent. Each token counts where its most probable source is, so that the tokens
+    of all ranges add up to `grounded_tokens`."""
 
     grounded_ratio: float
     grounded_tokens: int
@@ -50,7 +50,7 @@ class GroundingReport:
 
 @dataclass(frozen=True, eq=False)
 class Grounding:
-    """The heads that are asked, as one more readout of a program, under a name that none of its own has."""
+    """Reads the chosen heads as one more readout of a program, under a name that none of its own has."""
 
     readout: BoundReadout
 
@@ -66,24 +66,24 @@ class Grounding:
         return cls(BoundReadout(name, HeadReadout, Site.ATTN_Z, tuple(asked), GENERATING, {}, (), 0, asked))
 
     def added_to(self, program: BoundProgram) -> BoundProgram:
-        """The program as its receipt knows it, and the readout."""
+        """Returns the program as its receipt knows it, with the readout added."""
         return replace(program, readouts=(*program.readouts, self.readout))
 
 
 class GroundedTokens:
-    """Follows the events of one grounded request, in their order: a row is read before the token it generates."""
+    """Follows the events of one grounded request in order: a row is read before the token that it generates."""
 
     def __init__(self, grounding: Grounding, prompt: Sequence[int], text_of: Callable[[Sequence[int]], str]) -> None:
         self._readout = grounding.readout
         self._prompt = prompt
         self._text_of = text_of
-        # What was read at rows whose token is still to come, by position.
+        # These are the values read at rows whose token is still to come, by position.
         self._read: dict[int, list[ReadoutValue]] = {}
         self._tokens = 0
         self._copied: Counter[int] = Counter()
 
     def take(self, values: Iterable[ReadoutValue]) -> list[ReadoutValue]:
-        """Keeps the values of the grounding; those of other readouts come back."""
+        """Keeps the values of the grounding, and returns those of other readouts."""
         others = []
         for value in values:
             if value.name == self._readout.name:
@@ -93,7 +93,7 @@ class GroundedTokens:
         return others
 
     def sources(self, position: int, token: int) -> list[CopySource]:
-        """Where the generated `token` at `position` was copied from, most probable first."""
+        """Returns where the generated `token` at `position` was copied from, the most probable source first."""
         found = [
             CopySource(at, value.layer, head, probability)
             for value in self._read.pop(position - 1, ())
@@ -107,7 +107,7 @@ class GroundedTokens:
         return found
 
     def report(self) -> GroundingReport:
-        """Of the tokens so far. Nothing generated is nothing grounded."""
+        """Returns the report on the tokens so far. Where nothing is generated, nothing is grounded."""
         grounded = self._copied.total()
         return GroundingReport(grounded / self._tokens if self._tokens else 0.0, grounded, tuple(self._ranges()))
 

@@ -1,4 +1,4 @@
-"""Who calls: the tenant of a bearer token, or the name on the client's certificate."""
+"""A caller is the tenant of a bearer token, or the name on the client's certificate."""
 
 import hashlib
 import ssl
@@ -14,7 +14,7 @@ Context = Any
 
 @dataclass(frozen=True)
 class Identity:
-    """`token`, `certificate`: what names them in the audit log, "" where there is none."""
+    """`token` and `certificate` name them in the audit log; they are "" where there is none."""
 
     tenant: str = ""
     token: str = ""
@@ -22,7 +22,7 @@ class Identity:
 
 
 def identify(context: Context, security: Security) -> Identity:
-    """Raises Unauthenticated. Where neither tokens nor client certificates are asked for, everybody is tenant ""."""
+    """Returns who calls: tenant "" where neither tokens nor certificates are asked for. Raises Unauthenticated."""
     certificate = _certificate_id(context)
     if security.tokens is not None:
         token = security.tokens.value.find(_bearer(context))
@@ -43,7 +43,7 @@ def _bearer(context: Context) -> str:
 
 
 def _name(context: Context, is_listed: Callable[[str], bool]) -> str:
-    """The common name or an alternative name that the policy lists, else the common name."""
+    """Returns the common name or an alternative name that the policy lists, else the common name."""
     peer = context.auth_context()
     properties = ("x509_common_name", "x509_subject_alternative_name")
     names: list[str] = [name.decode("utf-8", "replace") for key in properties for name in peer.get(key, ())]
@@ -53,6 +53,6 @@ def _name(context: Context, is_listed: Callable[[str], bool]) -> str:
 
 
 def _certificate_id(context: Context) -> str:
-    """SHA-256 of the certificate, as openssl's -fingerprint has it, without colons."""
+    """Returns the SHA-256 of the certificate, as openssl's -fingerprint has it, without colons."""
     given = context.auth_context().get("x509_pem_cert", ())
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(given[0].decode("ascii"))).hexdigest() if given else ""

@@ -1,7 +1,7 @@
-"""What every call passes through: metrics, the count of calls in flight, and errors as statuses.
+"""Every call passes through this: metrics, the count of calls in flight, and errors as statuses.
 
-Handlers that stream are driven here, and their generators closed here, so that a call that is cancelled while it
-writes still runs the `finally` of its handler at once.
+Handlers that stream are driven here, and their generators closed here, so that a call that is cancelled while it writes
+still runs the `finally` of its handler at once.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from patchclamp_server.security.running_call import RunningCall
 
 logger = logging.getLogger(__name__)
 
-# grpc's own types do not say what an aio handler is; these are its shapes.
+# grpc's own types do not say what an aio handler is; these stand for its shapes.
 Context = Any
 Handler = Any
 
@@ -37,20 +37,20 @@ class Method:
 
     @classmethod
     def parse(cls, path: str) -> "Method":
-        """ "/patchclamp.v1.ModelService/ListModels" → its two parts."""
+        """Splits "/patchclamp.v1.ModelService/ListModels" into its two parts."""
         service, _, name = path.removeprefix("/").rpartition("/")
         return cls(service, name)
 
 
-# Label of a call to a method that does not exist: its name is the client's and so not of a closed set.
+# This labels a call to a method that does not exist, because a name from the client is not of a closed set.
 UNKNOWN = Method("unknown", "unknown")
 
 
 class InFlight:
-    """Counts calls that are being answered; after `close` no more may begin, `idle` resolves when none is left, and
-    `end` ends those that are.
+    """Counts calls that are being answered. After `close` no more may begin, `idle` resolves when none is left, and
+    `end` ends those that are left.
 
-    At most `max_calls` at once: streams of every kind, sessions, uploads and jobs that wait for their turn.
+    At most `max_calls` run at once: streams of every kind, sessions, uploads and jobs that wait for their turn.
     """
 
     def __init__(self, max_calls: int = DEFAULT_MAX_CALLS) -> None:
@@ -62,7 +62,7 @@ class InFlight:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """One call. Raises Unavailable after `close`, ResourceExhausted when there are `max_calls`."""
+        """Counts one call. Raises Unavailable after `close`, ResourceExhausted when there are `max_calls`."""
         if self._closed:
             raise Unavailable("", "the server is shutting down")
         if len(self._running) >= self._max_calls:
@@ -82,7 +82,7 @@ class InFlight:
         self._closed = True
 
     def end(self) -> None:
-        """They end with UNAVAILABLE."""
+        """Ends the calls with UNAVAILABLE."""
         for call in self._running:
             call.kill()
 
@@ -91,7 +91,7 @@ class InFlight:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """`counted`: services whose calls `in_flight` counts: those that a drain refuses and waits for."""
+    """`counted` names the services whose calls `in_flight` counts: those that a drain refuses and waits for."""
 
     def __init__(
         self, metrics: Metrics, in_flight: InFlight, counted: frozenset[str], security: CallSecurity | None = None
@@ -135,7 +135,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return make(unary, None, handler.response_serializer)
 
     async def answer_detached(self, method: Method, behaviour: Any, request: Any, context: Context) -> None:
-        """A call without a client, of a method that streams: it passes through all that others do."""
+        """Answers a call without a client, of a method that streams; it passes through all that others do."""
         await self._answer(method, context, lambda received: write_all(behaviour, received(request), context))
 
     async def _answer(self, method: Method, context: Context, answer: Callable[[Received], Awaitable[Any]]) -> Any:
@@ -193,7 +193,7 @@ class _Outcome:
     _callbacks: list[Callable[[str], None]] = field(default_factory=list)
 
     def then(self, callback: Callable[[str], None]) -> None:
-        """Called with the name of the code when the call has one."""
+        """Calls back with the name of the code when the call has one."""
         self._callbacks.append(callback)
 
     def end(self) -> None:
@@ -202,9 +202,9 @@ class _Outcome:
 
 
 def _decoding(handler: Handler) -> Callable[[Any], Any]:
-    """Message of the bytes that arrived, or messages of an iterator of them.
+    """Returns what decodes the bytes that arrived to a message, or an iterator of them to messages.
 
-    Left to gRPC, bytes that are no message would be answered as a fault of the server.
+    If gRPC did this, bytes that are not a message would be answered as a fault of the server.
     """
 
     parse = handler.request_deserializer or bytes
@@ -223,7 +223,7 @@ def _decoding(handler: Handler) -> Callable[[Any], Any]:
 
 
 async def write_all(behaviour: Any, request: Any, context: Context) -> None:
-    """Run a streaming handler, of either kind that grpc.aio has: a generator, or a coroutine that writes itself."""
+    """Runs a streaming handler, of either kind that grpc.aio has: a generator, or a coroutine that writes itself."""
     produced = behaviour(request, context)
     if not isinstance(produced, AsyncIterator):
         await produced
@@ -239,13 +239,13 @@ async def write_all(behaviour: Any, request: Any, context: Context) -> None:
 
 
 def code_of_cancelled(context: Context) -> grpc.StatusCode:
-    """Of a call that gRPC has cancelled: its deadline has passed, or else the client has left."""
+    """Returns the code of a call that gRPC has cancelled: its deadline has passed, or else the client has left."""
     expired = context.time_remaining() is not None and context.time_remaining() <= 0
     return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
 
 
 def code_set_by_handler(context: Context) -> grpc.StatusCode:
-    """OK unless the handler called set_code; grpc.aio gives what was set, a StatusCode or its number."""
+    """Returns OK unless the handler called set_code; grpc.aio gives what was set, a StatusCode or its number."""
     code = context.code()
     if isinstance(code, grpc.StatusCode):
         return code

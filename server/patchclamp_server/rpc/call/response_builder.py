@@ -1,4 +1,4 @@
-"""Engine events → GenerateResponse messages, as few as fit."""
+"""Turns engine events into GenerateResponse messages, as few as fit."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -11,9 +11,9 @@ from patchclamp_server.rpc.call.grounding import GroundedTokens
 from patchclamp_server.rpc.codecs.generation import encode_finished, encode_grounding, encode_source, encode_token
 from patchclamp_server.rpc.codecs.program import encode_readout_value, encode_warning
 
-# A response is closed once it is this large: clients refuse messages above 4 MiB by default.
+# A response is closed once it is this large, because clients refuse messages above 4 MiB by default.
 RESPONSE_BYTES = 1 << 20
-# Of a message besides its arrays; generous.
+# This bounds the bytes of a message besides its arrays; it is generous.
 OVERHEAD_BYTES = 64
 
 
@@ -23,8 +23,8 @@ class ResponseBuilder:
     The readouts at a token come out of the forward pass over it, one step after the token was chosen. With
     `wait_for_readouts` a token waits for them (its text does not), so that both arrive together. Without it, as in a
     lockstep session where that step needs the client's next Advance, they ride on the next token; every value names
-    its own position. With `grounded`, tokens carry their sources, which are known before they are. `warnings` go with
-    the first response. `piece` is the text of a token; the values of `token_readouts` get it for their ids.
+    its own position. With `grounded`, tokens carry their sources, which are known before the tokens. `warnings` go with
+    the first response. `piece` gives the text of a token; the values of `token_readouts` get it for their ids.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class ResponseBuilder:
         self._response = pb.GenerateResponse(warnings=[encode_warning(w) for w in warnings])
         self._bytes = 0
         self._held: pb.GeneratedToken | None = None
-        self._late: list[program_pb2.ReadoutValue] = []  # values whose token is already on its way
+        self._late: list[program_pb2.ReadoutValue] = []  # these are values whose token is already on its way
 
     def responses(self, events: Iterable[Event]) -> Iterator[pb.GenerateResponse]:
-        """Responses for a batch of events. Raises the error of a Failed event, after what came before it."""
+        """Yields responses for a batch of events. Raises the error of a Failed event, after what came before it."""
         for event in events:
             match event:
                 case Text(text):

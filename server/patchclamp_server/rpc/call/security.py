@@ -1,4 +1,4 @@
-"""The security of one call: who it is, whether it may, what it did. The interceptor puts every call through here."""
+"""The security of one call: who makes it, whether it may, what it did. The interceptor puts every call through it."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -19,11 +19,11 @@ Context = Any
 
 # Probes have no token.
 OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
-# Calls that take no place of `max_concurrent`: the job takes one, and whoever may have only one can still ask how it
+# These calls take no place of `max_concurrent`: the job takes one, and whoever may have only one can still ask how it
 # goes and cancel it. The kill switch ends the job, and so those who follow it.
 PLACELESS_SERVICES = frozenset({"patchclamp.v1.JobService"})
-# Calls that are in the audit log whatever their requests ran: they change what is watched, or run edits and sparse
-# policies of their own. Of their fields, these are recorded.
+# These calls are in the audit log whatever their requests ran, because they change what is watched, or run edits and
+# sparse policies of their own. The log records AUDITED_FIELDS of them.
 AUDITED_METHODS = frozenset(
     {
         "MonitoringService/StartWatch",
@@ -43,13 +43,13 @@ Received: TypeAlias = Callable[[Any], Any]
 
 
 class Ending(Protocol):
-    """Of the interceptor: calls back with the name of the status code when the call has one."""
+    """The interceptor implements this: it calls back with the name of the status code when the call has one."""
 
     def then(self, callback: Callable[[str], None]) -> None: ...
 
 
 class CallSecurity:
-    """`text_of`: of token ids, for prompts in the audit log."""
+    """`text_of` decodes token ids, for prompts in the audit log."""
 
     def __init__(self, security: Security, model: str, text_of: Callable[[tuple[int, ...]], str]) -> None:
         self._security = security
@@ -58,9 +58,9 @@ class CallSecurity:
 
     @asynccontextmanager
     async def call(self, service: str, name: str, context: Context, ending: Ending) -> AsyncIterator[Received]:
-        """Gives what the request is to be passed through once it is known: nothing is decoded for whoever may not call.
+        """Yields a function for the request, once it is decoded: nothing is decoded for whoever may not call.
 
-        Waits for a place among the calls of the tenant. Raises Unauthenticated, PermissionDenied or QuotaExceeded;
+        It waits for a place among the calls of the tenant. Raises Unauthenticated, PermissionDenied or QuotaExceeded;
         PermissionDenied also out of the block, when the kill switch ends it.
         """
         if service in OPEN_SERVICES or not self._security.is_configured:
@@ -86,7 +86,7 @@ class CallSecurity:
             return request
 
         ending.then(lambda code: self._audit(identity, context, method, arguments, record, code))
-        # Not reset: the context is that of the call's own task, and ends with it.
+        # These are not reset, because the context is that of the call's own task, and ends with it.
         CALLER.set(Caller(identity.tenant, tenant.rules.weight))
         ACCESS.set(access)
         running = RunningCall()
@@ -144,7 +144,7 @@ def _arguments(request: Any) -> dict[str, str | int]:
 
 
 class _NoMessage:
-    """In place of the descriptor of a stream of requests."""
+    """Stands for the descriptor of a stream of requests."""
 
     fields_by_name: tuple[str, ...] = ()
 

@@ -1,8 +1,8 @@
-"""Bounds of files that arrive: how large, how many bytes at once, and how slowly.
+"""Uploads are bounded in how large they are, how many bytes arrive at once, and how slowly.
 
-An upload takes the bytes it announces when it begins, and gives them back when it has been stored, refused or left.
-They are bytes of temporary files, and then of tensors that are checked; a client that announces much and sends little
-holds them for as long as `seconds_for` at most.
+An upload takes the bytes that it announces when it begins, and gives them back when it has been stored, refused or
+abandoned. They are bytes of temporary files, and then of tensors that are checked; a client that announces much and
+sends little holds them for at most `seconds_for`.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ from patchclamp_server.errors import DeadlineExceeded, ResourceExhausted
 
 M = TypeVar("M")
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 60.0
-# Of the time that uploads are known to take, how much the last one counts.
+# The last upload counts so much in the time that uploads are known to take.
 LAST_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """`idle_seconds`: the longest wait for the next chunk. A whole file may take that long and besides what it takes at
+    """`idle_seconds` is the longest wait for the next chunk. A whole file may take that long besides what it takes at
     `bytes_per_second`."""
 
     max_bytes: int = 256 * 1024 * 1024
@@ -44,12 +44,12 @@ class UploadSpace:
     def __init__(self, limits: UploadLimits) -> None:
         self.limits = limits
         self.bytes = 0
-        # What an upload takes, of late.
+        # This is the time that uploads have taken lately.
         self._seconds = 1.0
 
     @contextmanager
     def taken(self, size: int) -> Iterator[None]:
-        """Room for one upload. Raises ResourceExhausted when there is none now."""
+        """Takes room for one upload. Raises ResourceExhausted when there is none now."""
         if self.bytes + size > self.limits.max_concurrent_bytes:
             message = f"{self.bytes} bytes are arriving, {self.limits.max_concurrent_bytes} may at once"
             raise ResourceExhausted("header.size_bytes", message, self._retry_after())
@@ -62,7 +62,7 @@ class UploadSpace:
             self._seconds += LAST_WEIGHT * (time.monotonic() - started - self._seconds)
 
     async def in_time(self, messages: AsyncIterator[M], size: int) -> AsyncIterator[M]:
-        """The messages, while they come fast enough. Raises DeadlineExceeded when they do not."""
+        """Yields the messages while they come fast enough. Raises DeadlineExceeded when they do not."""
         limits = self.limits
         end = time.monotonic() + limits.seconds_for(size)
         while True:
@@ -81,5 +81,5 @@ class UploadSpace:
             yield message
 
     def _retry_after(self) -> float:
-        """When an upload like those before, that has just begun, is over."""
+        """Returns the seconds after which an upload that has just begun is over, if it is like those before."""
         return min(max(self._seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)

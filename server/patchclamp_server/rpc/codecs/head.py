@@ -10,27 +10,29 @@ from dataclasses import asdict
 from patchclamp.v1 import head_pb2 as pb
 from patchclamp_server.analysis.heads.scores.job import Result
 from patchclamp_server.analysis.heads.scores.registry import SCORING_METHODS
-from patchclamp_server.analysis.heads.scores.scoring import Fact, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import Fact, Scoring
 from patchclamp_server.analysis.heads.sets.overlap import HeadSetOverlap
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, ranked
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.field_checks import chosen, count, known
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
+from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_NGRAM = 64
 MAX_SEQUENCE_TOKENS = 1024
-# Of all random sequences, before they repeat.
+# This bounds all random sequences, before they repeat.
 MAX_RANDOM_TOKENS = 16_384
 MAX_FACTS = 256
-# They are kept with the scores.
+# The facts are kept with the scores.
 MAX_FACTS_BYTES = 128 * 1024
 
 METHOD_NAMES: dict[int, str] = {
     pb.HeadScoreMethod.Value(f"HEAD_SCORE_METHOD_{name.upper()}"): name for name in SCORING_METHODS
 }
-# Fields of ScoreHeadsRequest that are parameters of some methods, and of which.
+# Some fields of ScoreHeadsRequest are parameters of these methods only.
 RANDOM_TEXT = ("induction", "previous_token", "ngram")
 METHODS_WITH: Mapping[str, tuple[str, ...]] = {
     "ngram": ("ngram",),
@@ -41,7 +43,7 @@ METHODS_WITH: Mapping[str, tuple[str, ...]] = {
 
 
 def decode_heads(proto: pb.HeadSelection, field: str) -> HeadSelection:
-    """Heads that are named here, or in a head set; whether the model has them is seen when they are selected."""
+    """Returns heads that are named here, or in a head set; whether the model has them shows when they are selected."""
     if chosen(proto, "source", field) == "heads":
         if not proto.heads.heads:
             raise InvalidArgument(f"{field}.heads.heads", "expected at least one head")
@@ -52,7 +54,7 @@ def decode_heads(proto: pb.HeadSelection, field: str) -> HeadSelection:
 
 
 def decode_scoring(request: pb.ScoreHeadsRequest, prompts: PromptEncoder, info: ModelInfo) -> Scoring:
-    """A checked job. Tokenises the facts: call it in a thread."""
+    """Returns a checked job. Tokenises the facts: call it in a thread."""
     method = known(request.method, METHOD_NAMES, "method", pb.HeadScoreMethod.keys()[1:])
     for field, methods in METHODS_WITH.items():
         if getattr(request, field) and method not in methods:
@@ -76,7 +78,7 @@ def decode_scoring(request: pb.ScoreHeadsRequest, prompts: PromptEncoder, info: 
 
 def encode_scoring(event: Progress | Result) -> pb.ScoreHeadsResponse:
     if isinstance(event, Progress):
-        return pb.ScoreHeadsResponse(progress=encode_progress(event))
+        return encode_progress(event, pb.ScoreHeadsResponse)
     found = event.found
     scores = [
         encode_score(
@@ -94,12 +96,8 @@ def encode_overlaps(overlaps: Iterable[HeadSetOverlap]) -> pb.CompareHeadSetsRes
     return pb.CompareHeadSetsResponse(comparisons=[pb.HeadSetComparison(**asdict(overlap)) for overlap in overlaps])
 
 
-def encode_progress(progress: Progress) -> pb.HeadProgress:
-    return pb.HeadProgress(stage=progress.stage, done=progress.done, total=progress.total)
-
-
 def encode_head(head: tuple[int, int]) -> pb.HeadId:
-    """(layer, head)"""
+    """Returns the message of (layer, head)."""
     return pb.HeadId(layer=head[0], head=head[1])
 
 
@@ -122,11 +120,8 @@ def _facts(protos: Sequence[pb.TemporalFact], prompts: PromptEncoder, info: Mode
 
 
 def _check_fact(fact: Fact, prompts: PromptEncoder, info: ModelInfo, field: str) -> None:
-    try:
+    with about(f"{field}.prompt"):
         prompt = prompts.encode_text(fact.prompt).ids
-    except RequestError as error:
-        error.field = f"{field}.prompt"
-        raise
     answer = prompts.encode_continuation(fact.answer, f"{field}.answer", prompt)
     if not answer:
         raise InvalidArgument(f"{field}.answer", "is empty; at least one token is scored")

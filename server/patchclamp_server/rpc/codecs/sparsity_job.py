@@ -1,5 +1,4 @@
-"""Messages of SparsityService ↔ dataclasses of analysis/sparsity/job.py. What may not be asked is refused, by field
-path."""
+"""Turns messages of SparsityService into dataclasses of analysis/sparsity/job.py and back. Refusals name fields."""
 
 from collections.abc import Sequence
 
@@ -19,13 +18,14 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_description, decode_label, encode_artifact
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.message_size import within_a_message
+from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.rpc.codecs.sparsity import decode_policy, decode_unguarded, policy_path, policy_paths
 from patchclamp_server.sparsity.binder import Binder, Bound
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.text.prompt import PromptEncoder
 
 DEFAULT_DOCUMENT_TOKENS = 512
-# Half of them are the prompt, and one of the others is scored at least.
+# Half of the tokens are the prompt, and at least one of the others is scored.
 MIN_DOCUMENT_TOKENS = 4
 DEFAULT_HOLDOUT_FRACTION = 0.25
 MAX_EVALUATIONS = 64
@@ -35,7 +35,7 @@ MAX_PROMPTS = 64
 def decode_calibration(
     request: pb.CalibrateProfileRequest, prompts: PromptEncoder, info: ModelInfo, model: SparseModel
 ) -> Calibration:
-    """A checked job. Tokenises the text: call it in a thread."""
+    """Returns a checked job. Tokenises the text: call it in a thread."""
     required(request, "policy", "")
     policy = decode_policy(request.policy, "policy")
     if policy.name not in CALIBRATIONS:
@@ -63,7 +63,7 @@ def decode_calibration(
 def decode_evaluation(
     request: pb.EvaluateProfileRequest, prompts: PromptEncoder, info: ModelInfo, binder: Binder
 ) -> tuple[list[Bound], Text]:
-    """What is measured, on what. Tokenises and binds: call it in a thread."""
+    """Returns what is measured, and on what. Tokenises and binds: call it in a thread."""
     if not 1 <= len(request.sparsities) <= MAX_EVALUATIONS:
         raise InvalidArgument("sparsities", f"expected 1 to {MAX_EVALUATIONS}, got {len(request.sparsities)}")
     bound = [decode_unguarded(sparsity, binder, f"sparsities[{i}]") for i, sparsity in enumerate(request.sparsities)]
@@ -73,7 +73,7 @@ def decode_evaluation(
 def decode_core_request(
     request: pb.PredictCoreNeuronsRequest, prompts: PromptEncoder, info: ModelInfo, binder: Binder
 ) -> tuple[Bound, list[tuple[int, ...]], tuple[int, ...]]:
-    """The policy, the tokens of each prompt and the layers asked for. Tokenises and binds: call it in a thread."""
+    """Returns the policy, each prompt's tokens and the layers asked for. Tokenises and binds: call it in a thread."""
     required(request, "sparsity", "")
     bound = decode_unguarded(request.sparsity, binder, "sparsity")
     if not bound.policy.fixes_sets:
@@ -91,7 +91,8 @@ def decode_core_request(
 
 
 def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo, most: int) -> Text:
-    """Texts cut into documents of one length, each with the special tokens that begin a text; at most `most` tokens."""
+    """Cuts texts into documents of one length, of at most `most` tokens in all, each with the special tokens that begin
+    a text."""
     longest = info.context_length
     tokens = min(DEFAULT_DOCUMENT_TOKENS, longest)
     if proto.document_tokens:
@@ -116,27 +117,29 @@ def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo,
     return Text(torch.tensor(documents), description)
 
 
-def encode_progress(progress: Progress) -> pb.SparsityProgress:
-    return pb.SparsityProgress(stage=progress.stage, done=progress.done, total=progress.total)
-
-
-def encode_profile(result: CalibratedProfile) -> pb.CalibratedProfile:
-    return pb.CalibratedProfile(
-        artifact=encode_artifact(result.artifact),
-        quality=encode_card(result.quality),
-        random_control=encode_card(result.random_control),
+def encode_profile(event: Progress | CalibratedProfile) -> pb.CalibrateProfileResponse:
+    if isinstance(event, Progress):
+        return encode_progress(event, pb.CalibrateProfileResponse)
+    profile = pb.CalibratedProfile(
+        artifact=encode_artifact(event.artifact),
+        quality=encode_card(event.quality),
+        random_control=encode_card(event.random_control),
     )
+    return pb.CalibrateProfileResponse(result=profile)
 
 
-def encode_evaluation(evaluation: Evaluation) -> pb.SparsityEvaluation:
-    return pb.SparsityEvaluation(
-        index=evaluation.index,
-        policy=evaluation.policy,
-        keep_ratio=evaluation.keep_ratio,
-        quality=encode_card(evaluation.quality),
-        random_control=encode_card(evaluation.random_control),
-        speed=None if evaluation.speed is None else encode_speed(evaluation.speed),
+def encode_evaluation(event: Progress | Evaluation) -> pb.EvaluateProfileResponse:
+    if isinstance(event, Progress):
+        return encode_progress(event, pb.EvaluateProfileResponse)
+    evaluation = pb.SparsityEvaluation(
+        index=event.index,
+        policy=event.policy,
+        keep_ratio=event.keep_ratio,
+        quality=encode_card(event.quality),
+        random_control=encode_card(event.random_control),
+        speed=None if event.speed is None else encode_speed(event.speed),
     )
+    return pb.EvaluateProfileResponse(evaluation=evaluation)
 
 
 def encode_card(card: QualityCard) -> pb.QualityCard:
@@ -162,7 +165,7 @@ def encode_speed(card: SpeedCard) -> pb.SpeedCard:
 
 
 def encode_cores(cores: Sequence[Sequence[Tensor]], layers: Sequence[int]) -> pb.PredictCoreNeuronsResponse:
-    """Sets by prompt and layer of the model. InvalidArgument: more than a client takes in one message."""
+    """Returns the sets by prompt and layer. Raises InvalidArgument for more than a client takes in one message."""
     response = pb.PredictCoreNeuronsResponse()
     for sets in cores:
         neurons = [pb.LayerNeurons(layer=layer, neurons=sets[layer].tolist()) for layer in layers]

@@ -1,16 +1,16 @@
-"""Steering messages ↔ dataclasses of analysis/steering/job.py. What a request may not ask is refused here, by field
-path."""
+"""Turns steering messages into dataclasses of analysis/steering/job.py and back. Refusals name fields."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from patchclamp.v1 import generation_pb2, program_pb2
+from patchclamp.v1 import program_pb2
 from patchclamp.v1 import steering_pb2 as pb
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.evidence import training_pairs
-from patchclamp_server.analysis.steering.job import Extraction, Progress, Result, TokenPair
+from patchclamp_server.analysis.steering.job import Extraction, Result, TokenPair
 from patchclamp_server.analysis.steering.registry import METHODS
 from patchclamp_server.analysis.steering.token_projections import TokenProjections
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument
+from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import count, distinct, known, required
 from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.model.info import ModelInfo
@@ -18,6 +18,7 @@ from patchclamp_server.model.sites import RESIDUAL_SITES, Site
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.program import decode_site
+from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_PAIRS = 4096
@@ -35,7 +36,7 @@ POOLINGS: dict[int, Pooling] = {
 
 
 def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder, info: ModelInfo) -> Extraction:
-    """A checked job. Tokenises every pair: call it in a thread.
+    """Returns a checked job. Tokenises every pair: call it in a thread.
 
     Raises InvalidArgument, and FailedPrecondition for a chat where the model has no template.
     """
@@ -63,10 +64,9 @@ def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder,
     )
 
 
-def encode_event(event: Progress | Result) -> pb.ExtractVectorsResponse:
+def encode_extraction(event: Progress | Result) -> pb.ExtractVectorsResponse:
     if isinstance(event, Progress):
-        progress = pb.ExtractionProgress(stage=event.stage, done=event.done, total=event.total)
-        return pb.ExtractVectorsResponse(progress=progress)
+        return encode_progress(event, pb.ExtractVectorsResponse)
     layers = [
         pb.LayerEvidence(
             layer=e.layer,
@@ -91,7 +91,7 @@ def encode_event(event: Progress | Result) -> pb.ExtractVectorsResponse:
 
 
 def _encode_tokens(found: TokenProjections | None) -> pb.TokenProjections | None:
-    """None for examples of one token, of which none is left."""
+    """Returns None for examples of one token, of which none is left."""
     return pb.TokenProjections(**asdict(found)) if found is not None and found.tokens else None
 
 
@@ -117,18 +117,8 @@ def _pairs(pairs: Sequence[pb.ContrastPair], prompts: PromptEncoder) -> tuple[To
             required(pair, side, f"pairs[{i}]")
         decoded.append(
             TokenPair(
-                _tokens(pair.positive, prompts, f"pairs[{i}].positive"),
-                _tokens(pair.negative, prompts, f"pairs[{i}].negative"),
+                decode_prompt(pair.positive, prompts, f"pairs[{i}].positive").ids,
+                decode_prompt(pair.negative, prompts, f"pairs[{i}].negative").ids,
             )
         )
     return tuple(decoded)
-
-
-def _tokens(prompt: generation_pb2.Prompt, prompts: PromptEncoder, field: str) -> tuple[int, ...]:
-    try:
-        return decode_prompt(prompt, prompts, field).ids
-    except (InvalidArgument, FailedPrecondition) as error:
-        # The encoder names its fields from "prompt" on.
-        if error.field == "prompt" or error.field.startswith("prompt."):
-            raise type(error)(field + error.field.removeprefix("prompt"), error.message) from error
-        raise

@@ -1,4 +1,4 @@
-"""The health service alone on a port of its own, without TLS and tokens: Kubernetes' gRPC probes speak neither."""
+"""Serves the health service alone on its own port, without TLS and tokens: Kubernetes' gRPC probes speak neither."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from patchclamp_server.addresses import Address, naming
 
 
 class HealthEndpoint:
-    """Answers with what the servicer of the main port answers. `start` and `stop` in the same event loop."""
+    """Answers what the servicer of the main port answers. `start` and `stop` must be called in the same event loop."""
 
     def __init__(self, servicer: Any, address: Address) -> None:
         self._servicer = servicer
         self._address = address
 
     async def start(self) -> str:
-        """Serve. Returns the bound address. Raises OSError when it cannot be had."""
+        """Serves, and returns the bound address. Raises OSError when the address cannot be bound."""
         self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._grpc)
         try:

@@ -1,4 +1,4 @@
-"""The standard health service, which knows whether anybody follows it."""
+"""This is the standard health service, which also knows whether anybody follows it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from grpc_health.v1 import health, health_pb2
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
-    """`watchers`: clients that are told at once when a status changes, such as those that balance by it."""
+    """`watchers` counts the clients that are told at once when a status changes, such as load balancers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Watches the engine from the event loop: a step that does not end makes the server say that it is not alive."""
+"""This watches the engine from the event loop: when a step does not end, the server reports that it is not alive."""
 
 import asyncio
 import faulthandler
@@ -16,7 +16,7 @@ async def watch_steps(
 ) -> None:
     """Calls `on_change(True)` when a step has run for more than `bound` seconds, `on_change(False)` when it has ended.
 
-    The stacks of all threads are logged with the first. Runs until it is cancelled.
+    When a step is late, the stacks of all threads are logged. It runs until it is cancelled.
     """
     late = False
     while True:
@@ -32,7 +32,7 @@ async def watch_steps(
 
 
 def stacks() -> str:
-    """Where every thread of this process is, most recent call first."""
+    """Returns where every thread of this process is, most recent call first."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

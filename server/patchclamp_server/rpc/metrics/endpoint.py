@@ -1,4 +1,4 @@
-"""The HTTP port beside gRPC: `/metrics` for Prometheus, `/healthz` for probes that speak no gRPC."""
+"""The HTTP port beside gRPC serves `/metrics` for Prometheus, and `/healthz` for probes that do not speak gRPC."""
 
 import ssl
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ class MetricsEndpoint:
     def __init__(
         self, registry: CollectorRegistry, address: Address, is_serving: Callable[[], bool], tls: TlsFiles | None = None
     ) -> None:
-        """`is_serving`: what health says, asked on other threads. Raises OSError when the port is taken."""
+        """`is_serving` returns what health says and is asked on other threads. OSError: the port is taken."""
         self._tls = tls
         certificate, key = (None, None) if tls is None else (str(tls.certificate), str(tls.key))
         served: tuple[WSGIServer, Thread] = start_http_server(
@@ -29,7 +29,7 @@ class MetricsEndpoint:
         )
         self._server, self._thread = served
         self._server.set_app(_application(make_wsgi_app(registry), is_serving))
-        # A connection that says nothing holds up no other: its handshake is left to its own thread, which gives up.
+        # A connection that says nothing delays no other: its own thread does the handshake, and gives up in time.
         handler: type[WSGIRequestHandler] = self._server.RequestHandlerClass  # type: ignore[assignment]
         self._server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SILENCE_SECONDS})
         if isinstance(self._server.socket, ssl.SSLSocket):
@@ -40,7 +40,7 @@ class MetricsEndpoint:
         return int(self._server.server_port)
 
     def renew_certificate(self) -> None:
-        """Connections from now on get the certificate that is in the files."""
+        """Gives new connections the certificate that is in the files now."""
         if self._tls is not None and isinstance(self._server.socket, ssl.SSLSocket):
             self._server.socket.context.load_cert_chain(self._tls.certificate, self._tls.key)
 

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus of steering itself: who is edited, how, and how strongly."""
+"""These metrics show Prometheus the steering: which kinds of edits run, how often gates open, what they change."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ CHANGE_BUCKETS = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.
 
 
 class InterventionMetrics:
-    """Of served requests; the edits of analysis jobs are not counted. Kinds and codes are there from the start."""
+    """Counts served requests; the edits of analysis jobs are not counted. Kinds and codes are there from the start."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus. Prefix patchclamp_, base units, labels from closed sets only.
+"""The server's metrics for Prometheus have the prefix patchclamp_, base units and labels from closed sets only.
 
 Counts kept by the engine itself are read at scrape time; latencies are observed where they happen.
 """
@@ -29,7 +29,7 @@ SHARE_BUCKETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DIVERGENCE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# EngineStats field -> metric and help. Counters get the suffix _total.
+# These map a field of EngineStats to metric and help. Counters get the suffix _total.
 STATS_GAUGES: dict[str, tuple[str, str]] = {
     "running": ("patchclamp_sequences_running", "Sequences that hold KV blocks."),
     "waiting": ("patchclamp_queue_waiting", "Sequences that wait for their first step, or for another one."),
@@ -52,7 +52,7 @@ STATS_COUNTERS: dict[str, tuple[str, str]] = {
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own. Is an EngineObserver."""
+    """Holds the metrics of one server, in a registry of their own. Implements EngineObserver."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -162,13 +162,14 @@ class Metrics:
         gauge.labels(info.name, info.architecture, info.fingerprint, info.dtype, info.device).set(1)
 
     def read_engine(self, stats: Callable[[], EngineStats]) -> None:
-        """`stats` is called at every scrape, on the scraper's thread."""
+        """Shows the engine's counts; `stats` is called at every scrape, on the scraper's thread."""
         self.registry.register(EngineCollector(stats))
 
     def read_watches(
         self, registry: WatchRegistry, dropped: Callable[[RunningWatch], int], refused: Callable[[], int]
     ) -> None:
-        """Both are read at every scrape, on the scraper's thread. `dropped`: events that readers did not get."""
+        """Shows running watches. Both callables are called at every scrape, on the scraper's thread; `dropped` counts
+        the events that readers did not get."""
         self.registry.register(WatchCollector(registry, dropped, refused))
 
     def on_step(self, *, seconds: float, rows: int, generated: int) -> None:
@@ -192,7 +193,7 @@ class Metrics:
         self._refused.labels(reason.value).inc()
 
     def on_preemption(self) -> None:
-        """Counted by the engine: see EngineCollector."""
+        """Does nothing, because the engine counts preemptions: see EngineCollector."""
 
     def on_grounded(self, ratio: float) -> None:
         self._grounded_ratio.observe(ratio)
@@ -219,7 +220,7 @@ class Metrics:
 
 
 class EngineCollector(Collector):
-    """The engine's own counts, as they are when Prometheus asks."""
+    """Shows the engine's own counts, as they are when Prometheus asks."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
@@ -232,7 +233,7 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(metric, text, value=getattr(stats, name))
 
     def describe(self) -> Iterator[Metric]:
-        """Without values: registering must not ask an engine that has not started."""
+        """Describes metrics without values: registering must not ask an engine that has not started."""
         for metric, text in STATS_GAUGES.values():
             yield GaugeMetricFamily(metric, text)
         for metric, text in STATS_COUNTERS.values():

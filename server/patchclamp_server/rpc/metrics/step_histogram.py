@@ -1,4 +1,4 @@
-"""A histogram that takes many observations at once: every sequence of a step has one."""
+"""This histogram takes many observations at once, because every sequence of a step has one."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,12 +10,12 @@ from prometheus_client.utils import floatToGoString
 
 
 class StepHistogram(Collector):
-    """Without labels. `observe` belongs to one thread; any may collect."""
+    """It has no labels. `observe` belongs to one thread; any thread may collect."""
 
     def __init__(self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
         self._name, self._text = name, text
         self._bounds = np.array([*buckets, np.inf])
-        # Observations of each bucket by itself, and the sum of all: one object, so that who collects sees a whole step.
+        # The counts of each bucket by itself and the sum of all are one object, so that a collector sees whole steps.
         self._seen = np.zeros(len(self._bounds), dtype=np.int64), 0.0
         registry.register(self)
 

@@ -1,29 +1,26 @@
-"""HeadService: what attention heads do, found by needles, scores, circuits and attribution, and tested by edits.
+"""HeadService finds what attention heads do, by needles, scores, circuits and attribution, and tests it by edits.
 
 Jobs whose work is requests of the engine run beside each other; those at its exclusive door wait for their turn.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from functools import partial
 from typing import Any
 
 from patchclamp.v1 import head_pb2 as pb
 from patchclamp.v1.head_pb2_grpc import HeadServiceServicer
-from patchclamp_server.analysis.exclusive import ExclusiveJobs
 from patchclamp_server.analysis.heads.circuits.attribution import attribute
 from patchclamp_server.analysis.heads.circuits.job import find_circuit
 from patchclamp_server.analysis.heads.retrieval.detect import detect
-from patchclamp_server.analysis.heads.scores.job import score_heads
+from patchclamp_server.analysis.heads.scores.job import Result, score_heads
 from patchclamp_server.analysis.heads.scores.registry import ENGINE_METHODS
+from patchclamp_server.analysis.heads.scores.scoring import Scoring
 from patchclamp_server.analysis.heads.sets.evaluation import evaluate_edit
 from patchclamp_server.analysis.heads.sets.overlap import compare
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import result_of
-from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.engine.engine import Engine
-from patchclamp_server.errors import RequestError
-from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.call.calls import check_model
+from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.circuit import decode_attribution, decode_circuit, encode_attribution, encode_circuit
 from patchclamp_server.rpc.codecs.head import decode_scoring, encode_overlaps, encode_scoring
 from patchclamp_server.rpc.codecs.needle import (
@@ -32,7 +29,6 @@ from patchclamp_server.rpc.codecs.needle import (
     encode_detection,
     encode_edit_evaluation,
 )
-from patchclamp_server.text.prompt import PromptEncoder
 
 Context = Any
 
@@ -41,73 +37,59 @@ class HeadService(HeadServiceServicer):
     """Raises the errors of errors.py; an interceptor turns them into statuses. Cancelling a call ends its job, with
     every request it has in the engine."""
 
-    def __init__(
-        self, engine: Engine, prompts: PromptEncoder, store: ArtifactStore, model_info: ModelInfo, jobs: ExclusiveJobs
-    ) -> None:
-        self._engine = engine
-        self._prompts = prompts
-        self._store = store
-        self._model = model_info
+    def __init__(self, jobs: AnalysisJobs) -> None:
         self._jobs = jobs
 
-    async def DetectRetrievalHeads(
+    def DetectRetrievalHeads(
         self, request: pb.DetectRetrievalHeadsRequest, context: Context
     ) -> AsyncIterator[pb.DetectRetrievalHeadsResponse]:
-        check_model(request.model, self._model)
-        job = await self._prompts.analysis.run(decode_detection, request, self._model)
-        await asyncio.to_thread(self._store.check_tags, job.tags)
-        with _fields({"prompt": "test.lengths"}):
-            async with aclosing(detect(self._engine, self._store, self._model, self._prompts, job)) as events:
-                async for event in events:
-                    yield encode_detection(event)
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_detection, request, jobs.model),
+            partial(detect, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            encode_detection,
+            fields={"prompt": "test.lengths"},
+        )
 
-    async def ScoreHeads(self, request: pb.ScoreHeadsRequest, context: Context) -> AsyncIterator[pb.ScoreHeadsResponse]:
-        check_model(request.model, self._model)
-        job = await self._prompts.analysis.run(decode_scoring, request, self._prompts, self._model)
-        await asyncio.to_thread(self._store.check_tags, job.tags)
-        with _fields({"prompt": "facts"}):
-            scored = score_heads(self._engine, self._store, self._model, self._prompts, job)
-            async with aclosing(scored if job.method in ENGINE_METHODS else self._jobs.follow(scored)) as events:
-                async for event in events:
-                    yield encode_scoring(event)
+    def ScoreHeads(self, request: pb.ScoreHeadsRequest, context: Context) -> AsyncIterator[pb.ScoreHeadsResponse]:
+        jobs = self._jobs
 
-    async def EvaluateHeadEdit(
+        def run(job: Scoring) -> AsyncGenerator[Progress | Result, None]:
+            scored = score_heads(jobs.engine, jobs.store, jobs.model, jobs.prompts, job)
+            return scored if job.method in ENGINE_METHODS else jobs.door.follow(scored)
+
+        decode = partial(decode_scoring, request, jobs.prompts, jobs.model)
+        return jobs.stream(request, decode, run, encode_scoring, fields={"prompt": "facts"})
+
+    def EvaluateHeadEdit(
         self, request: pb.EvaluateHeadEditRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateHeadEditResponse]:
-        check_model(request.model, self._model)
-        job = await self._prompts.analysis.run(decode_edit_evaluation, request, self._model)
-        with _fields({"prompt": "test.lengths", "program.edits": "scale"}):
-            async with aclosing(evaluate_edit(self._engine, self._store, self._model, self._prompts, job)) as events:
-                async for event in events:
-                    yield encode_edit_evaluation(event)
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_edit_evaluation, request, jobs.model),
+            partial(evaluate_edit, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            encode_edit_evaluation,
+            fields={"prompt": "test.lengths", "program.edits": "scale"},
+        )
 
-    async def FindCircuit(
-        self, request: pb.FindCircuitRequest, context: Context
-    ) -> AsyncIterator[pb.FindCircuitResponse]:
-        check_model(request.model, self._model)
-        job = await self._prompts.analysis.run(decode_circuit, request, self._prompts, self._model)
-        await asyncio.to_thread(self._store.check_tags, job.tags)
-        found = find_circuit(self._engine, self._store, self._model, job)
-        async with aclosing(self._jobs.follow(found)) as events:
-            async for event in events:
-                yield encode_circuit(event)
+    def FindCircuit(self, request: pb.FindCircuitRequest, context: Context) -> AsyncIterator[pb.FindCircuitResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_circuit, request, jobs.prompts, jobs.model),
+            partial(find_circuit, jobs.engine, jobs.store, jobs.model),
+            encode_circuit,
+            exclusive=True,
+        )
 
     async def CompareHeadSets(self, request: pb.CompareHeadSetsRequest, context: Context) -> pb.CompareHeadSetsResponse:
-        return encode_overlaps(await asyncio.to_thread(compare, request.head_sets, request.top_k, self._store))
+        compared = await asyncio.to_thread(compare, request.head_sets, request.top_k, self._jobs.store)
+        return encode_overlaps(compared)
 
     async def AttributeLogits(self, request: pb.AttributeLogitsRequest, context: Context) -> pb.AttributeLogitsResponse:
-        check_model(request.model, self._model)
-        asked = await self._prompts.analysis.run(decode_attribution, request, self._prompts, self._model)
-        decoder = self._engine.model.decoder
-        work = attribute(decoder, asked.tokens, asked.target, asked.contrast, asked.top_heads)
-        return encode_attribution(await self._jobs.result(lambda: result_of(self._engine, work)))
-
-
-@contextmanager
-def _fields(of_job: Mapping[str, str]) -> Iterator[None]:
-    """The engine names the fields of its requests; those of a job are made of other fields."""
-    try:
-        yield
-    except RequestError as error:
-        error.field = of_job.get(error.field, error.field)
-        raise
+        jobs = self._jobs
+        asked = await jobs.begin(request, partial(decode_attribution, request, jobs.prompts, jobs.model))
+        work = attribute(jobs.engine.model.decoder, asked.tokens, asked.target, asked.contrast, asked.top_heads)
+        return encode_attribution(await jobs.door.result(lambda: result_of(jobs.engine, work)))

@@ -1,20 +1,16 @@
-"""SparsityService: calibration and evaluation of sparse policies as streams, and the sets that they fix for prompts."""
+"""SparsityService calibrates and evaluates sparse policies as streams, and returns the sets they fix for prompts."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from functools import partial
 from typing import Any
 
 from patchclamp.v1 import sparsity_pb2 as pb
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceServicer
-from patchclamp_server.analysis.exclusive import ExclusiveJobs
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.sparsity.core_neurons import core_neurons
-from patchclamp_server.analysis.sparsity.job import calibrate_profile, evaluate
-from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.engine.engine import Engine
-from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.call.calls import check_model
+from patchclamp_server.analysis.sparsity.job import Evaluation, Text, calibrate_profile, evaluate
+from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.sparsity_job import (
     decode_calibration,
     decode_core_request,
@@ -22,10 +18,8 @@ from patchclamp_server.rpc.codecs.sparsity_job import (
     encode_cores,
     encode_evaluation,
     encode_profile,
-    encode_progress,
 )
-from patchclamp_server.sparsity.binder import Binder
-from patchclamp_server.text.prompt import PromptEncoder
+from patchclamp_server.sparsity.binder import Binder, Bound
 
 Context = Any
 
@@ -33,61 +27,40 @@ Context = Any
 class SparsityService(SparsityServiceServicer):
     """Raises the errors of errors.py; an interceptor turns them into statuses. Cancelling a call ends its job."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompts: PromptEncoder,
-        store: ArtifactStore,
-        model_info: ModelInfo,
-        binder: Binder,
-        jobs: ExclusiveJobs,
-    ) -> None:
-        self._engine = engine
-        self._prompts = prompts
-        self._store = store
-        self._model = model_info
-        self._binder = binder
+    def __init__(self, jobs: AnalysisJobs, binder: Binder) -> None:
         self._jobs = jobs
+        self._binder = binder
 
-    async def CalibrateProfile(
+    def CalibrateProfile(
         self, request: pb.CalibrateProfileRequest, context: Context
     ) -> AsyncIterator[pb.CalibrateProfileResponse]:
-        check_model(request.model, self._model)
-        model = self._engine.sparse_model
-        asked = await self._prompts.analysis.run(decode_calibration, request, self._prompts, self._model, model)
-        await asyncio.to_thread(self._store.check_tags, asked.tags)
-
-        calibrated = calibrate_profile(self._engine, self._store, self._model, asked)
-        async with aclosing(self._jobs.follow(calibrated)) as events:
-            async for event in events:
-                if isinstance(event, Progress):
-                    yield pb.CalibrateProfileResponse(progress=encode_progress(event))
-                else:
-                    yield pb.CalibrateProfileResponse(result=encode_profile(event))
-
-    async def EvaluateProfile(
-        self, request: pb.EvaluateProfileRequest, context: Context
-    ) -> AsyncIterator[pb.EvaluateProfileResponse]:
-        check_model(request.model, self._model)
-        asked, text = await self._prompts.analysis.run(
-            decode_evaluation, request, self._prompts, self._model, self._binder
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_calibration, request, jobs.prompts, jobs.model, jobs.engine.sparse_model),
+            partial(calibrate_profile, jobs.engine, jobs.store, jobs.model),
+            encode_profile,
+            exclusive=True,
         )
 
-        evaluated = evaluate(self._engine, asked, text, speed=request.measure_speed)
-        async with aclosing(self._jobs.follow(evaluated)) as events:
-            async for event in events:
-                if isinstance(event, Progress):
-                    yield pb.EvaluateProfileResponse(progress=encode_progress(event))
-                else:
-                    yield pb.EvaluateProfileResponse(evaluation=encode_evaluation(event))
+    def EvaluateProfile(
+        self, request: pb.EvaluateProfileRequest, context: Context
+    ) -> AsyncIterator[pb.EvaluateProfileResponse]:
+        jobs = self._jobs
+
+        def run(job: tuple[list[Bound], Text]) -> AsyncGenerator[Progress | Evaluation, None]:
+            return evaluate(jobs.engine, *job, speed=request.measure_speed)
+
+        decode = partial(decode_evaluation, request, jobs.prompts, jobs.model, self._binder)
+        return jobs.stream(request, decode, run, encode_evaluation, exclusive=True)
 
     async def PredictCoreNeurons(
         self, request: pb.PredictCoreNeuronsRequest, context: Context
     ) -> pb.PredictCoreNeuronsResponse:
-        check_model(request.model, self._model)
-        bound, prompts, layers = await self._prompts.analysis.run(
-            decode_core_request, request, self._prompts, self._model, self._binder
+        jobs = self._jobs
+        bound, prompts, layers = await jobs.begin(
+            request, partial(decode_core_request, request, jobs.prompts, jobs.model, self._binder)
         )
 
-        cores = await self._jobs.result(lambda: core_neurons(self._engine, bound.selector, prompts))
+        cores = await jobs.door.result(lambda: core_neurons(jobs.engine, bound.selector, prompts))
         return await asyncio.to_thread(encode_cores, cores, layers)

@@ -1,8 +1,7 @@
-"""SteeringService: extraction of steering vectors as a stream of progress and a result."""
+"""SteeringService extracts steering vectors, as a stream of progress and a result."""
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
@@ -10,28 +9,22 @@ import grpc
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceServicer
 from patchclamp_server.analysis.steering.job import extract
-from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.engine.engine import Engine
-from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.call.calls import check_model
-from patchclamp_server.rpc.codecs.steering import decode_extraction, encode_event
-from patchclamp_server.text.prompt import PromptEncoder
+from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
+from patchclamp_server.rpc.codecs.steering import decode_extraction, encode_extraction
 
 
 class SteeringService(SteeringServiceServicer):
-    def __init__(self, engine: Engine, prompts: PromptEncoder, store: ArtifactStore, model_info: ModelInfo) -> None:
-        self._engine = engine
-        self._prompts = prompts
-        self._store = store
-        self._model = model_info
+    def __init__(self, jobs: AnalysisJobs) -> None:
+        self._jobs = jobs
 
-    async def ExtractVectors(
+    def ExtractVectors(
         self, request: pb.ExtractVectorsRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> AsyncIterator[pb.ExtractVectorsResponse]:
         """Cancelling the call cancels the job with every request it has in the engine."""
-        check_model(request.model, self._model)
-        job = await self._prompts.analysis.run(decode_extraction, request, self._prompts, self._model)
-        await asyncio.to_thread(self._store.check_tags, job.tags)
-        async with aclosing(extract(self._engine, self._store, self._model, job)) as events:
-            async for event in events:
-                yield encode_event(event)
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_extraction, request, jobs.prompts, jobs.model),
+            partial(extract, jobs.engine, jobs.store, jobs.model),
+            encode_extraction,
+        )

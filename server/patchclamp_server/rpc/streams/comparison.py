@@ -1,4 +1,4 @@
-"""Compare: one prompt under the program and without it, and how far apart they are at each token."""
+"""Compare runs one prompt under the program and without it, and tells how far apart they are at each token."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -18,11 +18,11 @@ BASELINE = pb.COMPARE_SIDE_BASELINE
 
 
 class Comparison:
-    """Two requests that feed one stream, and the responses made of it.
+    """Runs two requests that feed one stream, and makes responses of it.
 
     `edited` carries the program (and sparsity, where it is asked for) and brings a shadow sequence without it along its
-    own tokens, which gives the divergences. `baseline` runs free without the program, with the same seed, and gives the
-    text to hold against.
+    own tokens, which gives the divergences. `baseline` runs freely without the program, with the same seed, and gives
+    the text to compare with.
     """
 
     def __init__(self, prepared: Prepared, stream: EventStream[tuple[Side, Event]], deadline: float | None) -> None:
@@ -50,7 +50,7 @@ class Comparison:
         self._divergences: list[Divergence] = []
 
     async def responses(self) -> AsyncIterator[pb.CompareResponse]:
-        """Both texts as they grow, a divergence for each edited token, then the summary."""
+        """Yields both texts as they grow, a divergence for each edited token, then the summary."""
         unfinished = set(self._builders)
         while unfinished:
             for side, tagged in groupby(await self._stream.batch(), key=lambda pair: pair[0]):
@@ -75,7 +75,7 @@ class Comparison:
 
 
 def summary(divergences: list[Divergence]) -> pb.CompareSummary:
-    """Means over the edited tokens; zeros, and full agreement, where there is none."""
+    """Returns means over the edited tokens; zeros, and full agreement, where there is none."""
     n = len(divergences)
     return pb.CompareSummary(
         mean_kl=sum(d.kl for d in divergences) / n if n else 0.0,

@@ -1,4 +1,4 @@
-"""The client's side of a Session: what it sends while tokens stream back."""
+"""This handles the client's side of a Session: what the client sends while tokens stream back."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed
-from patchclamp_server.errors import EngineFailure, InvalidArgument, NotFound, RequestError
+from patchclamp_server.errors import EngineFailure, InvalidArgument, RequestError
 from patchclamp_server.interventions.field_checks import chosen, count, finite
 from patchclamp_server.rpc.streams.stream import EventStream
 
@@ -38,7 +38,7 @@ class SessionControl:
             task.cancel()
 
     def delivered(self, tokens: int) -> None:
-        """Tokens have gone to the client."""
+        """Tells that so many tokens have been sent to the client."""
         self._delivered += tokens
         self._finish_if_spent()
 
@@ -60,11 +60,7 @@ class SessionControl:
         if not message.edit:
             raise InvalidArgument("set_strength.edit", "expected the name of an edit of the program")
         strength = finite(message.strength, "set_strength.strength")
-        try:
-            self._engine.set_strength(self._id, message.edit, strength)
-        except NotFound as error:
-            error.field = "set_strength.edit"
-            raise
+        self._engine.set_strength(self._id, message.edit, strength)
 
     def _advance(self, message: pb.Advance) -> None:
         if not self._lockstep:
@@ -74,7 +70,7 @@ class SessionControl:
         self._engine.advance(self._id, tokens)
 
     def _finish_if_spent(self) -> None:
-        """A lockstep client that has closed its side can grant nothing more: what it granted is all there is."""
+        """Ends a lockstep session whose client has closed its side, and so grants no more, once its tokens are sent."""
         if self._lockstep and self._half_closed and self._delivered >= self._granted:
             self._engine.finish(self._id)
 

@@ -1,8 +1,8 @@
-"""From the engine's thread to the event loop: events wait in a buffer until the client's stream can take them.
+"""Events go from the engine's thread to the event loop, and wait in a buffer until the client's stream takes them.
 
 One wake-up of the loop serves every stream that got events since the last one, so a step that emits for 256 streams
-costs one system call. A stream whose client is slow collects: its next batch holds several tokens, in order. When much
-has collected, its sequence is held back until the client has read (Request.held), so a client that stops reading costs
+costs one system call. The events of a slow client pile up: its next batch holds several tokens, in order. When many
+have piled up, its sequence is held back until the client has read (Request.held), so a client that stops reading costs
 a bounded amount of memory.
 """
 
@@ -15,9 +15,9 @@ from patchclamp_server.engine.request import Readouts, Token
 
 E = TypeVar("E")
 
-# Numbers that may wait in a stream, some 40 bytes each; what a single step brings comes on top.
+# So many numbers may wait in a stream, some 40 bytes each; what a single step brings comes on top.
 MAX_WAITING_VALUES = 32768
-# What an event counts besides the numbers it carries.
+# An event counts so much besides the numbers that it carries.
 EVENT_VALUES = 8
 
 # Between a token and its text lies some work. Sent as they come, they would be two messages and wake the loop in the
@@ -34,7 +34,7 @@ class EventBridge:
         self._scheduled = False
 
     def wake(self, stream: "EventStream[Any]") -> None:
-        """From any thread. Appending comes before the test and clearing before the emptying: no event is missed."""
+        """May be called on any thread. It appends before it tests, _release clears before it empties: none is lost."""
         self._ready.append(stream)
         if not self._scheduled:
             self._scheduled = True
@@ -50,9 +50,9 @@ class EventBridge:
 
 
 class EventStream(Generic[E]):
-    """Events of one call. `put` on any thread; `batch` in one task of the bridge's loop.
+    """Holds the events of one call. `put` may be called on any thread, `batch` in one task of the bridge's loop.
 
-    `on_read`: called in the loop after a batch that was large enough for the stream to have been full.
+    `on_read` is called in the loop after a batch that was large enough for the stream to have been full.
     """
 
     def __init__(self, bridge: EventBridge, on_read: Callable[[], None] = lambda: None) -> None:
@@ -60,24 +60,24 @@ class EventStream(Generic[E]):
         self._on_read = on_read
         self._events: deque[E] = deque()
         self._ready = asyncio.Event()
-        # Two counts, each written by one thread.
+        # There are two counts, each written by one thread.
         self._put_values = self._read_values = 0
 
     def put(self, event: E) -> None:
-        """Never blocks."""
+        """Adds an event; it never blocks."""
         self._put_values += values_of(event)
         self._events.append(event)
         self._bridge.wake(self)
 
     def is_full(self) -> bool:
-        """From any thread: whoever puts should wait until more has been read."""
+        """Returns, on any thread, whether whoever puts should wait until more has been read."""
         return self._put_values - self._read_values >= MAX_WAITING_VALUES
 
     def set_ready(self) -> None:
         self._ready.set()
 
     async def batch(self) -> list[E]:
-        """Everything that has come since the last batch, in order; at least one event."""
+        """Returns everything that has come since the last batch, in order; at least one event."""
         while not self._events:
             self._ready.clear()
             if not self._events:
@@ -95,7 +95,7 @@ class EventStream(Generic[E]):
 
 
 def values_of(event: Any) -> int:
-    """How much an event counts. An event may be a pair of whose it is and the event itself."""
+    """Returns how much an event counts. An event may be a pair: the side that it belongs to, and the event itself."""
     if isinstance(event, tuple) and len(event) == 2:
         event = event[1]
     match event:

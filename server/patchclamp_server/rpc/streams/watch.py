@@ -1,7 +1,7 @@
-"""What the engine's thread tells of running watches, for calls that stream it: never more than a bounded amount waits.
+"""Calls stream what the engine's thread tells of running watches; only a bounded amount ever waits.
 
-Serving never waits for a reader. Who reads activations too slowly loses the newest, and is told how many; of progress
-only the latest counts.
+Serving never waits for a reader. A reader of activations that is too slow loses the newest, and is told how many; of
+progress only the latest counts.
 """
 
 import threading
@@ -16,12 +16,12 @@ from patchclamp_server.monitoring.reference import Reference
 from patchclamp_server.monitoring.running import RunningWatch
 from patchclamp_server.rpc.streams.stream import EventBridge, EventStream
 
-# Activations that wait for one reader: about 2 MB as messages.
+# So many activations may wait for one reader: about 2 MB as messages.
 MAX_WAITING = 16_384
 
 
 class DroppedEvents:
-    """Activations that readers did not get, by running watch; from any thread."""
+    """Counts activations that readers did not get, by running watch; it may be used from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -42,7 +42,7 @@ class DroppedEvents:
 
 
 class ActivationStream:
-    """Activations for one call. `put` and `end` from any thread, `batches` in one task of the bridge's loop."""
+    """Holds one call's activations. `put` and `end` work on any thread, `batches` in one task of the bridge's loop."""
 
     def __init__(self, bridge: EventBridge, on_dropped: Callable[[int], None]) -> None:
         self._events: EventStream[Activations | RequestError | None] = EventStream(bridge)
@@ -51,7 +51,7 @@ class ActivationStream:
         self._waiting = self._dropped = 0
 
     def put(self, activations: Activations | None) -> None:
-        """None is the end. Never blocks; what finds no room is counted."""
+        """Adds activations; None is the end. It never blocks, and counts what finds no room."""
         if activations is None:
             self._events.put(None)
             return
@@ -67,11 +67,11 @@ class ActivationStream:
             self._events.put(activations)
 
     def end(self, error: RequestError) -> None:
-        """`batches` raises it once it has given what came before."""
+        """Makes `batches` raise this error once it has given what came before."""
         self._events.put(error)
 
     async def batches(self) -> AsyncIterator[tuple[Activations, int]]:
-        """What came, and how many were dropped since the last; until there is no more to come."""
+        """Yields what came, and how many were dropped since the last, until there is no more to come."""
         while True:
             for event in await self._events.batch():
                 if event is None:
@@ -85,7 +85,7 @@ class ActivationStream:
 
 
 def first(activations: Activations, n: int) -> Activations:
-    """The n oldest of a batch."""
+    """Returns the n oldest of a batch."""
     columns = [field.name for field in fields(Activations) if field.name != "dropped"]
     return replace(activations, **{name: getattr(activations, name)[:n] for name in columns})
 
@@ -94,7 +94,7 @@ Progress: TypeAlias = tuple[int, int]
 
 
 class RecordingStream:
-    """A reference that is being recorded for one call. `on_progress`, `on_done` and `end` from any thread."""
+    """Follows a reference that is recorded for one call. `on_progress`, `on_done` and `end` work on any thread."""
 
     def __init__(self, bridge: EventBridge) -> None:
         self._events: EventStream[Reference | RequestError | Progress | None] = EventStream(bridge)
@@ -109,14 +109,14 @@ class RecordingStream:
             self._events.put((tokens, total))
 
     def on_done(self, reference: Reference | None) -> None:
-        """None: there will be none."""
+        """Ends the recording; None means that there will be no reference."""
         self._events.put(reference)
 
     def end(self, error: RequestError) -> None:
         self._events.put(error)
 
     async def events(self) -> AsyncIterator[Reference | Progress | None]:
-        """Progress, and last the reference, or None."""
+        """Yields progress, and last the reference, or None."""
         while True:
             for event in await self._events.batch():
                 if isinstance(event, RequestError):

@@ -1,4 +1,4 @@
-"""The spans of one call: its own, and below it what the engine did for it and the stages of its analysis job.
+"""A call has its own span, and below it spans of what the engine did for it and of the stages of its analysis job.
 
 They are made of times that the engine notes anyway, after the fact and in the event loop. No attribute holds a prompt,
 a token or the text of an error, which may quote what a client sent.
@@ -29,7 +29,7 @@ from patchclamp_server.engine.request import (
 
 Attributes: TypeAlias = Mapping[str, str | bool | int | float | tuple[str, ...]]
 
-# Codes that are the server's fault, by the semantic conventions of gRPC servers; others leave the span's status unset.
+# These codes are the server's fault, by the semantic conventions of gRPC servers; others leave the span's status unset.
 SERVER_ERRORS = frozenset(
     {
         grpc.StatusCode.UNKNOWN,
@@ -44,7 +44,7 @@ SERVER_ERRORS = frozenset(
 
 @dataclass(frozen=True)
 class Refusal:
-    """What the details of a status name: a reason of a closed set, and the path of a field."""
+    """Holds what the details of a status name: a reason of a closed set, and the path of a field."""
 
     reason: str = ""
     field: str = ""
@@ -52,7 +52,7 @@ class Refusal:
 
 @dataclass
 class _Stage:
-    """One stage of a job: it ends with its last progress, since each is reported when its work is done."""
+    """One stage of a job. It ends with its last progress, since each is reported when its work is done."""
 
     name: str
     began: float
@@ -62,10 +62,10 @@ class _Stage:
 
 
 class CallSpan:
-    """A SERVER span named by the method. Is a CallObserver.
+    """A SERVER span named by the method. It is a CallObserver.
 
-    It ends with the call, and is given out once every request of the call has had its last event: those of a cancelled
-    call have theirs a step later.
+    It ends with the call, and is exported once every request of the call has had its last event: those of a cancelled
+    call have it a step later.
     """
 
     def __init__(self, tracer: Tracer, path: str, parent: Context, model: str) -> None:
@@ -73,7 +73,7 @@ class CallSpan:
         self._model = model
         self._loop = asyncio.get_running_loop()
         self._began = time.monotonic()
-        # Of spans: nanoseconds since 1970, for times on the clock of time.monotonic().
+        # Added to times of time.monotonic(), in nanoseconds, this gives nanoseconds since 1970, as spans have them.
         self._epoch = time.time_ns() - int(self._began * 1e9)
         self.span: Span = tracer.start_span(
             path,
@@ -106,7 +106,7 @@ class CallSpan:
         self._requests += 1
         self._open += 1
         if number == 0:
-            # The first request speaks for the call: of a comparison it is the edited one.
+            # The first request speaks for the call: in a comparison it is the edited one.
             self.span.set_attributes(request_attributes(request, self._model))
             self._name_caller()
         return request_id
@@ -117,7 +117,7 @@ class CallSpan:
         self._child("queue", self._began, self._job_began)
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """A stage begins where the one before it ended, the first one with the job."""
+        """Notes progress. A stage begins where the one before it ended, the first one with the job."""
         now = time.monotonic()
         if self._stage is None or self._stage.name != name:
             began = self._job_began if self._stage is None else self._stage.ended
@@ -152,7 +152,7 @@ class CallSpan:
         self._give_out()
 
     def _request_spans(self, number: int, request: Request, submitted: float, event: Finished | Failed) -> None:
-        """queue, prefill and decode, as far as the request came."""
+        """Makes the spans queue, prefill and decode, as far as the request came."""
         timeline, usage = event.timeline, event.usage
         if timeline is None or usage is None:
             return
@@ -204,7 +204,7 @@ class CallSpan:
 
 
 def request_attributes(request: Request, model: str) -> Attributes:
-    """What was asked for, but for the words."""
+    """Returns what was asked for, without any words of the client."""
     found: dict[str, str | bool | int | float | tuple[str, ...]] = {
         "gen_ai.provider.name": "patchclamp",
         "gen_ai.request.model": model,
@@ -249,7 +249,7 @@ def sparsity_attributes(sparsity: SparseInference) -> Attributes:
 
 
 def outcome_attributes(event: Finished | Failed) -> Attributes:
-    """What came of the request."""
+    """Returns what came of the request."""
     found: dict[str, str | bool | int | float | tuple[str, ...]] = {}
     if event.usage is not None:
         found.update(usage_attributes(event.usage))

@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry, sent to a collector by OTLP over gRPC. Imported only where tracing is asked for.
+"""OpenTelemetry traces are sent to a collector by OTLP over gRPC. This is imported only where tracing is asked for.
 
 The parent of a call's span comes out of its metadata, by the propagators of the library (traceparent, tracestate and
 baggage, unless OTEL_PROPAGATORS names others). Sampling, batches, headers and certificates are set by the OTEL_*
@@ -36,22 +36,22 @@ Context = Any
 Handler = Any
 Metadata = tuple[tuple[str, str | bytes], ...]
 
-# Standard metadata key of a google.rpc.Status.
+# This is the standard metadata key of a google.rpc.Status.
 STATUS_DETAILS = "grpc-status-details-bin"
 
 
 class Tracing:
-    """Makes and sends the spans of one server. `endpoint` empty: OTEL_EXPORTER_OTLP_ENDPOINT, or the port 4317 of this
-    machine. `services`: whose calls are traced; the probes of health are not."""
+    """Makes and sends the spans of one server. With an empty `endpoint` they go to OTEL_EXPORTER_OTLP_ENDPOINT, or to
+    port 4317 of this machine. Calls of `services` are traced; the probes of health are not."""
 
     def __init__(self, endpoint: str, model: ModelInfo, version: str, services: frozenset[str]) -> None:
         self._exporter = OTLPSpanExporter(endpoint=endpoint or None)
         self._provider = TracerProvider(resource=_resource(model, version), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self.tracer = self._provider.get_tracer("patchclamp", version)
-        # Before all others: what they refuse has its span too.
+        # It comes before all others, so that what they refuse has its span too.
         self.outermost = CallSpanInterceptor(self.tracer, model.name, services)
-        # After all others: it sees what handlers say, and not how it is sent.
+        # It comes after all others: it sees what handlers say, and not how it is sent.
         self.innermost = StageInterceptor()
 
     def close(self, seconds: float) -> None:
@@ -105,7 +105,7 @@ class CallSpanInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     @contextmanager
     def _span(self, path: str, metadata: Metadata, context: Context) -> Iterator[None]:
-        """The span of a call that is answered inside, current for logs and for what the call starts."""
+        """Opens the span of a call that is answered inside, current for logs and for what the call starts."""
         call = CallSpan(self._tracer, path, propagate.extract(metadata, getter=METADATA), self._model)
         # A trace that is not sampled costs nothing more.
         observing = OBSERVER.set(call if call.span.is_recording() else None)
@@ -150,7 +150,7 @@ class StageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 @cache
 def reports_stages(path: str) -> bool:
-    """Whether the contract's responses of a method have a `progress` with a `stage`."""
+    """Returns whether the contract's responses of a method have a `progress` with a `stage`."""
     try:
         method = descriptor_pool.Default().FindMethodByName(path.strip("/").replace("/", "."))
     except KeyError:
@@ -161,7 +161,7 @@ def reports_stages(path: str) -> bool:
 
 
 def refusal_of(context: Context) -> Refusal:
-    """The ErrorInfo of the status that the call was ended with, where it has one."""
+    """Returns the ErrorInfo of the status with which the call was ended; an empty Refusal where it has none."""
     for key, value in context.trailing_metadata() or ():
         if key == STATUS_DETAILS:
             for detail in status_pb2.Status.FromString(value).details:
@@ -172,7 +172,7 @@ def refusal_of(context: Context) -> Refusal:
 
 
 class _Metadata(Getter[Metadata]):
-    """gRPC metadata as a carrier; its keys are in lower case."""
+    """Reads gRPC metadata as a carrier; its keys are in lower case."""
 
     def get(self, carrier: Metadata, key: str) -> list[str] | None:
         values = [v for k, v in carrier if k == key.lower() and isinstance(v, str)]
@@ -186,7 +186,7 @@ METADATA = _Metadata()
 
 
 def put_trace_ids_on_log_records() -> None:
-    """From now on every record has a `trace_id`: of the call that it is logged for, else "-". For the whole process."""
+    """Gives every log record a `trace_id` from now on: that of its call, else "-". It holds for the whole process."""
     make = logging.getLogRecordFactory()
 
     def with_trace_id(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -199,7 +199,7 @@ def put_trace_ids_on_log_records() -> None:
 
 
 def _resource(model: ModelInfo, version: str) -> Resource:
-    """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win."""
+    """Returns the resource; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES take precedence."""
     ours = Resource(
         {
             SERVICE_NAME: "patchclamp",

@@ -1,4 +1,4 @@
-"""Sparse-activation policies by name. A policy is one file; adding one is adding it here.
+"""Sparse-activation policies are found here by name. A policy is one file; adding one is adding it here.
 
 policy = POLICIES["fovea"](keep_ratio=0.5)
 profile = ...                                            # where `policy.needs_profile`: calibrate.py makes one

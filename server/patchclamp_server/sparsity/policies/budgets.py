@@ -1,9 +1,9 @@
-"""Neurons by layer: most where leaving them out does most harm, at the same average.
+"""A budget gives a layer more neurons where leaving them out does more harm, at the same average.
 
-damage [n_layers, GRID]: D_l(k), what keeping a share k of layer l does to the output distribution. It is the
+damage [n_layers, GRID] is D_l(k), what keeping a share k of layer l does to the output distribution. It is the
 divergence KL(dense ‖ sparse) measured with that layer alone sparse at REFERENCE, carried to other shares by the squared
-error of the layer's output, of which a small divergence is a linear function:  D_l(k) = KL_l · ε_l(k)² / ε_l(ref)².
-The error is over rows whose output is no outlier of norm (interventions/pooling.py), as that of attention sinks is.
+error of the layer's output, of which a small divergence is a linear function:  D_l(k) = KL_l · ε_l(k)² / ε_l(ref)². The
+error is over rows whose output norm is not an outlier (interventions/pooling.py), as it is at attention sinks.
 
 `allocate` starts dense and takes one step of the grid at a time, where it adds least damage, until the average is met.
 """
@@ -16,7 +16,7 @@ REFERENCE = 0.3
 
 
 def allocate(damage: Tensor, keep: float) -> list[float]:
-    """Shares by layer, whose mean is `keep` to within one step of one layer, from above."""
+    """Returns shares by layer, whose mean is `keep` to within one step of one layer, from above."""
     harm = damage.tolist()
     steps = [len(GRID) - 1] * len(harm)
     total = sum(steps)
@@ -32,8 +32,8 @@ def allocate(damage: Tensor, keep: float) -> list[float]:
 
 
 def damage_curves(divergence: Tensor, squared_errors: Tensor) -> Tensor:
-    """divergence [n_layers] at REFERENCE and ε² [n_layers, GRID] → D [n_layers, GRID]."""
+    """Returns D [n_layers, GRID] from the divergence [n_layers] at REFERENCE and ε² [n_layers, GRID]."""
     at_reference = squared_errors[:, GRID.index(REFERENCE), None]
     curves = divergence.clamp_min(0.0)[:, None] * squared_errors / at_reference.clamp_min(1e-30)
-    # More neurons never count as more harm: noise would stop the descent.
+    # More neurons never count as more harm, because noise would stop the descent.
     return curves.flip(1).cummax(1).values.flip(1).to(torch.float32)

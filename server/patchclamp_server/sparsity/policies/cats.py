@@ -1,4 +1,4 @@
-"""CATS: neurons with a large |act(gate_j · x)|; up and down are read for those alone.
+"""CATS keeps neurons with a large |act(gate_j · x)|; up and down are read for those alone.
 
     active_j = |act(gate_j · x)| ≥ t_l          t_l: quantile 1 - keep of the calibration activations
     without a profile: the keep · d_ff largest of each row

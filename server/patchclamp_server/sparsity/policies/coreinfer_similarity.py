@@ -1,11 +1,11 @@
-"""CoreInfer, similarity-guided: prompts of one topic share their core, so a prompt takes the core of its cluster.
+"""In similarity-guided CoreInfer prompts of one topic share their core, so a prompt takes the core of its cluster.
 
-Calibration: each sentence has core counts f_l (see coreinfer_stability); the multi-hot of the top neurons at
+In calibration each sentence has core counts f_l (see coreinfer_stability); the multi-hot of the top neurons at
 `cluster_layer`, scaled to length one, is clustered by k-means (k ≥ 4, the elbow of the inertia), and a cluster's
 neurons are ranked, layer by layer, by the summed counts of its sentences. A request is given the cluster whose centre
 is nearest to the multi-hot of its own prompt, and the keep · d_ff first neurons of that ranking, filled up as in
-coreinfer_stability where no sentence of the cluster had so many in its core. Without a prompt: the first cluster,
-filled up by the index. Same paper as coreinfer_stability.
+coreinfer_stability where no sentence of the cluster had so many in its core. Without a prompt it is the first cluster,
+filled up by the index. The paper is that of coreinfer_stability.
 """
 
 from collections.abc import Mapping
@@ -77,6 +77,6 @@ class _Selector(Selector):
 
 
 def multi_hot(counts: Tensor) -> Tensor:
-    """[..., d_ff] -> 1/√n at the n most frequent neurons."""
+    """Turns counts [..., d_ff] into 1/√n at the n most frequent neurons."""
     hot = (top_mask(counts, MULTI_HOT_KEEP) & (counts > 0)).float()
     return torch.nn.functional.normalize(hot, dim=-1)

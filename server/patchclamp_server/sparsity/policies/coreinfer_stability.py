@@ -1,4 +1,4 @@
-"""CoreInfer, stability-guided: the neurons most often in the core of a prompt token.
+"""Stability-guided CoreInfer keeps the neurons that are most often in the core of a prompt token.
 
     m    = mean over tokens of #{j: h_tj > 0}                   k = token_keep · m, rounded up
     core of token t: its k largest positive h_tj                f_j = #{t: j in the core of t}
@@ -6,7 +6,7 @@
     fill = where these are fewer, as after a prompt of one token, others by the largest mean of h_tj over the prompt
 
 CoreInfer: Accelerating Large Language Model Inference with Semantics-Inspired Adaptive Sparse Activation (Wang et al.
-2024); published for layers 6-26 of 32, without the last line: METHODS S1 asks for a share that is what was asked for.
+2024); published for layers 6-26 of 32, without the last line; METHODS S1 asks for exactly the requested share.
 `rank_by="magnitude"` counts and ranks |h| instead, and fills by its mean, for models without ReLU. Ties go by the
 index. SparsityReport.filled_ratio says how much was filled. k needs the whole prompt, so until `end_prompt` a state
 keeps the order of token_keep · d_ff neurons a token (int32).
@@ -72,10 +72,10 @@ class _Selector(Selector):
 
 @dataclass(eq=False)
 class PromptStatistics:
-    """Of one layer: `orders` as token_order gives them, and the sum of the ranked values over the tokens."""
+    """Statistics of one layer: `orders` as token_order gives them, and the sum of the ranked values over the tokens."""
 
     orders: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    total: Tensor | None = None  # [d_ff] float64: chunks of a prompt add up to the same
+    total: Tensor | None = None  # [d_ff] float64, so that chunks of a prompt add up to the same
 
     def add(self, neurons: Tensor, policy: CoreInferStability) -> None:
         total = ranked_values(neurons, policy).double().sum(0)
@@ -87,7 +87,7 @@ def ranked_values(neurons: Tensor, policy: CoreInferStability) -> Tensor:
 
 
 def token_order(neurons: Tensor, policy: CoreInferStability) -> tuple[Tensor, Tensor]:
-    """Of each row its strongest neurons in order [n, most], -1 beyond its positive ones; and how many are [n]."""
+    """Returns each row's strongest neurons in order [n, most], -1 beyond its positive ones, and their number [n]."""
     h = ranked_values(neurons, policy)
     most = -int(-policy.token_keep * h.shape[1] // 1)
     top = h.topk(most, dim=1)
@@ -95,7 +95,7 @@ def token_order(neurons: Tensor, policy: CoreInferStability) -> tuple[Tensor, Te
 
 
 def core_counts(chunks: list[tuple[Tensor, Tensor]], token_keep: float, d_ff: int) -> Tensor:
-    """f [d_ff] of a whole prompt."""
+    """Returns f [d_ff] of a whole prompt."""
     order, positives = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     k = -int(-token_keep * positives.double().mean().item() // 1)
     core = order[:, :k].flatten().long()
@@ -119,5 +119,5 @@ def choose(state: SequenceState, layer: int, counts: Tensor, keep: float, mean: 
 
 
 def _descending(values: Tensor) -> Tensor:
-    """Indices; of equal values, the first comes first."""
+    """Returns indices in descending order; of equal values, the first comes first."""
     return values.sort(descending=True, stable=True).indices

@@ -1,4 +1,4 @@
-"""No sparsity: the policy of a request that asks for none, and what a quality guard falls back to."""
+"""Dense is the policy of a request that asks for none, and what a quality guard falls back to."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Exact zeros of ReLU models: a neuron is active where h_j ≠ 0, so the output is that of the dense model.
+"""In ReLU models a neuron is active where h_j ≠ 0, so the output is that of the dense model.
 
 Neurons in Large Language Models: Dead, N-gram, Positional (Voita, Ferrando, Nalmpantis 2023). The input products are
 computed densely; only down is read sparsely. `keep_ratio` has no meaning here: what is zero decides.

@@ -1,21 +1,21 @@
-"""Fovea: every neuron is seen blurred, through a low-bit copy of the weights; those that matter are then seen sharply.
+"""Fovea sees every neuron blurred, through a low-bit copy of the weights, and then those that matter sharply.
 
     ĝ = x · gatê_j, û = x · up̂_j                                 hats: the sketch of the weights (sketch.py)
     s_j² = E[act(g)²] (û² + ε_j²) ‖down_j‖²,     E[act(g)²] ≈ (act(ĝ + δ_j)² + act(ĝ - δ_j)²) / 2
     A = the keep_l · d_ff neurons with the largest s_j
     y = Σ_{j ∈ A} act(g_j) u_j down_j + Σ_{j ∉ A} act(ĝ_j) û_j down̂_j
 
-δ_j, ε_j: root mean square of ĝ - g and û - u on calibration text. Without them a neuron whose sketch happens to be near
-zero is dropped with a certainty that the sketch does not give: with the gate exact and û of rank 32, that alone takes
-the perplexity ratio at keep .5 from 1.60 to 1.17. The second sum (`compensate`) reuses the blurred values, and
-reads the sketch of down. `gate="exact"` reads the gate densely.
+δ_j and ε_j are the root mean squares of ĝ - g and û - u on calibration text. Without them a neuron whose sketch happens
+to be near zero is dropped with a certainty that the sketch does not give: with the gate exact and û of rank 32, that
+alone takes the perplexity ratio at keep .5 from 1.60 to 1.17. The second sum (`compensate`) reuses the blurred values,
+and reads the sketch of down. `gate="exact"` reads the gate densely.
 
-A sketch of 3 bits is a quarter of weights of 16 bits, and two thirds of 4-bit codes with their scales: of a model that
-is served from those, fovea reads no fewer bytes than the dense product, and takes longer (benchmarks/sparse.py).
+A sketch of 3 bits is a quarter of weights of 16 bits, and two thirds of 4-bit codes with their scales: where a model is
+served from those, fovea reads no fewer bytes than the dense product, and takes longer (benchmarks/sparse).
 
-Our own method: the norms are WINA's, a gate as predictor is CATS', the sketch stands in for trained predictors (Deja
-Vu, Liu et al. 2023). `budget="measured"` spreads the neurons over the layers by the damage measured there (budgets.py).
-Ungated MLPs: s_j² = E[act(u)²] ‖down_j‖².
+This is our own method: the norms are WINA's, a gate as predictor is CATS', and the sketch replaces trained predictors
+(Deja Vu, Liu et al. 2023). `budget="measured"` spreads the neurons over the layers by the damage measured there
+(budgets.py). In ungated MLPs s_j² = E[act(u)²] ‖down_j‖².
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ class Fovea(Policy):
     budget: str = "measured"
     name: ClassVar[str] = "fovea"
     needs_profile: ClassVar[bool] = True
-    # Of the errors those for the sketches that were calibrated; up errors only where there is a gate.
+    # There are errors for the sketches that were calibrated, and up errors only where there is a gate.
     profile_tensors: ClassVar[Mapping[str, ProfileTensor]] = {
         **{f"gate_error.{bits}": ProfileTensor(("layers", "neurons"), required=False) for bits in BITS},
         **{f"up_error.{bits}": ProfileTensor(("layers", "neurons"), required=False) for bits in BITS},
@@ -73,15 +73,15 @@ class SketchedMlp:
         self._down = SketchedProduct(weights.down.t(), bits)
 
     def gate(self, x: Tensor) -> Tensor:
-        """ĝ [n, d_ff]; û where there is no gate."""
+        """Returns ĝ [n, d_ff], or û where there is no gate."""
         return self.up(x) if self._gate is None else _biased(self._gate(x), self.weights.gate_bias)
 
     def up(self, x: Tensor) -> Tensor:
-        """û [n, d_ff]."""
+        """Returns û [n, d_ff]."""
         return _biased(self._up(x), self.weights.up_bias)
 
     def stand_in(self, neurons: Tensor) -> Tensor:
-        """Σ_j h_j down̂_j [n, d_model] of neurons h [n, d_ff]."""
+        """Returns Σ_j h_j down̂_j [n, d_model] of neurons h [n, d_ff]."""
         return self._down(neurons)
 
 
@@ -125,7 +125,7 @@ class FoveaSelector(Selector):
         else:
             gate, error = sketched.gate(mlp.x), self._gate_error[layer]
         act = weights.activated
-        # s², and not s: the order is the same.
+        # s² gives the same order as s.
         scores = (act(gate + error).square() + act(gate - error).square()) * weights.down_norm.square()
         blurred = act(gate)
         if weights.gate is not None:
@@ -142,7 +142,7 @@ class FoveaSelector(Selector):
         weights = self.weights(layer)
         share = 1 / weights.matrices
         bits = self._policy.bits
-        # Dense products: the stand-in too reads all of its sketch, which is sooner done than gathering half of it.
+        # These are dense products: the stand-in too reads all of its sketch, which is faster than gathering half of it.
         inputs, output = (
             share * min(1.0, sketch_bits(bits, n) / weight_bits) for n in (weights.up.shape[1], weights.d_ff)
         )

@@ -1,9 +1,9 @@
-"""GRIFFIN: the neurons that were relatively strong over the prompt.
+"""GRIFFIN keeps the neurons that were relatively strong over the prompt.
 
     s_j = sqrt(Σ_t (h_tj / ‖h_t‖)²) over the prompt tokens t; the keep · d_ff largest are the set of the sequence
 
 Prompt-prompted Adaptive Structured Pruning for Efficient LLM Generation (Dong, Chen, Chi 2024). Rows that are all zero
-count nothing. The statistic is a sum over tokens, so chunks of a prompt add up; without any prompt the layer is dense.
+count nothing. The statistic is a sum over tokens, so chunks of a prompt add up; without a prompt the layer is dense.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What no policy can serve: the neurons whose contribution |h_j| ‖down_j‖ turns out largest. A bound for selectors."""
+"""The oracle keeps the neurons whose contribution |h_j| ‖down_j‖ turns out largest; no policy can serve it: a bound."""
 
 from dataclasses import dataclass
 from typing import ClassVar

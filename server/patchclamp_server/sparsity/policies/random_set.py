@@ -1,6 +1,7 @@
-"""The control of every other policy: a set of equal size, drawn once for each layer.
+"""A random set is the control of every other policy: it has equal size and is drawn once for each layer.
 
-`channels`: not neurons, but input channels of each of the four products of a block, as TEAL and WINA choose them.
+With `channels` it is not neurons, but input channels of each of the four products of a block, as TEAL and WINA choose
+them.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a keep ratio keeps: the k largest of each row, or what passes a threshold that calibration found.
+"""A keep ratio keeps the k largest of each row, or what passes a threshold that calibration found.
 
 Thresholds are quantiles of the magnitudes of calibration, on a fixed grid.
 """
@@ -10,18 +10,18 @@ STEPS = 200
 
 
 def threshold(grid: Tensor, keep: float) -> Tensor:
-    """The value that a share `keep` of the calibration magnitudes reaches; keep 0 keeps nothing."""
+    """Returns the value that a share `keep` of the calibration magnitudes reaches; keep 0 keeps nothing."""
     if keep <= 0.0:
         return grid.new_tensor(float("inf"))
     return grid[round((1.0 - keep) * STEPS)]
 
 
 def count(keep: float, n: int) -> int:
-    """How many of n a keep ratio keeps: the nearest whole number."""
+    """Returns how many of n a keep ratio keeps: the nearest whole number."""
     return min(n, int(keep * n + 0.5))
 
 
 def top_mask(scores: Tensor, keep: float) -> Tensor:
-    """[..., n] -> bool: exactly `count(keep, n)` of each row, whatever ties there are."""
+    """Returns a mask of scores [..., n] with exactly `count(keep, n)` of each row, whatever ties there are."""
     chosen = scores.topk(count(keep, scores.shape[-1]), dim=-1, sorted=False).indices
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, chosen, True)

@@ -1,10 +1,10 @@
-"""A low-bit copy of a matrix: what a policy reads of the neurons that it does not compute.
+"""A sketch is a low-bit copy of a matrix, which a policy reads for the neurons that it does not compute.
 
     W ≈ scale · code + low      by groups of at most 64 columns, code in [0, 2^bits), scale and low in bfloat16
 
 The range of a group is shrunk (by up to half) where that lessens its squared error. On a CPU the copy is kept packed:
-few rows of x read it so (cpu/sparse/low_bits.py), for more it is unpacked, which takes as long as some tens of rows.
-Other devices keep it as a plain matrix.
+few rows of x read it packed (cpu/sparse/low_bits.py); for more it is unpacked, which takes as long as some tens of
+rows. Other devices keep it as a plain matrix.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from patchclamp_server.cpu.sparse.low_bits import LowBitMatrix
 
 GROUP = 64
 SHRINK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-# Rows of x up to which the packed product, one row at a time, is sooner done than unpacking.
+# The packed product, one row at a time, is faster than unpacking for at most so many rows of x.
 PACKED_ROWS = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """codes [out, in] uint8; scale and low [out, groups]."""
+    """codes are [out, in] uint8; scale and low are [out, groups]."""
 
     bits: int
     codes: Tensor
@@ -30,19 +30,19 @@ class Sketch:
     low: Tensor
 
     def dense(self) -> Tensor:
-        """The matrix that the codes stand for [out, in]."""
+        """Returns the matrix [out, in] that the codes stand for."""
         out, groups = self.scale.shape
         values = self.codes.view(out, groups, -1).to(self.scale.dtype)
         return (values * self.scale[:, :, None] + self.low[:, :, None]).view(out, -1)
 
 
 def group_of(width: int) -> int:
-    """The largest divisor of the width that is at most GROUP."""
+    """Returns the largest divisor of the width that is at most GROUP."""
     return max(size for size in range(1, min(GROUP, width) + 1) if width % size == 0)
 
 
 def sketch(weight: Tensor, bits: int) -> Sketch:
-    """The low-bit copy of `weight` [out, in]."""
+    """Returns the low-bit copy of `weight` [out, in]."""
     out, width = weight.shape
     groups = weight.float().view(out, -1, group_of(width))
     least, most = groups.amin(2), groups.amax(2)
@@ -63,7 +63,7 @@ def sketch(weight: Tensor, bits: int) -> Sketch:
 
 
 class SketchedProduct:
-    """x [n, in] -> x Ŵᵀ [n, out] for `weight` [out, in] and its sketch Ŵ. Rows of the result are independent."""
+    """Maps x [n, in] to x Ŵᵀ [n, out] for `weight` [out, in] and its sketch Ŵ. Rows of the result are independent."""
 
     def __init__(self, weight: Tensor, bits: int) -> None:
         made = sketch(weight, bits)
@@ -74,7 +74,7 @@ class SketchedProduct:
             self._matrix = made.dense().to(weight.dtype)
             return
         self._packed = LowBitMatrix.of(made.codes, made.scale, made.low, bits)
-        # Compiles what is compiled at run time.
+        # This compiles what is compiled at run time.
         self._packed.multiply(torch.zeros(1, weight.shape[1]))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -87,5 +87,5 @@ class SketchedProduct:
 
 
 def sketch_bits(bits: int, width: int) -> float:
-    """Bits that a weight takes in a packed sketch of a matrix [out, width]."""
+    """Returns the bits that a weight takes in a packed sketch of a matrix [out, width]."""
     return LowBitMatrix.bits_per_weight(bits, group_of(width))

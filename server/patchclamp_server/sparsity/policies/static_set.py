@@ -1,10 +1,10 @@
-"""A set that is the same for every request: a `neuron_set` artifact, or the neurons calibration found largest.
+"""A static set is the same for every request: a `neuron_set` artifact, or the neurons that calibration found largest.
 
     calibrated score_j = Σ_t h_tj² ‖down_j‖²     t: calibration tokens but attention sinks (interventions/pooling.py)
 
 The keep · d_ff largest are active. With `neurons` (layer → indices) the set is given, and `keep_ratio` is not used;
-layers it does not name stay dense.
-Neuron Specialization (Tan, Wu, Monz 2024); dead neurons of a census.
+layers that it does not name stay dense.
+Such sets are those of Neuron Specialization (Tan, Wu, Monz 2024) and the dead neurons of a census.
 """
 
 from collections.abc import Mapping

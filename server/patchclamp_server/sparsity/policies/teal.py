@@ -1,11 +1,11 @@
-"""TEAL: input channels with |x_j| ≥ t, a threshold for each of the four products of a block.
+"""TEAL keeps input channels with |x_j| ≥ t, a threshold for each of the four products of a block.
 
     t = quantile 1 - keep of the calibration inputs of that product
 
-`allocation="uniform"`: every product keeps the same share. "greedy": within a block, each step takes
-0.05 / (its share of the block's weights) off one product, the one with which the block's output changes least (L2 on
-calibration text), until the block keeps `keep_ratio` of its weights. Training-Free Activation Sparsity in Large
-Language Models (Liu et al. 2024).
+With `allocation="uniform"` every product keeps the same share. With "greedy" each step within a block takes 0.05 / (its
+share of the block's weights) off the one product with which the block's output changes least (L2 on calibration text),
+until the block keeps `keep_ratio` of its weights. Training-Free Activation Sparsity in Large Language Models (Liu et
+al. 2024).
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class _Selector(Selector):
         ]
 
     def _kept(self, policy: Teal, profile: Profile, layer: int) -> list[float]:
-        """The share that each product keeps."""
+        """Returns the share that each product keeps."""
         keep = self.keep[layer]
         if policy.allocation == "uniform":
             return [keep] * len(PROJECTIONS)

@@ -1,4 +1,4 @@
-"""WINA: input channels with a large |x_j| ‖W_:,j‖, at each of the four products of a block: keep · width for each row.
+"""WINA keeps keep · width input channels with a large |x_j| ‖W_:,j‖ for each row, at each of a block's four products.
 
 WINA: Weight Informed Neuron Activation for Accelerating Large Language Model Inference (Chen et al. 2025).
 The norms are of the columns of the fused matrices (q, k, v together; gate and up together).

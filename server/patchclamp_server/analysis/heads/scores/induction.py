@@ -11,7 +11,8 @@ random tokens of which none occurs twice in r (repeated_tokens.py). 1 is a pure 
 from collections.abc import AsyncGenerator
 
 from patchclamp_server.analysis.heads.scores.repeated_tokens import measure
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Scoring
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.text.prompt import PromptEncoder
 

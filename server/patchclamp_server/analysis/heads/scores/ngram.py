@@ -13,7 +13,8 @@ counted; repeated random tokens have exactly one.
 from collections.abc import AsyncGenerator
 
 from patchclamp_server.analysis.heads.scores.repeated_tokens import measure
-from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Progress, Scoring
+from patchclamp_server.analysis.heads.scores.scoring import HeadScores, Scoring
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.text.prompt import PromptEncoder

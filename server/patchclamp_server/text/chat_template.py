@@ -1,8 +1,8 @@
-"""Where the turns of a chat and their contents lie in the text that a chat template renders.
+"""This module finds where the turns of a chat and their contents lie in the text that a chat template renders.
 
-The template is rendered once more with a placeholder for every content, the skeleton; what stands between the
-placeholders is the template's own text. Where in it a turn ends, footers.py tells. All of it takes as many renderings
-of messages as there are messages, times a constant.
+The template is rendered once more with a placeholder for every content, which gives the skeleton; the text between the
+placeholders is the template's own. footers.py tells where in it a turn ends. The whole costs as many renderings of
+messages as there are messages, times a constant.
 """
 
 import re
@@ -21,9 +21,9 @@ from patchclamp_server.text.footers import Footers
 from patchclamp_server.text.text_threads import check_awaited
 
 _FIELD = "prompt.chat"
-# Roles between two turns of one role: some templates join turns that follow each other, others want roles to alternate.
+# Roles to put between two turns of one role: some templates join turns in a row, others want roles to alternate.
 _BETWEEN: tuple[tuple[str, ...], ...] = ((), ("assistant",), ("user",))
-# Private-use characters: no white space, which templates trim, and nothing a template looks for.
+# The placeholder is made of private-use characters, which templates neither trim as white space nor look for.
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -34,12 +34,12 @@ class Message:
 
 
 @dataclass(frozen=True)
-class ChatLayout:
-    """The rendered text as parts[0] contents[0] … contents[n-1] parts[n]; the parts are the template's own text."""
+class RenderedChat:
+    """The rendered text is parts[0] contents[0] … contents[n-1] parts[n]; the parts are the template's own text."""
 
     parts: tuple[str, ...]
     contents: tuple[str, ...]
-    # Start of each run of one role, and the roles; both empty where the template does not tell its turns apart.
+    # The start of each run of one role, and the roles; both are empty where the template does not tell turns apart.
     starts: tuple[int, ...]
     roles: tuple[str, ...]
 
@@ -56,18 +56,18 @@ class ChatLayout:
         return _interleave(self.parts, [_placeholder(i) for i in range(len(self.contents))])
 
     def role_at(self, start: int, end: int) -> str:
-        """Role of a token by its first character (a token without characters: by its place)."""
+        """Returns the role of a token by its first character (of a token without characters, by its place)."""
         assert start <= end
         return self.roles[bisect_right(self.starts, start) - 1]
 
     def content_at(self, start: int, end: int) -> int | None:
-        """Index of the first content that characters [start, end) of the text overlap."""
-        # Content k ends where part k + 1 starts; the first one that ends after `start` is the one to look at.
+        """Returns the index of the first content that characters [start, end) of the text overlap."""
+        # Content k ends where part k + 1 starts, so the first one that ends after `start` is the one to look at.
         k = bisect_right(self._text_starts, start, lo=1) - 1
         return k if k < len(self.contents) and self._text_starts[k + 1] - len(self.contents[k]) < end else None
 
     def from_skeleton(self, offset: int) -> int:
-        """Offset in the text of an offset in one of the template's own parts of the skeleton."""
+        """Maps an offset in one of the template's own parts of the skeleton to the offset in the text."""
         part = bisect_right(self._skeleton_starts, offset) - 1
         return offset - self._skeleton_starts[part] + self._text_starts[part]
 
@@ -81,7 +81,7 @@ class ChatLayout:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer.
+    """This is the chat template of a tokenizer.
 
     Renderings raise jinja2.TemplateError where the template refuses, and FailedPrecondition where it fails.
     """
@@ -91,7 +91,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, model: str) -> "ChatTemplate":
-        """FailedPrecondition where the model has none that a chat alone chooses."""
+        """Raises FailedPrecondition where the model has no template that a chat alone chooses."""
         if not template_of(tokenizer):
             named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
             which = f"only chat templates named {', '.join(named)} and no default" if named else "no chat template"
@@ -119,7 +119,7 @@ class ChatTemplate:
         return text
 
     def first_refused(self, turns: Sequence[Message]) -> int:
-        """Index of a turn at which the template refuses the growing chat, and one turn before did not."""
+        """Returns the index of a turn with which the template refuses the growing chat, and without it does not."""
         roles = [turn.role for turn in turns]
         accepted, refused = 0, len(turns)
         while refused - accepted > 1:
@@ -130,10 +130,10 @@ class ChatTemplate:
                 accepted = middle
         return refused - 1
 
-    def layout(self, turns: Sequence[Message], text: str, continues: bool) -> ChatLayout | None:
-        """Layout of the rendering `text` of `turns`; with `continues` it ends with the last content.
+    def parse(self, turns: Sequence[Message], text: str, continues: bool) -> RenderedChat | None:
+        """Parses the rendering `text` of `turns`; with `continues` the text ends with the last content.
 
-        None where the template rewrites contents other than by trimming white space, drops them or reorders them.
+        Returns None where the template drops or reorders contents, or rewrites them other than by trimming white space.
         """
         parts = self._skeleton([turn.role for turn in turns], generation_prompt=not continues)
         if parts is None or len(parts) != len(turns) + 1:
@@ -145,12 +145,12 @@ class ChatTemplate:
         if continues:
             parts = [*parts[:-1], ""]
         runs = runs or []
-        return ChatLayout(tuple(parts), tuple(contents), tuple(s for s, _ in runs), tuple(r for _, r in runs))
+        return RenderedChat(tuple(parts), tuple(contents), tuple(s for s, _ in runs), tuple(r for _, r in runs))
 
     def _skeleton(self, roles: Sequence[str], generation_prompt: bool = False) -> list[str] | None:
-        """The template's own text around placeholders for the contents; None where it refuses them, or fails on them.
+        """Returns the template's own text around placeholders for the contents; None where it refuses or fails.
 
-        Fewer than len(roles) + 1 parts where it does not render each once and in order.
+        There are fewer than len(roles) + 1 parts where it does not render each placeholder once and in order.
         """
         placeholders = [Message(role, _placeholder(i)) for i, role in enumerate(roles)]
         try:
@@ -163,8 +163,8 @@ class ChatTemplate:
     def _role_runs(
         self, turns: Sequence[Message], parts: Sequence[str], contents: Sequence[str]
     ) -> list[tuple[int, str]] | None:
-        """(start, role) of each run of one role in the text; None where a turn's end cannot be told."""
-        # A content without a turn of its own (a system text inside the first user turn) stands in the next one's.
+        """Returns (start, role) of each run of one role in the text; None where a turn's end cannot be told."""
+        # A content without a turn of its own (a system text inside the first user turn) belongs to the next one's turn.
         frames = [turn.role for turn in turns]
         footers = Footers(self._skeleton, tuple(frames), parts).found()
         if footers is None:
@@ -188,9 +188,9 @@ class ChatTemplate:
         return runs
 
     def _inserted(self, role: str, opening: str) -> int | None:
-        """Length of a default system text before the first turn, which is what a later turn of its role lacks.
+        """Returns the length of a default system text before the first turn, which a later turn of its role lacks.
 
-        None where no later turn of that role is rendered as the first one is.
+        Returns None where no later turn of that role is rendered as the first one is.
         """
         if role == "system":
             return 0
@@ -199,14 +199,14 @@ class ChatTemplate:
         if header is None:
             return None
         inserted = opening.removesuffix(header)
-        # A token that begins every sequence is no system text, and belongs to the first turn.
+        # A token that begins every sequence is not a system text, and belongs to the first turn.
         text = inserted
         for token in self._tokenizer.all_special_tokens:
             text = text.replace(token, "")
         return len(inserted) if text.strip() else 0
 
     def _later_header(self, role: str, between: Sequence[str]) -> str | None:
-        """What stands before a second turn of a role, with turns of other roles between it and the first."""
+        """Returns what the template writes before a second turn of a role, with turns of other roles in between."""
         before = self._skeleton([role, *between])
         after = self._skeleton([role, *between, role])
         if before is None or after is None or len(after) != len(between) + 3 or not after[-2].startswith(before[-1]):
@@ -215,7 +215,7 @@ class ChatTemplate:
 
 
 def _match(parts: Sequence[str], turns: Sequence[Message], text: str) -> list[str] | None:
-    """The contents as the template wrote them (with or without the white space around them), or None."""
+    """Returns the contents as the template wrote them (with or without the white space around them), or None."""
     if not text.startswith(parts[0]):
         return None
     contents = []
@@ -240,6 +240,6 @@ def _interleave(parts: Sequence[str], contents: Sequence[str]) -> str:
 
 
 def _part_starts(parts: Sequence[str], contents: Sequence[str]) -> list[int]:
-    """Offset of each part in the text of parts and contents in turn."""
+    """Returns the offset of each part in the text in which parts and contents alternate."""
     lengths = (len(part) + len(content) for part, content in zip(parts, contents, strict=False))
     return list(accumulate(lengths, initial=0))

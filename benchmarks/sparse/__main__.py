@@ -1,6 +1,6 @@
 """Sparse inference: what every policy costs in quality, and what reading fewer neurons saves on this machine's CPU.
 
-    python benchmarks/sparse.py [--only quality|speed] [--keep .75 .5 .4 .3] [--policies fovea …] [--rounds 61]
+    python benchmarks/sparse [--only quality|speed] [--keep .75 .5 .4 .3] [--policies fovea …] [--rounds 61]
 
 sparse/quality.py and sparse/speed.py say what is measured. Each part prints its table, and a whole one is written to
 benchmarks/results; the last line is a JSON object. `--tiny` runs everything on random weights in seconds and writes
@@ -12,16 +12,24 @@ from patchclamp_server.threads import configure_threads
 configure_threads()
 
 import argparse
+import asyncio
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+
+# Its modules, and those that benchmarks share.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from brown import DESCRIPTION, calibration_texts, evaluation_texts
 from measure import save
-from sparse import quality, speed
-from sparse.models import embedded_model, random_model
 
 from patchclamp_server.analysis.documents import documents_of
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.sparsity.mlp import SparseModel
+from sparse import quality, speed
+from sparse.models import embedded_model, random_loaded_model, random_model
 
 KEEPS = (0.75, 0.5, 0.4, 0.3)
 
@@ -48,18 +56,23 @@ def main() -> None:
 
 def measure_quality(options: argparse.Namespace) -> dict[str, Any]:
     if options.tiny:
-        model = random_model(64, 96, n_layers=2)
-        documents = torch.randint(model.spec.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
+        model = random_loaded_model(64, 96, n_layers=2)
+        documents = torch.randint(model.info.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
         scored, calibrated, description = documents[:2], documents[2:], "random tokens"
     else:
-        tokenize, model = embedded_model()
+        model = embedded_model()
         scored, calibrated = (
-            documents_of(texts, tokenize, 2 * quality.PROMPT)
+            documents_of(texts, lambda text: model.tokenizer(text).input_ids, 2 * quality.PROMPT)
             for texts in (evaluation_texts()[: options.documents], calibration_texts(options.calibration))
         )
         description = DESCRIPTION
-    profiles = quality.Profiles(model, calibrated, description)
-    result = quality.measure(profiles, scored, options.keep, options.policies)
+    engine = Engine(model)
+    engine.start()
+    try:
+        profiles = quality.Profiles(engine, calibrated, description)
+        result = asyncio.run(quality.measure(profiles, scored, options.keep, options.policies))
+    finally:
+        engine.shutdown()
     whole = set(options.policies) == set(quality.ALL) and set(options.keep) == set(KEEPS)
     if whole and not options.tiny:
         save("sparse_quality", result)
@@ -75,7 +88,7 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
         }
         return speed.measure(cases, rounds=2)
     cases = {
-        "embedded_codes": lambda: embedded_model()[1],
+        "embedded_codes": lambda: SparseModel("embedded", embedded_model().decoder),
         "8b_float32": lambda: random_model(4096, 14336),
         "8b_bfloat16": lambda: random_model(4096, 14336, dtype=torch.bfloat16),
     }
