@@ -221,7 +221,7 @@ def _of_logits(
     states = ends.clone().requires_grad_()
     h = model.decoder.final_norm(states)
     logits = model.unembedding.multiply(h.detach()).requires_grad_()
-    capped = cap_softly(logits, model.decoder.spec.final_soft_cap).split(lengths)
+    capped = torch.split(cap_softly(logits, model.decoder.spec.final_soft_cap), lengths)
     values = []
     for example, own in zip(batch.examples, capped, strict=True):
         assert not isinstance(example.target, Projection)
