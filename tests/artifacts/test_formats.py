@@ -21,6 +21,7 @@ from patchclamp_server.artifacts.formats import (
     gguf_control_vector,
     head_score_json,
     safetensors,
+    text_json_lines,
 )
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
@@ -47,6 +48,15 @@ def stored_neurons(layers: dict[int, list[int]], **numbers: list[float]) -> Arti
         parts = torch.tensor(flat).split([len(neurons) for neurons in layers.values()])
         tensors |= {f"layer.{layer}.{kind}": part for layer, part in zip(layers, parts, strict=True)}
     return store.get(store.put(ArtifactKind.NEURON_SET, tensors, model_fingerprint="m").id)
+
+
+def stored_corpus() -> Artifact:
+    store, file = (
+        ArtifactStore("memory://formats"),
+        text_json_lines.decode(b'{"text": "a", "label": "b"}\n{"text": "c"}'),
+    )
+    info = store.put(ArtifactKind.CORPUS, file.tensors, model_fingerprint="", provenance=file.provenance)
+    return store.get(info.id)
 
 
 def write_as_repeng(path: Path, directions: dict[int, np.ndarray], arch: str = "controlvector") -> Path:
@@ -179,11 +189,12 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     name: str, seed: int, cut: float, flips: int
 ) -> None:
     random = np.random.default_rng(seed)
-    stored = {
-        "head_score_json": stored_heads(scores=torch.rand(2, 3)),
-        "neuron_set_json": stored_neurons({0: [3, 1], 2: [7]}),
+    makers = {
+        "head_score_json": lambda: stored_heads(scores=torch.rand(2, 3)),
+        "neuron_set_json": lambda: stored_neurons({0: [3, 1], 2: [7]}),
+        "text_json_lines": stored_corpus,
     }
-    artifact = stored.get(name) or stored_vector({1: torch.ones(8), 2: torch.zeros(8)})
+    artifact = makers.get(name, lambda: stored_vector({1: torch.ones(8), 2: torch.zeros(8)}))()
     data = bytearray(FORMATS[name].encode(artifact, "llama"))
     for position in random.integers(0, len(data), flips):
         data[position] = random.integers(0, 256)
@@ -194,8 +205,9 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     except MalformedFile:
         tensors = {}
     # Heads that a file does not name are zeros of a tensor, so that format alone is bounded by what a model may have.
-    # A digit and a comma of JSON are an index of eight bytes.
-    limit = 4 * 1024 * 1024 if name == "head_score_json" else len(data) * (4 if name == "neuron_set_json" else 1)
+    # A document of one byte has an end and a label of eight each; a digit and a comma are an index of eight.
+    limits = {"head_score_json": 4 * 1024 * 1024, "neuron_set_json": 4 * len(data), "text_json_lines": 2 * len(data)}
+    limit = limits.get(name, len(data))
     assert sum(t.numel() * t.element_size() for t in tensors.values()) <= limit
 
 

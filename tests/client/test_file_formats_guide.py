@@ -19,6 +19,8 @@ TAGS = {
     "my_set": "sparsity_profile",
     "by_hand": "watch",
     "by_hand_usual": "watch_reference",
+    "corpus": "corpus",
+    "corpus_by_hand": "corpus",
 }
 
 

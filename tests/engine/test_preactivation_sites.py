@@ -144,7 +144,7 @@ def test_a_reducer_gets_the_preactivations_of_a_prompt(site: Site, kernels: bool
     tokens, events, reducer = prompt("reduced", LENGTH), list[Event](), Sums((0, 2))
     engine = Engine(loaded("llama"), config(kernels=kernels, max_tokens_per_step=7))
     stop = StopParams(max_tokens=0)
-    engine.submit(Request(tokens, events.append, stop=stop, reduction=Reduction(site, reducer)))
+    engine.submit(Request(tokens, events.append, stop=stop, reductions=(Reduction(site, reducer),)))
     while engine.step():
         pass
     d_ff = shapes("llama").d_ff

@@ -23,6 +23,8 @@ from patchclamp_server.analysis.heads.circuits.attribution import attribute
 from patchclamp_server.analysis.heads.circuits.runs import CleanCorruptPair, run_pair, variant_ends
 from patchclamp_server.analysis.heads.scores.ordinals import TokenSequence
 from patchclamp_server.analysis.heads.scores.successor import OvCircuit
+from patchclamp_server.analysis.neurons.gradients import site_gradients
+from patchclamp_server.analysis.neurons.targets import Example, LogitDifference
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.sparse.mlp import SparseMlp
@@ -128,6 +130,10 @@ def _successor() -> None:
     OvCircuit(decoder(), [TokenSequence("three tokens", ((3, 4), (4, 5)), (3, 4, 5))])
 
 
+def _gradients() -> None:
+    at_once(site_gradients(decoder(), Example(tuple(tokens()[0].tolist()), LogitDifference(5))))
+
+
 def _greedy_path() -> None:
     states = torch.randn(TOKENS, decoder().spec.d_model)
     grids = [torch.linspace(0, 1, 1001)] * 4
@@ -155,6 +161,7 @@ CALLERS: dict[Callable[[], None], tuple[int, list[range], list[str]]] = {
     _variants_from_layer_one: (2, [range(1, LAYERS)], []),
     _path_patching: (2, [], ["attention_output"] * LAYERS),
     _successor: (0, [], ["mlp"]),
+    _gradients: (1, [range(layer, layer + 1) for layer in reversed(WHOLE)], []),
     _quality: (3, [], []),
     _request: (3, [], []),
     _sparse_request: (3, [], []),

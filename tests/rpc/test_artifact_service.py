@@ -29,6 +29,7 @@ from patchclamp_server.rpc.services.artifact import ArtifactService
 
 SAFETENSORS, GGUF = pb.ARTIFACT_FORMAT_SAFETENSORS, pb.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR
 HEAD_SCORES = pb.ARTIFACT_FORMAT_HEAD_SCORE_JSON
+CORPUS, JSON_LINES = pb.ARTIFACT_KIND_CORPUS, pb.ARTIFACT_FORMAT_TEXT_JSON_LINES
 VECTOR, NEURON_SET = pb.ARTIFACT_KIND_VECTOR, pb.ARTIFACT_KIND_NEURON_SET
 PROFILE, HEAD_SET = pb.ARTIFACT_KIND_SPARSITY_PROFILE, pb.ARTIFACT_KIND_HEAD_SET
 MODEL = ModelInfo(
@@ -160,6 +161,30 @@ async def test_published_head_scores_become_a_head_set_of_all_heads_of_the_model
     exported = json.loads(await download(stub, artifact.id, HEAD_SCORES))
     assert len(exported) == 8
     assert (exported["2-1"], exported["1-0"]) == ([0.5], [0.0])
+
+
+LINES = b'{"text": "one", "label": "a"}\n{"text": "zwei \xc3\xa4", "label": "b"}\n{"text": "three"}\n'
+
+
+async def test_a_corpus_of_json_lines_is_of_no_model_and_comes_back_as_it_was_sent(stub: Stub) -> None:
+    artifact = await upload(stub, LINES, kind=CORPUS, format=JSON_LINES, provenance=struct(source="by hand"))
+    assert artifact.model_fingerprint == ""
+    assert list(artifact.provenance["labels"]) == ["a", "b"]
+    assert artifact.provenance["source"] == "by hand"
+    assert await download(stub, artifact.id, JSON_LINES) == LINES
+    again = await upload(stub, await download(stub, artifact.id), kind=CORPUS)
+    assert again.id == artifact.id
+
+
+async def test_labels_of_a_corpus_are_named_by_its_file_and_otherwise_by_the_header(stub: Stub) -> None:
+    text, ends = torch.tensor([97, 98], dtype=torch.uint8), torch.tensor([1, 2])
+    data = save({"text": text, "ends": ends, "labels": torch.tensor([1, -1])})
+    artifact = await upload(stub, data, kind=CORPUS, provenance=struct(labels=["x", "y"]))
+    lines = b'{"text": "a", "label": "y"}\n{"text": "b"}\n'
+    assert await download(stub, artifact.id, JSON_LINES) == lines
+    stored = await download(stub, artifact.id)
+    renamed = await upload(stub, stored, kind=CORPUS, provenance=struct(labels=["z"], source="elsewhere"))
+    assert list(renamed.provenance["labels"]) == ["x", "y"]
 
 
 @pytest.mark.parametrize(
@@ -301,6 +326,18 @@ async def test_the_header_wins_over_what_the_file_says_of_itself(stub: Stub) -> 
         (b'{"4-0": [1]}', {"kind": HEAD_SET, "format": HEAD_SCORES}, "chunk"),
         (b'{"0-0": 1}', {"kind": HEAD_SET, "format": HEAD_SCORES}, "chunk"),
         (b'{"0-0": [1]}', {"kind": NEURON_SET, "format": HEAD_SCORES}, "chunk"),
+        (b'{"text": "a"}', {"kind": VECTOR, "format": JSON_LINES}, "chunk"),
+        (b'{"text": "a"}\n{}', {"kind": CORPUS, "format": JSON_LINES}, "chunk"),
+        (
+            b'{"text": "a"}',
+            {"kind": CORPUS, "format": JSON_LINES, "model_fingerprint": "m"},
+            "header.model_fingerprint",
+        ),
+        (
+            save({"text": torch.ones(1).byte(), "ends": torch.ones(1).long(), "labels": torch.zeros(1).long()}),
+            {"kind": CORPUS},
+            "header.provenance.labels",
+        ),
     ],
 )
 async def test_a_bad_upload_is_an_invalid_argument_with_its_field_and_stores_nothing(

@@ -26,8 +26,8 @@ SiteName = Literal[
 ]
 PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
-ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference"]
-ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json"]
+ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus"]
+ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]
 CoreInferRankingName = Literal["magnitude", "value"]
@@ -89,6 +89,7 @@ ARTIFACT_FORMATS = {
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,
     "head_score_json": artifact_pb2.ARTIFACT_FORMAT_HEAD_SCORE_JSON,
     "neuron_set_json": artifact_pb2.ARTIFACT_FORMAT_NEURON_SET_JSON,
+    "text_json_lines": artifact_pb2.ARTIFACT_FORMAT_TEXT_JSON_LINES,
 }
 
 

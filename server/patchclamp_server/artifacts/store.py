@@ -27,6 +27,7 @@ from patchclamp_server.artifacts.access import ArtifactAccess, OpenStore
 from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.checkpoints import Checkpoints
+from patchclamp_server.artifacts.corpora import check_labels
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
@@ -85,6 +86,8 @@ class ArtifactStore:
             Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})
         )
         check_tensors(kind, tensors)
+        if kind is ArtifactKind.CORPUS:
+            check_labels(metadata.provenance, tensors)
         data = safetensors.dump(metadata, tensors)
         artifact_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
         with self._lock:

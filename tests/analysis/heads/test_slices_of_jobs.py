@@ -16,6 +16,9 @@ from patchclamp_server.analysis.heads.attention_mass import attention_mass
 from patchclamp_server.analysis.heads.circuits.attribution import attribute
 from patchclamp_server.analysis.heads.circuits.circuit import CircuitSearch, search
 from patchclamp_server.analysis.heads.circuits.methods import CIRCUIT_METHODS
+from patchclamp_server.analysis.neurons.gradients import gradient_times_activation
+from patchclamp_server.analysis.neurons.integrated import integrated_gradients
+from patchclamp_server.analysis.neurons.targets import Example, LogProbability
 from patchclamp_server.analysis.progress import Steps
 from patchclamp_server.analysis.sparsity.calibrate import CALIBRATIONS
 from patchclamp_server.engine.exclusive import Slice, Work
@@ -60,10 +63,13 @@ def greedy(decoder: Decoder) -> Work[Any]:
     yield (yield from calibrating.finish(Steps("calibration", decoder.spec.n_layers)))
 
 
+EXAMPLES = [Example((5, 6, 7, 8), LogProbability((9, 10))), Example((3,), LogProbability((4,)))]
 WORKS: dict[str, Callable[[Decoder], Any]] = {
     "attention mass": lambda decoder: attention_mass(decoder, documents(1, 9)[0], torch.zeros(3, 1, dtype=torch.int64)),
     "attribution": lambda decoder: attribute(decoder, [5, 6, 7, 8], 5, 9),
     "greedy calibration": greedy,
+    "gradients": lambda decoder: gradient_times_activation(decoder, EXAMPLES),
+    "integrated gradients": lambda decoder: integrated_gradients(decoder, EXAMPLES[0], 1, max_steps=21),
     **{method: circuit(method) for method in CIRCUIT_METHODS},
 }
 

@@ -16,13 +16,18 @@ from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFo
 from patchclamp.requests import UploadOptions
 from patchclamp.results import Artifact, DeletedArtifact
 
-_SUFFIXES: Mapping[str, ArtifactFormatName] = {".gguf": "gguf", ".safetensors": "safetensors"}
+_SUFFIXES: Mapping[str, ArtifactFormatName] = {
+    ".gguf": "gguf",
+    ".safetensors": "safetensors",
+    ".jsonl": "text_json_lines",
+}
 # A file that ends in .json is one of these: its content, or the artifact, says which.
 _JSON: Mapping[str, ArtifactFormatName] = {"head_set": "head_score_json", "neuron_set": "neuron_set_json"}
 # What a file of this format is by default; of any other, a vector.
 _KINDS: Mapping[ArtifactFormatName, ArtifactKindName] = {
     "head_score_json": "head_set",
     "neuron_set_json": "neuron_set",
+    "text_json_lines": "corpus",
 }
 
 
@@ -44,7 +49,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     put.add_argument("file", type=Path)
     put.add_argument("--name", help="tag to store it under")
     put.add_argument("--format", choices=ARTIFACT_FORMATS, help="default: by the file's suffix")
-    put.add_argument("--kind", choices=ARTIFACT_KINDS, help="default: by the content of JSON, else vector")
+    put.add_argument(
+        "--kind", choices=ARTIFACT_KINDS, help="default: by the content of JSON, corpus for .jsonl, else vector"
+    )
     put.add_argument("--site", choices=SITES, help="site of a vector (default: resid_post)")
     put.add_argument("--description")
     add_replace_argument(put)

@@ -43,6 +43,11 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     """What a watch looks at: tensors by monitoring/watch.py of the server."""
     ARTIFACT_KIND_WATCH_REFERENCE: _ArtifactKind.ValueType  # 6
     """Distribution of the items of a watch: tensors "edges" [items, k], "counts" [items, k + 1], "mean" and "deviation" [items]."""
+    ARTIFACT_KIND_CORPUS: _ArtifactKind.ValueType  # 7
+    """Documents of text: tensors "text" uint8 [bytes], all of them one after the other in UTF-8, "ends" int64 [documents], where each
+    ends, and optionally "labels" int64 [documents], indices into the names in `provenance.labels`, or -1 for none. A corpus is of no
+    model: its fingerprint is empty, and every model reads it with its own tokenizer. A document has at most 1 MiB.
+    """
 
 class ArtifactKind(_ArtifactKind, metaclass=_ArtifactKindEnumTypeWrapper): ...
 
@@ -61,6 +66,11 @@ ARTIFACT_KIND_WATCH: ArtifactKind.ValueType  # 5
 """What a watch looks at: tensors by monitoring/watch.py of the server."""
 ARTIFACT_KIND_WATCH_REFERENCE: ArtifactKind.ValueType  # 6
 """Distribution of the items of a watch: tensors "edges" [items, k], "counts" [items, k + 1], "mean" and "deviation" [items]."""
+ARTIFACT_KIND_CORPUS: ArtifactKind.ValueType  # 7
+"""Documents of text: tensors "text" uint8 [bytes], all of them one after the other in UTF-8, "ends" int64 [documents], where each
+ends, and optionally "labels" int64 [documents], indices into the names in `provenance.labels`, or -1 for none. A corpus is of no
+model: its fingerprint is empty, and every model reads it with its own tokenizer. A document has at most 1 MiB.
+"""
 Global___ArtifactKind: _TypeAlias = ArtifactKind  # noqa: Y015
 
 class _ArtifactFormat:
@@ -78,6 +88,10 @@ class _ArtifactFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only. A file
     that does not name every head of the model is refused.
     """
+    ARTIFACT_FORMAT_TEXT_JSON_LINES: _ArtifactFormat.ValueType  # 4
+    """Lines of JSON in UTF-8, one document a line: {"text": "...", "label": "..."}, the label optional. Corpora only. A line that is
+    anything else is refused with its number, from 1.
+    """
     ARTIFACT_FORMAT_NEURON_SET_JSON: _ArtifactFormat.ValueType  # 5
     """JSON {"<layer>": [neuron, ...]}. Neuron sets only, without values and scores."""
 
@@ -94,6 +108,10 @@ ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR: ArtifactFormat.ValueType  # 2
 ARTIFACT_FORMAT_HEAD_SCORE_JSON: ArtifactFormat.ValueType  # 3
 """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only. A file
 that does not name every head of the model is refused.
+"""
+ARTIFACT_FORMAT_TEXT_JSON_LINES: ArtifactFormat.ValueType  # 4
+"""Lines of JSON in UTF-8, one document a line: {"text": "...", "label": "..."}, the label optional. Corpora only. A line that is
+anything else is refused with its number, from 1.
 """
 ARTIFACT_FORMAT_NEURON_SET_JSON: ArtifactFormat.ValueType  # 5
 """JSON {"<layer>": [neuron, ...]}. Neuron sets only, without values and scores."""
@@ -140,7 +158,7 @@ class Artifact(_message.Message):
     """"sha256:" + hex digest of the stored bytes."""
     kind: Global___ArtifactKind.ValueType
     model_fingerprint: _builtins.str
-    """Fingerprint of the model it was made for."""
+    """Fingerprint of the model it was made for; empty for a corpus."""
     site: _program_pb2.Site.ValueType
     """Site of a vector."""
     width: _builtins.int
@@ -154,7 +172,7 @@ class Artifact(_message.Message):
     def created(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def provenance(self) -> _struct_pb2.Struct:
-        """How it was made: method, parameters, data digests."""
+        """How it was made: method, parameters, data digests. Of a corpus with labels: `labels`, their names."""
 
     @_builtins.property
     def evidence(self) -> _struct_pb2.Struct:
@@ -232,7 +250,7 @@ class UploadHeader(_message.Message):
     site: _program_pb2.Site.ValueType
     """Site of a vector. Default: resid_post, which is where llama.cpp applies control vectors."""
     model_fingerprint: _builtins.str
-    """Model it was made for. Empty: what the file says, else the server's model."""
+    """Model it was made for. Empty: what the file says, else the server's model; a corpus has none."""
     description: _builtins.str
     size_bytes: _builtins.int
     """Bytes that follow."""

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ArtifactServiceStub:
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles and watches. Artifacts are content-addressed and never change;
-    tags are names that can move.
+    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    never change; tags are names that can move.
     """
 
     def __init__(self, channel):
@@ -69,8 +69,8 @@ class ArtifactServiceStub:
 
 
 class ArtifactServiceServicer:
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles and watches. Artifacts are content-addressed and never change;
-    tags are names that can move.
+    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    never change; tags are names that can move.
     """
 
     def Upload(self, request_iterator, context):
@@ -155,8 +155,8 @@ def add_ArtifactServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ArtifactService:
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles and watches. Artifacts are content-addressed and never change;
-    tags are names that can move.
+    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    never change; tags are names that can move.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ArtifactServiceStub:
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles and watches. Artifacts are content-addressed and never change;
-    tags are names that can move.
+    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    never change; tags are names that can move.
     """
 
     @_typing.overload
@@ -48,8 +48,8 @@ class ArtifactServiceStub:
 
 @_typing.type_check_only
 class ArtifactServiceAsyncStub(ArtifactServiceStub):
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles and watches. Artifacts are content-addressed and never change;
-    tags are names that can move.
+    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    never change; tags are names that can move.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -65,8 +65,8 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     """DeleteArtifact removes the artifact and its tags."""
 
 class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles and watches. Artifacts are content-addressed and never change;
-    tags are names that can move.
+    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    never change; tags are names that can move.
     """
 
     @_abc_1.abstractmethod

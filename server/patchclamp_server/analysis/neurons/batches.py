@@ -17,7 +17,7 @@ from patchclamp_server.model.spec import DecoderSpec
 # What one batch may need, and what a caller may ask to be kept.
 MAX_BYTES = 1 << 30
 # Token rows of a batch of several examples, so that a slice of one block beside requests is short.
-ROWS = 128
+ROWS = 256
 _BLOCK = 16
 # Copies of a number of each kind that one block holds at most while it is differentiated, both ways.
 _RESIDUALS, _HEADS, _NEURONS, _SCORES, _LOGITS = 16, 12, 12, 6, 10

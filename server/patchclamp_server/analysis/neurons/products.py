@@ -124,6 +124,8 @@ class DifferentiableModel:
         return cls(_in_float32(decoder), products, DifferentiableProduct(decoder.unembedding))
 
 
+# Works at the exclusive door begin in inference mode, whose tensors take no part in a backward pass.
+@torch.inference_mode(False)
 def _in_float32(decoder: Decoder) -> Decoder:
     if decoder.dtype == torch.float32:
         return decoder

@@ -80,7 +80,7 @@ def _edit(proto: pb.Edit, field: str) -> Edit:
         layers=_layers(proto.layers, proto.all_layers, field, needed=spec.layers_from(kind) is None),
         all_layers=proto.all_layers,
         strength=finite(proto.strength, f"{field}.strength") if proto.HasField("strength") else 1.0,
-        scope=_scope(proto.scope, f"{field}.scope"),
+        scope=decode_scope(proto.scope, f"{field}.scope"),
         gate=_gate(proto.gate, f"{field}.gate") if proto.HasField("gate") else None,
         preserve_norm=proto.preserve_norm,
     )
@@ -94,7 +94,7 @@ def _layers(layers: Sequence[int], all_layers: bool, field: str, *, needed: bool
     return distinct(layers, f"{field}.layers")
 
 
-def _scope(proto: pb.Scope, field: str) -> Scope:
+def decode_scope(proto: pb.Scope, field: str) -> Scope:
     return Scope(
         include=tuple(_selector(s, f"{field}.include[{i}]") for i, s in enumerate(proto.include)),
         exclude=tuple(_selector(s, f"{field}.exclude[{i}]") for i, s in enumerate(proto.exclude)),
@@ -139,7 +139,7 @@ def _condition(proto: pb.Condition, field: str) -> Condition:
         comparison=known(proto.comparison, COMPARISONS, f"{field}.comparison", pb.Comparison.keys()[1:]),
         threshold=finite(proto.threshold, f"{field}.threshold"),
         cosine=proto.cosine,
-        scope=_scope(proto.scope, f"{field}.scope"),
+        scope=decode_scope(proto.scope, f"{field}.scope"),
         stored_threshold=stored,
     )
 
@@ -160,7 +160,7 @@ def _readout(proto: pb.Readout, field: str) -> Readout:
         name=proto.name,
         layers=_layers(proto.layers, proto.all_layers, field, needed=True),
         all_layers=proto.all_layers,
-        scope=_scope(proto.scope, f"{field}.scope"),
+        scope=decode_scope(proto.scope, f"{field}.scope"),
     )
 
 

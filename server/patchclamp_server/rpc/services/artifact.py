@@ -17,7 +17,7 @@ from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource
 from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
-from patchclamp_server.artifacts.types import LAYERED, ArtifactInfo, ArtifactKind, Tags
+from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, RequestError
 from patchclamp_server.interventions.field_checks import count, distinct
 from patchclamp_server.model.info import ModelInfo
@@ -112,8 +112,11 @@ class ArtifactService(ArtifactServiceServicer):
             raise InvalidArgument("header.kind", f"the file holds a {own.kind.value}, not a {kind.value}")
         if kind is ArtifactKind.VECTOR:
             site = site or (own.site if own else None) or Site.RESID_POST
-        provenance = provenance or dict(own.provenance if own else file.provenance)
-        fingerprint = header.model_fingerprint or (own.model_fingerprint if own else "") or self._model.fingerprint
+        said = dict(own.provenance if own else file.provenance)
+        provenance = _with_labels(provenance, said) if kind is ArtifactKind.CORPUS else provenance or said
+        fingerprint = header.model_fingerprint or (own.model_fingerprint if own else "")
+        if kind not in OF_NO_MODEL:
+            fingerprint = fingerprint or self._model.fingerprint
         try:
             tensors = file.tensors
             check_tensors(kind, tensors)
@@ -154,6 +157,12 @@ class ArtifactService(ArtifactServiceServicer):
     def _architecture(self, info: ArtifactInfo) -> str:
         """Architecture of the vector's model; "" for a model this server does not know."""
         return self._model.architecture if info.model_fingerprint == self._model.fingerprint else ""
+
+
+def _with_labels(header: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
+    """Provenance of a corpus: of both, and the names of labels of the file, where it has any, since its documents have
+    their numbers."""
+    return {**file, **header, **{name: file[name] for name in ("labels",) if name in file}}
 
 
 def _sweep_spools() -> None:

@@ -9,12 +9,14 @@ from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceServicer
 from patchclamp_server.analysis.neurons.compare import compare
 from patchclamp_server.analysis.neurons.decode import decode
+from patchclamp_server.analysis.neurons.evaluation import evaluate_edit
 from patchclamp_server.analysis.neurons.find_job import find_neurons
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.neurons.compare import encode_overlaps
 from patchclamp_server.rpc.codecs.neurons.decode import decode_decoding, encode_decoding
+from patchclamp_server.rpc.codecs.neurons.evaluation import decode_evaluation, encode_evaluation
 from patchclamp_server.rpc.codecs.neurons.find import decode_finding, encode_finding
 
 Context = Any
@@ -48,6 +50,17 @@ class NeuronService(NeuronServiceServicer):
             partial(find_neurons, jobs.engine, jobs.store, jobs.model),
             partial(encode_finding, prompts=jobs.prompts),
             exclusive=True,
+        )
+
+    def EvaluateNeuronEdit(
+        self, request: pb.EvaluateNeuronEditRequest, context: Context
+    ) -> AsyncIterator[pb.EvaluateNeuronEditResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_evaluation, request, jobs.prompts, jobs.store, jobs.model),
+            partial(evaluate_edit, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            encode_evaluation,
         )
 
     async def CompareNeuronSets(
