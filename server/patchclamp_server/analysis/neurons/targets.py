@@ -52,7 +52,9 @@ class LogitDifference:
 
     def check(self, spec: DecoderSpec, field: str) -> None:
         if self.target == self.contrast:
-            raise InvalidArgument(f"{field}.contrast", "is the target, the difference is 0 by definition; accepted: another token")
+            raise InvalidArgument(
+                f"{field}.contrast", "is the target, the difference is 0 by definition; accepted: another token"
+            )
         _check_tokens((self.target,), spec, f"{field}.target")
         if self.contrast is not None:
             _check_tokens((self.contrast,), spec, f"{field}.contrast")
