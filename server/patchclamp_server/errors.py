@@ -3,8 +3,8 @@
 Each names the field path it is about (``program.edits[1].layers``), in the words of the protobuf contract.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 
@@ -86,10 +86,30 @@ class EngineFailure(RequestError):
 
 
 @contextmanager
-def renaming_fields(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors raised inside name the fields of a request of ours, which was made of other fields."""
+def fields_as(rename: Callable[[str], str]) -> Iterator[None]:
+    """Errors raised inside name the field that `rename` makes of theirs: what raised them did not see the request."""
     try:
         yield
     except RequestError as error:
-        error.field = names.get(error.field, error.field)
+        error.field = rename(error.field)
         raise
+
+
+def about(field: str) -> AbstractContextManager[None]:
+    """Errors raised inside are about `field`, whatever they name."""
+    return fields_as(lambda _: field)
+
+
+def within(field: str) -> AbstractContextManager[None]:
+    """Errors raised inside are about the message at `field`, of which they name fields."""
+    return fields_as(lambda name: below(field, name))
+
+
+def renaming_fields(names: Mapping[str, str]) -> AbstractContextManager[None]:
+    """Errors raised inside name the fields of the request from which those were made that are keys of `names`."""
+    return fields_as(lambda name: names.get(name, name))
+
+
+def below(path: str, name: str) -> str:
+    """Returns the path of the field `name` of the message at `path`; "" is the request itself."""
+    return f"{path}.{name}" if path and name else path or name

@@ -13,7 +13,7 @@ with Client() as client:
 from patchclamp.aio import AsyncClient
 from patchclamp.client import Client
 from patchclamp.errors import FieldViolation, PatchclampError
-from patchclamp.programs import EditOptions, Program, ReadoutOptions, VectorEditOptions
+from patchclamp.programs import EditOptions, NeuronEditOptions, Program, ReadoutOptions, VectorEditOptions
 from patchclamp.requests import (
     AttributeOptions,
     CalibrateOptions,
@@ -65,6 +65,7 @@ __all__ = [
     "LayerOptions",
     "LocalizeNeuronsOptions",
     "MatchNeuronsOptions",
+    "NeuronEditOptions",
     "PatchclampError",
     "PolicyOptions",
     "Program",

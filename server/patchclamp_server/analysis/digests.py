@@ -6,5 +6,5 @@ from typing import Any
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a value as JSON without spaces, in the order that it has."""
+    """Returns the SHA-256 of a value as JSON without spaces, in the order that it has."""
     return "sha256:" + hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()

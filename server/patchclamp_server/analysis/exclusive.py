@@ -1,6 +1,22 @@
-"""Analysis jobs at the exclusive door of the engine: one at a time for the whole server, others wait in their order.
+"""Analysis jobs that wait for each other: one at a time for the whole server, others wait in their order.
 
-Two at once would take each other's time and memory.
+Two at once would take each other's time and memory. Jobs are requests of the engine with reducers. What is none is work
+at the engine's exclusive door (engine/exclusive.py). Those with a pass of their own, and why:
+
+    heads/circuits/runs.py           Mean ablation, activation patching and faithfulness: variants of a run in which
+                                     heads are replaced begin at the first layer of these, from the residual stream of
+                                     the run. Of single heads, that is (n_layers + 1) / 2 of the n_layers blocks which a
+                                     request runs, on the mean. The values are others at every position, where an edit
+                                     has one for all of its tokens: all heads of a prompt of n tokens would take
+                                     n · n_layers edits. Path patching needs no further passes, but products of what was
+                                     kept of these runs.
+    heads/circuits/attribution.py    Gradients of a logit, backwards through kept activations of its last token.
+    heads/attention_mass.py          Weights of chosen pairs of positions: requests read where attention has its peak,
+                                     and no matrix of attention is kept. They come from all queries and keys of a layer.
+    sparsity/teal_allocation.py      One block alone, which every step of a search runs again, from kept inputs.
+
+Without a pass: what reads weights alone (heads/scores/successor.py, ov_nuclear_norm.py), and what calibration makes of
+the rows that reducers kept (quantiles, errors of sketches, clusters: sparsity/calibrate.py, damage.py).
 """
 
 import asyncio

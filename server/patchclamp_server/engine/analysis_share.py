@@ -29,6 +29,8 @@ class AnalysisShare:
     """`slowdown` > 1. Seconds are those that `pace` has measured."""
 
     def __init__(self, pace: Pace, slowdown: float) -> None:
+        if not slowdown > 1:
+            raise ValueError(f"analysis_slowdown: expected a number above 1, got {slowdown}: analysis would never run")
         self._pace, self._earned = pace, slowdown - 1
         self._credit = 0.0
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, below
 
 E = TypeVar("E")
 H = TypeVar("H", bound=Hashable)
@@ -72,12 +72,11 @@ def chosen(message: Message, oneof: str, field: str) -> str:
     name: str | None = message.WhichOneof(oneof)
     if name is None:
         options = [f.name for f in message.DESCRIPTOR.oneofs_by_name[oneof].fields]
-        path = f"{field}.{oneof}" if field else oneof
-        raise InvalidArgument(path, f"expected one of {', '.join(options)}")
+        raise InvalidArgument(below(field, oneof), f"expected one of {', '.join(options)}")
     return name
 
 
 def required(message: Message, name: str, field: str) -> None:
     """The submessage `name` must be present; `field` is the path of the message that holds it."""
     if not message.HasField(name):
-        raise InvalidArgument(f"{field}.{name}" if field else name, "required")
+        raise InvalidArgument(below(field, name), "required")

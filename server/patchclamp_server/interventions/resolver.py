@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.interventions.program import StoredThreshold, Vector
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
@@ -58,11 +58,8 @@ class Resolver:
     def artifact(self, ref: str, kind: ArtifactKind, path: str) -> Artifact:
         if self.artifacts is None:
             raise FailedPrecondition(path, "this server keeps no artifacts")
-        try:
+        with about(path):
             artifact = self._found.get(ref) or self._found.setdefault(ref, self.artifacts.get(ref))
-        except RequestError as error:
-            error.field = path
-            raise
         if artifact.info.kind is not kind:
             raise InvalidArgument(path, f"{ref} is a {artifact.info.kind.value}, not a {kind.value}")
         if artifact.info.model_fingerprint != self.info.fingerprint:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError, about
 from patchclamp_server.interventions.resolver import ArtifactLookup
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.parameters import policy_with
@@ -122,11 +122,8 @@ class Binder:
         return replace(profile, tensors={name: tensor.to(device) for name, tensor in profile.tensors.items()})
 
     def _artifact(self, ref: str, kind: ArtifactKind, path: str) -> Artifact:
-        try:
+        with about(path):
             artifact = self._artifacts.get(ref)
-        except RequestError as error:
-            error.field = path
-            raise
         info, served = artifact.info, self.model.fingerprint
         if info.kind is not kind:
             raise FailedPrecondition(path, f"{ref} is a {info.kind.value}, not a {kind.value}")

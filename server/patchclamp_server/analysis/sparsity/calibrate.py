@@ -15,23 +15,23 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import KeepSite, forward, inputs_of, listening, pool_for
+from patchclamp_server.analysis.documents import OnEvent, listening
 from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.requests import completed, exclusively
-from patchclamp_server.analysis.sparsity.evaluate import scored
+from patchclamp_server.analysis.sparsity.damage import SQUARED_ERRORS, measure_damage, squared_errors
 from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
 from patchclamp_server.analysis.sparsity.quantiles import quantiles
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.exclusive import Slice, Sliced, Telling, Work
+from patchclamp_server.engine.exclusive import Slice, Telling, Work
+from patchclamp_server.engine.reducers.beginnings import Beginnings
 from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.reducers.sample import Sample
-from patchclamp_server.errors import InvalidArgument, RequestError
-from patchclamp_server.interventions.pooling import outliers
+from patchclamp_server.engine.request import Reduction, Request
+from patchclamp_server.errors import InvalidArgument, renaming_fields
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
-from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, damage_curves
 from patchclamp_server.sparsity.policies.coreinfer_similarity import CoreInferSimilarity, multi_hot
 from patchclamp_server.sparsity.policies.coreinfer_stability import core_counts, token_order
 from patchclamp_server.sparsity.policies.fovea import Fovea
@@ -43,10 +43,8 @@ from patchclamp_server.sparsity.profile import Profile
 SAMPLE_EVERY = 16
 SENTENCE_TOKENS = 64
 # Of the documents, what the slower measurements use.
-DAMAGE_DOCUMENTS, DAMAGE_ROWS = 2, 128
+DAMAGE_DOCUMENTS = 2
 GREEDY_DOCUMENTS, GREEDY_TOKENS = 2, 128
-# Of layers, until their damage is known.
-SQUARED_ERRORS = "squared_errors"
 
 # Bounds of one calibration: an hour of a small CPU, and memory.
 MAX_TOKENS = 1 << 18
@@ -61,11 +59,12 @@ Found: TypeAlias = Telling[Progress, Tensors]
 class Calibrating:
     """`reducers` of the inputs of products, by product, and what becomes of them once they have seen all documents: a
     part of a work at the exclusive door of the engine. `evaluate`: what is measured with that profile, by requests, and
-    yields the tensors that it has in the end."""
+    yields the tensors that it has in the end. `residuals`: gets the residual streams before the blocks."""
 
     reducers: Mapping[str, Reducer]
     finish: Callable[[Steps], Found]
     evaluate: Callable[[Engine, Tensors, Steps], AsyncGenerator[Progress | Tensors, None]] | None = None
+    residuals: Beginnings | None = None
 
 
 async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> AsyncGenerator[Progress | Profile, None]:
@@ -76,17 +75,17 @@ async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> Asy
     """
     model = engine.sparse_model
     calibrating, steps = _begun(policy, model, documents)
-    requests = (
-        partial(listening, model, calibrating.reducers, tuple(document), text)
-        for text, document in enumerate(documents.tolist())
-    )
-    try:
+    kept = calibrating.residuals
+
+    def request(text: int, document: Tensor) -> Callable[[OnEvent], Request]:
+        reduction = None if kept is None or text >= kept.texts else Reduction(Site.RESID_PRE, kept, text)
+        return partial(listening, model, calibrating.reducers, tuple(document.tolist()), text, reduction)
+
+    requests = (request(text, document) for text, document in enumerate(documents))
+    with renaming_fields({"prompt": "text.document_tokens"}):
         async with aclosing(completed(engine, requests)) as finished:
             async for _ in finished:
                 yield steps.advance()
-    except RequestError as error:
-        error.field = "text.document_tokens" if error.field == "prompt" else error.field
-        raise
 
     def finish() -> Work[Progress | Tensors]:
         yield (yield from calibrating.finish(steps))
@@ -152,6 +151,8 @@ def _layers(model: SparseModel) -> tuple[int, ...]:
 
 def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     samples = _sampled(model, documents, *PROJECTIONS)
+    few, tokens = min(GREEDY_DOCUMENTS, len(documents)), min(GREEDY_TOKENS, documents.shape[1])
+    residuals = Beginnings(_layers(model), few, tokens) if _is_greedy(policy) else None
 
     def finish(steps: Steps) -> Found:
         tensors: Tensors = {}
@@ -160,21 +161,18 @@ def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
             for layer in sample.layers:
                 found.append((yield from quantiles(sample.take(layer).abs())))
             tensors[f"quantiles.{name}"] = torch.stack(found)
-        if _is_greedy(policy):
-            tensors["greedy"] = yield from _greedy(model, documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS], tensors, steps)
+        if residuals is not None:
+            tensors["greedy"] = yield from _greedy(model, residuals, tensors, steps)
         return tensors
 
-    return Calibrating(samples, finish)
+    return Calibrating(samples, finish, residuals=residuals)
 
 
-def _greedy(model: SparseModel, documents: Tensor, quantiles: Tensors, steps: Steps) -> Telling[Progress, Tensor]:
-    residuals, decoder = KeepSite(Site.RESID_PRE), model.decoder
-    inputs = inputs_of(documents, 0, documents.shape[1], decoder)
-    yield from forward(decoder, inputs, pool_for(decoder, documents), residuals)
+def _greedy(model: SparseModel, residuals: Beginnings, quantiles: Tensors, steps: Steps) -> Telling[Progress, Tensor]:
     paths = []
     for layer in range(model.n_layers):
         grids = [quantiles[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-        paths.append((yield from greedy_path(model, layer, residuals.kept[layer], len(documents), grids)))
+        paths.append((yield from greedy_path(model, layer, residuals.take(layer), residuals.texts, grids)))
         yield steps.advance()
     length = min(map(len, paths))
     return torch.stack([path[:length] for path in paths])
@@ -260,7 +258,7 @@ class Sentences(Reducer):
 def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     assert isinstance(policy, Fovea)
     sampled = _sampled(model, documents, "mlp_input")
-    evaluate = partial(_damage, policy, documents[:DAMAGE_DOCUMENTS]) if _measures_damage(policy) else None
+    evaluate = partial(measure_damage, policy, documents[:DAMAGE_DOCUMENTS]) if _measures_damage(policy) else None
     return Calibrating(sampled, partial(_fovea_errors, policy, model, sampled["mlp_input"]), evaluate)
 
 
@@ -290,48 +288,8 @@ def _fovea_errors(policy: Fovea, model: SparseModel, sample: Sample, steps: Step
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
     if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
-        tensors[SQUARED_ERRORS] = yield from _squared_errors(replace(policy, budget="uniform"), model, profile, samples)
+        tensors[SQUARED_ERRORS] = yield from squared_errors(replace(policy, budget="uniform"), model, profile, samples)
     return tensors
-
-
-def _squared_errors(policy: Fovea, model: SparseModel, profile: Profile, samples: list[Tensor]) -> Sliced[Tensor]:
-    """ε² [n_layers, GRID] of policies/budgets.py."""
-    errors = []
-    for layer, x in enumerate(samples):
-        mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
-        down, row = mlp.weights.down, []
-        ordinary = ~outliers((mlp.neurons @ down).norm(dim=1))
-        for keep in GRID:
-            yield Slice(len(mlp.neurons))
-            selector = replace(policy, keep_ratio=keep).bind(model, profile)
-            selection = selector.select(selector.begin(), layer, mlp)
-            error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
-            if selection.remainder is not None:
-                error -= selection.remainder(selection.active)
-            row.append(float(error[ordinary].float().square().sum()))
-        errors.append(row)
-    return torch.tensor(errors)
-
-
-async def _damage(
-    policy: Fovea, documents: Tensor, engine: Engine, tensors: Tensors, steps: Steps
-) -> AsyncGenerator[Progress | Tensors, None]:
-    """Yields progress, then the tensors with D [n_layers, GRID] of policies/budgets.py: of every layer alone at
-    REFERENCE, what it does to documents [n, tokens], of which the first half is the prompt."""
-    model = engine.sparse_model
-    kept = {name: tensor for name, tensor in tensors.items() if name != SQUARED_ERRORS}
-    profile, layers = Profile(policy.name, model.fingerprint, kept), range(model.n_layers)
-    alone = [tuple(REFERENCE if other == layer else 1.0 for other in layers) for layer in layers]
-    selectors = [replace(policy, budget="uniform", keep_ratio=keep).bind(model, profile) for keep in alone]
-    divergence = torch.zeros(model.n_layers, dtype=torch.float64)
-    left = dict.fromkeys(layers, len(documents))
-    async with aclosing(scored(engine, documents, documents.shape[1] // 2, selectors)) as found:
-        async for layer, document in found:
-            divergence[layer] += document.divergence / len(documents)
-            left[layer] -= 1
-            if not left[layer]:
-                yield steps.advance()
-    yield {**kept, "damage": damage_curves(divergence.float(), tensors[SQUARED_ERRORS])}
 
 
 CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor], Calibrating]] = {

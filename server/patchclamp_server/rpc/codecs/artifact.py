@@ -5,7 +5,6 @@ from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import program_pb2
@@ -15,6 +14,7 @@ from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import known
 from patchclamp_server.rpc.codecs.program import SITE_NUMBERS
+from patchclamp_server.rpc.codecs.times import timestamp
 
 MAX_DESCRIPTION_CHARACTERS = 10_000
 
@@ -65,8 +65,6 @@ def decode_description(text: str, field: str) -> str:
 
 
 def encode_artifact(info: ArtifactInfo) -> pb.Artifact:
-    created = Timestamp()
-    created.FromNanoseconds(round(info.created * 1e9))
     return pb.Artifact(
         id=info.id,
         kind=KIND_NUMBERS[info.kind],
@@ -76,7 +74,7 @@ def encode_artifact(info: ArtifactInfo) -> pb.Artifact:
         layers=info.layers,
         width=info.width,
         size_bytes=info.size_bytes,
-        created=created,
+        created=timestamp(info.created),
         description=info.description,
         provenance=_encode_struct(info.provenance),
         evidence=_encode_struct(info.evidence),

@@ -13,7 +13,7 @@ from patchclamp_server.engine.request import (
     Token,
     Usage,
 )
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, fields_as
 from patchclamp_server.interventions.field_checks import chosen, count, finite, known
 from patchclamp_server.rpc.call.grounding import CopySource, GroundingReport
 from patchclamp_server.rpc.codecs.program import encode_receipt
@@ -46,16 +46,14 @@ def decode_prompt(proto: pb.Prompt, encoder: PromptEncoder, field: str = "prompt
     Raises InvalidArgument or FailedPrecondition for what the encoder refuses, with paths below `field`.
     """
     form = chosen(proto, "form", field)
-    try:
+    # The encoder names its fields from "prompt" on.
+    with fields_as(lambda name: (field + name.removeprefix("prompt")).removeprefix(".")):
         if form == "text":
             return encoder.encode_text(proto.text)
         if form == "tokens":
             return encoder.encode_tokens(proto.tokens.ids)
         messages = [(message.role, message.content) for message in proto.chat.messages]
         return encoder.encode_chat(messages, proto.chat.continue_final_message)
-    except RequestError as error:
-        error.field = (field + error.field.removeprefix("prompt")).removeprefix(".")
-        raise
 
 
 def decode_sampling(proto: pb.Sampling, logprobs: int | None, path: str = "sampling") -> SamplingParams:

@@ -14,7 +14,7 @@ from patchclamp_server.analysis.heads.scores.scoring import Fact, Scoring
 from patchclamp_server.analysis.heads.sets.overlap import HeadSetOverlap
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, ranked
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.field_checks import chosen, count, known
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
@@ -120,11 +120,8 @@ def _facts(protos: Sequence[pb.TemporalFact], prompts: PromptEncoder, info: Mode
 
 
 def _check_fact(fact: Fact, prompts: PromptEncoder, info: ModelInfo, field: str) -> None:
-    try:
+    with about(f"{field}.prompt"):
         prompt = prompts.encode_text(fact.prompt).ids
-    except RequestError as error:
-        error.field = f"{field}.prompt"
-        raise
     answer = prompts.encode_continuation(fact.answer, f"{field}.answer", prompt)
     if not answer:
         raise InvalidArgument(f"{field}.answer", "is empty; at least one token is scored")

@@ -3,13 +3,12 @@
 A field that a policy message leaves empty is that of the profile, and the default where there is no profile.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from patchclamp.v1 import sparse_policy_pb2 as pb
 from patchclamp_server.engine.request import QualityGuard, SparseInference, SparsityReport
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, fields_as
 from patchclamp_server.interventions.field_checks import chosen, count, finite, known
 from patchclamp_server.sparsity.binder import Binder, Bound, StoredNeurons, StoredProfile
 from patchclamp_server.sparsity.parameters import parameters_of, policy_with
@@ -73,11 +72,9 @@ def policy_path(policy: Policy, field: str) -> str:
     return f"{field}.{FIELDS[policy.name]}"
 
 
-@contextmanager
-def policy_paths(policy: Policy, field: str) -> Iterator[None]:
+def policy_paths(policy: Policy, field: str) -> AbstractContextManager[None]:
     """Errors raised inside speak of the SparsePolicy at `field`."""
-    with _paths(field, FIELDS[policy.name]):
-        yield
+    return _paths(field, FIELDS[policy.name])
 
 
 def encode_report(report: SparsityReport) -> pb.SparsityReport:
@@ -218,20 +215,19 @@ def _allowed_divergence(bound: Bound, stored: StoredProfile | None, field: str) 
     return GUARD_FACTOR * stored.divergence
 
 
-@contextmanager
-def _paths(field: str, oneof: str, profile: str = "") -> Iterator[None]:
+def _paths(field: str, oneof: str, profile: str = "") -> AbstractContextManager[None]:
     """Errors of policies name a parameter as "sparsity.<parameter>"; here they get its path in the SparsePolicy."""
-    try:
-        yield
-    except RequestError as error:
-        name = error.field.removeprefix("sparsity.").partition("[")[0]
+
+    def path(parameter: str) -> str:
+        name = parameter.removeprefix("sparsity.").partition("[")[0]
         match name:
             case "profile":
-                error.field = profile
+                return profile
             case "neurons":
-                error.field = f"{field}.static_set.neuron_set"
+                return f"{field}.static_set.neuron_set"
             case "keep_ratio" | "layer_keep_ratios" | "first_layer" | "end_layer":
-                error.field = f"{field}.{name}"
+                return f"{field}.{name}"
             case _:
-                error.field = f"{field}.{oneof}.{PARAMETER_FIELDS.get(name, name)}"
-        raise
+                return f"{field}.{oneof}.{PARAMETER_FIELDS.get(name, name)}"
+
+    return fields_as(path)

@@ -25,14 +25,14 @@ from patchclamp_server.rpc.codecs.message_size import within_a_message
 from patchclamp_server.rpc.codecs.monitoring import (
     decode_following,
     decode_item_names,
-    decode_items,
     decode_recording,
     decode_start,
     encode_activations,
     encode_listed,
     encode_running,
-    encode_statistics,
 )
+from patchclamp_server.rpc.codecs.watch_items import decode_items
+from patchclamp_server.rpc.codecs.watch_statistics import encode_statistics
 from patchclamp_server.rpc.streams.stream import EventBridge
 from patchclamp_server.rpc.streams.watch import ActivationStream, DroppedEvents, RecordingStream, first
 from patchclamp_server.text.prompt import PromptEncoder

@@ -30,7 +30,7 @@ from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import OnEvent, completed
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Priority, Request, Token
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import Edit, HeadEdit, Program
@@ -73,11 +73,8 @@ def _requests(facts: tuple[Fact, ...], prompts: PromptEncoder, info: ModelInfo) 
     """All facts unedited, then all facts without each head, by layer and head."""
     tokens = []
     for i, fact in enumerate(facts):
-        try:
+        with about(f"facts[{i}].prompt"):
             prompt = prompts.encode_text(fact.prompt).ids
-        except RequestError as error:
-            error.field = f"facts[{i}].prompt"
-            raise
         answer = prompts.encode_continuation(fact.answer, f"facts[{i}].answer", prompt)
         if not answer:
             raise InvalidArgument(f"facts[{i}].answer", "is empty; at least one token is scored")
