@@ -1,7 +1,7 @@
 """NeuronService: neurons found by their weights, by labelled text, by facts and by a census, and tested by edits."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from patchclamp_server.analysis.neurons.decode import decode
 from patchclamp_server.analysis.neurons.describe import describe_neurons
 from patchclamp_server.analysis.neurons.evaluation import evaluate_edit
 from patchclamp_server.analysis.neurons.find_job import find_neurons
+from patchclamp_server.analysis.neurons.match import match_neurons
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
@@ -20,18 +21,20 @@ from patchclamp_server.rpc.codecs.neurons.decode import decode_decoding, encode_
 from patchclamp_server.rpc.codecs.neurons.describe import decode_describing, encode_describing
 from patchclamp_server.rpc.codecs.neurons.evaluation import decode_evaluation, encode_evaluation
 from patchclamp_server.rpc.codecs.neurons.find import decode_finding, encode_finding
+from patchclamp_server.rpc.codecs.neurons.match import decode_matching, encode_matching
 
 Context = Any
 # What a pass over texts names, by the field that it is of.
-_TEXTS = {"window_tokens": "texts.window_tokens"}
+_TEXTS = {"window_tokens": "texts.window_tokens", "prompt": "texts.window_tokens"}
 
 
 class NeuronService(NeuronServiceServicer):
     """Raises the errors of errors.py; an interceptor turns them into statuses. Cancelling a call ends its job, with
     every request it has in the engine."""
 
-    def __init__(self, jobs: AnalysisJobs) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: AnalysisJobs, match_models: Mapping[str, str]) -> None:
+        """`match_models`: paths of the checkpoints that neurons may be matched with, by name."""
+        self._jobs, self._match_models = jobs, match_models
 
     def DecodeNeurons(
         self, request: pb.DecodeNeuronsRequest, context: Context
@@ -76,6 +79,17 @@ class NeuronService(NeuronServiceServicer):
             partial(decode_describing, request, jobs.prompts, jobs.store, jobs.model),
             partial(describe_neurons, jobs.engine, jobs.store, jobs.model, jobs.prompts),
             partial(encode_describing, prompts=jobs.prompts),
+            fields=_TEXTS,
+        )
+
+    def MatchNeurons(self, request: pb.MatchNeuronsRequest, context: Context) -> AsyncIterator[pb.MatchNeuronsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_matching, request, jobs.prompts, jobs.store, jobs.model, self._match_models),
+            partial(match_neurons, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            encode_matching,
+            exclusive=True,
             fields=_TEXTS,
         )
 
