@@ -183,13 +183,13 @@ def test_the_matched_neurons_are_a_set_of_the_other_model(
     server: LiveServer, stub: NeuronServiceStub, channel: grpc.Channel
 ) -> None:
     found = run(stub, "permuted", neurons=listed((1, 7), (0, 3)), tags=["ported"], description="two")
-    artifact = ArtifactServiceStub(channel).GetArtifact(artifact_pb2.GetArtifactRequest(ref="ported"))
+    artifact = ArtifactServiceStub(channel).GetArtifact(artifact_pb2.GetArtifactRequest(ref="ported")).artifact
     assert artifact.id == found.ported.artifact.id
     other = load_model(dict(server.server.config.match_models)["permuted"])
     assert artifact.model_fingerprint == other.info.fingerprint != server.model.info.fingerprint
     best = {(s.neuron.layer, s.neuron.neuron): s.score for s in found.ported.best}
     assert best == {planted(1, 7): pytest.approx(1.0), planted(0, 3): pytest.approx(1.0)}
-    scale = program_pb2.NeuronEdit(neuron_set="ported", scale=program_pb2.NeuronScale(values=[0.0]))
+    scale = program_pb2.NeuronEdit(neuron_set="ported", scale=program_pb2.NeuronValues(values=[0.0]))
     edit = program_pb2.Edit(site=program_pb2.SITE_MLP_POST, all_layers=True, neurons=scale)
     request = generation_pb2.GenerateRequest(
         prompt=generation_pb2.Prompt(text="It was"), program=program_pb2.Program(edits=[edit])
@@ -246,7 +246,7 @@ def test_what_names_the_flag_tells_no_path(stub: NeuronServiceStub, live_server:
 
 def decoders_held() -> int:
     gc.collect()
-    return sum(isinstance(each, Decoder) for each in gc.get_objects())
+    return sum(type(each) is Decoder for each in gc.get_objects())
 
 
 def test_the_other_model_is_let_go_of(stub: NeuronServiceStub) -> None:
