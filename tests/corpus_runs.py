@@ -60,14 +60,14 @@ class Asked:
     largest: TopK = field(default_factory=lambda: TopK(LAYERS, 3))
     occurrences: Occurrences = field(default_factory=lambda: Occurrences(0, VOCAB, 1 << 10))
 
-    def job(self, over: ListedCorpus, **options: int) -> CorpusJob:
+    def job(self, over: ListedCorpus, *, window_tokens: int = WINDOW, most_tokens: int = 0) -> CorpusJob:
         reductions = (
             Reduction(Site.MLP_POST, self.firing),
             Reduction(Site.RESID_POST, self.moments),
             Reduction(Site.MLP_POST, self.largest),
             Reduction(Site.MLP_POST, self.occurrences),
         )
-        return CorpusJob(over, reductions, **{"window_tokens": WINDOW, **options})
+        return CorpusJob(over, reductions, window_tokens, most_tokens)
 
 
 def assert_equal(own: Asked, other: Asked) -> None:

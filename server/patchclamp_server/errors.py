@@ -28,11 +28,11 @@ class FailedPrecondition(RequestError):
 
 
 class NotFound(RequestError):
-    """A model, artifact or tag that does not exist. → NOT_FOUND."""
+    """The model, artifact or tag does not exist. → NOT_FOUND."""
 
 
 class AlreadyExists(RequestError):
-    """A name that something else has. → ALREADY_EXISTS."""
+    """Something else has the name. → ALREADY_EXISTS."""
 
 
 @dataclass(eq=False)
@@ -46,14 +46,14 @@ class QuotaExceeded(ResourceExhausted):
     """The tenant has used what its policy allows it. → RESOURCE_EXHAUSTED with RetryInfo."""
 
     def after(self, seconds: float) -> "QuotaExceeded":
-        """The same, with the time to come back after."""
+        """Sets the time to come back after, and returns the error."""
         self.retry_after_seconds = seconds
         return self
 
 
 @dataclass(eq=False)
 class Unauthenticated(RequestError):
-    """Who calls is not known. → UNAUTHENTICATED; `reason` is a stable word for programs."""
+    """It is not known who calls. → UNAUTHENTICATED; `reason` is a stable word for programs."""
 
     reason: str = "TOKEN_MISSING"
 

@@ -32,6 +32,9 @@ FILES = {
     "prose.txt": "Some text.",
     "heldout.txt": "Other text.",
     "page.txt": "The key is here.",
+    "capital.txt": "The capital of France is\n",
+    "currency.txt": "The currency of France is\n",
+    "facts.tsv": "The capital of France is\t Paris\n",
     "pairs.jsonl": '{"clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"}',
     "results.json": (ROOT / "benchmarks/results/sparse_quality.json").read_text(encoding="utf-8"),
 }

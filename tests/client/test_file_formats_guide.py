@@ -13,6 +13,7 @@ TAGS = {
     "mine": "vector",
     "mine_gguf": "vector",
     "suspects": "neuron_set",
+    "listed": "neuron_set",
     "heads": "head_set",
     "heads_json": "head_set",
     "my_set": "sparsity_profile",

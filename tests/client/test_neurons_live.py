@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from live import LiveServer
 
-from patchclamp import AsyncClient, Client, PatchclampError
+from patchclamp import AsyncClient, Client, PatchclampError, requests
 from patchclamp.cli import main
+from patchclamp.neurons import FactsTest, TextsTest
 from patchclamp.programs import set_neurons
+from patchclamp.results import FoundNeurons, NeuronEditPoint
 from patchclamp_server.model.load import load_model
 
 SETS = {"one": {"0": [1, 2, 3], "1": [5]}, "two": {"1": [5, 6], "0": [3]}}
@@ -99,3 +101,51 @@ def test_an_artifact_that_json_cannot_hold_is_told_what_can(client: Client, caps
     client.extract_vectors(pairs, layers=[0], tags=["joy"]).result()
     assert main(["vectors", "export", "joy", "-o", "joy.json"]) == 2
     assert capsys.readouterr().err == "error: joy.json: JSON holds a head_set or neuron_set, not a vector\n"
+
+
+def test_neurons_of_a_word_are_found_decoded_and_clamped_in_the_next_call(client: Client):
+    found = client.find_neurons("a", top_k=3, value=5.0, tags=["letter"], replace_tags=True).result().found
+    assert (found.neurons, len(found.best), found.artifact.tags) == (3, 3, ("letter",))
+    assert [each.score for each in found.best] == sorted((each.score for each in found.best), reverse=True)
+    assert {abs(each.value or 0.0) for each in found.best} == {5.0}
+    decoded = client.decode_neurons("letter", top_k=1, tokens=4).result()
+    assert [each.neuron for each in decoded] == [found.best[0].neuron]
+    assert [len(row.top) for row in decoded[0].rows] == [4] * len(decoded[0].rows)
+    result = client.generate("hello", program=set_neurons("letter", name="letter"), max_tokens=4).result()
+    assert [edit.name for edit in result.receipt.edits] == ["letter"]
+
+
+def test_an_edit_of_neurons_is_measured_beside_random_sets(client: Client):
+    events: list[object] = []
+    facts, prose = FactsTest("facts", [("ab", "c"), ("de", "f")]), TextsTest("prose", "The rain in Spain. " * 4)
+    stream = client.evaluate_neuron_edit("one", "zero", facts, sides=prose, fractions=[0.5, 1], random_sets=2)
+    effect = stream.result(events.append)
+    points = [event for event in events if isinstance(event, NeuronEditPoint)]
+    assert [(each.fraction, each.neurons) for each in points] == [(0.5, 2), (1.0, 4)]
+    assert set(effect.neurons) == {(0, 1), (0, 2), (0, 3), (1, 5)}
+    measured = [(each.test, each.side, each.metric) for each in effect.points[1].measurements]
+    assert {("facts", False, "accuracy"), ("prose", True, "divergence")} <= set(measured)
+    assert all(len(each.random) == 2 for each in effect.points[1].measurements)
+
+
+def test_a_call_that_is_a_job_is_followed_to_what_it_found(client: Client):
+    job = client.start_job(requests.find_neurons("a", top_k=2, tags=["by-job"], replace_tags=True))
+    assert job.method == "NeuronService/FindNeurons"
+    found = client.follow_job(job.id).result()
+    assert isinstance(found, FoundNeurons)
+    assert found.found.artifact.tags == ("by-job",)
+
+
+@pytest.mark.usefixtures("command_line")
+def test_the_command_line_finds_decodes_and_tests_neurons(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    Path("facts.tsv").write_text("ab\tc\nde\tf\n")
+    assert main(["neurons", "find", "a", "--name", "found", "--top", "3", "--picture", "layers.png"]) == 0
+    assert "stored as found = sha256:" in capsys.readouterr().err
+    assert main(["neurons", "decode", "found", "--top", "1", "--weights", "down"]) == 0
+    assert "down" in capsys.readouterr().out
+    evaluate = ["--target", "facts.tsv", "--fractions", "1", "--random-sets", "2", "--picture", "dose.png"]
+    assert main(["neurons", "evaluate", "found", "--mode", "clamp", *evaluate]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert Path("layers.png").exists()
+    assert Path("dose.png").exists()

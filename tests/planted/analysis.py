@@ -1,4 +1,4 @@
-"""Defects in analyses: steering vectors and heads."""
+"""Defects in analyses: steering vectors, heads and neurons."""
 
 from planted.mutant import Mutant
 
@@ -121,5 +121,37 @@ ANALYSIS = [
         "following = tokens[1:] + tokens[:1]",
         "every sequence wraps around",
         ("analysis/heads/test_scores_successor.py::test_a_sequence_that_ends_has_no_successor_of_its_last_token",),
+    ),
+    Mutant(
+        "controls-not-subtracted",
+        "patchclamp_server.analysis.neurons.gradients",
+        "difference = scores if control is None else scores - control",
+        "difference = scores",
+        "neurons that merely serve the task are taken for those of what is looked for",
+        ("analysis/neurons/test_gradients.py::test_scores_of_control_data_are_subtracted",),
+    ),
+    Mutant(
+        "path-moves-all-tokens",
+        "patchclamp_server.analysis.neurons.integrated",
+        "if positions is None:",
+        "if True:",
+        "tokens that should keep their activations start from the baseline too",
+        ("analysis/neurons/test_integrated_gradients.py::test_tokens_that_do_not_move_keep_their_activations",),
+    ),
+    Mutant(
+        "way-back-is-free",
+        "patchclamp_server.analysis.neurons.backward",
+        "charged = 2 * batch.rows",
+        "charged = 0",
+        "a tenant pays a third of what gradients cost",
+        ("analysis/neurons/test_gradient_work.py::test_a_token_is_charged_once_forwards_and_twice_for_the_way_back",),
+    ),
+    Mutant(
+        "answer-one-token-late",
+        "patchclamp_server.analysis.neurons.batches",
+        "range(span.start + len(self.examples[i].prompt) - 1, span.stop)",
+        "range(span.start + len(self.examples[i].prompt), span.stop)",
+        "the first token of an answer is not attributed",
+        ("analysis/neurons/test_gradients.py::test_gradients_of_neurons_equal_autograd_through_transformers",),
     ),
 ]

@@ -1,4 +1,4 @@
-"""Digests of what a job was given, which the provenance of its result keeps in place of the data."""
+"""Makes digests of what a job was given, which the provenance of its result keeps in place of the data."""
 
 import hashlib
 import json

@@ -35,17 +35,16 @@ _END: Any = object()
 
 
 class ExclusiveJobs:
-    """The queue of the jobs of one server, for one event loop."""
+    """Queues the jobs of one server, for one event loop."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
 
     async def follow(self, job: AsyncGenerator[E, None]) -> AsyncGenerator[E, None]:
-        """Yields the events of a job once it is its turn; raises what it raises.
+        """Yields the events of a job once it is its turn; raises what the job raises.
 
-        The job goes on however slowly they are taken, since others wait for its turn to end. Ending the iteration
-        early, or cancelling the task, closes the job, and returns when that is done. The next job begins then, and not
-        before.
+        The job goes on however slowly its events are taken, since others wait for its turn to end. Ending the iteration
+        early, or cancelling the task, closes the job, and returns when that is done. Only then does the next job begin.
         """
         taken: asyncio.Queue[E] = asyncio.Queue()
 
@@ -69,7 +68,7 @@ class ExclusiveJobs:
             await asyncio.wait([running])
 
     async def result(self, work: Callable[[], Awaitable[E]]) -> E:
-        """What a job gives that has no events; as `follow` in all else."""
+        """Returns the result of a job that has no events; otherwise it does what `follow` does."""
 
         async def job() -> AsyncGenerator[E, None]:
             yield await work()
@@ -84,7 +83,7 @@ def _tell_observer() -> None:
 
 
 def _log_failure(job: "asyncio.Future[None]") -> None:
-    """Even if nobody waits for the job any more, no failure goes unseen."""
+    """Logs a failure even if nobody waits for the job any more."""
     error = None if job.cancelled() else job.exception()
     if error is not None and not isinstance(error, RequestError):
         logger.error("an analysis job failed", exc_info=error)

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchclamp_server.artifacts.blobs import BlobStore
-from patchclamp_server.artifacts.formats import safetensors
+from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 
 DIRECTORY = "checkpoints"
 MOST = 16
@@ -64,7 +64,7 @@ class Checkpoints:
             length = safetensors.header_length(data)
             metadata = json.loads(data[8 : 8 + length])["__metadata__"]
             return Saved(load(data), json.loads(metadata[_ABOUT]))
-        except (safetensors.MalformedFile, SafetensorError, ValueError, KeyError) as error:
+        except (MalformedFile, SafetensorError, ValueError, KeyError) as error:
             raise DamagedCheckpoint(f"not a checkpoint: {error}") from error
 
     def remove(self, key: str) -> None:

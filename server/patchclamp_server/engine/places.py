@@ -20,7 +20,7 @@ PAUSE_SECONDS = 1.0
 class Places:
     def __init__(self, cache: KvCache, waiting: FairQueue, max_sequences: int) -> None:
         self._cache, self._waiting, self._n = cache, waiting, max_sequences
-        # By priority and arrival.
+        # They are ordered by priority and arrival.
         self.running: list[Sequence] = []
         self.preemptions = 0
         # In the last step a client kept something more urgent than analysis waiting, which may go on any moment.
@@ -31,7 +31,7 @@ class Places:
         return len(self.running) >= self._n
 
     def take(self, sequence: Sequence, hit: list[int]) -> None:
-        """It runs from now on, with the blocks that are known already."""
+        """Lets a sequence run from now on, with the blocks that are known already."""
         for block in hit:
             self._cache.hold(block)
         sequence.blocks = list(hit)
@@ -40,7 +40,7 @@ class Places:
         sequence.status = Status.RUNNING
 
     def leave(self, sequence: Sequence) -> None:
-        """It runs no more; its blocks are free at once."""
+        """Ends the running of a sequence; its blocks are free at once."""
         self.running.remove(sequence)
         self._cache.release(sequence.blocks)
         sequence.blocks = []
@@ -58,7 +58,7 @@ class Places:
                 self.pausing = True
 
     def give_way(self) -> None:
-        """When every place is taken, a sequence that may have to makes room for one that waits."""
+        """Makes room for one that waits when every place is taken, from a sequence that may have to give way."""
         if self.are_taken:
             ready = next((s for s in self._waiting.in_turn() if s.runnable), None)
             if ready is not None:
@@ -84,12 +84,12 @@ class Places:
         return self._has_room(hit, n) or (self._displace(sequence) and self._has_room(hit, n))
 
     def _has_room(self, hit: list[int], n: int) -> bool:
-        """Blocks for `n` tokens after those in `hit`, which may be idle and are then not free."""
+        """Whether there are blocks for `n` tokens after those in `hit`, which may be idle and are then not free."""
         needed = -(-n // self._cache.block_size)
         return needed <= self._cache.n_free - sum(1 for block in hit if self._cache.is_idle(block))
 
     def reserve(self, sequence: Sequence, n: int) -> bool:
-        """Blocks for the next `n` tokens; preempts others, or the sequence itself when it is the last."""
+        """Takes blocks for the next `n` tokens; preempts others, or the sequence itself when it is the last."""
         size = self._cache.block_size
         while len(sequence.blocks) * size < sequence.computed + n:
             block = self._cache.allocate()

@@ -32,8 +32,9 @@ class Work(NamedTuple):
 
 
 class Scheduler:
-    """`expected_length`: tokens that a sequence is expected to have in the end. `is_late`: it need not start any more;
-    those are left in `late` for whoever ends them. `analysis_slowdown`: as in EngineConfig."""
+    """Decides what runs. `expected_length` gives the tokens that a sequence is expected to have in the end. `is_late`
+    says that it need not start any more; those are left in `late` for whoever ends them. `analysis_slowdown`: as in
+    EngineConfig."""
 
     def __init__(
         self,
@@ -59,13 +60,13 @@ class Scheduler:
         self.serving = False
         # In the last step a sequence that could have run was left waiting.
         self.contended = False
-        # Those that the last step ran for the first time.
+        # These ran for the first time in the last step.
         self.started: list[Sequence] = []
         self.prefix_hit_tokens = 0
 
     @property
     def running(self) -> list[Sequence]:
-        """By priority and arrival."""
+        """Returns the running sequences, by priority and arrival."""
         return self.places.running
 
     @property
@@ -84,8 +85,8 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def schedule(self, *, with_analysis: bool = True) -> list[Work]:
-        """Single tokens first, then chunks. Every sequence named has the blocks for its tokens. `with_analysis`: False
-        leaves the time of analysis requests to others."""
+        """Returns the work of a step: single tokens first, then chunks. Every sequence named has the blocks for its
+        tokens. With `with_analysis` False the time of analysis requests is left to others."""
         self.started.clear()
         self.places.note_pauses()
         self.places.give_way()
@@ -99,13 +100,13 @@ class Scheduler:
             allowed.analysis = 0
         work = self._fill(allowed)
         if not work and served and with_analysis:
-            # What is more urgent waits for something else than rows, and analysis may be what it waits for.
+            # What is more urgent waits for something other than rows, perhaps for analysis.
             rows = unserved(self.pace, self.share, self.max_tokens, pausing=True)
             work = self._fill(Yielding(allowed.prompts, rows))
         return [w for w in work if w.n == 1] + [w for w in work if w.n > 1]
 
     def _most_urgent(self) -> Priority | None:
-        """The highest priority of those that could run."""
+        """Returns the highest priority of those that could run."""
         running = next((s for s in self.running if s.paused_at is None and s.remaining > 0), None)
         waiting = next((s for s in self.waiting.in_turn() if s.runnable), None)
         return min((s.request.priority for s in (running, waiting) if s is not None), default=None)
@@ -116,7 +117,7 @@ class Scheduler:
         before = self.preemptions
         ready = [(s, s.remaining) for s in self.running if s.paused_at is None]
         work: list[Work] = []
-        # Decoding sequences first: they have a client waiting for every token.
+        # Decoding sequences come first: they have a client waiting for every token.
         for sequence in [s for s, left in ready if left == 1]:
             if budget <= 0:
                 break
@@ -140,12 +141,12 @@ class Scheduler:
                 budget -= n
         self.contended = self.preemptions != before
         if not self.contended:
-            # Blocks are short otherwise, and who was preempted must not come back in the same step.
+            # Otherwise blocks are short, and who was preempted must not come back in the same step.
             self._admit(work, budget, allowed)
         return work if self.preemptions == before else [w for w in work if w.sequence.status is Status.RUNNING]
 
     def _is_there(self, sequence: Sequence) -> bool:
-        """Whether it has not been preempted in this step, nor the sequence that it follows."""
+        """Whether a sequence has not been preempted in this step, nor the sequence that it follows."""
         return sequence.status is Status.RUNNING and (sequence.leader is None or sequence.remaining > 0)
 
     def _admit(self, work: list[Work], budget: int, allowed: Yielding) -> None:
@@ -204,14 +205,14 @@ class Scheduler:
         self._charge(sequence, sequence.target)
 
     def _charge(self, sequence: Sequence, upto: int) -> None:
-        """Its tenant pays for tokens up to there, for each once, and for none that came from the prefix cache."""
+        """Charges the tenant for tokens up to `upto`, for each once, and for none that came from the prefix cache."""
         begin = max(sequence.charged, sequence.computed)
         if upto > begin:
             self.waiting.charge(sequence, upto - begin)
             sequence.charged = upto
 
     def finish_step(self, work: list[Work]) -> None:
-        """After a step: tokens are computed, and full blocks become known to others."""
+        """Is called after a step: counts the tokens as computed, and makes full blocks known to others."""
         size = self.cache.block_size
         for sequence, n in work:
             before, computed = sequence.computed, sequence.computed + n
@@ -224,7 +225,7 @@ class Scheduler:
                 self.prefixes.register(sequence, before // size)
 
     def took(self, rows: StepRows, seconds: float) -> None:
-        """How long a step was, from which the next ones get their rows."""
+        """Takes how long a step was, from which the next ones get their rows."""
         analysis = self.pace.record(rows, seconds)
         if rows.decode or rows.prompt:
             self.share.served(seconds - analysis)

@@ -1,4 +1,4 @@
-"""Numbers of a program, checked against the model: vectors and layers, from the request or the artifact store."""
+"""Checks numbers of a program against the model: vectors and layers, from the request or the artifact store."""
 
 import math
 from typing import Protocol
@@ -16,7 +16,7 @@ MAX_TOP_K = 128
 
 
 class ArtifactLookup(Protocol):
-    """Where artifact references are resolved; raises NotFound for an unknown one."""
+    """Resolves artifact references; raises NotFound for an unknown one."""
 
     def get(self, ref: str) -> Artifact: ...
 
@@ -71,7 +71,7 @@ class Resolver:
     def vectors(
         self, vector: Vector, site: Site, layers: tuple[int, ...], width: int, path: str, *, unit: bool
     ) -> dict[int, tuple[Tensor, ...]]:
-        """The direction at each layer, divided by its norm if `unit`."""
+        """Returns the direction at each layer, divided by its norm if `unit`."""
         if vector.artifact is not None:
             artifact = self.artifact(vector.artifact, ArtifactKind.VECTOR, f"{path}.artifact")
             rows = {}
@@ -107,7 +107,7 @@ class Resolver:
         return bound
 
     def stored_threshold(self, wanted: StoredThreshold, vector: Vector, site: Site, layer: int, path: str) -> float:
-        """The threshold that a vector artifact carries for a condition at this site and layer.
+        """Returns the threshold that a vector artifact carries for a condition at this site and layer.
 
         Raises InvalidArgument for a vector that is no artifact, FailedPrecondition for one that carries none.
         """

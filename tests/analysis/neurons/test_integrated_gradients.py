@@ -97,6 +97,17 @@ def test_tokens_that_do_not_move_keep_their_activations() -> None:
     assert float((found.attributions - expected.sum(0)).abs().max()) <= 2e-3 * float(expected.sum(0).abs().max())
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_paths_at_every_site_are_complete(family: str, tokens: int) -> None:
+    decoder, example = loaded(family).decoder, Example(EXAMPLE.prompt[:tokens], LogitDifference(40, 9))
+    for site in decoder.spec.sites:
+        baseline = 0.5 * direction(decoder.spec.sites[site])
+        found = at_once(integrated_gradients(decoder, example, 1, site=site, baseline=baseline))
+        assert found.complete, site
+        assert found.value != found.baseline_value
+
+
 def test_a_path_that_runs_out_of_steps_says_that_it_is_not_complete() -> None:
     few, enough = (at_once(integrated_gradients(loaded("opt").decoder, ANSWER, 0, max_steps=n)) for n in (7, 1024))
     assert (few.complete, few.steps) == (False, 7)

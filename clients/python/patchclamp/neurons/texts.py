@@ -16,9 +16,9 @@ _UNLABELLED = "texts"
 class TextSource:
     """Holds texts that are run; wherever texts are expected, `texts` alone will do.
 
-    texts: {label: texts}, texts without labels, or the id or tag of a stored corpus. A text may be token ids or the
-    turns of a chat too. window_tokens: length of the windows that longer texts are cut into. max_tokens: how many first
-    tokens of every label are run, by default all.
+    texts: {label: texts}, texts without labels, or the id or tag of a stored corpus. A text may be token ids or chat
+    turns too. window_tokens: length of the windows that longer texts are cut into. max_tokens: windows are run up to
+    the first that reaches so many, by default all.
     """
 
     texts: "Mapping[str, Iterable[PromptLike]] | Iterable[PromptLike] | str"
@@ -55,7 +55,7 @@ def texts_message(texts: TextsLike, field: str = "texts") -> pb.TextSource:
 class Fact:
     """Says that the prompt is continued by the answer; (prompt, answer) alone will do.
 
-    candidates: other answers that it is compared with, by default those of the other facts beside it.
+    candidates: other answers that it is compared with, by default some of the other facts beside it.
     """
 
     prompt: PromptLike

@@ -25,7 +25,7 @@ def layer_scores_figure(layers: Sequence[int], largest: Sequence[float], mean: S
     axes.set_title(title)
     axes.set_xlabel("layer")
     axes.set_ylabel("score")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     return figure
 
 
@@ -58,7 +58,7 @@ def census_figure(layers: Sequence[LayerCensus], title: str) -> "Figure":
     axes.set_title(title)
     axes.set_xlabel("layer")
     axes.set_ylabel("neurons")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if any(below):
         axes.legend(fontsize="small")
     return figure

@@ -91,7 +91,7 @@ def run_forward(model: DifferentiableModel, batch: Batch, replaced: Replaced | N
     decoder, first = model.decoder, 0 if replaced is None else replaced.layer
     top, site = batch.examples[0].place(decoder.spec)
     layers = range(first, top + 1)
-    inputs = batch.inputs(decoder)
+    inputs = batch.inputs(decoder, site, *(() if replaced is None else (replaced.site,)))
     x = decoder.embed(inputs.token_ids, inputs.positions).float() if replaced is None else replaced.x
     hooks = _Hooks(sites=(Site.RESID_PRE,), last=(top, site), replaced=replaced)
     pools = [batch.pool(decoder)] * len(layers)
@@ -103,7 +103,7 @@ def run_forward(model: DifferentiableModel, batch: Batch, replaced: Replaced | N
 
 def activations_at(model: DifferentiableModel, batch: Batch, layer: int, site: Site) -> Sliced[tuple[Tensor, Tensor]]:
     """The residual stream before a layer [rows, d_model], and what stands at a site of it [rows, width]."""
-    decoder, inputs = model.decoder, batch.inputs(model.decoder)
+    decoder, inputs = model.decoder, batch.inputs(model.decoder, site)
     x, hooks = decoder.embed(inputs.token_ids, inputs.positions).float(), _Hooks(last=(layer, site))
     layers = range(layer + 1)
     before = yield from forward(
@@ -126,7 +126,8 @@ def run_backward(
     """
     spec = model.decoder.spec
     top, entry = batch.examples[0].place(spec)
-    gradient, inputs = run.seed, _inputs(model, batch)
+    sites = (site, entry) if run.replaced is None else (site, entry, run.replaced.site)
+    gradient, inputs = run.seed, _inputs(model, batch, sites)
     charged = 2 * batch.rows
     for layer in reversed(range(layers.start, top + 1)):
         yield Slice(-(-2 * batch.rows // spec.n_layers), charged)
@@ -140,8 +141,8 @@ def run_backward(
 
 
 @differentiated
-def _inputs(model: DifferentiableModel, batch: Batch) -> StepInputs:
-    return batch.inputs(model.decoder)
+def _inputs(model: DifferentiableModel, batch: Batch, sites: tuple[Site, ...]) -> StepInputs:
+    return batch.inputs(model.decoder, *sites)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +221,7 @@ def _of_logits(
     states = ends.clone().requires_grad_()
     h = model.decoder.final_norm(states)
     logits = model.unembedding.multiply(h.detach()).requires_grad_()
-    capped = cap_softly(logits, model.decoder.spec.final_soft_cap).split(lengths)
+    capped = torch.split(cap_softly(logits, model.decoder.spec.final_soft_cap), lengths)
     values = []
     for example, own in zip(batch.examples, capped, strict=True):
         assert not isinstance(example.target, Projection)

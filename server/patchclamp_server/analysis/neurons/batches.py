@@ -11,7 +11,7 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 from patchclamp_server.model.spec import DecoderSpec
 
 # What one batch may need, and what a caller may ask to be kept.
@@ -57,8 +57,8 @@ class Batch:
         span = self.spans[i]
         return range(span.start + len(self.examples[i].prompt) - 1, span.stop)
 
-    def inputs(self, decoder: Decoder) -> StepInputs:
-        """Every example a sequence of consecutive blocks of its own; block 0 stays empty."""
+    def inputs(self, decoder: Decoder, *sites: Site) -> StepInputs:
+        """Every example a sequence of consecutive blocks of its own; block 0 stays empty. `sites` are visited."""
         spans, slots, first = [], [], 1
         for rows in self.spans:
             n = rows.stop - rows.start
@@ -67,11 +67,13 @@ class Batch:
             slots.append(first * _BLOCK + torch.arange(n))
             first += len(blocks)
         device = decoder.device
+        apart = not set(PREACTIVATION_SITES).isdisjoint(sites)
         return StepInputs(
             torch.tensor([token for example in self.examples for token in example.tokens], device=device),
             torch.cat([torch.arange(n) for n in self.lengths]).to(device),
             torch.cat(slots).to(device),
             AttentionBatch(spans, _BLOCK, decoder.windows, device),
+            visited_preactivations=frozenset(range(decoder.spec.n_layers)) if apart else frozenset(),
         )
 
     def pool(self, decoder: Decoder) -> Tensor:

@@ -84,12 +84,12 @@ class DifferentiableProduct:
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: DifferentiableProduct) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, product: DifferentiableProduct) -> Tensor:
         ctx.product = product
         return product.multiply(x.detach())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         product: DifferentiableProduct = ctx.product
         return product.multiply_back(gradient), None
 

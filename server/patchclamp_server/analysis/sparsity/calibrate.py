@@ -1,4 +1,4 @@
-"""Calibration: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
+"""Calibrates policies: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
 
 Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken): reducers
 get them while the documents run as requests of the engine. Where they are sums of squares, attention sinks are left out
@@ -39,27 +39,27 @@ from patchclamp_server.sparsity.policies.teal import Teal
 from patchclamp_server.sparsity.policy import PROJECTIONS, Policy, input_widths
 from patchclamp_server.sparsity.profile import Profile
 
-# Rows kept of each document where samples are kept rather than sums.
+# Where samples are kept rather than sums, one of so many rows of each document is kept.
 SAMPLE_EVERY = 16
 SENTENCE_TOKENS = 64
-# Of the documents, what the slower measurements use.
+# The slower measurements use so many of the documents.
 DAMAGE_DOCUMENTS = 2
 GREEDY_DOCUMENTS, GREEDY_TOKENS = 2, 128
 
-# Bounds of one calibration: an hour of a small CPU, and memory.
+# These bound one calibration to an hour of a small CPU, and its memory.
 MAX_TOKENS = 1 << 18
 KEPT_BYTES = 4 << 30
 
 Tensors = dict[str, Tensor]
-# Parts of the work at the exclusive door of the engine.
+# These are parts of the work at the exclusive door of the engine.
 Found: TypeAlias = Telling[Progress, Tensors]
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrating:
-    """`reducers` of the inputs of products, by product, and what becomes of them once they have seen all documents: a
-    part of a work at the exclusive door of the engine. `evaluate`: what is measured with that profile, by requests, and
-    yields the tensors that it has in the end. `residuals`: gets the residual streams before the blocks."""
+    """The parts of a calibration. `reducers` take the inputs of products, by product. `finish`, a part of a work at the
+    exclusive door of the engine, makes tensors of what they have seen in all documents. `evaluate` measures with that
+    profile, by requests, and yields the tensors of the end. `residuals` gets the residual streams before the blocks."""
 
     reducers: Mapping[str, Reducer]
     finish: Callable[[Steps], Found]
@@ -119,7 +119,7 @@ def _begun(policy: Policy, model: SparseModel, documents: Tensor) -> tuple[Calib
 
 
 def most_tokens(policy: Policy, model: SparseModel) -> int:
-    """Tokens of documents that calibration takes at most: what is kept of them has KEPT_BYTES."""
+    """Returns the most tokens of documents that calibration takes: what is kept of them has KEPT_BYTES."""
     spec = model.spec
     width = {
         "teal": sum(input_widths(spec)),
@@ -141,7 +141,7 @@ def _measures_damage(policy: Policy) -> bool:
 
 
 def _sampled(model: SparseModel, documents: Tensor, *names: str) -> dict[str, Sample]:
-    """Samples of the inputs of the products named."""
+    """Returns samples of the inputs of the products named."""
     return {name: Sample(_layers(model), SAMPLE_EVERY, documents.shape[1]) for name in names}
 
 
@@ -196,7 +196,7 @@ def _cats(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
 
 
 def _static_set(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
-    # Of the hundreds of tokens of a document the first alone, an attention sink, would decide at some layers.
+    # The first token alone, an attention sink, would outweigh the hundreds of others of a document at some layers.
     squares = OrdinarySums(_layers(model), documents.shape[1], of=torch.square)
 
     def finish(steps: Steps) -> Found:
@@ -228,12 +228,13 @@ def _similarity(policy: Policy, model: SparseModel, documents: Tensor) -> Calibr
 
 
 class Sentences(Reducer):
-    """Core counts [d_ff] of every sentence: each `tokens` tokens of a document, but for those that are left over."""
+    """Keeps core counts [d_ff] of every sentence: each `tokens` tokens of a document, but for those that are left
+    over."""
 
     def __init__(self, policy: CoreInferSimilarity, model: SparseModel, tokens: int) -> None:
         super().__init__(_layers(model))
         self._policy, self._d_ff, self._tokens = policy, model.spec.d_ff, tokens
-        # By document, sentence and layer: the orders of its tokens until it has all, then its counts.
+        # These have, by document, sentence and layer, the orders of its tokens until it has all, then its counts.
         self._orders: defaultdict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._counts: dict[tuple[int, int, int], Tensor] = {}
 
@@ -250,7 +251,7 @@ class Sentences(Reducer):
             done = part.stop
 
     def counts(self) -> Tensor:
-        """[sentences, layers, d_ff], by document and place in it."""
+        """Returns the counts [sentences, layers, d_ff], by document and place in it."""
         found = [self._counts[key] for key in sorted(self._counts)]
         return torch.stack(found).view(-1, len(self.layers), self._d_ff)
 
@@ -265,7 +266,7 @@ def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating
 def _fovea_errors(policy: Fovea, model: SparseModel, sample: Sample, steps: Steps) -> Found:
     samples = [sample.take(layer) for layer in sample.layers]
     yield Slice(1)
-    # A selector without uncertainty, to see its sketches with.
+    # This selector has no uncertainty; it serves to see its sketches.
     shape = (model.n_layers, model.spec.d_ff)
     names = [f"gate_error.{policy.bits}", f"up_error.{policy.bits}"]
     blind = Profile(policy.name, model.fingerprint, {name: torch.zeros(shape) for name in names})

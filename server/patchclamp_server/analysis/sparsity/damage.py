@@ -1,4 +1,5 @@
-"""The damage that layers take from being sparse, as fovea's budget needs it: both of its parts, policies/budgets.py.
+"""Measures the damage that layers take from being sparse, as fovea's budget needs it: both of its parts,
+policies/budgets.py.
 
 Squared errors come from a sample of the inputs of a layer, and are work at the exclusive door; divergences come from
 requests with one layer alone sparse.
@@ -21,14 +22,14 @@ from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, damage_
 from patchclamp_server.sparsity.policies.fovea import Fovea
 from patchclamp_server.sparsity.profile import Profile
 
-# Of a layer's sample.
+# So many rows are taken of a layer's sample.
 ROWS = 128
-# The name of the tensor that stands for the damage until divergences are known.
+# This tensor stands for the damage until divergences are known.
 SQUARED_ERRORS = "squared_errors"
 
 
 def squared_errors(policy: Fovea, model: SparseModel, profile: Profile, samples: list[Tensor]) -> Sliced[Tensor]:
-    """ε² [n_layers, GRID] of policies/budgets.py."""
+    """Returns ε² [n_layers, GRID] of policies/budgets.py."""
     errors = []
     for layer, x in enumerate(samples):
         mlp = MlpInput(x[:: max(1, len(x) // ROWS)], model.layers[layer])

@@ -22,6 +22,6 @@ class Beginnings(Reducer):
             self._parts[layer][place.text, place.start] = rows[: self._tokens - place.start].clone()
 
     def take(self, layer: int) -> Tensor:
-        """[texts · tokens, width], by text and position. They are let go."""
+        """Returns the rows [texts · tokens, width], by text and position, and lets them go."""
         parts = self._parts.pop(layer)
         return torch.cat([parts[key] for key in sorted(parts)])

@@ -84,7 +84,7 @@ def keep_largest(x, text, start, values, texts, positions):
         n = 0
         for i in range(x.shape[1]):
             units[n] = i
-            n += np.int64(x[row, i] >= least[i])
+            n += int(x[row, i] >= least[i])
         for i in units[:n]:
             v = x[row, i]
             at = k
@@ -120,7 +120,7 @@ def count_keys(fired, keys, rows, firings, let_go, least_rows, most_rate, kept, 
         n = 0
         for i in range(fired.shape[1]):
             units[n] = i
-            n += np.int64(fired[row, i] & live[i])
+            n += int(fired[row, i] & live[i])
         for i in units[:n]:
             firings[i] += 1
             if rows[0] >= least_rows and firings[i] > most_rate * rows[0]:

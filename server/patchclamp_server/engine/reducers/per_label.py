@@ -46,6 +46,6 @@ class PerLabel(Resumable, Generic[R]):
             reducer.restore(own)
 
     def _resumable(self) -> list[Resumable]:
-        found = [reducer for reducer in self.of if isinstance(reducer, Resumable)]
+        found: list[Resumable] = [reducer for reducer in self.of if isinstance(reducer, Resumable)]
         assert len(found) == len(self.of), "the reducers of the labels cannot be resumed"
         return found

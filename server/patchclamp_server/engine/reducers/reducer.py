@@ -112,8 +112,8 @@ class ByLayer(Resumable):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         found: dict[int, dict[str, Tensor]] = {}
         for path, tensor in state.items():
-            layer, _, name = path.partition(".")
-            found.setdefault(int(layer) if layer.isdecimal() else -1, {})[name] = tensor
+            number, _, name = path.partition(".")
+            found.setdefault(int(number) if number.isdecimal() else -1, {})[name] = tensor
         expected = {name: tensor.dtype for name, tensor in self._begin(1, torch.device("cpu")).items()}
         for layer, kept in found.items():
             if layer not in self.layers or {name: tensor.dtype for name, tensor in kept.items()} != expected:

@@ -12,7 +12,8 @@ exact. Which keys share the lesser slots depends on the order of rows; the bound
 
 A unit that fires often has no such key: once `least_rows` rows have come, one that has fired in more than a share
 `most_rate` of them is let go for good, and its `n_i` stands still. A token that is a share p of the text can make up
-95 % of the firings only of a unit that fires at most in p / 0.95 of the rows.
+95 % of the firings only of a unit that fires at most in p / 0.95 of the rows. What is judged is the share so far, so
+documents should come in mixed order: of a corpus that begins with one language, units of that language are let go.
 
 Kept by layer, on the host: three times int64 [width, k] and twice int64 [width]: 24 · layers · width · k bytes and 16 ·
 layers · width. Of rows on a device, which units fire travels to the host: a byte a value.
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from patchclamp_server.engine.reducers import loops
 from patchclamp_server.engine.reducers.reducer import ByLayer, Place
-from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.arrays import BoolArray, IntArray
 
 # Of a slot that nothing has taken, and of a row that has no pair.
 NO_KEY = -1
@@ -87,7 +88,7 @@ class TopKeys(ByLayer):
         }
 
     def _add(self, kept: dict[str, Tensor], rows: Tensor, place: Place) -> None:
-        fired = (rows.float() > self.threshold).cpu().numpy()
+        fired = self._fired(rows)
         keys = keys_of(place, len(rows), self.vocab, pair=self.pair)
         own = {name: tensor.numpy() for name, tensor in kept.items()}
         loops.count_keys(
@@ -103,6 +104,12 @@ class TopKeys(ByLayer):
             own["errors"],
         )
 
+    def _fired(self, rows: Tensor) -> BoolArray:
+        if rows.is_cpu:
+            return loops.array_of(rows) > np.float32(self.threshold)
+        fired: BoolArray = (rows.float() > self.threshold).cpu().numpy()
+        return fired
+
     def rows(self, layer: int) -> int:
         """Rows that have a key."""
         return int(self._kept[layer]["rows"]) if layer in self._kept else 0
@@ -111,8 +118,8 @@ class TopKeys(ByLayer):
         """Raises KeyError where no row has come."""
         kept = self._kept[layer]
         order = kept["counts"].argsort(dim=1, descending=True, stable=True)
-        slots = (kept[name].gather(1, order) for name in ("keys", "counts", "errors"))
-        return Triggers(*slots, kept["firings"], kept["let_go"].bool())
+        keys, counts, errors = (kept[name].gather(1, order) for name in ("keys", "counts", "errors"))
+        return Triggers(keys, counts, errors, kept["firings"], kept["let_go"].bool())
 
 
 def keys_of(place: Place, n: int, vocab: int, *, pair: bool) -> IntArray:

@@ -1,4 +1,4 @@
-"""Messages of MonitoringService ↔ dataclasses of monitoring/. What may not be asked is refused, by field path."""
+"""Turns messages of MonitoringService into dataclasses of monitoring/ and back. Refusals name fields."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ PHASE_NUMBERS: Mapping[Phase, "program_pb2.Phase.ValueType"] = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a reference is recorded of, and stored with. tokens 0: the window of the watch."""
+    """What a reference is recorded of, and stored with. A `tokens` of 0 is the window of the watch."""
 
     name: str
     tokens: int
@@ -38,7 +38,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Followed:
-    """items: indices, none are all. max_events 0: without an end."""
+    """A followed watch. `items` has indices, none are all; a `max_events` of 0 sets no end."""
 
     name: str
     items: tuple[int, ...]
@@ -78,7 +78,7 @@ def decode_following(request: pb.WatchActivationsRequest, watch: Watch) -> Follo
 
 
 def decode_item_names(names: Sequence[str], watch: Watch) -> tuple[int, ...]:
-    """Indices. NotFound: the watch has no item of that name."""
+    """Returns the indices. Raises NotFound where the watch has no item of that name."""
     index = {name: i for i, name in enumerate(watch.names)}
     for i, name in enumerate(distinct(names, "items")):
         if name not in index:
@@ -129,7 +129,7 @@ def encode_listed(listed: Listed) -> pb.RunningWatch:
 
 
 def _options(options: WatchOptions) -> dict[str, Any]:
-    """Fields of RunningWatch."""
+    """Returns the fields of RunningWatch."""
     return {
         "sampling_rate": options.sampling_rate,
         "phases": [PHASE_NUMBERS[phase] for phase in Phase if phase in options.phases],
@@ -143,7 +143,7 @@ def _options(options: WatchOptions) -> dict[str, Any]:
 def encode_activations(
     batch: Activations, names: Sequence[str], text: Mapping[int, str], dropped: int
 ) -> pb.WatchActivationsResponse:
-    """`names` of all items of the watch, `text` of every token id in the batch."""
+    """Returns the message; `names` are those of all items of the watch, `text` has every token id in the batch."""
     columns = (batch.items, batch.values, batch.token_ids, batch.positions, batch.sequences, batch.generated)
     activations = []
     for (item, value, token, position, sequence, generated), time in zip(

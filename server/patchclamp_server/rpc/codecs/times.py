@@ -1,4 +1,4 @@
-"""Seconds as messages."""
+"""Turns seconds into messages."""
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp

@@ -1,4 +1,4 @@
-"""Watched items: messages → dataclasses of monitoring/items.py. What may not be asked is refused, by field path."""
+"""Turns watched items into dataclasses of monitoring/items.py. Refuses what may not be asked by field path."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -24,7 +24,7 @@ MAX_NAME_BYTES = 128
 
 
 def decode_items(protos: Sequence[pb.WatchItem]) -> tuple[WatchItem, ...]:
-    """Whether the model has what they name is seen when they are bound."""
+    """Returns the items; whether the model has what they name shows when they are bound."""
     if not protos:
         raise InvalidArgument("items", "expected at least one item")
     return tuple(_item(proto, f"items[{i}]") for i, proto in enumerate(protos))
@@ -77,7 +77,7 @@ def _features(proto: pb.WatchedFeatures, field: str) -> WatchedFeatures:
 
 
 def _encoder(proto: pb.WatchedFeatures, field: str) -> Encoder:
-    """Of one of the three fields."""
+    """Returns the encoder of the one field of three that is set."""
     given = [name for name in _ENCODERS if proto.HasField(name)]
     if not given:
         raise InvalidArgument(f"{field}.{_ENCODERS[0]}", f"missing; expected one of {', '.join(_ENCODERS[:2])}")

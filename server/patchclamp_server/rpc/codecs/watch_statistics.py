@@ -1,4 +1,4 @@
-"""What a watch has counted, as messages."""
+"""Turns what a watch has counted into messages."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ QUANTILES = (0.05, 0.5, 0.95, 0.99)
 
 
 def encode_statistics(running: RunningWatch, seen: Statistics, items: Sequence[int]) -> pb.GetWatchStatisticsResponse:
-    """`items`: indices, none are all."""
+    """Returns the message; `items` has indices, none are all."""
     names = running.watch.names
     quantiles = seen.quantiles(QUANTILES)
     mean, deviation, sums, drift = seen.mean, seen.deviation, seen.sums, seen.drift
@@ -82,7 +82,7 @@ def _kind(kind: KindStatistics) -> pb.KindStatistics:
 
 
 def _drift(drift: Drift) -> dict[str, Any]:
-    """The fields of all items together."""
+    """Returns the fields of all items together."""
     return {
         "mean_drift": drift.mean,
         "max_drift": drift.max,

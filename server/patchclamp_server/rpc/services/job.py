@@ -1,4 +1,4 @@
-"""JobService: long calls of the other services that outlive their client."""
+"""JobService runs long calls of the other services, which outlive their client."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
@@ -21,7 +21,7 @@ MAX_KEY_BYTES = 128
 
 
 def job_methods(services: tuple[str, ...]) -> dict[str, Method]:
-    """Method by the field of StartJobRequest that holds its request."""
+    """Returns the method by the field of StartJobRequest that holds its request."""
     streams = {
         method.input_type.full_name: Method(service, method.name)
         for service in services
@@ -33,7 +33,8 @@ def job_methods(services: tuple[str, ...]) -> dict[str, Method]:
 
 
 class JobService(JobServiceServicer):
-    """`servicers`: by full name of their service. `calls`: what every call passes through, and so every job."""
+    """Runs jobs. `servicers` has them by the full name of their service; every call, and so every job, passes through
+    `calls`."""
 
     def __init__(self, jobs: DetachedJobs, servicers: Mapping[str, Any], calls: CallInterceptor) -> None:
         self._jobs = jobs

@@ -32,7 +32,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--mode", choices=NEURON_EDIT_MODES, default="zero", help="default: %(default)s")
     parser.add_argument("--value", type=float, help="of clamp (default: the set's own values) and scale")
     tests = parser.add_argument_group("tests", "facts in .jsonl or .tsv: accuracy; else a text a line: perplexity")
-    what = {"type": check_file, "action": "append", "default": [], "metavar": "[NAME=]FILE"}
+    what: dict[str, Any] = {"type": check_file, "action": "append", "default": [], "metavar": "[NAME=]FILE"}
     tests.add_argument("--target", **what, help="what should change; repeatable")
     tests.add_argument("--side", **what, help="what should not; repeatable")
     tests.add_argument("--prompts", type=line_file, metavar="FILE", help="a target too: text generated after each line")

@@ -43,9 +43,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     parser.add_argument(
         "--window-tokens", type=count, default=0, metavar="N", help="longer texts are cut (default: 512)"
     )
-    parser.add_argument(
-        "--max-tokens", type=seed, default=0, metavar="N", help="the first so many of every label (default: all)"
-    )
+    parser.add_argument("--max-tokens", type=seed, default=0, metavar="N", help="until so many are run (default: all)")
 
 
 def texts_of(args: argparse.Namespace) -> TextSource:

@@ -70,7 +70,7 @@ def built_in_facts() -> tuple[Fact, ...]:
 
 
 def _requests(facts: tuple[Fact, ...], prompts: PromptEncoder, info: ModelInfo) -> list[Callable[[OnEvent], Request]]:
-    """All facts unedited, then all facts without each head, by layer and head."""
+    """Returns requests for all facts unedited, then for all facts without each head, by layer and head."""
     tokens = []
     for i, fact in enumerate(facts):
         with about(f"facts[{i}].prompt"):
@@ -92,7 +92,7 @@ def _scored(prompt: Ids, answer: Ids, program: BoundProgram | None, on_event: On
 
 
 def _compared(effects: Tensor, timed: Tensor, facts: tuple[Fact, ...], known: Tensor, seed: int) -> HeadScores:
-    """effects [facts, n_layers, n_heads]; timed and known [facts]."""
+    """Returns the scores of effects [facts, n_layers, n_heads], given timed and known [facts]."""
     of_time, of_others = effects[timed], effects[~timed]
     dealt = timed[torch.randperm(len(timed), generator=torch.Generator().manual_seed(seed))]
     low, high = ends(resampled_means(of_time, seed) - resampled_means(of_others, seed ^ 1))
