@@ -20,8 +20,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Entropies:
-    """All flat over units: entropy float64 [units] in nats; `specific` bool [units]; `active` bool [labels, units]: p at
-    least the quantile; `bound`: that quantile."""
+    """Flat over units: `entropy` float64 [units], nats; `specific` bool [units]; `active` bool [labels, units]: p is at
+    least `bound`, the quantile."""
 
     entropy: Tensor
     specific: Tensor
