@@ -36,7 +36,7 @@ $(PEERS):
 	touch $@
 
 demo: $(RUNNING)
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo
 
 test: $(TESTING)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

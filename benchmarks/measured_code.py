@@ -31,6 +31,7 @@ _STEP = (
     "patchclamp_server.cpu.invariant",
     "patchclamp_server.engine.engine",
     "patchclamp_server.engine.runner",
+    "patchclamp_server.engine.places",
     "patchclamp_server.engine.scheduler",
     "patchclamp_server.engine.steps",
     "patchclamp_server.engine.sampler",
@@ -46,13 +47,13 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp_server.engine.analysis_share",
         "patchclamp_server.engine.exclusive",
         "patchclamp_server.engine.pace",
+        "patchclamp_server.engine.places",
         "patchclamp_server.engine.scheduler",
         "patchclamp_server.engine.steps",
         "patchclamp_server.engine.yielding",
     ),
     "cpu": ("benchmarks/cpu.py", *_STEP, "patchclamp_server.interventions"),
     "faults": (
-        "benchmarks/faults.py",
         "benchmarks/faults",
         "patchclamp_server.engine.engine",
         "patchclamp_server.engine.steps",
@@ -61,7 +62,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp_server.artifacts.store",
         "patchclamp_server.rpc.server",
     ),
-    "gpu": ("benchmarks/gpu.py", "benchmarks/gpu", "patchclamp_kernels"),
+    "gpu": ("benchmarks/gpu", "patchclamp_kernels"),
     "heads_causal": (
         "benchmarks/heads.py",
         "patchclamp_server.analysis.heads.retrieval.detect",
@@ -72,12 +73,12 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "host": ("benchmarks/host.py", *_STEP, "patchclamp_server.interventions"),
     "invariance": ("benchmarks/invariance.py", *_FORWARD, *_ATTENTION, "patchclamp_server.cpu.invariant"),
     "load": (
-        "benchmarks/load.py",
         "benchmarks/load",
         "patchclamp_server.engine.admission",
         "patchclamp_server.engine.fair_queue",
         "patchclamp_server.engine.intake",
         "patchclamp_server.engine.live",
+        "patchclamp_server.engine.places",
         "patchclamp_server.engine.scheduler",
     ),
     "monitoring": ("benchmarks/monitoring.py", "patchclamp_server.monitoring"),
@@ -87,8 +88,13 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp.connection",
         "patchclamp.transport",
     ),
-    "sparse_quality": ("benchmarks/sparse.py", "benchmarks/sparse/quality.py", *_SPARSE),
-    "sparse_speed": ("benchmarks/sparse.py", "benchmarks/sparse/speed.py", *_FORWARD, "patchclamp_server.cpu.sparse"),
+    "sparse_quality": ("benchmarks/sparse/__main__.py", "benchmarks/sparse/quality.py", *_SPARSE),
+    "sparse_speed": (
+        "benchmarks/sparse/__main__.py",
+        "benchmarks/sparse/speed.py",
+        *_FORWARD,
+        "patchclamp_server.cpu.sparse",
+    ),
 }
 
 

@@ -84,7 +84,7 @@ def sparse_speed(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"`python benchmarks/sparse.py --only speed` on {result['date']} at commit `{result['commit']}`: "
+        f"`python benchmarks/sparse --only speed` on {result['date']} at commit `{result['commit']}`: "
         f"{result['machine']}, {result['threads']} threads,",
         f"medians of {result['rounds']} alternating rounds, against the faster of `F.linear` and our dense product.",
     ]
@@ -131,7 +131,7 @@ def sparse_quality(result: dict[str, Any]) -> list[str]:
         "",
         *lines,
         "",
-        f"`python benchmarks/sparse.py --only quality` on {result['date']} at commit `{result['commit']}`: "
+        f"`python benchmarks/sparse --only quality` on {result['date']} at commit `{result['commit']}`: "
         f"{result['documents']} documents that calibration did not see,",
         f"{result['scored_tokens']} scored tokens, text {result['text']}, dense perplexity "
         f"{result['dense_perplexity']:.2f} ({exact}).",
@@ -146,7 +146,7 @@ def _ratio(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-# What the goals of benchmarks/gpu.py are about, and whether less is better.
+# What the goals of benchmarks/gpu are about, and whether less is better.
 GOALS = {
     "attention_decode_vs_bound": ("attention at decode, of its bandwidth bound", False),
     "attention_readout_overhead": ("read-out of the attention, cost", True),
@@ -162,7 +162,7 @@ def gpu(result: dict[str, Any]) -> list[str]:
     """Raises SystemExit for a run that is not whole: its worst values are not the worst."""
     environment = result["environment"]
     if not result["complete"] or result["errors"] or environment["device"] == "cpu":
-        raise SystemExit(f"the result of {environment['device']} is no whole run of benchmarks/gpu.py")
+        raise SystemExit(f"the result of {environment['device']} is no whole run of benchmarks/gpu")
     lines = [
         f"| {environment['device']}, bfloat16, random weights | worst measured | goal |",
         "|---|---:|---:|",
@@ -185,7 +185,7 @@ def gpu(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"`benchmarks/gpu.py` on {environment['date']} at commit `{environment['commit']}`: {versions}; "
+        f"`benchmarks/gpu` on {environment['date']} at commit `{environment['commit']}`: {versions}; "
         f"{sum(row['ok'] for row in checks)} of {len(checks)} comparisons with references passed.",
         f"Bounds are for {copy / 1e12:.2f} TB/s and {rate / 1e12:.0f} TFLOP/s, measured in the same run.",
     ]
@@ -241,7 +241,7 @@ def heads_readout(result: dict[str, Any]) -> list[str]:
 def load(result: dict[str, Any]) -> list[str]:
     tokens, requests = result["first_token_seconds"], result["refusal_seconds"]
     return [
-        f"Overload (`python benchmarks/load.py`, {result['date']}, commit `{result['commit']}`, {result['machine']}): "
+        f"Overload (`python benchmarks/load`, {result['date']}, commit `{result['commit']}`, {result['machine']}): "
         f"{result['offered']} requests in {result['seconds']:.0f} s,",
         f"{result['offered_requests_per_second']:.1f} a second, at {result['overload']:.0f} times the capacity of "
         f"{result['capacity_tokens_per_second']:.0f} tokens/s. Goodput {100 * result['goodput_ratio']:.0f} % of "
@@ -273,7 +273,7 @@ def faults(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"`python benchmarks/faults.py` on {result['date']} at commit `{result['commit']}`: tokens of neighbours, "
+        f"`python benchmarks/faults` on {result['date']} at commit `{result['commit']}`: tokens of neighbours, "
         "acknowledged artifacts, KV blocks, table rows and calls still held are counted.",
     ]
 
@@ -335,18 +335,18 @@ def beside(result: dict[str, Any]) -> list[str]:
 COMMANDS = {
     "beside": "python benchmarks/beside.py",
     "cpu": "make bench",
-    "faults": "python benchmarks/faults.py",
-    "gpu": "python benchmarks/gpu.py",
+    "faults": "python benchmarks/faults",
+    "gpu": "python benchmarks/gpu",
     "heads_causal": "python benchmarks/heads.py --only causal",
     "heads_naive": "python benchmarks/heads.py --only naive",
     "heads_readout": "python benchmarks/heads.py --only readout",
     "host": "python benchmarks/host.py",
     "invariance": "python benchmarks/invariance.py",
-    "load": "python benchmarks/load.py",
+    "load": "python benchmarks/load",
     "monitoring": "python benchmarks/monitoring.py",
     "rolling": "python benchmarks/rolling.py",
-    "sparse_quality": "python benchmarks/sparse.py --only quality",
-    "sparse_speed": "python benchmarks/sparse.py --only speed",
+    "sparse_quality": "python benchmarks/sparse --only quality",
+    "sparse_speed": "python benchmarks/sparse --only speed",
 }
 
 Row = tuple[str, str]

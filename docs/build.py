@@ -3,7 +3,7 @@
     python docs/build.py [--to DIRECTORY]
 
 Pages are the Markdown files of docs/, those of PAGES, which live elsewhere, and the reference of the API, which is made
-of the protos. The picture of sparse policies is drawn from the results of benchmarks/sparse.py. Links are written as a
+of the protos. The picture of sparse policies is drawn from the results of benchmarks/sparse. Links are written as a
 reader of the repository follows them; here they are led to the pages.
 """
 

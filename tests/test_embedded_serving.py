@@ -1,6 +1,7 @@
 """The real model behind a real channel: 64 programs at once, what cancelling gives back, equality with transformers."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from patchclamp import AsyncClient, Client
 from patchclamp.async_streams import AsyncGenerateStream
 from patchclamp.programs import Program, add
+from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.model.sites import NEURON_SITES
 
 STREAMS = 64
 WIDTH = 576
@@ -91,3 +94,18 @@ def test_greedy_text_equals_that_of_plain_transformers(
 @pytest.fixture(scope="module")
 def plain_model(embedded_dir: object) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(embedded_dir, dtype=torch.float32)
+
+
+def test_gates_and_ups_of_codes_make_the_neurons_that_are_served(embedded_server: LiveServer) -> None:
+    """Products over codes give gate and up in one: taken apart, edited by nobody, they change no bit."""
+    decoder, document = embedded_server.model.decoder, torch.arange(40, 46)[None]
+    assert decoder.blocks[3].mlp_input.quantized is not None
+    for n in (1, 6):
+        step = inputs_of(document[:, :n], 0, n, decoder)
+        apart = replace(step, visited_preactivations=frozenset({3}))
+        kept = {site: KeepSite(site) for site in NEURON_SITES}
+        plain = decoder.forward(step, pools_for(decoder, document))
+        for hooks in kept.values():
+            assert torch.equal(decoder.forward(apart, pools_for(decoder, document), hooks), plain)
+        gate, up, neurons = (kept[site].kept[3] for site in NEURON_SITES)
+        torch.testing.assert_close(torch.nn.functional.silu(gate) * up, neurons, rtol=1e-5, atol=1e-6)

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/demo.py, and how they print."""
+"""The parts of benchmarks/demo, and how they print."""

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/faults.py: its rows, their clients, and a server that fails when it is told to."""
+"""The parts of benchmarks/faults: its rows, their clients, and a server that fails when it is told to."""

@@ -1,4 +1,4 @@
-"""The clients of benchmarks/faults.py: what they send, and what they see of a fault."""
+"""The clients of benchmarks/faults: what they send, and what they see of a fault."""
 
 import hashlib
 import queue

@@ -22,7 +22,8 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from faulty_executor import FaultyExecutor, allocate_too_much
 
-from patchclamp_server import cli
+from patchclamp_server.cli.commands import serve
+from patchclamp_server.cli.options import add_serve_arguments
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.rpc import server
 from patchclamp_server.rpc.config import ServerConfig
@@ -68,10 +69,10 @@ class FaultyServer(server.Server):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="faulty-server")
-    cli.add_serve_arguments(parser)
+    add_serve_arguments(parser)
     # The command line makes the server of this name.
     server.Server = FaultyServer  # type: ignore[misc]
-    return cli.serve(parser.parse_args())
+    return serve(parser.parse_args())
 
 
 if __name__ == "__main__":

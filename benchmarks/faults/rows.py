@@ -1,4 +1,4 @@
-"""The rows of benchmarks/faults.py: one fault each, done to a running server, with what was lost by it."""
+"""The rows of benchmarks/faults: one fault each, done to a running server, with what was lost by it."""
 
 import signal
 import threading

@@ -13,7 +13,7 @@ from seed_requests import calls
 
 from fuzzing.files import random_upload
 from fuzzing.texts import renamed, retold
-from patchclamp_server.rpc.server import SERVICES
+from patchclamp_server.rpc.contract import SERVICES
 
 # Of what is done to a call, and how often.
 KINDS = {

@@ -41,7 +41,7 @@ DTYPES = (
 VALUES = (0.0, 1.0, -1.0, 1e38, float("nan"), float("inf"))
 KINDS = artifact_pb2.ArtifactKind.keys()
 FORMATS = artifact_pb2.ArtifactFormat.keys()
-SITES = ("SITE_UNSPECIFIED", "SITE_RESID_POST", "SITE_MLP_POST", "SITE_ATTN_Z")
+SITES = ("SITE_UNSPECIFIED", "SITE_RESID_POST", "SITE_MLP_POST", "SITE_MLP_GATE", "SITE_ATTN_Z")
 
 
 def random_upload(random: Random, tag: str) -> Sequence[Message]:

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/gpu.py: one op a file, the engine, the baselines, and what they share."""
+"""The parts of benchmarks/gpu: one op a file, the engine, the baselines, and what they share."""

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/load.py."""
+"""The parts of benchmarks/load."""

@@ -1,4 +1,4 @@
-"""Clients of benchmarks/load.py: requests made beforehand, streams that keep only what is counted, and how they ended.
+"""Clients of benchmarks/load: requests made beforehand, streams that keep only what is counted, and how they ended.
 
 They share the machine with the server, so they do little: requests are bytes before they are needed, of a stream only
 the last message is decoded, and nothing is tried again.

@@ -1,1 +1,1 @@
-"""The parts of benchmarks/sparse.py: the models, and what is measured of them."""
+"""The parts of benchmarks/sparse: the models, and what is measured of them."""

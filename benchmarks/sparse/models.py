@@ -1,4 +1,4 @@
-"""The models that benchmarks/sparse.py runs on: the embedded one, and random weights of other shapes."""
+"""The models that benchmarks/sparse runs on: the embedded one, and random weights of other shapes."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models

@@ -3,8 +3,8 @@
 Each names the field path it is about (``program.edits[1].layers``), in the words of the protobuf contract.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 
@@ -28,11 +28,11 @@ class FailedPrecondition(RequestError):
 
 
 class NotFound(RequestError):
-    """A model, artifact or tag that does not exist. → NOT_FOUND."""
+    """The model, artifact or tag does not exist. → NOT_FOUND."""
 
 
 class AlreadyExists(RequestError):
-    """A name that something else has. → ALREADY_EXISTS."""
+    """Something else has the name. → ALREADY_EXISTS."""
 
 
 @dataclass(eq=False)
@@ -46,14 +46,14 @@ class QuotaExceeded(ResourceExhausted):
     """The tenant has used what its policy allows it. → RESOURCE_EXHAUSTED with RetryInfo."""
 
     def after(self, seconds: float) -> "QuotaExceeded":
-        """The same, with the time to come back after."""
+        """Sets the time to come back after, and returns the error."""
         self.retry_after_seconds = seconds
         return self
 
 
 @dataclass(eq=False)
 class Unauthenticated(RequestError):
-    """Who calls is not known. → UNAUTHENTICATED; `reason` is a stable word for programs."""
+    """It is not known who calls. → UNAUTHENTICATED; `reason` is a stable word for programs."""
 
     reason: str = "TOKEN_MISSING"
 
@@ -86,10 +86,30 @@ class EngineFailure(RequestError):
 
 
 @contextmanager
-def renaming_fields(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors raised inside name the fields of a request of ours, which was made of other fields."""
+def fields_as(rename: Callable[[str], str]) -> Iterator[None]:
+    """Errors raised inside name the field that `rename` makes of theirs: what raised them did not see the request."""
     try:
         yield
     except RequestError as error:
-        error.field = names.get(error.field, error.field)
+        error.field = rename(error.field)
         raise
+
+
+def about(field: str) -> AbstractContextManager[None]:
+    """Errors raised inside are about `field`, whatever they name."""
+    return fields_as(lambda _: field)
+
+
+def within(field: str) -> AbstractContextManager[None]:
+    """Errors raised inside are about the message at `field`, of which they name fields."""
+    return fields_as(lambda name: below(field, name))
+
+
+def renaming_fields(names: Mapping[str, str]) -> AbstractContextManager[None]:
+    """Errors raised inside name the fields of the request from which those were made that are keys of `names`."""
+    return fields_as(lambda name: names.get(name, name))
+
+
+def below(path: str, name: str) -> str:
+    """Returns the path of the field `name` of the message at `path`; "" is the request itself."""
+    return f"{path}.{name}" if path and name else path or name

@@ -1,11 +1,14 @@
 """Analysis jobs: one at a time, in their order, ended with their call."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
+from patchclamp_server.analysis import exclusive
 from patchclamp_server.analysis.exclusive import ExclusiveJobs
 from patchclamp_server.errors import InvalidArgument
 
@@ -127,3 +130,12 @@ async def test_a_result_that_is_cancelled_while_it_waits_is_never_asked_for() ->
     assert await third == "third"
     assert second.cancelled()
     assert ran == ["third"]
+
+
+def test_modules_with_passes_of_their_own_are_those_that_say_why() -> None:
+    """A pass beside the engine's step is `documents.forward`, or a call of the decoder's own."""
+    root = Path(exclusive.__file__).parent
+    passes = re.compile(r"\bforward\(|\.run_blocks\(")
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if passes.search(path.read_text())}
+    named = set(re.findall(r"^    (\S+\.py) ", exclusive.__doc__ or "", re.MULTILINE))
+    assert found - {"documents.py"} == named

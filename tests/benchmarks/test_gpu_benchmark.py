@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU: the same code on small shapes and the references, with nothing that a machine lent for
+"""benchmarks/gpu on a CPU: the same code on small shapes and the references, with nothing that a machine lent for
 its GPU may lack."""
 
 import copy
@@ -46,7 +46,7 @@ def run_benchmark(output: Path, *arguments: str, plant: str = "") -> subprocess.
         kernels=str(ROOT / "kernels"),
         server=str(ROOT / "server"),
         plant=plant,
-        script=str(BENCHMARKS / "gpu.py"),
+        script=str(BENCHMARKS / "gpu"),
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""benchmarks/load.py on a tiny model: the whole course of it, and what must hold under any load."""
+"""benchmarks/load on a tiny model: the whole course of it, and what must hold under any load."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ SHORT = ["--seconds=3", "--capacity-seconds=1", "--max-sequences=4", "--max-wait
 
 def test_a_server_under_four_times_its_load_refuses_politely_and_loses_nothing(tiny_llama_dir: Path) -> None:
     results = {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").glob("*.json")}
-    program = [sys.executable, str(BENCHMARKS / "load.py"), *SHORT, "--longest-prompt=16", "--closed-requests=200"]
+    program = [sys.executable, str(BENCHMARKS / "load"), *SHORT, "--longest-prompt=16", "--closed-requests=200"]
     done = subprocess.run(
         [*program, f"--model={tiny_llama_dir}"], capture_output=True, text=True, timeout=300, check=False
     )

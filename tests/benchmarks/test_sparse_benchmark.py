@@ -1,4 +1,4 @@
-"""benchmarks/sparse.py on random weights: everything runs, and the last line says what was found."""
+"""benchmarks/sparse on random weights: everything runs, and the last line says what was found."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ KEEPS = {"0.75", "0.5", "0.4", "0.3"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, str(BENCHMARKS / "sparse.py"), "--tiny", *arguments]
+    program = [sys.executable, str(BENCHMARKS / "sparse"), "--tiny", *arguments]
     return subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
 
 

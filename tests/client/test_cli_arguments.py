@@ -66,7 +66,16 @@ def test_a_malformed_steer_is_refused(text: str) -> None:
         steer(text)
 
 
-@pytest.mark.parametrize("text", ["12N345=3", "L12N=3", "L12N345", "L12N345=a", "L12N345=2..1", "L12N345=.."])
+def test_clamp_names_the_site_behind_the_neurons() -> None:
+    assert clamp("L1N3=0").site == pb.SITE_MLP_POST
+    gate = clamp("L1N3,7@mlp_gate=..0,generated")
+    assert (gate.site, gate.name) == (pb.SITE_MLP_GATE, "L1N3,7@mlp_gate")
+    assert clamp("L1N3@mlp_up=2").site == pb.SITE_MLP_UP
+
+
+@pytest.mark.parametrize(
+    "text", ["12N345=3", "L12N=3", "L12N345", "L12N345=a", "L12N345@attn_z=1", "L12N345=2..1", "L12N345=.."]
+)
 def test_a_malformed_clamp_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         clamp(text)

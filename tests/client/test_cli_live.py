@@ -60,6 +60,15 @@ def test_generate_prints_the_text_and_beside_it_the_receipt(program: str, capsys
     assert [edit["name"] for edit in result["receipt"]["edits"]] == ["push", "L0N3"]
 
 
+def test_generate_holds_the_gate_of_a_neuron(capsys: pytest.CaptureFixture[str]):
+    plain = json_of(capsys, "generate", "hello", *SHORT)
+    held = json_of(capsys, "generate", "hello", *SHORT, "--clamp", "L0N3@mlp_gate=1.5", "--clamp", "L1N2@mlp_up=..0")
+    gate, up = held["receipt"]["edits"]
+    assert (gate["name"], up["name"]) == ("L0N3@mlp_gate", "L1N2@mlp_up")
+    # All tokens but the last, which is never computed.
+    assert int(gate["rows"]) == int(up["rows"]) >= len(plain["tokens"])
+
+
 def test_more_tokens_than_the_context_has_are_warned_of_once_before_the_text(capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "hello", "--max-tokens", "9999", "--ignore-eos"]) == 0
     printed = capsys.readouterr().err.splitlines()

@@ -11,7 +11,7 @@ from patchclamp.aio import AsyncClient
 from patchclamp.cli.app import build_parser
 from patchclamp.cli.options import connect
 from patchclamp.connection import Connection
-from patchclamp_server.rpc.server import SERVICES
+from patchclamp_server.rpc.contract import SERVICES
 
 VARIABLES = ("TOKEN", "TOKEN_FILE", "CA", "CERT", "KEY")
 

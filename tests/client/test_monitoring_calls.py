@@ -198,6 +198,8 @@ async def test_the_async_client_does_the_same(serve: Serve) -> None:
 def test_an_item_in_one_argument_has_a_name_a_source_and_a_threshold() -> None:
     assert neurons("L12N345") == watch_neurons("L12N345", 12, [345])
     assert neurons("L12N3,345") == watch_neurons("L12", 12, [3, 345])
+    assert neurons("L12N345@mlp_up:2") == watch_neurons("L12N345@mlp_up", 12, [345], site="mlp_up", threshold=2.0)
+    assert neurons("L12N3,345@mlp_gate") == watch_neurons("L12@mlp_gate", 12, [3, 345], site="mlp_gate")
     assert neurons("suspects=L12N3,345:1.5") == watch_neurons("suspects", 12, [3, 345], threshold=1.5)
     assert neuron_set("toxic:p99.9") == watch_neuron_set("toxic", "toxic", threshold="p99.9")
     assert neuron_set("toxic:-.5") == watch_neuron_set("toxic", "toxic", threshold=-0.5)
@@ -219,6 +221,7 @@ def test_an_id_is_not_taken_for_a_threshold_and_names_by_its_first_digits() -> N
     [
         (neurons, "L12"),
         (neurons, "L12N3:high"),
+        (neurons, "L12N3@attn_z"),
         (neurons, "L12N3:p100"),
         (neurons, "a=b=L12N3"),
         (neuron_set, "=toxic"),

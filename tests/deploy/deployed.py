@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from patchclamp_server.cli import add_serve_arguments
+from patchclamp_server.cli.options import add_serve_arguments
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

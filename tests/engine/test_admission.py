@@ -303,7 +303,7 @@ def test_running_work_is_not_preempted_by_what_waits() -> None:
 
 
 def test_a_session_whose_client_pauses_gives_its_place_to_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("patchclamp_server.engine.places.PAUSE_SECONDS", 0.0)
     engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
     paused, other, alone = Outcome(), Outcome(), Outcome()
     session = engine.submit(request(1, paused, credits=2))
@@ -368,7 +368,7 @@ def test_what_a_preempted_request_waited_teaches_admission_nothing_about_speed()
 
 
 def test_a_session_that_goes_on_has_not_been_paused_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 1e6)
+    monkeypatch.setattr("patchclamp_server.engine.places.PAUSE_SECONDS", 1e6)
     engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
     session, other = Outcome(), Outcome()
     request_id = engine.submit(request(1, session, credits=2))
@@ -377,7 +377,7 @@ def test_a_session_that_goes_on_has_not_been_paused_for_long(monkeypatch: pytest
     engine.advance(request_id, 5)
     engine.step()
     # From here on every pause is a long one, and this session's is over.
-    monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("patchclamp_server.engine.places.PAUSE_SECONDS", 0.0)
     engine.submit(request(2, other))
     for _ in range(4):
         engine.step()
@@ -391,7 +391,7 @@ def test_a_session_that_goes_on_has_not_been_paused_for_long(monkeypatch: pytest
 
 
 def test_a_session_keeps_its_place_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchclamp_server.engine.scheduler.PAUSE_SECONDS", 1e6)
+    monkeypatch.setattr("patchclamp_server.engine.places.PAUSE_SECONDS", 1e6)
     engine = Engine(loaded(FAMILY), EngineConfig(max_sequences=1))
     session, other = Outcome(), Outcome()
     request_id = engine.submit(request(1, session, credits=2))

@@ -8,9 +8,10 @@ from contextlib import aclosing
 import pytest
 import torch
 from engine_runs import Outcome, loaded, started
+from kept_sites import KeepSite
 from tiny_models import FAMILIES
 
-from patchclamp_server.analysis.documents import KeepSite, forward, inputs_of, pool_for, pools_for
+from patchclamp_server.analysis.documents import forward, inputs_of, pool_for, pools_for
 from patchclamp_server.analysis.heads.circuits.runs import run
 from patchclamp_server.analysis.requests import exclusively, result_of
 from patchclamp_server.callers import CALLER, Caller

@@ -30,8 +30,9 @@ def test_gates_and_ups_are_edited_and_read_beside_an_unsteered_request(family: s
     read = tuple(
         Readout(NeuronReadout((s.d_ff - 1, 0, 5)), site, site.value, layers=(0, 1), scope=GENERATED) for site in sites
     )
-    programs = [Program((edit(kind, site, s),), read) for site in sites for kind in ("neurons_clamp", "add")]
-    jobs = [Job(prompt(f"interpreted {i}", 5), program, max_tokens=2) for i, program in enumerate([*programs, None])]
+    edits = (edit("neurons_clamp", sites[0], s), edit("add", sites[-1], s))
+    programs = [*(Program((own,), read) for own in edits), None]
+    jobs = [Job(prompt(f"interpreted {i}", 5), program, max_tokens=2) for i, program in enumerate(programs)]
     with Bench(family, config(kernels=True, decode_graphs=True)) as bench:
         for asked, outcome in zip(jobs, bench.run(jobs), strict=True):
             assert_same(family, asked, outcome)

@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 from engine_runs import loaded
+from kept_sites import KeepSite
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.covariance import Covariance

@@ -299,6 +299,8 @@ def test_artifacts_are_used_as_the_oracle_uses_them(tmp_path: Path) -> None:
             Edit(one_row, Site.RESID_PRE, "one row", all_layers=True, strength=3.0, scope=SCOPES[3]),
             Edit(own_values, Site.MLP_POST, "its own layers", strength=0.5),
             Edit(other_value, Site.MLP_POST, "one layer", layers=(2,), scope=PROMPT),
+            Edit(own_values, Site.MLP_GATE, "gates of its layers", strength=0.5),
+            Edit(other_value, Site.MLP_UP, "ups of one layer", layers=(0,)),
         )
     )
     tokens = prompt("artifacts", 16)

@@ -1,4 +1,4 @@
-"""benchmarks/faults.py on a tiny model: every fault is done to a real server, and nothing is lost by any."""
+"""benchmarks/faults on a tiny model: every fault is done to a real server, and nothing is lost by any."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ FAULTS = {
 
 
 def test_nothing_is_lost_by_any_fault() -> None:
-    command = [sys.executable, str(BENCHMARKS / "faults.py"), "--tiny"]
+    command = [sys.executable, str(BENCHMARKS / "faults"), "--tiny"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     lines = done.stdout.splitlines()

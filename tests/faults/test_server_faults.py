@@ -83,7 +83,7 @@ def test_out_of_memory_outside_a_step_says_the_same(
 
     asked = model_pb2.TokenizeRequest(prompt=pb.Prompt(text="a"))
     with monkeypatch.context() as patch:
-        patch.setattr(live_server.server._prompts, "encode_text", encode)
+        patch.setattr(live_server.server.services.prompts, "encode_text", encode)
         with pytest.raises(grpc.RpcError) as caught:
             ModelServiceStub(channel).Tokenize(asked)
     assert failure(caught.value).code is grpc.StatusCode.RESOURCE_EXHAUSTED

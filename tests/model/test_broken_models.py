@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patchclamp_server.cli import main
+from patchclamp_server.cli.commands import main
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.progress import Stage

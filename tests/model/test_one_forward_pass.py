@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import Job, loaded, run_alone
+from kept_sites import KeepSite
 from planted_heads import planted_tokenizer
 from programs import prompt
 from sparse_models import bound, documents, evaluated, sparse_model
@@ -16,7 +17,7 @@ from tiny_models import FAMILIES, LAYERS, tiny_model
 from torch import Tensor
 
 import patchclamp_server
-from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.heads.attention_mass import attention_mass
 from patchclamp_server.analysis.heads.circuits import path_patching
 from patchclamp_server.analysis.heads.circuits.attribution import attribute

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from patchclamp_server.cli import pull
+from patchclamp_server.cli.commands import pull
 from patchclamp_server.model.progress import RichProgress, Stage
 
 

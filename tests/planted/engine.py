@@ -4,6 +4,7 @@ from planted.mutant import Mutant
 
 ADMISSION, FAIR = "patchclamp_server.engine.admission", "patchclamp_server.engine.fair_queue"
 SCHEDULER, SAMPLER = "patchclamp_server.engine.scheduler", "patchclamp_server.engine.sampler"
+PLACES = "patchclamp_server.engine.places"
 
 ENGINE = [
     Mutant(
@@ -29,6 +30,14 @@ ENGINE = [
         '% (0, b"", len(touched), touched, token_ids)',
         "blocks of equal tokens after other tokens are taken for each other",
         ("engine/test_prefix_cache.py::test_equal_blocks_after_another_beginning_are_others",),
+    ),
+    Mutant(
+        "scored-again",
+        "patchclamp_server.engine.sequence",
+        "return max(self.request.score_from - 1, self.reached)",
+        "return self.request.score_from - 1",
+        "what a preemption has computed again is scored again: its tokens count twice",
+        ("engine/test_requests_against_oracle.py::test_a_token_is_scored_once_though_its_sequence_is_preempted",),
     ),
     Mutant(
         "aborts-see-no-neurons",
@@ -128,7 +137,7 @@ ENGINE = [
     ),
     Mutant(
         "paused-once-paused-for-ever",
-        SCHEDULER,
+        PLACES,
         "                sequence.paused_at = None\n                continue",
         "                continue",
         "a session that paused once loses its place while it is being served",
@@ -136,7 +145,7 @@ ENGINE = [
     ),
     Mutant(
         "first-served-is-preempted",
-        SCHEDULER,
+        PLACES,
         "victim = self._long_paused() or max(self.running, key=_priority)",
         "victim = self._long_paused() or min(self.running, key=_priority)",
         "when blocks run out the most urgent sequence gives up its own",

@@ -2,6 +2,8 @@
 
 from planted.mutant import Mutant
 
+EVALUATE = "patchclamp_server.analysis.sparsity.evaluate"
+
 SPARSITY = [
     Mutant(
         "share-rounded-down",
@@ -61,10 +63,18 @@ SPARSITY = [
     ),
     Mutant(
         "mean-of-ratios",
-        "patchclamp_server.analysis.sparsity.quality_card",
-        "math.prod(q.perplexity_ratio ** (1 / n) for q in found)",
-        "math.fsum(q.perplexity_ratio for q in found) / n",
+        EVALUATE,
+        "float(torch.tensor(log_ratio, dtype=torch.float64).exp())",
+        "_mean([float(torch.tensor(s.nll - s.dense_nll, dtype=torch.float64).exp()) for s in documents])",
         "perplexity ratios are averaged where their logarithms should be",
-        ("analysis/sparsity/test_jobs.py::test_the_quality_of_many_documents_is_that_of_evaluating_them_together",),
+        ("analysis/sparsity/test_jobs.py::test_quality_is_that_of_the_logits_of_masked_passes",),
+    ),
+    Mutant(
+        "scored-by-the-dense-prompt",
+        EVALUATE,
+        "e.position > prompt",
+        "e.position >= prompt",
+        "the token that the dense prompt predicts counts as one of the policy",
+        ("analysis/sparsity/test_jobs.py::test_quality_is_that_of_the_logits_of_masked_passes",),
     ),
 ]

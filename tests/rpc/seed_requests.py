@@ -93,6 +93,8 @@ EDITS = [
     edit("SITE_RESID_MID", affine={"left": tensor(WIDTH, 2), "right": tensor(WIDTH, 2)}),
     edit("SITE_MLP_POST", neurons={"neurons": [1, 2], "set": {"values": [0.5, 1.0]}}),
     edit("SITE_MLP_POST", neurons={"neurons": [3], "clamp": {"min": -1.0, "max": 1.0}}),
+    edit("SITE_MLP_GATE", neurons={"neurons": [3], "add": {"values": [0.5]}}),
+    edit("SITE_MLP_UP", neurons={"neurons": [1, 2], "clamp": {"max": 1.0}}),
     program_pb2.Edit(site="SITE_MLP_POST", neurons={"neuron_set": "neurons", "scale": {"values": [0.5]}}),
     edit("SITE_ATTN_Z", heads={"heads": [0, 1], "scale": 0.0}),
     edit("SITE_ATTN_Z", heads={"heads": [2], "mean": tensor(1, WIDTH // HEADS)}),
@@ -102,6 +104,7 @@ READOUTS = [
     program_pb2.Readout(site="SITE_RESID_POST", layers=[0], projection={"vectors": [vector()]}),
     program_pb2.Readout(name="n", site="SITE_MLP_POST", all_layers=True, neurons={"neurons": [0, 5]}),
     program_pb2.Readout(site="SITE_MLP_POST", layers=[1], top_neurons={"k": 3}, scope=SCOPE),
+    program_pb2.Readout(name="g", site="SITE_MLP_GATE", layers=[1], neurons={"neurons": [0]}),
     program_pb2.Readout(site="SITE_RESID_POST", layers=[1], logit_lens={"k": 2}),
     program_pb2.Readout(site="SITE_ATTN_Z", layers=[1], heads={"heads": [0]}),
 ]
@@ -137,6 +140,9 @@ def file(tensors: dict[str, Tensor]) -> bytes:
     return data
 
 
+CORPUS = b'{"text": "a dog", "label": "en"}\n{"text": "ein Hund"}\n'
+
+
 def artifacts() -> list[Call]:
     scores = linspace(0, 1, LAYERS * HEADS).reshape(LAYERS, HEADS)
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
@@ -144,6 +150,7 @@ def artifacts() -> list[Call]:
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
         upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
+        upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
     ]
 
 

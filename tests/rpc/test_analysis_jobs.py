@@ -20,7 +20,7 @@ from patchclamp_server.errors import AlreadyExists, InvalidArgument, NotFound
 from patchclamp_server.model.load import load_model
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.progress import encode_progress
-from patchclamp_server.rpc.server import SERVICES
+from patchclamp_server.rpc.contract import SERVICES
 from patchclamp_server.text.prompt import PromptEncoder
 
 

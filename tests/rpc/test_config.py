@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from patchclamp_server.cli import add_serve_arguments, config_from, main
+from patchclamp_server.cli.commands import main
+from patchclamp_server.cli.options import add_serve_arguments, config_from
 from patchclamp_server.engine.config import EngineConfig
+from patchclamp_server.rpc.at_start import load
 from patchclamp_server.rpc.config import ServerConfig, WatchAtStart
-from patchclamp_server.rpc.server import load
 from patchclamp_server.security.configuration import ConfigurationError
 
 
@@ -44,6 +45,12 @@ def test_the_command_line_wins_over_a_variable(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_prefix_cache_can_be_turned_off():
     assert not parse("--prefix-cache", "off").engine.enable_prefix_cache
+
+
+def test_the_slowdown_beside_analysis_is_a_number_above_1():
+    assert parse("--analysis-slowdown", "1.25").engine.analysis_slowdown == 1.25
+    with pytest.raises(argparse.ArgumentError, match="expected a number above 1, got 1"):
+        parse("--analysis-slowdown", "1")
 
 
 def test_kernels_and_graphs_are_left_to_the_device_unless_given():
@@ -105,7 +112,7 @@ def test_a_wrong_variable_is_refused_like_a_wrong_option(monkeypatch: pytest.Mon
 
 def test_reading_the_options_imports_no_torch():
     code = (
-        "import argparse, sys; from patchclamp_server.cli import add_serve_arguments;"
+        "import argparse, sys; from patchclamp_server.cli.options import add_serve_arguments;"
         "add_serve_arguments(argparse.ArgumentParser()); print('torch' in sys.modules)"
     )
     environment = {"PYTHONPATH": ":".join(sys.path)}

@@ -19,7 +19,7 @@ from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1 import sparse_policy_pb2 as policy
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp_server.engine import scheduler
+from patchclamp_server.engine import places
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.interventions.request_warnings import WarningCode
 from patchclamp_server.model.load import LoadedModel, load_model
@@ -35,7 +35,7 @@ def model(tiny_llama_dir: Path) -> LoadedModel:
 @pytest.fixture
 def server(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveServer]:
     """One sequence at a time, which gives way to a higher priority, and not because its client is slow."""
-    monkeypatch.setattr(scheduler, "PAUSE_SECONDS", 3600.0)
+    monkeypatch.setattr(places, "PAUSE_SECONDS", 3600.0)
     with LiveServer(model, tmp_path, engine=EngineConfig(max_sequences=1)) as live:
         yield live
 

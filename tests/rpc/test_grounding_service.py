@@ -34,7 +34,7 @@ def live_server(live_server: LiveServer, tmp_path_factory: pytest.TempPathFactor
         put(server, "none", torch.zeros(LAYERS, HEADS), threshold=0.1)
         put(server, "wide", torch.ones(LAYERS, HEADS + 1))
         put(server, "foreign", torch.ones(LAYERS, HEADS), model="sha256:other")
-        server.server._store.put(
+        server.server.services.store.put(
             ArtifactKind.VECTOR,
             {"layer.0": torch.ones(32)},
             model_fingerprint=server.model.info.fingerprint,
@@ -45,7 +45,7 @@ def live_server(live_server: LiveServer, tmp_path_factory: pytest.TempPathFactor
 
 
 def put(server: LiveServer, tag: str, scores: torch.Tensor, model: str = "", **evidence: float) -> None:
-    server.server._store.put(
+    server.server.services.store.put(
         ArtifactKind.HEAD_SET,
         {"scores": scores},
         model_fingerprint=model or server.model.info.fingerprint,

@@ -21,7 +21,7 @@ from test_generation_service import request
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp_server.model.load import load_model
-from patchclamp_server.rpc.server import SERVICES
+from patchclamp_server.rpc.contract import SERVICES
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

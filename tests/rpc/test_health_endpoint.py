@@ -14,7 +14,7 @@ from patchclamp.cli import main
 from patchclamp.v1 import model_pb2
 from patchclamp.v1.model_pb2_grpc import ModelServiceStub
 from patchclamp_server.model.load import load_model
-from patchclamp_server.rpc.server import SERVICES
+from patchclamp_server.rpc.contract import SERVICES
 
 
 @pytest.fixture(scope="module")

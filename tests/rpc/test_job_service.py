@@ -18,7 +18,7 @@ from patchclamp.v1.generation_pb2 import Prompt
 from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 from patchclamp_server.rpc.call.detached_jobs import MAX_KEPT, DetachedJob, DetachedJobs, JobState
-from patchclamp_server.rpc.server import SERVICES
+from patchclamp_server.rpc.contract import SERVICES
 from patchclamp_server.rpc.services.job import job_methods
 from patchclamp_server.security.tenants import BESIDE_PER_PLACE
 
@@ -158,7 +158,7 @@ def test_a_drain_waits_for_jobs(live_server: LiveServer, tmp_path: Path):
         with grpc.insecure_channel(server.address) as channel:
             JobServiceStub(channel).StartJob(pb.StartJobRequest(extract_vectors=extraction()))
         server.run(server.server.stop())
-        [job] = server.server._detached.of("")
+        [job] = server.server.services.detached.of("")
         assert job.state is JobState.SUCCEEDED
 
 
@@ -167,7 +167,7 @@ def test_a_drain_ends_jobs_when_its_time_is_over(live_server: LiveServer, tmp_pa
         with grpc.insecure_channel(server.address) as channel:
             JobServiceStub(channel).StartJob(pb.StartJobRequest(extract_vectors=extraction()))
         server.run(server.server.stop())
-        [job] = server.server._detached.of("")
+        [job] = server.server.services.detached.of("")
         assert job.state is JobState.FAILED
         assert job.status is not None
         assert job.status.code is CODES.UNAVAILABLE

@@ -15,10 +15,10 @@ from live import LiveServer
 
 from patchclamp import Client
 from patchclamp_server.addresses import Address, Reservation
-from patchclamp_server.cli import main
+from patchclamp_server.cli.commands import main
 from patchclamp_server.model.load import load_model
+from patchclamp_server.rpc.contract import SERVICES
 from patchclamp_server.rpc.reflection import V1
-from patchclamp_server.rpc.server import SERVICES
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,14 @@ from patchclamp_server.rpc.codecs.monitoring import (
     Followed,
     Recorded,
     decode_following,
-    decode_items,
     decode_recording,
     decode_start,
     encode_activations,
     encode_listed,
     encode_running,
-    encode_statistics,
 )
+from patchclamp_server.rpc.codecs.watch_items import decode_items
+from patchclamp_server.rpc.codecs.watch_statistics import encode_statistics
 
 GENERATED, PROMPT = program_pb2.PHASE_GENERATED, program_pb2.PHASE_PROMPT
 NEURONS = pb.WatchedNeurons(layer=1, neurons=[3, 5])

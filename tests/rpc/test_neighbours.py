@@ -107,7 +107,7 @@ def scopes(draw: st.DrawFn) -> program_pb2.Scope:
 @st.composite
 def programs(draw: st.DrawFn) -> program_pb2.Program:
     layers = draw(st.lists(st.integers(0, LAYERS), max_size=2))
-    sites = st.sampled_from(("SITE_RESID_PRE", "SITE_RESID_POST", "SITE_MLP_POST", "SITE_ATTN_Z"))
+    sites = st.sampled_from(("SITE_RESID_PRE", "SITE_RESID_POST", "SITE_MLP_POST", "SITE_MLP_GATE", "SITE_ATTN_Z"))
     edit = program_pb2.Edit(site=draw(sites), layers=layers, strength=draw(VALUES), scope=draw(scopes()))
     match draw(st.sampled_from(("add", "neurons", "heads", "rotate"))):
         case "add":

@@ -9,9 +9,10 @@ from certificates import Authority
 from live import LiveServer
 
 from patchclamp import Client
-from patchclamp_server.cli import add_serve_arguments, config_from, main
+from patchclamp_server.cli.commands import main
+from patchclamp_server.cli.options import add_serve_arguments, config_from
+from patchclamp_server.rpc.at_start import check_files
 from patchclamp_server.rpc.config import ServerConfig
-from patchclamp_server.rpc.server import check_files
 from patchclamp_server.security.configuration import ConfigurationError
 
 

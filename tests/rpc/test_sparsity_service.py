@@ -325,7 +325,7 @@ def test_keeping_nothing_is_measured_too(stub: SparsityServiceStub, name: str) -
     assert measured.quality.divergence > 0
 
 
-def test_an_evaluation_is_charged_to_its_caller_and_not_told_as_sparse_serving(
+def test_an_evaluation_scores_by_requests_that_are_not_told_as_sparse_serving(
     stub: SparsityServiceStub, server: LiveServer
 ) -> None:
     sparse_tokens = 'patchclamp_sparse_tokens_total{policy="griffin"}'

@@ -108,7 +108,7 @@ def test_after_the_drain_nothing_is_rendered(tiny_llama_dir: Path, tmp_path: Pat
         call.result()
     tokenizer.let_through.release(1000)
     channel.close()
-    server.server._prompts.serving._pool.shutdown(wait=True)
+    server.server.services.prompts.serving._pool.shutdown(wait=True)
     assert tokenizer.renderings == 1
 
 

@@ -18,7 +18,8 @@ from otlp_collector import Collector, values
 from test_generation_service import generate
 from test_interceptors import SERVICE
 
-from patchclamp_server import cli
+from patchclamp_server.cli.commands import TRACED_LOG_FORMAT
+from patchclamp_server.cli.options import add_serve_arguments, config_from
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.rpc.tracing.spans import Tracing, put_trace_ids_on_log_records
 
@@ -65,8 +66,8 @@ def call(server: LiveServer, times: int = 1) -> None:
 
 def parse(*arguments: str) -> Any:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    cli.add_serve_arguments(parser)
-    return cli.config_from(parser.parse_args(arguments))
+    add_serve_arguments(parser)
+    return config_from(parser.parse_args(arguments))
 
 
 def test_without_tracing_nothing_of_opentelemetry_is_imported(tiny_llama_dir: Path, tmp_path: Path):
@@ -212,7 +213,7 @@ async def test_log_lines_of_a_call_carry_its_trace(
     metadata = (("traceparent", f"00-{trace_id}-{'1' * 16}-01"),)
     await channel.unary_unary(f"/{SERVICE}/Answer")(b"", metadata=metadata)
     logging.getLogger("speaker").warning("after it")
-    lines = [logging.Formatter(cli.TRACED_LOG_FORMAT).format(r) for r in caplog.records if r.name == "speaker"]
+    lines = [logging.Formatter(TRACED_LOG_FORMAT).format(r) for r in caplog.records if r.name == "speaker"]
     assert [line.partition("WARNING ")[2] for line in lines] == [
         f"speaker trace_id={trace_id}: answering",
         "speaker trace_id=-: after it",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from patchclamp_server.engine.request import Priority
-from patchclamp_server.rpc.server import METHODS
+from patchclamp_server.rpc.contract import METHODS
 from patchclamp_server.security.configuration import ConfigurationError
 from patchclamp_server.security.policy import EDIT_KINDS, UNLIMITED, Policy
 from patchclamp_server.security.policy_file import parse_policy

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kept_sites import KeepSite
 from sparse_models import bound, calibrated, documents, evaluated, profile, run, sparse_model
 
-from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
 from patchclamp_server.analysis.sparsity.quantiles import quantiles
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path

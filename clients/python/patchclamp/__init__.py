@@ -13,7 +13,7 @@ with Client() as client:
 from patchclamp.aio import AsyncClient
 from patchclamp.client import Client
 from patchclamp.errors import FieldViolation, PatchclampError
-from patchclamp.programs import EditOptions, Program, ReadoutOptions, VectorEditOptions
+from patchclamp.programs import EditOptions, NeuronEditOptions, Program, ReadoutOptions, VectorEditOptions
 from patchclamp.requests import (
     AttributeOptions,
     CalibrateOptions,
@@ -51,6 +51,7 @@ __all__ = [
     "HeadEditOptions",
     "HeadScoreOptions",
     "LayerOptions",
+    "NeuronEditOptions",
     "PatchclampError",
     "PolicyOptions",
     "Program",

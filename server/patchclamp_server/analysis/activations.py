@@ -1,4 +1,4 @@
-"""Pooled activations of many prompts, collected through the engine as low-priority requests of one continuous batch."""
+"""Collects pooled activations of many prompts through the engine, as low-priority requests of one continuous batch."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -15,7 +15,7 @@ MAX_IN_FLIGHT = 64
 async def collect(
     engine: Engine, prompts: Sequence[tuple[int, ...]], capture: Capture, *, max_in_flight: int = MAX_IN_FLIGHT
 ) -> AsyncGenerator[tuple[int, Pooled], None]:
-    """Yields (index of the prompt, its pooled activations on the CPU) in order; as `completed` in all else."""
+    """Yields (index of the prompt, its pooled activations on the CPU) in order; otherwise it is as `completed`."""
     requests = (partial(_request, tokens, capture) for tokens in prompts)
     async with aclosing(completed(engine, requests, max_in_flight=max_in_flight)) as finished:
         index = 0

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from patchclamp_server.engine.exclusive import Slice, Sliced
 from patchclamp_server.engine.reducers.reducer import Reducer, Rows
-from patchclamp_server.engine.request import Event, Priority, Request, SparseInference, StopParams
+from patchclamp_server.engine.request import Event, Priority, Reduction, Request, SparseInference, StopParams
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import NO_HOOKS, BlockProducts, Decoder, SiteHooks, StepInputs
-from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
 from patchclamp_server.sparsity.policy import Cost, Selection, Selector, SequenceState
 
@@ -102,18 +101,6 @@ def _blocks(tokens: int) -> int:
     return (tokens + BLOCK - 1) // BLOCK
 
 
-class KeepSite:
-    """Keeps what stands at one site [T, width], by layer."""
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        self.kept: dict[int, Tensor] = {}
-
-    def visit(self, site: Site, layer: int, x: Tensor) -> None:
-        if site is self.site:
-            self.kept[layer] = x.clone()
-
-
 class Listener(Selector):
     """Selects nothing, and gives the inputs of the four products of every block of one text to reducers, by product."""
 
@@ -143,13 +130,19 @@ class Listener(Selector):
 
 
 def listening(
-    model: SparseModel, reducers: Mapping[str, Reducer], document: tuple[int, ...], text: int, on_event: OnEvent
+    model: SparseModel,
+    reducers: Mapping[str, Reducer],
+    document: tuple[int, ...],
+    text: int,
+    reduction: Reduction | None,
+    on_event: OnEvent,
 ) -> Request:
-    """Runs a document whose inputs of products the reducers get."""
+    """Runs a document whose inputs of products the reducers get, and a reduction the rows of its site."""
     return Request(
         document,
         on_event,
         stop=StopParams(max_tokens=0),
         priority=Priority.ANALYSIS,
+        reductions=() if reduction is None else (reduction,),
         sparsity=SparseInference("", Listener(model, reducers, text), listens=True),
     )

@@ -1,6 +1,22 @@
-"""Analysis jobs at the exclusive door of the engine: one at a time for the whole server, others wait in their order.
+"""Analysis jobs that wait for each other: one at a time for the whole server, others wait in their order.
 
-Two at once would take each other's time and memory.
+Two at once would take each other's time and memory. Jobs are requests of the engine with reducers. What is none is work
+at the engine's exclusive door (engine/exclusive.py). Those with a pass of their own, and why:
+
+    heads/circuits/runs.py           Mean ablation, activation patching and faithfulness: variants of a run in which
+                                     heads are replaced begin at the first layer of these, from the residual stream of
+                                     the run. Of single heads, that is (n_layers + 1) / 2 of the n_layers blocks which a
+                                     request runs, on the mean. The values are others at every position, where an edit
+                                     has one for all of its tokens: all heads of a prompt of n tokens would take
+                                     n · n_layers edits. Path patching needs no further passes, but products of what was
+                                     kept of these runs.
+    heads/circuits/attribution.py    Gradients of a logit, backwards through kept activations of its last token.
+    heads/attention_mass.py          Weights of chosen pairs of positions: requests read where attention has its peak,
+                                     and no matrix of attention is kept. They come from all queries and keys of a layer.
+    sparsity/teal_allocation.py      One block alone, which every step of a search runs again, from kept inputs.
+
+Without a pass: what reads weights alone (heads/scores/successor.py, ov_nuclear_norm.py), and what calibration makes of
+the rows that reducers kept (quantiles, errors of sketches, clusters: sparsity/calibrate.py, damage.py).
 """
 
 import asyncio
@@ -19,17 +35,16 @@ _END: Any = object()
 
 
 class ExclusiveJobs:
-    """The queue of the jobs of one server, for one event loop."""
+    """Queues the jobs of one server, for one event loop."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
 
     async def follow(self, job: AsyncGenerator[E, None]) -> AsyncGenerator[E, None]:
-        """Yields the events of a job once it is its turn; raises what it raises.
+        """Yields the events of a job once it is its turn; raises what the job raises.
 
-        The job goes on however slowly they are taken, since others wait for its turn to end. Ending the iteration
-        early, or cancelling the task, closes the job, and returns when that is done. The next job begins then, and not
-        before.
+        The job goes on however slowly its events are taken, since others wait for its turn to end. Ending the iteration
+        early, or cancelling the task, closes the job, and returns when that is done. Only then does the next job begin.
         """
         taken: asyncio.Queue[E] = asyncio.Queue()
 
@@ -53,7 +68,7 @@ class ExclusiveJobs:
             await asyncio.wait([running])
 
     async def result(self, work: Callable[[], Awaitable[E]]) -> E:
-        """What a job gives that has no events; as `follow` in all else."""
+        """Returns the result of a job that has no events; otherwise it does what `follow` does."""
 
         async def job() -> AsyncGenerator[E, None]:
             yield await work()
@@ -68,7 +83,7 @@ def _tell_observer() -> None:
 
 
 def _log_failure(job: "asyncio.Future[None]") -> None:
-    """Even if nobody waits for the job any more, no failure goes unseen."""
+    """Logs a failure even if nobody waits for the job any more."""
     error = None if job.cancelled() else job.exception()
     if error is not None and not isinstance(error, RequestError):
         logger.error("an analysis job failed", exc_info=error)

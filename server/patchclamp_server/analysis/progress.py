@@ -1,4 +1,4 @@
-"""How far a job is: counted steps of a named stage."""
+"""Counts how far a job is, in steps of a named stage."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Progress:
 
 @dataclass(eq=False)
 class Steps:
-    """`total` steps of a stage, of which `done` are."""
+    """Counts `total` steps of a stage, of which `done` are done."""
 
     stage: str
     total: int

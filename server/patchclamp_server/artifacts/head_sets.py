@@ -7,7 +7,7 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.model.info import ModelInfo
 
 DEFAULT_THRESHOLD = 0.1
@@ -79,11 +79,8 @@ def load_head_set(ref: str, store: ArtifactStore, path: str) -> HeadSet:
 
     Raises NotFound, or InvalidArgument for another kind of artifact.
     """
-    try:
+    with about(path):
         artifact = store.get(ref)
-    except RequestError as error:
-        error.field = path
-        raise
     if artifact.info.kind is not ArtifactKind.HEAD_SET:
         raise InvalidArgument(path, f"{ref} is a {artifact.info.kind.value}, not a head_set")
     threshold = artifact.info.evidence.get("threshold", DEFAULT_THRESHOLD)

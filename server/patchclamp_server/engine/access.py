@@ -1,4 +1,4 @@
-"""What the engine asks before it runs anything: whether whoever calls may."""
+"""The engine asks these before it runs anything: whether the caller may do it."""
 
 from typing import Protocol
 
@@ -6,28 +6,28 @@ from patchclamp_server.engine.request import Request
 
 
 class EngineAccess(Protocol):
-    """Called on the thread of the caller, unless a method says otherwise."""
+    """Decides what callers may do. Methods run on the caller's thread, unless they say otherwise."""
 
     def admit(self, request: Request) -> Request:
-        """The request as it may run. Raises PermissionDenied or QuotaExceeded."""
+        """Returns the request as it may run. Raises PermissionDenied or QuotaExceeded."""
         ...
 
     def admitted(self, request: Request) -> None:
-        """Told what `admit` returned, once it is in the queue."""
+        """Takes what `admit` returned, once it is in the queue."""
         ...
 
     def compute(self, tokens: int) -> None:
-        """Told of the tokens that a work at the exclusive door is about to compute, in the context of its caller on
-        the engine's thread. Raises QuotaExceeded."""
+        """Takes the number of tokens that work at the exclusive door is about to compute, in the context of its caller
+        on the engine's thread. Raises QuotaExceeded."""
         ...
 
     def set_strength(self, edit: str, strength: float) -> None:
-        """Raises PermissionDenied."""
+        """Checks a change of the strength of an edit. Raises PermissionDenied."""
         ...
 
 
 class OpenEngine:
-    """Everybody may do anything."""
+    """Lets everybody do anything."""
 
     def admit(self, request: Request) -> Request:
         return request

@@ -24,9 +24,9 @@ from patchclamp_server.engine.request import Priority
 
 TENANT_SHARE = 3.0
 ANALYSIS_SHARE = 0.5
-# Requests that must have shown a rate before anything is decided by it.
+# A rate decides nothing before so many requests have shown it.
 MIN_SAMPLES = 8
-# Of the samples of a rate, how much of their weight is left after one more.
+# This share of the weight of earlier samples of a rate is left after each new one.
 MEMORY = 0.98
 # After this many seconds of work, a measured drain weighs half as much.
 HALF_LIFE_SECONDS = 30.0
@@ -35,7 +35,7 @@ UNMEASURED_RETRY_SECONDS = 1.0
 
 
 class Reason(Enum):
-    """Why a request was refused; a label of patchclamp_admission_refused_total."""
+    """A reason why a request was refused; it is a label of patchclamp_admission_refused_total."""
 
     QUEUE_REQUESTS = "queue_requests"
     QUEUE_KV_TOKENS = "queue_kv_tokens"
@@ -52,19 +52,19 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a request asks for. `kv_tokens`: at most, with all it may generate."""
+    """What a request asks for. `kv_tokens` is the most it may need, with all that it may generate."""
 
     caller: Caller
     priority: Priority
     kv_tokens: int = 0
     prompt_tokens: int = 0
     max_tokens: int = 0
-    # It may end before max_tokens.
+    # The request may end before max_tokens.
     may_stop_early: bool = True
 
 
 class Ratio:
-    """Sum of one thing over the sum of another, the latest samples weighing most."""
+    """The ratio of two sums, in which the latest samples weigh most."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -76,13 +76,13 @@ class Ratio:
         self._below = self._below * MEMORY + below
 
     def value(self) -> float | None:
-        """None until it has been measured."""
+        """Returns the ratio, or None until it has been measured."""
         return self._above / self._below if self.samples >= MIN_SAMPLES and self._below > 0 else None
 
 
 @dataclass
 class Load:
-    """What one tenant has waiting at one priority."""
+    """The waiting requests of one tenant at one priority."""
 
     weight: float
     requests: int = 0
@@ -90,7 +90,7 @@ class Load:
 
 
 class Admission:
-    """The queue as numbers. Not thread-safe: the engine's lock guards it."""
+    """Holds the queue as numbers. It is not thread-safe: the engine's lock guards it."""
 
     def __init__(self, *, max_waiting: int, max_sequences: int, max_kv_tokens: int) -> None:
         self._max_waiting = max_waiting
@@ -100,7 +100,7 @@ class Admission:
         self._started: set[int] = set()
         self._loads: dict[tuple[int, str], Load] = {}
         self.kv_tokens = 0
-        # A step has left somebody waiting who could have run.
+        # This is true when the last step left somebody waiting who could have run.
         self._contended = False
         self._stepped_at = 0.0
         self._drained_tokens = self._drained_seconds = 0.0
@@ -108,11 +108,13 @@ class Admission:
         self.prompt_seconds, self.token_seconds, self.generated_share = Ratio(), Ratio(), Ratio()
 
     def check(self, demand: Demand, seconds_left: float | None = None) -> Refusal | None:
-        """Whether it may enter; `seconds_left` until its deadline. Changes nothing."""
+        """Returns why a request may not enter, or None where it may. `seconds_left` is the time until its deadline.
+        Changes nothing."""
         return self._check_room(demand) or self._check_deadline(demand, seconds_left)
 
     def check_start(self, demand: Demand, seconds_left: float) -> Refusal | None:
-        """Whether one that has waited, and could start now, still has the time. What would be lost is not begun."""
+        """Returns why a request that has waited and could start now has too little time left, or None. What would be
+        lost is not begun."""
         own = self._own_seconds(demand)
         if own is None or not self._contended or own <= seconds_left:
             return None
@@ -124,19 +126,19 @@ class Admission:
         self._count(demand, 1)
 
     def leave(self, request_id: int) -> None:
-        """It has ended, wherever it was."""
+        """Removes a request that has ended, whether it waited or ran."""
         self._started.discard(request_id)
         demand = self._waiting.pop(request_id, None)
         if demand is not None:
             self._count(demand, -1)
 
     def on_step(self, started: list[int], now: float, *, contended: bool) -> None:
-        """A step begins with these requests for the first time. `contended`: some who could run are left waiting."""
+        """Takes the requests that start with this step. `contended`: some who could run are left waiting."""
         tokens = sum(self._waiting[request_id].kv_tokens for request_id in started)
         for request_id in started:
             self.leave(request_id)
             self._started.add(request_id)
-        # What starts in an engine that has free places says nothing of how fast they become free.
+        # Requests that start while the engine has free places do not show how fast places become free.
         seconds, self._stepped_at = now - self._stepped_at, now
         if contended and self._contended:
             memory = 0.5 ** (seconds / HALF_LIFE_SECONDS)
@@ -148,7 +150,7 @@ class Admission:
     def on_finished(
         self, demand: Demand, *, generated: int, prefill_seconds: float, decode_seconds: float, paced: bool
     ) -> None:
-        """A request has run to its end. `paced`: its client decided how fast."""
+        """Takes the times of a request that has run to its end. `paced`: its client decided how fast."""
         if demand.may_stop_early and demand.max_tokens:
             self.generated_share.add(generated, demand.max_tokens)
         if paced:
@@ -158,12 +160,12 @@ class Admission:
             self.token_seconds.add(decode_seconds, generated - 1)
 
     def expected_tokens(self, max_tokens: int, *, may_stop_early: bool) -> float:
-        """How many tokens a request will generate, by what others did that could stop before their last token."""
+        """Returns how many tokens a request will probably generate, given what others did that could stop early."""
         share = self.generated_share.value() if may_stop_early else None
         return max_tokens if share is None else share * max_tokens
 
     def wait_seconds(self, demand: Demand) -> float | None:
-        """Until a request that came now would start; None where that is not known."""
+        """Returns the time until a request that came now would start, or None where that is not known."""
         rate = self._drain_rate()
         return None if rate is None else self._before(demand) / rate
 
@@ -193,7 +195,7 @@ class Admission:
         return None
 
     def _full(self, reason: Reason, message: str, kv_tokens: int) -> Refusal:
-        """To be tried again when half of what waits has started."""
+        """Refuses a request; the caller should try again when half of what waits has started."""
         rate = self._drain_rate()
         return Refusal(reason, message, UNMEASURED_RETRY_SECONDS if rate is None else _bounded(kv_tokens / 2 / rate))
 
@@ -208,7 +210,7 @@ class Admission:
         return Refusal(Reason.DEADLINE, message, _bounded(min(wait, wait + own - seconds_left)))
 
     def _own_seconds(self, demand: Demand) -> float | None:
-        """From its first step to its end; None where that is not known."""
+        """Returns the time from the first step of a request to its end, or None where that is not known."""
         prompt_seconds, token_seconds = self.prompt_seconds.value(), self.token_seconds.value()
         if prompt_seconds is None or (demand.max_tokens and token_seconds is None):
             return None
@@ -216,7 +218,7 @@ class Admission:
         return demand.prompt_tokens * prompt_seconds + generated * (token_seconds or 0.0)
 
     def _before(self, demand: Demand) -> float:
-        """Tokens that are served before a request that comes now."""
+        """Returns the tokens that are served before a request that comes now."""
         tenant, weight = demand.caller.tenant, demand.caller.weight
         own = self._loads.get((int(demand.priority), tenant))
         own_tokens = own.kv_tokens if own is not None else 0
@@ -229,7 +231,7 @@ class Admission:
         return before
 
     def _drain_rate(self) -> float | None:
-        """Tokens of demand that leave the queue per second."""
+        """Returns how many tokens of demand leave the queue per second, or None where that is not known."""
         if self._drained_requests < MIN_SAMPLES or self._drained_seconds <= 0 or self._drained_tokens <= 0:
             return None
         return self._drained_tokens / self._drained_seconds

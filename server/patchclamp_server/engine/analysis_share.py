@@ -21,20 +21,22 @@ just paused, whose next token is about to be asked for.
 
 from patchclamp_server.engine.pace import Pace
 
-# Of a step that only decodes.
+# A turn is relative to a step that only decodes.
 TURN = 1.5
 
 
 class AnalysisShare:
-    """`slowdown` > 1. Seconds are those that `pace` has measured."""
+    """Keeps the credit of analysis. `slowdown` is above 1; seconds are those that `pace` has measured."""
 
     def __init__(self, pace: Pace, slowdown: float) -> None:
+        if not slowdown > 1:
+            raise ValueError(f"analysis_slowdown: expected a number above 1, got {slowdown}: analysis would never run")
         self._pace, self._earned = pace, slowdown - 1
         self._credit = 0.0
 
     @property
     def turn_seconds(self) -> float:
-        """0 until a step that only decodes has been measured."""
+        """Returns the seconds of a turn, or 0 until a step that only decodes has been measured."""
         return max(TURN, self._earned) * self._pace.decode_seconds
 
     @property
@@ -47,9 +49,9 @@ class AnalysisShare:
         self._credit = min(most, earned) if most else earned
 
     def analysed(self, seconds: float) -> None:
-        """Beside something more urgent."""
+        """Takes seconds of analysis beside something more urgent."""
         self._credit -= seconds
 
     def nothing_served(self) -> None:
-        """Nothing more urgent could run: what comes next has some steps for itself."""
+        """Is called when nothing more urgent could run: what comes next has some steps for itself."""
         self._credit = 0.0

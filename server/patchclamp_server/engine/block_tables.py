@@ -8,12 +8,12 @@ from patchclamp_server.model.arrays import IntArray
 
 
 class BlockTables:
-    """A sequence's list of blocks only grows, and is another list once blocks have been given back (see Sequence): the
-    row of a list that the step before had too needs only what has been appended since."""
+    """Keeps the rows of the step before. A sequence's list of blocks only grows, and is another list once blocks have
+    been given back (see Sequence), so a row that was there before needs only what has been appended since."""
 
     def __init__(self) -> None:
         self._lists: list[list[int]] = []
-        # Blocks of each list that are in its row of the table.
+        # This is the number of blocks of each list that are in its row of the table.
         self._written: list[int] = []
         self._table = np.zeros((0, 0), dtype=np.int64)
 
@@ -36,7 +36,7 @@ class BlockTables:
         # The lists are still held here, so that no new one can have the id of an old one.
         known = {id(blocks): row for row, blocks in enumerate(self._lists)}
         before = [known.get(id(blocks), -1) for blocks in lists]
-        # Room for some tokens more, so that not every block that is appended makes a new array.
+        # The table has room for some blocks more, so that not every appended block makes a new array.
         table = np.zeros((len(lists), most + most // 4 + 1), dtype=np.int64)
         rows = [row for row, old in enumerate(before) if old >= 0]
         width = min(table.shape[1], self._table.shape[1])

@@ -1,4 +1,4 @@
-"""Who follows a call while it is answered: nobody, or the span of its trace. No OpenTelemetry here."""
+"""An observer follows a call while it is answered, such as the span of its trace; OpenTelemetry is not needed here."""
 
 from contextvars import ContextVar
 from typing import Protocol
@@ -8,14 +8,14 @@ from patchclamp_server.engine.request import Request
 
 
 class CallObserver(Protocol):
-    """Told what a call does, in the event loop."""
+    """Is told what a call does, in the event loop."""
 
     def submit(self, engine: Engine, request: Request) -> int:
-        """Engine.submit, with an eye on the last event of the request."""
+        """Calls Engine.submit, and watches for the last event of the request."""
 
     def job_begins(self) -> None:
-        """The call's analysis job has its turn."""
+        """Is called when the analysis job of the call has its turn."""
 
 
-# Set for the time of a call; tasks of the call inherit it.
+# The observer is set for the time of a call; tasks of the call inherit it.
 OBSERVER: ContextVar[CallObserver | None] = ContextVar("observer", default=None)

@@ -1,4 +1,4 @@
-"""Bounds of the engine, what it tells about itself, and who is told."""
+"""Holds the bounds of the engine, its statistics, and the protocol of its observers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ class EngineConfig:
     kv_block_size: int = 16
     kv_cache_tokens: int = 65536
     max_waiting: int = 1024
-    # Tokens of KV cache that waiting requests may need together; None is eight times what there is.
+    # Waiting requests may need so many tokens of KV cache together; None is eight times what there is.
     max_waiting_kv_tokens: int | None = None
     enable_prefix_cache: bool = True
     kernels: bool | None = None
     decode_graphs: bool | None = None
     batch_invariant: bool | None = None
-    # Running watches, and all that they watch.
+    # These bound the running watches, and the items of all of them.
     max_watches: int = 16
     max_watched_items: int = 8192
-    # The mean time between tokens of a stream beside analysis over that without; analysis has the rest of the time,
-    # (slowdown - 1) / slowdown of it (analysis_share.py).
+    # This is the mean time between tokens of a stream beside analysis over that without. Analysis has the rest of the
+    # time, (slowdown - 1) / slowdown of it (analysis_share.py).
     analysis_slowdown: float = 1.5
     # The engine ends when so many steps in a row have failed.
     max_failed_steps: int = 8
@@ -56,14 +56,14 @@ class EngineStats:
     prefix_hit_tokens: int
     preemptions: int
     failed_steps: int
-    # What requests need that have not started yet.
+    # Requests that have not started yet need so many tokens.
     queue_kv_tokens: int
-    # Rows of the device tables that programs hold.
+    # Programs hold so many rows of the device tables.
     program_rows: int
 
 
 class EngineObserver(Protocol):
-    """Told what happens, on the engine's thread; must not block. Refusals are told on the thread that submits.
+    """Is told what happens, on the engine's thread, and must not block. Refusals are told on the thread that submits.
 
     A step has `rows` tokens, and `generated` sequences got a token from it.
     """
@@ -90,7 +90,7 @@ class EngineObserver(Protocol):
 
 
 class Unobserved:
-    """An observer that looks away."""
+    """An observer that ignores everything."""
 
     def on_step(self, *, seconds: float, rows: int, generated: int) -> None: ...
     def on_first_token(self, seconds: float) -> None: ...

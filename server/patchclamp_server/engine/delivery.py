@@ -1,5 +1,5 @@
-"""What a step has computed, to those who asked for it: readouts, aborts, scores, sampled tokens, and the ends of what
-has all it needs."""
+"""Delivers what a step has computed to those who asked for it: readouts, aborts, scores and sampled tokens. Ends
+sequences that have all they need."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ from patchclamp_server.model.overflow import logits_refusal
 
 log = logging.getLogger(__name__)
 
-# Told of every row of logits that is sampled from: request id, position it predicts, logits [vocab].
+# It is called with every row of logits that is sampled from: request id, position it predicts, logits [vocab].
 OnLogits = Callable[[int, int, Tensor], None]
 
 
@@ -29,7 +29,7 @@ class Delivery:
     def __init__(self, live: LiveRequests, runner: Runner, context_length: int) -> None:
         self._live, self._runner = live, runner
         self._context_length = context_length
-        # Sampled, and given their log-probability, since the start.
+        # These count the tokens sampled, and those given their log-probability, since the start.
         self.generated_tokens = self.scored_tokens = 0
 
     def deliver(self, work: list[Work], result: StepResult, on_logits: OnLogits | None) -> None:
@@ -45,7 +45,7 @@ class Delivery:
         self._end_computed(work)
 
     def _sample_densely(self, result: StepResult) -> None:
-        """Quality guards: computes the tokens that are due densely too, and ends sparse inference that has drifted."""
+        """Serves the quality guards: computes due tokens densely too, and ends sparse inference that has drifted."""
         due = [p for p in result.predictions if p.sequence.sparse is not None and self._guard_is_due(p)]
         if not due:
             return
@@ -75,7 +75,7 @@ class Delivery:
         return due and sequence.id in self._live.sequences
 
     def _tell_outcome(self, work: list[Work], outcome: StepOutcome) -> None:
-        """Readouts, before what they were read with is aborted."""
+        """Sends the readouts first, then ends the sequences whose abort conditions held."""
         live = self._live
         if outcome.readouts:
             for uid, value in outcome.readouts:
@@ -90,7 +90,8 @@ class Delivery:
             live.abort(hit.uid, Aborted("program.abort_when", where))
 
     def _drawn(self, result: StepResult) -> list[Prediction]:
-        """Predictions that tokens are sampled from. Others are scored, or compared with what they are a baseline of."""
+        """Returns the predictions that tokens are sampled from. The others are scored here, or compared with those that
+        they are a baseline of."""
         live = self._live
         drawn = []
         for prediction in result.predictions:
@@ -113,7 +114,7 @@ class Delivery:
     def _look_at(
         self, drawn: list[Prediction], sampled: list[Sampled], logits: Tensor, on_logits: OnLogits | None
     ) -> None:
-        """Shows the rows of logits to whoever needs more of them than a token."""
+        """Gives rows of logits to those who need more of them than a token."""
         for i, (prediction, choice) in enumerate(zip(drawn, sampled, strict=True)):
             sequence = prediction.sequence
             if choice.id == NOT_FINITE:
@@ -124,7 +125,7 @@ class Delivery:
                 sequence.predictions[len(sequence.tokens)] = torch.log_softmax(logits[i].double(), dim=0)
 
     def _accept(self, drawn: list[Prediction], sampled: list[Sampled]) -> None:
-        """Tokens that were sampled, to their sequences; those that end with them are finished."""
+        """Adds the sampled tokens to their sequences, and finishes those that end with them."""
         live, most = self._live, self._context_length
         self._observe_tokens([p.sequence for p, choice in zip(drawn, sampled, strict=True) if choice.id != NOT_FINITE])
         for prediction, choice in zip(drawn, sampled, strict=True):
@@ -133,7 +134,7 @@ class Delivery:
                 live.fail(sequence, logits_refusal(self._runner.dtype, prediction.position))
                 continue
             self.generated_tokens += 1
-            # What `concerning` does, which costs more to enter than a token to accept.
+            # This is what `concerning` does, which costs more to enter than a token to accept.
             try:
                 reason = sequence.accept(choice, most)
                 if reason is not None:
@@ -142,7 +143,7 @@ class Delivery:
                 live.broke(sequence, error)
 
     def _observe_tokens(self, sequences: list[Sequence]) -> None:
-        """Tells the observer what their clients have waited for a token; all have got it now."""
+        """Tells the observer how long the clients have waited for their tokens, all of which they have now."""
         now = time.monotonic()
         gaps = []
         for sequence in sequences:

@@ -1,4 +1,4 @@
-"""The engine: requests in, events out, one forward pass a step (steps.py) over whatever is running.
+"""The engine takes requests in and sends events out, with one forward pass a step (steps.py) over whatever is running.
 
 It has a thread of its own. Other threads put commands into a queue; everything else belongs to the engine's thread.
 """
@@ -60,7 +60,7 @@ class Engine:
             max_sequences=self.config.max_sequences,
             max_kv_tokens=self.config.max_waiting_kv_tokens or 8 * self.config.kv_cache_tokens,
         )
-        # What sparse policies are bound to; one for all requests.
+        # Sparse policies are bound to this one model, for all requests.
         self.sparse_model = SparseModel(model.info.fingerprint, model.decoder)
         self.executor = _executor(self.sparse_model, self.cache, self.config)
         self.tables = self.executor.tables
@@ -96,9 +96,9 @@ class Engine:
             exclusive=self.exclusive,
         )
         self.on_logits: OnLogits | None = None
-        # Called on the engine's thread when it ends, by `shutdown` or by `failure`: nothing will run any more.
+        # This is called on the engine's thread when it ends, by `shutdown` or by `failure`: nothing will run any more.
         self.on_stopped: Callable[[], None] | None = None
-        # What ended the engine, unless `shutdown` did.
+        # This exception ended the engine, unless `shutdown` did.
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
@@ -127,7 +127,7 @@ class Engine:
         self.intake.check(request)
         request = self.access.admit(request)
         if request.sparsity is not None:
-            # Here, and not on the engine's thread, where everybody would wait for it the first time.
+            # This happens here, and not on the engine's thread, where everybody would wait for it the first time.
             self.executor.sparse.prepare()
         arrival = time.monotonic()
         request_id = self.live.admit(request, arrival)
@@ -138,7 +138,7 @@ class Engine:
     def check_room(self) -> None:
         """Raises ResourceExhausted when the queue is full for the caller of this context, whatever it would submit.
 
-        Cheap: to be asked before a request is prepared, which is work, and most of the work of refusing it.
+        This is cheap: it can be asked before a request is prepared, which is most of the work of refusing it.
         """
         self.live.check_room(Demand(CALLER.get(), Priority.INTERACTIVE))
 
@@ -159,7 +159,7 @@ class Engine:
         self._do(lambda: self.exclusive.leave(entry))
 
     def wake(self) -> None:
-        """Something that held a request back is over."""
+        """Wakes the engine when something that held a request back is over."""
         self._wake.set()
 
     def cancel(self, request_id: int) -> None:
@@ -184,7 +184,7 @@ class Engine:
         self._do(lambda: self._advance(request_id, tokens))
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Refuses new requests and works, and waits for the others. True when none is left."""
+        """Refuses new requests and works, and waits for the others. Returns True when none is left."""
         self.live.close()
         self.exclusive.close()
         until = time.monotonic() + timeout_seconds
@@ -192,7 +192,8 @@ class Engine:
         return self.exclusive.wait_until_idle(max(0.0, until - time.monotonic())) and idle
 
     def shutdown(self, timeout_seconds: float | None = None) -> bool:
-        """Stops the thread; what still runs ends with Failed(Unavailable). False when a step did not end in time."""
+        """Stops the thread; what still runs ends with Failed(Unavailable). Returns False when a step did not end in
+        time."""
         self.live.close()
         self.exclusive.close()
         self._stopping = True
@@ -202,7 +203,7 @@ class Engine:
         return not self._thread.is_alive()
 
     def step_seconds(self) -> float:
-        """How long the step has been running that runs now; 0 between steps. From any thread."""
+        """Returns how long the current step has been running, or 0 between steps. Any thread may call it."""
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
 
@@ -225,14 +226,15 @@ class Engine:
             queue_kv_tokens=self.admission.kv_tokens,
         )
 
-    # What follows runs on the engine's thread.
+    # The engine's thread runs what follows.
 
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
         self._wake.set()
 
     def step(self) -> bool:
-        """Takes commands in, and runs one step. False when nothing can run. For the engine's thread, or a test."""
+        """Takes commands in, and runs one step. Returns False when nothing can run. For the engine's thread, or a
+        test."""
         self._step_started = time.monotonic()
         try:
             self._obey()
@@ -248,7 +250,8 @@ class Engine:
     def _loop(self) -> None:
         try:
             while True:
-                # In this order: who sets `_stopping` wakes the loop after it, and a wake that is cleared has been seen.
+                # This order matters: who sets `_stopping` wakes the loop after it, and a wake that is cleared has been
+                # seen.
                 self._wake.clear()
                 if self._stopping:
                     # What was cancelled before that ends as cancelled.
@@ -256,7 +259,7 @@ class Engine:
                     break
                 self._expire()
                 if not self.step():
-                    # Asked again: the step has taken in requests that may wait for nothing but their deadlines.
+                    # Deadlines are asked again: the step has taken in requests that may wait for nothing but theirs.
                     self._wake.wait(self._expire())
         except BaseException as error:
             log.critical("the engine stopped on a defect", exc_info=True)
@@ -268,7 +271,7 @@ class Engine:
                 self.on_stopped()
             self.monitor.close()
             self.exclusive.end_all(Unavailable("", "the engine has stopped"))
-            # Those among the commands too, which nothing can run any more: the device may be lost.
+            # Requests among the commands fail too, since nothing can run them any more: the device may be lost.
             self.live.fail_all(Unavailable("", "the engine has stopped"))
 
     def _set_strength(self, request_id: int, edit: str, strength: float) -> None:
@@ -284,7 +287,7 @@ class Engine:
             sequence.credits += tokens
 
     def _expire(self) -> float | None:
-        """Fails what is past its deadline; seconds until the next one."""
+        """Fails what is past its deadline, and returns the seconds until the next deadline."""
         deadlines, now = self.live.deadlines, time.monotonic()
         nearest = min(deadlines.values(), default=None)
         if nearest is not None and nearest <= now:
@@ -299,7 +302,7 @@ def _executor(model: SparseModel, cache: KvCache, config: EngineConfig) -> Execu
     kernels = model.decoder.device.type == "cuda" if config.kernels is None else config.kernels
     if not kernels:
         return OperatorExecutor(model, cache)
-    # Triton is not needed, and takes a second to import, where no kernel runs.
+    # Where no kernel runs, Triton is not needed, and takes a second to import.
     from patchclamp_server.engine.executors.kernel_executor import KernelExecutor
 
     return KernelExecutor(model, cache, config)

@@ -32,7 +32,7 @@ from patchclamp_server.errors import Cancelled, Unavailable
 
 log = logging.getLogger(__name__)
 
-# The rows of the first slice of a work, which shows how long its rows take.
+# The first slice of a work has so many rows, and shows how long its rows take.
 FIRST_ROWS = 8
 
 E = TypeVar("E")
@@ -41,16 +41,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Slice:
-    """What a work computes next: at most so many `rows`, at least its smallest part whatever it is sent. `tokens`:
-    those that it begins with, which its caller pays for."""
+    """What a work computes next: at most so many `rows`, but at least its smallest part, whatever it is sent. Its
+    caller pays for the `tokens` that it begins with."""
 
     rows: int
     tokens: int = 0
 
 
-# A part of a work, which returns something.
+# A part of a work returns something.
 Sliced: TypeAlias = Generator[Slice, int, T]
-# A part that tells something on its way.
+# Such a part also tells something on its way.
 Telling: TypeAlias = Generator[Slice | E, int, T]
 Work: TypeAlias = Generator[Slice | E, int, None]
 
@@ -64,35 +64,36 @@ class Entry:
     on_end: Callable[[BaseException | None], None]
     weight: float
     context: Context = field(default_factory=copy_context)
-    # None before its first slice.
+    # It is None before the first slice.
     wanted: Slice | None = None
     row_seconds: float | None = None
-    # Seconds that it has had, over its weight.
+    # The seconds that it has had, divided by its weight.
     service: float = 0.0
 
 
 class ExclusiveDoor:
     def __init__(self, device: torch.device, charge: Callable[[int], None]) -> None:
-        """`charge`: called in the context of a work with the tokens that it begins. Raises QuotaExceeded."""
+        """`charge` is called in the context of a work with the tokens that it begins. It raises QuotaExceeded."""
         self._device, self._charge = device, charge
         self._threads = torch.get_num_threads()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        # Changed under the lock; all but the first step of an entry are of the engine's thread.
+        # Entries change under the lock; all but the first step of an entry happens on the engine's thread.
         self._entries: list[Entry] = []
         self._closed = False
 
-    # Any thread.
+    # Any thread may call what follows.
 
     def enter(
         self, work: Work[E], on_event: Callable[[E], None], on_end: Callable[[BaseException | None], None]
     ) -> Entry:
-        """Its turn comes; `on_end` is told why it ended, with None when it has finished. Raises Unavailable."""
+        """Queues a work. `on_end` is told why it ended, with None when it has finished. Raises Unavailable after
+        `close`."""
         entry = Entry(work, on_event, on_end, CALLER.get().weight)
         with self._lock:
             if self._closed:
                 raise Unavailable("", "the engine has stopped")
-            # It does not have to make up for what others had before it came.
+            # A new work does not make up for what others had before it came.
             entry.service = min((e.service for e in self._entries), default=0.0)
             self._entries.append(entry)
         return entry
@@ -103,11 +104,11 @@ class ExclusiveDoor:
             self._closed = True
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
-        """True when no work is left."""
+        """Returns True when no work is left."""
         with self._lock:
             return self._idle.wait_for(lambda: not self._entries, timeout=timeout_seconds)
 
-    # The engine's thread.
+    # Only the engine's thread calls what follows.
 
     @property
     def busy(self) -> bool:
@@ -143,7 +144,7 @@ class ExclusiveDoor:
             self.leave(entry, error)
 
     def _advance(self, entry: Entry, rows: int) -> None:
-        """Up to the next slice that it asks for, or to its end."""
+        """Runs the work up to the next slice that it asks for, or to its end."""
         work, context = entry.work, entry.context
         try:
             with torch.inference_mode():
@@ -154,7 +155,7 @@ class ExclusiveDoor:
                     entry.on_event(told)
                     told = context.run(next, work)
             if self._device.type == "cuda":
-                # What it has launched is what the slice takes.
+                # The slice takes as long as what it has launched.
                 torch.cuda.synchronize(self._device)
             entry.wanted = told
         except StopIteration:
@@ -173,7 +174,7 @@ class ExclusiveDoor:
 
 
 def _rows(entry: Entry, seconds: float) -> int:
-    """What its next slice may have; 0 for what stands before its first."""
+    """Returns how many rows the next slice of a work may have, or 0 before its first."""
     if entry.wanted is None:
         return 0
     most = max(1, entry.wanted.rows)
@@ -183,7 +184,7 @@ def _rows(entry: Entry, seconds: float) -> int:
 
 
 def events_of(work: Telling[E, T]) -> Generator[E, None, T]:
-    """What a work tells, computed in this thread without an engine, with slices as large as it likes."""
+    """Yields what a work tells, computed in this thread without an engine, with slices as large as it likes."""
     granted: int | None = None
     while True:
         try:
@@ -200,7 +201,7 @@ def events_of(work: Telling[E, T]) -> Generator[E, None, T]:
 
 
 def at_once(work: Telling[Any, T]) -> T:
-    """What a part of a work returns, as `events_of`."""
+    """Returns what a part of a work returns, computed as by `events_of`."""
     events = events_of(work)
     while True:
         try:

@@ -20,34 +20,34 @@ class FairQueue:
         self._n = 0
 
     def __len__(self) -> int:
-        """A number of its own, since metrics are read from other threads."""
+        """Returns a number kept apart, since metrics are read from other threads."""
         return self._n
 
     def __iter__(self) -> Iterator[Sequence]:
         return (s for line in self._lines.values() for s in line)
 
     def add(self, sequence: Sequence) -> None:
-        """Behind those of its tenant that came before it, and before those that came later."""
+        """Puts a sequence behind those of its tenant that came before it, and before those that came later."""
         self._line(sequence).add(sequence)
         self._n += 1
 
     def remove(self, sequence: Sequence) -> None:
-        """It is served no more, or elsewhere."""
+        """Takes out a sequence that will not be served, or not from here."""
         self._line(sequence).remove(sequence)
         self._n -= 1
 
     def start(self, sequence: Sequence) -> None:
-        """It is served now: takes it out."""
+        """Takes out a sequence that is served now."""
         self._line(sequence).start(sequence)
         self._n -= 1
 
     def charge(self, sequence: Sequence, tokens: int) -> None:
-        """Counts tokens that its tenant got, whether it waits or not."""
+        """Counts tokens that its tenant got, whether the sequence waits or not."""
         line = self._lines.get(sequence.request.priority) or self._line(sequence)
         line.charge(sequence, tokens)
 
     def in_turn(self) -> Iterator[Sequence]:
-        """All of them; who is next is decided when it is asked for, by what was charged until then."""
+        """Yields all sequences; each is chosen when it is asked for, by what was charged until then."""
         for priority in sorted(self._lines):
             yield from self._lines[priority].in_turn()
 
@@ -59,11 +59,11 @@ class FairQueue:
 
 
 class _Line:
-    """Those of one priority, by tenant in the order of arrival."""
+    """The sequences of one priority, by tenant in the order of arrival."""
 
     def __init__(self) -> None:
         self.service: dict[str, float] = {}
-        # Of the tenant that was last chosen; never falls.
+        # This is the service of the tenant last chosen; it never falls.
         self._chosen = 0.0
         self._waiting: dict[str, list[Sequence]] = {}
 

@@ -1,17 +1,17 @@
-"""What an exception in the engine means: for the requests that it hit, and for the device."""
+"""Decides what an exception in the engine means, for the requests that it hit and for the device."""
 
 import torch
 
 from patchclamp_server.errors import EngineFailure, RequestError, ResourceExhausted
 
-# Allocators that raise a plain RuntimeError: torch's for the CPU, cuBLAS, Triton's launcher.
+# Some allocators raise a plain RuntimeError: torch's for the CPU, cuBLAS, Triton's launcher.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # After an error of a kernel every later call of the context fails with it, until the process ends.
 DEVICE_LOST = ("CUDA error", "Triton Error [CUDA]")
 
 
 def fault_of(error: Exception) -> RequestError:
-    """What the clients are told of an exception that was not raised for them."""
+    """Returns the error that clients get for an exception that was not raised for them."""
     if isinstance(error, RequestError):
         return error
     if is_out_of_memory(error):
@@ -26,7 +26,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_device_lost(error: Exception) -> bool:
-    """The device cannot be used any more by this process."""
+    """Whether the device cannot be used any more by this process."""
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in DEVICE_LOST)

@@ -1,5 +1,5 @@
-"""Whether what runs will have the blocks that it needs to its end, if one more sequence starts. (The future memory of
-Gong et al., "Past-Future Scheduler", ASPLOS 2025.)"""
+"""Decides whether running sequences will have the blocks that they need to their ends, if one more sequence starts.
+(The future memory of Gong et al., "Past-Future Scheduler", ASPLOS 2025.)"""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def can_finish(
     together = [*before, sequence]
     lengths = np.array([len(s.tokens) for s in together])
     left = np.array([max(1, expected_length(s) - len(s.tokens)) for s in together])
-    # [end, sequence]: what each that has not ended before holds then.
+    # This is [end, sequence]: what each that has not ended before holds at that end.
     held = -(-(lengths + left[:, None]) // cache.block_size) * (left >= left[:, None])
     shared = sum(not cache.is_idle(block) for block in hit)
     there = cache.n_free + shared + sum(len(s.blocks) for s in running)

@@ -1,9 +1,9 @@
-"""Blocks of the paged KV cache, and the prefix cache over them.
+"""The blocks of the paged KV cache, and the prefix cache over them.
 
 A block holds the keys and values of `block_size` consecutive tokens of a sequence, for all layers. A full block is
 known by a key that hashes the tokens up to its end and what the sequence's edits did to them, so two requests share a
 block exactly when they would have computed the same numbers. Unused blocks keep their content until they are needed,
-least recently used first. Block 0 is never given out (see model/attention/batch.py).
+and are reused least recently used first. Block 0 is never given out (see model/attention/batch.py).
 """
 
 import hashlib
@@ -20,12 +20,12 @@ ROOT_KEY: BlockKey = b""
 
 
 def block_key(parent: BlockKey, token_ids: bytes, touched: bytes) -> BlockKey:
-    """Key of a block from the key before it, its tokens, and the digest of the edits that touched it."""
+    """Returns the key of a block, given the key before it, its tokens, and the digest of the edits that touched it."""
     return hashlib.sha256(b"%d:%b%d:%b%b" % (len(parent), parent, len(touched), touched, token_ids)).digest()
 
 
 class KvCache:
-    """Pools of all layers [2, n_blocks, block_size, n_kv_heads, head_dim] and who holds which block."""
+    """Has the pools of all layers [2, n_blocks, block_size, n_kv_heads, head_dim], and counts the holders of blocks."""
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class KvCache:
         self._holders = [0] * n_blocks
         self._block_of: dict[BlockKey, int] = {}
         self._key_of: dict[int, BlockKey] = {}
-        # Blocks nobody holds whose content is still known, least recently used first.
+        # These blocks are held by nobody, but their content is still known; the least recently used is first.
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def n_free(self) -> int:
-        """Blocks that can be had, those with known content included."""
+        """Returns how many blocks can be had, those with known content included."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -67,12 +67,12 @@ class KvCache:
         return block in self._idle
 
     def hold(self, block: int) -> None:
-        """One more holder for a block that `lookup` found."""
+        """Adds one holder to a block that `lookup` found."""
         self._holders[block] += 1
         self._idle.pop(block, None)
 
     def allocate(self) -> int | None:
-        """A block with unknown content, or None when all are held."""
+        """Returns a block with unknown content, or None when all are held."""
         if self._free:
             block = self._free.pop()
         elif self._idle:
@@ -108,12 +108,12 @@ class KvCache:
             pool[:, index.to(pool.device)] = 0
 
     def read(self, slots: IntArray) -> list[Tensor]:
-        """Keys and values [2, n, n_kv_heads, head_dim] of all layers at token addresses [n]."""
+        """Returns the keys and values [2, n, n_kv_heads, head_dim] of all layers at token addresses [n]."""
         index = torch.from_numpy(slots).to(self.pools[0].device)
         return [pool.flatten(1, 2).index_select(1, index) for pool in self.pools]
 
     def write(self, slots: IntArray, values: list[Tensor]) -> None:
-        """Puts back what `read` gave."""
+        """Writes back what `read` returned."""
         index = torch.from_numpy(slots).to(self.pools[0].device)
         for pool, value in zip(self.pools, values, strict=True):
             pool.flatten(1, 2).index_copy_(1, index, value)

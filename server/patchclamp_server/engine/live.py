@@ -1,4 +1,4 @@
-"""Requests between their submission and their last event: how they get in, and how they end."""
+"""Holds requests between their submission and their last event, and decides how they get in and how they end."""
 
 import logging
 import threading
@@ -28,30 +28,30 @@ from patchclamp_server.interventions.tables import Tables
 
 log = logging.getLogger(__name__)
 
-# Errors that end a request for what it asked, or for who asked: its steps were as good as any.
+# These errors end a request for what it asked, or for who asked: its steps were as good as any.
 ENDED_BY_ITS_CLIENT = (Aborted, Cancelled, DeadlineExceeded)
 
 
 class LiveRequests:
     def __init__(self, intake: Intake, scheduler: Scheduler, tables: Tables, admission: Admission) -> None:
         self.observer: EngineObserver = Unobserved()
-        # Those of all requests that the engine's thread has taken in; only it looks.
+        # These are the sequences of all requests that the engine's thread has taken in; only that thread reads them.
         self.sequences: dict[int, Sequence] = {}
-        # Of those that have one.
+        # Only requests with a deadline are here.
         self.deadlines: dict[int, float] = {}
         self._intake, self._scheduler, self._tables, self._admission = intake, scheduler, tables, admission
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        # Changed under the lock, as admission is.
+        # They change under the lock, as admission does.
         self.requests: dict[int, Request] = {}
         self._next_id = 1
         self._closed = False
 
-    # Any thread.
+    # Any thread may call what follows.
 
     def admit(self, request: Request, arrival: float) -> int:
-        """Its id. Raises ResourceExhausted when the queue is full or the deadline would not be met, Unavailable when
-        nothing is let in any more."""
+        """Admits a request and returns its id. Raises ResourceExhausted when the queue is full or the deadline would
+        not be met, and Unavailable when nothing is let in any more."""
         demand = self._intake.demand(request)
         with self._lock:
             if self._closed:
@@ -68,7 +68,7 @@ class LiveRequests:
         return request_id
 
     def check_room(self, demand: Demand) -> None:
-        """Raises ResourceExhausted when what needs this much would be refused."""
+        """Raises ResourceExhausted when a request with this demand would be refused."""
         with self._lock:
             refusal = self._admission.check(demand)
         if refusal is not None:
@@ -90,14 +90,14 @@ class LiveRequests:
             self._closed = True
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
-        """True when no request is left."""
+        """Returns True when no request is left."""
         with self._lock:
             return self._idle.wait_for(lambda: not self.requests, timeout=timeout_seconds)
 
-    # The engine's thread.
+    # Only the engine's thread calls what follows.
 
     def take_in(self, request_id: int, request: Request, arrival: float) -> None:
-        """Makes a sequence of it, which the scheduler may start."""
+        """Makes a sequence of a request, which the scheduler may start."""
         try:
             sequence = self._intake.sequence(request_id, request, arrival)
         except Exception as error:
@@ -114,7 +114,7 @@ class LiveRequests:
             self._scheduler.add(sequence.follower)
 
     def started(self, sequences: list[Sequence]) -> None:
-        """A step begins, which these run in for the first time."""
+        """Is called when a step begins in which these run for the first time."""
         for sequence in sequences:
             self.observer.on_queue_wait((sequence.admitted_at or sequence.arrival) - sequence.arrival)
         with self._lock:
@@ -122,7 +122,7 @@ class LiveRequests:
 
     @contextmanager
     def concerning(self, sequence: Sequence) -> Iterator[None]:
-        """What concerns one request alone: an exception inside fails that request and no other."""
+        """Confines what concerns one request alone: an exception inside fails that request and no other."""
         try:
             yield
         except Exception as error:
@@ -136,7 +136,7 @@ class LiveRequests:
         self.fail(sequence, fault_of(error))
 
     def finish_id(self, request_id: int) -> None:
-        """As if it had reached its last token."""
+        """Ends a request as if it had reached its last token."""
         sequence = self.sequences.get(request_id)
         if sequence is not None and sequence.ended is None:
             self.finish(sequence, FinishReason.CLIENT)
@@ -159,7 +159,7 @@ class LiveRequests:
             self._leave(sequence, reason.value)
 
     def fail_id(self, request_id: int, error: RequestError) -> None:
-        """Nothing happens when it has ended."""
+        """Fails a request; nothing happens when it has ended."""
         sequence = self.sequences.get(request_id)
         if sequence is not None:
             self.fail(sequence, error)
@@ -179,7 +179,7 @@ class LiveRequests:
             self.fail_id(request_id, error)
 
     def fail_all(self, error: RequestError) -> None:
-        """Those too that have not been taken in."""
+        """Fails all requests, including those that have not been taken in."""
         for request_id, request in list(self.requests.items()):
             self._end_failed(request_id, request, error)
 
@@ -192,13 +192,13 @@ class LiveRequests:
         self._forget(request_id, _outcome(error))
 
     def _receipt(self, sequence: Sequence) -> Receipt:
-        """While it holds its rows of the tables."""
+        """Returns the receipt of a sequence, which must still hold its rows of the tables."""
         state = sequence.state
         receipt = EMPTY_RECEIPT if state is None else state.receipt(self._tables.read(state.loaded))
         return replace(receipt, warnings=(*sequence.request.warnings, *receipt.warnings))
 
     def _observe_edits(self, sequence: Sequence, receipt: Receipt | None) -> None:
-        """Of what clients were served; the edits of analysis jobs are their own affair."""
+        """Reports edits that clients were served; edits of analysis jobs are not reported."""
         if not sequence.is_served or sequence.admitted_at is None:
             return
         if sequence.state is not None and sequence.state.bound.edits:
@@ -207,7 +207,7 @@ class LiveRequests:
             self.observer.on_warning(warning.code)
 
     def _measure(self, sequence: Sequence) -> None:
-        """What admission learns from a request that has run to its end."""
+        """Gives admission the times of a request that has run to its end."""
         now = time.monotonic()
         generated_from = sequence.first_token_at or now
         request = sequence.request
@@ -221,7 +221,7 @@ class LiveRequests:
             )
 
     def _release(self, sequence: Sequence) -> None:
-        """Gives back all that a sequence holds; nothing when that has been done."""
+        """Gives back all that a sequence holds; nothing happens when that has been done."""
         if self.sequences.pop(sequence.id, None) is None:
             return
         self.deadlines.pop(sequence.id, None)
@@ -232,7 +232,7 @@ class LiveRequests:
             self._tables.release(sequence.state.loaded)
 
     def _leave(self, sequence: Sequence, outcome: str) -> None:
-        """After the last event."""
+        """Is called after the last event of a sequence."""
         compares = sequence.request.scores is not None
         if sequence.sparse is not None and not sequence.sparse.asked.listens and not compares:
             self.observer.on_sparse_finished(sequence.sparse.report(sequence.computed))
@@ -249,7 +249,7 @@ class LiveRequests:
 
 
 def _tell(request: Request, failed: Failed) -> None:
-    """The last event of a request. Nobody is left to be told when that fails."""
+    """Sends the last event of a request. Nobody is left to be told when that fails."""
     try:
         request.on_event(failed)
     except Exception:
@@ -257,6 +257,6 @@ def _tell(request: Request, failed: Failed) -> None:
 
 
 def _outcome(error: RequestError) -> str:
-    """snake_case, as finish reasons are."""
+    """Returns the name of an error in snake_case, as finish reasons are."""
     name = type(error).__name__
     return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")

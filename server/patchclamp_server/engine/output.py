@@ -1,4 +1,4 @@
-"""What a sequence says: text that is final, readouts, and why it ended."""
+"""The output of a sequence: text that is final, readouts, and why it ended."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from patchclamp_server.text.detokenize import IncrementalDetokenizer, StopChecke
 
 @dataclass(eq=False)
 class Output:
-    """Turns tokens into text events; finds the stop conditions that depend on them."""
+    """Turns tokens into text events, and finds the stop conditions that depend on them."""
 
     detokenizer: IncrementalDetokenizer
     stops: StopChecker
@@ -19,7 +19,7 @@ class Output:
     readouts: dict[int, list[ReadoutValue]] = field(default_factory=dict)
 
     def push(self, token: int, stop: StopParams, emit: Callable[[Event], None]) -> FinishReason | None:
-        """Text of one more token; the reason when it ends the sequence. A stop token adds no text."""
+        """Emits the text of one more token; returns the reason when it ends the sequence. A stop token adds no text."""
         if token in stop.token_ids:
             return FinishReason.STOP_TOKEN
         if token in self.eos_token_ids:
@@ -33,7 +33,7 @@ class Output:
         return FinishReason.STOP_STRING if self.stop_string else None
 
     def flush(self, emit: Callable[[Event], None]) -> None:
-        """Text that was held back as a possible stop string or an unfinished character."""
+        """Emits text that was held back as a possible stop string or an unfinished character."""
         if self.stop_string:
             return
         result = self.stops.push(self.detokenizer.flush())

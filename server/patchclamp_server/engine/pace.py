@@ -19,15 +19,15 @@ from typing import NamedTuple
 
 SLOWDOWN = 2.0
 LEAST_ROWS = 4
-# The longest step or slice of analysis, or step of batch prompts, while nothing more urgent is there: who comes
+# This is the longest step or slice of analysis, or step of batch prompts, while nothing more urgent is there: who comes
 # meanwhile waits for its end.
 ALONE_SECONDS = 0.1
-# Share of a new measurement in the one that is kept.
+# A new measurement has this share in the one that is kept.
 _SHARE = 0.2
 
 
 class StepRows(NamedTuple):
-    """Rows of a step: those of requests that decode, those of prompts, and all of analysis requests."""
+    """The rows of a step: those of requests that decode, those of prompts, and all of analysis requests."""
 
     decode: int
     prompt: int
@@ -36,7 +36,7 @@ class StepRows(NamedTuple):
 
 @dataclass
 class _AnalysisRow:
-    """Seconds of a row. A dearer one counts at once, so that a step with a costly reducer is too long only once."""
+    """The seconds of a row. A dearer one counts at once, so that a step with a costly reducer is too long only once."""
 
     seconds: float | None = None
 
@@ -46,7 +46,7 @@ class _AnalysisRow:
 
 
 class Pace:
-    """Seconds that steps took, smoothed."""
+    """Keeps the seconds that steps took, smoothed."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -56,7 +56,7 @@ class Pace:
 
     @property
     def decode_seconds(self) -> float:
-        """Of a step that only decodes; 0 until one has been measured."""
+        """Returns the seconds of a step that only decodes, or 0 until one has been measured."""
         return self._decode or 0.0
 
     def record(self, rows: StepRows, seconds: float) -> float:
@@ -73,23 +73,25 @@ class Pace:
         return took
 
     def rows_beside(self, most: int) -> int:
-        """Rows of prompts beside more urgent work: at most `most`, and at least LEAST_ROWS where that is not less."""
+        """Returns the rows of prompts beside more urgent work: at most `most`, and at least LEAST_ROWS unless that is
+        more."""
         if self._decode is None:
             return min(most, self._block_size)
         return self._within((SLOWDOWN - 1) * self._decode, self._row, LEAST_ROWS, most)
 
     def rows_alone(self, most: int) -> int:
-        """Rows of prompts that more urgent work may come to any moment: ALONE_SECONDS, and at least one block."""
+        """Returns the rows of prompts while more urgent work may come at any moment: ALONE_SECONDS, and at least one
+        block."""
         return self._within(ALONE_SECONDS, self._row, self._block_size, most)
 
     def analysis_beside(self, seconds: float, most: int) -> int:
-        """Rows of analysis in a step that serves others: as many as take `seconds`, and at least LEAST_ROWS; one block
-        where 0 says that the seconds are not known."""
+        """Returns the rows of analysis in a step that serves others: as many as take `seconds`, and at least
+        LEAST_ROWS. It is one block where `seconds` is 0, for not known."""
         row = self._beside.seconds or self._alone.seconds or self._row
         return self._within(seconds, row if seconds else None, LEAST_ROWS, most)
 
     def analysis_alone(self, most: int) -> int:
-        """Rows of a step with nothing but analysis: ALONE_SECONDS, and at least one block."""
+        """Returns the rows of a step with nothing but analysis: ALONE_SECONDS, and at least one block."""
         return self._within(ALONE_SECONDS, self._alone.seconds or self._row, self._block_size, most)
 
     def _within(self, seconds: float, row: float | None, least: int, most: int) -> int:
@@ -105,12 +107,12 @@ class Pace:
             self._row = smoothed(self._row, max(0.0, seconds - decoding) / rows.prompt)
 
     def _served_seconds(self, rows: StepRows) -> float | None:
-        """Of what a step serves beside analysis; None where that is not known yet."""
+        """Returns the seconds of what a step serves beside analysis, or None where they are not known yet."""
         if (rows.decode and self._decode is None) or (rows.prompt and self._row is None):
             return None
         return (self.decode_seconds if rows.decode else 0.0) + rows.prompt * (self._row or 0.0)
 
 
 def smoothed(before: float | None, seconds: float) -> float:
-    """The kept measurement with a new one in it."""
+    """Returns the kept measurement with a new one in it."""
     return seconds if before is None else before + _SHARE * (seconds - before)

@@ -1,4 +1,4 @@
-"""Which blocks of a sequence's beginning are known, or will be, and which it makes known to others."""
+"""Finds which blocks of a sequence's beginning are known, or will be, and which it makes known to others."""
 
 from collections.abc import Iterable
 
@@ -7,8 +7,8 @@ from patchclamp_server.engine.sequence import Sequence
 
 
 class Coming:
-    """Keys of blocks that running sequences will make known soon: who needs one of them waits for it, unless it is more
-    urgent than all that compute it."""
+    """Holds the keys of blocks that running sequences will make known soon: who needs one of them waits for it, unless
+    it is more urgent than all that compute it."""
 
     def __init__(self) -> None:
         self._priorities: dict[BlockKey, int] = {}
@@ -28,7 +28,7 @@ class Prefixes:
         self._cache, self._size = cache, cache.block_size
 
     def lookup(self, sequence: Sequence) -> list[int]:
-        """Known blocks at the start of the sequence."""
+        """Returns the known blocks at the start of the sequence."""
         hit: list[int] = []
         if not self._cache.share_prefixes:
             return hit
@@ -50,7 +50,7 @@ class Prefixes:
         return coming
 
     def prompt_keys(self, sequence: Sequence) -> list[BlockKey]:
-        """Keys of the blocks that computing the rest of the prompt will make known."""
+        """Returns the keys of the blocks that computing the rest of the prompt will make known."""
         if not self._cache.share_prefixes:
             return []
         return sequence.keys[sequence.computed // self._size : sequence.prompt_length // self._size]
@@ -60,7 +60,7 @@ class Prefixes:
         return sequence.keys[index] if self._cache.share_prefixes and index < reusable else None
 
     def register(self, sequence: Sequence, first: int) -> None:
-        """Makes its full blocks known, from number `first` on."""
+        """Makes the full blocks of a sequence known, from number `first` on."""
         full = min(sequence.computed, sequence.shareable_until()) // self._size
         sequence.extend_keys(full * self._size, self._size)
         for i in range(first, full):

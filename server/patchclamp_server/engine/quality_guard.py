@@ -17,7 +17,7 @@ from patchclamp_server.engine.request import GuardReport, QualityGuard
 
 @dataclass(eq=False)
 class GuardState:
-    """Samples of one sequence."""
+    """The samples of one sequence."""
 
     settings: QualityGuard
     sampled: int = 0
@@ -31,7 +31,7 @@ class GuardState:
         return int((generated + 1) * rate) > int(generated * rate)
 
     def add(self, divergence: float, same_top1: bool) -> bool:
-        """Takes a sample in; whether sparse inference has drifted too far."""
+        """Adds a sample, and returns whether sparse inference has drifted too far."""
         self.sampled += 1
         self.agreed += same_top1
         self.total += divergence
@@ -39,7 +39,7 @@ class GuardState:
         if len(self.last) > self.settings.window:
             self.last.popleft()
         full = len(self.last) == self.settings.window
-        # Not "above": a divergence that is not a number has drifted.
+        # This does not ask "above": a divergence that is not a number has drifted.
         return full and not sum(self.last) / len(self.last) <= self.settings.max_divergence
 
     def report(self, dense_from: int | None) -> GuardReport:
@@ -48,12 +48,12 @@ class GuardState:
 
 
 def divergences(dense: Tensor, sparse: Tensor) -> list[tuple[float, bool]]:
-    """KL(dense ‖ sparse) and whether the first choice is the same, for each row of logits [n, vocab]."""
+    """Returns KL(dense ‖ sparse) and whether the first choice is the same, for each row of logits [n, vocab]."""
     return [_divergence(p, q) for p, q in zip(dense, sparse, strict=True)]
 
 
 def _divergence(dense: Tensor, sparse: Tensor) -> tuple[float, bool]:
-    # Row by row, and summed by numpy: torch's sums depend on the number of rows and of threads.
+    # This goes row by row, and numpy sums: torch's sums depend on the number of rows and of threads.
     log_p, log_q = torch.log_softmax(dense.double(), dim=0), torch.log_softmax(sparse.double(), dim=0)
     kl = float((log_p.exp() * (log_p - log_q)).cpu().numpy().sum())
     return max(kl, 0.0), bool(log_p.argmax() == log_q.argmax())

@@ -35,18 +35,18 @@ from patchclamp_server.cpu.invariant import operators
 from patchclamp_server.engine.request import SamplingParams
 from patchclamp_server.engine.uniforms import Uniforms
 
-# `Sampled.id` of a row whose logits hold NaN or +inf: there is no distribution, and the caller must fail the request.
+# A row whose logits hold NaN or +inf gets this `Sampled.id`: without a distribution, the caller must fail the request.
 NOT_FINITE = -1
 
-# Sizes of the sorted head of a row in which the nucleus is looked for, before the row is sorted in full. The CPU's
-# top-k is a cheap heap up to 1/64 of the row and a costlier selection above.
+# The nucleus is looked for in a sorted head of a row of these sizes, before the row is sorted in full. The CPU's top-k
+# is a cheap heap up to 1/64 of the row and a costlier selection above.
 CANDIDATES = (256, 1024)
 BLOCK = 256
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingRow:
-    """What sampling needs to know of one sequence. `output_ids` grows; the draw is the one after its last token."""
+    """What sampling needs to know of one sequence. `output_ids` grows; the draw is for the token after its last one."""
 
     params: SamplingParams
     seed: int
@@ -68,7 +68,7 @@ class SamplingRow:
 
 
 class Sampled(NamedTuple):
-    """`logprob` is None and `top_logprobs` empty unless the row asked for them; most likely token first."""
+    """A drawn token. `logprob` is None and `top_logprobs` empty unless the row asked; the likeliest is first."""
 
     id: int
     logprob: float | None = None
@@ -76,7 +76,7 @@ class Sampled(NamedTuple):
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
-    """Draw one token for each row. logits: [n, vocab] float32, left unchanged; rows: n."""
+    """Draws one token for each row. logits: [n, vocab] float32, left unchanged; rows: n."""
     assert logits.ndim == 2
     assert logits.shape[0] == len(rows)
     assert logits.dtype == torch.float32
@@ -91,7 +91,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
 
 
 def drawn_seed() -> int:
-    """For a request without a seed: below 2^53, so that a client whose numbers are doubles can send it again."""
+    """Returns a seed for a request without one: below 2^53, so that clients whose numbers are doubles can send it."""
     return secrets.randbits(53)
 
 
@@ -120,15 +120,15 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """The first of the largest of each row [n, vocab] -> [n, 1]; of a row with NaN, the first NaN."""
+    """Returns the first of the largest of each row [n, vocab], as [n, 1]; in a row with NaN, the first NaN."""
     if logits.device.type == "cpu":
-        # numpy's compares vectors, torch's single numbers; and no other thread has to wake for it.
+        # numpy's argmax compares vectors, torch's single numbers; and no other thread has to wake for it.
         return torch.from_numpy(logits.numpy().argmax(axis=-1, keepdims=True))
     return logits.argmax(dim=-1, keepdim=True)
 
 
 def _penalise(logits: Tensor, rows: Sequence[SamplingRow], penalised: Sequence[int]) -> Tensor:
-    """Copy of the logits with the penalties of the rows `penalised`."""
+    """Returns a copy of the logits with the penalties of the rows `penalised`."""
     places, tokens, counts, lengths = [], [], [], []
     for i in penalised:
         out, out_counts = np.unique(np.asarray(rows[i].output_ids, dtype=np.int64), return_counts=True)
@@ -155,7 +155,7 @@ def _penalise(logits: Tensor, rows: Sequence[SamplingRow], penalised: Sequence[i
 
 
 def _draw_random(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Ids drawn from l - max l ([m, vocab], overwritten) of rows with a temperature."""
+    """Returns ids drawn from l - max l ([m, vocab], overwritten) of rows with a temperature."""
     device = scores.device
     # A temperature that float32 cannot hold would make 0/0 of the maximum.
     tiny = torch.finfo(torch.float32).tiny
@@ -176,7 +176,7 @@ def _draw_random(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 
 def log_totals(logits: Tensor) -> Tensor:
-    """log Σ exp(l) of each row [n, vocab] -> [n, 1]."""
+    """Returns log Σ exp(l) of each row [n, vocab], as [n, 1]."""
     if operators.holds_for(logits):
         from patchclamp_server.engine import sampling_rows
 
@@ -185,7 +185,7 @@ def log_totals(logits: Tensor) -> Tensor:
 
 
 def _running_masses(head: Tensor, log_total: Tensor) -> Tensor:
-    """Σ_{j ≤ i} exp(l_j - log total) of each row [n, size], float64."""
+    """Returns Σ_{j ≤ i} exp(l_j - log total) of each row [n, size], float64."""
     if operators.holds_for(head):
         from patchclamp_server.engine.sampling_rows import running_masses
 
@@ -194,9 +194,9 @@ def _running_masses(head: Tensor, log_total: Tensor) -> Tensor:
 
 
 def _invert_cdf(mass: Tensor, u: Tensor) -> Tensor:
-    """First id at which the running sum of `mass` passes u times its total, [m]. mass: [m, vocab]; u: [m] float64.
+    """Returns the first id [m] at which the running sum of `mass` [m, vocab] passes u [m] float64 times its total.
 
-    In two steps, over blocks and then within one, so that no running sum over the vocabulary is written.
+    It takes two steps, over blocks and then within one, so that no running sum over the vocabulary is written.
     """
     blocks = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % BLOCK)).view(len(mass), -1, BLOCK)
     upto = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)  # [m, blocks]
@@ -209,12 +209,12 @@ def _invert_cdf(mass: Tensor, u: Tensor) -> Tensor:
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:
-    """`target`, but less than `total` whatever the rounding, so that the place found has mass."""
+    """Returns `target`, but less than `total` whatever the rounding, so that the place found has mass."""
     return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def _thresholds(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor | None:
-    """Smallest score each row keeps, [m]; None when no row filters. scores: [m, vocab], 0 at the maximum."""
+    """Returns the smallest score each row keeps, [m]; None without filters. scores: [m, vocab], 0 at the maximum."""
     vocab = scores.shape[-1]
     limited = [i for i, row in enumerate(rows) if 0 < row.params.top_k < vocab]
     nucleus = [i for i, row in enumerate(rows) if row.params.top_p < 1.0]
@@ -241,9 +241,9 @@ def _thresholds(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor | None:
 
 
 def _nucleus_thresholds(scores: Tensor, top_p: Tensor, candidates: Sequence[int] = CANDIDATES) -> Tensor:
-    """Score at which the mass from the top down reaches top_p of the whole. scores: [m, vocab]; top_p: [m] float64."""
+    """Returns the scores at which the mass from the top down reaches top_p [m] float64. scores: [m, vocab]."""
     vocab = scores.shape[-1]
-    # Relative to the total, as softmax divides; the running sum over the head is in float64.
+    # The masses are relative to the total, as softmax divides; the running sum over the head is in float64.
     log_total = log_totals(scores)
     threshold = torch.empty(scores.shape[0], dtype=torch.float32, device=scores.device)
     todo = torch.arange(scores.shape[0], device=scores.device)
@@ -266,7 +266,7 @@ def _nucleus_thresholds(scores: Tensor, top_p: Tensor, candidates: Sequence[int]
 
 
 def _logprobs(logits: Tensor, rows: Sequence[SamplingRow], ids: Sequence[int], wanted: Sequence[int]) -> list[Sampled]:
-    """The rows `wanted`, with the log-probability of the chosen token and of the n most likely."""
+    """Returns the rows `wanted`, with the log-probability of the chosen token and of the n most likely ones."""
     raw = logits if len(wanted) == len(rows) else logits[list(wanted)]
     log_total = log_totals(raw)  # [m, 1]
     chosen = torch.tensor([ids[i] for i in wanted], device=logits.device)[:, None]

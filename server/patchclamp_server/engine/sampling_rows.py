@@ -1,9 +1,9 @@
-"""The sums of sampling on a CPU: every row by itself in one order, where torch's depend on how many rows there are.
+"""The sums of sampling on a CPU: each row is summed by itself in one order; torch's depends on the number of rows.
 
-Compiled once and cached on disk; a change in model/invariant needs one here.
+The functions are compiled once and cached on disk; a change in cpu/invariant needs one here.
 """
 
-# What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
+# mypy has no types for what numba compiles, and the first argument of an intrinsic is not given by its caller.
 # mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, var-annotated"
 
 import math
@@ -17,29 +17,29 @@ from patchclamp_server.cpu.invariant.rows import SMALLEST, exponentials
 from patchclamp_server.cpu.invariant.tiles import largest_of, sum_of
 from patchclamp_server.cpu.vector import LANES
 
-# Masses that are summed before they are added to the sum of all.
+# So many masses are summed before they are added to the sum of all.
 BLOCK = 256
 
 _compiled = numba.njit(nogil=True, cache=True)
 
 
 def log_totals(logits: Tensor) -> Tensor:
-    """log Σ exp(l) of each row [n, vocab] float32 -> [n, 1]."""
+    """Returns log Σ exp(l) of each row [n, vocab] float32, as [n, 1]."""
     totals = torch.empty(len(logits), 1)
     _log_totals(logits.contiguous().numpy(), totals.numpy())
     return totals
 
 
 def running_masses(head: Tensor, log_total: Tensor) -> Tensor:
-    """Σ_{j ≤ i} exp(l_j - log total), rows of head [n, size] and log_total [n, 1] -> [n, size] float64."""
+    """Returns Σ_{j ≤ i} exp(l_j - log total) [n, size] float64, for rows of head [n, size] and log_total [n, 1]."""
     masses = torch.empty(head.shape, dtype=torch.float64)
     _running_masses(head.contiguous().numpy(), log_total.contiguous().numpy(), masses.numpy())
     return masses
 
 
 def invert_cdf(scores: Tensor, u: Tensor) -> Tensor:
-    """First id at which the running sum of exp(scores) passes u times its total: scores [n, vocab] (overwritten), at
-    most 0, u [n] float64 -> [n]."""
+    """Returns the first id [n] at which the running sum of exp(scores) passes u [n] float64 times its total. scores:
+    [n, vocab], at most 0, overwritten."""
     ids = torch.empty(len(scores), dtype=torch.int64)
     _invert_cdf(scores.numpy(), u.numpy(), ids.numpy())
     return ids
@@ -47,11 +47,11 @@ def invert_cdf(scores: Tensor, u: Tensor) -> Tensor:
 
 @_compiled
 def _exponentials_in_blocks(x, powers, sums):
-    """x ← exp(x), 0 where that is less than float32 holds, and the sum of each block."""
+    """Writes exp(x) into x, 0 where that is less than float32 holds, and the sum of each block into `sums`."""
     for b in range(sums.shape[0]):
         block = x[b * BLOCK : (b + 1) * BLOCK]
         for k in range(block.shape[0]):
-            # What exponentials gives for it is not 0.
+            # The exponential of such a number does not come out as 0.
             powers[k] = block[k] < SMALLEST
         exponentials(block, powers[BLOCK : BLOCK + block.shape[0]])
         for k in range(block.shape[0]):

@@ -5,13 +5,10 @@ the token budget allows; then waiting sequences are admitted, in the turn of fai
 and the running ones are expected to need are there (future_memory.py). Prompts of batch requests and all of analysis
 have only so many rows of a step that more urgent requests keep their latency (yielding.py).
 
-When blocks run out all the same, the running sequence that would be served last gives up its own and is computed again
-later (preemption by recomputation); so does one of a lower priority when a request of a higher one waits for a place,
-and one whose client keeps it waiting when any other waits.
+When blocks or places run out all the same, some give up theirs (places.py).
 """
 
 import time
-from bisect import insort
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,13 +17,11 @@ from patchclamp_server.engine.fair_queue import FairQueue
 from patchclamp_server.engine.future_memory import can_finish
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.pace import Pace, StepRows
+from patchclamp_server.engine.places import Places
 from patchclamp_server.engine.prefixes import Prefixes
 from patchclamp_server.engine.request import Priority
 from patchclamp_server.engine.sequence import Sequence, Status
 from patchclamp_server.engine.yielding import Yielding, unserved, yielding
-
-# A sequence whose client keeps it waiting has its place for this long.
-PAUSE_SECONDS = 1.0
 
 
 class Work(NamedTuple):
@@ -37,8 +32,9 @@ class Work(NamedTuple):
 
 
 class Scheduler:
-    """`expected_length`: tokens that a sequence is expected to have in the end. `is_late`: it need not start any more;
-    those are left in `late` for whoever ends them. `analysis_slowdown`: as in EngineConfig."""
+    """Decides what runs. `expected_length` gives the tokens that a sequence is expected to have in the end. `is_late`
+    says that it need not start any more; those are left in `late` for whoever ends them. `analysis_slowdown`: as in
+    EngineConfig."""
 
     def __init__(
         self,
@@ -52,11 +48,9 @@ class Scheduler:
     ) -> None:
         self.cache = cache
         self.prefixes = Prefixes(cache)
-        self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         self.waiting = FairQueue()
-        # By priority and arrival.
-        self.running: list[Sequence] = []
+        self.places = Places(cache, self.waiting, max_sequences)
         self.expected_length = expected_length
         self._is_late = is_late
         self.late: list[Sequence] = []
@@ -64,14 +58,20 @@ class Scheduler:
         self.share = AnalysisShare(self.pace, analysis_slowdown)
         # In the last step something more urgent than analysis could run, or had paused a moment before.
         self.serving = False
-        # A client of something more urgent keeps it waiting, and may go on any moment.
-        self._pausing = False
         # In the last step a sequence that could have run was left waiting.
         self.contended = False
-        # Those that the last step ran for the first time.
+        # These ran for the first time in the last step.
         self.started: list[Sequence] = []
-        self.preemptions = 0
         self.prefix_hit_tokens = 0
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Returns the running sequences, by priority and arrival."""
+        return self.places.running
+
+    @property
+    def preemptions(self) -> int:
+        return self.places.preemptions
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
@@ -79,35 +79,34 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, whatever it does; its blocks are free at once."""
         if sequence.status is Status.RUNNING:
-            self.running.remove(sequence)
+            self.places.leave(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
-        self._release(sequence)
 
     def schedule(self, *, with_analysis: bool = True) -> list[Work]:
-        """Single tokens first, then chunks. Every sequence named has the blocks for its tokens. `with_analysis`: False
-        leaves the time of analysis requests to others."""
+        """Returns the work of a step: single tokens first, then chunks. Every sequence named has the blocks for its
+        tokens. With `with_analysis` False the time of analysis requests is left to others."""
         self.started.clear()
-        self._note_pauses()
-        self._give_way()
+        self.places.note_pauses()
+        self.places.give_way()
         highest = self._most_urgent()
         served = highest is not None and highest < Priority.ANALYSIS
-        self.serving = served or self._pausing
+        self.serving = served or self.places.pausing
         if not served:
             self.share.nothing_served()
-        allowed = yielding(self.pace, self.share, self.max_tokens, highest=highest, pausing=self._pausing)
+        allowed = yielding(self.pace, self.share, self.max_tokens, highest=highest, pausing=self.places.pausing)
         if not with_analysis:
             allowed.analysis = 0
         work = self._fill(allowed)
         if not work and served and with_analysis:
-            # What is more urgent waits for something else than rows, and analysis may be what it waits for.
+            # What is more urgent waits for something other than rows, perhaps for analysis.
             rows = unserved(self.pace, self.share, self.max_tokens, pausing=True)
             work = self._fill(Yielding(allowed.prompts, rows))
         return [w for w in work if w.n == 1] + [w for w in work if w.n > 1]
 
     def _most_urgent(self) -> Priority | None:
-        """The highest priority of those that could run."""
+        """Returns the highest priority of those that could run."""
         running = next((s for s in self.running if s.paused_at is None and s.remaining > 0), None)
         waiting = next((s for s in self.waiting.in_turn() if s.runnable), None)
         return min((s.request.priority for s in (running, waiting) if s is not None), default=None)
@@ -118,7 +117,7 @@ class Scheduler:
         before = self.preemptions
         ready = [(s, s.remaining) for s in self.running if s.paused_at is None]
         work: list[Work] = []
-        # Decoding sequences first: they have a client waiting for every token.
+        # Decoding sequences come first: they have a client waiting for every token.
         for sequence in [s for s, left in ready if left == 1]:
             if budget <= 0:
                 break
@@ -126,7 +125,7 @@ class Scheduler:
             if analyses and not allowed.analysis:
                 break
             has_room = sequence.computed < len(sequence.blocks) * self.cache.block_size
-            if self._is_there(sequence) and (has_room or self._reserve(sequence, 1)):
+            if self._is_there(sequence) and (has_room or self.places.reserve(sequence, 1)):
                 work.append(Work(sequence, 1))
                 allowed.analysis -= analyses
                 budget -= 1
@@ -136,31 +135,31 @@ class Scheduler:
             if not self._is_there(sequence):
                 continue
             n = allowed.allow(sequence, min(sequence.chunk, budget))
-            if n and self._reserve(sequence, n):
+            if n and self.places.reserve(sequence, n):
                 work.append(Work(sequence, n))
                 allowed.take(sequence, n)
                 budget -= n
         self.contended = self.preemptions != before
         if not self.contended:
-            # Blocks are short otherwise, and who was preempted must not come back in the same step.
+            # Otherwise blocks are short, and who was preempted must not come back in the same step.
             self._admit(work, budget, allowed)
         return work if self.preemptions == before else [w for w in work if w.sequence.status is Status.RUNNING]
 
     def _is_there(self, sequence: Sequence) -> bool:
-        """Whether it has not been preempted in this step, nor the sequence that it follows."""
+        """Whether a sequence has not been preempted in this step, nor the sequence that it follows."""
         return sequence.status is Status.RUNNING and (sequence.leader is None or sequence.remaining > 0)
 
     def _admit(self, work: list[Work], budget: int, allowed: Yielding) -> None:
         if not len(self.waiting):
             return
-        if budget <= 0 or len(self.running) >= self.max_sequences:
+        if budget <= 0 or self.places.are_taken:
             self.contended = any(s.runnable for s in self.waiting.in_turn())
             return
         coming = self.prefixes.coming(self.running)
         for sequence in self.waiting.in_turn():
             if not sequence.runnable:
                 continue
-            if budget <= 0 or len(self.running) >= self.max_sequences:
+            if budget <= 0 or self.places.are_taken:
                 self.contended = True
                 break
             if sequence.admitted_at is None and self._is_late(sequence):
@@ -173,7 +172,7 @@ class Scheduler:
             if not n:
                 self.contended = True
                 break
-            if not self._has_room(hit, n) and not (self._displace(sequence) and self._has_room(hit, n)):
+            if not self.places.make_room(sequence, hit, n):
                 self.contended = True
                 break
             if not can_finish(self.cache, self.running, sequence, hit, self.expected_length):
@@ -181,56 +180,14 @@ class Scheduler:
                 break
             self._start(sequence, hit)
             coming.add(self.prefixes.prompt_keys(sequence), sequence)
-            self._reserve(sequence, n)
+            self.places.reserve(sequence, n)
             work.append(Work(sequence, n))
             allowed.take(sequence, n)
             budget -= n
 
-    def _note_pauses(self) -> None:
-        now, self._pausing = time.monotonic(), False
-        for sequence in self.running:
-            if not sequence.paused:
-                sequence.paused_at = None
-                continue
-            if sequence.paused_at is None:
-                sequence.paused_at = now
-                sequence.was_paused = True
-            if sequence.request.priority < Priority.ANALYSIS and sequence.paused_at > now - PAUSE_SECONDS:
-                self._pausing = True
-
-    def _give_way(self) -> None:
-        """When every place is taken, a sequence that may have to makes room for one that waits."""
-        if len(self.running) >= self.max_sequences:
-            ready = next((s for s in self.waiting.in_turn() if s.runnable), None)
-            if ready is not None:
-                self._displace(ready)
-
-    def _displace(self, sequence: Sequence) -> bool:
-        """Preempts a running sequence whose client keeps it waiting, or else the one that is served last, if its
-        priority is lower."""
-        victim = self._long_paused()
-        if victim is None:
-            victim = max(self.running, key=_priority, default=None)
-            if victim is None or victim.request.priority <= sequence.request.priority:
-                return False
-        self._preempt(victim)
-        return True
-
-    def _long_paused(self) -> Sequence | None:
-        since = time.monotonic() - PAUSE_SECONDS
-        return next((s for s in self.running if s.paused_at is not None and s.paused_at <= since), None)
-
-    def _has_room(self, hit: list[int], n: int) -> bool:
-        """Blocks for `n` tokens after those in `hit`, which may be idle and are then not free."""
-        needed = self._blocks_for(len(hit) * self.cache.block_size + n) - len(hit)
-        return needed <= self.cache.n_free - sum(1 for block in hit if self.cache.is_idle(block))
-
     def _start(self, sequence: Sequence, hit: list[int]) -> None:
-        size = self.cache.block_size
-        for block in hit:
-            self.cache.hold(block)
-        sequence.blocks = list(hit)
-        sequence.computed = len(hit) * size
+        self.waiting.start(sequence)
+        self.places.take(sequence, hit)
         if hit and sequence.state is not None and sequence.computed > sequence.state.counted:
             sequence.state.count_cached(
                 sequence.state.counted, sequence.computed, sequence.token_array(0, sequence.computed)
@@ -244,52 +201,18 @@ class Scheduler:
                 self.prefix_hit_tokens += sequence.computed
         if sequence.sparse is not None:
             sequence.sparse.begin()
-        self.waiting.start(sequence)
         # A prompt is paid for when it starts, so that not all places go to one tenant at once.
         self._charge(sequence, sequence.target)
-        insort(self.running, sequence, key=_priority)
-        sequence.status = Status.RUNNING
 
     def _charge(self, sequence: Sequence, upto: int) -> None:
-        """Its tenant pays for tokens up to there, for each once, and for none that came from the prefix cache."""
+        """Charges the tenant for tokens up to `upto`, for each once, and for none that came from the prefix cache."""
         begin = max(sequence.charged, sequence.computed)
         if upto > begin:
             self.waiting.charge(sequence, upto - begin)
             sequence.charged = upto
 
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.cache.block_size)
-
-    def _reserve(self, sequence: Sequence, n: int) -> bool:
-        """Blocks for the next `n` tokens; preempts others, or the sequence itself when it is the last."""
-        size = self.cache.block_size
-        while len(sequence.blocks) * size < sequence.computed + n:
-            block = self.cache.allocate()
-            if block is not None:
-                sequence.blocks.append(block)
-                continue
-            victim = self._long_paused() or max(self.running, key=_priority)
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.preemptions += 1
-        sequence.preempted_at.append(time.monotonic())
-        self.running.remove(sequence)
-        self._release(sequence)
-        sequence.computed = 0
-        sequence.paused_at = None
-        sequence.status = Status.WAITING
-        self.waiting.add(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.cache.release(sequence.blocks)
-        sequence.blocks = []
-
     def finish_step(self, work: list[Work]) -> None:
-        """After a step: tokens are computed, and full blocks become known to others."""
+        """Is called after a step: counts the tokens as computed, and makes full blocks known to others."""
         size = self.cache.block_size
         for sequence, n in work:
             before, computed = sequence.computed, sequence.computed + n
@@ -302,12 +225,8 @@ class Scheduler:
                 self.prefixes.register(sequence, before // size)
 
     def took(self, rows: StepRows, seconds: float) -> None:
-        """How long a step was, from which the next ones get their rows."""
+        """Takes how long a step was, from which the next ones get their rows."""
         analysis = self.pace.record(rows, seconds)
         if rows.decode or rows.prompt:
             self.share.served(seconds - analysis)
             self.share.analysed(analysis)
-
-
-def _priority(sequence: Sequence) -> tuple[int, float]:
-    return sequence.priority

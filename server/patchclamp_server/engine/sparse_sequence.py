@@ -1,4 +1,4 @@
-"""Sparse inference of one sequence: which of its rows are selected for, what they must keep, and what came of it."""
+"""Keeps the sparse inference of one sequence: which rows it selects for, what they must keep, and what came of it."""
 
 from dataclasses import dataclass, field
 
@@ -25,14 +25,14 @@ class SparseSequence:
     prompt_length: int
     forced: Forced
     guard: GuardState | None
-    # Set by the guard when it falls back.
+    # The guard sets it when it falls back.
     dense_from: int | None = None
     _state: SequenceState = field(default_factory=SequenceState)
     _prompt_ended: bool = False
-    # Neurons that watches keep, and those together with `forced`.
+    # These are the neurons that watches keep, and those together with `forced`.
     _watched: Forced = field(default_factory=dict)
     _kept: Forced | None = None
-    # Sparse rows since `begin`.
+    # This counts the sparse rows since `begin`.
     _rows: int = 0
 
     @classmethod
@@ -45,11 +45,12 @@ class SparseSequence:
 
     @property
     def reusable_until(self) -> int:
-        """Tokens before this position may come from the prefix cache: dense ones that the policy need not see."""
+        """Returns the position before which tokens may come from the prefix cache: dense ones that the policy need not
+        see."""
         return 0 if self.asked.selector.observes_prompt else self.prompt_length
 
     def next_boundary(self, position: int) -> int | None:
-        """Where rows after `position` begin to be computed otherwise; a chunk does not cross it."""
+        """Returns where rows after `position` begin to be computed otherwise; a chunk does not cross it."""
         boundaries = (self.prompt_length, self.dense_from)
         return min((b for b in boundaries if b is not None and b > position), default=None)
 
@@ -57,9 +58,10 @@ class SparseSequence:
         return position >= self.prompt_length and (self.dense_from is None or position < self.dense_from)
 
     def rows(self, row: int, position: int, n: int, watched: Forced) -> Rows | None:
-        """The next n tokens, from `position` on, as rows of a step; None where they are dense and nobody's to see.
+        """Returns the next n tokens, from `position` on, as rows of a step, or None where they are dense and no policy
+        sees them.
 
-        `watched`: neurons that are kept besides those of the program; the same object from step to step.
+        `watched` are neurons kept besides those of the program; it is the same object from step to step.
         """
         rows = slice(row, row + n)
         selector = self.asked.selector
@@ -76,12 +78,12 @@ class SparseSequence:
     def _keep(self, watched: Forced) -> Forced:
         if self._kept is None or watched is not self._watched:
             self._kept, self._watched = union(self.forced, watched), watched
-            # Sets of the sequence have the neurons of the watches before in them.
+            # The sets of the sequence contain the neurons of the watches before.
             self._state.fixed.clear()
         return self._kept
 
     def report(self, computed: int) -> SparsityReport:
-        """`computed`: tokens of the sequence that were."""
+        """Returns the report; `computed` is the number of tokens of the sequence that were computed."""
         end = computed if self.dense_from is None else min(computed, self.dense_from)
         sparse = max(0, end - self.prompt_length)
         by_layer = {layer: 1.0 - dropped / self._rows for layer, dropped in self._state.dropped().items()}
@@ -99,7 +101,7 @@ class SparseSequence:
 
 
 def union(a: Forced, b: Forced) -> Forced:
-    """Neurons of either; all of a layer where either says so."""
+    """Returns the neurons of either; None, which is all of a layer, where either says so."""
     layers = dict(a)
     for layer, neurons in b.items():
         own = a.get(layer, NO_NEURONS)
@@ -110,8 +112,8 @@ def union(a: Forced, b: Forced) -> Forced:
 
 
 def forced_by(program: BoundProgram) -> Forced:
-    """Neurons that a program edits or reads, at whichever of their sites. What is not about single neurons, such as a
-    direction, needs them all."""
+    """Returns the neurons that a program edits or reads, at whichever of their sites. What is not about single neurons,
+    such as a direction, needs all of them."""
     named: dict[int, list[list[int]]] = {}
     every: set[int] = set()
     for edit in program.edits:

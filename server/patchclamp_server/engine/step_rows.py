@@ -1,4 +1,4 @@
-"""What a step is going to compute, counted: by kind of row for pace.py, and by what is new for statistics."""
+"""Counts what a step is going to compute: by kind of row for pace.py, and by what is new for statistics."""
 
 from patchclamp_server.engine.pace import StepRows
 from patchclamp_server.engine.request import Priority
@@ -18,8 +18,8 @@ def rows_of(work: list[Work]) -> StepRows:
 
 
 def counted_tokens(work: list[Work]) -> tuple[int, int]:
-    """Before a step: tokens of prompts that it computes for the first time, a baseline beside its leader having none;
-    and tokens that a preemption made to be computed again."""
+    """Returns, before a step, the tokens of prompts that it computes for the first time (a baseline beside its leader
+    has none), and the tokens that it computes again after a preemption."""
     new = recomputed = 0
     for sequence, n in work:
         start, reached, prompt_length = sequence.computed, sequence.reached, sequence.prompt_length

@@ -46,11 +46,12 @@ class Steps:
         self._runner, self._delivery, self._exclusive = runner, delivery, exclusive
         self.n = self.prefill_tokens = self.recomputed_tokens = self.failed = 0
         self._failed_in_a_row = 0
-        # Whether requests of analysis had the last turn, and the door has the next one.
+        # This is true when requests of analysis had the last turn, and the door has the next one.
         self._door_is_next = False
 
     def run(self, on_logits: OnLogits | None) -> bool:
-        """A step, and a slice of what is at the exclusive door when it is time for one. False when nothing can run."""
+        """Runs a step, and a slice of what is at the exclusive door when it is time for one. Returns False when nothing
+        can run."""
         scheduler, live = self._scheduler, self._live
         preemptions = scheduler.preemptions
         work = scheduler.schedule(with_analysis=not (self._exclusive.busy and self._door_is_next))
@@ -69,7 +70,7 @@ class Steps:
         return self._run_slice(serves=bool(work)) or bool(work)
 
     def _run_slice(self, *, serves: bool) -> bool:
-        """`serves`: the step before it had something more urgent. False when no slice ran."""
+        """Runs a slice; returns False when none ran. `serves`: the step before it had something more urgent."""
         share = self._scheduler.share
         if not self._exclusive.busy or (serves and not share.is_due):
             return False
@@ -83,7 +84,7 @@ class Steps:
         try:
             self._run(work, on_logits)
         except Exception as error:
-            # Out of memory, or a defect: the requests of this step are lost, the engine is not.
+            # After out of memory, or a defect, the requests of this step are lost, but the engine is not.
             log.exception("a step of %d sequences failed", len(work))
             self._failed_in_a_row += 1
             self.failed += 1
@@ -95,20 +96,20 @@ class Steps:
             self._failed_in_a_row = 0
             return
         if emptied and self._model.decoder.device.type == "cuda":
-            # After the `except`, whose traceback holds the tensors of the step.
+            # This comes after the `except`, whose traceback holds the tensors of the step.
             torch.cuda.empty_cache()
 
     def _give_up(self, work: list[Work], failure: RequestError) -> None:
         """Fails the sequences of a step that was not finished."""
         size = self._config.kv_block_size
-        # It may have written what is not finite.
+        # The step may have written what is not finite.
         self._runner.cache.scrub([b for w in work for b in w.sequence.blocks[w.sequence.computed // size :]])
         for item in work:
             self._live.fail_id(item.sequence.id, failure)
 
     def _run(self, work: list[Work], on_logits: OnLogits | None) -> None:
         started = time.monotonic()
-        # Before the step, which moves what has been reached.
+        # This comes before the step, which moves what has been reached.
         prompt_tokens, recomputed = counted_tokens(work)
         result = self._runner.run(work)
         for item, position in result.broken:

@@ -1,19 +1,19 @@
-"""The uniform numbers that tokens are drawn with: they depend on a seed and on how many were drawn, on nothing else."""
+"""The uniform numbers that tokens are drawn with depend on a seed and on how many were drawn, and on nothing else."""
 
 import numpy as np
 
-# Words of 64 bits in a block of Philox-4x64. The first of each is used.
+# A block of Philox-4x64 has so many words of 64 bits. The first of each is used.
 _WORDS = 4
 
 
 def uniform(seed: int, drawn: int) -> float:
-    """Uniform in [0, 1) with 53 bits: Philox-4x64 (Salmon et al. 2011) with key `seed` at block `drawn`."""
+    """Returns a uniform number in [0, 1) with 53 bits: Philox-4x64 (Salmon et al. 2011), key `seed`, block `drawn`."""
     return _uniforms(seed, drawn, 1)[0]
 
 
 class Uniforms:
-    """The numbers `uniform` of one seed. Several are made at a time: to set the generator up takes longer than to use
-    it."""
+    """Returns the numbers `uniform` of one seed. It makes several at a time, since setting the generator up takes
+    longer than using it."""
 
     AT_ONCE = 32
 

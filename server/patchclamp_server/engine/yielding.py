@@ -1,4 +1,4 @@
-"""How many rows of a step go to work that yields to more urgent work."""
+"""Bounds the rows of a step that go to work which yields to more urgent work."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,11 @@ from patchclamp_server.engine.sequence import Sequence
 
 @dataclass(eq=False)
 class Yielding:
-    """What is left of the rows that may be in a step. Prompts of interactive requests, and the single tokens of all
-    that clients wait for, have no bound here.
+    """The rows that are left in a step. Prompts of interactive requests, and the single tokens of all that clients wait
+    for, have no bound here.
 
-    `prompts`: of batch requests, together. `analysis`: of analysis requests, together, single tokens included.
+    `prompts` bounds those of batch requests, together; `analysis` bounds analysis requests, together, single tokens
+    included.
     """
 
     prompts: int
@@ -35,8 +36,8 @@ class Yielding:
 
 
 def yielding(pace: Pace, share: AnalysisShare, most: int, *, highest: Priority | None, pausing: bool) -> Yielding:
-    """Of a step of at most `most` rows. `highest`: the highest priority of those that could run. `pausing`: something
-    more urgent than analysis waits for its client, and has not for long."""
+    """Returns the bounds of a step of at most `most` rows. `highest` is the highest priority of those that could run.
+    `pausing`: something more urgent than analysis waits for its client, and has not for long."""
     prompts = pace.rows_beside(most) if highest is Priority.INTERACTIVE else pace.rows_alone(most)
     if highest is not None and highest < Priority.ANALYSIS:
         return Yielding(prompts, pace.analysis_beside(share.turn_seconds, most) if share.is_due else 0)
@@ -44,5 +45,5 @@ def yielding(pace: Pace, share: AnalysisShare, most: int, *, highest: Priority |
 
 
 def unserved(pace: Pace, share: AnalysisShare, most: int, *, pausing: bool) -> int:
-    """Rows of analysis in a step that serves nothing else."""
+    """Returns the rows of analysis in a step that serves nothing else."""
     return pace.analysis_beside(share.turn_seconds, most) if pausing else pace.analysis_alone(most)

@@ -1,14 +1,14 @@
-"""Banks of vectors: what the tables name by a row of the bank of its width."""
+"""Banks hold the vectors that the tables name: a row number of the bank of the vector's width."""
 
 import torch
 from torch import Tensor
 
-# Row of every bank that is always zero; pads what is shorter than the longest of its kind.
+# This row of every bank is always zero. It pads what is shorter than the longest of its kind.
 ZERO_ROW = 0
 
 
 class VectorBank:
-    """Vectors of one width, [capacity, width]."""
+    """Holds vectors of one width, [capacity, width]. The capacity doubles when no row is free."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
         self.data = torch.zeros((capacity, width), dtype=dtype, device=device)
@@ -19,7 +19,7 @@ class VectorBank:
             old = len(self.data)
             self.data = torch.cat((self.data, torch.zeros_like(self.data)))
             self._free.extend(range(2 * old - 1, old - 1, -1))
-        # They are taken once they are written: a write that fails takes none.
+        # Rows are taken only after they are written, so that a write that fails takes none.
         rows = self._free[len(self._free) - len(vectors) :][::-1]
         self.data[rows] = vectors.to(self.data)
         del self._free[len(self._free) - len(vectors) :]

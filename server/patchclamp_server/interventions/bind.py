@@ -1,6 +1,6 @@
-"""Binds a Program to the model that will run it: every check, every artifact resolved, every number finite.
+"""Binds a Program to the model that will run it: checks everything, and resolves every artifact.
 
-The result is what the engine compiles into a step. Errors carry the field path of the request.
+The engine compiles the result into a step. Errors carry the field path of the request.
 """
 
 import hashlib
@@ -171,7 +171,7 @@ class _Binder:
         check_scope(scope, path, vocab_size=self.info.vocab_size, has_roles=self.has_roles)
 
     def edit_layers(self, edit: Edit, path: str) -> tuple[int, ...]:
-        """Layers of the edit: those named, or those of its neuron set."""
+        """Returns the layers that the edit names, or those of its neuron set where it names none."""
         spec = EDIT_OF[type(edit.kind)]
         ref = spec.layers_from(edit.kind)
         if ref is not None and not edit.layers and not edit.all_layers:

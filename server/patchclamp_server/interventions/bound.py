@@ -1,4 +1,4 @@
-"""A program after every check: artifacts resolved, numbers finite, sites and layers known."""
+"""A bound program has passed every check: artifacts are resolved, numbers finite, sites and layers known."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +15,7 @@ class BoundCondition:
     site: Site
     layer: int
     unit: Tensor  # [width]
-    # Holds when sign * value > sign * threshold.
+    # The condition holds when sign * value > sign * threshold.
     sign: float
     threshold: float
     cosine: bool
@@ -24,8 +24,8 @@ class BoundCondition:
 
 @dataclass(frozen=True, eq=False)
 class BoundEdit:
-    """An edit with its numbers: `payload[layer]` is what the table of its kind in kinds/ writes, and `bounds` are the
-    columns LOW and HIGH of its entries."""
+    """An edit with its numbers: the table of its kind in kinds/ writes `payload[layer]`, and `bounds` are the columns
+    LOW and HIGH of its entries."""
 
     name: str
     kind: EntryKind
@@ -38,14 +38,14 @@ class BoundEdit:
     latched: bool
     preserve_norm: bool
     bounds: tuple[float, float]
-    # Over everything but name, strength and scope.
+    # The digest covers everything but name, strength and scope.
     fingerprint: bytes
 
 
 @dataclass(frozen=True, eq=False)
 class BoundReadout:
-    """`vectors[layer]` [n, width], each of length 1, of a projection; `ids` of neurons; `heads[layer]` of heads; `k` of
-    others."""
+    """A readout with its numbers. A projection has `vectors[layer]` [n, width], each of length 1; neurons have `ids`,
+    heads have `heads[layer]`, and the top k kinds have `k`."""
 
     name: str
     kind: type[ReadoutKind]
@@ -74,10 +74,10 @@ class BoundProgram:
 
     @cached_property
     def head_readouts(self) -> tuple[BoundReadout, ...]:
-        """Those that attention itself answers."""
+        """Returns the readouts that attention itself answers."""
         return tuple(r for r in self.readouts if r.kind is HeadReadout)
 
     @cached_property
     def site_readouts(self) -> tuple[BoundReadout, ...]:
-        """Those that look at an activation."""
+        """Returns the readouts that look at an activation."""
         return tuple(r for r in self.readouts if r.kind is not HeadReadout)

@@ -1,8 +1,8 @@
 """The format of the tables that programs are written into: kinds of entry, flags, and columns.
 
-It is the format of patchclamp_kernels.program_table, where the formula of every kind stands. It is written down here
-again because importing that package needs Triton, which a machine without a GPU need not have; slots.py, which hands
-the tables to the kernels, refuses to be imported when the two differ.
+patchclamp_kernels.program_table has the same format, and the formula of every kind. It is written down here again
+because importing that package needs Triton, which a machine without a GPU need not have; slots.py, which hands the
+tables to the kernels, refuses to be imported when the two differ.
 """
 
 from enum import IntEnum, IntFlag
@@ -21,8 +21,8 @@ class EntryKind(IntEnum):
     CONDITION = 9
     PROJECTION = 10
     NEURON_VALUES = 11
-    # No kernel knows these: they need whole rows, and torch's rules read them on every device. Entries of theirs stand
-    # behind the range of a slot that kernels run.
+    # No kernel knows these kinds: they need whole rows, and torch's rules read them on every device. Their entries
+    # stand behind the range of a slot that kernels run.
     TOP_NEURONS = 32
     LOGIT_LENS = 33
 
@@ -41,16 +41,16 @@ class EntryFlag(IntFlag):
     COSINE = 4
 
 
-# Columns of whole numbers that kernels read, and those that only the host does: the place, and what orders the entries
-# of a place into groups that run as one (see entries.py).
+# Kernels read the first eight columns of whole numbers. Only the host reads the other two: the place, and what orders
+# the entries of a place into groups that run as one (see entries.py).
 KIND, ITEM, FLAGS, FIRST, COUNT, GATE, LATCH, COLUMN = range(8)
 KERNEL_COLUMNS = 8
 PLACE, GROUP = 8, 9
 INT_COLUMNS = 10
-# Columns of numbers. A condition has its sign in STRENGTH and its threshold in LOW.
+# These are the columns of floats. A condition has its sign in STRENGTH and its threshold in LOW.
 STRENGTH, LOW, HIGH, SPARE = range(4)
 FLOAT_COLUMNS = 4
-# Columns of units: neurons, heads or ranks of an entry.
+# These are the columns of units: the neurons, heads or ranks of an entry.
 FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
 UNIT, OTHER = range(2)
 NO_GATE = -1

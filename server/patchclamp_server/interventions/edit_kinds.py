@@ -1,4 +1,4 @@
-"""Kinds of edit by the names of the message Edit, and what of them a policy looks at."""
+"""Names the kinds of edit as the message Edit does, and finds what a policy checks in them."""
 
 from patchclamp_server.interventions.kinds import EDIT_OF
 from patchclamp_server.interventions.program import Edit, EditKind
@@ -11,5 +11,5 @@ def kind_name(kind: EditKind) -> str:
 
 
 def inline_numbers(edit: Edit) -> str:
-    """The field of the edit in which a request brings vectors of its own; "" where there is none."""
+    """Returns the field of the edit in which a request brings vectors of its own, or "" where it brings none."""
     return EDIT_OF[type(edit.kind)].inline(edit.kind)

@@ -1,4 +1,4 @@
-"""Writes a program down as entries and units of the tables (columns.py). All but the strengths of its edits is written
+"""Writes a program down as entries and units of the tables (columns.py). All but the strengths of its edits are written
 once, when its request is admitted."""
 
 from collections import defaultdict
@@ -29,9 +29,9 @@ from patchclamp_server.interventions.stages import stages
 from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site, place_number
 
-# The edits of a place come first, stage after stage (a program has at most 256), and then what looks at it.
+# The edits of a place come first, stage after stage (a program has at most 256), and then the conditions and readouts.
 _AFTER_EDITS = 511
-# What the activation kernel does by itself; anything else at the neurons is done on whole rows.
+# The activation kernel runs these kinds itself; any other kind at the neurons is run on whole rows.
 _ACTIVATION_KINDS = (EntryKind.NEURONS, EntryKind.NEURON_VALUES)
 NO_FLAGS = EntryFlag(0)
 _Row = tuple[tuple[int, ...], tuple[float, ...]]
@@ -39,8 +39,9 @@ _Row = tuple[tuple[int, ...], tuple[float, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Launches:
-    """What entries make a step launch: whether there are any at the queries, at the heads, at the neurons, and any at
-    the neurons that need whole rows, and any at their gates or ups; and the most of them at the neurons of a layer."""
+    """What entries make a step launch. The flags say whether there are entries at the queries, at the heads and at the
+    neurons, entries at the neurons that need whole rows, and entries at their gates or ups. `most_neuron_entries` is
+    the largest number of entries at the neurons of one layer."""
 
     attn_q: bool = False
     attn_z: bool = False
@@ -62,7 +63,7 @@ class Launches:
 
 @dataclass(frozen=True, eq=False)
 class ProgramEntries:
-    """Rows of the tables, sorted by place; the first `n_kernel` are those that kernels run."""
+    """Rows of the tables, sorted by place. Kernels run the first `n_kernel`."""
 
     ints: Int32Array  # [n, INT_COLUMNS]
     floats: FloatArray  # float32 [n, FLOAT_COLUMNS], with no strengths of edits yet
@@ -84,7 +85,7 @@ class ProgramEntries:
         )
 
     def floats_at(self, strengths: FloatArray) -> FloatArray:
-        """`floats` at the given strengths [n_edits]."""
+        """Returns `floats` with the given strengths [n_edits] filled in."""
         floats = self.floats.copy()
         floats[self.edits, STRENGTH] = strengths[self.ints[self.edits, ITEM]]
         return floats
@@ -102,14 +103,14 @@ class _Numbers:
     units: UnitColumns | None = None
 
     def spots(self, rows: IntArray, first_unit: int) -> list[tuple[int, int]]:
-        """FIRST and COUNT of its entries: one for all units, or one for each vector, or one that needs neither."""
+        """Returns FIRST and COUNT of its entries: one for all units, one for each vector, or one without either."""
         if self.units is not None:
             return [(first_unit + self.first_unit, len(self.units))]
         return [(row, 0) for row in rows.tolist()] or [(0, self.written.count)]
 
 
 class ProgramWriter:
-    """Collects the numbers of a program, and writes its entries when it is known where they went."""
+    """Collects the numbers of a program, and writes its entries once their rows in the tables are known."""
 
     def __init__(self, layout: ProgramLayout) -> None:
         self.layout = layout
@@ -140,7 +141,7 @@ class ProgramWriter:
         return _Numbers(written, width, start, n)
 
     def place(self, held: dict[int, list[int]]) -> None:
-        """Its vectors are at the rows `held` of the bank of each width: units, which name them, are known now."""
+        """Sets the rows `held` of its vectors in the bank of each width, and makes the units, which name those rows."""
         self._rows = {width: np.array(rows, dtype=np.int64) for width, rows in held.items()}
         for numbers in self._with_units():
             assert numbers.written.units is not None
@@ -169,7 +170,8 @@ class ProgramWriter:
                 floats[own, column] = parts
 
     def entries(self, first_unit: int, counters: list[int]) -> ProgramEntries:
-        """`first_unit`: where its units are. `counters`: row of the counts, and of the latch, of each edit."""
+        """Returns the entries. `first_unit` is the row of its units; `counters` has each edit's row of counts and
+        latch."""
         rows = [
             *self._edit_rows(first_unit, counters),
             *self._condition_rows(counters),
@@ -178,7 +180,7 @@ class ProgramWriter:
         ints = np.array([whole for whole, _ in rows], dtype=np.int32).reshape(-1, INT_COLUMNS)
         floats = np.array([parts for _, parts in rows], dtype=np.float32).reshape(-1, FLOAT_COLUMNS)
         behind = ints[:, KIND] >= EntryKind.TOP_NEURONS
-        # Edits of a place come before what looks at it; both keep the order of the program.
+        # Edits of a place come before its conditions and readouts; both keep the order of the program.
         order = np.lexsort((ints[:, PLACE], behind))
         ints, floats = ints[order], floats[order]
         return ProgramEntries(ints, floats, int((~behind).sum()), np.flatnonzero(ints[:, KIND] < EntryKind.CONDITION))
@@ -236,12 +238,12 @@ def _first_column(layout: ProgramLayout, i: int, readout: BoundReadout, layer: i
 
 
 def group_number(place: int, stage: int, kind: EntryKind, *, preserve_norm: bool = False) -> int:
-    """Entries of a number run as one; those of a place run in the order of the numbers."""
+    """Returns the number of a group. Entries of one number run as one; groups of a place run in ascending order."""
     return ((place * (_AFTER_EDITS + 1) + stage) * 64 + kind) * 2 + preserve_norm
 
 
 def place_of_group(group: int) -> tuple[int, EntryKind, EntryFlag]:
-    """Place, kind and flags that all entries of a group have."""
+    """Returns the place, kind and flags that all entries of a group have."""
     rest, preserve_norm = divmod(group, 2)
     rest, kind = divmod(rest, 64)
     return rest // (_AFTER_EDITS + 1), EntryKind(kind), EntryFlag.PRESERVE_NORM if preserve_norm else NO_FLAGS

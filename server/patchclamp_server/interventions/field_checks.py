@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, below
 
 E = TypeVar("E")
 H = TypeVar("H", bound=Hashable)
@@ -16,7 +16,7 @@ LARGEST_COUNT = 2**31 - 1
 
 
 def finite(value: float, field: str, *, low: float = -math.inf, high: float = math.inf) -> float:
-    """`value`, which must be a number in [low, high]."""
+    """Returns `value`, which must be a number in [low, high]."""
     if not math.isfinite(value):
         raise InvalidArgument(field, f"expected a finite number, got {value}")
     if not low <= value <= high:
@@ -33,14 +33,14 @@ def _interval(low: float, high: float) -> str:
 
 
 def count(value: int, field: str, *, low: int = 0, high: int = LARGEST_COUNT) -> int:
-    """`value`, which must lie in [low, high]; a negative one sent on the wire arrives as a huge one."""
+    """Returns `value`, which must lie in [low, high]; a negative one sent on the wire arrives as a huge one."""
     if not low <= value <= high:
         raise InvalidArgument(field, f"expected a whole number from {low} to {high}, got {value}")
     return value
 
 
 def distinct(values: Sequence[H], field: str) -> tuple[H, ...]:
-    """`values`, none of which may come twice."""
+    """Returns `values`, none of which may come twice."""
     seen: dict[H, int] = {}
     for i, value in enumerate(values):
         if value in seen:
@@ -50,7 +50,7 @@ def distinct(values: Sequence[H], field: str) -> tuple[H, ...]:
 
 
 def distinct_names(names: Iterable[str], field: str) -> None:
-    """Names that are given must be unique; `field` is the repeated field whose elements have a `name`."""
+    """Checks that names that are given are unique; `field` is the repeated field whose elements have a `name`."""
     seen: dict[str, int] = {}
     for i, name in enumerate(names):
         if name and name in seen:
@@ -59,7 +59,7 @@ def distinct_names(names: Iterable[str], field: str) -> None:
 
 
 def known(value: int, table: dict[int, E], field: str, names: Iterable[str]) -> E:
-    """Member of `table` for an enum number; UNSPECIFIED and numbers this server does not know are refused."""
+    """Returns the member of `table` for an enum number; refuses UNSPECIFIED and numbers this server does not know."""
     member = table.get(value)
     if member is None:
         what = "it is not set" if value == 0 else f"{value} is not one of them"
@@ -68,16 +68,15 @@ def known(value: int, table: dict[int, E], field: str, names: Iterable[str]) -> 
 
 
 def chosen(message: Message, oneof: str, field: str) -> str:
-    """Name of the field of `oneof` that is set; `field` is the path of the message."""
+    """Returns the name of the field of `oneof` that is set; `field` is the path of the message."""
     name: str | None = message.WhichOneof(oneof)
     if name is None:
         options = [f.name for f in message.DESCRIPTOR.oneofs_by_name[oneof].fields]
-        path = f"{field}.{oneof}" if field else oneof
-        raise InvalidArgument(path, f"expected one of {', '.join(options)}")
+        raise InvalidArgument(below(field, oneof), f"expected one of {', '.join(options)}")
     return name
 
 
 def required(message: Message, name: str, field: str) -> None:
-    """The submessage `name` must be present; `field` is the path of the message that holds it."""
+    """Checks that the submessage `name` is present; `field` is the path of the message that holds it."""
     if not message.HasField(name):
-        raise InvalidArgument(f"{field}.{name}" if field else name, "required")
+        raise InvalidArgument(below(field, name), "required")

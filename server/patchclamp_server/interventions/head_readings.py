@@ -1,4 +1,4 @@
-"""The head readouts of a step: which rows attention is asked about, and the values for each request."""
+"""The head readouts of a step: which rows attention is asked about, and which values each request gets."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from patchclamp_server.model.attention.peaks import Peaks
 
 @dataclass(eq=False)
 class HeadReading:
-    """Rows of one readout of one sequence: `uid` says whose, `positions` [n] where. These move on from step to step."""
+    """The rows of one readout of the sequence `uid`, at `positions` [n]. The positions move on from step to step."""
 
     uid: int
     readout: BoundReadout
@@ -28,22 +28,23 @@ class HeadReading:
 
 
 class HeadReadings:
-    """What is read at the same rows of the batch, in one step or in many."""
+    """The readings at the same rows of the batch, in one step or in many."""
 
     def __init__(self, readings: list[HeadReading], n_rows: int, n_heads: int, device: torch.device) -> None:
         self._readings = readings
         self.peaks = Peaks(_rows(readings), n_rows, n_heads, device)
-        # Where the values of each reading are in the peaks of the step that was asked last.
+        # This holds the peaks asked last, and where the values of each reading are in them.
         self._index: tuple[Peaks, Tensor] | None = None
 
     def move(self, spans: Sequence[ProgramSpan]) -> None:
-        """The next token of each sequence, at the rows that those before had."""
+        """Moves every reading to the next token of its sequence, which is at the same row."""
         positions = {span.state.uid: span.offset for span in spans if span.state is not None}
         for reading in self._readings:
             reading.positions = [positions[reading.uid]]
 
     def values(self, peaks: Peaks | None = None) -> list[tuple[int, ReadoutValue]]:
-        """(uid, value) of every row and layer that was asked for; of `peaks` that have more than was, or of the own."""
+        """Returns (uid, value) of every row and layer asked for. `peaks`: those to read from, which may hold more than
+        was asked for; its own by default."""
         peaks = peaks or self.peaks
         n_heads = peaks.positions.shape[2]
         if self._index is None or self._index[0] is not peaks:
@@ -67,7 +68,7 @@ class HeadReadings:
         return found
 
     def _places(self, peaks: Peaks) -> Tensor:
-        """Rows of the flat peaks, reading by reading and layer by layer."""
+        """Returns the rows of the flattened peaks, reading by reading and layer by layer."""
         n_rows = peaks.positions.shape[1]
         parts = [peaks.layers[layer].place * n_rows + r.rows for r in self._readings for layer in r.readout.layers]
         return torch.from_numpy(np.concatenate(parts)).to(peaks.positions.device)
@@ -79,12 +80,12 @@ class HeadReader:
     def __init__(self, n_heads: int, device: torch.device) -> None:
         self._n_heads = n_heads
         self._device = device
-        # Number of rows, and for each program its row and sequence.
+        # The key is the number of rows, and the row and sequence of each program.
         self._key: tuple[object, ...] | None = None
         self._last: HeadReadings | None = None
 
     def read(self, spans: Sequence[ProgramSpan], n_rows: int) -> HeadReadings | None:
-        """`spans`: those of the step that have a program. None when no row of the step is read."""
+        """Returns the readings of the step's spans that have a program, or None when no row is read."""
         reading = [span for span in spans if span.state is not None and span.state.bound.head_readouts]
         if not reading:
             return None
@@ -102,7 +103,8 @@ class HeadReader:
 
 
 def _steady(span: ProgramSpan) -> bool:
-    """Whether the next token of the sequence is read as this one is: a new generated token, and settled scopes."""
+    """Whether the next token of the sequence is read as this one is: it is a new generated token, and scopes are
+    settled."""
     state = span.state
     assert state is not None
     if len(span.token_ids) != 1 or span.offset < max(span.prompt_length, state.counted):
@@ -123,7 +125,7 @@ def _readings(span: ProgramSpan, state: ProgramState) -> list[HeadReading]:
 
 
 def _rows(readings: list[HeadReading]) -> dict[int, IntArray]:
-    """Rows that are read at each layer, ascending."""
+    """Returns the rows read at each layer, ascending."""
     parts: dict[int, list[IntArray]] = defaultdict(list)
     for reading in readings:
         for layer in reading.readout.layers:

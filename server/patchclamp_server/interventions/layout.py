@@ -1,7 +1,7 @@
-"""How a program is laid out for the kernels: its items, its columns, and the masks of its rows.
+"""Lays a program out for the kernels: its items, its columns, and the masks of its rows.
 
-An item is anything with a scope: an edit, the condition of a gate, an abort condition, a readout. Its number is its
-bit in the mask of a row. Columns are numbers of a row that kernels write: openness of conditions, values of readouts.
+An item is anything with a scope: an edit, the condition of a gate, an abort condition, a readout. Its number is its bit
+in the mask of a row. Columns are numbers of a row that kernels write: whether conditions hold, and values of readouts.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class ProgramLayout:
 
     @cached_property
     def scopes(self) -> tuple[Scope, ...]:
-        """By item: edits, then gates, aborts and readouts."""
+        """Returns the scope of every item: edits, then gates, aborts and readouts."""
         bound = self.bound
         gates = [bound.edits[i].gate for i in self.gated]
         scopes = [e.scope for e in bound.edits] + [g.scope for g in gates if g is not None]
@@ -33,22 +33,22 @@ class ProgramLayout:
 
     @cached_property
     def gated(self) -> tuple[int, ...]:
-        """Edits with a gate, in order: the i-th has column i of the conditions."""
+        """Returns the edits with a gate, in order: the i-th has column i of the conditions."""
         return tuple(i for i, e in enumerate(self.bound.edits) if e.gate is not None)
 
     @cached_property
     def items_read(self) -> tuple[BoundReadout, ...]:
-        """Readouts of sites: those whose numbers kernels take as they pass, then those that need whole rows."""
+        """Returns the readouts of sites: those that kernels take as they pass, then those that need whole rows."""
         return tuple(sorted(self.bound.site_readouts, key=lambda readout: not in_kernels(readout)))
 
     @cached_property
     def readouts(self) -> tuple[BoundReadout, ...]:
-        """The first ones of `items_read`."""
+        """Returns the readouts that kernels take, which are the first ones of `items_read`."""
         return tuple(readout for readout in self.items_read if in_kernels(readout))
 
     @cached_property
     def n_columns(self) -> int:
-        """Columns of conditions."""
+        """Returns the number of columns of conditions."""
         return len(self.gated) + len(self.bound.aborts)
 
     def gate_item(self, edit: int) -> int:
@@ -61,12 +61,12 @@ class ProgramLayout:
         return len(self.gated) + abort
 
     def readout_item(self, readout: int) -> int:
-        """`readout` counts those of `items_read`."""
+        """Returns the item of a readout, given its index in `items_read`."""
         return len(self.bound.edits) + self.n_columns + readout
 
     @cached_property
     def reading_columns(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """First column and number of columns by (readout, layer)."""
+        """Returns the first column and the number of columns by (readout, layer)."""
         columns: dict[tuple[int, int], tuple[int, int]] = {}
         first = 0
         for i, readout in enumerate(self.readouts):
@@ -82,11 +82,11 @@ class ProgramLayout:
 
     @cached_property
     def words(self) -> int:
-        """Words of a row's mask."""
+        """Returns the number of 64-bit words in the mask of a row."""
         return max(1, -(-len(self.scopes) // WORD))
 
     def masks(self, sequence: SequenceTokens, positions: IntArray, token_ids: IntArray) -> IntArray:
-        """Masks [n, words] of tokens at `positions`."""
+        """Returns the masks [n, words] of tokens at `positions` [n]."""
         masks = np.zeros((len(positions), self.words), dtype=np.uint64)
         for item, scope in enumerate(self.scopes):
             inside = scope_mask(scope, sequence, positions, token_ids).astype(np.uint64)

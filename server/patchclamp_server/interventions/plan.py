@@ -1,4 +1,4 @@
-"""The compiled programs of one step: rules at sites, run by the decoder as it passes them."""
+"""The compiled programs of one step: rules at sites, which the decoder runs as it passes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Whose are the pairs of a rule that ranks whole rows: span, place in it and name of the readout, pair by pair."""
+    """Says who asked for each pair of a rule that ranks whole rows: span, offset in it and name of the readout."""
 
     layer: int
     rule: RankingRule
@@ -28,9 +28,9 @@ class Ranking:
 
 @dataclass(eq=False)
 class Part:
-    """What is compiled of some spans of a step. `rules`: what torch runs of them, at their places.
+    """The compiled form of some spans of a step. `rules` are what torch runs of them, at their places.
 
-    `by_kernels`: kernels run the rest, and write its conditions and readings.
+    With `by_kernels`, kernels run the rest, and write its conditions and readings.
     """
 
     spans: list[ProgramSpan]
@@ -39,10 +39,10 @@ class Part:
     by_kernels: bool
     rules: dict[Place, list[Rule]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
-    # Row of Tables.counts, and 0 or 1, of each pair of an edit and a row, in the order of execution.
+    # Each pair of an edit and a row has a row of Tables.counts and 0 or 1 here, in the order of execution.
     counter: Tensor | None = None
     counted: Tensor | None = None
-    # Of the step that runs.
+    # This belongs to the step that is running.
     context: StepContext | None = None
 
     def begin(self, positions: Tensor, tables: Tables) -> None:
@@ -53,7 +53,7 @@ class Part:
         self.context = StepContext(positions, tables.latch, opened, readings, [], [], [])
 
     def finish(self, tables: Tables, outcome: StepOutcome) -> None:
-        """Adds the step to the receipts, and brings what was read to the host."""
+        """Adds the step to the receipts, and copies what was read to the host."""
         context, report, spans = self.context, self.report, self.spans
         assert context is not None
         if self.counter is not None and self.counted is not None:
@@ -75,8 +75,7 @@ class Part:
 
 
 class StepPlan:
-    """The parts of one step. Implements the decoder's SiteHooks. Decode steps keep it, and with it what is known of its
-    places."""
+    """The parts of one step; implements the decoder's SiteHooks. Decode steps keep it, with what it has cached."""
 
     def __init__(self, parts: Sequence[Part], tables: Tables) -> None:
         self.parts = parts
@@ -84,17 +83,17 @@ class StepPlan:
 
     @cached_property
     def operators(self) -> frozenset[Place]:
-        """Places at which anything runs."""
+        """Returns the places at which anything runs."""
         return frozenset(place for part in self.parts for place in part.rules)
 
     @cached_property
     def edited_queries(self) -> frozenset[int]:
-        """Layers whose queries are edited."""
+        """Returns the layers whose queries are edited."""
         return frozenset(layer for site, layer in self.operators if site is Site.ATTN_Q)
 
     @cached_property
     def visited_preactivations(self) -> frozenset[int]:
-        """Layers at whose gates or ups anything runs."""
+        """Returns the layers at whose gates or ups anything runs."""
         return frozenset(layer for site, layer in self.operators if site in PREACTIVATION_SITES)
 
     def begin(self, positions: Tensor) -> None:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 OUTLIER_RATIO = 3.0
-# Rows of a text that are kept until its norms are known: bounds of memory. A mean leaves out at most so many tokens,
-# the largest; where the last so many are all outliers, the very last stands for the text.
+# These bound the rows of a text that are kept until its norms are known, and with them memory. A mean leaves out at
+# most MOST_LEFT_OUT tokens, the largest; where the last LAST_TOKENS are all outliers, the very last stands for the
+# text.
 MOST_LEFT_OUT = 64
 LAST_TOKENS = 8
 
@@ -37,8 +38,9 @@ class Pooling(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Pooled:
-    """Of one text: values [n_layers, width] float32; by layer [n_layers] the number of `tokens` that they are the mean
-    of, and of tokens `left_out` as outliers: of all, or of those after the last that is none."""
+    """The pooled states of one text: values [n_layers, width] float32. By layer [n_layers], `tokens` is the number that
+    they are the mean of, and `left_out` the number of outliers among all tokens, or among those after the last that is
+    none."""
 
     values: Tensor
     tokens: Tensor
@@ -49,15 +51,15 @@ class Pooled:
 
 
 def outliers(norms: Tensor) -> Tensor:
-    """norms [..., n] of the tokens of a text but the first -> bool alike. A norm that is not finite is none: it is a
-    fault to be seen, and not a token to be passed over."""
+    """Returns which tokens are outliers, as bool [..., n], given the norms [..., n] of a text without its first token.
+    A norm that is not finite is none: it is a fault to be seen, and not a token to be passed over."""
     median = norms.median(dim=-1, keepdim=True).values
     return (norms > OUTLIER_RATIO * median) & (median > 0) & norms.isfinite()
 
 
 def ordinary_tokens(states: Tensor) -> Tensor:
-    """states [..., T, width] of whole texts -> bool [..., T]: no outlier, and not the first token unless it is the only
-    one."""
+    """Returns the ordinary tokens, bool [..., T], of whole texts with states [..., T, width]: no outliers, and not the
+    first token unless it is the only one."""
     norms = states.float().norm(dim=-1)
     if norms.shape[-1] == 1:
         return torch.ones_like(norms, dtype=torch.bool)
@@ -70,7 +72,7 @@ class RowSink(Protocol):
     layers: tuple[int, ...]
 
     def add(self, layer: int, states: Tensor, start: int, /) -> None:
-        """states [n, width] of tokens start ≤ t < start + n; tokens that a preemption had computed again come again."""
+        """Takes states [n, width] of tokens start ≤ t < start + n; they come again after a preemption."""
         ...
 
 
@@ -91,15 +93,16 @@ class TokenPool:
     ) -> None:
         self.pooling, self.layers, self.n_tokens = pooling, layers, n_tokens
         self._of = of
-        # Tokens but the first, unless there is no other.
+        # The first token is not pooled, unless there is no other.
         self._pooled = max(n_tokens - 1, 1)
         most = self._pooled // 2 if pooling is Pooling.MEAN else self._pooled
         self._room = min(most, MOST_LEFT_OUT if pooling is Pooling.MEAN else LAST_TOKENS)
         self._layers: dict[int, _Layer] = {}
 
     def add(self, layer: int, states: Tensor, start: int) -> None:
-        """states [n, width] of tokens start ≤ t < start + n ≤ T. Token 0 begins the text anew: it was preempted."""
-        # A copy: the blocks go on to edit the residual stream in place.
+        """Takes states [n, width] of tokens start ≤ t < start + n ≤ T. Token 0 begins the text anew after a
+        preemption."""
+        # This copies, because the blocks go on to edit the residual stream in place.
         states = states.to(torch.float32, copy=True)
         places = torch.arange(start, start + len(states), device=states.device)
         norms = states.norm(dim=1)
@@ -115,7 +118,7 @@ class TokenPool:
         self._let_go(self._layers[layer])
 
     def _let_go(self, layer: "_Layer") -> None:
-        """Of all but the rows that there is room for."""
+        """Lets go of all rows but those that there is room for, and adds them to the sum of a mean."""
         if len(layer.states) <= self._room:
             return
         mean = self.pooling is Pooling.MEAN
@@ -125,12 +128,12 @@ class TokenPool:
         layer.states, layer.places = layer.states[kept], layer.places[kept]
 
     def result(self) -> Pooled:
-        """Once all tokens of all layers have come."""
+        """Returns the pooled states; all tokens of all layers must have come."""
         found = [self._result(self._layers[layer]) for layer in self.layers]
         return Pooled(*(torch.stack(column) for column in zip(*found, strict=True)))
 
     def _result(self, layer: "_Layer") -> tuple[Tensor, Tensor, Tensor]:
-        # Indices into the norms, which begin with token 1 unless there is only token 0.
+        # These are indices into the norms, which begin with token 1 unless there is only token 0.
         index = layer.places - (1 if self.n_tokens > 1 else 0)
         passed = outliers(layer.norms)[index]
         if self.pooling is Pooling.MEAN:

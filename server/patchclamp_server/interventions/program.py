@@ -32,7 +32,7 @@ class StoredThreshold(Enum):
 
 @dataclass(frozen=True)
 class PositionRange:
-    """Half-open; negative numbers count from the end of the prompt; `end` None has no end."""
+    """A half-open range; negative numbers count from the end of the prompt, and an `end` of None sets no end."""
 
     start: int = 0
     end: int | None = None
@@ -50,13 +50,13 @@ class TokenSelector:
 
     @cached_property
     def token_set(self) -> frozenset[int]:
-        """Looked up in every step, of which a long list must not be a part."""
+        """Is cached because every step looks it up, and a long list must not be searched there."""
         return frozenset(self.token_ids)
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Tokens that match any `include` (none given: all) and no `exclude`."""
+    """Selects tokens that match any `include` (all tokens where there is none) and no `exclude`."""
 
     include: tuple[TokenSelector, ...] = ()
     exclude: tuple[TokenSelector, ...] = ()
@@ -116,7 +116,7 @@ class RotateTowards(EditKind):
 
 @dataclass(frozen=True, eq=False)
 class LowRank(EditKind):
-    """R and W [rank, width], b [rank]."""
+    """The map has R and W [rank, width], and b [rank]."""
 
     rotation: torch.Tensor
     weight: torch.Tensor
@@ -132,7 +132,7 @@ class NeuronOp(Enum):
 
 @dataclass(frozen=True, eq=False)
 class NeuronEdit(EditKind):
-    """`values`: one for all neurons, one each, or empty to use those of the neuron set (not for CLAMP)."""
+    """`values` has one for all neurons, one each, or none to use those of the neuron set (not for CLAMP)."""
 
     neurons: tuple[int, ...] = ()
     neuron_set: str | None = None
@@ -144,8 +144,8 @@ class NeuronEdit(EditKind):
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit(EditKind):
-    """Exactly one of `scale`, `mean` [n_heads_of_edit, head_dim] (or with a leading layer dimension) and `uniform`:
-    attend to all visible tokens alike, which is what a query of 0 does."""
+    """Exactly one of these is given: `scale`, `mean` [n_heads_of_edit, head_dim] (or with a leading layer dimension),
+    or `uniform`, which attends to all visible tokens alike, as a query of 0 does."""
 
     heads: tuple[int, ...]
     scale: float | None = None
@@ -155,7 +155,7 @@ class HeadEdit(EditKind):
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Projection h·v/|v| (or cosine) of an activation, compared with `threshold`, or with one that the artifact of
+    """Compares the projection h·v/|v| (or cosine) of an activation with `threshold`, or with one that the artifact of
     the vector carries."""
 
     site: Site
@@ -197,7 +197,7 @@ class AbortCondition:
 
 @dataclass(frozen=True, eq=False)
 class ProjectionReadout(ReadoutKind):
-    """h·v/|v| for each vector, as conditions see it."""
+    """Reads h·v/|v| for each vector, as conditions do."""
 
     vectors: tuple[Vector, ...]
 
@@ -219,7 +219,7 @@ class LogitLensReadout(ReadoutKind):
 
 @dataclass(frozen=True, eq=False)
 class HeadReadout(ReadoutKind):
-    """Where heads look; no heads are all of them."""
+    """Reads where heads look; no heads means all of them."""
 
     heads: tuple[int, ...] = ()
 
@@ -245,7 +245,7 @@ class Program:
 
 @dataclass(frozen=True)
 class EditReceipt:
-    """What one edit did: see the message of the same name."""
+    """Says what one edit did; see the message of the same name."""
 
     name: str
     rows: int
@@ -267,7 +267,7 @@ class Receipt:
 
 
 class ReadoutValue(NamedTuple):
-    """What one readout saw at one token and layer. There may be hundreds in a step: a tuple is made fastest."""
+    """The values of one readout at one token and layer. A step may make hundreds, and a tuple is made fastest."""
 
     name: str
     layer: int
@@ -276,5 +276,5 @@ class ReadoutValue(NamedTuple):
     ids: tuple[int, ...] = ()
 
 
-# The rows that generate a token: the last one of the prompt, and those of generated tokens.
+# This selects the rows that generate a token: the last one of the prompt, and those of generated tokens.
 GENERATING = Scope((TokenSelector(last_k=1), TokenSelector(phase=Phase.GENERATED)))

@@ -1,4 +1,4 @@
-"""Rows of a growing table given out in runs."""
+"""Gives out the rows of a growing table in runs."""
 
 
 class Ranges:
@@ -6,11 +6,11 @@ class Ranges:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        # Free runs (first, length), ascending, none next to another.
+        # These are the free runs (first, length), ascending; no two of them are adjacent.
         self._free = [(0, capacity)]
 
     def acquire(self, n: int) -> int:
-        """First of n rows; 0 rows are at 0."""
+        """Returns the first of n consecutive rows, or 0 where n is 0."""
         if not n:
             return 0
         while True:

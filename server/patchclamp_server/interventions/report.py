@@ -17,7 +17,7 @@ from patchclamp_server.model.arrays import BoolArray, IntArray
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """One readout at one row and layer: numbers [start, end) of those that are read."""
+    """One readout at one row and layer: it has the numbers [start, end) of all that are read."""
 
     span: int
     offset: int
@@ -29,7 +29,8 @@ class _Reading:
 
 
 class Report:
-    """Buffers have `n_columns` and `n_readings` columns, or more. `*_rows`: its rows that are in each, ascending."""
+    """Finds the outcome of a step in buffers that have at least `n_columns` and `n_readings` columns. `condition_rows`
+    and `reading_rows` are the rows, ascending, that each buffer needs."""
 
     def __init__(self, rows: SpanRows) -> None:
         layouts = rows.layouts
@@ -51,7 +52,7 @@ class Report:
         self._owner, self._offset, self._batch_row = rows.owner, rows.offset, rows.row
 
     def _read(self, rows: SpanRows, span: int) -> tuple[IntArray, IntArray]:
-        """Row and column of every number that the readouts of a span ask for."""
+        """Returns the row and column of every number that the readouts of a span ask for."""
         layout, (own,) = rows.layouts[span], np.nonzero(rows.owner == span)
         at, rows_read, columns_read = self._n_numbers, [_NONE], [_NONE]
         for i, readout in enumerate(layout.readouts):
@@ -74,7 +75,7 @@ class Report:
 
     @property
     def asks_conditions(self) -> bool:
-        """Whether anybody is told which conditions held: gates only ask on the device."""
+        """Whether the host needs to know which conditions held: gates only ask on the device."""
         return len(self._aborting) > 0
 
     @property
@@ -82,11 +83,11 @@ class Report:
         return len(self._readings) > 0
 
     def aborts(self, outcome: StepOutcome, spans: list[ProgramSpan], opened: np.ndarray) -> None:
-        """`opened` [rows of the batch, columns]"""
+        """Adds the aborts that held; `opened` is [rows of the batch, columns]."""
         self._abort(outcome, spans, opened[self._batch_row[self._aborting]])
 
     def own_aborts(self, outcome: StepOutcome, spans: list[ProgramSpan], opened: np.ndarray) -> None:
-        """`opened` [condition_rows, columns]"""
+        """Adds the aborts that held; `opened` is [condition_rows, columns]."""
         self._abort(outcome, spans, opened[np.searchsorted(self.condition_rows, self._aborting)])
 
     def _abort(self, outcome: StepOutcome, spans: list[ProgramSpan], opened: np.ndarray) -> None:
@@ -102,11 +103,11 @@ class Report:
             outcome.aborts.append(AbortHit(span.state.uid, name, span.offset + int(self._offset[local])))
 
     def readings(self, outcome: StepOutcome, spans: list[ProgramSpan], readings: np.ndarray) -> None:
-        """`readings` [rows of the batch, columns]"""
+        """Adds the values of readouts; `readings` is [rows of the batch, columns]."""
         self._tell(outcome, spans, readings[self._batch_row[self._rows], self._columns])
 
     def own_readings(self, outcome: StepOutcome, spans: list[ProgramSpan], readings: np.ndarray) -> None:
-        """`readings` [reading_rows, columns]"""
+        """Adds the values of readouts; `readings` is [reading_rows, columns]."""
         self._tell(outcome, spans, readings[np.searchsorted(self.reading_rows, self._rows), self._columns])
 
     def _tell(self, outcome: StepOutcome, spans: list[ProgramSpan], numbers: np.ndarray) -> None:

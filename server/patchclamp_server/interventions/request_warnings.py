@@ -1,4 +1,4 @@
-"""What is served as it was asked for, though it can hardly have been meant: told in receipts, and counted."""
+"""Warnings about requests served as asked that can hardly be meant: receipts tell them, and metrics count them."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -13,7 +13,7 @@ class WarningCode(Enum):
 
 @dataclass(frozen=True)
 class RequestWarning:
-    """`field`: path in the request, as in errors."""
+    """A warning; `field` is the path in the request, as in errors."""
 
     code: WarningCode
     field: str

@@ -1,4 +1,4 @@
-"""Numbers of a program, checked against the model: vectors and layers, from the request or the artifact store."""
+"""Checks numbers of a program against the model: vectors and layers, from the request or the artifact store."""
 
 import math
 from typing import Protocol
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.interventions.program import StoredThreshold, Vector
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
@@ -16,7 +16,7 @@ MAX_TOP_K = 128
 
 
 class ArtifactLookup(Protocol):
-    """Where artifact references are resolved; raises NotFound for an unknown one."""
+    """Resolves artifact references; raises NotFound for an unknown one."""
 
     def get(self, ref: str) -> Artifact: ...
 
@@ -58,11 +58,8 @@ class Resolver:
     def artifact(self, ref: str, kind: ArtifactKind, path: str) -> Artifact:
         if self.artifacts is None:
             raise FailedPrecondition(path, "this server keeps no artifacts")
-        try:
+        with about(path):
             artifact = self._found.get(ref) or self._found.setdefault(ref, self.artifacts.get(ref))
-        except RequestError as error:
-            error.field = path
-            raise
         if artifact.info.kind is not kind:
             raise InvalidArgument(path, f"{ref} is a {artifact.info.kind.value}, not a {kind.value}")
         if artifact.info.model_fingerprint != self.info.fingerprint:
@@ -74,7 +71,7 @@ class Resolver:
     def vectors(
         self, vector: Vector, site: Site, layers: tuple[int, ...], width: int, path: str, *, unit: bool
     ) -> dict[int, tuple[Tensor, ...]]:
-        """The direction at each layer, divided by its norm if `unit`."""
+        """Returns the direction at each layer, divided by its norm if `unit`."""
         if vector.artifact is not None:
             artifact = self.artifact(vector.artifact, ArtifactKind.VECTOR, f"{path}.artifact")
             rows = {}
@@ -110,7 +107,7 @@ class Resolver:
         return bound
 
     def stored_threshold(self, wanted: StoredThreshold, vector: Vector, site: Site, layer: int, path: str) -> float:
-        """The threshold that a vector artifact carries for a condition at this site and layer.
+        """Returns the threshold that a vector artifact carries for a condition at this site and layer.
 
         Raises InvalidArgument for a vector that is no artifact, FailedPrecondition for one that carries none.
         """

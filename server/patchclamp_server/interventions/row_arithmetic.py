@@ -1,7 +1,7 @@
-"""The sums and roundings of edits: on a CPU in float32 every row by itself in one order, elsewhere by torch.
+"""The sums and roundings of edits: on a CPU in float32 each row is summed by itself in one order.
 
-What operators.py leaves to torch on a CPU is rounded once for each number, which is the same however many rows there
-are.
+Elsewhere torch does both. What operators.py leaves to torch on a CPU is rounded once for each number, which gives the
+same result however many rows there are.
 """
 
 import torch
@@ -12,20 +12,21 @@ from patchclamp_server.cpu.invariant.operators import holds_for
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """x_i · y_i of rows [n, width] -> [n]."""
+    """Returns x_i · y_i of rows [n, width], as [n]."""
     if not holds_for(x):
         return (x * y).sum(1)
     return operators.row_dots(x, y)
 
 
 def row_norms(x: Tensor) -> Tensor:
-    """|x_i| of rows [n, width] -> [n]."""
+    """Returns |x_i| of rows [n, width], as [n]."""
     length: Tensor = row_dots(x, x).sqrt_() if holds_for(x) else torch.linalg.vector_norm(x, dim=1)
     return length
 
 
 def interpolate(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """start + share (end - start), which is `start` at 0 and `end` at 1: [n, width] and [n, 1], or [n] all."""
+    """Returns start + share (end - start), which is exactly `start` at 0 and `end` at 1. Shapes: [n, width] with a
+    share [n, 1], or [n] all."""
     if not holds_for(start):
         return torch.lerp(start, end, share)
     distance = end - start
@@ -33,12 +34,12 @@ def interpolate(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
 
 
 def add_product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """x + y z."""
+    """Returns x + y z."""
     return x + y * z if holds_for(x) else torch.addcmul(x, y, z)
 
 
 def turns(sine: Tensor, cosine: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """cos θ and sin θ of θ = min(most, atan2(sine, cosine)), [n] each."""
+    """Returns cos θ and sin θ of θ = min(most, atan2(sine, cosine)), [n] each."""
     if not holds_for(sine):
         angle = torch.minimum(most, torch.atan2(sine, cosine))
         return torch.cos(angle), torch.sin(angle)

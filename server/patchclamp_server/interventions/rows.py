@@ -1,4 +1,4 @@
-"""The rows of some spans as the tables know them: slots, and masks of what is in scope."""
+"""The rows of some spans as the tables know them: their slots, and masks of the items in scope."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from patchclamp_server.model.arrays import BoolArray, IntArray
 
 @dataclass(eq=False)
 class SpanRows:
-    """R rows of S spans that have programs, one span after the other."""
+    """The R rows of S spans that have programs, one span after the other."""
 
     states: list[ProgramState]
     owner: IntArray  # [R] which span
@@ -29,14 +29,14 @@ class SpanRows:
         return [state.loaded.layout for state in self.states]
 
     def inside(self, rows: IntArray, item: IntArray) -> BoolArray:
-        """Whether the row is in the scope of the item, pair by pair."""
+        """Whether each row is in the scope of its item, pair by pair."""
         words = self.mask[rows, item // WORD]
         found: BoolArray = (words >> (item % WORD)) & 1 != 0
         return found
 
 
 def steady_rows(tables: Tables, spans: list[ProgramSpan]) -> SpanRows:
-    """Of spans of one generated token each, whose scopes are settled: the same from step to step."""
+    """Returns the rows of spans of one generated token with settled scopes: they are the same from step to step."""
     states = [span.state for span in spans if span.state is not None]
     slots = [state.slots(tables, span.positions) for span, state in zip(spans, states, strict=True)]
     n = len(spans)
@@ -52,7 +52,7 @@ def steady_rows(tables: Tables, spans: list[ProgramSpan]) -> SpanRows:
 
 
 def moving_rows(tables: Tables, spans: list[ProgramSpan]) -> SpanRows:
-    """Of any spans that have programs."""
+    """Returns the rows of any spans that have programs."""
     states, slots, masks, counted = [], [np.empty(0, dtype=np.int64)], [], [np.empty(0, dtype=np.bool_)]
     for span in spans:
         state, positions = span.state, span.positions
@@ -70,7 +70,7 @@ def moving_rows(tables: Tables, spans: list[ProgramSpan]) -> SpanRows:
 
 
 def _stacked(masks: list[IntArray]) -> IntArray:
-    """Masks one below the other, as wide as the widest."""
+    """Stacks masks one below the other, as wide as the widest."""
     words = max((own.shape[1] for own in masks), default=1)
     stacked = np.zeros((sum(len(own) for own in masks), words), dtype=np.int64)
     at = 0
@@ -81,9 +81,10 @@ def _stacked(masks: list[IntArray]) -> IntArray:
 
 
 def chosen(host: HostTables, rows: SpanRows, *, behind: bool) -> tuple[IntArray, IntArray, BoolArray]:
-    """Pairs of a row and an entry that runs there, row by row, and whether the row is in its scope.
+    """Returns pairs of a row and an entry that runs there, row by row, and whether the row is in the entry's scope.
 
-    A latched condition runs out of its scope too, since gates ask it there. `behind`: only what kernels do not run.
+    A latched condition runs outside its scope too, since gates ask it there. With `behind`, only entries that kernels
+    do not run are returned.
     """
     extents = host.extents[rows.slot]
     first, end = extents[:, 1 if behind else 0], extents[:, 2]
@@ -93,7 +94,7 @@ def chosen(host: HostTables, rows: SpanRows, *, behind: bool) -> tuple[IntArray,
     ints = host.ints[entry]
     kind = ints[:, KIND]
     inside = rows.inside(local, ints[:, ITEM])
-    # Rows computed again are edited again, and not read again.
+    # Rows computed again after a preemption are edited again, but not read again.
     inside &= (kind <= EntryKind.CONDITION) | rows.counted[local]
     latched = (kind == EntryKind.CONDITION) & (ints[:, FLAGS] & EntryFlag.LATCHED != 0)
     kept = inside | latched

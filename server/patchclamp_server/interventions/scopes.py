@@ -1,4 +1,4 @@
-"""Which tokens a scope selects: the check against contradictions, and the mask over a span of a sequence."""
+"""Finds the tokens that a scope selects: checks it for contradictions, and masks a span of a sequence."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from patchclamp_server.interventions.program import Phase, PositionRange, Scope,
 from patchclamp_server.model.arrays import BoolArray, IntArray
 from patchclamp_server.text.vocabulary import check_ids
 
-# Role of the turn that the model itself writes.
+# The turn that the model itself writes has this role.
 GENERATED_ROLE = "assistant"
 
 Int32Array = NDArray[np.int32]
@@ -61,7 +61,7 @@ def _check_range(positions: PositionRange, path: str, phase: Phase | None) -> No
 
 
 def _implies(a: TokenSelector, b: TokenSelector) -> bool:
-    """Every token that matches `a` matches `b`."""
+    """Whether every token that matches `a` matches `b`."""
     return (
         b.phase in (None, a.phase)
         and b.positions in (None, a.positions)
@@ -80,7 +80,7 @@ class SequenceTokens:
 
 
 def scope_mask(scope: Scope, sequence: SequenceTokens, positions: IntArray, token_ids: IntArray) -> BoolArray:
-    """Mask over tokens `token_ids` [n] at `positions` [n]."""
+    """Returns the mask [n] over tokens `token_ids` [n] at `positions` [n]."""
     if not scope.include and not scope.exclude:
         return np.ones(len(positions), dtype=np.bool_)
     mask = np.zeros(len(positions), dtype=np.bool_)
@@ -118,7 +118,7 @@ def _selector_mask(
 
 
 def settled_mask(scope: Scope, sequence: SequenceTokens) -> bool | None:
-    """The value the mask has at every generated token, or None when it depends on the token."""
+    """Returns the value that the mask has at every generated token, or None when it depends on the token."""
     values = [_settled(selector, sequence) for selector in scope.include] or [True]
     excluded = [_settled(selector, sequence) for selector in scope.exclude]
     if True in excluded:

@@ -1,4 +1,4 @@
-"""What the rules of torch know of the model, and where the numbers of programs are."""
+"""What torch's rules know of the model, and the tables that hold the numbers of programs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
-    # The tables are written by the kinds, whose rules read them.
+    # An import at run time would be circular: the tables import the kinds, whose rules import this module.
     from patchclamp_server.interventions.tables import Tables
 
 
@@ -21,5 +21,5 @@ class Setting:
     head_dim: int
     widths: dict[Site, int]
     device: torch.device
-    # [n, d_model] -> logits [n, vocab]
+    # Maps [n, d_model] to logits [n, vocab].
     unembed: Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""The tables with a copy where kernels read them: patchclamp_kernels.program_table."""
+"""The tables with a copy on the device, which kernels read: patchclamp_kernels.program_table."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ _NAMES = (
 
 
 def formats() -> tuple[dict[str, int], dict[str, int]]:
-    """What the host and the kernels call kinds, flags and columns."""
+    """Returns the names and numbers of kinds, flags and columns on the host and in the kernels."""
     both = []
     for module in (columns, kernel_format):
         numbers = {name: getattr(module, name) for name in _NAMES}
@@ -33,7 +33,7 @@ if formats()[0] != formats()[1]:
 
 
 class SlotTables(Tables):
-    """Rows are copied when a program is admitted, when it first runs, and once for every change of strength."""
+    """Copies rows when a program is admitted, when it first runs, and once for every change of strength."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class SlotTables(Tables):
         entries: int = 4096,
         units: int = 4096,
     ) -> None:
-        """`entries` and `units`: rows to begin with."""
+        """Starts with `entries` and `units` rows."""
         super().__init__(dtype, device, bank_elements=bank_elements, entries=entries, units=units)
         self.n_places = n_layers * len(FORWARD_ORDER)
         host = self.host
@@ -80,7 +80,7 @@ class SlotTables(Tables):
 
 
 def _fitted(data: Tensor, capacity: int) -> Tensor:
-    """`data` with at least `capacity` rows; what is written stays."""
+    """Returns `data` with at least `capacity` rows; what is written stays."""
     if len(data) >= capacity:
         return data
     return torch.cat((data, data.new_zeros((capacity - len(data), *data.shape[1:]))))

@@ -1,4 +1,4 @@
-"""Which edits of a program run as one, and in which order the others do."""
+"""Decides which edits of a program run as one, and in which order the others run."""
 
 from patchclamp_server.interventions.bound import BoundEdit
 from patchclamp_server.interventions.kinds import EDIT_TABLES
@@ -6,7 +6,7 @@ from patchclamp_server.model.sites import Site
 
 
 def stages(edits: tuple[BoundEdit, ...]) -> list[dict[int, int]]:
-    """Stage of each edit at each layer: edits of one stage and site commute, and stages run in order."""
+    """Returns the stage of each edit at each layer. Edits of one stage and site commute, and stages run in order."""
     last: dict[tuple[Site, int], tuple[int, list[BoundEdit]]] = {}
     every: list[dict[int, int]] = []
     for edit in edits:

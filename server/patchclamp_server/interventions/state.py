@@ -16,7 +16,7 @@ from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask, s
 from patchclamp_server.interventions.tables import NEVER, LoadedProgram, Tables
 from patchclamp_server.model.arrays import BoolArray, IntArray
 
-# Of |delta| / |h|; taking everything away, as an ablation of all heads does, is 1 and its rounding.
+# This bounds |delta| / |h|. Removing everything, as an ablation of all heads does, is 1 up to rounding.
 MOST_CHANGE = 1.001
 
 
@@ -24,7 +24,7 @@ MOST_CHANGE = 1.001
 class ProgramState:
     """A program while its sequence runs.
 
-    `counted` is the first position whose rows have not been counted: recomputation after a preemption neither counts
+    `counted` is the first position whose rows have not been counted: a recomputation after a preemption neither counts
     nor reads out again.
     """
 
@@ -33,16 +33,16 @@ class ProgramState:
     sequence: SequenceTokens
     loaded: LoadedProgram
     counted: int = 0
-    # Grows with every change of strength; plans made before it are stale.
+    # It grows with every change of strength; plans made before are then stale.
     version: int = 0
-    # For each edit, (position, strength) pairs: the strength from that position on.
+    # Each edit has (position, strength) pairs: the strength holds from that position on.
     strengths: list[list[tuple[int, float]]] = field(default_factory=list)
     rows_from_cache: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.strengths = [[(0, e.strength)] for e in self.bound.edits]
         self.rows_from_cache = [0] * len(self.bound.edits)
-        # First position at which every token finds the same entries in scope and the same strengths.
+        # From this position on every token finds the same entries in scope and the same strengths.
         self.steady_from = self.sequence.prompt_length if self._settled() else NEVER
         heads = [settled_mask(r.scope, self.sequence) for r in self.bound.head_readouts]
         self.heads_settled = None not in heads
@@ -55,7 +55,7 @@ class ProgramState:
         return all(settled_mask(scope, self.sequence) is not None for scope in scopes)
 
     def set_strength(self, name: str, strength: float, position: int) -> None:
-        """`strength` holds for tokens at `position` and later. Raises NotFound for an unknown edit."""
+        """Sets the `strength` of an edit for tokens at `position` and later. Raises NotFound for an unknown edit."""
         for i, edit in enumerate(self.bound.edits):
             if edit.name == name:
                 history = [entry for entry in self.strengths[i] if entry[0] < position]
@@ -66,7 +66,7 @@ class ProgramState:
         raise NotFound("set_strength.edit", f"the program has no edit named {name!r}")
 
     def slots(self, tables: Tables, positions: IntArray) -> IntArray:
-        """Slots [n] of the program at `positions` [n]."""
+        """Returns the slots [n] of the program at `positions` [n]."""
         starts = sorted({start for history in self.strengths for start, _ in history} | {0})
         which = np.searchsorted(np.array(starts), positions, side="right") - 1
         slots = np.zeros(len(starts), dtype=np.int64)
@@ -79,12 +79,12 @@ class ProgramState:
 
     @cached_property
     def settled_masks(self) -> IntArray:
-        """Masks [1, words] of every generated token, where all scopes are settled."""
+        """Returns the masks [1, words] that every generated token has where all scopes are settled."""
         end = np.array([self.sequence.prompt_length], dtype=np.int64)
         return self.loaded.layout.masks(self.sequence, end, np.zeros(1, dtype=np.int64))
 
     def strength_at(self, edit: int, positions: IntArray) -> np.ndarray:
-        """Strengths [n] float32 of an edit at `positions` [n]."""
+        """Returns the strengths [n] float32 of an edit at `positions` [n]."""
         history = self.strengths[edit]
         if len(history) == 1:
             return np.full(len(positions), history[0][1], dtype=np.float32)
@@ -95,11 +95,13 @@ class ProgramState:
         return scope_mask(edit.scope, self.sequence, positions, token_ids)
 
     def first_unshareable(self, token_ids: IntArray) -> int:
-        """Position from which blocks depend on more than their own tokens and edits: the state of a latch."""
+        """Returns the position from which blocks depend on the state of a latch, not on their tokens and edits
+        alone."""
         return self._first_in_scope([e.gate.scope for e in self.bound.edits if e.gate and e.latched], token_ids)
 
     def first_observed(self, token_ids: IntArray) -> int:
-        """First position, of those not counted yet, at which something is read (a gate is): it must be computed."""
+        """Returns the first uncounted position that a readout, an abort condition or a gate reads: it must be
+        computed."""
         scopes = [r.scope for r in self.bound.readouts] + [a.condition.scope for a in self.bound.aborts]
         scopes += [e.gate.scope for e in self.bound.edits if e.gate is not None]
         return self._first_in_scope(scopes, token_ids, start=self.counted)
@@ -115,11 +117,11 @@ class ProgramState:
         return first
 
     def touched_digest(self, positions: IntArray, token_ids: IntArray) -> bytes:
-        """Digest of what the program does to a block of tokens; b"" when it touches none of them."""
+        """Returns a digest of what the program does to a block of tokens, or b"" when it touches none of them."""
         digest = None
         for i, edit in enumerate(self.bound.edits):
             if edit.latched:
-                # Blocks are shared only before the first token its latch looks at, where it is closed.
+                # Blocks are shared only before the first token that its latch looks at, and there the latch is closed.
                 continue
             mask = self.edit_mask(edit, positions, token_ids)
             if edit.gate is not None:
@@ -131,9 +133,9 @@ class ProgramState:
         return digest.digest() if digest is not None else b""
 
     def count_cached(self, start: int, end: int, token_ids: IntArray) -> None:
-        """Tokens [start, end) came from the prefix cache: the edits in scope were done by the request that filled it.
+        """Counts the edits in scope of tokens [start, end) from the prefix cache: the request that filled it did them.
 
-        Gated edits do not count: no token that a gate looks at is taken from the cache.
+        Gated edits do not count, because no token that a gate looks at is taken from the cache.
         """
         positions = np.arange(start, end, dtype=np.int64)
         for i, edit in enumerate(self.bound.edits):
@@ -143,7 +145,7 @@ class ProgramState:
             self.rows_from_cache[i] += touched * len(edit.layers)
 
     def receipt(self, counts: np.ndarray) -> Receipt:
-        """`counts` [n_edits, 2]: rows touched, and the sum of their relative changes."""
+        """Returns the receipt. `counts` [n_edits, 2] has the rows touched, and the sum of their relative changes."""
         edits, warnings = [], []
         counted = zip(self.bound.edits, counts.tolist(), self.rows_from_cache, strict=True)
         for i, (edit, (rows, total), cached) in enumerate(counted):

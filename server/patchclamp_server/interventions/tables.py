@@ -1,5 +1,5 @@
-"""The tables that live across steps: programs as rows of whole numbers and of floats, their vectors, their receipt
-counters and latches.
+"""The tables that live across steps hold programs as rows of whole numbers and of floats, their vectors, their receipt
+counters and their latches.
 
 A program is written into the tables once, when its request is admitted. From then on a step names rows. A *slot* is a
 program at given strengths: a session that changes a strength gets another slot from that token on, and the old one
@@ -26,17 +26,17 @@ _SLOTS = 256
 
 @dataclass(eq=False)
 class LoadedProgram:
-    """What one program holds in the tables. Units do not depend on strengths: all its slots share them."""
+    """The rows that one program holds in the tables. Units do not depend on strengths, so all its slots share them."""
 
     layout: ProgramLayout
-    # One row of counters and latches for each edit.
+    # Each edit has one row of counters and latches.
     counters: list[int]
-    # Everything held in the banks, by width.
+    # These are all rows held in the banks, by width.
     held: dict[int, list[int]] = field(default_factory=dict)
     first_unit: int = 0
     n_units: int = 0
     entries: ProgramEntries | None = None
-    # Slot by the position from which it counts, and the rows of entries of all slots, in runs.
+    # `slots` has each slot by the position from which it applies; `runs` has the rows of entries of all slots.
     slots: dict[int, int] = field(default_factory=dict)
     runs: list[tuple[int, int]] = field(default_factory=list)
 
@@ -47,10 +47,10 @@ class LoadedProgram:
 
 
 class HostTables:
-    """N entries and M units of all loaded programs: columns.py has their columns."""
+    """N entries and M units of all loaded programs; columns.py names their columns."""
 
     def __init__(self, entries: int, units: int) -> None:
-        # Of a slot: its first entry, the end of those that kernels run, and the end.
+        # Each slot has its first entry, the end of those that kernels run, and the end.
         self.extents = np.zeros((_SLOTS, 3), dtype=np.int64)
         self.ints = np.zeros((entries, INT_COLUMNS), dtype=np.int32)
         self.floats = np.zeros((entries, FLOAT_COLUMNS), dtype=np.float32)
@@ -59,7 +59,7 @@ class HostTables:
 
 
 class Tables:
-    """Rows are given out at admission and returned at the end."""
+    """Gives out rows at admission and takes them back at the end."""
 
     def __init__(
         self,
@@ -71,17 +71,17 @@ class Tables:
         entries: int = 4096,
         units: int = 4096,
     ) -> None:
-        """Rows to begin with: `capacity` of counters, `entries`, `units`. `bank_elements`: room of a bank of vectors
-        from the start; never for less than 256 vectors."""
+        """Starts with `capacity` rows of counters, `entries` and `units`. A bank of vectors starts with room for
+        `bank_elements` numbers, but for at least 256 vectors."""
         self.dtype = dtype
         self.device = device
         self._bank_elements = bank_elements
         self.banks: dict[int, VectorBank] = {}
         self.host = HostTables(entries, units)
         self._slots, self._entries, self._units = Ranges(_SLOTS), Ranges(entries), Ranges(units)
-        # Rows edited, and the sum of |delta| / |h| over them.
+        # The columns are the number of rows edited, and the sum of |delta| / |h| over them.
         self.counts = torch.zeros((capacity, 2), dtype=torch.float64, device=device)
-        # Position at which the latch of the edit fired first.
+        # This is the position at which the latch of the edit first fired.
         self.latch = torch.full((capacity,), NEVER, dtype=torch.int64, device=device)
         self._free = list(range(capacity - 1, -1, -1))
 
@@ -91,10 +91,11 @@ class Tables:
             self.banks[width] = VectorBank(width, self.dtype, self.device, rows)
         return self.banks[width]
 
-    # Banks may have been made in inference mode, and can only be written there then.
+    # Banks may have been made in inference mode, and can only be written in it then.
     @torch.inference_mode()
     def load(self, program: BoundProgram) -> LoadedProgram:
-        """Writes a program into the tables: one copy for each width of vector in it. What fails holds nothing."""
+        """Writes a program into the tables, with one copy to the device for each width of vector. A load that fails
+        holds no rows."""
         loaded = LoadedProgram(ProgramLayout(program), self._acquire(len(program.edits)))
         try:
             self._write(loaded)
@@ -119,7 +120,7 @@ class Tables:
         loaded.entries = writer.entries(first, loaded.counters)
 
     def slot(self, loaded: LoadedProgram, start: int, strengths: FloatArray) -> int:
-        """The slot of a program from position `start` on, where its edits have the `strengths` [n_edits]."""
+        """Returns the slot of a program from position `start` on, where its edits have the `strengths` [n_edits]."""
         slot = loaded.slots.get(start)
         if slot is None:
             slot = loaded.slots[start] = self._write_slot(loaded, strengths)
@@ -140,14 +141,15 @@ class Tables:
         return slot
 
     def _units_written(self, rows: slice) -> None:
-        """For whoever keeps a copy."""
+        """Is called after units are written; a subclass that keeps a copy overrides it."""
 
     def _slot_written(self, slot: int, first: int, places: Int32Array) -> None:
-        """For whoever keeps a copy: entries from `first` on that kernels run, at `places`."""
+        """Is called after a slot is written: entries from `first` on that kernels run, at `places`. A subclass that
+        keeps a copy overrides it."""
 
     @property
     def n_held(self) -> int:
-        """Rows that programs hold: of counters, and of vectors."""
+        """Returns the number of rows that programs hold, of counters and of vectors."""
         banks = list(self.banks.values())
         return len(self.counts) - len(self._free) + sum(bank.n_held for bank in banks)
 
@@ -162,7 +164,7 @@ class Tables:
         self._units.release(loaded.first_unit, loaded.n_units)
 
     def read(self, loaded: LoadedProgram) -> np.ndarray:
-        """Counts [n_edits, 2] of a program."""
+        """Returns the counts [n_edits, 2] of a program."""
         counts: np.ndarray = self.counts[loaded.counters].cpu().numpy()
         return counts
 
@@ -170,7 +172,7 @@ class Tables:
         while len(self._free) < n:
             old = len(self.counts)
             counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
-            # Both or none: their rows are the same.
+            # Both grow or neither: their rows are the same.
             self.latch = torch.cat((self.latch, torch.full_like(self.latch, NEVER)))
             self.counts = counts
             self._free.extend(range(2 * old - 1, old - 1, -1))
@@ -184,7 +186,7 @@ class Tables:
 
 
 def _fitted(data: np.ndarray, capacity: int) -> np.ndarray:
-    """`data` with at least `capacity` rows; what is written stays."""
+    """Returns `data` with at least `capacity` rows; what is written stays."""
     if len(data) >= capacity:
         return data
     return np.concatenate((data, np.zeros((capacity - len(data), *data.shape[1:]), dtype=data.dtype)))

@@ -1,4 +1,4 @@
-"""Tensor messages → torch tensors. Little-endian, dense, row-major."""
+"""Decodes Tensor messages into torch tensors. The bytes are little-endian, dense and row-major."""
 
 import math
 import sys
@@ -10,7 +10,7 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import known
 
 if TYPE_CHECKING:
-    # The engine, whose programs are decoded with this, runs where the messages are not installed.
+    # The engine, whose programs are decoded here, runs where the messages are not installed.
     from patchclamp.v1 import tensor_pb2
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -27,10 +27,10 @@ if sys.byteorder != "little":
 
 
 def decode_tensor(proto: "tensor_pb2.Tensor", field: str, *, ndims: tuple[int, ...]) -> torch.Tensor:
-    """The numbers of `proto` in float32, with one of `ndims` dimensions.
+    """Returns the numbers of `proto` in float32, with one of `ndims` dimensions.
 
-    Raises InvalidArgument: dtype not known, a dimension below 1, another number of dimensions, bytes that do not
-    fill the shape, NaN or Inf (also a float64 beyond the range of float32).
+    Raises InvalidArgument for an unknown dtype, a dimension below 1, another number of dimensions, bytes that do not
+    fill the shape, and NaN or Inf (also a float64 beyond the range of float32).
     """
     enum = proto.DESCRIPTOR.fields_by_name["dtype"].enum_type
     assert enum is not None
@@ -50,7 +50,7 @@ def decode_tensor(proto: "tensor_pb2.Tensor", field: str, *, ndims: tuple[int, .
             f"{field}.data",
             f"expected {expected_bytes} bytes for {name} {list(shape)}, got {len(proto.data)}",
         )
-    # bytearray: torch wants a writable buffer, and the message keeps its own.
+    # torch needs a writable buffer, so the bytes are copied into a bytearray and the message keeps its own.
     values = torch.frombuffer(bytearray(proto.data), dtype=dtype).reshape(shape).to(torch.float32)
     finite = torch.isfinite(values)
     if not finite.all():

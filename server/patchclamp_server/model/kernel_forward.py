@@ -230,7 +230,8 @@ class KernelForward:
         if partial is not None:
             inside = NeuronProgram(programs.table, programs.rows, place, partial[layer])
         hidden = own.mlp_input(h)
-        if programs.preactivations or not programs.breaks.isdisjoint(self._preactivation_places[layer]):
+        own_places = self._preactivation_places[layer]
+        if programs.preactivations or (programs.breaks and not programs.breaks.isdisjoint(own_places)):
             hidden = self._preactivations(programs, layer, hidden)
         neurons = gated_activation(hidden, activation=spec.activation, gated=spec.family.gated, program=inside)
         if programs.neuron_rows:

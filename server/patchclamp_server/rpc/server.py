@@ -8,46 +8,20 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import torch
-from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
 
-from patchclamp.v1 import (
-    artifact_pb2,
-    generation_pb2,
-    head_pb2,
-    job_pb2,
-    model_pb2,
-    monitoring_pb2,
-    sparsity_pb2,
-    steering_pb2,
-)
-from patchclamp.v1.artifact_pb2_grpc import add_ArtifactServiceServicer_to_server
-from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
-from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
-from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
-from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
-from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
-from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
-from patchclamp.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server
 from patchclamp_server.addresses import Address, Reservation, naming
-from patchclamp_server.analysis.exclusive import ExclusiveJobs
-from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.cpu.linear import can_be_invariant
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.errors import RequestError
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.model.load import LoadedModel, load_model
-from patchclamp_server.model.progress import Progress
+from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.monitoring.stored import WatchAsked
 from patchclamp_server.monitoring.watch import WatchOptions
-from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
-from patchclamp_server.rpc.call.detached_jobs import DetachedJobs
+from patchclamp_server.rpc.at_start import reserve
 from patchclamp_server.rpc.call.interceptors import CallInterceptor, InFlight
 from patchclamp_server.rpc.call.security import CallSecurity
-from patchclamp_server.rpc.call.upload_space import UploadLimits
 from patchclamp_server.rpc.config import ServerConfig
+from patchclamp_server.rpc.contract import METHODS, SERVICES
 from patchclamp_server.rpc.credentials import server_credentials
 from patchclamp_server.rpc.health.endpoint import HealthEndpoint
 from patchclamp_server.rpc.health.servicer import Health
@@ -55,49 +29,16 @@ from patchclamp_server.rpc.health.watchdog import stacks, watch_steps
 from patchclamp_server.rpc.metrics.endpoint import MetricsEndpoint
 from patchclamp_server.rpc.metrics.server import Metrics
 from patchclamp_server.rpc.reflection import add_reflection
-from patchclamp_server.rpc.services.artifact import ArtifactService
-from patchclamp_server.rpc.services.generation import GenerationService
-from patchclamp_server.rpc.services.head import HeadService
-from patchclamp_server.rpc.services.job import JobService
-from patchclamp_server.rpc.services.model import ModelService
-from patchclamp_server.rpc.services.monitoring import MonitoringService
-from patchclamp_server.rpc.services.sparsity import SparsityService
-from patchclamp_server.rpc.services.steering import SteeringService
+from patchclamp_server.rpc.servicers import Servicers
 from patchclamp_server.security.access import CallersAccess
 from patchclamp_server.security.configuration import ConfigurationError
-from patchclamp_server.security.metrics import SecurityMetrics
 from patchclamp_server.security.security import Security
-from patchclamp_server.sparsity.binder import Binder
-from patchclamp_server.text.prompt import PromptEncoder
 
 if TYPE_CHECKING:
     from patchclamp_server.rpc.tracing.spans import Tracing
 
 logger = logging.getLogger(__name__)
 
-SERVICES: tuple[str, ...] = tuple(
-    service.full_name
-    for module in (
-        generation_pb2,
-        steering_pb2,
-        sparsity_pb2,
-        head_pb2,
-        monitoring_pb2,
-        artifact_pb2,
-        model_pb2,
-        job_pb2,
-    )
-    for service in module.DESCRIPTOR.services_by_name.values()
-)
-# "Service/Method" of all that a policy can speak of.
-METHODS: tuple[str, ...] = (
-    *(
-        f"{service.name}/{method.name}"
-        for service in map(descriptor_pool.Default().FindServiceByName, SERVICES)
-        for method in service.methods
-    ),
-    "ServerReflection/ServerReflectionInfo",
-)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The closest that pings of a client may follow each other.
 MIN_PING_MILLISECONDS = 100
@@ -127,15 +68,10 @@ class Server:
         self.metrics.read_engine(self.engine.stats)
         self.metrics.describe_model(model.info)
         self._info = model.info
-        self._prompts = PromptEncoder(model.tokenizer, model.info)
-        self._store = ArtifactStore(config.artifacts_url)
+        self.services = Servicers(self.engine, model, config, self.metrics.on_grounded)
         if self._security.is_configured:
-            self.engine.access = self._store.access = CallersAccess()
-        self._binder = Binder(self.engine.sparse_model, self._store, self.engine.executor.sparse.prepare)
-        # One queue for the analysis jobs of all services.
-        self._jobs = ExclusiveJobs()
-        self._detached = DetachedJobs()
-        self._monitoring = MonitoringService(self.engine, self._prompts, self._store, model.info)
+            self.engine.access = self.services.store.access = CallersAccess()
+        self._monitoring = self.services.monitoring
         shared = self._monitoring.shared
         self.metrics.read_watches(self.engine.monitor, self._monitoring.dropped.of, lambda: shared.refused)
         self._health_endpoint: HealthEndpoint | None = None
@@ -169,7 +105,7 @@ class Server:
         self._security.on_new_certificate = self._metrics_endpoint.renew_certificate
         self._in_flight = InFlight(self.config.max_calls)
         self._tracing = _tracing(self.config, self._info)
-        security = CallSecurity(self._security, self._info.name, self._prompts.text_of)
+        security = CallSecurity(self._security, self._info.name, self.services.prompts.text_of)
         calls = CallInterceptor(self.metrics, self._in_flight, frozenset(SERVICES), security)
         self._health = Health()
         self._grpc = grpc.aio.server(
@@ -183,7 +119,9 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MILLISECONDS),
             ],
         )
-        self._add_services(calls)
+        self.services.add_to(self._grpc, calls)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        add_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
         try:
             with naming("--address", address):
                 port = self._add_port(address)
@@ -256,36 +194,6 @@ class Server:
     def metrics_port(self) -> int:
         return self._metrics_endpoint.port
 
-    def _add_services(self, calls: CallInterceptor) -> None:
-        add_GenerationServiceServicer_to_server(
-            GenerationService(
-                self.engine, self._prompts, self._store, self._info, self._binder, self.metrics.on_grounded
-            ),
-            self._grpc,
-        )
-        jobs = AnalysisJobs(self.engine, self._prompts, self._store, self._info, self._jobs)
-        steering, sparsity, heads = SteeringService(jobs), SparsityService(jobs, self._binder), HeadService(jobs)
-        uploads = UploadLimits(
-            max_bytes=self.config.max_upload_bytes,
-            max_concurrent_bytes=self.config.max_concurrent_upload_bytes,
-            idle_seconds=self.config.upload_idle_seconds,
-        )
-        add_SteeringServiceServicer_to_server(steering, self._grpc)
-        add_SparsityServiceServicer_to_server(sparsity, self._grpc)
-        add_HeadServiceServicer_to_server(heads, self._grpc)
-        add_MonitoringServiceServicer_to_server(self._monitoring, self._grpc)
-        add_ArtifactServiceServicer_to_server(ArtifactService(self._store, self._info, uploads), self._grpc)
-        add_ModelServiceServicer_to_server(ModelService(self._info, self._prompts), self._grpc)
-        with_jobs = {
-            "patchclamp.v1.SteeringService": steering,
-            "patchclamp.v1.SparsityService": sparsity,
-            "patchclamp.v1.HeadService": heads,
-            "patchclamp.v1.MonitoringService": self._monitoring,
-        }
-        add_JobServiceServicer_to_server(JobService(self._detached, with_jobs, calls), self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        add_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
-
     async def stop(self) -> None:
         """Drain and end: health says NOT_SERVING, connections get a GOAWAY, and running calls have `drain_seconds`.
 
@@ -315,7 +223,7 @@ class Server:
         except TimeoutError:
             logger.warning("calls still ran after %g s and are cancelled", self.config.drain_seconds)
             self._in_flight.end()
-            await self._detached.ended(LAST_STEP_SECONDS)
+            await self.services.detached.ended(LAST_STEP_SECONDS)
         await self._grpc.stop(FLUSH_SECONDS)
         await leaving
         if self._watchdog is not None:
@@ -326,7 +234,7 @@ class Server:
         if self._health_endpoint is not None:
             await self._health_endpoint.stop()
         await asyncio.to_thread(self._metrics_endpoint.close)
-        self._prompts.close()
+        self.services.prompts.close()
         await asyncio.to_thread(self._monitoring.shared.close)
         self._watching_files.cancel()
         await asyncio.to_thread(self._security.close)
@@ -360,34 +268,6 @@ def _log_failure(task: "asyncio.Task[None]") -> None:
 def _log_store_failure(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and task.exception() is not None:
         logger.critical("watches of the store are no longer followed", exc_info=task.exception())
-
-
-def check_files(config: ServerConfig) -> None:
-    """Before the model is loaded. Raises ConfigurationError when tokens, policy or certificates cannot be used."""
-    Security(config, SecurityMetrics(CollectorRegistry()), METHODS).close()
-
-
-def reserve(config: ServerConfig) -> Reservation:
-    """Holds the ports that will be served on. Raises OSError when one cannot be had."""
-    named = {
-        "--address": config.address,
-        "--metrics-address": config.metrics_address,
-        "--health-address": config.health_address,
-    }
-    return Reservation({option: Address.parse(text) for option, text in named.items() if text})
-
-
-def load(config: ServerConfig, progress: Progress | None = None) -> LoadedModel:
-    """The model of `config`. Raises ModelSourceError, and ConfigurationError for what it cannot promise."""
-    dtype, engine = getattr(torch, config.dtype), config.engine
-    if engine.batch_invariant and (not can_be_invariant(dtype, config.device) or engine.kernels):
-        raise ConfigurationError(
-            "--batch-invariant on holds with --dtype float32, --device cpu and --kernels off, "
-            f"got {config.dtype}, {config.device} and {'on' if engine.kernels else 'off'}"
-        )
-    return load_model(
-        config.model, dtype=dtype, device=config.device, batch_invariant=engine.batch_invariant, progress=progress
-    )
 
 
 def _tracing(config: ServerConfig, model: ModelInfo) -> "Tracing | None":

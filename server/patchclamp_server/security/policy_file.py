@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from patchclamp_server.engine.request import Priority
+from patchclamp_server.errors import below
 from patchclamp_server.security.configuration import ConfigurationError
 from patchclamp_server.security.metrics import OTHER_TENANT
 from patchclamp_server.security.policy import (
@@ -63,7 +64,7 @@ class _Fields:
         self._asked: list[str] = []
 
     def path(self, name: str) -> str:
-        return f"{self._path}.{name}" if self._path else name
+        return below(self._path, name)
 
     def take(self, name: str, default: Any) -> Any:
         self._asked.append(name)

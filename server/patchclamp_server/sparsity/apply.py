@@ -1,4 +1,4 @@
-"""The rows of a step that policies are about: whose they are, which are prompts, and what was active in them.
+"""Describes the rows of a step that policies are about: whose they are, which are prompts, and what was active in them.
 
 The products of the blocks (blocks.py) follow a `Step`: every row by its own policy, in one batch.
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 from patchclamp_server.sparsity.policy import Selector, SequenceState
 
 NO_NEURONS = torch.empty(0, dtype=torch.int64)
-# Neurons that are computed whatever the policy says, by layer; None stands for all.
+# These neurons are computed whatever the policy says, by layer; None stands for all.
 Forced = Mapping[int, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of one sequence in a step: `prompt` ones are dense and observed, others selected by.
+    """Rows of one sequence in a step: `prompt` rows are dense and observed, a policy selects for the others.
 
-    `forced`: clamped or watched, so always active.
+    `forced` neurons are clamped or watched, so always active.
     """
 
     rows: slice
@@ -33,7 +33,7 @@ class Rows:
         return self.prompt or self.selector.is_dense(layer) or self.forced.get(layer, NO_NEURONS) is None
 
     def with_forced(self, layer: int, mask: Tensor) -> Tensor:
-        """mask [..., d_ff] with the forced neurons."""
+        """Returns mask [..., d_ff] with the forced neurons added."""
         forced = self.forced.get(layer)
         if forced is None or not len(forced):
             return mask
@@ -68,17 +68,17 @@ class Step:
         return self._sparse[layer]
 
     def thinned(self, layer: int) -> list[Rows]:
-        """Those of `sparse` whose policies are about channels."""
+        """Returns those of `sparse` whose policies are about channels."""
         if layer not in self._thinned:
             self._thinned[layer] = [part for part in self.sparse(layer) if part.selector.thins_channels]
         return self._thinned[layer]
 
     def count(self, part: Rows, layer: int, kind: str, active: int | Tensor, of: tuple[int, int]) -> None:
-        """`active` of the (n, width) neurons or channels of n rows are computed."""
+        """Counts that `active` of the (n, width) neurons or channels of n rows are computed."""
         rows, width = of
         before, among = self.active.get((layer, kind), (0, 0))
         self.active[layer, kind] = before + active, among + rows * width
-        # Of the products of a block, what this is about.
+        # This is the share of a block's products that the selection is about.
         weight = part.selector.shares.get(kind, 1.0)
         state = part.state
         state.active[layer] = state.active.get(layer, 0.0) + active * (weight / width)
@@ -86,5 +86,5 @@ class Step:
 
 
 def forced_neurons(*sets: Sequence[int]) -> Tensor:
-    """The union of clamped and watched neurons of a layer, as `Rows.forced` takes it."""
+    """Returns the union of clamped and watched neurons of a layer, as `Rows.forced` takes it."""
     return torch.tensor(sorted(set().union(*sets)), dtype=torch.int64)

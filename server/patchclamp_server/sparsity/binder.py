@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError, about
 from patchclamp_server.interventions.resolver import ArtifactLookup
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.sparsity.parameters import policy_with
@@ -35,7 +35,7 @@ class StoredProfile:
 
 @dataclass(frozen=True, eq=False)
 class StoredNeurons:
-    """A neuron set artifact: indices by layer."""
+    """A neuron set artifact, with indices by layer."""
 
     id: str
     neurons: Mapping[int, tuple[int, ...]]
@@ -43,7 +43,7 @@ class StoredNeurons:
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """A policy with its selector. `profile` is the id of its artifact, "" without one."""
+    """A policy with its selector. `profile` is the id of its artifact, or "" without one."""
 
     policy: Policy
     selector: Selector
@@ -51,7 +51,7 @@ class Bound:
 
 
 class Binder:
-    """Thread-safe. Binding may read all weights of the model: do not call it on an event loop."""
+    """Binds policies. It is thread-safe; it may read all weights of the model: do not call it on an event loop."""
 
     def __init__(
         self, model: SparseModel, artifacts: ArtifactLookup, ready: Callable[[], object] = lambda: None
@@ -66,8 +66,8 @@ class Binder:
         self._binding = threading.Lock()
 
     def profile(self, ref: str, path: str) -> StoredProfile:
-        """The profile of an id or tag. Errors are at `path`: NotFound; FailedPrecondition: another kind or model, or
-        tensors and parameters that its policy does not take."""
+        """Returns the profile of an id or tag. Raises, at `path`, NotFound, and FailedPrecondition for another kind or
+        model, or for tensors and parameters that its policy does not take."""
         artifact = self._artifact(ref, ArtifactKind.SPARSITY_PROFILE, path)
         info, tensors = artifact.info, artifact.profile_tensors()
         try:
@@ -79,16 +79,16 @@ class Binder:
         return StoredProfile(info.id, policy, profile, _divergence(info.evidence))
 
     def neuron_set(self, ref: str, path: str) -> StoredNeurons:
-        """The neuron set of an id or tag; errors as in profile()."""
+        """Returns the neuron set of an id or tag; raises what profile() raises."""
         artifact = self._artifact(ref, ArtifactKind.NEURON_SET, path)
         neurons = {layer: tuple(artifact.neurons(layer)[0].tolist()) for layer in artifact.info.layers}
         return StoredNeurons(artifact.info.id, neurons)
 
     def bind(self, policy: Policy, source: StoredProfile | StoredNeurons | None = None) -> Bound:
-        """`source`: a profile, or the neurons of a static set.
+        """Binds a policy. `source` is a profile, or the neurons of a static set.
 
-        InvalidArgument("sparsity.<parameter>"): does not fit the model. FailedPrecondition("sparsity.profile"): a
-        profile of another policy, or none where one is needed.
+        Raises InvalidArgument("sparsity.<parameter>") where it does not fit the model, and
+        FailedPrecondition("sparsity.profile") for a profile of another policy, or none where one is needed.
         """
         stored = source if isinstance(source, StoredProfile) else None
         key = (policy, "" if source is None else source.id)
@@ -122,11 +122,8 @@ class Binder:
         return replace(profile, tensors={name: tensor.to(device) for name, tensor in profile.tensors.items()})
 
     def _artifact(self, ref: str, kind: ArtifactKind, path: str) -> Artifact:
-        try:
+        with about(path):
             artifact = self._artifacts.get(ref)
-        except RequestError as error:
-            error.field = path
-            raise
         info, served = artifact.info, self.model.fingerprint
         if info.kind is not kind:
             raise FailedPrecondition(path, f"{ref} is a {info.kind.value}, not a {kind.value}")
@@ -138,8 +135,9 @@ class Binder:
 def policy_of(
     provenance: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, n_layers: int, d_ff: int
 ) -> Policy:
-    """The policy of a profile, with the parameters it was calibrated for. InvalidArgument and FailedPrecondition
-    ("sparsity.<parameter>"): there is no such policy, or it does not take these parameters or tensors."""
+    """Returns the policy of a profile, with the parameters it was calibrated for. Raises InvalidArgument or
+    FailedPrecondition ("sparsity.<parameter>") where there is no such policy, or it does not take these parameters or
+    tensors."""
     parameters = provenance.get("parameters", {})
     if not isinstance(parameters, Mapping):
         raise InvalidArgument("sparsity.parameters", "expected an object")
@@ -152,7 +150,7 @@ def policy_of(
 
 
 def _divergence(evidence: Mapping[str, Any]) -> float | None:
-    """That of the quality card, unless whoever wrote it left it out."""
+    """Returns the divergence of the quality card, unless whoever wrote it left it out."""
     card = evidence.get("quality")
     value = card.get("divergence") if isinstance(card, Mapping) else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

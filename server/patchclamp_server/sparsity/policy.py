@@ -1,4 +1,4 @@
-"""What every sparse policy is: a frozen, validated description, and the same thing bound to a model.
+"""Defines what every sparse policy is: a frozen, validated description, and the same thing bound to a model.
 
 A policy answers, per MLP layer and token row, which neurons are computed exactly (`Selector.select`), or which input
 channels of a projection are read (`Selector.channels`). `keep_ratio` is the share that is kept; a tuple gives one for
@@ -47,8 +47,8 @@ ONLY_ACTIVE = Cost(0.0, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """`active` [n, d_ff] bool. `remainder`: from the final set (forced neurons are in it) to [n, d_model], what the
-    neurons that are not in it are taken to add; None for nothing."""
+    """What is computed: `active` [n, d_ff] bool. `remainder` maps the final set (with the forced neurons in it) to [n,
+    d_model], what the neurons that are not in it are taken to add, or is None for nothing."""
 
     active: Tensor
     remainder: Callable[[Tensor], Tensor] | None = None
@@ -60,7 +60,7 @@ class FixedSet:
 
     mask: Tensor  # [d_ff] bool
     index: Tensor  # [K] int64, ascending
-    # What whoever computes them has made of the set, to be used again.
+    # Whoever computes the neurons keeps here what was made of the set, to be used again.
     prepared: Any = None
 
 
@@ -83,7 +83,7 @@ class SequenceState:
     filled: int = 0
 
     def dropped(self) -> dict[int, float]:
-        """What was selected among and not computed, by layer, summed over rows. Waits for the device once."""
+        """Returns what was selected among and not computed, by layer, summed over rows. Waits for the device once."""
         counted = [active for active in self.active.values() if isinstance(active, Tensor)]
         read = iter(torch.stack(counted).tolist() if counted else ())
         return {
@@ -111,7 +111,7 @@ class Selector(ABC):
 
     @cached_property
     def shares(self) -> Mapping[str, float]:
-        """Of the weights of a block, by product."""
+        """Returns the shares of the weights of a block, by product."""
         return dict(zip(PROJECTIONS, weight_shares(self.model.spec), strict=True))
 
     @property
@@ -135,27 +135,27 @@ class Selector(ABC):
         return SequenceState()
 
     def observe_prompt(self, state: SequenceState, layer: int, neurons: Tensor) -> None:  # noqa: B027
-        """Neurons [n, d_ff] of the next n prompt tokens, after the edits."""
+        """Takes neurons [n, d_ff] of the next n prompt tokens, after the edits."""
 
     def end_prompt(self, state: SequenceState) -> None:  # noqa: B027
-        """The whole prompt was observed: sets that come from it are fixed now."""
+        """Is called when the whole prompt was observed: sets that come from it are fixed now."""
 
     def fixed_set(self, state: SequenceState, layer: int) -> Tensor | None:
-        """The set [d_ff] bool of a sequence where it is the same for every token, so that it can be compacted once."""
+        """Returns the set [d_ff] bool of a sequence where it is the same for every token, to be compacted once."""
         return state.sets.get(layer)
 
     def select(self, state: SequenceState, layer: int, mlp: MlpInput) -> Selection | None:
-        """Which neurons of the rows of one sequence are computed; None: all. Reads of `mlp` only what it has to."""
+        """Returns which neurons of the rows of one sequence are computed, or None for all. Reads only what it must."""
         active = self.fixed_set(state, layer)
         return None if active is None else Selection(active.expand(mlp.rows, -1))
 
     def channels(self, layer: int, projection: str, x: Tensor) -> Tensor | None:
-        """Which inputs [n, width] bool of a projection are read; None: all."""
+        """Returns which inputs [n, width] bool of a projection are read, or None for all."""
         return None
 
     @abstractmethod
     def cost(self, layer: int, weight_bits: int = 16) -> Cost:
-        """What a row reads, where the weights of the model have `weight_bits` bits."""
+        """Returns what a row reads, where the weights of the model have `weight_bits` bits."""
 
     def weights(self, layer: int) -> MlpWeights:
         return self.model.layers[layer]
@@ -171,9 +171,9 @@ class Policy(ABC):
 
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
-    # What a profile of this policy holds; empty: there is nothing to calibrate.
+    # These tensors make up a profile of this policy; empty: there is nothing to calibrate.
     profile_tensors: ClassVar[Mapping[str, ProfileTensor]] = {}
-    # Whether the neurons of a sequence are known after its prompt, and are the same for every token.
+    # This says that the neurons of a sequence are known after its prompt, and are the same for every token.
     fixes_sets: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -196,7 +196,8 @@ class Policy(ABC):
 
     @abstractmethod
     def bind(self, model: SparseModel, profile: Profile | None = None) -> Selector:
-        """FailedPrecondition: a profile of another model or policy, or none where one is needed."""
+        """Binds the policy. Raises FailedPrecondition for a profile of another model or policy, or none where one is
+        needed."""
 
 
 def check_ratio(field_name: str, value: float) -> None:
@@ -210,12 +211,12 @@ def check_choice(field_name: str, value: object, accepted: tuple[object, ...]) -
 
 
 def input_widths(spec: DecoderSpec) -> list[int]:
-    """Channels by product, in the order of PROJECTIONS."""
+    """Returns the number of channels by product, in the order of PROJECTIONS."""
     return [spec.d_model, spec.n_heads * spec.head_dim, spec.d_model, spec.d_ff]
 
 
 def weight_shares(spec: DecoderSpec) -> list[float]:
-    """Of the weights of a block, by product, in the order of PROJECTIONS."""
+    """Returns the shares of the weights of a block, by product, in the order of PROJECTIONS."""
     heads = spec.n_heads * spec.head_dim
     sizes = [
         spec.d_model * (heads + 2 * spec.n_kv_heads * spec.head_dim),

@@ -51,12 +51,16 @@ def circuit(method: str) -> Callable[[Decoder], Work[Any]]:
 
 
 def greedy(decoder: Decoder) -> Work[Any]:
-    """What follows the requests that have given the inputs of all products."""
+    """What follows the requests that have given the inputs of all products and of the blocks."""
     texts = documents(2, 16, seed=7)
     calibrating = CALIBRATIONS["teal"](Teal(allocation="greedy"), SparseModel("llama", decoder), texts)
-    for reducer, width in zip(calibrating.reducers.values(), input_widths(decoder.spec), strict=True):
+    assert calibrating.residuals is not None
+    widths = *input_widths(decoder.spec), decoder.spec.d_model
+    for reducer, width in zip((*calibrating.reducers.values(), calibrating.residuals), widths, strict=True):
         for layer in reducer.layers:
-            reducer.add(layer, torch.randn(32, width, generator=torch.Generator().manual_seed(layer)), Place())
+            for text in range(2):
+                rows = torch.randn(16, width, generator=torch.Generator().manual_seed(layer))
+                reducer.add(layer, rows, Place(text))
     yield (yield from calibrating.finish(Steps("calibration", decoder.spec.n_layers)))
 
 

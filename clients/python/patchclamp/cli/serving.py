@@ -23,12 +23,12 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def add_arguments(name: str, parser: Parser) -> Callable[[argparse.Namespace], int]:
     """Adds what the server package takes for a command, and returns what runs it."""
-    from patchclamp_server import cli
+    from patchclamp_server.cli import commands, options, tokens
 
     arguments, command = {
-        "serve": (cli.add_serve_arguments, cli.serve),
-        "pull": (cli.add_model_arguments, cli.pull),
-        "token": (cli.add_token_arguments, cli.token),
+        "serve": (options.add_serve_arguments, commands.serve),
+        "pull": (options.add_model_arguments, commands.pull),
+        "token": (tokens.add_token_arguments, tokens.token),
     }[name]
     arguments(parser)
     return command

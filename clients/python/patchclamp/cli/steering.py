@@ -1,16 +1,18 @@
 """Steering options of the commands that run the model.
 
 --steer VECTOR@LAYERS:STRENGTH[,generated|prompt][,unit]     joyful@10-14:4.0,generated
---clamp L<layer>N<neurons>=VALUE|MIN..MAX[,generated|prompt] L12N345=3.0   L12N3,7=..0
+--clamp L<layer>N<neurons>[@SITE]=VALUE|MIN..MAX[,generated|prompt]
+                                                             L12N345=3.0   L12N3,7=..0   L12N345@mlp_gate=0
 --program FILE                                               protobuf JSON of the message Program
 """
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from patchclamp.cli.files import parsed_file
+from patchclamp.names import SiteName
 from patchclamp.programs import (
     Program,
     Scope,
@@ -25,8 +27,11 @@ from patchclamp.programs import (
 from patchclamp.programs.edits import Layers
 from patchclamp.v1 import program_pb2 as pb
 
+_NEURON_SITES: Mapping[str, SiteName] = {"mlp_gate": "mlp_gate", "mlp_up": "mlp_up", "mlp_post": "mlp_post"}
 _SCOPES = {"generated": generated, "prompt": prompt}
-_CLAMP = re.compile(r"L(?P<layer>\d+)N(?P<neurons>\d+(,\d+)*)=(?P<value>[^,]+)(?P<options>(,[a-z]+)*)")
+# Neurons of a layer, at a site other than mlp_post where one is named.
+NEURONS = r"L(?P<layer>\d+)N(?P<neurons>\d+(,\d+)*)(@(?P<site>\w+))?"
+_CLAMP = re.compile(NEURONS + r"=(?P<value>[^,]+)(?P<options>(,[a-z]+)*)")
 
 
 def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +50,9 @@ def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
         type=clamp,
         action="append",
         default=[],
-        metavar="L<layer>N<neuron>=VALUE|MIN..MAX",
-        help="hold a neuron at a value or within bounds, as in L12N345=3.0 or L12N345=..0",
+        metavar="L<layer>N<neuron>[@SITE]=VALUE|MIN..MAX",
+        help="hold a neuron at a value or within bounds, as in L12N345=3.0 or L12N345=..0; with @mlp_gate or @mlp_up "
+        "behind it what it is made of",
     )
 
 
@@ -77,25 +83,36 @@ def steer(text: str) -> pb.Edit:
 
 
 def clamp(text: str) -> pb.Edit:
-    """Reads an edit such as L12N345=3.0,generated or L12N3,7=-1..1."""
+    """Reads an edit such as L12N345=3.0,generated or L12N3,7@mlp_gate=-1..1."""
     match = _CLAMP.fullmatch(text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not L<layer>N<neuron>=VALUE, such as L12N345=3.0")
     layer, neurons = int(match["layer"]), [int(n) for n in match["neurons"].split(",")]
     scope = _scope(match["options"].split(",")[1:], text)
-    name = f"L{layer}N{match['neurons']}"
+    site = neuron_site(match["site"], text)
+    name = text.partition("=")[0]
     low, bounds, high = match["value"].partition("..")
     with _about(text):
         if not bounds:
-            return set_neurons(neurons, _number(low, "value"), layers=layer, scope=scope, name=name)
+            return set_neurons(neurons, _number(low, "value"), layers=layer, site=site, scope=scope, name=name)
         return clamp_neurons(
             neurons,
             min=_number(low, "min") if low else None,
             max=_number(high, "max") if high else None,
             layers=layer,
+            site=site,
             scope=scope,
             name=name,
         )
+
+
+def neuron_site(word: str | None, text: str) -> SiteName:
+    """The site that is named, by default mlp_post."""
+    try:
+        return _NEURON_SITES[word or "mlp_post"]
+    except KeyError:
+        accepted = ", ".join(_NEURON_SITES)
+        raise argparse.ArgumentTypeError(f"{text!r}: {word!r} is no site of neurons; accepted: {accepted}") from None
 
 
 def program_file(path: str) -> Program:

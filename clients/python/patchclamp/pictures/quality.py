@@ -39,7 +39,7 @@ def series_of(text: str) -> Series:
     """Returns the points of each policy, by falling keep ratio.
 
     text: JSON of `sparsity evaluate --json` (a list of evaluations), or with {"table": {policy: {keep: card}}} in it,
-    as benchmarks/sparse.py writes. Raises ValueError for anything else.
+    as benchmarks/sparse writes. Raises ValueError for anything else.
     """
     found = json.loads(text)
     try:

@@ -11,6 +11,7 @@ Program([
 from patchclamp.programs.conditions import abort_when, when
 from patchclamp.programs.edits import (
     EditOptions,
+    NeuronEditOptions,
     VectorEditOptions,
     ablate_heads,
     add,
@@ -43,6 +44,7 @@ from patchclamp.programs.vectors import VectorLike, vector
 
 __all__ = [
     "EditOptions",
+    "NeuronEditOptions",
     "Program",
     "ProgramLike",
     "ReadoutOptions",

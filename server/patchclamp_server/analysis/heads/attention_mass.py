@@ -24,7 +24,7 @@ NOWHERE = -1
 
 
 def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Sliced[Tensor]:
-    """Weights that the last n queries of tokens [T] put on targets [n, m] -> [n_layers, n_heads, n, m] on the CPU.
+    """Returns the weights [n_layers, n_heads, n, m] of the last n queries of tokens [T] on targets [n, m], on the CPU.
 
     A target NOWHERE, or out of the query's sight, gets 0.
     """
@@ -39,7 +39,7 @@ def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Sliced[
 
 @dataclass(eq=False)
 class _MassReader:
-    """Hooks that compute the masses of a layer when its keys are in the pool."""
+    """Computes the masses of a layer when its keys are in the pool."""
 
     spec: DecoderSpec
     step: StepInputs
@@ -57,7 +57,7 @@ class _MassReader:
 
 
 def _mass(spec: DecoderSpec, layer: int, q: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
-    """q [T, n_heads * head_dim], keys [T, n_kv_heads, head_dim], targets [n, m] -> [n_heads, n, m]."""
+    """Returns [n_heads, n, m] for q [T, n_heads * head_dim], keys [T, n_kv_heads, head_dim] and targets [n, m]."""
     length = len(keys)
     queries, columns = q.view(length, spec.n_heads, spec.head_dim), key_columns(keys)
     positions = torch.arange(length, device=q.device)

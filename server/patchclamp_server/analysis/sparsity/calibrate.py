@@ -1,4 +1,4 @@
-"""Calibration: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
+"""Calibrates policies: documents in, profile out. What a policy needs of them is one function, listed in CALIBRATIONS.
 
 Statistics are of the dense model, over all tokens of the documents (every few rows where quantiles are taken): reducers
 get them while the documents run as requests of the engine. Where they are sums of squares, attention sinks are left out
@@ -15,23 +15,23 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.documents import KeepSite, forward, inputs_of, listening, pool_for
+from patchclamp_server.analysis.documents import OnEvent, listening
 from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.requests import completed, exclusively
-from patchclamp_server.analysis.sparsity.evaluate import scored
+from patchclamp_server.analysis.sparsity.damage import SQUARED_ERRORS, measure_damage, squared_errors
 from patchclamp_server.analysis.sparsity.kmeans import elbow_clusters
 from patchclamp_server.analysis.sparsity.quantiles import quantiles
 from patchclamp_server.analysis.sparsity.teal_allocation import greedy_path
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.exclusive import Slice, Sliced, Telling, Work
+from patchclamp_server.engine.exclusive import Slice, Telling, Work
+from patchclamp_server.engine.reducers.beginnings import Beginnings
 from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.reducers.sample import Sample
-from patchclamp_server.errors import InvalidArgument, RequestError
-from patchclamp_server.interventions.pooling import outliers
+from patchclamp_server.engine.request import Reduction, Request
+from patchclamp_server.errors import InvalidArgument, renaming_fields
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
-from patchclamp_server.sparsity.policies.budgets import GRID, REFERENCE, damage_curves
 from patchclamp_server.sparsity.policies.coreinfer_similarity import CoreInferSimilarity, multi_hot
 from patchclamp_server.sparsity.policies.coreinfer_stability import core_counts, token_order
 from patchclamp_server.sparsity.policies.fovea import Fovea
@@ -39,33 +39,32 @@ from patchclamp_server.sparsity.policies.teal import Teal
 from patchclamp_server.sparsity.policy import PROJECTIONS, Policy, input_widths
 from patchclamp_server.sparsity.profile import Profile
 
-# Rows kept of each document where samples are kept rather than sums.
+# Where samples are kept rather than sums, one of so many rows of each document is kept.
 SAMPLE_EVERY = 16
 SENTENCE_TOKENS = 64
-# Of the documents, what the slower measurements use.
-DAMAGE_DOCUMENTS, DAMAGE_ROWS = 2, 128
+# The slower measurements use so many of the documents.
+DAMAGE_DOCUMENTS = 2
 GREEDY_DOCUMENTS, GREEDY_TOKENS = 2, 128
-# Of layers, until their damage is known.
-SQUARED_ERRORS = "squared_errors"
 
-# Bounds of one calibration: an hour of a small CPU, and memory.
+# These bound one calibration to an hour of a small CPU, and its memory.
 MAX_TOKENS = 1 << 18
 KEPT_BYTES = 4 << 30
 
 Tensors = dict[str, Tensor]
-# Parts of the work at the exclusive door of the engine.
+# These are parts of the work at the exclusive door of the engine.
 Found: TypeAlias = Telling[Progress, Tensors]
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrating:
-    """`reducers` of the inputs of products, by product, and what becomes of them once they have seen all documents: a
-    part of a work at the exclusive door of the engine. `evaluate`: what is measured with that profile, by requests, and
-    yields the tensors that it has in the end."""
+    """The parts of a calibration. `reducers` take the inputs of products, by product. `finish`, a part of a work at the
+    exclusive door of the engine, makes tensors of what they have seen in all documents. `evaluate` measures with that
+    profile, by requests, and yields the tensors of the end. `residuals` gets the residual streams before the blocks."""
 
     reducers: Mapping[str, Reducer]
     finish: Callable[[Steps], Found]
     evaluate: Callable[[Engine, Tensors, Steps], AsyncGenerator[Progress | Tensors, None]] | None = None
+    residuals: Beginnings | None = None
 
 
 async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> AsyncGenerator[Progress | Profile, None]:
@@ -76,17 +75,17 @@ async def calibrate_on(engine: Engine, policy: Policy, documents: Tensor) -> Asy
     """
     model = engine.sparse_model
     calibrating, steps = _begun(policy, model, documents)
-    requests = (
-        partial(listening, model, calibrating.reducers, tuple(document), text)
-        for text, document in enumerate(documents.tolist())
-    )
-    try:
+    kept = calibrating.residuals
+
+    def request(text: int, document: Tensor) -> Callable[[OnEvent], Request]:
+        reduction = None if kept is None or text >= kept.texts else Reduction(Site.RESID_PRE, kept, text)
+        return partial(listening, model, calibrating.reducers, tuple(document.tolist()), text, reduction)
+
+    requests = (request(text, document) for text, document in enumerate(documents))
+    with renaming_fields({"prompt": "text.document_tokens"}):
         async with aclosing(completed(engine, requests)) as finished:
             async for _ in finished:
                 yield steps.advance()
-    except RequestError as error:
-        error.field = "text.document_tokens" if error.field == "prompt" else error.field
-        raise
 
     def finish() -> Work[Progress | Tensors]:
         yield (yield from calibrating.finish(steps))
@@ -120,7 +119,7 @@ def _begun(policy: Policy, model: SparseModel, documents: Tensor) -> tuple[Calib
 
 
 def most_tokens(policy: Policy, model: SparseModel) -> int:
-    """Tokens of documents that calibration takes at most: what is kept of them has KEPT_BYTES."""
+    """Returns the most tokens of documents that calibration takes: what is kept of them has KEPT_BYTES."""
     spec = model.spec
     width = {
         "teal": sum(input_widths(spec)),
@@ -142,7 +141,7 @@ def _measures_damage(policy: Policy) -> bool:
 
 
 def _sampled(model: SparseModel, documents: Tensor, *names: str) -> dict[str, Sample]:
-    """Samples of the inputs of the products named."""
+    """Returns samples of the inputs of the products named."""
     return {name: Sample(_layers(model), SAMPLE_EVERY, documents.shape[1]) for name in names}
 
 
@@ -152,6 +151,8 @@ def _layers(model: SparseModel) -> tuple[int, ...]:
 
 def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     samples = _sampled(model, documents, *PROJECTIONS)
+    few, tokens = min(GREEDY_DOCUMENTS, len(documents)), min(GREEDY_TOKENS, documents.shape[1])
+    residuals = Beginnings(_layers(model), few, tokens) if _is_greedy(policy) else None
 
     def finish(steps: Steps) -> Found:
         tensors: Tensors = {}
@@ -160,21 +161,18 @@ def _teal(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
             for layer in sample.layers:
                 found.append((yield from quantiles(sample.take(layer).abs())))
             tensors[f"quantiles.{name}"] = torch.stack(found)
-        if _is_greedy(policy):
-            tensors["greedy"] = yield from _greedy(model, documents[:GREEDY_DOCUMENTS, :GREEDY_TOKENS], tensors, steps)
+        if residuals is not None:
+            tensors["greedy"] = yield from _greedy(model, residuals, tensors, steps)
         return tensors
 
-    return Calibrating(samples, finish)
+    return Calibrating(samples, finish, residuals=residuals)
 
 
-def _greedy(model: SparseModel, documents: Tensor, quantiles: Tensors, steps: Steps) -> Telling[Progress, Tensor]:
-    residuals, decoder = KeepSite(Site.RESID_PRE), model.decoder
-    inputs = inputs_of(documents, 0, documents.shape[1], decoder)
-    yield from forward(decoder, inputs, pool_for(decoder, documents), residuals)
+def _greedy(model: SparseModel, residuals: Beginnings, quantiles: Tensors, steps: Steps) -> Telling[Progress, Tensor]:
     paths = []
     for layer in range(model.n_layers):
         grids = [quantiles[f"quantiles.{name}"][layer] for name in PROJECTIONS]
-        paths.append((yield from greedy_path(model, layer, residuals.kept[layer], len(documents), grids)))
+        paths.append((yield from greedy_path(model, layer, residuals.take(layer), residuals.texts, grids)))
         yield steps.advance()
     length = min(map(len, paths))
     return torch.stack([path[:length] for path in paths])
@@ -198,7 +196,7 @@ def _cats(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
 
 
 def _static_set(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
-    # Of the hundreds of tokens of a document the first alone, an attention sink, would decide at some layers.
+    # The first token alone, an attention sink, would outweigh the hundreds of others of a document at some layers.
     squares = OrdinarySums(_layers(model), documents.shape[1], of=torch.square)
 
     def finish(steps: Steps) -> Found:
@@ -230,12 +228,13 @@ def _similarity(policy: Policy, model: SparseModel, documents: Tensor) -> Calibr
 
 
 class Sentences(Reducer):
-    """Core counts [d_ff] of every sentence: each `tokens` tokens of a document, but for those that are left over."""
+    """Keeps core counts [d_ff] of every sentence: each `tokens` tokens of a document, but for those that are left
+    over."""
 
     def __init__(self, policy: CoreInferSimilarity, model: SparseModel, tokens: int) -> None:
         super().__init__(_layers(model))
         self._policy, self._d_ff, self._tokens = policy, model.spec.d_ff, tokens
-        # By document, sentence and layer: the orders of its tokens until it has all, then its counts.
+        # These have, by document, sentence and layer, the orders of its tokens until it has all, then its counts.
         self._orders: defaultdict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._counts: dict[tuple[int, int, int], Tensor] = {}
 
@@ -252,7 +251,7 @@ class Sentences(Reducer):
             done = part.stop
 
     def counts(self) -> Tensor:
-        """[sentences, layers, d_ff], by document and place in it."""
+        """Returns the counts [sentences, layers, d_ff], by document and place in it."""
         found = [self._counts[key] for key in sorted(self._counts)]
         return torch.stack(found).view(-1, len(self.layers), self._d_ff)
 
@@ -260,14 +259,14 @@ class Sentences(Reducer):
 def _fovea(policy: Policy, model: SparseModel, documents: Tensor) -> Calibrating:
     assert isinstance(policy, Fovea)
     sampled = _sampled(model, documents, "mlp_input")
-    evaluate = partial(_damage, policy, documents[:DAMAGE_DOCUMENTS]) if _measures_damage(policy) else None
+    evaluate = partial(measure_damage, policy, documents[:DAMAGE_DOCUMENTS]) if _measures_damage(policy) else None
     return Calibrating(sampled, partial(_fovea_errors, policy, model, sampled["mlp_input"]), evaluate)
 
 
 def _fovea_errors(policy: Fovea, model: SparseModel, sample: Sample, steps: Steps) -> Found:
     samples = [sample.take(layer) for layer in sample.layers]
     yield Slice(1)
-    # A selector without uncertainty, to see its sketches with.
+    # This selector has no uncertainty; it serves to see its sketches.
     shape = (model.n_layers, model.spec.d_ff)
     names = [f"gate_error.{policy.bits}", f"up_error.{policy.bits}"]
     blind = Profile(policy.name, model.fingerprint, {name: torch.zeros(shape) for name in names})
@@ -290,48 +289,8 @@ def _fovea_errors(policy: Fovea, model: SparseModel, sample: Sample, steps: Step
     tensors = {name: torch.stack(found) for name, found in zip(names, errors, strict=True) if found}
     if _measures_damage(policy):
         profile = Profile(policy.name, model.fingerprint, tensors)
-        tensors[SQUARED_ERRORS] = yield from _squared_errors(replace(policy, budget="uniform"), model, profile, samples)
+        tensors[SQUARED_ERRORS] = yield from squared_errors(replace(policy, budget="uniform"), model, profile, samples)
     return tensors
-
-
-def _squared_errors(policy: Fovea, model: SparseModel, profile: Profile, samples: list[Tensor]) -> Sliced[Tensor]:
-    """ε² [n_layers, GRID] of policies/budgets.py."""
-    errors = []
-    for layer, x in enumerate(samples):
-        mlp = MlpInput(x[:: max(1, len(x) // DAMAGE_ROWS)], model.layers[layer])
-        down, row = mlp.weights.down, []
-        ordinary = ~outliers((mlp.neurons @ down).norm(dim=1))
-        for keep in GRID:
-            yield Slice(len(mlp.neurons))
-            selector = replace(policy, keep_ratio=keep).bind(model, profile)
-            selection = selector.select(selector.begin(), layer, mlp)
-            error = mlp.neurons.masked_fill(selection.active, 0.0) @ down
-            if selection.remainder is not None:
-                error -= selection.remainder(selection.active)
-            row.append(float(error[ordinary].float().square().sum()))
-        errors.append(row)
-    return torch.tensor(errors)
-
-
-async def _damage(
-    policy: Fovea, documents: Tensor, engine: Engine, tensors: Tensors, steps: Steps
-) -> AsyncGenerator[Progress | Tensors, None]:
-    """Yields progress, then the tensors with D [n_layers, GRID] of policies/budgets.py: of every layer alone at
-    REFERENCE, what it does to documents [n, tokens], of which the first half is the prompt."""
-    model = engine.sparse_model
-    kept = {name: tensor for name, tensor in tensors.items() if name != SQUARED_ERRORS}
-    profile, layers = Profile(policy.name, model.fingerprint, kept), range(model.n_layers)
-    alone = [tuple(REFERENCE if other == layer else 1.0 for other in layers) for layer in layers]
-    selectors = [replace(policy, budget="uniform", keep_ratio=keep).bind(model, profile) for keep in alone]
-    divergence = torch.zeros(model.n_layers, dtype=torch.float64)
-    left = dict.fromkeys(layers, len(documents))
-    async with aclosing(scored(engine, documents, documents.shape[1] // 2, selectors)) as found:
-        async for layer, document in found:
-            divergence[layer] += document.divergence / len(documents)
-            left[layer] -= 1
-            if not left[layer]:
-                yield steps.advance()
-    yield {**kept, "damage": damage_curves(divergence.float(), tensors[SQUARED_ERRORS])}
 
 
 CALIBRATIONS: Mapping[str, Callable[[Policy, SparseModel, Tensor], Calibrating]] = {

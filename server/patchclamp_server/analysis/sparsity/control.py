@@ -1,7 +1,7 @@
-"""The control of a policy: a random choice of the same size in every layer.
+"""Makes the control of a policy: a random choice of the same size in every layer.
 
-Neurons for policies of neurons; for TEAL and WINA input channels of the same four products. Where a policy has no
-ratio of its own (exact zeros, a given set), the share that it was found to keep is spread evenly.
+It chooses neurons for policies of neurons, and input channels of the same four products for TEAL and WINA. Where a
+policy has no ratio of its own (exact zeros, a given set), the share that it was found to keep is spread evenly.
 """
 
 from patchclamp_server.sparsity.mlp import SparseModel
@@ -11,7 +11,8 @@ from patchclamp_server.sparsity.policy import Policy, Selector
 
 
 def control_of(policy: Policy, selector: Selector, model: SparseModel, sparsity: float) -> Selector:
-    """`sparsity`: the share that the policy did not compute, as measured; of no matter where it has a ratio."""
+    """Returns the control. `sparsity` is the share that the policy did not compute, as measured; it is not used where
+    the policy has a ratio."""
     layers = range(model.n_layers)
     keep = tuple(1.0 if selector.is_dense(layer) else selector.keep[layer] for layer in layers)
     if asked_ratio(policy) is None:
@@ -22,7 +23,7 @@ def control_of(policy: Policy, selector: Selector, model: SparseModel, sparsity:
 
 
 def asked_ratio(policy: Policy) -> float | None:
-    """The keep ratio of a policy, the mean of its layers; None where something else decides what is kept."""
+    """Returns the keep ratio of a policy, the mean of its layers, or None where something else decides what is kept."""
     if policy.name == "exact_zero" or (isinstance(policy, StaticSet) and policy.neurons is not None):
         return None
     ratio = policy.keep_ratio

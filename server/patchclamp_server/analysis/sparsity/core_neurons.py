@@ -16,7 +16,7 @@ from patchclamp_server.analysis.requests import OnEvent, completed
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.request import Priority, Reduction, Request, StopParams
-from patchclamp_server.errors import RequestError
+from patchclamp_server.errors import renaming_fields
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.policy import Selector
 
@@ -28,13 +28,10 @@ async def core_neurons(engine: Engine, selector: Selector, prompts: Sequence[tup
     """
     observed = [_Observed(selector) for _ in prompts]
     requests = [partial(_request, *asked) for asked in zip(prompts, observed, strict=True)]
-    try:
+    with renaming_fields({"prompt": "prompts"}):
         async with aclosing(completed(engine, requests)) as finished:
             async for _ in finished:
                 pass
-    except RequestError as error:
-        error.field = "prompts" if error.field == "prompt" else error.field
-        raise
     return [each.sets() for each in observed]
 
 

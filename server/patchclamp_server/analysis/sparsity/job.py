@@ -1,4 +1,4 @@
-"""Jobs of SparsityService: text in documents → a stored profile with its quality card, or cards of several policies."""
+"""Runs SparsityService's jobs: text in documents → a stored profile with its quality card, or cards of policies."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -24,7 +24,7 @@ from patchclamp_server.sparsity.parameters import parameters_of
 from patchclamp_server.sparsity.policy import Policy, Selector
 from patchclamp_server.sparsity.profile import Profile
 
-# Of a policy and of its control.
+# The first card is that of a policy, the second that of its control.
 Cards: TypeAlias = tuple[QualityCard, QualityCard]
 
 
@@ -37,7 +37,7 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """Of the token ids of all documents in order: [[id, ...], ...]."""
+        """Returns the digest of the token ids of all documents in order: [[id, ...], ...]."""
         return json_digest(self.documents.tolist())
 
 
@@ -61,7 +61,8 @@ class CalibratedProfile:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`keep_ratio`: the share asked for (the mean of its layers); what was kept, for a policy that takes no ratio."""
+    """An evaluation. `keep_ratio` is the share asked for (the mean of its layers), or what was kept, for a policy that
+    takes no ratio."""
 
     index: int
     policy: str
@@ -140,7 +141,7 @@ async def _with_control(
         if asked_ratio(policy) is not None:
             yield [selector, control_of(policy, selector, engine.sparse_model, 0.0)]
             return
-        # The control is of the size that the policy is found to have.
+        # The control has the size that the policy is found to have.
         yield [selector]
         yield [control_of(policy, selector, engine.sparse_model, cards[0].sparsity)]
 
@@ -184,5 +185,5 @@ def _store(
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """As profiles are stored, whatever the model computes in."""
+    """Returns a tensor in the type that profiles are stored in, whatever the model computes in."""
     return tensor.detach().cpu().to(torch.float32 if tensor.is_floating_point() else torch.int64)

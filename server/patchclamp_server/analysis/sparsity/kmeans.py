@@ -1,4 +1,4 @@
-"""k-means with the number of clusters at the elbow of the inertia."""
+"""Finds clusters by k-means, with their number at the elbow of the inertia."""
 
 import numpy as np
 import torch
@@ -9,9 +9,9 @@ LEAST, MOST = 4, 12
 
 
 def elbow_clusters(points: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Centres [k, width] and the cluster of each point [n]; 4 ≤ k ≤ 12, or fewer than 4 where there are fewer points.
+    """Returns centres [k, width] and the cluster of each point [n]; 4 ≤ k ≤ 12, or less where there are fewer points.
 
-    The elbow: the k whose inertia is farthest below the straight line from the least to the most clusters.
+    The elbow is the k whose inertia is farthest below the straight line from the least to the most clusters.
     """
     data = points.float().cpu().numpy()
     distinct = len(np.unique(data, axis=0))

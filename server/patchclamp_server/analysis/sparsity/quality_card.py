@@ -16,7 +16,7 @@ from patchclamp_server.sparsity.policy import Selector
 
 @dataclass(frozen=True)
 class QualityCard:
-    """Fields as in the message QualityCard."""
+    """Has the fields of the message QualityCard."""
 
     perplexity_ratio: float
     divergence: float
@@ -28,7 +28,7 @@ class QualityCard:
     dense_perplexity: float
 
     def as_json(self) -> dict[str, Any]:
-        """A number that is not finite, which JSON lacks, is null."""
+        """Returns the card for JSON, in which a number that is not finite is null."""
         return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
@@ -61,5 +61,5 @@ async def measure_quality(
 
 
 def prompt_tokens(documents: Tensor) -> int:
-    """Tokens of each document that are its dense prompt."""
+    """Returns the number of tokens of each document that are its dense prompt."""
     return documents.shape[1] // 2

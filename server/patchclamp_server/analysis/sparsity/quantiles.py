@@ -6,15 +6,15 @@ from torch import Tensor
 from patchclamp_server.engine.exclusive import Slice, Sliced
 from patchclamp_server.sparsity.policies.shares import STEPS
 
-# Values that are sorted together: a few milliseconds of a CPU.
+# So many values are sorted together, which takes a few milliseconds of a CPU.
 PART = 1 << 15
 
 
 def quantiles(magnitudes: Tensor) -> Sliced[Tensor]:
-    """[STEPS + 1]: quantile i / STEPS of all values, none of which is negative, by nearest rank.
+    """Returns quantile i / STEPS of all values by nearest rank, [STEPS + 1]. No value may be negative.
 
-    A work in slices: parts are sorted one by one, and the values of all ranks are found by bisection of what a float32
-    can be, whose bits as integers have the order of the values.
+    A work in slices: parts are sorted one by one, and the values of all ranks are found by bisection over all float32,
+    whose bits as integers have the order of the values.
     """
     parts: list[Tensor] = []
     left = list(torch.split(magnitudes.flatten(), PART))[::-1]
@@ -29,7 +29,7 @@ def quantiles(magnitudes: Tensor) -> Sliced[Tensor]:
     while bool((low < high).any()):
         yield Slice(1)
         middle = (low + high) // 2
-        # How many values are no larger.
+        # This counts the values that are no larger.
         counts = sum((torch.searchsorted(part, middle.int(), right=True) for part in parts), torch.zeros_like(ranks))
         low, high = torch.where(counts > ranks, low, middle + 1), torch.where(counts > ranks, middle, high)
     return low.int().view(torch.float32)

@@ -18,13 +18,13 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.sparsity.binder import Bound
 
 TOKENS = 33
-# Sequences, dense and sparse by turns. The first of each, which may have to make what the others use, does not count.
+# Sequences run dense and sparse by turns. The first of each may make what the others use: it does not count.
 RUNS = 8
 
 
 @dataclass(frozen=True)
 class SpeedCard:
-    """Fields as in the message SpeedCard."""
+    """Has the fields of the message SpeedCard."""
 
     dense_seconds_per_token: float
     sparse_seconds_per_token: float
@@ -35,8 +35,8 @@ class SpeedCard:
 async def measure_speed(
     engine: Engine, bound: Bound, prompt: Sequence[int], steps: Steps
 ) -> AsyncGenerator[Progress | SpeedCard, None]:
-    """Decodes after `prompt`; a sequence is a step. Yields progress, then the card. Raises what the engine refuses or
-    fails with."""
+    """Decodes after `prompt`; a sequence is a step. Yields progress, then the card. Raises what the engine refuses a
+    request with, or fails with."""
     room = engine.model.info.context_length - len(prompt)
     if room < 3:
         raise InvalidArgument("text.document_tokens", f"a prompt of {len(prompt)} tokens leaves none to decode")
@@ -53,7 +53,7 @@ async def measure_speed(
 
 
 async def _decode(engine: Engine, prompt: Sequence[int], tokens: int, sparsity: SparseInference | None) -> list[float]:
-    """Seconds between the tokens of one sequence."""
+    """Returns the seconds between the tokens of one sequence."""
     arrivals: list[float] = []
 
     def request(on_event: OnEvent) -> Request:

@@ -27,12 +27,12 @@ from patchclamp_server.sparsity.policy import (
     weight_shares,
 )
 
-# Of a block that keeps less than this nothing is left to allocate.
+# Nothing is left to allocate of a block that keeps less than this.
 LEAST = 0.2
 
 
 class _Trial(Selector):
-    """Thresholds that keep `kept` of each product's inputs."""
+    """Applies thresholds that keep `kept` of each product's inputs."""
 
     def __init__(self, model: SparseModel, grids: list[Tensor]) -> None:
         self.model = model
@@ -55,10 +55,10 @@ class _Trial(Selector):
 def greedy_path(
     model: SparseModel, layer: int, residual: Tensor, documents: int, grids: list[Tensor]
 ) -> Sliced[Tensor]:
-    """Returns the shares kept by product after each step [steps, 4]. `residual` [documents · tokens, d]: inputs of the
-    block, the only one that is run."""
+    """Returns the shares kept by product after each step [steps, 4]. `residual` [documents · tokens, d] has the inputs
+    of the block, the only one that is run."""
     decoder, alone = model.decoder, range(layer, layer + 1)
-    # The run starts from residual states, so that it does not matter which tokens these are.
+    # The run starts from residual states, so it does not matter which tokens these are.
     ids = torch.zeros(len(residual), dtype=torch.int64).view(documents, -1)
     trial = _Trial(model, grids)
     sparse = sparse_blocks(model, Step([Rows(slice(0, len(residual)), trial, trial.begin())]))

@@ -8,5 +8,5 @@ import torch
 
 
 def directions(positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor:
-    """positive, negative [n, layers, d] → [layers, d]. The method has no randomness; `seed` is not used."""
+    """Returns directions [layers, d] of positive, negative [n, layers, d]. Nothing is random; `seed` is not used."""
     return positive.mean(dim=0) - negative.mean(dim=0)

@@ -49,14 +49,14 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class Sides:
-    """Activations of pairs at one layer: positive and negative [n, d], row i of both from pair i."""
+    """The activations of pairs at one layer: positive and negative [n, d], row i of both from pair i."""
 
     positive: torch.Tensor
     negative: torch.Tensor
 
 
 def training_pairs(n_pairs: int, holdout_fraction: float) -> int:
-    """Number of pairs to learn from; the others, at least one, are held out. Raises InvalidArgument on too few."""
+    """Returns how many pairs to learn from; at least one other is held out. Raises InvalidArgument on too few."""
     heldout = max(1, round(n_pairs * holdout_fraction))
     training = n_pairs - heldout
     if training < MIN_TRAINING_PAIRS:
@@ -69,13 +69,13 @@ def training_pairs(n_pairs: int, holdout_fraction: float) -> int:
 
 
 def shuffled(n_pairs: int, seed: int) -> list[int]:
-    """A seeded order of the pairs. The first `training_pairs(...)` of it are learned from."""
+    """Returns a seeded order of the pairs. The first `training_pairs(...)` of it are learned from."""
     order: list[int] = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
 
 
 def layer_evidence(layer: int, direction: torch.Tensor, training: Sides, heldout: Sides, seed: int) -> LayerEvidence:
-    """direction [d]; raises no error on a zero direction, which is at chance by definition."""
+    """Returns the evidence of direction [d]. A zero direction raises no error; it is at chance by definition."""
     unit = torch.nn.functional.normalize(direction, dim=0)
     random = _random_units(len(direction), training, seed)
     differences = heldout.positive - heldout.negative
@@ -94,12 +94,12 @@ def layer_evidence(layer: int, direction: torch.Tensor, training: Sides, heldout
 
 
 def best_layer(layers: Sequence[LayerEvidence]) -> int:
-    """Layer with the best held-out accuracy; among equals the one with the larger margin."""
+    """Returns the layer with the best held-out accuracy; among equals the one with the larger margin."""
     return max(layers, key=lambda e: (e.heldout_accuracy, e.margin)).layer
 
 
 def warnings(layers: Sequence[LayerEvidence]) -> tuple[str, ...]:
-    """What whoever uses the vector should know first, a sentence each."""
+    """Returns what whoever uses the vector should know first, a sentence each."""
     narrow = [e for e in layers if 0 < e.participation_ratio < FEW_COORDINATES]
     if not narrow:
         return ()
@@ -111,7 +111,7 @@ def warnings(layers: Sequence[LayerEvidence]) -> tuple[str, ...]:
 
 
 def _participation_ratio(training: Sides, heldout: Sides) -> float:
-    """In float64: fourth powers of large activations would leave float32."""
+    """Computes in float64: fourth powers of large activations would overflow float32."""
     differences = torch.cat((training.positive - training.negative, heldout.positive - heldout.negative))
     variance = differences.double().square().sum(dim=0)
     total = variance.sum()
@@ -119,7 +119,7 @@ def _participation_ratio(training: Sides, heldout: Sides) -> float:
 
 
 def _accuracy(units: torch.Tensor, training: Sides, heldout: Sides) -> torch.Tensor:
-    """units [d, k] → held-out accuracy of each [k]."""
+    """Returns the held-out accuracy [k] of each of units [d, k]."""
     threshold = _midpoint(units, training)
     above = (heldout.positive @ units > threshold).float().mean(dim=0)
     below = (heldout.negative @ units < threshold).float().mean(dim=0)
@@ -127,12 +127,12 @@ def _accuracy(units: torch.Tensor, training: Sides, heldout: Sides) -> torch.Ten
 
 
 def _midpoint(units: torch.Tensor, training: Sides) -> torch.Tensor:
-    """units [d, k] → [k]: half-way between the mean projections of both sides."""
+    """Returns the points [k] half-way between the mean projections of both sides, for units [d, k]."""
     return (training.positive @ units + training.negative @ units).mean(dim=0) / 2
 
 
 def _random_units(width: int, training: Sides, seed: int) -> torch.Tensor:
-    """[d, RANDOM_DIRECTIONS], each turned so that the positives of the training pairs project higher."""
+    """Returns units [d, RANDOM_DIRECTIONS], each turned so that the positives of the training pairs project higher."""
     generator = torch.Generator().manual_seed(seed)
     units = torch.nn.functional.normalize(torch.randn(width, RANDOM_DIRECTIONS, generator=generator), dim=0)
     difference = (training.positive - training.negative).mean(dim=0) @ units

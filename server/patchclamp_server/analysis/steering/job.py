@@ -1,4 +1,4 @@
-"""One extraction: contrast pairs → activations → directions → evidence → stored artifact."""
+"""Runs one extraction: contrast pairs → activations → directions → evidence → stored artifact."""
 
 import asyncio
 from collections import defaultdict
@@ -33,11 +33,11 @@ from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 
-# Projections of tokens by layer.
+# These are the projections of tokens, by layer.
 Tokens: TypeAlias = defaultdict[int, list[float]]
 MAX_ACTIVATION_BYTES = 4 << 30
 PROGRESS_EVENTS = 100
-# Relative to the norm of activations, float32.
+# It is relative to the norm of activations, in float32.
 ROUNDING = 1e-5
 
 
@@ -83,7 +83,7 @@ async def extract(
     n_training = training_pairs(n_pairs, job.holdout_fraction)
     shape = (n_pairs, n_layers, info.sites[job.site])
     _check_size(shape)
-    # Rows in shuffled order, so that the training and the held-out pairs are two slices and need no copy.
+    # Rows are in shuffled order, so that the training and the held-out pairs are two slices and need no copy.
     order = shuffled(n_pairs, job.seed)
     positive, negative = torch.empty(shape), torch.empty(shape)
     prompts = [tokens for i in order for tokens in (job.pairs[i].positive, job.pairs[i].negative)]
@@ -107,7 +107,7 @@ async def extract(
         directions[layer] = _checked(found[0], training[0][:, 0], layer)
         yield Progress("directions", row + 1, n_layers)
 
-    # positive, negative, positive, ... of the held-out pairs.
+    # The held-out pairs are positive, negative, positive, ... in order.
     examples = prompts[2 * n_training :][: 2 * MAX_EXAMPLES]
     sides: tuple[Tokens, Tokens] = (defaultdict(list), defaultdict(list))
     done = 0
@@ -167,11 +167,11 @@ def _provenance(info: ModelInfo, job: Extraction) -> dict[str, object]:
             "layers": list(job.layers),
             "pooling": job.pooling.value,
             "holdout_fraction": job.holdout_fraction,
-            # As text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
+            # The seed is text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
             "seed": str(job.seed),
         },
         "pairs": len(job.pairs),
-        # Of the token ids of all pairs in order: [[positive, negative], ...].
+        # The digest is over the token ids of all pairs in order: [[positive, negative], ...].
         "pairs_digest": json_digest([[pair.positive, pair.negative] for pair in job.pairs]),
         "model": info.name,
     }
@@ -189,7 +189,7 @@ def _check_size(shape: tuple[int, int, int]) -> None:
 
 
 def _checked(direction: torch.Tensor, activations: torch.Tensor, layer: int) -> torch.Tensor:
-    """direction [d], unless it is what rounding leaves of equal sides: the batch a prompt runs in moves last bits."""
+    """Returns direction [d], unless rounding left it of equal sides: the batch a prompt runs in moves last bits."""
     rounding = ROUNDING * activations.norm(dim=1).mean()
     if not direction.isfinite().all() or direction.norm() <= rounding:
         raise InvalidArgument(

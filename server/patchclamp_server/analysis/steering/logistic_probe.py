@@ -19,13 +19,14 @@ MAX_ITERATIONS = 1000
 
 
 def directions(positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor:
-    """positive, negative [n, layers, d] → [layers, d]. The solver (L-BFGS) has no randomness; `seed` is not used."""
+    """Returns the directions [layers, d] of positive, negative [n, layers, d]. The solver (L-BFGS) has no randomness;
+    `seed` is not used."""
     layers = zip(positive.unbind(dim=1), negative.unbind(dim=1), strict=True)
     return torch.stack([_scaled_normal(*sides) for sides in layers])
 
 
 def _scaled_normal(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-    """positive, negative [n, d] → [d]."""
+    """Returns the scaled normal [d] of positive, negative [n, d]."""
     length = (positive.mean(dim=0) - negative.mean(dim=0)).norm()
     scaler = StandardScaler()
     standardised = scaler.fit_transform(torch.cat([positive, negative]).double().numpy())

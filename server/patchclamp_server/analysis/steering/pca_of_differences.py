@@ -12,15 +12,15 @@ import torch
 
 
 def directions(positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor:
-    """positive, negative [n, layers, d] → [layers, d]. The method has no randomness; `seed` is not used."""
+    """Returns directions [layers, d] of positive, negative [n, layers, d]. Nothing is random; `seed` is not used."""
     differences = (positive - negative).double().unbind(dim=1)
     return torch.stack([_scaled_first_component(layer) for layer in differences]).to(positive.dtype)
 
 
 def _scaled_first_component(differences: torch.Tensor) -> torch.Tensor:
-    """differences [n, d] → [d]."""
+    """Returns the scaled component [d] of differences [n, d]."""
     n, width = differences.shape
-    # The smaller of both Gram matrices has the same largest eigenvalue.
+    # The smaller of the two Gram matrices has the same largest eigenvalue.
     if n < width:
         weights = torch.linalg.eigh(differences @ differences.T).eigenvectors[:, -1]
         component = differences.T @ weights
@@ -29,6 +29,6 @@ def _scaled_first_component(differences: torch.Tensor) -> torch.Tensor:
     mean = differences.mean(dim=0)
     if component @ mean < 0:
         component = -component
-    # All differences zero: the component is zero, and so is the result.
+    # Where all differences are zero, the component is zero, and so is the result.
     scaled: torch.Tensor = torch.nn.functional.normalize(component, dim=0) * mean.norm()
     return scaled

@@ -1,4 +1,4 @@
-"""Extraction methods by name: the names of the enum ExtractionMethod, in lower case and without its prefix."""
+"""The extraction methods have the names of the enum ExtractionMethod, in lower case without its prefix."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -9,11 +9,11 @@ from patchclamp_server.analysis.steering import difference_of_means, logistic_pr
 
 
 class Method(Protocol):
-    """Directions from paired activations.
+    """Finds directions from paired activations.
 
-    positive, negative [n, layers, d] float32 on the CPU, row i of both from pair i → [layers, d]. Layers are
-    independent of each other. Positives project higher, and the length is ‖mean(h⁺) - mean(h⁻)‖ (zero when no
-    direction can be found), so that a strength means the same for every method.
+    positive, negative [n, layers, d] are float32 on the CPU, row i of both from pair i; the result is [layers, d].
+    Layers are independent of each other. Positives project higher, and the length is ‖mean(h⁺) - mean(h⁻)‖ (zero when
+    no direction can be found), so that a strength means the same for every method.
     """
 
     def __call__(self, positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor: ...

@@ -28,7 +28,7 @@ from patchclamp_server.interventions.program import (
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 
-# Of each side: what a step computes of them at all layers comes to the host token by token.
+# This bounds the examples of each side: what a step computes of them at all layers comes to the host token by token.
 MAX_EXAMPLES = 64
 # The first token is an attention sink in most models: its projection says nothing of the text.
 _ALL_BUT_THE_FIRST = Scope((TokenSelector(positions=PositionRange(1)),))
@@ -36,7 +36,7 @@ _ALL_BUT_THE_FIRST = Scope((TokenSelector(positions=PositionRange(1)),))
 
 @dataclass(frozen=True)
 class TokenProjections:
-    """h·v/|v| over `tokens` tokens: mean and quantiles. All are 0 where there are none."""
+    """The mean and quantiles of h·v/|v| over `tokens` tokens. All are 0 where there are none."""
 
     tokens: int
     mean: float
@@ -62,9 +62,9 @@ async def project(
     site: Site,
     directions: Mapping[int, torch.Tensor],
 ) -> AsyncGenerator[dict[int, list[float]], None]:
-    """Yields, example after example, by layer, what its tokens but the first project on the direction [width] there.
+    """Yields, for each example and layer, what its tokens but the first project on the direction [width] there.
 
-    An early end cancels what the engine still computes. Raises what a request is refused or failed with.
+    An early end cancels what the engine still computes. Raises what a request is refused with or fails with.
     """
     kind = ProjectionReadout((Vector(values=torch.stack(list(directions.values()))),))
     readout = Readout(kind, site, layers=tuple(directions), scope=_ALL_BUT_THE_FIRST)

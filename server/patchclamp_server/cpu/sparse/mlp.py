@@ -9,7 +9,7 @@ other calls. Rows are computed one by one: none depends on its neighbours. Produ
 bits on any number of threads, and take nothing from the weights of inactive neurons, NaN or not. A set of all neurons
 takes the dense path, bit by bit.
 
-It is made for one or two rows on a CPU and works for more. benchmarks/sparse.py measures the speed.
+It is made for one or two rows on a CPU and works for more. benchmarks/sparse measures the speed.
 """
 
 from collections.abc import Callable

@@ -36,9 +36,10 @@ from patchclamp_server.model.overflow import finite_rows
 from patchclamp_server.monitoring.sites import WatchedSites
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Contexts up to 1,024 tokens, 4,096, ...: the bound sets how many programs of the attention kernel share a context.
+# Contexts are bounded by 1,024 tokens, 4,096, ...: the bound sets how many programs of the attention kernel share a
+# context.
 FIRST_CONTEXT, CONTEXT_STEP = 1024, 4
-# What a graph has room for in a row. Steps with more run launch by launch.
+# A graph has room for so much in a row. Steps with more run launch by launch.
 COLUMNS, ITEMS, READINGS, NEURON_ENTRIES = 16, 64, 256, 4
 
 _INT32: np.dtype = np.dtype(np.int32)
@@ -91,7 +92,8 @@ class DecodeGraphs:
     def execute(
         self, batch: StepBatch, plan: KernelPlan, heads: HeadReadings | None, watched: WatchedSites | None = None
     ) -> Executed:
-        """A `watched` step is padded in the same way, so that it has the same bits, and runs launch by launch."""
+        """Runs a step. A `watched` step is padded in the same way, so that it has the same bits, and runs launch by
+        launch."""
         n = len(batch.token_ids)
         longest = int(batch.spans.offsets.max()) + 1
         key = GraphKey(
@@ -119,8 +121,8 @@ class DecodeGraphs:
         return Executed(graph.finite[:n].cpu().numpy(), logits, outcome)
 
     def capture_all(self) -> None:
-        """The graphs of steps up to the first bound of contexts. Longer ones, and those with edited queries,
-        pre-activations or peaks are captured when they come, of kernels that are compiled by then."""
+        """Captures the graphs of steps up to the first bound of contexts. Longer ones, and those with edited queries,
+        pre-activations or peaks are captured when they come, from kernels that are compiled by then."""
         for rows in reversed(self.sizes):
             for attn_z in (False, True):
                 for neurons in (False, True):
@@ -134,7 +136,7 @@ class DecodeGraphs:
         return graph
 
     def _addresses(self, key: GraphKey) -> tuple[int, ...]:
-        """Where a graph reads and writes besides its own buffers. A table that has grown is elsewhere."""
+        """Returns where a graph reads and writes besides its own buffers. A table that has grown is elsewhere."""
         tables = self.tables
         banks = banks_of(tables, self.forward.decoder.spec, neurons=key.preactivations)
         entries = (tables.ranges, tables.ints, tables.floats, tables.unit_ints, tables.unit_numbers)
@@ -142,7 +144,7 @@ class DecodeGraphs:
 
 
 class _Graph:
-    """One captured step of `key.rows` rows, those beyond the batch being padding."""
+    """One captured step of `key.rows` rows; those beyond the batch are padding."""
 
     def __init__(self, key: GraphKey, owner: DecodeGraphs, addresses: tuple[int, ...]) -> None:
         self.addresses = addresses
@@ -185,7 +187,7 @@ class _Graph:
         self._packed.upload()
         self.replay: Callable[[], None] = self.run
         if cuda:
-            # Once outside, where libraries make their workspaces.
+            # It runs once outside, where libraries make their workspaces.
             self.run()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=owner.pool, capture_error_mode="thread_local"):
@@ -206,7 +208,7 @@ class _Graph:
         self._packed.upload()
 
     def _pad(self, n: int) -> None:
-        """Rows from n on are padding, and no span is a program's."""
+        """Makes rows from n on padding, which belong to no span of a program."""
         host = self._packed.host
         for name in ("token_ids", "positions", "context_lengths"):
             host[name][n:] = 0
@@ -222,7 +224,7 @@ class _Graph:
         peaks = self.peaks
         if watched is not None:
             if peaks is not None and watched.layout.heads_off_sink:
-                # Memory that no captured graph has: a watched step runs launch by launch.
+                # The memory is none that a captured graph has: a watched step runs launch by launch.
                 peaks = self._off_sink = self._off_sink or peaks.with_off_sink()
             inputs = replace(inputs, programs=watched.between(inputs.programs), peaks=peaks)
         x, normed = run_step(owner.forward, owner.tables, owner.cache.pools, inputs, self._packed.device)

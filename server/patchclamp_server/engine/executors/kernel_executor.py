@@ -1,4 +1,4 @@
-"""Steps on patchclamp_kernels: programs are rows of tables, and decode steps can be replayed as CUDA graphs."""
+"""Runs steps on patchclamp_kernels: programs are rows of tables, and decode steps can be replayed as CUDA graphs."""
 
 import logging
 import time
@@ -36,9 +36,9 @@ from patchclamp_server.sparsity.mlp import SparseModel
 
 log = logging.getLogger(__name__)
 
-# What the tables have room for from the start on CUDA: graphs read them where they were when captured, and a table
-# that grows moves. 64 Mi elements are 16,384 vectors of width 4,096, and the units 64 neurons in each of 32 layers of
-# 512 requests.
+# The tables have room for so much from the start on CUDA: graphs read them where they were when captured, and a table
+# that grows moves. 64 Mi elements are 16,384 vectors of width 4,096, and the units are 64 neurons in each of 32 layers
+# of 512 requests.
 _CUDA_BANK_ELEMENTS = 2**26
 _CUDA_ENTRIES = 2**18
 _CUDA_UNITS = 2**20
@@ -99,7 +99,7 @@ class KernelExecutor:
     def _execute(
         self, batch: StepBatch, plan: KernelPlan, peaks: Peaks | None, watched: WatchedSites | None = None
     ) -> Executed:
-        """Launch by launch: prefill, and activations that are looked at between the kernels."""
+        """Runs a step launch by launch, as prefill needs it, and activations that are read between the kernels."""
         device = self.decoder.device
         arrays = packed(step_arrays(batch, plan), device)
         rows = program_rows(arrays, columns=plan.n_columns, items=plan.n_items, readings=plan.n_readings)
@@ -147,7 +147,7 @@ class KernelExecutor:
         return all_peaks(self.decoder.spec, rows, self.decoder.device)
 
     def _padding(self, rows: list[int], offset: int = 0) -> StepBatch:
-        """Rows that are written nowhere. They read block 0, which is nobody's."""
+        """Returns a batch of rows that are written nowhere. They read block 0, which belongs to nobody."""
         size, n = self.cache.block_size, np.array(rows, dtype=np.int64)
         offsets = np.full(len(n), offset, dtype=np.int64)
         spans = Spans(n, offsets, np.zeros((len(n), -(-(offset + max(rows)) // size)), dtype=np.int64))
@@ -155,7 +155,7 @@ class KernelExecutor:
 
 
 def _variants(rows: int, n_places: int) -> list[KernelPlan]:
-    """Plans without programs that launch each kernel there is, as one and apart."""
+    """Returns plans without programs that launch each kernel there is, fused and apart."""
     plans = [empty_plan(rows) for _ in range(4)]
     plans[1].attn_z, plans[1].neurons, plans[1].most_neuron_entries = True, True, 1
     plans[2].attn_z, plans[2].neurons, plans[2].neuron_rows = True, True, True

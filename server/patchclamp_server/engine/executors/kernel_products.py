@@ -1,4 +1,4 @@
-"""The products of an MLP that read active neurons only, on patchclamp_kernels."""
+"""The products of an MLP that read active neurons only, run on patchclamp_kernels."""
 
 from dataclasses import dataclass, field
 
@@ -10,14 +10,13 @@ from patchclamp_kernels.sparse_mlp import NeuronSets, sparse_down, sparse_up
 from patchclamp_server.sparsity.mlp import MlpWeights, SparseModel, matrix
 from patchclamp_server.sparsity.products import Chosen, SparseProducts
 
-# Rows of one launch; sets of more are united nearly to all neurons, and a dense product is as good.
+# One launch takes so many rows. The sets of more rows are nearly all neurons together: a dense product is as good.
 MOST_ROWS = 32
 
 
 @dataclass(eq=False)
 class KernelMlp:
-    """Sets are padded to all neurons, so that nobody waits for the device to say how large they are: the programs of
-    padding end at once."""
+    """Pads sets to all neurons, so that nobody waits for the device to say how large they are. Padding ends at once."""
 
     fused: Tensor  # [d_ff or 2 d_ff, d_model], gates first
     input_bias: Tensor | None
@@ -55,7 +54,8 @@ class KernelMlp:
 
 
 def _index(chosen: Chosen) -> tuple[Tensor, Tensor]:
-    """Sets [S, d_ff], active neurons first and in order, then -1; and the set of each row. A fixed set is one."""
+    """Returns the sets [S, d_ff], active neurons first and in order, then -1, and each row's set (0 for a fixed
+    one)."""
     active = chosen.active[:1] if chosen.fixed is not None else chosen.active
     order = torch.argsort(active.int(), dim=1, descending=True, stable=True).int()
     index = torch.where(active.gather(1, order.long()), order, -1)
@@ -65,7 +65,7 @@ def _index(chosen: Chosen) -> tuple[Tensor, Tensor]:
 
 
 def _spread(z: Tensor, wanted: Tensor, which: Tensor, width: int) -> Tensor:
-    """z [n, K] to the places that the sets name, in zeros [n, width]; padding goes to a column that is cut off."""
+    """Scatters z [n, K] to the places that the sets name, in zeros [n, width]; a column for padding is cut off."""
     places = torch.where(wanted >= 0, wanted, width).long()[which.long()]
     return z.new_zeros(len(z), width + 1).scatter_(1, places, z)[:, :width].contiguous()
 

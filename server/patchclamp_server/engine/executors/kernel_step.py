@@ -1,4 +1,4 @@
-"""A step as the kernels take it: arrays of the batch and of its programs, on the device."""
+"""Puts a step on the device as the kernels take it: arrays of the batch and of its programs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,8 @@ from patchclamp_server.model.spec import DecoderSpec
 
 
 def step_arrays(batch: StepBatch, plan: KernelPlan) -> dict[str, np.ndarray]:
-    """By name: [T] token_ids, positions, slots, slot, mask [T, words], counted; spans [S, 2], counters [S, items]."""
+    """Returns arrays by name: [T] token_ids, positions, slots, slot, mask [T, words], counted; spans [S, 2], counters
+    [S, items]."""
     return {
         "token_ids": batch.token_ids,
         "positions": batch.positions,
@@ -34,7 +35,7 @@ def step_arrays(batch: StepBatch, plan: KernelPlan) -> dict[str, np.ndarray]:
 
 
 def program_rows(arrays: Mapping[str, Tensor], *, columns: int, items: int, readings: int) -> ProgramRows:
-    """With room for what the kernels write: at least one number a row, so that no pointer is null."""
+    """Returns rows with room for what the kernels write: at least one number a row, so that no pointer is null."""
     slot = arrays["slot"]
     rows, device = len(slot), slot.device
     return ProgramRows(
@@ -49,7 +50,7 @@ def program_rows(arrays: Mapping[str, Tensor], *, columns: int, items: int, read
 
 
 def banks_of(tables: SlotTables, spec: DecoderSpec, *, neurons: bool) -> dict[int, Tensor]:
-    """Banks of the widths that kernels take vectors of; that of the neurons is large and seldom needed."""
+    """Returns the banks of the widths that kernels take vectors of; that of the neurons is large and seldom needed."""
     widths = {spec.d_model, spec.sites[Site.ATTN_Z], spec.head_dim}
     if neurons:
         widths.add(spec.d_ff)
@@ -80,7 +81,7 @@ def kernel_inputs(
 
 
 def all_peaks(spec: DecoderSpec, rows: int, device: torch.device) -> Peaks:
-    """Of all rows at all layers."""
+    """Returns the peaks of all rows at all layers."""
     return Peaks(dict.fromkeys(range(spec.n_layers), np.arange(rows)), rows, spec.n_heads, device)
 
 

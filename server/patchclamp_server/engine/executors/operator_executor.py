@@ -1,4 +1,4 @@
-"""Steps by torch operators: the decoder calls the operators of the step's programs at its sites."""
+"""Runs steps by torch operators: the decoder calls the operators of the step's programs at its sites."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Many small arrays in one buffer, so that a step copies to the device once."""
+"""Puts many small arrays into one buffer, so that a step copies to the device once."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class Packed:
-    """Host and device views by name. On a CPU both are the same memory."""
+    """A buffer with host and device views by name. On a CPU both are the same memory."""
 
     def __init__(self, layout: Layout, device: torch.device, *, pinned: bool = False) -> None:
         offsets, size = {}, 0
@@ -22,7 +22,7 @@ class Packed:
             offsets[name] = size
             n = int(np.prod(shape)) * dtype.itemsize
             size += -(-n // _ALIGNMENT) * _ALIGNMENT
-        # int64, so that the memory is aligned for every view.
+        # The buffer is made as int64, so that the memory is aligned for every view.
         self._staging = torch.zeros(size // 8, dtype=torch.int64, pin_memory=pinned).view(torch.uint8)
         self._memory = self._staging if device.type == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
         self.host: dict[str, np.ndarray] = {}
@@ -39,7 +39,7 @@ class Packed:
 
 
 def packed(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """The arrays on the device."""
+    """Returns the arrays on the device."""
     buffer = Packed({name: (a.shape, a.dtype) for name, a in arrays.items()}, device)
     for name, values in arrays.items():
         buffer.host[name][...] = values

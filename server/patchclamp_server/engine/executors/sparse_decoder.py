@@ -1,4 +1,4 @@
-"""The products of the blocks under sparse policies, made when the first request needs them."""
+"""Holds the products of the blocks under sparse policies, which are made when the first request needs them."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from patchclamp_server.sparsity.products import CompactBudget, GatheredMlp, Spar
 
 
 class SparseBlocks:
-    """`follow` belongs to the engine's thread; `prepare` may be called on any, so that no step has to wait."""
+    """The engine's thread alone calls `follow`; any thread may call `prepare`, so that no step has to wait."""
 
     def __init__(self, model: SparseModel, products: Callable[[SparseModel], Sequence[SparseProducts]]) -> None:
         self.model = model
@@ -37,7 +37,7 @@ class SparseBlocks:
 
 
 def gathered_products(model: SparseModel) -> list[SparseProducts]:
-    """For the CPU. Compiles what is compiled at run time."""
+    """Returns the products for the CPU. Compiles what is compiled at run time."""
     budget = CompactBudget()
     products: list[SparseProducts] = []
     for weights, block in zip(model.layers, model.decoder.blocks, strict=True):

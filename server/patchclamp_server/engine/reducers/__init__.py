@@ -15,7 +15,11 @@ file:
     joint_counts.py    how often two units are active together    Σ [x_i > θ][x_j > θ]
     histogram.py       counts between edges, and quantiles of them
     sample.py          every n-th row of each text
+    beginnings.py      the first rows of the first texts
     per_label.py       one reducer for each label
+
+divergence.py is of another kind: it takes the log-probabilities of scored tokens (Request.scores), and compares those
+of several requests.
 
 Raw activations do not travel: what comes to the host is the result, when it is asked for. Each says in its docstring
 what it computes, the shape of what it keeps and how many bytes that is, however many rows come. Those that are

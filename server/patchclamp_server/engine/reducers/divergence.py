@@ -14,10 +14,11 @@ from torch import Tensor
 
 
 class ScoreReducer(Protocol):
-    """`add` is called on the engine's thread for every scored token once, in their order."""
+    """Takes the log-probabilities of a request. `add` is called on the engine's thread for every scored token once, in
+    their order."""
 
     def add(self, position: int, logprobs: Tensor) -> None:
-        """logprobs [vocab] of the token at `position`."""
+        """Takes logprobs [vocab] of the token at `position`."""
         ...
 
 
@@ -45,11 +46,11 @@ class Divergence:
         if position < self._reference.start:
             return
         own = self._reference.logprobs[position]
-        # Row by row: the sum over the vocabulary does not depend on the other tokens of a step.
+        # This goes row by row: the sum over the vocabulary does not depend on the other tokens of a step.
         self._divergences.append(torch.linalg.vecdot(own.exp(), own - logprobs))
         self._agreed.append(own.argmax() == logprobs.argmax())
 
     def means(self) -> tuple[float, float]:
-        """Divergence, and the share of tokens with the same first choice."""
+        """Returns the mean divergence, and the share of tokens with the same first choice."""
         divergences = torch.stack(self._divergences).double().clamp_min(0.0)
         return float(divergences.mean()), float(torch.stack(self._agreed).double().mean())

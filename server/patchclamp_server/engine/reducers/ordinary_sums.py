@@ -15,14 +15,14 @@ from patchclamp_server.interventions.pooling import Pooling, TokenPool
 
 
 class OrdinarySums(Reducer):
-    """Of texts that have `tokens` tokens each. `of`: what is summed of rows [n, width]."""
+    """Takes texts of `tokens` tokens each. `of` gives what is summed of rows [n, width]."""
 
     def __init__(
         self, layers: tuple[int, ...], tokens: int, of: Callable[[Tensor], Tensor] = lambda rows: rows
     ) -> None:
         super().__init__(layers)
         self._tokens, self._of = tokens, of
-        # Texts that have not ended, by layer.
+        # These are the texts that have not ended, by layer.
         self._pools: dict[tuple[int, int], TokenPool] = {}
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
@@ -39,7 +39,7 @@ class OrdinarySums(Reducer):
         self._counts[layer] = self._counts[layer] + found.tokens[0] if layer in self._counts else found.tokens[0]
 
     def sum(self, layer: int) -> Tensor:
-        """[width] float64. Raises KeyError where no text has ended."""
+        """Returns the sums [width] float64. Raises KeyError where no text has ended."""
         return self._sums[layer]
 
     def count(self, layer: int) -> int:

@@ -13,7 +13,7 @@ from patchclamp_server.engine.reducers.reducer import Place, Reducer
 
 
 class Sample(Reducer):
-    """`tokens`: of each text, where all have equally many; 0: each is sampled from its own beginning."""
+    """With `tokens`, every text has so many; with 0, each text is sampled from its own beginning."""
 
     def __init__(self, layers: tuple[int, ...], every: int, tokens: int = 0) -> None:
         super().__init__(layers)
@@ -26,6 +26,6 @@ class Sample(Reducer):
             self._kept[layer].append(((place.text, place.start), rows[first :: self.every].clone()))
 
     def take(self, layer: int) -> Tensor:
-        """[n, width]. The sample of the layer is let go: with its parts it would be twice the memory."""
+        """Returns the sample [n, width] and lets it go: the sample and its parts would be twice the memory."""
         kept = sorted(self._kept.pop(layer), key=lambda part: part[0])
         return torch.cat([rows for _, rows in kept])

@@ -13,7 +13,7 @@ from patchclamp_server.engine.reducers.reducer import Place, Reducer
 
 
 class Sums(Reducer):
-    """`of`: what is summed of rows [n, width], such as their squares."""
+    """`of` gives what is summed of rows [n, width], such as their squares."""
 
     def __init__(self, layers: tuple[int, ...], of: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
         super().__init__(layers)
@@ -27,7 +27,7 @@ class Sums(Reducer):
         self.counts[layer] += len(rows)
 
     def sum(self, layer: int) -> Tensor:
-        """[width] float64. Raises KeyError where no row has come."""
+        """Returns the sums [width] float64. Raises KeyError where no row has come."""
         return self._sums[layer]
 
     def mean(self, layer: int) -> Tensor:

@@ -13,7 +13,7 @@ from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.call_observer import OBSERVER
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Priority, Request, SamplingParams, SparseInference, StopParams
-from patchclamp_server.errors import NotFound, RequestError
+from patchclamp_server.errors import NotFound
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
@@ -137,16 +137,6 @@ def deadline_of(context: Any) -> float | None:
     """Returns the call's deadline on the clock of time.monotonic(); None where it has none."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
-
-
-@contextmanager
-def within(field: str) -> Iterator[None]:
-    """Marks errors raised inside as errors of the message at `field`."""
-    try:
-        yield
-    except RequestError as error:
-        error.field = f"{field}.{error.field}" if error.field else field
-        raise
 
 
 @contextmanager

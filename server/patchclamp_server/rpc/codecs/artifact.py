@@ -1,11 +1,10 @@
-"""Artifacts between protobuf and dataclasses: kinds, formats, information, provenance."""
+"""Turns artifacts into messages and back: kinds, formats, information, provenance."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import program_pb2
@@ -15,6 +14,7 @@ from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import known
 from patchclamp_server.rpc.codecs.program import SITE_NUMBERS
+from patchclamp_server.rpc.codecs.times import timestamp
 
 MAX_DESCRIPTION_CHARACTERS = 10_000
 
@@ -36,17 +36,17 @@ def decode_format(number: int, field: str) -> Format:
 
 
 def decode_struct(struct: Struct, field: str) -> dict[str, Any]:
-    """The JSON object of a Struct. InvalidArgument for NaN and Inf, which JSON lacks."""
+    """Returns the JSON object of a Struct. Raises InvalidArgument for NaN and Inf, which JSON lacks."""
     try:
         fields: dict[str, Any] = json_format.MessageToDict(struct)
-    # Which of the two depends on the implementation of protobuf.
+    # Which of the two is raised depends on the implementation of protobuf.
     except (json_format.SerializeToJsonError, ValueError) as error:
         raise InvalidArgument(field, f"not a JSON object: {error}") from error
     return fields
 
 
 def decode_tags(names: Iterable[str], replace: bool) -> Tags:
-    """InvalidArgument with the path of the first that is no name."""
+    """Returns the tags. Raises InvalidArgument with the path of the first that is no name."""
     tags = Tags(tuple(names), replace)
     for i, name in enumerate(tags.names):
         check_tag(name, f"tags[{i}]")
@@ -54,7 +54,7 @@ def decode_tags(names: Iterable[str], replace: bool) -> Tags:
 
 
 def decode_label(request: Any) -> tuple[str, Tags]:
-    """What a result is stored with: fields `description`, `tags` and `replace_tags` of the request."""
+    """Returns what a result is stored with: fields `description`, `tags` and `replace_tags` of the request."""
     return decode_description(request.description, "description"), decode_tags(request.tags, request.replace_tags)
 
 
@@ -65,8 +65,6 @@ def decode_description(text: str, field: str) -> str:
 
 
 def encode_artifact(info: ArtifactInfo) -> pb.Artifact:
-    created = Timestamp()
-    created.FromNanoseconds(round(info.created * 1e9))
     return pb.Artifact(
         id=info.id,
         kind=KIND_NUMBERS[info.kind],
@@ -76,7 +74,7 @@ def encode_artifact(info: ArtifactInfo) -> pb.Artifact:
         layers=info.layers,
         width=info.width,
         size_bytes=info.size_bytes,
-        created=created,
+        created=timestamp(info.created),
         description=info.description,
         provenance=_encode_struct(info.provenance),
         evidence=_encode_struct(info.evidence),

@@ -1,4 +1,4 @@
-"""Circuits and logit attribution: messages ↔ dataclasses of analysis/heads/."""
+"""Turns messages of circuits and logit attribution into dataclasses of analysis/heads/, and results into messages."""
 
 from dataclasses import dataclass
 
@@ -21,17 +21,17 @@ from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_PAIRS = 1024
-# Of both runs of a pair: residual stream and outputs of heads, of every token at every layer.
+# This bounds the activations of both runs of a pair: residual stream and head outputs of every token at every layer.
 MAX_ACTIVATION_BYTES = 2 << 30
-# The heads of a circuit are kept with it one by one.
+# The artifact keeps the heads of a circuit one by one.
 MAX_CIRCUIT_SIZE = 1000
 MAX_RANDOM_SETS = 100
 DEFAULT_CIRCUIT_SIZE = 10
 DEFAULT_RANDOM_SETS = 10
-# They run in one pass, which cannot be cancelled.
+# One pass takes so many tokens at most.
 MAX_ATTRIBUTED_TOKENS = 4096
 DEFAULT_TOP_HEADS = 10
-# Bytes of a message: more than a part takes that is no source.
+# A part without sources takes fewer bytes of a message than this.
 PART_BYTES = 32
 
 METHOD_NAMES: dict[int, str] = {
@@ -41,7 +41,7 @@ METHOD_NAMES: dict[int, str] = {
 
 @dataclass(frozen=True)
 class Attribution:
-    """What to attribute: arguments of attribution.attribute."""
+    """The arguments of attribution.attribute."""
 
     tokens: tuple[int, ...]
     target: int
@@ -50,8 +50,8 @@ class Attribution:
 
 
 def decode_circuit(request: pb.FindCircuitRequest, prompts: PromptEncoder, info: ModelInfo) -> CircuitSearch:
-    """A job whose sizes are checked; whether its pairs fit each other is seen when they are run. Tokenises: call it in
-    a thread."""
+    """Returns a job whose sizes are checked; whether its pairs fit each other shows when they are run. Tokenises: call
+    it in a thread."""
     method = known(request.method, METHOD_NAMES, "method", pb.CircuitMethod.keys()[1:])
     n_heads = info.n_layers * info.n_heads
     size = count(
@@ -84,7 +84,7 @@ def encode_circuit(event: Progress | Circuit) -> pb.FindCircuitResponse:
 
 
 def decode_attribution(request: pb.AttributeLogitsRequest, prompts: PromptEncoder, info: ModelInfo) -> Attribution:
-    """Tokenises: call it in a thread."""
+    """Returns the arguments. Tokenises: call it in a thread."""
     tokens = decode_prompt(request.prompt, prompts).ids
     if len(tokens) > MAX_ATTRIBUTED_TOKENS:
         raise InvalidArgument("prompt", f"has {len(tokens)} tokens; at most {MAX_ATTRIBUTED_TOKENS} are attributed")
@@ -92,7 +92,7 @@ def decode_attribution(request: pb.AttributeLogitsRequest, prompts: PromptEncode
     contrast = _first_token(request.contrast, prompts, "contrast", tokens) if request.contrast else None
     top_heads = request.top_heads if request.HasField("top_heads") else DEFAULT_TOP_HEADS
     n_heads = info.n_layers * info.n_heads
-    # Of embedding and biases, of each MLP and of each head.
+    # The other parts are those of embedding and biases, of each MLP and of each head.
     room = CLIENT_MESSAGE_BYTES - PART_BYTES * (2 + info.n_layers + n_heads)
     most = max(0, room // (8 * len(tokens)))
     if min(top_heads, n_heads) > most:

@@ -1,4 +1,4 @@
-"""Generation messages → the engine's words, and its usage and finish → messages. Ranges are refused by field path."""
+"""Turns generation messages into the engine's words, its usage and finish into messages. Refusals name fields."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from patchclamp_server.engine.request import (
     Token,
     Usage,
 )
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, fields_as
 from patchclamp_server.interventions.field_checks import chosen, count, finite, known
 from patchclamp_server.rpc.call.grounding import CopySource, GroundingReport
 from patchclamp_server.rpc.codecs.program import encode_receipt
@@ -23,13 +23,13 @@ from patchclamp_server.text.vocabulary import check_ids
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
-# Each has an automaton that is built between two steps, of all streams.
+# Each string has an automaton, which is built between two steps of all streams.
 MAX_STOP_STRING_CHARACTERS = 4096
-# What float32 logits stay finite under, however often a token was seen.
+# float32 logits stay finite under this penalty, however often a token was seen.
 LARGEST_PENALTY = 1e6
 
 PRIORITIES: dict[int, Priority] = {
-    # Serving is what a request asks for when it does not say otherwise.
+    # A request that does not say otherwise is served.
     pb.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
     pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
     pb.PRIORITY_BATCH: Priority.BATCH,
@@ -41,25 +41,23 @@ FINISH_REASONS: dict[FinishReason, "pb.FinishReason.ValueType"] = {
 
 
 def decode_prompt(proto: pb.Prompt, encoder: PromptEncoder, field: str = "prompt") -> EncodedPrompt:
-    """Tokens of a prompt in any of its forms, with the role of each where it is a chat.
+    """Returns the tokens of a prompt in any of its forms, with the role of each where it is a chat.
 
     Raises InvalidArgument or FailedPrecondition for what the encoder refuses, with paths below `field`.
     """
     form = chosen(proto, "form", field)
-    try:
+    # The encoder names its fields from "prompt" on.
+    with fields_as(lambda name: (field + name.removeprefix("prompt")).removeprefix(".")):
         if form == "text":
             return encoder.encode_text(proto.text)
         if form == "tokens":
             return encoder.encode_tokens(proto.tokens.ids)
         messages = [(message.role, message.content) for message in proto.chat.messages]
         return encoder.encode_chat(messages, proto.chat.continue_final_message)
-    except RequestError as error:
-        error.field = (field + error.field.removeprefix("prompt")).removeprefix(".")
-        raise
 
 
 def decode_sampling(proto: pb.Sampling, logprobs: int | None, path: str = "sampling") -> SamplingParams:
-    """`logprobs`: checked already, see decode_logprobs."""
+    """Returns the parameters; `logprobs` is checked already, see decode_logprobs."""
     top_p = proto.top_p if proto.HasField("top_p") else 1.0
     if not 0.0 < top_p <= 1.0:
         raise InvalidArgument(f"{path}.top_p", f"expected a number above 0 and at most 1, got {top_p:g}")
@@ -119,7 +117,7 @@ def decode_grounding(proto: pb.Grounding, field: str = "grounding") -> HeadSelec
 
 
 def encode_token(token: Token, piece: Callable[[int], str]) -> pb.GeneratedToken:
-    """`piece`: the text of a token."""
+    """Returns the message; `piece` gives the text of a token."""
     return pb.GeneratedToken(
         id=token.id,
         position=token.position,

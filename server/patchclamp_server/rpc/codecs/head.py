@@ -14,7 +14,7 @@ from patchclamp_server.analysis.heads.scores.scoring import Fact, Scoring
 from patchclamp_server.analysis.heads.sets.overlap import HeadSetOverlap
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, ranked
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.field_checks import chosen, count, known
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
@@ -23,16 +23,16 @@ from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_NGRAM = 64
 MAX_SEQUENCE_TOKENS = 1024
-# Of all random sequences, before they repeat.
+# This bounds all random sequences, before they repeat.
 MAX_RANDOM_TOKENS = 16_384
 MAX_FACTS = 256
-# They are kept with the scores.
+# The facts are kept with the scores.
 MAX_FACTS_BYTES = 128 * 1024
 
 METHOD_NAMES: dict[int, str] = {
     pb.HeadScoreMethod.Value(f"HEAD_SCORE_METHOD_{name.upper()}"): name for name in SCORING_METHODS
 }
-# Fields of ScoreHeadsRequest that are parameters of some methods, and of which.
+# Some fields of ScoreHeadsRequest are parameters of these methods only.
 RANDOM_TEXT = ("induction", "previous_token", "ngram")
 METHODS_WITH: Mapping[str, tuple[str, ...]] = {
     "ngram": ("ngram",),
@@ -43,7 +43,7 @@ METHODS_WITH: Mapping[str, tuple[str, ...]] = {
 
 
 def decode_heads(proto: pb.HeadSelection, field: str) -> HeadSelection:
-    """Heads that are named here, or in a head set; whether the model has them is seen when they are selected."""
+    """Returns heads that are named here, or in a head set; whether the model has them shows when they are selected."""
     if chosen(proto, "source", field) == "heads":
         if not proto.heads.heads:
             raise InvalidArgument(f"{field}.heads.heads", "expected at least one head")
@@ -54,7 +54,7 @@ def decode_heads(proto: pb.HeadSelection, field: str) -> HeadSelection:
 
 
 def decode_scoring(request: pb.ScoreHeadsRequest, prompts: PromptEncoder, info: ModelInfo) -> Scoring:
-    """A checked job. Tokenises the facts: call it in a thread."""
+    """Returns a checked job. Tokenises the facts: call it in a thread."""
     method = known(request.method, METHOD_NAMES, "method", pb.HeadScoreMethod.keys()[1:])
     for field, methods in METHODS_WITH.items():
         if getattr(request, field) and method not in methods:
@@ -97,7 +97,7 @@ def encode_overlaps(overlaps: Iterable[HeadSetOverlap]) -> pb.CompareHeadSetsRes
 
 
 def encode_head(head: tuple[int, int]) -> pb.HeadId:
-    """(layer, head)"""
+    """Returns the message of (layer, head)."""
     return pb.HeadId(layer=head[0], head=head[1])
 
 
@@ -120,11 +120,8 @@ def _facts(protos: Sequence[pb.TemporalFact], prompts: PromptEncoder, info: Mode
 
 
 def _check_fact(fact: Fact, prompts: PromptEncoder, info: ModelInfo, field: str) -> None:
-    try:
+    with about(f"{field}.prompt"):
         prompt = prompts.encode_text(fact.prompt).ids
-    except RequestError as error:
-        error.field = f"{field}.prompt"
-        raise
     answer = prompts.encode_continuation(fact.answer, f"{field}.answer", prompt)
     if not answer:
         raise InvalidArgument(f"{field}.answer", "is empty; at least one token is scored")

@@ -1,15 +1,15 @@
-"""How large a message may be that a client gets."""
+"""Bounds the size of a message that a client gets."""
 
 from google.protobuf.message import Message
 
 from patchclamp_server.errors import InvalidArgument
 
-# What a gRPC client accepts unless it was told otherwise.
+# A gRPC client accepts so much unless it was told otherwise.
 CLIENT_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 def within_a_message(answer: Message, field: str, advice: str) -> None:
-    """A client accepts an answer of this size. `advice`: how to ask for less, in the field `field`."""
+    """Raises InvalidArgument, naming `field`, for an answer larger than a client accepts. `advice`: how to get less."""
     size = answer.ByteSize()
     if size > CLIENT_MESSAGE_BYTES:
         raise InvalidArgument(field, f"the answer has {size} bytes, above {CLIENT_MESSAGE_BYTES}: {advice}")

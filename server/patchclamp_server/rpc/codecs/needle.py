@@ -1,4 +1,5 @@
-"""Needle tests, and the two jobs that run them, detection and the evaluation of head edits: messages ↔ dataclasses."""
+"""Turns messages of needle tests, detection and evaluation of head edits into dataclasses, and results into
+messages."""
 
 from patchclamp.v1 import head_pb2 as pb
 from patchclamp_server.analysis.heads.retrieval.detect import Detection, RetrievalHeads
@@ -23,9 +24,9 @@ from patchclamp_server.rpc.codecs.progress import encode_progress
 
 MAX_HAYSTACKS = 64
 MAX_NEEDLES = 1024
-# Of the prompts of all runs, which are written before the first of them begins.
+# This bounds the prompts of all runs, which are written before the first of them begins.
 MAX_TEST_TOKENS = 4 * 1024 * 1024
-# Of all sets of heads.
+# This bounds the runs of all sets of heads.
 MAX_EDITED_RUNS = 10_000
 DEFAULT_RANDOM_SETS = 10
 
@@ -33,7 +34,7 @@ MODES: dict[int, HeadEditMode] = {pb.HeadEditMode.Value(f"HEAD_EDIT_MODE_{mode.n
 
 
 def decode_detection(request: pb.DetectRetrievalHeadsRequest, info: ModelInfo) -> Detection:
-    """A checked job. Searches all texts for all needles: call it in a thread."""
+    """Returns a checked job. Searches all texts for all needles: call it in a thread."""
     threshold = request.threshold if request.HasField("threshold") else DEFAULT_THRESHOLD
     if not 0.0 < threshold <= 1.0:
         raise InvalidArgument("threshold", f"expected a number above 0 and at most 1, got {threshold:g}")
@@ -73,7 +74,7 @@ def encode_detection(event: Progress | NeedleRun | RetrievalHeads) -> pb.DetectR
 
 
 def decode_edit_evaluation(request: pb.EvaluateHeadEditRequest, info: ModelInfo) -> EditEvaluation:
-    """A checked job, but for the heads. Searches all texts for all needles: call it in a thread."""
+    """Returns a job that is checked but for its heads. Searches all texts for all needles: call it in a thread."""
     required(request, "heads", "")
     heads = decode_heads(request.heads, "heads")
     mode = known(request.mode, MODES, "mode", pb.HeadEditMode.keys()[1:])
@@ -108,7 +109,7 @@ def encode_edit_evaluation(event: Progress | HeadEditEffect) -> pb.EvaluateHeadE
 
 
 def _needle_test(proto: pb.NeedleTest, info: ModelInfo) -> tuple[NeedleTest, Plan]:
-    """The field `test` of a request, and its runs."""
+    """Returns the field `test` of a request, and its runs."""
     if len(proto.haystacks) > MAX_HAYSTACKS:
         raise InvalidArgument("test.haystacks", f"expected at most {MAX_HAYSTACKS}, got {len(proto.haystacks)}")
     if len(proto.needles) > MAX_NEEDLES:

@@ -1,4 +1,4 @@
-"""Progress of a job as a response of its stream."""
+"""Turns the progress of a job into a response of its stream."""
 
 from typing import Any, TypeVar
 
@@ -10,6 +10,6 @@ R = TypeVar("R", bound=Message)
 
 
 def encode_progress(progress: Progress, response: type[R]) -> R:
-    """A response with its field `progress`, a message of `stage`, `done` and `total`."""
+    """Returns a response with its field `progress` set, a message of `stage`, `done` and `total`."""
     counts: Any = {"stage": progress.stage, "done": progress.done, "total": progress.total}
     return response(progress=counts)

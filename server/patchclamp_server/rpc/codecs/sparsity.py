@@ -1,15 +1,14 @@
-"""Sparsity messages → bound policies and the engine's words; what sparse inference did → messages.
+"""Turns sparsity messages into bound policies and the engine's words, and what sparse inference did into messages.
 
-A field that a policy message leaves empty is that of the profile, and the default where there is no profile.
+A field that a policy message leaves empty is that of the profile, or the default where there is no profile.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from patchclamp.v1 import sparse_policy_pb2 as pb
 from patchclamp_server.engine.request import QualityGuard, SparseInference, SparsityReport
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, fields_as
 from patchclamp_server.interventions.field_checks import chosen, count, finite, known
 from patchclamp_server.sparsity.binder import Binder, Bound, StoredNeurons, StoredProfile
 from patchclamp_server.sparsity.parameters import parameters_of, policy_with
@@ -18,7 +17,7 @@ from patchclamp_server.sparsity.policies.fovea import BITS
 from patchclamp_server.sparsity.policies.static_set import StaticSet
 from patchclamp_server.sparsity.policy import Policy
 
-# Names of policies by the field of SparsePolicy; the others are called as their field.
+# These policies have another name than their field of SparsePolicy.
 NAMES = {"random_set": "random"}
 FIELDS = {NAMES.get(f.name, f.name): f.name for f in pb.SparsePolicy.DESCRIPTOR.oneofs_by_name["policy"].fields}
 
@@ -30,7 +29,7 @@ ALLOCATIONS: dict[int, str] = {
     pb.TEAL_ALLOCATION_UNIFORM: "uniform",
     pb.TEAL_ALLOCATION_GREEDY: "greedy",
 }
-# Where a parameter of a policy is called otherwise in its message.
+# These parameters of policies have another name in their message.
 PARAMETER_FIELDS = {"gate": "exact_gate", "compensate": "without_compensation", "budget": "uniform_budget"}
 
 DEFAULT_GUARD = QualityGuard(max_divergence=0.0)
@@ -42,8 +41,9 @@ MAX_WINDOW = 4096
 def decode_sparsity(
     proto: pb.Sparsity, binder: Binder, field: str = "sparsity", *, guarded: bool = True
 ) -> SparseInference:
-    """Of a request that is served; a guard is refused unless `guarded`. Loads artifacts and may read all weights: call
-    it in a thread. Raises InvalidArgument, FailedPrecondition and NotFound, with paths below `field`."""
+    """Returns the sparse inference of a request that is served; a guard is refused unless `guarded`. Loads artifacts
+    and may read all weights: call it in a thread. Raises InvalidArgument, FailedPrecondition and NotFound, with paths
+    below `field`."""
     bound, stored = _decode(proto, binder, field, controls=False)
     guard = None
     if proto.HasField("guard"):
@@ -54,14 +54,15 @@ def decode_sparsity(
 
 
 def decode_unguarded(proto: pb.Sparsity, binder: Binder, field: str) -> Bound:
-    """Of an analysis, where controls are accepted and guards are not. Otherwise as decode_sparsity."""
+    """Returns the policy of an analysis, which accepts controls and no guards. Otherwise it does what decode_sparsity
+    does."""
     if proto.HasField("guard"):
         raise InvalidArgument(f"{field}.guard", "a guard watches generation; here is none")
     return _decode(proto, binder, field, controls=True)[0]
 
 
 def decode_policy(proto: pb.SparsePolicy, field: str) -> Policy:
-    """A policy without a profile, not yet bound. InvalidArgument with paths below `field`."""
+    """Returns a policy without a profile, not yet bound. Raises InvalidArgument with paths below `field`."""
     oneof = chosen(proto, "policy", field)
     parameters = _parameters(proto, oneof, field)
     with _paths(field, oneof):
@@ -69,15 +70,13 @@ def decode_policy(proto: pb.SparsePolicy, field: str) -> Policy:
 
 
 def policy_path(policy: Policy, field: str) -> str:
-    """The path of the message of a policy's own in the SparsePolicy at `field`."""
+    """Returns the path of the message of a policy's own in the SparsePolicy at `field`."""
     return f"{field}.{FIELDS[policy.name]}"
 
 
-@contextmanager
-def policy_paths(policy: Policy, field: str) -> Iterator[None]:
-    """Errors raised inside speak of the SparsePolicy at `field`."""
-    with _paths(field, FIELDS[policy.name]):
-        yield
+def policy_paths(policy: Policy, field: str) -> AbstractContextManager[None]:
+    """Makes errors raised inside speak of the SparsePolicy at `field`."""
+    return _paths(field, FIELDS[policy.name])
 
 
 def encode_report(report: SparsityReport) -> pb.SparsityReport:
@@ -129,7 +128,7 @@ def _decode(proto: pb.Sparsity, binder: Binder, field: str, *, controls: bool) -
 
 
 def _oneof(policy: pb.SparsePolicy, stored: StoredProfile | None, field: str) -> str:
-    """The policy that is asked for, by its field in SparsePolicy."""
+    """Returns the policy that is asked for, by its field in SparsePolicy."""
     if stored is None:
         return chosen(policy, "policy", f"{field}.policy")
     own = FIELDS[stored.policy.name]
@@ -140,7 +139,7 @@ def _oneof(policy: pb.SparsePolicy, stored: StoredProfile | None, field: str) ->
 
 
 def _parameters(proto: pb.SparsePolicy, oneof: str, field: str) -> dict[str, Any]:
-    """The parameters that the message gives, by their names in the policy."""
+    """Returns the parameters that the message gives, by their names in the policy."""
     given: dict[str, Any] = {}
     if proto.HasField("keep_ratio"):
         given["keep_ratio"] = finite(proto.keep_ratio, f"{field}.keep_ratio", low=0.0, high=1.0)
@@ -207,7 +206,8 @@ def _guard(proto: pb.QualityGuard, bound: Bound, stored: StoredProfile | None, f
 
 
 def _allowed_divergence(bound: Bound, stored: StoredProfile | None, field: str) -> float:
-    """From the card of the profile. InvalidArgument: the card does not speak of what the request asks for."""
+    """Returns GUARD_FACTOR times the divergence on the card of the profile. Raises InvalidArgument where the card does
+    not speak of what the request asks for."""
     if stored is None:
         raise InvalidArgument(field, "required: without a profile there is no quality card to take it from")
     if bound.policy != stored.policy:
@@ -218,20 +218,19 @@ def _allowed_divergence(bound: Bound, stored: StoredProfile | None, field: str) 
     return GUARD_FACTOR * stored.divergence
 
 
-@contextmanager
-def _paths(field: str, oneof: str, profile: str = "") -> Iterator[None]:
-    """Errors of policies name a parameter as "sparsity.<parameter>"; here they get its path in the SparsePolicy."""
-    try:
-        yield
-    except RequestError as error:
-        name = error.field.removeprefix("sparsity.").partition("[")[0]
+def _paths(field: str, oneof: str, profile: str = "") -> AbstractContextManager[None]:
+    """Gives errors of policies, which name a parameter as "sparsity.<parameter>", its path in the SparsePolicy."""
+
+    def path(parameter: str) -> str:
+        name = parameter.removeprefix("sparsity.").partition("[")[0]
         match name:
             case "profile":
-                error.field = profile
+                return profile
             case "neurons":
-                error.field = f"{field}.static_set.neuron_set"
+                return f"{field}.static_set.neuron_set"
             case "keep_ratio" | "layer_keep_ratios" | "first_layer" | "end_layer":
-                error.field = f"{field}.{name}"
+                return f"{field}.{name}"
             case _:
-                error.field = f"{field}.{oneof}.{PARAMETER_FIELDS.get(name, name)}"
-        raise
+                return f"{field}.{oneof}.{PARAMETER_FIELDS.get(name, name)}"
+
+    return fields_as(path)

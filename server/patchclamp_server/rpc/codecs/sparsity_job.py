@@ -1,5 +1,4 @@
-"""Messages of SparsityService ↔ dataclasses of analysis/sparsity/job.py. What may not be asked is refused, by field
-path."""
+"""Turns messages of SparsityService into dataclasses of analysis/sparsity/job.py and back. Refusals name fields."""
 
 from collections.abc import Sequence
 
@@ -26,7 +25,7 @@ from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.text.prompt import PromptEncoder
 
 DEFAULT_DOCUMENT_TOKENS = 512
-# Half of them are the prompt, and one of the others is scored at least.
+# Half of the tokens are the prompt, and at least one of the others is scored.
 MIN_DOCUMENT_TOKENS = 4
 DEFAULT_HOLDOUT_FRACTION = 0.25
 MAX_EVALUATIONS = 64
@@ -36,7 +35,7 @@ MAX_PROMPTS = 64
 def decode_calibration(
     request: pb.CalibrateProfileRequest, prompts: PromptEncoder, info: ModelInfo, model: SparseModel
 ) -> Calibration:
-    """A checked job. Tokenises the text: call it in a thread."""
+    """Returns a checked job. Tokenises the text: call it in a thread."""
     required(request, "policy", "")
     policy = decode_policy(request.policy, "policy")
     if policy.name not in CALIBRATIONS:
@@ -64,7 +63,7 @@ def decode_calibration(
 def decode_evaluation(
     request: pb.EvaluateProfileRequest, prompts: PromptEncoder, info: ModelInfo, binder: Binder
 ) -> tuple[list[Bound], Text]:
-    """What is measured, on what. Tokenises and binds: call it in a thread."""
+    """Returns what is measured, and on what. Tokenises and binds: call it in a thread."""
     if not 1 <= len(request.sparsities) <= MAX_EVALUATIONS:
         raise InvalidArgument("sparsities", f"expected 1 to {MAX_EVALUATIONS}, got {len(request.sparsities)}")
     bound = [decode_unguarded(sparsity, binder, f"sparsities[{i}]") for i, sparsity in enumerate(request.sparsities)]
@@ -74,7 +73,7 @@ def decode_evaluation(
 def decode_core_request(
     request: pb.PredictCoreNeuronsRequest, prompts: PromptEncoder, info: ModelInfo, binder: Binder
 ) -> tuple[Bound, list[tuple[int, ...]], tuple[int, ...]]:
-    """The policy, the tokens of each prompt and the layers asked for. Tokenises and binds: call it in a thread."""
+    """Returns the policy, each prompt's tokens and the layers asked for. Tokenises and binds: call it in a thread."""
     required(request, "sparsity", "")
     bound = decode_unguarded(request.sparsity, binder, "sparsity")
     if not bound.policy.fixes_sets:
@@ -92,7 +91,8 @@ def decode_core_request(
 
 
 def decode_text(proto: pb.SparsityText, prompts: PromptEncoder, info: ModelInfo, most: int) -> Text:
-    """Texts cut into documents of one length, each with the special tokens that begin a text; at most `most` tokens."""
+    """Cuts texts into documents of one length, of at most `most` tokens in all, each with the special tokens that begin
+    a text."""
     longest = info.context_length
     tokens = min(DEFAULT_DOCUMENT_TOKENS, longest)
     if proto.document_tokens:
@@ -165,7 +165,7 @@ def encode_speed(card: SpeedCard) -> pb.SpeedCard:
 
 
 def encode_cores(cores: Sequence[Sequence[Tensor]], layers: Sequence[int]) -> pb.PredictCoreNeuronsResponse:
-    """Sets by prompt and layer of the model. InvalidArgument: more than a client takes in one message."""
+    """Returns the sets by prompt and layer. Raises InvalidArgument for more than a client takes in one message."""
     response = pb.PredictCoreNeuronsResponse()
     for sets in cores:
         neurons = [pb.LayerNeurons(layer=layer, neurons=sets[layer].tolist()) for layer in layers]

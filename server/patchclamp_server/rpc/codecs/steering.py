@@ -1,5 +1,4 @@
-"""Steering messages ↔ dataclasses of analysis/steering/job.py. What a request may not ask is refused here, by field
-path."""
+"""Turns steering messages into dataclasses of analysis/steering/job.py and back. Refusals name fields."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,7 +36,7 @@ POOLINGS: dict[int, Pooling] = {
 
 
 def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder, info: ModelInfo) -> Extraction:
-    """A checked job. Tokenises every pair: call it in a thread.
+    """Returns a checked job. Tokenises every pair: call it in a thread.
 
     Raises InvalidArgument, and FailedPrecondition for a chat where the model has no template.
     """
@@ -92,7 +91,7 @@ def encode_extraction(event: Progress | Result) -> pb.ExtractVectorsResponse:
 
 
 def _encode_tokens(found: TokenProjections | None) -> pb.TokenProjections | None:
-    """None for examples of one token, of which none is left."""
+    """Returns None for examples of one token, of which none is left."""
     return pb.TokenProjections(**asdict(found)) if found is not None and found.tokens else None
 
 

@@ -6,6 +6,6 @@ from patchclamp.v1 import tensor_pb2
 
 
 def encode_tensor(values: torch.Tensor) -> tensor_pb2.Tensor:
-    """`values` as a float32 message."""
+    """Returns `values` as a float32 message."""
     data = values.detach().to("cpu", torch.float32).contiguous()
     return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=list(data.shape), data=data.numpy().tobytes())

@@ -18,12 +18,11 @@ from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, 
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
 from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactInfo, ArtifactKind, Tags
-from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, below, fields_as, within
 from patchclamp_server.interventions.field_checks import count, distinct
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.watch import Watch, check_watch
-from patchclamp_server.rpc.call.calls import within
 from patchclamp_server.rpc.call.upload_space import UploadLimits, UploadSpace
 from patchclamp_server.rpc.codecs.artifact import decode_format, decode_kind, decode_struct, encode_artifact
 from patchclamp_server.rpc.codecs.program import decode_site
@@ -117,7 +116,7 @@ class ArtifactService(ArtifactServiceServicer):
         fingerprint = header.model_fingerprint or (own.model_fingerprint if own else "")
         if kind not in OF_NO_MODEL:
             fingerprint = fingerprint or self._model.fingerprint
-        try:
+        with fields_as(_upload_path):
             tensors = file.tensors
             check_tensors(kind, tensors)
             if fingerprint == self._model.fingerprint:
@@ -136,10 +135,6 @@ class ArtifactService(ArtifactServiceServicer):
                 evidence=own.evidence if own else {},
                 tags=Tags(tuple(header.tags), header.replace_tags),
             )
-        except InvalidArgument as error:
-            raise InvalidArgument(_upload_path(error), error.message) from error
-        except AlreadyExists as error:
-            raise AlreadyExists(f"header.{error.field}", error.message) from error
 
     def _encode(self, ref: str, layers: tuple[int, ...], file_format: Format) -> tuple[ArtifactInfo, bytes]:
         artifact = self._store.get(ref)
@@ -250,6 +245,6 @@ def _check_watch(model: ModelInfo, tensors: dict[str, torch.Tensor]) -> None:
         raise InvalidArgument("tensors", error.message) from error
 
 
-def _upload_path(error: RequestError) -> str:
+def _upload_path(argument: str) -> str:
     """The field of UploadRequest of an argument of ArtifactStore.put; evidence travels only inside the file."""
-    return "chunk" if error.field.startswith(("tensors", "evidence")) else f"header.{error.field}"
+    return "chunk" if argument.startswith(("tensors", "evidence")) else below("header", argument)

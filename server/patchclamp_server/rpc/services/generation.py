@@ -11,10 +11,10 @@ from patchclamp.v1.generation_pb2_grpc import GenerationServiceServicer
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Request, SamplingParams, StopParams
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, within
 from patchclamp_server.interventions.field_checks import chosen
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.rpc.call.calls import Preparation, check_model, deadline_of, responses_of, running, within
+from patchclamp_server.rpc.call.calls import Preparation, check_model, deadline_of, responses_of, running
 from patchclamp_server.rpc.call.response_builder import ResponseBuilder
 from patchclamp_server.rpc.codecs.generation import decode_logprobs, decode_priority, decode_prompt
 from patchclamp_server.rpc.codecs.message_size import CLIENT_MESSAGE_BYTES

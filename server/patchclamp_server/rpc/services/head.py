@@ -1,4 +1,4 @@
-"""HeadService: what attention heads do, found by needles, scores, circuits and attribution, and tested by edits.
+"""HeadService finds what attention heads do, by needles, scores, circuits and attribution, and tests it by edits.
 
 Jobs whose work is requests of the engine run beside each other; those at its exclusive door wait for their turn.
 """

@@ -1,11 +1,10 @@
-"""JobService: long calls of the other services that outlive their client."""
+"""JobService runs long calls of the other services, which outlive their client."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from google.protobuf import descriptor_pool
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from patchclamp.v1 import job_pb2 as pb
 from patchclamp.v1.job_pb2_grpc import JobServiceServicer
@@ -15,13 +14,14 @@ from patchclamp_server.errors import Cancelled, InvalidArgument
 from patchclamp_server.interventions.field_checks import chosen
 from patchclamp_server.rpc.call.detached_jobs import DetachedContext, DetachedJob, DetachedJobs, JobState
 from patchclamp_server.rpc.call.interceptors import CallInterceptor, Method
+from patchclamp_server.rpc.codecs.times import timestamp
 
 Context = Any
 MAX_KEY_BYTES = 128
 
 
 def job_methods(services: tuple[str, ...]) -> dict[str, Method]:
-    """Method by the field of StartJobRequest that holds its request."""
+    """Returns the method by the field of StartJobRequest that holds its request."""
     streams = {
         method.input_type.full_name: Method(service, method.name)
         for service in services
@@ -33,7 +33,8 @@ def job_methods(services: tuple[str, ...]) -> dict[str, Method]:
 
 
 class JobService(JobServiceServicer):
-    """`servicers`: by full name of their service. `calls`: what every call passes through, and so every job."""
+    """Runs jobs. `servicers` has them by the full name of their service; every call, and so every job, passes through
+    `calls`."""
 
     def __init__(self, jobs: DetachedJobs, servicers: Mapping[str, Any], calls: CallInterceptor) -> None:
         self._jobs = jobs
@@ -86,11 +87,10 @@ class JobService(JobServiceServicer):
 
 
 def encode_job(job: DetachedJob) -> pb.Job:
-    message = pb.Job(
-        id=job.id, method=job.method, state=pb.JobState.Value(f"JOB_STATE_{job.state.name}"), created=_time(job.created)
-    )
+    state = pb.JobState.Value(f"JOB_STATE_{job.state.name}")
+    message = pb.Job(id=job.id, method=job.method, state=state, created=timestamp(job.created))
     if job.ended is not None:
-        message.ended.CopyFrom(_time(job.ended))
+        message.ended.CopyFrom(timestamp(job.ended))
     if job.progress is not None:
         progress: Any = job.progress.progress  # type: ignore[attr-defined]
         # A recording counts tokens, and has one stage.
@@ -101,9 +101,3 @@ def encode_job(job: DetachedJob) -> pb.Job:
     if job.status is not None:
         message.error_code, message.error_message = job.status.code.name, job.status.details
     return message
-
-
-def _time(seconds: float) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromNanoseconds(round(seconds * 1e9))
-    return stamp

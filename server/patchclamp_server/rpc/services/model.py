@@ -1,4 +1,4 @@
-"""ModelService: what is served, and how it reads a prompt."""
+"""ModelService says what is served, and how it reads a prompt."""
 
 import asyncio
 from typing import Any

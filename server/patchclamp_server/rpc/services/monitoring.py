@@ -25,21 +25,21 @@ from patchclamp_server.rpc.codecs.message_size import within_a_message
 from patchclamp_server.rpc.codecs.monitoring import (
     decode_following,
     decode_item_names,
-    decode_items,
     decode_recording,
     decode_start,
     encode_activations,
     encode_listed,
     encode_running,
-    encode_statistics,
 )
+from patchclamp_server.rpc.codecs.watch_items import decode_items
+from patchclamp_server.rpc.codecs.watch_statistics import encode_statistics
 from patchclamp_server.rpc.streams.stream import EventBridge
 from patchclamp_server.rpc.streams.watch import ActivationStream, DroppedEvents, RecordingStream, first
 from patchclamp_server.text.prompt import PromptEncoder
 
 logger = logging.getLogger(__name__)
 RpcContext = Any
-# Calls that follow a watch, or record a reference. Each costs the engine a little at every step.
+# This bounds the calls that follow a watch, or record a reference. Each costs the engine a little at every step.
 MAX_STREAMS = 64
 
 
@@ -56,7 +56,7 @@ class MonitoringService(MonitoringServiceServicer):
         self._model = model_info
         self._bridge: EventBridge | None = None
         self._streams: set[ActivationStream | RecordingStream] = set()
-        # Text by token id, of tokens that were followed.
+        # These are the texts of tokens that were followed, by id.
         self._texts: dict[int, str] = {}
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class MonitoringService(MonitoringServiceServicer):
         with self._open(stream):
             unsubscribe = self._registry.subscribe(asked.name, asked.items, asked.threshold, stream.put)
             try:
-                # From here on nothing is missed: who waits for it can begin to send requests.
+                # Nothing is missed from here on: who waits for it can begin to send requests.
                 await context.send_initial_metadata(())
                 async for batch, dropped in stream.batches():
                     shown = first(batch, left) if asked.max_events else batch
@@ -197,7 +197,7 @@ class MonitoringService(MonitoringServiceServicer):
         return self._texts
 
     def _bridge_of_loop(self) -> EventBridge:
-        """One for all calls: the service runs in one loop."""
+        """Returns one bridge for all calls: the service runs in one loop."""
         if self._bridge is None:
             self._bridge = EventBridge(asyncio.get_running_loop())
         return self._bridge

@@ -1,4 +1,4 @@
-"""SparsityService: calibration and evaluation of sparse policies as streams, and the sets that they fix for prompts."""
+"""SparsityService calibrates and evaluates sparse policies as streams, and returns the sets they fix for prompts."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator

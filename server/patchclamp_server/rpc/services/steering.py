@@ -1,4 +1,4 @@
-"""SteeringService: extraction of steering vectors as a stream of progress and a result."""
+"""SteeringService extracts steering vectors, as a stream of progress and a result."""
 
 from collections.abc import AsyncIterator
 from functools import partial

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Failed
-from patchclamp_server.errors import EngineFailure, InvalidArgument, NotFound, RequestError
+from patchclamp_server.errors import EngineFailure, InvalidArgument, RequestError
 from patchclamp_server.interventions.field_checks import chosen, count, finite
 from patchclamp_server.rpc.streams.stream import EventStream
 
@@ -60,11 +60,7 @@ class SessionControl:
         if not message.edit:
             raise InvalidArgument("set_strength.edit", "expected the name of an edit of the program")
         strength = finite(message.strength, "set_strength.strength")
-        try:
-            self._engine.set_strength(self._id, message.edit, strength)
-        except NotFound as error:
-            error.field = "set_strength.edit"
-            raise
+        self._engine.set_strength(self._id, message.edit, strength)
 
     def _advance(self, message: pb.Advance) -> None:
         if not self._lockstep:

@@ -11,7 +11,7 @@ alone takes the perplexity ratio at keep .5 from 1.60 to 1.17. The second sum (`
 and reads the sketch of down. `gate="exact"` reads the gate densely.
 
 A sketch of 3 bits is a quarter of weights of 16 bits, and two thirds of 4-bit codes with their scales: where a model is
-served from those, fovea reads no fewer bytes than the dense product, and takes longer (benchmarks/sparse.py).
+served from those, fovea reads no fewer bytes than the dense product, and takes longer (benchmarks/sparse).
 
 This is our own method: the norms are WINA's, a gate as predictor is CATS', and the sketch replaces trained predictors
 (Deja Vu, Liu et al. 2023). `budget="measured"` spreads the neurons over the layers by the damage measured there

@@ -17,7 +17,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "results",
         type=series_file,
         metavar="RESULTS.json",
-        help="what `sparsity evaluate --json` or benchmarks/sparse.py wrote",
+        help="what `sparsity evaluate --json` or benchmarks/sparse wrote",
     )
     parser.add_argument("picture", type=picture_file, metavar="OUT.png", help="png, svg or pdf; needs matplotlib")
     parser.set_defaults(run=run)

@@ -1,6 +1,6 @@
 """What is watched, in one argument each: [NAME=]WHAT[:THRESHOLD], the threshold a number or a percentile of its values.
 
---neurons     L12N345    suspects=L12N3,345:1.5
+--neurons     L12N345    suspects=L12N3,345:1.5         L12N345@mlp_gate
 --neuron-set  toxic      toxic:p99.9
 --direction   joyful@16  joy=joyful@14-16:p95     joyful (at its own layers)
 --heads       L18H6,L17H3:.5    copying=retrieval
@@ -11,23 +11,24 @@ import re
 from collections.abc import Callable
 
 from patchclamp.cli.heads.selection import heads
-from patchclamp.cli.steering import layer_list
+from patchclamp.cli.steering import NEURONS, layer_list, neuron_site
 from patchclamp.monitoring import Threshold, quantile_of, watch_direction, watch_heads, watch_neuron_set, watch_neurons
 from patchclamp.v1 import monitoring_pb2 as pb
 
 _SPEC = re.compile(r"((?P<name>[^=:]+)=)?(?P<what>(sha256:)?[^:=]+)(:(?P<threshold>[^:=]+))?")
-_NEURONS = re.compile(r"L(\d+)N(\d+(?:,\d+)*)")
+_NEURONS = re.compile(NEURONS)
 
 
 def neurons(text: str) -> pb.WatchItem:
-    """Reads neurons of one layer. By default L12N3,345 has the name L12, and L12N345 its own."""
+    """Reads neurons of one layer. By default L12N3,345 has the name L12, and L12N345 its own; a site comes last."""
     name, what, threshold = _parts(text, "L12N345 or suspects=L12N3,345:1.5")
     match = _NEURONS.fullmatch(what)
     if match is None:
         raise argparse.ArgumentTypeError(f"{what!r}: expected neurons of one layer, such as L12N3,345")
-    listed = [int(neuron) for neuron in match[2].split(",")]
-    default = what if len(listed) == 1 else f"L{match[1]}"
-    return watch_neurons(name or default, int(match[1]), listed, threshold=threshold)
+    listed = [int(neuron) for neuron in match["neurons"].split(",")]
+    site = neuron_site(match["site"], text) if match["site"] else None
+    default = what if len(listed) == 1 else f"L{match['layer']}" + (f"@{site}" if site else "")
+    return watch_neurons(name or default, int(match["layer"]), listed, site=site, threshold=threshold)
 
 
 def neuron_set(text: str) -> pb.WatchItem:
@@ -54,7 +55,7 @@ def head_list(text: str) -> pb.WatchItem:
 
 # Option, what reads it, metavar and help.
 ITEM_OPTIONS: tuple[tuple[str, Callable[[str], pb.WatchItem], str, str], ...] = (
-    ("--neurons", neurons, "[NAME=]L<layer>N<neurons>[:THRESHOLD]", "neurons of a layer, as in L12N3,345:1.5"),
+    ("--neurons", neurons, "[NAME=]L<layer>N<neurons>[@SITE][:THRESHOLD]", "neurons of a layer, as in L12N3,345:1.5"),
     ("--neuron-set", neuron_set, "[NAME=]SET[:THRESHOLD]", "all neurons of a stored set"),
     ("--direction", direction, "[NAME=]VECTOR[@LAYERS][:THRESHOLD]", "projections on a stored vector"),
     (

@@ -17,7 +17,7 @@ from patchclamp_server.model.decoder import Decoder
 
 
 def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Sliced[Tensor]]:
-    """A CircuitMethod; the means are not used."""
+    """Is a CircuitMethod; the means are not used."""
     for heads in single_heads(decoder.spec, variants_at_once(len(runs.pair.clean))):
         yield _changes(decoder, runs, heads)
 

@@ -33,7 +33,8 @@ from patchclamp_server.sparsity.mlp import matrix
 
 @dataclass(frozen=True)
 class HeadAttribution:
-    """`sources`: by position of the prompt, with the sum `part`; empty where it was not asked for."""
+    """A head's part, and the parts `sources` by position of the prompt, which sum to `part`. They are empty where they
+    were not asked for."""
 
     layer: int
     head: int
@@ -43,12 +44,12 @@ class HeadAttribution:
 
 @dataclass(frozen=True)
 class LogitAttribution:
-    """`logit_difference` is that of the pass, before a soft cap; `heads` are all, the largest |part| first."""
+    """`logit_difference` is that of the pass, before a soft cap; `heads` has all heads, the largest |part| first."""
 
     logit_difference: float
     embedding: float
     mlps: tuple[float, ...]
-    # Of attention outputs, of norms, and of the unembedding.
+    # These are the biases of attention outputs, of norms, and of the unembedding.
     biases: float
     heads: tuple[HeadAttribution, ...]
 
@@ -60,11 +61,10 @@ class LogitAttribution:
 def attribute(
     decoder: Decoder, tokens: Sequence[int], target: int, contrast: int | None = None, top_heads: int = 10
 ) -> Sliced[LogitAttribution]:
-    """A work at the exclusive door of the engine. Without a contrast, of logit(target) alone.
+    """Attributes a logit difference, or logit(target) alone without a contrast, as work at the engine's exclusive door.
 
-    The `top_heads` largest heads are split by source token.
-
-    Raises InvalidArgument for a prompt that does not fit and for equal tokens.
+    The `top_heads` largest heads are split by source token. Raises InvalidArgument for a prompt that does not fit and
+    for equal tokens.
     """
     spec = decoder.spec
     if not 1 <= len(tokens) <= spec.context_length:
@@ -76,7 +76,7 @@ def attribute(
     end = (yield from forward(decoder, step, pools, kept))[-1]
 
     def difference(by_token: Tensor) -> Tensor:
-        """by_token [vocab, ...] -> [...] float64."""
+        """Maps by_token [vocab, ...] to [...] float64."""
         of_target = by_token[target].double()
         return of_target if contrast is None else of_target - by_token[contrast].double()
 
@@ -110,7 +110,7 @@ def attribute(
 
 @dataclass(eq=False)
 class _LastRow:
-    """What the embedding and each MLP add to the residual stream at the last position."""
+    """Keeps what the embedding and each MLP add to the residual stream at the last position."""
 
     embedding: Tensor = field(init=False)
     mlp_out: list[Tensor] = field(default_factory=list)
@@ -123,7 +123,8 @@ class _LastRow:
 
 
 def _head_sources(block: Block, pattern: Tensor, values: Tensor, direction: Tensor) -> tuple[Tensor, float]:
-    """pattern [n_heads, T], values [T, n_kv_heads, head_dim] -> parts [n_heads, T], and that of the layer's biases."""
+    """Returns the parts [n_heads, T] and that of the layer's biases, given pattern [n_heads, T] and values [T,
+    n_kv_heads, head_dim]."""
     n_heads = len(pattern)
     values = values.transpose(0, 1).repeat_interleave(n_heads // values.shape[1], 0)  # [n_heads, T, head_dim]
     weight = matrix(block.attn_output).double()  # [d_model, n_heads * head_dim]
@@ -137,7 +138,7 @@ def _head_sources(block: Block, pattern: Tensor, values: Tensor, direction: Tens
 
 
 def _through(norm: Norm, x: Tensor, direction: Tensor) -> tuple[Tensor, float]:
-    """d and c with norm(x) · direction = x · d + c, the scale of the norm held at that of x."""
+    """Returns d and c with norm(x) · direction = x · d + c, where the scale of the norm is held at that of x."""
     weighted = direction * norm.weight.double()
     if norm.bias is None:
         return weighted * (x.square().mean() + norm.eps).rsqrt(), 0.0

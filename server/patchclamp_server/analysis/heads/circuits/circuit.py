@@ -36,7 +36,7 @@ from patchclamp_server.model.spec import DecoderSpec
 
 @dataclass(frozen=True)
 class CircuitSearch:
-    """What to search. `method` is a name of CIRCUIT_METHODS."""
+    """What to search for. `method` is a name of CIRCUIT_METHODS."""
 
     method: str
     pairs: tuple[CleanCorruptPair, ...]
@@ -58,13 +58,13 @@ class HeadEffect:
 
 @dataclass(frozen=True)
 class FoundCircuit:
-    """`effects`: of all heads, the largest |effect| first. Metrics are means over pairs."""
+    """`effects` has all heads, the largest |effect| first. Metrics are means over pairs."""
 
     effects: tuple[HeadEffect, ...]
     clean_metric: float
     corrupt_metric: float
     faithfulness: Faithfulness
-    # Whether heads are ablated to means of each position, and not to one over all positions.
+    # This says whether heads are ablated to means of each position, and not to one over all positions.
     means_by_position: bool
 
 
@@ -95,7 +95,7 @@ def search(decoder: Decoder, job: CircuitSearch) -> Work[Progress | FoundCircuit
 
     effects = torch.empty(n_pairs, n_heads)
     for i, pair in enumerate(job.pairs):
-        # Once more, since the runs of all pairs may not fit into memory.
+        # Pairs are run once more, since the runs of all pairs may not fit into memory.
         runs = yield from run_pair(decoder, pair)
         done = 0
         for batch in CIRCUIT_METHODS[job.method](decoder, runs, values):
@@ -154,7 +154,7 @@ def _check_difference(runs: PairRuns, index: int) -> None:
 
 
 def _ranked(effects: Tensor, spec: DecoderSpec, seed: int) -> tuple[HeadEffect, ...]:
-    """effects [n_pairs, heads]; among equals the earlier layer and head first."""
+    """Ranks effects [n_pairs, heads]; among equals the earlier layer and head is first."""
     mean = effects.mean(dim=0)
     low, high = ends(resampled_means(effects, seed))
     order = mean.abs().sort(descending=True, stable=True).indices.tolist()

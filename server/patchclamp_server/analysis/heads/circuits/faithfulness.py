@@ -21,13 +21,13 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.spec import DecoderSpec
 
-# In logits. What is divided by less is not told from rounding.
+# This is in logits. A smaller denominator could not be told from rounding.
 MIN_DIFFERENCE = 0.1
 
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """Of a circuit and of random ones; `ablated_metric` is that of all heads ablated."""
+    """The faithfulness of a circuit and of random ones; `ablated_metric` is the metric with all heads ablated."""
 
     circuit: float
     random: tuple[float, ...]
@@ -39,12 +39,12 @@ class Faithfulness:
 
     @property
     def random_deviation(self) -> float:
-        """Sample standard deviation; 0 for one."""
+        """Returns the sample standard deviation, or 0 for one circuit."""
         return stdev(self.random) if len(self.random) > 1 else 0.0
 
 
 def circuits(heads: list[tuple[int, int]], random_sets: int, spec: DecoderSpec, seed: int) -> Tensor:
-    """Heads that are kept [1 + random_sets, n_layers, n_heads] bool: those given, then as many at random."""
+    """Returns which heads are kept, bool [1 + random_sets, n_layers, n_heads]: those given, then as many at random."""
     kept = torch.zeros(1 + random_sets, spec.n_layers * spec.n_heads, dtype=torch.bool)
     kept[0, [layer * spec.n_heads + head for layer, head in heads]] = True
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,8 @@ def circuits(heads: list[tuple[int, int]], random_sets: int, spec: DecoderSpec, 
 
 
 def circuit_metrics(decoder: Decoder, pair: CleanCorruptPair, kept: Tensor, means: Tensor) -> Sliced[Tensor]:
-    """Metric of the clean prompt with only the heads of each circuit kept [n, n_layers, n_heads] -> [n] float64."""
+    """Returns the metrics [n] float64 of the clean prompt when only the heads of each circuit, kept [n, n_layers,
+    n_heads], remain."""
     clean = yield from run(decoder, pair.clean)
     metrics = []
     for part in torch.split(~kept, variants_at_once(len(pair.clean))):
@@ -63,13 +64,13 @@ def circuit_metrics(decoder: Decoder, pair: CleanCorruptPair, kept: Tensor, mean
 
 
 def ablated_metric(decoder: Decoder, pair: CleanCorruptPair, means: Tensor) -> Sliced[float]:
-    """Metric of the clean prompt with all heads ablated."""
+    """Returns the metric of the clean prompt with all heads ablated."""
     none = torch.zeros(1, decoder.spec.n_layers, decoder.spec.n_heads, dtype=torch.bool)
     return float((yield from circuit_metrics(decoder, pair, none, means)))
 
 
 def check_denominator(clean_metric: float, ablated_metric: float) -> None:
-    """InvalidArgument where faithfulness is not defined."""
+    """Raises InvalidArgument where faithfulness is not defined."""
     if not abs(clean_metric - ablated_metric) >= MIN_DIFFERENCE:
         raise InvalidArgument(
             "pairs",
@@ -79,6 +80,6 @@ def check_denominator(clean_metric: float, ablated_metric: float) -> None:
 
 
 def faithfulness(metrics: Tensor, clean_metric: float, ablated_metric: float) -> Faithfulness:
-    """metrics [1 + n]: means over pairs, in the order of `circuits`."""
+    """Returns the faithfulness of metrics [1 + n], which are means over pairs in the order of `circuits`."""
     circuit, *random = ((metrics - ablated_metric) / (clean_metric - ablated_metric)).tolist()
     return Faithfulness(circuit, tuple(random), ablated_metric)

@@ -1,4 +1,4 @@
-"""One search for a circuit: clean/corrupt pairs → effects of all heads → faithfulness → stored head set."""
+"""Runs one search for a circuit: clean/corrupt pairs → effects of all heads → faithfulness → stored head set."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -20,7 +20,7 @@ from patchclamp_server.model.info import ModelInfo
 
 @dataclass(frozen=True)
 class Circuit:
-    """`effects`: of all heads, the largest |effect| first."""
+    """`effects` has all heads, the largest |effect| first."""
 
     artifact: ArtifactInfo
     effects: tuple[HeadEffect, ...]
@@ -67,8 +67,8 @@ def _store(store: ArtifactStore, info: ModelInfo, job: CircuitSearch, found: Fou
 
 
 def head_set(effects: tuple[HeadEffect, ...], info: ModelInfo) -> dict[str, torch.Tensor]:
-    """Sizes of the effects, so that the best heads of the set are the circuit: score |effect| and its interval, which
-    starts at 0 where that of the effect has both signs."""
+    """Returns the sizes of the effects, so that the best heads of the set are the circuit: the score is |effect|, and
+    its interval starts at 0 where that of the effect has both signs."""
     tensors = {name: torch.zeros(info.n_layers, info.n_heads) for name in ("scores", "low", "high")}
     for e in effects:
         ends = sorted((abs(e.low), abs(e.high)))
@@ -85,7 +85,7 @@ def _provenance(info: ModelInfo, job: CircuitSearch) -> dict[str, Any]:
         "parameters": {
             "circuit_size": job.circuit_size,
             "random_sets": job.random_sets,
-            # As text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
+            # The seed is text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
             "seed": str(job.seed),
         },
         "pairs": len(pairs),
@@ -97,7 +97,7 @@ def _provenance(info: ModelInfo, job: CircuitSearch) -> dict[str, Any]:
 def _evidence(found: FoundCircuit, job: CircuitSearch) -> dict[str, Any]:
     circuit = found.effects[: job.circuit_size]
     return {
-        # A head of the set is one of the circuit: its score is at least that of the last of them.
+        # A head of the set is one of the circuit when its score is at least that of the circuit's last head.
         "threshold": float(torch.tensor(abs(circuit[-1].effect), dtype=torch.float32)),
         "clean_metric": found.clean_metric,
         "corrupt_metric": found.corrupt_metric,

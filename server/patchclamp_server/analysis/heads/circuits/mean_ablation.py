@@ -26,7 +26,7 @@ from patchclamp_server.model.decoder import Decoder
 
 
 def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Sliced[Tensor]]:
-    """A CircuitMethod."""
+    """Is a CircuitMethod."""
     for heads in single_heads(decoder.spec, variants_at_once(len(runs.pair.clean))):
         yield _changes(decoder, runs, heads, means)
 
@@ -37,12 +37,12 @@ def _changes(decoder: Decoder, runs: PairRuns, heads: Tensor, means: Tensor) -> 
 
 
 class CorruptMeans:
-    """Mean output of every head over the corrupt prompts of all pairs.
+    """The mean output of every head over the corrupt prompts of all pairs.
 
-    Of each position, when all prompts have equally many tokens: the same position then plays the same part in prompts
-    of one template, and the first, which attention often rests on, is not mixed with the others. Otherwise one mean
-    over all tokens of all prompts, since positions of prompts of different lengths do not correspond, but for those
-    that interventions/pooling.py leaves out.
+    When all prompts have equally many tokens, each position has a mean: it then plays the same part in prompts of one
+    template, and the first, which attention often rests on, is not mixed with the others. Otherwise there is one mean
+    over all tokens of all prompts, but for those that interventions/pooling.py leaves out, since positions of prompts
+    of different lengths do not correspond.
     """
 
     def __init__(self, pairs: tuple[CleanCorruptPair, ...]) -> None:
@@ -59,6 +59,6 @@ class CorruptMeans:
         self._count = self._count + count
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """[n_layers, T or 1, n_heads, head_dim]."""
+        """Returns the means [n_layers, T or 1, n_heads, head_dim]."""
         assert self._sum is not None
         return (self._sum / self._count).to(dtype)

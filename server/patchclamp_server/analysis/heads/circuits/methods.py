@@ -1,4 +1,4 @@
-"""Effects of heads by name: the names of the enum CircuitMethod, in lower case and without its prefix."""
+"""The methods that find effects of heads have the names of the enum CircuitMethod, in lower case without its prefix."""
 
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -12,11 +12,11 @@ from patchclamp_server.model.decoder import Decoder
 
 
 class CircuitMethod(Protocol):
-    """What an intervention on one head changes of the metric of a pair.
+    """Finds what an intervention on one head changes of the metric of a pair.
 
-    means [n_layers, T or 1, n_heads, head_dim]: the mean output of every head over the corrupt prompts of all pairs.
-    Yields parts of a work, each of which returns float64 [n], the changes of the next n heads, ordered by layer and
-    head, until all have been given.
+    `means` [n_layers, T or 1, n_heads, head_dim] has the mean output of every head over the corrupt prompts of all
+    pairs. Yields parts of a work, each of which returns float64 [n], the changes of the next n heads, ordered by layer
+    and head, until all have been given.
     """
 
     def __call__(self, decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Sliced[Tensor]]: ...

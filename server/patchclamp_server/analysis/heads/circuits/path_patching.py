@@ -21,19 +21,19 @@ from patchclamp_server.model.decoder import Decoder
 
 
 def changes(decoder: Decoder, runs: PairRuns, means: Tensor) -> Iterator[Sliced[Tensor]]:
-    """A CircuitMethod; the means are not used."""
+    """Is a CircuitMethod; the means are not used."""
     for layer in range(decoder.spec.n_layers):
         yield _changes(decoder, layer, runs)
 
 
 def _changes(decoder: Decoder, layer: int, runs: PairRuns) -> Sliced[Tensor]:
-    # No pass, but a product with the unembedding for each head.
+    # This needs no pass, but a product with the unembedding for each head.
     yield Slice(decoder.spec.n_heads)
     return runs.pair.metric(decoder, _ends(decoder, layer, runs)) - runs.clean_metric
 
 
 def _ends(decoder: Decoder, layer: int, runs: PairRuns) -> Tensor:
-    """[n_heads, d_model]: the end of the clean run with each head of the layer patched."""
+    """Returns the ends [n_heads, d_model] of the clean run with each head of the layer patched."""
     clean, corrupt = runs.clean.z[layer, -1], runs.corrupt.z[layer, -1]  # [n_heads, head_dim]
     heads = torch.arange(len(clean))
     # Row 0 is the clean output, so that both sides of the difference are rounded alike.

@@ -20,13 +20,13 @@ from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 
-# Token rows of a batch. More are no faster on a CPU.
+# A batch has so many rows of tokens. More are no faster on a CPU.
 ROWS = 256
 
 
 @dataclass(frozen=True)
 class CleanCorruptPair:
-    """Tokens of two prompts, equally many, and the first token of what each is continued by."""
+    """The tokens of two prompts, equally many, and the first token of what each is continued by."""
 
     clean: tuple[int, ...]
     corrupt: tuple[int, ...]
@@ -34,7 +34,7 @@ class CleanCorruptPair:
     corrupt_answer: int
 
     def metric(self, decoder: Decoder, ends: Tensor) -> Tensor:
-        """Of residual states [n, d_model] at the last position after the last block -> [n] float64."""
+        """Returns the metrics [n] float64 of residual states [n, d_model] at the last position after the last block."""
         logits = decoder.logits(ends)
         return (logits[:, self.clean_answer] - logits[:, self.corrupt_answer]).double().cpu()
 
@@ -77,9 +77,10 @@ def run(decoder: Decoder, tokens: tuple[int, ...]) -> Sliced[Run]:
 
 
 def variant_ends(decoder: Decoder, run: Run, replaced: Tensor, values: Tensor) -> Sliced[Tensor]:
-    """Residual states [n, d_model] at the end of n variants of a run, as `Run.end`.
+    """Returns the residual states [n, d_model] at the end of n variants of a run, as `Run.end`.
 
-    replaced [n, n_layers, n_heads] bool: heads whose output is taken from values [n_layers, T or 1, n_heads, head_dim].
+    `replaced` [n, n_layers, n_heads] bool says which heads have their output taken from values [n_layers, T or 1,
+    n_heads, head_dim].
     """
     layers = replaced.any(dim=2).any(dim=0).nonzero()
     first = int(layers[0]) if len(layers) else 0
@@ -96,7 +97,7 @@ def variants_at_once(tokens: int) -> int:
 
 
 def single_heads(spec: DecoderSpec, at_once: int) -> Iterator[Tensor]:
-    """Every head alone, by layer and head: masks [n, n_layers, n_heads] with n up to `at_once`."""
+    """Yields every head alone, by layer and head, as masks [n, n_layers, n_heads] with n up to `at_once`."""
     heads = spec.n_layers * spec.n_heads
     for chunk in torch.split(torch.arange(heads), at_once):
         masks = torch.zeros(len(chunk), heads, dtype=torch.bool)

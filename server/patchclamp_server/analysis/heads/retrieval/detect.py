@@ -1,4 +1,4 @@
-"""One detection of retrieval heads: needles in text → answers, and where heads looked → scores → stored head set."""
+"""Detects retrieval heads once: needles in text → answers, and where heads looked → scores → stored head set."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -31,14 +31,14 @@ from patchclamp_server.model.sites import Site
 from patchclamp_server.text.detokenize import token_bytes
 from patchclamp_server.text.prompt import PromptEncoder
 
-# Runs that the evidence tells of one by one, and characters of an answer; metadata of an artifact is bounded.
+# The evidence has so many runs one by one, and characters of an answer: metadata of an artifact is bounded.
 EVIDENCE_RUNS = 200
 EVIDENCE_ANSWER = 100
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What to detect. `stopping` None: all runs of the test."""
+    """What to detect. With `stopping` None all runs of the test count."""
 
     test: NeedleTest = field(default_factory=NeedleTest)
     threshold: float = DEFAULT_THRESHOLD
@@ -49,7 +49,8 @@ class Detection:
 
 @dataclass(frozen=True)
 class RetrievalHead:
-    """`low`, `high`: a 95 % bootstrap interval over runs. `always_on`: it scored in every successful run."""
+    """A head and its score. `low` and `high` are a 95 % bootstrap interval over runs; `always_on` says that it scored
+    in every successful run."""
 
     head: Head
     score: float
@@ -60,7 +61,7 @@ class RetrievalHead:
 
 @dataclass(frozen=True)
 class RetrievalHeads:
-    """Fields as in the message of this name: `scores` of all heads, best first."""
+    """Has the fields of the message of this name; `scores` has all heads, best first."""
 
     artifact: ArtifactInfo
     scores: tuple[RetrievalHead, ...]
@@ -113,7 +114,7 @@ async def detect(
 
 
 def reading_all_heads(info: ModelInfo) -> BoundProgram:
-    """A program that changes nothing and reads where every head looks when a token is generated."""
+    """Returns a program that changes nothing and reads where every head looks when a token is generated."""
     readout = Readout(HeadReadout(heads=()), Site.ATTN_Z, name="heads", all_layers=True, scope=GENERATING)
     return bind(Program(readouts=(readout,)), info)
 
@@ -134,7 +135,7 @@ def _store(
     stopped: bool,
 ) -> RetrievalHeads:
     seed = job.test.seed
-    # As they are stored, so that the set has the heads that are counted here.
+    # Scores are taken as they are stored, so that the set has the heads that are counted here.
     mean, always = scores.mean.float(), scores.always_on
     low, high = scores.interval(seed)
     heads = tuple(
@@ -171,7 +172,7 @@ def _provenance(info: ModelInfo, job: Detection, planned: Plan) -> dict[str, obj
         "method": "retrieval",
         "parameters": {
             **planned.card(),
-            # As text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
+            # The seed is text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
             "seed": str(job.test.seed),
             "stopping": None if job.stopping is None else asdict(job.stopping),
         },

@@ -25,18 +25,18 @@ ANSWER_MARGIN = 16
 # Texts are cut between words, so a prompt may be some tokens shorter than asked for.
 TOLERANCE = 4
 ATTEMPTS = 8
-# Not after a title or an initial. Full-width marks need no space after them.
+# A sentence does not end after a title or an initial. Full-width marks need no space after them.
 SENTENCE_END = re.compile(
     r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.?!][\"'\u201d\u2019)]*(?:\s+|$)"
     r"|[\u3002\uff1f\uff01][\u201d\u2019\u300d\u300f\uff09]*\s*"
 )
-# Where no white space is near, words are not written with any.
+# Where no white space is near, the language writes words without any.
 BEGUN_WORD = re.compile(r"(?<=\s)\S{0,40}\Z")
 
 
 @dataclass(frozen=True)
 class NeedlePrompt:
-    """Token ids, and the positions whose characters belong, in part at least, to the needle and to the answer in it."""
+    """The token ids of a prompt, and the positions whose characters belong, in part at least, to needle and answer."""
 
     ids: tuple[int, ...]
     needle: range
@@ -44,7 +44,7 @@ class NeedlePrompt:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens to generate at most."""
+        """Returns the most tokens to generate."""
         return len(self.needle) + ANSWER_MARGIN
 
 
@@ -62,7 +62,7 @@ class PromptWriter:
         ]
 
     def write(self, placement: Placement) -> NeedlePrompt:
-        """A prompt of at most `placement.length` tokens, by a few at most shorter.
+        """Returns a prompt of at most `placement.length` tokens, which may be shorter by a few.
 
         Raises InvalidArgument for a length without room for text beside the needle, or for the answer in the context.
         """
@@ -117,7 +117,7 @@ class PromptWriter:
 
 
 def insert(text: str, needle: str, depth: float) -> str:
-    """The text with the needle at the sentence break nearest to `depth` of its characters."""
+    """Returns the text with the needle at the sentence break nearest to `depth` of its characters."""
     place = min(sentence_breaks(text), key=lambda at: abs(at - depth * len(text)))
     before, after = text[:place], text[place:]
     gap = "" if not before or before[-1].isspace() else " "
@@ -125,15 +125,15 @@ def insert(text: str, needle: str, depth: float) -> str:
 
 
 def sentence_breaks(text: str) -> list[int]:
-    """The start, and every place after the end of a sentence and the white space that follows it."""
+    """Returns the start, and every place after the end of a sentence and the white space that follows it."""
     return [0, *(match.end() for match in SENTENCE_END.finditer(text))]
 
 
 class _Text:
-    """A haystack, repeated as often as it takes, to be cut after so many tokens, `most` at most."""
+    """A haystack, repeated as often as it takes, which can be cut after any number of tokens up to `most`."""
 
     def __init__(self, text: str, encoder: PromptEncoder, tokens: TokenBytes, field: str, most: int) -> None:
-        # No more than `most` tokens can be read from.
+        # No more text is kept than `most` tokens can be read from.
         self._text = text.strip().encode()[: encoder.bytes_of(most)].decode(errors="ignore").encode()
         self._encoder = encoder
         self._tokens = tokens
@@ -141,12 +141,12 @@ class _Text:
 
     @cached_property
     def _ends(self) -> Sequence[int]:
-        """Byte at which each token of the text ends."""
+        """Returns the byte at which each token of the text ends."""
         ids = self._encoder.encode_continuation(self._text.decode(), self._field)
         return list(accumulate(len(self._tokens.of(id, first=False)) for id in ids))
 
     def of_tokens(self, n: int) -> str:
-        """The start of n tokens, or, to end with a word, the few fewer that one takes; "" for n < 1."""
+        """Returns the start of n tokens, or of the few fewer that end with a word; "" for n < 1."""
         repeats, rest = divmod(max(n, 0), len(self._ends))
         end = self._ends[rest - 1] if rest else 0
         cut = self._text[:end].decode(errors="ignore")
@@ -156,5 +156,5 @@ class _Text:
 
 
 def _overlapping(ends: Sequence[int], start: int, end: int) -> range:
-    """Tokens with a byte in [start, end), where token i ends before byte ends[i]."""
+    """Returns the tokens with a byte in [start, end), where token i ends before byte ends[i]."""
     return range(bisect_right(ends, start), bisect_left(ends, end) + 1)

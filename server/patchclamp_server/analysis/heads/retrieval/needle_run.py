@@ -1,4 +1,4 @@
-"""One needle as a request of the engine, and what came of it."""
+"""Runs one needle as a request of the engine, and judges the answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from patchclamp_server.interventions.bound import BoundProgram
 
 @dataclass(frozen=True)
 class NeedleRun:
-    """Fields as in the message of this name."""
+    """Has the fields of the message of this name."""
 
     needle: int
     length: int
@@ -25,7 +25,7 @@ class NeedleRun:
 
 
 def needle_request(prompt: NeedlePrompt, program: BoundProgram | None, on_event: OnEvent) -> Request:
-    """The answer is decoded greedily."""
+    """Returns the request, whose answer is decoded greedily."""
     return Request(
         prompt.ids,
         on_event,
@@ -36,7 +36,7 @@ def needle_request(prompt: NeedlePrompt, program: BoundProgram | None, on_event:
 
 
 def needle_run(plan: Plan, index: int, events: Sequence[Event]) -> NeedleRun:
-    """The run at this index of the plan, from all events of its request."""
+    """Returns the run at this index of the plan, given all events of its request."""
     placement = plan.placements[index]
     answer = "".join(event.text for event in events if isinstance(event, Text))
     found = recall(answer, plan.needles[placement.needle].answer)

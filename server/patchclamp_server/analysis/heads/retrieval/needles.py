@@ -1,4 +1,4 @@
-"""Needle tests: which statements are hidden in which texts, at which lengths and depths.
+"""Plans needle tests: which statements are hidden in which texts, at which lengths and depths.
 
 A needle is a question, a statement that answers it, and the words of the statement that are the answer.
 """
@@ -16,7 +16,7 @@ from patchclamp_server.model.info import ModelInfo
 
 DEFAULT_LENGTHS = (256, 512, 1024, 1536)
 DEFAULT_DEPTHS = (0.1, 0.5, 0.9)
-# Default lengths leave so many tokens of the context to the answer.
+# Default lengths leave so many tokens of the context for the answer.
 ANSWER_ROOM = 64
 MAX_COMBINATIONS = 100_000
 MAX_RUNS = 4096
@@ -31,7 +31,8 @@ class Needle:
 
 @dataclass(frozen=True)
 class NeedleTest:
-    """Fields as in the message NeedleTest; empty ones stand for what is built in, `max_runs` 0 for all runs."""
+    """Has the fields of the message NeedleTest. Empty ones stand for what is built in, a `max_runs` of 0 for all
+    runs."""
 
     haystacks: tuple[str, ...] = ()
     needles: tuple[Needle, ...] = ()
@@ -43,7 +44,7 @@ class NeedleTest:
 
 @dataclass(frozen=True)
 class Placement:
-    """One run: a needle by index, the tokens of the prompt, and where in the text it is hidden."""
+    """One run: the needle by index, the tokens of the prompt, and the depth in the text at which it is hidden."""
 
     needle: int
     length: int
@@ -52,7 +53,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Plan:
-    """A test with nothing left open: `placements` in the order in which they are run."""
+    """A test with nothing left open; `placements` are in the order in which they are run."""
 
     haystacks: tuple[str, ...]
     needles: tuple[Needle, ...]
@@ -60,11 +61,11 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Of texts and needles."""
+        """Returns the digest of texts and needles."""
         return json_digest([self.haystacks, [asdict(n) for n in self.needles]])
 
     def card(self) -> dict[str, object]:
-        """The test as it is kept in the provenance of a result."""
+        """Returns the test as the provenance of a result keeps it."""
         return {
             "needles": len(self.needles),
             "haystacks": len(self.haystacks),
@@ -124,20 +125,20 @@ def _check_haystack(text: str, needles: tuple[Needle, ...], path: str) -> None:
 
 @cache
 def built_in_needles() -> tuple[Needle, ...]:
-    """Our own, about people and places that do not exist."""
+    """Returns our own needles, about people and places that do not exist."""
     return tuple(Needle(**entry) for entry in json.loads(_data("needles.json")))
 
 
 @cache
 def built_in_haystacks() -> tuple[str, ...]:
-    """Public-domain prose; data/README.md says what and from where."""
+    """Returns public-domain prose; data/README.md says what and from where."""
     names = ("mansfield_park", "acts", "persuasion", "samuel")
     return tuple(_data(f"haystacks/{name}.txt") for name in names)
 
 
 @cache
 def ordinary_text() -> str:
-    """Public-domain prose that is in no haystack, to measure perplexity and means on."""
+    """Returns public-domain prose that is in no haystack, to measure perplexity and means on."""
     return _data("ordinary.txt")
 
 

@@ -1,4 +1,4 @@
-"""Ordinary text as windows of tokens: what perplexity and the mean outputs of heads are measured on."""
+"""Cuts ordinary text into windows of tokens, on which perplexity and the mean outputs of heads are measured."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.text.prompt import PromptEncoder
 
 WINDOW = 512
-# Windows of the built-in text, of which there is more.
+# So many windows of the built-in text are used, though it has more.
 BUILT_IN_WINDOWS = 4
 MAX_WINDOWS = 256
 
 
 def windows(texts: Sequence[str], prompts: PromptEncoder, context_length: int) -> list[tuple[int, ...]]:
-    """The texts, or without any the built-in one, in windows of at most WINDOW tokens and at least 2. Each begins with
-    what the tokenizer begins a text with.
+    """Returns the texts, or without any the built-in one, in windows of at most WINDOW tokens and at least 2. Each
+    begins with what the tokenizer begins a text with.
 
     Raises InvalidArgument for texts that are too short or too long.
     """

@@ -26,10 +26,10 @@ HALVES = 100
 def run_scores(
     readouts: Iterable[ReadoutValue], tokens: Sequence[int], needle: range, shape: tuple[int, int]
 ) -> Tensor:
-    """Share of the needle that each head copied in one run: [n_layers, n_heads] float64.
+    """Returns the share of the needle that each head copied in one run, [n_layers, n_heads] float64.
 
-    readouts: of all heads, at every position whose row generated a token; `tokens` are prompt and answer. The row at a
-    position generates the token after it.
+    `readouts` are those of all heads, at every position whose row generated a token; `tokens` are prompt and answer.
+    The row at a position generates the token after it.
     """
     copied = torch.zeros(*shape, len(needle), dtype=torch.bool)
     for value in readouts:
@@ -42,13 +42,13 @@ def run_scores(
 
 @dataclass(eq=False)
 class RetrievalScores:
-    """Scores of the successful runs so far, each [n_layers, n_heads]."""
+    """The scores of the successful runs so far, each [n_layers, n_heads]."""
 
     runs: list[Tensor] = field(default_factory=list)
 
     @property
     def samples(self) -> Tensor:
-        """[n, n_layers, n_heads] float64"""
+        """Returns the scores [n, n_layers, n_heads] float64."""
         return torch.stack(self.runs)
 
     @property
@@ -57,15 +57,15 @@ class RetrievalScores:
 
     @property
     def always_on(self) -> Tensor:
-        """Heads that scored in every run: bool [n_layers, n_heads]."""
+        """Returns the heads that scored in every run, bool [n_layers, n_heads]."""
         return (self.samples > 0).all(dim=0)
 
     def interval(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Ends of the 95 % bootstrap interval of the mean, over runs."""
+        """Returns the ends of the 95 % bootstrap interval of the mean, over runs."""
         return ends(resampled_means(self.samples.float(), seed))
 
     def stability(self, seed: int) -> float:
-        """Mean overlap of the best heads of two halves of the runs, over HALVES random halvings; 0 for one run."""
+        """Returns the mean overlap of the best heads of random halves of the runs, HALVES times; 0 for one run."""
         samples, half = self.samples, len(self.runs) // 2
         if not half:
             return 0.0
@@ -76,13 +76,13 @@ class RetrievalScores:
 
 
 def best(scores: Tensor, k: int) -> set[int]:
-    """The k heads with the largest scores, as indices of the flattened [n_layers, n_heads]; never one that has no score
-    above 0. Of equal ones the first."""
+    """Returns the k heads with the largest scores above 0, as indices of the flattened [n_layers, n_heads]. Among
+    equals the first are taken."""
     flat = scores.flatten()
     order = flat.argsort(descending=True, stable=True)[:k]
     return set(order[flat[order] > 0].tolist())
 
 
 def overlap(a: set[int], b: set[int]) -> float:
-    """|A and B| / max(|A|, |B|); 0 for empty sets."""
+    """Returns |A and B| / max(|A|, |B|), or 0 for empty sets."""
     return len(a & b) / max(1, len(a), len(b))

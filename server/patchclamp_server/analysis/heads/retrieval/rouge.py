@@ -13,6 +13,6 @@ WORD = re.compile(r"\w+")
 
 
 def recall(text: str, reference: str) -> float:
-    """In 0 to 1. A reference without words is 0: nothing of it can be found."""
+    """Returns the recall, 0 to 1. A reference without words gives 0: nothing of it can be found."""
     wanted, found = (Counter(WORD.findall(side.lower())) for side in (reference, text))
     return (wanted & found).total() / max(1, wanted.total())

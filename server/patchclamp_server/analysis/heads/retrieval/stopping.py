@@ -11,7 +11,7 @@ from patchclamp_server.errors import InvalidArgument
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """Fields and defaults as in the message StoppingRule."""
+    """Has the fields and defaults of the message StoppingRule."""
 
     top_k: int = 10
     agreement: float = 0.9

@@ -1,4 +1,4 @@
-"""One scoring of all heads: method → scores → stored head set."""
+"""Runs one scoring of all heads: method → scores → stored head set."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -49,7 +49,7 @@ def _store(store: ArtifactStore, info: ModelInfo, job: Scoring, found: HeadScore
         description=job.description,
         provenance=_provenance(info, job),
         evidence={
-            # What no head reached by chance.
+            # No head reached more by chance.
             "threshold": float(found.control.max()),
             "heads": {"mean": float(found.scores.mean()), "max": float(found.scores.max())},
             "random": {"mean": float(found.control.mean()), "max": float(found.control.max())},
@@ -61,7 +61,7 @@ def _store(store: ArtifactStore, info: ModelInfo, job: Scoring, found: HeadScore
 
 
 def _provenance(info: ModelInfo, job: Scoring) -> dict[str, Any]:
-    # As text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
+    # The seed is text: JSON and google.protobuf.Struct keep numbers as doubles, and a seed has 64 bits.
     parameters: dict[str, Any] = {"seed": str(job.seed)}
     if job.method in ("induction", "previous_token", "ngram"):
         parameters |= {"sequence_tokens": job.sequence_tokens, "sequences": job.sequences}

@@ -1,4 +1,4 @@
-"""Ordered sequences of words as tokens: in every spelling that the tokenizer has whole tokens for."""
+"""Turns ordered sequences of words into tokens, in every spelling that the tokenizer has whole tokens for."""
 
 import json
 from collections.abc import Iterator
@@ -10,13 +10,14 @@ from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.text.prompt import PromptEncoder
 
 DATA = Path(__file__).parents[1] / "data" / "ordinals.json"
-# Being first among fewer says little.
+# Being first among fewer members says little.
 FEWEST_MEMBERS = 5
 
 
 @dataclass(frozen=True)
 class Ordinal:
-    """Words in order; `cyclic`: the first follows the last; `cased`: also in lower case, and with a capital."""
+    """Words in order. `cyclic` says that the first follows the last; `cased`, that they are also written in lower case
+    and with a capital."""
 
     name: str
     words: tuple[str, ...]
@@ -26,7 +27,7 @@ class Ordinal:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """`pairs`: tokens and their successors. `members`: all tokens of the sequence, which compete to be first."""
+    """`pairs` are tokens and their successors; `members` are all tokens of the sequence, which compete to be first."""
 
     name: str
     pairs: tuple[tuple[int, int], ...]
@@ -40,9 +41,9 @@ def ordinals() -> tuple[Ordinal, ...]:
 
 
 def token_sequences(prompts: PromptEncoder) -> list[TokenSequence]:
-    """Words of several tokens are left out, with the pairs they are in.
+    """Returns the sequences; words of several tokens are left out, with the pairs they are in.
 
-    FailedPrecondition: the tokenizer has whole tokens for no sequence.
+    Raises FailedPrecondition when the tokenizer has whole tokens for no sequence.
     """
     found: dict[tuple[tuple[int, int], ...], TokenSequence] = {}
     for ordinal in ordinals():

@@ -14,7 +14,7 @@ from patchclamp_server.sparsity.mlp import matrix
 
 @torch.inference_mode()
 def ov_weights(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
-    """W_V [n_heads, head_dim, d_model], heads of one group alike, and W_O [n_heads, d_model, head_dim]."""
+    """Returns W_V [n_heads, head_dim, d_model], alike for heads of one group, and W_O [n_heads, d_model, head_dim]."""
     spec, block = decoder.spec, decoder.blocks[layer]
     values = matrix(block.qkv)[(spec.n_heads + spec.n_kv_heads) * spec.head_dim :]
     by_kv_head = values.view(spec.n_kv_heads, spec.head_dim, spec.d_model)

@@ -29,7 +29,7 @@ def scores(engine: Engine, prompts: PromptEncoder, job: Scoring) -> AsyncGenerat
 
 
 def nuclear_norms(left: Tensor, right: Tensor) -> Tensor:
-    """Of left [n, d, k] times right [n, k, d], for k up to d -> [n]."""
+    """Returns the norms [n] of left [n, d, k] times right [n, k, d], for k up to d."""
     inner = torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT
     norms: Tensor = torch.linalg.svdvals(inner).sum(-1)
     return norms
@@ -49,7 +49,7 @@ def _norms(decoder: Decoder, seed: int) -> Work[Progress | HeadScores]:
 
 
 def _by_head(left: Tensor, right: Tensor) -> Sliced[Tensor]:
-    """`nuclear_norms` of a few heads at a time."""
+    """Returns the `nuclear_norms`, computed a few heads at a time."""
     norms: list[Tensor] = []
     done = 0
     while done < len(left):
@@ -60,7 +60,7 @@ def _by_head(left: Tensor, right: Tensor) -> Sliced[Tensor]:
 
 
 def _random_like(factor: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal matrices [n, rows, columns] with the Frobenius norms of `factor`."""
+    """Returns normal matrices [n, rows, columns] with the Frobenius norms of `factor`."""
     drawn = torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
     norms: Tensor = torch.linalg.matrix_norm(factor) / torch.linalg.matrix_norm(drawn)
     return drawn * norms[:, None, None]

@@ -1,4 +1,4 @@
-"""Scoring methods by name: the names of the enum HeadScoreMethod, in lower case and without its prefix."""
+"""The scoring methods have the names of the enum HeadScoreMethod, in lower case without its prefix."""
 
 from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
@@ -36,5 +36,5 @@ SCORING_METHODS: Mapping[str, ScoringMethod] = {
     "ov_nuclear_norm": ov_nuclear_norm.scores,
     "temporal": temporal.scores,
 }
-# Their work is requests of the engine; that of the others is a thread of their own.
+# The work of these methods is requests of the engine; that of the others is work at its exclusive door.
 ENGINE_METHODS: frozenset[str] = frozenset({"temporal"})

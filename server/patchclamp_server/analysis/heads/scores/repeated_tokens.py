@@ -33,25 +33,25 @@ AFTER_OTHERS = "after_other_occurrences_of_the_last_token"
 
 @dataclass(frozen=True)
 class Repeated:
-    """`tokens` [T] end with twice `period` tokens."""
+    """The sequence `tokens` [T] ends with twice `period` tokens."""
 
     tokens: Tensor
     period: int
 
     def queries(self, n: int) -> Tensor:
-        """Positions in the second occurrence whose last n tokens lie in it."""
+        """Returns the positions in the second occurrence whose last n tokens lie in it."""
         length = len(self.tokens)
         return torch.arange(length - self.period + n - 1, length)
 
 
-# Positions that queries at these positions are scored on.
+# Maps queries and the period to the positions on which these queries are scored.
 Target = Callable[[Tensor, int], Tensor]
 
 
 async def measure(
     engine: Engine, prompts: PromptEncoder, job: Scoring, *, n: int, target: Target
 ) -> AsyncGenerator[Progress | HeadScores, None]:
-    """Yields progress by sequence, then the scores. `target(queries, period)`: the positions whose weight is the score.
+    """Yields progress by sequence, then the scores. The score is the weight on `target(queries, period)`.
 
     The control is the weight on positions drawn evenly from those a query sees, but for the target. Where n > 1, the
     evidence has the weight on the token after another occurrence of the last token, whose n - 1 before it differ.
@@ -88,7 +88,7 @@ def _measured(
 
 
 def sequences(model: LoadedModel, prompts: PromptEncoder, job: Scoring, n: int) -> list[Repeated]:
-    """InvalidArgument for a length that the model has no room for, or too few tokens for."""
+    """Returns the sequences. Raises InvalidArgument for a length that the model has no room or too few tokens for."""
     if job.sequences < 1:
         raise InvalidArgument("sequences", f"expected at least 1, got {job.sequences}")
     if job.sequence_tokens < 2:
@@ -106,8 +106,9 @@ def sequences(model: LoadedModel, prompts: PromptEncoder, job: Scoring, n: int) 
 def repeated_tokens(
     period: int, n: int, vocabulary: Tensor, start: tuple[int, ...], generator: torch.Generator
 ) -> Repeated:
-    """InvalidArgument where the vocabulary is too small for `period` tokens that are to differ in every n."""
-    # Twice as many runs of n as are needed, so that few random circles are refused.
+    """Draws one sequence. Raises InvalidArgument for a vocabulary too small for `period` tokens that differ in every
+    n."""
+    # There are twice as many runs of n as are needed, so that few random circles are refused.
     distinct = period if n == 1 else max(math.ceil(period / OCCURRENCES), math.ceil((2 * period) ** (1 / n)))
     if distinct > len(vocabulary):
         raise InvalidArgument("sequence_tokens", f"the tokenizer has {len(vocabulary)} tokens; {distinct} are needed")
@@ -138,13 +139,13 @@ def _circle(period: int, n: int, distinct: int, generator: torch.Generator) -> l
 
 
 def random_positions(queries: Tensor, excluded: Tensor, generator: torch.Generator) -> Tensor:
-    """For each query a position at or before it, but for one, all equally likely."""
+    """Returns for each query a position at or before it, but not the excluded one; all are equally likely."""
     drawn = (torch.rand(len(queries), generator=generator) * queries).long()
     return drawn + (drawn >= excluded)
 
 
 def other_occurrence(repeated: Repeated, queries: Tensor, generator: torch.Generator) -> Tensor:
-    """For each query the position after another occurrence of its token in the first half, or NOWHERE."""
+    """Returns for each query the position after another occurrence of its token in the first half, or NOWHERE."""
     tokens, period = repeated.tokens, repeated.period
     begin = len(tokens) - 2 * period
     same = tokens[begin : begin + period] == tokens[queries][:, None]  # [n, period]
@@ -157,7 +158,7 @@ def other_occurrence(repeated: Repeated, queries: Tensor, generator: torch.Gener
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-    """Ids of all tokens that are not special."""
+    """Returns the ids of all tokens that are not special."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
     # The table may have rows that no token has.

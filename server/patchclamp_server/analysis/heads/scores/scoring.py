@@ -1,4 +1,4 @@
-"""What a scoring method is asked and what it answers: one number for every head."""
+"""What a scoring method is asked, and its answer: one number for every head."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from torch import Tensor
 from patchclamp_server.artifacts.types import NO_TAGS, Tags
 
 RESAMPLES = 1000
-# Heads of which the evidence tells more.
+# The evidence tells more of so many heads.
 BEST = 10
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`prompt` is continued by `answer`; a time-conditioned prompt names a time."""
+    """A `prompt` that `answer` continues; a time-conditioned prompt names a time."""
 
     prompt: str
     answer: str
@@ -29,7 +29,7 @@ class Scoring:
 
     method: str
     ngram: int = 2
-    # Random tokens before they repeat.
+    # So many random tokens come before they repeat.
     sequence_tokens: int = 64
     sequences: int = 8
     seed: int = 0
@@ -40,10 +40,10 @@ class Scoring:
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """All [n_layers, n_heads], float32 on the CPU.
+    """All scores are [n_layers, n_heads], float32 on the CPU.
 
-    `low` and `high`: a 95 % bootstrap interval, where a score is a mean of several measurements. `control`: the same
-    measurement on random targets, facts or weights, as the method says. `evidence`: what JSON can hold.
+    `low` and `high` are a 95 % bootstrap interval, where a score is a mean of several measurements. `control` is the
+    same measurement on random targets, facts or weights, as the method says. `evidence` holds what JSON can hold.
     """
 
     scores: Tensor
@@ -54,25 +54,25 @@ class HeadScores:
 
     @classmethod
     def means(cls, samples: Tensor, control: Tensor, seed: int) -> "HeadScores":
-        """Of `samples` and `control` [n, n_layers, n_heads] over n; intervals where n > 1."""
+        """Returns the means of `samples` and `control` [n, n_layers, n_heads] over n, with intervals where n > 1."""
         interval = ends(resampled_means(samples, seed)) if len(samples) > 1 else (None, None)
         return cls(samples.mean(0), control.mean(0), *interval)
 
     @property
     def best(self) -> list[tuple[int, int]]:
-        """(layer, head), best first; equal ones by layer and head."""
+        """Returns (layer, head), best first; equal ones are ordered by layer and head."""
         n_heads = self.scores.shape[1]
         order = self.scores.flatten().argsort(descending=True, stable=True)[:BEST]
         return [divmod(index, n_heads) for index in order.tolist()]
 
     def by_head(self, values: Tensor) -> dict[str, Any]:
-        """What `values` [n_layers, n_heads] are on average and for the best heads, as evidence."""
+        """Returns the mean of `values` [n_layers, n_heads] and their values for the best heads, as evidence."""
         best = [{"layer": layer, "head": head, "value": float(values[layer, head])} for layer, head in self.best]
         return {"mean": float(values.mean()), "best": best}
 
 
 def resampled_means(samples: Tensor, seed: int) -> Tensor:
-    """Means of RESAMPLES draws with replacement from samples [n, ...] -> [RESAMPLES, ...]."""
+    """Returns the means [RESAMPLES, ...] of RESAMPLES draws with replacement from samples [n, ...]."""
     n = len(samples)
     drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
     share = torch.zeros(RESAMPLES, n).scatter_add_(1, drawn, torch.full((RESAMPLES, n), 1 / n))
@@ -80,6 +80,6 @@ def resampled_means(samples: Tensor, seed: int) -> Tensor:
 
 
 def ends(means: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the middle 95 % of means [n, ...]."""
+    """Returns the ends of the middle 95 % of means [n, ...]."""
     low, high = means.quantile(torch.tensor([0.025, 0.975]), dim=0)
     return low, high

@@ -74,7 +74,7 @@ def _scores(decoder: Decoder, sequences: list[TokenSequence], job: Scoring) -> W
 
 
 class OvCircuit:
-    """All tokens that have a successor, and what heads make of them. N tokens, K tokens of all sequences together."""
+    """The N tokens that have a successor, and what heads make of them. All sequences together have K tokens."""
 
     @torch.inference_mode()
     def __init__(self, decoder: Decoder, sequences: list[TokenSequence]) -> None:
@@ -84,7 +84,7 @@ class OvCircuit:
         column = {token: index for index, token in enumerate(members)}
         self.members = torch.tensor(members)  # [K]
         self.targets = torch.tensor([column[b] for s in sequences for _, b in s.pairs])  # [N], of K
-        # [N, K]: which tokens are of the sequence.
+        # The mask [N, K] says which tokens are of the sequence.
         self.candidates = torch.zeros(len(self.inputs), len(members), dtype=torch.bool)
         row = 0
         for s in sequences:
@@ -99,35 +99,36 @@ class OvCircuit:
 
     @torch.inference_mode()
     def written(self, layer: int, head: int | None = None) -> Tensor:
-        """What the heads of a layer, or one, write of each token, after the final norm: [n_heads or 1, N, d_model]."""
+        """Returns what heads of a layer, or one, write of each token after the final norm, [n_heads or 1, N,
+        d_model]."""
         decoder, block = self.decoder, self.decoder.blocks[layer]
         values, outputs = ov_weights(decoder, layer)
         if head is not None:
             values, outputs = values[head : head + 1], outputs[head : head + 1]
         x = block.attn_norm(self._processed if layer else self._embedded)
         out = x @ values.mT @ outputs.mT
-        # Of the sum of all heads in the model; its weights lie on the way of each, and its scale changes no rank.
+        # In the model this norm follows the sum of all heads. Its weights apply to each; its scale changes no rank.
         return decoder.final_norm(out if block.post_attn_norm is None else block.post_attn_norm(out))
 
     @torch.inference_mode()
     def logits(self, layer: int) -> Tensor:
-        """[n_heads, N, K]; without the cap that some models put on logits, which changes no rank."""
+        """Returns the logits [n_heads, N, K] without the cap that some models put on them, which changes no rank."""
         return (self.written(layer).float() @ self._rows.T + self._bias).cpu()
 
     def is_first(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Whether targets [N] have a larger logit than all others of their sequence: bool [n_heads, N]."""
+        """Returns whether targets [N] have a larger logit than all others of their sequence, bool [n_heads, N]."""
         own = torch.zeros_like(self.candidates).scatter_(1, targets[:, None], True)
         others = logits.masked_fill(~self.candidates | own, float("-inf")).amax(2)
         return (logits * own).sum(2) > others
 
     def random_targets(self, generator: torch.Generator) -> Tensor:
-        """For each token another one of its sequence, but not its successor: [N], of K."""
+        """Returns for each token another one of its sequence that is not its successor: [N], indices into K."""
         allowed = self.candidates.clone().scatter_(1, self.targets[:, None], False)
         return torch.multinomial(allowed.float(), 1, generator=generator)[:, 0]
 
     @torch.inference_mode()
     def first_of_vocabulary(self, layer: int, head: int) -> float:
-        """The share of tokens for which no token has a logit as large as the successor's."""
+        """Returns the share of tokens for which no token has a logit as large as the successor's."""
         logits = self.decoder.unembed(self.written(layer, head)[0]).cpu()
         successors = self.members[self.targets][:, None]
         return float(((logits >= logits.gather(1, successors)).sum(1) == 1).float().mean())
@@ -140,7 +141,7 @@ def _random_heads(found: HeadScores, seed: int) -> list[tuple[int, int]]:
 
 
 def _by_sequence(sequences: list[TokenSequence], samples: Tensor, found: HeadScores) -> list[dict[str, Any]]:
-    """For each sequence its share of hits in the best head."""
+    """Returns the share of hits of each sequence in the best head."""
     (layer, head), row, described = found.best[0], 0, []
     for s in sequences:
         share = float(samples[row : row + len(s.pairs), layer, head].mean())

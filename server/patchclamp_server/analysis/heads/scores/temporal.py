@@ -30,7 +30,7 @@ from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import OnEvent, completed
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Priority, Request, Token
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import Edit, HeadEdit, Program
@@ -70,14 +70,11 @@ def built_in_facts() -> tuple[Fact, ...]:
 
 
 def _requests(facts: tuple[Fact, ...], prompts: PromptEncoder, info: ModelInfo) -> list[Callable[[OnEvent], Request]]:
-    """All facts unedited, then all facts without each head, by layer and head."""
+    """Returns requests for all facts unedited, then for all facts without each head, by layer and head."""
     tokens = []
     for i, fact in enumerate(facts):
-        try:
+        with about(f"facts[{i}].prompt"):
             prompt = prompts.encode_text(fact.prompt).ids
-        except RequestError as error:
-            error.field = f"facts[{i}].prompt"
-            raise
         answer = prompts.encode_continuation(fact.answer, f"facts[{i}].answer", prompt)
         if not answer:
             raise InvalidArgument(f"facts[{i}].answer", "is empty; at least one token is scored")
@@ -95,7 +92,7 @@ def _scored(prompt: Ids, answer: Ids, program: BoundProgram | None, on_event: On
 
 
 def _compared(effects: Tensor, timed: Tensor, facts: tuple[Fact, ...], known: Tensor, seed: int) -> HeadScores:
-    """effects [facts, n_layers, n_heads]; timed and known [facts]."""
+    """Returns the scores of effects [facts, n_layers, n_heads], given timed and known [facts]."""
     of_time, of_others = effects[timed], effects[~timed]
     dealt = timed[torch.randperm(len(timed), generator=torch.Generator().manual_seed(seed))]
     low, high = ends(resampled_means(of_time, seed) - resampled_means(of_others, seed ^ 1))

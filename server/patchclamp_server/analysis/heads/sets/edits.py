@@ -30,7 +30,7 @@ from patchclamp_server.model.sites import Site
 
 
 class HeadEditMode(Enum):
-    """The names of the enum HeadEditMode, in lower case and without its prefix."""
+    """Has the names of the enum HeadEditMode, in lower case and without its prefix."""
 
     ZERO = "zero"
     MEAN = "mean"
@@ -41,7 +41,8 @@ class HeadEditMode(Enum):
 def head_program(
     heads: Sequence[Head], mode: HeadEditMode, info: ModelInfo, *, scale: float = 0.0, means: Tensor | None = None
 ) -> BoundProgram:
-    """means [n_layers, n_heads, head_dim] for the mode MEAN. Raises InvalidArgument for a scale that is not finite."""
+    """Returns the program. `means` [n_layers, n_heads, head_dim] are for the mode MEAN. Raises InvalidArgument for a
+    scale that is not finite."""
     by_layer: dict[int, list[int]] = defaultdict(list)
     for layer, head in heads:
         by_layer[layer].append(head)
@@ -63,8 +64,8 @@ def head_program(
 
 
 async def mean_outputs(engine: Engine, info: ModelInfo, windows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Mean output of every head over the tokens of all windows that interventions/pooling.py takes for ordinary:
-    [n_layers, n_heads, head_dim]."""
+    """Returns the mean output of every head, [n_layers, n_heads, head_dim], over the tokens of all windows that
+    interventions/pooling.py takes for ordinary."""
     capture = Capture(Site.ATTN_Z, tuple(range(info.n_layers)), Pooling.MEAN)
     total, tokens = torch.zeros(info.n_layers, info.sites[Site.ATTN_Z]), torch.zeros(info.n_layers, dtype=torch.int64)
     async with aclosing(collect(engine, windows, capture)) as collected:

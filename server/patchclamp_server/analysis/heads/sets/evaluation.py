@@ -49,7 +49,7 @@ class EditEvaluation:
 
 @dataclass(frozen=True)
 class HeadMetrics:
-    """With these heads edited; no heads: the model as it is."""
+    """The metrics with these heads edited; without heads, those of the model as it is."""
 
     runs: int
     successes: int
@@ -60,7 +60,8 @@ class HeadMetrics:
 
 @dataclass(frozen=True)
 class HeadEditEffect:
-    """Means and standard deviations over the random sets: of the number of successes, and of the perplexity."""
+    """The metrics of each set, with means and standard deviations over the random sets of the number of successes and
+    of the perplexity."""
 
     unedited: HeadMetrics
     edited: HeadMetrics
@@ -113,7 +114,7 @@ async def evaluate_edit(
 
 
 def random_sets(heads: Sequence[Head], info: ModelInfo, n: int, seed: int) -> list[tuple[Head, ...]]:
-    """n sets of as many heads that are not among `heads`. Raises InvalidArgument when there are not that many."""
+    """Returns n sets of as many heads that are not among `heads`. Raises InvalidArgument when there are too few."""
     if not 1 <= n <= MAX_RANDOM_SETS:
         raise InvalidArgument("random_sets", f"{n} is not in 1 to {MAX_RANDOM_SETS}")
     named = set(heads)

@@ -22,7 +22,7 @@ MAX_HEAD_SETS = 64
 
 @dataclass(frozen=True)
 class HeadSetOverlap:
-    """Fields as in the message HeadSetComparison; `first` and `second` are indices of the sets compared."""
+    """Has the fields of the message HeadSetComparison; `first` and `second` are indices of the sets compared."""
 
     first: int
     second: int
@@ -34,10 +34,10 @@ class HeadSetOverlap:
 
 
 def compare(refs: Sequence[str], top_k: int, store: ArtifactStore) -> tuple[HeadSetOverlap, ...]:
-    """Every pair of head sets, by their `top_k` best heads or, with 0, those with at least the threshold of the set.
-    They may be of several models, such as a base model and what was made of it, with the same number of heads.
+    """Compares each pair of head sets by their `top_k` best heads or, with 0, those with at least the set's threshold.
 
-    Raises InvalidArgument (field path), NotFound, or FailedPrecondition for a set without heads.
+    They may be of several models, such as a base model and what was made of it, with the same number of heads. Raises
+    InvalidArgument (field path), NotFound, or FailedPrecondition for a set without heads.
     """
     if not 2 <= len(refs) <= MAX_HEAD_SETS:
         raise InvalidArgument("head_sets", f"{len(refs)} head sets; 2 to {MAX_HEAD_SETS} are compared")
@@ -71,7 +71,7 @@ def compare(refs: Sequence[str], top_k: int, store: ArtifactStore) -> tuple[Head
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's correlation of tensors of one shape; 0 where one of them is constant."""
+    """Returns Spearman's correlation of tensors of one shape, or 0 where one of them is constant."""
     ranks = torch.stack((_ranks(a), _ranks(b)))
     ranks -= ranks.mean(dim=1, keepdim=True)
     norms = ranks.norm(dim=1).prod()
@@ -79,7 +79,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """From 1; equal values have the mean of their ranks. Float64, flat."""
+    """Returns ranks from 1, flat float64; equal values have the mean of their ranks."""
     flat = values.flatten()
     ordered = flat.sort().values
     below, upto = torch.searchsorted(ordered, flat), torch.searchsorted(ordered, flat, right=True)

@@ -1,6 +1,6 @@
 """Sparse inference: what every policy costs in quality, and what reading fewer neurons saves on this machine's CPU.
 
-    python benchmarks/sparse.py [--only quality|speed] [--keep .75 .5 .4 .3] [--policies fovea …] [--rounds 61]
+    python benchmarks/sparse [--only quality|speed] [--keep .75 .5 .4 .3] [--policies fovea …] [--rounds 61]
 
 sparse/quality.py and sparse/speed.py say what is measured. Each part prints its table, and a whole one is written to
 benchmarks/results; the last line is a JSON object. `--tiny` runs everything on random weights in seconds and writes
@@ -14,17 +14,22 @@ configure_threads()
 import argparse
 import asyncio
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+
+# Its modules, and those that benchmarks share.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from brown import DESCRIPTION, calibration_texts, evaluation_texts
 from measure import save
-from sparse import quality, speed
-from sparse.models import embedded_model, random_loaded_model, random_model
 
 from patchclamp_server.analysis.documents import documents_of
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.sparsity.mlp import SparseModel
+from sparse import quality, speed
+from sparse.models import embedded_model, random_loaded_model, random_model
 
 KEEPS = (0.75, 0.5, 0.4, 0.3)
 

@@ -1,6 +1,6 @@
 """Four times the load that a server can carry: what it still finishes, what it refuses and how, and what it keeps.
 
-    python benchmarks/load.py [--seconds 60] [--capacity-seconds 20] [--overload 4] [options of `patchclamp serve`]
+    python benchmarks/load [--seconds 60] [--capacity-seconds 20] [--overload 4] [options of `patchclamp serve`]
 
 1. `patchclamp serve` in a process of its own; clients in this one, in a closed loop that keeps every place taken:
    capacity is the tokens of finished requests per second.
@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,9 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from load.clients import Call, Clients, requests
+
+# Its modules, and those that benchmarks share.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from serving import ServerProcess, serving
 
+from load.clients import Call, Clients, requests
 from patchclamp import Client, PatchclampError
 from patchclamp_server.security.tokens import new_token
 

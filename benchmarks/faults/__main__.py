@@ -1,7 +1,7 @@
 """The fault matrix: what breaks, what its client sees, and what was lost by it, which must be nothing.
 
-    python benchmarks/faults.py           the embedded model; saves results/faults.json
-    python benchmarks/faults.py --tiny    a tiny random model, as in the tests
+    python benchmarks/faults           the embedded model; saves results/faults.json
+    python benchmarks/faults --tiny    a tiny random model, as in the tests
 
 Every row is done to a real server process. Each prints what was sent, what the client saw, and what was lost: tokens of
 requests that had no part in it, artifacts that had been acknowledged, KV blocks, table rows and calls that are still
@@ -22,15 +22,16 @@ from pathlib import Path
 
 import grpc
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tests")]
+from measure import save
+from serving import SERVE, ServerProcess
+
 from faults import rows
 from faults.clients import Client
 from faults.credentials import Secrets
 from faults.rows import Matrix
-from measure import save
-from serving import SERVE, ServerProcess
 
-FAULTY = (sys.executable, str(Path(__file__).parent / "faults" / "faulty_server.py"))
+FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_server.py")))
 FAILED_STEPS = 3
 # A loaded machine may need longer than the default for what runs.
 DRAIN = "--drain-seconds=300"

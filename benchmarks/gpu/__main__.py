@@ -1,6 +1,6 @@
 """Kernels and engine on one GPU: right against float64, then timed against what its memory and matrix units allow.
 
-    python benchmarks/gpu.py [--output DIR] [--quick] [--only kernels engine baselines] [--model llama qwen]
+    python benchmarks/gpu [--output DIR] [--quick] [--only kernels engine baselines] [--model llama qwen]
 
 1. the device, and its two ceilings: copy bandwidth and bfloat16 matrix rate;
 2. every kernel against its reference in float64, outputs poisoned before;
@@ -17,7 +17,7 @@ On a CPU, `--device cpu --tiny` runs the same code on small shapes and the refer
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import json
@@ -34,7 +34,7 @@ from gpu.processes import Task, run_apart, run_inline
 from gpu.report import SECTIONS, Report, final_table
 from gpu.setting import Setting
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("kernels", "engine", "baselines")
 # Modules of benchmarks/gpu/ with `checks` and `timings`; those that goals are about come first.
 OPS = ("attention", "residual", "neurons", "sparse", "rope", "features", "probes", "lens", "tokens")

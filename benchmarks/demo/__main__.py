@@ -1,6 +1,6 @@
 """Steer and clamp a real language model through a real server: what `make demo` runs.
 
-    python benchmarks/demo.py
+    python benchmarks/demo
 
 Starts `patchclamp serve` with the embedded model on a free port, extracts a joyful/sad vector from contrast pairs,
 reads which neurons are busiest, and prints unedited and edited answers side by side, with receipts and the divergence
@@ -18,18 +18,20 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+# Its modules, and those that benchmarks share.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from serving import serving
+
 from demo.heads import show_heads
 from demo.output import WIDTH, heading, show_progress
 from demo.sparsity import show_sparsity
-from serving import serving
-
 from patchclamp import Client, PatchclampError, Program
 from patchclamp.names import MethodName
 from patchclamp.programs import ProgramLike, add, clamp_neurons, read_top_neurons
 from patchclamp.requests import GenerateOptions
 from patchclamp.results import GenerateResult
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAIRS = Path("benchmarks/data/concepts/joyful_sad.jsonl")
 HEADS_OFF = Path("benchmarks/data/programs/layer_15_heads_off.json")
 PROMPTS = ("My day at the office was", "When she opened the door, she felt", "The weather today makes me feel")

@@ -1,0 +1,120 @@
+"""`patchclamp serve` and `patchclamp pull`. Imports nothing heavy before the threads are configured."""
+
+import argparse
+import asyncio
+import atexit
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+
+from patchclamp_server.cli.options import add_serve_arguments, config_from
+from patchclamp_server.threads import configure_threads
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+TRACED_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s trace_id=%(trace_id)s: %(message)s"
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Loads the model, serves until SIGTERM or SIGINT, and drains. Returns the exit code."""
+    _configure_process()
+    from patchclamp_server.engine.faults import is_out_of_memory
+    from patchclamp_server.model.errors import ModelSourceError
+    from patchclamp_server.model.progress import RichProgress
+    from patchclamp_server.rpc.at_start import check_files, load, reserve
+    from patchclamp_server.rpc.server import EngineStopped, Server
+    from patchclamp_server.security.configuration import ConfigurationError
+
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    config = config_from(args)
+    if config.tracing == "otlp":
+        _log_trace_ids()
+    try:
+        check_files(config)
+        # This comes before the model: whoever starts a second server need not wait for weights to hear of the first.
+        reserved = reserve(config)
+        with RichProgress() as progress:
+            model = load(config, progress)
+        server = Server(model, config)
+
+        def ready(address: str) -> None:
+            if args.json:
+                print(json.dumps({"address": address, "metrics_port": server.metrics_port}), flush=True)
+            else:
+                print(f"serving on {address}, metrics on port {server.metrics_port}", flush=True)
+
+        asyncio.run(server.run(ready, reserved))
+    except (ConfigurationError, ModelSourceError, EngineStopped, OSError) as error:
+        return _failed("serve", error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed("serve", f"out of memory: {error}; --kv-cache-tokens asks for less")
+    except KeyboardInterrupt:  # while the model loads; afterwards it is a signal like any other
+        return 130
+    return 0
+
+
+def pull(args: argparse.Namespace) -> int:
+    """Fetches, verifies and converts the model, so that `serve` starts without a network. Returns the exit code."""
+    _configure_process()
+    from patchclamp_server.model.errors import ModelSourceError
+    from patchclamp_server.model.load import load_model
+    from patchclamp_server.model.progress import RichProgress
+
+    try:
+        with RichProgress() as progress:
+            info = load_model(args.model or "embedded", progress=progress).info
+    except (ModelSourceError, OSError) as error:
+        return _failed("pull", error)
+    except KeyboardInterrupt:
+        return 130
+    name, fingerprint = info.name, info.fingerprint
+    print(json.dumps({"name": name, "fingerprint": fingerprint}) if args.json else f"{name} {fingerprint}")
+    return 0
+
+
+def _failed(command: str, error: Exception | str) -> int:
+    """Prints one line for what the operator can mend; a defect of ours keeps its traceback."""
+    print(f"patchclamp {command}: error: {error}", file=sys.stderr)
+    return 1
+
+
+def _configure_process() -> None:
+    """Sets threads, and where compiled code is kept (the package may be read-only), before torch and numba are
+    imported."""
+    configure_threads()
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        os.environ["NUMBA_CACHE_DIR"] = _compiled_code_directory()
+
+
+def _compiled_code_directory() -> str:
+    """Returns a directory below the cache; where that cannot be written, one that is removed with this process."""
+    from patchclamp_server.model.digests import cache_root
+
+    directory = cache_root() / "numba"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return str(directory)
+    except OSError:
+        temporary = tempfile.mkdtemp(prefix="patchclamp-numba-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return temporary
+
+
+def _log_trace_ids() -> None:
+    from patchclamp_server.rpc.tracing.spans import put_trace_ids_on_log_records
+
+    put_trace_ids_on_log_records()
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(TRACED_LOG_FORMAT))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `python -m patchclamp_server.cli`: `patchclamp serve` without the client's package of commands."""
+    parser = argparse.ArgumentParser(prog="patchclamp-server")
+    add_serve_arguments(parser)
+    return serve(parser.parse_args(arguments))

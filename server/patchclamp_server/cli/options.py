@@ -1,0 +1,175 @@
+"""The options of `serve` and `pull`, and the configuration that they make. Imports nothing heavy."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from patchclamp_server.cli.option_types import (
+    Together,
+    address,
+    endpoint,
+    interval,
+    one_of,
+    positive,
+    seconds,
+    slowdown,
+    tcp_address,
+    tracing,
+    watch_count,
+    watches,
+)
+
+if TYPE_CHECKING:
+    from patchclamp_server.rpc.config import ServerConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+# These options name files of security.
+SECURITY_FILES = {
+    "tls_certificate": "PEM file of the server's certificate, and those between it and its root: serve by TLS",
+    "tls_key": "PEM file of its key",
+    "tls_client_ca": "PEM file of CAs: every client must show a certificate of one of them (mTLS)",
+    "tokens": "file of bearer tokens (see patchclamp token): every call must bring one",
+    "policy": "YAML file that says what each tenant may do",
+    "audit_log": "file that gets a JSON line for every call that edited the model or changed an artifact",
+}
+SWITCHES = {
+    "audit_prompts": "record the text of prompts in the audit log too (default: off)",
+    "metrics_tls": "serve /metrics with the certificate of the gRPC port (default: off)",
+}
+# These are options of the engine, whose own defaults hold where none is given.
+ENGINE_OPTIONS = {
+    "max_sequences": "sequences that run at once",
+    "max_tokens_per_step": "token rows of one forward pass",
+    "kv_block_size": "tokens in a KV block",
+    "kv_cache_tokens": "tokens the KV cache holds",
+    "analysis_slowdown": "how many times as long a stream may wait for a token beside analysis, above 1 (default: 1.5)",
+    "max_failed_steps": "forward passes that may fail in a row before the server ends",
+    "max_watches": "watches that may run, at most 63",
+    "max_watched_items": "items that may be watched",
+    "max_waiting": "requests that may wait; more are refused with RESOURCE_EXHAUSTED",
+    "max_waiting_kv_tokens": "tokens of KV cache that waiting requests may need (default: eight times what there is)",
+}
+ENGINE_TYPES = {"max_watches": watch_count, "analysis_slowdown": slowdown}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    _add(parser, "--model", help='"embedded", a hub id, a directory or a .gguf file (default: embedded)')
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `serve`. A variable can set each: --drain-seconds is PATCHCLAMP_DRAIN_SECONDS."""
+    add_model_arguments(parser)
+    _add(
+        parser,
+        "--address",
+        type=address,
+        help="host:port, [IPv6]:port or unix:path; port 0 takes a free one (default: 127.0.0.1:50051)",
+    )
+    _add(
+        parser,
+        "--metrics-address",
+        type=tcp_address,
+        help="host:port of /metrics and /healthz (default: 127.0.0.1:9464)",
+    )
+    _add(
+        parser,
+        "--health-address",
+        type=address,
+        help="address of the health service alone, without TLS, for probes that speak none (default: nowhere)",
+    )
+    _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
+    _add(parser, "--dtype", type=one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
+    _add(parser, "--device", help="torch device (default: cpu)")
+    _add(parser, "--max-message-bytes", type=positive, help="largest request (default: 4 MiB)")
+    _add(parser, "--max-calls", type=positive, help="calls answered at once, streams included (default: 4096)")
+    _add(parser, "--max-upload-bytes", type=positive, help="largest artifact (default: 256 MiB)")
+    _add(
+        parser,
+        "--max-concurrent-upload-bytes",
+        type=positive,
+        help="bytes of artifacts that may be arriving at once (default: 1 GiB)",
+    )
+    _add(
+        parser,
+        "--upload-idle-seconds",
+        type=seconds,
+        help="how long an upload may wait for its next chunk (default: 30)",
+    )
+    _add(parser, "--drain-seconds", type=seconds, help="how long running work may go on after SIGTERM (default: 30)")
+    _add(
+        parser,
+        "--step-timeout-seconds",
+        type=seconds,
+        help="health says NOT_SERVING while a forward pass takes longer; 0 watches none (default: 300)",
+    )
+    for name, text in ENGINE_OPTIONS.items():
+        _add(parser, f"--{name.replace('_', '-')}", type=ENGINE_TYPES.get(name, positive), help=text)
+    _add(parser, "--prefix-cache", type=one_of("on", "off"), help="reuse KV blocks of equal prefixes (default: on)")
+    _add(parser, "--kernels", type=one_of("on", "off"), help="run steps on Triton kernels (default: on with CUDA)")
+    _add(
+        parser,
+        "--batch-invariant",
+        type=one_of("on", "off"),
+        help="what a request is told does not depend on what else runs (default: on in float32 on a CPU)",
+    )
+    for name, text in SECURITY_FILES.items():
+        _add(parser, f"--{name.replace('_', '-')}", help=text)
+    for name, text in SWITCHES.items():
+        _add(parser, f"--{name.replace('_', '-')}", type=one_of("on", "off"), help=text)
+    _add(
+        parser,
+        "--decode-graphs",
+        type=one_of("on", "off"),
+        help="replay decode steps as CUDA graphs (default: on with CUDA)",
+    )
+    _add(
+        parser,
+        "--watch",
+        dest="watches",
+        action=Together,
+        type=watches,
+        metavar="NAME=WATCH[@REFERENCE]",
+        help="run a stored watch from the start, with its drift from a reference; repeatable, or with commas",
+    )
+    _add(
+        parser,
+        "--watch-poll-seconds",
+        type=interval,
+        help="how often the artifact store is looked at for watches started on another server (default: 5)",
+    )
+    _add(parser, "--tracing", type=tracing, help="otlp: send OpenTelemetry traces to a collector (default: off)")
+    _add(
+        parser,
+        "--otlp-endpoint",
+        type=endpoint,
+        help="the collector, e.g. http://localhost:4317 (default: OTEL_EXPORTER_OTLP_ENDPOINT, else that)",
+    )
+
+
+def config_from(args: argparse.Namespace) -> "ServerConfig":
+    """Returns what was given, over the defaults of ServerConfig and EngineConfig."""
+    from patchclamp_server.engine.config import EngineConfig
+    from patchclamp_server.rpc.config import ServerConfig, WatchAtStart
+
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    engine = {name: given[name] for name in ENGINE_OPTIONS if name in given}
+    if "prefix_cache" in given:
+        engine["enable_prefix_cache"] = given["prefix_cache"] == "on"
+    for name in SWITCHES:
+        if name in given:
+            given[name] = given[name] == "on"
+    for name in ("kernels", "decode_graphs", "batch_invariant"):
+        if name in given:
+            engine[name] = given[name] == "on"
+    if "watches" in given:
+        given["watches"] = tuple(WatchAtStart(*watch) for watch in given["watches"])
+    fields = {name for name in ServerConfig.__dataclass_fields__ if name != "engine"}
+    return ServerConfig(engine=EngineConfig(**engine), **{n: v for n, v in given.items() if n in fields})
+
+
+def _add(parser: argparse.ArgumentParser, option: str, **arguments: object) -> None:
+    """Adds an option whose default is its variable, checked like a given value; it is None when neither is set."""
+    variable = "PATCHCLAMP_" + option.removeprefix("--").replace("-", "_").upper()
+    arguments["help"] = f"{arguments['help']} [{variable}]"
+    parser.add_argument(option, default=os.environ.get(variable) or None, **arguments)  # type: ignore[arg-type]
