@@ -19,6 +19,7 @@ from patchclamp.v1 import (
     job_pb2,
     model_pb2,
     monitoring_pb2,
+    neuron_pb2,
     program_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
@@ -277,6 +278,7 @@ def calls() -> dict[str, list[Call]]:
         "ModelService/Tokenize": [[model_pb2.TokenizeRequest(prompt=prompt)] for prompt in (PROMPT, CHAT, TOKENS)],
         "ModelService/Detokenize": [[model_pb2.DetokenizeRequest(ids=[1, 40, 41], skip_special_tokens=True)]],
         **monitoring(),
+        **neurons(),
     }
     return {f"patchclamp.v1.{method}": calls for method, calls in named.items()}
 
@@ -304,3 +306,21 @@ def monitoring() -> dict[str, list[Call]]:
         "MonitoringService/WatchActivations": [[pb.WatchActivationsRequest(name="w", max_events=1)]],
         "MonitoringService/StopWatch": [[pb.StopWatchRequest(name="other")]],
     }
+
+
+def neurons() -> dict[str, list[Call]]:
+    pb = neuron_pb2
+    texts = pb.TextSource(
+        groups=[{"label": "rain", "prompts": [PROMPT, {"text": "It rained. " * 4}]}], window_tokens=16, max_tokens=48
+    )
+    listed = pb.NeuronSelection(neurons={"neurons": [{"layer": 0, "neuron": 1}, {"layer": 1, "neuron": 5}]})
+    describe = pb.DescribeNeuronsRequest(
+        neurons=listed,
+        texts=texts,
+        contexts=2,
+        context_tokens=3,
+        descriptions=["rain", "x"],
+        causal=True,
+        random_neurons=2,
+    )
+    return {"NeuronService/DescribeNeurons": [[describe]]}

@@ -1987,11 +1987,13 @@ class DescribeNeuronsRequest(_message.Message):
     contexts: _builtins.int
     """Contexts of a neuron. Default 10, at most 100. Of a window the largest token alone."""
     context_tokens: _builtins.int
-    """Tokens before and after the largest one. Default 12."""
+    """Tokens before and after the largest one. Default 12, at most 256."""
     causal: _builtins.bool
     """Also the causal score of each: how much likelier its words become when the neuron is clamped to its largest value."""
     random_neurons: _builtins.int
-    """Random neurons that the causal score is compared with. Default 20."""
+    """Random neurons of the same layer that the causal score is compared with, each clamped to its own largest value.
+    Default 20, 2 to 1,000.
+    """
     seed: _builtins.int
     @_builtins.property
     def neurons(self) -> Global___NeuronSelection:
@@ -2057,6 +2059,10 @@ Global___DescribeNeuronsResponse: _TypeAlias = DescribeNeuronsResponse  # noqa: 
 
 @_typing.final
 class NeuronDescription(_message.Message):
+    """NeuronDescription: all but the values of ContextToken is of tokens that are not the first of their window, nor special
+    ones that start it.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NEURON_FIELD_NUMBER: _builtins.int
@@ -2165,8 +2171,8 @@ class DescriptionScore(_message.Message):
     pmi: _builtins.float
     """log p(description | contexts) - log p(description | no context), nats a token, by the model itself."""
     causal: _builtins.float
-    """Mean change of the log-probability of the description after neutral prompts when the neuron is clamped, and its z among
-    those of random neurons of the same layer.
+    """Mean change of the log-probability of the description after neutral prompts when the neuron is clamped, nats a token;
+    and its z among those of the random neurons, unset where these do not differ.
     """
     causal_z: _builtins.float
     def __init__(
