@@ -7,6 +7,7 @@ from typing import Any
 
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceServicer
+from patchclamp_server.analysis.neurons.census import census
 from patchclamp_server.analysis.neurons.compare import compare
 from patchclamp_server.analysis.neurons.decode import decode
 from patchclamp_server.analysis.neurons.evaluation import evaluate_edit
@@ -14,10 +15,12 @@ from patchclamp_server.analysis.neurons.find_job import find_neurons
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
+from patchclamp_server.rpc.codecs.neurons.census import decode_census, encode_census
 from patchclamp_server.rpc.codecs.neurons.compare import encode_overlaps
 from patchclamp_server.rpc.codecs.neurons.decode import decode_decoding, encode_decoding
 from patchclamp_server.rpc.codecs.neurons.evaluation import decode_evaluation, encode_evaluation
 from patchclamp_server.rpc.codecs.neurons.find import decode_finding, encode_finding
+from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 
 Context = Any
 
@@ -61,6 +64,18 @@ class NeuronService(NeuronServiceServicer):
             partial(decode_evaluation, request, jobs.prompts, jobs.store, jobs.model),
             partial(evaluate_edit, jobs.engine, jobs.store, jobs.model, jobs.prompts),
             encode_evaluation,
+        )
+
+    def CensusNeurons(
+        self, request: pb.CensusNeuronsRequest, context: Context
+    ) -> AsyncIterator[pb.CensusNeuronsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_census, request, jobs.prompts, jobs.store, jobs.model),
+            partial(census, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            partial(encode_census, prompts=jobs.prompts),
+            fields=text_fields(request.texts, "texts"),
         )
 
     async def CompareNeuronSets(
