@@ -1,7 +1,7 @@
 """A llama of the tests with neurons whose class is known, in its first layer, and texts that show it.
 
 Every embedding has a one in dimension 0. Attention of layer 0 looks at all tokens alike, and writes how much of what it
-saw was the start of the text, and how much was "a". So signs of gates are those of what is written below, whichever the
+saw was "s", which starts every text, and how much was "a". So signs of gates are those of what is written below, whichever the
 scale that the norm gives them.
 """
 
@@ -16,7 +16,7 @@ WINDOW = 32
 EARLY = 8
 # Dimensions of the residual stream.
 _ONE, _START, _Q, _A, _B, _Z, _SEEN_START, _SEEN_A = range(8)
-_MARKED = {"q": _Q, "a": _A, "b": _B, "z": _Z}
+_MARKED = {"s": _START, "q": _Q, "a": _A, "b": _B, "z": _Z}
 
 
 def save_planted_neurons(directory: Path) -> None:
@@ -46,7 +46,6 @@ def _plant(model: LlamaForCausalLM, marked: list[int]) -> None:
     embedding = model.model.embed_tokens.weight
     embedding[:, : _SEEN_A + 1] = 0
     embedding[:, _ONE] = 1
-    embedding[1, _START] = 1
     for token, dimension in zip(marked, _MARKED.values(), strict=True):
         embedding[token, dimension] = 1
     attention, gates = model.model.layers[0].self_attn, model.model.layers[0].mlp.gate_proj.weight
@@ -57,7 +56,7 @@ def _plant(model: LlamaForCausalLM, marked: list[int]) -> None:
     attention.o_proj.weight[_SEEN_START, 0] = 1
     attention.o_proj.weight[_SEEN_A, 1] = 1
     # What attention sees of the start, at its own position.
-    first = float(embedding[1, _START] / embedding[1].square().mean().sqrt())
+    first = float(1 / embedding[marked[0]].square().mean().sqrt())
 
     gates[: RARE + 1] = 0
     gates[DEAD, _ONE] = -1
@@ -70,7 +69,7 @@ def _plant(model: LlamaForCausalLM, marked: list[int]) -> None:
 
 
 def planted_texts(n: int = 120) -> list[str]:
-    """Of at most WINDOW - 1 bytes and of most of them; "a" comes before "b" alone, "z" three times in all."""
+    """Of at most WINDOW bytes; "s" comes first and nowhere else, "a" before "b" alone, and "z" three times in all."""
     generator = torch.Generator().manual_seed(1)
     alphabet = "cdefghijklmnop "
     texts = []
@@ -78,5 +77,5 @@ def planted_texts(n: int = 120) -> list[str]:
         length = int(torch.randint(24, WINDOW - 4, (), generator=generator))
         body = "".join(alphabet[int(k)] for k in torch.randint(len(alphabet), (length,), generator=generator))
         middle = ("ab", "b", "q")[i % 3] + ("z" if i in (7, 50, 91) else "")
-        texts.append(body[: length // 2] + middle + body[length // 2 :])
+        texts.append("s" + body[: length // 2] + middle + body[length // 2 :])
     return texts

@@ -19,6 +19,7 @@ from patchclamp.v1 import (
     job_pb2,
     model_pb2,
     monitoring_pb2,
+    neuron_pb2,
     program_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
@@ -252,6 +253,20 @@ def calls() -> dict[str, list[Call]]:
         "ArtifactService/Download": [
             [artifact_pb2.DownloadRequest(ref="vector", format="ARTIFACT_FORMAT_SAFETENSORS", layers=[1])],
             [artifact_pb2.DownloadRequest(ref="heads", format="ARTIFACT_FORMAT_HEAD_SCORE_JSON")],
+        ],
+        "NeuronService/CensusNeurons": [
+            [
+                neuron_pb2.CensusNeuronsRequest(
+                    texts={"groups": [{"label": "l", "prompts": [PROMPT, TOKENS]}], "window_tokens": 8},
+                    layers=[1],
+                    threshold=0.1,
+                    rare_below=0.01,
+                    min_occurrences=1,
+                    checkpoint_tokens=64,
+                    tags=["census"],
+                    replace_tags=True,
+                )
+            ]
         ],
         "ArtifactService/GetArtifact": [[artifact_pb2.GetArtifactRequest(ref="heads")]],
         "ArtifactService/ListArtifacts": [
