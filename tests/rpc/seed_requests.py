@@ -258,6 +258,20 @@ def calls() -> dict[str, list[Call]]:
             [artifact_pb2.DownloadRequest(ref="vector", format="ARTIFACT_FORMAT_SAFETENSORS", layers=[1])],
             [artifact_pb2.DownloadRequest(ref="heads", format="ARTIFACT_FORMAT_HEAD_SCORE_JSON")],
         ],
+        "NeuronService/CensusNeurons": [
+            [
+                neuron_pb2.CensusNeuronsRequest(
+                    texts={"groups": [{"label": "l", "prompts": [PROMPT, TOKENS]}], "window_tokens": 8},
+                    layers=[1],
+                    threshold=0.1,
+                    rare_below=0.01,
+                    min_occurrences=1,
+                    checkpoint_tokens=64,
+                    tags=["census"],
+                    replace_tags=True,
+                )
+            ]
+        ],
         "ArtifactService/GetArtifact": [[artifact_pb2.GetArtifactRequest(ref="heads")]],
         "ArtifactService/ListArtifacts": [
             [artifact_pb2.ListArtifactsRequest(kind="ARTIFACT_KIND_HEAD_SET", page_size=1)]
