@@ -929,7 +929,7 @@ class ActivationEntropyMethod(_message.Message):
     def texts(self) -> Global___TextSource: ...
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Labels whose sets are stored. Default: all."""
+        """Labels whose sets are stored. Default: all. Where they are several, each is stored under "<tag>-<label>"."""
 
     def __init__(
         self,
@@ -970,7 +970,9 @@ class GradientMethod(_message.Message):
     all_tokens: _builtins.bool
     """Sum over all tokens of the prompt. Default: the last token alone."""
     max_steps: _builtins.int
-    """Most steps of the path of integrated gradients. Default 64, at most 1,024; fewer where the gap below is reached before."""
+    """Most steps of each path of integrated gradients, one for every fact and layer. Default 512, at most 4,096; fewer where
+    the gap below is reached before.
+    """
     completeness: _builtins.float
     """Largest completeness gap to stop at. Default 0.01."""
     @_builtins.property

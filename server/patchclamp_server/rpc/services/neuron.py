@@ -1,7 +1,7 @@
 """NeuronService: neurons found by their weights, by labelled text, by facts and by a census, and tested by edits."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,9 @@ from patchclamp_server.analysis.neurons.compare import compare
 from patchclamp_server.analysis.neurons.decode import decode
 from patchclamp_server.analysis.neurons.evaluation import evaluate_edit
 from patchclamp_server.analysis.neurons.find_job import find_neurons
+from patchclamp_server.analysis.neurons.localize.job import localize
+from patchclamp_server.analysis.neurons.localize.methods import Gradients, Localization, Localized
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
@@ -18,6 +21,7 @@ from patchclamp_server.rpc.codecs.neurons.compare import encode_overlaps
 from patchclamp_server.rpc.codecs.neurons.decode import decode_decoding, encode_decoding
 from patchclamp_server.rpc.codecs.neurons.evaluation import decode_evaluation, encode_evaluation
 from patchclamp_server.rpc.codecs.neurons.find import decode_finding, encode_finding
+from patchclamp_server.rpc.codecs.neurons.localize import decode_localization, encode_localization
 
 Context = Any
 
@@ -51,6 +55,18 @@ class NeuronService(NeuronServiceServicer):
             partial(encode_finding, prompts=jobs.prompts),
             exclusive=True,
         )
+
+    def LocalizeNeurons(
+        self, request: pb.LocalizeNeuronsRequest, context: Context
+    ) -> AsyncIterator[pb.LocalizeNeuronsResponse]:
+        jobs = self._jobs
+
+        def run(job: Localization) -> AsyncGenerator[Progress | Localized, None]:
+            found = localize(jobs.engine, jobs.store, jobs.model, jobs.prompts, job)
+            return jobs.door.follow(found) if isinstance(job.method, Gradients) else found
+
+        decode = partial(decode_localization, request, jobs.prompts, jobs.store, jobs.model)
+        return jobs.stream(request, decode, run, encode_localization)
 
     def EvaluateNeuronEdit(
         self, request: pb.EvaluateNeuronEditRequest, context: Context
