@@ -141,6 +141,9 @@ def file(tensors: dict[str, Tensor]) -> bytes:
     return data
 
 
+CORPUS = b'{"text": "a dog", "label": "en"}\n{"text": "ein Hund"}\n'
+
+
 def artifacts() -> list[Call]:
     scores = linspace(0, 1, LAYERS * HEADS).reshape(LAYERS, HEADS)
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
@@ -148,6 +151,7 @@ def artifacts() -> list[Call]:
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
         upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
+        upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
     ]
 
 
@@ -253,6 +257,20 @@ def calls() -> dict[str, list[Call]]:
         "ArtifactService/Download": [
             [artifact_pb2.DownloadRequest(ref="vector", format="ARTIFACT_FORMAT_SAFETENSORS", layers=[1])],
             [artifact_pb2.DownloadRequest(ref="heads", format="ARTIFACT_FORMAT_HEAD_SCORE_JSON")],
+        ],
+        "NeuronService/CensusNeurons": [
+            [
+                neuron_pb2.CensusNeuronsRequest(
+                    texts={"groups": [{"label": "l", "prompts": [PROMPT, TOKENS]}], "window_tokens": 8},
+                    layers=[1],
+                    threshold=0.1,
+                    rare_below=0.01,
+                    min_occurrences=1,
+                    checkpoint_tokens=64,
+                    tags=["census"],
+                    replace_tags=True,
+                )
+            ]
         ],
         "ArtifactService/GetArtifact": [[artifact_pb2.GetArtifactRequest(ref="heads")]],
         "ArtifactService/ListArtifacts": [

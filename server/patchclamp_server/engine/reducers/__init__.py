@@ -27,5 +27,5 @@ of several requests.
 Raw activations do not travel: what comes to the host is the result, when it is asked for. Each says in its docstring
 what it computes, the shape of what it keeps and how many bytes that is, however many rows come. Those that are
 `Resumable` can be written down between two texts and taken up again (analysis/corpora). On a CPU the passes over rows
-are loops that numba compiles (loops.py).
+are loops that numba compiles (loops.py), of rows that are gathered from several steps (gathered.py).
 """

@@ -1,31 +1,36 @@
 """NeuronService: neurons found by their weights, by labelled text, by facts and by a census, and tested by edits."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from functools import partial
 from typing import Any
 
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceServicer
+from patchclamp_server.analysis.neurons.census import census
 from patchclamp_server.analysis.neurons.compare import compare
 from patchclamp_server.analysis.neurons.decode import decode
 from patchclamp_server.analysis.neurons.describe import describe_neurons
 from patchclamp_server.analysis.neurons.evaluation import evaluate_edit
 from patchclamp_server.analysis.neurons.find_job import find_neurons
+from patchclamp_server.analysis.neurons.localize.job import localize
+from patchclamp_server.analysis.neurons.localize.methods import Gradients, Localization, Localized
 from patchclamp_server.analysis.neurons.match import match_neurons
+from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
+from patchclamp_server.rpc.codecs.neurons.census import decode_census, encode_census
 from patchclamp_server.rpc.codecs.neurons.compare import encode_overlaps
 from patchclamp_server.rpc.codecs.neurons.decode import decode_decoding, encode_decoding
 from patchclamp_server.rpc.codecs.neurons.describe import decode_describing, encode_describing
 from patchclamp_server.rpc.codecs.neurons.evaluation import decode_evaluation, encode_evaluation
 from patchclamp_server.rpc.codecs.neurons.find import decode_finding, encode_finding
+from patchclamp_server.rpc.codecs.neurons.localize import decode_localization, encode_localization
 from patchclamp_server.rpc.codecs.neurons.match import decode_matching, encode_matching
+from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 
 Context = Any
-# What a pass over texts names, by the field that it is of.
-_TEXTS = {"window_tokens": "texts.window_tokens", "prompt": "texts.window_tokens"}
 
 
 class NeuronService(NeuronServiceServicer):
@@ -59,6 +64,18 @@ class NeuronService(NeuronServiceServicer):
             exclusive=True,
         )
 
+    def LocalizeNeurons(
+        self, request: pb.LocalizeNeuronsRequest, context: Context
+    ) -> AsyncIterator[pb.LocalizeNeuronsResponse]:
+        jobs = self._jobs
+
+        def run(job: Localization) -> AsyncGenerator[Progress | Localized, None]:
+            found = localize(jobs.engine, jobs.store, jobs.model, jobs.prompts, job)
+            return jobs.door.follow(found) if isinstance(job.method, Gradients) else found
+
+        decode = partial(decode_localization, request, jobs.prompts, jobs.store, jobs.model)
+        return jobs.stream(request, decode, run, encode_localization)
+
     def EvaluateNeuronEdit(
         self, request: pb.EvaluateNeuronEditRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateNeuronEditResponse]:
@@ -79,7 +96,19 @@ class NeuronService(NeuronServiceServicer):
             partial(decode_describing, request, jobs.prompts, jobs.store, jobs.model),
             partial(describe_neurons, jobs.engine, jobs.store, jobs.model, jobs.prompts),
             partial(encode_describing, prompts=jobs.prompts),
-            fields=_TEXTS,
+            fields=text_fields(request.texts, "texts"),
+        )
+
+    def CensusNeurons(
+        self, request: pb.CensusNeuronsRequest, context: Context
+    ) -> AsyncIterator[pb.CensusNeuronsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_census, request, jobs.prompts, jobs.store, jobs.model),
+            partial(census, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            partial(encode_census, prompts=jobs.prompts),
+            fields=text_fields(request.texts, "texts"),
         )
 
     def MatchNeurons(self, request: pb.MatchNeuronsRequest, context: Context) -> AsyncIterator[pb.MatchNeuronsResponse]:
@@ -90,7 +119,7 @@ class NeuronService(NeuronServiceServicer):
             partial(match_neurons, jobs.engine, jobs.store, jobs.model, jobs.prompts),
             encode_matching,
             exclusive=True,
-            fields=_TEXTS,
+            fields=text_fields(request.texts, "texts"),
         )
 
     async def CompareNeuronSets(
