@@ -1,6 +1,7 @@
 """MatchNeurons through a real channel: checkpoints whose neurons are known to be those of the served model."""
 
 import gc
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,11 +72,15 @@ def retokenised(source: Path, directory: Path) -> Path:
 def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     root = tmp_path_factory.mktemp("others")
     (root / "broken").mkdir()
+    short = shutil.copytree(tiny_llama_dir, root / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": WINDOW - 1}))
     named = {
         "permuted": changed(tiny_llama_dir, root / "permuted", permute),
         "tuned": changed(tiny_llama_dir, root / "tuned", change_layer_1),
         "foreign": retokenised(tiny_llama_dir, root / "foreign"),
         "broken": root / "broken",
+        "short": short,
     }
     match_models = tuple((name, str(path)) for name, path in named.items())
     artifacts = tmp_path_factory.mktemp("artifacts")
@@ -213,6 +218,7 @@ def test_the_seed_shuffles(stub: NeuronServiceStub) -> None:
         ({"other": "unknown"}, "NOT_FOUND", "other"),
         ({"other": "foreign"}, "FAILED_PRECONDITION", "other"),
         ({"other": "broken"}, "FAILED_PRECONDITION", "other"),
+        ({"other": "short"}, "INVALID_ARGUMENT", "texts.window_tokens"),
         ({"texts": None}, "INVALID_ARGUMENT", "texts"),
         ({"texts": source(window_tokens=4)}, "INVALID_ARGUMENT", "texts.window_tokens"),
         ({"neurons": listed((0, 99))}, "INVALID_ARGUMENT", "neurons.neurons.neurons[0].neuron"),

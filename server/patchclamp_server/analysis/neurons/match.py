@@ -133,6 +133,9 @@ class _Forwards:
                 f"layer {missing[0]} is none of the other model, which has {other.n_layers}; any_layer looks in all"
             )
             raise InvalidArgument(named, message)
+        if job.texts.window_tokens > other.context_length:
+            message = f"the other model has a context of {other.context_length} tokens; expected no more"
+            raise InvalidArgument("texts.window_tokens", message)
         layers = range(other.n_layers) if job.any_layer else chosen
         self.every = {layer: torch.arange(other.d_ff) for layer in layers}
         whole = all(len(units) == info.d_ff for units in chosen.values())
