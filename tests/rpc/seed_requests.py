@@ -337,5 +337,5 @@ def neurons() -> dict[str, list[Call]]:
         causal=True,
         random_neurons=2,
     )
-    match = pb.MatchNeuronsRequest(other="other", texts=texts, neurons=listed, any_layer=True, tags=["matched"])
+    match = pb.MatchNeuronsRequest(other="other", texts=texts, neurons=listed, any_layer=True)
     return {"NeuronService/DescribeNeurons": [[describe]], "NeuronService/MatchNeurons": [[match]]}
