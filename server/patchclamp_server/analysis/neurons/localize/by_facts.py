@@ -24,6 +24,7 @@ from patchclamp_server.engine.exclusive import Work
 from patchclamp_server.model.decoder import Decoder
 
 CONTROL_SHARE = 0.01
+MEASURE = "mean score, on the same facts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ async def by_facts(
     told_gaps = [f"completeness gap {gap:.3g} is above {method.completeness:g}: raise max_steps"]
     every = [*method.facts, *method.controls]
     yield (
-        [Scored("", scores, "mean score", torch.where(scores == -torch.inf, 0.0, scores), _size(job, scores))],
+        [Scored("", scores, MEASURE, torch.where(scores == -torch.inf, 0.0, scores), _size(job, scores))],
         {
             "texts": len(every),
             "tokens": sum(len(example.tokens) for example in every),
