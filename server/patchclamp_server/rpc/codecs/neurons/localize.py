@@ -25,7 +25,7 @@ from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.validation import check_tag
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.field_checks import chosen, count, distinct, finite, known, required
 from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.model.info import ModelInfo
@@ -43,7 +43,9 @@ from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_FACTS = 1024
-MAX_STEPS = 4096
+# One rule has so many: integrated.py.
+MIN_STEPS, MAX_STEPS = 7, 4096
+MAX_GAP = 0.5
 MAX_SUBSETS = 100
 MAX_K = 1024
 MAX_PROBES = 32
@@ -91,14 +93,11 @@ def decode_localization(
 def _check_tags(job: Localization, store: ArtifactStore) -> None:
     """Names of the sets that are no tags, or are taken, are refused by the tag that was asked for."""
     for i, name in enumerate(job.tag_names):
-        own = replace(job, tag_names=(name,)).tags
-        for tag in own.names:
-            check_tag(tag, f"tags[{i}]")
-        try:
+        with about(f"tags[{i}]"):
+            own = replace(job, tag_names=(name,)).tags
+            for tag in own.names:
+                check_tag(tag)
             store.check_tags(own)
-        except RequestError as error:
-            error.field = f"tags[{i}]"
-            raise
 
 
 def encode_localization(event: Progress | Localized) -> pb.LocalizeNeuronsResponse:
@@ -246,8 +245,8 @@ class _Methods:
             self._facts(proto.controls, f"{name}.controls"),
             integrated,
             proto.all_tokens,
-            count(proto.max_steps or Gradients.max_steps, f"{name}.max_steps", low=1, high=MAX_STEPS),
-            finite(completeness, f"{name}.completeness", low=1e-6, high=1.0),
+            count(proto.max_steps or Gradients.max_steps, f"{name}.max_steps", low=MIN_STEPS, high=MAX_STEPS),
+            finite(completeness, f"{name}.completeness", low=1e-6, high=MAX_GAP),
         )
 
     def _facts(self, protos: Sequence[pb.Fact], field: str) -> tuple[Example, ...]:
