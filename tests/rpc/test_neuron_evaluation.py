@@ -71,9 +71,7 @@ def facts_test(name: str = "facts", facts: list[tuple[str, str]] = FACTS) -> pb.
 
 def generation_test(prompt: str = "It was", max_tokens: int = 4) -> pb.NeuronTest:
     prompts = [generation_pb2.Prompt(text=prompt)]
-    return pb.NeuronTest(
-        name="g", generation=pb.GenerationTest(prompts=prompts, max_tokens=max_tokens, words=["word"])
-    )
+    return pb.NeuronTest(name="g", generation=pb.GenerationTest(prompts=prompts, max_tokens=max_tokens, words=["word"]))
 
 
 def evaluation(**fields: Any) -> pb.EvaluateNeuronEditRequest:

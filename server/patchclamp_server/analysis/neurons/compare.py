@@ -21,7 +21,6 @@ from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.info import ModelInfo
 
-
 # Every two sets are compared.
 MAX_NEURON_SETS = 64
 
