@@ -2399,7 +2399,7 @@ class CompareNeuronSetsRequest(_message.Message):
     """Neurons of each that are compared, the best of those with scores. Default: all."""
     @_builtins.property
     def neuron_sets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids or tags of neuron_set artifacts, two or more."""
+        """Ids or tags of 2 to 64 neuron_set artifacts."""
 
     def __init__(
         self,
