@@ -17,6 +17,7 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.covariance import Covariance
 from patchclamp_server.engine.reducers.firing import Firing
 from patchclamp_server.engine.reducers.firing_by_position import FiringByPosition
+from patchclamp_server.engine.reducers.gathered import AT_ONCE, GatheredRows
 from patchclamp_server.engine.reducers.histogram import Histogram
 from patchclamp_server.engine.reducers.joint_counts import JointCounts
 from patchclamp_server.engine.reducers.moments import Moments
@@ -302,3 +303,36 @@ def test_a_prompt_that_nothing_is_generated_from_computes_no_logits(kernels: boo
         del engine.executor.decoder.unembed  # type: ignore
     assert rows == [0, 1]
     assert len([event for event in events if isinstance(event, Finished)]) == 2
+
+
+class Chunks(Reducer):
+    """Keeps all that it is given."""
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        super().__init__(layers)
+        self.given: dict[int, list[tuple[int, Tensor]]] = {layer: [] for layer in layers}
+
+    def add(self, layer: int, rows: Tensor, place: Place) -> None:
+        self.given[layer].append((place.start, rows.clone()))
+
+
+@pytest.mark.parametrize("step", [1, 7, 64, 100, 200])
+def test_rows_of_small_steps_are_gathered_and_all_are_given_by_the_last_token(step: int) -> None:
+    rows = torch.randn(150, 3, generator=torch.Generator().manual_seed(1))
+    few, many = Chunks((1,)), Chunks((0, 1, 2))
+    gathered = GatheredRows((few, many), 5, 0, np.arange(150))
+    # A preemption makes the first tokens come again.
+    for start in [*range(0, 30, step), *range(0, 150, step)]:
+        states = rows[start : start + step].clone()
+        for layer in gathered.layers:
+            gathered.add(layer, states, start)
+        # As the step does, with what it gave.
+        states.zero_()
+    for chunks in (few.given[1], *many.given.values()):
+        assert torch.equal(torch.cat([part for _, part in chunks]), rows)
+        starts = [start for start, _ in chunks]
+        assert starts == [sum(len(part) for _, part in chunks[:i]) for i in range(len(chunks))]
+        assert len(chunks) <= 150 // AT_ONCE + 2
+    if step < AT_ONCE // 4:
+        ends = [{start + len(part) for start, part in many.given[layer][:-1]} for layer in many.layers]
+        assert not set.intersection(*ends)

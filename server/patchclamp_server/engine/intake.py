@@ -7,7 +7,8 @@ import numpy as np
 
 from patchclamp_server.engine.admission import Admission, Demand, Refusal
 from patchclamp_server.engine.output import Output
-from patchclamp_server.engine.reducers.reducer import Rows
+from patchclamp_server.engine.reducers.gathered import GatheredRows
+from patchclamp_server.engine.reducers.reducer import Reducer
 from patchclamp_server.engine.request import Request
 from patchclamp_server.engine.sampler import drawn_seed
 from patchclamp_server.engine.sequence import Sequence
@@ -19,6 +20,7 @@ from patchclamp_server.interventions.spans import CaptureSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.model.sites import Site
 from patchclamp_server.text.detokenize import IncrementalDetokenizer, StopChecker
 from patchclamp_server.text.vocabulary import check_ids
 
@@ -124,10 +126,14 @@ class Intake:
 def _captures(request: Request, prompt_length: int) -> tuple[CaptureSpan, ...]:
     if (asked := request.capture) is not None:
         return (CaptureSpan(TokenPool(asked.pooling, asked.layers, prompt_length), asked.site),)
-    if not request.reductions:
-        return ()
-    ids = np.array(request.tokens, dtype=np.int64)
-    return tuple(CaptureSpan(Rows(r.reducer, r.text, r.label, ids), r.site) for r in request.reductions)
+    ids = np.array(request.tokens[:prompt_length] if request.reductions else (), dtype=np.int64)
+    together: dict[tuple[Site, int, int], list[Reducer]] = {}
+    for reduction in request.reductions:
+        together.setdefault((reduction.site, reduction.text, reduction.label), []).append(reduction.reducer)
+    return tuple(
+        CaptureSpan(GatheredRows(reducers, text, label, ids), site)
+        for (site, text, label), reducers in together.items()
+    )
 
 
 def _follower(leader: Sequence) -> Sequence:

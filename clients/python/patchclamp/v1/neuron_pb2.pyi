@@ -259,6 +259,7 @@ class NeuronProgress(_message.Message):
     """What is being done, e.g. "tokens", "activations", "edits"."""
     done: _builtins.int
     total: _builtins.int
+    """Of a corpus: an estimate by the texts that are done, until the end, and 0 while it has no ground."""
     resumed: _builtins.int
     """Of `done`: what came from the checkpoint of an interrupted run."""
     def __init__(
@@ -1659,7 +1660,9 @@ class CensusNeuronsRequest(_message.Message):
     REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     site: _program_pb2.Site.ValueType
-    """Where neurons are read. Default: mlp_gate where the model has one, else mlp_post."""
+    """Where neurons are read. Default: mlp_gate where the model has one, else mlp_post: a gated neuron fires when its gate
+    is open, and the sign of mlp_post = act(mlp_gate) · mlp_up is that of a product.
+    """
     threshold: _builtins.float
     """A neuron fires at a token where it is above the threshold. Default 0."""
     magnitude: _builtins.bool
@@ -1671,19 +1674,23 @@ class CensusNeuronsRequest(_message.Message):
     always_from: _builtins.float
     detector_recall: _builtins.float
     """A detector fires at this share or more of the occurrences of its token or n-gram, and at most that share of its
-    firings is elsewhere. Defaults 0.95 and 0.05.
+    firings is elsewhere. Defaults 0.95 and 0.05. Neurons that fire at more than a tenth of the tokens are none.
     """
     detector_elsewhere: _builtins.float
     ngram: _builtins.int
-    """Longest n-grams. Default 2, at most 3."""
+    """Longest n-grams: 1, tokens alone, or 2, pairs of tokens as well. Default 2, and 3 is refused: what counts them in
+    bounded memory knows pairs.
+    """
     min_occurrences: _builtins.int
     """Occurrences below which a token or n-gram shows nothing. Default 10."""
     position_bins: _builtins.int
     """Positions 0 to window_tokens in so many equal bins. Default 32."""
     positional_from: _builtins.float
-    """Bits of mutual information of firing and position from which a neuron is positional. Default 0.05."""
+    """Bits of mutual information of firing and bin, less the bias of Miller and Madow, from which a neuron is positional.
+    Default 0.05.
+    """
     checkpoint_tokens: _builtins.int
-    """Tokens between checkpoints. Default 50,000."""
+    """Tokens between checkpoints. Default 50,000; one is also made after a minute."""
     restart: _builtins.bool
     """Begin anew where a checkpoint is kept."""
     description: _builtins.str
@@ -1793,8 +1800,11 @@ class NeuronCensus(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     DETECTORS_FIELD_NUMBER: _builtins.int
     POSITIONAL_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     tokens: _builtins.int
-    """Tokens and texts that were seen; of them, tokens before the run was resumed."""
+    """Tokens that were seen, special ones too, and texts that were seen to their end; of the tokens, those that a
+    checkpoint brought. The rate is that of the others.
+    """
     texts: _builtins.int
     resumed_tokens: _builtins.int
     tokens_per_second: _builtins.float
@@ -1802,7 +1812,9 @@ class NeuronCensus(_message.Message):
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerCensus]: ...
     @_builtins.property
     def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___CensusClass]:
-        """One for each class that has any neuron. Scores: the share of tokens fired at; detectors: the recall; positional: bits."""
+        """One for each class that has any neuron. Scores: the share of tokens fired at; detectors: the recall; positional: bits.
+        A neuron can be of several; of those that detect a token, none is counted as one that detects an n-gram.
+        """
 
     @_builtins.property
     def detectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenDetector]:
@@ -1810,6 +1822,10 @@ class NeuronCensus(_message.Message):
 
     @_builtins.property
     def positional(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionalNeuron]: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a reader should know of it: a checkpoint that was damaged and not used, a tag that still names an earlier set."""
+
     def __init__(
         self,
         *,
@@ -1821,10 +1837,11 @@ class NeuronCensus(_message.Message):
         classes: _abc.Iterable[Global___CensusClass] | None = ...,
         detectors: _abc.Iterable[Global___TokenDetector] | None = ...,
         positional: _abc.Iterable[Global___PositionalNeuron] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "detectors", b"detectors", "layers", b"layers", "positional", b"positional", "resumed_tokens", b"resumed_tokens", "texts", b"texts", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "detectors", b"detectors", "layers", b"layers", "positional", b"positional", "resumed_tokens", b"resumed_tokens", "texts", b"texts", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1909,6 +1926,7 @@ class TokenDetector(_message.Message):
     ELSEWHERE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     occurrences: _builtins.int
+    """Occurrences of an n-gram are an upper bound, and firings a lower one, so that no recall is too high."""
     fired: _builtins.int
     recall: _builtins.float
     """fired / occurrences, and the share of all firings of the neuron that are elsewhere."""
@@ -1987,11 +2005,13 @@ class DescribeNeuronsRequest(_message.Message):
     contexts: _builtins.int
     """Contexts of a neuron. Default 10, at most 100. Of a window the largest token alone."""
     context_tokens: _builtins.int
-    """Tokens before and after the largest one. Default 12."""
+    """Tokens before and after the largest one. Default 12, at most 256."""
     causal: _builtins.bool
     """Also the causal score of each: how much likelier its words become when the neuron is clamped to its largest value."""
     random_neurons: _builtins.int
-    """Random neurons that the causal score is compared with. Default 20."""
+    """Random neurons of the same layer that the causal score is compared with, each clamped to its own largest value.
+    Default 20, 2 to 1,000.
+    """
     seed: _builtins.int
     @_builtins.property
     def neurons(self) -> Global___NeuronSelection:
@@ -2057,6 +2077,10 @@ Global___DescribeNeuronsResponse: _TypeAlias = DescribeNeuronsResponse  # noqa: 
 
 @_typing.final
 class NeuronDescription(_message.Message):
+    """NeuronDescription: all but the values of ContextToken is of tokens that are not the first of their window, nor special
+    ones that start it.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NEURON_FIELD_NUMBER: _builtins.int
@@ -2165,8 +2189,8 @@ class DescriptionScore(_message.Message):
     pmi: _builtins.float
     """log p(description | contexts) - log p(description | no context), nats a token, by the model itself."""
     causal: _builtins.float
-    """Mean change of the log-probability of the description after neutral prompts when the neuron is clamped, and its z among
-    those of random neurons of the same layer.
+    """Mean change of the log-probability of the description after neutral prompts when the neuron is clamped, nats a token;
+    and its z among those of the random neurons, unset where these do not differ.
     """
     causal_z: _builtins.float
     def __init__(

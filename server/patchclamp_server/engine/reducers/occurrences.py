@@ -53,6 +53,14 @@ class Occurrences(Resumable):
         """int64 alike, of keys s · vocab + t: at least as many as have come. Of NO_KEY 0."""
         return self._looked_up(self._pairs, keys, self._bucket(keys.numpy()))
 
+    def by_token(self) -> IntArray:
+        """int64 [vocab]: exact; not a copy."""
+        return self._tokens
+
+    def by_hash(self) -> IntArray:
+        """int64 [buckets]: pairs by their hash; not a copy."""
+        return self._pairs
+
     @property
     def total(self) -> int:
         """Rows that have come."""

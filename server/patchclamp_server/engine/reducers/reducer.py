@@ -122,11 +122,11 @@ class ByLayer(Resumable):
 
 
 class Rows:
-    """Rows of one request on their way to a reducer: those of tokens that are computed again are left out."""
+    """Rows of one text on their way to a reducer: those of tokens that are computed again are left out."""
 
-    def __init__(self, reducer: Reducer, text: int = 0, label: int = 0, ids: IntArray | None = None) -> None:
+    def __init__(self, reducer: Reducer, text: int = 0, label: int = 0) -> None:
         self.reducer, self.layers = reducer, reducer.layers
-        self._text, self._label, self._ids = text, label, ids
+        self._text, self._label = text, label
         # Tokens that have been given, by layer.
         self._reached: dict[int, int] = {}
 
@@ -135,5 +135,5 @@ class Rows:
         reached = self._reached.get(layer, 0)
         fresh = max(start, reached)
         if fresh < start + len(states):
-            self.reducer.add(layer, states[fresh - start :], Place(self._text, fresh, self._label, self._ids))
+            self.reducer.add(layer, states[fresh - start :], Place(self._text, fresh, self._label))
             self._reached[layer] = start + len(states)

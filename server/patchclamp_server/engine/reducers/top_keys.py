@@ -2,6 +2,8 @@
 
     f_i(t) = Σ [x_i > θ] over the rows whose token is t;  of a pair (s, t): whose token is t behind s
 
+or with `magnitude` Σ [|x_i| > θ].
+
 Space-Saving (Metwally, Agrawal and El Abbadi 2005): k slots a unit. A key that has one is counted; one that has none
 takes the slot of the least count c, which goes on as c + 1 with the error c. With n_i = Σ_t f_i(t):
 
@@ -59,12 +61,14 @@ class TopKeys(ByLayer):
         k: int = 8,
         threshold: float = 0.0,
         *,
+        magnitude: bool = False,
         pair: bool = False,
         most_rate: float = 0.1,
         least_rows: int = 4096,
     ) -> None:
         super().__init__(layers)
         self.vocab, self.k, self.threshold, self.pair = vocab, k, threshold, pair
+        self.magnitude = magnitude
         self.most_rate, self.least_rows = most_rate, least_rows
 
     def parameters(self) -> dict[str, Any]:
@@ -72,6 +76,7 @@ class TopKeys(ByLayer):
             "vocab": self.vocab,
             "k": self.k,
             "threshold": self.threshold,
+            "magnitude": self.magnitude,
             "pair": self.pair,
             "most_rate": self.most_rate,
             "least_rows": self.least_rows,
@@ -105,6 +110,7 @@ class TopKeys(ByLayer):
         )
 
     def _fired(self, rows: Tensor) -> BoolArray:
+        rows = rows.abs() if self.magnitude else rows
         if rows.is_cpu:
             return loops.array_of(rows) > np.float32(self.threshold)
         fired: BoolArray = (rows.float() > self.threshold).cpu().numpy()

@@ -7,8 +7,10 @@ from typing import Any
 
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceServicer
+from patchclamp_server.analysis.neurons.census import census
 from patchclamp_server.analysis.neurons.compare import compare
 from patchclamp_server.analysis.neurons.decode import decode
+from patchclamp_server.analysis.neurons.describe import describe_neurons
 from patchclamp_server.analysis.neurons.evaluation import evaluate_edit
 from patchclamp_server.analysis.neurons.find_job import find_neurons
 from patchclamp_server.analysis.neurons.localize.job import localize
@@ -17,11 +19,14 @@ from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
+from patchclamp_server.rpc.codecs.neurons.census import decode_census, encode_census
 from patchclamp_server.rpc.codecs.neurons.compare import encode_overlaps
 from patchclamp_server.rpc.codecs.neurons.decode import decode_decoding, encode_decoding
+from patchclamp_server.rpc.codecs.neurons.describe import decode_describing, encode_describing
 from patchclamp_server.rpc.codecs.neurons.evaluation import decode_evaluation, encode_evaluation
 from patchclamp_server.rpc.codecs.neurons.find import decode_finding, encode_finding
 from patchclamp_server.rpc.codecs.neurons.localize import decode_localization, encode_localization
+from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 
 Context = Any
 
@@ -77,6 +82,30 @@ class NeuronService(NeuronServiceServicer):
             partial(decode_evaluation, request, jobs.prompts, jobs.store, jobs.model),
             partial(evaluate_edit, jobs.engine, jobs.store, jobs.model, jobs.prompts),
             encode_evaluation,
+        )
+
+    def DescribeNeurons(
+        self, request: pb.DescribeNeuronsRequest, context: Context
+    ) -> AsyncIterator[pb.DescribeNeuronsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_describing, request, jobs.prompts, jobs.store, jobs.model),
+            partial(describe_neurons, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            partial(encode_describing, prompts=jobs.prompts),
+            fields=text_fields(request.texts, "texts"),
+        )
+
+    def CensusNeurons(
+        self, request: pb.CensusNeuronsRequest, context: Context
+    ) -> AsyncIterator[pb.CensusNeuronsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_census, request, jobs.prompts, jobs.store, jobs.model),
+            partial(census, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            partial(encode_census, prompts=jobs.prompts),
+            fields=text_fields(request.texts, "texts"),
         )
 
     async def CompareNeuronSets(

@@ -34,6 +34,13 @@ def decode_texts(
     return TextSource(corpus, window, proto.max_tokens)
 
 
+def text_fields(proto: pb.TextSource, field: str) -> dict[str, str]:
+    """Returns the fields of the request by those that a job over the texts names (analysis/corpora/run.py)."""
+    listed = ((i, j) for i, group in enumerate(proto.groups) for j in range(len(group.prompts)))
+    documents = {f"documents[{n}]": f"{field}.groups[{i}].prompts[{j}]" for n, (i, j) in enumerate(listed)}
+    return {"window_tokens": f"{field}.window_tokens", **documents}
+
+
 def _stored(ref: str, store: ArtifactStore, field: str) -> Corpus:
     try:
         artifact = store.get(ref)
