@@ -19,10 +19,10 @@ class Sizes:
     """`paragraphs` of each language that are scored; share of all neurons that are specific."""
 
     languages: tuple[str, ...] = ("English", "French", "German", "Spanish")
-    paragraphs: int = 6
+    paragraphs: int = 4
     share: float = 0.01
     fractions: tuple[float, ...] = (0.25, 0.5, 1.0)
-    random_sets: int = 6
+    random_sets: int = 5
 
 
 def measure(client: Client, sizes: Sizes) -> dict[str, Any]:

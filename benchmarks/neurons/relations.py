@@ -10,7 +10,7 @@ sets (the interval of the difference lies below 0 with the whole set), and by mo
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neurons.shown import curve, grows, say, shows_progress
@@ -29,14 +29,18 @@ Facts = dict[str, list[Fact]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """`facts` of the target, `side_facts` of each side, both of those that are known; neurons of a set."""
+    """`facts` of the target, `side_facts` of each side, both of those that are known; neurons of a set.
+
+    Of the four candidates of a fact the target is measured with two, and sides with one: the change of the
+    log-probability is that of the answer.
+    """
 
     relations: tuple[str, ...] = ("capital", "currency", "language", "continent")
-    facts: int = 16
-    side_facts: int = 6
+    facts: int = 12
+    side_facts: int = 4
     neurons: int = 460
     fractions: tuple[float, ...] = (0.25, 0.5, 1.0)
-    random_sets: int = 6
+    random_sets: int = 5
 
 
 def measure(client: Client, sizes: Sizes) -> dict[str, Any]:
@@ -68,9 +72,7 @@ def known_facts(client: Client, facts: Facts) -> Facts:
     """Those whose answer is the likeliest of its candidates."""
 
     def is_known(fact: Fact) -> bool:
-        answer, *others = (
-            client.score(fact.prompt, each).total_logprob for each in (fact.answer, *fact.candidates)
-        )
+        answer, *others = (client.score(fact.prompt, each).total_logprob for each in (fact.answer, *fact.candidates))
         return all(answer > other for other in others)
 
     known: Facts = {}
@@ -79,6 +81,10 @@ def known_facts(client: Client, facts: Facts) -> Facts:
             known[name] = [fact for fact, found in zip(own, pool.map(is_known, own), strict=True) if found]
             say(f"{name}: {len(known[name])} of {len(own)} facts are known")
     return known
+
+
+def _facts_test(name: str, facts: Facts, n: int, *, candidates: int) -> FactsTest:
+    return FactsTest(name, [replace(fact, candidates=fact.candidates[:candidates]) for fact in facts[name][:n]])
 
 
 def _relation(
@@ -91,8 +97,8 @@ def _relation(
     effect = client.evaluate_neuron_edit(
         tag,
         "zero",
-        FactsTest(name, test[name][: sizes.facts]),
-        sides=[FactsTest(other, test[other][: sizes.side_facts]) for other in others],
+        _facts_test(name, test, sizes.facts, candidates=2),
+        sides=[_facts_test(other, test, sizes.side_facts, candidates=1) for other in others],
         fractions=sizes.fractions,
         random_sets=sizes.random_sets,
     ).result(shows_progress)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 from patchclamp.results import NeuronEditEffect, NeuronMeasurement
@@ -40,4 +41,4 @@ def curve(effect: NeuronEditEffect, test: str, metric: str) -> list[dict[str, An
 def grows(rows: list[dict[str, Any]], sign: int) -> bool:
     """Whether the change has this sign and gets no smaller with the fraction."""
     changes = [sign * each["change"] for each in rows]
-    return changes[0] > 0 and all(after >= before for before, after in zip(changes, changes[1:], strict=False))
+    return changes[0] > 0 and all(after >= before for before, after in pairwise(changes))
