@@ -50,10 +50,12 @@ def measure(client: Client, sizes: Sizes) -> dict[str, Any]:
     search, test = (
         {name: [fact for fact in half.facts[name] if fact in known[name]] for name in known} for half in (first, second)
     )
+    # Gradients are of an answer by itself, and take no candidates.
+    pairs = {name: [(fact.prompt, fact.answer) for fact in own] for name, own in search.items()}
     methods: dict[str, Callable[[str], LocalizationMethod]] = {
         "average_precision": lambda name: average_precision(first.texts, name),
         "gradient_times_activation": lambda name: gradient_times_activation(
-            search[name], [fact for other in search if other != name for fact in search[other]]
+            pairs[name], [pair for other in pairs if other != name for pair in pairs[other]]
         ),
     }
     rows = {
