@@ -205,7 +205,9 @@ def _sought(best: Mapping[int, Best]) -> Units:
     """The neurons of the other model that are the best of any."""
     layers = torch.cat([own.layer[own.correlation > -torch.inf] for own in best.values()]).cpu()
     columns = torch.cat([own.column[own.correlation > -torch.inf] for own in best.values()]).cpu()
-    return {layer: columns[layers == layer].unique() for layer in layers.unique().tolist()}
+    return {
+        layer: torch.tensor(sorted(set(columns[layers == layer].tolist()))) for layer in sorted(set(layers.tolist()))
+    }
 
 
 def _matches(chosen: Units, best: Mapping[int, Best], sought: Units, backwards: CorrelationSums) -> tuple[Match, ...]:
