@@ -57,6 +57,11 @@ def change_layer_1(layers: Any) -> None:
         matrix.weight.copy_(matrix.weight.std() * torch.randn(matrix.weight.shape, generator=generator))
 
 
+def deaden(layers: Any) -> None:
+    for layer in layers:
+        layer.mlp.up_proj.weight.zero_()
+
+
 def retokenised(source: Path, directory: Path) -> Path:
     """The same model with a tokenizer of bytes in another order."""
     shutil.copytree(source, directory)
@@ -78,6 +83,7 @@ def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     named = {
         "permuted": changed(tiny_llama_dir, root / "permuted", permute),
         "tuned": changed(tiny_llama_dir, root / "tuned", change_layer_1),
+        "dead": changed(tiny_llama_dir, root / "dead", deaden),
         "foreign": retokenised(tiny_llama_dir, root / "foreign"),
         "broken": root / "broken",
         "short": short,
@@ -205,6 +211,15 @@ def test_the_matched_neurons_are_a_set_of_the_other_model(
     assert responses[-1].finished.receipt.edits[0].rows > 0
 
 
+@pytest.mark.parametrize("neurons", [None, listed((1, 7), (0, 3))])
+def test_neurons_that_never_change_match_none(stub: NeuronServiceStub, neurons: pb.NeuronSelection | None) -> None:
+    found = run(stub, "dead", neurons=neurons)
+    assert found.neurons == (LAYERS * NEURONS if neurons is None else 2)
+    assert not found.matches
+    assert not found.mutual
+    assert not found.HasField("ported")
+
+
 def test_the_seed_shuffles(stub: NeuronServiceStub) -> None:
     first, again, other = (run(stub, "permuted", layers=[1], seed=seed).shuffled_mean_correlation for seed in (1, 1, 2))
     assert first == again
@@ -251,17 +266,18 @@ def test_what_names_the_flag_tells_no_path(stub: NeuronServiceStub, live_server:
 
 
 def decoders_held() -> int:
-    gc.collect()
     return sum(type(each) is Decoder for each in gc.get_objects())
 
 
 def test_the_other_model_is_let_go_of(stub: NeuronServiceStub) -> None:
+    gc.collect()
     before = decoders_held()
     run(stub, "permuted", layers=[1])
     assert decoders_held() == before
 
 
 def test_a_cancelled_match_leaves_nothing_in_the_engine(server: LiveServer, stub: NeuronServiceStub) -> None:
+    gc.collect()
     before = decoders_held()
     call = stub.MatchNeurons(pb.MatchNeuronsRequest(other="permuted", texts=source(), any_layer=True))
     next(call)

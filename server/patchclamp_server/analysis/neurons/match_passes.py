@@ -26,6 +26,7 @@ from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.text.prompt import PromptEncoder
+from patchclamp_server.text.vocabulary import check_ids
 
 MAX_ROW_BYTES = 1 << 30
 # While one is run by the other model, the served one is at the next.
@@ -39,7 +40,7 @@ class TextPass:
         self, engine: Engine, prompts: PromptEncoder, other: LoadedModel, source: TextSource, seed: int, passes: int
     ) -> None:
         self._engine, self._prompts, self._other, self._source = engine, prompts, other, source
-        self._seed, self._total, self._before = seed, passes * len(source.corpus), 0
+        self._seed, self.total, self._before = seed, passes * len(source.corpus), 0
         self._skip = skipped_tokens(prompts)
 
     async def run(
@@ -57,6 +58,8 @@ class TextPass:
                     if 0 < most <= tokens:
                         return
                     tokens += len(window.tokens)
+                    # Of texts that came as ids: equal tokenizers may stand before tables of other sizes.
+                    check_ids(window.tokens, self._other.info.vocab_size, f"documents[{window.document}]")
                     if len(window.tokens) > self._skip:
                         given.append(_Given(window, tuple(first)))
                         yield partial(given[-1].request, first, self._skip)
@@ -67,13 +70,13 @@ class TextPass:
                 async for _ in finished:
                     own = given.pop(0)
                     await result_of(self._engine, self._add(sums, own, second))
-                    yield Progress("texts", self._before + own.window.document, self._total)
+                    yield Progress("texts", self._before + own.window.document, self.total)
             except RequestError as error:
                 # A client has sent no prompt: that a window cannot run is a matter of its length.
                 error.field = "window_tokens" if error.field == "prompt" else error.field
                 raise
         self._before += len(self._source.corpus)
-        yield Progress("texts", self._before, self._total)
+        yield Progress("texts", self._before, self.total)
 
     def _add(self, sums: CorrelationSums, given: "_Given", second: Mapping[int, Tensor]) -> Sliced[None]:
         window = given.window
