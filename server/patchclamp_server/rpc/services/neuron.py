@@ -74,7 +74,10 @@ class NeuronService(NeuronServiceServicer):
             return jobs.door.follow(found) if isinstance(job.method, Gradients) else found
 
         decode = partial(decode_localization, request, jobs.prompts, jobs.store, jobs.model)
-        return jobs.stream(request, decode, run, encode_localization)
+        # The engine says "prompt" of a window that it cannot run.
+        window = f"{request.WhichOneof('method')}.texts.window_tokens"
+        fields = {"prompt": window, "window_tokens": window}
+        return jobs.stream(request, decode, run, encode_localization, fields=fields)
 
     def EvaluateNeuronEdit(
         self, request: pb.EvaluateNeuronEditRequest, context: Context
