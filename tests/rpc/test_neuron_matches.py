@@ -62,6 +62,15 @@ def deaden(layers: Any) -> None:
         layer.mlp.up_proj.weight.zero_()
 
 
+def narrowed(source: Path, directory: Path) -> Path:
+    """The same without the embedding of the last byte."""
+    changed(source, directory, lambda layers: None)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size - 1)
+    model.save_pretrained(directory)
+    return directory
+
+
 def retokenised(source: Path, directory: Path) -> Path:
     """The same model with a tokenizer of bytes in another order."""
     shutil.copytree(source, directory)
@@ -84,6 +93,7 @@ def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         "permuted": changed(tiny_llama_dir, root / "permuted", permute),
         "tuned": changed(tiny_llama_dir, root / "tuned", change_layer_1),
         "dead": changed(tiny_llama_dir, root / "dead", deaden),
+        "narrow": narrowed(tiny_llama_dir, root / "narrow"),
         "foreign": retokenised(tiny_llama_dir, root / "foreign"),
         "broken": root / "broken",
         "short": short,
@@ -249,6 +259,18 @@ def test_what_cannot_be_matched_is_refused_by_its_field(
     refused = failure(caught.value)
     assert refused.code.name == status
     assert refused.message.startswith(f"{field}: ")
+
+
+def test_a_token_that_the_other_model_lacks_is_refused_by_its_text(server: LiveServer, stub: NeuronServiceStub) -> None:
+    last = server.model.info.vocab_size - 1
+    prompts = [
+        generation_pb2.Prompt(text="It rained."),
+        generation_pb2.Prompt(tokens=generation_pb2.TokenIds(ids=[5, last, 6])),
+    ]
+    texts = pb.TextSource(groups=[pb.LabelledTexts(label="a", prompts=prompts)])
+    with pytest.raises(grpc.RpcError) as caught:
+        run(stub, "narrow", texts=texts)
+    assert failure(caught.value).message.startswith("texts.groups[0].prompts[1]: ")
 
 
 def test_what_names_the_flag_tells_no_path(stub: NeuronServiceStub, live_server: LiveServer) -> None:

@@ -21,12 +21,12 @@ from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.engine.reducers.chosen_units import ChosenUnits
 from patchclamp_server.engine.reducers.kept_rows import KeptRows
 from patchclamp_server.engine.request import Priority, Reduction, Request, StopParams
-from patchclamp_server.errors import RequestError
+from patchclamp_server.errors import InvalidArgument, RequestError
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.text.prompt import PromptEncoder
-from patchclamp_server.text.vocabulary import check_ids
+from patchclamp_server.text.vocabulary import first_outside
 
 MAX_ROW_BYTES = 1 << 30
 # While one is run by the other model, the served one is at the next.
@@ -58,8 +58,7 @@ class TextPass:
                     if 0 < most <= tokens:
                         return
                     tokens += len(window.tokens)
-                    # Of texts that came as ids: equal tokenizers may stand before tables of other sizes.
-                    check_ids(window.tokens, self._other.info.vocab_size, f"documents[{window.document}]")
+                    self._check(window)
                     if len(window.tokens) > self._skip:
                         given.append(_Given(window, tuple(first)))
                         yield partial(given[-1].request, first, self._skip)
@@ -77,6 +76,13 @@ class TextPass:
                 raise
         self._before += len(self._source.corpus)
         yield Progress("texts", self._before, self.total)
+
+    def _check(self, window: Window) -> None:
+        """Of texts that came as ids: equal tokenizers may stand before embeddings of other sizes."""
+        size = self._other.info.vocab_size
+        if (i := first_outside(window.tokens, size)) is not None:
+            message = f"has the token {window.tokens[i]}; the other model has {size} embeddings"
+            raise InvalidArgument(f"documents[{window.document}]", message)
 
     def _add(self, sums: CorrelationSums, given: "_Given", second: Mapping[int, Tensor]) -> Sliced[None]:
         window = given.window
