@@ -21,7 +21,7 @@ from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.engine.reducers.chosen_units import ChosenUnits
 from patchclamp_server.engine.reducers.kept_rows import KeptRows
 from patchclamp_server.engine.request import Priority, Reduction, Request, StopParams
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, renaming_fields
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
@@ -65,15 +65,12 @@ class TextPass:
 
         asked = completed(self._engine, requests(), max_in_flight=WINDOWS_IN_FLIGHT, patient=True)
         async with aclosing(asked) as finished:
-            try:
+            # A client has sent no prompt: that a window cannot run is a matter of its length.
+            with renaming_fields({"prompt": "window_tokens"}):
                 async for _ in finished:
                     own = given.pop(0)
                     await result_of(self._engine, self._add(sums, own, second))
                     yield Progress("texts", self._before + own.window.document, self.total)
-            except RequestError as error:
-                # A client has sent no prompt: that a window cannot run is a matter of its length.
-                error.field = "window_tokens" if error.field == "prompt" else error.field
-                raise
         self._before += len(self._source.corpus)
         yield Progress("texts", self._before, self.total)
 
