@@ -8,7 +8,7 @@ from torch import Tensor
 from patchclamp_server.engine.reducers.chosen_units import ChosenUnits
 from patchclamp_server.engine.reducers.kept_rows import KeptRows
 from patchclamp_server.engine.reducers.largest_of_texts import LargestOfTexts
-from patchclamp_server.engine.reducers.reducer import Place, Reducer, Rows
+from patchclamp_server.engine.reducers.reducer import Place, Reducer
 from patchclamp_server.engine.reducers.top_k import NOWHERE
 
 WIDTH = 6
@@ -22,9 +22,9 @@ def texts() -> list[Tensor]:
 
 
 def give(reducer: Reducer, number: int, rows: Tensor, chunk: int) -> None:
-    given = Rows(reducer, number, ids=np.zeros(len(rows), dtype=np.int64))
+    ids = np.zeros(len(rows), dtype=np.int64)
     for start in range(0, len(rows), chunk):
-        given.add(0, rows[start : start + chunk], start)
+        reducer.add(0, rows[start : start + chunk], Place(number, start, ids=ids))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 0, 1)])

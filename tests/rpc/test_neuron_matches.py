@@ -57,6 +57,20 @@ def change_layer_1(layers: Any) -> None:
         matrix.weight.copy_(matrix.weight.std() * torch.randn(matrix.weight.shape, generator=generator))
 
 
+def deaden(layers: Any) -> None:
+    for layer in layers:
+        layer.mlp.up_proj.weight.zero_()
+
+
+def narrowed(source: Path, directory: Path) -> Path:
+    """The same without the embedding of the last byte."""
+    changed(source, directory, lambda layers: None)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size - 1)
+    model.save_pretrained(directory)
+    return directory
+
+
 def retokenised(source: Path, directory: Path) -> Path:
     """The same model with a tokenizer of bytes in another order."""
     shutil.copytree(source, directory)
@@ -78,6 +92,8 @@ def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     named = {
         "permuted": changed(tiny_llama_dir, root / "permuted", permute),
         "tuned": changed(tiny_llama_dir, root / "tuned", change_layer_1),
+        "dead": changed(tiny_llama_dir, root / "dead", deaden),
+        "narrow": narrowed(tiny_llama_dir, root / "narrow"),
         "foreign": retokenised(tiny_llama_dir, root / "foreign"),
         "broken": root / "broken",
         "short": short,
@@ -205,6 +221,15 @@ def test_the_matched_neurons_are_a_set_of_the_other_model(
     assert responses[-1].finished.receipt.edits[0].rows > 0
 
 
+@pytest.mark.parametrize("neurons", [None, listed((1, 7), (0, 3))])
+def test_neurons_that_never_change_match_none(stub: NeuronServiceStub, neurons: pb.NeuronSelection | None) -> None:
+    found = run(stub, "dead", neurons=neurons)
+    assert found.neurons == (LAYERS * NEURONS if neurons is None else 2)
+    assert not found.matches
+    assert not found.mutual
+    assert not found.HasField("ported")
+
+
 def test_the_seed_shuffles(stub: NeuronServiceStub) -> None:
     first, again, other = (run(stub, "permuted", layers=[1], seed=seed).shuffled_mean_correlation for seed in (1, 1, 2))
     assert first == again
@@ -236,6 +261,18 @@ def test_what_cannot_be_matched_is_refused_by_its_field(
     assert refused.message.startswith(f"{field}: ")
 
 
+def test_a_token_that_the_other_model_lacks_is_refused_by_its_text(server: LiveServer, stub: NeuronServiceStub) -> None:
+    last = server.model.info.vocab_size - 1
+    prompts = [
+        generation_pb2.Prompt(text="It rained."),
+        generation_pb2.Prompt(tokens=generation_pb2.TokenIds(ids=[5, last, 6])),
+    ]
+    texts = pb.TextSource(groups=[pb.LabelledTexts(label="a", prompts=prompts)])
+    with pytest.raises(grpc.RpcError) as caught:
+        run(stub, "narrow", texts=texts)
+    assert failure(caught.value).message.startswith("texts.groups[0].prompts[1]: ")
+
+
 def test_what_names_the_flag_tells_no_path(stub: NeuronServiceStub, live_server: LiveServer) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         run(stub, "unknown")
@@ -251,17 +288,18 @@ def test_what_names_the_flag_tells_no_path(stub: NeuronServiceStub, live_server:
 
 
 def decoders_held() -> int:
-    gc.collect()
     return sum(type(each) is Decoder for each in gc.get_objects())
 
 
 def test_the_other_model_is_let_go_of(stub: NeuronServiceStub) -> None:
+    gc.collect()
     before = decoders_held()
     run(stub, "permuted", layers=[1])
     assert decoders_held() == before
 
 
 def test_a_cancelled_match_leaves_nothing_in_the_engine(server: LiveServer, stub: NeuronServiceStub) -> None:
+    gc.collect()
     before = decoders_held()
     call = stub.MatchNeurons(pb.MatchNeuronsRequest(other="permuted", texts=source(), any_layer=True))
     next(call)

@@ -2329,15 +2329,17 @@ class MatchedNeurons(_message.Message):
     mutual: _builtins.int
     tokens: _builtins.int
     mean_correlation: _builtins.float
-    """Mean of the best correlation of each neuron, and the same with the tokens of the other model shuffled."""
+    """Mean of the best correlation of each neuron, and the same with the tokens of the other model shuffled in each window."""
     shuffled_mean_correlation: _builtins.float
     @_builtins.property
     def ported(self) -> Global___StoredNeurons:
-        """The neurons of the other model that were matched mutually, for its fingerprint. Scores: the correlations."""
+        """The neurons of the other model that were matched mutually, for its fingerprint; unset where there are none. Scores: the
+        correlations.
+        """
 
     @_builtins.property
     def matches(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeuronMatch]:
-        """Best first, at most 10,000."""
+        """Of the neurons that are not the same at all tokens: best first, at most 10,000."""
 
     def __init__(
         self,

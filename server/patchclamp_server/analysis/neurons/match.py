@@ -17,6 +17,7 @@ correlation); there of vision models, here of two versions of one language model
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from patchclamp_server.analysis.neurons.correlation_sums import Best, CorrelationSums, needed_bytes
 from patchclamp_server.analysis.neurons.match_passes import MAX_ROW_BYTES, TextPass, row_bytes
-from patchclamp_server.analysis.neurons.other_model import other_model
+from patchclamp_server.analysis.neurons.other_model import load_other, release
 from patchclamp_server.analysis.neurons.stored import StoredSet, store_neurons
 from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.analysis.progress import Progress
@@ -71,15 +72,16 @@ class Match:
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """`matches`: the best first, of those of all `neurons` that change at all; means are over them. `ported`: None
-    where none is mutual."""
+    """`matches`: the best first, of those of all `neurons` that change at all; means are over them. `fingerprint`: of
+    the other model. `ported`: None where none is mutual."""
 
-    ported: StoredSet | None
+    fingerprint: str
     matches: tuple[Match, ...]
     neurons: int
     tokens: int
     mean_correlation: float
     shuffled_mean_correlation: float
+    ported: StoredSet | None = None
 
     @property
     def mutual(self) -> tuple[Match, ...]:
@@ -96,32 +98,49 @@ async def match_neurons(
     tokenizer; NotFound or FailedPrecondition for the neuron set.
     """
     chosen = await asyncio.to_thread(_chosen, store, info, job)
-    async with other_model(job.path, engine.model, "other") as other:
-        theirs = other.info
-        forwards = _Forwards(chosen, info, theirs, job)
-        passes = 1 if forwards.is_complete else 2
-        text_pass = TextPass(engine, prompts, other, job.texts, job.seed, passes)
-        async with aclosing(text_pass.run(forwards.sums, chosen, forwards.every)) as events:
+    try:
+        async with aclosing(_matched(engine, info, prompts, chosen, job)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    yield event
+                else:
+                    yield await asyncio.to_thread(_stored, store, info, event, job)
+    finally:
+        await asyncio.to_thread(release)
+
+
+async def _matched(
+    engine: Engine, info: ModelInfo, prompts: PromptEncoder, chosen: Units, job: Matching
+) -> AsyncGenerator[Progress | Matched, None]:
+    """Yields progress, then what is to be stored. Nothing else holds the other model."""
+    other = await asyncio.to_thread(load_other, job.path, engine.model, "other")
+    forwards = Forwards(chosen, info, other.info, job)
+    passes = 1 if forwards.is_complete else 2
+    text_pass = TextPass(engine, prompts, other, job.texts, job.seed, passes)
+    async with aclosing(text_pass.run(forwards.sums, chosen, forwards.every)) as events:
+        async for event in events:
+            yield event
+    best, chance, tokens = forwards.best(), forwards.chance(), forwards.sums.rows
+    sought, backwards = _sought(best), forwards.sums
+    if forwards.is_complete:
+        sought = forwards.every
+    elif sought:
+        # The other sums are not needed any more, and may be large.
+        del forwards, backwards
+        every = {layer: torch.arange(info.d_ff) for layer in (range(info.n_layers) if job.any_layer else sought)}
+        backwards = _sums(every, sought, job.any_layer, other.decoder.device)
+        async with aclosing(text_pass.run(backwards, every, sought)) as events:
             async for event in events:
                 yield event
-        best, chance, tokens = forwards.best(), forwards.chance(), forwards.sums.rows
-        sought, backwards = forwards.every, forwards.sums
-        if not forwards.is_complete:
-            # The other sums are not needed any more, and may be large.
-            del forwards, backwards
-            sought = _sought(best)
-            every = {layer: torch.arange(info.d_ff) for layer in (range(info.n_layers) if job.any_layer else sought)}
-            backwards = _sums(every, sought, job.any_layer, other.decoder.device)
-            async with aclosing(text_pass.run(backwards, every, sought)) as events:
-                async for event in events:
-                    yield event
-        matches = await asyncio.to_thread(_matches, chosen, best, sought, backwards)
+    else:
+        yield Progress("texts", text_pass.total, text_pass.total)
+    matches = await asyncio.to_thread(_matches, chosen, best, sought, backwards)
     mean = sum(match.correlation for match in matches) / max(1, len(matches))
-    found = Matched(None, matches, sum(map(len, chosen.values())), tokens, mean, chance)
-    yield await asyncio.to_thread(_stored, store, info, theirs, job, found)
+    neurons = sum(map(len, chosen.values()))
+    yield Matched(other.info.fingerprint, matches, neurons, tokens, mean, chance)
 
 
-class _Forwards:
+class Forwards:
     """The sums of the chosen neurons with all of the other model."""
 
     def __init__(self, chosen: Units, info: ModelInfo, other: ModelInfo, job: Matching) -> None:
@@ -203,11 +222,12 @@ def _check_bytes(chosen: Units, every: Units, is_complete: bool, info: ModelInfo
 
 def _sought(best: Mapping[int, Best]) -> Units:
     """The neurons of the other model that are the best of any."""
-    layers = torch.cat([own.layer[own.correlation > -torch.inf] for own in best.values()]).cpu()
-    columns = torch.cat([own.column[own.correlation > -torch.inf] for own in best.values()]).cpu()
-    return {
-        layer: torch.tensor(sorted(set(columns[layers == layer].tolist()))) for layer in sorted(set(layers.tolist()))
-    }
+    found: defaultdict[int, set[int]] = defaultdict(set)
+    for own in best.values():
+        has_one = own.correlation > -torch.inf
+        for layer, column in zip(own.layer[has_one].tolist(), own.column[has_one].tolist(), strict=True):
+            found[layer].add(column)
+    return {layer: torch.tensor(sorted(columns)) for layer, columns in sorted(found.items())}
 
 
 def _matches(chosen: Units, best: Mapping[int, Best], sought: Units, backwards: CorrelationSums) -> tuple[Match, ...]:
@@ -227,7 +247,7 @@ def _matches(chosen: Units, best: Mapping[int, Best], sought: Units, backwards: 
     return tuple(sorted(found, key=lambda match: (-match.correlation, match.neuron)))
 
 
-def _stored(store: ArtifactStore, info: ModelInfo, theirs: ModelInfo, job: Matching, found: Matched) -> Matched:
+def _stored(store: ArtifactStore, info: ModelInfo, found: Matched, job: Matching) -> Matched:
     if not found.mutual:
         return found
     neurons = tuple(match.other for match in found.mutual)
@@ -254,6 +274,6 @@ def _stored(store: ArtifactStore, info: ModelInfo, theirs: ModelInfo, job: Match
         evidence=evidence,
         description=job.description,
         tags=job.tags,
-        fingerprint=theirs.fingerprint,
+        fingerprint=found.fingerprint,
     )
     return replace(found, ported=ported)

@@ -21,11 +21,12 @@ from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.engine.reducers.chosen_units import ChosenUnits
 from patchclamp_server.engine.reducers.kept_rows import KeptRows
 from patchclamp_server.engine.request import Priority, Reduction, Request, StopParams
-from patchclamp_server.errors import RequestError
+from patchclamp_server.errors import InvalidArgument, renaming_fields
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.text.prompt import PromptEncoder
+from patchclamp_server.text.vocabulary import first_outside
 
 MAX_ROW_BYTES = 1 << 30
 # While one is run by the other model, the served one is at the next.
@@ -39,7 +40,7 @@ class TextPass:
         self, engine: Engine, prompts: PromptEncoder, other: LoadedModel, source: TextSource, seed: int, passes: int
     ) -> None:
         self._engine, self._prompts, self._other, self._source = engine, prompts, other, source
-        self._seed, self._total, self._before = seed, passes * len(source.corpus), 0
+        self._seed, self.total, self._before = seed, passes * len(source.corpus), 0
         self._skip = skipped_tokens(prompts)
 
     async def run(
@@ -57,23 +58,28 @@ class TextPass:
                     if 0 < most <= tokens:
                         return
                     tokens += len(window.tokens)
+                    self._check(window)
                     if len(window.tokens) > self._skip:
                         given.append(_Given(window, tuple(first)))
                         yield partial(given[-1].request, first, self._skip)
 
         asked = completed(self._engine, requests(), max_in_flight=WINDOWS_IN_FLIGHT, patient=True)
         async with aclosing(asked) as finished:
-            try:
+            # A client has sent no prompt: that a window cannot run is a matter of its length.
+            with renaming_fields({"prompt": "window_tokens"}):
                 async for _ in finished:
                     own = given.pop(0)
                     await result_of(self._engine, self._add(sums, own, second))
-                    yield Progress("texts", self._before + own.window.document, self._total)
-            except RequestError as error:
-                # A client has sent no prompt: that a window cannot run is a matter of its length.
-                error.field = "window_tokens" if error.field == "prompt" else error.field
-                raise
+                    yield Progress("texts", self._before + own.window.document, self.total)
         self._before += len(self._source.corpus)
-        yield Progress("texts", self._before, self._total)
+        yield Progress("texts", self._before, self.total)
+
+    def _check(self, window: Window) -> None:
+        """Of texts that came as ids: equal tokenizers may stand before embeddings of other sizes."""
+        size = self._other.info.vocab_size
+        if (i := first_outside(window.tokens, size)) is not None:
+            message = f"has the token {window.tokens[i]}; the other model has {size} embeddings"
+            raise InvalidArgument(f"documents[{window.document}]", message)
 
     def _add(self, sums: CorrelationSums, given: "_Given", second: Mapping[int, Tensor]) -> Sliced[None]:
         window = given.window

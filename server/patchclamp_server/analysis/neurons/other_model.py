@@ -1,10 +1,8 @@
 """A second checkpoint, loaded for one job: its activations on the tokens of the served model."""
 
-import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,19 +17,34 @@ from patchclamp_server.model.sites import Site
 log = logging.getLogger(__name__)
 
 
-@asynccontextmanager
-async def other_model(path: str, beside: LoadedModel, field: str) -> AsyncIterator[LoadedModel]:
-    """A checkpoint in the precision and on the device of the served model, until the context ends.
+def load_other(path: str, beside: LoadedModel, field: str) -> LoadedModel:
+    """Loads a checkpoint in the precision and on the device of the served model. Call it in a thread.
 
     Raises FailedPrecondition naming `field` where it cannot be loaded, or has another tokenizer. What it is loaded from
     is the operator's: only the log says it.
     """
-    other = await asyncio.to_thread(_load, path, beside, field)
+    info = beside.info
     try:
-        yield other
-    finally:
-        del other
-        await asyncio.to_thread(_release)
+        other = load_model(
+            path,
+            dtype=getattr(torch, info.dtype),
+            device=info.device,
+            batch_invariant=beside.decoder.batch_invariant,
+        )
+    except ModelSourceError as error:
+        log.error("the checkpoint %s cannot be loaded: %s", path, error)
+        raise FailedPrecondition(field, "the checkpoint cannot be loaded; the log of the server says why") from error
+    if other.tokenizer.get_vocab() != beside.tokenizer.get_vocab():
+        raise FailedPrecondition(field, "has another vocabulary; expected a checkpoint with the same tokenizer")
+    return other
+
+
+def release() -> None:
+    """Gives back the memory of a model that nobody holds any more: it may have cycles, and what CUDA keeps for later is
+    wanted by the served one. Call it in a thread."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def activations(
@@ -54,30 +67,3 @@ class _Kept:
     def visit(self, site: Site, layer: int, x: Tensor) -> None:
         if site is Site.MLP_POST and layer in self._units:
             self.rows[layer] = x[self._skip :].index_select(1, self._units[layer].to(x.device)).float()
-
-
-def _load(path: str, beside: LoadedModel, field: str) -> LoadedModel:
-    info = beside.info
-    try:
-        other = load_model(
-            path,
-            dtype=getattr(torch, info.dtype),
-            device=info.device,
-            batch_invariant=beside.decoder.batch_invariant,
-        )
-    except ModelSourceError as error:
-        log.error("the checkpoint %s cannot be loaded: %s", path, error)
-        raise FailedPrecondition(field, "the checkpoint cannot be loaded; the log of the server says why") from error
-    if other.tokenizer.get_vocab() != beside.tokenizer.get_vocab():
-        raise FailedPrecondition(field, "has another vocabulary; expected a checkpoint with the same tokenizer")
-    if other.info.vocab_size < beside.info.vocab_size:
-        message = f"has {other.info.vocab_size} embeddings; expected at least the {beside.info.vocab_size} served"
-        raise FailedPrecondition(field, message)
-    return other
-
-
-def _release() -> None:
-    """Models have cycles, and what CUDA holds for later is wanted by the served one."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
