@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import torch
 from engine_runs import loaded
+from kept_sites import KeepSite
 from tiny_models import VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from patchclamp_server.analysis.corpora.run import CorpusJob
 from patchclamp_server.analysis.corpora.windows import ListedCorpus
-from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.artifacts.corpora import UNLABELLED, Document
 from patchclamp_server.engine.reducers.firing import Firing
 from patchclamp_server.engine.reducers.moments import Moments

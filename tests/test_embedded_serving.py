@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kept_sites import KeepSite
 from live import LiveServer
 from transformers import AutoModelForCausalLM
 
 from patchclamp import AsyncClient, Client
 from patchclamp.async_streams import AsyncGenerateStream
 from patchclamp.programs import Program, add
-from patchclamp_server.analysis.documents import KeepSite, inputs_of, pools_for
+from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.model.sites import NEURON_SITES
 
 STREAMS = 64

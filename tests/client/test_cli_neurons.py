@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from canned_neurons import NEURON_SET, Neurons
 
+from patchclamp import datasets
 from patchclamp.cli import main
 from patchclamp.cli.neurons.drawing import layer_lines
 from patchclamp.cli.neurons.evaluate import probe
@@ -184,12 +185,18 @@ def test_each_method_takes_its_own_options(server: Neurons, capsys: pytest.Captu
     assert "F1 of random neurons" in capsys.readouterr().out
 
 
+def test_texts_come_from_a_data_set_of_the_package(server: Neurons, capsys: pytest.CaptureFixture[str]) -> None:
+    json_of(capsys, "localize", "welch_t", "--data", "sentences", "--target", "sentences")
+    assert server.request == localize_neurons(welch_t(datasets.load("sentences").texts, "sentences"))
+    assert "neither texts nor" in refused(capsys, "localize", "integrated_gradients", "--data", "sentences")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["welch_t", "--corpus", "wiki", "--target", "a", "--subsets", "3"], "--subsets is no option of welch_t"),
         (["welch_t", "--corpus", "wiki"], "welch_t needs one --target LABEL"),
-        (["welch_t", "--target", "a"], "give --texts LABEL=FILE or --corpus CORPUS"),
+        (["welch_t", "--target", "a"], "give --texts LABEL=FILE, --corpus CORPUS or --data NAME"),
         (["integrated_gradients", "--target", "a"], "integrated_gradients takes --facts, and neither texts nor"),
         (["integrated_gradients"], "integrated_gradients needs --facts FILE"),
     ],

@@ -141,6 +141,9 @@ def file(tensors: dict[str, Tensor]) -> bytes:
     return data
 
 
+CORPUS = b'{"text": "a dog", "label": "en"}\n{"text": "ein Hund"}\n'
+
+
 def artifacts() -> list[Call]:
     scores = linspace(0, 1, LAYERS * HEADS).reshape(LAYERS, HEADS)
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
@@ -148,6 +151,7 @@ def artifacts() -> list[Call]:
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
         upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
+        upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
     ]
 
 
@@ -288,6 +292,7 @@ def calls() -> dict[str, list[Call]]:
         "ModelService/Tokenize": [[model_pb2.TokenizeRequest(prompt=prompt)] for prompt in (PROMPT, CHAT, TOKENS)],
         "ModelService/Detokenize": [[model_pb2.DetokenizeRequest(ids=[1, 40, 41], skip_special_tokens=True)]],
         **monitoring(),
+        **neurons(),
     }
     return {f"patchclamp.v1.{method}": calls for method, calls in named.items()}
 
@@ -315,3 +320,22 @@ def monitoring() -> dict[str, list[Call]]:
         "MonitoringService/WatchActivations": [[pb.WatchActivationsRequest(name="w", max_events=1)]],
         "MonitoringService/StopWatch": [[pb.StopWatchRequest(name="other")]],
     }
+
+
+def neurons() -> dict[str, list[Call]]:
+    pb = neuron_pb2
+    texts = pb.TextSource(
+        groups=[{"label": "rain", "prompts": [PROMPT, {"text": "It rained. " * 4}]}], window_tokens=16, max_tokens=48
+    )
+    listed = pb.NeuronSelection(neurons={"neurons": [{"layer": 0, "neuron": 1}, {"layer": 1, "neuron": 5}]})
+    describe = pb.DescribeNeuronsRequest(
+        neurons=listed,
+        texts=texts,
+        contexts=2,
+        context_tokens=3,
+        descriptions=["rain", "x"],
+        causal=True,
+        random_neurons=2,
+    )
+    match = pb.MatchNeuronsRequest(other="other", texts=texts, neurons=listed, any_layer=True)
+    return {"NeuronService/DescribeNeurons": [[describe]], "NeuronService/MatchNeurons": [[match]]}

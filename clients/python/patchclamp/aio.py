@@ -369,8 +369,8 @@ class AsyncClient(AsyncTransport):
     ) -> AsyncStream[neuron_pb2.DecodeNeuronsResponse, Progress | DecodedNeurons, tuple[DecodedNeuron, ...]]:
         """Reads off the weights which tokens neurons stand for: progress, and neurons, some together.
 
-        neurons: (layer, neuron) pairs, or the id or tag of a neuron set; by default all of `layers`. Those of a whole
-        model are many: `result` keeps them all, so that they are better asked for layer by layer.
+        neurons: (layer, neuron) pairs, or the id or tag of a neuron set; by default all of `layers`. The
+        stream keeps what it has brought for `result`: those of a whole model are better asked for layer by layer.
         """
         request = requests.decode_neurons(neurons, **options)
         return AsyncStream(self._stream(self._stubs.neurons.DecodeNeurons, request, timeout), DecodeCollector())

@@ -176,7 +176,11 @@ class Sequence:
         return block_key(parent, tokens.tobytes(), touched)
 
     def shareable_until(self) -> int:
-        """First token whose block depends on more than its tokens and edits."""
+        """First token whose block is not made known to others: it depends on more than its tokens and edits, or nobody
+        comes back to it."""
+        if self.request.reductions:
+            # Passed over once: known to others, it would drive out what they do come back to.
+            return 0
         end = len(self.tokens) if self.sparse is None else self.prompt_length
         if self.state is None:
             return end

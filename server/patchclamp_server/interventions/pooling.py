@@ -1,7 +1,8 @@
-"""What stands for a text of many tokens: a mean of their states or the last one, without attention sinks.
+"""What stands for a text of many tokens: a mean or maximum of their states or the last one, without attention sinks.
 
     outlier   token t ≥ 1 with ‖h_t‖ > 3 · median_{s ≥ 1} ‖h_s‖      of one text, at one site and layer
     mean      (1/n) Σ h_t     over the n tokens t ≥ 1 that are no outliers
+    max       max_t h_t       over the same tokens, each unit for itself
     last      h_t of the last token t that is none
 
 Why: attention rests on a few tokens whose norm is many times that of the others (Sun et al. 2024, Massive Activations
@@ -34,6 +35,7 @@ LAST_TOKENS = 8
 class Pooling(Enum):
     LAST_TOKEN = "last_token"
     MEAN = "mean"
+    MAX = "max"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +97,9 @@ class TokenPool:
         self._of = of
         # The first token is not pooled, unless there is no other.
         self._pooled = max(n_tokens - 1, 1)
-        most = self._pooled // 2 if pooling is Pooling.MEAN else self._pooled
-        self._room = min(most, MOST_LEFT_OUT if pooling is Pooling.MEAN else LAST_TOKENS)
+        self._of_all = pooling is not Pooling.LAST_TOKEN
+        most = self._pooled // 2 if self._of_all else self._pooled
+        self._room = min(most, MOST_LEFT_OUT if self._of_all else LAST_TOKENS)
         self._layers: dict[int, _Layer] = {}
 
     def add(self, layer: int, states: Tensor, start: int) -> None:
@@ -109,7 +112,8 @@ class TokenPool:
         if start == 0:
             if self.n_tokens > 1:
                 states, places, norms = states[1:], places[1:], norms[1:]
-            self._layers[layer] = _Layer(norms, states, places, states.new_zeros(states.shape[1]))
+            nothing = -torch.inf if self.pooling is Pooling.MAX else 0.0
+            self._layers[layer] = _Layer(norms, states, places, states.new_full((states.shape[1],), nothing))
         else:
             so_far = self._layers[layer]
             so_far.norms = torch.cat((so_far.norms, norms))
@@ -121,10 +125,12 @@ class TokenPool:
         """Lets go of all rows but those that there is room for, and adds them to the sum of a mean."""
         if len(layer.states) <= self._room:
             return
-        mean = self.pooling is Pooling.MEAN
-        kept = torch.topk(layer.states.norm(dim=1) if mean else layer.places, self._room).indices
-        if mean:
-            layer.sum += self._of(layer.states).index_fill(0, kept, 0.0).sum(dim=0)
+        kept = torch.topk(layer.states.norm(dim=1) if self._of_all else layer.places, self._room).indices
+        if self.pooling is Pooling.MEAN:
+            layer.pooled += self._of(layer.states).index_fill(0, kept, 0.0).sum(dim=0)
+        elif self.pooling is Pooling.MAX:
+            passed = self._of(layer.states).index_fill(0, kept, -torch.inf).amax(dim=0)
+            layer.pooled = torch.maximum(layer.pooled, passed)
         layer.states, layer.places = layer.states[kept], layer.places[kept]
 
     def result(self) -> Pooled:
@@ -136,11 +142,14 @@ class TokenPool:
         # These are indices into the norms, which begin with token 1 unless there is only token 0.
         index = layer.places - (1 if self.n_tokens > 1 else 0)
         passed = outliers(layer.norms)[index]
+        left_out = passed.sum()
+        tokens = self._pooled - left_out
         if self.pooling is Pooling.MEAN:
-            left_out = passed.sum()
-            tokens = self._pooled - left_out
-            total = layer.sum + self._of(layer.states).masked_fill(passed[:, None], 0.0).sum(dim=0)
+            total = layer.pooled + self._of(layer.states).masked_fill(passed[:, None], 0.0).sum(dim=0)
             return total / tokens, tokens, left_out
+        if self.pooling is Pooling.MAX:
+            kept = torch.cat((layer.pooled[None], self._of(layer.states).masked_fill(passed[:, None], -torch.inf)))
+            return kept.amax(dim=0), tokens, left_out
         last = torch.where(passed, -1, index).argmax()
         last = torch.where(passed.all(), index.argmax(), last)
         return layer.states[last], torch.ones_like(last), self._pooled - 1 - index[last]
@@ -151,4 +160,4 @@ class _Layer:
     norms: Tensor  # of all tokens that came
     states: Tensor  # [k, width] of those that are kept, at `places` [k]
     places: Tensor
-    sum: Tensor  # [width] of the others
+    pooled: Tensor  # [width], sum or maximum of the others

@@ -275,3 +275,18 @@ async def test_a_stream_beside_a_job_keeps_its_bits(engine: Engine) -> None:
     assert torch.equal(torch.stack(logits), torch.stack(alone.logits))
     await run(engine, whole.job(corpus(*LENGTHS)))
     assert_equal(asked, whole)
+
+
+async def test_prefixes_of_serving_stay_known_beside_a_job_longer_than_the_cache(engine: Engine) -> None:
+    prompt = tuple(range(5, 30))
+
+    async def cached_tokens() -> int:
+        outcome = Outcome()
+        engine.submit(Request(prompt, outcome.on_event, stop=StopParams(max_tokens=1, ignore_eos=True)))
+        await asyncio.to_thread(outcome.done.wait, PATIENCE_SECONDS)
+        return outcome.end().usage.cached_prompt_tokens
+
+    assert await cached_tokens() == 0
+    found = await run(engine, Asked().job(corpus(*[40] * 20)))
+    assert found[-1].tokens > CONFIG.kv_cache_tokens
+    assert await cached_tokens() == 24

@@ -62,7 +62,7 @@ def test_integrated_gradients_of_facts_are_complete_within_one_percent(
 
 
 def test_the_first_layer_is_complete_where_the_last_token_moves(embedded: LoadedModel) -> None:
-    """Of all tokens together it takes some thousand steps."""
+    """Of all tokens together it takes two thousand steps."""
     found = at_once(
         integrated_gradients(embedded.decoder, example(embedded, "The capital of France is"), 0, positions=[-1])
     )

@@ -34,7 +34,7 @@ from patchclamp_server.artifacts.checkpoints import Checkpoints
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers import loops
 from patchclamp_server.engine.request import Priority, Reduction, Request, StopParams
-from patchclamp_server.errors import RequestError
+from patchclamp_server.errors import renaming_fields
 from patchclamp_server.text.prompt import PromptEncoder
 
 # Enough to fill the steps while one window ends and the next is made.
@@ -121,17 +121,14 @@ async def run_corpus(
         while not given.all:
             # Ends when a checkpoint is due and nothing is in flight any more.
             asked = completed(engine, given.requests(reached.tokens), max_in_flight=in_flight, patient=True)
-            async with aclosing(asked) as finished:
-                try:
+            # A client has sent no prompt: that a window cannot run is a matter of its length.
+            with renaming_fields({"prompt": "window_tokens"}):
+                async with aclosing(asked) as finished:
                     async for _ in finished:
                         window = given.windows.pop(0)
                         cut, tokens = Cut.behind(window, body), reached.tokens + len(window.tokens)
                         reached = Reached(cut, reached.windows + 1, tokens)
                         yield progress()
-                except RequestError as error:
-                    # A client has sent no prompt: that a window cannot run is a matter of its length.
-                    error.field = "window_tokens" if error.field == "prompt" else error.field
-                    raise
             if checkpoint is not None and reached.tokens > kept:
                 await asyncio.to_thread(checkpoint.save, job.reductions, reached)
                 kept = reached.tokens

@@ -34,7 +34,8 @@ from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
 
 TOLERANCE = 0.01
-MAX_STEPS = 1024
+# What the first layer of the embedded model takes, where all tokens move; one of the last takes 7.
+MAX_STEPS = 2048
 # Odd, so that one of them is the middle of the interval: where it is halved, F is known there.
 _NODES = 7
 _RULE = tuple(numbers.tolist() for numbers in np.polynomial.legendre.leggauss(_NODES))

@@ -12,11 +12,14 @@ file:
     ordinary_sums.py   the same without attention sinks
     covariance.py      covariance of all pairs of units           Σ (x - m)(x - m)ᵀ / n
     top_k.py           the k largest values of every unit and where they stand; k = 1 is the maximum
+    largest_of_texts.py  the k texts with the largest values of every unit, each with its largest alone
     joint_counts.py    how often two units are active together    Σ [x_i > θ][x_j > θ]
     histogram.py       counts between edges, and quantiles of them
     sample.py          every n-th row of each text
     beginnings.py      the first rows of the first texts
+    kept_rows.py       all rows of one text
     per_label.py       one reducer for each label
+    chosen_units.py    some units alone, for another reducer
 
 divergence.py is of another kind: it takes the log-probabilities of scored tokens (Request.scores), and compares those
 of several requests.

@@ -111,7 +111,7 @@ def method_of(args: argparse.Namespace) -> LocalizationMethod:
             raise ValueError(f"--{name.replace('_', '-')} is no option of {args.method}")
     if "texts" in accepted:
         settings["texts"] = texts_of(args)
-    elif args.texts is not None or args.corpus is not None or args.target:
+    elif given(args, "texts", "corpus", "data") or args.target:
         raise ValueError(f"{args.method} takes --facts, and neither texts nor a target")
     elif args.facts is None:
         raise ValueError(f"{args.method} needs --facts FILE")

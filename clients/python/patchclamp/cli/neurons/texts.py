@@ -2,6 +2,7 @@
 
 --texts LABEL=FILE    a text a line; without a label, the name of the file is it
 --corpus TAG          a stored corpus
+--data NAME           a data set of this package (patchclamp.datasets)
 facts                 lines of {"prompt": ..., "answer": ...}; in a file that ends in .tsv, a prompt, a tab, its answer
 """
 
@@ -9,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
+from patchclamp import datasets
 from patchclamp.cli.files import json_lines, not_empty, parsed_file, text_of
 from patchclamp.cli.parser import count, seed
 from patchclamp.neurons import Fact, TextSource
@@ -40,6 +42,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, required: bool = True
         help="a text a line, for each label; repeatable",
     )
     source.add_argument("--corpus", metavar="CORPUS", help="instead: id or tag of a stored corpus")
+    source.add_argument("--data", choices=datasets.names(), help="instead: a data set of this package, with its labels")
     parser.add_argument(
         "--window-tokens", type=count, default=0, metavar="N", help="longer texts are cut (default: 512)"
     )
@@ -50,8 +53,10 @@ def texts_of(args: argparse.Namespace) -> TextSource:
     """Returns the texts by label; files of one label are joined. ValueError where there are none."""
     if args.corpus is not None:
         return TextSource(args.corpus, args.window_tokens, args.max_tokens)
+    if args.data is not None:
+        return TextSource(datasets.load(args.data).texts, args.window_tokens, args.max_tokens)
     if args.texts is None:
-        raise ValueError("give --texts LABEL=FILE or --corpus CORPUS")
+        raise ValueError("give --texts LABEL=FILE, --corpus CORPUS or --data NAME")
     groups: dict[str, list[str]] = {}
     for label, texts in args.texts:
         groups.setdefault(label, []).extend(texts)
