@@ -58,9 +58,9 @@ async def test_a_resumed_census_is_one_that_was_not_interrupted(
         [key] = store.checkpoints().keys()
         first, *_, resumed = await events(engine, store, job())
         *_, whole = await events(engine, other, job())
+    assert isinstance(first, CensusProgress)
     assert isinstance(resumed, CensusResult)
     assert isinstance(whole, CensusResult)
-    assert isinstance(first, CensusProgress)
     assert first.done == first.resumed == resumed.resumed_tokens > 0
     assert (resumed.tokens, resumed.classes.layers) == (whole.tokens, whole.classes.layers)
     assert (resumed.classes.detectors, resumed.classes.positional) == (
@@ -71,7 +71,7 @@ async def test_a_resumed_census_is_one_that_was_not_interrupted(
     ids = [{each: stored.artifact.id for each, stored in found.stored.items()} for found in (resumed, whole)]
     assert ids[0] == ids[1]
     assert ids[0]
-    assert key not in store.checkpoints().keys()
+    assert key not in set(store.checkpoints().keys())
 
 
 async def test_other_rules_go_on_from_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
