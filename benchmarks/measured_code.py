@@ -40,6 +40,21 @@ _STEP = (
 )
 _SPARSE = ("patchclamp_server.sparsity", "patchclamp_server.cpu.sparse")
 
+# What finds neurons and edits them.
+_NEURONS = (
+    "decode",
+    "edit_tests",
+    "edits",
+    "evaluation",
+    "find",
+    "gradients",
+    "intervals",
+    "localize",
+    "products",
+    "random_sets",
+    "weights",
+)
+
 # By the name of a result: modules and packages by their dotted names, and scripts by their paths.
 MEASURED: dict[str, tuple[str, ...]] = {
     "beside": (
@@ -82,6 +97,20 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp_server.engine.scheduler",
     ),
     "monitoring": ("benchmarks/monitoring.py", "patchclamp_server.monitoring"),
+    "neurons": (
+        *(f"benchmarks/neurons/{name}" for name in ("words", "relations", "languages", "decoding", "shown")),
+        *(f"patchclamp_server.analysis.neurons.{name}" for name in _NEURONS),
+    ),
+    "neurons_census": (
+        "benchmarks/neurons/census",
+        "patchclamp_server.analysis.corpora",
+        "patchclamp_server.analysis.neurons.census",
+        "patchclamp_server.analysis.neurons.census_counts",
+        "patchclamp_server.engine.pace",
+        "patchclamp_server.engine.reducers",
+        "patchclamp_server.engine.scheduler",
+        "patchclamp_server.engine.steps",
+    ),
     "rolling": (
         "benchmarks/rolling.py",
         "patchclamp_server.rpc.server",

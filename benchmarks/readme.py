@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measured_code import ROOT, code_digest
+from neurons import page as neurons
 
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
@@ -344,6 +345,8 @@ COMMANDS = {
     "invariance": "python benchmarks/invariance.py",
     "load": "python benchmarks/load",
     "monitoring": "python benchmarks/monitoring.py",
+    "neurons": "python benchmarks/neurons --only words relations languages decoding",
+    "neurons_census": "python benchmarks/neurons --only census",
     "rolling": "python benchmarks/rolling.py",
     "sparse_quality": "python benchmarks/sparse --only quality",
     "sparse_speed": "python benchmarks/sparse --only speed",
@@ -412,6 +415,7 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "invariance": _invariance_row,
     "load": _load_row,
     "monitoring": _monitoring_row,
+    "neurons": neurons.effects_rows,
     "rolling": _rolling_row,
     "sparse_quality": _quality_row,
 }
@@ -430,6 +434,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "heads_causal": ("Retrieval heads: what they do", heads_causal),
     "heads_naive": ("Retrieval heads: finding them", heads_naive),
     "heads_readout": ("Retrieval heads: reading them while decoding", heads_readout),
+    "neurons": ("Neurons: what they do", neurons.effects),
+    "neurons_census": ("Neurons: the census", neurons.census),
     "load": ("Overload", load),
     "rolling": ("Rolling restarts", rolling),
     "faults": ("Faults", faults),

@@ -1690,7 +1690,8 @@ class CensusNeuronsRequest(_message.Message):
     always_from: _builtins.float
     detector_recall: _builtins.float
     """A detector fires at this share or more of the occurrences of its token or n-gram, and at most that share of its
-    firings is elsewhere. Defaults 0.95 and 0.05. Neurons that fire at more than a tenth of the tokens are none.
+    firings is elsewhere. Defaults 0.95 and 0.05. Texts should come in mixed order: a neuron
+    of which no token or n-gram has half of every 64 firings so far is not looked at any further.
     """
     detector_elsewhere: _builtins.float
     ngram: _builtins.int
@@ -2400,7 +2401,7 @@ class CompareNeuronSetsRequest(_message.Message):
     """Neurons of each that are compared, the best of those with scores. Default: all."""
     @_builtins.property
     def neuron_sets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids or tags of neuron_set artifacts, two or more."""
+        """Ids or tags of 2 to 64 neuron_set artifacts."""
 
     def __init__(
         self,
