@@ -10,7 +10,6 @@ import pytest
 import torch
 from live import LiveServer
 from secured import until
-from seed_requests import calls
 from statuses import failure
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -211,15 +210,3 @@ def test_a_cancelled_search_frees_the_exclusive_door(
         list(call)
     until(lambda: not server.server.engine.stats().running)
     assert found(stub, words={"words": ["dog"]}, top_k=1).found.neurons == 1
-
-
-@pytest.mark.parametrize("name", ["DecodeNeurons", "FindNeurons", "LocalizeNeurons", "EvaluateNeuronEdit"])
-def test_the_requests_that_fuzzing_begins_from_are_right(
-    stub: NeuronServiceStub, server: LiveServer, name: str
-) -> None:
-    store, fingerprint = ArtifactStore(server.server.config.artifacts_url), server.model.info.fingerprint
-    store.put(ArtifactKind.NEURON_SET, SETS["one"], model_fingerprint=fingerprint, tags=["neurons"])
-    vectors = {f"layer.{layer}": torch.ones(WIDTH) for layer in range(LAYERS)}
-    store.put(ArtifactKind.VECTOR, vectors, model_fingerprint=fingerprint, site=Site.RESID_POST, tags=["vector"])
-    for [request] in calls()[f"patchclamp.v1.NeuronService/{name}"]:
-        list(getattr(stub, name)(request))
