@@ -1,4 +1,4 @@
-"""A census as its definition reads: all gates of all windows at once, through hooks of transformers, and dictionaries."""
+"""A census as its definition reads: all gates of all windows, through hooks of transformers, in dictionaries."""
 
 import math
 from collections import Counter

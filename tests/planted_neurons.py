@@ -1,8 +1,8 @@
 """A llama of the tests with neurons whose class is known, in its first layer, and texts that show it.
 
 Every embedding has a one in dimension 0. Attention of layer 0 looks at all tokens alike, and writes how much of what it
-saw was "s", which starts every text, and how much was "a". So signs of gates are those of what is written below, whichever the
-scale that the norm gives them.
+saw was "s", which starts every text, and how much was "a". So signs of gates are those of what is written below,
+whichever the scale that the norm gives them.
 """
 
 from pathlib import Path

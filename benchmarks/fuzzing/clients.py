@@ -152,7 +152,7 @@ def _prepared(model: Path) -> Iterator[ServerProcess]:
     """A server with the artifacts and the watch that calls name."""
     with (
         tempfile.TemporaryDirectory(prefix="patchclamp-fuzz-") as artifacts,
-        ServerProcess(str(model), Path(artifacts)) as server,
+        ServerProcess(str(model), Path(artifacts), f"--match-model=other={model}") as server,
     ):
         with grpc.insecure_channel(server.address) as channel:
             for name, messages in preparation():

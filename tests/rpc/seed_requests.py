@@ -337,4 +337,5 @@ def neurons() -> dict[str, list[Call]]:
         causal=True,
         random_neurons=2,
     )
-    return {"NeuronService/DescribeNeurons": [[describe]]}
+    match = pb.MatchNeuronsRequest(other="other", texts=texts, neurons=listed, any_layer=True)
+    return {"NeuronService/DescribeNeurons": [[describe]], "NeuronService/MatchNeurons": [[match]]}

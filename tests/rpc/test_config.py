@@ -10,7 +10,7 @@ import pytest
 from patchclamp_server.cli.commands import main
 from patchclamp_server.cli.options import add_serve_arguments, config_from
 from patchclamp_server.engine.config import EngineConfig
-from patchclamp_server.rpc.at_start import load
+from patchclamp_server.rpc.at_start import check_files, load
 from patchclamp_server.rpc.config import ServerConfig, WatchAtStart
 from patchclamp_server.security.configuration import ConfigurationError
 
@@ -91,6 +91,28 @@ def test_watches_come_from_the_variable_where_none_is_given(monkeypatch: pytest.
 def test_what_is_no_watch_is_refused(value: str):
     with pytest.raises(argparse.ArgumentError):
         parse("--watch", value)
+
+
+def test_checkpoints_to_match_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b.gguf")
+    Path(a).mkdir()
+    Path(b).touch()
+    given = parse("--match-model", f"tuned={a},older={b}", "--match-model", f"same={a}").match_models
+    assert given == (("tuned", a), ("older", b), ("same", a))
+    monkeypatch.setenv("PATCHCLAMP_MATCH_MODEL", f"tuned={a}")
+    assert parse().match_models == (("tuned", a),)
+
+
+@pytest.mark.parametrize("value", ["tuned", "tuned=", "=/", "tuned=/no/such/place"])
+def test_what_is_no_checkpoint_is_refused(value: str):
+    with pytest.raises(argparse.ArgumentError):
+        parse("--match-model", value)
+
+
+def test_a_name_of_two_checkpoints_is_refused_before_the_model_is_loaded(tmp_path: Path):
+    twice = parse("--match-model", f"tuned={tmp_path}", "--match-model", f"tuned={tmp_path.parent}")
+    with pytest.raises(ConfigurationError, match="'tuned' twice"):
+        check_files(twice)
 
 
 @pytest.mark.parametrize(

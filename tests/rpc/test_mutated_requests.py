@@ -17,13 +17,14 @@ from statuses import Failure, failure
 from patchclamp.v1 import generation_pb2
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
+from patchclamp.v1.neuron_pb2_grpc import NeuronServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.model.load import load_model
 
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
-ANALYSES = ("HeadService", "SparsityService")
+ANALYSES = ("HeadService", "SparsityService", "NeuronService")
 REQUESTS = {
     name.rpartition("/")[2]: [message for [message] in each]
     for name, each in calls().items()
@@ -38,7 +39,8 @@ def requests(draw: st.DrawFn, method: str) -> Any:
 
 @pytest.fixture(scope="module")
 def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with LiveServer(load_model(str(tiny_llama_dir)), tmp_path_factory.mktemp("artifacts")) as server:
+    artifacts, others = tmp_path_factory.mktemp("artifacts"), (("other", str(tiny_llama_dir)),)
+    with LiveServer(load_model(str(tiny_llama_dir)), artifacts, match_models=others) as server:
         ArtifactStore(server.server.config.artifacts_url).put(
             ArtifactKind.HEAD_SET,
             {"scores": torch.rand(2, 4)},
@@ -55,7 +57,8 @@ def channel(server: LiveServer) -> Iterator[grpc.Channel]:
 
 
 def refusal(channel: grpc.Channel, method: str, request: Any) -> Failure | None:
-    stub = next(stub for stub in (HeadServiceStub(channel), SparsityServiceStub(channel)) if hasattr(stub, method))
+    stubs = (HeadServiceStub(channel), SparsityServiceStub(channel), NeuronServiceStub(channel))
+    stub = next(stub for stub in stubs if hasattr(stub, method))
     try:
         answer = getattr(stub, method)(request)
         if isinstance(answer, grpc.Call):

@@ -1,10 +1,6 @@
 """CensusNeurons through a real channel, on a llama with planted neurons and against a naive pass of transformers."""
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +20,12 @@ from planted_neurons import (
     planted_texts,
     save_planted_neurons,
 )
-from secured import until
 from statuses import failure
 from transformers import AutoModelForCausalLM
 
-from patchclamp.v1 import generation_pb2, job_pb2, program_pb2
+from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceStub
 from patchclamp_server.artifacts.corpora import CorpusBuilder
 from patchclamp_server.artifacts.store import ArtifactStore

@@ -69,6 +69,11 @@ def facts_test(name: str = "facts", facts: list[tuple[str, str]] = FACTS) -> pb.
     return pb.NeuronTest(name=name, facts=pb.FactsTest(facts=listed))
 
 
+def generation_test(prompt: str = "It was", max_tokens: int = 4) -> pb.NeuronTest:
+    prompts = [generation_pb2.Prompt(text=prompt)]
+    return pb.NeuronTest(name="g", generation=pb.GenerationTest(prompts=prompts, max_tokens=max_tokens, words=["word"]))
+
+
 def evaluation(**fields: Any) -> pb.EvaluateNeuronEditRequest:
     given = {
         "neurons": pb.NeuronSelection(neuron_set="set"),
@@ -261,6 +266,11 @@ EMPTY_FACT = pb.NeuronTest(name="f", facts=pb.FactsTest(facts=[pb.Fact(prompt=ge
         ({"targets": [pb.NeuronTest(name="x")]}, "INVALID_ARGUMENT", "targets[0].kind"),
         ({"targets": [facts_test(facts=[])]}, "INVALID_ARGUMENT", "targets[0].facts.facts"),
         ({"targets": [EMPTY_FACT]}, "INVALID_ARGUMENT", "targets[0].facts.facts[0].answer"),
+        ({"mode": pb.NEURON_EDIT_MODE_MEAN, "mean_texts": ["a text", ""]}, "INVALID_ARGUMENT", "mean_texts[1]"),
+        ({"mode": pb.NEURON_EDIT_MODE_MEAN, "mean_texts": ["a " * 50_000]}, "INVALID_ARGUMENT", "mean_texts"),
+        ({"mode": pb.NEURON_EDIT_MODE_ZERO, "mean_texts": ["a text"]}, "INVALID_ARGUMENT", "mean_texts"),
+        ({"targets": [generation_test(max_tokens=256)]}, "INVALID_ARGUMENT", "targets[0].generation.max_tokens"),
+        ({"targets": [generation_test("a" * 200, 60)]}, "INVALID_ARGUMENT", "targets[0].generation.prompts[0]"),
         (
             {"targets": [pb.NeuronTest(name="t", texts=pb.TextsTest(texts=[""]))]},
             "INVALID_ARGUMENT",

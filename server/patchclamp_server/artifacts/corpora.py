@@ -94,7 +94,8 @@ class StoredCorpus:
         self.labels = label_names(artifact.info.provenance)
         self._text, self._ends = artifact.tensors["text"].numpy(), artifact.tensors["ends"].numpy()
         own = artifact.tensors.get("labels")
-        self._labels = None if own is None else own.numpy()
+        # int64 [documents], known without reading a document.
+        self.document_labels = np.full(len(self), UNLABELLED, dtype=np.int64) if own is None else own.numpy()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -102,7 +103,7 @@ class StoredCorpus:
     def document(self, index: int) -> Document:
         start = int(self._ends[index - 1]) if index else 0
         text = self._text[start : int(self._ends[index])].tobytes().decode()
-        return Document(text, UNLABELLED if self._labels is None else int(self._labels[index]))
+        return Document(text, int(self.document_labels[index]))
 
     def __iter__(self) -> Iterator[Document]:
         return map(self.document, range(len(self)))

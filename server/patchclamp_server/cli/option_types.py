@@ -78,6 +78,19 @@ def watches(text: str) -> tuple[tuple[str, str, str], ...]:
     return tuple(found)
 
 
+def checkpoints(text: str) -> tuple[tuple[str, str], ...]:
+    """Parses "tuned=DIRECTORY,older=FILE.gguf" as (name, path). What is not there is refused before anything starts."""
+    found = []
+    for part in filter(None, text.split(",")):
+        name, _, path = part.partition("=")
+        if not name or not path:
+            raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {part!r}")
+        if not os.path.exists(path):
+            raise argparse.ArgumentTypeError(f"{part!r}: there is no such directory or .gguf file")
+        found.append((name, path))
+    return tuple(found)
+
+
 def tracing(text: str) -> str:
     """Refuses tracing before the model is loaded where it could not work."""
     choice = one_of("off", "otlp")(text)

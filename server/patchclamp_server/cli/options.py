@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from patchclamp_server.cli.option_types import (
     Together,
     address,
+    checkpoints,
     endpoint,
     interval,
     one_of,
@@ -137,6 +138,15 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch-poll-seconds",
         type=interval,
         help="how often the artifact store is looked at for watches started on another server (default: 5)",
+    )
+    _add(
+        parser,
+        "--match-model",
+        dest="match_models",
+        action=Together,
+        type=checkpoints,
+        metavar="NAME=PATH",
+        help="a checkpoint that neurons may be matched with, loaded when that is asked for; repeatable, or with commas",
     )
     _add(parser, "--tracing", type=tracing, help="otlp: send OpenTelemetry traces to a collector (default: off)")
     _add(

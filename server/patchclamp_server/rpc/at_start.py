@@ -15,7 +15,11 @@ from patchclamp_server.security.security import Security
 
 
 def check_files(config: ServerConfig) -> None:
-    """Before the model is loaded. Raises ConfigurationError when tokens, policy or certificates cannot be used."""
+    """Before the model is loaded. Raises ConfigurationError when tokens, policy or certificates cannot be used, or two
+    checkpoints have one name."""
+    names = [name for name, _ in config.match_models]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigurationError(f"--match-model names {twice[0]!r} twice")
     Security(config, SecurityMetrics(CollectorRegistry()), METHODS).close()
 
 

@@ -65,4 +65,6 @@ class ServerConfig(SecurityConfig):
     watches: tuple[WatchAtStart, ...] = ()
     # The artifact store is checked so often for watches that were started or stopped on another server.
     watch_poll_seconds: float = DEFAULT_WATCH_POLL_SECONDS
+    # Names and paths of checkpoints that neurons may be matched with; each is loaded for the job alone.
+    match_models: tuple[tuple[str, str], ...] = ()
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -57,7 +57,8 @@ class Servicers:
         self._generation = GenerationService(engine, self.prompts, self.store, model.info, binder, on_grounded)
         self._artifacts = ArtifactService(self.store, model.info, uploads)
         self._models = ModelService(model.info, self.prompts)
-        self._steering, self._heads, self._neurons = SteeringService(jobs), HeadService(jobs), NeuronService(jobs)
+        self._steering, self._heads = SteeringService(jobs), HeadService(jobs)
+        self._neurons = NeuronService(jobs, dict(config.match_models))
         self._sparsity = SparsityService(jobs, binder)
 
     def add_to(self, server: grpc.aio.Server, calls: CallInterceptor) -> None:

@@ -96,6 +96,13 @@ def test_only_the_best_are_compared_where_so_many_are_asked_for() -> None:
     assert compare([a, b], 1, store, INFO)[0].common == 0
 
 
+def test_so_many_sets_that_their_pairs_take_minutes_are_refused() -> None:
+    store = ArtifactStore("memory://compare-many")
+    own = put(store, [(0, 1)])
+    with pytest.raises(InvalidArgument, match="neuron_sets: expected 2 to 64 sets, got 65"):
+        compare([own] * 65, 0, store, INFO)
+
+
 def test_one_set_or_one_without_scores_is_refused() -> None:
     store = ArtifactStore("memory://compare-refused")
     a, b = put(store, [(0, 1)]), put(store, [(0, 1)], scores=False)

@@ -808,7 +808,9 @@ class LocalizeNeuronsRequest(_message.Message):
     top_k: _builtins.int
     share: _builtins.float
     holdout_fraction: _builtins.float
-    """Share of the texts of each label that is kept out for the evidence. Default 0.25. Facts: none is kept out."""
+    """Share of the texts of each label that is kept out for the evidence. Default 0.25; at least two of a label that has
+    four. Facts: none is kept out.
+    """
     random_sets: _builtins.int
     """Random sets of equal size, with as many neurons in each layer, on the same held-out texts. Default 20, at most 1,000."""
     seed: _builtins.int
@@ -834,7 +836,11 @@ class LocalizeNeuronsRequest(_message.Message):
         """Default: every layer."""
 
     @_builtins.property
-    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of each set; where a method stores several, "<tag>-<label>", for which labels have letters, digits, ".", "_" and "-"
+        alone.
+        """
+
     def __init__(
         self,
         *,
@@ -911,9 +917,9 @@ Global___AveragePrecisionMethod: _TypeAlias = AveragePrecisionMethod  # noqa: Y0
 @_typing.final
 class ActivationEntropyMethod(_message.Message):
     """Language activation probability entropy: p_ik = share of the tokens of label k at which neuron i is above `threshold`;
-    the entropy of p_i over its sum. Neurons with an entropy among the lowest `share` of those whose largest p_ik is at
-    least the quantile `activity` of all p_ik are specific to the labels with p_ik at least that quantile. One set for each
-    label; those of several labels are in the sets of all of them.
+    the entropy of p_i over its sum. Of the neurons whose largest p_ik is at least the quantile `activity` of all p_ik, those
+    with the lowest entropies are specific, as many as the size says (default 1 % of all neurons), to the labels with p_ik
+    above 0 and at least that quantile. One set for each label; those of several labels are in the sets of all of them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -930,7 +936,7 @@ class ActivationEntropyMethod(_message.Message):
     def texts(self) -> Global___TextSource: ...
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Labels whose sets are stored. Default: all. Where they are several, each is stored under "<tag>-<label>"."""
+        """Labels whose sets are stored. Default: all."""
 
     def __init__(
         self,
@@ -969,13 +975,13 @@ class GradientMethod(_message.Message):
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     COMPLETENESS_FIELD_NUMBER: _builtins.int
     all_tokens: _builtins.bool
-    """Sum over all tokens of the prompt. Default: the last token alone."""
+    """Sum over all tokens that run, those of the answer before its last too. Default: the last token of the prompt alone."""
     max_steps: _builtins.int
-    """Most steps of each path of integrated gradients, one for every fact and layer. Default 512, at most 4,096; fewer where
-    the gap below is reached before.
+    """Most steps of each path of integrated gradients, one for every fact and layer. Default 512, 7 to 4,096; fewer where the
+    gap below is reached before.
     """
     completeness: _builtins.float
-    """Largest completeness gap to stop at. Default 0.01."""
+    """Largest completeness gap to stop at. Default 0.01, 0.000001 to 0.5."""
     @_builtins.property
     def facts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fact]: ...
     @_builtins.property
@@ -1105,7 +1111,9 @@ class SparseProbeMethod(_message.Message):
     def texts(self) -> Global___TextSource: ...
     @_builtins.property
     def k(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Default: 1, 2, 4, ... 128. The set has the neurons of the largest k, or of the first with the best held-out F1."""
+        """Default: 1, 2, 4, ... 128. At most 32 numbers, up to 1,024 and half of the neurons of a layer. The set has the neurons
+        of the probe over all layers with the best held-out F1, of equal ones the smallest k.
+        """
 
     def __init__(
         self,
@@ -1211,17 +1219,23 @@ class LocalizedSet(_message.Message):
     label: _builtins.str
     """Label that it was sought for; empty for facts."""
     measure: _builtins.str
-    """What the set is scored by on held-out texts: the mean score of its neurons; and of each random set."""
+    """What the set is scored by on held-out texts: the mean score of its neurons, or of a probe its F1; and of each random
+    set.
+    """
     heldout: _builtins.float
     random_mean: _builtins.float
     random_deviation: _builtins.float
     @_builtins.property
-    def stored(self) -> Global___StoredNeurons: ...
+    def stored(self) -> Global___StoredNeurons:
+        """Values: the mean at mlp_post over the texts of the label that the search had; pooled as the method says. None of
+        facts, nor where texts were pooled at another site.
+        """
+
     @_builtins.property
     def random(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
     def layer_mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Score by layer: the mean of all neurons of each of `layers`, and the largest."""
+        """Score by layer: the mean of all neurons of each of `layers` that have one, and the largest. 0: none has."""
 
     @_builtins.property
     def layer_max(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
@@ -1674,7 +1688,8 @@ class CensusNeuronsRequest(_message.Message):
     always_from: _builtins.float
     detector_recall: _builtins.float
     """A detector fires at this share or more of the occurrences of its token or n-gram, and at most that share of its
-    firings is elsewhere. Defaults 0.95 and 0.05. Neurons that fire at more than a tenth of the tokens are none.
+    firings is elsewhere. Defaults 0.95 and 0.05. Texts should come in mixed order: a neuron
+    of which no token or n-gram has half of every 64 firings so far is not looked at any further.
     """
     detector_elsewhere: _builtins.float
     ngram: _builtins.int
@@ -2384,7 +2399,7 @@ class CompareNeuronSetsRequest(_message.Message):
     """Neurons of each that are compared, the best of those with scores. Default: all."""
     @_builtins.property
     def neuron_sets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids or tags of neuron_set artifacts, two or more."""
+        """Ids or tags of 2 to 64 neuron_set artifacts."""
 
     def __init__(
         self,

@@ -13,6 +13,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from patchclamp_server.analysis.digests import json_digest
 from patchclamp_server.artifacts.corpora import MAX_DOCUMENT_BYTES, UNLABELLED, Document
 from patchclamp_server.errors import InvalidArgument
@@ -24,10 +27,11 @@ _SHIFT = 32
 
 class Corpus(Protocol):
     """StoredCorpus of artifacts/corpora.py, or a ListedCorpus. `digest` names the documents and their order; `labels`
-    are the names of the labels."""
+    are the names of the labels, `document_labels` int64 [documents] the label of each."""
 
     digest: str
     labels: tuple[str, ...]
+    document_labels: NDArray[np.int64]
 
     def __len__(self) -> int: ...
     def document(self, index: int) -> Document: ...
@@ -42,6 +46,7 @@ class ListedCorpus:
                 message = f"the label {document.label} is none of {len(labels)}, nor {UNLABELLED} for none"
                 raise InvalidArgument(f"documents[{i}].label", message)
         self._documents, self.labels = documents, labels
+        self.document_labels = np.array([document.label for document in documents], dtype=np.int64)
         self.digest = json_digest([[[d.text, d.label] for d in documents], labels])
 
     def __len__(self) -> int:

@@ -7,7 +7,8 @@
     positional    I(fires; bin) ≥ positional_from
 
 Firings at a key are a lower bound and occurrences of a pair an upper one (top_keys.py, occurrences.py), so whatever is
-named a detector is one, and a neuron that fires at more than a tenth of the tokens is never named one.
+named a detector is one. A neuron of whose firings so far no key has half is let go (census_counts.py), and never named
+one: texts should come in mixed order.
 
 The mutual information is that of the table of counts, less its bias (Miller and Madow 1955), and not below 0:
 
@@ -69,8 +70,8 @@ class BestKeys:
 @dataclass(frozen=True, eq=False)
 class LayerClasses:
     """float64 [d_ff]: `rates` and `bits`; of each class, bool [d_ff] `members` and float64 [d_ff] `scores` of all
-    neurons, members or not: the rate, the recall of the best key, the bits. `let_go`: neurons that fire too often to
-    be asked for their tokens."""
+    neurons, members or not: the rate, the recall of the best key, the bits. `let_go`: neurons whose
+    tokens are not looked at any further."""
 
     layer: int
     rates: Tensor

@@ -19,6 +19,8 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 
 KEYS = 8
+# A neuron without a key that makes up half of its firings, looked at every so many firings, is no detector.
+_LEAST_SHARE, _LEAST_FIRINGS = 0.5, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,17 @@ class Counters:
         self.occurrences = Occurrences(layers[0], info.vocab_size)
         self._positions = FiringByPosition(layers, bins, window_tokens, threshold, magnitude=magnitude)
         self._keys = [
-            TopKeys(layers, info.vocab_size, KEYS, threshold, magnitude=magnitude, pair=pair)
+            TopKeys(
+                layers,
+                info.vocab_size,
+                KEYS,
+                threshold,
+                magnitude=magnitude,
+                pair=pair,
+                most_rate=1.0,
+                least_share=_LEAST_SHARE,
+                least_firings=_LEAST_FIRINGS,
+            )
             for pair in (False, True)[:ngram]
         ]
 

@@ -99,7 +99,7 @@ class _Controls:
         tokens, pairs = (
             {
                 "random_firing": {"detectors_at_most": random_detectors(fired, self._total, keys, self._rules)},
-                "not_asked_because_they_fire_often": self._let_go,
+                "neurons_let_go": self._let_go,
             }
             for keys in (seen.by_token(), seen.by_hash())
         )

@@ -21,6 +21,9 @@ from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.info import ModelInfo
 
+# Every two sets are compared.
+MAX_NEURON_SETS = 64
+
 
 @dataclass(frozen=True)
 class NeuronSetOverlap:
@@ -42,8 +45,8 @@ def compare(refs: Sequence[str], top_k: int, store: ArtifactStore, info: ModelIn
     Raises NotFound or InvalidArgument (path of the set), and FailedPrecondition for a set of another model than the
     served one, or one without scores where the best are asked for.
     """
-    if len(refs) < 2:
-        raise InvalidArgument("neuron_sets", f"expected two sets or more, got {len(refs)}")
+    if not 2 <= len(refs) <= MAX_NEURON_SETS:
+        raise InvalidArgument("neuron_sets", f"expected 2 to {MAX_NEURON_SETS} sets, got {len(refs)}")
     sets: list[frozenset[Neuron]] = []
     for i, ref in enumerate(refs):
         artifact, found = load(ref, store, f"neuron_sets[{i}]")

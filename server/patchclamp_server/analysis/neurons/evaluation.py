@@ -31,7 +31,7 @@ from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.artifacts.neuron_sets import Neuron, NeuronSelection, NeuronSet, select
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, fields_as
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import Scope
 from patchclamp_server.model.info import ModelInfo
@@ -94,7 +94,8 @@ async def evaluate_edit(
     found = _ordered(await asyncio.to_thread(select, job.neurons, store, info, "neurons"), job.seed)
     means = None
     if job.mode is NeuronEditMode.MEAN:
-        texts = await prompts.analysis.run(windows, job.mean_texts, prompts, info.context_length)
+        with fields_as(lambda name: f"mean_{name}" if name else name):
+            texts = await prompts.analysis.run(windows, job.mean_texts, prompts, info.context_length)
         means = await mean_activations(engine, info, texts)
     values = edit_values(found, job.mode, job.value, means)
     drawn = random_sets(found, info.d_ff, job.random_sets, job.seed)

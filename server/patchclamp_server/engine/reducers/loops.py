@@ -31,7 +31,8 @@ def warm_up() -> None:
     count_by_bin(x, threshold, ids, table)
     add_moments(x, np.zeros(1), np.zeros(1), np.zeros(1, dtype=np.float32))
     keep_largest(x, 0, 0, x.copy(), table, table.copy())
-    count_keys(x > 0, ids, counts, counts.copy(), counts.copy(), 1, 1.0, table, table.copy(), table.copy())
+    ones = (counts, counts.copy(), counts.copy(), 1, 1.0, 1, 0.5)
+    count_keys(x, threshold, False, ids, *ones, table, table.copy(), table.copy())
 
 
 @_compiled
@@ -105,26 +106,44 @@ def keep_largest(x, text, start, values, texts, positions):
 
 
 @_compiled
-def count_keys(fired, keys, rows, firings, let_go, least_rows, most_rate, kept, counts, errors):
-    """Space-Saving of the keys with which each unit fires, see top_keys.py. fired [n, width] bool, keys [n], -1: none;
-    kept, counts, errors [width, k]."""
+def count_keys(
+    x,
+    threshold,
+    magnitude,
+    keys,
+    rows,
+    firings,
+    let_go,
+    least_rows,
+    most_rate,
+    least_firings,
+    least_share,
+    kept,
+    counts,
+    errors,
+):
+    """Space-Saving of the keys with which each unit fires, see top_keys.py. keys [n], -1: none; kept, counts, errors
+    [width, k]."""
     k = kept.shape[1]
-    live = let_go == 0
-    units = np.empty(fired.shape[1] + 1, dtype=np.int64)
-    for row in range(fired.shape[0]):
+    live = np.flatnonzero(let_go == 0)
+    units = np.empty(len(live) + 1, dtype=np.int64)
+    for row in range(x.shape[0]):
         key = keys[row]
         if key < 0:
             continue
         rows[0] += 1
-        # As above.
+        # As above; of the units that are left, which soon are few.
         n = 0
-        for i in range(fired.shape[1]):
+        for i in live:
+            v = abs(x[row, i]) if magnitude else x[row, i]
             units[n] = i
-            n += int(fired[row, i] & live[i])
+            n += int(v > threshold)
         for i in units[:n]:
+            if let_go[i]:
+                continue
             firings[i] += 1
             if rows[0] >= least_rows and firings[i] > most_rate * rows[0]:
-                let_go[i], live[i] = 1, False
+                let_go[i] = 1
                 continue
             found, least = -1, 0
             for j in range(k):
@@ -138,3 +157,5 @@ def count_keys(fired, keys, rows, firings, let_go, least_rows, most_rate, kept, 
                 kept[i, found] = key
                 errors[i, found] = counts[i, found]
             counts[i, found] += 1
+            if least_share > 0 and firings[i] % least_firings == 0 and counts[i].max() < least_share * firings[i]:
+                let_go[i] = 1

@@ -12,10 +12,15 @@ takes the slot of the least count c, which goes on as c + 1 with the error c. Wi
 So a key that makes up a large share of the firings is in it, and where no slot was taken over (error 0) counts are
 exact. Which keys share the lesser slots depends on the order of rows; the bounds do not.
 
-A unit that fires often has no such key: once `least_rows` rows have come, one that has fired in more than a share
-`most_rate` of them is let go for good, and its `n_i` stands still. A token that is a share p of the text can make up
-95 % of the firings only of a unit that fires at most in p / 0.95 of the rows. What is judged is the share so far, so
-documents should come in mixed order: of a corpus that begins with one language, units of that language are let go.
+A unit can be let go for good, and its `n_i` stands still: what it fires at is of no interest then.
+
+    most_rate      once `least_rows` rows have come, it has fired in more than this share of them: a token that is a
+                   share p of the text can make up 95 % of the firings only of a unit that fires in at most p / 0.95
+    least_share    at every `least_firings` firings, its largest count is less than this share of them
+
+With a `least_share` what a unit costs in all is bounded: its first `least_firings` firings, unless they are of one key.
+What is judged is the share so far, so documents should come in mixed order: of a corpus that begins with one language,
+units of another are let go.
 
 Kept by layer, on the host: three times int64 [width, k] and twice int64 [width]: 24 · layers · width · k bytes and 16 ·
 layers · width. Of rows on a device, which units fire travels to the host: a byte a value.
@@ -32,7 +37,7 @@ from torch import Tensor
 
 from patchclamp_server.engine.reducers import loops
 from patchclamp_server.engine.reducers.reducer import ByLayer, Place
-from patchclamp_server.model.arrays import BoolArray, IntArray
+from patchclamp_server.model.arrays import IntArray
 
 # Of a slot that nothing has taken, and of a row that has no pair.
 NO_KEY = -1
@@ -41,7 +46,7 @@ NO_KEY = -1
 @dataclass(frozen=True, eq=False)
 class Triggers:
     """All int64: keys, counts and errors [width, k], the largest count first, NO_KEY with 0 where fewer keys came;
-    firings [width], n_i; `let_go` bool [width]: units that fire too often, whose keys mean nothing."""
+    firings [width], n_i; `let_go` bool [width]: units that were let go, whose keys mean nothing."""
 
     keys: Tensor
     counts: Tensor
@@ -65,11 +70,14 @@ class TopKeys(ByLayer):
         pair: bool = False,
         most_rate: float = 0.1,
         least_rows: int = 4096,
+        least_share: float = 0.0,
+        least_firings: int = 64,
     ) -> None:
         super().__init__(layers)
         self.vocab, self.k, self.threshold, self.pair = vocab, k, threshold, pair
         self.magnitude = magnitude
         self.most_rate, self.least_rows = most_rate, least_rows
+        self.least_share, self.least_firings = least_share, least_firings
 
     def parameters(self) -> dict[str, Any]:
         return {
@@ -80,6 +88,8 @@ class TopKeys(ByLayer):
             "pair": self.pair,
             "most_rate": self.most_rate,
             "least_rows": self.least_rows,
+            "least_share": self.least_share,
+            "least_firings": self.least_firings,
         }
 
     def _begin(self, width: int, device: torch.device) -> dict[str, Tensor]:
@@ -93,28 +103,33 @@ class TopKeys(ByLayer):
         }
 
     def _add(self, kept: dict[str, Tensor], rows: Tensor, place: Place) -> None:
-        fired = self._fired(rows)
         keys = keys_of(place, len(rows), self.vocab, pair=self.pair)
+        if not rows.is_cpu:
+            # A byte a value, and not four.
+            x, threshold, magnitude = self._fired(rows), 0.0, False
+        else:
+            x, threshold, magnitude = rows, self.threshold, self.magnitude
         own = {name: tensor.numpy() for name, tensor in kept.items()}
         loops.count_keys(
-            fired,
+            loops.array_of(x),
+            np.float32(threshold),
+            magnitude,
             keys,
             own["rows"],
             own["firings"],
             own["let_go"],
             self.least_rows,
             self.most_rate,
+            self.least_firings,
+            self.least_share,
             own["keys"],
             own["counts"],
             own["errors"],
         )
 
-    def _fired(self, rows: Tensor) -> BoolArray:
-        rows = rows.abs() if self.magnitude else rows
-        if rows.is_cpu:
-            return loops.array_of(rows) > np.float32(self.threshold)
-        fired: BoolArray = (rows.float() > self.threshold).cpu().numpy()
-        return fired
+    def _fired(self, rows: Tensor) -> Tensor:
+        x = rows.float()
+        return ((x.abs() if self.magnitude else x) > self.threshold).cpu()
 
     def rows(self, layer: int) -> int:
         """Rows that have a key."""

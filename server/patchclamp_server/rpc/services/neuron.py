@@ -1,7 +1,7 @@
 """NeuronService: neurons found by their weights, by labelled text, by facts and by a census, and tested by edits."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from patchclamp_server.analysis.neurons.evaluation import evaluate_edit
 from patchclamp_server.analysis.neurons.find_job import find_neurons
 from patchclamp_server.analysis.neurons.localize.job import localize
 from patchclamp_server.analysis.neurons.localize.methods import Gradients, Localization, Localized
+from patchclamp_server.analysis.neurons.match import match_neurons
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.interventions.field_checks import count
@@ -26,6 +27,7 @@ from patchclamp_server.rpc.codecs.neurons.describe import decode_describing, enc
 from patchclamp_server.rpc.codecs.neurons.evaluation import decode_evaluation, encode_evaluation
 from patchclamp_server.rpc.codecs.neurons.find import decode_finding, encode_finding
 from patchclamp_server.rpc.codecs.neurons.localize import decode_localization, encode_localization
+from patchclamp_server.rpc.codecs.neurons.match import decode_matching, encode_matching
 from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 
 Context = Any
@@ -35,8 +37,9 @@ class NeuronService(NeuronServiceServicer):
     """Raises the errors of errors.py; an interceptor turns them into statuses. Cancelling a call ends its job, with
     every request it has in the engine."""
 
-    def __init__(self, jobs: AnalysisJobs) -> None:
-        self._jobs = jobs
+    def __init__(self, jobs: AnalysisJobs, match_models: Mapping[str, str]) -> None:
+        """`match_models`: paths of the checkpoints that neurons may be matched with, by name."""
+        self._jobs, self._match_models = jobs, match_models
 
     def DecodeNeurons(
         self, request: pb.DecodeNeuronsRequest, context: Context
@@ -71,7 +74,10 @@ class NeuronService(NeuronServiceServicer):
             return jobs.door.follow(found) if isinstance(job.method, Gradients) else found
 
         decode = partial(decode_localization, request, jobs.prompts, jobs.store, jobs.model)
-        return jobs.stream(request, decode, run, encode_localization)
+        # The engine says "prompt" of a window that it cannot run.
+        window = f"{request.WhichOneof('method')}.texts.window_tokens"
+        fields = {"prompt": window, "window_tokens": window}
+        return jobs.stream(request, decode, run, encode_localization, fields=fields)
 
     def EvaluateNeuronEdit(
         self, request: pb.EvaluateNeuronEditRequest, context: Context
@@ -105,6 +111,17 @@ class NeuronService(NeuronServiceServicer):
             partial(decode_census, request, jobs.prompts, jobs.store, jobs.model),
             partial(census, jobs.engine, jobs.store, jobs.model, jobs.prompts),
             partial(encode_census, prompts=jobs.prompts),
+            fields=text_fields(request.texts, "texts"),
+        )
+
+    def MatchNeurons(self, request: pb.MatchNeuronsRequest, context: Context) -> AsyncIterator[pb.MatchNeuronsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_matching, request, jobs.prompts, jobs.store, jobs.model, self._match_models),
+            partial(match_neurons, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            encode_matching,
+            exclusive=True,
             fields=text_fields(request.texts, "texts"),
         )
 

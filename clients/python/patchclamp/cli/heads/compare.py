@@ -9,7 +9,7 @@ from patchclamp.cli.terminal import print_json, table
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser("compare", parents=[connection_options()], help="overlap of head sets")
-    parser.add_argument("head_sets", nargs="+", metavar="HEAD_SET", help="ids or tags, two or more")
+    parser.add_argument("head_sets", nargs="+", metavar="HEAD_SET", help="ids or tags, 2 to 64")
     add_top_k_argument(parser)
     parser.set_defaults(run=run)
 

@@ -4,7 +4,7 @@
     q_jk = p_jk / Σ_k p_jk;   entropy_j = -Σ_k q_jk log q_jk        nats
     candidates: neurons with max_k p_jk ≥ the quantile `activity` of all p
     specific:   the `share` of all neurons, or so many, with the lowest entropies among the candidates
-    set of label k: specific neurons with p_jk ≥ the same quantile
+    set of label k: specific neurons with p_jk ≥ the same quantile, and p_jk > 0
 
 A neuron can be in the sets of several labels. The score of a set is the negative entropy, so that the most specific
 stand first.
@@ -20,8 +20,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Entropies:
-    """Flat over units: `entropy` float64 [units], nats; `specific` bool [units]; `active` bool [labels, units]: p is at
-    least `bound`, the quantile."""
+    """Flat over units: `entropy` float64 [units], nats; `specific` bool [units]; `active` bool [labels, units]: p is
+    above 0 and at least `bound`, the quantile."""
 
     entropy: Tensor
     specific: Tensor
@@ -38,12 +38,12 @@ def entropies(probabilities: Tensor, *, activity: float, count: int) -> Entropie
     total = probabilities.sum(0)
     q = probabilities / total.clamp(min=torch.finfo(probabilities.dtype).tiny)
     entropy = torch.special.entr(q).sum(0)
-    # quantile() sorts at most 2^24 numbers; the rank is the same.
+    # The quantile is the lower of two neighbours. torch.quantile() takes no more than 2^24 numbers.
     flat = probabilities.flatten()
-    rank = min(len(flat) - 1, int(activity * (len(flat) - 1)))
-    bound = float(flat.kthvalue(rank + 1).values)
-    candidates = (probabilities.amax(0) >= bound) & (total > 0)
+    bound = float(flat.kthvalue(int(activity * (len(flat) - 1)) + 1).values)
+    active = (probabilities >= bound) & (probabilities > 0)
+    candidates = active.any(0)
     order = torch.where(candidates, entropy, torch.inf).argsort(stable=True)[:count]
     specific = torch.zeros_like(candidates)
     specific[order] = True
-    return Entropies(entropy, specific & candidates, probabilities >= bound, bound)
+    return Entropies(entropy, specific & candidates, active, bound)

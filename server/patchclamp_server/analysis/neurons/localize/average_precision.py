@@ -13,6 +13,9 @@ Relation-Specific Neurons in Large Language Models.
 import torch
 from torch import Tensor
 
+# Bounds the memory of the sorted copies.
+UNITS_AT_ONCE = 1024
+
 
 def average_precision(activations: Tensor, is_target: Tensor) -> Tensor:
     """Returns AP [units] of activations [texts, units] as scores of is_target bool [texts], at least one of which is
@@ -32,5 +35,8 @@ def average_precision(activations: Tensor, is_target: Tensor) -> Tensor:
 
 def scores(activations: Tensor, is_target: Tensor) -> Tensor:
     """Returns the larger AP of each unit and its negative, float32 [units]."""
-    either = torch.maximum(average_precision(activations, is_target), average_precision(-activations, is_target))
-    return either.float()
+    found = [
+        torch.maximum(average_precision(own, is_target), average_precision(-own, is_target))
+        for own in activations.split(UNITS_AT_ONCE, dim=1)
+    ]
+    return torch.cat(found).float()

@@ -21,9 +21,11 @@ from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.requests import exclusively
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import Work
+from patchclamp_server.errors import renaming_fields
 from patchclamp_server.model.decoder import Decoder
 
 CONTROL_SHARE = 0.01
+MEASURE = "mean score, on the same facts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ async def by_facts(
     told_gaps = [f"completeness gap {gap:.3g} is above {method.completeness:g}: raise max_steps"]
     every = [*method.facts, *method.controls]
     yield (
-        [Scored("", scores, "mean score", torch.where(scores == -torch.inf, 0.0, scores), _size(job, scores))],
+        [Scored("", scores, MEASURE, torch.where(scores == -torch.inf, 0.0, scores), _size(job, scores))],
         {
             "texts": len(every),
             "tokens": sum(len(example.tokens) for example in every),
@@ -90,18 +92,20 @@ def _work(
     steps = Steps("paths", len(examples) * len(job.layers))
     total = torch.zeros(len(job.layers), decoder.spec.d_ff, dtype=torch.float64)
     gradients, gap = 0, 0.0
-    for example in examples:
+    for i, example in enumerate(examples):
         positions = None if method.all_tokens else [len(example.prompt) - 1]
         for row, layer in enumerate(job.layers):
-            path = yield from integrated_gradients(
-                decoder,
-                example,
-                layer,
-                positions=positions,
-                tolerance=method.completeness,
-                max_steps=method.max_steps,
-                field=field,
-            )
+            # A path has one example, which it names [0].
+            with renaming_fields({f"{field}[0].prompt": f"{field}[{i}].prompt"}):
+                path = yield from integrated_gradients(
+                    decoder,
+                    example,
+                    layer,
+                    positions=positions,
+                    tolerance=method.completeness,
+                    max_steps=method.max_steps,
+                    field=field,
+                )
             total[row] += path.attributions.double()
             gradients += path.steps
             gap = max(gap, path.gap)

@@ -3,23 +3,23 @@
 Documents of every label are dealt out at random: the share that is held out is counted apart, under labels of its own.
 """
 
-import random
-from collections import defaultdict
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from patchclamp_server.analysis.corpora.run import CorpusJob, run_corpus
 from patchclamp_server.analysis.corpora.windows import Corpus
-from patchclamp_server.analysis.digests import json_digest
 from patchclamp_server.analysis.neurons.localize.activation_entropy import entropies
+from patchclamp_server.analysis.neurons.localize.holdout import Relabelled, held_out
 from patchclamp_server.analysis.neurons.localize.methods import ActivationEntropy, Localization, Scored
 from patchclamp_server.analysis.progress import Progress
-from patchclamp_server.artifacts.corpora import UNLABELLED, Document
+from patchclamp_server.artifacts.corpora import UNLABELLED
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.firing import Firing
 from patchclamp_server.engine.reducers.moments import Moments
@@ -37,12 +37,12 @@ async def by_entropy(
 ) -> AsyncGenerator[Progress | tuple[list[Scored], dict[str, Any]], None]:
     """Yields progress in documents, then scores for every target and the fields of Localized beside the sets."""
     field = "activation_entropy.texts"
-    split = SplitCorpus(method.texts.corpus, job.holdout_fraction, job.seed, field)
-    labels = split.labels
+    labels = method.texts.corpus.labels
+    corpus = await asyncio.to_thread(split, method.texts.corpus, job.holdout_fraction, job.seed, field)
     firing = PerLabel(job.layers, 2 * len(labels), partial(Firing, job.layers, method.threshold))
     moments = PerLabel(job.layers, 2 * len(labels), partial(Moments, job.layers))
     reductions = (Reduction(job.site, firing), Reduction(Site.MLP_POST, moments))
-    corpus_job = CorpusJob(split, reductions, method.texts.window_tokens, method.texts.max_tokens)
+    corpus_job = CorpusJob(corpus, reductions, method.texts.window_tokens, method.texts.max_tokens)
     tokens = windows = 0
     async with aclosing(run_corpus(engine, prompts, corpus_job)) as progress:
         async for event in progress:
@@ -69,32 +69,18 @@ async def by_entropy(
     yield sets, {"texts": windows, "tokens": tokens}
 
 
-class SplitCorpus:
-    """A corpus whose held-out documents have the labels from `len(labels)` on; documents without a label keep none."""
+def split(corpus: Corpus, fraction: float, seed: int, field: str) -> Relabelled:
+    """Returns the corpus with the held-out documents of label k under the label k + the number of labels.
 
-    def __init__(self, corpus: Corpus, fraction: float, seed: int, field: str) -> None:
-        self._corpus, self.labels = corpus, corpus.labels
-        by_label: dict[int, list[int]] = defaultdict(list)
-        for index in range(len(corpus)):
-            label = corpus.document(index).label
-            if label != UNLABELLED:
-                by_label[label].append(index)
-        if len(by_label) < 2 or len(by_label) < len(corpus.labels):
-            message = f"expected texts of two labels or more, and of each, got {len(by_label)} labels"
-            raise InvalidArgument(field, message)
-        self._heldout: set[int] = set()
-        generator = random.Random(seed)
-        for label, indices in sorted(by_label.items()):
-            if len(indices) < 2:
-                name = corpus.labels[label]
-                raise InvalidArgument(field, f"{name!r:.80} has one text; expected two, one of them held out")
-            n = min(max(1, round(fraction * len(indices))), len(indices) - 1)
-            self._heldout.update(generator.sample(indices, n))
-        self.digest = json_digest([corpus.digest, fraction, seed])
-
-    def __len__(self) -> int:
-        return len(self._corpus)
-
-    def document(self, index: int) -> Document:
-        found = self._corpus.document(index)
-        return Document(found.text, found.label + len(self.labels)) if index in self._heldout else found
+    Raises InvalidArgument on `field` where a label has fewer than two documents.
+    """
+    labels = corpus.document_labels
+    counts = np.bincount(labels[labels != UNLABELLED], minlength=len(corpus.labels))
+    few = np.flatnonzero(counts < 2)
+    if len(few):
+        message = f"{corpus.labels[few[0]]!r:.80} has {counts[few[0]]} texts; expected two or more of each label"
+        raise InvalidArgument(field, message)
+    if len(counts) < 2:
+        raise InvalidArgument(field, f"expected texts of two labels or more, got {len(counts)}")
+    shift = np.where(held_out(labels, fraction, seed), len(counts), 0)
+    return Relabelled(corpus, labels + shift, (*corpus.labels, *(f"{name}, held out" for name in corpus.labels)))

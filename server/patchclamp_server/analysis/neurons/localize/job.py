@@ -1,6 +1,6 @@
 """One localisation: texts or facts → scores of all neurons → the best as a stored set, judged beside random sets.
 
-    heldout   mean of a measure over the neurons of the set, on what was held out
+    heldout   mean of a measure over the neurons of the set, on what was held out; of a probe its F1
     random    the same over random sets with as many neurons in each layer
 
 The measure is that of the method (average precision, t, share of tokens), on other texts than those of the search.
@@ -8,10 +8,12 @@ What an edit of the set does is another question, which EvaluateNeuronEdit answe
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,18 +22,18 @@ from patchclamp_server.analysis.neurons.localize.by_labels import by_entropy
 from patchclamp_server.analysis.neurons.localize.by_texts import by_texts
 from patchclamp_server.analysis.neurons.localize.methods import (
     ActivationEntropy,
+    Beside,
     Gradients,
     Judged,
     Localization,
     Localized,
     Scored,
 )
-from patchclamp_server.analysis.neurons.random_sets import random_sets
+from patchclamp_server.analysis.neurons.random_sets import draws
 from patchclamp_server.analysis.neurons.stored import best_of, store_neurons
 from patchclamp_server.analysis.progress import Progress
-from patchclamp_server.artifacts.neuron_sets import Neuron
+from patchclamp_server.artifacts.neuron_sets import NeuronSet
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.info import ModelInfo
@@ -58,35 +60,48 @@ async def localize(
                 yield event
                 continue
             scored, result = event
-            sets = []
-            for each in scored:
-                tags = _tags(job.tags, each.label, several=len(scored) > 1)
-                sets.append(await asyncio.to_thread(_judged, store, info, job, each, tags))
+            # All are judged before the first is stored.
+            judged = [await asyncio.to_thread(_judged, info, job, each) for each in scored]
+            sets = [
+                await asyncio.to_thread(_stored, store, info, job, *each) for each in zip(scored, judged, strict=True)
+            ]
             yield Localized(tuple(sets), **result)
 
 
-def _judged(store: ArtifactStore, info: ModelInfo, job: Localization, scored: Scored, tags: Tags) -> Judged:
+def _judged(info: ModelInfo, job: Localization, scored: Scored) -> tuple[NeuronSet, Beside]:
+    """Returns the best neurons and what they are judged by, beside random sets."""
     found = best_of(scored.scores, job.layers, scored.size, scored.values)
     if not found.neurons:
-        of = f" for {scored.label!r}" if scored.label else ""
+        of = f" for {scored.label!r:.80}" if scored.label else ""
         raise FailedPrecondition("", f"no neuron passes the bounds of the method{of}; loosen them")
+    if isinstance(scored.judged, Beside):
+        return found, scored.judged
+    measured = scored.judged.double().numpy()
     rows = {layer: row for row, layer in enumerate(job.layers)}
+    own = float(np.mean([measured[rows[n.layer], n.neuron] for n in found.neurons]))
+    totals = np.zeros(job.random_sets)
+    try:
+        for layer, i, drawn in draws(found, info.d_ff, job.random_sets, job.seed):
+            totals[i] += measured[rows[layer], drawn].sum()
+    except InvalidArgument as error:
+        message = f"{error.message}: the set leaves none to compare it with; ask for fewer"
+        raise FailedPrecondition("", message) from error
+    return found, Beside(own, tuple((totals / len(found.neurons)).tolist()))
 
-    def mean(neurons: Sequence[Neuron]) -> float:
-        values = torch.stack([scored.heldout[rows[n.layer], n.neuron] for n in neurons])
-        return float(values.double().mean())
 
-    random = tuple(map(mean, _random(found, info, job)))
-    heldout = mean(found.neurons)
-    finite = scored.scores.masked_fill(scored.scores == -torch.inf, 0.0)
-    layer_mean, layer_max = _floats(finite.mean(1)), _floats(finite.amax(1))
+def _stored(
+    store: ArtifactStore, info: ModelInfo, job: Localization, scored: Scored, judged: tuple[NeuronSet, Beside]
+) -> Judged:
+    found, beside = judged
+    layer_mean, layer_max = _by_layer(scored.scores)
+    random = {"mean": fmean(beside.random), "max": max(beside.random), "sets": len(beside.random)}
     evidence: dict[str, Any] = {
         "measure": scored.measure,
-        "heldout": heldout,
-        "random": {"mean": _mean(random), "max": max(random, default=0.0), "sets": len(random)},
+        "heldout": beside.heldout,
+        "random": random,
         "layers": [
-            {"layer": layer, "mean": mean_, "max": max_}
-            for layer, mean_, max_ in zip(job.layers, layer_mean, layer_max, strict=True)
+            {"layer": layer, "mean": mean, "max": largest}
+            for layer, mean, largest in zip(job.layers, layer_mean, layer_max, strict=True)
         ],
     }
     parameters = {
@@ -104,27 +119,13 @@ def _judged(store: ArtifactStore, info: ModelInfo, job: Localization, scored: Sc
         provenance={"method": job.name, "parameters": parameters},
         evidence=evidence,
         description=job.description,
-        tags=tags,
+        tags=job.tags_of(scored.label),
     )
-    return Judged(scored.label, stored, scored.measure, heldout, random, layer_mean, layer_max)
+    return Judged(scored.label, stored, scored.measure, beside.heldout, beside.random, layer_mean, layer_max)
 
 
-def _random(found: Any, info: ModelInfo, job: Localization) -> Sequence[Sequence[Neuron]]:
-    try:
-        return random_sets(found, info.d_ff, job.random_sets, job.seed)
-    except InvalidArgument as error:
-        message = f"{error.message}: the set leaves none to compare it with; ask for fewer"
-        raise FailedPrecondition("", message) from error
-
-
-def _tags(tags: Tags, label: str, *, several: bool) -> Tags:
-    """Returns the tags of the set of a label: "<tag>-<label>" where there are several."""
-    return Tags(tuple(f"{name}-{label}" for name in tags.names), tags.replace) if several else tags
-
-
-def _floats(values: Tensor) -> tuple[float, ...]:
-    return tuple(values.double().tolist())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _by_layer(scores: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and the largest of the scores of each layer; 0 where none has a score."""
+    own = [row[row != -torch.inf].double() for row in scores]
+    means = tuple(float(row.mean()) if len(row) else 0.0 for row in own)
+    return means, tuple(float(row.max()) if len(row) else 0.0 for row in own)

@@ -5,12 +5,12 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from patchclamp_server.analysis.neurons.localize.sparse_probe import Ranker
+from patchclamp_server.analysis.neurons.localize.sparse_probe import Probe, Ranker
 from patchclamp_server.analysis.neurons.stored import StoredSet
 from patchclamp_server.analysis.neurons.targets import Example
 from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.artifacts.neuron_sets import Neuron
-from patchclamp_server.artifacts.types import NO_TAGS, Tags
+from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.model.sites import Site
 
@@ -86,7 +86,10 @@ Method: TypeAlias = AveragePrecision | ActivationEntropy | Gradients | WelchT | 
 
 @dataclass(frozen=True, eq=False)
 class Localization:
-    """`name`: of the method, in words of the contract. `size`: neurons of a set, or None for the method's own."""
+    """`name`: of the method, in words of the contract. `size`: neurons of a set, or None for the method's own.
+
+    `tag_names`: each set has these, or where several are stored "<tag>-<label>".
+    """
 
     name: str
     method: Method
@@ -97,7 +100,27 @@ class Localization:
     random_sets: int = 20
     seed: int = 0
     description: str = ""
-    tags: Tags = NO_TAGS
+    tag_names: tuple[str, ...] = ()
+    replace_tags: bool = False
+
+    @property
+    def set_labels(self) -> tuple[str, ...]:
+        """Labels of the sets that are stored, of a method that stores several."""
+        if not isinstance(self.method, ActivationEntropy):
+            return ()
+        labels = self.method.texts.corpus.labels
+        return tuple(labels[i] for i in self.method.targets or range(len(labels)))
+
+    def tags_of(self, label: str) -> Tags:
+        """Returns the tags of the set of a label."""
+        several = len(self.set_labels) > 1
+        return Tags(tuple(f"{n}-{label}" if several else n for n in self.tag_names), self.replace_tags)
+
+    @property
+    def tags(self) -> Tags:
+        """Of all sets."""
+        names = [name for label in self.set_labels or ("",) for name in self.tags_of(label).names]
+        return Tags(tuple(names), self.replace_tags)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,17 +141,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """One probe on k neurons; `layer` None: of all layers."""
+    """One probe on k neurons, with the F1 of random ones; `layer` None: of all layers."""
 
     k: int
     layer: int | None
-    f1: float
-    precision: float
-    recall: float
+    probe: Probe
     random_f1: tuple[float, ...]
     neurons: tuple[Neuron, ...]
-    weights: tuple[float, ...]
-    intercept: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,16 +161,25 @@ class Localized:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a set is judged by, and the same of each random set."""
+
+    heldout: float
+    random: tuple[float, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What a method found for one label: `scores` and `heldout` float32 [layers, d_ff], -inf where there is no score.
+    """What a method found for one label: `scores` float32 [layers, d_ff], -inf where there is no score.
 
-    `heldout`: the same measurement of every neuron on what was held out. `values` alike: what is stored as values.
+    `judged`: the same measurement of every neuron on what was held out, float32 [layers, d_ff], whose mean a set is
+    judged by; or what it was judged by as a whole. `values`, of the same shape: what is stored as values.
     """
 
     label: str
     scores: Tensor
     measure: str
-    heldout: Tensor
+    judged: Tensor | Beside
     size: int
     values: Tensor | None = None

@@ -1,18 +1,20 @@
-"""Pooled activations of labelled texts in two parts: neurons are found by one, and judged by the other.
+"""Pooled activations of labelled texts, of those by which neurons are found and of those that are held out.
 
-Each window of a text is a text of its own. Windows of every label are dealt out at random, so that the share that is
-held out is the same for all; at least two of a label are kept on both sides where it has four.
+Each window of a document is a text of its own; all windows of a document are in one part (holdout.py).
 """
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.analysis.activations import collect
 from patchclamp_server.analysis.corpora.windows import windows
+from patchclamp_server.analysis.neurons.localize.holdout import Relabelled, held_out
 from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.corpora import UNLABELLED
@@ -23,78 +25,110 @@ from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_BYTES = 4 << 30
 PROGRESS_EVENTS = 100
+OTHER, TARGET = 0, 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Texts of the label `target` and those of `contrast`, or with None those of all other labels.
+
+    `fraction` of the documents of each label is held out. `documents`: that each kind must have to search by.
+    """
+
+    target: int
+    contrast: int | None
+    fraction: float
+    seed: int
+    documents: int = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """`activations` float32 [texts, layers, d_ff]; `is_target` bool and `documents` int64 [texts]."""
+
+    activations: Tensor
+    is_target: Tensor
+    documents: Tensor
+
+    def mean(self) -> Tensor:
+        """Returns the mean [layers, d_ff] over the texts of the target."""
+        return torch.stack([self.activations[self.is_target, row].mean(0) for row in range(self.activations.shape[1])])
 
 
 @dataclass(frozen=True, eq=False)
 class PooledTexts:
-    """`activations` float32 [texts, layers, d_ff]; `labels` int64 and `heldout` bool [texts]; `tokens` of all texts."""
+    """`tokens`: of the texts of both parts."""
 
-    activations: Tensor
-    labels: Tensor
-    heldout: Tensor
+    search: Part
+    heldout: Part
     tokens: int
 
-    def part(self, layer: int, *, heldout: bool) -> tuple[Tensor, Tensor]:
-        """Returns activations [texts, d_ff] and labels [texts] of one part; `layer` is a place in the layers."""
-        own = self.heldout if heldout else ~self.heldout
-        return self.activations[own, layer], self.labels[own]
+    @property
+    def texts(self) -> int:
+        return len(self.search.is_target) + len(self.heldout.is_target)
 
 
 async def pooled_texts(
-    engine: Engine,
-    prompts: PromptEncoder,
-    source: TextSource,
-    capture: Capture,
-    *,
-    holdout_fraction: float,
-    seed: int,
-    field: str,
+    engine: Engine, prompts: PromptEncoder, source: TextSource, capture: Capture, compared: Comparison, field: str
 ) -> AsyncGenerator[Progress | PooledTexts, None]:
-    """Yields progress in texts, then their activations. Texts without a label are left out.
+    """Yields progress in texts, then their activations. Texts of other labels, or of none, are not read.
 
-    Raises InvalidArgument on `field`: fewer than two labels, a label with fewer than four texts, or more
-    activations than MAX_BYTES.
+    Raises InvalidArgument on `field`: too few documents of a kind, or more activations than MAX_BYTES. Nothing is run
+    then.
     """
+    labels = source.corpus.document_labels
+    kinds = np.where(labels == compared.target, TARGET, OTHER)
+    is_other = labels != UNLABELLED if compared.contrast is None else labels == compared.contrast
+    kinds[~((labels == compared.target) | is_other)] = UNLABELLED
+    corpus = Relabelled(source.corpus, kinds, ("other", source.corpus.labels[compared.target]))
+    width = engine.model.info.d_ff
+    text_bytes = 4 * len(capture.layers) * width
     texts: list[tuple[int, ...]] = []
-    labels: list[int] = []
+    documents: list[int] = []
     tokens = 0
-    width = engine.model.info.d_ff * len(capture.layers) * 4
-    async with aclosing(windows(source.corpus, prompts, source.window_tokens)) as found:
+    async with aclosing(windows(corpus, prompts, source.window_tokens)) as found:
         async for window in found:
-            if window.label == UNLABELLED:
-                continue
             texts.append(window.tokens)
-            labels.append(window.label)
+            documents.append(window.document)
             tokens += len(window.tokens)
-            if len(texts) * width > MAX_BYTES:
+            if len(texts) * text_bytes > MAX_BYTES:
                 has = f"{len(texts)} texts have more than {MAX_BYTES} bytes of activations at these layers"
-                message = f"{has}; name fewer layers, or set max_tokens"
-                raise InvalidArgument(field, message)
+                raise InvalidArgument(field, f"{has}; name fewer layers, or set max_tokens")
             if source.max_tokens and tokens >= source.max_tokens:
                 break
-    by_label = torch.tensor(labels, dtype=torch.int64)
-    heldout = _held_out(by_label, source, holdout_fraction, seed, field)
-    activations = torch.empty(len(texts), len(capture.layers), engine.model.info.d_ff)
+    # Of the documents that are run, which `max_tokens` may end.
+    n = documents[-1] + 1 if documents else 0
+    is_target = corpus.document_labels[:n] == TARGET
+    heldout = held_out(labels[corpus.documents[:n]], compared.fraction, compared.seed)
+    _check(is_target, heldout, compared, source.corpus.labels, field)
+    document_of = torch.tensor(documents)
+    out = torch.from_numpy(heldout)[document_of]
+    target = torch.from_numpy(is_target)[document_of]
+    parts = [
+        Part(torch.empty(int(own.sum()), len(capture.layers), width), target[own], document_of[own])
+        for own in (~out, out)
+    ]
+    # Where each text stands in its part.
+    places = torch.where(out, out.cumsum(0), (~out).cumsum(0)) - 1
     async with aclosing(collect(engine, texts, capture)) as collected:
         async for index, pooled in collected:
-            activations[index] = pooled.values
+            parts[int(out[index])].activations[places[index]] = pooled.values
             done = index + 1
             if done * PROGRESS_EVENTS // len(texts) > index * PROGRESS_EVENTS // len(texts):
                 yield Progress("activations", done, len(texts))
-    yield PooledTexts(activations, by_label, heldout, tokens)
+    yield PooledTexts(parts[0], parts[1], tokens)
 
 
-def _held_out(labels: Tensor, source: TextSource, fraction: float, seed: int, field: str) -> Tensor:
-    names = source.corpus.labels
-    if len(set(labels.tolist())) < 2:
-        raise InvalidArgument(field, "expected texts of at least two labels")
-    heldout = torch.zeros(len(labels), dtype=torch.bool)
-    generator = torch.Generator().manual_seed(seed)
-    for label in sorted(set(labels.tolist())):
-        places = (labels == label).nonzero()[:, 0]
-        if len(places) < 4:
-            message = f"{names[label]!r:.80} has {len(places)} texts; expected at least four of a label"
-            raise InvalidArgument(field, message)
-        n = min(max(2, round(fraction * len(places))), len(places) - 2)
-        heldout[places[torch.randperm(len(places), generator=generator)[:n]]] = True
-    return heldout
+def _check(
+    is_target: NDArray[np.bool_],
+    heldout: NDArray[np.bool_],
+    compared: Comparison,
+    labels: tuple[str, ...],
+    field: str,
+) -> None:
+    other = "all other labels" if compared.contrast is None else f"{labels[compared.contrast]!r:.80}"
+    for name, own in ((f"{labels[compared.target]!r:.80}", is_target), (other, ~is_target)):
+        searched, judged = int((own & ~heldout).sum()), int((own & heldout).sum())
+        if searched < compared.documents or judged < 2:
+            needs = f"expected at least {compared.documents} to search by and 2 that are held out"
+            raise InvalidArgument(field, f"of {name} there are {searched} texts and {judged} held out; {needs}")

@@ -70,6 +70,8 @@ def decode_evaluation(
     required(request, "neurons", "")
     mode = known(request.mode, MODES, "mode", pb.NeuronEditMode.keys()[1:])
     value = finite(request.value, "value", low=-MAX_VALUE, high=MAX_VALUE) if request.HasField("value") else None
+    if request.mean_texts and mode is not NeuronEditMode.MEAN:
+        raise InvalidArgument("mean_texts", f"are of the mode mean; the mode is {mode.value}")
     tests = _Tests(request.seed, prompts, store, info)
     targets, sides = tests.decode(request.targets, "targets"), tests.decode(request.sides, "sides")
     if not targets:
@@ -203,7 +205,8 @@ class _Tests:
     def _generation(self, name: str, proto: pb.GenerationTest, field: str) -> GenerationTest:
         if not 1 <= len(proto.prompts) <= MAX_PROMPTS:
             raise InvalidArgument(f"{field}.prompts", f"expected 1 to {MAX_PROMPTS} prompts, got {len(proto.prompts)}")
-        max_tokens = count(proto.max_tokens or DEFAULT_MAX_TOKENS, f"{field}.max_tokens", low=1, high=MAX_MAX_TOKENS)
+        most = min(MAX_MAX_TOKENS, self._info.context_length - 1)
+        max_tokens = count(proto.max_tokens or DEFAULT_MAX_TOKENS, f"{field}.max_tokens", low=1, high=most)
         if len(proto.words) > MAX_WORDS or not all(proto.words):
             raise InvalidArgument(f"{field}.words", f"expected at most {MAX_WORDS} words, none of them empty")
         if not proto.words and not proto.probe:

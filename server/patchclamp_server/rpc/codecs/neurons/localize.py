@@ -1,6 +1,7 @@
 """Messages of LocalizeNeurons ↔ analysis/neurons/localize/."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -23,12 +24,13 @@ from patchclamp_server.analysis.neurons.targets import Example, LogProbability
 from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.artifacts.validation import check_tag
+from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.field_checks import chosen, count, distinct, finite, known, required
 from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
-from patchclamp_server.rpc.codecs.artifact import decode_label
+from patchclamp_server.rpc.codecs.artifact import decode_description, decode_tags
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.neurons.common import (
     decode_layers,
@@ -41,9 +43,12 @@ from patchclamp_server.rpc.codecs.progress import encode_progress
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_FACTS = 1024
-MAX_STEPS = 4096
+# One rule has so many: integrated.py.
+MIN_STEPS, MAX_STEPS = 7, 4096
+MAX_GAP = 0.5
 MAX_SUBSETS = 100
 MAX_K = 1024
+MAX_PROBES = 32
 MAX_SIZE = 1_000_000
 DEFAULT_RANDOM_SETS, MAX_RANDOM_SETS = 20, 1000
 
@@ -61,23 +66,38 @@ def decode_localization(
     site = decode_neuron_site(request.site, info)
     if isinstance(method, Gradients) and site is not Site.MLP_POST:
         raise InvalidArgument("site", f"{name} is of mlp_post, not {site.value}")
-    description, tags = decode_label(request)
     default = Localization(name, method, layers)
     holdout = request.holdout_fraction if request.HasField("holdout_fraction") else default.holdout_fraction
     if not 0.0 < finite(holdout, "holdout_fraction") < 1.0:
         raise InvalidArgument("holdout_fraction", f"expected a number above 0 and below 1, got {holdout:g}")
-    return Localization(
+    size = _size(request, len(layers) * info.d_ff)
+    if size is not None and isinstance(method, SparseProbes):
+        raise InvalidArgument(request.WhichOneof("size") or "", "a probe has the neurons of its sparse_probe.k")
+    job = Localization(
         name,
         method,
         layers,
         site,
-        _size(request, len(layers) * info.d_ff),
+        size,
         holdout,
         count(request.random_sets or DEFAULT_RANDOM_SETS, "random_sets", low=1, high=MAX_RANDOM_SETS),
         request.seed,
-        description,
-        tags,
+        decode_description(request.description, "description"),
+        decode_tags(request.tags, request.replace_tags).names,
+        request.replace_tags,
     )
+    _check_tags(job, store)
+    return job
+
+
+def _check_tags(job: Localization, store: ArtifactStore) -> None:
+    """Names of the sets that are no tags, or are taken, are refused by the tag that was asked for."""
+    for i, name in enumerate(job.tag_names):
+        with about(f"tags[{i}]"):
+            own = replace(job, tag_names=(name,)).tags
+            for tag in own.names:
+                check_tag(tag)
+            store.check_tags(own)
 
 
 def encode_localization(event: Progress | Localized) -> pb.LocalizeNeuronsResponse:
@@ -113,14 +133,14 @@ def _probe(report: ProbeReport) -> pb.SparseProbe:
     return pb.SparseProbe(
         k=report.k,
         layer=report.layer,
-        f1=report.f1,
-        precision=report.precision,
-        recall=report.recall,
+        f1=report.probe.f1,
+        precision=report.probe.precision,
+        recall=report.probe.recall,
         random_f1_mean=fmean(report.random_f1),
         random_f1_deviation=pstdev(report.random_f1),
         neurons=[encode_neuron(neuron) for neuron in report.neurons],
-        weights=report.weights,
-        intercept=report.intercept,
+        weights=report.probe.weights,
+        intercept=report.probe.intercept,
     )
 
 
@@ -193,8 +213,12 @@ class _Methods:
 
     def _probes(self, proto: pb.SparseProbeMethod, name: str) -> SparseProbes:
         texts = self._texts(proto, name)
+        # As many others are left in each layer for random probes.
+        most = min(MAX_K, self._info.d_ff // 2)
+        if len(proto.k) > MAX_PROBES:
+            raise InvalidArgument(f"{name}.k", f"expected at most {MAX_PROBES} sizes, got {len(proto.k)}")
         for i, k in enumerate(proto.k):
-            count(k, f"{name}.k[{i}]", low=1, high=min(MAX_K, self._info.d_ff))
+            count(k, f"{name}.k[{i}]", low=1, high=most)
         ranker = Ranker.MEAN_DIFFERENCE
         if proto.ranker:
             ranker = known(proto.ranker, RANKERS, f"{name}.ranker", pb.NeuronRanker.keys()[1:])
@@ -202,7 +226,7 @@ class _Methods:
             texts,
             texts.label(proto.target, f"{name}.target"),
             ranker,
-            distinct(proto.k, f"{name}.k") or tuple(k for k in SparseProbes.k if k <= self._info.d_ff),
+            distinct(proto.k, f"{name}.k") or tuple(k for k in SparseProbes.k if k <= most),
             proto.by_layer,
             _pooling(proto, name, Pooling.MAX),
         )
@@ -221,8 +245,8 @@ class _Methods:
             self._facts(proto.controls, f"{name}.controls"),
             integrated,
             proto.all_tokens,
-            count(proto.max_steps or Gradients.max_steps, f"{name}.max_steps", low=1, high=MAX_STEPS),
-            finite(completeness, f"{name}.completeness", low=1e-6, high=1.0),
+            count(proto.max_steps or Gradients.max_steps, f"{name}.max_steps", low=MIN_STEPS, high=MAX_STEPS),
+            finite(completeness, f"{name}.completeness", low=1e-6, high=MAX_GAP),
         )
 
     def _facts(self, protos: Sequence[pb.Fact], field: str) -> tuple[Example, ...]:

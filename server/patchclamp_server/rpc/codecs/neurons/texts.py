@@ -4,7 +4,7 @@ from patchclamp.v1 import generation_pb2
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp_server.analysis.corpora.windows import DEFAULT_WINDOW_TOKENS, Corpus, ListedCorpus
 from patchclamp_server.analysis.neurons.texts import TextSource
-from patchclamp_server.artifacts.corpora import MAX_LABELS, Document, StoredCorpus, check_label
+from patchclamp_server.artifacts.corpora import MAX_DOCUMENT_BYTES, MAX_LABELS, Document, StoredCorpus, check_label
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument, RequestError
@@ -83,6 +83,8 @@ def _document(prompt: generation_pb2.Prompt, label: int, field: str, prompts: Pr
     if prompt.WhichOneof("form") == "text":
         if not prompt.text:
             raise InvalidArgument(f"{field}.text", "is empty")
+        if (size := len(prompt.text.encode())) > MAX_DOCUMENT_BYTES:
+            raise InvalidArgument(f"{field}.text", f"has {size} bytes; expected at most {MAX_DOCUMENT_BYTES}")
         return Document(prompt.text, label)
     ids, opening = decode_prompt(prompt, prompts, field).ids, prompts.text_start
     return Document(ids[len(opening) :] if opening and ids[: len(opening)] == opening else ids, label)
