@@ -66,6 +66,8 @@ def test_a_corpus_without_labels_has_no_tensor_of_them() -> None:
         (b'{"text": "a", "lable": "b"}', "unknown key 'lable'"),
         (b'{"text": "a", "label": 3}', "the label 3 is not text"),
         (b'{"text": "a", "label": ""}', "a label of 0 characters"),
+        (b'{"text": "a", "text": "b"}', "'text' is there twice"),
+        (b'{"text": "a", "label": "b", "label": "c"}', "'label' is there twice"),
         (b'{"text": ""}', "a text of 0 bytes"),
         (b'{"text": "\\ud800"}', "not valid Unicode"),
         (b'{"text": "\xff"}', "line 2: "),

@@ -19,7 +19,7 @@ def json_object(source: bytes | Path, what: str, expected: str, max_bytes: int) 
         raise MalformedFile(f"{size} bytes; a file of {what} has at most {max_bytes}")
     data = source if isinstance(source, bytes) else source.read_bytes()
     try:
-        entries = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_number)
+        entries = json.loads(data, object_pairs_hook=without_duplicates, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise MalformedFile(f"not JSON: {error}") from error
     if not isinstance(entries, dict) or not entries:
@@ -27,7 +27,8 @@ def json_object(source: bytes | Path, what: str, expected: str, max_bytes: int) 
     return entries
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the entries of an object, for `object_pairs_hook`. Raises ValueError for a name that stands twice."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         seen: set[str] = set()

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from patchclamp_server.artifacts.corpora import MAX_DOCUMENT_BYTES, MAX_LABEL_CHARACTERS, CorpusBuilder, StoredCorpus
 from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.json_object import without_duplicates
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 
 # What a document and a label take where every byte is written as \u and four digits.
@@ -54,7 +55,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 def _document(line: bytes) -> tuple[str, str | None]:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"more than {MAX_LINE_BYTES} bytes")
-    fields: Any = json.loads(line)
+    fields: Any = json.loads(line, object_pairs_hook=without_duplicates)
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise ValueError('expected an object {"text": "...", "label": "..."}, the label optional')
     if others := sorted(fields.keys() - {"text", "label"}):
