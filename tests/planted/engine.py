@@ -170,8 +170,8 @@ ENGINE = [
     Mutant(
         "reader-wakes-nobody",
         "patchclamp_server.engine.engine",
-        '"""Something that held a request back is over."""\n        self._wake.set()',
-        '"""Something that held a request back is over."""',
+        '"""Wakes the engine when something that held a request back is over."""\n        self._wake.set()',
+        '"""Wakes the engine when something that held a request back is over."""',
         "a request that was held back for its reader goes on when another one comes",
         ("engine/test_concurrency.py::test_a_request_that_was_held_back_goes_on_when_the_engine_is_woken",),
     ),

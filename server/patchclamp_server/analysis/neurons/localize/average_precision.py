@@ -37,6 +37,6 @@ def scores(activations: Tensor, is_target: Tensor) -> Tensor:
     """Returns the larger AP of each unit and its negative, float32 [units]."""
     found = [
         torch.maximum(average_precision(own, is_target), average_precision(-own, is_target))
-        for own in activations.split(UNITS_AT_ONCE, dim=1)
+        for own in torch.split(activations, UNITS_AT_ONCE, dim=1)
     ]
     return torch.cat(found).float()

@@ -33,6 +33,6 @@ def dealt_out(is_target: Tensor, documents: Tensor, subsets: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     subset = torch.empty(int(documents.max()) + 1, dtype=torch.int64)
     for kind in (is_target, ~is_target):
-        own = documents[kind].unique()
+        own = torch.tensor(sorted(set(documents[kind].tolist())))
         subset[own[torch.randperm(len(own), generator=generator)]] = torch.arange(len(own)) % subsets
     return subset[documents]

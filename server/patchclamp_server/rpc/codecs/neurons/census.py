@@ -94,8 +94,8 @@ def _rules(request: pb.CensusNeuronsRequest) -> Rules:
     default = Rules()
 
     def share(name: str, otherwise: float, low: float = 0.0) -> float:
-        given: float = getattr(request, name)
-        return finite(given if request.HasField(name) else otherwise, name, low=low, high=1.0)
+        is_given = any(field.name == name for field, _ in request.ListFields())
+        return finite(getattr(request, name) if is_given else otherwise, name, low=low, high=1.0)
 
     return Rules(
         rare_below=share("rare_below", default.rare_below),
