@@ -222,20 +222,12 @@ def _check_bytes(chosen: Units, every: Units, is_complete: bool, info: ModelInfo
 
 def _sought(best: Mapping[int, Best]) -> Units:
     """The neurons of the other model that are the best of any."""
-<<<<<<< HEAD
     found: defaultdict[int, set[int]] = defaultdict(set)
     for own in best.values():
         has_one = own.correlation > -torch.inf
         for layer, column in zip(own.layer[has_one].tolist(), own.column[has_one].tolist(), strict=True):
             found[layer].add(column)
     return {layer: torch.tensor(sorted(columns)) for layer, columns in sorted(found.items())}
-=======
-    layers = torch.cat([own.layer[own.correlation > -torch.inf] for own in best.values()]).cpu()
-    columns = torch.cat([own.column[own.correlation > -torch.inf] for own in best.values()]).cpu()
-    return {
-        layer: torch.tensor(sorted(set(columns[layers == layer].tolist()))) for layer in sorted(set(layers.tolist()))
-    }
->>>>>>> neurons
 
 
 def _matches(chosen: Units, best: Mapping[int, Best], sought: Units, backwards: CorrelationSums) -> tuple[Match, ...]:
