@@ -24,7 +24,7 @@ PAIRS = ROOT / "benchmarks/data/concepts/joyful_sad.jsonl"
 # file-formats.md has a test of its own, which looks at what it stores (test_file_formats_guide.py).
 ELSEWHERE = {"docs/user/file-formats.md"}
 # Calls without a server side: blocks that have one do not run. Each block of neurons.md can run without the others.
-NOT_SERVED_YET = ("localize_neurons", "census_neurons", "describe_neurons")
+NOT_SERVED_YET = ("census_neurons", "describe_neurons")
 
 
 def blocks(page: Path) -> list[str]:

@@ -183,6 +183,33 @@ def test_a_unit_that_fires_often_is_let_go_and_one_that_fires_rarely_is_not() ->
     assert [int(x) for x in (found.keys[1, 0], found.counts[1, 0], found.firings[1])] == [4, 1, 1]
 
 
+def test_a_unit_without_a_key_that_has_its_share_of_the_firings_is_let_go_when_it_is_looked_at() -> None:
+    reducer = TopKeys((0,), VOCAB, least_share=0.5, least_firings=4)
+    # The first unit fires at four tokens, the second at two of them twice, the third has not fired four times.
+    rows = torch.tensor([[1.0, 1, 1], [1, -1, 1], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, 1, -1]])
+    reducer.add(0, rows, Place(ids=np.array([5, 1, 7, 3, 5, 7])))
+    found = reducer.triggers(0)
+    assert found.let_go.tolist() == [True, False, False]
+    assert (found.keys[1, :2].tolist(), found.counts[1, :2].tolist()) == ([5, 7], [2, 2])
+    assert found.firings.tolist() == [4, 4, 3]
+
+
+def test_keys_are_those_of_sizes_with_magnitude() -> None:
+    rows = torch.tensor([[-1.0], [1.0], [-0.2]])
+    for magnitude, firings in ((False, 1), (True, 2)):
+        reducer = TopKeys((0,), VOCAB, threshold=0.5, magnitude=magnitude)
+        reducer.add(0, rows, Place(ids=np.array([3, 4, 5])))
+        assert reducer.triggers(0).firings.tolist() == [firings]
+
+
+def test_firings_by_position_are_those_of_sizes_with_magnitude() -> None:
+    rows = torch.tensor([[-1.0], [1.0], [-0.2]])
+    for magnitude, counts in ((False, [0, 1]), (True, [1, 1])):
+        reducer = FiringByPosition((0,), bins=2, tokens=2, threshold=0.5, magnitude=magnitude)
+        reducer.add(0, rows, Place())
+        assert reducer.counts(0)[:, 0].tolist() == counts
+
+
 def test_tokens_are_counted_exactly_and_pairs_at_least_as_often_as_they_come() -> None:
     reducer = Occurrences(LAYERS[0], VOCAB, buckets=16)
     give(reducer, parts())

@@ -103,6 +103,28 @@ def test_of_any_time_beside_a_stream_analysis_takes_no_more_than_its_share_and_t
     assert np.triu(taken).max() <= 2 * turn + LEAST_ROWS * ANALYSIS_ROW
 
 
+@pytest.mark.parametrize("busy", [INTERACTIVE, BATCH])
+def test_analysis_gets_on_while_more_urgent_requests_wait_for_every_place(busy: Priority) -> None:
+    steps = Steps(max_sequences=3)
+    steps.submit(ANALYSIS, LONG, max_tokens=0)
+    for _ in range(40):
+        steps.submit(busy, 3, max_tokens=20)
+    steps.steps(140)
+    assert steps.finished.count(ANALYSIS) == 1
+    assert 0 < steps.finished.count(busy) < 40
+
+
+def test_analysis_gets_on_while_batch_prompts_wait_for_rows() -> None:
+    steps = decoding()
+    steps.finished.clear()
+    for _ in range(4):
+        steps.submit(BATCH, 6 * LONG, max_tokens=0)
+    steps.submit(ANALYSIS, LONG, max_tokens=0)
+    while ANALYSIS not in steps.finished:
+        steps.step()
+    assert steps.finished.count(BATCH) < 3
+
+
 @pytest.mark.parametrize("slowdown", [1.1, SLOWDOWN, 3.0])
 def test_beside_a_stream_analysis_gets_its_share(slowdown: float) -> None:
     serving, analysis = np.sum(beside_analysis(analysis_slowdown=slowdown).seconds, axis=0)

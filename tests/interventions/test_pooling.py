@@ -49,6 +49,20 @@ def test_the_last_token_that_is_no_outlier_stands_for_the_text(chunk: int) -> No
     assert (found.tokens.tolist(), found.left_out.tolist()) == ([1], [1])
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_a_maximum_is_of_each_unit_over_all_tokens_but_the_first(chunk: int) -> None:
+    states = text(40, {0: 100.0, 3: 20.0, 17: 3.1, 30: 2.9})
+    found = pooled(Pooling.MAX, states, chunk)
+    assert torch.equal(found.values[0], states[1:].amax(dim=0))
+    assert (found.tokens.tolist(), found.left_out.tolist()) == ([39], [0])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_a_maximum_of_negative_units_is_negative(chunk: int) -> None:
+    states = -text(200, {}).abs()
+    assert torch.equal(pooled(Pooling.MAX, states, chunk).values[0], states[1:].amax(dim=0))
+
+
 @pytest.mark.parametrize("pooling", Pooling)
 def test_a_text_of_one_token_stands_for_itself(pooling: Pooling) -> None:
     states = text(1, {0: 100.0})
@@ -57,7 +71,7 @@ def test_a_text_of_one_token_stands_for_itself(pooling: Pooling) -> None:
     assert (found.tokens.tolist(), found.left_out.tolist()) == ([1], [0])
 
 
-@pytest.mark.parametrize("pooling", Pooling)
+@pytest.mark.parametrize("pooling", [Pooling.MEAN, Pooling.LAST_TOKEN])
 def test_of_two_tokens_after_the_first_the_much_larger_is_the_outlier(pooling: Pooling) -> None:
     states = text(3, {0: 100.0, 2: 20.0})
     assert torch.equal(pooled(pooling, states).values[0], states[1])

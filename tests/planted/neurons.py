@@ -46,7 +46,7 @@ NEURON_METHODS = [
         "others = torch.stack([value(items) - base for items in random])",
         "others = torch.stack([value(items).roll(1) - base for items in random])",
         "random sets are resampled apart from what they are compared with",
-        ("analysis/neurons/test_intervals.py::test_intervals_are_those_of_a_bootstrap_over_items",),
+        ("analysis/neurons/test_intervals.py::test_what_all_items_have_in_common_has_no_width",),
     ),
     Mutant(
         "values-of-other-neurons",

@@ -338,4 +338,60 @@ def neurons() -> dict[str, list[Call]]:
         random_neurons=2,
     )
     match = pb.MatchNeuronsRequest(other="other", texts=texts, neurons=listed, any_layer=True)
-    return {"NeuronService/DescribeNeurons": [[describe]], "NeuronService/MatchNeurons": [[match]]}
+    facts = [{"prompt": {"text": f"It is {what}"}, "answer": "x"} for what in ("rain", "red")]
+    clamp = pb.EvaluateNeuronEditRequest(
+        neurons={"neuron_set": "neurons"},
+        mode="NEURON_EDIT_MODE_CLAMP",
+        value=1.0,
+        fractions=[0.5],
+        targets=[pb.NeuronTest(name="facts", facts={"facts": facts})],
+        sides=[pb.NeuronTest(name="texts", texts={"texts": ["It rained."]})],
+        random_sets=1,
+    )
+    generation = pb.GenerationTest(prompts=[PROMPT], max_tokens=2, words=["rain"])
+    mean = pb.EvaluateNeuronEditRequest(
+        neurons=listed,
+        mode="NEURON_EDIT_MODE_MEAN",
+        mean_texts=["It rained."],
+        targets=[pb.NeuronTest(name="words", generation=generation)],
+        random_sets=1,
+        scope=SCOPE,
+    )
+    words = pb.FindNeuronsRequest(words={"words": ["dog", "cat"]}, layers=[0], top_k=3, value=5.0)
+    along = pb.FindNeuronsRequest(vector={"artifact": "vector"}, top_k=2, tags=["found"], replace_tags=True)
+    return {
+        "NeuronService/DescribeNeurons": [[describe]],
+        "NeuronService/MatchNeurons": [[match]],
+        "NeuronService/DecodeNeurons": [
+            [pb.DecodeNeuronsRequest(neurons=listed, top_k=3)],
+            [pb.DecodeNeuronsRequest(layers=[1], weights=["NEURON_WEIGHTS_DOWN"], top_k=1)],
+        ],
+        "NeuronService/FindNeurons": [[words], [along]],
+        "NeuronService/LocalizeNeurons": [[each] for each in localizations()],
+        "NeuronService/EvaluateNeuronEdit": [[clamp], [mean]],
+        "NeuronService/CompareNeuronSets": [[pb.CompareNeuronSetsRequest(neuron_sets=["neurons", "neurons"])]],
+    }
+
+
+def localizations() -> list[neuron_pb2.LocalizeNeuronsRequest]:
+    pb = neuron_pb2
+    groups = [
+        {"label": label, "prompts": [{"text": f"{text} {'again ' * i}"} for i in range(4)]}
+        for label, text in (("rain", "It rained"), ("key", "The red key"))
+    ]
+    texts = pb.TextSource(groups=groups, window_tokens=64)
+    facts = [{"prompt": {"text": "It is"}, "answer": "x"}]
+    methods: dict[str, Any] = {
+        "average_precision": {"texts": texts, "target": "rain"},
+        "activation_entropy": {"texts": texts, "activity": 0.5},
+        "gradient_times_activation": {"facts": facts, "controls": facts},
+        "integrated_gradients": {"facts": facts, "max_steps": 16, "completeness": 0.1},
+        "welch_t": {"texts": texts, "target": "rain", "contrast": "key", "pooling": "NEURON_POOLING_MAX"},
+        "contrast_set": {"texts": texts, "target": "rain", "z": 0.0, "subsets": 1},
+    }
+    found = [
+        pb.LocalizeNeuronsRequest(**{name: method}, top_k=4, random_sets=2, holdout_fraction=0.5)
+        for name, method in methods.items()
+    ]
+    probe = pb.SparseProbeMethod(texts=texts, target="key", ranker="NEURON_RANKER_F", k=[1, 2], by_layer=True)
+    return [*found, pb.LocalizeNeuronsRequest(sparse_probe=probe, random_sets=2, layers=[1])]

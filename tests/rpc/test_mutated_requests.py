@@ -22,8 +22,11 @@ from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.model.load import load_model
+from patchclamp_server.model.sites import Site
 
-REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
+CODES = grpc.StatusCode
+# A name that is taken is one whose replacement was not asked for.
+REFUSALS = (CODES.INVALID_ARGUMENT, CODES.NOT_FOUND, CODES.FAILED_PRECONDITION, CODES.ALREADY_EXISTS)
 ANALYSES = ("HeadService", "SparsityService", "NeuronService")
 REQUESTS = {
     name.rpartition("/")[2]: [message for [message] in each]
@@ -41,12 +44,12 @@ def requests(draw: st.DrawFn, method: str) -> Any:
 def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     artifacts, others = tmp_path_factory.mktemp("artifacts"), (("other", str(tiny_llama_dir)),)
     with LiveServer(load_model(str(tiny_llama_dir)), artifacts, match_models=others) as server:
-        ArtifactStore(server.server.config.artifacts_url).put(
-            ArtifactKind.HEAD_SET,
-            {"scores": torch.rand(2, 4)},
-            model_fingerprint=server.model.info.fingerprint,
-            tags=["heads"],
-        )
+        store, made_for = ArtifactStore(server.server.config.artifacts_url), server.model.info.fingerprint
+        heads, neurons = {"scores": torch.rand(2, 4)}, {"layer.0.neurons": torch.arange(4)}
+        store.put(ArtifactKind.HEAD_SET, heads, model_fingerprint=made_for, tags=["heads"])
+        store.put(ArtifactKind.NEURON_SET, neurons, model_fingerprint=made_for, tags=["neurons"])
+        vector, site = {f"layer.{layer}": torch.ones(32) for layer in range(2)}, Site.RESID_POST
+        store.put(ArtifactKind.VECTOR, vector, model_fingerprint=made_for, site=site, tags=["vector"])
         yield server
 
 

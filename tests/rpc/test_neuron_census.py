@@ -1,5 +1,9 @@
 """CensusNeurons through a real channel, on a llama with planted neurons and against a naive pass of transformers."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,14 @@ from planted_neurons import (
     planted_texts,
     save_planted_neurons,
 )
+from secured import until
 from statuses import failure
 from transformers import AutoModelForCausalLM
 
-from patchclamp.v1 import generation_pb2, program_pb2
+from patchclamp.v1 import generation_pb2, job_pb2, program_pb2
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceStub
 from patchclamp_server.artifacts.corpora import CorpusBuilder
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -265,3 +271,109 @@ def test_a_tag_of_a_class_that_has_no_neuron_any_more_is_told(stub: NeuronServic
     found = run(stub, tags=["moved"], replace_tags=True, min_occurrences=10_000)
     assert [warning for warning in found.warnings if "'moved-token'" in warning]
     assert not members(found, "token")
+
+
+def idle(server: LiveServer) -> bool:
+    stats = server.server.engine.stats()
+    return not stats.running and not stats.waiting and not stats.program_rows
+
+
+def checkpoints_of(server: LiveServer) -> list[str]:
+    return ArtifactStore(server.server.config.artifacts_url).checkpoints().keys()
+
+
+def test_a_call_that_is_cancelled_leaves_nothing_in_the_engine_and_its_successor_goes_on_from_its_checkpoint(
+    server: LiveServer, stub: NeuronServiceStub, channel: grpc.Channel
+) -> None:
+    texts = {"texts": listed(planted_texts(600)), "checkpoint_tokens": 2000, "layers": [0]}
+    call = stub.CensusNeurons(request(**texts))
+    next(call)
+    until(lambda: checkpoints_of(server))
+    # Others are served beside it.
+    stop = generation_pb2.StopConditions(max_tokens=1, ignore_eos=True)
+    asked = generation_pb2.GenerateRequest(prompt=generation_pb2.Prompt(text="cab"), stop=stop)
+    assert list(GenerationServiceStub(channel).Generate(asked))
+    call.cancel()
+    until(lambda: idle(server))
+    again, anew = run(stub, **texts), run(stub, **texts, restart=True)
+    assert (again.resumed_tokens > 0, anew.resumed_tokens, again.warnings) == (True, 0, [])
+    assert again.tokens == anew.tokens
+    for field in ("layers", "classes", "detectors", "positional"):
+        assert getattr(again, field) == getattr(anew, field), field
+    assert not checkpoints_of(server)
+
+
+def test_a_restart_forgets_the_checkpoint(server: LiveServer, stub: NeuronServiceStub) -> None:
+    texts = {"texts": listed(planted_texts(601)), "checkpoint_tokens": 2000, "layers": [0]}
+    call = stub.CensusNeurons(request(**texts))
+    until(lambda: checkpoints_of(server))
+    call.cancel()
+    until(lambda: idle(server))
+    assert run(stub, **texts, restart=True).resumed_tokens == 0
+
+
+def test_a_damaged_checkpoint_is_told_and_not_used(server: LiveServer, stub: NeuronServiceStub) -> None:
+    texts = {"texts": listed(planted_texts(602)), "checkpoint_tokens": 2000, "layers": [0]}
+    call = stub.CensusNeurons(request(**texts))
+    until(lambda: checkpoints_of(server))
+    call.cancel()
+    until(lambda: idle(server))
+    [key] = checkpoints_of(server)
+    path = Path(server.server.config.artifacts_url) / "checkpoints" / key
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    found = run(stub, **texts)
+    assert found.resumed_tokens == 0
+    [warning] = found.warnings
+    assert "checkpoint is damaged" in warning
+
+
+def test_a_census_is_a_job_that_goes_on_without_its_client(channel: grpc.Channel, census: pb.NeuronCensus) -> None:
+    jobs = JobServiceStub(channel)
+    job = jobs.StartJob(job_pb2.StartJobRequest(census_neurons=request())).job
+    responses = [each.census_neurons for each in jobs.FollowJob(job_pb2.FollowJobRequest(id=job.id))]
+    assert responses[-1].result.layers == census.layers
+    ended = jobs.GetJob(job_pb2.GetJobRequest(id=job.id)).job
+    assert (ended.state, ended.stage, ended.done) == (job_pb2.JOB_STATE_SUCCEEDED, "tokens", census.tokens)
+
+
+def serving(model: Path, store: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "patchclamp_server.cli", "--model", str(model)]
+    addresses = ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", "--artifacts-url", str(store)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([*command, *addresses], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def address_of(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("serving on "), line
+    return line.split()[2].rstrip(",")
+
+
+def test_a_server_that_is_killed_loses_one_checkpoint_at_most(planted: Path, tmp_path: Path) -> None:
+    store, every = ArtifactStore(tmp_path), 500
+    store_corpus(store, planted_texts(800), "long")
+    asked = request(texts=pb.TextSource(corpus="long", window_tokens=WINDOW), checkpoint_tokens=every)
+    process = serving(planted, tmp_path)
+    try:
+        with grpc.insecure_channel(address_of(process)) as channel:
+            done = 0
+            for response in NeuronServiceStub(channel).CensusNeurons(asked):
+                done = response.progress.done
+                if done > every and store.checkpoints().keys():
+                    break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    process = serving(planted, tmp_path)
+    try:
+        with grpc.insecure_channel(address_of(process)) as channel:
+            found = run(NeuronServiceStub(channel), **{name.name: value for name, value in asked.ListFields()})
+    finally:
+        process.kill()
+        process.wait()
+    # What is in flight when a checkpoint is due, a window at the most behind it, is in it.
+    assert found.resumed_tokens > 0
+    assert found.resumed_tokens > done - every - WINDOW

@@ -133,7 +133,7 @@ def pooled(server: LiveServer, model: PreTrainedModel, pooling: int, site: Site 
                 {
                     pb.NEURON_POOLING_LAST_TOKEN: own[-1],
                     pb.NEURON_POOLING_MEAN: own.mean(0),
-                    pb.NEURON_POOLING_MAX: own.amax(0),
+                    pb.NEURON_POOLING_MAX: layer[1:].amax(0),
                 }[pooling]
             )
         rows.append(torch.cat(layers))

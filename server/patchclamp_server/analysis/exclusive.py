@@ -14,7 +14,7 @@ at the engine's exclusive door (engine/exclusive.py). Those with a pass of their
     heads/attention_mass.py          Weights of chosen pairs of positions: requests read where attention has its peak,
                                      and no matrix of attention is kept. They come from all queries and keys of a layer.
     neurons/backward.py              Gradients of activations: a request keeps nothing to go back through.
-    neurons/other_model.py           Activations of a second checkpoint, of which no engine runs requests.
+    neurons/match_passes.py          Activations of a second checkpoint, of which no engine runs requests.
     sparsity/teal_allocation.py      One block alone, which every step of a search runs again, from kept inputs.
 
 Without a pass: what reads weights alone (heads/scores/successor.py, ov_nuclear_norm.py), and what calibration makes of

@@ -46,6 +46,10 @@ class FairQueue:
         line = self._lines.get(sequence.request.priority) or self._line(sequence)
         line.charge(sequence, tokens)
 
+    def of(self, priority: int) -> Iterator[Sequence]:
+        """Yields those of one priority."""
+        return iter(self._lines.get(priority, ()))
+
     def in_turn(self) -> Iterator[Sequence]:
         """Yields all sequences; each is chosen when it is asked for, by what was charged until then."""
         for priority in sorted(self._lines):

@@ -3,6 +3,9 @@
 When blocks run out, the running sequence that would be served last gives up its own and is computed again later
 (preemption by recomputation); so does one of a lower priority when a request of a higher one waits for a place, and one
 whose client keeps it waiting when any other waits.
+
+One place of several is kept for analysis while it has something to run, so that it gets on beside more clients than
+there are places; what it may take of the engine there is bounded (analysis_share.py).
 """
 
 import time
@@ -29,6 +32,16 @@ class Places:
     @property
     def are_taken(self) -> bool:
         return len(self.running) >= self._n
+
+    @property
+    def last_is_kept(self) -> bool:
+        """Whether the only free place is kept for analysis that waits, since none of it runs."""
+        if self._n == 1 or len(self.running) < self._n - 1 or self._analyses():
+            return False
+        return any(s.runnable for s in self._waiting.of(Priority.ANALYSIS))
+
+    def _analyses(self) -> list[Sequence]:
+        return [s for s in self.running if s.request.priority is Priority.ANALYSIS]
 
     def take(self, sequence: Sequence, hit: list[int]) -> None:
         """Lets a sequence run from now on, with the blocks that are known already."""
@@ -62,14 +75,15 @@ class Places:
         if self.are_taken:
             ready = next((s for s in self._waiting.in_turn() if s.runnable), None)
             if ready is not None:
-                self._displace(ready)
+                analyses = self._analyses()
+                self._displace(ready, kept=analyses[0] if len(analyses) == 1 < self._n else None)
 
-    def _displace(self, sequence: Sequence) -> bool:
+    def _displace(self, sequence: Sequence, kept: Sequence | None = None) -> bool:
         """Preempts a running sequence whose client keeps it waiting, or else the one that is served last, if its
-        priority is lower."""
+        priority is lower; `kept` is passed over."""
         victim = self._long_paused()
         if victim is None:
-            victim = max(self.running, key=_priority, default=None)
+            victim = max((s for s in self.running if s is not kept), key=_priority, default=None)
             if victim is None or victim.request.priority <= sequence.request.priority:
                 return False
         self._preempt(victim)

@@ -162,6 +162,13 @@ class Scheduler:
             if budget <= 0 or self.places.are_taken:
                 self.contended = True
                 break
+            analyses = sequence.request.priority is Priority.ANALYSIS
+            if not allowed.allow(sequence, 1) or (self.places.last_is_kept and not analyses):
+                # Those of a lower priority have rows, and perhaps a place, of their own.
+                self.contended = True
+                if analyses:
+                    break
+                continue
             if sequence.admitted_at is None and self._is_late(sequence):
                 self.late.append(sequence)
                 continue
@@ -169,9 +176,6 @@ class Scheduler:
             if coming.has(self.prefixes.next_key(sequence, len(hit)), sequence):
                 continue
             n = allowed.allow(sequence, min(sequence.chunk_from(len(hit) * self.cache.block_size), budget))
-            if not n:
-                self.contended = True
-                break
             if not self.places.make_room(sequence, hit, n):
                 self.contended = True
                 break

@@ -2,14 +2,15 @@
 
     outlier   token t ≥ 1 with ‖h_t‖ > 3 · median_{s ≥ 1} ‖h_s‖      of one text, at one site and layer
     mean      (1/n) Σ h_t     over the n tokens t ≥ 1 that are no outliers
-    max       max_t h_t       over the same tokens, each unit for itself
     last      h_t of the last token t that is none
+    max       max_t h_t       over all tokens t ≥ 1, each unit for itself
 
 Why: attention rests on a few tokens whose norm is many times that of the others (Sun et al. 2024, Massive Activations
 in Large Language Models). The first token (t = 0, left out always) is the one most known, not the only one: in
 Qwen2.5 it is also the first "." or "," of a text (17 times the median norm), in SmolLM2-135M now and then a word (50
 times). Such a state says where attention rests and hardly anything of the text; a mean that holds one tells little
-else. Of all other tokens of SmolLM2 not one in a hundred reaches 2.5 times the median at any layer. The median
+else. A maximum keeps them: one token does not hide the others, and a neuron that detects a token makes its norm large.
+Of all other tokens of SmolLM2 not one in a hundred reaches 2.5 times the median at any layer. The median
 is the lower one of two, so that of two tokens the larger can be the outlier, and at most half of the tokens are.
 
 Tokens are left out rather than normalised, so that a mean stays a mean of activations that occur, and strength 1 of a
@@ -36,6 +37,9 @@ class Pooling(Enum):
     LAST_TOKEN = "last_token"
     MEAN = "mean"
     MAX = "max"
+
+
+ROOM = {Pooling.MEAN: MOST_LEFT_OUT, Pooling.LAST_TOKEN: LAST_TOKENS, Pooling.MAX: 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ class TokenPool:
         self._pooled = max(n_tokens - 1, 1)
         self._of_all = pooling is not Pooling.LAST_TOKEN
         most = self._pooled // 2 if self._of_all else self._pooled
-        self._room = min(most, MOST_LEFT_OUT if self._of_all else LAST_TOKENS)
+        self._room = min(most, ROOM[pooling])
         self._layers: dict[int, _Layer] = {}
 
     def add(self, layer: int, states: Tensor, start: int) -> None:
@@ -129,8 +133,7 @@ class TokenPool:
         if self.pooling is Pooling.MEAN:
             layer.pooled += self._of(layer.states).index_fill(0, kept, 0.0).sum(dim=0)
         elif self.pooling is Pooling.MAX:
-            passed = self._of(layer.states).index_fill(0, kept, -torch.inf).amax(dim=0)
-            layer.pooled = torch.maximum(layer.pooled, passed)
+            layer.pooled = torch.maximum(layer.pooled, self._of(layer.states).amax(dim=0))
         layer.states, layer.places = layer.states[kept], layer.places[kept]
 
     def result(self) -> Pooled:
@@ -139,6 +142,8 @@ class TokenPool:
         return Pooled(*(torch.stack(column) for column in zip(*found, strict=True)))
 
     def _result(self, layer: "_Layer") -> tuple[Tensor, Tensor, Tensor]:
+        if self.pooling is Pooling.MAX:
+            return layer.pooled, torch.tensor(self._pooled), torch.tensor(0)
         # These are indices into the norms, which begin with token 1 unless there is only token 0.
         index = layer.places - (1 if self.n_tokens > 1 else 0)
         passed = outliers(layer.norms)[index]
@@ -147,9 +152,6 @@ class TokenPool:
         if self.pooling is Pooling.MEAN:
             total = layer.pooled + self._of(layer.states).masked_fill(passed[:, None], 0.0).sum(dim=0)
             return total / tokens, tokens, left_out
-        if self.pooling is Pooling.MAX:
-            kept = torch.cat((layer.pooled[None], self._of(layer.states).masked_fill(passed[:, None], -torch.inf)))
-            return kept.amax(dim=0), tokens, left_out
         last = torch.where(passed, -1, index).argmax()
         last = torch.where(passed.all(), index.argmax(), last)
         return layer.states[last], torch.ones_like(last), self._pooled - 1 - index[last]

@@ -48,6 +48,7 @@ def test_what_all_items_have_in_common_has_no_width() -> None:
     found = change_of(items(spread), items([x - 1 for x in spread]), [items(spread)], identity, seed=0)
     assert found.low == pytest.approx(-1.0)
     assert found.high == pytest.approx(-1.0)
+    assert (found.beyond_random_low, found.beyond_random_high) == pytest.approx((-1.0, -1.0))
     assert found.random_deviation == 0.0
 
 

@@ -60,7 +60,9 @@ class _NeuronPoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NeuronP
     NEURON_POOLING_MAX: _NeuronPooling.ValueType  # 3
 
 class NeuronPooling(_NeuronPooling, metaclass=_NeuronPoolingEnumTypeWrapper):
-    """Which tokens of a text a neuron is scored at. The first token of a text is left out of all but the last."""
+    """Which tokens of a text a neuron is scored at, without the first one of a text of several. The mean and the last token leave
+    out tokens whose norm is more than 3 times the median, on which attention rests.
+    """
 
 NEURON_POOLING_UNSPECIFIED: NeuronPooling.ValueType  # 0
 NEURON_POOLING_LAST_TOKEN: NeuronPooling.ValueType  # 1

@@ -121,7 +121,7 @@ def position_bits(rows: Tensor, by_bin: Tensor) -> Tensor:
     ratio = torch.where(cells > 0, cells / expected, 1.0)
     nats = (cells * ratio.log()).sum((0, 1)) / total
     degrees = (cells > 0).sum((0, 1)) - (values > 0).sum(0) - int((rows > 0).sum()) + 1
-    return ((nats - degrees / (2 * total)) / math.log(2)).clamp_min(0)
+    return ((nats - degrees.double() / (2 * total)) / math.log(2)).clamp_min(0)
 
 
 def best_keys(counts: KeyCounts, fired: Tensor, rules: Rules) -> BestKeys:

@@ -73,7 +73,7 @@ def _judged(info: ModelInfo, job: Localization, scored: Scored) -> tuple[NeuronS
     found = best_of(scored.scores, job.layers, scored.size, scored.values)
     if not found.neurons:
         of = f" for {scored.label!r:.80}" if scored.label else ""
-        raise FailedPrecondition("", f"no neuron passes the bounds of the method{of}; loosen them")
+        raise FailedPrecondition(job.name, f"no neuron passes the bounds of the method{of}; loosen them")
     if isinstance(scored.judged, Beside):
         return found, scored.judged
     measured = scored.judged.double().numpy()
@@ -85,7 +85,7 @@ def _judged(info: ModelInfo, job: Localization, scored: Scored) -> tuple[NeuronS
             totals[i] += measured[rows[layer], drawn].sum()
     except InvalidArgument as error:
         message = f"{error.message}: the set leaves none to compare it with; ask for fewer"
-        raise FailedPrecondition("", message) from error
+        raise FailedPrecondition("size", message) from error
     return found, Beside(own, tuple((totals / len(found.neurons)).tolist()))
 
 

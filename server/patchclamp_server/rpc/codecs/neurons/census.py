@@ -1,6 +1,7 @@
 """Messages of CensusNeurons ↔ analysis/neurons/census.py."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from patchclamp.v1 import neuron_pb2 as pb
 from patchclamp_server.analysis.neurons.census import Census, CensusProgress, CensusResult, class_tags
@@ -93,9 +94,10 @@ def encode_census(event: CensusProgress | CensusResult, *, prompts: PromptEncode
 def _rules(request: pb.CensusNeuronsRequest) -> Rules:
     default = Rules()
 
-    def share(name: str, otherwise: float, low: float = 0.0) -> float:
-        is_given = any(field.name == name for field, _ in request.ListFields())
-        return finite(getattr(request, name) if is_given else otherwise, name, low=low, high=1.0)
+    # The generated types know the names as literals alone.
+    def share(name: Any, otherwise: float, low: float = 0.0) -> float:
+        given: float = getattr(request, name)
+        return finite(given if request.HasField(name) else otherwise, name, low=low, high=1.0)
 
     return Rules(
         rare_below=share("rare_below", default.rare_below),
