@@ -29,8 +29,6 @@ from patchclamp.results import NeuronCensus, Progress
 MODEL = "embedded"
 CORPUS = "brown"
 WINDOW = 512
-# In flight at a time, as many as fill the steps of a census.
-TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def against_prefill(sizes: Sizes) -> dict[str, Any]:
 
         def plain() -> float:
             started = time.perf_counter()
-            with ThreadPoolExecutor(TOGETHER) as pool:
+            with ThreadPoolExecutor(len(windows)) as pool:
                 list(pool.map(lambda ids: client.generate(ids, max_tokens=1, ignore_eos=True).result(), windows))
             return time.perf_counter() - started
 

@@ -66,7 +66,7 @@ def _row(name: str, neurons: int, effect: NeuronEditEffect, others: list[str]) -
     }
     row["selective"] = row["rises"] and row["beyond_random"] and row["beyond_sides"]
     say(
-        f"{name}, {neurons} neurons: perplexity {whole['unedited']:.1f} times {_factor(whole):.2f}, random sets "
+        f"{name}, {neurons} neurons{', selective' * row['selective']}: perplexity {whole['unedited']:.1f} times {_factor(whole):.2f}, random sets "
         f"{1 + whole['random_mean'] / whole['unedited']:.2f}, others at most {max(map(_factor, sides.values())):.2f}"
     )
     return row

@@ -118,9 +118,11 @@ def _relation(
         "beyond_sides": all(whole["change"] < side["change"] for side in sides.values()),
     }
     row["selective"] = row["falls"] and row["beyond_random"] and row["beyond_sides"]
+    changes = [f"{each['change']:+.2f}" for each in curves["log_probability"]]
     worst = min(side["change"] for side in sides.values())
     say(
-        f"{name}, {method}: log p of answers {whole['change']:+.2f}, random sets {whole['random_mean']:+.2f}, beyond "
+        f"{name}, {method}{', selective' * row['selective']}: log p of answers {' '.join(changes)}, "
+        f"random sets {whole['random_mean']:+.2f}, beyond "
         f"[{whole['beyond_random_low']:+.2f}, {whole['beyond_random_high']:+.2f}], worst side {worst:+.2f}"
     )
     return row
