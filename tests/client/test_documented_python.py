@@ -23,8 +23,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAIRS = ROOT / "benchmarks/data/concepts/joyful_sad.jsonl"
 # file-formats.md has a test of its own, which looks at what it stores (test_file_formats_guide.py).
 ELSEWHERE = {"docs/user/file-formats.md"}
-# Calls without a server side: blocks that have one do not run. Each block of neurons.md can run without the others.
-NOT_SERVED_YET = ("census_neurons", "describe_neurons")
 
 
 def blocks(page: Path) -> list[str]:
@@ -35,8 +33,6 @@ def run(name: str, address: str, **given: object) -> dict[str, Any]:
     """The names that the blocks of a page leave behind; `given` are those that it takes from its reader."""
     names: dict[str, Any] = {"__name__": "example", **given}
     for block in blocks(ROOT / name):
-        if any(call in block for call in NOT_SERVED_YET):
-            continue
         exec(block.replace("localhost:50051", address), names)
     return names
 
