@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.model.info import ModelInfo
 
 
@@ -85,11 +85,8 @@ def load(ref: str, store: ArtifactStore, path: str) -> tuple[Artifact, NeuronSet
 
     Raises NotFound, or InvalidArgument for another kind of artifact; both name `path`.
     """
-    try:
+    with about(path):
         artifact = store.get(ref)
-    except RequestError as error:
-        error.field = path
-        raise
     if artifact.info.kind is not ArtifactKind.NEURON_SET:
         raise InvalidArgument(path, f"{ref} is a {artifact.info.kind.value}, not a neuron_set")
     return artifact, stored(artifact)

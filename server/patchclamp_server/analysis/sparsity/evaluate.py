@@ -25,7 +25,7 @@ from patchclamp_server.analysis.requests import OnEvent, completed
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.divergence import Divergence, Reference, ScoreReducer
 from patchclamp_server.engine.request import Event, Finished, Priority, Request, SparseInference, Token
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, renaming_fields
 from patchclamp_server.sparsity.policy import Selector
 
 # Of dense predictions at a time, or those of one document.
@@ -97,14 +97,11 @@ async def scored(
     for selector in selectors:
         await asyncio.to_thread(selector.prepare)
     kept = 4 * (tokens - prompt - 1) * engine.model.info.vocab_size
-    try:
+    with renaming_fields({"prompt": "text.document_tokens"}):
         for few in torch.split(documents, max(1, KEPT_BYTES // kept)):
             async with aclosing(_scored(engine, [tuple(ids) for ids in few.tolist()], prompt, selectors)) as found:
                 async for each in found:
                     yield each
-    except RequestError as error:
-        error.field = "text.document_tokens" if error.field == "prompt" else error.field
-        raise
 
 
 async def _scored(

@@ -21,7 +21,7 @@ from patchclamp_server.analysis.neurons.evaluation import DEFAULT_FRACTIONS, Edi
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument
+from patchclamp_server.errors import InvalidArgument, about, fields_as
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.field_checks import chosen, count, distinct, finite, known, required
 from patchclamp_server.interventions.program import (
@@ -191,11 +191,8 @@ class _Tests:
     def _texts(self, texts: Sequence[str], field: str) -> tuple[Ids, ...]:
         if not texts:
             raise InvalidArgument(field, "expected at least one text")
-        try:
+        with fields_as(lambda name: field + name.removeprefix("texts")):
             found = windows(texts, self._prompts, self._info.context_length)
-        except InvalidArgument as error:
-            error.field = field + error.field.removeprefix("texts")
-            raise
         self._windows += len(found)
         if self._windows > MAX_WINDOWS:
             message = f"texts of all tests have {self._windows} windows; at most {MAX_WINDOWS} are run"
@@ -229,11 +226,8 @@ class _Tests:
             raise InvalidArgument(f"{field}.probe_layer", "required with a probe")
         layer = count(proto.probe_layer, f"{field}.probe_layer", high=self._info.n_layers - 1)
         vector = Vector(artifact=proto.probe)
-        try:
+        with about(f"{field}.probe"):
             midpoint = resolver.stored_threshold(StoredThreshold.MIDPOINT, vector, site, layer, field)
-        except (InvalidArgument, FailedPrecondition) as error:
-            error.field = f"{field}.probe"
-            raise
         scope = Scope((TokenSelector(phase=Phase.GENERATED),))
         readout = Readout(ProjectionReadout((vector,)), site, layers=(layer,), scope=scope)
         return Probe(bind(Program(readouts=(readout,)), self._info, self._store), midpoint)

@@ -7,7 +7,7 @@ from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.artifacts.corpora import MAX_DOCUMENT_BYTES, MAX_LABELS, Document, StoredCorpus, check_label
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.errors import InvalidArgument, RequestError
+from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.codecs.generation import decode_prompt
@@ -42,11 +42,8 @@ def text_fields(proto: pb.TextSource, field: str) -> dict[str, str]:
 
 
 def _stored(ref: str, store: ArtifactStore, field: str) -> Corpus:
-    try:
+    with about(field):
         artifact = store.get(ref)
-    except RequestError as error:
-        error.field = field
-        raise
     if artifact.info.kind is not ArtifactKind.CORPUS:
         raise InvalidArgument(field, f"{ref} is a {artifact.info.kind.value}, not a corpus")
     return StoredCorpus(artifact)
