@@ -55,7 +55,9 @@ def main() -> None:
         summary |= summary_of(effects)
     if "census" in options.only:
         short, long = options.census_tokens
-        quick = census.Sizes((4_000, 16_000), rate_windows=4, rounds=1, killed_tokens=8_000, checkpoint_tokens=1_500)
+        quick = census.Sizes(
+            (4_000, 16_000), rate_windows=4, rounds=1, killed_tokens=8_000, checkpoint_tokens=1_500, stream_tokens=96
+        )
         counted = census.measure(quick if options.quick else census.Sizes((short, long)))
         if not options.quick:
             print(f"written: {save('neurons_census', counted).name}")

@@ -41,7 +41,7 @@ class Sizes:
     rounds: int = 3
     killed_tokens: int = 20_000
     checkpoint_tokens: int = 4_000
-    stream_tokens: int = 192
+    stream_tokens: int = 384
 
 
 def measure(sizes: Sizes) -> dict[str, Any]:

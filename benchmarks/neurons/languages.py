@@ -52,9 +52,9 @@ def measure(client: Client, sizes: Sizes) -> dict[str, Any]:
     return {"sizes": vars(sizes), "tokens": localized.tokens, "languages": rows}
 
 
-def _row(name: str, neurons: int, effect: NeuronEditEffect, others: list[str]) -> dict[str, Any]:
+def _row(name: str, neurons: int, effect: NeuronEditEffect, side_names: list[str]) -> dict[str, Any]:
     target = curve(effect, name, "perplexity")
-    sides = {other: curve(effect, other, "perplexity")[-1] for other in others}
+    sides = {other: curve(effect, other, "perplexity")[-1] for other in side_names}
     whole = target[-1]
     row = {
         "neurons": neurons,
@@ -65,9 +65,10 @@ def _row(name: str, neurons: int, effect: NeuronEditEffect, others: list[str]) -
         "beyond_sides": all(_factor(whole) > _factor(side) for side in sides.values()),
     }
     row["selective"] = row["rises"] and row["beyond_random"] and row["beyond_sides"]
+    random, others = 1 + whole["random_mean"] / whole["unedited"], max(map(_factor, sides.values()))
     say(
-        f"{name}, {neurons} neurons{', selective' * row['selective']}: perplexity {whole['unedited']:.1f} times {_factor(whole):.2f}, random sets "
-        f"{1 + whole['random_mean'] / whole['unedited']:.2f}, others at most {max(map(_factor, sides.values())):.2f}"
+        f"{name}, {neurons} neurons{', selective' * row['selective']}: perplexity {whole['unedited']:.1f} times "
+        f"{_factor(whole):.2f}, random sets {random:.2f}, others at most {others:.2f}"
     )
     return row
 
