@@ -167,3 +167,9 @@ def test_a_census_that_is_followed_ends_with_the_names_of_its_sets(capsys: pytes
 def test_a_stored_set_is_clamped_by_its_name_on_the_command_line(capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "hello", "--clamp", "one=3,generated", "--max-tokens", "3", "--ignore-eos"]) == 0
     assert "one: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("command_line")
+def test_a_set_without_values_is_named_where_it_is_to_be_set_to_them(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "hello", "--clamp", "one", "--max-tokens", "3"]) == 1
+    assert "a value is needed: one carries none of its own" in capsys.readouterr().err
