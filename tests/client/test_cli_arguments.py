@@ -73,8 +73,37 @@ def test_clamp_names_the_site_behind_the_neurons() -> None:
     assert clamp("L1N3@mlp_up=2").site == pb.SITE_MLP_UP
 
 
+def test_clamp_without_a_value_sets_the_neurons_of_a_stored_set_to_their_own_values() -> None:
+    edit = clamp("dog,generated")
+    assert (edit.neurons.neuron_set, list(edit.neurons.set.values), edit.name) == ("dog", [], "dog")
+    assert edit.neurons.HasField("set")
+    assert edit.scope == generated().message()
+
+
+def test_clamp_holds_the_neurons_of_a_stored_set_at_a_value_or_within_bounds() -> None:
+    assert list(clamp("sha256:ab12=3").neurons.set.values) == [3.0]
+    bounded = clamp("L1-words@mlp_gate=..0")
+    assert (bounded.neurons.neuron_set, bounded.site, bounded.neurons.clamp.max) == ("L1-words", pb.SITE_MLP_GATE, 0.0)
+
+
 @pytest.mark.parametrize(
-    "text", ["12N345=3", "L12N=3", "L12N345", "L12N345=a", "L12N345@attn_z=1", "L12N345=2..1", "L12N345=.."]
+    "text",
+    [
+        "12N345=3",
+        "L12N=3",
+        "L12N345",
+        "L12N3,7",
+        "L12N345=a",
+        "L12N345@attn_z=1",
+        "L12N345=2..1",
+        "L12N345=..",
+        "dog=",
+        "dog=a",
+        "dog=2..1",
+        "dog@attn_z",
+        "dog,twice",
+        "my dog",
+    ],
 )
 def test_a_malformed_clamp_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
@@ -286,6 +315,13 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
+
+
+def test_a_missing_file_is_named_once_and_in_words(tmp_path: Path) -> None:
+    path = str(tmp_path / "missing.txt")
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        text_file(path)
+    assert str(refused.value) == f"{path}: No such file or directory"
 
 
 def test_a_file_that_cannot_be_read_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

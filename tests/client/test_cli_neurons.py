@@ -128,7 +128,8 @@ def test_find_prints_the_best_with_their_values_and_a_bar_for_each_layer(
     assert (header.split(), first.split()) == (["neuron", "|z|", "value"], ["L1N5", "9.5000", "20"])
     assert second.split() == ["L0N3", "4.2500", "-20"]
     assert f"L1 |{'▒' * 32}| 9.5" in printed.out
-    assert f"stored as no tag = {NEURON_SET.id}" in printed.err
+    assert f"stored without a name, as {NEURON_SET.id}" in printed.err
+    assert "first tokens, which alone are sought: " in printed.err
     assert main(["neurons", "find", "--vector", "joyful"]) == 0
     assert server.request.vector.artifact == "joyful"
     assert "|cosine|" in capsys.readouterr().out
@@ -196,7 +197,7 @@ def test_texts_come_from_a_data_set_of_the_package(server: Neurons, capsys: pyte
     [
         (["welch_t", "--corpus", "wiki", "--target", "a", "--subsets", "3"], "--subsets is no option of welch_t"),
         (["welch_t", "--corpus", "wiki"], "welch_t needs one --target LABEL"),
-        (["welch_t", "--target", "a"], "give --texts LABEL=FILE, --corpus CORPUS or --data NAME"),
+        (["welch_t", "--target", "a"], "give --texts [LABEL=]FILE, --corpus CORPUS or --data NAME"),
         (["integrated_gradients", "--target", "a"], "integrated_gradients takes --facts, and neither texts nor"),
         (["integrated_gradients"], "integrated_gradients needs --facts FILE"),
     ],

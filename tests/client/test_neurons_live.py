@@ -149,3 +149,27 @@ def test_the_command_line_finds_decodes_and_tests_neurons(capsys: pytest.Capture
     assert "accuracy" in capsys.readouterr().out
     assert Path("layers.png").exists()
     assert Path("dose.png").exists()
+
+
+@pytest.mark.usefixtures("command_line")
+def test_a_census_that_is_followed_ends_with_the_names_of_its_sets(capsys: pytest.CaptureFixture[str]):
+    Path("rain.txt").write_text("the cat sat on the mat and it rained\n" * 8)
+    census = ["neurons", "census", "usual", "--texts", "rain.txt", "--rare-below", "0.4", "--always-from", "0.6"]
+    assert main([*census, "--detach"]) == 0
+    job_id = capsys.readouterr().out.strip()
+    assert main(["jobs", "follow", job_id]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"usual-rare", "usual-always"} <= {line.split()[1] for line in lines}
+    assert all(line.startswith("sha256:") for line in lines)
+
+
+@pytest.mark.usefixtures("command_line")
+def test_a_stored_set_is_clamped_by_its_name_on_the_command_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "hello", "--clamp", "one=3,generated", "--max-tokens", "3", "--ignore-eos"]) == 0
+    assert "one: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("command_line")
+def test_a_set_without_values_is_named_where_it_is_to_be_set_to_them(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "hello", "--clamp", "one", "--max-tokens", "3"]) == 1
+    assert "a value is needed: one carries none of its own" in capsys.readouterr().err

@@ -365,6 +365,16 @@ def test_too_few_steps_are_said_with_the_gap(stub: NeuronServiceStub) -> None:
     assert "raise max_steps" in result.warnings[0]
 
 
+def test_a_set_that_was_chosen_among_equal_scores_says_so(stub: NeuronServiceStub) -> None:
+    # Of two texts that are each there four times, every neuron tells one from the other.
+    source = text_source({"a": ["one a"] * 4, "b": ["two b"] * 4})
+    method = pb.AveragePrecisionMethod(texts=source, target="a", pooling="NEURON_POOLING_LAST_TOKEN")
+    (told,) = localized(stub, average_precision=method, top_k=4).warnings
+    assert f"of 'a', 4 of the 4 neurons of the set share the score 1 with {UNITS - 4} that are not in it" in told
+    welch = pb.WelchTMethod(texts=SOURCE, target="key")
+    assert not localized(stub, welch_t=welch, top_k=4).warnings
+
+
 def save_model_of_one_detector(directory: Path) -> None:
     """Of the planted neurons; beside TOKEN, which fires at "q", no neuron of layer 0 tells "q" from "b"."""
     save_planted_neurons(directory)

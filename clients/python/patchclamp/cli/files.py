@@ -15,7 +15,9 @@ def parsed_file(path: str, parse: Callable[[str], ItemT]) -> ItemT:
     """Returns what `parse` makes of the text of a file. What it refuses by ValueError names the file."""
     try:
         return parse(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"{path}: {error}") from None
 
 

@@ -123,7 +123,8 @@ def run_follow(args: argparse.Namespace) -> int:
         print_json(result)
         return 0
     for artifact in artifacts:
-        print(artifact.id)
+        # Several are told apart by their names.
+        print(artifact.id, *(artifact.tags if len(artifacts) > 1 else ()))
         note_moved(artifact)
     return 0
 

@@ -3,6 +3,8 @@
 --steer VECTOR@LAYERS:STRENGTH[,generated|prompt][,unit]     joyful@10-14:4.0,generated
 --clamp L<layer>N<neurons>[@SITE]=VALUE|MIN..MAX[,generated|prompt]
                                                              L12N345=3.0   L12N3,7=..0   L12N345@mlp_gate=0
+--clamp NEURON_SET[@SITE][=VALUE|MIN..MAX][,generated|prompt]
+                                                             dog   dog=..0,generated
 --program FILE                                               protobuf JSON of the message Program
 """
 
@@ -32,6 +34,10 @@ _SCOPES = {"generated": generated, "prompt": prompt}
 # Neurons of a layer, at a site other than mlp_post where one is named.
 NEURONS = r"L(?P<layer>\d+)N(?P<neurons>\d+(,\d+)*)(@(?P<site>\w+))?"
 _CLAMP = re.compile(NEURONS + r"=(?P<value>[^,]+)(?P<options>(,[a-z]+)*)")
+# The id or tag of a neuron set, whose own values hold where none is given; not what begins as a neuron does.
+_CLAMP_SET = re.compile(
+    r"(?P<set>(?!L?\d+N\d*([,@=]|$))[A-Za-z0-9][\w.:-]*)(@(?P<site>\w+))?(=(?P<value>[^,]+))?(?P<options>(,[a-z]+)*)"
+)
 
 
 def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +58,7 @@ def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="L<layer>N<neuron>[@SITE]=VALUE|MIN..MAX",
         help="hold a neuron at a value or within bounds, as in L12N345=3.0 or L12N345=..0; with @mlp_gate or @mlp_up "
-        "behind it what it is made of",
+        "behind it what it is made of; or NEURON_SET: each neuron of a stored set at the value that it has there",
     )
 
 
@@ -83,23 +89,29 @@ def steer(text: str) -> pb.Edit:
 
 
 def clamp(text: str) -> pb.Edit:
-    """Reads an edit such as L12N345=3.0,generated or L12N3,7@mlp_gate=-1..1."""
+    """Reads an edit such as L12N345=3.0,generated or L12N3,7@mlp_gate=-1..1, or dog or dog=..0 of a stored set."""
     match = _CLAMP.fullmatch(text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not L<layer>N<neuron>=VALUE, such as L12N345=3.0")
-    layer, neurons = int(match["layer"]), [int(n) for n in match["neurons"].split(",")]
-    scope = _scope(match["options"].split(",")[1:], text)
-    site = neuron_site(match["site"], text)
-    name = text.partition("=")[0]
-    low, bounds, high = match["value"].partition("..")
+    stored = None if match else _CLAMP_SET.fullmatch(text)
+    found = match or stored
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither L<layer>N<neuron>=VALUE, such as L12N345=3.0, nor the id or tag of a neuron set"
+        )
+    chosen: str | list[int] = found["set"] if stored else [int(n) for n in found["neurons"].split(",")]
+    scope = _scope(found["options"].split(",")[1:], text)
+    site = neuron_site(found["site"], text)
+    layers = () if stored else int(found["layer"])
+    name = text.partition("=")[0] if found["value"] else text.partition(",")[0]
+    low, bounds, high = (found["value"] or "").partition("..")
     with _about(text):
         if not bounds:
-            return set_neurons(neurons, _number(low, "value"), layers=layer, site=site, scope=scope, name=name)
+            values = _number(low, "value") if low else ()
+            return set_neurons(chosen, values, layers=layers, site=site, scope=scope, name=name)
         return clamp_neurons(
-            neurons,
+            chosen,
             min=_number(low, "min") if low else None,
             max=_number(high, "max") if high else None,
-            layers=layer,
+            layers=layers,
             site=site,
             scope=scope,
             name=name,

@@ -124,7 +124,8 @@ def _payload(kind: NeuronEdit, where: Where, layer: int) -> Payload:
         bounds = checked_bounds(kind.min, kind.max, f"{path}.clamp")
         return (index, one, torch.zeros(n), one * bounds[0], one * bounds[1])
     if values is None or len(values) == 0:
-        raise InvalidArgument(f"{path}.{op}.values", "a value is needed")
+        lacking = "" if kind.neuron_set is None else f": {kind.neuron_set} carries none of its own"
+        raise InvalidArgument(f"{path}.{op}.values", f"a value is needed{lacking}")
     if len(values) not in (1, n):
         raise InvalidArgument(f"{path}.{op}.values", f"one value or {n}, got {len(values)}")
     if not bool(torch.isfinite(values).all()):

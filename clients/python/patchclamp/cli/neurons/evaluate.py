@@ -43,7 +43,13 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--random-sets", type=count, default=0, metavar="N", help="of equal size (default: 10)")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--scope", choices=("all", "prompt", "generated"), help="tokens that are edited (default: all)")
-    parser.add_argument("--mean-texts", type=line_file, default=[], metavar="FILE", help="of the mode mean, one a line")
+    parser.add_argument(
+        "--mean-texts",
+        type=line_file,
+        default=[],
+        metavar="FILE",
+        help="of the mode mean, one a line (default: built-in text)",
+    )
     add_detach_argument(parser)
     add_model_argument(parser)
     add_picture_argument(parser, "picture of the changes by fraction")

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         for line in layer_lines(layers, largest):
             print(line)
         if result.tokens:
-            note(f"tokens: {tokens_shown(result.tokens)}")
+            note(f"first tokens, which alone are sought: {tokens_shown(result.tokens)}")
         note_stored_set(result.found)
     if args.picture is not None:
         title = f"neurons of {args.vector or ', '.join(args.words)}"

@@ -35,6 +35,7 @@ METHODS: Mapping[str, Callable[..., LocalizationMethod]] = {
     )
 }
 # Options that belong to some methods only, by the names of their arguments.
+_GRADIENTS = ("gradient_times_activation", "integrated_gradients")
 _OF_METHODS = (
     "contrast",
     "pooling",
@@ -149,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, result: LocalizedNeurons) -> None:
+    # Gradients are judged on the facts that they are from, which `measure` says; there is nothing held out.
+    of_facts = args.method in _GRADIENTS
     for found in result.sets:
         heading(found.label or "facts")
         show_best(found.stored, "score")
@@ -156,8 +159,9 @@ def _show(args: argparse.Namespace, result: LocalizedNeurons) -> None:
         for line in layer_lines(_layers(args, found), found.layer_max, found.layer_mean):
             print(line)
         if found.measure:
+            measured = found.measure if of_facts else f"{found.measure}, held out"
             print(
-                f"{found.measure}, held out: {found.heldout:.4f}; of {len(found.random)} random sets "
+                f"{measured}: {found.heldout:.4f}; of {len(found.random)} random sets "
                 f"{found.random_mean:.4f} ± {found.random_deviation:.4f}"
             )
         print()
@@ -167,7 +171,8 @@ def _show(args: argparse.Namespace, result: LocalizedNeurons) -> None:
         print(f"{result.steps} steps, completeness gap {result.completeness_gap:.4f}")
     for warning in result.warnings:
         note(f"warning: {warning}")
-    note(f"{result.texts} texts, {result.tokens} tokens")
+    controls = ", controls among them" if of_facts and args.controls else ""
+    note(f"{result.texts} {'facts' if of_facts else 'texts'}{controls}, {result.tokens} tokens")
     for found in result.sets:
         note_stored_set(found.stored)
 

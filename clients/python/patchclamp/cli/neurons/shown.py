@@ -28,7 +28,7 @@ def show_best(stored: StoredNeurons, what: str) -> None:
     """Prints the best neurons with their scores, and with their values where the set has any."""
     values = any(each.value is not None for each in stored.best)
     rows = [
-        (each.neuron, f"{each.score:.4f}", *([f"{each.value:g}" if each.value is not None else ""] if values else []))
+        (each.neuron, f"{each.score:.4f}", *([f"{each.value:.4g}" if each.value is not None else ""] if values else []))
         for each in stored.best[:SHOWN]
     ]
     table(("neuron", what, *(["value"] if values else [])), rows)
@@ -42,7 +42,8 @@ def note_stored_set(stored: StoredNeurons) -> None:
         note("no neuron: nothing is stored")
         return
     note_moved(stored.artifact)
-    note(f"stored as {', '.join(stored.artifact.tags) or 'no tag'} = {stored.artifact.id}")
+    tags = ", ".join(stored.artifact.tags)
+    note(f"stored as {tags} = {stored.artifact.id}" if tags else f"stored without a name, as {stored.artifact.id}")
 
 
 def tokens_shown(tokens: Sequence[DecodedToken]) -> str:

@@ -1,6 +1,6 @@
 """Texts and facts of the commands on neurons.
 
---texts LABEL=FILE    a text a line; without a label, the name of the file is it
+--texts [LABEL=]FILE  a text a line; without a label, the name of the file is it
 --corpus TAG          a stored corpus
 --data NAME           a data set of this package (patchclamp.datasets)
 facts                 lines of {"prompt": ..., "answer": ...}; in a file that ends in .tsv, a prompt, a tab, its answer
@@ -38,8 +38,8 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, required: bool = True
         "--texts",
         type=labelled_file,
         action="append",
-        metavar="LABEL=FILE",
-        help="a text a line, for each label; repeatable",
+        metavar="[LABEL=]FILE",
+        help="a text a line; its label is by default the name of the file; repeatable",
     )
     source.add_argument("--corpus", metavar="CORPUS", help="instead: id or tag of a stored corpus")
     source.add_argument("--data", choices=datasets.names(), help="instead: a data set of this package, with its labels")
@@ -56,7 +56,7 @@ def texts_of(args: argparse.Namespace) -> TextSource:
     if args.data is not None:
         return TextSource(datasets.load(args.data).texts, args.window_tokens, args.max_tokens)
     if args.texts is None:
-        raise ValueError("give --texts LABEL=FILE, --corpus CORPUS or --data NAME")
+        raise ValueError("give --texts [LABEL=]FILE, --corpus CORPUS or --data NAME")
     groups: dict[str, list[str]] = {}
     for label, texts in args.texts:
         groups.setdefault(label, []).extend(texts)

@@ -65,7 +65,9 @@ async def localize(
             sets = [
                 await asyncio.to_thread(_stored, store, info, job, *each) for each in zip(scored, judged, strict=True)
             ]
-            yield Localized(tuple(sets), **result)
+            ties = [_told_ties(each, found) for each, (found, _) in zip(scored, judged, strict=True)]
+            warnings = (*result.pop("warnings", ()), *(told for told in ties if told))
+            yield Localized(tuple(sets), **result, warnings=warnings)
 
 
 def _judged(info: ModelInfo, job: Localization, scored: Scored) -> tuple[NeuronSet, Beside]:
@@ -87,6 +89,21 @@ def _judged(info: ModelInfo, job: Localization, scored: Scored) -> tuple[NeuronS
         message = f"{error.message}: the set leaves none to compare it with; ask for fewer"
         raise FailedPrecondition("size", message) from error
     return found, Beside(own, tuple((totals / len(found.neurons)).tolist()))
+
+
+def _told_ties(scored: Scored, found: NeuronSet) -> str:
+    """Says where at least half of a set was chosen among neurons of one score by nothing but their place; else ""."""
+    assert found.scores is not None
+    last = found.scores[-1]
+    inside = int((found.scores == last).sum())
+    left_out = int((scored.scores.float() == last).sum()) - inside
+    if not left_out or 2 * inside < len(found.neurons):
+        return ""
+    of = f"of {scored.label!r:.80}, " if scored.label else ""
+    return (
+        f"{of}{inside} of the {len(found.neurons)} neurons of the set share the score {last:.4g} with {left_out} "
+        "that are not in it: those of lower layers were taken; more texts would tell them apart"
+    )
 
 
 def _stored(
