@@ -26,6 +26,9 @@ from patchclamp_server.model.decoder import Decoder
 
 # Products with the whole vocabulary that are kept at a time, as bytes of float32.
 MAX_PRODUCT_BYTES = 64 * 1024 * 1024
+# Neurons of the smallest part: a product reads the whole unembedding, however few rows it has, and takes hardly longer
+# for these than for one.
+SMALLEST_PART = 32
 # Neurons that come in one event: a message of it with 100 tokens a side stays below a megabyte.
 NEURONS_AN_EVENT = 32
 
@@ -68,10 +71,10 @@ def decode(decoder: Decoder, job: Decoding) -> Work[Progress | list[DecodedNeuro
     """A work at the exclusive door: yields decoded neurons, by layer, each in the order listed, and progress."""
     wanted = _by_layer(job, decoder.spec.d_ff)
     steps = Steps("neurons", sum(len(indices) for _, indices in wanted))
-    # The first slice is that of the vocabulary.
-    yield Slice(1)
+    # What the vocabulary takes says nothing of the neurons: it counts as many.
+    yield Slice(SMALLEST_PART)
     vocabulary = Vocabulary.of(decoder)
-    most = max(1, MAX_PRODUCT_BYTES // (4 * len(vocabulary.rows)))
+    most = max(1, MAX_PRODUCT_BYTES // (4 * len(vocabulary.rows) * len(job.weights)))
     k = min(job.top_k, len(vocabulary.rows))
     for layer, indices in wanted:
         directions = neuron_directions(decoder.blocks[layer], decoder.spec)
@@ -79,7 +82,7 @@ def decode(decoder: Decoder, job: Decoding) -> Work[Progress | list[DecodedNeuro
         while done < len(indices):
             # A row of a slice is a neuron, with all its matrices.
             granted = yield Slice(min(most, len(indices) - done))
-            part = indices[done : done + max(1, min(granted, most))]
+            part = indices[done : done + min(max(granted, SMALLEST_PART), most)]
             done += len(part)
             found = _decoded(vocabulary, directions, layer, part, job.weights, k)
             for start in range(0, len(found), NEURONS_AN_EVENT):
@@ -96,25 +99,35 @@ def _decoded(
     k: int,
 ) -> list[DecodedNeuron]:
     chosen = torch.tensor(indices, device=vocabulary.rows.device)
-    down = directions[NeuronWeights.DOWN][chosen]
-    rows: list[list[DecodedRow]] = [[] for _ in indices]
-    for matrix in weights:
-        w = down if matrix is NeuronWeights.DOWN else directions[matrix][chosen]
-        top, top_ids, bottom, bottom_ids = row_extremes(vocabulary.products(w), k)
-        mean, deviation = vocabulary.spread(w)
-        # A neuron whose weights are 0 stands out nowhere.
-        deviation = deviation.clamp(min=torch.finfo(torch.float32).tiny)
-        sides = [
-            (values.tolist(), ids.tolist(), vocabulary.products_at(down, ids).tolist(), z.tolist())
-            for values, ids, z in (
-                (top, top_ids, (top[:, 0] - mean) / deviation),
-                (bottom, bottom_ids, (bottom[:, 0] - mean) / deviation),
-            )
+    # All matrices in one product, which reads the unembedding once: [matrices x neurons, d_model].
+    w = torch.cat([directions[matrix][chosen] for matrix in weights])
+    down = directions[NeuronWeights.DOWN][chosen].repeat(len(weights), 1)
+    top, top_ids, bottom, bottom_ids = row_extremes(vocabulary.products(w), k)
+    mean, deviation = vocabulary.spread(w)
+    # A neuron whose weights are 0 stands out nowhere.
+    deviation = deviation.clamp(min=torch.finfo(torch.float32).tiny)
+    sides = [
+        (
+            values.tolist(),
+            ids.tolist(),
+            vocabulary.products_at(down, ids).tolist(),
+            ((values[:, 0] - mean) / deviation).tolist(),
+        )
+        for values, ids in ((top, top_ids), (bottom, bottom_ids))
+    ]
+
+    def row(place: int, matrix: NeuronWeights) -> DecodedRow:
+        tokens = [
+            tuple(map(DecodedToken, ids[place], values[place], effects[place])) for values, ids, effects, _ in sides
         ]
-        for i, own in enumerate(rows):
-            tokens = [tuple(map(DecodedToken, ids[i], values[i], effects[i])) for values, ids, effects, _ in sides]
-            own.append(DecodedRow(matrix, tokens[0], tokens[1], sides[0][3][i], sides[1][3][i]))
-    return [DecodedNeuron(Neuron(layer, index), tuple(own)) for index, own in zip(indices, rows, strict=True)]
+        return DecodedRow(matrix, tokens[0], tokens[1], sides[0][3][place], sides[1][3][place])
+
+    return [
+        DecodedNeuron(
+            Neuron(layer, index), tuple(row(j * len(indices) + i, matrix) for j, matrix in enumerate(weights))
+        )
+        for i, index in enumerate(indices)
+    ]
 
 
 def _by_layer(job: Decoding, d_ff: int) -> list[tuple[int, Sequence[int]]]:
