@@ -246,6 +246,8 @@ def pooled(states: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     """Of tokens [n, width] those whose norm is at most three times the median: their mean, or the last."""
     norms = states.norm(dim=1)
     kept = states[norms <= 3 * norms.sort().values[(len(norms) - 1) // 2]]
+    if pooling is Pooling.MAX:
+        return states.amax(dim=0)
     return kept[-1] if pooling is Pooling.LAST_TOKEN else kept.mean(dim=0)
 
 

@@ -61,9 +61,13 @@ async def test_they_equal_the_pooled_hidden_states_of_plain_transformers(
     for _ in range(2):
         for prompt, found in zip(prompts, await gathered(recorded, prompts, capture), strict=True):
             hidden = plain(tiny_llama_dir, prompt, site)
-            # The mean leaves out the first token, unless there is no other.
+            # Mean and maximum leave out the first token, unless there is no other.
             others = hidden[:, 1:] if len(prompt) > 1 else hidden
-            expected = hidden[:, -1] if pooling is Pooling.LAST_TOKEN else others.mean(dim=1)
+            expected = {
+                Pooling.LAST_TOKEN: hidden[:, -1],
+                Pooling.MEAN: others.mean(dim=1),
+                Pooling.MAX: others.amax(dim=1),
+            }[pooling]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
