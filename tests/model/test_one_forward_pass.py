@@ -163,10 +163,18 @@ CALLERS: dict[Callable[[], None], tuple[int, list[range], list[str]]] = {
     _path_patching: (2, [], ["attention_output"] * LAYERS),
     _successor: (0, [], ["mlp"]),
     _gradients: (1, [range(layer, layer + 1) for layer in reversed(WHOLE)], []),
-    _quality: (3, [], []),
     _request: (3, [], []),
     _sparse_request: (3, [], []),
 }
+
+
+def test_an_evaluation_runs_blocks_by_the_one_function(record: Record) -> None:
+    """How many passes it takes depends on time: analysis has as many rows of a step as the pace allows."""
+    _quality()
+    assert len(record.runs) >= 3
+    assert record.runs == [WHOLE] * len(record.runs)
+    assert record.pieces == []
+    assert record.decoders_made == 0
 
 
 @pytest.mark.parametrize("caller", CALLERS, ids=lambda caller: caller.__name__)
