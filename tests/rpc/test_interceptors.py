@@ -140,7 +140,7 @@ async def test_a_cancelled_stream_runs_the_end_of_its_handler(harness: Harness):
 async def test_a_passed_deadline_counts_as_such(harness: Harness):
     # Long enough for the call to arrive on a loaded machine.
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await harness.channel.unary_unary(f"/{SERVICE}/UnaryUnary")(b"wait", timeout=1.0)
+        await harness.channel.unary_unary(f"/{SERVICE}/UnaryUnary")(b"wait", timeout=0.5)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await harness.in_flight.idle()
     assert harness.count("UnaryUnary", "DEADLINE_EXCEEDED") == 1

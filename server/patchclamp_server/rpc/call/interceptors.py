@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 Context = Any
 Handler = Any
 
+# A client resets its call at its deadline, and gRPC rounds up what it tells the server: less than this is left then.
+LAST_MOMENT_SECONDS = 0.1
+
 
 @dataclass(frozen=True)
 class Method:
@@ -240,7 +243,8 @@ async def write_all(behaviour: Any, request: Any, context: Context) -> None:
 
 def code_of_cancelled(context: Context) -> grpc.StatusCode:
     """Returns the code of a call that gRPC has cancelled: its deadline has passed, or else the client has left."""
-    expired = context.time_remaining() is not None and context.time_remaining() <= 0
+    remaining = context.time_remaining()
+    expired = remaining is not None and remaining <= LAST_MOMENT_SECONDS
     return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
 
 
