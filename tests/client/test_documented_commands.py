@@ -1,5 +1,6 @@
 """Every command of the documentation is one that the real parsers take."""
 
+import argparse
 import re
 import shlex
 from collections.abc import Iterator
@@ -80,16 +81,15 @@ def mentions(document: Path) -> list[str]:
     return re.findall(r"`(patchclamp [a-z][^`]*)`", prose)
 
 
-def parse(command: str) -> None:
-    """SystemExit where it is no command."""
+def parse(command: str) -> argparse.Namespace:
+    """The arguments of a command. SystemExit where it is none."""
     _, *words = shlex.split(re.sub(r" > \S+", "", command), comments=True)
     arguments = [STANDS_FOR.get(word, word) for word in words]
     if arguments[0] in serving.COMMANDS:
         parser = Parser(prog=f"patchclamp {arguments[0]}")
         serving.add_arguments(arguments[0], parser)
-        parser.parse_args(arguments[1:])
-    else:
-        build_parser().parse_args(arguments)
+        return parser.parse_args(arguments[1:])
+    return build_parser().parse_args(arguments)
 
 
 def of_all(find: object) -> list[object]:
@@ -109,7 +109,7 @@ def test_the_documents_have_commands() -> None:
 
 @pytest.mark.parametrize("command", of_all(commands))
 def test_a_command_of_a_block_is_complete(command: str) -> None:
-    parse(command)
+    assert vars(parse(command))
 
 
 @pytest.mark.parametrize("command", of_all(mentions))

@@ -43,7 +43,7 @@ def test_every_builder_refuses_an_unknown_keyword(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_builder_accepts_what_it_requires(name: str) -> None:
-    made(BUILDERS[name](**arguments_of(name)))
+    assert made(BUILDERS[name](**arguments_of(name))) is not None
 
 
 @pytest.mark.parametrize(

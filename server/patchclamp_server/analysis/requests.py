@@ -9,8 +9,9 @@ from typing import TypeAlias, TypeVar
 
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import Sliced, Work
-from patchclamp_server.engine.request import Event, Failed, Finished, Request
+from patchclamp_server.engine.request import Event, Failed, Finished, Priority, Request
 from patchclamp_server.errors import QuotaExceeded, ResourceExhausted
+from patchclamp_server.interventions.bound import BoundProgram
 
 MAX_IN_FLIGHT = 16
 OnEvent: TypeAlias = Callable[[Event], None]
@@ -78,6 +79,16 @@ async def _each(requests: Iterable[Make] | AsyncIterable[Make]) -> AsyncGenerato
     else:
         for make in requests:
             yield make
+
+
+def score_request(
+    prompt: tuple[int, ...],
+    continuation: tuple[int, ...],
+    program: BoundProgram | None,
+    on_event: OnEvent,
+) -> Request:
+    """Returns a request that scores the tokens of a continuation."""
+    return Request(prompt + continuation, on_event, program, priority=Priority.ANALYSIS, score_from=len(prompt))
 
 
 def _forward(index: int, queue: asyncio.Queue[tuple[int, Event]]) -> OnEvent:

@@ -28,10 +28,10 @@ from functools import partial
 from statistics import fmean, stdev
 
 from patchclamp_server.analysis.neurons.contexts import NeuronContext
-from patchclamp_server.analysis.requests import Make, OnEvent, completed
+from patchclamp_server.analysis.requests import Make, completed, score_request
 from patchclamp_server.artifacts.neuron_sets import Neuron
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Priority, Request, Token
+from patchclamp_server.engine.request import Token
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
@@ -162,7 +162,7 @@ class DescriptionScorer:
             async with aclosing(asked) as each:
                 async for prompt, program in each:
                     for description in self._descriptions:
-                        yield partial(_score, prompt, description.ids, program)
+                        yield partial(score_request, prompt, description.ids, program)
 
         row: list[float] = []
         async with aclosing(completed(engine, requests(), patient=True)) as finished:
@@ -234,10 +234,3 @@ def bracketed(context: NeuronContext, prompts: PromptEncoder) -> str:
 def _clamp(neuron: Neuron, value: float, site: Site, info: ModelInfo) -> BoundProgram:
     edit = Edit(NeuronEdit((neuron.neuron,), values=(value,)), site, layers=(neuron.layer,))
     return bind(Program((edit,)), info)
-
-
-def _score(
-    prompt: tuple[int, ...], description: tuple[int, ...], program: BoundProgram | None, on_event: OnEvent
-) -> Request:
-    ids = prompt + description
-    return Request(ids, on_event, program, priority=Priority.ANALYSIS, score_from=len(prompt))

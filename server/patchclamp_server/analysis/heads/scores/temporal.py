@@ -27,12 +27,11 @@ from torch import Tensor
 
 from patchclamp_server.analysis.heads.scores.scoring import Fact, HeadScores, Scoring, ends, resampled_means
 from patchclamp_server.analysis.progress import Progress
-from patchclamp_server.analysis.requests import OnEvent, completed
+from patchclamp_server.analysis.requests import OnEvent, completed, score_request
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Priority, Request, Token
+from patchclamp_server.engine.request import Request, Token
 from patchclamp_server.errors import InvalidArgument, about
 from patchclamp_server.interventions.bind import bind
-from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import Edit, HeadEdit, Program
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
@@ -84,11 +83,7 @@ def _requests(facts: tuple[Fact, ...], prompts: PromptEncoder, info: ModelInfo) 
         for layer in range(info.n_layers)
         for head in range(info.n_heads)
     ]
-    return [partial(_scored, *fact, program) for program in (None, *without) for fact in tokens]
-
-
-def _scored(prompt: Ids, answer: Ids, program: BoundProgram | None, on_event: OnEvent) -> Request:
-    return Request(prompt + answer, on_event, program, priority=Priority.ANALYSIS, score_from=len(prompt))
+    return [partial(score_request, *fact, program) for program in (None, *without) for fact in tokens]
 
 
 def _compared(effects: Tensor, timed: Tensor, facts: tuple[Fact, ...], known: Tensor, seed: int) -> HeadScores:

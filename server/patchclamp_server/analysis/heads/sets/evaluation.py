@@ -20,13 +20,12 @@ from patchclamp_server.analysis.heads.retrieval.needles import NeedleTest, plan
 from patchclamp_server.analysis.heads.retrieval.ordinary_text import windows
 from patchclamp_server.analysis.heads.sets.edits import HeadEditMode, head_program, mean_outputs
 from patchclamp_server.analysis.progress import Progress
-from patchclamp_server.analysis.requests import OnEvent, completed
+from patchclamp_server.analysis.requests import OnEvent, completed, score_request
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, select
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Event, Priority, Request, Token
+from patchclamp_server.engine.request import Event, Request, Token
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.text.detokenize import token_bytes
 from patchclamp_server.text.prompt import PromptEncoder
@@ -94,7 +93,7 @@ async def evaluate_edit(
     for edited in sets:
         program = head_program(edited, job.mode, info, scale=job.scale, means=means) if edited else None
         requests += [partial(needle_request, prompt, program) for prompt in written]
-        requests += [partial(_scored, window, program) for window in texts]
+        requests += [partial(score_request, window[:1], window[1:], program) for window in texts]
     metrics: list[HeadMetrics] = []
     runs: list[NeedleRun] = []
     scored: list[Sequence[Event]] = []
@@ -128,10 +127,6 @@ def random_sets(heads: Sequence[Head], info: ModelInfo, n: int, seed: int) -> li
         raise InvalidArgument("heads", f"{len(heads)} heads leave {len(others)}: too few for a random set of that size")
     generator = random.Random(seed)
     return [tuple(sorted(generator.sample(others, len(heads)))) for _ in range(n)]
-
-
-def _scored(window: tuple[int, ...], program: BoundProgram | None, on_event: OnEvent) -> Request:
-    return Request(window, on_event, program=program, priority=Priority.ANALYSIS, score_from=1)
 
 
 def _metrics(runs: Sequence[NeedleRun], scored: Sequence[Sequence[Event]], heads: tuple[Head, ...]) -> HeadMetrics:
