@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from engine_runs import loaded
 
-from patchclamp_server.engine.analysis_share import TURN, AnalysisShare
+from patchclamp_server.engine.analysis_share import QUIET_AFTER, TURN, AnalysisShare
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.pace import ALONE_SECONDS, LEAST_ROWS, Pace, StepRows
+from patchclamp_server.engine.pace import ALONE_SECONDS, LEAST_ROWS, QUIET_SECONDS, Pace, StepRows
 from patchclamp_server.engine.request import Event, Finished, Priority, Request, StopParams
 from patchclamp_server.engine.scheduler import Work
 
@@ -172,6 +172,18 @@ def test_analysis_with_nobody_else_runs_for_a_moment_at_a_time() -> None:
     assert max(map(sum, steps.seconds)) <= ALONE_SECONDS
 
 
+def test_analysis_that_has_long_been_alone_has_longer_steps_until_somebody_comes() -> None:
+    steps = Steps()
+    for _ in range(30):
+        steps.submit(ANALYSIS, LONG, max_tokens=0)
+    while sum(map(sum, steps.seconds)) < QUIET_AFTER:
+        assert sum(steps.step()[ANALYSIS]) <= int(ALONE_SECONDS / ANALYSIS_ROW)
+    assert sum(steps.step()[ANALYSIS]) == int(QUIET_SECONDS / ANALYSIS_ROW)
+    steps.submit(INTERACTIVE, 3, max_tokens=1)
+    assert steps.step() == {INTERACTIVE: [3]}
+    assert sum(steps.step()[ANALYSIS]) == int(ALONE_SECONDS / ANALYSIS_ROW)
+
+
 def test_batch_prompts_with_nobody_else_run_for_a_moment_at_a_time() -> None:
     steps = Steps()
     for _ in range(2):
@@ -296,14 +308,14 @@ def test_rows_of_analysis_in_steps_of_their_own_are_measured_apart_from_those_be
     pace.record(StepRows(decode=1, prompt=0), 0.25)
     pace.record(StepRows(decode=0, prompt=0, analysis=64), 0.25)
     pace.record(StepRows(decode=1, prompt=0, analysis=8), 1.25)
-    assert (pace.analysis_alone(512), pace.analysis_beside(1.0, 512)) == (int(64 * ALONE_SECONDS / 0.25), 8)
+    assert (pace.analysis_alone(0.5, 512), pace.analysis_beside(1.0, 512)) == (128, 8)
 
 
 def test_a_step_of_analysis_that_took_longer_than_thought_counts_at_once() -> None:
     pace = Pace(4)
     for seconds in (0.01, 0.5):
         pace.record(StepRows(decode=0, prompt=0, analysis=50), seconds)
-    assert pace.analysis_alone(512) == int(50 * ALONE_SECONDS / 0.5)
+    assert pace.analysis_alone(ALONE_SECONDS, 512) == int(50 * ALONE_SECONDS / 0.5)
 
 
 def test_what_analysis_takes_beside_steps_that_nobody_has_measured_goes_by_its_rows() -> None:

@@ -16,13 +16,15 @@ smallest part takes longer, the next comes as much later.
 As long as requests decode, analysis has (slowdown - 1) / slowdown of the engine, a third by default, however many they
 are. Of the time that prompts take, it has at least a turn a step. While nothing more urgent could run it has all, in
 steps and slices of at most ALONE_SECONDS (pace.py), so that who comes is not kept waiting; of a turn while a client has
-just paused, whose next token is about to be asked for.
+just paused, whose next token is about to be asked for. After QUIET_AFTER seconds of analysis in which nobody came they
+last QUIET_SECONDS: the first who comes then may wait longer, once.
 """
 
-from patchclamp_server.engine.pace import Pace
+from patchclamp_server.engine.pace import ALONE_SECONDS, QUIET_SECONDS, Pace
 
 # A turn is relative to a step that only decodes.
 TURN = 1.5
+QUIET_AFTER = 3.0
 
 
 class AnalysisShare:
@@ -33,6 +35,13 @@ class AnalysisShare:
             raise ValueError(f"analysis_slowdown: expected a number above 1, got {slowdown}: analysis would never run")
         self._pace, self._earned = pace, slowdown - 1
         self._credit = 0.0
+        # The seconds of analysis since anything more urgent ran.
+        self._quiet = 0.0
+
+    @property
+    def alone_seconds(self) -> float:
+        """Returns the longest that a step or slice of analysis may last while nothing more urgent is there."""
+        return QUIET_SECONDS if self._quiet >= QUIET_AFTER else ALONE_SECONDS
 
     @property
     def turn_seconds(self) -> float:
@@ -44,6 +53,7 @@ class AnalysisShare:
         return self._credit > 0 and self._credit >= self.turn_seconds
 
     def served(self, seconds: float) -> None:
+        self._quiet = 0.0
         most = 2 * self.turn_seconds
         earned = self._credit + self._earned * seconds
         self._credit = min(most, earned) if most else earned
@@ -51,6 +61,10 @@ class AnalysisShare:
     def analysed(self, seconds: float) -> None:
         """Takes seconds of analysis beside something more urgent."""
         self._credit -= seconds
+
+    def analysed_alone(self, seconds: float) -> None:
+        """Takes seconds of analysis while nothing more urgent was there."""
+        self._quiet += seconds
 
     def nothing_served(self) -> None:
         """Is called when nothing more urgent could run: what comes next has some steps for itself."""

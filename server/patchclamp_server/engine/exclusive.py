@@ -7,9 +7,9 @@ is one token through all layers: a part of a pass counts rows · layers / all la
 
     rows of a slice = seconds / r          r seconds of a row in the work's own slices
 
-with the seconds of a turn of analysis beside more urgent requests (analysis_share.py), and ALONE_SECONDS (pace.py)
-without them. A slice that took longer, since its smallest part has more rows, makes the next turn of analysis come
-later. Of several works that which has had the least time for the weight of its caller is next.
+with the seconds of a turn of analysis beside more urgent requests, and those of analysis alone without them
+(analysis_share.py). A slice that took longer, since its smallest part has more rows, makes the next turn of analysis
+come later. Of several works that which has had the least time for the weight of its caller is next.
 
 Works run as analysis does: in the context of the call that brought them, so that its tenant pays for their tokens.
 They are refused where an analysis request would be. Their KV is a pool of a layer, not a share of the engine's cache.

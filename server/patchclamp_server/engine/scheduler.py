@@ -234,3 +234,5 @@ class Scheduler:
         if rows.decode or rows.prompt:
             self.share.served(seconds - analysis)
             self.share.analysed(analysis)
+        elif not self.serving:
+            self.share.analysed_alone(analysis)

@@ -17,7 +17,6 @@ from patchclamp_server.engine.exclusive import ExclusiveDoor
 from patchclamp_server.engine.faults import fault_of, is_device_lost, is_out_of_memory
 from patchclamp_server.engine.intake import Intake
 from patchclamp_server.engine.live import LiveRequests
-from patchclamp_server.engine.pace import ALONE_SECONDS
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.scheduler import Scheduler, Work
 from patchclamp_server.engine.step_rows import counted_tokens, rows_of
@@ -74,9 +73,11 @@ class Steps:
         share = self._scheduler.share
         if not self._exclusive.busy or (serves and not share.is_due):
             return False
-        seconds = self._exclusive.run(share.turn_seconds if self._scheduler.serving else ALONE_SECONDS)
+        seconds = self._exclusive.run(share.turn_seconds if self._scheduler.serving else share.alone_seconds)
         if serves:
             share.analysed(seconds)
+        elif not self._scheduler.serving:
+            share.analysed_alone(seconds)
         self._door_is_next = False
         return True
 

@@ -46,4 +46,4 @@ def yielding(pace: Pace, share: AnalysisShare, most: int, *, highest: Priority |
 
 def unserved(pace: Pace, share: AnalysisShare, most: int, *, pausing: bool) -> int:
     """Returns the rows of analysis in a step that serves nothing else."""
-    return pace.analysis_beside(share.turn_seconds, most) if pausing else pace.analysis_alone(most)
+    return pace.analysis_beside(share.turn_seconds, most) if pausing else pace.analysis_alone(share.alone_seconds, most)

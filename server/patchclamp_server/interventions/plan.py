@@ -92,9 +92,9 @@ class StepPlan:
         return frozenset(layer for site, layer in self.operators if site is Site.ATTN_Q)
 
     @cached_property
-    def visited_preactivations(self) -> frozenset[int]:
-        """Returns the layers at whose gates or ups anything runs."""
-        return frozenset(layer for site, layer in self.operators if site in PREACTIVATION_SITES)
+    def visited_preactivations(self) -> frozenset[Place]:
+        """Returns the gates and ups at which anything runs."""
+        return frozenset(place for place in self.operators if place[0] in PREACTIVATION_SITES)
 
     def begin(self, positions: Tensor) -> None:
         for part in self.parts:

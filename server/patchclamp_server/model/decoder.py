@@ -33,7 +33,7 @@ from patchclamp_server.model.attention.paged import paged_attention
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.row_operators import HeadNorms, Norm, cap_softly, finish_heads
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 from patchclamp_server.model.spec import DecoderSpec
 
 
@@ -82,8 +82,8 @@ class StepInputs:
     attention: AttentionBatch
     # Site.ATTN_Q is visited at these layers only, because a visit needs contiguous queries.
     visited_queries: Set[int] = frozenset()
-    # Layers at which Site.MLP_GATE and Site.MLP_UP are visited: elsewhere gates and ups are not taken apart.
-    visited_preactivations: Set[int] = frozenset()
+    # Places of Site.MLP_GATE and Site.MLP_UP that are visited: elsewhere gates and ups are not taken apart.
+    visited_preactivations: Set[tuple[Site, int]] = frozenset()
     peaks: Peaks | None = None
 
 
@@ -196,14 +196,14 @@ class Decoder:
             z = self._attention(layer, block.attn_norm(x), step, pool, rotary, hooks, own)
             attn_out = self.attention_output(layer, z, own)
             hooks.visit(Site.ATTN_OUT, layer, attn_out)
-            apart = layer in step.visited_preactivations
+            visited = [site for site in PREACTIVATION_SITES if (site, layer) in step.visited_preactivations]
             if spec.parallel_residual:
-                mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own, visit_preactivations=apart)
+                mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own, visited=visited)
                 x = x + attn_out
             else:
                 x = x + attn_out
                 hooks.visit(Site.RESID_MID, layer, x)
-                mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own, visit_preactivations=apart)
+                mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own, visited=visited)
             hooks.visit(Site.MLP_OUT, layer, mlp_out)
             x = x + mlp_out
             hooks.visit(Site.RESID_POST, layer, x)
@@ -264,29 +264,34 @@ class Decoder:
         hooks: SiteHooks = NO_HOOKS,
         products: BlockProducts | None = None,
         *,
-        visit_preactivations: bool = False,
+        visited: Sequence[Site] = (),
     ) -> Tensor:
         """Returns what the MLP adds to the residual stream, given h [T, d_model] after the norm before it.
 
-        `visit_preactivations`: whether hooks see Site.MLP_GATE and Site.MLP_UP, in copies of their own: a row that no
-        hook edits keeps its bits.
+        `visited`: those of Site.MLP_GATE and Site.MLP_UP that hooks see, in copies of their own: a row that no hook
+        edits keeps its bits.
         """
         spec, block = self.spec, self.blocks[layer]
         own: BlockProducts = block if products is None else products
         hidden = own.mlp_input(h)
-        if visit_preactivations:
-            hidden = self._visit_preactivations(layer, hidden, hooks)
+        if visited:
+            hidden = self._visit_preactivations(layer, hidden, hooks, visited)
         neurons = neurons_of(hidden, spec.activation, gated=spec.family.gated)
         hooks.visit(Site.MLP_POST, layer, neurons)
         out = own.mlp_output(neurons)
         return out if block.post_mlp_norm is None else block.post_mlp_norm(out)
 
-    def _visit_preactivations(self, layer: int, hidden: Tensor, hooks: SiteHooks) -> Tensor:
+    def _visit_preactivations(self, layer: int, hidden: Tensor, hooks: SiteHooks, visited: Sequence[Site]) -> Tensor:
         """Returns what the input projection gave, [T, d_ff] or [T, 2 d_ff] with the gates first, as hooks left it."""
         if not self.spec.family.gated:
             hooks.visit(Site.MLP_UP, layer, hidden)
             return hidden
-        gate, up = (part.contiguous() for part in hidden.chunk(2, dim=1))
-        hooks.visit(Site.MLP_GATE, layer, gate)
-        hooks.visit(Site.MLP_UP, layer, up)
-        return torch.cat((gate, up), dim=1)
+        parts = list(hidden.chunk(2, dim=1))
+        for i, site in enumerate(PREACTIVATION_SITES):
+            if site in visited:
+                parts[i] = parts[i].contiguous()
+                hooks.visit(site, layer, parts[i])
+                if not torch.is_grad_enabled():
+                    hidden.chunk(2, dim=1)[i].copy_(parts[i])
+        # Where gradients flow they do so through the copies.
+        return torch.cat(parts, dim=1) if torch.is_grad_enabled() else hidden

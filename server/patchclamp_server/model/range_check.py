@@ -9,6 +9,7 @@ from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.overflow import FiniteProbe, range_of
+from patchclamp_server.model.sites import every_preactivation
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,12 @@ def warn_of_overflow(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> No
     pools = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.blocks]
     attention = AttentionBatch([Span(0, n, 0, [1])], n, decoder.windows, decoder.device)
     probe = FiniteProbe()
-    every_layer = frozenset(range(spec.n_layers))
     step = StepInputs(
         torch.tensor(ids, device=decoder.device),
         positions,
         positions + n,
         attention,
-        visited_preactivations=every_layer,
+        visited_preactivations=every_preactivation(spec.n_layers),
     )
     x = decoder.forward(step, pools, probe)
     place = probe.first

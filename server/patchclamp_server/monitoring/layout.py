@@ -41,15 +41,14 @@ class Layout:
     n_heads: int
     # The kernels must not run past these places, by place_number, in one launch.
     breaks: frozenset[int] = field(init=False)
-    # Layers whose gates or ups are looked at.
-    visited_preactivations: frozenset[int] = field(init=False)
+    # The gates and ups that are looked at.
+    visited_preactivations: frozenset[tuple[Site, int]] = field(init=False)
     # These are the last peaks that were asked for, with what they depend on.
     _peaks: tuple[Peaks, HeadReadings | None, Ints] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.breaks = frozenset(place_number(site, layer) for site, layer in self.places)
-        layers = (layer for site, layer in self.places if site in PREACTIVATION_SITES)
-        self.visited_preactivations = frozenset(layers)
+        self.visited_preactivations = frozenset(place for place in self.places if place[0] in PREACTIVATION_SITES)
         self._layers = sorted(self.heads.keys() | self.heads_off_sink.keys())
 
     @property

@@ -22,7 +22,7 @@ class WatchedSites:
 
     def __init__(self, plan: StepPlan | None, layout: Layout) -> None:
         self.plan, self.layout = plan, layout
-        # Layers whose gates or ups are edited or looked at.
+        # The gates and ups that are edited or looked at.
         self.visited_preactivations = layout.visited_preactivations
         if plan is not None:
             self.visited_preactivations |= plan.visited_preactivations

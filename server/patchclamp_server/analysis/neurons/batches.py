@@ -11,7 +11,7 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
-from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
+from patchclamp_server.model.sites import Site, every_preactivation
 from patchclamp_server.model.spec import DecoderSpec
 
 # What one batch may need, and what a caller may ask to be kept.
@@ -67,13 +67,13 @@ class Batch:
             slots.append(first * _BLOCK + torch.arange(n))
             first += len(blocks)
         device = decoder.device
-        apart = not set(PREACTIVATION_SITES).isdisjoint(sites)
+        visited = {place for place in every_preactivation(decoder.spec.n_layers) if place[0] in sites}
         return StepInputs(
             torch.tensor([token for example in self.examples for token in example.tokens], device=device),
             torch.cat([torch.arange(n) for n in self.lengths]).to(device),
             torch.cat(slots).to(device),
             AttentionBatch(spans, _BLOCK, decoder.windows, device),
-            visited_preactivations=frozenset(range(decoder.spec.n_layers)) if apart else frozenset(),
+            visited_preactivations=visited,
         )
 
     def pool(self, decoder: Decoder) -> Tensor:

@@ -14,6 +14,7 @@ from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.overflow import FiniteProbe, finite_rows
+from patchclamp_server.model.sites import Site, every_preactivation
 from patchclamp_server.monitoring.sites import SiteWatcher, WatchedSites
 from patchclamp_server.sparsity.mlp import SparseModel
 
@@ -53,14 +54,14 @@ class OperatorExecutor:
 
     def trace(self, batch: StepBatch, *, edited: bool) -> FiniteProbe:
         plan = self.planner.plan(batch.programs if edited else [])
-        step = self._inputs(batch, plan, None, frozenset(range(self.decoder.spec.n_layers)))
+        step = self._inputs(batch, plan, None, every_preactivation(self.decoder.spec.n_layers))
         plan.begin(step.positions)
         probe = FiniteProbe(plan)
         self.decoder.forward(step, self.cache.pools, probe)
         return probe
 
     def _inputs(
-        self, batch: StepBatch, plan: StepPlan, peaks: Peaks | None, visited_preactivations: frozenset[int]
+        self, batch: StepBatch, plan: StepPlan, peaks: Peaks | None, visited_preactivations: frozenset[tuple[Site, int]]
     ) -> StepInputs:
         device = self.decoder.device
         return StepInputs(
