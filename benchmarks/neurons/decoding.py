@@ -10,6 +10,7 @@ from typing import Any
 
 from neurons.shown import say
 from patchclamp import Client
+from patchclamp.results import Progress
 
 # Layers, neurons of a layer, width and vocabulary of Llama 3.1 8B.
 LARGE = {"n_layers": 32, "d_ff": 14336, "d_model": 4096, "vocab_size": 128256}
@@ -21,9 +22,12 @@ def measure(client: Client, layers: int) -> dict[str, Any]:
     layers = min(layers, model.n_layers)
     started = time.perf_counter()
     neurons = 0
-    for layer in range(layers):
-        neurons += len(client.decode_neurons(layers=[layer], tokens=10).result())
-        say(f"decoded {neurons} neurons of {layer + 1} layers in {time.perf_counter() - started:.1f} s")
+    for event in client.decode_neurons(layers=range(layers), tokens=10):
+        if isinstance(event, Progress):
+            continue
+        before, neurons = neurons, neurons + len(event.neurons)
+        if neurons // model.d_ff > before // model.d_ff:
+            say(f"decoded {neurons} neurons in {time.perf_counter() - started:.1f} s")
     seconds = time.perf_counter() - started
     products = model.d_ff * model.d_model * model.vocab_size
     large = LARGE["d_ff"] * LARGE["d_model"] * LARGE["vocab_size"]

@@ -7,10 +7,14 @@ sides so far; of n numbers in any order about k ln(n / k) get further. Compiled 
 # What numba compiles has no types for mypy.
 # mypy: disable-error-code="no-untyped-call, no-untyped-def"
 
+from functools import partial
+
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from patchclamp_server.cpu.memory import in_parts
 
 
 def row_extremes(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -25,14 +29,15 @@ def row_extremes(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         largest, smallest = rows.topk(k, dim=1), rows.topk(k, dim=1, largest=False)
         return largest.values, largest.indices, smallest.values, smallest.indices
     values, places = np.empty((2, n, k), np.float32), np.zeros((2, n, k), np.int64)
-    _extremes(rows.contiguous().numpy(), k, values, places)
+    work = partial(_extremes, rows.contiguous().numpy(), k, values, places)
+    in_parts(work, n, 1, rows.numel() * rows.element_size())
     top, bottom = (torch.from_numpy(both) for both in (values, places))
     return top[0], bottom[0], top[1], bottom[1]
 
 
 @numba.njit(nogil=True, cache=True)
-def _extremes(rows, k, values, places):
-    for i in range(rows.shape[0]):
+def _extremes(rows, k, values, places, start, end):
+    for i in range(start, end):
         row = rows[i]
         top, top_at, bottom, bottom_at = values[0, i], places[0, i], values[1, i], places[1, i]
         top[:], bottom[:] = -np.inf, np.inf

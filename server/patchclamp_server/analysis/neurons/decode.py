@@ -76,6 +76,8 @@ def decode(decoder: Decoder, job: Decoding) -> Work[Progress | list[DecodedNeuro
     vocabulary = Vocabulary.of(decoder)
     most = max(1, MAX_PRODUCT_BYTES // (4 * len(vocabulary.rows) * len(job.weights)))
     k = min(job.top_k, len(vocabulary.rows))
+    largest = min(most, max(map(len, (indices for _, indices in wanted)), default=0))
+    into = vocabulary.rows.new_empty(largest * len(job.weights), len(vocabulary.rows))
     for layer, indices in wanted:
         directions = neuron_directions(decoder.blocks[layer], decoder.spec)
         done = 0
@@ -84,7 +86,7 @@ def decode(decoder: Decoder, job: Decoding) -> Work[Progress | list[DecodedNeuro
             granted = yield Slice(min(most, len(indices) - done))
             part = indices[done : done + min(max(granted, SMALLEST_PART), most)]
             done += len(part)
-            found = _decoded(vocabulary, directions, layer, part, job.weights, k)
+            found = _decoded(vocabulary, directions, layer, part, job.weights, k, into)
             for start in range(0, len(found), NEURONS_AN_EVENT):
                 yield found[start : start + NEURONS_AN_EVENT]
             yield steps.advance(len(part))
@@ -97,12 +99,13 @@ def _decoded(
     indices: Sequence[int],
     weights: Sequence[NeuronWeights],
     k: int,
+    into: Tensor,
 ) -> list[DecodedNeuron]:
     chosen = torch.tensor(indices, device=vocabulary.rows.device)
     # All matrices in one product, which reads the unembedding once: [matrices x neurons, d_model].
     w = torch.cat([directions[matrix][chosen] for matrix in weights])
     down = directions[NeuronWeights.DOWN][chosen].repeat(len(weights), 1)
-    top, top_ids, bottom, bottom_ids = row_extremes(vocabulary.products(w), k)
+    top, top_ids, bottom, bottom_ids = row_extremes(vocabulary.products(w, into), k)
     mean, deviation = vocabulary.spread(w)
     # A neuron whose weights are 0 stands out nowhere.
     deviation = deviation.clamp(min=torch.finfo(torch.float32).tiny)
