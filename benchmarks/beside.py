@@ -31,7 +31,7 @@ from patchclamp.heads import CleanCorruptPair
 from patchclamp.results import Progress
 from patchclamp.sparsity import teal
 
-TEXT = Path(__file__).parents[1] / "server/patchclamp_server/analysis/heads/data/ordinary.txt"
+TEXT = Path(__file__).parents[1] / "server/patchclamp_server/analysis/data/ordinary.txt"
 PROMPT = "Once upon a time there was a king who had"
 CAPITALS = [("France", " Paris"), ("Italy", " Rome"), ("Germany", " Berlin"), ("Japan", " Tokyo")]
 

@@ -8,7 +8,7 @@ from patchclamp.requests import GenerateOptions
 from patchclamp.sparsity import QualityGuard, Sparsity, SparsityLike, cats, fovea, griffin
 
 # Public-domain prose, of which another part is what needles are hidden in.
-TEXT = Path(__file__).parents[2] / "server/patchclamp_server/analysis/heads/data/ordinary.txt"
+TEXT = Path(__file__).parents[2] / "server/patchclamp_server/analysis/data/ordinary.txt"
 PROFILE = "prose"
 PROMPT = "Once upon a time there was a king who had"
 

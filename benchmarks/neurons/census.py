@@ -33,11 +33,12 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Sizes:
-    """`tokens`: of a short and a long census. `rate_windows`: of each round of the comparison with plain requests.
+    """`tokens`: of a short and a long census. `rate_windows`: of each round of the comparison with plain requests, as
+    many as a census needs to get past its beginning, when every neuron may still be a detector.
     `killed_tokens`: of the census that is killed in the middle. `stream_tokens`: of each stream beside one."""
 
     tokens: tuple[int, int] = (100_000, 1_000_000)
-    rate_windows: int = 16
+    rate_windows: int = 64
     rounds: int = 3
     killed_tokens: int = 20_000
     checkpoint_tokens: int = 4_000

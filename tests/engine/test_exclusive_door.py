@@ -13,7 +13,7 @@ from tiny_models import FAMILIES
 
 from patchclamp_server.analysis.documents import forward, inputs_of, pool_for, pools_for
 from patchclamp_server.analysis.heads.circuits.runs import run
-from patchclamp_server.analysis.requests import exclusively, result_of
+from patchclamp_server.analysis.requests import MAX_UNTAKEN, exclusively, result_of
 from patchclamp_server.callers import CALLER, Caller
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
@@ -98,6 +98,17 @@ async def test_what_a_work_raises_is_raised_after_what_it_told(engine: Engine) -
         await follow()
     assert seen == [1]
     assert [event async for event in exclusively(engine, slices(1))] == [0]
+
+
+async def test_a_work_whose_events_nobody_takes_waits_until_somebody_does(engine: Engine) -> None:
+    log: list[int] = []
+    async with aclosing(exclusively(engine, slices(3 * MAX_UNTAKEN, log))) as events:
+        assert await anext(events) == 0
+        # Another work has its turn meanwhile, which shows that the engine goes on.
+        assert [event async for event in exclusively(engine, slices(3 * MAX_UNTAKEN))] == [*range(3 * MAX_UNTAKEN)]
+        assert len(log) == MAX_UNTAKEN
+        assert [event async for event in events] == [*range(1, 3 * MAX_UNTAKEN)]
+    assert len(log) == 3 * MAX_UNTAKEN
 
 
 async def test_leaving_a_work_ends_it_before_the_iteration_is_over(engine: Engine) -> None:

@@ -4,10 +4,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from patchclamp_server.analysis.requests import OnEvent, completed
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Capture, Captured, Priority, Request, StopParams
-from patchclamp_server.interventions.pooling import Pooled
+from patchclamp_server.interventions.pooling import Pooled, Pooling
+from patchclamp_server.model.sites import Site
 
 MAX_IN_FLIGHT = 64
 
@@ -23,6 +27,19 @@ async def collect(
             (pooled,) = (event.pooled for event in events if isinstance(event, Captured))
             yield index, pooled.cpu()
             index += 1
+
+
+async def mean_activations(engine: Engine, site: Site, windows: Sequence[tuple[int, ...]]) -> Tensor:
+    """Returns the mean [n_layers, width] of every unit of a site, over the tokens of all windows that pooling.py takes
+    for ordinary."""
+    info = engine.model.info
+    capture = Capture(site, tuple(range(info.n_layers)), Pooling.MEAN)
+    total, tokens = torch.zeros(info.n_layers, info.sites[site]), torch.zeros(info.n_layers, dtype=torch.int64)
+    async with aclosing(collect(engine, windows, capture)) as collected:
+        async for _, pooled in collected:
+            total += pooled.tokens[:, None] * pooled.values
+            tokens += pooled.tokens
+    return total / tokens[:, None]
 
 
 def _request(tokens: tuple[int, ...], capture: Capture, on_event: OnEvent) -> Request:

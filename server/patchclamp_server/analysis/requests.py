@@ -14,6 +14,8 @@ from patchclamp_server.errors import QuotaExceeded, ResourceExhausted
 from patchclamp_server.interventions.bound import BoundProgram
 
 MAX_IN_FLIGHT = 16
+# Events of a work that nobody has taken yet: a slice ends before they are more than these and its own.
+MAX_UNTAKEN = 64
 OnEvent: TypeAlias = Callable[[Event], None]
 Make: TypeAlias = Callable[[OnEvent], Request]
 T = TypeVar("T")
@@ -112,13 +114,17 @@ async def exclusively(engine: Engine, work: Work[T]) -> AsyncGenerator[T, None]:
     """Yields what a work tells, while the engine's thread runs it slice by slice; raises what it raises.
 
     When the iteration ends early, by `aclose` or by cancellation of the task, the work ends after the slice that runs,
-    and no part of it runs any more once this has returned.
+    and no part of it runs any more once this has returned. While MAX_UNTAKEN events wait to be taken, no slice runs.
     """
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[T | _End] = asyncio.Queue()
     ended: asyncio.Future[None] = loop.create_future()
+    # Events: the engine's thread counts those that were told, this one those that were taken.
+    n_told = n_taken = 0
 
     def tell(item: T | _End) -> None:
+        nonlocal n_told
+        n_told += 1
         if not loop.is_closed():
             loop.call_soon_threadsafe(put, item)
 
@@ -127,10 +133,13 @@ async def exclusively(engine: Engine, work: Work[T]) -> AsyncGenerator[T, None]:
         if isinstance(item, _End) and not ended.done():
             ended.set_result(None)
 
-    entry = engine.enter(work, tell, lambda error: tell(_End(error)))
+    entry = engine.enter(work, tell, lambda error: tell(_End(error)), lambda: n_told - n_taken >= MAX_UNTAKEN)
     try:
         while not isinstance(item := await told.get(), _End):
             yield item
+            n_taken += 1
+            if n_told - n_taken == MAX_UNTAKEN - 1:
+                engine.wake()
         if item.error is not None:
             raise item.error
     finally:

@@ -143,14 +143,19 @@ class Engine:
         self.live.check_room(Demand(CALLER.get(), Priority.INTERACTIVE))
 
     def enter(
-        self, work: Work[E], on_event: Callable[[E], None], on_end: Callable[[BaseException | None], None]
+        self,
+        work: Work[E],
+        on_event: Callable[[E], None],
+        on_end: Callable[[BaseException | None], None],
+        is_held: Callable[[], bool] = lambda: False,
     ) -> Entry:
-        """Queues a work for the engine's thread (exclusive.py), in the context of the caller.
+        """Queues a work for the engine's thread (exclusive.py), in the context of the caller. Who lets go of one that
+        was held calls `wake`.
 
         Raises ResourceExhausted where an analysis request would be refused, and Unavailable while draining.
         """
         self.live.check_room(Demand(CALLER.get(), Priority.ANALYSIS))
-        entry = self.exclusive.enter(work, on_event, on_end)
+        entry = self.exclusive.enter(work, on_event, on_end, is_held)
         self._wake.set()
         return entry
 

@@ -63,6 +63,8 @@ class Entry:
     on_event: Callable[[Any], None]
     on_end: Callable[[BaseException | None], None]
     weight: float
+    # Says that whoever waits has enough for now: no slice runs until it has taken some.
+    is_held: Callable[[], bool] = lambda: False
     context: Context = field(default_factory=copy_context)
     # It is None before the first slice.
     wanted: Slice | None = None
@@ -85,11 +87,15 @@ class ExclusiveDoor:
     # Any thread may call what follows.
 
     def enter(
-        self, work: Work[E], on_event: Callable[[E], None], on_end: Callable[[BaseException | None], None]
+        self,
+        work: Work[E],
+        on_event: Callable[[E], None],
+        on_end: Callable[[BaseException | None], None],
+        is_held: Callable[[], bool] = lambda: False,
     ) -> Entry:
-        """Queues a work. `on_end` is told why it ended, with None when it has finished. Raises Unavailable after
-        `close`."""
-        entry = Entry(work, on_event, on_end, CALLER.get().weight)
+        """Queues a work. `on_end` is told why it ended, with None when it has finished. No slice of it runs while
+        `is_held`, which must not block. Raises Unavailable after `close`."""
+        entry = Entry(work, on_event, on_end, CALLER.get().weight, is_held)
         with self._lock:
             if self._closed:
                 raise Unavailable("", "the engine has stopped")
@@ -112,11 +118,14 @@ class ExclusiveDoor:
 
     @property
     def busy(self) -> bool:
-        return bool(self._entries)
+        """Whether there is a work that a slice could be run of."""
+        return any(not entry.is_held() for entry in self._entries)
 
     def run(self, seconds: float) -> float:
         """Runs a slice of about so many seconds, the smallest there is for 0. Returns the seconds that it took."""
-        entry = min(self._entries, key=lambda e: e.service)
+        # A work that others hold back may be the only one by now: what it tells is for them to keep.
+        ready = [entry for entry in self._entries if not entry.is_held()] or self._entries
+        entry = min(ready, key=lambda e: e.service)
         torch.set_num_threads(self._threads)
         started = time.monotonic()
         rows = _rows(entry, seconds)

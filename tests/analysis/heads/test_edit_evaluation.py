@@ -11,16 +11,18 @@ import torch
 from circuit_oracle import ordinary
 from transformers import AutoModelForCausalLM
 
+from patchclamp_server.analysis.activations import mean_activations
 from patchclamp_server.analysis.heads.retrieval.needles import Needle, NeedleTest
-from patchclamp_server.analysis.heads.retrieval.ordinary_text import windows
-from patchclamp_server.analysis.heads.sets.edits import HeadEditMode, mean_outputs
+from patchclamp_server.analysis.heads.sets.edits import HeadEditMode
 from patchclamp_server.analysis.heads.sets.evaluation import EditEvaluation, HeadEditEffect, evaluate_edit, random_sets
+from patchclamp_server.analysis.ordinary_text import windows
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.errors import InvalidArgument, RequestError
 from patchclamp_server.model.load import LoadedModel
+from patchclamp_server.model.sites import Site
 from patchclamp_server.text.prompt import PromptEncoder
 
 RED = Needle("Which key?", "The key is of red glass.", "red glass")
@@ -127,7 +129,8 @@ async def test_mean_outputs_are_those_of_the_output_projections_input(
         for window in tokens:
             model(torch.tensor([window]))
     expected = torch.stack([torch.cat([*map(ordinary, rows)]).mean(dim=0) for rows in seen]).view(2, 4, -1)
-    torch.testing.assert_close(await mean_outputs(engine, tiny_llama.info, tokens), expected, rtol=1e-4, atol=1e-6)
+    means = await mean_activations(engine, Site.ATTN_Z, tokens)
+    torch.testing.assert_close(means.view_as(expected), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_random_sets_are_seeded_and_hold_none_of_the_heads(tiny_llama: LoadedModel) -> None:

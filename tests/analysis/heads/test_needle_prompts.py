@@ -12,9 +12,9 @@ from patchclamp_server.analysis.heads.retrieval.needles import (
     Placement,
     built_in_haystacks,
     built_in_needles,
-    ordinary_text,
     plan,
 )
+from patchclamp_server.analysis.ordinary_text import ordinary_text
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.load import LoadedModel
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.analysis.neurons.intervals import Items
-from patchclamp_server.analysis.requests import Make, OnEvent, completed
+from patchclamp_server.analysis.requests import Make, OnEvent, completed, score_request
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.divergence import Divergence, Reference, ScoreReducer
 from patchclamp_server.engine.request import (
@@ -82,7 +82,7 @@ class FactsTest:
     async def measure(self, engine: Engine, programs: Programs) -> AsyncGenerator[int | list[Measured], None]:
         """Yields the number of requests that have ended, each time some have; then what came of each program."""
         makes: list[Make] = [
-            partial(_score, fact.prompt, candidate, program)
+            partial(score_request, fact.prompt, candidate, program)
             for program in programs
             for fact in self.facts
             for candidate in fact.candidates
@@ -190,7 +190,7 @@ class GenerationTest:
         """Appends for each text whether the probe is above its midpoint; one without tokens is not."""
         prompts = [prompt for _ in range(len(generated) // len(self.prompts)) for prompt in self.prompts]
         read = [(prompt, ids) for prompt, ids in zip(prompts, generated, strict=True) if ids]
-        makes = [partial(_score, prompt, ids, probe.program) for prompt, ids in read]
+        makes = [partial(score_request, prompt, ids, probe.program) for prompt, ids in read]
         means: list[float] = []
         async with aclosing(completed(engine, makes)) as finished:
             async for events in finished:
@@ -202,11 +202,6 @@ class GenerationTest:
 
 
 Test: TypeAlias = FactsTest | TextsTest | GenerationTest
-
-
-def _score(prompt: Ids, continuation: Ids, program: BoundProgram | None, on_event: OnEvent) -> Request:
-    ids = prompt + continuation
-    return Request(ids, on_event, program, priority=Priority.ANALYSIS, score_from=len(prompt))
 
 
 def _text(ids: Ids, program: BoundProgram | None, scores: ScoreReducer, on_event: OnEvent) -> Request:

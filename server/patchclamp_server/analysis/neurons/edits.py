@@ -9,20 +9,15 @@ a is the activation of a neuron at mlp_post, at the tokens in scope.
 """
 
 from collections.abc import Sequence
-from contextlib import aclosing
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.activations import collect
 from patchclamp_server.artifacts.neuron_sets import Neuron, NeuronSet
-from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Capture
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.interventions.program import Edit, NeuronEdit, NeuronOp, Program, Scope
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
@@ -83,15 +78,3 @@ def neuron_program(neurons: Sequence[Neuron], values: EditValues, scope: Scope, 
         indices, own = zip(*named, strict=True)
         edits.append(Edit(NeuronEdit(indices, op=values.op, values=own), Site.MLP_POST, layers=(layer,), scope=scope))
     return bind(Program(tuple(edits)), info)
-
-
-async def mean_activations(engine: Engine, info: ModelInfo, windows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Returns the mean [n_layers, d_ff] of every neuron over the tokens of all windows that pooling.py takes for
-    ordinary."""
-    capture = Capture(Site.MLP_POST, tuple(range(info.n_layers)), Pooling.MEAN)
-    total, tokens = torch.zeros(info.n_layers, info.d_ff), torch.zeros(info.n_layers, dtype=torch.int64)
-    async with aclosing(collect(engine, windows, capture)) as collected:
-        async for _, pooled in collected:
-            total += pooled.tokens[:, None] * pooled.values
-            tokens += pooled.tokens
-    return total / tokens[:, None]

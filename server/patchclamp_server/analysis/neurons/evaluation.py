@@ -16,17 +16,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from patchclamp_server.analysis.heads.retrieval.ordinary_text import windows
+from patchclamp_server.analysis.activations import mean_activations
 from patchclamp_server.analysis.neurons.edit_tests import Measured, Metric, Test, transform
 from patchclamp_server.analysis.neurons.edits import (
     EditValues,
     NeuronEditMode,
     edit_values,
-    mean_activations,
     neuron_program,
 )
 from patchclamp_server.analysis.neurons.intervals import Change, change_of
 from patchclamp_server.analysis.neurons.random_sets import random_sets
+from patchclamp_server.analysis.ordinary_text import windows
 from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.artifacts.neuron_sets import Neuron, NeuronSelection, NeuronSet, select
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -35,6 +35,7 @@ from patchclamp_server.errors import InvalidArgument, fields_as
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import Scope
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
 from patchclamp_server.text.prompt import PromptEncoder
 
 # Of all tests, fractions and sets.
@@ -96,7 +97,7 @@ async def evaluate_edit(
     if job.mode is NeuronEditMode.MEAN:
         with fields_as(lambda name: f"mean_{name}" if name else name):
             texts = await prompts.analysis.run(windows, job.mean_texts, prompts, info.context_length)
-        means = await mean_activations(engine, info, texts)
+        means = await mean_activations(engine, Site.MLP_POST, texts)
     values = edit_values(found, job.mode, job.value, means)
     drawn = random_sets(found, info.d_ff, job.random_sets, job.seed)
     tests = [(test, False) for test in job.targets] + [(test, True) for test in job.sides]

@@ -136,11 +136,5 @@ def built_in_haystacks() -> tuple[str, ...]:
     return tuple(_data(f"haystacks/{name}.txt") for name in names)
 
 
-@cache
-def ordinary_text() -> str:
-    """Returns public-domain prose that is in no haystack, to measure perplexity and means on."""
-    return _data("ordinary.txt")
-
-
 def _data(name: str) -> str:
     return files("patchclamp_server.analysis.heads").joinpath("data", *name.split("/")).read_text(encoding="utf-8")

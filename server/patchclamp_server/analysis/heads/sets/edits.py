@@ -11,19 +11,13 @@ answer.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import aclosing
 from enum import Enum
 
-import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.activations import collect
 from patchclamp_server.artifacts.head_sets import Head
-from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Capture
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.interventions.program import Edit, HeadEdit, Program
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
@@ -61,15 +55,3 @@ def head_program(
 
     edits = (Edit(edit(layer, named), Site.ATTN_Z, layers=(layer,)) for layer, named in sorted(by_layer.items()))
     return bind(Program(tuple(edits)), info)
-
-
-async def mean_outputs(engine: Engine, info: ModelInfo, windows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Returns the mean output of every head, [n_layers, n_heads, head_dim], over the tokens of all windows that
-    interventions/pooling.py takes for ordinary."""
-    capture = Capture(Site.ATTN_Z, tuple(range(info.n_layers)), Pooling.MEAN)
-    total, tokens = torch.zeros(info.n_layers, info.sites[Site.ATTN_Z]), torch.zeros(info.n_layers, dtype=torch.int64)
-    async with aclosing(collect(engine, windows, capture)) as collected:
-        async for _, pooled in collected:
-            total += pooled.tokens[:, None] * pooled.values
-            tokens += pooled.tokens
-    return (total / tokens[:, None]).view(info.n_layers, info.n_heads, info.head_dim)

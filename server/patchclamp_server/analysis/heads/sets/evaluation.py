@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean, pstdev
 
+from patchclamp_server.analysis.activations import mean_activations
 from patchclamp_server.analysis.heads.retrieval.needle_prompt import PromptWriter
 from patchclamp_server.analysis.heads.retrieval.needle_run import NeedleRun, needle_request, needle_run
 from patchclamp_server.analysis.heads.retrieval.needles import NeedleTest, plan
-from patchclamp_server.analysis.heads.retrieval.ordinary_text import windows
-from patchclamp_server.analysis.heads.sets.edits import HeadEditMode, head_program, mean_outputs
+from patchclamp_server.analysis.heads.sets.edits import HeadEditMode, head_program
+from patchclamp_server.analysis.ordinary_text import windows
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.requests import OnEvent, completed, score_request
 from patchclamp_server.artifacts.head_sets import Head, HeadSelection, select
@@ -27,6 +28,7 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import Event, Request, Token
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
 from patchclamp_server.text.detokenize import token_bytes
 from patchclamp_server.text.prompt import PromptEncoder
 
@@ -88,7 +90,9 @@ async def evaluate_edit(
     texts = await prompts.analysis.run(windows, job.texts, prompts, info.context_length)
     means = None
     if job.mode is HeadEditMode.MEAN:
-        means = await mean_outputs(engine, info, await prompts.analysis.run(windows, (), prompts, info.context_length))
+        texts = await prompts.analysis.run(windows, (), prompts, info.context_length)
+        means = await mean_activations(engine, Site.ATTN_Z, texts)
+        means = means.view(info.n_layers, info.n_heads, info.head_dim)
     requests: list[Callable[[OnEvent], Request]] = []
     for edited in sets:
         program = head_program(edited, job.mode, info, scale=job.scale, means=means) if edited else None

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from patchclamp.v1 import neuron_pb2 as pb
-from patchclamp_server.analysis.heads.retrieval.ordinary_text import MAX_WINDOWS, windows
 from patchclamp_server.analysis.neurons.edit_tests import (
     Fact,
     FactsTest,
@@ -18,6 +17,7 @@ from patchclamp_server.analysis.neurons.edit_tests import (
 )
 from patchclamp_server.analysis.neurons.edits import NeuronEditMode
 from patchclamp_server.analysis.neurons.evaluation import DEFAULT_FRACTIONS, EditEffect, EditPoint, Evaluation
+from patchclamp_server.analysis.ordinary_text import MAX_WINDOWS, windows
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind

@@ -1,8 +1,9 @@
-"""Cuts ordinary text into windows of tokens, on which perplexity and the mean outputs of heads are measured."""
+"""Cuts ordinary text into windows of tokens, on which perplexity and mean activations are measured."""
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 
-from patchclamp_server.analysis.heads.retrieval.needles import ordinary_text
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.text.prompt import PromptEncoder
 
@@ -10,6 +11,12 @@ WINDOW = 512
 # So many windows of the built-in text are used, though it has more.
 BUILT_IN_WINDOWS = 4
 MAX_WINDOWS = 256
+
+
+@cache
+def ordinary_text() -> str:
+    """Returns public-domain prose, no haystack of the needle tests; data/README.md says what and from where."""
+    return files("patchclamp_server.analysis").joinpath("data", "ordinary.txt").read_text(encoding="utf-8")
 
 
 def windows(texts: Sequence[str], prompts: PromptEncoder, context_length: int) -> list[tuple[int, ...]]:
