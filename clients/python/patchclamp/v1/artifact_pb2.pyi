@@ -48,6 +48,28 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     ends, and optionally "labels" int64 [documents], indices into the names in `provenance.labels`, or -1 for none. A corpus is of no
     model: its fingerprint is empty, and every model reads it with its own tokenizer. A document has at most 1 MiB.
     """
+    ARTIFACT_KIND_ACTIVATIONS: _ArtifactKind.ValueType  # 8
+    """Rows of texts at sites and layers: int64 tensors "text", "position", "token" [rows], and "<site>.<layer>" [rows, width] in
+    float32, float16 or bfloat16 for each site and layer, the rows of all in the same order.
+    """
+    ARTIFACT_KIND_PROBE: _ArtifactKind.ValueType  # 9
+    """A probe: tensors "layer.<l>.weight" [classes, width], "bias" [classes], "mean" and "scale" where inputs are standardised, and
+    "calibration" [2], slope and intercept of the log-odds; of prototypes "layer.<l>.centres" [classes, width] and "temperature".
+    Method, site, layers, labels and target are in `provenance`.
+    """
+    ARTIFACT_KIND_AUTOENCODER: _ArtifactKind.ValueType  # 10
+    """A sparse autoencoder or transcoder of one site and layer: "encoder" [width, features], "encoder_bias" [features], "decoder"
+    [features, width], "decoder_bias" [width], and as the activation function needs "threshold" [features]; the function, k, what
+    is subtracted from the input, and the sites are in `provenance`.
+    """
+    ARTIFACT_KIND_SUBSPACE: _ArtifactKind.ValueType  # 11
+    """Orthonormal rows "layer.<l>.rotation" [rank, width]; of an intervention "layer.<l>.weight" [rank, width] and "layer.<l>.bias"
+    [rank] too; of a plane "layer.<l>.centre" [width].
+    """
+    ARTIFACT_KIND_AFFINE_MAP: _ArtifactKind.ValueType  # 12
+    """"layer.<l>.matrix" [width, width], or "layer.<l>.left" and "layer.<l>.right" [width, rank], and optionally "layer.<l>.bias"."""
+    ARTIFACT_KIND_FEATURE_LABELS: _ArtifactKind.ValueType  # 13
+    """Names of features: uint8 "text" and int64 "ends", "features". The id of the autoencoder is in `provenance`."""
 
 class ArtifactKind(_ArtifactKind, metaclass=_ArtifactKindEnumTypeWrapper): ...
 
@@ -71,6 +93,28 @@ ARTIFACT_KIND_CORPUS: ArtifactKind.ValueType  # 7
 ends, and optionally "labels" int64 [documents], indices into the names in `provenance.labels`, or -1 for none. A corpus is of no
 model: its fingerprint is empty, and every model reads it with its own tokenizer. A document has at most 1 MiB.
 """
+ARTIFACT_KIND_ACTIVATIONS: ArtifactKind.ValueType  # 8
+"""Rows of texts at sites and layers: int64 tensors "text", "position", "token" [rows], and "<site>.<layer>" [rows, width] in
+float32, float16 or bfloat16 for each site and layer, the rows of all in the same order.
+"""
+ARTIFACT_KIND_PROBE: ArtifactKind.ValueType  # 9
+"""A probe: tensors "layer.<l>.weight" [classes, width], "bias" [classes], "mean" and "scale" where inputs are standardised, and
+"calibration" [2], slope and intercept of the log-odds; of prototypes "layer.<l>.centres" [classes, width] and "temperature".
+Method, site, layers, labels and target are in `provenance`.
+"""
+ARTIFACT_KIND_AUTOENCODER: ArtifactKind.ValueType  # 10
+"""A sparse autoencoder or transcoder of one site and layer: "encoder" [width, features], "encoder_bias" [features], "decoder"
+[features, width], "decoder_bias" [width], and as the activation function needs "threshold" [features]; the function, k, what
+is subtracted from the input, and the sites are in `provenance`.
+"""
+ARTIFACT_KIND_SUBSPACE: ArtifactKind.ValueType  # 11
+"""Orthonormal rows "layer.<l>.rotation" [rank, width]; of an intervention "layer.<l>.weight" [rank, width] and "layer.<l>.bias"
+[rank] too; of a plane "layer.<l>.centre" [width].
+"""
+ARTIFACT_KIND_AFFINE_MAP: ArtifactKind.ValueType  # 12
+""""layer.<l>.matrix" [width, width], or "layer.<l>.left" and "layer.<l>.right" [width, rank], and optionally "layer.<l>.bias"."""
+ARTIFACT_KIND_FEATURE_LABELS: ArtifactKind.ValueType  # 13
+"""Names of features: uint8 "text" and int64 "ends", "features". The id of the autoencoder is in `provenance`."""
 Global___ArtifactKind: _TypeAlias = ArtifactKind  # noqa: Y015
 
 class _ArtifactFormat:
@@ -94,6 +138,16 @@ class _ArtifactFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     """
     ARTIFACT_FORMAT_NEURON_SET_JSON: _ArtifactFormat.ValueType  # 5
     """JSON {"<layer>": [neuron, ...]}. Neuron sets only, without values and scores."""
+    ARTIFACT_FORMAT_SAELENS: _ArtifactFormat.ValueType  # 6
+    """sae_weights.safetensors of SAELens, with its cfg.json as UploadHeader.config. Autoencoders only."""
+    ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ: _ArtifactFormat.ValueType  # 7
+    """params.npz of Gemma Scope. The file does not say where it belongs: UploadHeader.site and .layer do. Autoencoders only."""
+    ARTIFACT_FORMAT_DUO_ATTENTION_TSV: _ArtifactFormat.ValueType  # 8
+    """full_attention_heads.tsv of DuoAttention: a gate in [0, 1] for each layer and KV head. Head sets only."""
+    ARTIFACT_FORMAT_QR_HEAD_YAML: _ArtifactFormat.ValueType  # 9
+    """Head lists of QRHead as YAML. Head sets only."""
+    ARTIFACT_FORMAT_FEATURE_LABEL_JSON: _ArtifactFormat.ValueType  # 10
+    """{"<feature>": "label"}. Feature labels only."""
 
 class ArtifactFormat(_ArtifactFormat, metaclass=_ArtifactFormatEnumTypeWrapper):
     """What a file does not hold stays missing: a vector or neuron set has the layers that the file names, and no other; a head
@@ -115,6 +169,16 @@ anything else is refused with its number, from 1.
 """
 ARTIFACT_FORMAT_NEURON_SET_JSON: ArtifactFormat.ValueType  # 5
 """JSON {"<layer>": [neuron, ...]}. Neuron sets only, without values and scores."""
+ARTIFACT_FORMAT_SAELENS: ArtifactFormat.ValueType  # 6
+"""sae_weights.safetensors of SAELens, with its cfg.json as UploadHeader.config. Autoencoders only."""
+ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ: ArtifactFormat.ValueType  # 7
+"""params.npz of Gemma Scope. The file does not say where it belongs: UploadHeader.site and .layer do. Autoencoders only."""
+ARTIFACT_FORMAT_DUO_ATTENTION_TSV: ArtifactFormat.ValueType  # 8
+"""full_attention_heads.tsv of DuoAttention: a gate in [0, 1] for each layer and KV head. Head sets only."""
+ARTIFACT_FORMAT_QR_HEAD_YAML: ArtifactFormat.ValueType  # 9
+"""Head lists of QRHead as YAML. Head sets only."""
+ARTIFACT_FORMAT_FEATURE_LABEL_JSON: ArtifactFormat.ValueType  # 10
+"""{"<feature>": "label"}. Feature labels only."""
 Global___ArtifactFormat: _TypeAlias = ArtifactFormat  # noqa: Y015
 
 @_typing.final
@@ -236,6 +300,26 @@ Global___UploadRequest: _TypeAlias = UploadRequest  # noqa: Y015
 class UploadHeader(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TensorNamesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     KIND_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     SITE_FIELD_NUMBER: _builtins.int
@@ -245,6 +329,10 @@ class UploadHeader(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     REPLACE_TAGS_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    TENSOR_NAMES_FIELD_NUMBER: _builtins.int
+    OF_FIELD_NUMBER: _builtins.int
     kind: Global___ArtifactKind.ValueType
     format: Global___ArtifactFormat.ValueType
     site: _program_pb2.Site.ValueType
@@ -256,10 +344,20 @@ class UploadHeader(_message.Message):
     """Bytes that follow."""
     replace_tags: _builtins.bool
     """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
+    config: _builtins.str
+    """What a format keeps in a second file, such as cfg.json of SAELens."""
+    layer: _builtins.int
+    """Layer of an autoencoder whose file does not say it."""
+    of: _builtins.str
+    """Id or tag of the artifact that this one is about: the autoencoder of feature labels."""
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def provenance(self) -> _struct_pb2.Struct: ...
+    @_builtins.property
+    def tensor_names(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Names of tensors in a safetensors file by the names of the kind, where they differ: {"layer.3": "steering_vector"}."""
+
     def __init__(
         self,
         *,
@@ -272,12 +370,18 @@ class UploadHeader(_message.Message):
         size_bytes: _builtins.int = ...,
         provenance: _struct_pb2.Struct | None = ...,
         replace_tags: _builtins.bool = ...,
+        config: _builtins.str = ...,
+        layer: _builtins.int | None = ...,
+        tensor_names: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        of: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "format", b"format", "kind", b"kind", "model_fingerprint", b"model_fingerprint", "provenance", b"provenance", "replace_tags", b"replace_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "config", b"config", "description", b"description", "format", b"format", "kind", b"kind", "layer", b"layer", "model_fingerprint", b"model_fingerprint", "of", b"of", "provenance", b"provenance", "replace_tags", b"replace_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags", "tensor_names", b"tensor_names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
 
 Global___UploadHeader: _TypeAlias = UploadHeader  # noqa: Y015
 

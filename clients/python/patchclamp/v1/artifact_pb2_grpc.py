@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ArtifactServiceStub:
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    """ArtifactService keeps vectors, neuron sets, head sets, probes, autoencoders, activations, sparsity profiles, watches and corpora. Artifacts are content-addressed and
     never change; tags are names that can move.
     """
 
@@ -69,7 +69,7 @@ class ArtifactServiceStub:
 
 
 class ArtifactServiceServicer:
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    """ArtifactService keeps vectors, neuron sets, head sets, probes, autoencoders, activations, sparsity profiles, watches and corpora. Artifacts are content-addressed and
     never change; tags are names that can move.
     """
 
@@ -155,7 +155,7 @@ def add_ArtifactServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ArtifactService:
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    """ArtifactService keeps vectors, neuron sets, head sets, probes, autoencoders, activations, sparsity profiles, watches and corpora. Artifacts are content-addressed and
     never change; tags are names that can move.
     """
 

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ArtifactServiceStub:
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    """ArtifactService keeps vectors, neuron sets, head sets, probes, autoencoders, activations, sparsity profiles, watches and corpora. Artifacts are content-addressed and
     never change; tags are names that can move.
     """
 
@@ -48,7 +48,7 @@ class ArtifactServiceStub:
 
 @_typing.type_check_only
 class ArtifactServiceAsyncStub(ArtifactServiceStub):
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    """ArtifactService keeps vectors, neuron sets, head sets, probes, autoencoders, activations, sparsity profiles, watches and corpora. Artifacts are content-addressed and
     never change; tags are names that can move.
     """
 
@@ -65,7 +65,7 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     """DeleteArtifact removes the artifact and its tags."""
 
 class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ArtifactService keeps vectors, neuron sets, head sets, sparsity profiles, watches and corpora. Artifacts are content-addressed and
+    """ArtifactService keeps vectors, neuron sets, head sets, probes, autoencoders, activations, sparsity profiles, watches and corpora. Artifacts are content-addressed and
     never change; tags are names that can move.
     """
 

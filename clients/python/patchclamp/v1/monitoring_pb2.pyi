@@ -60,6 +60,7 @@ class _WatchItemKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchIt
     WATCH_ITEM_KIND_DIRECTION: _WatchItemKind.ValueType  # 2
     WATCH_ITEM_KIND_FEATURE: _WatchItemKind.ValueType  # 3
     WATCH_ITEM_KIND_HEAD: _WatchItemKind.ValueType  # 4
+    WATCH_ITEM_KIND_PROBE: _WatchItemKind.ValueType  # 5
 
 class WatchItemKind(_WatchItemKind, metaclass=_WatchItemKindEnumTypeWrapper): ...
 
@@ -68,6 +69,7 @@ WATCH_ITEM_KIND_NEURON: WatchItemKind.ValueType  # 1
 WATCH_ITEM_KIND_DIRECTION: WatchItemKind.ValueType  # 2
 WATCH_ITEM_KIND_FEATURE: WatchItemKind.ValueType  # 3
 WATCH_ITEM_KIND_HEAD: WatchItemKind.ValueType  # 4
+WATCH_ITEM_KIND_PROBE: WatchItemKind.ValueType  # 5
 Global___WatchItemKind: _TypeAlias = WatchItemKind  # noqa: Y015
 
 class _WatchScale:
@@ -106,6 +108,7 @@ class WatchItem(_message.Message):
     DIRECTION_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     THRESHOLD_QUANTILE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -125,6 +128,8 @@ class WatchItem(_message.Message):
     def features(self) -> Global___WatchedFeatures: ...
     @_builtins.property
     def heads(self) -> Global___WatchedHeads: ...
+    @_builtins.property
+    def probe(self) -> Global___WatchedProbe: ...
     def __init__(
         self,
         *,
@@ -133,18 +138,19 @@ class WatchItem(_message.Message):
         direction: Global___WatchedDirection | None = ...,
         features: Global___WatchedFeatures | None = ...,
         heads: Global___WatchedHeads | None = ...,
+        probe: Global___WatchedProbe | None = ...,
         threshold: _builtins.float | None = ...,
         threshold_quantile: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "_threshold_quantile", b"_threshold_quantile", "direction", b"direction", "features", b"features", "heads", b"heads", "neurons", b"neurons", "source", b"source", "threshold", b"threshold", "threshold_quantile", b"threshold_quantile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "_threshold_quantile", b"_threshold_quantile", "direction", b"direction", "features", b"features", "heads", b"heads", "neurons", b"neurons", "probe", b"probe", "source", b"source", "threshold", b"threshold", "threshold_quantile", b"threshold_quantile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "_threshold_quantile", b"_threshold_quantile", "direction", b"direction", "features", b"features", "heads", b"heads", "name", b"name", "neurons", b"neurons", "source", b"source", "threshold", b"threshold", "threshold_quantile", b"threshold_quantile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "_threshold_quantile", b"_threshold_quantile", "direction", b"direction", "features", b"features", "heads", b"heads", "name", b"name", "neurons", b"neurons", "probe", b"probe", "source", b"source", "threshold", b"threshold", "threshold_quantile", b"threshold_quantile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
     _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
     _WhichOneofReturnType__threshold_quantile: _TypeAlias = _typing.Literal["threshold_quantile"]  # noqa: Y015
     _WhichOneofArgType__threshold_quantile: _TypeAlias = _typing.Literal["_threshold_quantile", b"_threshold_quantile"]  # noqa: Y015
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["neurons", "direction", "features", "heads"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["neurons", "direction", "features", "heads", "probe"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
@@ -233,8 +239,12 @@ class WatchedFeatures(_message.Message):
     JUMP_FIELD_NUMBER: _builtins.int
     ENCODER_FEATURES_BY_WIDTH_FIELD_NUMBER: _builtins.int
     ENCODER_WIDTH_BY_FEATURES_FIELD_NUMBER: _builtins.int
+    AUTOENCODER_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     site: _program_pb2.Site.ValueType
     layer: _builtins.int
+    autoencoder: _builtins.str
+    """Instead of site, layer and tensors: id or tag of an autoencoder artifact, and the numbers of its features."""
     @_builtins.property
     @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def encoder(self) -> _tensor_pb2.Tensor:
@@ -258,6 +268,8 @@ class WatchedFeatures(_message.Message):
     def encoder_width_by_features(self) -> _tensor_pb2.Tensor:
         """[width, k]: a column for each feature, as in the W_enc [d_in, d_sae] of SAELens and Gemma Scope."""
 
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -268,14 +280,37 @@ class WatchedFeatures(_message.Message):
         jump: _tensor_pb2.Tensor | None = ...,
         encoder_features_by_width: _tensor_pb2.Tensor | None = ...,
         encoder_width_by_features: _tensor_pb2.Tensor | None = ...,
+        autoencoder: _builtins.str = ...,
+        features: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "encoder", b"encoder", "encoder_features_by_width", b"encoder_features_by_width", "encoder_width_by_features", b"encoder_width_by_features", "jump", b"jump"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "encoder", b"encoder", "encoder_features_by_width", b"encoder_features_by_width", "encoder_width_by_features", b"encoder_width_by_features", "jump", b"jump", "layer", b"layer", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoencoder", b"autoencoder", "bias", b"bias", "encoder", b"encoder", "encoder_features_by_width", b"encoder_features_by_width", "encoder_width_by_features", b"encoder_width_by_features", "features", b"features", "jump", b"jump", "layer", b"layer", "site", b"site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchedFeatures: _TypeAlias = WatchedFeatures  # noqa: Y015
+
+@_typing.final
+class WatchedProbe(_message.Message):
+    """Value: the probability of the target of a probe artifact; of ridge its number."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBE_FIELD_NUMBER: _builtins.int
+    probe: _builtins.str
+    def __init__(
+        self,
+        *,
+        probe: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["probe", b"probe"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchedProbe: _TypeAlias = WatchedProbe  # noqa: Y015
 
 @_typing.final
 class WatchedHeads(_message.Message):

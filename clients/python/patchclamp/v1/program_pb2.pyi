@@ -157,6 +157,8 @@ class _RequestWarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Re
     """The mean change of an edit was more than 100 % of the norm of what it was given."""
     REQUEST_WARNING_CODE_BEYOND_CONTEXT: _RequestWarningCode.ValueType  # 2
     """Prompt and max_tokens are more than the context of the model: generation ends where the context does."""
+    REQUEST_WARNING_CODE_BEYOND_SAFE_RANGE: _RequestWarningCode.ValueType  # 3
+    """The strength of a vector lies outside of the range that CalibrateVector found safe for it at this site and layer."""
 
 class RequestWarningCode(_RequestWarningCode, metaclass=_RequestWarningCodeEnumTypeWrapper): ...
 
@@ -165,6 +167,8 @@ REQUEST_WARNING_CODE_STRONG_EDIT: RequestWarningCode.ValueType  # 1
 """The mean change of an edit was more than 100 % of the norm of what it was given."""
 REQUEST_WARNING_CODE_BEYOND_CONTEXT: RequestWarningCode.ValueType  # 2
 """Prompt and max_tokens are more than the context of the model: generation ends where the context does."""
+REQUEST_WARNING_CODE_BEYOND_SAFE_RANGE: RequestWarningCode.ValueType  # 3
+"""The strength of a vector lies outside of the range that CalibrateVector found safe for it at this site and layer."""
 Global___RequestWarningCode: _TypeAlias = RequestWarningCode  # noqa: Y015
 
 @_typing.final
@@ -226,6 +230,9 @@ class Edit(_message.Message):
     NEURONS_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
     AFFINE_FIELD_NUMBER: _builtins.int
+    PATCH_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    ROTATE_IN_PLANE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, unique in the program; needed to change the strength in a Session and shown in the receipt."""
     site: Global___Site.ValueType
@@ -266,6 +273,12 @@ class Edit(_message.Message):
     def heads(self) -> Global___HeadEdit: ...
     @_builtins.property
     def affine(self) -> Global___Affine: ...
+    @_builtins.property
+    def patch(self) -> Global___Patch: ...
+    @_builtins.property
+    def features(self) -> Global___FeatureEdit: ...
+    @_builtins.property
+    def rotate_in_plane(self) -> Global___RotateInPlane: ...
     def __init__(
         self,
         *,
@@ -287,14 +300,17 @@ class Edit(_message.Message):
         neurons: Global___NeuronEdit | None = ...,
         heads: Global___HeadEdit | None = ...,
         affine: Global___Affine | None = ...,
+        patch: Global___Patch | None = ...,
+        features: Global___FeatureEdit | None = ...,
+        rotate_in_plane: Global___RotateInPlane | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "add", b"add", "affine", b"affine", "cap_projection", b"cap_projection", "gate", b"gate", "heads", b"heads", "kind", b"kind", "low_rank", b"low_rank", "neurons", b"neurons", "project_out", b"project_out", "replace", b"replace", "rotate_towards", b"rotate_towards", "scope", b"scope", "set_projection", b"set_projection", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "add", b"add", "affine", b"affine", "cap_projection", b"cap_projection", "features", b"features", "gate", b"gate", "heads", b"heads", "kind", b"kind", "low_rank", b"low_rank", "neurons", b"neurons", "patch", b"patch", "project_out", b"project_out", "replace", b"replace", "rotate_in_plane", b"rotate_in_plane", "rotate_towards", b"rotate_towards", "scope", b"scope", "set_projection", b"set_projection", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "add", b"add", "affine", b"affine", "all_layers", b"all_layers", "cap_projection", b"cap_projection", "gate", b"gate", "heads", b"heads", "kind", b"kind", "layers", b"layers", "low_rank", b"low_rank", "name", b"name", "neurons", b"neurons", "preserve_norm", b"preserve_norm", "project_out", b"project_out", "replace", b"replace", "rotate_towards", b"rotate_towards", "scope", b"scope", "set_projection", b"set_projection", "site", b"site", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "add", b"add", "affine", b"affine", "all_layers", b"all_layers", "cap_projection", b"cap_projection", "features", b"features", "gate", b"gate", "heads", b"heads", "kind", b"kind", "layers", b"layers", "low_rank", b"low_rank", "name", b"name", "neurons", b"neurons", "patch", b"patch", "preserve_norm", b"preserve_norm", "project_out", b"project_out", "replace", b"replace", "rotate_in_plane", b"rotate_in_plane", "rotate_towards", b"rotate_towards", "scope", b"scope", "set_projection", b"set_projection", "site", b"site", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "project_out", "cap_projection", "set_projection", "replace", "rotate_towards", "low_rank", "neurons", "heads", "affine"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["add", "project_out", "cap_projection", "set_projection", "replace", "rotate_towards", "low_rank", "neurons", "heads", "affine", "patch", "features", "rotate_in_plane"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
@@ -509,6 +525,9 @@ class LowRank(_message.Message):
     ROTATION_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
+    SUBSPACE_FIELD_NUMBER: _builtins.int
+    subspace: _builtins.str
+    """Instead: id or tag of a subspace artifact that has all three at the layers of the edit."""
     @_builtins.property
     def rotation(self) -> _tensor_pb2.Tensor: ...
     @_builtins.property
@@ -521,10 +540,11 @@ class LowRank(_message.Message):
         rotation: _tensor_pb2.Tensor | None = ...,
         weight: _tensor_pb2.Tensor | None = ...,
         bias: _tensor_pb2.Tensor | None = ...,
+        subspace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "rotation", b"rotation", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "rotation", b"rotation", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "rotation", b"rotation", "subspace", b"subspace", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -540,6 +560,9 @@ class Affine(_message.Message):
     LEFT_FIELD_NUMBER: _builtins.int
     RIGHT_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
+    AFFINE_MAP_FIELD_NUMBER: _builtins.int
+    affine_map: _builtins.str
+    """Instead: id or tag of an affine_map artifact that has them at the layers of the edit."""
     @_builtins.property
     def matrix(self) -> _tensor_pb2.Tensor:
         """Either matrix, or left and right: a full matrix is read once for every token and layer."""
@@ -557,14 +580,191 @@ class Affine(_message.Message):
         left: _tensor_pb2.Tensor | None = ...,
         right: _tensor_pb2.Tensor | None = ...,
         bias: _tensor_pb2.Tensor | None = ...,
+        affine_map: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "left", b"left", "matrix", b"matrix", "right", b"right"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "left", b"left", "matrix", b"matrix", "right", b"right"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affine_map", b"affine_map", "bias", b"bias", "left", b"left", "matrix", b"matrix", "right", b"right"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Affine: _TypeAlias = Affine  # noqa: Y015
+
+@_typing.final
+class Patch(_message.Message):
+    """Activation patching: t(h) = s, the row of another run; with a subspace R [rank, width] t(h) = h + R^T R (s - h). Only the
+    positions that are mapped are edited, and of those the ones in scope.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    SOURCE_LAYER_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    SUBSPACE_FIELD_NUMBER: _builtins.int
+    activations: _builtins.str
+    """Id or tag of an activations artifact that has rows at the site of the edit."""
+    text: _builtins.int
+    """Text of the artifact whose rows are taken."""
+    source_layer: _builtins.int
+    """Layer whose rows are taken. Default: that of the edit."""
+    subspace: _builtins.str
+    """Id or tag of a subspace artifact."""
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatchPosition]:
+        """Default: every position that the artifact has a row of, onto the same position."""
+
+    @_builtins.property
+    def units(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only these units of the site: neurons at the neuron sites, coordinates elsewhere. Default: all."""
+
+    @_builtins.property
+    def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only these heads, at attn_z."""
+
+    def __init__(
+        self,
+        *,
+        activations: _builtins.str = ...,
+        text: _builtins.int = ...,
+        source_layer: _builtins.int | None = ...,
+        positions: _abc.Iterable[Global___PatchPosition] | None = ...,
+        units: _abc.Iterable[_builtins.int] | None = ...,
+        heads: _abc.Iterable[_builtins.int] | None = ...,
+        subspace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_source_layer", b"_source_layer", "source_layer", b"source_layer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_source_layer", b"_source_layer", "activations", b"activations", "heads", b"heads", "positions", b"positions", "source_layer", b"source_layer", "subspace", b"subspace", "text", b"text", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__source_layer: _TypeAlias = _typing.Literal["source_layer"]  # noqa: Y015
+    _WhichOneofArgType__source_layer: _TypeAlias = _typing.Literal["_source_layer", b"_source_layer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__source_layer) -> _WhichOneofReturnType__source_layer | None: ...
+
+Global___Patch: _TypeAlias = Patch  # noqa: Y015
+
+@_typing.final
+class PatchPosition(_message.Message):
+    """Positions count from the end of the prompt, and of the text, where they are negative: -1 is its last token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    source: _builtins.int
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        source: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PatchPosition: _TypeAlias = PatchPosition  # noqa: Y015
+
+@_typing.final
+class FeatureEdit(_message.Message):
+    """FeatureEdit changes features of a sparse autoencoder by the exact delta: t(h) = h + sum_i (g_i - f_i(h)) d_i, with f_i the
+    activation of feature i, g_i what the edit makes of it, and d_i its decoder row. What the autoencoder does not reconstruct
+    stays as it is. A transcoder reads one site and writes to another: its features are edited where it writes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTOENCODER_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    SET_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    ADD_FIELD_NUMBER: _builtins.int
+    CLAMP_FIELD_NUMBER: _builtins.int
+    autoencoder: _builtins.str
+    """Id or tag of an autoencoder artifact of the site and layer of the edit."""
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In [0, n_features)."""
+
+    @_builtins.property
+    def set(self) -> Global___NeuronValues:
+        """g = value."""
+
+    @_builtins.property
+    def scale(self) -> Global___NeuronValues:
+        """g = value * f."""
+
+    @_builtins.property
+    def add(self) -> Global___NeuronValues:
+        """g = f + value."""
+
+    @_builtins.property
+    def clamp(self) -> Global___NeuronBounds:
+        """g = clip(f, min, max)."""
+
+    def __init__(
+        self,
+        *,
+        autoencoder: _builtins.str = ...,
+        features: _abc.Iterable[_builtins.int] | None = ...,
+        set: Global___NeuronValues | None = ...,
+        scale: Global___NeuronValues | None = ...,
+        add: Global___NeuronValues | None = ...,
+        clamp: Global___NeuronBounds | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "clamp", b"clamp", "op", b"op", "scale", b"scale", "set", b"set"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "autoencoder", b"autoencoder", "clamp", b"clamp", "features", b"features", "op", b"op", "scale", b"scale", "set", b"set"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["set", "scale", "add", "clamp"]  # noqa: Y015
+    _WhichOneofArgType_op: _TypeAlias = _typing.Literal["op", b"op"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_op) -> _WhichOneofReturnType_op | None: ...
+
+Global___FeatureEdit: _TypeAlias = FeatureEdit  # noqa: Y015
+
+@_typing.final
+class RotateInPlane(_message.Message):
+    """Turns the part of h in a plane by `radians` about a centre: t(h) = h + P^T (T - I) P (h - c), with P [2, width] orthonormal and
+    T the rotation of the plane from its first axis to its second.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLANE_FIELD_NUMBER: _builtins.int
+    SUBSPACE_FIELD_NUMBER: _builtins.int
+    CENTRE_FIELD_NUMBER: _builtins.int
+    RADIANS_FIELD_NUMBER: _builtins.int
+    subspace: _builtins.str
+    radians: _builtins.float
+    """-2 pi to 2 pi."""
+    @_builtins.property
+    def plane(self) -> _tensor_pb2.Tensor:
+        """[2, width], made orthonormal; or a subspace artifact of rank 2 that has one, with its centre, at the layers of the edit."""
+
+    @_builtins.property
+    def centre(self) -> _tensor_pb2.Tensor:
+        """[width]. Default: that of the artifact, else 0."""
+
+    def __init__(
+        self,
+        *,
+        plane: _tensor_pb2.Tensor | None = ...,
+        subspace: _builtins.str = ...,
+        centre: _tensor_pb2.Tensor | None = ...,
+        radians: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["centre", b"centre", "plane", b"plane"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centre", b"centre", "plane", b"plane", "radians", b"radians", "subspace", b"subspace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateInPlane: _TypeAlias = RotateInPlane  # noqa: Y015
 
 @_typing.final
 class NeuronEdit(_message.Message):
@@ -823,6 +1023,8 @@ class Condition(_message.Message):
     COSINE_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
     STORED_THRESHOLD_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
     site: Global___Site.ValueType
     layer: _builtins.int
     comparison: Global___Comparison.ValueType
@@ -833,11 +1035,19 @@ class Condition(_message.Message):
     """Instead of threshold: one that the artifact `vector` carries for this site and layer. FAILED_PRECONDITION where it
     carries none.
     """
+    probe: _builtins.str
+    """Instead of vector: what is compared is the probability of a probe artifact, whose site and last layer are those of the
+    condition. Default threshold 0.5.
+    """
     @_builtins.property
     def vector(self) -> Global___Vector: ...
     @_builtins.property
     def scope(self) -> Global___Scope:
         """Tokens that are examined. Default: every token, also the first, whose activations are outliers in most models."""
+
+    @_builtins.property
+    def feature(self) -> Global___FeatureReference:
+        """Instead of vector: what is compared is the activation of a feature."""
 
     def __init__(
         self,
@@ -850,14 +1060,40 @@ class Condition(_message.Message):
         cosine: _builtins.bool = ...,
         scope: Global___Scope | None = ...,
         stored_threshold: Global___StoredThreshold.ValueType = ...,
+        probe: _builtins.str = ...,
+        feature: Global___FeatureReference | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "scope", b"scope", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "cosine", b"cosine", "layer", b"layer", "scope", b"scope", "site", b"site", "stored_threshold", b"stored_threshold", "threshold", b"threshold", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "cosine", b"cosine", "feature", b"feature", "layer", b"layer", "probe", b"probe", "scope", b"scope", "site", b"site", "stored_threshold", b"stored_threshold", "threshold", b"threshold", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Condition: _TypeAlias = Condition  # noqa: Y015
+
+@_typing.final
+class FeatureReference(_message.Message):
+    """FeatureReference names one feature of an autoencoder artifact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTOENCODER_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    autoencoder: _builtins.str
+    feature: _builtins.int
+    def __init__(
+        self,
+        *,
+        autoencoder: _builtins.str = ...,
+        feature: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoencoder", b"autoencoder", "feature", b"feature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeatureReference: _TypeAlias = FeatureReference  # noqa: Y015
 
 @_typing.final
 class Gate(_message.Message):
@@ -924,6 +1160,9 @@ class Readout(_message.Message):
     TOP_NEURONS_FIELD_NUMBER: _builtins.int
     LOGIT_LENS_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     site: Global___Site.ValueType
     all_layers: _builtins.bool
@@ -949,11 +1188,23 @@ class Readout(_message.Message):
 
     @_builtins.property
     def logit_lens(self) -> Global___LogitLensReadout:
-        """The k most likely tokens when this residual state is read by the final norm and unembedding."""
+        """The k most likely tokens when this state is read by the final norm and unembedding."""
 
     @_builtins.property
     def heads(self) -> Global___HeadReadout:
         """Where heads look (SITE_ATTN_Z)."""
+
+    @_builtins.property
+    def activations(self) -> Global___ActivationReadout:
+        """The activation itself, any site. Width float32 numbers for each token and layer."""
+
+    @_builtins.property
+    def features(self) -> Global___FeatureReadout:
+        """Activations of chosen features of a sparse autoencoder, or the k largest."""
+
+    @_builtins.property
+    def probe(self) -> Global___ProbeReadout:
+        """The probability of a probe, at the last of its layers."""
 
     def __init__(
         self,
@@ -968,16 +1219,97 @@ class Readout(_message.Message):
         top_neurons: Global___TopNeuronsReadout | None = ...,
         logit_lens: Global___LogitLensReadout | None = ...,
         heads: Global___HeadReadout | None = ...,
+        activations: Global___ActivationReadout | None = ...,
+        features: Global___FeatureReadout | None = ...,
+        probe: Global___ProbeReadout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "kind", b"kind", "logit_lens", b"logit_lens", "neurons", b"neurons", "projection", b"projection", "scope", b"scope", "top_neurons", b"top_neurons"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "heads", b"heads", "kind", b"kind", "logit_lens", b"logit_lens", "neurons", b"neurons", "probe", b"probe", "projection", b"projection", "scope", b"scope", "top_neurons", b"top_neurons"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_layers", b"all_layers", "heads", b"heads", "kind", b"kind", "layers", b"layers", "logit_lens", b"logit_lens", "name", b"name", "neurons", b"neurons", "projection", b"projection", "scope", b"scope", "site", b"site", "top_neurons", b"top_neurons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "all_layers", b"all_layers", "features", b"features", "heads", b"heads", "kind", b"kind", "layers", b"layers", "logit_lens", b"logit_lens", "name", b"name", "neurons", b"neurons", "probe", b"probe", "projection", b"projection", "scope", b"scope", "site", b"site", "top_neurons", b"top_neurons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["projection", "neurons", "top_neurons", "logit_lens", "heads"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["projection", "neurons", "top_neurons", "logit_lens", "heads", "activations", "features", "probe"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Readout: _TypeAlias = Readout  # noqa: Y015
+
+@_typing.final
+class ActivationReadout(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def units(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only these units of the site. Default: all. In a ReadoutValue `ids` are these."""
+
+    def __init__(
+        self,
+        *,
+        units: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivationReadout: _TypeAlias = ActivationReadout  # noqa: Y015
+
+@_typing.final
+class FeatureReadout(_message.Message):
+    """In a ReadoutValue `ids` are the features and `values` their activations, of the k largest those above 0, the largest first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTOENCODER_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    autoencoder: _builtins.str
+    """Id or tag of an autoencoder artifact of the site and layers."""
+    k: _builtins.int
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Exactly one of both."""
+
+    def __init__(
+        self,
+        *,
+        autoencoder: _builtins.str = ...,
+        features: _abc.Iterable[_builtins.int] | None = ...,
+        k: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoencoder", b"autoencoder", "features", b"features", "k", b"k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeatureReadout: _TypeAlias = FeatureReadout  # noqa: Y015
+
+@_typing.final
+class ProbeReadout(_message.Message):
+    """In a ReadoutValue `values` are the probability of the target, or for all classes those of each; of ridge the number."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBE_FIELD_NUMBER: _builtins.int
+    ALL_CLASSES_FIELD_NUMBER: _builtins.int
+    probe: _builtins.str
+    """Id or tag of a probe artifact. Site and layers of the readout are its own where they are not given."""
+    all_classes: _builtins.bool
+    def __init__(
+        self,
+        *,
+        probe: _builtins.str = ...,
+        all_classes: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_classes", b"all_classes", "probe", b"probe"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeReadout: _TypeAlias = ProbeReadout  # noqa: Y015
 
 @_typing.final
 class HeadReadout(_message.Message):
@@ -1066,18 +1398,35 @@ Global___TopNeuronsReadout: _TypeAlias = TopNeuronsReadout  # noqa: Y015
 
 @_typing.final
 class LogitLensReadout(_message.Message):
+    """At a residual site the state is read by the final norm and unembedding. At attn_out and mlp_out, and of chosen neurons at
+    mlp_post, what is added to the residual stream is read, a . W with the scale of the final norm and the divisor that the
+    norm has at the end of the last block for that token: contributions add up to the logits.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     K_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
     k: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Instead of the k most likely: log-probabilities of these tokens, or their contributions."""
+
+    @_builtins.property
+    def neurons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At mlp_post: neurons whose contributions are read, each by itself. `values` and `ids` have k of each, in their order."""
+
     def __init__(
         self,
         *,
         k: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        neurons: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "neurons", b"neurons", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1105,7 +1454,9 @@ class ReadoutValue(_message.Message):
 
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Neuron or token ids (neurons, top_neurons, logit_lens) or positions (heads) the values belong to."""
+        """Neuron, feature, unit or token ids (neurons, top_neurons, features, activations, logit_lens) or positions (heads) the values
+        belong to.
+        """
 
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

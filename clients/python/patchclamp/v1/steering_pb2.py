@@ -24,34 +24,100 @@ _sym_db = _symbol_database.Default()
 
 from patchclamp.v1 import artifact_pb2 as patchclamp_dot_v1_dot_artifact__pb2
 from patchclamp.v1 import generation_pb2 as patchclamp_dot_v1_dot_generation__pb2
+from patchclamp.v1 import neuron_pb2 as patchclamp_dot_v1_dot_neuron__pb2
 from patchclamp.v1 import program_pb2 as patchclamp_dot_v1_dot_program__pb2
+from patchclamp.v1 import progress_pb2 as patchclamp_dot_v1_dot_progress__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpatchclamp/v1/steering.proto\x12\rpatchclamp.v1\x1a\x1cpatchclamp/v1/artifact.proto\x1a\x1epatchclamp/v1/generation.proto\x1a\x1bpatchclamp/v1/program.proto\"`\n\x0c\x43ontrastPair\x12\'\n\x08positive\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\'\n\x08negative\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\"\xdf\x02\n\x15\x45xtractVectorsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x06method\x18\x02 \x01(\x0e\x32\x1f.patchclamp.v1.ExtractionMethod\x12*\n\x05pairs\x18\x03 \x03(\x0b\x32\x1b.patchclamp.v1.ContrastPair\x12!\n\x04site\x18\x04 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12,\n\x07pooling\x18\x06 \x01(\x0e\x32\x1b.patchclamp.v1.TokenPooling\x12\x1d\n\x10holdout_fraction\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\t \x01(\t\x12\x0c\n\x04tags\x18\n \x03(\t\x12\x14\n\x0creplace_tags\x18\x0b \x01(\x08\x42\x13\n\x11_holdout_fraction\"\x8b\x01\n\x16\x45xtractVectorsResponse\x12\x35\n\x08progress\x18\x01 \x01(\x0b\x32!.patchclamp.v1.ExtractionProgressH\x00\x12\x31\n\x06result\x18\x02 \x01(\x0b\x32\x1f.patchclamp.v1.ExtractionResultH\x00\x42\x07\n\x05\x65vent\"@\n\x12\x45xtractionProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\"\x91\x01\n\x10\x45xtractionResult\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12,\n\x06layers\x18\x02 \x03(\x0b\x32\x1c.patchclamp.v1.LayerEvidence\x12\x12\n\nbest_layer\x18\x03 \x01(\r\x12\x10\n\x08warnings\x18\x04 \x03(\t\"\xf7\x02\n\rLayerEvidence\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x18\n\x10heldout_accuracy\x18\x02 \x01(\x01\x12\x17\n\x0frandom_accuracy\x18\x03 \x01(\x01\x12\x0c\n\x04norm\x18\x04 \x01(\x01\x12\x17\n\x0f\x61\x63tivation_norm\x18\x05 \x01(\x01\x12\x1a\n\x12\x65xplained_variance\x18\x06 \x01(\x01\x12\x15\n\rpooled_tokens\x18\x07 \x01(\x04\x12\x17\n\x0ftokens_left_out\x18\x08 \x01(\x04\x12\x1b\n\x13participation_ratio\x18\t \x01(\x01\x12\x10\n\x08midpoint\x18\n \x01(\x01\x12\x0e\n\x06margin\x18\x0b \x01(\x01\x12\x38\n\x0fpositive_tokens\x18\x0c \x01(\x0b\x32\x1f.patchclamp.v1.TokenProjections\x12\x38\n\x0fnegative_tokens\x18\r \x01(\x0b\x32\x1f.patchclamp.v1.TokenProjections\"q\n\x10TokenProjections\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x0b\n\x03p05\x18\x03 \x01(\x01\x12\x0b\n\x03p25\x18\x04 \x01(\x01\x12\x0b\n\x03p50\x18\x05 \x01(\x01\x12\x0b\n\x03p75\x18\x06 \x01(\x01\x12\x0b\n\x03p95\x18\x07 \x01(\x01*\xb0\x01\n\x10\x45xtractionMethod\x12!\n\x1d\x45XTRACTION_METHOD_UNSPECIFIED\x10\x00\x12)\n%EXTRACTION_METHOD_DIFFERENCE_OF_MEANS\x10\x01\x12(\n$EXTRACTION_METHOD_PCA_OF_DIFFERENCES\x10\x02\x12$\n EXTRACTION_METHOD_LOGISTIC_PROBE\x10\x03*c\n\x0cTokenPooling\x12\x1d\n\x19TOKEN_POOLING_UNSPECIFIED\x10\x00\x12\x1c\n\x18TOKEN_POOLING_LAST_TOKEN\x10\x01\x12\x16\n\x12TOKEN_POOLING_MEAN\x10\x02\x32r\n\x0fSteeringService\x12_\n\x0e\x45xtractVectors\x12$.patchclamp.v1.ExtractVectorsRequest\x1a%.patchclamp.v1.ExtractVectorsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpatchclamp/v1/steering.proto\x12\rpatchclamp.v1\x1a\x1cpatchclamp/v1/artifact.proto\x1a\x1epatchclamp/v1/generation.proto\x1a\x1apatchclamp/v1/neuron.proto\x1a\x1bpatchclamp/v1/program.proto\x1a\x1cpatchclamp/v1/progress.proto\"`\n\x0c\x43ontrastPair\x12\'\n\x08positive\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\'\n\x08negative\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\"\xf2\x04\n\x15\x45xtractVectorsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x06method\x18\x02 \x01(\x0e\x32\x1f.patchclamp.v1.ExtractionMethod\x12*\n\x05pairs\x18\x03 \x03(\x0b\x32\x1b.patchclamp.v1.ContrastPair\x12!\n\x04site\x18\x04 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12,\n\x07pooling\x18\x06 \x01(\x0e\x32\x1b.patchclamp.v1.TokenPooling\x12\x1d\n\x10holdout_fraction\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\t \x01(\t\x12\x0c\n\x04tags\x18\n \x03(\t\x12\x14\n\x0creplace_tags\x18\x0b \x01(\x08\x12(\n\x05texts\x18\x0c \x01(\x0b\x32\x19.patchclamp.v1.TextSource\x12\x0e\n\x06target\x18\r \x01(\t\x12\x10\n\x08\x63ontrast\x18\x0e \x01(\t\x12\x34\n\x0e\x64\x65monstrations\x18\x0f \x03(\x0b\x32\x1c.patchclamp.v1.Demonstration\x12\x12\n\ndefinition\x18\x10 \x01(\t\x12+\n\nword_pairs\x18\x11 \x03(\x0b\x32\x17.patchclamp.v1.WordPair\x12#\n\x05scope\x18\x12 \x01(\x0b\x32\x14.patchclamp.v1.Scope\x12)\n\x08training\x18\x13 \x01(\x0b\x32\x17.patchclamp.v1.TrainingB\x13\n\x11_holdout_fraction\".\n\rDemonstration\x12\r\n\x05input\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\".\n\x08WordPair\x12\x10\n\x08positive\x18\x01 \x01(\t\x12\x10\n\x08negative\x18\x02 \x01(\t\"q\n\x08Training\x12\x11\n\tmax_steps\x18\x01 \x01(\r\x12\x1a\n\rlearning_rate\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x10\n\x08patience\x18\x04 \x01(\rB\x10\n\x0e_learning_rate\"\x8b\x01\n\x16\x45xtractVectorsResponse\x12\x35\n\x08progress\x18\x01 \x01(\x0b\x32!.patchclamp.v1.ExtractionProgressH\x00\x12\x31\n\x06result\x18\x02 \x01(\x0b\x32\x1f.patchclamp.v1.ExtractionResultH\x00\x42\x07\n\x05\x65vent\"@\n\x12\x45xtractionProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\"\x91\x01\n\x10\x45xtractionResult\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12,\n\x06layers\x18\x02 \x03(\x0b\x32\x1c.patchclamp.v1.LayerEvidence\x12\x12\n\nbest_layer\x18\x03 \x01(\r\x12\x10\n\x08warnings\x18\x04 \x03(\t\"\xf7\x02\n\rLayerEvidence\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x18\n\x10heldout_accuracy\x18\x02 \x01(\x01\x12\x17\n\x0frandom_accuracy\x18\x03 \x01(\x01\x12\x0c\n\x04norm\x18\x04 \x01(\x01\x12\x17\n\x0f\x61\x63tivation_norm\x18\x05 \x01(\x01\x12\x1a\n\x12\x65xplained_variance\x18\x06 \x01(\x01\x12\x15\n\rpooled_tokens\x18\x07 \x01(\x04\x12\x17\n\x0ftokens_left_out\x18\x08 \x01(\x04\x12\x1b\n\x13participation_ratio\x18\t \x01(\x01\x12\x10\n\x08midpoint\x18\n \x01(\x01\x12\x0e\n\x06margin\x18\x0b \x01(\x01\x12\x38\n\x0fpositive_tokens\x18\x0c \x01(\x0b\x32\x1f.patchclamp.v1.TokenProjections\x12\x38\n\x0fnegative_tokens\x18\r \x01(\x0b\x32\x1f.patchclamp.v1.TokenProjections\"q\n\x10TokenProjections\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x0b\n\x03p05\x18\x03 \x01(\x01\x12\x0b\n\x03p25\x18\x04 \x01(\x01\x12\x0b\n\x03p50\x18\x05 \x01(\x01\x12\x0b\n\x03p75\x18\x06 \x01(\x01\x12\x0b\n\x03p95\x18\x07 \x01(\x01\"\xcb\x02\n\x13\x46indSubspaceRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x36\n\x0e\x63ircular_plane\x18\x02 \x01(\x0b\x32\x1c.patchclamp.v1.CircularPlaneH\x00\x12\x44\n\x15\x64istributed_alignment\x18\x03 \x01(\x0b\x32#.patchclamp.v1.DistributedAlignmentH\x00\x12!\n\x04site\x18\x04 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12#\n\x05scope\x18\x06 \x01(\x0b\x32\x14.patchclamp.v1.Scope\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12\x0c\n\x04tags\x18\t \x03(\t\x12\x14\n\x0creplace_tags\x18\n \x01(\x08\x42\x08\n\x06method\"O\n\rCircularPlane\x12*\n\x06values\x18\x01 \x03(\x0b\x32\x1a.patchclamp.v1.CyclicValue\x12\x12\n\ncomponents\x18\x02 \x01(\r\"D\n\x0b\x43yclicValue\x12\r\n\x05value\x18\x01 \x01(\t\x12&\n\x07prompts\x18\x02 \x03(\x0b\x32\x15.patchclamp.v1.Prompt\"\xe0\x01\n\x14\x44istributedAlignment\x12-\n\x05pairs\x18\x01 \x03(\x0b\x32\x1e.patchclamp.v1.InterchangePair\x12,\n\x04kept\x18\x02 \x03(\x0b\x32\x1e.patchclamp.v1.InterchangePair\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12)\n\x08training\x18\x04 \x01(\x0b\x32\x17.patchclamp.v1.Training\x12\x1d\n\x10holdout_fraction\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_holdout_fraction\"m\n\x0fInterchangePair\x12#\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12%\n\x06source\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\x0e\n\x06\x61nswer\x18\x03 \x01(\t\"|\n\x14\x46indSubspaceResponse\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.ProgressH\x00\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x1c.patchclamp.v1.FoundSubspaceH\x00\x42\x07\n\x05\x65vent\"\x91\x01\n\rFoundSubspace\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12/\n\x06layers\x18\x02 \x03(\x0b\x32\x1f.patchclamp.v1.SubspaceEvidence\x12\x12\n\nbest_layer\x18\x03 \x01(\r\x12\x10\n\x08warnings\x18\x04 \x03(\t\"\xf6\x01\n\x10SubspaceEvidence\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x01\x12\x17\n\x0frandom_accuracy\x18\x03 \x01(\x01\x12\x15\n\rfull_accuracy\x18\x04 \x01(\x01\x12\x15\n\rkept_accuracy\x18\x05 \x01(\x01\x12\x0c\n\x04loss\x18\x06 \x01(\x01\x12\r\n\x05steps\x18\x07 \x01(\r\x12\x13\n\x0b\x63ircularity\x18\x08 \x01(\x01\x12\x1c\n\x14shuffled_circularity\x18\t \x01(\x01\x12\x1a\n\x12\x65xplained_variance\x18\n \x01(\x01\x12\x0e\n\x06\x61ngles\x18\x0b \x03(\x01\"\x9c\x02\n\x19\x46indConceptCircuitRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x31\n\tscenarios\x18\x02 \x03(\x0b\x32\x1e.patchclamp.v1.ConceptScenario\x12\x0e\n\x06target\x18\x03 \x01(\t\x12!\n\x04site\x18\x04 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12\x0f\n\x07neurons\x18\x06 \x01(\r\x12\r\n\x05heads\x18\x07 \x01(\r\x12\x13\n\x0brandom_sets\x18\x08 \x01(\r\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\x12\x0c\n\x04tags\x18\x0b \x03(\t\x12\x14\n\x0creplace_tags\x18\x0c \x01(\x08\"?\n\x0f\x43onceptScenario\x12,\n\x06values\x18\x01 \x03(\x0b\x32\x1c.patchclamp.v1.LabelledTexts\"\x88\x01\n\x1a\x46indConceptCircuitResponse\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.ProgressH\x00\x12\x34\n\x06result\x18\x02 \x01(\x0b\x32\".patchclamp.v1.FoundConceptCircuitH\x00\x42\x07\n\x05\x65vent\"\xb3\x02\n\x13\x46oundConceptCircuit\x12\'\n\x06vector\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12,\n\x06layers\x18\x02 \x03(\x0b\x32\x1c.patchclamp.v1.LayerEvidence\x12\x12\n\nbest_layer\x18\x03 \x01(\r\x12-\n\x07neurons\x18\x04 \x01(\x0b\x32\x1c.patchclamp.v1.StoredNeurons\x12&\n\x05heads\x18\x05 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12\x12\n\nprojection\x18\x06 \x01(\x01\x12\x19\n\x11projection_zeroed\x18\x07 \x01(\x01\x12\x19\n\x11projection_random\x18\x08 \x03(\x01\x12\x10\n\x08warnings\x18\t \x03(\t\"\xff\x03\n\x16\x43\x61librateVectorRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06vector\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x11\n\tstrengths\x18\x04 \x03(\x01\x12\r\n\x03\x61\x64\x64\x18\x05 \x01(\x08H\x00\x12\x18\n\x0erotate_towards\x18\x06 \x01(\x08H\x00\x12\x11\n\x07replace\x18\x07 \x01(\x08H\x00\x12#\n\x05scope\x18\x08 \x01(\x0b\x32\x14.patchclamp.v1.Scope\x12&\n\x07prompts\x18\t \x03(\x0b\x32\x15.patchclamp.v1.Prompt\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12,\n\x06\x65\x66\x66\x65\x63t\x18\x0b \x01(\x0b\x32\x1c.patchclamp.v1.EffectMeasure\x12\x13\n\x0binstruction\x18\x0c \x01(\t\x12\x16\n\x0erandom_vectors\x18\r \x01(\r\x12!\n\x14max_perplexity_ratio\x18\x0e \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0emax_repetition\x18\x0f \x01(\x01H\x02\x88\x01\x01\x12\x0c\n\x04seed\x18\x10 \x01(\x04\x12\x0c\n\x04tags\x18\x11 \x03(\t\x12\x14\n\x0creplace_tags\x18\x12 \x01(\x08\x42\r\n\x0b\x61pplicationB\x17\n\x15_max_perplexity_ratioB\x11\n\x0f_max_repetition\"\xd3\x01\n\rEffectMeasure\x12\x0f\n\x05probe\x18\x01 \x01(\tH\x00\x12\x35\n\nclassifier\x18\x02 \x01(\x0b\x32\x1f.patchclamp.v1.EffectClassifierH\x00\x12\x32\n\x0ctarget_texts\x18\x03 \x01(\x0b\x32\x1a.patchclamp.v1.EffectTextsH\x00\x12\x14\n\nprojection\x18\x04 \x01(\x08H\x00\x12%\n\x05words\x18\x05 \x01(\x0b\x32\x14.patchclamp.v1.WordsH\x00\x42\t\n\x07measure\"L\n\x10\x45\x66\x66\x65\x63tClassifier\x12(\n\x05texts\x18\x01 \x01(\x0b\x32\x19.patchclamp.v1.TextSource\x12\x0e\n\x06target\x18\x02 \x01(\t\"\x1c\n\x0b\x45\x66\x66\x65\x63tTexts\x12\r\n\x05texts\x18\x01 \x03(\t\"\xae\x01\n\x17\x43\x61librateVectorResponse\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.ProgressH\x00\x12)\n\x05point\x18\x02 \x01(\x0b\x32\x18.patchclamp.v1.DosePointH\x00\x12\x32\n\x06result\x18\x03 \x01(\x0b\x32 .patchclamp.v1.CalibrationResultH\x00\x42\x07\n\x05\x65vent\"\xc4\x02\n\tDosePoint\x12*\n\x03\x61rm\x18\x01 \x01(\x0e\x32\x1d.patchclamp.v1.CalibrationArm\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x10\n\x08strength\x18\x03 \x01(\x01\x12\'\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0b\x32\x17.patchclamp.v1.Interval\x12+\n\nperplexity\x18\x05 \x01(\x0b\x32\x17.patchclamp.v1.Interval\x12+\n\nrepetition\x18\x06 \x01(\x0b\x32\x17.patchclamp.v1.Interval\x12)\n\x08\x64istinct\x18\x07 \x01(\x0b\x32\x17.patchclamp.v1.Interval\x12+\n\ndivergence\x18\x08 \x01(\x0b\x32\x17.patchclamp.v1.Interval\x12\x0f\n\x07\x65xample\x18\t \x01(\t\"3\n\x08Interval\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\"\xd8\x01\n\x11\x43\x61librationResult\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12(\n\x06points\x18\x02 \x03(\x0b\x32\x18.patchclamp.v1.DosePoint\x12&\n\x04safe\x18\x03 \x03(\x0b\x32\x18.patchclamp.v1.SafeRange\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x10\n\x08strength\x18\x05 \x01(\x01\x12\x13\n\x0bprompt_wins\x18\x06 \x01(\x08\x12\x10\n\x08warnings\x18\x07 \x03(\t\"5\n\tSafeRange\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\"\xb2\x02\n\x14\x44\x65tectConceptRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tdetectors\x18\x02 \x03(\t\x12\x31\n\x08\x66\x65\x61tures\x18\x03 \x03(\x0b\x32\x1f.patchclamp.v1.FeatureReference\x12(\n\x05texts\x18\x04 \x01(\x0b\x32\x19.patchclamp.v1.TextSource\x12\x0e\n\x06target\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x03(\r\x12\x31\n\x08poolings\x18\x07 \x03(\x0e\x32\x1f.patchclamp.v1.DetectionPooling\x12!\n\x14\x63\x61libration_fraction\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\t \x01(\x04\x42\x17\n\x15_calibration_fraction\"\xac\x01\n\x15\x44\x65tectConceptResponse\x12+\n\x08progress\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.ProgressH\x00\x12+\n\x04text\x18\x02 \x01(\x0b\x32\x1b.patchclamp.v1.DetectedTextH\x00\x12\x30\n\x06result\x18\x03 \x01(\x0b\x32\x1e.patchclamp.v1.DetectionResultH\x00\x42\x07\n\x05\x65vent\";\n\x0c\x44\x65tectedText\x12\x0c\n\x04text\x18\x01 \x01(\r\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0e\n\x06scores\x18\x03 \x03(\x01\"r\n\x0f\x44\x65tectionResult\x12\x30\n\tdetectors\x18\x01 \x03(\x0b\x32\x1d.patchclamp.v1.DetectorReport\x12\x0c\n\x04\x62\x65st\x18\x02 \x01(\r\x12\r\n\x05texts\x18\x03 \x01(\r\x12\x10\n\x08warnings\x18\x04 \x03(\t\"\xf5\x02\n\x0e\x44\x65tectorReport\x12\x10\n\x08\x64\x65tector\x18\x01 \x01(\t\x12\x14\n\x07\x66\x65\x61ture\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x30\n\x07pooling\x18\x04 \x01(\x0e\x32\x1f.patchclamp.v1.DetectionPooling\x12&\n\x05\x61uroc\x18\x05 \x01(\x0b\x32\x17.patchclamp.v1.Interval\x12\x32\n\x11\x61verage_precision\x18\x06 \x01(\x0b\x32\x17.patchclamp.v1.Interval\x12\x14\n\x0crandom_auroc\x18\x07 \x01(\x01\x12\r\n\x05slope\x18\x08 \x01(\x01\x12\x11\n\tintercept\x18\t \x01(\x01\x12\r\n\x05\x62rier\x18\n \x01(\x01\x12\x17\n\x0f\x62rier_base_rate\x18\x0b \x01(\x01\x12\x32\n\x0breliability\x18\x0c \x03(\x0b\x32\x1d.patchclamp.v1.ReliabilityBinB\n\n\x08_feature\"c\n\x0eReliabilityBin\x12\x0b\n\x03low\x18\x01 \x01(\x01\x12\x0c\n\x04high\x18\x02 \x01(\x01\x12\r\n\x05texts\x18\x03 \x01(\r\x12\x18\n\x10mean_probability\x18\x04 \x01(\x01\x12\r\n\x05share\x18\x05 \x01(\x01*\xc3\x03\n\x10\x45xtractionMethod\x12!\n\x1d\x45XTRACTION_METHOD_UNSPECIFIED\x10\x00\x12)\n%EXTRACTION_METHOD_DIFFERENCE_OF_MEANS\x10\x01\x12(\n$EXTRACTION_METHOD_PCA_OF_DIFFERENCES\x10\x02\x12$\n EXTRACTION_METHOD_LOGISTIC_PROBE\x10\x03\x12)\n%EXTRACTION_METHOD_LINEAR_DISCRIMINANT\x10\x04\x12\x32\n.EXTRACTION_METHOD_LINEAR_ARTIFICIAL_TOMOGRAPHY\x10\x05\x12!\n\x1d\x45XTRACTION_METHOD_TASK_VECTOR\x10\x06\x12*\n&EXTRACTION_METHOD_CAUSAL_INNER_PRODUCT\x10\x07\x12\"\n\x1e\x45XTRACTION_METHOD_MEAN_CENTRED\x10\x08\x12\x1d\n\x19\x45XTRACTION_METHOD_REFT_R1\x10\t\x12 \n\x1c\x45XTRACTION_METHOD_DEFINITION\x10\n*c\n\x0cTokenPooling\x12\x1d\n\x19TOKEN_POOLING_UNSPECIFIED\x10\x00\x12\x1c\n\x18TOKEN_POOLING_LAST_TOKEN\x10\x01\x12\x16\n\x12TOKEN_POOLING_MEAN\x10\x02*\xa4\x01\n\x0e\x43\x61librationArm\x12\x1f\n\x1b\x43\x41LIBRATION_ARM_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43\x41LIBRATION_ARM_VECTOR\x10\x01\x12\x1a\n\x16\x43\x41LIBRATION_ARM_RANDOM\x10\x02\x12\x1a\n\x16\x43\x41LIBRATION_ARM_PROMPT\x10\x03\x12\x1d\n\x19\x43\x41LIBRATION_ARM_UNSTEERED\x10\x04*\x8e\x01\n\x10\x44\x65tectionPooling\x12!\n\x1d\x44\x45TECTION_POOLING_UNSPECIFIED\x10\x00\x12 \n\x1c\x44\x45TECTION_POOLING_LAST_TOKEN\x10\x01\x12\x1a\n\x16\x44\x45TECTION_POOLING_MEAN\x10\x02\x12\x19\n\x15\x44\x45TECTION_POOLING_MAX\x10\x03\x32\xfc\x03\n\x0fSteeringService\x12_\n\x0e\x45xtractVectors\x12$.patchclamp.v1.ExtractVectorsRequest\x1a%.patchclamp.v1.ExtractVectorsResponse0\x01\x12Y\n\x0c\x46indSubspace\x12\".patchclamp.v1.FindSubspaceRequest\x1a#.patchclamp.v1.FindSubspaceResponse0\x01\x12k\n\x12\x46indConceptCircuit\x12(.patchclamp.v1.FindConceptCircuitRequest\x1a).patchclamp.v1.FindConceptCircuitResponse0\x01\x12\x62\n\x0f\x43\x61librateVector\x12%.patchclamp.v1.CalibrateVectorRequest\x1a&.patchclamp.v1.CalibrateVectorResponse0\x01\x12\\\n\rDetectConcept\x12#.patchclamp.v1.DetectConceptRequest\x1a$.patchclamp.v1.DetectConceptResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchclamp.v1.steering_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXTRACTIONMETHOD']._serialized_start=1440
-  _globals['_EXTRACTIONMETHOD']._serialized_end=1616
-  _globals['_TOKENPOOLING']._serialized_start=1618
-  _globals['_TOKENPOOLING']._serialized_end=1717
-  _globals['_CONTRASTPAIR']._serialized_start=138
-  _globals['_CONTRASTPAIR']._serialized_end=234
-  _globals['_EXTRACTVECTORSREQUEST']._serialized_start=237
-  _globals['_EXTRACTVECTORSREQUEST']._serialized_end=588
-  _globals['_EXTRACTVECTORSRESPONSE']._serialized_start=591
-  _globals['_EXTRACTVECTORSRESPONSE']._serialized_end=730
-  _globals['_EXTRACTIONPROGRESS']._serialized_start=732
-  _globals['_EXTRACTIONPROGRESS']._serialized_end=796
-  _globals['_EXTRACTIONRESULT']._serialized_start=799
-  _globals['_EXTRACTIONRESULT']._serialized_end=944
-  _globals['_LAYEREVIDENCE']._serialized_start=947
-  _globals['_LAYEREVIDENCE']._serialized_end=1322
-  _globals['_TOKENPROJECTIONS']._serialized_start=1324
-  _globals['_TOKENPROJECTIONS']._serialized_end=1437
-  _globals['_STEERINGSERVICE']._serialized_start=1719
-  _globals['_STEERINGSERVICE']._serialized_end=1833
+  _globals['_EXTRACTIONMETHOD']._serialized_start=6936
+  _globals['_EXTRACTIONMETHOD']._serialized_end=7387
+  _globals['_TOKENPOOLING']._serialized_start=7389
+  _globals['_TOKENPOOLING']._serialized_end=7488
+  _globals['_CALIBRATIONARM']._serialized_start=7491
+  _globals['_CALIBRATIONARM']._serialized_end=7655
+  _globals['_DETECTIONPOOLING']._serialized_start=7658
+  _globals['_DETECTIONPOOLING']._serialized_end=7800
+  _globals['_CONTRASTPAIR']._serialized_start=196
+  _globals['_CONTRASTPAIR']._serialized_end=292
+  _globals['_EXTRACTVECTORSREQUEST']._serialized_start=295
+  _globals['_EXTRACTVECTORSREQUEST']._serialized_end=921
+  _globals['_DEMONSTRATION']._serialized_start=923
+  _globals['_DEMONSTRATION']._serialized_end=969
+  _globals['_WORDPAIR']._serialized_start=971
+  _globals['_WORDPAIR']._serialized_end=1017
+  _globals['_TRAINING']._serialized_start=1019
+  _globals['_TRAINING']._serialized_end=1132
+  _globals['_EXTRACTVECTORSRESPONSE']._serialized_start=1135
+  _globals['_EXTRACTVECTORSRESPONSE']._serialized_end=1274
+  _globals['_EXTRACTIONPROGRESS']._serialized_start=1276
+  _globals['_EXTRACTIONPROGRESS']._serialized_end=1340
+  _globals['_EXTRACTIONRESULT']._serialized_start=1343
+  _globals['_EXTRACTIONRESULT']._serialized_end=1488
+  _globals['_LAYEREVIDENCE']._serialized_start=1491
+  _globals['_LAYEREVIDENCE']._serialized_end=1866
+  _globals['_TOKENPROJECTIONS']._serialized_start=1868
+  _globals['_TOKENPROJECTIONS']._serialized_end=1981
+  _globals['_FINDSUBSPACEREQUEST']._serialized_start=1984
+  _globals['_FINDSUBSPACEREQUEST']._serialized_end=2315
+  _globals['_CIRCULARPLANE']._serialized_start=2317
+  _globals['_CIRCULARPLANE']._serialized_end=2396
+  _globals['_CYCLICVALUE']._serialized_start=2398
+  _globals['_CYCLICVALUE']._serialized_end=2466
+  _globals['_DISTRIBUTEDALIGNMENT']._serialized_start=2469
+  _globals['_DISTRIBUTEDALIGNMENT']._serialized_end=2693
+  _globals['_INTERCHANGEPAIR']._serialized_start=2695
+  _globals['_INTERCHANGEPAIR']._serialized_end=2804
+  _globals['_FINDSUBSPACERESPONSE']._serialized_start=2806
+  _globals['_FINDSUBSPACERESPONSE']._serialized_end=2930
+  _globals['_FOUNDSUBSPACE']._serialized_start=2933
+  _globals['_FOUNDSUBSPACE']._serialized_end=3078
+  _globals['_SUBSPACEEVIDENCE']._serialized_start=3081
+  _globals['_SUBSPACEEVIDENCE']._serialized_end=3327
+  _globals['_FINDCONCEPTCIRCUITREQUEST']._serialized_start=3330
+  _globals['_FINDCONCEPTCIRCUITREQUEST']._serialized_end=3614
+  _globals['_CONCEPTSCENARIO']._serialized_start=3616
+  _globals['_CONCEPTSCENARIO']._serialized_end=3679
+  _globals['_FINDCONCEPTCIRCUITRESPONSE']._serialized_start=3682
+  _globals['_FINDCONCEPTCIRCUITRESPONSE']._serialized_end=3818
+  _globals['_FOUNDCONCEPTCIRCUIT']._serialized_start=3821
+  _globals['_FOUNDCONCEPTCIRCUIT']._serialized_end=4128
+  _globals['_CALIBRATEVECTORREQUEST']._serialized_start=4131
+  _globals['_CALIBRATEVECTORREQUEST']._serialized_end=4642
+  _globals['_EFFECTMEASURE']._serialized_start=4645
+  _globals['_EFFECTMEASURE']._serialized_end=4856
+  _globals['_EFFECTCLASSIFIER']._serialized_start=4858
+  _globals['_EFFECTCLASSIFIER']._serialized_end=4934
+  _globals['_EFFECTTEXTS']._serialized_start=4936
+  _globals['_EFFECTTEXTS']._serialized_end=4964
+  _globals['_CALIBRATEVECTORRESPONSE']._serialized_start=4967
+  _globals['_CALIBRATEVECTORRESPONSE']._serialized_end=5141
+  _globals['_DOSEPOINT']._serialized_start=5144
+  _globals['_DOSEPOINT']._serialized_end=5468
+  _globals['_INTERVAL']._serialized_start=5470
+  _globals['_INTERVAL']._serialized_end=5521
+  _globals['_CALIBRATIONRESULT']._serialized_start=5524
+  _globals['_CALIBRATIONRESULT']._serialized_end=5740
+  _globals['_SAFERANGE']._serialized_start=5742
+  _globals['_SAFERANGE']._serialized_end=5795
+  _globals['_DETECTCONCEPTREQUEST']._serialized_start=5798
+  _globals['_DETECTCONCEPTREQUEST']._serialized_end=6104
+  _globals['_DETECTCONCEPTRESPONSE']._serialized_start=6107
+  _globals['_DETECTCONCEPTRESPONSE']._serialized_end=6279
+  _globals['_DETECTEDTEXT']._serialized_start=6281
+  _globals['_DETECTEDTEXT']._serialized_end=6340
+  _globals['_DETECTIONRESULT']._serialized_start=6342
+  _globals['_DETECTIONRESULT']._serialized_end=6456
+  _globals['_DETECTORREPORT']._serialized_start=6459
+  _globals['_DETECTORREPORT']._serialized_end=6832
+  _globals['_RELIABILITYBIN']._serialized_start=6834
+  _globals['_RELIABILITYBIN']._serialized_end=6933
+  _globals['_STEERINGSERVICE']._serialized_start=7803
+  _globals['_STEERINGSERVICE']._serialized_end=8311
 # @@protoc_insertion_point(module_scope)

@@ -10,7 +10,9 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from patchclamp.v1 import artifact_pb2 as _artifact_pb2
 from patchclamp.v1 import generation_pb2 as _generation_pb2
+from patchclamp.v1 import neuron_pb2 as _neuron_pb2
 from patchclamp.v1 import program_pb2 as _program_pb2
+from patchclamp.v1 import progress_pb2 as _progress_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -35,6 +37,22 @@ class _ExtractionMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Extr
     """First principal component of the pair differences (Representation Engineering)."""
     EXTRACTION_METHOD_LOGISTIC_PROBE: _ExtractionMethod.ValueType  # 3
     """Normal of a logistic regression between both sides."""
+    EXTRACTION_METHOD_LINEAR_DISCRIMINANT: _ExtractionMethod.ValueType  # 4
+    """Linear discriminant: (shrunken covariance within the sides)^-1 (difference of means)."""
+    EXTRACTION_METHOD_LINEAR_ARTIFICIAL_TOMOGRAPHY: _ExtractionMethod.ValueType  # 5
+    """LAT of Representation Engineering: first principal component of the normalised differences of randomly paired examples,
+    its sign by the labels.
+    """
+    EXTRACTION_METHOD_TASK_VECTOR: _ExtractionMethod.ValueType  # 6
+    """Mean last-token state of prompts of demonstrations, to be put in place of that of a prompt without any (`replace`)."""
+    EXTRACTION_METHOD_CAUSAL_INNER_PRODUCT: _ExtractionMethod.ValueType  # 7
+    """(covariance of the unembedding)^-1 (mean difference of the unembedding rows of counterfactual pairs of words)."""
+    EXTRACTION_METHOD_MEAN_CENTRED: _ExtractionMethod.ValueType  # 8
+    """Mean of the target texts minus the mean of ordinary text."""
+    EXTRACTION_METHOD_REFT_R1: _ExtractionMethod.ValueType  # 9
+    """ReFT-r1: one direction trained to detect a concept and to write it, by the loss of the language model."""
+    EXTRACTION_METHOD_DEFINITION: _ExtractionMethod.ValueType  # 10
+    """State of the last token after demonstrations "definition => word" and the definition of the concept."""
 
 class ExtractionMethod(_ExtractionMethod, metaclass=_ExtractionMethodEnumTypeWrapper): ...
 
@@ -45,6 +63,22 @@ EXTRACTION_METHOD_PCA_OF_DIFFERENCES: ExtractionMethod.ValueType  # 2
 """First principal component of the pair differences (Representation Engineering)."""
 EXTRACTION_METHOD_LOGISTIC_PROBE: ExtractionMethod.ValueType  # 3
 """Normal of a logistic regression between both sides."""
+EXTRACTION_METHOD_LINEAR_DISCRIMINANT: ExtractionMethod.ValueType  # 4
+"""Linear discriminant: (shrunken covariance within the sides)^-1 (difference of means)."""
+EXTRACTION_METHOD_LINEAR_ARTIFICIAL_TOMOGRAPHY: ExtractionMethod.ValueType  # 5
+"""LAT of Representation Engineering: first principal component of the normalised differences of randomly paired examples,
+its sign by the labels.
+"""
+EXTRACTION_METHOD_TASK_VECTOR: ExtractionMethod.ValueType  # 6
+"""Mean last-token state of prompts of demonstrations, to be put in place of that of a prompt without any (`replace`)."""
+EXTRACTION_METHOD_CAUSAL_INNER_PRODUCT: ExtractionMethod.ValueType  # 7
+"""(covariance of the unembedding)^-1 (mean difference of the unembedding rows of counterfactual pairs of words)."""
+EXTRACTION_METHOD_MEAN_CENTRED: ExtractionMethod.ValueType  # 8
+"""Mean of the target texts minus the mean of ordinary text."""
+EXTRACTION_METHOD_REFT_R1: ExtractionMethod.ValueType  # 9
+"""ReFT-r1: one direction trained to detect a concept and to write it, by the loss of the language model."""
+EXTRACTION_METHOD_DEFINITION: ExtractionMethod.ValueType  # 10
+"""State of the last token after demonstrations "definition => word" and the definition of the concept."""
 Global___ExtractionMethod: _TypeAlias = ExtractionMethod  # noqa: Y015
 
 class _TokenPooling:
@@ -71,6 +105,48 @@ TOKEN_POOLING_LAST_TOKEN: TokenPooling.ValueType  # 1
 TOKEN_POOLING_MEAN: TokenPooling.ValueType  # 2
 """Mean of all tokens but attention sinks."""
 Global___TokenPooling: _TypeAlias = TokenPooling  # noqa: Y015
+
+class _CalibrationArm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CalibrationArmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CalibrationArm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CALIBRATION_ARM_UNSPECIFIED: _CalibrationArm.ValueType  # 0
+    CALIBRATION_ARM_VECTOR: _CalibrationArm.ValueType  # 1
+    CALIBRATION_ARM_RANDOM: _CalibrationArm.ValueType  # 2
+    CALIBRATION_ARM_PROMPT: _CalibrationArm.ValueType  # 3
+    """The unsteered model, with and without the instruction: one point each."""
+    CALIBRATION_ARM_UNSTEERED: _CalibrationArm.ValueType  # 4
+
+class CalibrationArm(_CalibrationArm, metaclass=_CalibrationArmEnumTypeWrapper): ...
+
+CALIBRATION_ARM_UNSPECIFIED: CalibrationArm.ValueType  # 0
+CALIBRATION_ARM_VECTOR: CalibrationArm.ValueType  # 1
+CALIBRATION_ARM_RANDOM: CalibrationArm.ValueType  # 2
+CALIBRATION_ARM_PROMPT: CalibrationArm.ValueType  # 3
+"""The unsteered model, with and without the instruction: one point each."""
+CALIBRATION_ARM_UNSTEERED: CalibrationArm.ValueType  # 4
+Global___CalibrationArm: _TypeAlias = CalibrationArm  # noqa: Y015
+
+class _DetectionPooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DetectionPoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DetectionPooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DETECTION_POOLING_UNSPECIFIED: _DetectionPooling.ValueType  # 0
+    DETECTION_POOLING_LAST_TOKEN: _DetectionPooling.ValueType  # 1
+    DETECTION_POOLING_MEAN: _DetectionPooling.ValueType  # 2
+    DETECTION_POOLING_MAX: _DetectionPooling.ValueType  # 3
+
+class DetectionPooling(_DetectionPooling, metaclass=_DetectionPoolingEnumTypeWrapper): ...
+
+DETECTION_POOLING_UNSPECIFIED: DetectionPooling.ValueType  # 0
+DETECTION_POOLING_LAST_TOKEN: DetectionPooling.ValueType  # 1
+DETECTION_POOLING_MEAN: DetectionPooling.ValueType  # 2
+DETECTION_POOLING_MAX: DetectionPooling.ValueType  # 3
+Global___DetectionPooling: _TypeAlias = DetectionPooling  # noqa: Y015
 
 @_typing.final
 class ContrastPair(_message.Message):
@@ -111,6 +187,14 @@ class ExtractVectorsRequest(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     REPLACE_TAGS_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    CONTRAST_FIELD_NUMBER: _builtins.int
+    DEMONSTRATIONS_FIELD_NUMBER: _builtins.int
+    DEFINITION_FIELD_NUMBER: _builtins.int
+    WORD_PAIRS_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     method: Global___ExtractionMethod.ValueType
     site: _program_pb2.Site.ValueType
@@ -123,6 +207,10 @@ class ExtractVectorsRequest(_message.Message):
     description: _builtins.str
     replace_tags: _builtins.bool
     """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
+    target: _builtins.str
+    contrast: _builtins.str
+    definition: _builtins.str
+    """Of a definition: what the concept is, in the words of the demonstrations' inputs."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContrastPair]: ...
     @_builtins.property
@@ -131,6 +219,26 @@ class ExtractVectorsRequest(_message.Message):
 
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def texts(self) -> _neuron_pb2.TextSource:
+        """Instead of pairs: texts by label. Those of `target` are positive, of `contrast` negative; default all other labels."""
+
+    @_builtins.property
+    def demonstrations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Demonstration]:
+        """Instead of pairs, of task vectors and definitions."""
+
+    @_builtins.property
+    def word_pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___WordPair]:
+        """Of the causal inner product: counterfactual words, such as "king" and "queen"."""
+
+    @_builtins.property
+    def scope(self) -> _program_pb2.Scope:
+        """Tokens that are pooled. Default: every token."""
+
+    @_builtins.property
+    def training(self) -> Global___Training:
+        """Of trained methods."""
+
     def __init__(
         self,
         *,
@@ -145,16 +253,106 @@ class ExtractVectorsRequest(_message.Message):
         description: _builtins.str = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         replace_tags: _builtins.bool = ...,
+        texts: _neuron_pb2.TextSource | None = ...,
+        target: _builtins.str = ...,
+        contrast: _builtins.str = ...,
+        demonstrations: _abc.Iterable[Global___Demonstration] | None = ...,
+        definition: _builtins.str = ...,
+        word_pairs: _abc.Iterable[Global___WordPair] | None = ...,
+        scope: _program_pb2.Scope | None = ...,
+        training: Global___Training | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "scope", b"scope", "texts", b"texts", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "seed", b"seed", "site", b"site", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "contrast", b"contrast", "definition", b"definition", "demonstrations", b"demonstrations", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "scope", b"scope", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target", "texts", b"texts", "training", b"training", "word_pairs", b"word_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
     _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__holdout_fraction) -> _WhichOneofReturnType__holdout_fraction | None: ...
 
 Global___ExtractVectorsRequest: _TypeAlias = ExtractVectorsRequest  # noqa: Y015
+
+@_typing.final
+class Demonstration(_message.Message):
+    """Demonstration: an example of a task, written "input => output" with others before it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    input: _builtins.str
+    output: _builtins.str
+    def __init__(
+        self,
+        *,
+        input: _builtins.str = ...,
+        output: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Demonstration: _TypeAlias = Demonstration  # noqa: Y015
+
+@_typing.final
+class WordPair(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITIVE_FIELD_NUMBER: _builtins.int
+    NEGATIVE_FIELD_NUMBER: _builtins.int
+    positive: _builtins.str
+    negative: _builtins.str
+    def __init__(
+        self,
+        *,
+        positive: _builtins.str = ...,
+        negative: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["negative", b"negative", "positive", b"positive"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WordPair: _TypeAlias = WordPair  # noqa: Y015
+
+@_typing.final
+class Training(_message.Message):
+    """Training runs on the exclusive path, with Adam."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_STEPS_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    max_steps: _builtins.int
+    """Default 500, at most 20,000."""
+    learning_rate: _builtins.float
+    """Default 0.005."""
+    batch_size: _builtins.int
+    """Examples of a step. Default 16."""
+    patience: _builtins.int
+    """Ends when the held-out loss has not fallen for so many evaluations. Default 5."""
+    def __init__(
+        self,
+        *,
+        max_steps: _builtins.int = ...,
+        learning_rate: _builtins.float | None = ...,
+        batch_size: _builtins.int = ...,
+        patience: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate", "learning_rate", b"learning_rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "patience", b"patience"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+
+Global___Training: _TypeAlias = Training  # noqa: Y015
 
 @_typing.final
 class ExtractVectorsResponse(_message.Message):
@@ -357,3 +555,1096 @@ class TokenProjections(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenProjections: _TypeAlias = TokenProjections  # noqa: Y015
+
+@_typing.final
+class FindSubspaceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CIRCULAR_PLANE_FIELD_NUMBER: _builtins.int
+    DISTRIBUTED_ALIGNMENT_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    site: _program_pb2.Site.ValueType
+    """Default: resid_post."""
+    seed: _builtins.int
+    description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
+    @_builtins.property
+    def circular_plane(self) -> Global___CircularPlane: ...
+    @_builtins.property
+    def distributed_alignment(self) -> Global___DistributedAlignment: ...
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Each layer has a subspace of its own. Default: every layer."""
+
+    @_builtins.property
+    def scope(self) -> _program_pb2.Scope:
+        """Tokens that are read, and edited by interchange interventions. Default: the last token of the prompt."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        circular_plane: Global___CircularPlane | None = ...,
+        distributed_alignment: Global___DistributedAlignment | None = ...,
+        site: _program_pb2.Site.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        scope: _program_pb2.Scope | None = ...,
+        seed: _builtins.int = ...,
+        description: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["circular_plane", b"circular_plane", "distributed_alignment", b"distributed_alignment", "method", b"method", "scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["circular_plane", b"circular_plane", "description", b"description", "distributed_alignment", b"distributed_alignment", "layers", b"layers", "method", b"method", "model", b"model", "replace_tags", b"replace_tags", "scope", b"scope", "seed", b"seed", "site", b"site", "tags", b"tags"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_method: _TypeAlias = _typing.Literal["circular_plane", "distributed_alignment"]  # noqa: Y015
+    _WhichOneofArgType_method: _TypeAlias = _typing.Literal["method", b"method"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_method) -> _WhichOneofReturnType_method | None: ...
+
+Global___FindSubspaceRequest: _TypeAlias = FindSubspaceRequest  # noqa: Y015
+
+@_typing.final
+class CircularPlane(_message.Message):
+    """CircularPlane: values of a cycle, such as the days of a week, in their order. Of the principal components of the mean states
+    of the values, the plane whose angles follow the cycle best.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    COMPONENTS_FIELD_NUMBER: _builtins.int
+    components: _builtins.int
+    """Principal components that planes are made of. Default 5."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___CyclicValue]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[Global___CyclicValue] | None = ...,
+        components: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CircularPlane: _TypeAlias = CircularPlane  # noqa: Y015
+
+@_typing.final
+class CyclicValue(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    value: _builtins.str
+    """Also the answer that a rotation by its step should lead to."""
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.Prompt]: ...
+    def __init__(
+        self,
+        *,
+        value: _builtins.str = ...,
+        prompts: _abc.Iterable[_generation_pb2.Prompt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CyclicValue: _TypeAlias = CyclicValue  # noqa: Y015
+
+@_typing.final
+class DistributedAlignment(_message.Message):
+    """DistributedAlignment: DAS trains a rotation so that putting the source's part in the subspace into the base gives the
+    counterfactual answer; with `kept` pairs too (MDAS) the same intervention leaves their answers as they are.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAIRS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
+    HOLDOUT_FRACTION_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Default 1; at most 256."""
+    holdout_fraction: _builtins.float
+    """Share kept out for the report. Default 0.25."""
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___InterchangePair]: ...
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedCompositeFieldContainer[Global___InterchangePair]:
+        """Pairs that differ in another variable."""
+
+    @_builtins.property
+    def training(self) -> Global___Training: ...
+    def __init__(
+        self,
+        *,
+        pairs: _abc.Iterable[Global___InterchangePair] | None = ...,
+        kept: _abc.Iterable[Global___InterchangePair] | None = ...,
+        rank: _builtins.int = ...,
+        training: Global___Training | None = ...,
+        holdout_fraction: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "training", b"training"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "kept", b"kept", "pairs", b"pairs", "rank", b"rank", "training", b"training"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
+    _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__holdout_fraction) -> _WhichOneofReturnType__holdout_fraction | None: ...
+
+Global___DistributedAlignment: _TypeAlias = DistributedAlignment  # noqa: Y015
+
+@_typing.final
+class InterchangePair(_message.Message):
+    """InterchangePair: `answer` is what the base should say once it has the variable of the source."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    answer: _builtins.str
+    @_builtins.property
+    def base(self) -> _generation_pb2.Prompt: ...
+    @_builtins.property
+    def source(self) -> _generation_pb2.Prompt: ...
+    def __init__(
+        self,
+        *,
+        base: _generation_pb2.Prompt | None = ...,
+        source: _generation_pb2.Prompt | None = ...,
+        answer: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "base", b"base", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InterchangePair: _TypeAlias = InterchangePair  # noqa: Y015
+
+@_typing.final
+class FindSubspaceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _progress_pb2.Progress: ...
+    @_builtins.property
+    def result(self) -> Global___FoundSubspace: ...
+    def __init__(
+        self,
+        *,
+        progress: _progress_pb2.Progress | None = ...,
+        result: Global___FoundSubspace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FindSubspaceResponse: _TypeAlias = FindSubspaceResponse  # noqa: Y015
+
+@_typing.final
+class FoundSubspace(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    BEST_LAYER_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    best_layer: _builtins.int
+    @_builtins.property
+    def artifact(self) -> _artifact_pb2.Artifact:
+        """A subspace artifact."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SubspaceEvidence]: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        artifact: _artifact_pb2.Artifact | None = ...,
+        layers: _abc.Iterable[Global___SubspaceEvidence] | None = ...,
+        best_layer: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "best_layer", b"best_layer", "layers", b"layers", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FoundSubspace: _TypeAlias = FoundSubspace  # noqa: Y015
+
+@_typing.final
+class SubspaceEvidence(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    RANDOM_ACCURACY_FIELD_NUMBER: _builtins.int
+    FULL_ACCURACY_FIELD_NUMBER: _builtins.int
+    KEPT_ACCURACY_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    CIRCULARITY_FIELD_NUMBER: _builtins.int
+    SHUFFLED_CIRCULARITY_FIELD_NUMBER: _builtins.int
+    EXPLAINED_VARIANCE_FIELD_NUMBER: _builtins.int
+    ANGLES_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    accuracy: _builtins.float
+    """Of interchange interventions on held-out pairs: share whose answer is the likelier one of base's and counterfactual, for
+    the subspace, for a random one of its rank, and for the whole state.
+    """
+    random_accuracy: _builtins.float
+    full_accuracy: _builtins.float
+    kept_accuracy: _builtins.float
+    """Of kept pairs: share whose answer stays."""
+    loss: _builtins.float
+    steps: _builtins.int
+    circularity: _builtins.float
+    """Of a plane: circular correlation of the angles with the cycle, the same for shuffled values, and the share of the variance
+    of the means that lies in the plane.
+    """
+    shuffled_circularity: _builtins.float
+    explained_variance: _builtins.float
+    @_builtins.property
+    def angles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Angle of each value, radians."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        accuracy: _builtins.float = ...,
+        random_accuracy: _builtins.float = ...,
+        full_accuracy: _builtins.float = ...,
+        kept_accuracy: _builtins.float = ...,
+        loss: _builtins.float = ...,
+        steps: _builtins.int = ...,
+        circularity: _builtins.float = ...,
+        shuffled_circularity: _builtins.float = ...,
+        explained_variance: _builtins.float = ...,
+        angles: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "angles", b"angles", "circularity", b"circularity", "explained_variance", b"explained_variance", "full_accuracy", b"full_accuracy", "kept_accuracy", b"kept_accuracy", "layer", b"layer", "loss", b"loss", "random_accuracy", b"random_accuracy", "shuffled_circularity", b"shuffled_circularity", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubspaceEvidence: _TypeAlias = SubspaceEvidence  # noqa: Y015
+
+@_typing.final
+class FindConceptCircuitRequest(_message.Message):
+    """FindConceptCircuit: texts of scenarios, each written for every value of the concept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SCENARIOS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    RANDOM_SETS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    target: _builtins.str
+    """Value whose direction is sought."""
+    site: _program_pb2.Site.ValueType
+    """Default: resid_post."""
+    neurons: _builtins.int
+    """Neurons and heads of the sets. Default 100 and 10."""
+    heads: _builtins.int
+    random_sets: _builtins.int
+    """Random sets of equal size that are zeroed beside them. Default 10."""
+    seed: _builtins.int
+    description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
+    @_builtins.property
+    def scenarios(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptScenario]: ...
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Default: every layer."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"<tag>-vector", "<tag>-neurons" and "<tag>-heads"."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        scenarios: _abc.Iterable[Global___ConceptScenario] | None = ...,
+        target: _builtins.str = ...,
+        site: _program_pb2.Site.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        neurons: _builtins.int = ...,
+        heads: _builtins.int = ...,
+        random_sets: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        description: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "heads", b"heads", "layers", b"layers", "model", b"model", "neurons", b"neurons", "random_sets", b"random_sets", "replace_tags", b"replace_tags", "scenarios", b"scenarios", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindConceptCircuitRequest: _TypeAlias = FindConceptCircuitRequest  # noqa: Y015
+
+@_typing.final
+class ConceptScenario(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[_neuron_pb2.LabelledTexts]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_neuron_pb2.LabelledTexts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConceptScenario: _TypeAlias = ConceptScenario  # noqa: Y015
+
+@_typing.final
+class FindConceptCircuitResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _progress_pb2.Progress: ...
+    @_builtins.property
+    def result(self) -> Global___FoundConceptCircuit: ...
+    def __init__(
+        self,
+        *,
+        progress: _progress_pb2.Progress | None = ...,
+        result: Global___FoundConceptCircuit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FindConceptCircuitResponse: _TypeAlias = FindConceptCircuitResponse  # noqa: Y015
+
+@_typing.final
+class FoundConceptCircuit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    BEST_LAYER_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    PROJECTION_ZEROED_FIELD_NUMBER: _builtins.int
+    PROJECTION_RANDOM_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    best_layer: _builtins.int
+    projection: _builtins.float
+    """Projection of the target's texts on the direction at the best layer, with nothing zeroed, with both sets zeroed, and with
+    each random pair of sets of equal size.
+    """
+    projection_zeroed: _builtins.float
+    @_builtins.property
+    def vector(self) -> _artifact_pb2.Artifact:
+        """Mean over scenarios of (texts of the target - mean of all values of the scenario), by layer."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerEvidence]: ...
+    @_builtins.property
+    def neurons(self) -> _neuron_pb2.StoredNeurons:
+        """Neurons and heads by the mean that they write along the direction in the texts of the target, less that in the others."""
+
+    @_builtins.property
+    def heads(self) -> _artifact_pb2.Artifact: ...
+    @_builtins.property
+    def projection_random(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        vector: _artifact_pb2.Artifact | None = ...,
+        layers: _abc.Iterable[Global___LayerEvidence] | None = ...,
+        best_layer: _builtins.int = ...,
+        neurons: _neuron_pb2.StoredNeurons | None = ...,
+        heads: _artifact_pb2.Artifact | None = ...,
+        projection: _builtins.float = ...,
+        projection_zeroed: _builtins.float = ...,
+        projection_random: _abc.Iterable[_builtins.float] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "neurons", b"neurons", "vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_layer", b"best_layer", "heads", b"heads", "layers", b"layers", "neurons", b"neurons", "projection", b"projection", "projection_random", b"projection_random", "projection_zeroed", b"projection_zeroed", "vector", b"vector", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FoundConceptCircuit: _TypeAlias = FoundConceptCircuit  # noqa: Y015
+
+@_typing.final
+class CalibrateVectorRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    STRENGTHS_FIELD_NUMBER: _builtins.int
+    ADD_FIELD_NUMBER: _builtins.int
+    ROTATE_TOWARDS_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
+    RANDOM_VECTORS_FIELD_NUMBER: _builtins.int
+    MAX_PERPLEXITY_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_REPETITION_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    vector: _builtins.str
+    """Id or tag of a vector artifact."""
+    add: _builtins.bool
+    rotate_towards: _builtins.bool
+    replace: _builtins.bool
+    max_tokens: _builtins.int
+    """Default 32."""
+    instruction: _builtins.str
+    """What a user could write instead, put before each prompt as a system message or text: the baseline by prompt alone."""
+    random_vectors: _builtins.int
+    """Random vectors of equal norm. Default 3."""
+    max_perplexity_ratio: _builtins.float
+    """Bounds of the safe range: perplexity of the unsteered model on the steered text over that on its own, and share of repeated
+    4-grams. Defaults 2 and 0.3.
+    """
+    max_repetition: _builtins.float
+    seed: _builtins.int
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Default: the layers of the vector, at most 8 spread evenly."""
+
+    @_builtins.property
+    def strengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Ascending, 0 among them or not. Default: so that the change is 0.1 to 2 of the mean norm of the activations, in 8 steps."""
+
+    @_builtins.property
+    def scope(self) -> _program_pb2.Scope:
+        """Tokens that are edited. Default: every token."""
+
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.Prompt]:
+        """What is continued: prompts on which the vector should have its effect. 1 to 256."""
+
+    @_builtins.property
+    def effect(self) -> Global___EffectMeasure: ...
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the new vector artifact. Default: the tags of the old one are left where they are."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        vector: _builtins.str = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        strengths: _abc.Iterable[_builtins.float] | None = ...,
+        add: _builtins.bool = ...,
+        rotate_towards: _builtins.bool = ...,
+        replace: _builtins.bool = ...,
+        scope: _program_pb2.Scope | None = ...,
+        prompts: _abc.Iterable[_generation_pb2.Prompt] | None = ...,
+        max_tokens: _builtins.int = ...,
+        effect: Global___EffectMeasure | None = ...,
+        instruction: _builtins.str = ...,
+        random_vectors: _builtins.int = ...,
+        max_perplexity_ratio: _builtins.float | None = ...,
+        max_repetition: _builtins.float | None = ...,
+        seed: _builtins.int = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_ratio", b"_max_perplexity_ratio", "_max_repetition", b"_max_repetition", "add", b"add", "application", b"application", "effect", b"effect", "max_perplexity_ratio", b"max_perplexity_ratio", "max_repetition", b"max_repetition", "replace", b"replace", "rotate_towards", b"rotate_towards", "scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_ratio", b"_max_perplexity_ratio", "_max_repetition", b"_max_repetition", "add", b"add", "application", b"application", "effect", b"effect", "instruction", b"instruction", "layers", b"layers", "max_perplexity_ratio", b"max_perplexity_ratio", "max_repetition", b"max_repetition", "max_tokens", b"max_tokens", "model", b"model", "prompts", b"prompts", "random_vectors", b"random_vectors", "replace", b"replace", "replace_tags", b"replace_tags", "rotate_towards", b"rotate_towards", "scope", b"scope", "seed", b"seed", "strengths", b"strengths", "tags", b"tags", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_perplexity_ratio: _TypeAlias = _typing.Literal["max_perplexity_ratio"]  # noqa: Y015
+    _WhichOneofArgType__max_perplexity_ratio: _TypeAlias = _typing.Literal["_max_perplexity_ratio", b"_max_perplexity_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__max_repetition: _TypeAlias = _typing.Literal["max_repetition"]  # noqa: Y015
+    _WhichOneofArgType__max_repetition: _TypeAlias = _typing.Literal["_max_repetition", b"_max_repetition"]  # noqa: Y015
+    _WhichOneofReturnType_application: _TypeAlias = _typing.Literal["add", "rotate_towards", "replace"]  # noqa: Y015
+    _WhichOneofArgType_application: _TypeAlias = _typing.Literal["application", b"application"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_perplexity_ratio) -> _WhichOneofReturnType__max_perplexity_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_repetition) -> _WhichOneofReturnType__max_repetition | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_application) -> _WhichOneofReturnType_application | None: ...
+
+Global___CalibrateVectorRequest: _TypeAlias = CalibrateVectorRequest  # noqa: Y015
+
+@_typing.final
+class EffectMeasure(_message.Message):
+    """EffectMeasure: how much of the concept a text has, read by the unsteered model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBE_FIELD_NUMBER: _builtins.int
+    CLASSIFIER_FIELD_NUMBER: _builtins.int
+    TARGET_TEXTS_FIELD_NUMBER: _builtins.int
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    probe: _builtins.str
+    """Mean probability of a probe artifact over the generated tokens."""
+    projection: _builtins.bool
+    """Mean projection h . v / |v| at the layer of the vector's best evidence, over the generated tokens. The default: it says
+    least, since it is what the vector adds.
+    """
+    @_builtins.property
+    def classifier(self) -> Global___EffectClassifier:
+        """A logistic classifier of bags of words, trained on texts of two labels."""
+
+    @_builtins.property
+    def target_texts(self) -> Global___EffectTexts:
+        """Mean log-probability a token of these texts as continuations of the prompt, under the edit."""
+
+    @_builtins.property
+    def words(self) -> _neuron_pb2.Words:
+        """Share of texts with any of these words."""
+
+    def __init__(
+        self,
+        *,
+        probe: _builtins.str = ...,
+        classifier: Global___EffectClassifier | None = ...,
+        target_texts: Global___EffectTexts | None = ...,
+        projection: _builtins.bool = ...,
+        words: _neuron_pb2.Words | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["classifier", b"classifier", "measure", b"measure", "probe", b"probe", "projection", b"projection", "target_texts", b"target_texts", "words", b"words"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classifier", b"classifier", "measure", b"measure", "probe", b"probe", "projection", b"projection", "target_texts", b"target_texts", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_measure: _TypeAlias = _typing.Literal["probe", "classifier", "target_texts", "projection", "words"]  # noqa: Y015
+    _WhichOneofArgType_measure: _TypeAlias = _typing.Literal["measure", b"measure"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_measure) -> _WhichOneofReturnType_measure | None: ...
+
+Global___EffectMeasure: _TypeAlias = EffectMeasure  # noqa: Y015
+
+@_typing.final
+class EffectClassifier(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    @_builtins.property
+    def texts(self) -> _neuron_pb2.TextSource: ...
+    def __init__(
+        self,
+        *,
+        texts: _neuron_pb2.TextSource | None = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["target", b"target", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EffectClassifier: _TypeAlias = EffectClassifier  # noqa: Y015
+
+@_typing.final
+class EffectTexts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EffectTexts: _TypeAlias = EffectTexts  # noqa: Y015
+
+@_typing.final
+class CalibrateVectorResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    POINT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _progress_pb2.Progress: ...
+    @_builtins.property
+    def point(self) -> Global___DosePoint: ...
+    @_builtins.property
+    def result(self) -> Global___CalibrationResult: ...
+    def __init__(
+        self,
+        *,
+        progress: _progress_pb2.Progress | None = ...,
+        point: Global___DosePoint | None = ...,
+        result: Global___CalibrationResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "point", b"point", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "point", b"point", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "point", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___CalibrateVectorResponse: _TypeAlias = CalibrateVectorResponse  # noqa: Y015
+
+@_typing.final
+class DosePoint(_message.Message):
+    """DosePoint: means over the prompts, with 95 % intervals by bootstrap over prompts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARM_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_FIELD_NUMBER: _builtins.int
+    REPETITION_FIELD_NUMBER: _builtins.int
+    DISTINCT_FIELD_NUMBER: _builtins.int
+    DIVERGENCE_FIELD_NUMBER: _builtins.int
+    EXAMPLE_FIELD_NUMBER: _builtins.int
+    arm: Global___CalibrationArm.ValueType
+    layer: _builtins.int
+    strength: _builtins.float
+    example: _builtins.str
+    @_builtins.property
+    def effect(self) -> Global___Interval: ...
+    @_builtins.property
+    def perplexity(self) -> Global___Interval:
+        """exp of the mean negative log-probability a token of the generated text under the unsteered model."""
+
+    @_builtins.property
+    def repetition(self) -> Global___Interval:
+        """Share of 4-grams of the text that came before in it."""
+
+    @_builtins.property
+    def distinct(self) -> Global___Interval:
+        """Expectation-adjusted distinct unigrams: distinct tokens over the number expected of as many draws from the vocabulary."""
+
+    @_builtins.property
+    def divergence(self) -> Global___Interval:
+        """Mean KL(steered || unsteered) of the next-token predictions along the steered text, nats."""
+
+    def __init__(
+        self,
+        *,
+        arm: Global___CalibrationArm.ValueType = ...,
+        layer: _builtins.int = ...,
+        strength: _builtins.float = ...,
+        effect: Global___Interval | None = ...,
+        perplexity: Global___Interval | None = ...,
+        repetition: Global___Interval | None = ...,
+        distinct: Global___Interval | None = ...,
+        divergence: Global___Interval | None = ...,
+        example: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["distinct", b"distinct", "divergence", b"divergence", "effect", b"effect", "perplexity", b"perplexity", "repetition", b"repetition"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "distinct", b"distinct", "divergence", b"divergence", "effect", b"effect", "example", b"example", "layer", b"layer", "perplexity", b"perplexity", "repetition", b"repetition", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DosePoint: _TypeAlias = DosePoint  # noqa: Y015
+
+@_typing.final
+class Interval(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    mean: _builtins.float
+    low: _builtins.float
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        mean: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "mean", b"mean"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Interval: _TypeAlias = Interval  # noqa: Y015
+
+@_typing.final
+class CalibrationResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    SAFE_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    PROMPT_WINS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Where the effect for what it costs is best: the knee of the curve of effect within the safe range of the best layer."""
+    strength: _builtins.float
+    prompt_wins: _builtins.bool
+    """Set where the instruction has a larger effect at that coherence."""
+    @_builtins.property
+    def artifact(self) -> _artifact_pb2.Artifact:
+        """The vector, with calibration in its evidence card."""
+
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___DosePoint]: ...
+    @_builtins.property
+    def safe(self) -> _containers.RepeatedCompositeFieldContainer[Global___SafeRange]:
+        """The largest strengths on both sides of 0 at which the text stays within the bounds, by layer."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        artifact: _artifact_pb2.Artifact | None = ...,
+        points: _abc.Iterable[Global___DosePoint] | None = ...,
+        safe: _abc.Iterable[Global___SafeRange] | None = ...,
+        layer: _builtins.int = ...,
+        strength: _builtins.float = ...,
+        prompt_wins: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "layer", b"layer", "points", b"points", "prompt_wins", b"prompt_wins", "safe", b"safe", "strength", b"strength", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrationResult: _TypeAlias = CalibrationResult  # noqa: Y015
+
+@_typing.final
+class SafeRange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    low: _builtins.float
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "layer", b"layer", "low", b"low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SafeRange: _TypeAlias = SafeRange  # noqa: Y015
+
+@_typing.final
+class DetectConceptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DETECTORS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    POOLINGS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FRACTION_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    target: _builtins.str
+    calibration_fraction: _builtins.float
+    """Share of the labelled texts that the calibration of probabilities has; the rest is reported. Default 0.5."""
+    seed: _builtins.int
+    @_builtins.property
+    def detectors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Id or tag of vectors or probes, and features."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedCompositeFieldContainer[_program_pb2.FeatureReference]: ...
+    @_builtins.property
+    def texts(self) -> _neuron_pb2.TextSource:
+        """Labelled texts: those of `target` are to be told from all others. Unlabelled texts are scored alone."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Default: every layer of a detector."""
+
+    @_builtins.property
+    def poolings(self) -> _containers.RepeatedScalarFieldContainer[Global___DetectionPooling.ValueType]:
+        """Each is tried. Default: last token, mean and max."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        detectors: _abc.Iterable[_builtins.str] | None = ...,
+        features: _abc.Iterable[_program_pb2.FeatureReference] | None = ...,
+        texts: _neuron_pb2.TextSource | None = ...,
+        target: _builtins.str = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        poolings: _abc.Iterable[Global___DetectionPooling.ValueType] | None = ...,
+        calibration_fraction: _builtins.float | None = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_calibration_fraction", b"_calibration_fraction", "calibration_fraction", b"calibration_fraction", "texts", b"texts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_calibration_fraction", b"_calibration_fraction", "calibration_fraction", b"calibration_fraction", "detectors", b"detectors", "features", b"features", "layers", b"layers", "model", b"model", "poolings", b"poolings", "seed", b"seed", "target", b"target", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__calibration_fraction: _TypeAlias = _typing.Literal["calibration_fraction"]  # noqa: Y015
+    _WhichOneofArgType__calibration_fraction: _TypeAlias = _typing.Literal["_calibration_fraction", b"_calibration_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calibration_fraction) -> _WhichOneofReturnType__calibration_fraction | None: ...
+
+Global___DetectConceptRequest: _TypeAlias = DetectConceptRequest  # noqa: Y015
+
+@_typing.final
+class DetectConceptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _progress_pb2.Progress: ...
+    @_builtins.property
+    def text(self) -> Global___DetectedText: ...
+    @_builtins.property
+    def result(self) -> Global___DetectionResult: ...
+    def __init__(
+        self,
+        *,
+        progress: _progress_pb2.Progress | None = ...,
+        text: Global___DetectedText | None = ...,
+        result: Global___DetectionResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "text", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DetectConceptResponse: _TypeAlias = DetectConceptResponse  # noqa: Y015
+
+@_typing.final
+class DetectedText(_message.Message):
+    """DetectedText: scores of one text as soon as it has run, in the order of `DetectionResult.detectors`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    text: _builtins.int
+    label: _builtins.str
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        text: _builtins.int = ...,
+        label: _builtins.str = ...,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "scores", b"scores", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetectedText: _TypeAlias = DetectedText  # noqa: Y015
+
+@_typing.final
+class DetectionResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DETECTORS_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    best: _builtins.int
+    """Index of the one with the largest AUROC."""
+    texts: _builtins.int
+    @_builtins.property
+    def detectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___DetectorReport]: ...
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        detectors: _abc.Iterable[Global___DetectorReport] | None = ...,
+        best: _builtins.int = ...,
+        texts: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "detectors", b"detectors", "texts", b"texts", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetectionResult: _TypeAlias = DetectionResult  # noqa: Y015
+
+@_typing.final
+class DetectorReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DETECTOR_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    AUROC_FIELD_NUMBER: _builtins.int
+    AVERAGE_PRECISION_FIELD_NUMBER: _builtins.int
+    RANDOM_AUROC_FIELD_NUMBER: _builtins.int
+    SLOPE_FIELD_NUMBER: _builtins.int
+    INTERCEPT_FIELD_NUMBER: _builtins.int
+    BRIER_FIELD_NUMBER: _builtins.int
+    BRIER_BASE_RATE_FIELD_NUMBER: _builtins.int
+    RELIABILITY_FIELD_NUMBER: _builtins.int
+    detector: _builtins.str
+    feature: _builtins.int
+    layer: _builtins.int
+    pooling: Global___DetectionPooling.ValueType
+    random_auroc: _builtins.float
+    """The same of a random vector of the site."""
+    slope: _builtins.float
+    """p = 1 / (1 + exp(-(slope * score + intercept)))."""
+    intercept: _builtins.float
+    brier: _builtins.float
+    brier_base_rate: _builtins.float
+    @_builtins.property
+    def auroc(self) -> Global___Interval:
+        """On the texts that the calibration has not seen, with 95 % intervals by bootstrap over texts. Unset without labels."""
+
+    @_builtins.property
+    def average_precision(self) -> Global___Interval: ...
+    @_builtins.property
+    def reliability(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReliabilityBin]: ...
+    def __init__(
+        self,
+        *,
+        detector: _builtins.str = ...,
+        feature: _builtins.int | None = ...,
+        layer: _builtins.int = ...,
+        pooling: Global___DetectionPooling.ValueType = ...,
+        auroc: Global___Interval | None = ...,
+        average_precision: Global___Interval | None = ...,
+        random_auroc: _builtins.float = ...,
+        slope: _builtins.float = ...,
+        intercept: _builtins.float = ...,
+        brier: _builtins.float = ...,
+        brier_base_rate: _builtins.float = ...,
+        reliability: _abc.Iterable[Global___ReliabilityBin] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_feature", b"_feature", "auroc", b"auroc", "average_precision", b"average_precision", "feature", b"feature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_feature", b"_feature", "auroc", b"auroc", "average_precision", b"average_precision", "brier", b"brier", "brier_base_rate", b"brier_base_rate", "detector", b"detector", "feature", b"feature", "intercept", b"intercept", "layer", b"layer", "pooling", b"pooling", "random_auroc", b"random_auroc", "reliability", b"reliability", "slope", b"slope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__feature: _TypeAlias = _typing.Literal["feature"]  # noqa: Y015
+    _WhichOneofArgType__feature: _TypeAlias = _typing.Literal["_feature", b"_feature"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feature) -> _WhichOneofReturnType__feature | None: ...
+
+Global___DetectorReport: _TypeAlias = DetectorReport  # noqa: Y015
+
+@_typing.final
+class ReliabilityBin(_message.Message):
+    """ReliabilityBin: texts whose probability lies in [low, high)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    MEAN_PROBABILITY_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    low: _builtins.float
+    high: _builtins.float
+    texts: _builtins.int
+    mean_probability: _builtins.float
+    share: _builtins.float
+    def __init__(
+        self,
+        *,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        texts: _builtins.int = ...,
+        mean_probability: _builtins.float = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "mean_probability", b"mean_probability", "share", b"share", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReliabilityBin: _TypeAlias = ReliabilityBin  # noqa: Y015

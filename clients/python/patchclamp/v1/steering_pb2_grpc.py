@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SteeringServiceStub:
-    """SteeringService finds steering vectors.
+    """SteeringService finds steering vectors and subspaces, chooses their strength, and tells what they detect.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,65 @@ class SteeringServiceStub:
                 request_serializer=patchclamp_dot_v1_dot_steering__pb2.ExtractVectorsRequest.SerializeToString,
                 response_deserializer=patchclamp_dot_v1_dot_steering__pb2.ExtractVectorsResponse.FromString,
                 _registered_method=True)
+        self.FindSubspace = channel.unary_stream(
+                '/patchclamp.v1.SteeringService/FindSubspace',
+                request_serializer=patchclamp_dot_v1_dot_steering__pb2.FindSubspaceRequest.SerializeToString,
+                response_deserializer=patchclamp_dot_v1_dot_steering__pb2.FindSubspaceResponse.FromString,
+                _registered_method=True)
+        self.FindConceptCircuit = channel.unary_stream(
+                '/patchclamp.v1.SteeringService/FindConceptCircuit',
+                request_serializer=patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitRequest.SerializeToString,
+                response_deserializer=patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitResponse.FromString,
+                _registered_method=True)
+        self.CalibrateVector = channel.unary_stream(
+                '/patchclamp.v1.SteeringService/CalibrateVector',
+                request_serializer=patchclamp_dot_v1_dot_steering__pb2.CalibrateVectorRequest.SerializeToString,
+                response_deserializer=patchclamp_dot_v1_dot_steering__pb2.CalibrateVectorResponse.FromString,
+                _registered_method=True)
+        self.DetectConcept = channel.unary_stream(
+                '/patchclamp.v1.SteeringService/DetectConcept',
+                request_serializer=patchclamp_dot_v1_dot_steering__pb2.DetectConceptRequest.SerializeToString,
+                response_deserializer=patchclamp_dot_v1_dot_steering__pb2.DetectConceptResponse.FromString,
+                _registered_method=True)
 
 
 class SteeringServiceServicer:
-    """SteeringService finds steering vectors.
+    """SteeringService finds steering vectors and subspaces, chooses their strength, and tells what they detect.
     """
 
     def ExtractVectors(self, request, context):
         """ExtractVectors streams progress, then the stored vector with its evidence card.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindSubspace(self, request, context):
+        """FindSubspace finds several directions that belong together: a plane on which values lie in a circle, or a subspace that
+        carries one variable alone, trained by interchange interventions. It streams progress, then the stored subspace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindConceptCircuit(self, request, context):
+        """FindConceptCircuit finds a direction that is the same in every context, such as that of an emotion, and the neurons and
+        heads that write it, and stores a vector, a neuron set and a head set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CalibrateVector(self, request, context):
+        """CalibrateVector measures what a vector does at layers and strengths, and what it costs, beside random vectors and a
+        prompt. It returns the strength at the knee and a safe range, and stores the vector anew with both in its evidence card.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DetectConcept(self, request, context):
+        """DetectConcept scores texts by vectors, probes or features, and says how well each tells the labels apart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +112,26 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     request_deserializer=patchclamp_dot_v1_dot_steering__pb2.ExtractVectorsRequest.FromString,
                     response_serializer=patchclamp_dot_v1_dot_steering__pb2.ExtractVectorsResponse.SerializeToString,
             ),
+            'FindSubspace': grpc.unary_stream_rpc_method_handler(
+                    servicer.FindSubspace,
+                    request_deserializer=patchclamp_dot_v1_dot_steering__pb2.FindSubspaceRequest.FromString,
+                    response_serializer=patchclamp_dot_v1_dot_steering__pb2.FindSubspaceResponse.SerializeToString,
+            ),
+            'FindConceptCircuit': grpc.unary_stream_rpc_method_handler(
+                    servicer.FindConceptCircuit,
+                    request_deserializer=patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitRequest.FromString,
+                    response_serializer=patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitResponse.SerializeToString,
+            ),
+            'CalibrateVector': grpc.unary_stream_rpc_method_handler(
+                    servicer.CalibrateVector,
+                    request_deserializer=patchclamp_dot_v1_dot_steering__pb2.CalibrateVectorRequest.FromString,
+                    response_serializer=patchclamp_dot_v1_dot_steering__pb2.CalibrateVectorResponse.SerializeToString,
+            ),
+            'DetectConcept': grpc.unary_stream_rpc_method_handler(
+                    servicer.DetectConcept,
+                    request_deserializer=patchclamp_dot_v1_dot_steering__pb2.DetectConceptRequest.FromString,
+                    response_serializer=patchclamp_dot_v1_dot_steering__pb2.DetectConceptResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'patchclamp.v1.SteeringService', rpc_method_handlers)
@@ -70,7 +141,7 @@ def add_SteeringServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SteeringService:
-    """SteeringService finds steering vectors.
+    """SteeringService finds steering vectors and subspaces, chooses their strength, and tells what they detect.
     """
 
     @staticmethod
@@ -90,6 +161,114 @@ class SteeringService:
             '/patchclamp.v1.SteeringService/ExtractVectors',
             patchclamp_dot_v1_dot_steering__pb2.ExtractVectorsRequest.SerializeToString,
             patchclamp_dot_v1_dot_steering__pb2.ExtractVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindSubspace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/patchclamp.v1.SteeringService/FindSubspace',
+            patchclamp_dot_v1_dot_steering__pb2.FindSubspaceRequest.SerializeToString,
+            patchclamp_dot_v1_dot_steering__pb2.FindSubspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindConceptCircuit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/patchclamp.v1.SteeringService/FindConceptCircuit',
+            patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitRequest.SerializeToString,
+            patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CalibrateVector(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/patchclamp.v1.SteeringService/CalibrateVector',
+            patchclamp_dot_v1_dot_steering__pb2.CalibrateVectorRequest.SerializeToString,
+            patchclamp_dot_v1_dot_steering__pb2.CalibrateVectorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DetectConcept(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/patchclamp.v1.SteeringService/DetectConcept',
+            patchclamp_dot_v1_dot_steering__pb2.DetectConceptRequest.SerializeToString,
+            patchclamp_dot_v1_dot_steering__pb2.DetectConceptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SteeringServiceStub:
-    """SteeringService finds steering vectors."""
+    """SteeringService finds steering vectors and subspaces, chooses their strength, and tells what they detect."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,17 +35,45 @@ class SteeringServiceStub:
     def __new__(cls, channel: _aio.Channel) -> SteeringServiceAsyncStub: ...
     ExtractVectors: _grpc.UnaryStreamMultiCallable[_steering_pb2.ExtractVectorsRequest, _steering_pb2.ExtractVectorsResponse]
     """ExtractVectors streams progress, then the stored vector with its evidence card."""
+    FindSubspace: _grpc.UnaryStreamMultiCallable[_steering_pb2.FindSubspaceRequest, _steering_pb2.FindSubspaceResponse]
+    """FindSubspace finds several directions that belong together: a plane on which values lie in a circle, or a subspace that
+    carries one variable alone, trained by interchange interventions. It streams progress, then the stored subspace.
+    """
+    FindConceptCircuit: _grpc.UnaryStreamMultiCallable[_steering_pb2.FindConceptCircuitRequest, _steering_pb2.FindConceptCircuitResponse]
+    """FindConceptCircuit finds a direction that is the same in every context, such as that of an emotion, and the neurons and
+    heads that write it, and stores a vector, a neuron set and a head set.
+    """
+    CalibrateVector: _grpc.UnaryStreamMultiCallable[_steering_pb2.CalibrateVectorRequest, _steering_pb2.CalibrateVectorResponse]
+    """CalibrateVector measures what a vector does at layers and strengths, and what it costs, beside random vectors and a
+    prompt. It returns the strength at the knee and a safe range, and stores the vector anew with both in its evidence card.
+    """
+    DetectConcept: _grpc.UnaryStreamMultiCallable[_steering_pb2.DetectConceptRequest, _steering_pb2.DetectConceptResponse]
+    """DetectConcept scores texts by vectors, probes or features, and says how well each tells the labels apart."""
 
 @_typing.type_check_only
 class SteeringServiceAsyncStub(SteeringServiceStub):
-    """SteeringService finds steering vectors."""
+    """SteeringService finds steering vectors and subspaces, chooses their strength, and tells what they detect."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ExtractVectors: _aio.UnaryStreamMultiCallable[_steering_pb2.ExtractVectorsRequest, _steering_pb2.ExtractVectorsResponse]  # type: ignore[assignment]
     """ExtractVectors streams progress, then the stored vector with its evidence card."""
+    FindSubspace: _aio.UnaryStreamMultiCallable[_steering_pb2.FindSubspaceRequest, _steering_pb2.FindSubspaceResponse]  # type: ignore[assignment]
+    """FindSubspace finds several directions that belong together: a plane on which values lie in a circle, or a subspace that
+    carries one variable alone, trained by interchange interventions. It streams progress, then the stored subspace.
+    """
+    FindConceptCircuit: _aio.UnaryStreamMultiCallable[_steering_pb2.FindConceptCircuitRequest, _steering_pb2.FindConceptCircuitResponse]  # type: ignore[assignment]
+    """FindConceptCircuit finds a direction that is the same in every context, such as that of an emotion, and the neurons and
+    heads that write it, and stores a vector, a neuron set and a head set.
+    """
+    CalibrateVector: _aio.UnaryStreamMultiCallable[_steering_pb2.CalibrateVectorRequest, _steering_pb2.CalibrateVectorResponse]  # type: ignore[assignment]
+    """CalibrateVector measures what a vector does at layers and strengths, and what it costs, beside random vectors and a
+    prompt. It returns the strength at the knee and a safe range, and stores the vector anew with both in its evidence card.
+    """
+    DetectConcept: _aio.UnaryStreamMultiCallable[_steering_pb2.DetectConceptRequest, _steering_pb2.DetectConceptResponse]  # type: ignore[assignment]
+    """DetectConcept scores texts by vectors, probes or features, and says how well each tells the labels apart."""
 
 class SteeringServiceServicer(metaclass=_abc_1.ABCMeta):
-    """SteeringService finds steering vectors."""
+    """SteeringService finds steering vectors and subspaces, chooses their strength, and tells what they detect."""
 
     @_abc_1.abstractmethod
     def ExtractVectors(
@@ -54,5 +82,43 @@ class SteeringServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_steering_pb2.ExtractVectorsResponse], _abc.AsyncIterator[_steering_pb2.ExtractVectorsResponse]]:
         """ExtractVectors streams progress, then the stored vector with its evidence card."""
+
+    @_abc_1.abstractmethod
+    def FindSubspace(
+        self,
+        request: _steering_pb2.FindSubspaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_steering_pb2.FindSubspaceResponse], _abc.AsyncIterator[_steering_pb2.FindSubspaceResponse]]:
+        """FindSubspace finds several directions that belong together: a plane on which values lie in a circle, or a subspace that
+        carries one variable alone, trained by interchange interventions. It streams progress, then the stored subspace.
+        """
+
+    @_abc_1.abstractmethod
+    def FindConceptCircuit(
+        self,
+        request: _steering_pb2.FindConceptCircuitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_steering_pb2.FindConceptCircuitResponse], _abc.AsyncIterator[_steering_pb2.FindConceptCircuitResponse]]:
+        """FindConceptCircuit finds a direction that is the same in every context, such as that of an emotion, and the neurons and
+        heads that write it, and stores a vector, a neuron set and a head set.
+        """
+
+    @_abc_1.abstractmethod
+    def CalibrateVector(
+        self,
+        request: _steering_pb2.CalibrateVectorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_steering_pb2.CalibrateVectorResponse], _abc.AsyncIterator[_steering_pb2.CalibrateVectorResponse]]:
+        """CalibrateVector measures what a vector does at layers and strengths, and what it costs, beside random vectors and a
+        prompt. It returns the strength at the knee and a safe range, and stores the vector anew with both in its evidence card.
+        """
+
+    @_abc_1.abstractmethod
+    def DetectConcept(
+        self,
+        request: _steering_pb2.DetectConceptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_steering_pb2.DetectConceptResponse], _abc.AsyncIterator[_steering_pb2.DetectConceptResponse]]:
+        """DetectConcept scores texts by vectors, probes or features, and says how well each tells the labels apart."""
 
 def add_SteeringServiceServicer_to_server(servicer: SteeringServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
