@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.neurons.selection import add_neurons_argument
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
 from patchclamp.cli.neurons.texts import facts_file, line_file, named_file
@@ -93,8 +93,12 @@ def run(args: argparse.Namespace) -> int:
     }
     arguments = (args.neurons, args.mode, targets_of(args))
     effect = job_outcome(args, Client.evaluate_neuron_edit, requests.evaluate_neuron_edit, *arguments, **options)
-    if effect is None:
-        return 0
+    if effect is not None:
+        show(args, effect)
+    return 0
+
+
+def show(args: argparse.Namespace, effect: NeuronEditEffect) -> None:
     if args.json:
         print_json(effect)
     else:
@@ -102,7 +106,6 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None:
         named = args.neurons if isinstance(args.neurons, str) else ",".join(map(str, args.neurons))
         write_picture(args, dose_response_figure(effect, f"{args.mode} {named}"))
-    return 0
 
 
 def _show(effect: NeuronEditEffect) -> None:
