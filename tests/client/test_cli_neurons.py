@@ -355,9 +355,8 @@ def test_a_job_that_is_followed_ends_with_the_report_of_its_command(
     assert main(["jobs", "follow", "job-1", "--address", serve(jobs=FollowedJobs(method))]) == 0
     printed = capsys.readouterr()
     assert shown in printed.out
-    assert (NEURON_SET.id in printed.err) == (
-        method in ("find_neurons", "localize_neurons", "census_neurons", "match_neurons")
-    )
+    stores = method in ("find_neurons", "localize_neurons", "census_neurons", "match_neurons")
+    assert (NEURON_SET.id in printed.err) == stores
 
 
 @pytest.mark.parametrize("method", ["find_neurons", "localize_neurons", "census_neurons", "evaluate_neuron_edit"])
