@@ -230,7 +230,7 @@ def test_evaluate_measures_files_as_facts_or_texts_and_text_that_is_generated(
     )
     header, first, second, *_ = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["fraction", "neurons", "test", "metric"]
-    assert first.split()[:7] == ["0.5", "1", "capitals", "accuracy", "0.7500", "0.5000", "-0.2500"]
+    assert first.split()[:7] == ["0.5", "1", "capitals", "accuracy", "0.75", "0.5", "-0.25"]
     assert second.split()[2:5] == ["prose", "(side)", "perplexity"]
     assert json_of(capsys, "evaluate", "capitals", *tests)["points"][1]["fraction"] == 1.0
 

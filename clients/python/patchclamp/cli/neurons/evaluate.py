@@ -115,11 +115,11 @@ def _show(effect: NeuronEditEffect) -> None:
             point.neurons,
             f"{each.test}{' (side)' if each.side else ''}",
             each.metric,
-            f"{each.unedited:.4f}",
-            f"{each.edited:.4f}",
-            f"{each.change:+.4f} ({each.low:+.4f} to {each.high:+.4f})",
-            f"{each.random_mean:+.4f} ± {each.random_deviation:.4f}",
-            f"{each.beyond_random:+.4f} ({each.beyond_random_low:+.4f} to {each.beyond_random_high:+.4f})",
+            f"{each.unedited:.4g}",
+            f"{each.edited:.4g}",
+            f"{each.change:+.3g} ({each.low:+.3g} to {each.high:+.3g})",
+            f"{each.random_mean:+.3g} ± {each.random_deviation:.2g}",
+            f"{each.beyond_random:+.3g} ({each.beyond_random_low:+.3g} to {each.beyond_random_high:+.3g})",
         )
         for point in effect.points
         for each in point.measurements
