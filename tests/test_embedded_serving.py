@@ -103,7 +103,7 @@ def test_gates_and_ups_of_codes_make_the_neurons_that_are_served(embedded_server
     assert decoder.blocks[3].mlp_input.quantized is not None
     for n in (1, 6):
         step = inputs_of(document[:, :n], 0, n, decoder)
-        apart = replace(step, visited_preactivations=frozenset((site, 3) for site in PREACTIVATION_SITES))
+        apart = replace(step, visited_preactivations={(site, 3): True for site in PREACTIVATION_SITES})
         kept = {site: KeepSite(site) for site in NEURON_SITES}
         plain = decoder.forward(step, pools_for(decoder, document))
         for hooks in kept.values():

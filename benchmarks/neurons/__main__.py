@@ -1,12 +1,12 @@
 """Neurons: found, clamped beside random ones, and counted; the embedded model behind a real server, over gRPC.
 
-    python benchmarks/neurons [--only words relations languages decoding census] [--quick]
+    python benchmarks/neurons [--only words relations languages decoding speed census] [--quick]
                               [--census-tokens 100000 1000000]
 
 Each part is a module of benchmarks/neurons, which says what is measured. Whole runs of the first four are written to
-benchmarks/results/neurons.json, those of the census to neurons_census.json: it takes most of an hour, the rest some ten
-minutes. `--quick` makes everything small and writes nothing. The last line is a JSON object, with null for what did not
-run:
+benchmarks/results/neurons.json, `speed` of the census to neurons_census_speed.json, and `census`, its memory and a
+kill, to neurons_census.json: that takes most of an hour, the others some ten minutes each. `--quick` makes everything
+small and writes nothing. The last line is a JSON object, with null for what did not run:
 
     words_raised                    of 4: clamping the first neuron of a word raises it above any of 20 random ones
     relations_selective             of 4, by average precision; relations.py says what is demanded
@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import save
 from serving import serving
 
-from neurons import census, decoding, languages, relations, words
+from neurons import census, census_speed, decoding, languages, relations, words
 from patchclamp import Client
 
-PARTS = ("words", "relations", "languages", "decoding", "census")
+EFFECTS = ("words", "relations", "languages", "decoding")
+PARTS = (*EFFECTS, "speed", "census")
 RANDOM_NEURONS = 20
 ALL_LAYERS = 1000
 
@@ -47,22 +48,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small, and nothing is written")
     options = parser.parse_args()
     summary: dict[str, Any] = {}
-    served = [part for part in PARTS if part in options.only and part != "census"]
+    served = [part for part in EFFECTS if part in options.only]
     if served:
         effects = measure_effects(served, quick=options.quick)
-        if len(served) == len(PARTS) - 1 and not options.quick:
+        if len(served) == len(EFFECTS) and not options.quick:
             print(f"written: {save('neurons', effects).name}")
         summary |= summary_of(effects)
+    if "speed" in options.only:
+        quick_speed = census_speed.Sizes(windows=4, rounds=1, stream_tokens=96)
+        timed = census_speed.measure(quick_speed if options.quick else census_speed.Sizes())
+        if not options.quick:
+            print(f"written: {save('neurons_census_speed', timed).name}")
+        names = ("census_vs_prefill_rate", "decode_p99_beside_census_ratio")
+        summary |= {name: round(timed[name], 3) for name in names}
     if "census" in options.only:
         short, long = options.census_tokens
-        quick = census.Sizes(
-            (4_000, 16_000), rate_windows=4, rounds=1, killed_tokens=8_000, checkpoint_tokens=1_500, stream_tokens=96
-        )
+        quick = census.Sizes((4_000, 16_000), killed_tokens=8_000, checkpoint_tokens=1_500)
         counted = census.measure(quick if options.quick else census.Sizes((short, long)))
         if not options.quick:
             print(f"written: {save('neurons_census', counted).name}")
-        names = ("census_rss_growth_ratio", "census_vs_prefill_rate", "decode_p99_beside_census_ratio")
-        summary |= {name: round(counted[name], 3) for name in names}
+        summary["census_rss_growth_ratio"] = round(counted["census_rss_growth_ratio"], 3)
         summary["census_lost_checkpoints"] = round(counted["killed"]["lost_checkpoints"], 2)
     print(json.dumps({name: summary.get(name) for name in SUMMARY}))
 

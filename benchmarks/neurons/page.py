@@ -93,30 +93,43 @@ def _decoding(result: dict[str, Any]) -> list[str]:
 
 
 def census(result: dict[str, Any]) -> list[str]:
-    rate, killed, streams = result["rate"], result["killed"], result["streams"]
+    killed = result["killed"]
     columns = ("dead", "rare", "always", "token_detectors", "ngram_detectors", "positional")
     lines = [
-        "| census of SmolLM2-135M, tokens | tokens/s | peak memory, MiB | neurons | dead | rare | always on | token "
-        "detectors | n-gram detectors | positional |",
-        "|---:|" + "---:|" * 9,
+        "| census of SmolLM2-135M, tokens | peak memory, MiB | neurons | dead | rare | always on | token detectors | "
+        "n-gram detectors | positional |",
+        "|---:|" + "---:|" * 8,
     ]
     for row in result["memory"].values():
-        cells = [f"{row['tokens']:,}", f"{row['tokens_per_second']:.0f}", f"{row['peak_rss_bytes'] / 2**20:,.0f}"]
-        cells += [f"{row['neurons']:,}", *(f"{row[name]:,}" for name in columns)]
-        lines.append("| " + " | ".join(cells) + " |")
-    speeds = rate["tokens_per_second"]
+        cells = [f"{row['tokens']:,}", f"{row['peak_rss_bytes'] / 2**20:,.0f}", f"{row['neurons']:,}"]
+        lines.append("| " + " | ".join([*cells, *(f"{row[name]:,}" for name in columns)]) + " |")
     return [
         *lines,
         "",
-        f"Peak memory of the longer over that of the shorter: {result['census_rss_growth_ratio']:.3f}. By turns with "
-        f"plain requests of the same windows: {speeds['census']:.0f} against {speeds['plain']:.0f} tokens/s,",
-        f"{100 * rate['ratio']:.0f} %. After a kill -9 at {killed['seen']:,} tokens it went on from "
-        f"{killed['resumed_tokens']:,}; a checkpoint is every {killed['checkpoint_tokens']:,}. Between tokens of a "
-        "stream: p50",
-        f"{streams['alone']['p50_ms']:.1f} ms and p99 {streams['alone']['p99_ms']:.1f} ms alone, "
-        f"{streams['beside']['p50_ms']:.1f} ms and {streams['beside']['p99_ms']:.1f} ms beside a census.",
+        f"Peak memory of the longer over that of the shorter: {result['census_rss_growth_ratio']:.3f}. After a kill -9 "
+        f"at {killed['seen']:,} tokens it went on from {killed['resumed_tokens']:,}; a checkpoint is every "
+        f"{killed['checkpoint_tokens']:,}.",
         "",
         f"`python benchmarks/neurons --only census` on {result['date']} at commit `{result['commit']}`: "
+        f"{result['machine']}; text {result['text']}.",
+    ]
+
+
+def census_speed(result: dict[str, Any]) -> list[str]:
+    rate, streams = result["rate"], result["streams"]
+    speeds = rate["tokens_per_second"]
+    return [
+        "| a stream of one request | p50 between tokens, ms | p99, ms | first token, ms |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {name} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} | {row['first_ms']:.0f} |"
+            for name, row in (("alone", streams["alone"]), ("beside a census", streams["beside"]))
+        ),
+        "",
+        f"A census of {rate['tokens']:,} tokens, by turns with plain requests of the same windows: "
+        f"{speeds['census']:.0f} against {speeds['plain']:.0f} tokens/s, {100 * rate['ratio']:.0f} %.",
+        "",
+        f"`python benchmarks/neurons --only speed` on {result['date']} at commit `{result['commit']}`: "
         f"{result['machine']}; text {result['text']}.",
     ]
 

@@ -332,6 +332,12 @@ def test_a_tag_that_names_another_artifact_is_not_taken_from_it(url: str) -> Non
     assert {i.id for i in store.list()[0]} == {first.id, second.id}
 
 
+def test_more_tags_at_once_than_anybody_reads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument) as refusal:
+        put_vector(ArtifactStore(tmp_path), 1.0, tags=[f"t{i}" for i in range(65)])
+    assert refusal.value.field == "tags"
+
+
 def test_the_artifact_that_a_put_replaces_is_told(url: str) -> None:
     store = ArtifactStore(url)
     first = put_vector(store, 1.0, tags=["joy"])

@@ -12,6 +12,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
+MADE = {"date": "2026-01-01", "commit": "abc", "machine": "a machine", "text": "a text"}
+
 
 @pytest.fixture
 def part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -87,20 +89,26 @@ def test_the_page_shows_what_was_found_whether_or_not_it_is_selective(part: Any)
 
 def test_the_page_of_the_census_has_a_row_for_each_size(part: Any) -> None:
     counts = ("neurons", "dead", "rare", "always", "token_detectors", "ngram_detectors", "positional")
-    row = {"tokens_per_second": 600.0, "peak_rss_bytes": 2**30, **dict.fromkeys(counts, 1234)}
-    stream = {"p50_ms": 30.0, "p99_ms": 40.0}
+    row = {"peak_rss_bytes": 2**30, **dict.fromkeys(counts, 1234)}
     result = {
-        "date": "2026-01-01",
-        "commit": "abc",
-        "machine": "a machine",
-        "text": "a text",
+        **MADE,
         "census_rss_growth_ratio": 1.01,
-        "rate": {"tokens_per_second": {"census": 580.0, "plain": 640.0}, "ratio": 0.9},
         "killed": {"seen": 12_000, "resumed_tokens": 9_000, "checkpoint_tokens": 4_000},
-        "streams": {"alone": stream, "beside": stream},
         # As the file has it: keys of JSON are texts.
         "memory": json.loads(json.dumps({n: {"tokens": n, **row} for n in (100_000, 1_000_000)})),
     }
     page = part("page").census(result)
-    assert page[2].startswith("| 100,000 | 600 | 1,024 | 1,234 |")
-    assert page[3].startswith("| 1,000,000 | 600 | 1,024 | 1,234 |")
+    assert page[2].startswith("| 100,000 | 1,024 | 1,234 |")
+    assert page[3].startswith("| 1,000,000 | 1,024 | 1,234 |")
+
+
+def test_the_page_of_its_speed_has_a_stream_alone_and_beside_it(part: Any) -> None:
+    stream = {"p50_ms": 15.0, "p99_ms": 40.0, "first_ms": 50.0}
+    result = {
+        **MADE,
+        "rate": {"tokens": 9_000, "tokens_per_second": {"census": 540.0, "plain": 600.0}, "ratio": 0.9},
+        "streams": {"alone": stream, "beside": stream},
+    }
+    page = part("page").census_speed(result)
+    assert page[3] == "| beside a census | 15.0 | 40.0 | 50 |"
+    assert "540 against 600 tokens/s, 90 %" in page[5]

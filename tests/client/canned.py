@@ -32,8 +32,10 @@ QUALITY = sparsity_pb2.QualityCard(
     dense_perplexity=37.22,
 )
 RANDOM = sparsity_pb2.QualityCard(perplexity_ratio=99.3627, bytes_read_16=0.5, sparsity=0.5)
-PROFILE = artifact_pb2.Artifact(id="sha256:" + "ab" * 32, kind=artifact_pb2.ARTIFACT_KIND_SPARSITY_PROFILE)
-HEAD_SET = artifact_pb2.Artifact(id="sha256:" + "cd" * 32, kind=artifact_pb2.ARTIFACT_KIND_HEAD_SET)
+PROFILE = artifact_pb2.Artifact(
+    id="sha256:" + "ab" * 32, tags=["mine"], kind=artifact_pb2.ARTIFACT_KIND_SPARSITY_PROFILE
+)
+HEAD_SET = artifact_pb2.Artifact(id="sha256:" + "cd" * 32, tags=["retrieval"], kind=artifact_pb2.ARTIFACT_KIND_HEAD_SET)
 WATCH = artifact_pb2.Artifact(id="sha256:" + "ef" * 32, kind=artifact_pb2.ARTIFACT_KIND_WATCH)
 REFERENCE = artifact_pb2.Artifact(id="sha256:" + "01" * 32, kind=artifact_pb2.ARTIFACT_KIND_WATCH_REFERENCE)
 

@@ -230,7 +230,7 @@ def test_evaluate_measures_files_as_facts_or_texts_and_text_that_is_generated(
     )
     header, first, second, *_ = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["fraction", "neurons", "test", "metric"]
-    assert first.split()[:7] == ["0.5", "1", "capitals", "accuracy", "0.7500", "0.5000", "-0.2500"]
+    assert first.split()[:7] == ["0.5", "1", "capitals", "accuracy", "0.75", "0.5", "-0.25"]
     assert second.split()[2:5] == ["prose", "(side)", "perplexity"]
     assert json_of(capsys, "evaluate", "capitals", *tests)["points"][1]["fraction"] == 1.0
 
@@ -337,20 +337,40 @@ class FollowedJobs(JobServiceServicer):
             yield job_pb2.FollowJobResponse(**held)
 
 
-@pytest.mark.parametrize("method", ["find_neurons", "localize_neurons", "census_neurons", "match_neurons"])
-def test_a_job_that_is_followed_ends_with_the_sets_it_has_stored(
-    serve: Serve, method: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("method", "shown"),
+    [
+        ("find_neurons", "L1N5"),
+        ("localize_neurons", "held out"),
+        ("census_neurons", "always on"),
+        ("match_neurons", "matched mutually"),
+        ("decode_neurons", "lowest z"),
+        ("evaluate_neuron_edit", "beyond them"),
+        ("describe_neurons", "context"),
+    ],
+)
+def test_a_job_that_is_followed_ends_with_the_report_of_its_command(
+    serve: Serve, method: str, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["jobs", "follow", "job-1", "--address", serve(jobs=FollowedJobs(method))]) == 0
-    assert capsys.readouterr().out == f"{NEURON_SET.id}\n"
+    printed = capsys.readouterr()
+    assert shown in printed.out
+    stores = method in ("find_neurons", "localize_neurons", "census_neurons", "match_neurons")
+    assert (NEURON_SET.id in printed.err) == stores
 
 
-@pytest.mark.parametrize("method", ["decode_neurons", "evaluate_neuron_edit", "describe_neurons"])
-def test_a_job_that_stores_nothing_ends_with_what_it_found(
-    serve: Serve, method: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["jobs", "follow", "job-1", "--address", serve(jobs=FollowedJobs(method))]) == 0
-    assert json.loads(capsys.readouterr().out)
+@pytest.mark.parametrize("method", ["find_neurons", "localize_neurons", "census_neurons", "evaluate_neuron_edit"])
+def test_a_job_that_is_followed_is_drawn_as_its_command_would(serve: Serve, method: str) -> None:
+    pytest.importorskip("matplotlib")
+    address = serve(jobs=FollowedJobs(method))
+    assert main(["jobs", "follow", "job-1", "--address", address, "--picture", "out.svg"]) == 0
+    assert Path("out.svg").stat().st_size > 1000
+
+
+def test_a_job_without_a_picture_is_refused_one(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    address = serve(jobs=FollowedJobs("decode_neurons"))
+    assert main(["jobs", "follow", "job-1", "--address", address, "--picture", "out.svg"]) != 0
+    assert "--picture: there is none" in capsys.readouterr().err
 
 
 def test_a_picture_shows_a_result_that_detach_does_not_wait_for(capsys: pytest.CaptureFixture[str]) -> None:

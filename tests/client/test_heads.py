@@ -248,3 +248,8 @@ async def test_the_async_client_does_the_same(serve: Serve) -> None:
     assert grounded.grounding is not None
     assert detected.artifact.id == scored.artifact.id == circuit.artifact.id == HEAD_SET.id
     assert (effect.edited.successes, compared.common, len(attributed.heads)) == (0, 3, 6)
+
+
+def test_heads_in_text_are_listed_ones_and_all_other_text_is_a_set() -> None:
+    assert selection_message("L18H6,L17H3") == selection_message([(18, 6), (17, 3)])
+    assert selection_message("retrieval").head_set == "retrieval"

@@ -122,8 +122,10 @@ def test_a_detached_command_is_followed_to_what_it_stored(
     assert main([*extract, "--detach"]) == 0
     job_id = capsys.readouterr().out.strip()
     assert main(["jobs", "follow", job_id]) == 0
-    stored = capsys.readouterr().out.strip()
-    assert stored == client.get_artifact("detached").id
+    stored = client.get_artifact("detached").id
+    printed = capsys.readouterr()
+    assert "held-out accuracy" in printed.out
+    assert f"stored as detached = {stored}" in printed.err
     again = json_of(capsys, *extract, "--layers", "1", "--replace", "--detach")["id"]
     assert main(["jobs", "follow", again]) == 0
     assert f"moved detached from {stored} (still stored)" in capsys.readouterr().err

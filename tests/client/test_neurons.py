@@ -412,3 +412,14 @@ async def test_the_async_client_does_the_same(serve: Serve) -> None:
     assert (len(decoded), len(effect.points), len(described), compared.common) == (3, 2, 2, 3)
     assert found.found.artifact == localized.sets[0].stored.artifact == matched.ported.artifact
     assert census.classes[0].stored.artifact.id == NEURON_SET.id
+
+
+def test_neurons_in_text_are_listed_ones_and_all_other_text_is_a_set() -> None:
+    assert selection_message("L29N808,L3N5") == selection_message([(29, 808), (3, 5)])
+    assert selection_message("L29N808") == selection_message([(29, 808)])
+    assert selection_message("L29").neuron_set == "L29"
+
+
+def test_answers_by_their_prompts_are_facts() -> None:
+    pairs = [("The capital of France is", " Paris"), ("The capital of Italy is", " Rome")]
+    assert FactsTest("capitals", dict(pairs)).message() == FactsTest("capitals", pairs).message()

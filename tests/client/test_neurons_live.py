@@ -152,15 +152,16 @@ def test_the_command_line_finds_decodes_and_tests_neurons(capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("command_line")
-def test_a_census_that_is_followed_ends_with_the_names_of_its_sets(capsys: pytest.CaptureFixture[str]):
+def test_a_census_that_is_followed_ends_with_its_table_and_the_names_of_its_sets(capsys: pytest.CaptureFixture[str]):
     Path("rain.txt").write_text("the cat sat on the mat and it rained\n" * 8)
     census = ["neurons", "census", "usual", "--texts", "rain.txt", "--rare-below", "0.4", "--always-from", "0.6"]
     assert main([*census, "--detach"]) == 0
     job_id = capsys.readouterr().out.strip()
     assert main(["jobs", "follow", job_id]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert {"usual-rare", "usual-always"} <= {line.split()[1] for line in lines}
-    assert all(line.startswith("sha256:") for line in lines)
+    printed = capsys.readouterr()
+    assert "always on" in printed.out
+    assert "stored as usual-rare = sha256:" in printed.err
+    assert "stored as usual-always = sha256:" in printed.err
 
 
 @pytest.mark.usefixtures("command_line")

@@ -115,3 +115,13 @@ def test_times_structs_maps_and_lists_are_plain_values() -> None:
 def test_a_job_that_runs_has_no_end() -> None:
     assert Job.from_proto(job_pb2.Job()).ended == ""
     assert Job.from_proto(job_pb2.Job(ended=timestamp_pb2.Timestamp(seconds=1))).ended == "1970-01-01T00:00:01Z"
+
+
+def test_a_record_is_shown_with_the_first_of_what_is_repeated() -> None:
+    rows = tuple(HeadScore(Head(0, i), 0.5) for i in range(1000))
+    shown = repr(
+        results.ScoredHeads(artifact=results.Artifact.from_proto(artifact_pb2.Artifact(id="one")), scores=rows)
+    )
+    assert "HeadScore(head=Head(layer=0, head=4), score=0.5" in shown
+    assert "... 995 more)" in shown
+    assert "head=5" not in shown

@@ -232,7 +232,7 @@ def test_gates_and_ups_are_taken_apart_where_that_is_asked_for_and_no_bit_change
     plain, looked = Visits(), Visits()
     step = inputs_of(documents, 0, rows, model)
     expected = model.forward(step, pools_for(model, documents), plain)
-    asked = replace(step, visited_preactivations=frozenset((site, 1) for site in PREACTIVATION_SITES))
+    asked = replace(step, visited_preactivations={(site, 1): True for site in PREACTIVATION_SITES})
     assert torch.equal(model.forward(asked, pools_for(model, documents), looked), expected)
     own = [site for site in PREACTIVATION_SITES if site in model.spec.sites]
     assert {place[:2] for place in looked.seen} - {place[:2] for place in plain.seen} == {(site, 1) for site in own}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from patchclamp.fields import build, build_as, instances, one_text_or_several, several, shown
+from patchclamp.places import listed_places
 from patchclamp.prompts import PromptLike, prompt
 from patchclamp.v1 import generation_pb2, head_pb2
 
@@ -29,6 +30,7 @@ class Head(NamedTuple):
         return f"L{self.layer}H{self.head}"
 
 
+# Text is a list such as "L18H6,L17H3", or else the id or tag of a head set.
 HeadsLike = str | Iterable[tuple[int, int]]
 
 
@@ -160,9 +162,12 @@ def grounding_message(grounding: GroundingLike | None) -> generation_pb2.Groundi
 
 def selection_message(heads: HeadsLike, top_k: int = 0) -> head_pb2.HeadSelection:
     """Returns a selection of listed (layer, head) pairs, or of a head set (id or tag), of which top_k keeps the best.
+    Heads in text, such as "L18H6,L17H3", are listed ones.
 
     Raises ValueError for top_k with listed heads and for no heads, TypeError for what is neither.
     """
+    if isinstance(heads, str) and (named := listed_places(heads, "H")) is not None:
+        heads = named
     if isinstance(heads, str):
         return build(head_pb2.HeadSelection, head_set=heads, top_k=top_k)
     if top_k:

@@ -33,7 +33,7 @@ from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, width_of
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
-from patchclamp_server.artifacts.validation import check_tag, checked_metadata
+from patchclamp_server.artifacts.validation import check_tag, check_tags, checked_metadata
 from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from patchclamp_server.model.sites import Site
 
@@ -79,8 +79,7 @@ class ArtifactStore:
         ResourceExhausted when there is no room.
         """
         tags = tags if isinstance(tags, Tags) else Tags(tuple(tags))
-        for index, tag in enumerate(tags.names):
-            check_tag(tag, f"tags[{index}]")
+        check_tags(tags.names)
         self.access.put(tags.names)
         metadata = checked_metadata(
             Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})

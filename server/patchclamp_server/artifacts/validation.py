@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactKind, Metadata
@@ -12,6 +12,7 @@ from patchclamp_server.model.sites import Site
 
 MAX_METADATA_BYTES = 256 * 1024
 MAX_DEPTH = 32
+MAX_TAGS = 64
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -19,6 +20,14 @@ def check_tag(tag: str, path: str = "tag") -> None:
     """A tag is 1 to 128 letters, digits, '.', '_' and '-', and starts with a letter or digit: never a path."""
     if not TAG.fullmatch(tag):
         raise InvalidArgument(path, f"{tag!r} is not a tag name; accepted: {TAG.pattern}")
+
+
+def check_tags(names: Sequence[str]) -> None:
+    """Raises InvalidArgument with the path of the first that is no name, and for more than MAX_TAGS."""
+    if len(names) > MAX_TAGS:
+        raise InvalidArgument("tags", f"{len(names)} tags; an artifact is stored under at most {MAX_TAGS} at once")
+    for i, name in enumerate(names):
+        check_tag(name, f"tags[{i}]")
 
 
 def checked_metadata(metadata: Metadata) -> Metadata:

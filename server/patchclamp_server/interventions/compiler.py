@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp_server.interventions.captures import CaptureRule
 from patchclamp_server.interventions.columns import COLUMN, GATE, GROUP, ITEM, KIND, LATCH, STRENGTH, EntryKind
 from patchclamp_server.interventions.entries import place_of_group
 from patchclamp_server.interventions.kinds import RULES
 from patchclamp_server.interventions.kinds.rankings import RankingRule
-from patchclamp_server.interventions.kinds.rules import Entries, Pairs, StepContext
+from patchclamp_server.interventions.kinds.rules import Entries, Pairs
 from patchclamp_server.interventions.plan import Part, Ranking
-from patchclamp_server.interventions.pooling import RowSink
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows, chosen, moving_rows, steady_rows
 from patchclamp_server.interventions.scopes import Int32Array
@@ -92,16 +92,6 @@ def _asked(rows: SpanRows, local: IntArray, item: Int32Array) -> list[tuple[int,
         layout = rows.states[i].loaded.layout
         asked.append((i, offset, layout.items_read[number - layout.readout_item(0)].name))
     return asked
-
-
-class CaptureRule:
-    """Hands rows of a prompt, tokens from position `start` on, to their pool."""
-
-    def __init__(self, pool: RowSink, layer: int, rows: slice, start: int) -> None:
-        self.pool, self.layer, self.rows, self.start = pool, layer, rows, start
-
-    def run(self, x: Tensor, context: StepContext) -> None:
-        self.pool.add(self.layer, x[self.rows], self.start)
 
 
 def _add_capture(part: Part, span: ProgramSpan, capture: CaptureSpan) -> None:

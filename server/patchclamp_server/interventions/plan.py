@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from patchclamp_server.interventions.captures import CaptureRule
 from patchclamp_server.interventions.kinds.rankings import RankingRule
 from patchclamp_server.interventions.kinds.rules import Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
@@ -92,9 +93,14 @@ class StepPlan:
         return frozenset(layer for site, layer in self.operators if site is Site.ATTN_Q)
 
     @cached_property
-    def visited_preactivations(self) -> frozenset[Place]:
-        """Returns the gates and ups at which anything runs."""
-        return frozenset(place for place in self.operators if place[0] in PREACTIVATION_SITES)
+    def visited_preactivations(self) -> dict[Place, bool]:
+        """Returns the gates and ups at which anything runs: with False where rows are captured and that is all."""
+        found: dict[Place, bool] = {}
+        for part in self.parts:
+            for place, rules in part.rules.items():
+                if place[0] in PREACTIVATION_SITES:
+                    found[place] = found.get(place, False) or not all(isinstance(rule, CaptureRule) for rule in rules)
+        return found
 
     def begin(self, positions: Tensor) -> None:
         for part in self.parts:

@@ -17,8 +17,8 @@ one, by matrices in a layout that streams badly for few rows (cpu/linear.py), an
 fused. The number of operators does not make the difference in benchmarks/cpu.py: both issue some 2,200 a token.
 """
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -82,8 +82,9 @@ class StepInputs:
     attention: AttentionBatch
     # Site.ATTN_Q is visited at these layers only, because a visit needs contiguous queries.
     visited_queries: Set[int] = frozenset()
-    # Places of Site.MLP_GATE and Site.MLP_UP that are visited: elsewhere gates and ups are not taken apart.
-    visited_preactivations: Set[tuple[Site, int]] = frozenset()
+    # Places of Site.MLP_GATE and Site.MLP_UP that are visited: elsewhere gates and ups are not taken apart. True: with
+    # a copy, whose rows have no gaps and which hooks may edit; False: with a view, which they only read.
+    visited_preactivations: Mapping[tuple[Site, int], bool] = field(default_factory=dict)
     peaks: Peaks | None = None
 
 
@@ -196,7 +197,8 @@ class Decoder:
             z = self._attention(layer, block.attn_norm(x), step, pool, rotary, hooks, own)
             attn_out = self.attention_output(layer, z, own)
             hooks.visit(Site.ATTN_OUT, layer, attn_out)
-            visited = [site for site in PREACTIVATION_SITES if (site, layer) in step.visited_preactivations]
+            visits = step.visited_preactivations
+            visited = {site: visits[site, layer] for site in PREACTIVATION_SITES if (site, layer) in visits}
             if spec.parallel_residual:
                 mlp_out = self.mlp(layer, block.mlp_norm(x), hooks, own, visited=visited)
                 x = x + attn_out
@@ -264,12 +266,12 @@ class Decoder:
         hooks: SiteHooks = NO_HOOKS,
         products: BlockProducts | None = None,
         *,
-        visited: Sequence[Site] = (),
+        visited: Mapping[Site, bool] | None = None,
     ) -> Tensor:
         """Returns what the MLP adds to the residual stream, given h [T, d_model] after the norm before it.
 
-        `visited`: those of Site.MLP_GATE and Site.MLP_UP that hooks see, in copies of their own: a row that no hook
-        edits keeps its bits.
+        `visited`: those of Site.MLP_GATE and Site.MLP_UP that hooks see, and whether in copies of their own, as in
+        StepInputs. A row that no hook edits keeps its bits.
         """
         spec, block = self.spec, self.blocks[layer]
         own: BlockProducts = block if products is None else products
@@ -281,17 +283,24 @@ class Decoder:
         out = own.mlp_output(neurons)
         return out if block.post_mlp_norm is None else block.post_mlp_norm(out)
 
-    def _visit_preactivations(self, layer: int, hidden: Tensor, hooks: SiteHooks, visited: Sequence[Site]) -> Tensor:
+    def _visit_preactivations(
+        self, layer: int, hidden: Tensor, hooks: SiteHooks, visited: Mapping[Site, bool]
+    ) -> Tensor:
         """Returns what the input projection gave, [T, d_ff] or [T, 2 d_ff] with the gates first, as hooks left it."""
         if not self.spec.family.gated:
             hooks.visit(Site.MLP_UP, layer, hidden)
             return hidden
-        parts = list(hidden.chunk(2, dim=1))
+        parts = [hidden[:, : self.spec.d_ff], hidden[:, self.spec.d_ff :]]
         for i, site in enumerate(PREACTIVATION_SITES):
-            if site in visited:
-                parts[i] = parts[i].contiguous()
-                hooks.visit(site, layer, parts[i])
-                if not torch.is_grad_enabled():
-                    hidden.chunk(2, dim=1)[i].copy_(parts[i])
+            if not visited.get(site, False):
+                if site in visited:
+                    hooks.visit(site, layer, parts[i])
+                continue
+            own = parts[i].contiguous()
+            hooks.visit(site, layer, own)
+            if torch.is_grad_enabled():
+                parts[i] = own
+            else:
+                parts[i].copy_(own)
         # Where gradients flow they do so through the copies.
         return torch.cat(parts, dim=1) if torch.is_grad_enabled() else hidden

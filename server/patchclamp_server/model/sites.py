@@ -50,9 +50,9 @@ PREACTIVATION_SITES = (Site.MLP_GATE, Site.MLP_UP)
 NEURON_SITES = (*PREACTIVATION_SITES, Site.MLP_POST)
 
 
-def every_preactivation(n_layers: int) -> frozenset[tuple[Site, int]]:
-    """Returns the places of all gates and ups."""
-    return frozenset((site, layer) for site in PREACTIVATION_SITES for layer in range(n_layers))
+def every_preactivation(n_layers: int) -> dict[tuple[Site, int], bool]:
+    """Returns the places of all gates and ups, to be visited with copies."""
+    return {(site, layer): True for site in PREACTIVATION_SITES for layer in range(n_layers)}
 
 
 def place_number(site: Site, layer: int) -> int:

@@ -42,13 +42,13 @@ class Layout:
     # The kernels must not run past these places, by place_number, in one launch.
     breaks: frozenset[int] = field(init=False)
     # The gates and ups that are looked at.
-    visited_preactivations: frozenset[tuple[Site, int]] = field(init=False)
+    visited_preactivations: dict[tuple[Site, int], bool] = field(init=False)
     # These are the last peaks that were asked for, with what they depend on.
     _peaks: tuple[Peaks, HeadReadings | None, Ints] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.breaks = frozenset(place_number(site, layer) for site, layer in self.places)
-        self.visited_preactivations = frozenset(place for place in self.places if place[0] in PREACTIVATION_SITES)
+        self.visited_preactivations = {place: True for place in self.places if place[0] in PREACTIVATION_SITES}
         self._layers = sorted(self.heads.keys() | self.heads_off_sink.keys())
 
     @property

@@ -25,7 +25,7 @@ class WatchedSites:
         # The gates and ups that are edited or looked at.
         self.visited_preactivations = layout.visited_preactivations
         if plan is not None:
-            self.visited_preactivations |= plan.visited_preactivations
+            self.visited_preactivations = plan.visited_preactivations | layout.visited_preactivations
         self.visit = _visit(plan.visit if plan is not None and plan.operators else None, layout)
 
     def between(self, programs: "Programs") -> "Programs":

@@ -5,8 +5,8 @@ import math
 from typing import cast
 
 from patchclamp import requests
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.files import json_lines
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.options import connection_options, given
 from patchclamp.cli.parser import seed
@@ -15,7 +15,7 @@ from patchclamp.cli.terminal import note, print_json, table
 from patchclamp.client import Client
 from patchclamp.names import METHODS, POOLINGS, SITES
 from patchclamp.requests import Messages, PromptLike
-from patchclamp.results import TokenProjections
+from patchclamp.results import ExtractionResult, TokenProjections
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,11 +52,15 @@ def run(args: argparse.Namespace) -> int:
     if args.layers != "all":
         options["layers"] = args.layers
     result = job_outcome(args, Client.extract_vectors, requests.extract_vectors, args.pairs, args.method, **options)
-    if result is None:
-        return 0
+    if result is not None:
+        show(args, result)
+    return 0
+
+
+def show(args: argparse.Namespace, result: ExtractionResult) -> None:
     if args.json:
         print_json(result)
-        return 0
+        return
     table(
         (
             "layer",
@@ -92,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for warning in result.warnings:
         note(f"warning: {warning}")
-    note_stored(result.artifact, args.name, f"; best layer {result.best_layer}")
-    return 0
+    note_stored(result.artifact, f"; best layer {result.best_layer}")
 
 
 def _middle(tokens: TokenProjections | None) -> str:

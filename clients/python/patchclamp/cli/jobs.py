@@ -1,28 +1,67 @@
-"""patchclamp jobs list | status | follow | cancel, and --detach of the commands that begin them"""
+"""patchclamp jobs list | status | follow | cancel"""
 
 import argparse
 import math
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp.cli.naming import note_moved
+from patchclamp.cli import extract
+from patchclamp.cli.heads import ablate, circuit, detect, score
+from patchclamp.cli.neurons import census, decode, describe, evaluate, find, localize, match
+from patchclamp.cli.neurons.shown import add_picture_argument
 from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.sparsity import calibrate
 from patchclamp.cli.terminal import job_result, note, print_json, table
-from patchclamp.collectors import ResultT
-from patchclamp.requests import JobRequest
+from patchclamp.cli.watch import reference
 from patchclamp.results import (
     Artifact,
+    CalibratedProfile,
+    Circuit,
+    DecodedNeuron,
+    ExtractionResult,
     FoundNeurons,
+    HeadEditEffect,
     Job,
     JobResult,
     LocalizedNeurons,
     MatchedNeurons,
     NeuronCensus,
+    NeuronDescription,
+    NeuronEditEffect,
+    RetrievalHeads,
+    ScoredHeads,
 )
-from patchclamp.streams import Stream
 
-# Options that say how the result is shown.
-_OF_THE_RESULT = ("heatmap", "grid", "picture")
+_REPORTS: dict[type, Callable[[argparse.Namespace, Any], None]] = {
+    Artifact: reference.show,
+    CalibratedProfile: calibrate.show,
+    Circuit: circuit.show,
+    DecodedNeuron: decode.show,
+    ExtractionResult: extract.show,
+    FoundNeurons: find.show,
+    HeadEditEffect: ablate.show,
+    LocalizedNeurons: localize.show,
+    MatchedNeurons: match.show,
+    NeuronCensus: census.show,
+    NeuronDescription: describe.show,
+    NeuronEditEffect: evaluate.show,
+    RetrievalHeads: detect.show,
+    ScoredHeads: score.show,
+}
+_DRAWN = (Circuit, FoundNeurons, LocalizedNeurons, NeuronCensus, NeuronEditEffect, RetrievalHeads, ScoredHeads)
+# What the command line of a job said and its result does not.
+_UNTOLD = argparse.Namespace(
+    controls=None,
+    grid=None,
+    layers=(),
+    method="score",
+    mode="edited",
+    name=None,
+    neurons="",
+    other="the other",
+    vector=None,
+    words=(),
+)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,51 +80,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="progress of a job until its end, and what it found; Ctrl-C ends only the following",
     )
     follow.set_defaults(run=run_follow)
+    add_picture_argument(follow, "the picture that the command of the job would draw")
 
     cancel = actions.add_parser("cancel", parents=[connection_options()], help="end a job that runs")
     cancel.set_defaults(run=run_cancel)
 
     for action in (status, follow, cancel):
         action.add_argument("id", help="as --detach and `jobs list` print it")
-
-
-def job_outcome(
-    args: argparse.Namespace,
-    call: Callable[..., Stream[Any, Any, ResultT]],
-    build: Callable[..., JobRequest],
-    *arguments: Any,
-    **options: Any,
-) -> ResultT | None:
-    """Returns the result of a job, with its progress on the way; with --detach it only begins, and there is None.
-
-    call, build: the method of Client and the builder of patchclamp.requests, which take the same arguments.
-    """
-    if args.detach:
-        _detach(args, build(*arguments, **options))
-        return None
-    with connect(args) as client, call(client, *arguments, timeout=args.timeout, **options) as stream:
-        return job_result(stream, quiet=args.json)
-
-
-def add_detach_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--detach",
-        action="store_true",
-        help="begin, print the id of the job, and end: `patchclamp jobs` knows the rest",
-    )
-
-
-def _detach(args: argparse.Namespace, request: JobRequest) -> None:
-    """Begins a job, and prints its id. ValueError for an option that says how the result is shown."""
-    for option in _OF_THE_RESULT:
-        if getattr(args, option, None) is not None:
-            raise ValueError(f"--{option} shows the result, which --detach does not wait for")
-    with connect(args) as client:
-        job = client.start_job(request)
-    if args.json:
-        print_json(job)
-    else:
-        print(job.id)
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -118,35 +119,24 @@ def run_follow(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         note(f"{args.id} goes on; `patchclamp jobs cancel {args.id}` ends it")
         raise
-    artifacts = _stored(result)
-    if args.json or not artifacts:
+    if args.json:
         print_json(result)
-        return 0
-    for artifact in artifacts:
-        # Several are told apart by their names.
-        print(artifact.id, *(artifact.tags if len(artifacts) > 1 else ()))
-        note_moved(artifact)
+    else:
+        report(args, result)
     return 0
 
 
-def _stored(result: JobResult) -> list[Artifact]:
-    """Returns what a job has stored, if its method stores anything."""
-    match result:
-        case Artifact():
-            return [result]
-        case FoundNeurons(found=found):
-            sets = [found]
-        case LocalizedNeurons():
-            sets = [each.stored for each in result.sets]
-        case NeuronCensus():
-            sets = [each.stored for each in result.classes]
-        case MatchedNeurons(ported=ported):
-            sets = [ported]
-        case _:
-            artifact = getattr(result, "artifact", None)
-            return [] if artifact is None else [artifact]
-    # A set of no neuron is not stored.
-    return [each.artifact for each in sets if each.artifact.id]
+def report(args: argparse.Namespace, result: JobResult) -> None:
+    """Prints what the command of the job would, and draws its picture. Of a command that needs more than the result to
+    tell what it found, prints JSON."""
+    kind = type(result[0]) if isinstance(result, tuple) and result else type(result)
+    show = _REPORTS.get(kind)
+    if show is None:
+        print_json(result)
+        return
+    if args.picture is not None and kind not in _DRAWN:
+        raise ValueError("--picture: there is none of what this job found")
+    show(argparse.Namespace(**{**vars(_UNTOLD), **vars(args), "heatmap": args.picture}), result)
 
 
 def _show(args: argparse.Namespace, job: Job) -> int:

@@ -26,10 +26,11 @@ def add_replace_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def note_stored(artifact: Artifact, name: str, remark: str = "") -> None:
-    """Prints the tags that were another's, and where a result is stored."""
+def note_stored(artifact: Artifact, remark: str = "") -> None:
+    """Prints the tags that were another's, and what a result is stored as."""
     note_moved(artifact)
-    note(f"stored as {name} = {artifact.id}{remark}")
+    tags = ", ".join(artifact.tags)
+    note((f"stored as {tags} = {artifact.id}" if tags else f"stored without a name, as {artifact.id}") + remark)
 
 
 def note_moved(artifact: Artifact) -> None:

@@ -21,11 +21,12 @@ from patchclamp.neurons.methods import (
     welch_t,
 )
 from patchclamp.neurons.selection import Neuron, NeuronsLike, selection_message, selection_or_layers
-from patchclamp.neurons.texts import Fact, FactLike, TextsLike, TextSource, fact_messages, texts_message
+from patchclamp.neurons.texts import Fact, FactLike, FactsLike, TextsLike, TextSource, fact_messages, texts_message
 
 __all__ = [
     "Fact",
     "FactLike",
+    "FactsLike",
     "FactsTest",
     "GenerationTest",
     "LocalizationMethod",

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from patchclamp.fields import build_as, one_text_or_several, several, shown
-from patchclamp.neurons.texts import FactLike, fact_messages
+from patchclamp.neurons.texts import FactsLike, fact_messages
 from patchclamp.prompts import PromptLike, prompt
 from patchclamp.v1 import neuron_pb2 as pb
 
@@ -14,7 +14,7 @@ class FactsTest:
     """Measures the share of facts whose answer beats its candidates, and the log-probability of the answers."""
 
     name: str
-    facts: Iterable[FactLike]
+    facts: FactsLike
 
     def message(self, parent: str = "") -> pb.NeuronTest:
         """Returns the message. `parent` is the path of the test in errors, with a dot after it."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from patchclamp.fields import build
 from patchclamp.names import NEURON_POOLINGS, NEURON_RANKERS, NeuronPoolingName, NeuronRankerName, value_or_unspecified
-from patchclamp.neurons.texts import FactLike, TextsLike, fact_messages, texts_message
+from patchclamp.neurons.texts import FactsLike, TextsLike, fact_messages, texts_message
 from patchclamp.v1 import neuron_pb2 as pb
 
 # A request of which only the method is filled in.
@@ -53,7 +53,7 @@ def activation_entropy(
 
 
 def gradient_times_activation(
-    facts: Iterable[FactLike], controls: Iterable[FactLike] = (), *, all_tokens: bool = False
+    facts: FactsLike, controls: FactsLike = (), *, all_tokens: bool = False
 ) -> LocalizationMethod:
     """Finds neurons by the gradient of the log-probability of the answers times the activation.
 
@@ -64,8 +64,8 @@ def gradient_times_activation(
 
 
 def integrated_gradients(
-    facts: Iterable[FactLike],
-    controls: Iterable[FactLike] = (),
+    facts: FactsLike,
+    controls: FactsLike = (),
     *,
     all_tokens: bool = False,
     max_steps: int = 0,
@@ -151,7 +151,7 @@ def sparse_probe(
     return pb.LocalizeNeuronsRequest(sparse_probe=method)
 
 
-def _gradient(facts: Iterable[FactLike], controls: Iterable[FactLike], all_tokens: bool) -> pb.GradientMethod:
+def _gradient(facts: FactsLike, controls: FactsLike, all_tokens: bool) -> pb.GradientMethod:
     listed = fact_messages(facts, "facts")
     if not listed:
         raise ValueError("facts: give at least one")

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from patchclamp.fields import build, build_as, several, shown
+from patchclamp.places import listed_places
 from patchclamp.v1 import neuron_pb2 as pb
 
 
@@ -18,14 +19,18 @@ class Neuron(NamedTuple):
         return f"L{self.layer}N{self.neuron}"
 
 
+# Text is a list such as "L29N808,L3N5", or else the id or tag of a neuron set.
 NeuronsLike = str | Iterable[tuple[int, int]]
 
 
 def selection_message(neurons: NeuronsLike, top_k: int = 0) -> pb.NeuronSelection:
     """Returns a selection of (layer, neuron) pairs, or of a neuron set (id or tag), of which top_k keeps the best.
+    Neurons in text, such as "L29N808,L3N5", are listed ones.
 
     Raises ValueError for top_k with listed neurons and for no neurons, TypeError for what is neither.
     """
+    if isinstance(neurons, str) and (named := listed_places(neurons, "N")) is not None:
+        neurons = named
     if isinstance(neurons, str):
         return build(pb.NeuronSelection, neuron_set=neurons, top_k=top_k)
     build(pb.NeuronSelection, top_k=top_k)

@@ -76,9 +76,13 @@ class Fact:
 FactLike: TypeAlias = "Fact | tuple[PromptLike, str]"
 
 
-def fact_messages(facts: Iterable[FactLike], field: str) -> list[pb.Fact]:
-    """Returns the messages of facts. `field` is what errors call them."""
-    listed = enumerate(several(facts, field, "a fact: (prompt, answer)"))
+FactsLike: TypeAlias = "Iterable[FactLike] | Mapping[str, str]"
+
+
+def fact_messages(facts: FactsLike, field: str) -> list[pb.Fact]:
+    """Returns the messages of facts, or of the answers by their prompts. `field` is what errors call them."""
+    given = facts.items() if isinstance(facts, Mapping) else facts
+    listed = enumerate(several(given, field, "a fact: (prompt, answer)"))
     return [_fact(each, f"{field}[{i}]").message(f"{field}[{i}].") for i, each in listed]
 
 

@@ -13,11 +13,22 @@ from google.protobuf.descriptor import FieldDescriptor
 from patchclamp.names import name_of
 
 Read = Callable[[Any], Any]
+SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Record:
     """Holds plain values: a frozen dataclass whose fields have the names of the fields of a message."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A dataclass makes one of its own where its class has none: that of a set of neurons would fill the screen.
+        cls.__repr__ = Record.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Returns what a dataclass would, with the first SHOWN elements of what is repeated."""
+        shown = ", ".join(f"{each.name}={_shown(getattr(self, each.name))}" for each in fields(self))
+        return f"{type(self).__name__}({shown})"
 
     @classmethod
     def from_proto(cls, message: Any, **given: Any) -> Self:
@@ -80,3 +91,11 @@ def _converter(field: FieldDescriptor, kind: Any) -> Read:
 
 def _unchanged(value: Any) -> Any:
     return value
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, (tuple, list)) or len(value) <= SHOWN:
+        return repr(value)
+    more = f"... {len(value) - SHOWN:,} more"
+    opening, closing = "()" if isinstance(value, tuple) else "[]"
+    return f"{opening}{', '.join(map(repr, value[:SHOWN]))}, {more}{closing}"

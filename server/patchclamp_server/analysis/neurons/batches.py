@@ -67,7 +67,8 @@ class Batch:
             slots.append(first * _BLOCK + torch.arange(n))
             first += len(blocks)
         device = decoder.device
-        visited = {place for place in every_preactivation(decoder.spec.n_layers) if place[0] in sites}
+        every = every_preactivation(decoder.spec.n_layers)
+        visited = {place: copied for place, copied in every.items() if place[0] in sites}
         return StepInputs(
             torch.tensor([token for example in self.examples for token in example.tokens], device=device),
             torch.cat([torch.arange(n) for n in self.lengths]).to(device),

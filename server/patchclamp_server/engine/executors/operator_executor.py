@@ -61,7 +61,11 @@ class OperatorExecutor:
         return probe
 
     def _inputs(
-        self, batch: StepBatch, plan: StepPlan, peaks: Peaks | None, visited_preactivations: frozenset[tuple[Site, int]]
+        self,
+        batch: StepBatch,
+        plan: StepPlan,
+        peaks: Peaks | None,
+        visited_preactivations: dict[tuple[Site, int], bool],
     ) -> StepInputs:
         device = self.decoder.device
         return StepInputs(

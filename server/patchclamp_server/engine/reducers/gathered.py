@@ -46,7 +46,7 @@ class GatheredRows:
             # A copy: the step goes on to change them.
             self._waiting[layer] = (first, [*parts, rows.clone()])
             return
-        together = torch.cat([*parts, rows]) if parts else rows
+        together = torch.cat([*parts, rows]) if parts else rows.contiguous()
         place = Place(self._text, first, self._label, self._ids)
         for reducer in self._reducers[layer]:
             reducer.add(layer, together, place)

@@ -10,7 +10,7 @@ from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import program_pb2
 from patchclamp_server.artifacts.formats import FORMATS, Format
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
-from patchclamp_server.artifacts.validation import check_tag
+from patchclamp_server.artifacts.validation import check_tags
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import known
 from patchclamp_server.rpc.codecs.program import SITE_NUMBERS
@@ -46,10 +46,9 @@ def decode_struct(struct: Struct, field: str) -> dict[str, Any]:
 
 
 def decode_tags(names: Iterable[str], replace: bool) -> Tags:
-    """Returns the tags. Raises InvalidArgument with the path of the first that is no name."""
+    """Returns the tags. Raises InvalidArgument as check_tags."""
     tags = Tags(tuple(names), replace)
-    for i, name in enumerate(tags.names):
-        check_tag(name, f"tags[{i}]")
+    check_tags(tags.names)
     return tags
 
 

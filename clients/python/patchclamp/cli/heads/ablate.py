@@ -4,10 +4,10 @@ import argparse
 import math
 
 from patchclamp import requests
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.files import text_file
 from patchclamp.cli.heads.needles import add_needle_arguments, needle_test
 from patchclamp.cli.heads.selection import add_heads_argument
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import print_json, table
@@ -46,13 +46,16 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
     }
     effect = job_outcome(args, Client.evaluate_head_edit, requests.evaluate_head_edit, args.heads, args.mode, **options)
-    if effect is None:
-        return 0
+    if effect is not None:
+        show(args, effect)
+    return 0
+
+
+def show(args: argparse.Namespace, effect: HeadEditEffect) -> None:
     if args.json:
         print_json(effect)
     else:
         _show(effect, args.mode)
-    return 0
 
 
 def _show(effect: HeadEditEffect, mode: str) -> None:

@@ -4,9 +4,9 @@ import argparse
 import math
 
 from patchclamp import requests
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.files import json_texts
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count, seed
@@ -14,7 +14,7 @@ from patchclamp.cli.terminal import print_json
 from patchclamp.client import Client
 from patchclamp.heads import CleanCorruptPair
 from patchclamp.names import CIRCUIT_METHODS
-from patchclamp.results import score_matrix
+from patchclamp.results import Circuit, score_matrix
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,8 +49,12 @@ def clean_corrupt_file(path: str) -> list[CleanCorruptPair]:
 def run(args: argparse.Namespace) -> int:
     options = {**given(args, "circuit_size", "random_sets", "seed", "model"), **naming_options(args, args.name)}
     result = job_outcome(args, Client.find_circuit, requests.find_circuit, args.pairs, args.method, **options)
-    if result is None:
-        return 0
+    if result is not None:
+        show(args, result)
+    return 0
+
+
+def show(args: argparse.Namespace, result: Circuit) -> None:
     if args.json:
         print_json(result)
     else:
@@ -62,6 +66,5 @@ def run(args: argparse.Namespace) -> int:
             f"faithfulness {result.faithfulness:.3f}; of random circuits {result.random_faithfulness_mean:.3f} "
             f"± {result.random_faithfulness_deviation:.3f}"
         )
-        note_stored(result.artifact, args.name)
+        note_stored(result.artifact)
     write_heat_map(args, score_matrix(result.effects), f"effect by {args.method}")
-    return 0

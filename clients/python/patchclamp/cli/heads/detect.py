@@ -4,11 +4,11 @@ import argparse
 import math
 
 from patchclamp import requests
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.files import picture_file
 from patchclamp.cli.heads.drawing import needle_grid_lines
 from patchclamp.cli.heads.needles import add_needle_arguments, needle_test
 from patchclamp.cli.heads.scores import add_heat_map_argument, print_lines, show_scores, write_heat_map
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.settings import settings
@@ -54,19 +54,22 @@ def run(args: argparse.Namespace) -> int:
     result = job_outcome(
         args, Client.detect_retrieval_heads, requests.detect_retrieval_heads, needle_test(args), **options
     )
-    if result is None:
-        return 0
+    if result is not None:
+        show(args, result)
+    return 0
+
+
+def show(args: argparse.Namespace, result: RetrievalHeads) -> None:
     grid = NeedleGrid.of(result.runs)
     if args.json:
         print_json(result)
     else:
         _show(result, grid)
-        note_stored(result.artifact, args.name)
+        note_stored(result.artifact)
     write_heat_map(args, score_matrix(result.scores), "retrieval score")
     if args.grid is not None:
         needle_grid_figure(grid, "needles found").savefig(args.grid)
         note(f"needle grid: {args.grid}")
-    return 0
 
 
 def _show(result: RetrievalHeads, grid: NeedleGrid) -> None:

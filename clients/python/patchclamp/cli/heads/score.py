@@ -4,9 +4,9 @@ import argparse
 import math
 
 from patchclamp import requests
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.heads.scores import add_heat_map_argument, show_scores, write_heat_map
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count, seed
@@ -14,7 +14,7 @@ from patchclamp.cli.terminal import print_json
 from patchclamp.client import Client
 from patchclamp.heads import TemporalFact
 from patchclamp.names import HEAD_SCORE_METHODS
-from patchclamp.results import score_matrix
+from patchclamp.results import ScoredHeads, score_matrix
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,15 +53,18 @@ def run(args: argparse.Namespace) -> int:
     options = given(args, "ngram", "sequence_tokens", "sequences", "seed", "facts", "model")
     options |= naming_options(args, *tags)
     result = job_outcome(args, Client.score_heads, requests.score_heads, args.method, **options)
-    if result is None:
-        return 0
+    if result is not None:
+        show(args, result)
+    return 0
+
+
+def show(args: argparse.Namespace, result: ScoredHeads) -> None:
     if args.json:
         print_json(result)
     else:
         show_scores(result.scores, args.method)
-        note_stored(result.artifact, args.name or "no tag")
+        note_stored(result.artifact)
     write_heat_map(args, score_matrix(result.scores), args.method)
-    return 0
 
 
 def _truth(value: object) -> bool:

@@ -1,19 +1,16 @@
 """Heads in one argument: ``L18H6,L17H3``, or the id or tag of a head set."""
 
 import argparse
-import re
 
 from patchclamp.cli.parser import count
 from patchclamp.heads import Head, HeadsLike
-
-_LISTED = re.compile(r"L\d+H\d+(,L\d+H\d+)*")
-_HEAD = re.compile(r"L(\d+)H(\d+)")
+from patchclamp.places import listed_places
 
 
 def heads(text: str) -> HeadsLike:
     """Returns the heads of what looks like a list of them, and takes all else for the id or tag of a head set."""
-    if _LISTED.fullmatch(text):
-        return [Head(int(layer), int(head)) for layer, head in _HEAD.findall(text)]
+    if (named := listed_places(text, "H")) is not None:
+        return [Head(*place) for place in named]
     if not text or "," in text:
         raise argparse.ArgumentTypeError(f"{text!r}: expected heads such as L18H6,L17H3, or a head set")
     return text

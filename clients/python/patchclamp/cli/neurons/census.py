@@ -4,7 +4,7 @@ import argparse
 import math
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options
 from patchclamp.cli.neurons.selection import add_layers_argument, add_site_argument, layers_of
 from patchclamp.cli.neurons.shown import SHOWN, add_picture_argument, note_stored_set, write_picture
@@ -63,15 +63,18 @@ def run(args: argparse.Namespace) -> int:
         **naming_options(args, args.name),
     }
     census = job_outcome(args, Client.census_neurons, requests.census_neurons, texts_of(args), **options)
-    if census is None:
-        return 0
+    if census is not None:
+        show(args, census)
+    return 0
+
+
+def show(args: argparse.Namespace, census: NeuronCensus) -> None:
     if args.json:
         print_json(census)
     else:
         _show(census)
     if args.picture is not None:
         write_picture(args, census_figure(census.layers, f"{census.tokens:,} tokens"))
-    return 0
 
 
 def _show(census: NeuronCensus) -> None:

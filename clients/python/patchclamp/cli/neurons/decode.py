@@ -4,7 +4,7 @@ import argparse
 import math
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.neurons.selection import add_layers_argument, add_neurons_argument, layers_of
 from patchclamp.cli.neurons.shown import tokens_shown
 from patchclamp.cli.options import add_model_argument, connection_options
@@ -12,6 +12,7 @@ from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import print_json, table
 from patchclamp.client import Client
 from patchclamp.names import NEURON_WEIGHTS
+from patchclamp.results import DecodedNeuron
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,11 +39,15 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
     }
     decoded = job_outcome(args, Client.decode_neurons, requests.decode_neurons, args.neurons, **options)
-    if decoded is None:
-        return 0
+    if decoded is not None:
+        show(args, decoded)
+    return 0
+
+
+def show(args: argparse.Namespace, decoded: tuple[DecodedNeuron, ...]) -> None:
     if args.json:
         print_json(decoded)
-        return 0
+        return
     table(
         ("neuron", "weights", "z", "largest", "lowest z", "smallest"),
         [
@@ -58,4 +63,3 @@ def run(args: argparse.Namespace) -> int:
             for row in each.rows
         ],
     )
-    return 0

@@ -4,7 +4,7 @@ import argparse
 import math
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.neurons.selection import add_neurons_argument, add_site_argument
 from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
 from patchclamp.cli.options import add_model_argument, connection_options, given
@@ -46,14 +46,17 @@ def run(args: argparse.Namespace) -> int:
     }
     arguments = (args.neurons, texts_of(args))
     described = job_outcome(args, Client.describe_neurons, requests.describe_neurons, *arguments, **options)
-    if described is None:
-        return 0
+    if described is not None:
+        show(args, described)
+    return 0
+
+
+def show(args: argparse.Namespace, described: tuple[NeuronDescription, ...]) -> None:
     if args.json:
         print_json(described)
-        return 0
+        return
     for each in described:
         _show(each)
-    return 0
 
 
 def _show(description: NeuronDescription) -> None:

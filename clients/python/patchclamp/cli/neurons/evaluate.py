@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.neurons.selection import add_neurons_argument
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
 from patchclamp.cli.neurons.texts import facts_file, line_file, named_file
@@ -93,8 +93,12 @@ def run(args: argparse.Namespace) -> int:
     }
     arguments = (args.neurons, args.mode, targets_of(args))
     effect = job_outcome(args, Client.evaluate_neuron_edit, requests.evaluate_neuron_edit, *arguments, **options)
-    if effect is None:
-        return 0
+    if effect is not None:
+        show(args, effect)
+    return 0
+
+
+def show(args: argparse.Namespace, effect: NeuronEditEffect) -> None:
     if args.json:
         print_json(effect)
     else:
@@ -102,7 +106,6 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None:
         named = args.neurons if isinstance(args.neurons, str) else ",".join(map(str, args.neurons))
         write_picture(args, dose_response_figure(effect, f"{args.mode} {named}"))
-    return 0
 
 
 def _show(effect: NeuronEditEffect) -> None:
@@ -112,11 +115,11 @@ def _show(effect: NeuronEditEffect) -> None:
             point.neurons,
             f"{each.test}{' (side)' if each.side else ''}",
             each.metric,
-            f"{each.unedited:.4f}",
-            f"{each.edited:.4f}",
-            f"{each.change:+.4f} ({each.low:+.4f} to {each.high:+.4f})",
-            f"{each.random_mean:+.4f} ± {each.random_deviation:.4f}",
-            f"{each.beyond_random:+.4f} ({each.beyond_random_low:+.4f} to {each.beyond_random_high:+.4f})",
+            f"{each.unedited:.4g}",
+            f"{each.edited:.4g}",
+            f"{each.change:+.3g} ({each.low:+.3g} to {each.high:+.3g})",
+            f"{each.random_mean:+.3g} ± {each.random_deviation:.2g}",
+            f"{each.beyond_random:+.3g} ({each.beyond_random_low:+.3g} to {each.beyond_random_high:+.3g})",
         )
         for point in effect.points
         for each in point.measurements

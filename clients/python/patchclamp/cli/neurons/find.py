@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options
 from patchclamp.cli.neurons.drawing import layer_lines
 from patchclamp.cli.neurons.selection import add_layers_argument, layers_of
@@ -52,8 +52,12 @@ def run(args: argparse.Namespace) -> int:
         **naming_options(args, *tags),
     }
     result = job_outcome(args, Client.find_neurons, requests.find_neurons, args.words or None, **options)
-    if result is None:
-        return 0
+    if result is not None:
+        show(args, result)
+    return 0
+
+
+def show(args: argparse.Namespace, result: FoundNeurons) -> None:
     layers, largest = best_by_layer(result)
     if args.json:
         print_json(result)
@@ -68,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None:
         title = f"neurons of {args.vector or ', '.join(args.words)}"
         write_picture(args, layer_scores_figure(layers, largest, (), title))
-    return 0
 
 
 def best_by_layer(result: FoundNeurons) -> tuple[Sequence[int], Sequence[float]]:

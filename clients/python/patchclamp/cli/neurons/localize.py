@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from patchclamp import neurons, requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options
 from patchclamp.cli.neurons.drawing import layer_lines
 from patchclamp.cli.neurons.selection import add_layers_argument, add_site_argument, layers_of
@@ -136,8 +136,12 @@ def run(args: argparse.Namespace) -> int:
         **naming_options(args, *tags),
     }
     result = job_outcome(args, Client.localize_neurons, requests.localize_neurons, method_of(args), **options)
-    if result is None:
-        return 0
+    if result is not None:
+        show(args, result)
+    return 0
+
+
+def show(args: argparse.Namespace, result: LocalizedNeurons) -> None:
     if args.json:
         print_json(result)
     else:
@@ -145,18 +149,17 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None and result.sets:
         best = result.sets[0]
         title = f"{args.method}: {best.label or args.name or 'facts'}"
-        write_picture(args, layer_scores_figure(_layers(args, best), best.layer_max, best.layer_mean, title))
-    return 0
+        write_picture(args, layer_scores_figure(_layers(best), best.layer_max, best.layer_mean, title))
 
 
 def _show(args: argparse.Namespace, result: LocalizedNeurons) -> None:
     # Gradients are judged on the facts that they are from, which `measure` says; there is nothing held out.
-    of_facts = args.method in _GRADIENTS
+    of_facts = not any(found.label for found in result.sets)
     for found in result.sets:
         heading(found.label or "facts")
         show_best(found.stored, "score")
         print()
-        for line in layer_lines(_layers(args, found), found.layer_max, found.layer_mean):
+        for line in layer_lines(_layers(found), found.layer_max, found.layer_mean):
             print(line)
         if found.measure:
             measured = found.measure if of_facts else f"{found.measure}, held out"
@@ -192,6 +195,7 @@ def _show_probes(result: LocalizedNeurons) -> None:
     table(("k", "layer", "F1", "precision", "recall", "F1 of random neurons"), rows)
 
 
-def _layers(args: argparse.Namespace, found: LocalizedSet) -> list[int]:
-    """Returns the layers that the scores by layer belong to: those asked for, ascending, or all of the model."""
-    return sorted(set(layers_of(args))) or list(range(len(found.layer_max)))
+def _layers(found: LocalizedSet) -> list[int]:
+    """Returns the layers that the scores by layer belong to, which the card of a stored set names."""
+    layers = found.stored.artifact.evidence.get("layers")
+    return [int(each["layer"]) for each in layers] if layers else list(range(len(found.layer_max)))

@@ -4,7 +4,7 @@ import argparse
 import math
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options
 from patchclamp.cli.neurons.selection import add_layers_argument, add_top_k_argument, layers_of, neurons
 from patchclamp.cli.neurons.shown import SHOWN, note_stored_set
@@ -13,6 +13,7 @@ from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import seed
 from patchclamp.cli.terminal import print_json, table
 from patchclamp.client import Client
+from patchclamp.results import MatchedNeurons
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,11 +48,15 @@ def run(args: argparse.Namespace) -> int:
     }
     arguments = (args.other, texts_of(args))
     matched = job_outcome(args, Client.match_neurons, requests.match_neurons, *arguments, **options)
-    if matched is None:
-        return 0
+    if matched is not None:
+        show(args, matched)
+    return 0
+
+
+def show(args: argparse.Namespace, matched: MatchedNeurons) -> None:
     if args.json:
         print_json(matched)
-        return 0
+        return
     rows = [
         (each.neuron, each.other, f"{each.correlation:.4f}", "mutual" if each.mutual else "")
         for each in matched.matches[:SHOWN]
@@ -62,4 +67,3 @@ def run(args: argparse.Namespace) -> int:
         f"{matched.mean_correlation:.4f}, with shuffled tokens {matched.shuffled_mean_correlation:.4f}"
     )
     note_stored_set(matched.ported)
-    return 0

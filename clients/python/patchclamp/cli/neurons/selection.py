@@ -1,21 +1,18 @@
 """Neurons in one argument: ``L29N808,L3N5``, or the id or tag of a neuron set."""
 
 import argparse
-import re
 
 from patchclamp.cli.parser import count
 from patchclamp.cli.steering import layer_list
 from patchclamp.names import SITES
 from patchclamp.neurons import Neuron, NeuronsLike
-
-_LISTED = re.compile(r"L\d+N\d+(,L\d+N\d+)*")
-_NEURON = re.compile(r"L(\d+)N(\d+)")
+from patchclamp.places import listed_places
 
 
 def neurons(text: str) -> NeuronsLike:
     """Returns the neurons of what looks like a list of them, and takes all else for the id or tag of a neuron set."""
-    if _LISTED.fullmatch(text):
-        return [Neuron(int(layer), int(neuron)) for layer, neuron in _NEURON.findall(text)]
+    if (named := listed_places(text, "N")) is not None:
+        return [Neuron(*place) for place in named]
     if not text or "," in text:
         raise argparse.ArgumentTypeError(f"{text!r}: expected neurons such as L29N808,L3N5, or a neuron set")
     return text

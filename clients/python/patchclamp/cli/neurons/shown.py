@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from patchclamp.cli.files import picture_file
-from patchclamp.cli.naming import note_moved
+from patchclamp.cli.naming import note_stored
 from patchclamp.cli.terminal import note, quoted, table
 from patchclamp.results import DecodedToken, StoredNeurons
 
@@ -41,9 +41,7 @@ def note_stored_set(stored: StoredNeurons) -> None:
     if not stored.artifact.id:
         note("no neuron: nothing is stored")
         return
-    note_moved(stored.artifact)
-    tags = ", ".join(stored.artifact.tags)
-    note(f"stored as {tags} = {stored.artifact.id}" if tags else f"stored without a name, as {stored.artifact.id}")
+    note_stored(stored.artifact)
 
 
 def tokens_shown(tokens: Sequence[DecodedToken]) -> str:

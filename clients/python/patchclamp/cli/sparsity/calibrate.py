@@ -4,7 +4,7 @@ import argparse
 import math
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.options import connection_options, given
 from patchclamp.cli.sparse_spec import policy
@@ -12,6 +12,7 @@ from patchclamp.cli.sparsity.evaluate import CARD_HEADER, card_cells
 from patchclamp.cli.sparsity.texts import add_text_arguments, text_options, texts_of
 from patchclamp.cli.terminal import note, print_json, table
 from patchclamp.client import Client
+from patchclamp.results import CalibratedProfile
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,14 +39,20 @@ def run(args: argparse.Namespace) -> int:
     result = job_outcome(
         args, Client.calibrate_profile, requests.calibrate_profile, args.policy, texts_of(args), **options
     )
-    if result is None:
-        return 0
+    if result is not None:
+        show(args, result)
+    return 0
+
+
+def show(args: argparse.Namespace, result: CalibratedProfile) -> None:
     if args.json:
         print_json(result)
-        return 0
-    rows = [(args.name, *card_cells(result.quality)), ("random set", *card_cells(result.random_control))]
+        return
+    rows = [
+        (args.name or "calibrated", *card_cells(result.quality)),
+        ("random set", *card_cells(result.random_control)),
+    ]
     table(("", *CARD_HEADER), rows)
     card = result.quality
     note(f"{card.scored_tokens} tokens of {card.documents} held-out documents; dense {card.dense_perplexity:.2f}")
-    note_stored(result.artifact, args.name)
-    return 0
+    note_stored(result.artifact)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.options import connection_options
 from patchclamp.cli.sparse_spec import Spec, spec
 from patchclamp.cli.sparsity.texts import add_text_arguments, text_options, texts_of

@@ -4,12 +4,13 @@ import argparse
 import math
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.options import connection_options, given
 from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import print_json
 from patchclamp.client import Client
+from patchclamp.results import Artifact
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,10 +31,13 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def run(args: argparse.Namespace) -> int:
     options = {**given(args, "tokens", "use"), **naming_options(args, args.tag)}
     artifact = job_outcome(args, Client.record_reference, requests.record_reference, args.name, **options)
-    if artifact is None:
-        return 0
+    if artifact is not None:
+        show(args, artifact)
+    return 0
+
+
+def show(args: argparse.Namespace, artifact: Artifact) -> None:
     if args.json:
         print_json(artifact)
     else:
-        note_stored(artifact, args.tag)
-    return 0
+        note_stored(artifact)

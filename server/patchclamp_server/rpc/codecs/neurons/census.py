@@ -16,6 +16,7 @@ from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 from patchclamp_server.rpc.codecs.artifact import decode_label
 from patchclamp_server.rpc.codecs.neurons.common import (
+    MAX_THRESHOLD,
     decode_layers,
     decode_neuron_site,
     encode_neuron,
@@ -24,7 +25,6 @@ from patchclamp_server.rpc.codecs.neurons.common import (
 from patchclamp_server.rpc.codecs.neurons.texts import decode_texts
 from patchclamp_server.text.prompt import PromptEncoder
 
-MAX_THRESHOLD = 1e4
 DEFAULT_NGRAM, MAX_NGRAM = 2, 2
 DEFAULT_BINS, MAX_BINS = 32, 128
 DEFAULT_CHECKPOINT_TOKENS, MIN_CHECKPOINT_TOKENS = 50_000, 64

@@ -13,6 +13,8 @@ from patchclamp_server.model.sites import Site
 from patchclamp_server.rpc.codecs.artifact import encode_artifact
 from patchclamp_server.rpc.codecs.program import decode_site
 
+# Above or below it no activation is looked for.
+MAX_THRESHOLD = 1e4
 MAX_BEST = 1000
 
 

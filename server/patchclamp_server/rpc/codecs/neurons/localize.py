@@ -33,6 +33,7 @@ from patchclamp_server.model.sites import Site
 from patchclamp_server.rpc.codecs.artifact import decode_description, decode_tags
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.neurons.common import (
+    MAX_THRESHOLD,
     decode_layers,
     decode_neuron_site,
     encode_neuron,
@@ -192,7 +193,7 @@ class _Methods:
         targets = enumerate(distinct(proto.targets, f"{name}.targets"))
         return ActivationEntropy(
             texts,
-            finite(threshold, f"{name}.threshold"),
+            finite(threshold, f"{name}.threshold", low=-MAX_THRESHOLD, high=MAX_THRESHOLD),
             finite(activity, f"{name}.activity", low=0.0, high=1.0),
             tuple(texts.label(label, f"{name}.targets[{i}]") for i, label in targets),
         )
