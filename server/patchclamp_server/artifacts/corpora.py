@@ -119,8 +119,8 @@ def check_label(label: str) -> None:
         raise ValueError(f"a label of {len(label)} characters; it has 1 to {MAX_LABEL_CHARACTERS}")
 
 
-def check_labels(provenance: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """The names and the labels of documents fit each other. InvalidArgument on "provenance.labels"."""
+def check_labels(provenance: Mapping[str, Any], tensors: Mapping[str, Tensor], tensor: str = "labels") -> None:
+    """The names and the labels in a tensor fit each other. InvalidArgument on "provenance.labels"."""
     names = provenance.get("labels", [])
     if not isinstance(names, list) or len(names) > MAX_LABELS or not all(isinstance(name, str) for name in names):
         raise InvalidArgument("provenance.labels", f"the names of labels are a list of at most {MAX_LABELS} texts")
@@ -131,9 +131,9 @@ def check_labels(provenance: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise InvalidArgument("provenance.labels", str(error)) from error
     if len(set(names)) < len(names):
         raise InvalidArgument("provenance.labels", "two labels have one name")
-    largest = int(tensors["labels"].max()) if "labels" in tensors else UNLABELLED
+    largest = int(tensors[tensor].max()) if tensor in tensors else UNLABELLED
     if largest >= len(names):
-        raise InvalidArgument("provenance.labels", f"a document has the label {largest}; {len(names)} have a name")
+        raise InvalidArgument("provenance.labels", f"{tensor} holds {largest}; {len(names)} have a name")
 
 
 def corpus_layers(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

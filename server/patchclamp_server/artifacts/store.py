@@ -31,6 +31,7 @@ from patchclamp_server.artifacts.corpora import check_labels
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
+from patchclamp_server.artifacts.slices import TensorSlices
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, width_of
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
 from patchclamp_server.artifacts.validation import check_tag, checked_metadata
@@ -44,6 +45,7 @@ DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 # A page ends early at this many bytes of metadata, so that it stays below the 4 MB of a gRPC message.
 MAX_PAGE_BYTES = 512 * 1024
 MAX_CACHED_HEADERS = 4096
+VERIFIED_PART_BYTES = 8 * 1024 * 1024
 # Inside the class, ArtifactStore.list hides the built-in name.
 Ids = list[str]
 
@@ -57,6 +59,8 @@ class ArtifactStore:
         self._loaded = ArtifactCache(cache_bytes)
         self._headers: dict[str, safetensors.Header] = {}
         self._damaged: set[str] = set()
+        # Ids whose bytes slices() has found right.
+        self._verified: set[str] = set()
         # This is held while objects and tags change, so that a tag is never set on an object that is being deleted.
         self._lock = threading.RLock()
 
@@ -88,6 +92,8 @@ class ArtifactStore:
         check_tensors(kind, tensors)
         if kind is ArtifactKind.CORPUS:
             check_labels(metadata.provenance, tensors)
+        if kind is ArtifactKind.ACTIVATIONS:
+            check_labels(metadata.provenance, tensors, "label")
         data = safetensors.dump(metadata, tensors)
         artifact_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
         with self._lock:
@@ -116,6 +122,18 @@ class ArtifactStore:
         artifact = Artifact(info, safetensors.decode(data).tensors)
         self._loaded.put(artifact)
         return artifact
+
+    def slices(self, ref: str) -> TensorSlices:
+        """Returns the tensors of an id or tag to be read by parts. Raises as get() does.
+
+        The bytes are verified against the id once for each store, a part at a time.
+        """
+        artifact_id = self._usable(ref)
+        info = self._info(artifact_id, ref, tags=())
+        header, path = self._headers.get(artifact_id) or self._read_header(artifact_id), _object_path(artifact_id)
+        if artifact_id not in self._verified:
+            self._verify_by_parts(artifact_id, header.file_bytes)
+        return TensorSlices(info, header, lambda start, end: self._blobs.read_range(path, start, end))
 
     def info(self, ref: str) -> ArtifactInfo:
         """Returns what is known of an id or tag, from the header alone. Raises as get() does."""
@@ -208,6 +226,7 @@ class ArtifactStore:
             finally:
                 self._loaded.remove(artifact_id)
                 self._headers.pop(artifact_id, None)
+                self._verified.discard(artifact_id)
                 self._damaged.discard(artifact_id)
         self.access.changed("delete", artifact_id, tags)
         return artifact_id, tags
@@ -287,6 +306,15 @@ class ArtifactStore:
         if f"sha256:{hashlib.sha256(data).hexdigest()}" != artifact_id:
             raise self._damage(artifact_id, "its bytes do not have the SHA-256 of its id")
         return data
+
+    def _verify_by_parts(self, artifact_id: str, size: int) -> None:
+        digest = hashlib.sha256()
+        for start in range(0, size, VERIFIED_PART_BYTES):
+            end = min(start + VERIFIED_PART_BYTES, size)
+            digest.update(self._blobs.read_range(_object_path(artifact_id), start, end))
+        if f"sha256:{digest.hexdigest()}" != artifact_id:
+            raise self._damage(artifact_id, "its bytes do not have the SHA-256 of its id")
+        self._verified.add(artifact_id)
 
     def _info(self, artifact_id: str, ref: str, tags: tuple[str, ...]) -> ArtifactInfo:
         path = _object_path(artifact_id)

@@ -49,8 +49,10 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     model: its fingerprint is empty, and every model reads it with its own tokenizer. A document has at most 1 MiB.
     """
     ARTIFACT_KIND_ACTIVATIONS: _ArtifactKind.ValueType  # 8
-    """Rows of texts at sites and layers: int64 tensors "text", "position", "token" [rows], and "<site>.<layer>" [rows, width] in
-    float32, float16 or bfloat16 for each site and layer, the rows of all in the same order.
+    """Rows of texts at sites and layers: int64 tensors "text", "position", "token", "length" [rows], the tokens of the text of each
+    row, and optionally "label" [rows], indices into the names in `provenance.labels`, or -1 for none; and "<site>.<layer>"
+    [rows, width] in float32, float16 or bfloat16 for each site and layer. Rows of all are in the same order: those of a text
+    together, by rising position.
     """
     ARTIFACT_KIND_PROBE: _ArtifactKind.ValueType  # 9
     """A probe: tensors "layer.<l>.weight" [classes, width], "bias" [classes], "mean" and "scale" where inputs are standardised, and
@@ -94,8 +96,10 @@ ends, and optionally "labels" int64 [documents], indices into the names in `prov
 model: its fingerprint is empty, and every model reads it with its own tokenizer. A document has at most 1 MiB.
 """
 ARTIFACT_KIND_ACTIVATIONS: ArtifactKind.ValueType  # 8
-"""Rows of texts at sites and layers: int64 tensors "text", "position", "token" [rows], and "<site>.<layer>" [rows, width] in
-float32, float16 or bfloat16 for each site and layer, the rows of all in the same order.
+"""Rows of texts at sites and layers: int64 tensors "text", "position", "token", "length" [rows], the tokens of the text of each
+row, and optionally "label" [rows], indices into the names in `provenance.labels`, or -1 for none; and "<site>.<layer>"
+[rows, width] in float32, float16 or bfloat16 for each site and layer. Rows of all are in the same order: those of a text
+together, by rising position.
 """
 ARTIFACT_KIND_PROBE: ArtifactKind.ValueType  # 9
 """A probe: tensors "layer.<l>.weight" [classes, width], "bias" [classes], "mean" and "scale" where inputs are standardised, and

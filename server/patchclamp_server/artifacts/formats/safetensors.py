@@ -36,12 +36,19 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """A header alone. `shapes` is by tensor name; `file_bytes` is the length that the whole file must have."""
+    """A header alone. `shapes`, `dtypes` (names of the format) and `offsets` (from the end of the header) are by tensor
+    name; `file_bytes` is the length that the whole file must have."""
 
     metadata: Metadata | None
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    offsets: dict[str, int]
     header_bytes: int
     file_bytes: int
+
+    @property
+    def data_start(self) -> int:
+        return 8 + self.header_bytes
 
 
 def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -82,14 +89,15 @@ def parse_header(header: bytes) -> Header:
         raise MalformedFile("not a safetensors file: the header is not a JSON object")
     extra = entries.pop("__metadata__", None)
     text = extra.get(METADATA_KEY) if isinstance(extra, dict) else None
-    shapes, end = {}, 0
+    shapes, dtypes, offsets, end = {}, {}, {}, 0
     try:
         for name, entry in entries.items():
             shapes[name] = tuple(int(n) for n in entry["shape"])
+            dtypes[name], offsets[name] = str(entry["dtype"]), int(entry["data_offsets"][0])
             end = max(end, int(entry["data_offsets"][1]))
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise MalformedFile(f"malformed safetensors header at {name!r}") from error
-    return Header(_metadata_from_json(text), shapes, len(header), 8 + len(header) + end)
+    return Header(_metadata_from_json(text), shapes, dtypes, offsets, len(header), 8 + len(header) + end)
 
 
 def decode(source: bytes | Path) -> Decoded:

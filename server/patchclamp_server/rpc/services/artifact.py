@@ -13,6 +13,7 @@ import torch
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
+from patchclamp_server.artifacts.activations import places_of, tensor_name
 from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource_exhausted
 from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
@@ -210,6 +211,8 @@ def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors
         if width != model.sites[site]:
             message = f"width {width}; {site.value} of {model.name} has width {model.sites[site]}"
             raise InvalidArgument("tensors", message)
+    if kind is ArtifactKind.ACTIVATIONS:
+        _check_activations_fit(model, tensors)
     if kind is ArtifactKind.NEURON_SET:
         for layer in layers:
             largest = int(tensors[f"layer.{layer}.neurons"].max())
@@ -223,6 +226,14 @@ def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors
             first = f"0-{n_heads}" if n_heads < model.n_heads else f"{n_layers}-0"
             message += f": the first that is missing is {first}"
         raise InvalidArgument("tensors", message)
+
+
+def _check_activations_fit(model: ModelInfo, tensors: dict[str, torch.Tensor]) -> None:
+    for (site, layer), width in places_of(shapes_of(tensors)).items():
+        if model.sites.get(site) != width:
+            has = f"has width {model.sites[site]}" if site in model.sites else "does not exist"
+            message = f"{tensor_name(site, layer)} has width {width}; {site.value} of {model.name} {has}"
+            raise InvalidArgument("tensors", message)
 
 
 def _check_profile(model: ModelInfo, provenance: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
