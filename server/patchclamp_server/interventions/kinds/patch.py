@@ -5,15 +5,17 @@ causal tracing). Positions may count from the end of the prompt, so that rows fi
 prompt is known: placing.py. An entry has one unit for the mask and one for each position, ascending.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.artifacts.activation_rows import StoredActivations, TextRows
+from patchclamp_server.errors import InvalidArgument, NotFound, about
 from patchclamp_server.interventions.columns import COUNT, FIRST, OTHER, UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import LARGEST_COUNT, count, distinct
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written
@@ -32,14 +34,60 @@ if TYPE_CHECKING:
 MAX_NUMBERS = 64 << 20
 
 
+class Source(Protocol):
+    """Rows of one text of `length` tokens at one site: those of the tokens at `positions` [n], ascending."""
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def take(self, layer: int, chosen: Tensor) -> Tensor:
+        """Returns the rows with these numbers, [len(chosen), width]. Raises NotFound for a layer without rows."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class SourceRows:
-    """Rows of one text of `length` tokens at one site: those of the tokens at `positions` [n], ascending, by layer
-    [n, width]."""
+    """A Source in memory, with rows [n, width] by layer."""
 
     positions: Tensor
     length: int
     rows: Mapping[int, Tensor]
+
+    def take(self, layer: int, chosen: Tensor) -> Tensor:
+        if layer not in self.rows:
+            raise NotFound("", f"there are no rows of layer {layer}")
+        return self.rows[layer].index_select(0, chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class _StoredRows:
+    """A Source in an artifact, of which only the rows that are taken are read."""
+
+    stored: StoredActivations
+    site: Site
+    text: TextRows
+
+    @property
+    def positions(self) -> Tensor:
+        return self.text.positions
+
+    @property
+    def length(self) -> int:
+        return self.text.length
+
+    def take(self, layer: int, chosen: Tensor) -> Tensor:
+        wanted, place = chosen.unique(return_inverse=True)
+        # Neighbours are read together.
+        starts = torch.cat((torch.tensor([True]), wanted[1:] != wanted[:-1] + 1)).nonzero()[:, 0].tolist()
+        parts = []
+        for start, end in zip(starts, [*starts[1:], len(wanted)], strict=True):
+            first = self.text.first + int(wanted[start])
+            run = replace(self.text, first=first, end=first + end - start)
+            parts.append(self.stored.values(self.site, layer, run))
+        return torch.cat(parts).index_select(0, place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +98,7 @@ class Patch(EditKind):
 
     activations: str = ""
     text: int = 0
-    source: SourceRows | None = None
+    source: Source | None = None
     source_layer: int | None = None
     positions: tuple[tuple[int, int], ...] = ()
     units: tuple[int, ...] = ()
@@ -132,9 +180,7 @@ def _decode(proto: "pb.Patch", field: str) -> Patch:
 def _bind(kind: Patch, where: Where) -> EditNumbers:
     path = where.path
     mask = _mask(kind, where)
-    if kind.source is None:
-        raise InvalidArgument(f"{path}.activations", "an activations artifact is needed")
-    source = kind.source
+    source = _stored(kind, where) if kind.source is None else kind.source
     positions, sources = _mapped(kind.positions, source, where)
     numbers = len(positions) * len(where.layers) * where.width
     if numbers > MAX_NUMBERS:
@@ -142,11 +188,33 @@ def _bind(kind: Patch, where: Where) -> EditNumbers:
         field = f"{path}.positions" if kind.positions else f"{path}.activations"
         message = f"expected at most {most} positions for {len(where.layers)} layers, got {len(positions)}"
         raise InvalidArgument(field, message)
-    taken = {
-        layer: source.rows[layer if kind.source_layer is None else kind.source_layer].index_select(0, sources).float()
-        for layer in where.layers
-    }
-    return EditNumbers(PATCH, {layer: (positions, rows, mask) for layer, rows in taken.items()})
+    payload = {}
+    for layer in where.layers:
+        with _refused_at(f"{path}.activations" if kind.source_layer is None else f"{path}.source_layer"):
+            rows = source.take(layer if kind.source_layer is None else kind.source_layer, sources).float()
+            if rows.shape[1] != where.width:
+                message = f"width {rows.shape[1]} does not fit {where.site.value}, which has {where.width}"
+                raise InvalidArgument("", message)
+        payload[layer] = (positions, rows, mask)
+    return EditNumbers(PATCH, payload)
+
+
+def _stored(kind: Patch, where: Where) -> Source:
+    if not kind.activations:
+        raise InvalidArgument(f"{where.path}.activations", "an activations artifact is needed")
+    stored = where.resolver.activations(kind.activations, f"{where.path}.activations")
+    with _refused_at(f"{where.path}.text"):
+        return _StoredRows(stored, where.site, stored.rows_of(kind.text))
+
+
+@contextmanager
+def _refused_at(path: str) -> Iterator[None]:
+    """What a source lacks is a wrong argument: the source itself was found."""
+    try:
+        with about(path):
+            yield
+    except NotFound as error:
+        raise InvalidArgument(path, error.message) from error
 
 
 def _mask(kind: Patch, where: Where) -> Tensor:
@@ -165,11 +233,13 @@ def _mask(kind: Patch, where: Where) -> Tensor:
     return torch.zeros(width).index_fill_(0, torch.tensor(kind.units), 1.0)
 
 
-def _mapped(pairs: Sequence[tuple[int, int]], source: SourceRows, where: Where) -> tuple[Tensor, Tensor]:
+def _mapped(pairs: Sequence[tuple[int, int]], source: Source, where: Where) -> tuple[Tensor, Tensor]:
     """Returns positions [n] of the prompt, and the rows [n] of the source that go there."""
     own, context = source.positions.tolist(), where.resolver.info.context_length
     if not pairs:
         reached = [position for position in own if position < context]
+        if not reached:
+            raise InvalidArgument(f"{where.path}.positions", f"the source has no row of a position below {context}")
         return torch.tensor(reached, dtype=torch.int64), torch.arange(len(reached))
     row_of, rows = {position: i for i, position in enumerate(own)}, []
     for i, (position, wanted) in enumerate(pairs):
