@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,12 +123,20 @@ def test_every_cell_is_what_plain_hooks_give(family: str, direction: Direction, 
     assert (progress[-1].done, progress[-1].total) == (result.requests, result.requests)
 
 
-def test_patching_all_of_the_first_residual_stream_has_effect_1_and_what_both_runs_share_has_0() -> None:
+def test_patching_all_of_the_residual_stream_has_effect_1_and_what_both_runs_share_has_0() -> None:
+    """Of one token of an answer. Further ones also look at the keys and values of the layers before, except at the first
+    layer, which has none."""
     shared = Column("shared", PositionRange(0, 2))
-    job = Patching(pairs("llama", 3), (Site.RESID_PRE, Site.RESID_POST), (0, 1, 2), (ALL, shared))
+    one_token = tuple(replace(p, answer=p.answer[:1], other_answer=p.other_answer[:1]) for p in pairs("llama", 3))
+    job = Patching(one_token, (Site.RESID_PRE, Site.RESID_POST), (0, 1, 2), (ALL, shared))
     cells, _, _ = run("llama", job)
     for each in cells:
         assert (each.effect, each.low, each.high) == ((1.0,) * 3 if each.cell.column == 0 else (0.0,) * 3)
+
+
+def test_patching_all_of_what_enters_the_model_has_effect_1_for_answers_of_several_tokens() -> None:
+    [each], _, _ = run("llama", Patching(pairs("llama", 3), (Site.RESID_PRE,), (0,), (ALL,)))
+    assert (each.effect, each.low, each.high) == (1.0, 1.0, 1.0)
 
 
 def test_heads_have_cells_of_their_own_and_all_of_them_together_are_the_site() -> None:

@@ -46,6 +46,7 @@ class CellEffect:
 
 @dataclass(frozen=True)
 class Patched:
+    job: Patching
     source_metric: float
     unpatched_metric: float
     requests: int
@@ -85,7 +86,7 @@ async def patch_activations(engine: Engine, job: Patching) -> AsyncGenerator[Pro
     for cell, *measured in zip(cells, *(column.tolist() for column in columns), strict=True):
         yield CellEffect(cell, *measured)
     warnings = _warnings(job, source, unpatched, counts)
-    yield Patched(float(source.mean()), float(unpatched.mean()), steps.done, warnings)
+    yield Patched(job, float(source.mean()), float(unpatched.mean()), steps.done, warnings)
 
 
 async def _numbers(engine: Engine, parts: Iterator[Part]) -> AsyncGenerator[float, None]:

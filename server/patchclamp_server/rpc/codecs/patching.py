@@ -43,7 +43,7 @@ def decode_patching(proto: pb.PatchActivationsRequest, prompts: PromptEncoder, i
     return job
 
 
-def encode_patching(event: Progress | CellEffect | Patched, *, job: Patching) -> pb.PatchActivationsResponse:
+def encode_patching(event: Progress | CellEffect | Patched) -> pb.PatchActivationsResponse:
     if isinstance(event, Progress):
         return encode_progress(event, pb.PatchActivationsResponse)
     if isinstance(event, CellEffect):
@@ -58,6 +58,7 @@ def encode_patching(event: Progress | CellEffect | Patched, *, job: Patching) ->
             high=event.high,
         )
         return pb.PatchActivationsResponse(cell=cell)
+    job = event.job
     result = pb.PatchResult(
         source_metric=event.source_metric,
         unpatched_metric=event.unpatched_metric,
