@@ -124,8 +124,7 @@ def test_every_cell_is_what_plain_hooks_give(family: str, direction: Direction, 
 
 
 def test_patching_all_of_the_residual_stream_has_effect_1_and_what_both_runs_share_has_0() -> None:
-    """Of one token of an answer. Further ones also look at the keys and values of the layers before, except at the first
-    layer, which has none."""
+    """Of answers of one token: further ones also look at keys and values of the layers before."""
     shared = Column("shared", PositionRange(0, 2))
     one_token = tuple(replace(p, answer=p.answer[:1], other_answer=p.other_answer[:1]) for p in pairs("llama", 3))
     job = Patching(one_token, (Site.RESID_PRE, Site.RESID_POST), (0, 1, 2), (ALL, shared))

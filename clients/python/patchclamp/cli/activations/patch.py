@@ -52,6 +52,8 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def pair_file(path: str) -> list[PatchPair]:
     def parse(line: dict[str, object]) -> PatchPair:
+        if not set(line) <= {"clean", "corrupt", "answer", "other_answer"}:
+            raise ValueError
         answers = (text_of(line, name) if name in line else "" for name in ("answer", "other_answer"))
         return PatchPair(text_of(line, "clean"), text_of(line, "corrupt"), *answers)
 
