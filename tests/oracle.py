@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle_formulas import Artifacts, edited, holds, in_scope, measured, vector_at
+from oracle_formulas import Artifacts, edited, holds, in_scope, measured, source_row, vector_at
 from oracle_sites import attach, logit_lens, watching_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from patchclamp_server.interventions.kinds.patch import Patch
 from patchclamp_server.interventions.program import (
     Condition,
     Edit,
@@ -147,8 +148,13 @@ class _Pass:
             for position in range(len(self.tokens)):
                 if not (self.scoped(edit.scope, position) and self.gate_open(edit, position)):
                     continue
+                source = None
+                if isinstance(edit.kind, Patch):
+                    source = source_row(edit.kind, layer, position, self.prompt_length, self.artifacts)
+                    if source is None:
+                        continue
                 h = rows[position].double()
-                new = edited(edit, self.strength(edit, position), h, layers, layer, self.artifacts, n_heads)
+                new = edited(edit, self.strength(edit, position), h, layers, layer, self.artifacts, n_heads, source)
                 self.changes.append((index, float((new - h).norm() / h.norm())))
                 rows[position] = new.float()
         for condition in conditions_of(self.program):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from patchclamp_server.interventions.kinds.affine import Affine
+from patchclamp_server.interventions.kinds.patch import Patch
 from patchclamp_server.interventions.program import (
     AddVector,
     CapProjection,
@@ -93,6 +94,32 @@ def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifac
     return _rotated(h, u, kind.radians)
 
 
+def source_row(kind: Patch, layer: int, position: int, prompt_length: int, artifacts: Artifacts) -> Tensor | None:
+    """The row that a patch puts at a position, float64 [width]; None where it has none. The last pair that names the
+    position holds."""
+    assert kind.source is not None
+    own = kind.source.positions.tolist()
+    rows = kind.source.rows[layer if kind.source_layer is None else kind.source_layer]
+    found = None
+    for at, wanted in kind.positions or [(p, p) for p in own]:
+        if (at if at >= 0 else prompt_length + at) == position:
+            found = own.index(wanted if wanted >= 0 else kind.source.length + wanted)
+    return None if found is None else rows[found].double()
+
+
+def patched(kind: Patch, source: Tensor, h: Tensor, n_heads: int) -> Tensor:
+    """t(h) for the source row that is mapped to the position of h."""
+    if kind.heads:
+        t = h.clone().view(n_heads, -1)
+        for head in kind.heads:
+            t[head] = source.view(n_heads, -1)[head]
+        return t.view(-1)
+    t = h.clone() if kind.units else source.clone()
+    for unit in kind.units:
+        t[unit] = source[unit]
+    return t
+
+
 def _rotated(h: Tensor, u: Tensor, radians: float) -> Tensor:
     length = float(h.norm())
     along = float(h @ u)
@@ -146,10 +173,23 @@ def _head_target(kind: HeadEdit, z: Tensor, layers: Sequence[int], layer: int, n
 
 
 def edited(
-    edit: Edit, strength: float, h: Tensor, layers: Sequence[int], layer: int, artifacts: Artifacts, n_heads: int
+    edit: Edit,
+    strength: float,
+    h: Tensor,
+    layers: Sequence[int],
+    layer: int,
+    artifacts: Artifacts,
+    n_heads: int,
+    source: Tensor | None = None,
 ) -> Tensor:
-    """h + strength · (t(h) - h), then back to the norm of h where the edit asks for it. h float64 [width]."""
-    changed = h + strength * (target(edit.kind, h, layers, layer, artifacts, n_heads) - h)
+    """h + strength · (t(h) - h), then back to the norm of h where the edit asks for it. h float64 [width]; `source` is
+    the row that a patch has for the position of h."""
+    if isinstance(edit.kind, Patch):
+        assert source is not None
+        t = patched(edit.kind, source, h, n_heads)
+    else:
+        t = target(edit.kind, h, layers, layer, artifacts, n_heads)
+    changed = h + strength * (t - h)
     if edit.preserve_norm:
         changed = changed * (h.norm() / changed.norm())
     return changed

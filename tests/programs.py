@@ -15,6 +15,7 @@ from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
 from patchclamp_server.interventions.kinds.affine import Affine
+from patchclamp_server.interventions.kinds.patch import Patch, SourceRows
 from patchclamp_server.interventions.program import (
     AbortCondition,
     AddVector,
@@ -91,6 +92,17 @@ def _vector(seed: str, width: int, **options: Any) -> Vector:
     return Vector(values=numbers(seed, width), **options)
 
 
+def source_rows(seed: str, width: int, length: int = 12, layers: int = 3) -> SourceRows:
+    """Rows of a text that lacks one at position 4."""
+    positions = torch.tensor([p for p in range(length) if p != 4])
+    rows = {layer: numbers(f"{seed} source {layer}", len(positions), width) for layer in range(layers)}
+    return SourceRows(positions, length, rows)
+
+
+# Of prompts of some lengths two of these are one token, and of others some are generated or not there.
+POSITION_MAP = ((3, 0), (7, 7), (-1, -1), (-3, 5), (0, 2), (14, 9), (21, 1), (-16, 6))
+
+
 # Kind of edit -> its message, for a seed, a width and the shapes.
 _VECTOR_KINDS: dict[str, Callable[[str, int], EditKind]] = {
     "add": lambda seed, width: AddVector(_vector(seed, width)),
@@ -109,6 +121,10 @@ _VECTOR_KINDS: dict[str, Callable[[str, int], EditKind]] = {
     ),
     "affine_low_rank": lambda seed, width: Affine(
         left=numbers(seed + "U", width, 3) / math.sqrt(width), right=numbers(seed + "V", width, 3)
+    ),
+    "patch": lambda seed, width: Patch(source=source_rows(seed, width), positions=POSITION_MAP),
+    "patch_units": lambda seed, width: Patch(
+        source=source_rows(seed, width), units=(width - 2, *range(0, width // 2, 3)), source_layer=2
     ),
 }
 

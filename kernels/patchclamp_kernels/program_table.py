@@ -24,9 +24,10 @@ class EntryKind(IntEnum):
     HEADS = 6  # t(z) = factor z + offset at single heads
     AFFINE = 7  # t(h)_i = A_i·h + b_i
     AFFINE_LOW_RANK = 8  # t(h) = Σ_r R_r (W_r·h + b_r)
-    CONDITION = 9  # opened[column] = sign · value > sign · threshold, value = h·u or the cosine
-    PROJECTION = 10  # readings[column] = h·v
-    NEURON_VALUES = 11  # readings[column + i] = a[neuron i]
+    PATCH = 9  # t(h) = m s_p + (1 - m) h, with the row s_p of the position p and a mask m
+    CONDITION = 10  # opened[column] = sign · value > sign · threshold, value = h·u or the cosine
+    PROJECTION = 11  # readings[column] = h·v
+    NEURON_VALUES = 12  # readings[column + i] = a[neuron i]
 
 
 class EntryFlag(IntFlag):
@@ -45,17 +46,18 @@ STRENGTH, LOW, HIGH, SPARE = range(4)
 FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
 # Columns of ProgramTable.unit_ints. HEADS: the head, and the row of its offset in the bank of width head_dim.
 # LOW_RANK and AFFINE_LOW_RANK: the bank rows of R_r and W_r. AFFINE: i, and the bank row of A_i; every i once.
+# PATCH: -1 and the bank row of m, then each p, ascending, and the bank row of s_p; a row at no such p is left alone.
 UNIT, OTHER = range(2)
 NO_GATE = -1
 
 
 @dataclass(frozen=True, eq=False)
 class ProgramTable:
-    """Has N entries and M units (neurons, heads or ranks of an edit) of all loaded programs.
+    """Has N entries and M units (neurons, heads, ranks or positions of an edit) of all loaded programs.
 
     In the entry columns FIRST is the bank row of its vector, or the first unit row of LOW_RANK, NEURONS, HEADS, AFFINE,
-    AFFINE_LOW_RANK and NEURON_VALUES; COUNT is the number of units; GATE is a column of `opened`, or NO_GATE; LATCH is
-    a row of `latch`. The neurons or heads of an entry ascend, each at most once.
+    AFFINE_LOW_RANK, PATCH and NEURON_VALUES; COUNT is the number of units; GATE is a column of `opened`, or NO_GATE;
+    LATCH is a row of `latch`. The neurons or heads of an entry ascend, each at most once.
     """
 
     entries: Tensor  # int32 [slots, places + 1]: entries of slot s at place p are entries[s, p] to entries[s, p + 1]

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from patchclamp.v1.activation_pb2_grpc import add_ActivationServiceServicer_to_server
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
 from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
@@ -24,6 +25,7 @@ _SERVICES: dict[str, Callable[[Any, grpc.Server], None]] = {
     "heads": add_HeadServiceServicer_to_server,
     "neurons": add_NeuronServiceServicer_to_server,
     "monitoring": add_MonitoringServiceServicer_to_server,
+    "activations": add_ActivationServiceServicer_to_server,
     "jobs": add_JobServiceServicer_to_server,
 }
 

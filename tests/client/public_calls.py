@@ -4,8 +4,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp import AsyncClient, Client, heads, monitoring, neurons, programs, requests, sparsity
+from patchclamp import AsyncClient, Client, heads, monitoring, neurons, patching, programs, requests, sparsity
 from patchclamp.heads import CleanCorruptPair
+from patchclamp.patching import PatchPair
 
 Arguments = dict[str, Any]
 
@@ -25,6 +26,7 @@ _REQUIRED: dict[str, Arguments] = {
     "evaluate_head_edit": {"heads": "mine", "mode": "scale", "scale": 0.5},
     "find_circuit": {"pairs": [CleanCorruptPair("a", "b", "c", "d")], "method": "path_patching"},
     "compare_head_sets": {"head_sets": ["one", "two"]},
+    "patch_activations": {"pairs": [PatchPair("a", "b", "c", "d")]},
     "attribute_logits": {"prompt": "hi", "target": " you"},
     "find_neurons": {"words": "dog"},
     "localize_neurons": {"method": neurons.welch_t({"a": ["x"], "b": ["y"]}, "a")},
@@ -57,6 +59,7 @@ _REQUIRED: dict[str, Arguments] = {
     "rotate_towards": {"direction": "v", "radians": 1.0},
     "low_rank": {"rotation": [[1.0]], "weight": [[1.0]], "bias": [1.0]},
     "affine": {"matrix": [[1.0]], "bias": [1.0]},
+    "patch": {"activations": "run"},
     "set_neurons": {"neurons": [1], "values": 1.0},
     "scale_neurons": {"neurons": [1], "values": 1.0},
     "add_neurons": {"neurons": [1], "values": 1.0},
@@ -97,6 +100,7 @@ _REQUIRED: dict[str, Arguments] = {
     "welch_t": {"texts": "corpus", "target": "a"},
     "contrast_set": {"texts": "corpus", "target": "a"},
     "sparse_probe": {"texts": "corpus", "target": "a"},
+    "PatchPair": {"clean": "a", "corrupt": "b"},
     "CleanCorruptPair": {"clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"},
 }
 # Words of the package that are no call: types, and what makes a message of a value.
@@ -112,6 +116,7 @@ _NO_CALLS = {
     "texts_message",
     "fact_messages",
     "check_messages",
+    "position_messages",
     "Neuron",
     "LocalizationMethod",
 }
@@ -126,7 +131,7 @@ def client_methods(kind: type[Client] | type[AsyncClient]) -> list[str]:
 def builders() -> dict[str, Callable[..., Any]]:
     """Functions and dataclasses that make parts of a request."""
     found = {name: getattr(package, name) for package in (programs, neurons) for name in package.__all__}
-    for module in (sparsity, heads, monitoring):
+    for module in (sparsity, heads, monitoring, patching):
         found |= {
             name: value
             for name, value in vars(module).items()

@@ -36,6 +36,7 @@ FILES = {
     "capital.txt": "The capital of France is\n",
     "currency.txt": "The currency of France is\n",
     "facts.tsv": "The capital of France is\t Paris\n",
+    "capitals.jsonl": '{"clean": "a", "corrupt": "b", "answer": "c", "other_answer": "d"}',
     "pairs.jsonl": '{"clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"}',
     "results.json": (ROOT / "benchmarks/results/sparse_quality.json").read_text(encoding="utf-8"),
 }

@@ -16,6 +16,7 @@ from live import LiveServer
 from tiny_llama import save_tiny_llama
 
 from patchclamp import Client
+from patchclamp.v1 import program_pb2
 from patchclamp_server.model.load import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,7 @@ def test_no_page_with_python_is_left_out() -> None:
         "docs/user/heads.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
+        "docs/user/patching.md",
         "docs/user/python.md",
         "docs/user/sparse.md",
         "docs/user/steering.md",
@@ -145,6 +147,12 @@ def test_the_example_of_retrieval_heads_runs(embedded_server: LiveServer, client
 def test_the_examples_of_neurons_run(embedded_server: LiveServer, client: Client) -> None:
     names = run("docs/user/neurons.md", embedded_server.address, client=client)
     assert names["overlap"].common == 1
+
+
+def test_the_examples_of_patching_run(embedded_server: LiveServer, client: Client) -> None:
+    names = run("docs/user/patching.md", embedded_server.address, client=client)
+    assert names["grid"].effects("resid_pre")[0][0] > 0.99
+    assert names["heads"].site == program_pb2.SITE_ATTN_Z
 
 
 def test_the_example_of_retries_runs() -> None:

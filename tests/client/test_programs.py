@@ -20,6 +20,7 @@ from patchclamp.programs import (
     last,
     low_rank,
     mean_heads,
+    patch,
     positions,
     program_message,
     project_out,
@@ -69,6 +70,7 @@ def test_what_is_left_out_stays_unset() -> None:
         (low_rank([[1.0, 0.0]], [[0.0, 1.0]], [0.5], layers=1), "low_rank"),
         (affine([[1.0, 0.0], [0.0, 1.0]], bias=[0.5, 0.0], layers=1), "affine"),
         (affine(left=[[1.0], [0.0]], right=[[0.0], [1.0]], layers=1), "affine"),
+        (patch("run", layers=1), "patch"),
         (set_neurons([4], 1.0, layers=1), "neurons"),
         (scale_neurons([4], 1.0, layers=1), "neurons"),
         (add_neurons([4], 1.0, layers=1), "neurons"),
@@ -101,6 +103,23 @@ def test_neurons_are_edited_and_read_at_the_site_that_is_named() -> None:
     assert (read_neurons([4], layers=1).site, read_top_neurons(3, layers=1).site) == (pb.SITE_MLP_POST,) * 2
     assert read_neurons([4], layers=1, site="mlp_up").site == pb.SITE_MLP_UP
     assert read_top_neurons(3, layers=1, site="mlp_gate").site == pb.SITE_MLP_GATE
+
+
+def test_a_patch_maps_positions_and_goes_to_the_site_of_its_heads() -> None:
+    edit = patch("run", text=2, positions={-1: -1, 3: 5}, source_layer=4, units=7, layers="all", strength=0.5)
+    assert [(each.position, each.source) for each in edit.patch.positions] == [(-1, -1), (3, 5)]
+    assert (edit.patch.activations, edit.patch.text, edit.patch.source_layer) == ("run", 2, 4)
+    assert (list(edit.patch.units), edit.site, edit.strength) == ([7], pb.SITE_RESID_POST, 0.5)
+    kept = patch("run", positions=[2, -3]).patch.positions
+    assert [(each.position, each.source) for each in kept] == [(2, 2), (-3, -3)]
+    heads = patch("run", heads=[0, 3], layers=1)
+    assert (list(heads.patch.heads), heads.site, heads.patch.HasField("source_layer")) == (
+        [0, 3],
+        pb.SITE_ATTN_Z,
+        False,
+    )
+    with pytest.raises(TypeError, match=r"positions\[3\]"):
+        patch("run", positions={3: "x"})  # type: ignore[dict-item]
 
 
 def test_ablating_heads_is_scaling_them_by_a_zero_that_is_sent() -> None:

@@ -68,6 +68,13 @@ class Program:
         units = [([self.builder.store(u), self.builder.store(v)], [0.0, b, 0.0, 0.0]) for u, v, b in columns]
         return self._units(EntryKind.AFFINE_LOW_RANK, units, strength, **how)
 
+    def patch(self, rows: dict[int, Tensor], mask: Tensor, strength: float = 1.0, **how: object) -> int:
+        units = [
+            ([position, self.builder.store(row)], [0.0] * 4)
+            for position, row in ((-1, mask), *sorted(rows.items(), key=lambda item: item[0]))
+        ]
+        return self._units(EntryKind.PATCH, units, strength, **how)
+
     def neurons(
         self,
         neurons: Sequence[int],

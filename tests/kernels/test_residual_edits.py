@@ -132,11 +132,21 @@ VECTOR_EDITS |= {
         randn(d, 3, seed=13) / d**0.5, randn(d, 3, seed=14), randn(d, seed=15), **how
     ),
 }
+VECTOR_EDITS |= {
+    "patch": lambda p, d, **how: p.patch({0: randn(d, seed=16), 1: randn(d, seed=17)}, torch.ones(d), **how),
+}
 UNIT_EDITS: dict[str, Callable[..., int]] = {
     "neurons": lambda p, d, **how: p.neurons([0, 3, 7, d - 1], factor=-2.0, offset=0.5, low=-1.0, high=1.5, **how),
     "heads": lambda p, d, **how: p.heads([0, 3], randn(2, head_dim(d), seed=10), factor=0.5, **how),
+    "patch_units": lambda p, d, **how: p.patch(
+        {position: randn(d, seed=20 + position) for position in range(5)}, units_of([2, 9], d), **how
+    ),
 }
 EDITS = VECTOR_EDITS | UNIT_EDITS
+
+
+def units_of(units: list[int], d: int) -> Tensor:
+    return torch.zeros(d).index_fill_(0, torch.tensor(units), 1.0)
 
 
 def one_edit(kind: str, d: int, **how: Any) -> tuple[TableBuilder, Program]:
@@ -157,6 +167,7 @@ def test_the_definition_is_what_the_contract_says(kind: str, preserve_norm: bool
 
     from patchclamp_server.interventions import program as messages
     from patchclamp_server.interventions.kinds.affine import Affine
+    from patchclamp_server.interventions.kinds.patch import Patch
 
     d = 12
     h, v, u = randn(d).double(), randn(d, seed=5), unit(d)
@@ -173,9 +184,11 @@ def test_the_definition_is_what_the_contract_says(kind: str, preserve_norm: bool
         "affine_low_rank": Affine(
             left=randn(d, 3, seed=13) / d**0.5, right=randn(d, 3, seed=14), bias=randn(d, seed=15)
         ),
+        "patch": Patch(),
     }[kind]
     edit = messages.Edit(kind=message, site=messages.Site.RESID_POST, layers=(0,), preserve_norm=preserve_norm)
-    want = oracle_formulas.edited(edit, strength, h, (0,), 0, {}, 4)
+    source = randn(d, seed=16).double() if kind == "patch" else None
+    want = oracle_formulas.edited(edit, strength, h, (0,), 0, {}, 4, source)
     builder, program = one_edit(kind, d, strength=strength, preserve_norm=preserve_norm)
     x = h[None].clone()
     step = copied(builder.step([program]), torch.float64)
@@ -234,10 +247,24 @@ def test_units_that_are_not_named_keep_their_bits(kind: str) -> None:
     builder, program = one_edit(kind, 48, strength=0.7)
     x = randn(1, 48)
     got = run(x, program=builder.step([program]), places=(0, 1))
-    named = {"neurons": [0, 3, 7, 47], "heads": [*range(12), *range(36, 48)]}[kind]
+    named = {"neurons": [0, 3, 7, 47], "heads": [*range(12), *range(36, 48)], "patch_units": [2, 9]}[kind]
     changed = [i for i, (a, b) in enumerate(zip(bits(got.x)[0], bits(x)[0], strict=True)) if a != b]
     assert set(changed) <= set(named)
     assert len(changed) >= len(named) - 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64])
+def test_a_patched_row_gets_the_source_of_its_position_and_no_other(n: int) -> None:
+    positions = [3 * i for i in range(n)]
+    builder = TableBuilder(48)
+    program = builder.program()
+    sources = {position: randn(48, seed=100 + position) for position in positions}
+    program.patch(sources, torch.ones(48))
+    rows = [*range(3 * n + 2)]
+    x = randn(len(rows), 48)
+    got = assert_agrees(x, program=builder.step([program] * len(rows), position=rows), places=(0, 1))
+    want = torch.stack([sources.get(position, x[position]) for position in rows])
+    assert bits(got.x) == bits(want)
 
 
 def test_a_list_of_neurons_may_be_longer_than_a_tile() -> None:

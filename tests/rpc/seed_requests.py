@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, arange, linspace, ones
 
 from patchclamp.v1 import (
+    activation_pb2,
     artifact_pb2,
     generation_pb2,
     head_pb2,
@@ -100,6 +101,10 @@ EDITS = [
     edit("SITE_ATTN_Z", heads={"heads": [0, 1], "scale": 0.0}),
     edit("SITE_ATTN_Z", heads={"heads": [2], "mean": tensor(1, WIDTH // HEADS)}),
     edit("SITE_ATTN_Z", heads={"heads": [3], "uniform": True}),
+    edit(
+        "SITE_RESID_POST", patch={"activations": "run", "positions": [{"position": -1, "source": 2}], "units": [1, 5]}
+    ),
+    edit("SITE_ATTN_Z", patch={"activations": "run", "source_layer": 0, "heads": [2]}, scope=SCOPE),
 ]
 READOUTS = [
     program_pb2.Readout(site="SITE_RESID_POST", layers=[0], projection={"vectors": [vector()]}),
@@ -144,6 +149,12 @@ def file(tensors: dict[str, Tensor]) -> bytes:
 CORPUS = b'{"text": "a dog", "label": "en"}\n{"text": "ein Hund"}\n'
 
 
+def activations() -> dict[str, Tensor]:
+    """Rows of three tokens of one text."""
+    places = {f"{site}.{layer}": ones(3, WIDTH) for site in ("resid_post", "attn_z") for layer in range(LAYERS)}
+    return {"text": 0 * arange(3), "position": arange(3), "token": arange(3), "length": 0 * arange(3) + 3, **places}
+
+
 def artifacts() -> list[Call]:
     scores = linspace(0, 1, LAYERS * HEADS).reshape(LAYERS, HEADS)
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
@@ -151,6 +162,7 @@ def artifacts() -> list[Call]:
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
         upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
+        upload("ARTIFACT_KIND_ACTIVATIONS", "run", file(activations())),
         upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
     ]
 
@@ -249,6 +261,7 @@ def calls() -> dict[str, list[Call]]:
             [head_pb2.FindCircuitRequest(method=method, pairs=[PAIR], circuit_size=2, random_sets=1)]
             for method in ("CIRCUIT_METHOD_MEAN_ABLATION", "CIRCUIT_METHOD_PATH_PATCHING")
         ],
+        "ActivationService/PatchActivations": patchings(),
         "HeadService/CompareHeadSets": [[head_pb2.CompareHeadSetsRequest(head_sets=["heads", "heads"], top_k=2)]],
         "HeadService/AttributeLogits": [
             [head_pb2.AttributeLogitsRequest(prompt=PROMPT, target="a", contrast="b", top_heads=1)]
@@ -320,6 +333,27 @@ def monitoring() -> dict[str, list[Call]]:
         "MonitoringService/WatchActivations": [[pb.WatchActivationsRequest(name="w", max_events=1)]],
         "MonitoringService/StopWatch": [[pb.StopWatchRequest(name="other")]],
     }
+
+
+def patchings() -> list[Call]:
+    pairs = [activation_pb2.PatchPair(clean=PROMPT, corrupt=CHAT, answer=" a", other_answer=" b")]
+    columns = [{"name": "last", "positions": {"start": -1, "end": 0}}, {"name": "first", "positions": {"end": 1}}]
+    return [
+        [
+            activation_pb2.PatchActivationsRequest(
+                pairs=pairs,
+                direction="PATCH_DIRECTION_CORRUPT",
+                sites=["SITE_ATTN_Z", "SITE_MLP_OUT"],
+                layers=[1],
+                layer_window=2,
+                positions=columns,
+                by_head=True,
+                metric=metric,
+                seed=3,
+            )
+        ]
+        for metric in ("PATCH_METRIC_LOG_PROBABILITY_DIFFERENCE", "PATCH_METRIC_DIVERGENCE")
+    ]
 
 
 def neurons() -> dict[str, list[Call]]:

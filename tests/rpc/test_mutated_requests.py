@@ -15,6 +15,7 @@ from seed_requests import PROMPT, calls
 from statuses import Failure, failure
 
 from patchclamp.v1 import generation_pb2
+from patchclamp.v1.activation_pb2_grpc import ActivationServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceStub
@@ -27,7 +28,7 @@ from patchclamp_server.model.sites import Site
 CODES = grpc.StatusCode
 # A name that is taken is one whose replacement was not asked for.
 REFUSALS = (CODES.INVALID_ARGUMENT, CODES.NOT_FOUND, CODES.FAILED_PRECONDITION, CODES.ALREADY_EXISTS)
-ANALYSES = ("HeadService", "SparsityService", "NeuronService")
+ANALYSES = ("HeadService", "SparsityService", "NeuronService", "ActivationService")
 REQUESTS = {
     name.rpartition("/")[2]: [message for [message] in each]
     for name, each in calls().items()
@@ -60,7 +61,8 @@ def channel(server: LiveServer) -> Iterator[grpc.Channel]:
 
 
 def refusal(channel: grpc.Channel, method: str, request: Any) -> Failure | None:
-    stubs = (HeadServiceStub(channel), SparsityServiceStub(channel), NeuronServiceStub(channel))
+    kinds = (HeadServiceStub, SparsityServiceStub, NeuronServiceStub, ActivationServiceStub)
+    stubs = [kind(channel) for kind in kinds]
     stub = next(stub for stub in stubs if hasattr(stub, method))
     try:
         answer = getattr(stub, method)(request)

@@ -28,6 +28,7 @@ from patchclamp.names import (
     NeuronEditModeName,
 )
 from patchclamp.neurons import LocalizationMethod, NeuronsLike, NeuronTestLike, TextsLike
+from patchclamp.patching import PatchPair
 from patchclamp.programs import VectorLike
 from patchclamp.requests import (
     AttributeOptions,
@@ -48,6 +49,7 @@ from patchclamp.requests import (
     JobRequest,
     LocalizeNeuronsOptions,
     MatchNeuronsOptions,
+    PatchActivationsOptions,
     PromptLike,
     PromptOptions,
     ReferenceOptions,
@@ -98,6 +100,9 @@ from patchclamp.results import (
     NeuronEditEffect,
     NeuronEditEvent,
     NeuronSetComparison,
+    PatchCollector,
+    PatchEvent,
+    PatchGrid,
     Progress,
     ReferenceCollector,
     RetrievalHeads,
@@ -116,6 +121,7 @@ from patchclamp.streams import GenerateStream, Session, Stream
 from patchclamp.threads import Outbox
 from patchclamp.transport import Transport
 from patchclamp.v1 import (
+    activation_pb2,
     artifact_pb2,
     generation_pb2,
     head_pb2,
@@ -358,6 +364,22 @@ class Client(Transport):
         """Splits logit(target) - logit(contrast) after the prompt into parts by head, MLP and source token."""
         request = requests.attribute_logits(prompt, target, **options)
         return LogitAttribution.from_proto(self._unary(self._stubs.heads.AttributeLogits, request, timeout))
+
+    @takes_options_of(requests.patch_activations)
+    def patch_activations(
+        self,
+        pairs: PatchPair | Iterable[PatchPair],
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[PatchActivationsOptions],
+    ) -> Stream[activation_pb2.PatchActivationsResponse, PatchEvent, PatchGrid]:
+        """Runs one prompt of each pair with single activations of the other, and measures what that does to a metric.
+
+        Progress comes first, then a cell for each site, layer and column of positions, then the grid of all of them.
+        """
+        request = requests.patch_activations(pairs, **options)
+        call = self._stream(self._stubs.activations.PatchActivations, request, timeout)
+        return Stream(call, PatchCollector())
 
     @takes_options_of(requests.decode_neurons)
     def decode_neurons(

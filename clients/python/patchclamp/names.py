@@ -9,6 +9,7 @@ from google.protobuf.descriptor import EnumDescriptor
 
 from patchclamp.fields import shown
 from patchclamp.v1 import (
+    activation_pb2,
     artifact_pb2,
     generation_pb2,
     head_pb2,
@@ -41,6 +42,8 @@ NeuronWeightsName = Literal["gate", "up", "down"]
 NeuronPoolingName = Literal["last_token", "mean", "max"]
 NeuronRankerName = Literal["mean_difference", "f", "mutual_information", "l1"]
 NeuronEditModeName = Literal["zero", "mean", "clamp", "scale"]
+PatchDirectionName = Literal["restore", "corrupt"]
+PatchMetricName = Literal["log_probability_difference", "log_probability", "divergence"]
 
 
 class ProtoEnum(Protocol[ValueT_co]):
@@ -86,6 +89,8 @@ NEURON_WEIGHTS = _table(neuron_pb2.NeuronWeights)
 NEURON_POOLINGS = _table(neuron_pb2.NeuronPooling)
 NEURON_RANKERS = _table(neuron_pb2.NeuronRanker)
 NEURON_EDIT_MODES = _table(neuron_pb2.NeuronEditMode)
+PATCH_DIRECTIONS = _table(activation_pb2.PatchDirection)
+PATCH_METRICS = _table(activation_pb2.PatchMetric)
 ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,

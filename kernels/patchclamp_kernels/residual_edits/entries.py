@@ -22,6 +22,7 @@ NEURONS = tl.constexpr(EntryKind.NEURONS.value)
 HEADS = tl.constexpr(EntryKind.HEADS.value)
 AFFINE = tl.constexpr(EntryKind.AFFINE.value)
 AFFINE_LOW_RANK = tl.constexpr(EntryKind.AFFINE_LOW_RANK.value)
+PATCH = tl.constexpr(EntryKind.PATCH.value)
 CONDITION = tl.constexpr(EntryKind.CONDITION.value)
 PROJECTION = tl.constexpr(EntryKind.PROJECTION.value)
 NEURON_VALUES = tl.constexpr(EntryKind.NEURON_VALUES.value)
@@ -177,6 +178,8 @@ def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: 
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
         elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE):
             target = _by_units(h, lane, row, kind, first, count, D)
+        elif kind == PATCH:
+            target = _patched(h, lane, row, first, count, D)
         else:
             if HEAD_DIM > 0:
                 target = _heads(h, lane, row, first, count, D, HEAD_DIM)
@@ -245,6 +248,27 @@ def _by_units(h, lane, row, kind, first, count, D: tl.constexpr):
         r = tl.where(kind == AFFINE, (lane == at).to(tl.float32), r)
         target += tl.where(kind == LOW_RANK, inner - tl.sum(h * r, axis=0), inner) * r
         unit += 1
+    return target
+
+
+@triton.jit
+def _patched(h, lane, row, first, count, D: tl.constexpr):
+    """Returns h with the source row of its position where the mask, which the first unit names, is not 0."""
+    # The first of the ascending positions that is not below that of the row.
+    low = first + 1
+    high = first + count
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(row.unit_ints + middle * 2 + UNIT) < row.position
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    target = h
+    # The unit of the mask stands for none: its position is -1.
+    own = tl.where(low < first + count, low, first)
+    if tl.load(row.unit_ints + own * 2 + UNIT) == row.position:
+        mask = _vector(row.bank, tl.load(row.unit_ints + first * 2 + OTHER), lane, D)
+        source = _vector(row.bank, tl.load(row.unit_ints + own * 2 + OTHER), lane, D)
+        target = tl.where(mask != 0.0, source, h)
     return target
 
 

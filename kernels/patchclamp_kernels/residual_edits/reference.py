@@ -241,6 +241,10 @@ class _Row:
             case EntryKind.AFFINE_LOW_RANK:
                 ints, numbers = self.units(entry)
                 return self.vector(ints[:, UNIT]).T @ (self.vector(ints[:, OTHER]) @ h + numbers[:, OFFSET])
+            case EntryKind.PATCH:
+                ints, _ = self.units(entry)
+                own = ints[1:][ints[1:, UNIT] == self.position, OTHER]
+                return torch.where(self.vector(ints[0, OTHER]) != 0, self.vector(own[0]), h) if len(own) else h
             case EntryKind.NEURONS:
                 ints, numbers = self.units(entry)
                 target, neurons = h.clone(), ints[:, UNIT]

@@ -14,6 +14,7 @@ from patchclamp_server.engine.sampler import drawn_seed
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.placing import placed
 from patchclamp_server.interventions.pooling import TokenPool
 from patchclamp_server.interventions.scopes import SequenceTokens
 from patchclamp_server.interventions.spans import CaptureSpan
@@ -113,6 +114,7 @@ class Intake:
         program = request.program
         # The last thing, since rows are held from here on.
         if program is not None and (program.edits or program.readouts or program.aborts):
+            program = placed(program, prompt_length)
             loaded = self._tables.load(program)
             try:
                 tokens = SequenceTokens(prompt_length, request.roles)

@@ -33,8 +33,10 @@ def bind(
     artifacts: ArtifactLookup | None = None,
     *,
     prompt_roles: tuple[str, ...] | None = None,
+    prompt_length: int | None = None,
 ) -> BoundProgram:
-    """Checks `program` against the model and resolves its artifacts.
+    """Checks `program` against the model and resolves its artifacts. `prompt_length` is that of the prompt, where it is
+    known that the program is for one alone.
 
     Raises InvalidArgument (field path), FailedPrecondition (artifact of another model) or NotFound (artifact).
     """
@@ -42,7 +44,7 @@ def bind(
         raise InvalidArgument("program.edits", f"at most {MAX_EDITS} edits, got {len(program.edits)}")
     if len(program.readouts) > MAX_READOUTS:
         raise InvalidArgument("program.readouts", f"at most {MAX_READOUTS} readouts, got {len(program.readouts)}")
-    binder = _Binder(Resolver(info, artifacts), prompt_roles is not None)
+    binder = _Binder(Resolver(info, artifacts), prompt_roles is not None, prompt_length)
     _check_names([e.name for e in program.edits], "program.edits")
     _check_names([r.name for r in program.readouts], "program.readouts")
     edits = tuple(binder.edit(e, f"program.edits[{i}]", i) for i, e in enumerate(program.edits))
@@ -82,10 +84,11 @@ def _condition_bytes(condition: BoundCondition) -> bytes:
 
 
 class _Binder:
-    def __init__(self, resolver: Resolver, has_roles: bool) -> None:
+    def __init__(self, resolver: Resolver, has_roles: bool, prompt_length: int | None) -> None:
         self.resolver = resolver
         self.info = resolver.info
         self.has_roles = has_roles
+        self.prompt_length = prompt_length
 
     def edit(self, edit: Edit, path: str, index: int) -> BoundEdit:
         width = self.resolver.width(edit.site, path)
@@ -93,7 +96,8 @@ class _Binder:
         check_finite(edit.strength, f"{path}.strength")
         layers = self.edit_layers(edit, path)
         spec = EDIT_OF[type(edit.kind)]
-        numbers = spec.bind(edit.kind, Where(self.resolver, edit.site, layers, width, path, f"{path}.{spec.name}"))
+        where = Where(self.resolver, edit.site, layers, width, path, f"{path}.{spec.name}", self.prompt_length)
+        numbers = spec.bind(edit.kind, where)
         kind, payload, bounds = numbers.table.entry, numbers.payload, numbers.bounds
         site = edit.site if numbers.site is None else numbers.site
         if edit.preserve_norm and not numbers.table.whole_rows:

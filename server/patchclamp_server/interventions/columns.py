@@ -18,9 +18,10 @@ class EntryKind(IntEnum):
     HEADS = 6
     AFFINE = 7
     AFFINE_LOW_RANK = 8
-    CONDITION = 9
-    PROJECTION = 10
-    NEURON_VALUES = 11
+    PATCH = 9
+    CONDITION = 10
+    PROJECTION = 11
+    NEURON_VALUES = 12
     # No kernel knows these kinds: they need whole rows, and torch's rules read them on every device. Their entries
     # stand behind the range of a slot that kernels run.
     TOP_NEURONS = 32
@@ -50,7 +51,7 @@ INT_COLUMNS = 10
 # These are the columns of floats. A condition has its sign in STRENGTH and its threshold in LOW.
 STRENGTH, LOW, HIGH, SPARE = range(4)
 FLOAT_COLUMNS = 4
-# These are the columns of units: the neurons, heads or ranks of an entry.
+# These are the columns of units: the neurons, heads, ranks or positions of an entry.
 FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
 UNIT, OTHER = range(2)
 NO_GATE = -1

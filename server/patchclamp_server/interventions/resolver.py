@@ -6,7 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.artifacts.activation_rows import StoredActivations
+from patchclamp_server.artifacts.slices import TensorSlices
+from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.interventions.program import StoredThreshold, Vector
 from patchclamp_server.model.info import ModelInfo
@@ -20,6 +22,8 @@ class ArtifactLookup(Protocol):
 
     def get(self, ref: str) -> Artifact: ...
 
+    def slices(self, ref: str) -> TensorSlices: ...
+
 
 class Resolver:
     """Resolves and checks; `path` is always the field path of what is being resolved.
@@ -32,6 +36,7 @@ class Resolver:
         self.info = info
         self.artifacts = artifacts
         self._found: dict[str, Artifact] = {}
+        self._activations: dict[str, StoredActivations] = {}
 
     def width(self, site: Site, path: str) -> int:
         width = self.info.sites.get(site)
@@ -60,13 +65,27 @@ class Resolver:
             raise FailedPrecondition(path, "this server keeps no artifacts")
         with about(path):
             artifact = self._found.get(ref) or self._found.setdefault(ref, self.artifacts.get(ref))
-        if artifact.info.kind is not kind:
-            raise InvalidArgument(path, f"{ref} is a {artifact.info.kind.value}, not a {kind.value}")
-        if artifact.info.model_fingerprint != self.info.fingerprint:
-            raise FailedPrecondition(
-                path, f"{ref} was made for model {artifact.info.model_fingerprint}, served is {self.info.fingerprint}"
-            )
+        self._check(artifact.info, ref, kind, path)
         return artifact
+
+    def activations(self, ref: str, path: str) -> StoredActivations:
+        """Returns an activations artifact, whose rows are read when they are asked for."""
+        if self.artifacts is None:
+            raise FailedPrecondition(path, "this server keeps no artifacts")
+        if ref not in self._activations:
+            with about(path):
+                slices = self.artifacts.slices(ref)
+            self._check(slices.info, ref, ArtifactKind.ACTIVATIONS, path)
+            self._activations[ref] = StoredActivations(slices)
+        return self._activations[ref]
+
+    def _check(self, info: ArtifactInfo, ref: str, kind: ArtifactKind, path: str) -> None:
+        if info.kind is not kind:
+            raise InvalidArgument(path, f"{ref} is a {info.kind.value}, not a {kind.value}")
+        if info.model_fingerprint != self.info.fingerprint:
+            raise FailedPrecondition(
+                path, f"{ref} was made for model {info.model_fingerprint}, served is {self.info.fingerprint}"
+            )
 
     def vectors(
         self, vector: Vector, site: Site, layers: tuple[int, ...], width: int, path: str, *, unit: bool

@@ -5,7 +5,7 @@ Options that every edit takes are in EditOptions, those of edits by a vector in 
 neurons in NeuronEditOptions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypedDict, Unpack
 
 from patchclamp.fields import build, build_as, one_or_several
@@ -181,6 +181,40 @@ def affine(
     return _by_vector(pb.Edit(affine=kind), **options)
 
 
+@takes_options_of(_by_vector)
+def patch(
+    activations: str,
+    *,
+    text: int = 0,
+    positions: Mapping[int, int] | Iterable[int] = (),
+    source_layer: int | None = None,
+    units: int | Iterable[int] = (),
+    heads: int | Iterable[int] = (),
+    **options: Unpack[VectorEditOptions],
+) -> pb.Edit:
+    """t(h) = s: puts rows of another run in the place of those of this one (activation patching).
+
+    activations: id or tag of an activations artifact with rows at the site. text: the one of its texts whose rows are
+    taken. positions: {position: position in the text}, or several that stay where they are; negative ones count from
+    the end of the prompt, and of the text. By default all that the artifact has rows of, onto the same positions.
+    source_layer: by default that of the edit. units, heads: only these of a row; heads are at "attn_z", the site then.
+    """
+    listed = one_or_several(heads, "heads", "an int")
+    if listed:
+        options.setdefault("site", "attn_z")
+    pairs = [*positions.items()] if isinstance(positions, Mapping) else [(each, each) for each in _several(positions)]
+    kind = build(
+        pb.Patch,
+        activations=activations,
+        text=text,
+        source_layer=source_layer,
+        positions=[_patch_position(position, source) for position, source in pairs],
+        units=one_or_several(units, "units", "an int"),
+        heads=listed,
+    )
+    return _by_vector(pb.Edit(patch=kind), **options)
+
+
 @takes_options_of(_neurons)
 def set_neurons(
     neurons: Neurons, values: float | Sequence[float] = (), **options: Unpack[NeuronEditOptions]
@@ -248,6 +282,15 @@ def uniform_heads(heads: int | Iterable[int], **options: Unpack[EditOptions]) ->
     no average of its pattern with the uniform one.
     """
     return _heads(pb.HeadEdit(uniform=True), heads, **options)
+
+
+def _several(positions: object) -> list[int]:
+    return one_or_several(positions, "positions", "an int, or {position: source}")
+
+
+def _patch_position(position: int, source: int) -> pb.PatchPosition:
+    field = f"positions[{position!r}]"
+    return build_as({"position": "positions", "source": field}, pb.PatchPosition, position=position, source=source)
 
 
 def layer_fields(layers: Layers) -> tuple[list[int], bool]:

@@ -64,6 +64,7 @@ from patchclamp.requests.neurons import (
     localize_neurons,
     match_neurons,
 )
+from patchclamp.requests.patching import PatchActivationsOptions, patch_activations
 from patchclamp.requests.sparsity import (
     CalibrateOptions,
     EvaluateOptions,
@@ -92,6 +93,7 @@ __all__ = [
     "LocalizeNeuronsOptions",
     "MatchNeuronsOptions",
     "Messages",
+    "PatchActivationsOptions",
     "PromptLike",
     "PromptOptions",
     "ReferenceOptions",
@@ -126,6 +128,7 @@ __all__ = [
     "list_artifacts",
     "localize_neurons",
     "match_neurons",
+    "patch_activations",
     "predict_core_neurons",
     "prompt",
     "record_reference",

@@ -109,6 +109,12 @@ from patchclamp.results.neurons import (
     StoredNeurons,
     TokenDetector,
 )
+from patchclamp.results.patching import (
+    PatchCell,
+    PatchCollector,
+    PatchEvent,
+    PatchGrid,
+)
 from patchclamp.results.receipts import (
     EditReceipt,
     ReadoutValue,
@@ -204,6 +210,10 @@ __all__ = [
     "NeuronMatch",
     "NeuronMeasurement",
     "NeuronSetComparison",
+    "PatchCell",
+    "PatchCollector",
+    "PatchEvent",
+    "PatchGrid",
     "PositionalNeuron",
     "Progress",
     "QualityCard",

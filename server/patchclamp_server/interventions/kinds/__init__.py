@@ -13,6 +13,7 @@ from patchclamp_server.interventions.kinds import (
     heads,
     low_rank,
     neurons,
+    patch,
     project,
     rankings,
     readings,
@@ -34,6 +35,7 @@ EDITS: tuple[EditSpec, ...] = (
     *neurons.EDITS,
     *heads.EDITS,
     *affine.EDITS,
+    *patch.EDITS,
 )
 READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS)
 _TABLES = (
@@ -46,6 +48,7 @@ _TABLES = (
     heads.HEADS,
     affine.FULL,
     affine.LOW_RANK,
+    patch.PATCH,
 )
 
 # These look a kind up by the name of the field in its message, and by its dataclass.

@@ -16,7 +16,8 @@ from patchclamp_server.model.sites import NEURON_SITES, Site
 
 @dataclass(frozen=True, eq=False)
 class Where:
-    """Where an edit or readout is. `path` is that of its kind, `owner` that of the edit or readout itself."""
+    """Where an edit or readout is. `path` is that of its kind, `owner` that of the edit or readout itself.
+    `prompt_length` is None where the program is for prompts of any length."""
 
     resolver: Resolver
     site: Site
@@ -24,6 +25,7 @@ class Where:
     width: int
     owner: str
     path: str
+    prompt_length: int | None = None
 
 
 def check_neuron_site(where: Where, done: str) -> None:

@@ -112,7 +112,8 @@ class Preparation:
         return Prepared(prompt, program, sampling, stop, priority, sparsity, grounding, self.prompts, warnings)
 
     def program(self, proto: program_pb2.Program, prompt: EncodedPrompt) -> BoundProgram:
-        return bind(decode_program(proto), self.model, self._store, prompt_roles=prompt.roles)
+        roles, length = prompt.roles, len(prompt.ids)
+        return bind(decode_program(proto), self.model, self._store, prompt_roles=roles, prompt_length=length)
 
     def grounding(self, proto: pb.Grounding, program: BoundProgram) -> Grounding:
         return Grounding.by(select(decode_grounding(proto), self._store, self.model, "grounding"), program)

@@ -36,6 +36,7 @@ AUDITED_METHODS = frozenset(
         "HeadService/FindCircuit",
         "NeuronService/EvaluateNeuronEdit",
         "NeuronService/DescribeNeurons",
+        "ActivationService/PatchActivations",
     }
 )
 AUDITED_FIELDS = ("name", "watch", "method", "mode")

@@ -10,16 +10,17 @@ _NEGATIVE = " -=%#"
 _WIDE_CELLS = 40
 
 
-def heat_map_lines(matrix: Sequence[Sequence[float]]) -> Iterator[str]:
-    """Yields a line for each layer with a cell for each head.
+def heat_map_lines(matrix: Sequence[Sequence[float]], columns: str = "", layers: Sequence[int] = ()) -> Iterator[str]:
+    """Yields a line for each layer with a cell for each head, or for whatever `columns` names.
 
     A cell shows the nearest quarter of the largest magnitude, in other characters below zero.
     """
     largest = max((abs(value) for row in matrix for value in row), default=0.0)
     width = 2 if len(matrix[0]) <= _WIDE_CELLS else 1
-    margin = len(str(len(matrix) - 1)) + 1
-    yield f"{'':{margin}} head 0 to {len(matrix[0]) - 1}"
-    for layer, row in enumerate(matrix):
+    named = layers or range(len(matrix))
+    margin = len(str(max(named))) + 1
+    yield f"{'':{margin}} {columns or f'head 0 to {len(matrix[0]) - 1}'}"
+    for layer, row in zip(named, matrix, strict=True):
         cells = "".join(_shade(value, largest) * width for value in row)
         yield f"{f'L{layer}':>{margin}} |{cells}|"
     quarters = "  ".join(f"{_POSITIVE[i]} {largest * i / 4:.3g}" for i in range(1, 5))
