@@ -69,6 +69,7 @@ def test_no_page_with_python_is_left_out() -> None:
     tested = {
         "README.md",
         "docs/operating.md",
+        "docs/user/activations.md",
         "docs/user/heads.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
@@ -145,6 +146,12 @@ def test_the_example_of_retrieval_heads_runs(embedded_server: LiveServer, client
 def test_the_examples_of_neurons_run(embedded_server: LiveServer, client: Client) -> None:
     names = run("docs/user/neurons.md", embedded_server.address, client=client)
     assert names["overlap"].common == 1
+
+
+def test_the_examples_of_activations_run(embedded_server: LiveServer, client: Client) -> None:
+    names = run("docs/user/activations.md", embedded_server.address, client=client)
+    assert [len(value.values) for value in names["result"].prompt_readouts] == [576]
+    client.delete_artifact("rows")
 
 
 def test_the_example_of_retries_runs() -> None:

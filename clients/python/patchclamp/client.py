@@ -26,6 +26,7 @@ from patchclamp.names import (
     HeadScoreMethodName,
     MethodName,
     NeuronEditModeName,
+    SiteName,
 )
 from patchclamp.neurons import LocalizationMethod, NeuronsLike, NeuronTestLike, TextsLike
 from patchclamp.programs import VectorLike
@@ -50,6 +51,7 @@ from patchclamp.requests import (
     MatchNeuronsOptions,
     PromptLike,
     PromptOptions,
+    ReadActivationsOptions,
     ReferenceOptions,
     ScoreOptions,
     StartWatchOptions,
@@ -59,6 +61,7 @@ from patchclamp.requests import (
 from patchclamp.results import (
     ActivationCollector,
     ActivationCounts,
+    ActivationEvent,
     Activations,
     Artifact,
     CalibratedProfile,
@@ -99,6 +102,8 @@ from patchclamp.results import (
     NeuronEditEvent,
     NeuronSetComparison,
     Progress,
+    ReadActivations,
+    ReadActivationsCollector,
     ReferenceCollector,
     RetrievalHeads,
     RunningWatch,
@@ -116,6 +121,7 @@ from patchclamp.streams import GenerateStream, Session, Stream
 from patchclamp.threads import Outbox
 from patchclamp.transport import Transport
 from patchclamp.v1 import (
+    activation_pb2,
     artifact_pb2,
     generation_pb2,
     head_pb2,
@@ -358,6 +364,25 @@ class Client(Transport):
         """Splits logit(target) - logit(contrast) after the prompt into parts by head, MLP and source token."""
         request = requests.attribute_logits(prompt, target, **options)
         return LogitAttribution.from_proto(self._unary(self._stubs.heads.AttributeLogits, request, timeout))
+
+    @takes_options_of(requests.read_activations)
+    def read_activations(
+        self,
+        texts: TextsLike,
+        sites: SiteName | Iterable[SiteName],
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[ReadActivationsOptions],
+    ) -> Stream[activation_pb2.ReadActivationsResponse, ActivationEvent, ReadActivations]:
+        """Reads what texts hold at the sites of the model: progress, and rows or what they are reduced to.
+
+        texts: a list of prompts, each read whole; or {label: texts}, the id or tag of a corpus or a TextSource, read in
+        windows. The stream keeps what it has brought for `result`: what is larger than memory is better stored.
+        """
+        request = requests.read_activations(texts, sites, **options)
+        return Stream(
+            self._stream(self._stubs.activations.ReadActivations, request, timeout), ReadActivationsCollector()
+        )
 
     @takes_options_of(requests.decode_neurons)
     def decode_neurons(

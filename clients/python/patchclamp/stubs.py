@@ -4,6 +4,7 @@
 import grpc
 
 from patchclamp.connection import HEALTH_METHOD, Connection, HealthRequest, HealthResponse
+from patchclamp.v1.activation_pb2_grpc import ActivationServiceStub
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
@@ -29,6 +30,7 @@ class Stubs:
         self.sparsity = SparsityServiceStub(channel)
         self.heads = HeadServiceStub(channel)
         self.neurons = NeuronServiceStub(channel)
+        self.activations = ActivationServiceStub(channel)
         self.monitoring = MonitoringServiceStub(channel)
         self.artifacts = ArtifactServiceStub(channel)
         self.models = ModelServiceStub(channel)

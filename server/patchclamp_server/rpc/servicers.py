@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc
 
+from patchclamp.v1.activation_pb2_grpc import add_ActivationServiceServicer_to_server
 from patchclamp.v1.artifact_pb2_grpc import add_ArtifactServiceServicer_to_server
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
@@ -23,6 +24,7 @@ from patchclamp_server.rpc.call.detached_jobs import DetachedJobs
 from patchclamp_server.rpc.call.interceptors import CallInterceptor
 from patchclamp_server.rpc.call.upload_space import UploadLimits
 from patchclamp_server.rpc.config import ServerConfig
+from patchclamp_server.rpc.services.activation import ActivationService
 from patchclamp_server.rpc.services.artifact import ArtifactService
 from patchclamp_server.rpc.services.generation import GenerationService
 from patchclamp_server.rpc.services.head import HeadService
@@ -59,6 +61,7 @@ class Servicers:
         self._models = ModelService(model.info, self.prompts)
         self._steering, self._heads = SteeringService(jobs), HeadService(jobs)
         self._neurons = NeuronService(jobs, dict(config.match_models))
+        self._activations = ActivationService(jobs)
         self._sparsity = SparsityService(jobs, binder)
 
     def add_to(self, server: grpc.aio.Server, calls: CallInterceptor) -> None:
@@ -70,6 +73,7 @@ class Servicers:
         add_SparsityServiceServicer_to_server(self._sparsity, server)
         add_HeadServiceServicer_to_server(self._heads, server)
         add_NeuronServiceServicer_to_server(self._neurons, server)
+        add_ActivationServiceServicer_to_server(self._activations, server)
         add_MonitoringServiceServicer_to_server(self.monitoring, server)
         with_jobs: dict[str, Any] = {
             "patchclamp.v1.SteeringService": self._steering,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from patchclamp.cli import (
+    activations,
     compare,
     completion,
     generate,
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     sparsity.add_parser(commands)
     heads.add_parser(commands)
     neurons.add_parser(commands)
+    activations.add_parser(commands)
     watch.add_parser(commands)
     jobs.add_parser(commands)
     tokens.add_parsers(commands)

@@ -1,6 +1,7 @@
 """Arguments of the clients → request messages. Everything the sync and the async client share about what is sent."""
 
 from patchclamp.prompts import Messages, PromptLike, PromptOptions, prompt
+from patchclamp.requests.activations import ReadActivationsOptions, read_activations
 from patchclamp.requests.artifacts import (
     UploadOptions,
     artifact_format,
@@ -94,6 +95,7 @@ __all__ = [
     "Messages",
     "PromptLike",
     "PromptOptions",
+    "ReadActivationsOptions",
     "ReferenceOptions",
     "ScoreOptions",
     "StartWatchOptions",
@@ -128,6 +130,7 @@ __all__ = [
     "match_neurons",
     "predict_core_neurons",
     "prompt",
+    "read_activations",
     "record_reference",
     "score",
     "score_heads",
