@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patchclamp.v1 import activation_pb2 as pb
-from patchclamp.v1 import artifact_pb2, generation_pb2, neuron_pb2, program_pb2, tensor_pb2
+from patchclamp.v1 import artifact_pb2, generation_pb2, job_pb2, neuron_pb2, program_pb2, tensor_pb2
 from patchclamp.v1.activation_pb2_grpc import ActivationServiceStub
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
+from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp_server.artifacts.activations import check_activations
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
@@ -208,6 +209,19 @@ def test_stored_rows_are_an_artifact_that_is_downloaded_in_parts_and_uploaded_ag
     )
     parts = [artifact_pb2.UploadRequest(header=header), artifact_pb2.UploadRequest(chunk=data)]
     assert artifacts.Upload(iter(parts)).artifact.id == artifact.id
+
+
+def test_a_job_keeps_no_rows(channel: grpc.Channel) -> None:
+    jobs = JobServiceStub(channel)
+    asked = READ(prompts=PROMPTS[:1], sites=["SITE_RESID_POST"], layers=[0])
+    job = jobs.StartJob(job_pb2.StartJobRequest(read_activations=asked)).job
+    with pytest.raises(grpc.RpcError) as refused:
+        list(jobs.FollowJob(job_pb2.FollowJobRequest(id=job.id), timeout=PATIENCE_SECONDS))
+    assert failure(refused.value).fields == ["store"]
+    asked.reduction = pb.ACTIVATION_REDUCTION_MOMENTS
+    job = jobs.StartJob(job_pb2.StartJobRequest(read_activations=asked)).job
+    *_, last = jobs.FollowJob(job_pb2.FollowJobRequest(id=job.id), timeout=PATIENCE_SECONDS)
+    assert last.read_activations.result.texts == 1
 
 
 def test_uploaded_activations_that_the_model_does_not_have_are_refused(

@@ -5,13 +5,16 @@ import json
 import math
 from pathlib import Path
 
+from patchclamp import requests
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.neurons.selection import add_layers_argument, layers_of
 from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
-from patchclamp.cli.options import add_model_argument, connect, connection_options, given
+from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count
 from patchclamp.cli.steering import add_steering_arguments, program_of
-from patchclamp.cli.terminal import job_result, note, print_json, table
+from patchclamp.cli.terminal import note, print_json, table
+from patchclamp.client import Client
 from patchclamp.names import ACTIVATION_REDUCTIONS, SITES
 from patchclamp.programs import last
 from patchclamp.results import ActivationRows, ReadActivations
@@ -40,6 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     output.add_argument("--name", help="store the rows on the server under this tag")
     add_naming_arguments(read)
+    add_detach_argument(read)
     add_steering_arguments(read)
     add_model_argument(read)
     read.set_defaults(run=run)
@@ -55,9 +59,13 @@ def run(args: argparse.Namespace) -> int:
         **({"store": True, **naming_options(args, args.name)} if args.name is not None else {}),
         "layers": layers_of(args),
     }
-    with connect(args) as client:
-        texts = args.prompts or texts_of(args)
-        result = job_result(client.read_activations(texts, args.site or ["resid_post"], **options), quiet=args.json)
+    texts = args.prompts or texts_of(args)
+    sites = args.site or ["resid_post"]
+    if args.detach and args.out is not None:
+        raise ValueError("--out has the rows, which --detach does not wait for: store them with --name")
+    result = job_outcome(args, Client.read_activations, requests.read_activations, texts, sites, **options)
+    if result is None:
+        return 0
     if args.out is not None:
         write_rows(args.out, result)
     if args.json:

@@ -42,9 +42,14 @@ MAX_COVARIANCE_BYTES = 1 << 30
 
 
 def decode_reading(
-    proto: pb.ReadActivationsRequest, prompts: PromptEncoder, store: ArtifactStore, info: ModelInfo
+    proto: pb.ReadActivationsRequest,
+    prompts: PromptEncoder,
+    store: ArtifactStore,
+    info: ModelInfo,
+    *,
+    is_kept: bool = False,
 ) -> ActivationReading:
-    """It tokenises, and may load artifacts: call it in a thread."""
+    """It tokenises, and may load artifacts: call it in a thread. `is_kept`: all that is sent is kept in memory."""
     source = _source(proto, prompts, store, info)
     has_roles = not isinstance(source, TextSource) and all(prompt.roles is not None for prompt in source)
     scope = decode_scope(proto.scope, "scope")
@@ -60,6 +65,8 @@ def decode_reading(
         raise InvalidArgument("reduction", "means by label need texts with labels: groups, or a corpus that has them")
     if proto.store and reduce.of_all_texts:
         raise InvalidArgument("store", f"only rows are stored, and {reduce.value} has none; expected false")
+    if is_kept and not (proto.store or reduce.of_all_texts):
+        raise InvalidArgument("store", "a detached job keeps no rows; expected true, or a reduction over all texts")
     dtype = decode_activation_dtype(proto.dtype, "dtype")
     description, tags = decode_label(proto) if proto.store else ("", NO_TAGS)
     if not proto.store and (proto.tags or proto.description):

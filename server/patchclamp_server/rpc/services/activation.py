@@ -8,6 +8,7 @@ from patchclamp.v1 import activation_pb2 as pb
 from patchclamp.v1.activation_pb2_grpc import ActivationServiceServicer
 from patchclamp_server.analysis.activation_reading.job import read_activations
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
+from patchclamp_server.rpc.call.detached_jobs import DetachedContext
 from patchclamp_server.rpc.codecs.activation import decode_reading, encode_reading, reading_fields
 
 Context = Any
@@ -26,7 +27,14 @@ class ActivationService(ActivationServiceServicer):
         jobs = self._jobs
         return jobs.stream(
             request,
-            partial(decode_reading, request, jobs.prompts, jobs.store, jobs.model),
+            partial(
+                decode_reading,
+                request,
+                jobs.prompts,
+                jobs.store,
+                jobs.model,
+                is_kept=isinstance(context, DetachedContext),
+            ),
             partial(read_activations, jobs.engine, jobs.store, jobs.model, jobs.prompts),
             encode_reading,
             fields=reading_fields(request),
