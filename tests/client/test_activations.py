@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from patchclamp import Client, requests
 from patchclamp.cli.app import main
 from patchclamp.neurons import TextSource
-from patchclamp.programs import add, last, read_activation
+from patchclamp.programs import Program, add, last, read_activation
 from patchclamp.results import Array, ReadActivationsCollector
 from patchclamp.v1 import activation_pb2 as pb
 from patchclamp.v1 import program_pb2, tensor_pb2
@@ -93,7 +93,7 @@ def test_what_is_read_is_what_a_readout_of_the_same_prompt_streams(client: Clien
     for text, prompt in enumerate(TEXTS):
         for site in ("resid_post", "mlp_up"):
             readout = read_activation(site=site, layers=1, scope="prompt", name=site)  # type: ignore[arg-type]
-            program = [steered, readout]
+            program = Program([steered], readouts=[readout])
             streamed = client.generate(prompt, max_tokens=1, program=program).result().prompt_readouts
             rows = read.of(site, 1)
             own = np.asarray(rows.values)[np.array(rows.texts) == text]
@@ -102,7 +102,8 @@ def test_what_is_read_is_what_a_readout_of_the_same_prompt_streams(client: Clien
 
 
 def test_units_of_a_generated_token_come_with_it(client: Client) -> None:
-    program = [read_activation(site="mlp_post", layers=[0, 1], units=[5, 2], scope="generated", name="two")]
+    readout = read_activation(site="mlp_post", layers=[0, 1], units=[5, 2], scope="generated", name="two")
+    program = Program(readouts=[readout])
     result = client.generate("Hello", max_tokens=3, ignore_eos=True, program=program).result()
     found = [value for token in result.tokens for value in token.readouts]
     assert {(value.layer, tuple(value.ids)) for value in found} == {(0, (5, 2)), (1, (5, 2))}

@@ -72,7 +72,9 @@ def decode_reading(
     if not proto.store and (proto.tags or proto.description):
         field = "tags" if proto.tags else "description"
         raise InvalidArgument(field, "is of a stored artifact; expected `store`, or none")
-    about: dict[str, Any] = {"scope": json_format.MessageToDict(proto.scope)} if proto.HasField("scope") else {}
+    about: dict[str, Any] = {}
+    if proto.HasField("scope"):
+        about["scope"] = json_format.MessageToDict(proto.scope, preserving_proto_field_name=True)
     return ActivationReading(
         source=source,
         program=_program(proto, has_roles, store, info),
