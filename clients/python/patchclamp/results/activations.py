@@ -1,10 +1,9 @@
 """ReadActivations that were read: rows with the text, position and token of each, or what they were reduced to."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from sys import byteorder
+from struct import iter_unpack
 from typing import Any
 
 from patchclamp.names import name_of
@@ -57,12 +56,7 @@ class Array:
             # The upper half of a float32.
             pairs = zip(data[::2], data[1::2], strict=True)
             data = bytes(chain.from_iterable((0, 0, low, high) for low, high in pairs))
-        numbers = memoryview(data).cast(_FORMATS["float32" if self.dtype == "bfloat16" else self.dtype][0])
-        if byteorder != "little":
-            swapped = array(numbers.format, data)
-            swapped.byteswap()
-            return swapped.tolist()
-        return numbers.tolist()
+        return [number for (number,) in iter_unpack(f"<{_FORMATS.get(self.dtype, _FORMATS['float32'])[0]}", data)]
 
 
 @dataclass(frozen=True)
