@@ -150,14 +150,12 @@ async def test_rows_of_sixteen_readings_at_once_beside_served_requests_are_those
     engine: Engine, store: ArtifactStore
 ) -> None:
     sources = [prompts(5, 11, 3, seed=seed) for seed in range(16)]
-    serving = asyncio.Event()
     served = [
         engine.submit(
             Request(prompt.ids, lambda event: None, stop=StopParams(30, ignore_eos=True), priority=Priority.INTERACTIVE)
         )
         for prompt in prompts(7, 9, 4, seed=99)
     ]
-    serving.set()
     try:
         found = await asyncio.gather(*(events_of(engine, store, reading(source)) for source in sources))
     finally:

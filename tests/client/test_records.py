@@ -8,9 +8,10 @@ from google.protobuf import struct_pb2, timestamp_pb2
 
 from patchclamp import results
 from patchclamp.heads import Head
-from patchclamp.results import Artifact, HeadScore, Job, NeedleRun, RunningWatch, monitoring
+from patchclamp.results import Array, Artifact, HeadScore, Job, NeedleRun, RunningWatch, monitoring
 from patchclamp.results.record import Record
 from patchclamp.v1 import (
+    activation_pb2,
     artifact_pb2,
     generation_pb2,
     head_pb2,
@@ -25,6 +26,7 @@ from patchclamp.v1 import (
 )
 
 CONTRACT = (
+    activation_pb2,
     artifact_pb2,
     generation_pb2,
     head_pb2,
@@ -56,8 +58,15 @@ OTHER_NAMES = {
     "WatchStatistics": "GetWatchStatisticsResponse",
 }
 # What this package puts together itself, and what it knows besides the message.
-MADE_HERE = {"ActivationCounts", "CompareResult", "GenerateResult", "NeedleGrid", "Quantile"}
-GIVEN: dict[str, dict[str, Any]] = {"RetrievalHeads": {"runs": ()}, "CompareText": {"chunk": None}}
+MADE_HERE = {"ActivationCounts", "CompareResult", "GenerateResult", "NeedleGrid", "Quantile", "ReadActivations"}
+NOTHING = Array("float32", (0,), b"")
+GIVEN: dict[str, dict[str, Any]] = {
+    "RetrievalHeads": {"runs": ()},
+    "CompareText": {"chunk": None},
+    "ActivationRows": {"values": NOTHING, "unit_positions": None},
+    "ActivationMoments": {"mean": NOTHING, "covariance": NOTHING},
+    "ActivationMean": {"mean": NOTHING},
+}
 
 
 def records() -> list[type[Record]]:

@@ -80,6 +80,7 @@ class Servicers:
             "patchclamp.v1.SparsityService": self._sparsity,
             "patchclamp.v1.HeadService": self._heads,
             "patchclamp.v1.NeuronService": self._neurons,
+            "patchclamp.v1.ActivationService": self._activations,
             "patchclamp.v1.MonitoringService": self.monitoring,
         }
         add_JobServiceServicer_to_server(JobService(self.detached, with_jobs, calls), server)

@@ -4,6 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from patchclamp.results.activations import (
+    ActivationMean,
+    ActivationMoments,
+    ActivationRows,
+    ReadActivations,
+    ReadActivationsCollector,
+)
 from patchclamp.results.artifacts import Artifact, ExtractionResult
 from patchclamp.results.heads import Circuit, DetectionCollector, HeadEditEffect, NeedleRun, RetrievalHeads, ScoredHeads
 from patchclamp.results.jobs import JobCollector, Progress
@@ -41,8 +48,20 @@ JobResult = (
     | NeuronCensus
     | tuple[NeuronDescription, ...]
     | MatchedNeurons
+    | ReadActivations
 )
-JobEvent = Progress | NeedleRun | SparsityEvaluation | DecodedNeurons | NeuronEditPoint | NeuronDescription | JobResult
+JobEvent = (
+    Progress
+    | NeedleRun
+    | SparsityEvaluation
+    | DecodedNeurons
+    | NeuronEditPoint
+    | NeuronDescription
+    | ActivationRows
+    | ActivationMoments
+    | ActivationMean
+    | JobResult
+)
 
 # By the field of FollowJobResponse that holds what the method streams.
 COLLECTORS: Mapping[str, Callable[[], Any]] = {
@@ -60,6 +79,7 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
     "evaluate_neuron_edit": NeuronEditCollector,
     "census_neurons": lambda: JobCollector(NeuronCensus.from_proto),
     "describe_neurons": DescribeCollector,
+    "read_activations": ReadActivationsCollector,
     "match_neurons": lambda: JobCollector(MatchedNeurons.from_proto),
 }
 

@@ -23,6 +23,7 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from patchclamp.v1 import activation_pb2 as patchclamp_dot_v1_dot_activation__pb2
 from patchclamp.v1 import head_pb2 as patchclamp_dot_v1_dot_head__pb2
 from patchclamp.v1 import monitoring_pb2 as patchclamp_dot_v1_dot_monitoring__pb2
 from patchclamp.v1 import neuron_pb2 as patchclamp_dot_v1_dot_neuron__pb2
@@ -30,37 +31,37 @@ from patchclamp.v1 import sparsity_pb2 as patchclamp_dot_v1_dot_sparsity__pb2
 from patchclamp.v1 import steering_pb2 as patchclamp_dot_v1_dot_steering__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17patchclamp/v1/job.proto\x12\rpatchclamp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18patchclamp/v1/head.proto\x1a\x1epatchclamp/v1/monitoring.proto\x1a\x1apatchclamp/v1/neuron.proto\x1a\x1cpatchclamp/v1/sparsity.proto\x1a\x1cpatchclamp/v1/steering.proto\"\xf8\x01\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.patchclamp.v1.JobState\x12+\n\x07\x63reated\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stage\x18\x06 \x01(\t\x12\x0c\n\x04\x64one\x18\x07 \x01(\x04\x12\r\n\x05total\x18\x08 \x01(\x04\x12\x12\n\nerror_code\x18\t \x01(\t\x12\x15\n\rerror_message\x18\n \x01(\t\"\x83\x08\n\x0fStartJobRequest\x12?\n\x0f\x65xtract_vectors\x18\x01 \x01(\x0b\x32$.patchclamp.v1.ExtractVectorsRequestH\x00\x12\x43\n\x11\x63\x61librate_profile\x18\x02 \x01(\x0b\x32&.patchclamp.v1.CalibrateProfileRequestH\x00\x12\x41\n\x10\x65valuate_profile\x18\x03 \x01(\x0b\x32%.patchclamp.v1.EvaluateProfileRequestH\x00\x12L\n\x16\x64\x65tect_retrieval_heads\x18\x04 \x01(\x0b\x32*.patchclamp.v1.DetectRetrievalHeadsRequestH\x00\x12\x37\n\x0bscore_heads\x18\x05 \x01(\x0b\x32 .patchclamp.v1.ScoreHeadsRequestH\x00\x12\x44\n\x12\x65valuate_head_edit\x18\x06 \x01(\x0b\x32&.patchclamp.v1.EvaluateHeadEditRequestH\x00\x12\x39\n\x0c\x66ind_circuit\x18\x07 \x01(\x0b\x32!.patchclamp.v1.FindCircuitRequestH\x00\x12\x41\n\x10record_reference\x18\x08 \x01(\x0b\x32%.patchclamp.v1.RecordReferenceRequestH\x00\x12=\n\x0e\x64\x65\x63ode_neurons\x18\n \x01(\x0b\x32#.patchclamp.v1.DecodeNeuronsRequestH\x00\x12\x39\n\x0c\x66ind_neurons\x18\x0b \x01(\x0b\x32!.patchclamp.v1.FindNeuronsRequestH\x00\x12\x41\n\x10localize_neurons\x18\x0c \x01(\x0b\x32%.patchclamp.v1.LocalizeNeuronsRequestH\x00\x12H\n\x14\x65valuate_neuron_edit\x18\r \x01(\x0b\x32(.patchclamp.v1.EvaluateNeuronEditRequestH\x00\x12=\n\x0e\x63\x65nsus_neurons\x18\x0e \x01(\x0b\x32#.patchclamp.v1.CensusNeuronsRequestH\x00\x12\x41\n\x10\x64\x65scribe_neurons\x18\x0f \x01(\x0b\x32%.patchclamp.v1.DescribeNeuronsRequestH\x00\x12;\n\rmatch_neurons\x18\x10 \x01(\x0b\x32\".patchclamp.v1.MatchNeuronsRequestH\x00\x12\x0b\n\x03key\x18\t \x01(\tB\t\n\x07request\"3\n\x10StartJobResponse\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.patchclamp.v1.Job\"\x1e\n\x10\x46ollowJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x88\x08\n\x11\x46ollowJobResponse\x12@\n\x0f\x65xtract_vectors\x18\x01 \x01(\x0b\x32%.patchclamp.v1.ExtractVectorsResponseH\x00\x12\x44\n\x11\x63\x61librate_profile\x18\x02 \x01(\x0b\x32\'.patchclamp.v1.CalibrateProfileResponseH\x00\x12\x42\n\x10\x65valuate_profile\x18\x03 \x01(\x0b\x32&.patchclamp.v1.EvaluateProfileResponseH\x00\x12M\n\x16\x64\x65tect_retrieval_heads\x18\x04 \x01(\x0b\x32+.patchclamp.v1.DetectRetrievalHeadsResponseH\x00\x12\x38\n\x0bscore_heads\x18\x05 \x01(\x0b\x32!.patchclamp.v1.ScoreHeadsResponseH\x00\x12\x45\n\x12\x65valuate_head_edit\x18\x06 \x01(\x0b\x32\'.patchclamp.v1.EvaluateHeadEditResponseH\x00\x12:\n\x0c\x66ind_circuit\x18\x07 \x01(\x0b\x32\".patchclamp.v1.FindCircuitResponseH\x00\x12\x42\n\x10record_reference\x18\x08 \x01(\x0b\x32&.patchclamp.v1.RecordReferenceResponseH\x00\x12>\n\x0e\x64\x65\x63ode_neurons\x18\n \x01(\x0b\x32$.patchclamp.v1.DecodeNeuronsResponseH\x00\x12:\n\x0c\x66ind_neurons\x18\x0b \x01(\x0b\x32\".patchclamp.v1.FindNeuronsResponseH\x00\x12\x42\n\x10localize_neurons\x18\x0c \x01(\x0b\x32&.patchclamp.v1.LocalizeNeuronsResponseH\x00\x12I\n\x14\x65valuate_neuron_edit\x18\r \x01(\x0b\x32).patchclamp.v1.EvaluateNeuronEditResponseH\x00\x12>\n\x0e\x63\x65nsus_neurons\x18\x0e \x01(\x0b\x32$.patchclamp.v1.CensusNeuronsResponseH\x00\x12\x42\n\x10\x64\x65scribe_neurons\x18\x0f \x01(\x0b\x32&.patchclamp.v1.DescribeNeuronsResponseH\x00\x12<\n\rmatch_neurons\x18\x10 \x01(\x0b\x32#.patchclamp.v1.MatchNeuronsResponseH\x00\x42\n\n\x08response\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"1\n\x0eGetJobResponse\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.patchclamp.v1.Job\"\x11\n\x0fListJobsRequest\"4\n\x10ListJobsResponse\x12 \n\x04jobs\x18\x01 \x03(\x0b\x32\x12.patchclamp.v1.Job\"\x1e\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"4\n\x11\x43\x61ncelJobResponse\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.patchclamp.v1.Job*\x84\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_RUNNING\x10\x01\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x02\x12\x14\n\x10JOB_STATE_FAILED\x10\x03\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x04\x32\x8f\x03\n\nJobService\x12K\n\x08StartJob\x12\x1e.patchclamp.v1.StartJobRequest\x1a\x1f.patchclamp.v1.StartJobResponse\x12P\n\tFollowJob\x12\x1f.patchclamp.v1.FollowJobRequest\x1a .patchclamp.v1.FollowJobResponse0\x01\x12\x45\n\x06GetJob\x12\x1c.patchclamp.v1.GetJobRequest\x1a\x1d.patchclamp.v1.GetJobResponse\x12K\n\x08ListJobs\x12\x1e.patchclamp.v1.ListJobsRequest\x1a\x1f.patchclamp.v1.ListJobsResponse\x12N\n\tCancelJob\x12\x1f.patchclamp.v1.CancelJobRequest\x1a .patchclamp.v1.CancelJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17patchclamp/v1/job.proto\x12\rpatchclamp.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1epatchclamp/v1/activation.proto\x1a\x18patchclamp/v1/head.proto\x1a\x1epatchclamp/v1/monitoring.proto\x1a\x1apatchclamp/v1/neuron.proto\x1a\x1cpatchclamp/v1/sparsity.proto\x1a\x1cpatchclamp/v1/steering.proto\"\xf8\x01\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.patchclamp.v1.JobState\x12+\n\x07\x63reated\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05stage\x18\x06 \x01(\t\x12\x0c\n\x04\x64one\x18\x07 \x01(\x04\x12\r\n\x05total\x18\x08 \x01(\x04\x12\x12\n\nerror_code\x18\t \x01(\t\x12\x15\n\rerror_message\x18\n \x01(\t\"\xc6\x08\n\x0fStartJobRequest\x12?\n\x0f\x65xtract_vectors\x18\x01 \x01(\x0b\x32$.patchclamp.v1.ExtractVectorsRequestH\x00\x12\x43\n\x11\x63\x61librate_profile\x18\x02 \x01(\x0b\x32&.patchclamp.v1.CalibrateProfileRequestH\x00\x12\x41\n\x10\x65valuate_profile\x18\x03 \x01(\x0b\x32%.patchclamp.v1.EvaluateProfileRequestH\x00\x12L\n\x16\x64\x65tect_retrieval_heads\x18\x04 \x01(\x0b\x32*.patchclamp.v1.DetectRetrievalHeadsRequestH\x00\x12\x37\n\x0bscore_heads\x18\x05 \x01(\x0b\x32 .patchclamp.v1.ScoreHeadsRequestH\x00\x12\x44\n\x12\x65valuate_head_edit\x18\x06 \x01(\x0b\x32&.patchclamp.v1.EvaluateHeadEditRequestH\x00\x12\x39\n\x0c\x66ind_circuit\x18\x07 \x01(\x0b\x32!.patchclamp.v1.FindCircuitRequestH\x00\x12\x41\n\x10record_reference\x18\x08 \x01(\x0b\x32%.patchclamp.v1.RecordReferenceRequestH\x00\x12=\n\x0e\x64\x65\x63ode_neurons\x18\n \x01(\x0b\x32#.patchclamp.v1.DecodeNeuronsRequestH\x00\x12\x39\n\x0c\x66ind_neurons\x18\x0b \x01(\x0b\x32!.patchclamp.v1.FindNeuronsRequestH\x00\x12\x41\n\x10localize_neurons\x18\x0c \x01(\x0b\x32%.patchclamp.v1.LocalizeNeuronsRequestH\x00\x12H\n\x14\x65valuate_neuron_edit\x18\r \x01(\x0b\x32(.patchclamp.v1.EvaluateNeuronEditRequestH\x00\x12=\n\x0e\x63\x65nsus_neurons\x18\x0e \x01(\x0b\x32#.patchclamp.v1.CensusNeuronsRequestH\x00\x12\x41\n\x10\x64\x65scribe_neurons\x18\x0f \x01(\x0b\x32%.patchclamp.v1.DescribeNeuronsRequestH\x00\x12;\n\rmatch_neurons\x18\x10 \x01(\x0b\x32\".patchclamp.v1.MatchNeuronsRequestH\x00\x12\x41\n\x10read_activations\x18\x11 \x01(\x0b\x32%.patchclamp.v1.ReadActivationsRequestH\x00\x12\x0b\n\x03key\x18\t \x01(\tB\t\n\x07request\"3\n\x10StartJobResponse\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.patchclamp.v1.Job\"\x1e\n\x10\x46ollowJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xcc\x08\n\x11\x46ollowJobResponse\x12@\n\x0f\x65xtract_vectors\x18\x01 \x01(\x0b\x32%.patchclamp.v1.ExtractVectorsResponseH\x00\x12\x44\n\x11\x63\x61librate_profile\x18\x02 \x01(\x0b\x32\'.patchclamp.v1.CalibrateProfileResponseH\x00\x12\x42\n\x10\x65valuate_profile\x18\x03 \x01(\x0b\x32&.patchclamp.v1.EvaluateProfileResponseH\x00\x12M\n\x16\x64\x65tect_retrieval_heads\x18\x04 \x01(\x0b\x32+.patchclamp.v1.DetectRetrievalHeadsResponseH\x00\x12\x38\n\x0bscore_heads\x18\x05 \x01(\x0b\x32!.patchclamp.v1.ScoreHeadsResponseH\x00\x12\x45\n\x12\x65valuate_head_edit\x18\x06 \x01(\x0b\x32\'.patchclamp.v1.EvaluateHeadEditResponseH\x00\x12:\n\x0c\x66ind_circuit\x18\x07 \x01(\x0b\x32\".patchclamp.v1.FindCircuitResponseH\x00\x12\x42\n\x10record_reference\x18\x08 \x01(\x0b\x32&.patchclamp.v1.RecordReferenceResponseH\x00\x12>\n\x0e\x64\x65\x63ode_neurons\x18\n \x01(\x0b\x32$.patchclamp.v1.DecodeNeuronsResponseH\x00\x12:\n\x0c\x66ind_neurons\x18\x0b \x01(\x0b\x32\".patchclamp.v1.FindNeuronsResponseH\x00\x12\x42\n\x10localize_neurons\x18\x0c \x01(\x0b\x32&.patchclamp.v1.LocalizeNeuronsResponseH\x00\x12I\n\x14\x65valuate_neuron_edit\x18\r \x01(\x0b\x32).patchclamp.v1.EvaluateNeuronEditResponseH\x00\x12>\n\x0e\x63\x65nsus_neurons\x18\x0e \x01(\x0b\x32$.patchclamp.v1.CensusNeuronsResponseH\x00\x12\x42\n\x10\x64\x65scribe_neurons\x18\x0f \x01(\x0b\x32&.patchclamp.v1.DescribeNeuronsResponseH\x00\x12<\n\rmatch_neurons\x18\x10 \x01(\x0b\x32#.patchclamp.v1.MatchNeuronsResponseH\x00\x12\x42\n\x10read_activations\x18\x11 \x01(\x0b\x32&.patchclamp.v1.ReadActivationsResponseH\x00\x42\n\n\x08response\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"1\n\x0eGetJobResponse\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.patchclamp.v1.Job\"\x11\n\x0fListJobsRequest\"4\n\x10ListJobsResponse\x12 \n\x04jobs\x18\x01 \x03(\x0b\x32\x12.patchclamp.v1.Job\"\x1e\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"4\n\x11\x43\x61ncelJobResponse\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.patchclamp.v1.Job*\x84\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_RUNNING\x10\x01\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x02\x12\x14\n\x10JOB_STATE_FAILED\x10\x03\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x04\x32\x8f\x03\n\nJobService\x12K\n\x08StartJob\x12\x1e.patchclamp.v1.StartJobRequest\x1a\x1f.patchclamp.v1.StartJobResponse\x12P\n\tFollowJob\x12\x1f.patchclamp.v1.FollowJobRequest\x1a .patchclamp.v1.FollowJobResponse0\x01\x12\x45\n\x06GetJob\x12\x1c.patchclamp.v1.GetJobRequest\x1a\x1d.patchclamp.v1.GetJobResponse\x12K\n\x08ListJobs\x12\x1e.patchclamp.v1.ListJobsRequest\x1a\x1f.patchclamp.v1.ListJobsResponse\x12N\n\tCancelJob\x12\x1f.patchclamp.v1.CancelJobRequest\x1a .patchclamp.v1.CancelJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchclamp.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=2862
-  _globals['_JOBSTATE']._serialized_end=2994
-  _globals['_JOB']._serialized_start=222
-  _globals['_JOB']._serialized_end=470
-  _globals['_STARTJOBREQUEST']._serialized_start=473
-  _globals['_STARTJOBREQUEST']._serialized_end=1500
-  _globals['_STARTJOBRESPONSE']._serialized_start=1502
-  _globals['_STARTJOBRESPONSE']._serialized_end=1553
-  _globals['_FOLLOWJOBREQUEST']._serialized_start=1555
-  _globals['_FOLLOWJOBREQUEST']._serialized_end=1585
-  _globals['_FOLLOWJOBRESPONSE']._serialized_start=1588
-  _globals['_FOLLOWJOBRESPONSE']._serialized_end=2620
-  _globals['_GETJOBREQUEST']._serialized_start=2622
-  _globals['_GETJOBREQUEST']._serialized_end=2649
-  _globals['_GETJOBRESPONSE']._serialized_start=2651
-  _globals['_GETJOBRESPONSE']._serialized_end=2700
-  _globals['_LISTJOBSREQUEST']._serialized_start=2702
-  _globals['_LISTJOBSREQUEST']._serialized_end=2719
-  _globals['_LISTJOBSRESPONSE']._serialized_start=2721
-  _globals['_LISTJOBSRESPONSE']._serialized_end=2773
-  _globals['_CANCELJOBREQUEST']._serialized_start=2775
-  _globals['_CANCELJOBREQUEST']._serialized_end=2805
-  _globals['_CANCELJOBRESPONSE']._serialized_start=2807
-  _globals['_CANCELJOBRESPONSE']._serialized_end=2859
-  _globals['_JOBSERVICE']._serialized_start=2997
-  _globals['_JOBSERVICE']._serialized_end=3396
+  _globals['_JOBSTATE']._serialized_start=3029
+  _globals['_JOBSTATE']._serialized_end=3161
+  _globals['_JOB']._serialized_start=254
+  _globals['_JOB']._serialized_end=502
+  _globals['_STARTJOBREQUEST']._serialized_start=505
+  _globals['_STARTJOBREQUEST']._serialized_end=1599
+  _globals['_STARTJOBRESPONSE']._serialized_start=1601
+  _globals['_STARTJOBRESPONSE']._serialized_end=1652
+  _globals['_FOLLOWJOBREQUEST']._serialized_start=1654
+  _globals['_FOLLOWJOBREQUEST']._serialized_end=1684
+  _globals['_FOLLOWJOBRESPONSE']._serialized_start=1687
+  _globals['_FOLLOWJOBRESPONSE']._serialized_end=2787
+  _globals['_GETJOBREQUEST']._serialized_start=2789
+  _globals['_GETJOBREQUEST']._serialized_end=2816
+  _globals['_GETJOBRESPONSE']._serialized_start=2818
+  _globals['_GETJOBRESPONSE']._serialized_end=2867
+  _globals['_LISTJOBSREQUEST']._serialized_start=2869
+  _globals['_LISTJOBSREQUEST']._serialized_end=2886
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2888
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2940
+  _globals['_CANCELJOBREQUEST']._serialized_start=2942
+  _globals['_CANCELJOBREQUEST']._serialized_end=2972
+  _globals['_CANCELJOBRESPONSE']._serialized_start=2974
+  _globals['_CANCELJOBRESPONSE']._serialized_end=3026
+  _globals['_JOBSERVICE']._serialized_start=3164
+  _globals['_JOBSERVICE']._serialized_end=3563
 # @@protoc_insertion_point(module_scope)

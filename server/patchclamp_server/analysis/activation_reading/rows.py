@@ -49,6 +49,7 @@ class RowsOfPlace:
     positions: IntArray
     token_ids: IntArray
     tokens: IntArray
+    lengths: IntArray
     values: Tensor
     unit_positions: Tensor | None
 
@@ -79,6 +80,7 @@ def by_place(rows: Rows, most_bytes: int) -> Iterator[RowsOfPlace]:
                 rows.positions[own],
                 rows.token_ids[own],
                 rows.tokens[own],
+                rows.lengths[own],
                 values[own],
                 None if at is None else at[own],
             )

@@ -6,8 +6,11 @@ from typing import Any
 
 from patchclamp.v1 import activation_pb2 as pb
 from patchclamp.v1.activation_pb2_grpc import ActivationServiceServicer
+from patchclamp_server.analysis.activation_reading.job import read_activations
 from patchclamp_server.analysis.patching.job import patch_activations
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
+from patchclamp_server.rpc.call.detached_jobs import DetachedContext
+from patchclamp_server.rpc.codecs.activation import decode_reading, encode_reading, reading_fields
 from patchclamp_server.rpc.codecs.patching import decode_patching, encode_patching
 
 Context = Any
@@ -31,4 +34,23 @@ class ActivationService(ActivationServiceServicer):
             encode_patching,
             # The engine says so of a prompt that it cannot run.
             fields={"prompt": "pairs"},
+        )
+
+    def ReadActivations(
+        self, request: pb.ReadActivationsRequest, context: Context
+    ) -> AsyncIterator[pb.ReadActivationsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(
+                decode_reading,
+                request,
+                jobs.prompts,
+                jobs.store,
+                jobs.model,
+                is_kept=isinstance(context, DetachedContext),
+            ),
+            partial(read_activations, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            encode_reading,
+            fields=reading_fields(request),
         )
