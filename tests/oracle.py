@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from patchclamp_server.interventions.kinds.patch import Patch
 from patchclamp_server.interventions.program import (
+    ActivationReadout,
     Condition,
     Edit,
     HeadEdit,
@@ -187,6 +188,9 @@ class _Pass:
             elif isinstance(readout.kind, NeuronReadout):
                 ids = torch.tensor(readout.kind.neurons)
                 values = h[ids]
+            elif isinstance(readout.kind, ActivationReadout):
+                ids = torch.tensor(readout.kind.units, dtype=torch.long)
+                values = h[ids] if readout.kind.units else h
             elif isinstance(readout.kind, TopNeuronsReadout):
                 ids = h.abs().sort(descending=True).indices[: readout.kind.k]
                 values = h[ids]

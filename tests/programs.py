@@ -18,6 +18,7 @@ from patchclamp_server.interventions.kinds.affine import Affine
 from patchclamp_server.interventions.kinds.patch import Patch, SourceRows
 from patchclamp_server.interventions.program import (
     AbortCondition,
+    ActivationReadout,
     AddVector,
     CapProjection,
     Comparison,
@@ -334,6 +335,8 @@ def abort(shapes: Shapes, threshold: float, scope: Scope = GENERATED) -> Program
 
 READOUTS = (
     *(("projection", site) for site in PUBLIC_SITES),
+    *(("activations", site) for site in PUBLIC_SITES),
+    *(("some activations", site) for site in PUBLIC_SITES),
     *(("neurons", site) for site in NEURON_SITES),
     *(("top_neurons", site) for site in NEURON_SITES),
     ("logit_lens", Site.RESID_PRE),
@@ -345,6 +348,10 @@ READOUTS = (
 
 
 def readout_kind(name: str, site: Site, shapes: Shapes) -> ReadoutKind:
+    if name == "activations":
+        return ActivationReadout()
+    if name == "some activations":
+        return ActivationReadout(units=(shapes.sites[site] - 1, 0, 5))
     if name == "neurons":
         return NeuronReadout(neurons=(shapes.d_ff - 1, 0, 5))
     if name == "top_neurons":

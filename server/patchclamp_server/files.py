@@ -1,6 +1,7 @@
 """Files written here survive a crash of the machine: their bytes are on the disk, and so are their names."""
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -15,10 +16,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, parts: Iterable[bytes]) -> None:
     """Writes a new file, whose name is not synced yet. Raises FileExistsError if there is one."""
     with path.open("xb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 
@@ -28,7 +29,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        write_synced(temporary, data)
+        write_synced(temporary, (data,))
         os.replace(temporary, path)
     finally:
         with suppress(FileNotFoundError):

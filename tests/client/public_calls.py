@@ -28,6 +28,7 @@ _REQUIRED: dict[str, Arguments] = {
     "compare_head_sets": {"head_sets": ["one", "two"]},
     "patch_activations": {"pairs": [PatchPair("a", "b", "c", "d")]},
     "attribute_logits": {"prompt": "hi", "target": " you"},
+    "read_activations": {"texts": ["hi"], "sites": "resid_post"},
     "find_neurons": {"words": "dog"},
     "localize_neurons": {"method": neurons.welch_t({"a": ["x"], "b": ["y"]}, "a")},
     "evaluate_neuron_edit": {"neurons": "mine", "mode": "clamp", "targets": [neurons.TextsTest("t", "words")]},

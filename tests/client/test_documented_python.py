@@ -16,7 +16,6 @@ from live import LiveServer
 from tiny_llama import save_tiny_llama
 
 from patchclamp import Client
-from patchclamp.v1 import program_pb2
 from patchclamp_server.model.load import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +69,7 @@ def test_no_page_with_python_is_left_out() -> None:
     tested = {
         "README.md",
         "docs/operating.md",
+        "docs/user/activations.md",
         "docs/user/heads.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
@@ -152,7 +152,14 @@ def test_the_examples_of_neurons_run(embedded_server: LiveServer, client: Client
 def test_the_examples_of_patching_run(embedded_server: LiveServer, client: Client) -> None:
     names = run("docs/user/patching.md", embedded_server.address, client=client)
     assert names["grid"].effects("resid_pre")[0][0] > 0.99
-    assert names["heads"].site == program_pb2.SITE_ATTN_Z
+    assert [edit.rows + edit.rows_from_cache for edit in names["result"].receipt.edits] == [10, 1, 1]
+    client.delete_artifact("france")
+
+
+def test_the_examples_of_activations_run(embedded_server: LiveServer, client: Client) -> None:
+    names = run("docs/user/activations.md", embedded_server.address, client=client)
+    assert [len(value.values) for value in names["result"].prompt_readouts] == [576]
+    client.delete_artifact("rows")
 
 
 def test_the_example_of_retries_runs() -> None:

@@ -8,8 +8,8 @@ STORAGE = [
     Mutant(
         "tag-before-its-object",
         STORE,
-        'self._blobs.write_all(contents | {f"tags/{tag}": artifact_id.encode() for tag in tags.names})',
-        'self._blobs.write_all({f"tags/{tag}": artifact_id.encode() for tag in tags.names} | contents)',
+        'self._blobs.write_all(contents | {f"tags/{tag}": (artifact_id.encode(),) for tag in tags.names})',
+        'self._blobs.write_all({f"tags/{tag}": (artifact_id.encode(),) for tag in tags.names} | contents)',
         "a crash between two renames leaves a tag without its object",
         (
             "artifacts/test_store.py::"

@@ -112,6 +112,7 @@ READOUTS = [
     program_pb2.Readout(site="SITE_MLP_POST", layers=[1], top_neurons={"k": 3}, scope=SCOPE),
     program_pb2.Readout(name="g", site="SITE_MLP_GATE", layers=[1], neurons={"neurons": [0]}),
     program_pb2.Readout(site="SITE_RESID_POST", layers=[1], logit_lens={"k": 2}),
+    program_pb2.Readout(site="SITE_MLP_OUT", layers=[1], activations={"units": [0, 3]}),
     program_pb2.Readout(site="SITE_ATTN_Z", layers=[1], heads={"heads": [0]}),
 ]
 GATED = edit("SITE_RESID_POST", add={"vector": vector()}, gate={"condition": condition(0.1), "latched": True})
@@ -396,6 +397,31 @@ def neurons() -> dict[str, list[Call]]:
     return {
         "NeuronService/DescribeNeurons": [[describe]],
         "NeuronService/MatchNeurons": [[match]],
+        "ActivationService/ReadActivations": [
+            [
+                activation_pb2.ReadActivationsRequest(
+                    prompts=[PROMPT, CHAT],
+                    program=program_pb2.Program(edits=[edit("SITE_RESID_POST", add={"vector": vector()})]),
+                    sites=["SITE_RESID_POST", "SITE_MLP_GATE"],
+                    layers=[0],
+                    scope={"include": [{"last_k": 2}]},
+                    dtype="DATA_TYPE_BFLOAT16",
+                )
+            ],
+            [
+                activation_pb2.ReadActivationsRequest(
+                    texts=neuron_pb2.TextSource(
+                        groups=[neuron_pb2.LabelledTexts(label="a", prompts=[PROMPT])], window_tokens=8, max_tokens=16
+                    ),
+                    sites=["SITE_ATTN_Z"],
+                    reduction="ACTIVATION_REDUCTION_MEAN",
+                    store=True,
+                    description="d",
+                    tags=["rows"],
+                    replace_tags=True,
+                )
+            ],
+        ],
         "NeuronService/DecodeNeurons": [
             [pb.DecodeNeuronsRequest(neurons=listed, top_k=3)],
             [pb.DecodeNeuronsRequest(layers=[1], weights=["NEURON_WEIGHTS_DOWN"], top_k=1)],

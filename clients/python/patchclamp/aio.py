@@ -27,6 +27,7 @@ from patchclamp.names import (
     HeadScoreMethodName,
     MethodName,
     NeuronEditModeName,
+    SiteName,
 )
 from patchclamp.neurons import LocalizationMethod, NeuronsLike, NeuronTestLike, TextsLike
 from patchclamp.patching import PatchPair
@@ -53,6 +54,7 @@ from patchclamp.requests import (
     PatchActivationsOptions,
     PromptLike,
     PromptOptions,
+    ReadActivationsOptions,
     ReferenceOptions,
     ScoreOptions,
     StartWatchOptions,
@@ -62,6 +64,7 @@ from patchclamp.requests import (
 from patchclamp.results import (
     ActivationCollector,
     ActivationCounts,
+    ActivationEvent,
     Activations,
     Artifact,
     CalibratedProfile,
@@ -105,6 +108,8 @@ from patchclamp.results import (
     PatchEvent,
     PatchGrid,
     Progress,
+    ReadActivations,
+    ReadActivationsCollector,
     ReferenceCollector,
     RetrievalHeads,
     RunningWatch,
@@ -380,6 +385,25 @@ class AsyncClient(AsyncTransport):
         request = requests.patch_activations(pairs, **options)
         call = self._stream(self._stubs.activations.PatchActivations, request, timeout)
         return AsyncStream(call, PatchCollector())
+
+    @takes_options_of(requests.read_activations)
+    def read_activations(
+        self,
+        texts: TextsLike,
+        sites: SiteName | Iterable[SiteName],
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[ReadActivationsOptions],
+    ) -> AsyncStream[activation_pb2.ReadActivationsResponse, ActivationEvent, ReadActivations]:
+        """Reads what texts hold at the sites of the model: progress, and rows or what they are reduced to.
+
+        texts: a list of prompts, each read whole; or {label: texts}, the id or tag of a corpus or a TextSource, read in
+        windows. The stream keeps what it has brought for `result`: what is larger than memory is better stored.
+        """
+        request = requests.read_activations(texts, sites, **options)
+        return AsyncStream(
+            self._stream(self._stubs.activations.ReadActivations, request, timeout), ReadActivationsCollector()
+        )
 
     @takes_options_of(requests.decode_neurons)
     def decode_neurons(

@@ -17,6 +17,7 @@ from patchclamp.v1 import (
     program_pb2,
     sparse_policy_pb2,
     steering_pb2,
+    tensor_pb2,
 )
 
 ValueT = TypeVar("ValueT")
@@ -31,6 +32,8 @@ ArtifactKindName = Literal[
     "vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus", "activations"
 ]
 ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
+ActivationReductionName = Literal["none", "first", "last", "mean", "sum", "max", "moments", "mean_by_label"]
+ActivationDtypeName = Literal["float32", "float16", "bfloat16"]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]
 CoreInferRankingName = Literal["magnitude", "value"]
@@ -91,6 +94,8 @@ NEURON_RANKERS = _table(neuron_pb2.NeuronRanker)
 NEURON_EDIT_MODES = _table(neuron_pb2.NeuronEditMode)
 PATCH_DIRECTIONS = _table(activation_pb2.PatchDirection)
 PATCH_METRICS = _table(activation_pb2.PatchMetric)
+ACTIVATION_REDUCTIONS = _table(activation_pb2.ActivationReduction)
+DATA_TYPES = _table(tensor_pb2.DataType)
 ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,

@@ -21,14 +21,23 @@ Make: TypeAlias = Callable[[OnEvent], Request]
 T = TypeVar("T")
 
 
+def _weightless(make: Make) -> int:
+    return 0
+
+
 async def completed(
     engine: Engine,
     requests: Iterable[Make] | AsyncIterable[Make],
     *,
     max_in_flight: int = MAX_IN_FLIGHT,
     patient: bool = False,
+    weight: Callable[[Make], int] = _weightless,
+    most_weight: int = 0,
 ) -> AsyncGenerator[list[Event], None]:
     """Yields all events of each request, in the order of the requests; at most `max_in_flight` are with the engine.
+
+    Of those that are with it or wait to be taken, what `weight` says of them is `most_weight` together at most, or they
+    are one.
 
     A request is made when its turn comes. `patient`: where serving traffic leaves no room for any of them, waits for
     room, and does not raise. When the iteration ends early, by an error, by `aclose` or by cancellation of
@@ -39,12 +48,16 @@ async def completed(
     in_flight: dict[int, int] = {}  # index of the request → its id
     events: dict[int, list[Event]] = {}
     finished: set[int] = set()
+    held: dict[int, int] = {}  # index of a request that nobody has done with yet → its weight
     following = 0
     async with aclosing(_each(requests)) as waiting:
         try:
             upcoming, index = await anext(waiting, None), 0
             while upcoming is not None or in_flight:
                 while upcoming is not None and len(in_flight) < max_in_flight:
+                    own = weight(upcoming)
+                    if held and sum(held.values()) + own > most_weight:
+                        break
                     try:
                         in_flight[index] = engine.submit(upcoming(_forward(index, queue)))
                     except ResourceExhausted as error:
@@ -56,6 +69,8 @@ async def completed(
                         await asyncio.sleep(error.retry_after_seconds)
                         continue
                     events[index] = []
+                    if own:
+                        held[index] = own
                     upcoming, index = await anext(waiting, None), index + 1
                 number, event = await queue.get()
                 events[number].append(event)
@@ -68,6 +83,7 @@ async def completed(
                 while following in finished:
                     finished.remove(following)
                     yield events.pop(following)
+                    held.pop(following, None)
                     following += 1
         finally:
             for request_id in in_flight.values():

@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -67,19 +67,21 @@ class BlobStore:
 
     def write(self, path: str, data: bytes) -> None:
         """Replaces the bytes at a path in one step. Raises ResourceExhausted when there is no room."""
-        self.write_all({path: data})
+        self.write_all({path: (data,)})
 
-    def write_all(self, contents: Mapping[str, bytes]) -> None:
-        """Writes several paths in their order, each as `write` does, but none before there is room for all of them."""
+    def write_all(self, contents: Mapping[str, Iterable[bytes]]) -> None:
+        """Writes several paths in their order, each as `write` does and in parts, but none before there is room for all
+        of them."""
         temporary = {path: self._full(f"{TEMPORARY}/{uuid.uuid4().hex}") for path in contents}
         with full_disk_is_resource_exhausted("the artifact store"):
             try:
-                for path, data in contents.items():
+                for path, parts in contents.items():
                     if self.local:
-                        write_synced(Path(temporary[path]), data)
+                        write_synced(Path(temporary[path]), parts)
                         make_directories(Path(self._full(path)).parent)
                     else:
-                        self.fs.pipe_file(temporary[path], data)
+                        # What keeps objects takes them whole.
+                        self.fs.pipe_file(temporary[path], b"".join(parts))
                         self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
                 for path in contents:
                     final = self._full(path)
@@ -111,7 +113,7 @@ class BlobStore:
 
     def _create_locally(self, full: str, data: bytes) -> None:
         temporary = self._full(f"{TEMPORARY}/{uuid.uuid4().hex}")
-        write_synced(Path(temporary), data)
+        write_synced(Path(temporary), (data,))
         try:
             make_directories(Path(full).parent)
             try:

@@ -94,13 +94,18 @@ class ArtifactStore:
             check_labels(metadata.provenance, tensors)
         if kind is ArtifactKind.ACTIVATIONS:
             check_labels(metadata.provenance, tensors, "label")
-        data = safetensors.dump(metadata, tensors)
-        artifact_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        digest = hashlib.sha256()
+        for part in safetensors.parts(metadata, tensors):
+            digest.update(part)
+        artifact_id = f"sha256:{digest.hexdigest()}"
         with self._lock:
             replaced = self._replaced(tags, artifact_id)
-            contents = {} if self._is_intact(artifact_id) else {_object_path(artifact_id): data}
+            contents: dict[str, Iterable[bytes]] = {}
+            if not self._is_intact(artifact_id):
+                # The bytes are made once more: those of a large artifact are never in memory together.
+                contents[_object_path(artifact_id)] = safetensors.parts(metadata, tensors)
             # The object comes first: a crash in between leaves an object without a tag, not a tag without an object.
-            self._blobs.write_all(contents | {f"tags/{tag}": artifact_id.encode() for tag in tags.names})
+            self._blobs.write_all(contents | {f"tags/{tag}": (artifact_id.encode(),) for tag in tags.names})
             self._damaged.discard(artifact_id)
         self.access.changed("put", artifact_id, tags.names)
         return replace(self.info(artifact_id), replaced=replaced)

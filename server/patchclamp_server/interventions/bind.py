@@ -17,6 +17,7 @@ from patchclamp_server.interventions.bound import (
     BoundReadout,
 )
 from patchclamp_server.interventions.kinds import EDIT_OF, READOUT_OF
+from patchclamp_server.interventions.kinds.activations import check_numbers
 from patchclamp_server.interventions.kinds.spec import Where
 from patchclamp_server.interventions.program import Comparison, Condition, Edit, Program, Readout, Scope
 from patchclamp_server.interventions.resolver import ArtifactLookup, Resolver, check_finite
@@ -49,6 +50,7 @@ def bind(
     _check_names([r.name for r in program.readouts], "program.readouts")
     edits = tuple(binder.edit(e, f"program.edits[{i}]", i) for i, e in enumerate(program.edits))
     readouts = tuple(binder.readout(r, f"program.readouts[{i}]", i) for i, r in enumerate(program.readouts))
+    check_numbers(readouts, info.sites)
     aborts = tuple(
         BoundAbort(a.name or str(i), binder.condition(a.condition, f"program.abort_when[{i}].condition"))
         for i, a in enumerate(program.abort_when)

@@ -26,6 +26,7 @@ class EntryKind(IntEnum):
     # stand behind the range of a slot that kernels run.
     TOP_NEURONS = 32
     LOGIT_LENS = 33
+    ACTIVATIONS = 34
 
     @property
     def edits(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from patchclamp_server.interventions.columns import COLUMN, GATE, GROUP, ITEM, KIND, LATCH, STRENGTH, EntryKind
 from patchclamp_server.interventions.entries import place_of_group
 from patchclamp_server.interventions.kinds import RULES
-from patchclamp_server.interventions.kinds.rankings import RankingRule
+from patchclamp_server.interventions.kinds.rankings import RowsRead
 from patchclamp_server.interventions.kinds.rules import Entries, Pairs, StepContext
 from patchclamp_server.interventions.plan import Part, Ranking
 from patchclamp_server.interventions.pooling import RowSink
@@ -69,7 +69,7 @@ def _add_rules(part: Part, setting: Setting, local: IntArray, entry: IntArray, i
         entries = Entries(pairs, setting, FORWARD_ORDER[site], layer, start, end)
         rule = RULES[kind](entries, flags)
         part.rules.setdefault((FORWARD_ORDER[site], layer), []).append(rule)
-        if isinstance(rule, RankingRule):
+        if isinstance(rule, RowsRead):
             asked = _asked(rows, local[start:end], ints[start:end, ITEM])
             part.rankings.append(Ranking(layer, rule, asked))
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.kinds.rankings import RankingRule
+from patchclamp_server.interventions.kinds.rankings import RowsRead
 from patchclamp_server.interventions.kinds.rules import Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.report import Report
@@ -19,10 +19,10 @@ from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Says who asked for each pair of a rule that ranks whole rows: span, offset in it and name of the readout."""
+    """Says who asked for each pair of a rule that reads whole rows: span, offset in it and name of the readout."""
 
     layer: int
-    rule: RankingRule
+    rule: RowsRead
     asked: list[tuple[int, int, str]]
 
 

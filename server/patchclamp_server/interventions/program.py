@@ -3,6 +3,7 @@
 Nothing here is checked against a model; see bind.py. Nothing here knows gRPC; see rpc/codecs/program.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -218,6 +219,13 @@ class LogitLensReadout(ReadoutKind):
 
 
 @dataclass(frozen=True, eq=False)
+class ActivationReadout(ReadoutKind):
+    """Reads the activation itself; no units means all of them."""
+
+    units: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class HeadReadout(ReadoutKind):
     """Reads where heads look; no heads means all of them."""
 
@@ -272,7 +280,7 @@ class ReadoutValue(NamedTuple):
     name: str
     layer: int
     position: int
-    values: tuple[float, ...]
+    values: Sequence[float]
     ids: tuple[int, ...] = ()
 
 

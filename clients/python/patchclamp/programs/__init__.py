@@ -34,6 +34,7 @@ from patchclamp.programs.edits import (
 from patchclamp.programs.program import Program, ProgramLike, program_message
 from patchclamp.programs.readouts import (
     ReadoutOptions,
+    read_activation,
     read_heads,
     read_logit_lens,
     read_neurons,
@@ -70,6 +71,7 @@ __all__ = [
     "program_message",
     "project_out",
     "prompt",
+    "read_activation",
     "read_heads",
     "read_logit_lens",
     "read_neurons",

@@ -82,3 +82,15 @@ def read_logit_lens(k: int, *, site: SiteName = "resid_post", **options: Unpack[
 def read_heads(heads: Iterable[int] = (), **options: Unpack[ReadoutOptions]) -> pb.Readout:
     """Reads which position each head (by default all) attends to most, as `ids`, and its probability, as `values`."""
     return _readout(pb.Readout(heads=build(pb.HeadReadout, heads=heads)), "attn_z", **options)
+
+
+@takes_options_of(_readout)
+def read_activation(
+    *, site: SiteName = "resid_post", units: Iterable[int] = (), **options: Unpack[ReadoutOptions]
+) -> pb.Readout:
+    """Reads the activation itself, all of it or some units.
+
+    Every token and layer brings as many numbers as the site is wide: name the tokens in scope. Of whole texts
+    read_activations of a client is the better reader.
+    """
+    return _readout(pb.Readout(activations=build(pb.ActivationReadout, units=units)), site, **options)

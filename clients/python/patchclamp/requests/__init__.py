@@ -1,6 +1,7 @@
 """Arguments of the clients → request messages. Everything the sync and the async client share about what is sent."""
 
 from patchclamp.prompts import Messages, PromptLike, PromptOptions, prompt
+from patchclamp.requests.activations import ReadActivationsOptions, read_activations
 from patchclamp.requests.artifacts import (
     UploadOptions,
     artifact_format,
@@ -96,6 +97,7 @@ __all__ = [
     "PatchActivationsOptions",
     "PromptLike",
     "PromptOptions",
+    "ReadActivationsOptions",
     "ReferenceOptions",
     "ScoreOptions",
     "StartWatchOptions",
@@ -131,6 +133,7 @@ __all__ = [
     "patch_activations",
     "predict_core_neurons",
     "prompt",
+    "read_activations",
     "record_reference",
     "score",
     "score_heads",

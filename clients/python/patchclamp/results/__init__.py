@@ -1,5 +1,14 @@
 """Typed results of every call: frozen dataclasses, each with ``to_dict()``."""
 
+from patchclamp.results.activations import (
+    ActivationEvent,
+    ActivationMean,
+    ActivationMoments,
+    ActivationRows,
+    Array,
+    ReadActivations,
+    ReadActivationsCollector,
+)
 from patchclamp.results.artifacts import (
     Artifact,
     DeletedArtifact,
@@ -138,7 +147,12 @@ __all__ = [
     "Activation",
     "ActivationCollector",
     "ActivationCounts",
+    "ActivationEvent",
+    "ActivationMean",
+    "ActivationMoments",
+    "ActivationRows",
     "Activations",
+    "Array",
     "Artifact",
     "CalibratedProfile",
     "CensusClass",
@@ -218,6 +232,8 @@ __all__ = [
     "Progress",
     "QualityCard",
     "Quantile",
+    "ReadActivations",
+    "ReadActivationsCollector",
     "ReadoutValue",
     "Receipt",
     "ReferenceCollector",

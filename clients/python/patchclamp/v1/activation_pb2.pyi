@@ -133,7 +133,9 @@ class ReadActivationsRequest(_message.Message):
     dtype: _tensor_pb2.DataType.ValueType
     """Of the rows that are sent or stored: float32 (default), float16 or bfloat16. Sums and moments are float32."""
     store: _builtins.bool
-    """Keep the rows as an activations artifact, and do not send them. Reductions up to ACTIVATION_REDUCTION_MAX."""
+    """Keep the rows as an activations artifact, and do not send them. Reductions up to ACTIVATION_REDUCTION_MAX, of which the
+    positions of the units are not stored.
+    """
     description: _builtins.str
     replace_tags: _builtins.bool
     """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
@@ -142,10 +144,16 @@ class ReadActivationsRequest(_message.Message):
         """Instead of `texts`: as Generate takes them."""
 
     @_builtins.property
-    def texts(self) -> _neuron_pb2.TextSource: ...
+    def texts(self) -> _neuron_pb2.TextSource:
+        """A text that is longer than a window is run window by window, each by itself with the special tokens that begin a text.
+        Positions and `scope` are those of the whole text, whose special tokens stand at its start alone.
+        """
+
     @_builtins.property
     def program(self) -> _program_pb2.Program:
-        """What the model is run under. Default: unedited. Activations are those after the edits of their site."""
+        """What the model is run under. Default: unedited. Activations are those after the edits of their site. It has no readouts
+        and no abort conditions.
+        """
 
     @_builtins.property
     def sites(self) -> _containers.RepeatedScalarFieldContainer[_program_pb2.Site.ValueType]:
@@ -241,6 +249,7 @@ class ActivationRows(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     UNIT_POSITIONS_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
     site: _program_pb2.Site.ValueType
     layer: _builtins.int
     @_builtins.property
@@ -267,6 +276,10 @@ class ActivationRows(_message.Message):
     def unit_positions(self) -> _tensor_pb2.Tensor:
         """Of ACTIVATION_REDUCTION_MAX: int32 [rows, width], the position of each value."""
 
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each row: the tokens that its text has."""
+
     def __init__(
         self,
         *,
@@ -279,10 +292,11 @@ class ActivationRows(_message.Message):
         tokens: _abc.Iterable[_builtins.int] | None = ...,
         values: _tensor_pb2.Tensor | None = ...,
         unit_positions: _tensor_pb2.Tensor | None = ...,
+        lengths: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["unit_positions", b"unit_positions", "values", b"values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "layer", b"layer", "positions", b"positions", "site", b"site", "texts", b"texts", "token_ids", b"token_ids", "tokens", b"tokens", "unit_positions", b"unit_positions", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "layer", b"layer", "lengths", b"lengths", "positions", b"positions", "site", b"site", "texts", b"texts", "token_ids", b"token_ids", "tokens", b"tokens", "unit_positions", b"unit_positions", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,6 +387,7 @@ class ReadActivationsResult(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     texts: _builtins.int
+    """Of which a token was read."""
     tokens: _builtins.int
     """Tokens that were run, and rows that were sent or stored."""
     rows: _builtins.int

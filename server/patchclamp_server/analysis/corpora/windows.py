@@ -110,7 +110,7 @@ async def windows(
     body = body_tokens(encoder, window_tokens)
     for index in range(after.document, len(corpus)):
         document = corpus.document(index)
-        ids = await _ids(document, encoder, index)
+        ids = await ids_of(document, encoder, index)
         first = after.start if index == after.document else 0
         for start in range(first, len(ids), body):
             tokens = (*encoder.text_start, *ids[start : start + body])
@@ -123,7 +123,8 @@ async def window_at(corpus: Corpus, encoder: PromptEncoder, window_tokens: int, 
         return await anext(found)
 
 
-async def _ids(document: Document, encoder: PromptEncoder, index: int) -> tuple[int, ...]:
+async def ids_of(document: Document, encoder: PromptEncoder, index: int) -> tuple[int, ...]:
+    """The tokens of a document, without special ones; raises as `windows` does."""
     field = f"documents[{index}]"
     if not isinstance(document.text, str):
         encoder.check_ids(document.text, f"{field}.ids")

@@ -8,7 +8,7 @@ them aligned), then by name.
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from patchclamp_server.model.sites import Site
 METADATA_KEY = "patchclamp"
 METADATA_VERSION = 1
 MAX_HEADER_BYTES = 8 * 1024 * 1024
+MAX_PART_BYTES = 8 * 1024 * 1024
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -53,20 +54,29 @@ class Header:
 
 def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Returns the stored bytes. The same metadata and tensors give the same bytes, on every machine and version."""
+    return b"".join(parts(metadata, tensors))
+
+
+def parts(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
+    """Yields the stored bytes in parts of at most MAX_PART_BYTES besides the header: what is mapped from a file need
+    not be in memory at once."""
     entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: metadata_json(metadata)}}
-    parts: list[bytes] = []
     offset = 0
-    for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
-        tensor = tensors[name].detach().cpu().contiguous()
-        # It is viewed in one dimension first, because a tensor without dimensions has no view as bytes.
-        data = tensor.view(-1).view(torch.uint8).numpy().tobytes()
-        shape, span = list(tensor.shape), [offset, offset + len(data)]
+    names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
+    for name in names:
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        shape, span = list(tensor.shape), [offset, offset + size]
         entries[name] = {"data_offsets": span, "dtype": DTYPES[tensor.dtype], "shape": shape}
-        parts.append(data)
-        offset += len(data)
+        offset += size
     header = _canonical_json(entries).encode("ascii")
     header += b" " * (-len(header) % 8)
-    return b"".join([struct.pack("<Q", len(header)), header, *parts])
+    yield struct.pack("<Q", len(header)) + header
+    for name in names:
+        # It is viewed in one dimension first, because a tensor without dimensions has no view as bytes.
+        flat = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        for start in range(0, len(flat), MAX_PART_BYTES):
+            yield flat[start : start + MAX_PART_BYTES].tobytes()
 
 
 def header_length(prefix: bytes) -> int:

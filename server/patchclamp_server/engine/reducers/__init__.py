@@ -18,8 +18,10 @@ file:
     sample.py          every n-th row of each text
     beginnings.py      the first rows of the first texts
     kept_rows.py       all rows of one text
+    largest_rows.py    the largest value of every unit in one text, and its row
     per_label.py       one reducer for each label
     chosen_units.py    some units alone, for another reducer
+    chosen_tokens.py   some tokens of one text alone, for another reducer
 
 divergence.py is of another kind: it takes the log-probabilities of scored tokens (Request.scores), and compares those
 of several requests.

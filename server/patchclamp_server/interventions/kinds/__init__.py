@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds import (
+    activations,
     add,
     affine,
     heads,
@@ -37,7 +38,7 @@ EDITS: tuple[EditSpec, ...] = (
     *affine.EDITS,
     *patch.EDITS,
 )
-READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS)
+READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *activations.READOUTS, *heads.READOUTS)
 _TABLES = (
     add.ADD,
     project.PROJECT,

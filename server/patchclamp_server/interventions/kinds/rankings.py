@@ -1,5 +1,7 @@
 """The readouts top_neurons and logit_lens read whole rows, and keep the k largest of what is made of them."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +23,18 @@ if TYPE_CHECKING:
     from patchclamp.v1 import program_pb2 as pb
 
 
-class RankingRule:
+class RowsRead(ABC):
+    """A rule that reads whole rows in torch, and tells what it found once the step is over."""
+
+    @abstractmethod
+    def run(self, x: Tensor, context: StepContext) -> None: ...
+
+    @abstractmethod
+    def found(self) -> list[tuple[Sequence[float], tuple[int, ...]]]:
+        """Returns the values and ids of each pair in the last step."""
+
+
+class RankingRule(RowsRead):
     """Keeps the `k` largest of each row; subclasses say of what."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
@@ -37,8 +50,7 @@ class RankingRule:
     def read(self, h: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def found(self) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
-        """Returns the values and ids of each pair in the last step."""
+    def found(self) -> list[tuple[Sequence[float], tuple[int, ...]]]:
         assert self.values is not None
         assert self.ids is not None
         values, ids = self.values.float().cpu().tolist(), self.ids.cpu().tolist()

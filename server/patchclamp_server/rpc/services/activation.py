@@ -6,8 +6,10 @@ from typing import Any
 
 from patchclamp.v1 import activation_pb2 as pb
 from patchclamp.v1.activation_pb2_grpc import ActivationServiceServicer
+from patchclamp_server.analysis.activation_reading.job import read_activations
 from patchclamp_server.analysis.patching.job import patch_activations
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
+from patchclamp_server.rpc.codecs.activation import decode_reading, encode_reading, reading_fields
 from patchclamp_server.rpc.codecs.patching import decode_patching, encode_patching
 
 Context = Any
@@ -19,6 +21,18 @@ class ActivationService(ActivationServiceServicer):
 
     def __init__(self, jobs: AnalysisJobs) -> None:
         self._jobs = jobs
+
+    def ReadActivations(
+        self, request: pb.ReadActivationsRequest, context: Context
+    ) -> AsyncIterator[pb.ReadActivationsResponse]:
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_reading, request, jobs.prompts, jobs.store, jobs.model),
+            partial(read_activations, jobs.engine, jobs.store, jobs.model, jobs.prompts),
+            encode_reading,
+            fields=reading_fields(request),
+        )
 
     def PatchActivations(
         self, request: pb.PatchActivationsRequest, context: Context

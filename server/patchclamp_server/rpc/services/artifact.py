@@ -15,7 +15,7 @@ from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
 from patchclamp_server.artifacts.activations import places_of, tensor_name
 from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource_exhausted
-from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
+from patchclamp_server.artifacts.formats import FORMATS, CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
 from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactInfo, ArtifactKind, Tags
@@ -71,10 +71,27 @@ class ArtifactService(ArtifactServiceServicer):
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
         file_format = decode_format(request.format, "format")
         layers = distinct(request.layers, "layers")
+        if (info := await asyncio.to_thread(self._store.info, request.ref)).kind is ArtifactKind.ACTIVATIONS:
+            async for response in self._download_by_parts(info, request, file_format):
+                yield response
+            return
         info, data = await asyncio.to_thread(self._encode, request.ref, layers, file_format)
         for start in range(0, len(data), CHUNK_BYTES):
             artifact = encode_artifact(info) if start == 0 else None
             yield pb.DownloadResponse(artifact=artifact, chunk=data[start : start + CHUNK_BYTES])
+
+    async def _download_by_parts(
+        self, info: ArtifactInfo, request: pb.DownloadRequest, file_format: Format
+    ) -> AsyncIterator[pb.DownloadResponse]:
+        """Yields a file that may be larger than memory, as it is stored."""
+        if request.layers:
+            raise FailedPrecondition("layers", f"a {info.kind.value} is exported whole; leave the layers empty")
+        if file_format is not FORMATS["safetensors"]:
+            raise FailedPrecondition("format", f"a {info.kind.value} is exported as safetensors")
+        slices = await asyncio.to_thread(self._store.slices, request.ref)
+        for start in range(0, info.size_bytes, CHUNK_BYTES):
+            chunk = await asyncio.to_thread(slices.read_bytes, start, min(start + CHUNK_BYTES, info.size_bytes))
+            yield pb.DownloadResponse(artifact=encode_artifact(info) if start == 0 else None, chunk=chunk)
 
     async def GetArtifact(self, request: pb.GetArtifactRequest, context: Context) -> pb.GetArtifactResponse:
         info = await asyncio.to_thread(self._store.info, request.ref)
