@@ -24,9 +24,7 @@ _STORED_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _INDICES = {"text": "texts", "position": "positions", "token": "token_ids", "length": "lengths"}
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("activations", help="what texts hold at the sites of the model")
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
+def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     read = actions.add_parser(
         "read", parents=[connection_options(timeout=math.inf)], help="read activations of texts, row by row or reduced"
     )
