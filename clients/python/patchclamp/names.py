@@ -39,6 +39,8 @@ NeuronWeightsName = Literal["gate", "up", "down"]
 NeuronPoolingName = Literal["last_token", "mean", "max"]
 NeuronRankerName = Literal["mean_difference", "f", "mutual_information", "l1"]
 NeuronEditModeName = Literal["zero", "mean", "clamp", "scale"]
+DetectionPoolingName = Literal["last_token", "mean", "max"]
+CalibrationApplicationName = Literal["add", "rotate_towards", "replace"]
 
 
 class ProtoEnum(Protocol[ValueT_co]):
@@ -84,6 +86,12 @@ NEURON_WEIGHTS = _table(neuron_pb2.NeuronWeights)
 NEURON_POOLINGS = _table(neuron_pb2.NeuronPooling)
 NEURON_RANKERS = _table(neuron_pb2.NeuronRanker)
 NEURON_EDIT_MODES = _table(neuron_pb2.NeuronEditMode)
+DETECTION_POOLINGS = _table(steering_pb2.DetectionPooling)
+# Names of the fields of the oneof that says how a vector is applied.
+CALIBRATION_APPLICATIONS = {
+    field.name: field.name
+    for field in steering_pb2.CalibrateVectorRequest.DESCRIPTOR.oneofs_by_name["application"].fields
+}
 ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,
