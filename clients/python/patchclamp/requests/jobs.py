@@ -26,6 +26,8 @@ JobRequest = (
     | neuron_pb2.CensusNeuronsRequest
     | neuron_pb2.DescribeNeuronsRequest
     | neuron_pb2.MatchNeuronsRequest
+    | steering_pb2.CalibrateVectorRequest
+    | steering_pb2.DetectConceptRequest
 )
 
 # By the type of the request that they hold.

@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchclamp.results.artifacts import Artifact, ExtractionResult
+from patchclamp.results.calibration import (
+    CalibrationCollector,
+    CalibrationResult,
+    ConceptDetection,
+    ConceptDetectionCollector,
+    DetectedText,
+    DosePoint,
+)
 from patchclamp.results.heads import Circuit, DetectionCollector, HeadEditEffect, NeedleRun, RetrievalHeads, ScoredHeads
 from patchclamp.results.jobs import JobCollector, Progress
 from patchclamp.results.monitoring import ReferenceCollector
@@ -41,8 +49,20 @@ JobResult = (
     | NeuronCensus
     | tuple[NeuronDescription, ...]
     | MatchedNeurons
+    | CalibrationResult
+    | ConceptDetection
 )
-JobEvent = Progress | NeedleRun | SparsityEvaluation | DecodedNeurons | NeuronEditPoint | NeuronDescription | JobResult
+JobEvent = (
+    Progress
+    | NeedleRun
+    | SparsityEvaluation
+    | DecodedNeurons
+    | NeuronEditPoint
+    | NeuronDescription
+    | DosePoint
+    | DetectedText
+    | JobResult
+)
 
 # By the field of FollowJobResponse that holds what the method streams.
 COLLECTORS: Mapping[str, Callable[[], Any]] = {
@@ -61,6 +81,8 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
     "census_neurons": lambda: JobCollector(NeuronCensus.from_proto),
     "describe_neurons": DescribeCollector,
     "match_neurons": lambda: JobCollector(MatchedNeurons.from_proto),
+    "calibrate_vector": CalibrationCollector,
+    "detect_concept": ConceptDetectionCollector,
 }
 
 
