@@ -11,7 +11,7 @@ from patchclamp import AsyncClient, Client, effects
 from patchclamp.cli import main
 from patchclamp.pictures.steering import calibration_figure, detection_figure
 from patchclamp.programs import add
-from patchclamp.results import ConceptDetection, DetectedText, DosePoint
+from patchclamp.results import CalibrationResult, ConceptDetection, DetectedText, DosePoint
 from patchclamp_server.model.load import load_model
 
 PAIRS = [(f"good day {i}", f"bad night {i}") for i in range(8)]
@@ -145,3 +145,15 @@ def test_the_command_line_detects(capsys: pytest.CaptureFixture[str]):
     assert main([*detect, "--poolings", "mean", "--json"]) == 0
     assert [r["pooling"] for r in json.loads(capsys.readouterr().out)["detectors"]] == ["mean", "mean"]
     assert main(["vectors", "detect", "glad", "--texts", "glad.txt", "--picture", "auroc.png"]) == 2
+
+
+@pytest.mark.usefixtures("files")
+def test_both_go_on_as_jobs_without_their_terminal(client: Client, capsys: pytest.CaptureFixture[str]):
+    assert main([*CALIBRATE, *SMALL, "--detach"]) == 0
+    job = capsys.readouterr().out.strip()
+    followed = client.follow_job(job).result()
+    assert isinstance(followed, CalibrationResult)
+    assert main(["jobs", "follow", job]) == 0
+    assert followed.artifact.id in capsys.readouterr().out
+    assert main(["vectors", "detect", "glad", "--texts", "glad.txt", "--detach"]) == 0
+    assert isinstance(client.follow_job(capsys.readouterr().out.strip()).result(), ConceptDetection)

@@ -5,14 +5,16 @@ import json
 import math
 from typing import Any
 
-from patchclamp import effects
+from patchclamp import effects, requests
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_replace_argument, note_stored
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
 from patchclamp.cli.neurons.texts import add_text_arguments, line_file, texts_of
-from patchclamp.cli.options import add_model_argument, connect, connection_options, given
+from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count, seed
 from patchclamp.cli.steering import layer_list
-from patchclamp.cli.terminal import job_result, note, print_json, table
+from patchclamp.cli.terminal import note, print_json, table
+from patchclamp.client import Client
 from patchclamp.names import CALIBRATION_APPLICATIONS
 from patchclamp.pictures.steering import calibration_figure
 from patchclamp.programs import generated
@@ -48,6 +50,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     effect.add_argument("--label", metavar="LABEL", help="probability of the label, to a classifier of labelled texts:")
     add_text_arguments(effect, required=False)
     add_picture_argument(parser, "picture of the dose-response curves")
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -81,11 +84,9 @@ def run(args: argparse.Namespace) -> int:
         "replace_tags": args.replace,
         "model": args.model,
     }
-    with (
-        connect(args) as client,
-        client.calibrate_vector(args.vector, args.prompts, timeout=args.timeout, **options) as stream,
-    ):
-        result = job_result(stream, quiet=args.json)
+    result = job_outcome(args, Client.calibrate_vector, requests.calibrate_vector, args.vector, args.prompts, **options)
+    if result is None:
+        return 0
     if args.json:
         print_json(result)
     else:

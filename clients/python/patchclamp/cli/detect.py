@@ -4,12 +4,15 @@ import argparse
 import math
 from typing import Any
 
+from patchclamp import requests
+from patchclamp.cli.jobs import add_detach_argument, job_outcome
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
 from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
-from patchclamp.cli.options import add_model_argument, connect, connection_options, given
+from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import seed
 from patchclamp.cli.steering import layer_list
-from patchclamp.cli.terminal import job_result, note, print_json, table
+from patchclamp.cli.terminal import note, print_json, table
+from patchclamp.client import Client
 from patchclamp.names import DETECTION_POOLINGS
 from patchclamp.pictures.steering import detection_figure
 from patchclamp.results import ConceptDetection, Interval
@@ -32,6 +35,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--seed", type=seed, default=0)
     add_model_argument(parser)
     add_picture_argument(parser, "picture of the AUROC by layer")
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -45,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.picture is not None and not args.target:
         raise ValueError("--picture shows how well a label is detected: give --target LABEL")
-    with (
-        connect(args) as client,
-        client.detect_concept(args.detectors, texts_of(args), args.target, timeout=args.timeout, **options) as stream,
-    ):
-        result = job_result(stream, quiet=args.json)
+    result = job_outcome(
+        args, Client.detect_concept, requests.detect_concept, args.detectors, texts_of(args), args.target, **options
+    )
+    if result is None:
+        return 0
     if args.json:
         print_json(result)
     else:
