@@ -395,6 +395,15 @@ def test_a_vector_that_is_none_is_refused(server: LiveServer, stub: SteeringServ
     assert failure(caught.value).message.startswith("vector: ")
 
 
+def test_a_vector_that_is_zero_is_refused(server: LiveServer, stub: SteeringServiceStub) -> None:
+    store, info = ArtifactStore(server.server.config.artifacts_url), server.model.info
+    fields: dict[str, Any] = {"model_fingerprint": info.fingerprint, "site": Site.RESID_POST}
+    made = store.put(ArtifactKind.VECTOR, {"layer.1": torch.zeros(info.d_model)}, **fields)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.CalibrateVector(request(vector=made.id, strengths=[])))
+    assert failure(caught.value).message.startswith("vector: is zero at layer 1")
+
+
 def test_a_cancelled_calibration_leaves_nothing_in_the_engine(server: LiveServer, stub: SteeringServiceStub) -> None:
     call = stub.CalibrateVector(request(random_vectors=30))
     next(call)

@@ -65,6 +65,9 @@ def decode_calibration(
     vector = Resolver(info, store).artifact(request.vector, ArtifactKind.VECTOR, "vector")
     application = _application(request)
     layers = _layers(request.layers, vector)
+    for layer in layers:
+        if not float(vector.direction(layer).norm()) > 0.0:
+            raise InvalidArgument("vector", f"is zero at layer {layer}, and does nothing there at any strength")
     strengths = _strengths(request.strengths, application)
     if len(layers) * len(strengths) > MAX_CELLS:
         message = f"{len(strengths)} strengths at {len(layers)} layers; at most {MAX_CELLS} in all are calibrated"
