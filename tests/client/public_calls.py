@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp import AsyncClient, Client, heads, monitoring, neurons, patching, programs, requests, sparsity
+from patchclamp import AsyncClient, Client, effects, heads, monitoring, neurons, patching, programs, requests, sparsity
 from patchclamp.heads import CleanCorruptPair
 from patchclamp.patching import PatchPair
 
@@ -19,6 +19,8 @@ _REQUIRED: dict[str, Arguments] = {
     "tokenize": {"prompt": "hi"},
     "detokenize": {"ids": [1]},
     "extract_vectors": {"pairs": [("yes", "no")]},
+    "calibrate_vector": {"vector": "mine", "prompts": ["hi"]},
+    "detect_concept": {"detectors": "mine", "texts": "corpus"},
     "calibrate_profile": {"policy": sparsity.cats(), "texts": "words"},
     "evaluate_profile": {"sparsities": ["mine"], "texts": "words"},
     "predict_core_neurons": {"prompts": ["hi"], "sparsity": "mine"},
@@ -94,6 +96,10 @@ _REQUIRED: dict[str, Arguments] = {
     "FactsTest": {"name": "n", "facts": [("p", "a")]},
     "TextsTest": {"name": "n", "texts": "words"},
     "GenerationTest": {"name": "n", "prompts": ["hi"]},
+    "words": {"words": "glad"},
+    "target_texts": {"texts": " glad"},
+    "classifier": {"texts": "corpus", "target": "a"},
+    "probe": {"probe": "mine"},
     "average_precision": {"texts": "corpus", "target": "a"},
     "activation_entropy": {"texts": "corpus"},
     "gradient_times_activation": {"facts": [("p", "a")]},
@@ -132,7 +138,7 @@ def client_methods(kind: type[Client] | type[AsyncClient]) -> list[str]:
 def builders() -> dict[str, Callable[..., Any]]:
     """Functions and dataclasses that make parts of a request."""
     found = {name: getattr(package, name) for package in (programs, neurons) for name in package.__all__}
-    for module in (sparsity, heads, monitoring, patching):
+    for module in (sparsity, heads, monitoring, patching, effects):
         found |= {
             name: value
             for name, value in vars(module).items()

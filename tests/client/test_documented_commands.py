@@ -31,6 +31,8 @@ STANDS_FOR = {"KIND": "vector"}
 # What the commands read.
 FILES = {
     "prose.txt": "Some text.",
+    "prompts.txt": "My day was",
+    "continuations.txt": " a wonderful day.",
     "heldout.txt": "Other text.",
     "page.txt": "The key is here.",
     "poems.txt": "The sea is wide.",

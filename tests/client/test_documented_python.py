@@ -108,11 +108,15 @@ def test_the_examples_of_the_client_run(
 def test_the_sweep_of_the_guide_to_steering_runs(
     embedded_server: LiveServer, client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    del client
-    run("docs/user/steering.md", embedded_server.address)
+    names = run("docs/user/steering.md", embedded_server.address)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     # Layer, strength, effect, that of a random vector, ratio of perplexities.
-    assert [len(row) for row in rows] == [5] * 20
+    assert [len(row) for row in rows[:20]] == [5] * 20
+    # The arms of the calibration.
+    assert [row[0] for row in rows[20:]] == ["unsteered", "prompt", *["vector"] * 3, *["random"] * 3]
+    assert names["knee"][0] == 12
+    assert names["best"].auroc is not None
+    client.delete_artifact(names["result"].artifact.id)
 
 
 def test_the_example_of_sparse_inference_runs(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ MADE: dict[str, Any] = {
     "census_neurons": requests.census_neurons("wiki"),
     "describe_neurons": requests.describe_neurons("mine", "wiki"),
     "match_neurons": requests.match_neurons("tuned", "wiki"),
+    "calibrate_vector": requests.calibrate_vector("joy", ["hi"]),
+    "detect_concept": requests.detect_concept("joy", ["hi"]),
 }
 COMMANDS = [
     ("heads", Heads, ["heads", "detect", "mine", "--lengths", "128"]),

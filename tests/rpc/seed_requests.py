@@ -57,6 +57,10 @@ PAIR = head_pb2.CleanCorruptPair(
     corrupt_answer="Y",
 )
 SCORES = head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_NGRAM", ngram=2, sequence_tokens=8, sequences=2)
+GROUPS = [
+    {"label": label, "prompts": [{"text": f"{word} {i}" * (i + 1)} for i in range(4)]}
+    for label, word in (("rain", "It rained."), ("sun", "It shone."))
+]
 FACTS = [head_pb2.TemporalFact(prompt=f"In 19{i}0", answer="x", time_conditioned=i < 2) for i in range(4)]
 
 
@@ -212,6 +216,42 @@ def calls() -> dict[str, list[Call]]:
                 )
             ]
             for method in ("EXTRACTION_METHOD_DIFFERENCE_OF_MEANS", "EXTRACTION_METHOD_PCA_OF_DIFFERENCES")
+        ],
+        "SteeringService/CalibrateVector": [
+            [
+                steering_pb2.CalibrateVectorRequest(
+                    vector="vector",
+                    layers=[1],
+                    strengths=[-0.5, 1.0],
+                    prompts=[PROMPT, CHAT],
+                    instruction="Be glad.",
+                    max_tokens=2,
+                    effect=effect,
+                    random_vectors=1,
+                    max_perplexity_ratio=3.0,
+                    max_repetition=0.5,
+                    tags=["calibrated"],
+                    replace_tags=True,
+                )
+            ]
+            for effect in (
+                {"projection": True},
+                {"words": {"words": ["a"]}},
+                {"target_texts": {"texts": [" you"]}},
+                {"classifier": {"texts": {"groups": GROUPS}, "target": "rain"}},
+            )
+        ],
+        "SteeringService/DetectConcept": [
+            [
+                steering_pb2.DetectConceptRequest(
+                    detectors=["vector"],
+                    texts={"groups": GROUPS, "window_tokens": 16},
+                    target="rain",
+                    layers=[1],
+                    poolings=["DETECTION_POOLING_MEAN", "DETECTION_POOLING_MAX"],
+                    calibration_fraction=0.5,
+                )
+            ]
         ],
         "SparsityService/CalibrateProfile": [
             [

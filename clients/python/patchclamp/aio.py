@@ -35,10 +35,12 @@ from patchclamp.programs import VectorLike
 from patchclamp.requests import (
     AttributeOptions,
     CalibrateOptions,
+    CalibrateVectorOptions,
     CensusNeuronsOptions,
     CircuitOptions,
     DecodeNeuronsOptions,
     DescribeNeuronsOptions,
+    DetectConceptOptions,
     DetectOptions,
     EvaluateNeuronEditOptions,
     EvaluateOptions,
@@ -68,10 +70,16 @@ from patchclamp.results import (
     Activations,
     Artifact,
     CalibratedProfile,
+    CalibrationCollector,
+    CalibrationEvent,
+    CalibrationResult,
     Circuit,
     CompareCollector,
     CompareEvent,
     CompareResult,
+    ConceptDetection,
+    ConceptDetectionCollector,
+    ConceptDetectionEvent,
     CoreNeurons,
     CreatedWatch,
     DecodeCollector,
@@ -245,6 +253,42 @@ class AsyncClient(AsyncTransport):
             self._stream(self._stubs.steering.ExtractVectors, request, timeout),
             JobCollector(ExtractionResult.from_proto),
         )
+
+    @takes_options_of(requests.calibrate_vector)
+    def calibrate_vector(
+        self,
+        vector: str,
+        prompts: Iterable[PromptLike],
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[CalibrateVectorOptions],
+    ) -> AsyncStream[steering_pb2.CalibrateVectorResponse, CalibrationEvent, CalibrationResult]:
+        """Measures what a vector does and costs by layer and strength, on prompts that are continued: points, then the
+        strength at the knee, the safe ranges, and the vector stored anew with them.
+
+        vector: id or tag.
+        """
+        request = requests.calibrate_vector(vector, prompts, **options)
+        call = self._stream(self._stubs.steering.CalibrateVector, request, timeout)
+        return AsyncStream(call, CalibrationCollector())
+
+    @takes_options_of(requests.detect_concept)
+    def detect_concept(
+        self,
+        detectors: str | Iterable[str],
+        texts: TextsLike,
+        target: str = "",
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[DetectConceptOptions],
+    ) -> AsyncStream[steering_pb2.DetectConceptResponse, ConceptDetectionEvent, ConceptDetection]:
+        """Scores texts by vectors, and says how well each tells those of the label `target` from all others.
+
+        detectors: ids or tags of vectors. Without a target the texts are scored alone.
+        """
+        request = requests.detect_concept(detectors, texts, target, **options)
+        call = self._stream(self._stubs.steering.DetectConcept, request, timeout)
+        return AsyncStream(call, ConceptDetectionCollector())
 
     @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(

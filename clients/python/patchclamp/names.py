@@ -47,6 +47,8 @@ NeuronRankerName = Literal["mean_difference", "f", "mutual_information", "l1"]
 NeuronEditModeName = Literal["zero", "mean", "clamp", "scale"]
 PatchDirectionName = Literal["restore", "corrupt"]
 PatchMetricName = Literal["log_probability_difference", "log_probability", "divergence"]
+DetectionPoolingName = Literal["last_token", "mean", "max"]
+CalibrationApplicationName = Literal["add", "rotate_towards", "replace"]
 
 
 class ProtoEnum(Protocol[ValueT_co]):
@@ -96,6 +98,12 @@ PATCH_DIRECTIONS = _table(activation_pb2.PatchDirection)
 PATCH_METRICS = _table(activation_pb2.PatchMetric)
 ACTIVATION_REDUCTIONS = _table(activation_pb2.ActivationReduction)
 DATA_TYPES = _table(tensor_pb2.DataType)
+DETECTION_POOLINGS = _table(steering_pb2.DetectionPooling)
+# Names of the fields of the oneof that says how a vector is applied.
+CALIBRATION_APPLICATIONS = {
+    field.name: field.name
+    for field in steering_pb2.CalibrateVectorRequest.DESCRIPTOR.oneofs_by_name["application"].fields
+}
 ARTIFACT_FORMATS = {
     "safetensors": artifact_pb2.ARTIFACT_FORMAT_SAFETENSORS,
     "gguf": artifact_pb2.ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR,

@@ -9,6 +9,7 @@ from typing import TypeAlias, TypeVar
 
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.exclusive import Sliced, Work
+from patchclamp_server.engine.reducers.divergence import ScoreReducer
 from patchclamp_server.engine.request import Event, Failed, Finished, Priority, Request
 from patchclamp_server.errors import QuotaExceeded, ResourceExhausted
 from patchclamp_server.interventions.bound import BoundProgram
@@ -104,9 +105,12 @@ def score_request(
     continuation: tuple[int, ...],
     program: BoundProgram | None,
     on_event: OnEvent,
+    *,
+    scores: ScoreReducer | None = None,
 ) -> Request:
-    """Returns a request that scores the tokens of a continuation."""
-    return Request(prompt + continuation, on_event, program, priority=Priority.ANALYSIS, score_from=len(prompt))
+    """Returns a request that scores the tokens of a continuation. `scores` takes what they are scored with."""
+    tokens, start = prompt + continuation, len(prompt)
+    return Request(tokens, on_event, program, priority=Priority.ANALYSIS, score_from=start, scores=scores)
 
 
 def _forward(index: int, queue: asyncio.Queue[tuple[int, Event]]) -> OnEvent:

@@ -133,6 +133,7 @@ class _Binder:
             edit.preserve_norm,
             bounds,
             digest.digest(),
+            numbers.safe,
         )
 
     def readout(self, readout: Readout, path: str, index: int) -> BoundReadout:

@@ -1,5 +1,6 @@
 """A bound program has passed every check: artifacts are resolved, numbers finite, sites and layers known."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from patchclamp_server.interventions.columns import EntryKind
 from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope
+from patchclamp_server.interventions.safe_strengths import SafeRange
 from patchclamp_server.model.sites import Site
 
 
@@ -40,6 +42,8 @@ class BoundEdit:
     bounds: tuple[float, float]
     # The digest covers everything but name, strength and scope.
     fingerprint: bytes
+    # By layer, for a vector that carries them. They change nothing of what is done.
+    safe: Mapping[int, SafeRange] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

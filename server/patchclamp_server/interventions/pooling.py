@@ -86,8 +86,8 @@ class TokenPool:
     """Pools one text of T tokens whose states come in chunks, layer by layer.
 
     Which norms are outliers is known at the end. Rows that may turn out to be, the largest, or to be the last that is
-    none, are kept until then; the others are summed in float32 and let go. `of`: what a mean is of, such as the squares
-    of states; outliers are those of the states themselves.
+    none, are kept until then; the others are summed in float32 and let go. `of`: what is pooled, such as the squares of
+    states or their projections; outliers are those of the states themselves.
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class TokenPool:
             if self.n_tokens > 1:
                 states, places, norms = states[1:], places[1:], norms[1:]
             nothing = -torch.inf if self.pooling is Pooling.MAX else 0.0
-            self._layers[layer] = _Layer(norms, states, places, states.new_full((states.shape[1],), nothing))
+            width = self._of(states[:0]).shape[1]
+            self._layers[layer] = _Layer(norms, states, places, states.new_full((width,), nothing))
         else:
             so_far = self._layers[layer]
             so_far.norms = torch.cat((so_far.norms, norms))
@@ -154,7 +155,7 @@ class TokenPool:
             return total / tokens, tokens, left_out
         last = torch.where(passed, -1, index).argmax()
         last = torch.where(passed.all(), index.argmax(), last)
-        return layer.states[last], torch.ones_like(last), self._pooled - 1 - index[last]
+        return self._of(layer.states[last][None])[0], torch.ones_like(last), self._pooled - 1 - index[last]
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from patchclamp_server.errors import NotFound
 from patchclamp_server.interventions.bound import BoundEdit, BoundProgram
 from patchclamp_server.interventions.program import EditReceipt, Program, Receipt, Scope
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
+from patchclamp_server.interventions.safe_strengths import beyond_safe_range
 from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask, settled_mask
 from patchclamp_server.interventions.tables import NEVER, LoadedProgram, Tables
 from patchclamp_server.model.arrays import BoolArray, IntArray
@@ -146,7 +147,8 @@ class ProgramState:
 
     def receipt(self, counts: np.ndarray) -> Receipt:
         """Returns the receipt. `counts` [n_edits, 2] has the rows touched, and the sum of their relative changes."""
-        edits, warnings = [], []
+        edits = []
+        warnings: list[RequestWarning] = []
         counted = zip(self.bound.edits, counts.tolist(), self.rows_from_cache, strict=True)
         for i, (edit, (rows, total), cached) in enumerate(counted):
             change = total / rows if rows else 0.0
@@ -155,6 +157,7 @@ class ProgramState:
             edits.append(EditReceipt(edit.name, int(rows), change, gated, cached, threshold))
             if change > MOST_CHANGE:
                 warnings.append(_strong_edit(i, edit.name, change))
+            warnings += beyond_safe_range(i, edit.name, edit.safe, (strength for _, strength in self.strengths[i]))
         return Receipt(self.bound.fingerprint, tuple(edits), tuple(warnings))
 
 

@@ -10,6 +10,12 @@ from patchclamp.requests.artifacts import (
     tag_artifact,
     upload,
 )
+from patchclamp.requests.calibration import (
+    CalibrateVectorOptions,
+    DetectConceptOptions,
+    calibrate_vector,
+    detect_concept,
+)
 from patchclamp.requests.extraction import ExtractOptions, extract_vectors
 from patchclamp.requests.generation import (
     GenerateOptions,
@@ -77,10 +83,12 @@ from patchclamp.requests.sparsity import (
 __all__ = [
     "AttributeOptions",
     "CalibrateOptions",
+    "CalibrateVectorOptions",
     "CensusNeuronsOptions",
     "CircuitOptions",
     "DecodeNeuronsOptions",
     "DescribeNeuronsOptions",
+    "DetectConceptOptions",
     "DetectOptions",
     "EvaluateNeuronEditOptions",
     "EvaluateOptions",
@@ -107,6 +115,7 @@ __all__ = [
     "artifact_format",
     "attribute_logits",
     "calibrate_profile",
+    "calibrate_vector",
     "cancel_job",
     "census_neurons",
     "compare",
@@ -115,6 +124,7 @@ __all__ = [
     "create_watch",
     "decode_neurons",
     "describe_neurons",
+    "detect_concept",
     "detect_retrieval_heads",
     "detokenize",
     "download",

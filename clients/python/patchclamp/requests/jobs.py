@@ -27,6 +27,8 @@ JobRequest = (
     | neuron_pb2.DescribeNeuronsRequest
     | neuron_pb2.MatchNeuronsRequest
     | activation_pb2.ReadActivationsRequest
+    | steering_pb2.CalibrateVectorRequest
+    | steering_pb2.DetectConceptRequest
 )
 
 # By the type of the request that they hold.

@@ -12,6 +12,14 @@ from patchclamp.results.activations import (
     ReadActivationsCollector,
 )
 from patchclamp.results.artifacts import Artifact, ExtractionResult
+from patchclamp.results.calibration import (
+    CalibrationCollector,
+    CalibrationResult,
+    ConceptDetection,
+    ConceptDetectionCollector,
+    DetectedText,
+    DosePoint,
+)
 from patchclamp.results.heads import Circuit, DetectionCollector, HeadEditEffect, NeedleRun, RetrievalHeads, ScoredHeads
 from patchclamp.results.jobs import JobCollector, Progress
 from patchclamp.results.monitoring import ReferenceCollector
@@ -61,6 +69,19 @@ JobEvent = (
     | ActivationMoments
     | ActivationMean
     | JobResult
+    | CalibrationResult
+    | ConceptDetection
+)
+JobEvent = (
+    Progress
+    | NeedleRun
+    | SparsityEvaluation
+    | DecodedNeurons
+    | NeuronEditPoint
+    | NeuronDescription
+    | DosePoint
+    | DetectedText
+    | JobResult
 )
 
 # By the field of FollowJobResponse that holds what the method streams.
@@ -81,6 +102,8 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
     "describe_neurons": DescribeCollector,
     "read_activations": ReadActivationsCollector,
     "match_neurons": lambda: JobCollector(MatchedNeurons.from_proto),
+    "calibrate_vector": CalibrationCollector,
+    "detect_concept": ConceptDetectionCollector,
 }
 
 

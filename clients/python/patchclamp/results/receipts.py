@@ -24,7 +24,7 @@ class ReadoutValue(Record):
 class RequestWarning(Record):
     """Tells of what was served as asked, but can hardly have been meant.
 
-    code: "strong_edit" or "beyond_context". field: path in the request, as in errors.
+    code: "strong_edit", "beyond_context" or "beyond_safe_range". field: path in the request, as in errors.
     """
 
     code: str

@@ -1057,9 +1057,11 @@ class CalibrateVectorRequest(_message.Message):
     max_tokens: _builtins.int
     """Default 32."""
     instruction: _builtins.str
-    """What a user could write instead, put before each prompt as a system message or text: the baseline by prompt alone."""
+    """What a user could write instead, put before each prompt as a system message or text, a blank line between: the baseline by
+    prompt alone. What it makes the model write is read without it.
+    """
     random_vectors: _builtins.int
-    """Random vectors of equal norm. Default 3."""
+    """Random vectors of equal norm, of which one point has all. Default 3."""
     max_perplexity_ratio: _builtins.float
     """Bounds of the safe range: perplexity of the unsteered model on the steered text over that on its own, and share of repeated
     4-grams. Defaults 2 and 0.3.
@@ -1074,7 +1076,9 @@ class CalibrateVectorRequest(_message.Message):
 
     @_builtins.property
     def strengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Ascending, 0 among them or not. Default: so that the change is 0.1 to 2 of the mean norm of the activations, in 8 steps."""
+        """Ascending, 0 among them or not; of rotate_towards radians from 0 to pi. Default: so that the change is 0.1 to 2 of the mean
+        norm of the activations, in 8 steps; of replace an eighth to the whole. Layers times strengths are at most 256.
+        """
 
     @_builtins.property
     def scope(self) -> _program_pb2.Scope:
@@ -1145,8 +1149,8 @@ class EffectMeasure(_message.Message):
     probe: _builtins.str
     """Mean probability of a probe artifact over the generated tokens."""
     projection: _builtins.bool
-    """Mean projection h . v / |v| at the layer of the vector's best evidence, over the generated tokens. The default: it says
-    least, since it is what the vector adds.
+    """Mean projection h . v / |v| at the layer of the vector's best evidence, without any at its last layer, over the generated
+    tokens but the last, which is not run. The default: it says least, since it is what the vector adds.
     """
     @_builtins.property
     def classifier(self) -> Global___EffectClassifier:
@@ -1347,10 +1351,12 @@ class CalibrationResult(_message.Message):
     PROMPT_WINS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
-    """Where the effect for what it costs is best: the knee of the curve of effect within the safe range of the best layer."""
+    """Where the effect for what it costs is best: the knee of the curve of effect within the safe range of the best layer, the one
+    whose effect there is farthest beyond that of random vectors. Strength 0 where no safe strength has an effect.
+    """
     strength: _builtins.float
     prompt_wins: _builtins.bool
-    """Set where the instruction has a larger effect at that coherence."""
+    """Set where the instruction has a larger effect than the knee, within the same bounds."""
     @_builtins.property
     def artifact(self) -> _artifact_pb2.Artifact:
         """The vector, with calibration in its evidence card."""
@@ -1359,7 +1365,10 @@ class CalibrationResult(_message.Message):
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___DosePoint]: ...
     @_builtins.property
     def safe(self) -> _containers.RepeatedCompositeFieldContainer[Global___SafeRange]:
-        """The largest strengths on both sides of 0 at which the text stays within the bounds, by layer."""
+        """The largest strengths on both sides of 0 at which the text stays within the bounds, by layer; 0 where none that was tried
+        does. Generate, Session, Score and Compare warn of strengths beyond (REQUEST_WARNING_CODE_BEYOND_SAFE_RANGE). A vector
+        scaled to length 1 (`unit`) is compared by how far it moves, and preserve_norm changes nothing: a state turns as far.
+        """
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -1576,7 +1585,7 @@ class DetectorReport(_message.Message):
     layer: _builtins.int
     pooling: Global___DetectionPooling.ValueType
     random_auroc: _builtins.float
-    """The same of a random vector of the site."""
+    """The same of random vectors of the site: the mean over 8, each turned by the texts of the calibration."""
     slope: _builtins.float
     """p = 1 / (1 + exp(-(slope * score + intercept)))."""
     intercept: _builtins.float

@@ -26,6 +26,15 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A value with the middle 95 % of its resamples."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Change:
     unedited: float
     edited: float
@@ -44,11 +53,7 @@ def change_of(
     unedited: Items, edited: Items, random: Sequence[Items], f: Callable[[Tensor], Tensor], seed: int
 ) -> Change:
     """Returns the change and its intervals; without random sets, beyond_random is the change."""
-    n = len(unedited.x)
-    drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
-    # [1 + RESAMPLES, n]: how often an item is in a sample; the first sample is the items themselves.
-    counts = torch.ones(1 + RESAMPLES, n, dtype=torch.float64)
-    counts[1:] = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, drawn, counts[1:])
+    counts = resamples(len(unedited.x), seed)
 
     def value(items: Items) -> Tensor:
         return f((counts @ items.x) / (counts @ items.w))
@@ -69,6 +74,22 @@ def change_of(
         beyond_random=float(beyond[0]),
         **_interval("beyond_random_", beyond),
     )
+
+
+def interval_of(items: Items, f: Callable[[Tensor], Tensor], seed: int) -> Interval:
+    """Returns the value of items of which one has a weight; samples of others alone are left out."""
+    counts = resamples(len(items.x), seed)
+    weights = counts @ items.w
+    samples = f((counts @ items.x)[weights > 0] / weights[weights > 0])
+    return Interval(float(samples[0]), **_interval("", samples))
+
+
+def resamples(n: int, seed: int) -> Tensor:
+    """Returns how often each of n items is in a sample, float64 [1 + RESAMPLES, n]. The first sample has all once."""
+    drawn = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
+    counts = torch.ones(1 + RESAMPLES, n, dtype=torch.float64)
+    counts[1:] = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, drawn, counts[1:])
+    return counts
 
 
 def _interval(prefix: str, samples: Tensor) -> dict[str, float]:

@@ -8,9 +8,10 @@ from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, Rule, StepContext, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
-from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
+from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, safe_strengths, vector_in
 from patchclamp_server.interventions.program import AddVector
 from patchclamp_server.interventions.row_arithmetic import row_norms
+from patchclamp_server.interventions.safe_strengths import Application
 
 if TYPE_CHECKING:
     # The engine also runs where the messages are not installed.
@@ -71,7 +72,12 @@ def _decode(proto: "pb.AddVector", field: str) -> AddVector:
 
 
 def _bind(kind: AddVector, where: Where) -> EditNumbers:
-    return EditNumbers(ADD, payload_of(kind.vector, where, unit=kind.vector.unit))
+    payload = payload_of(kind.vector, where, unit=kind.vector.unit)
+    safe = safe_strengths(kind.vector, where, Application.ADD)
+    if kind.vector.unit and safe:
+        norms = {layer: float(v.norm()) for layer, (v,) in payload_of(kind.vector, where, unit=False).items()}
+        safe = {layer: found.times(norms[layer]) for layer, found in safe.items()}
+    return EditNumbers(ADD, payload, safe=safe)
 
 
 EDITS = (EditSpec("add", AddVector, _decode, _bind, ("add",), inline_vector("add")),)

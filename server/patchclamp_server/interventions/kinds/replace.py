@@ -8,8 +8,9 @@ from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
-from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
+from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, safe_strengths, vector_in
 from patchclamp_server.interventions.program import ReplaceVector
+from patchclamp_server.interventions.safe_strengths import Application
 
 if TYPE_CHECKING:
     # The engine also runs where the messages are not installed.
@@ -35,7 +36,10 @@ def _decode(proto: "pb.ReplaceVector", field: str) -> ReplaceVector:
 
 
 def _bind(kind: ReplaceVector, where: Where) -> EditNumbers:
-    return EditNumbers(REPLACE, payload_of(kind.vector, where, unit=kind.vector.unit))
+    payload = payload_of(kind.vector, where, unit=kind.vector.unit)
+    # Towards a vector of another length leads another way than the one that was measured.
+    safe = {} if kind.vector.unit else safe_strengths(kind.vector, where, Application.REPLACE)
+    return EditNumbers(REPLACE, payload, safe=safe)
 
 
 EDITS = (EditSpec("replace", ReplaceVector, _decode, _bind, ("replace",), inline_vector("replace")),)

@@ -13,9 +13,10 @@ from patchclamp_server.interventions.field_checks import finite
 from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
-from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, vector_in
+from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, safe_strengths, vector_in
 from patchclamp_server.interventions.program import RotateTowards
 from patchclamp_server.interventions.row_arithmetic import row_dots, row_norms, turns
+from patchclamp_server.interventions.safe_strengths import Application
 
 if TYPE_CHECKING:
     # The engine also runs where the messages are not installed.
@@ -52,7 +53,15 @@ def _decode(proto: "pb.RotateTowards", field: str) -> RotateTowards:
 def _bind(kind: RotateTowards, where: Where) -> EditNumbers:
     if not 0.0 <= kind.radians <= math.pi:
         raise InvalidArgument(f"{where.path}.radians", f"must be in [0, pi], got {kind.radians}")
-    return EditNumbers(ROTATE, payload_of(kind.vector, where, unit=True), (kind.radians, 0.0))
+    payload = payload_of(kind.vector, where, unit=True)
+    safe = safe_strengths(kind.vector, where, Application.ROTATE_TOWARDS) if kind.radians else {}
+    # Angles become strengths: a part of the way turns by about that part of the angle.
+    return EditNumbers(
+        ROTATE,
+        payload,
+        (kind.radians, 0.0),
+        safe={layer: found.times(1 / kind.radians) for layer, found in safe.items()},
+    )
 
 
 EDITS = (

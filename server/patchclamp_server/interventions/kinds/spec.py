@@ -1,7 +1,7 @@
 """A spec is what the server knows of a kind of edit or readout, from the message to the tables: one registry entry."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
 from patchclamp_server.interventions.program import EditKind, ReadoutKind
 from patchclamp_server.interventions.resolver import Resolver
+from patchclamp_server.interventions.safe_strengths import SafeRange
 from patchclamp_server.model.sites import NEURON_SITES, Site
 
 
@@ -44,6 +45,8 @@ class EditNumbers:
     bounds: tuple[float, float] = (-math.inf, math.inf)
     # The site at which the edit runs, if not at the one that it names.
     site: Site | None = None
+    # Strengths that were found safe for its vector, by layer.
+    safe: Mapping[int, SafeRange] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import chosen, finite, required
 from patchclamp_server.interventions.kinds.kind import Payload
 from patchclamp_server.interventions.kinds.spec import Where
 from patchclamp_server.interventions.program import Vector
+from patchclamp_server.interventions.safe_strengths import Application, SafeRange, stored_range
 from patchclamp_server.interventions.tensor_messages import decode_tensor
 
 if TYPE_CHECKING:
@@ -45,6 +47,21 @@ def bounds_in(proto: "pb.CapProjection | pb.NeuronBounds", field: str) -> tuple[
 
 def payload_of(vector: Vector, where: Where, *, unit: bool) -> dict[int, Payload]:
     return where.resolver.vectors(vector, where.site, where.layers, where.width, f"{where.path}.vector", unit=unit)
+
+
+def safe_strengths(vector: Vector, where: Where, application: Application) -> dict[int, SafeRange]:
+    """Returns the range of the factor of the stored vector by layer, where its card has one for this place."""
+    if vector.artifact is None:
+        return {}
+    info = where.resolver.artifact(vector.artifact, ArtifactKind.VECTOR, f"{where.path}.vector.artifact").info
+    if info.site is not where.site:
+        return {}
+    ranges = {
+        layer: stored_range(info.evidence, application, layer)
+        for layer in where.layers
+        if vector.artifact_layer in (None, layer)
+    }
+    return {layer: found for layer, found in ranges.items() if found is not None}
 
 
 def inline_vector(name: str) -> Callable[[Any], str]:

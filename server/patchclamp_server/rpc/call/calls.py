@@ -17,6 +17,7 @@ from patchclamp_server.errors import NotFound
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
+from patchclamp_server.interventions.safe_strengths import beyond_safe_range
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.call.grounding import GroundedTokens, Grounding
 from patchclamp_server.rpc.call.response_builder import ResponseBuilder
@@ -53,8 +54,9 @@ class Prepared:
         """Returns the program with what grounding reads, where it is asked for."""
         return program if self.grounding is None else self.grounding.added_to(program)
 
-    def builder(self, *, wait_for_readouts: bool = True) -> ResponseBuilder:
-        """Returns the builder of the responses. Nothing waits for readouts where the client asked for none."""
+    def builder(self, *, wait_for_readouts: bool = True, edited: bool = True) -> ResponseBuilder:
+        """Returns the builder of the responses. Nothing waits for readouts where the client asked for none. `edited`:
+        whether the program runs, so that its strengths are warned of before the first token."""
         grounded = None
         if self.grounding is not None:
             grounded = GroundedTokens(self.grounding, self.prompt.ids, self.prompts.text_of)
@@ -65,7 +67,7 @@ class Prepared:
             piece=self.prompts.piece,
             token_readouts=token_readouts(self.program),
             grounded=grounded,
-            warnings=self.warnings,
+            warnings=(*self.warnings, *(_beyond_safe_ranges(self.program) if edited else ())),
         )
 
     def to_request(self, on_event: Callable[[Event], None], deadline: float | None, **changes: Any) -> Request:
@@ -127,6 +129,12 @@ def _beyond_context(max_tokens: int, room: int) -> tuple[RequestWarning, ...]:
         return ()
     message = f"the context has room for {room} tokens after the prompt, not for {max_tokens}: generation ends there"
     return (RequestWarning(WarningCode.BEYOND_CONTEXT, "stop.max_tokens", message),)
+
+
+def _beyond_safe_ranges(program: BoundProgram) -> tuple[RequestWarning, ...]:
+    """Returns what the receipt will say of the strengths that the program begins with."""
+    edits = enumerate(program.edits)
+    return tuple(w for i, edit in edits for w in beyond_safe_range(i, edit.name, edit.safe, (edit.strength,)))
 
 
 def check_model(name: str, model: ModelInfo) -> None:

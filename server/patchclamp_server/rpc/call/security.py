@@ -35,6 +35,7 @@ AUDITED_METHODS = frozenset(
         "HeadService/EvaluateHeadEdit",
         "HeadService/FindCircuit",
         "NeuronService/EvaluateNeuronEdit",
+        "SteeringService/CalibrateVector",
         "NeuronService/DescribeNeurons",
         "ActivationService/PatchActivations",
     }

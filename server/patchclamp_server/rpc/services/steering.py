@@ -1,4 +1,4 @@
-"""SteeringService extracts steering vectors, as a stream of progress and a result."""
+"""SteeringService: vectors are extracted, calibrated and tried as detectors, as streams of progress and a result."""
 
 from collections.abc import AsyncIterator
 from functools import partial
@@ -8,8 +8,13 @@ import grpc
 
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceServicer
+from patchclamp_server.analysis.steering.calibration.job import calibrate
+from patchclamp_server.analysis.steering.detection.job import detect
 from patchclamp_server.analysis.steering.job import extract
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
+from patchclamp_server.rpc.codecs.calibration import decode_calibration, encode_calibration
+from patchclamp_server.rpc.codecs.detection import decode_detection, encode_detection
+from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 from patchclamp_server.rpc.codecs.steering import decode_extraction, encode_extraction
 
 
@@ -27,4 +32,30 @@ class SteeringService(SteeringServiceServicer):
             partial(decode_extraction, request, jobs.prompts, jobs.model),
             partial(extract, jobs.engine, jobs.store, jobs.model),
             encode_extraction,
+        )
+
+    def CalibrateVector(
+        self, request: pb.CalibrateVectorRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[pb.CalibrateVectorResponse]:
+        """Cancelling the call cancels the job with every request it has in the engine."""
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_calibration, request, jobs.prompts, jobs.store, jobs.model),
+            partial(calibrate, jobs.engine, jobs.store, jobs.model),
+            encode_calibration,
+            fields={"prompt": "prompts"},
+        )
+
+    def DetectConcept(
+        self, request: pb.DetectConceptRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[pb.DetectConceptResponse]:
+        """Cancelling the call cancels the job with every request it has in the engine."""
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_detection, request, jobs.prompts, jobs.store, jobs.model),
+            partial(detect, jobs.engine, jobs.prompts),
+            encode_detection,
+            fields={"prompt": "texts.window_tokens", **text_fields(request.texts, "texts")},
         )

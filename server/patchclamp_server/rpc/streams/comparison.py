@@ -46,7 +46,7 @@ class Comparison:
             sparsity=None,
             held=stream.is_full,
         )
-        self._builders = {EDITED: prepared.builder(), BASELINE: prepared.builder(wait_for_readouts=False)}
+        self._builders = {EDITED: prepared.builder(), BASELINE: prepared.builder(wait_for_readouts=False, edited=False)}
         self._divergences: list[Divergence] = []
 
     async def responses(self) -> AsyncIterator[pb.CompareResponse]:

@@ -1,0 +1,244 @@
+"""Detects a concept: how well vectors tell the texts of a label from all others, by layer and pooling.
+
+Part of the labelled texts calibrates probabilities (platt.py); AUROC, average precision, Brier score and reliability
+are of the others. Beside them: the AUROC of random directions at the same place, each turned by the texts of the
+calibration so that the label projects higher, and the Brier score of the base rate of those texts.
+
+Source: concept detection of Wu et al. 2025, AxBench: Steering LLMs? Even Simple Baselines Outperform Sparse
+Autoencoders; difference of means is the baseline to beat there.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchclamp_server.analysis.neurons.intervals import Interval
+from patchclamp_server.analysis.neurons.localize.holdout import held_out
+from patchclamp_server.analysis.neurons.texts import TextSource
+from patchclamp_server.analysis.platt import Calibration, platt
+from patchclamp_server.analysis.progress import Progress
+from patchclamp_server.analysis.steering.detection.ranking import auroc, ranking
+from patchclamp_server.analysis.steering.detection.scores import Place, ScoredText, scored_texts
+from patchclamp_server.artifacts.corpora import UNLABELLED
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.pooling import Pooling
+from patchclamp_server.model.sites import Site
+from patchclamp_server.text.prompt import PromptEncoder
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+RANDOM_DIRECTIONS = 8
+BINS = 10
+# Of each kind, in either part.
+MIN_TEXTS = 2
+
+
+class Column(NamedTuple):
+    """One score of each text: of a detector at a layer, pooled."""
+
+    detector: str
+    layer: int
+    pooling: Pooling
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """`name`: as it was asked for. `directions` [width] by layer."""
+
+    name: str
+    site: Site
+    directions: dict[int, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """`target`: number of the label; None: texts are scored alone."""
+
+    detectors: tuple[Detector, ...]
+    texts: TextSource
+    target: int | None
+    poolings: tuple[Pooling, ...]
+    calibration_fraction: float = 0.5
+    seed: int = 0
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """By detector, then layer, then pooling."""
+        return tuple(
+            Column(detector.name, layer, pooling)
+            for detector in self.detectors
+            for layer in detector.directions
+            for pooling in self.poolings
+        )
+
+
+@dataclass(frozen=True)
+class DetectedText:
+    text: int
+    label: str
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    low: float
+    high: float
+    texts: int
+    mean_probability: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`brier`: mean (p - y)^2 of the texts that are not of the calibration."""
+
+    auroc: Interval
+    average_precision: Interval
+    random_auroc: float
+    calibration: Calibration
+    brier: float
+    brier_base_rate: float
+    reliability: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """`qualities`: of each column, None without labels. `best`: that with the largest AUROC."""
+
+    columns: tuple[Column, ...]
+    qualities: tuple[Quality, ...] | None
+    best: int
+    texts: int
+    warnings: tuple[str, ...]
+
+
+async def detect(
+    engine: Engine, prompts: PromptEncoder, job: Detection
+) -> AsyncGenerator[Progress | DetectedText | Detected, None]:
+    """Yields progress in texts and the scores of each as soon as it has run, then how well each column detects.
+
+    Ending the iteration early cancels what the engine still computes. Raises InvalidArgument on "texts" for too few
+    texts of a kind; nothing is run then, unless `max_tokens` leaves them out.
+    """
+    labels = job.texts.corpus.document_labels
+    if job.target is not None:
+        _check(labels, job)
+    places, columns_of = _places(job)
+    found: list[ScoredText] = []
+    total = len(job.texts.corpus)
+    names = job.texts.corpus.labels
+    async with aclosing(scored_texts(engine, prompts, job.texts, places, job.poolings)) as scored:
+        async for text in scored:
+            found.append(text)
+            label = "" if text.label == UNLABELLED else names[text.label]
+            own = tuple(float(text.scores[at][i, k]) for at, i, k in columns_of)
+            yield DetectedText(text.document, label, own)
+            yield Progress("texts", len(found), total)
+    if job.target is None or not found:
+        yield Detected(job.columns, None, 0, len(found), ())
+        return
+    yield await asyncio.to_thread(_judged, job, found, columns_of)
+
+
+def _places(job: Detection) -> tuple[list[Place], list[tuple[int, int, int]]]:
+    """Returns all directions by place, the random ones last, and place, pooling and direction of each column."""
+    units: dict[tuple[Site, int], list[Tensor]] = {}
+    columns = []
+    order: dict[tuple[Site, int], int] = {}
+    for detector in job.detectors:
+        for layer, v in detector.directions.items():
+            key = (detector.site, layer)
+            at = order.setdefault(key, len(order))
+            own = units.setdefault(key, [])
+            own.append((v.double() / v.double().norm()).float())
+            columns += [(at, i, len(own) - 1) for i in range(len(job.poolings))]
+    places = []
+    for number, ((site, layer), own) in enumerate(units.items()):
+        generator = torch.Generator().manual_seed((job.seed + number) % 2**64)
+        drawn = torch.randn(RANDOM_DIRECTIONS, len(own[0]), generator=generator)
+        places.append(Place(site, layer, torch.cat((torch.stack(own), drawn / drawn.norm(dim=1, keepdim=True)))))
+    return places, columns
+
+
+def _check(labels: NDArray[np.int64], job: Detection) -> None:
+    calibrates = _calibrating(labels, job)
+    known = labels != UNLABELLED
+    for name, kind in (("the target", labels == job.target), ("other labels", known & (labels != job.target))):
+        fits, rest = int((kind & calibrates).sum()), int((kind & ~calibrates).sum())
+        if min(fits, rest) < MIN_TEXTS:
+            message = (
+                f"{fits} texts of {name} calibrate and {rest} are left to report; expected at least {MIN_TEXTS} each"
+            )
+            raise InvalidArgument("texts", message)
+
+
+def _calibrating(labels: NDArray[np.int64], job: Detection) -> Bools:
+    """Returns which texts calibrate; those without a label do not."""
+    kinds = np.where(labels == UNLABELLED, UNLABELLED, (labels == job.target).astype(np.int64))
+    return held_out(kinds, job.calibration_fraction, job.seed)
+
+
+def _judged(job: Detection, found: Sequence[ScoredText], columns_of: Sequence[tuple[int, int, int]]) -> Detected:
+    labels = np.array([text.label for text in found], dtype=np.int64)
+    _check(labels, job)
+    calibrates, known = _calibrating(labels, job), labels != UNLABELLED
+    fits, rest = np.flatnonzero(calibrates), np.flatnonzero(known & ~calibrates)
+    is_target = labels == job.target
+    qualities = []
+    for at, i, k in columns_of:
+        scores = np.array([text.scores[at][i].numpy() for text in found])  # [texts, k of the place]
+        qualities.append(_quality(scores[:, k], scores[:, -RANDOM_DIRECTIONS:], is_target, fits, rest, job.seed))
+    best = max(range(len(qualities)), key=lambda column: qualities[column].auroc.mean)
+    return Detected(job.columns, tuple(qualities), best, len(found), _warnings(qualities[best], len(qualities)))
+
+
+def _quality(
+    scores: Floats, random: Floats, is_target: Bools, fits: NDArray[np.int64], rest: NDArray[np.int64], seed: int
+) -> Quality:
+    calibration = platt(scores[fits], is_target[fits])
+    ranked = ranking(scores[rest], is_target[rest], seed)
+    chance = []
+    for each in random.T:
+        turned = each if auroc(each[fits], is_target[fits]) >= 0.5 else -each
+        chance.append(auroc(turned[rest], is_target[rest]))
+    p, y = calibration.probabilities(scores[rest]), is_target[rest].astype(np.float64)
+    base = float(is_target[fits].mean())
+    return Quality(
+        ranked.auroc,
+        ranked.average_precision,
+        float(np.mean(chance)),
+        calibration,
+        brier=float(np.mean((p - y) ** 2)),
+        brier_base_rate=float(np.mean((base - y) ** 2)),
+        reliability=reliability(p, y),
+    )
+
+
+def reliability(p: Floats, y: Floats) -> tuple[ReliabilityBin, ...]:
+    """Returns the bins that have texts: how probable they were said to be, and how many were of the label."""
+    which = np.minimum((p * BINS).astype(np.int64), BINS - 1)
+    return tuple(
+        ReliabilityBin(b / BINS, (b + 1) / BINS, int(own.sum()), float(p[own].mean()), float(y[own].mean()))
+        for b in range(BINS)
+        if (own := which == b).any()
+    )
+
+
+def _warnings(best: Quality, columns: int) -> tuple[str, ...]:
+    """Returns what to know before a detector is used, a sentence each."""
+    found = []
+    if best.auroc.low <= best.random_auroc:
+        found.append("the best detector is not told from random directions of its place by these texts")
+    if columns > 1:
+        found.append(f"the best of {columns} is chosen by the texts that it is reported on, and flattered by that")
+    if best.brier >= best.brier_base_rate:
+        found.append("the probabilities of the best detector are no better than the base rate")
+    return tuple(found)

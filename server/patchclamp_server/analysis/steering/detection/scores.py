@@ -1,0 +1,135 @@
+"""Scores of texts: projections h · v / |v| on directions at layers, pooled over the tokens of a text.
+
+    last   of the last token that is no attention sink      mean   over tokens but sinks
+    max    the largest over all tokens but the first
+
+A text of several windows has the last of its last window, the mean over the tokens of all, and the largest of all. All
+directions of a layer are read in one pass over each window; states stay on the device.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from patchclamp_server.analysis.corpora.windows import Window, windows
+from patchclamp_server.analysis.neurons.texts import TextSource
+from patchclamp_server.analysis.requests import Make, OnEvent, completed
+from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.reducers.pooled_text import PooledText
+from patchclamp_server.engine.request import Priority, Reduction, Request, StopParams
+from patchclamp_server.interventions.pooling import Pooling
+from patchclamp_server.model.sites import Site
+from patchclamp_server.text.prompt import PromptEncoder
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Directions of length 1 at a site and layer, [k, width]."""
+
+    site: Site
+    layer: int
+    units: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredText:
+    """`scores`: float64 [places, poolings, k of the place] as a list by place."""
+
+    document: int
+    label: int
+    scores: list[Tensor]
+
+
+async def scored_texts(
+    engine: Engine, prompts: PromptEncoder, source: TextSource, places: Sequence[Place], poolings: Sequence[Pooling]
+) -> AsyncGenerator[ScoredText, None]:
+    """Yields the texts in order, each as soon as it has run; ends with the first window that reaches `max_tokens`."""
+    pending: list[tuple[Window, _Reader]] = []
+
+    async def makes() -> AsyncIterator[Make]:
+        tokens = 0
+        async with aclosing(windows(source.corpus, prompts, source.window_tokens)) as found:
+            async for window in found:
+                reader = _Reader(places, poolings, len(window.tokens))
+                pending.append((window, reader))
+                yield partial(_request, window.tokens, reader.reductions)
+                tokens += len(window.tokens)
+                if 0 < source.max_tokens <= tokens:
+                    return
+
+    text: _Text | None = None
+    async with aclosing(completed(engine, makes(), patient=True)) as finished:
+        async for _ in finished:
+            window, reader = pending.pop(0)
+            if text is not None and text.document != window.document:
+                yield text.scored()
+                text = None
+            if text is None:
+                text = _Text(window.document, window.label, poolings)
+            text.add(reader.pooled())
+            if window.is_last:
+                yield text.scored()
+                text = None
+    if text is not None:
+        yield text.scored()
+
+
+class _Reader:
+    """Pools one window at all places."""
+
+    def __init__(self, places: Sequence[Place], poolings: Sequence[Pooling], tokens: int) -> None:
+        self._places, self._poolings = places, poolings
+        by_site: dict[Site, dict[int, Tensor]] = {}
+        for place in places:
+            by_site.setdefault(place.site, {})[place.layer] = place.units
+        self._readers = {
+            site: PooledText(tuple(sorted(units)), tokens, poolings, partial(_project, units))
+            for site, units in by_site.items()
+        }
+        self.reductions = tuple(Reduction(site, reader) for site, reader in self._readers.items())
+
+    def pooled(self) -> list[list[tuple[Tensor, int]]]:
+        """Returns by place and pooling the scores [k], and how many tokens they are of."""
+        return [
+            [self._readers[place.site].pooled(place.layer, pooling) for pooling in self._poolings]
+            for place in self._places
+        ]
+
+
+class _Text:
+    """A text whose windows come one after the other."""
+
+    def __init__(self, document: int, label: int, poolings: Sequence[Pooling]) -> None:
+        self.document, self._label, self._poolings = document, label, poolings
+        self._values: list[list[Tensor]] = []
+        self._tokens: list[list[int]] = []
+
+    def add(self, window: list[list[tuple[Tensor, int]]]) -> None:
+        values = [[each.double() for each, _ in place] for place in window]
+        tokens = [[n for _, n in place] for place in window]
+        if self._values:
+            for at, place in enumerate(values):
+                for i, pooling in enumerate(self._poolings):
+                    before, n, own = self._values[at][i], self._tokens[at][i], tokens[at][i]
+                    if pooling is Pooling.MAX:
+                        place[i] = torch.maximum(before, place[i])
+                    elif pooling is Pooling.MEAN:
+                        place[i] = (n * before + own * place[i]) / (n + own)
+                        tokens[at][i] = n + own
+        self._values, self._tokens = values, tokens
+
+    def scored(self) -> ScoredText:
+        return ScoredText(self.document, self._label, [torch.stack(place) for place in self._values])
+
+
+def _project(units: Mapping[int, Tensor], layer: int, rows: Tensor) -> Tensor:
+    return rows @ units[layer].to(rows.device).T
+
+
+def _request(ids: tuple[int, ...], reductions: tuple[Reduction, ...], on_event: OnEvent) -> Request:
+    stop = StopParams(max_tokens=0)
+    return Request(ids, on_event, stop=stop, priority=Priority.ANALYSIS, reductions=reductions)
