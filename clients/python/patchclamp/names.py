@@ -28,7 +28,18 @@ PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
 ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus"]
 ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
-MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
+MethodName = Literal[
+    "difference_of_means",
+    "pca_of_differences",
+    "logistic_probe",
+    "linear_discriminant",
+    "linear_artificial_tomography",
+    "task_vector",
+    "causal_inner_product",
+    "mean_centred",
+    "reft_r1",
+    "definition",
+]
 PoolingName = Literal["last_token", "mean"]
 CoreInferRankingName = Literal["magnitude", "value"]
 TealAllocationName = Literal["uniform", "greedy"]

@@ -28,7 +28,8 @@ class LayerEvidence:
     pooled_tokens, tokens_left_out: of the examples of all pairs, how many tokens stand for them, and how many others
         were passed over as outliers (interventions/pooling.py).
     margin: (mean h⁺·u - mean h⁻·u) / pooled standard deviation within the sides; 0 when nothing varies.
-    midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates.
+    midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates; None of
+        methods that are not of two sides of states.
     positive_tokens, negative_tokens: h·u of single tokens of each side of the held-out pairs.
     """
 
@@ -39,7 +40,7 @@ class LayerEvidence:
     activation_norm: float
     explained_variance: float
     margin: float
-    midpoint: float
+    midpoint: float | None
     positive_tokens: TokenProjections | None = None
     negative_tokens: TokenProjections | None = None
     participation_ratio: float = 0.0
@@ -49,7 +50,7 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class Sides:
-    """The activations of both sides at one layer: positive [n, d] and negative [m, d].
+    """The activations of both sides: positive [n, d] and negative [m, d], or with several layers [n, layers, d].
 
     Of pairs, row i of both is from pair i; where the sides are no pairs, they are in random order, and rows of equal
     number count as pairs as far as both go.
@@ -57,6 +58,10 @@ class Sides:
 
     positive: torch.Tensor
     negative: torch.Tensor
+
+    def at(self, row: int) -> "Sides":
+        """Returns both sides at one of several layers."""
+        return Sides(self.positive[:, row], self.negative[:, row])
 
     def differences(self) -> torch.Tensor:
         """Returns the differences [min(n, m), d] of the pairs."""
