@@ -23,8 +23,8 @@ def texts(prompts: tuple[tuple[int, ...], ...]) -> Texts:
 
 
 def test_a_prompt_has_a_line_for_each_demonstration_and_asks_in_the_last() -> None:
-    assert prompt(TASK[:2], "x") == "in0 => out0\nin1 => out1\nx =>"
-    assert prompt((), "x") == "x =>"
+    assert prompt(TASK[:2], "x") == "\nin0 => out0\nin1 => out1\nx =>"
+    assert prompt((), "x") == "\nx =>"
 
 
 @pytest.mark.parametrize("n", [2, 3, 9])
@@ -41,14 +41,15 @@ def test_a_task_is_shown_by_training_demonstrations_and_asked_of_others() -> Non
     assert len(asked) == 4
     assert len(found.demonstrated) == 12
     for text in [*texts(found.demonstrated), *texts(found.exchanged)]:
-        *lines, last = text.split("\n")
+        before, *lines, last = text.split("\n")
+        assert not before
         assert len(lines) == SHOTS
-        assert last not in asked
+        assert f"\n{last}" not in asked
         assert not any(line.startswith(f"{last} ") for line in lines)
         assert not any(f"{held} " in text for held in asked)
     for held, shown, answer in zip(asked, texts(found.shown), found.answers, strict=True):
-        assert shown.endswith(f"\n{held}")
-        assert shown.count("\n") == SHOTS
+        assert shown.endswith(held)
+        assert shown.count("\n") == SHOTS + 1
         assert chr(answer) == " "
 
 
@@ -56,7 +57,7 @@ def test_the_control_has_the_same_inputs_in_the_same_order() -> None:
     found = TaskPrompts.of(TASK, 0.25, 3, encode, encode)
     for own, other in zip(texts(found.demonstrated), texts(found.exchanged), strict=True):
         pairs = zip(own.split("\n"), other.split("\n"), strict=True)
-        *shown, last = [(a.split(" =>"), b.split(" =>")) for a, b in pairs]
+        _, *shown, last = [(a.split(" =>"), b.split(" =>")) for a, b in pairs]
         assert last[0] == last[1]
         assert all(a[0] == b[0] and a[1] != b[1] for a, b in shown)
 
@@ -64,7 +65,7 @@ def test_the_control_has_the_same_inputs_in_the_same_order() -> None:
 def test_a_definition_is_asked_after_what_is_asked_of_no_held_out_concept() -> None:
     found = DefinitionPrompts.of(TASK, "a thing", 0.5, 3, encode)
     (defined,) = texts((found.defined,))
-    before = defined.removesuffix("a thing =>")
+    before = defined.removesuffix("\na thing =>")
     assert before.count("\n") == found.shots == 8
     inputs, words = texts(found.definitions), texts(found.words)
     assert len(inputs) == len(words) == 8

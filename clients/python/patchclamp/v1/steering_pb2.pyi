@@ -279,7 +279,9 @@ Global___ExtractVectorsRequest: _TypeAlias = ExtractVectorsRequest  # noqa: Y015
 
 @_typing.final
 class Demonstration(_message.Message):
-    """Demonstration: an example of a task, written as a line "input => output" with others before it."""
+    """Demonstration: an example of a task, written as a line "input => output" with others before it. Each line begins with a
+    line break, also the first, whose first token would be an attention sink: "\\ninput =>" asks without demonstrations.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

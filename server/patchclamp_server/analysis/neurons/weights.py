@@ -100,8 +100,9 @@ class Vocabulary:
 
     @torch.inference_mode()
     def read_covariance(self) -> Tensor:
-        """Returns the covariance [d_model, d_model] of these rows of all tokens."""
-        return _centred(self.norm, _centred(self.norm, self.covariance).T)
+        """Returns the covariance float64 [d_model, d_model] of these rows of all tokens. What a layer norm takes away
+        has no variance, to the precision of float64: an inverse has to tell it from what has little."""
+        return _centred(self.norm, _centred(self.norm, self.covariance.double()).T)
 
     def spread(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation [n] of p over the vocabulary."""

@@ -1,8 +1,9 @@
 """Demonstrations of a task as a prompt: a line "input => output" each, then the input that is asked about.
 
-a => b
-c => d
-e =>
+    ↵a => b↵c => d↵e =>
+
+Every line begins with the line break, also the first: where a tokenizer puts nothing before a text, the first token is
+an attention sink, and an input that is one cannot be read.
 """
 
 import random
@@ -34,7 +35,7 @@ class Demonstration:
 
 def prompt(shown: Sequence[Demonstration], asked: str) -> str:
     """Returns the text in which `asked` follows what is shown."""
-    return "".join(f"{each.input} => {each.output}\n" for each in shown) + f"{asked} =>"
+    return "".join(f"\n{each.input} => {each.output}" for each in shown) + f"\n{asked} =>"
 
 
 def shots(among: Sequence[Demonstration], n: int, draw: random.Random) -> list[Demonstration]:

@@ -41,7 +41,7 @@ class BesideOrdinaryText:
         self._targets = np.flatnonzero(corpus.document_labels == label)
         self._pieces = _pieces(self._lengths(prompts, window_tokens), len(self._targets), prompts)
         n = 2 * len(self._pieces)
-        self.labels = (corpus.labels[label], LABEL)
+        self.labels: tuple[str, ...] = (corpus.labels[label], LABEL)
         self.document_labels: NDArray[np.int64] = np.zeros(len(self), dtype=np.int64)
         self.document_labels[1:n:2] = ORDINARY
         self.digest = json_digest([corpus.digest, label, [list(piece) for piece in self._pieces]])

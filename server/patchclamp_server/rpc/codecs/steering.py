@@ -38,7 +38,7 @@ def decode_extraction(
 
     Raises InvalidArgument, and FailedPrecondition for a chat where the model has no template.
     """
-    accepted = [pb.ExtractionMethod.Name(number) for number in METHOD_NAMES]  # type: ignore[arg-type]
+    accepted = [f"EXTRACTION_METHOD_{name.upper()}" for name in INPUTS]
     method = known(request.method, METHOD_NAMES, "method", accepted)
     _check_inputs(request, method)
     site = _site(request.site, info)
