@@ -6,8 +6,8 @@ fewer examples than coordinates Σ has no inverse. It is scikit-learn's LinearDi
 shrinkage="auto"). Where nothing varies within the sides, v is the difference of means.
 
 Length: ‖mean(h⁺) - mean(h⁻)‖, so that a strength means the same for every method. Source: Fisher 1936; Ledoit and Wolf
-2004, A well-conditioned estimator for large-dimensional covariance matrices; of activations Li et al. 2024,
-Inference-Time Intervention, and Marks and Tegmark 2024, The Geometry of Truth (§5, mass-mean probes).
+2004, A well-conditioned estimator for large-dimensional covariance matrices; of activations Marks and Tegmark 2024,
+The Geometry of Truth, §5 (mass-mean probing).
 """
 
 import numpy as np
