@@ -15,6 +15,10 @@ from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 # One channel for all tests of the file, in one event loop.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+# Of 30: before it the last token does not hold the task yet, after it what it holds is one answer.
+TASK_LAYER = 20
+DEFINITION_LAYER = 20
+
 CAPITALS = (
     "France Paris, Germany Berlin, Italy Rome, Spain Madrid, Japan Tokyo, China Beijing, Russia Moscow, Egypt Cairo, "
     "Greece Athens, Austria Vienna, Poland Warsaw, Portugal Lisbon, Norway Oslo, Denmark Copenhagen, Ireland Dublin, "

@@ -3,7 +3,7 @@
     ↵a => b↵c => d↵e =>
 
 Every line begins with the line break, also the first: where a tokenizer puts nothing before a text, the first token is
-an attention sink, and an input that is one cannot be read.
+an attention sink, and an input that is one cannot be read. Without it, no state made SmolLM2-135M name a capital.
 """
 
 import random
