@@ -289,6 +289,7 @@ def test_the_address_comes_from_the_option_then_the_environment(monkeypatch: pyt
         ["generate", "hi", "--steer", "joyful"],
         ["generate", "hi", "--program", "missing.json"],
         ["vectors", "extract", "joyful"],
+        ["vectors", "extract", "joyful", "--corpus", "mine", "--data", "sentiment"],
         ["vectors", "tag", "joyful"],
         ["generate", "hi", "--sparsity", "foveal:bits=3"],
         ["generate", "hi", "--sparsity", "cats", "--sparsity-guard", "window=many"],

@@ -168,6 +168,27 @@ def test_vectors_are_extracted_exported_and_put_back(pairs: str, tmp_path: Path,
     assert steered["receipt"]["touched"]
 
 
+def test_vectors_are_extracted_from_texts_and_demonstrations(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    files = []
+    for label in ("good", "bad"):
+        file = tmp_path / f"{label}.txt"
+        file.write_text("\n".join(f"{label} {word}" for word in ("day", "dog", "tea", "song")))
+        files += ["--texts", str(file)]
+    options = ["--method", "linear_discriminant", "--target", "good", "--last", "2", "--layers", "1"]
+    made = json_of(capsys, "vectors", "extract", "texts", *files, *options)
+    assert made["artifact"]["provenance"]["parameters"]["scope"] == {"include": [{"last_k": 2}]}
+    shown = tmp_path / "shown.jsonl"
+    shown.write_text("\n".join(json.dumps({"input": letter, "output": letter.upper()}) for letter in "abcdefgh"))
+    arguments = ["--demonstrations", str(shown), "--layers", "1"]
+    assert main(["vectors", "extract", "task", *arguments, "--method", "task_vector"]) == 0
+    printed = capsys.readouterr()
+    assert "control" in printed.out.splitlines()[0]
+    assert "unedited" in printed.out
+    assert "exchanged" in printed.err
+    assert main(["vectors", "extract", "defined", *arguments, "--method", "definition"]) == 1
+    assert "definition: required" in capsys.readouterr().err
+
+
 def test_vectors_are_listed_shown_tagged_and_removed(pairs: str, capsys: pytest.CaptureFixture[str]):
     assert main(["vectors", "extract", "one", "--pairs", pairs, "--method", "pca_of_differences"]) == 0
     header = capsys.readouterr().out.splitlines()[0]

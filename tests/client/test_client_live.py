@@ -13,6 +13,7 @@ from patchclamp.programs import (
     add,
     clamp_neurons,
     generated,
+    last,
     positions,
     read_logit_lens,
     read_projection,
@@ -152,6 +153,41 @@ def tokens_of(session: Session, count: int) -> list[int]:
     while len(ids) < count:
         ids += [token.id for token in next(session).tokens]
     return ids
+
+
+def test_a_vector_is_extracted_from_texts_by_label_and_from_the_tokens_in_a_scope(client: Client):
+    texts = {label: [f"{label} {word}" for word in ("day", "dog", "tea", "song")] for label in ("good", "bad", "odd")}
+    found = client.extract_vectors(
+        method="linear_discriminant",
+        texts=texts,
+        target="good",
+        contrast="bad",
+        pooling="mean",
+        scope=last(3),
+        layers=[1],
+    ).result()
+    assert found.artifact.provenance["texts"]["contrast"] == "bad"
+    # The last three tokens of eight texts; the third label is not read.
+    assert found.layers[0].pooled_tokens + found.layers[0].tokens_left_out == 24
+    assert "midpoint" in found.measure
+
+
+def test_a_task_vector_comes_with_what_it_is_compared_with(client: Client):
+    shown = [(letter, letter.upper()) for letter in "abcdefgh"]
+    found = client.extract_vectors(method="task_vector", demonstrations=shown, layers=[1]).result()
+    assert set(found.baselines) == {"unedited", "demonstrations"}
+    assert found.artifact.provenance["method"] == "task_vector"
+
+
+def test_a_definition_and_words_are_sent_as_they_are_given(client: Client):
+    shown = [(f"what {letter} is", letter) for letter in "abcdefgh"]
+    found = client.extract_vectors(
+        method="definition", demonstrations=shown, definition="what z is", layers=[1]
+    ).result()
+    assert found.layers[0].random_accuracy == pytest.approx(1 / 2)
+    with pytest.raises(PatchclampError, match="one token after a space") as refused:
+        client.extract_vectors(method="causal_inner_product", word_pairs=[("king", "queen")] * 3).result()
+    assert refused.value.violations[0].field == "word_pairs[0].positive"
 
 
 def test_an_extracted_vector_is_stored_with_evidence_and_steers(client: Client):

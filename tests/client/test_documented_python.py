@@ -70,6 +70,7 @@ def test_no_page_with_python_is_left_out() -> None:
         "README.md",
         "docs/operating.md",
         "docs/user/activations.md",
+        "docs/user/extraction.md",
         "docs/user/heads.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
@@ -117,6 +118,11 @@ def test_the_sweep_of_the_guide_to_steering_runs(
     assert names["knee"][0] == 12
     assert names["best"].auroc is not None
     client.delete_artifact(names["result"].artifact.id)
+
+
+def test_the_examples_of_finding_vectors_run(embedded_server: LiveServer) -> None:
+    names = run("docs/user/extraction.md", embedded_server.address)
+    assert min(layer.heldout_accuracy for layer in names["discriminant"].layers) > 0.8
 
 
 def test_the_example_of_sparse_inference_runs(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """What stands for a text: the rule of pooling.py on states that are made up."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
 
@@ -25,8 +28,9 @@ def text(n: int, sinks: dict[int, float], seed: int = 0) -> torch.Tensor:
     return states
 
 
-def pooled(pooling: Pooling, states: torch.Tensor, chunk: int = 1000) -> Pooled:
-    pool = TokenPool(pooling, (4,), len(states))
+def pooled(pooling: Pooling, states: torch.Tensor, chunk: int = 1000, *, scope: Sequence[int] | None = None) -> Pooled:
+    chosen = None if scope is None else np.isin(np.arange(len(states)), scope)
+    pool = TokenPool(pooling, (4,), len(states), chosen=chosen)
     for start in range(0, len(states), chunk):
         pool.add(4, states[start : start + chunk], start)
     return pool.result()
@@ -130,3 +134,41 @@ def test_ordinary_tokens_are_told_text_by_text() -> None:
     states = torch.stack((text(5, {0: 9.0, 2: 9.0}), text(5, {4: 9.0})))
     assert ordinary_tokens(states).tolist() == [[False, True, False, True, True], [False, True, True, True, False]]
     assert ordinary_tokens(states[:, :1]).tolist() == [[True], [True]]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_of_the_tokens_in_scope_outliers_are_left_out_by_the_norms_of_the_whole_text(chunk: int) -> None:
+    # Of the tokens in scope alone, 12 would be the median.
+    states = text(40, {0: 100.0, 12: 20.0, 13: 30.0, 20: 50.0})
+    scope = [0, 11, 12, 13]
+    mean = pooled(Pooling.MEAN, states, chunk, scope=scope)
+    torch.testing.assert_close(mean.values[0], states[11])
+    assert (mean.tokens.tolist(), mean.left_out.tolist()) == ([1], [2])
+    last = pooled(Pooling.LAST_TOKEN, states, chunk, scope=scope)
+    assert torch.equal(last.values[0], states[11])
+    assert (last.tokens.tolist(), last.left_out.tolist()) == ([1], [2])
+    assert torch.equal(pooled(Pooling.MAX, states, chunk, scope=scope).values[0], states[11:14].amax(dim=0))
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_the_first_token_stands_where_it_alone_is_in_scope(pooling: Pooling) -> None:
+    states = text(9, {0: 100.0, 8: 100.0})
+    assert torch.equal(pooled(pooling, states, scope=[0]).values[0], states[0])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_where_all_tokens_in_scope_are_outliers_they_stand_as_if_none_were(chunk: int) -> None:
+    states = text(40, {5: 50.0, 7: 60.0})
+    mean = pooled(Pooling.MEAN, states, chunk, scope=[5, 7])
+    torch.testing.assert_close(mean.values[0], states[[5, 7]].mean(dim=0))
+    assert (mean.tokens.tolist(), mean.left_out.tolist()) == ([2], [0])
+    assert torch.equal(pooled(Pooling.LAST_TOKEN, states, chunk, scope=[5, 7]).values[0], states[7])
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+@pytest.mark.parametrize("n", [1, 2, 200])
+def test_a_scope_of_all_tokens_is_none(pooling: Pooling, n: int) -> None:
+    states = text(n, {t: 30.0 for t in (0, 50, 199) if t < n})
+    scoped, whole = pooled(pooling, states, 16, scope=range(n)), pooled(pooling, states, 16)
+    torch.testing.assert_close(scoped.values, whole.values)
+    assert (scoped.tokens.tolist(), scoped.left_out.tolist()) == (whole.tokens.tolist(), whole.left_out.tolist())

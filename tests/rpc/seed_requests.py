@@ -216,6 +216,32 @@ def calls() -> dict[str, list[Call]]:
                 )
             ]
             for method in ("EXTRACTION_METHOD_DIFFERENCE_OF_MEANS", "EXTRACTION_METHOD_PCA_OF_DIFFERENCES")
+        ]
+        + [
+            [
+                steering_pb2.ExtractVectorsRequest(
+                    method="EXTRACTION_METHOD_LINEAR_DISCRIMINANT",
+                    texts={
+                        "groups": [
+                            {"label": label, "prompts": [{"text": f"{label} {i}"} for i in range(4)]}
+                            for label in ("good", "bad")
+                        ]
+                    },
+                    target="good",
+                    contrast="bad",
+                    layers=[1],
+                    scope={"include": [{"last_k": 2}]},
+                )
+            ],
+            [
+                steering_pb2.ExtractVectorsRequest(
+                    method="EXTRACTION_METHOD_DEFINITION",
+                    demonstrations=[{"input": f"in {i}", "output": f"out {i}"} for i in range(4)],
+                    definition="in and out",
+                    layers=[1],
+                    holdout_fraction=0.5,
+                )
+            ],
         ],
         "SteeringService/CalibrateVector": [
             [

@@ -241,13 +241,14 @@ class Client(Transport):
     @takes_options_of(requests.extract_vectors)
     def extract_vectors(
         self,
-        pairs: Iterable[tuple[PromptLike, PromptLike]],
+        pairs: Iterable[tuple[PromptLike, PromptLike]] = (),
         method: MethodName = "difference_of_means",
         *,
         timeout: float = float("inf"),
         **options: Unpack[ExtractOptions],
     ) -> Stream[steering_pb2.ExtractVectorsResponse, ExtractionEvent, ExtractionResult]:
-        """Finds a steering vector from (positive, negative) pairs: progress, then the stored vector."""
+        """Finds a steering vector from pairs (positive, negative), texts by label, demonstrations or words: progress,
+        then the stored vector."""
         request = requests.extract_vectors(pairs, method, **options)
         return Stream(
             self._stream(self._stubs.steering.ExtractVectors, request, timeout),

@@ -34,7 +34,18 @@ ArtifactKindName = Literal[
 ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
 ActivationReductionName = Literal["none", "first", "last", "mean", "sum", "max", "moments", "mean_by_label"]
 ActivationDtypeName = Literal["float32", "float16", "bfloat16"]
-MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
+MethodName = Literal[
+    "difference_of_means",
+    "pca_of_differences",
+    "logistic_probe",
+    "linear_discriminant",
+    "linear_artificial_tomography",
+    "task_vector",
+    "causal_inner_product",
+    "mean_centred",
+    "reft_r1",
+    "definition",
+]
 PoolingName = Literal["last_token", "mean"]
 CoreInferRankingName = Literal["magnitude", "value"]
 TealAllocationName = Literal["uniform", "greedy"]

@@ -3,6 +3,8 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import repeat
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,13 +16,24 @@ from patchclamp_server.interventions.pooling import Pooled, Pooling
 from patchclamp_server.model.sites import Site
 
 MAX_IN_FLIGHT = 64
+Roles: TypeAlias = tuple[str, ...] | None
 
 
 async def collect(
-    engine: Engine, prompts: Sequence[tuple[int, ...]], capture: Capture, *, max_in_flight: int = MAX_IN_FLIGHT
+    engine: Engine,
+    prompts: Sequence[tuple[int, ...]],
+    capture: Capture,
+    *,
+    roles: Sequence[Roles] | None = None,
+    max_in_flight: int = MAX_IN_FLIGHT,
 ) -> AsyncGenerator[tuple[int, Pooled], None]:
-    """Yields (index of the prompt, its pooled activations on the CPU) in order; otherwise it is as `completed`."""
-    requests = (partial(_request, tokens, capture) for tokens in prompts)
+    """Yields (index of the prompt, its pooled activations on the CPU) in order; otherwise it is as `completed`.
+
+    `roles` of the tokens of each prompt, for scopes that name them. Raises InvalidArgument on "capture.scope" where it
+    selects no token of a prompt.
+    """
+    each = zip(prompts, roles or repeat(None), strict=False)
+    requests = (partial(_request, tokens, own, capture) for tokens, own in each)
     async with aclosing(completed(engine, requests, max_in_flight=max_in_flight)) as finished:
         index = 0
         async for events in finished:
@@ -42,5 +55,6 @@ async def mean_activations(engine: Engine, site: Site, windows: Sequence[tuple[i
     return total / tokens[:, None]
 
 
-def _request(tokens: tuple[int, ...], capture: Capture, on_event: OnEvent) -> Request:
-    return Request(tokens, on_event, stop=StopParams(max_tokens=0), priority=Priority.ANALYSIS, capture=capture)
+def _request(tokens: tuple[int, ...], roles: Roles, capture: Capture, on_event: OnEvent) -> Request:
+    stop = StopParams(max_tokens=0)
+    return Request(tokens, on_event, stop=stop, priority=Priority.ANALYSIS, roles=roles, capture=capture)

@@ -16,10 +16,12 @@ from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.placing import placed
 from patchclamp_server.interventions.pooling import TokenPool
-from patchclamp_server.interventions.scopes import SequenceTokens
+from patchclamp_server.interventions.program import Scope
+from patchclamp_server.interventions.scopes import SequenceTokens, prompt_mask
 from patchclamp_server.interventions.spans import CaptureSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.model.arrays import BoolArray
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.model.sites import Site
 from patchclamp_server.text.detokenize import IncrementalDetokenizer, StopChecker
@@ -53,6 +55,9 @@ class Intake:
             raise InvalidArgument("continuation", "scoring needs at least one prompt token and one continuation token")
         if request.score_from is not None and request.sparsity is not None and request.sparsity.guard is not None:
             raise InvalidArgument("sparsity.guard", "a guard watches generation; scoring has none")
+        chosen = _chosen(request, length if request.score_from is None else request.score_from)
+        if chosen is not None and not chosen.any():
+            raise InvalidArgument("capture.scope", f"selects no token of a text of {length} tokens")
 
     def demand(self, request: Request) -> Demand:
         longest = self._longest(request)
@@ -127,7 +132,8 @@ class Intake:
 
 def _captures(request: Request, prompt_length: int) -> tuple[CaptureSpan, ...]:
     if (asked := request.capture) is not None:
-        return (CaptureSpan(TokenPool(asked.pooling, asked.layers, prompt_length), asked.site),)
+        pool = TokenPool(asked.pooling, asked.layers, prompt_length, chosen=_chosen(request, prompt_length))
+        return (CaptureSpan(pool, asked.site),)
     ids = np.array(request.tokens[:prompt_length] if request.reductions else (), dtype=np.int64)
     together: dict[tuple[Site, int, int], list[Reducer]] = {}
     for reduction in request.reductions:
@@ -136,6 +142,13 @@ def _captures(request: Request, prompt_length: int) -> tuple[CaptureSpan, ...]:
         CaptureSpan(GatheredRows(reducers, text, label, ids), site)
         for (site, text, label), reducers in together.items()
     )
+
+
+def _chosen(request: Request, prompt_length: int) -> BoolArray | None:
+    """Returns which tokens of the prompt are in the scope of its capture; None where all are."""
+    if request.capture is None or request.capture.scope == Scope():
+        return None
+    return prompt_mask(request.capture.scope, request.tokens[:prompt_length], request.roles)
 
 
 def _follower(leader: Sequence) -> Sequence:

@@ -15,6 +15,11 @@ is the lower one of two, so that of two tokens the larger can be the outlier, an
 
 Tokens are left out rather than normalised, so that a mean stays a mean of activations that occur, and strength 1 of a
 difference of means moves one mean onto the other. Both were measured to find directions equally well.
+
+With a scope, what is pooled are the tokens in scope. Which of them are outliers is still judged by the norms of the
+whole text: a scope of two tokens has no median that tells anything. Asked for explicitly, a token is never passed over
+for nothing: the first token stands where it is the only one in scope, and where all tokens in scope are outliers, they
+stand as if none were.
 """
 
 from collections.abc import Callable
@@ -22,8 +27,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from patchclamp_server.model.arrays import BoolArray
 
 OUTLIER_RATIO = 3.0
 # These bound the rows of a text that are kept until its norms are known, and with them memory. A mean leaves out at
@@ -87,7 +95,8 @@ class TokenPool:
 
     Which norms are outliers is known at the end. Rows that may turn out to be, the largest, or to be the last that is
     none, are kept until then; the others are summed in float32 and let go. `of`: what is pooled, such as the squares of
-    states or their projections; outliers are those of the states themselves.
+    states or their projections; outliers are those of the states themselves. `chosen` [T]: tokens in scope, at least
+    one; None: all.
     """
 
     def __init__(
@@ -96,13 +105,18 @@ class TokenPool:
         layers: tuple[int, ...],
         n_tokens: int,
         of: Callable[[Tensor], Tensor] = lambda states: states,
+        chosen: BoolArray | None = None,
     ) -> None:
         self.pooling, self.layers, self.n_tokens = pooling, layers, n_tokens
         self._of = of
         # The first token is not pooled, unless there is no other.
-        self._pooled = max(n_tokens - 1, 1)
+        self._pooled, self._chosen = max(n_tokens - 1, 1), chosen
+        if chosen is not None:
+            self._chosen = chosen & (np.arange(n_tokens) > 0) if chosen[1:].any() else chosen
+            self._pooled = int(self._chosen.sum())
         self._of_all = pooling is not Pooling.LAST_TOKEN
-        most = self._pooled // 2 if self._of_all else self._pooled
+        # At most half of the tokens of a text are outliers.
+        most = min(self._pooled, max(n_tokens - 1, 1) // 2) if self._of_all else self._pooled
         self._room = min(most, ROOM[pooling])
         self._layers: dict[int, _Layer] = {}
 
@@ -113,9 +127,14 @@ class TokenPool:
         states = states.to(torch.float32, copy=True)
         places = torch.arange(start, start + len(states), device=states.device)
         norms = states.norm(dim=1)
+        first = 1 if start == 0 and self.n_tokens > 1 else 0
+        norms = norms[first:]
+        if self._chosen is None:
+            states, places = states[first:], places[first:]
+        else:
+            own = torch.from_numpy(np.flatnonzero(self._chosen[start : start + len(states)])).to(states.device)
+            states, places = states[own], places[own]
         if start == 0:
-            if self.n_tokens > 1:
-                states, places, norms = states[1:], places[1:], norms[1:]
             nothing = -torch.inf if self.pooling is Pooling.MAX else 0.0
             width = self._of(states[:0]).shape[1]
             self._layers[layer] = _Layer(norms, states, places, states.new_full((width,), nothing))
@@ -147,15 +166,18 @@ class TokenPool:
             return layer.pooled, torch.tensor(self._pooled), torch.tensor(0)
         # These are indices into the norms, which begin with token 1 unless there is only token 0.
         index = layer.places - (1 if self.n_tokens > 1 else 0)
-        passed = outliers(layer.norms)[index]
+        # Of the first token, which stands where it is the only one in scope, norms say nothing.
+        passed = outliers(layer.norms)[index.clamp(min=0)] & (index >= 0)
+        if len(index) == self._pooled:
+            passed = passed & ~passed.all()
         left_out = passed.sum()
         tokens = self._pooled - left_out
         if self.pooling is Pooling.MEAN:
             total = layer.pooled + self._of(layer.states).masked_fill(passed[:, None], 0.0).sum(dim=0)
             return total / tokens, tokens, left_out
-        last = torch.where(passed, -1, index).argmax()
-        last = torch.where(passed.all(), index.argmax(), last)
-        return self._of(layer.states[last][None])[0], torch.ones_like(last), self._pooled - 1 - index[last]
+        last = torch.where(passed, -1, layer.places).argmax()
+        last = torch.where(passed.all(), layer.places.argmax(), last)
+        return self._of(layer.states[last][None])[0], torch.ones_like(last), (layer.places > layer.places[last]).sum()
 
 
 @dataclass(eq=False)

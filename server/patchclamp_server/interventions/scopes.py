@@ -1,5 +1,6 @@
 """Finds the tokens that a scope selects: checks it for contradictions, and masks a span of a sequence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +92,12 @@ def scope_mask(scope: Scope, sequence: SequenceTokens, positions: IntArray, toke
     for selector in scope.exclude:
         mask &= ~_selector_mask(selector, sequence, positions, token_ids)
     return mask
+
+
+def prompt_mask(scope: Scope, tokens: Sequence[int], roles: tuple[str, ...] | None) -> BoolArray:
+    """Returns the mask [n] over the tokens of a prompt [n], of which there is nothing but the prompt."""
+    ids = np.array(tokens, dtype=np.int64)
+    return scope_mask(scope, SequenceTokens(len(ids), roles), np.arange(len(ids), dtype=np.int64), ids)
 
 
 def _selector_mask(

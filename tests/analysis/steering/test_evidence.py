@@ -134,3 +134,14 @@ def test_too_few_pairs_are_refused(pairs: int, fraction: float) -> None:
     with pytest.raises(InvalidArgument, match="at least 2") as refused:
         training_pairs(pairs, fraction)
     assert refused.value.field == "pairs"
+
+
+def test_sides_that_are_no_pairs_may_differ_in_number() -> None:
+    axis = torch.tensor([1.0, 0.0])
+    training = Sides(torch.tensor([[4.0, 0.0]] * 3), torch.tensor([[0.0, 0.0]]))
+    heldout = Sides(torch.tensor([[3.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0], [5.0, 0.0]]))
+    evidence = layer_evidence(0, axis, training, heldout, seed=0)
+    assert evidence.midpoint == 2.0
+    assert evidence.heldout_accuracy == pytest.approx((1 / 2 + 2 / 3) / 2)
+    # Differences (2, 1) and (1, 0), as far as both sides go.
+    assert evidence.explained_variance == pytest.approx(5 / 6)

@@ -10,13 +10,17 @@ import pytest
 import sink_models
 from sink_models import id_of
 
-from patchclamp_server.analysis.steering.job import Extraction, Result, TokenPair, extract
+from patchclamp_server.analysis.steering.examples import TokenPair
+from patchclamp_server.analysis.steering.job import Extraction, extract
+from patchclamp_server.analysis.steering.registry import METHODS
+from patchclamp_server.analysis.steering.result import Result
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.model.sites import Site
+from patchclamp_server.text.prompt import PromptEncoder
 
 PAIRS = 48
 # Of a maximum nothing is left out, and extraction does not offer it.
@@ -53,14 +57,15 @@ def pairs() -> tuple[TokenPair, ...]:
 
 async def extracted(engine: Engine, path: Path, method: str, pooling: Pooling) -> Result:
     job = Extraction(method, pairs(), Site.RESID_POST, (0, 1), pooling)
-    events = [event async for event in extract(engine, ArtifactStore(path), engine.model.info, job)]
+    prompts = PromptEncoder(engine.model.tokenizer, engine.model.info)
+    events = [event async for event in extract(engine, ArtifactStore(path), engine.model.info, prompts, job)]
     result = events[-1]
     assert isinstance(result, Result)
     return result
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("method", ["difference_of_means", "pca_of_differences", "logistic_probe"])
+@pytest.mark.parametrize("method", METHODS)
 async def test_a_direction_is_found_beside_sinks(engine: Engine, tmp_path: Path, method: str, pooling: Pooling) -> None:
     result = await extracted(engine, tmp_path, method, pooling)
     assert min(layer.heldout_accuracy for layer in result.layers) >= 0.9

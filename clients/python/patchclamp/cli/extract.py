@@ -6,34 +6,55 @@ from typing import cast
 
 from patchclamp import requests
 from patchclamp.cli.detach import add_detach_argument, job_outcome
-from patchclamp.cli.files import json_lines
+from patchclamp.cli.files import json_lines, json_texts
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
+from patchclamp.cli.neurons.texts import add_text_sources, add_window_arguments, texts_of
 from patchclamp.cli.options import connection_options, given
-from patchclamp.cli.parser import seed
+from patchclamp.cli.parser import count, seed
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import note, print_json, table
 from patchclamp.client import Client
 from patchclamp.names import METHODS, POOLINGS, SITES
+from patchclamp.programs import Scope, everything, last, role
 from patchclamp.requests import Messages, PromptLike
 from patchclamp.results import ExtractionResult, TokenProjections
 
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = actions.add_parser(
-        "extract", parents=[connection_options(timeout=math.inf)], help="find a vector from contrast pairs"
+        "extract", parents=[connection_options(timeout=math.inf)], help="find a vector from examples"
     )
     parser.add_argument("name", help="tag to store it under")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--pairs",
         type=pairs_file,
-        required=True,
         metavar="FILE",
         help='lines of {"positive": ..., "negative": ...}, each a text or a list of chat messages',
     )
+    add_text_sources(source)
+    source.add_argument(
+        "--demonstrations",
+        type=demonstrations_file,
+        metavar="FILE",
+        help='instead: lines of {"input": ..., "output": ...}, of task_vector and definition',
+    )
+    source.add_argument(
+        "--word-pairs",
+        type=words_file,
+        metavar="FILE",
+        help='instead: lines of {"positive": ..., "negative": ...}, words of causal_inner_product',
+    )
+    add_window_arguments(parser)
+    parser.add_argument("--target", metavar="LABEL", help="of the texts: the positive ones")
+    parser.add_argument("--contrast", metavar="LABEL", help="of the texts: the negative ones (default: all others)")
+    parser.add_argument("--definition", metavar="TEXT", help="of the concept, in the words of the inputs")
     parser.add_argument("--method", choices=METHODS, default="difference_of_means")
     parser.add_argument("--site", choices=SITES)
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
     parser.add_argument("--pooling", choices=POOLINGS)
+    parser.add_argument("--last", type=count, metavar="K", help="pool the last K tokens alone")
+    parser.add_argument("--role", help="pool tokens of chat turns of this role alone")
     parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
     parser.add_argument("--seed", type=seed)
     add_naming_arguments(parser)
@@ -47,11 +68,27 @@ def pairs_file(path: str) -> list[tuple[PromptLike, PromptLike]]:
     return json_lines(path, lambda pair: (_side(pair["positive"]), _side(pair["negative"])), expected)
 
 
+def demonstrations_file(path: str) -> list[tuple[str, str]]:
+    return json_texts(path, _both, "input", "output")
+
+
+def words_file(path: str) -> list[tuple[str, str]]:
+    return json_texts(path, _both, "positive", "negative")
+
+
 def run(args: argparse.Namespace) -> int:
+    inputs = given(args, "target", "contrast", "demonstrations", "definition", "word_pairs")
     options = {**given(args, "site", "pooling", "holdout_fraction", "seed"), **naming_options(args, args.name)}
+    if any(source is not None for source in (args.texts, args.corpus, args.data)):
+        inputs["texts"] = texts_of(args)
     if args.layers != "all":
         options["layers"] = args.layers
-    result = job_outcome(args, Client.extract_vectors, requests.extract_vectors, args.pairs, args.method, **options)
+    if args.last is not None or args.role is not None:
+        options["scope"] = _scope(args)
+    pairs = args.pairs or ()
+    result = job_outcome(
+        args, Client.extract_vectors, requests.extract_vectors, pairs, args.method, **inputs, **options
+    )
     if result is not None:
         show(args, result)
     return 0
@@ -61,11 +98,18 @@ def show(args: argparse.Namespace, result: ExtractionResult) -> None:
     if args.json:
         print_json(result)
         return
+    _show(result)
+    for warning in result.warnings:
+        note(f"warning: {warning}")
+    note_stored(result.artifact, f"; best layer {result.best_layer}")
+
+
+def _show(result: ExtractionResult) -> None:
     table(
         (
             "layer",
             "held-out accuracy",
-            "random direction",
+            "control" if result.baselines else "random direction",
             "norm",
             "activation norm",
             "explained variance",
@@ -94,9 +138,18 @@ def show(args: argparse.Namespace, result: ExtractionResult) -> None:
             for layer in result.layers
         ],
     )
-    for warning in result.warnings:
-        note(f"warning: {warning}")
-    note_stored(result.artifact, f"; best layer {result.best_layer}")
+    if result.baselines:
+        print("; ".join(f"{name} {value:.3f}" for name, value in result.baselines.items()))
+    note(f"held-out accuracy: {result.measure}")
+
+
+def _scope(args: argparse.Namespace) -> Scope:
+    scope = everything() if args.last is None else last(args.last)
+    return scope if args.role is None else scope & role(args.role)
+
+
+def _both(first: str, second: str) -> tuple[str, str]:
+    return first, second
 
 
 def _middle(tokens: TokenProjections | None) -> str:

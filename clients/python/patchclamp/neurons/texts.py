@@ -39,7 +39,7 @@ class TextSource:
         return settings
 
 
-TextsLike: TypeAlias = "TextSource | Mapping[str, Iterable[PromptLike]] | Iterable[PromptLike] | str"
+TextsLike: TypeAlias = TextSource | Mapping[str, Iterable[PromptLike]] | Iterable[PromptLike] | str
 
 
 def texts_message(texts: TextsLike, field: str = "texts") -> pb.TextSource:

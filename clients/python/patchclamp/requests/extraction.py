@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from patchclamp.fields import build, several, shown
+from patchclamp.fields import build, build_as, several, shown
 from patchclamp.names import (
     METHODS,
     POOLINGS,
@@ -14,32 +14,53 @@ from patchclamp.names import (
     value_of,
     value_or_unspecified,
 )
+from patchclamp.neurons import TextsLike, texts_message
+from patchclamp.programs.scopes import ScopeLike, scope_message
 from patchclamp.prompts import PromptLike, prompt
 from patchclamp.requests.artifacts import StoredOptions
 from patchclamp.v1 import steering_pb2
 
 
 class ExtractOptions(StoredOptions, total=False):
-    """Options of an extraction, besides StoredOptions.
+    """Options of an extraction, besides StoredOptions. Each method takes some of the inputs; pairs are one of them.
 
-    site: a residual site, by default resid_post. layers: by default every layer.
+    texts: by label, as LocalizeNeurons takes them; those of the label target are positive, those of contrast negative,
+    by default those of all other labels. demonstrations: (input, output) of a task vector, or (definition, word) of a
+    definition. definition: what the concept is. word_pairs: counterfactual words (positive, negative) of the causal
+    inner product.
+
+    site: a residual site, by default resid_post. layers: by default every layer. scope: tokens that are pooled.
     """
 
+    texts: TextsLike | None
+    target: str
+    contrast: str
+    demonstrations: Iterable[tuple[str, str]]
+    definition: str
+    word_pairs: Iterable[tuple[str, str]]
     site: SiteName | None
     layers: Iterable[int]
     pooling: PoolingName | None
+    scope: ScopeLike | None
     holdout_fraction: float | None
     seed: int
     model: str
 
 
 def extract_vectors(
-    pairs: Iterable[tuple[PromptLike, PromptLike]],
+    pairs: Iterable[tuple[PromptLike, PromptLike]] = (),
     method: MethodName = "difference_of_means",
     *,
+    texts: TextsLike | None = None,
+    target: str = "",
+    contrast: str = "",
+    demonstrations: Iterable[tuple[str, str]] = (),
+    definition: str = "",
+    word_pairs: Iterable[tuple[str, str]] = (),
     site: SiteName | None = None,
     layers: Iterable[int] = (),
     pooling: PoolingName | None = None,
+    scope: ScopeLike | None = None,
     holdout_fraction: float | None = None,
     seed: int = 0,
     description: str = "",
@@ -47,16 +68,25 @@ def extract_vectors(
     replace_tags: bool = False,
     model: str = "",
 ) -> steering_pb2.ExtractVectorsRequest:
-    """Returns a request for a vector from pairs (positive, negative)."""
+    """Returns a request for a vector from pairs (positive, negative), or from what else the method takes."""
     listed = several(pairs, "pairs", "(positive, negative)")
+    shots = several(demonstrations, "demonstrations", "(input, output)")
+    words = several(word_pairs, "word_pairs", "(positive, negative)")
     return build(
         steering_pb2.ExtractVectorsRequest,
         model=model,
         method=value_of(METHODS, method, "method"),
         pairs=[_pair(pair, f"pairs[{i}]") for i, pair in enumerate(listed)],
+        texts=None if texts is None else texts_message(texts),
+        target=target,
+        contrast=contrast,
+        demonstrations=[_demonstration(each, f"demonstrations[{i}]") for i, each in enumerate(shots)],
+        definition=definition,
+        word_pairs=[_words(each, f"word_pairs[{i}]") for i, each in enumerate(words)],
         site=value_or_unspecified(SITES, site, "site"),
         layers=layers,
         pooling=value_or_unspecified(POOLINGS, pooling, "pooling"),
+        scope=scope_message(scope),
         holdout_fraction=holdout_fraction,
         seed=seed,
         description=description,
@@ -71,5 +101,23 @@ def _pair(pair: Any, field: str) -> steering_pb2.ContrastPair:
             return steering_pb2.ContrastPair(
                 positive=prompt(positive, field=f"{field}[0]"), negative=prompt(negative, field=f"{field}[1]")
             )
+        case _:
+            raise TypeError(f"{field}: expected (positive, negative), got {shown(pair)}")
+
+
+def _demonstration(pair: Any, field: str) -> steering_pb2.Demonstration:
+    match pair:
+        case (given, output):
+            names = {"input": f"{field}[0]", "output": f"{field}[1]"}
+            return build_as(names, steering_pb2.Demonstration, input=given, output=output)
+        case _:
+            raise TypeError(f"{field}: expected (input, output), got {shown(pair)}")
+
+
+def _words(pair: Any, field: str) -> steering_pb2.WordPair:
+    match pair:
+        case (positive, negative):
+            names = {"positive": f"{field}[0]", "negative": f"{field}[1]"}
+            return build_as(names, steering_pb2.WordPair, positive=positive, negative=negative)
         case _:
             raise TypeError(f"{field}: expected (positive, negative), got {shown(pair)}")

@@ -57,7 +57,7 @@ class TokenProjections(Record):
 
 @dataclass(frozen=True)
 class LayerEvidence(Record):
-    """Holds what was measured on held-out pairs, beside a random direction of equal norm.
+    """Holds what was measured on held-out examples, beside a random direction of equal norm.
 
     The message of the same name describes the fields that are not here.
 
@@ -85,13 +85,16 @@ class LayerEvidence(Record):
 class ExtractionResult(Record):
     """Holds the stored vector and its evidence at each layer.
 
-    `best_layer` has the best held-out accuracy, and `warnings` say what to know before the vector is used.
+    `best_layer` has the best held-out accuracy, and `warnings` say what to know before the vector is used. `measure`
+    says what held-out accuracy is the share of and what is beside it, `baselines` what the same measure is otherwise.
     """
 
     artifact: Artifact
     layers: tuple[LayerEvidence, ...]
     best_layer: int
     warnings: tuple[str, ...] = ()
+    measure: str = ""
+    baselines: Mapping[str, float] = field(default_factory=dict)
 
 
 ExtractionProgress = Progress

@@ -200,8 +200,9 @@ class ExtractVectorsRequest(_message.Message):
     site: _program_pb2.Site.ValueType
     """A residual site. Default: resid_post."""
     pooling: Global___TokenPooling.ValueType
+    """Of methods that compare examples (pairs, texts)."""
     holdout_fraction: _builtins.float
-    """Share of the pairs kept out for the evidence card. Default 0.25."""
+    """Share of the examples kept out for the evidence card. Default 0.25."""
     seed: _builtins.int
     """Splits and solvers are seeded. Default 0."""
     description: _builtins.str
@@ -215,13 +216,15 @@ class ExtractVectorsRequest(_message.Message):
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContrastPair]: ...
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Default: every layer."""
+        """Default: every layer; of the causal inner product, which has the same vector for all, the last."""
 
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def texts(self) -> _neuron_pb2.TextSource:
-        """Instead of pairs: texts by label. Those of `target` are positive, of `contrast` negative; default all other labels."""
+        """Instead of pairs, of methods that need no pairing: texts by label. Those of `target` are positive, of `contrast`
+        negative; default all other labels. MEAN_CENTRED takes texts alone and no contrast.
+        """
 
     @_builtins.property
     def demonstrations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Demonstration]:
@@ -233,7 +236,9 @@ class ExtractVectorsRequest(_message.Message):
 
     @_builtins.property
     def scope(self) -> _program_pb2.Scope:
-        """Tokens that are pooled. Default: every token."""
+        """Tokens that are pooled, of methods that compare examples. Default: every token. Sinks among them are left out, by the
+        norms of the whole text; the first token stands where it alone is in scope, and all where all of them are sinks.
+        """
 
     @_builtins.property
     def training(self) -> Global___Training:
@@ -274,7 +279,9 @@ Global___ExtractVectorsRequest: _TypeAlias = ExtractVectorsRequest  # noqa: Y015
 
 @_typing.final
 class Demonstration(_message.Message):
-    """Demonstration: an example of a task, written "input => output" with others before it."""
+    """Demonstration: an example of a task, written as a line "input => output" with others before it. Each line begins with a
+    line break, also the first, whose first token would be an attention sink: "\\ninput =>" asks without demonstrations.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -410,12 +417,36 @@ Global___ExtractionProgress: _TypeAlias = ExtractionProgress  # noqa: Y015
 class ExtractionResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class BaselinesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ARTIFACT_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     BEST_LAYER_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
+    BASELINES_FIELD_NUMBER: _builtins.int
     best_layer: _builtins.int
     """Layer with the best held-out accuracy (ties: the larger margin)."""
+    measure: _builtins.str
+    """What heldout_accuracy is the share of, and random_accuracy beside it."""
     @_builtins.property
     def artifact(self) -> _artifact_pb2.Artifact: ...
     @_builtins.property
@@ -424,6 +455,12 @@ class ExtractionResult(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What to know before the vector is used, such as layers where few coordinates hide what the examples are about."""
 
+    @_builtins.property
+    def baselines(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the same measure is otherwise. Of a task vector: "unedited" and "demonstrations" in the prompt; of a definition:
+        "without_demonstrations", at the best layer.
+        """
+
     def __init__(
         self,
         *,
@@ -431,10 +468,12 @@ class ExtractionResult(_message.Message):
         layers: _abc.Iterable[Global___LayerEvidence] | None = ...,
         best_layer: _builtins.int = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        measure: _builtins.str = ...,
+        baselines: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "best_layer", b"best_layer", "layers", b"layers", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "baselines", b"baselines", "best_layer", b"best_layer", "layers", b"layers", "measure", b"measure", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,7 +481,9 @@ Global___ExtractionResult: _TypeAlias = ExtractionResult  # noqa: Y015
 
 @_typing.final
 class LayerEvidence(_message.Message):
-    """LayerEvidence is measured on the held-out pairs, beside a random direction of equal norm."""
+    """LayerEvidence is measured on the held-out examples, beside a random direction of equal norm. What a method does not
+    measure is 0.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -461,7 +502,9 @@ class LayerEvidence(_message.Message):
     NEGATIVE_TOKENS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     heldout_accuracy: _builtins.float
-    """Share of held-out examples on the right side of the midpoint threshold."""
+    """Share of held-out examples on the right side of the midpoint threshold; of task vectors, definitions and the causal
+    inner product what ExtractionResult.measure says.
+    """
     random_accuracy: _builtins.float
     norm: _builtins.float
     """Norm of the vector, and mean norm of the activations it is added to."""

@@ -92,6 +92,18 @@ class Vocabulary:
         """Returns p [n, k] of the same tokens [k] int64 for all directions [n, d_model]."""
         return self._read(directions) @ self.rows[tokens].float().T
 
+    @torch.inference_mode()
+    def read_rows(self, tokens: Tensor) -> Tensor:
+        """Returns float32 [k, d_model] of tokens [k] int64: g * u_t as a direction of the residual stream reads it, so
+        that p_t = w · row."""
+        return _before(self.norm, self.rows[tokens])
+
+    @torch.inference_mode()
+    def read_covariance(self) -> Tensor:
+        """Returns the covariance float64 [d_model, d_model] of these rows of all tokens. What a layer norm takes away
+        has no variance, to the precision of float64: an inverse has to tell it from what has little."""
+        return _centred(self.norm, _centred(self.norm, self.covariance.double()).T)
+
     def spread(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation [n] of p over the vocabulary."""
         directions = _centred(self.norm, directions)

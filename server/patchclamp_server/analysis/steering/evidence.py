@@ -28,7 +28,8 @@ class LayerEvidence:
     pooled_tokens, tokens_left_out: of the examples of all pairs, how many tokens stand for them, and how many others
         were passed over as outliers (interventions/pooling.py).
     margin: (mean h⁺·u - mean h⁻·u) / pooled standard deviation within the sides; 0 when nothing varies.
-    midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates.
+    midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates; None of
+        methods that are not of two sides of states.
     positive_tokens, negative_tokens: h·u of single tokens of each side of the held-out pairs.
     """
 
@@ -39,7 +40,7 @@ class LayerEvidence:
     activation_norm: float
     explained_variance: float
     margin: float
-    midpoint: float
+    midpoint: float | None
     positive_tokens: TokenProjections | None = None
     negative_tokens: TokenProjections | None = None
     participation_ratio: float = 0.0
@@ -49,20 +50,37 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class Sides:
-    """The activations of pairs at one layer: positive and negative [n, d], row i of both from pair i."""
+    """The activations of both sides: positive [n, d] and negative [m, d], or with several layers [n, layers, d].
+
+    Of pairs, row i of both is from pair i; where the sides are no pairs, they are in random order, and rows of equal
+    number count as pairs as far as both go.
+    """
 
     positive: torch.Tensor
     negative: torch.Tensor
 
+    def at(self, row: int) -> "Sides":
+        """Returns both sides at one of several layers."""
+        return Sides(self.positive[:, row], self.negative[:, row])
 
-def training_pairs(n_pairs: int, holdout_fraction: float) -> int:
+    def differences(self) -> torch.Tensor:
+        """Returns the differences [min(n, m), d] of the pairs."""
+        n = min(len(self.positive), len(self.negative))
+        return self.positive[:n] - self.negative[:n]
+
+    def apart(self) -> torch.Tensor:
+        """Returns the difference [d] of the means of both sides."""
+        return self.positive.mean(dim=0) - self.negative.mean(dim=0)
+
+
+def training_pairs(n_pairs: int, holdout_fraction: float, field: str = "pairs") -> int:
     """Returns how many pairs to learn from; at least one other is held out. Raises InvalidArgument on too few."""
     heldout = max(1, round(n_pairs * holdout_fraction))
     training = n_pairs - heldout
     if training < MIN_TRAINING_PAIRS:
         raise InvalidArgument(
-            "pairs",
-            f"{n_pairs} pairs at holdout_fraction {holdout_fraction:g} leave {max(training, 0)} to learn from; "
+            field,
+            f"{n_pairs} {field} at holdout_fraction {holdout_fraction:g} leave {max(training, 0)} to learn from; "
             f"need at least {MIN_TRAINING_PAIRS}, and 1 held out",
         )
     return training
@@ -78,7 +96,7 @@ def layer_evidence(layer: int, direction: torch.Tensor, training: Sides, heldout
     """Returns the evidence of direction [d]. A zero direction raises no error; it is at chance by definition."""
     unit = torch.nn.functional.normalize(direction, dim=0)
     random = _random_units(len(direction), training, seed)
-    differences = heldout.positive - heldout.negative
+    differences = heldout.differences()
     total = differences.square().sum()
     return LayerEvidence(
         layer=layer,
@@ -112,7 +130,7 @@ def warnings(layers: Sequence[LayerEvidence]) -> tuple[str, ...]:
 
 def _participation_ratio(training: Sides, heldout: Sides) -> float:
     """Computes in float64: fourth powers of large activations would overflow float32."""
-    differences = torch.cat((training.positive - training.negative, heldout.positive - heldout.negative))
+    differences = torch.cat((training.differences(), heldout.differences()))
     variance = differences.double().square().sum(dim=0)
     total = variance.sum()
     return float(total**2 / variance.square().sum()) if total > 0 else 0.0
@@ -128,14 +146,14 @@ def _accuracy(units: torch.Tensor, training: Sides, heldout: Sides) -> torch.Ten
 
 def _midpoint(units: torch.Tensor, training: Sides) -> torch.Tensor:
     """Returns the points [k] half-way between the mean projections of both sides, for units [d, k]."""
-    return (training.positive @ units + training.negative @ units).mean(dim=0) / 2
+    return ((training.positive @ units).mean(dim=0) + (training.negative @ units).mean(dim=0)) / 2
 
 
 def _random_units(width: int, training: Sides, seed: int) -> torch.Tensor:
     """Returns units [d, RANDOM_DIRECTIONS], each turned so that the positives of the training pairs project higher."""
     generator = torch.Generator().manual_seed(seed)
     units = torch.nn.functional.normalize(torch.randn(width, RANDOM_DIRECTIONS, generator=generator), dim=0)
-    difference = (training.positive - training.negative).mean(dim=0) @ units
+    difference = training.apart() @ units
     return torch.where(difference < 0, -units, units)
 
 

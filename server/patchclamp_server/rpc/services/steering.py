@@ -10,12 +10,15 @@ from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceServicer
 from patchclamp_server.analysis.steering.calibration.job import calibrate
 from patchclamp_server.analysis.steering.detection.job import detect
-from patchclamp_server.analysis.steering.job import extract
+from patchclamp_server.analysis.steering.run import run
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.calibration import decode_calibration, encode_calibration
 from patchclamp_server.rpc.codecs.detection import decode_detection, encode_detection
 from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 from patchclamp_server.rpc.codecs.steering import decode_extraction, encode_extraction
+
+# The engine says "prompt" of a window that it cannot run.
+WINDOWS = dict.fromkeys(("prompt", "window_tokens"), "texts.window_tokens")
 
 
 class SteeringService(SteeringServiceServicer):
@@ -29,9 +32,10 @@ class SteeringService(SteeringServiceServicer):
         jobs = self._jobs
         return jobs.stream(
             request,
-            partial(decode_extraction, request, jobs.prompts, jobs.model),
-            partial(extract, jobs.engine, jobs.store, jobs.model),
+            partial(decode_extraction, request, jobs.prompts, jobs.store, jobs.model),
+            partial(run, jobs.engine, jobs.store, jobs.model, jobs.prompts, jobs.door),
             encode_extraction,
+            fields={"capture.scope": "scope", **(WINDOWS if request.HasField("texts") else {})},
         )
 
     def CalibrateVector(

@@ -33,7 +33,12 @@ def named_file(text: str) -> Named:
 
 def add_text_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds what a command takes that runs texts; `texts_of` reads it."""
-    source = parser.add_mutually_exclusive_group(required=required)
+    add_text_sources(parser.add_mutually_exclusive_group(required=required))
+    add_window_arguments(parser)
+
+
+def add_text_sources(source: "argparse._MutuallyExclusiveGroup") -> None:
+    """Adds where texts come from to a group of alternatives."""
     source.add_argument(
         "--texts",
         type=labelled_file,
@@ -43,6 +48,9 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     )
     source.add_argument("--corpus", metavar="CORPUS", help="instead: id or tag of a stored corpus")
     source.add_argument("--data", choices=datasets.names(), help="instead: a data set of this package, with its labels")
+
+
+def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window-tokens", type=count, default=0, metavar="N", help="longer texts are cut (default: 512)"
     )

@@ -3,7 +3,7 @@
 Each window of a document is a text of its own; all windows of a document are in one part (holdout.py).
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -44,24 +44,27 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """`activations` float32 [texts, layers, d_ff]; `is_target` bool and `documents` int64 [texts]."""
+    """`activations` float32 [texts, layers, width]; `is_target` bool and `documents` int64 [texts]; and `tokens`."""
 
     activations: Tensor
     is_target: Tensor
     documents: Tensor
+    tokens: Sequence[tuple[int, ...]]
 
     def mean(self) -> Tensor:
-        """Returns the mean [layers, d_ff] over the texts of the target."""
+        """Returns the mean [layers, width] over the texts of the target."""
         return torch.stack([self.activations[self.is_target, row].mean(0) for row in range(self.activations.shape[1])])
 
 
 @dataclass(frozen=True, eq=False)
 class PooledTexts:
-    """`tokens`: of the texts of both parts."""
+    """`tokens`: of the texts of both parts; `pooled_tokens` and `left_out` int64 [layers] as in Pooled, summed."""
 
     search: Part
     heldout: Part
     tokens: int
+    pooled_tokens: Tensor
+    left_out: Tensor
 
     @property
     def texts(self) -> int:
@@ -81,7 +84,7 @@ async def pooled_texts(
     is_other = labels != UNLABELLED if compared.contrast is None else labels == compared.contrast
     kinds[~((labels == compared.target) | is_other)] = UNLABELLED
     corpus = Relabelled(source.corpus, kinds, ("other", source.corpus.labels[compared.target]))
-    width = engine.model.info.d_ff
+    width = engine.model.info.sites[capture.site]
     text_bytes = 4 * len(capture.layers) * width
     texts: list[tuple[int, ...]] = []
     documents: list[int] = []
@@ -105,18 +108,26 @@ async def pooled_texts(
     out = torch.from_numpy(heldout)[document_of]
     target = torch.from_numpy(is_target)[document_of]
     parts = [
-        Part(torch.empty(int(own.sum()), len(capture.layers), width), target[own], document_of[own])
+        Part(
+            torch.empty(int(own.sum()), len(capture.layers), width),
+            target[own],
+            document_of[own],
+            [texts[i] for i in own.nonzero()[:, 0].tolist()],
+        )
         for own in (~out, out)
     ]
     # Where each text stands in its part.
     places = torch.where(out, out.cumsum(0), (~out).cumsum(0)) - 1
+    pooled_tokens, left_out = torch.zeros(2, len(capture.layers), dtype=torch.int64)
     async with aclosing(collect(engine, texts, capture)) as collected:
         async for index, pooled in collected:
+            pooled_tokens += pooled.tokens
+            left_out += pooled.left_out
             parts[int(out[index])].activations[places[index]] = pooled.values
             done = index + 1
             if done * PROGRESS_EVENTS // len(texts) > index * PROGRESS_EVENTS // len(texts):
                 yield Progress("activations", done, len(texts))
-    yield PooledTexts(parts[0], parts[1], tokens)
+    yield PooledTexts(parts[0], parts[1], tokens, pooled_tokens, left_out)
 
 
 def _check(
