@@ -6,6 +6,7 @@
     sparsity_profile  names of the policy's own, any shape                         float32 or int64
     head_set          scores [n_layers, n_heads], optionally low, high alike       float32
     corpus            text [bytes], ends [documents], optionally labels alike      uint8; int64 (corpora.py)
+    probe             layer.<l>.weight [classes, width], bias and others            floats (probes.py)
     watch             see monitoring/watch.py                                      uint8, int64, floats
     watch_reference   see monitoring/reference.py                                  float64, int64
 
@@ -20,6 +21,7 @@ from typing import TypeAlias
 import torch
 
 from patchclamp_server.artifacts.corpora import check_corpus, corpus_layers
+from patchclamp_server.artifacts.probes import check_probe, probe_layers
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 
@@ -192,6 +194,7 @@ KINDS: dict[ArtifactKind, KindChecks] = {
     ArtifactKind.SPARSITY_PROFILE: KindChecks(_profile_layers, _check_profile),
     ArtifactKind.HEAD_SET: KindChecks(_head_set_layers, _check_head_set),
     ArtifactKind.CORPUS: KindChecks(corpus_layers, check_corpus),
+    ArtifactKind.PROBE: KindChecks(probe_layers, check_probe),
 }
 
 

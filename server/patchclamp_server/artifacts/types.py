@@ -21,6 +21,7 @@ class ArtifactKind(Enum):
     WATCH = "watch"
     WATCH_REFERENCE = "watch_reference"
     CORPUS = "corpus"
+    PROBE = "probe"
 
 
 # The layers of these kinds stand for themselves, so that some can be taken without the others.
