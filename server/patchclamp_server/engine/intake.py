@@ -15,7 +15,8 @@ from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.engine.sparse_sequence import SparseSequence
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.pooling import TokenPool
-from patchclamp_server.interventions.scopes import SequenceTokens
+from patchclamp_server.interventions.program import Scope
+from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask
 from patchclamp_server.interventions.spans import CaptureSpan
 from patchclamp_server.interventions.state import ProgramState
 from patchclamp_server.interventions.tables import Tables
@@ -125,7 +126,13 @@ class Intake:
 
 def _captures(request: Request, prompt_length: int) -> tuple[CaptureSpan, ...]:
     if (asked := request.capture) is not None:
-        return (CaptureSpan(TokenPool(asked.pooling, asked.layers, prompt_length), asked.site),)
+        inside = None
+        if asked.scope != Scope():
+            ids = np.array(request.tokens[:prompt_length], dtype=np.int64)
+            sequence = SequenceTokens(prompt_length, request.roles)
+            inside = scope_mask(asked.scope, sequence, np.arange(prompt_length), ids)
+        pool = TokenPool(asked.pooling, asked.layers, prompt_length, inside=inside)
+        return (CaptureSpan(pool, asked.site),)
     ids = np.array(request.tokens[:prompt_length] if request.reductions else (), dtype=np.int64)
     together: dict[tuple[Site, int, int], list[Reducer]] = {}
     for reduction in request.reductions:

@@ -11,7 +11,7 @@ from patchclamp_server.engine.reducers.reducer import Reducer
 from patchclamp_server.errors import RequestError
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.pooling import Pooled, Pooling
-from patchclamp_server.interventions.program import ReadoutValue, Receipt
+from patchclamp_server.interventions.program import ReadoutValue, Receipt, Scope
 from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.model.sites import Site
 from patchclamp_server.sparsity.policy import Selector
@@ -53,11 +53,13 @@ class StopParams:
 
 @dataclass(frozen=True)
 class Capture:
-    """Pool the activations of the prompt at one site on the device, for analysis jobs."""
+    """Pool the activations of the prompt at one site on the device, for analysis jobs. `scope` selects at least one of
+    its tokens."""
 
     site: Site
     layers: tuple[int, ...]
     pooling: Pooling
+    scope: Scope = field(default_factory=Scope)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,9 @@ else. A maximum keeps them: one token does not hide the others, and a neuron tha
 Of all other tokens of SmolLM2 not one in a hundred reaches 2.5 times the median at any layer. The median
 is the lower one of two, so that of two tokens the larger can be the outlier, and at most half of the tokens are.
 
+Of a scope only its tokens are pooled; which are outliers still follows from the norms of the whole text. Where a scope
+has no other token than the first, or none but outliers, those stand for the text.
+
 Tokens are left out rather than normalised, so that a mean stays a mean of activations that occur, and strength 1 of a
 difference of means moves one mean onto the other. Both were measured to find directions equally well.
 """
@@ -22,8 +25,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from patchclamp_server.model.arrays import BoolArray
 
 OUTLIER_RATIO = 3.0
 # These bound the rows of a text that are kept until its norms are known, and with them memory. A mean leaves out at
@@ -87,7 +93,8 @@ class TokenPool:
 
     Which norms are outliers is known at the end. Rows that may turn out to be, the largest, or to be the last that is
     none, are kept until then; the others are summed in float32 and let go. `of`: what a mean is of, such as the squares
-    of states; outliers are those of the states themselves.
+    of states; outliers are those of the states themselves. `inside` [n_tokens]: the tokens that are pooled, at least
+    one; all by default.
     """
 
     def __init__(
@@ -96,26 +103,29 @@ class TokenPool:
         layers: tuple[int, ...],
         n_tokens: int,
         of: Callable[[Tensor], Tensor] = lambda states: states,
+        inside: BoolArray | None = None,
     ) -> None:
         self.pooling, self.layers, self.n_tokens = pooling, layers, n_tokens
         self._of = of
+        self._inside = np.ones(n_tokens, dtype=np.bool_) if inside is None else inside.copy()
         # The first token is not pooled, unless there is no other.
-        self._pooled = max(n_tokens - 1, 1)
+        if self._inside.sum() > 1:
+            self._inside[0] = False
+        self._pooled = int(self._inside.sum())
         self._of_all = pooling is not Pooling.LAST_TOKEN
-        most = self._pooled // 2 if self._of_all else self._pooled
+        most = min(self._pooled, max(n_tokens - 1, 1) // 2) if self._of_all else self._pooled
         self._room = min(most, ROOM[pooling])
         self._layers: dict[int, _Layer] = {}
 
     def add(self, layer: int, states: Tensor, start: int) -> None:
         """Takes states [n, width] of tokens start ≤ t < start + n ≤ T. Token 0 begins the text anew after a
         preemption."""
+        norms = states.float().norm(dim=1)
+        inside = torch.from_numpy(np.flatnonzero(self._inside[start : start + len(states)])).to(states.device)
+        places = inside + start
         # This copies, because the blocks go on to edit the residual stream in place.
-        states = states.to(torch.float32, copy=True)
-        places = torch.arange(start, start + len(states), device=states.device)
-        norms = states.norm(dim=1)
+        states = states.index_select(0, inside).float()
         if start == 0:
-            if self.n_tokens > 1:
-                states, places, norms = states[1:], places[1:], norms[1:]
             nothing = -torch.inf if self.pooling is Pooling.MAX else 0.0
             self._layers[layer] = _Layer(norms, states, places, states.new_full((states.shape[1],), nothing))
         else:
@@ -144,17 +154,22 @@ class TokenPool:
     def _result(self, layer: "_Layer") -> tuple[Tensor, Tensor, Tensor]:
         if self.pooling is Pooling.MAX:
             return layer.pooled, torch.tensor(self._pooled), torch.tensor(0)
-        # These are indices into the norms, which begin with token 1 unless there is only token 0.
-        index = layer.places - (1 if self.n_tokens > 1 else 0)
-        passed = outliers(layer.norms)[index]
+        # The first token is no outlier where it stands for the text.
+        every = layer.norms > torch.inf
+        if self.n_tokens > 1:
+            every[1:] = outliers(layer.norms[1:])
+        places, passed = layer.places, every[layer.places]
+        if self._of_all:
+            passed = passed & (passed.sum() < self._pooled)
         left_out = passed.sum()
         tokens = self._pooled - left_out
         if self.pooling is Pooling.MEAN:
             total = layer.pooled + self._of(layer.states).masked_fill(passed[:, None], 0.0).sum(dim=0)
             return total / tokens, tokens, left_out
-        last = torch.where(passed, -1, index).argmax()
-        last = torch.where(passed.all(), index.argmax(), last)
-        return layer.states[last], torch.ones_like(last), self._pooled - 1 - index[last]
+        last = torch.where(passed, -1, places).argmax()
+        last = torch.where(passed.all(), places.argmax(), last)
+        ordinal = torch.from_numpy(self._inside.cumsum()).to(places.device)[places[last]]
+        return layer.states[last], torch.ones_like(last), self._pooled - ordinal
 
 
 @dataclass(eq=False)
