@@ -10,6 +10,7 @@ from patchclamp.v1 import (
     model_pb2,
     monitoring_pb2,
     neuron_pb2,
+    probe_pb2,
     sparsity_pb2,
     steering_pb2,
 )
@@ -22,6 +23,7 @@ SERVICES: tuple[str, ...] = tuple(
         sparsity_pb2,
         head_pb2,
         neuron_pb2,
+        probe_pb2,
         monitoring_pb2,
         artifact_pb2,
         model_pb2,

@@ -12,6 +12,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from patchclamp.v1 import head_pb2 as _head_pb2
 from patchclamp.v1 import monitoring_pb2 as _monitoring_pb2
 from patchclamp.v1 import neuron_pb2 as _neuron_pb2
+from patchclamp.v1 import probe_pb2 as _probe_pb2
 from patchclamp.v1 import sparsity_pb2 as _sparsity_pb2
 from patchclamp.v1 import steering_pb2 as _steering_pb2
 import builtins as _builtins
@@ -121,6 +122,7 @@ class StartJobRequest(_message.Message):
     CENSUS_NEURONS_FIELD_NUMBER: _builtins.int
     DESCRIBE_NEURONS_FIELD_NUMBER: _builtins.int
     MATCH_NEURONS_FIELD_NUMBER: _builtins.int
+    TRAIN_PROBE_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     """Of the client's choice, such as 32 random hex digits; at most 128 bytes. While a job of the caller's tenant that was
@@ -157,6 +159,8 @@ class StartJobRequest(_message.Message):
     def describe_neurons(self) -> _neuron_pb2.DescribeNeuronsRequest: ...
     @_builtins.property
     def match_neurons(self) -> _neuron_pb2.MatchNeuronsRequest: ...
+    @_builtins.property
+    def train_probe(self) -> _probe_pb2.TrainProbeRequest: ...
     def __init__(
         self,
         *,
@@ -175,13 +179,14 @@ class StartJobRequest(_message.Message):
         census_neurons: _neuron_pb2.CensusNeuronsRequest | None = ...,
         describe_neurons: _neuron_pb2.DescribeNeuronsRequest | None = ...,
         match_neurons: _neuron_pb2.MatchNeuronsRequest | None = ...,
+        train_probe: _probe_pb2.TrainProbeRequest | None = ...,
         key: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "train_probe", b"train_probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "key", b"key", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "key", b"key", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "train_probe", b"train_probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "train_probe"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
@@ -245,6 +250,7 @@ class FollowJobResponse(_message.Message):
     CENSUS_NEURONS_FIELD_NUMBER: _builtins.int
     DESCRIBE_NEURONS_FIELD_NUMBER: _builtins.int
     MATCH_NEURONS_FIELD_NUMBER: _builtins.int
+    TRAIN_PROBE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def extract_vectors(self) -> _steering_pb2.ExtractVectorsResponse: ...
     @_builtins.property
@@ -275,6 +281,8 @@ class FollowJobResponse(_message.Message):
     def describe_neurons(self) -> _neuron_pb2.DescribeNeuronsResponse: ...
     @_builtins.property
     def match_neurons(self) -> _neuron_pb2.MatchNeuronsResponse: ...
+    @_builtins.property
+    def train_probe(self) -> _probe_pb2.TrainProbeResponse: ...
     def __init__(
         self,
         *,
@@ -293,12 +301,13 @@ class FollowJobResponse(_message.Message):
         census_neurons: _neuron_pb2.CensusNeuronsResponse | None = ...,
         describe_neurons: _neuron_pb2.DescribeNeuronsResponse | None = ...,
         match_neurons: _neuron_pb2.MatchNeuronsResponse | None = ...,
+        train_probe: _probe_pb2.TrainProbeResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "train_probe", b"train_probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "train_probe", b"train_probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons"]  # noqa: Y015
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "train_probe"]  # noqa: Y015
     _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
 

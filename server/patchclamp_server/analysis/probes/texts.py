@@ -2,7 +2,7 @@
 
     of n documents of a label    round(fraction · n) are held out (holdout.py), and of those half are for the report
 
-Each window of a document is a text of its own; all windows of a document are in one part. The numbers of ridge are dealt
+Each window of a document is a text of its own; all windows of a document are in one part. Numbers of ridge are dealt
 as one label.
 """
 
