@@ -13,6 +13,7 @@ from patchclamp_server.interventions.kinds import (
     heads,
     low_rank,
     neurons,
+    probes,
     project,
     rankings,
     readings,
@@ -35,7 +36,7 @@ EDITS: tuple[EditSpec, ...] = (
     *heads.EDITS,
     *affine.EDITS,
 )
-READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS)
+READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS, *probes.READOUTS)
 _TABLES = (
     add.ADD,
     project.PROJECT,
