@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import Bench, Job, assert_same, loaded, truth
-from programs import GENERATED, edit, mixed, numbers, prompt, shapes
-from torch import Tensor
+from probe_artifacts import FAMILY, LABELS, SHAPES, probe_tensors, put
+from programs import GENERATED, edit, mixed, prompt
 
 from patchclamp.v1 import program_pb2 as pb
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -29,41 +29,6 @@ from patchclamp_server.interventions.program import (
 )
 from patchclamp_server.model.sites import Site
 from patchclamp_server.rpc.codecs.program import decode_program
-
-FAMILY = "llama"
-SHAPES = shapes(FAMILY)
-LABELS = ["no", "yes", "maybe"]
-
-
-def probe_tensors(
-    method: str, layers: tuple[int, ...], site: Site, classes: int, *, calibrated: bool = True
-) -> dict[str, Tensor]:
-    """A probe whose scores are of the order of 1."""
-    width, seed = SHAPES.sites[site], f"{method} {layers} {site.value} {classes}"
-    found: dict[str, Tensor] = {}
-    for layer in layers:
-        found[f"layer.{layer}.mean"] = 0.1 * numbers(f"mean {seed}", width)
-        found[f"layer.{layer}.scale"] = 1.0 + numbers(f"scale {seed}", width).abs()
-        rows = numbers(f"rows {layer} {seed}", classes, width)
-        name, factor = ("centres", 1.0) if method == "prototype" else ("weight", 2.0 * width**-0.5)
-        found[f"layer.{layer}.{name}"] = factor * rows
-    if method == "prototype":
-        found["temperature"] = torch.tensor([width**0.5])
-    else:
-        found["bias"] = 0.3 * numbers(f"bias {seed}", classes)
-    if calibrated and method != "ridge":
-        found["calibration"] = torch.tensor([-0.8, 0.2] if len(layers) > 1 else [1.4, -0.3])
-    return found
-
-
-def put(
-    store: ArtifactStore, method: str, layers: tuple[int, ...], site: Site, classes: int = 2, **options: Any
-) -> str:
-    said: dict[str, Any] = {"method": method, "site": site.value}
-    if method != "ridge":
-        said |= {"labels": LABELS[:classes], "target": "yes"}
-    tensors = probe_tensors(method, layers, site, classes, **options)
-    return store.put(ArtifactKind.PROBE, tensors, model_fingerprint=loaded(FAMILY).info.fingerprint, provenance=said).id
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from patchclamp.v1 import (
     model_pb2,
     monitoring_pb2,
     neuron_pb2,
+    probe_pb2,
     program_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
@@ -199,6 +200,23 @@ def calls() -> dict[str, list[Call]]:
                 )
             ]
             for method in ("EXTRACTION_METHOD_DIFFERENCE_OF_MEANS", "EXTRACTION_METHOD_PCA_OF_DIFFERENCES")
+        ],
+        "ProbeService/TrainProbe": [
+            [
+                probe_pb2.TrainProbeRequest(
+                    method=method,
+                    texts={
+                        "groups": [
+                            {"label": str(i), "prompts": [{"text": f"{word} {n}"} for n in range(5)]}
+                            for i, word in enumerate(["yes", "never"])
+                        ]
+                    },
+                    layers=[1],
+                    tags=["probed"],
+                    replace_tags=True,
+                )
+            ]
+            for method in ("PROBE_METHOD_LOGISTIC", "PROBE_METHOD_RIDGE", "PROBE_METHOD_PROTOTYPE")
         ],
         "SparsityService/CalibrateProfile": [
             [

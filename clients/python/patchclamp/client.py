@@ -26,6 +26,7 @@ from patchclamp.names import (
     HeadScoreMethodName,
     MethodName,
     NeuronEditModeName,
+    ProbeMethodName,
 )
 from patchclamp.neurons import LocalizationMethod, NeuronsLike, NeuronTestLike, TextsLike
 from patchclamp.programs import VectorLike
@@ -48,6 +49,7 @@ from patchclamp.requests import (
     JobRequest,
     LocalizeNeuronsOptions,
     MatchNeuronsOptions,
+    ProbeOptions,
     PromptLike,
     PromptOptions,
     ReferenceOptions,
@@ -108,6 +110,7 @@ from patchclamp.results import (
     SparsityEvaluation,
     SparsityEvaluationEvent,
     Tokenization,
+    TrainedProbe,
     WatchStatistics,
 )
 from patchclamp.retry import NEVER, Retry
@@ -123,6 +126,7 @@ from patchclamp.v1 import (
     model_pb2,
     monitoring_pb2,
     neuron_pb2,
+    probe_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
     steering_pb2,
@@ -234,6 +238,19 @@ class Client(Transport):
             self._stream(self._stubs.steering.ExtractVectors, request, timeout),
             JobCollector(ExtractionResult.from_proto),
         )
+
+    @takes_options_of(requests.train_probe)
+    def train_probe(
+        self,
+        texts: TextsLike,
+        method: ProbeMethodName = "logistic",
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[ProbeOptions],
+    ) -> Stream[probe_pb2.TrainProbeResponse, Progress | TrainedProbe, TrainedProbe]:
+        """Trains a probe on texts by label: progress, then the stored probe with its report. Options: ProbeOptions."""
+        call = self._stream(self._stubs.probes.TrainProbe, requests.train_probe(texts, method, **options), timeout)
+        return Stream(call, JobCollector(TrainedProbe.from_proto))
 
     @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(

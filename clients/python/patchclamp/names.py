@@ -13,6 +13,7 @@ from patchclamp.v1 import (
     generation_pb2,
     head_pb2,
     neuron_pb2,
+    probe_pb2,
     program_pb2,
     sparse_policy_pb2,
     steering_pb2,
@@ -32,6 +33,7 @@ ArtifactKindName = Literal[
 ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]
+ProbeMethodName = Literal["logistic", "ridge", "prototype"]
 CoreInferRankingName = Literal["magnitude", "value"]
 TealAllocationName = Literal["uniform", "greedy"]
 HeadScoreMethodName = Literal["induction", "previous_token", "ngram", "successor", "ov_nuclear_norm", "temporal"]
@@ -77,6 +79,7 @@ PRIORITIES = _table(generation_pb2.Priority)
 ARTIFACT_KINDS = _table(artifact_pb2.ArtifactKind)
 METHODS = _table(steering_pb2.ExtractionMethod)
 POOLINGS = _table(steering_pb2.TokenPooling)
+PROBE_METHODS = _table(probe_pb2.ProbeMethod)
 CORE_INFER_RANKINGS = _table(sparse_policy_pb2.CoreInferRanking)
 TEAL_ALLOCATIONS = _table(sparse_policy_pb2.TealAllocation)
 HEAD_SCORE_METHODS = _table(head_pb2.HeadScoreMethod)

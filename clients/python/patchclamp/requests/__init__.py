@@ -64,6 +64,7 @@ from patchclamp.requests.neurons import (
     localize_neurons,
     match_neurons,
 )
+from patchclamp.requests.probes import ProbeOptions, train_probe
 from patchclamp.requests.sparsity import (
     CalibrateOptions,
     EvaluateOptions,
@@ -92,6 +93,7 @@ __all__ = [
     "LocalizeNeuronsOptions",
     "MatchNeuronsOptions",
     "Messages",
+    "ProbeOptions",
     "PromptLike",
     "PromptOptions",
     "ReferenceOptions",
@@ -138,6 +140,7 @@ __all__ = [
     "stop_session",
     "tag_artifact",
     "tokenize",
+    "train_probe",
     "upload",
     "watch_activations",
 ]

@@ -109,6 +109,7 @@ from patchclamp.results.neurons import (
     StoredNeurons,
     TokenDetector,
 )
+from patchclamp.results.probes import ProbeLayer, ProbeReport, ReliabilityBin, TrainedProbe
 from patchclamp.results.receipts import (
     EditReceipt,
     ReadoutValue,
@@ -205,12 +206,15 @@ __all__ = [
     "NeuronMeasurement",
     "NeuronSetComparison",
     "PositionalNeuron",
+    "ProbeLayer",
+    "ProbeReport",
     "Progress",
     "QualityCard",
     "Quantile",
     "ReadoutValue",
     "Receipt",
     "ReferenceCollector",
+    "ReliabilityBin",
     "RequestWarning",
     "RetrievalHeads",
     "RunningWatch",
@@ -229,6 +233,7 @@ __all__ = [
     "TokenLogprob",
     "TokenProjections",
     "Tokenization",
+    "TrainedProbe",
     "Usage",
     "WatchStatistics",
     "score_matrix",
