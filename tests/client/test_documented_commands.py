@@ -33,6 +33,8 @@ FILES = {
     "prose.txt": "Some text.",
     "heldout.txt": "Other text.",
     "page.txt": "The key is here.",
+    "calm.txt": "It was quiet.\n",
+    "angry.txt": "It was loud.\n",
     "capital.txt": "The capital of France is\n",
     "currency.txt": "The currency of France is\n",
     "facts.tsv": "The capital of France is\t Paris\n",

@@ -72,6 +72,7 @@ def test_no_page_with_python_is_left_out() -> None:
         "docs/user/heads.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
+        "docs/user/probes.md",
         "docs/user/python.md",
         "docs/user/sparse.md",
         "docs/user/steering.md",
@@ -145,6 +146,13 @@ def test_the_example_of_retrieval_heads_runs(embedded_server: LiveServer, client
 def test_the_examples_of_neurons_run(embedded_server: LiveServer, client: Client) -> None:
     names = run("docs/user/neurons.md", embedded_server.address, client=client)
     assert names["overlap"].common == 1
+
+
+def test_the_examples_of_probes_run(embedded_server: LiveServer, client: Client) -> None:
+    names = run("docs/user/probes.md", embedded_server.address, client=client)
+    assert names["report"].brier < names["report"].brier_base_rate
+    assert names["answer"].receipt.edits[0].gate_threshold == 0.5
+    client.delete_artifact("mood")
 
 
 def test_the_example_of_retries_runs() -> None:

@@ -1,4 +1,4 @@
-"""A watched probe has, at every token, the probability that the formula of the artifact gives for states of the oracle."""
+"""A watched probe has at every token the probability that the formula of the artifact gives for the states there."""
 
 from typing import Any
 

@@ -84,8 +84,8 @@ def watch_direction(
 def watch_probe(name: str, probe: str, *, threshold: Threshold | None = None) -> pb.WatchItem:
     """Watches the probability of a stored probe, or the number of a ridge probe, where the probe is.
 
-    threshold: by default 0.5, of numbers "p99". The probe has one layer, at a site of the residual width, and two labels
-    or a number.
+    threshold: by default 0.5, of numbers "p99". The probe has one layer, at a site of the residual width, and two
+    labels or a number.
     """
     return _item(name, threshold, probe=build(pb.WatchedProbe, probe=probe))
 

@@ -15,6 +15,7 @@ from patchclamp.cli import (
     jobs,
     models,
     neurons,
+    probes,
     score,
     serving,
     sparsity,
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     sparsity.add_parser(commands)
     heads.add_parser(commands)
     neurons.add_parser(commands)
+    probes.add_parser(commands)
     watch.add_parser(commands)
     jobs.add_parser(commands)
     tokens.add_parsers(commands)

@@ -22,11 +22,11 @@ from patchclamp.v1 import probe_pb2 as pb
 class ProbeOptions(StoredOptions, total=False):
     """Options of the training of a probe, besides StoredOptions.
 
-    target: the label whose probability is served, by default the first. site: any, by default resid_post. layers: one or
-    several, whose activations stand side by side; by default the one that reads best. pooling: what stands for a text,
-    by default its last token. scope: tokens that are pooled. penalty: strength of the L2 penalty, by default chosen by
-    cross-validation. holdout_fraction: share of the texts kept out, half for the calibration and half for the report, by
-    default 0.4.
+    target: the label whose probability is served, by default the first. site: any, by default resid_post. layers: one
+    or several, whose activations stand side by side; by default the one that reads best. pooling: what stands for a
+    text, by default its last token. scope: tokens that are pooled. penalty: strength of the L2 penalty, by default
+    chosen by cross-validation. holdout_fraction: share of the texts kept out, half for the calibration and half for the
+    report, by default 0.4.
     """
 
     target: str

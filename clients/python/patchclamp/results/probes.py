@@ -8,7 +8,7 @@ from patchclamp.results.record import Record
 
 @dataclass(frozen=True)
 class ReliabilityBin(Record):
-    """Says of the texts whose probability lies in [low, high) what it is on average, and the share that has the label."""
+    """Says of texts whose probability lies in [low, high) what it is on average, and the share that has the label."""
 
     low: float
     high: float
