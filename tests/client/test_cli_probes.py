@@ -1,7 +1,6 @@
-"""What `patchclamp probes train` prints, stores and draws, on a real server; and what the builders make of arguments."""
+"""What `patchclamp probes train` prints, stores and draws, on a real server; what builders make of arguments."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ REPORT = ProbeReport(10, 0.9, 0.5, 0.05, 0.06, 0.25, 0.99, BINS, 0.0, 0.4, 0.4, 
 
 
 @pytest.fixture(autouse=True)
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live_server: LiveServer) -> Iterator[None]:
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live_server: LiveServer) -> None:
     (tmp_path / "rain.txt").write_text("".join(f"It rained in town {i}\n" for i in range(8)))
     (tmp_path / "key.txt").write_text("".join(f"The key {i} is of glass\n" for i in range(8)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATCHCLAMP_ADDRESS", live_server.address)
-    yield
 
 
 TRAIN = ("probes", "train", "rainy", "--texts", "rain.txt", "--texts", "key.txt", "--replace", "--target", "rain")
