@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 from safetensors.torch import save
-from torch import Tensor, arange, linspace, ones
+from torch import Tensor, arange, linspace, ones, zeros
 
 from patchclamp.v1 import (
     artifact_pb2,
@@ -118,6 +118,13 @@ PROGRAM = program_pb2.Program(
 )
 
 
+PROBED = program_pb2.Program(
+    edits=[edit("SITE_RESID_POST", add={"vector": vector()}, gate={"condition": {"probe": "probe", "comparison": 1}})],
+    readouts=[program_pb2.Readout(name="p", probe={"probe": "probe", "all_classes": True})],
+    abort_when=[{"name": "sure", "condition": {"probe": "probe", "comparison": 1, "threshold": 0.999}}],
+)
+
+
 def generate(**fields: Any) -> generation_pb2.GenerateRequest:
     return generation_pb2.GenerateRequest(**{"prompt": PROMPT, "stop": STOP, **fields})
 
@@ -147,11 +154,14 @@ CORPUS = b'{"text": "a dog", "label": "en"}\n{"text": "ein Hund"}\n'
 
 def artifacts() -> list[Call]:
     scores = linspace(0, 1, LAYERS * HEADS).reshape(LAYERS, HEADS)
+    probe = file({"layer.0.weight": ones(2, WIDTH) * 0.01 * arange(2)[:, None], "bias": zeros(2)})
+    said = {"method": "logistic", "site": "resid_post", "labels": ["no", "yes"], "target": "yes"}
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
     return [
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
         upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
+        upload("ARTIFACT_KIND_PROBE", "probe", probe, provenance=said),
         upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
     ]
 
@@ -170,6 +180,7 @@ def calls() -> dict[str, list[Call]]:
             *([generate(program=program_pb2.Program(edits=[each]))] for each in EDITS),
             [generate(prompt=CHAT, program=PROGRAM, sampling=SAMPLING, logprobs=2, priority="PRIORITY_BATCH")],
             [generate(prompt=TOKENS, sparsity={"policy": GRIFFIN, "guard": {"max_divergence": 1.0}})],
+            [generate(program=PROBED)],
             [generate(grounding={"head_set": "heads", "top_k": 1})],
         ],
         "GenerationService/Session": [

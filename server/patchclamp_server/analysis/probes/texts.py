@@ -28,6 +28,8 @@ from patchclamp_server.interventions.scopes import SequenceTokens, scope_mask
 from patchclamp_server.text.prompt import PromptEncoder
 
 MAX_BYTES = 4 << 30
+# Its square, and the sum of many, is finite.
+MAX_NUMBER = 1e100
 PROGRESS_EVENTS = 100
 TRAINING, CALIBRATION, REPORT = range(3)
 # Documents of each label, or of all where labels are numbers, in the three parts.
@@ -59,8 +61,11 @@ def numbers_of(labels: tuple[str, ...]) -> list[float]:
             number = float(label)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number):
-            raise InvalidArgument(FIELD, f"the label {label!r:.80} is no number, which labels of a ridge probe are")
+        if not abs(number) <= MAX_NUMBER:
+            message = (
+                f"the label {label!r:.80} is no number of at most {MAX_NUMBER:g}, which labels of a ridge probe are"
+            )
+            raise InvalidArgument(FIELD, message)
         found.append(number)
     return found
 
