@@ -50,6 +50,13 @@ def test_json_is_the_whole_result_and_the_picture_a_file(capsys: pytest.CaptureF
     assert (tmp_path / "reliability.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_training_that_was_detached_is_followed_to_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN, "--layers", "1", "--detach"]) == 0
+    job = capsys.readouterr().out.strip()
+    assert main(["jobs", "follow", job, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == [1]
+
+
 def test_the_reliability_curve_has_a_point_for_each_bin() -> None:
     pytest.importorskip("matplotlib")
     curve, counts = reliability_figure(REPORT, "p").axes

@@ -36,6 +36,7 @@ MADE: dict[str, Any] = {
     "census_neurons": requests.census_neurons("wiki"),
     "describe_neurons": requests.describe_neurons("mine", "wiki"),
     "match_neurons": requests.match_neurons("tuned", "wiki"),
+    "train_probe": requests.train_probe({"a": ["x"], "b": ["y"]}),
 }
 COMMANDS = [
     ("heads", Heads, ["heads", "detect", "mine", "--lengths", "128"]),

@@ -22,6 +22,7 @@ from patchclamp.results.neurons import (
     NeuronEditEffect,
     NeuronEditPoint,
 )
+from patchclamp.results.probes import TrainedProbe
 from patchclamp.results.sparsity import CalibratedProfile, EvaluationCollector, SparsityEvaluation
 from patchclamp.v1 import job_pb2
 
@@ -41,6 +42,7 @@ JobResult = (
     | NeuronCensus
     | tuple[NeuronDescription, ...]
     | MatchedNeurons
+    | TrainedProbe
 )
 JobEvent = Progress | NeedleRun | SparsityEvaluation | DecodedNeurons | NeuronEditPoint | NeuronDescription | JobResult
 
@@ -61,6 +63,7 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
     "census_neurons": lambda: JobCollector(NeuronCensus.from_proto),
     "describe_neurons": DescribeCollector,
     "match_neurons": lambda: JobCollector(MatchedNeurons.from_proto),
+    "train_probe": lambda: JobCollector(TrainedProbe.from_proto),
 }
 
 
