@@ -90,8 +90,8 @@ class ClassReader:
 def _both(log_odds: float) -> tuple[float, float]:
     """Returns p and 1 - p, without overflow, and each without loss where it is small."""
     small = math.exp(-abs(log_odds))
-    pair = 1.0 / (1.0 + small), small / (1.0 + small)
-    return pair if log_odds >= 0 else pair[::-1]
+    likelier, other = 1.0 / (1.0 + small), small / (1.0 + small)
+    return (likelier, other) if log_odds >= 0 else (other, likelier)
 
 
 def _place(kind: ProbeReadout, resolver: Resolver, path: str) -> tuple[Site, tuple[int, ...]]:
