@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle_formulas import Artifacts, edited, holds, in_scope, measured, source_row, vector_at
+from oracle_formulas import Artifacts, edited, holds, in_scope, measured, probe_values, source_row, vector_at
 from oracle_sites import attach, logit_lens, watching_attention
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from patchclamp_server.interventions.program import (
     LogitLensReadout,
     NeuronEdit,
     NeuronReadout,
+    ProbeReadout,
     Program,
     ProjectionReadout,
     Readout,
@@ -85,6 +86,8 @@ class _Pass:
     changes: list[tuple[int, float]] = field(default_factory=list)
     readouts: list[tuple[tuple[int, int, int], ReadoutValue]] = field(default_factory=list)
     condition_margin: float = float("inf")
+    # States [T, width] that a readout of several layers has seen, by its index and the layer.
+    kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def run(self) -> "_Pass":
@@ -159,12 +162,14 @@ class _Pass:
                 self.changes.append((index, float((new - h).norm() / h.norm())))
                 rows[position] = new.float()
         for condition in conditions_of(self.program):
-            if condition.site is site and condition.layer == layer:
+            if place_of(condition, self.artifacts) == (site, layer):
                 self.verdicts[id(condition)] = [
                     self.examine(condition, rows[position].double(), position) for position in range(len(self.tokens))
                 ]
         for index, readout in enumerate(self.program.readouts):
-            if readout.site is site and layer in self.layers_of(readout) and not concerns_attention(readout):
+            if isinstance(readout.kind, ProbeReadout):
+                self.read_probe(index, readout, readout.kind, site, layer, rows)
+            elif readout.site is site and layer in self.layers_of(readout) and not concerns_attention(readout):
                 self.read(index, readout, layer, rows)
         return rows.view(activation.shape)
 
@@ -174,6 +179,24 @@ class _Pass:
         value = measured(condition, h, self.artifacts)
         self.condition_margin = min(self.condition_margin, abs(value - condition.threshold))
         return holds(condition, value)
+
+    def read_probe(
+        self, index: int, readout: Readout, kind: ProbeReadout, site: Site, layer: int, rows: Tensor
+    ) -> None:
+        """At the last of its layers, of the states at all of them."""
+        artifact = self.artifacts[kind.probe]
+        layers = artifact.info.layers
+        if site.value != artifact.info.provenance["site"] or layer not in layers:
+            return
+        self.kept[index, layer] = rows.clone()
+        if layer != max(layers):
+            return
+        for position in range(len(self.tokens)):
+            if self.scoped(readout.scope, position):
+                states = {each: self.kept[index, each][position] for each in layers}
+                found = probe_values(artifact, states, all_classes=kind.all_classes)
+                value = ReadoutValue(readout.name or str(index), layer, position, tuple(found))
+                self.readouts.append(((position, index, layer), value))
 
     def read(self, index: int, readout: Readout, layer: int, rows: Tensor) -> None:
         layers = self.layers_of(readout)
@@ -213,6 +236,14 @@ def layers_of(part: Edit | Readout, n_layers: int, artifacts: Artifacts) -> tupl
     if not part.layers and isinstance(part.kind, NeuronEdit) and part.kind.neuron_set is not None:
         return tuple(artifacts[part.kind.neuron_set].info.layers)
     return part.layers
+
+
+def place_of(condition: Condition, artifacts: Artifacts) -> tuple[Site | None, int]:
+    """Where a condition looks: a probe has its own place."""
+    if not condition.probe:
+        return condition.site, condition.layer
+    info = artifacts[condition.probe].info
+    return Site(info.provenance["site"]), max(info.layers)
 
 
 def conditions_of(program: Program) -> list[Condition]:

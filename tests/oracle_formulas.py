@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.kinds.affine import Affine
@@ -38,6 +39,8 @@ class StoredArtifact(Protocol):
     @property
     def info(self) -> Any: ...
     def direction(self, layer: int) -> Tensor: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
     def neurons(self, layer: int) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -120,6 +123,32 @@ def patched(kind: Patch, source: Tensor, h: Tensor, n_heads: int) -> Tensor:
     return t
 
 
+def probe_values(artifact: StoredArtifact, states: Mapping[int, Tensor], *, all_classes: bool) -> list[float]:
+    """The probability of the target of a probe artifact, of all its labels, or its number, for one token in float64."""
+    stored = {name: tensor.double() for name, tensor in artifact.tensors.items()}
+    said = artifact.info.provenance
+    inputs = {}
+    for layer in artifact.info.layers:
+        h = states[layer].double()
+        mean, scale = stored.get(f"layer.{layer}.mean", 0.0), stored.get(f"layer.{layer}.scale", 1.0)
+        inputs[layer] = (h - mean) / scale
+    if said["method"] == "prototype":
+        distances = [(x - stored[f"layer.{layer}.centres"]).square().sum(1) for layer, x in inputs.items()]
+        scores = -torch.stack(distances).sum(0) / stored["temperature"]
+    else:
+        scores = stored["bias"] + sum(stored[f"layer.{layer}.weight"] @ x for layer, x in inputs.items())
+    if said["method"] == "ridge":
+        return [float(scores[0])]
+    plain, own = scores.softmax(0), said["labels"].index(said["target"])
+    slope, intercept = stored.get("calibration", torch.tensor([1.0, 0.0])).tolist()
+    odds = float(scores[own] - scores[torch.arange(len(scores)) != own].logsumexp(0))
+    target = 1.0 / (1.0 + math.exp(-(slope * odds + intercept)))
+    if not all_classes:
+        return [target]
+    rest = (1.0 - target) / (1.0 - float(plain[own]))
+    return [target if k == own else float(p) * rest for k, p in enumerate(plain)]
+
+
 def _rotated(h: Tensor, u: Tensor, radians: float) -> Tensor:
     length = float(h.norm())
     along = float(h @ u)
@@ -196,7 +225,10 @@ def edited(
 
 
 def measured(condition: Condition, h: Tensor, artifacts: Artifacts) -> float:
-    """What the condition compares with its threshold: h · v / |v|, or the cosine."""
+    """What the condition compares with its threshold: h · v / |v|, the cosine, or the probability of a probe."""
+    if condition.probe:
+        artifact = artifacts[condition.probe]
+        return probe_values(artifact, {max(artifact.info.layers): h}, all_classes=False)[0]
     v = vector_at(condition.vector, (condition.layer,), condition.layer, artifacts)
     projection = float(h @ v) / float(v.norm())
     return projection / float(h.norm()) if condition.cosine else projection

@@ -37,6 +37,8 @@ FILES = {
     "page.txt": "The key is here.",
     "poems.txt": "The sea is wide.",
     "news.txt": "The sea rose.",
+    "calm.txt": "It was quiet.\n",
+    "angry.txt": "It was loud.\n",
     "capital.txt": "The capital of France is\n",
     "currency.txt": "The currency of France is\n",
     "joyful.txt": "The soup was hot.",

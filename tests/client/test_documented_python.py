@@ -75,6 +75,7 @@ def test_no_page_with_python_is_left_out() -> None:
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
         "docs/user/patching.md",
+        "docs/user/probes.md",
         "docs/user/python.md",
         "docs/user/sparse.md",
         "docs/user/steering.md",
@@ -170,6 +171,13 @@ def test_the_examples_of_activations_run(embedded_server: LiveServer, client: Cl
     names = run("docs/user/activations.md", embedded_server.address, client=client)
     assert [len(value.values) for value in names["result"].prompt_readouts] == [576]
     client.delete_artifact("rows")
+
+
+def test_the_examples_of_probes_run(embedded_server: LiveServer, client: Client) -> None:
+    names = run("docs/user/probes.md", embedded_server.address, client=client)
+    assert names["report"].brier < names["report"].brier_base_rate
+    assert names["answer"].receipt.edits[0].gate_threshold == 0.5
+    client.delete_artifact("mood")
 
 
 def test_the_example_of_retries_runs() -> None:

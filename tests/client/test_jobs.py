@@ -38,6 +38,7 @@ MADE: dict[str, Any] = {
     "match_neurons": requests.match_neurons("tuned", "wiki"),
     "calibrate_vector": requests.calibrate_vector("joy", ["hi"]),
     "detect_concept": requests.detect_concept("joy", ["hi"]),
+    "train_probe": requests.train_probe({"a": ["x"], "b": ["y"]}),
 }
 COMMANDS = [
     ("heads", Heads, ["heads", "detect", "mine", "--lengths", "128"]),

@@ -172,3 +172,39 @@ def test_a_scope_of_all_tokens_is_none(pooling: Pooling, n: int) -> None:
     scoped, whole = pooled(pooling, states, 16, scope=range(n)), pooled(pooling, states, 16)
     torch.testing.assert_close(scoped.values, whole.values)
     assert (scoped.tokens.tolist(), scoped.left_out.tolist()) == (whole.tokens.tolist(), whole.left_out.tolist())
+
+
+def scoped(pooling: Pooling, states: torch.Tensor, tokens: list[int], chunk: int = 1000) -> Pooled:
+    inside = np.isin(np.arange(len(states)), tokens)
+    pool = TokenPool(pooling, (4,), len(states), chosen=inside)
+    for start in range(0, len(states), chunk):
+        pool.add(4, states[start : start + chunk], start)
+    return pool.result()
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_only_the_tokens_of_a_scope_are_pooled(chunk: int) -> None:
+    states = text(40, {0: 100.0, 3: 20.0, 17: 3.1, 30: 20.0})
+    inside = [0, 2, 3, 9, 11, 30]
+    mean, last, most = (
+        scoped(pooling, states, inside, chunk) for pooling in (Pooling.MEAN, Pooling.LAST_TOKEN, Pooling.MAX)
+    )
+    torch.testing.assert_close(mean.values[0], states[[2, 9, 11]].mean(dim=0))
+    assert (mean.tokens.tolist(), mean.left_out.tolist()) == ([3], [2])
+    assert torch.equal(last.values[0], states[11])
+    assert (last.tokens.tolist(), last.left_out.tolist()) == ([1], [1])
+    assert torch.equal(most.values[0], states[inside[1:]].amax(dim=0))
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+@pytest.mark.parametrize("tokens", [[0], [3], [5]])
+def test_a_scope_of_one_token_is_that_token_sink_or_not(pooling: Pooling, tokens: list[int]) -> None:
+    states = text(20, {0: 100.0, 3: 20.0})
+    found = scoped(pooling, states, tokens, chunk=4)
+    assert torch.equal(found.values[0], states[tokens[0]])
+    assert (found.tokens.tolist(), found.left_out.tolist()) == ([1], [0])
+
+
+def test_a_mean_of_a_scope_of_outliers_is_of_them() -> None:
+    states = text(20, {0: 100.0, 3: 20.0, 7: 30.0})
+    torch.testing.assert_close(scoped(Pooling.MEAN, states, [3, 7]).values[0], states[[3, 7]].mean(dim=0))

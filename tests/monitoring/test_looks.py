@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchclamp_server.monitoring.looks import Gathered, Projected, looks_at
+from patchclamp_server.monitoring.looks import LOGISTIC, Gathered, Projected, looks_at
 from patchclamp_server.monitoring.ring import Ring, Row, Rows
 
 WIDTH, STEP = 24, 40
@@ -18,7 +18,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 PLACES = [
     Gathered(np.array([3, 0, 23, 3]), WIDTH),
-    Projected(normal(5, WIDTH, seed=1), normal(5, seed=2), torch.tensor([torch.nan, 0.0, 2.0, 0.0, torch.nan])),
+    Projected(normal(5, WIDTH, seed=1), normal(5, seed=2), torch.tensor([torch.nan, 0.0, 2.0, LOGISTIC, torch.nan])),
     Gathered(np.array([7]), 2 * WIDTH, has_norm=False),
     Projected(normal(2, WIDTH, seed=3), torch.zeros(2), torch.full((2,), torch.nan)),
 ]
@@ -38,7 +38,7 @@ def expected(x: Tensor) -> Tensor:
             columns.append(wide[:, place.units])
         else:
             p = wide[:, : place.width] @ place.vectors.double().t() + place.bias.double()
-            columns.append(torch.where(p <= place.cut, 0.0, p))
+            columns.append(torch.where(place.cut == LOGISTIC, p.sigmoid(), torch.where(p <= place.cut, 0.0, p)))
         if place.has_norm:
             norms.append(wide[:, : place.width].norm(dim=1, keepdim=True))
     return torch.cat(columns + norms, dim=1)
@@ -77,3 +77,12 @@ def test_a_row_that_is_not_finite_cuts_nothing() -> None:
             looks.begin(Rows(np.array([0]), [Row(0, 0, 0, True, 1, 0.0)]))
             looks.look(0, torch.tensor([[1.0, value, 1.0]]))
             assert not torch.as_tensor(ring.values)[0].isfinite().any()
+
+
+def test_a_probability_far_from_a_half_is_0_or_1() -> None:
+    for compiled in (True, False):
+        ring = Ring(3, CPU, compiled=compiled)
+        looks = looks_at([Projected(torch.tensor([[1.0], [-1.0]]), torch.zeros(2), torch.full((2,), LOGISTIC))], ring)
+        looks.begin(Rows(np.array([0]), [Row(0, 0, 0, True, 1, 0.0)]))
+        looks.look(0, torch.tensor([[2000.0]]))
+        assert torch.as_tensor(ring.values)[0, :2].tolist() == [1.0, 0.0]

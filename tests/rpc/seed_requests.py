@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 from safetensors.torch import save
-from torch import Tensor, arange, linspace, ones
+from torch import Tensor, arange, linspace, ones, zeros
 
 from patchclamp.v1 import (
     activation_pb2,
@@ -21,6 +21,7 @@ from patchclamp.v1 import (
     model_pb2,
     monitoring_pb2,
     neuron_pb2,
+    probe_pb2,
     program_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
@@ -127,6 +128,13 @@ PROGRAM = program_pb2.Program(
 )
 
 
+PROBED = program_pb2.Program(
+    edits=[edit("SITE_RESID_POST", add={"vector": vector()}, gate={"condition": {"probe": "probe", "comparison": 1}})],
+    readouts=[program_pb2.Readout(name="p", probe={"probe": "probe", "all_classes": True})],
+    abort_when=[{"name": "sure", "condition": {"probe": "probe", "comparison": 1, "threshold": 0.999}}],
+)
+
+
 def generate(**fields: Any) -> generation_pb2.GenerateRequest:
     return generation_pb2.GenerateRequest(**{"prompt": PROMPT, "stop": STOP, **fields})
 
@@ -162,12 +170,15 @@ def activations() -> dict[str, Tensor]:
 
 def artifacts() -> list[Call]:
     scores = linspace(0, 1, LAYERS * HEADS).reshape(LAYERS, HEADS)
+    probe = file({"layer.0.weight": ones(2, WIDTH) * 0.01 * arange(2)[:, None], "bias": zeros(2)})
+    said = {"method": "logistic", "site": "resid_post", "labels": ["no", "yes"], "target": "yes"}
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
     return [
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
         upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
         upload("ARTIFACT_KIND_ACTIVATIONS", "run", file(activations())),
+        upload("ARTIFACT_KIND_PROBE", "probe", probe, provenance=said),
         upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
     ]
 
@@ -186,6 +197,7 @@ def calls() -> dict[str, list[Call]]:
             *([generate(program=program_pb2.Program(edits=[each]))] for each in EDITS),
             [generate(prompt=CHAT, program=PROGRAM, sampling=SAMPLING, logprobs=2, priority="PRIORITY_BATCH")],
             [generate(prompt=TOKENS, sparsity={"policy": GRIFFIN, "guard": {"max_divergence": 1.0}})],
+            [generate(program=PROBED)],
             [generate(grounding={"head_set": "heads", "top_k": 1})],
         ],
         "GenerationService/Session": [
@@ -278,6 +290,23 @@ def calls() -> dict[str, list[Call]]:
                     calibration_fraction=0.5,
                 )
             ]
+        ],
+        "ProbeService/TrainProbe": [
+            [
+                probe_pb2.TrainProbeRequest(
+                    method=method,
+                    texts={
+                        "groups": [
+                            {"label": str(i), "prompts": [{"text": f"{word} {n}"} for n in range(5)]}
+                            for i, word in enumerate(["yes", "never"])
+                        ]
+                    },
+                    layers=[1],
+                    tags=["probed"],
+                    replace_tags=True,
+                )
+            ]
+            for method in ("PROBE_METHOD_LOGISTIC", "PROBE_METHOD_RIDGE", "PROBE_METHOD_PROTOTYPE")
         ],
         "SparsityService/CalibrateProfile": [
             [

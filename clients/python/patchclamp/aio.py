@@ -28,6 +28,7 @@ from patchclamp.names import (
     MethodName,
     NeuronEditModeName,
     SiteName,
+    ProbeMethodName,
 )
 from patchclamp.neurons import LocalizationMethod, NeuronsLike, NeuronTestLike, TextsLike
 from patchclamp.patching import PatchPair
@@ -54,6 +55,7 @@ from patchclamp.requests import (
     LocalizeNeuronsOptions,
     MatchNeuronsOptions,
     PatchActivationsOptions,
+    ProbeOptions,
     PromptLike,
     PromptOptions,
     ReadActivationsOptions,
@@ -127,6 +129,7 @@ from patchclamp.results import (
     SparsityEvaluation,
     SparsityEvaluationEvent,
     Tokenization,
+    TrainedProbe,
     WatchStatistics,
 )
 from patchclamp.retry import NEVER, Retry
@@ -141,6 +144,7 @@ from patchclamp.v1 import (
     model_pb2,
     monitoring_pb2,
     neuron_pb2,
+    probe_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
     steering_pb2,
@@ -290,6 +294,19 @@ class AsyncClient(AsyncTransport):
         request = requests.detect_concept(detectors, texts, target, **options)
         call = self._stream(self._stubs.steering.DetectConcept, request, timeout)
         return AsyncStream(call, ConceptDetectionCollector())
+
+    @takes_options_of(requests.train_probe)
+    def train_probe(
+        self,
+        texts: TextsLike,
+        method: ProbeMethodName = "logistic",
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[ProbeOptions],
+    ) -> AsyncStream[probe_pb2.TrainProbeResponse, Progress | TrainedProbe, TrainedProbe]:
+        """Trains a probe on texts by label: progress, then the stored probe with its report. Options: ProbeOptions."""
+        call = self._stream(self._stubs.probes.TrainProbe, requests.train_probe(texts, method, **options), timeout)
+        return AsyncStream(call, JobCollector(TrainedProbe.from_proto))
 
     @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(

@@ -81,6 +81,15 @@ def watch_direction(
     return _item(name, threshold, direction=source)
 
 
+def watch_probe(name: str, probe: str, *, threshold: Threshold | None = None) -> pb.WatchItem:
+    """Watches the probability of a stored probe, or the number of a ridge probe, where the probe is.
+
+    threshold: by default 0.5, of numbers "p99". The probe has one layer, at a site of the residual width, and two
+    labels or a number.
+    """
+    return _item(name, threshold, probe=build(pb.WatchedProbe, probe=probe))
+
+
 def watch_features(
     name: str,
     layer: int,
@@ -142,6 +151,7 @@ def _item(
     direction: pb.WatchedDirection | None = None,
     features: pb.WatchedFeatures | None = None,
     heads: pb.WatchedHeads | None = None,
+    probe: pb.WatchedProbe | None = None,
 ) -> pb.WatchItem:
     number, quantile = (None, quantile_of(threshold)) if isinstance(threshold, str) else (threshold, None)
     return build(
@@ -151,6 +161,7 @@ def _item(
         direction=direction,
         features=features,
         heads=heads,
+        probe=probe,
         threshold=number,
         threshold_quantile=quantile,
     )

@@ -14,6 +14,7 @@ from patchclamp.v1 import (
     generation_pb2,
     head_pb2,
     neuron_pb2,
+    probe_pb2,
     program_pb2,
     sparse_policy_pb2,
     steering_pb2,
@@ -29,7 +30,7 @@ SiteName = Literal[
 PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
 ArtifactKindName = Literal[
-    "vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus", "activations"
+    "vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus", "activations", "probe"
 ]
 ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
 ActivationReductionName = Literal["none", "first", "last", "mean", "sum", "max", "moments", "mean_by_label"]
@@ -47,6 +48,7 @@ MethodName = Literal[
     "definition",
 ]
 PoolingName = Literal["last_token", "mean"]
+ProbeMethodName = Literal["logistic", "ridge", "prototype"]
 CoreInferRankingName = Literal["magnitude", "value"]
 TealAllocationName = Literal["uniform", "greedy"]
 HeadScoreMethodName = Literal["induction", "previous_token", "ngram", "successor", "ov_nuclear_norm", "temporal"]
@@ -96,6 +98,7 @@ PRIORITIES = _table(generation_pb2.Priority)
 ARTIFACT_KINDS = _table(artifact_pb2.ArtifactKind)
 METHODS = _table(steering_pb2.ExtractionMethod)
 POOLINGS = _table(steering_pb2.TokenPooling)
+PROBE_METHODS = _table(probe_pb2.ProbeMethod)
 CORE_INFER_RANKINGS = _table(sparse_policy_pb2.CoreInferRanking)
 TEAL_ALLOCATIONS = _table(sparse_policy_pb2.TealAllocation)
 HEAD_SCORE_METHODS = _table(head_pb2.HeadScoreMethod)

@@ -12,6 +12,7 @@ from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp.v1.model_pb2_grpc import ModelServiceStub
 from patchclamp.v1.monitoring_pb2_grpc import MonitoringServiceStub
 from patchclamp.v1.neuron_pb2_grpc import NeuronServiceStub
+from patchclamp.v1.probe_pb2_grpc import ProbeServiceStub
 from patchclamp.v1.sparsity_pb2_grpc import SparsityServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 
@@ -31,6 +32,7 @@ class Stubs:
         self.heads = HeadServiceStub(channel)
         self.neurons = NeuronServiceStub(channel)
         self.activations = ActivationServiceStub(channel)
+        self.probes = ProbeServiceStub(channel)
         self.monitoring = MonitoringServiceStub(channel)
         self.artifacts = ArtifactServiceStub(channel)
         self.models = ModelServiceStub(channel)

@@ -8,6 +8,7 @@
     corpus            text [bytes], ends [documents], optionally labels alike      uint8; int64 (corpora.py)
     activations       text, position, token, length [rows], <site>.<layer> [rows,  int64; floats (activations.py)
                       width], optionally label [rows]
+    probe             layer.<l>.weight [classes, width], bias and others            floats (probes.py)
     watch             see monitoring/watch.py                                      uint8, int64, floats
     watch_reference   see monitoring/reference.py                                  float64, int64
 
@@ -23,6 +24,7 @@ import torch
 
 from patchclamp_server.artifacts.activations import activation_layers, check_activations
 from patchclamp_server.artifacts.corpora import check_corpus, corpus_layers
+from patchclamp_server.artifacts.probes import check_probe, probe_layers
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 
@@ -196,6 +198,7 @@ KINDS: dict[ArtifactKind, KindChecks] = {
     ArtifactKind.HEAD_SET: KindChecks(_head_set_layers, _check_head_set),
     ArtifactKind.CORPUS: KindChecks(corpus_layers, check_corpus),
     ArtifactKind.ACTIVATIONS: KindChecks(activation_layers, check_activations),
+    ArtifactKind.PROBE: KindChecks(probe_layers, check_probe),
 }
 
 

@@ -18,11 +18,13 @@ from patchclamp_server.interventions.bound import (
 )
 from patchclamp_server.interventions.kinds import EDIT_OF, READOUT_OF
 from patchclamp_server.interventions.kinds.activations import check_numbers
+from patchclamp_server.interventions.kinds.probes import probe_condition
 from patchclamp_server.interventions.kinds.spec import Where
 from patchclamp_server.interventions.program import Comparison, Condition, Edit, Program, Readout, Scope
 from patchclamp_server.interventions.resolver import ArtifactLookup, Resolver, check_finite
 from patchclamp_server.interventions.scopes import check_scope
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
 
 MAX_EDITS = 256
 MAX_READOUTS = 64
@@ -63,6 +65,8 @@ def bind(
         digest.update(repr((readout.ids, readout.k, readout.heads)).encode())
         for vectors in readout.vectors.values():
             digest.update(_bytes(vectors))
+        if readout.joint is not None:
+            digest.update(readout.joint.fingerprint)
     for abort in aborts:
         digest.update(abort.name.encode() + _condition_bytes(abort.condition))
     return BoundProgram(program, "sha256:" + digest.hexdigest(), edits, readouts, aborts)
@@ -137,17 +141,48 @@ class _Binder:
         )
 
     def readout(self, readout: Readout, path: str, index: int) -> BoundReadout:
-        width = self.resolver.width(readout.site, path)
-        self.scope(readout.scope, f"{path}.scope")
-        layers = self.resolver.layers(readout.layers, readout.all_layers, path)
         spec = READOUT_OF[type(readout.kind)]
-        own = spec.bind(readout.kind, Where(self.resolver, readout.site, layers, width, path, f"{path}.{spec.name}"))
+        site, layers = self.readout_place(readout, path)
+        width = self.resolver.width(site, path)
+        self.scope(readout.scope, f"{path}.scope")
+        own = spec.bind(readout.kind, Where(self.resolver, site, layers, width, path, f"{path}.{spec.name}"))
         name = readout.name or str(index)
         return BoundReadout(
-            name, spec.kind, readout.site, layers, readout.scope, own.vectors, own.ids, own.k, own.heads
+            name,
+            spec.kind,
+            site,
+            layers,
+            readout.scope,
+            own.vectors,
+            own.ids,
+            own.k,
+            own.heads,
+            joint=own.joint,
         )
 
+    def readout_place(self, readout: Readout, path: str) -> tuple[Site, tuple[int, ...]]:
+        """Returns site and layers: those of the readout, which must be those of its kind where that has its own."""
+        spec = READOUT_OF[type(readout.kind)]
+        if spec.place is None:
+            if readout.site is None:
+                raise InvalidArgument(f"{path}.site", f"expected a site: {spec.name} has none of its own")
+            self.resolver.width(readout.site, path)
+            return readout.site, self.resolver.layers(readout.layers, readout.all_layers, path)
+        site, layers = spec.place(readout.kind, self.resolver, f"{path}.{spec.name}")
+        named = ", ".join(map(str, layers))
+        if readout.site not in (None, site):
+            raise InvalidArgument(f"{path}.site", f"expected {site.value}, that of the {spec.name}, or none")
+        if readout.all_layers or (readout.layers and set(readout.layers) != set(layers)):
+            field = "all_layers" if readout.all_layers else "layers"
+            raise InvalidArgument(f"{path}.{field}", f"expected those of the {spec.name} ({named}), or none")
+        return site, layers
+
     def condition(self, condition: Condition, path: str) -> BoundCondition:
+        if condition.probe:
+            self.scope(condition.scope, f"{path}.scope")
+            return probe_condition(condition, self.resolver, path)
+        if condition.site is None:
+            raise InvalidArgument(f"{path}.site", "expected a site")
         width = self.resolver.width(condition.site, path)
         self.scope(condition.scope, f"{path}.scope")
         layers = self.resolver.layers((condition.layer,), False, path, field="layer")
@@ -170,6 +205,7 @@ class _Binder:
             return condition.threshold
         if condition.cosine:
             raise InvalidArgument(f"{path}.cosine", "a stored threshold is a projection; expected false")
+        assert condition.site is not None
         return self.resolver.stored_threshold(
             condition.stored_threshold, condition.vector, condition.site, condition.layer, path
         )

@@ -1,8 +1,10 @@
 """A bound program has passed every check: artifacts are resolved, numbers finite, sites and layers known."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,6 +24,12 @@ class BoundCondition:
     threshold: float
     cosine: bool
     scope: Scope
+    # The threshold as the request gave it, where that is on another scale: a probability.
+    given: float | None = None
+
+    @property
+    def shown_threshold(self) -> float:
+        return self.threshold if self.given is None else self.given
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +54,20 @@ class BoundEdit:
     safe: Mapping[int, SafeRange] = field(default_factory=dict)
 
 
+class Joint(Protocol):
+    """Makes one value of the numbers that a readout has at a token at all of its layers, one layer after the other. It
+    belongs to the last of them."""
+
+    @property
+    def fingerprint(self) -> bytes: ...
+
+    def __call__(self, numbers: Sequence[float], /) -> tuple[float, ...]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class BoundReadout:
     """A readout with its numbers. A projection has `vectors[layer]` [n, width], each of length 1; neurons have `ids`,
-    heads have `heads[layer]`, and the top k kinds have `k`."""
+    heads have `heads[layer]`, and the top k kinds have `k`. A probe has vectors, and what it makes of them: `joint`."""
 
     name: str
     kind: type[ReadoutKind]
@@ -60,6 +78,7 @@ class BoundReadout:
     ids: tuple[int, ...]
     k: int
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    joint: Joint | None = None
 
 
 @dataclass(frozen=True, eq=False)

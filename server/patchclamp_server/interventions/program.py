@@ -157,9 +157,10 @@ class HeadEdit(EditKind):
 @dataclass(frozen=True, eq=False)
 class Condition:
     """Compares the projection h·v/|v| (or cosine) of an activation with `threshold`, or with one that the artifact of
-    the vector carries."""
+    the vector carries. With `probe`, the probability of that probe is compared, `vector` has nothing, and a `site` of
+    None means those of the probe."""
 
-    site: Site
+    site: Site | None
     layer: int
     vector: Vector
     comparison: Comparison
@@ -167,6 +168,7 @@ class Condition:
     cosine: bool = False
     scope: Scope = field(default_factory=Scope)
     stored_threshold: StoredThreshold | None = None
+    probe: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,9 +235,19 @@ class HeadReadout(ReadoutKind):
 
 
 @dataclass(frozen=True, eq=False)
+class ProbeReadout(ReadoutKind):
+    """Reads the probability of a probe's target, or of all its classes; of ridge its number."""
+
+    probe: str
+    all_classes: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Readout:
+    """A `site` of None, and no layers, are those of the kind, where it has its own."""
+
     kind: ReadoutKind
-    site: Site
+    site: Site | None
     name: str = ""
     layers: tuple[int, ...] = ()
     all_layers: bool = False

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from patchclamp_server.interventions.bound import Joint
 from patchclamp_server.interventions.kinds import READOUT_TABLES
+from patchclamp_server.interventions.layout import ProgramLayout
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.rows import SpanRows
 from patchclamp_server.interventions.spans import AbortHit, ProgramSpan, StepOutcome
@@ -17,7 +19,8 @@ from patchclamp_server.model.arrays import BoolArray, IntArray
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """One readout at one row and layer: it has the numbers [start, end) of all that are read."""
+    """One readout at one row and layer: it has the numbers [start, end) of all that are read. With `joint` it is at all
+    layers of the readout, of which `layer` is the last."""
 
     span: int
     offset: int
@@ -26,6 +29,7 @@ class _Reading:
     ids: tuple[int, ...]
     start: int
     end: int
+    joint: Joint | None = None
 
 
 class Report:
@@ -58,12 +62,11 @@ class Report:
         for i, readout in enumerate(layout.readouts):
             item = np.full(len(own), layout.readout_item(i))
             inside = own[rows.inside(own, item) & rows.counted[own]]
-            for layer in readout.layers if len(inside) else ():
-                first, n = layout.reading_columns[i, layer]
-                columns = first + READOUT_TABLES[readout.kind].pick(readout, n)
+            for layer, columns in _columns(layout, i) if len(inside) else ():
                 for offset in rows.offset[inside].tolist():
                     end = at + len(columns)
-                    self._readings.append(_Reading(span, offset, readout.name, layer, readout.ids, at, end))
+                    reading = _Reading(span, offset, readout.name, layer, readout.ids, at, end, readout.joint)
+                    self._readings.append(reading)
                     at = end
                 rows_read.append(np.repeat(inside, len(columns)))
                 columns_read.append(np.tile(columns, len(inside)))
@@ -116,8 +119,22 @@ class Report:
             span = spans[reading.span]
             assert span.state is not None
             own, position = tuple(values[reading.start : reading.end]), span.offset + reading.offset
+            if reading.joint is not None:
+                own = reading.joint(own)
             value = ReadoutValue(reading.name, reading.layer, position, own, reading.ids)
             outcome.readouts.append((span.state.uid, value))
+
+
+def _columns(layout: ProgramLayout, i: int) -> list[tuple[int, IntArray]]:
+    """Returns the layers of the values of a readout, and the columns that each value has its numbers in."""
+    readout, pick = layout.readouts[i], READOUT_TABLES[layout.readouts[i].kind].pick
+    found = []
+    for layer in readout.layers:
+        first, n = layout.reading_columns[i, layer]
+        found.append((layer, first + pick(readout, n)))
+    if readout.joint is None:
+        return found
+    return [(readout.layers[-1], np.concatenate([columns for _, columns in found]))]
 
 
 _NONE = np.empty(0, dtype=np.int64)

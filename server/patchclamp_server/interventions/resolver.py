@@ -8,6 +8,7 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.activation_rows import StoredActivations
 from patchclamp_server.artifacts.slices import TensorSlices
+from patchclamp_server.artifacts.probes import Probe, stored_probe
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.interventions.program import StoredThreshold, Vector
@@ -124,6 +125,17 @@ class Resolver:
                 row = (row.double() / norm).float()
             bound[layer] = (row.contiguous(),)
         return bound
+
+    def probe(self, ref: str, path: str) -> Probe:
+        """Returns a probe of this model, by id or tag."""
+        artifact = self.artifact(ref, ArtifactKind.PROBE, path)
+        with about(path):
+            probe = stored_probe(artifact)
+        width = probe.weights[probe.layers[0]].shape[1]
+        if self.info.sites.get(probe.site) != width or probe.layers[-1] >= self.info.n_layers:
+            where = f"width {width} at {probe.site.value} of layer {probe.layers[-1]}"
+            raise FailedPrecondition(path, f"{ref} is of {where}, which {self.info.name} has not")
+        return probe
 
     def stored_threshold(self, wanted: StoredThreshold, vector: Vector, site: Site, layer: int, path: str) -> float:
         """Returns the threshold that a vector artifact carries for a condition at this site and layer.

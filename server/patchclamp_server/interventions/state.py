@@ -153,7 +153,7 @@ class ProgramState:
         for i, (edit, (rows, total), cached) in enumerate(counted):
             change = total / rows if rows else 0.0
             gated = int(rows) if edit.gate is not None else 0
-            threshold = None if edit.gate is None else edit.gate.threshold
+            threshold = None if edit.gate is None else edit.gate.shown_threshold
             edits.append(EditReceipt(edit.name, int(rows), change, gated, cached, threshold))
             if change > MOST_CHANGE:
                 warnings.append(_strong_edit(i, edit.name, change))

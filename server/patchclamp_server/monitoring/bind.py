@@ -7,6 +7,7 @@ direction at several layers, "<name>/L<layer>F<feature>" and "<name>/L<layer>H<h
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from patchclamp_server.artifacts.head_sets import select
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from patchclamp_server.interventions.kinds.probes import DEFAULT_THRESHOLD, single_score
 from patchclamp_server.interventions.resolver import Resolver, check_finite, check_indices
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import NEURON_SITES, Site
@@ -23,6 +25,7 @@ from patchclamp_server.monitoring.items import (
     WatchedFeatures,
     WatchedHeads,
     WatchedNeurons,
+    WatchedProbe,
     WatchItem,
 )
 from patchclamp_server.monitoring.watch import NEURON_KIND_OF, VECTOR_SITES, ItemKind, Watch
@@ -30,6 +33,8 @@ from patchclamp_server.monitoring.watch import NEURON_KIND_OF, VECTOR_SITES, Ite
 MAX_NAME_CHARACTERS = 128
 # An item fires above this quantile of its own values unless the client says otherwise.
 DEFAULT_QUANTILE = 0.99
+# The threshold, and no quantile, of kinds whose values have a point of their own.
+_DEFAULT_THRESHOLDS = {ItemKind.FEATURE: (0.0, 0.0), ItemKind.PROBABILITY: (DEFAULT_THRESHOLD, 0.0)}
 
 
 class _Found(NamedTuple):
@@ -60,8 +65,8 @@ def bind_watch(
         path = f"items[{i}]"
         if not 1 <= len(item.name) <= MAX_NAME_CHARACTERS:
             raise InvalidArgument(f"{path}.name", f"expected 1 to {MAX_NAME_CHARACTERS} characters")
-        threshold, quantile = _threshold(item, path)
         own = binder.find(item, path)
+        threshold, quantile = _threshold(item, own[0].kind, path)
         if len(found) + len(own) > max_items:
             raise ResourceExhausted("items", f"more than {max_items} items, which is what this server watches in all")
         for one in own:
@@ -89,7 +94,7 @@ def bind_watch(
     )
 
 
-def _threshold(item: WatchItem, path: str) -> tuple[float, float]:
+def _threshold(item: WatchItem, kind: ItemKind, path: str) -> tuple[float, float]:
     """Returns threshold and quantile, of which one is 0."""
     if item.quantile is not None:
         if item.threshold is not None:
@@ -98,7 +103,7 @@ def _threshold(item: WatchItem, path: str) -> tuple[float, float]:
             raise InvalidArgument(f"{path}.threshold_quantile", f"must be above 0 and below 1, got {item.quantile}")
         return 0.0, item.quantile
     if item.threshold is None:
-        return 0.0, 0.0 if isinstance(item.source, WatchedFeatures) else DEFAULT_QUANTILE
+        return _DEFAULT_THRESHOLDS.get(kind, (0.0, DEFAULT_QUANTILE))
     check_finite(item.threshold, f"{path}.threshold")
     return item.threshold, 0.0
 
@@ -119,6 +124,8 @@ class _Binder:
                 return self.features(item.source, f"{path}.features")
             case WatchedHeads():
                 return self.heads(item.source, f"{path}.heads")
+            case WatchedProbe():
+                return self.probe(item.source, f"{path}.probe.probe")
 
     def neurons(self, source: WatchedNeurons, path: str) -> list[_Found]:
         chosen: list[tuple[int, Sequence[int]]] = [(source.layer, source.neurons)]
@@ -174,6 +181,18 @@ class _Binder:
             _Found(f"L{source.layer}F{i}", ItemKind.FEATURE, source.layer, 0, site, row.contiguous(), bias[i], jump[i])
             for i, row in enumerate(encoder)
         ]
+
+    def probe(self, source: WatchedProbe, path: str) -> list[_Found]:
+        probe = self.resolver.probe(source.probe, path)
+        if probe.site not in VECTOR_SITES:
+            expected = ", ".join(s.value for s in VECTOR_SITES)
+            message = f"{source.probe} reads {probe.site.value}; probes are watched at sites of the residual width: "
+            raise FailedPrecondition(path, f"{message}{expected}. A readout, a gate and abort_when read this one")
+        score = single_score(probe, source.probe, path)
+        [layer] = probe.layers
+        kind = ItemKind.NUMBER if score.is_number else ItemKind.PROBABILITY
+        vector = torch.from_numpy(score.directions[layer].astype(np.float32))
+        return [_Found(f"L{layer}", kind, layer, site=probe.site, vector=vector, bias=score.bias)]
 
     def encoder(self, given: Encoder, path: str) -> Tensor:
         """Returns the encoder as [k, d_model]."""

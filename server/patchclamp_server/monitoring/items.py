@@ -60,12 +60,19 @@ class WatchedHeads:
     include_sink: bool = False
 
 
+@dataclass(frozen=True)
+class WatchedProbe:
+    """Names a probe artifact, whose site and layer are its own."""
+
+    probe: str
+
+
 @dataclass(frozen=True, eq=False)
 class WatchItem:
     """The item fires above `threshold`, or above a `quantile` of its own values. With neither, it fires above 0 for
-    features and above the 0.99 quantile otherwise."""
+    features, above 0.5 for probabilities, and above the 0.99 quantile otherwise."""
 
     name: str
-    source: WatchedNeurons | WatchedDirection | WatchedFeatures | WatchedHeads
+    source: WatchedNeurons | WatchedDirection | WatchedFeatures | WatchedHeads | WatchedProbe
     threshold: float | None = None
     quantile: float | None = None

@@ -19,7 +19,7 @@ from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.sites import NEURON_SITES, PREACTIVATION_SITES, Site, place_number
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.monitoring.arrays import Ints
-from patchclamp_server.monitoring.looks import Gathered, Looks, Projected, looks_at
+from patchclamp_server.monitoring.looks import LOGISTIC, Gathered, Looks, Projected, looks_at
 from patchclamp_server.monitoring.ring import Columns, Ring
 from patchclamp_server.monitoring.watch import HEAD_KINDS, NEURON_KINDS, ItemKind, Watch
 from patchclamp_server.sparsity.apply import Forced
@@ -103,7 +103,7 @@ def layout_of(watches: Sequence[Watch], spec: DecoderSpec, device: torch.device,
             looked.append(Gathered(units[items], spec.sites[site]))
         else:
             rows = [torch.from_numpy(units[items][owner[items] == i]) for i in range(len(watches))]
-            looked.append(_projected(watches, rows, torch.from_numpy(kinds[items] == ItemKind.FEATURE)))
+            looked.append(_projected(watches, rows, torch.from_numpy(kinds[items])))
     norms = {place: len(owner) + i for i, place in enumerate(p for p, _ in ordered if isinstance(p[0], Site))}
     ring = Ring(len(owner) + len(norms), device, compiled=compiled)
     columns = [
@@ -129,13 +129,14 @@ def _places(watch: Watch) -> Iterator[tuple[Site | ItemKind, int]]:
         yield (ItemKind(kind), layer) if place < 0 else watch.places[place]
 
 
-def _projected(watches: Sequence[Watch], rows: Sequence[Tensor], feature: Tensor) -> Projected:
-    """Joins the vectors of one place; `rows` are those of each watch."""
+def _projected(watches: Sequence[Watch], rows: Sequence[Tensor], kinds: Tensor) -> Projected:
+    """Joins the vectors of one place; `rows` are those of each watch, `kinds` those of all items."""
     own = [(watch, some) for watch, some in zip(watches, rows, strict=True) if len(some)]
     vectors, bias, jump = (
         torch.cat([getattr(watch, name)[some] for watch, some in own]) for name in ("vectors", "bias", "jump")
     )
-    return Projected(vectors, bias, torch.where(feature, jump.clamp_min(0.0), torch.nan))
+    cut = torch.where(kinds == ItemKind.FEATURE, jump.clamp_min(0.0), torch.nan)
+    return Projected(vectors, bias, torch.where(kinds == ItemKind.PROBABILITY, LOGISTIC, cut))
 
 
 def forced_by_watches(watches: Sequence[Watch]) -> Forced:

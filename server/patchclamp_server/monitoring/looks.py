@@ -1,6 +1,7 @@
 """A look reads the activations of a place and writes the values of its items into the ring.
 
-    neurons, heads: x[u]        directions: p = x · v + bias        features: p if p > max(0, jump) else 0
+    neurons, heads: x[u]        directions, numbers of probes: p = x · v + bias
+    features: p if p > max(0, jump) else 0        probabilities of probes: 1 / (1 + exp(-p))
     of each place but those of heads, ‖x‖ too, which tells outliers (outliers.py)
 
 On a CPU one native call does a place, found by its number in one table. The arithmetic costs little there: the weights
@@ -11,6 +12,7 @@ again. So no object belongs to one place alone.
 # What numba compiles has no types for mypy.
 # mypy: disable-error-code="no-untyped-call, no-untyped-def"
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -27,6 +29,8 @@ from torch import Tensor
 from patchclamp_server.monitoring.arrays import Ints
 from patchclamp_server.monitoring.ring import Ring, Rows
 
+# The cut of a probability, which stands for the logistic function: no projection is below it.
+LOGISTIC = -torch.inf
 # A plain loop projects up to so many rows sooner than torch, whose call alone takes 5 us.
 _FEW_ROWS = 8
 
@@ -45,7 +49,8 @@ class Gathered:
 
 @dataclass(frozen=True, eq=False)
 class Projected:
-    """Computes p = x · v + bias, and 0 where p is at most `cut`: max(0, jump) for features. A NaN cuts nothing."""
+    """Computes p = x · v + bias, and 0 where p is at most `cut`: max(0, jump) for features. A NaN cuts nothing, and
+    LOGISTIC makes a probability of p."""
 
     vectors: Tensor  # [k, width] float32
     bias: Tensor  # [k]
@@ -65,7 +70,7 @@ class Projected:
     def of(self, x: Tensor) -> Tensor:
         """Returns p [n, k] of x [n, width] float32."""
         p = torch.addmm(self.bias, x, self.vectors.t())
-        return torch.where(p <= self.cut, 0.0, p)
+        return torch.where(self.cut == LOGISTIC, torch.sigmoid(p), torch.where(p <= self.cut, 0.0, p))
 
     def on(self, device: torch.device) -> "Projected":
         return Projected(*(t.to(device).contiguous() for t in (self.vectors, self.bias, self.cut)))
@@ -240,7 +245,10 @@ def _look_at(x_at, number, state_at):
                 for d in range(width):
                     p += vectors[vector + d] * x[own + d]
                 p += vectors[vector + width]
-                if p <= vectors[vector + width + 1]:
+                cut = vectors[vector + width + 1]
+                if cut == -np.inf:
+                    p = np.float32(1.0 / (1.0 + math.exp(-p)))
+                elif p <= cut:
                     p = np.float32(0)
                 values[into + j] = p
         if norm >= 0:

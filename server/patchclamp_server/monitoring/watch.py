@@ -1,8 +1,9 @@
-"""A watch is W items of four kinds as plain numbers, so that it can be an artifact.
+"""A watch is W items of five kinds as plain numbers, so that it can be an artifact.
 
     neuron     a                            the activation at mlp_post, or what it is made of, at mlp_gate or mlp_up
     direction  h · v, |v| = 1               at a site of the residual width
     feature    max(0, h · w + b), and 0 where that is not above the feature's jump
+    probe      1 / (1 + exp(-(h · w + b))), the probability of its target, or h · w + b, its number
     head       the largest attention probability, off the sink: keys at position 0 are left out, and the
                probabilities of the others remain those of the whole softmax; or, where asked for, of all keys
 
@@ -49,9 +50,12 @@ class ItemKind(IntEnum):
     HEAD_OFF_SINK = 4
     GATE_OF_NEURON = 5
     UP_OF_NEURON = 6
+    PROBABILITY = 7
+    NUMBER = 8
 
 
 HEAD_KINDS = (ItemKind.HEAD, ItemKind.HEAD_OFF_SINK)
+VECTOR_KINDS = (ItemKind.DIRECTION, ItemKind.FEATURE, ItemKind.PROBABILITY, ItemKind.NUMBER)
 # Kinds of neurons by the site that they are watched at.
 NEURON_KIND_OF = {
     Site.MLP_POST: ItemKind.NEURON,
@@ -60,9 +64,9 @@ NEURON_KIND_OF = {
 }
 NEURON_KINDS = {kind: site for site, kind in NEURON_KIND_OF.items()}
 # Users know the kinds by these names; _NAME_OF_KIND says which kind has which.
-KIND_NAMES = ("neuron", "direction", "feature", "head")
+KIND_NAMES = ("neuron", "direction", "feature", "head", "probe")
 # Of each ItemKind, the place of its name in KIND_NAMES.
-_NAME_OF_KIND = np.array([0, 1, 2, 3, 3, 0, 0], dtype=np.int64)
+_NAME_OF_KIND = np.array([0, 1, 2, 3, 3, 0, 0, 4, 4], dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,7 @@ class Watch:
     vectors: Tensor  # float32 [D, d_model]
     sites: tuple[Site, ...]  # [D]
     bias: Tensor  # float32 [D], 0 for directions
-    jump: Tensor  # float32 [D], 0 for directions
+    jump: Tensor  # float32 [D], 0 for all but features
     # float64 [W]: the quantile that an item's threshold is, 0 where it is a number. Empty where all are numbers.
     quantiles: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -154,7 +158,7 @@ class Watch:
         kinds, units = numbers["kinds"], numbers["units"]
         if int(kinds.min()) < 0 or int(kinds.max()) >= len(ItemKind) or int(units.min()) < 0:
             raise InvalidArgument("", f"kinds are 0 to {len(ItemKind) - 1}, and no unit is negative")
-        with_vector = (kinds == ItemKind.DIRECTION) | (kinds == ItemKind.FEATURE)
+        with_vector = torch.isin(kinds, torch.tensor(list(VECTOR_KINDS)))
         if int(numbers["layers"].min()) < 0 or bool((units[with_vector] >= len(sites)).any()):
             raise InvalidArgument("", "an item names a layer or a vector that there is not")
         return cls(tuple(names), kinds, numbers["layers"], units, thresholds, vectors,

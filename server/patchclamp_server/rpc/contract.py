@@ -11,6 +11,7 @@ from patchclamp.v1 import (
     model_pb2,
     monitoring_pb2,
     neuron_pb2,
+    probe_pb2,
     sparsity_pb2,
     steering_pb2,
 )
@@ -24,6 +25,7 @@ SERVICES: tuple[str, ...] = tuple(
         head_pb2,
         neuron_pb2,
         activation_pb2,
+        probe_pb2,
         monitoring_pb2,
         artifact_pb2,
         model_pb2,

@@ -13,6 +13,7 @@ from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
 from patchclamp.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from patchclamp.v1.monitoring_pb2_grpc import add_MonitoringServiceServicer_to_server
 from patchclamp.v1.neuron_pb2_grpc import add_NeuronServiceServicer_to_server
+from patchclamp.v1.probe_pb2_grpc import add_ProbeServiceServicer_to_server
 from patchclamp.v1.sparsity_pb2_grpc import add_SparsityServiceServicer_to_server
 from patchclamp.v1.steering_pb2_grpc import add_SteeringServiceServicer_to_server
 from patchclamp_server.analysis.exclusive import ExclusiveJobs
@@ -32,6 +33,7 @@ from patchclamp_server.rpc.services.job import JobService
 from patchclamp_server.rpc.services.model import ModelService
 from patchclamp_server.rpc.services.monitoring import MonitoringService
 from patchclamp_server.rpc.services.neuron import NeuronService
+from patchclamp_server.rpc.services.probe import ProbeService
 from patchclamp_server.rpc.services.sparsity import SparsityService
 from patchclamp_server.rpc.services.steering import SteeringService
 from patchclamp_server.sparsity.binder import Binder
@@ -62,6 +64,7 @@ class Servicers:
         self._steering, self._heads = SteeringService(jobs), HeadService(jobs)
         self._neurons = NeuronService(jobs, dict(config.match_models))
         self._activations = ActivationService(jobs)
+        self._probes = ProbeService(jobs)
         self._sparsity = SparsityService(jobs, binder)
 
     def add_to(self, server: grpc.aio.Server, calls: CallInterceptor) -> None:
@@ -74,6 +77,7 @@ class Servicers:
         add_HeadServiceServicer_to_server(self._heads, server)
         add_NeuronServiceServicer_to_server(self._neurons, server)
         add_ActivationServiceServicer_to_server(self._activations, server)
+        add_ProbeServiceServicer_to_server(self._probes, server)
         add_MonitoringServiceServicer_to_server(self.monitoring, server)
         with_jobs: dict[str, Any] = {
             "patchclamp.v1.SteeringService": self._steering,
@@ -81,6 +85,7 @@ class Servicers:
             "patchclamp.v1.HeadService": self._heads,
             "patchclamp.v1.NeuronService": self._neurons,
             "patchclamp.v1.ActivationService": self._activations,
+            "patchclamp.v1.ProbeService": self._probes,
             "patchclamp.v1.MonitoringService": self.monitoring,
         }
         add_JobServiceServicer_to_server(JobService(self.detached, with_jobs, calls), server)

@@ -16,6 +16,7 @@ from patchclamp.cli import (
     jobs,
     models,
     neurons,
+    probes,
     score,
     serving,
     sparsity,
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     heads.add_parser(commands)
     neurons.add_parser(commands)
     activations.add_parser(commands)
+    probes.add_parser(commands)
     watch.add_parser(commands)
     jobs.add_parser(commands)
     tokens.add_parsers(commands)

@@ -8,7 +8,7 @@ Program([
 ])
 """
 
-from patchclamp.programs.conditions import abort_when, when
+from patchclamp.programs.conditions import abort_when, abort_when_probe, when, when_probe
 from patchclamp.programs.edits import (
     EditOptions,
     NeuronEditOptions,
@@ -38,6 +38,7 @@ from patchclamp.programs.readouts import (
     read_heads,
     read_logit_lens,
     read_neurons,
+    read_probe,
     read_projection,
     read_top_neurons,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "VectorLike",
     "ablate_heads",
     "abort_when",
+    "abort_when_probe",
     "add",
     "add_neurons",
     "affine",
@@ -75,6 +77,7 @@ __all__ = [
     "read_heads",
     "read_logit_lens",
     "read_neurons",
+    "read_probe",
     "read_projection",
     "read_top_neurons",
     "replace",
@@ -88,4 +91,5 @@ __all__ = [
     "uniform_heads",
     "vector",
     "when",
+    "when_probe",
 ]

@@ -52,6 +52,45 @@ def abort_when(
     return build(pb.AbortCondition, name=name, condition=condition)
 
 
+def when_probe(
+    probe: str,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    latched: bool = False,
+    scope: ScopeLike | None = None,
+) -> pb.Gate:
+    """Returns a gate of an edit, which is open where the probability of a stored probe is above or below a number; of a
+    probe of numbers, where its number is. By default it is a probability above 0.5.
+
+    The probe has one layer, which must come before the edit in the forward pass, and two labels or a number. A gate
+    sees single tokens, also where the probe was trained on pooled states. latched: also open at every later token.
+    """
+    return build(pb.Gate, condition=_probability(probe, above, below, scope), latched=latched)
+
+
+def abort_when_probe(
+    probe: str,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    scope: ScopeLike | None = None,
+    name: str = "",
+) -> pb.AbortCondition:
+    """Ends the stream with ABORTED as soon as the condition holds, which is given as in when_probe()."""
+    return build(pb.AbortCondition, name=name, condition=_probability(probe, above, below, scope))
+
+
+def _probability(probe: str, above: float | None, below: float | None, scope: ScopeLike | None) -> pb.Condition:
+    if above is not None and below is not None:
+        raise ValueError("give one of above and below")
+    threshold, given = (below, "below") if above is None and below is not None else (above, "above")
+    comparison = pb.COMPARISON_BELOW if given == "below" else pb.COMPARISON_ABOVE
+    condition = build(pb.Condition, probe=probe, comparison=comparison, scope=scope_message(scope))
+    condition.MergeFrom(build_as({"threshold": given}, pb.Condition, threshold=threshold))
+    return condition
+
+
 def _condition(
     direction: VectorLike,
     layer: int,

@@ -78,6 +78,16 @@ def read_logit_lens(k: int, *, site: SiteName = "resid_post", **options: Unpack[
     return _readout(pb.Readout(logit_lens=build(pb.LogitLensReadout, k=k)), site, **options)
 
 
+def read_probe(probe: str, *, all_classes: bool = False, scope: ScopeLike | None = None, name: str = "") -> pb.Readout:
+    """Reads the probability of a stored probe, of one of numbers its number, where the probe is: at its last layer.
+
+    all_classes: that of each label, in their order. The values are of single tokens, also where the probe was trained
+    on pooled states: a figure for a text is their mean.
+    """
+    kind = build(pb.ProbeReadout, probe=probe, all_classes=all_classes)
+    return build(pb.Readout, probe=kind, scope=scope_message(scope), name=name)
+
+
 @takes_options_of(_readout)
 def read_heads(heads: Iterable[int] = (), **options: Unpack[ReadoutOptions]) -> pb.Readout:
     """Reads which position each head (by default all) attends to most, as `ids`, and its probability, as `values`."""

@@ -72,6 +72,7 @@ from patchclamp.requests.neurons import (
     match_neurons,
 )
 from patchclamp.requests.patching import PatchActivationsOptions, patch_activations
+from patchclamp.requests.probes import ProbeOptions, train_probe
 from patchclamp.requests.sparsity import (
     CalibrateOptions,
     EvaluateOptions,
@@ -103,6 +104,7 @@ __all__ = [
     "MatchNeuronsOptions",
     "Messages",
     "PatchActivationsOptions",
+    "ProbeOptions",
     "PromptLike",
     "PromptOptions",
     "ReadActivationsOptions",
@@ -154,6 +156,7 @@ __all__ = [
     "stop_session",
     "tag_artifact",
     "tokenize",
+    "train_probe",
     "upload",
     "watch_activations",
 ]

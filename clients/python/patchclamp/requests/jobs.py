@@ -8,7 +8,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from patchclamp.fields import build_as, shown
-from patchclamp.v1 import activation_pb2, head_pb2, job_pb2, monitoring_pb2, neuron_pb2, sparsity_pb2, steering_pb2
+from patchclamp.v1 import activation_pb2, head_pb2, job_pb2, monitoring_pb2, neuron_pb2, probe_pb2, sparsity_pb2, steering_pb2
 
 JobRequest = (
     steering_pb2.ExtractVectorsRequest
@@ -29,6 +29,7 @@ JobRequest = (
     | activation_pb2.ReadActivationsRequest
     | steering_pb2.CalibrateVectorRequest
     | steering_pb2.DetectConceptRequest
+    | probe_pb2.TrainProbeRequest
 )
 
 # By the type of the request that they hold.

@@ -138,6 +138,7 @@ from patchclamp.results.patching import (
     PatchEvent,
     PatchGrid,
 )
+from patchclamp.results.probes import ProbeLayer, ProbeReport, ReliabilityBin, TrainedProbe
 from patchclamp.results.receipts import (
     EditReceipt,
     ReadoutValue,
@@ -253,6 +254,8 @@ __all__ = [
     "PatchEvent",
     "PatchGrid",
     "PositionalNeuron",
+    "ProbeLayer",
+    "ProbeReport",
     "Progress",
     "QualityCard",
     "Quantile",
@@ -281,6 +284,7 @@ __all__ = [
     "TokenLogprob",
     "TokenProjections",
     "Tokenization",
+    "TrainedProbe",
     "Usage",
     "WatchStatistics",
     "score_matrix",

@@ -37,6 +37,7 @@ from patchclamp.results.neurons import (
     NeuronEditEffect,
     NeuronEditPoint,
 )
+from patchclamp.results.probes import TrainedProbe
 from patchclamp.results.sparsity import CalibratedProfile, EvaluationCollector, SparsityEvaluation
 from patchclamp.v1 import job_pb2
 
@@ -82,6 +83,7 @@ JobEvent = (
     | DosePoint
     | DetectedText
     | JobResult
+    | TrainedProbe
 )
 
 # By the field of FollowJobResponse that holds what the method streams.
@@ -104,6 +106,7 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
     "match_neurons": lambda: JobCollector(MatchedNeurons.from_proto),
     "calibrate_vector": CalibrationCollector,
     "detect_concept": ConceptDetectionCollector,
+    "train_probe": lambda: JobCollector(TrainedProbe.from_proto),
 }
 
 

@@ -55,9 +55,10 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     together, by rising position.
     """
     ARTIFACT_KIND_PROBE: _ArtifactKind.ValueType  # 9
-    """A probe: tensors "layer.<l>.weight" [classes, width], "bias" [classes], "mean" and "scale" where inputs are standardised, and
-    "calibration" [2], slope and intercept of the log-odds; of prototypes "layer.<l>.centres" [classes, width] and "temperature".
-    Method, site, layers, labels and target are in `provenance`.
+    """A probe: tensors "layer.<l>.weight" [classes, width] and "bias" [classes], of ridge with one row; or of prototypes
+    "layer.<l>.centres" [classes, width] and "temperature" [1]; "layer.<l>.mean" and "layer.<l>.scale" [width] where inputs are
+    standardised, x = (h - mean) / scale; and optionally "calibration" [2], slope and intercept of the target's log-odds. In
+    `provenance`: method (logistic, ridge, prototype) and site, and but of ridge `labels` and `target`, one of them.
     """
     ARTIFACT_KIND_AUTOENCODER: _ArtifactKind.ValueType  # 10
     """A sparse autoencoder or transcoder of one site and layer: "encoder" [width, features], "encoder_bias" [features], "decoder"
@@ -102,9 +103,10 @@ row, and optionally "label" [rows], indices into the names in `provenance.labels
 together, by rising position.
 """
 ARTIFACT_KIND_PROBE: ArtifactKind.ValueType  # 9
-"""A probe: tensors "layer.<l>.weight" [classes, width], "bias" [classes], "mean" and "scale" where inputs are standardised, and
-"calibration" [2], slope and intercept of the log-odds; of prototypes "layer.<l>.centres" [classes, width] and "temperature".
-Method, site, layers, labels and target are in `provenance`.
+"""A probe: tensors "layer.<l>.weight" [classes, width] and "bias" [classes], of ridge with one row; or of prototypes
+"layer.<l>.centres" [classes, width] and "temperature" [1]; "layer.<l>.mean" and "layer.<l>.scale" [width] where inputs are
+standardised, x = (h - mean) / scale; and optionally "calibration" [2], slope and intercept of the target's log-odds. In
+`provenance`: method (logistic, ridge, prototype) and site, and but of ridge `labels` and `target`, one of them.
 """
 ARTIFACT_KIND_AUTOENCODER: ArtifactKind.ValueType  # 10
 """A sparse autoencoder or transcoder of one site and layer: "encoder" [width, features], "encoder_bias" [features], "decoder"

@@ -118,7 +118,7 @@ class WatchItem(_message.Message):
     threshold_quantile: _builtins.float
     """Instead of a number a quantile of the item's own values, above 0 and below 1: of the reference that the watch is
     started with, else of the first tokens that it sees. Default, without a threshold: 0.99, but for features, which fire
-    when they are above 0.
+    when they are above 0, and probabilities of probes, which fire above 0.5.
     """
     @_builtins.property
     def neurons(self) -> Global___WatchedNeurons: ...
@@ -293,7 +293,9 @@ Global___WatchedFeatures: _TypeAlias = WatchedFeatures  # noqa: Y015
 
 @_typing.final
 class WatchedProbe(_message.Message):
-    """Value: the probability of the target of a probe artifact; of ridge its number."""
+    """Value: the probability of the target of a probe artifact; of ridge its number. The probe is of a site of the residual width, one
+    layer, and two labels or a number: FAILED_PRECONDITION otherwise.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

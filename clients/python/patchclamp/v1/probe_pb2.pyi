@@ -34,7 +34,7 @@ class _ProbeMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ProbeMeth
     PROBE_METHOD_LOGISTIC: _ProbeMethod.ValueType  # 1
     """Logistic regression with an L2 penalty: p = softmax(W x + b). The default."""
     PROBE_METHOD_RIDGE: _ProbeMethod.ValueType  # 2
-    """Ridge regression onto the numbers of the texts."""
+    """Ridge regression onto the numbers of the texts: W x + b."""
     PROBE_METHOD_PROTOTYPE: _ProbeMethod.ValueType  # 3
     """Class means m_k: p_k proportional to exp(-|x - m_k|^2 / temperature)."""
 
@@ -44,7 +44,7 @@ PROBE_METHOD_UNSPECIFIED: ProbeMethod.ValueType  # 0
 PROBE_METHOD_LOGISTIC: ProbeMethod.ValueType  # 1
 """Logistic regression with an L2 penalty: p = softmax(W x + b). The default."""
 PROBE_METHOD_RIDGE: ProbeMethod.ValueType  # 2
-"""Ridge regression onto the numbers of the texts."""
+"""Ridge regression onto the numbers of the texts: W x + b."""
 PROBE_METHOD_PROTOTYPE: ProbeMethod.ValueType  # 3
 """Class means m_k: p_k proportional to exp(-|x - m_k|^2 / temperature)."""
 Global___ProbeMethod: _TypeAlias = ProbeMethod  # noqa: Y015
@@ -70,29 +70,38 @@ class TrainProbeRequest(_message.Message):
     model: _builtins.str
     method: Global___ProbeMethod.ValueType
     target: _builtins.str
-    """The label whose probability is served by default. Default: the first."""
+    """The label whose probability is served, and calibrated. Default: the first. None for ridge."""
     site: _program_pb2.Site.ValueType
-    """Default: resid_post."""
+    """Any site. Default: resid_post."""
     pooling: _steering_pb2.TokenPooling.ValueType
+    """Default: the last token. A probe of pooled states is served at single tokens: a mean is another thing than those."""
     penalty: _builtins.float
-    """Strength of the penalty. Default: chosen by cross-validation on the training texts."""
+    """Strength of the penalty, above 0, of standardised activations: logistic minimises the sum of -log p plus penalty / 2 |W|^2
+    (of two classes |w|^2 of their difference), ridge the sum of squared errors plus penalty |W|^2, as scikit-learn with
+    C = 1 / penalty and alpha = penalty. Default: chosen by cross-validation on the training texts, as the temperature of
+    prototypes always is.
+    """
     holdout_fraction: _builtins.float
-    """Share of the texts of each label kept out: half of it for the calibration, half for the report. Default 0.4."""
+    """Share of the texts of each label kept out, between 0 and 1: half of it for the calibration, half for the report. Default 0.4."""
     seed: _builtins.int
     description: _builtins.str
     replace_tags: _builtins.bool
     """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
     @_builtins.property
     def texts(self) -> _neuron_pb2.TextSource:
-        """Texts by label; a binary probe has two labels. For ridge the labels are numbers."""
+        """Texts by label, each with at least 5; a binary probe has two labels. For ridge the labels are numbers, of at least 10 texts.
+        A window of a longer text is a text of its own, and all windows of a text are trained on or kept out together.
+        """
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One or several, whose activations stand side by side. Default: the layer with the best held-out score."""
+        """One or several, whose activations stand side by side. Default: the layer with the best score on the texts that
+        calibrate, each tried alone.
+        """
 
     @_builtins.property
     def scope(self) -> _program_pb2.Scope:
-        """Tokens that are pooled. Default: every token."""
+        """Tokens that are pooled, of each window; without roles. Default: every token."""
 
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -168,14 +177,16 @@ class TrainedProbe(_message.Message):
     @_builtins.property
     def artifact(self) -> _artifact_pb2.Artifact: ...
     @_builtins.property
-    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In the order of the readout's classes; none of ridge."""
+
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def report(self) -> Global___ProbeReport: ...
     @_builtins.property
     def by_layer(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbeLayer]:
-        """Held-out accuracy, or R^2, of a probe on each layer alone, where the layer was chosen."""
+        """Accuracy, or R^2, of a probe on each layer alone, where the layer was chosen: on the texts that calibrate."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -239,23 +250,28 @@ class ProbeReport(_message.Message):
     VARIANCE_SHARE_FIELD_NUMBER: _builtins.int
     texts: _builtins.int
     accuracy: _builtins.float
-    """Of a classifier; the base rate always says the most frequent label, or its share as a probability."""
+    """Of a classifier. The base rate always says the label that is most frequent in training."""
     base_rate: _builtins.float
     brier: _builtins.float
-    """Mean squared error of the probability of the target, after calibration and before it, and that of its base rate."""
+    """Mean squared error of the probability of the target, after calibration and before it, and that of saying its share in
+    training.
+    """
     brier_uncalibrated: _builtins.float
     brier_base_rate: _builtins.float
     auroc: _builtins.float
+    """Of the target's probability, the target against all other labels."""
     r_squared: _builtins.float
     """Of ridge."""
     code_length_ratio: _builtins.float
-    """Bits a text by online coding, over those of the uniform code: 1 where nothing is learnt."""
+    """Of a classifier: bits a training text by online coding, over those of the uniform code: 1 where nothing is learnt."""
     selectivity: _builtins.float
-    """Accuracy, or R^2, less that of the same probe on labels that were drawn anew for each text."""
+    """Accuracy, or R^2, less the mean of that of the same probe on labels that were dealt anew to the texts, five times."""
     variance_share: _builtins.float
-    """Share of the variance of the activations that the labels account for."""
+    """Share of the variance of the activations of these texts that the labels account for, over all coordinates."""
     @_builtins.property
-    def reliability(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.ReliabilityBin]: ...
+    def reliability(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.ReliabilityBin]:
+        """Of ten bins of equal width those that have texts."""
+
     def __init__(
         self,
         *,

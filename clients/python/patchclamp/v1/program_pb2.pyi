@@ -1036,8 +1036,10 @@ class Condition(_message.Message):
     carries none.
     """
     probe: _builtins.str
-    """Instead of vector: what is compared is the probability of a probe artifact, whose site and last layer are those of the
-    condition. Default threshold 0.5.
+    """Instead of vector: what is compared is the probability of the target of a probe artifact, of ridge its number. Site and
+    layer are those of the probe, and need not be given. Default threshold 0.5, of ridge 0. The probe has one layer, and two
+    labels or a number: FAILED_PRECONDITION otherwise. It was trained on pooled states where it was trained so, and a condition
+    sees single tokens.
     """
     @_builtins.property
     def vector(self) -> Global___Vector: ...
@@ -1288,7 +1290,10 @@ Global___FeatureReadout: _TypeAlias = FeatureReadout  # noqa: Y015
 
 @_typing.final
 class ProbeReadout(_message.Message):
-    """In a ReadoutValue `values` are the probability of the target, or for all classes those of each; of ridge the number."""
+    """In a ReadoutValue `values` are the probability of the target, or for all classes those of each in the order of the labels; of
+    ridge the number. They belong to single tokens, also of a probe that was trained on pooled states: its calibration is of
+    those. Average them over the tokens for a figure of a text.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1542,7 +1547,9 @@ class EditReceipt(_message.Message):
     rows_from_cache: _builtins.int
     """(token, layer) pairs that were edited in an earlier request and reused from the prefix cache."""
     gate_threshold: _builtins.float
-    """With a gate: the threshold it compared with, on the scale h . v / |v| (or a cosine); a stored one as it was resolved."""
+    """With a gate: the threshold it compared with, on the scale h . v / |v| (or a cosine), of a probe the probability; a stored one
+    as it was resolved.
+    """
     def __init__(
         self,
         *,

@@ -15,6 +15,7 @@ from patchclamp_server.interventions.kinds import (
     low_rank,
     neurons,
     patch,
+    probes,
     project,
     rankings,
     readings,
@@ -38,7 +39,7 @@ EDITS: tuple[EditSpec, ...] = (
     *affine.EDITS,
     *patch.EDITS,
 )
-READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *activations.READOUTS, *heads.READOUTS)
+READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *activations.READOUTS, *heads.READOUTS, *probes.READOUTS)
 _TABLES = (
     add.ADD,
     project.PROJECT,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.bound import Joint
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
 from patchclamp_server.interventions.program import EditKind, ReadoutKind
 from patchclamp_server.interventions.resolver import Resolver
@@ -75,6 +76,7 @@ class ReadoutNumbers:
     ids: tuple[int, ...] = ()
     k: int = 0
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    joint: Joint | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,3 +91,5 @@ class ReadoutSpec:
     builders: tuple[str, ...]
     table: ReadoutTable | None
     ids_are_tokens: bool = False
+    # Returns the site and layers of a kind that has its own, given the path of the kind: a message need not say them.
+    place: Callable[[Any, Resolver, str], tuple[Site, tuple[int, ...]]] | None = None

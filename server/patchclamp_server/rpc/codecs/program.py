@@ -37,6 +37,7 @@ from patchclamp_server.interventions.program import (
     Scope,
     StoredThreshold,
     TokenSelector,
+    Vector,
 )
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
@@ -132,16 +133,29 @@ def _condition(proto: pb.Condition, field: str) -> Condition:
         if proto.threshold:
             message = "threshold is given as well; expected one of threshold, stored_threshold"
             raise InvalidArgument(where, message)
+    if proto.probe:
+        _check_probe_condition(proto, field)
     return Condition(
-        site=decode_site(proto.site, f"{field}.site"),
+        site=None if proto.probe and not proto.site else decode_site(proto.site, f"{field}.site"),
         layer=proto.layer,
-        vector=vector_in(proto, field),
+        vector=Vector() if proto.probe else vector_in(proto, field),
         comparison=known(proto.comparison, COMPARISONS, f"{field}.comparison", pb.Comparison.keys()[1:]),
         threshold=finite(proto.threshold, f"{field}.threshold"),
         cosine=proto.cosine,
         scope=decode_scope(proto.scope, f"{field}.scope"),
         stored_threshold=stored,
+        probe=proto.probe,
     )
+
+
+def _check_probe_condition(proto: pb.Condition, field: str) -> None:
+    for name in ("vector", "feature"):
+        if proto.HasField(name):
+            raise InvalidArgument(f"{field}.{name}", "a probe is given as well; expected one of vector, probe, feature")
+    if proto.stored_threshold:
+        raise InvalidArgument(f"{field}.stored_threshold", "is for a vector; expected a threshold for a probe")
+    if proto.cosine:
+        raise InvalidArgument(f"{field}.cosine", "a probability has no cosine; expected false")
 
 
 def _gate(proto: pb.Gate, field: str) -> Gate:
@@ -154,11 +168,12 @@ def _abort(proto: pb.AbortCondition, field: str) -> AbortCondition:
 
 def _readout(proto: pb.Readout, field: str) -> Readout:
     name = chosen(proto, "kind", field)
+    spec = READOUT_OF_NAME[name]
     return Readout(
-        kind=READOUT_OF_NAME[name].decode(getattr(proto, name), f"{field}.{name}"),
-        site=decode_site(proto.site, f"{field}.site"),
+        kind=spec.decode(getattr(proto, name), f"{field}.{name}"),
+        site=None if spec.place and not proto.site else decode_site(proto.site, f"{field}.site"),
         name=proto.name,
-        layers=_layers(proto.layers, proto.all_layers, field, needed=True),
+        layers=_layers(proto.layers, proto.all_layers, field, needed=spec.place is None),
         all_layers=proto.all_layers,
         scope=decode_scope(proto.scope, f"{field}.scope"),
     )

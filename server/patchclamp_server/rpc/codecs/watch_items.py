@@ -14,6 +14,7 @@ from patchclamp_server.monitoring.items import (
     WatchedFeatures,
     WatchedHeads,
     WatchedNeurons,
+    WatchedProbe,
     WatchItem,
 )
 from patchclamp_server.monitoring.stored_tensors import check_item_name
@@ -93,9 +94,21 @@ def _heads(proto: pb.WatchedHeads, field: str) -> WatchedHeads:
     return WatchedHeads(decode_heads(proto.heads, f"{field}.heads"), proto.include_sink)
 
 
+def _probe(proto: pb.WatchedProbe, field: str) -> WatchedProbe:
+    if not proto.probe:
+        raise InvalidArgument(f"{field}.probe", "expected the id or tag of a probe")
+    return WatchedProbe(proto.probe)
+
+
 _ENCODERS: tuple[Literal["encoder_features_by_width", "encoder_width_by_features", "encoder"], ...] = (
     "encoder_features_by_width",
     "encoder_width_by_features",
     "encoder",
 )
-_SOURCES: dict[str, Any] = {"neurons": _neurons, "direction": _direction, "features": _features, "heads": _heads}
+_SOURCES: dict[str, Any] = {
+    "neurons": _neurons,
+    "direction": _direction,
+    "features": _features,
+    "heads": _heads,
+    "probe": _probe,
+}

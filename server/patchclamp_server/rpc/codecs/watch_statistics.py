@@ -17,6 +17,7 @@ KIND_NUMBERS: Mapping[str, "pb.WatchItemKind.ValueType"] = {
     "direction": pb.WATCH_ITEM_KIND_DIRECTION,
     "feature": pb.WATCH_ITEM_KIND_FEATURE,
     "head": pb.WATCH_ITEM_KIND_HEAD,
+    "probe": pb.WATCH_ITEM_KIND_PROBE,
 }
 SCALE_NUMBERS: Mapping[Source, "pb.WatchScale.ValueType"] = {
     Source.CHOSEN: pb.WATCH_SCALE_CHOSEN,

@@ -16,6 +16,7 @@ from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
 from patchclamp_server.artifacts.activations import places_of, tensor_name
 from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource_exhausted
 from patchclamp_server.artifacts.formats import FORMATS, CannotExpress, Decoded, Format, MalformedFile
+from patchclamp_server.artifacts.probes import probe_of
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
 from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactInfo, ArtifactKind, Tags
@@ -143,6 +144,8 @@ class ArtifactService(ArtifactServiceServicer):
                     _check_profile(self._model, provenance, tensors)
                 if kind is ArtifactKind.WATCH:
                     _check_watch(self._model, tensors)
+                if kind is ArtifactKind.PROBE:
+                    _check_probe(self._model, provenance, tensors)
             return self._store.put(
                 kind,
                 tensors,
@@ -271,6 +274,15 @@ def _check_watch(model: ModelInfo, tensors: dict[str, torch.Tensor]) -> None:
         check_watch(Watch.from_tensors(tensors), model)
     except FailedPrecondition as error:
         raise InvalidArgument("tensors", error.message) from error
+
+
+def _check_probe(model: ModelInfo, provenance: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """The provenance says what the tensors are, and the site has their width."""
+    probe = probe_of(provenance, tensors)
+    width = probe.weights[probe.layers[0]].shape[1]
+    if model.sites.get(probe.site) != width:
+        has = f"has width {model.sites[probe.site]}" if probe.site in model.sites else "does not exist"
+        raise InvalidArgument("tensors", f"width {width}; {probe.site.value} of {model.name} {has}")
 
 
 def _upload_path(argument: str) -> str:

@@ -3,6 +3,7 @@
 --neurons     L12N345    suspects=L12N3,345:1.5         L12N345@mlp_gate
 --neuron-set  toxic      toxic:p99.9
 --direction   joyful@16  joy=joyful@14-16:p95     joyful (at its own layers)
+--probe       rude       rude:.8
 --heads       L18H6,L17H3:.5    copying=retrieval
 """
 
@@ -12,7 +13,15 @@ from collections.abc import Callable
 
 from patchclamp.cli.heads.selection import heads
 from patchclamp.cli.steering import NEURONS, layer_list, neuron_site
-from patchclamp.monitoring import Threshold, quantile_of, watch_direction, watch_heads, watch_neuron_set, watch_neurons
+from patchclamp.monitoring import (
+    Threshold,
+    quantile_of,
+    watch_direction,
+    watch_heads,
+    watch_neuron_set,
+    watch_neurons,
+    watch_probe,
+)
 from patchclamp.v1 import monitoring_pb2 as pb
 
 _SPEC = re.compile(r"((?P<name>[^=:]+)=)?(?P<what>(sha256:)?[^:=]+)(:(?P<threshold>[^:=]+))?")
@@ -46,6 +55,11 @@ def direction(text: str) -> pb.WatchItem:
     return watch_direction(name or _short(ref), ref, layers=found, threshold=threshold)
 
 
+def probe(text: str) -> pb.WatchItem:
+    name, what, threshold = _parts(text, "rude or rude:.8")
+    return watch_probe(name or _short(what), what, threshold=threshold)
+
+
 def head_list(text: str) -> pb.WatchItem:
     name, what, threshold = _parts(text, "L18H6,L17H3 or copying=retrieval:.5")
     listed = heads(what)
@@ -58,6 +72,7 @@ ITEM_OPTIONS: tuple[tuple[str, Callable[[str], pb.WatchItem], str, str], ...] = 
     ("--neurons", neurons, "[NAME=]L<layer>N<neurons>[@SITE][:THRESHOLD]", "neurons of a layer, as in L12N3,345:1.5"),
     ("--neuron-set", neuron_set, "[NAME=]SET[:THRESHOLD]", "all neurons of a stored set"),
     ("--direction", direction, "[NAME=]VECTOR[@LAYERS][:THRESHOLD]", "projections on a stored vector"),
+    ("--probe", probe, "[NAME=]PROBE[:THRESHOLD]", "probabilities of a stored probe"),
     (
         "--heads",
         head_list,
