@@ -26,7 +26,17 @@ SiteName = Literal[
 ]
 PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
-ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus"]
+ArtifactKindName = Literal[
+    "vector",
+    "neuron_set",
+    "sparsity_profile",
+    "head_set",
+    "watch",
+    "watch_reference",
+    "corpus",
+    "subspace",
+    "affine_map",
+]
 ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]
