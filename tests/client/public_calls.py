@@ -55,6 +55,7 @@ _REQUIRED: dict[str, Arguments] = {
     "set_projection": {"direction": "v", "target": 1.0},
     "replace": {"direction": "v"},
     "rotate_towards": {"direction": "v", "radians": 1.0},
+    "rotate_in_plane": {"plane": [[1.0, 0.0], [0.0, 1.0]], "radians": 1.0},
     "low_rank": {"rotation": [[1.0]], "weight": [[1.0]], "bias": [1.0]},
     "affine": {"matrix": [[1.0]], "bias": [1.0]},
     "set_neurons": {"neurons": [1], "values": 1.0},

@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 from safetensors.torch import save
-from torch import Tensor, arange, linspace, ones
+from torch import Tensor, arange, eye, linspace, ones
 
 from patchclamp.v1 import (
     artifact_pb2,
@@ -66,6 +66,11 @@ def tensor(*shape: int, value: float = 0.5) -> tensor_pb2.Tensor:
     return tensor_pb2.Tensor(dtype="DATA_TYPE_FLOAT32", shape=shape, data=struct.pack("<f", value) * n)
 
 
+def plane() -> tensor_pb2.Tensor:
+    data: bytes = eye(2, WIDTH).numpy().tobytes()
+    return tensor_pb2.Tensor(dtype="DATA_TYPE_FLOAT32", shape=(2, WIDTH), data=data)
+
+
 def vector(width: int = WIDTH) -> program_pb2.Vector:
     return program_pb2.Vector(values=tensor(width))
 
@@ -90,6 +95,10 @@ EDITS = [
     edit("SITE_MLP_OUT", replace={"vector": vector()}),
     edit("SITE_RESID_POST", rotate_towards={"vector": vector(), "radians": 0.3}),
     edit("SITE_RESID_POST", low_rank={"rotation": tensor(2, WIDTH), "weight": tensor(2, WIDTH), "bias": tensor(2)}),
+    edit("SITE_RESID_POST", low_rank={"subspace": "subspace"}),
+    edit("SITE_RESID_POST", rotate_in_plane={"plane": plane(), "centre": tensor(WIDTH), "radians": 1.0}),
+    edit("SITE_RESID_POST", rotate_in_plane={"subspace": "subspace", "radians": -1.0}),
+    edit("SITE_RESID_POST", affine={"affine_map": "affine_map"}),
     edit("SITE_RESID_POST", affine={"matrix": tensor(WIDTH, WIDTH), "bias": tensor(WIDTH)}),
     edit("SITE_RESID_MID", affine={"left": tensor(WIDTH, 2), "right": tensor(WIDTH, 2)}),
     edit("SITE_MLP_POST", neurons={"neurons": [1, 2], "set": {"values": [0.5, 1.0]}}),
@@ -147,9 +156,14 @@ CORPUS = b'{"text": "a dog", "label": "en"}\n{"text": "ein Hund"}\n'
 def artifacts() -> list[Call]:
     scores = linspace(0, 1, LAYERS * HEADS).reshape(LAYERS, HEADS)
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
+    parts = {"rotation": eye(WIDTH)[:2], "weight": ones(2, WIDTH), "bias": ones(2), "centre": ones(WIDTH)}
+    subspace = {f"layer.{layer}.{name}": part for layer in range(LAYERS) for name, part in parts.items()}
+    maps = {f"layer.{layer}.matrix": eye(WIDTH) for layer in range(LAYERS)}
     return [
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
         upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
+        upload("ARTIFACT_KIND_SUBSPACE", "subspace", file(subspace)),
+        upload("ARTIFACT_KIND_AFFINE_MAP", "affine_map", file(maps)),
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
         upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
     ]

@@ -18,6 +18,7 @@ from patchclamp_server.interventions.kinds import (
     readings,
     replace,
     rotate,
+    rotate_in_plane,
 )
 from patchclamp_server.interventions.kinds.conditions import ConditionRule
 from patchclamp_server.interventions.kinds.kind import EditTable, ReadoutTable
@@ -34,6 +35,7 @@ EDITS: tuple[EditSpec, ...] = (
     *neurons.EDITS,
     *heads.EDITS,
     *affine.EDITS,
+    *rotate_in_plane.EDITS,
 )
 READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS)
 _TABLES = (
