@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp import AsyncClient, Client, heads, monitoring, neurons, programs, requests, sparsity
+from patchclamp import AsyncClient, Client, heads, monitoring, neurons, programs, requests, sparsity, subspaces
 from patchclamp.heads import CleanCorruptPair
 
 Arguments = dict[str, Any]
@@ -18,6 +18,9 @@ _REQUIRED: dict[str, Arguments] = {
     "tokenize": {"prompt": "hi"},
     "detokenize": {"ids": [1]},
     "extract_vectors": {"pairs": [("yes", "no")]},
+    "find_subspace": {"method": subspaces.circular_plane({"a": ["1"]})},
+    "circular_plane": {"values": {"a": ["1"]}},
+    "interchange": {"pairs": [("base", "source", "answer")]},
     "calibrate_profile": {"policy": sparsity.cats(), "texts": "words"},
     "evaluate_profile": {"sparsities": ["mine"], "texts": "words"},
     "predict_core_neurons": {"prompts": ["hi"], "sparsity": "mine"},
@@ -127,7 +130,7 @@ def client_methods(kind: type[Client] | type[AsyncClient]) -> list[str]:
 def builders() -> dict[str, Callable[..., Any]]:
     """Functions and dataclasses that make parts of a request."""
     found = {name: getattr(package, name) for package in (programs, neurons) for name in package.__all__}
-    for module in (sparsity, heads, monitoring):
+    for module in (sparsity, heads, monitoring, subspaces):
         found |= {
             name: value
             for name, value in vars(module).items()

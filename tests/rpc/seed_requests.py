@@ -55,6 +55,7 @@ PAIR = head_pb2.CleanCorruptPair(
     clean_answer="d",
     corrupt_answer="Y",
 )
+INTERCHANGE = steering_pb2.InterchangePair(base=PROMPT, source={"text": "there"}, answer="x")
 SCORES = head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_NGRAM", ngram=2, sequence_tokens=8, sequences=2)
 FACTS = [head_pb2.TemporalFact(prompt=f"In 19{i}0", answer="x", time_conditioned=i < 2) for i in range(4)]
 
@@ -213,6 +214,31 @@ def calls() -> dict[str, list[Call]]:
                 )
             ]
             for method in ("EXTRACTION_METHOD_DIFFERENCE_OF_MEANS", "EXTRACTION_METHOD_PCA_OF_DIFFERENCES")
+        ],
+        "SteeringService/FindSubspace": [
+            [
+                steering_pb2.FindSubspaceRequest(
+                    circular_plane={
+                        "values": [{"value": str(i), "prompts": [{"text": f"on {i}"}]} for i in range(5)],
+                        "components": 3,
+                    },
+                    layers=[1],
+                    tags=["plane"],
+                )
+            ],
+            [
+                steering_pb2.FindSubspaceRequest(
+                    distributed_alignment={
+                        "pairs": [INTERCHANGE] * 3,
+                        "kept": [INTERCHANGE] * 2,
+                        "rank": 2,
+                        "training": {"max_steps": 2, "learning_rate": 0.01, "batch_size": 2, "patience": 1},
+                        "holdout_fraction": 0.5,
+                    },
+                    layers=[0],
+                    scope=SCOPE,
+                )
+            ],
         ],
         "SparsityService/CalibrateProfile": [
             [

@@ -36,6 +36,7 @@ from patchclamp.requests import (
     ReferenceOptions,
     ScoreOptions,
     StartWatchOptions,
+    SubspaceOptions,
     UploadOptions,
     WatchOptions,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "Retry",
     "ScoreOptions",
     "StartWatchOptions",
+    "SubspaceOptions",
     "UploadOptions",
     "VectorEditOptions",
     "WatchOptions",

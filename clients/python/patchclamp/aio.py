@@ -54,6 +54,7 @@ from patchclamp.requests import (
     ReferenceOptions,
     ScoreOptions,
     StartWatchOptions,
+    SubspaceOptions,
     UploadOptions,
     WatchOptions,
 )
@@ -83,6 +84,7 @@ from patchclamp.results import (
     ExtractionResult,
     FollowCollector,
     FoundNeurons,
+    FoundSubspace,
     HeadEditEffect,
     HeadSetComparison,
     Job,
@@ -108,11 +110,13 @@ from patchclamp.results import (
     ScoreResult,
     SparsityEvaluation,
     SparsityEvaluationEvent,
+    SubspaceEvent,
     Tokenization,
     WatchStatistics,
 )
 from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
+from patchclamp.subspaces import SubspaceMethod
 from patchclamp.tasks import AsyncOutbox
 from patchclamp.v1 import (
     artifact_pb2,
@@ -234,6 +238,18 @@ class AsyncClient(AsyncTransport):
             self._stream(self._stubs.steering.ExtractVectors, request, timeout),
             JobCollector(ExtractionResult.from_proto),
         )
+
+    @takes_options_of(requests.find_subspace)
+    def find_subspace(
+        self,
+        method: SubspaceMethod,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[SubspaceOptions],
+    ) -> AsyncStream[steering_pb2.FindSubspaceResponse, SubspaceEvent, FoundSubspace]:
+        """Finds a subspace at each layer (patchclamp.subspaces): progress, then the stored subspace."""
+        call = self._stream(self._stubs.steering.FindSubspace, requests.find_subspace(method, **options), timeout)
+        return AsyncStream(call, JobCollector(FoundSubspace.from_proto))
 
     @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(

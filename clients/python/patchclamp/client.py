@@ -53,6 +53,7 @@ from patchclamp.requests import (
     ReferenceOptions,
     ScoreOptions,
     StartWatchOptions,
+    SubspaceOptions,
     UploadOptions,
     WatchOptions,
 )
@@ -82,6 +83,7 @@ from patchclamp.results import (
     ExtractionResult,
     FollowCollector,
     FoundNeurons,
+    FoundSubspace,
     HeadEditEffect,
     HeadSetComparison,
     Job,
@@ -107,12 +109,14 @@ from patchclamp.results import (
     ScoreResult,
     SparsityEvaluation,
     SparsityEvaluationEvent,
+    SubspaceEvent,
     Tokenization,
     WatchStatistics,
 )
 from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
 from patchclamp.streams import GenerateStream, Session, Stream
+from patchclamp.subspaces import SubspaceMethod
 from patchclamp.threads import Outbox
 from patchclamp.transport import Transport
 from patchclamp.v1 import (
@@ -234,6 +238,18 @@ class Client(Transport):
             self._stream(self._stubs.steering.ExtractVectors, request, timeout),
             JobCollector(ExtractionResult.from_proto),
         )
+
+    @takes_options_of(requests.find_subspace)
+    def find_subspace(
+        self,
+        method: SubspaceMethod,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[SubspaceOptions],
+    ) -> Stream[steering_pb2.FindSubspaceResponse, SubspaceEvent, FoundSubspace]:
+        """Finds a subspace at each layer (patchclamp.subspaces): progress, then the stored subspace."""
+        call = self._stream(self._stubs.steering.FindSubspace, requests.find_subspace(method, **options), timeout)
+        return Stream(call, JobCollector(FoundSubspace.from_proto))
 
     @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(

@@ -1,4 +1,4 @@
-"""patchclamp vectors list | get | put | export | rm | tag"""
+"""patchclamp vectors extract | subspace | list | get | put | export | rm | tag"""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from patchclamp.cli import extract
+from patchclamp.cli import extract, subspace
 from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.steering import layer_list
@@ -36,6 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     extract.add_parser(actions)
+    subspace.add_parser(actions)
 
     listing = actions.add_parser("list", parents=[connection_options()], help="what is stored")
     listing.add_argument("--kind", choices=ARTIFACT_KINDS, help="default: every kind")

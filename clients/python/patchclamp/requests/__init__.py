@@ -71,6 +71,7 @@ from patchclamp.requests.sparsity import (
     evaluate_profile,
     predict_core_neurons,
 )
+from patchclamp.requests.subspaces import SubspaceOptions, find_subspace
 
 __all__ = [
     "AttributeOptions",
@@ -97,6 +98,7 @@ __all__ = [
     "ReferenceOptions",
     "ScoreOptions",
     "StartWatchOptions",
+    "SubspaceOptions",
     "UploadOptions",
     "WatchOptions",
     "advance",
@@ -120,6 +122,7 @@ __all__ = [
     "extract_vectors",
     "find_circuit",
     "find_neurons",
+    "find_subspace",
     "follow_job",
     "generate",
     "get_job",

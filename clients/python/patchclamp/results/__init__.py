@@ -127,6 +127,7 @@ from patchclamp.results.sparsity import (
     SparsityReport,
     SpeedCard,
 )
+from patchclamp.results.subspaces import FoundSubspace, SubspaceEvent, SubspaceEvidence
 
 __all__ = [
     "Activation",
@@ -169,6 +170,7 @@ __all__ = [
     "Finished",
     "FollowCollector",
     "FoundNeurons",
+    "FoundSubspace",
     "GenerateCollector",
     "GenerateResult",
     "GroundedRange",
@@ -224,6 +226,8 @@ __all__ = [
     "SparsityReport",
     "SpeedCard",
     "StoredNeurons",
+    "SubspaceEvent",
+    "SubspaceEvidence",
     "Token",
     "TokenDetector",
     "TokenLogprob",
