@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from live import LiveServer
-from planted_subspace import DIGITS, LETTERS, MINUS, PLUS, save_planted_subspace
+from planted_subspace import DIGITS, LETTERS, MINUS, PLUS, WIDTH, save_planted_subspace
 
 from patchclamp.cli import main
 from patchclamp_server.model.load import load_model
@@ -47,6 +48,18 @@ def test_a_variable_is_trained_and_comes_as_json(capsys: pytest.CaptureFixture[s
     assert found["artifact"]["provenance"]["parameters"]["rank"] == 2
     assert found["layers"][0]["steps"] == 3
     assert found["layers"][0]["full_accuracy"] == 1.0
+
+
+def test_a_file_of_pytorch_is_stored_as_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": torch.eye(WIDTH), "bias": torch.ones(WIDTH)}, "map.pt")
+    options = ["--torch", "affine", "--layer", "1", "--site", "resid_pre", "--name", "map"]
+    assert main(["vectors", "put", "map.pt", *options, "--json"]) == 0
+    stored = json.loads(capsys.readouterr().out)
+    assert (stored["kind"], stored["site"], stored["layers"]) == ("affine_map", "resid_pre", [1])
+    assert stored["provenance"] == {"method": "imported", "format": "torch"}
+    for refused in (["affine"], ["loreft", "--layer", "1"], ["lm_steer", "--layer", "1"]):
+        assert main(["vectors", "put", "map.pt", "--torch", *refused]) != 0
+        assert f"--torch {refused[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

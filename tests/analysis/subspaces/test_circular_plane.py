@@ -18,7 +18,8 @@ def planted(*, backwards: bool = False, noise: float = 0.05) -> tuple[Tensor, Te
     basis = torch.linalg.qr(torch.randn(WIDTH, 3, generator=generator, dtype=torch.float64))[0].T
     angles = 2 * math.pi * torch.arange(VALUES, dtype=torch.float64) / VALUES * (-1 if backwards else 1) + 0.4
     circle = torch.stack((angles.cos(), angles.sin()), 1) @ basis[:2]
-    larger = 4 * torch.randn(VALUES, 1, generator=generator, dtype=torch.float64) * basis[2]
+    # Uncorrelated with the circle over the values, so that it is a principal component of its own.
+    larger = 4 * (2 * angles).cos()[:, None] * basis[2]
     centre = torch.randn(WIDTH, generator=generator, dtype=torch.float64)
     scatter = noise * torch.randn(VALUES, WIDTH, generator=generator, dtype=torch.float64)
     return circle + larger + centre + scatter, basis[:2], centre
@@ -53,7 +54,7 @@ def test_a_planted_circle_is_found_beside_a_larger_component(backwards: bool) ->
     plane = circular_plane(means, 5, seed=0)
     assert plane is not None
     cosines = torch.linalg.svdvals(plane.axes.double() @ basis.T)
-    assert float(cosines.min()) > 0.99
+    assert float(cosines.min()) > 0.98
     assert plane.circularity > 0.99
     assert plane.shuffled_circularity < plane.circularity - 0.1
     torch.testing.assert_close(plane.centre.double(), means.mean(0), rtol=1e-6, atol=1e-6)
@@ -73,8 +74,7 @@ def test_a_rotation_by_k_steps_leads_each_value_k_on(backwards: bool) -> None:
         turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]).double()
         inside = (means - plane.centre.double()) @ axes.T @ turn.T
         expected = (means.roll(-k, 0) - plane.centre.double()) @ axes.T
-        # The other component leans a little into the plane of the centred means.
-        assert float((inside - expected).abs().max()) < 0.35
+        assert float((inside - expected).abs().max()) < 1e-5
 
 
 def test_values_at_one_point_or_on_a_line_span_no_plane() -> None:

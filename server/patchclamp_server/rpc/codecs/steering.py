@@ -40,7 +40,7 @@ def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder,
 
     Raises InvalidArgument, and FailedPrecondition for a chat where the model has no template.
     """
-    method = known(request.method, METHOD_NAMES, "method", pb.ExtractionMethod.keys()[1:])
+    method = _method(request.method)
     site = _site(request.site, info)
     layers = _layers(request.layers, info)
     pooling = known(request.pooling, POOLINGS, "pooling", pb.TokenPooling.keys()[1:])
@@ -62,6 +62,14 @@ def decode_extraction(request: pb.ExtractVectorsRequest, prompts: PromptEncoder,
         description=description,
         tags=tags,
     )
+
+
+def _method(number: int) -> str:
+    names = [pb.ExtractionMethod.Name(each) for each in METHOD_NAMES]
+    if number and number in pb.ExtractionMethod.values() and number not in METHOD_NAMES:
+        what = pb.ExtractionMethod.Name(number)
+        raise InvalidArgument("method", f"{what} is in the contract but not served yet; expected {', '.join(names)}")
+    return known(number, METHOD_NAMES, "method", names)
 
 
 def encode_extraction(event: Progress | Result) -> pb.ExtractVectorsResponse:
