@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from patchclamp_server.artifacts.types import AffineMap, Subspace
 from patchclamp_server.interventions.kinds.affine import Affine
 from patchclamp_server.interventions.kinds.patch import Patch
+from patchclamp_server.interventions.kinds.rotate_in_plane import RotateInPlane
 from patchclamp_server.interventions.program import (
     AddVector,
     CapProjection,
@@ -42,6 +44,8 @@ class StoredArtifact(Protocol):
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
     def neurons(self, layer: int) -> tuple[Tensor, Tensor | None]: ...
+    def subspace(self, layer: int) -> Subspace: ...
+    def affine_map(self, layer: int) -> AffineMap: ...
 
 
 Artifacts = Mapping[str, StoredArtifact]
@@ -62,15 +66,26 @@ def vector_at(vector: Vector, layers: Sequence[int], layer: int, artifacts: Arti
 def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifacts: Artifacts, n_heads: int) -> Tensor:
     """t(h) for one row h [width]."""
     if isinstance(kind, LowRank):
-        rotation, weight, bias = kind.rotation.double(), kind.weight.double(), kind.bias.double()
+        if kind.subspace:
+            stored = artifacts[kind.subspace].subspace(layer)
+            rotation, weight, bias = stored.rotation, stored.weight, stored.bias
+        else:
+            rotation, weight, bias = kind.rotation, kind.weight, kind.bias
+        assert rotation is not None
+        assert weight is not None
+        assert bias is not None
+        rotation, weight, bias = rotation.double(), weight.double(), bias.double()
         return h.add(rotation.T @ (weight @ h + bias - rotation @ h))
     if isinstance(kind, Affine):
-        matrix = kind.matrix
+        affine = artifacts[kind.affine_map].affine_map(layer) if kind.affine_map else kind
+        matrix = affine.matrix
         if matrix is None:
-            assert kind.left is not None
-            assert kind.right is not None
-            matrix = kind.left.double() @ kind.right.double().T
-        return matrix.double() @ h + (0.0 if kind.bias is None else kind.bias.double())
+            assert affine.left is not None
+            assert affine.right is not None
+            matrix = affine.left.double() @ affine.right.double().T
+        return matrix.double() @ h + (0.0 if affine.bias is None else affine.bias.double())
+    if isinstance(kind, RotateInPlane):
+        return _turned_in_plane(kind, h, layer, artifacts)
     if isinstance(kind, NeuronEdit):
         return _neuron_target(kind, h, layer, artifacts)
     if isinstance(kind, HeadEdit):
@@ -147,6 +162,20 @@ def probe_values(artifact: StoredArtifact, states: Mapping[int, Tensor], *, all_
         return [target]
     rest = (1.0 - target) / (1.0 - float(plain[own]))
     return [target if k == own else float(p) * rest for k, p in enumerate(plain)]
+
+
+def _turned_in_plane(kind: RotateInPlane, h: Tensor, layer: int, artifacts: Artifacts) -> Tensor:
+    stored = artifacts[kind.subspace].subspace(layer) if kind.subspace else None
+    plane = kind.plane if stored is None else stored.rotation
+    centre = kind.centre if stored is None or kind.centre is not None else stored.centre
+    assert plane is not None
+    x = plane[0].double() / plane[0].double().norm()
+    y = plane[1].double() - (plane[1].double() @ x) * x
+    y = y / y.norm()
+    away = h if centre is None else h - centre.double()
+    angle = math.atan2(float(away @ y), float(away @ x)) + kind.radians
+    length = math.hypot(float(away @ x), float(away @ y))
+    return h + (length * math.cos(angle) - away @ x) * x + (length * math.sin(angle) - away @ y) * y
 
 
 def _rotated(h: Tensor, u: Tensor, radians: float) -> Tensor:

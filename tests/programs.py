@@ -16,6 +16,7 @@ from torch import Tensor
 
 from patchclamp_server.interventions.kinds.affine import Affine
 from patchclamp_server.interventions.kinds.patch import Patch, SourceRows
+from patchclamp_server.interventions.kinds.rotate_in_plane import RotateInPlane
 from patchclamp_server.interventions.program import (
     AbortCondition,
     ActivationReadout,
@@ -112,6 +113,9 @@ _VECTOR_KINDS: dict[str, Callable[[str, int], EditKind]] = {
     "set_projection": lambda seed, width: SetProjection(_vector(seed, width), target=2.5),
     "replace": lambda seed, width: ReplaceVector(_vector(seed, width)),
     "rotate_towards": lambda seed, width: RotateTowards(_vector(seed, width), radians=0.6),
+    "rotate_in_plane": lambda seed, width: RotateInPlane(
+        1.3, plane=numbers(seed + "P", 2, width), centre=0.1 * numbers(seed + "c", width)
+    ),
     "low_rank": lambda seed, width: LowRank(
         rotation=numbers(seed + "R", 3, width) / math.sqrt(width),
         weight=numbers(seed + "W", 3, width) / math.sqrt(width),

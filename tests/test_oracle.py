@@ -11,6 +11,7 @@ from programs import EDIT_KINDS, abort, edit, mixed, one_of_each_kind, prompt, s
 from tiny_models import FAMILIES, WINDOW, tiny_model
 from torch import Tensor, tensor
 
+from patchclamp_server.interventions.kinds.rotate_in_plane import RotateInPlane
 from patchclamp_server.interventions.program import (
     AddVector,
     CapProjection,
@@ -166,6 +167,14 @@ HAND_COMPUTED: dict[str, tuple[Edit, list[float]]] = {
     "rotate backwards": (
         Edit(RotateTowards(Vector(values=tensor([-4.0, 3.0])), math.pi / 4), Site.RESID_PRE),
         [-(0.5**0.5), 7 * 0.5**0.5],
+    ),
+    "turn by a quarter in a plane": (
+        Edit(RotateInPlane(math.pi / 2, plane=tensor([[2.0, 0.0], [5.0, 3.0]])), Site.RESID_PRE),
+        [-4.0, 3.0],
+    ),
+    "turn by half about a centre": (
+        Edit(RotateInPlane(math.pi, plane=tensor([[1.0, 0.0], [0.0, 1.0]]), centre=tensor([1.0, 0.0])), Site.RESID_PRE),
+        [-1.0, -4.0],
     ),
     "low rank": (
         Edit(LowRank(tensor([[0.0, 1.0]]), tensor([[1.0, 0.0]]), tensor([0.5])), Site.RESID_PRE),

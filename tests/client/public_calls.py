@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp import AsyncClient, Client, effects, heads, monitoring, neurons, patching, programs, requests, sparsity
+from patchclamp import AsyncClient, Client, effects, heads, monitoring, neurons, patching, programs, requests, sparsity, subspaces
 from patchclamp.heads import CleanCorruptPair
 from patchclamp.patching import PatchPair
 
@@ -22,6 +22,9 @@ _REQUIRED: dict[str, Arguments] = {
     "calibrate_vector": {"vector": "mine", "prompts": ["hi"]},
     "detect_concept": {"detectors": "mine", "texts": "corpus"},
     "train_probe": {"texts": {"a": ["x"], "b": ["y"]}},
+    "find_subspace": {"method": subspaces.circular_plane({"a": ["1"]})},
+    "circular_plane": {"values": {"a": ["1"]}},
+    "interchange": {"pairs": [("base", "source", "answer")]},
     "calibrate_profile": {"policy": sparsity.cats(), "texts": "words"},
     "evaluate_profile": {"sparsities": ["mine"], "texts": "words"},
     "predict_core_neurons": {"prompts": ["hi"], "sparsity": "mine"},
@@ -61,6 +64,7 @@ _REQUIRED: dict[str, Arguments] = {
     "set_projection": {"direction": "v", "target": 1.0},
     "replace": {"direction": "v"},
     "rotate_towards": {"direction": "v", "radians": 1.0},
+    "rotate_in_plane": {"plane": [[1.0, 0.0], [0.0, 1.0]], "radians": 1.0},
     "low_rank": {"rotation": [[1.0]], "weight": [[1.0]], "bias": [1.0]},
     "affine": {"matrix": [[1.0]], "bias": [1.0]},
     "patch": {"activations": "run"},
@@ -143,7 +147,7 @@ def client_methods(kind: type[Client] | type[AsyncClient]) -> list[str]:
 def builders() -> dict[str, Callable[..., Any]]:
     """Functions and dataclasses that make parts of a request."""
     found = {name: getattr(package, name) for package in (programs, neurons) for name in package.__all__}
-    for module in (sparsity, heads, monitoring, patching, effects):
+    for module in (sparsity, heads, monitoring, patching, effects, subspaces):
         found |= {
             name: value
             for name, value in vars(module).items()

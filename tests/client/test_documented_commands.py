@@ -49,6 +49,8 @@ FILES = {
     "facts.tsv": "The capital of France is\t Paris\n",
     "capitals.jsonl": '{"clean": "a", "corrupt": "b", "answer": "c", "other_answer": "d"}',
     "pairs.jsonl": '{"clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"}',
+    "days.jsonl": '{"value": "Monday", "prompts": ["On Monday"]}',
+    "exchanges.jsonl": '{"base": "a", "source": "b", "answer": "c"}',
     "results.json": (ROOT / "benchmarks/results/sparse_quality.json").read_text(encoding="utf-8"),
 }
 

@@ -79,6 +79,7 @@ def test_no_page_with_python_is_left_out() -> None:
         "docs/user/python.md",
         "docs/user/sparse.md",
         "docs/user/steering.md",
+        "docs/user/subspaces.md",
     }
     assert {page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page)} == tested | ELSEWHERE
 
@@ -178,6 +179,17 @@ def test_the_examples_of_probes_run(embedded_server: LiveServer, client: Client)
     assert names["report"].brier < names["report"].brier_base_rate
     assert names["answer"].receipt.edits[0].gate_threshold == 0.5
     client.delete_artifact("mood")
+
+
+def test_the_examples_of_subspaces_run(
+    embedded_server: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("docs/user/subspaces.md", embedded_server.address)
+    assert [layer.layer for layer in names["found"].layers] == [4, 10]
+    assert names["layer"].steps == 4
+    assert next((tmp_path / "back").iterdir()).name == "intkey_layer.12.comp.block_output.unit.pos.nunit.1#0.bin"
+    names["client"].close()
 
 
 def test_the_example_of_retries_runs() -> None:

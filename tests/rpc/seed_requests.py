@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 from safetensors.torch import save
-from torch import Tensor, arange, linspace, ones, zeros
+from torch import Tensor, arange, eye, linspace, ones, zeros
 
 from patchclamp.v1 import (
     activation_pb2,
@@ -57,6 +57,7 @@ PAIR = head_pb2.CleanCorruptPair(
     clean_answer="d",
     corrupt_answer="Y",
 )
+INTERCHANGE = steering_pb2.InterchangePair(base=PROMPT, source={"text": "there"}, answer="x")
 SCORES = head_pb2.ScoreHeadsRequest(method="HEAD_SCORE_METHOD_NGRAM", ngram=2, sequence_tokens=8, sequences=2)
 GROUPS = [
     {"label": label, "prompts": [{"text": f"{word} {i}" * (i + 1)} for i in range(4)]}
@@ -70,6 +71,11 @@ def tensor(*shape: int, value: float = 0.5) -> tensor_pb2.Tensor:
     for size in shape:
         n *= size
     return tensor_pb2.Tensor(dtype="DATA_TYPE_FLOAT32", shape=shape, data=struct.pack("<f", value) * n)
+
+
+def plane() -> tensor_pb2.Tensor:
+    data: bytes = eye(2, WIDTH).numpy().tobytes()
+    return tensor_pb2.Tensor(dtype="DATA_TYPE_FLOAT32", shape=(2, WIDTH), data=data)
 
 
 def vector(width: int = WIDTH) -> program_pb2.Vector:
@@ -96,6 +102,10 @@ EDITS = [
     edit("SITE_MLP_OUT", replace={"vector": vector()}),
     edit("SITE_RESID_POST", rotate_towards={"vector": vector(), "radians": 0.3}),
     edit("SITE_RESID_POST", low_rank={"rotation": tensor(2, WIDTH), "weight": tensor(2, WIDTH), "bias": tensor(2)}),
+    edit("SITE_RESID_POST", low_rank={"subspace": "subspace"}),
+    edit("SITE_RESID_POST", rotate_in_plane={"plane": plane(), "centre": tensor(WIDTH), "radians": 1.0}),
+    edit("SITE_RESID_POST", rotate_in_plane={"subspace": "subspace", "radians": -1.0}),
+    edit("SITE_RESID_POST", affine={"affine_map": "affine_map"}),
     edit("SITE_RESID_POST", affine={"matrix": tensor(WIDTH, WIDTH), "bias": tensor(WIDTH)}),
     edit("SITE_RESID_MID", affine={"left": tensor(WIDTH, 2), "right": tensor(WIDTH, 2)}),
     edit("SITE_MLP_POST", neurons={"neurons": [1, 2], "set": {"values": [0.5, 1.0]}}),
@@ -173,9 +183,14 @@ def artifacts() -> list[Call]:
     probe = file({"layer.0.weight": ones(2, WIDTH) * 0.01 * arange(2)[:, None], "bias": zeros(2)})
     said = {"method": "logistic", "site": "resid_post", "labels": ["no", "yes"], "target": "yes"}
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
+    parts = {"rotation": eye(WIDTH)[:2], "weight": ones(2, WIDTH), "bias": ones(2), "centre": ones(WIDTH)}
+    subspace = {f"layer.{layer}.{name}": part for layer in range(LAYERS) for name, part in parts.items()}
+    maps = {f"layer.{layer}.matrix": eye(WIDTH) for layer in range(LAYERS)}
     return [
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),
         upload("ARTIFACT_KIND_NEURON_SET", "neurons", file({"layer.0.neurons": arange(4)})),
+        upload("ARTIFACT_KIND_SUBSPACE", "subspace", file(subspace)),
+        upload("ARTIFACT_KIND_AFFINE_MAP", "affine_map", file(maps)),
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
         upload("ARTIFACT_KIND_ACTIVATIONS", "run", file(activations())),
         upload("ARTIFACT_KIND_PROBE", "probe", probe, provenance=said),
@@ -307,6 +322,31 @@ def calls() -> dict[str, list[Call]]:
                 )
             ]
             for method in ("PROBE_METHOD_LOGISTIC", "PROBE_METHOD_RIDGE", "PROBE_METHOD_PROTOTYPE")
+        ],
+        "SteeringService/FindSubspace": [
+            [
+                steering_pb2.FindSubspaceRequest(
+                    circular_plane={
+                        "values": [{"value": str(i), "prompts": [{"text": f"on {i}"}]} for i in range(5)],
+                        "components": 3,
+                    },
+                    layers=[1],
+                    tags=["plane"],
+                )
+            ],
+            [
+                steering_pb2.FindSubspaceRequest(
+                    distributed_alignment={
+                        "pairs": [INTERCHANGE] * 3,
+                        "kept": [INTERCHANGE] * 2,
+                        "rank": 2,
+                        "training": {"max_steps": 2, "learning_rate": 0.01, "batch_size": 2, "patience": 1},
+                        "holdout_fraction": 0.5,
+                    },
+                    layers=[0],
+                    scope=SCOPE,
+                )
+            ],
         ],
         "SparsityService/CalibrateProfile": [
             [

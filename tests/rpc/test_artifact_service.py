@@ -31,6 +31,7 @@ SAFETENSORS, GGUF = pb.ARTIFACT_FORMAT_SAFETENSORS, pb.ARTIFACT_FORMAT_GGUF_CONT
 HEAD_SCORES = pb.ARTIFACT_FORMAT_HEAD_SCORE_JSON
 CORPUS, JSON_LINES = pb.ARTIFACT_KIND_CORPUS, pb.ARTIFACT_FORMAT_TEXT_JSON_LINES
 VECTOR, NEURON_SET = pb.ARTIFACT_KIND_VECTOR, pb.ARTIFACT_KIND_NEURON_SET
+SUBSPACE, AFFINE_MAP = pb.ARTIFACT_KIND_SUBSPACE, pb.ARTIFACT_KIND_AFFINE_MAP
 PROFILE, HEAD_SET = pb.ARTIFACT_KIND_SPARSITY_PROFILE, pb.ARTIFACT_KIND_HEAD_SET
 MODEL = ModelInfo(
     name="tiny",
@@ -137,6 +138,26 @@ async def test_a_neuron_set_round_trips(stub: Stub) -> None:
     artifact = await upload(stub, data, kind=NEURON_SET)
     assert (artifact.site, artifact.layers, artifact.width) == (program_pb2.SITE_UNSPECIFIED, [3], 0)
     assert load(await download(stub, artifact.id))["layer.3.neurons"].tolist() == [23, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors"),
+    [(SUBSPACE, {"layer.3.rotation": torch.eye(8)[:2]}), (AFFINE_MAP, {"layer.3.matrix": torch.rand(8, 8)})],
+)
+async def test_a_linear_map_round_trips_with_its_site(
+    stub: Stub, kind: "pb.ArtifactKind.ValueType", tensors: dict[str, torch.Tensor]
+) -> None:
+    artifact = await upload(stub, save(tensors), kind=kind, site=program_pb2.SITE_RESID_PRE)
+    assert (artifact.kind, artifact.site, artifact.layers, artifact.width) == (
+        kind,
+        program_pb2.SITE_RESID_PRE,
+        [3],
+        8,
+    )
+    data = await download(stub, artifact.id)
+    ((name, tensor),) = tensors.items()
+    assert torch.equal(load(data)[name], tensor)
+    assert (await upload(stub, data, kind=kind)).id == artifact.id
 
 
 async def test_a_sparsity_profile_round_trips(stub: Stub) -> None:
@@ -322,6 +343,9 @@ async def test_the_header_wins_over_what_the_file_says_of_itself(stub: Stub) -> 
         (save({"scores": torch.ones(4, 3)}), {"kind": HEAD_SET}, "chunk"),
         (save({"scores": torch.ones(3, 2)}), {"kind": HEAD_SET}, "chunk"),
         (save({"scores": torch.ones(4, 2)}), {"kind": VECTOR}, "chunk"),
+        (save({"layer.1.rotation": torch.eye(7)[:2]}), {"kind": SUBSPACE}, "chunk"),
+        (save({"layer.4.matrix": torch.eye(8)}), {"kind": AFFINE_MAP}, "chunk"),
+        (save({"layer.1.matrix": torch.eye(8)}), {"kind": AFFINE_MAP, "site": program_pb2.SITE_MLP_POST}, "chunk"),
         (b'{"0-2": [1]}', {"kind": HEAD_SET, "format": HEAD_SCORES}, "chunk"),
         (b'{"4-0": [1]}', {"kind": HEAD_SET, "format": HEAD_SCORES}, "chunk"),
         (b'{"0-0": 1}', {"kind": HEAD_SET, "format": HEAD_SCORES}, "chunk"),

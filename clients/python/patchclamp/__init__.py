@@ -38,6 +38,7 @@ from patchclamp.requests import (
     ReferenceOptions,
     ScoreOptions,
     StartWatchOptions,
+    SubspaceOptions,
     UploadOptions,
     WatchOptions,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "Retry",
     "ScoreOptions",
     "StartWatchOptions",
+    "SubspaceOptions",
     "UploadOptions",
     "VectorEditOptions",
     "WatchOptions",

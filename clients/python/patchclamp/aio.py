@@ -62,6 +62,7 @@ from patchclamp.requests import (
     ReferenceOptions,
     ScoreOptions,
     StartWatchOptions,
+    SubspaceOptions,
     UploadOptions,
     WatchOptions,
 )
@@ -98,6 +99,7 @@ from patchclamp.results import (
     ExtractionResult,
     FollowCollector,
     FoundNeurons,
+    FoundSubspace,
     HeadEditEffect,
     HeadSetComparison,
     Job,
@@ -128,12 +130,14 @@ from patchclamp.results import (
     ScoreResult,
     SparsityEvaluation,
     SparsityEvaluationEvent,
+    SubspaceEvent,
     Tokenization,
     TrainedProbe,
     WatchStatistics,
 )
 from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
+from patchclamp.subspaces import SubspaceMethod
 from patchclamp.tasks import AsyncOutbox
 from patchclamp.v1 import (
     activation_pb2,
@@ -307,6 +311,18 @@ class AsyncClient(AsyncTransport):
         """Trains a probe on texts by label: progress, then the stored probe with its report. Options: ProbeOptions."""
         call = self._stream(self._stubs.probes.TrainProbe, requests.train_probe(texts, method, **options), timeout)
         return AsyncStream(call, JobCollector(TrainedProbe.from_proto))
+
+    @takes_options_of(requests.find_subspace)
+    def find_subspace(
+        self,
+        method: SubspaceMethod,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[SubspaceOptions],
+    ) -> AsyncStream[steering_pb2.FindSubspaceResponse, SubspaceEvent, FoundSubspace]:
+        """Finds a subspace at each layer (patchclamp.subspaces): progress, then the stored subspace."""
+        call = self._stream(self._stubs.steering.FindSubspace, requests.find_subspace(method, **options), timeout)
+        return AsyncStream(call, JobCollector(FoundSubspace.from_proto))
 
     @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(

@@ -61,6 +61,7 @@ from patchclamp.requests import (
     ReferenceOptions,
     ScoreOptions,
     StartWatchOptions,
+    SubspaceOptions,
     UploadOptions,
     WatchOptions,
 )
@@ -97,6 +98,7 @@ from patchclamp.results import (
     ExtractionResult,
     FollowCollector,
     FoundNeurons,
+    FoundSubspace,
     HeadEditEffect,
     HeadSetComparison,
     Job,
@@ -127,6 +129,7 @@ from patchclamp.results import (
     ScoreResult,
     SparsityEvaluation,
     SparsityEvaluationEvent,
+    SubspaceEvent,
     Tokenization,
     TrainedProbe,
     WatchStatistics,
@@ -134,6 +137,7 @@ from patchclamp.results import (
 from patchclamp.retry import NEVER, Retry
 from patchclamp.sparsity import SparsityLike
 from patchclamp.streams import GenerateStream, Session, Stream
+from patchclamp.subspaces import SubspaceMethod
 from patchclamp.threads import Outbox
 from patchclamp.transport import Transport
 from patchclamp.v1 import (
@@ -307,6 +311,18 @@ class Client(Transport):
         """Trains a probe on texts by label: progress, then the stored probe with its report. Options: ProbeOptions."""
         call = self._stream(self._stubs.probes.TrainProbe, requests.train_probe(texts, method, **options), timeout)
         return Stream(call, JobCollector(TrainedProbe.from_proto))
+
+    @takes_options_of(requests.find_subspace)
+    def find_subspace(
+        self,
+        method: SubspaceMethod,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[SubspaceOptions],
+    ) -> Stream[steering_pb2.FindSubspaceResponse, SubspaceEvent, FoundSubspace]:
+        """Finds a subspace at each layer (patchclamp.subspaces): progress, then the stored subspace."""
+        call = self._stream(self._stubs.steering.FindSubspace, requests.find_subspace(method, **options), timeout)
+        return Stream(call, JobCollector(FoundSubspace.from_proto))
 
     @takes_options_of(requests.calibrate_profile)
     def calibrate_profile(

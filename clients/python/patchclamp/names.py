@@ -30,7 +30,17 @@ SiteName = Literal[
 PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
 ArtifactKindName = Literal[
-    "vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus", "activations", "probe"
+    "vector",
+    "neuron_set",
+    "sparsity_profile",
+    "head_set",
+    "watch",
+    "watch_reference",
+    "corpus",
+    "activations",
+    "probe",
+    "subspace",
+    "affine_map",
 ]
 ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
 ActivationReductionName = Literal["none", "first", "last", "mean", "sum", "max", "moments", "mean_by_label"]

@@ -9,6 +9,8 @@
     activations       text, position, token, length [rows], <site>.<layer> [rows,  int64; floats (activations.py)
                       width], optionally label [rows]
     probe             layer.<l>.weight [classes, width], bias and others            floats (probes.py)
+    subspace          layer.<l>.rotation and others (maps.py)                      floats
+    affine_map        layer.<l>.matrix, or .left and .right (maps.py)              floats
     watch             see monitoring/watch.py                                      uint8, int64, floats
     watch_reference   see monitoring/reference.py                                  float64, int64
 
@@ -25,13 +27,21 @@ import torch
 from patchclamp_server.artifacts.activations import activation_layers, check_activations
 from patchclamp_server.artifacts.corpora import check_corpus, corpus_layers
 from patchclamp_server.artifacts.probes import check_probe, probe_layers
+from patchclamp_server.artifacts.maps import (
+    affine_map_layers,
+    affine_map_width,
+    check_affine_map,
+    check_subspace,
+    subspace_layers,
+    subspace_width,
+)
+from patchclamp_server.artifacts.tensor_checks import check_finite, check_floats, describe
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Leading zeros are refused, so that a layer has one name.
 VECTOR_TENSOR = re.compile(r"layer\.(0|[1-9][0-9]{0,5})")
 NEURON_TENSOR = re.compile(r"layer\.(0|[1-9][0-9]{0,5})\.(neurons|values|scores)")
@@ -50,10 +60,12 @@ MAX_HEAD_LAYERS, MAX_HEADS = 1024, 1024
 @dataclass(frozen=True)
 class KindChecks:
     """The checks of one kind. `layers` returns the layers of tensors of these shapes, ascending, and refuses names and
-    shapes that the kind does not have; `check` refuses everything else."""
+    shapes that the kind does not have; `check` refuses everything else. `width` is that of shapes which `layers`
+    accepts."""
 
     layers: Callable[[Shapes], tuple[int, ...]]
     check: Callable[[Tensors], None]
+    width: Callable[[Shapes], int] = lambda shapes: 0
 
 
 def layers_of(kind: ArtifactKind, shapes: Shapes) -> tuple[int, ...]:
@@ -65,10 +77,8 @@ def layers_of(kind: ArtifactKind, shapes: Shapes) -> tuple[int, ...]:
 
 
 def width_of(kind: ArtifactKind, shapes: Shapes) -> int:
-    """Returns the width of a vector, the heads per layer of a head set, else 0. layers_of must accept the shapes."""
-    if kind is ArtifactKind.VECTOR:
-        return next(iter(shapes.values()))[0]
-    return shapes["scores"][1] if kind is ArtifactKind.HEAD_SET else 0
+    """Returns the width, of a head set the heads per layer, else 0. layers_of must accept the shapes."""
+    return KINDS[kind].width(shapes)
 
 
 def check_tensors(kind: ArtifactKind, tensors: Tensors) -> None:
@@ -104,7 +114,7 @@ def _check_vector(tensors: Tensors) -> None:
     width = tensors[f"layer.{layers[0]}"].numel()
     for layer in layers:
         name = f"layer.{layer}"
-        _check_floats(name, tensors[name])
+        check_floats(name, tensors[name])
         if tensors[name].numel() != width:
             message = f"{name} has width {tensors[name].numel()}, layer.{layers[0]} has {width}; widths must be equal"
             raise InvalidArgument("tensors", message)
@@ -124,7 +134,7 @@ def _check_neuron_set(tensors: Tensors) -> None:
             given = next(f"layer.{layer}.{kind}" for kind in NEURON_NUMBERS if f"layer.{layer}.{kind}" in tensors)
             raise InvalidArgument("tensors", f"{given} stands without {name}")
         if neurons.dtype != torch.int64 or neurons.numel() == 0:
-            raise InvalidArgument("tensors", f"{name} must be int64 [n] with n >= 1, not {_describe(neurons)}")
+            raise InvalidArgument("tensors", f"{name} must be int64 [n] with n >= 1, not {describe(neurons)}")
         if int(neurons.min()) < 0:
             raise InvalidArgument("tensors", f"{name} holds the negative index {int(neurons.min())}")
         if len(set(neurons.tolist())) != neurons.numel():
@@ -132,7 +142,7 @@ def _check_neuron_set(tensors: Tensors) -> None:
         for kind in NEURON_NUMBERS:
             numbers = tensors.get(f"layer.{layer}.{kind}")
             if numbers is not None:
-                _check_floats(f"layer.{layer}.{kind}", numbers)
+                check_floats(f"layer.{layer}.{kind}", numbers)
                 if numbers.numel() != neurons.numel():
                     message = f"layer.{layer}.{kind} has {numbers.numel()} {kind} for {neurons.numel()} neurons"
                     raise InvalidArgument("tensors", message)
@@ -159,9 +169,9 @@ def _check_profile(tensors: Tensors) -> None:
         raise InvalidArgument("tensors", f"{size} bytes; a sparsity_profile has at most {MAX_PROFILE_BYTES}")
     for name, tensor in tensors.items():
         if tensor.dtype not in PROFILE_DTYPES or tensor.numel() == 0:
-            message = f"{name} must be float32 or int64 with at least one number, not {_describe(tensor)}"
+            message = f"{name} must be float32 or int64 with at least one number, not {describe(tensor)}"
             raise InvalidArgument("tensors", message)
-        _check_finite(name, tensor)
+        check_finite(name, tensor)
 
 
 def _head_set_layers(shapes: Shapes) -> tuple[int, ...]:
@@ -184,34 +194,21 @@ def _head_set_layers(shapes: Shapes) -> tuple[int, ...]:
 def _check_head_set(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
-            raise InvalidArgument("tensors", f"{name} must be float32, not {_describe(tensor)}")
-        _check_finite(name, tensor)
+            raise InvalidArgument("tensors", f"{name} must be float32, not {describe(tensor)}")
+        check_finite(name, tensor)
     if "low" in tensors and "high" in tensors and bool((tensors["low"] > tensors["high"]).any()):
         layer, head = (tensors["low"] > tensors["high"]).nonzero()[0].tolist()
         raise InvalidArgument("tensors", f"low is above high for head {head} of layer {layer}")
 
 
 KINDS: dict[ArtifactKind, KindChecks] = {
-    ArtifactKind.VECTOR: KindChecks(_vector_layers, _check_vector),
+    ArtifactKind.VECTOR: KindChecks(_vector_layers, _check_vector, lambda shapes: next(iter(shapes.values()))[0]),
     ArtifactKind.NEURON_SET: KindChecks(_neuron_set_layers, _check_neuron_set),
     ArtifactKind.SPARSITY_PROFILE: KindChecks(_profile_layers, _check_profile),
-    ArtifactKind.HEAD_SET: KindChecks(_head_set_layers, _check_head_set),
+    ArtifactKind.HEAD_SET: KindChecks(_head_set_layers, _check_head_set, lambda shapes: shapes["scores"][1]),
     ArtifactKind.CORPUS: KindChecks(corpus_layers, check_corpus),
     ArtifactKind.ACTIVATIONS: KindChecks(activation_layers, check_activations),
     ArtifactKind.PROBE: KindChecks(probe_layers, check_probe),
+    ArtifactKind.SUBSPACE: KindChecks(subspace_layers, check_subspace, subspace_width),
+    ArtifactKind.AFFINE_MAP: KindChecks(affine_map_layers, check_affine_map, affine_map_width),
 }
-
-
-def _check_floats(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in FLOATS or tensor.numel() == 0:
-        raise InvalidArgument("tensors", f"{name} must be floats [n] with n >= 1, not {_describe(tensor)}")
-    _check_finite(name, tensor)
-
-
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidArgument("tensors", f"{name} holds NaN or Inf")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

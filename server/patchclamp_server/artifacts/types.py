@@ -23,10 +23,14 @@ class ArtifactKind(Enum):
     CORPUS = "corpus"
     ACTIVATIONS = "activations"
     PROBE = "probe"
+    SUBSPACE = "subspace"
+    AFFINE_MAP = "affine_map"
 
 
+# These kinds are of one site, and their layers are of its width.
+SITED = (ArtifactKind.VECTOR, ArtifactKind.SUBSPACE, ArtifactKind.AFFINE_MAP)
 # The layers of these kinds stand for themselves, so that some can be taken without the others.
-LAYERED = (ArtifactKind.VECTOR, ArtifactKind.NEURON_SET)
+LAYERED = (*SITED, ArtifactKind.NEURON_SET)
 # Kinds that are of no model, and fit every one: their fingerprint is empty.
 OF_NO_MODEL = (ArtifactKind.CORPUS,)
 
@@ -35,7 +39,8 @@ OF_NO_MODEL = (ArtifactKind.CORPUS,)
 class Metadata:
     """Metadata is stored beside the tensors and takes part in the id; only tags and the time of creation do not.
 
-    `site` is that of a vector; it is None for the other kinds (neuron sets always sit at mlp_post).
+    `site` is that of a vector, subspace or affine map; it is None for the other kinds (neuron sets always sit at
+    mlp_post).
     """
 
     kind: ArtifactKind
@@ -62,8 +67,8 @@ class ArtifactInfo:
     """An artifact without its tensors. `created` is in seconds since the epoch.
 
     `replaced` holds the tags that this very call took from other artifacts, and the ids of those. `width` is that of a
-    vector, the heads per layer of a head set, and 0 for others. `layers` is empty for a sparsity profile, a watch, a
-    watch reference and a corpus, `model_fingerprint` for a corpus, which fits every model.
+    vector, subspace or affine map, the heads per layer of a head set, and 0 for others. `layers` is empty for a
+    sparsity profile, a watch, a watch reference and a corpus, `model_fingerprint` for a corpus, which fits every model.
     """
 
     id: str
@@ -83,6 +88,27 @@ class ArtifactInfo:
     @property
     def metadata(self) -> Metadata:
         return Metadata(self.kind, self.model_fingerprint, self.site, self.description, self.provenance, self.evidence)
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """A subspace at one layer has orthonormal rows R [rank, width]. One of an intervention has W [rank, width] and
+    b [rank] as well, and a plane may have the centre [width] about which it is turned."""
+
+    rotation: torch.Tensor
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    centre: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """A h + b at one layer: A [width, width] is `matrix`, or `left` `right`ᵀ of [width, rank] each."""
+
+    matrix: torch.Tensor | None = None
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,20 +138,33 @@ class Artifact:
         self._expect(ArtifactKind.HEAD_SET)
         return self.tensors["scores"], self.tensors.get("low"), self.tensors.get("high")
 
+    def subspace(self, layer: int) -> Subspace:
+        self._expect(ArtifactKind.SUBSPACE, layer)
+        return Subspace(**self._of_layer(layer))
+
+    def affine_map(self, layer: int) -> AffineMap:
+        self._expect(ArtifactKind.AFFINE_MAP, layer)
+        return AffineMap(**self._of_layer(layer))
+
     def profile_tensors(self) -> dict[str, torch.Tensor]:
         """Returns a sparse policy's calibration under the policy's names; `info.provenance["policy"]` names it."""
         self._expect(ArtifactKind.SPARSITY_PROFILE)
         return self.tensors
 
     def only(self, layers: Sequence[int]) -> "Artifact":
-        """Returns the vector or neuron set with these layers alone. Raises NotFound for an unknown layer,
-        FailedPrecondition for another kind."""
+        """Returns the artifact with these layers alone. Raises NotFound for an unknown layer, FailedPrecondition for a
+        kind whose layers do not stand for themselves."""
         if self.info.kind not in LAYERED:
             raise FailedPrecondition("layers", f"a {self.info.kind.value} is exported whole; leave the layers empty")
         for layer in layers:
             self._expect(self.info.kind, layer)
         kept = {name: t for name, t in self.tensors.items() if int(name.split(".")[1]) in layers}
         return Artifact(replace(self.info, layers=tuple(sorted(layers))), kept)
+
+    def _of_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        """Returns the tensors "layer.<l>.<name>" of a layer, by name."""
+        prefix = f"layer.{layer}."
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def _expect(self, kind: ArtifactKind, layer: int | None = None) -> None:
         if self.info.kind is not kind:

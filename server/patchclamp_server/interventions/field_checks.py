@@ -80,3 +80,10 @@ def required(message: Message, name: str, field: str) -> None:
     """Checks that the submessage `name` is present; `field` is the path of the message that holds it."""
     if not message.HasField(name):
         raise InvalidArgument(below(field, name), "required")
+
+
+def alone(message: Message, name: str, others: Iterable[str], field: str) -> None:
+    """Checks that none of the submessages `others` is present beside the field `name`, which is set."""
+    for other in others:
+        if message.HasField(other):
+            raise InvalidArgument(below(field, other), f"{name} is given as well; expected one of both")

@@ -117,11 +117,12 @@ class RotateTowards(EditKind):
 
 @dataclass(frozen=True, eq=False)
 class LowRank(EditKind):
-    """The map has R and W [rank, width], and b [rank]."""
+    """The map has R and W [rank, width], and b [rank]: all three, or the subspace artifact that has them by layer."""
 
-    rotation: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
+    rotation: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    subspace: str = ""
 
 
 class NeuronOp(Enum):

@@ -88,6 +88,17 @@ class Resolver:
                 path, f"{ref} was made for model {info.model_fingerprint}, served is {self.info.fingerprint}"
             )
 
+    def artifact_at(self, ref: str, kind: ArtifactKind, layers: tuple[int, ...], width: int, path: str) -> Artifact:
+        """Returns an artifact of a kind with a width, which has all of these layers."""
+        artifact = self.artifact(ref, kind, path)
+        for layer in layers:
+            if layer not in artifact.info.layers:
+                has = ", ".join(map(str, artifact.info.layers))
+                raise InvalidArgument(path, f"{ref} has no layer {layer}; it has {has}")
+        if artifact.info.width != width:
+            raise InvalidArgument(path, f"{ref} has width {artifact.info.width}, the edited site has {width}")
+        return artifact
+
     def vectors(
         self, vector: Vector, site: Site, layers: tuple[int, ...], width: int, path: str, *, unit: bool
     ) -> dict[int, tuple[Tensor, ...]]:

@@ -65,7 +65,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def pairs_file(path: str) -> list[tuple[PromptLike, PromptLike]]:
     """Returns (positive, negative) of every line that is not blank."""
     expected = '{"positive": ..., "negative": ...}, each a text or a list of {"role", "content"}'
-    return json_lines(path, lambda pair: (_side(pair["positive"]), _side(pair["negative"])), expected)
+    return json_lines(path, lambda pair: (prompt_of(pair["positive"]), prompt_of(pair["negative"])), expected)
 
 
 def demonstrations_file(path: str) -> list[tuple[str, str]]:
@@ -157,7 +157,8 @@ def _middle(tokens: TokenProjections | None) -> str:
     return "" if tokens is None else f"{tokens.p05:.2f} to {tokens.p95:.2f}"
 
 
-def _side(value: object) -> PromptLike:
+def prompt_of(value: object) -> PromptLike:
+    """Returns a prompt of a line of JSON. Raises ValueError for what is neither a text nor a list of chat messages."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(map(_is_turn, value)):

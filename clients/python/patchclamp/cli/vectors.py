@@ -1,4 +1,4 @@
-"""patchclamp vectors extract | calibrate | detect | list | get | put | export | rm | tag"""
+"""patchclamp vectors extract | calibrate | detect | subspace | list | get | put | export | rm | tag"""
 
 import argparse
 import json
@@ -7,14 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from patchclamp.cli import calibrate, detect, extract
+from patchclamp.cli import calibrate, detect, extract, subspace
 from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import heading, note, print_json, table
 from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName, ArtifactKindName
 from patchclamp.requests import UploadOptions
+from patchclamp.requests.artifacts import StoredOptions
 from patchclamp.results import Artifact, DeletedArtifact
+from patchclamp.torch_files import read_affine, read_lm_steer, read_loreft
 
 _SUFFIXES: Mapping[str, ArtifactFormatName] = {
     ".gguf": "gguf",
@@ -38,6 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     extract.add_parser(actions)
     calibrate.add_parser(actions)
     detect.add_parser(actions)
+    subspace.add_parser(actions)
 
     listing = actions.add_parser("list", parents=[connection_options()], help="what is stored")
     listing.add_argument("--kind", choices=ARTIFACT_KINDS, help="default: every kind")
@@ -55,6 +58,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--kind", choices=ARTIFACT_KINDS, help="default: by the content of JSON, corpus for .jsonl, else vector"
     )
     put.add_argument("--site", choices=SITES, help="site of a vector (default: resid_post)")
+    put.add_argument(
+        "--torch",
+        choices=("loreft", "lm_steer", "affine"),
+        help="what a file of PyTorch holds: a directory of pyreft, LM-Steer, or a linear layer",
+    )
+    put.add_argument("--layer", type=int, help="with --torch lm_steer or affine: where the map is applied")
+    put.add_argument("--epsilon", type=float, help="with --torch lm_steer: the one that it was trained with")
     put.add_argument("--description")
     add_replace_argument(put)
     put.set_defaults(run=run_put)
@@ -99,19 +109,50 @@ def run_get(args: argparse.Namespace) -> int:
 
 
 def run_put(args: argparse.Namespace) -> int:
+    if args.torch is not None:
+        return _put_torch(args)
     format = args.format or _format_of(args.file, lambda: args.kind or _kind_of_json(args.file))
     kind: ArtifactKindName = args.kind or _KINDS.get(format, "vector")
     options: UploadOptions = {"kind": kind, "format": format}
     if args.site is not None:
         options["site"] = args.site
+    with connect(args) as client:
+        artifact = client.put_artifact(args.file, **options, **_label(args))
+    return _show(args, artifact)
+
+
+def _put_torch(args: argparse.Namespace) -> int:
+    needed = {"loreft": (), "lm_steer": ("layer", "epsilon"), "affine": ("layer",)}[args.torch]
+    for option in ("layer", "epsilon"):
+        if (getattr(args, option) is not None) != (option in needed):
+            what = "needs" if option in needed else "takes no"
+            raise ValueError(f"--torch {args.torch} {what} --{option}")
+    if args.kind is not None or args.format is not None:
+        raise ValueError("--torch says the kind and the format; leave --kind and --format out")
+    if args.torch == "loreft":
+        if args.site is not None:
+            raise ValueError("the files of pyreft say the site; leave --site out")
+        file = read_loreft(args.file)
+    elif args.torch == "lm_steer":
+        file = read_lm_steer(args.file, layer=args.layer, epsilon=args.epsilon, site=args.site or "resid_post")
+    else:
+        file = read_affine(args.file, layer=args.layer, site=args.site or "resid_post")
+    with connect(args) as client:
+        artifact = client.put_artifact(
+            file.data, kind=file.kind, site=file.site, provenance=file.provenance, **_label(args)
+        )
+    return _show(args, artifact)
+
+
+def _label(args: argparse.Namespace) -> StoredOptions:
+    """Returns the description and the tag that were given."""
+    options: StoredOptions = {}
     if args.description is not None:
         options["description"] = args.description
     if args.name is not None:
         options["tags"] = [args.name]
         options["replace_tags"] = args.replace
-    with connect(args) as client:
-        artifact = client.put_artifact(args.file, **options)
-    return _show(args, artifact)
+    return options
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -155,15 +155,44 @@ def rotate_towards(direction: VectorLike, radians: float, **options: Unpack[Vect
 
 
 @takes_options_of(_by_vector)
-def low_rank(rotation: Numbers, weight: Numbers, bias: Numbers, **options: Unpack[VectorEditOptions]) -> pb.Edit:
-    """t(h) = h + Rᵀ(Wh + b - Rh), with R and W [rank, width] and b [rank]: edits as ReFT does."""
+def rotate_in_plane(
+    plane: "Numbers | str", radians: float, *, centre: "Numbers | None" = None, **options: Unpack[VectorEditOptions]
+) -> pb.Edit:
+    """t(h) = h + Pᵀ(T - I)P(h - c): turns the part of h in a plane by `radians` (-2π to 2π) about a centre.
+
+    plane: P [2, width], which is made orthonormal, or the id or tag of a subspace of rank 2 with one for each layer. T
+    turns from the first axis to the second. centre: c [width]; by default that of the artifact, else 0.
+    """
+    source = {"subspace": plane} if isinstance(plane, str) else {"plane": tensor(plane, "plane")}
+    middle = None if centre is None else tensor(centre, "centre")
+    kind = build(pb.RotateInPlane, **source, centre=middle, radians=radians)
+    return _by_vector(pb.Edit(rotate_in_plane=kind), **options)
+
+
+@takes_options_of(_by_vector)
+def low_rank(
+    rotation: "Numbers | str",
+    weight: "Numbers | None" = None,
+    bias: "Numbers | None" = None,
+    **options: Unpack[VectorEditOptions],
+) -> pb.Edit:
+    """t(h) = h + Rᵀ(Wh + b - Rh), with R and W [rank, width] and b [rank]: edits as ReFT does.
+
+    rotation: R, or instead of all three the id or tag of a subspace that has them for each layer of the edit.
+    """
+    if isinstance(rotation, str):
+        if weight is not None or bias is not None:
+            raise ValueError("a subspace has its weight and bias; leave them out")
+        return _by_vector(pb.Edit(low_rank=pb.LowRank(subspace=rotation)), **options)
+    if weight is None or bias is None:
+        raise ValueError("low_rank takes rotation, weight and bias, or a subspace")
     kind = pb.LowRank(rotation=tensor(rotation, "rotation"), weight=tensor(weight, "weight"), bias=tensor(bias, "bias"))
     return _by_vector(pb.Edit(low_rank=kind), **options)
 
 
 @takes_options_of(_by_vector)
 def affine(
-    matrix: "Numbers | None" = None,
+    matrix: "Numbers | str | None" = None,
     *,
     left: "Numbers | None" = None,
     right: "Numbers | None" = None,
@@ -172,8 +201,14 @@ def affine(
 ) -> pb.Edit:
     """t(h) = Ah + b, with A [width, width] = matrix, or left·rightᵀ of [width, rank] each; without a bias b is 0.
 
+    matrix: A, or instead of all the id or tag of an affine_map that has A and b for each layer of the edit.
+
     Raises ValueError unless either matrix, or left and right, are given.
     """
+    if isinstance(matrix, str):
+        if any(other is not None for other in (left, right, bias)):
+            raise ValueError("an affine_map has its own numbers; leave left, right and bias out")
+        return _by_vector(pb.Edit(affine=pb.Affine(affine_map=matrix)), **options)
     given = {"matrix": matrix, "left": left, "right": right, "bias": bias}
     kind = pb.Affine(**{name: tensor(values, name) for name, values in given.items() if values is not None})
     if (matrix is None) == (left is None) or (left is None) != (right is None):

@@ -80,6 +80,7 @@ from patchclamp.requests.sparsity import (
     evaluate_profile,
     predict_core_neurons,
 )
+from patchclamp.requests.subspaces import SubspaceOptions, find_subspace
 
 __all__ = [
     "AttributeOptions",
@@ -111,6 +112,7 @@ __all__ = [
     "ReferenceOptions",
     "ScoreOptions",
     "StartWatchOptions",
+    "SubspaceOptions",
     "UploadOptions",
     "WatchOptions",
     "advance",
@@ -136,6 +138,7 @@ __all__ = [
     "extract_vectors",
     "find_circuit",
     "find_neurons",
+    "find_subspace",
     "follow_job",
     "generate",
     "get_job",

@@ -157,6 +157,7 @@ from patchclamp.results.sparsity import (
     SparsityReport,
     SpeedCard,
 )
+from patchclamp.results.subspaces import FoundSubspace, SubspaceEvent, SubspaceEvidence
 
 __all__ = [
     "Activation",
@@ -213,6 +214,7 @@ __all__ = [
     "Finished",
     "FollowCollector",
     "FoundNeurons",
+    "FoundSubspace",
     "GenerateCollector",
     "GenerateResult",
     "GroundedRange",
@@ -279,6 +281,8 @@ __all__ = [
     "SparsityReport",
     "SpeedCard",
     "StoredNeurons",
+    "SubspaceEvent",
+    "SubspaceEvidence",
     "Token",
     "TokenDetector",
     "TokenLogprob",

@@ -66,11 +66,13 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     is subtracted from the input, and the sites are in `provenance`.
     """
     ARTIFACT_KIND_SUBSPACE: _ArtifactKind.ValueType  # 11
-    """Orthonormal rows "layer.<l>.rotation" [rank, width]; of an intervention "layer.<l>.weight" [rank, width] and "layer.<l>.bias"
-    [rank] too; of a plane "layer.<l>.centre" [width].
+    """Orthonormal rows "layer.<l>.rotation" [rank, width] (R R^T is within 0.01 of I); of an intervention "layer.<l>.weight" [rank,
+    width] and "layer.<l>.bias" [rank] too; of a plane, which has rank 2, "layer.<l>.centre" [width]. It has a site, as a vector.
     """
     ARTIFACT_KIND_AFFINE_MAP: _ArtifactKind.ValueType  # 12
-    """"layer.<l>.matrix" [width, width], or "layer.<l>.left" and "layer.<l>.right" [width, rank], and optionally "layer.<l>.bias"."""
+    """"layer.<l>.matrix" [width, width], or "layer.<l>.left" and "layer.<l>.right" [width, rank], and optionally "layer.<l>.bias"
+    [width]: h becomes A h + b, with A the matrix, or left right^T. It has a site, as a vector.
+    """
     ARTIFACT_KIND_FEATURE_LABELS: _ArtifactKind.ValueType  # 13
     """Names of features: uint8 "text" and int64 "ends", "features". The id of the autoencoder is in `provenance`."""
 
@@ -114,11 +116,13 @@ ARTIFACT_KIND_AUTOENCODER: ArtifactKind.ValueType  # 10
 is subtracted from the input, and the sites are in `provenance`.
 """
 ARTIFACT_KIND_SUBSPACE: ArtifactKind.ValueType  # 11
-"""Orthonormal rows "layer.<l>.rotation" [rank, width]; of an intervention "layer.<l>.weight" [rank, width] and "layer.<l>.bias"
-[rank] too; of a plane "layer.<l>.centre" [width].
+"""Orthonormal rows "layer.<l>.rotation" [rank, width] (R R^T is within 0.01 of I); of an intervention "layer.<l>.weight" [rank,
+width] and "layer.<l>.bias" [rank] too; of a plane, which has rank 2, "layer.<l>.centre" [width]. It has a site, as a vector.
 """
 ARTIFACT_KIND_AFFINE_MAP: ArtifactKind.ValueType  # 12
-""""layer.<l>.matrix" [width, width], or "layer.<l>.left" and "layer.<l>.right" [width, rank], and optionally "layer.<l>.bias"."""
+""""layer.<l>.matrix" [width, width], or "layer.<l>.left" and "layer.<l>.right" [width, rank], and optionally "layer.<l>.bias"
+[width]: h becomes A h + b, with A the matrix, or left right^T. It has a site, as a vector.
+"""
 ARTIFACT_KIND_FEATURE_LABELS: ArtifactKind.ValueType  # 13
 """Names of features: uint8 "text" and int64 "ends", "features". The id of the autoencoder is in `provenance`."""
 Global___ArtifactKind: _TypeAlias = ArtifactKind  # noqa: Y015
@@ -230,7 +234,7 @@ class Artifact(_message.Message):
     model_fingerprint: _builtins.str
     """Fingerprint of the model it was made for; empty for a corpus."""
     site: _program_pb2.Site.ValueType
-    """Site of a vector."""
+    """Site of a vector, subspace or affine map."""
     width: _builtins.int
     size_bytes: _builtins.int
     description: _builtins.str
@@ -342,7 +346,7 @@ class UploadHeader(_message.Message):
     kind: Global___ArtifactKind.ValueType
     format: Global___ArtifactFormat.ValueType
     site: _program_pb2.Site.ValueType
-    """Site of a vector. Default: resid_post, which is where llama.cpp applies control vectors."""
+    """Site of a vector, subspace or affine map. Default: resid_post, which is where llama.cpp applies control vectors."""
     model_fingerprint: _builtins.str
     """Model it was made for. Empty: what the file says, else the server's model; a corpus has none."""
     description: _builtins.str

@@ -21,6 +21,7 @@ from patchclamp_server.interventions.kinds import (
     readings,
     replace,
     rotate,
+    rotate_in_plane,
 )
 from patchclamp_server.interventions.kinds.conditions import ConditionRule
 from patchclamp_server.interventions.kinds.kind import EditTable, ReadoutTable
@@ -38,6 +39,7 @@ EDITS: tuple[EditSpec, ...] = (
     *heads.EDITS,
     *affine.EDITS,
     *patch.EDITS,
+    *rotate_in_plane.EDITS,
 )
 READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *activations.READOUTS, *heads.READOUTS, *probes.READOUTS)
 _TABLES = (

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.cpu.invariant import operators as invariant
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.columns import OFFSET, OTHER, UNIT, EntryFlag, EntryKind
-from patchclamp_server.interventions.field_checks import required
+from patchclamp_server.interventions.field_checks import alone, required
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written
 from patchclamp_server.interventions.kinds.low_rank import Ranks, write_ranks
 from patchclamp_server.interventions.kinds.rules import Entries, Grid, TargetRule
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Affine(EditKind):
-    """A [width, width] is `matrix`, or `left` `right`ᵀ of [width, rank] each; `bias` is [width], None for 0."""
+    """A [width, width] is `matrix`, or `left` `right`ᵀ of [width, rank] each; `bias` is [width], None for 0. Or all of
+    them are those of an affine_map artifact, by layer."""
 
     matrix: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
     bias: Tensor | None = None
+    affine_map: str = ""
 
 
 class AffineRule(TargetRule):
@@ -87,6 +90,9 @@ LOW_RANK = EditTable(EntryKind.AFFINE_LOW_RANK, write_ranks, AffineLowRankRule)
 
 
 def _decode(proto: "pb.Affine", field: str) -> Affine:
+    if proto.affine_map:
+        alone(proto, "affine_map", ("matrix", "left", "right", "bias"), field)
+        return Affine(affine_map=proto.affine_map)
     if proto.HasField("matrix"):
         for name in ("left", "right"):
             if proto.HasField(name):
@@ -106,6 +112,8 @@ def _decode(proto: "pb.Affine", field: str) -> Affine:
 
 def _bind(kind: Affine, where: Where) -> EditNumbers:
     width = where.width
+    if kind.affine_map:
+        return _stored(kind.affine_map, where)
     bias = torch.zeros(width) if kind.bias is None else _checked(kind.bias, (width,), f"{where.path}.bias")
     if kind.matrix is not None:
         matrix = _checked(kind.matrix, (width, width), f"{where.path}.matrix")
@@ -115,12 +123,33 @@ def _bind(kind: Affine, where: Where) -> EditNumbers:
     rank = kind.left.shape[-1]
     left = _checked(kind.left, (width, rank), f"{where.path}.left")
     right = _checked(kind.right, (width, rank), f"{where.path}.right")
-    numbers = (
+    return EditNumbers(LOW_RANK, dict.fromkeys(where.layers, _factors(left, right, bias)))
+
+
+def _stored(ref: str, where: Where) -> EditNumbers:
+    """Returns the maps of an artifact. One edit runs as one entry, so that layers of both forms all run as matrices."""
+    path = f"{where.path}.affine_map"
+    artifact = where.resolver.artifact_at(ref, ArtifactKind.AFFINE_MAP, where.layers, where.width, path)
+    full: dict[int, Payload] = {}
+    factors: dict[int, Payload] = {}
+    for layer in where.layers:
+        found = artifact.affine_map(layer)
+        bias = torch.zeros(where.width) if found.bias is None else found.bias.float()
+        if found.left is not None and found.right is not None:
+            left, right = found.left.float(), found.right.float()
+            factors[layer], full[layer] = _factors(left, right, bias), (left @ right.T, bias)
+        elif found.matrix is not None:
+            full[layer] = (found.matrix.float(), bias)
+    whole = len(factors) < len(where.layers)
+    return EditNumbers(FULL if whole else LOW_RANK, full if whole else factors)
+
+
+def _factors(left: Tensor, right: Tensor, bias: Tensor) -> Payload:
+    return (
         torch.cat((left.T, bias[None])),
-        torch.cat((right.T, torch.zeros(1, width))),
-        torch.cat((torch.zeros(rank), torch.ones(1))),
+        torch.cat((right.T, torch.zeros(1, len(bias)))),
+        torch.cat((torch.zeros(left.shape[1]), torch.ones(1))),
     )
-    return EditNumbers(LOW_RANK, dict.fromkeys(where.layers, numbers))
 
 
 def _checked(tensor: Tensor, shape: tuple[int, ...], path: str) -> Tensor:
@@ -132,7 +161,7 @@ def _checked(tensor: Tensor, shape: tuple[int, ...], path: str) -> Tensor:
 
 
 def _inline(kind: Affine) -> str:
-    return "affine"
+    return "" if kind.affine_map else "affine"
 
 
 EDITS = (EditSpec("affine", Affine, _decode, _bind, ("affine",), _inline),)

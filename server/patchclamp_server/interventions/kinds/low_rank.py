@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.cpu.invariant import operators as invariant
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.banks import ZERO_ROW
 from patchclamp_server.interventions.columns import COUNT, FIRST, OFFSET, OTHER, UNIT, EntryFlag, EntryKind
-from patchclamp_server.interventions.field_checks import required
+from patchclamp_server.interventions.field_checks import alone, required
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written
 from patchclamp_server.interventions.kinds.rules import Entries, Grid, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
@@ -76,6 +77,9 @@ LOW_RANK = EditTable(EntryKind.LOW_RANK, write_ranks, LowRankRule)
 
 
 def _decode(proto: "pb.LowRank", field: str) -> LowRank:
+    if proto.subspace:
+        alone(proto, "subspace", ("rotation", "weight", "bias"), field)
+        return LowRank(subspace=proto.subspace)
     for name in ("rotation", "weight", "bias"):
         required(proto, name, field)
     rotation = decode_tensor(proto.rotation, f"{field}.rotation", ndims=(2,))
@@ -90,21 +94,37 @@ def _decode(proto: "pb.LowRank", field: str) -> LowRank:
 
 
 def _bind(kind: LowRank, where: Where) -> EditNumbers:
-    path, rank = where.path, kind.bias.shape[0] if kind.bias.dim() == 1 else 0
+    if kind.subspace:
+        return EditNumbers(LOW_RANK, _stored(kind.subspace, where))
+    rotation, weight, bias = kind.rotation, kind.weight, kind.bias
+    if rotation is None or weight is None or bias is None:
+        raise InvalidArgument(where.path, "expected rotation, weight and bias, or subspace")
+    rank = bias.shape[0] if bias.dim() == 1 else 0
     if rank < 1:
-        raise InvalidArgument(f"{path}.bias", "must be a vector of at least one number")
-    for name, tensor in (("rotation", kind.rotation), ("weight", kind.weight), ("bias", kind.bias)):
+        raise InvalidArgument(f"{where.path}.bias", "must be a vector of at least one number")
+    for name, tensor in (("rotation", rotation), ("weight", weight), ("bias", bias)):
         expected = [rank] if name == "bias" else [rank, where.width]
         if list(tensor.shape) != expected:
-            raise InvalidArgument(f"{path}.{name}", f"shape {list(tensor.shape)} is not {expected}")
+            raise InvalidArgument(f"{where.path}.{name}", f"shape {list(tensor.shape)} is not {expected}")
         if not bool(torch.isfinite(tensor).all()):
-            raise InvalidArgument(f"{path}.{name}", "holds NaN or infinite numbers")
-    numbers = (kind.rotation.float(), kind.weight.float(), kind.bias.float())
-    return EditNumbers(LOW_RANK, dict.fromkeys(where.layers, numbers))
+            raise InvalidArgument(f"{where.path}.{name}", "holds NaN or infinite numbers")
+    return EditNumbers(LOW_RANK, dict.fromkeys(where.layers, (rotation.float(), weight.float(), bias.float())))
+
+
+def _stored(ref: str, where: Where) -> dict[int, Payload]:
+    path = f"{where.path}.subspace"
+    artifact = where.resolver.artifact_at(ref, ArtifactKind.SUBSPACE, where.layers, where.width, path)
+    payload: dict[int, Payload] = {}
+    for layer in where.layers:
+        found = artifact.subspace(layer)
+        if found.weight is None or found.bias is None:
+            raise InvalidArgument(path, f"{ref} has no weight and bias for layer {layer}: it is no intervention")
+        payload[layer] = (found.rotation.float(), found.weight.float(), found.bias.float())
+    return payload
 
 
 def _inline(kind: LowRank) -> str:
-    return "low_rank"
+    return "" if kind.subspace else "low_rank"
 
 
 EDITS = (EditSpec("low_rank", LowRank, _decode, _bind, ("low_rank",), _inline),)

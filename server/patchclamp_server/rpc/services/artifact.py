@@ -18,8 +18,8 @@ from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource
 from patchclamp_server.artifacts.formats import FORMATS, CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.probes import probe_of
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
-from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
-from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactInfo, ArtifactKind, Tags
+from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of, width_of
+from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, SITED, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, below, fields_as, within
 from patchclamp_server.interventions.field_checks import count, distinct
 from patchclamp_server.model.info import ModelInfo
@@ -128,7 +128,7 @@ class ArtifactService(ArtifactServiceServicer):
         own = file.metadata
         if own and own.kind is not kind:
             raise InvalidArgument("header.kind", f"the file holds a {own.kind.value}, not a {kind.value}")
-        if kind is ArtifactKind.VECTOR:
+        if kind in SITED:
             site = site or (own.site if own else None) or Site.RESID_POST
         said = dict(own.provenance if own else file.provenance)
         provenance = _with_labels(provenance, said) if kind is ArtifactKind.CORPUS else provenance or said
@@ -223,11 +223,11 @@ def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors
     layers = layers_of(kind, shapes_of(tensors))
     if layers and layers[-1] >= model.n_layers:
         raise InvalidArgument("tensors", f"layer {layers[-1]}; {model.name} has layers 0 to {model.n_layers - 1}")
-    if kind is ArtifactKind.VECTOR and site is not None:
+    if kind in SITED and site is not None:
         if site not in model.sites:
             accepted = ", ".join(s.value for s in model.sites)
             raise InvalidArgument("site", f"{model.name} has no {site.value}; it has {accepted}")
-        width = tensors[f"layer.{layers[0]}"].numel()
+        width = width_of(kind, shapes_of(tensors))
         if width != model.sites[site]:
             message = f"width {width}; {site.value} of {model.name} has width {model.sites[site]}"
             raise InvalidArgument("tensors", message)

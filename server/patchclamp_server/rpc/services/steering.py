@@ -1,4 +1,5 @@
-"""SteeringService: vectors are extracted, calibrated and tried as detectors, as streams of progress and a result."""
+"""SteeringService: vectors are extracted, calibrated and tried as detectors, and subspaces found, as streams of progress
+and a result."""
 
 from collections.abc import AsyncIterator
 from functools import partial
@@ -11,11 +12,13 @@ from patchclamp.v1.steering_pb2_grpc import SteeringServiceServicer
 from patchclamp_server.analysis.steering.calibration.job import calibrate
 from patchclamp_server.analysis.steering.detection.job import detect
 from patchclamp_server.analysis.steering.run import run
+from patchclamp_server.analysis.subspaces.job import find_subspace
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.calibration import decode_calibration, encode_calibration
 from patchclamp_server.rpc.codecs.detection import decode_detection, encode_detection
 from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 from patchclamp_server.rpc.codecs.steering import decode_extraction, encode_extraction
+from patchclamp_server.rpc.codecs.subspaces import decode_subspace_search, encode_subspace
 
 # The engine says "prompt" of a window that it cannot run.
 WINDOWS = dict.fromkeys(("prompt", "window_tokens"), "texts.window_tokens")
@@ -62,4 +65,17 @@ class SteeringService(SteeringServiceServicer):
             partial(detect, jobs.engine, jobs.prompts),
             encode_detection,
             fields={"prompt": "texts.window_tokens", **text_fields(request.texts, "texts")},
+        )
+
+    def FindSubspace(
+        self, request: pb.FindSubspaceRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[pb.FindSubspaceResponse]:
+        """Cancelling the call ends the job after the slice that runs."""
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_subspace_search, request, jobs.prompts, jobs.model),
+            partial(find_subspace, jobs.engine, jobs.store, jobs.model),
+            encode_subspace,
+            exclusive=True,
         )
