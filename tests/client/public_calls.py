@@ -33,6 +33,8 @@ _REQUIRED: dict[str, Arguments] = {
     "describe_neurons": {"neurons": "mine", "texts": "corpus", "descriptions": ["dogs"]},
     "match_neurons": {"other": "theirs", "texts": "corpus"},
     "compare_neuron_sets": {"neuron_sets": ["one", "two"]},
+    "search_features": {"autoencoder": "mine", "label": "dogs"},
+    "export_autoencoder": {"ref": "mine"},
     "create_watch": {"items": [monitoring.watch_neurons("n", 1, [2])]},
     "start_watch": {"watch": "mine"},
     "stop_watch": {"name": "mine"},

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from live import LiveServer
+from small_autoencoder import SmallAutoencoder
 from tiny_llama import save_tiny_llama
 
 from patchclamp import Client
@@ -69,6 +70,7 @@ def test_no_page_with_python_is_left_out() -> None:
     tested = {
         "README.md",
         "docs/operating.md",
+        "docs/user/features.md",
         "docs/user/heads.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
@@ -145,6 +147,20 @@ def test_the_example_of_retrieval_heads_runs(embedded_server: LiveServer, client
 def test_the_examples_of_neurons_run(embedded_server: LiveServer, client: Client) -> None:
     names = run("docs/user/neurons.md", embedded_server.address, client=client)
     assert names["overlap"].common == 1
+
+
+def test_the_examples_of_features_run(
+    embedded_server: LiveServer,
+    client: Client,
+    small_autoencoder: SmallAutoencoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_autoencoder.save_saelens(tmp_path / "layer_14")
+    names = run("docs/user/features.md", embedded_server.address, client=client)
+    assert len(names["found"].features) == 5
+    assert {file.name for file in (tmp_path / "back").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
 
 
 def test_the_example_of_retries_runs() -> None:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from patchclamp import requests
+from patchclamp.autoencoders import ExportedAutoencoder
 from patchclamp.connection import (
     DEFAULT_ADDRESS,
     DEFAULT_TIMEOUT_SECONDS,
@@ -52,6 +53,7 @@ from patchclamp.requests import (
     PromptOptions,
     ReferenceOptions,
     ScoreOptions,
+    SearchFeaturesOptions,
     StartWatchOptions,
     UploadOptions,
     WatchOptions,
@@ -78,9 +80,11 @@ from patchclamp.results import (
     Detokenization,
     DownloadCollector,
     EvaluationCollector,
+    ExportCollector,
     ExtractionEvent,
     ExtractionResult,
     FollowCollector,
+    FoundFeatures,
     FoundNeurons,
     HeadEditEffect,
     HeadSetComparison,
@@ -117,6 +121,7 @@ from patchclamp.threads import Outbox
 from patchclamp.transport import Transport
 from patchclamp.v1 import (
     artifact_pb2,
+    feature_pb2,
     generation_pb2,
     head_pb2,
     job_pb2,
@@ -393,6 +398,18 @@ class Client(Transport):
         call = self._stream(self._stubs.neurons.FindNeurons, request, timeout)
         return Stream(call, JobCollector(FoundNeurons.from_proto))
 
+    @takes_options_of(requests.search_features)
+    def search_features(
+        self, autoencoder: str, *, timeout: float = float("inf"), **options: Unpack[SearchFeaturesOptions]
+    ) -> Stream[feature_pb2.SearchFeaturesResponse, Progress | FoundFeatures, FoundFeatures]:
+        """Ranks the features of an autoencoder by texts, tokens, a direction or their names.
+
+        Options: SearchFeaturesOptions.
+        """
+        request = requests.search_features(autoencoder, **options)
+        call = self._stream(self._stubs.features.SearchFeatures, request, timeout)
+        return Stream(call, JobCollector(FoundFeatures.from_proto))
+
     @takes_options_of(requests.localize_neurons)
     def localize_neurons(
         self,
@@ -557,6 +574,11 @@ class Client(Transport):
         """Returns the artifact, or some layers of it, as a file of this format."""
         call = self._stream(self._stubs.artifacts.Download, requests.download(ref, format, layers), timeout)
         return Stream(call, DownloadCollector()).result()
+
+    def export_autoencoder(self, ref: str, *, timeout: float | None = None) -> ExportedAutoencoder:
+        """Returns an autoencoder as the two files of SAELens."""
+        call = self._stream(self._stubs.artifacts.Download, requests.download(ref, "saelens", ()), timeout)
+        return Stream(call, ExportCollector()).result()
 
     def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
         """Returns the artifact that an id or a tag names."""

@@ -26,8 +26,31 @@ SiteName = Literal[
 ]
 PhaseName = Literal["prompt", "generated"]
 PriorityName = Literal["interactive", "batch", "analysis"]
-ArtifactKindName = Literal["vector", "neuron_set", "sparsity_profile", "head_set", "watch", "watch_reference", "corpus"]
-ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
+ArtifactKindName = Literal[
+    "vector",
+    "neuron_set",
+    "sparsity_profile",
+    "head_set",
+    "watch",
+    "watch_reference",
+    "corpus",
+    "activations",
+    "probe",
+    "autoencoder",
+    "subspace",
+    "affine_map",
+    "feature_labels",
+]
+ArtifactFormatName = Literal[
+    "safetensors",
+    "gguf",
+    "head_score_json",
+    "neuron_set_json",
+    "text_json_lines",
+    "saelens",
+    "gemma_scope_npz",
+    "feature_label_json",
+]
 MethodName = Literal["difference_of_means", "pca_of_differences", "logistic_probe"]
 PoolingName = Literal["last_token", "mean"]
 CoreInferRankingName = Literal["magnitude", "value"]
@@ -90,6 +113,9 @@ ARTIFACT_FORMATS = {
     "head_score_json": artifact_pb2.ARTIFACT_FORMAT_HEAD_SCORE_JSON,
     "neuron_set_json": artifact_pb2.ARTIFACT_FORMAT_NEURON_SET_JSON,
     "text_json_lines": artifact_pb2.ARTIFACT_FORMAT_TEXT_JSON_LINES,
+    "saelens": artifact_pb2.ARTIFACT_FORMAT_SAELENS,
+    "gemma_scope_npz": artifact_pb2.ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ,
+    "feature_label_json": artifact_pb2.ARTIFACT_FORMAT_FEATURE_LABEL_JSON,
 }
 
 

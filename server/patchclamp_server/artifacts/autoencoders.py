@@ -81,29 +81,33 @@ class Autoencoder:
 
         Of topk the rows of all features are read, since the k-th largest is among all.
         """
+        if features is None:
+            return torch.cat([f for _, f in self.activation_blocks(h)], dim=1)
         if self.spec.function is Function.TOPK:
-            return self._encode_topk(h, features)
-        if features is not None:
-            rows = self.rows(features)
-            found = rows.preactivations(h)
-            return torch.where(found > rows.threshold, found, 0.0)
-        found = torch.empty(len(h), self.n_features)
-        for start, p in self.preactivation_blocks(h):
-            end = start + p.shape[1]
-            found[:, start:end] = torch.where(p > self.threshold[start:end], p, 0.0)
-        return found
+            chosen, found = torch.tensor(features, dtype=torch.int64), torch.empty(len(h), len(features))
+            for start, f in self.activation_blocks(h):
+                here = ((chosen >= start) & (chosen < start + f.shape[1])).nonzero().flatten()
+                found[:, here] = f[:, chosen[here] - start]
+            return found
+        rows = self.rows(features)
+        p = rows.preactivations(h)
+        return torch.where(p > rows.threshold, p, 0.0)
 
-    def _encode_topk(self, h: Tensor, features: Sequence[int] | None) -> Tensor:
-        # The chosen ones are taken from the same products as the k-th largest: another product rounds otherwise, and
-        # the k-th itself could be below its own value.
-        chosen = torch.arange(self.n_features) if features is None else torch.tensor(features, dtype=torch.int64)
-        found, largest = torch.empty(len(h), len(chosen)), torch.empty(len(h), 0)
+    def activation_blocks(self, h: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yields the first feature of each block of rows, and f float32 [tokens, features of the block]."""
+        kth = self._kth_largest(h) if self.spec.function is Function.TOPK else None
         for start, p in self.preactivation_blocks(h):
-            here = ((chosen >= start) & (chosen < start + p.shape[1])).nonzero().flatten()
-            found[:, here] = p[:, chosen[here] - start]
+            # The products are the same as those in which the k-th largest was found: another would round otherwise.
+            active = p > self.threshold[start : start + p.shape[1]] if kth is None else (p >= kth) & (p > 0)
+            yield start, torch.where(active, p, 0.0)
+
+    def _kth_largest(self, h: Tensor) -> Tensor:
+        """Returns the k-th largest pre-activation [tokens, 1] of all features."""
+        largest = torch.empty(len(h), 0)
+        for _, p in self.preactivation_blocks(h):
             both = torch.cat((largest, p), dim=1)
             largest = both.topk(min(self.spec.k, both.shape[1]), dim=1).values
-        return torch.where((found >= largest[:, -1:]) & (found > 0), found, 0.0)
+        return largest[:, -1:]
 
     def preactivation_blocks(self, h: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yields the first feature of each block of rows, and p float32 [tokens, features of the block]."""

@@ -29,6 +29,7 @@ from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.checkpoints import Checkpoints
 from patchclamp_server.artifacts.corpora import check_labels
+from patchclamp_server.artifacts.feature_labels import check_about
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
@@ -91,6 +92,8 @@ class ArtifactStore:
             check_labels(metadata.provenance, tensors)
         if kind is ArtifactKind.AUTOENCODER:
             check_autoencoder(metadata.site, metadata.provenance, shapes_of(tensors))
+        if kind is ArtifactKind.FEATURE_LABELS:
+            check_about(metadata.provenance)
         data = safetensors.dump(metadata, tensors)
         artifact_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
         with self._lock:

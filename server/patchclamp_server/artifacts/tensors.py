@@ -7,6 +7,7 @@
     head_set          scores [n_layers, n_heads], optionally low, high alike       float32
     corpus            text [bytes], ends [documents], optionally labels alike      uint8; int64 (corpora.py)
     autoencoder       encoder, encoder_bias, decoder, decoder_bias, threshold      see autoencoder_spec.py
+    feature_labels    features, text, ends                                         see feature_labels.py
     watch             see monitoring/watch.py                                      uint8, int64, floats
     watch_reference   see monitoring/reference.py                                  float64, int64
 
@@ -22,6 +23,7 @@ import torch
 
 from patchclamp_server.artifacts.autoencoder_spec import autoencoder_layers, check_autoencoder_tensors
 from patchclamp_server.artifacts.corpora import check_corpus, corpus_layers
+from patchclamp_server.artifacts.feature_labels import check_labels_of_features, label_layers
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 
@@ -198,6 +200,7 @@ KINDS: dict[ArtifactKind, KindChecks] = {
     ArtifactKind.HEAD_SET: KindChecks(_head_set_layers, _check_head_set),
     ArtifactKind.CORPUS: KindChecks(corpus_layers, check_corpus),
     ArtifactKind.AUTOENCODER: KindChecks(autoencoder_layers, check_autoencoder_tensors),
+    ArtifactKind.FEATURE_LABELS: KindChecks(label_layers, check_labels_of_features),
 }
 
 

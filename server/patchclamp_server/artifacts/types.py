@@ -22,6 +22,7 @@ class ArtifactKind(Enum):
     WATCH_REFERENCE = "watch_reference"
     CORPUS = "corpus"
     AUTOENCODER = "autoencoder"
+    FEATURE_LABELS = "feature_labels"
 
 
 # The layers of these kinds stand for themselves, so that some can be taken without the others.

@@ -4,6 +4,7 @@ from google.protobuf import descriptor_pool
 
 from patchclamp.v1 import (
     artifact_pb2,
+    feature_pb2,
     generation_pb2,
     head_pb2,
     job_pb2,
@@ -22,6 +23,7 @@ SERVICES: tuple[str, ...] = tuple(
         sparsity_pb2,
         head_pb2,
         neuron_pb2,
+        feature_pb2,
         monitoring_pb2,
         artifact_pb2,
         model_pb2,

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from patchclamp.cli import (
     compare,
     completion,
+    features,
     generate,
     heads,
     jobs,
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     sparsity.add_parser(commands)
     heads.add_parser(commands)
     neurons.add_parser(commands)
+    features.add_parser(commands)
     watch.add_parser(commands)
     jobs.add_parser(commands)
     tokens.add_parsers(commands)

@@ -10,6 +10,7 @@ from patchclamp.requests.artifacts import (
     upload,
 )
 from patchclamp.requests.extraction import ExtractOptions, extract_vectors
+from patchclamp.requests.features import SearchFeaturesOptions, search_features
 from patchclamp.requests.generation import (
     GenerateOptions,
     ScoreOptions,
@@ -96,6 +97,7 @@ __all__ = [
     "PromptOptions",
     "ReferenceOptions",
     "ScoreOptions",
+    "SearchFeaturesOptions",
     "StartWatchOptions",
     "UploadOptions",
     "WatchOptions",
@@ -131,6 +133,7 @@ __all__ = [
     "record_reference",
     "score",
     "score_heads",
+    "search_features",
     "session_start",
     "set_strength",
     "start_job",

@@ -4,6 +4,7 @@ from patchclamp.results.artifacts import (
     Artifact,
     DeletedArtifact,
     DownloadCollector,
+    ExportCollector,
     ExtractionEvent,
     ExtractionProgress,
     ExtractionResult,
@@ -18,6 +19,7 @@ from patchclamp.results.comparison import (
     CompareText,
     Divergence,
 )
+from patchclamp.results.features import FoundFeature, FoundFeatures
 from patchclamp.results.followed import (
     FollowCollector,
     JobEvent,
@@ -163,11 +165,14 @@ __all__ = [
     "DownloadCollector",
     "EditReceipt",
     "EvaluationCollector",
+    "ExportCollector",
     "ExtractionEvent",
     "ExtractionProgress",
     "ExtractionResult",
     "Finished",
     "FollowCollector",
+    "FoundFeature",
+    "FoundFeatures",
     "FoundNeurons",
     "GenerateCollector",
     "GenerateResult",

@@ -72,7 +72,9 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     ARTIFACT_KIND_AFFINE_MAP: _ArtifactKind.ValueType  # 12
     """"layer.<l>.matrix" [width, width], or "layer.<l>.left" and "layer.<l>.right" [width, rank], and optionally "layer.<l>.bias"."""
     ARTIFACT_KIND_FEATURE_LABELS: _ArtifactKind.ValueType  # 13
-    """Names of features: uint8 "text" and int64 "ends", "features". The id of the autoencoder is in `provenance`."""
+    """Names of features: int64 "features", ascending, uint8 "text", all names one after the other in UTF-8, and int64 "ends", where
+    each ends. The id of the autoencoder is `provenance.autoencoder`.
+    """
 
 class ArtifactKind(_ArtifactKind, metaclass=_ArtifactKindEnumTypeWrapper): ...
 
@@ -120,7 +122,9 @@ ARTIFACT_KIND_SUBSPACE: ArtifactKind.ValueType  # 11
 ARTIFACT_KIND_AFFINE_MAP: ArtifactKind.ValueType  # 12
 """"layer.<l>.matrix" [width, width], or "layer.<l>.left" and "layer.<l>.right" [width, rank], and optionally "layer.<l>.bias"."""
 ARTIFACT_KIND_FEATURE_LABELS: ArtifactKind.ValueType  # 13
-"""Names of features: uint8 "text" and int64 "ends", "features". The id of the autoencoder is in `provenance`."""
+"""Names of features: int64 "features", ascending, uint8 "text", all names one after the other in UTF-8, and int64 "ends", where
+each ends. The id of the autoencoder is `provenance.autoencoder`.
+"""
 Global___ArtifactKind: _TypeAlias = ArtifactKind  # noqa: Y015
 
 class _ArtifactFormat:

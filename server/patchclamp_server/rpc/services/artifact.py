@@ -20,7 +20,7 @@ from patchclamp_server.artifacts.row_formats import Beside, RowFormat
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
 from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, OF_ROWS, ArtifactInfo, ArtifactKind, Tags
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument, below, fields_as, within
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about, below, fields_as, within
 from patchclamp_server.interventions.field_checks import count, distinct
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
@@ -148,6 +148,8 @@ class ArtifactService(ArtifactServiceServicer):
         provenance = decode_struct(header.provenance, "header.provenance")
         if header.config and name not in WITH_CONFIG:
             raise InvalidArgument("header.config", f"{name} has no second file; {', '.join(WITH_CONFIG)} has")
+        if header.of and kind is not ArtifactKind.FEATURE_LABELS:
+            raise InvalidArgument("header.of", f"a {kind.value} is about no artifact; feature_labels are")
         if kind in OF_ROWS:
             rows = row_format(name, "header.format")
             return lambda path: self._store_rows(header, kind, site, provenance, rows, path)
@@ -210,6 +212,9 @@ class ArtifactService(ArtifactServiceServicer):
         said = dict(own.provenance if own else file.provenance)
         provenance = _with_labels(provenance, said) if kind is ArtifactKind.CORPUS else provenance or said
         fingerprint = header.model_fingerprint or (own.model_fingerprint if own else "")
+        if kind is ArtifactKind.FEATURE_LABELS:
+            about_autoencoder, fingerprint = self._labelled(header.of, provenance, file.tensors)
+            provenance = provenance | about_autoencoder
         if kind not in OF_NO_MODEL:
             fingerprint = fingerprint or self._model.fingerprint
         with fields_as(_upload_path):
@@ -231,6 +236,24 @@ class ArtifactService(ArtifactServiceServicer):
                 evidence=own.evidence if own else {},
                 tags=Tags(tuple(header.tags), header.replace_tags),
             )
+
+    def _labelled(
+        self, ref: str, provenance: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, Any], str]:
+        """What provenance says of the autoencoder that labels are about, and the fingerprint of its model."""
+        said = provenance.get("autoencoder")
+        if not ref and not isinstance(said, str):
+            raise InvalidArgument("header.of", "give the id or tag of the autoencoder that the labels are about")
+        with about("header.of"):
+            info, file = self._store.open(ref or str(said))
+        if info.kind is not ArtifactKind.AUTOENCODER:
+            raise InvalidArgument("header.of", f"{ref} is a {info.kind.value}, not an autoencoder")
+        with fields_as(_upload_path):
+            check_tensors(ArtifactKind.FEATURE_LABELS, tensors)
+        largest, n_features = int(tensors["features"].max()), file.shapes["encoder"][0]
+        if largest >= n_features:
+            raise InvalidArgument("chunk", f"feature {largest}; the autoencoder has 0 to {n_features - 1}")
+        return {"autoencoder": info.id}, info.model_fingerprint
 
     def _encode(self, ref: str, layers: tuple[int, ...], whole: Format) -> tuple[ArtifactInfo, bytes]:
         artifact = self._store.get(ref)
