@@ -20,7 +20,7 @@ from patchclamp_server.artifacts.row_formats import ROW_FORMATS, Beside
 from patchclamp_server.artifacts.row_formats.hook_names import hook_of_place, place_of_hook
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, NotFound
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
 
 F, W = 40, 6
@@ -191,6 +191,7 @@ def test_weights_of_16_bits_are_kept(store: ArtifactStore, tmp_path: Path, dtype
     ("change", "message"),
     [
         ({"architecture": "gated"}, "architecture: 'gated'"),
+        ({"architecture": ["standard"]}, "architecture: ['standard']"),
         ({"architecture": "skip_transcoder"}, "architecture: 'skip_transcoder'"),
         ({"activation_fn": "tanh-relu"}, "activation_fn: 'tanh-relu'"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations: 'layer_norm'"),
@@ -228,7 +229,14 @@ def test_a_configuration_that_is_none_is_refused(store: ArtifactStore, tmp_path:
 
 @pytest.mark.parametrize(
     "tensors",
-    [weights(W_gate=torch.zeros(W)), {"b_enc": torch.zeros(F)}, weights(scaling_factor=torch.full((F,), 2.0))],
+    [
+        weights(W_gate=torch.zeros(W)),
+        weights(W_enc=torch.zeros(F)),
+        {"b_enc": torch.zeros(F)},
+        weights(scaling_factor=torch.full((F,), 2.0)),
+        weights(scaling_factor=torch.ones(3)),
+        weights(scaling_factor=torch.tensor(1.0)),
+    ],
 )
 def test_weights_of_another_layout_are_refused(
     store: ArtifactStore, tmp_path: Path, tensors: dict[str, Tensor]
@@ -349,7 +357,9 @@ def test_gemma_scope_without_site_or_layer_is_refused(store: ArtifactStore, tmp_
         assert refused.value.field == field
 
 
-def test_stored_by_rows_is_stored_to_the_same_bytes(store: ArtifactStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_stored_by_rows_is_stored_to_the_same_bytes(store: ArtifactStore, tmp_path: Path, remote: bool) -> None:
+    store = ArtifactStore(f"memory://{tmp_path.name}-{id(tmp_path)}") if remote else store
     w = weights()
     info = imported(store, _saved(tmp_path, w), "saelens", Beside(json.dumps(NEW)))
     whole = {"encoder": w["W_enc"].T.contiguous(), "encoder_bias": w["b_enc"]}
@@ -358,6 +368,15 @@ def test_stored_by_rows_is_stored_to_the_same_bytes(store: ArtifactStore, tmp_pa
         ArtifactKind.AUTOENCODER, whole, model_fingerprint="m", site=info.site, provenance=info.provenance
     )
     assert again.id == info.id
+    assert torch.equal(store.open(info.id)[1].tensor("decoder"), w["W_dec"])
+
+
+def test_an_autoencoder_that_is_deleted_while_it_is_read_is_not_found(store: ArtifactStore, tmp_path: Path) -> None:
+    info = imported(store, _saved(tmp_path, weights()), "saelens", Beside(json.dumps(NEW)))
+    _, file = store.open(info.id)
+    store.delete(info.id)
+    with pytest.raises(NotFound):
+        file.tensor("decoder")
 
 
 def test_numbers_that_are_not_finite_are_refused_and_leave_nothing(store: ArtifactStore, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_planted_feature_is_found_by_the_token_that_it_stands_for(
 
 def values(vector: Tensor) -> tensor_pb2.Tensor:
     data = vector.contiguous().numpy().astype("<f4").tobytes()
-    return tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_FLOAT32, shape=list(vector.shape), data=data)
+    return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=list(vector.shape), data=data)
 
 
 def test_the_promoted_tokens_have_the_largest_products_with_the_decoder_row(

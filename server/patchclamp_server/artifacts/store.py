@@ -185,7 +185,14 @@ class ArtifactStore:
             self._verified.add(artifact_id)
         path = _object_path(artifact_id)
         header = self._headers.get(artifact_id) or self._read_header(artifact_id)
-        return info, TensorFile(header, lambda start, end: self._blobs.read_range(path, start, end))
+
+        def read(start: int, end: int) -> bytes:
+            try:
+                return self._blobs.read_range(path, start, end)
+            except FileNotFoundError as error:
+                raise NotFound("ref", f"artifact {artifact_id} was deleted while it was read") from error
+
+        return info, TensorFile(header, read)
 
     def info(self, ref: str) -> ArtifactInfo:
         """Returns what is known of an id or tag, from the header alone. Raises as get() does."""

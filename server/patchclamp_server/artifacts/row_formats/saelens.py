@@ -86,7 +86,7 @@ def spec_of(config: Mapping[str, Any], beside: Beside) -> AutoencoderSpec:
     if activation == "topk" and architecture == "standard":
         arguments = config.get("activation_fn_kwargs")
         architecture, k = "topk", arguments.get("k") if isinstance(arguments, dict) else None
-    if architecture not in _FUNCTIONS:
+    if not isinstance(architecture, str) or architecture not in _FUNCTIONS:
         _refuse("architecture", architecture, _FUNCTIONS)
     if activation not in ("relu", "topk"):
         _refuse("activation_fn", activation, ("relu", "topk"))
@@ -175,10 +175,13 @@ def _sources(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Source]:
             raise MalformedFile(f"{name!r:.200} is not a tensor of SAELens that is read: {', '.join(sorted(accepted))}")
     sources = {ours: Source(theirs) for ours, theirs in NAMES.items() if theirs in file.shapes}
     for name in ("encoder", "decoder"):
-        if name not in sources or len(file.shapes[NAMES[name]]) != 2:
+        shape = file.shapes.get(NAMES[name], ())
+        if len(shape) != 2 or min(shape) < 1:
             raise MalformedFile(f"{NAMES[name]} is missing, or no matrix")
     sources["encoder"] = Source("W_enc", transposed=True)
     if _SCALING in file.shapes:
+        if file.shapes[_SCALING] != file.shapes["W_dec"][:1]:
+            raise MalformedFile(f"scaling_factor has the shape {list(file.shapes[_SCALING])}; expected [d_sae]")
         scale = file.tensor(_SCALING).float()
         if not config.get("finetuning_scaling_factor") and bool((scale != 1.0).any()):
             raise MalformedFile("scaling_factor is not 1, but finetuning_scaling_factor of the configuration is false")

@@ -167,7 +167,8 @@ class ArtifactService(ArtifactServiceServicer):
         rows: RowFormat,
         path: Path,
     ) -> ArtifactInfo:
-        """As _store_upload, of a file that is never whole in memory. What the file says of itself wins."""
+        """As _store_upload, of a file that is never whole in memory. Site and layer of the header win; in all else what
+        the file says of itself does."""
         served = header.model_fingerprint in ("", self._model.fingerprint)
         layer = header.layer if header.HasField("layer") else None
         beside = Beside(header.config, site, layer, self._model.sites if served else PUBLIC_SITES)
