@@ -31,6 +31,7 @@ from patchclamp_server.model.progress import RichProgress
 
 if TYPE_CHECKING:
     from live import LiveServer
+    from small_autoencoder import SmallAutoencoder
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("patient", deadline=None)
@@ -98,6 +99,14 @@ def embedded_server(embedded_dir: Path, tmp_path_factory: pytest.TempPathFactory
 
     with LiveServer(load_model(str(embedded_dir)), tmp_path_factory.mktemp("embedded_artifacts")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def small_autoencoder(embedded_server: "LiveServer") -> "SmallAutoencoder":
+    """An autoencoder of 256 features, trained on activations of the embedded model."""
+    from small_autoencoder import trained
+
+    return trained(embedded_server.model)
 
 
 @pytest.fixture

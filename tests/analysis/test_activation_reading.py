@@ -366,7 +366,7 @@ async def test_stored_rows_come_back_by_text_site_and_layer(engine: Engine, stor
     result = result_in(events)
     assert result.artifact is not None
     assert (result.rows, result.artifact.description) == (35, "rows")
-    stored = StoredActivations(store.slices(result.artifact.id))
+    stored = StoredActivations(*store.open(result.artifact.id))
     assert stored.labels == ("even", "odd")
     streamed = rows_in(await events_of(engine, store, replace(job, store=False)))
     for text in stored.texts():

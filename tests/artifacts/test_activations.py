@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from patchclamp_server.artifacts.activation_rows import StoredActivations
-from patchclamp_server.artifacts.slices import TensorSlices
 from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.tensor_file import TensorFile
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound
 from patchclamp_server.model.sites import Site
@@ -41,7 +41,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
 
 
 def test_the_rows_of_a_text_come_back_with_their_positions_and_tokens(store: ArtifactStore) -> None:
-    stored = StoredActivations(store.slices(put(store).id))
+    stored = StoredActivations(*store.open(put(store).id))
     assert stored.info.layers == (0, 1)
     assert stored.widths == {(Site.RESID_PRE, 1): 3, (Site.MLP_POST, 0): 4}
     assert stored.texts() == [0, 2]
@@ -52,14 +52,14 @@ def test_the_rows_of_a_text_come_back_with_their_positions_and_tokens(store: Art
 
 
 def test_of_one_text_site_and_layer_only_its_own_bytes_are_read(store: ArtifactStore) -> None:
-    slices = store.slices(put(store).id)
+    info, file = store.open(put(store).id)
     read: list[int] = []
 
     def counted(start: int, end: int) -> bytes:
         read.append(end - start)
-        return slices.read_bytes(start, end)
+        return file.read(start, end)
 
-    stored = StoredActivations(TensorSlices(slices.info, slices.header, counted))
+    stored = StoredActivations(info, TensorFile(file.header, counted))
     rows = stored.rows_of(0)
     read.clear()
     stored.values(Site.RESID_PRE, 1, rows)
@@ -67,7 +67,7 @@ def test_of_one_text_site_and_layer_only_its_own_bytes_are_read(store: ArtifactS
 
 
 def test_a_text_site_or_layer_without_rows_is_not_found(store: ArtifactStore) -> None:
-    stored = StoredActivations(store.slices(put(store).id))
+    stored = StoredActivations(*store.open(put(store).id))
     with pytest.raises(NotFound, match="no row of text 1; it has rows of 0, 2"):
         stored.rows_of(1)
     with pytest.raises(NotFound, match=r"no rows of resid_pre\.0; it has mlp_post\.0, resid_pre\.1"):
@@ -77,7 +77,7 @@ def test_a_text_site_or_layer_without_rows_is_not_found(store: ArtifactStore) ->
 def test_another_kind_of_artifact_holds_no_rows(store: ArtifactStore) -> None:
     info = store.put(ArtifactKind.VECTOR, {"layer.0": torch.ones(3)}, model_fingerprint="m", site=Site.RESID_PRE)
     with pytest.raises(FailedPrecondition, match="is a vector, not activations"):
-        StoredActivations(store.slices(info.id))
+        StoredActivations(*store.open(info.id))
 
 
 def test_damaged_bytes_are_found_before_a_slice_is_read(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_damaged_bytes_are_found_before_a_slice_is_read(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(FailedPrecondition, match="damaged"):
-        ArtifactStore(tmp_path).slices(f"sha256:{digest}")
+        ArtifactStore(tmp_path).open(f"sha256:{digest}")
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_a_label_needs_a_name(store: ArtifactStore) -> None:
     with pytest.raises(InvalidArgument, match="label holds 1; 1 have a name"):
         store.put(ArtifactKind.ACTIVATIONS, labelled, model_fingerprint="m", provenance={"labels": ["a"]})
     info = store.put(ArtifactKind.ACTIVATIONS, labelled, model_fingerprint="m", provenance={"labels": ["a", "b"]})
-    assert StoredActivations(store.slices(info.id)).labels == ("a", "b")
+    assert StoredActivations(*store.open(info.id)).labels == ("a", "b")

@@ -4,7 +4,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp import AsyncClient, Client, effects, heads, monitoring, neurons, patching, programs, requests, sparsity, subspaces
+from patchclamp import (
+    AsyncClient,
+    Client,
+    effects,
+    heads,
+    monitoring,
+    neurons,
+    patching,
+    programs,
+    requests,
+    sparsity,
+    subspaces,
+)
 from patchclamp.heads import CleanCorruptPair
 from patchclamp.patching import PatchPair
 
@@ -42,6 +54,8 @@ _REQUIRED: dict[str, Arguments] = {
     "describe_neurons": {"neurons": "mine", "texts": "corpus", "descriptions": ["dogs"]},
     "match_neurons": {"other": "theirs", "texts": "corpus"},
     "compare_neuron_sets": {"neuron_sets": ["one", "two"]},
+    "search_features": {"autoencoder": "mine", "label": "dogs"},
+    "export_autoencoder": {"ref": "mine"},
     "create_watch": {"items": [monitoring.watch_neurons("n", 1, [2])]},
     "start_watch": {"watch": "mine"},
     "stop_watch": {"name": "mine"},

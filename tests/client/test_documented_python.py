@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from live import LiveServer
+from small_autoencoder import SmallAutoencoder
 from tiny_llama import save_tiny_llama
 
 from patchclamp import Client
@@ -71,6 +72,7 @@ def test_no_page_with_python_is_left_out() -> None:
         "docs/operating.md",
         "docs/user/activations.md",
         "docs/user/extraction.md",
+        "docs/user/features.md",
         "docs/user/heads.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
@@ -190,6 +192,20 @@ def test_the_examples_of_subspaces_run(
     assert names["layer"].steps == 4
     assert next((tmp_path / "back").iterdir()).name == "intkey_layer.12.comp.block_output.unit.pos.nunit.1#0.bin"
     names["client"].close()
+
+
+def test_the_examples_of_features_run(
+    embedded_server: LiveServer,
+    client: Client,
+    small_autoencoder: SmallAutoencoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_autoencoder.save_saelens(tmp_path / "layer_14")
+    names = run("docs/user/features.md", embedded_server.address, client=client)
+    assert len(names["found"].features) == 5
+    assert {file.name for file in (tmp_path / "back").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
 
 
 def test_the_example_of_retries_runs() -> None:

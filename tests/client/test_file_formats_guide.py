@@ -21,6 +21,8 @@ TAGS = {
     "by_hand_usual": "watch_reference",
     "corpus": "corpus",
     "corpus_by_hand": "corpus",
+    "sae_by_hand": "autoencoder",
+    "names_by_hand": "feature_labels",
 }
 
 

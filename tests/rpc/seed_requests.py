@@ -15,6 +15,7 @@ from torch import Tensor, arange, eye, linspace, ones, zeros
 from patchclamp.v1 import (
     activation_pb2,
     artifact_pb2,
+    feature_pb2,
     generation_pb2,
     head_pb2,
     job_pb2,
@@ -195,7 +196,18 @@ def artifacts() -> list[Call]:
         upload("ARTIFACT_KIND_ACTIVATIONS", "run", file(activations())),
         upload("ARTIFACT_KIND_PROBE", "probe", probe, provenance=said),
         upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
+        upload("ARTIFACT_KIND_AUTOENCODER", "autoencoder", saelens(), format="ARTIFACT_FORMAT_SAELENS", config=SAE),
+        upload("ARTIFACT_KIND_FEATURE_LABELS", "labels", LABELS, format=LABEL_JSON, of="autoencoder"),
     ]
+
+
+SAE = '{"architecture": "topk", "k": 2, "metadata": {"hook_name": "blocks.1.hook_resid_post"}}'
+LABELS, LABEL_JSON = b'{"1": "dogs", "3": "rain"}', "ARTIFACT_FORMAT_FEATURE_LABEL_JSON"
+
+
+def saelens() -> bytes:
+    weights = linspace(-1, 1, 6 * WIDTH).reshape(6, WIDTH)
+    return file({"W_enc": weights.T.contiguous(), "b_enc": ones(6), "W_dec": weights, "b_dec": ones(WIDTH)})
 
 
 def preparation() -> list[tuple[str, Call]]:
@@ -442,6 +454,7 @@ def calls() -> dict[str, list[Call]]:
         "ModelService/Detokenize": [[model_pb2.DetokenizeRequest(ids=[1, 40, 41], skip_special_tokens=True)]],
         **monitoring(),
         **neurons(),
+        "FeatureService/SearchFeatures": [[each] for each in searches()],
     }
     return {f"patchclamp.v1.{method}": calls for method, calls in named.items()}
 
@@ -566,6 +579,17 @@ def neurons() -> dict[str, list[Call]]:
         "NeuronService/EvaluateNeuronEdit": [[clamp], [mean]],
         "NeuronService/CompareNeuronSets": [[pb.CompareNeuronSetsRequest(neuron_sets=["neurons", "neurons"])]],
     }
+
+
+def searches() -> list[feature_pb2.SearchFeaturesRequest]:
+    groups = [{"label": label, "prompts": [{"text": text}]} for label, text in (("a", "It rained."), ("b", "The key"))]
+    ways: list[dict[str, Any]] = [
+        {"contrast": {"texts": {"groups": groups, "window_tokens": 16}, "target": "a", "contrast": "b"}},
+        {"tokens": {"texts": {"groups": groups}, "tokens": ["a", "e"]}, "labels": "labels"},
+        {"direction": vector()},
+        {"label": "dog", "labels": "labels"},
+    ]
+    return [feature_pb2.SearchFeaturesRequest(autoencoder="autoencoder", top_k=3, **way) for way in ways]
 
 
 def localizations() -> list[neuron_pb2.LocalizeNeuronsRequest]:

@@ -8,6 +8,7 @@ from typing import Self, Unpack
 from patchclamp import requests
 from patchclamp.async_streams import AsyncGenerateStream, AsyncSession, AsyncStream
 from patchclamp.async_transport import AsyncTransport
+from patchclamp.autoencoders import ExportedAutoencoder
 from patchclamp.connection import (
     DEFAULT_ADDRESS,
     DEFAULT_TIMEOUT_SECONDS,
@@ -27,8 +28,8 @@ from patchclamp.names import (
     HeadScoreMethodName,
     MethodName,
     NeuronEditModeName,
-    SiteName,
     ProbeMethodName,
+    SiteName,
 )
 from patchclamp.neurons import LocalizationMethod, NeuronsLike, NeuronTestLike, TextsLike
 from patchclamp.patching import PatchPair
@@ -61,6 +62,7 @@ from patchclamp.requests import (
     ReadActivationsOptions,
     ReferenceOptions,
     ScoreOptions,
+    SearchFeaturesOptions,
     StartWatchOptions,
     SubspaceOptions,
     UploadOptions,
@@ -95,9 +97,11 @@ from patchclamp.results import (
     Detokenization,
     DownloadCollector,
     EvaluationCollector,
+    ExportCollector,
     ExtractionEvent,
     ExtractionResult,
     FollowCollector,
+    FoundFeatures,
     FoundNeurons,
     FoundSubspace,
     HeadEditEffect,
@@ -142,6 +146,7 @@ from patchclamp.tasks import AsyncOutbox
 from patchclamp.v1 import (
     activation_pb2,
     artifact_pb2,
+    feature_pb2,
     generation_pb2,
     head_pb2,
     job_pb2,
@@ -517,6 +522,18 @@ class AsyncClient(AsyncTransport):
         call = self._stream(self._stubs.neurons.FindNeurons, request, timeout)
         return AsyncStream(call, JobCollector(FoundNeurons.from_proto))
 
+    @takes_options_of(requests.search_features)
+    def search_features(
+        self, autoencoder: str, *, timeout: float = float("inf"), **options: Unpack[SearchFeaturesOptions]
+    ) -> AsyncStream[feature_pb2.SearchFeaturesResponse, Progress | FoundFeatures, FoundFeatures]:
+        """Ranks the features of an autoencoder by texts, tokens, a direction or their names.
+
+        Options: SearchFeaturesOptions.
+        """
+        request = requests.search_features(autoencoder, **options)
+        call = self._stream(self._stubs.features.SearchFeatures, request, timeout)
+        return AsyncStream(call, JobCollector(FoundFeatures.from_proto))
+
     @takes_options_of(requests.localize_neurons)
     def localize_neurons(
         self,
@@ -683,6 +700,11 @@ class AsyncClient(AsyncTransport):
         """Returns the artifact, or some layers of it, as a file of this format."""
         call = self._stream(self._stubs.artifacts.Download, requests.download(ref, format, layers), timeout)
         return await AsyncStream(call, DownloadCollector()).result()
+
+    async def export_autoencoder(self, ref: str, *, timeout: float | None = None) -> ExportedAutoencoder:
+        """Returns an autoencoder as the two files of SAELens."""
+        call = self._stream(self._stubs.artifacts.Download, requests.download(ref, "saelens", ()), timeout)
+        return await AsyncStream(call, ExportCollector()).result()
 
     async def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
         """Returns the artifact that an id or a tag names."""

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from patchclamp import requests
+from patchclamp.autoencoders import ExportedAutoencoder
 from patchclamp.connection import (
     DEFAULT_ADDRESS,
     DEFAULT_TIMEOUT_SECONDS,
@@ -26,8 +27,8 @@ from patchclamp.names import (
     HeadScoreMethodName,
     MethodName,
     NeuronEditModeName,
-    SiteName,
     ProbeMethodName,
+    SiteName,
 )
 from patchclamp.neurons import LocalizationMethod, NeuronsLike, NeuronTestLike, TextsLike
 from patchclamp.patching import PatchPair
@@ -60,6 +61,7 @@ from patchclamp.requests import (
     ReadActivationsOptions,
     ReferenceOptions,
     ScoreOptions,
+    SearchFeaturesOptions,
     StartWatchOptions,
     SubspaceOptions,
     UploadOptions,
@@ -94,9 +96,11 @@ from patchclamp.results import (
     Detokenization,
     DownloadCollector,
     EvaluationCollector,
+    ExportCollector,
     ExtractionEvent,
     ExtractionResult,
     FollowCollector,
+    FoundFeatures,
     FoundNeurons,
     FoundSubspace,
     HeadEditEffect,
@@ -143,6 +147,7 @@ from patchclamp.transport import Transport
 from patchclamp.v1 import (
     activation_pb2,
     artifact_pb2,
+    feature_pb2,
     generation_pb2,
     head_pb2,
     job_pb2,
@@ -517,6 +522,18 @@ class Client(Transport):
         call = self._stream(self._stubs.neurons.FindNeurons, request, timeout)
         return Stream(call, JobCollector(FoundNeurons.from_proto))
 
+    @takes_options_of(requests.search_features)
+    def search_features(
+        self, autoencoder: str, *, timeout: float = float("inf"), **options: Unpack[SearchFeaturesOptions]
+    ) -> Stream[feature_pb2.SearchFeaturesResponse, Progress | FoundFeatures, FoundFeatures]:
+        """Ranks the features of an autoencoder by texts, tokens, a direction or their names.
+
+        Options: SearchFeaturesOptions.
+        """
+        request = requests.search_features(autoencoder, **options)
+        call = self._stream(self._stubs.features.SearchFeatures, request, timeout)
+        return Stream(call, JobCollector(FoundFeatures.from_proto))
+
     @takes_options_of(requests.localize_neurons)
     def localize_neurons(
         self,
@@ -681,6 +698,11 @@ class Client(Transport):
         """Returns the artifact, or some layers of it, as a file of this format."""
         call = self._stream(self._stubs.artifacts.Download, requests.download(ref, format, layers), timeout)
         return Stream(call, DownloadCollector()).result()
+
+    def export_autoencoder(self, ref: str, *, timeout: float | None = None) -> ExportedAutoencoder:
+        """Returns an autoencoder as the two files of SAELens."""
+        call = self._stream(self._stubs.artifacts.Download, requests.download(ref, "saelens", ()), timeout)
+        return Stream(call, ExportCollector()).result()
 
     def get_artifact(self, ref: str, *, timeout: float | None = None) -> Artifact:
         """Returns the artifact that an id or a tag names."""

@@ -39,10 +39,21 @@ ArtifactKindName = Literal[
     "corpus",
     "activations",
     "probe",
+    "autoencoder",
     "subspace",
     "affine_map",
+    "feature_labels",
 ]
-ArtifactFormatName = Literal["safetensors", "gguf", "head_score_json", "neuron_set_json", "text_json_lines"]
+ArtifactFormatName = Literal[
+    "safetensors",
+    "gguf",
+    "head_score_json",
+    "neuron_set_json",
+    "text_json_lines",
+    "saelens",
+    "gemma_scope_npz",
+    "feature_label_json",
+]
 ActivationReductionName = Literal["none", "first", "last", "mean", "sum", "max", "moments", "mean_by_label"]
 ActivationDtypeName = Literal["float32", "float16", "bfloat16"]
 MethodName = Literal[
@@ -134,6 +145,9 @@ ARTIFACT_FORMATS = {
     "head_score_json": artifact_pb2.ARTIFACT_FORMAT_HEAD_SCORE_JSON,
     "neuron_set_json": artifact_pb2.ARTIFACT_FORMAT_NEURON_SET_JSON,
     "text_json_lines": artifact_pb2.ARTIFACT_FORMAT_TEXT_JSON_LINES,
+    "saelens": artifact_pb2.ARTIFACT_FORMAT_SAELENS,
+    "gemma_scope_npz": artifact_pb2.ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ,
+    "feature_label_json": artifact_pb2.ARTIFACT_FORMAT_FEATURE_LABEL_JSON,
 }
 
 

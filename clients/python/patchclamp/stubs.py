@@ -6,6 +6,7 @@ import grpc
 from patchclamp.connection import HEALTH_METHOD, Connection, HealthRequest, HealthResponse
 from patchclamp.v1.activation_pb2_grpc import ActivationServiceStub
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceStub
+from patchclamp.v1.feature_pb2_grpc import FeatureServiceStub
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.head_pb2_grpc import HeadServiceStub
 from patchclamp.v1.job_pb2_grpc import JobServiceStub
@@ -33,6 +34,7 @@ class Stubs:
         self.neurons = NeuronServiceStub(channel)
         self.activations = ActivationServiceStub(channel)
         self.probes = ProbeServiceStub(channel)
+        self.features = FeatureServiceStub(channel)
         self.monitoring = MonitoringServiceStub(channel)
         self.artifacts = ArtifactServiceStub(channel)
         self.models = ModelServiceStub(channel)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.activations import places_of, tensor_name
 from patchclamp_server.artifacts.corpora import label_names
-from patchclamp_server.artifacts.slices import TensorSlices
-from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.artifacts.tensor_file import TensorFile
+from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, NotFound
 from patchclamp_server.model.sites import Site
 
@@ -26,17 +26,17 @@ class TextRows:
 
 
 class StoredActivations:
-    """Those of ArtifactStore.slices. FailedPrecondition: another kind of artifact."""
+    """Those of ArtifactStore.open. FailedPrecondition: another kind of artifact."""
 
-    def __init__(self, slices: TensorSlices) -> None:
-        if slices.info.kind is not ArtifactKind.ACTIVATIONS:
-            raise FailedPrecondition("", f"{slices.info.id} is a {slices.info.kind.value}, not activations")
-        self.info = slices.info
-        self.labels = label_names(slices.info.provenance)
-        self._slices = slices
+    def __init__(self, info: ArtifactInfo, file: TensorFile) -> None:
+        if info.kind is not ArtifactKind.ACTIVATIONS:
+            raise FailedPrecondition("", f"{info.id} is a {info.kind.value}, not activations")
+        self.info = info
+        self.labels = label_names(info.provenance)
+        self._file = file
         # The width of each site and layer that there are rows of.
-        self.widths = places_of(slices.shapes)
-        self._texts = slices.read("text").numpy()
+        self.widths = places_of(file.shapes)
+        self._texts = file.tensor("text").numpy()
 
     def texts(self) -> list[int]:
         """Texts that have a row, ascending."""
@@ -47,15 +47,15 @@ class StoredActivations:
         first, end = (int(np.searchsorted(self._texts, text, side=side)) for side in ("left", "right"))
         if first == end:
             raise NotFound("", f"{self.info.id} has no row of text {text}; it has rows of {_some(self.texts())}")
-        positions, tokens = (self._slices.read(name, first, end) for name in ("position", "token"))
-        return TextRows(first, end, positions, tokens, int(self._slices.read("length", first, first + 1)))
+        positions, tokens = (self._file.rows(name, first, end) for name in ("position", "token"))
+        return TextRows(first, end, positions, tokens, int(self._file.rows("length", first, first + 1)))
 
     def values(self, site: Site, layer: int, rows: TextRows) -> Tensor:
         """Returns [rows, width] as they are stored. NotFound: the artifact has no rows of this site and layer."""
         if (site, layer) not in self.widths:
             there = _some([tensor_name(*place) for place in self.widths])
             raise NotFound("", f"{self.info.id} has no rows of {tensor_name(site, layer)}; it has {there}")
-        return self._slices.read(tensor_name(site, layer), rows.first, rows.end)
+        return self._file.rows(tensor_name(site, layer), rows.first, rows.end)
 
 
 def _some(found: list[str] | list[int]) -> str:

@@ -24,16 +24,18 @@ from typing import Any
 import torch
 
 from patchclamp_server.artifacts.access import ArtifactAccess, OpenStore
+from patchclamp_server.artifacts.autoencoder_spec import autoencoder_spec, check_autoencoder, check_block
 from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.checkpoints import Checkpoints
 from patchclamp_server.artifacts.corpora import check_labels
+from patchclamp_server.artifacts.feature_labels import check_about
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
-from patchclamp_server.artifacts.slices import TensorSlices
-from patchclamp_server.artifacts.tensors import check_tensors, layers_of, width_of
-from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
+from patchclamp_server.artifacts.tensor_file import BLOCK_BYTES, TensorFile, TensorRows, blocks
+from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of, width_of
+from patchclamp_server.artifacts.types import OF_ROWS, Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
 from patchclamp_server.artifacts.validation import check_tag, check_tags, checked_metadata
 from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from patchclamp_server.model.sites import Site
@@ -45,7 +47,6 @@ DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 # A page ends early at this many bytes of metadata, so that it stays below the 4 MB of a gRPC message.
 MAX_PAGE_BYTES = 512 * 1024
 MAX_CACHED_HEADERS = 4096
-VERIFIED_PART_BYTES = 8 * 1024 * 1024
 # Inside the class, ArtifactStore.list hides the built-in name.
 Ids = list[str]
 
@@ -59,7 +60,7 @@ class ArtifactStore:
         self._loaded = ArtifactCache(cache_bytes)
         self._headers: dict[str, safetensors.Header] = {}
         self._damaged: set[str] = set()
-        # Ids whose bytes slices() has found right.
+        # Objects whose bytes have been verified for `open`.
         self._verified: set[str] = set()
         # This is held while objects and tags change, so that a tag is never set on an object that is being deleted.
         self._lock = threading.RLock()
@@ -82,9 +83,7 @@ class ArtifactStore:
         AlreadyExists where a tag names another artifact and `tags` does not say that it may be replaced, and
         ResourceExhausted when there is no room.
         """
-        tags = tags if isinstance(tags, Tags) else Tags(tuple(tags))
-        check_tags(tags.names)
-        self.access.put(tags.names)
+        tags = self._may_put(tags)
         metadata = checked_metadata(
             Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})
         )
@@ -93,6 +92,10 @@ class ArtifactStore:
             check_labels(metadata.provenance, tensors)
         if kind is ArtifactKind.ACTIVATIONS:
             check_labels(metadata.provenance, tensors, "label")
+        if kind is ArtifactKind.AUTOENCODER:
+            check_autoencoder(metadata.site, metadata.provenance, shapes_of(tensors))
+        if kind is ArtifactKind.FEATURE_LABELS:
+            check_about(metadata.provenance)
         digest = hashlib.sha256()
         for part in safetensors.parts(metadata, tensors):
             digest.update(part)
@@ -108,6 +111,54 @@ class ArtifactStore:
             self._damaged.discard(artifact_id)
         self.access.changed("put", artifact_id, tags.names)
         return replace(self.info(artifact_id), replaced=replaced)
+
+    def put_rows(
+        self,
+        kind: ArtifactKind,
+        tensors: TensorRows,
+        *,
+        model_fingerprint: str,
+        site: Site | None = None,
+        description: str = "",
+        provenance: Mapping[str, Any] | None = None,
+        evidence: Mapping[str, Any] | None = None,
+        tags: Tags | Iterable[str] = (),
+    ) -> ArtifactInfo:
+        """Stores an autoencoder as `put` does, to the same bytes, without ever having it in memory: block after block
+        is read, checked and written. Raises as `put` does."""
+        assert kind in OF_ROWS, f"a {kind.value} is checked whole"
+        tags = self._may_put(tags)
+        metadata = checked_metadata(
+            Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})
+        )
+        layers_of(kind, tensors.shapes)
+        check_autoencoder(metadata.site, metadata.provenance, tensors.shapes)
+        types = {name: (tensors.dtypes[name], shape) for name, shape in tensors.shapes.items()}
+        start, order = safetensors.layout({safetensors.METADATA_KEY: safetensors.metadata_json(metadata)}, types)
+        with self._blobs.unfinished() as blob:
+            digest = hashlib.sha256(start)
+            blob.write(start)
+            for name in order:
+                for _, block in blocks(tensors, name):
+                    check_block(name, block)
+                    data = safetensors.tensor_bytes(block)
+                    digest.update(data)
+                    blob.write(data)
+            artifact_id = f"sha256:{digest.hexdigest()}"
+            with self._lock:
+                replaced = self._replaced(tags, artifact_id)
+                if not self._is_intact(artifact_id):
+                    blob.keep(_object_path(artifact_id))
+                self._blobs.write_all({f"tags/{tag}": (artifact_id.encode(),) for tag in tags.names})
+                self._damaged.discard(artifact_id)
+        self.access.changed("put", artifact_id, tags.names)
+        return replace(self.info(artifact_id), replaced=replaced)
+
+    def _may_put(self, tags: Tags | Iterable[str]) -> Tags:
+        tags = tags if isinstance(tags, Tags) else Tags(tuple(tags))
+        check_tags(tags.names)
+        self.access.put(tags.names)
+        return tags
 
     def check_tags(self, tags: Tags) -> None:
         """Checks tags before the work for a new artifact. Raises AlreadyExists as `put` would."""
@@ -127,17 +178,27 @@ class ArtifactStore:
         self._loaded.put(artifact)
         return artifact
 
-    def slices(self, ref: str) -> TensorSlices:
-        """Returns the tensors of an id or tag to be read by parts. Raises as get() does.
+    def open(self, ref: str) -> tuple[ArtifactInfo, TensorFile]:
+        """Returns the artifact of an id or tag with its tensors still in the store, to be read by rows.
 
-        The bytes are verified against the id once for each store, a part at a time.
+        The bytes are verified against the id by the first call of this process, in blocks; the size by each. Raises as
+        get() does.
         """
         artifact_id = self._usable(ref)
         info = self._info(artifact_id, ref, tags=())
-        header, path = self._headers.get(artifact_id) or self._read_header(artifact_id), _object_path(artifact_id)
         if artifact_id not in self._verified:
-            self._verify_by_parts(artifact_id, header.file_bytes)
-        return TensorSlices(info, header, lambda start, end: self._blobs.read_range(path, start, end))
+            self._verify(artifact_id, info.size_bytes)
+            self._verified.add(artifact_id)
+        path = _object_path(artifact_id)
+        header = self._headers.get(artifact_id) or self._read_header(artifact_id)
+
+        def read(start: int, end: int) -> bytes:
+            try:
+                return self._blobs.read_range(path, start, end)
+            except FileNotFoundError as error:
+                raise NotFound("ref", f"artifact {artifact_id} was deleted while it was read") from error
+
+        return info, TensorFile(header, read)
 
     def info(self, ref: str) -> ArtifactInfo:
         """Returns what is known of an id or tag, from the header alone. Raises as get() does."""
@@ -297,8 +358,8 @@ class ArtifactStore:
 
     def _is_intact(self, artifact_id: str) -> bool:
         try:
-            self._read_verified(artifact_id, artifact_id)
-        except (NotFound, FailedPrecondition):
+            self._verify(artifact_id, self._blobs.stat(_object_path(artifact_id))[0])
+        except (FileNotFoundError, FailedPrecondition):
             return False
         return True
 
@@ -311,14 +372,12 @@ class ArtifactStore:
             raise self._damage(artifact_id, "its bytes do not have the SHA-256 of its id")
         return data
 
-    def _verify_by_parts(self, artifact_id: str, size: int) -> None:
-        digest = hashlib.sha256()
-        for start in range(0, size, VERIFIED_PART_BYTES):
-            end = min(start + VERIFIED_PART_BYTES, size)
-            digest.update(self._blobs.read_range(_object_path(artifact_id), start, end))
+    def _verify(self, artifact_id: str, size: int) -> None:
+        path, digest = _object_path(artifact_id), hashlib.sha256()
+        for start in range(0, size, BLOCK_BYTES):
+            digest.update(self._blobs.read_range(path, start, min(start + BLOCK_BYTES, size)))
         if f"sha256:{digest.hexdigest()}" != artifact_id:
             raise self._damage(artifact_id, "its bytes do not have the SHA-256 of its id")
-        self._verified.add(artifact_id)
 
     def _info(self, artifact_id: str, ref: str, tags: tuple[str, ...]) -> ArtifactInfo:
         path = _object_path(artifact_id)
@@ -336,7 +395,7 @@ class ArtifactStore:
             tags=tags,
             model_fingerprint=metadata.model_fingerprint,
             site=metadata.site,
-            layers=layers_of(metadata.kind, header.shapes),
+            layers=_layers(metadata, header),
             width=width_of(metadata.kind, header.shapes),
             size_bytes=size,
             created=created,
@@ -352,7 +411,7 @@ class ArtifactStore:
             header = safetensors.parse_header(self._blobs.read_range(path, 8, 8 + length))
             if header.metadata is None:
                 raise MalformedFile("the header holds no metadata")
-            layers_of(header.metadata.kind, header.shapes)
+            _layers(header.metadata, header)
         except (MalformedFile, InvalidArgument) as error:
             raise self._damage(artifact_id, str(error)) from error
         if len(self._headers) >= MAX_CACHED_HEADERS:
@@ -370,6 +429,13 @@ class ArtifactStore:
 def _object_path(artifact_id: str) -> str:
     digest = artifact_id.removeprefix("sha256:")
     return f"objects/{digest[:2]}/{digest[2:]}.safetensors"
+
+
+def _layers(metadata: Metadata, header: safetensors.Header) -> tuple[int, ...]:
+    layers = layers_of(metadata.kind, header.shapes)
+    if metadata.kind is ArtifactKind.AUTOENCODER:
+        return (autoencoder_spec(metadata.site, metadata.provenance).layer,)
+    return layers
 
 
 def _next_token(after: str, query: tuple[str, ...]) -> str:

@@ -11,6 +11,8 @@
     probe             layer.<l>.weight [classes, width], bias and others            floats (probes.py)
     subspace          layer.<l>.rotation and others (maps.py)                      floats
     affine_map        layer.<l>.matrix, or .left and .right (maps.py)              floats
+    autoencoder       encoder, encoder_bias, decoder, decoder_bias, threshold      see autoencoder_spec.py
+    feature_labels    features, text, ends                                         see feature_labels.py
     watch             see monitoring/watch.py                                      uint8, int64, floats
     watch_reference   see monitoring/reference.py                                  float64, int64
 
@@ -25,8 +27,9 @@ from typing import TypeAlias
 import torch
 
 from patchclamp_server.artifacts.activations import activation_layers, check_activations
+from patchclamp_server.artifacts.autoencoder_spec import autoencoder_layers, check_autoencoder_tensors
 from patchclamp_server.artifacts.corpora import check_corpus, corpus_layers
-from patchclamp_server.artifacts.probes import check_probe, probe_layers
+from patchclamp_server.artifacts.feature_labels import check_labels_of_features, label_layers
 from patchclamp_server.artifacts.maps import (
     affine_map_layers,
     affine_map_width,
@@ -35,6 +38,7 @@ from patchclamp_server.artifacts.maps import (
     subspace_layers,
     subspace_width,
 )
+from patchclamp_server.artifacts.probes import check_probe, probe_layers
 from patchclamp_server.artifacts.tensor_checks import check_finite, check_floats, describe
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
@@ -77,7 +81,8 @@ def layers_of(kind: ArtifactKind, shapes: Shapes) -> tuple[int, ...]:
 
 
 def width_of(kind: ArtifactKind, shapes: Shapes) -> int:
-    """Returns the width, of a head set the heads per layer, else 0. layers_of must accept the shapes."""
+    """Returns the width, of a head set the heads per layer, of an autoencoder that of what it reads, else 0. layers_of
+    must accept the shapes."""
     return KINDS[kind].width(shapes)
 
 
@@ -211,4 +216,8 @@ KINDS: dict[ArtifactKind, KindChecks] = {
     ArtifactKind.PROBE: KindChecks(probe_layers, check_probe),
     ArtifactKind.SUBSPACE: KindChecks(subspace_layers, check_subspace, subspace_width),
     ArtifactKind.AFFINE_MAP: KindChecks(affine_map_layers, check_affine_map, affine_map_width),
+    ArtifactKind.AUTOENCODER: KindChecks(
+        autoencoder_layers, check_autoencoder_tensors, lambda shapes: shapes["encoder"][1]
+    ),
+    ArtifactKind.FEATURE_LABELS: KindChecks(label_layers, check_labels_of_features),
 }

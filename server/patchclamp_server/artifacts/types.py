@@ -25,12 +25,19 @@ class ArtifactKind(Enum):
     PROBE = "probe"
     SUBSPACE = "subspace"
     AFFINE_MAP = "affine_map"
+    AUTOENCODER = "autoencoder"
+    FEATURE_LABELS = "feature_labels"
 
 
 # These kinds are of one site, and their layers are of its width.
 SITED = (ArtifactKind.VECTOR, ArtifactKind.SUBSPACE, ArtifactKind.AFFINE_MAP)
 # The layers of these kinds stand for themselves, so that some can be taken without the others.
 LAYERED = (*SITED, ArtifactKind.NEURON_SET)
+# Kinds that have the site that they are of, or read.
+WITH_SITE = (*SITED, ArtifactKind.AUTOENCODER)
+# Kinds that are stored and read by rows, and are never whole in memory; and all that are read so.
+OF_ROWS = (ArtifactKind.AUTOENCODER,)
+BY_ROWS = (*OF_ROWS, ArtifactKind.ACTIVATIONS)
 # Kinds that are of no model, and fit every one: their fingerprint is empty.
 OF_NO_MODEL = (ArtifactKind.CORPUS,)
 
@@ -39,8 +46,8 @@ OF_NO_MODEL = (ArtifactKind.CORPUS,)
 class Metadata:
     """Metadata is stored beside the tensors and takes part in the id; only tags and the time of creation do not.
 
-    `site` is that of a vector, subspace or affine map; it is None for the other kinds (neuron sets always sit at
-    mlp_post).
+    `site` is that of a vector, subspace or affine map, or the one that an autoencoder reads; it is None for the other
+    kinds (neuron sets always sit at mlp_post).
     """
 
     kind: ArtifactKind
@@ -67,8 +74,9 @@ class ArtifactInfo:
     """An artifact without its tensors. `created` is in seconds since the epoch.
 
     `replaced` holds the tags that this very call took from other artifacts, and the ids of those. `width` is that of a
-    vector, subspace or affine map, the heads per layer of a head set, and 0 for others. `layers` is empty for a
-    sparsity profile, a watch, a watch reference and a corpus, `model_fingerprint` for a corpus, which fits every model.
+    vector, subspace or affine map, or of what an autoencoder reads, the heads per layer of a head set, and 0 for
+    others. `layers` is empty for a sparsity profile, a watch, a watch reference and a corpus, `model_fingerprint` for a
+    corpus, which fits every model.
     """
 
     id: str

@@ -93,6 +93,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add(
         parser,
+        "--max-autoencoder-bytes",
+        type=positive,
+        help="largest autoencoder, and all that may be arriving: disk, not memory (default: 64 GiB)",
+    )
+    _add(
+        parser,
         "--upload-idle-seconds",
         type=seconds,
         help="how long an upload may wait for its next chunk (default: 30)",

@@ -1,7 +1,6 @@
 """A bound program has passed every check: artifacts are resolved, numbers finite, sites and layers known."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.activation_rows import StoredActivations
-from patchclamp_server.artifacts.slices import TensorSlices
 from patchclamp_server.artifacts.probes import Probe, stored_probe
+from patchclamp_server.artifacts.tensor_file import TensorFile
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.interventions.program import StoredThreshold, Vector
@@ -23,7 +23,7 @@ class ArtifactLookup(Protocol):
 
     def get(self, ref: str) -> Artifact: ...
 
-    def slices(self, ref: str) -> TensorSlices: ...
+    def open(self, ref: str) -> tuple[ArtifactInfo, TensorFile]: ...
 
 
 class Resolver:
@@ -75,9 +75,9 @@ class Resolver:
             raise FailedPrecondition(path, "this server keeps no artifacts")
         if ref not in self._activations:
             with about(path):
-                slices = self.artifacts.slices(ref)
-            self._check(slices.info, ref, ArtifactKind.ACTIVATIONS, path)
-            self._activations[ref] = StoredActivations(slices)
+                info, file = self.artifacts.open(ref)
+            self._check(info, ref, ArtifactKind.ACTIVATIONS, path)
+            self._activations[ref] = StoredActivations(info, file)
         return self._activations[ref]
 
     def _check(self, info: ArtifactInfo, ref: str, kind: ArtifactKind, path: str) -> None:

@@ -15,6 +15,7 @@ DEFAULT_DRAIN_SECONDS = 30.0
 DEFAULT_MAX_CALLS = 4096
 DEFAULT_MAX_UPLOAD_BYTES = 256 * 1024 * 1024
 DEFAULT_MAX_CONCURRENT_UPLOAD_BYTES = 1024 * 1024 * 1024
+DEFAULT_MAX_AUTOENCODER_BYTES = 64 * 1024 * 1024 * 1024
 DEFAULT_UPLOAD_IDLE_SECONDS = 30.0
 DEFAULT_STEP_TIMEOUT_SECONDS = 300.0
 DEFAULT_WATCH_POLL_SECONDS = 5.0
@@ -53,6 +54,8 @@ class ServerConfig(SecurityConfig):
     # These bound one artifact, and all that are arriving.
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
     max_concurrent_upload_bytes: int = DEFAULT_MAX_CONCURRENT_UPLOAD_BYTES
+    # Autoencoders are never whole in memory: these bytes of disk bound one, and all that are arriving.
+    max_autoencoder_bytes: int = DEFAULT_MAX_AUTOENCODER_BYTES
     # This is the longest wait for the next chunk of an upload.
     upload_idle_seconds: float = DEFAULT_UPLOAD_IDLE_SECONDS
     # Running work may go on for so long after SIGTERM.

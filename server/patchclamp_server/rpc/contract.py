@@ -5,6 +5,7 @@ from google.protobuf import descriptor_pool
 from patchclamp.v1 import (
     activation_pb2,
     artifact_pb2,
+    feature_pb2,
     generation_pb2,
     head_pb2,
     job_pb2,
@@ -26,6 +27,7 @@ SERVICES: tuple[str, ...] = tuple(
         neuron_pb2,
         activation_pb2,
         probe_pb2,
+        feature_pb2,
         monitoring_pb2,
         artifact_pb2,
         model_pb2,

@@ -7,6 +7,7 @@ import grpc
 
 from patchclamp.v1.activation_pb2_grpc import add_ActivationServiceServicer_to_server
 from patchclamp.v1.artifact_pb2_grpc import add_ArtifactServiceServicer_to_server
+from patchclamp.v1.feature_pb2_grpc import add_FeatureServiceServicer_to_server
 from patchclamp.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from patchclamp.v1.head_pb2_grpc import add_HeadServiceServicer_to_server
 from patchclamp.v1.job_pb2_grpc import add_JobServiceServicer_to_server
@@ -27,6 +28,7 @@ from patchclamp_server.rpc.call.upload_space import UploadLimits
 from patchclamp_server.rpc.config import ServerConfig
 from patchclamp_server.rpc.services.activation import ActivationService
 from patchclamp_server.rpc.services.artifact import ArtifactService
+from patchclamp_server.rpc.services.feature import FeatureService
 from patchclamp_server.rpc.services.generation import GenerationService
 from patchclamp_server.rpc.services.head import HeadService
 from patchclamp_server.rpc.services.job import JobService
@@ -57,6 +59,7 @@ class Servicers:
             max_bytes=config.max_upload_bytes,
             max_concurrent_bytes=config.max_concurrent_upload_bytes,
             idle_seconds=config.upload_idle_seconds,
+            max_row_bytes=config.max_autoencoder_bytes,
         )
         self._generation = GenerationService(engine, self.prompts, self.store, model.info, binder, on_grounded)
         self._artifacts = ArtifactService(self.store, model.info, uploads)
@@ -66,6 +69,7 @@ class Servicers:
         self._activations = ActivationService(jobs)
         self._probes = ProbeService(jobs)
         self._sparsity = SparsityService(jobs, binder)
+        self._features = FeatureService(jobs)
 
     def add_to(self, server: grpc.aio.Server, calls: CallInterceptor) -> None:
         """Adds every service of the contract. `calls`: what every call passes through, and so every job."""
@@ -78,6 +82,7 @@ class Servicers:
         add_NeuronServiceServicer_to_server(self._neurons, server)
         add_ActivationServiceServicer_to_server(self._activations, server)
         add_ProbeServiceServicer_to_server(self._probes, server)
+        add_FeatureServiceServicer_to_server(self._features, server)
         add_MonitoringServiceServicer_to_server(self.monitoring, server)
         with_jobs: dict[str, Any] = {
             "patchclamp.v1.SteeringService": self._steering,

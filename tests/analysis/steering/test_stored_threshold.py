@@ -13,9 +13,9 @@ from patchclamp.programs import Program as ClientProgram
 from patchclamp.programs import abort_when, add, vector, when
 from patchclamp.v1 import generation_pb2, program_pb2
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
-from patchclamp_server.artifacts.slices import TensorSlices
 from patchclamp_server.artifacts.store import ArtifactStore
-from patchclamp_server.artifacts.types import Artifact, ArtifactKind, Tags
+from patchclamp_server.artifacts.tensor_file import TensorFile
+from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, RequestError
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.program import Program
@@ -72,8 +72,8 @@ class MovingTag:
         put(self._store, {"layers": [{"layer": 0, "midpoint": 1.0}]}, tags=Tags(("v",), replace=True), sign=-1.0)
         return artifact
 
-    def slices(self, ref: str) -> TensorSlices:
-        return self._store.slices(ref)
+    def open(self, ref: str) -> tuple[ArtifactInfo, TensorFile]:
+        return self._store.open(ref)
 
 
 def test_the_midpoint_and_the_direction_are_those_of_one_artifact_though_its_tag_moves(store: ArtifactStore) -> None:

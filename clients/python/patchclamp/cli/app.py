@@ -11,6 +11,7 @@ from patchclamp.cli import (
     activations,
     compare,
     completion,
+    features,
     generate,
     heads,
     jobs,
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     neurons.add_parser(commands)
     activations.add_parser(commands)
     probes.add_parser(commands)
+    features.add_parser(commands)
     watch.add_parser(commands)
     jobs.add_parser(commands)
     tokens.add_parsers(commands)

@@ -24,12 +24,19 @@ _SUFFIXES: Mapping[str, ArtifactFormatName] = {
     ".jsonl": "text_json_lines",
 }
 # A file that ends in .json is one of these: its content, or the artifact, says which.
-_JSON: Mapping[str, ArtifactFormatName] = {"head_set": "head_score_json", "neuron_set": "neuron_set_json"}
+_JSON: Mapping[str, ArtifactFormatName] = {
+    "head_set": "head_score_json",
+    "neuron_set": "neuron_set_json",
+    "feature_labels": "feature_label_json",
+}
 # What a file of this format is by default; of any other, a vector.
 _KINDS: Mapping[ArtifactFormatName, ArtifactKindName] = {
     "head_score_json": "head_set",
     "neuron_set_json": "neuron_set",
     "text_json_lines": "corpus",
+    "saelens": "autoencoder",
+    "gemma_scope_npz": "autoencoder",
+    "feature_label_json": "feature_labels",
 }
 
 

@@ -17,6 +17,7 @@ from patchclamp.requests.calibration import (
     detect_concept,
 )
 from patchclamp.requests.extraction import ExtractOptions, extract_vectors
+from patchclamp.requests.features import SearchFeaturesOptions, search_features
 from patchclamp.requests.generation import (
     GenerateOptions,
     ScoreOptions,
@@ -111,6 +112,7 @@ __all__ = [
     "ReadActivationsOptions",
     "ReferenceOptions",
     "ScoreOptions",
+    "SearchFeaturesOptions",
     "StartWatchOptions",
     "SubspaceOptions",
     "UploadOptions",
@@ -152,6 +154,7 @@ __all__ = [
     "record_reference",
     "score",
     "score_heads",
+    "search_features",
     "session_start",
     "set_strength",
     "start_job",

@@ -1,6 +1,7 @@
 """Requests of ArtifactService."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
@@ -38,7 +39,9 @@ class StoredOptions(TypedDict, total=False):
 class UploadOptions(StoredOptions, total=False):
     """Options of an upload, besides StoredOptions.
 
-    site: the site of a vector, by default resid_post. model_fingerprint: by default that of the server's model.
+    site: the site of a vector, by default resid_post, or the one that an autoencoder reads. model_fingerprint: by
+    default that of the server's model. config: the second file of a format that has one, such as cfg.json of SAELens.
+    layer: of an autoencoder whose file does not say it. of: id or tag of the autoencoder that feature_labels are about.
     """
 
     kind: ArtifactKindName
@@ -46,6 +49,9 @@ class UploadOptions(StoredOptions, total=False):
     site: SiteName | None
     model_fingerprint: str
     provenance: Mapping[str, Any]
+    config: str
+    layer: int | None
+    of: str
 
 
 def upload(
@@ -59,9 +65,13 @@ def upload(
     tags: Sequence[str] = (),
     replace_tags: bool = False,
     provenance: Mapping[str, Any] = MappingProxyType({}),
+    config: str = "",
+    layer: int | None = None,
+    of: str = "",
 ) -> Iterator[artifact_pb2.UploadRequest]:
-    """Yields the header, then chunks of at most 1 MiB. data: the content of the file, or its path."""
-    content = data.read_bytes() if isinstance(data, Path) else instance(data, bytes, "data", "bytes or a Path")
+    """Yields the header, then chunks of at most 1 MiB. data: the content of the file, or its path, which is read as it
+    is sent."""
+    size = data.stat().st_size if isinstance(data, Path) else len(instance(data, bytes, "data", "bytes or a Path"))
     header = build(
         artifact_pb2.UploadHeader,
         kind=value_of(ARTIFACT_KINDS, kind, "kind"),
@@ -71,10 +81,13 @@ def upload(
         description=description,
         tags=tags,
         replace_tags=replace_tags,
-        size_bytes=len(content),
+        size_bytes=size,
         provenance=_provenance(provenance),
+        config=config,
+        layer=layer,
+        of=of,
     )
-    return _upload_messages(header, content)
+    return _upload_messages(header, data)
 
 
 def list_artifacts(
@@ -108,7 +121,8 @@ def _provenance(fields: Mapping[str, Any]) -> struct_pb2.Struct:
         raise TypeError(f"provenance: expected a dict that JSON can write, got {shown(fields)}") from None
 
 
-def _upload_messages(header: artifact_pb2.UploadHeader, data: bytes) -> Iterator[artifact_pb2.UploadRequest]:
+def _upload_messages(header: artifact_pb2.UploadHeader, data: bytes | Path) -> Iterator[artifact_pb2.UploadRequest]:
     yield artifact_pb2.UploadRequest(header=header)
-    for start in range(0, len(data), CHUNK_BYTES):
-        yield artifact_pb2.UploadRequest(chunk=data[start : start + CHUNK_BYTES])
+    with data.open("rb") if isinstance(data, Path) else BytesIO(data) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield artifact_pb2.UploadRequest(chunk=chunk)

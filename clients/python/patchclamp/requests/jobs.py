@@ -8,7 +8,16 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from patchclamp.fields import build_as, shown
-from patchclamp.v1 import activation_pb2, head_pb2, job_pb2, monitoring_pb2, neuron_pb2, probe_pb2, sparsity_pb2, steering_pb2
+from patchclamp.v1 import (
+    activation_pb2,
+    head_pb2,
+    job_pb2,
+    monitoring_pb2,
+    neuron_pb2,
+    probe_pb2,
+    sparsity_pb2,
+    steering_pb2,
+)
 
 JobRequest = (
     steering_pb2.ExtractVectorsRequest

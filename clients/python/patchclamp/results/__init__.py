@@ -13,6 +13,7 @@ from patchclamp.results.artifacts import (
     Artifact,
     DeletedArtifact,
     DownloadCollector,
+    ExportCollector,
     ExtractionEvent,
     ExtractionProgress,
     ExtractionResult,
@@ -30,7 +31,6 @@ from patchclamp.results.calibration import (
     DetectorReport,
     DosePoint,
     Interval,
-    ReliabilityBin,
     SafeRange,
 )
 from patchclamp.results.comparison import (
@@ -41,6 +41,7 @@ from patchclamp.results.comparison import (
     CompareText,
     Divergence,
 )
+from patchclamp.results.features import FoundFeature, FoundFeatures
 from patchclamp.results.followed import (
     FollowCollector,
     JobEvent,
@@ -208,11 +209,14 @@ __all__ = [
     "DownloadCollector",
     "EditReceipt",
     "EvaluationCollector",
+    "ExportCollector",
     "ExtractionEvent",
     "ExtractionProgress",
     "ExtractionResult",
     "Finished",
     "FollowCollector",
+    "FoundFeature",
+    "FoundFeatures",
     "FoundNeurons",
     "FoundSubspace",
     "GenerateCollector",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from patchclamp.autoencoders import ExportedAutoencoder
 from patchclamp.results.jobs import Progress
 from patchclamp.results.record import Record
 from patchclamp.v1 import artifact_pb2
@@ -99,6 +100,23 @@ class ExtractionResult(Record):
 
 ExtractionProgress = Progress
 ExtractionEvent = Progress | ExtractionResult
+
+
+@dataclass
+class ExportCollector:
+    """Joins the chunks of an autoencoder in the layout of SAELens."""
+
+    chunks: list[bytes] = field(default_factory=list)
+    config: str = ""
+
+    def add(self, message: artifact_pb2.DownloadResponse) -> bytes:
+        self.chunks.append(message.chunk)
+        self.config = self.config or message.config
+        return message.chunk
+
+    def result(self) -> ExportedAutoencoder | None:
+        """Returns both files; None while nothing has arrived."""
+        return ExportedAutoencoder(b"".join(self.chunks), self.config) if self.chunks else None
 
 
 @dataclass

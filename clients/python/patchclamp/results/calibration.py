@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from patchclamp.results.artifacts import Artifact
 from patchclamp.results.jobs import Progress
+from patchclamp.results.probes import ReliabilityBin
 from patchclamp.results.record import Record
 from patchclamp.v1 import steering_pb2 as pb
 
@@ -108,17 +109,6 @@ class DetectedText(Record):
     text: int
     label: str
     scores: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ReliabilityBin(Record):
-    """Holds the texts whose probability lies in [low, high): its mean, and the share that is of the label."""
-
-    low: float
-    high: float
-    texts: int
-    mean_probability: float
-    share: float
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class SearchFeaturesRequest(_message.Message):
     autoencoder: _builtins.str
     """Id or tag of an autoencoder artifact."""
     label: _builtins.str
-    """Part of the label of the feature."""
+    """Part of the label of the feature, without regard to case. Score: the share of the label that it makes up."""
     labels: _builtins.str
     """Id or tag of a feature_labels artifact: names for the features that are found."""
     top_k: _builtins.int
@@ -74,7 +74,9 @@ Global___SearchFeaturesRequest: _TypeAlias = SearchFeaturesRequest  # noqa: Y015
 
 @_typing.final
 class FeatureContrast(_message.Message):
-    """FeatureContrast: the difference of the mean activation over the tokens of two labels, over the deviation within both."""
+    """FeatureContrast: the difference of the mean activation over the tokens of two labels, over the deviation within both. The first
+    token of a window and special tokens before a text are left out: attention rests on them.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -103,7 +105,9 @@ Global___FeatureContrast: _TypeAlias = FeatureContrast  # noqa: Y015
 
 @_typing.final
 class FeatureTokens(_message.Message):
-    """FeatureTokens: mean activation at these tokens in the texts, over the deviation at all others."""
+    """FeatureTokens: the difference of the mean activation at these tokens of the texts and at all others, over the deviation within
+    both.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -203,13 +207,15 @@ class FoundFeature(_message.Message):
     feature: _builtins.int
     score: _builtins.float
     target_mean: _builtins.float
-    """Of a contrast: mean activation over the tokens of both sides, and share of tokens at which it fires."""
+    """Of a contrast or tokens: mean activation over the tokens of both sides, and share of tokens at which it fires."""
     contrast_mean: _builtins.float
     rate: _builtins.float
     label: _builtins.str
     @_builtins.property
     def promotes(self) -> _containers.RepeatedCompositeFieldContainer[_neuron_pb2.DecodedToken]:
-        """Tokens whose unembedding has the largest products with the decoder row."""
+        """Tokens whose unembedding has the largest products with the decoder row, at most 10; none where the decoder does not write into
+        the residual stream.
+        """
 
     def __init__(
         self,

@@ -52,14 +52,39 @@ def neuron_directions(block: Block, spec: DecoderSpec) -> dict[NeuronWeights, Te
 
 
 @dataclass(frozen=True, eq=False)
-class Vocabulary:
-    """The rows u_t of the unembedding [vocab, d_model], with the mean and the covariance of g * u_t.
-
-    `rows` are in the model's own type; all else is float32.
-    """
+class Unembedding:
+    """The rows u_t of the unembedding [vocab, d_model] in the model's own type, and the final norm."""
 
     rows: Tensor
     norm: Norm
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "Unembedding":
+        return cls(matrix(decoder.unembedding), decoder.final_norm)
+
+    def products(self, directions: Tensor, into: Tensor | None = None) -> Tensor:
+        """Returns p [n, vocab] float32 of directions [n, d_model]; in the first rows of `into` [≥ n, vocab], of the
+        type of `rows`, where that is given: new memory of this size costs a tenth of the product."""
+        out = None if into is None else into[: len(directions)]
+        return torch.mm(self._read(directions).to(self.rows.dtype), self.rows.T, out=out).float()
+
+    def products_at(self, directions: Tensor, tokens: Tensor) -> Tensor:
+        """Returns p [n, k] of the tokens [n, k] int64 of each direction [n, d_model]."""
+        read = self._read(directions)
+        return torch.einsum("nd,nkd->nk", read, self.rows[tokens].float())
+
+    def products_of(self, directions: Tensor, tokens: Tensor) -> Tensor:
+        """Returns p [n, k] of the same tokens [k] int64 for all directions [n, d_model]."""
+        return self._read(directions) @ self.rows[tokens].float().T
+
+    def _read(self, directions: Tensor) -> Tensor:
+        return _centred(self.norm, directions) * self.norm.weight.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary(Unembedding):
+    """The unembedding with the mean [d_model] and the covariance of g * u_t, in float32."""
+
     mean: Tensor
     covariance: Tensor
 
@@ -76,21 +101,6 @@ class Vocabulary:
             centred = part.float() - mean
             covariance += centred.T @ centred / len(rows)
         return cls(rows, decoder.final_norm, mean * scale, covariance * scale.outer(scale))
-
-    def products(self, directions: Tensor, into: Tensor | None = None) -> Tensor:
-        """Returns p [n, vocab] float32 of directions [n, d_model]; in the first rows of `into` [≥ n, vocab], of the
-        type of `rows`, where that is given: new memory of this size costs a tenth of the product."""
-        out = None if into is None else into[: len(directions)]
-        return torch.mm(self._read(directions).to(self.rows.dtype), self.rows.T, out=out).float()
-
-    def products_at(self, directions: Tensor, tokens: Tensor) -> Tensor:
-        """Returns p [n, k] of the tokens [n, k] int64 of each direction [n, d_model]."""
-        read = self._read(directions)
-        return torch.einsum("nd,nkd->nk", read, self.rows[tokens].float())
-
-    def products_of(self, directions: Tensor, tokens: Tensor) -> Tensor:
-        """Returns p [n, k] of the same tokens [k] int64 for all directions [n, d_model]."""
-        return self._read(directions) @ self.rows[tokens].float().T
 
     @torch.inference_mode()
     def read_rows(self, tokens: Tensor) -> Tensor:
@@ -109,9 +119,6 @@ class Vocabulary:
         directions = _centred(self.norm, directions)
         variance = ((directions @ self.covariance) * directions).sum(1)
         return directions @ self.mean, variance.clamp(min=0).sqrt()
-
-    def _read(self, directions: Tensor) -> Tensor:
-        return _centred(self.norm, directions) * self.norm.weight.float()
 
 
 def _before(norm: Norm, rows: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ them aligned), then by name.
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
@@ -33,23 +36,31 @@ DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor stands: bytes [start, end) from the end of the header. `dtype`: None for one of no artifact."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """A header alone. `shapes`, `dtypes` (names of the format) and `offsets` (from the end of the header) are by tensor
-    name; `file_bytes` is the length that the whole file must have."""
+    """A header alone. `entries` is by tensor name; `file_bytes` is the length that the whole file must have."""
 
     metadata: Metadata | None
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
-    offsets: dict[str, int]
+    entries: dict[str, Entry]
     header_bytes: int
     file_bytes: int
 
     @property
-    def data_start(self) -> int:
-        return 8 + self.header_bytes
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
 
 
 def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -60,23 +71,40 @@ def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
 def parts(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
     """Yields the stored bytes in parts of at most MAX_PART_BYTES besides the header: what is mapped from a file need
     not be in memory at once."""
-    entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: metadata_json(metadata)}}
-    offset = 0
-    names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-    for name in names:
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        shape, span = list(tensor.shape), [offset, offset + size]
-        entries[name] = {"data_offsets": span, "dtype": DTYPES[tensor.dtype], "shape": shape}
-        offset += size
+    types = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    start, order = layout({METADATA_KEY: metadata_json(metadata)}, types)
+    yield start
+    for name in order:
+        flat = _flat(tensors[name])
+        for first in range(0, len(flat), MAX_PART_BYTES):
+            yield flat[first : first + MAX_PART_BYTES].tobytes()
+
+
+def layout(
+    metadata: Mapping[str, str], types: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> tuple[bytes, list[str]]:
+    """Returns what stands before the data of tensors of these types and shapes, and the order in which they follow."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    order, offset = sorted(types, key=lambda name: (-types[name][0].itemsize, name)), 0
+    for name in order:
+        dtype, shape = types[name]
+        end = offset + dtype.itemsize * math.prod(shape)
+        entries[name] = {"data_offsets": [offset, end], "dtype": DTYPES[dtype], "shape": list(shape)}
+        offset = end
     header = _canonical_json(entries).encode("ascii")
     header += b" " * (-len(header) % 8)
-    yield struct.pack("<Q", len(header)) + header
-    for name in names:
-        # It is viewed in one dimension first, because a tensor without dimensions has no view as bytes.
-        flat = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        for start in range(0, len(flat), MAX_PART_BYTES):
-            yield flat[start : start + MAX_PART_BYTES].tobytes()
+    return struct.pack("<Q", len(header)) + header, order
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """Returns the data of a tensor as it stands in a file."""
+    return _flat(tensor).tobytes()
+
+
+def _flat(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    # It is viewed in one dimension first, because a tensor without dimensions has no view as bytes.
+    found: NDArray[np.uint8] = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return found
 
 
 def header_length(prefix: bytes) -> int:
@@ -99,15 +127,16 @@ def parse_header(header: bytes) -> Header:
         raise MalformedFile("not a safetensors file: the header is not a JSON object")
     extra = entries.pop("__metadata__", None)
     text = extra.get(METADATA_KEY) if isinstance(extra, dict) else None
-    shapes, dtypes, offsets, end = {}, {}, {}, 0
+    found, end = {}, 0
     try:
         for name, entry in entries.items():
-            shapes[name] = tuple(int(n) for n in entry["shape"])
-            dtypes[name], offsets[name] = str(entry["dtype"]), int(entry["data_offsets"][0])
-            end = max(end, int(entry["data_offsets"][1]))
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            shape = tuple(int(n) for n in entry["shape"])
+            first, last = (int(n) for n in entry["data_offsets"])
+            found[name] = Entry(_TORCH_DTYPES.get(entry["dtype"]), shape, first, last)
+            end = max(end, last)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MalformedFile(f"malformed safetensors header at {name!r}") from error
-    return Header(_metadata_from_json(text), shapes, dtypes, offsets, len(header), 8 + len(header) + end)
+    return Header(_metadata_from_json(text), found, len(header), 8 + len(header) + end)
 
 
 def decode(source: bytes | Path) -> Decoded:

@@ -41,7 +41,13 @@ EDITS: tuple[EditSpec, ...] = (
     *patch.EDITS,
     *rotate_in_plane.EDITS,
 )
-READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *activations.READOUTS, *heads.READOUTS, *probes.READOUTS)
+READOUTS: tuple[ReadoutSpec, ...] = (
+    *readings.READOUTS,
+    *rankings.READOUTS,
+    *activations.READOUTS,
+    *heads.READOUTS,
+    *probes.READOUTS,
+)
 _TABLES = (
     add.ADD,
     project.PROJECT,

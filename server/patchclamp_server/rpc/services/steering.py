@@ -1,5 +1,5 @@
-"""SteeringService: vectors are extracted, calibrated and tried as detectors, and subspaces found, as streams of progress
-and a result."""
+"""SteeringService: vectors are extracted, calibrated and tried as detectors, and subspaces found, each as a stream of
+progress and a result."""
 
 from collections.abc import AsyncIterator
 from functools import partial

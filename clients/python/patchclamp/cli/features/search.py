@@ -1,0 +1,77 @@
+"""patchclamp features search"""
+
+import argparse
+import math
+from typing import Any
+
+from patchclamp.cli.neurons.shown import tokens_shown
+from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
+from patchclamp.cli.options import add_model_argument, connect, connection_options, given
+from patchclamp.cli.parser import count
+from patchclamp.cli.terminal import job_result, print_json, table
+from patchclamp.results import FoundFeatures
+
+# Tokens of a row of the table.
+_TOKENS = 5
+
+
+def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = actions.add_parser(
+        "search",
+        parents=[connection_options(timeout=math.inf)],
+        help="features by labelled texts, tokens, a direction or their names",
+    )
+    parser.add_argument("autoencoder", help="id or tag")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--target", metavar="LABEL", help="label of the texts that they are active on")
+    way.add_argument("--token", action="append", metavar="TOKEN", help="token that they are active at; repeatable")
+    way.add_argument("--direction", metavar="VECTOR", help="id or tag of a vector that they write along")
+    way.add_argument("--label", metavar="TEXT", help="part of their name, in --labels")
+    parser.add_argument("--contrast", metavar="LABEL", help="beside --target: compare with it (default: all others)")
+    parser.add_argument("--labels", metavar="LABELS", help="id or tag of names of features")
+    parser.add_argument("--top", type=count, default=0, metavar="K", help="how many (default: 20)")
+    add_text_arguments(parser, required=False)
+    add_model_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    options: dict[str, Any] = {
+        **given(args, "target", "contrast", "direction", "label", "labels", "model"),
+        "tokens": args.token,
+        "top_k": args.top,
+    }
+    if args.target is not None or args.token is not None:
+        options["texts"] = texts_of(args)
+    elif (args.texts, args.corpus, args.data) != (None, None, None):
+        raise ValueError("texts are for --target and --token")
+    with connect(args) as client:
+        stream = client.search_features(args.autoencoder, timeout=args.timeout, **options)
+        with stream:
+            found = job_result(stream, quiet=args.json)
+    if args.json:
+        print_json(found)
+    else:
+        show(found)
+    return 0
+
+
+def show(found: FoundFeatures) -> None:
+    """Prints the features in a table, and what was measured on the texts."""
+    texts = found.tokens > 0
+    rows = [
+        (
+            each.feature,
+            f"{each.score:.4g}",
+            *((f"{each.target_mean:.4g}", f"{each.contrast_mean:.4g}", f"{each.rate:.2%}") if texts else ()),
+            each.label or "-",
+            tokens_shown(each.promotes[:_TOKENS]),
+        )
+        for each in found.features
+    ]
+    table(("feature", "score", *(("mean", "of others", "active") if texts else ()), "name", "makes likelier"), rows)
+    if texts:
+        print(
+            f"{found.tokens:,} tokens: {found.active_features:,} features were active, {found.mean_active:.1f} at a "
+            f"token; the reconstruction explains {found.explained_variance:.1%} of the variance"
+        )
