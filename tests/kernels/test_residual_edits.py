@@ -117,6 +117,12 @@ def head_dim(d: int) -> int:
     return d // 4
 
 
+def latents(d: int, n: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encoder, decoder, bias and jump of features, some of which fire."""
+    encoder, decoder = randn(n, d, seed=16) / d**0.5, randn(n, d, seed=17) / d**0.5
+    return encoder, decoder, randn(n, seed=18), 0.5 * (torch.arange(n) % 2)
+
+
 VECTOR_EDITS: dict[str, Callable[..., int]] = {
     "add": lambda p, d, **how: p.add(randn(d, seed=5), **how),
     "project": lambda p, d, **how: p.project(unit(d), -0.25, 0.5, **how),
@@ -131,6 +137,15 @@ VECTOR_EDITS |= {
     "affine_low_rank": lambda p, d, **how: p.affine_low_rank(
         randn(d, 3, seed=13) / d**0.5, randn(d, 3, seed=14), randn(d, seed=15), **how
     ),
+}
+VECTOR_EDITS |= {
+    f"features {op}": lambda p, d, numbers=numbers, **how: p.features(*latents(d), **numbers, **how)
+    for op, numbers in {
+        "set": {"offset": 1.5},
+        "scale": {"factor": -2.0},
+        "add": {"factor": 1.0, "offset": 0.7},
+        "clamp": {"factor": 1.0, "low": 0.2, "high": 0.6},
+    }.items()
 }
 UNIT_EDITS: dict[str, Callable[..., int]] = {
     "neurons": lambda p, d, **how: p.neurons([0, 3, 7, d - 1], factor=-2.0, offset=0.5, low=-1.0, high=1.5, **how),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from patchclamp_kernels import program_table as table
+from patchclamp_kernels.feature_clamp import clamped_latents, latent_values
 from patchclamp_kernels.program_table import EntryFlag, EntryKind
 from patchclamp_kernels.residual_edits import reference as definition
 
@@ -22,13 +23,16 @@ NEURONS = tl.constexpr(EntryKind.NEURONS.value)
 HEADS = tl.constexpr(EntryKind.HEADS.value)
 AFFINE = tl.constexpr(EntryKind.AFFINE.value)
 AFFINE_LOW_RANK = tl.constexpr(EntryKind.AFFINE_LOW_RANK.value)
+FEATURES = tl.constexpr(EntryKind.FEATURES.value)
 CONDITION = tl.constexpr(EntryKind.CONDITION.value)
 PROJECTION = tl.constexpr(EntryKind.PROJECTION.value)
 NEURON_VALUES = tl.constexpr(EntryKind.NEURON_VALUES.value)
+FEATURE_VALUES = tl.constexpr(EntryKind.FEATURE_VALUES.value)
 
 PRESERVE_NORM = tl.constexpr(EntryFlag.PRESERVE_NORM.value)
 LATCHED = tl.constexpr(EntryFlag.LATCHED.value)
 COSINE = tl.constexpr(EntryFlag.COSINE.value)
+FEATURE = tl.constexpr(EntryFlag.FEATURE.value)
 
 KIND = tl.constexpr(table.KIND)
 ITEM = tl.constexpr(table.ITEM)
@@ -47,6 +51,11 @@ FACTOR = tl.constexpr(table.FACTOR)
 OFFSET = tl.constexpr(table.OFFSET)
 UNIT_LOW = tl.constexpr(table.UNIT_LOW)
 UNIT_HIGH = tl.constexpr(table.UNIT_HIGH)
+SPARE = tl.constexpr(table.SPARE)
+BIAS = tl.constexpr(table.BIAS)
+JUMP = tl.constexpr(table.JUMP)
+# As many features at a time as leave the registers of everything else alone.
+LATENTS = tl.constexpr(1)
 
 TINY = tl.constexpr(definition.TINY)
 PARALLEL = tl.constexpr(definition.PARALLEL)
@@ -149,6 +158,8 @@ def _observe(h, lane, row, ints, floats, kind, flags, first, count, in_scope, D:
     elif in_scope:
         if kind == PROJECTION:
             tl.store(row.readings + column, tl.sum(h * _vector(row.bank, first, lane, D), axis=0))
+        elif kind == FEATURE_VALUES:
+            _read_features(h, lane, row, first, count, column, D)
         else:
             _read_neurons(h, lane, row, first, count, column, D)
 
@@ -158,6 +169,9 @@ def _holds(h, lane, row, floats, flags, first, D: tl.constexpr):
     value = tl.sum(h * _vector(row.bank, first, lane, D), axis=0)
     if (flags & COSINE) != 0:
         value = value / _length(h)
+    if (flags & FEATURE) != 0:
+        value += tl.load(floats + HIGH)
+        value = tl.where(value <= tl.load(floats + SPARE), 0.0, value)
     sign = tl.load(floats + STRENGTH)
     return sign * value > sign * tl.load(floats + LOW)
 
@@ -177,6 +191,8 @@ def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: 
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
         elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE):
             target = _by_units(h, lane, row, kind, first, count, D)
+        elif kind == FEATURES:
+            target = _features(h, lane, row, floats, first, count, D)
         else:
             if HEAD_DIM > 0:
                 target = _heads(h, lane, row, first, count, D, HEAD_DIM)
@@ -246,6 +262,64 @@ def _by_units(h, lane, row, kind, first, count, D: tl.constexpr):
         target += tl.where(kind == LOW_RANK, inner - tl.sum(h * r, axis=0), inner) * r
         unit += 1
     return target
+
+
+@triton.jit
+def _features(h, lane, row, floats, first, count, D: tl.constexpr):
+    """Returns h + Σ_i (clip(factor f_i + offset, low, high) - f_i) D_i; all f_i are those of h as it came."""
+    low, high = tl.load(floats + LOW), tl.load(floats + HIGH)
+    target = h
+    done = 0
+    while done < count:
+        there, ints, numbers = _latents(row, first, count, done)
+        _, change, w = clamped_latents(
+            h,
+            lane,
+            lane < D,
+            row.bank,
+            row.bank,
+            tl.load(ints + OTHER, mask=there, other=0),
+            tl.load(ints + UNIT, mask=there, other=0),
+            there,
+            tl.load(numbers + BIAS, mask=there, other=0.0),
+            tl.load(numbers + JUMP, mask=there, other=0.0),
+            tl.load(numbers + FACTOR, mask=there, other=1.0),
+            tl.load(numbers + OFFSET, mask=there, other=0.0),
+            low,
+            high,
+            D,
+        )
+        # Latents that are not there have a row of zeros.
+        target += tl.sum(change[:, None] * w.to(tl.float32), axis=0)
+        done += LATENTS
+    return target
+
+
+@triton.jit
+def _latents(row, first, count, done):
+    """Returns which latents of a block there are, and where the tables of units have them."""
+    unit = done + tl.arange(0, LATENTS)
+    return unit < count, row.unit_ints + (first + unit) * 2, row.unit_numbers + (first + unit) * 4
+
+
+@triton.jit
+def _read_features(h, lane, row, first, count, column, D: tl.constexpr):
+    done = 0
+    while done < count:
+        there, ints, numbers = _latents(row, first, count, done)
+        f = latent_values(
+            h,
+            lane,
+            lane < D,
+            row.bank,
+            tl.load(ints + OTHER, mask=there, other=0),
+            there,
+            tl.load(numbers + BIAS, mask=there, other=0.0),
+            tl.load(numbers + JUMP, mask=there, other=0.0),
+            D,
+        )
+        tl.store(row.readings + column + done + tl.arange(0, LATENTS), f, mask=there)
+        done += LATENTS
 
 
 @triton.jit

@@ -6,7 +6,9 @@ from functools import cached_property
 from torch import Tensor
 
 from patchclamp_server.interventions.columns import EntryKind
+from patchclamp_server.interventions.encoders import WholeEncoder
 from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope
+from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.model.sites import Site
 
 
@@ -14,12 +16,16 @@ from patchclamp_server.model.sites import Site
 class BoundCondition:
     site: Site
     layer: int
-    unit: Tensor  # [width]
+    # [width]: of length 1, or the encoder's row of a feature.
+    unit: Tensor
     # The condition holds when sign * value > sign * threshold.
     sign: float
     threshold: float
     cosine: bool
     scope: Scope
+    # Of a feature, whose value is p = h · unit + bias where that is above its jump, else 0; `jump` is None without one.
+    bias: float = 0.0
+    jump: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +51,8 @@ class BoundEdit:
 @dataclass(frozen=True, eq=False)
 class BoundReadout:
     """A readout with its numbers. A projection has `vectors[layer]` [n, width], each of length 1; neurons have `ids`,
-    heads have `heads[layer]`, and the top k kinds have `k`."""
+    heads have `heads[layer]`, and the top k kinds have `k`. Chosen features have `vectors`, the encoder's rows, `ids`
+    and `latents` [n, 2], bias and jump; the k largest features have `encoder`."""
 
     name: str
     kind: type[ReadoutKind]
@@ -56,6 +63,8 @@ class BoundReadout:
     ids: tuple[int, ...]
     k: int
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    latents: Tensor | None = None
+    encoder: WholeEncoder | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +80,8 @@ class BoundProgram:
     edits: tuple[BoundEdit, ...]
     readouts: tuple[BoundReadout, ...]
     aborts: tuple[BoundAbort, ...]
+    # What its receipt says beside what was counted.
+    warnings: tuple[RequestWarning, ...] = ()
 
     @cached_property
     def head_readouts(self) -> tuple[BoundReadout, ...]:

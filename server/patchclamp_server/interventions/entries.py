@@ -2,7 +2,7 @@
 once, when its request is admitted."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,12 +101,13 @@ class _Numbers:
     n: int = 0
     first_unit: int = 0
     units: UnitColumns | None = None
+    held: int = 0
 
     def spots(self, rows: IntArray, first_unit: int) -> list[tuple[int, int]]:
         """Returns FIRST and COUNT of its entries: one for all units, one for each vector, or one without either."""
         if self.units is not None:
             return [(first_unit + self.first_unit, len(self.units))]
-        return [(row, 0) for row in rows.tolist()] or [(0, self.written.count)]
+        return [(row, 0) for row in rows.tolist()] or [(self.held, self.written.count)]
 
 
 class ProgramWriter:
@@ -139,6 +140,13 @@ class ProgramWriter:
         self.vectors[width].append(written.vectors)
         self._n_vectors[width] += n
         return _Numbers(written, width, start, n)
+
+    def hold(self, numbered: Callable[[object], int]) -> None:
+        """Sets the number by which the rule of each object finds it."""
+        for own in (*self._edits, *self._readouts):
+            for numbers in own:
+                if numbers.written.held is not None:
+                    numbers.held = numbered(numbers.written.held)
 
     def place(self, held: dict[int, list[int]]) -> None:
         """Sets the rows `held` of its vectors in the bank of each width, and makes the units, which name those rows."""
@@ -216,11 +224,13 @@ class ProgramWriter:
         flags = EntryFlag.COSINE if condition.cosine else NO_FLAGS
         if latched:
             flags |= EntryFlag.LATCHED
+        if condition.jump is not None:
+            flags |= EntryFlag.FEATURE
         place = place_number(condition.site, condition.layer)
         group = group_number(place, _AFTER_EDITS, EntryKind.CONDITION)
         [vector] = self._rows_of(numbers).tolist()
         whole = (EntryKind.CONDITION, item, flags, vector, 0, NO_GATE, latch, column, place, group)
-        return whole, (condition.sign, condition.threshold, 0.0, 0.0)
+        return whole, (condition.sign, condition.threshold, condition.bias, condition.jump or 0.0)
 
     def _readout_rows(self, first_unit: int) -> Iterator[_Row]:
         layout = self.layout

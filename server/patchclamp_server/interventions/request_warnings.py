@@ -9,6 +9,7 @@ class WarningCode(Enum):
 
     STRONG_EDIT = "strong_edit"
     BEYOND_CONTEXT = "beyond_context"
+    BELOW_JUMP = "below_jump"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.artifacts.autoencoders import Autoencoder, open_autoencoder
+from patchclamp_server.artifacts.tensor_file import TensorFile
+from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.interventions.program import StoredThreshold, Vector
 from patchclamp_server.model.info import ModelInfo
@@ -20,6 +22,10 @@ class ArtifactLookup(Protocol):
 
     def get(self, ref: str) -> Artifact: ...
 
+    def open(self, ref: str) -> tuple[ArtifactInfo, TensorFile]:
+        """As `get`, with the tensors still in the store, to be read by rows."""
+        ...
+
 
 class Resolver:
     """Resolves and checks; `path` is always the field path of what is being resolved.
@@ -32,6 +38,7 @@ class Resolver:
         self.info = info
         self.artifacts = artifacts
         self._found: dict[str, Artifact] = {}
+        self._opened: dict[str, tuple[str, Autoencoder]] = {}
 
     def width(self, site: Site, path: str) -> int:
         width = self.info.sites.get(site)
@@ -67,6 +74,21 @@ class Resolver:
                 path, f"{ref} was made for model {artifact.info.model_fingerprint}, served is {self.info.fingerprint}"
             )
         return artifact
+
+    def autoencoder(self, ref: str, path: str) -> Autoencoder:
+        """Returns an autoencoder of the served model, whose rows are read when they are asked for."""
+        return self._open_autoencoder(ref, path)[1]
+
+    def autoencoder_id(self, ref: str, path: str) -> str:
+        return self._open_autoencoder(ref, path)[0]
+
+    def _open_autoencoder(self, ref: str, path: str) -> tuple[str, Autoencoder]:
+        if self.artifacts is None:
+            raise FailedPrecondition(path, "this server keeps no artifacts")
+        if ref not in self._opened:
+            info, autoencoder = open_autoencoder(ref, self.artifacts, self.info, path)
+            self._opened[ref] = (info.id, autoencoder)
+        return self._opened[ref]
 
     def vectors(
         self, vector: Vector, site: Site, layers: tuple[int, ...], width: int, path: str, *, unit: bool

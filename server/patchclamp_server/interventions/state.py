@@ -155,7 +155,7 @@ class ProgramState:
             edits.append(EditReceipt(edit.name, int(rows), change, gated, cached, threshold))
             if change > MOST_CHANGE:
                 warnings.append(_strong_edit(i, edit.name, change))
-        return Receipt(self.bound.fingerprint, tuple(edits), tuple(warnings))
+        return Receipt(self.bound.fingerprint, tuple(edits), (*self.bound.warnings, *warnings))
 
 
 def _strong_edit(index: int, name: str, change: float) -> RequestWarning:

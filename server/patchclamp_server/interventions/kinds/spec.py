@@ -9,7 +9,9 @@ from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
+from patchclamp_server.interventions.encoders import WholeEncoder
 from patchclamp_server.interventions.program import EditKind, ReadoutKind
+from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.resolver import Resolver
 from patchclamp_server.model.sites import NEURON_SITES, Site
 
@@ -42,6 +44,8 @@ class EditNumbers:
     bounds: tuple[float, float] = (-math.inf, math.inf)
     # The site at which the edit runs, if not at the one that it names.
     site: Site | None = None
+    # What the receipt says of it beside what is counted.
+    warnings: tuple[RequestWarning, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,8 @@ class ReadoutNumbers:
     ids: tuple[int, ...] = ()
     k: int = 0
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    latents: Tensor | None = None
+    encoder: WholeEncoder | None = None
 
 
 @dataclass(frozen=True, eq=False)
