@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from patchclamp_server.artifacts.access import ArtifactAccess, OpenStore
+from patchclamp_server.artifacts.autoencoder_spec import autoencoder_spec, check_autoencoder
 from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.checkpoints import Checkpoints
@@ -31,7 +32,8 @@ from patchclamp_server.artifacts.corpora import check_labels
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
-from patchclamp_server.artifacts.tensors import check_tensors, layers_of, width_of
+from patchclamp_server.artifacts.tensor_file import BLOCK_BYTES, TensorFile
+from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of, width_of
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
 from patchclamp_server.artifacts.validation import check_tag, checked_metadata
 from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -57,6 +59,8 @@ class ArtifactStore:
         self._loaded = ArtifactCache(cache_bytes)
         self._headers: dict[str, safetensors.Header] = {}
         self._damaged: set[str] = set()
+        # Objects whose bytes have been verified for `open`.
+        self._verified: set[str] = set()
         # This is held while objects and tags change, so that a tag is never set on an object that is being deleted.
         self._lock = threading.RLock()
 
@@ -88,6 +92,8 @@ class ArtifactStore:
         check_tensors(kind, tensors)
         if kind is ArtifactKind.CORPUS:
             check_labels(metadata.provenance, tensors)
+        if kind is ArtifactKind.AUTOENCODER:
+            check_autoencoder(metadata.site, metadata.provenance, shapes_of(tensors))
         data = safetensors.dump(metadata, tensors)
         artifact_id = f"sha256:{hashlib.sha256(data).hexdigest()}"
         with self._lock:
@@ -116,6 +122,21 @@ class ArtifactStore:
         artifact = Artifact(info, safetensors.decode(data).tensors)
         self._loaded.put(artifact)
         return artifact
+
+    def open(self, ref: str) -> tuple[ArtifactInfo, TensorFile]:
+        """Returns the artifact of an id or tag with its tensors still in the store, to be read by rows.
+
+        The bytes are verified against the id by the first call of this process, in blocks; the size by each. Raises as
+        get() does.
+        """
+        artifact_id = self._usable(ref)
+        info = self._info(artifact_id, ref, tags=())
+        if artifact_id not in self._verified:
+            self._verify(artifact_id, info.size_bytes)
+            self._verified.add(artifact_id)
+        path = _object_path(artifact_id)
+        header = self._headers.get(artifact_id) or self._read_header(artifact_id)
+        return info, TensorFile(header, lambda start, end: self._blobs.read_range(path, start, end))
 
     def info(self, ref: str) -> ArtifactInfo:
         """Returns what is known of an id or tag, from the header alone. Raises as get() does."""
@@ -209,6 +230,7 @@ class ArtifactStore:
                 self._loaded.remove(artifact_id)
                 self._headers.pop(artifact_id, None)
                 self._damaged.discard(artifact_id)
+                self._verified.discard(artifact_id)
         self.access.changed("delete", artifact_id, tags)
         return artifact_id, tags
 
@@ -288,6 +310,13 @@ class ArtifactStore:
             raise self._damage(artifact_id, "its bytes do not have the SHA-256 of its id")
         return data
 
+    def _verify(self, artifact_id: str, size: int) -> None:
+        path, digest = _object_path(artifact_id), hashlib.sha256()
+        for start in range(0, size, BLOCK_BYTES):
+            digest.update(self._blobs.read_range(path, start, min(start + BLOCK_BYTES, size)))
+        if f"sha256:{digest.hexdigest()}" != artifact_id:
+            raise self._damage(artifact_id, "its bytes do not have the SHA-256 of its id")
+
     def _info(self, artifact_id: str, ref: str, tags: tuple[str, ...]) -> ArtifactInfo:
         path = _object_path(artifact_id)
         try:
@@ -304,7 +333,7 @@ class ArtifactStore:
             tags=tags,
             model_fingerprint=metadata.model_fingerprint,
             site=metadata.site,
-            layers=layers_of(metadata.kind, header.shapes),
+            layers=_layers(metadata, header),
             width=width_of(metadata.kind, header.shapes),
             size_bytes=size,
             created=created,
@@ -320,7 +349,7 @@ class ArtifactStore:
             header = safetensors.parse_header(self._blobs.read_range(path, 8, 8 + length))
             if header.metadata is None:
                 raise MalformedFile("the header holds no metadata")
-            layers_of(header.metadata.kind, header.shapes)
+            _layers(header.metadata, header)
         except (MalformedFile, InvalidArgument) as error:
             raise self._damage(artifact_id, str(error)) from error
         if len(self._headers) >= MAX_CACHED_HEADERS:
@@ -338,6 +367,13 @@ class ArtifactStore:
 def _object_path(artifact_id: str) -> str:
     digest = artifact_id.removeprefix("sha256:")
     return f"objects/{digest[:2]}/{digest[2:]}.safetensors"
+
+
+def _layers(metadata: Metadata, header: safetensors.Header) -> tuple[int, ...]:
+    layers = layers_of(metadata.kind, header.shapes)
+    if metadata.kind is ArtifactKind.AUTOENCODER:
+        return (autoencoder_spec(metadata.site, metadata.provenance).layer,)
+    return layers
 
 
 def _next_token(after: str, query: tuple[str, ...]) -> str:

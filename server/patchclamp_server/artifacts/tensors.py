@@ -6,6 +6,7 @@
     sparsity_profile  names of the policy's own, any shape                         float32 or int64
     head_set          scores [n_layers, n_heads], optionally low, high alike       float32
     corpus            text [bytes], ends [documents], optionally labels alike      uint8; int64 (corpora.py)
+    autoencoder       encoder, encoder_bias, decoder, decoder_bias, threshold      see autoencoder_spec.py
     watch             see monitoring/watch.py                                      uint8, int64, floats
     watch_reference   see monitoring/reference.py                                  float64, int64
 
@@ -19,6 +20,7 @@ from typing import TypeAlias
 
 import torch
 
+from patchclamp_server.artifacts.autoencoder_spec import autoencoder_layers, check_autoencoder_tensors
 from patchclamp_server.artifacts.corpora import check_corpus, corpus_layers
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
@@ -60,7 +62,10 @@ def layers_of(kind: ArtifactKind, shapes: Shapes) -> tuple[int, ...]:
 
 
 def width_of(kind: ArtifactKind, shapes: Shapes) -> int:
-    """Returns the width of a vector, the heads per layer of a head set, else 0. layers_of must accept the shapes."""
+    """Returns the width of a vector or of what an autoencoder reads, the heads per layer of a head set, else 0.
+    layers_of must accept the shapes."""
+    if kind is ArtifactKind.AUTOENCODER:
+        return shapes["encoder"][1]
     if kind is ArtifactKind.VECTOR:
         return next(iter(shapes.values()))[0]
     return shapes["scores"][1] if kind is ArtifactKind.HEAD_SET else 0
@@ -192,6 +197,7 @@ KINDS: dict[ArtifactKind, KindChecks] = {
     ArtifactKind.SPARSITY_PROFILE: KindChecks(_profile_layers, _check_profile),
     ArtifactKind.HEAD_SET: KindChecks(_head_set_layers, _check_head_set),
     ArtifactKind.CORPUS: KindChecks(corpus_layers, check_corpus),
+    ArtifactKind.AUTOENCODER: KindChecks(autoencoder_layers, check_autoencoder_tensors),
 }
 
 

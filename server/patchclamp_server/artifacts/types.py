@@ -21,10 +21,13 @@ class ArtifactKind(Enum):
     WATCH = "watch"
     WATCH_REFERENCE = "watch_reference"
     CORPUS = "corpus"
+    AUTOENCODER = "autoencoder"
 
 
 # The layers of these kinds stand for themselves, so that some can be taken without the others.
 LAYERED = (ArtifactKind.VECTOR, ArtifactKind.NEURON_SET)
+# Kinds that have the site that they are of, or read.
+WITH_SITE = (ArtifactKind.VECTOR, ArtifactKind.AUTOENCODER)
 # Kinds that are of no model, and fit every one: their fingerprint is empty.
 OF_NO_MODEL = (ArtifactKind.CORPUS,)
 
@@ -33,7 +36,8 @@ OF_NO_MODEL = (ArtifactKind.CORPUS,)
 class Metadata:
     """Metadata is stored beside the tensors and takes part in the id; only tags and the time of creation do not.
 
-    `site` is that of a vector; it is None for the other kinds (neuron sets always sit at mlp_post).
+    `site` is that of a vector, or the one that an autoencoder reads; it is None for the other kinds (neuron sets always
+    sit at mlp_post).
     """
 
     kind: ArtifactKind
@@ -60,8 +64,8 @@ class ArtifactInfo:
     """An artifact without its tensors. `created` is in seconds since the epoch.
 
     `replaced` holds the tags that this very call took from other artifacts, and the ids of those. `width` is that of a
-    vector, the heads per layer of a head set, and 0 for others. `layers` is empty for a sparsity profile, a watch, a
-    watch reference and a corpus, `model_fingerprint` for a corpus, which fits every model.
+    vector or of what an autoencoder reads, the heads per layer of a head set, and 0 for others. `layers` is empty for a
+    sparsity profile, a watch, a watch reference and a corpus, `model_fingerprint` for a corpus, which fits every model.
     """
 
     id: str

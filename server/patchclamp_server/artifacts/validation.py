@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactKind, Metadata
+from patchclamp_server.artifacts.types import OF_NO_MODEL, WITH_SITE, ArtifactKind, Metadata
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.sites import Site
 
@@ -24,13 +24,13 @@ def check_tag(tag: str, path: str = "tag") -> None:
 def checked_metadata(metadata: Metadata) -> Metadata:
     """Returns the metadata in its one canonical form, so that equal content has one id."""
     site = metadata.site
-    if metadata.kind is ArtifactKind.VECTOR and site is None:
-        raise InvalidArgument("site", "a vector needs the site it belongs to")
+    if metadata.kind in WITH_SITE and site is None:
+        raise InvalidArgument("site", f"the site is missing that the {metadata.kind.value} belongs to")
     if metadata.kind is ArtifactKind.NEURON_SET:
         if site not in (None, Site.MLP_POST):
             raise InvalidArgument("site", "neuron sets sit at mlp_post; leave the site empty")
         site = None
-    if metadata.kind not in LAYERED and site is not None:
+    if metadata.kind not in WITH_SITE and site is not None:
         raise InvalidArgument("site", f"a {metadata.kind.value} has no site; leave it empty")
     policy = metadata.provenance.get("policy")
     if metadata.kind is ArtifactKind.SPARSITY_PROFILE and not (isinstance(policy, str) and policy):

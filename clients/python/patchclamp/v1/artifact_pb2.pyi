@@ -58,9 +58,12 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     Method, site, layers, labels and target are in `provenance`.
     """
     ARTIFACT_KIND_AUTOENCODER: _ArtifactKind.ValueType  # 10
-    """A sparse autoencoder or transcoder of one site and layer: "encoder" [width, features], "encoder_bias" [features], "decoder"
-    [features, width], "decoder_bias" [width], and as the activation function needs "threshold" [features]; the function, k, what
-    is subtracted from the input, and the sites are in `provenance`.
+    """A sparse autoencoder or transcoder of one site and layer, in float32, float16 or bfloat16: "encoder" [features, width], a row
+    for each feature as in "decoder" [features, width], "encoder_bias" [features], "decoder_bias" [width], and of jumprelu and
+    batchtopk "threshold" [features]. `site` is the one that is read. `provenance` says the rest: "layer", "function" ("relu",
+    "jumprelu", "topk" with "k", "batchtopk"), "subtracted" from the input ("decoder_bias" or "nothing"), and of a transcoder
+    "output_site" and "output_layer". With p = (h - subtracted) . encoder^T + encoder_bias a feature is p where it is above 0 and
+    above its threshold, or among the k largest, else 0.
     """
     ARTIFACT_KIND_SUBSPACE: _ArtifactKind.ValueType  # 11
     """Orthonormal rows "layer.<l>.rotation" [rank, width]; of an intervention "layer.<l>.weight" [rank, width] and "layer.<l>.bias"
@@ -103,9 +106,12 @@ ARTIFACT_KIND_PROBE: ArtifactKind.ValueType  # 9
 Method, site, layers, labels and target are in `provenance`.
 """
 ARTIFACT_KIND_AUTOENCODER: ArtifactKind.ValueType  # 10
-"""A sparse autoencoder or transcoder of one site and layer: "encoder" [width, features], "encoder_bias" [features], "decoder"
-[features, width], "decoder_bias" [width], and as the activation function needs "threshold" [features]; the function, k, what
-is subtracted from the input, and the sites are in `provenance`.
+"""A sparse autoencoder or transcoder of one site and layer, in float32, float16 or bfloat16: "encoder" [features, width], a row
+for each feature as in "decoder" [features, width], "encoder_bias" [features], "decoder_bias" [width], and of jumprelu and
+batchtopk "threshold" [features]. `site` is the one that is read. `provenance` says the rest: "layer", "function" ("relu",
+"jumprelu", "topk" with "k", "batchtopk"), "subtracted" from the input ("decoder_bias" or "nothing"), and of a transcoder
+"output_site" and "output_layer". With p = (h - subtracted) . encoder^T + encoder_bias a feature is p where it is above 0 and
+above its threshold, or among the k largest, else 0.
 """
 ARTIFACT_KIND_SUBSPACE: ArtifactKind.ValueType  # 11
 """Orthonormal rows "layer.<l>.rotation" [rank, width]; of an intervention "layer.<l>.weight" [rank, width] and "layer.<l>.bias"
@@ -224,7 +230,7 @@ class Artifact(_message.Message):
     model_fingerprint: _builtins.str
     """Fingerprint of the model it was made for; empty for a corpus."""
     site: _program_pb2.Site.ValueType
-    """Site of a vector."""
+    """Site of a vector, or the one that an autoencoder reads."""
     width: _builtins.int
     size_bytes: _builtins.int
     description: _builtins.str
@@ -336,7 +342,9 @@ class UploadHeader(_message.Message):
     kind: Global___ArtifactKind.ValueType
     format: Global___ArtifactFormat.ValueType
     site: _program_pb2.Site.ValueType
-    """Site of a vector. Default: resid_post, which is where llama.cpp applies control vectors."""
+    """Site of a vector. Default: resid_post, which is where llama.cpp applies control vectors. Or the site that an autoencoder reads,
+    where its file does not say it.
+    """
     model_fingerprint: _builtins.str
     """Model it was made for. Empty: what the file says, else the server's model; a corpus has none."""
     description: _builtins.str

@@ -32,16 +32,31 @@ DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor stands: bytes [start, end) from the end of the header. `dtype`: None for one of no artifact."""
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """A header alone. `shapes` is by tensor name; `file_bytes` is the length that the whole file must have."""
+    """A header alone. `entries` is by tensor name; `file_bytes` is the length that the whole file must have."""
 
     metadata: Metadata | None
-    shapes: dict[str, tuple[int, ...]]
+    entries: dict[str, Entry]
     header_bytes: int
     file_bytes: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
 
 
 def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -82,14 +97,16 @@ def parse_header(header: bytes) -> Header:
         raise MalformedFile("not a safetensors file: the header is not a JSON object")
     extra = entries.pop("__metadata__", None)
     text = extra.get(METADATA_KEY) if isinstance(extra, dict) else None
-    shapes, end = {}, 0
+    found, end = {}, 0
     try:
         for name, entry in entries.items():
-            shapes[name] = tuple(int(n) for n in entry["shape"])
-            end = max(end, int(entry["data_offsets"][1]))
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            shape = tuple(int(n) for n in entry["shape"])
+            first, last = (int(n) for n in entry["data_offsets"])
+            found[name] = Entry(_TORCH_DTYPES.get(entry["dtype"]), shape, first, last)
+            end = max(end, last)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MalformedFile(f"malformed safetensors header at {name!r}") from error
-    return Header(_metadata_from_json(text), shapes, len(header), 8 + len(header) + end)
+    return Header(_metadata_from_json(text), found, len(header), 8 + len(header) + end)
 
 
 def decode(source: bytes | Path) -> Decoded:
