@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.config import EngineConfig, EngineStats
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.request import (
@@ -49,6 +50,8 @@ class Job:
     max_tokens: int = 6
     roles: tuple[str, ...] | None = None
     sparsity: SparseInference | None = None
+    # Those that the program names.
+    artifacts: ArtifactStore | None = None
 
 
 @contextmanager
@@ -126,7 +129,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bound(family: str, job: Job) -> BoundProgram | None:
-    return None if job.program is None else bind(job.program, loaded(family).info, prompt_roles=job.roles)
+    if job.program is None:
+        return None
+    return bind(job.program, loaded(family).info, job.artifacts, prompt_roles=job.roles)
 
 
 class Bench:
@@ -192,7 +197,11 @@ def truth(family: str, job: Job) -> OracleResult:
     """The oracle's answer, computed once for each job of this process; programs are told apart by identity."""
     key = (family, job.prompt, id(job.program), job.max_tokens, job.roles)
     if key not in _TRUTHS:
-        result = run_oracle(tiny_model(family), job.prompt, job.program, job.max_tokens, roles=job.roles)
+        store = job.artifacts
+        stored = {} if store is None else {info.id: store.get(info.id) for info in store.list()[0]}
+        result = run_oracle(
+            tiny_model(family), job.prompt, job.program, job.max_tokens, roles=job.roles, artifacts=stored
+        )
         # The program is kept so that its identity is not given to another one.
         _TRUTHS[key] = (job.program, result)
     return _TRUTHS[key][1]

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle_formulas import Artifacts, edited, holds, in_scope, measured, vector_at
+from oracle_formulas import Artifacts, all_features, edited, holds, in_scope, measured, vector_at
 from oracle_sites import attach, logit_lens, watching_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from patchclamp_server.interventions.kinds.features import FeatureReadout, TopFeaturesReadout
 from patchclamp_server.interventions.program import (
     Condition,
     Edit,
@@ -181,6 +182,13 @@ class _Pass:
             elif isinstance(readout.kind, NeuronReadout):
                 ids = torch.tensor(readout.kind.neurons)
                 values = h[ids]
+            elif isinstance(readout.kind, FeatureReadout):
+                ids = torch.tensor(readout.kind.features)
+                values = all_features(self.artifacts[readout.kind.autoencoder], h)[ids]
+            elif isinstance(readout.kind, TopFeaturesReadout):
+                values, ids = all_features(self.artifacts[readout.kind.autoencoder], h).sort(descending=True)
+                n = min(readout.kind.k, int((values > 0).sum()))
+                values, ids = values[:n], ids[:n]
             elif isinstance(readout.kind, TopNeuronsReadout):
                 ids = h.abs().sort(descending=True).indices[: readout.kind.k]
                 values = h[ids]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from patchclamp_server.interventions.kinds.affine import Affine
+from patchclamp_server.interventions.kinds.features import FeatureEdit
 from patchclamp_server.interventions.program import (
     AddVector,
     CapProjection,
@@ -37,6 +38,8 @@ class StoredArtifact(Protocol):
     @property
     def info(self) -> Any: ...
     def direction(self, layer: int) -> Tensor: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
     def neurons(self, layer: int) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -67,6 +70,8 @@ def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifac
             assert kind.right is not None
             matrix = kind.left.double() @ kind.right.double().T
         return matrix.double() @ h + (0.0 if kind.bias is None else kind.bias.double())
+    if isinstance(kind, FeatureEdit):
+        return _feature_target(kind, h, artifacts)
     if isinstance(kind, NeuronEdit):
         return _neuron_target(kind, h, layer, artifacts)
     if isinstance(kind, HeadEdit):
@@ -91,6 +96,41 @@ def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifac
         return v.clone()
     assert isinstance(kind, RotateTowards)
     return _rotated(h, u, kind.radians)
+
+
+def all_features(artifact: StoredArtifact, h: Tensor) -> Tensor:
+    """f [features] of one row h [width], in float64."""
+    stored = {name: tensor.double() for name, tensor in artifact.tensors.items()}
+    said = artifact.info.provenance
+    x = h.double() - stored["decoder_bias"] if said["subtracted"] == "decoder_bias" else h.double()
+    p = stored["encoder"] @ x + stored["encoder_bias"]
+    f = p.clamp(min=0.0)
+    if "threshold" in stored:
+        f = f * (p > stored["threshold"])
+    if said["function"] == "topk":
+        f = f * (p >= p.sort(descending=True).values[int(said["k"]) - 1])
+    return f
+
+
+def _feature_target(kind: FeatureEdit, h: Tensor, artifacts: Artifacts) -> Tensor:
+    """One feature after the other, each of h as it came."""
+    artifact = artifacts[kind.autoencoder]
+    f, t = all_features(artifact, h), h.clone()
+    values = list(kind.values) * (len(kind.features) if len(kind.values) == 1 else 1)
+    for i, feature in enumerate(kind.features):
+        before = float(f[feature])
+        if kind.op is NeuronOp.SET:
+            goal = values[i]
+        elif kind.op is NeuronOp.SCALE:
+            goal = values[i] * before
+        elif kind.op is NeuronOp.ADD:
+            goal = before + values[i]
+        else:
+            low = -math.inf if kind.min is None else kind.min
+            high = math.inf if kind.max is None else kind.max
+            goal = min(max(before, low), high)
+        t = t + (goal - before) * artifact.tensors["decoder"][feature].double()
+    return t
 
 
 def _rotated(h: Tensor, u: Tensor, radians: float) -> Tensor:
@@ -156,7 +196,9 @@ def edited(
 
 
 def measured(condition: Condition, h: Tensor, artifacts: Artifacts) -> float:
-    """What the condition compares with its threshold: h · v / |v|, or the cosine."""
+    """What the condition compares with its threshold: h · v / |v|, the cosine, or the activation of a feature."""
+    if condition.feature is not None:
+        return float(all_features(artifacts[condition.feature.autoencoder], h)[condition.feature.feature])
     v = vector_at(condition.vector, (condition.layer,), condition.layer, artifacts)
     projection = float(h @ v) / float(v.norm())
     return projection / float(h.norm()) if condition.cosine else projection

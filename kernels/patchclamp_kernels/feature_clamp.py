@@ -15,9 +15,9 @@ The op is bound by bytes: 2 k d elements of E and D for the k latents of a row. 
 registers, with what it adds; a block of latents' encoder and decoder rows is asked for together, so that the decoder's
 are on the way while the products with the encoder's are summed. A row's bits do not depend on the other rows.
 
-The server edits features by `clamped_latents` inside the launch of residual_edits, where they keep their place among the
-other edits of a row, with scopes, gates and receipts; there g_i is clipped to [low, high] as well. The op by itself is
-for hosts that have no program tables.
+The server edits features inside the launch of residual_edits, by `activation` and `change_to_goal`: there they keep
+their place among the other edits of a row, with scopes, gates and receipts, and g_i is clipped to [low, high] as well.
+The op by itself is for hosts that have no program tables.
 """
 
 import torch
@@ -71,32 +71,16 @@ def feature_clamp_reference(
 
 
 @triton.jit
-def latent_values(h, columns, inside, encoder, latents, there, bias, bound, d):
-    """Returns f [latents] of a row h [width] in registers: p where p > bound, else 0, with p = h·E_i + bias_i.
-
-    `latents` are rows of `encoder`. A bound of 0 makes it ReLU, and a NaN is not hidden.
-    """
-    at = latents.to(tl.int64)[:, None] * d + columns[None, :]
-    e = tl.load(encoder + at, mask=there[:, None] & inside[None, :], other=0.0)
-    before = tl.sum(e.to(tl.float32) * h[None, :], 1) + bias
+def activation(before, bound):
+    """Returns f: `before` where it is above its bound, else 0. A bound of 0 makes it ReLU, and a NaN is not hidden."""
     return tl.where(before <= bound, 0.0, before)
 
 
 @triton.jit
-def clamped_latents(
-    h, columns, inside, encoder, decoder, read, written, there, bias, bound, scale, target, low, high, d
-):
-    """Returns f [latents], clip(scale f + target, low, high) - f, and the rows `written` of the decoder [latents, width].
-
-    `read` and `written` are the rows of encoder and decoder.
-    """
-    at = written.to(tl.int64)[:, None] * d + columns[None, :]
-    # It is asked for before the products with the encoder's rows are summed.
-    w = tl.load(decoder + at, mask=there[:, None] & inside[None, :], other=0.0)
-    f = latent_values(h, columns, inside, encoder, read, there, bias, bound, d)
+def change_to_goal(f, scale, target, low, high):
+    """Returns clip(scale f + target, low, high) - f."""
     goal = tl.maximum(scale * f + target, low, propagate_nan=tl.PropagateNan.ALL)
-    goal = tl.minimum(goal, high, propagate_nan=tl.PropagateNan.ALL)
-    return f, goal - f, w
+    return tl.minimum(goal, high, propagate_nan=tl.PropagateNan.ALL) - f
 
 
 @triton.jit
@@ -135,32 +119,21 @@ def _feature_clamp_kernel(
             i = start + tl.arange(0, BLOCK_FEATURES)
             there = i < end
             feature = tl.load(features + i, mask=there, other=0)
+            at = feature.to(tl.int64)[:, None] * d + columns[None, :]
+            wanted = there[:, None] & inside[None, :]
+            e = tl.load(encoder + at, mask=wanted, other=0.0)
+            w = tl.load(decoder + at, mask=wanted, other=0.0)
             bias = tl.load(encoder_bias + feature, mask=there, other=0.0).to(tl.float32)
             target = tl.load(targets + i, mask=there, other=0.0)
             scale = tl.load(scales + i, mask=there, other=0.0)
             s = tl.load(strength + i, mask=there, other=0.0)
+            before = tl.sum(e.to(tl.float32) * h[None, :], 1) + bias
             bound = tl.zeros([BLOCK_FEATURES], tl.float32)
             if JUMP:
                 bound = tl.maximum(tl.load(threshold + feature, mask=there, other=0.0).to(tl.float32), 0.0)
-            f, change, w = clamped_latents(
-                h,
-                columns,
-                inside,
-                encoder,
-                decoder,
-                feature,
-                feature,
-                there,
-                bias,
-                bound,
-                scale,
-                target,
-                float("-inf"),
-                float("inf"),
-                d,
-            )
+            f = activation(before, bound)
             tl.store(values + i, f, mask=there)
-            change = s * change
+            change = s * change_to_goal(f, scale, target, float("-inf"), float("inf"))
             added += tl.sum(change[:, None] * w.to(tl.float32), 0)
             start += BLOCK_FEATURES
         original = tl.load(x_row, mask=inside, other=0.0)

@@ -62,8 +62,8 @@ class ProgramTable:
     """Has N entries and M units (neurons, heads, ranks or features of an edit) of all loaded programs.
 
     In the entry columns FIRST is the bank row of its vector, or the first unit row of LOW_RANK, NEURONS, HEADS, AFFINE,
-    AFFINE_LOW_RANK, FEATURES, NEURON_VALUES and FEATURE_VALUES; COUNT is the number of units; GATE is a column of `opened`, or NO_GATE; LATCH is
-    a row of `latch`. The neurons or heads of an entry ascend, each at most once.
+    AFFINE_LOW_RANK, FEATURES, NEURON_VALUES and FEATURE_VALUES; COUNT is the number of units; GATE is a column of
+    `opened`, or NO_GATE; LATCH is a row of `latch`. The neurons or heads of an entry ascend, each at most once.
     """
 
     entries: Tensor  # int32 [slots, places + 1]: entries of slot s at place p are entries[s, p] to entries[s, p + 1]

@@ -124,8 +124,9 @@ class Program:
     def feature_values(self, encoder: Tensor, bias: Tensor, jump: Tensor, *, place: int = 0) -> int:
         """Returns the column of the first of the readings."""
         column = self.builder.new_column("reading", len(encoder))
+        each = zip(encoder, bias, jump, strict=True)
         first = self.builder.store_units(
-            [([0, self.builder.store(e)], [0.0, 0.0, float(b), float(j)]) for e, b, j in zip(encoder, bias, jump)]
+            [([0, self.builder.store(e)], [0.0, 0.0, float(b), float(j)]) for e, b, j in each]
         )
         ints = [EntryKind.FEATURE_VALUES, self._item(), 0, first, len(encoder), NO_GATE, 0, column]
         self.entries.append((place, ints, [0.0] * 4))

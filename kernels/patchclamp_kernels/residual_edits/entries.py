@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from patchclamp_kernels import program_table as table
-from patchclamp_kernels.feature_clamp import clamped_latents, latent_values
+from patchclamp_kernels.feature_clamp import activation, change_to_goal
 from patchclamp_kernels.program_table import EntryFlag, EntryKind
 from patchclamp_kernels.residual_edits import reference as definition
 
@@ -54,8 +54,6 @@ UNIT_HIGH = tl.constexpr(table.UNIT_HIGH)
 SPARE = tl.constexpr(table.SPARE)
 BIAS = tl.constexpr(table.BIAS)
 JUMP = tl.constexpr(table.JUMP)
-# As many features at a time as leave the registers of everything else alone.
-LATENTS = tl.constexpr(1)
 
 TINY = tl.constexpr(definition.TINY)
 PARALLEL = tl.constexpr(definition.PARALLEL)
@@ -189,10 +187,8 @@ def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: 
             target = _projected(h, _vector(row.bank, first, lane, D), floats)
         elif kind == ROTATE:
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
-        elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE):
-            target = _by_units(h, lane, row, kind, first, count, D)
-        elif kind == FEATURES:
-            target = _features(h, lane, row, floats, first, count, D)
+        elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE) | (kind == FEATURES):
+            target = _by_units(h, lane, row, floats, kind, first, count, D)
         else:
             if HEAD_DIM > 0:
                 target = _heads(h, lane, row, first, count, D, HEAD_DIM)
@@ -241,20 +237,29 @@ def _rotated(h, norm, u, radians):
 
 
 @triton.jit
-def _by_units(h, lane, row, kind, first, count, D: tl.constexpr):
-    """Returns targets that are sums over units: ranks R_r with W_r and b_r, or channels r with rows A_r of a matrix.
+def _by_units(h, lane, row, floats, kind, first, count, D: tl.constexpr):
+    """Returns targets that are sums over units: ranks R_r with W_r and b_r, channels r with rows A_r of a matrix, or
+    features f_r with rows E_r of the encoder and D_r of the decoder.
 
         low rank          h + Σ_r R_r (W_r·h + b_r - R_r·h)
         affine, low rank      Σ_r R_r (W_r·h + b_r)
         affine                Σ_r e_r (A_r·h + b_r)         the whole matrix is read for every row
+        features          h + Σ_r D_r (g_r - f_r)           all f_r are those of h as it came
 
     One loop serves all of them, because each loop of its own would cost the others registers.
     """
-    target = tl.where(kind == LOW_RANK, h, 0.0)
+    target = tl.where((kind == LOW_RANK) | (kind == FEATURES), h, 0.0)
     unit = first
     while unit < first + count:
         w = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
-        inner = tl.sum(h * w, axis=0) + tl.load(row.unit_numbers + unit * 4 + OFFSET)
+        numbers = row.unit_numbers + unit * 4
+        offset = tl.load(numbers + OFFSET)
+        inner = tl.sum(h * w, axis=0)
+        if kind == FEATURES:
+            f = activation(inner + tl.load(numbers + BIAS), tl.load(numbers + JUMP))
+            inner = change_to_goal(f, tl.load(numbers + FACTOR), offset, tl.load(floats + LOW), tl.load(floats + HIGH))
+        else:
+            inner += offset
         at = tl.load(row.unit_ints + unit * 2 + UNIT)
         # Row 0 of a bank is there whatever it holds.
         r = _vector(row.bank, tl.where(kind == AFFINE, 0, at), lane, D)
@@ -265,61 +270,19 @@ def _by_units(h, lane, row, kind, first, count, D: tl.constexpr):
 
 
 @triton.jit
-def _features(h, lane, row, floats, first, count, D: tl.constexpr):
-    """Returns h + Σ_i (clip(factor f_i + offset, low, high) - f_i) D_i; all f_i are those of h as it came."""
-    low, high = tl.load(floats + LOW), tl.load(floats + HIGH)
-    target = h
-    done = 0
-    while done < count:
-        there, ints, numbers = _latents(row, first, count, done)
-        _, change, w = clamped_latents(
-            h,
-            lane,
-            lane < D,
-            row.bank,
-            row.bank,
-            tl.load(ints + OTHER, mask=there, other=0),
-            tl.load(ints + UNIT, mask=there, other=0),
-            there,
-            tl.load(numbers + BIAS, mask=there, other=0.0),
-            tl.load(numbers + JUMP, mask=there, other=0.0),
-            tl.load(numbers + FACTOR, mask=there, other=1.0),
-            tl.load(numbers + OFFSET, mask=there, other=0.0),
-            low,
-            high,
-            D,
-        )
-        # Latents that are not there have a row of zeros.
-        target += tl.sum(change[:, None] * w.to(tl.float32), axis=0)
-        done += LATENTS
-    return target
-
-
-@triton.jit
-def _latents(row, first, count, done):
-    """Returns which latents of a block there are, and where the tables of units have them."""
-    unit = done + tl.arange(0, LATENTS)
-    return unit < count, row.unit_ints + (first + unit) * 2, row.unit_numbers + (first + unit) * 4
+def _feature(h, lane, row, unit, D: tl.constexpr):
+    """Returns the feature of a unit."""
+    e = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
+    numbers = row.unit_numbers + unit * 4
+    return activation(tl.sum(h * e, axis=0) + tl.load(numbers + BIAS), tl.load(numbers + JUMP))
 
 
 @triton.jit
 def _read_features(h, lane, row, first, count, column, D: tl.constexpr):
     done = 0
     while done < count:
-        there, ints, numbers = _latents(row, first, count, done)
-        f = latent_values(
-            h,
-            lane,
-            lane < D,
-            row.bank,
-            tl.load(ints + OTHER, mask=there, other=0),
-            there,
-            tl.load(numbers + BIAS, mask=there, other=0.0),
-            tl.load(numbers + JUMP, mask=there, other=0.0),
-            D,
-        )
-        tl.store(row.readings + column + done + tl.arange(0, LATENTS), f, mask=there)
-        done += LATENTS
+        tl.store(row.readings + column + done, _feature(h, lane, row, first + done, D))
+        done += 1
 
 
 @triton.jit

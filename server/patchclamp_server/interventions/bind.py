@@ -16,9 +16,19 @@ from patchclamp_server.interventions.bound import (
     BoundProgram,
     BoundReadout,
 )
+from patchclamp_server.interventions.features import check_place, chosen_rows
 from patchclamp_server.interventions.kinds import EDIT_OF, READOUT_OF
 from patchclamp_server.interventions.kinds.spec import Where
-from patchclamp_server.interventions.program import Comparison, Condition, Edit, Program, Readout, Scope
+from patchclamp_server.interventions.program import (
+    Comparison,
+    Condition,
+    Edit,
+    FeatureReference,
+    Program,
+    Readout,
+    Scope,
+)
+from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.resolver import ArtifactLookup, Resolver, check_finite
 from patchclamp_server.interventions.scopes import check_scope
 from patchclamp_server.model.info import ModelInfo
@@ -57,11 +67,15 @@ def bind(
     for readout in readouts:
         digest.update(repr((readout.name, readout.kind.__name__, readout.site, readout.layers, readout.scope)).encode())
         digest.update(repr((readout.ids, readout.k, readout.heads)).encode())
+        if readout.encoder is not None:
+            digest.update(readout.encoder.id.encode())
+        if readout.latents is not None:
+            digest.update(_bytes(readout.latents))
         for vectors in readout.vectors.values():
             digest.update(_bytes(vectors))
     for abort in aborts:
         digest.update(abort.name.encode() + _condition_bytes(abort.condition))
-    return BoundProgram(program, "sha256:" + digest.hexdigest(), edits, readouts, aborts)
+    return BoundProgram(program, "sha256:" + digest.hexdigest(), edits, readouts, aborts, tuple(binder.warnings))
 
 
 def _check_names(names: list[str], path: str) -> None:
@@ -78,7 +92,8 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _condition_bytes(condition: BoundCondition) -> bytes:
     head = (condition.site, condition.layer, condition.sign, condition.threshold, condition.cosine, condition.scope)
-    return repr(head).encode() + _bytes(condition.unit)
+    feature = b"" if condition.jump is None else repr((condition.bias, condition.jump)).encode()
+    return repr(head).encode() + feature + _bytes(condition.unit)
 
 
 class _Binder:
@@ -86,6 +101,7 @@ class _Binder:
         self.resolver = resolver
         self.info = resolver.info
         self.has_roles = has_roles
+        self.warnings: list[RequestWarning] = []
 
     def edit(self, edit: Edit, path: str, index: int) -> BoundEdit:
         width = self.resolver.width(edit.site, path)
@@ -95,6 +111,7 @@ class _Binder:
         spec = EDIT_OF[type(edit.kind)]
         numbers = spec.bind(edit.kind, Where(self.resolver, edit.site, layers, width, path, f"{path}.{spec.name}"))
         kind, payload, bounds = numbers.table.entry, numbers.payload, numbers.bounds
+        self.warnings += numbers.warnings
         site = edit.site if numbers.site is None else numbers.site
         if edit.preserve_norm and not numbers.table.whole_rows:
             raise InvalidArgument(f"{path}.preserve_norm", f"is for vector edits, not {spec.name}")
@@ -137,7 +154,17 @@ class _Binder:
         own = spec.bind(readout.kind, Where(self.resolver, readout.site, layers, width, path, f"{path}.{spec.name}"))
         name = readout.name or str(index)
         return BoundReadout(
-            name, spec.kind, readout.site, layers, readout.scope, own.vectors, own.ids, own.k, own.heads
+            name,
+            spec.kind,
+            readout.site,
+            layers,
+            readout.scope,
+            own.vectors,
+            own.ids,
+            own.k,
+            own.heads,
+            own.latents,
+            own.encoder,
         )
 
     def condition(self, condition: Condition, path: str) -> BoundCondition:
@@ -145,8 +172,10 @@ class _Binder:
         self.scope(condition.scope, f"{path}.scope")
         layers = self.resolver.layers((condition.layer,), False, path, field="layer")
         threshold = self.threshold(condition, path)
-        unit = self.resolver.vectors(condition.vector, condition.site, layers, width, f"{path}.vector", unit=True)
         sign = 1.0 if condition.comparison is Comparison.ABOVE else -1.0
+        if condition.feature is not None:
+            return self.feature(condition, condition.feature, layers, sign, path)
+        unit = self.resolver.vectors(condition.vector, condition.site, layers, width, f"{path}.vector", unit=True)
         return BoundCondition(
             condition.site,
             condition.layer,
@@ -155,6 +184,31 @@ class _Binder:
             threshold,
             condition.cosine,
             condition.scope,
+        )
+
+    def feature(
+        self, condition: Condition, named: FeatureReference, layers: tuple[int, ...], sign: float, path: str
+    ) -> BoundCondition:
+        ref, own = named.autoencoder, f"{path}.feature"
+        if condition.cosine:
+            raise InvalidArgument(f"{path}.cosine", "a feature has no cosine; expected false")
+        autoencoder = self.resolver.autoencoder(ref, f"{own}.autoencoder")
+        spec = autoencoder.spec
+        check_place(ref, "reads", (spec.site, spec.layer), (condition.site, layers), path, field="layer")
+        if not 0 <= named.feature < autoencoder.n_features:
+            message = f"unknown feature {named.feature}: there are {autoencoder.n_features}"
+            raise InvalidArgument(f"{own}.feature", message)
+        rows = chosen_rows(autoencoder, ref, (named.feature,), own)
+        return BoundCondition(
+            condition.site,
+            condition.layer,
+            rows.encoder[0],
+            sign,
+            condition.threshold,
+            False,
+            condition.scope,
+            float(rows.folded_bias[0]),
+            float(rows.threshold[0]),
         )
 
     def threshold(self, condition: Condition, path: str) -> float:

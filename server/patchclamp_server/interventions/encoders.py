@@ -25,15 +25,20 @@ class WholeEncoder:
         self.n_features = autoencoder.n_features
         self.k = autoencoder.spec.k if autoencoder.spec.function is Function.TOPK else self.n_features
         rows = autoencoder.file.tensor("encoder")  # [features, width]
-        bias = autoencoder.encoder_bias
+        bias = autoencoder.encoder_bias.clone()
         if autoencoder.subtracted is not None:
-            bias = (bias.double() - rows.double() @ autoencoder.subtracted.double()).float()
+            subtracted = autoencoder.subtracted.double()
+            for start in range(0, self.n_features, _BLOCK):
+                bias[start : start + _BLOCK] -= (rows[start : start + _BLOCK].double() @ subtracted).float()
         self._numbers = (rows, bias, autoencoder.threshold)
 
     def largest(self, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Returns the k largest f [n, k] of rows h [n, width] float32, largest first, and their features."""
         rows, bias, jump = self._on(h.device)
-        values, ids = torch.empty(len(h), 0, device=h.device), torch.empty(len(h), 0, dtype=torch.int64, device=h.device)
+        values, ids = (
+            torch.empty(len(h), 0, device=h.device),
+            torch.empty(len(h), 0, dtype=torch.int64, device=h.device),
+        )
         for start in range(0, self.n_features, _BLOCK):
             end = min(start + _BLOCK, self.n_features)
             p = torch.addmm(bias[start:end], h, rows[start:end].float().T)

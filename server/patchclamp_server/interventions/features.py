@@ -15,7 +15,9 @@ from patchclamp_server.model.sites import Site
 MAX_FEATURES = 1024
 
 
-def autoencoder_at(resolver: Resolver, ref: str, site: Site, layers: tuple[int, ...], path: str, owner: str) -> Autoencoder:
+def autoencoder_at(
+    resolver: Resolver, ref: str, site: Site, layers: tuple[int, ...], path: str, owner: str
+) -> Autoencoder:
     """Returns an autoencoder that reads this site of this one layer.
 
     `path` is that of the reference, `owner` that of the message which has the site and the layers. Raises NotFound,
@@ -30,7 +32,7 @@ def autoencoder_at(resolver: Resolver, ref: str, site: Site, layers: tuple[int, 
 def check_place(
     ref: str, does: str, own: tuple[Site, int], given: tuple[Site, tuple[int, ...]], owner: str, field: str = "layers"
 ) -> None:
-    """Raises InvalidArgument where `given` is not the site and layer that the autoencoder `does` ("reads", "writes")."""
+    """Raises InvalidArgument where `given` is not what the autoencoder `does` ("reads", "writes")."""
     site, layer = own
     if given[0] is not site:
         message = f"{ref} {does} {site.value} of layer {layer}; expected {site.value}, got {given[0].value}"

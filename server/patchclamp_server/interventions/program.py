@@ -154,9 +154,15 @@ class HeadEdit(EditKind):
 
 
 @dataclass(frozen=True, eq=False)
+class FeatureReference:
+    autoencoder: str
+    feature: int
+
+
+@dataclass(frozen=True, eq=False)
 class Condition:
     """Compares the projection h·v/|v| (or cosine) of an activation with `threshold`, or with one that the artifact of
-    the vector carries."""
+    the vector carries. With `feature`, the activation of that feature is compared, and `vector` has nothing."""
 
     site: Site
     layer: int
@@ -166,6 +172,7 @@ class Condition:
     cosine: bool = False
     scope: Scope = field(default_factory=Scope)
     stored_threshold: StoredThreshold | None = None
+    feature: FeatureReference | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,11 +14,13 @@ from patchclamp_server.artifacts.head_sets import select
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from patchclamp_server.interventions.features import chosen_rows
 from patchclamp_server.interventions.resolver import Resolver, check_finite, check_indices
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import NEURON_SITES, Site
 from patchclamp_server.monitoring.items import (
     Encoder,
+    FeaturesOfAutoencoder,
     WatchedDirection,
     WatchedFeatures,
     WatchedHeads,
@@ -98,7 +100,8 @@ def _threshold(item: WatchItem, path: str) -> tuple[float, float]:
             raise InvalidArgument(f"{path}.threshold_quantile", f"must be above 0 and below 1, got {item.quantile}")
         return 0.0, item.quantile
     if item.threshold is None:
-        return 0.0, 0.0 if isinstance(item.source, WatchedFeatures) else DEFAULT_QUANTILE
+        is_feature = isinstance(item.source, WatchedFeatures | FeaturesOfAutoencoder)
+        return 0.0, 0.0 if is_feature else DEFAULT_QUANTILE
     check_finite(item.threshold, f"{path}.threshold")
     return item.threshold, 0.0
 
@@ -117,6 +120,8 @@ class _Binder:
                 return self.direction(item.source, f"{path}.direction")
             case WatchedFeatures():
                 return self.features(item.source, f"{path}.features")
+            case FeaturesOfAutoencoder():
+                return self.numbered_features(item.source, f"{path}.features")
             case WatchedHeads():
                 return self.heads(item.source, f"{path}.heads")
 
@@ -173,6 +178,22 @@ class _Binder:
         return [
             _Found(f"L{source.layer}F{i}", ItemKind.FEATURE, source.layer, 0, site, row.contiguous(), bias[i], jump[i])
             for i, row in enumerate(encoder)
+        ]
+
+    def numbered_features(self, source: FeaturesOfAutoencoder, path: str) -> list[_Found]:
+        """Reads the rows of these features, and no others: the watch has a copy of them."""
+        ref = source.autoencoder
+        autoencoder = self.resolver.autoencoder(ref, f"{path}.autoencoder")
+        site, layer = autoencoder.spec.site, autoencoder.spec.layer
+        if site not in VECTOR_SITES:
+            expected = ", ".join(s.value for s in VECTOR_SITES)
+            message = f"{ref} reads {site.value}; features are watched at sites of the residual width: {expected}"
+            raise InvalidArgument(f"{path}.autoencoder", message)
+        rows = chosen_rows(autoencoder, ref, source.features, path)
+        bias, jump = rows.folded_bias.tolist(), rows.threshold.tolist()
+        return [
+            _Found(f"L{layer}F{feature}", ItemKind.FEATURE, layer, 0, site, rows.encoder[i], bias[i], jump[i])
+            for i, feature in enumerate(source.features)
         ]
 
     def encoder(self, given: Encoder, path: str) -> Tensor:

@@ -53,6 +53,14 @@ class WatchedFeatures:
 
 
 @dataclass(frozen=True)
+class FeaturesOfAutoencoder:
+    """Names features of an autoencoder that is an artifact, which says the site and the layer."""
+
+    autoencoder: str
+    features: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class WatchedHeads:
     """With `include_sink` keys at position 0 count too."""
 
@@ -66,6 +74,6 @@ class WatchItem:
     features and above the 0.99 quantile otherwise."""
 
     name: str
-    source: WatchedNeurons | WatchedDirection | WatchedFeatures | WatchedHeads
+    source: WatchedNeurons | WatchedDirection | WatchedFeatures | FeaturesOfAutoencoder | WatchedHeads
     threshold: float | None = None
     quantile: float | None = None

@@ -10,6 +10,7 @@ from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.kinds import (
     add,
     affine,
+    features,
     heads,
     low_rank,
     neurons,
@@ -34,8 +35,9 @@ EDITS: tuple[EditSpec, ...] = (
     *neurons.EDITS,
     *heads.EDITS,
     *affine.EDITS,
+    *features.EDITS,
 )
-READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS)
+READOUTS: tuple[ReadoutSpec, ...] = (*readings.READOUTS, *rankings.READOUTS, *heads.READOUTS, *features.READOUTS)
 _TABLES = (
     add.ADD,
     project.PROJECT,
@@ -46,6 +48,7 @@ _TABLES = (
     heads.HEADS,
     affine.FULL,
     affine.LOW_RANK,
+    features.FEATURES,
 )
 
 # These look a kind up by the name of the field in its message, and by its dataclass.

@@ -1,4 +1,4 @@
-"""The value of a condition (gates, aborts) is h·u, the cosine, or a feature, which is p = h·u + bias above its jump, else 0.
+"""The value of a condition (gates, aborts) is h·u, the cosine, or a feature: p = h·u + bias above its jump, else 0.
 
 It holds where sign · value > sign · threshold.
 """

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
 from patchclamp_server.interventions.encoders import WholeEncoder
+from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
 from patchclamp_server.interventions.program import EditKind, ReadoutKind
 from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.resolver import Resolver

@@ -27,6 +27,7 @@ from patchclamp_server.interventions.program import (
     Comparison,
     Condition,
     Edit,
+    FeatureReference,
     Gate,
     Phase,
     PositionRange,
@@ -37,6 +38,7 @@ from patchclamp_server.interventions.program import (
     Scope,
     StoredThreshold,
     TokenSelector,
+    Vector,
 )
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
@@ -132,16 +134,28 @@ def _condition(proto: pb.Condition, field: str) -> Condition:
         if proto.threshold:
             message = "threshold is given as well; expected one of threshold, stored_threshold"
             raise InvalidArgument(where, message)
+    feature = _feature(proto, field) if proto.HasField("feature") else None
     return Condition(
         site=decode_site(proto.site, f"{field}.site"),
         layer=proto.layer,
-        vector=vector_in(proto, field),
+        vector=vector_in(proto, field) if feature is None else Vector(),
         comparison=known(proto.comparison, COMPARISONS, f"{field}.comparison", pb.Comparison.keys()[1:]),
         threshold=finite(proto.threshold, f"{field}.threshold"),
         cosine=proto.cosine,
         scope=decode_scope(proto.scope, f"{field}.scope"),
         stored_threshold=stored,
+        feature=feature,
     )
+
+
+def _feature(proto: pb.Condition, field: str) -> FeatureReference:
+    if proto.HasField("vector"):
+        raise InvalidArgument(f"{field}.feature", "vector is given as well; expected one of vector, feature")
+    if proto.stored_threshold:
+        raise InvalidArgument(f"{field}.stored_threshold", "is for a vector; expected threshold for a feature")
+    if not proto.feature.autoencoder:
+        raise InvalidArgument(f"{field}.feature.autoencoder", "expected the id or tag of an autoencoder")
+    return FeatureReference(proto.feature.autoencoder, proto.feature.feature)
 
 
 def _gate(proto: pb.Gate, field: str) -> Gate:
