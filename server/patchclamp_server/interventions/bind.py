@@ -7,7 +7,6 @@ import hashlib
 
 from torch import Tensor
 
-from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bound import (
     BoundAbort,
@@ -225,10 +224,9 @@ class _Binder:
         check_scope(scope, path, vocab_size=self.info.vocab_size, has_roles=self.has_roles)
 
     def edit_layers(self, edit: Edit, path: str) -> tuple[int, ...]:
-        """Returns the layers that the edit names, or those of its neuron set where it names none."""
+        """Returns the layers that the edit names, or those of its artifact where it names none."""
         spec = EDIT_OF[type(edit.kind)]
         ref = spec.layers_from(edit.kind)
         if ref is not None and not edit.layers and not edit.all_layers:
-            artifact = self.resolver.artifact(ref, ArtifactKind.NEURON_SET, f"{path}.{spec.name}.neuron_set")
-            return self.resolver.layers(artifact.info.layers, False, path)
+            return self.resolver.layers(spec.layers_of(ref, self.resolver, f"{path}.{spec.name}"), False, path)
         return self.resolver.layers(edit.layers, edit.all_layers, path)

@@ -29,7 +29,7 @@ from patchclamp_server.interventions.kinds.neurons import operation_in
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, ReadoutNumbers, ReadoutSpec, Where
 from patchclamp_server.interventions.program import EditKind, NeuronOp, ReadoutKind
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
-from patchclamp_server.interventions.resolver import check_top_k, checked_bounds
+from patchclamp_server.interventions.resolver import Resolver, check_top_k, checked_bounds
 from patchclamp_server.model.arrays import IntArray
 
 if TYPE_CHECKING:
@@ -202,8 +202,16 @@ def _bind_top(kind: TopFeaturesReadout, where: Where) -> ReadoutNumbers:
     return ReadoutNumbers(k=kind.k, encoder=whole_encoder(where.resolver.autoencoder_id(ref, path), autoencoder))
 
 
+def _autoencoder(kind: FeatureEdit) -> str:
+    return kind.autoencoder
+
+
+def _layer_written(ref: str, resolver: Resolver, path: str) -> tuple[int, ...]:
+    return (resolver.autoencoder(ref, f"{path}.autoencoder").spec.output_layer,)
+
+
 _BUILDERS = ("set_features", "scale_features", "add_features", "clamp_features")
-EDITS = (EditSpec("features", FeatureEdit, _decode, _bind, _BUILDERS, _inline),)
+EDITS = (EditSpec("features", FeatureEdit, _decode, _bind, _BUILDERS, _inline, _autoencoder, _layer_written),)
 READOUTS = (
     ReadoutSpec("features", FeatureReadout, _decode_readout, _bind_chosen, ("read_features",), FEATURE_VALUES),
     ReadoutSpec("features", TopFeaturesReadout, _decode_readout, _bind_top, ("read_top_features",), TOP_FEATURES),

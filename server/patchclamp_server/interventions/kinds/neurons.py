@@ -27,7 +27,7 @@ from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Un
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where, check_neuron_site
 from patchclamp_server.interventions.kinds.vectors import bounds_in
 from patchclamp_server.interventions.program import NeuronEdit, NeuronOp
-from patchclamp_server.interventions.resolver import check_indices, checked_bounds
+from patchclamp_server.interventions.resolver import Resolver, check_indices, checked_bounds
 from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_norms
 from patchclamp_server.model.arrays import IntArray
 
@@ -154,5 +154,9 @@ def _neuron_set(kind: NeuronEdit) -> str | None:
     return kind.neuron_set
 
 
+def _layers_of_set(ref: str, resolver: Resolver, path: str) -> tuple[int, ...]:
+    return resolver.artifact(ref, ArtifactKind.NEURON_SET, f"{path}.neuron_set").info.layers
+
+
 _BUILDERS = ("set_neurons", "scale_neurons", "add_neurons", "clamp_neurons")
-EDITS = (EditSpec("neurons", NeuronEdit, _decode, _bind, _BUILDERS, _inline, _neuron_set),)
+EDITS = (EditSpec("neurons", NeuronEdit, _decode, _bind, _BUILDERS, _inline, _neuron_set, _layers_of_set),)

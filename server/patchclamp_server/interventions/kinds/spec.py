@@ -64,6 +64,8 @@ class EditSpec:
     inline: Callable[[Any], str]
     # Returns the artifact that says at which layers the edit is, where the edit names none.
     layers_from: Callable[[Any], str | None] = lambda kind: None
+    # Returns the layers that this artifact says, given the path of the kind.
+    layers_of: Callable[[str, Resolver, str], tuple[int, ...]] = lambda ref, resolver, path: ()
 
 
 @dataclass(frozen=True, eq=False)
