@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
 
 REQUIRED = ("encoder", "encoder_bias", "decoder", "decoder_bias")
@@ -115,6 +116,25 @@ def check_autoencoder(
         message = f"decoder_bias has the width {output_width}, and cannot be subtracted from an input of {width}"
         raise InvalidArgument("provenance.subtracted", message)
     return spec
+
+
+def check_place(model: ModelInfo, spec: AutoencoderSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The model has the sites and layers, of these widths. InvalidArgument on "site", "provenance.<name>" or
+    "tensors"."""
+    places = [("", "site", spec.site, spec.layer, "encoder")]
+    if spec.is_transcoder:
+        places.append(("output_", "provenance.output_site", spec.output_site, spec.output_layer, "decoder"))
+    for prefix, path, site, layer, name in places:
+        if site not in model.sites:
+            has = ", ".join(known.value for known in model.sites)
+            raise InvalidArgument(path, f"{model.name} has no {site.value}; it has {has}")
+        if layer >= model.n_layers:
+            message = f"layer {layer}; {model.name} has layers 0 to {model.n_layers - 1}"
+            raise InvalidArgument(f"provenance.{prefix}layer", message)
+        if shapes[name][1] != model.sites[site]:
+            width = model.sites[site]
+            message = f"{name} has width {shapes[name][1]}; {site.value} of {model.name} has width {width}"
+            raise InvalidArgument("tensors", message)
 
 
 def autoencoder_layers(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.autoencoder_spec import AutoencoderSpec, Function, autoencoder_spec
-from patchclamp_server.artifacts.tensor_file import TensorFile
+from patchclamp_server.artifacts.tensor_file import TensorFile, blocks
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.model.info import ModelInfo
@@ -108,14 +108,14 @@ class Autoencoder:
     def preactivation_blocks(self, h: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yields the first feature of each block of rows, and p float32 [tokens, features of the block]."""
         h = h.float() if self.subtracted is None else h.float() - self.subtracted
-        for start, encoder in self.file.blocks("encoder"):
+        for start, encoder in blocks(self.file, "encoder"):
             bias = self.encoder_bias[start : start + len(encoder)]
             yield start, torch.addmm(bias, h, encoder.float().T)
 
     def decode(self, activations: Tensor) -> Tensor:
         """Returns the reconstruction float32 [tokens, output width] of f [tokens, features] of all features."""
         found = self.decoder_bias.expand(len(activations), -1).clone()
-        for start, decoder in self.file.blocks("decoder"):
+        for start, decoder in blocks(self.file, "decoder"):
             found.addmm_(activations[:, start : start + len(decoder)], decoder.float())
         return found
 

@@ -6,8 +6,10 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import IO
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -93,6 +95,20 @@ class BlobStore:
                     with suppress(FileNotFoundError):
                         self.fs.rm_file(name)
 
+    @contextmanager
+    def unfinished(self) -> Iterator["UnfinishedBlob"]:
+        """A blob that is written in pieces and has no name before `keep`; without it, it is gone at the end. Raises
+        ResourceExhausted when there is no room."""
+        name = self._full(f"{TEMPORARY}/{uuid.uuid4().hex}")
+        with full_disk_is_resource_exhausted("the artifact store"):
+            try:
+                with self.fs.open(name, "wb") as file:
+                    blob = UnfinishedBlob(self, name, file)
+                    yield blob
+            finally:
+                with suppress(FileNotFoundError):
+                    self.fs.rm_file(name)
+
     def create(self, path: str, data: bytes) -> None:
         """Writes a path that does not exist yet. Of several callers that create it at once, one succeeds and the others
         get FileExistsError. A file system without such an operation is asked first, and there the last one wins. Raises
@@ -145,6 +161,31 @@ class BlobStore:
                 if datetime.now(UTC) - self.fs.modified(full).astimezone(UTC) > STALE_AFTER:
                     self.fs.rm_file(full)
                     log.info("removed the unfinished write %s", full)
+
+
+@dataclass(frozen=True, eq=False)
+class UnfinishedBlob:
+    store: BlobStore
+    name: str
+    file: IO[bytes]
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+
+    def keep(self, path: str) -> None:
+        """Gives the blob its name, in place of what had it; nothing can be written any more."""
+        store, final = self.store, self.store._full(path)
+        if store.local:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if store.local:
+            make_directories(Path(final).parent)
+            os.replace(self.name, final)
+            sync(Path(final).parent)
+        else:
+            store.fs.makedirs(final.rpartition("/")[0], exist_ok=True)
+            store.fs.mv(self.name, final)
 
 
 @contextmanager

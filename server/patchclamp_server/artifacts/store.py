@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from patchclamp_server.artifacts.access import ArtifactAccess, OpenStore
-from patchclamp_server.artifacts.autoencoder_spec import autoencoder_spec, check_autoencoder
+from patchclamp_server.artifacts.autoencoder_spec import autoencoder_spec, check_autoencoder, check_block
 from patchclamp_server.artifacts.blobs import BlobStore
 from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.checkpoints import Checkpoints
@@ -32,9 +32,9 @@ from patchclamp_server.artifacts.corpora import check_labels
 from patchclamp_server.artifacts.formats import MalformedFile, safetensors
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
-from patchclamp_server.artifacts.tensor_file import BLOCK_BYTES, TensorFile
+from patchclamp_server.artifacts.tensor_file import BLOCK_BYTES, TensorFile, TensorRows, blocks
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of, width_of
-from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
+from patchclamp_server.artifacts.types import OF_ROWS, Artifact, ArtifactInfo, ArtifactKind, Metadata, Tags
 from patchclamp_server.artifacts.validation import check_tag, checked_metadata
 from patchclamp_server.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from patchclamp_server.model.sites import Site
@@ -82,10 +82,7 @@ class ArtifactStore:
         AlreadyExists where a tag names another artifact and `tags` does not say that it may be replaced, and
         ResourceExhausted when there is no room.
         """
-        tags = tags if isinstance(tags, Tags) else Tags(tuple(tags))
-        for index, tag in enumerate(tags.names):
-            check_tag(tag, f"tags[{index}]")
-        self.access.put(tags.names)
+        tags = self._may_put(tags)
         metadata = checked_metadata(
             Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})
         )
@@ -104,6 +101,55 @@ class ArtifactStore:
             self._damaged.discard(artifact_id)
         self.access.changed("put", artifact_id, tags.names)
         return replace(self.info(artifact_id), replaced=replaced)
+
+    def put_rows(
+        self,
+        kind: ArtifactKind,
+        tensors: TensorRows,
+        *,
+        model_fingerprint: str,
+        site: Site | None = None,
+        description: str = "",
+        provenance: Mapping[str, Any] | None = None,
+        evidence: Mapping[str, Any] | None = None,
+        tags: Tags | Iterable[str] = (),
+    ) -> ArtifactInfo:
+        """Stores an autoencoder as `put` does, to the same bytes, without ever having it in memory: block after block
+        is read, checked and written. Raises as `put` does."""
+        assert kind in OF_ROWS, f"a {kind.value} is checked whole"
+        tags = self._may_put(tags)
+        metadata = checked_metadata(
+            Metadata(kind, model_fingerprint, site, description, provenance or {}, evidence or {})
+        )
+        layers_of(kind, tensors.shapes)
+        check_autoencoder(metadata.site, metadata.provenance, tensors.shapes)
+        types = {name: (tensors.dtypes[name], shape) for name, shape in tensors.shapes.items()}
+        start, order = safetensors.layout({safetensors.METADATA_KEY: safetensors.metadata_json(metadata)}, types)
+        with self._blobs.unfinished() as blob:
+            digest = hashlib.sha256(start)
+            blob.write(start)
+            for name in order:
+                for _, block in blocks(tensors, name):
+                    check_block(name, block)
+                    data = safetensors.tensor_bytes(block)
+                    digest.update(data)
+                    blob.write(data)
+            artifact_id = f"sha256:{digest.hexdigest()}"
+            with self._lock:
+                replaced = self._replaced(tags, artifact_id)
+                if not self._is_intact(artifact_id):
+                    blob.keep(_object_path(artifact_id))
+                self._blobs.write_all({f"tags/{tag}": artifact_id.encode() for tag in tags.names})
+                self._damaged.discard(artifact_id)
+        self.access.changed("put", artifact_id, tags.names)
+        return replace(self.info(artifact_id), replaced=replaced)
+
+    def _may_put(self, tags: Tags | Iterable[str]) -> Tags:
+        tags = tags if isinstance(tags, Tags) else Tags(tuple(tags))
+        for index, tag in enumerate(tags.names):
+            check_tag(tag, f"tags[{index}]")
+        self.access.put(tags.names)
+        return tags
 
     def check_tags(self, tags: Tags) -> None:
         """Checks tags before the work for a new artifact. Raises AlreadyExists as `put` would."""
@@ -296,8 +342,8 @@ class ArtifactStore:
 
     def _is_intact(self, artifact_id: str) -> bool:
         try:
-            self._read_verified(artifact_id, artifact_id)
-        except (NotFound, FailedPrecondition):
+            self._verify(artifact_id, self._blobs.stat(_object_path(artifact_id))[0])
+        except (FileNotFoundError, FailedPrecondition):
             return False
         return True
 

@@ -1,16 +1,42 @@
 """Tensors of a safetensors file are read by rows, so that a file of hundreds of megabytes need not fit into memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.artifacts.formats.safetensors import Entry, Header
+from patchclamp_server.artifacts.formats.base import MalformedFile
+from patchclamp_server.artifacts.formats.safetensors import Entry, Header, header_length, parse_header
 
 # A block of rows takes at most this many bytes of the file, or one row.
 BLOCK_BYTES = 8 << 20
 # Rows that are asked for are read together with what stands between them, if that is at most so many bytes.
 _GAP_BYTES = 64 << 10
+
+
+class TensorRows(Protocol):
+    """Tensors of at least one dimension that need not be in memory. A row is one index of the first dimension."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
+
+    def rows(self, name: str, start: int, end: int) -> Tensor: ...
+
+
+def blocks(tensors: TensorRows, name: str) -> Iterator[tuple[int, Tensor]]:
+    """Yields the number of the first row and the rows of each block of BLOCK_BYTES, together all of a tensor."""
+    count, *row = tensors.shapes[name]
+    step = max(1, BLOCK_BYTES // max(1, math.prod(row) * tensors.dtypes[name].itemsize))
+    for start in range(0, count, step):
+        yield start, tensors.rows(name, start, min(start + step, count))
 
 
 class TensorFile:
@@ -21,8 +47,21 @@ class TensorFile:
 
     def __init__(self, header: Header, read: Callable[[int, int], bytes]) -> None:
         self._header, self._read = header, read
-        self.shapes = header.shapes
-        self.dtypes = {name: _dtype(entry) for name, entry in header.entries.items()}
+        self.metadata = header.metadata
+        self._shapes = header.shapes
+        self._dtypes = {name: _dtype(entry) for name, entry in header.entries.items()}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return self._dtypes
+
+    def read(self, start: int, end: int) -> bytes:
+        """Returns bytes [start, end) of the file."""
+        return self._read(start, end)
 
     def tensor(self, name: str) -> Tensor:
         return self.rows(name, 0, self.shapes[name][0])
@@ -51,13 +90,32 @@ class TensorFile:
             found[run] = block[[rows[place] - first for place in run]]
         return found
 
-    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Yields the number of the first row and the rows of each block, together all of the tensor."""
+    def columns(self, name: str, start: int, end: int) -> Tensor:
+        """Returns columns [start, end) of a matrix, as the rows of what is returned."""
         entry = self._header.entries[name]
-        count = entry.shape[0]
-        step = max(1, BLOCK_BYTES * count // max(1, entry.end - entry.start))
-        for start in range(0, count, step):
-            yield start, self.rows(name, start, min(start + step, count))
+        count, width = entry.shape
+        first, size = 8 + self._header.header_bytes + entry.start, _dtype(entry).itemsize
+        data = bytearray()
+        for row in range(count):
+            data += self._read(first + (row * width + start) * size, first + (row * width + end) * size)
+        return torch.frombuffer(data, dtype=_dtype(entry)).view(count, end - start).T.contiguous()
+
+
+@contextmanager
+def open_tensor_file(path: Path) -> Iterator[TensorFile]:
+    """A safetensors file on a local disk. MalformedFile: it is none, or not one of types and sizes that it says."""
+    with path.open("rb") as file:
+        length = header_length(file.read(8))
+        header = parse_header(file.read(length))
+        size = path.stat().st_size
+        if header.header_bytes < length or header.file_bytes != size:
+            raise MalformedFile(f"not a safetensors file: {size} bytes instead of {header.file_bytes}")
+        for name, entry in header.entries.items():
+            if entry.dtype is None:
+                raise MalformedFile(f"malformed safetensors file: {name!r:.200} has an element type of no artifact")
+            if entry.end - entry.start != entry.dtype.itemsize * math.prod(entry.shape) or entry.start < 0:
+                raise MalformedFile(f"malformed safetensors header at {name!r:.200}")
+        yield TensorFile(header, lambda start, end: os.pread(file.fileno(), end - start, start))
 
 
 def _runs(places: Sequence[int], rows: Sequence[int], gap: int, most: int) -> Iterator[list[int]]:

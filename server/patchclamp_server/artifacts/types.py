@@ -28,6 +28,8 @@ class ArtifactKind(Enum):
 LAYERED = (ArtifactKind.VECTOR, ArtifactKind.NEURON_SET)
 # Kinds that have the site that they are of, or read.
 WITH_SITE = (ArtifactKind.VECTOR, ArtifactKind.AUTOENCODER)
+# Kinds that are stored and read by rows, and are never whole in memory.
+OF_ROWS = (ArtifactKind.AUTOENCODER,)
 # Kinds that are of no model, and fit every one: their fingerprint is empty.
 OF_NO_MODEL = (ArtifactKind.CORPUS,)
 

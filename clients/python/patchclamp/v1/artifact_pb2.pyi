@@ -448,7 +448,10 @@ class DownloadResponse(_message.Message):
 
     ARTIFACT_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
+    config: _builtins.str
+    """On the first message: what the format keeps in a second file, such as cfg.json of SAELens."""
     @_builtins.property
     def artifact(self) -> Global___Artifact:
         """On the first message."""
@@ -458,10 +461,11 @@ class DownloadResponse(_message.Message):
         *,
         artifact: Global___Artifact | None = ...,
         chunk: _builtins.bytes = ...,
+        config: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "chunk", b"chunk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "chunk", b"chunk", "config", b"config"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

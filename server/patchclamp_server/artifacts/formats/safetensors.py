@@ -7,6 +7,7 @@ them aligned), then by name.
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,20 +62,32 @@ class Header:
 
 def dump(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Returns the stored bytes. The same metadata and tensors give the same bytes, on every machine and version."""
-    entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: metadata_json(metadata)}}
-    parts: list[bytes] = []
-    offset = 0
-    for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
-        tensor = tensors[name].detach().cpu().contiguous()
-        # It is viewed in one dimension first, because a tensor without dimensions has no view as bytes.
-        data = tensor.view(-1).view(torch.uint8).numpy().tobytes()
-        shape, span = list(tensor.shape), [offset, offset + len(data)]
-        entries[name] = {"data_offsets": span, "dtype": DTYPES[tensor.dtype], "shape": shape}
-        parts.append(data)
-        offset += len(data)
+    types = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    start, order = layout({METADATA_KEY: metadata_json(metadata)}, types)
+    return b"".join([start, *(tensor_bytes(tensors[name]) for name in order)])
+
+
+def layout(
+    metadata: Mapping[str, str], types: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> tuple[bytes, list[str]]:
+    """Returns what stands before the data of tensors of these types and shapes, and the order in which they follow."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    order, offset = sorted(types, key=lambda name: (-types[name][0].itemsize, name)), 0
+    for name in order:
+        dtype, shape = types[name]
+        end = offset + dtype.itemsize * math.prod(shape)
+        entries[name] = {"data_offsets": [offset, end], "dtype": DTYPES[dtype], "shape": list(shape)}
+        offset = end
     header = _canonical_json(entries).encode("ascii")
     header += b" " * (-len(header) % 8)
-    return b"".join([struct.pack("<Q", len(header)), header, *parts])
+    return struct.pack("<Q", len(header)) + header, order
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """Returns the data of a tensor as it stands in a file."""
+    # It is viewed in one dimension first, because a tensor without dimensions has no view as bytes.
+    data: bytes = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return data
 
 
 def header_length(prefix: bytes) -> int:

@@ -2,14 +2,15 @@
 
 An upload takes the bytes that it announces when it begins, and gives them back when it has been stored, refused or
 abandoned. They are bytes of temporary files, and then of tensors that are checked; a client that announces much and
-sends little holds them for at most `seconds_for`.
+sends little holds them for at most `seconds_for`. Kinds that are never whole in memory take bytes of disk alone, which
+are counted apart.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from patchclamp_server.errors import DeadlineExceeded, ResourceExhausted
@@ -29,10 +30,16 @@ class UploadLimits:
     max_concurrent_bytes: int = 1024 * 1024 * 1024
     idle_seconds: float = 30.0
     bytes_per_second: float = 64 * 1024
+    # Of kinds that are never whole in memory: one of them, and all that arrive at once.
+    max_row_bytes: int = 64 * 1024 * 1024 * 1024
 
     @property
     def largest(self) -> int:
         return min(self.max_bytes, self.max_concurrent_bytes)
+
+    def of_rows(self) -> "UploadLimits":
+        """Returns the limits of kinds that are never whole in memory."""
+        return replace(self, max_bytes=self.max_row_bytes, max_concurrent_bytes=self.max_row_bytes)
 
     def seconds_for(self, size: int) -> float:
         return self.idle_seconds + size / self.bytes_per_second

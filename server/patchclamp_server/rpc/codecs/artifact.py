@@ -1,7 +1,7 @@
 """Turns artifacts into messages and back: kinds, formats, information, provenance."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
@@ -9,6 +9,7 @@ from google.protobuf.struct_pb2 import Struct
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import program_pb2
 from patchclamp_server.artifacts.formats import FORMATS, Format
+from patchclamp_server.artifacts.row_formats import ROW_FORMATS, RowFormat
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.artifacts.validation import check_tag
 from patchclamp_server.errors import InvalidArgument
@@ -16,14 +17,15 @@ from patchclamp_server.interventions.field_checks import known
 from patchclamp_server.rpc.codecs.program import SITE_NUMBERS
 from patchclamp_server.rpc.codecs.times import timestamp
 
+T = TypeVar("T")
 MAX_DESCRIPTION_CHARACTERS = 10_000
 
 KINDS: dict[int, ArtifactKind] = {pb.ArtifactKind.Value(f"ARTIFACT_KIND_{k.name}"): k for k in ArtifactKind}
 KIND_NUMBERS: dict[ArtifactKind, "pb.ArtifactKind.ValueType"] = {
     k: pb.ArtifactKind.Value(f"ARTIFACT_KIND_{k.name}") for k in ArtifactKind
 }
-FILE_FORMATS: dict[int, Format] = {
-    pb.ArtifactFormat.Value(f"ARTIFACT_FORMAT_{name.upper()}"): file_format for name, file_format in FORMATS.items()
+FORMAT_NAMES: dict[int, str] = {
+    pb.ArtifactFormat.Value(f"ARTIFACT_FORMAT_{name.upper()}"): name for name in {**FORMATS, **ROW_FORMATS}
 }
 
 
@@ -31,8 +33,25 @@ def decode_kind(number: int, field: str) -> ArtifactKind:
     return known(number, KINDS, field, pb.ArtifactKind.keys()[1:])
 
 
-def decode_format(number: int, field: str) -> Format:
-    return known(number, FILE_FORMATS, field, pb.ArtifactFormat.keys()[1:])
+def decode_format(number: int, field: str) -> str:
+    """Returns the name of a format; file_format and row_format say whether a kind has it."""
+    return known(number, FORMAT_NAMES, field, pb.ArtifactFormat.keys()[1:])
+
+
+def file_format(name: str, field: str) -> Format:
+    """Returns a format of kinds that are read whole. InvalidArgument: it is of others alone."""
+    return _of_kind(name, FORMATS, field)
+
+
+def row_format(name: str, field: str) -> RowFormat:
+    """Returns a format of kinds that are read by rows. InvalidArgument: it is of others alone."""
+    return _of_kind(name, ROW_FORMATS, field)
+
+
+def _of_kind(name: str, formats: Mapping[str, T], field: str) -> T:
+    if name not in formats:
+        raise InvalidArgument(field, f"{name} is no format of this kind; accepted: {', '.join(formats)}")
+    return formats[name]
 
 
 def decode_struct(struct: Struct, field: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,34 @@ import torch
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
+from patchclamp_server.artifacts.autoencoder_spec import check_autoencoder, check_place
 from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource_exhausted
 from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
+from patchclamp_server.artifacts.row_formats import Beside, RowFormat
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of
-from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, ArtifactInfo, ArtifactKind, Tags
+from patchclamp_server.artifacts.types import LAYERED, OF_NO_MODEL, OF_ROWS, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, below, fields_as, within
 from patchclamp_server.interventions.field_checks import count, distinct
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import PUBLIC_SITES, Site
 from patchclamp_server.monitoring.watch import Watch, check_watch
 from patchclamp_server.rpc.call.upload_space import UploadLimits, UploadSpace
-from patchclamp_server.rpc.codecs.artifact import decode_format, decode_kind, decode_struct, encode_artifact
+from patchclamp_server.rpc.codecs.artifact import (
+    decode_format,
+    decode_kind,
+    decode_struct,
+    encode_artifact,
+    file_format,
+    row_format,
+)
 from patchclamp_server.rpc.codecs.program import decode_site
 from patchclamp_server.sparsity.binder import policy_of
 
 CHUNK_BYTES = 1024 * 1024
 SPOOL_PREFIX = "patchclamp-upload-"
+# Formats of two files.
+WITH_CONFIG = ("saelens",)
 Context = Any
 
 
@@ -39,7 +50,8 @@ class ArtifactService(ArtifactServiceServicer):
     def __init__(self, store: ArtifactStore, model_info: ModelInfo, limits: UploadLimits | None = None) -> None:
         self._store = store
         self._model = model_info
-        self.uploads = UploadSpace(limits or UploadLimits())
+        limits = limits or UploadLimits()
+        self.uploads, self.row_uploads = UploadSpace(limits), UploadSpace(limits.of_rows())
         _sweep_spools()
 
     async def Upload(self, request_iterator: Any, context: Context) -> pb.UploadResponse:
@@ -52,28 +64,58 @@ class ArtifactService(ArtifactServiceServicer):
         with within("header"):
             self._store.access.put(header.tags)
         kind = decode_kind(header.kind, "header.kind")
-        file_format = decode_format(header.format, "header.format")
-        site = decode_site(header.site, "header.site") if header.site else None
-        provenance = decode_struct(header.provenance, "header.provenance")
-        size = count(header.size_bytes, "header.size_bytes", low=1, high=self.uploads.limits.largest)
-        with self.uploads.taken(size):
-            with (
-                full_disk_is_resource_exhausted("the space for uploads"),
-                tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX) as directory,
-            ):
-                path = Path(directory) / "file"
-                await _spool(self.uploads.in_time(requests, size), path, size)
-                decoded = await asyncio.to_thread(_decode, file_format, path)
-            info = await asyncio.to_thread(self._store_upload, header, kind, site, provenance, decoded)
+        store_file = self._how_to_store(header, kind)
+        uploads = self.row_uploads if kind in OF_ROWS else self.uploads
+        size = count(header.size_bytes, "header.size_bytes", low=1, high=uploads.limits.largest)
+        with (
+            uploads.taken(size),
+            full_disk_is_resource_exhausted("the space for uploads"),
+            tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX) as directory,
+        ):
+            path = Path(directory) / "file"
+            await _spool(uploads.in_time(requests, size), path, size)
+            info = await asyncio.to_thread(store_file, path)
         return pb.UploadResponse(artifact=encode_artifact(info))
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.DownloadResponse]:
-        file_format = decode_format(request.format, "format")
+        name = decode_format(request.format, "format")
         layers = distinct(request.layers, "layers")
-        info, data = await asyncio.to_thread(self._encode, request.ref, layers, file_format)
+        info = await asyncio.to_thread(self._store.info, request.ref)
+        if info.kind in OF_ROWS:
+            async for response in self._download_rows(info, name, layers):
+                yield response
+            return
+        info, data = await asyncio.to_thread(self._encode, request.ref, layers, file_format(name, "format"))
         for start in range(0, len(data), CHUNK_BYTES):
             artifact = encode_artifact(info) if start == 0 else None
             yield pb.DownloadResponse(artifact=artifact, chunk=data[start : start + CHUNK_BYTES])
+
+    async def _download_rows(
+        self, info: ArtifactInfo, name: str, layers: tuple[int, ...]
+    ) -> AsyncIterator[pb.DownloadResponse]:
+        """Reads the file piece by piece: the stored one, or one that is written for the format."""
+        write = row_format(name, "format").write
+        if layers:
+            raise FailedPrecondition("layers", f"a {info.kind.value} is exported whole; leave the layers empty")
+        if write is None and name != "safetensors":
+            raise FailedPrecondition("format", f"{name} is read, and not written")
+        with (
+            full_disk_is_resource_exhausted("the space for downloads"),
+            tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX) as directory,
+        ):
+            _, file = await asyncio.to_thread(self._store.open, info.id)
+            read, size, config = file.read, info.size_bytes, ""
+            if write is not None:
+                path = Path(directory) / "file"
+                try:
+                    config = await asyncio.to_thread(write, info, file, path)
+                except CannotExpress as error:
+                    raise FailedPrecondition("format", str(error)) from error
+                read, size = _reader(path), path.stat().st_size
+            for start in range(0, size, CHUNK_BYTES):
+                chunk = await asyncio.to_thread(read, start, min(start + CHUNK_BYTES, size))
+                artifact = encode_artifact(info) if start == 0 else None
+                yield pb.DownloadResponse(artifact=artifact, chunk=chunk, config=config if start == 0 else "")
 
     async def GetArtifact(self, request: pb.GetArtifactRequest, context: Context) -> pb.GetArtifactResponse:
         info = await asyncio.to_thread(self._store.info, request.ref)
@@ -98,6 +140,60 @@ class ArtifactService(ArtifactServiceServicer):
     async def DeleteArtifact(self, request: pb.DeleteArtifactRequest, context: Context) -> pb.DeleteArtifactResponse:
         artifact_id, tags = await asyncio.to_thread(self._store.delete, request.ref)
         return pb.DeleteArtifactResponse(id=artifact_id, tags=tags)
+
+    def _how_to_store(self, header: pb.UploadHeader, kind: ArtifactKind) -> Callable[[Path], ArtifactInfo]:
+        """Returns what stores the file that follows the header, of which it refuses what it can without the file."""
+        name = decode_format(header.format, "header.format")
+        site = decode_site(header.site, "header.site") if header.site else None
+        provenance = decode_struct(header.provenance, "header.provenance")
+        if header.config and name not in WITH_CONFIG:
+            raise InvalidArgument("header.config", f"{name} has no second file; {', '.join(WITH_CONFIG)} has")
+        if kind in OF_ROWS:
+            rows = row_format(name, "header.format")
+            return lambda path: self._store_rows(header, kind, site, provenance, rows, path)
+        if header.HasField("layer"):
+            raise InvalidArgument("header.layer", f"a {kind.value} has the layers that its file names")
+        whole = file_format(name, "header.format")
+        return lambda path: self._store_upload(header, kind, site, provenance, _decode(whole, path))
+
+    def _store_rows(
+        self,
+        header: pb.UploadHeader,
+        kind: ArtifactKind,
+        site: Site | None,
+        provenance: dict[str, Any],
+        rows: RowFormat,
+        path: Path,
+    ) -> ArtifactInfo:
+        """As _store_upload, of a file that is never whole in memory. What the file says of itself wins."""
+        served = header.model_fingerprint in ("", self._model.fingerprint)
+        layer = header.layer if header.HasField("layer") else None
+        beside = Beside(header.config, site, layer, self._model.sites if served else PUBLIC_SITES)
+        try:
+            with fields_as(_upload_path), rows.open(path, beside) as opened:
+                own = opened.metadata
+                if own and own.kind is not kind:
+                    raise InvalidArgument("kind", f"the file holds a {own.kind.value}, not a {kind.value}")
+                said = {**provenance, **(own.provenance if own else {}), **opened.provenance}
+                fingerprint = header.model_fingerprint or (own.model_fingerprint if own else "")
+                fingerprint = fingerprint or self._model.fingerprint
+                found = opened.site or (own.site if own else None)
+                layers_of(kind, opened.tensors.shapes)
+                spec = check_autoencoder(found, said, opened.tensors.shapes)
+                if fingerprint == self._model.fingerprint:
+                    check_place(self._model, spec, opened.tensors.shapes)
+                return self._store.put_rows(
+                    kind,
+                    opened.tensors,
+                    model_fingerprint=fingerprint,
+                    site=found,
+                    description=header.description or (own.description if own else ""),
+                    provenance=said,
+                    evidence=own.evidence if own else {},
+                    tags=Tags(tuple(header.tags), header.replace_tags),
+                )
+        except MalformedFile as error:
+            raise InvalidArgument("chunk", str(error)) from error
 
     def _store_upload(
         self, header: pb.UploadHeader, kind: ArtifactKind, site: Site | None, provenance: dict[str, Any], file: Decoded
@@ -136,7 +232,7 @@ class ArtifactService(ArtifactServiceServicer):
                 tags=Tags(tuple(header.tags), header.replace_tags),
             )
 
-    def _encode(self, ref: str, layers: tuple[int, ...], file_format: Format) -> tuple[ArtifactInfo, bytes]:
+    def _encode(self, ref: str, layers: tuple[int, ...], whole: Format) -> tuple[ArtifactInfo, bytes]:
         artifact = self._store.get(ref)
         for i, layer in enumerate(layers):
             if artifact.info.kind in LAYERED and layer not in artifact.info.layers:
@@ -144,7 +240,7 @@ class ArtifactService(ArtifactServiceServicer):
         if layers:
             artifact = artifact.only(layers)
         try:
-            data = file_format.encode(artifact, self._architecture(artifact.info))
+            data = whole.encode(artifact, self._architecture(artifact.info))
         except CannotExpress as error:
             raise FailedPrecondition("format", str(error)) from error
         return self._store.info(artifact.info.id), data
@@ -190,11 +286,20 @@ async def _spool(requests: AsyncIterator[pb.UploadRequest], path: Path, size: in
         raise InvalidArgument("chunk", f"{received} bytes arrived; header.size_bytes says {size}")
 
 
-def _decode(file_format: Format, path: Path) -> Decoded:
+def _decode(whole: Format, path: Path) -> Decoded:
     try:
-        return file_format.decode(path)
+        return whole.decode(path)
     except MalformedFile as error:
         raise InvalidArgument("chunk", str(error)) from error
+
+
+def _reader(path: Path) -> Callable[[int, int], bytes]:
+    def read(start: int, end: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    return read
 
 
 def _check_fits(model: ModelInfo, kind: ArtifactKind, site: Site | None, tensors: dict[str, torch.Tensor]) -> None:
