@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from live import LiveServer
 from tiny_llama import save_tiny_llama
 
 from patchclamp import Client
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactKind, Tags
 from patchclamp_server.model.load import load_model
+from patchclamp_server.model.sites import Site
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,6 +73,7 @@ def test_no_page_with_python_is_left_out() -> None:
     tested = {
         "README.md",
         "docs/operating.md",
+        "docs/user/features.md",
         "docs/user/heads.md",
         "docs/user/monitoring.md",
         "docs/user/neurons.md",
@@ -133,6 +138,24 @@ def test_the_example_of_watches_runs(embedded_server: LiveServer, client: Client
     finally:
         client.stop_watch("safety")
         client.delete_artifact("safety")
+
+
+def test_the_example_of_features_runs(embedded_server: LiveServer, client: Client) -> None:
+    width, n = embedded_server.model.info.d_model, 16
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+    ArtifactStore(embedded_server.server.config.artifacts_url).put(
+        ArtifactKind.AUTOENCODER,
+        {"encoder": rows, "encoder_bias": torch.ones(n), "decoder": rows.clone(), "decoder_bias": torch.zeros(width)},
+        model_fingerprint=embedded_server.model.info.fingerprint,
+        site=Site.RESID_POST,
+        provenance={"layer": 16, "function": "relu", "subtracted": "nothing"},
+        tags=Tags(("sae",), replace=True),
+    )
+    result = run("docs/user/features.md", embedded_server.address, client=client)["result"]
+    assert result.receipt.edits[0].rows == 7
+    assert {value.name for value in result.readouts} == {"0", "largest"}
+    for tag in ("topics", "sae"):
+        client.delete_artifact(tag)
 
 
 def test_the_example_of_retrieval_heads_runs(embedded_server: LiveServer, client: Client) -> None:
