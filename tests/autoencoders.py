@@ -21,16 +21,17 @@ def put_autoencoder(
     seed: str = "",
     n_features: int = N_FEATURES,
     subtracted: str = "decoder_bias",
-    provenance: dict[str, object] | None = None,
+    output: tuple[Site, int] | None = None,
     model_fingerprint: str | None = None,
 ) -> str:
-    """Returns the id of a new autoencoder."""
+    """Returns the id of a new autoencoder, or with an output of a transcoder."""
     seed, width = f"{family} {site.value} {layer} {seed}", shapes(family).sites[site]
+    written = width if output is None else shapes(family).sites[output[0]]
     tensors = {
         "encoder": numbers(seed + "E", n_features, width) / width**0.5,
         "encoder_bias": 0.3 * numbers(seed + "b", n_features),
-        "decoder": numbers(seed + "D", n_features, width) / width**0.5,
-        "decoder_bias": 0.2 * numbers(seed + "s", width),
+        "decoder": numbers(seed + "D", n_features, written) / written**0.5,
+        "decoder_bias": 0.2 * numbers(seed + "s", written),
     }
     said: dict[str, object] = {"layer": layer, "function": function, "subtracted": subtracted}
     if function in ("jumprelu", "batchtopk"):
@@ -38,12 +39,14 @@ def put_autoencoder(
         tensors["threshold"] = 0.3 * numbers(seed + "t", n_features) + 0.2
     if function == "topk":
         said["k"] = 5
+    if output is not None:
+        said |= {"subtracted": "nothing", "output_site": output[0].value, "output_layer": output[1]}
     info = store.put(
         ArtifactKind.AUTOENCODER,
         tensors,
         model_fingerprint=loaded(family).info.fingerprint if model_fingerprint is None else model_fingerprint,
         site=site,
-        provenance=said | (provenance or {}),
+        provenance=said,
     )
     return info.id
 

@@ -15,7 +15,7 @@ from oracle_sites import attach, logit_lens, watching_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from patchclamp_server.interventions.kinds.features import FeatureReadout, TopFeaturesReadout
+from patchclamp_server.interventions.kinds.features import FeatureEdit, FeatureReadout, TopFeaturesReadout
 from patchclamp_server.interventions.program import (
     Condition,
     Edit,
@@ -84,6 +84,8 @@ class _Pass:
     changes: list[tuple[int, float]] = field(default_factory=list)
     readouts: list[tuple[tuple[int, int, int], ReadoutValue]] = field(default_factory=list)
     condition_margin: float = float("inf")
+    # Rows [T, width] of every site after its edits.
+    after: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def run(self) -> "_Pass":
@@ -149,9 +151,11 @@ class _Pass:
                 if not (self.scoped(edit.scope, position) and self.gate_open(edit, position)):
                     continue
                 h = rows[position].double()
-                new = edited(edit, self.strength(edit, position), h, layers, layer, self.artifacts, n_heads)
+                read = self.read_elsewhere(edit, position)
+                new = edited(edit, self.strength(edit, position), h, layers, layer, self.artifacts, n_heads, read)
                 self.changes.append((index, float((new - h).norm() / h.norm())))
                 rows[position] = new.float()
+        self.after[site, layer] = rows.clone()
         for condition in conditions_of(self.program):
             if condition.site is site and condition.layer == layer:
                 self.verdicts[id(condition)] = [
@@ -161,6 +165,14 @@ class _Pass:
             if readout.site is site and layer in self.layers_of(readout) and not concerns_attention(readout):
                 self.read(index, readout, layer, rows)
         return rows.view(activation.shape)
+
+    def read_elsewhere(self, edit: Edit, position: int) -> Tensor | None:
+        """The row that a transcoder reads, after the edits of its site."""
+        if isinstance(edit.kind, FeatureEdit):
+            info = self.artifacts[edit.kind.autoencoder].info
+            if "output_site" in info.provenance:
+                return self.after[info.site, int(info.provenance["layer"])][position].double()
+        return None
 
     def examine(self, condition: Condition, h: Tensor, position: int) -> bool:
         if not self.scoped(condition.scope, position):

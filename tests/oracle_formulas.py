@@ -58,8 +58,16 @@ def vector_at(vector: Vector, layers: Sequence[int], layer: int, artifacts: Arti
     return v / v.norm() if vector.unit else v
 
 
-def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifacts: Artifacts, n_heads: int) -> Tensor:
-    """t(h) for one row h [width]."""
+def target(
+    kind: EditKind,
+    h: Tensor,
+    layers: Sequence[int],
+    layer: int,
+    artifacts: Artifacts,
+    n_heads: int,
+    read: Tensor | None = None,
+) -> Tensor:
+    """t(h) for one row h [width]. `read`: the row that a transcoder reads, of another site."""
     if isinstance(kind, LowRank):
         rotation, weight, bias = kind.rotation.double(), kind.weight.double(), kind.bias.double()
         return h.add(rotation.T @ (weight @ h + bias - rotation @ h))
@@ -71,7 +79,7 @@ def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifac
             matrix = kind.left.double() @ kind.right.double().T
         return matrix.double() @ h + (0.0 if kind.bias is None else kind.bias.double())
     if isinstance(kind, FeatureEdit):
-        return _feature_target(kind, h, artifacts)
+        return _feature_target(kind, h, artifacts, read)
     if isinstance(kind, NeuronEdit):
         return _neuron_target(kind, h, layer, artifacts)
     if isinstance(kind, HeadEdit):
@@ -112,10 +120,10 @@ def all_features(artifact: StoredArtifact, h: Tensor) -> Tensor:
     return f
 
 
-def _feature_target(kind: FeatureEdit, h: Tensor, artifacts: Artifacts) -> Tensor:
+def _feature_target(kind: FeatureEdit, h: Tensor, artifacts: Artifacts, read: Tensor | None) -> Tensor:
     """One feature after the other, each of h as it came."""
     artifact = artifacts[kind.autoencoder]
-    f, t = all_features(artifact, h), h.clone()
+    f, t = all_features(artifact, h if read is None else read), h.clone()
     values = list(kind.values) * (len(kind.features) if len(kind.values) == 1 else 1)
     for i, feature in enumerate(kind.features):
         before = float(f[feature])
@@ -186,10 +194,17 @@ def _head_target(kind: HeadEdit, z: Tensor, layers: Sequence[int], layer: int, n
 
 
 def edited(
-    edit: Edit, strength: float, h: Tensor, layers: Sequence[int], layer: int, artifacts: Artifacts, n_heads: int
+    edit: Edit,
+    strength: float,
+    h: Tensor,
+    layers: Sequence[int],
+    layer: int,
+    artifacts: Artifacts,
+    n_heads: int,
+    read: Tensor | None = None,
 ) -> Tensor:
     """h + strength · (t(h) - h), then back to the norm of h where the edit asks for it. h float64 [width]."""
-    changed = h + strength * (target(edit.kind, h, layers, layer, artifacts, n_heads) - h)
+    changed = h + strength * (target(edit.kind, h, layers, layer, artifacts, n_heads, read) - h)
     if edit.preserve_norm:
         changed = changed * (h.norm() / changed.norm())
     return changed

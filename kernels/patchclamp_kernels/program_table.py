@@ -39,6 +39,8 @@ class EntryFlag(IntFlag):
     COSINE = 4
     # CONDITION: the value is the feature whose row of the encoder is u.
     FEATURE = 8
+    # FEATURES: f_i is readings[column + i], where FEATURE_VALUES with this flag have left it at an earlier place.
+    INPUT = 16
 
 
 # Columns of ProgramTable.ints.

@@ -38,6 +38,12 @@ EXECUTORS = {
     "graphs": replace(CONFIG, kernels=True, decode_graphs=True),
 }
 FUNCTIONS = ("relu", "jumprelu", "batchtopk")
+TRANSCODERS = (
+    ((Site.RESID_MID, 1), (Site.MLP_OUT, 1)),
+    ((Site.MLP_POST, 1), (Site.MLP_OUT, 1)),
+    ((Site.MLP_OUT, 0), (Site.RESID_POST, 0)),
+    ((Site.RESID_PRE, 0), (Site.ATTN_Z, 2)),
+)
 CHOSEN = (7, 0, 31, 12, 3)
 LAYER = 1
 
@@ -103,6 +109,19 @@ def every_job(store: ArtifactStore, family: str = "llama") -> list[Job]:
             before = edit("add", site, s, name="before")
             asked = Program((before, own, replace(before, name="after")), read(ref, site))
             jobs.append(job(f"{family} {function} {op.value}", asked, store))
+    for i, (reads, writes) in enumerate(TRANSCODERS):
+        ref = put_autoencoder(store, family, reads[0], reads[1], FUNCTIONS[i % 2], output=writes)
+        both = (edit("add", reads[0], s, name="before", layers=(reads[1],)),) if reads[0] is not Site.MLP_POST else ()
+        for j, (op, kind) in enumerate(edits(ref).items()):
+            own = Edit(
+                kind,
+                writes[0],
+                "features",
+                (writes[1],),
+                strength=(1.0, 0.6)[j % 2],
+                scope=SCOPES[(i + j) % len(SCOPES)],
+            )
+            jobs.append(job(f"{family} transcoder {i} {op.value}", Program((*both, own)), store))
     first = put_autoencoder(store, family, Site.RESID_POST, 0, "jumprelu", seed="gate")
     gated = edit("add", Site.RESID_POST, s, name="gated", gate=Gate(above(first, Site.RESID_POST, 5, 0.1)))
     latched = Gate(above(first, Site.RESID_POST, 9, 0.3), latched=True)

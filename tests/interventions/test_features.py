@@ -45,8 +45,9 @@ def refs(store: ArtifactStore) -> dict[str, str]:
         name: put_autoencoder(store, "llama", Site.RESID_POST, LAYER, name, seed=name)
         for name in ("relu", "jumprelu", "batchtopk", "topk")
     }
-    output = {"output_site": "mlp_out", "output_layer": LAYER}
-    made["transcoder"] = put_autoencoder(store, "llama", Site.RESID_MID, LAYER, provenance=output, subtracted="nothing")
+    made["transcoder"] = put_autoencoder(store, "llama", Site.RESID_MID, LAYER, output=(Site.MLP_OUT, LAYER))
+    made["backwards"] = put_autoencoder(store, "llama", Site.MLP_OUT, LAYER, output=(Site.RESID_MID, LAYER))
+    made["wide"] = put_autoencoder(store, "llama", Site.MLP_POST, LAYER, output=(Site.MLP_OUT, INFO.n_layers))
     made["of another model"] = put_autoencoder(
         store, "llama", Site.RESID_POST, LAYER, model_fingerprint="sha256:" + "0" * 64
     )
@@ -88,7 +89,11 @@ def gate(ref: str, feature: int = 3, *, site: int = SITE, layer: int = LAYER, **
         (edit("vector"), "edits[0].features.autoencoder", InvalidArgument),
         (edit("of-another-model"), "edits[0].features.autoencoder", FailedPrecondition),
         (edit("topk"), "edits[0].features.autoencoder", InvalidArgument),
-        (edit("transcoder", site=pb.SITE_MLP_OUT), "edits[0].features.autoencoder", InvalidArgument),
+        (edit("transcoder"), "edits[0].site", InvalidArgument),
+        (edit("transcoder", site=pb.SITE_MLP_OUT, layers=(0,)), "edits[0].layers", InvalidArgument),
+        (edit("backwards", site=pb.SITE_RESID_MID), "edits[0].features.autoencoder", InvalidArgument),
+        (edit("wide", site=pb.SITE_MLP_OUT), "edits[0].features.autoencoder", FailedPrecondition),
+        (readout("transcoder", features=[1], site=pb.SITE_MLP_OUT), "readouts[0].site", InvalidArgument),
         (edit("relu", []), "edits[0].features.features", InvalidArgument),
         (edit("relu", [3, 3]), "edits[0].features.features[1]", InvalidArgument),
         (edit("relu", [3, N_FEATURES]), "edits[0].features.features[1]", InvalidArgument),
@@ -158,6 +163,20 @@ def test_every_number_of_an_edit_shows_in_the_fingerprint(
     change: Callable[[], pb.Program], store: ArtifactStore, refs: dict[str, str]
 ) -> None:
     assert bound(store, change()).fingerprint != bound(store, edit("relu")).fingerprint
+
+
+def test_what_a_transcoder_reads_shows_in_the_fingerprint(store: ArtifactStore) -> None:
+    refs = [
+        put_autoencoder(store, "llama", site, LAYER, output=(Site.MLP_OUT, LAYER), seed=seed)
+        for site, seed in ((Site.RESID_MID, ""), (Site.RESID_PRE, ""), (Site.RESID_MID, "another"))
+    ]
+    bounds = [bound(store, edit(ref, site=pb.SITE_MLP_OUT)) for ref in refs]
+    assert len({own.fingerprint for own in bounds}) == 3
+    assert [own.edits[0].input.site for own in bounds if own.edits[0].input] == [
+        Site.RESID_MID,
+        Site.RESID_PRE,
+        Site.RESID_MID,
+    ]
 
 
 def test_readouts_of_other_features_and_of_other_autoencoders_have_other_fingerprints(

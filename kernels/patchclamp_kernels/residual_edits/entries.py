@@ -33,6 +33,7 @@ PRESERVE_NORM = tl.constexpr(EntryFlag.PRESERVE_NORM.value)
 LATCHED = tl.constexpr(EntryFlag.LATCHED.value)
 COSINE = tl.constexpr(EntryFlag.COSINE.value)
 FEATURE = tl.constexpr(EntryFlag.FEATURE.value)
+INPUT = tl.constexpr(EntryFlag.INPUT.value)
 
 KIND = tl.constexpr(table.KIND)
 ITEM = tl.constexpr(table.ITEM)
@@ -107,7 +108,10 @@ def run_entries(h, lane, row, start, end, D: tl.constexpr, HEAD_DIM: tl.constexp
                         h, moved = _neurons(h, lane, row, first, count, strength, D)
                     else:
                         before = h
-                        h = _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D, HEAD_DIM)
+                        column = tl.load(ints + COLUMN)
+                        h = _edited(
+                            h, norm, lane, row, floats, kind, flags, first, count, column, strength, D, HEAD_DIM
+                        )
                         moved = _length(h - before)
                     change = moved / tl.maximum(norm, TINY)
                 if row.counted != 0:
@@ -175,7 +179,9 @@ def _holds(h, lane, row, floats, flags, first, D: tl.constexpr):
 
 
 @triton.jit
-def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _edited(
+    h, norm, lane, row, floats, kind, flags, first, count, column, strength, D: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     edited = h
     if kind == ADD:
         edited = h + strength * _vector(row.bank, first, lane, D)
@@ -188,7 +194,7 @@ def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: 
         elif kind == ROTATE:
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
         elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE) | (kind == FEATURES):
-            target = _by_units(h, lane, row, floats, kind, first, count, D)
+            target = _by_units(h, lane, row, floats, kind, flags, first, count, column, D)
         else:
             if HEAD_DIM > 0:
                 target = _heads(h, lane, row, first, count, D, HEAD_DIM)
@@ -237,7 +243,7 @@ def _rotated(h, norm, u, radians):
 
 
 @triton.jit
-def _by_units(h, lane, row, floats, kind, first, count, D: tl.constexpr):
+def _by_units(h, lane, row, floats, kind, flags, first, count, column, D: tl.constexpr):
     """Returns targets that are sums over units: ranks R_r with W_r and b_r, channels r with rows A_r of a matrix, or
     features f_r with rows E_r of the encoder and D_r of the decoder.
 
@@ -257,6 +263,9 @@ def _by_units(h, lane, row, floats, kind, first, count, D: tl.constexpr):
         inner = tl.sum(h * w, axis=0)
         if kind == FEATURES:
             f = activation(inner + tl.load(numbers + BIAS), tl.load(numbers + JUMP))
+            if (flags & INPUT) != 0:
+                # Past the caches of this thread: another one may have written it in this launch.
+                f = tl.load(row.readings + column + unit - first, volatile=True)
             inner = change_to_goal(f, tl.load(numbers + FACTOR), offset, tl.load(floats + LOW), tl.load(floats + HIGH))
         else:
             inner += offset
@@ -283,6 +292,8 @@ def _read_features(h, lane, row, first, count, column, D: tl.constexpr):
     while done < count:
         tl.store(row.readings + column + done, _feature(h, lane, row, first + done, D))
         done += 1
+    # Edits of this row may take them in this launch.
+    tl.debug_barrier()
 
 
 @triton.jit

@@ -251,6 +251,8 @@ class _Row:
             case EntryKind.FEATURES:
                 ints, numbers = self.units(entry)
                 f = self.features(entry, h)
+                if entry.has(EntryFlag.INPUT):
+                    f = self.rows.readings[self.t, entry.column : entry.column + entry.n_units].to(h.dtype)
                 goal = (numbers[:, FACTOR] * f + numbers[:, OFFSET]).clamp(entry.low, entry.high)
                 return h + (goal - f) @ self.vector(ints[:, UNIT])
             case EntryKind.NEURONS:

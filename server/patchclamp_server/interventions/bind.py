@@ -17,7 +17,8 @@ from patchclamp_server.interventions.bound import (
 )
 from patchclamp_server.interventions.features import check_place, chosen_rows
 from patchclamp_server.interventions.kinds import EDIT_OF, READOUT_OF
-from patchclamp_server.interventions.kinds.spec import Where
+from patchclamp_server.interventions.kinds.features import FeatureReadout
+from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, Where
 from patchclamp_server.interventions.program import (
     Comparison,
     Condition,
@@ -31,6 +32,7 @@ from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.resolver import ArtifactLookup, Resolver, check_finite
 from patchclamp_server.interventions.scopes import check_scope
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.sites import Site
 
 MAX_EDITS = 256
 MAX_READOUTS = 64
@@ -95,6 +97,13 @@ def _condition_bytes(condition: BoundCondition) -> bytes:
     return repr(head).encode() + feature + _bytes(condition.unit)
 
 
+def _input(numbers: ReadoutNumbers, place: tuple[Site, int], scope: Scope) -> BoundReadout:
+    site, layer = place
+    return BoundReadout(
+        "", FeatureReadout, site, (layer,), scope, numbers.vectors, numbers.ids, 0, latents=numbers.latents
+    )
+
+
 class _Binder:
     def __init__(self, resolver: Resolver, has_roles: bool) -> None:
         self.resolver = resolver
@@ -114,6 +123,9 @@ class _Binder:
         site = edit.site if numbers.site is None else numbers.site
         if edit.preserve_norm and not numbers.table.whole_rows:
             raise InvalidArgument(f"{path}.preserve_norm", f"is for vector edits, not {spec.name}")
+        given = None
+        if numbers.input is not None and numbers.input_place is not None:
+            given = _input(numbers.input, numbers.input_place, edit.scope)
         gate, latched = None, False
         if edit.gate is not None:
             gate, latched = self.condition(edit.gate.condition, f"{path}.gate.condition"), edit.gate.latched
@@ -127,6 +139,11 @@ class _Binder:
         digest = hashlib.sha256(repr((kind.name, site, layers, edit.preserve_norm, bounds, latched)).encode())
         for layer in layers:
             for tensor in payload[layer]:
+                digest.update(_bytes(tensor))
+        if given is not None:
+            digest.update(repr((given.site, given.layers)).encode())
+            for tensor in (*given.vectors.values(), given.latents):
+                assert tensor is not None
                 digest.update(_bytes(tensor))
         if gate is not None:
             digest.update(_condition_bytes(gate))
@@ -143,6 +160,7 @@ class _Binder:
             edit.preserve_norm,
             bounds,
             digest.digest(),
+            given,
         )
 
     def readout(self, readout: Readout, path: str, index: int) -> BoundReadout:

@@ -46,6 +46,8 @@ class BoundEdit:
     bounds: tuple[float, float]
     # The digest covers everything but name, strength and scope.
     fingerprint: bytes
+    # What the edit needs of an earlier site: the features of a transcoder, at the tokens in its own scope.
+    input: "BoundReadout | None" = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,7 @@ class EntryFlag(IntFlag):
     LATCHED = 2
     COSINE = 4
     FEATURE = 8
+    INPUT = 16
 
 
 # Kernels read the first eight columns of whole numbers. Only the host reads the other two: the place, and what orders

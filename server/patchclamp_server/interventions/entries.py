@@ -124,6 +124,11 @@ class ProgramWriter:
             [self._add(EDIT_TABLES[edit.kind].write(edit.payload[layer])) for layer in edit.layers]
             for edit in bound.edits
         ]
+        self._inputs = [
+            [self._add(READOUT_TABLES[edit.input.kind].write(edit.input, edit.input.layers[0]))]
+            for edit in bound.edits
+            if edit.input is not None
+        ]
         gates = [gate for edit in bound.edits if (gate := edit.gate) is not None]
         self._gates = [self._add(Written(gate.unit[None])) for gate in gates]
         self._aborts = [self._add(Written(abort.condition.unit[None])) for abort in bound.aborts]
@@ -158,7 +163,8 @@ class ProgramWriter:
             self.n_units += len(numbers.units)
 
     def _with_units(self) -> Iterator[_Numbers]:
-        return (numbers for own in (*self._edits, *self._readouts) for numbers in own if numbers.written.units)
+        every = (*self._edits, *self._inputs, *self._readouts)
+        return (numbers for own in every for numbers in own if numbers.written.units)
 
     def _rows_of(self, numbers: _Numbers) -> IntArray:
         if not numbers.n:
@@ -182,6 +188,7 @@ class ProgramWriter:
         latch."""
         rows = [
             *self._edit_rows(first_unit, counters),
+            *self._input_rows(first_unit),
             *self._condition_rows(counters),
             *self._readout_rows(first_unit),
         ]
@@ -200,13 +207,28 @@ class ProgramWriter:
             flags = EntryFlag.PRESERVE_NORM if edit.preserve_norm else NO_FLAGS
             if edit.latched:
                 flags |= EntryFlag.LATCHED
+            if edit.input is not None:
+                flags |= EntryFlag.INPUT
             gate = NO_GATE if edit.gate is None else layout.gated.index(i)
             for layer, numbers in zip(edit.layers, self._edits[i], strict=True):
                 [(first, count)] = numbers.spots(self._rows_of(numbers), first_unit)
                 place = place_number(edit.site, layer)
                 group = group_number(place, stage[i][layer], edit.kind, preserve_norm=edit.preserve_norm)
-                whole = (edit.kind, i, flags, first, count, gate, counters[i], 0, place, group)
+                column, _ = layout.input_columns.get(i, (0, 0))
+                whole = (edit.kind, i, flags, first, count, gate, counters[i], column, place, group)
                 yield whole, (0.0, *edit.bounds, 0.0)
+
+    def _input_rows(self, first_unit: int) -> Iterator[_Row]:
+        """Yields what edits take from earlier sites: their items are the edits, whose scopes they have."""
+        layout, inputs = self.layout, iter(self._inputs)
+        for i, (column, _) in layout.input_columns.items():
+            given = layout.bound.edits[i].input
+            assert given is not None
+            [numbers] = next(inputs)
+            kind, place = READOUT_TABLES[given.kind].entry, place_number(given.site, given.layers[0])
+            [(first, count)] = numbers.spots(self._rows_of(numbers), first_unit)
+            group = group_number(place, _AFTER_EDITS, kind)
+            yield (kind, i, EntryFlag.INPUT, first, count, NO_GATE, 0, column, place, group), (0.0,) * FLOAT_COLUMNS
 
     def _condition_rows(self, counters: list[int]) -> Iterator[_Row]:
         layout = self.layout

@@ -87,8 +87,18 @@ class Resolver:
             raise FailedPrecondition(path, "this server keeps no artifacts")
         if ref not in self._opened:
             info, autoencoder = open_autoencoder(ref, self.artifacts, self.info, path)
+            spec = autoencoder.spec
+            self._check_place(ref, spec.site, spec.layer, autoencoder.width, path)
+            self._check_place(ref, spec.output_site, spec.output_layer, autoencoder.output_width, path)
             self._opened[ref] = (info.id, autoencoder)
         return self._opened[ref]
+
+    def _check_place(self, ref: str, site: Site, layer: int, width: int, path: str) -> None:
+        if self.info.sites.get(site) != width or layer >= self.info.n_layers:
+            has = ", ".join(f"{each.value} {size}" for each, size in self.info.sites.items())
+            own = f"{site.value} {width} of layer {layer}"
+            message = f"{ref} is of {own}; the model has {self.info.n_layers} layers and {has}"
+            raise FailedPrecondition(path, message)
 
     def vectors(
         self, vector: Vector, site: Site, layers: tuple[int, ...], width: int, path: str, *, unit: bool

@@ -77,9 +77,24 @@ class FeatureRule(TargetRule):
         self.factor, self.offset = (entries.each(latents.numbers(column)) for column in (FACTOR, OFFSET))
         self.low, self.high = (entries.floats(column)[:, None] for column in (LOW, HIGH))
         self.padding = entries.each(latents.padding)
+        # The features of transcoders were read at an earlier site.
+        pairs, span = entries.pairs, entries.span
+        self.taken: Tensor | None = None
+        if pairs.readings is not None and pairs.taking[span].any():
+            place = torch.arange(self.padding.shape[1], device=self.padding.device)
+            self.taken = entries.tensor(pairs.taking[span])[:, None] & ~self.padding
+            self.where = torch.where(self.taken, pairs.readings[span][:, None] + place, 0)
+        self.given: Tensor | None = None
+
+    def run(self, x: Tensor, context: StepContext) -> None:
+        self.given = context.readings
+        super().run(x, context)
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
         f, latents = self.latents.values(h), self.latents
+        if self.taken is not None:
+            assert self.given is not None
+            f = torch.where(self.taken, self.given[self.where], f)
         goal = torch.minimum(torch.maximum(add_product(self.offset, f, self.factor), self.low), self.high)
         # A bound may lie above the 0 of what pads.
         change = torch.where(self.padding, 0.0, goal - f)

@@ -18,6 +18,7 @@ from torch import Tensor
 from patchclamp_server.artifacts.autoencoder_spec import WITH_THRESHOLD
 from patchclamp_server.artifacts.autoencoders import FeatureRows
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.banks import ZERO_ROW
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.columns import BIAS, FACTOR, JUMP, OFFSET, OTHER, UNIT, EntryKind
 from patchclamp_server.interventions.encoders import whole_encoder
@@ -62,11 +63,14 @@ class TopFeaturesReadout(ReadoutKind):
 
 
 def _write(payload: Payload) -> Written:
-    """Writes the payload (encoder, decoder [n, width], bias, jump, factor, offset [n])."""
+    """Writes the payload (encoder, decoder [n, width], bias, jump, factor, offset [n]).
+
+    A transcoder has no encoder at the site that it writes.
+    """
     encoder, decoder, bias, jump, factor, offset = payload
 
     def units(rows: IntArray) -> UnitColumns:
-        written, read = np.split(rows, 2)
+        written, read = np.split(rows, 2) if len(encoder) else (rows, np.full_like(rows, ZERO_ROW))
         numbers = {BIAS: bias, JUMP: jump, FACTOR: factor, OFFSET: offset}
         return UnitColumns({UNIT: written, OTHER: read}, {column: n.numpy() for column, n in numbers.items()})
 
@@ -116,18 +120,35 @@ def _bind(kind: FeatureEdit, where: Where) -> EditNumbers:
     path, ref = where.path, kind.autoencoder
     autoencoder = where.resolver.autoencoder(ref, f"{path}.autoencoder")
     spec = autoencoder.spec
-    if spec.is_transcoder:
+    reads, writes = (spec.layer, spec.site.order), (spec.output_layer, spec.output_site.order)
+    if spec.is_transcoder and reads >= writes:
         message = (
-            f"{ref} is a transcoder, which reads {spec.site.value} of layer {spec.layer} and writes "
-            f"{spec.output_site.value} of layer {spec.output_layer}; expected an autoencoder of one site"
+            f"{ref} is a transcoder that writes {spec.output_site.value} of layer {spec.output_layer}, which does not "
+            f"come after what it reads, {spec.site.value} of layer {spec.layer}"
         )
         raise InvalidArgument(f"{path}.autoencoder", message)
     check_place(ref, "writes", (spec.output_site, spec.output_layer), (where.site, where.layers), where.owner)
     rows = chosen_rows(autoencoder, ref, kind.features, path)
     factor, offset, bounds = _targets(kind, path)
-    payload = (rows.encoder, rows.decoder, rows.folded_bias, rows.threshold, factor, offset)
     warned = _below_jump(kind, rows, where) if spec.function in WITH_THRESHOLD else ()
-    return EditNumbers(FEATURES, dict.fromkeys(where.layers, payload), bounds, warnings=warned)
+    if not spec.is_transcoder:
+        payload = (rows.encoder, rows.decoder, rows.folded_bias, rows.threshold, factor, offset)
+        return EditNumbers(FEATURES, dict.fromkeys(where.layers, payload), bounds, warnings=warned)
+    zeros = torch.zeros(len(rows.features))
+    payload = (torch.empty(0, where.width), rows.decoder, zeros, zeros, factor, offset)
+    given = ReadoutNumbers({spec.layer: rows.encoder}, kind.features, latents=_latents(rows))
+    return EditNumbers(
+        FEATURES,
+        dict.fromkeys(where.layers, payload),
+        bounds,
+        input=given,
+        input_place=(spec.site, spec.layer),
+        warnings=warned,
+    )
+
+
+def _latents(rows: FeatureRows) -> Tensor:
+    return torch.stack((rows.folded_bias, rows.threshold), dim=1)
 
 
 def _targets(kind: FeatureEdit, path: str) -> tuple[Tensor, Tensor, tuple[float, float]]:
@@ -191,8 +212,7 @@ def _bind_chosen(kind: FeatureReadout, where: Where) -> ReadoutNumbers:
     ref, path = kind.autoencoder, where.path
     autoencoder = autoencoder_at(where.resolver, ref, where.site, where.layers, f"{path}.autoencoder", where.owner)
     rows = chosen_rows(autoencoder, ref, kind.features, path)
-    latents = torch.stack((rows.folded_bias, rows.threshold), dim=1)
-    return ReadoutNumbers(dict.fromkeys(where.layers, rows.encoder), kind.features, latents=latents)
+    return ReadoutNumbers(dict.fromkeys(where.layers, rows.encoder), kind.features, latents=_latents(rows))
 
 
 def _bind_top(kind: TopFeaturesReadout, where: Where) -> ReadoutNumbers:

@@ -44,6 +44,9 @@ class EditNumbers:
     bounds: tuple[float, float] = (-math.inf, math.inf)
     # The site at which the edit runs, if not at the one that it names.
     site: Site | None = None
+    # The features of a transcoder, at the site and layer that it reads.
+    input: "ReadoutNumbers | None" = None
+    input_place: tuple[Site, int] | None = None
     # What the receipt says of it beside what is counted.
     warnings: tuple[RequestWarning, ...] = ()
 
