@@ -10,11 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle_formulas import Artifacts, edited, holds, in_scope, measured, probe_values, source_row, vector_at
+from oracle_formulas import (
+    Artifacts,
+    all_features,
+    edited,
+    holds,
+    in_scope,
+    measured,
+    probe_values,
+    source_row,
+    vector_at,
+)
 from oracle_sites import attach, logit_lens, watching_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from patchclamp_server.interventions.kinds.features import FeatureEdit, FeatureReadout, TopFeaturesReadout
 from patchclamp_server.interventions.kinds.patch import Patch
 from patchclamp_server.interventions.program import (
     ActivationReadout,
@@ -88,6 +99,8 @@ class _Pass:
     condition_margin: float = float("inf")
     # States [T, width] that a readout of several layers has seen, by its index and the layer.
     kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    # Rows [T, width] of every site after its edits.
+    after: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def run(self) -> "_Pass":
@@ -158,9 +171,11 @@ class _Pass:
                     if source is None:
                         continue
                 h = rows[position].double()
-                new = edited(edit, self.strength(edit, position), h, layers, layer, self.artifacts, n_heads, source)
+                read = source if source is not None else self.read_elsewhere(edit, position)
+                new = edited(edit, self.strength(edit, position), h, layers, layer, self.artifacts, n_heads, read)
                 self.changes.append((index, float((new - h).norm() / h.norm())))
                 rows[position] = new.float()
+        self.after[site, layer] = rows.clone()
         for condition in conditions_of(self.program):
             if place_of(condition, self.artifacts) == (site, layer):
                 self.verdicts[id(condition)] = [
@@ -172,6 +187,14 @@ class _Pass:
             elif readout.site is site and layer in self.layers_of(readout) and not concerns_attention(readout):
                 self.read(index, readout, layer, rows)
         return rows.view(activation.shape)
+
+    def read_elsewhere(self, edit: Edit, position: int) -> Tensor | None:
+        """The row that a transcoder reads, after the edits of its site."""
+        if isinstance(edit.kind, FeatureEdit):
+            info = self.artifacts[edit.kind.autoencoder].info
+            if "output_site" in info.provenance:
+                return self.after[info.site, int(info.provenance["layer"])][position].double()
+        return None
 
     def examine(self, condition: Condition, h: Tensor, position: int) -> bool:
         if not self.scoped(condition.scope, position):
@@ -214,6 +237,13 @@ class _Pass:
             elif isinstance(readout.kind, ActivationReadout):
                 ids = torch.tensor(readout.kind.units, dtype=torch.long)
                 values = h[ids] if readout.kind.units else h
+            elif isinstance(readout.kind, FeatureReadout):
+                ids = torch.tensor(readout.kind.features)
+                values = all_features(self.artifacts[readout.kind.autoencoder], h)[ids]
+            elif isinstance(readout.kind, TopFeaturesReadout):
+                values, ids = all_features(self.artifacts[readout.kind.autoencoder], h).sort(descending=True)
+                n = min(readout.kind.k, int((values > 0).sum()))
+                values, ids = values[:n], ids[:n]
             elif isinstance(readout.kind, TopNeuronsReadout):
                 ids = h.abs().sort(descending=True).indices[: readout.kind.k]
                 values = h[ids]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchclamp_server.artifacts.types import AffineMap, Subspace
 from patchclamp_server.interventions.kinds.affine import Affine
+from patchclamp_server.interventions.kinds.features import FeatureEdit
 from patchclamp_server.interventions.kinds.patch import Patch
 from patchclamp_server.interventions.kinds.rotate_in_plane import RotateInPlane
 from patchclamp_server.interventions.program import (
@@ -63,8 +64,16 @@ def vector_at(vector: Vector, layers: Sequence[int], layer: int, artifacts: Arti
     return v / v.norm() if vector.unit else v
 
 
-def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifacts: Artifacts, n_heads: int) -> Tensor:
-    """t(h) for one row h [width]."""
+def target(
+    kind: EditKind,
+    h: Tensor,
+    layers: Sequence[int],
+    layer: int,
+    artifacts: Artifacts,
+    n_heads: int,
+    read: Tensor | None = None,
+) -> Tensor:
+    """t(h) for one row h [width]. `read`: the row that a transcoder reads, of another site."""
     if isinstance(kind, LowRank):
         if kind.subspace:
             stored = artifacts[kind.subspace].subspace(layer)
@@ -86,6 +95,8 @@ def target(kind: EditKind, h: Tensor, layers: Sequence[int], layer: int, artifac
         return matrix.double() @ h + (0.0 if affine.bias is None else affine.bias.double())
     if isinstance(kind, RotateInPlane):
         return _turned_in_plane(kind, h, layer, artifacts)
+    if isinstance(kind, FeatureEdit):
+        return _feature_target(kind, h, artifacts, read)
     if isinstance(kind, NeuronEdit):
         return _neuron_target(kind, h, layer, artifacts)
     if isinstance(kind, HeadEdit):
@@ -178,6 +189,41 @@ def _turned_in_plane(kind: RotateInPlane, h: Tensor, layer: int, artifacts: Arti
     return h + (length * math.cos(angle) - away @ x) * x + (length * math.sin(angle) - away @ y) * y
 
 
+def all_features(artifact: StoredArtifact, h: Tensor) -> Tensor:
+    """f [features] of one row h [width], in float64."""
+    stored = {name: tensor.double() for name, tensor in artifact.tensors.items()}
+    said = artifact.info.provenance
+    x = h.double() - stored["decoder_bias"] if said["subtracted"] == "decoder_bias" else h.double()
+    p = stored["encoder"] @ x + stored["encoder_bias"]
+    f = p.clamp(min=0.0)
+    if "threshold" in stored:
+        f = f * (p > stored["threshold"])
+    if said["function"] == "topk":
+        f = f * (p >= p.sort(descending=True).values[int(said["k"]) - 1])
+    return f
+
+
+def _feature_target(kind: FeatureEdit, h: Tensor, artifacts: Artifacts, read: Tensor | None) -> Tensor:
+    """One feature after the other, each of h as it came."""
+    artifact = artifacts[kind.autoencoder]
+    f, t = all_features(artifact, h if read is None else read), h.clone()
+    values = list(kind.values) * (len(kind.features) if len(kind.values) == 1 else 1)
+    for i, feature in enumerate(kind.features):
+        before = float(f[feature])
+        if kind.op is NeuronOp.SET:
+            goal = values[i]
+        elif kind.op is NeuronOp.SCALE:
+            goal = values[i] * before
+        elif kind.op is NeuronOp.ADD:
+            goal = before + values[i]
+        else:
+            low = -math.inf if kind.min is None else kind.min
+            high = math.inf if kind.max is None else kind.max
+            goal = min(max(before, low), high)
+        t = t + (goal - before) * artifact.tensors["decoder"][feature].double()
+    return t
+
+
 def _rotated(h: Tensor, u: Tensor, radians: float) -> Tensor:
     length = float(h.norm())
     along = float(h @ u)
@@ -238,15 +284,15 @@ def edited(
     layer: int,
     artifacts: Artifacts,
     n_heads: int,
-    source: Tensor | None = None,
+    read: Tensor | None = None,
 ) -> Tensor:
-    """h + strength · (t(h) - h), then back to the norm of h where the edit asks for it. h float64 [width]; `source` is
-    the row that a patch has for the position of h."""
+    """h + strength · (t(h) - h), then back to the norm of h where the edit asks for it. h float64 [width]; `read` is the
+    row that a patch has for the position of h, or the input of a transcoder."""
     if isinstance(edit.kind, Patch):
-        assert source is not None
-        t = patched(edit.kind, source, h, n_heads)
+        assert read is not None
+        t = patched(edit.kind, read, h, n_heads)
     else:
-        t = target(edit.kind, h, layers, layer, artifacts, n_heads)
+        t = target(edit.kind, h, layers, layer, artifacts, n_heads, read)
     changed = h + strength * (t - h)
     if edit.preserve_norm:
         changed = changed * (h.norm() / changed.norm())
@@ -254,10 +300,13 @@ def edited(
 
 
 def measured(condition: Condition, h: Tensor, artifacts: Artifacts) -> float:
-    """What the condition compares with its threshold: h · v / |v|, the cosine, or the probability of a probe."""
+    """What the condition compares with its threshold: h · v / |v|, the cosine, the probability of a probe, or the
+    activation of a feature."""
     if condition.probe:
         artifact = artifacts[condition.probe]
         return probe_values(artifact, {max(artifact.info.layers): h}, all_classes=False)[0]
+    if condition.feature is not None:
+        return float(all_features(artifacts[condition.feature.autoencoder], h)[condition.feature.feature])
     v = vector_at(condition.vector, (condition.layer,), condition.layer, artifacts)
     projection = float(h @ v) / float(v.norm())
     return projection / float(h.norm()) if condition.cosine else projection

@@ -15,7 +15,9 @@ The op is bound by bytes: 2 k d elements of E and D for the k latents of a row. 
 registers, with what it adds; a block of latents' encoder and decoder rows is asked for together, so that the decoder's
 are on the way while the products with the encoder's are summed. A row's bits do not depend on the other rows.
 
-The server does not call it yet: edits of features (issue 16) bring it into the CUDA path.
+The server edits features inside the launch of residual_edits, by `activation` and `change_to_goal`: there they keep
+their place among the other edits of a row, with scopes, gates and receipts, and g_i is clipped to [low, high] as well.
+The op by itself is for hosts that have no program tables.
 """
 
 import torch
@@ -69,6 +71,19 @@ def feature_clamp_reference(
 
 
 @triton.jit
+def activation(before, bound):
+    """Returns f: `before` where it is above its bound, else 0. A bound of 0 makes it ReLU, and a NaN is not hidden."""
+    return tl.where(before <= bound, 0.0, before)
+
+
+@triton.jit
+def change_to_goal(f, scale, target, low, high):
+    """Returns clip(scale f + target, low, high) - f."""
+    goal = tl.maximum(scale * f + target, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(goal, high, propagate_nan=tl.PropagateNan.ALL) - f
+
+
+@triton.jit
 def _feature_clamp_kernel(
     x,
     encoder,
@@ -113,12 +128,12 @@ def _feature_clamp_kernel(
             scale = tl.load(scales + i, mask=there, other=0.0)
             s = tl.load(strength + i, mask=there, other=0.0)
             before = tl.sum(e.to(tl.float32) * h[None, :], 1) + bias
-            f = tl.maximum(before, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            bound = tl.zeros([BLOCK_FEATURES], tl.float32)
             if JUMP:
-                bound = tl.load(threshold + feature, mask=there, other=0.0).to(tl.float32)
-                f = tl.where(before > bound, f, 0.0)
+                bound = tl.maximum(tl.load(threshold + feature, mask=there, other=0.0).to(tl.float32), 0.0)
+            f = activation(before, bound)
             tl.store(values + i, f, mask=there)
-            change = s * (scale * f + target - f)
+            change = s * change_to_goal(f, scale, target, float("-inf"), float("inf"))
             added += tl.sum(change[:, None] * w.to(tl.float32), 0)
             start += BLOCK_FEATURES
         original = tl.load(x_row, mask=inside, other=0.0)

@@ -21,7 +21,7 @@ from patchclamp.cli.heads.score import facts_file
 from patchclamp.cli.heads.selection import heads
 from patchclamp.cli.options import generate_options, prompt_of
 from patchclamp.cli.sparse_spec import guard, spec
-from patchclamp.cli.steering import clamp, layer_list, program_of, steer
+from patchclamp.cli.steering import clamp, features, layer_list, program_of, steer
 from patchclamp.programs import Program, generated, project_out, read_top_neurons
 from patchclamp.requests import generate
 from patchclamp.sparsity import QualityGuard, Sparsity, cats, fovea, griffin
@@ -108,6 +108,22 @@ def test_clamp_holds_the_neurons_of_a_stored_set_at_a_value_or_within_bounds() -
 def test_a_malformed_clamp_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         clamp(text)
+
+
+def test_features_are_held_at_a_value_or_within_bounds() -> None:
+    edit = features("sae#3,7=2.5")
+    assert (edit.features.autoencoder, list(edit.features.features)) == ("sae", [3, 7])
+    assert (list(edit.features.set.values), edit.site, edit.name) == ([2.5], pb.SITE_RESID_POST, "sae#3,7")
+    bounds = features("sae-12#3@mlp_out=..0,generated")
+    assert (bounds.features.clamp.max, bounds.features.clamp.HasField("min")) == (0.0, False)
+    assert (bounds.site, bounds.scope.include[0].phase) == (pb.SITE_MLP_OUT, pb.PHASE_GENERATED)
+    assert features("sha256:ab#3=1").features.autoencoder == "sha256:ab"
+
+
+@pytest.mark.parametrize("text", ["sae", "sae#", "sae#3", "sae#3=", "sae#a=1", "sae#3=x", "sae#3@head=1", "sae#3=2..1"])
+def test_malformed_features_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        features(text)
 
 
 def test_layers_may_mix_ranges_and_single_ones() -> None:

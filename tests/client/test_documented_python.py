@@ -205,6 +205,10 @@ def test_the_examples_of_features_run(
     small_autoencoder.save_saelens(tmp_path / "layer_14")
     names = run("docs/user/features.md", embedded_server.address, client=client)
     assert len(names["found"].features) == 5
+    assert names["result"].receipt.edits[0].rows == 7
+    assert {value.name for value in names["result"].readouts} == {"0", "largest"}
+    for tag in ("topics", "sae", "sae-names"):
+        client.delete_artifact(tag)
     assert {file.name for file in (tmp_path / "back").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
 
 

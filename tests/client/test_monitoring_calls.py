@@ -14,8 +14,15 @@ from patchclamp import AsyncClient, Client
 from patchclamp.cli import main
 from patchclamp.cli.app import build_parser
 from patchclamp.cli.watch.create import items_file
-from patchclamp.cli.watch.item_spec import direction, head_list, neuron_set, neurons
-from patchclamp.monitoring import watch_direction, watch_features, watch_heads, watch_neuron_set, watch_neurons
+from patchclamp.cli.watch.item_spec import direction, features, head_list, neuron_set, neurons
+from patchclamp.monitoring import (
+    watch_autoencoder,
+    watch_direction,
+    watch_features,
+    watch_heads,
+    watch_neuron_set,
+    watch_neurons,
+)
 from patchclamp.results import Activations, Progress
 from patchclamp.results.monitoring import WatchCalibration
 from patchclamp.tensors import tensor
@@ -208,6 +215,9 @@ def test_an_item_in_one_argument_has_a_name_a_source_and_a_threshold() -> None:
     assert head_list("L18H6:.8") == watch_heads("L18H6", [(18, 6)], threshold=0.8)
     assert head_list("L18H6,L17H3") == watch_heads("heads", [(18, 6), (17, 3)])
     assert head_list("copying=retrieval") == watch_heads("copying", "retrieval")
+    assert features("sae#345") == watch_autoencoder("sae#345", "sae", 345)
+    assert features("sae#3,7") == watch_autoencoder("sae", "sae", [3, 7])
+    assert features("topics=sae#3,7:2.5") == watch_autoencoder("topics", "sae", [3, 7], threshold=2.5)
 
 
 def test_an_id_is_not_taken_for_a_threshold_and_names_by_its_first_digits() -> None:
@@ -225,6 +235,9 @@ def test_an_id_is_not_taken_for_a_threshold_and_names_by_its_first_digits() -> N
         (neurons, "L12N3:p100"),
         (neurons, "a=b=L12N3"),
         (neuron_set, "=toxic"),
+        (features, "sae"),
+        (features, "sae#x"),
+        (features, "sae#3:high"),
         (direction, "joyful@all"),
         (direction, "joyful@5-3"),
         (head_list, "L18H6,retrieval"),

@@ -10,10 +10,13 @@ from patchclamp.programs import (
     Program,
     ablate_heads,
     abort_when,
+    abort_when_feature,
     add,
+    add_features,
     add_neurons,
     affine,
     cap_projection,
+    clamp_features,
     clamp_neurons,
     everything,
     generated,
@@ -25,23 +28,28 @@ from patchclamp.programs import (
     program_message,
     project_out,
     prompt,
+    read_features,
     read_heads,
     read_logit_lens,
     read_neurons,
     read_projection,
+    read_top_features,
     read_top_neurons,
     replace,
     role,
     rotate_in_plane,
     rotate_towards,
+    scale_features,
     scale_heads,
     scale_neurons,
+    set_features,
     set_neurons,
     set_projection,
     tokens,
     uniform_heads,
     vector,
     when,
+    when_feature,
 )
 from patchclamp.v1 import program_pb2 as pb
 from patchclamp.v1 import tensor_pb2
@@ -80,6 +88,10 @@ def test_what_is_left_out_stays_unset() -> None:
         (scale_neurons([4], 1.0, layers=1), "neurons"),
         (add_neurons([4], 1.0, layers=1), "neurons"),
         (clamp_neurons([4], min=0.0, layers=1), "neurons"),
+        (set_features("sae", [4], 1.0), "features"),
+        (scale_features("sae", 4, 0.0, layers=1), "features"),
+        (add_features("sae", [4], 1.0, layers=1), "features"),
+        (clamp_features("sae", [4], max=0.5, layers=1), "features"),
         (scale_heads([0], 0.5, layers=1), "heads"),
         (mean_heads([0], [[1.0, 2.0]], layers=1), "heads"),
         (uniform_heads([0], layers=1), "heads"),
@@ -100,6 +112,33 @@ def test_every_builder_sets_its_own_kind(edit: pb.Edit, kind: str) -> None:
 )
 def test_every_neuron_builder_sets_its_own_operation(edit: pb.Edit, operation: str) -> None:
     assert (edit.neurons.WhichOneof("op"), edit.site) == (operation, pb.SITE_MLP_POST)
+
+
+@pytest.mark.parametrize(
+    ("edit", "operation"),
+    [
+        (set_features("sae", [4, 2], [1.0, 0.5]), "set"),
+        (scale_features("sae", [4, 2], 0.0), "scale"),
+        (add_features("sae", [4, 2], 1.0), "add"),
+        (clamp_features("sae", [4, 2], min=0.0), "clamp"),
+    ],
+)
+def test_every_feature_builder_sets_its_own_operation(edit: pb.Edit, operation: str) -> None:
+    assert (edit.features.WhichOneof("op"), edit.site) == (operation, pb.SITE_RESID_POST)
+    assert (edit.features.autoencoder, list(edit.features.features), list(edit.layers)) == ("sae", [4, 2], [])
+
+
+def test_features_are_read_by_number_or_as_the_largest_and_compared_in_conditions() -> None:
+    chosen, largest = read_features("sae", 7, layers=1, site="mlp_out"), read_top_features("sae", 3, layers=1)
+    assert (list(chosen.features.features), chosen.features.k, chosen.site) == ([7], 0, pb.SITE_MLP_OUT)
+    assert (list(largest.features.features), largest.features.k) == ([], 3)
+    gate = when_feature("sae", 7, layer=2, above=0.0, latched=True)
+    abort = abort_when_feature("sae", 7, layer=2, below=1.5, name="low")
+    for condition in (gate.condition, abort.condition):
+        assert (condition.feature.autoencoder, condition.feature.feature, condition.layer) == ("sae", 7, 2)
+        assert not condition.HasField("vector")
+    assert (gate.latched, gate.condition.comparison, abort.name) == (True, pb.COMPARISON_ABOVE, "low")
+    assert (abort.condition.comparison, abort.condition.threshold) == (pb.COMPARISON_BELOW, 1.5)
 
 
 def test_neurons_are_edited_and_read_at_the_site_that_is_named() -> None:

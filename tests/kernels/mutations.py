@@ -258,8 +258,8 @@ CLAMP = [
     Mutation(
         "clamp-jump",
         "feature_clamp.py",
-        "f = tl.where(before > bound, f, 0.0)",
-        "f = tl.where(before >= bound, f, 0.0)",
+        "return tl.where(before <= bound, 0.0, before)",
+        "return tl.where(before < bound, 0.0, before)",
         "a latent at its threshold fires",
         ("test_feature_clamp.py::test_a_value_at_the_threshold_of_jumprelu_is_closed",),
     ),

@@ -8,6 +8,7 @@
 Items are numbered in the order of description, and so are `opened` and `readings` columns and latches.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -105,6 +106,45 @@ class Program:
         flags = EntryFlag.COSINE * cosine | EntryFlag.LATCHED * latched
         ints = [EntryKind.CONDITION, self._item(), flags, self.builder.store(unit), 0, NO_GATE, gate.latch or 0]
         self.entries.append((place, [*ints, gate.column], [1.0 if above else -1.0, threshold, 0.0, 0.0]))
+        return gate
+
+    def features(
+        self,
+        encoder: Tensor,
+        decoder: Tensor,
+        bias: Tensor,
+        jump: Tensor,
+        strength: float = 1.0,
+        *,
+        factor: float = 0.0,
+        offset: float = 0.0,
+        low: float = -math.inf,
+        high: float = math.inf,
+        **how: object,
+    ) -> int:
+        units = [
+            ([self.builder.store(d), self.builder.store(e)], [factor, offset, float(b), float(j)])
+            for e, d, b, j in zip(encoder, decoder, bias, jump, strict=True)
+        ]
+        return self._units(EntryKind.FEATURES, units, strength, bounds=(low, high), **how)
+
+    def feature_values(self, encoder: Tensor, bias: Tensor, jump: Tensor, *, place: int = 0) -> int:
+        """Returns the column of the first of the readings."""
+        column = self.builder.new_column("reading", len(encoder))
+        each = zip(encoder, bias, jump, strict=True)
+        first = self.builder.store_units(
+            [([0, self.builder.store(e)], [0.0, 0.0, float(b), float(j)]) for e, b, j in each]
+        )
+        ints = [EntryKind.FEATURE_VALUES, self._item(), 0, first, len(encoder), NO_GATE, 0, column]
+        self.entries.append((place, ints, [0.0] * 4))
+        return column
+
+    def feature_condition(
+        self, encoder: Tensor, bias: float, jump: float, threshold: float, *, above: bool = True, place: int = 0
+    ) -> Gate:
+        gate = Gate(self.builder.new_column("open"), None)
+        ints = [EntryKind.CONDITION, self._item(), EntryFlag.FEATURE, self.builder.store(encoder), 0, NO_GATE, 0]
+        self.entries.append((place, [*ints, gate.column], [1.0 if above else -1.0, threshold, bias, jump]))
         return gate
 
     def projection(self, vector: Tensor, *, place: int = 0) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,12 @@ def head_dim(d: int) -> int:
     return d // 4
 
 
+def latents(d: int, n: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encoder, decoder, bias and jump of features, some of which fire."""
+    encoder, decoder = randn(n, d, seed=16) / d**0.5, randn(n, d, seed=17) / d**0.5
+    return encoder, decoder, randn(n, seed=18), 0.5 * (torch.arange(n) % 2)
+
+
 VECTOR_EDITS: dict[str, Callable[..., int]] = {
     "add": lambda p, d, **how: p.add(randn(d, seed=5), **how),
     "project": lambda p, d, **how: p.project(unit(d), -0.25, 0.5, **how),
@@ -134,6 +141,15 @@ VECTOR_EDITS |= {
 }
 VECTOR_EDITS |= {
     "patch": lambda p, d, **how: p.patch({0: randn(d, seed=16), 1: randn(d, seed=17)}, torch.ones(d), **how),
+}
+VECTOR_EDITS |= {
+    f"features {op}": lambda p, d, numbers=numbers, **how: p.features(*latents(d), **numbers, **how)
+    for op, numbers in {
+        "set": {"offset": 1.5},
+        "scale": {"factor": -2.0},
+        "add": {"factor": 1.0, "offset": 0.7},
+        "clamp": {"factor": 1.0, "low": 0.2, "high": 0.6},
+    }.items()
 }
 UNIT_EDITS: dict[str, Callable[..., int]] = {
     "neurons": lambda p, d, **how: p.neurons([0, 3, 7, d - 1], factor=-2.0, offset=0.5, low=-1.0, high=1.5, **how),
@@ -167,6 +183,7 @@ def test_the_definition_is_what_the_contract_says(kind: str, preserve_norm: bool
 
     from patchclamp_server.interventions import program as messages
     from patchclamp_server.interventions.kinds.affine import Affine
+    from patchclamp_server.interventions.kinds.features import FeatureEdit
     from patchclamp_server.interventions.kinds.patch import Patch
 
     d = 12
@@ -174,7 +191,16 @@ def test_the_definition_is_what_the_contract_says(kind: str, preserve_norm: bool
     as_vector = messages.Vector(values=v)
     along = messages.Vector(values=u)
     low_rank = (randn(3, d, seed=7) / d**0.5, randn(3, d, seed=8) / d**0.5, randn(3, seed=9))
+    op = messages.NeuronOp(kind.split()[1]) if kind.startswith("features") else messages.NeuronOp.SET
+    values = {"set": (1.5,), "scale": (-2.0,), "add": (0.7,), "clamp": ()}[op.value]
+    names = ("encoder", "decoder", "encoder_bias", "threshold")
+    autoencoder = SimpleNamespace(
+        tensors=dict(zip(names, latents(d), strict=True)) | {"decoder_bias": torch.zeros(d)},
+        info=SimpleNamespace(provenance={"subtracted": "nothing", "function": "jumprelu"}),
+    )
+    stored: dict[str, Any] = {"sae": autoencoder}
     message = {
+        "features": FeatureEdit("sae", tuple(range(5)), op, values, min=0.2, max=0.6),
         "add": messages.AddVector(as_vector),
         "project": messages.CapProjection(along, -0.25, 0.5),
         "replace": messages.ReplaceVector(messages.Vector(values=randn(d, seed=6))),
@@ -185,10 +211,10 @@ def test_the_definition_is_what_the_contract_says(kind: str, preserve_norm: bool
             left=randn(d, 3, seed=13) / d**0.5, right=randn(d, 3, seed=14), bias=randn(d, seed=15)
         ),
         "patch": Patch(),
-    }[kind]
+    }[kind.split()[0]]
     edit = messages.Edit(kind=message, site=messages.Site.RESID_POST, layers=(0,), preserve_norm=preserve_norm)
     source = randn(d, seed=16).double() if kind == "patch" else None
-    want = oracle_formulas.edited(edit, strength, h, (0,), 0, {}, 4, source)
+    want = oracle_formulas.edited(edit, strength, h, (0,), 0, stored, 4, source)
     builder, program = one_edit(kind, d, strength=strength, preserve_norm=preserve_norm)
     x = h[None].clone()
     step = copied(builder.step([program]), torch.float64)
@@ -557,6 +583,48 @@ def test_a_cosine_is_measured_against_the_row_s_length() -> None:
     x = torch.stack([0.01 * unit(48), 50 * unit(48) + 50 * across, torch.zeros(48)])
     got = assert_agrees(x, program=builder.step([program] * 3), places=(0, 2))
     assert got.rows.opened[:, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("above", [True, False])
+@pytest.mark.parametrize("jump", [0.0, 0.8])
+def test_a_condition_may_look_at_a_feature(jump: float, above: bool) -> None:
+    """Its value is 0 up to its jump, where the projection is not."""
+    builder = TableBuilder(48, places=2)
+    program = builder.program()
+    gate = program.feature_condition(unit(48), -0.5, jump, 0.1, above=above)
+    program.add(torch.full((48,), 8.0), gate=gate, place=1)
+    x = torch.stack([p * unit(48) for p in (-2.0, 0.55, 0.9, 1.2, 2.0)])
+    got = assert_agrees(x, program=builder.step([program] * 5), places=(0, 2))
+    active = [p - 0.5 if p - 0.5 > jump else 0.0 for p in (-2.0, 0.55, 0.9, 1.2, 2.0)]
+    assert got.rows.opened[:, 0].tolist() == [int(f > 0.1) if above else int(f < 0.1) for f in active]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_features_are_read_into_their_columns(n: int, dtype: torch.dtype) -> None:
+    builder = TableBuilder(48)
+    program, other = builder.program(), builder.program()
+    encoder, _, bias, jump = latents(48, n)
+    first = program.feature_values(encoder, bias, jump)
+    after = program.projection(unit(48))
+    other.feature_values(encoder[:1], bias[:1] + 1, jump[:1])
+    x = randn(3, 48, dtype=dtype)
+    got = assert_agrees(x, program=builder.step([program, other, program]), places=(0, 1))
+    assert after == first + n
+    assert bits(got.x) == bits(x)
+
+
+def test_a_nan_shows_in_the_features_of_its_row() -> None:
+    builder = TableBuilder(48)
+    program = builder.program()
+    encoder, decoder, bias, jump = latents(48)
+    column = program.feature_values(encoder, bias, jump)
+    program.features(encoder, decoder, bias, jump, factor=0.5)
+    x = randn(2, 48)
+    x[0, 7] = math.nan
+    got = run(x, program=builder.step([program] * 2), places=(0, 1))
+    assert got.rows.readings[:, column].isnan().tolist() == [True, False]
+    assert got.x.isnan().all(dim=1).tolist() == [True, False]
 
 
 def test_a_condition_out_of_scope_is_written_as_shut() -> None:

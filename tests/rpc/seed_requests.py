@@ -114,6 +114,10 @@ EDITS = [
     edit("SITE_MLP_GATE", neurons={"neurons": [3], "add": {"values": [0.5]}}),
     edit("SITE_MLP_UP", neurons={"neurons": [1, 2], "clamp": {"max": 1.0}}),
     program_pb2.Edit(site="SITE_MLP_POST", neurons={"neuron_set": "neurons", "scale": {"values": [0.5]}}),
+    edit("SITE_RESID_POST", features={"autoencoder": "sae", "features": [1, 2], "set": {"values": [1.0, 0.5]}}),
+    program_pb2.Edit(
+        site="SITE_RESID_POST", features={"autoencoder": "sae", "features": [3], "clamp": {"max": 0.5}}, strength=0.5
+    ),
     edit("SITE_ATTN_Z", heads={"heads": [0, 1], "scale": 0.0}),
     edit("SITE_ATTN_Z", heads={"heads": [2], "mean": tensor(1, WIDTH // HEADS)}),
     edit("SITE_ATTN_Z", heads={"heads": [3], "uniform": True}),
@@ -130,12 +134,21 @@ READOUTS = [
     program_pb2.Readout(site="SITE_RESID_POST", layers=[1], logit_lens={"k": 2}),
     program_pb2.Readout(site="SITE_MLP_OUT", layers=[1], activations={"units": [0, 3]}),
     program_pb2.Readout(site="SITE_ATTN_Z", layers=[1], heads={"heads": [0]}),
+    program_pb2.Readout(name="f", site="SITE_RESID_POST", layers=[1], features={"autoencoder": "sae", "features": [4]}),
+    program_pb2.Readout(name="k", site="SITE_RESID_POST", layers=[1], features={"autoencoder": "sae", "k": 2}),
 ]
+FEATURE = program_pb2.Condition(
+    site="SITE_RESID_POST",
+    layer=1,
+    feature={"autoencoder": "sae", "feature": 2},
+    comparison="COMPARISON_ABOVE",
+    threshold=1e6,
+)
 GATED = edit("SITE_RESID_POST", add={"vector": vector()}, gate={"condition": condition(0.1), "latched": True})
 PROGRAM = program_pb2.Program(
     edits=[EDITS[0], GATED],
     readouts=READOUTS,
-    abort_when=[{"name": "never", "condition": condition(1e6)}],
+    abort_when=[{"name": "never", "condition": condition(1e6)}, {"name": "nor this", "condition": FEATURE}],
 )
 
 
@@ -195,6 +208,20 @@ def artifacts() -> list[Call]:
         upload("ARTIFACT_KIND_HEAD_SET", "heads", file({"scores": scores})),
         upload("ARTIFACT_KIND_ACTIVATIONS", "run", file(activations())),
         upload("ARTIFACT_KIND_PROBE", "probe", probe, provenance=said),
+        upload(
+            "ARTIFACT_KIND_AUTOENCODER",
+            "sae",
+            file(
+                {
+                    "encoder": ones(6, WIDTH),
+                    "encoder_bias": ones(6),
+                    "decoder": ones(6, WIDTH),
+                    "decoder_bias": ones(WIDTH),
+                }
+            ),
+            site="SITE_RESID_POST",
+            provenance={"layer": 1, "function": "relu", "subtracted": "nothing"},
+        ),
         upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
         upload("ARTIFACT_KIND_AUTOENCODER", "autoencoder", saelens(), format="ARTIFACT_FORMAT_SAELENS", config=SAE),
         upload("ARTIFACT_KIND_FEATURE_LABELS", "labels", LABELS, format=LABEL_JSON, of="autoencoder"),

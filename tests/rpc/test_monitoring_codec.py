@@ -16,7 +16,13 @@ from patchclamp_server.model.sites import Site
 from patchclamp_server.monitoring.accumulator import Sums
 from patchclamp_server.monitoring.activations import Activations
 from patchclamp_server.monitoring.drift import Drift
-from patchclamp_server.monitoring.items import WatchedDirection, WatchedFeatures, WatchedHeads, WatchedNeurons
+from patchclamp_server.monitoring.items import (
+    FeaturesOfAutoencoder,
+    WatchedDirection,
+    WatchedFeatures,
+    WatchedHeads,
+    WatchedNeurons,
+)
 from patchclamp_server.monitoring.running import RunningWatch
 from patchclamp_server.monitoring.scale import Scale, Source
 from patchclamp_server.monitoring.shared import Listed, Replica
@@ -362,3 +368,32 @@ def test_activations_say_where_they_occurred() -> None:
     assert (first.item, first.value, first.token_id, first.token) == ("b", 2.5, 7, " day")
     assert (first.position, first.sequence, first.phase) == (9, 3, GENERATED)
     assert (first.time.ToMilliseconds(), second.phase, message.dropped) == (1500, PROMPT, 6)
+
+
+def test_features_are_named_by_an_autoencoder_and_their_numbers() -> None:
+    features = pb.WatchedFeatures(autoencoder="sae", features=[7, 3])
+    [item] = decode_items([pb.WatchItem(name="f", features=features)])
+    assert item.source == FeaturesOfAutoencoder("sae", (7, 3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"autoencoder": "sae"}, "features"),
+        ({"features": [1]}, "autoencoder"),
+        ({"autoencoder": "sae", "features": [1, 1]}, "features[1]"),
+        ({"autoencoder": "sae", "features": [1], "layer": 2}, "layer"),
+        ({"autoencoder": "sae", "features": [1], "site": program_pb2.SITE_MLP_OUT}, "site"),
+        ({"autoencoder": "sae", "features": [1], "encoder": numbers(1, 4)}, "encoder"),
+        (
+            {"autoencoder": "sae", "features": [1], "encoder_features_by_width": numbers(1, 4)},
+            "encoder_features_by_width",
+        ),
+        ({"autoencoder": "sae", "features": [1], "bias": numbers(1)}, "bias"),
+        ({"autoencoder": "sae", "features": [1], "jump": numbers(1)}, "jump"),
+    ],
+)
+def test_features_are_named_in_one_way(fields: dict[str, Any], path: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        decode_items([pb.WatchItem(name="f", features=pb.WatchedFeatures(**fields))])
+    assert refused.value.field == f"items[0].features.{path}"

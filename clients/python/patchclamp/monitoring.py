@@ -126,6 +126,15 @@ def watch_features(
     return _item(name, threshold, features=source)
 
 
+def watch_autoencoder(
+    name: str, autoencoder: str, features: int | Iterable[int], *, threshold: Threshold | None = None
+) -> pb.WatchItem:
+    """Watches features of a stored autoencoder (id or tag) by their numbers; the server reads no others."""
+    listed = one_or_several(features, "features", "an int")
+    source = build(pb.WatchedFeatures, autoencoder=autoencoder, features=listed)
+    return _item(name, threshold, features=source)
+
+
 def watch_heads(
     name: str,
     heads: HeadsLike,

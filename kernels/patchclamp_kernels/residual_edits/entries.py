@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from patchclamp_kernels import program_table as table
+from patchclamp_kernels.feature_clamp import activation, change_to_goal
 from patchclamp_kernels.program_table import EntryFlag, EntryKind
 from patchclamp_kernels.residual_edits import reference as definition
 
@@ -23,13 +24,17 @@ HEADS = tl.constexpr(EntryKind.HEADS.value)
 AFFINE = tl.constexpr(EntryKind.AFFINE.value)
 AFFINE_LOW_RANK = tl.constexpr(EntryKind.AFFINE_LOW_RANK.value)
 PATCH = tl.constexpr(EntryKind.PATCH.value)
+FEATURES = tl.constexpr(EntryKind.FEATURES.value)
 CONDITION = tl.constexpr(EntryKind.CONDITION.value)
 PROJECTION = tl.constexpr(EntryKind.PROJECTION.value)
 NEURON_VALUES = tl.constexpr(EntryKind.NEURON_VALUES.value)
+FEATURE_VALUES = tl.constexpr(EntryKind.FEATURE_VALUES.value)
 
 PRESERVE_NORM = tl.constexpr(EntryFlag.PRESERVE_NORM.value)
 LATCHED = tl.constexpr(EntryFlag.LATCHED.value)
 COSINE = tl.constexpr(EntryFlag.COSINE.value)
+FEATURE = tl.constexpr(EntryFlag.FEATURE.value)
+INPUT = tl.constexpr(EntryFlag.INPUT.value)
 
 KIND = tl.constexpr(table.KIND)
 ITEM = tl.constexpr(table.ITEM)
@@ -48,6 +53,9 @@ FACTOR = tl.constexpr(table.FACTOR)
 OFFSET = tl.constexpr(table.OFFSET)
 UNIT_LOW = tl.constexpr(table.UNIT_LOW)
 UNIT_HIGH = tl.constexpr(table.UNIT_HIGH)
+SPARE = tl.constexpr(table.SPARE)
+BIAS = tl.constexpr(table.BIAS)
+JUMP = tl.constexpr(table.JUMP)
 
 TINY = tl.constexpr(definition.TINY)
 PARALLEL = tl.constexpr(definition.PARALLEL)
@@ -101,7 +109,10 @@ def run_entries(h, lane, row, start, end, D: tl.constexpr, HEAD_DIM: tl.constexp
                         h, moved = _neurons(h, lane, row, first, count, strength, D)
                     else:
                         before = h
-                        h = _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D, HEAD_DIM)
+                        column = tl.load(ints + COLUMN)
+                        h = _edited(
+                            h, norm, lane, row, floats, kind, flags, first, count, column, strength, D, HEAD_DIM
+                        )
                         moved = _length(h - before)
                     change = moved / tl.maximum(norm, TINY)
                 if row.counted != 0:
@@ -150,6 +161,8 @@ def _observe(h, lane, row, ints, floats, kind, flags, first, count, in_scope, D:
     elif in_scope:
         if kind == PROJECTION:
             tl.store(row.readings + column, tl.sum(h * _vector(row.bank, first, lane, D), axis=0))
+        elif kind == FEATURE_VALUES:
+            _read_features(h, lane, row, first, count, column, D)
         else:
             _read_neurons(h, lane, row, first, count, column, D)
 
@@ -159,12 +172,17 @@ def _holds(h, lane, row, floats, flags, first, D: tl.constexpr):
     value = tl.sum(h * _vector(row.bank, first, lane, D), axis=0)
     if (flags & COSINE) != 0:
         value = value / _length(h)
+    if (flags & FEATURE) != 0:
+        value += tl.load(floats + HIGH)
+        value = tl.where(value <= tl.load(floats + SPARE), 0.0, value)
     sign = tl.load(floats + STRENGTH)
     return sign * value > sign * tl.load(floats + LOW)
 
 
 @triton.jit
-def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _edited(
+    h, norm, lane, row, floats, kind, flags, first, count, column, strength, D: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     edited = h
     if kind == ADD:
         edited = h + strength * _vector(row.bank, first, lane, D)
@@ -176,8 +194,8 @@ def _edited(h, norm, lane, row, floats, kind, flags, first, count, strength, D: 
             target = _projected(h, _vector(row.bank, first, lane, D), floats)
         elif kind == ROTATE:
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
-        elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE):
-            target = _by_units(h, lane, row, kind, first, count, D)
+        elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE) | (kind == FEATURES):
+            target = _by_units(h, lane, row, floats, kind, flags, first, count, column, D)
         elif kind == PATCH:
             target = _patched(h, lane, row, first, count, D)
         else:
@@ -228,20 +246,32 @@ def _rotated(h, norm, u, radians):
 
 
 @triton.jit
-def _by_units(h, lane, row, kind, first, count, D: tl.constexpr):
-    """Returns targets that are sums over units: ranks R_r with W_r and b_r, or channels r with rows A_r of a matrix.
+def _by_units(h, lane, row, floats, kind, flags, first, count, column, D: tl.constexpr):
+    """Returns targets that are sums over units: ranks R_r with W_r and b_r, channels r with rows A_r of a matrix, or
+    features f_r with rows E_r of the encoder and D_r of the decoder.
 
         low rank          h + Σ_r R_r (W_r·h + b_r - R_r·h)
         affine, low rank      Σ_r R_r (W_r·h + b_r)
         affine                Σ_r e_r (A_r·h + b_r)         the whole matrix is read for every row
+        features          h + Σ_r D_r (g_r - f_r)           all f_r are those of h as it came
 
     One loop serves all of them, because each loop of its own would cost the others registers.
     """
-    target = tl.where(kind == LOW_RANK, h, 0.0)
+    target = tl.where((kind == LOW_RANK) | (kind == FEATURES), h, 0.0)
     unit = first
     while unit < first + count:
         w = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
-        inner = tl.sum(h * w, axis=0) + tl.load(row.unit_numbers + unit * 4 + OFFSET)
+        numbers = row.unit_numbers + unit * 4
+        offset = tl.load(numbers + OFFSET)
+        inner = tl.sum(h * w, axis=0)
+        if kind == FEATURES:
+            f = activation(inner + tl.load(numbers + BIAS), tl.load(numbers + JUMP))
+            if (flags & INPUT) != 0:
+                # Past the caches of this thread: another one may have written it in this launch.
+                f = tl.load(row.readings + column + unit - first, volatile=True)
+            inner = change_to_goal(f, tl.load(numbers + FACTOR), offset, tl.load(floats + LOW), tl.load(floats + HIGH))
+        else:
+            inner += offset
         at = tl.load(row.unit_ints + unit * 2 + UNIT)
         # Row 0 of a bank is there whatever it holds.
         r = _vector(row.bank, tl.where(kind == AFFINE, 0, at), lane, D)
@@ -270,6 +300,24 @@ def _patched(h, lane, row, first, count, D: tl.constexpr):
         source = _vector(row.bank, tl.load(row.unit_ints + own * 2 + OTHER), lane, D)
         target = tl.where(mask != 0.0, source, h)
     return target
+
+
+@triton.jit
+def _feature(h, lane, row, unit, D: tl.constexpr):
+    """Returns the feature of a unit."""
+    e = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
+    numbers = row.unit_numbers + unit * 4
+    return activation(tl.sum(h * e, axis=0) + tl.load(numbers + BIAS), tl.load(numbers + JUMP))
+
+
+@triton.jit
+def _read_features(h, lane, row, first, count, column, D: tl.constexpr):
+    done = 0
+    while done < count:
+        tl.store(row.readings + column + done, _feature(h, lane, row, first + done, D))
+        done += 1
+    # Edits of this row may take them in this launch.
+    tl.debug_barrier()
 
 
 @triton.jit

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from patchclamp_kernels.program_table import (
+    BIAS,
     FACTOR,
+    JUMP,
     NO_GATE,
     OFFSET,
     OTHER,
@@ -164,7 +166,7 @@ class _Row:
     def run(self, h: Tensor, entries: range) -> Tensor:  # h [width]
         for i in entries:
             entry = _Entry(*self.table.ints[i].tolist(), *self.table.floats[i].tolist())
-            if entry.kind in (EntryKind.CONDITION, EntryKind.PROJECTION, EntryKind.NEURON_VALUES):
+            if entry.kind >= EntryKind.CONDITION:
                 self.observe(entry, h)
                 continue
             if self.in_scope(entry) and self.is_open(entry):
@@ -195,6 +197,8 @@ class _Row:
                 self.table.latch[entry.latch].clamp_(max=self.position)
         elif in_scope and entry.kind == EntryKind.PROJECTION:
             readings[entry.column] = h @ self.vector(entry.first)
+        elif in_scope and entry.kind == EntryKind.FEATURE_VALUES:
+            readings[entry.column : entry.column + entry.n_units] = self.features(entry, h)
         elif in_scope:
             neurons = self.units(entry)[0][:, UNIT]
             readings[entry.column : entry.column + entry.n_units] = h[neurons]
@@ -203,6 +207,9 @@ class _Row:
         value = h @ self.vector(entry.first)
         if entry.has(EntryFlag.COSINE):
             value = value / torch.linalg.vector_norm(h)
+        if entry.has(EntryFlag.FEATURE):
+            value = value + entry.high
+            value = torch.where(value <= entry.spare, torch.zeros_like(value), value)
         sign = entry.strength
         return bool(sign * value > sign * entry.low)
 
@@ -245,6 +252,13 @@ class _Row:
                 ints, _ = self.units(entry)
                 own = ints[1:][ints[1:, UNIT] == self.position, OTHER]
                 return torch.where(self.vector(ints[0, OTHER]) != 0, self.vector(own[0]), h) if len(own) else h
+            case EntryKind.FEATURES:
+                ints, numbers = self.units(entry)
+                f = self.features(entry, h)
+                if entry.has(EntryFlag.INPUT):
+                    f = self.rows.readings[self.t, entry.column : entry.column + entry.n_units].to(h.dtype)
+                goal = (numbers[:, FACTOR] * f + numbers[:, OFFSET]).clamp(entry.low, entry.high)
+                return h + (goal - f) @ self.vector(ints[:, UNIT])
             case EntryKind.NEURONS:
                 ints, numbers = self.units(entry)
                 target, neurons = h.clone(), ints[:, UNIT]
@@ -273,6 +287,12 @@ class _Row:
         angle = torch.atan2(sine, cosine).clamp(max=entry.low)
         turned: Tensor = norm * (torch.cos(angle) * direction + torch.sin(angle) / sine * across)
         return turned
+
+    def features(self, entry: _Entry, h: Tensor) -> Tensor:
+        """Returns p where p > jump, else 0, with p = E h + bias."""
+        ints, numbers = self.units(entry)
+        p = self.vector(ints[:, OTHER]) @ h + numbers[:, BIAS]
+        return torch.where(p <= numbers[:, JUMP], torch.zeros_like(p), p)
 
     def vector(self, row: int | Tensor) -> Tensor:
         vector: Tensor = self.step.bank[row]

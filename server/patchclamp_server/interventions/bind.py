@@ -7,7 +7,6 @@ import hashlib
 
 from torch import Tensor
 
-from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bound import (
     BoundAbort,
@@ -16,11 +15,22 @@ from patchclamp_server.interventions.bound import (
     BoundProgram,
     BoundReadout,
 )
+from patchclamp_server.interventions.features import check_place, chosen_rows
 from patchclamp_server.interventions.kinds import EDIT_OF, READOUT_OF
 from patchclamp_server.interventions.kinds.activations import check_numbers
+from patchclamp_server.interventions.kinds.features import FeatureReadout
 from patchclamp_server.interventions.kinds.probes import probe_condition
-from patchclamp_server.interventions.kinds.spec import Where
-from patchclamp_server.interventions.program import Comparison, Condition, Edit, Program, Readout, Scope
+from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, Where
+from patchclamp_server.interventions.program import (
+    Comparison,
+    Condition,
+    Edit,
+    FeatureReference,
+    Program,
+    Readout,
+    Scope,
+)
+from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.resolver import ArtifactLookup, Resolver, check_finite
 from patchclamp_server.interventions.scopes import check_scope
 from patchclamp_server.model.info import ModelInfo
@@ -63,13 +73,17 @@ def bind(
     for readout in readouts:
         digest.update(repr((readout.name, readout.kind.__name__, readout.site, readout.layers, readout.scope)).encode())
         digest.update(repr((readout.ids, readout.k, readout.heads)).encode())
+        if readout.encoder is not None:
+            digest.update(readout.encoder.id.encode())
+        if readout.latents is not None:
+            digest.update(_bytes(readout.latents))
         for vectors in readout.vectors.values():
             digest.update(_bytes(vectors))
         if readout.joint is not None:
             digest.update(readout.joint.fingerprint)
     for abort in aborts:
         digest.update(abort.name.encode() + _condition_bytes(abort.condition))
-    return BoundProgram(program, "sha256:" + digest.hexdigest(), edits, readouts, aborts)
+    return BoundProgram(program, "sha256:" + digest.hexdigest(), edits, readouts, aborts, tuple(binder.warnings))
 
 
 def _check_names(names: list[str], path: str) -> None:
@@ -86,7 +100,15 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _condition_bytes(condition: BoundCondition) -> bytes:
     head = (condition.site, condition.layer, condition.sign, condition.threshold, condition.cosine, condition.scope)
-    return repr(head).encode() + _bytes(condition.unit)
+    feature = b"" if condition.jump is None else repr((condition.bias, condition.jump)).encode()
+    return repr(head).encode() + feature + _bytes(condition.unit)
+
+
+def _input(numbers: ReadoutNumbers, place: tuple[Site, int], scope: Scope) -> BoundReadout:
+    site, layer = place
+    return BoundReadout(
+        "", FeatureReadout, site, (layer,), scope, numbers.vectors, numbers.ids, 0, latents=numbers.latents
+    )
 
 
 class _Binder:
@@ -95,6 +117,7 @@ class _Binder:
         self.info = resolver.info
         self.has_roles = has_roles
         self.prompt_length = prompt_length
+        self.warnings: list[RequestWarning] = []
 
     def edit(self, edit: Edit, path: str, index: int) -> BoundEdit:
         width = self.resolver.width(edit.site, path)
@@ -105,9 +128,13 @@ class _Binder:
         where = Where(self.resolver, edit.site, layers, width, path, f"{path}.{spec.name}", self.prompt_length)
         numbers = spec.bind(edit.kind, where)
         kind, payload, bounds = numbers.table.entry, numbers.payload, numbers.bounds
+        self.warnings += numbers.warnings
         site = edit.site if numbers.site is None else numbers.site
         if edit.preserve_norm and not numbers.table.whole_rows:
             raise InvalidArgument(f"{path}.preserve_norm", f"is for vector edits, not {spec.name}")
+        given = None
+        if numbers.input is not None and numbers.input_place is not None:
+            given = _input(numbers.input, numbers.input_place, edit.scope)
         gate, latched = None, False
         if edit.gate is not None:
             gate, latched = self.condition(edit.gate.condition, f"{path}.gate.condition"), edit.gate.latched
@@ -121,6 +148,11 @@ class _Binder:
         digest = hashlib.sha256(repr((kind.name, site, layers, edit.preserve_norm, bounds, latched)).encode())
         for layer in layers:
             for tensor in payload[layer]:
+                digest.update(_bytes(tensor))
+        if given is not None:
+            digest.update(repr((given.site, given.layers)).encode())
+            for tensor in (*given.vectors.values(), given.latents):
+                assert tensor is not None
                 digest.update(_bytes(tensor))
         if gate is not None:
             digest.update(_condition_bytes(gate))
@@ -137,7 +169,8 @@ class _Binder:
             edit.preserve_norm,
             bounds,
             digest.digest(),
-            numbers.safe,
+            safe=numbers.safe,
+            input=given,
         )
 
     def readout(self, readout: Readout, path: str, index: int) -> BoundReadout:
@@ -157,6 +190,8 @@ class _Binder:
             own.ids,
             own.k,
             own.heads,
+            latents=own.latents,
+            encoder=own.encoder,
             joint=own.joint,
         )
 
@@ -187,8 +222,10 @@ class _Binder:
         self.scope(condition.scope, f"{path}.scope")
         layers = self.resolver.layers((condition.layer,), False, path, field="layer")
         threshold = self.threshold(condition, path)
-        unit = self.resolver.vectors(condition.vector, condition.site, layers, width, f"{path}.vector", unit=True)
         sign = 1.0 if condition.comparison is Comparison.ABOVE else -1.0
+        if condition.feature is not None:
+            return self.feature(condition, condition.feature, layers, sign, path)
+        unit = self.resolver.vectors(condition.vector, condition.site, layers, width, f"{path}.vector", unit=True)
         return BoundCondition(
             condition.site,
             condition.layer,
@@ -197,6 +234,31 @@ class _Binder:
             threshold,
             condition.cosine,
             condition.scope,
+        )
+
+    def feature(
+        self, condition: Condition, named: FeatureReference, layers: tuple[int, ...], sign: float, path: str
+    ) -> BoundCondition:
+        ref, own = named.autoencoder, f"{path}.feature"
+        if condition.cosine:
+            raise InvalidArgument(f"{path}.cosine", "a feature has no cosine; expected false")
+        autoencoder = self.resolver.autoencoder(ref, f"{own}.autoencoder")
+        spec = autoencoder.spec
+        check_place(ref, "reads", (spec.site, spec.layer), (condition.site, layers), path, field="layer")
+        if not 0 <= named.feature < autoencoder.n_features:
+            message = f"unknown feature {named.feature}: there are {autoencoder.n_features}"
+            raise InvalidArgument(f"{own}.feature", message)
+        rows = chosen_rows(autoencoder, ref, (named.feature,), own)
+        return BoundCondition(
+            condition.site,
+            condition.layer,
+            rows.encoder[0],
+            sign,
+            condition.threshold,
+            False,
+            condition.scope,
+            bias=float(rows.folded_bias[0]),
+            jump=float(rows.threshold[0]),
         )
 
     def threshold(self, condition: Condition, path: str) -> float:
@@ -214,10 +276,9 @@ class _Binder:
         check_scope(scope, path, vocab_size=self.info.vocab_size, has_roles=self.has_roles)
 
     def edit_layers(self, edit: Edit, path: str) -> tuple[int, ...]:
-        """Returns the layers that the edit names, or those of its neuron set where it names none."""
+        """Returns the layers that the edit names, or those of its artifact where it names none."""
         spec = EDIT_OF[type(edit.kind)]
         ref = spec.layers_from(edit.kind)
         if ref is not None and not edit.layers and not edit.all_layers:
-            artifact = self.resolver.artifact(ref, ArtifactKind.NEURON_SET, f"{path}.{spec.name}.neuron_set")
-            return self.resolver.layers(artifact.info.layers, False, path)
+            return self.resolver.layers(spec.layers_of(ref, self.resolver, f"{path}.{spec.name}"), False, path)
         return self.resolver.layers(edit.layers, edit.all_layers, path)

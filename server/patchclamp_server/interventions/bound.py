@@ -8,7 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from patchclamp_server.interventions.columns import EntryKind
+from patchclamp_server.interventions.encoders import WholeEncoder
 from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope
+from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.safe_strengths import SafeRange
 from patchclamp_server.model.sites import Site
 
@@ -17,7 +19,8 @@ from patchclamp_server.model.sites import Site
 class BoundCondition:
     site: Site
     layer: int
-    unit: Tensor  # [width]
+    # [width]: of length 1, or the encoder's row of a feature.
+    unit: Tensor
     # The condition holds when sign * value > sign * threshold.
     sign: float
     threshold: float
@@ -25,6 +28,10 @@ class BoundCondition:
     scope: Scope
     # The threshold as the request gave it, where that is on another scale: a probability.
     given: float | None = None
+
+    # Of a feature, whose value is p = h · unit + bias where that is above its jump, else 0; `jump` is None without one.
+    bias: float = 0.0
+    jump: float | None = None
 
     @property
     def shown_threshold(self) -> float:
@@ -51,6 +58,8 @@ class BoundEdit:
     fingerprint: bytes
     # By layer, for a vector that carries them. They change nothing of what is done.
     safe: Mapping[int, SafeRange] = field(default_factory=dict)
+    # What the edit needs of an earlier site: the features of a transcoder, at the tokens in its own scope.
+    input: "BoundReadout | None" = None
 
 
 class Joint(Protocol):
@@ -66,7 +75,9 @@ class Joint(Protocol):
 @dataclass(frozen=True, eq=False)
 class BoundReadout:
     """A readout with its numbers. A projection has `vectors[layer]` [n, width], each of length 1; neurons have `ids`,
-    heads have `heads[layer]`, and the top k kinds have `k`. A probe has vectors, and what it makes of them: `joint`."""
+    heads have `heads[layer]`, and the top k kinds have `k`. A probe has vectors, and what it makes of them: `joint`.
+    Chosen features have `vectors`, the encoder's rows, `ids` and `latents` [n, 2], bias and jump; the k largest
+    features have `encoder`."""
 
     name: str
     kind: type[ReadoutKind]
@@ -78,6 +89,8 @@ class BoundReadout:
     k: int
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
     joint: Joint | None = None
+    latents: Tensor | None = None
+    encoder: WholeEncoder | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +106,8 @@ class BoundProgram:
     edits: tuple[BoundEdit, ...]
     readouts: tuple[BoundReadout, ...]
     aborts: tuple[BoundAbort, ...]
+    # What its receipt says beside what was counted.
+    warnings: tuple[RequestWarning, ...] = ()
 
     @cached_property
     def head_readouts(self) -> tuple[BoundReadout, ...]:

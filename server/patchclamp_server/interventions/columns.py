@@ -19,14 +19,17 @@ class EntryKind(IntEnum):
     AFFINE = 7
     AFFINE_LOW_RANK = 8
     PATCH = 9
-    CONDITION = 10
-    PROJECTION = 11
-    NEURON_VALUES = 12
+    FEATURES = 10
+    CONDITION = 11
+    PROJECTION = 12
+    NEURON_VALUES = 13
+    FEATURE_VALUES = 14
     # No kernel knows these kinds: they need whole rows, and torch's rules read them on every device. Their entries
     # stand behind the range of a slot that kernels run.
     TOP_NEURONS = 32
     LOGIT_LENS = 33
     ACTIVATIONS = 34
+    TOP_FEATURES = 35
 
     @property
     def edits(self) -> bool:
@@ -41,6 +44,8 @@ class EntryFlag(IntFlag):
     PRESERVE_NORM = 1
     LATCHED = 2
     COSINE = 4
+    FEATURE = 8
+    INPUT = 16
 
 
 # Kernels read the first eight columns of whole numbers. Only the host reads the other two: the place, and what orders
@@ -49,10 +54,13 @@ KIND, ITEM, FLAGS, FIRST, COUNT, GATE, LATCH, COLUMN = range(8)
 KERNEL_COLUMNS = 8
 PLACE, GROUP = 8, 9
 INT_COLUMNS = 10
-# These are the columns of floats. A condition has its sign in STRENGTH and its threshold in LOW.
+# These are the columns of floats. A condition has its sign in STRENGTH and its threshold in LOW; one of a feature has
+# the bias of the feature in HIGH and its jump in SPARE.
 STRENGTH, LOW, HIGH, SPARE = range(4)
 FLOAT_COLUMNS = 4
-# These are the columns of units: the neurons, heads, ranks or positions of an entry.
+# These are the columns of units: the neurons, heads, ranks, positions or features of an entry. Features have bias and
+# jump in the last two.
 FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
+BIAS, JUMP = UNIT_LOW, UNIT_HIGH
 UNIT, OTHER = range(2)
 NO_GATE = -1

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.captures import CaptureRule
-from patchclamp_server.interventions.columns import COLUMN, GATE, GROUP, ITEM, KIND, LATCH, STRENGTH, EntryKind
+from patchclamp_server.interventions.columns import (
+    COLUMN,
+    FLAGS,
+    GATE,
+    GROUP,
+    ITEM,
+    KIND,
+    LATCH,
+    STRENGTH,
+    EntryFlag,
+    EntryKind,
+)
 from patchclamp_server.interventions.entries import place_of_group
 from patchclamp_server.interventions.kinds import RULES
 from patchclamp_server.interventions.kinds.rankings import RowsRead
@@ -52,6 +63,7 @@ def _add_rules(part: Part, setting: Setting, local: IntArray, entry: IntArray, i
         part.counter = _tensor(setting, ints[edits, LATCH].astype(np.int64))
         part.counted = _tensor(setting, rows.counted[local[edits]].astype(np.float64))
     row = rows.row[local]
+    taking = ints[:, FLAGS] & EntryFlag.INPUT != 0
     pairs = Pairs(
         entry,
         row,
@@ -60,6 +72,8 @@ def _add_rules(part: Part, setting: Setting, local: IntArray, entry: IntArray, i
         _tensor(setting, _targets(part.report, local, ints)),
         ints[:, GATE] >= 0,
         _tensor(setting, inside),
+        _tensor(setting, _readings(part.report, local, ints)) if taking.any() else None,
+        taking,
     )
     group = ints[:, GROUP]
     starts = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1]))).tolist()
@@ -82,8 +96,13 @@ def _targets(report: Report, local: IntArray, ints: Int32Array) -> IntArray:
     condition = np.searchsorted(report.condition_rows, local) * report.n_columns
     targets = np.where(gate >= 0, condition + gate, targets)
     targets = np.where(kind == EntryKind.CONDITION, condition + column, targets)
-    reading = np.searchsorted(report.reading_rows, local) * report.n_readings + column
-    return np.where(kind > EntryKind.CONDITION, reading, targets)
+    return np.where(kind > EntryKind.CONDITION, _readings(report, local, ints), targets)
+
+
+def _readings(report: Report, local: IntArray, ints: Int32Array) -> IntArray:
+    """Where the first number of each pair stands among the readings."""
+    readings: IntArray = np.searchsorted(report.reading_rows, local) * report.n_readings + ints[:, COLUMN]
+    return readings
 
 
 def _asked(rows: SpanRows, local: IntArray, item: Int32Array) -> list[tuple[int, int, str]]:

@@ -2,7 +2,7 @@
 once, when its request is admitted."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,12 +101,13 @@ class _Numbers:
     n: int = 0
     first_unit: int = 0
     units: UnitColumns | None = None
+    held: int = 0
 
     def spots(self, rows: IntArray, first_unit: int) -> list[tuple[int, int]]:
         """Returns FIRST and COUNT of its entries: one for all units, one for each vector, or one without either."""
         if self.units is not None:
             return [(first_unit + self.first_unit, len(self.units))]
-        return [(row, 0) for row in rows.tolist()] or [(0, self.written.count)]
+        return [(row, 0) for row in rows.tolist()] or [(self.held, self.written.count)]
 
 
 class ProgramWriter:
@@ -122,6 +123,11 @@ class ProgramWriter:
         self._edits = [
             [self._add(EDIT_TABLES[edit.kind].write(edit.payload[layer])) for layer in edit.layers]
             for edit in bound.edits
+        ]
+        self._inputs = [
+            [self._add(READOUT_TABLES[edit.input.kind].write(edit.input, edit.input.layers[0]))]
+            for edit in bound.edits
+            if edit.input is not None
         ]
         gates = [gate for edit in bound.edits if (gate := edit.gate) is not None]
         self._gates = [self._add(Written(gate.unit[None])) for gate in gates]
@@ -140,6 +146,13 @@ class ProgramWriter:
         self._n_vectors[width] += n
         return _Numbers(written, width, start, n)
 
+    def hold(self, numbered: Callable[[object], int]) -> None:
+        """Sets the number by which the rule of each object finds it."""
+        for own in (*self._edits, *self._readouts):
+            for numbers in own:
+                if numbers.written.held is not None:
+                    numbers.held = numbered(numbers.written.held)
+
     def place(self, held: dict[int, list[int]]) -> None:
         """Sets the rows `held` of its vectors in the bank of each width, and makes the units, which name those rows."""
         self._rows = {width: np.array(rows, dtype=np.int64) for width, rows in held.items()}
@@ -150,7 +163,8 @@ class ProgramWriter:
             self.n_units += len(numbers.units)
 
     def _with_units(self) -> Iterator[_Numbers]:
-        return (numbers for own in (*self._edits, *self._readouts) for numbers in own if numbers.written.units)
+        every = (*self._edits, *self._inputs, *self._readouts)
+        return (numbers for own in every for numbers in own if numbers.written.units)
 
     def _rows_of(self, numbers: _Numbers) -> IntArray:
         if not numbers.n:
@@ -174,6 +188,7 @@ class ProgramWriter:
         latch."""
         rows = [
             *self._edit_rows(first_unit, counters),
+            *self._input_rows(first_unit),
             *self._condition_rows(counters),
             *self._readout_rows(first_unit),
         ]
@@ -192,13 +207,28 @@ class ProgramWriter:
             flags = EntryFlag.PRESERVE_NORM if edit.preserve_norm else NO_FLAGS
             if edit.latched:
                 flags |= EntryFlag.LATCHED
+            if edit.input is not None:
+                flags |= EntryFlag.INPUT
             gate = NO_GATE if edit.gate is None else layout.gated.index(i)
             for layer, numbers in zip(edit.layers, self._edits[i], strict=True):
                 [(first, count)] = numbers.spots(self._rows_of(numbers), first_unit)
                 place = place_number(edit.site, layer)
                 group = group_number(place, stage[i][layer], edit.kind, preserve_norm=edit.preserve_norm)
-                whole = (edit.kind, i, flags, first, count, gate, counters[i], 0, place, group)
+                column, _ = layout.input_columns.get(i, (0, 0))
+                whole = (edit.kind, i, flags, first, count, gate, counters[i], column, place, group)
                 yield whole, (0.0, *edit.bounds, 0.0)
+
+    def _input_rows(self, first_unit: int) -> Iterator[_Row]:
+        """Yields what edits take from earlier sites: their items are the edits, whose scopes they have."""
+        layout, inputs = self.layout, iter(self._inputs)
+        for i, (column, _) in layout.input_columns.items():
+            given = layout.bound.edits[i].input
+            assert given is not None
+            [numbers] = next(inputs)
+            kind, place = READOUT_TABLES[given.kind].entry, place_number(given.site, given.layers[0])
+            [(first, count)] = numbers.spots(self._rows_of(numbers), first_unit)
+            group = group_number(place, _AFTER_EDITS, kind)
+            yield (kind, i, EntryFlag.INPUT, first, count, NO_GATE, 0, column, place, group), (0.0,) * FLOAT_COLUMNS
 
     def _condition_rows(self, counters: list[int]) -> Iterator[_Row]:
         layout = self.layout
@@ -216,11 +246,13 @@ class ProgramWriter:
         flags = EntryFlag.COSINE if condition.cosine else NO_FLAGS
         if latched:
             flags |= EntryFlag.LATCHED
+        if condition.jump is not None:
+            flags |= EntryFlag.FEATURE
         place = place_number(condition.site, condition.layer)
         group = group_number(place, _AFTER_EDITS, EntryKind.CONDITION)
         [vector] = self._rows_of(numbers).tolist()
         whole = (EntryKind.CONDITION, item, flags, vector, 0, NO_GATE, latch, column, place, group)
-        return whole, (condition.sign, condition.threshold, 0.0, 0.0)
+        return whole, (condition.sign, condition.threshold, condition.bias, condition.jump or 0.0)
 
     def _readout_rows(self, first_unit: int) -> Iterator[_Row]:
         layout = self.layout

@@ -77,8 +77,21 @@ class ProgramLayout:
         return columns
 
     @cached_property
+    def input_columns(self) -> dict[int, tuple[int, int]]:
+        """Returns the first column and the number of columns of what an edit takes from an earlier site, by edit. They
+        stand behind those of readouts, and nobody is told of them."""
+        columns: dict[int, tuple[int, int]] = {}
+        first = sum(n for _, n in self.reading_columns.values())
+        for i, edit in enumerate(self.bound.edits):
+            if edit.input is not None:
+                columns[i] = (first, len(edit.input.ids))
+                first += len(edit.input.ids)
+        return columns
+
+    @cached_property
     def n_readings(self) -> int:
-        return sum(n for _, n in self.reading_columns.values())
+        columns = (*self.reading_columns.values(), *self.input_columns.values())
+        return sum(n for _, n in columns)
 
     @cached_property
     def words(self) -> int:

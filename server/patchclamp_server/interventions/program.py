@@ -156,10 +156,17 @@ class HeadEdit(EditKind):
 
 
 @dataclass(frozen=True, eq=False)
+class FeatureReference:
+    autoencoder: str
+    feature: int
+
+
+@dataclass(frozen=True, eq=False)
 class Condition:
     """Compares the projection h·v/|v| (or cosine) of an activation with `threshold`, or with one that the artifact of
     the vector carries. With `probe`, the probability of that probe is compared, `vector` has nothing, and a `site` of
-    None means those of the probe."""
+    None means those of the probe. With `feature`, the activation of that feature is compared, and `vector` has
+    nothing."""
 
     site: Site | None
     layer: int
@@ -170,6 +177,7 @@ class Condition:
     scope: Scope = field(default_factory=Scope)
     stored_threshold: StoredThreshold | None = None
     probe: str = ""
+    feature: FeatureReference | None = None
 
 
 @dataclass(frozen=True, eq=False)

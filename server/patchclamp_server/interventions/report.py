@@ -52,7 +52,10 @@ class Report:
         read = [self._read(rows, i) for i, layout in enumerate(layouts) if layout.readouts]
         self._rows = np.concatenate([r for r, _ in read]) if read else _NONE
         self._columns = np.concatenate([c for _, c in read]) if read else _NONE
-        self.reading_rows = np.unique(self._rows)
+        # Edits that take numbers from an earlier site have them at any of their rows.
+        with_inputs = np.array([bool(layout.input_columns) for layout in layouts], dtype=np.bool_)
+        taking = np.flatnonzero(with_inputs[rows.owner]) if with_inputs.any() else _NONE
+        self.reading_rows = np.unique(np.concatenate((self._rows, taking)))
         self._owner, self._offset, self._batch_row = rows.owner, rows.offset, rows.row
 
     def _read(self, rows: SpanRows, span: int) -> tuple[IntArray, IntArray]:

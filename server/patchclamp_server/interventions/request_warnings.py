@@ -10,6 +10,7 @@ class WarningCode(Enum):
     STRONG_EDIT = "strong_edit"
     BEYOND_CONTEXT = "beyond_context"
     BEYOND_SAFE_RANGE = "beyond_safe_range"
+    BELOW_JUMP = "below_jump"
 
 
 @dataclass(frozen=True)

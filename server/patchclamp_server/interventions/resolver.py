@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.activation_rows import StoredActivations
+from patchclamp_server.artifacts.autoencoders import Autoencoder, open_autoencoder
 from patchclamp_server.artifacts.probes import Probe, stored_probe
 from patchclamp_server.artifacts.tensor_file import TensorFile
 from patchclamp_server.artifacts.types import Artifact, ArtifactInfo, ArtifactKind
@@ -23,7 +24,9 @@ class ArtifactLookup(Protocol):
 
     def get(self, ref: str) -> Artifact: ...
 
-    def open(self, ref: str) -> tuple[ArtifactInfo, TensorFile]: ...
+    def open(self, ref: str) -> tuple[ArtifactInfo, TensorFile]:
+        """As `get`, with the tensors still in the store, to be read by rows."""
+        ...
 
 
 class Resolver:
@@ -38,6 +41,7 @@ class Resolver:
         self.artifacts = artifacts
         self._found: dict[str, Artifact] = {}
         self._activations: dict[str, StoredActivations] = {}
+        self._opened: dict[str, tuple[str, Autoencoder]] = {}
 
     def width(self, site: Site, path: str) -> int:
         width = self.info.sites.get(site)
@@ -98,6 +102,31 @@ class Resolver:
         if artifact.info.width != width:
             raise InvalidArgument(path, f"{ref} has width {artifact.info.width}, the edited site has {width}")
         return artifact
+
+    def autoencoder(self, ref: str, path: str) -> Autoencoder:
+        """Returns an autoencoder of the served model, whose rows are read when they are asked for."""
+        return self._open_autoencoder(ref, path)[1]
+
+    def autoencoder_id(self, ref: str, path: str) -> str:
+        return self._open_autoencoder(ref, path)[0]
+
+    def _open_autoencoder(self, ref: str, path: str) -> tuple[str, Autoencoder]:
+        if self.artifacts is None:
+            raise FailedPrecondition(path, "this server keeps no artifacts")
+        if ref not in self._opened:
+            info, autoencoder = open_autoencoder(ref, self.artifacts, self.info, path)
+            spec = autoencoder.spec
+            self._check_place(ref, spec.site, spec.layer, autoencoder.width, path)
+            self._check_place(ref, spec.output_site, spec.output_layer, autoencoder.output_width, path)
+            self._opened[ref] = (info.id, autoencoder)
+        return self._opened[ref]
+
+    def _check_place(self, ref: str, site: Site, layer: int, width: int, path: str) -> None:
+        if self.info.sites.get(site) != width or layer >= self.info.n_layers:
+            has = ", ".join(f"{each.value} {size}" for each, size in self.info.sites.items())
+            own = f"{site.value} {width} of layer {layer}"
+            message = f"{ref} is of {own}; the model has {self.info.n_layers} layers and {has}"
+            raise FailedPrecondition(path, message)
 
     def vectors(
         self, vector: Vector, site: Site, layers: tuple[int, ...], width: int, path: str, *, unit: bool

@@ -94,8 +94,8 @@ def chosen(host: HostTables, rows: SpanRows, *, behind: bool) -> tuple[IntArray,
     ints = host.ints[entry]
     kind = ints[:, KIND]
     inside = rows.inside(local, ints[:, ITEM])
-    # Rows computed again after a preemption are edited again, but not read again.
-    inside &= (kind <= EntryKind.CONDITION) | rows.counted[local]
+    # Rows computed again after a preemption are edited again, with what edits take from them, but not read again.
+    inside &= (kind <= EntryKind.CONDITION) | (ints[:, FLAGS] & EntryFlag.INPUT != 0) | rows.counted[local]
     latched = (kind == EntryKind.CONDITION) & (ints[:, FLAGS] & EntryFlag.LATCHED != 0)
     kept = inside | latched
     return local[kept], entry[kept], inside[kept]

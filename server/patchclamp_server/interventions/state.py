@@ -158,7 +158,7 @@ class ProgramState:
             if change > MOST_CHANGE:
                 warnings.append(_strong_edit(i, edit.name, change))
             warnings += beyond_safe_range(i, edit.name, edit.safe, (strength for _, strength in self.strengths[i]))
-        return Receipt(self.bound.fingerprint, tuple(edits), tuple(warnings))
+        return Receipt(self.bound.fingerprint, tuple(edits), (*self.bound.warnings, *warnings))
 
 
 def _strong_edit(index: int, name: str, change: float) -> RequestWarning:

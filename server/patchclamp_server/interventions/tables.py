@@ -8,6 +8,7 @@ them; slots.py keeps a copy where kernels read them.
 """
 
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class LoadedProgram:
     held: dict[int, list[int]] = field(default_factory=dict)
     first_unit: int = 0
     n_units: int = 0
+    # These are the numbers of its objects.
+    objects: list[int] = field(default_factory=list)
     entries: ProgramEntries | None = None
     # `slots` has each slot by the position from which it applies; `runs` has the rows of entries of all slots.
     slots: dict[int, int] = field(default_factory=dict)
@@ -84,6 +87,9 @@ class Tables:
         # This is the position at which the latch of the edit first fired.
         self.latch = torch.full((capacity,), NEVER, dtype=torch.int64, device=device)
         self._free = list(range(capacity - 1, -1, -1))
+        # What the rules of torch take whole, by the number in FIRST of its entry.
+        self.objects: dict[int, object] = {}
+        self._object_numbers = count(1)
 
     def bank(self, width: int) -> VectorBank:
         if width not in self.banks:
@@ -109,6 +115,7 @@ class Tables:
         for width, vectors in writer.vectors.items():
             loaded.held[width] = self.bank(width).store(torch.cat(vectors))
         writer.place(loaded.held)
+        writer.hold(lambda held: self._hold(loaded, held))
         host, n = self.host, writer.n_units
         first = self._units.acquire(n)
         loaded.first_unit, loaded.n_units = first, n
@@ -118,6 +125,12 @@ class Tables:
             writer.write_units(host.unit_ints[first : first + n], host.unit_numbers[first : first + n])
             self._units_written(slice(first, first + n))
         loaded.entries = writer.entries(first, loaded.counters)
+
+    def _hold(self, loaded: LoadedProgram, held: object) -> int:
+        number = next(self._object_numbers)
+        self.objects[number] = held
+        loaded.objects.append(number)
+        return number
 
     def slot(self, loaded: LoadedProgram, start: int, strengths: FloatArray) -> int:
         """Returns the slot of a program from position `start` on, where its edits have the `strengths` [n_edits]."""
@@ -162,6 +175,8 @@ class Tables:
         for first, n in loaded.runs:
             self._entries.release(first, n)
         self._units.release(loaded.first_unit, loaded.n_units)
+        for number in loaded.objects:
+            del self.objects[number]
 
     def read(self, loaded: LoadedProgram) -> np.ndarray:
         """Returns the counts [n_edits, 2] of a program."""

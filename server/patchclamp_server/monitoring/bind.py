@@ -15,12 +15,14 @@ from patchclamp_server.artifacts.head_sets import select
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from patchclamp_server.interventions.features import chosen_rows
 from patchclamp_server.interventions.kinds.probes import DEFAULT_THRESHOLD, single_score
 from patchclamp_server.interventions.resolver import Resolver, check_finite, check_indices
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import NEURON_SITES, Site
 from patchclamp_server.monitoring.items import (
     Encoder,
+    FeaturesOfAutoencoder,
     WatchedDirection,
     WatchedFeatures,
     WatchedHeads,
@@ -122,6 +124,8 @@ class _Binder:
                 return self.direction(item.source, f"{path}.direction")
             case WatchedFeatures():
                 return self.features(item.source, f"{path}.features")
+            case FeaturesOfAutoencoder():
+                return self.numbered_features(item.source, f"{path}.features")
             case WatchedHeads():
                 return self.heads(item.source, f"{path}.heads")
             case WatchedProbe():
@@ -193,6 +197,22 @@ class _Binder:
         kind = ItemKind.NUMBER if score.is_number else ItemKind.PROBABILITY
         vector = torch.from_numpy(score.directions[layer].astype(np.float32))
         return [_Found(f"L{layer}", kind, layer, site=probe.site, vector=vector, bias=score.bias)]
+
+    def numbered_features(self, source: FeaturesOfAutoencoder, path: str) -> list[_Found]:
+        """Reads the rows of these features, and no others: the watch has a copy of them."""
+        ref = source.autoencoder
+        autoencoder = self.resolver.autoencoder(ref, f"{path}.autoencoder")
+        site, layer = autoencoder.spec.site, autoencoder.spec.layer
+        if site not in VECTOR_SITES:
+            expected = ", ".join(s.value for s in VECTOR_SITES)
+            message = f"{ref} reads {site.value}; features are watched at sites of the residual width: {expected}"
+            raise InvalidArgument(f"{path}.autoencoder", message)
+        rows = chosen_rows(autoencoder, ref, source.features, path)
+        bias, jump = rows.folded_bias.tolist(), rows.threshold.tolist()
+        return [
+            _Found(f"L{layer}F{feature}", ItemKind.FEATURE, layer, 0, site, rows.encoder[i], bias[i], jump[i])
+            for i, feature in enumerate(source.features)
+        ]
 
     def encoder(self, given: Encoder, path: str) -> Tensor:
         """Returns the encoder as [k, d_model]."""

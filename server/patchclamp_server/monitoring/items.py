@@ -53,6 +53,14 @@ class WatchedFeatures:
 
 
 @dataclass(frozen=True)
+class FeaturesOfAutoencoder:
+    """Names features of an autoencoder that is an artifact, which says the site and the layer."""
+
+    autoencoder: str
+    features: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class WatchedHeads:
     """With `include_sink` keys at position 0 count too."""
 
@@ -73,6 +81,6 @@ class WatchItem:
     features, above 0.5 for probabilities, and above the 0.99 quantile otherwise."""
 
     name: str
-    source: WatchedNeurons | WatchedDirection | WatchedFeatures | WatchedHeads | WatchedProbe
+    source: WatchedNeurons | WatchedDirection | WatchedFeatures | FeaturesOfAutoencoder | WatchedHeads | WatchedProbe
     threshold: float | None = None
     quantile: float | None = None

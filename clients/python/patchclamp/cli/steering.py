@@ -5,6 +5,8 @@
                                                              L12N345=3.0   L12N3,7=..0   L12N345@mlp_gate=0
 --clamp NEURON_SET[@SITE][=VALUE|MIN..MAX][,generated|prompt]
                                                              dog   dog=..0,generated
+--features AUTOENCODER#FEATURES[@SITE]=VALUE|MIN..MAX[,generated|prompt]
+                                                             sae#345=8.0   sae#3,7@mlp_out=..0
 --program FILE                                               protobuf JSON of the message Program
 """
 
@@ -14,15 +16,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from patchclamp.cli.files import parsed_file
-from patchclamp.names import SiteName
+from patchclamp.names import SITES, SiteName, value_of
 from patchclamp.programs import (
     Program,
     Scope,
     add,
+    clamp_features,
     clamp_neurons,
     everything,
     generated,
     prompt,
+    set_features,
     set_neurons,
     vector,
 )
@@ -38,6 +42,9 @@ _CLAMP = re.compile(NEURONS + r"=(?P<value>[^,]+)(?P<options>(,[a-z]+)*)")
 _CLAMP_SET = re.compile(
     r"(?P<set>(?!L?\d+N\d*([,@=]|$))[A-Za-z0-9][\w.:-]*)(@(?P<site>\w+))?(=(?P<value>[^,]+))?(?P<options>(,[a-z]+)*)"
 )
+# Features of an autoencoder, by its id or tag, at a site other than resid_post where one is named.
+AUTOENCODER = r"(?P<ref>[A-Za-z0-9][\w.:-]*)#(?P<features>\d+(,\d+)*)"
+_FEATURES = re.compile(AUTOENCODER + r"(@(?P<site>\w+))?=(?P<value>[^,]+)(?P<options>(,[a-z]+)*)")
 
 
 def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +67,21 @@ def add_steering_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold a neuron at a value or within bounds, as in L12N345=3.0 or L12N345=..0; with @mlp_gate or @mlp_up "
         "behind it what it is made of; or NEURON_SET: each neuron of a stored set at the value that it has there",
     )
+    group.add_argument(
+        "--features",
+        type=features,
+        action="append",
+        default=[],
+        metavar="AUTOENCODER#FEATURES[@SITE]=VALUE|MIN..MAX",
+        help="hold features of a stored autoencoder at a value or within bounds, as in sae#345=8.0 or sae#3,7=..0; its "
+        "site, if it is not resid_post, comes behind @",
+    )
 
 
 def program_of(args: argparse.Namespace) -> Program:
-    """Returns the file's program, then --steer, then --clamp; edits of the same name are numbered."""
+    """Returns the file's program, then --steer, --clamp and --features; edits of the same name are numbered."""
     base: Program = args.program or Program()
-    edits = [*base.edits, *args.steer, *args.clamp]
+    edits = [*base.edits, *args.steer, *args.clamp, *args.features]
     return Program(_with_unique_names(edits), readouts=base.readouts, abort_when=base.abort_when)
 
 
@@ -116,6 +132,33 @@ def clamp(text: str) -> pb.Edit:
             scope=scope,
             name=name,
         )
+
+
+def features(text: str) -> pb.Edit:
+    """Reads an edit such as sae#345=8.0,generated or sae#3,7@mlp_out=..0."""
+    found = _FEATURES.fullmatch(text)
+    if found is None:
+        message = f"{text!r} is not AUTOENCODER#FEATURES=VALUE or =MIN..MAX, such as sae#345=8.0 or sae#3,7=..0"
+        raise argparse.ArgumentTypeError(message)
+    numbers = [int(number) for number in found["features"].split(",")]
+    scope = _scope(found["options"].split(",")[1:], text)
+    low, bounds, high = found["value"].partition("..")
+    with _about(text):
+        edit = (
+            clamp_features(
+                found["ref"],
+                numbers,
+                min=_number(low, "min") if low else None,
+                max=_number(high, "max") if high else None,
+                scope=scope,
+                name=text.partition("=")[0],
+            )
+            if bounds
+            else set_features(found["ref"], numbers, _number(low, "value"), scope=scope, name=text.partition("=")[0])
+        )
+        # The builders take the names of sites from code; this one is what somebody typed.
+        edit.site = value_of(SITES, found["site"] or "resid_post", "site")
+    return edit
 
 
 def neuron_site(word: str | None, text: str) -> SiteName:

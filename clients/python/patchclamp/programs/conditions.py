@@ -1,4 +1,4 @@
-"""When: the projection h·v/|v| (or the cosine) of an activation, compared with a threshold.
+"""When: the projection h·v/|v| (or the cosine) of an activation, or a feature of it, compared with a threshold.
 
 Values of read_projection and of watched directions are on the same scale: what was read there can be a threshold here.
 """
@@ -34,6 +34,44 @@ def when(
     """
     condition = _condition(direction, layer, site, above, below, cosine, scope)
     return build(pb.Gate, condition=condition, latched=latched)
+
+
+def when_feature(
+    autoencoder: str,
+    feature: int,
+    *,
+    layer: int,
+    site: SiteName = "resid_post",
+    above: float | None = None,
+    below: float | None = None,
+    latched: bool = False,
+    scope: ScopeLike | None = None,
+) -> pb.Gate:
+    """Returns a gate of an edit, which is open where a feature of a sparse autoencoder is above or below a threshold.
+
+    Site and layer are those of the autoencoder. Otherwise it is as when(); above=0 is wherever the feature is active.
+    """
+    return build(
+        pb.Gate,
+        condition=_feature_condition(autoencoder, feature, layer, site, above, below, scope),
+        latched=latched,
+    )
+
+
+def abort_when_feature(
+    autoencoder: str,
+    feature: int,
+    *,
+    layer: int,
+    site: SiteName = "resid_post",
+    above: float | None = None,
+    below: float | None = None,
+    scope: ScopeLike | None = None,
+    name: str = "",
+) -> pb.AbortCondition:
+    """Ends the stream with ABORTED as soon as a feature is above or below a threshold, as in when_feature()."""
+    condition = _feature_condition(autoencoder, feature, layer, site, above, below, scope)
+    return build(pb.AbortCondition, name=name, condition=condition)
 
 
 def abort_when(
@@ -91,6 +129,19 @@ def _probability(probe: str, above: float | None, below: float | None, scope: Sc
     return condition
 
 
+def _feature_condition(
+    autoencoder: str,
+    feature: int,
+    layer: int,
+    site: SiteName,
+    above: float | None,
+    below: float | None,
+    scope: ScopeLike | None,
+) -> pb.Condition:
+    named = build(pb.FeatureReference, autoencoder=autoencoder, feature=feature)
+    return _compared(build(pb.Condition, feature=named), layer, site, above, below, scope)
+
+
 def _condition(
     direction: VectorLike,
     layer: int,
@@ -100,20 +151,33 @@ def _condition(
     cosine: bool,
     scope: ScopeLike | None,
 ) -> pb.Condition:
+    looked_at = build(pb.Condition, vector=vector_of(direction, "direction"), cosine=cosine)
+    return _compared(looked_at, layer, site, above, below, scope)
+
+
+def _compared(
+    condition: pb.Condition,
+    layer: int,
+    site: SiteName,
+    above: Threshold | None,
+    below: Threshold | None,
+    scope: ScopeLike | None,
+) -> pb.Condition:
+    """Fills in what every condition has."""
     if above is not None and below is None:
         comparison, threshold, given = pb.COMPARISON_ABOVE, above, "above"
     elif below is not None and above is None:
         comparison, threshold, given = pb.COMPARISON_BELOW, below, "below"
     else:
         raise ValueError("give exactly one of above and below")
-    condition = build(
-        pb.Condition,
-        site=value_of(SITES, site, "site"),
-        layer=layer,
-        vector=vector_of(direction, "direction"),
-        comparison=comparison,
-        cosine=cosine,
-        scope=scope_message(scope),
+    condition.MergeFrom(
+        build(
+            pb.Condition,
+            site=value_of(SITES, site, "site"),
+            layer=layer,
+            comparison=comparison,
+            scope=scope_message(scope),
+        )
     )
     if isinstance(threshold, str):
         condition.stored_threshold = value_of(STORED_THRESHOLDS, threshold, given)

@@ -38,7 +38,7 @@ class EditOptions(TypedDict, total=False):
 
 
 class VectorEditOptions(EditOptions, total=False):
-    """Options of edits by a vector, besides EditOptions.
+    """Options of edits by a vector, or of features, besides EditOptions.
 
     site: by default "resid_post". preserve_norm: whether the result is rescaled to the norm that h had.
     """
@@ -100,6 +100,15 @@ def _neurons(
     else:
         kind.MergeFrom(build(pb.NeuronEdit, neurons=one_or_several(neurons, "neurons", "an int")))
     return _edit(pb.Edit(neurons=kind), site, **options)
+
+
+@takes_options_of(_by_vector)
+def _features(
+    kind: pb.FeatureEdit, autoencoder: str, features: int | Iterable[int], **options: Unpack[VectorEditOptions]
+) -> pb.Edit:
+    listed = one_or_several(features, "features", "an int")
+    kind.MergeFrom(build(pb.FeatureEdit, autoencoder=autoencoder, features=listed))
+    return _by_vector(pb.Edit(features=kind), **options)
 
 
 @takes_options_of(_edit)
@@ -288,6 +297,58 @@ def clamp_neurons(
     return _neurons(pb.NeuronEdit(clamp=bounds), neurons, **options)
 
 
+@takes_options_of(_features)
+def set_features(
+    autoencoder: str,
+    features: int | Iterable[int],
+    values: float | Sequence[float],
+    **options: Unpack[VectorEditOptions],
+) -> pb.Edit:
+    """t(h) = h + Σᵢ(value - fᵢ)dᵢ: sets features of a sparse autoencoder, and leaves all else of h as it is.
+
+    autoencoder: the id or tag of an autoencoder artifact. features: one number, or several.
+    values: one for all features or one for each.
+    """
+    return _features(pb.FeatureEdit(set=_feature_values(values)), autoencoder, features, **options)
+
+
+@takes_options_of(_features)
+def scale_features(
+    autoencoder: str,
+    features: int | Iterable[int],
+    values: float | Sequence[float],
+    **options: Unpack[VectorEditOptions],
+) -> pb.Edit:
+    """t(h) = h + Σᵢ(value·fᵢ - fᵢ)dᵢ: scales features; 0 takes them out. set_features describes the arguments."""
+    return _features(pb.FeatureEdit(scale=_feature_values(values)), autoencoder, features, **options)
+
+
+@takes_options_of(_features)
+def add_features(
+    autoencoder: str,
+    features: int | Iterable[int],
+    values: float | Sequence[float],
+    **options: Unpack[VectorEditOptions],
+) -> pb.Edit:
+    """t(h) = h + Σᵢ value·dᵢ: adds to features. set_features describes the arguments."""
+    return _features(pb.FeatureEdit(add=_feature_values(values)), autoencoder, features, **options)
+
+
+@takes_options_of(_features)
+def clamp_features(
+    autoencoder: str,
+    features: int | Iterable[int],
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    **options: Unpack[VectorEditOptions],
+) -> pb.Edit:
+    """t(h) = h + Σᵢ(clip(fᵢ, min, max) - fᵢ)dᵢ: keeps features within bounds, of which one at least is given."""
+    bounds = build(pb.NeuronBounds, min=min, max=max)
+    _check_bounds(min, max)
+    return _features(pb.FeatureEdit(clamp=bounds), autoencoder, features, **options)
+
+
 @takes_options_of(_heads)
 def scale_heads(heads: int | Iterable[int], factor: float, **options: Unpack[EditOptions]) -> pb.Edit:
     """t(z) = factor·z: scales the output of each head."""
@@ -342,6 +403,10 @@ def _values(neurons: Neurons, values: float | Sequence[float]) -> pb.NeuronValue
     if not listed and not isinstance(neurons, str):
         raise ValueError("values can be left out only with a neuron set that carries them")
     return build(pb.NeuronValues, values=listed)
+
+
+def _feature_values(values: float | Sequence[float]) -> pb.NeuronValues:
+    return build(pb.NeuronValues, values=one_or_several(values, "values", "a number"))
 
 
 def _check_bounds(low: float | None, high: float | None) -> None:

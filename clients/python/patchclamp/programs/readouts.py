@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TypedDict, Unpack
 
-from patchclamp.fields import build, several
+from patchclamp.fields import build, one_or_several, several
 from patchclamp.keywords import takes_options_of
 from patchclamp.names import SITES, SiteName, value_of
 from patchclamp.programs.edits import Layers, layer_fields
@@ -86,6 +86,32 @@ def read_probe(probe: str, *, all_classes: bool = False, scope: ScopeLike | None
     """
     kind = build(pb.ProbeReadout, probe=probe, all_classes=all_classes)
     return build(pb.Readout, probe=kind, scope=scope_message(scope), name=name)
+
+
+@takes_options_of(_readout)
+def read_features(
+    autoencoder: str,
+    features: int | Iterable[int],
+    *,
+    site: SiteName = "resid_post",
+    **options: Unpack[ReadoutOptions],
+) -> pb.Readout:
+    """Reads chosen features of a sparse autoencoder of this site and layer: their activations, in the order given."""
+    listed = one_or_several(features, "features", "an int")
+    kind = build(pb.FeatureReadout, autoencoder=autoencoder, features=listed)
+    return _readout(pb.Readout(features=kind), site, **options)
+
+
+@takes_options_of(_readout)
+def read_top_features(
+    autoencoder: str, k: int, *, site: SiteName = "resid_post", **options: Unpack[ReadoutOptions]
+) -> pb.Readout:
+    """Reads the k largest features that are above 0, the largest first.
+
+    The server holds the whole encoder for it, and multiplies each token by all of it.
+    """
+    kind = build(pb.FeatureReadout, autoencoder=autoencoder, k=k)
+    return _readout(pb.Readout(features=kind), site, **options)
 
 
 @takes_options_of(_readout)

@@ -159,6 +159,8 @@ class _RequestWarningCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Re
     """Prompt and max_tokens are more than the context of the model: generation ends where the context does."""
     REQUEST_WARNING_CODE_BEYOND_SAFE_RANGE: _RequestWarningCode.ValueType  # 3
     """The strength of a vector lies outside of the range that CalibrateVector found safe for it at this site and layer."""
+    REQUEST_WARNING_CODE_BELOW_JUMP: _RequestWarningCode.ValueType  # 4
+    """A feature edit gives a JumpReLU feature a value at or below its threshold: the autoencoder would read 0 of it."""
 
 class RequestWarningCode(_RequestWarningCode, metaclass=_RequestWarningCodeEnumTypeWrapper): ...
 
@@ -169,6 +171,8 @@ REQUEST_WARNING_CODE_BEYOND_CONTEXT: RequestWarningCode.ValueType  # 2
 """Prompt and max_tokens are more than the context of the model: generation ends where the context does."""
 REQUEST_WARNING_CODE_BEYOND_SAFE_RANGE: RequestWarningCode.ValueType  # 3
 """The strength of a vector lies outside of the range that CalibrateVector found safe for it at this site and layer."""
+REQUEST_WARNING_CODE_BELOW_JUMP: RequestWarningCode.ValueType  # 4
+"""A feature edit gives a JumpReLU feature a value at or below its threshold: the autoencoder would read 0 of it."""
 Global___RequestWarningCode: _TypeAlias = RequestWarningCode  # noqa: Y015
 
 @_typing.final

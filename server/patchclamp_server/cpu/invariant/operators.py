@@ -92,9 +92,17 @@ def low_rank(start: Tensor, h: Tensor, owner: Tensor, difference: Tensor, bias: 
 
 
 def affine(h: Tensor, owner: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """Returns A h_i + b of rows h [n, width], with A [k, width, width] and b [k, width] of owner[i]."""
-    out = torch.empty_like(h, memory_format=torch.contiguous_format)
-    rows.affine(h.contiguous().numpy(), owner.numpy(), matrix.contiguous().numpy(), bias.numpy(), out.numpy())
+    """Returns A h_i + b [n, out] of rows h [n, width], with A [k, out, width] and b [k, out] of owner[i]."""
+    out = torch.empty(len(h), matrix.shape[1])
+    matrices = (matrix.contiguous().numpy(), bias.contiguous().numpy())
+    rows.affine(h.contiguous().numpy(), owner.numpy(), *matrices, out.numpy())
+    return out
+
+
+def add_rows(start: Tensor, owner: Tensor, weights: Tensor, vectors: Tensor) -> Tensor:
+    """Returns start_i + Σ_r w_ir V_r of rows `start` [n, width], with w [n, r], and V [k, r, width] of owner[i]."""
+    out = start.clone(memory_format=torch.contiguous_format)
+    rows.add_rows(owner.numpy(), weights.contiguous().numpy(), vectors.contiguous().numpy(), out.numpy())
     return out
 
 
@@ -105,6 +113,7 @@ def warm_up() -> None:
     owner = torch.zeros(1, dtype=torch.int64)
     low_rank(row, row, owner, row[None], row, row[None])
     affine(row, owner, row[None], row)
+    add_rows(row, owner, row, row[None])
 
 
 def _rows(x: Tensor) -> Tensor:

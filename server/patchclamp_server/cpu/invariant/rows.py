@@ -221,8 +221,22 @@ def low_rank(h, owner, difference, bias, rotation, out):
 
 @compiled
 def affine(h, owner, matrix, bias, out):
-    """Sets out_i = A h_i + b for rows h [n, width], with their owner's A [width, width] and b [width]."""
+    """Sets out_i = A h_i + b for rows h [n, width], with their owner's A [out, width] and b [out]."""
     for i in range(h.shape[0]):
         k = owner[i]
         for d in range(matrix.shape[1]):
             out[i, d] = dot(matrix[k, d], 0, h[i], 0, h.shape[1]) + bias[k, d]
+
+
+@compiled
+def add_rows(owner, weights, vectors, out):
+    """Adds Σ_r w_ir V_r to out_i, with their owner's V [r, width]; a weight of 0 leaves the bits alone."""
+    for i in range(out.shape[0]):
+        k = owner[i]
+        own = out[i]
+        for r in range(weights.shape[1]):
+            weight = weights[i, r]
+            if weight != 0:
+                row = vectors[k, r]
+                for d in range(own.shape[0]):
+                    own[d] += weight * row[d]

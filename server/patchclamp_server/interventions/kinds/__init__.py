@@ -11,6 +11,7 @@ from patchclamp_server.interventions.kinds import (
     activations,
     add,
     affine,
+    features,
     heads,
     low_rank,
     neurons,
@@ -40,6 +41,7 @@ EDITS: tuple[EditSpec, ...] = (
     *affine.EDITS,
     *patch.EDITS,
     *rotate_in_plane.EDITS,
+    *features.EDITS,
 )
 READOUTS: tuple[ReadoutSpec, ...] = (
     *readings.READOUTS,
@@ -47,6 +49,7 @@ READOUTS: tuple[ReadoutSpec, ...] = (
     *activations.READOUTS,
     *heads.READOUTS,
     *probes.READOUTS,
+    *features.READOUTS,
 )
 _TABLES = (
     add.ADD,
@@ -59,6 +62,7 @@ _TABLES = (
     affine.FULL,
     affine.LOW_RANK,
     patch.PATCH,
+    features.FEATURES,
 )
 
 # These look a kind up by the name of the field in its message, and by its dataclass.

@@ -1,9 +1,12 @@
-"""The value of a condition (gates, aborts) is h·u, or the cosine; it holds where sign · value > sign · threshold."""
+"""The value of a condition (gates, aborts) is h·u, the cosine, or a feature: p = h·u + bias above its jump, else 0.
+
+It holds where sign · value > sign · threshold.
+"""
 
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.columns import FLAGS, LATCH, LOW, EntryFlag
+from patchclamp_server.interventions.columns import FLAGS, HIGH, LATCH, LOW, SPARE, EntryFlag
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext
 from patchclamp_server.interventions.row_arithmetic import row_dots, row_norms
 
@@ -22,6 +25,9 @@ class ConditionRule:
         self.target, self.inside = pairs.target[span], pairs.inside[span]
         ints = entries.host.ints[entries.entry]
         self.cosine = entries.tensor(ints[:, FLAGS] & EntryFlag.COSINE != 0)
+        feature = ints[:, FLAGS] & EntryFlag.FEATURE != 0
+        self.feature = entries.tensor(feature) if feature.any() else None
+        self.bias, self.jump = entries.floats(HIGH), entries.floats(SPARE)
         latched = ints[:, FLAGS] & EntryFlag.LATCHED != 0
         self.latched = entries.tensor(latched) if latched.any() else None
         self.latch = entries.tensor(ints[:, LATCH].astype("int64"))
@@ -30,6 +36,9 @@ class ConditionRule:
         h = x.index_select(0, self.entries.rows).float()
         value = row_dots(h, self.entries.each(self.units))
         value = torch.where(self.cosine, value / row_norms(h), value)
+        if self.feature is not None:
+            p = value + self.bias
+            value = torch.where(self.feature, torch.where(p <= self.jump, 0.0, p), value)
         opened = (self.sign * value > self.threshold) & self.inside
         if self.latched is not None:
             positions = context.positions.index_select(0, self.entries.rows)

@@ -35,11 +35,12 @@ class UnitColumns:
 class Written:
     """Holds the numbers of an edit or readout at a layer. `vectors` [n, width] go to the bank of their width, and
     `units`, given the rows that they got there, to the tables of units. Without units there is an entry for each
-    vector, and without either one entry with this `count`."""
+    vector, and without either one entry with this `count`, which the rule finds `held` by."""
 
     vectors: Tensor | None = None
     units: Callable[[IntArray], UnitColumns] | None = None
     count: int = 0
+    held: object | None = None
 
 
 def _no_columns(readout: BoundReadout, layer: int) -> int:

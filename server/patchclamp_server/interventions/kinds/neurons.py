@@ -27,7 +27,7 @@ from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Un
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where, check_neuron_site
 from patchclamp_server.interventions.kinds.vectors import bounds_in
 from patchclamp_server.interventions.program import NeuronEdit, NeuronOp
-from patchclamp_server.interventions.resolver import check_indices, checked_bounds
+from patchclamp_server.interventions.resolver import Resolver, check_indices, checked_bounds
 from patchclamp_server.interventions.row_arithmetic import add_product, interpolate, row_norms
 from patchclamp_server.model.arrays import IntArray
 
@@ -81,16 +81,24 @@ def _decode(proto: "pb.NeuronEdit", field: str) -> NeuronEdit:
     if not proto.neurons and not proto.neuron_set:
         raise InvalidArgument(f"{field}.neurons", "expected neurons, or neuron_set")
     neurons = distinct(proto.neurons, f"{field}.neurons")
-    neuron_set = proto.neuron_set or None
+    op, values, low, high = operation_in(proto, field, len(neurons), "neurons")
+    return NeuronEdit(neurons, proto.neuron_set or None, op, values, low, high)
+
+
+def operation_in(
+    proto: "pb.NeuronEdit | pb.FeatureEdit", field: str, n: int, what: str
+) -> tuple[NeuronOp, tuple[float, ...], float | None, float | None]:
+    """Returns the op, its values and its bounds. With `n` units that are `what`, there is a value for all or for each;
+    with 0, any number of values."""
     name = chosen(proto, "op", field)
     if name == "clamp":
         low, high = bounds_in(proto.clamp, f"{field}.clamp")
-        return NeuronEdit(neurons, neuron_set, NeuronOp.CLAMP, min=low, max=high)
+        return NeuronOp.CLAMP, (), low, high
     values = tuple(finite(v, f"{field}.{name}.values[{i}]") for i, v in enumerate(getattr(proto, name).values))
-    if neurons and len(values) not in (1, len(neurons)):
-        message = f"expected 1 value, or one for each of the {len(neurons)} neurons, got {len(values)}"
+    if n and len(values) not in (1, n):
+        message = f"expected 1 value, or one for each of the {n} {what}, got {len(values)}"
         raise InvalidArgument(f"{field}.{name}.values", message)
-    return NeuronEdit(neurons, neuron_set, NeuronOp(name), values)
+    return NeuronOp(name), values, None, None
 
 
 def _bind(kind: NeuronEdit, where: Where) -> EditNumbers:
@@ -146,5 +154,9 @@ def _neuron_set(kind: NeuronEdit) -> str | None:
     return kind.neuron_set
 
 
+def _layers_of_set(ref: str, resolver: Resolver, path: str) -> tuple[int, ...]:
+    return resolver.artifact(ref, ArtifactKind.NEURON_SET, f"{path}.neuron_set").info.layers
+
+
 _BUILDERS = ("set_neurons", "scale_neurons", "add_neurons", "clamp_neurons")
-EDITS = (EditSpec("neurons", NeuronEdit, _decode, _bind, _BUILDERS, _inline, _neuron_set),)
+EDITS = (EditSpec("neurons", NeuronEdit, _decode, _bind, _BUILDERS, _inline, _neuron_set, _layers_of_set),)

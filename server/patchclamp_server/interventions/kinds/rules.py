@@ -59,6 +59,9 @@ class Pairs:
     target: Tensor  # [E]
     gated: BoolArray  # [E]
     inside: Tensor  # [E] bool; true for all but latched conditions that look at no token of their scope
+    # [E]: where edits find what they take from an earlier site; None where none does. And which do.
+    readings: Tensor | None
+    taking: BoolArray  # [E]
 
 
 class Entries:

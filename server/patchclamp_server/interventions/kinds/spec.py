@@ -9,8 +9,10 @@ from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bound import Joint
+from patchclamp_server.interventions.encoders import WholeEncoder
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable
 from patchclamp_server.interventions.program import EditKind, ReadoutKind
+from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.resolver import Resolver
 from patchclamp_server.interventions.safe_strengths import SafeRange
 from patchclamp_server.model.sites import NEURON_SITES, Site
@@ -48,6 +50,11 @@ class EditNumbers:
     site: Site | None = None
     # Strengths that were found safe for its vector, by layer.
     safe: Mapping[int, SafeRange] = field(default_factory=dict)
+    # The features of a transcoder, at the site and layer that it reads.
+    input: "ReadoutNumbers | None" = None
+    input_place: tuple[Site, int] | None = None
+    # What the receipt says of it beside what is counted.
+    warnings: tuple[RequestWarning, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +73,8 @@ class EditSpec:
     inline: Callable[[Any], str]
     # Returns the artifact that says at which layers the edit is, where the edit names none.
     layers_from: Callable[[Any], str | None] = lambda kind: None
+    # Returns the layers that this artifact says, given the path of the kind.
+    layers_of: Callable[[str, Resolver, str], tuple[int, ...]] = lambda ref, resolver, path: ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +86,8 @@ class ReadoutNumbers:
     k: int = 0
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
     joint: Joint | None = None
+    latents: Tensor | None = None
+    encoder: WholeEncoder | None = None
 
 
 @dataclass(frozen=True, eq=False)

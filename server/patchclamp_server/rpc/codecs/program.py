@@ -27,6 +27,7 @@ from patchclamp_server.interventions.program import (
     Comparison,
     Condition,
     Edit,
+    FeatureReference,
     Gate,
     Phase,
     PositionRange,
@@ -135,16 +136,18 @@ def _condition(proto: pb.Condition, field: str) -> Condition:
             raise InvalidArgument(where, message)
     if proto.probe:
         _check_probe_condition(proto, field)
+    feature = _feature(proto, field) if proto.HasField("feature") else None
     return Condition(
         site=None if proto.probe and not proto.site else decode_site(proto.site, f"{field}.site"),
         layer=proto.layer,
-        vector=Vector() if proto.probe else vector_in(proto, field),
+        vector=vector_in(proto, field) if feature is None and not proto.probe else Vector(),
         comparison=known(proto.comparison, COMPARISONS, f"{field}.comparison", pb.Comparison.keys()[1:]),
         threshold=finite(proto.threshold, f"{field}.threshold"),
         cosine=proto.cosine,
         scope=decode_scope(proto.scope, f"{field}.scope"),
         stored_threshold=stored,
         probe=proto.probe,
+        feature=feature,
     )
 
 
@@ -156,6 +159,16 @@ def _check_probe_condition(proto: pb.Condition, field: str) -> None:
         raise InvalidArgument(f"{field}.stored_threshold", "is for a vector; expected a threshold for a probe")
     if proto.cosine:
         raise InvalidArgument(f"{field}.cosine", "a probability has no cosine; expected false")
+
+
+def _feature(proto: pb.Condition, field: str) -> FeatureReference:
+    if proto.HasField("vector"):
+        raise InvalidArgument(f"{field}.feature", "vector is given as well; expected one of vector, feature")
+    if proto.stored_threshold:
+        raise InvalidArgument(f"{field}.stored_threshold", "is for a vector; expected threshold for a feature")
+    if not proto.feature.autoencoder:
+        raise InvalidArgument(f"{field}.feature.autoencoder", "expected the id or tag of an autoencoder")
+    return FeatureReference(proto.feature.autoencoder, proto.feature.feature)
 
 
 def _gate(proto: pb.Gate, field: str) -> Gate:

@@ -10,6 +10,7 @@ from patchclamp_server.interventions.kinds.vectors import decode_vector
 from patchclamp_server.interventions.tensor_messages import decode_tensor
 from patchclamp_server.monitoring.items import (
     Encoder,
+    FeaturesOfAutoencoder,
     WatchedDirection,
     WatchedFeatures,
     WatchedHeads,
@@ -64,7 +65,11 @@ def _direction(proto: pb.WatchedDirection, field: str) -> WatchedDirection:
     )
 
 
-def _features(proto: pb.WatchedFeatures, field: str) -> WatchedFeatures:
+def _features(proto: pb.WatchedFeatures, field: str) -> WatchedFeatures | FeaturesOfAutoencoder:
+    if proto.autoencoder:
+        return _features_of_autoencoder(proto, field)
+    if proto.features:
+        raise InvalidArgument(f"{field}.autoencoder", "features are given by number; expected an autoencoder")
     numbers = {
         name: decode_tensor(getattr(proto, name), f"{field}.{name}", ndims=(1,)) if proto.HasField(name) else None
         for name in ("bias", "jump")
@@ -75,6 +80,18 @@ def _features(proto: pb.WatchedFeatures, field: str) -> WatchedFeatures:
         site=decode_site(proto.site, f"{field}.site") if proto.site else None,
         **numbers,
     )
+
+
+def _features_of_autoencoder(proto: pb.WatchedFeatures, field: str) -> FeaturesOfAutoencoder:
+    for name in (*_ENCODERS, "bias", "jump"):
+        if proto.HasField(name):
+            raise InvalidArgument(f"{field}.{name}", "an autoencoder is given as well; expected one of both")
+    for name in ("site", "layer"):
+        if getattr(proto, name):
+            raise InvalidArgument(f"{field}.{name}", "the autoencoder says it; expected none beside an autoencoder")
+    if not proto.features:
+        raise InvalidArgument(f"{field}.features", "expected at least one feature of the autoencoder")
+    return FeaturesOfAutoencoder(proto.autoencoder, distinct(proto.features, f"{field}.features"))
 
 
 def _encoder(proto: pb.WatchedFeatures, field: str) -> Encoder:

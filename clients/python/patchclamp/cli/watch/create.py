@@ -30,7 +30,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         type=items_file,
         action="extend",
         metavar="FILE",
-        help='{"items": [...]} in protobuf JSON: WatchItem messages, SAE features too',
+        help='{"items": [...]} in protobuf JSON: WatchItem messages, SAE features by their rows too',
     )
     add_naming_arguments(parser)
     add_model_argument(parser)

@@ -4,6 +4,7 @@
 --neuron-set  toxic      toxic:p99.9
 --direction   joyful@16  joy=joyful@14-16:p95     joyful (at its own layers)
 --probe       rude       rude:.8
+--features    sae#345       topics=sae#3,7:2.5
 --heads       L18H6,L17H3:.5    copying=retrieval
 """
 
@@ -12,10 +13,11 @@ import re
 from collections.abc import Callable
 
 from patchclamp.cli.heads.selection import heads
-from patchclamp.cli.steering import NEURONS, layer_list, neuron_site
+from patchclamp.cli.steering import AUTOENCODER, NEURONS, layer_list, neuron_site
 from patchclamp.monitoring import (
     Threshold,
     quantile_of,
+    watch_autoencoder,
     watch_direction,
     watch_heads,
     watch_neuron_set,
@@ -26,6 +28,7 @@ from patchclamp.v1 import monitoring_pb2 as pb
 
 _SPEC = re.compile(r"((?P<name>[^=:]+)=)?(?P<what>(sha256:)?[^:=]+)(:(?P<threshold>[^:=]+))?")
 _NEURONS = re.compile(NEURONS)
+_FEATURES = re.compile(AUTOENCODER)
 
 
 def neurons(text: str) -> pb.WatchItem:
@@ -60,6 +63,17 @@ def probe(text: str) -> pb.WatchItem:
     return watch_probe(name or _short(what), what, threshold=threshold)
 
 
+def features(text: str) -> pb.WatchItem:
+    """Reads features of a stored autoencoder by their numbers, such as sae#345."""
+    name, what, threshold = _parts(text, "sae#345 or topics=sae#3,7:2.5")
+    match = _FEATURES.fullmatch(what)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{what!r}: expected features of an autoencoder, such as sae#3,7")
+    listed = [int(feature) for feature in match["features"].split(",")]
+    default = _short(match["ref"]) + (f"#{listed[0]}" if len(listed) == 1 else "")
+    return watch_autoencoder(name or default, match["ref"], listed, threshold=threshold)
+
+
 def head_list(text: str) -> pb.WatchItem:
     name, what, threshold = _parts(text, "L18H6,L17H3 or copying=retrieval:.5")
     listed = heads(what)
@@ -73,6 +87,12 @@ ITEM_OPTIONS: tuple[tuple[str, Callable[[str], pb.WatchItem], str, str], ...] = 
     ("--neuron-set", neuron_set, "[NAME=]SET[:THRESHOLD]", "all neurons of a stored set"),
     ("--direction", direction, "[NAME=]VECTOR[@LAYERS][:THRESHOLD]", "projections on a stored vector"),
     ("--probe", probe, "[NAME=]PROBE[:THRESHOLD]", "probabilities of a stored probe"),
+    (
+        "--features",
+        features,
+        "[NAME=]AUTOENCODER#FEATURES[:THRESHOLD]",
+        "features of a stored autoencoder, as in sae#3,7",
+    ),
     (
         "--heads",
         head_list,
