@@ -286,8 +286,8 @@ def edited(
     n_heads: int,
     read: Tensor | None = None,
 ) -> Tensor:
-    """h + strength · (t(h) - h), then back to the norm of h where the edit asks for it. h float64 [width]; `read` is the
-    row that a patch has for the position of h, or the input of a transcoder."""
+    """h + strength · (t(h) - h), then back to the norm of h where the edit asks for it. h float64 [width]; `read` is
+    the row that a patch has for the position of h, or the input of a transcoder."""
     if isinstance(edit.kind, Patch):
         assert read is not None
         t = patched(edit.kind, read, h, n_heads)
