@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from patchclamp_server.analysis.activation_reading.pieces import Piece, Pieces, pieces_of_prompts, pieces_of_texts
+from patchclamp_server.analysis.activation_reading.pieces import Piece, pieces_of_prompts, pieces_of_texts
 from patchclamp_server.analysis.activation_reading.reductions import (
     Reduce,
     TextSoFar,
@@ -250,7 +250,6 @@ class _Work:
 
     async def _requests(self) -> AsyncGenerator[Make, None]:
         job = self._job
-        pieces: Pieces
         if isinstance(job.source, TextSource):
             pieces = pieces_of_texts(job.source, self._encoder, job.scope, job.reduce.choose)
         else:

@@ -4,7 +4,7 @@ The scope is that of the whole text: its positions, and how far a token is from 
 cut. Special tokens in front of a later window are run and not read: the text has them at its start alone.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,9 @@ class Piece:
         return found
 
 
-async def pieces_of_prompts(prompts: Sequence[EncodedPrompt], scope: Scope, choose: Choose) -> AsyncGenerator[Piece]:
+async def pieces_of_prompts(
+    prompts: Sequence[EncodedPrompt], scope: Scope, choose: Choose
+) -> AsyncGenerator[Piece, None]:
     """Those of which a token is read: each prompt as it is."""
     for index, prompt in enumerate(prompts):
         chosen = choose(_in_scope(scope, prompt.ids, prompt.roles))
@@ -56,7 +58,7 @@ async def pieces_of_prompts(prompts: Sequence[EncodedPrompt], scope: Scope, choo
 
 async def pieces_of_texts(
     source: TextSource, encoder: PromptEncoder, scope: Scope, choose: Choose
-) -> AsyncGenerator[Piece]:
+) -> AsyncGenerator[Piece, None]:
     """Those of which a token is read, window by window. One text at a time is tokenised. Raises what windows() does."""
     body, special = body_tokens(encoder, source.window_tokens), len(encoder.text_start)
     run = 0
@@ -98,6 +100,3 @@ def _only(chosen: BoolArray, at: IntArray) -> BoolArray:
     one = np.zeros_like(chosen)
     one[at] = True
     return one
-
-
-Pieces = AsyncIterable[Piece]

@@ -56,7 +56,7 @@ def decode_reading(
     check_scope(scope, "scope", vocab_size=info.vocab_size, has_roles=has_roles)
     sites = _sites(proto, info)
     layers = decode_layers(proto.layers, info)
-    reduce = REDUCTIONS[pb.ACTIVATION_REDUCTION_NONE]
+    reduce = Reduce.NONE
     if proto.reduction:
         reduce = known(proto.reduction, REDUCTIONS, "reduction", pb.ActivationReduction.keys()[1:])
     if reduce is Reduce.MOMENTS:
