@@ -48,7 +48,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--target-texts", type=line_file, metavar="FILE", help="log-probability of these continuations, one a line"
     )
     effect.add_argument("--label", metavar="LABEL", help="probability of the label, to a classifier of labelled texts:")
-    add_text_arguments(effect, required=False)
+    add_text_arguments(parser, required=False)
     add_picture_argument(parser, "picture of the dose-response curves")
     add_detach_argument(parser)
     parser.set_defaults(run=run)

@@ -95,7 +95,7 @@ def encode_detection(event: Progress | DetectedText | Detected) -> pb.DetectConc
             text = pb.DetectedText(text=event.text, label=event.label, scores=event.scores)
             return pb.DetectConceptResponse(text=text)
         case Detected():
-            qualities = event.qualities or [None] * len(event.columns)
+            qualities: Sequence[Quality | None] = event.qualities or [None] * len(event.columns)
             result = pb.DetectionResult(
                 detectors=[_report(column, own) for column, own in zip(event.columns, qualities, strict=True)],
                 best=event.best,

@@ -151,7 +151,7 @@ async def detect(
 def _places(job: Detection) -> tuple[list[Place], list[tuple[int, int, int]]]:
     """Returns all directions by place, the random ones last, and place, pooling and direction of each column."""
     units: dict[tuple[Site, int], list[Tensor]] = {}
-    columns = []
+    columns: list[tuple[int, int, int]] = []
     order: dict[tuple[Site, int], int] = {}
     for detector in job.detectors:
         for layer, v in detector.directions.items():
