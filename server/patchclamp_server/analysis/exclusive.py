@@ -19,8 +19,9 @@ at the engine's exclusive door (engine/exclusive.py). Those with a pass of their
     neurons/other_model.py           Activations of a second checkpoint, of which no engine runs requests.
     sparsity/teal_allocation.py      One block alone, which every step of a search runs again, from kept inputs.
 
-Without a pass: what reads weights alone (heads/scores/successor.py, ov_nuclear_norm.py), and what calibration makes of
-the rows that reducers kept (quantiles, errors of sketches, clusters: sparsity/calibrate.py, damage.py).
+Without a pass: what reads weights alone (heads/scores/successor.py, ov_nuclear_norm.py,
+steering/causal_inner_product.py), and what calibration makes of the rows that reducers kept (quantiles, errors of
+sketches, clusters: sparsity/calibrate.py, damage.py).
 """
 
 import asyncio
