@@ -54,7 +54,7 @@ def save_planted_subspace(directory: Path) -> None:
         for value, (digit, letter) in enumerate(zip(DIGITS, LETTERS, strict=True)):
             angle = 2 * math.pi * value / len(DIGITS)
             circle = torch.tensor([math.cos(angle), math.sin(angle)])
-            embedding[ids(digit)] += CENTRE
+            embedding[ids(digit)] = 0.1 * embedding[ids(digit)] + CENTRE
             embedding[ids(digit), 1:3] += 1.5 * circle
             unembedding[ids(letter), 1:3] = 4 * circle
     model.save_pretrained(directory)

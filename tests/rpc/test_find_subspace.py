@@ -69,12 +69,13 @@ def test_progress_counts_prompts_and_layers(client: Client) -> None:
 
 
 def test_a_variable_is_found_and_exchanging_it_beats_a_random_subspace(client: Client) -> None:
-    method = interchange(PAIRS, rank=1, max_steps=60, learning_rate=0.05)
+    method = interchange(PAIRS, rank=1, max_steps=80, learning_rate=0.1)
     found = client.find_subspace(method, layers=[1], site="resid_pre", tags=["sign"]).result()
     [evidence] = found.layers
-    assert evidence.accuracy == evidence.full_accuracy == 1.0
-    assert evidence.random_accuracy < 1.0
-    assert 0 < evidence.steps <= 60
+    assert evidence.full_accuracy == 1.0
+    assert evidence.accuracy > 0.9
+    assert evidence.accuracy > evidence.random_accuracy
+    assert 0 < evidence.steps <= 80
     assert found.artifact.provenance["parameters"]["rank"] == 1
     assert (found.artifact.site, found.warnings) == ("resid_pre", ())
 

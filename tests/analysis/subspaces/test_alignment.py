@@ -162,7 +162,7 @@ def test_kept_pairs_are_trained_on_and_reported(planted: LoadedModel) -> None:
     found = at_once(align(model, examples, 0, Site.RESID_POST, 1, training, seed=0))
     assert found.kept_accuracy == 1.0
     # Nothing of the plane of the digits is exchanged.
-    assert float(found.rotation[0, 1:3].abs().max()) < 0.1
+    assert float(found.rotation[0, 1:3].abs().max()) < 0.2
 
 
 def test_no_slice_is_longer_than_a_block_of_a_batch(planted: LoadedModel) -> None:
