@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from typing import TypedDict
 
-from patchclamp.fields import build, build_as, one_text_or_several
+from patchclamp.fields import build, one_text_or_several
 from patchclamp.neurons import TextsLike, texts_message
 from patchclamp.programs.vectors import VectorLike, vector_of
 from patchclamp.v1 import feature_pb2 as pb
+from patchclamp.v1 import neuron_pb2
 
 
 class SearchFeaturesOptions(TypedDict, total=False):
@@ -44,35 +45,27 @@ def search_features(
 ) -> pb.SearchFeaturesRequest:
     """Returns a request. Raises ValueError unless one of target, tokens, direction and label is given, and texts with
     one of the first two alone."""
-    request = build(pb.SearchFeaturesRequest, model=model, autoencoder=autoencoder, labels=labels, top_k=top_k)
-    ways = [name for name, given in _given(target, tokens, direction, label) if given]
-    if len(ways) != 1:
-        raise ValueError(f"target: give one of target, tokens, direction and label, got {', '.join(ways) or 'none'}")
-    if (texts is not None) != (ways[0] in ("target", "tokens")):
+    request = build(
+        pb.SearchFeaturesRequest, model=model, autoencoder=autoencoder, label=label, labels=labels, top_k=top_k
+    )
+    source = neuron_pb2.TextSource() if texts is None else texts_message(texts)
+    sides = build(pb.FeatureContrast, target=target, contrast=contrast)
+    spelt = None if tokens is None else build(pb.FeatureTokens, tokens=one_text_or_several(tokens))
+    along = None if direction is None else vector_of(direction, "direction")
+    ways = {"target": sides.target, "tokens": spelt is not None, "direction": along is not None, "label": label}
+    chosen = [name for name, given in ways.items() if given]
+    if len(chosen) != 1:
+        raise ValueError(f"target: give one of target, tokens, direction and label, got {', '.join(chosen) or 'none'}")
+    if (texts is not None) != (chosen[0] in ("target", "tokens")):
         raise ValueError("texts: give them with target or tokens, and with nothing else")
     if contrast and not target:
         raise ValueError("contrast: give it with target")
     if target:
-        assert texts is not None
-        sides = build(pb.FeatureContrast, target=target, contrast=contrast)
-        sides.texts.CopyFrom(texts_message(texts))
         request.contrast.CopyFrom(sides)
-    elif tokens is not None:
-        assert texts is not None
-        spelt = build(pb.FeatureTokens, tokens=one_text_or_several(tokens))
-        spelt.texts.CopyFrom(texts_message(texts))
+        request.contrast.texts.CopyFrom(source)
+    elif spelt is not None:
         request.tokens.CopyFrom(spelt)
-    elif direction is not None:
-        request.direction.CopyFrom(vector_of(direction, "direction"))
-    else:
-        request.MergeFrom(build_as({}, pb.SearchFeaturesRequest, label=label))
+        request.tokens.texts.CopyFrom(source)
+    elif along is not None:
+        request.direction.CopyFrom(along)
     return request
-
-
-def _given(target: object, tokens: object, direction: object, label: object) -> list[tuple[str, bool]]:
-    return [
-        ("target", target != ""),
-        ("tokens", tokens is not None),
-        ("direction", direction is not None),
-        ("label", label != ""),
-    ]
