@@ -11,8 +11,8 @@ from sklearn.metrics import brier_score_loss, log_loss, r2_score, roc_auc_score
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
+from patchclamp_server.analysis.calibration import platt
 from patchclamp_server.analysis.probes import logistic, prototype, ridge
-from patchclamp_server.analysis.probes.calibration import platt
 from patchclamp_server.analysis.probes.code_length import code_length_ratio
 from patchclamp_server.analysis.probes.fitting import Examples, Standardised, chosen_strength, fitted, strengths
 from patchclamp_server.analysis.probes.method import Fit, Method

@@ -5,7 +5,7 @@ import pytest
 from sklearn.calibration import _SigmoidCalibration, calibration_curve
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
-from patchclamp_server.analysis.platt import platt
+from patchclamp_server.analysis.calibration import platt
 from patchclamp_server.analysis.steering.detection.job import reliability
 from patchclamp_server.analysis.steering.detection.ranking import auroc, ranking
 

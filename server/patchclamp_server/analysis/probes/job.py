@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchclamp_server.analysis.calibration import platt
 from patchclamp_server.analysis.neurons.texts import TextSource
-from patchclamp_server.analysis.probes.calibration import platt
 from patchclamp_server.analysis.probes.code_length import code_length_ratio
 from patchclamp_server.analysis.probes.fitting import Examples, Standardised, fitted, side_by_side
 from patchclamp_server.analysis.probes.method import Doubles, Fit

@@ -16,22 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from patchclamp_server.analysis.calibration import ReliabilityBin, reliability
 from patchclamp_server.analysis.probes.fitting import Examples
 from patchclamp_server.analysis.probes.method import Doubles
 from patchclamp_server.artifacts.probes import Probe, log_odds, logistic
-
-BINS = 10
-
-
-@dataclass(frozen=True)
-class ReliabilityBin:
-    """Texts whose probability lies in [low, high), of the last bin in [low, 1]."""
-
-    low: float
-    high: float
-    texts: int
-    mean_probability: float
-    share: float
 
 
 @dataclass(frozen=True)
@@ -69,21 +57,6 @@ def classifier_report(probe: Probe, scores: Doubles, y: NDArray[np.float64], tra
         brier_base_rate=float(np.square(share - target).mean()),
         auroc=float(roc_auc_score(target, own)),
         reliability=reliability(own, target),
-    )
-
-
-def reliability(probabilities: Doubles, target: NDArray[np.bool_]) -> tuple[ReliabilityBin, ...]:
-    """Returns the bins that have texts, of BINS of equal width."""
-    bins = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
-    return tuple(
-        ReliabilityBin(
-            float(b) / BINS,
-            float(b + 1) / BINS,
-            int((bins == b).sum()),
-            float(probabilities[bins == b].mean()),
-            float(target[bins == b].mean()),
-        )
-        for b in np.unique(bins).tolist()
     )
 
 

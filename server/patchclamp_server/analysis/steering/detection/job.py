@@ -1,7 +1,7 @@
 """Detects a concept: how well vectors tell the texts of a label from all others, by layer and pooling.
 
-Part of the labelled texts calibrates probabilities (platt.py); AUROC, average precision, Brier score and reliability
-are of the others. Beside them: the AUROC of random directions at the same place, each turned by the texts of the
+Part of the labelled texts calibrates probabilities (analysis/calibration.py); AUROC, average precision, Brier score and
+reliability are of the others. Beside them: the AUROC of random directions at the same place, each turned by the texts of the
 calibration so that the label projects higher, and the Brier score of the base rate of those texts.
 
 Source: concept detection of Wu et al. 2025, AxBench: Steering LLMs? Even Simple Baselines Outperform Sparse
@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchclamp_server.analysis.calibration import Calibration, ReliabilityBin, platt, reliability
 from patchclamp_server.analysis.neurons.intervals import Interval
 from patchclamp_server.analysis.neurons.localize.holdout import held_out
 from patchclamp_server.analysis.neurons.texts import TextSource
-from patchclamp_server.analysis.platt import Calibration, platt
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.detection.ranking import auroc, ranking
 from patchclamp_server.analysis.steering.detection.scores import Place, ScoredText, scored_texts
@@ -36,7 +36,6 @@ from patchclamp_server.text.prompt import PromptEncoder
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 RANDOM_DIRECTIONS = 8
-BINS = 10
 # Of each kind, in either part.
 MIN_TEXTS = 2
 
@@ -85,15 +84,6 @@ class DetectedText:
     text: int
     label: str
     scores: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ReliabilityBin:
-    low: float
-    high: float
-    texts: int
-    mean_probability: float
-    share: float
 
 
 @dataclass(frozen=True)
@@ -218,17 +208,7 @@ def _quality(
         calibration,
         brier=float(np.mean((p - y) ** 2)),
         brier_base_rate=float(np.mean((base - y) ** 2)),
-        reliability=reliability(p, y),
-    )
-
-
-def reliability(p: Floats, y: Floats) -> tuple[ReliabilityBin, ...]:
-    """Returns the bins that have texts: how probable they were said to be, and how many were of the label."""
-    which = np.minimum((p * BINS).astype(np.int64), BINS - 1)
-    return tuple(
-        ReliabilityBin(b / BINS, (b + 1) / BINS, int(own.sum()), float(p[own].mean()), float(y[own].mean()))
-        for b in range(BINS)
-        if (own := which == b).any()
+        reliability=reliability(p, is_target[rest]),
     )
 
 
