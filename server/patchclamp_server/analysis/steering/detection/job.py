@@ -1,8 +1,8 @@
 """Detects a concept: how well vectors tell the texts of a label from all others, by layer and pooling.
 
 Part of the labelled texts calibrates probabilities (analysis/calibration.py); AUROC, average precision, Brier score and
-reliability are of the others. Beside them: the AUROC of random directions at the same place, each turned by the texts of the
-calibration so that the label projects higher, and the Brier score of the base rate of those texts.
+reliability are of the others. Beside them: the AUROC of random directions at the same place, each turned by the texts
+of the calibration so that the label projects higher, and the Brier score of the base rate of those texts.
 
 Source: concept detection of Wu et al. 2025, AxBench: Steering LLMs? Even Simple Baselines Outperform Sparse
 Autoencoders; difference of means is the baseline to beat there.
