@@ -24,7 +24,7 @@ from patchclamp_server.engine.pace import ALONE_SECONDS, QUIET_SECONDS, Pace
 
 # A turn is relative to a step that only decodes.
 TURN = 1.5
-QUIET_AFTER = 3.0
+QUIET_AFTER = 2.0
 
 
 class AnalysisShare:

@@ -23,7 +23,7 @@ LEAST_ROWS = 4
 # meanwhile waits for its end.
 ALONE_SECONDS = 0.1
 # The same of analysis that has been alone for a while: larger steps get on faster, by a third on two cores.
-QUIET_SECONDS = 0.3
+QUIET_SECONDS = 0.35
 # A new measurement has this share in the one that is kept.
 _SHARE = 0.2
 
