@@ -61,9 +61,12 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     `provenance`: method (logistic, ridge, prototype) and site, and but of ridge `labels` and `target`, one of them.
     """
     ARTIFACT_KIND_AUTOENCODER: _ArtifactKind.ValueType  # 10
-    """A sparse autoencoder or transcoder of one site and layer: "encoder" [width, features], "encoder_bias" [features], "decoder"
-    [features, width], "decoder_bias" [width], and as the activation function needs "threshold" [features]; the function, k, what
-    is subtracted from the input, and the sites are in `provenance`.
+    """A sparse autoencoder or transcoder of one site and layer, in float32, float16 or bfloat16: "encoder" [features, width], a row
+    for each feature as in "decoder" [features, width], "encoder_bias" [features], "decoder_bias" [width], and of jumprelu and
+    batchtopk "threshold" [features]. `site` is the one that is read. `provenance` says the rest: "layer", "function" ("relu",
+    "jumprelu", "topk" with "k", "batchtopk"), "subtracted" from the input ("decoder_bias" or "nothing"), and of a transcoder
+    "output_site" and "output_layer". With p = (h - subtracted) . encoder^T + encoder_bias a feature is p where it is above 0 and
+    above its threshold, or among the k largest, else 0.
     """
     ARTIFACT_KIND_SUBSPACE: _ArtifactKind.ValueType  # 11
     """Orthonormal rows "layer.<l>.rotation" [rank, width] (R R^T is within 0.01 of I); of an intervention "layer.<l>.weight" [rank,
@@ -74,7 +77,9 @@ class _ArtifactKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifact
     [width]: h becomes A h + b, with A the matrix, or left right^T. It has a site, as a vector.
     """
     ARTIFACT_KIND_FEATURE_LABELS: _ArtifactKind.ValueType  # 13
-    """Names of features: uint8 "text" and int64 "ends", "features". The id of the autoencoder is in `provenance`."""
+    """Names of features: int64 "features", ascending, uint8 "text", all names one after the other in UTF-8, and int64 "ends", where
+    each ends. The id of the autoencoder is `provenance.autoencoder`.
+    """
 
 class ArtifactKind(_ArtifactKind, metaclass=_ArtifactKindEnumTypeWrapper): ...
 
@@ -111,9 +116,12 @@ standardised, x = (h - mean) / scale; and optionally "calibration" [2], slope an
 `provenance`: method (logistic, ridge, prototype) and site, and but of ridge `labels` and `target`, one of them.
 """
 ARTIFACT_KIND_AUTOENCODER: ArtifactKind.ValueType  # 10
-"""A sparse autoencoder or transcoder of one site and layer: "encoder" [width, features], "encoder_bias" [features], "decoder"
-[features, width], "decoder_bias" [width], and as the activation function needs "threshold" [features]; the function, k, what
-is subtracted from the input, and the sites are in `provenance`.
+"""A sparse autoencoder or transcoder of one site and layer, in float32, float16 or bfloat16: "encoder" [features, width], a row
+for each feature as in "decoder" [features, width], "encoder_bias" [features], "decoder_bias" [width], and of jumprelu and
+batchtopk "threshold" [features]. `site` is the one that is read. `provenance` says the rest: "layer", "function" ("relu",
+"jumprelu", "topk" with "k", "batchtopk"), "subtracted" from the input ("decoder_bias" or "nothing"), and of a transcoder
+"output_site" and "output_layer". With p = (h - subtracted) . encoder^T + encoder_bias a feature is p where it is above 0 and
+above its threshold, or among the k largest, else 0.
 """
 ARTIFACT_KIND_SUBSPACE: ArtifactKind.ValueType  # 11
 """Orthonormal rows "layer.<l>.rotation" [rank, width] (R R^T is within 0.01 of I); of an intervention "layer.<l>.weight" [rank,
@@ -124,7 +132,9 @@ ARTIFACT_KIND_AFFINE_MAP: ArtifactKind.ValueType  # 12
 [width]: h becomes A h + b, with A the matrix, or left right^T. It has a site, as a vector.
 """
 ARTIFACT_KIND_FEATURE_LABELS: ArtifactKind.ValueType  # 13
-"""Names of features: uint8 "text" and int64 "ends", "features". The id of the autoencoder is in `provenance`."""
+"""Names of features: int64 "features", ascending, uint8 "text", all names one after the other in UTF-8, and int64 "ends", where
+each ends. The id of the autoencoder is `provenance.autoencoder`.
+"""
 Global___ArtifactKind: _TypeAlias = ArtifactKind  # noqa: Y015
 
 class _ArtifactFormat:
@@ -234,7 +244,7 @@ class Artifact(_message.Message):
     model_fingerprint: _builtins.str
     """Fingerprint of the model it was made for; empty for a corpus."""
     site: _program_pb2.Site.ValueType
-    """Site of a vector, subspace or affine map."""
+    """Site of a vector, subspace or affine map, or the one that an autoencoder reads."""
     width: _builtins.int
     size_bytes: _builtins.int
     description: _builtins.str
@@ -346,7 +356,9 @@ class UploadHeader(_message.Message):
     kind: Global___ArtifactKind.ValueType
     format: Global___ArtifactFormat.ValueType
     site: _program_pb2.Site.ValueType
-    """Site of a vector, subspace or affine map. Default: resid_post, which is where llama.cpp applies control vectors."""
+    """Site of a vector, subspace or affine map. Default: resid_post, which is where llama.cpp applies control vectors. Or the site
+    that an autoencoder reads, where its file does not say it.
+    """
     model_fingerprint: _builtins.str
     """Model it was made for. Empty: what the file says, else the server's model; a corpus has none."""
     description: _builtins.str
@@ -450,7 +462,10 @@ class DownloadResponse(_message.Message):
 
     ARTIFACT_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
+    config: _builtins.str
+    """On the first message: what the format keeps in a second file, such as cfg.json of SAELens."""
     @_builtins.property
     def artifact(self) -> Global___Artifact:
         """On the first message."""
@@ -460,10 +475,11 @@ class DownloadResponse(_message.Message):
         *,
         artifact: Global___Artifact | None = ...,
         chunk: _builtins.bytes = ...,
+        config: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "chunk", b"chunk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "chunk", b"chunk", "config", b"config"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
