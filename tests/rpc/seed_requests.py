@@ -198,7 +198,7 @@ def artifacts() -> list[Call]:
     said = {"method": "logistic", "site": "resid_post", "labels": ["no", "yes"], "target": "yes"}
     vectors = file({f"layer.{layer}": ones(WIDTH) for layer in range(LAYERS)})
     parts = {"rotation": eye(WIDTH)[:2], "weight": ones(2, WIDTH), "bias": ones(2), "centre": ones(WIDTH)}
-    subspace = {f"layer.{layer}.{name}": part for layer in range(LAYERS) for name, part in parts.items()}
+    subspace = {f"layer.{layer}.{name}": part.clone() for layer in range(LAYERS) for name, part in parts.items()}
     maps = {f"layer.{layer}.matrix": eye(WIDTH) for layer in range(LAYERS)}
     return [
         upload("ARTIFACT_KIND_VECTOR", "vector", vectors, site="SITE_RESID_POST", provenance={"method": "by hand"}),

@@ -151,8 +151,8 @@ class _Binder:
                 digest.update(_bytes(tensor))
         if given is not None:
             digest.update(repr((given.site, given.layers)).encode())
+            assert given.latents is not None
             for tensor in (*given.vectors.values(), given.latents):
-                assert tensor is not None
                 digest.update(_bytes(tensor))
         if gate is not None:
             digest.update(_condition_bytes(gate))
@@ -224,7 +224,7 @@ class _Binder:
         threshold = self.threshold(condition, path)
         sign = 1.0 if condition.comparison is Comparison.ABOVE else -1.0
         if condition.feature is not None:
-            return self.feature(condition, condition.feature, layers, sign, path)
+            return self.feature(condition, condition.feature, condition.site, layers, sign, path)
         unit = self.resolver.vectors(condition.vector, condition.site, layers, width, f"{path}.vector", unit=True)
         return BoundCondition(
             condition.site,
@@ -237,20 +237,26 @@ class _Binder:
         )
 
     def feature(
-        self, condition: Condition, named: FeatureReference, layers: tuple[int, ...], sign: float, path: str
+        self,
+        condition: Condition,
+        named: FeatureReference,
+        site: Site,
+        layers: tuple[int, ...],
+        sign: float,
+        path: str,
     ) -> BoundCondition:
         ref, own = named.autoencoder, f"{path}.feature"
         if condition.cosine:
             raise InvalidArgument(f"{path}.cosine", "a feature has no cosine; expected false")
         autoencoder = self.resolver.autoencoder(ref, f"{own}.autoencoder")
         spec = autoencoder.spec
-        check_place(ref, "reads", (spec.site, spec.layer), (condition.site, layers), path, field="layer")
+        check_place(ref, "reads", (spec.site, spec.layer), (site, layers), path, field="layer")
         if not 0 <= named.feature < autoencoder.n_features:
             message = f"unknown feature {named.feature}: there are {autoencoder.n_features}"
             raise InvalidArgument(f"{own}.feature", message)
         rows = chosen_rows(autoencoder, ref, (named.feature,), own)
         return BoundCondition(
-            condition.site,
+            site,
             condition.layer,
             rows.encoder[0],
             sign,

@@ -47,7 +47,7 @@ class BoundEdit:
     kind: EntryKind
     site: Site
     layers: tuple[int, ...]
-    payload: dict[int, tuple[Tensor, ...]]
+    payload: Mapping[int, tuple[Tensor, ...]]
     strength: float
     scope: Scope
     gate: BoundCondition | None

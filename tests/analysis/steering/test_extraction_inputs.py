@@ -213,7 +213,6 @@ REFUSED = {
         "word_pairs[0].positive",
     ),
     "too few words": (request_for("causal_inner_product", word_pairs=_words(("king", "queen"))), "word_pairs"),
-    "a method that is trained": (request_for("reft_r1", pairs=[pair("a", "b")] * 4), "method"),
     "training of what is not": (extraction(training=pb.Training(max_steps=3)), "training"),
     "a scope without a token": (
         extraction(scope={"include": [{"positions": {"start": 200}}]}),

@@ -141,10 +141,6 @@ def _with(change: Callable[[pb.ExtractVectorsRequest], object], **fields: object
 
 REFUSED = {
     "no method": (_with(lambda r: r.ClearField("method")), "method"),
-    "a method that is not served yet": (
-        _with(lambda r: setattr(r, "method", pb.EXTRACTION_METHOD_REFT_R1)),
-        "method",
-    ),
     "an unknown method": (_with(lambda r: setattr(r, "method", 99)), "method"),
     "no pairs": (extraction(pairs=0), "pairs"),
     "two pairs": (extraction(pairs=2), "pairs"),

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from patchclamp import effects, requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_replace_argument, note_stored
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
 from patchclamp.cli.neurons.texts import add_text_arguments, line_file, texts_of
@@ -125,6 +125,6 @@ def _show(args: argparse.Namespace, result: CalibrationResult) -> None:
         note("the instruction has a larger effect within the same bounds")
     knee = f"knee: layer {result.layer}, strength {result.strength:g}"
     if args.name:
-        note_stored(result.artifact, args.name, f"; {knee}")
+        note_stored(result.artifact, f"; {knee}")
     else:
         note(f"stored without a name, as {result.artifact.id}; {knee}")

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
 from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
 from patchclamp.cli.options import add_model_argument, connection_options, given

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     _show(result, cycle=args.cycle is not None)
     for warning in result.warnings:
         note(f"warning: {warning}")
-    note_stored(result.artifact, args.name, f"; best layer {result.best_layer}")
+    note_stored(result.artifact, f"; best layer {result.best_layer}")
     return 0
 
 
@@ -107,6 +107,8 @@ def _show(result: FoundSubspace, *, cycle: bool) -> None:
     def layer(number: int) -> str:
         return f"{number}{' *' if number == result.best_layer else ''}"
 
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
     if cycle:
         heads = ("layer", "circularity", "shuffled", "explained variance", "angles in degrees")
         rows = [

@@ -120,11 +120,11 @@ def run_put(args: argparse.Namespace) -> int:
         return _put_torch(args)
     format = args.format or _format_of(args.file, lambda: args.kind or _kind_of_json(args.file))
     kind: ArtifactKindName = args.kind or _KINDS.get(format, "vector")
-    options: UploadOptions = {"kind": kind, "format": format}
+    options: UploadOptions = {**_label(args), "kind": kind, "format": format}
     if args.site is not None:
         options["site"] = args.site
     with connect(args) as client:
-        artifact = client.put_artifact(args.file, **options, **_label(args))
+        artifact = client.put_artifact(args.file, **options)
     return _show(args, artifact)
 
 

@@ -219,7 +219,10 @@ def affine(
             raise ValueError("an affine_map has its own numbers; leave left, right and bias out")
         return _by_vector(pb.Edit(affine=pb.Affine(affine_map=matrix)), **options)
     given = {"matrix": matrix, "left": left, "right": right, "bias": bias}
-    kind = pb.Affine(**{name: tensor(values, name) for name, values in given.items() if values is not None})
+    kind = pb.Affine()
+    for name, values in given.items():
+        if values is not None:
+            getattr(kind, name).CopyFrom(tensor(values, name))
     if (matrix is None) == (left is None) or (left is None) != (right is None):
         raise ValueError("affine takes either matrix, or left and right")
     return _by_vector(pb.Edit(affine=kind), **options)

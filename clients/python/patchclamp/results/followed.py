@@ -58,6 +58,9 @@ JobResult = (
     | tuple[NeuronDescription, ...]
     | MatchedNeurons
     | ReadActivations
+    | CalibrationResult
+    | ConceptDetection
+    | TrainedProbe
 )
 JobEvent = (
     Progress
@@ -69,21 +72,9 @@ JobEvent = (
     | ActivationRows
     | ActivationMoments
     | ActivationMean
-    | JobResult
-    | CalibrationResult
-    | ConceptDetection
-)
-JobEvent = (
-    Progress
-    | NeedleRun
-    | SparsityEvaluation
-    | DecodedNeurons
-    | NeuronEditPoint
-    | NeuronDescription
     | DosePoint
     | DetectedText
     | JobResult
-    | TrainedProbe
 )
 
 # By the field of FollowJobResponse that holds what the method streams.

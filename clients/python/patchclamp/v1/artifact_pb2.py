@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from patchclamp.v1 import program_pb2 as patchclamp_dot_v1_dot_program__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpatchclamp/v1/artifact.proto\x12\rpatchclamp.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bpatchclamp/v1/program.proto\"\xd1\x03\n\x08\x41rtifact\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x04kind\x18\x02 \x01(\x0e\x32\x1b.patchclamp.v1.ArtifactKind\x12\x0c\n\x04tags\x18\x03 \x03(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12!\n\x04site\x18\x05 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0e\n\x06layers\x18\x06 \x03(\r\x12\r\n\x05width\x18\x07 \x01(\r\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12+\n\x07\x63reated\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\x12+\n\nprovenance\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12)\n\x08\x65vidence\x18\x0c \x01(\x0b\x32\x17.google.protobuf.Struct\x12@\n\rreplaced_tags\x18\r \x03(\x0b\x32).patchclamp.v1.Artifact.ReplacedTagsEntry\x1a\x33\n\x11ReplacedTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\rUploadRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.patchclamp.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xd2\x03\n\x0cUploadHeader\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.patchclamp.v1.ArtifactKind\x12-\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x1d.patchclamp.v1.ArtifactFormat\x12!\n\x04site\x18\x03 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12\x0c\n\x04tags\x18\x06 \x03(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12+\n\nprovenance\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x14\n\x0creplace_tags\x18\t \x01(\x08\x12\x0e\n\x06\x63onfig\x18\n \x01(\t\x12\x12\n\x05layer\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x42\n\x0ctensor_names\x18\x0c \x03(\x0b\x32,.patchclamp.v1.UploadHeader.TensorNamesEntry\x12\n\n\x02of\x18\r \x01(\t\x1a\x32\n\x10TensorNamesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_layer\";\n\x0eUploadResponse\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\"]\n\x0f\x44ownloadRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12-\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x1d.patchclamp.v1.ArtifactFormat\x12\x0e\n\x06layers\x18\x03 \x03(\r\"\\\n\x10\x44ownloadResponse\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\"!\n\x12GetArtifactRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"@\n\x13GetArtifactResponse\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\"\x83\x01\n\x14ListArtifactsRequest\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.patchclamp.v1.ArtifactKind\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x15ListArtifactsResponse\x12*\n\tartifacts\x18\x01 \x03(\x0b\x32\x17.patchclamp.v1.Artifact\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"C\n\x12TagArtifactRequest\x12\x0b\n\x03tag\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x13\n\x0breplace_tag\x18\x03 \x01(\x08\"@\n\x13TagArtifactResponse\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\"$\n\x15\x44\x65leteArtifactRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"2\n\x16\x44\x65leteArtifactResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04tags\x18\x02 \x03(\t*\xae\x03\n\x0c\x41rtifactKind\x12\x1d\n\x19\x41RTIFACT_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41RTIFACT_KIND_VECTOR\x10\x01\x12\x1c\n\x18\x41RTIFACT_KIND_NEURON_SET\x10\x02\x12\"\n\x1e\x41RTIFACT_KIND_SPARSITY_PROFILE\x10\x03\x12\x1a\n\x16\x41RTIFACT_KIND_HEAD_SET\x10\x04\x12\x17\n\x13\x41RTIFACT_KIND_WATCH\x10\x05\x12!\n\x1d\x41RTIFACT_KIND_WATCH_REFERENCE\x10\x06\x12\x18\n\x14\x41RTIFACT_KIND_CORPUS\x10\x07\x12\x1d\n\x19\x41RTIFACT_KIND_ACTIVATIONS\x10\x08\x12\x17\n\x13\x41RTIFACT_KIND_PROBE\x10\t\x12\x1d\n\x19\x41RTIFACT_KIND_AUTOENCODER\x10\n\x12\x1a\n\x16\x41RTIFACT_KIND_SUBSPACE\x10\x0b\x12\x1c\n\x18\x41RTIFACT_KIND_AFFINE_MAP\x10\x0c\x12 \n\x1c\x41RTIFACT_KIND_FEATURE_LABELS\x10\r*\x9d\x03\n\x0e\x41rtifactFormat\x12\x1f\n\x1b\x41RTIFACT_FORMAT_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x41RTIFACT_FORMAT_SAFETENSORS\x10\x01\x12\'\n#ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR\x10\x02\x12#\n\x1f\x41RTIFACT_FORMAT_HEAD_SCORE_JSON\x10\x03\x12#\n\x1f\x41RTIFACT_FORMAT_TEXT_JSON_LINES\x10\x04\x12#\n\x1f\x41RTIFACT_FORMAT_NEURON_SET_JSON\x10\x05\x12\x1b\n\x17\x41RTIFACT_FORMAT_SAELENS\x10\x06\x12#\n\x1f\x41RTIFACT_FORMAT_GEMMA_SCOPE_NPZ\x10\x07\x12%\n!ARTIFACT_FORMAT_DUO_ATTENTION_TSV\x10\x08\x12 \n\x1c\x41RTIFACT_FORMAT_QR_HEAD_YAML\x10\t\x12&\n\"ARTIFACT_FORMAT_FEATURE_LABEL_JSON\x10\n2\x90\x04\n\x0f\x41rtifactService\x12G\n\x06Upload\x12\x1c.patchclamp.v1.UploadRequest\x1a\x1d.patchclamp.v1.UploadResponse(\x01\x12M\n\x08\x44ownload\x12\x1e.patchclamp.v1.DownloadRequest\x1a\x1f.patchclamp.v1.DownloadResponse0\x01\x12T\n\x0bGetArtifact\x12!.patchclamp.v1.GetArtifactRequest\x1a\".patchclamp.v1.GetArtifactResponse\x12Z\n\rListArtifacts\x12#.patchclamp.v1.ListArtifactsRequest\x1a$.patchclamp.v1.ListArtifactsResponse\x12T\n\x0bTagArtifact\x12!.patchclamp.v1.TagArtifactRequest\x1a\".patchclamp.v1.TagArtifactResponse\x12]\n\x0e\x44\x65leteArtifact\x12$.patchclamp.v1.DeleteArtifactRequest\x1a%.patchclamp.v1.DeleteArtifactResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpatchclamp/v1/artifact.proto\x12\rpatchclamp.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bpatchclamp/v1/program.proto\"\xd1\x03\n\x08\x41rtifact\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x04kind\x18\x02 \x01(\x0e\x32\x1b.patchclamp.v1.ArtifactKind\x12\x0c\n\x04tags\x18\x03 \x03(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12!\n\x04site\x18\x05 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0e\n\x06layers\x18\x06 \x03(\r\x12\r\n\x05width\x18\x07 \x01(\r\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\x12+\n\x07\x63reated\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\x12+\n\nprovenance\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12)\n\x08\x65vidence\x18\x0c \x01(\x0b\x32\x17.google.protobuf.Struct\x12@\n\rreplaced_tags\x18\r \x03(\x0b\x32).patchclamp.v1.Artifact.ReplacedTagsEntry\x1a\x33\n\x11ReplacedTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\rUploadRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.patchclamp.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xda\x02\n\x0cUploadHeader\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.patchclamp.v1.ArtifactKind\x12-\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x1d.patchclamp.v1.ArtifactFormat\x12!\n\x04site\x18\x03 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\x12\x0c\n\x04tags\x18\x06 \x03(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12+\n\nprovenance\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x14\n\x0creplace_tags\x18\t \x01(\x08\x12\x0e\n\x06\x63onfig\x18\n \x01(\t\x12\x12\n\x05layer\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\n\n\x02of\x18\r \x01(\tB\x08\n\x06_layer\";\n\x0eUploadResponse\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\"]\n\x0f\x44ownloadRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12-\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x1d.patchclamp.v1.ArtifactFormat\x12\x0e\n\x06layers\x18\x03 \x03(\r\"\\\n\x10\x44ownloadResponse\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\t\"!\n\x12GetArtifactRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"@\n\x13GetArtifactResponse\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\"\x83\x01\n\x14ListArtifactsRequest\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.patchclamp.v1.ArtifactKind\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x15ListArtifactsResponse\x12*\n\tartifacts\x18\x01 \x03(\x0b\x32\x17.patchclamp.v1.Artifact\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"C\n\x12TagArtifactRequest\x12\x0b\n\x03tag\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x13\n\x0breplace_tag\x18\x03 \x01(\x08\"@\n\x13TagArtifactResponse\x12)\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x17.patchclamp.v1.Artifact\"$\n\x15\x44\x65leteArtifactRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"2\n\x16\x44\x65leteArtifactResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04tags\x18\x02 \x03(\t*\xae\x03\n\x0c\x41rtifactKind\x12\x1d\n\x19\x41RTIFACT_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41RTIFACT_KIND_VECTOR\x10\x01\x12\x1c\n\x18\x41RTIFACT_KIND_NEURON_SET\x10\x02\x12\"\n\x1e\x41RTIFACT_KIND_SPARSITY_PROFILE\x10\x03\x12\x1a\n\x16\x41RTIFACT_KIND_HEAD_SET\x10\x04\x12\x17\n\x13\x41RTIFACT_KIND_WATCH\x10\x05\x12!\n\x1d\x41RTIFACT_KIND_WATCH_REFERENCE\x10\x06\x12\x18\n\x14\x41RTIFACT_KIND_CORPUS\x10\x07\x12\x1d\n\x19\x41RTIFACT_KIND_ACTIVATIONS\x10\x08\x12\x17\n\x13\x41RTIFACT_KIND_PROBE\x10\t\x12\x1d\n\x19\x41RTIFACT_KIND_AUTOENCODER\x10\n\x12\x1a\n\x16\x41RTIFACT_KIND_SUBSPACE\x10\x0b\x12\x1c\n\x18\x41RTIFACT_KIND_AFFINE_MAP\x10\x0c\x12 \n\x1c\x41RTIFACT_KIND_FEATURE_LABELS\x10\r*\xd4\x02\n\x0e\x41rtifactFormat\x12\x1f\n\x1b\x41RTIFACT_FORMAT_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x41RTIFACT_FORMAT_SAFETENSORS\x10\x01\x12\'\n#ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR\x10\x02\x12#\n\x1f\x41RTIFACT_FORMAT_HEAD_SCORE_JSON\x10\x03\x12#\n\x1f\x41RTIFACT_FORMAT_TEXT_JSON_LINES\x10\x04\x12#\n\x1f\x41RTIFACT_FORMAT_NEURON_SET_JSON\x10\x05\x12\x1b\n\x17\x41RTIFACT_FORMAT_SAELENS\x10\x06\x12#\n\x1f\x41RTIFACT_FORMAT_GEMMA_SCOPE_NPZ\x10\x07\x12&\n\"ARTIFACT_FORMAT_FEATURE_LABEL_JSON\x10\n2\x90\x04\n\x0f\x41rtifactService\x12G\n\x06Upload\x12\x1c.patchclamp.v1.UploadRequest\x1a\x1d.patchclamp.v1.UploadResponse(\x01\x12M\n\x08\x44ownload\x12\x1e.patchclamp.v1.DownloadRequest\x1a\x1f.patchclamp.v1.DownloadResponse0\x01\x12T\n\x0bGetArtifact\x12!.patchclamp.v1.GetArtifactRequest\x1a\".patchclamp.v1.GetArtifactResponse\x12Z\n\rListArtifacts\x12#.patchclamp.v1.ListArtifactsRequest\x1a$.patchclamp.v1.ListArtifactsResponse\x12T\n\x0bTagArtifact\x12!.patchclamp.v1.TagArtifactRequest\x1a\".patchclamp.v1.TagArtifactResponse\x12]\n\x0e\x44\x65leteArtifact\x12$.patchclamp.v1.DeleteArtifactRequest\x1a%.patchclamp.v1.DeleteArtifactResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,12 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ARTIFACT_REPLACEDTAGSENTRY']._loaded_options = None
   _globals['_ARTIFACT_REPLACEDTAGSENTRY']._serialized_options = b'8\001'
-  _globals['_UPLOADHEADER_TENSORNAMESENTRY']._loaded_options = None
-  _globals['_UPLOADHEADER_TENSORNAMESENTRY']._serialized_options = b'8\001'
-  _globals['_ARTIFACTKIND']._serialized_start=1970
-  _globals['_ARTIFACTKIND']._serialized_end=2400
-  _globals['_ARTIFACTFORMAT']._serialized_start=2403
-  _globals['_ARTIFACTFORMAT']._serialized_end=2816
+  _globals['_ARTIFACTKIND']._serialized_start=1850
+  _globals['_ARTIFACTKIND']._serialized_end=2280
+  _globals['_ARTIFACTFORMAT']._serialized_start=2283
+  _globals['_ARTIFACTFORMAT']._serialized_end=2623
   _globals['_ARTIFACT']._serialized_start=140
   _globals['_ARTIFACT']._serialized_end=605
   _globals['_ARTIFACT_REPLACEDTAGSENTRY']._serialized_start=554
@@ -49,31 +47,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADREQUEST']._serialized_start=607
   _globals['_UPLOADREQUEST']._serialized_end=694
   _globals['_UPLOADHEADER']._serialized_start=697
-  _globals['_UPLOADHEADER']._serialized_end=1163
-  _globals['_UPLOADHEADER_TENSORNAMESENTRY']._serialized_start=1103
-  _globals['_UPLOADHEADER_TENSORNAMESENTRY']._serialized_end=1153
-  _globals['_UPLOADRESPONSE']._serialized_start=1165
-  _globals['_UPLOADRESPONSE']._serialized_end=1224
-  _globals['_DOWNLOADREQUEST']._serialized_start=1226
-  _globals['_DOWNLOADREQUEST']._serialized_end=1319
-  _globals['_DOWNLOADRESPONSE']._serialized_start=1321
-  _globals['_DOWNLOADRESPONSE']._serialized_end=1413
-  _globals['_GETARTIFACTREQUEST']._serialized_start=1415
-  _globals['_GETARTIFACTREQUEST']._serialized_end=1448
-  _globals['_GETARTIFACTRESPONSE']._serialized_start=1450
-  _globals['_GETARTIFACTRESPONSE']._serialized_end=1514
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=1517
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=1648
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=1650
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=1742
-  _globals['_TAGARTIFACTREQUEST']._serialized_start=1744
-  _globals['_TAGARTIFACTREQUEST']._serialized_end=1811
-  _globals['_TAGARTIFACTRESPONSE']._serialized_start=1813
-  _globals['_TAGARTIFACTRESPONSE']._serialized_end=1877
-  _globals['_DELETEARTIFACTREQUEST']._serialized_start=1879
-  _globals['_DELETEARTIFACTREQUEST']._serialized_end=1915
-  _globals['_DELETEARTIFACTRESPONSE']._serialized_start=1917
-  _globals['_DELETEARTIFACTRESPONSE']._serialized_end=1967
-  _globals['_ARTIFACTSERVICE']._serialized_start=2819
-  _globals['_ARTIFACTSERVICE']._serialized_end=3347
+  _globals['_UPLOADHEADER']._serialized_end=1043
+  _globals['_UPLOADRESPONSE']._serialized_start=1045
+  _globals['_UPLOADRESPONSE']._serialized_end=1104
+  _globals['_DOWNLOADREQUEST']._serialized_start=1106
+  _globals['_DOWNLOADREQUEST']._serialized_end=1199
+  _globals['_DOWNLOADRESPONSE']._serialized_start=1201
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1293
+  _globals['_GETARTIFACTREQUEST']._serialized_start=1295
+  _globals['_GETARTIFACTREQUEST']._serialized_end=1328
+  _globals['_GETARTIFACTRESPONSE']._serialized_start=1330
+  _globals['_GETARTIFACTRESPONSE']._serialized_end=1394
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=1397
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=1528
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=1530
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=1622
+  _globals['_TAGARTIFACTREQUEST']._serialized_start=1624
+  _globals['_TAGARTIFACTREQUEST']._serialized_end=1691
+  _globals['_TAGARTIFACTRESPONSE']._serialized_start=1693
+  _globals['_TAGARTIFACTRESPONSE']._serialized_end=1757
+  _globals['_DELETEARTIFACTREQUEST']._serialized_start=1759
+  _globals['_DELETEARTIFACTREQUEST']._serialized_end=1795
+  _globals['_DELETEARTIFACTRESPONSE']._serialized_start=1797
+  _globals['_DELETEARTIFACTRESPONSE']._serialized_end=1847
+  _globals['_ARTIFACTSERVICE']._serialized_start=2626
+  _globals['_ARTIFACTSERVICE']._serialized_end=3154
 # @@protoc_insertion_point(module_scope)

@@ -162,10 +162,6 @@ class _ArtifactFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     """sae_weights.safetensors of SAELens, with its cfg.json as UploadHeader.config. Autoencoders only."""
     ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ: _ArtifactFormat.ValueType  # 7
     """params.npz of Gemma Scope. The file does not say where it belongs: UploadHeader.site and .layer do. Autoencoders only."""
-    ARTIFACT_FORMAT_DUO_ATTENTION_TSV: _ArtifactFormat.ValueType  # 8
-    """full_attention_heads.tsv of DuoAttention: a gate in [0, 1] for each layer and KV head. Head sets only."""
-    ARTIFACT_FORMAT_QR_HEAD_YAML: _ArtifactFormat.ValueType  # 9
-    """Head lists of QRHead as YAML. Head sets only."""
     ARTIFACT_FORMAT_FEATURE_LABEL_JSON: _ArtifactFormat.ValueType  # 10
     """{"<feature>": "label"}. Feature labels only."""
 
@@ -193,10 +189,6 @@ ARTIFACT_FORMAT_SAELENS: ArtifactFormat.ValueType  # 6
 """sae_weights.safetensors of SAELens, with its cfg.json as UploadHeader.config. Autoencoders only."""
 ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ: ArtifactFormat.ValueType  # 7
 """params.npz of Gemma Scope. The file does not say where it belongs: UploadHeader.site and .layer do. Autoencoders only."""
-ARTIFACT_FORMAT_DUO_ATTENTION_TSV: ArtifactFormat.ValueType  # 8
-"""full_attention_heads.tsv of DuoAttention: a gate in [0, 1] for each layer and KV head. Head sets only."""
-ARTIFACT_FORMAT_QR_HEAD_YAML: ArtifactFormat.ValueType  # 9
-"""Head lists of QRHead as YAML. Head sets only."""
 ARTIFACT_FORMAT_FEATURE_LABEL_JSON: ArtifactFormat.ValueType  # 10
 """{"<feature>": "label"}. Feature labels only."""
 Global___ArtifactFormat: _TypeAlias = ArtifactFormat  # noqa: Y015
@@ -320,26 +312,6 @@ Global___UploadRequest: _TypeAlias = UploadRequest  # noqa: Y015
 class UploadHeader(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class TensorNamesEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.str
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.str = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     KIND_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     SITE_FIELD_NUMBER: _builtins.int
@@ -351,7 +323,6 @@ class UploadHeader(_message.Message):
     REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     LAYER_FIELD_NUMBER: _builtins.int
-    TENSOR_NAMES_FIELD_NUMBER: _builtins.int
     OF_FIELD_NUMBER: _builtins.int
     kind: Global___ArtifactKind.ValueType
     format: Global___ArtifactFormat.ValueType
@@ -376,10 +347,6 @@ class UploadHeader(_message.Message):
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def provenance(self) -> _struct_pb2.Struct: ...
-    @_builtins.property
-    def tensor_names(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Names of tensors in a safetensors file by the names of the kind, where they differ: {"layer.3": "steering_vector"}."""
-
     def __init__(
         self,
         *,
@@ -394,12 +361,11 @@ class UploadHeader(_message.Message):
         replace_tags: _builtins.bool = ...,
         config: _builtins.str = ...,
         layer: _builtins.int | None = ...,
-        tensor_names: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "config", b"config", "description", b"description", "format", b"format", "kind", b"kind", "layer", b"layer", "model_fingerprint", b"model_fingerprint", "of", b"of", "provenance", b"provenance", "replace_tags", b"replace_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags", "tensor_names", b"tensor_names"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "config", b"config", "description", b"description", "format", b"format", "kind", b"kind", "layer", b"layer", "model_fingerprint", b"model_fingerprint", "of", b"of", "provenance", b"provenance", "replace_tags", b"replace_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
     _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015

@@ -1194,7 +1194,7 @@ class Readout(_message.Message):
 
     @_builtins.property
     def logit_lens(self) -> Global___LogitLensReadout:
-        """The k most likely tokens when this state is read by the final norm and unembedding."""
+        """The k most likely tokens when this residual state is read by the final norm and unembedding."""
 
     @_builtins.property
     def heads(self) -> Global___HeadReadout:
@@ -1407,35 +1407,18 @@ Global___TopNeuronsReadout: _TypeAlias = TopNeuronsReadout  # noqa: Y015
 
 @_typing.final
 class LogitLensReadout(_message.Message):
-    """At a residual site the state is read by the final norm and unembedding. At attn_out and mlp_out, and of chosen neurons at
-    mlp_post, what is added to the residual stream is read, a . W with the scale of the final norm and the divisor that the
-    norm has at the end of the last block for that token: contributions add up to the logits.
-    """
-
     DESCRIPTOR: _descriptor.Descriptor
 
     K_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    NEURONS_FIELD_NUMBER: _builtins.int
     k: _builtins.int
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Instead of the k most likely: log-probabilities of these tokens, or their contributions."""
-
-    @_builtins.property
-    def neurons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At mlp_post: neurons whose contributions are read, each by itself. `values` and `ids` have k of each, in their order."""
-
     def __init__(
         self,
         *,
         k: _builtins.int = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        neurons: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "neurons", b"neurons", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,8 +49,6 @@ class _ExtractionMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Extr
     """(covariance of the unembedding)^-1 (mean difference of the unembedding rows of counterfactual pairs of words)."""
     EXTRACTION_METHOD_MEAN_CENTRED: _ExtractionMethod.ValueType  # 8
     """Mean of the target texts minus the mean of ordinary text."""
-    EXTRACTION_METHOD_REFT_R1: _ExtractionMethod.ValueType  # 9
-    """ReFT-r1: one direction trained to detect a concept and to write it, by the loss of the language model."""
     EXTRACTION_METHOD_DEFINITION: _ExtractionMethod.ValueType  # 10
     """State of the last token after demonstrations "definition => word" and the definition of the concept."""
 
@@ -75,8 +73,6 @@ EXTRACTION_METHOD_CAUSAL_INNER_PRODUCT: ExtractionMethod.ValueType  # 7
 """(covariance of the unembedding)^-1 (mean difference of the unembedding rows of counterfactual pairs of words)."""
 EXTRACTION_METHOD_MEAN_CENTRED: ExtractionMethod.ValueType  # 8
 """Mean of the target texts minus the mean of ordinary text."""
-EXTRACTION_METHOD_REFT_R1: ExtractionMethod.ValueType  # 9
-"""ReFT-r1: one direction trained to detect a concept and to write it, by the loss of the language model."""
 EXTRACTION_METHOD_DEFINITION: ExtractionMethod.ValueType  # 10
 """State of the last token after demonstrations "definition => word" and the definition of the concept."""
 Global___ExtractionMethod: _TypeAlias = ExtractionMethod  # noqa: Y015
@@ -194,7 +190,6 @@ class ExtractVectorsRequest(_message.Message):
     DEFINITION_FIELD_NUMBER: _builtins.int
     WORD_PAIRS_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
-    TRAINING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     method: Global___ExtractionMethod.ValueType
     site: _program_pb2.Site.ValueType
@@ -240,10 +235,6 @@ class ExtractVectorsRequest(_message.Message):
         norms of the whole text; the first token stands where it alone is in scope, and all where all of them are sinks.
         """
 
-    @_builtins.property
-    def training(self) -> Global___Training:
-        """Of trained methods."""
-
     def __init__(
         self,
         *,
@@ -265,11 +256,10 @@ class ExtractVectorsRequest(_message.Message):
         definition: _builtins.str = ...,
         word_pairs: _abc.Iterable[Global___WordPair] | None = ...,
         scope: _program_pb2.Scope | None = ...,
-        training: Global___Training | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "scope", b"scope", "texts", b"texts", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "scope", b"scope", "texts", b"texts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "contrast", b"contrast", "definition", b"definition", "demonstrations", b"demonstrations", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "scope", b"scope", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target", "texts", b"texts", "training", b"training", "word_pairs", b"word_pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "contrast", b"contrast", "definition", b"definition", "demonstrations", b"demonstrations", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "scope", b"scope", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target", "texts", b"texts", "word_pairs", b"word_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
     _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
@@ -900,174 +890,6 @@ class SubspaceEvidence(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubspaceEvidence: _TypeAlias = SubspaceEvidence  # noqa: Y015
-
-@_typing.final
-class FindConceptCircuitRequest(_message.Message):
-    """FindConceptCircuit: texts of scenarios, each written for every value of the concept."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MODEL_FIELD_NUMBER: _builtins.int
-    SCENARIOS_FIELD_NUMBER: _builtins.int
-    TARGET_FIELD_NUMBER: _builtins.int
-    SITE_FIELD_NUMBER: _builtins.int
-    LAYERS_FIELD_NUMBER: _builtins.int
-    NEURONS_FIELD_NUMBER: _builtins.int
-    HEADS_FIELD_NUMBER: _builtins.int
-    RANDOM_SETS_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    DESCRIPTION_FIELD_NUMBER: _builtins.int
-    TAGS_FIELD_NUMBER: _builtins.int
-    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
-    model: _builtins.str
-    target: _builtins.str
-    """Value whose direction is sought."""
-    site: _program_pb2.Site.ValueType
-    """Default: resid_post."""
-    neurons: _builtins.int
-    """Neurons and heads of the sets. Default 100 and 10."""
-    heads: _builtins.int
-    random_sets: _builtins.int
-    """Random sets of equal size that are zeroed beside them. Default 10."""
-    seed: _builtins.int
-    description: _builtins.str
-    replace_tags: _builtins.bool
-    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
-    @_builtins.property
-    def scenarios(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptScenario]: ...
-    @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Default: every layer."""
-
-    @_builtins.property
-    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """"<tag>-vector", "<tag>-neurons" and "<tag>-heads"."""
-
-    def __init__(
-        self,
-        *,
-        model: _builtins.str = ...,
-        scenarios: _abc.Iterable[Global___ConceptScenario] | None = ...,
-        target: _builtins.str = ...,
-        site: _program_pb2.Site.ValueType = ...,
-        layers: _abc.Iterable[_builtins.int] | None = ...,
-        neurons: _builtins.int = ...,
-        heads: _builtins.int = ...,
-        random_sets: _builtins.int = ...,
-        seed: _builtins.int = ...,
-        description: _builtins.str = ...,
-        tags: _abc.Iterable[_builtins.str] | None = ...,
-        replace_tags: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "heads", b"heads", "layers", b"layers", "model", b"model", "neurons", b"neurons", "random_sets", b"random_sets", "replace_tags", b"replace_tags", "scenarios", b"scenarios", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FindConceptCircuitRequest: _TypeAlias = FindConceptCircuitRequest  # noqa: Y015
-
-@_typing.final
-class ConceptScenario(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    VALUES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def values(self) -> _containers.RepeatedCompositeFieldContainer[_neuron_pb2.LabelledTexts]: ...
-    def __init__(
-        self,
-        *,
-        values: _abc.Iterable[_neuron_pb2.LabelledTexts] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ConceptScenario: _TypeAlias = ConceptScenario  # noqa: Y015
-
-@_typing.final
-class FindConceptCircuitResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PROGRESS_FIELD_NUMBER: _builtins.int
-    RESULT_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def progress(self) -> _progress_pb2.Progress: ...
-    @_builtins.property
-    def result(self) -> Global___FoundConceptCircuit: ...
-    def __init__(
-        self,
-        *,
-        progress: _progress_pb2.Progress | None = ...,
-        result: Global___FoundConceptCircuit | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result"]  # noqa: Y015
-    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
-
-Global___FindConceptCircuitResponse: _TypeAlias = FindConceptCircuitResponse  # noqa: Y015
-
-@_typing.final
-class FoundConceptCircuit(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    VECTOR_FIELD_NUMBER: _builtins.int
-    LAYERS_FIELD_NUMBER: _builtins.int
-    BEST_LAYER_FIELD_NUMBER: _builtins.int
-    NEURONS_FIELD_NUMBER: _builtins.int
-    HEADS_FIELD_NUMBER: _builtins.int
-    PROJECTION_FIELD_NUMBER: _builtins.int
-    PROJECTION_ZEROED_FIELD_NUMBER: _builtins.int
-    PROJECTION_RANDOM_FIELD_NUMBER: _builtins.int
-    WARNINGS_FIELD_NUMBER: _builtins.int
-    best_layer: _builtins.int
-    projection: _builtins.float
-    """Projection of the target's texts on the direction at the best layer, with nothing zeroed, with both sets zeroed, and with
-    each random pair of sets of equal size.
-    """
-    projection_zeroed: _builtins.float
-    @_builtins.property
-    def vector(self) -> _artifact_pb2.Artifact:
-        """Mean over scenarios of (texts of the target - mean of all values of the scenario), by layer."""
-
-    @_builtins.property
-    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerEvidence]: ...
-    @_builtins.property
-    def neurons(self) -> _neuron_pb2.StoredNeurons:
-        """Neurons and heads by the mean that they write along the direction in the texts of the target, less that in the others."""
-
-    @_builtins.property
-    def heads(self) -> _artifact_pb2.Artifact: ...
-    @_builtins.property
-    def projection_random(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    @_builtins.property
-    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    def __init__(
-        self,
-        *,
-        vector: _artifact_pb2.Artifact | None = ...,
-        layers: _abc.Iterable[Global___LayerEvidence] | None = ...,
-        best_layer: _builtins.int = ...,
-        neurons: _neuron_pb2.StoredNeurons | None = ...,
-        heads: _artifact_pb2.Artifact | None = ...,
-        projection: _builtins.float = ...,
-        projection_zeroed: _builtins.float = ...,
-        projection_random: _abc.Iterable[_builtins.float] | None = ...,
-        warnings: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "neurons", b"neurons", "vector", b"vector"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_layer", b"best_layer", "heads", b"heads", "layers", b"layers", "neurons", b"neurons", "projection", b"projection", "projection_random", b"projection_random", "projection_zeroed", b"projection_zeroed", "vector", b"vector", "warnings", b"warnings"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FoundConceptCircuit: _TypeAlias = FoundConceptCircuit  # noqa: Y015
 
 @_typing.final
 class CalibrateVectorRequest(_message.Message):

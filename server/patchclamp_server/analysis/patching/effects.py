@@ -56,7 +56,7 @@ def effects(patched: Tensor, source: Tensor, unpatched: Tensor, counts: Tensor) 
     shares = torch.tensor([0.025, 0.975], dtype=torch.float64)
     bounds = [
         ((counts @ part) / (counts @ differences)[:, None]).quantile(shares, dim=0)
-        for part in changes.split(_CELLS_AT_ONCE, dim=1)
+        for part in torch.split(changes, _CELLS_AT_ONCE, dim=1)
     ]
     low, high = torch.cat(bounds, dim=1)
     return Effects(effect, low, high)

@@ -105,7 +105,7 @@ async def causal_inner_product(
 
 def direction_of(difference: Tensor, covariance: Tensor) -> Tensor:
     """Returns C⁻¹ · difference [d], in float64 and then float32."""
-    inverse = torch.linalg.pinv(covariance.double(), hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(covariance.double(), hermitian=True)
     return (inverse @ difference.double()).float()
 
 

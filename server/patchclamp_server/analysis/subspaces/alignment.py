@@ -128,13 +128,14 @@ def align(
         losses.append((yield from _train(model, chosen, weights, optimizer, layer, site)))
         yield Progress(f"training of layer {layer}", step + 1, training.max_steps)
     random = _rotation(initial_weights(width, rank, seed + 1).to(weights.device))
-    accuracies = []
-    for rotation in (best, random, None):
-        accuracies.append((yield from _accuracy(model, examples.heldout, examples.against, rotation, layer, site)))
+    heldout, against = examples.heldout, examples.against
+    accuracy = yield from _accuracy(model, heldout, against, best, layer, site)
+    by_random = yield from _accuracy(model, heldout, against, random, layer, site)
+    by_all = yield from _accuracy(model, heldout, against, None, layer, site)
     kept = None
     if examples.kept_heldout:
         kept = yield from _accuracy(model, examples.kept_heldout, examples.kept_against, best, layer, site)
-    return Alignment(best.cpu(), best_loss, len(losses), *accuracies, kept, tuple(losses))
+    return Alignment(best.cpu(), best_loss, len(losses), accuracy, by_random, by_all, kept, tuple(losses))
 
 
 def exchanged(pair: PreparedPair, rotation: Tensor | None) -> Tensor:

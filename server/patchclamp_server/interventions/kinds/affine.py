@@ -107,7 +107,7 @@ def _decode(proto: "pb.Affine", field: str) -> Affine:
         for name in ("matrix", "left", "right", "bias")
         if proto.HasField(name)
     }
-    return Affine(**given)
+    return Affine(given.get("matrix"), given.get("left"), given.get("right"), given.get("bias"))
 
 
 def _bind(kind: Affine, where: Where) -> EditNumbers:

@@ -1,5 +1,7 @@
 """What torch runs of features: the edit, and the readouts of chosen features and of the k largest."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -141,7 +143,7 @@ class TopFeaturesRule(RankingRule):
             values[pairs, :n], ids[pairs, :n] = own, features
         return values, ids
 
-    def found(self) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
+    def found(self) -> list[tuple[Sequence[float], tuple[int, ...]]]:
         above = []
         for values, ids in super().found():
             n = sum(value > 0 for value in values)

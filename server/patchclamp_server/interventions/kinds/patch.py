@@ -79,7 +79,7 @@ class _StoredRows:
         return self.text.length
 
     def take(self, layer: int, chosen: Tensor) -> Tensor:
-        wanted, place = chosen.unique(return_inverse=True)
+        wanted, place = torch.unique(chosen, return_inverse=True)
         # Neighbours are read together.
         starts = torch.cat((torch.tensor([True]), wanted[1:] != wanted[:-1] + 1)).nonzero()[:, 0].tolist()
         parts = []

@@ -44,7 +44,7 @@ class EditNumbers:
     """Holds an edit as the tables take it: `payload` by layer is what `table` says, `bounds` are its LOW and HIGH."""
 
     table: EditTable
-    payload: dict[int, Payload]
+    payload: Mapping[int, Payload]
     bounds: tuple[float, float] = (-math.inf, math.inf)
     # The site at which the edit runs, if not at the one that it names.
     site: Site | None = None

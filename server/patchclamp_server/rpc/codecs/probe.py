@@ -15,10 +15,10 @@ from patchclamp_server.interventions.scopes import check_scope
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
+from patchclamp_server.rpc.codecs.extraction_inputs import POOLINGS
 from patchclamp_server.rpc.codecs.neurons.texts import decode_texts
 from patchclamp_server.rpc.codecs.program import decode_scope, decode_site
 from patchclamp_server.rpc.codecs.progress import encode_progress
-from patchclamp_server.rpc.codecs.extraction_inputs import POOLINGS
 from patchclamp_server.text.prompt import PromptEncoder
 
 DEFAULT_HOLDOUT_FRACTION = 0.4

@@ -38,7 +38,7 @@ def decode_extraction(
 
     Raises InvalidArgument, and FailedPrecondition for a chat where the model has no template.
     """
-    method = _method(request.method)
+    method = known(request.method, METHOD_NAMES, "method", pb.ExtractionMethod.keys()[1:])
     _check_inputs(request, method)
     site = _site(request.site, info)
     layers = _layers(request.layers, info)
@@ -56,14 +56,6 @@ def decode_extraction(
             return inputs.causal_inner_product()
         case _:
             return inputs.extraction(method)
-
-
-def _method(number: int) -> str:
-    names = [pb.ExtractionMethod.Name(each) for each in METHOD_NAMES]
-    if number and number in pb.ExtractionMethod.values() and number not in METHOD_NAMES:
-        what = pb.ExtractionMethod.Name(number)
-        raise InvalidArgument("method", f"{what} is in the contract but not served yet; expected {', '.join(names)}")
-    return known(number, METHOD_NAMES, "method", names)
 
 
 def encode_extraction(event: Progress | Result) -> pb.ExtractVectorsResponse:

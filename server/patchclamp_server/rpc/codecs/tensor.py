@@ -12,7 +12,7 @@ DTYPES: dict[torch.dtype, "tensor_pb2.DataType.ValueType"] = {
     torch.int32: tensor_pb2.DATA_TYPE_INT32,
 }
 # What activations are sent and stored in.
-ACTIVATION_DTYPES: "dict[tensor_pb2.DataType.ValueType, torch.dtype]" = {
+ACTIVATION_DTYPES: dict[int, torch.dtype] = {
     DTYPES[dtype]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)
 }
 

@@ -83,7 +83,8 @@ def _features(proto: pb.WatchedFeatures, field: str) -> WatchedFeatures | Featur
 
 
 def _features_of_autoencoder(proto: pb.WatchedFeatures, field: str) -> FeaturesOfAutoencoder:
-    for name in (*_ENCODERS, "bias", "jump"):
+    names: tuple[Any, ...] = (*_ENCODERS, "bias", "jump")
+    for name in names:
         if proto.HasField(name):
             raise InvalidArgument(f"{field}.{name}", "an autoencoder is given as well; expected one of both")
     for name in ("site", "layer"):

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.neurons.selection import add_layers_argument, layers_of
 from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         note(f"written to {args.out}")
     if result.artifact is not None:
-        note_stored(result.artifact, args.name)
+        note_stored(result.artifact)
     return 0
 
 

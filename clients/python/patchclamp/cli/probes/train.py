@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from patchclamp import requests
-from patchclamp.cli.jobs import add_detach_argument, job_outcome
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
 from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     for warning in result.warnings:
         note(f"warning: {warning}")
-    note_stored(result.artifact, args.name, f"; layers {', '.join(map(str, result.layers))}")
+    note_stored(result.artifact, f"; layers {', '.join(map(str, result.layers))}")
     return 0
 
 

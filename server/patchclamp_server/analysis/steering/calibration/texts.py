@@ -104,7 +104,8 @@ async def written(
             async for events in finished:
                 read.append(events)
                 yield 1
-        found += [_written(text, *each) for (_, text), *each in zip(chunk, read, compared, strict=True)]
+        for (_, text), events, divergence in zip(chunk, read, compared, strict=True):
+            found.append(_written(text, events, divergence))
     yield found
 
 
