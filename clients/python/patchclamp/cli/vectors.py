@@ -120,7 +120,8 @@ def run_put(args: argparse.Namespace) -> int:
         return _put_torch(args)
     format = args.format or _format_of(args.file, lambda: args.kind or _kind_of_json(args.file))
     kind: ArtifactKindName = args.kind or _KINDS.get(format, "vector")
-    options: UploadOptions = {**_label(args), "kind": kind, "format": format}
+    options: UploadOptions = {"kind": kind, "format": format}
+    options.update(_label(args))  # type: ignore[typeddict-item]
     if args.site is not None:
         options["site"] = args.site
     with connect(args) as client:

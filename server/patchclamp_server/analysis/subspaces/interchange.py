@@ -8,6 +8,7 @@ Nothing before the layer depends on R: states there are computed once, and each 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,6 +57,11 @@ class PreparedPair:
         return self.source - self.states[self.exchanged]
 
 
+def _field_of(pair: str, name: str, field: str) -> str:
+    """Returns the path of a field of the one example that is made of the base or the source of a pair."""
+    return f"{pair}.{_FIELDS.get(field, name)}"
+
+
 def check_pairs(pairs: Sequence[Pair], spec: DecoderSpec, site: Site, max_bytes: int = MAX_BYTES) -> None:
     """Raises InvalidArgument by field path, before anything is computed, for what cannot run, and for pairs whose
     states of a layer need more than `max_bytes`."""
@@ -65,7 +71,7 @@ def check_pairs(pairs: Sequence[Pair], spec: DecoderSpec, site: Site, max_bytes:
             ("source", Example(pair.source, LogitDifference(0))),
         ):
             # A list of one example, whose fields are called [0].prompt and [0].target.
-            with fields_as(lambda field, name=name, own=pair: f"{own.field}.{_FIELDS.get(field, name)}"):
+            with fields_as(partial(_field_of, pair.field, name)):
                 check_examples([example], spec, field="", max_bytes=max_bytes)
     width = spec.sites[site]
     rows = sum(len(pair.base) + len(pair.answer) for pair in pairs)
@@ -147,7 +153,7 @@ def intervened(
 
             yield from run_backward(model, batch, run, site, range(layer, layer + 1), keep)
             [of_batch] = kept
-            parts = of_batch[rows].split([len(p.exchanged) for p in own])
+            parts = torch.split(of_batch[rows], [len(p.exchanged) for p in own])
             for number, part in zip(batch.numbers, parts, strict=True):
                 found[number] = part.clone()
     return Outcome(values, found)

@@ -27,5 +27,5 @@ def encode_tensor(values: torch.Tensor, dtype: torch.dtype = torch.float32) -> t
 
 def decode_activation_dtype(number: int, field: str) -> torch.dtype:
     """Returns the type, float32 where none is named."""
-    accepted = map(tensor_pb2.DataType.Name, ACTIVATION_DTYPES)
+    accepted = (f"DATA_TYPE_{str(dtype).removeprefix('torch.').upper()}" for dtype in ACTIVATION_DTYPES.values())
     return known(number, ACTIVATION_DTYPES, field, accepted) if number else torch.float32

@@ -104,8 +104,8 @@ async def written(
             async for events in finished:
                 read.append(events)
                 yield 1
-        for (_, text), events, divergence in zip(chunk, read, compared, strict=True):
-            found.append(_written(text, events, divergence))
+        for (_, text), scored, divergence in zip(chunk, read, compared, strict=True):
+            found.append(_written(text, scored, divergence))
     yield found
 
 
