@@ -49,6 +49,7 @@ def position_messages(positions: Mapping[str, PositionsLike]) -> list[activation
         raise TypeError(f"positions: expected {{name: position or (start, end)}}, got {shown(positions)}")
     messages = []
     for name, where in positions.items():
+        end: int | None
         match where:
             case bool():
                 raise TypeError(_expected(name, where))

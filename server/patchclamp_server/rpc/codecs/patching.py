@@ -22,8 +22,8 @@ MAX_PAIRS, MAX_CELLS, MAX_RUNS = 1000, 65_536, 1_000_000
 # This bounds the activations of one run that are held: every site, layer and token of the grid.
 MAX_ACTIVATION_BYTES = 2 << 30
 DEFAULT_SITES = (Site.RESID_PRE, Site.ATTN_OUT, Site.MLP_OUT)
-DIRECTIONS = {pb.PatchDirection.Value(f"PATCH_DIRECTION_{each.name}"): each for each in Direction}
-METRICS = {pb.PatchMetric.Value(f"PATCH_METRIC_{each.name}"): each for each in Metric}
+DIRECTIONS: dict[int, Direction] = {pb.PatchDirection.Value(f"PATCH_DIRECTION_{each.name}"): each for each in Direction}
+METRICS: dict[int, Metric] = {pb.PatchMetric.Value(f"PATCH_METRIC_{each.name}"): each for each in Metric}
 
 
 def decode_patching(proto: pb.PatchActivationsRequest, prompts: PromptEncoder, info: ModelInfo) -> Patching:
