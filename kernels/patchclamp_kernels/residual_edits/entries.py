@@ -188,16 +188,20 @@ def _edited(
         edited = h + strength * _vector(row.bank, first, lane, D)
     else:
         target = h
-        if kind == REPLACE:
-            target = _vector(row.bank, first, lane, D)
+        if (kind == REPLACE) | (kind == PATCH):
+            at = first
+            if kind == PATCH:
+                at = _source(row, first, count)
+            target = _vector(row.bank, tl.maximum(at, 0), lane, D)
+            if kind == PATCH:
+                mask = _vector(row.bank, tl.load(row.unit_ints + first * 2 + OTHER), lane, D)
+                target = tl.where((mask != 0.0) & (at >= 0), target, h)
         elif kind == PROJECT:
             target = _projected(h, _vector(row.bank, first, lane, D), floats)
         elif kind == ROTATE:
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
         elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE) | (kind == FEATURES):
             target = _by_units(h, lane, row, floats, kind, flags, first, count, column, D)
-        elif kind == PATCH:
-            target = _patched(h, lane, row, first, count, D)
         else:
             if HEAD_DIM > 0:
                 target = _heads(h, lane, row, first, count, D, HEAD_DIM)
@@ -282,9 +286,9 @@ def _by_units(h, lane, row, floats, kind, flags, first, count, column, D: tl.con
 
 
 @triton.jit
-def _patched(h, lane, row, first, count, D: tl.constexpr):
-    """Returns h with the source row of its position where the mask, which the first unit names, is not 0."""
-    # The first of the ascending positions that is not below that of the row.
+def _source(row, first, count):
+    """Returns the bank row that a patch has for the position of this row, or -1. Its positions ascend after the mask,
+    which stands at -1."""
     low = first + 1
     high = first + count
     while low < high:
@@ -292,14 +296,9 @@ def _patched(h, lane, row, first, count, D: tl.constexpr):
         below = tl.load(row.unit_ints + middle * 2 + UNIT) < row.position
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
-    target = h
-    # The unit of the mask stands for none: its position is -1.
     own = tl.where(low < first + count, low, first)
-    if tl.load(row.unit_ints + own * 2 + UNIT) == row.position:
-        mask = _vector(row.bank, tl.load(row.unit_ints + first * 2 + OTHER), lane, D)
-        source = _vector(row.bank, tl.load(row.unit_ints + own * 2 + OTHER), lane, D)
-        target = tl.where(mask != 0.0, source, h)
-    return target
+    found = tl.load(row.unit_ints + own * 2 + UNIT) == row.position
+    return tl.where(found, tl.load(row.unit_ints + own * 2 + OTHER), -1)
 
 
 @triton.jit
