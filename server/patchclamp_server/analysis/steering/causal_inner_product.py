@@ -105,8 +105,9 @@ async def causal_inner_product(
 
 def direction_of(difference: Tensor, covariance: Tensor) -> Tensor:
     """Returns C⁻¹ · difference [d], in float64 and then float32."""
-    inverse: Tensor = torch.linalg.pinv(covariance.double(), hermitian=True)
-    return (inverse @ difference.double()).float()
+    inverse = torch.linalg.pinv(covariance.double(), hermitian=True)
+    found: Tensor = (inverse @ difference.double()).float()
+    return found
 
 
 def _rows(decoder: Decoder, tokens: Sequence[tuple[int, int]]) -> Sliced[Rows]:

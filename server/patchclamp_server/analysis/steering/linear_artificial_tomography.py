@@ -27,5 +27,6 @@ def directions(positive: torch.Tensor, negative: torch.Tensor, seed: int) -> tor
 def _scaled(differences: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Returns the scaled component [d] of differences [k, d], given the difference of means [d]."""
     component = torch.linalg.svd(differences - differences.mean(dim=0), full_matrices=False).Vh[0]
-    found: torch.Tensor = torch.where(component @ mean < 0, -component, component) * mean.norm()
-    return found
+    signed = -component if component @ mean < 0 else component
+    scaled: torch.Tensor = signed * mean.norm()
+    return scaled

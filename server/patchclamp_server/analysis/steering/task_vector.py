@@ -83,8 +83,7 @@ class TaskPrompts:
         training, heldout = [demonstrations[i] for i in order[:n]], order[n:]
         draw = random.Random(seed)
         wrong = deranged(training, draw)
-        demonstrated: list[tuple[int, ...]] = []
-        exchanged: list[tuple[int, ...]] = []
+        demonstrated, exchanged = list[tuple[int, ...]](), list[tuple[int, ...]]()
         for i, each in enumerate(training):
             # The same demonstrations in the same order: what differs are their outputs.
             others = draw.sample([j for j in range(n) if j != i], min(SHOTS, n - 1))
