@@ -104,7 +104,8 @@ class ArtifactService(ArtifactServiceServicer):
             tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX) as directory,
         ):
             _, file = await asyncio.to_thread(self._store.open, info.id)
-            read, size, config = file.read, info.size_bytes, ""
+            read: Callable[[int, int], bytes] = file.read
+            size, config = info.size_bytes, ""
             if write is not None:
                 path = Path(directory) / "file"
                 try:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from patchclamp.autoencoders import autoencoder_file
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
@@ -68,7 +69,7 @@ def run_label(args: argparse.Namespace) -> int:
     return _stored(args, artifact, f"{count} names of features of {args.of}")
 
 
-def _naming(args: argparse.Namespace) -> dict[str, object]:
+def _naming(args: argparse.Namespace) -> dict[str, Any]:
     return naming_options(args, *(() if args.name is None else (args.name,)))
 
 
