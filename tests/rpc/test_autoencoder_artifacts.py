@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
@@ -90,7 +90,7 @@ def config(hook: str = "blocks.3.hook_resid_post") -> str:
     return json.dumps({"architecture": "standard", "d_in": W, "d_sae": F, "metadata": {"hook_name": hook}})
 
 
-def struct(**fields: object) -> Struct:
+def struct(**fields: Any) -> Struct:
     made = Struct()
     made.update(fields)
     return made
@@ -129,7 +129,7 @@ async def test_a_file_made_by_hand_says_in_provenance_what_it_is(stub: Stub) -> 
 
 
 async def test_gemma_scope_has_its_place_in_the_header(stub: Stub, tmp_path: Path) -> None:
-    arrays = {name: tensor.numpy() for name, tensor in weights().items()}
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in weights().items()}
     np.savez(tmp_path / "params.npz", **arrays, threshold=np.ones(F, dtype=np.float32))
     data = (tmp_path / "params.npz").read_bytes()
     artifact = await upload(stub, data, format=GEMMA, site=program_pb2.SITE_RESID_POST, layer=1)
@@ -161,7 +161,7 @@ async def test_what_is_no_autoencoder_of_the_model_is_refused_with_its_field(
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await upload(stub, data, **header)
-    status = rpc_status.from_call(refused.value)
+    status = rpc_status.from_call(refused.value)  # type: ignore[arg-type]
     violations = error_details_pb2.BadRequest()
     assert status.details[0].Unpack(violations)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -201,7 +201,8 @@ async def test_labels_of_no_feature_are_refused(stub: Stub, data: bytes, header:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await upload(stub, data, kind=LABELS_KIND, format=LABELS, **header)
     violations = error_details_pb2.BadRequest()
-    assert rpc_status.from_call(refused.value).details[0].Unpack(violations)
+    status = rpc_status.from_call(refused.value)  # type: ignore[arg-type]
+    assert status.details[0].Unpack(violations)
     assert violations.field_violations[0].field == field, refused.value.details()
 
 

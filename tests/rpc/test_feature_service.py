@@ -1,6 +1,7 @@
 """SearchFeatures over a real channel: equal to numpy on the activations themselves, and a planted feature is found."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -17,6 +18,7 @@ from patchclamp.v1 import feature_pb2_grpc, tensor_pb2
 from patchclamp_server.artifacts.feature_labels import label_tensors
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.sparsity.mlp import matrix
 from patchclamp_server.text.prompt import PromptEncoder
 
 CODE = "code"
@@ -45,7 +47,7 @@ def stub(server: LiveServer) -> Iterator[feature_pb2_grpc.FeatureServiceStub]:
 
 
 def store_of(server: LiveServer) -> ArtifactStore:
-    return server.server.services.store  # type: ignore[no-any-return]
+    return server.server.services.store
 
 
 def by_label(per_label: int = 4) -> dict[str, tuple[str, ...]]:
@@ -56,7 +58,7 @@ def groups(chosen: dict[str, tuple[str, ...]]) -> dict[str, object]:
     return {"groups": [{"label": label, "prompts": [{"text": t} for t in own]} for label, own in chosen.items()]}
 
 
-def search(stub: feature_pb2_grpc.FeatureServiceStub, **request: object) -> pb.FoundFeatures:
+def search(stub: feature_pb2_grpc.FeatureServiceStub, **request: Any) -> pb.FoundFeatures:
     events = list(stub.SearchFeatures(pb.SearchFeaturesRequest(**{"autoencoder": "small"} | request)))
     assert [event.WhichOneof("event") for event in events[-1:]] == ["result"]
     return events[-1].result
@@ -65,7 +67,9 @@ def search(stub: feature_pb2_grpc.FeatureServiceStub, **request: object) -> pb.F
 def rows_of(server: LiveServer, chosen: dict[str, tuple[str, ...]]) -> tuple[Tensor, list[str], list[int]]:
     """Activations [tokens, width] of all texts but their first tokens, with the label and the id of each."""
     encoder = PromptEncoder(server.model.tokenizer, server.model.info)
-    parts, labels, ids = [], [], []
+    parts: list[Tensor] = []
+    labels: list[str] = []
+    ids: list[int] = []
     for label, own in chosen.items():
         for text in own:
             tokens = encoder.encode_text(text).ids
@@ -81,7 +85,8 @@ def expected_scores(f: np.ndarray, is_target: np.ndarray, is_other: np.ndarray) 
     target, other = f[is_target], f[is_other]
     n, m = len(target), len(other)
     within = np.sqrt((n * target.var(0) + m * other.var(0)) / (n + m))
-    return (target.mean(0) - other.mean(0)) / np.maximum(within, 1e-12)
+    scores: np.ndarray = (target.mean(0) - other.mean(0)) / np.maximum(within, 1e-12)
+    return scores
 
 
 def test_a_contrast_equals_numpy_on_the_activations(
@@ -164,7 +169,8 @@ def test_the_promoted_tokens_have_the_largest_products_with_the_decoder_row(
     row = small_autoencoder.tensors["decoder"][200]
     found = search(stub, label="dogs", labels="small-labels").features[0]
     decoder = server.model.decoder
-    products = (row * decoder.final_norm.weight.float()) @ decoder.unembedding.weight.float().T
+    scale, rows = decoder.final_norm.weight.float(), matrix(decoder.unembedding).float()
+    products = (row * scale) @ rows.T
     best = products.topk(10)
     assert [token.id for token in found.promotes] == best.indices.tolist()
     np.testing.assert_allclose([token.product for token in found.promotes], best.values.numpy(), rtol=1e-3)
@@ -217,7 +223,8 @@ def test_a_search_that_cannot_be_made_is_refused_with_its_field(
     with pytest.raises(grpc.RpcError) as refused:
         search(stub, **request_)
     violations = error_details_pb2.BadRequest()
-    assert rpc_status.from_call(refused.value).details[0].Unpack(violations)
+    status = rpc_status.from_call(refused.value)  # type: ignore[arg-type]
+    assert status.details[0].Unpack(violations)
     assert violations.field_violations[0].field == field, refused.value.details()
 
 
