@@ -27,9 +27,8 @@ class EntryKind(IntEnum):
     PATCH = 9  # t(h) = m s_p + (1 - m) h, with the row s_p of the position p and a mask m
     FEATURES = 10  # t(h) = h + Σ_i (clip(factor f_i + offset, low, high) - f_i) D_i, the features of feature_clamp.py
     CONDITION = 11  # opened[column] = sign · value > sign · threshold, value = h·u, the cosine, or a feature
-    PROJECTION = 12  # readings[column] = h·v
+    PROJECTION = 12  # readings[column] = h·v, or a feature
     NEURON_VALUES = 13  # readings[column + i] = a[neuron i]
-    FEATURE_VALUES = 14  # readings[column + i] = f_i, where f_i = p if p > jump_i else 0, p = E_i·h + bias_i
 
 
 class EntryFlag(IntFlag):
@@ -38,25 +37,26 @@ class EntryFlag(IntFlag):
     LATCHED = 2
     # CONDITION: the value is the cosine of h and u.
     COSINE = 4
-    # CONDITION: the value is the feature whose row of the encoder is u.
+    # CONDITION, PROJECTION: the value is a feature: p = E·h + bias where that is above its jump, else 0. Its row of the
+    # encoder stands for the vector.
     FEATURE = 8
-    # FEATURES: f_i is readings[column + i], where FEATURE_VALUES with this flag have left it at an earlier place.
+    # FEATURES: f_i is readings[column + i], where a PROJECTION with this flag has left it at an earlier place.
     INPUT = 16
 
 
 # Columns of ProgramTable.ints.
 KIND, ITEM, FLAGS, FIRST, COUNT, GATE, LATCH, COLUMN = range(8)
-# Columns of ProgramTable.floats. CONDITION: LOW is the threshold and STRENGTH the sign; of a feature, HIGH is its bias
-# and SPARE its jump.
+# Columns of ProgramTable.floats. CONDITION: LOW is the threshold and STRENGTH the sign. Where the value is a feature,
+# HIGH is its bias and SPARE its jump, which is not negative.
 STRENGTH, LOW, HIGH, SPARE = range(4)
-# Columns of ProgramTable.unit_numbers. HEADS use FACTOR alone, LOW_RANK and AFFINE only OFFSET (b_r). FEATURES and
-# FEATURE_VALUES have bias and jump, which is not negative, in the last two.
+# Columns of ProgramTable.unit_numbers. HEADS use FACTOR alone, LOW_RANK and AFFINE only OFFSET (b_r). FEATURES
+# have bias and jump in the last two.
 FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
 BIAS, JUMP = UNIT_LOW, UNIT_HIGH
 # Columns of ProgramTable.unit_ints. HEADS: the head, and the row of its offset in the bank of width head_dim.
 # LOW_RANK and AFFINE_LOW_RANK: the bank rows of R_r and W_r. AFFINE: i, and the bank row of A_i; every i once.
 # PATCH: -1 and the bank row of m, then each p, ascending, and the bank row of s_p; a row at no such p is left alone.
-# FEATURES: the bank rows of D_i and E_i. FEATURE_VALUES: 0, and the bank row of E_i.
+# FEATURES: the bank rows of D_i and E_i.
 UNIT, OTHER = range(2)
 NO_GATE = -1
 
@@ -66,8 +66,8 @@ class ProgramTable:
     """Has N entries and M units (neurons, heads, ranks, positions or features of an edit) of all loaded programs.
 
     In the entry columns FIRST is the bank row of its vector, or the first unit row of LOW_RANK, NEURONS, HEADS, AFFINE,
-    AFFINE_LOW_RANK, PATCH, FEATURES, NEURON_VALUES and FEATURE_VALUES; COUNT is the number of units; GATE is a column
-    of `opened`, or NO_GATE; LATCH is a row of `latch`. The neurons or heads of an entry ascend, each at most once.
+    AFFINE_LOW_RANK, PATCH, FEATURES and NEURON_VALUES; COUNT is the number of units; GATE is a column of `opened`, or
+    NO_GATE; LATCH is a row of `latch`. The neurons or heads of an entry ascend, each at most once.
     """
 
     entries: Tensor  # int32 [slots, places + 1]: entries of slot s at place p are entries[s, p] to entries[s, p + 1]

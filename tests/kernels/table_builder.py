@@ -130,13 +130,10 @@ class Program:
 
     def feature_values(self, encoder: Tensor, bias: Tensor, jump: Tensor, *, place: int = 0) -> int:
         """Returns the column of the first of the readings."""
-        column = self.builder.new_column("reading", len(encoder))
-        each = zip(encoder, bias, jump, strict=True)
-        first = self.builder.store_units(
-            [([0, self.builder.store(e)], [0.0, 0.0, float(b), float(j)]) for e, b, j in each]
-        )
-        ints = [EntryKind.FEATURE_VALUES, self._item(), 0, first, len(encoder), NO_GATE, 0, column]
-        self.entries.append((place, ints, [0.0] * 4))
+        column, item = self.builder.new_column("reading", len(encoder)), self._item()
+        for i, (e, b, j) in enumerate(zip(encoder, bias, jump, strict=True)):
+            ints = [EntryKind.PROJECTION, item, EntryFlag.FEATURE, self.builder.store(e), 0, NO_GATE, 0, column + i]
+            self.entries.append((place, ints, [0.0, 0.0, float(b), float(j)]))
         return column
 
     def feature_condition(

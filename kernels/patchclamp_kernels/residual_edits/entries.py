@@ -28,7 +28,6 @@ FEATURES = tl.constexpr(EntryKind.FEATURES.value)
 CONDITION = tl.constexpr(EntryKind.CONDITION.value)
 PROJECTION = tl.constexpr(EntryKind.PROJECTION.value)
 NEURON_VALUES = tl.constexpr(EntryKind.NEURON_VALUES.value)
-FEATURE_VALUES = tl.constexpr(EntryKind.FEATURE_VALUES.value)
 
 PRESERVE_NORM = tl.constexpr(EntryFlag.PRESERVE_NORM.value)
 LATCHED = tl.constexpr(EntryFlag.LATCHED.value)
@@ -160,21 +159,27 @@ def _observe(h, lane, row, ints, floats, kind, flags, first, count, in_scope, D:
         tl.debug_barrier()
     elif in_scope:
         if kind == PROJECTION:
-            tl.store(row.readings + column, tl.sum(h * _vector(row.bank, first, lane, D), axis=0))
-        elif kind == FEATURE_VALUES:
-            _read_features(h, lane, row, first, count, column, D)
+            tl.store(row.readings + column, _value(h, lane, row, floats, flags, first, D))
+            if (flags & INPUT) != 0:
+                # Edits of this row may take it in this launch.
+                tl.debug_barrier()
         else:
             _read_neurons(h, lane, row, first, count, column, D)
 
 
 @triton.jit
-def _holds(h, lane, row, floats, flags, first, D: tl.constexpr):
+def _value(h, lane, row, floats, flags, first, D: tl.constexpr):
     value = tl.sum(h * _vector(row.bank, first, lane, D), axis=0)
+    if (flags & FEATURE) != 0:
+        value = activation(value + tl.load(floats + HIGH), tl.load(floats + SPARE))
+    return value
+
+
+@triton.jit
+def _holds(h, lane, row, floats, flags, first, D: tl.constexpr):
+    value = _value(h, lane, row, floats, flags, first, D)
     if (flags & COSINE) != 0:
         value = value / _length(h)
-    if (flags & FEATURE) != 0:
-        value += tl.load(floats + HIGH)
-        value = tl.where(value <= tl.load(floats + SPARE), 0.0, value)
     sign = tl.load(floats + STRENGTH)
     return sign * value > sign * tl.load(floats + LOW)
 
@@ -299,24 +304,6 @@ def _source(row, first, count):
     own = tl.where(low < first + count, low, first)
     found = tl.load(row.unit_ints + own * 2 + UNIT) == row.position
     return tl.where(found, tl.load(row.unit_ints + own * 2 + OTHER), -1)
-
-
-@triton.jit
-def _feature(h, lane, row, unit, D: tl.constexpr):
-    """Returns the feature of a unit."""
-    e = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
-    numbers = row.unit_numbers + unit * 4
-    return activation(tl.sum(h * e, axis=0) + tl.load(numbers + BIAS), tl.load(numbers + JUMP))
-
-
-@triton.jit
-def _read_features(h, lane, row, first, count, column, D: tl.constexpr):
-    done = 0
-    while done < count:
-        tl.store(row.readings + column + done, _feature(h, lane, row, first + done, D))
-        done += 1
-    # Edits of this row may take them in this launch.
-    tl.debug_barrier()
 
 
 @triton.jit

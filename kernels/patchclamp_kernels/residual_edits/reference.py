@@ -196,20 +196,22 @@ class _Row:
             if holds and entry.has(EntryFlag.LATCHED):
                 self.table.latch[entry.latch].clamp_(max=self.position)
         elif in_scope and entry.kind == EntryKind.PROJECTION:
-            readings[entry.column] = h @ self.vector(entry.first)
-        elif in_scope and entry.kind == EntryKind.FEATURE_VALUES:
-            readings[entry.column : entry.column + entry.n_units] = self.features(entry, h)
+            readings[entry.column] = self.value(entry, h)
         elif in_scope:
             neurons = self.units(entry)[0][:, UNIT]
             readings[entry.column : entry.column + entry.n_units] = h[neurons]
 
-    def holds(self, entry: _Entry, h: Tensor) -> bool:
+    def value(self, entry: _Entry, h: Tensor) -> Tensor:
         value = h @ self.vector(entry.first)
-        if entry.has(EntryFlag.COSINE):
-            value = value / torch.linalg.vector_norm(h)
         if entry.has(EntryFlag.FEATURE):
             value = value + entry.high
             value = torch.where(value <= entry.spare, torch.zeros_like(value), value)
+        return value
+
+    def holds(self, entry: _Entry, h: Tensor) -> bool:
+        value = self.value(entry, h)
+        if entry.has(EntryFlag.COSINE):
+            value = value / torch.linalg.vector_norm(h)
         sign = entry.strength
         return bool(sign * value > sign * entry.low)
 

@@ -23,7 +23,6 @@ class EntryKind(IntEnum):
     CONDITION = 11
     PROJECTION = 12
     NEURON_VALUES = 13
-    FEATURE_VALUES = 14
     # No kernel knows these kinds: they need whole rows, and torch's rules read them on every device. Their entries
     # stand behind the range of a slot that kernels run.
     TOP_NEURONS = 32
@@ -54,8 +53,8 @@ KIND, ITEM, FLAGS, FIRST, COUNT, GATE, LATCH, COLUMN = range(8)
 KERNEL_COLUMNS = 8
 PLACE, GROUP = 8, 9
 INT_COLUMNS = 10
-# These are the columns of floats. A condition has its sign in STRENGTH and its threshold in LOW; one of a feature has
-# the bias of the feature in HIGH and its jump in SPARE.
+# These are the columns of floats. A condition has its sign in STRENGTH and its threshold in LOW. Conditions and
+# readings of a feature have its bias in HIGH and its jump in SPARE.
 STRENGTH, LOW, HIGH, SPARE = range(4)
 FLOAT_COLUMNS = 4
 # These are the columns of units: the neurons, heads, ranks, positions or features of an entry. Features have bias and

@@ -226,9 +226,7 @@ class ProgramWriter:
             assert given is not None
             [numbers] = next(inputs)
             kind, place = READOUT_TABLES[given.kind].entry, place_number(given.site, given.layers[0])
-            [(first, count)] = numbers.spots(self._rows_of(numbers), first_unit)
-            group = group_number(place, _AFTER_EDITS, kind)
-            yield (kind, i, EntryFlag.INPUT, first, count, NO_GATE, 0, column, place, group), (0.0,) * FLOAT_COLUMNS
+            yield from self._reading_rows(numbers, first_unit, kind, i, column, place, EntryFlag.INPUT)
 
     def _condition_rows(self, counters: list[int]) -> Iterator[_Row]:
         layout = self.layout
@@ -260,9 +258,17 @@ class ProgramWriter:
             item, kind = layout.readout_item(i), READOUT_TABLES[readout.kind].entry
             for layer, numbers in zip(readout.layers, own, strict=True):
                 place, column = place_number(readout.site, layer), _first_column(layout, i, readout, layer)
-                group = group_number(place, _AFTER_EDITS, kind)
-                for j, (first, count) in enumerate(numbers.spots(self._rows_of(numbers), first_unit)):
-                    yield (kind, item, 0, first, count, NO_GATE, 0, column + j, place, group), (0.0,) * FLOAT_COLUMNS
+                yield from self._reading_rows(numbers, first_unit, kind, item, column, place, NO_FLAGS)
+
+    def _reading_rows(
+        self, numbers: _Numbers, first_unit: int, kind: EntryKind, item: int, column: int, place: int, flags: EntryFlag
+    ) -> Iterator[_Row]:
+        group, latents = group_number(place, _AFTER_EDITS, kind), numbers.written.latents
+        if latents is not None:
+            flags |= EntryFlag.FEATURE
+        for j, (first, count) in enumerate(numbers.spots(self._rows_of(numbers), first_unit)):
+            bias, jump = (0.0, 0.0) if latents is None else latents[j]
+            yield (kind, item, flags, first, count, NO_GATE, 0, column + j, place, group), (0.0, 0.0, bias, jump)
 
 
 def _first_column(layout: ProgramLayout, i: int, readout: BoundReadout, layer: int) -> int:

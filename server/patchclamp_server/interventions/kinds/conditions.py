@@ -6,8 +6,8 @@ It holds where sign · value > sign · threshold.
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.columns import FLAGS, HIGH, LATCH, LOW, SPARE, EntryFlag
-from patchclamp_server.interventions.kinds.rules import Entries, StepContext
+from patchclamp_server.interventions.columns import FLAGS, LATCH, LOW, EntryFlag
+from patchclamp_server.interventions.kinds.rules import Entries, FeatureValues, StepContext
 from patchclamp_server.interventions.row_arithmetic import row_dots, row_norms
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -25,9 +25,7 @@ class ConditionRule:
         self.target, self.inside = pairs.target[span], pairs.inside[span]
         ints = entries.host.ints[entries.entry]
         self.cosine = entries.tensor(ints[:, FLAGS] & EntryFlag.COSINE != 0)
-        feature = ints[:, FLAGS] & EntryFlag.FEATURE != 0
-        self.feature = entries.tensor(feature) if feature.any() else None
-        self.bias, self.jump = entries.floats(HIGH), entries.floats(SPARE)
+        self.features = FeatureValues.of(entries)
         latched = ints[:, FLAGS] & EntryFlag.LATCHED != 0
         self.latched = entries.tensor(latched) if latched.any() else None
         self.latch = entries.tensor(ints[:, LATCH].astype("int64"))
@@ -36,9 +34,8 @@ class ConditionRule:
         h = x.index_select(0, self.entries.rows).float()
         value = row_dots(h, self.entries.each(self.units))
         value = torch.where(self.cosine, value / row_norms(h), value)
-        if self.feature is not None:
-            p = value + self.bias
-            value = torch.where(self.feature, torch.where(p <= self.jump, 0.0, p), value)
+        if self.features is not None:
+            value = self.features.among(value)
         opened = (self.sign * value > self.threshold) & self.inside
         if self.latched is not None:
             positions = context.positions.index_select(0, self.entries.rows)

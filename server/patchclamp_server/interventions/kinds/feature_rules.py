@@ -1,4 +1,4 @@
-"""What torch runs of features: the edit, and the readouts of chosen features and of the k largest."""
+"""What torch runs of features: the edit, and the readout of the k largest."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,6 @@ from patchclamp_server.interventions.encoders import WholeEncoder
 from patchclamp_server.interventions.kinds.rankings import RankingRule
 from patchclamp_server.interventions.kinds.rules import Entries, Grid, StepContext, TargetRule
 from patchclamp_server.interventions.row_arithmetic import add_product
-from patchclamp_server.model.arrays import IntArray
 
 
 class Latents:
@@ -103,23 +102,6 @@ class FeatureRule(TargetRule):
         if invariant.holds_for(h):
             return invariant.add_rows(h, latents.owner, change, self.decoder)
         return h + latents.grid.collect(torch.bmm(latents.grid.spread(change), self.decoder))
-
-
-class FeatureValuesRule:
-    """Reads the features that each readout names."""
-
-    def __init__(self, entries: Entries, flags: EntryFlag) -> None:
-        self.entries, self.latents = entries, Latents(entries)
-        counts = entries.host.ints[entries.entry, COUNT].astype(np.int64)  # [E]
-        most = int(counts.max())
-        place: IntArray = np.arange(most)
-        self.there = entries.tensor(place < counts[:, None])  # [E, most]
-        first = entries.pairs.target[entries.span]
-        self.target = (first[:, None] + entries.tensor(place))[self.there]
-
-    def run(self, x: Tensor, context: StepContext) -> None:
-        h = x.index_select(0, self.entries.rows).float()
-        context.readings.index_copy_(0, self.target, self.latents.values(h)[self.there])
 
 
 class TopFeaturesRule(RankingRule):

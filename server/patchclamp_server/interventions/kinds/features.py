@@ -24,9 +24,10 @@ from patchclamp_server.interventions.columns import BIAS, FACTOR, JUMP, OFFSET, 
 from patchclamp_server.interventions.encoders import whole_encoder
 from patchclamp_server.interventions.features import autoencoder_at, check_place, chosen_rows
 from patchclamp_server.interventions.field_checks import count, distinct
-from patchclamp_server.interventions.kinds.feature_rules import FeatureRule, FeatureValuesRule, TopFeaturesRule
+from patchclamp_server.interventions.kinds.feature_rules import FeatureRule, TopFeaturesRule
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, ReadoutTable, UnitColumns, Written
 from patchclamp_server.interventions.kinds.neurons import operation_in
+from patchclamp_server.interventions.kinds.readings import ProjectionRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, ReadoutNumbers, ReadoutSpec, Where
 from patchclamp_server.interventions.program import EditKind, NeuronOp, ReadoutKind
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
@@ -78,14 +79,8 @@ def _write(payload: Payload) -> Written:
 
 
 def _write_readout(readout: BoundReadout, layer: int) -> Written:
-    latents = readout.latents
-    assert latents is not None
-
-    def units(rows: IntArray) -> UnitColumns:
-        bias, jump = latents.T.numpy()
-        return UnitColumns({UNIT: np.zeros_like(rows), OTHER: rows}, {BIAS: bias, JUMP: jump})
-
-    return Written(readout.vectors[layer], units)
+    assert readout.latents is not None
+    return Written(readout.vectors[layer], latents=readout.latents.numpy())
 
 
 def _n_features(readout: BoundReadout, layer: int) -> int:
@@ -97,7 +92,7 @@ def _write_top(readout: BoundReadout, layer: int) -> Written:
 
 
 FEATURES = EditTable(EntryKind.FEATURES, _write, FeatureRule)
-FEATURE_VALUES = ReadoutTable(EntryKind.FEATURE_VALUES, _write_readout, FeatureValuesRule, _n_features)
+FEATURE_VALUES = ReadoutTable(EntryKind.PROJECTION, _write_readout, ProjectionRule, _n_features)
 TOP_FEATURES = ReadoutTable(EntryKind.TOP_FEATURES, _write_top, TopFeaturesRule)
 
 

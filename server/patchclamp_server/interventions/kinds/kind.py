@@ -41,6 +41,8 @@ class Written:
     units: Callable[[IntArray], UnitColumns] | None = None
     count: int = 0
     held: object | None = None
+    # [n, 2]: bias and jump of the features whose rows of the encoder the vectors are.
+    latents: np.ndarray | None = None
 
 
 def _no_columns(readout: BoundReadout, layer: int) -> int:

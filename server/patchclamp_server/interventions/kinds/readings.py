@@ -11,7 +11,7 @@ from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.columns import UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import distinct
 from patchclamp_server.interventions.kinds.kind import ReadoutTable, UnitColumns, Written
-from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
+from patchclamp_server.interventions.kinds.rules import Entries, FeatureValues, StepContext, Units
 from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where, check_neuron_site
 from patchclamp_server.interventions.kinds.vectors import decode_vector
 from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout
@@ -26,16 +26,20 @@ if TYPE_CHECKING:
 
 class ProjectionRule:
     """Reads h · u for every vector u of the row's readout, summed in float32. Vectors were bound with unit length, as
-    those of conditions are."""
+    those of conditions are; or they are rows of an encoder, whose features are read."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
         self.target = entries.pairs.target[entries.span]
         self.vectors = entries.vectors()
+        self.features = FeatureValues.of(entries)
 
     def run(self, x: Tensor, context: StepContext) -> None:
         h = x.index_select(0, self.entries.rows).float()
-        context.readings.index_copy_(0, self.target, row_dots(h, self.entries.each(self.vectors)))
+        values = row_dots(h, self.entries.each(self.vectors))
+        if self.features is not None:
+            values = self.features.among(values)
+        context.readings.index_copy_(0, self.target, values)
 
 
 class NeuronValuesRule:

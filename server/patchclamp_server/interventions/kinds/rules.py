@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.interventions.columns import COUNT, FIRST, UNIT
+from patchclamp_server.interventions.columns import COUNT, FIRST, FLAGS, HIGH, SPARE, UNIT, EntryFlag
 from patchclamp_server.interventions.row_arithmetic import interpolate, row_norms
 from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.model.arrays import BoolArray, IntArray
@@ -140,6 +140,25 @@ class Entries:
         if not later:
             return None
         return self.tensor(np.concatenate(later)), self.tensor(np.concatenate(earlier))
+
+
+class FeatureValues:
+    """Makes features of the projections of entries that have their rows of the encoder for vectors."""
+
+    def __init__(self, entries: Entries, which: np.ndarray) -> None:
+        self.which = entries.tensor(which)  # [E] bool
+        self.bias, self.jump = entries.floats(HIGH), entries.floats(SPARE)
+
+    @classmethod
+    def of(cls, entries: Entries) -> "FeatureValues | None":
+        """Returns None where there are none."""
+        which = entries.host.ints[entries.entry, FLAGS] & EntryFlag.FEATURE != 0
+        return cls(entries, which) if which.any() else None
+
+    def among(self, values: Tensor) -> Tensor:
+        """Returns p where p is above the jump, else 0, with p = value + bias; values [E] of other entries stay."""
+        p = values + self.bias
+        return torch.where(self.which, torch.where(p <= self.jump, 0.0, p), values)
 
 
 class Units:
