@@ -10,7 +10,7 @@ strength is within |v| times the range. With `preserve_norm` the range is the sa
 import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
 
@@ -67,5 +67,5 @@ def beyond_safe_range(
     return ()
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -62,8 +62,8 @@ def _draw_panel(axes: "Axes", result: CalibrationResult, name: str) -> None:
         means = [_value(point, name).mean for point in random]
         axes.plot([point.strength for point in random], means, color=color, linestyle="--", alpha=0.6)
     for arm, style in (("unsteered", "-"), ("prompt", ":")):
-        if (point := result.baseline(arm)) is not None:
-            axes.axhline(_value(point, name).mean, color="black", linewidth=0.8, linestyle=style, label=arm)
+        if (baseline := result.baseline(arm)) is not None:
+            axes.axhline(_value(baseline, name).mean, color="black", linewidth=0.8, linestyle=style, label=arm)
     axes.set_xlabel("strength")
     axes.set_ylabel(name)
     if name == "perplexity":
