@@ -13,7 +13,7 @@ client.find_subspace(interchange([("Paris is in", "Rome is in", " Italy"), ...],
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from patchclamp.fields import build, instance, several, shown
+from patchclamp.fields import build, several, shown
 from patchclamp.prompts import PromptLike, prompt
 from patchclamp.v1 import steering_pb2 as pb
 
@@ -28,9 +28,10 @@ def circular_plane(values: Mapping[str, Iterable[PromptLike]], *, components: in
     values: prompts by value, in the order of the cycle, at least four; the last token of each is read unless a scope is
     given. components: how many principal components of the means planes are made of, by default 5.
     """
-    given: Mapping[str, Iterable[PromptLike]] = instance(values, Mapping, "values", "prompts by value")
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values: expected prompts by value, got {shown(values)}")
     listed = []
-    for value, texts in given.items():
+    for value, texts in values.items():
         field = f"values[{value!r}]"
         own = several(texts, field, "a prompt")
         prompts = [prompt(each, field=f"{field}[{i}]") for i, each in enumerate(own)]
