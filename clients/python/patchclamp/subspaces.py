@@ -28,6 +28,8 @@ def circular_plane(values: Mapping[str, Iterable[PromptLike]], *, components: in
     values: prompts by value, in the order of the cycle, at least four; the last token of each is read unless a scope is
     given. components: how many principal components of the means planes are made of, by default 5.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values: expected prompts by value, got {shown(values)}")
     listed = []
     for value, texts in values.items():
         field = f"values[{value!r}]"

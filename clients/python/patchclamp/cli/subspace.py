@@ -8,7 +8,7 @@ from patchclamp.cli.extract import prompt_of
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
 from patchclamp.cli.options import connect, connection_options, given
-from patchclamp.cli.parser import seed
+from patchclamp.cli.parser import count, seed
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import job_result, note, print_json, table
 from patchclamp.names import SITES
@@ -36,16 +36,16 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     what.add_argument(
         "--pairs", type=pairs_file, metavar="FILE", help='lines of {"base": ..., "source": ..., "answer": ...}'
     )
-    parser.add_argument("--components", type=int, help="with --cycle: principal components that planes are made of")
+    parser.add_argument("--components", type=count, help="with --cycle: principal components that planes are made of")
     parser.add_argument(
         "--kept", type=pairs_file, default=[], metavar="FILE", help="with --pairs: such that keep their answers"
     )
-    parser.add_argument("--rank", type=int, help="with --pairs: dimensions of the subspace (default: 1)")
+    parser.add_argument("--rank", type=count, help="with --pairs: dimensions of the subspace (default: 1)")
     parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
-    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--max-steps", type=count)
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--patience", type=int, help="evaluations without a lower held-out loss (default: 5)")
+    parser.add_argument("--batch-size", type=count)
+    parser.add_argument("--patience", type=count, help="evaluations without a lower held-out loss (default: 5)")
     parser.add_argument("--site", choices=SITES)
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
     parser.add_argument("--seed", type=seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from patchclamp.cli import calibrate, detect, extract, subspace
 from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.parser import count
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import heading, note, print_json, table
 from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName, ArtifactKindName
@@ -70,7 +71,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=("loreft", "lm_steer", "affine"),
         help="what a file of PyTorch holds: a directory of pyreft, LM-Steer, or a linear layer",
     )
-    put.add_argument("--layer", type=int, help="with --torch lm_steer or affine: where the map is applied")
+    put.add_argument("--layer", type=count, help="with --torch lm_steer or affine: where the map is applied")
     put.add_argument("--epsilon", type=float, help="with --torch lm_steer: the one that it was trained with")
     put.add_argument("--description")
     add_replace_argument(put)
