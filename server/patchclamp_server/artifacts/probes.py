@@ -61,7 +61,9 @@ def check_probe(tensors: Mapping[str, Tensor]) -> None:
     if not 1 <= n_classes <= MAX_CLASSES or not width:
         message = f"layer.{layers[0]}.{matrix} must be [classes, width], with at most {MAX_CLASSES} classes"
         raise InvalidArgument("tensors", message)
-    shapes = {f"layer.{layer}.{kind}": (width,) for layer in layers for kind in wanted - {matrix}}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"layer.{layer}.{kind}": (width,) for layer in layers for kind in wanted - {matrix}
+    }
     shapes |= {f"layer.{layer}.{matrix}": (n_classes, width) for layer in layers}
     shapes |= {"temperature": (1,)} if prototypes else {"bias": (n_classes,)}
     if "calibration" in tensors:

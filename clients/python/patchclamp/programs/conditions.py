@@ -87,7 +87,8 @@ def _probability(probe: str, above: float | None, below: float | None, scope: Sc
     threshold, given = (below, "below") if above is None and below is not None else (above, "above")
     comparison = pb.COMPARISON_BELOW if given == "below" else pb.COMPARISON_ABOVE
     condition = build(pb.Condition, probe=probe, comparison=comparison, scope=scope_message(scope))
-    condition.MergeFrom(build_as({"threshold": given}, pb.Condition, threshold=threshold))
+    if threshold is not None:
+        condition.MergeFrom(build_as({"threshold": given}, pb.Condition, threshold=threshold))
     return condition
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from patchclamp_server.analysis.probes.method import Doubles, Fit, Integers, Method
 
@@ -104,6 +105,6 @@ def _folds(examples: Examples, seed: int) -> Integers:
     return found
 
 
-def side_by_side(states: Doubles, rows: Sequence[int]) -> Doubles:
+def side_by_side(states: NDArray[np.floating], rows: Sequence[int]) -> Doubles:
     """Returns [n, len(rows) · width] of states [n, layers, width]."""
     return states[:, list(rows)].reshape(len(states), -1).astype(np.float64)
