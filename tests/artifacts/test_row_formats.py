@@ -20,7 +20,7 @@ from patchclamp_server.artifacts.row_formats import ROW_FORMATS, Beside
 from patchclamp_server.artifacts.row_formats.hook_names import hook_of_place, place_of_hook
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
-from patchclamp_server.errors import InvalidArgument, NotFound
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
 
 F, W = 40, 6
@@ -369,6 +369,16 @@ def test_stored_by_rows_is_stored_to_the_same_bytes(store: ArtifactStore, tmp_pa
     )
     assert again.id == info.id
     assert torch.equal(store.open(info.id)[1].tensor("decoder"), w["W_dec"])
+
+
+def test_a_large_autoencoder_is_not_loaded_where_another_kind_is_asked_for(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = imported(store, _saved(tmp_path, weights()), "saelens", Beside(json.dumps(NEW)))
+    assert store.get(info.id).info.kind is ArtifactKind.AUTOENCODER
+    monkeypatch.setattr("patchclamp_server.artifacts.store.MAX_WHOLE_BYTES", 100)
+    with pytest.raises(FailedPrecondition, match="by rows alone"):
+        ArtifactStore(tmp_path / "store").get(info.id)
 
 
 def test_an_autoencoder_that_is_deleted_while_it_is_read_is_not_found(store: ArtifactStore, tmp_path: Path) -> None:

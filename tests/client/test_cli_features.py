@@ -33,7 +33,7 @@ def sae(
 
 
 def test_features_are_searched_by_a_label_of_a_data_set(sae: str, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["features", "search", sae, "--target", "joyful", "--data", "sentiment", "--max-tokens", "300"]
+    command = ["features", "search", sae, "--target", "joyful", "--data", "sentiment"]
     assert main([*command, "--top", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["features"]) == 3

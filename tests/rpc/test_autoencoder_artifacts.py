@@ -55,7 +55,7 @@ Stub: TypeAlias = "artifact_pb2_grpc.ArtifactServiceAsyncStub"
 async def stub(tmp_path: Path) -> AsyncIterator[Stub]:
     server = grpc.aio.server(interceptors=[CallInterceptor(Metrics(), InFlight(), frozenset())])
     # An artifact that is held in memory may be so large; an autoencoder is not held in memory.
-    service = ArtifactService(ArtifactStore(tmp_path / "store"), MODEL, UploadLimits(max_bytes=1000))
+    service = ArtifactService(ArtifactStore(tmp_path / "store"), MODEL, UploadLimits(max_bytes=4000))
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

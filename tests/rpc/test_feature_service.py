@@ -138,8 +138,12 @@ def test_a_planted_feature_is_found_by_the_token_that_it_stands_for(
     the = encoder.token_of(" the")
     at = np.array(ids) == the
     assert at.sum() > 5
-    # A feature that reads the difference of the means and fires half-way.
-    direction = x[at].mean(0) - x[~at].mean(0)
+    # A feature that reads what tells both apart best, by linear discriminant analysis, and fires half-way.
+    is_the = torch.from_numpy(at)[:, None]
+    centred = torch.where(is_the, x - x[at].mean(0), x - x[~at].mean(0)).double()
+    within = centred.T @ centred / len(x)
+    within += 0.01 * within.diagonal().mean() * torch.eye(len(within), dtype=torch.float64)
+    direction = torch.linalg.solve(within, (x[at].mean(0) - x[~at].mean(0)).double()).float()
     planted = 77
     tensors = {name: tensor.clone() for name, tensor in small_autoencoder.tensors.items()}
     tensors["encoder"][planted] = direction
@@ -198,7 +202,7 @@ def test_what_is_found_has_its_label(
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
-        ({}, ""),
+        ({}, "by"),
         ({"label": "x"}, "labels"),
         ({"label": "x", "labels": "small"}, "labels"),
         ({"label": "", "labels": "small-labels"}, "label"),

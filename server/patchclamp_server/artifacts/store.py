@@ -47,6 +47,8 @@ DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 # A page ends early at this many bytes of metadata, so that it stays below the 4 MB of a gRPC message.
 MAX_PAGE_BYTES = 512 * 1024
 MAX_CACHED_HEADERS = 4096
+# What is stored by rows and has more bytes is not loaded whole.
+MAX_WHOLE_BYTES = 64 * 1024 * 1024
 # Inside the class, ArtifactStore.list hides the built-in name.
 Ids = list[str]
 
@@ -172,11 +174,21 @@ class ArtifactStore:
         artifact_id = self._usable(ref)
         if artifact := self._loaded.get(artifact_id):
             return artifact
+        self._refuse_large(artifact_id, ref)
         data = self._read_verified(artifact_id, ref)
         info = self._info(artifact_id, ref, tags=())
         artifact = Artifact(info, safetensors.decode(data).tensors)
         self._loaded.put(artifact)
         return artifact
+
+    def _refuse_large(self, artifact_id: str, ref: str) -> None:
+        """Whoever asks for a vector may name an autoencoder, which is not read for a refusal of its kind."""
+        try:
+            size, _ = self._blobs.stat(_object_path(artifact_id))
+        except FileNotFoundError as error:
+            raise NotFound("ref", f"no artifact {ref}") from error
+        if size > MAX_WHOLE_BYTES and (kind := self._info(artifact_id, ref, ()).kind) in OF_ROWS:
+            raise FailedPrecondition("ref", f"{ref} is a {kind.value} of {size} bytes, which is read by rows alone")
 
     def open(self, ref: str) -> tuple[ArtifactInfo, TensorFile]:
         """Returns the artifact of an id or tag with its tensors still in the store, to be read by rows.

@@ -60,7 +60,7 @@ def test_scores_rates_and_explained_variance_equal_numpy(
     rebuilt = f @ tensors["decoder"].double().numpy() + tensors["decoder_bias"].double().numpy()
     real = y.double().numpy()
     share = 1 - np.square(real - rebuilt).sum() / np.square(real - real.mean(0)).sum()
-    assert statistics.explained_variance == pytest.approx(share, rel=1e-5)
+    assert statistics.explained_variance == pytest.approx(share, rel=1e-4, abs=1e-5)
 
 
 def test_a_text_is_taken_once_when_all_its_rows_have_come_at_all_places() -> None:

@@ -145,6 +145,7 @@ async def _run(
             if waiting.tokens >= BATCH_TOKENS:
                 await asyncio.to_thread(statistics.add, *waiting.take())
             yield Progress("documents", event.documents, event.total_documents)
+    waiting.add(texts.take())
     if waiting.tokens:
         await asyncio.to_thread(statistics.add, *waiting.take())
     for side in (0, 1):
