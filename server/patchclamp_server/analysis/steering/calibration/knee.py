@@ -11,7 +11,7 @@ less than MIN_LEAD) has none: its strength is the one with the largest effect.
 Source: Satopää et al. 2011, Finding a "Kneedle" in a Haystack: Detecting Knee Points in System Behavior.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from patchclamp_server.interventions.safe_strengths import SafeRange
@@ -38,7 +38,7 @@ def safe_range(doses: Sequence[Dose]) -> SafeRange:
     return SafeRange(0.0 - _reached([(-d.strength, d) for d in doses]), _reached([(d.strength, d) for d in doses]))
 
 
-def best_knee(by_layer: dict[int, Sequence[Dose]]) -> Knee | None:
+def best_knee(by_layer: Mapping[int, Sequence[Dose]]) -> Knee | None:
     """Returns the knee, among those of all layers and sides of 0, whose effect is farthest beyond that of random
     vectors; None where no safe strength has more effect than none."""
     knees = []
