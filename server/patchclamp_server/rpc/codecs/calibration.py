@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import Literal, TypeAlias
 
 from patchclamp.v1 import generation_pb2
 from patchclamp.v1 import steering_pb2 as pb
@@ -166,7 +166,12 @@ def _strengths(asked: Sequence[float], application: Application) -> tuple[float,
     return tuple(asked)
 
 
-def _bound(request: pb.CalibrateVectorRequest, name: Any, default: float, high: float) -> float:
+def _bound(
+    request: pb.CalibrateVectorRequest,
+    name: Literal["max_perplexity_ratio", "max_repetition"],
+    default: float,
+    high: float,
+) -> float:
     return finite(getattr(request, name), name, low=0.0, high=high) if request.HasField(name) else default
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from patchclamp_server.analysis.requests import Make, OnEvent, completed, score_request
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.engine.reducers.divergence import Divergence, Reference, ScoreReducer
-from patchclamp_server.engine.request import Event, Priority, Readouts, Request, StopParams, Text, Token
+from patchclamp_server.engine.request import Priority, Readouts, Request, StopParams, Text, Token
 from patchclamp_server.interventions.bound import BoundProgram
 
 Ids: TypeAlias = tuple[int, ...]
@@ -80,41 +80,49 @@ async def written(
     few = max(1, KEPT_BYTES // (4 * engine.model.info.vocab_size * max_tokens))
     found: list[Written] = []
     for start in range(0, len(writings), few):
-        chunk = list(zip(writings[start : start + few], texts[start : start + few], strict=True))
-        references = [Reference(len(each.plain)) for each, _ in chunk]
-        makes: list[Make] = [
-            partial(
-                score_request, each.prompt, ids, each.program, scores=_Later(kept, len(each.prompt) - len(each.plain))
-            )
-            for (each, (ids, _)), kept in zip(chunk, references, strict=True)
-            if not each.is_unsteered
-        ]
-        async with aclosing(completed(engine, makes)) as finished:
-            async for _ in finished:
-                yield 1
-        compared = [
-            None if each.is_unsteered else Divergence(kept) for (each, _), kept in zip(chunk, references, strict=True)
-        ]
-        makes = [
-            partial(score_request, each.plain, ids, reader, scores=scores)
-            for (each, (ids, _)), scores in zip(chunk, compared, strict=True)
-        ]
-        read: list[Sequence[Event]] = []
-        async with aclosing(completed(engine, makes)) as finished:
-            async for events in finished:
-                read.append(events)
-                yield 1
-        for (_, text), scored, divergence in zip(chunk, read, compared, strict=True):
-            found.append(_written(text, scored, divergence))
+        chunk = texts[start : start + few]
+        async with aclosing(_read(engine, writings[start : start + few], chunk, reader)) as reading:
+            async for read in reading:
+                if isinstance(read, int):
+                    yield read
+                else:
+                    found += read
     yield found
 
 
-def _written(text: tuple[Ids, str], events: Sequence[Event], compared: Divergence | None) -> Written:
-    ids, said = text
-    nll = -sum(event.logprob or 0.0 for event in events if isinstance(event, Token))
-    divergence = 0.0 if compared is None else compared.means()[0] * len(ids)
-    projections = [v.values[0] for event in events if isinstance(event, Readouts) for v in event.values]
-    return Written(ids, said, nll, divergence, tuple(projections))
+async def _read(
+    engine: Engine, writings: Sequence[Writing], texts: Sequence[tuple[Ids, str]], reader: BoundProgram | None
+) -> AsyncGenerator[int | list[Written], None]:
+    """Yields 1 for each request that has ended, then the texts. Those that were steered are first scored as they were
+    written, which is what the unsteered model is compared with."""
+    makes: list[Make] = []
+    compared: list[Divergence | None] = []
+    for writing, (ids, _) in zip(writings, texts, strict=True):
+        if writing.is_unsteered:
+            compared.append(None)
+            continue
+        kept = Reference(len(writing.plain))
+        later = _Later(kept, len(writing.prompt) - len(writing.plain))
+        makes.append(partial(score_request, writing.prompt, ids, writing.program, scores=later))
+        compared.append(Divergence(kept))
+    async with aclosing(completed(engine, makes)) as finished:
+        async for _done in finished:
+            yield 1
+    makes = [
+        partial(score_request, writing.plain, ids, reader, scores=scores)
+        for writing, (ids, _), scores in zip(writings, texts, compared, strict=True)
+    ]
+    found: list[Written] = []
+    async with aclosing(completed(engine, makes)) as finished:
+        async for events in finished:
+            ids, text = texts[len(found)]
+            scores = compared[len(found)]
+            nll = -sum(event.logprob or 0.0 for event in events if isinstance(event, Token))
+            divergence = 0.0 if scores is None else scores.means()[0] * len(ids)
+            projections = [v.values[0] for event in events if isinstance(event, Readouts) for v in event.values]
+            found.append(Written(ids, text, nll, divergence, tuple(projections)))
+            yield 1
+    yield found
 
 
 def _write(writing: Writing, max_tokens: int, on_event: OnEvent) -> Request:
