@@ -18,6 +18,7 @@ from patchclamp_server.artifacts.formats import (
     FORMATS,
     CannotExpress,
     MalformedFile,
+    feature_label_json,
     gguf_control_vector,
     head_score_json,
     safetensors,
@@ -56,6 +57,13 @@ def stored_corpus() -> Artifact:
         text_json_lines.decode(b'{"text": "a", "label": "b"}\n{"text": "c"}'),
     )
     info = store.put(ArtifactKind.CORPUS, file.tensors, model_fingerprint="", provenance=file.provenance)
+    return store.get(info.id)
+
+
+def stored_labels() -> Artifact:
+    store, file = ArtifactStore("memory://formats"), feature_label_json.decode(b'{"3": "a", "17": "bc"}')
+    about = {**file.provenance, "autoencoder": "sha256:" + 64 * "a"}
+    info = store.put(ArtifactKind.FEATURE_LABELS, file.tensors, model_fingerprint="m", provenance=about)
     return store.get(info.id)
 
 
@@ -193,6 +201,7 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
         "head_score_json": lambda: stored_heads(scores=torch.rand(2, 3)),
         "neuron_set_json": lambda: stored_neurons({0: [3, 1], 2: [7]}),
         "text_json_lines": stored_corpus,
+        "feature_label_json": stored_labels,
     }
     artifact = makers.get(name, lambda: stored_vector({1: torch.ones(8), 2: torch.zeros(8)}))()
     data = bytearray(FORMATS[name].encode(artifact, "llama"))
@@ -205,8 +214,14 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     except MalformedFile:
         tensors = {}
     # Heads that a file does not name are zeros of a tensor, so that format alone is bounded by what a model may have.
-    # A document of one byte has an end and a label of eight each; a digit and a comma are an index of eight.
-    limits = {"head_score_json": 4 * 1024 * 1024, "neuron_set_json": 4 * len(data), "text_json_lines": 2 * len(data)}
+    # A document of one byte has an end and a label of eight each, and so has the label of a feature; a digit and a comma
+    # are an index of eight.
+    limits = {
+        "head_score_json": 4 * 1024 * 1024,
+        "neuron_set_json": 4 * len(data),
+        "text_json_lines": 2 * len(data),
+        "feature_label_json": 2 * len(data),
+    }
     limit = limits.get(name, len(data))
     assert sum(t.numel() * t.element_size() for t in tensors.values()) <= limit
 

@@ -36,6 +36,7 @@ MADE: dict[str, Any] = {
     "census_neurons": requests.census_neurons("wiki"),
     "describe_neurons": requests.describe_neurons("mine", "wiki"),
     "match_neurons": requests.match_neurons("tuned", "wiki"),
+    "read_activations": requests.read_activations("wiki", "resid_post", reduction="moments"),
     "calibrate_vector": requests.calibrate_vector("joy", ["hi"]),
     "detect_concept": requests.detect_concept("joy", ["hi"]),
     "train_probe": requests.train_probe({"a": ["x"], "b": ["y"]}),

@@ -13,12 +13,14 @@ from patchclamp.results.record import Record
 from patchclamp.v1 import (
     activation_pb2,
     artifact_pb2,
+    feature_pb2,
     generation_pb2,
     head_pb2,
     job_pb2,
     model_pb2,
     monitoring_pb2,
     neuron_pb2,
+    probe_pb2,
     program_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
@@ -28,12 +30,14 @@ from patchclamp.v1 import (
 CONTRACT = (
     activation_pb2,
     artifact_pb2,
+    feature_pb2,
     generation_pb2,
     head_pb2,
     job_pb2,
     model_pb2,
     monitoring_pb2,
     neuron_pb2,
+    probe_pb2,
     program_pb2,
     sparse_policy_pb2,
     sparsity_pb2,
@@ -43,6 +47,7 @@ CONTRACT = (
 OTHER_NAMES = {
     "Activations": "WatchActivationsResponse",
     "Chunk": "GenerateResponse",
+    "ConceptDetection": "DetectionResult",
     "CoreNeurons": "PredictCoreNeuronsResponse",
     "CreatedWatch": "CreateWatchResponse",
     "DeletedArtifact": "DeleteArtifactResponse",
@@ -58,7 +63,15 @@ OTHER_NAMES = {
     "WatchStatistics": "GetWatchStatisticsResponse",
 }
 # What this package puts together itself, and what it knows besides the message.
-MADE_HERE = {"ActivationCounts", "CompareResult", "GenerateResult", "NeedleGrid", "Quantile", "ReadActivations"}
+MADE_HERE = {
+    "ActivationCounts",
+    "CompareResult",
+    "GenerateResult",
+    "NeedleGrid",
+    "PatchGrid",
+    "Quantile",
+    "ReadActivations",
+}
 NOTHING = Array("float32", (0,), b"")
 GIVEN: dict[str, dict[str, Any]] = {
     "RetrievalHeads": {"runs": ()},
