@@ -214,7 +214,7 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
     except MalformedFile:
         tensors = {}
     # Heads that a file does not name are zeros of a tensor, so that format alone is bounded by what a model may have.
-    # A document of one byte has an end and a label of eight each, and so has the label of a feature; a digit and a comma
+    # A document of one byte has an end and a label of eight each, and so has the name of a feature; a digit and a comma
     # are an index of eight.
     limits = {
         "head_score_json": 4 * 1024 * 1024,
