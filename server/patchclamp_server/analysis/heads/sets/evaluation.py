@@ -90,8 +90,8 @@ async def evaluate_edit(
     texts = await prompts.analysis.run(windows, job.texts, prompts, info.context_length)
     means = None
     if job.mode is HeadEditMode.MEAN:
-        texts = await prompts.analysis.run(windows, (), prompts, info.context_length)
-        means = await mean_activations(engine, Site.ATTN_Z, texts)
+        ordinary = await prompts.analysis.run(windows, (), prompts, info.context_length)
+        means = await mean_activations(engine, Site.ATTN_Z, ordinary)
         means = means.view(info.n_layers, info.n_heads, info.head_dim)
     requests: list[Callable[[OnEvent], Request]] = []
     for edited in sets:
