@@ -50,6 +50,12 @@ def test_features_are_searched_by_their_names(sae: str, capsys: pytest.CaptureFi
     assert (feature["feature"], feature["label"]) == (3, "weather")
 
 
+def test_a_detached_search_is_followed_to_what_it_found(sae: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["features", "search", sae, "--label", "weather", "--labels", "cli-names", "--detach"]) == 0
+    assert main(["jobs", "follow", capsys.readouterr().out.strip()]) == 0
+    assert "weather" in capsys.readouterr().out
+
+
 def test_texts_beside_a_search_that_takes_none_are_a_wrong_use(sae: str) -> None:
     assert main(["features", "search", sae, "--label", "x", "--data", "code"]) == 2
 
