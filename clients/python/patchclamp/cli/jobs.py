@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp.cli import extract
+from patchclamp.cli import concept_circuit, extract
 from patchclamp.cli.heads import ablate, circuit, detect, score
 from patchclamp.cli.neurons import census, decode, describe, evaluate, find, localize, match
 from patchclamp.cli.neurons.shown import add_picture_argument
@@ -19,6 +19,7 @@ from patchclamp.results import (
     Circuit,
     DecodedNeuron,
     ExtractionResult,
+    FoundConceptCircuit,
     FoundNeurons,
     HeadEditEffect,
     Job,
@@ -38,6 +39,7 @@ _REPORTS: dict[type, Callable[[argparse.Namespace, Any], None]] = {
     Circuit: circuit.show,
     DecodedNeuron: decode.show,
     ExtractionResult: extract.show,
+    FoundConceptCircuit: concept_circuit.show,
     FoundNeurons: find.show,
     HeadEditEffect: ablate.show,
     LocalizedNeurons: localize.show,
@@ -48,7 +50,16 @@ _REPORTS: dict[type, Callable[[argparse.Namespace, Any], None]] = {
     RetrievalHeads: detect.show,
     ScoredHeads: score.show,
 }
-_DRAWN = (Circuit, FoundNeurons, LocalizedNeurons, NeuronCensus, NeuronEditEffect, RetrievalHeads, ScoredHeads)
+_DRAWN = (
+    Circuit,
+    FoundConceptCircuit,
+    FoundNeurons,
+    LocalizedNeurons,
+    NeuronCensus,
+    NeuronEditEffect,
+    RetrievalHeads,
+    ScoredHeads,
+)
 # What the command line of a job said and its result does not.
 _UNTOLD = argparse.Namespace(
     controls=None,
