@@ -20,8 +20,8 @@ from patchclamp.results.calibration import (
     DetectedText,
     DosePoint,
 )
-from patchclamp.results.features import FoundFeatures
 from patchclamp.results.concept_circuit import FoundConceptCircuit
+from patchclamp.results.features import FoundFeatures
 from patchclamp.results.heads import Circuit, DetectionCollector, HeadEditEffect, NeedleRun, RetrievalHeads, ScoredHeads
 from patchclamp.results.jobs import JobCollector, Progress
 from patchclamp.results.monitoring import ReferenceCollector
