@@ -19,7 +19,7 @@ fused. The number of operators does not make the difference in benchmarks/cpu.py
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +36,25 @@ from patchclamp_server.model.row_operators import HeadNorms, Norm, cap_softly, f
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 from patchclamp_server.model.spec import DecoderSpec
 
+if TYPE_CHECKING:
+    from patchclamp_server.model.compiled.blocks import CompiledBlocks
+
 
 class SiteHooks(Protocol):
-    """Defines what a step does at the sites. `visit` may edit the activation [T, width] in place."""
+    """Defines what a step does at the sites. `visit` may edit the activation [T, width] in place.
 
+    `visited`: the places at which that does anything, or None for all.
+    """
+
+    @property
+    def visited(self) -> Set[tuple[Site, int]] | None: ...
     def visit(self, site: Site, layer: int, x: Tensor, /) -> None: ...
 
 
 class NoHooks:
     """Hooks that do nothing."""
+
+    visited: Set[tuple[Site, int]] = frozenset()
 
     def visit(self, site: Site, layer: int, x: Tensor, /) -> None:
         pass
@@ -132,6 +142,7 @@ class Decoder:
         self.windows = set(spec.windows)
         self.device = embedding.device
         self.dtype = embedding.dtype
+        self.compiled = _compiled_blocks(self) if self.batch_invariant else None
 
     def warm_up(self) -> None:
         """Compiles what is compiled at run time, so that no request waits for it: one token goes through block 0."""
@@ -145,8 +156,9 @@ class Decoder:
             operators.warm_up()
 
     def threads_for(self, rows: int, available: int) -> int:
-        """Returns the threads worth using for a step: one does few rows over codes sooner than it wakes others."""
-        return 1 if rows <= FEW_ROWS and self.unembedding.quantized is not None else available
+        """Returns the threads worth using for a step: where blocks are not compiled, one does few rows over codes sooner
+        than it wakes others."""
+        return 1 if self.compiled is None and rows <= FEW_ROWS and self.unembedding.quantized is not None else available
 
     @torch.inference_mode()
     def forward(
@@ -185,6 +197,8 @@ class Decoder:
         compute what compiled loops do otherwise, and `products` must have gradients (analysis/neurons/products.py).
         """
         spec = self.spec
+        if self.compiled is not None and products is None and hooks.visited is not None and not x.requires_grad:
+            return self.compiled.run(x, layers, step, pools, hooks)
         tables = {
             kind: (cos.index_select(0, step.positions), sin.index_select(0, step.positions))
             for kind, (cos, sin) in self.rotary.items()
@@ -277,13 +291,13 @@ class Decoder:
         own: BlockProducts = block if products is None else products
         hidden = own.mlp_input(h)
         if visited:
-            hidden = self._visit_preactivations(layer, hidden, hooks, visited)
+            hidden = self.visit_preactivations(layer, hidden, hooks, visited)
         neurons = neurons_of(hidden, spec.activation, gated=spec.family.gated)
         hooks.visit(Site.MLP_POST, layer, neurons)
         out = own.mlp_output(neurons)
         return out if block.post_mlp_norm is None else block.post_mlp_norm(out)
 
-    def _visit_preactivations(
+    def visit_preactivations(
         self, layer: int, hidden: Tensor, hooks: SiteHooks, visited: Mapping[Site, bool]
     ) -> Tensor:
         """Returns what the input projection gave, [T, d_ff] or [T, 2 d_ff] with the gates first, as hooks left it."""
@@ -304,3 +318,10 @@ class Decoder:
                 parts[i].copy_(own)
         # Where gradients flow they do so through the copies.
         return torch.cat(parts, dim=1) if torch.is_grad_enabled() else hidden
+
+
+def _compiled_blocks(decoder: Decoder) -> "CompiledBlocks | None":
+    # numba compiles them, and only they need numba.
+    from patchclamp_server.model.compiled.blocks import CompiledBlocks, can_compile
+
+    return CompiledBlocks(decoder) if can_compile(decoder) else None
