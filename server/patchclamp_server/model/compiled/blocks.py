@@ -18,6 +18,7 @@ from patchclamp_server.cpu.invariant import rows
 from patchclamp_server.cpu.invariant.products import CodeTiles, FloatTiles, tile_starts
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.quantized import GROUP, LANES
+from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.compiled.job import LAYER_FIELDS, NORMS, PRODUCTS, Format, Job, Layer, Matrix, Stage
 from patchclamp_server.model.compiled.team import team_of
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
@@ -142,7 +143,12 @@ class CompiledBlocks:
         job[Job.POOLS], (job[Job.POOL_BLOCKS], job[Job.BLOCK_SIZE]) = addresses.ctypes.data, pools[0].shape[1:3]
         job[Job.TABLES], (job[Job.SPANS], job[Job.TABLE_WIDTH]) = tables.ctypes.data, tables.shape
         job[Job.ATTENTION_TILES], job[Job.N_ATTENTION_TILES] = tiles.ctypes.data, len(tiles)
-        places = self._describe_peaks(job, step)
+        peaks = step.peaks
+        if peaks is not None and peaks.layers:
+            peak_of_layer = _peak_places(peaks, spec.n_layers)
+            job[Job.PEAK_AT], job[Job.PEAK] = peaks.positions.data_ptr(), peaks.probabilities.data_ptr()
+            job[Job.OFF_SINK] = 0 if peaks.off_sink is None else peaks.off_sink.data_ptr()
+            job[Job.PEAK_PLACES], job[Job.PEAK_OF_LAYER] = len(peaks.positions), peak_of_layer.ctypes.data
         team = team_of(threads)
         first = 0
         for last, place in course.stops:
@@ -153,19 +159,6 @@ class CompiledBlocks:
             if place is not None:
                 self._visit(place, memory, step, hooks)
         return x
-
-    def _describe_peaks(self, job: NDArray[np.int64], step: "StepInputs") -> NDArray[np.int64] | None:
-        """Sets where the peaks of heads go; the array that is returned has to live as long as the job."""
-        if step.peaks is None or not step.peaks.layers:
-            return None
-        places = np.full(self.decoder.spec.n_layers, -1, dtype=np.int64)
-        for layer, own in step.peaks.layers.items():
-            places[layer] = own.place
-        peaks = step.peaks
-        job[Job.PEAK_AT], job[Job.PEAK] = peaks.positions.data_ptr(), peaks.probabilities.data_ptr()
-        job[Job.OFF_SINK] = 0 if peaks.off_sink is None else peaks.off_sink.data_ptr()
-        job[Job.PEAK_PLACES], job[Job.PEAK_OF_LAYER] = len(peaks.positions), places.ctypes.data
-        return places
 
     def _visit(self, place: Place, memory: dict[Job, Tensor], step: "StepInputs", hooks: "SiteHooks") -> None:
         site, layer = place
@@ -250,6 +243,14 @@ _MEMORY = {
     Site.MLP_POST: Job.NEURONS,
     Site.MLP_OUT: Job.MLP_OUT,
 }
+
+
+def _peak_places(peaks: Peaks, n_layers: int) -> NDArray[np.int64]:
+    """Returns the index of each layer in the arrays of the peaks, or -1."""
+    places = np.full(n_layers, -1, dtype=np.int64)
+    for layer, own in peaks.layers.items():
+        places[layer] = own.place
+    return places
 
 
 def can_compile(decoder: "Decoder") -> bool:
