@@ -1,4 +1,4 @@
-"""What threads of compiled loops share numbers by: atomic operations on int64, addresses, and semaphores of POSIX."""
+"""What threads of compiled loops share work by: addresses, and atomic operations on int64."""
 
 # llvmlite's builders have no types, and an intrinsic's first argument is not its caller's to give.
 # mypy: disable-error-code="no-untyped-call, call-arg"
@@ -67,6 +67,18 @@ def value_at(_context, array, at):  # type: ignore[no-untyped-def]
         return b.load_atomic(b.gep(data_of(context, b, signature, args, 0), [args[1]]), "seq_cst", 8)
 
     return types.int64(array, types.int64), generate
+
+
+@intrinsic
+def call(_context, function, argument):  # type: ignore[no-untyped-def]
+    """Calls the C function at the address `function`, which takes an int64 and returns nothing."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        b.call(b.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic

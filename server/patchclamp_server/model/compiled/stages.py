@@ -13,7 +13,7 @@ numba caches this on disk by this file alone: a change in what it calls needs a 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import numba
-from numba import carray
+from numba import carray, types
 
 from patchclamp_server.cpu.atomics import add_to, bytes_at, codes_at, floats_at, ints_at, places_at, relax, value_at
 from patchclamp_server.cpu.invariant.products import multiply_codes, multiply_floats, pack_tile
@@ -45,11 +45,13 @@ _HEAD_NORMS, _ROTARY_KIND, _WINDOW, _MATRICES = (
     int(field) for field in (Layer.HEAD_NORMS, Layer.ROTARY_KIND, Layer.WINDOW, Layer.MATRICES)
 )
 
+_FIELDS = len(Job)
+
 _compiled = numba.njit(nogil=True, cache=True)
 
 
 @_compiled
-def run_stages(job):
+def _run_stages(job):
     """Works on the stages of a job until all are done."""
     counters = carray(ints_at(job[_COUNTERS]), (job[_LAST] * 8,))
     stages = carray(ints_at(job[_STAGES]), (job[_LAST], 3))
@@ -289,3 +291,10 @@ def _attend_chunk(job, layer, chunk, n):
         q, _pool(job, layer), tables, tiles, constants[0], window, constants[1], z, peak_at, peak, off_sink,
         max(0, place), heads_from, heads_to, first, last,
     )  # fmt: skip
+
+
+@numba.cfunc(types.void(types.int64), cache=True)
+def run_stages(address):
+    """Works on the stages of the job at `address` until all are done. Callers do so by its own address, and so do not
+    compile it once more."""
+    _run_stages(carray(ints_at(address), (_FIELDS,)))

@@ -14,11 +14,10 @@ from functools import cache
 
 import numba
 import numpy as np
-from numba import carray, types
+from numba import types
 from numpy.typing import NDArray
 
-from patchclamp_server.cpu.atomics import add_to, exchange, ints_at, relax, value_at
-from patchclamp_server.model.compiled.job import Job
+from patchclamp_server.cpu.atomics import add_to, call, exchange, relax, value_at
 from patchclamp_server.model.compiled.stages import run_stages
 
 # Entries of the board, each in a cache line of its own: the number of the open job or 0, the address of the job, and
@@ -28,7 +27,7 @@ _OPEN, _JOB, _ACTIVE, _ASLEEP, _LINE = 0, 8, 16, 24, 8
 _SEMAPHORE = 8
 # A helper waits so many pauses for the next job, some 100 microseconds, before it sleeps.
 _PATIENCE = 4000
-_FIELDS = len(Job)
+_STAGES = run_stages.address
 
 _sem_init = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
 _sem_wait = types.ExternalFunction("sem_wait", types.int32(types.int64))
@@ -38,7 +37,7 @@ _compiled = numba.njit(nogil=True, cache=True)
 
 
 @_compiled
-def _serve(board, semaphores, helper):
+def _serve(board, semaphores, helper, work):
     """Works on one job after another, for as long as the process lives."""
     last = 0
     while True:
@@ -62,23 +61,28 @@ def _serve(board, semaphores, helper):
         number = value_at(board, _OPEN)
         if number != 0 and number != last:
             last = number
-            run_stages(carray(ints_at(board[_JOB]), (_FIELDS,)))
+            call(work, board[_JOB])
         add_to(board, _ACTIVE, -1)
 
 
 @_compiled
-def _work(board, semaphores, helpers, number, job, address):
-    board[_JOB] = address
+def _share(board, semaphores, helpers, number, work, job):
+    board[_JOB] = job
     exchange(board, _OPEN, number)
     for helper in range(helpers):
         if exchange(board, _ASLEEP + helper * _LINE, 0) == 1:
             _sem_post(semaphores + helper * (_SEMAPHORE * 8))
-    run_stages(job)
+    call(work, job)
     exchange(board, _OPEN, 0)
     waited = 0
     while value_at(board, _ACTIVE) != 0:
         relax(waited)
         waited += 1
+
+
+@_compiled
+def _do_alone(work, job):
+    call(work, job)
 
 
 @_compiled
@@ -100,18 +104,19 @@ class Team:
             if _make_semaphore(address + helper * _SEMAPHORE * 8):
                 # macOS has none without names: jobs are done by the thread that has them.
                 break
-            arguments = self._board, address, helper
+            arguments = self._board, address, helper, _STAGES
             threading.Thread(target=_serve, args=arguments, name=f"blocks-{helper}", daemon=True).start()
             self._helpers += 1
 
     def run(self, job: NDArray[np.int64]) -> None:
         """Runs the stages of a job. Where another thread has one, it has no help."""
         if not self._helpers or not self._lock.acquire(blocking=False):
-            run_stages(job)
+            _do_alone(_STAGES, job.ctypes.data)
             return
         try:
             self._number += 1
-            _work(self._board, self._semaphores.ctypes.data, self._helpers, self._number, job, job.ctypes.data)
+            semaphores = self._semaphores.ctypes.data
+            _share(self._board, semaphores, self._helpers, self._number, _STAGES, job.ctypes.data)
         finally:
             self._lock.release()
 
