@@ -37,7 +37,7 @@ from patchclamp_server.interventions.pooling import ordinary_tokens
 from patchclamp_server.model.sites import Site
 
 TOP_K = 8
-SPARSITY = 1.0
+SPARSITY = 5.0
 
 
 @dataclass(frozen=True, eq=False)
