@@ -1,6 +1,7 @@
 """ReFT-r1: its training is plain autograd with hooks of transformers, and it finds a direction that was planted."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from patchclamp_server.analysis.steering.reft_r1.direction import (
     train_direction,
 )
 from patchclamp_server.analysis.steering.reft_r1.evidence import measured
+from patchclamp_server.analysis.steering.reft_r1.job import check_start
 from patchclamp_server.analysis.steering.reft_r1.texts import log_probability, of_pairs
 from patchclamp_server.analysis.training import Trained, Training, batch_order
 from patchclamp_server.engine.exclusive import Slice, at_once
@@ -220,6 +222,20 @@ def test_steps_are_told_and_no_slice_is_longer_than_a_block_of_a_batch() -> None
             except StopIteration:
                 break
     assert told == [Progress("training of layer 1", step, 3) for step in (1, 2, 3)]
+
+
+def test_a_direction_on_which_no_positive_projects_is_no_beginning() -> None:
+    """Both sides lie behind the origin, the positives less far: every latent is 0, and so is every gradient."""
+    at = PLACES[0][1]
+    training, _ = sides(DifferentiableModel.of(loaded("llama").decoder), at)
+    away = torch.zeros(training.negative[0].shape[1])
+    away[0] = 1.0
+    positive = [replace(text, states=text.states - 100 * away) for text in training.positive]
+    behind = Sides(positive, [states - 200 * away for states in training.negative])
+    with pytest.raises(InvalidArgument, match="no token of a positive projects") as refused:
+        check_start(behind, 1, "pairs")
+    assert refused.value.field == "pairs"
+    check_start(training, 1, "pairs")
 
 
 def test_texts_of_pairs_are_dealt_by_the_seed_and_bounded_before_anything_runs() -> None:

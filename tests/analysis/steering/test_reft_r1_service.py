@@ -106,6 +106,7 @@ REFUSED = {
         request_for("reft_r1", pairs=[pair("ab", "cd")] * 3 + [pair("a", "cd")]),
         "pairs[3].positive",
     ),
+    "the same text on both sides": (request_for("reft_r1", pairs=[pair("abc", "abc")] * 4), "pairs"),
     "demonstrations": (request_for("reft_r1", demonstrations=demonstrations()), "demonstrations"),
     "a pooling": (reft_r1(pooling=pb.TOKEN_POOLING_MEAN), "pooling"),
     "a scope": (reft_r1(scope={"include": [{"last_k": 1}]}), "scope"),

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 
+import torch
 from torch import Tensor
 
 from patchclamp_server.analysis.neurons.products import DifferentiableModel
@@ -20,8 +21,10 @@ from patchclamp_server.analysis.steering.reft_r1.direction import (
     TOP_K,
     Place,
     Sides,
+    difference_of_means,
     kept_states,
     kept_texts,
+    mean_norm,
     mean_strength,
     train_direction,
 )
@@ -32,13 +35,15 @@ from patchclamp_server.analysis.training import Training
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import NO_TAGS, Tags
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.exclusive import Sliced, Work
+from patchclamp_server.engine.exclusive import Sliced, Telling, Work
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 from patchclamp_server.text.prompt import PromptEncoder
 
+# It is relative to the norm of states, in float32.
+ROUNDING = 1e-5
 MEASURE = (
     "held-out texts on the right side of the midpoint, by their largest token; beside it random directions, and in "
     "baselines the difference of means at the best layer"
@@ -72,7 +77,7 @@ async def reft_r1(
     """Yields progress, then the result, of a job at the engine's exclusive door. Stages are "training of layer <l>",
     counted in steps, and "evidence", counted in layers.
 
-    Raises InvalidArgument for what does not fit into memory, and where no latent of a positive is above 0.
+    Raises InvalidArgument for what does not fit into memory, and for a layer where there is no direction to begin with.
     """
     split, spec = Split(job.holdout_fraction, job.seed), engine.model.decoder.spec
     if job.texts is None:
@@ -114,18 +119,31 @@ async def reft_r1(
 def _work(decoder: Decoder, job: ReftR1, texts: DividedSides) -> Work[Progress | _Layer]:
     model = DifferentiableModel.of(decoder)
     for layer in job.layers:
-        at = Place(layer, job.site)
-        training = yield from _sides(model, texts.training, at)
-        heldout = yield from _sides(model, texts.heldout, at)
-        trained = yield from train_direction(model, training, heldout, at, job.training, job.seed)
-        vector = trained.best * mean_strength(training, trained.best)
-        if not (vector.any() and vector.isfinite().all()):
-            raise InvalidArgument(
-                texts.field, f"training found no direction at layer {layer}: no positive projects on it"
-            )
-        steps = len(trained.losses)
-        evidence = yield from measured(model, vector, training, heldout, at, steps, job.seed)
-        yield _Layer(vector.cpu(), evidence)
+        # In a work of its own: the states of a layer are let go of before those of the next are kept.
+        yield (yield from _trained(model, job, texts, Place(layer, job.site)))
+
+
+def _trained(model: DifferentiableModel, job: ReftR1, texts: DividedSides, at: Place) -> Telling[Progress, _Layer]:
+    training = yield from _sides(model, texts.training, at)
+    heldout = yield from _sides(model, texts.heldout, at)
+    check_start(training, at.layer, texts.field)
+    trained = yield from train_direction(model, training, heldout, at, job.training, job.seed)
+    vector = trained.best * mean_strength(training, trained.best)
+    if not (vector.any() and vector.isfinite().all()):
+        raise InvalidArgument("training", f"the direction of layer {at.layer} was lost; try a smaller learning_rate")
+    evidence = yield from measured(model, vector, training, heldout, at, len(trained.losses), job.seed)
+    return _Layer(vector.cpu(), evidence)
+
+
+def check_start(sides: Sides, layer: int, field: str) -> None:
+    """Refuses what no gradient leads away from."""
+    difference = difference_of_means(sides)
+    # Rounding leaves something of equal sides: the batch a text runs in moves last bits.
+    if difference.norm() <= ROUNDING * mean_norm(sides):
+        raise InvalidArgument(field, f"layer {layer} has no direction: both sides have the same mean state there")
+    if not mean_strength(sides, torch.nn.functional.normalize(difference, dim=0)):
+        message = "no token of a positive projects on the difference of means, from which training begins"
+        raise InvalidArgument(field, f"layer {layer} has no direction: {message}")
 
 
 def _sides(model: DifferentiableModel, texts: Texts, at: Place) -> Sliced[Sides]:

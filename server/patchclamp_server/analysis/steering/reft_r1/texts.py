@@ -84,6 +84,7 @@ async def of_texts(prompts: PromptEncoder, texts: TextSides, split: Split, spec:
         raise InvalidArgument(
             "texts", "of the target have one token each; expected at least two, to predict the second"
         )
+    # What gradients need depends on the length alone.
     for text in {len(text): text for text in (*training.positive, *heldout.positive)}.values():
         _check_positive(text, spec, "texts.window_tokens", MAX_BYTES)
     corpus = texts.source.corpus
