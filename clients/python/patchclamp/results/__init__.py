@@ -42,6 +42,7 @@ from patchclamp.results.comparison import (
     CompareText,
     Divergence,
 )
+from patchclamp.results.concept_circuit import ConceptCircuitEvent, FoundConceptCircuit, ZeroedSets
 from patchclamp.results.features import FoundFeature, FoundFeatures
 from patchclamp.results.followed import (
     FollowCollector,
@@ -184,6 +185,7 @@ __all__ = [
     "CompareResult",
     "CompareSummary",
     "CompareText",
+    "ConceptCircuitEvent",
     "ConceptDetection",
     "ConceptDetectionCollector",
     "ConceptDetectionEvent",
@@ -216,6 +218,7 @@ __all__ = [
     "ExtractionResult",
     "Finished",
     "FollowCollector",
+    "FoundConceptCircuit",
     "FoundFeature",
     "FoundFeatures",
     "FoundNeurons",
@@ -297,5 +300,6 @@ __all__ = [
     "TrainingEvidence",
     "Usage",
     "WatchStatistics",
+    "ZeroedSets",
     "score_matrix",
 ]
