@@ -2,19 +2,20 @@
 
     x ← embed(tokens);  for each block: x ← x + attn(norm(x));  x ← x + mlp(norm(x));  hidden = norm(x)
 
-`Decoder.run_blocks` is the one function that runs blocks by torch operators and the compiled loops of a CPU. Whatever
-runs a model calls it, and varies it at a seam:
+`Decoder.run_blocks` is the one function that runs blocks. Whatever runs a model calls it, and varies it at a seam:
 
 - `hooks` read and edit activations at the sites, queries among them: programs, watches, circuits, attention patterns;
 - `products` are the four matrix products of each block: dense, or those of sparse inference (sparsity/blocks.py);
 - `x` and `layers` say where a run starts and which blocks it runs: one block alone, or those from a layer on.
 
-On a GPU the blocks are run by kernel_forward.py, which says why it has a loop of its own.
+On a CPU in float32, where products are dense and hooks say what they visit, the blocks between two visits are one
+compiled call with the same bits (compiled/blocks.py); tests hold it against the loop here. On a GPU the blocks are run
+by kernel_forward.py, which says why it has a loop of its own.
 
 The blocks of all families are one function driven by `DecoderSpec`: transformers supplies configuration, weights and
 rotary frequencies, and is the oracle in the tests. Its modules are not run: they multiply q, k, v and gate, up one by
 one, by matrices in a layout that streams badly for few rows (cpu/linear.py), and have no seams where edits could be
-fused. The number of operators does not make the difference in benchmarks/cpu.py: both issue some 2,200 a token.
+fused.
 """
 
 from collections.abc import Mapping, Sequence, Set
