@@ -5,12 +5,13 @@ have worked on the last, because a step that is visited in Python comes in piece
 hold no processor that they have no work for, and wake without the interpreter's lock.
 """
 
-# What numba compiles has no types for mypy.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return"
+# What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return, call-arg, var-annotated"
 
 import os
 import threading
 from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -29,9 +30,9 @@ _SEMAPHORE = 8
 _PATIENCE = 4000
 _STAGES = run_stages.address
 
-_sem_init = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
-_sem_wait = types.ExternalFunction("sem_wait", types.int32(types.int64))
-_sem_post = types.ExternalFunction("sem_post", types.int32(types.int64))
+_sem_init: Any = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
+_sem_wait: Any = types.ExternalFunction("sem_wait", types.int32(types.int64))
+_sem_post: Any = types.ExternalFunction("sem_post", types.int32(types.int64))
 
 _compiled = numba.njit(nogil=True, cache=True)
 
