@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
+from brown import DESCRIPTION, brown_directory
 from neurons.shown import say, shows_progress
+
 from patchclamp import Client
 from patchclamp.programs import Program, last, read_probe
 from patchclamp_server.analysis.calibration import reliability
@@ -41,8 +42,6 @@ class Sizes:
 
 def brown_passages(sizes: Sizes) -> list[tuple[str, str]]:
     """(label, passage), in a drawn order: words from the middle of each document, from the beginning of a sentence."""
-    from brown import brown_directory
-
     paths = sorted(brown_directory().glob("*.txt"))
     random.Random(0).shuffle(paths)
     found = []
@@ -67,6 +66,7 @@ def measure(client: Client, passages: Sequence[tuple[str, str]], sizes: Sizes) -
     found = judged(probabilities, is_target, base=len(texts[TARGET]) / n)
     say(f"served of {len(is_target)} others: Brier {found['brier']:.4f}, base rate {found['brier_base_rate']:.4f}")
     return {
+        "text": DESCRIPTION,
         "sizes": vars(sizes),
         "layers": list(trained.layers),
         "report": trained.report.to_dict(),

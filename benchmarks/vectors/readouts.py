@@ -1,4 +1,4 @@
-"""What reading costs: decode steps of 8 requests that each read one activation, or 64 features, and of 8 that read none.
+"""What reading costs: decode steps of 8 requests that each read an activation, or 64 features, and of 8 that read none.
 
 One row of the residual stream is captured a token at one site and layer, or 64 chosen features of a sparse autoencoder
 of 1,024 are read there. The three take turns, back and forth, in one run: a round has all of them. The overhead of a
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from measure import alternate, decode_steps
-
 from neurons.shown import say
+
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.engine.engine import Engine

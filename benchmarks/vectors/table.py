@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neurons.shown import say, shows_progress
+
 from patchclamp import Client, effects
 from patchclamp.names import METHODS
 from patchclamp.programs import add
