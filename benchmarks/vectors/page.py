@@ -12,12 +12,14 @@ def methods(result: Row) -> list[str]:
     """A table for each concept, with an instruction, random vectors and no edit beside the vectors, and a verdict."""
     sizes = result["sizes"]
     lines = [
-        f"Vectors for SmolLM2-135M, found from pairs of texts, at the strength that `CalibrateVector` chose, on "
-        f"{sizes['prompts']} held-out prompts. Effect: how much likelier held-out",
-        "texts with the concept become than texts without, nats a token, beside random vectors of equal length. "
-        "Perplexity: of the unsteered model on the text that is written,",
-        "over that on its own. Change: of the norm of the activations. AUROC: of texts that no vector was made of. In "
-        "brackets: 95 % by bootstrap.",
+        "Vectors for SmolLM2-135M, found from pairs of texts, at the strength that `CalibrateVector` chose (the knee), "
+        f"on {sizes['prompts']} held-out prompts. Effect: how much likelier",
+        "held-out texts with the concept become than texts without, nats a token, beside random vectors of equal "
+        "length; and at the largest strength that the choice found safe.",
+        "Perplexity: of the unsteered model on the text that is written, over that on its own. Change: of the norm of "
+        "the activations. AUROC: of texts that no vector was",
+        "made of. In brackets: 95 % by bootstrap.",
+        "Prompting: a user asks in a chat for a text, with the instruction or without; the prompt begins the answer.",
     ]
     for name, concept in result["concepts"].items():
         lines += ["", *_concept(name, concept, result["bounds"])]
@@ -31,13 +33,13 @@ def methods(result: Row) -> list[str]:
 
 def _concept(name: str, concept: Row, bounds: Row) -> list[str]:
     prompt, unsteered = concept["prompt"], concept["unsteered"]
-    none = " | ".join(["", "", "0", *_text(unsteered), "", ""])
+    none = " | ".join(["", "", "0", "", *_text(unsteered), "", ""])
     own = [_method(method, row) for method, row in concept["methods"].items()]
-    told = [_interval(prompt["effect"], signed=True), *_text(prompt), _interval(prompt["auroc"]), ""]
+    told = [_interval(prompt["effect"], signed=True), "", *_text(prompt), _interval(prompt["auroc"]), ""]
     return [
-        f"| {name.replace('_', ' / ')} | layer, change | effect | perplexity | repetition | with its words | AUROC | "
-        "larger effect |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
+        f"| {name.replace('_', ' / ')} | layer, change | effect | at the end of the safe range | perplexity | "
+        "repetition | with its words | AUROC | larger effect |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
         *own,
         *_random(concept["methods"]),
         f"| prompting: “{prompt['instruction']}” | | {' | '.join(told)} |",
@@ -49,7 +51,8 @@ def _concept(name: str, concept: Row, bounds: Row) -> list[str]:
 
 def _method(name: str, row: Row) -> str:
     place = f"{row['layer']}, {row['change']:.0%}" + ("" if row["is_safe"] else ", not safe")
-    cells = [place, _interval(row["effect"], signed=True), *_text(row), _interval(row["auroc"])]
+    most = f"{row['most_change']:.0%}: {row['most_effect']['mean']:+.2f}" if row["is_safe"] else ""
+    cells = [place, _interval(row["effect"], signed=True), most, *_text(row), _interval(row["auroc"])]
     return f"| {name.replace('_', ' ')} | {' | '.join(cells)} | {WINNERS[row['winner']]} |"
 
 
@@ -60,7 +63,8 @@ def _random(methods: Row) -> list[str]:
         found.setdefault((row["layer"], row["change"]), row)
     lines = []
     for (layer, change), row in sorted(found.items()):
-        cells = [_interval(row["random_effect"], signed=True), *_text(row["random"]), f"{row['random_auroc']:.2f}", ""]
+        auroc = f"{row['random_auroc']:.2f}"
+        cells = [_interval(row["random_effect"], signed=True), "", *_text(row["random"]), auroc, ""]
         lines.append(f"| random vectors | {layer}, {change:.0%} | {' | '.join(cells)} |")
     return lines
 
@@ -130,9 +134,11 @@ def probe(result: Row) -> list[str]:
         f"{served['accuracy']:.2f}, of the more frequent label {served['base_rate']:.2f};",
         f"AUROC {served['auroc']:.2f}. Of {served['texts']} passages of {result['sizes']['words']} words from "
         "documents that training and calibration have not seen, fiction or informative prose: the",
-        f"probability that a readout of the probe (layer {layers}) serves with the last token. `TrainProbe` itself "
-        f"reported a Brier score of {report['brier']:.3f} on {report['texts']} texts,",
-        f"{report['brier_uncalibrated']:.3f} before calibration.",
+        f"probability that a readout of the probe (layer {layers}) serves with the last token. Calibration error "
+        f"{served['calibration_error']:.3f} (mean distance of both columns, by texts);",
+        f"right probabilities would have one up to {served['calibration_error_by_chance']:.3f} with so few texts (95 % "
+        "of draws). `TrainProbe` itself reported a Brier score of",
+        f"{report['brier']:.3f} on {report['texts']} texts, {report['brier_uncalibrated']:.3f} before calibration.",
         "",
         f"`python benchmarks/vectors --only probe` on {result['date']} at commit `{result['commit']}`: "
         f"{result['machine']}; text {result['text']}.",

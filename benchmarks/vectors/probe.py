@@ -4,6 +4,8 @@ The texts are passages of the Brown corpus, one of a document: fiction or inform
 calibrates and reports on some documents; passages of others are then sent as requests, each with a readout of the
 probe, and the served probability of the last token is what is judged. Brier score: mean squared error of the
 probability; of the base rate: the same of always saying the share of fiction among the documents of the training.
+Calibration error: mean over texts of |mean probability - share of fiction| of their bins. Right probabilities have one
+too where texts are few: labels drawn by the probabilities say how large.
 """
 
 import random
@@ -94,6 +96,8 @@ def judged(p: np.ndarray, is_target: np.ndarray, base: float) -> dict[str, Any]:
     drawn = np.random.default_rng(0).integers(len(y), size=(RESAMPLES, len(y)))
     low, high = np.quantile((errors - of_base)[drawn].mean(1), [0.025, 0.975])
     accuracy = float(((p >= 0.5) == is_target).mean())
+    draws = np.random.default_rng(0).random((RESAMPLES, len(p))) < p
+    by_chance = float(np.quantile([calibration_error(p, draw) for draw in draws], 0.95))
     return {
         "texts": len(y),
         "accuracy": round(accuracy, 4),
@@ -102,5 +106,12 @@ def judged(p: np.ndarray, is_target: np.ndarray, base: float) -> dict[str, Any]:
         "brier_base_rate": round(float(of_base.mean()), 4),
         "less_than_base_rate": {"low": round(float(low), 4), "high": round(float(high), 4)},
         "auroc": round(auroc(p, is_target), 4),
+        "calibration_error": round(calibration_error(p, is_target), 4),
+        "calibration_error_by_chance": round(by_chance, 4),
         "reliability": [vars(each) for each in reliability(p, is_target)],
     }
+
+
+def calibration_error(p: np.ndarray, is_target: np.ndarray) -> float:
+    bins = reliability(p, is_target)
+    return sum(each.texts * abs(each.mean_probability - each.share) for each in bins) / len(p)

@@ -1,13 +1,15 @@
 """Methods by concepts: a vector is found, its strength chosen, and measured on what has not been seen by either.
 
     found      by ExtractVectors, from the pairs of a concept that are not kept for detection
-    chosen     by CalibrateVector, by the log-probability of texts after prompts of its own: layer and strength
+    chosen     by CalibrateVector, by the log-probability of texts after prompts of its own: layer and strength (the
+               knee)
     effect     effects.py, on held-out prompts and texts, at that strength; beside random vectors as long, and an
-               instruction
+               instruction; and at the largest strength that the choice found safe
     coherence  by CalibrateVector at that strength alone, on text written after the held-out prompts: perplexity of the
-               unsteered model over that of its own text, and repetition; beside both. Of the words: the share of texts
-               that have one of the concept
-    AUROC      by DetectConcept, of the mean projection on texts that no vector was made of; beside the model asked
+               unsteered model over that of its own text, repetition, and the share of texts that have one of the words
+               of the concept; beside both
+    AUROC      by DetectConcept, of the mean projection (ReFT-r1: of the largest) on texts that no vector was made of;
+               beside the model asked
 
 Strengths are tried as shares of the norm of the activations, so that they mean the same for a vector of any length.
 Prompting wins where its effect is larger (the interval of the difference, prompt by prompt, lies on its side of 0) and
@@ -25,13 +27,18 @@ from neurons.shown import say, shows_progress
 from patchclamp import Client, effects
 from patchclamp.names import METHODS
 from patchclamp.programs import add
-from patchclamp.results import CalibrationResult, DosePoint, ExtractionResult, Interval
+from patchclamp.results import CalibrationResult, DosePoint, ExtractionResult
 from patchclamp_server.analysis.steering.registry import INPUTS
 from vectors.concepts import NAMES, Concept, load
-from vectors.effects import AFTER_INSTRUCTION, Row, asked, interval, less, preferences, random_edits, rounded
+from vectors.effects import Row, asked, chat, interval, less, preferences, random_edits, rounded, written
 
 # Of the server, in its order: those that find a vector from two sides of texts.
 EXTRACTORS = tuple(name for name, inputs in INPUTS.items() if name in METHODS and {("pairs",), ("texts",)} & {*inputs})
+# What a method is given besides examples and layers: a few minutes of training, where that of others takes seconds.
+OPTIONS: dict[str, Row] = {"reft_r1": {"max_steps": 40, "batch_size": 8}}
+POOLED: Row = {"pooling": "mean"}
+# How projections of a text are pooled, where it is not by their mean: as they were in the training.
+DETECTS = {"reft_r1": "max"}
 MOST_PERPLEXITY, MOST_REPETITION = 2.0, 0.3
 # What a row of a vector or an instruction has an interval of.
 MEASURES = ("effect", "perplexity_ratio", "auroc")
@@ -45,11 +52,11 @@ class Sizes:
     concepts: tuple[str, ...] = NAMES
     methods: tuple[str, ...] = EXTRACTORS
     layers: tuple[int, ...] = (12,)
-    changes: tuple[float, ...] = (0.15, 0.3, 0.5)
-    choosing: int = 6
-    choosing_tokens: int = 12
+    changes: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    choosing: int = 5
+    choosing_tokens: int = 10
     prompts: int = 12
-    tokens: int = 20
+    tokens: int = 16
     random_vectors: int = 2
 
 
@@ -72,18 +79,19 @@ class _Table:
         whole = concept.held_out
         self.held_out = type(whole)(whole.prompts[: sizes.prompts], whole.positive, whole.negative)
         self.plain = preferences(client, self.held_out)
-        told = concept.instruction + AFTER_INSTRUCTION
-        self.prompted = less(preferences(client, self.held_out, before=told), self.plain)
+        told, untold = (preferences(client, self.held_out, chat(each)) for each in (concept.instruction, ""))
+        self.prompted = less(told, untold)
         self.of_random: dict[tuple[int, float], list[float]] = {}
-        self.baselines: dict[str, DosePoint] = {}
+        self.unsteered: DosePoint | None = None
 
     def rows(self) -> Row:
         methods = {name: self._method(name) for name in self.sizes.methods}
+        assert self.unsteered is not None
         self._detect(methods)
         instructed = {
             "instruction": self.concept.instruction,
             "effect": interval(self.prompted),
-            **self._written(self.baselines["prompt"]),
+            **self._instructed(),
             "auroc": asked(self.client, self.concept),
         }
         for name, row in methods.items():
@@ -93,7 +101,7 @@ class _Table:
         return {
             "pairs": len(self.concept.known),
             "detected_texts": sum(map(len, self.concept.detected.values())),
-            "unsteered": self._written(self.baselines["unsteered"]),
+            "unsteered": self._written(self.unsteered),
             "prompt": instructed,
             "methods": methods,
         }
@@ -110,9 +118,9 @@ class _Table:
         own = evidence[best.layer]
         strength = best.strength if is_safe else min(point.strength for point in best.curve("vector", best.layer))
         length = strength * own.norm
-        by_vector = less(
-            preferences(self.client, self.held_out, add(tag, layers=best.layer, strength=strength)), self.plain
-        )
+        most = next(each.high for each in best.safe if each.layer == best.layer) if is_safe else strength
+        by_vector = self._effects(tag, best.layer, strength)
+        by_most = by_vector if most == strength else self._effects(tag, best.layer, most)
         by_random = self._random(best.layer, length)
         points = self._points(tag, best.layer, strength)
         row = {
@@ -123,6 +131,8 @@ class _Table:
             "is_safe": is_safe,
             "heldout_accuracy": round(own.heldout_accuracy, 3),
             "effect": interval(by_vector),
+            "most_change": round(most * own.norm / own.activation_norm, 3),
+            "most_effect": interval(by_most),
             "random_effect": interval(by_random),
             "beyond_random": interval(less(by_vector, by_random)),
             "beyond_prompt": interval(less(by_vector, self.prompted)),
@@ -135,13 +145,12 @@ class _Table:
         return row
 
     def _extract(self, name: str, tag: str) -> ExtractionResult:
-        known, options = self.concept.known, {"layers": self.sizes.layers, "tags": [tag], "replace_tags": True}
+        known, options = self.concept.known, OPTIONS.get(name, POOLED)
+        given = {"layers": self.sizes.layers, "tags": [tag], "replace_tags": True, **options}
         if ("pairs",) in INPUTS[name]:
-            stream = self.client.extract_vectors(known, name, pooling="mean", **options)
-        else:
-            texts = {self.concept.label: self.concept.texts(known)[self.concept.label]}
-            stream = self.client.extract_vectors((), name, texts=texts, pooling="mean", **options)
-        return stream.result(shows_progress)
+            return self.client.extract_vectors(known, name, **given).result(shows_progress)
+        texts = {self.concept.label: self.concept.texts(known)[self.concept.label]}
+        return self.client.extract_vectors((), name, texts=texts, **given).result(shows_progress)
 
     def _choose(self, tag: str, layer: int, evidence: Any) -> CalibrationResult:
         unit = evidence.activation_norm / evidence.norm
@@ -149,7 +158,7 @@ class _Table:
         return self.client.calibrate_vector(
             tag,
             choosing.prompts[: self.sizes.choosing],
-            effect=effects.target_texts(choosing.positive),
+            effect=effects.target_texts(choosing.positive[:2]),
             layers=[layer],
             strengths=[float(f"{change * unit:.3g}") for change in self.sizes.changes],
             random_vectors=1,
@@ -159,21 +168,24 @@ class _Table:
         ).result(shows_progress)
 
     def _points(self, tag: str, layer: int, strength: float) -> Mapping[str, DosePoint]:
-        """By arm, on text after the held-out prompts. The instruction and no edit are the same for all vectors."""
-        instruction = "" if "prompt" in self.baselines else self.concept.instruction
+        """By arm, on text after the held-out prompts. That of no edit is the same for all vectors."""
         result = self.client.calibrate_vector(
             tag,
             self.held_out.prompts,
             effect=effects.words(self.concept.words),
             layers=[layer],
             strengths=[strength],
-            instruction=instruction,
-            random_vectors=self.sizes.random_vectors,
+            random_vectors=1,
             max_tokens=self.sizes.tokens,
         ).result(shows_progress)
         points = {point.arm: point for point in result.points}
-        self.baselines |= {arm: points[arm] for arm in ("prompt", "unsteered") if arm in points}
+        self.unsteered = points["unsteered"]
         return points
+
+    def _effects(self, tag: str, layer: int, strength: float) -> list[float]:
+        """By prompt."""
+        edit = add(tag, layers=layer, strength=strength)
+        return less(preferences(self.client, self.held_out, program=edit), self.plain)
 
     def _random(self, layer: int, length: float) -> list[float]:
         """The mean effect of random vectors so long, by prompt: vectors of several methods may be as long."""
@@ -181,37 +193,45 @@ class _Table:
         if key not in self.of_random:
             width = self.client.models()[0].d_model
             edits = random_edits(self.sizes.random_vectors, width, length, layer)
-            each = [less(preferences(self.client, self.held_out, edit), self.plain) for edit in edits]
+            each = [less(preferences(self.client, self.held_out, program=edit), self.plain) for edit in edits]
             self.of_random[key] = [sum(own) / len(own) for own in zip(*each, strict=True)]
         return self.of_random[key]
 
+    @property
+    def _perplexity(self) -> float:
+        """Of the unsteered model on its own text."""
+        assert self.unsteered is not None
+        return self.unsteered.perplexity.mean
+
     def _written(self, point: DosePoint) -> Row:
-        plain = self.baselines["unsteered"].perplexity.mean
-        ratio = Interval(*(value / plain for value in vars(point.perplexity).values()))
         return {
             "words": rounded(point.effect),
-            "perplexity_ratio": rounded(ratio),
+            "perplexity_ratio": rounded(point.perplexity, self._perplexity),
             "repetition": rounded(point.repetition),
             "example": point.example,
         }
 
+    def _instructed(self) -> Row:
+        row = written(self.client, self.concept, self.held_out.prompts, self.sizes.tokens)
+        perplexity = row.pop("perplexity")
+        return row | {"perplexity_ratio": {name: round(x / self._perplexity, 4) for name, x in perplexity.items()}}
+
     def _detect(self, methods: dict[str, Row]) -> None:
         """All vectors of the concept in one pass over the texts."""
-        by_layer: dict[int, list[Row]] = {}
-        for row in methods.values():
-            by_layer.setdefault(row["layer"], []).append(row)
-        for layer, rows in by_layer.items():
+        for layer in {row["layer"] for row in methods.values()}:
+            rows = {name: row for name, row in methods.items() if row["layer"] == layer}
+            pooled = {row["tag"]: DETECTS.get(name, "mean") for name, row in rows.items()}
             reports = self.client.detect_concept(
-                [row["tag"] for row in rows],
+                list(pooled),
                 self.concept.detected,
                 self.concept.label,
                 layers=[layer],
-                poolings=["mean"],
+                poolings=sorted(set(pooled.values())),
                 calibration_fraction=0.2,
             ).result(shows_progress)
-            by_tag = {report.detector: report for report in reports.detectors}
-            for row in rows:
-                report = by_tag[row["tag"]]
+            found = {(each.detector, each.pooling): each for each in reports.detectors}
+            for row in rows.values():
+                report = found[row["tag"], pooled[row["tag"]]]
                 assert report.auroc is not None
                 row |= {"auroc": rounded(report.auroc), "random_auroc": round(report.random_auroc, 4)}
 

@@ -54,6 +54,8 @@ def vector(beyond_prompt: float, ratio: float = 1.2, *, is_safe: bool = True, wi
         "change": 0.3,
         "is_safe": is_safe,
         "effect": interval(1.0 + beyond_prompt),
+        "most_change": 0.4,
+        "most_effect": interval(1.2 + beyond_prompt),
         "random_effect": interval(0.0),
         "beyond_prompt": interval(beyond_prompt),
         "auroc": interval(0.9, 0.05),
@@ -134,7 +136,8 @@ def test_a_concept_has_a_row_for_each_method_and_one_for_the_instruction(part: P
     assert concept["unsteered"]["perplexity_ratio"]["mean"] == 1.0
     assert tuple(concept["methods"]) == methods
     for row in concept["methods"].values():
-        assert row["change"] == pytest.approx(0.3, abs=0.01)
+        assert row["change"] == row["most_change"] == pytest.approx(0.3, abs=0.01)
+        assert row["most_effect"] == row["effect"]
         assert row["winner"] in ("vector", "prompt", "neither")
         for measure in table.MEASURES:
             for own in (row, concept["prompt"]):
@@ -183,6 +186,20 @@ def test_what_a_probe_serves_is_judged_as_scikit_learn_judges_it(part: Part, liv
     assert any(f"Brier score {served['brier']:.3f}, base rate 0.250" in line for line in page)
 
 
+def test_a_probability_is_as_far_off_as_its_bins_are_by_texts(part: Part) -> None:
+    p = np.array([0.05, 0.05, 0.05, 0.95])
+    judged = part("probe").judged(p, np.array([True, False, False, True]), base=0.5)
+    assert judged["calibration_error"] == pytest.approx((3 * (1 / 3 - 0.05) + 0.05) / 4, abs=1e-4)
+
+
+def test_right_probabilities_have_no_larger_calibration_error_than_chance_brings(part: Part) -> None:
+    draw = np.random.default_rng(1)
+    p = draw.random(400)
+    probe = part("probe")
+    right, wrong = (probe.judged(p, draw.random(400) < chance, base=0.5) for chance in (p, p / 2))
+    assert right["calibration_error"] <= right["calibration_error_by_chance"] < wrong["calibration_error"]
+
+
 @pytest.mark.parametrize(
     ("winners", "verdict"),
     [
@@ -205,8 +222,13 @@ def test_where_prompting_wins_the_page_says_so(winners: tuple[str, str], verdict
     }
     page = part("page").methods(result)
     assert verdict in page
-    assert "| random vectors | 12, 30% | +0.00 (-0.10 to +0.10) | 1.20 | 0.00 | 50% | 0.55 |  |" in page
-    assert any(line.startswith("| prompting: “Write of winter.” | | +0.70 (+0.60 to +0.80) |") for line in page)
+    assert any(
+        line.startswith("| mean centred | 12, 30% | +1.50 (+1.40 to +1.60) | 40%: +1.70 | 1.20 |") for line in page
+    )
+    assert "| random vectors | 12, 30% | +0.00 (-0.10 to +0.10) |  | 1.20 | 0.00 | 50% | 0.55 |  |" in page
+    assert any(
+        line.startswith("| prompting: “Write of winter.” | | +0.70 (+0.60 to +0.80) |  | 1.20 |") for line in page
+    )
 
 
 def test_a_summary_names_the_best_coherent_method_of_a_concept_and_the_means_of_a_method(part: Part) -> None:
