@@ -362,6 +362,31 @@ def calls() -> dict[str, list[Call]]:
             ]
             for method in ("PROBE_METHOD_LOGISTIC", "PROBE_METHOD_RIDGE", "PROBE_METHOD_PROTOTYPE")
         ],
+        "SteeringService/FindConceptCircuit": [
+            [
+                steering_pb2.FindConceptCircuitRequest(
+                    scenarios=[
+                        {
+                            "values": [
+                                {"label": value, "prompts": [{"text": f"{thing} {value}"}]} for value in ("good", "bad")
+                            ]
+                        }
+                        for thing in ("rain", "a letter", "the road")
+                    ],
+                    target="good",
+                    site="SITE_RESID_POST",
+                    layers=[1],
+                    neurons=4,
+                    heads=2,
+                    random_sets=1,
+                    seed=3,
+                    pooling="TOKEN_POOLING_MEAN",
+                    holdout_fraction=0.3,
+                    tags=["goodness"],
+                    replace_tags=True,
+                )
+            ]
+        ],
         "SteeringService/FindSubspace": [
             [
                 steering_pb2.FindSubspaceRequest(

@@ -41,6 +41,7 @@ from patchclamp.results.comparison import (
     CompareText,
     Divergence,
 )
+from patchclamp.results.concept_circuit import ConceptCircuitEvent, FoundConceptCircuit, ZeroedSets
 from patchclamp.results.features import FoundFeature, FoundFeatures
 from patchclamp.results.followed import (
     FollowCollector,
@@ -183,6 +184,7 @@ __all__ = [
     "CompareResult",
     "CompareSummary",
     "CompareText",
+    "ConceptCircuitEvent",
     "ConceptDetection",
     "ConceptDetectionCollector",
     "ConceptDetectionEvent",
@@ -215,6 +217,7 @@ __all__ = [
     "ExtractionResult",
     "Finished",
     "FollowCollector",
+    "FoundConceptCircuit",
     "FoundFeature",
     "FoundFeatures",
     "FoundNeurons",
@@ -295,5 +298,6 @@ __all__ = [
     "TrainedProbe",
     "Usage",
     "WatchStatistics",
+    "ZeroedSets",
     "score_matrix",
 ]

@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from patchclamp.v1 import artifact_pb2 as _artifact_pb2
 from patchclamp.v1 import generation_pb2 as _generation_pb2
+from patchclamp.v1 import head_pb2 as _head_pb2
 from patchclamp.v1 import neuron_pb2 as _neuron_pb2
 from patchclamp.v1 import program_pb2 as _program_pb2
 from patchclamp.v1 import progress_pb2 as _progress_pb2
@@ -890,6 +891,245 @@ class SubspaceEvidence(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubspaceEvidence: _TypeAlias = SubspaceEvidence  # noqa: Y015
+
+@_typing.final
+class FindConceptCircuitRequest(_message.Message):
+    """FindConceptCircuit: texts of scenarios, each written for every value of the concept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SCENARIOS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    RANDOM_SETS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    HOLDOUT_FRACTION_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    target: _builtins.str
+    """Value whose direction is sought."""
+    site: _program_pb2.Site.ValueType
+    """A residual site. Default: resid_post."""
+    neurons: _builtins.int
+    """Neurons and heads of the sets, at most. Default 100 and 10. Those that write nothing along the direction or against it are
+    left out, and of the heads before the site at most half are taken, so that there are others for random sets.
+    """
+    heads: _builtins.int
+    random_sets: _builtins.int
+    """Random sets of equal size that are zeroed beside them, as many neurons and heads in each layer. Default 10, at most 100."""
+    seed: _builtins.int
+    description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
+    pooling: Global___TokenPooling.ValueType
+    holdout_fraction: _builtins.float
+    """Share of the scenarios kept out for the evidence and the zeroing. Default 0.25."""
+    @_builtins.property
+    def scenarios(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptScenario]:
+        """At least 3, each with the same values; at most 4,096 texts in all."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Default: every layer; of resid_pre and resid_mid every one but the first, before which no neuron writes."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each becomes "<tag>-vector", "<tag>-neurons" and "<tag>-heads"."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        scenarios: _abc.Iterable[Global___ConceptScenario] | None = ...,
+        target: _builtins.str = ...,
+        site: _program_pb2.Site.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        neurons: _builtins.int = ...,
+        heads: _builtins.int = ...,
+        random_sets: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        description: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
+        pooling: Global___TokenPooling.ValueType = ...,
+        holdout_fraction: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "heads", b"heads", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "model", b"model", "neurons", b"neurons", "pooling", b"pooling", "random_sets", b"random_sets", "replace_tags", b"replace_tags", "scenarios", b"scenarios", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
+    _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__holdout_fraction) -> _WhichOneofReturnType__holdout_fraction | None: ...
+
+Global___FindConceptCircuitRequest: _TypeAlias = FindConceptCircuitRequest  # noqa: Y015
+
+@_typing.final
+class ConceptScenario(_message.Message):
+    """ConceptScenario: texts of one context by value, at least one of each of two values or more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[_neuron_pb2.LabelledTexts]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_neuron_pb2.LabelledTexts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConceptScenario: _TypeAlias = ConceptScenario  # noqa: Y015
+
+@_typing.final
+class FindConceptCircuitResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _progress_pb2.Progress:
+        """Stages: "activations", "norms", "writes" and "zeroing", counted in texts, "tokens" in examples, "evidence" in layers."""
+
+    @_builtins.property
+    def result(self) -> Global___FoundConceptCircuit: ...
+    def __init__(
+        self,
+        *,
+        progress: _progress_pb2.Progress | None = ...,
+        result: Global___FoundConceptCircuit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FindConceptCircuitResponse: _TypeAlias = FindConceptCircuitResponse  # noqa: Y015
+
+@_typing.final
+class FoundConceptCircuit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    BEST_LAYER_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    SEPARATION_FIELD_NUMBER: _builtins.int
+    NEURONS_ZEROED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    HEADS_ZEROED_FIELD_NUMBER: _builtins.int
+    BOTH_ZEROED_FIELD_NUMBER: _builtins.int
+    BEST_HEADS_FIELD_NUMBER: _builtins.int
+    best_layer: _builtins.int
+    projection: _builtins.float
+    """Of held-out scenarios, with nothing zeroed: the mean projection h . d / |d| of the target's texts, and the same less the
+    mean of all values of their scenario, in which an offset that all texts share is not.
+    """
+    separation: _builtins.float
+    @_builtins.property
+    def vector(self) -> _artifact_pb2.Artifact:
+        """Mean over scenarios of (mean of the target's texts - mean of all values of the scenario), by layer."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerEvidence]:
+        """Held-out examples are texts of the target, and of the other values of the same scenarios."""
+
+    @_builtins.property
+    def neurons(self) -> _neuron_pb2.StoredNeurons:
+        """Scored by what each writes along the direction d / |d| of the best layer, in the same contrast of texts and at the same
+        tokens: all neurons and heads before the site, and the embedding, write |d| together.
+        """
+
+    @_builtins.property
+    def heads(self) -> _artifact_pb2.Artifact:
+        """The scores of all heads; those of the circuit are best_heads, and reach the set's threshold."""
+
+    @_builtins.property
+    def neurons_zeroed(self) -> Global___ZeroedSets:
+        """The same with neurons, heads or both set to 0 at every token."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def heads_zeroed(self) -> Global___ZeroedSets: ...
+    @_builtins.property
+    def both_zeroed(self) -> Global___ZeroedSets: ...
+    @_builtins.property
+    def best_heads(self) -> _containers.RepeatedCompositeFieldContainer[_head_pb2.HeadScore]:
+        """Heads of the circuit, best first."""
+
+    def __init__(
+        self,
+        *,
+        vector: _artifact_pb2.Artifact | None = ...,
+        layers: _abc.Iterable[Global___LayerEvidence] | None = ...,
+        best_layer: _builtins.int = ...,
+        neurons: _neuron_pb2.StoredNeurons | None = ...,
+        heads: _artifact_pb2.Artifact | None = ...,
+        projection: _builtins.float = ...,
+        separation: _builtins.float = ...,
+        neurons_zeroed: Global___ZeroedSets | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        heads_zeroed: Global___ZeroedSets | None = ...,
+        both_zeroed: Global___ZeroedSets | None = ...,
+        best_heads: _abc.Iterable[_head_pb2.HeadScore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["both_zeroed", b"both_zeroed", "heads", b"heads", "heads_zeroed", b"heads_zeroed", "neurons", b"neurons", "neurons_zeroed", b"neurons_zeroed", "vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_heads", b"best_heads", "best_layer", b"best_layer", "both_zeroed", b"both_zeroed", "heads", b"heads", "heads_zeroed", b"heads_zeroed", "layers", b"layers", "neurons", b"neurons", "neurons_zeroed", b"neurons_zeroed", "projection", b"projection", "separation", b"separation", "vector", b"vector", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FoundConceptCircuit: _TypeAlias = FoundConceptCircuit  # noqa: Y015
+
+@_typing.final
+class ZeroedSets(_message.Message):
+    """ZeroedSets: what is left without the sets of the circuit, and without each random set of equal size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    SEPARATION_FIELD_NUMBER: _builtins.int
+    RANDOM_PROJECTIONS_FIELD_NUMBER: _builtins.int
+    RANDOM_SEPARATIONS_FIELD_NUMBER: _builtins.int
+    projection: _builtins.float
+    separation: _builtins.float
+    @_builtins.property
+    def random_projections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def random_separations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        projection: _builtins.float = ...,
+        separation: _builtins.float = ...,
+        random_projections: _abc.Iterable[_builtins.float] | None = ...,
+        random_separations: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["projection", b"projection", "random_projections", b"random_projections", "random_separations", b"random_separations", "separation", b"separation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ZeroedSets: _TypeAlias = ZeroedSets  # noqa: Y015
 
 @_typing.final
 class CalibrateVectorRequest(_message.Message):

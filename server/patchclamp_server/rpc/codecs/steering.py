@@ -40,7 +40,7 @@ def decode_extraction(
     """
     method = known(request.method, METHOD_NAMES, "method", pb.ExtractionMethod.keys()[1:])
     _check_inputs(request, method)
-    site = _site(request.site, info)
+    site = decode_residual_site(request.site, info)
     layers = _layers(request.layers, info)
     fraction = request.holdout_fraction if request.HasField("holdout_fraction") else DEFAULT_HOLDOUT_FRACTION
     if not 0 < fraction < 1:
@@ -124,7 +124,7 @@ def _check_inputs(request: pb.ExtractVectorsRequest, method: str) -> None:
                 raise InvalidArgument(name, "is a label of texts, and there are none")
 
 
-def _site(number: int, info: ModelInfo) -> Site:
+def decode_residual_site(number: int, info: ModelInfo) -> Site:
     site = decode_site(number, "site") if number != program_pb2.SITE_UNSPECIFIED else Site.RESID_POST
     accepted = [s for s in RESIDUAL_SITES if s in info.sites]
     if site not in accepted:
