@@ -90,6 +90,13 @@ def _verdict(concept: Row, bounds: Row) -> str:
         verdict = "Prompting wins over no method."
     if beaten:
         verdict += f" It is beaten by {beaten}."
+    farther = [
+        name.replace("_", " ")
+        for name, row in concept["methods"].items()
+        if row["winner"] != "vector" and row["is_safe"] and row["most_beyond_prompt"]["low"] > 0
+    ]
+    if farther:
+        verdict += f" At the end of the safe range the effect of {', '.join(farther)} is larger than its own."
     prompt = concept["prompt"]
     if prompt["perplexity_ratio"]["mean"] > bounds["perplexity_ratio"]:
         verdict += f" What it makes the model write has {prompt['perplexity_ratio']['mean']:.1f} times the perplexity."

@@ -14,7 +14,7 @@
 Strengths are tried as shares of the norm of the activations, so that they mean the same for a vector of any length.
 Prompting wins where its effect is larger (the interval of the difference, prompt by prompt, lies on its side of 0) and
 its text is as coherent as is demanded of a vector; a vector wins likewise. A vector that was safe at no strength does
-not win.
+not win. The knee may lie far below the end of the safe range, so the difference there is kept too.
 """
 
 import time
@@ -34,8 +34,8 @@ from vectors.effects import Row, asked, chat, interval, less, preferences, rando
 
 # Of the server, in its order: those that find a vector from two sides of texts.
 EXTRACTORS = tuple(name for name, inputs in INPUTS.items() if name in METHODS and {("pairs",), ("texts",)} & {*inputs})
-# What a method is given besides examples and layers: a few minutes of training, where that of others takes seconds.
-OPTIONS: dict[str, Row] = {"reft_r1": {"max_steps": 40, "batch_size": 8}}
+# What a method is given besides examples and layers. So many steps take half a minute; other methods take seconds.
+OPTIONS: dict[str, Row] = {"reft_r1": {"max_steps": 24, "batch_size": 8}}
 POOLED: Row = {"pooling": "mean"}
 # How projections of a text are pooled, where it is not by their mean: as they were in the training.
 DETECTS = {"reft_r1": "max"}
@@ -52,7 +52,7 @@ class Sizes:
     concepts: tuple[str, ...] = NAMES
     methods: tuple[str, ...] = EXTRACTORS
     layers: tuple[int, ...] = (12,)
-    changes: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    changes: tuple[float, ...] = (0.15, 0.3, 0.45)
     choosing: int = 5
     choosing_tokens: int = 10
     prompts: int = 12
@@ -133,6 +133,7 @@ class _Table:
             "effect": interval(by_vector),
             "most_change": round(most * own.norm / own.activation_norm, 3),
             "most_effect": interval(by_most),
+            "most_beyond_prompt": interval(less(by_most, self.prompted)),
             "random_effect": interval(by_random),
             "beyond_random": interval(less(by_vector, by_random)),
             "beyond_prompt": interval(less(by_vector, self.prompted)),

@@ -47,7 +47,9 @@ def text(ratio: float = 1.2, repetition: float = 0.0) -> dict[str, Any]:
     }
 
 
-def vector(beyond_prompt: float, ratio: float = 1.2, *, is_safe: bool = True, winner: str = "") -> dict[str, Any]:
+def vector(
+    beyond_prompt: float, ratio: float = 1.2, *, is_safe: bool = True, winner: str = "", most_beyond: float = 0.0
+) -> dict[str, Any]:
     return {
         "layer": 12,
         "strength": 2.0,
@@ -56,6 +58,7 @@ def vector(beyond_prompt: float, ratio: float = 1.2, *, is_safe: bool = True, wi
         "effect": interval(1.0 + beyond_prompt),
         "most_change": 0.4,
         "most_effect": interval(1.2 + beyond_prompt),
+        "most_beyond_prompt": interval(most_beyond),
         "random_effect": interval(0.0),
         "beyond_prompt": interval(beyond_prompt),
         "auroc": interval(0.9, 0.05),
@@ -228,6 +231,19 @@ def test_where_prompting_wins_the_page_says_so(winners: tuple[str, str], verdict
     assert "| random vectors | 12, 30% | +0.00 (-0.10 to +0.10) |  | 1.20 | 0.00 | 50% | 0.55 |  |" in page
     assert any(
         line.startswith("| prompting: “Write of winter.” | | +0.70 (+0.60 to +0.80) |  | 1.20 |") for line in page
+    )
+
+
+def test_an_effect_beyond_prompting_at_the_end_of_the_safe_range_is_told(part: Part) -> None:
+    methods = {
+        "mean_centred": vector(-0.5, winner="prompt", most_beyond=0.5),
+        "logistic_probe": vector(-0.5, winner="prompt", most_beyond=0.05),
+        "reft_r1": vector(-0.5, winner="prompt", most_beyond=0.5, is_safe=False),
+    }
+    verdict = part("page")._verdict({"methods": methods, "prompt": text()}, {"perplexity_ratio": 2.0})
+    assert verdict == (
+        "Prompting wins over every method. "
+        "At the end of the safe range the effect of mean centred is larger than its own."
     )
 
 
