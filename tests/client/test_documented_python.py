@@ -128,6 +128,7 @@ def test_the_sweep_of_the_guide_to_steering_runs(
 def test_the_examples_of_finding_vectors_run(embedded_server: LiveServer) -> None:
     names = run("docs/user/extraction.md", embedded_server.address)
     assert min(layer.heldout_accuracy for layer in names["discriminant"].layers) > 0.8
+    assert names["told"].loss < names["told"].unedited_loss
 
 
 def test_the_circuit_of_a_concept_of_the_guide_is_found(embedded_server: LiveServer) -> None:

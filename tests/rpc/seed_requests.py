@@ -308,6 +308,14 @@ def calls() -> dict[str, list[Call]]:
                     holdout_fraction=0.5,
                 )
             ],
+            [
+                steering_pb2.ExtractVectorsRequest(
+                    method="EXTRACTION_METHOD_REFT_R1",
+                    pairs=[{"positive": {"text": f"good {i}!"}, "negative": {"text": f"bad {i}?"}} for i in range(4)],
+                    layers=[1],
+                    training={"max_steps": 2, "learning_rate": 0.01, "batch_size": 2, "patience": 1},
+                )
+            ],
         ],
         "SteeringService/CalibrateVector": [
             [

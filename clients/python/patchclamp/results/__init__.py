@@ -19,6 +19,7 @@ from patchclamp.results.artifacts import (
     ExtractionResult,
     LayerEvidence,
     TokenProjections,
+    TrainingEvidence,
 )
 from patchclamp.results.calibration import (
     CalibrationCollector,
@@ -296,6 +297,7 @@ __all__ = [
     "TokenProjections",
     "Tokenization",
     "TrainedProbe",
+    "TrainingEvidence",
     "Usage",
     "WatchStatistics",
     "ZeroedSets",

@@ -50,6 +50,10 @@ class _ExtractionMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Extr
     """(covariance of the unembedding)^-1 (mean difference of the unembedding rows of counterfactual pairs of words)."""
     EXTRACTION_METHOD_MEAN_CENTRED: _ExtractionMethod.ValueType  # 8
     """Mean of the target texts minus the mean of ordinary text."""
+    EXTRACTION_METHOD_REFT_R1: _ExtractionMethod.ValueType  # 9
+    """ReFT-r1: one direction trained to detect a concept, by its largest projections on the tokens of a text, and to write it, by
+    the loss of the language model on positives to which it is added.
+    """
     EXTRACTION_METHOD_DEFINITION: _ExtractionMethod.ValueType  # 10
     """State of the last token after demonstrations "definition => word" and the definition of the concept."""
 
@@ -74,6 +78,10 @@ EXTRACTION_METHOD_CAUSAL_INNER_PRODUCT: ExtractionMethod.ValueType  # 7
 """(covariance of the unembedding)^-1 (mean difference of the unembedding rows of counterfactual pairs of words)."""
 EXTRACTION_METHOD_MEAN_CENTRED: ExtractionMethod.ValueType  # 8
 """Mean of the target texts minus the mean of ordinary text."""
+EXTRACTION_METHOD_REFT_R1: ExtractionMethod.ValueType  # 9
+"""ReFT-r1: one direction trained to detect a concept, by its largest projections on the tokens of a text, and to write it, by
+the loss of the language model on positives to which it is added.
+"""
 EXTRACTION_METHOD_DEFINITION: ExtractionMethod.ValueType  # 10
 """State of the last token after demonstrations "definition => word" and the definition of the concept."""
 Global___ExtractionMethod: _TypeAlias = ExtractionMethod  # noqa: Y015
@@ -191,12 +199,13 @@ class ExtractVectorsRequest(_message.Message):
     DEFINITION_FIELD_NUMBER: _builtins.int
     WORD_PAIRS_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     method: Global___ExtractionMethod.ValueType
     site: _program_pb2.Site.ValueType
     """A residual site. Default: resid_post."""
     pooling: Global___TokenPooling.ValueType
-    """Of methods that compare examples (pairs, texts)."""
+    """Of methods that compare pooled examples (pairs, texts); ReFT-r1, which is given the same, reads the largest token."""
     holdout_fraction: _builtins.float
     """Share of the examples kept out for the evidence card. Default 0.25."""
     seed: _builtins.int
@@ -212,7 +221,9 @@ class ExtractVectorsRequest(_message.Message):
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContrastPair]: ...
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Default: every layer; of the causal inner product, which has the same vector for all, the last."""
+        """Default: every layer; of the causal inner product, which has the same vector for all, the last. ReFT-r1 is trained at one
+        layer after the other, of at most 8.
+        """
 
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -232,9 +243,13 @@ class ExtractVectorsRequest(_message.Message):
 
     @_builtins.property
     def scope(self) -> _program_pb2.Scope:
-        """Tokens that are pooled, of methods that compare examples. Default: every token. Sinks among them are left out, by the
+        """Tokens that are pooled, of methods that have a pooling. Default: every token. Sinks among them are left out, by the
         norms of the whole text; the first token stands where it alone is in scope, and all where all of them are sinks.
         """
+
+    @_builtins.property
+    def training(self) -> Global___Training:
+        """Of ReFT-r1."""
 
     def __init__(
         self,
@@ -257,10 +272,11 @@ class ExtractVectorsRequest(_message.Message):
         definition: _builtins.str = ...,
         word_pairs: _abc.Iterable[Global___WordPair] | None = ...,
         scope: _program_pb2.Scope | None = ...,
+        training: Global___Training | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "scope", b"scope", "texts", b"texts"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "scope", b"scope", "texts", b"texts", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "contrast", b"contrast", "definition", b"definition", "demonstrations", b"demonstrations", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "scope", b"scope", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target", "texts", b"texts", "word_pairs", b"word_pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "contrast", b"contrast", "definition", b"definition", "demonstrations", b"demonstrations", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "scope", b"scope", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target", "texts", b"texts", "training", b"training", "word_pairs", b"word_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
     _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
@@ -386,7 +402,7 @@ class ExtractionProgress(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """"activations", "directions", "tokens" or "evidence"."""
+    """"activations", "directions", "tokens" or "evidence"; of ReFT-r1 "training of layer <l>", in steps, and "evidence"."""
     done: _builtins.int
     total: _builtins.int
     def __init__(
@@ -449,7 +465,7 @@ class ExtractionResult(_message.Message):
     @_builtins.property
     def baselines(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """What the same measure is otherwise. Of a task vector: "unedited" and "demonstrations" in the prompt; of a definition:
-        "without_demonstrations", at the best layer.
+        "without_demonstrations", at the best layer; of ReFT-r1: "difference_of_means", at the best layer.
         """
 
     def __init__(
@@ -491,10 +507,11 @@ class LayerEvidence(_message.Message):
     MARGIN_FIELD_NUMBER: _builtins.int
     POSITIVE_TOKENS_FIELD_NUMBER: _builtins.int
     NEGATIVE_TOKENS_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     heldout_accuracy: _builtins.float
-    """Share of held-out examples on the right side of the midpoint threshold; of task vectors, definitions and the causal
-    inner product what ExtractionResult.measure says.
+    """Share of held-out examples on the right side of the midpoint threshold; of task vectors, definitions, the causal inner
+    product and ReFT-r1 what ExtractionResult.measure says.
     """
     random_accuracy: _builtins.float
     norm: _builtins.float
@@ -525,6 +542,10 @@ class LayerEvidence(_message.Message):
 
     @_builtins.property
     def negative_tokens(self) -> Global___TokenProjections: ...
+    @_builtins.property
+    def training(self) -> Global___TrainingEvidence:
+        """Of ReFT-r1 alone."""
+
     def __init__(
         self,
         *,
@@ -541,14 +562,66 @@ class LayerEvidence(_message.Message):
         margin: _builtins.float = ...,
         positive_tokens: Global___TokenProjections | None = ...,
         negative_tokens: Global___TokenProjections | None = ...,
+        training: Global___TrainingEvidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_tokens", b"negative_tokens", "positive_tokens", b"positive_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_tokens", b"negative_tokens", "positive_tokens", b"positive_tokens", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_norm", b"activation_norm", "explained_variance", b"explained_variance", "heldout_accuracy", b"heldout_accuracy", "layer", b"layer", "margin", b"margin", "midpoint", b"midpoint", "negative_tokens", b"negative_tokens", "norm", b"norm", "participation_ratio", b"participation_ratio", "pooled_tokens", b"pooled_tokens", "positive_tokens", b"positive_tokens", "random_accuracy", b"random_accuracy", "tokens_left_out", b"tokens_left_out"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_norm", b"activation_norm", "explained_variance", b"explained_variance", "heldout_accuracy", b"heldout_accuracy", "layer", b"layer", "margin", b"margin", "midpoint", b"midpoint", "negative_tokens", b"negative_tokens", "norm", b"norm", "participation_ratio", b"participation_ratio", "pooled_tokens", b"pooled_tokens", "positive_tokens", b"positive_tokens", "random_accuracy", b"random_accuracy", "tokens_left_out", b"tokens_left_out", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerEvidence: _TypeAlias = LayerEvidence  # noqa: Y015
+
+@_typing.final
+class TrainingEvidence(_message.Message):
+    """TrainingEvidence is of held-out examples, beside random directions and the difference of means of the same training
+    examples. Scores are the largest h . v / |v| of the tokens of an example, losses -log p per token of the positives with a
+    vector added at strength 1: random ones are as long as the trained one, the difference of means has a length of its own.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    AUROC_FIELD_NUMBER: _builtins.int
+    RANDOM_AUROC_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_AUROC_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_ACCURACY_FIELD_NUMBER: _builtins.int
+    UNEDITED_LOSS_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    RANDOM_LOSS_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_LOSS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Until training ended; what had the lowest held-out loss was kept."""
+    auroc: _builtins.float
+    random_auroc: _builtins.float
+    difference_auroc: _builtins.float
+    difference_accuracy: _builtins.float
+    """What heldout_accuracy is for the difference of means."""
+    unedited_loss: _builtins.float
+    """With nothing added."""
+    loss: _builtins.float
+    random_loss: _builtins.float
+    difference_loss: _builtins.float
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        auroc: _builtins.float = ...,
+        random_auroc: _builtins.float = ...,
+        difference_auroc: _builtins.float = ...,
+        difference_accuracy: _builtins.float = ...,
+        unedited_loss: _builtins.float = ...,
+        loss: _builtins.float = ...,
+        random_loss: _builtins.float = ...,
+        difference_loss: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auroc", b"auroc", "difference_accuracy", b"difference_accuracy", "difference_auroc", b"difference_auroc", "difference_loss", b"difference_loss", "loss", b"loss", "random_auroc", b"random_auroc", "random_loss", b"random_loss", "steps", b"steps", "unedited_loss", b"unedited_loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainingEvidence: _TypeAlias = TrainingEvidence  # noqa: Y015
 
 @_typing.final
 class TokenProjections(_message.Message):

@@ -181,7 +181,7 @@ def _warnings(
         has = "some layers have fewer heads beside the circuit than in it"
         said.append(f"{n} of the {len(circuit.heads)} heads of each random set are of other layers: {has}")
     sizes = ("neurons", job.neurons, len(circuit.neurons.neurons)), ("heads", job.heads, len(circuit.heads))
-    for name, asked, has in sizes:
-        if has < asked:
-            said.append(f"of {asked} {name} there are {has}: others write against it, or are needed for random sets")
+    for kind, asked, found in sizes:
+        if found < asked:
+            said.append(f"of {asked} {kind} there are {found}: others write against it, or are needed for random sets")
     return tuple(said)
