@@ -98,7 +98,7 @@ def test_an_effect_is_a_difference_prompt_by_prompt_so_what_prompts_have_in_comm
 
 def test_every_method_that_takes_two_sides_of_texts_is_in_the_table(part: Part) -> None:
     found = set(part("table").EXTRACTORS)
-    assert {"difference_of_means", "pca_of_differences", "linear_artificial_tomography", "mean_centred"} < found
+    assert {"difference_of_means", "linear_artificial_tomography", "mean_centred", "reft_r1"} < found
     assert not {"task_vector", "definition", "causal_inner_product"} & found
 
 
