@@ -64,8 +64,15 @@ def main() -> None:
 
 
 def measure_table(client: Client, options: argparse.Namespace) -> dict[str, Any]:
-    asked = {"concepts": tuple(options.concepts), "methods": tuple(options.methods)}
-    small = {"changes": (0.3,), "choosing": 2, "choosing_tokens": 6, "prompts": 3, "tokens": 8, "random_vectors": 1}
+    asked: dict[str, Any] = {"concepts": tuple(options.concepts), "methods": tuple(options.methods)}
+    small: dict[str, Any] = {
+        "changes": (0.3,),
+        "choosing": 2,
+        "choosing_tokens": 6,
+        "prompts": 3,
+        "tokens": 8,
+        "random_vectors": 1,
+    }
     sizes = table.Sizes(**asked, **(small if options.quick else {}))
     found = table.measure(client, sizes)
     if sizes == table.Sizes():

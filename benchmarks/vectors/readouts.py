@@ -62,7 +62,7 @@ def measure(model: LoadedModel, sizes: Sizes) -> dict[str, Any]:
             programs = readers(model, ArtifactStore(directory))
         runs = {
             name: lambda program=program: median(decode_steps(engine, prompts.tolist(), program, sizes.tokens))
-            for name, program in ({"none": None} | programs).items()
+            for name, program in {"none": None, **programs}.items()
         }
         steps = alternate(runs, sizes.rounds)
     finally:
