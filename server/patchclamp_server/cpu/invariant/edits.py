@@ -6,7 +6,7 @@ numba caches this by this file alone: a change in tiles.py or rows.py needs one 
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
-# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def"
+# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, var-annotated"
 
 import math
 
