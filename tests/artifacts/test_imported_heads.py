@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchclamp_server.artifacts.formats import FORMATS, Beside, CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.base import Beside, CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.registry import FORMATS
 from patchclamp_server.artifacts.head_sets import HeadSelection, select
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
