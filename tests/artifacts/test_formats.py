@@ -195,6 +195,7 @@ BAD_GGUF = {
         entries=b"".join(entry(f"direction.{i}", 0) for i in range(5000)), n_tensors=5000
     )
     + bytes(200),
+    "no direction": gguf_bytes() + bytes(200),
     "another tensor": gguf_bytes(entries=entry("token_embd.weight", 1), n_tensors=1) + bytes(200),
     "a layer twice": gguf_bytes(entries=entry("direction.1", 1) * 2, n_tensors=2) + bytes(200),
     "two dimensions": gguf_bytes(entries=entry("direction.1", 1, dims=2), n_tensors=1) + bytes(200),
@@ -209,7 +210,7 @@ BAD_GGUF = {
 @pytest.mark.parametrize("data", BAD_GGUF.values(), ids=BAD_GGUF.keys())
 def test_a_gguf_file_that_lies_is_malformed(data: bytes) -> None:
     with pytest.raises(MalformedFile):
-        gguf_control_vector.decode(data)
+        gguf_control_vector.decode(data, Beside(model=MODEL))
 
 
 @pytest.mark.parametrize("name", FORMATS)

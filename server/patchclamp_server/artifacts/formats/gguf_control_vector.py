@@ -69,7 +69,7 @@ def decode(source: bytes | Path, beside: Beside = ALONE) -> Decoded:
     for entry in entries:
         match = DIRECTION.fullmatch(entry.name)
         if match is None:
-            raise MalformedFile(f"tensor {entry.name!r:.80}: a control vector has direction.<l>, l a whole number")
+            raise MalformedFile(f"tensor {entry.name!r:.80}: a control vector has direction.<n>, n a whole number")
         number, start = int(match[1]), data_start + entry.offset
         if number in directions:
             raise MalformedFile(f"{entry.name} is there twice")
@@ -77,6 +77,8 @@ def decode(source: bytes | Path, beside: Beside = ALONE) -> Decoded:
             raise MalformedFile(f"{entry.name} lies outside the file")
         values = np.frombuffer(data, entry.dtype, entry.size // entry.dtype.itemsize, start)
         directions[number] = torch.from_numpy(values.reshape(entry.shape).copy())
+    if not directions:
+        raise MalformedFile("the file has no direction.<n>")
     layers, warnings = _layers(sorted(directions), beside)
     tensors = {f"layer.{layer}": directions[number] for number, layer in layers.items()}
     provenance: dict[str, Any] = {"method": "imported", "format": "gguf_control_vector"}
