@@ -72,15 +72,14 @@ def test_tensors_are_named_by_options(capsys: pytest.CaptureFixture[str], client
     artifact = stored(capsys, "v.safetensors", "--tensor", "layer.0=steer", "--tensor", "layer.1=all[2]")
     assert artifact["imported_from"] == {"layer.0": "steer", "layer.1": "all[2]"}
     assert torch.equal(load(client.download_artifact(artifact["id"]))["layer.1"], rows[2])
-    with pytest.raises(PatchclampError) as caught:
+    with pytest.raises(PatchclampError, match=r"header\.tensor_names\['layer\.0'\]: the file has no tensor 'lost'"):
         client.put_artifact(Path("v.safetensors"), tensor_names={"layer.0": "lost"})
-    assert caught.value.field == "header.tensor_names['layer.0']"
 
 
 def test_vectors_of_pytorch_go_in_and_come_out(capsys: pytest.CaptureFixture[str]) -> None:
     rows = torch.randn(3, WIDTH)
     torch.save({"vectors": rows}, "v.pt")
-    options = ["--torch", "vectors", "--key", "vectors", "--layer-offset", "-1", "--layer", "0-1"]
+    options = ["--torch", "vectors", "--entry", "vectors", "--layer-offset", "-1", "--layer", "0-1"]
     artifact = stored(capsys, "v.pt", *options, "--site", "resid_pre", "--name", "of_torch")
     assert (artifact["kind"], artifact["site"], artifact["layers"]) == ("vector", "resid_pre", [0, 1])
     assert artifact["provenance"] == {"method": "imported", "format": "torch", "layer_offset": -1}
@@ -109,7 +108,7 @@ def test_head_lists_of_others_go_in_and_come_out_by_the_name_of_the_file(
     ("options", "told"),
     [
         (["v.pt"], "say with --torch what a file of PyTorch holds"),
-        (["v.safetensors", "--key", "x"], "--key is for --torch"),
+        (["v.safetensors", "--entry", "x"], "--entry is for --torch"),
         (["v.safetensors", "--layer", "1"], "--layer is for --torch"),
         (["v.pt", "--torch", "vectors"], "give layer"),
         (["v.pt", "--torch", "vectors", "--epsilon", "1"], "--torch vectors takes no --epsilon"),

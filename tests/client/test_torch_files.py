@@ -183,9 +183,9 @@ def test_hidden_states_are_counted_from_the_embedding(tmp_path: Path) -> None:
 def test_what_stands_under_a_key_is_read_alone(tmp_path: Path) -> None:
     vector = torch.randn(WIDTH)
     torch.save({"directions": {3: vector}, "model": "tiny"}, tmp_path / "v.pt")
-    assert torch.equal(load(read_vectors(tmp_path / "v.pt", key="directions").data)["layer.3"], vector)
+    assert torch.equal(load(read_vectors(tmp_path / "v.pt", entry="directions").data)["layer.3"], vector)
     with pytest.raises(ValueError, match="nothing is called direction; it has directions, model"):
-        read_vectors(tmp_path / "v.pt", key="direction")
+        read_vectors(tmp_path / "v.pt", entry="direction")
     with pytest.raises(ValueError, match="'directions' is no layer"):
         read_vectors(tmp_path / "v.pt")
 

@@ -139,13 +139,13 @@ def read_vectors(
     path: str | Path,
     *,
     layer: int | Iterable[int] | None = None,
-    key: str | None = None,
+    entry: str | None = None,
     layer_offset: int = 0,
     site: SiteName | None = None,
 ) -> TorchFile:
     """Reads vectors, which become layers of one artifact: at `site`, by default resid_post.
 
-    The file, or what stands in it under `key`, is one of
+    The file, or what stands in it under the name `entry`, is one of
     - a tensor [width] or [1, width], one vector: `layer` says the layer or layers that it is for;
     - a tensor [rows, width], whose row i is layer i + layer_offset;
     - a dict of tensors [width] or [1, width] by layer. A layer n is the number n, or a text that ends in it, such as
@@ -162,7 +162,7 @@ def read_vectors(
     for each in chosen or ():
         if isinstance(each, bool) or not isinstance(each, int) or each < 0:
             raise ValueError(f"layer: expected layers from 0, got {shown(each)}")
-    found = _under(_load(torch, Path(path)), key, path)
+    found = _under(_load(torch, Path(path)), entry, path)
     if isinstance(found, torch.Tensor) and _is_vector(found):
         if not chosen or layer_offset:
             raise ValueError(f"{path}: one vector of width {found.shape[-1]}; give layer, and no layer_offset")
@@ -244,13 +244,13 @@ def read_affine(
     return _file(torch, tensors, "affine_map", site, {"method": "imported", "format": "torch"})
 
 
-def _under(found: Any, key: str | None, path: str | Path) -> Any:
-    if key is None:
+def _under(found: Any, entry: str | None, path: str | Path) -> Any:
+    if entry is None:
         return found
-    if not isinstance(found, dict) or key not in found:
+    if not isinstance(found, dict) or entry not in found:
         has = f"; it has {', '.join(map(str, found))}" if isinstance(found, dict) else ""
-        raise ValueError(f"{path}: nothing is called {key}{has}")
-    return found[key]
+        raise ValueError(f"{path}: nothing is called {entry}{has}")
+    return found[entry]
 
 
 def _is_vector(tensor: Any) -> bool:
@@ -294,7 +294,7 @@ def _layer_of(name: Any, path: str | Path) -> tuple[int, SiteName | None]:
             return int(match[1]), _HOOKS[match[2]]
     raise ValueError(
         f"{path}: {shown(name)} is no layer; expected 3, layer.3, model.layers.3 or blocks.3.hook_resid_post; what "
-        "stands under one name is read with key"
+        "stands under one name is read with entry"
     )
 
 

@@ -46,7 +46,7 @@ _KINDS: Mapping[ArtifactFormatName, ArtifactKindName] = {
 }
 # The options that each kind of file of PyTorch takes besides --site, and whether it needs them.
 _TORCH_OPTIONS: Mapping[str, Mapping[str, bool]] = {
-    "vectors": {"layer": False, "key": False, "layer_offset": False},
+    "vectors": {"layer": False, "entry": False, "layer_offset": False},
     "loreft": {},
     "lm_steer": {"layer": True, "epsilon": True},
     "affine": {"layer": True},
@@ -73,7 +73,7 @@ def add_parsers(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="with --torch vectors: layers of one vector, or those to take; with lm_steer or affine: that of the map",
     )
     put.add_argument("--epsilon", type=float, help="with --torch lm_steer: the one that it was trained with")
-    put.add_argument("--key", help="with --torch vectors: the name under which they stand in the file")
+    put.add_argument("--entry", help="with --torch vectors: the name under which they stand in the file")
     put.add_argument(
         "--layer-offset",
         type=int,
@@ -112,7 +112,7 @@ def run_put(args: argparse.Namespace) -> int:
         options["layer_offset"] = args.layer_offset
     if args.tensor is not None:
         options["tensor_names"] = dict(args.tensor)
-    for name in ("layer", "epsilon", "key"):
+    for name in ("layer", "epsilon", "entry"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is for --torch")
     with connect(args) as client:
@@ -133,7 +133,7 @@ def _put_torch(args: argparse.Namespace) -> int:
 
 def _torch_file(args: argparse.Namespace) -> TorchFile:
     takes = _TORCH_OPTIONS[args.torch]
-    for option in ("layer", "epsilon", "key", "layer_offset"):
+    for option in ("layer", "epsilon", "entry", "layer_offset"):
         given, name = getattr(args, option) is not None, option.replace("_", "-")
         if given and option not in takes:
             raise ValueError(f"--torch {args.torch} takes no --{name}")
@@ -145,7 +145,9 @@ def _torch_file(args: argparse.Namespace) -> TorchFile:
         return read_loreft(args.file)
     if args.torch == "vectors":
         layers = None if args.layer == "all" else args.layer
-        return read_vectors(args.file, layer=layers, key=args.key, layer_offset=args.layer_offset or 0, site=args.site)
+        return read_vectors(
+            args.file, layer=layers, entry=args.entry, layer_offset=args.layer_offset or 0, site=args.site
+        )
     if args.layer == "all" or len(args.layer) != 1:
         raise ValueError(f"--torch {args.torch} needs one --layer")
     [layer], site = args.layer, args.site or "resid_post"
