@@ -9,6 +9,7 @@ from pathlib import Path
 
 from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.options import connect, connection_options
+from patchclamp.cli.parser import offset
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import heading, note, print_json
 from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName, ArtifactKindName
@@ -76,7 +77,7 @@ def add_parsers(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     put.add_argument("--entry", help="with --torch vectors: the name under which they stand in the file")
     put.add_argument(
         "--layer-offset",
-        type=int,
+        type=offset,
         metavar="N",
         help="layers of a GGUF or --torch vectors are counted from here: -1 where 0 is the embedding (default: 0)",
     )
