@@ -128,14 +128,15 @@ def _is_repeated(descriptor: FieldDescriptor) -> bool:
 
 
 def _is_map(descriptor: FieldDescriptor) -> bool:
-    return descriptor.message_type is not None and bool(descriptor.message_type.GetOptions().map_entry)
+    entry = descriptor.message_type
+    return entry is not None and bool(entry.GetOptions().map_entry)
 
 
 def _what(descriptor: FieldDescriptor) -> str:
-    if _is_map(descriptor):
-        key, value = (descriptor.message_type.fields_by_name[name] for name in ("key", "value"))
-        return f"a dict, each key {_what(key)} and each value {_what(value)}"
     if descriptor.message_type is not None:
+        if _is_map(descriptor):
+            key, value = (descriptor.message_type.fields_by_name[name] for name in ("key", "value"))
+            return f"a dict, each key {_what(key)} and each value {_what(value)}"
         name = descriptor.message_type.name
         return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
     return _OTHERS.get(descriptor.type, "an int")

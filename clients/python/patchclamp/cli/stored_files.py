@@ -12,7 +12,7 @@ from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.parser import offset
 from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import heading, note, print_json
-from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName, ArtifactKindName
+from patchclamp.names import ARTIFACT_FORMATS, ARTIFACT_KINDS, SITES, ArtifactFormatName, ArtifactKindName, SiteName
 from patchclamp.requests import UploadOptions
 from patchclamp.requests.artifacts import StoredOptions
 from patchclamp.results import Artifact
@@ -151,7 +151,8 @@ def _torch_file(args: argparse.Namespace) -> TorchFile:
         )
     if args.layer == "all" or len(args.layer) != 1:
         raise ValueError(f"--torch {args.torch} needs one --layer")
-    [layer], site = args.layer, args.site or "resid_post"
+    site: SiteName = args.site or "resid_post"
+    [layer] = args.layer
     if args.torch == "lm_steer":
         return read_lm_steer(args.file, layer=layer, epsilon=args.epsilon, site=site)
     return read_affine(args.file, layer=layer, site=site)
