@@ -1,8 +1,8 @@
-"""patchclamp vectors extract | calibrate | detect | subspace | list | get | put | export | rm | tag"""
+"""patchclamp vectors extract | calibrate | detect | circuit | subspace | list | get | put | export | rm | tag"""
 
 import argparse
 
-from patchclamp.cli import calibrate, detect, extract, stored_files, subspace
+from patchclamp.cli import calibrate, concept_circuit, detect, extract, stored_files, subspace
 from patchclamp.cli.naming import add_replace_argument
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.stored_files import show_artifact
@@ -18,6 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     extract.add_parser(actions)
     calibrate.add_parser(actions)
     detect.add_parser(actions)
+    concept_circuit.add_parser(actions)
     subspace.add_parser(actions)
 
     listing = actions.add_parser("list", parents=[connection_options()], help="what is stored")
