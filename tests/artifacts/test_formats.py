@@ -21,11 +21,29 @@ from patchclamp_server.artifacts.formats import (
     safetensors,
     text_json_lines,
 )
-from patchclamp_server.artifacts.formats.base import CannotExpress, MalformedFile
+from patchclamp_server.artifacts.formats.base import Beside, CannotExpress, MalformedFile
 from patchclamp_server.artifacts.formats.registry import FORMATS
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
+
+MODEL = ModelInfo(
+    name="tiny",
+    fingerprint="m",
+    architecture="llama",
+    n_layers=2,
+    d_model=8,
+    d_ff=24,
+    n_heads=6,
+    n_kv_heads=3,
+    head_dim=4,
+    vocab_size=100,
+    context_length=64,
+    dtype="float32",
+    device="cpu",
+    sites={Site.RESID_POST: 8},
+)
 
 
 def stored_vector(layers: dict[int, torch.Tensor], site: Site = Site.RESID_POST, **kwargs: object) -> Artifact:
@@ -108,7 +126,7 @@ def test_a_repeng_file_keeps_its_layer_numbers_and_values(tmp_path: Path) -> Non
 def test_an_exported_vector_is_read_by_the_gguf_package_as_llama_cpp_expects_it(tmp_path: Path) -> None:
     vectors = {1: torch.randn(16), 7: torch.randn(16)}
     path = tmp_path / "out.gguf"
-    path.write_bytes(gguf_control_vector.encode(stored_vector(vectors), "llama"))
+    path.write_bytes(gguf_control_vector.encode(stored_vector(vectors), MODEL))
     reader = gguf.GGUFReader(path)
     fields = {name: reader.get_field(name) for name in ("general.architecture", "controlvector.model_hint")}
     assert {name: field.contents() for name, field in fields.items() if field} == {
@@ -126,7 +144,7 @@ def test_an_exported_vector_is_read_by_the_gguf_package_as_llama_cpp_expects_it(
 def test_any_gguf_vector_round_trips_exactly(layers: set[int], width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     vectors = {layer: torch.randn(width, generator=generator) for layer in layers}
-    decoded = gguf_control_vector.decode(gguf_control_vector.encode(stored_vector(vectors), "llama"))
+    decoded = gguf_control_vector.decode(gguf_control_vector.encode(stored_vector(vectors), MODEL))
     assert set(decoded.tensors) == {f"layer.{layer}" for layer in layers}
     assert all(torch.equal(decoded.tensors[f"layer.{layer}"], vectors[layer]) for layer in layers)
 
@@ -134,26 +152,26 @@ def test_any_gguf_vector_round_trips_exactly(layers: set[int], width: int, seed:
 def test_the_model_hint_of_an_imported_vector_is_exported_again(tmp_path: Path) -> None:
     decoded = gguf_control_vector.decode(write_as_repeng(tmp_path / "v.gguf", {1: np.ones(4, np.float32)}))
     artifact = stored_vector({1: decoded.tensors["layer.1"]}, provenance=decoded.provenance)
-    assert gguf_control_vector.decode(gguf_control_vector.encode(artifact, "llama")).provenance == decoded.provenance
+    assert gguf_control_vector.decode(gguf_control_vector.encode(artifact, MODEL)).provenance == decoded.provenance
 
 
 def test_half_precision_directions_are_kept_on_import_and_written_as_float32(tmp_path: Path) -> None:
     path = write_as_repeng(tmp_path / "v.gguf", {2: np.array([0.1, 3.0], np.float16)})
     vector = gguf_control_vector.decode(path).tensors["layer.2"]
     assert vector.dtype == torch.float16
-    again = gguf_control_vector.decode(gguf_control_vector.encode(stored_vector({2: vector}), "llama"))
+    again = gguf_control_vector.decode(gguf_control_vector.encode(stored_vector({2: vector}), MODEL))
     assert torch.equal(again.tensors["layer.2"], vector.float())
 
 
 def test_what_llama_cpp_has_no_place_for_is_refused_and_not_dropped() -> None:
     with pytest.raises(CannotExpress, match=r"layer 0: choose layers from 1 on \(--layers\)"):
-        gguf_control_vector.encode(stored_vector({0: torch.ones(2), 1: torch.ones(2)}), "llama")
+        gguf_control_vector.encode(stored_vector({0: torch.ones(2), 1: torch.ones(2)}), MODEL)
     with pytest.raises(CannotExpress, match="mlp_out"):
-        gguf_control_vector.encode(stored_vector({1: torch.ones(2)}, Site.MLP_OUT), "llama")
+        gguf_control_vector.encode(stored_vector({1: torch.ones(2)}, Site.MLP_OUT), MODEL)
     store = ArtifactStore("memory://formats")
     neurons = store.put(ArtifactKind.NEURON_SET, {"layer.1.neurons": torch.tensor([1])}, model_fingerprint="m")
     with pytest.raises(CannotExpress, match="neuron_set"):
-        gguf_control_vector.encode(store.get(neurons.id), "llama")
+        gguf_control_vector.encode(store.get(neurons.id), MODEL)
 
 
 BAD_GGUF = {
@@ -171,7 +189,13 @@ BAD_GGUF = {
     "a name of 2^63 bytes": gguf_bytes(keys=struct.pack("<Q", 2**63), n_keys=1),
     "a name that is not UTF-8": gguf_bytes(keys=struct.pack("<Q", 2) + b"\xff\xfe", n_keys=1),
     "alignment 0": gguf_bytes(keys=text("general.alignment") + struct.pack("<II", 4, 0), n_keys=1),
-    "layer 0": gguf_bytes(entries=entry("direction.0", 1), n_tensors=1) + bytes(200),
+    "a layer below 0": gguf_bytes(entries=entry("direction.-1", 1), n_tensors=1) + bytes(200),
+    "a leading zero": gguf_bytes(entries=entry("direction.01", 1), n_tensors=1) + bytes(200),
+    "more layers than any model has": gguf_bytes(
+        entries=b"".join(entry(f"direction.{i}", 0) for i in range(5000)), n_tensors=5000
+    )
+    + bytes(200),
+    "no direction": gguf_bytes() + bytes(200),
     "another tensor": gguf_bytes(entries=entry("token_embd.weight", 1), n_tensors=1) + bytes(200),
     "a layer twice": gguf_bytes(entries=entry("direction.1", 1) * 2, n_tensors=2) + bytes(200),
     "two dimensions": gguf_bytes(entries=entry("direction.1", 1, dims=2), n_tensors=1) + bytes(200),
@@ -186,7 +210,7 @@ BAD_GGUF = {
 @pytest.mark.parametrize("data", BAD_GGUF.values(), ids=BAD_GGUF.keys())
 def test_a_gguf_file_that_lies_is_malformed(data: bytes) -> None:
     with pytest.raises(MalformedFile):
-        gguf_control_vector.decode(data)
+        gguf_control_vector.decode(data, Beside(model=MODEL))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -201,15 +225,17 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
         "neuron_set_json": lambda: stored_neurons({0: [3, 1], 2: [7]}),
         "text_json_lines": stored_corpus,
         "feature_label_json": stored_labels,
+        "duo_attention_tsv": lambda: stored_heads(scores=torch.rand(2, 3).repeat_interleave(2, dim=1)),
+        "qr_head_yaml": lambda: stored_heads(scores=torch.rand(2, 6)),
     }
     artifact = makers.get(name, lambda: stored_vector({1: torch.ones(8), 2: torch.zeros(8)}))()
-    data = bytearray(FORMATS[name].encode(artifact, "llama"))
+    data = bytearray(FORMATS[name].encode(artifact, MODEL))
     for position in random.integers(0, len(data), flips):
         data[position] = random.integers(0, 256)
     if flips < 3:
         del data[int(len(data) * cut) :]
     try:
-        tensors = FORMATS[name].decode(bytes(data)).tensors
+        tensors = FORMATS[name].decode(bytes(data), Beside(model=MODEL)).tensors
     except MalformedFile:
         tensors = {}
     # Heads that a file does not name are zeros of a tensor, so that format alone is bounded by what a model may have.
@@ -220,6 +246,9 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
         "neuron_set_json": 4 * len(data),
         "text_json_lines": 2 * len(data),
         "feature_label_json": 2 * len(data),
+        # Every head of the model.
+        "duo_attention_tsv": 4 * 12,
+        "qr_head_yaml": 4 * 12,
     }
     limit = limits.get(name, len(data))
     assert sum(t.numel() * t.element_size() for t in tensors.values()) <= limit
@@ -227,7 +256,7 @@ def test_a_file_with_random_damage_is_decoded_or_malformed_and_nothing_else(
 
 def test_the_sha256_of_an_exported_safetensors_file_is_the_id() -> None:
     artifact = stored_vector({0: torch.randn(5)}, description="joy", evidence={"accuracy": [0.5, 1]})
-    data = FORMATS["safetensors"].encode(artifact, "llama")
+    data = FORMATS["safetensors"].encode(artifact, MODEL)
     assert f"sha256:{hashlib.sha256(data).hexdigest()}" == artifact.info.id
     decoded = safetensors.decode(data)
     assert decoded.metadata == artifact.info.metadata
@@ -333,7 +362,7 @@ def test_a_file_of_head_scores_beyond_the_bound_is_not_read(tmp_path: Path) -> N
 
 def test_neurons_go_out_as_lists_by_layer_and_come_back_in_their_order() -> None:
     artifact = stored_neurons({2: [7, 0], 0: [3]}, scores=[0.5, 0.25, 1.0], values=[20.0, -20.0, 1.0])
-    data = FORMATS["neuron_set_json"].encode(artifact, "llama")
+    data = FORMATS["neuron_set_json"].encode(artifact, MODEL)
     assert json.loads(data) == {"0": [3], "2": [7, 0]}
     decoded = FORMATS["neuron_set_json"].decode(data)
     assert {name: tensor.tolist() for name, tensor in decoded.tensors.items()} == {
@@ -367,4 +396,4 @@ def test_a_file_that_is_no_lists_of_neurons_is_refused_by_what_is_wrong(data: by
 
 def test_a_vector_is_no_lists_of_neurons() -> None:
     with pytest.raises(CannotExpress, match="neuron_set"):
-        FORMATS["neuron_set_json"].encode(stored_vector({1: torch.ones(2)}), "llama")
+        FORMATS["neuron_set_json"].encode(stored_vector({1: torch.ones(2)}), MODEL)

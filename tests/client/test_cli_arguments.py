@@ -366,6 +366,13 @@ def test_a_number_out_of_range_names_its_option_and_the_range(
     assert message in capsys.readouterr().err
 
 
+def test_an_offset_may_be_below_zero_and_has_a_range(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["vectors", "put", "v.gguf", "--layer-offset", "-2147483649"])
+    assert exit_.value.code == 2
+    assert "expected a whole number from -2147483648 to 2147483647, got '-2147483649'" in capsys.readouterr().err
+
+
 def options_below(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -1,13 +1,21 @@
 """Interventions that others keep as files of PyTorch: what is made of them, what goes back, and what is refused."""
 
 import argparse
+import pathlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, save
 
-from patchclamp.torch_files import read_affine, read_lm_steer, read_loreft, write_loreft
+from patchclamp.torch_files import (
+    read_affine,
+    read_lm_steer,
+    read_loreft,
+    read_vectors,
+    write_loreft,
+    write_vectors,
+)
 
 WIDTH, RANK = 12, 3
 BLOCK_OUTPUT = "intkey_layer.{}.comp.block_output.unit.pos.nunit.1#0.bin"
@@ -154,3 +162,121 @@ def test_a_linear_layer_becomes_an_affine_map(tmp_path: Path) -> None:
     torch.save(linear.state_dict(), tmp_path / "map.pt")
     tensors, h = load(read_affine(tmp_path / "map.pt", layer=3).data), torch.randn(WIDTH)
     torch.testing.assert_close(tensors["layer.3.matrix"] @ h + tensors["layer.3.bias"], linear(h))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (4, 15),
+        ("4", "15"),
+        ("layer.4", "layer.15"),
+        ("layer_4", "layer_15"),
+        ("direction.4", "direction.15"),
+        ("model.layers.4", "model.layers.15"),
+        ("transformer.h.4", "transformer.h.15"),
+        ("blocks.4.hook_resid_post", "blocks.15.hook_resid_post"),
+    ],
+)
+def test_vectors_by_layer_are_read_under_the_names_of_common_tools(tmp_path: Path, keys: tuple[object, object]) -> None:
+    four, fifteen = torch.randn(WIDTH), torch.randn(1, WIDTH)
+    torch.save({keys[0]: four, keys[1]: fifteen}, tmp_path / "v.pt")
+    file = read_vectors(tmp_path / "v.pt")
+    assert (file.kind, file.site, file.layers) == ("vector", "resid_post", (4, 15))
+    assert file.provenance == {"method": "imported", "format": "torch"}
+    tensors = load(file.data)
+    assert torch.equal(tensors["layer.4"], four)
+    assert torch.equal(tensors["layer.15"], fifteen[0])
+
+
+def test_one_vector_is_of_the_layers_that_are_given(tmp_path: Path) -> None:
+    vector = torch.randn(WIDTH)
+    torch.save(vector, tmp_path / "v.pt")
+    assert read_vectors(tmp_path / "v.pt", layer=14).layers == (14,)
+    tensors = load(read_vectors(tmp_path / "v.pt", layer=[3, 14]).data)
+    assert all(torch.equal(tensors[f"layer.{layer}"], vector) for layer in (3, 14))
+    with pytest.raises(ValueError, match="give layer"):
+        read_vectors(tmp_path / "v.pt")
+
+
+def test_the_rows_of_a_matrix_are_layers(tmp_path: Path) -> None:
+    rows = torch.randn(4, WIDTH, dtype=torch.float64)
+    torch.save(rows, tmp_path / "v.pt")
+    file = read_vectors(tmp_path / "v.pt", site="resid_pre")
+    assert (file.site, file.layers) == ("resid_pre", (0, 1, 2, 3))
+    assert torch.equal(load(file.data)["layer.2"], rows[2].float())
+    assert read_vectors(tmp_path / "v.pt", layer=range(1, 3)).layers == (1, 2)
+    with pytest.raises(ValueError, match="no layer 4; it has 0, 1, 2, 3"):
+        read_vectors(tmp_path / "v.pt", layer=4)
+
+
+def test_hidden_states_are_counted_from_the_embedding(tmp_path: Path) -> None:
+    rows = torch.randn(4, WIDTH)
+    torch.save(rows, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match="row 0 would be layer -1; give the layers to take"):
+        read_vectors(tmp_path / "v.pt", layer_offset=-1)
+    file = read_vectors(tmp_path / "v.pt", layer=range(3), layer_offset=-1)
+    assert file.provenance["layer_offset"] == -1
+    assert torch.equal(load(file.data)["layer.0"], rows[1])
+
+
+def test_what_stands_under_a_key_is_read_alone(tmp_path: Path) -> None:
+    vector = torch.randn(WIDTH)
+    torch.save({"directions": {3: vector}, "model": "tiny"}, tmp_path / "v.pt")
+    assert torch.equal(load(read_vectors(tmp_path / "v.pt", entry="directions").data)["layer.3"], vector)
+    with pytest.raises(ValueError, match="nothing is called direction; it has directions, model"):
+        read_vectors(tmp_path / "v.pt", entry="direction")
+    with pytest.raises(ValueError, match="'directions' is no layer"):
+        read_vectors(tmp_path / "v.pt")
+
+
+def test_a_hook_says_the_site_and_no_other_can_be_given(tmp_path: Path) -> None:
+    torch.save({"blocks.3.hook_resid_pre": torch.ones(WIDTH)}, tmp_path / "v.pt")
+    assert read_vectors(tmp_path / "v.pt").site == "resid_pre"
+    with pytest.raises(ValueError, match="its hooks are at resid_pre, not mlp_out"):
+        read_vectors(tmp_path / "v.pt", site="mlp_out")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "expected a tensor"),
+        ([torch.ones(WIDTH)], "found list"),
+        (torch.ones(2, 3, WIDTH), r"\[2, 3, 12\]"),
+        ({3: torch.ones(2, WIDTH)}, r"3 is \[2, 12\]"),
+        ({3: "text"}, "3 is str"),
+        ({3: torch.ones(WIDTH), "layer.3": torch.ones(WIDTH)}, "layer.3 is layer 3, and so is another"),
+        ({-1: torch.ones(WIDTH)}, "row -1 would be layer -1"),
+        ({"layer.3.weight": torch.ones(WIDTH)}, "'layer.3.weight' is no layer"),
+        ({"model.layers.3.mlp.0": torch.ones(WIDTH)}, "is no layer"),
+        ({"blocks.3.hook_q": torch.ones(WIDTH)}, "is no layer"),
+        ({"blocks.3.hook_mlp_out": torch.ones(WIDTH), 4: torch.ones(WIDTH)}, "two sites"),
+        ({True: torch.ones(WIDTH)}, "True is no layer"),
+    ],
+)
+def test_what_is_no_vector_by_layer_is_refused_by_name(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match=rf"v\.pt: .*{message}"):
+        read_vectors(tmp_path / "v.pt")
+
+
+@pytest.mark.parametrize("data", [b"", b"no file of PyTorch", b"PK\x03\x04" + bytes(40), bytes(100)])
+def test_a_file_that_is_none_of_pytorch_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "v.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"v\.pt: not a file of PyTorch of tensors alone"):
+        read_vectors(tmp_path / "v.pt", layer=1)
+
+
+def test_an_object_of_another_library_is_refused_and_not_made(tmp_path: Path) -> None:
+    torch.save({"layer.1": pathlib.PurePosixPath("x")}, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match="weights_only"):
+        read_vectors(tmp_path / "v.pt")
+
+
+def test_a_vector_goes_out_by_layer_and_comes_back(tmp_path: Path) -> None:
+    vectors = {"layer.0": torch.randn(WIDTH), "layer.12": torch.randn(WIDTH)}
+    written = write_vectors(save(vectors), tmp_path / "v.pt")
+    assert set(torch.load(written, weights_only=True)) == {0, 12}
+    tensors = load(read_vectors(written).data)
+    assert all(torch.equal(tensors[name], vector) for name, vector in vectors.items())
+    with pytest.raises(ValueError, match=r"scores is not a tensor of a vector"):
+        write_vectors(save({"scores": torch.ones(2, 2)}), tmp_path / "h.pt")

@@ -57,7 +57,7 @@ def _change(random: Random, message: Message) -> None:
     field = random.choice(list(message.DESCRIPTOR.fields))
     value = getattr(message, field.name)
     if field.is_repeated and field.message_type is not None and field.message_type.GetOptions().map_entry:
-        _change_map(random, value)
+        _change_map(random, field.message_type.fields_by_name["value"], value)
     elif field.is_repeated:
         _change_list(random, field, value)
     elif field.type != FieldDescriptor.TYPE_MESSAGE:
@@ -69,12 +69,15 @@ def _change(random: Random, message: Message) -> None:
         _change(random, value)
 
 
-def _change_map(random: Random, values: Any) -> None:
-    """Of a Struct: the maps of the contract are all such."""
+def _change_map(random: Random, field: FieldDescriptor, values: Any) -> None:
+    """All maps of the contract are by names. `field` is that of their values."""
+    name = random.choice([*values, *VALUES[FieldDescriptor.TYPE_STRING]])
     if random.randint(0, 2) == 0:
         values.clear()
+    elif field.type == FieldDescriptor.TYPE_MESSAGE:
+        _change(random, values[name])
     else:
-        _change(random, values[random.choice(VALUES[FieldDescriptor.TYPE_STRING])])
+        values[name] = _scalar(random, field)
 
 
 def _change_list(random: Random, field: FieldDescriptor, values: Any) -> None:

@@ -6,8 +6,11 @@ others name.
 
 import struct
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import gguf
 from google.protobuf.message import Message
 from safetensors.torch import save
 from torch import Tensor, arange, eye, linspace, ones, zeros
@@ -225,11 +228,35 @@ def artifacts() -> list[Call]:
         upload("ARTIFACT_KIND_CORPUS", "corpus", CORPUS, format="ARTIFACT_FORMAT_TEXT_JSON_LINES"),
         upload("ARTIFACT_KIND_AUTOENCODER", "autoencoder", saelens(), format="ARTIFACT_FORMAT_SAELENS", config=SAE),
         upload("ARTIFACT_KIND_FEATURE_LABELS", "labels", LABELS, format=LABEL_JSON, of="autoencoder"),
+        upload("ARTIFACT_KIND_VECTOR", "theirs", file({"rows": eye(WIDTH)}), tensor_names={"layer.0": "rows[2]"}),
+        upload(
+            "ARTIFACT_KIND_VECTOR",
+            "counted",
+            control_vector(),
+            format="ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR",
+            layer_offset=-1,
+        ),
+        upload("ARTIFACT_KIND_HEAD_SET", "gates", GATES, format="ARTIFACT_FORMAT_DUO_ATTENTION_TSV"),
+        upload("ARTIFACT_KIND_HEAD_SET", "listed", HEAD_LIST, format="ARTIFACT_FORMAT_QR_HEAD_YAML"),
     ]
 
 
 SAE = '{"architecture": "topk", "k": 2, "metadata": {"hook_name": "blocks.1.hook_resid_post"}}'
 LABELS, LABEL_JSON = b'{"1": "dogs", "3": "rain"}', "ARTIFACT_FORMAT_FEATURE_LABEL_JSON"
+GATES, HEAD_LIST = b"0.25\t1.0\n0.5\t0.0\n", b'attn_head_set: "1-3,0-0"\n'
+
+
+def control_vector() -> bytes:
+    """As many directions as the model has hidden states."""
+    with TemporaryDirectory() as directory:
+        writer = gguf.GGUFWriter(f"{directory}/vector.gguf", "controlvector")
+        for number in range(LAYERS + 1):
+            writer.add_tensor(f"direction.{number}", ones(WIDTH).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return Path(directory, "vector.gguf").read_bytes()
 
 
 def saelens() -> bytes:

@@ -199,14 +199,15 @@ def hostile_files(made: Path) -> dict[str, bytes]:
         "safetensors with a pickle inside": save({"layer.1": torch.frombuffer(bytearray(pickled), dtype=torch.uint8)}),
         "GGUF with a pickle behind": b"GGUF" + (3).to_bytes(4, "little") + bytes(16) + pickled,
         "YAML that calls": b"!!python/object/apply:os.mkdir ['" + str(made).encode() + b"']",
+        "YAML that calls inside": b"attn_head_set: !!python/object/apply:os.mkdir ['" + str(made).encode() + b"']",
     }
 
 
-@pytest.mark.parametrize("format", ["safetensors", "gguf", "head_score_json"])
+@pytest.mark.parametrize("format", ["safetensors", "gguf", "head_score_json", "duo_attention_tsv", "qr_head_yaml"])
 @pytest.mark.parametrize("name", list(hostile_files(Path("made"))))
 def test_a_file_that_would_run_code_is_refused_and_does_not(client: Client, tmp_path: Path, name: str, format: Any):
     made = tmp_path / "made"
-    kind: Any = "head_set" if format == "head_score_json" else "vector"
+    kind: Any = "vector" if format in ("safetensors", "gguf") else "head_set"
     with events() as found, pytest.raises(PatchclampError) as caught:
         client.put_artifact(hostile_files(made)[name], kind=kind, format=format)
     assert caught.value.code == "INVALID_ARGUMENT"

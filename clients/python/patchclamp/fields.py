@@ -45,6 +45,8 @@ def build_as(names: Mapping[str, str], kind: Callable[P, MessageT], /, *args: P.
         if value is not None and _is_repeated(descriptors[name]):
             # Looked at twice when something is wrong.
             given[name] = several(value, names.get(name, name), _what(descriptors[name]))
+        elif _is_map(descriptors[name]) and not isinstance(value, Mapping | None):
+            raise TypeError(f"{names.get(name, name)}: expected {_what(descriptors[name])}, got {shown(value)}")
     try:
         return message_type(**given)
     except (TypeError, ValueError, OverflowError):
@@ -122,11 +124,19 @@ def _descriptors(kind: type[Message]) -> Mapping[str, FieldDescriptor]:
 
 
 def _is_repeated(descriptor: FieldDescriptor) -> bool:
-    return bool(descriptor.is_repeated)
+    return bool(descriptor.is_repeated) and not _is_map(descriptor)
+
+
+def _is_map(descriptor: FieldDescriptor) -> bool:
+    entry = descriptor.message_type
+    return entry is not None and bool(entry.GetOptions().map_entry)
 
 
 def _what(descriptor: FieldDescriptor) -> str:
     if descriptor.message_type is not None:
+        if _is_map(descriptor):
+            key, value = (descriptor.message_type.fields_by_name[name] for name in ("key", "value"))
+            return f"a dict, each key {_what(key)} and each value {_what(value)}"
         name = descriptor.message_type.name
         return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
     return _OTHERS.get(descriptor.type, "an int")

@@ -53,6 +53,8 @@ ArtifactFormatName = Literal[
     "saelens",
     "gemma_scope_npz",
     "feature_label_json",
+    "duo_attention_tsv",
+    "qr_head_yaml",
 ]
 ActivationReductionName = Literal["none", "first", "last", "mean", "sum", "max", "moments", "mean_by_label"]
 ActivationDtypeName = Literal["float32", "float16", "bfloat16"]
@@ -148,6 +150,8 @@ ARTIFACT_FORMATS = {
     "saelens": artifact_pb2.ARTIFACT_FORMAT_SAELENS,
     "gemma_scope_npz": artifact_pb2.ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ,
     "feature_label_json": artifact_pb2.ARTIFACT_FORMAT_FEATURE_LABEL_JSON,
+    "duo_attention_tsv": artifact_pb2.ARTIFACT_FORMAT_DUO_ATTENTION_TSV,
+    "qr_head_yaml": artifact_pb2.ARTIFACT_FORMAT_QR_HEAD_YAML,
 }
 
 

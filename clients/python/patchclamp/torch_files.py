@@ -1,4 +1,4 @@
-"""Trained interventions that others keep as files of PyTorch, as artifacts and back.
+"""Vectors and trained interventions that others keep as files of PyTorch, as artifacts and back.
 
 from patchclamp.torch_files import read_loreft
 
@@ -6,18 +6,24 @@ file = read_loreft("my_reft")  # a directory of pyreft
 client.put_artifact(file.data, kind=file.kind, site=file.site, provenance=file.provenance, tags=["my_reft"])
 client.generate("…", program=[low_rank("my_reft", layers=file.layers, scope=last(1))])
 
+file = read_vectors("direction.pt", layer=14)  # a vector, one for each layer, or a row for each layer
+client.put_artifact(file.data, kind=file.kind, site=file.site, provenance=file.provenance, tags=["refusal"])
+
 Files are read with `weights_only`, so that none of their code runs. PyTorch and safetensors must be installed here; the
 server reads safetensors alone.
 """
 
 import argparse
+import pickle
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from patchclamp.extras import install_line
+from patchclamp.fields import one_or_several, shown
 from patchclamp.names import ArtifactKindName, SiteName
 
 # Components of pyvene by the site that they are; a module's path stands for the first or second of them.
@@ -29,7 +35,31 @@ _COMPONENTS: Mapping[str, SiteName] = {
 }
 _COMPONENT_NAMES = {site: component for component, site in _COMPONENTS.items()}
 _KEY = re.compile(r"intkey_layer[._](\d+)[._](?:comp|repr)[._](.+?)[._]unit[._].*\.bin")
+# A layer's number alone or behind words, and a hook of TransformerLens.
+_KEY_OF_LAYER = re.compile(r"(?:(?:[A-Za-z_]+\.)*(?:layers?|blocks?|h|directions?)[._]?)?(0|[1-9][0-9]{0,5})")
+_KEY_OF_HOOK = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(hook_[a-z_]+)")
+_HOOKS: Mapping[str, SiteName] = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+}
 _MODULE = re.compile(r"(?:.*\.)?(?:layers|h|blocks)[\[.](\d+)\]?\.output")
+
+
+# What PyTorch raises for a file that is none of its own, is damaged, or holds more than tensors.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +161,76 @@ def _of_layer(tensors: Mapping[str, Any], layer: int) -> list[str]:
     return [name for name in tensors if int(name.split(".")[1]) == layer]
 
 
+def read_vectors(
+    path: str | Path,
+    *,
+    layer: int | Iterable[int] | None = None,
+    entry: str | None = None,
+    layer_offset: int = 0,
+    site: SiteName | None = None,
+) -> TorchFile:
+    """Reads vectors, which become layers of one artifact: at `site`, by default resid_post.
+
+    The file, or what stands in it under the name `entry`, is one of
+    - a tensor [width] or [1, width], one vector: `layer` says the layer or layers that it is for;
+    - a tensor [rows, width], whose row i is layer i + layer_offset;
+    - a dict of tensors [width] or [1, width] by layer. A layer n is the number n, or a text that ends in it, such as
+      "layer.3", "model.layers.3" and "direction.3"; it becomes layer n + layer_offset. "blocks.3.hook_resid_pre" says
+      the site too, and so do the other hooks of TransformerLens at the residual stream, attention and MLP.
+    layer: of several, those that are taken. layer_offset: -1 for files that count the hidden states of transformers, of
+    which 0 is the embedding.
+
+    Raises ValueError, with the name of the file, for everything else, and for a row that would lie before layer 0
+    and that `layer` does not leave out.
+    """
+    torch = _torch()
+    chosen = None if layer is None else [*one_or_several(layer, "layer", "an int")]
+    for each in chosen or ():
+        if isinstance(each, bool) or not isinstance(each, int) or each < 0:
+            raise ValueError(f"layer: expected layers from 0, got {shown(each)}")
+    found = _under(_load(torch, Path(path)), entry, path)
+    if isinstance(found, torch.Tensor) and _is_vector(found):
+        if not chosen or layer_offset:
+            raise ValueError(f"{path}: one vector of width {found.shape[-1]}; give layer, and no layer_offset")
+        rows, own = dict.fromkeys(chosen, found.reshape(-1)), None
+    else:
+        rows, own = _rows(torch, found, layer_offset, path)
+        missing = sorted(set(chosen or ()) - set(rows))
+        if missing:
+            raise ValueError(f"{path}: no layer {missing[0]}; it has {', '.join(map(str, sorted(rows)))}")
+        rows = {number: rows[number] for number in chosen or rows}
+    if before := sorted(number for number in rows if number < 0):
+        raise ValueError(
+            f"{path}: row {before[0] - layer_offset} would be layer {before[0]}; give the layers to take, or another "
+            "layer_offset"
+        )
+    if site is not None and own is not None and site != own:
+        raise ValueError(f"{path}: its hooks are at {own}, not {site}")
+    said: dict[str, Any] = {"method": "imported", "format": "torch"}
+    said |= {"layer_offset": layer_offset} if layer_offset else {}
+    tensors = {f"layer.{number}": row for number, row in sorted(rows.items())}
+    # Rows may be views of one tensor, which safetensors does not write.
+    copies = {name: row.clone() for name, row in tensors.items()}
+    return _file(torch, copies, "vector", site or own or "resid_post", said)
+
+
+def write_vectors(data: bytes, path: str | Path) -> Path:
+    """Writes a downloaded vector as a dict of tensors [width] by layer, which read_vectors and torch.load read.
+
+    data: the vector in the format safetensors. The site and what was measured have no place.
+    """
+    torch = _torch()
+    from safetensors.torch import load
+
+    tensors = load(data)
+    names = {name: _KEY_OF_LAYER.fullmatch(name) for name in tensors}
+    if not all(names.values()):
+        other = next(name for name, match in names.items() if match is None)
+        raise ValueError(f"data: {other} is not a tensor of a vector")
+    torch.save({int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()}, path)
+    return Path(path)
+
+
 def read_lm_steer(
     path: str | Path, *, layer: int, epsilon: float, values: "tuple[float, ...]" = (1.0,), site: SiteName = "resid_post"
 ) -> TorchFile:
@@ -170,6 +270,60 @@ def read_affine(
     return _file(torch, tensors, "affine_map", site, {"method": "imported", "format": "torch"})
 
 
+def _under(found: Any, entry: str | None, path: str | Path) -> Any:
+    if entry is None:
+        return found
+    if not isinstance(found, dict) or entry not in found:
+        has = f"; it has {', '.join(map(str, found))}" if isinstance(found, dict) else ""
+        raise ValueError(f"{path}: nothing is called {entry}{has}")
+    return found[entry]
+
+
+def _is_vector(tensor: Any) -> bool:
+    return tensor.dim() == 1 or (tensor.dim() == 2 and len(tensor) == 1)
+
+
+def _rows(torch: Any, found: Any, offset: int, path: str | Path) -> tuple[dict[int, Any], SiteName | None]:
+    """Returns vectors by layer, and the site that the file says."""
+    if isinstance(found, torch.Tensor):
+        if found.dim() != 2:
+            raise ValueError(f"{path}: a tensor {list(found.shape)}; expected [width] or [layers, width]")
+        return {number + offset: row for number, row in enumerate(found)}, None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path}: expected a tensor, or tensors by layer, found {type(found).__name__}")
+    rows: dict[int, Any] = {}
+    sites: dict[SiteName | None, Any] = {}
+    for name, tensor in found.items():
+        number, site = _layer_of(name, path)
+        if not isinstance(tensor, torch.Tensor) or not _is_vector(tensor):
+            what = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{path}: {name} is {what}; expected a tensor [width]")
+        if number + offset in rows:
+            raise ValueError(f"{path}: {name} is layer {number}, and so is another")
+        rows[number + offset] = tensor.reshape(-1)
+        sites.setdefault(site, name)
+    if len(sites) > 1:
+        first, second, *_ = sites.values()
+        raise ValueError(f"{path}: {first} and {second} are of two sites; an artifact has one")
+    return rows, next(iter(sites))
+
+
+def _layer_of(name: Any, path: str | Path) -> tuple[int, SiteName | None]:
+    """Returns the layer, and the site where it is said, of a key of a dict."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        return name, None
+    if isinstance(name, str):
+        if match := _KEY_OF_LAYER.fullmatch(name):
+            return int(match[1]), None
+        match = _KEY_OF_HOOK.fullmatch(name)
+        if match is not None and match[2] in _HOOKS:
+            return int(match[1]), _HOOKS[match[2]]
+    raise ValueError(
+        f"{path}: {shown(name)} is no layer; expected 3, layer.3, model.layers.3 or blocks.3.hook_resid_post; what "
+        "stands under one name is read with entry"
+    )
+
+
 def _file(
     torch: Any, tensors: Mapping[str, Any], kind: ArtifactKindName, site: SiteName, provenance: Mapping[str, Any]
 ) -> TorchFile:
@@ -194,7 +348,11 @@ def _place(file: Path) -> tuple[int, SiteName]:
 def _load(torch: Any, file: Path) -> Any:
     # Checkpoints of LM-Steer carry their arguments, which are no code.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{file}: not a file of PyTorch of tensors alone (weights_only): {reason}") from error
 
 
 def _state(found: Any, path: str | Path) -> Mapping[str, Any]:

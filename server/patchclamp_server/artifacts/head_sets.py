@@ -1,21 +1,17 @@
 """This module resolves which heads a stored head set or a list names, best first."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
+from patchclamp_server.artifacts.heads import DEFAULT_THRESHOLD as DEFAULT_THRESHOLD
+from patchclamp_server.artifacts.heads import Head as Head
+from patchclamp_server.artifacts.heads import from_threshold, threshold_of
+from patchclamp_server.artifacts.heads import ranked as ranked
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about
 from patchclamp_server.model.info import ModelInfo
-
-DEFAULT_THRESHOLD = 0.1
-
-
-class Head(NamedTuple):
-    layer: int
-    head: int
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,7 @@ class HeadSet:
 
     def best(self, top_k: int) -> tuple[Head, ...]:
         """Returns the k best heads, or with 0 all whose score is at least the threshold."""
-        return ranked(self.scores)[: top_k or int((self.scores >= self.threshold).sum())]
-
-
-def ranked(scores: Tensor) -> tuple[Head, ...]:
-    """Returns all heads of scores [n_layers, n_heads], best first; heads with equal scores by layer and head."""
-    order = scores.flatten().argsort(descending=True, stable=True)
-    return tuple(Head(*divmod(index, scores.shape[1])) for index in order.tolist())
+        return ranked(self.scores)[:top_k] if top_k else from_threshold(self.scores, self.threshold)
 
 
 def select(selection: HeadSelection, store: ArtifactStore, info: ModelInfo, path: str) -> tuple[Head, ...]:
@@ -83,10 +73,11 @@ def load_head_set(ref: str, store: ArtifactStore, path: str) -> HeadSet:
         artifact = store.get(ref)
     if artifact.info.kind is not ArtifactKind.HEAD_SET:
         raise InvalidArgument(path, f"{ref} is a {artifact.info.kind.value}, not a head_set")
-    threshold = artifact.info.evidence.get("threshold", DEFAULT_THRESHOLD)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise InvalidArgument(path, f"{ref} has a threshold that is no number: {threshold!r:.40}")
-    return HeadSet(artifact.head_scores()[0], float(threshold), artifact.info.model_fingerprint)
+    try:
+        threshold = threshold_of(artifact.info.evidence)
+    except ValueError as error:
+        raise InvalidArgument(path, f"{ref} has {error}") from None
+    return HeadSet(artifact.head_scores()[0], threshold, artifact.info.model_fingerprint)
 
 
 def _check_model(head_set: HeadSet, ref: str, info: ModelInfo, path: str) -> None:

@@ -73,10 +73,11 @@ NO_TAGS = Tags()
 class ArtifactInfo:
     """An artifact without its tensors. `created` is in seconds since the epoch.
 
-    `replaced` holds the tags that this very call took from other artifacts, and the ids of those. `width` is that of a
-    vector, subspace or affine map, or of what an autoencoder reads, the heads per layer of a head set, and 0 for
-    others. `layers` is empty for a sparsity profile, a watch, a watch reference and a corpus, `model_fingerprint` for a
-    corpus, which fits every model.
+    `replaced` holds the tags that this very call took from other artifacts, and the ids of those; of an upload,
+    `imported_from` says what the tensors were called in its file, and `import_warnings` what was assumed. `width` is
+    that of a vector, subspace or affine map, or of what an autoencoder reads, the heads per layer of a head set, and 0
+    for others. `layers` is empty for a sparsity profile, a watch, a watch reference and a corpus, `model_fingerprint`
+    for a corpus, which fits every model.
     """
 
     id: str
@@ -92,6 +93,8 @@ class ArtifactInfo:
     provenance: dict[str, Any]
     evidence: dict[str, Any]
     replaced: Mapping[str, str] = field(default_factory=dict)
+    imported_from: Mapping[str, str] = field(default_factory=dict)
+    import_warnings: tuple[str, ...] = ()
 
     @property
     def metadata(self) -> Metadata:

@@ -31,16 +31,16 @@ class Parser(argparse.ArgumentParser):
         return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _whole(largest: int) -> Callable[[str], int]:
+def _whole(largest: int, smallest: int = 0) -> Callable[[str], int]:
     """Returns what reads a whole number in the range of its field: argparse names the option of a wrong one."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = -1
-        if not 0 <= value <= largest:
-            raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {largest}, got {text!r}")
+            value = smallest - 1
+        if not smallest <= value <= largest:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest} to {largest}, got {text!r}")
         return value
 
     return parse
@@ -48,3 +48,4 @@ def _whole(largest: int) -> Callable[[str], int]:
 
 count = _whole(2**31 - 1)
 seed = _whole(2**64 - 1)
+offset = _whole(2**31 - 1, -(2**31))

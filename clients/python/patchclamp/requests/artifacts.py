@@ -42,6 +42,9 @@ class UploadOptions(StoredOptions, total=False):
     site: the site of a vector, by default resid_post, or the one that an autoencoder reads. model_fingerprint: by
     default that of the server's model. config: the second file of a format that has one, such as cfg.json of SAELens.
     layer: of an autoencoder whose file does not say it. of: id or tag of the autoencoder that feature_labels are about.
+    tensor_names: {"layer.3": "steering_vector"}, what tensors of a safetensors file are called that has other names
+    than the kind; "name[i]" is row i of a tensor. layer_offset: direction.n of a GGUF control vector becomes layer
+    n + layer_offset. `imported_from` and `import_warnings` of the answer say what became of each tensor.
     """
 
     kind: ArtifactKindName
@@ -52,6 +55,8 @@ class UploadOptions(StoredOptions, total=False):
     config: str
     layer: int | None
     of: str
+    tensor_names: Mapping[str, str]
+    layer_offset: int
 
 
 def upload(
@@ -68,6 +73,8 @@ def upload(
     config: str = "",
     layer: int | None = None,
     of: str = "",
+    tensor_names: Mapping[str, str] = MappingProxyType({}),
+    layer_offset: int = 0,
 ) -> Iterator[artifact_pb2.UploadRequest]:
     """Yields the header, then chunks of at most 1 MiB. data: the content of the file, or its path, which is read as it
     is sent."""
@@ -86,6 +93,8 @@ def upload(
         config=config,
         layer=layer,
         of=of,
+        tensor_names=tensor_names,
+        layer_offset=layer_offset,
     )
     return _upload_messages(header, data)
 

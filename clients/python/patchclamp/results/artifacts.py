@@ -15,6 +15,8 @@ class Artifact(Record):
     """Describes a stored artifact. `created` is an RFC 3339 time; `evidence` says what was measured about it.
 
     replaced_tags: tags that the call which returned this took from other artifacts, and the ids of those.
+    imported_from, import_warnings: of an upload, what the tensors were called in a file that has other names than the
+    kind, and what was assumed or left out.
     """
 
     id: str
@@ -30,6 +32,8 @@ class Artifact(Record):
     provenance: dict[str, Any]
     evidence: dict[str, Any]
     replaced_tags: Mapping[str, str] = field(default_factory=dict)
+    imported_from: Mapping[str, str] = field(default_factory=dict)
+    import_warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,10 @@ class _ArtifactFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     ARTIFACT_FORMAT_SAFETENSORS: _ArtifactFormat.ValueType  # 1
     """safetensors with the tensor names of the kind."""
     ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR: _ArtifactFormat.ValueType  # 2
-    """GGUF control vector as llama.cpp and repeng write it: tensors "direction.<l>", l from 1. Vectors only."""
+    """GGUF control vector as llama.cpp, repeng and EasySteer write it: tensors "direction.<n>". direction.n is added after block n,
+    blocks from 0, and becomes layer n at resid_post; UploadHeader.layer_offset is for files that count otherwise. direction.0,
+    which EasySteer has and llama.cpp refuses, is read and not written. Vectors only.
+    """
     ARTIFACT_FORMAT_HEAD_SCORE_JSON: _ArtifactFormat.ValueType  # 3
     """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only. A file
     that does not name every head of the model is refused.
@@ -162,6 +165,16 @@ class _ArtifactFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Artifa
     """sae_weights.safetensors of SAELens, with its cfg.json as UploadHeader.config. Autoencoders only."""
     ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ: _ArtifactFormat.ValueType  # 7
     """params.npz of Gemma Scope. The file does not say where it belongs: UploadHeader.site and .layer do. Autoencoders only."""
+    ARTIFACT_FORMAT_DUO_ATTENTION_TSV: _ArtifactFormat.ValueType  # 8
+    """full_attention_heads.tsv of DuoAttention: a line for each layer, with a gate in [0, 1] for each KV head. KV head g gives its
+    gate to the heads g * n to g * n + n - 1 of the n = heads / KV heads that share it; gates outside are clipped, as DuoAttention
+    does. The threshold is 0.5. Written where the heads of a group have one score in [0, 1]. Head sets of the served model only.
+    """
+    ARTIFACT_FORMAT_QR_HEAD_YAML: _ArtifactFormat.ValueType  # 9
+    """Configuration of QRHead: YAML with attn_head_set: "<layer>-<head>,...", best first, or "full_heads". Heads are those of queries.
+    The i-th of n heads, from 0, has the score 1 - i / n and others 0: a place in the list, and no measurement; the threshold is
+    1 / n. Written: the heads that reach the threshold of the set, best first. Head sets of the served model only.
+    """
     ARTIFACT_FORMAT_FEATURE_LABEL_JSON: _ArtifactFormat.ValueType  # 10
     """{"<feature>": "label"}. Feature labels only."""
 
@@ -174,7 +187,10 @@ ARTIFACT_FORMAT_UNSPECIFIED: ArtifactFormat.ValueType  # 0
 ARTIFACT_FORMAT_SAFETENSORS: ArtifactFormat.ValueType  # 1
 """safetensors with the tensor names of the kind."""
 ARTIFACT_FORMAT_GGUF_CONTROL_VECTOR: ArtifactFormat.ValueType  # 2
-"""GGUF control vector as llama.cpp and repeng write it: tensors "direction.<l>", l from 1. Vectors only."""
+"""GGUF control vector as llama.cpp, repeng and EasySteer write it: tensors "direction.<n>". direction.n is added after block n,
+blocks from 0, and becomes layer n at resid_post; UploadHeader.layer_offset is for files that count otherwise. direction.0,
+which EasySteer has and llama.cpp refuses, is read and not written. Vectors only.
+"""
 ARTIFACT_FORMAT_HEAD_SCORE_JSON: ArtifactFormat.ValueType  # 3
 """JSON as the Retrieval Head code publishes it: {"<layer>-<head>": [score, ...]}. Head sets only. A file
 that does not name every head of the model is refused.
@@ -189,6 +205,16 @@ ARTIFACT_FORMAT_SAELENS: ArtifactFormat.ValueType  # 6
 """sae_weights.safetensors of SAELens, with its cfg.json as UploadHeader.config. Autoencoders only."""
 ARTIFACT_FORMAT_GEMMA_SCOPE_NPZ: ArtifactFormat.ValueType  # 7
 """params.npz of Gemma Scope. The file does not say where it belongs: UploadHeader.site and .layer do. Autoencoders only."""
+ARTIFACT_FORMAT_DUO_ATTENTION_TSV: ArtifactFormat.ValueType  # 8
+"""full_attention_heads.tsv of DuoAttention: a line for each layer, with a gate in [0, 1] for each KV head. KV head g gives its
+gate to the heads g * n to g * n + n - 1 of the n = heads / KV heads that share it; gates outside are clipped, as DuoAttention
+does. The threshold is 0.5. Written where the heads of a group have one score in [0, 1]. Head sets of the served model only.
+"""
+ARTIFACT_FORMAT_QR_HEAD_YAML: ArtifactFormat.ValueType  # 9
+"""Configuration of QRHead: YAML with attn_head_set: "<layer>-<head>,...", best first, or "full_heads". Heads are those of queries.
+The i-th of n heads, from 0, has the score 1 - i / n and others 0: a place in the list, and no measurement; the threshold is
+1 / n. Written: the heads that reach the threshold of the set, best first. Head sets of the served model only.
+"""
 ARTIFACT_FORMAT_FEATURE_LABEL_JSON: ArtifactFormat.ValueType  # 10
 """{"<feature>": "label"}. Feature labels only."""
 Global___ArtifactFormat: _TypeAlias = ArtifactFormat  # noqa: Y015
@@ -199,6 +225,26 @@ class Artifact(_message.Message):
 
     @_typing.final
     class ReplacedTagsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ImportedFromEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
@@ -230,6 +276,8 @@ class Artifact(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
     REPLACED_TAGS_FIELD_NUMBER: _builtins.int
+    IMPORTED_FROM_FIELD_NUMBER: _builtins.int
+    IMPORT_WARNINGS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """"sha256:" + hex digest of the stored bytes."""
     kind: Global___ArtifactKind.ValueType
@@ -258,6 +306,14 @@ class Artifact(_message.Message):
     def replaced_tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Tags that this very call took from other artifacts, and the ids of those."""
 
+    @_builtins.property
+    def imported_from(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Of an upload whose file has other names than the kind: what each tensor is called there, {"layer.0": "direction.0"}."""
+
+    @_builtins.property
+    def import_warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of an upload: what was assumed or left out."""
+
     def __init__(
         self,
         *,
@@ -274,10 +330,12 @@ class Artifact(_message.Message):
         provenance: _struct_pb2.Struct | None = ...,
         evidence: _struct_pb2.Struct | None = ...,
         replaced_tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        imported_from: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        import_warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "evidence", b"evidence", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "description", b"description", "evidence", b"evidence", "id", b"id", "kind", b"kind", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "provenance", b"provenance", "replaced_tags", b"replaced_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "description", b"description", "evidence", b"evidence", "id", b"id", "import_warnings", b"import_warnings", "imported_from", b"imported_from", "kind", b"kind", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "provenance", b"provenance", "replaced_tags", b"replaced_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -312,6 +370,26 @@ Global___UploadRequest: _TypeAlias = UploadRequest  # noqa: Y015
 class UploadHeader(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TensorNamesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     KIND_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     SITE_FIELD_NUMBER: _builtins.int
@@ -323,7 +401,9 @@ class UploadHeader(_message.Message):
     REPLACE_TAGS_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     LAYER_FIELD_NUMBER: _builtins.int
+    TENSOR_NAMES_FIELD_NUMBER: _builtins.int
     OF_FIELD_NUMBER: _builtins.int
+    LAYER_OFFSET_FIELD_NUMBER: _builtins.int
     kind: Global___ArtifactKind.ValueType
     format: Global___ArtifactFormat.ValueType
     site: _program_pb2.Site.ValueType
@@ -343,10 +423,21 @@ class UploadHeader(_message.Message):
     """Layer of an autoencoder whose file does not say it."""
     of: _builtins.str
     """Id or tag of the artifact that this one is about: the autoencoder of feature labels."""
+    layer_offset: _builtins.int
+    """direction.n of a GGUF control vector becomes layer n + this. -1 for files that count the hidden states of transformers, where 0
+    is the embedding, and to have the directions of the generator of llama.cpp where it measured them: it calls what it found
+    after block n - 1 direction.n, and llama.cpp adds that after block n.
+    """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def provenance(self) -> _struct_pb2.Struct: ...
+    @_builtins.property
+    def tensor_names(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Names of tensors in a safetensors file by the names of the kind, where they differ: {"layer.3": "steering_vector"}. "name[i]" is
+        row i of a tensor. These tensors are taken and no others; the answer names those that were left out.
+        """
+
     def __init__(
         self,
         *,
@@ -361,11 +452,13 @@ class UploadHeader(_message.Message):
         replace_tags: _builtins.bool = ...,
         config: _builtins.str = ...,
         layer: _builtins.int | None = ...,
+        tensor_names: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         of: _builtins.str = ...,
+        layer_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "layer", b"layer", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "config", b"config", "description", b"description", "format", b"format", "kind", b"kind", "layer", b"layer", "model_fingerprint", b"model_fingerprint", "of", b"of", "provenance", b"provenance", "replace_tags", b"replace_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layer", b"_layer", "config", b"config", "description", b"description", "format", b"format", "kind", b"kind", "layer", b"layer", "layer_offset", b"layer_offset", "model_fingerprint", b"model_fingerprint", "of", b"of", "provenance", b"provenance", "replace_tags", b"replace_tags", "site", b"site", "size_bytes", b"size_bytes", "tags", b"tags", "tensor_names", b"tensor_names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
     _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015

@@ -10,15 +10,16 @@ import re
 from pathlib import Path
 
 from patchclamp_server.artifacts.feature_labels import MAX_LABEL_BYTES, FeatureLabels, label_tensors
-from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.base import ALONE, Beside, CannotExpress, Decoded, MalformedFile
 from patchclamp_server.artifacts.formats.json_object import json_object
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.model.info import ModelInfo
 
 FEATURE = re.compile(r"0|[1-9][0-9]{0,6}")
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
 
-def decode(source: bytes | Path) -> Decoded:
+def decode(source: bytes | Path, beside: Beside = ALONE) -> Decoded:
     """Returns the tensors of feature_labels.py. MalformedFile names the feature that is wrong."""
     entries = json_object(source, "labels of features", '{"<feature>": "label"}', MAX_FILE_BYTES)
     labels: dict[int, str] = {}
@@ -41,8 +42,8 @@ def decode(source: bytes | Path) -> Decoded:
     return Decoded(tensors, provenance={"method": "imported", "format": "feature_label_json"})
 
 
-def encode(artifact: Artifact, architecture: str = "") -> bytes:
-    """Returns the labels, features ascending. The architecture is not needed."""
+def encode(artifact: Artifact, model: ModelInfo | None = None) -> bytes:
+    """Returns the labels, features ascending."""
     if artifact.info.kind is not ArtifactKind.FEATURE_LABELS:
         raise CannotExpress(f"a file of labels holds feature_labels, not a {artifact.info.kind.value}")
     return json.dumps({str(feature): label for feature, label in FeatureLabels(artifact)}, ensure_ascii=False).encode()

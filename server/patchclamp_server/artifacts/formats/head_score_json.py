@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.base import ALONE, Beside, CannotExpress, Decoded, MalformedFile
 from patchclamp_server.artifacts.formats.json_object import json_object
 from patchclamp_server.artifacts.tensors import MAX_HEAD_LAYERS, MAX_HEADS
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.model.info import ModelInfo
 
 HEAD = re.compile(r"(0|[1-9][0-9]{0,5})-(0|[1-9][0-9]{0,5})")
 # 1,024 heads with 600 runs each take 12 MB; parsed JSON takes many times its size in memory.
@@ -29,7 +30,7 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 LARGEST = torch.finfo(torch.float32).max
 
 
-def decode(source: bytes | Path) -> Decoded:
+def decode(source: bytes | Path, beside: Beside = ALONE) -> Decoded:
     """Returns "scores" [layers, heads] float32. Raises MalformedFile, which names the head that is wrong."""
     entries = json_object(source, "head scores", '{"<layer>-<head>": [score, ...]}', MAX_FILE_BYTES)
     means = {_head(name): _mean(name, runs) for name, runs in entries.items()}
@@ -48,8 +49,8 @@ def decode(source: bytes | Path) -> Decoded:
     return Decoded({"scores": scores}, provenance=provenance)
 
 
-def encode(artifact: Artifact, architecture: str = "") -> bytes:
-    """Writes all heads, layer by layer, each with a list of its one score. The architecture is not needed."""
+def encode(artifact: Artifact, model: ModelInfo | None = None) -> bytes:
+    """Writes all heads, layer by layer, each with a list of its one score."""
     if artifact.info.kind is not ArtifactKind.HEAD_SET:
         raise CannotExpress(f"a file of head scores holds a head_set, not a {artifact.info.kind.value}")
     scores, _, _ = artifact.head_scores()

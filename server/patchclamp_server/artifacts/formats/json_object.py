@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from patchclamp_server.artifacts.formats.base import MalformedFile
+from patchclamp_server.artifacts.formats.base import MalformedFile, whole_file
 
 
 def json_object(source: bytes | Path, what: str, expected: str, max_bytes: int) -> dict[str, Any]:
@@ -14,10 +14,7 @@ def json_object(source: bytes | Path, what: str, expected: str, max_bytes: int) 
     `max_bytes`, for what is not JSON (NaN and Infinity are not), for a name that stands twice, and for another value
     than an object.
     """
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
-    if size > max_bytes:
-        raise MalformedFile(f"{size} bytes; a file of {what} has at most {max_bytes}")
-    data = source if isinstance(source, bytes) else source.read_bytes()
+    data = whole_file(source, what, max_bytes)
     try:
         entries = json.loads(data, object_pairs_hook=without_duplicates, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:

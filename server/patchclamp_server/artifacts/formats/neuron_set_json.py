@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.base import ALONE, Beside, CannotExpress, Decoded, MalformedFile
 from patchclamp_server.artifacts.formats.json_object import json_object
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.model.info import ModelInfo
 
 LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_NEURON = 2**31 - 1
 
 
-def decode(source: bytes | Path) -> Decoded:
+def decode(source: bytes | Path, beside: Beside = ALONE) -> Decoded:
     """Returns "layer.<l>.neurons" [n] int64. MalformedFile names the layer that is wrong."""
     entries = json_object(source, "neurons", '{"<layer>": [neuron, ...]}', MAX_FILE_BYTES)
     lists = {_layer(name): _neurons(name, neurons) for name, neurons in entries.items()}
@@ -32,8 +33,8 @@ def decode(source: bytes | Path) -> Decoded:
     return Decoded(tensors, provenance={"method": "imported", "format": "neuron_set_json"})
 
 
-def encode(artifact: Artifact, architecture: str = "") -> bytes:
-    """Returns the lists of all layers, each in the order of the set. The architecture is not needed."""
+def encode(artifact: Artifact, model: ModelInfo | None = None) -> bytes:
+    """Returns the lists of all layers, each in the order of the set."""
     if artifact.info.kind is not ArtifactKind.NEURON_SET:
         raise CannotExpress(f"a file of neurons holds a neuron_set, not a {artifact.info.kind.value}")
     lists = {str(layer): artifact.neurons(layer)[0].tolist() for layer in artifact.info.layers}

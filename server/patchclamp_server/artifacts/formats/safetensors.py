@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from patchclamp_server.artifacts.formats.base import Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.base import ALONE, Beside, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.tensor_names import check_foreign, left_out, named_tensors
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind, Metadata
+from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 
 METADATA_KEY = "patchclamp"
@@ -139,8 +141,11 @@ def parse_header(header: bytes) -> Header:
     return Header(_metadata_from_json(text), found, len(header), 8 + len(header) + end)
 
 
-def decode(source: bytes | Path) -> Decoded:
-    """Returns the tensors, and the metadata if Patchclamp wrote the file. MalformedFile: it is no safetensors file."""
+def decode(source: bytes | Path, beside: Beside = ALONE) -> Decoded:
+    """Returns the tensors, and the metadata if Patchclamp wrote the file; with tensor_names, those that they name.
+
+    MalformedFile: it is no safetensors file. InvalidArgument: tensor_names do not fit.
+    """
     data = source if isinstance(source, bytes) else source.read_bytes()
     length = header_length(data)
     if len(data) < 8 + length:
@@ -151,11 +156,20 @@ def decode(source: bytes | Path) -> Decoded:
     # The library raises KeyError for an element type that torch lacks.
     except (SafetensorError, KeyError, ValueError) as error:
         raise MalformedFile(f"malformed safetensors file: {error}") from error
-    return Decoded(tensors, header.metadata)
+    names = beside.tensor_names
+    if not names:
+        return Decoded(tensors, header.metadata)
+    check_foreign(header.metadata)
+    return Decoded(
+        named_tensors(tensors, names),
+        provenance={"method": "imported", "format": "safetensors", "tensor_names": dict(names)},
+        imported_from=dict(names),
+        warnings=left_out(tensors, names.values()),
+    )
 
 
-def encode(artifact: Artifact, architecture: str = "") -> bytes:
-    """Returns the stored bytes, whose SHA-256 is the artifact's id. The architecture is not needed."""
+def encode(artifact: Artifact, model: ModelInfo | None = None) -> bytes:
+    """Returns the stored bytes, whose SHA-256 is the artifact's id."""
     return dump(artifact.info.metadata, artifact.tensors)
 
 

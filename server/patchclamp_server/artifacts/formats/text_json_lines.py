@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from patchclamp_server.artifacts.corpora import MAX_DOCUMENT_BYTES, MAX_LABEL_CHARACTERS, CorpusBuilder, StoredCorpus
-from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
+from patchclamp_server.artifacts.formats.base import ALONE, Beside, CannotExpress, Decoded, MalformedFile
 from patchclamp_server.artifacts.formats.json_object import without_duplicates
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.model.info import ModelInfo
 
 # What a document and a label take where every byte is written as \u and four digits.
 MAX_LINE_BYTES = 6 * (MAX_DOCUMENT_BYTES + 4 * MAX_LABEL_CHARACTERS) + 100
 
 
-def decode(source: bytes | Path) -> Decoded:
+def decode(source: bytes | Path, beside: Beside = ALONE) -> Decoded:
     """The tensors of a corpus, with the names of its labels. MalformedFile names the line that is wrong."""
     builder = CorpusBuilder()
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
@@ -36,8 +37,8 @@ def decode(source: bytes | Path) -> Decoded:
     return Decoded(builder.tensors(), provenance=provenance)
 
 
-def encode(artifact: Artifact, architecture: str = "") -> bytes:
-    """All documents, each with its label where it has one. The architecture is not needed."""
+def encode(artifact: Artifact, model: ModelInfo | None = None) -> bytes:
+    """All documents, each with its label where it has one."""
     if artifact.info.kind is not ArtifactKind.CORPUS:
         raise CannotExpress(f"lines of JSON hold a corpus, not a {artifact.info.kind.value}")
     corpus, lines = StoredCorpus(artifact), bytearray()

@@ -1,6 +1,6 @@
 """What a file format of an autoencoder provides: its tensors by rows, since none is ever whole in memory."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,19 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchclamp_server.artifacts.formats.base import Beside
 from patchclamp_server.artifacts.tensor_file import TensorFile, TensorRows
 from patchclamp_server.artifacts.types import ArtifactInfo, Metadata
-from patchclamp_server.model.sites import PUBLIC_SITES, Site
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What an upload says beside its file. `sites`: those that the model has."""
-
-    config: str = ""
-    site: Site | None = None
-    layer: int | None = None
-    sites: Collection[Site] = PUBLIC_SITES
+from patchclamp_server.model.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +23,8 @@ class Opened:
     site: Site | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metadata: Metadata | None = None
+    imported_from: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,11 +32,13 @@ class RowFormat:
     """`open` raises MalformedFile for the file, and InvalidArgument with a name of UploadHeader for what is beside it.
 
     `write` makes a file of an artifact and returns its configuration, "" where there is none; it raises CannotExpress.
+    `takes` names the fields of Beside that it uses, but for the place and what is known of the model.
     """
 
     name: str
     open: Callable[[Path, Beside], AbstractContextManager[Opened]]
     write: Callable[[ArtifactInfo, TensorFile, Path], str] | None = None
+    takes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from patchclamp_server.artifacts.autoencoder_spec import MAX_FEATURES, MAX_WIDTH
-from patchclamp_server.artifacts.formats.base import MalformedFile
+from patchclamp_server.artifacts.formats.base import Beside, MalformedFile
 from patchclamp_server.artifacts.formats.safetensors import layout
-from patchclamp_server.artifacts.row_formats.base import Beside, Opened, RenamedRows, Source
+from patchclamp_server.artifacts.row_formats.base import Opened, RenamedRows, Source
 from patchclamp_server.artifacts.row_formats.saelens import NAMES
 from patchclamp_server.artifacts.tensor_file import open_tensor_file
 from patchclamp_server.errors import InvalidArgument

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.autoencoder_spec import AutoencoderSpec, Function, autoencoder_spec
-from patchclamp_server.artifacts.formats.base import CannotExpress, MalformedFile
+from patchclamp_server.artifacts.formats.base import Beside, CannotExpress, MalformedFile
 from patchclamp_server.artifacts.formats.json_object import json_object
 from patchclamp_server.artifacts.formats.safetensors import header_length, layout, parse_header, tensor_bytes
-from patchclamp_server.artifacts.row_formats.base import Beside, Opened, RenamedRows, Source
+from patchclamp_server.artifacts.row_formats.base import Opened, RenamedRows, Source
 from patchclamp_server.artifacts.row_formats.hook_names import hook_of_place, place_of_hook
 from patchclamp_server.artifacts.tensor_file import TensorFile, blocks, open_tensor_file
 from patchclamp_server.artifacts.types import ArtifactInfo

@@ -49,6 +49,12 @@ def row_format(name: str, field: str) -> RowFormat:
     return _of_kind(name, ROW_FORMATS, field)
 
 
+def formats_that_take(field: str) -> list[str]:
+    """Returns the names of the formats that a field of UploadHeader is for."""
+    takers = {name for name, each in FORMATS.items() if field in each.takes}
+    return sorted(takers | {name for name, each in ROW_FORMATS.items() if field in each.takes})
+
+
 def _of_kind(name: str, formats: Mapping[str, T], field: str) -> T:
     if name not in formats:
         raise InvalidArgument(field, f"{name} is no format of this kind; accepted: {', '.join(formats)}")
@@ -98,6 +104,8 @@ def encode_artifact(info: ArtifactInfo) -> pb.Artifact:
         provenance=_encode_struct(info.provenance),
         evidence=_encode_struct(info.evidence),
         replaced_tags=info.replaced,
+        imported_from=info.imported_from,
+        import_warnings=info.import_warnings,
     )
 
 

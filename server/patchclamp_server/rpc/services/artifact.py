@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
 from patchclamp_server.artifacts.activations import places_of, tensor_name
 from patchclamp_server.artifacts.autoencoder_spec import check_autoencoder, check_place
 from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource_exhausted
-from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, Format, MalformedFile
+from patchclamp_server.artifacts.formats.base import Beside, CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.probes import probe_of
-from patchclamp_server.artifacts.row_formats import Beside, RowFormat
+from patchclamp_server.artifacts.row_formats import RowFormat
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore
 from patchclamp_server.artifacts.tensors import check_tensors, layers_of, shapes_of, width_of
 from patchclamp_server.artifacts.types import (
@@ -43,15 +44,16 @@ from patchclamp_server.rpc.codecs.artifact import (
     decode_struct,
     encode_artifact,
     file_format,
+    formats_that_take,
     row_format,
 )
 from patchclamp_server.rpc.codecs.program import decode_site
 from patchclamp_server.sparsity.binder import policy_of
 
 CHUNK_BYTES = 1024 * 1024
+# Fields of UploadHeader that some formats take.
+OF_FORMATS = ("config", "tensor_names", "layer_offset")
 SPOOL_PREFIX = "patchclamp-upload-"
-# Formats of two files.
-WITH_CONFIG = ("saelens",)
 Context = Any
 
 
@@ -158,32 +160,43 @@ class ArtifactService(ArtifactServiceServicer):
         name = decode_format(header.format, "header.format")
         site = decode_site(header.site, "header.site") if header.site else None
         provenance = decode_struct(header.provenance, "header.provenance")
-        if header.config and name not in WITH_CONFIG:
-            raise InvalidArgument("header.config", f"{name} has no second file; {', '.join(WITH_CONFIG)} has")
         if header.of and kind is not ArtifactKind.FEATURE_LABELS:
             raise InvalidArgument("header.of", f"a {kind.value} is about no artifact; feature_labels are")
-        if kind in OF_ROWS:
-            rows = row_format(name, "header.format")
-            return lambda path: self._store_rows(header, kind, site, provenance, rows, path)
+        format = row_format(name, "header.format") if kind in OF_ROWS else file_format(name, "header.format")
+        for field in OF_FORMATS:
+            if getattr(header, field) and field not in format.takes:
+                takers = ", ".join(formats_that_take(field))
+                raise InvalidArgument(f"header.{field}", f"{name} takes none; it is for {takers}")
+        beside = self._beside(header, site)
+        if isinstance(format, RowFormat):
+            return lambda path: self._store_rows(header, kind, provenance, format, path, beside)
         if header.HasField("layer"):
             raise InvalidArgument("header.layer", f"a {kind.value} has the layers that its file names")
-        whole = file_format(name, "header.format")
-        return lambda path: self._store_upload(header, kind, site, provenance, _decode(whole, path))
+        return lambda path: self._store_upload(header, kind, site, provenance, _decode(format, path, beside))
+
+    def _beside(self, header: pb.UploadHeader, site: Site | None) -> Beside:
+        served = header.model_fingerprint in ("", self._model.fingerprint)
+        return Beside(
+            config=header.config,
+            site=site,
+            layer=header.layer if header.HasField("layer") else None,
+            sites=self._model.sites if served else PUBLIC_SITES,
+            model=self._model if served else None,
+            layer_offset=header.layer_offset,
+            tensor_names=dict(header.tensor_names),
+        )
 
     def _store_rows(
         self,
         header: pb.UploadHeader,
         kind: ArtifactKind,
-        site: Site | None,
         provenance: dict[str, Any],
         rows: RowFormat,
         path: Path,
+        beside: Beside,
     ) -> ArtifactInfo:
         """As _store_upload, of a file that is never whole in memory. Site and layer of the header win; in all else what
         the file says of itself does."""
-        served = header.model_fingerprint in ("", self._model.fingerprint)
-        layer = header.layer if header.HasField("layer") else None
-        beside = Beside(header.config, site, layer, self._model.sites if served else PUBLIC_SITES)
         try:
             with fields_as(_upload_path), rows.open(path, beside) as opened:
                 own = opened.metadata
@@ -197,7 +210,7 @@ class ArtifactService(ArtifactServiceServicer):
                 spec = check_autoencoder(found, said, opened.tensors.shapes)
                 if fingerprint == self._model.fingerprint:
                     check_place(self._model, spec, opened.tensors.shapes)
-                return self._store.put_rows(
+                info = self._store.put_rows(
                     kind,
                     opened.tensors,
                     model_fingerprint=fingerprint,
@@ -207,6 +220,7 @@ class ArtifactService(ArtifactServiceServicer):
                     evidence=own.evidence if own else {},
                     tags=Tags(tuple(header.tags), header.replace_tags),
                 )
+                return replace(info, imported_from=opened.imported_from, import_warnings=opened.warnings)
         except MalformedFile as error:
             raise InvalidArgument("chunk", str(error)) from error
 
@@ -241,16 +255,17 @@ class ArtifactService(ArtifactServiceServicer):
                     _check_watch(self._model, tensors)
                 if kind is ArtifactKind.PROBE:
                     _check_probe(self._model, provenance, tensors)
-            return self._store.put(
+            info = self._store.put(
                 kind,
                 tensors,
                 model_fingerprint=fingerprint,
                 site=site,
                 description=header.description or (own.description if own else ""),
                 provenance=provenance,
-                evidence=own.evidence if own else {},
+                evidence=own.evidence if own else file.evidence,
                 tags=Tags(tuple(header.tags), header.replace_tags),
             )
+            return replace(info, imported_from=file.imported_from, import_warnings=file.warnings)
 
     def _labelled(
         self, ref: str, provenance: dict[str, Any], tensors: dict[str, torch.Tensor]
@@ -278,14 +293,11 @@ class ArtifactService(ArtifactServiceServicer):
         if layers:
             artifact = artifact.only(layers)
         try:
-            data = whole.encode(artifact, self._architecture(artifact.info))
+            served = artifact.info.model_fingerprint == self._model.fingerprint
+            data = whole.encode(artifact, self._model if served else None)
         except CannotExpress as error:
             raise FailedPrecondition("format", str(error)) from error
         return self._store.info(artifact.info.id), data
-
-    def _architecture(self, info: ArtifactInfo) -> str:
-        """Architecture of the vector's model; "" for a model this server does not know."""
-        return self._model.architecture if info.model_fingerprint == self._model.fingerprint else ""
 
 
 def _with_labels(header: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
@@ -324,9 +336,10 @@ async def _spool(requests: AsyncIterator[pb.UploadRequest], path: Path, size: in
         raise InvalidArgument("chunk", f"{received} bytes arrived; header.size_bytes says {size}")
 
 
-def _decode(whole: Format, path: Path) -> Decoded:
+def _decode(whole: Format, path: Path, beside: Beside) -> Decoded:
     try:
-        return whole.decode(path)
+        with fields_as(_upload_path):
+            return whole.decode(path, beside)
     except MalformedFile as error:
         raise InvalidArgument("chunk", str(error)) from error
 
