@@ -182,6 +182,17 @@ def test_random_labels_have_a_code_length_of_about_1_and_no_accuracy_above_the_b
     assert accuracy == pytest.approx(0.5, abs=0.07)
 
 
+@pytest.mark.parametrize("windows", [1, 15])
+def test_random_labels_of_documents_get_no_shorter_by_the_number_of_their_windows(windows: int) -> None:
+    """All windows of a document lie close together, and have its label."""
+    generator = np.random.default_rng(3)
+    labels = generator.permutation(np.arange(40) % 2).astype(np.float64)
+    documents = generator.permutation(np.repeat(np.arange(40), windows))
+    x = (3.0 * generator.normal(size=(40, 16)))[documents] + 0.1 * generator.normal(size=(40 * windows, 16))
+    ratio = code_length_ratio(logistic, x, Examples(labels[documents], documents, 2), 300.0, 0)
+    assert ratio == pytest.approx(1.0, abs=0.35)
+
+
 @pytest.mark.parametrize("name", ["logistic", "prototype"])
 def test_labels_that_are_in_the_states_get_short(name: str) -> None:
     generator = np.random.default_rng(1)
