@@ -16,7 +16,6 @@ magic, version u32, tensor count u64, key count u64, keys, tensor entries, paddi
 
 import re
 import struct
-import tempfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 
 from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, MalformedFile
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
+from patchclamp_server.files import Spool, spool_directory
 from patchclamp_server.model.sites import Site
 
 ARCHITECTURE = "controlvector"
@@ -80,7 +80,7 @@ def encode(artifact: Artifact, architecture: str) -> bytes:
         raise CannotExpress(
             "llama.cpp control vectors start at layer 1 and this vector has layer 0: choose layers from 1 on (--layers)"
         )
-    with tempfile.TemporaryDirectory(prefix="patchclamp-") as directory:
+    with spool_directory(Spool.GGUF) as directory:
         path = Path(directory) / "vector.gguf"
         writer = gguf.GGUFWriter(path, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", str(info.provenance.get("model_hint", architecture)))
