@@ -327,6 +327,19 @@ def test_without_strengths_the_change_is_a_tenth_to_twice_the_norm(
     assert strengths[-1] / strengths[0] == pytest.approx(20.0, rel=1e-2)
 
 
+def test_a_vector_whose_norm_is_beyond_its_own_type_has_default_strengths(
+    server: LiveServer, stub: SteeringServiceStub
+) -> None:
+    store, info = ArtifactStore(server.server.config.artifacts_url), server.model.info
+    fields: dict[str, Any] = {"model_fingerprint": info.fingerprint, "site": Site.RESID_POST}
+    v = torch.full((info.d_model,), 50_000.0, dtype=torch.float16)
+    assert v.norm().isinf()
+    made = store.put(ArtifactKind.VECTOR, {"layer.1": v}, **fields)
+    result = calibrated(stub, vector=made.id, strengths=[], prompts=[generation_pb2.Prompt(text="It")], max_tokens=2)
+    strengths = [p.strength for p in result.points if p.arm == VECTOR]
+    assert strengths[-1] / strengths[0] == pytest.approx(20.0, rel=1e-2)
+
+
 def test_the_same_seed_gives_the_same_calibration(stub: SteeringServiceStub) -> None:
     first, again, other = (calibrated(stub, strengths=[0.5], seed=seed) for seed in (1, 1, 2))
     assert point(first, RANDOM, 0.5) == point(again, RANDOM, 0.5)
