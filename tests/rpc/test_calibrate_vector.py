@@ -417,6 +417,19 @@ def test_a_vector_that_is_zero_is_refused(server: LiveServer, stub: SteeringServ
     assert failure(caught.value).message.startswith("vector: is zero at layer 1")
 
 
+@pytest.mark.parametrize(("size", "strengths", "field"), [(1e37, [1e3], "strengths"), (3e38, [], "vector")])
+def test_what_no_state_can_take_is_refused_at_a_field_of_the_request(
+    server: LiveServer, stub: SteeringServiceStub, size: float, strengths: list[float], field: str
+) -> None:
+    """Programs are made of the request, and the client has sent none."""
+    store, info = ArtifactStore(server.server.config.artifacts_url), server.model.info
+    fields: dict[str, Any] = {"model_fingerprint": info.fingerprint, "site": Site.RESID_POST}
+    made = store.put(ArtifactKind.VECTOR, {"layer.1": torch.full((info.d_model,), size)}, **fields)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.CalibrateVector(request(vector=made.id, strengths=strengths)))
+    assert failure(caught.value).fields == [field]
+
+
 def test_a_cancelled_calibration_leaves_nothing_in_the_engine(server: LiveServer, stub: SteeringServiceStub) -> None:
     call = stub.CalibrateVector(request(random_vectors=30))
     next(call)
