@@ -1,8 +1,12 @@
 """Files written here survive a crash of the machine: their bytes are on the disk, and so are their names."""
 
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Iterable
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from uuid import uuid4
 
@@ -43,3 +47,30 @@ def make_directories(directory: Path) -> None:
     make_directories(directory.parent)
     directory.mkdir(exist_ok=True)
     sync(directory.parent)
+
+
+class Spool(Enum):
+    """What is written to directories of the system's temporary folder that are gone when it is done: how their names
+    begin."""
+
+    UPLOAD = "patchclamp-upload-"
+    ACTIVATIONS = "patchclamp-activations-"
+    GGUF = "patchclamp-gguf-"
+
+
+def spool_directory(spool: Spool) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix=spool.value)
+
+
+def sweep_spools(stale_seconds: float) -> None:
+    """Removes what a process that was killed left in the temporary folder.
+
+    Files of all spools are written to within seconds: one that was last written so long ago is nobody's.
+    """
+    for spool in Spool:
+        for directory in Path(tempfile.gettempdir()).glob(f"{spool.value}*"):
+            # Others may sweep at the same time, and may own it.
+            with suppress(OSError):
+                written = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+                if time.time() - written > stale_seconds:
+                    shutil.rmtree(directory)

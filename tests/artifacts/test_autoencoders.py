@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from autoencoders import put_autoencoder
+from engine_runs import loaded
 from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.artifacts import tensor_file
 from patchclamp_server.artifacts.autoencoder_spec import Function, autoencoder_spec
-from patchclamp_server.artifacts.autoencoders import Autoencoder
+from patchclamp_server.artifacts.autoencoders import Autoencoder, open_autoencoder
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind
-from patchclamp_server.errors import FailedPrecondition, InvalidArgument
+from patchclamp_server.errors import FailedPrecondition, InvalidArgument, NotFound
 from patchclamp_server.model.sites import Site
 
 F, W, T = 96, 12, 7
@@ -215,3 +217,12 @@ def test_tensors_that_are_no_autoencoder_are_refused_by_name(
     with pytest.raises(InvalidArgument, match=message) as refused:
         put(store, stored, provenance())
     assert refused.value.field == "tensors"
+
+
+def test_rows_of_one_that_was_deleted_since_are_missed_at_the_field_that_named_it(store: ArtifactStore) -> None:
+    ref = put_autoencoder(store, "llama", Site.RESID_POST, 1)
+    _, autoencoder = open_autoencoder(ref, store, loaded("llama").info, "program.edits[0].features.autoencoder")
+    store.delete(ref)
+    with pytest.raises(NotFound, match="deleted while it was read") as caught:
+        autoencoder.rows((3,))
+    assert caught.value.field == "program.edits[0].features.autoencoder"

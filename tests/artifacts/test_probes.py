@@ -129,6 +129,17 @@ def test_tensors_that_are_no_probe_are_refused_by_name(changed: dict[str, Tensor
     assert refused.value.field == "tensors"
 
 
+@pytest.mark.parametrize("changed", ["layer.1.scale", "calibration"])
+def test_a_probe_that_reads_states_with_numbers_beyond_float32_is_refused(changed: str) -> None:
+    """It would give a probability that is no number, and a watch could not hold it."""
+    own = {"layer.1.scale": torch.full((6,), 1e-40), "calibration": torch.tensor([1e300, 0.0], dtype=torch.float64)}
+    stored = tensors("weight", np.arange(24.0).reshape(2, 12), bias=np.zeros(2)) | {changed: own[changed]}
+    check_probe(stored)
+    with pytest.raises(InvalidArgument, match="beyond the largest float32") as refused:
+        probe_of({"method": "logistic", "site": "resid_post", "labels": ["a", "b"], "target": "b"}, stored)
+    assert refused.value.field == "tensors"
+
+
 @pytest.mark.parametrize(
     ("said", "field"),
     [

@@ -339,6 +339,7 @@ ARRAYS = {name: tensor.numpy() for name, tensor in weights(threshold=torch.rand(
         npz(**ARRAYS | {"b_enc": ARRAYS["b_enc"].astype(np.float64)}),
         npz(**ARRAYS | {"b_enc": ARRAYS["b_enc"].astype(object)}),
         npz(**ARRAYS | {"W_enc": np.zeros(3, dtype=np.float32)}),
+        npz(**ARRAYS, w_enc=ARRAYS["W_enc"]),
     ],
 )
 def test_what_is_not_gemma_scope_is_refused(store: ArtifactStore, tmp_path: Path, data: bytes) -> None:

@@ -214,6 +214,7 @@ BAD_CONTENT = {
     "unequal widths": (VECTOR, {"layer.1": F(3), "layer.2": F(4)}, "layer.2 has width 4"),
     "NaN": (VECTOR, {"layer.1": F(3), "layer.2": torch.tensor([1, math.nan, 1])}, "layer.2 holds NaN or Inf"),
     "Inf": (VECTOR, {"layer.9": torch.tensor([math.inf])}, "layer.9 holds NaN or Inf"),
+    "beyond float32": (VECTOR, {"layer.1": torch.tensor([1e39], dtype=torch.float64)}, "beyond the largest float32"),
     "values alone": (NEURON_SET, {"layer.1.values": F(2)}, "layer.1.neurons"),
     "floats as neurons": (NEURON_SET, {"layer.1.neurons": F(2)}, "int64"),
     "int32 neurons": (NEURON_SET, {"layer.1.neurons": ints(1).int()}, "int64"),

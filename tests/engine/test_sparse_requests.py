@@ -7,18 +7,22 @@ tokens; that of a policy that selects for each token is its meaning with dense p
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from autoencoders import put_autoencoder
 from engine_runs import TOLERANCE, Bench, Job, Outcome, assert_same, run_alone
 from programs import GENERATED, PROMPT, abort, condition, edit, mixed, prompt, shapes
 from sparse_models import NAMES, bound, run, sparse_model
 
 from patchclamp_kernels.runtime import reference_only
+from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.quality_guard import GuardState
 from patchclamp_server.engine.request import QualityGuard, SparseInference, SparsityReport
 from patchclamp_server.errors import Aborted
+from patchclamp_server.interventions.kinds.features import FeatureEdit
 from patchclamp_server.interventions.program import (
     AbortCondition,
     Comparison,
@@ -26,6 +30,7 @@ from patchclamp_server.interventions.program import (
     Edit,
     Gate,
     NeuronEdit,
+    NeuronOp,
     NeuronReadout,
     PositionRange,
     Program,
@@ -243,6 +248,22 @@ def test_layers_whose_neurons_are_all_needed_are_dense(program: Program, layers:
     if layers == {0, 1, 2}:
         assert_same("llama", dense, own)
     assert report(own).active_ratio == pytest.approx(len(layers) / 3)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_transcoder_reads_all_neurons_of_the_layer_before_it_whatever_the_policy_says(
+    kernels: bool, tmp_path: Path
+) -> None:
+    store = ArtifactStore(tmp_path)
+    ref = put_autoencoder(store, "llama", Site.MLP_POST, 1, output=(Site.MLP_OUT, 1))
+    features = Edit(FeatureEdit(ref, (7, 0, 31), NeuronOp.SET, (2.0,)), Site.MLP_OUT, name="features", layers=(1,))
+    nothing: dict[int, tuple[int, ...]] = {0: (), 1: (), 2: ()}
+    asked = replace(job(static(nothing), "transcoder", Program((features,))), artifacts=store)
+    own = run_alone("llama", asked, config(kernels=kernels))
+    every = tuple(range(shapes("llama").d_ff))
+    whole = run_alone("llama", replace(asked, sparsity=static({**nothing, 1: every})), config(kernels=kernels))
+    assert_same_outcome(own, whole)
+    assert report(own).active_ratio == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

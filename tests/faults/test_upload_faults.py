@@ -50,15 +50,16 @@ def test_no_room_for_an_upload_is_resource_exhausted_and_leaves_nothing(
 
 
 def test_a_new_server_removes_what_a_killed_one_left_an_hour_ago(live_server: LiveServer, temporary: Path) -> None:
-    old, young, others = (temporary / name for name in ("patchclamp-upload-old", "patchclamp-upload-young", "others"))
-    for directory in (old, young, others):
+    old = [temporary / f"patchclamp-{kind}-old" for kind in ("upload", "activations", "gguf")]
+    young, others = temporary / "patchclamp-upload-young", temporary / "others"
+    for directory in (*old, young, others):
         directory.mkdir()
         (directory / "file").write_bytes(b"half")
     written = young.stat().st_mtime - 1.1 * HOUR_SECONDS
-    for path in (old / "file", old, young, others / "file", others):
+    for path in (*(each / "file" for each in old), *old, young, others / "file", others):
         os.utime(path, (written, written))
     with LiveServer(live_server.model, temporary / "artifacts"):
-        assert not old.exists()
+        assert not any(directory.exists() for directory in old)
         # Its file is still written to.
         assert young.exists()
         assert others.exists()

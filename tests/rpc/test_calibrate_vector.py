@@ -327,6 +327,19 @@ def test_without_strengths_the_change_is_a_tenth_to_twice_the_norm(
     assert strengths[-1] / strengths[0] == pytest.approx(20.0, rel=1e-2)
 
 
+def test_a_vector_whose_norm_is_beyond_its_own_type_has_default_strengths(
+    server: LiveServer, stub: SteeringServiceStub
+) -> None:
+    store, info = ArtifactStore(server.server.config.artifacts_url), server.model.info
+    fields: dict[str, Any] = {"model_fingerprint": info.fingerprint, "site": Site.RESID_POST}
+    v = torch.full((info.d_model,), 50_000.0, dtype=torch.float16)
+    assert v.norm().isinf()
+    made = store.put(ArtifactKind.VECTOR, {"layer.1": v}, **fields)
+    result = calibrated(stub, vector=made.id, strengths=[], prompts=[generation_pb2.Prompt(text="It")], max_tokens=2)
+    strengths = [p.strength for p in result.points if p.arm == VECTOR]
+    assert strengths[-1] / strengths[0] == pytest.approx(20.0, rel=1e-2)
+
+
 def test_the_same_seed_gives_the_same_calibration(stub: SteeringServiceStub) -> None:
     first, again, other = (calibrated(stub, strengths=[0.5], seed=seed) for seed in (1, 1, 2))
     assert point(first, RANDOM, 0.5) == point(again, RANDOM, 0.5)
@@ -402,6 +415,19 @@ def test_a_vector_that_is_zero_is_refused(server: LiveServer, stub: SteeringServ
     with pytest.raises(grpc.RpcError) as caught:
         list(stub.CalibrateVector(request(vector=made.id, strengths=[])))
     assert failure(caught.value).message.startswith("vector: is zero at layer 1")
+
+
+@pytest.mark.parametrize(("size", "strengths", "field"), [(1e37, [1e3], "strengths"), (3e38, [], "vector")])
+def test_what_no_state_can_take_is_refused_at_a_field_of_the_request(
+    server: LiveServer, stub: SteeringServiceStub, size: float, strengths: list[float], field: str
+) -> None:
+    """Programs are made of the request, and the client has sent none."""
+    store, info = ArtifactStore(server.server.config.artifacts_url), server.model.info
+    fields: dict[str, Any] = {"model_fingerprint": info.fingerprint, "site": Site.RESID_POST}
+    made = store.put(ArtifactKind.VECTOR, {"layer.1": torch.full((info.d_model,), size)}, **fields)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.CalibrateVector(request(vector=made.id, strengths=strengths)))
+    assert failure(caught.value).fields == [field]
 
 
 def test_a_cancelled_calibration_leaves_nothing_in_the_engine(server: LiveServer, stub: SteeringServiceStub) -> None:

@@ -107,6 +107,16 @@ def test_scores_are_projections_pooled_as_by_hooks(
         assert list(each.scores) == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_token_that_is_left_over_for_a_window_of_its_own_is_a_sink_and_not_read(stub: SteeringServiceStub) -> None:
+    cut = [text.ljust(16, ".")[:16] for text in (*GLAD, *SAD)]
+    whole, _ = detected(stub, texts={**groups(glad=cut[:6], sad=cut[6:]), "window_tokens": 16})
+    longer, _ = detected(
+        stub, texts={**groups(glad=[f"{c}x" for c in cut[:6]], sad=[f"{c}y" for c in cut[6:]]), "window_tokens": 16}
+    )
+    for own, other in zip(longer, whole, strict=True):
+        assert list(own.scores) == list(other.scores)
+
+
 def test_the_reports_are_of_the_texts_that_the_calibration_has_not_seen(stub: SteeringServiceStub) -> None:
     texts, result = detected(stub, calibration_fraction=0.5)
     scores = np.array([each.scores for each in texts])

@@ -1,9 +1,10 @@
 """What a full server answers, over every way there is to be refused, and what clients that are slow cost it."""
 
+import asyncio
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from patchclamp.v1.model_pb2_grpc import ModelServiceStub
 from patchclamp_server import errors
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.request import Readouts, ReadoutValue, Token
+from patchclamp_server.errors import DeadlineExceeded
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.rpc.call.errors import to_status
+from patchclamp_server.rpc.call.upload_space import UploadLimits, UploadSpace
 from patchclamp_server.rpc.streams.stream import EVENT_VALUES, MAX_WAITING_VALUES, values_of
 
 FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -231,6 +234,20 @@ def test_an_upload_that_stops_sending_is_ended(model: LoadedModel, tmp_path: Pat
         assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "nothing came for 0.2 s" in refusal.message
         slow.end()
+
+
+async def test_an_upload_that_falls_behind_what_it_announced_is_ended_though_it_never_stops():
+    """It would keep the bytes that it announced, and others out, as long as these may take: of a large one, days."""
+
+    async def trickle() -> AsyncIterator[bytes]:
+        for _ in range(1_000_000):
+            await asyncio.sleep(0)
+            yield b"x"
+
+    space = UploadSpace(UploadLimits(idle_seconds=0.05, bytes_per_second=1e9))
+    with pytest.raises(DeadlineExceeded, match=r"bytes in 0 s; expected 1e\+09 in a second"):
+        async for _ in space.in_time(trickle(), len):
+            pass
 
 
 # Readers

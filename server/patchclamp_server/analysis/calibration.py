@@ -20,6 +20,8 @@ from scipy.special import expit, logit
 from patchclamp_server.model.arrays import BoolArray, FloatArray
 
 BINS = 10
+# Of the largest score: what rounding makes of scores that are all the same.
+ROUNDING = 1e-12
 
 
 class Calibration(NamedTuple):
@@ -47,10 +49,11 @@ def platt(scores: FloatArray, is_target: BoolArray) -> Calibration:
     that are all the same have the slope 0."""
     n_target = int(is_target.sum())
     targets = np.where(is_target, (n_target + 1.0) / (n_target + 2.0), 1.0 / (len(is_target) - n_target + 2.0))
-    mean, deviation = float(scores.mean()), float(scores.std())
-    if deviation == 0.0:
+    # Not the deviation: of equal scores it is one of rounding, by which a slope would be divided.
+    if float(scores.max() - scores.min()) <= ROUNDING * float(np.abs(scores).max()):
         return Calibration(0.0, float(logit(targets.mean())))
     # The solver likes scores near 1.
+    mean, deviation = float(scores.mean()), float(scores.std())
     x = (scores - mean) / deviation
 
     def loss(parameters: FloatArray) -> tuple[float, FloatArray]:

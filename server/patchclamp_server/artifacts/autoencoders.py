@@ -131,7 +131,8 @@ class TensorFiles(Protocol):
 
 
 def open_autoencoder(ref: str, store: TensorFiles, model: ModelInfo, path: str) -> tuple[ArtifactInfo, Autoencoder]:
-    """Returns an autoencoder of the served model, by id or tag. Errors name `path`.
+    """Returns an autoencoder of the served model, by id or tag. Errors name `path`, also those of rows that are read
+    later, when it has been deleted.
 
     Raises NotFound, InvalidArgument (another kind of artifact) or FailedPrecondition (of another model, damaged).
     """
@@ -143,4 +144,9 @@ def open_autoencoder(ref: str, store: TensorFiles, model: ModelInfo, path: str) 
         raise FailedPrecondition(
             path, f"{ref} was made for model {info.model_fingerprint}, served is {model.fingerprint}"
         )
-    return info, Autoencoder(autoencoder_spec(info.site, info.provenance), file)
+
+    def read(start: int, end: int) -> bytes:
+        with about(path):
+            return file.read(start, end)
+
+    return info, Autoencoder(autoencoder_spec(info.site, info.provenance), TensorFile(file.header, read))

@@ -28,6 +28,7 @@ Doubles = NDArray[np.float64]
 LOGISTIC, RIDGE, PROTOTYPE = "logistic", "ridge", "prototype"
 METHODS = (LOGISTIC, RIDGE, PROTOTYPE)
 MAX_CLASSES = 256
+LARGEST = float(np.finfo(np.float32).max)
 _OF_LAYER = re.compile(r"layer\.(0|[1-9][0-9]{0,5})\.(weight|centres|mean|scale)")
 _DIMENSIONS = {"weight": 2, "centres": 2, "mean": 1, "scale": 1, "bias": 1, "temperature": 1, "calibration": 1}
 _ACCEPTED = "layer.<l>.weight, layer.<l>.centres, layer.<l>.mean, layer.<l>.scale, bias, temperature and calibration"
@@ -185,7 +186,19 @@ def probe_of(provenance: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pr
     bias = bias - sum(weights[layer] @ standardised[layer][0] for layer in layers)
     labels, target = _labels(provenance, len(bias), str(method))
     slope, intercept = tensors["calibration"].tolist() if "calibration" in tensors else (1.0, 0.0)
-    return Probe(str(method), sites[str(name)], weights, bias, labels, target, (slope, intercept))
+    probe = Probe(str(method), sites[str(name)], weights, bias, labels, target, (slope, intercept))
+    _check_finite(probe)
+    return probe
+
+
+def _check_finite(probe: Probe) -> None:
+    """States are read in float32: what is beyond it would be no number there."""
+    numbers = [*probe.weights.values(), probe.bias]
+    if (score := probe.target_score()) is not None:
+        numbers += [*score.directions.values(), np.array([score.bias])]
+    if not all(bool((np.abs(each) <= LARGEST).all()) for each in numbers):
+        what = "weight / scale, times the slope of the calibration, or the bias of states as they are,"
+        raise InvalidArgument("tensors", f"{what} is beyond the largest float32, {LARGEST:.1e}")
 
 
 def stored_probe(artifact: Artifact) -> Probe:

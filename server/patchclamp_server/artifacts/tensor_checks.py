@@ -16,6 +16,9 @@ def check_floats(name: str, tensor: torch.Tensor) -> None:
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise InvalidArgument("tensors", f"{name} holds NaN or Inf")
+    # Whatever is stored in float64 is computed with in float32.
+    if not bool(torch.isfinite(tensor.float()).all()):
+        raise InvalidArgument("tensors", f"{name} holds a number beyond the largest float32, 3.4e38")
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -119,6 +119,9 @@ def forced_by(program: BoundProgram) -> Forced:
     for edit in program.edits:
         if edit.gate is not None and edit.gate.site in NEURON_SITES:
             every.add(edit.gate.layer)
+        # What an edit reads at an earlier site, such as the input of a transcoder, depends on all of them too.
+        if edit.input is not None and edit.input.site in NEURON_SITES:
+            every.update(edit.input.layers)
         if edit.site not in NEURON_SITES:
             continue
         for layer in edit.layers:

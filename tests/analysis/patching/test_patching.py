@@ -197,6 +197,20 @@ def test_a_column_counts_as_scopes_do(start: int, end: int | None, length: int, 
     assert [*Column("c", PositionRange(start, end)).of(length)] == positions
 
 
+def test_draws_of_pairs_whose_differences_cancel_are_in_no_interval() -> None:
+    source, patched = (
+        torch.tensor([1.0, -1.0, 1.0, 1.0]).double(),
+        torch.tensor([[0.6, 0], [0.3, 0], [0.8, 0], [0.5, 0]]),
+    )
+    counts = drawn_counts(4, seed=0)
+    drawn = counts @ source
+    assert (drawn == 0).any()
+    found = effects(patched.double(), source, torch.zeros(4).double(), counts)
+    ratios = (counts @ patched.double()[:, 0])[drawn != 0] / drawn[drawn != 0]
+    np.testing.assert_allclose(found.low.numpy(), [np.quantile(ratios, 0.025), 0.0])
+    np.testing.assert_allclose(found.high.numpy(), [np.quantile(ratios, 0.975), 0.0])
+
+
 def test_intervals_are_the_quantiles_of_ratios_of_sums_over_drawn_pairs() -> None:
     rng = np.random.default_rng(0)
     source, unpatched = rng.normal(3, 1, 12), rng.normal(0, 1, 12)

@@ -54,6 +54,17 @@ def test_logistic_gives_the_probabilities_of_scikit_learn(width: int, n_classes:
     np.testing.assert_allclose(softmax(scores, axis=1), wanted.predict_proba(scaler.transform(other)), atol=2e-3)
 
 
+def test_a_coordinate_that_varies_by_rounding_alone_is_not_magnified() -> None:
+    """Of 700 float32 resolves 6e-5; of nearly nothing it resolves what nobody could mean."""
+    x, _ = data(6)
+    noise = np.random.default_rng(2).normal(size=len(x))
+    x[:, 1] = (700.0 + 3e-5 * noise).astype(np.float32)
+    x[:, 2], x[:, 3] = 1e-40 * noise, 3.0
+    assert x[:, 1].std() > 0
+    inputs = Standardised.of(x)
+    np.testing.assert_allclose(inputs.scale, [x[:, 0].std(), 1.0, 1.0, 1.0, x[:, 4].std(), x[:, 5].std()])
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_ridge_gives_the_numbers_of_scikit_learn(width: int) -> None:
     (x, y), (other, _) = data(width, 7), data(width, 7, seed=1)
@@ -180,6 +191,16 @@ def test_random_labels_have_a_code_length_of_about_1_and_no_accuracy_above_the_b
     assert code_length_ratio(METHODS[name], inputs.z, examples(y, 2), strength, 0) == pytest.approx(1.0, abs=0.05)
     accuracy = (fit.scores(inputs.turned(other)).argmax(1) == wanted).mean()
     assert accuracy == pytest.approx(0.5, abs=0.07)
+
+
+@pytest.mark.parametrize("windows", [1, 15])
+def test_random_labels_of_documents_get_no_shorter_by_the_number_of_their_windows(windows: int) -> None:
+    """All windows of a document lie close together, and have its label."""
+    generator = np.random.default_rng(3)
+    labels = generator.permutation(np.arange(40) % 2).astype(np.float64)
+    documents = generator.permutation(np.repeat(np.arange(40), windows))
+    x = generator.normal(size=(40, 16))[documents] + 0.1 * generator.normal(size=(40 * windows, 16))
+    assert code_length_ratio(logistic, x, Examples(labels[documents], documents, 2), 30.0, 0) > 0.95
 
 
 @pytest.mark.parametrize("name", ["logistic", "prototype"])

@@ -130,3 +130,6 @@ def test_the_classifier_is_a_logistic_regression_on_counts_of_words():
     assert found.heldout_accuracy == 1.0
     with pytest.raises(ValueError, match="at least"):
         WordClassifier(texts[:6], labels[:6], seed=0)
+    with pytest.raises(ValueError, match="no word is left"):
+        # Whichever part has the only word: its accuracy would be no number.
+        WordClassifier(["!!!"] * 4 + ["word"] + ["???"] * 4, [True] * 4 + [False] * 5, seed=0)

@@ -57,12 +57,15 @@ def test_probabilities_are_those_of_platt_in_scikit_learn(n: int, apart: float, 
     assert np.sign(found.slope) == np.sign(apart)
 
 
-def test_scores_without_a_difference_get_the_base_rate():
-    y = np.array([True, False, False])
-    found = platt(np.full(3, 2.5), y)
+@pytest.mark.parametrize(("score", "times"), [(2.5, 1), (0.1, 1), (1 / 3, 4), (-123.456, 5), (0.0, 2)])
+def test_scores_without_a_difference_get_the_base_rate(score: float, times: int):
+    """Also where the mean of equal numbers is another one, by rounding."""
+    y = np.array([True, False, False] * times)
+    found = platt(np.full(len(y), score), y)
     assert found.slope == 0.0
-    # (n + 1) / (n + 2) targets of one and two texts.
-    assert found.probabilities(np.array([9.0]))[0] == pytest.approx((2 / 3 + 1 / 4 + 1 / 4) / 3)
+    # (n + 1) / (n + 2) targets of n texts of the label, 1 / (m + 2) of m others.
+    base = ((times + 1) / (times + 2) + 2 / (2 * times + 2)) / 3
+    assert found.probabilities(np.array([9.0]))[0] == pytest.approx(base)
 
 
 def test_reliability_is_the_calibration_curve_of_scikit_learn():

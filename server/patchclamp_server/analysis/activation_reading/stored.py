@@ -3,7 +3,6 @@
 In memory are the rows that are written at the moment, whatever comes together.
 """
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +18,10 @@ from patchclamp_server.artifacts.blobs import full_disk_is_resource_exhausted
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.files import Spool, spool_directory
 
 # Beyond that nobody reads it as a whole: there is a corpus to be reduced.
 MAX_STORED_BYTES = 8 << 30
-SPOOL_PREFIX = "patchclamp-activations-"
 # The tensors of the artifact by the fields of Rows.
 _INDICES = {"text": "texts", "position": "positions", "token": "token_ids", "length": "lengths"}
 
@@ -33,7 +32,7 @@ class StoredRows:
     def __init__(self, dtype: torch.dtype, *, labelled: bool) -> None:
         self._dtype = dtype
         self._indices = _INDICES | ({"label": "labels"} if labelled else {})
-        self._directory = tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX)
+        self._directory = spool_directory(Spool.ACTIVATIONS)
         self._widths: dict[Place, int] = {}
         self._bytes = 0
         self.n_rows = 0

@@ -67,6 +67,12 @@ class Window:
     is_last: bool
 
     @property
+    def is_left_over(self) -> bool:
+        """Whether it is one token, which others of the document came before: as the first of its window it is an
+        attention sink, and says nothing of the text."""
+        return self.start > 0 and len(self.tokens) == 1
+
+    @property
     def number(self) -> int:
         return (self.document << _SHIFT) + self.start
 

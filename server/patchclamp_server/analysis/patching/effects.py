@@ -3,7 +3,8 @@
     effect = Σ_i (patched_i - unpatched_i) / Σ_i (source_i - unpatched_i)      over pairs i
 
 Sums are divided, not pairs, so that no pair with a small difference decides (Wang et al. 2023). An interval has the
-middle 95 % of the effect over RESAMPLES draws of pairs with replacement, the same ones for every cell.
+middle 95 % of the effect over RESAMPLES draws of pairs with replacement, the same ones for every cell, but those whose
+differences cancel.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ RESAMPLES = 1000
 # In nats, by pair: below it a difference could not be told from rounding.
 MIN_DIFFERENCE = 1e-3
 _CELLS_AT_ONCE = 1024
+# Of the differences of a draw, without regard to their signs: a sum below it is 0 but for rounding.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,8 @@ def effects(patched: Tensor, source: Tensor, unpatched: Tensor, counts: Tensor) 
     if len(patched) < 2:
         return Effects(effect, effect, effect)
     shares = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    # In a draw whose differences cancel there is nothing that an effect could be a share of.
+    counts = counts[(counts @ differences).abs() > _ROUNDING * (counts @ differences.abs())]
     bounds = [
         ((counts @ part) / (counts @ differences)[:, None]).quantile(shares, dim=0)
         for part in torch.split(changes, _CELLS_AT_ONCE, dim=1)

@@ -1,6 +1,7 @@
 """Fits one probe to texts: standardises, chooses the strength by cross-validation, and fits to all of them.
 
-    x = (h - mean) / scale       by coordinate, of the training texts; a constant one has the scale 1
+    x = (h - mean) / scale       by coordinate, of the training texts; one that is constant but for the
+                                 rounding of float32 has the scale 1
     z = x V                      V [k, n]: where there are fewer texts than coordinates, an orthonormal basis of them
 
 All methods have the same solution in either, since they measure length alone: W_x = W_z Vᵀ. A text is in one fold with
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from patchclamp_server.analysis.probes.method import Doubles, Fit, Integers, Method
 
 FOLDS = 5
+# Of the mean of a coordinate, and of one around 0.
+ROUNDING, TINY = 1e-6, 1e-30
 # Times the number of coordinates, which is the squared length of an average standardised text.
 STRENGTHS = tuple(10.0**k for k in range(-3, 4))
 
@@ -33,7 +36,11 @@ class Standardised:
     @classmethod
     def of(cls, states: Doubles) -> "Standardised":
         deviation = states.std(axis=0)
-        mean, scale = states.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
+        mean = states.mean(axis=0)
+        # What rounding makes of a constant would be read as if it were a feature, and lost again where the probe is
+        # served: states are float32.
+        varies = deviation > np.maximum(ROUNDING * np.abs(mean), TINY)
+        scale = np.where(varies, deviation, 1.0)
         x = (states - mean) / scale
         if len(x) >= x.shape[1]:
             return cls(mean, scale, None, x)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from patchclamp_server.analysis.activations import collect
 from patchclamp_server.analysis.corpora.windows import windows
-from patchclamp_server.analysis.neurons.localize.holdout import Relabelled, held_out
+from patchclamp_server.analysis.neurons.localize.holdout import Relabelled, held_out, of_documents_run
 from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.analysis.probes.fitting import Examples
 from patchclamp_server.analysis.progress import Progress
@@ -92,6 +92,8 @@ async def labelled_states(
     tokens = 0
     async with aclosing(windows(corpus, prompts, source.window_tokens)) as found:
         async for window in found:
+            if window.is_left_over:
+                continue
             _check_scope(capture, window.tokens, f"document {corpus.documents[window.document]}")
             texts.append(window.tokens)
             documents.append(window.document)
@@ -101,9 +103,9 @@ async def labelled_states(
                 raise InvalidArgument(FIELD, f"{has}; name fewer layers, or set max_tokens")
             if source.max_tokens and tokens >= source.max_tokens:
                 break
-    # Of the documents that are run, which `max_tokens` may end.
-    labels = corpus.document_labels[: documents[-1] + 1 if documents else 0]
-    dealt = _dealt(labels if numbers is None else np.zeros_like(labels), fraction, seed)
+    labels = of_documents_run(corpus.document_labels, documents)
+    kinds = labels if numbers is None else np.where(labels == UNLABELLED, UNLABELLED, 0)
+    dealt = _dealt(kinds, fraction, seed)
     _check(labels, dealt, corpus.labels, is_number=numbers is not None)
     document_of = np.array(documents, dtype=np.int64)
     classes = labels[document_of]
@@ -135,7 +137,7 @@ def _dealt(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.
 def _check(labels: NDArray[np.int64], parts: NDArray[np.int64], names: tuple[str, ...], *, is_number: bool) -> None:
     if not is_number and len(names) < 2:
         raise InvalidArgument(FIELD, f"expected texts of two labels at least, got {len(names)}")
-    kinds = [("all labels", np.ones(len(labels), dtype=np.bool_), LEAST_NUMBERS)]
+    kinds = [("all labels", labels != UNLABELLED, LEAST_NUMBERS)]
     if not is_number:
         kinds = [(f"the label {name!r:.80}", labels == i, LEAST) for i, name in enumerate(names)]
     for name, own, least in kinds:

@@ -21,7 +21,6 @@ magic, version u32, tensor count u64, key count u64, keys, tensor entries, paddi
 
 import re
 import struct
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -35,6 +34,7 @@ import torch
 from patchclamp_server.artifacts.formats.base import ALONE, Beside, CannotExpress, Decoded, MalformedFile
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.files import Spool, spool_directory
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import Site
 
@@ -125,7 +125,7 @@ def encode(artifact: Artifact, model: ModelInfo | None = None) -> bytes:
         raise CannotExpress(
             "llama.cpp control vectors start at layer 1 and this vector has layer 0: choose layers from 1 on (--layers)"
         )
-    with tempfile.TemporaryDirectory(prefix="patchclamp-") as directory:
+    with spool_directory(Spool.GGUF) as directory:
         path = Path(directory) / "vector.gguf"
         writer = gguf.GGUFWriter(path, ARCHITECTURE)
         architecture = model.architecture if model is not None else ""

@@ -64,7 +64,11 @@ def _unpack(path: Path, target: Path) -> set[str]:
     """Writes the arrays as a safetensors file. Returns the names of the matrices that are in Fortran's order."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {_name(member.filename): member for member in archive.infolist()}
+            members: dict[str, zipfile.ZipInfo] = {}
+            for member in archive.infolist():
+                if (name := _name(member.filename)) in members:
+                    raise MalformedFile(f"{name!r:.200} is there twice, with a small or a capital letter")
+                members[name] = member
             if set(members) != set(NAMES.values()):
                 raise MalformedFile(
                     f"params.npz of Gemma Scope holds {', '.join(NAMES.values())}, not {', '.join(members)[:200]}"

@@ -1,14 +1,14 @@
 """Uploads are bounded in how large they are, how many bytes arrive at once, and how slowly.
 
 An upload takes the bytes that it announces when it begins, and gives them back when it has been stored, refused or
-abandoned. They are bytes of temporary files, and then of tensors that are checked; a client that announces much and
-sends little holds them for at most `seconds_for`. Kinds that are never whole in memory take bytes of disk alone, which
+abandoned. They are bytes of temporary files, and then of tensors that are checked; a client that announces much has to
+send it too, and is refused once it is behind. Kinds that are never whole in memory take bytes of disk alone, which
 are counted apart.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -23,8 +23,8 @@ LAST_WEIGHT = 0.3
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """`idle_seconds` is the longest wait for the next chunk. A whole file may take that long besides what it takes at
-    `bytes_per_second`."""
+    """`idle_seconds` is the longest wait for the next chunk, and how far a file may be behind what `bytes_per_second`
+    would have brought."""
 
     max_bytes: int = 256 * 1024 * 1024
     max_concurrent_bytes: int = 1024 * 1024 * 1024
@@ -40,9 +40,6 @@ class UploadLimits:
     def of_rows(self) -> "UploadLimits":
         """Returns the limits of kinds that are never whole in memory."""
         return replace(self, max_bytes=self.max_row_bytes, max_concurrent_bytes=self.max_row_bytes)
-
-    def seconds_for(self, size: int) -> float:
-        return self.idle_seconds + size / self.bytes_per_second
 
 
 class UploadSpace:
@@ -68,24 +65,27 @@ class UploadSpace:
             self.bytes -= size
             self._seconds += LAST_WEIGHT * (time.monotonic() - started - self._seconds)
 
-    async def in_time(self, messages: AsyncIterator[M], size: int) -> AsyncIterator[M]:
-        """Yields the messages while they come fast enough. Raises DeadlineExceeded when they do not."""
-        limits = self.limits
-        end = time.monotonic() + limits.seconds_for(size)
+    async def in_time(self, messages: AsyncIterator[M], size_of: Callable[[M], int]) -> AsyncIterator[M]:
+        """Yields the messages while they come fast enough, by the bytes of each. Raises DeadlineExceeded when they do
+        not: bytes that nobody sends would keep others out."""
+        limits, received = self.limits, 0
+        started = last = time.monotonic()
         while True:
-            left = end - time.monotonic()
+            due = started + received / limits.bytes_per_second
             try:
-                async with asyncio.timeout(max(0.0, min(left, limits.idle_seconds))):
+                async with asyncio.timeout(max(0.0, min(due, last) + limits.idle_seconds - time.monotonic())):
                     message = await anext(messages, None)
             except TimeoutError:
-                if left < limits.idle_seconds:
-                    why = f"{size} bytes have not come in {limits.seconds_for(size):.0f} s"
-                else:
-                    why = f"nothing came for {limits.idle_seconds:g} s"
+                why = f"nothing came for {limits.idle_seconds:g} s"
+                if due < last:
+                    took = time.monotonic() - started
+                    why = f"{received} bytes in {took:.0f} s; expected {limits.bytes_per_second:g} in a second"
                 raise DeadlineExceeded("chunk", why) from None
             if message is None:
                 return
+            received += size_of(message)
             yield message
+            last = time.monotonic()
 
     def _retry_after(self) -> float:
         """Returns the seconds after which an upload that has just begun is over, if it is like those before."""

@@ -66,7 +66,7 @@ def decode_calibration(
     application = _application(request)
     layers = _layers(request.layers, vector)
     for layer in layers:
-        if not float(vector.direction(layer).norm()) > 0.0:
+        if not float(vector.direction(layer).float().norm()) > 0.0:
             raise InvalidArgument("vector", f"is zero at layer {layer}, and does nothing there at any strength")
     strengths = _strengths(request.strengths, application)
     if len(layers) * len(strengths) > MAX_CELLS:

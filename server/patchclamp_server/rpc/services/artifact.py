@@ -1,11 +1,7 @@
 """ArtifactService: uploads checked against the served model, downloads in any format, tags and listings."""
 
 import asyncio
-import shutil
-import tempfile
-import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +29,7 @@ from patchclamp_server.artifacts.types import (
     Tags,
 )
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument, about, below, fields_as, within
+from patchclamp_server.files import Spool, spool_directory, sweep_spools
 from patchclamp_server.interventions.field_checks import count, distinct
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.sites import PUBLIC_SITES, Site
@@ -53,7 +50,6 @@ from patchclamp_server.sparsity.binder import policy_of
 CHUNK_BYTES = 1024 * 1024
 # Fields of UploadHeader that some formats take.
 OF_FORMATS = ("config", "tensor_names", "layer_offset")
-SPOOL_PREFIX = "patchclamp-upload-"
 Context = Any
 
 
@@ -65,7 +61,7 @@ class ArtifactService(ArtifactServiceServicer):
         self._model = model_info
         limits = limits or UploadLimits()
         self.uploads, self.row_uploads = UploadSpace(limits), UploadSpace(limits.of_rows())
-        _sweep_spools()
+        sweep_spools(STALE_AFTER.total_seconds())
 
     async def Upload(self, request_iterator: Any, context: Context) -> pb.UploadResponse:
         requests: AsyncIterator[pb.UploadRequest] = aiter(request_iterator)
@@ -83,10 +79,10 @@ class ArtifactService(ArtifactServiceServicer):
         with (
             uploads.taken(size),
             full_disk_is_resource_exhausted("the space for uploads"),
-            tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX) as directory,
+            spool_directory(Spool.UPLOAD) as directory,
         ):
             path = Path(directory) / "file"
-            await _spool(uploads.in_time(requests, size), path, size)
+            await _spool(uploads.in_time(requests, lambda request: len(request.chunk)), path, size)
             info = await asyncio.to_thread(store_file, path)
         return pb.UploadResponse(artifact=encode_artifact(info))
 
@@ -114,7 +110,7 @@ class ArtifactService(ArtifactServiceServicer):
             raise FailedPrecondition("format", f"a {info.kind.value} is not written as {name}")
         with (
             full_disk_is_resource_exhausted("the space for downloads"),
-            tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX) as directory,
+            spool_directory(Spool.UPLOAD) as directory,
         ):
             _, file = await asyncio.to_thread(self._store.open, info.id)
             read: Callable[[int, int], bytes] = file.read
@@ -304,19 +300,6 @@ def _with_labels(header: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]
     """Provenance of a corpus: of both, and the names of labels of the file, where it has any, since its documents have
     their numbers."""
     return {**file, **header, **{name: file[name] for name in ("labels",) if name in file}}
-
-
-def _sweep_spools() -> None:
-    """Removes what uploads left in the temporary directory when their process was killed.
-
-    Chunks come within seconds: a file that was written to an hour ago is nobody's.
-    """
-    for directory in Path(tempfile.gettempdir()).glob(f"{SPOOL_PREFIX}*"):
-        # Others may sweep at the same time, and may own it.
-        with suppress(OSError):
-            written = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
-            if time.time() - written > STALE_AFTER.total_seconds():
-                shutil.rmtree(directory)
 
 
 async def _spool(requests: AsyncIterator[pb.UploadRequest], path: Path, size: int) -> None:

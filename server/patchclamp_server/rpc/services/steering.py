@@ -14,6 +14,7 @@ from patchclamp_server.analysis.steering.concept_circuit.job import find_concept
 from patchclamp_server.analysis.steering.detection.job import detect
 from patchclamp_server.analysis.steering.run import run
 from patchclamp_server.analysis.subspaces.job import find_subspace
+from patchclamp_server.interventions.safe_strengths import Application
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.calibration import decode_calibration, encode_calibration
 from patchclamp_server.rpc.codecs.concept_circuit import decode_concept_circuit, encode_concept_circuit
@@ -22,8 +23,15 @@ from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 from patchclamp_server.rpc.codecs.steering import decode_extraction, encode_extraction
 from patchclamp_server.rpc.codecs.subspaces import decode_subspace_search, encode_subspace
 
-# The engine says "prompt" of a window that it cannot run.
+# Fields of the request by those that the engine, and programs that are made of it, name. "prompt" is said of a window
+# that cannot run.
 WINDOWS = dict.fromkeys(("prompt", "window_tokens"), "texts.window_tokens")
+CALIBRATION = {
+    "prompt": "prompts",
+    # Of the programs that apply the vector, and random ones of its norm: too strong, or no numbers of float32.
+    "program.edits": "strengths",
+    **{f"program.edits[0].{way.value}.vector.values": "vector" for way in Application},
+}
 
 
 class SteeringService(SteeringServiceServicer):
@@ -53,7 +61,7 @@ class SteeringService(SteeringServiceServicer):
             partial(decode_calibration, request, jobs.prompts, jobs.store, jobs.model),
             partial(calibrate, jobs.engine, jobs.store, jobs.model),
             encode_calibration,
-            fields={"prompt": "prompts"},
+            fields=CALIBRATION,
         )
 
     def DetectConcept(

@@ -5,6 +5,8 @@
 Documents are dealt at random, and not their windows: no text is in both parts.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,14 @@ def held_out(document_labels: NDArray[np.int64], fraction: float, seed: int) -> 
         n = min(max(least, round(fraction * len(places))), len(places) - least)
         found[generator.permutation(places)[:n]] = True
     return found
+
+
+def of_documents_run(document_labels: NDArray[np.int64], run: Sequence[int]) -> NDArray[np.int64]:
+    """Returns the labels of the documents as far as any is run, ascending in `run`: `max_tokens` may end them. Those in
+    between that have no token, and so no window, are UNLABELLED: they are nothing to be held out."""
+    labels = np.full(run[-1] + 1 if len(run) else 0, UNLABELLED, dtype=np.int64)
+    labels[run] = document_labels[run]
+    return labels
 
 
 class Relabelled:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchclamp_server.analysis.activations import collect
 from patchclamp_server.analysis.corpora.windows import windows
-from patchclamp_server.analysis.neurons.localize.holdout import Relabelled, held_out
+from patchclamp_server.analysis.neurons.localize.holdout import Relabelled, held_out, of_documents_run
 from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.artifacts.corpora import UNLABELLED
@@ -108,6 +108,8 @@ async def divided_texts(
     tokens = 0
     async with aclosing(windows(corpus, prompts, source.window_tokens)) as found:
         async for window in found:
+            if window.is_left_over:
+                continue
             texts.append(window.tokens)
             documents.append(window.document)
             tokens += len(window.tokens)
@@ -116,11 +118,11 @@ async def divided_texts(
                 raise InvalidArgument(field, f"{has}; name fewer layers, or set max_tokens")
             if source.max_tokens and tokens >= source.max_tokens:
                 break
-    # Of the documents that are run, which `max_tokens` may end.
-    n = documents[-1] + 1 if documents else 0
-    is_target = corpus.document_labels[:n] == TARGET
-    heldout = held_out(labels[corpus.documents[:n]], compared.fraction, compared.seed)
-    _check(is_target, heldout, compared, source.corpus.labels, field)
+    kinds = of_documents_run(corpus.document_labels, documents)
+    own_labels = of_documents_run(labels[corpus.documents], documents)
+    is_target = kinds == TARGET
+    heldout = held_out(own_labels, compared.fraction, compared.seed)
+    _check(kinds, heldout, compared, source.corpus.labels, field)
     document_of = torch.tensor(documents)
     own_target, own_heldout = (torch.from_numpy(each)[document_of] for each in (is_target, heldout))
     return DividedTexts(texts, document_of, own_target, own_heldout, tokens)
@@ -162,14 +164,14 @@ async def pooled_texts(
 
 
 def _check(
-    is_target: NDArray[np.bool_],
+    kinds: NDArray[np.int64],
     heldout: NDArray[np.bool_],
     compared: Comparison,
     labels: tuple[str, ...],
     field: str,
 ) -> None:
     other = "all other labels" if compared.contrast is None else f"{labels[compared.contrast]!r:.80}"
-    for name, own in ((f"{labels[compared.target]!r:.80}", is_target), (other, ~is_target)):
+    for name, own in ((f"{labels[compared.target]!r:.80}", kinds == TARGET), (other, kinds == OTHER)):
         searched, judged = int((own & ~heldout).sum()), int((own & heldout).sum())
         if searched < compared.documents or judged < 2:
             needs = f"expected at least {compared.documents} to search by and 2 that are held out"

@@ -116,7 +116,7 @@ async def calibrate(
                 else:
                     norms = each
         for layer in job.layers:
-            v = float(job.vector.direction(layer).norm())
+            v = float(job.vector.direction(layer).double().norm())
             strengths[layer] = default_strengths(job.application, v, norms[layer])
 
     points: list[DosePoint] = []

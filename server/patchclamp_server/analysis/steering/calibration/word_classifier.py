@@ -13,7 +13,8 @@ MIN_TEXTS = FOLDS
 
 
 class WordClassifier:
-    """Learns from texts of both kinds, at least MIN_TEXTS of each. ValueError: no text has a word.
+    """Learns from texts of both kinds, at least MIN_TEXTS of each. ValueError: they are fewer, or so few
+    have a word that there is none in all parts of them but one.
 
     `heldout_accuracy`: mean over FOLDS parts of the texts, each judged by what the others taught, both kinds weighed
     alike; 0.5 is chance.
@@ -24,7 +25,13 @@ class WordClassifier:
         if min(labels.sum(), (~labels).sum()) < MIN_TEXTS:
             raise ValueError(f"expected at least {MIN_TEXTS} texts of the target and {MIN_TEXTS} of other labels")
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed % 2**32)
-        scores = cross_val_score(_model(), texts, labels, cv=folds, scoring="balanced_accuracy")
+        try:
+            scores = cross_val_score(
+                _model(), texts, labels, cv=folds, scoring="balanced_accuracy", error_score="raise"
+            )
+        except ValueError as error:
+            message = f"expected texts of words: without a part of 1 in {FOLDS} of them, no word is left"
+            raise ValueError(message) from error
         self.heldout_accuracy = float(scores.mean())
         self._model = _model().fit(texts, labels)
 

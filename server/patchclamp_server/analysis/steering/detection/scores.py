@@ -3,8 +3,9 @@
     last   of the last token that is no attention sink      mean   over tokens but sinks
     max    the largest over all tokens but the first
 
-A text of several windows has the last of its last window, the mean over the tokens of all, and the largest of all. All
-directions of a layer are read in one pass over each window; states stay on the device.
+A text of several windows has the last of its last window, the mean over the tokens of all, and the largest of all; a
+single token that is left over for a window of its own, which would be a sink, is not read. All directions of a layer
+are read in one pass over each window; states stay on the device.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -54,6 +55,8 @@ async def scored_texts(
         tokens = 0
         async with aclosing(windows(source.corpus, prompts, source.window_tokens)) as found:
             async for window in found:
+                if window.is_left_over:
+                    continue
                 reader = _Reader(places, poolings, len(window.tokens))
                 pending.append((window, reader))
                 yield partial(_request, window.tokens, reader.reductions)
