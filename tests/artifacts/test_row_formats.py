@@ -179,6 +179,14 @@ def test_a_transcoder_has_a_second_hook(store: ArtifactStore, tmp_path: Path) ->
     assert (spec.site, spec.output_site, spec.output_layer) == (Site.RESID_MID, Site.MLP_OUT, 2)
 
 
+def test_a_transcoder_that_does_not_say_so_subtracts_nothing(store: ArtifactStore, tmp_path: Path) -> None:
+    config = NEW | {"architecture": "transcoder", "d_out": W}
+    del config["apply_b_dec_to_input"]
+    config["metadata"] = {"hook_name": "blocks.2.hook_resid_mid", "hook_name_out": "blocks.2.hook_mlp_out"}
+    w, x = weights(), torch.randn(5, W)
+    close(from_saelens(store, tmp_path, config, w).encode(x), np.maximum(theirs(x, w, subtract=False), 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_of_16_bits_are_kept(store: ArtifactStore, tmp_path: Path, dtype: torch.dtype) -> None:
     w = {name: tensor.to(dtype) for name, tensor in weights().items()}
