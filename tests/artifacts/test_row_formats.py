@@ -168,6 +168,15 @@ def test_a_finetuned_scale_is_folded_into_the_decoder(store: ArtifactStore, tmp_
     close(autoencoder.decode(f), (f * w["scaling_factor"] @ w["W_dec"] + w["b_dec"]).numpy())
 
 
+def test_a_finetuned_scale_is_kept_where_activations_are_rescaled_as_well(store: ArtifactStore, tmp_path: Path) -> None:
+    w = weights(scaling_factor=torch.rand(F) + 0.5)
+    config = NEW | {"architecture": "topk", "k": 4, "rescale_acts_by_decoder_norm": True}
+    autoencoder = from_saelens(store, tmp_path, config | {"finetuning_scaling_factor": True}, w)
+    f = torch.rand(3, F)
+    expected = f / w["W_dec"].norm(dim=1) * w["scaling_factor"] @ w["W_dec"] + w["b_dec"]
+    close(autoencoder.decode(f), expected.numpy())
+
+
 def test_a_transcoder_has_a_second_hook(store: ArtifactStore, tmp_path: Path) -> None:
     w = weights(W_dec=torch.randn(F, 9), b_dec=torch.randn(9))
     config = NEW | {"architecture": "transcoder", "apply_b_dec_to_input": False, "d_out": 9}

@@ -67,14 +67,6 @@ CALIBRATION = [
         (CALIBRATED + "test_text_that_repeats_more_than_the_bound_ends_the_safe_range",),
     ),
     Mutant(
-        "random-effects-from-0",
-        CALIBRATING + "job",
-        "random[p.strength] - base)",
-        "random[p.strength])",
-        "effects of random vectors are not less that of the unsteered model",
-        (CURVES + "test_effects_of_both_arms_are_less_that_of_the_unsteered_model",),
-    ),
-    Mutant(
         "prompt-wins-where-it-loses",
         CALIBRATING + "job",
         "prompted.effect.mean > reached",
@@ -88,7 +80,7 @@ CALIBRATION = [
         ".view(-1, len(self.prompts), 2).sum(0)",
         ".view(len(self.prompts), -1, 2).sum(1)",
         "prompts are resampled with texts of other prompts among theirs",
-        (CURVES + "test_an_interval_of_several_vectors_is_over_prompts",),
+        (CALIBRATED + "test_random_vectors_count_together_and_intervals_are_over_prompts",),
     ),
     Mutant(
         "scored-a-token-late",
@@ -112,7 +104,7 @@ CALIBRATION = [
         "platt(scores[fits], is_target[fits])",
         "platt(scores[rest], is_target[rest])",
         "probabilities are fitted to the texts that they are reported on",
-        (QUALITY + "test_a_detector_is_calibrated_by_some_texts_and_reported_on_the_others",),
+        (DETECTED + "test_a_detector_is_calibrated_by_some_texts_and_reported_on_the_others",),
     ),
     Mutant(
         "random-directions-turned-by-the-report",
@@ -120,7 +112,7 @@ CALIBRATION = [
         "auroc(each[fits], is_target[fits]) >= 0.5",
         "auroc(each[rest], is_target[rest]) >= 0.5",
         "random directions are turned by the texts that they are reported on, and never below chance",
-        (QUALITY + "test_a_detector_is_calibrated_by_some_texts_and_reported_on_the_others",),
+        (DETECTED + "test_a_detector_is_calibrated_by_some_texts_and_reported_on_the_others",),
     ),
     Mutant(
         "base-rate-of-the-report",
@@ -128,7 +120,7 @@ CALIBRATION = [
         "base = float(is_target[fits].mean())",
         "base = float(is_target[rest].mean())",
         "the base rate knows the texts that it is compared on",
-        (QUALITY + "test_a_detector_is_calibrated_by_some_texts_and_reported_on_the_others",),
+        (DETECTED + "test_a_detector_is_calibrated_by_some_texts_and_reported_on_the_others",),
     ),
     Mutant(
         "column-of-the-first-vector",

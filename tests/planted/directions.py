@@ -7,6 +7,7 @@ CIRCUIT = STEERING + "concept_circuit."
 SUBSPACES = "patchclamp_server.analysis.subspaces."
 METHODS = "analysis/steering/test_extraction_methods.py::"
 INPUTS = "analysis/steering/test_extraction_inputs.py::"
+JUDGED = "analysis/steering/test_demonstrated_vectors.py::"
 DEMONSTRATED = "analysis/steering/test_demonstrations.py::"
 FOUND = "analysis/steering/test_concept_circuit.py::"
 NAIVE = FOUND + "test_all_that_is_found_equals_a_naive_computation"
@@ -60,7 +61,7 @@ DIRECTIONS = [
         "torch.stack(states[n : 2 * n]).mean(dim=0)",
         "torch.stack(states[:n]).mean(dim=0)",
         "the control is the task vector itself",
-        (INPUTS + "test_a_task_vector_and_its_control_are_judged_by_what_is_said_once_they_replace_the_state",),
+        (JUDGED + "test_a_task_vector_and_its_control_are_judged_by_what_is_said_once_they_replace_the_state",),
     ),
     Mutant(
         "norm-of-the-demonstrated",
@@ -68,7 +69,7 @@ DIRECTIONS = [
         "activation_norms = norms(states[2 * n :])",
         "activation_norms = norms(states[:n])",
         "the norm to compare with is of the prompts that the vector is made of",
-        (INPUTS + "test_a_task_vector_and_its_control_are_judged_by_what_is_said_once_they_replace_the_state",),
+        (JUDGED + "test_a_task_vector_and_its_control_are_judged_by_what_is_said_once_they_replace_the_state",),
     ),
     Mutant(
         "unedited-with-demonstrations",
@@ -76,7 +77,7 @@ DIRECTIONS = [
         '"unedited": await accuracy(engine, prompts.asked, prompts.answers, None)',
         '"unedited": await accuracy(engine, prompts.shown, prompts.answers, None)',
         "the baseline without an edit is that of demonstrations",
-        (INPUTS + "test_a_task_vector_and_its_control_are_judged_by_what_is_said_once_they_replace_the_state",),
+        (JUDGED + "test_a_task_vector_and_its_control_are_judged_by_what_is_said_once_they_replace_the_state",),
     ),
     Mutant(
         "words-without-demonstrations",
@@ -84,7 +85,7 @@ DIRECTIONS = [
         "nearest_accuracy(sets[0][:, row], sets[1][:, row])",
         "nearest_accuracy(sets[0][:, row], sets[3][:, row])",
         "definitions after demonstrations are compared with bare words",
-        (INPUTS + "test_a_definition_vector_is_judged_by_its_nearest_words_with_and_without_demonstrations",),
+        (JUDGED + "test_a_definition_vector_is_judged_by_its_nearest_words_with_and_without_demonstrations",),
     ),
     Mutant(
         "held-out-definitions-shown",
@@ -218,7 +219,7 @@ DIRECTIONS = [
         "chosen += [examples.kept[i] for i in numbers]",
         "chosen += [examples.training[i] for i in numbers if i < n]",
         "pairs that are to keep their answers are not trained on",
-        (ALIGNED + "test_kept_pairs_are_trained_on_and_reported",),
+        (ALIGNED + "test_pairs_that_keep_their_answers_take_part_in_every_step",),
     ),
     Mutant(
         "sources-of-other-pairs",
@@ -250,7 +251,7 @@ DIRECTIONS = [
         "best = max(evidence, key=lambda e: e.circularity)",
         "best = min(evidence, key=lambda e: e.circularity)",
         "the layer with the least circular plane is the best",
-        ("rpc/test_find_subspace.py::test_the_best_layer_has_the_most_circular_plane",),
+        ("analysis/subspaces/test_search.py::test_planes_are_those_of_mean_states_and_the_most_circular_is_the_best",),
     ),
     Mutant(
         "circle-run-backwards",

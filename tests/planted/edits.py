@@ -118,6 +118,6 @@ EDITS = [
         "units[end - len(ids) : end]",
         "units[: len(ids)]",
         "in a batch every readout has the values of the first",
-        ("engine/test_activation_readouts.py::test_rows_and_units_of_a_mixed_batch_in_chunks[llama-operators]",),
+        ("engine/test_activation_readouts.py::test_requests_of_a_batch_read_their_own_units_of_one_place[operators]",),
     ),
 ]

@@ -12,7 +12,6 @@ AUTOENCODER = "artifacts/test_autoencoders.py::"
 IMPORTED = "artifacts/test_row_formats.py::"
 ORACLE = "engine/test_features.py::"
 FORMULA = ORACLE + "test_an_edit_is_the_formula_of_the_oracle"
-MIXED = ORACLE + "test_a_mixed_batch_is_served_as_the_oracle_says[operators]"
 
 FEATURES = [
     Mutant(
@@ -85,10 +84,7 @@ FEATURES = [
         "(self.bias.double() - self.encoder.double() @ self.subtracted.double())",
         "(self.bias.double() + self.encoder.double() @ self.subtracted.double())",
         "what is subtracted from the input is added where it is folded into the bias",
-        (
-            AUTOENCODER
-            + "test_rows_of_chosen_features_come_in_their_order_with_the_bias_that_holds_what_is_subtracted",
-        ),
+        (AUTOENCODER + "test_rows_of_chosen_features_come_in_their_order_with_the_bias_that_holds_what_is_subtracted",),
     ),
     Mutant(
         "k-of-each-block",
@@ -123,6 +119,14 @@ FEATURES = [
         (IMPORTED + "test_activations_rescaled_by_the_norm_of_the_decoder_are_folded_in",),
     ),
     Mutant(
+        "finetuned-scale-forgotten",
+        IMPORTERS + "saelens",
+        "1.0 / norms if finetuned is None else finetuned / norms",
+        "1.0 / norms",
+        "a finetuned scale is dropped where activations are rescaled by the norms of the decoder",
+        (IMPORTED + "test_a_finetuned_scale_is_kept_where_activations_are_rescaled_as_well",),
+    ),
+    Mutant(
         "order-of-c",
         IMPORTERS + "gemma_scope",
         'transposed=(name == "encoder") is not (NAMES[name] in transposed)',
@@ -139,20 +143,12 @@ FEATURES = [
         (FORMULA,),
     ),
     Mutant(
-        "padding-changes",
-        KINDS + "feature_rules",
-        "change = torch.where(self.padding, 0.0, goal - f)",
-        "change = goal - f",
-        "an edit of few features writes beside one of many",
-        ("engine/test_features.py::test_the_padding_of_a_short_edit_writes_nothing",),
-    ),
-    Mutant(
         "jumps-of-other-requests",
         KINDS + "feature_rules",
         "torch.where(p <= self._entries.each(self.jump), 0.0, p)",
         "torch.where(p <= self.jump[:1], 0.0, p)",
         "in a batch all features have the thresholds of the first edit",
-        (MIXED,),
+        (ORACLE + "test_edits_at_one_place_keep_their_own_features_and_thresholds_in_a_batch[operators]",),
     ),
     Mutant(
         "transcoder-read-where-it-writes",

@@ -20,6 +20,14 @@ PROBES = [
         (METHODS + "test_the_online_code_is_the_sum_of_its_blocks",),
     ),
     Mutant(
+        "windows-tell-their-document",
+        TRAINING + "code_length",
+        "np.unique(examples.documents, return_inverse=True)",
+        "np.unique(np.arange(len(examples)), return_inverse=True)",
+        "windows of one document are sent apart, and random labels of documents get short",
+        (METHODS + "test_windows_of_one_document_do_not_tell_each_others_labels",),
+    ),
+    Mutant(
         "folds-of-windows",
         TRAINING + "fitting",
         "documents, first = np.unique(examples.documents, return_index=True)",
@@ -34,7 +42,7 @@ PROBES = [
         "x = (states - self.mean) / self.scale\n        found",
         "x = (states - states.mean(axis=0)) / self.scale\n        found",
         "states that are judged are centred by their own mean",
-        (METHODS + "test_features_scaled_10_to_1_have_variance_shares_of_100_to_1_and_are_read_equally_well",),
+        (METHODS + "test_other_states_are_standardised_as_the_training_texts_are",),
     ),
     Mutant(
         "calibrated-by-the-training-texts",
@@ -122,7 +130,7 @@ PROBES = [
         "projection = (level - score.bias) / float(length)",
         "projection = (level + score.bias) / float(length)",
         "the bias of a probe moves its threshold the other way",
-        (SERVED + "test_a_stream_ends_where_the_probability_crosses_the_threshold",),
+        (SERVED + "test_the_projection_of_a_condition_is_where_the_probability_is_the_threshold",),
     ),
     Mutant(
         "below-is-above",

@@ -65,7 +65,7 @@ READING = [
         "own = self._is_chosen[place.start : place.start + len(rows)]",
         "own = self._is_chosen[: len(rows)]",
         "in a chunked prompt the scope of the first chunk chooses tokens of all of them",
-        (READ + "test_only_tokens_in_scope_are_read",),
+        (REDUCED + "test_chosen_tokens_are_given_on_however_their_text_is_cut",),
     ),
     Mutant(
         "largest-row-of-the-chunk",
@@ -137,9 +137,7 @@ READING = [
         "if self.direction is Direction.RESTORE else (pair.corrupt, pair.clean)",
         "if self.direction is Direction.CORRUPT else (pair.corrupt, pair.clean)",
         "both directions are exchanged",
-        (
-            PATCHED + "test_prompts_go_from_clean_to_corrupt_or_back",
-        ),
+        (PATCHED + "test_prompts_go_from_clean_to_corrupt_or_back",),
     ),
     Mutant(
         "mean-of-the-ratios",

@@ -181,6 +181,16 @@ def test_the_online_code_is_the_sum_of_its_blocks() -> None:
     assert ratio == pytest.approx(bits / 40, abs=1e-4)
 
 
+def test_windows_of_one_document_do_not_tell_each_others_labels() -> None:
+    """What tells documents apart makes labels short that were learnt of some windows of each, and no others."""
+    generator = np.random.default_rng(0)
+    documents = generator.permutation(np.repeat(np.arange(24), 5))
+    x = generator.normal(size=(24, 40))[documents] + 0.01 * generator.normal(size=(120, 40))
+    y = (generator.permutation(np.arange(24)) % 2)[documents].astype(np.float64)
+    assert code_length_ratio(logistic, x, Examples(y, np.arange(120), 2), 10.0, 0) < 0.7
+    assert code_length_ratio(logistic, x, Examples(y, documents, 2), 10.0, 0) > 0.9
+
+
 @pytest.mark.parametrize("name", ["logistic", "prototype"])
 def test_random_labels_have_a_code_length_of_about_1_and_no_accuracy_above_the_base_rate(name: str) -> None:
     generator = np.random.default_rng(1)

@@ -4,7 +4,8 @@
     ratio = L / (n log2 K)
 
 n_i doubles up to n. 1 means that nothing was learnt that holds for the next texts, as with random labels; what a probe
-learns late, from many texts, costs more than what it learns from few. Source: Voita & Titov 2020, Information-Theoretic
+learns late, from many texts, costs more than what it learns from few. No document is cut: its windows are sent
+together, since one would tell the label of the others. Source: Voita & Titov 2020, Information-Theoretic
 Probing with Minimum Description Length, §3.2.
 """
 
@@ -19,16 +20,20 @@ LEAST_TEXTS = 8
 
 
 def code_length_ratio(method: Method, z: Doubles, examples: Examples, strength: float, seed: int) -> float:
-    """Returns the ratio for inputs z [n, k] in a random order, at the strength of the probe. The first texts, until
-    each class has come, are sent by the uniform code."""
-    order = np.random.default_rng(seed).permutation(len(examples))
+    """Returns the ratio for inputs z [n, k], their documents in a random order, at the strength of the probe. The first
+    texts, until each class has come, are sent by the uniform code."""
+    documents, of = np.unique(examples.documents, return_inverse=True)
+    place = np.empty(len(documents), dtype=np.int64)
+    place[np.random.default_rng(seed).permutation(len(documents))] = np.arange(len(documents))
+    order = np.argsort(place[of], kind="stable")
     x, y, n_classes = z[order], examples.y[order], examples.n_classes
     all_came = 1 + max(int(np.flatnonzero(y == k)[0]) for k in range(n_classes))
     n = len(y)
     first = max(all_came, LEAST_TEXTS)
+    begins = np.append(0, 1 + np.flatnonzero(np.diff(of[order])))
     ends = [n]
-    while ends[-1] // 2 >= first:
-        ends.append(ends[-1] // 2)
+    while (half := int(begins[begins <= ends[-1] // 2][-1])) >= first:
+        ends.append(half)
     ends.reverse()
     total = ends[0] * np.log(n_classes)
     for start, end in pairwise(ends):
