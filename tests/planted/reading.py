@@ -17,7 +17,7 @@ READING = [
         "total += pooled.tokens[:, None] * pooled.values\n            tokens += pooled.tokens",
         "total += pooled.values\n            tokens += 1",
         "windows of few tokens count as much as long ones",
-        ("analysis/heads/test_edit_evaluation.py",),
+        ("analysis/heads/test_edit_evaluation.py::test_mean_outputs_are_those_of_the_output_projections_input",),
     ),
     Mutant(
         "special-tokens-of-later-windows",

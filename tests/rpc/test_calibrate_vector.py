@@ -366,20 +366,12 @@ def test_text_beyond_a_bound_ends_the_safe_range(stub: SteeringServiceStub) -> N
 
 
 def test_text_that_repeats_more_than_the_bound_ends_the_safe_range(stub: SteeringServiceStub) -> None:
-    fields: dict[str, Any] = {
-        "strengths": [-200.0, -0.5, 0.5, 200.0],
-        "max_perplexity_ratio": 1e200,
-        "random_vectors": 1,
-    }
-    first = calibrated(stub, max_tokens=24, **fields)
-    repeated = {s: point(first, VECTOR, s).repetition.mean for s in fields["strengths"]}
-    bound = (min(repeated.values()) + max(repeated.values())) / 2
-    [found] = calibrated(stub, max_tokens=24, max_repetition=bound, **fields).safe
-    expected = [
-        0.0 if repeated[near] > bound else near if repeated[far] > bound else far
-        for near, far in ((-0.5, -200.0), (0.5, 200.0))
-    ]
-    assert [found.low, found.high] == expected != [-200.0, 200.0]
+    """The model says one letter 24 times, so that 20 of 21 4-grams came before."""
+    fields: dict[str, Any] = {"strengths": [-0.5, 0.5], "max_tokens": 24, "random_vectors": 1}
+    for bound, expected in ((0.94, (0.0, 0.0)), (0.96, (-0.5, 0.5))):
+        result = calibrated(stub, max_repetition=bound, max_perplexity_ratio=1e200, **fields)
+        assert [point(result, VECTOR, s).repetition.mean for s in (-0.5, 0.5)] == pytest.approx([20 / 21] * 2)
+        assert [(each.low, each.high) for each in result.safe] == [expected]
 
 
 def test_without_strengths_the_change_is_a_tenth_to_twice_the_norm(
