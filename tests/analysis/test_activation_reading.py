@@ -296,13 +296,19 @@ async def test_parts_of_rows_fit_a_message(
 ) -> None:
     monkeypatch.setattr(job_module, "MAX_MESSAGE_BYTES", 1000)
     monkeypatch.setattr(job_module, "BATCH_BYTES", 20_000)
-    events = await events_of(engine, store, reading(prompts(30, 2, 9), reduce=Reduce.NONE))
+    source = prompts(30, 2, 9)
+    events = await events_of(engine, store, reading(source, reduce=Reduce.NONE))
     parts = [event for event in events if isinstance(event, RowsOfPlace)]
     assert max(part.values.nbytes for part in parts) <= 1000
     for place in {(part.site, part.layer) for part in parts}:
         own = [part for part in parts if (part.site, part.layer) == place]
-        order = [pair for part in own for pair in zip(part.texts.tolist(), part.positions.tolist(), strict=True)]
-        assert order == [(text, position) for text, n in enumerate((30, 2, 9)) for position in range(n)]
+        indices = ("texts", "positions", "token_ids", "lengths")
+        order = [row for part in own for row in zip(*(getattr(part, name).tolist() for name in indices), strict=True)]
+        assert order == [
+            (text, position, token, len(prompt.ids))
+            for text, prompt in enumerate(source)
+            for position, token in enumerate(prompt.ids)
+        ]
 
 
 async def test_while_nobody_takes_rows_no_further_text_is_run(

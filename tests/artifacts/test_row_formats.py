@@ -168,6 +168,15 @@ def test_a_finetuned_scale_is_folded_into_the_decoder(store: ArtifactStore, tmp_
     close(autoencoder.decode(f), (f * w["scaling_factor"] @ w["W_dec"] + w["b_dec"]).numpy())
 
 
+def test_a_finetuned_scale_is_kept_where_activations_are_rescaled_as_well(store: ArtifactStore, tmp_path: Path) -> None:
+    w = weights(scaling_factor=torch.rand(F) + 0.5)
+    config = NEW | {"architecture": "topk", "k": 4, "rescale_acts_by_decoder_norm": True}
+    autoencoder = from_saelens(store, tmp_path, config | {"finetuning_scaling_factor": True}, w)
+    f = torch.rand(3, F)
+    expected = f / w["W_dec"].norm(dim=1) * w["scaling_factor"] @ w["W_dec"] + w["b_dec"]
+    close(autoencoder.decode(f), expected.numpy())
+
+
 def test_a_transcoder_has_a_second_hook(store: ArtifactStore, tmp_path: Path) -> None:
     w = weights(W_dec=torch.randn(F, 9), b_dec=torch.randn(9))
     config = NEW | {"architecture": "transcoder", "apply_b_dec_to_input": False, "d_out": 9}
@@ -177,6 +186,14 @@ def test_a_transcoder_has_a_second_hook(store: ArtifactStore, tmp_path: Path) ->
     close(autoencoder.encode(x), np.maximum(theirs(x, w, subtract=False), 0))
     spec = autoencoder.spec
     assert (spec.site, spec.output_site, spec.output_layer) == (Site.RESID_MID, Site.MLP_OUT, 2)
+
+
+def test_a_transcoder_that_does_not_say_so_subtracts_nothing(store: ArtifactStore, tmp_path: Path) -> None:
+    config = NEW | {"architecture": "transcoder", "d_out": W}
+    del config["apply_b_dec_to_input"]
+    config["metadata"] = {"hook_name": "blocks.2.hook_resid_mid", "hook_name_out": "blocks.2.hook_mlp_out"}
+    w, x = weights(), torch.randn(5, W)
+    close(from_saelens(store, tmp_path, config, w).encode(x), np.maximum(theirs(x, w, subtract=False), 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

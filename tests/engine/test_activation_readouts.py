@@ -64,6 +64,21 @@ def test_rows_and_units_of_a_mixed_batch_in_chunks(family: str, kernels: bool) -
             assert_same(family, job, outcome)
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["operators", "kernels"])
+def test_requests_of_a_batch_read_their_own_units_of_one_place(kernels: bool) -> None:
+    asked = [
+        Job(
+            prompt(f"own units {i}", 9 + i),
+            Program(readouts=(Readout(ActivationReadout(units), Site.RESID_POST, "units", layers=(1,)),)),
+            max_tokens=3,
+        )
+        for i, units in enumerate([(3, 0, 7), (), (5,), (1, 2)])
+    ]
+    with Bench("llama", config(kernels=kernels)) as bench:
+        for job, outcome in zip(asked, bench.run(asked), strict=True):
+            assert_same("llama", job, outcome)
+
+
 def test_a_prompt_from_the_prefix_cache_gives_the_rows_in_scope() -> None:
     s = shapes("llama")
     read = Readout(ActivationReadout(), Site.MLP_OUT, "rows", layers=(0,), scope=Scope())

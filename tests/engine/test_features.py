@@ -161,6 +161,21 @@ def test_a_mixed_batch_is_served_as_the_oracle_says(store: ArtifactStore, config
             assert_same("llama", asked, outcome)
 
 
+def test_edits_at_one_place_keep_their_own_features_and_thresholds_in_a_batch(
+    store: ArtifactStore, config: EngineConfig
+) -> None:
+    refs = [put_autoencoder(store, "llama", Site.RESID_POST, LAYER, "jumprelu", seed=seed) for seed in "ab"]
+    kinds = [
+        FeatureEdit(refs[0], (5, 31, 2), NeuronOp.SCALE, (2.0,)),
+        FeatureEdit(refs[1], (12,), NeuronOp.CLAMP, min=0.3),
+        FeatureEdit(refs[0], (0, 8, 17, 25, 33), NeuronOp.SET, (0.5, 0.1, 0.9, 0.0, 0.4)),
+    ]
+    jobs = [job(f"own features {i}", program(kind), store) for i, kind in enumerate(kinds)]
+    with Bench("llama", config) as bench:
+        for asked, outcome in zip(jobs, bench.run(jobs), strict=True):
+            assert_same("llama", asked, outcome)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_tokens_per_step": 5}, {"kv_cache_tokens": 17 * 4}],

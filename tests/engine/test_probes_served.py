@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import Bench, Job, assert_same, loaded, truth
+from oracle_formulas import probe_values
 from probe_artifacts import FAMILY, LABELS, SHAPES, probe_tensors, put
 from programs import GENERATED, edit, mixed, prompt
 
 from patchclamp.v1 import program_pb2 as pb
+from patchclamp_server.artifacts.probes import stored_probe
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.engine.config import EngineConfig
@@ -130,6 +132,21 @@ def test_a_stream_ends_where_the_probability_crosses_the_threshold(
 
 
 PROMPT = prompt("abort by a probe", 10)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["one layer", "prototype", "neurons", "number"])
+def test_the_projection_of_a_condition_is_where_the_probability_is_the_threshold(
+    store: ArtifactStore, probes: dict[str, str], name: str, threshold: float
+) -> None:
+    condition = bind(gated(probes[name], threshold=threshold), loaded(FAMILY).info, store).aborts[0].condition
+    # Of the states with this projection, one that also has a part across the vector.
+    unit = condition.unit.double()
+    across = torch.linspace(-1, 1, len(unit), dtype=torch.float64)
+    h = condition.threshold * unit + across - (across @ unit) * unit
+    stored = store.get(probes[name])
+    [layer] = stored_probe(stored).layers
+    assert probe_values(stored, {layer: h}, all_classes=False) == [pytest.approx(threshold, abs=1e-5)]
 
 
 def refused(store: ArtifactStore, program: Program) -> RequestError:

@@ -12,19 +12,25 @@ from torch import Tensor
 from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.reducers.chosen_tokens import ChosenTokens
 from patchclamp_server.engine.reducers.covariance import Covariance
 from patchclamp_server.engine.reducers.histogram import Histogram
 from patchclamp_server.engine.reducers.joint_counts import JointCounts
+from patchclamp_server.engine.reducers.kept_rows import KeptRows
+from patchclamp_server.engine.reducers.largest_rows import LargestRows
 from patchclamp_server.engine.reducers.ordinary_sums import OrdinarySums
 from patchclamp_server.engine.reducers.per_label import PerLabel
+from patchclamp_server.engine.reducers.pooled_text import PooledText
 from patchclamp_server.engine.reducers.reducer import Place, Reducer, Rows
 from patchclamp_server.engine.reducers.sample import Sample
+from patchclamp_server.engine.reducers.scoped_means import ScopedMeans
 from patchclamp_server.engine.reducers.sums import Sums
 from patchclamp_server.engine.reducers.token_norms import TokenNorms
 from patchclamp_server.engine.reducers.top_k import NOWHERE, TopK
 from patchclamp_server.engine.reducers.weighted_means import WeightedMeans
 from patchclamp_server.engine.request import Event, Failed, Finished, Priority, Reduction, Request, StopParams
 from patchclamp_server.interventions.bind import bind
+from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.interventions.program import AddVector, Edit, Program, Vector
 from patchclamp_server.model.sites import Site
 
@@ -155,6 +161,47 @@ def test_norms_are_those_of_every_token_of_each_text() -> None:
     given(reducer, rows)
     for i, text in enumerate(rows):
         torch.testing.assert_close(reducer.of(2, i), 2 * text.norm(dim=1))
+
+
+def test_chosen_tokens_are_given_on_however_their_text_is_cut() -> None:
+    [rows] = texts(11)
+    chosen, kept = np.isin(np.arange(11), (0, 4, 5, 10)), KeptRows(LAYERS)
+    given(ChosenTokens(chosen, kept), [rows])
+    assert torch.equal(kept.rows(2), 2 * rows[torch.from_numpy(chosen)])
+
+
+def test_the_largest_of_a_text_is_numbered_among_all_its_rows() -> None:
+    [rows] = texts(11)
+    reducer = LargestRows(LAYERS)
+    given(reducer, [rows])
+    values, at = reducer.largest(2)
+    assert torch.equal(values, 2 * rows.max(0).values)
+    assert torch.equal(at, rows.max(0).indices)
+
+
+def test_means_by_label_take_each_text_alike_over_its_chosen_tokens() -> None:
+    rows, labels = texts(7, 1, 12, mean=2.0), (1, 0, 1)
+    chosen = [np.arange(len(text)) % 3 != 1 for text in rows]
+    reducer = ScopedMeans(LAYERS, chosen, labels)
+    given(reducer, rows)
+    means = [text[torch.from_numpy(mask)].double().mean(0) for text, mask in zip(rows, chosen, strict=True)]
+    expected = torch.stack((means[1], (means[0] + means[2]) / 2))
+    torch.testing.assert_close(reducer.means(0), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_text_is_pooled_the_same_however_it_is_cut() -> None:
+    [rows] = texts(11)
+    for chunk in (3, 11):
+        reducer = PooledText(LAYERS, 11, tuple(Pooling), lambda layer, x: x[:, :2] + layer)
+        given(reducer, [rows], chunk)
+        for pooling, values, tokens in (
+            (Pooling.MEAN, 2 * rows[1:, :2].mean(0) + 2, 10),
+            (Pooling.LAST_TOKEN, 2 * rows[-1, :2] + 2, 1),
+            (Pooling.MAX, 2 * rows[1:, :2].max(0).values + 2, 10),
+        ):
+            found, n = reducer.pooled(2, pooling)
+            torch.testing.assert_close(found, values)
+            assert n == tokens
 
 
 def test_every_label_has_a_reducer_of_its_own() -> None:

@@ -239,6 +239,21 @@ def test_patching_heads_leaves_the_other_heads_alone(kernels: bool) -> None:
     torch.testing.assert_close(outcome.logits[0], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["operators", "kernels"])
+def test_patches_of_a_batch_put_their_own_rows_at_their_own_positions(kernels: bool) -> None:
+    jobs = [
+        Job(prompt(f"batch {i}", 9), patching(source_rows(f"batch {i}", WIDTH), positions=positions, units=units), 2)
+        for i, (positions, units) in enumerate(
+            [(((1, 0), (4, 2)), ()), (((4, 1), (-1, 3)), (0, 5, 9)), (((1, 3), (2, 2), (4, 0)), ())]
+        )
+    ]
+    with Bench("llama", replace(CONFIG, kernels=kernels)) as bench:
+        outcomes = bench.run(jobs)
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        want = oracle_logits(tiny_model("llama"), job.prompt, job.program)[-1]
+        torch.testing.assert_close(outcome.logits[0], want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("reuse", [False, True])
 def test_the_receipt_counts_the_rows_that_have_a_source(reuse: bool) -> None:
     program = patching(source_rows("receipt", WIDTH), positions=((1, 0), (5, 2), (-1, 3), (40, 1)), layers=(0, 2))

@@ -26,8 +26,8 @@ ANALYSIS = [
     Mutant(
         "tested-on-what-was-learned",
         "patchclamp_server.analysis.steering.job",
-        "training.at(row), heldout.at(row)",
-        "training.at(row), training.at(row)",
+        "examples.training.at(row), examples.heldout.at(row)",
+        "examples.training.at(row), examples.training.at(row)",
         "held-out accuracy is that of the training pairs",
         ("analysis/steering/test_steering_service.py::test_the_evidence_is_that_of_the_pairs_that_were_held_out",),
     ),

@@ -19,9 +19,12 @@ from patchclamp.v1 import generation_pb2, neuron_pb2, program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
+from patchclamp_server.analysis.neurons.intervals import Items, interval_of
 from patchclamp_server.analysis.steering.calibration.coherence import expectation_adjusted_distinct, repetition
+from patchclamp_server.analysis.steering.calibration.job import random_vectors
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.interventions.pooling import ordinary_tokens
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.sites import Site
 
@@ -131,18 +134,22 @@ def encoded(server: LiveServer, text: str) -> list[int]:
 
 
 @torch.no_grad()
-def projections(model: PreTrainedModel, ids: list[int], start: int, v: Tensor) -> list[float]:
-    """h . v / |v| after block 1, of the tokens from `start` on that are run."""
+def states(model: PreTrainedModel, ids: list[int], layer: int) -> Tensor:
+    """[T, width] after a block."""
     kept: list[Tensor] = []
 
     def keep(_: Any, args: Any, output: Any) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = model.get_submodule("model.layers.1").register_forward_hook(keep)
+    handle = model.get_submodule(f"model.layers.{layer}").register_forward_hook(keep)
     model(torch.tensor([ids]))
     handle.remove()
-    states = kept[0].reshape(len(ids), -1)
-    return [float(h @ v / v.norm()) for h in states[start:-1]]
+    return kept[0].reshape(len(ids), -1)
+
+
+def projections(model: PreTrainedModel, ids: list[int], start: int, v: Tensor, layer: int = 1) -> list[float]:
+    """h . v / |v| after a block, of the tokens from `start` on that are run."""
+    return [float(h @ v / v.norm()) for h in states(model, ids, layer)[start:-1]]
 
 
 def test_every_number_is_that_of_a_naive_loop(
@@ -174,6 +181,48 @@ def test_every_number_is_that_of_a_naive_loop(
         for interval in (found.perplexity, found.divergence, found.effect, found.repetition, found.distinct):
             assert interval.low <= interval.mean * (1 + 1e-9) + 1e-9
             assert interval.high >= interval.mean * (1 - 1e-9) - 1e-9
+
+
+def test_random_vectors_count_together_and_intervals_are_over_prompts(
+    server: LiveServer, stub: SteeringServiceStub, model: PreTrainedModel, vector: dict[int, Tensor]
+) -> None:
+    found = point(calibrated(stub, strengths=[0.5], seed=4), RANDOM, 0.5)
+    x, w = torch.zeros(2, len(PROMPTS), dtype=torch.float64)
+    for v in random_vectors(vector[1], 2, layer=1, seed=4):
+        for i, text in enumerate(PROMPTS):
+            start = encoded(server, text)
+            own = projections(model, start + greedy(model, start, 0.5 * v), len(start), vector[1])
+            x[i] += sum(own)
+            w[i] += len(own)
+    expected = interval_of(Items(x, w), lambda mean: mean, seed=4)
+    assert (found.effect.mean, found.effect.low, found.effect.high) == pytest.approx(
+        (expected.mean, expected.low, expected.high), rel=1e-4, abs=1e-4
+    )
+
+
+def test_the_projection_is_at_the_layer_of_the_best_evidence(
+    server: LiveServer, stub: SteeringServiceStub, model: PreTrainedModel, vector: dict[int, Tensor]
+) -> None:
+    store, info = ArtifactStore(server.server.config.artifacts_url), server.model.info
+    tensors = {f"layer.{layer}": v for layer, v in vector.items()}
+    fields: dict[str, Any] = {"model_fingerprint": info.fingerprint, "site": Site.RESID_POST}
+    made = store.put(ArtifactKind.VECTOR, tensors, evidence={"best_layer": 0}, **fields)
+    result = calibrated(stub, vector=made.id, strengths=[0.5], random_vectors=1)
+    effects = list[float]()
+    for text in PROMPTS:
+        start = encoded(server, text)
+        effects += projections(model, start + greedy(model, start, None), len(start), vector[0], 0)
+    assert point(result, UNSTEERED).effect.mean == pytest.approx(sum(effects) / len(effects), rel=1e-4)
+    assert result.artifact.evidence["calibration"]["add"]["effect"]["layer"] == 0
+
+
+def test_the_prompt_wins_where_it_reaches_more_than_the_knee(stub: SteeringServiceStub) -> None:
+    fields: dict[str, Any] = {"max_perplexity_ratio": 1e200, "random_vectors": 1, "instruction": "Be glad."}
+    never = pb.EffectMeasure(words={"words": ["no such word is ever said"]})
+    for effect, strengths in ((None, [0.001]), (None, [-200.0, 200.0]), (never, [0.5])):
+        result = calibrated(stub, strengths=strengths, effect=effect, **fields)
+        at = point(result, VECTOR, result.strength) if result.strength else point(result, UNSTEERED)
+        assert result.prompt_wins is (point(result, PROMPT).effect.mean > at.effect.mean)
 
 
 def test_the_perplexity_of_the_unsteered_model_is_that_of_score(
@@ -316,15 +365,30 @@ def test_text_beyond_a_bound_ends_the_safe_range(stub: SteeringServiceStub) -> N
     assert [found.low, found.high] == expected != [-4.0, 4.0]
 
 
+def test_text_that_repeats_more_than_the_bound_ends_the_safe_range(stub: SteeringServiceStub) -> None:
+    """The model says one letter 24 times, so that 20 of 21 4-grams came before."""
+    fields: dict[str, Any] = {"strengths": [-0.5, 0.5], "max_tokens": 24, "random_vectors": 1}
+    for bound, expected in ((0.94, (0.0, 0.0)), (0.96, (-0.5, 0.5))):
+        result = calibrated(stub, max_repetition=bound, max_perplexity_ratio=1e200, **fields)
+        assert [point(result, VECTOR, s).repetition.mean for s in (-0.5, 0.5)] == pytest.approx([20 / 21] * 2)
+        assert [(each.low, each.high) for each in result.safe] == [expected]
+
+
 def test_without_strengths_the_change_is_a_tenth_to_twice_the_norm(
-    server: LiveServer, stub: SteeringServiceStub, vector: dict[int, Tensor]
+    server: LiveServer, stub: SteeringServiceStub, model: PreTrainedModel, vector: dict[int, Tensor]
 ) -> None:
-    result = calibrated(stub, strengths=[], layers=[], prompts=[generation_pb2.Prompt(text="It was")], max_tokens=2)
+    texts = ["It", "It was a long day, and nobody came."]
+    prompts = [generation_pb2.Prompt(text=text) for text in texts]
+    result = calibrated(stub, strengths=[], layers=[], prompts=prompts, max_tokens=2)
     assert {p.layer for p in result.points if p.arm == VECTOR} == {0, 1}
     strengths = [p.strength for p in result.points if p.arm == VECTOR and p.layer == 1]
     assert len(strengths) == 8
     assert strengths == sorted(strengths)
-    assert strengths[-1] / strengths[0] == pytest.approx(20.0, rel=1e-2)
+    # The norm is that of all tokens of all prompts, without attention sinks.
+    found = [states(model, encoded(server, text), 1) for text in texts]
+    norm = float(torch.cat([h[ordinary_tokens(h)].norm(dim=1) for h in found]).mean())
+    unit = norm / float(vector[1].norm())
+    assert (strengths[0], strengths[-1]) == pytest.approx((0.1 * unit, 2.0 * unit), rel=1e-2)
 
 
 def test_a_vector_whose_norm_is_beyond_its_own_type_has_default_strengths(

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from patchclamp.v1 import generation_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
+from patchclamp_server.analysis.calibration import platt
+from patchclamp_server.analysis.neurons.localize.holdout import held_out
+from patchclamp_server.analysis.steering.detection.job import RANDOM_DIRECTIONS
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.model.load import load_model
@@ -75,18 +78,22 @@ def detected(stub: SteeringServiceStub, **fields: Any) -> tuple[list[pb.Detected
 
 
 @torch.no_grad()
-def pooled(server: LiveServer, model: PreTrainedModel, text: str, v: Tensor, layer: int) -> dict[int, float]:
-    """Projections of a text, without attention sinks (interventions/pooling.py)."""
+def states(server: LiveServer, model: PreTrainedModel, text: str, layer: int) -> tuple[Tensor, Tensor]:
+    """States of all tokens of a text but the first, and which are no attention sinks (interventions/pooling.py)."""
     kept: list[Tensor] = []
     module = model.get_submodule(f"model.layers.{layer}")
     handle = module.register_forward_hook(lambda _, args, out: kept.append(out[0] if isinstance(out, tuple) else out))
     ids = server.model.tokenizer.encode(text)
     model(torch.tensor([ids]))
     handle.remove()
-    states = kept[0].reshape(len(ids), -1)[1:]
-    norms = states.norm(dim=1)
-    ordinary = norms <= 3.0 * norms.median()
-    values = states @ v / v.norm()
+    found = kept[0].reshape(len(ids), -1)[1:]
+    norms = found.norm(dim=1)
+    return found, norms <= 3.0 * norms.median()
+
+
+def pooled(server: LiveServer, model: PreTrainedModel, text: str, v: Tensor, layer: int) -> dict[int, float]:
+    found, ordinary = states(server, model, text, layer)
+    values = found @ v / v.norm()
     return {LAST: float(values[ordinary][-1]), MEAN: float(values[ordinary].mean()), MAX: float(values.max())}
 
 
@@ -142,6 +149,29 @@ def test_the_reports_are_of_the_texts_that_the_calibration_has_not_seen(stub: St
     assert result.texts == 12
 
 
+def test_a_detector_is_calibrated_by_some_texts_and_reported_on_the_others(
+    server: LiveServer, stub: SteeringServiceStub, model: PreTrainedModel
+) -> None:
+    sad = [*SAD, "a dull day", "lost keys 8", "too late, 9", "the last bus is gone"]
+    fields = {"texts": groups(glad=GLAD, sad=sad), "calibration_fraction": 0.4, "seed": 5, "layers": [1]}
+    texts, result = detected(stub, poolings=[LAST, MAX], **fields)
+    y = np.arange(16) < 6
+    fits = held_out(y.astype(np.int64), 0.4, 5)
+    scores = np.array([each.scores for each in texts])
+    random = torch.randn(RANDOM_DIRECTIONS, server.model.info.d_model, generator=torch.Generator().manual_seed(5))
+    for column, report in enumerate(result.detectors):
+        own = platt(scores[fits, column], y[fits])
+        assert (report.slope, report.intercept) == pytest.approx((own.slope, own.intercept), rel=1e-4)
+        assert report.brier_base_rate == pytest.approx(np.mean((y[fits].mean() - y[~fits]) ** 2))
+        chance = []
+        for v in random:
+            drawn = np.array([pooled(server, model, text, v, 1)[report.pooling] for text in (*GLAD, *sad)])
+            turned = drawn if roc_auc_score(y[fits], drawn[fits]) >= 0.5 else -drawn
+            chance.append(roc_auc_score(y[~fits], turned[~fits]))
+        assert min(chance) < 0.5
+        assert report.random_auroc == pytest.approx(np.mean(chance))
+
+
 def test_a_long_text_is_scored_over_all_its_windows(
     server: LiveServer, stub: SteeringServiceStub, model: PreTrainedModel
 ) -> None:
@@ -156,7 +186,8 @@ def test_a_long_text_is_scored_over_all_its_windows(
     assert [r.pooling for r in result.detectors] == [LAST, MEAN, MAX]
     assert text.scores[0] == pytest.approx(windows[-1][LAST], abs=1e-4)
     assert text.scores[2] == pytest.approx(max(each[MAX] for each in windows), abs=1e-4)
-    assert min(each[MEAN] for each in windows) <= text.scores[1] <= max(each[MEAN] for each in windows)
+    ordinary = [found[own] for found, own in (states(server, model, part, 1) for part in parts)]
+    assert text.scores[1] == pytest.approx(float((torch.cat(ordinary) @ v / v.norm()).mean()), abs=1e-4)
 
 
 def test_texts_without_a_target_are_scored_alone(stub: SteeringServiceStub) -> None:

@@ -80,6 +80,14 @@ def test_a_variable_is_found_and_exchanging_it_beats_a_random_subspace(client: C
     assert (found.artifact.site, found.warnings) == ("resid_pre", ())
 
 
+def test_pairs_that_keep_their_answers_are_judged_against_what_the_source_says(client: Client) -> None:
+    """Of as many rows as the state has nothing of the base is left, and each kept pair says what its source says."""
+    kept = [(digit, other, letter) for digit, other, letter in zip(DIGITS, DIGITS[1:], LETTERS, strict=False)]
+    method = interchange(PAIRS, kept, rank=32, max_steps=1)
+    [evidence] = client.find_subspace(method, layers=[1]).result().layers
+    assert (evidence.accuracy, evidence.full_accuracy, evidence.kept_accuracy) == (1.0, 1.0, 0.0)
+
+
 def test_a_scope_exchanges_other_tokens(client: Client) -> None:
     """Of two tokens in scope the last is one, and the model answers by it."""
     method = interchange([(f"Q{a}", f"R{b}", "+") for a, b in zip(MINUS, PLUS, strict=True)], max_steps=2)

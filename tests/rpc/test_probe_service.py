@@ -15,6 +15,7 @@ from patience import PATIENCE_SECONDS
 from secured import until
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, r2_score
+from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from statuses import failure
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,8 +24,10 @@ from patchclamp.v1 import generation_pb2, job_pb2, neuron_pb2, program_pb2
 from patchclamp.v1 import probe_pb2 as pb
 from patchclamp.v1.job_pb2_grpc import JobServiceStub
 from patchclamp.v1.probe_pb2_grpc import ProbeServiceStub
+from patchclamp_server.analysis.calibration import platt
 from patchclamp_server.analysis.neurons.localize.holdout import held_out
-from patchclamp_server.artifacts.probes import Probe, stored_probe
+from patchclamp_server.analysis.probes.job import CONTROLS
+from patchclamp_server.artifacts.probes import Probe, log_odds, stored_probe
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.interventions.pooling import ordinary_tokens
 from patchclamp_server.model.load import load_model
@@ -36,6 +39,7 @@ GROUPS = {
     "key": [f"The key {i} is of {'red ' * (i % 4)}glass" for i in range(11)],
     "sum": [f"{i} + {i * i} = {i + i * i}" for i in range(10)],
 }
+MIXED = {str(k): [text for texts in GROUPS.values() for text in texts][k::3] for k in range(3)}
 NUMBERS = {str(i): [f"There are {i} apples {'here ' * j}" for j in range(3)] for i in range(8)}
 TRAINING, CALIBRATION, REPORT = range(3)
 Doubles = NDArray[np.float64]
@@ -155,15 +159,17 @@ def test_a_probe_of_two_layers_is_that_of_scikit_learn_on_the_same_texts(
     assert result.report.texts == (dealt == REPORT).sum()
     assert result.report.accuracy == pytest.approx(accuracy_score(labels[dealt == REPORT], own.argmax(1)))
     assert result.report.brier == pytest.approx(np.square(own[:, 1] - (labels[dealt == REPORT] == 1)).mean(), abs=1e-4)
-    assert probe.calibration != (1.0, 0.0)
+    odds, calibrates = log_odds(scores, 1), dealt == CALIBRATION
+    assert probe.calibration == pytest.approx(platt(odds[calibrates], labels[calibrates] == 1), rel=1e-2)
     assert result.artifact.evidence["report"]["brier"] == pytest.approx(result.report.brier)
 
 
 def test_without_layers_the_one_that_reads_the_calibrating_texts_best_is_taken(
     server: LiveServer, stub: ProbeServiceStub, model: PreTrainedModel
 ) -> None:
-    result = trained(stub, method="PROBE_METHOD_PROTOTYPE", pooling="TOKEN_POOLING_MEAN")
-    found, labels = states(server, model, GROUPS, Site.RESID_POST), labels_of(GROUPS)
+    """Labels that say nothing of their texts: those that a probe was fitted to it reads better than others."""
+    result = trained(stub, texts=source(MIXED), method="PROBE_METHOD_PROTOTYPE", pooling="TOKEN_POOLING_MEAN")
+    found, labels = states(server, model, MIXED, Site.RESID_POST), labels_of(MIXED)
     dealt = parts(labels)
     for tried in result.by_layer:
         x = found[:, tried.layer]
@@ -173,8 +179,31 @@ def test_without_layers_the_one_that_reads_the_calibrating_texts_best_is_taken(
         own = dealt == CALIBRATION
         assert tried.score == pytest.approx((nearest[own] == labels[own]).mean())
     assert [tried.layer for tried in result.by_layer] == [0, 1]
+    assert any(tried.score < 1.0 for tried in result.by_layer)
     [chosen] = result.layers
     assert result.by_layer[chosen].score == max(tried.score for tried in result.by_layer)
+
+
+def test_selectivity_is_what_is_left_beyond_labels_that_were_dealt_anew(
+    server: LiveServer, stub: ProbeServiceStub, model: PreTrainedModel
+) -> None:
+    fields = {"method": "PROBE_METHOD_PROTOTYPE", "pooling": "TOKEN_POOLING_MEAN", "layers": [1]}
+    result = trained(stub, texts=source(GROUPS), **fields)
+    found, labels = states(server, model, GROUPS, Site.RESID_POST)[:, 1], labels_of(GROUPS)
+    dealt = parts(labels)
+    training, report = dealt == TRAINING, dealt == REPORT
+    x = StandardScaler().fit(found[training]).transform(found)
+
+    def accuracy(learned: NDArray[np.int64], judged: NDArray[np.int64]) -> float:
+        nearest = NearestCentroid().fit(x[training], learned).predict(x[report])
+        return float((nearest == judged).mean())
+
+    controls = []
+    for draw in range(CONTROLS):
+        generator = np.random.default_rng([SEED, draw])
+        controls.append(accuracy(*(generator.permutation(labels[part]) for part in (training, report))))
+    assert result.report.selectivity == pytest.approx(accuracy(labels[training], labels[report]) - np.mean(controls))
+    assert result.report.selectivity > 0.0
 
 
 def test_ridge_reads_the_numbers_that_the_labels_are(

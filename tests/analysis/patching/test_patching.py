@@ -138,6 +138,12 @@ def test_patching_all_of_what_enters_the_model_has_effect_1_for_answers_of_sever
     assert (each.effect, each.low, each.high) == (1.0, 1.0, 1.0)
 
 
+def test_prompts_go_from_clean_to_corrupt_or_back() -> None:
+    pair = Pair((1, 2), (1, 3))
+    for direction, source, target in ((Direction.RESTORE, (1, 2), (1, 3)), (Direction.CORRUPT, (1, 3), (1, 2))):
+        assert Patching((pair,), (), (), (), direction).source_and_target(pair) == (source, target)
+
+
 def test_heads_have_cells_of_their_own_and_all_of_them_together_are_the_site() -> None:
     s = shapes("llama")
     job = Patching(pairs("llama", 1), (Site.ATTN_Z,), (1,), (Column("end", PositionRange(-2, 0)),), by_head=True)
@@ -230,3 +236,8 @@ def test_intervals_are_the_quantiles_of_ratios_of_sums_over_drawn_pairs() -> Non
     np.testing.assert_allclose(found.high.numpy(), np.quantile(draws, 0.975, axis=0))
     assert not has_both_signs(torch.tensor(source), torch.tensor(unpatched), counts)
     assert has_both_signs(torch.tensor([1.0, -2.0]).double(), torch.zeros(2).double(), drawn_counts(2, 0))
+
+
+def test_pairs_are_drawn_by_the_seed() -> None:
+    assert torch.equal(drawn_counts(12, seed=4), drawn_counts(12, seed=4))
+    assert not torch.equal(drawn_counts(12, seed=4), drawn_counts(12, seed=5))

@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
 from patchclamp_server.analysis.calibration import platt
-from patchclamp_server.analysis.probes import logistic, prototype, ridge
+from patchclamp_server.analysis.probes import job, logistic, prototype, ridge
 from patchclamp_server.analysis.probes.code_length import code_length_ratio
 from patchclamp_server.analysis.probes.fitting import Examples, Standardised, chosen_strength, fitted, strengths
 from patchclamp_server.analysis.probes.method import Fit, Method
@@ -84,6 +84,16 @@ def test_prototypes_prefer_the_nearest_centroid_of_scikit_learn(width: int) -> N
     distances = np.square(scaler.transform(other)[:, None] - wanted.centroids_).sum(2)
     np.testing.assert_allclose(softmax(scores, axis=1), softmax(-distances / 7.0, axis=1), atol=1e-8)
     assert fit.temperature == 7.0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_other_states_are_standardised_as_the_training_texts_are(width: int) -> None:
+    x, y = data(width)
+    other = 5.0 + 2.0 * data(width, seed=1)[0]
+    inputs, fit, _ = fitted(ridge, x, examples(y, 1), 4.0, 0)
+    scaler = StandardScaler().fit(x)
+    wanted = Ridge(alpha=4.0).fit(scaler.transform(x), y).predict(scaler.transform(other))
+    np.testing.assert_allclose(fit.scores(inputs.turned(other))[:, 0], wanted, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -182,6 +192,16 @@ def test_the_online_code_is_the_sum_of_its_blocks() -> None:
     assert ratio == pytest.approx(bits / 40, abs=1e-4)
 
 
+def test_windows_of_one_document_do_not_tell_each_others_labels() -> None:
+    """What tells documents apart makes labels short that were learnt of some windows of each, and no others."""
+    generator = np.random.default_rng(0)
+    documents = generator.permutation(np.repeat(np.arange(24), 5))
+    x = generator.normal(size=(24, 40))[documents] + 0.01 * generator.normal(size=(120, 40))
+    y = (generator.permutation(np.arange(24)) % 2)[documents].astype(np.float64)
+    assert code_length_ratio(logistic, x, Examples(y, np.arange(120), 2), 10.0, 0) < 0.7
+    assert code_length_ratio(logistic, x, Examples(y, documents, 2), 10.0, 0) > 0.9
+
+
 @pytest.mark.parametrize("name", ["logistic", "prototype"])
 def test_random_labels_have_a_code_length_of_about_1_and_no_accuracy_above_the_base_rate(name: str) -> None:
     generator = np.random.default_rng(1)
@@ -231,3 +251,13 @@ def test_the_variance_share_of_numbers_is_the_r_squared_of_the_coordinates_on_th
     fitted_states = LinearRegression().fit(y[:, None], x).predict(y[:, None])
     assert variance_share(x, y, 1) == pytest.approx(r2_score(x, fitted_states, multioutput="variance_weighted"))
     assert variance_share(np.ones((4, 3)), np.arange(4.0), 1) == 0.0
+
+
+def test_labels_are_dealt_anew_to_documents_and_not_to_their_windows() -> None:
+    documents = np.repeat(np.arange(30), np.arange(30) % 4 + 1)
+    y = (np.arange(30) % 3)[documents].astype(np.float64)
+    dealt = job._dealt(Examples(y, documents, 3), np.random.default_rng(0))
+    of_documents = [set(dealt[documents == document]) for document in range(30)]
+    assert all(len(labels) == 1 for labels in of_documents)
+    assert sorted(label for labels in of_documents for label in labels) == sorted(np.arange(30) % 3)
+    assert (dealt != y).any()

@@ -133,3 +133,10 @@ def test_the_classifier_is_a_logistic_regression_on_counts_of_words():
     with pytest.raises(ValueError, match="no word is left"):
         # Whichever part has the only word: its accuracy would be no number.
         WordClassifier(["!!!"] * 4 + ["word"] + ["???"] * 4, [True] * 4 + [False] * 5, seed=0)
+
+
+def test_the_classifier_is_at_chance_on_held_out_texts_of_random_labels():
+    generator = np.random.default_rng(2)
+    texts = [" ".join(f"w{i}" for i in generator.integers(0, 400, 12)) for _ in range(80)]
+    found = WordClassifier(texts, (np.arange(80) % 2 == 0).tolist(), seed=0)
+    assert found.heldout_accuracy == pytest.approx(0.5, abs=0.2)

@@ -14,7 +14,11 @@ from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.concept_circuit.job import find_concept_circuit
 from patchclamp_server.analysis.steering.concept_circuit.scenarios import Scenarios, ScenarioText
 from patchclamp_server.analysis.steering.concept_circuit.search import ConceptCircuitSearch, Split
-from patchclamp_server.analysis.steering.concept_circuit.sets import random_heads, unmatched_heads
+from patchclamp_server.analysis.steering.concept_circuit.sets import (
+    random_heads,
+    random_neurons,
+    unmatched_heads,
+)
 from patchclamp_server.analysis.steering.concept_circuit.storing import FoundConceptCircuit
 from patchclamp_server.analysis.steering.concept_circuit.writes import Writers
 from patchclamp_server.artifacts.head_sets import Head, load_head_set
@@ -77,6 +81,14 @@ def test_pairs_are_of_one_scenario_and_have_every_other_text_once() -> None:
         assert texts.texts[a].scenario == texts.texts[b].scenario
 
 
+def test_whole_scenarios_are_held_out_by_the_seed() -> None:
+    splits = [Split.of(search(scenarios=scenarios(12), seed=seed)) for seed in (0, 0, 1)]
+    for split in splits:
+        assert sorted([*split.training, *split.heldout]) == list(range(12))
+        assert len(split.heldout) == 3
+    assert splits[0].heldout == splits[1].heldout != splits[2].heldout
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_all_that_is_found_equals_a_naive_computation(family: str, tmp_path: Path) -> None:
     store, job = ArtifactStore(tmp_path), search()
@@ -123,6 +135,28 @@ async def test_all_that_is_found_equals_a_naive_computation(family: str, tmp_pat
         told = result.zeroed[part]
         assert (told.projection, told.separation) == pytest.approx(expected_pair, rel=1e-3, abs=1e-4)
         assert len(told.random_projections) == len(told.random_separations) == 2
+
+
+async def test_random_sets_of_the_circuit_s_size_are_zeroed_beside_it(tmp_path: Path) -> None:
+    store, job = ArtifactStore(tmp_path), search(neurons=9, heads=3)
+    result, info = await found("llama", job, store), loaded("llama").info
+    own, heads = result.neurons.found, [head for head, _ in result.heads]
+    neurons = random_neurons(own, info, 2, job.seed)
+    others = random_heads(heads, Writers.before(Site.RESID_POST, 1), info, 2, job.seed)
+    for drawn in neurons:
+        assert not set(drawn) & set(own.neurons)
+        assert sorted(each.layer for each in drawn) == sorted(each.layer for each in own.neurons)
+    naive, heldout = NaiveCircuit(tiny_model("llama"), job.scenarios, Site.RESID_POST, 1), Split.of(job).heldout
+    direction = store.get("joy-vector").direction(1).double()
+    for part, sets in (
+        ("neurons", [(drawn, []) for drawn in neurons]),
+        ("heads", [([], drawn) for drawn in others]),
+        ("both", list(zip(neurons, others, strict=True))),
+    ):
+        expected = [naive.zeroed(heldout, direction / direction.norm(), *each) for each in sets]
+        told = result.zeroed[part]
+        random = list(zip(told.random_projections, told.random_separations, strict=True))
+        np.testing.assert_allclose(random, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("site", "neuron_layers"), [(Site.RESID_PRE, (0,)), (Site.RESID_MID, (0,))])

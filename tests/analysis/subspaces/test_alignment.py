@@ -1,5 +1,6 @@
 """Distributed alignment search: its training is plain autograd, and it finds a subspace that was planted."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,35 +45,42 @@ PAIRS = [
     pair((31, 32, 33), (10, 20, 30), (40, 3), 2),
 ]
 HELDOUT = [pair((77, 5, 9), (8, 4), (40,), 2)]
+KEPT = [pair((6, 90, 31), (17, 28, 2), (12,), 2), pair((16, 9), (3, 50), (44, 18), 2), pair((7, 7, 7), (1, 2), (3,), 2)]
+
+
+class OracleExchange:
+    """One pair with transformers and hooks: its states, and log p(answer) once part of one stands in the other."""
+
+    def __init__(self, family: str, site: Site, layer: int, pair: Pair) -> None:
+        self._model, self._place, self._base = tiny_model(family), (site, layer), pair.base
+        self._example = Example(pair.base, LogProbability(pair.answer))
+        self.states = []
+        for example in (self._example, Example(pair.source, LogitDifference(0))):
+            run = OraclePass(self._model, example)
+            run.value()
+            self.states.append(run.seen[site, layer].detach().reshape(len(example.tokens), -1))
+
+    def value(self, rotation: Tensor) -> Tensor:
+        (base, source), n = self.states, len(self._base)
+        own, other = base[n - 2 : n], source[-2:]
+        changed = own + (other - own) @ rotation.T @ rotation
+        replaced = torch.cat((base[: n - 2], changed, base[n:]))
+        return OraclePass(self._model, self._example, {self._place: replaced}).value()
 
 
 def oracle_training(
-    family: str, site: Site, layer: int, rank: int, training: Training, seed: int
+    family: str, site: Site, layer: int, rank: int, training: Training, seed: int, kept: Sequence[Pair] = ()
 ) -> tuple[Tensor, list[float]]:
     """The same steps with transformers, hooks and autograd, one pair at a time."""
-    model = tiny_model(family)
-    states = []
-    for each in PAIRS:
-        found = []
-        for example in (Example(each.base, LogProbability(each.answer)), Example(each.source, LogitDifference(0))):
-            run = OraclePass(model, example)
-            run.value()
-            found.append(run.seen[site, layer].detach().reshape(len(example.tokens), -1))
-        states.append(found)
-    weights = initial_weights(states[0][0].shape[1], rank, seed).requires_grad_()
+    pairs, others = ([OracleExchange(family, site, layer, each) for each in some] for some in (PAIRS, kept))
+    weights = initial_weights(pairs[0].states[0].shape[1], rank, seed).requires_grad_()
     optimizer, losses = torch.optim.Adam([weights], lr=training.learning_rate), []
     for step in range(training.max_steps):
-        values = []
         rotation = rotation_of(weights)
-        for i in batch_order(len(PAIRS), training.batch_size, seed, step):
-            (base, source), each = states[i], PAIRS[i]
-            n = len(each.base)
-            own, other = base[n - 2 : n], source[-2:]
-            changed = own + (other - own) @ rotation.T @ rotation
-            replaced = torch.cat((base[: n - 2], changed, base[n:]))
-            example = Example(each.base, LogProbability(each.answer))
-            values.append(OraclePass(model, example, {(site, layer): replaced}).value())
-        loss = -torch.stack(values).mean()
+        chosen = [pairs[i] for i in batch_order(len(pairs), training.batch_size, seed, step)]
+        if others:
+            chosen += [others[i] for i in batch_order(len(others), training.batch_size, seed + 1, step)]
+        loss = -torch.stack([each.value(rotation) for each in chosen]).mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -97,6 +105,46 @@ def test_training_is_plain_autograd_steps_of_adam(family: str, site: Site, layer
     best = min((first, expected), key=lambda rotation: float((found.rotation - rotation).abs().max()))
     torch.testing.assert_close(found.rotation, best, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.rotation @ found.rotation.T, torch.eye(2), rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_that_keep_their_answers_take_part_in_every_step() -> None:
+    site, layer = Site.RESID_POST, 1
+    training = Training(max_steps=4, learning_rate=0.05, batch_size=2, patience=100)
+    _, losses = oracle_training("llama", site, layer, 2, training, seed=3, kept=KEPT)
+    model = DifferentiableModel.of(loaded("llama").decoder)
+    pairs, heldout, kept = (at_once(prepared(model, each, layer, site)) for each in (PAIRS, HELDOUT, KEPT))
+    found = at_once(align(model, Examples(pairs, heldout, kept, [], [5], []), layer, site, 2, training, seed=3))
+    assert found.losses == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rotation_with_the_lowest_held_out_loss_is_kept(seed: int) -> None:
+    """So large a step makes it worse and better by turns."""
+    site, layer = Site.RESID_POST, 1
+    training = Training(max_steps=60, learning_rate=3.0, batch_size=3, patience=100)
+    model = DifferentiableModel.of(loaded("llama").decoder)
+    pairs, heldout = (at_once(prepared(model, each, layer, site)) for each in (PAIRS, HELDOUT))
+    found = at_once(align(model, Examples(pairs, heldout, [], [], [5], []), layer, site, 2, training, seed))
+    [exchange] = [OracleExchange("llama", site, layer, each) for each in HELDOUT]
+    first = rotation_of(initial_weights(found.rotation.shape[1], 2, seed))
+    assert found.loss == pytest.approx(-exchange.value(found.rotation).item(), rel=1e-4)
+    assert found.loss <= -exchange.value(first).item() * (1 + 1e-6)
+
+
+def test_each_epoch_has_every_pair_once_in_an_order_of_its_own() -> None:
+    # Six pairs by four: an epoch ends within a step.
+    places = [i for step in range(6) for i in batch_order(6, 4, 5, step)]
+    epochs = [tuple(places[start : start + 6]) for start in range(0, 24, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len(set(epochs)) > 2
+    assert places != [i for step in range(6) for i in batch_order(6, 4, 6, step)]
+
+
+def test_no_pair_is_both_trained_on_and_held_out() -> None:
+    for fraction, heldout in ((0.25, 3), (0.01, 1), (0.99, 11)):
+        training, others = split(12, fraction, 3)
+        assert (sorted([*training, *others]), len(others)) == (list(range(12)), heldout)
+    assert split(12, 0.25, 3) == split(12, 0.25, 3) != split(12, 0.25, 4)
 
 
 @pytest.fixture(scope="module")

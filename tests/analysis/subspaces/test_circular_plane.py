@@ -77,6 +77,16 @@ def test_a_rotation_by_k_steps_leads_each_value_k_on(backwards: bool) -> None:
         assert float((inside - expected).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_angles_are_those_of_the_means_in_the_plane(backwards: bool) -> None:
+    means, _, _ = planted(backwards=backwards)
+    plane = circular_plane(means, 5, seed=0)
+    assert plane is not None
+    inside = (means - plane.centre.double()) @ plane.axes.double().T
+    expected = [math.atan2(y, x) for x, y in inside.tolist()]
+    assert plane.angles == pytest.approx(expected, abs=1e-5)
+
+
 def test_values_at_one_point_or_on_a_line_span_no_plane() -> None:
     assert circular_plane(torch.ones(VALUES, WIDTH), 5, seed=0) is None
     line = torch.arange(VALUES, dtype=torch.float64)[:, None] * torch.ones(WIDTH, dtype=torch.float64)

@@ -190,7 +190,8 @@ def _sources(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Source]:
         norms = _norms(file)
         sources["encoder"] = Source("W_enc", transposed=True, scale=norms)
         sources["encoder_bias"] = Source("b_enc", scale=norms)
-        sources["decoder"] = Source("W_dec", scale=1.0 / norms)
+        finetuned = sources["decoder"].scale
+        sources["decoder"] = Source("W_dec", scale=1.0 / norms if finetuned is None else finetuned / norms)
     return sources
 
 
