@@ -191,10 +191,10 @@ DIRECTIONS = [
     ),
     Mutant(
         "last-rotation-kept",
-        SUBSPACES + "alignment",
-        "return Alignment(best.cpu(), best_loss,",
-        "return Alignment(rotation.cpu(), best_loss,",
-        "the rotation of the last step is stored, and not the one with the lowest held-out loss",
+        "patchclamp_server.analysis.training",
+        "if loss < best_loss:",
+        "if True:",
+        "the rotation of the last evaluation is stored, and not the one with the lowest held-out loss",
         (ALIGNED + "test_the_rotation_with_the_lowest_held_out_loss_is_kept",),
     ),
     Mutant(
@@ -207,7 +207,7 @@ DIRECTIONS = [
     ),
     Mutant(
         "every-epoch-alike",
-        SUBSPACES + "alignment",
+        "patchclamp_server.analysis.training",
         "found.append(_shuffled(n, seed, epoch)[index])",
         "found.append(_shuffled(n, seed, 0)[index])",
         "pairs come in one order in all epochs",
@@ -216,8 +216,8 @@ DIRECTIONS = [
     Mutant(
         "kept-pairs-left-out-of-steps",
         SUBSPACES + "alignment",
-        "chosen += [examples.kept[i] for i in numbers]",
-        "chosen += [examples.training[i] for i in numbers if i < n]",
+        "chosen += [examples.kept[i] for i in batch_order",
+        "chosen += [examples.training[i] for i in batch_order",
         "pairs that are to keep their answers are not trained on",
         (ALIGNED + "test_pairs_that_keep_their_answers_take_part_in_every_step",),
     ),

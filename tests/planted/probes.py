@@ -22,8 +22,8 @@ PROBES = [
     Mutant(
         "windows-tell-their-document",
         TRAINING + "code_length",
-        "np.unique(examples.documents, return_inverse=True)",
-        "np.unique(np.arange(len(examples)), return_inverse=True)",
+        "np.unique(examples.documents, return_index=True, return_inverse=True)",
+        "np.unique(np.arange(len(examples)), return_index=True, return_inverse=True)",
         "windows of one document are sent apart, and random labels of documents get short",
         (METHODS + "test_windows_of_one_document_do_not_tell_each_others_labels",),
     ),
