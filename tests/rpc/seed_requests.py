@@ -328,6 +328,7 @@ def calls() -> dict[str, list[Call]]:
             ]
             for effect in (
                 {"projection": True},
+                {"probe": "probe"},
                 {"words": {"words": ["a"]}},
                 {"target_texts": {"texts": [" you"]}},
                 {"classifier": {"texts": {"groups": GROUPS}, "target": "rain"}},
@@ -343,7 +344,15 @@ def calls() -> dict[str, list[Call]]:
                     poolings=["DETECTION_POOLING_MEAN", "DETECTION_POOLING_MAX"],
                     calibration_fraction=0.5,
                 )
-            ]
+            ],
+            [
+                steering_pb2.DetectConceptRequest(
+                    detectors=["probe"],
+                    features=[{"autoencoder": "sae", "feature": 1}],
+                    texts={"groups": GROUPS, "window_tokens": 16},
+                    target="rain",
+                )
+            ],
         ],
         "ProbeService/TrainProbe": [
             [
