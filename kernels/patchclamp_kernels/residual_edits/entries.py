@@ -55,6 +55,7 @@ UNIT_HIGH = tl.constexpr(table.UNIT_HIGH)
 SPARE = tl.constexpr(table.SPARE)
 BIAS = tl.constexpr(table.BIAS)
 JUMP = tl.constexpr(table.JUMP)
+MASK = tl.constexpr(table.MASK)
 
 TINY = tl.constexpr(definition.TINY)
 PARALLEL = tl.constexpr(definition.PARALLEL)
@@ -199,8 +200,7 @@ def _edited(
                 at = _source(row, first, count)
             target = _vector(row.bank, tl.maximum(at, 0), lane, D)
             if kind == PATCH:
-                mask = _vector(row.bank, tl.load(row.unit_ints + first * 2 + OTHER), lane, D)
-                target = tl.where((mask != 0.0) & (at >= 0), target, h)
+                target = tl.where(at >= 0, _patched(h, target, lane, row, first, D), h)
         elif kind == PROJECT:
             target = _projected(h, _vector(row.bank, first, lane, D), floats)
         elif kind == ROTATE:
@@ -304,6 +304,25 @@ def _source(row, first, count):
     own = tl.where(low < first + count, low, first)
     found = tl.load(row.unit_ints + own * 2 + UNIT) == row.position
     return tl.where(found, tl.load(row.unit_ints + own * 2 + OTHER), -1)
+
+
+@triton.jit
+def _patched(h, source, lane, row, first, D: tl.constexpr):
+    """Returns m s + (1 - m) h, where the first unit is a mask m, or h + Σ_r R_r (R_r·(s - h)) with the units before the
+    first position."""
+    target = h
+    place = tl.load(row.unit_ints + first * 2 + UNIT)
+    if place == MASK:
+        mask = _vector(row.bank, tl.load(row.unit_ints + first * 2 + OTHER), lane, D)
+        target = tl.where(mask != 0.0, source, h)
+    else:
+        unit = first
+        # They stand at -1 - rank to -2.
+        while unit < first + MASK - place:
+            r = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
+            target += tl.sum((source - h) * r, axis=0) * r
+            unit += 1
+    return target
 
 
 @triton.jit
