@@ -46,6 +46,7 @@ from patchclamp.requests import (
 )
 from patchclamp.retry import Retry
 from patchclamp.sparsity import LayerOptions, PolicyOptions
+from patchclamp.study import VectorStudy
 
 __all__ = [
     "AsyncClient",
@@ -87,5 +88,6 @@ __all__ = [
     "SubspaceOptions",
     "UploadOptions",
     "VectorEditOptions",
+    "VectorStudy",
     "WatchOptions",
 ]
