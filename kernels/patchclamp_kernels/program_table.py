@@ -24,9 +24,8 @@ class EntryKind(IntEnum):
     HEADS = 6  # t(z) = factor z + offset at single heads
     AFFINE = 7  # t(h)_i = A_i·h + b_i
     AFFINE_LOW_RANK = 8  # t(h) = Σ_r R_r (W_r·h + b_r)
-    PATCH = (
-        9  # t(h) = m s_p + (1 - m) h, with the row s_p of the position p and a mask m; or h + Σ_r R_r (R_r·(s_p - h))
-    )
+    # t(h) = m s_p + (1 - m) h, with the row s_p of the position p and a mask m; or h + Σ_r R_r (R_r·(s_p - h))
+    PATCH = 9
     FEATURES = 10  # t(h) = h + Σ_i (clip(factor f_i + offset, low, high) - f_i) D_i, the features of feature_clamp.py
     CONDITION = 11  # opened[column] = sign · value > sign · threshold, value = h·u, the cosine, or a feature
     PROJECTION = 12  # readings[column] = h·v, or a feature

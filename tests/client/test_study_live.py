@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from live import LiveServer
 
-from patchclamp import Client, Program, VectorStudy, effects
+from patchclamp import Client, PatchclampError, Program, VectorStudy, effects
 from patchclamp.programs import add, generated, read_projection, rotate_towards
 from patchclamp.results import DetectedText, DosePoint
 from patchclamp_server.model.load import load_model
@@ -62,6 +62,25 @@ def test_the_name_is_that_of_the_calibrated_vector(client: Client):
     readout = read_projection(["dosed"], layers=1, name="dosed")
     assert study.program(layer=1, strength=0.25) == Program(edit, readouts=readout)
     assert study.watch_item().direction.layers == [result.layer]
+
+
+def test_another_method_may_be_tried_under_the_same_name(client: Client):
+    study = VectorStudy(client, "again", PAIRS)
+    study.extract(layers=[1])
+    study.calibrate(PROMPTS, **SMALL)
+    found = study.extract("logistic_probe", layers=[1])
+    assert client.get_artifact("again").id == found.artifact.id
+    assert (study.calibration, study.detection) == (None, None)
+
+
+def test_a_name_or_tag_of_another_vector_is_not_taken_unasked(client: Client):
+    VectorStudy(client, "taken", PAIRS).extract(layers=[1])
+    with pytest.raises(PatchclampError, match="ALREADY_EXISTS"):
+        VectorStudy(client, "taken", PAIRS, seed=1).extract(layers=[1])
+    study = VectorStudy(client, "free", PAIRS, seed=2)
+    study.extract(layers=[1])
+    with pytest.raises(PatchclampError, match="ALREADY_EXISTS"):
+        study.calibrate(PROMPTS, tags=["taken"], **SMALL)
 
 
 def test_without_a_strength_the_program_has_that_at_the_knee(client: Client):

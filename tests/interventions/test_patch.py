@@ -64,7 +64,7 @@ def store(tmp_path: Path) -> ArtifactStore:
     plane = {f"layer.{layer}.rotation": rotation(f"plane {layer}", 2) for layer in (0, 1)}
     narrow = {"layer.1.rotation": torch.eye(WIDTH - 1)[:1]}
     for tag, tensors in (("plane", plane), ("narrow", narrow)):
-        store.put(ArtifactKind.SUBSPACE, tensors, model_fingerprint=FINGERPRINT, tags=(tag,))
+        store.put(ArtifactKind.SUBSPACE, tensors, model_fingerprint=FINGERPRINT, site=Site.RESID_POST, tags=(tag,))
     vectors = {"layer.0": numbers("v", WIDTH)}
     store.put(ArtifactKind.VECTOR, vectors, model_fingerprint=FINGERPRINT, site=Site.RESID_POST, tags=("vector",))
     return store

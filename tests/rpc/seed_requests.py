@@ -125,6 +125,7 @@ EDITS = [
         "SITE_RESID_POST", patch={"activations": "run", "positions": [{"position": -1, "source": 2}], "units": [1, 5]}
     ),
     edit("SITE_ATTN_Z", patch={"activations": "run", "source_layer": 0, "heads": [2]}, scope=SCOPE),
+    edit("SITE_RESID_POST", patch={"activations": "run", "subspace": "subspace"}),
 ]
 READOUTS = [
     program_pb2.Readout(site="SITE_RESID_POST", layers=[0], projection={"vectors": [vector()]}),

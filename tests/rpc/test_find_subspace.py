@@ -7,12 +7,14 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from live import LiveServer
-from planted_subspace import CAPITALS, DIGITS, LETTERS, MINUS, PLUS, save_planted_subspace
+from planted_subspace import CAPITALS, DIGITS, LETTERS, MINUS, PLUS, WIDTH, save_planted_subspace
+from safetensors.torch import save
 from statuses import failure
 
 from patchclamp import Client
-from patchclamp.programs import last, rotate_in_plane
+from patchclamp.programs import last, patch, rotate_in_plane
 from patchclamp.subspaces import circular_plane, interchange
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
@@ -78,6 +80,19 @@ def test_a_variable_is_found_and_exchanging_it_beats_a_random_subspace(client: C
     assert 0 < evidence.steps <= 80
     assert found.artifact.provenance["parameters"]["rank"] == 1
     assert (found.artifact.site, found.warnings) == ("resid_pre", ())
+
+
+def test_a_patch_in_the_subspace_of_a_variable_exchanges_it_and_one_beside_it_does_not(client: Client) -> None:
+    for tag, dimension in (("capital-sign", 0), ("noise", 5)):
+        file = save({"layer.0.rotation": torch.eye(WIDTH)[dimension : dimension + 1].clone()})
+        client.put_artifact(file, kind="subspace", site="resid_post", tags=[tag])
+    client.read_activations(list(CAPITALS), "resid_post", layers=[0], store=True, tags=["runs"]).result()
+    for i, base in enumerate(CAPITALS[:6]):
+        exchanged, kept = (
+            patch("runs", text=i + 1, positions=[-1], subspace=tag, layers=0) for tag in ("capital-sign", "noise")
+        )
+        own, other = "+-" if base in PLUS else "-+"
+        assert [said(client, base, *program) for program in ([], [exchanged], [kept])] == [own, other, own]
 
 
 def test_a_scope_exchanges_other_tokens(client: Client) -> None:

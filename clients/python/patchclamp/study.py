@@ -10,6 +10,7 @@ Each step is a call of Client, takes its options, and keeps what it returned; wh
 does. Some pairs are kept out of the vector, and it is tested on them alone.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterable
 from typing import Any, Unpack
@@ -80,7 +81,8 @@ class VectorStudy:
     ) -> ExtractionResult:
         """Finds the vector and stores it under the name."""
         options["tags"] = [self.name, *options.get("tags", ())]
-        options.setdefault("replace_tags", self._replace_tags)
+        # Once a vector is found, the name is the study's own.
+        options.setdefault("replace_tags", self._replace_tags or self.extraction is not None)
         options.setdefault("seed", self.seed)
         found = self.client.extract_vectors(self.pairs, method, **options).result(self._on_event)
         self.extraction, self.calibration, self.detection = found, None, None
@@ -94,15 +96,15 @@ class VectorStudy:
         a classifier of words that the pairs of the vector train.
         """
         found = self._extracted("calibrate")
-        options["tags"] = [self.name, *options.get("tags", ())]
-        # The name is the study's own by now.
-        options["replace_tags"] = True
         options.setdefault("layers", [found.best_layer])
         options.setdefault("seed", self.seed)
         if options.get("effect") is None:
             options["effect"] = effects.classifier(_sides(self.pairs), "positive")
         vector = found.artifact.id
-        self.calibration = self.client.calibrate_vector(vector, prompts, **options).result(self._on_event)
+        result = self.client.calibrate_vector(vector, prompts, **options).result(self._on_event)
+        # The name is the study's own by now; other tags that were asked for may be somebody's.
+        artifact = self.client.tag_artifact(self.name, result.artifact.id, replace=True)
+        self.calibration = dataclasses.replace(result, artifact=artifact)
         self._application, self._scope = options.get("application", "add"), options.get("scope")
         return self.calibration
 
