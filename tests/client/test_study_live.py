@@ -24,7 +24,7 @@ def client(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         yield client
 
 
-def test_five_lines_lead_from_pairs_to_a_program_that_is_served(client: Client):
+def test_five_lines_lead_from_pairs_to_a_program_that_is_served(client: Client) -> None:
     events: list[object] = []
     study = VectorStudy(client, "glad", PAIRS, replace_tags=True, on_event=events.append)
     study.extract(pooling="mean")
@@ -38,7 +38,7 @@ def test_five_lines_lead_from_pairs_to_a_program_that_is_served(client: Client):
     assert [line.split(":")[0] for line in str(study).splitlines()] == ["glad", "extracted", "calibrated", "tested"]
 
 
-def test_the_vector_is_that_of_the_pairs_that_are_not_kept_for_the_test(client: Client):
+def test_the_vector_is_that_of_the_pairs_that_are_not_kept_for_the_test(client: Client) -> None:
     study = VectorStudy(client, "apart", PAIRS, test_fraction=0.5, seed=3, replace_tags=True)
     assert sorted(study.pairs + study.held_out) == sorted(PAIRS)
     assert (len(study.pairs), len(study.held_out)) == (6, 6)
@@ -52,7 +52,7 @@ def test_the_vector_is_that_of_the_pairs_that_are_not_kept_for_the_test(client: 
     assert detection == client.detect_concept("apart", texts, "positive", seed=3).result()
 
 
-def test_the_name_is_that_of_the_calibrated_vector(client: Client):
+def test_the_name_is_that_of_the_calibrated_vector(client: Client) -> None:
     study = VectorStudy(client, "dosed", PAIRS, replace_tags=True)
     best = study.extract(layers=[0, 1]).best_layer
     result = study.calibrate(PROMPTS, effect=effects.target_texts(" a"), scope=generated(), **SMALL)
@@ -64,7 +64,7 @@ def test_the_name_is_that_of_the_calibrated_vector(client: Client):
     assert study.watch_item().direction.layers == [result.layer]
 
 
-def test_another_method_may_be_tried_under_the_same_name(client: Client):
+def test_another_method_may_be_tried_under_the_same_name(client: Client) -> None:
     study = VectorStudy(client, "again", PAIRS)
     study.extract(layers=[1])
     study.calibrate(PROMPTS, **SMALL)
@@ -73,7 +73,7 @@ def test_another_method_may_be_tried_under_the_same_name(client: Client):
     assert (study.calibration, study.detection) == (None, None)
 
 
-def test_a_name_or_tag_of_another_vector_is_not_taken_unasked(client: Client):
+def test_a_name_or_tag_of_another_vector_is_not_taken_unasked(client: Client) -> None:
     VectorStudy(client, "taken", PAIRS).extract(layers=[1])
     with pytest.raises(PatchclampError, match="ALREADY_EXISTS"):
         VectorStudy(client, "taken", PAIRS, seed=1).extract(layers=[1])
@@ -83,16 +83,18 @@ def test_a_name_or_tag_of_another_vector_is_not_taken_unasked(client: Client):
         study.calibrate(PROMPTS, tags=["taken"], **SMALL)
 
 
-def test_without_a_strength_the_program_has_that_at_the_knee(client: Client):
+def test_without_a_strength_the_program_has_that_at_the_knee(client: Client) -> None:
     study = VectorStudy(client, "knee", PAIRS, replace_tags=True)
     study.extract(layers=[1])
-    result = study.calibrate(PROMPTS, effect=effects.projection(), max_perplexity_ratio=1e6, **SMALL)
-    assert result.strength > 0.0
+    # On one side of 0 a text becomes likelier.
+    either = {**SMALL, "strengths": [-1.0, -0.5, 0.5, 1.0]}
+    result = study.calibrate(PROMPTS, effect=effects.target_texts(" a"), max_perplexity_ratio=1e6, **either)
+    assert result.strength != 0.0
     [edit] = study.program().edits
     assert (edit.layers, edit.strength) == ([1], result.strength)
 
 
-def test_a_program_turns_where_the_calibration_turned(client: Client):
+def test_a_program_turns_where_the_calibration_turned(client: Client) -> None:
     study = VectorStudy(client, "turned", PAIRS, replace_tags=True)
     study.extract(layers=[1])
     study.calibrate(PROMPTS, application="rotate_towards", **{**SMALL, "strengths": [0.1, 0.2]})
@@ -100,7 +102,7 @@ def test_a_program_turns_where_the_calibration_turned(client: Client):
     assert edit == rotate_towards("turned", 0.1, layers=1, name="turned")
 
 
-def test_a_step_before_its_turn_is_refused_with_what_comes_first(client: Client):
+def test_a_step_before_its_turn_is_refused_with_what_comes_first(client: Client) -> None:
     study = VectorStudy(client, "early", PAIRS)
     for step in (study.detect, study.program, study.watch_item, lambda: study.calibrate(PROMPTS)):
         with pytest.raises(ValueError, match="extract first"):

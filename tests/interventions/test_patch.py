@@ -53,7 +53,8 @@ STORED = {
 
 
 def rotation(seed: str, rank: int) -> Tensor:
-    return torch.linalg.qr(numbers(seed, WIDTH, rank))[0].T.contiguous()
+    rows: Tensor = torch.linalg.qr(numbers(seed, WIDTH, rank))[0].T.contiguous()
+    return rows
 
 
 @pytest.fixture

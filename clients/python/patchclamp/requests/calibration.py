@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from patchclamp.effects import EffectLike
-from patchclamp.fields import build, instance, one_or_several, one_text_or_several, several
+from patchclamp.fields import build, build_as, instance, one_or_several, one_text_or_several, several, shown
 from patchclamp.names import (
     CALIBRATION_APPLICATIONS,
     DETECTION_POOLINGS,
@@ -122,16 +122,11 @@ def detect_concept(
 ) -> pb.DetectConceptRequest:
     """Returns a request to score texts by vectors, probes and features. Raises ValueError for none of them."""
     named = enumerate(several(poolings, "poolings", "a pooling"))
-    references = [
-        build(program_pb2.FeatureReference, autoencoder=autoencoder, feature=number)
-        for autoencoder, numbers in (features or {}).items()
-        for number in one_or_several(numbers, "features", "an int")
-    ]
     request = build(
         pb.DetectConceptRequest,
         model=model,
         detectors=one_text_or_several(detectors),
-        features=references,
+        features=_references({} if features is None else features),
         texts=texts_message(texts),
         target=target,
         layers=layers,
@@ -142,3 +137,18 @@ def detect_concept(
     if not request.detectors and not request.features:
         raise ValueError("detectors: give the id or tag of at least one vector or probe, or features")
     return request
+
+
+def _references(features: Mapping[str, int | Iterable[int]]) -> list[program_pb2.FeatureReference]:
+    if not isinstance(features, Mapping):
+        raise TypeError(f"features: expected {{autoencoder: number or several}}, got {shown(features)}")
+    return [
+        build_as(
+            {"autoencoder": "features", "feature": f"features[{autoencoder!r}]"},
+            program_pb2.FeatureReference,
+            autoencoder=autoencoder,
+            feature=number,
+        )
+        for autoencoder, numbers in features.items()
+        for number in one_or_several(numbers, f"features[{autoencoder!r}]", "an int")
+    ]
