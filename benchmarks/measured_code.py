@@ -28,7 +28,9 @@ _ATTENTION = (
 _STEP = (
     *_FORWARD,
     *_ATTENTION,
+    "patchclamp_server.cpu.atomics",
     "patchclamp_server.cpu.invariant",
+    "patchclamp_server.model.compiled",
     "patchclamp_server.engine.engine",
     "patchclamp_server.engine.runner",
     "patchclamp_server.engine.places",
