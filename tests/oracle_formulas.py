@@ -143,6 +143,9 @@ def patched(kind: Patch, source: Tensor, h: Tensor, n_heads: int) -> Tensor:
         for head in kind.heads:
             t[head] = source.view(n_heads, -1)[head]
         return t.view(-1)
+    if kind.rotation is not None:
+        basis = kind.rotation.double()
+        return h + basis.T @ (basis @ (source - h))
     t = h.clone() if kind.units else source.clone()
     for unit in kind.units:
         t[unit] = source[unit]

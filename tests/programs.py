@@ -131,6 +131,11 @@ _VECTOR_KINDS: dict[str, Callable[[str, int], EditKind]] = {
     "patch_units": lambda seed, width: Patch(
         source=source_rows(seed, width), units=(width - 2, *range(0, width // 2, 3)), source_layer=2
     ),
+    "patch_subspace": lambda seed, width: Patch(
+        source=source_rows(seed, width),
+        positions=POSITION_MAP,
+        rotation=torch.linalg.qr(numbers(seed + "S", width, 3))[0].T.contiguous(),
+    ),
 }
 
 

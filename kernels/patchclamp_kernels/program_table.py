@@ -24,7 +24,8 @@ class EntryKind(IntEnum):
     HEADS = 6  # t(z) = factor z + offset at single heads
     AFFINE = 7  # t(h)_i = A_i·h + b_i
     AFFINE_LOW_RANK = 8  # t(h) = Σ_r R_r (W_r·h + b_r)
-    PATCH = 9  # t(h) = m s_p + (1 - m) h, with the row s_p of the position p and a mask m
+    # t(h) = m s_p + (1 - m) h, with the row s_p of the position p and a mask m; or h + Σ_r R_r (R_r·(s_p - h))
+    PATCH = 9
     FEATURES = 10  # t(h) = h + Σ_i (clip(factor f_i + offset, low, high) - f_i) D_i, the features of feature_clamp.py
     CONDITION = 11  # opened[column] = sign · value > sign · threshold, value = h·u, the cosine, or a feature
     PROJECTION = 12  # readings[column] = h·v, or a feature
@@ -55,9 +56,12 @@ FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
 BIAS, JUMP = UNIT_LOW, UNIT_HIGH
 # Columns of ProgramTable.unit_ints. HEADS: the head, and the row of its offset in the bank of width head_dim.
 # LOW_RANK and AFFINE_LOW_RANK: the bank rows of R_r and W_r. AFFINE: i, and the bank row of A_i; every i once.
-# PATCH: -1 and the bank row of m, then each p, ascending, and the bank row of s_p; a row at no such p is left alone.
+# PATCH: -1 and the bank row of m, or -1 - rank to -2 and the bank rows of R_r; then each p, ascending, and the bank row
+# of s_p; a row at no such p is left alone.
 # FEATURES: the bank rows of D_i and E_i.
 UNIT, OTHER = range(2)
+# Where the mask of a PATCH stands among its units.
+MASK = -1
 NO_GATE = -1
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from live import LiveServer
 
 from patchclamp import AsyncClient, Client, effects
@@ -12,7 +13,10 @@ from patchclamp.cli import main
 from patchclamp.pictures.steering import calibration_figure, detection_figure
 from patchclamp.programs import add
 from patchclamp.results import CalibrationResult, ConceptDetection, DetectedText, DosePoint
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.model.load import load_model
+from patchclamp_server.model.sites import Site
 
 PAIRS = [(f"good day {i}", f"bad night {i}") for i in range(8)]
 TEXTS = {"glad": [good for good, _ in PAIRS], "sad": [bad for _, bad in PAIRS]}
@@ -24,7 +28,24 @@ def server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     with LiveServer(load_model(str(tiny_llama_dir)), tmp_path_factory.mktemp("artifacts")) as live:
         with Client(live.address) as client:
             client.extract_vectors(PAIRS, pooling="mean", tags=["glad"]).result()
+            client.train_probe(TEXTS, target="glad", layers=[1], pooling="mean", tags=["glad-probe"]).result()
+        put_autoencoder(live)
         yield live
+
+
+def put_autoencoder(live: LiveServer) -> None:
+    """At layer 1, as "sae"."""
+    width, generator = live.model.info.d_model, torch.Generator().manual_seed(4)
+    tensors = {name: torch.randn(6, width, generator=generator) for name in ("encoder", "decoder")}
+    tensors |= {"encoder_bias": torch.zeros(6), "decoder_bias": torch.zeros(width)}
+    ArtifactStore(live.server.config.artifacts_url).put(
+        ArtifactKind.AUTOENCODER,
+        tensors,
+        model_fingerprint=live.model.info.fingerprint,
+        site=Site.RESID_POST,
+        provenance={"layer": 1, "function": "relu", "subtracted": "nothing"},
+        tags=["sae"],
+    )
 
 
 @pytest.fixture
@@ -79,6 +100,28 @@ def test_texts_without_a_target_have_no_reports(client: Client):
     assert [r.auroc for r in result.detectors] == [None] * 3
 
 
+def test_probes_and_features_are_detectors_too(client: Client):
+    result = client.detect_concept("glad-probe", TEXTS, "glad", features={"sae": [5, 0]}, poolings=["mean"]).result()
+    assert [(r.name, r.feature, r.layer) for r in result.detectors] == [
+        ("glad-probe", None, 1),
+        ("sae feature 5", 5, 1),
+        ("sae feature 0", 0, 1),
+    ]
+    assert len(list(result.curves())) == 3
+    names = [line.get_label() for line in detection_figure(result, "glad").axes[0].get_lines()]
+    assert "sae feature 5, mean" in names
+    alone = client.detect_concept([], TEXTS, "glad", features={"sae": 5}, poolings=["mean"]).result()
+    assert alone.detectors == result.detectors[1:2]
+
+
+def test_the_effect_is_read_by_a_probe(client: Client):
+    effect = effects.probe("glad-probe")
+    found = client.calibrate_vector(
+        "glad", PROMPTS, effect=effect, layers=[1], strengths=[0.5], random_vectors=1, max_tokens=3
+    ).result()
+    assert all(0.0 < point.effect.mean < 1.0 for point in found.points)
+
+
 async def test_the_async_client_does_the_same(server: LiveServer):
     async with AsyncClient(server.address) as client:
         detection = await client.detect_concept("glad", TEXTS, "glad", layers=[1]).result()
@@ -122,6 +165,9 @@ def test_the_command_line_calibrates(capsys: pytest.CaptureFixture[str]):
     assert "knee: layer" in told.err
     assert Path("dose.png").stat().st_size > 0
     classifier = ["--label", "glad", "--texts", "glad.txt", "--texts", "sad.txt"]
+    assert main([*CALIBRATE, *SMALL, "--probe", "glad-probe", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["artifact"]["evidence"]["calibration"]["add"]["effect"]["measure"] == "probe"
     assert main([*CALIBRATE, *SMALL, *classifier, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert len(result["points"]) == 5
@@ -145,6 +191,11 @@ def test_the_command_line_detects(capsys: pytest.CaptureFixture[str]):
     assert main([*detect, "--poolings", "mean", "--json"]) == 0
     assert [r["pooling"] for r in json.loads(capsys.readouterr().out)["detectors"]] == ["mean", "mean"]
     assert main(["vectors", "detect", "glad", "--texts", "glad.txt", "--picture", "auroc.png"]) == 2
+    assert main([*detect[:2], "--features", "sae:5,0", "--features", "sae:2", "--texts", "glad.txt", "--json"]) == 0
+    reports = json.loads(capsys.readouterr().out)["detectors"]
+    assert [r["feature"] for r in reports] == [5, 5, 5, 0, 0, 0, 2, 2, 2]
+    with pytest.raises(SystemExit):
+        main([*detect[:2], "--features", "sae", "--texts", "glad.txt"])
 
 
 @pytest.mark.usefixtures("files")

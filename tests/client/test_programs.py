@@ -156,6 +156,7 @@ def test_a_patch_maps_positions_and_goes_to_the_site_of_its_heads() -> None:
     assert (list(edit.patch.units), edit.site, edit.strength) == ([7], pb.SITE_RESID_POST, 0.5)
     kept = patch("run", positions=[2, -3]).patch.positions
     assert [(each.position, each.source) for each in kept] == [(2, 2), (-3, -3)]
+    assert patch("run", layers=1, subspace="plane").patch.subspace == "plane"
     heads = patch("run", heads=[0, 3], layers=1)
     assert (list(heads.patch.heads), heads.site, heads.patch.HasField("source_layer")) == (
         [0, 3],

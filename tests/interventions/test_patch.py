@@ -52,11 +52,20 @@ STORED = {
 }
 
 
+def rotation(seed: str, rank: int) -> Tensor:
+    rows: Tensor = torch.linalg.qr(numbers(seed, WIDTH, rank))[0].T.contiguous()
+    return rows
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
     store = ArtifactStore(str(tmp_path))
     store.put(ArtifactKind.ACTIVATIONS, STORED, model_fingerprint=FINGERPRINT, tags=("run",))
     store.put(ArtifactKind.ACTIVATIONS, STORED, model_fingerprint="another", tags=("foreign",))
+    plane = {f"layer.{layer}.rotation": rotation(f"plane {layer}", 2) for layer in (0, 1)}
+    narrow = {"layer.1.rotation": torch.eye(WIDTH - 1)[:1]}
+    for tag, tensors in (("plane", plane), ("narrow", narrow)):
+        store.put(ArtifactKind.SUBSPACE, tensors, model_fingerprint=FINGERPRINT, site=Site.RESID_POST, tags=(tag,))
     vectors = {"layer.0": numbers("v", WIDTH)}
     store.put(ArtifactKind.VECTOR, vectors, model_fingerprint=FINGERPRINT, site=Site.RESID_POST, tags=("vector",))
     return store
@@ -122,7 +131,12 @@ def test_another_layer_of_the_source_may_be_taken_everywhere(store: ArtifactStor
         ({"heads": [0]}, "heads", InvalidArgument),
         ({"heads": [S.n_heads], "site": "SITE_ATTN_Z"}, "heads[0]", InvalidArgument),
         ({"heads": [0], "units": [0]}, "heads", InvalidArgument),
-        ({"subspace": "plane"}, "subspace", InvalidArgument),
+        ({"subspace": "nothing"}, "subspace", NotFound),
+        ({"subspace": "vector"}, "subspace", InvalidArgument),
+        ({"subspace": "narrow"}, "subspace", InvalidArgument),
+        ({"subspace": "plane", "layers": (2,), "source_layer": 0}, "subspace", InvalidArgument),
+        ({"subspace": "plane", "units": [0]}, "subspace", InvalidArgument),
+        ({"subspace": "plane", "heads": [0], "site": "SITE_ATTN_Z"}, "subspace", InvalidArgument),
     ],
 )
 def test_what_is_no_patch_is_refused_by_its_field(
@@ -131,6 +145,14 @@ def test_what_is_no_patch_is_refused_by_its_field(
     with pytest.raises(error) as refused:
         bind(decode_program(message(**fields)), loaded("llama").info, store, prompt_length=10)
     assert refused.value.field == f"program.edits[0].patch.{field}"  # type: ignore[attr-defined]
+
+
+def test_a_stored_subspace_is_that_of_each_layer(store: ArtifactStore) -> None:
+    bound = bind(decode_program(message(layers=(0, 1), subspace="plane")), loaded("llama").info, store)
+    for layer in (0, 1):
+        assert torch.equal(payload(bound, layer)[2], rotation(f"plane {layer}", 2))
+    whole = bind(decode_program(message(layers=(0, 1))), loaded("llama").info, store)
+    assert bound.edits[0].fingerprint != whole.edits[0].fingerprint
 
 
 def test_a_patch_of_more_than_banks_should_hold_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +169,7 @@ def test_policies_see_a_kind_of_its_own_that_brings_no_numbers() -> None:
 
 
 def patching(source: SourceRows, site: Site = Site.RESID_POST, **fields: Any) -> Program:
-    names = ("positions", "units", "heads", "source_layer")
+    names = ("positions", "units", "heads", "rotation", "source_layer")
     kind = Patch(source=source, **{name: fields.pop(name) for name in names if name in fields})
     fields.setdefault("layers", (1,))
     return Program((Edit(kind, site, "patch", **fields),))
@@ -252,6 +274,27 @@ def test_patches_of_a_batch_put_their_own_rows_at_their_own_positions(kernels: b
     for job, outcome in zip(jobs, outcomes, strict=True):
         want = oracle_logits(tiny_model("llama"), job.prompt, job.program)[-1]
         torch.testing.assert_close(outcome.logits[0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["operators", "kernels"])
+def test_patches_in_subspaces_of_any_rank_run_beside_others_in_one_batch(kernels: bool) -> None:
+    source = source_rows("subspaces", WIDTH)
+    pairs = ((3, 0), (-1, 1), (0, 11), (9, 2))
+    programs = [
+        patching(source, positions=pairs, rotation=rotation("one", 1), layers=(0, 1)),
+        patching(source, positions=pairs, layers=(0, 1)),
+        patching(source, positions=((-2, 5),), rotation=rotation("five", 5), strength=0.4, preserve_norm=True),
+        patching(source, positions=pairs, units=(0, 3, 4)),
+        None,
+    ]
+    jobs = [Job(prompt(f"subspace {i}", 7 + i), program, 3) for i, program in enumerate(programs)]
+    with Bench("llama", replace(CONFIG, kernels=kernels, max_tokens_per_step=16)) as bench:
+        outcomes = bench.run(jobs)
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        tokens = (*job.prompt, *outcome.tokens)
+        logits = oracle_logits(tiny_model("llama"), tokens[:-1], job.program, len(job.prompt))
+        want = logits[len(job.prompt) - 1 :]
+        torch.testing.assert_close(torch.stack(outcome.logits), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("reuse", [False, True])

@@ -143,6 +143,14 @@ RESIDUAL = [
         ("test_residual_edits.py::test_a_list_of_neurons_may_be_longer_than_a_tile",),
     ),
     Mutation(
+        "residual-subspace-last-rank",
+        "residual_edits/entries.py",
+        "count = tl.where(at >= 0, rank, 0)",
+        "count = tl.where(at >= 0, rank - 1, 0)",
+        "a patch in a subspace leaves out the last direction",
+        ("test_residual_edits.py::test_a_row_patched_in_a_subspace_keeps_what_is_outside",),
+    ),
+    Mutation(
         "residual-layer-norm-mask",
         "residual_edits/kernel.py",
         "h = tl.where(inside, h - tl.sum(h, axis=0) / D, 0.0)",

@@ -76,6 +76,12 @@ class Program:
         ]
         return self._units(EntryKind.PATCH, units, strength, **how)
 
+    def patch_subspace(self, rows: dict[int, Tensor], basis: Tensor, strength: float = 1.0, **how: object) -> int:
+        """`basis` [rank, width]: rows that are orthonormal."""
+        numbered = [*enumerate(basis, -1 - len(basis)), *sorted(rows.items(), key=lambda item: item[0])]
+        units = [([place, self.builder.store(row)], [0.0] * 4) for place, row in numbered]
+        return self._units(EntryKind.PATCH, units, strength, **how)
+
     def neurons(
         self,
         neurons: Sequence[int],

@@ -141,6 +141,9 @@ VECTOR_EDITS |= {
 }
 VECTOR_EDITS |= {
     "patch": lambda p, d, **how: p.patch({0: randn(d, seed=16), 1: randn(d, seed=17)}, torch.ones(d), **how),
+    "patch_subspace": lambda p, d, **how: p.patch_subspace(
+        {0: randn(d, seed=16), 1: randn(d, seed=17)}, basis(d, 3), **how
+    ),
 }
 VECTOR_EDITS |= {
     f"features {op}": lambda p, d, numbers=numbers, **how: p.features(*latents(d), **numbers, **how)
@@ -159,6 +162,10 @@ UNIT_EDITS: dict[str, Callable[..., int]] = {
     ),
 }
 EDITS = VECTOR_EDITS | UNIT_EDITS
+
+
+def basis(d: int, rank: int) -> Tensor:
+    return torch.linalg.qr(randn(d, rank, seed=18))[0].T.contiguous()
 
 
 def units_of(units: list[int], d: int) -> Tensor:
@@ -211,9 +218,10 @@ def test_the_definition_is_what_the_contract_says(kind: str, preserve_norm: bool
             left=randn(d, 3, seed=13) / d**0.5, right=randn(d, 3, seed=14), bias=randn(d, seed=15)
         ),
         "patch": Patch(),
+        "patch_subspace": Patch(rotation=basis(d, 3)),
     }[kind.split()[0]]
     edit = messages.Edit(kind=message, site=messages.Site.RESID_POST, layers=(0,), preserve_norm=preserve_norm)
-    source = randn(d, seed=16).double() if kind == "patch" else None
+    source = randn(d, seed=16).double() if kind.startswith("patch") else None
     want = oracle_formulas.edited(edit, strength, h, (0,), 0, stored, 4, source)
     builder, program = one_edit(kind, d, strength=strength, preserve_norm=preserve_norm)
     x = h[None].clone()
@@ -277,6 +285,28 @@ def test_units_that_are_not_named_keep_their_bits(kind: str) -> None:
     changed = [i for i, (a, b) in enumerate(zip(bits(got.x)[0], bits(x)[0], strict=True)) if a != b]
     assert set(changed) <= set(named)
     assert len(changed) >= len(named) - 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_a_row_patched_in_a_subspace_keeps_what_is_outside(n: int, rank: int) -> None:
+    positions = [3 * i for i in range(n)]
+    builder = TableBuilder(48)
+    own, other = builder.program(), builder.program()
+    rows, across = {position: randn(48, seed=100 + position) for position in positions}, basis(48, rank)
+    own.patch_subspace(rows, across)
+    other.patch(rows, torch.ones(48))
+    places = [*range(3 * n + 2)] * 2
+    x = randn(len(places), 48)
+    programs = [own] * (3 * n + 2) + [other] * (3 * n + 2)
+    got = assert_agrees(x, program=builder.step(programs, position=places), places=(0, 1)).x[: 3 * n + 2]
+    for position, (before, after) in enumerate(zip(x, got, strict=False)):
+        if position not in rows:
+            assert torch.equal(before, after)
+            continue
+        torch.testing.assert_close(across @ after, across @ rows[position], rtol=1e-5, atol=1e-5)
+        outside = torch.eye(48) - across.T @ across
+        torch.testing.assert_close(outside @ after, outside @ before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64])

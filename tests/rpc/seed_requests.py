@@ -128,6 +128,7 @@ EDITS = [
         "SITE_RESID_POST", patch={"activations": "run", "positions": [{"position": -1, "source": 2}], "units": [1, 5]}
     ),
     edit("SITE_ATTN_Z", patch={"activations": "run", "source_layer": 0, "heads": [2]}, scope=SCOPE),
+    edit("SITE_RESID_POST", patch={"activations": "run", "subspace": "subspace"}),
 ]
 READOUTS = [
     program_pb2.Readout(site="SITE_RESID_POST", layers=[0], projection={"vectors": [vector()]}),
@@ -363,6 +364,7 @@ def calls() -> dict[str, list[Call]]:
             ]
             for effect in (
                 {"projection": True},
+                {"probe": "probe"},
                 {"words": {"words": ["a"]}},
                 {"target_texts": {"texts": [" you"]}},
                 {"classifier": {"texts": {"groups": GROUPS}, "target": "rain"}},
@@ -378,7 +380,15 @@ def calls() -> dict[str, list[Call]]:
                     poolings=["DETECTION_POOLING_MEAN", "DETECTION_POOLING_MAX"],
                     calibration_fraction=0.5,
                 )
-            ]
+            ],
+            [
+                steering_pb2.DetectConceptRequest(
+                    detectors=["probe"],
+                    features=[{"autoencoder": "sae", "feature": 1}],
+                    texts={"groups": GROUPS, "window_tokens": 16},
+                    target="rain",
+                )
+            ],
         ],
         "ProbeService/TrainProbe": [
             [

@@ -134,7 +134,7 @@ def encoded(server: LiveServer, text: str) -> list[int]:
 
 
 @torch.no_grad()
-def states(model: PreTrainedModel, ids: list[int], layer: int) -> Tensor:
+def states(model: PreTrainedModel, ids: list[int], layer: int = 1) -> Tensor:
     """[T, width] after a block."""
     kept: list[Tensor] = []
 
@@ -237,6 +237,31 @@ def test_the_perplexity_of_the_unsteered_model_is_that_of_score(
         )
         score = GenerationServiceStub(channel).Score(asked)
     assert point(result, VECTOR, 4.0).perplexity.mean == pytest.approx(score.perplexity, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["logistic", "ridge"])
+def test_the_effect_by_a_probe_is_its_mean_probability_or_number_over_the_text(
+    server: LiveServer, stub: SteeringServiceStub, model: PreTrainedModel, vector: dict[int, Tensor], method: str
+) -> None:
+    store, info = ArtifactStore(server.server.config.artifacts_url), server.model.info
+    w, b, said = torch.linspace(-1.0, 1.0, info.d_model), 0.25, {"method": method, "site": "resid_post"}
+    # Of two labels, which share the odds.
+    rows, bias = (torch.stack([w, -w]), torch.tensor([b, -b])) if method == "logistic" else (w[None], torch.tensor([b]))
+    if method == "logistic":
+        said |= {"labels": ["yes", "no"], "target": "yes"}
+    tensors = {"layer.1.weight": rows, "bias": bias}
+    made = store.put(ArtifactKind.PROBE, tensors, model_fingerprint=info.fingerprint, provenance=said, tags=[method])
+    result = calibrated(stub, strengths=[4.0], effect=pb.EffectMeasure(probe=method))
+    for found, strength in ((point(result, UNSTEERED), 0.0), (point(result, VECTOR, 4.0), 4.0)):
+        values: list[float] = []
+        for text in PROMPTS:
+            start = encoded(server, text)
+            written = greedy(model, start, strength * vector[1] if strength else None)
+            scores = states(model, start + written)[len(start) : -1] @ w + b
+            values += (torch.sigmoid(2 * scores) if method == "logistic" else scores).tolist()
+        assert found.effect.mean == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-6)
+    card = store.info(result.artifact.id).evidence["calibration"]["add"]
+    assert card["effect"] == {"measure": "probe", "probe": made.id}
 
 
 def test_strength_zero_is_the_unsteered_model(stub: SteeringServiceStub) -> None:
@@ -434,6 +459,8 @@ def test_the_same_seed_gives_the_same_calibration(stub: SteeringServiceStub) -> 
         ({"max_repetition": 1.5}, "INVALID_ARGUMENT", "max_repetition"),
         ({"max_perplexity_ratio": -1.0}, "INVALID_ARGUMENT", "max_perplexity_ratio"),
         ({"effect": pb.EffectMeasure(probe="v")}, "INVALID_ARGUMENT", "effect.probe"),
+        ({"effect": pb.EffectMeasure(probe="")}, "INVALID_ARGUMENT", "effect.probe"),
+        ({"effect": pb.EffectMeasure(probe="unknown")}, "NOT_FOUND", "effect.probe"),
         ({"effect": pb.EffectMeasure(words=neuron_pb2.Words())}, "INVALID_ARGUMENT", "effect.words.words"),
         (
             {"effect": pb.EffectMeasure(target_texts={"texts": [""]})},

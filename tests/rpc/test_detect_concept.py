@@ -226,7 +226,7 @@ def test_scores_come_while_later_texts_still_run(server: LiveServer, stub: Steer
         ({"detectors": ["v", ""]}, "INVALID_ARGUMENT", "detectors[1]"),
         ({"detectors": ["v", "v"]}, "INVALID_ARGUMENT", "detectors[1]"),
         ({"detectors": ["unknown"]}, "NOT_FOUND", "detectors[0]"),
-        ({"features": [{"autoencoder": "sae", "feature": 3}]}, "INVALID_ARGUMENT", "features"),
+        ({"features": [{"autoencoder": "sae", "feature": 3}]}, "NOT_FOUND", "features[0].autoencoder"),
         ({"layers": [1, 7]}, "INVALID_ARGUMENT", "layers[1]"),
         ({"detectors": ["w"], "layers": [0]}, "INVALID_ARGUMENT", "detectors[0]"),
         ({"poolings": [MEAN, 9]}, "INVALID_ARGUMENT", "poolings[1]"),

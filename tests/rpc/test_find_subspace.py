@@ -7,12 +7,14 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from live import LiveServer
-from planted_subspace import CAPITALS, DIGITS, LETTERS, MINUS, PLUS, save_planted_subspace
+from planted_subspace import CAPITALS, DIGITS, LETTERS, MINUS, PLUS, WIDTH, save_planted_subspace
+from safetensors.torch import save
 from statuses import failure
 
 from patchclamp import Client
-from patchclamp.programs import last, rotate_in_plane
+from patchclamp.programs import last, patch, rotate_in_plane
 from patchclamp.subspaces import circular_plane, interchange
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
@@ -86,6 +88,19 @@ def test_pairs_that_keep_their_answers_are_judged_against_what_the_source_says(c
     method = interchange(PAIRS, kept, rank=32, max_steps=1)
     [evidence] = client.find_subspace(method, layers=[1]).result().layers
     assert (evidence.accuracy, evidence.full_accuracy, evidence.kept_accuracy) == (1.0, 1.0, 0.0)
+
+
+def test_a_patch_in_the_subspace_of_a_variable_exchanges_it_and_one_beside_it_does_not(client: Client) -> None:
+    for tag, dimension in (("capital-sign", 0), ("noise", 5)):
+        file = save({"layer.0.rotation": torch.eye(WIDTH)[dimension : dimension + 1].clone()})
+        client.put_artifact(file, kind="subspace", site="resid_post", tags=[tag])
+    client.read_activations(list(CAPITALS), "resid_post", layers=[0], store=True, tags=["runs"]).result()
+    for i, base in enumerate(CAPITALS[:6]):
+        exchanged, kept = (
+            patch("runs", text=i + 1, positions=[-1], subspace=tag, layers=0) for tag in ("capital-sign", "noise")
+        )
+        own, other = "+-" if base in PLUS else "-+"
+        assert [said(client, base, *program) for program in ([], [exchanged], [kept])] == [own, other, own]
 
 
 def test_a_scope_exchanges_other_tokens(client: Client) -> None:

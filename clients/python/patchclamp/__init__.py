@@ -49,6 +49,7 @@ from patchclamp.requests import (
 )
 from patchclamp.retry import Retry
 from patchclamp.sparsity import LayerOptions, PolicyOptions
+from patchclamp.study import VectorStudy
 
 __all__ = [
     "AsyncClient",
@@ -93,5 +94,6 @@ __all__ = [
     "SubspaceOptions",
     "UploadOptions",
     "VectorEditOptions",
+    "VectorStudy",
     "WatchOptions",
 ]

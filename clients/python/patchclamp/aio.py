@@ -300,9 +300,10 @@ class AsyncClient(AsyncTransport):
         timeout: float = float("inf"),
         **options: Unpack[DetectConceptOptions],
     ) -> AsyncStream[steering_pb2.DetectConceptResponse, ConceptDetectionEvent, ConceptDetection]:
-        """Scores texts by vectors, and says how well each tells those of the label `target` from all others.
+        """Scores texts by vectors, probes and features, and says how well each tells those of the label `target` from
+        all others.
 
-        detectors: ids or tags of vectors. Without a target the texts are scored alone.
+        detectors: ids or tags of vectors and probes. Without a target the texts are scored alone.
         """
         request = requests.detect_concept(detectors, texts, target, **options)
         call = self._stream(self._stubs.steering.DetectConcept, request, timeout)

@@ -36,5 +36,5 @@ def classifier(texts: TextsLike, target: str) -> EffectLike:
 
 
 def probe(probe: str) -> EffectLike:
-    """Measures the mean probability of a probe artifact over the tokens of the text."""
+    """Measures the mean probability that a probe gives its target over the tokens of the text. Ridge gives a number."""
     return build(pb.EffectMeasure, probe=probe)

@@ -55,6 +55,7 @@ UNIT_HIGH = tl.constexpr(table.UNIT_HIGH)
 SPARE = tl.constexpr(table.SPARE)
 BIAS = tl.constexpr(table.BIAS)
 JUMP = tl.constexpr(table.JUMP)
+MASK = tl.constexpr(table.MASK)
 
 TINY = tl.constexpr(definition.TINY)
 PARALLEL = tl.constexpr(definition.PARALLEL)
@@ -193,10 +194,13 @@ def _edited(
         edited = h + strength * _vector(row.bank, first, lane, D)
     else:
         target = h
-        if (kind == REPLACE) | (kind == PATCH):
-            at = first
-            if kind == PATCH:
-                at = _source(row, first, count)
+        at = first
+        rank = 0
+        if kind == PATCH:
+            at = _source(row, first, count)
+            rank = MASK - tl.load(row.unit_ints + first * 2 + UNIT)
+            count = tl.where(at >= 0, rank, 0)
+        if (kind == REPLACE) | ((kind == PATCH) & (rank == 0)):
             target = _vector(row.bank, tl.maximum(at, 0), lane, D)
             if kind == PATCH:
                 mask = _vector(row.bank, tl.load(row.unit_ints + first * 2 + OTHER), lane, D)
@@ -205,8 +209,8 @@ def _edited(
             target = _projected(h, _vector(row.bank, first, lane, D), floats)
         elif kind == ROTATE:
             target = _rotated(h, norm, _vector(row.bank, first, lane, D), tl.load(floats + LOW))
-        elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE) | (kind == FEATURES):
-            target = _by_units(h, lane, row, floats, kind, flags, first, count, column, D)
+        elif (kind == LOW_RANK) | (kind == AFFINE_LOW_RANK) | (kind == AFFINE) | (kind == FEATURES) | (kind == PATCH):
+            target = _by_units(h, lane, row, floats, kind, flags, first, count, column, at, D)
         else:
             if HEAD_DIM > 0:
                 target = _heads(h, lane, row, first, count, D, HEAD_DIM)
@@ -255,18 +259,19 @@ def _rotated(h, norm, u, radians):
 
 
 @triton.jit
-def _by_units(h, lane, row, floats, kind, flags, first, count, column, D: tl.constexpr):
-    """Returns targets that are sums over units: ranks R_r with W_r and b_r, channels r with rows A_r of a matrix, or
-    features f_r with rows E_r of the encoder and D_r of the decoder.
+def _by_units(h, lane, row, floats, kind, flags, first, count, column, source, D: tl.constexpr):
+    """Returns targets that are sums over units: ranks R_r with W_r and b_r, channels r with rows A_r of a matrix,
+    features f_r with rows E_r of the encoder and D_r of the decoder, or ranks R_r of a patch from bank row `source`, s.
 
         low rank          h + Σ_r R_r (W_r·h + b_r - R_r·h)
         affine, low rank      Σ_r R_r (W_r·h + b_r)
         affine                Σ_r e_r (A_r·h + b_r)         the whole matrix is read for every row
         features          h + Σ_r D_r (g_r - f_r)           all f_r are those of h as it came
+        patch             h + Σ_r R_r (R_r·s - R_r·h)
 
     One loop serves all of them, because each loop of its own would cost the others registers.
     """
-    target = tl.where((kind == LOW_RANK) | (kind == FEATURES), h, 0.0)
+    target = tl.where((kind == LOW_RANK) | (kind == FEATURES) | (kind == PATCH), h, 0.0)
     unit = first
     while unit < first + count:
         w = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
@@ -279,9 +284,14 @@ def _by_units(h, lane, row, floats, kind, flags, first, count, column, D: tl.con
                 # Past the caches of this thread: another one may have written it in this launch.
                 f = tl.load(row.readings + column + unit - first, volatile=True)
             inner = change_to_goal(f, tl.load(numbers + FACTOR), offset, tl.load(floats + LOW), tl.load(floats + HIGH))
+        elif kind == PATCH:
+            # It is loaded again, because w would take registers for as long as the sum above.
+            r = _vector(row.bank, tl.load(row.unit_ints + unit * 2 + OTHER), lane, D)
+            inner = tl.sum(_vector(row.bank, source, lane, D) * r, axis=0) - inner
         else:
             inner += offset
-        at = tl.load(row.unit_ints + unit * 2 + UNIT)
+        # The rows of a patch are R_r and W_r in one; what stands beside them is no bank row.
+        at = tl.load(row.unit_ints + unit * 2 + tl.where(kind == PATCH, OTHER, UNIT))
         # Row 0 of a bank is there whatever it holds.
         r = _vector(row.bank, tl.where(kind == AFFINE, 0, at), lane, D)
         r = tl.where(kind == AFFINE, (lane == at).to(tl.float32), r)
@@ -292,8 +302,8 @@ def _by_units(h, lane, row, floats, kind, flags, first, count, column, D: tl.con
 
 @triton.jit
 def _source(row, first, count):
-    """Returns the bank row that a patch has for the position of this row, or -1. Its positions ascend after the mask,
-    which stands at -1."""
+    """Returns the bank row that a patch has for the position of this row, or -1. Its positions ascend after the mask
+    or the ranks, which stand below 0."""
     low = first + 1
     high = first + count
     while low < high:

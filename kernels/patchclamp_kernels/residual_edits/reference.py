@@ -10,6 +10,7 @@ from patchclamp_kernels.program_table import (
     BIAS,
     FACTOR,
     JUMP,
+    MASK,
     NO_GATE,
     OFFSET,
     OTHER,
@@ -252,8 +253,14 @@ class _Row:
                 return self.vector(ints[:, UNIT]).T @ (self.vector(ints[:, OTHER]) @ h + numbers[:, OFFSET])
             case EntryKind.PATCH:
                 ints, _ = self.units(entry)
-                own = ints[1:][ints[1:, UNIT] == self.position, OTHER]
-                return torch.where(self.vector(ints[0, OTHER]) != 0, self.vector(own[0]), h) if len(own) else h
+                own = ints[ints[:, UNIT] == self.position, OTHER]
+                if not len(own):
+                    return h
+                source = self.vector(own[0])
+                if ints[0, UNIT] == MASK:
+                    return torch.where(self.vector(ints[0, OTHER]) != 0, source, h)
+                r = self.vector(ints[ints[:, UNIT] < MASK, OTHER])
+                return h + r.T @ (r @ (source - h))
             case EntryKind.FEATURES:
                 ints, numbers = self.units(entry)
                 f = self.features(entry, h)

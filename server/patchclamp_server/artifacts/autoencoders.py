@@ -38,6 +38,12 @@ class FeatureRows:
             return self.bias
         return (self.bias.double() - self.encoder.double() @ self.subtracted.double()).float()
 
+    def one(self, i: int) -> "FeatureRows":
+        """Returns the i-th of them alone."""
+        at = slice(i, i + 1)
+        parts = (self.encoder[at], self.bias[at], self.threshold[at], self.decoder[at])
+        return FeatureRows(self.features[at], *parts, self.subtracted)
+
     def preactivations(self, h: Tensor) -> Tensor:
         """Returns p [tokens, n] in float32 of activations [tokens, width]."""
         h = h.float()

@@ -125,10 +125,17 @@ class Probe:
         if self.is_number:
             return scores
         others = np.delete(scores, self.target, axis=1)
-        slope, intercept = self.calibration
-        target = logistic(slope * log_odds(scores, self.target) + intercept)
+        target = logistic(self.log_odds(scores))
         rest = np.exp(others - _logsumexp(others)[:, None]) * (1.0 - target)[:, None]
         return np.insert(rest, self.target, target, axis=1)
+
+    def log_odds(self, scores: Doubles) -> Doubles:
+        """Returns the calibrated log-odds [n] of the target; of ridge the number."""
+        if self.is_number:
+            number: Doubles = scores[:, 0]
+            return number
+        slope, intercept = self.calibration
+        return slope * log_odds(scores, self.target) + intercept
 
     def target_score(self) -> TargetScore | None:
         """Returns the score of a probe of one number or two labels; None for more labels, whose log-odds are no linear

@@ -62,4 +62,6 @@ FLOAT_COLUMNS = 4
 FACTOR, OFFSET, UNIT_LOW, UNIT_HIGH = range(4)
 BIAS, JUMP = UNIT_LOW, UNIT_HIGH
 UNIT, OTHER = range(2)
+# Where the mask of a patch stands among its units.
+MASK = -1
 NO_GATE = -1

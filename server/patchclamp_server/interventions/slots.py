@@ -14,7 +14,7 @@ from patchclamp_server.model.sites import FORWARD_ORDER
 
 _NAMES = (
     *("KIND", "ITEM", "FLAGS", "FIRST", "COUNT", "GATE", "LATCH", "COLUMN", "STRENGTH", "LOW", "HIGH"),
-    *("SPARE", "FACTOR", "OFFSET", "UNIT_LOW", "UNIT_HIGH", "BIAS", "JUMP", "UNIT", "OTHER", "NO_GATE"),
+    *("SPARE", "FACTOR", "OFFSET", "UNIT_LOW", "UNIT_HIGH", "BIAS", "JUMP", "UNIT", "OTHER", "MASK", "NO_GATE"),
 )
 
 

@@ -44,6 +44,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add_model_argument(parser)
     effect = parser.add_argument_group("effect (default: the projection, which says least)")
     effect.add_argument("--words", nargs="+", metavar="WORD", help="share of texts with any of them")
+    effect.add_argument("--probe", metavar="PROBE", help="mean probability of a probe, by id or tag, over the tokens")
     effect.add_argument(
         "--target-texts", type=line_file, metavar="FILE", help="log-probability of these continuations, one a line"
     )
@@ -56,11 +57,13 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def effect_of(args: argparse.Namespace) -> effects.EffectLike | None:
     """Returns the one effect that was asked for. ValueError for several."""
-    asked = [name for name in ("words", "target_texts", "label") if getattr(args, name) is not None]
+    asked = [name for name in ("words", "probe", "target_texts", "label") if getattr(args, name) is not None]
     if len(asked) > 1:
         raise ValueError(f"expected one effect, got {', '.join('--' + name.replace('_', '-') for name in asked)}")
     if args.words is not None:
         return effects.words(args.words)
+    if args.probe is not None:
+        return effects.probe(args.probe)
     if args.target_texts is not None:
         return effects.target_texts(args.target_texts)
     if args.label is not None:

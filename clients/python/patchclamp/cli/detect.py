@@ -22,9 +22,17 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = actions.add_parser(
         "detect",
         parents=[connection_options(timeout=math.inf)],
-        help="how well vectors tell the texts of a label from others, by layer and pooling",
+        help="how well vectors, probes and features tell the texts of a label from others, by layer and pooling",
     )
-    parser.add_argument("detectors", nargs="+", metavar="vector", help="id or tag")
+    parser.add_argument("detectors", nargs="*", metavar="detector", help="id or tag of a vector or probe")
+    parser.add_argument(
+        "--features",
+        type=features,
+        action="append",
+        default=[],
+        metavar="AUTOENCODER:N[,N...]",
+        help="features of an autoencoder, such as gemma-sae:17,4242; repeatable",
+    )
     parser.add_argument("--target", default="", metavar="LABEL", help="that is told from all others (default: none)")
     add_text_arguments(parser)
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
@@ -39,9 +47,22 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(run=run)
 
 
+def features(text: str) -> tuple[str, list[int]]:
+    """Reads AUTOENCODER:N,N; an id has a colon too."""
+    autoencoder, colon, numbers = text.rpartition(":")
+    listed = [seed(number) for number in numbers.split(",")] if colon and autoencoder else []
+    if not listed:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected AUTOENCODER:N or AUTOENCODER:N,N")
+    return autoencoder, listed
+
+
 def run(args: argparse.Namespace) -> int:
+    chosen: dict[str, list[int]] = {}
+    for autoencoder, numbers in args.features:
+        chosen.setdefault(autoencoder, []).extend(numbers)
     options: dict[str, Any] = {
         **given(args, "calibration_fraction"),
+        "features": chosen,
         "layers": () if args.layers == "all" else args.layers,
         "poolings": args.poolings,
         "seed": args.seed,
@@ -59,14 +80,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(result)
     if args.picture is not None:
-        write_picture(args, detection_figure(result, f"{args.target} by {', '.join(args.detectors)}"))
+        write_picture(args, detection_figure(result, f"{args.target} by {', '.join([*args.detectors, *chosen])}"))
     return 0
 
 
 def _show(result: ConceptDetection) -> None:
     rows = [
         (
-            report.detector,
+            report.name,
             f"{report.layer}{' *' if i == result.best and report.auroc is not None else ''}",
             report.pooling.replace("_", " "),
             _shown(report.auroc),
@@ -78,7 +99,7 @@ def _show(result: ConceptDetection) -> None:
         for i, report in enumerate(result.detectors)
     ]
     measures = ("AUROC (95 %)", "random vectors", "average precision (95 %)", "Brier score", "of the base rate")
-    table(("vector", "layer", "pooling", *measures), rows)
+    table(("detector", "layer", "pooling", *measures), rows)
     for warning in result.warnings:
         note(f"warning: {warning}")
     note(f"{result.texts} texts")

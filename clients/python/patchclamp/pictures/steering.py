@@ -32,7 +32,7 @@ def detection_figure(result: ConceptDetection, title: str) -> "Figure":
     for i, curve in enumerate(result.curves()):
         layers = [report.layer for report in curve]
         values = [report.auroc or Interval(0.5, 0.5, 0.5) for report in curve]
-        label = f"{curve[0].detector}, {curve[0].pooling.replace('_', ' ')}"
+        label = f"{curve[0].name}, {curve[0].pooling.replace('_', ' ')}"
         axes.plot(layers, [v.mean for v in values], color=f"C{i % 10}", marker="o", label=label)
         axes.vlines(layers, [v.low for v in values], [v.high for v in values], color=f"C{i % 10}", alpha=0.5)
         axes.plot(layers, [report.random_auroc for report in curve], color=f"C{i % 10}", linestyle="--", alpha=0.5)

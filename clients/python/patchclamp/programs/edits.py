@@ -237,14 +237,17 @@ def patch(
     source_layer: int | None = None,
     units: int | Iterable[int] = (),
     heads: int | Iterable[int] = (),
+    subspace: str = "",
     **options: Unpack[VectorEditOptions],
 ) -> pb.Edit:
-    """t(h) = s: puts rows of another run in the place of those of this one (activation patching).
+    """t(h) = s, or h + R^T R (s - h) with a subspace: puts rows of another run in the place of those of this one
+    (activation patching).
 
     activations: id or tag of an activations artifact with rows at the site. text: the one of its texts whose rows are
     taken. positions: {position: position in the text}, or several that stay where they are; negative ones count from
     the end of the prompt, and of the text. By default all that the artifact has rows of, onto the same positions.
     source_layer: by default that of the edit. units, heads: only these of a row; heads are at "attn_z", the site then.
+    subspace: only the part of a row in it, by the id or tag of an artifact.
     """
     listed = one_or_several(heads, "heads", "an int")
     if listed:
@@ -258,6 +261,7 @@ def patch(
         positions=[_patch_position(position, source) for position, source in pairs],
         units=one_or_several(units, "units", "an int"),
         heads=listed,
+        subspace=subspace,
     )
     return _by_vector(pb.Edit(patch=kind), **options)
 

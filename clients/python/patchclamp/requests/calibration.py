@@ -1,10 +1,10 @@
 """Requests that choose the strength of a vector, and that tell what vectors detect."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from patchclamp.effects import EffectLike
-from patchclamp.fields import build, instance, one_text_or_several, several
+from patchclamp.fields import build, build_as, instance, one_or_several, one_text_or_several, several, shown
 from patchclamp.names import (
     CALIBRATION_APPLICATIONS,
     DETECTION_POOLINGS,
@@ -15,6 +15,7 @@ from patchclamp.names import (
 from patchclamp.neurons.texts import TextsLike, texts_message
 from patchclamp.programs.scopes import ScopeLike, scope_message
 from patchclamp.prompts import PromptLike, prompt
+from patchclamp.v1 import program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 
 
@@ -94,10 +95,12 @@ def calibrate_vector(
 class DetectConceptOptions(TypedDict, total=False):
     """Options of a detection.
 
-    layers: by default every layer of a detector. poolings: by default last_token, mean and max. calibration_fraction:
+    features: of autoencoders, by the id or tag of theirs, each a number or several. layers: by default every layer of a
+    detector; a probe reads its layers together. poolings: by default last_token, mean and max. calibration_fraction:
     share of the labelled texts that probabilities are calibrated on, by default half.
     """
 
+    features: Mapping[str, int | Iterable[int]] | None
     layers: Iterable[int]
     poolings: Iterable[DetectionPoolingName]
     calibration_fraction: float | None
@@ -110,18 +113,20 @@ def detect_concept(
     texts: TextsLike,
     target: str = "",
     *,
+    features: Mapping[str, int | Iterable[int]] | None = None,
     layers: Iterable[int] = (),
     poolings: Iterable[DetectionPoolingName] = (),
     calibration_fraction: float | None = None,
     seed: int = 0,
     model: str = "",
 ) -> pb.DetectConceptRequest:
-    """Returns a request to score texts by vectors. Raises ValueError for no detector."""
+    """Returns a request to score texts by vectors, probes and features. Raises ValueError for none of them."""
     named = enumerate(several(poolings, "poolings", "a pooling"))
     request = build(
         pb.DetectConceptRequest,
         model=model,
         detectors=one_text_or_several(detectors),
+        features=_references({} if features is None else features),
         texts=texts_message(texts),
         target=target,
         layers=layers,
@@ -129,6 +134,21 @@ def detect_concept(
         calibration_fraction=calibration_fraction,
         seed=seed,
     )
-    if not request.detectors:
-        raise ValueError("detectors: give the id or tag of at least one vector")
+    if not request.detectors and not request.features:
+        raise ValueError("detectors: give the id or tag of at least one vector or probe, or features")
     return request
+
+
+def _references(features: Mapping[str, int | Iterable[int]]) -> list[program_pb2.FeatureReference]:
+    if not isinstance(features, Mapping):
+        raise TypeError(f"features: expected {{autoencoder: number or several}}, got {shown(features)}")
+    return [
+        build_as(
+            {"autoencoder": "features", "feature": f"features[{autoencoder!r}]"},
+            program_pb2.FeatureReference,
+            autoencoder=autoencoder,
+            feature=number,
+        )
+        for autoencoder, numbers in features.items()
+        for number in one_or_several(numbers, f"features[{autoencoder!r}]", "an int")
+    ]

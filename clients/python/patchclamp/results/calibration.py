@@ -1,4 +1,4 @@
-"""What a vector does at layers and strengths, and how well vectors detect a concept."""
+"""What a vector does at layers and strengths, and how well vectors, probes and features detect a concept."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,8 +115,9 @@ class DetectedText(Record):
 class DetectorReport(Record):
     """Says how well one detector tells a label from all others, on texts that its calibration has not seen.
 
-    auroc, average_precision: None without labels. random_auroc: of random vectors. slope, intercept: of the
-    probability, 1 / (1 + exp(-(slope * score + intercept))). brier_base_rate: of always saying the share of the label.
+    detector: of a feature its autoencoder. auroc, average_precision: None without labels. random_auroc: of random
+    vectors. slope, intercept: of the probability, 1 / (1 + exp(-(slope * score + intercept))). brier_base_rate: of
+    always saying the share of the label.
     """
 
     detector: str
@@ -131,6 +132,11 @@ class DetectorReport(Record):
     brier: float
     brier_base_rate: float
     reliability: tuple[ReliabilityBin, ...]
+
+    @property
+    def name(self) -> str:
+        """Returns the detector, of a feature with its number."""
+        return self.detector if self.feature is None else f"{self.detector} feature {self.feature}"
 
 
 @dataclass(frozen=True)

@@ -616,7 +616,7 @@ class Patch(_message.Message):
     source_layer: _builtins.int
     """Layer whose rows are taken. Default: that of the edit."""
     subspace: _builtins.str
-    """Id or tag of a subspace artifact."""
+    """Only the part of a row in this subspace: id or tag of a subspace artifact that has the layers of the edit."""
     @_builtins.property
     def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatchPosition]:
         """Default: every position that the artifact has a row of, onto the same position."""

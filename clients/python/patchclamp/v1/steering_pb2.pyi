@@ -1325,7 +1325,9 @@ class EffectMeasure(_message.Message):
     PROJECTION_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
     probe: _builtins.str
-    """Mean probability of a probe artifact over the generated tokens."""
+    """Mean probability that a probe artifact gives its target over the generated tokens but the last, which is not run. Of a
+    ridge probe its number.
+    """
     projection: _builtins.bool
     """Mean projection h . v / |v| at the layer of the vector's best evidence, without any at its last layer, over the generated
     tokens but the last, which is not run. The default: it says least, since it is what the vector adds.
@@ -1614,7 +1616,9 @@ class DetectConceptRequest(_message.Message):
     seed: _builtins.int
     @_builtins.property
     def detectors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Id or tag of vectors or probes, and features."""
+        """Id or tag of vectors or probes, and features. The score of a token is h . v / |v| of a vector, the calibrated log-odds of
+        its target of a probe (of a ridge probe its number), and its activation of a feature.
+        """
 
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[_program_pb2.FeatureReference]: ...
@@ -1624,11 +1628,13 @@ class DetectConceptRequest(_message.Message):
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Default: every layer of a detector."""
+        """Default: every layer of a detector. A probe reads its layers together: all of them must be among these."""
 
     @_builtins.property
     def poolings(self) -> _containers.RepeatedScalarFieldContainer[Global___DetectionPooling.ValueType]:
-        """Each is tried. Default: last token, mean and max."""
+        """Each is tried. Default: last token, mean and max. A probe reads the last token's state and the mean of the states, as it was
+        trained; its max is the largest score of a token.
+        """
 
     def __init__(
         self,
@@ -1759,8 +1765,10 @@ class DetectorReport(_message.Message):
     BRIER_BASE_RATE_FIELD_NUMBER: _builtins.int
     RELIABILITY_FIELD_NUMBER: _builtins.int
     detector: _builtins.str
+    """As it was asked for; of a feature its autoencoder."""
     feature: _builtins.int
     layer: _builtins.int
+    """Of a probe of several layers, which it reads together, the last."""
     pooling: Global___DetectionPooling.ValueType
     random_auroc: _builtins.float
     """The same of random vectors of the site: the mean over 8, each turned by the texts of the calibration."""

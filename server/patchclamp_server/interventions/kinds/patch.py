@@ -1,8 +1,12 @@
-"""The edit `patch` puts rows of another run into this one: t(h) = m s_p + (1 - m) h at the token of position p.
+"""The edit `patch` puts rows of another run into this one, at the token of position p.
 
-s_p is the source row that is mapped to p, and m is 1 at the units that are patched (Vig et al. 2020; Meng et al. 2022,
-causal tracing). Positions may count from the end of the prompt, so that rows find their tokens when the length of the
-prompt is known: placing.py. An entry has one unit for the mask and one for each position, ascending.
+    units      t(h) = m s_p + (1 - m) h        m is 1 at the units that are patched
+    subspace   t(h) = h + R^T R (s_p - h)      R [rank, width] of a subspace artifact (Geiger et al. 2024, interchange)
+
+s_p is the source row that is mapped to p (Vig et al. 2020; Meng et al. 2022, causal tracing). Positions may count from
+the end of the prompt, so that rows find their tokens when the length of the prompt is known: placing.py. An entry has
+one unit for each position, ascending, and before them one for the mask, which stands at -1, or one for each row of R,
+which stand at -1 - rank to -2.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +19,14 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.activation_rows import StoredActivations, TextRows
+from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.cpu.invariant import operators as invariant
 from patchclamp_server.errors import InvalidArgument, NotFound, about
-from patchclamp_server.interventions.columns import COUNT, FIRST, OTHER, UNIT, EntryFlag, EntryKind
+from patchclamp_server.interventions.banks import ZERO_ROW
+from patchclamp_server.interventions.columns import COUNT, FIRST, MASK, OTHER, UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import LARGEST_COUNT, count, distinct
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written
-from patchclamp_server.interventions.kinds.rules import Entries, StepContext, TargetRule
+from patchclamp_server.interventions.kinds.rules import Entries, Grid, StepContext, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
 from patchclamp_server.interventions.program import EditKind
 from patchclamp_server.interventions.resolver import check_indices
@@ -94,7 +101,8 @@ class _StoredRows:
 class Patch(EditKind):
     """`source` is the run itself, or None where rows are those of a text of the artifact `activations`. `positions` are
     pairs of a position in the prompt and one in the source text, both negative from the end; none given: every
-    position of the source, onto the same one. Without units and heads, whole rows are patched."""
+    position of the source, onto the same one. The subspace is an artifact, or `rotation` [rank, width] itself. Without
+    units, heads and either of these, whole rows are patched."""
 
     activations: str = ""
     text: int = 0
@@ -103,21 +111,29 @@ class Patch(EditKind):
     positions: tuple[tuple[int, int], ...] = ()
     units: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
+    subspace: str = ""
+    rotation: Tensor | None = None
 
 
 class PatchRule(TargetRule):
-    """Has the target t(h) = m s_p + (1 - m) h. Rows come only at positions that the entry has a source of, because the
-    scope of the edit is no wider."""
+    """Has the target t(h) = m s_p + (1 - m) h, or h + R^T R (s_p - h). Rows come only at positions that the entry has a
+    source of, because the scope of the edit is no wider."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
         host, first, counts = entries.host, entries.ints(FIRST), entries.ints(COUNT)
         k = len(first)
-        self._masks = entries.bank(host.unit_ints[first, OTHER].astype(np.int64), entries.width) != 0
-        # The units of all entries but their masks, one entry after the other.
-        owner = np.repeat(np.arange(k), counts - 1)
-        starts = np.cumsum(counts - 1) - (counts - 1)
-        units = first[owner] + 1 + np.arange(len(owner)) - starts[owner]
+        # The rows of R stand at -1 - rank and on.
+        ranks = np.maximum(MASK - host.unit_ints[first, UNIT].astype(np.int64), 0)
+        heads = np.where(ranks > 0, ranks, 1)
+        mask = np.where(ranks > 0, ZERO_ROW, host.unit_ints[first, OTHER])
+        self._masks = entries.bank(mask.astype(np.int64), entries.width) != 0
+        self._subspaces = _Subspaces(entries, first, ranks) if ranks.any() else None
+        # The units of all entries but their masks or subspaces, one entry after the other.
+        places = counts - heads
+        owner = np.repeat(np.arange(k), places)
+        starts = np.cumsum(places) - places
+        units = first[owner] + heads[owner] + np.arange(len(owner)) - starts[owner]
         self._keys = entries.tensor(_keys(owner, host.unit_ints[units, UNIT].astype(np.int64)))
         self._bank_rows = entries.tensor(host.unit_ints[units, OTHER].astype(np.int64))
         which = np.arange(k) if entries.which is None else entries.which
@@ -131,7 +147,33 @@ class PatchRule(TargetRule):
         super().run(x, context)
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
-        return torch.where(self.entries.each(self._masks), self._sources, h)
+        patched = torch.where(self.entries.each(self._masks), self._sources, h)
+        return patched if self._subspaces is None else self._subspaces.target(h, self._sources, patched)
+
+
+class _Subspaces:
+    """The subspaces of those of k entries that have one; zeros pad their rows to the largest rank."""
+
+    def __init__(self, entries: Entries, first: IntArray, ranks: IntArray) -> None:
+        rank = np.arange(int(ranks.max()))
+        padding = rank >= ranks[:, None]  # [k, most]
+        number = np.where(padding, 0, first[:, None] + rank)
+        rows = np.where(padding, ZERO_ROW, entries.host.unit_ints[number, OTHER]).astype(np.int64)
+        self._rotation = entries.bank(rows.reshape(-1), entries.width).view(*padding.shape, entries.width)
+        self._bias = torch.zeros(padding.shape, device=self._rotation.device)
+        self._owner = entries.tensor(np.arange(len(first))) if entries.index is None else entries.index
+        self._has = entries.each(entries.tensor(ranks > 0))[:, None]
+        self._grid = Grid(entries)
+
+    def target(self, h: Tensor, sources: Tensor, others: Tensor) -> Tensor:
+        """Returns h + R^T R (s - h), and `others` of entries without a subspace."""
+        moved = sources - h
+        if invariant.holds_for(h):
+            own = invariant.low_rank(h, moved, self._owner, self._rotation, self._bias, self._rotation)
+        else:
+            inner = torch.bmm(self._grid.spread(moved), self._rotation.transpose(1, 2))
+            own = h + self._grid.collect(torch.bmm(inner, self._rotation))
+        return torch.where(self._has, own, others)
 
 
 def _keys(entry: IntArray, position: IntArray) -> IntArray:
@@ -141,13 +183,15 @@ def _keys(entry: IntArray, position: IntArray) -> IntArray:
 
 
 def _write(payload: Payload) -> Written:
-    """Writes the payload (positions [n], rows [n, width], mask [width]); positions ascend and are not negative."""
-    positions, rows, mask = payload
+    """Writes the payload (positions [n], rows [n, width], mask [width] or R [rank, width]); positions ascend and are
+    not negative."""
+    positions, rows, patched = payload
+    before = np.array([MASK]) if patched.dim() == 1 else np.arange(MASK - len(patched), MASK)
 
     def units(held: IntArray) -> UnitColumns:
-        return UnitColumns({UNIT: np.concatenate(([-1], positions.numpy())), OTHER: held})
+        return UnitColumns({UNIT: np.concatenate((before, positions.numpy())), OTHER: held})
 
-    return Written(torch.cat((mask[None], rows)), units)
+    return Written(torch.cat((patched.view(-1, rows.shape[1]), rows)), units)
 
 
 PATCH = EditTable(EntryKind.PATCH, _write, PatchRule)
@@ -156,10 +200,11 @@ PATCH = EditTable(EntryKind.PATCH, _write, PatchRule)
 def _decode(proto: "pb.Patch", field: str) -> Patch:
     if not proto.activations:
         raise InvalidArgument(f"{field}.activations", "expected the id or tag of an activations artifact")
-    if proto.subspace:
-        raise InvalidArgument(f"{field}.subspace", "patches within a subspace are not served; expected units, or none")
-    if proto.units and proto.heads:
-        raise InvalidArgument(f"{field}.heads", "units are given as well; expected one of units, heads")
+    given = [name for name in ("units", "heads", "subspace") if getattr(proto, name)]
+    if len(given) > 1:
+        raise InvalidArgument(
+            f"{field}.{given[-1]}", f"{given[0]} are given as well; expected one of units, heads, subspace"
+        )
     positions = tuple((each.position, each.source) for each in proto.positions)
     seen: dict[int, int] = {}
     for i, (position, _) in enumerate(positions):
@@ -174,12 +219,13 @@ def _decode(proto: "pb.Patch", field: str) -> Patch:
         positions=positions,
         units=distinct(proto.units, f"{field}.units"),
         heads=distinct(proto.heads, f"{field}.heads"),
+        subspace=proto.subspace,
     )
 
 
 def _bind(kind: Patch, where: Where) -> EditNumbers:
     path = where.path
-    mask = _mask(kind, where)
+    patched = _patched(kind, where)
     source = _stored(kind, where) if kind.source is None else kind.source
     positions, sources = _mapped(kind.positions, source, where)
     numbers = len(positions) * len(where.layers) * where.width
@@ -195,7 +241,7 @@ def _bind(kind: Patch, where: Where) -> EditNumbers:
             if rows.shape[1] != where.width:
                 message = f"width {rows.shape[1]} does not fit {where.site.value}, which has {where.width}"
                 raise InvalidArgument("", message)
-        payload[layer] = (positions, rows, mask)
+        payload[layer] = (positions, rows, patched[layer])
     return EditNumbers(PATCH, payload)
 
 
@@ -215,6 +261,17 @@ def _refused_at(path: str) -> Iterator[None]:
             yield
     except NotFound as error:
         raise InvalidArgument(path, error.message) from error
+
+
+def _patched(kind: Patch, where: Where) -> dict[int, Tensor]:
+    """Returns by layer the mask [width], or the rows [rank, width] of the subspace."""
+    if kind.rotation is not None:
+        return dict.fromkeys(where.layers, kind.rotation.float())
+    if not kind.subspace:
+        return dict.fromkeys(where.layers, _mask(kind, where))
+    path = f"{where.path}.subspace"
+    artifact = where.resolver.artifact_at(kind.subspace, ArtifactKind.SUBSPACE, where.layers, where.width, path)
+    return {layer: artifact.subspace(layer).rotation.float() for layer in where.layers}
 
 
 def _mask(kind: Patch, where: Where) -> Tensor:

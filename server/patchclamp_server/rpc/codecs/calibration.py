@@ -12,6 +12,7 @@ from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.calibration.effects import (
     ClassifierEffect,
     Effect,
+    ProbeEffect,
     ProjectionEffect,
     TargetsEffect,
     WordsEffect,
@@ -227,9 +228,12 @@ def _effect(
     effect = request.effect
     match effect.WhichOneof("measure"):
         case "probe":
-            # Probe artifacts, and a readout of their probability, would be read here as the projection is.
-            message = "probes are not read here yet; expected classifier, target_texts, projection or words"
-            raise InvalidArgument("effect.probe", message)
+            if not effect.probe:
+                raise InvalidArgument("effect.probe", "expected the id or tag of a probe")
+            # By its id, since a tag may move meanwhile.
+            probe = Resolver(info, store).artifact(effect.probe, ArtifactKind.PROBE, "effect.probe").info.id
+            with about("effect.probe"):
+                return ProbeEffect.of_probe(probe, info, store)
         case "classifier":
             return _classifier(effect.classifier, "effect.classifier", request.seed, prompts, store, info)
         case "target_texts":

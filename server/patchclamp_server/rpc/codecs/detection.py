@@ -1,20 +1,16 @@
 """Messages of DetectConcept ↔ analysis/steering/detection. Refusals name fields."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from patchclamp.v1 import program_pb2
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp_server.analysis.progress import Progress
-from patchclamp_server.analysis.steering.detection.job import (
-    Column,
-    Detected,
-    DetectedText,
-    Detection,
-    Detector,
-    Quality,
-)
+from patchclamp_server.analysis.steering.detection.detectors import Detector, of_feature, of_probe, of_vector
+from patchclamp_server.analysis.steering.detection.job import Column, Detected, DetectedText, Detection, Quality
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import ArtifactKind
-from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.errors import InvalidArgument, about
+from patchclamp_server.interventions.features import check_alone
 from patchclamp_server.interventions.field_checks import distinct, known
 from patchclamp_server.interventions.pooling import Pooling
 from patchclamp_server.interventions.resolver import Resolver
@@ -36,20 +32,22 @@ POOLING_NUMBERS = {pooling: pb.DetectionPooling.Value(f"DETECTION_POOLING_{pooli
 def decode_detection(
     request: pb.DetectConceptRequest, prompts: PromptEncoder, store: ArtifactStore, info: ModelInfo
 ) -> Detection:
-    """Returns a checked job. It loads vectors and may tokenise texts: call it in a thread.
+    """Returns a checked job. It loads artifacts and may tokenise texts: call it in a thread.
 
     Raises InvalidArgument, and NotFound or FailedPrecondition for a detector.
     """
-    if request.features:
-        # Features of autoencoder artifacts would be read here, by their encoder rows.
-        raise InvalidArgument("features", "features are not read here yet; expected vectors, in detectors")
-    if not request.detectors:
-        raise InvalidArgument("detectors", "expected the id or tag of at least one vector")
+    if not request.detectors and not request.features:
+        raise InvalidArgument("detectors", "expected the id or tag of a vector or probe, or a feature in features")
     resolver = Resolver(info, store)
     refs = distinct(request.detectors, "detectors")
-    detectors = tuple(_detector(ref, request.layers, resolver, f"detectors[{i}]") for i, ref in enumerate(refs))
+    detectors = tuple(
+        detector
+        for i, ref in enumerate(refs)
+        for detector in _detectors(ref, request.layers, store, resolver, f"detectors[{i}]")
+    )
+    detectors += _features(request.features, request.layers, resolver)
     for i, layer in enumerate(distinct(request.layers, "layers")):
-        if not any(layer in detector.directions for detector in detectors):
+        if not any(layer in detector.rows for detector in detectors):
             raise InvalidArgument(f"layers[{i}]", f"no detector has layer {layer}")
     asked = [
         known(pooling, POOLINGS, f"poolings[{i}]", pb.DetectionPooling.keys()[1:])
@@ -71,20 +69,64 @@ def decode_detection(
     return job
 
 
-def _detector(ref: str, layers: Sequence[int], resolver: Resolver, field: str) -> Detector:
-    """Returns a vector; a probe would be read here by its weights, once there are probe artifacts."""
+def _detectors(
+    ref: str, layers: Sequence[int], store: ArtifactStore, resolver: Resolver, field: str
+) -> Iterator[Detector]:
+    """Yields a vector at each of its layers that is asked for, or a probe, which reads its layers together."""
     if not ref:
-        raise InvalidArgument(field, "expected the id or tag of a vector")
-    vector = resolver.artifact(ref, ArtifactKind.VECTOR, field)
+        raise InvalidArgument(field, "expected the id or tag of a vector or probe")
+    with about(field):
+        kind = store.info(ref).kind
+    if kind is ArtifactKind.PROBE:
+        probe = resolver.probe(ref, field)
+        if layers and not set(probe.layers) <= set(layers):
+            has = f"reads layer {probe.layers[0]}" if len(probe.layers) == 1 else f"reads {list(probe.layers)} together"
+            raise InvalidArgument(field, f"{ref} {has}; expected all of that among the layers, or no layers")
+        yield of_probe(ref, probe)
+        return
+    if kind is not ArtifactKind.VECTOR:
+        message = f"{ref} is a {kind.value}; expected a vector or probe. Features of autoencoders stand in features"
+        raise InvalidArgument(field, message)
+    vector = resolver.artifact(ref, kind, field)
     site = vector.info.site
     assert site is not None
-    directions = {at: vector.direction(at).float() for at in vector.info.layers if not layers or at in layers}
-    if not directions:
+    chosen = [at for at in vector.info.layers if not layers or at in layers]
+    if not chosen:
         raise InvalidArgument(field, f"{ref} has none of these layers; it has {list(vector.info.layers)}")
-    for layer, v in directions.items():
+    for layer in chosen:
+        v = vector.direction(layer).float()
         if not float(v.norm()) > 0.0:
             raise InvalidArgument(field, f"{ref} is zero at layer {layer}, and has no direction there")
-    return Detector(ref, site, directions)
+        yield of_vector(ref, site, layer, v)
+
+
+def _features(
+    features: Sequence[program_pb2.FeatureReference], layers: Sequence[int], resolver: Resolver
+) -> tuple[Detector, ...]:
+    """Returns features in their order. The rows of those of one autoencoder are read together."""
+    numbers: dict[str, list[int]] = {}
+    for i, each in enumerate(features):
+        field = f"features[{i}]"
+        if not each.autoencoder:
+            raise InvalidArgument(f"{field}.autoencoder", "expected the id or tag of an autoencoder")
+        autoencoder = resolver.autoencoder(each.autoencoder, f"{field}.autoencoder")
+        check_alone(autoencoder, each.autoencoder, f"{field}.autoencoder")
+        if each.feature >= autoencoder.n_features:
+            message = f"unknown feature {each.feature}: there are {autoencoder.n_features}"
+            raise InvalidArgument(f"{field}.feature", message)
+        if each.feature in numbers.setdefault(each.autoencoder, []):
+            raise InvalidArgument(field, f"feature {each.feature} of {each.autoencoder} is named twice")
+        layer = autoencoder.spec.layer
+        if layers and layer not in layers:
+            raise InvalidArgument(f"{field}.autoencoder", f"{each.autoencoder} reads layer {layer}, not one of these")
+        numbers[each.autoencoder].append(each.feature)
+    found: dict[tuple[str, int], Detector] = {}
+    for ref, own in numbers.items():
+        autoencoder = resolver.autoencoder(ref, "features")
+        rows = autoencoder.rows(own)
+        for k, number in enumerate(own):
+            found[ref, number] = of_feature(ref, autoencoder.spec.site, autoencoder.spec.layer, rows.one(k))
+    return tuple(found[each.autoencoder, each.feature] for each in features)
 
 
 def encode_detection(event: Progress | DetectedText | Detected) -> pb.DetectConceptResponse:
@@ -106,7 +148,12 @@ def encode_detection(event: Progress | DetectedText | Detected) -> pb.DetectConc
 
 
 def _report(column: Column, quality: Quality | None) -> pb.DetectorReport:
-    report = pb.DetectorReport(detector=column.detector, layer=column.layer, pooling=POOLING_NUMBERS[column.pooling])
+    report = pb.DetectorReport(
+        detector=column.detector,
+        feature=column.feature,
+        layer=column.layer,
+        pooling=POOLING_NUMBERS[column.pooling],
+    )
     if quality is not None:
         report.auroc.CopyFrom(encode_interval(quality.auroc))
         report.average_precision.CopyFrom(encode_interval(quality.average_precision))

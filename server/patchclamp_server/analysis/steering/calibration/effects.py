@@ -1,6 +1,7 @@
 """How much of a concept there is, in each text that was written or in what the model would say.
 
     projection     mean of h · v / |v| in the unsteered model over the tokens of the text but the last, which is not run
+    probe          mean probability that a probe gives its target there, of a ridge probe its number
     words          whether the text has any of the words
     classifier     p(target | text) of a bag of words
     target_texts   log p a token of given texts as continuations of the prompt, under the edit
@@ -24,6 +25,7 @@ from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import (
     Phase,
+    ProbeReadout,
     Program,
     ProjectionReadout,
     Readout,
@@ -31,9 +33,11 @@ from patchclamp_server.interventions.program import (
     TokenSelector,
     Vector,
 )
+from patchclamp_server.interventions.resolver import ArtifactLookup
 from patchclamp_server.model.info import ModelInfo
 
 Weighed: TypeAlias = tuple[float, float]
+_GENERATED = Scope((TokenSelector(phase=Phase.GENERATED),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +56,34 @@ class ProjectionEffect:
         site = vector.info.site
         assert site is not None
         kind = ProjectionReadout((Vector(values=vector.direction(layer)),))
-        scope = Scope((TokenSelector(phase=Phase.GENERATED),))
-        return cls(bind(Program(readouts=(Readout(kind, site, layers=(layer,), scope=scope),)), info), layer)
+        return cls(bind(Program(readouts=(Readout(kind, site, layers=(layer,), scope=_GENERATED),)), info), layer)
 
     def of(self, text: Written) -> Weighed:
-        return sum(text.projections), float(len(text.projections))
+        return sum(text.readings), float(len(text.readings))
 
     def card(self) -> dict[str, Any]:
         return {"layer": self.layer}
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeEffect:
+    """`program` has one readout, the probe over generated tokens. `probe`: its id."""
+
+    program: BoundProgram
+    probe: str
+    name: ClassVar[str] = "probe"
+
+    @classmethod
+    def of_probe(cls, artifact_id: str, info: ModelInfo, artifacts: ArtifactLookup) -> "ProbeEffect":
+        """Returns that of a probe of the served model."""
+        readout = Readout(ProbeReadout(artifact_id), None, scope=_GENERATED)
+        return cls(bind(Program(readouts=(readout,)), info, artifacts), artifact_id)
+
+    def of(self, text: Written) -> Weighed:
+        return sum(text.readings), float(len(text.readings))
+
+    def card(self) -> dict[str, Any]:
+        return {"probe": self.probe}
 
 
 @dataclass(frozen=True)
@@ -122,5 +146,6 @@ class TargetsEffect:
         yield found
 
 
-TextEffect: TypeAlias = ProjectionEffect | WordsEffect | ClassifierEffect
+ReadEffect: TypeAlias = ProjectionEffect | ProbeEffect
+TextEffect: TypeAlias = ReadEffect | WordsEffect | ClassifierEffect
 Effect: TypeAlias = TextEffect | TargetsEffect

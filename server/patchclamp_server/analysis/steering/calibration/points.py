@@ -16,7 +16,7 @@ from patchclamp_server.analysis.neurons.intervals import Interval, Items, interv
 from patchclamp_server.analysis.steering.calibration.coherence import expectation_adjusted_distinct, repetition
 from patchclamp_server.analysis.steering.calibration.effects import (
     Effect,
-    ProjectionEffect,
+    ReadEffect,
     TargetsEffect,
     Weighed,
 )
@@ -89,7 +89,7 @@ class Measurement:
         writings = [each for cell in cells for each in self._writings(cell)]
         texts: list[Written] = []
         effects: list[Weighed] = []
-        reader = self.effect.program if isinstance(self.effect, ProjectionEffect) else None
+        reader = self.effect.program if isinstance(self.effect, ReadEffect) else None
         async with aclosing(written(self.engine, writings, self.max_tokens, reader)) as events:
             async for event in events:
                 if isinstance(event, int):

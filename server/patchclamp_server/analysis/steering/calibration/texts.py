@@ -4,7 +4,7 @@ Of each text, at its n tokens after the prompt:
 
     NLL          -log p(token)                       of the unsteered model
     divergence   KL(as it was written ‖ unsteered)   of the predictions along the text, nats
-    projection   h · v / |v|                         in the unsteered model, where it is asked for
+    readings     of a projection or a probe          in the unsteered model, where they are asked for
 
 A text that was written after an instruction is read after the prompt alone. Writing and reading are ordinary requests;
 the predictions of a text are kept on the device until it has been read, of a few texts at a time.
@@ -54,7 +54,7 @@ class Written:
     text: str
     nll: float
     divergence: float
-    projections: tuple[float, ...]
+    readings: tuple[float, ...]
 
 
 class _Later:
@@ -70,7 +70,7 @@ class _Later:
 async def written(
     engine: Engine, writings: Sequence[Writing], max_tokens: int, reader: BoundProgram | None
 ) -> AsyncGenerator[int | list[Written], None]:
-    """Yields 1 for each request that has ended, then the texts. `reader` has one readout, a projection."""
+    """Yields 1 for each request that has ended, then the texts. `reader` has one readout of one number."""
     texts: list[tuple[Ids, str]] = []
     async with aclosing(completed(engine, [partial(_write, each, max_tokens) for each in writings])) as finished:
         async for events in finished:
@@ -119,8 +119,8 @@ async def _read(
             scores = compared[len(found)]
             nll = -sum(event.logprob or 0.0 for event in events if isinstance(event, Token))
             divergence = 0.0 if scores is None else scores.means()[0] * len(ids)
-            projections = [v.values[0] for event in events if isinstance(event, Readouts) for v in event.values]
-            found.append(Written(ids, text, nll, divergence, tuple(projections)))
+            readings = [v.values[0] for event in events if isinstance(event, Readouts) for v in event.values]
+            found.append(Written(ids, text, nll, divergence, tuple(readings)))
             yield 1
     yield found
 

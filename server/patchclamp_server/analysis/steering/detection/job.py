@@ -1,4 +1,5 @@
-"""Detects a concept: how well vectors tell the texts of a label from all others, by layer and pooling.
+"""Detects a concept: how well vectors, probes and features tell the texts of a label from all others, by layer and
+pooling (detectors.py).
 
 Part of the labelled texts calibrates probabilities (analysis/calibration.py); AUROC, average precision, Brier score and
 reliability are of the others. Beside them: the AUROC of random directions at the same place, each turned by the texts
@@ -17,15 +18,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from patchclamp_server.analysis.calibration import Calibration, ReliabilityBin, platt, reliability
 from patchclamp_server.analysis.neurons.intervals import Interval
 from patchclamp_server.analysis.neurons.localize.holdout import held_out
 from patchclamp_server.analysis.neurons.texts import TextSource
 from patchclamp_server.analysis.progress import Progress
+from patchclamp_server.analysis.steering.detection.detectors import Detector, Rows
 from patchclamp_server.analysis.steering.detection.ranking import auroc, ranking
-from patchclamp_server.analysis.steering.detection.scores import Place, ScoredText, scored_texts
+from patchclamp_server.analysis.steering.detection.scores import Joined, Place, ScoredText, scored_texts
 from patchclamp_server.artifacts.corpora import UNLABELLED
 from patchclamp_server.engine.engine import Engine
 from patchclamp_server.errors import InvalidArgument
@@ -46,15 +47,7 @@ class Column(NamedTuple):
     detector: str
     layer: int
     pooling: Pooling
-
-
-@dataclass(frozen=True, eq=False)
-class Detector:
-    """`name`: as it was asked for. `directions` [width] by layer."""
-
-    name: str
-    site: Site
-    directions: dict[int, Tensor]
+    feature: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +63,10 @@ class Detection:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """By detector, then layer, then pooling."""
+        """By detector, then pooling."""
         return tuple(
-            Column(detector.name, layer, pooling)
+            Column(detector.name, detector.layer, pooling, detector.feature)
             for detector in self.detectors
-            for layer in detector.directions
             for pooling in self.poolings
         )
 
@@ -121,41 +113,95 @@ async def detect(
     labels = job.texts.corpus.document_labels
     if job.target is not None:
         _check(labels, job)
-    places, columns_of = _places(job)
+    reading = _reading(job)
     found: list[ScoredText] = []
     total = len(job.texts.corpus)
     names = job.texts.corpus.labels
-    async with aclosing(scored_texts(engine, prompts, job.texts, places, job.poolings)) as scored:
+    async with aclosing(
+        scored_texts(engine, prompts, job.texts, reading.places, job.poolings, reading.joined)
+    ) as scored:
         async for text in scored:
             found.append(text)
             label = "" if text.label == UNLABELLED else names[text.label]
-            own = tuple(float(text.scores[at][i, k]) for at, i, k in columns_of)
-            yield DetectedText(text.document, label, own)
+            yield DetectedText(text.document, label, tuple(float(score.of(text)) for score in reading.scores))
             yield Progress("texts", len(found), total)
     if job.target is None or not found:
         yield Detected(job.columns, None, 0, len(found), ())
         return
-    yield await asyncio.to_thread(_judged, job, found, columns_of)
+    yield await asyncio.to_thread(_judged, job, found, reading.scores)
 
 
-def _places(job: Detection) -> tuple[list[Place], list[tuple[int, int, int]]]:
-    """Returns all directions by place, the random ones last, and place, pooling and direction of each column."""
-    units: dict[tuple[Site, int], list[Tensor]] = {}
-    columns: list[tuple[int, int, int]] = []
+@dataclass(frozen=True, eq=False)
+class _Score:
+    """Finds a score and those of random directions in what was read of a text: at places, in some columns of each, or
+    among what is joined."""
+
+    detector: Detector
+    places: tuple[tuple[int, slice], ...]
+    pooling: int
+    joined: int | None = None
+
+    def of(self, text: ScoredText) -> float:
+        if self.joined is not None:
+            return float(text.largest[self.joined][0])
+        parts = [text.scores[at][self.pooling, columns].numpy() for at, columns in self.places]
+        join = self.detector.join
+        return float(parts[0][0]) if join is None else float(join(np.sum(parts, axis=0)[None])[0])
+
+    def random(self, text: ScoredText) -> Floats:
+        if self.joined is not None:
+            found: Floats = text.largest[self.joined][1:].numpy()
+            return found
+        total: Floats = sum(text.scores[at][self.pooling, -RANDOM_DIRECTIONS:] for at, _ in self.places).numpy()
+        return total
+
+
+class _Reading(NamedTuple):
+    """What is read of each text, and where the score of each column is in it."""
+
+    places: list[Place]
+    joined: list[Joined]
+    scores: list[_Score]
+
+
+def _reading(job: Detection) -> _Reading:
+    """The rows of a place are those of its detectors, and random directions last."""
+    rows: dict[tuple[Site, int], list[Rows]] = {}
     order: dict[tuple[Site, int], int] = {}
+    of_detectors: list[list[tuple[int, slice]]] = []
     for detector in job.detectors:
-        for layer, v in detector.directions.items():
-            key = (detector.site, layer)
-            at = order.setdefault(key, len(order))
-            own = units.setdefault(key, [])
-            own.append((v.double() / v.double().norm()).float())
-            columns += [(at, i, len(own) - 1) for i in range(len(job.poolings))]
-    places = []
-    for number, ((site, layer), own) in enumerate(units.items()):
-        generator = torch.Generator().manual_seed((job.seed + number) % 2**64)
-        drawn = torch.randn(RANDOM_DIRECTIONS, len(own[0]), generator=generator)
-        places.append(Place(site, layer, torch.cat((torch.stack(own), drawn / drawn.norm(dim=1, keepdim=True)))))
-    return places, columns
+        own = []
+        for layer, each in detector.rows.items():
+            at = order.setdefault((detector.site, layer), len(order))
+            there = rows.setdefault((detector.site, layer), [])
+            start = sum(map(len, there))
+            there.append(each)
+            own.append((at, slice(start, start + len(each))))
+        of_detectors.append(own)
+    random = [_random(len(own[0].weight[0]), job.seed + number) for number, own in enumerate(rows.values())]
+    places = [
+        Place(site, layer, Rows.cat([*own, drawn]))
+        for ((site, layer), own), drawn in zip(rows.items(), random, strict=True)
+    ]
+    joined: list[Joined] = []
+    scores: list[_Score] = []
+    for detector, parts in zip(job.detectors, of_detectors, strict=True):
+        for i, pooling in enumerate(job.poolings):
+            if detector.join is None or pooling is not Pooling.MAX:
+                scores.append(_Score(detector, tuple(parts), i))
+                continue
+            both = {
+                layer: Rows.cat([each, random[at]])
+                for (layer, each), (at, _) in zip(detector.rows.items(), parts, strict=True)
+            }
+            scores.append(_Score(detector, tuple(parts), i, len(joined)))
+            joined.append(Joined(detector.site, both, detector.join, len(both[detector.layer]) - RANDOM_DIRECTIONS))
+    return _Reading(places, joined, scores)
+
+
+def _random(width: int, seed: int) -> Rows:
+    drawn = torch.randn(RANDOM_DIRECTIONS, width, generator=torch.Generator().manual_seed(seed % 2**64))
+    return Rows.linear(drawn / drawn.norm(dim=1, keepdim=True))
 
 
 def _check(labels: NDArray[np.int64], job: Detection) -> None:
@@ -176,16 +222,16 @@ def _calibrating(labels: NDArray[np.int64], job: Detection) -> Bools:
     return held_out(kinds, job.calibration_fraction, job.seed)
 
 
-def _judged(job: Detection, found: Sequence[ScoredText], columns_of: Sequence[tuple[int, int, int]]) -> Detected:
+def _judged(job: Detection, found: Sequence[ScoredText], scores: Sequence[_Score]) -> Detected:
     labels = np.array([text.label for text in found], dtype=np.int64)
     _check(labels, job)
     calibrates, known = _calibrating(labels, job), labels != UNLABELLED
     fits, rest = np.flatnonzero(calibrates), np.flatnonzero(known & ~calibrates)
     is_target = labels == job.target
     qualities = []
-    for at, i, k in columns_of:
-        scores = np.array([text.scores[at][i].numpy() for text in found])  # [texts, k of the place]
-        qualities.append(_quality(scores[:, k], scores[:, -RANDOM_DIRECTIONS:], is_target, fits, rest, job.seed))
+    for score in scores:
+        own, random = np.array([score.of(text) for text in found]), np.array([score.random(text) for text in found])
+        qualities.append(_quality(own, random, is_target, fits, rest, job.seed))
     best = max(range(len(qualities)), key=lambda column: qualities[column].auroc.mean)
     return Detected(job.columns, tuple(qualities), best, len(found), _warnings(qualities[best], len(qualities)))
 
