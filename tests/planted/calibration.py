@@ -125,8 +125,8 @@ CALIBRATION = [
     Mutant(
         "column-of-the-first-vector",
         DETECTING + "job",
-        "columns += [(at, i, len(own) - 1) for i in range(len(job.poolings))]",
-        "columns += [(at, i, 0) for i in range(len(job.poolings))]",
+        "own.append((at, slice(start, start + len(each))))",
+        "own.append((at, slice(0, len(each))))",
         "detectors at one place all have the scores of the first",
         (DETECTED + "test_scores_are_projections_pooled_as_by_hooks",),
     ),
