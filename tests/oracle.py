@@ -332,6 +332,21 @@ def oracle_logits(
     return _Pass(model, program or Program(), tokens, length, roles, {}, artifacts or {}).run().logits
 
 
+@torch.no_grad()
+def oracle_latents(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    program: Program | None,
+    prompt_length: int,
+    artifacts: Artifacts | None = None,
+) -> Tensor:
+    """Log-probabilities [n_layers, T, vocab] that final norm and unembedding read at the end of each block, after its
+    edits."""
+    done = _Pass(model, program or Program(), tokens, prompt_length, None, {}, artifacts or {}).run()
+    rows = [done.after[Site.RESID_POST, layer] for layer in range(model.config.num_hidden_layers)]
+    return torch.stack([torch.stack([logit_lens(model, h) for h in layer]) for layer in rows])
+
+
 def _first_abort(done: _Pass) -> tuple[int | None, str | None]:
     fired = [
         (done.verdicts[id(abort.condition)].index(True), order, abort.name)

@@ -109,5 +109,12 @@ class Linear:
         assert self.weight is not None
         return F.linear(x, self.weight, self.bias)
 
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Returns the weights of chosen outputs [n], as [n, in] in float32."""
+        if self.weight is not None:
+            return self.weight.index_select(0, outputs).float()
+        assert self.quantized is not None
+        return self.quantized.chosen(outputs)
+
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchclamp_server.interventions.columns import EntryKind
 from patchclamp_server.interventions.encoders import WholeEncoder
-from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope
+from patchclamp_server.interventions.program import HeadReadout, LatentReadout, Program, ReadoutKind, Scope
 from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.safe_strengths import SafeRange
 from patchclamp_server.model.sites import Site
@@ -108,6 +108,11 @@ class BoundProgram:
     aborts: tuple[BoundAbort, ...]
     # What its receipt says beside what was counted.
     warnings: tuple[RequestWarning, ...] = ()
+
+    @cached_property
+    def latent_options(self) -> tuple[int, ...]:
+        """Returns the tokens whose latent probabilities are asked for beside that of the token that comes."""
+        return next((r.ids for r in self.readouts if r.kind is LatentReadout), ())
 
     @cached_property
     def head_readouts(self) -> tuple[BoundReadout, ...]:

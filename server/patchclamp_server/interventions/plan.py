@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.captures import CaptureRule
+from patchclamp_server.interventions.kinds.latents import LatentRule
 from patchclamp_server.interventions.kinds.rankings import RowsRead
 from patchclamp_server.interventions.kinds.rules import Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
@@ -27,6 +28,15 @@ class Ranking:
     asked: list[tuple[int, int, str]]
 
 
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Says whose rows a rule reads: span and offset in it."""
+
+    layer: int
+    rule: LatentRule
+    asked: list[tuple[int, int]]
+
+
 @dataclass(eq=False)
 class Part:
     """The compiled form of some spans of a step. `rules` are what torch runs of them, at their places.
@@ -40,6 +50,7 @@ class Part:
     by_kernels: bool
     rules: dict[Place, list[Rule]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
+    latents: list[Latents] = field(default_factory=list)
     # Each pair of an edit and a row has a row of Tables.counts and 0 or 1 here, in the order of execution.
     counter: Tensor | None = None
     counted: Tensor | None = None
@@ -73,6 +84,10 @@ class Part:
                 assert span.state is not None
                 value = ReadoutValue(name, ranking.layer, span.offset + offset, values, ids)
                 outcome.readouts.append((span.state.uid, value))
+        for latents in self.latents:
+            asked = [(spans[i], offset) for i, offset in latents.asked]
+            owners = [(span.state.uid, span.offset + offset) for span, offset in asked if span.state is not None]
+            outcome.latents.append(latents.rule.rows(latents.layer, owners))
 
 
 class StepPlan:

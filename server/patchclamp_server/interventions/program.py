@@ -252,6 +252,11 @@ class ProbeReadout(ReadoutKind):
 
 
 @dataclass(frozen=True, eq=False)
+class LatentReadout(ReadoutKind):
+    """Reads the next token that layers would have chosen, for a report (engine/latents.py). No message asks for it."""
+
+
+@dataclass(frozen=True, eq=False)
 class Readout:
     """A `site` of None, and no layers, are those of the kind, where it has its own."""
 

@@ -81,4 +81,4 @@ class OperatorExecutor:
 
 def setting_of(decoder: Decoder, tables: Tables) -> Setting:
     spec = decoder.spec
-    return Setting(tables, spec.n_heads, spec.head_dim, spec.sites, decoder.device, decoder.logits)
+    return Setting(tables, spec.n_heads, spec.head_dim, spec.sites, decoder.device, decoder)

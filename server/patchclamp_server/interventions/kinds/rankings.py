@@ -70,7 +70,7 @@ class LogitLensRule(RankingRule):
     """Reads the k most likely tokens by log softmax(unembed(norm(h))) of a residual state."""
 
     def read(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = torch.log_softmax(self.entries.setting.unembed(h), dim=1)
+        logprobs = torch.log_softmax(self.entries.setting.decoder.logits(h), dim=1)
         top = torch.topk(logprobs, self.k, dim=1)
         return top.values, top.indices
 
