@@ -166,10 +166,13 @@ def test_every_family(family: str) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_layer_agrees_with_the_token_that_it_would_have_said(layer: int) -> None:
-    tokens = prompt("said by a layer", 12)
-    said = oracle_latents(tiny_model("llama"), tokens, None, len(tokens))[:, -1].argmax(dim=1).tolist()
+    tokens, s = prompt("said by a layer", 12), shapes("llama")
+    apart = Program(
+        tuple(edit("add", Site.RESID_POST, s, f"{i}", name=f"e{i}", layers=(i,), strength=9.0) for i in (0, 1, 2))
+    )
+    said = oracle_latents(tiny_model("llama"), tokens, apart, len(tokens))[:, -1].argmax(dim=1).tolist()
     assert len(set(said)) == len(said), "layers that say the same show nothing"
-    asked = Asked("llama", tokens, every_layer("llama"), score=(said[layer],))
+    asked = Asked("llama", tokens, every_layer("llama"), apart, score=(said[layer],))
     run("llama", [asked], config())
     asked.assert_right()
     assert asked.report().layer_agreement == tuple(float(i == layer) for i in range(len(said)))

@@ -253,6 +253,7 @@ def calls() -> dict[str, list[Call]]:
             [generate(prompt=TOKENS, sparsity={"policy": GRIFFIN, "guard": {"max_divergence": 1.0}})],
             [generate(program=PROBED)],
             [generate(grounding={"head_set": "heads", "top_k": 1})],
+            [generate(confidence={"layers": [0], "options": ["yes", "no"], "thresholds": [0.25]})],
         ],
         "GenerationService/Session": [
             session(generation_pb2.SessionRequest(advance={"tokens": 2}), lockstep=True),
@@ -265,6 +266,7 @@ def calls() -> dict[str, list[Call]]:
         "GenerationService/Score": [
             [generation_pb2.ScoreRequest(prompt=PROMPT, text=" there", program=PROGRAM, top_logprobs=2)],
             [generation_pb2.ScoreRequest(prompt=TOKENS, tokens={"ids": [9, 10]}, sparsity={"policy": GRIFFIN})],
+            [generation_pb2.ScoreRequest(prompt=PROMPT, text=" there", confidence={"layers": [0, 1]})],
         ],
         "GenerationService/Compare": [[generation_pb2.CompareRequest(request=generate(program=PROGRAM))]],
         "SteeringService/ExtractVectors": [

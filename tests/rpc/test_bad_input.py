@@ -75,6 +75,10 @@ def request(**fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(**{"prompt": pb.Prompt(text="hello"), **fields})
 
 
+def confident(**fields: Any) -> pb.GenerateRequest:
+    return request(confidence=pb.Confidence(**fields))
+
+
 INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
     # Prompts
     "no prompt": (pb.GenerateRequest(), "prompt.form"),
@@ -309,6 +313,31 @@ INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
     "guard without a window": (
         request(sparsity=sparse.Sparsity(policy=griffin(), guard=sparse.QualityGuard(max_divergence=1, window=0))),
         "sparsity.guard.window",
+    ),
+    # Confidence
+    "confidence of a layer that is not there": (confident(layers=[0, LAYERS]), "confidence.layers[1]"),
+    "confidence of a layer twice": (confident(layers=[0, 0]), "confidence.layers[1]"),
+    "confidence of the last layer alone": (confident(layers=[LAYERS - 1]), "confidence.layers"),
+    "confidence in one option": (confident(options=[" yes"]), "confidence.options"),
+    "confidence in more options than are read": (
+        confident(options=[chr(33 + i) for i in range(65)]),
+        "confidence.options",
+    ),
+    "confidence in an empty option": (confident(options=["yes", ""]), "confidence.options[1]"),
+    "confidence in options of one first token": (confident(options=["yes", "no", "you"]), "confidence.options[2]"),
+    "thresholds without options": (confident(thresholds=[0.5] * LAYERS), "confidence.thresholds"),
+    "thresholds of three options": (
+        confident(options=["a", "b", "c"], thresholds=[0.5] * LAYERS),
+        "confidence.thresholds",
+    ),
+    "thresholds of too few layers": (confident(options=["a", "b"], thresholds=[0.5]), "confidence.thresholds"),
+    "a threshold that is no probability": (
+        confident(layers=[0], options=["a", "b"], thresholds=[1.5]),
+        "confidence.thresholds[0]",
+    ),
+    "a threshold that is no number": (
+        confident(layers=[0], options=["a", "b"], thresholds=[NAN]),
+        "confidence.thresholds[0]",
     ),
     "grounding without a head set": (request(grounding=pb.Grounding(top_k=3)), "grounding.head_set"),
     "projection of the wrong width": (

@@ -41,6 +41,7 @@ from patchclamp.results.comparison import (
     CompareText,
     Divergence,
 )
+from patchclamp.results.confidence import ConfidenceReport, OptionConfidence
 from patchclamp.results.features import FoundFeature, FoundFeatures
 from patchclamp.results.followed import (
     FollowCollector,
@@ -186,6 +187,7 @@ __all__ = [
     "ConceptDetection",
     "ConceptDetectionCollector",
     "ConceptDetectionEvent",
+    "ConfidenceReport",
     "ContextToken",
     "CopySource",
     "CoreNeurons",
@@ -255,6 +257,7 @@ __all__ = [
     "NeuronMatch",
     "NeuronMeasurement",
     "NeuronSetComparison",
+    "OptionConfidence",
     "PatchCell",
     "PatchCollector",
     "PatchEvent",
