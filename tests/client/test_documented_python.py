@@ -147,6 +147,8 @@ def test_the_example_of_watches_runs(embedded_server: LiveServer, client: Client
             names = run("docs/user/monitoring.md", embedded_server.address, client=client, **given)
         assert names["batch"].activations
         assert names["report"].tokens == 1
+        read = {name: sum(v.name == name for v in names["result"].prompt_readouts) for name in ("state", "attention")}
+        assert read == {"state": 1, "attention": 30}
     finally:
         client.stop_watch("safety")
         client.delete_artifact("safety")

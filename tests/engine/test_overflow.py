@@ -204,7 +204,7 @@ def test_a_projection_in_bfloat16_is_not_rounded_to_eight_bits() -> None:
     plan = Planner(setting).plan([ProgramSpan(state, 0, 1, np.zeros(1, dtype=np.int64), 1)])
     plan.begin(torch.ones(1, dtype=torch.int64))
     plan.visit(Site.RESID_POST, 0, h)
-    [(_, found)] = plan.finish().readouts
+    [(_, found)] = plan.finish(h).readouts
     assert found.values[0] == pytest.approx(float(h.double() @ v.double().T), rel=1e-4)
     assert math.isfinite(found.values[0])
 

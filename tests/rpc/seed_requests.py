@@ -132,6 +132,7 @@ READOUTS = [
     program_pb2.Readout(site="SITE_MLP_POST", layers=[1], top_neurons={"k": 3}, scope=SCOPE),
     program_pb2.Readout(name="g", site="SITE_MLP_GATE", layers=[1], neurons={"neurons": [0]}),
     program_pb2.Readout(site="SITE_RESID_POST", layers=[1], logit_lens={"k": 2}),
+    program_pb2.Readout(site="SITE_MLP_POST", layers=[0], logit_lens={"token_ids": [4, 9], "neurons": [2]}),
     program_pb2.Readout(site="SITE_MLP_OUT", layers=[1], activations={"units": [0, 3]}),
     program_pb2.Readout(site="SITE_ATTN_Z", layers=[1], heads={"heads": [0]}),
     program_pb2.Readout(name="f", site="SITE_RESID_POST", layers=[1], features={"autoencoder": "sae", "features": [4]}),

@@ -268,6 +268,39 @@ INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
         reading(layers=[7], logit_lens=program.LogitLensReadout(k=1)),
         "program.readouts[0].layers[0]",
     ),
+    "lens of nothing": (reading(logit_lens=program.LogitLensReadout()), "program.readouts[0].logit_lens.k"),
+    "lens of the largest and of tokens": (
+        reading(logit_lens=program.LogitLensReadout(k=1, token_ids=[1])),
+        "program.readouts[0].logit_lens.token_ids",
+    ),
+    "lens of a token that is not there": (
+        reading(logit_lens=program.LogitLensReadout(token_ids=[1, 999_999])),
+        "program.readouts[0].logit_lens.token_ids[1]",
+    ),
+    "lens of a token twice": (
+        reading(logit_lens=program.LogitLensReadout(token_ids=[1, 1])),
+        "program.readouts[0].logit_lens.token_ids[1]",
+    ),
+    "lens of more tokens than are read": (
+        reading(logit_lens=program.LogitLensReadout(token_ids=range(257))),
+        "program.readouts[0].logit_lens.token_ids",
+    ),
+    "lens of neurons without neurons": (
+        reading(site=program.SITE_MLP_POST, logit_lens=program.LogitLensReadout(k=1)),
+        "program.readouts[0].logit_lens.neurons",
+    ),
+    "lens of neurons where there are none": (
+        reading(site=program.SITE_MLP_OUT, logit_lens=program.LogitLensReadout(k=1, neurons=[1])),
+        "program.readouts[0].logit_lens.neurons",
+    ),
+    "lens of more neurons than are read": (
+        reading(site=program.SITE_MLP_POST, logit_lens=program.LogitLensReadout(k=1, neurons=range(65))),
+        "program.readouts[0].logit_lens.neurons",
+    ),
+    "lens of heads": (
+        reading(site=program.SITE_ATTN_Z, logit_lens=program.LogitLensReadout(k=1)),
+        "program.readouts[0].site",
+    ),
     "top zero neurons": (
         reading(site=program.SITE_MLP_POST, top_neurons=program.TopNeuronsReadout(k=0)),
         "program.readouts[0].top_neurons.k",

@@ -77,7 +77,7 @@ class BoundReadout:
     """A readout with its numbers. A projection has `vectors[layer]` [n, width], each of length 1; neurons have `ids`,
     heads have `heads[layer]`, and the top k kinds have `k`. A probe has vectors, and what it makes of them: `joint`.
     Chosen features have `vectors`, the encoder's rows, `ids` and `latents` [n, 2], bias and jump; the k largest
-    features have `encoder`."""
+    features have `encoder`. A logit lens has `k` or `tokens`, and of neurons `ids`."""
 
     name: str
     kind: type[ReadoutKind]
@@ -91,6 +91,7 @@ class BoundReadout:
     joint: Joint | None = None
     latents: Tensor | None = None
     encoder: WholeEncoder | None = None
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

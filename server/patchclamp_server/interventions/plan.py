@@ -64,8 +64,9 @@ class Part:
         readings = torch.zeros(len(report.reading_rows) * report.n_readings, device=device)
         self.context = StepContext(positions, tables.latch, opened, readings, [], [], [])
 
-    def finish(self, tables: Tables, outcome: StepOutcome) -> None:
-        """Adds the step to the receipts, and copies what was read to the host."""
+    def finish(self, tables: Tables, outcome: StepOutcome, end: Tensor) -> None:
+        """Adds the step to the receipts, and copies what was read to the host. `end` [T, d_model] is the residual
+        stream after the last block."""
         context, report, spans = self.context, self.report, self.spans
         assert context is not None
         if self.counter is not None and self.counted is not None:
@@ -79,7 +80,7 @@ class Part:
         if not self.by_kernels and report.asks_readings:
             report.own_readings(outcome, spans, context.readings.view(-1, report.n_readings).cpu().numpy())
         for ranking in self.rankings:
-            for (i, offset, name), (values, ids) in zip(ranking.asked, ranking.rule.found(), strict=True):
+            for (i, offset, name), (values, ids) in zip(ranking.asked, ranking.rule.found(end), strict=True):
                 span = spans[i]
                 assert span.state is not None
                 value = ReadoutValue(name, ranking.layer, span.offset + offset, values, ids)
@@ -130,8 +131,8 @@ class StepPlan:
                 for rule in rules:
                     rule.run(x, part.context)
 
-    def finish(self) -> StepOutcome:
+    def finish(self, end: Tensor) -> StepOutcome:
         outcome = StepOutcome()
         for part in self.parts:
-            part.finish(self.tables, outcome)
+            part.finish(self.tables, outcome, end)
         return outcome

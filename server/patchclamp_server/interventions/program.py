@@ -226,7 +226,11 @@ class TopNeuronsReadout(ReadoutKind):
 
 @dataclass(frozen=True, eq=False)
 class LogitLensReadout(ReadoutKind):
-    k: int
+    """Reads the k largest, or those of `token_ids`; of single neurons where there are any."""
+
+    k: int = 0
+    token_ids: tuple[int, ...] = ()
+    neurons: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

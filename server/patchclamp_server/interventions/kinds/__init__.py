@@ -14,6 +14,7 @@ from patchclamp_server.interventions.kinds import (
     features,
     heads,
     latents,
+    lens,
     low_rank,
     neurons,
     patch,
@@ -47,6 +48,7 @@ EDITS: tuple[EditSpec, ...] = (
 READOUTS: tuple[ReadoutSpec, ...] = (
     *readings.READOUTS,
     *rankings.READOUTS,
+    *lens.READOUTS,
     *activations.READOUTS,
     *heads.READOUTS,
     *probes.READOUTS,
