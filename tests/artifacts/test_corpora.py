@@ -15,7 +15,8 @@ from patchclamp_server.artifacts.corpora import (
     Document,
     StoredCorpus,
 )
-from patchclamp_server.artifacts.formats import CannotExpress, MalformedFile, text_json_lines
+from patchclamp_server.artifacts.formats import text_json_lines
+from patchclamp_server.artifacts.formats.base import CannotExpress, MalformedFile
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument

@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from patchclamp_server.artifacts.formats import (
-    FORMATS,
-    CannotExpress,
-    MalformedFile,
     feature_label_json,
     gguf_control_vector,
     head_score_json,
     safetensors,
     text_json_lines,
 )
+from patchclamp_server.artifacts.formats.base import CannotExpress, MalformedFile
+from patchclamp_server.artifacts.formats.registry import FORMATS
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Artifact, ArtifactKind
 from patchclamp_server.model.sites import Site

@@ -15,7 +15,7 @@ from torch import Tensor
 from patchclamp_server.artifacts import tensor_file
 from patchclamp_server.artifacts.autoencoder_spec import autoencoder_spec
 from patchclamp_server.artifacts.autoencoders import Autoencoder
-from patchclamp_server.artifacts.formats import CannotExpress, MalformedFile
+from patchclamp_server.artifacts.formats.base import CannotExpress, MalformedFile
 from patchclamp_server.artifacts.row_formats import ROW_FORMATS, Beside
 from patchclamp_server.artifacts.row_formats.hook_names import hook_of_place, place_of_hook
 from patchclamp_server.artifacts.store import ArtifactStore

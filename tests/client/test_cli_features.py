@@ -1,6 +1,7 @@
 """patchclamp features, against a server of the embedded model."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from live import LiveServer
 from small_autoencoder import FEATURES, SmallAutoencoder
 
+from patchclamp import Client
 from patchclamp.cli.app import main
 
 
@@ -18,7 +20,7 @@ def sae(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> str:
+) -> Iterator[str]:
     """The tag of the autoencoder, imported by the command; its names are `cli-names`."""
     monkeypatch.setenv("PATCHCLAMP_ADDRESS", embedded_server.address)
     monkeypatch.chdir(tmp_path)
@@ -29,7 +31,11 @@ def sae(
     command = ["features", "label", "names.json", "--of", "cli-sae", "--name", "cli-names", "--replace"]
     assert main(command) == 0
     assert "2 names of features of cli-sae" in capsys.readouterr().out
-    return "cli-sae"
+    yield "cli-sae"
+    # Other tests import the same autoencoder, and delete it by a tag that must be its only one.
+    with Client(embedded_server.address) as client:
+        for tag in ("cli-names", "cli-sae"):
+            client.untag_artifact(tag)
 
 
 def test_features_are_searched_by_a_label_of_a_data_set(sae: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +54,12 @@ def test_features_are_searched_by_their_names(sae: str, capsys: pytest.CaptureFi
     assert main(["features", "search", sae, "--label", "WEATHER", "--labels", "cli-names", "--json"]) == 0
     (feature,) = json.loads(capsys.readouterr().out)["features"]
     assert (feature["feature"], feature["label"]) == (3, "weather")
+
+
+def test_a_detached_search_is_followed_to_what_it_found(sae: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["features", "search", sae, "--label", "weather", "--labels", "cli-names", "--detach"]) == 0
+    assert main(["jobs", "follow", capsys.readouterr().out.strip()]) == 0
+    assert "weather" in capsys.readouterr().out
 
 
 def test_texts_beside_a_search_that_takes_none_are_a_wrong_use(sae: str) -> None:

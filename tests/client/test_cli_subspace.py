@@ -40,6 +40,21 @@ def test_a_cycle_is_printed_with_its_angles(capsys: pytest.CaptureFixture[str]) 
     assert "digits" in printed.err
 
 
+@pytest.mark.parametrize(
+    ("method", "heading"),
+    [(["--cycle", "digits.jsonl"], "angles in degrees"), (["--pairs", "pairs.jsonl", "--max-steps", "2"], "kept")],
+)
+def test_a_detached_search_is_followed_to_what_it_found(
+    method: list[str], heading: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["vectors", "subspace", "detached", *method, "--layers", "1", "--replace", "--detach"]) == 0
+    job_id = capsys.readouterr().out.strip()
+    assert main(["jobs", "follow", job_id]) == 0
+    printed = capsys.readouterr()
+    assert heading in printed.out
+    assert "stored as detached" in printed.err
+
+
 def test_a_variable_is_trained_and_comes_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--pairs", "pairs.jsonl", "--rank", "2", "--max-steps", "3", "--layers", "1", "--seed", "4"]
     assert main(["vectors", "subspace", "sign", *options, "--json"]) == 0

@@ -97,7 +97,8 @@ def mentions(document: Path) -> list[str]:
 
 def parse(command: str) -> argparse.Namespace:
     """The arguments of a command. SystemExit where it is none."""
-    _, *words = shlex.split(re.sub(r" > \S+", "", command), comments=True)
+    # A shell takes # within a word as it is, and what follows it at the start of one as a comment.
+    _, *words = shlex.split(re.sub(r" > \S+|\s#.*", "", command))
     arguments = [STANDS_FOR.get(word, word) for word in words]
     if arguments[0] in serving.COMMANDS:
         parser = Parser(prog=f"patchclamp {arguments[0]}")

@@ -128,7 +128,7 @@ def test_the_command_line_edits_and_watches_features(
 ) -> None:
     options = ["--address", server.address, "--json"]
     assert main(["generate", "hello", "--features", "sae#3,5=2.0", "--max-tokens", "2", *options]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert '"sae#3,5"' in json.dumps(lines)
+    [edit] = json.loads(capsys.readouterr().out)["receipt"]["edits"]
+    assert edit["name"] == "sae#3,5"
     assert main(["watch", "create", "named", "--features", "topic=sae#3,5:0.5", *options]) == 0
     assert "topic/L0F3" in capsys.readouterr().out

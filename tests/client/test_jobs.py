@@ -13,9 +13,11 @@ from patchclamp import requests
 from patchclamp.cli import main
 from patchclamp.heads import CleanCorruptPair
 from patchclamp.neurons import TextsTest, welch_t
+from patchclamp.patching import PatchPair
 from patchclamp.requests import start_job
 from patchclamp.results.followed import COLLECTORS
 from patchclamp.sparsity import cats
+from patchclamp.subspaces import circular_plane
 from patchclamp.v1 import job_pb2 as pb
 
 Serve = Callable[..., str]
@@ -37,6 +39,9 @@ MADE: dict[str, Any] = {
     "describe_neurons": requests.describe_neurons("mine", "wiki"),
     "match_neurons": requests.match_neurons("tuned", "wiki"),
     "read_activations": requests.read_activations("wiki", "resid_post", reduction="moments"),
+    "patch_activations": requests.patch_activations(PatchPair("a", "b", "c", "d")),
+    "find_subspace": requests.find_subspace(circular_plane({"a": ["x"], "b": ["y"], "c": ["z"]})),
+    "search_features": requests.search_features("sae", texts="wiki", tokens="x"),
     "calibrate_vector": requests.calibrate_vector("joy", ["hi"]),
     "detect_concept": requests.detect_concept("joy", ["hi"]),
     "train_probe": requests.train_probe({"a": ["x"], "b": ["y"]}),

@@ -169,3 +169,17 @@ def test_an_interrupted_follower_leaves_the_job_running_and_says_so(client: Clie
     assert process.returncode == 130
     assert f"{job.id} goes on; `patchclamp jobs cancel {job.id}` ends it" in said
     assert client.cancel_job(job.id).state == "cancelled"
+
+
+def test_a_detached_patching_is_followed_to_its_heat_maps(
+    client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "patches.jsonl"
+    file.write_text(json.dumps({"clean": "It is good", "corrupt": "It is evil", "answer": "!", "other_answer": "?"}))
+    patch = ["activations", "patch", str(file), "--sites", "resid_pre", "--positions", "last=-1"]
+    assert main([*patch, "--detach"]) == 0
+    assert main(["jobs", "follow", capsys.readouterr().out.strip()]) == 0
+    followed = capsys.readouterr().out
+    assert "resid_pre at last" in followed
+    assert main(patch) == 0
+    assert capsys.readouterr().out == followed

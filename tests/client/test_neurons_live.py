@@ -100,7 +100,8 @@ def test_an_artifact_that_json_cannot_hold_is_told_what_can(client: Client, caps
     pairs = [("good day", "bad day"), ("good tea", "bad tea"), ("good idea", "bad idea"), ("good dog", "bad dog")]
     client.extract_vectors(pairs, layers=[0], tags=["joy"]).result()
     assert main(["vectors", "export", "joy", "-o", "joy.json"]) == 2
-    assert capsys.readouterr().err == "error: joy.json: JSON holds a head_set or neuron_set, not a vector\n"
+    said = "JSON holds a head_set or neuron_set or feature_labels, not a vector"
+    assert capsys.readouterr().err == f"error: joy.json: {said}\n"
 
 
 def test_neurons_of_a_word_are_found_decoded_and_clamped_in_the_next_call(client: Client):

@@ -58,7 +58,7 @@ def test_prompts_in_chunks(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_preemption(family: str) -> None:
-    with Bench(family, replace(PLAIN, kv_cache_tokens=17 * BLOCK)) as bench:
+    with Bench(family, replace(PLAIN, kv_cache_tokens=18 * BLOCK)) as bench:
         together = bench.run(jobs(family))
         assert bench.stats().preemptions
     for own, expected in zip(together, alone(family), strict=True):

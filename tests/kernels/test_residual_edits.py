@@ -609,7 +609,7 @@ def test_features_are_read_into_their_columns(n: int, dtype: torch.dtype) -> Non
     after = program.projection(unit(48))
     other.feature_values(encoder[:1], bias[:1] + 1, jump[:1])
     x = randn(3, 48, dtype=dtype)
-    got = assert_agrees(x, program=builder.step([program, other, program]), places=(0, 1))
+    got = assert_agrees(x, program=builder.step([program, other, program], dtype), places=(0, 1))
     assert after == first + n
     assert bits(got.x) == bits(x)
 

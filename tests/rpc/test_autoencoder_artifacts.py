@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf.struct_pb2 import Struct
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from safetensors.torch import load, save
+from tests.rpc.statuses import failure
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import artifact_pb2_grpc, program_pb2
@@ -161,11 +160,8 @@ async def test_what_is_no_autoencoder_of_the_model_is_refused_with_its_field(
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await upload(stub, data, **header)
-    status = rpc_status.from_call(refused.value)  # type: ignore[arg-type]
-    violations = error_details_pb2.BadRequest()
-    assert status.details[0].Unpack(violations)
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert violations.field_violations[0].field == field, refused.value.details()
+    told = failure(refused.value)
+    assert (told.code, told.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field]), told.message
 
 
 LABELS_KIND, LABELS = pb.ARTIFACT_KIND_FEATURE_LABELS, pb.ARTIFACT_FORMAT_FEATURE_LABEL_JSON
@@ -200,10 +196,8 @@ async def test_labels_of_no_feature_are_refused(stub: Stub, data: bytes, header:
     await upload(stub, vector, kind=pb.ARTIFACT_KIND_VECTOR, tags=["vector"])
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await upload(stub, data, kind=LABELS_KIND, format=LABELS, **header)
-    violations = error_details_pb2.BadRequest()
-    status = rpc_status.from_call(refused.value)  # type: ignore[arg-type]
-    assert status.details[0].Unpack(violations)
-    assert violations.field_violations[0].field == field, refused.value.details()
+    told = failure(refused.value)
+    assert told.fields == [field], told.message
 
 
 async def test_65536_features_arrive_in_chunks_and_are_sent_within_a_bound_of_memory(stub: Stub) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from live import LiveServer
 from prometheus_client.parser import text_string_to_metric_families
 from test_bad_input import add, condition
@@ -19,10 +20,13 @@ from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2 as program
 from patchclamp.v1 import sparse_policy_pb2 as policy
 from patchclamp.v1.generation_pb2_grpc import GenerationServiceStub
+from patchclamp_server.artifacts.store import ArtifactStore
+from patchclamp_server.artifacts.types import ArtifactKind
 from patchclamp_server.engine import places
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.interventions.request_warnings import WarningCode
 from patchclamp_server.model.load import LoadedModel, load_model
+from patchclamp_server.model.sites import Site
 
 ALWAYS = condition(scope=program.Scope(include=[program.TokenSelector(phase=program.PHASE_GENERATED)]), threshold=-1e9)
 
@@ -37,7 +41,21 @@ def server(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """One sequence at a time, which gives way to a higher priority, and not because its client is slow."""
     monkeypatch.setattr(places, "PAUSE_SECONDS", 3600.0)
     with LiveServer(model, tmp_path, engine=EngineConfig(max_sequences=1)) as live:
+        store_what_is_warned_of(live)
         yield live
+
+
+def store_what_is_warned_of(live: LiveServer) -> None:
+    """A vector whose safe range is short, and an autoencoder of one feature with a threshold."""
+    store = ArtifactStore(live.server.config.artifacts_url)
+    own: dict[str, Any] = {"model_fingerprint": live.model.info.fingerprint, "site": Site.RESID_POST}
+    row = torch.ones(1, live.model.info.d_model) / live.model.info.d_model**0.5
+    card = {"calibration": {"add": {"safe": [{"layer": 1, "low": -0.01, "high": 0.01}]}}}
+    store.put(ArtifactKind.VECTOR, {"layer.1": row[0]}, evidence=card, tags=["calibrated"], **own)
+    vectors = {"encoder": row, "decoder": row, "decoder_bias": 0 * row[0]}
+    numbers = {"encoder_bias": torch.zeros(1), "threshold": torch.ones(1)}
+    said = {"layer": 1, "function": "jumprelu", "subtracted": "nothing"}
+    store.put(ArtifactKind.AUTOENCODER, vectors | numbers, provenance=said, tags=["jumping"], **own)
 
 
 @dataclass(eq=False)
@@ -176,6 +194,13 @@ def test_every_counter_equals_what_clients_were_told(server: LiveServer) -> None
             add(name="mild", layers=[1], add=STRONG, strength=1e-3),
         ]
         edited = calls.generate(prompt=tokens(8, 30), program=program.Program(edits=edits))
+        calibrated = program.AddVector(vector=program.Vector(artifact="calibrated"))
+        below = program.FeatureEdit(autoencoder="jumping", features=[0], set=program.NeuronValues(values=[0.5]))
+        warned = [
+            add(layers=[1], add=calibrated, strength=0.02),
+            program.Edit(site=program.SITE_RESID_POST, layers=[1], features=below),
+        ]
+        calls.generate(prompt=tokens(8, 30), program=program.Program(edits=warned))
         calls.score()
         calls.compare()
         calls.abort()
@@ -218,8 +243,9 @@ def test_every_counter_equals_what_clients_were_told(server: LiveServer) -> None
     assert sparse == told.sparse
     assert sum(sparse.values()) > 0
     receipts = [edit for receipt in told.receipts for edit in receipt.edits]
-    assert counted("edited_requests_total") == sum(bool(receipt.edits) for receipt in told.receipts) == 2
-    assert counted("edits_total", "add") == len(receipts) == 3
+    assert counted("edited_requests_total") == sum(bool(receipt.edits) for receipt in told.receipts) == 3
+    assert len(receipts) == 5
+    assert (counted("edits_total", "add"), counted("edits_total", "features")) == (4, 1)
     assert counted("gate_openings_total") == sum(edit.gate_firings for edit in receipts)
     assert counted("edit_change_ratio_count") == sum(edit.rows > 0 for edit in receipts)
     changes = sum(edit.mean_relative_change for edit in receipts)

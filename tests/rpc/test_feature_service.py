@@ -7,10 +7,9 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from live import LiveServer
 from small_autoencoder import SmallAutoencoder, activations, texts
+from tests.rpc.statuses import failure
 from torch import Tensor
 
 from patchclamp.v1 import feature_pb2 as pb
@@ -226,10 +225,8 @@ def test_a_search_that_cannot_be_made_is_refused_with_its_field(
 ) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         search(stub, **request_)
-    violations = error_details_pb2.BadRequest()
-    status = rpc_status.from_call(refused.value)  # type: ignore[arg-type]
-    assert status.details[0].Unpack(violations)
-    assert violations.field_violations[0].field == field, refused.value.details()
+    told = failure(refused.value)
+    assert told.fields == [field], told.message
 
 
 def test_labels_of_another_autoencoder_are_refused(

@@ -4,6 +4,7 @@ Python's audit events (PEP 578) of the whole process tell: every file that is op
 process that is started and every connection that is made.
 """
 
+import encodings
 import io
 import os
 import pickle
@@ -44,6 +45,7 @@ WATCHED = (
 )
 # Every server of this process looks by itself for watches that were started on another.
 OF_STARTED_WATCHES = re.compile(r"/watches(/[0-9a-f]{32}(/.*)?)?$")
+CODECS = os.path.dirname(encodings.__file__)
 EVENTS: list[tuple[str, str]] | None = None
 SECRET = Path(__file__)
 
@@ -78,11 +80,13 @@ REFS = [
 
 
 def record(event: str, arguments: tuple[Any, ...]) -> None:
-    # A number is a file that is open already; compiled modules are Python's own.
+    # A number is a file that is open already; compiled modules are Python's own, and so is the folder of its codecs, in
+    # which it looks for the one that JSON of other bytes is read with for the first time.
     if EVENTS is not None and event in WATCHED and not isinstance(arguments[0], int):
-        if str(arguments[0]).endswith(".pyc") or OF_STARTED_WATCHES.search(str(arguments[0])):
+        path = str(arguments[0])
+        if path.endswith(".pyc") or path == CODECS or OF_STARTED_WATCHES.search(path):
             return
-        EVENTS.append((event, str(arguments[0])))
+        EVENTS.append((event, path))
 
 
 sys.addaudithook(record)

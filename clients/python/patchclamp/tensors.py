@@ -21,7 +21,7 @@ class SupportsArray(Protocol):
 
 
 NestedFloats = Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
-Numbers: TypeAlias = "NestedFloats | SupportsArray | memoryview | array[float]"
+Numbers: TypeAlias = NestedFloats | SupportsArray | memoryview
 
 # struct format character of a buffer → type that travels unchanged; integers and bools are sent as float32
 _BUFFER_TYPES: dict[str, DataType.ValueType] = {

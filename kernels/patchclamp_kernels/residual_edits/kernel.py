@@ -207,8 +207,10 @@ def edit_rows(x: Tensor, *, program: ProgramStep, places: Places, config: Config
 
 
 def default_config(d: int) -> Config:
-    """Gives a thread up to 16 elements, and no more than 512 threads, which leaves 128 registers to each."""
-    return Config(num_warps=16 if triton.next_power_of_2(d) > 4096 else 8, num_stages=1)
+    """Gives a row of more than 2048 elements 512 threads, which leaves 128 registers to each: with 256 threads, and 16
+    elements in each, edits of a delta of 4096 spill. It is the same for all variants of a width, whose sums must be of
+    the same bits."""
+    return Config(num_warps=16 if triton.next_power_of_2(d) > 2048 else 8, num_stages=1)
 
 
 def _check(

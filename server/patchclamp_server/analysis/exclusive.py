@@ -13,9 +13,9 @@ at the engine's exclusive door (engine/exclusive.py). Those with a pass of their
     heads/circuits/attribution.py    Gradients of a logit, backwards through kept activations of its last token.
     heads/attention_mass.py          Weights of chosen pairs of positions: requests read where attention has its peak,
                                      and no matrix of attention is kept. They come from all queries and keys of a layer.
-    neurons/backward.py              Gradients of activations: a request keeps nothing to go back through.
-    subspaces/interchange.py         Interchange interventions, and gradients at them: passes that begin at a layer,
-                                     with states of another run in it.
+    neurons/backward.py              Gradients of activations: a request keeps nothing to go back through. And
+                                     interchange interventions, with gradients: passes that begin at a layer, with
+                                     states of another run in it (subspaces/interchange.py).
     neurons/other_model.py           Activations of a second checkpoint, of which no engine runs requests.
     sparsity/teal_allocation.py      One block alone, which every step of a search runs again, from kept inputs.
 

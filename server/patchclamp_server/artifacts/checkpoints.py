@@ -18,7 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchclamp_server.artifacts.blobs import BlobStore
-from patchclamp_server.artifacts.formats import MalformedFile, safetensors
+from patchclamp_server.artifacts.formats import safetensors
+from patchclamp_server.artifacts.formats.base import MalformedFile
 
 DIRECTORY = "checkpoints"
 MOST = 16

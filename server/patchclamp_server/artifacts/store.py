@@ -30,7 +30,8 @@ from patchclamp_server.artifacts.cache import ArtifactCache
 from patchclamp_server.artifacts.checkpoints import Checkpoints
 from patchclamp_server.artifacts.corpora import check_labels
 from patchclamp_server.artifacts.feature_labels import check_about
-from patchclamp_server.artifacts.formats import MalformedFile, safetensors
+from patchclamp_server.artifacts.formats import safetensors
+from patchclamp_server.artifacts.formats.base import MalformedFile
 from patchclamp_server.artifacts.pages import page_token, parse_page_token
 from patchclamp_server.artifacts.records import Records
 from patchclamp_server.artifacts.tensor_file import BLOCK_BYTES, TensorFile, TensorRows, blocks

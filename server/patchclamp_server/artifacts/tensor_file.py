@@ -14,7 +14,7 @@ from patchclamp_server.artifacts.formats.base import MalformedFile
 from patchclamp_server.artifacts.formats.safetensors import Entry, Header, header_length, parse_header
 
 # A block of rows takes at most this many bytes of the file, or one row.
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 2 << 20
 # Rows that are asked for are read together with what stands between them, if that is at most so many bytes.
 _GAP_BYTES = 64 << 10
 

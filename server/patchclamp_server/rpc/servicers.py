@@ -91,6 +91,7 @@ class Servicers:
             "patchclamp.v1.NeuronService": self._neurons,
             "patchclamp.v1.ActivationService": self._activations,
             "patchclamp.v1.ProbeService": self._probes,
+            "patchclamp.v1.FeatureService": self._features,
             "patchclamp.v1.MonitoringService": self.monitoring,
         }
         add_JobServiceServicer_to_server(JobService(self.detached, with_jobs, calls), server)

@@ -1,12 +1,16 @@
 """What the fixtures of this folder hand out."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
+import torch
+from transformers import AutoModelForCausalLM
 
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceStub
 from patchclamp_server.engine.config import Unobserved
 from patchclamp_server.engine.engine import Engine
+from patchclamp_server.model.sites import Site
 from patchclamp_server.rpc.server import Server
 
 
@@ -34,3 +38,17 @@ class Live:
     channel: grpc.aio.Channel
     steering: SteeringServiceStub
     outcomes: Outcomes
+
+
+@torch.no_grad()
+def plain_states(directory: Path, tokens: tuple[int, ...], site: Site) -> torch.Tensor:
+    """[layers, tokens, d] of plain transformers, from hooks on the blocks."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    seen: list[torch.Tensor] = []
+    for block in model.model.layers:
+        if site is Site.RESID_PRE:
+            block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].clone()))
+        else:
+            block.register_forward_hook(lambda _, __, output: seen.append(output[0].clone()))
+    model(torch.tensor([tokens]))
+    return torch.stack(seen)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steering_fixtures import Recorded
-from transformers import AutoModelForCausalLM
+from steering_fixtures import Recorded, plain_states
 
 from patchclamp_server.analysis.activations import collect
 from patchclamp_server.engine.config import EngineConfig
@@ -36,20 +35,6 @@ async def gathered(recorded: Recorded, prompts: list[tuple[int, ...]], capture: 
     return [by_index[index] for index in range(len(prompts))]
 
 
-@torch.no_grad()
-def plain(directory: Path, tokens: tuple[int, ...], site: Site) -> torch.Tensor:
-    """[layers, tokens, d] of plain transformers, from hooks on the blocks."""
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    seen: list[torch.Tensor] = []
-    for block in model.model.layers:
-        if site is Site.RESID_PRE:
-            block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].clone()))
-        else:
-            block.register_forward_hook(lambda _, __, output: seen.append(output[0].clone()))
-    model(torch.tensor([tokens]))
-    return torch.stack(seen)
-
-
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("pooling", Pooling)
 async def test_they_equal_the_pooled_hidden_states_of_plain_transformers(
@@ -60,7 +45,7 @@ async def test_they_equal_the_pooled_hidden_states_of_plain_transformers(
     # The second round meets the prefixes that the first one left in the cache.
     for _ in range(2):
         for prompt, found in zip(prompts, await gathered(recorded, prompts, capture), strict=True):
-            hidden = plain(tiny_llama_dir, prompt, site)
+            hidden = plain_states(tiny_llama_dir, prompt, site)
             # Mean and maximum leave out the first token, unless there is no other.
             others = hidden[:, 1:] if len(prompt) > 1 else hidden
             expected = {

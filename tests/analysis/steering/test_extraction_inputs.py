@@ -7,8 +7,7 @@ import grpc
 import pytest
 import torch
 from google.protobuf.json_format import MessageToDict
-from steering_fixtures import Live
-from test_activations import plain
+from steering_fixtures import Live, plain_states
 from test_steering_service import events_of, extraction, pair, refused
 from tiny_llama import byte_tokenizer
 
@@ -70,7 +69,8 @@ async def test_the_vector_of_texts_is_the_difference_of_the_states_of_their_labe
     result = (await events_of(live, request))[-1].result
     encode = encoded(tiny_llama)
     positive, negative = (
-        plain(tiny_llama_dir, encode(text, ""), Site.RESID_POST)[:, 1:].mean(1) for text in ("what a day!", "oh no?")
+        plain_states(tiny_llama_dir, encode(text, ""), Site.RESID_POST)[:, 1:].mean(1)
+        for text in ("what a day!", "oh no?")
     )
     torch.testing.assert_close(await vector_of(live, result, 1), positive[1] - negative[1], rtol=1e-4, atol=1e-5)
     assert [layer.heldout_accuracy for layer in result.layers] == [1.0, 1.0]
@@ -97,7 +97,7 @@ async def test_a_scope_chooses_the_tokens_that_are_pooled(live: Live, tiny_llama
         turn = f"<|im_start|>user\n{content}<|im_end|>\n"
         rendered = byte_tokenizer()(turn + "<|im_start|>assistant\n")["input_ids"]
         n = len(byte_tokenizer()(turn)["input_ids"])
-        means.append(plain(tiny_llama_dir, tuple(rendered), Site.RESID_POST)[:, 1:n].mean(1))
+        means.append(plain_states(tiny_llama_dir, tuple(rendered), Site.RESID_POST)[:, 1:n].mean(1))
     torch.testing.assert_close(await vector_of(live, result, 0), means[0][0] - means[1][0], rtol=1e-4, atol=1e-5)
     assert MessageToDict(result.artifact.provenance)["parameters"]["scope"] == {"include": [{"role": "user"}]}
 
@@ -135,7 +135,7 @@ async def test_a_task_vector_is_the_mean_state_of_the_last_tokens_of_its_prompts
     encode = encoded(tiny_llama)
     task = [Demonstration(*each) for each in TASK]
     prompts = TaskPrompts.of(task, 0.5, 3, encode, encode)
-    states = [plain(tiny_llama_dir, tokens, Site.RESID_POST)[1, -1] for tokens in prompts.demonstrated]
+    states = [plain_states(tiny_llama_dir, tokens, Site.RESID_POST)[1, -1] for tokens in prompts.demonstrated]
     torch.testing.assert_close(await vector_of(live, last.result, 1), torch.stack(states).mean(0), rtol=1e-4, atol=1e-5)
     assert set(last.result.baselines) == {"unedited", "demonstrations"}
     card = MessageToDict(last.result.artifact.evidence)
@@ -151,7 +151,7 @@ async def test_a_definition_vector_is_the_state_of_its_last_token(
     result = (await events_of(live, request))[-1].result
     task = [Demonstration(*each) for each in TASK]
     prompts = DefinitionPrompts.of(task, "z", 0.5, 0, encoded(tiny_llama))
-    state = plain(tiny_llama_dir, prompts.defined, Site.RESID_POST)[0, -1]
+    state = plain_states(tiny_llama_dir, prompts.defined, Site.RESID_POST)[0, -1]
     torch.testing.assert_close(await vector_of(live, result, 0), state, rtol=1e-4, atol=1e-5)
     assert [layer.random_accuracy for layer in result.layers] == pytest.approx([1 / 3] * 2)
     assert set(result.baselines) == {"without_demonstrations"}
@@ -213,7 +213,6 @@ REFUSED = {
         "word_pairs[0].positive",
     ),
     "too few words": (request_for("causal_inner_product", word_pairs=_words(("king", "queen"))), "word_pairs"),
-    "training of what is not": (extraction(training=pb.Training(max_steps=3)), "training"),
     "a scope without a token": (
         extraction(scope={"include": [{"positions": {"start": 200}}]}),
         "scope",

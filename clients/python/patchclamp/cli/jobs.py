@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp.cli import extract
+from patchclamp.cli import extract, subspace
+from patchclamp.cli.activations import patch
+from patchclamp.cli.features import search
 from patchclamp.cli.heads import ablate, circuit, detect, score
 from patchclamp.cli.neurons import census, decode, describe, evaluate, find, localize, match
 from patchclamp.cli.neurons.shown import add_picture_argument
@@ -19,7 +21,9 @@ from patchclamp.results import (
     Circuit,
     DecodedNeuron,
     ExtractionResult,
+    FoundFeatures,
     FoundNeurons,
+    FoundSubspace,
     HeadEditEffect,
     Job,
     JobResult,
@@ -28,6 +32,7 @@ from patchclamp.results import (
     NeuronCensus,
     NeuronDescription,
     NeuronEditEffect,
+    PatchGrid,
     RetrievalHeads,
     ScoredHeads,
 )
@@ -38,17 +43,29 @@ _REPORTS: dict[type, Callable[[argparse.Namespace, Any], None]] = {
     Circuit: circuit.show,
     DecodedNeuron: decode.show,
     ExtractionResult: extract.show,
+    FoundFeatures: search.show,
     FoundNeurons: find.show,
+    FoundSubspace: subspace.show,
     HeadEditEffect: ablate.show,
     LocalizedNeurons: localize.show,
     MatchedNeurons: match.show,
     NeuronCensus: census.show,
     NeuronDescription: describe.show,
     NeuronEditEffect: evaluate.show,
+    PatchGrid: patch.show,
     RetrievalHeads: detect.show,
     ScoredHeads: score.show,
 }
-_DRAWN = (Circuit, FoundNeurons, LocalizedNeurons, NeuronCensus, NeuronEditEffect, RetrievalHeads, ScoredHeads)
+_DRAWN = (
+    Circuit,
+    FoundNeurons,
+    LocalizedNeurons,
+    NeuronCensus,
+    NeuronEditEffect,
+    PatchGrid,
+    RetrievalHeads,
+    ScoredHeads,
+)
 # What the command line of a job said and its result does not.
 _UNTOLD = argparse.Namespace(
     controls=None,

@@ -4,13 +4,16 @@ import argparse
 import math
 from typing import Any
 
+from patchclamp import requests
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.extract import prompt_of
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.naming import add_naming_arguments, naming_options, note_stored
-from patchclamp.cli.options import connect, connection_options, given
+from patchclamp.cli.options import connection_options, given
 from patchclamp.cli.parser import count, seed
 from patchclamp.cli.steering import layer_list
-from patchclamp.cli.terminal import job_result, note, print_json, table
+from patchclamp.cli.terminal import note, print_json, table
+from patchclamp.client import Client
 from patchclamp.names import SITES
 from patchclamp.requests import PromptLike
 from patchclamp.results import FoundSubspace
@@ -50,6 +53,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
     parser.add_argument("--seed", type=seed)
     add_naming_arguments(parser)
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -77,15 +81,13 @@ def run(args: argparse.Namespace) -> int:
     if args.layers != "all":
         options["layers"] = args.layers
     method = _method(args)
-    with connect(args) as client, client.find_subspace(method, timeout=args.timeout, **options) as stream:
-        result = job_result(stream, quiet=args.json)
+    result = job_outcome(args, Client.find_subspace, requests.find_subspace, method, **options)
+    if result is None:
+        return 0
     if args.json:
         print_json(result)
-        return 0
-    _show(result, cycle=args.cycle is not None)
-    for warning in result.warnings:
-        note(f"warning: {warning}")
-    note_stored(result.artifact, f"; best layer {result.best_layer}")
+    else:
+        show(args, result)
     return 0
 
 
@@ -103,13 +105,15 @@ def _method(args: argparse.Namespace) -> SubspaceMethod:
     return circular_plane(values, **given(args, "components"))
 
 
-def _show(result: FoundSubspace, *, cycle: bool) -> None:
+def show(args: argparse.Namespace, result: FoundSubspace) -> None:
+    """Prints the evidence of each layer, of a plane its angles, and what the subspace is stored as."""
+
     def layer(number: int) -> str:
         return f"{number}{' *' if number == result.best_layer else ''}"
 
     heads: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    if cycle:
+    if any(each.angles for each in result.layers):
         heads = ("layer", "circularity", "shuffled", "explained variance", "angles in degrees")
         rows = [
             (
@@ -136,3 +140,6 @@ def _show(result: FoundSubspace, *, cycle: bool) -> None:
             for each in result.layers
         ]
     table(heads, rows)
+    for warning in result.warnings:
+        note(f"warning: {warning}")
+    note_stored(result.artifact, f"; best layer {result.best_layer}")

@@ -6,7 +6,7 @@ from patchclamp.fields import build_as, shown
 from patchclamp.tensors import Numbers, tensor
 from patchclamp.v1 import program_pb2 as pb
 
-VectorLike: TypeAlias = "str | Numbers | pb.Vector"
+VectorLike: TypeAlias = str | Numbers | pb.Vector
 
 
 def vector(source: VectorLike, *, layer: int | None = None, unit: bool = False) -> pb.Vector:

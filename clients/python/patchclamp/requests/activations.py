@@ -1,6 +1,6 @@
 """Requests of ActivationService."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from patchclamp.fields import build, several
 from patchclamp.names import (
@@ -50,7 +50,7 @@ def read_activations(
     program: ProgramLike | None = None,
     store: bool = False,
     description: str = "",
-    tags: Iterable[str] = (),
+    tags: Sequence[str] = (),
     replace_tags: bool = False,
     model: str = "",
 ) -> pb.ReadActivationsRequest:

@@ -19,11 +19,11 @@ class SearchFeaturesOptions(TypedDict, total=False):
     default 20.
     """
 
-    texts: "TextsLike | None"
+    texts: TextsLike | None
     target: str
     contrast: str
     tokens: str | Iterable[str] | None
-    direction: "VectorLike | None"
+    direction: VectorLike | None
     label: str
     labels: str
     top_k: int
@@ -33,11 +33,11 @@ class SearchFeaturesOptions(TypedDict, total=False):
 def search_features(
     autoencoder: str,
     *,
-    texts: "TextsLike | None" = None,
+    texts: TextsLike | None = None,
     target: str = "",
     contrast: str = "",
     tokens: str | Iterable[str] | None = None,
-    direction: "VectorLike | None" = None,
+    direction: VectorLike | None = None,
     label: str = "",
     labels: str = "",
     top_k: int = 0,

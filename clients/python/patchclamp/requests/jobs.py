@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from patchclamp.fields import build_as, shown
 from patchclamp.v1 import (
     activation_pb2,
+    feature_pb2,
     head_pb2,
     job_pb2,
     monitoring_pb2,
@@ -36,6 +37,9 @@ JobRequest = (
     | neuron_pb2.DescribeNeuronsRequest
     | neuron_pb2.MatchNeuronsRequest
     | activation_pb2.ReadActivationsRequest
+    | activation_pb2.PatchActivationsRequest
+    | steering_pb2.FindSubspaceRequest
+    | feature_pb2.SearchFeaturesRequest
     | steering_pb2.CalibrateVectorRequest
     | steering_pb2.DetectConceptRequest
     | probe_pb2.TrainProbeRequest

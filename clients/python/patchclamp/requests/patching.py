@@ -32,7 +32,7 @@ class PatchActivationsOptions(TypedDict, total=False):
     sites: SiteName | Iterable[SiteName]
     layers: int | Iterable[int]
     layer_window: int
-    positions: "Mapping[str, PositionsLike] | None"
+    positions: Mapping[str, PositionsLike] | None
     by_head: bool
     metric: PatchMetricName | None
     seed: int
@@ -46,7 +46,7 @@ def patch_activations(
     sites: SiteName | Iterable[SiteName] = (),
     layers: int | Iterable[int] = (),
     layer_window: int = 0,
-    positions: "Mapping[str, PositionsLike] | None" = None,
+    positions: Mapping[str, PositionsLike] | None = None,
     by_head: bool = False,
     metric: PatchMetricName | None = None,
     seed: int = 0,

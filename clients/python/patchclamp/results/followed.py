@@ -20,6 +20,7 @@ from patchclamp.results.calibration import (
     DetectedText,
     DosePoint,
 )
+from patchclamp.results.features import FoundFeatures
 from patchclamp.results.heads import Circuit, DetectionCollector, HeadEditEffect, NeedleRun, RetrievalHeads, ScoredHeads
 from patchclamp.results.jobs import JobCollector, Progress
 from patchclamp.results.monitoring import ReferenceCollector
@@ -37,8 +38,10 @@ from patchclamp.results.neurons import (
     NeuronEditEffect,
     NeuronEditPoint,
 )
+from patchclamp.results.patching import PatchCell, PatchCollector, PatchGrid
 from patchclamp.results.probes import TrainedProbe
 from patchclamp.results.sparsity import CalibratedProfile, EvaluationCollector, SparsityEvaluation
+from patchclamp.results.subspaces import FoundSubspace
 from patchclamp.v1 import job_pb2
 
 JobResult = (
@@ -58,6 +61,9 @@ JobResult = (
     | tuple[NeuronDescription, ...]
     | MatchedNeurons
     | ReadActivations
+    | PatchGrid
+    | FoundSubspace
+    | FoundFeatures
     | CalibrationResult
     | ConceptDetection
     | TrainedProbe
@@ -72,6 +78,7 @@ JobEvent = (
     | ActivationRows
     | ActivationMoments
     | ActivationMean
+    | PatchCell
     | DosePoint
     | DetectedText
     | JobResult
@@ -95,6 +102,9 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
     "describe_neurons": DescribeCollector,
     "match_neurons": lambda: JobCollector(MatchedNeurons.from_proto),
     "read_activations": ReadActivationsCollector,
+    "patch_activations": PatchCollector,
+    "find_subspace": lambda: JobCollector(FoundSubspace.from_proto),
+    "search_features": lambda: JobCollector(FoundFeatures.from_proto),
     "calibrate_vector": CalibrationCollector,
     "detect_concept": ConceptDetectionCollector,
     "train_probe": lambda: JobCollector(TrainedProbe.from_proto),

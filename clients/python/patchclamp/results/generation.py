@@ -103,6 +103,11 @@ class GenerateResult(Record):
     grounding: GroundingReport | None = None
     confidence: ConfidenceReport | None = None
 
+    @property
+    def readouts(self) -> tuple[ReadoutValue, ...]:
+        """All readouts: those of the prompt, then those of the tokens."""
+        return (*self.prompt_readouts, *(readout for token in self.tokens for readout in token.readouts))
+
 
 @dataclass(frozen=True)
 class ScoreResult(Record):

@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from patchclamp.v1 import activation_pb2 as _activation_pb2
+from patchclamp.v1 import feature_pb2 as _feature_pb2
 from patchclamp.v1 import head_pb2 as _head_pb2
 from patchclamp.v1 import monitoring_pb2 as _monitoring_pb2
 from patchclamp.v1 import neuron_pb2 as _neuron_pb2
@@ -124,6 +125,9 @@ class StartJobRequest(_message.Message):
     DESCRIBE_NEURONS_FIELD_NUMBER: _builtins.int
     MATCH_NEURONS_FIELD_NUMBER: _builtins.int
     READ_ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    PATCH_ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    FIND_SUBSPACE_FIELD_NUMBER: _builtins.int
+    SEARCH_FEATURES_FIELD_NUMBER: _builtins.int
     CALIBRATE_VECTOR_FIELD_NUMBER: _builtins.int
     DETECT_CONCEPT_FIELD_NUMBER: _builtins.int
     TRAIN_PROBE_FIELD_NUMBER: _builtins.int
@@ -168,6 +172,12 @@ class StartJobRequest(_message.Message):
         """With `store`, or a reduction over all texts: a job keeps what it finds."""
 
     @_builtins.property
+    def patch_activations(self) -> _activation_pb2.PatchActivationsRequest: ...
+    @_builtins.property
+    def find_subspace(self) -> _steering_pb2.FindSubspaceRequest: ...
+    @_builtins.property
+    def search_features(self) -> _feature_pb2.SearchFeaturesRequest: ...
+    @_builtins.property
     def calibrate_vector(self) -> _steering_pb2.CalibrateVectorRequest: ...
     @_builtins.property
     def detect_concept(self) -> _steering_pb2.DetectConceptRequest: ...
@@ -192,16 +202,19 @@ class StartJobRequest(_message.Message):
         describe_neurons: _neuron_pb2.DescribeNeuronsRequest | None = ...,
         match_neurons: _neuron_pb2.MatchNeuronsRequest | None = ...,
         read_activations: _activation_pb2.ReadActivationsRequest | None = ...,
+        patch_activations: _activation_pb2.PatchActivationsRequest | None = ...,
+        find_subspace: _steering_pb2.FindSubspaceRequest | None = ...,
+        search_features: _feature_pb2.SearchFeaturesRequest | None = ...,
         calibrate_vector: _steering_pb2.CalibrateVectorRequest | None = ...,
         detect_concept: _steering_pb2.DetectConceptRequest | None = ...,
         train_probe: _probe_pb2.TrainProbeRequest | None = ...,
         key: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "read_activations", b"read_activations", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "train_probe", b"train_probe"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "key", b"key", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "read_activations", b"read_activations", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "train_probe", b"train_probe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "key", b"key", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "read_activations", "calibrate_vector", "detect_concept", "train_probe"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "read_activations", "patch_activations", "find_subspace", "search_features", "calibrate_vector", "detect_concept", "train_probe"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
@@ -266,6 +279,9 @@ class FollowJobResponse(_message.Message):
     DESCRIBE_NEURONS_FIELD_NUMBER: _builtins.int
     MATCH_NEURONS_FIELD_NUMBER: _builtins.int
     READ_ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    PATCH_ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    FIND_SUBSPACE_FIELD_NUMBER: _builtins.int
+    SEARCH_FEATURES_FIELD_NUMBER: _builtins.int
     CALIBRATE_VECTOR_FIELD_NUMBER: _builtins.int
     DETECT_CONCEPT_FIELD_NUMBER: _builtins.int
     TRAIN_PROBE_FIELD_NUMBER: _builtins.int
@@ -302,6 +318,12 @@ class FollowJobResponse(_message.Message):
     @_builtins.property
     def read_activations(self) -> _activation_pb2.ReadActivationsResponse: ...
     @_builtins.property
+    def patch_activations(self) -> _activation_pb2.PatchActivationsResponse: ...
+    @_builtins.property
+    def find_subspace(self) -> _steering_pb2.FindSubspaceResponse: ...
+    @_builtins.property
+    def search_features(self) -> _feature_pb2.SearchFeaturesResponse: ...
+    @_builtins.property
     def calibrate_vector(self) -> _steering_pb2.CalibrateVectorResponse: ...
     @_builtins.property
     def detect_concept(self) -> _steering_pb2.DetectConceptResponse: ...
@@ -326,15 +348,18 @@ class FollowJobResponse(_message.Message):
         describe_neurons: _neuron_pb2.DescribeNeuronsResponse | None = ...,
         match_neurons: _neuron_pb2.MatchNeuronsResponse | None = ...,
         read_activations: _activation_pb2.ReadActivationsResponse | None = ...,
+        patch_activations: _activation_pb2.PatchActivationsResponse | None = ...,
+        find_subspace: _steering_pb2.FindSubspaceResponse | None = ...,
+        search_features: _feature_pb2.SearchFeaturesResponse | None = ...,
         calibrate_vector: _steering_pb2.CalibrateVectorResponse | None = ...,
         detect_concept: _steering_pb2.DetectConceptResponse | None = ...,
         train_probe: _probe_pb2.TrainProbeResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "read_activations", b"read_activations", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "train_probe", b"train_probe"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "read_activations", b"read_activations", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "train_probe", b"train_probe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "read_activations", "calibrate_vector", "detect_concept", "train_probe"]  # noqa: Y015
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "read_activations", "patch_activations", "find_subspace", "search_features", "calibrate_vector", "detect_concept", "train_probe"]  # noqa: Y015
     _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
 

@@ -8,7 +8,8 @@ from google.protobuf.struct_pb2 import Struct
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import program_pb2
-from patchclamp_server.artifacts.formats import FORMATS, Format
+from patchclamp_server.artifacts.formats.base import Format
+from patchclamp_server.artifacts.formats.registry import FORMATS
 from patchclamp_server.artifacts.row_formats import ROW_FORMATS, RowFormat
 from patchclamp_server.artifacts.types import ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.artifacts.validation import check_tags

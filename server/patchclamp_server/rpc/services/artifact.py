@@ -16,7 +16,7 @@ from patchclamp.v1.artifact_pb2_grpc import ArtifactServiceServicer
 from patchclamp_server.artifacts.activations import places_of, tensor_name
 from patchclamp_server.artifacts.autoencoder_spec import check_autoencoder, check_place
 from patchclamp_server.artifacts.blobs import STALE_AFTER, full_disk_is_resource_exhausted
-from patchclamp_server.artifacts.formats import CannotExpress, Decoded, Format, MalformedFile
+from patchclamp_server.artifacts.formats.base import CannotExpress, Decoded, Format, MalformedFile
 from patchclamp_server.artifacts.probes import probe_of
 from patchclamp_server.artifacts.row_formats import Beside, RowFormat
 from patchclamp_server.artifacts.store import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, ArtifactStore

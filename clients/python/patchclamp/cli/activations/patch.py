@@ -2,14 +2,18 @@
 
 import argparse
 import math
+from typing import Any
 
+from patchclamp import requests
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.files import json_lines, text_of
 from patchclamp.cli.heads.drawing import heat_map_lines
 from patchclamp.cli.heads.scores import print_lines
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
-from patchclamp.cli.options import add_model_argument, connect, connection_options, given
+from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count, seed
-from patchclamp.cli.terminal import job_result, note, print_json, table
+from patchclamp.cli.terminal import note, print_json, table
+from patchclamp.client import Client
 from patchclamp.names import PATCH_DIRECTIONS, PATCH_METRICS, SITES
 from patchclamp.patching import PatchPair, PositionsLike
 from patchclamp.pictures.patching import patching_figure
@@ -47,6 +51,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--seed", type=seed, help="of the intervals")
     add_model_argument(parser)
     add_picture_argument(parser, "heat maps of layers x positions")
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,20 +78,21 @@ def column(text: str) -> tuple[str, PositionsLike]:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = given(args, "direction", "metric", "layer_window", "seed", "model")
+    options: dict[str, Any] = given(args, "direction", "metric", "layer_window", "seed", "model")
     options |= {"sites": args.sites, "layers": args.layers, "positions": dict(args.positions), "by_head": args.by_head}
-    with connect(args) as client, client.patch_activations(args.pairs, timeout=args.timeout, **options) as stream:
-        grid = job_result(stream, quiet=args.json)
+    grid = job_outcome(args, Client.patch_activations, requests.patch_activations, args.pairs, **options)
+    if grid is None:
+        return 0
     if args.json:
         print_json(grid)
+        draw(args, grid)
     else:
-        _show(grid)
-    if args.picture is not None:
-        write_picture(args, patching_figure(grid, f"{args.direction or 'restore'}: {len(args.pairs)} pair(s)"))
+        show(args, grid)
     return 0
 
 
-def _show(grid: PatchGrid) -> None:
+def show(args: argparse.Namespace, grid: PatchGrid) -> None:
+    """Prints the largest effects and a heat map of each site, and draws the picture."""
     rows = [
         (
             cell.site,
@@ -105,3 +111,9 @@ def _show(grid: PatchGrid) -> None:
     print(f"\nmetric {grid.source_metric:.4f} of the source, {grid.unpatched_metric:.4f} without a patch")
     for warning in grid.warnings:
         note(f"warning: {warning}")
+    draw(args, grid)
+
+
+def draw(args: argparse.Namespace, grid: PatchGrid) -> None:
+    if args.picture is not None:
+        write_picture(args, patching_figure(grid, f"{args.direction or 'restore'}: {len(args.pairs)} pair(s)"))

@@ -4,11 +4,14 @@ import argparse
 import math
 from typing import Any
 
+from patchclamp import requests
+from patchclamp.cli.detach import add_detach_argument, job_outcome
 from patchclamp.cli.neurons.shown import tokens_shown
 from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
-from patchclamp.cli.options import add_model_argument, connect, connection_options, given
+from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count
-from patchclamp.cli.terminal import job_result, print_json, table
+from patchclamp.cli.terminal import print_json, table
+from patchclamp.client import Client
 from patchclamp.results import FoundFeatures
 
 # Tokens of a row of the table.
@@ -32,6 +35,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--top", type=count, default=0, metavar="K", help="how many (default: 20)")
     add_text_arguments(parser, required=False)
     add_model_argument(parser)
+    add_detach_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -45,18 +49,17 @@ def run(args: argparse.Namespace) -> int:
         options["texts"] = texts_of(args)
     elif (args.texts, args.corpus, args.data) != (None, None, None):
         raise ValueError("texts are for --target and --token")
-    with connect(args) as client:
-        stream = client.search_features(args.autoencoder, timeout=args.timeout, **options)
-        with stream:
-            found = job_result(stream, quiet=args.json)
+    found = job_outcome(args, Client.search_features, requests.search_features, args.autoencoder, **options)
+    if found is None:
+        return 0
     if args.json:
         print_json(found)
     else:
-        show(found)
+        show(args, found)
     return 0
 
 
-def show(found: FoundFeatures) -> None:
+def show(args: argparse.Namespace, found: FoundFeatures) -> None:
     """Prints the features in a table, and what was measured on the texts."""
     texts = found.tokens > 0
     rows = [
