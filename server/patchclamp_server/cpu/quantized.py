@@ -63,7 +63,7 @@ class QuantizedWeight:
         """The weights of outputs [n], in any order: [n, in] float32."""
         blocks, lanes = (outputs // LANES).numpy(), (outputs % LANES).numpy()
         codes, scale_and_low = (own[blocks, :, :, lanes][..., None] for own in (self.codes, self.scale_and_low))
-        return self._weights(codes, scale_and_low).reshape(len(outputs), -1)
+        return self._weights(codes, scale_and_low).reshape(len(outputs), self.shape[1])
 
     def _weights(self, codes: NDArray[Any], scale_and_low: NDArray[Any]) -> Tensor:
         """Returns weights [blocks, groups, 32, lanes] of codes [blocks, groups, 16 or 32, lanes]."""
