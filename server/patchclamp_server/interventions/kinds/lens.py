@@ -199,10 +199,10 @@ def _bind(kind: LogitLensReadout, where: Where) -> ReadoutNumbers:
         raise InvalidArgument(f"{path}.neurons", "expected at least one: at mlp_post each neuron is read by itself")
     if site is not Site.MLP_POST and kind.neurons:
         raise InvalidArgument(f"{path}.neurons", f"neurons are read at mlp_post, not {site.value}")
-    check_indices(kind.neurons, where.width, f"{path}.neurons", "neuron")
     for name, given, most in (("neurons", kind.neurons, MAX_NEURONS), ("token_ids", kind.token_ids, MAX_TOKENS)):
         if len(given) > most:
             raise InvalidArgument(f"{path}.{name}", f"expected at most {most}, got {len(given)}")
+    check_indices(kind.neurons, where.width, f"{path}.neurons", "neuron")
     if kind.token_ids:
         check_indices(kind.token_ids, info.vocab_size, f"{path}.token_ids", "token")
     else:
