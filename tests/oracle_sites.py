@@ -87,9 +87,13 @@ _FAMILIES: dict[str, Family] = {
 _UNGATED = ("gpt2", "opt", "gpt_neox")
 
 
+def family_of(model: PreTrainedModel) -> Family:
+    return _FAMILIES[model.config.model_type]
+
+
 def logit_lens(model: PreTrainedModel, h: Tensor) -> Tensor:
     """Log-probabilities [vocab] of a residual state [d_model] read by the final norm and the unembedding."""
-    family = _FAMILIES[model.config.model_type]
+    family = family_of(model)
     # Hooks sit on blocks only, so these modules can be called in the middle of a pass.
     norm, unembedding = model.get_submodule(family.final_norm), model.get_submodule("lm_head")
     logits = unembedding(norm(h.view(1, 1, -1)))[0, 0]
@@ -136,7 +140,7 @@ Visit = Callable[[Site, int, Tensor], Tensor]
 
 def attach(model: PreTrainedModel, visit: Visit) -> list[Any]:
     """Hooks that pass every site of every block through `visit`, in the order of the forward pass."""
-    family = _FAMILIES[model.config.model_type]
+    family = family_of(model)
     hooks: list[Any] = []
 
     def on_input(module: nn.Module, site: Site, layer: int) -> None:

@@ -34,6 +34,7 @@ _REQUIRED: dict[str, Arguments] = {
     "calibrate_vector": {"vector": "mine", "prompts": ["hi"]},
     "detect_concept": {"detectors": "mine", "texts": "corpus"},
     "train_probe": {"texts": {"a": ["x"], "b": ["y"]}},
+    "find_concept_circuit": {"scenarios": [{"a": "x", "b": ["y"]}], "target": "a"},
     "find_subspace": {"method": subspaces.circular_plane({"a": ["1"]})},
     "circular_plane": {"values": {"a": ["1"]}},
     "interchange": {"pairs": [("base", "source", "answer")]},

@@ -225,6 +225,19 @@ def test_vectors_are_extracted_from_texts_and_demonstrations(tmp_path: Path, cap
     assert "definition: required" in capsys.readouterr().err
 
 
+def test_a_trained_vector_is_printed_with_what_it_is_compared_with(pairs: str, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--pairs", pairs, "--method", "reft_r1", "--layers", "1", "--max-steps", "2", "--batch-size", "2"]
+    made = json_of(capsys, "vectors", "extract", "trained", *arguments, "--learning-rate", "0.01", "--patience", "3")
+    parameters = made["artifact"]["provenance"]["parameters"]
+    assert [parameters[name] for name in ("max_steps", "learning_rate", "batch_size", "patience")] == [2, 0.01, 2, 3]
+    assert made["layers"][0]["training"]["steps"] == 2
+    assert main(["vectors", "extract", "trained", *arguments, "--replace"]) == 0
+    printed = capsys.readouterr().out
+    assert all(column in printed for column in ("AUROC", "loss unedited", "difference of means"))
+    assert main(["vectors", "extract", "not", "--pairs", pairs, "--max-steps", "2"]) == 1
+    assert "training: is of methods that are trained" in capsys.readouterr().err
+
+
 def test_vectors_are_listed_shown_tagged_and_removed(pairs: str, capsys: pytest.CaptureFixture[str]):
     assert main(["vectors", "extract", "one", "--pairs", pairs, "--method", "pca_of_differences"]) == 0
     header = capsys.readouterr().out.splitlines()[0]

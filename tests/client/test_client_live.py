@@ -179,6 +179,26 @@ def test_a_task_vector_comes_with_what_it_is_compared_with(client: Client):
     assert found.artifact.provenance["method"] == "task_vector"
 
 
+def test_a_trained_vector_comes_with_its_losses_and_steers(client: Client):
+    told: list[object] = []
+    found = client.extract_vectors(
+        PAIRS, "reft_r1", layers=[1], max_steps=3, batch_size=2, patience=2, tags=["trained"]
+    ).result(told.append)
+    assert {event.stage for event in told if isinstance(event, ExtractionProgress)} == {
+        "training of layer 1",
+        "evidence",
+    }
+    [layer] = found.layers
+    assert layer.training is not None
+    assert layer.training.steps == 3
+    assert layer.training.loss > 0
+    assert 0 <= layer.training.difference_auroc <= 1
+    assert set(found.baselines) == {"difference_of_means"}
+    result = client.generate("hello", program=add("trained", layers=1), max_tokens=2, ignore_eos=True).result()
+    assert result.receipt.touched
+    assert client.extract_vectors(PAIRS, layers=[1]).result().layers[0].training is None
+
+
 def test_a_definition_and_words_are_sent_as_they_are_given(client: Client):
     shown = [(f"what {letter} is", letter) for letter in "abcdefgh"]
     found = client.extract_vectors(

@@ -51,6 +51,7 @@ FILES = {
     "pairs.jsonl": '{"clean": "a", "corrupt": "b", "clean_answer": "c", "corrupt_answer": "d"}',
     "days.jsonl": '{"value": "Monday", "prompts": ["On Monday"]}',
     "exchanges.jsonl": '{"base": "a", "source": "b", "answer": "c"}',
+    "scenarios.jsonl": '{"joy": ["a"], "fear": ["b"]}',
     "results.json": (ROOT / "benchmarks/results/sparse_quality.json").read_text(encoding="utf-8"),
 }
 

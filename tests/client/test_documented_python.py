@@ -71,6 +71,7 @@ def test_no_page_with_python_is_left_out() -> None:
         "README.md",
         "docs/operating.md",
         "docs/user/activations.md",
+        "docs/user/concept-circuits.md",
         "docs/user/extraction.md",
         "docs/user/features.md",
         "docs/user/heads.md",
@@ -127,6 +128,13 @@ def test_the_sweep_of_the_guide_to_steering_runs(
 def test_the_examples_of_finding_vectors_run(embedded_server: LiveServer) -> None:
     names = run("docs/user/extraction.md", embedded_server.address)
     assert min(layer.heldout_accuracy for layer in names["discriminant"].layers) > 0.8
+    assert names["told"].loss < names["told"].unedited_loss
+
+
+def test_the_circuit_of_a_concept_of_the_guide_is_found(embedded_server: LiveServer) -> None:
+    found = run("docs/user/concept-circuits.md", embedded_server.address)["found"]
+    assert found.separation > 0
+    assert found.both_zeroed.separation < found.both_zeroed.random_separation
 
 
 def test_the_example_of_sparse_inference_runs(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ MADE: dict[str, Any] = {
     "calibrate_vector": requests.calibrate_vector("joy", ["hi"]),
     "detect_concept": requests.detect_concept("joy", ["hi"]),
     "train_probe": requests.train_probe({"a": ["x"], "b": ["y"]}),
+    "find_concept_circuit": requests.find_concept_circuit([{"a": "x", "b": "y"}], "a"),
 }
 COMMANDS = [
     ("heads", Heads, ["heads", "detect", "mine", "--lengths", "128"]),

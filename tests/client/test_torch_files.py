@@ -60,6 +60,45 @@ def test_a_subspace_goes_back_into_files_of_pyreft(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
+def loreft_of(file: Path, h: torch.Tensor) -> torch.Tensor:
+    """The forward of LoreftIntervention, for the state of a file."""
+    state = torch.load(file, weights_only=True)
+    rotate = state["rotate_layer"]
+    torch.testing.assert_close(rotate.T @ rotate, torch.eye(rotate.shape[1]), rtol=1e-5, atol=1e-5)
+    source = torch.nn.functional.linear(h, state["weight"], state["bias"])
+    return h + (source - h @ rotate) @ rotate.T
+
+
+def test_a_vector_goes_into_files_of_pyreft_as_what_add_does(tmp_path: Path) -> None:
+    vectors = {f"layer.{layer}": torch.randn(WIDTH) for layer in (2, 5)}
+    files = write_loreft(save(vectors), tmp_path, site="resid_pre", strength=-1.5)
+    assert [file.name for file in files] == [
+        BLOCK_OUTPUT.format(layer).replace("block_output", "block_input") for layer in (2, 5)
+    ]
+    h = torch.randn(4, WIDTH)
+    for file, vector in zip(files, vectors.values(), strict=True):
+        torch.testing.assert_close(loreft_of(file, h), h - 1.5 * vector, rtol=1e-4, atol=1e-5)
+    again = read_loreft(tmp_path)
+    assert (again.kind, again.site, again.layers) == ("subspace", "resid_pre", (2, 5))
+    with pytest.raises(ValueError, match="layer 0 is a vector of zeros"):
+        write_loreft(save({"layer.0": torch.zeros(WIDTH)}), tmp_path)
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, WIDTH)])
+def test_an_affine_map_goes_into_files_of_pyreft_as_it_computes(tmp_path: Path, bias: torch.Tensor | None) -> None:
+    torch.manual_seed(2)
+    left, right, matrix = torch.randn(WIDTH, RANK), torch.randn(WIDTH, RANK), torch.randn(WIDTH, WIDTH)
+    tensors = {"layer.1.left": left, "layer.1.right": right, "layer.3.matrix": matrix}
+    if bias is not None:
+        tensors |= {"layer.1.bias": bias, "layer.3.bias": bias.flip(0)}
+    of_factors, of_matrix = write_loreft(save(tensors), tmp_path)
+    h, added = torch.randn(5, WIDTH), torch.zeros(WIDTH) if bias is None else bias
+    torch.testing.assert_close(loreft_of(of_factors, h), h @ right @ left.T + added, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loreft_of(of_matrix, h), h @ matrix.T + added.flip(0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="strength is of vectors"):
+        write_loreft(save(tensors), tmp_path, strength=2.0)
+
+
 def test_a_bare_subspace_does_not_fit_into_files_of_pyreft(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer 0 has no weight"):
         write_loreft(save({"layer.0.rotation": torch.eye(4)[:2]}), tmp_path)

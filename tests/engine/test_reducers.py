@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from engine_runs import loaded
@@ -19,7 +20,9 @@ from patchclamp_server.engine.reducers.per_label import PerLabel
 from patchclamp_server.engine.reducers.reducer import Place, Reducer, Rows
 from patchclamp_server.engine.reducers.sample import Sample
 from patchclamp_server.engine.reducers.sums import Sums
+from patchclamp_server.engine.reducers.token_norms import TokenNorms
 from patchclamp_server.engine.reducers.top_k import NOWHERE, TopK
+from patchclamp_server.engine.reducers.weighted_means import WeightedMeans
 from patchclamp_server.engine.request import Event, Failed, Finished, Priority, Reduction, Request, StopParams
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.program import AddVector, Edit, Program, Vector
@@ -131,6 +134,27 @@ def test_ordinary_sums_leave_out_the_first_token_and_outliers_of_each_text() -> 
     kept = torch.cat((rows[0][1:5], rows[0][6:], rows[1][1:])).double()
     torch.testing.assert_close(reducer.sum(0), kept.square().sum(0), rtol=1e-5, atol=1e-5)
     assert reducer.count(2) == 15
+
+
+def test_weighted_means_are_of_chosen_tokens_of_each_text() -> None:
+    rows = texts(7, 1, 12, mean=2.0)
+    chosen = [np.arange(len(text)) % 3 != 1 for text in rows]
+    weights = torch.tensor([[1.0, 0.5], [-2.0, 0.0], [0.25, 3.0]], dtype=torch.float64)
+    reducer = WeightedMeans(LAYERS, chosen, weights, lambda layer, x: x[:, :2] + layer)
+    given(reducer, rows)
+    own = [text[torch.from_numpy(mask), :2].double() for text, mask in zip(rows, chosen, strict=True)]
+    means = torch.stack([each.mean(0) for each in own])
+    for scale, layer in enumerate(LAYERS, 1):
+        expected = weights.T @ (scale * means + layer)
+        torch.testing.assert_close(reducer.sums(layer), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_norms_are_those_of_every_token_of_each_text() -> None:
+    rows = texts(7, 1, 12)
+    reducer = TokenNorms(LAYERS, [len(text) for text in rows])
+    given(reducer, rows)
+    for i, text in enumerate(rows):
+        torch.testing.assert_close(reducer.of(2, i), 2 * text.norm(dim=1))
 
 
 def test_every_label_has_a_reducer_of_its_own() -> None:

@@ -14,6 +14,7 @@ from patchclamp_server.interventions.pooling import (
     TokenPool,
     ordinary_tokens,
     outliers,
+    pooled_tokens,
 )
 
 WIDTH = 6
@@ -208,3 +209,22 @@ def test_a_scope_of_one_token_is_that_token_sink_or_not(pooling: Pooling, tokens
 def test_a_mean_of_a_scope_of_outliers_is_of_them() -> None:
     states = text(20, {0: 100.0, 3: 20.0, 7: 30.0})
     torch.testing.assert_close(scoped(Pooling.MEAN, states, [3, 7]).values[0], states[[3, 7]].mean(dim=0))
+
+
+@pytest.mark.parametrize("pooling", [Pooling.MEAN, Pooling.LAST_TOKEN])
+@pytest.mark.parametrize(
+    ("n", "sinks"),
+    [
+        (1, {}),
+        (2, {1: 50.0}),
+        (9, {}),
+        (9, {0: 40.0, 3: 9.0, 8: 7.0}),
+        (40, dict.fromkeys(range(40 - LAST_TOKENS, 40), 20.0)),
+        (2 * MOST_LEFT_OUT + 60, {2 * i + 1: 30.0 + i for i in range(MOST_LEFT_OUT + 9)}),
+    ],
+)
+def test_the_tokens_that_are_pooled_are_told_by_their_norms(pooling: Pooling, n: int, sinks: dict[int, float]) -> None:
+    states = text(n, sinks)
+    chosen = pooled_tokens(states.norm(dim=1), pooling)
+    torch.testing.assert_close(states[chosen].mean(0), pooled(pooling, states).values[0])
+    assert int(chosen.sum()) == int(pooled(pooling, states).tokens[0])

@@ -311,6 +311,14 @@ def calls() -> dict[str, list[Call]]:
                     holdout_fraction=0.5,
                 )
             ],
+            [
+                steering_pb2.ExtractVectorsRequest(
+                    method="EXTRACTION_METHOD_REFT_R1",
+                    pairs=[{"positive": {"text": f"good {i}!"}, "negative": {"text": f"bad {i}?"}} for i in range(4)],
+                    layers=[1],
+                    training={"max_steps": 2, "learning_rate": 0.01, "batch_size": 2, "patience": 1},
+                )
+            ],
         ],
         "SteeringService/CalibrateVector": [
             [
@@ -364,6 +372,31 @@ def calls() -> dict[str, list[Call]]:
                 )
             ]
             for method in ("PROBE_METHOD_LOGISTIC", "PROBE_METHOD_RIDGE", "PROBE_METHOD_PROTOTYPE")
+        ],
+        "SteeringService/FindConceptCircuit": [
+            [
+                steering_pb2.FindConceptCircuitRequest(
+                    scenarios=[
+                        {
+                            "values": [
+                                {"label": value, "prompts": [{"text": f"{thing} {value}"}]} for value in ("good", "bad")
+                            ]
+                        }
+                        for thing in ("rain", "a letter", "the road")
+                    ],
+                    target="good",
+                    site="SITE_RESID_POST",
+                    layers=[1],
+                    neurons=4,
+                    heads=2,
+                    random_sets=1,
+                    seed=3,
+                    pooling="TOKEN_POOLING_MEAN",
+                    holdout_fraction=0.3,
+                    tags=["goodness"],
+                    replace_tags=True,
+                )
+            ]
         ],
         "SteeringService/FindSubspace": [
             [

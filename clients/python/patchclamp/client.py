@@ -39,6 +39,7 @@ from patchclamp.requests import (
     CalibrateVectorOptions,
     CensusNeuronsOptions,
     CircuitOptions,
+    ConceptCircuitOptions,
     DecodeNeuronsOptions,
     DescribeNeuronsOptions,
     DetectConceptOptions,
@@ -60,6 +61,7 @@ from patchclamp.requests import (
     PromptOptions,
     ReadActivationsOptions,
     ReferenceOptions,
+    ScenarioLike,
     ScoreOptions,
     SearchFeaturesOptions,
     StartWatchOptions,
@@ -81,6 +83,7 @@ from patchclamp.results import (
     CompareCollector,
     CompareEvent,
     CompareResult,
+    ConceptCircuitEvent,
     ConceptDetection,
     ConceptDetectionCollector,
     ConceptDetectionEvent,
@@ -100,6 +103,7 @@ from patchclamp.results import (
     ExtractionEvent,
     ExtractionResult,
     FollowCollector,
+    FoundConceptCircuit,
     FoundFeatures,
     FoundNeurons,
     FoundSubspace,
@@ -316,6 +320,24 @@ class Client(Transport):
         """Trains a probe on texts by label: progress, then the stored probe with its report. Options: ProbeOptions."""
         call = self._stream(self._stubs.probes.TrainProbe, requests.train_probe(texts, method, **options), timeout)
         return Stream(call, JobCollector(TrainedProbe.from_proto))
+
+    @takes_options_of(requests.find_concept_circuit)
+    def find_concept_circuit(
+        self,
+        scenarios: Iterable[ScenarioLike],
+        target: str,
+        *,
+        timeout: float = float("inf"),
+        **options: Unpack[ConceptCircuitOptions],
+    ) -> Stream[steering_pb2.FindConceptCircuitResponse, ConceptCircuitEvent, FoundConceptCircuit]:
+        """Finds a direction that is the same in every context, such as that of an emotion, and the neurons and heads
+        that write it: progress, then the stored vector, neuron set and head set, and what zeroing them takes.
+
+        scenarios: of each context its texts by value. target: the value. Options: ConceptCircuitOptions.
+        """
+        request = requests.find_concept_circuit(scenarios, target, **options)
+        call = self._stream(self._stubs.steering.FindConceptCircuit, request, timeout)
+        return Stream(call, JobCollector(FoundConceptCircuit.from_proto))
 
     @takes_options_of(requests.find_subspace)
     def find_subspace(

@@ -65,6 +65,7 @@ MethodName = Literal[
     "task_vector",
     "causal_inner_product",
     "mean_centred",
+    "reft_r1",
     "definition",
 ]
 PoolingName = Literal["last_token", "mean"]

@@ -78,11 +78,17 @@ def read_loreft(directory: str | Path) -> TorchFile:
     return _file(torch, tensors, "subspace", site, {"method": "imported", "format": "pyreft", "files": len(files)})
 
 
-def write_loreft(data: bytes, directory: str | Path, *, site: SiteName = "resid_post") -> tuple[Path, ...]:
-    """Writes a downloaded subspace as pyreft names its files, and returns these. The directory is made if need be.
+def write_loreft(
+    data: bytes, directory: str | Path, *, site: SiteName = "resid_post", strength: float = 1.0
+) -> tuple[Path, ...]:
+    """Writes a downloaded artifact as pyreft names its files, and returns these. The directory is made if need be.
 
-    data: the subspace in the format safetensors. pyreft's config.json is not written: it describes a model.
-    Raises ValueError for a subspace without weight and bias, and for a site that pyreft does not name.
+    data: in the format safetensors, a subspace with weight and bias, or what LoReFT can compute as well: a vector v,
+    which becomes h + strength · v (R = v/‖v‖, W = R, b = strength · ‖v‖), and an affine map A h + b, which takes the
+    whole width (R = I, W = A). pyreft's config.json is not written: it describes a model.
+
+    Raises ValueError for a subspace without weight and bias, for a vector of zeros, for a strength of what is no vector
+    (it interpolates between h and the result, which no file can say), and for a site that pyreft does not name.
     """
     torch = _torch()
     from safetensors.torch import load
@@ -91,18 +97,38 @@ def write_loreft(data: bytes, directory: str | Path, *, site: SiteName = "resid_
         raise ValueError(f"pyreft has no name for {site}; accepted: {', '.join(_COMPONENT_NAMES)}")
     tensors = load(data)
     layers = sorted({int(name.split(".")[1]) for name in tensors})
-    for layer in layers:
-        if f"layer.{layer}.weight" not in tensors:
-            raise ValueError(f"layer {layer} has no weight and bias: a file of LoReFT cannot hold a bare subspace")
+    states = {layer: _loreft(torch, tensors, layer, strength) for layer in layers}
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     written = []
-    for layer in layers:
+    for layer, (rotation, weight, bias) in states.items():
         file = path / f"intkey_layer.{layer}.comp.{_COMPONENT_NAMES[site]}.unit.pos.nunit.1#0.bin"
-        state = {name: tensors[f"layer.{layer}.{name}"] for name in ("weight", "bias")}
-        torch.save({**state, "rotate_layer": tensors[f"layer.{layer}.rotation"].T.contiguous()}, file)
+        torch.save({"weight": weight, "bias": bias, "rotate_layer": rotation.T.contiguous()}, file)
         written.append(file)
     return tuple(written)
+
+
+def _loreft(torch: Any, tensors: Mapping[str, Any], layer: int, strength: float) -> tuple[Any, Any, Any]:
+    """Returns R [rank, width], W [rank, width] and b [rank] of a layer, in float32 but for those that are kept."""
+    own = {name.removeprefix(f"layer.{layer}").lstrip("."): tensors[name] for name in _of_layer(tensors, layer)}
+    if (vector := own.get("")) is not None:
+        norm = vector.float().norm()
+        if not norm > 0:
+            raise ValueError(f"layer {layer} is a vector of zeros, which has no direction")
+        rotation = (vector.float() / norm)[None]
+        return rotation, rotation.clone(), strength * norm[None]
+    if strength != 1.0:
+        raise ValueError(f"strength is of vectors; layer {layer} has {', '.join(own)}")
+    if "matrix" in own or "left" in own:
+        matrix = own["matrix"].float() if "matrix" in own else own["left"].float() @ own["right"].float().T
+        return torch.eye(len(matrix)), matrix, own.get("bias", torch.zeros(len(matrix))).float()
+    if "weight" not in own:
+        raise ValueError(f"layer {layer} has no weight and bias: a file of LoReFT cannot hold a bare subspace")
+    return own["rotation"], own["weight"], own["bias"]
+
+
+def _of_layer(tensors: Mapping[str, Any], layer: int) -> list[str]:
+    return [name for name in tensors if int(name.split(".")[1]) == layer]
 
 
 def read_lm_steer(

@@ -20,8 +20,8 @@ at the engine's exclusive door (engine/exclusive.py). Those with a pass of their
     sparsity/teal_allocation.py      One block alone, which every step of a search runs again, from kept inputs.
 
 Without a pass: what reads weights alone (heads/scores/successor.py, ov_nuclear_norm.py,
-steering/causal_inner_product.py), and what calibration makes of the rows that reducers kept (quantiles, errors of
-sketches, clusters: sparsity/calibrate.py, damage.py).
+steering/causal_inner_product.py, steering/concept_circuit/writes.py), and what calibration makes of the rows that
+reducers kept (quantiles, errors of sketches, clusters: sparsity/calibrate.py, damage.py).
 """
 
 import asyncio

@@ -80,6 +80,27 @@ def ordinary_tokens(states: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(norms[..., :1], dtype=torch.bool), ~outliers(norms[..., 1:])), dim=-1)
 
 
+def pooled_tokens(norms: Tensor, pooling: Pooling) -> Tensor:
+    """Returns the tokens that a TokenPool without a scope takes of a whole text, bool [T], given its norms [T]: those
+    that are averaged, or the one that stands for it. Not of a maximum."""
+    n = len(norms)
+    found = torch.zeros(n, dtype=torch.bool, device=norms.device)
+    if n == 1:
+        return ~found
+    passed = outliers(norms[1:])
+    if pooling is Pooling.MEAN:
+        found[1:] = True
+        places = passed.nonzero()[:, 0] + 1
+        if len(places) > MOST_LEFT_OUT:
+            places = places[torch.topk(norms[places], MOST_LEFT_OUT).indices]
+        found[places] = False
+        return found
+    assert pooling is Pooling.LAST_TOKEN
+    last = (~passed[-LAST_TOKENS:]).nonzero()[:, 0]
+    found[n - min(LAST_TOKENS, n - 1) + int(last[-1]) if len(last) else n - 1] = True
+    return found
+
+
 class RowSink(Protocol):
     """Takes the rows of one text as steps compute them."""
 

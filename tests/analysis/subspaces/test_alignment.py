@@ -16,14 +16,13 @@ from patchclamp_server.analysis.neurons.targets import Example, LogitDifference,
 from patchclamp_server.analysis.subspaces.alignment import (
     Alignment,
     Examples,
-    Training,
     align,
-    batch_order,
     initial_weights,
     rotation_of,
 )
 from patchclamp_server.analysis.subspaces.interchange import Pair, check_pairs, likeliest_tokens, prepared
 from patchclamp_server.analysis.subspaces.job import split
+from patchclamp_server.analysis.training import Training, batch_order
 from patchclamp_server.engine.exclusive import Slice, at_once
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.load import LoadedModel, load_model

@@ -56,6 +56,10 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--last", type=count, metavar="K", help="pool the last K tokens alone")
     parser.add_argument("--role", help="pool tokens of chat turns of this role alone")
     parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
+    parser.add_argument("--max-steps", type=count, help="of reft_r1, as are the next three (default: 500)")
+    parser.add_argument("--learning-rate", type=float, help="(default: 0.005)")
+    parser.add_argument("--batch-size", type=count, help="(default: 16)")
+    parser.add_argument("--patience", type=count, help="evaluations without a lower held-out loss (default: 5)")
     parser.add_argument("--seed", type=seed)
     add_naming_arguments(parser)
     add_detach_argument(parser)
@@ -78,7 +82,8 @@ def words_file(path: str) -> list[tuple[str, str]]:
 
 def run(args: argparse.Namespace) -> int:
     inputs = given(args, "target", "contrast", "demonstrations", "definition", "word_pairs")
-    options = {**given(args, "site", "pooling", "holdout_fraction", "seed"), **naming_options(args, args.name)}
+    own = "site", "pooling", "holdout_fraction", "max_steps", "learning_rate", "batch_size", "patience", "seed"
+    options = {**given(args, *own), **naming_options(args, args.name)}
     if any(source is not None for source in (args.texts, args.corpus, args.data)):
         inputs["texts"] = texts_of(args)
     if args.layers != "all":
@@ -138,9 +143,37 @@ def _show(result: ExtractionResult) -> None:
             for layer in result.layers
         ],
     )
+    _show_training(result)
     if result.baselines:
         print("; ".join(f"{name} {value:.3f}" for name, value in result.baselines.items()))
     note(f"held-out accuracy: {result.measure}")
+
+
+def _show_training(result: ExtractionResult) -> None:
+    trained = [(str(layer.layer), layer.training) for layer in result.layers if layer.training is not None]
+    if not trained:
+        return
+    heads = (
+        "AUROC",
+        "random",
+        "difference of means",
+        "loss unedited",
+        "with the vector",
+        "random",
+        "difference of means",
+    )
+    table(
+        ("layer", "steps", *heads),
+        [
+            (
+                layer,
+                str(t.steps),
+                *(f"{area:.3f}" for area in (t.auroc, t.random_auroc, t.difference_auroc)),
+                *(f"{loss:.3f}" for loss in (t.unedited_loss, t.loss, t.random_loss, t.difference_loss)),
+            )
+            for layer, t in trained
+        ],
+    )
 
 
 def _scope(args: argparse.Namespace) -> Scope:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from patchclamp.cli import extract, subspace
+from patchclamp.cli import concept_circuit, extract, subspace
 from patchclamp.cli.activations import patch
 from patchclamp.cli.features import search
 from patchclamp.cli.heads import ablate, circuit, detect, score
@@ -21,6 +21,7 @@ from patchclamp.results import (
     Circuit,
     DecodedNeuron,
     ExtractionResult,
+    FoundConceptCircuit,
     FoundFeatures,
     FoundNeurons,
     FoundSubspace,
@@ -44,6 +45,7 @@ _REPORTS: dict[type, Callable[[argparse.Namespace, Any], None]] = {
     DecodedNeuron: decode.show,
     ExtractionResult: extract.show,
     FoundFeatures: search.show,
+    FoundConceptCircuit: concept_circuit.show,
     FoundNeurons: find.show,
     FoundSubspace: subspace.show,
     HeadEditEffect: ablate.show,
@@ -58,6 +60,7 @@ _REPORTS: dict[type, Callable[[argparse.Namespace, Any], None]] = {
 }
 _DRAWN = (
     Circuit,
+    FoundConceptCircuit,
     FoundNeurons,
     LocalizedNeurons,
     NeuronCensus,

@@ -1,4 +1,4 @@
-"""patchclamp vectors extract | calibrate | detect | subspace | list | get | put | export | rm | tag"""
+"""patchclamp vectors extract | calibrate | detect | circuit | subspace | list | get | put | export | rm | tag"""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from patchclamp.cli import calibrate, detect, extract, subspace
+from patchclamp.cli import calibrate, concept_circuit, detect, extract, subspace
 from patchclamp.cli.naming import add_replace_argument, note_moved
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.parser import count
@@ -48,6 +48,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     extract.add_parser(actions)
     calibrate.add_parser(actions)
     detect.add_parser(actions)
+    concept_circuit.add_parser(actions)
     subspace.add_parser(actions)
 
     listing = actions.add_parser("list", parents=[connection_options()], help="what is stored")

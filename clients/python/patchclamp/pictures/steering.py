@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from patchclamp.pictures.figure import new_figure
-from patchclamp.results import CalibrationResult, ConceptDetection, DosePoint, Interval
+from patchclamp.results import CalibrationResult, ConceptDetection, DosePoint, FoundConceptCircuit, Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +42,31 @@ def detection_figure(result: ConceptDetection, title: str) -> "Figure":
     axes.set_ylabel("AUROC (random vectors dashed)")
     axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize="x-small")
+    return figure
+
+
+def concept_circuit_figure(result: FoundConceptCircuit, title: str) -> "Figure":
+    """Draws what the neurons and heads of a circuit write along its direction, by layer; and the separation of held-out
+    scenarios with nothing and with each part zeroed, beside random sets of equal size (dots)."""
+    figure = new_figure(9, 4)
+    figure.suptitle(title)
+    written, left = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    layers = range(result.best_layer + 1)
+    neurons = [sum(each.score for each in result.neurons.best if each.neuron.layer == layer) for layer in layers]
+    heads = [sum(each.score for each in result.best_heads if each.head.layer == layer) for layer in layers]
+    written.bar(layers, neurons, color="C0", label="neurons")
+    written.bar(layers, heads, bottom=neurons, color="C1", label="heads")
+    written.set_xlabel("layer")
+    written.set_ylabel("written along the direction")
+    written.locator_params(axis="x", integer=True)
+    written.legend(fontsize="x-small")
+    left.bar("nothing", result.separation, color="C2")
+    for part, zeroed in result.zeroed.items():
+        left.bar(part, zeroed.separation, color="C3")
+        left.plot([part] * len(zeroed.random_separations), zeroed.random_separations, "k.", alpha=0.6)
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set_xlabel("zeroed (dots: random sets)")
+    left.set_ylabel("separation of held-out scenarios")
     return figure
 
 

@@ -16,6 +16,7 @@ from patchclamp.requests.calibration import (
     calibrate_vector,
     detect_concept,
 )
+from patchclamp.requests.concept_circuit import ConceptCircuitOptions, ScenarioLike, find_concept_circuit
 from patchclamp.requests.extraction import ExtractOptions, extract_vectors
 from patchclamp.requests.features import SearchFeaturesOptions, search_features
 from patchclamp.requests.generation import (
@@ -89,6 +90,7 @@ __all__ = [
     "CalibrateVectorOptions",
     "CensusNeuronsOptions",
     "CircuitOptions",
+    "ConceptCircuitOptions",
     "DecodeNeuronsOptions",
     "DescribeNeuronsOptions",
     "DetectConceptOptions",
@@ -111,6 +113,7 @@ __all__ = [
     "PromptOptions",
     "ReadActivationsOptions",
     "ReferenceOptions",
+    "ScenarioLike",
     "ScoreOptions",
     "SearchFeaturesOptions",
     "StartWatchOptions",
@@ -139,6 +142,7 @@ __all__ = [
     "evaluate_profile",
     "extract_vectors",
     "find_circuit",
+    "find_concept_circuit",
     "find_neurons",
     "find_subspace",
     "follow_job",

@@ -43,6 +43,7 @@ JobRequest = (
     | steering_pb2.CalibrateVectorRequest
     | steering_pb2.DetectConceptRequest
     | probe_pb2.TrainProbeRequest
+    | steering_pb2.FindConceptCircuitRequest
 )
 
 # By the type of the request that they hold.

@@ -19,6 +19,7 @@ from patchclamp.results.artifacts import (
     ExtractionResult,
     LayerEvidence,
     TokenProjections,
+    TrainingEvidence,
 )
 from patchclamp.results.calibration import (
     CalibrationCollector,
@@ -41,6 +42,7 @@ from patchclamp.results.comparison import (
     CompareText,
     Divergence,
 )
+from patchclamp.results.concept_circuit import ConceptCircuitEvent, FoundConceptCircuit, ZeroedSets
 from patchclamp.results.confidence import ConfidenceReport, OptionConfidence
 from patchclamp.results.features import FoundFeature, FoundFeatures
 from patchclamp.results.followed import (
@@ -184,6 +186,7 @@ __all__ = [
     "CompareResult",
     "CompareSummary",
     "CompareText",
+    "ConceptCircuitEvent",
     "ConceptDetection",
     "ConceptDetectionCollector",
     "ConceptDetectionEvent",
@@ -217,6 +220,7 @@ __all__ = [
     "ExtractionResult",
     "Finished",
     "FollowCollector",
+    "FoundConceptCircuit",
     "FoundFeature",
     "FoundFeatures",
     "FoundNeurons",
@@ -296,7 +300,9 @@ __all__ = [
     "TokenProjections",
     "Tokenization",
     "TrainedProbe",
+    "TrainingEvidence",
     "Usage",
     "WatchStatistics",
+    "ZeroedSets",
     "score_matrix",
 ]

@@ -57,6 +57,26 @@ class TokenProjections(Record):
 
 
 @dataclass(frozen=True)
+class TrainingEvidence(Record):
+    """Holds what was measured of a trained direction on held-out examples, beside the difference of means and random
+    directions.
+
+    AUROC and accuracy are of the largest projection of the tokens of an example; losses are -log p per token of the
+    positives, with each vector added at strength 1, and with none. `steps`: until training ended.
+    """
+
+    steps: int
+    auroc: float
+    random_auroc: float
+    difference_auroc: float
+    difference_accuracy: float
+    unedited_loss: float
+    loss: float
+    random_loss: float
+    difference_loss: float
+
+
+@dataclass(frozen=True)
 class LayerEvidence(Record):
     """Holds what was measured on held-out examples, beside a random direction of equal norm.
 
@@ -64,7 +84,8 @@ class LayerEvidence(Record):
 
     midpoint: half-way between the mean projections h·v/|v| of both sides of the training pairs, which
     when(..., above="midpoint") compares with; it is of pooled states, as margin is. positive_tokens, negative_tokens:
-    what single tokens, which a gate sees, project on the vector; None from a server that does not say.
+    what single tokens, which a gate sees, project on the vector; None from a server that does not say. training: of
+    reft_r1 alone.
     """
 
     layer: int
@@ -80,6 +101,7 @@ class LayerEvidence(Record):
     pooled_tokens: int = 0
     tokens_left_out: int = 0
     participation_ratio: float = 0.0
+    training: TrainingEvidence | None = None
 
 
 @dataclass(frozen=True)

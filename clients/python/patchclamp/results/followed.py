@@ -20,6 +20,7 @@ from patchclamp.results.calibration import (
     DetectedText,
     DosePoint,
 )
+from patchclamp.results.concept_circuit import FoundConceptCircuit
 from patchclamp.results.features import FoundFeatures
 from patchclamp.results.heads import Circuit, DetectionCollector, HeadEditEffect, NeedleRun, RetrievalHeads, ScoredHeads
 from patchclamp.results.jobs import JobCollector, Progress
@@ -67,6 +68,7 @@ JobResult = (
     | CalibrationResult
     | ConceptDetection
     | TrainedProbe
+    | FoundConceptCircuit
 )
 JobEvent = (
     Progress
@@ -108,6 +110,7 @@ COLLECTORS: Mapping[str, Callable[[], Any]] = {
     "calibrate_vector": CalibrationCollector,
     "detect_concept": ConceptDetectionCollector,
     "train_probe": lambda: JobCollector(TrainedProbe.from_proto),
+    "find_concept_circuit": lambda: JobCollector(FoundConceptCircuit.from_proto),
 }
 
 

@@ -131,6 +131,7 @@ class StartJobRequest(_message.Message):
     CALIBRATE_VECTOR_FIELD_NUMBER: _builtins.int
     DETECT_CONCEPT_FIELD_NUMBER: _builtins.int
     TRAIN_PROBE_FIELD_NUMBER: _builtins.int
+    FIND_CONCEPT_CIRCUIT_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     """Of the client's choice, such as 32 random hex digits; at most 128 bytes. While a job of the caller's tenant that was
@@ -183,6 +184,8 @@ class StartJobRequest(_message.Message):
     def detect_concept(self) -> _steering_pb2.DetectConceptRequest: ...
     @_builtins.property
     def train_probe(self) -> _probe_pb2.TrainProbeRequest: ...
+    @_builtins.property
+    def find_concept_circuit(self) -> _steering_pb2.FindConceptCircuitRequest: ...
     def __init__(
         self,
         *,
@@ -208,13 +211,14 @@ class StartJobRequest(_message.Message):
         calibrate_vector: _steering_pb2.CalibrateVectorRequest | None = ...,
         detect_concept: _steering_pb2.DetectConceptRequest | None = ...,
         train_probe: _probe_pb2.TrainProbeRequest | None = ...,
+        find_concept_circuit: _steering_pb2.FindConceptCircuitRequest | None = ...,
         key: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_concept_circuit", b"find_concept_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "key", b"key", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_concept_circuit", b"find_concept_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "key", b"key", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "request", b"request", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "read_activations", "patch_activations", "find_subspace", "search_features", "calibrate_vector", "detect_concept", "train_probe"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "read_activations", "patch_activations", "find_subspace", "search_features", "calibrate_vector", "detect_concept", "train_probe", "find_concept_circuit"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
@@ -285,6 +289,7 @@ class FollowJobResponse(_message.Message):
     CALIBRATE_VECTOR_FIELD_NUMBER: _builtins.int
     DETECT_CONCEPT_FIELD_NUMBER: _builtins.int
     TRAIN_PROBE_FIELD_NUMBER: _builtins.int
+    FIND_CONCEPT_CIRCUIT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def extract_vectors(self) -> _steering_pb2.ExtractVectorsResponse: ...
     @_builtins.property
@@ -329,6 +334,8 @@ class FollowJobResponse(_message.Message):
     def detect_concept(self) -> _steering_pb2.DetectConceptResponse: ...
     @_builtins.property
     def train_probe(self) -> _probe_pb2.TrainProbeResponse: ...
+    @_builtins.property
+    def find_concept_circuit(self) -> _steering_pb2.FindConceptCircuitResponse: ...
     def __init__(
         self,
         *,
@@ -354,12 +361,13 @@ class FollowJobResponse(_message.Message):
         calibrate_vector: _steering_pb2.CalibrateVectorResponse | None = ...,
         detect_concept: _steering_pb2.DetectConceptResponse | None = ...,
         train_probe: _probe_pb2.TrainProbeResponse | None = ...,
+        find_concept_circuit: _steering_pb2.FindConceptCircuitResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_concept_circuit", b"find_concept_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibrate_profile", b"calibrate_profile", "calibrate_vector", b"calibrate_vector", "census_neurons", b"census_neurons", "decode_neurons", b"decode_neurons", "describe_neurons", b"describe_neurons", "detect_concept", b"detect_concept", "detect_retrieval_heads", b"detect_retrieval_heads", "evaluate_head_edit", b"evaluate_head_edit", "evaluate_neuron_edit", b"evaluate_neuron_edit", "evaluate_profile", b"evaluate_profile", "extract_vectors", b"extract_vectors", "find_circuit", b"find_circuit", "find_concept_circuit", b"find_concept_circuit", "find_neurons", b"find_neurons", "find_subspace", b"find_subspace", "localize_neurons", b"localize_neurons", "match_neurons", b"match_neurons", "patch_activations", b"patch_activations", "read_activations", b"read_activations", "record_reference", b"record_reference", "response", b"response", "score_heads", b"score_heads", "search_features", b"search_features", "train_probe", b"train_probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "read_activations", "patch_activations", "find_subspace", "search_features", "calibrate_vector", "detect_concept", "train_probe"]  # noqa: Y015
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["extract_vectors", "calibrate_profile", "evaluate_profile", "detect_retrieval_heads", "score_heads", "evaluate_head_edit", "find_circuit", "record_reference", "decode_neurons", "find_neurons", "localize_neurons", "evaluate_neuron_edit", "census_neurons", "describe_neurons", "match_neurons", "read_activations", "patch_activations", "find_subspace", "search_features", "calibrate_vector", "detect_concept", "train_probe", "find_concept_circuit"]  # noqa: Y015
     _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
 

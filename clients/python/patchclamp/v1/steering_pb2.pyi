@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from patchclamp.v1 import artifact_pb2 as _artifact_pb2
 from patchclamp.v1 import generation_pb2 as _generation_pb2
+from patchclamp.v1 import head_pb2 as _head_pb2
 from patchclamp.v1 import neuron_pb2 as _neuron_pb2
 from patchclamp.v1 import program_pb2 as _program_pb2
 from patchclamp.v1 import progress_pb2 as _progress_pb2
@@ -49,6 +50,10 @@ class _ExtractionMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Extr
     """(covariance of the unembedding)^-1 (mean difference of the unembedding rows of counterfactual pairs of words)."""
     EXTRACTION_METHOD_MEAN_CENTRED: _ExtractionMethod.ValueType  # 8
     """Mean of the target texts minus the mean of ordinary text."""
+    EXTRACTION_METHOD_REFT_R1: _ExtractionMethod.ValueType  # 9
+    """ReFT-r1: one direction trained to detect a concept, by its largest projections on the tokens of a text, and to write it, by
+    the loss of the language model on positives to which it is added.
+    """
     EXTRACTION_METHOD_DEFINITION: _ExtractionMethod.ValueType  # 10
     """State of the last token after demonstrations "definition => word" and the definition of the concept."""
 
@@ -73,6 +78,10 @@ EXTRACTION_METHOD_CAUSAL_INNER_PRODUCT: ExtractionMethod.ValueType  # 7
 """(covariance of the unembedding)^-1 (mean difference of the unembedding rows of counterfactual pairs of words)."""
 EXTRACTION_METHOD_MEAN_CENTRED: ExtractionMethod.ValueType  # 8
 """Mean of the target texts minus the mean of ordinary text."""
+EXTRACTION_METHOD_REFT_R1: ExtractionMethod.ValueType  # 9
+"""ReFT-r1: one direction trained to detect a concept, by its largest projections on the tokens of a text, and to write it, by
+the loss of the language model on positives to which it is added.
+"""
 EXTRACTION_METHOD_DEFINITION: ExtractionMethod.ValueType  # 10
 """State of the last token after demonstrations "definition => word" and the definition of the concept."""
 Global___ExtractionMethod: _TypeAlias = ExtractionMethod  # noqa: Y015
@@ -190,12 +199,13 @@ class ExtractVectorsRequest(_message.Message):
     DEFINITION_FIELD_NUMBER: _builtins.int
     WORD_PAIRS_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     method: Global___ExtractionMethod.ValueType
     site: _program_pb2.Site.ValueType
     """A residual site. Default: resid_post."""
     pooling: Global___TokenPooling.ValueType
-    """Of methods that compare examples (pairs, texts)."""
+    """Of methods that compare pooled examples (pairs, texts); ReFT-r1, which is given the same, reads the largest token."""
     holdout_fraction: _builtins.float
     """Share of the examples kept out for the evidence card. Default 0.25."""
     seed: _builtins.int
@@ -211,7 +221,9 @@ class ExtractVectorsRequest(_message.Message):
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContrastPair]: ...
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Default: every layer; of the causal inner product, which has the same vector for all, the last."""
+        """Default: every layer; of the causal inner product, which has the same vector for all, the last. ReFT-r1 is trained at one
+        layer after the other, of at most 8.
+        """
 
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -231,9 +243,13 @@ class ExtractVectorsRequest(_message.Message):
 
     @_builtins.property
     def scope(self) -> _program_pb2.Scope:
-        """Tokens that are pooled, of methods that compare examples. Default: every token. Sinks among them are left out, by the
+        """Tokens that are pooled, of methods that have a pooling. Default: every token. Sinks among them are left out, by the
         norms of the whole text; the first token stands where it alone is in scope, and all where all of them are sinks.
         """
+
+    @_builtins.property
+    def training(self) -> Global___Training:
+        """Of ReFT-r1."""
 
     def __init__(
         self,
@@ -256,10 +272,11 @@ class ExtractVectorsRequest(_message.Message):
         definition: _builtins.str = ...,
         word_pairs: _abc.Iterable[Global___WordPair] | None = ...,
         scope: _program_pb2.Scope | None = ...,
+        training: Global___Training | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "scope", b"scope", "texts", b"texts"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction", "scope", b"scope", "texts", b"texts", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "contrast", b"contrast", "definition", b"definition", "demonstrations", b"demonstrations", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "scope", b"scope", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target", "texts", b"texts", "word_pairs", b"word_pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "contrast", b"contrast", "definition", b"definition", "demonstrations", b"demonstrations", "description", b"description", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "method", b"method", "model", b"model", "pairs", b"pairs", "pooling", b"pooling", "replace_tags", b"replace_tags", "scope", b"scope", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target", "texts", b"texts", "training", b"training", "word_pairs", b"word_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
     _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
@@ -385,7 +402,7 @@ class ExtractionProgress(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """"activations", "directions", "tokens" or "evidence"."""
+    """"activations", "directions", "tokens" or "evidence"; of ReFT-r1 "training of layer <l>", in steps, and "evidence"."""
     done: _builtins.int
     total: _builtins.int
     def __init__(
@@ -448,7 +465,7 @@ class ExtractionResult(_message.Message):
     @_builtins.property
     def baselines(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """What the same measure is otherwise. Of a task vector: "unedited" and "demonstrations" in the prompt; of a definition:
-        "without_demonstrations", at the best layer.
+        "without_demonstrations", at the best layer; of ReFT-r1: "difference_of_means", at the best layer.
         """
 
     def __init__(
@@ -490,10 +507,11 @@ class LayerEvidence(_message.Message):
     MARGIN_FIELD_NUMBER: _builtins.int
     POSITIVE_TOKENS_FIELD_NUMBER: _builtins.int
     NEGATIVE_TOKENS_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     heldout_accuracy: _builtins.float
-    """Share of held-out examples on the right side of the midpoint threshold; of task vectors, definitions and the causal
-    inner product what ExtractionResult.measure says.
+    """Share of held-out examples on the right side of the midpoint threshold; of task vectors, definitions, the causal inner
+    product and ReFT-r1 what ExtractionResult.measure says.
     """
     random_accuracy: _builtins.float
     norm: _builtins.float
@@ -524,6 +542,10 @@ class LayerEvidence(_message.Message):
 
     @_builtins.property
     def negative_tokens(self) -> Global___TokenProjections: ...
+    @_builtins.property
+    def training(self) -> Global___TrainingEvidence:
+        """Of ReFT-r1 alone."""
+
     def __init__(
         self,
         *,
@@ -540,14 +562,66 @@ class LayerEvidence(_message.Message):
         margin: _builtins.float = ...,
         positive_tokens: Global___TokenProjections | None = ...,
         negative_tokens: Global___TokenProjections | None = ...,
+        training: Global___TrainingEvidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_tokens", b"negative_tokens", "positive_tokens", b"positive_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_tokens", b"negative_tokens", "positive_tokens", b"positive_tokens", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_norm", b"activation_norm", "explained_variance", b"explained_variance", "heldout_accuracy", b"heldout_accuracy", "layer", b"layer", "margin", b"margin", "midpoint", b"midpoint", "negative_tokens", b"negative_tokens", "norm", b"norm", "participation_ratio", b"participation_ratio", "pooled_tokens", b"pooled_tokens", "positive_tokens", b"positive_tokens", "random_accuracy", b"random_accuracy", "tokens_left_out", b"tokens_left_out"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_norm", b"activation_norm", "explained_variance", b"explained_variance", "heldout_accuracy", b"heldout_accuracy", "layer", b"layer", "margin", b"margin", "midpoint", b"midpoint", "negative_tokens", b"negative_tokens", "norm", b"norm", "participation_ratio", b"participation_ratio", "pooled_tokens", b"pooled_tokens", "positive_tokens", b"positive_tokens", "random_accuracy", b"random_accuracy", "tokens_left_out", b"tokens_left_out", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerEvidence: _TypeAlias = LayerEvidence  # noqa: Y015
+
+@_typing.final
+class TrainingEvidence(_message.Message):
+    """TrainingEvidence is of held-out examples, beside random directions and the difference of means of the same training
+    examples. Scores are the largest h . v / |v| of the tokens of an example, losses -log p per token of the positives with a
+    vector added at strength 1: random ones are as long as the trained one, the difference of means has a length of its own.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    AUROC_FIELD_NUMBER: _builtins.int
+    RANDOM_AUROC_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_AUROC_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_ACCURACY_FIELD_NUMBER: _builtins.int
+    UNEDITED_LOSS_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    RANDOM_LOSS_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_LOSS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Until training ended; what had the lowest held-out loss was kept."""
+    auroc: _builtins.float
+    random_auroc: _builtins.float
+    difference_auroc: _builtins.float
+    difference_accuracy: _builtins.float
+    """What heldout_accuracy is for the difference of means."""
+    unedited_loss: _builtins.float
+    """With nothing added."""
+    loss: _builtins.float
+    random_loss: _builtins.float
+    difference_loss: _builtins.float
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        auroc: _builtins.float = ...,
+        random_auroc: _builtins.float = ...,
+        difference_auroc: _builtins.float = ...,
+        difference_accuracy: _builtins.float = ...,
+        unedited_loss: _builtins.float = ...,
+        loss: _builtins.float = ...,
+        random_loss: _builtins.float = ...,
+        difference_loss: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auroc", b"auroc", "difference_accuracy", b"difference_accuracy", "difference_auroc", b"difference_auroc", "difference_loss", b"difference_loss", "loss", b"loss", "random_auroc", b"random_auroc", "random_loss", b"random_loss", "steps", b"steps", "unedited_loss", b"unedited_loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainingEvidence: _TypeAlias = TrainingEvidence  # noqa: Y015
 
 @_typing.final
 class TokenProjections(_message.Message):
@@ -890,6 +964,245 @@ class SubspaceEvidence(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubspaceEvidence: _TypeAlias = SubspaceEvidence  # noqa: Y015
+
+@_typing.final
+class FindConceptCircuitRequest(_message.Message):
+    """FindConceptCircuit: texts of scenarios, each written for every value of the concept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SCENARIOS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    RANDOM_SETS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    REPLACE_TAGS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    HOLDOUT_FRACTION_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    target: _builtins.str
+    """Value whose direction is sought."""
+    site: _program_pb2.Site.ValueType
+    """A residual site. Default: resid_post."""
+    neurons: _builtins.int
+    """Neurons and heads of the sets, at most. Default 100 and 10. Those that write nothing along the direction or against it are
+    left out, and of the heads before the site at most half are taken, so that there are others for random sets.
+    """
+    heads: _builtins.int
+    random_sets: _builtins.int
+    """Random sets of equal size that are zeroed beside them, as many neurons and heads in each layer. Default 10, at most 100."""
+    seed: _builtins.int
+    description: _builtins.str
+    replace_tags: _builtins.bool
+    """Tags that name another artifact are taken from it. Otherwise a taken tag is refused with ALREADY_EXISTS."""
+    pooling: Global___TokenPooling.ValueType
+    holdout_fraction: _builtins.float
+    """Share of the scenarios kept out for the evidence and the zeroing. Default 0.25."""
+    @_builtins.property
+    def scenarios(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptScenario]:
+        """At least 3, each with the same values; at most 4,096 texts in all."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Default: every layer; of resid_pre and resid_mid every one but the first, before which no neuron writes."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each becomes "<tag>-vector", "<tag>-neurons" and "<tag>-heads"."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        scenarios: _abc.Iterable[Global___ConceptScenario] | None = ...,
+        target: _builtins.str = ...,
+        site: _program_pb2.Site.ValueType = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        neurons: _builtins.int = ...,
+        heads: _builtins.int = ...,
+        random_sets: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        description: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        replace_tags: _builtins.bool = ...,
+        pooling: Global___TokenPooling.ValueType = ...,
+        holdout_fraction: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "holdout_fraction", b"holdout_fraction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction", "description", b"description", "heads", b"heads", "holdout_fraction", b"holdout_fraction", "layers", b"layers", "model", b"model", "neurons", b"neurons", "pooling", b"pooling", "random_sets", b"random_sets", "replace_tags", b"replace_tags", "scenarios", b"scenarios", "seed", b"seed", "site", b"site", "tags", b"tags", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__holdout_fraction: _TypeAlias = _typing.Literal["holdout_fraction"]  # noqa: Y015
+    _WhichOneofArgType__holdout_fraction: _TypeAlias = _typing.Literal["_holdout_fraction", b"_holdout_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__holdout_fraction) -> _WhichOneofReturnType__holdout_fraction | None: ...
+
+Global___FindConceptCircuitRequest: _TypeAlias = FindConceptCircuitRequest  # noqa: Y015
+
+@_typing.final
+class ConceptScenario(_message.Message):
+    """ConceptScenario: texts of one context by value, at least one of each of two values or more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[_neuron_pb2.LabelledTexts]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_neuron_pb2.LabelledTexts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConceptScenario: _TypeAlias = ConceptScenario  # noqa: Y015
+
+@_typing.final
+class FindConceptCircuitResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _progress_pb2.Progress:
+        """Stages: "activations", "norms", "writes" and "zeroing", counted in texts, "tokens" in examples, "evidence" in layers."""
+
+    @_builtins.property
+    def result(self) -> Global___FoundConceptCircuit: ...
+    def __init__(
+        self,
+        *,
+        progress: _progress_pb2.Progress | None = ...,
+        result: Global___FoundConceptCircuit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___FindConceptCircuitResponse: _TypeAlias = FindConceptCircuitResponse  # noqa: Y015
+
+@_typing.final
+class FoundConceptCircuit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    BEST_LAYER_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    SEPARATION_FIELD_NUMBER: _builtins.int
+    NEURONS_ZEROED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    HEADS_ZEROED_FIELD_NUMBER: _builtins.int
+    BOTH_ZEROED_FIELD_NUMBER: _builtins.int
+    BEST_HEADS_FIELD_NUMBER: _builtins.int
+    best_layer: _builtins.int
+    projection: _builtins.float
+    """Of held-out scenarios, with nothing zeroed: the mean projection h . d / |d| of the target's texts, and the same less the
+    mean of all values of their scenario, in which an offset that all texts share is not.
+    """
+    separation: _builtins.float
+    @_builtins.property
+    def vector(self) -> _artifact_pb2.Artifact:
+        """Mean over scenarios of (mean of the target's texts - mean of all values of the scenario), by layer."""
+
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerEvidence]:
+        """Held-out examples are texts of the target, and of the other values of the same scenarios."""
+
+    @_builtins.property
+    def neurons(self) -> _neuron_pb2.StoredNeurons:
+        """Scored by what each writes along the direction d / |d| of the best layer, in the same contrast of texts and at the same
+        tokens: all neurons and heads before the site, and the embedding, write |d| together.
+        """
+
+    @_builtins.property
+    def heads(self) -> _artifact_pb2.Artifact:
+        """The scores of all heads; those of the circuit are best_heads, and reach the set's threshold."""
+
+    @_builtins.property
+    def neurons_zeroed(self) -> Global___ZeroedSets:
+        """The same with neurons, heads or both set to 0 at every token."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def heads_zeroed(self) -> Global___ZeroedSets: ...
+    @_builtins.property
+    def both_zeroed(self) -> Global___ZeroedSets: ...
+    @_builtins.property
+    def best_heads(self) -> _containers.RepeatedCompositeFieldContainer[_head_pb2.HeadScore]:
+        """Heads of the circuit, best first."""
+
+    def __init__(
+        self,
+        *,
+        vector: _artifact_pb2.Artifact | None = ...,
+        layers: _abc.Iterable[Global___LayerEvidence] | None = ...,
+        best_layer: _builtins.int = ...,
+        neurons: _neuron_pb2.StoredNeurons | None = ...,
+        heads: _artifact_pb2.Artifact | None = ...,
+        projection: _builtins.float = ...,
+        separation: _builtins.float = ...,
+        neurons_zeroed: Global___ZeroedSets | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        heads_zeroed: Global___ZeroedSets | None = ...,
+        both_zeroed: Global___ZeroedSets | None = ...,
+        best_heads: _abc.Iterable[_head_pb2.HeadScore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["both_zeroed", b"both_zeroed", "heads", b"heads", "heads_zeroed", b"heads_zeroed", "neurons", b"neurons", "neurons_zeroed", b"neurons_zeroed", "vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_heads", b"best_heads", "best_layer", b"best_layer", "both_zeroed", b"both_zeroed", "heads", b"heads", "heads_zeroed", b"heads_zeroed", "layers", b"layers", "neurons", b"neurons", "neurons_zeroed", b"neurons_zeroed", "projection", b"projection", "separation", b"separation", "vector", b"vector", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FoundConceptCircuit: _TypeAlias = FoundConceptCircuit  # noqa: Y015
+
+@_typing.final
+class ZeroedSets(_message.Message):
+    """ZeroedSets: what is left without the sets of the circuit, and without each random set of equal size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    SEPARATION_FIELD_NUMBER: _builtins.int
+    RANDOM_PROJECTIONS_FIELD_NUMBER: _builtins.int
+    RANDOM_SEPARATIONS_FIELD_NUMBER: _builtins.int
+    projection: _builtins.float
+    separation: _builtins.float
+    @_builtins.property
+    def random_projections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def random_separations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        projection: _builtins.float = ...,
+        separation: _builtins.float = ...,
+        random_projections: _abc.Iterable[_builtins.float] | None = ...,
+        random_separations: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["projection", b"projection", "random_projections", b"random_projections", "random_separations", b"random_separations", "separation", b"separation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ZeroedSets: _TypeAlias = ZeroedSets  # noqa: Y015
 
 @_typing.final
 class CalibrateVectorRequest(_message.Message):

@@ -45,6 +45,11 @@ class SteeringServiceStub:
                 request_serializer=patchclamp_dot_v1_dot_steering__pb2.FindSubspaceRequest.SerializeToString,
                 response_deserializer=patchclamp_dot_v1_dot_steering__pb2.FindSubspaceResponse.FromString,
                 _registered_method=True)
+        self.FindConceptCircuit = channel.unary_stream(
+                '/patchclamp.v1.SteeringService/FindConceptCircuit',
+                request_serializer=patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitRequest.SerializeToString,
+                response_deserializer=patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitResponse.FromString,
+                _registered_method=True)
         self.CalibrateVector = channel.unary_stream(
                 '/patchclamp.v1.SteeringService/CalibrateVector',
                 request_serializer=patchclamp_dot_v1_dot_steering__pb2.CalibrateVectorRequest.SerializeToString,
@@ -71,6 +76,14 @@ class SteeringServiceServicer:
     def FindSubspace(self, request, context):
         """FindSubspace finds several directions that belong together: a plane on which values lie in a circle, or a subspace that
         carries one variable alone, trained by interchange interventions. It streams progress, then the stored subspace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindConceptCircuit(self, request, context):
+        """FindConceptCircuit finds a direction that is the same in every context, such as that of an emotion, and the neurons and
+        heads that write it, and stores a vector, a neuron set and a head set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,6 +116,11 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     servicer.FindSubspace,
                     request_deserializer=patchclamp_dot_v1_dot_steering__pb2.FindSubspaceRequest.FromString,
                     response_serializer=patchclamp_dot_v1_dot_steering__pb2.FindSubspaceResponse.SerializeToString,
+            ),
+            'FindConceptCircuit': grpc.unary_stream_rpc_method_handler(
+                    servicer.FindConceptCircuit,
+                    request_deserializer=patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitRequest.FromString,
+                    response_serializer=patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitResponse.SerializeToString,
             ),
             'CalibrateVector': grpc.unary_stream_rpc_method_handler(
                     servicer.CalibrateVector,
@@ -170,6 +188,33 @@ class SteeringService:
             '/patchclamp.v1.SteeringService/FindSubspace',
             patchclamp_dot_v1_dot_steering__pb2.FindSubspaceRequest.SerializeToString,
             patchclamp_dot_v1_dot_steering__pb2.FindSubspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindConceptCircuit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/patchclamp.v1.SteeringService/FindConceptCircuit',
+            patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitRequest.SerializeToString,
+            patchclamp_dot_v1_dot_steering__pb2.FindConceptCircuitResponse.FromString,
             options,
             channel_credentials,
             insecure,

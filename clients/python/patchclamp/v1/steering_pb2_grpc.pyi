@@ -39,6 +39,10 @@ class SteeringServiceStub:
     """FindSubspace finds several directions that belong together: a plane on which values lie in a circle, or a subspace that
     carries one variable alone, trained by interchange interventions. It streams progress, then the stored subspace.
     """
+    FindConceptCircuit: _grpc.UnaryStreamMultiCallable[_steering_pb2.FindConceptCircuitRequest, _steering_pb2.FindConceptCircuitResponse]
+    """FindConceptCircuit finds a direction that is the same in every context, such as that of an emotion, and the neurons and
+    heads that write it, and stores a vector, a neuron set and a head set.
+    """
     CalibrateVector: _grpc.UnaryStreamMultiCallable[_steering_pb2.CalibrateVectorRequest, _steering_pb2.CalibrateVectorResponse]
     """CalibrateVector measures what a vector does at layers and strengths, and what it costs, beside random vectors and a
     prompt. It returns the strength at the knee and a safe range, and stores the vector anew with both in its evidence card.
@@ -56,6 +60,10 @@ class SteeringServiceAsyncStub(SteeringServiceStub):
     FindSubspace: _aio.UnaryStreamMultiCallable[_steering_pb2.FindSubspaceRequest, _steering_pb2.FindSubspaceResponse]  # type: ignore[assignment]
     """FindSubspace finds several directions that belong together: a plane on which values lie in a circle, or a subspace that
     carries one variable alone, trained by interchange interventions. It streams progress, then the stored subspace.
+    """
+    FindConceptCircuit: _aio.UnaryStreamMultiCallable[_steering_pb2.FindConceptCircuitRequest, _steering_pb2.FindConceptCircuitResponse]  # type: ignore[assignment]
+    """FindConceptCircuit finds a direction that is the same in every context, such as that of an emotion, and the neurons and
+    heads that write it, and stores a vector, a neuron set and a head set.
     """
     CalibrateVector: _aio.UnaryStreamMultiCallable[_steering_pb2.CalibrateVectorRequest, _steering_pb2.CalibrateVectorResponse]  # type: ignore[assignment]
     """CalibrateVector measures what a vector does at layers and strengths, and what it costs, beside random vectors and a
@@ -83,6 +91,16 @@ class SteeringServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_steering_pb2.FindSubspaceResponse], _abc.AsyncIterator[_steering_pb2.FindSubspaceResponse]]:
         """FindSubspace finds several directions that belong together: a plane on which values lie in a circle, or a subspace that
         carries one variable alone, trained by interchange interventions. It streams progress, then the stored subspace.
+        """
+
+    @_abc_1.abstractmethod
+    def FindConceptCircuit(
+        self,
+        request: _steering_pb2.FindConceptCircuitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_steering_pb2.FindConceptCircuitResponse], _abc.AsyncIterator[_steering_pb2.FindConceptCircuitResponse]]:
+        """FindConceptCircuit finds a direction that is the same in every context, such as that of an emotion, and the neurons and
+        heads that write it, and stores a vector, a neuron set and a head set.
         """
 
     @_abc_1.abstractmethod

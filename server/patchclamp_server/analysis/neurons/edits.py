@@ -70,6 +70,11 @@ class EditValues:
 
 def neuron_program(neurons: Sequence[Neuron], values: EditValues, scope: Scope, info: ModelInfo) -> BoundProgram:
     """Returns a program with one edit for each layer."""
+    return bind(Program(neuron_edits(neurons, values, scope)), info)
+
+
+def neuron_edits(neurons: Sequence[Neuron], values: EditValues, scope: Scope) -> tuple[Edit, ...]:
+    """Returns one edit for each layer."""
     by_layer: dict[int, list[tuple[int, float]]] = {}
     for neuron, value in zip(neurons, values.of(neurons), strict=True):
         by_layer.setdefault(neuron.layer, []).append((neuron.neuron, value))
@@ -77,4 +82,4 @@ def neuron_program(neurons: Sequence[Neuron], values: EditValues, scope: Scope, 
     for layer, named in sorted(by_layer.items()):
         indices, own = zip(*named, strict=True)
         edits.append(Edit(NeuronEdit(indices, op=values.op, values=own), Site.MLP_POST, layers=(layer,), scope=scope))
-    return bind(Program(tuple(edits)), info)
+    return tuple(edits)

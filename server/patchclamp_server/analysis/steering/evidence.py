@@ -15,6 +15,21 @@ FEW_COORDINATES = 8.0
 
 
 @dataclass(frozen=True)
+class TrainingEvidence:
+    """Of a trained method, on held-out texts; fields as in the message TrainingEvidence (reft_r1/evidence.py)."""
+
+    steps: int
+    auroc: float
+    random_auroc: float
+    difference_auroc: float
+    difference_accuracy: float
+    unedited_loss: float
+    loss: float
+    random_loss: float
+    difference_loss: float
+
+
+@dataclass(frozen=True)
 class LayerEvidence:
     """What was measured at one layer, on held-out pairs.
 
@@ -31,6 +46,7 @@ class LayerEvidence:
     midpoint: (mean h⁺·u + mean h⁻·u) / 2 over the training pairs, of pooled states, on the scale of gates; None of
         methods that are not of two sides of states.
     positive_tokens, negative_tokens: h·u of single tokens of each side of the held-out pairs.
+    training: of trained methods alone.
     """
 
     layer: int
@@ -46,6 +62,7 @@ class LayerEvidence:
     participation_ratio: float = 0.0
     pooled_tokens: int = 0
     tokens_left_out: int = 0
+    training: TrainingEvidence | None = None
 
 
 @dataclass(frozen=True)

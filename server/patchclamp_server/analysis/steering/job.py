@@ -13,6 +13,7 @@ import torch
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.evidence import (
     RANDOM_DIRECTIONS,
+    LayerEvidence,
     best_layer,
     layer_evidence,
     warnings,
@@ -86,19 +87,46 @@ async def _measured(
     engine: Engine, store: ArtifactStore, info: ModelInfo, job: Extraction, examples: Examples
 ) -> AsyncGenerator[Progress | Result, None]:
     n_layers = len(job.layers)
-    training, heldout = examples.training, examples.heldout
+    training = examples.training
     method = METHODS[job.method]
     directions: dict[int, torch.Tensor] = {}
     for row, layer in enumerate(job.layers):
         own = training.positive[:, row : row + 1], training.negative[:, row : row + 1]
         found = await asyncio.to_thread(method, *own, job.seed)
-        directions[layer] = _checked(found[0], own[0][:, 0], layer, examples.field)
+        directions[layer] = checked_direction(found[0], own[0][:, 0], layer, examples.field)
         yield Progress("directions", row + 1, n_layers)
 
+    evidence: tuple[LayerEvidence, ...] = ()
+    async with aclosing(evidence_of(engine, info, job.site, directions, examples, job.seed)) as measured:
+        async for event in measured:
+            if isinstance(event, Progress):
+                yield event
+            else:
+                evidence = event
+
+    yield await stored(
+        store,
+        info,
+        job,
+        directions,
+        Card(evidence, best_layer(evidence), MEASURE, warnings(evidence)),
+        method=job.method,
+        parameters={"pooling": job.pooling.value, **_scope(job.scope)},
+        source=examples.described,
+        evidence={**_numbers(examples), "random_directions": RANDOM_DIRECTIONS},
+    )
+
+
+async def evidence_of(
+    engine: Engine, info: ModelInfo, site: Site, directions: Mapping[int, torch.Tensor], examples: Examples, seed: int
+) -> AsyncGenerator[Progress | tuple[LayerEvidence, ...], None]:
+    """Yields progress, then the evidence of directions [d] by layer; `examples` have the same layers in their order.
+
+    Stages are "tokens", counted in examples, and "evidence", in layers."""
     shown = [(side, text) for side in (0, 1) for text in examples.heldout_tokens[side][:MAX_EXAMPLES]]
     sides: tuple[Tokens, Tokens] = (defaultdict(list), defaultdict(list))
     done = 0
-    async with aclosing(project(engine, info, [text for _, text in shown], job.site, directions)) as projected:
+    async with aclosing(project(engine, info, [text for _, text in shown], site, directions)) as projected:
         async for projections in projected:
             for layer, tokens in projections.items():
                 sides[shown[done][0]][layer] += tokens
@@ -106,9 +134,9 @@ async def _measured(
             yield Progress("tokens", done, len(shown))
 
     evidence = []
-    for row, layer in enumerate(job.layers):
-        at = layer, directions[layer], training.at(row), heldout.at(row)
-        measured = await asyncio.to_thread(layer_evidence, *at, job.seed)
+    for row, (layer, direction) in enumerate(directions.items()):
+        at = layer, direction, examples.training.at(row), examples.heldout.at(row)
+        measured = await asyncio.to_thread(layer_evidence, *at, seed)
         positive_tokens, negative_tokens = (TokenProjections.of(side[layer]) for side in sides)
         evidence.append(
             replace(
@@ -119,19 +147,8 @@ async def _measured(
                 tokens_left_out=int(examples.left_out[row]),
             )
         )
-        yield Progress("evidence", row + 1, n_layers)
-
-    yield await stored(
-        store,
-        info,
-        job,
-        directions,
-        Card(tuple(evidence), best_layer(evidence), MEASURE, warnings(evidence)),
-        method=job.method,
-        parameters={"pooling": job.pooling.value, **_scope(job.scope)},
-        source=examples.described,
-        evidence={**_numbers(examples), "random_directions": RANDOM_DIRECTIONS},
-    )
+        yield Progress("evidence", row + 1, len(directions))
+    yield tuple(evidence)
 
 
 def _numbers(examples: Examples) -> dict[str, int]:
@@ -157,7 +174,7 @@ def _scope(scope: Scope) -> dict[str, Any]:
     return {} if scope == Scope() else {"scope": asdict(scope, dict_factory=plain)}
 
 
-def _checked(direction: torch.Tensor, activations: torch.Tensor, layer: int, field: str) -> torch.Tensor:
+def checked_direction(direction: torch.Tensor, activations: torch.Tensor, layer: int, field: str) -> torch.Tensor:
     """Returns direction [d], unless rounding left it of equal sides: the batch a prompt runs in moves last bits."""
     rounding = ROUNDING * activations.norm(dim=1).mean()
     if not direction.isfinite().all() or direction.norm() <= rounding:

@@ -1,7 +1,7 @@
 """The extraction methods have the names of the enum ExtractionMethod, in lower case without its prefix.
 
-Those of METHODS find a direction from the activations of two sides of examples. The others (OTHER_METHODS) are jobs of
-their own, a file each: what they are given is no pair of sides. INPUTS says of all of them what they are given.
+Those of METHODS find a direction from the pooled activations of two sides of examples. The others (OTHER_METHODS) are
+jobs of their own: what they are given is no pair of sides, or they are trained. INPUTS says of all what they are given.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ METHODS: Mapping[str, Method] = {
     "linear_artificial_tomography": linear_artificial_tomography.directions,
     "mean_centred": mean_centred.directions,
 }
-OTHER_METHODS = ("task_vector", "causal_inner_product", "definition")
+OTHER_METHODS = ("task_vector", "causal_inner_product", "definition", "reft_r1")
 # Alternatives, each of the fields of ExtractVectorsRequest that have to be given together.
 INPUTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "difference_of_means": (("pairs",), ("texts",)),
@@ -50,4 +50,5 @@ INPUTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "task_vector": (("demonstrations",),),
     "causal_inner_product": (("word_pairs",),),
     "definition": (("demonstrations", "definition"),),
+    "reft_r1": (("pairs",), ("texts",)),
 }

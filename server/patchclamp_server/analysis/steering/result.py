@@ -91,12 +91,17 @@ async def stored(
             **evidence,
             "measure": card.measure,
             "baselines": dict(card.baselines),
-            "layers": [asdict(e) for e in card.layers],
+            "layers": [_shown(e) for e in card.layers],
             "warnings": list(card.warnings),
         },
         tags=job.tags,
     )
     return Result(artifact, card.layers, card.best_layer, card.warnings, card.measure, card.baselines)
+
+
+def _shown(evidence: LayerEvidence) -> dict[str, Any]:
+    """Returns what the card says of a layer; only of trained methods it says anything of a training."""
+    return {name: value for name, value in asdict(evidence).items() if name != "training" or value is not None}
 
 
 def best_by_accuracy(layers: Sequence[LayerEvidence]) -> LayerEvidence:

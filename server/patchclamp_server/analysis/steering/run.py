@@ -8,6 +8,7 @@ from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.steering.causal_inner_product import CausalInnerProduct, causal_inner_product
 from patchclamp_server.analysis.steering.definition import DefinitionVector, definition_vector
 from patchclamp_server.analysis.steering.job import Extraction, extract
+from patchclamp_server.analysis.steering.reft_r1.job import ReftR1, reft_r1
 from patchclamp_server.analysis.steering.result import Result
 from patchclamp_server.analysis.steering.task_vector import TaskVector, task_vector
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -15,7 +16,7 @@ from patchclamp_server.engine.engine import Engine
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.text.prompt import PromptEncoder
 
-ExtractionJob: TypeAlias = Extraction | TaskVector | DefinitionVector | CausalInnerProduct
+ExtractionJob: TypeAlias = Extraction | TaskVector | DefinitionVector | CausalInnerProduct | ReftR1
 
 
 def run(
@@ -36,3 +37,5 @@ def run(
             return definition_vector(engine, store, info, job)
         case CausalInnerProduct():
             return door.follow(causal_inner_product(engine, store, info, job))
+        case ReftR1():
+            return door.follow(reft_r1(engine, store, info, prompts, job))

@@ -13,7 +13,6 @@ Representations; MDAS: Huang et al. 2024, RAVEL.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -23,19 +22,9 @@ from patchclamp_server.analysis.neurons.products import DifferentiableModel
 from patchclamp_server.analysis.neurons.targets import LogitDifference, LogProbability
 from patchclamp_server.analysis.progress import Progress
 from patchclamp_server.analysis.subspaces.interchange import PreparedPair, intervened
+from patchclamp_server.analysis.training import Training, batch_order, train
 from patchclamp_server.engine.exclusive import Slice, Sliced, Telling
 from patchclamp_server.model.sites import Site
-
-# Steps between evaluations, where an epoch has fewer.
-EVALUATE_EVERY = 10
-
-
-@dataclass(frozen=True)
-class Training:
-    max_steps: int = 500
-    learning_rate: float = 0.005
-    batch_size: int = 16
-    patience: int = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,23 +70,6 @@ def rotation_of(weights: Tensor) -> Tensor:
     return rows
 
 
-def batch_order(n: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Returns the examples of a step, from 0 on: the n of them in an order of their own in each epoch."""
-    size = min(batch_size, n)
-    places = range(step * size, (step + 1) * size)
-    found = []
-    for place in places:
-        epoch, index = divmod(place, n)
-        found.append(_shuffled(n, seed, epoch)[index])
-    return found
-
-
-def _shuffled(n: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) & (2**63 - 1))
-    order: list[int] = torch.randperm(n, generator=generator).tolist()
-    return order
-
-
 def align(
     model: DifferentiableModel, examples: Examples, layer: int, site: Site, rank: int, training: Training, seed: int
 ) -> Telling[Progress, Alignment]:
@@ -105,28 +77,21 @@ def align(
     step of Adam is a slice."""
     width = model.decoder.spec.sites[site]
     weights, optimizer = _begin(width, rank, training, seed, model.decoder.device)
-    n = len(examples.training)
-    every = max(EVALUATE_EVERY, -(-n // training.batch_size))
-    losses: list[float] = []
-    best, best_loss, waited = _rotation(weights), float("inf"), 0
-    for step in count():
-        if step % every == 0 or step == training.max_steps:
-            rotation = _rotation(weights)
-            loss = yield from _loss(model, [*examples.heldout, *examples.kept_heldout], rotation, layer, site)
-            if loss < best_loss:
-                best, best_loss, waited = rotation, loss, 0
-            else:
-                waited += 1
-            if waited >= training.patience:
-                break
-        if step == training.max_steps:
-            break
-        chosen = [examples.training[i] for i in batch_order(n, training.batch_size, seed, step)]
+
+    def evaluate() -> Sliced[tuple[Tensor, float]]:
+        rotation = _rotation(weights)
+        loss = yield from _loss(model, [*examples.heldout, *examples.kept_heldout], rotation, layer, site)
+        return rotation, loss
+
+    def step(number: int) -> Sliced[float]:
+        n, size = len(examples.training), training.batch_size
+        chosen = [examples.training[i] for i in batch_order(n, size, seed, number)]
         if examples.kept:
-            numbers = batch_order(len(examples.kept), training.batch_size, seed + 1, step)
-            chosen += [examples.kept[i] for i in numbers]
-        losses.append((yield from _train(model, chosen, weights, optimizer, layer, site)))
-        yield Progress(f"training of layer {layer}", step + 1, training.max_steps)
+            chosen += [examples.kept[i] for i in batch_order(len(examples.kept), size, seed + 1, number)]
+        return (yield from _train(model, chosen, weights, optimizer, layer, site))
+
+    trained = yield from train(training, len(examples.training), f"training of layer {layer}", evaluate, step)
+    best = trained.best
     random = _rotation(initial_weights(width, rank, seed + 1).to(weights.device))
     heldout, against = examples.heldout, examples.against
     accuracy = yield from _accuracy(model, heldout, against, best, layer, site)
@@ -135,7 +100,8 @@ def align(
     kept = None
     if examples.kept_heldout:
         kept = yield from _accuracy(model, examples.kept_heldout, examples.kept_against, best, layer, site)
-    return Alignment(best.cpu(), best_loss, len(losses), accuracy, by_random, by_all, kept, tuple(losses))
+    n = len(trained.losses)
+    return Alignment(best.cpu(), trained.loss, n, accuracy, by_random, by_all, kept, trained.losses)
 
 
 def exchanged(pair: PreparedPair, rotation: Tensor | None) -> Tensor:
@@ -156,8 +122,8 @@ def _train(
     """One step of Adam. Returns the loss before it."""
     rotation = _rotation(weights)
     states = [exchanged(pair, rotation) for pair in pairs]
-    targets = [LogProbability(pair.pair.answer) for pair in pairs]
-    outcome = yield from intervened(model, pairs, states, targets, layer, site, gradients=True)
+    asked = [pair.example(LogProbability(pair.pair.answer)) for pair in pairs]
+    outcome = yield from intervened(model, pairs, states, asked, layer, site, gradients=True)
     yield Slice(1)
     _step(pairs, outcome.gradients, weights, optimizer)
     return -sum(outcome.values) / len(pairs)
@@ -167,8 +133,8 @@ def _loss(
     model: DifferentiableModel, pairs: Sequence[PreparedPair], rotation: Tensor, layer: int, site: Site
 ) -> Sliced[float]:
     states = [exchanged(pair, rotation) for pair in pairs]
-    targets = [LogProbability(pair.pair.answer) for pair in pairs]
-    outcome = yield from intervened(model, pairs, states, targets, layer, site, gradients=False)
+    asked = [pair.example(LogProbability(pair.pair.answer)) for pair in pairs]
+    outcome = yield from intervened(model, pairs, states, asked, layer, site, gradients=False)
     return -sum(outcome.values) / len(pairs)
 
 
@@ -184,9 +150,9 @@ def _accuracy(
     one token, there is nothing to tell apart, and the pair counts as right."""
     differing = [i for i, pair in enumerate(pairs) if pair.pair.answer[0] != against[i]]
     own = [pairs[i] for i in differing]
-    targets = [LogitDifference(pairs[i].pair.answer[0], against[i]) for i in differing]
+    asked = [pairs[i].example(LogitDifference(pairs[i].pair.answer[0], against[i])) for i in differing]
     states = [exchanged(pair, rotation) for pair in own]
-    outcome = yield from intervened(model, own, states, targets, layer, site, gradients=False)
+    outcome = yield from intervened(model, own, states, asked, layer, site, gradients=False)
     right = sum(value > 0 for value in outcome.values) + len(pairs) - len(own)
     return right / len(pairs)
 

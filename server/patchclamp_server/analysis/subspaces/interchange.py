@@ -9,6 +9,7 @@ Nothing before the layer depends on R: states there are computed once, and each 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from patchclamp_server.analysis.neurons.backward import Replaced, activations_at, run_backward, run_forward
 from patchclamp_server.analysis.neurons.batches import MAX_BYTES, batches, check_examples
 from patchclamp_server.analysis.neurons.products import DifferentiableModel
-from patchclamp_server.analysis.neurons.targets import Example, LogitDifference, LogProbability
+from patchclamp_server.analysis.neurons.targets import Example, LogitDifference, LogProbability, Target
 from patchclamp_server.engine.exclusive import Slice, Sliced
 from patchclamp_server.errors import InvalidArgument, fields_as
 from patchclamp_server.model.arrays import BoolArray
@@ -55,6 +56,9 @@ class PreparedPair:
     def difference(self) -> Tensor:
         """[n, width]."""
         return self.source - self.states[self.exchanged]
+
+    def example(self, target: Target) -> Example:
+        return Example(self.pair.base, target)
 
 
 def _field_of(pair: str, name: str, field: str) -> str:
@@ -115,9 +119,21 @@ def likeliest_tokens(model: DifferentiableModel, prompts: Sequence[tuple[int, ..
     return found
 
 
+class Kept(Protocol):
+    """A run that is kept up to a site and layer: `before` [tokens, d_model], the residual stream before the layer, and
+    `states` [tokens, width] at the site, of at least those tokens that run; `exchanged` [n]: rows that get others."""
+
+    @property
+    def before(self) -> Tensor: ...
+    @property
+    def states(self) -> Tensor: ...
+    @property
+    def exchanged(self) -> Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """F of each pair, and the gradients ∂(Σ F)/∂h' [n, width] at its exchanged tokens, where they were asked for."""
+    """F of each run, and the gradients ∂(Σ F)/∂h' [n, width] at its exchanged tokens, where they were asked for."""
 
     values: list[float]
     gradients: list[Tensor]
@@ -125,19 +141,19 @@ class Outcome:
 
 def intervened(
     model: DifferentiableModel,
-    pairs: Sequence[PreparedPair],
+    runs: Sequence[Kept],
     states: Sequence[Tensor],
-    targets: Sequence[LogProbability | LogitDifference],
+    examples: Sequence[Example],
     layer: int,
     site: Site,
     *,
     gradients: bool,
 ) -> Sliced[Outcome]:
-    """Returns F of each pair with `states` [n, width] at its exchanged tokens; `targets` say what F is."""
-    examples = [Example(pair.pair.base, target) for pair, target in zip(pairs, targets, strict=True)]
-    values, found = [0.0] * len(pairs), [torch.empty(0)] * len(pairs)
+    """Returns F of each run with `states` [n, width] at its exchanged tokens. `examples` are what was run, with what F
+    is."""
+    values, found = [0.0] * len(runs), [torch.empty(0)] * len(runs)
     for batch in batches(examples, model.decoder.spec):
-        own = [pairs[number] for number in batch.numbers]
+        own = [runs[number] for number in batch.numbers]
         rows = torch.cat([p.exchanged + span.start for p, span in zip(own, batch.spans, strict=True)])
         before = torch.cat([p.before[: len(e.tokens)] for p, e in zip(own, batch.examples, strict=True)])
         at_site = torch.cat([p.states[: len(e.tokens)] for p, e in zip(own, batch.examples, strict=True)])

@@ -14,9 +14,10 @@ from patchclamp_server.analysis.digests import json_digest
 from patchclamp_server.analysis.neurons.products import DifferentiableModel
 from patchclamp_server.analysis.progress import Progress, Steps
 from patchclamp_server.analysis.requests import OnEvent, completed, exclusively
-from patchclamp_server.analysis.subspaces.alignment import Alignment, Examples, Training, align
+from patchclamp_server.analysis.subspaces.alignment import Alignment, Examples, align
 from patchclamp_server.analysis.subspaces.circular_plane import SHUFFLES, CircularPlane, circular_plane
 from patchclamp_server.analysis.subspaces.interchange import Pair, check_pairs, likeliest_tokens, prepared
+from patchclamp_server.analysis.training import Training
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import NO_TAGS, ArtifactInfo, ArtifactKind, Tags
 from patchclamp_server.engine.engine import Engine

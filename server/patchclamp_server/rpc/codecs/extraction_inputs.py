@@ -12,6 +12,8 @@ from patchclamp_server.analysis.steering.evidence import training_pairs
 from patchclamp_server.analysis.steering.examples import TextSides, TokenPair
 from patchclamp_server.analysis.steering.job import Extraction
 from patchclamp_server.analysis.steering.mean_centred import BesideOrdinaryText
+from patchclamp_server.analysis.steering.reft_r1.job import ReftR1
+from patchclamp_server.analysis.steering.reft_r1.texts import MAX_LAYERS
 from patchclamp_server.analysis.steering.task_vector import TaskPrompts, TaskVector
 from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Tags
@@ -25,6 +27,7 @@ from patchclamp_server.model.sites import Site
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.neurons.texts import decode_texts
 from patchclamp_server.rpc.codecs.program import decode_scope
+from patchclamp_server.rpc.codecs.training import decode_training
 from patchclamp_server.text.prompt import EncodedPrompt, PromptEncoder
 
 MAX_PAIRS = 4096
@@ -56,14 +59,7 @@ class Inputs:
     def extraction(self, method: str) -> Extraction:
         request = self.request
         pooling = known(request.pooling, POOLINGS, "pooling", pb.TokenPooling.keys()[1:])
-        texts = None
-        pairs: tuple[TokenPair, ...] = ()
-        if request.HasField("texts"):
-            texts = self._ordinary() if method == "mean_centred" else self._texts()
-        else:
-            _at_most(len(request.pairs), MAX_PAIRS, "pairs")
-            training_pairs(len(request.pairs), self.fraction)
-            pairs = self._pairs()
+        pairs, texts = self._sides(ordinary=method == "mean_centred")
         return Extraction(
             method,
             pairs,
@@ -77,6 +73,17 @@ class Inputs:
             texts,
             self._scope(pairs),
         )
+
+    def reft_r1(self) -> ReftR1:
+        if len(self.layers) > MAX_LAYERS:
+            message = (
+                f"reft_r1 is trained at one layer after the other: expected 1 to {MAX_LAYERS}, got {len(self.layers)}"
+            )
+            raise InvalidArgument("layers", message)
+        training = decode_training(self.request.training, "training")
+        pairs, texts = self._sides()
+        own = self.fraction, self.request.seed, self.description, self.tags
+        return ReftR1(pairs, texts, self.site, self.layers, training, *own)
 
     def task_vector(self) -> TaskVector:
         demonstrations = self._demonstrations()
@@ -107,6 +114,14 @@ class Inputs:
         words = tuple((pair.positive, pair.negative) for pair in pairs)
         own = self.site, layers, self.fraction, self.request.seed, self.description, self.tags
         return CausalInnerProduct(tuple(tokens), words, *own)
+
+    def _sides(self, *, ordinary: bool = False) -> tuple[tuple[TokenPair, ...], TextSides | None]:
+        """Returns the pairs, or the texts, which are beside ordinary text where that is asked for."""
+        if self.request.HasField("texts"):
+            return (), self._ordinary() if ordinary else self._texts()
+        _at_most(len(self.request.pairs), MAX_PAIRS, "pairs")
+        training_pairs(len(self.request.pairs), self.fraction)
+        return self._pairs(), None
 
     def _pairs(self) -> tuple[TokenPair, ...]:
         decoded = []

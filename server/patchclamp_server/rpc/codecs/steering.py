@@ -27,8 +27,10 @@ DEFAULT_HOLDOUT_FRACTION = 0.25
 METHOD_NAMES: dict[int, str] = {pb.ExtractionMethod.Value(f"EXTRACTION_METHOD_{name.upper()}"): name for name in INPUTS}
 # Fields that say what a vector is made of.
 INPUT_FIELDS = ("pairs", "texts", "target", "contrast", "demonstrations", "definition", "word_pairs")
-# Fields of methods that compare examples.
+# Fields of methods that compare pooled examples.
 POOLED_FIELDS = ("pooling", "scope")
+# Methods that are trained, which take `training`.
+TRAINED = ("reft_r1",)
 
 
 def decode_extraction(
@@ -40,7 +42,7 @@ def decode_extraction(
     """
     method = known(request.method, METHOD_NAMES, "method", pb.ExtractionMethod.keys()[1:])
     _check_inputs(request, method)
-    site = _site(request.site, info)
+    site = decode_residual_site(request.site, info)
     layers = _layers(request.layers, info)
     fraction = request.holdout_fraction if request.HasField("holdout_fraction") else DEFAULT_HOLDOUT_FRACTION
     if not 0 < fraction < 1:
@@ -54,6 +56,8 @@ def decode_extraction(
             return inputs.definition()
         case "causal_inner_product":
             return inputs.causal_inner_product()
+        case "reft_r1":
+            return inputs.reft_r1()
         case _:
             return inputs.extraction(method)
 
@@ -87,6 +91,7 @@ def encode_evidence(e: LayerEvidence) -> pb.LayerEvidence:
         pooled_tokens=e.pooled_tokens,
         tokens_left_out=e.tokens_left_out,
         participation_ratio=e.participation_ratio,
+        training=None if e.training is None else pb.TrainingEvidence(**asdict(e.training)),
     )
 
 
@@ -108,8 +113,10 @@ def _check_inputs(request: pb.ExtractVectorsRequest, method: str) -> None:
             raise InvalidArgument(name, f"{method} takes {named}, and no {name}")
     for name in POOLED_FIELDS:
         if name in present and method not in METHODS:
-            raise InvalidArgument(name, f"is of methods that compare examples; {method} takes {named}")
-    if "training" in present:
+            raise InvalidArgument(
+                name, f"is of methods that compare pooled examples; {method} is none, it takes {named}"
+            )
+    if "training" in present and method not in TRAINED:
         raise InvalidArgument("training", f"is of methods that are trained, and {method} is not")
     given = [names for names in alternatives if present & set(names)]
     if len(given) > 1:
@@ -124,7 +131,7 @@ def _check_inputs(request: pb.ExtractVectorsRequest, method: str) -> None:
                 raise InvalidArgument(name, "is a label of texts, and there are none")
 
 
-def _site(number: int, info: ModelInfo) -> Site:
+def decode_residual_site(number: int, info: ModelInfo) -> Site:
     site = decode_site(number, "site") if number != program_pb2.SITE_UNSPECIFIED else Site.RESID_POST
     accepted = [s for s in RESIDUAL_SITES if s in info.sites]
     if site not in accepted:

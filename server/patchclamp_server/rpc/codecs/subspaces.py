@@ -7,7 +7,6 @@ import numpy as np
 
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp_server.analysis.progress import Progress
-from patchclamp_server.analysis.subspaces.alignment import Training
 from patchclamp_server.analysis.subspaces.circular_plane import MIN_VALUES
 from patchclamp_server.analysis.subspaces.interchange import Pair
 from patchclamp_server.analysis.subspaces.job import (
@@ -18,7 +17,7 @@ from patchclamp_server.analysis.subspaces.job import (
     SubspaceSearch,
 )
 from patchclamp_server.errors import InvalidArgument
-from patchclamp_server.interventions.field_checks import chosen, count, distinct, finite, required
+from patchclamp_server.interventions.field_checks import chosen, count, distinct, required
 from patchclamp_server.interventions.program import Scope, TokenSelector
 from patchclamp_server.interventions.scopes import SequenceTokens, check_scope, scope_mask
 from patchclamp_server.model.arrays import BoolArray
@@ -28,11 +27,12 @@ from patchclamp_server.rpc.codecs.artifact import decode_label, encode_artifact
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.program import decode_scope, decode_site
 from patchclamp_server.rpc.codecs.progress import encode_progress
+from patchclamp_server.rpc.codecs.training import decode_training
 from patchclamp_server.text.prompt import EncodedPrompt, PromptEncoder
 
 MAX_PAIRS, MAX_VALUES, MAX_PROMPTS = 4096, 1000, 4096
 MAX_COMPONENTS, DEFAULT_COMPONENTS = 32, 5
-MAX_RANK, MAX_STEPS, MAX_BATCH = 256, 20_000, 1024
+MAX_RANK = 256
 DEFAULT_HOLDOUT_FRACTION = 0.25
 _LAST_TOKEN = Scope((TokenSelector(last_k=1),))
 
@@ -128,21 +128,6 @@ def _alignment(proto: pb.DistributedAlignment, scoped: _Scoped, width: int) -> A
     kept = _pairs(proto.kept, scoped, f"{field}.kept", low=0)
     pairs = _pairs(proto.pairs, scoped, f"{field}.pairs", low=2)
     return AlignmentSearch(pairs, kept, rank, training, fraction)
-
-
-def decode_training(proto: pb.Training, field: str) -> Training:
-    default = Training()
-    rate = default.learning_rate
-    if proto.HasField("learning_rate"):
-        rate = finite(proto.learning_rate, f"{field}.learning_rate", low=0.0, high=10.0)
-        if rate == 0.0:
-            raise InvalidArgument(f"{field}.learning_rate", "expected a number above 0")
-    return Training(
-        count(proto.max_steps, f"{field}.max_steps", high=MAX_STEPS) or default.max_steps,
-        rate,
-        count(proto.batch_size, f"{field}.batch_size", high=MAX_BATCH) or default.batch_size,
-        count(proto.patience, f"{field}.patience") or default.patience,
-    )
 
 
 def _pairs(pairs: Sequence[pb.InterchangePair], scoped: _Scoped, field: str, *, low: int) -> tuple[Pair, ...]:

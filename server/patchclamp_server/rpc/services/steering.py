@@ -1,5 +1,5 @@
-"""SteeringService: vectors are extracted, calibrated and tried as detectors, and subspaces found, each as a stream of
-progress and a result."""
+"""SteeringService: vectors are extracted, calibrated and tried as detectors, and circuits of concepts and subspaces
+found, each as a stream of progress and a result."""
 
 from collections.abc import AsyncIterator
 from functools import partial
@@ -10,11 +10,13 @@ import grpc
 from patchclamp.v1 import steering_pb2 as pb
 from patchclamp.v1.steering_pb2_grpc import SteeringServiceServicer
 from patchclamp_server.analysis.steering.calibration.job import calibrate
+from patchclamp_server.analysis.steering.concept_circuit.job import find_concept_circuit
 from patchclamp_server.analysis.steering.detection.job import detect
 from patchclamp_server.analysis.steering.run import run
 from patchclamp_server.analysis.subspaces.job import find_subspace
 from patchclamp_server.rpc.call.analysis_jobs import AnalysisJobs
 from patchclamp_server.rpc.codecs.calibration import decode_calibration, encode_calibration
+from patchclamp_server.rpc.codecs.concept_circuit import decode_concept_circuit, encode_concept_circuit
 from patchclamp_server.rpc.codecs.detection import decode_detection, encode_detection
 from patchclamp_server.rpc.codecs.neurons.texts import text_fields
 from patchclamp_server.rpc.codecs.steering import decode_extraction, encode_extraction
@@ -65,6 +67,20 @@ class SteeringService(SteeringServiceServicer):
             partial(detect, jobs.engine, jobs.prompts),
             encode_detection,
             fields={"prompt": "texts.window_tokens", **text_fields(request.texts, "texts")},
+        )
+
+    def FindConceptCircuit(
+        self, request: pb.FindConceptCircuitRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[pb.FindConceptCircuitResponse]:
+        """Cancelling the call cancels the job with every request it has in the engine."""
+        jobs = self._jobs
+        return jobs.stream(
+            request,
+            partial(decode_concept_circuit, request, jobs.prompts, jobs.model),
+            partial(find_concept_circuit, jobs.engine, jobs.store, jobs.model),
+            encode_concept_circuit,
+            # The engine says "prompt" of a text that it cannot run.
+            fields={"prompt": "scenarios"},
         )
 
     def FindSubspace(

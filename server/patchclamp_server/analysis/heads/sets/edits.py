@@ -37,6 +37,13 @@ def head_program(
 ) -> BoundProgram:
     """Returns the program. `means` [n_layers, n_heads, head_dim] are for the mode MEAN. Raises InvalidArgument for a
     scale that is not finite."""
+    return bind(Program(head_edits(heads, mode, scale=scale, means=means)), info)
+
+
+def head_edits(
+    heads: Sequence[Head], mode: HeadEditMode, *, scale: float = 0.0, means: Tensor | None = None
+) -> tuple[Edit, ...]:
+    """Returns one edit for each layer."""
     by_layer: dict[int, list[int]] = defaultdict(list)
     for layer, head in heads:
         by_layer[layer].append(head)
@@ -53,5 +60,4 @@ def head_program(
                 assert means is not None
                 return HeadEdit(tuple(named), mean=means[layer, named])
 
-    edits = (Edit(edit(layer, named), Site.ATTN_Z, layers=(layer,)) for layer, named in sorted(by_layer.items()))
-    return bind(Program(tuple(edits)), info)
+    return tuple(Edit(edit(layer, named), Site.ATTN_Z, layers=(layer,)) for layer, named in sorted(by_layer.items()))

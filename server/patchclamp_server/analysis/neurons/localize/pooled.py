@@ -71,21 +71,38 @@ class PooledTexts:
         return len(self.search.is_target) + len(self.heldout.is_target)
 
 
-async def pooled_texts(
-    engine: Engine, prompts: PromptEncoder, source: TextSource, capture: Capture, compared: Comparison, field: str
-) -> AsyncGenerator[Progress | PooledTexts, None]:
-    """Yields progress in texts, then their activations. Texts of other labels, or of none, are not read.
+@dataclass(frozen=True, eq=False)
+class DividedTexts:
+    """`texts`: windows of tokens. Of each, `documents` int64 [texts] says its document, `is_target` and `heldout` bool
+    whether it is of the target and held out. `tokens`: of all texts."""
 
-    Raises InvalidArgument on `field`: too few documents of a kind, or more activations than MAX_BYTES. Nothing is run
-    then.
+    texts: list[tuple[int, ...]]
+    documents: Tensor
+    is_target: Tensor
+    heldout: Tensor
+    tokens: int
+
+
+async def divided_texts(
+    prompts: PromptEncoder,
+    source: TextSource,
+    compared: Comparison,
+    field: str,
+    max_bytes: int,
+    *,
+    text_bytes: int = 0,
+    token_bytes: int = 0,
+) -> DividedTexts:
+    """Returns the windows of the documents of a comparison. Texts of other labels, or of none, are not read.
+
+    Raises InvalidArgument on `field`: too few documents of a kind, or more than `max_bytes` of the activations that
+    have `text_bytes` of each text and `token_bytes` of each token.
     """
     labels = source.corpus.document_labels
     kinds = np.where(labels == compared.target, TARGET, OTHER)
     is_other = labels != UNLABELLED if compared.contrast is None else labels == compared.contrast
     kinds[~((labels == compared.target) | is_other)] = UNLABELLED
     corpus = Relabelled(source.corpus, kinds, ("other", source.corpus.labels[compared.target]))
-    width = engine.model.info.sites[capture.site]
-    text_bytes = 4 * len(capture.layers) * width
     texts: list[tuple[int, ...]] = []
     documents: list[int] = []
     tokens = 0
@@ -94,8 +111,8 @@ async def pooled_texts(
             texts.append(window.tokens)
             documents.append(window.document)
             tokens += len(window.tokens)
-            if len(texts) * text_bytes > MAX_BYTES:
-                has = f"{len(texts)} texts have more than {MAX_BYTES} bytes of activations at these layers"
+            if len(texts) * text_bytes + tokens * token_bytes > max_bytes:
+                has = f"{len(texts)} texts have more than {max_bytes} bytes of activations at these layers"
                 raise InvalidArgument(field, f"{has}; name fewer layers, or set max_tokens")
             if source.max_tokens and tokens >= source.max_tokens:
                 break
@@ -105,13 +122,27 @@ async def pooled_texts(
     heldout = held_out(labels[corpus.documents[:n]], compared.fraction, compared.seed)
     _check(is_target, heldout, compared, source.corpus.labels, field)
     document_of = torch.tensor(documents)
-    out = torch.from_numpy(heldout)[document_of]
-    target = torch.from_numpy(is_target)[document_of]
+    own_target, own_heldout = (torch.from_numpy(each)[document_of] for each in (is_target, heldout))
+    return DividedTexts(texts, document_of, own_target, own_heldout, tokens)
+
+
+async def pooled_texts(
+    engine: Engine, prompts: PromptEncoder, source: TextSource, capture: Capture, compared: Comparison, field: str
+) -> AsyncGenerator[Progress | PooledTexts, None]:
+    """Yields progress in texts, then their activations. Texts of other labels, or of none, are not read.
+
+    Raises InvalidArgument on `field`: too few documents of a kind, or more activations than MAX_BYTES. Nothing is run
+    then.
+    """
+    width = engine.model.info.sites[capture.site]
+    text_bytes = 4 * len(capture.layers) * width
+    divided = await divided_texts(prompts, source, compared, field, MAX_BYTES, text_bytes=text_bytes)
+    texts, out = divided.texts, divided.heldout
     parts = [
         Part(
             torch.empty(int(own.sum()), len(capture.layers), width),
-            target[own],
-            document_of[own],
+            divided.is_target[own],
+            divided.documents[own],
             [texts[i] for i in own.nonzero()[:, 0].tolist()],
         )
         for own in (~out, out)
@@ -127,7 +158,7 @@ async def pooled_texts(
             done = index + 1
             if done * PROGRESS_EVENTS // len(texts) > index * PROGRESS_EVENTS // len(texts):
                 yield Progress("activations", done, len(texts))
-    yield PooledTexts(parts[0], parts[1], tokens, pooled_tokens, left_out)
+    yield PooledTexts(parts[0], parts[1], divided.tokens, pooled_tokens, left_out)
 
 
 def _check(
