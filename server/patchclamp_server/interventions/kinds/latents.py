@@ -45,8 +45,8 @@ class LatentRule:
         decoder = self.entries.setting.decoder
         normed = decoder.final_norm(x.index_select(0, self.entries.rows))
         sums, tops = [], []
-        for rows in normed.split(ROWS_AT_ONCE):
-            logits = decoder.unembed(rows)
+        for start in range(0, len(normed), ROWS_AT_ONCE):
+            logits = decoder.unembed(normed[start : start + ROWS_AT_ONCE])
             top = logits.argmax(dim=1, keepdim=True)
             # The log-softmax of a row depends on no other row; torch.logsumexp adds a single one in another order.
             logprobs = torch.log_softmax(logits, dim=1)

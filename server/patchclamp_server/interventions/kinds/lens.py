@@ -154,8 +154,8 @@ class ContributionRule(RowsRead):
     def _largest(self, parts: Tensor) -> tuple[Tensor, Tensor]:
         unembedding = self.decoder.unembedding
         values, ids = [], []
-        for some in parts.to(self.decoder.dtype).split(ROWS_AT_ONCE):
-            logits = unembedding(some).float()
+        for start in range(0, len(parts), ROWS_AT_ONCE):
+            logits = unembedding(parts[start : start + ROWS_AT_ONCE].to(self.decoder.dtype)).float()
             if unembedding.bias is not None:
                 logits = logits - unembedding.bias.float()
             top = torch.topk(logits, self.asked.k, dim=1)

@@ -92,16 +92,16 @@ class AnswerConfidence:
 
     def add(self, predictions: LatentPredictions) -> None:
         asked = self.asked
-        by_layer = {layer.layer: layer for layer in predictions.layers}
+        by_layer = {each.layer: each for each in predictions.layers}
         own = [by_layer[layer] for layer in asked.layers]
         self.tokens += 1
-        for i, layer in enumerate(own):
-            self.probability[i] += math.exp(layer.logprobs[0])
+        for i, said in enumerate(own):
+            self.probability[i] += math.exp(said.logprobs[0])
         if not asked.options:
-            for i, layer in enumerate(own):
-                self.agreed[i] += layer.top == predictions.token
+            for i, said in enumerate(own):
+                self.agreed[i] += said.top == predictions.token
             return
-        self.shares = [_shares(layer.logprobs[1:]) for layer in own]
+        self.shares = [_shares(said.logprobs[1:]) for said in own]
         last = _said(_shares(by_layer[asked.n_layers - 1].logprobs[1:]), self._threshold(asked.n_layers - 1))
         for i, (layer, shares) in enumerate(zip(asked.layers, self.shares, strict=True)):
             self.agreed[i] += _said(shares, self._threshold(layer)) == last
