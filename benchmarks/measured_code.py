@@ -28,7 +28,9 @@ _ATTENTION = (
 _STEP = (
     *_FORWARD,
     *_ATTENTION,
+    "patchclamp_server.cpu.atomics",
     "patchclamp_server.cpu.invariant",
+    "patchclamp_server.model.compiled",
     "patchclamp_server.engine.engine",
     "patchclamp_server.engine.runner",
     "patchclamp_server.engine.places",
@@ -132,6 +134,24 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "benchmarks/sparse/speed.py",
         *_FORWARD,
         "patchclamp_server.cpu.sparse",
+    ),
+    "vectors": (
+        *(f"benchmarks/vectors/{name}" for name in ("concepts", "effects", "table")),
+        "patchclamp_server.analysis.neurons.intervals",
+        "patchclamp_server.analysis.steering",
+        "patchclamp_server.engine.reducers.pooled_text",
+    ),
+    "vectors_probe": (
+        "benchmarks/vectors/probe",
+        "patchclamp_server.analysis.calibration",
+        "patchclamp_server.analysis.probes",
+        "patchclamp_server.interventions.kinds.probes",
+    ),
+    "vectors_readouts": (
+        "benchmarks/vectors/readouts",
+        *_STEP,
+        "patchclamp_server.interventions.kinds.activations",
+        "patchclamp_server.interventions.kinds.readings",
     ),
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from measured_code import ROOT, code_digest
 from neurons import page as neurons
+from vectors import page as vectors
 
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
@@ -351,6 +352,9 @@ COMMANDS = {
     "rolling": "python benchmarks/rolling.py",
     "sparse_quality": "python benchmarks/sparse --only quality",
     "sparse_speed": "python benchmarks/sparse --only speed",
+    "vectors": "python benchmarks/vectors --only table",
+    "vectors_probe": "python benchmarks/vectors --only probe",
+    "vectors_readouts": "python benchmarks/vectors --only readouts",
 }
 
 Row = tuple[str, str]
@@ -419,6 +423,9 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "neurons": neurons.effects_rows,
     "rolling": _rolling_row,
     "sparse_quality": _quality_row,
+    "vectors": vectors.methods_rows,
+    "vectors_probe": vectors.probe_rows,
+    "vectors_readouts": vectors.readouts_rows,
 }
 
 
@@ -438,6 +445,9 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "neurons": ("Neurons: what they do", neurons.effects),
     "neurons_census": ("Neurons: the census", neurons.census),
     "neurons_census_speed": ("Neurons: the speed of the census", neurons.census_speed),
+    "vectors": ("Vectors: what they do, beside an instruction", vectors.methods),
+    "vectors_probe": ("Probes: a served probability", vectors.probe),
+    "vectors_readouts": ("Reading activations and features while decoding", vectors.readouts),
     "load": ("Overload", load),
     "rolling": ("Rolling restarts", rolling),
     "faults": ("Faults", faults),

@@ -3,22 +3,26 @@
     python docs/build.py [--to DIRECTORY]
 
 Pages are the Markdown files of docs/, those of PAGES, which live elsewhere, and the reference of the API, which is made
-of the protos. The picture of sparse policies is drawn from the results of benchmarks/sparse. Links are written as a
+of the protos. Pictures are drawn from the results of benchmarks/sparse and benchmarks/vectors. Links are written as a
 reader of the repository follows them; here they are led to the pages.
 """
 
 import argparse
+import json
 import re
 import shutil
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
 
 from api_reference import reference
 from sphinx.cmd.build import build_main
 
+from patchclamp.pictures.probes import reliability_figure
 from patchclamp.pictures.quality import quality_figure, series_of
+from patchclamp.results import ProbeReport, ReliabilityBin
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -39,6 +43,19 @@ def assemble(into: Path) -> None:
     series = series_of((ROOT / "benchmarks/results/sparse_quality.json").read_text(encoding="utf-8"))
     (into / "images").mkdir()
     quality_figure(series).savefig(into / "images" / "sparse_quality.svg")
+    served = ROOT / "benchmarks/results/vectors_probe.json"
+    if served.exists():
+        title = "Fiction, of held-out documents"
+        reliability_figure(_served_report(served), title).savefig(into / "images" / "vectors_probe.svg")
+
+
+def _served_report(path: Path) -> ProbeReport:
+    """The report of a probe, of texts that it was served for."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    stored = result["report"] | result["served"]
+    bins = tuple(ReliabilityBin(**each) for each in stored["reliability"])
+    kept = {each.name: stored[each.name] for each in fields(ProbeReport)}
+    return ProbeReport(**kept | {"reliability": bins})
 
 
 def _write(into: Path, path: str) -> None:

@@ -8,6 +8,8 @@ from patchclamp_server.model.sites import Site
 class KeepSite:
     """Keeps what stands at one site [T, width], by layer."""
 
+    visited = None
+
     def __init__(self, site: Site) -> None:
         self.site = site
         self.kept: dict[int, Tensor] = {}

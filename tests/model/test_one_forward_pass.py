@@ -202,6 +202,8 @@ def test_the_range_of_a_model_is_checked_by_one_pass(record: Record) -> None:
 
 
 class Visits:
+    visited = None
+
     def __init__(self) -> None:
         self.seen: list[tuple[Site, int, Tensor]] = []
 

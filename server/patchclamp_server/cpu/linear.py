@@ -64,11 +64,12 @@ class Linear:
         """`use_codes` multiplies by the codes that the weights are made of, where there are any."""
         assert not batch_invariant or can_be_invariant(weight.dtype, weight.device)
         self.bias = bias  # [out]
+        self.out = weight.shape[0]
         self.weight: Tensor | None = weight  # [out, in]; its transpose is contiguous where it is input-major
         self.packed: Tensor | None = None
         self.quantized: QuantizedWeight | None = None
         self._one_row: Callable[[Tensor], Tensor] | None = None
-        self._by_rows: RowProduct | None = None
+        self.by_rows: RowProduct | None = None
         self.batch_invariant = batch_invariant
         on_cpu = weight.device.type == "cpu"
         if can_be_invariant(weight.dtype, weight.device) and (batch_invariant or torch._C._has_mkldnn):
@@ -79,7 +80,7 @@ class Linear:
             if batch_invariant:
                 from patchclamp_server.cpu.invariant.products import row_product
 
-                self._by_rows = row_product(weight, self.quantized)
+                self.by_rows = row_product(weight, self.quantized)
             else:
                 self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
             if self.quantized is not None:
@@ -87,7 +88,7 @@ class Linear:
                 return
         if input_major:
             self.weight = weight.t().contiguous().t()
-        if self._by_rows is not None:
+        if self.by_rows is not None:
             return
         if on_cpu and weight.dtype in (torch.float32, torch.bfloat16):
             assert self.weight is not None
@@ -96,8 +97,8 @@ class Linear:
             self._one_row = one_row_product(self.weight, input_major=input_major)
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
-        if self._by_rows is not None:
-            return self._biased(self._by_rows.multiply(x))
+        if self.by_rows is not None:
+            return self._biased(self.by_rows.multiply(x))
         rows = x.shape[0]
         if self.quantized is not None and rows <= FEW_ROWS:
             return self._biased(self.quantized.multiply(x))

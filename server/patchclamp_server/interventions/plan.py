@@ -103,6 +103,10 @@ class StepPlan:
         """Returns the places at which anything runs."""
         return frozenset(place for part in self.parts for place in part.rules)
 
+    @property
+    def visited(self) -> frozenset[Place]:
+        return self.operators
+
     @cached_property
     def edited_queries(self) -> frozenset[int]:
         """Returns the layers whose queries are edited."""

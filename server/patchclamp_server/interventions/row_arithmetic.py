@@ -20,7 +20,7 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
 
 def row_norms(x: Tensor) -> Tensor:
     """Returns |x_i| of rows [n, width], as [n]."""
-    length: Tensor = row_dots(x, x).sqrt_() if holds_for(x) else torch.linalg.vector_norm(x, dim=1)
+    length: Tensor = operators.row_norms(x) if holds_for(x) else torch.linalg.vector_norm(x, dim=1)
     return length
 
 

@@ -2,24 +2,25 @@
 
     x ← embed(tokens);  for each block: x ← x + attn(norm(x));  x ← x + mlp(norm(x));  hidden = norm(x)
 
-`Decoder.run_blocks` is the one function that runs blocks by torch operators and the compiled loops of a CPU. Whatever
-runs a model calls it, and varies it at a seam:
+`Decoder.run_blocks` is the one function that runs blocks. Whatever runs a model calls it, and varies it at a seam:
 
 - `hooks` read and edit activations at the sites, queries among them: programs, watches, circuits, attention patterns;
 - `products` are the four matrix products of each block: dense, or those of sparse inference (sparsity/blocks.py);
 - `x` and `layers` say where a run starts and which blocks it runs: one block alone, or those from a layer on.
 
-On a GPU the blocks are run by kernel_forward.py, which says why it has a loop of its own.
+On a CPU in float32, where products are dense and hooks say what they visit, the blocks between two visits are one
+compiled call with the same bits (compiled/blocks.py); tests hold it against the loop here. On a GPU the blocks are run
+by kernel_forward.py, which says why it has a loop of its own.
 
 The blocks of all families are one function driven by `DecoderSpec`: transformers supplies configuration, weights and
 rotary frequencies, and is the oracle in the tests. Its modules are not run: they multiply q, k, v and gate, up one by
 one, by matrices in a layout that streams badly for few rows (cpu/linear.py), and have no seams where edits could be
-fused. The number of operators does not make the difference in benchmarks/cpu.py: both issue some 2,200 a token.
+fused.
 """
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +37,25 @@ from patchclamp_server.model.row_operators import HeadNorms, Norm, cap_softly, f
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 from patchclamp_server.model.spec import DecoderSpec
 
+if TYPE_CHECKING:
+    from patchclamp_server.model.compiled.blocks import CompiledBlocks
+
 
 class SiteHooks(Protocol):
-    """Defines what a step does at the sites. `visit` may edit the activation [T, width] in place."""
+    """Defines what a step does at the sites. `visit` may edit the activation [T, width] in place.
 
+    `visited`: the places at which that does anything, or None for all.
+    """
+
+    @property
+    def visited(self) -> Set[tuple[Site, int]] | None: ...
     def visit(self, site: Site, layer: int, x: Tensor, /) -> None: ...
 
 
 class NoHooks:
     """Hooks that do nothing."""
+
+    visited: Set[tuple[Site, int]] = frozenset()
 
     def visit(self, site: Site, layer: int, x: Tensor, /) -> None:
         pass
@@ -132,6 +143,7 @@ class Decoder:
         self.windows = set(spec.windows)
         self.device = embedding.device
         self.dtype = embedding.dtype
+        self.compiled = _compiled_blocks(self) if self.batch_invariant else None
 
     def warm_up(self) -> None:
         """Compiles what is compiled at run time, so that no request waits for it: one token goes through block 0."""
@@ -145,8 +157,9 @@ class Decoder:
             operators.warm_up()
 
     def threads_for(self, rows: int, available: int) -> int:
-        """Returns the threads worth using for a step: one does few rows over codes sooner than it wakes others."""
-        return 1 if rows <= FEW_ROWS and self.unembedding.quantized is not None else available
+        """Returns the threads worth using for a step: where blocks are not compiled, one does
+        few rows over codes sooner than it wakes others."""
+        return 1 if self.compiled is None and rows <= FEW_ROWS and self.unembedding.quantized is not None else available
 
     @torch.inference_mode()
     def forward(
@@ -185,6 +198,8 @@ class Decoder:
         compute what compiled loops do otherwise, and `products` must have gradients (analysis/neurons/products.py).
         """
         spec = self.spec
+        if self.compiled is not None and products is None and hooks.visited is not None and not x.requires_grad:
+            return self.compiled.run(x, layers, step, pools, hooks)
         tables = {
             kind: (cos.index_select(0, step.positions), sin.index_select(0, step.positions))
             for kind, (cos, sin) in self.rotary.items()
@@ -277,13 +292,13 @@ class Decoder:
         own: BlockProducts = block if products is None else products
         hidden = own.mlp_input(h)
         if visited:
-            hidden = self._visit_preactivations(layer, hidden, hooks, visited)
+            hidden = self.visit_preactivations(layer, hidden, hooks, visited)
         neurons = neurons_of(hidden, spec.activation, gated=spec.family.gated)
         hooks.visit(Site.MLP_POST, layer, neurons)
         out = own.mlp_output(neurons)
         return out if block.post_mlp_norm is None else block.post_mlp_norm(out)
 
-    def _visit_preactivations(
+    def visit_preactivations(
         self, layer: int, hidden: Tensor, hooks: SiteHooks, visited: Mapping[Site, bool]
     ) -> Tensor:
         """Returns what the input projection gave, [T, d_ff] or [T, 2 d_ff] with the gates first, as hooks left it."""
@@ -304,3 +319,10 @@ class Decoder:
                 parts[i].copy_(own)
         # Where gradients flow they do so through the copies.
         return torch.cat(parts, dim=1) if torch.is_grad_enabled() else hidden
+
+
+def _compiled_blocks(decoder: Decoder) -> "CompiledBlocks | None":
+    # numba compiles them, and only they need numba.
+    from patchclamp_server.model.compiled.blocks import CompiledBlocks, can_compile
+
+    return CompiledBlocks(decoder) if can_compile(decoder) else None

@@ -43,6 +43,8 @@ class Place:
 class FiniteProbe:
     """Implements SiteHooks: it remembers the first place at which something is not finite, after `edits` have run."""
 
+    visited = None
+
     def __init__(self, edits: SiteHooks | None = None) -> None:
         self._edits = edits
         self.first: Place | None = None

@@ -26,6 +26,9 @@ class WatchedSites:
         self.visited_preactivations = layout.visited_preactivations
         if plan is not None:
             self.visited_preactivations = plan.visited_preactivations | layout.visited_preactivations
+        self.visited = frozenset(layout.places)
+        if plan is not None:
+            self.visited |= plan.operators
         self.visit = _visit(plan.visit if plan is not None and plan.operators else None, layout)
 
     def between(self, programs: "Programs") -> "Programs":

@@ -41,6 +41,8 @@ def attention_mass(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Sliced[
 class _MassReader:
     """Computes the masses of a layer when its keys are in the pool."""
 
+    visited = None
+
     spec: DecoderSpec
     step: StepInputs
     pools: Sequence[Tensor]

@@ -72,6 +72,8 @@ class Run:
 class _Hooks:
     """Keeps what stands at sites, by site and layer, once it is replaced where it is to be."""
 
+    visited = None
+
     kept: dict[tuple[Site, int], Tensor] = field(default_factory=dict)
     sites: tuple[Site, ...] = ()
     last: tuple[int, Site] | None = None

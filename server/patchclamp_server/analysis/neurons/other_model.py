@@ -60,6 +60,8 @@ def activations(
 class _Kept:
     """A hook that keeps rows of chosen units."""
 
+    visited = None
+
     def __init__(self, units: Mapping[int, Tensor], skip: int) -> None:
         self.rows: dict[int, Tensor] = {}
         self._units, self._skip = units, skip

@@ -76,6 +76,13 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
+def row_norms(x: Tensor) -> Tensor:
+    """Returns |x_i|, [n], of rows [n, width], each the float32 next to the root: torch's vectors are off by a bit."""
+    squares = row_dots(x, x)
+    np.sqrt(squares.numpy(), out=squares.numpy())
+    return squares
+
+
 def turns(sine: Tensor, cosine: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     """Returns cos θ and sin θ, [n] each, of θ = min(most, atan2(sine, cosine))."""
     turned = torch.empty(2, len(sine))

@@ -70,10 +70,10 @@ class FloatTiles:
         # Compiled code does not check shapes.
         assert x.shape[1:] == (depth,)
         rows = len(x)
-        starts = _starts(rows)
+        starts = tile_starts(rows)
         packed, _ = _pack(x, starts, with_sums=False)
         y = torch.empty(rows, blocks * LANES)
-        work = partial(_multiply_floats, self.weights.reshape(-1), depth, packed, starts, rows, y.view(-1).numpy())
+        work = partial(multiply_floats, self.weights.reshape(-1), depth, packed, starts, rows, y.view(-1).numpy())
         in_parts(work, blocks, 1, _cost(self.weights.nbytes, rows * self.weights.size))
         return y if y.shape[1] == self.out else y[:, : self.out].contiguous()
 
@@ -89,11 +89,11 @@ class CodeTiles:
         blocks, groups = codes.shape[:2]
         assert x.shape[1:] == (groups * GROUP,)
         rows = len(x)
-        starts = _starts(rows)
+        starts = tile_starts(rows)
         packed, sums = _pack(x, starts, with_sums=self.quantized.bits == 4)
         y = torch.empty(rows, blocks * LANES)
         work = partial(
-            _multiply_codes,
+            multiply_codes,
             codes.reshape(-1),
             scales.reshape(-1),
             groups,
@@ -118,7 +118,7 @@ def _cost(size: int, products: int) -> int:
 
 
 @lru_cache(1024)
-def _starts(rows: int) -> NDArray[np.int64]:
+def tile_starts(rows: int) -> NDArray[np.int64]:
     """Returns the first row of each tile, and where the last one ends."""
     whole, left = divmod(rows, _ROWS)
     sizes = [_ROWS] * whole
@@ -142,23 +142,29 @@ def _pack(x: Tensor, starts: NDArray[np.int64], *, with_sums: bool) -> tuple[NDA
 
 @_compiled
 def _pack_rows(x, starts, packed, sums):  # type: ignore[no-untyped-def]
-    n, depth = x.shape
     for tile in range(starts.shape[0] - 1):
-        rows = starts[tile + 1] - starts[tile]
-        for r in range(rows):
-            own = x[min(starts[tile] + r, n - 1)]
-            if starts[-1] > 1:
-                at = packed[starts[tile] * depth + r :]
-                for k in range(depth):
-                    at[k * rows] = own[k]
-            if sums.shape[0]:
-                at = sums[starts[tile] * (depth // GROUP) + r :]
-                for g in range(depth // GROUP):
-                    at[g * rows] = sum_of(own, g * GROUP, GROUP)
+        pack_tile(x, starts, tile, packed, sums)
 
 
 @_compiled
-def _multiply_floats(weights, depth, x, starts, n, y, start, end):  # type: ignore[no-untyped-def]
+def pack_tile(x, starts, tile, packed, sums):  # type: ignore[no-untyped-def]
+    """Packs one tile of the rows of x, and sums their groups where `sums` is not empty; a single row stays."""
+    n, depth = x.shape
+    rows = starts[tile + 1] - starts[tile]
+    for r in range(rows):
+        own = x[min(starts[tile] + r, n - 1)]
+        if starts[-1] > 1:
+            at = packed[starts[tile] * depth + r :]
+            for k in range(depth):
+                at[k * rows] = own[k]
+        if sums.shape[0]:
+            at = sums[starts[tile] * (depth // GROUP) + r :]
+            for g in range(depth // GROUP):
+                at[g * rows] = sum_of(own, g * GROUP, GROUP)
+
+
+@_compiled
+def multiply_floats(weights, depth, x, starts, n, y, start, end):  # type: ignore[no-untyped-def]
     """Computes the outputs of the blocks start ≤ b < end."""
     size = depth * LANES
     width = weights.shape[0] // depth
@@ -181,7 +187,7 @@ def _multiply_floats(weights, depth, x, starts, n, y, start, end):  # type: igno
 
 
 @_compiled
-def _multiply_codes(codes, scales, groups, size, x, sums, starts, n, y, start, end):  # type: ignore[no-untyped-def]
+def multiply_codes(codes, scales, groups, size, x, sums, starts, n, y, start, end):  # type: ignore[no-untyped-def]
     """Does the same with codes, of which a group of a block has `size` elements."""
     depth = groups * GROUP
     width = codes.shape[0] // (groups * size) * LANES

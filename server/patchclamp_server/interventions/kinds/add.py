@@ -4,7 +4,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant.operators import holds_for
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
+from patchclamp_server.interventions.compiled_edits import ADD as ADD_FORMULA
+from patchclamp_server.interventions.compiled_edits import add_to_rows
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, Rule, StepContext, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
@@ -33,6 +36,10 @@ class AddRule:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         entries = self.entries
+        if holds_for(x):
+            opened = entries.opened(context)
+            context.count(self.delta_norms, add_to_rows(x, entries, self.vectors, opened), opened)
+            return
         h = x.index_select(0, entries.rows).float()
         delta = self._delta() if self.delta is None else self.delta
         opened = entries.opened(context)
@@ -48,9 +55,12 @@ class AddRule:
 class AddPreservingRule(TargetRule):
     """Has the target t(h) = h + v, which is rescaled to |h|."""
 
+    formula = ADD_FORMULA
+
     def __init__(self, entries: Entries) -> None:
         super().__init__(entries, preserve_norm=True)
         self.vectors = entries.vectors()
+        self.bounds = entries.strength, entries.strength
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
         return h + self.entries.each(self.vectors)

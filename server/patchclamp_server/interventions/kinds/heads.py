@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant.operators import holds_for
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.columns import FACTOR, OTHER, UNIT, EntryFlag, EntryKind
+from patchclamp_server.interventions.compiled_edits import edit_units
 from patchclamp_server.interventions.field_checks import chosen, distinct, finite
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written, apart
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
@@ -32,15 +34,19 @@ class HeadRule:
         self.entries = entries
         self.n_heads = entries.setting.n_heads
         self.units = units = Units(entries, self.n_heads)
-        self.factor = units.numbers(FACTOR)[:, None]  # [U, 1]
+        self.factor = units.numbers(FACTOR)  # [U]
         self.offset = entries.bank(units.ints(OTHER), entries.setting.head_dim)  # [U, head_dim]
 
     def run(self, x: Tensor, context: StepContext) -> None:
         entries, units = self.entries, self.units
+        if holds_for(x):
+            opened = entries.opened(context)
+            context.count(*edit_units(x, entries, units, self.factor, self.offset, None, opened), opened)
+            return
         norms = row_norms(x.index_select(0, entries.rows).float())
         heads = x.view(x.shape[0] * self.n_heads, -1)
         z = heads.index_select(0, units.place).float()
-        target = add_product(self.offset, z, self.factor)
+        target = add_product(self.offset, z, self.factor[:, None])
         edited = interpolate(z, target, units.strength[:, None])
         opened = entries.opened(context)
         if entries.gate is not None:

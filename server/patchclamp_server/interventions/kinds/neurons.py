@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.artifacts.types import ArtifactKind
+from patchclamp_server.cpu.invariant.operators import holds_for
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.columns import (
     FACTOR,
@@ -21,6 +22,7 @@ from patchclamp_server.interventions.columns import (
     EntryFlag,
     EntryKind,
 )
+from patchclamp_server.interventions.compiled_edits import edit_units
 from patchclamp_server.interventions.field_checks import chosen, distinct, finite
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, UnitColumns, Written, apart
 from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
@@ -47,6 +49,11 @@ class NeuronRule:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         entries, units = self.entries, self.units
+        if holds_for(x):
+            opened = entries.opened(context)
+            numbers = self.factor, self.offset[:, None], (self.low, self.high)
+            context.count(*edit_units(x, entries, units, *numbers, opened), opened)
+            return
         norms = row_norms(x.index_select(0, entries.rows).float())
         flat = x.view(-1)
         a = flat.index_select(0, units.place).float()

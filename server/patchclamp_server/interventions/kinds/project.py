@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.columns import HIGH, LOW, EntryFlag, EntryKind
+from patchclamp_server.interventions.compiled_edits import PROJECT as PROJECT_FORMULA
 from patchclamp_server.interventions.field_checks import finite
 from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
@@ -26,15 +27,18 @@ if TYPE_CHECKING:
 class ProjectRule(TargetRule):
     """Has the target t(h) = h + (clip(h·u, low, high) - h·u) u."""
 
+    formula = PROJECT_FORMULA
+
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
         self.vectors = entries.vectors()
-        self.low, self.high = entries.floats(LOW), entries.floats(HIGH)  # [E]
+        self.bounds = entries.floats(LOW), entries.floats(HIGH)
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
         unit = self.entries.each(self.vectors)
         projection = row_dots(h, unit)
-        clipped = torch.minimum(torch.maximum(projection, self.low), self.high)
+        low, high = self.bounds
+        clipped = torch.minimum(torch.maximum(projection, low), high)
         return add_product(h, (clipped - projection)[:, None], unit)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.columns import LOW, EntryFlag, EntryKind
+from patchclamp_server.interventions.compiled_edits import ROTATE as ROTATE_FORMULA
 from patchclamp_server.interventions.field_checks import finite
 from patchclamp_server.interventions.kinds.kind import EditTable, one_vector
 from patchclamp_server.interventions.kinds.rules import Entries, TargetRule
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 class RotateRule(TargetRule):
     """Turns h towards v by at most the angle in LOW."""
 
+    formula = ROTATE_FORMULA
+
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         super().__init__(entries, preserve_norm=bool(flags & EntryFlag.PRESERVE_NORM))
         self.vectors = entries.vectors()
-        self.radians = entries.floats(LOW)  # [E]
+        radians = entries.floats(LOW)
+        self.bounds = radians, radians
 
     def target(self, h: Tensor, norms: Tensor) -> Tensor:
         unit = self.entries.each(self.vectors)
@@ -37,7 +41,7 @@ class RotateRule(TargetRule):
         cosine = row_dots(direction, unit)
         across = unit - cosine[:, None] * direction
         sine = row_norms(across)
-        cosine, share = turns(sine, cosine, self.radians)
+        cosine, share = turns(sine, cosine, self.bounds[0])
         turned = cosine[:, None] * direction + (share / sine)[:, None] * across
         # A row along v has no plane to turn in.
         return torch.where((sine > 1e-6)[:, None], turned * norms[:, None], h)

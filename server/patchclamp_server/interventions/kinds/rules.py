@@ -14,9 +14,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant.operators import holds_for
 from patchclamp_server.interventions.columns import COUNT, FIRST, FLAGS, HIGH, SPARE, UNIT, EntryFlag
+from patchclamp_server.interventions.compiled_edits import edit_rows
 from patchclamp_server.interventions.row_arithmetic import interpolate, row_norms
 from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.model.arrays import BoolArray, IntArray
@@ -83,6 +86,13 @@ class Entries:
 
     def __len__(self) -> int:
         return len(self.entry)
+
+    @cached_property
+    def numbers(self) -> tuple[IntArray, IntArray, NDArray[np.float32]]:
+        """What compiled loops read, [E] each: rows of the batch, which of the k entries, strengths."""
+        which = np.arange(len(self)) if self.which is None else self.which
+        rows: IntArray = np.ascontiguousarray(self.row, dtype=np.int64)
+        return rows, which.astype(np.int64), self.strength.numpy()
 
     def opened(self, context: StepContext) -> Tensor:
         return self.always if self.gate is None else context.opened.index_select(0, self.gate)
@@ -175,6 +185,8 @@ class Units:
         self.number = ints[:, FIRST].astype(np.int64)[self.pair] + within  # [U] row of the units' columns
         unit = entries.host.unit_ints[self.number, UNIT]
         self.place = entries.tensor(entries.row[self.pair] * in_row + unit)  # [U] flat index of x
+        # What compiled loops read: where the units of each pair begin, and which they are.
+        self.numbered = np.concatenate(([0], np.cumsum(counts))), unit.astype(np.int64)
         self.group = entries.tensor(self.pair)
 
     def ints(self, column: int) -> IntArray:
@@ -206,7 +218,15 @@ class Units:
 
 
 class TargetRule:
-    """Computes h + s (t(h) - h), with the norm kept if asked; subclasses give t. A row has at most one entry."""
+    """Computes h + s (t(h) - h), with the norm kept if asked; subclasses give t. A row has at most one entry.
+
+    Subclasses with a `formula` of compiled_edits.py, with `vectors` [k, width] and `bounds` [E], run as a compiled loop
+    where it holds, with the same bits.
+    """
+
+    formula: int | None = None
+    vectors: Tensor
+    bounds: tuple[Tensor, Tensor]
 
     def __init__(self, entries: Entries, *, preserve_norm: bool) -> None:
         self.entries = entries
@@ -217,6 +237,11 @@ class TargetRule:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         entries = self.entries
+        if self.formula is not None and holds_for(x):
+            opened = entries.opened(context)
+            numbers = self.formula, x, entries, self.vectors, self.bounds, opened
+            context.count(*edit_rows(*numbers, preserve_norm=self.preserve_norm), opened)
+            return
         h = x.index_select(0, entries.rows).float()
         norms = row_norms(h)
         edited = interpolate(h, self.target(h, norms), entries.strength[:, None])

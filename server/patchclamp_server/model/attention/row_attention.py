@@ -65,13 +65,16 @@ def attend_rows(
         share,
         _NONE if off_sink is None else off_sink,
         0 if peaks is None else peaks.place,
+        0,
+        pool.shape[3],
     )
-    in_parts(partial(_attend, *arguments), len(batch.tiles), 1, batch.n_keys * 2 * pool.shape[3] * dim * z.itemsize)
+    in_parts(partial(attend, *arguments), len(batch.tiles), 1, batch.n_keys * 2 * pool.shape[3] * dim * z.itemsize)
     return torch.from_numpy(z)
 
 
 @_compiled
-def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_sink, place, start, end):
+def attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_sink, place, kv_start, kv_end, start, end):
+    """Attends for the tiles start ≤ i < end, with the heads of KV heads kv_start ≤ kv < kv_end."""
     size, n_kv, dim = pool.shape[2], pool.shape[3], pool.shape[4]
     n_heads = z.shape[1] // dim
     group = n_heads // n_kv
@@ -97,12 +100,12 @@ def _attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_si
     for i in range(start, end):
         sequence, row, rows, position = tiles[i, 0], tiles[i, 1], tiles[i, 2], tiles[i, 3]
         n = rows * group
-        together = n_kv if rows == 1 else 1
+        together = kv_end - kv_start if rows == 1 else 1
         end_key = position + rows
         # This is the first chunk of the row that sees the earliest keys.
         first_chunk = (max(0, position - window + 1) if window else 0) // _KEYS
         n_chunks = (end_key + _KEYS - 1) // _KEYS - first_chunk
-        for first_kv in range(0, n_kv, together):
+        for first_kv in range(kv_start, kv_end, together):
             for v in range(n * together):
                 h = (first_kv + v // n) * group + v % group
                 at = ((row + v % n // group) * n_heads + h) * dim

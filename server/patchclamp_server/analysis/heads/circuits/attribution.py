@@ -112,6 +112,8 @@ def attribute(
 class _LastRow:
     """Keeps what the embedding and each MLP add to the residual stream at the last position."""
 
+    visited = None
+
     embedding: Tensor = field(init=False)
     mlp_out: list[Tensor] = field(default_factory=list)
 

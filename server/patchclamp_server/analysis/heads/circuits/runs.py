@@ -107,6 +107,8 @@ def single_heads(spec: DecoderSpec, at_once: int) -> Iterator[Tensor]:
 
 @dataclass(eq=False)
 class _Keep:
+    visited = None
+
     resid_pre: list[Tensor] = field(default_factory=list)
     z: list[Tensor] = field(default_factory=list)
 
@@ -119,6 +121,8 @@ class _Keep:
 
 @dataclass(frozen=True, eq=False)
 class _Replace:
+    visited = None
+
     replaced: Tensor  # [n, n_layers, n_heads]
     values: Tensor  # [n_layers, T or 1, n_heads, head_dim]
 

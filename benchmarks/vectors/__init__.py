@@ -1,0 +1,1 @@
+"""What vectors do and cost; see __main__.py."""

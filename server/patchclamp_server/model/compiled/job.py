@@ -1,0 +1,118 @@
+"""A job of the compiled blocks is an array of int64, because every thread that works on it finds it by its address.
+
+Each entry is a number or the address of an array. Comments have the shapes of arrays of float32: T rows, L layers.
+"""
+
+from enum import IntEnum, auto
+
+
+class _Numbered(IntEnum):
+    @staticmethod
+    def _generate_next_value_(name: str, start: int, count: int, last_values: list[int]) -> int:
+        return count
+
+
+class Job(_Numbered):
+    FIRST = auto()  # stages first ≤ s < last are to run
+    LAST = auto()
+    STAGES = auto()  # int64 [stages, 3]: Stage, layer, flags
+    COUNTERS = auto()  # int64 [stages, 8]: chunks that were taken, and in entry 4 those that are done
+    THREADS = auto()
+    ROWS = auto()
+    TILES = auto()  # tiles of the products, and where their rows begin, int64 [tiles + 1]
+    STARTS = auto()
+    LAYERS = auto()  # int64 [L, len(Layer)]
+    EPSILONS = auto()  # float32 [L, 5]: of the four norms of Layer, and of the heads
+    X = auto()  # [T, d_model]
+    H = auto()  # [T, d_model]
+    PACKED = auto()  # what a product reads: its input by tiles, and the sums of their groups
+    SUMS = auto()
+    QKV = auto()  # [T, (n_heads + 2 n_kv_heads) head_dim]
+    Q = auto()  # [T, n_heads head_dim]
+    Z = auto()  # [T, n_heads head_dim]
+    ATTN_OUT = auto()  # [T, d_model]
+    HIDDEN = auto()  # [T, d_ff], or [T, 2 d_ff] with the gates first
+    NEURONS = auto()  # [T, d_ff]
+    MLP_OUT = auto()  # [T, d_model]
+    D_MODEL = auto()
+    D_FF = auto()
+    GATED = auto()
+    ACTIVATION = auto()
+    N_HEADS = auto()
+    N_KV_HEADS = auto()
+    HEAD_DIM = auto()
+    CONSTANTS = auto()  # float32 [2]: scale and soft cap of attention
+    ROTARY = auto()  # int64 [kinds, 3]: cos [context, width], signed sin, width
+    CONTEXT = auto()
+    POSITIONS = auto()  # int64 [T]
+    SLOTS = auto()  # int64 [T]
+    POOLS = auto()  # int64 [L]: [2, blocks, block size, n_kv_heads, head_dim]
+    POOL_BLOCKS = auto()
+    BLOCK_SIZE = auto()
+    TABLES = auto()  # int64 [spans, table width]
+    SPANS = auto()
+    TABLE_WIDTH = auto()
+    ATTENTION_TILES = auto()  # int64 [n, 4]
+    N_ATTENTION_TILES = auto()
+    PEAK_AT = auto()  # int32, float32, float32 [places, T, n_heads], or 0
+    PEAK = auto()
+    OFF_SINK = auto()
+    PEAK_PLACES = auto()
+    PEAK_OF_LAYER = auto()  # int64 [L]: place, or -1
+
+
+class Layer(_Numbered):
+    """What a layer's row of addresses holds. Of each product, in the order of PRODUCTS: `Matrix`."""
+
+    ATTN_NORM = auto()  # weights, and biases or 0
+    ATTN_NORM_BIAS = auto()
+    POST_ATTN_NORM = auto()
+    POST_ATTN_NORM_BIAS = auto()
+    MLP_NORM = auto()
+    MLP_NORM_BIAS = auto()
+    POST_MLP_NORM = auto()
+    POST_MLP_NORM_BIAS = auto()
+    HEAD_NORMS = auto()  # [n_heads + n_kv_heads, head_dim], or 0
+    ROTARY_KIND = auto()  # -1: none
+    WINDOW = auto()
+    MATRICES = auto()
+
+
+class Matrix(_Numbered):
+    FORMAT = auto()
+    WEIGHTS = auto()
+    SCALES = auto()
+    BLOCKS = auto()
+    DEPTH = auto()
+    BIAS = auto()
+
+
+class Format(_Numbered):
+    FLOATS = auto()
+    CODES_4 = auto()
+    CODES_8 = auto()
+
+
+# The products of a block, and its norms, in the order of their addresses.
+PRODUCTS = ("qkv", "attn_output", "mlp_input", "mlp_output")
+NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
+LAYER_FIELDS = len(Layer) - 1 + len(PRODUCTS) * len(Matrix)
+
+
+class Stage(_Numbered):
+    """What the blocks compute between two points at which all threads wait for each other."""
+
+    ATTN_NORM = auto()  # flags: 1 adds attn_out to x before, 2 mlp_out; then h ← norm(x), packed
+    QKV = auto()
+    HEADS = auto()  # norms of heads, rotary embedding; keys and values go to the pool
+    ATTEND = auto()
+    PACK_Z = auto()
+    ATTN_OUTPUT = auto()
+    POST_ATTN_NORM = auto()
+    MLP_NORM = auto()  # as ATTN_NORM
+    MLP_INPUT = auto()
+    ACTIVATION = auto()  # flag 1: packed as well
+    PACK_NEURONS = auto()
+    MLP_OUTPUT = auto()
+    POST_MLP_NORM = auto()
+    ADD = auto()  # flags as of ATTN_NORM
