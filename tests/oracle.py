@@ -21,7 +21,7 @@ from oracle_formulas import (
     source_row,
     vector_at,
 )
-from oracle_sites import attach, logit_lens, watching_attention
+from oracle_sites import attach, contributions, logit_lens, neuron_vectors, watching_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,7 +43,7 @@ from patchclamp_server.interventions.program import (
     ReadoutValue,
     TopNeuronsReadout,
 )
-from patchclamp_server.model.sites import Site
+from patchclamp_server.model.sites import RESIDUAL_SITES, Site
 
 # edit name -> {position: strength of the tokens from there on}
 Strengths = Mapping[str, Mapping[int, float]]
@@ -113,7 +113,28 @@ class _Pass:
         finally:
             for hook in hooks:
                 hook.remove()
+        for index, readout in enumerate(self.program.readouts):
+            if isinstance(readout.kind, LogitLensReadout) and readout.site not in RESIDUAL_SITES:
+                self.read_contributions(index, readout, readout.kind)
         return self
+
+    def read_contributions(self, index: int, readout: Readout, kind: LogitLensReadout) -> None:
+        """Of what is added to the residual stream, once it is known where that ends."""
+        assert readout.site is not None
+        ends = self.after[Site.RESID_POST, self.model.config.num_hidden_layers - 1]
+        for layer in self.layers_of(readout):
+            for position, row in enumerate(self.after[readout.site, layer]):
+                if not self.scoped(readout.scope, position):
+                    continue
+                added = [row]
+                if kind.neurons:
+                    every = neuron_vectors(self.model, layer, row)
+                    added = [every[neuron] for neuron in kind.neurons]
+                picked = [_picked(kind, contributions(self.model, each, ends[position])) for each in added]
+                values = tuple(value for own, _ in picked for value in own)
+                ids = tuple(token for _, own in picked for token in own)
+                value = ReadoutValue(readout.name or str(index), layer, position, values, ids)
+                self.readouts.append(((position, index, layer), value))
 
     def scoped(self, scope: Any, position: int) -> bool:
         return in_scope(scope, position, self.tokens, self.prompt_length, self.roles)
@@ -184,6 +205,8 @@ class _Pass:
         for index, readout in enumerate(self.program.readouts):
             if isinstance(readout.kind, ProbeReadout):
                 self.read_probe(index, readout, readout.kind, site, layer, rows)
+            elif isinstance(readout.kind, LogitLensReadout) and site not in RESIDUAL_SITES:
+                continue
             elif readout.site is site and layer in self.layers_of(readout) and not concerns_attention(readout):
                 self.read(index, readout, layer, rows)
         return rows.view(activation.shape)
@@ -249,10 +272,15 @@ class _Pass:
                 values = h[ids]
             else:
                 assert isinstance(readout.kind, LogitLensReadout)
-                values, ids = logit_lens(self.model, h).sort(descending=True)
-                values, ids = values[: readout.kind.k], ids[: readout.kind.k]
+                picked = _picked(readout.kind, logit_lens(self.model, h))
+                values, ids = torch.tensor(picked[0]), torch.tensor(picked[1])
             value = ReadoutValue(name, layer, position, tuple(values.tolist()), tuple(ids.tolist()))
             self.readouts.append(((position, index, layer), value))
+
+
+def _picked(kind: LogitLensReadout, by_token: Tensor) -> tuple[list[float], list[int]]:
+    ids = torch.tensor(kind.token_ids) if kind.token_ids else by_token.sort(descending=True).indices[: kind.k]
+    return by_token[ids].tolist(), ids.tolist()
 
 
 def concerns_attention(part: Edit | Readout) -> bool:
@@ -330,6 +358,21 @@ def oracle_logits(
     """Logits [T, vocab] of given tokens; those from `prompt_length` (default: none) on count as generated."""
     length = len(tokens) if prompt_length is None else prompt_length
     return _Pass(model, program or Program(), tokens, length, roles, {}, artifacts or {}).run().logits
+
+
+@torch.no_grad()
+def oracle_latents(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    program: Program | None,
+    prompt_length: int,
+    artifacts: Artifacts | None = None,
+) -> Tensor:
+    """Log-probabilities [n_layers, T, vocab] that final norm and unembedding read at the end of each block, after its
+    edits."""
+    done = _Pass(model, program or Program(), tokens, prompt_length, None, {}, artifacts or {}).run()
+    rows = [done.after[Site.RESID_POST, layer] for layer in range(model.config.num_hidden_layers)]
+    return torch.stack([torch.stack([logit_lens(model, h) for h in layer]) for layer in rows])
 
 
 def _first_abort(done: _Pass) -> tuple[int | None, str | None]:

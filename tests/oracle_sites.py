@@ -103,6 +103,38 @@ def logit_lens(model: PreTrainedModel, h: Tensor) -> Tensor:
     return torch.log_softmax(logits.double(), dim=-1)
 
 
+def contributions(model: PreTrainedModel, part: Tensor, end: Tensor) -> Tensor:
+    """What a summand [d_model] of the residual stream `end` adds to the logits [vocab], before a soft cap."""
+    final, unembedding = model.get_submodule(_family(model).final_norm), model.get_submodule("lm_head")
+    return _share(final, part, end) @ unembedding.weight.double().t()  # type: ignore[operator, union-attr]
+
+
+def neuron_vectors(model: PreTrainedModel, layer: int, neurons: Tensor) -> Tensor:
+    """What each neuron adds to the residual stream [d_ff, d_model], given the neurons [d_ff] of a token."""
+    family = _family(model)
+    block = model.get_submodule(f"{family.blocks}.{layer}")
+    down = block.get_submodule(family.down_proj)
+    bias = down(torch.zeros_like(neurons))
+    added = down(torch.diag(neurons)) - bias
+    norm = block.get_submodule(family.mlp_out) if family.mlp_out == "post_feedforward_layernorm" else None
+    if norm is None:
+        return added
+    return torch.stack([_share(norm, row, down(neurons)) for row in added])
+
+
+def _share(norm: nn.Module, part: Tensor, whole: Tensor) -> Tensor:
+    """The norm of the whole is its centred numbers times a scale, which the part has too. float64."""
+    part, whole, normed = part.double(), whole.double(), norm(whole[None])[0].double()
+    bias = getattr(norm, "bias", None)
+    if bias is None:
+        return part * (normed / whole)
+    return (part - part.mean()) * ((normed - bias.double()) / (whole - whole.mean()))
+
+
+def _family(model: PreTrainedModel) -> Family:
+    return _FAMILIES[model.config.model_type]
+
+
 Visit = Callable[[Site, int, Tensor], Tensor]
 
 

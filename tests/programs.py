@@ -351,6 +351,11 @@ READOUTS = (
     ("logit_lens", Site.RESID_PRE),
     ("logit_lens", Site.RESID_MID),
     ("logit_lens", Site.RESID_POST),
+    ("logit_lens", Site.ATTN_OUT),
+    ("logit_lens", Site.MLP_OUT),
+    *(("lens of tokens", site) for site in (Site.RESID_PRE, Site.RESID_POST, Site.ATTN_OUT, Site.MLP_OUT)),
+    ("lens of neurons", Site.MLP_POST),
+    ("lens of neurons and tokens", Site.MLP_POST),
     ("heads", Site.ATTN_Z),
     ("all heads", Site.ATTN_Z),
 )
@@ -371,5 +376,11 @@ def readout_kind(name: str, site: Site, shapes: Shapes) -> ReadoutKind:
         return HeadReadout()
     if name == "logit_lens":
         return LogitLensReadout(k=3)
+    if name == "lens of tokens":
+        return LogitLensReadout(token_ids=(7, 30, 4))
+    if name == "lens of neurons":
+        return LogitLensReadout(k=2, neurons=(shapes.d_ff - 1, 0, 5))
+    if name == "lens of neurons and tokens":
+        return LogitLensReadout(token_ids=(12, 3), neurons=(6, shapes.d_ff - 2))
     width = shapes.sites[site]
     return ProjectionReadout((_vector(f"{site} 0", width), _vector(f"{site} 1", width, unit=True)))

@@ -350,6 +350,7 @@ class Generations(GenerationServiceServicer):
             grounding=generation_pb2.GroundingReport(grounded_ratio=0.5, grounded_tokens=1, ranges=[place])
             if grounded
             else None,
+            confidence=confidence_report(request.confidence) if request.HasField("confidence") else None,
         )
         yield generation_pb2.GenerateResponse(finished=finished)
 
@@ -359,13 +360,31 @@ class Generations(GenerationServiceServicer):
     def Score(self, request: Any, context: Any) -> generation_pb2.ScoreResponse:
         self.request = request
         report = sparsity_report(request.sparsity) if request.HasField("sparsity") else None
-        return generation_pb2.ScoreResponse(perplexity=2.0, sparsity=report)
+        confidence = confidence_report(request.confidence) if request.HasField("confidence") else None
+        return generation_pb2.ScoreResponse(perplexity=2.0, sparsity=report, confidence=confidence)
 
     def Compare(self, request: Any, context: Any) -> Iterator[generation_pb2.CompareResponse]:
         for side in (generation_pb2.COMPARE_SIDE_EDITED, generation_pb2.COMPARE_SIDE_BASELINE):
             for response in self.Generate(request.request, context):
                 yield generation_pb2.CompareResponse(text=generation_pb2.CompareText(side=side, response=response))
         yield generation_pb2.CompareResponse(summary=generation_pb2.CompareSummary(positions=2))
+
+
+def confidence_report(asked: generation_pb2.Confidence) -> generation_pb2.ConfidenceReport:
+    """Of three layers; each option is as likely as the others."""
+    share = 1 / max(len(asked.options), 1)
+    options = [
+        generation_pb2.OptionConfidence(option=option, token=i, probability=[share] * 3)
+        for i, option in enumerate(asked.options)
+    ]
+    return generation_pb2.ConfidenceReport(
+        consistency=0.375,
+        layers=[0, 1, 2],
+        layer_agreement=[0.25, 0.5, 1.0],
+        layer_probability=[0.125, 0.25, 0.75],
+        options=options,
+        tokens=1 if options else 2,
+    )
 
 
 def sparsity_report(asked: sparse_policy_pb2.Sparsity) -> sparse_policy_pb2.SparsityReport:

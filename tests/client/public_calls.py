@@ -150,6 +150,7 @@ _NO_CALLS = {
     "program_message",
     "sparsity_message",
     "grounding_message",
+    "confidence_message",
     "selection_message",
     "selection_or_layers",
     "quantile_of",

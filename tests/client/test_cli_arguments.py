@@ -326,6 +326,7 @@ def test_the_address_comes_from_the_option_then_the_environment(monkeypatch: pyt
         ["heads", "ablate", "L18H6,retrieval"],
         ["heads", "circuit", "ioi"],
         ["heads", "attribute", "The cat"],
+        ["lens", "hello", "--neurons", "dogs"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:

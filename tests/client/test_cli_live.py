@@ -102,6 +102,42 @@ def test_generate_lists_logprobs_by_words_when_asked(capsys: pytest.CaptureFixtu
         )
 
 
+def test_a_lens_shows_the_likeliest_tokens_by_layer(capsys: pytest.CaptureFixture[str]):
+    seen = json_of(capsys, "lens", "hello", "--top", "2")
+    assert main(["lens", "hello", "--top", "2"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["layer", "likeliest"]
+    assert [row.split()[0] for row in rows] == [str(value["layer"]) for value in seen]
+    assert all(quoted(text) in row for row, value in zip(rows, seen, strict=True) for text in value["texts"])
+
+
+def test_a_lens_shows_what_attention_and_mlps_add_to_tokens(program: str, capsys: pytest.CaptureFixture[str]):
+    asked = ["lens", "hello", "--token", "a", "--token", "b", "--layers", "1", "--program", program]
+    seen = {value["name"]: value["values"] for value in json_of(capsys, *asked)}
+    assert main(asked) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.count("MLP adds") == 2
+    of_each = zip(seen["state"], seen["attention"], seen["mlp"], strict=True)
+    assert row.split() == ["1", *(f"{number:+.3f}" for own in of_each for number in own)]
+    plain = {value["name"]: value["values"] for value in json_of(capsys, *asked[:-2])}
+    assert plain["state"] != seen["state"]
+
+
+def test_a_lens_shows_what_neurons_add(capsys: pytest.CaptureFixture[str]):
+    asked = ["lens", "hello", "--neurons", "L1N5,L0N3,L1N2", "--token", "a"]
+    seen = json_of(capsys, *asked)
+    assert [(value["layer"], len(value["values"])) for value in seen] == [(0, 1), (1, 2)]
+    assert main(asked) == 0
+    shown = [row.split() for row in capsys.readouterr().out.splitlines()[1:]]
+    numbers = [f"{number:+.3f}" for value in seen for number in value["values"]]
+    assert shown == [[name, '"a"', number] for name, number in zip(("L0N3", "L1N5", "L1N2"), numbers, strict=True)]
+
+
+def test_a_lens_takes_no_token_that_is_part_of_a_character(capsys: pytest.CaptureFixture[str]):
+    assert main(["lens", "hello", "--token", "語"]) == 2
+    assert "--token '語'" in capsys.readouterr().err
+
+
 def test_score_lists_words(capsys: pytest.CaptureFixture[str]):
     assert main(["score", "hello", " you"]) == 0
     rows = capsys.readouterr().out.splitlines()[1:5]

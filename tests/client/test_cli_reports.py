@@ -276,6 +276,28 @@ def test_ground_shows_the_answer_and_where_it_was_copied_from(
     assert report["grounding"]["ranges"][0]["start"] == report["tokens"][0]["sources"][0]["position"] == 4
 
 
+def test_confidence_is_shown_by_layer_and_summed_up(generations: Generations, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "is it?", "--option", " yes", "--option", " no"]) == 0
+    assert generations.request.confidence == generation_pb2.Confidence(options=[" yes", " no"])
+    printed = capsys.readouterr()
+    answer, _, _, header, *layers = printed.out.splitlines()
+    assert answer == "a sandwich"
+    assert header.split() == ["layer", "agrees", "token", '"', 'yes"', '"', 'no"']
+    assert [line.split() for line in layers][1] == ["1", "50.0%", "0.2500", "0.5000", "0.5000"]
+    assert "layers before the last agree by 37.5% over 1 token, ' yes' 50.0% at layer 2" in printed.err
+    report = json_of(capsys, "generate", "hi", "--confidence")["confidence"]
+    assert (report["layer_agreement"], report["options"]) == ([0.25, 0.5, 1.0], [])
+    assert json_of(capsys, "generate", "hi")["confidence"] is None
+
+
+def test_confidence_in_a_continuation_is_shown(generations: Generations, capsys: pytest.CaptureFixture[str]):
+    assert main(["score", "hi", " you", "--confidence"]) == 0
+    printed = capsys.readouterr()
+    assert "confidence by layer" in printed.out
+    assert "agree by 37.5% over 2 tokens" in printed.err
+    assert json_of(capsys, "score", "hi", " you", "--confidence")["confidence"]["consistency"] == 0.375
+
+
 def test_compare_names_the_head_sets_it_compares(heads: Heads, capsys: pytest.CaptureFixture[str]):
     assert main(["heads", "compare", "one", "two", "--top", "4"]) == 0
     assert (list(heads.request.head_sets), heads.request.top_k) == (["one", "two"], 4)

@@ -152,8 +152,11 @@ def test_the_example_of_watches_runs(embedded_server: LiveServer, client: Client
     given = {"W_enc": generator.normal(size=(576, 8)), "b_enc": np.zeros(8), "chosen": [1, 5]}
     try:
         with traffic(client):
-            batch = run("docs/user/monitoring.md", embedded_server.address, client=client, **given)["batch"]
-        assert batch.activations
+            names = run("docs/user/monitoring.md", embedded_server.address, client=client, **given)
+        assert names["batch"].activations
+        assert names["report"].tokens == 1
+        read = {name: sum(v.name == name for v in names["result"].prompt_readouts) for name in ("state", "attention")}
+        assert read == {"state": 1, "attention": 30}
     finally:
         client.stop_watch("safety")
         client.delete_artifact("safety")

@@ -274,6 +274,14 @@ def test_a_gate_compares_a_projection_with_its_threshold() -> None:
     assert condition.cosine
 
 
+def test_a_lens_reads_the_largest_chosen_tokens_or_single_neurons() -> None:
+    assert read_logit_lens(4, layers=2).site == pb.SITE_RESID_POST
+    chosen = read_logit_lens(token_ids=[7, 8], site="mlp_out", layers="all")
+    assert (chosen.site, chosen.logit_lens) == (pb.SITE_MLP_OUT, pb.LogitLensReadout(token_ids=[7, 8]))
+    single = read_logit_lens(2, neurons=5, layers=3)
+    assert (single.site, single.logit_lens) == (pb.SITE_MLP_POST, pb.LogitLensReadout(k=2, neurons=[5]))
+
+
 def test_a_program_keeps_the_order_of_edits_with_readouts_and_aborts() -> None:
     readouts = [read_projection(["joyful"], layers=3), read_neurons([1], layers=3), read_top_neurons(5, layers="all")]
     program = Program(

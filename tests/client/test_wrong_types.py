@@ -101,6 +101,7 @@ def test_every_argument_of_a_builder_is_named_when_it_is_wrong(name: str, parame
         ({"stop_token_ids": [1, "2"]}, "stop_token_ids[1]: expected an int, got '2'"),
         ({"stop_token_ids": 7}, "stop_token_ids: expected several, each an int, got 7"),
         ({"program": "joyful"}, "program: expected several, each an edit such as add(...)"),
+        ({"confidence": 5}, "confidence: expected a Confidence, or True, got 5"),
         ({"grounding": 5}, "grounding: expected a Grounding, or the id or tag of a head set, got 5"),
         ({"sparsity": QualityGuard()}, "sparsity: expected a Sparsity, a policy such as cats"),
         ({"priority": 3}, "priority: expected one of interactive, batch, analysis, got 3"),

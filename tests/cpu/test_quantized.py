@@ -73,3 +73,14 @@ def test_every_number_of_rows_gives_the_same_product(make: object, biased: bool)
     exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     for rows in (1, 2, 3, 9):
         assert (linear(x[:rows]) - exact[:rows]).abs().max() <= 2e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("make", [affine_4, symmetric_8, lambda out, width: torch.randn(out, width)])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_chosen_rows_and_columns_are_those_of_the_matrix(make: object, batch_invariant: bool) -> None:
+    weight = make(64, 96)  # type: ignore[operator]
+    linear = Linear(weight, torch.randn(64), batch_invariant=batch_invariant)
+    outputs, inputs = torch.tensor([63, 0, 17, 17]), torch.tensor([95, 31, 32, 0])
+    torch.testing.assert_close(linear.rows(outputs), weight[outputs])
+    torch.testing.assert_close(linear.columns(inputs), weight.t()[inputs])
+    assert linear.rows(outputs[:0]).shape == (0, 96)

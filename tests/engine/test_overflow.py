@@ -199,12 +199,12 @@ def test_a_projection_in_bfloat16_is_not_rounded_to_eight_bits() -> None:
     readout = BoundReadout("p", ProjectionReadout, Site.RESID_POST, (0,), Scope(), {0: v.float()}, ids=(), k=0)
     program = BoundProgram(Program(), "", (), (readout,), ())
     tables = Tables(torch.bfloat16, torch.device("cpu"))
-    setting = Setting(tables, 1, 1, {Site.RESID_POST: 4096}, torch.device("cpu"), lambda x: x)
+    setting = Setting(tables, 1, 1, {Site.RESID_POST: 4096}, torch.device("cpu"), loaded("llama").decoder)
     state = ProgramState(0, program, SequenceTokens(1, None), tables.load(program))
     plan = Planner(setting).plan([ProgramSpan(state, 0, 1, np.zeros(1, dtype=np.int64), 1)])
     plan.begin(torch.ones(1, dtype=torch.int64))
     plan.visit(Site.RESID_POST, 0, h)
-    [(_, found)] = plan.finish().readouts
+    [(_, found)] = plan.finish(h).readouts
     assert found.values[0] == pytest.approx(float(h.double() @ v.double().T), rel=1e-4)
     assert math.isfinite(found.values[0])
 

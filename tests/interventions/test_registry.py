@@ -13,6 +13,7 @@ from patchclamp_server import interventions
 from patchclamp_server.interventions import columns, slots
 from patchclamp_server.interventions.edit_kinds import NAMES
 from patchclamp_server.interventions.kinds import EDIT_TABLES, EDITS, READOUT_TABLES, READOUTS, RULES
+from patchclamp_server.interventions.program import HeadReadout, LatentReadout
 from patchclamp_server.security.policy import EDIT_KINDS
 
 # model/attention/peaks.py is moved out of the engine with the attention it belongs to.
@@ -43,7 +44,8 @@ def test_policies_know_every_kind_by_the_name_of_its_field() -> None:
 def test_every_kind_of_entry_has_a_rule_of_torch() -> None:
     assert set(RULES) == set(columns.EntryKind)
     assert set(EDIT_TABLES) == {kind for kind in columns.EntryKind if kind.edits}
-    assert len(READOUT_TABLES) == len(READOUTS) - 1
+    # Attention answers for heads, and no message asks for latent predictions.
+    assert set(READOUT_TABLES) == {spec.kind for spec in READOUTS} - {HeadReadout} | {LatentReadout}
 
 
 def test_the_host_writes_the_format_that_kernels_read() -> None:

@@ -136,6 +136,7 @@ READOUTS = [
     program_pb2.Readout(site="SITE_MLP_POST", layers=[1], top_neurons={"k": 3}, scope=SCOPE),
     program_pb2.Readout(name="g", site="SITE_MLP_GATE", layers=[1], neurons={"neurons": [0]}),
     program_pb2.Readout(site="SITE_RESID_POST", layers=[1], logit_lens={"k": 2}),
+    program_pb2.Readout(site="SITE_MLP_POST", layers=[0], logit_lens={"token_ids": [4, 9], "neurons": [2]}),
     program_pb2.Readout(site="SITE_MLP_OUT", layers=[1], activations={"units": [0, 3]}),
     program_pb2.Readout(site="SITE_ATTN_Z", layers=[1], heads={"heads": [0]}),
     program_pb2.Readout(name="f", site="SITE_RESID_POST", layers=[1], features={"autoencoder": "sae", "features": [4]}),
@@ -281,6 +282,7 @@ def calls() -> dict[str, list[Call]]:
             [generate(prompt=TOKENS, sparsity={"policy": GRIFFIN, "guard": {"max_divergence": 1.0}})],
             [generate(program=PROBED)],
             [generate(grounding={"head_set": "heads", "top_k": 1})],
+            [generate(confidence={"layers": [0], "options": ["yes", "no"], "thresholds": [0.25]})],
         ],
         "GenerationService/Session": [
             session(generation_pb2.SessionRequest(advance={"tokens": 2}), lockstep=True),
@@ -293,6 +295,7 @@ def calls() -> dict[str, list[Call]]:
         "GenerationService/Score": [
             [generation_pb2.ScoreRequest(prompt=PROMPT, text=" there", program=PROGRAM, top_logprobs=2)],
             [generation_pb2.ScoreRequest(prompt=TOKENS, tokens={"ids": [9, 10]}, sparsity={"policy": GRIFFIN})],
+            [generation_pb2.ScoreRequest(prompt=PROMPT, text=" there", confidence={"layers": [0, 1]})],
         ],
         "GenerationService/Compare": [[generation_pb2.CompareRequest(request=generate(program=PROGRAM))]],
         "SteeringService/ExtractVectors": [

@@ -75,6 +75,10 @@ def request(**fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(**{"prompt": pb.Prompt(text="hello"), **fields})
 
 
+def confident(**fields: Any) -> pb.GenerateRequest:
+    return request(confidence=pb.Confidence(**fields))
+
+
 INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
     # Prompts
     "no prompt": (pb.GenerateRequest(), "prompt.form"),
@@ -264,6 +268,39 @@ INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
         reading(layers=[7], logit_lens=program.LogitLensReadout(k=1)),
         "program.readouts[0].layers[0]",
     ),
+    "lens of nothing": (reading(logit_lens=program.LogitLensReadout()), "program.readouts[0].logit_lens.k"),
+    "lens of the largest and of tokens": (
+        reading(logit_lens=program.LogitLensReadout(k=1, token_ids=[1])),
+        "program.readouts[0].logit_lens.token_ids",
+    ),
+    "lens of a token that is not there": (
+        reading(logit_lens=program.LogitLensReadout(token_ids=[1, 999_999])),
+        "program.readouts[0].logit_lens.token_ids[1]",
+    ),
+    "lens of a token twice": (
+        reading(logit_lens=program.LogitLensReadout(token_ids=[1, 1])),
+        "program.readouts[0].logit_lens.token_ids[1]",
+    ),
+    "lens of more tokens than are read": (
+        reading(logit_lens=program.LogitLensReadout(token_ids=range(257))),
+        "program.readouts[0].logit_lens.token_ids",
+    ),
+    "lens of neurons without neurons": (
+        reading(site=program.SITE_MLP_POST, logit_lens=program.LogitLensReadout(k=1)),
+        "program.readouts[0].logit_lens.neurons",
+    ),
+    "lens of neurons where there are none": (
+        reading(site=program.SITE_MLP_OUT, logit_lens=program.LogitLensReadout(k=1, neurons=[1])),
+        "program.readouts[0].logit_lens.neurons",
+    ),
+    "lens of more neurons than are read": (
+        reading(site=program.SITE_MLP_POST, logit_lens=program.LogitLensReadout(k=1, neurons=range(65))),
+        "program.readouts[0].logit_lens.neurons",
+    ),
+    "lens of heads": (
+        reading(site=program.SITE_ATTN_Z, logit_lens=program.LogitLensReadout(k=1)),
+        "program.readouts[0].site",
+    ),
     "top zero neurons": (
         reading(site=program.SITE_MLP_POST, top_neurons=program.TopNeuronsReadout(k=0)),
         "program.readouts[0].top_neurons.k",
@@ -309,6 +346,31 @@ INVALID: dict[str, tuple[pb.GenerateRequest, str]] = {
     "guard without a window": (
         request(sparsity=sparse.Sparsity(policy=griffin(), guard=sparse.QualityGuard(max_divergence=1, window=0))),
         "sparsity.guard.window",
+    ),
+    # Confidence
+    "confidence of a layer that is not there": (confident(layers=[0, LAYERS]), "confidence.layers[1]"),
+    "confidence of a layer twice": (confident(layers=[0, 0]), "confidence.layers[1]"),
+    "confidence of the last layer alone": (confident(layers=[LAYERS - 1]), "confidence.layers"),
+    "confidence in one option": (confident(options=[" yes"]), "confidence.options"),
+    "confidence in more options than are read": (
+        confident(options=[chr(33 + i) for i in range(65)]),
+        "confidence.options",
+    ),
+    "confidence in an empty option": (confident(options=["yes", ""]), "confidence.options[1]"),
+    "confidence in options of one first token": (confident(options=["yes", "no", "you"]), "confidence.options[2]"),
+    "thresholds without options": (confident(thresholds=[0.5] * LAYERS), "confidence.thresholds"),
+    "thresholds of three options": (
+        confident(options=["a", "b", "c"], thresholds=[0.5] * LAYERS),
+        "confidence.thresholds",
+    ),
+    "thresholds of too few layers": (confident(options=["a", "b"], thresholds=[0.5]), "confidence.thresholds"),
+    "a threshold that is no probability": (
+        confident(layers=[0], options=["a", "b"], thresholds=[1.5]),
+        "confidence.thresholds[0]",
+    ),
+    "a threshold that is no number": (
+        confident(layers=[0], options=["a", "b"], thresholds=[NAN]),
+        "confidence.thresholds[0]",
     ),
     "grounding without a head set": (request(grounding=pb.Grounding(top_k=3)), "grounding.head_set"),
     "projection of the wrong width": (

@@ -61,6 +61,20 @@ def test_a_logit_lens_reads_words_and_neurons_have_none(channel: grpc.Channel):
         assert list(value.texts) == (pieces(channel, value.ids) if value.name == "lens" else [])
 
 
+def test_contributions_of_neurons_come_one_neuron_after_the_other(channel: grpc.Channel):
+    ids = tokenized(channel, "ab")
+    where = {"site": program.SITE_MLP_POST, "layers": [0], "scope": program.Scope(include=[{"last_k": 1}])}
+    each = [
+        program.Readout(name=f"{neurons}", logit_lens={"token_ids": ids, "neurons": neurons}, **where)
+        for neurons in ([3, 9], [3], [9])
+    ]
+    request = pb.GenerateRequest(prompt=PROMPT, stop=STOP, program=program.Program(readouts=each))
+    values = [v for r in GenerationServiceStub(channel).Generate(request) for v in r.prompt_readouts]
+    both, *alone = (next(v for v in values if v.name == readout.name) for readout in each)
+    assert list(both.texts) == ["a", "b", "a", "b"]
+    assert list(both.values) == [v for one in alone for v in one.values]
+
+
 def test_divergences_name_their_token(channel: grpc.Channel):
     request = pb.CompareRequest(request=pb.GenerateRequest(prompt=PROMPT, stop=STOP))
     responses = GenerationServiceStub(channel).Compare(request)

@@ -110,5 +110,20 @@ class Linear:
         assert self.weight is not None
         return F.linear(x, self.weight, self.bias)
 
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Returns the weights of chosen outputs [n], as [n, in] in float32."""
+        if self.weight is not None:
+            return self.weight.index_select(0, outputs).float()
+        assert self.quantized is not None
+        return self.quantized.chosen(outputs)
+
+    def columns(self, inputs: Tensor) -> Tensor:
+        """Returns the weights of chosen inputs [n], as [n, out] in float32."""
+        if self.weight is not None:
+            return self.weight.index_select(1, inputs).t().float()
+        assert self.quantized is not None
+        unit = torch.zeros(len(inputs), self.quantized.shape[1])
+        return self.quantized.multiply(unit.scatter_(1, inputs[:, None], 1.0))
+
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)

@@ -56,12 +56,22 @@ class QuantizedWeight:
         assert start % LANES == 0
         assert end % LANES == 0
         blocks = slice(start // LANES, end // LANES)
-        codes = torch.from_numpy(self.codes[blocks])  # [blocks, groups, 16 or 32, lanes]
-        scale, low = torch.from_numpy(self.scale_and_low[blocks]).unsqueeze(3).unbind(2)
-        if self.bits == 4:
-            codes = torch.cat((codes & 15, codes >> 4), dim=2)
-        weights = torch.addcmul(low, codes.float(), scale)
+        weights = self._weights(self.codes[blocks], self.scale_and_low[blocks])  # [blocks, groups, 32, lanes]
         return weights.permute(0, 3, 1, 2).reshape(end - start, -1)
+
+    def chosen(self, outputs: Tensor) -> Tensor:
+        """The weights of outputs [n], in any order: [n, in] float32."""
+        blocks, lanes = (outputs // LANES).numpy(), (outputs % LANES).numpy()
+        codes, scale_and_low = (own[blocks, :, :, lanes][..., None] for own in (self.codes, self.scale_and_low))
+        return self._weights(codes, scale_and_low).reshape(len(outputs), self.shape[1])
+
+    def _weights(self, codes: NDArray[Any], scale_and_low: NDArray[Any]) -> Tensor:
+        """Returns weights [blocks, groups, 32, lanes] of codes [blocks, groups, 16 or 32, lanes]."""
+        own = torch.from_numpy(codes)
+        scale, low = torch.from_numpy(scale_and_low).unsqueeze(3).unbind(2)
+        if self.bits == 4:
+            own = torch.cat((own & 15, own >> 4), dim=2)
+        return torch.addcmul(low, own.float(), scale)
 
 
 def recover(weight: Tensor) -> QuantizedWeight | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from patchclamp_server.engine.latents import latent_predictions
 from patchclamp_server.engine.live import LiveRequests
 from patchclamp_server.engine.quality_guard import divergences
 from patchclamp_server.engine.request import FinishReason
@@ -16,7 +17,9 @@ from patchclamp_server.engine.sampler import NOT_FINITE, Sampled, sample
 from patchclamp_server.engine.scheduler import Work
 from patchclamp_server.engine.sequence import Sequence
 from patchclamp_server.errors import Aborted, EngineFailure
+from patchclamp_server.interventions.kinds.latents import LatentRows
 from patchclamp_server.interventions.spans import StepOutcome
+from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.overflow import logits_refusal
 
 log = logging.getLogger(__name__)
@@ -26,8 +29,8 @@ OnLogits = Callable[[int, int, Tensor], None]
 
 
 class Delivery:
-    def __init__(self, live: LiveRequests, runner: Runner, context_length: int) -> None:
-        self._live, self._runner = live, runner
+    def __init__(self, live: LiveRequests, runner: Runner, decoder: Decoder, context_length: int) -> None:
+        self._live, self._runner, self._decoder = live, runner, decoder
         self._context_length = context_length
         # These count the tokens sampled, and those given their log-probability, since the start.
         self.generated_tokens = self.scored_tokens = 0
@@ -36,11 +39,15 @@ class Delivery:
         self._sample_densely(result)
         self._tell_outcome(work, result.outcome)
         drawn = self._drawn(result)
+        sampled: list[Sampled] = []
         if drawn:
             rows = [p.row for p in drawn]
             logits = result.logits if len(rows) == len(result.logits) else result.logits[rows]
             sampled = sample(logits, [p.sequence.sampling_row for p in drawn])
             self._look_at(drawn, sampled, logits, on_logits)
+        if result.outcome.latents:
+            self._tell_latents(result.outcome.latents, drawn, sampled)
+        if drawn:
             self._accept(drawn, sampled)
         self._end_computed(work)
 
@@ -123,6 +130,24 @@ class Delivery:
                 on_logits(sequence.id, len(sequence.tokens), logits[i])
             if sequence.follower is not None:
                 sequence.predictions[len(sequence.tokens)] = torch.log_softmax(logits[i].double(), dim=0)
+
+    def _tell_latents(self, latents: list[LatentRows], drawn: list[Prediction], sampled: list[Sampled]) -> None:
+        """Sends what layers would have said in place of each token that comes now, before those that are sampled."""
+        sequences = self._live.sequences
+        following = {(p.sequence.id, p.position): choice.id for p, choice in zip(drawn, sampled, strict=True)}
+        asked: dict[tuple[int, int], tuple[int, ...]] = {}
+        for uid, position in {owner for rows in latents for owner in rows.asked}:
+            sequence = sequences.get(uid)
+            if sequence is None or sequence.state is None:
+                continue
+            scored = sequence.tokens[position + 1] if sequence.scores else NOT_FINITE
+            token = following.get((uid, position), scored)
+            if token != NOT_FINITE:
+                asked[uid, position] = (token, *sequence.state.bound.latent_options)
+        for uid, found in latent_predictions(self._decoder, latents, asked).items():
+            with self._live.concerning(sequences[uid]):
+                for predictions in found:
+                    sequences[uid].request.on_event(predictions)
 
     def _accept(self, drawn: list[Prediction], sampled: list[Sampled]) -> None:
         """Adds the sampled tokens to their sequences, and finishes those that end with them."""

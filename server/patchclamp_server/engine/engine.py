@@ -82,7 +82,7 @@ class Engine:
             max_items=self.config.max_watched_items,
         )
         self.runner = Runner(self.executor, self.cache, self.monitor)
-        self.delivery = Delivery(self.live, self.runner, model.info.context_length)
+        self.delivery = Delivery(self.live, self.runner, model.decoder, model.info.context_length)
         self.access: EngineAccess = OpenEngine()
         self.exclusive = ExclusiveDoor(model.decoder.device, lambda tokens: self.access.compute(tokens))
         self.steps = Steps(

@@ -197,6 +197,24 @@ class Readouts:
     values: tuple[ReadoutValue, ...]
 
 
+class LayerPrediction(NamedTuple):
+    """What a layer would have said: its most likely token, and the log-probabilities of those that are asked about."""
+
+    layer: int
+    top: int
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LatentPredictions:
+    """What layers would have said for `position` + 1, where the sequence has `token`, the first that they are asked
+    about."""
+
+    position: int
+    token: int
+    layers: tuple[LayerPrediction, ...]
+
+
 @dataclass(frozen=True)
 class Divergence:
     """KL(edited ‖ baseline) in nats where the edited sequence chose token `id` for `position`."""
@@ -260,4 +278,4 @@ class Failed:
     timeline: Timeline | None = None
 
 
-Event = Token | Text | Readouts | Divergence | Captured | Finished | Failed
+Event = Token | Text | Readouts | LatentPredictions | Divergence | Captured | Finished | Failed

@@ -8,7 +8,7 @@ from patchclamp_server.engine.quality_guard import GuardState
 from patchclamp_server.engine.request import SparseInference, SparsityReport
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.columns import EntryKind
-from patchclamp_server.interventions.program import NeuronReadout
+from patchclamp_server.interventions.program import LogitLensReadout, NeuronReadout
 from patchclamp_server.model.sites import NEURON_SITES
 from patchclamp_server.sparsity.apply import NO_NEURONS, Forced, Rows, forced_neurons
 from patchclamp_server.sparsity.policy import SequenceState
@@ -133,7 +133,7 @@ def forced_by(program: BoundProgram) -> Forced:
         if readout.site not in NEURON_SITES:
             continue
         for layer in readout.layers:
-            if readout.kind is NeuronReadout:
+            if readout.kind in (NeuronReadout, LogitLensReadout):
                 named.setdefault(layer, []).append(list(readout.ids))
             else:
                 every.add(layer)

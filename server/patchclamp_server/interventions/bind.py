@@ -73,6 +73,8 @@ def bind(
     for readout in readouts:
         digest.update(repr((readout.name, readout.kind.__name__, readout.site, readout.layers, readout.scope)).encode())
         digest.update(repr((readout.ids, readout.k, readout.heads)).encode())
+        if readout.tokens:
+            digest.update(repr(readout.tokens).encode())
         if readout.encoder is not None:
             digest.update(readout.encoder.id.encode())
         if readout.latents is not None:
@@ -193,6 +195,7 @@ class _Binder:
             latents=own.latents,
             encoder=own.encoder,
             joint=own.joint,
+            tokens=own.tokens,
         )
 
     def readout_place(self, readout: Readout, path: str) -> tuple[Site, tuple[int, ...]]:

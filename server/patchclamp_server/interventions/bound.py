@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchclamp_server.interventions.columns import EntryKind
 from patchclamp_server.interventions.encoders import WholeEncoder
-from patchclamp_server.interventions.program import HeadReadout, Program, ReadoutKind, Scope
+from patchclamp_server.interventions.program import HeadReadout, LatentReadout, Program, ReadoutKind, Scope
 from patchclamp_server.interventions.request_warnings import RequestWarning
 from patchclamp_server.interventions.safe_strengths import SafeRange
 from patchclamp_server.model.sites import Site
@@ -77,7 +77,7 @@ class BoundReadout:
     """A readout with its numbers. A projection has `vectors[layer]` [n, width], each of length 1; neurons have `ids`,
     heads have `heads[layer]`, and the top k kinds have `k`. A probe has vectors, and what it makes of them: `joint`.
     Chosen features have `vectors`, the encoder's rows, `ids` and `latents` [n, 2], bias and jump; the k largest
-    features have `encoder`."""
+    features have `encoder`. A logit lens has `k` or `tokens`, and of neurons `ids`."""
 
     name: str
     kind: type[ReadoutKind]
@@ -91,6 +91,7 @@ class BoundReadout:
     joint: Joint | None = None
     latents: Tensor | None = None
     encoder: WholeEncoder | None = None
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,11 @@ class BoundProgram:
     aborts: tuple[BoundAbort, ...]
     # What its receipt says beside what was counted.
     warnings: tuple[RequestWarning, ...] = ()
+
+    @cached_property
+    def latent_options(self) -> tuple[int, ...]:
+        """Returns the tokens whose latent probabilities are asked for beside that of the token that comes."""
+        return next((r.ids for r in self.readouts if r.kind is LatentReadout), ())
 
     @cached_property
     def head_readouts(self) -> tuple[BoundReadout, ...]:

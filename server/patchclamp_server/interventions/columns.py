@@ -29,6 +29,7 @@ class EntryKind(IntEnum):
     LOGIT_LENS = 33
     ACTIVATIONS = 34
     TOP_FEATURES = 35
+    LATENT = 36
 
     @property
     def edits(self) -> bool:

@@ -23,9 +23,10 @@ from patchclamp_server.interventions.columns import (
 )
 from patchclamp_server.interventions.entries import place_of_group
 from patchclamp_server.interventions.kinds import RULES
+from patchclamp_server.interventions.kinds.latents import LatentRule
 from patchclamp_server.interventions.kinds.rankings import RowsRead
 from patchclamp_server.interventions.kinds.rules import Entries, Pairs
-from patchclamp_server.interventions.plan import Part, Ranking
+from patchclamp_server.interventions.plan import Latents, Part, Ranking
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows, chosen, moving_rows, steady_rows
 from patchclamp_server.interventions.scopes import Int32Array
@@ -86,6 +87,10 @@ def _add_rules(part: Part, setting: Setting, local: IntArray, entry: IntArray, i
         if isinstance(rule, RowsRead):
             asked = _asked(rows, local[start:end], ints[start:end, ITEM])
             part.rankings.append(Ranking(layer, rule, asked))
+        elif isinstance(rule, LatentRule):
+            own = local[start:end]
+            asked_at = zip(rows.owner[own].tolist(), rows.offset[own].tolist(), strict=True)
+            part.latents.append(Latents(layer, rule, list(asked_at)))
 
 
 def _targets(report: Report, local: IntArray, ints: Int32Array) -> IntArray:

@@ -53,9 +53,13 @@ class KernelPlan:
     def n_items(self) -> int:
         return int(self.counters.shape[1])
 
-    def outcome(self, opened: Tensor, readings: Tensor) -> StepOutcome:
-        """`opened` [T, columns] and `readings` [T, columns] as the step left them: copied where somebody asked."""
-        outcome = self.observers.finish() if self.observers is not None else StepOutcome()
+    def outcome(self, opened: Tensor, readings: Tensor, end: Tensor | None = None) -> StepOutcome:
+        """`opened` [T, columns], `readings` [T, columns] and the residual stream `end` [T, d_model], which only
+        observers need, as the step left them: copied where somebody asked."""
+        outcome = StepOutcome()
+        if self.observers is not None:
+            assert end is not None
+            outcome = self.observers.finish(end)
         if any(part.report.asks_conditions for part in self.parts):
             held = opened.cpu().numpy()
             for part in self.parts:

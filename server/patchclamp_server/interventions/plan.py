@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.interventions.captures import CaptureRule
+from patchclamp_server.interventions.kinds.latents import LatentRule
 from patchclamp_server.interventions.kinds.rankings import RowsRead
 from patchclamp_server.interventions.kinds.rules import Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
@@ -27,6 +28,15 @@ class Ranking:
     asked: list[tuple[int, int, str]]
 
 
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Says whose rows a rule reads: span and offset in it."""
+
+    layer: int
+    rule: LatentRule
+    asked: list[tuple[int, int]]
+
+
 @dataclass(eq=False)
 class Part:
     """The compiled form of some spans of a step. `rules` are what torch runs of them, at their places.
@@ -40,6 +50,7 @@ class Part:
     by_kernels: bool
     rules: dict[Place, list[Rule]] = field(default_factory=dict)
     rankings: list[Ranking] = field(default_factory=list)
+    latents: list[Latents] = field(default_factory=list)
     # Each pair of an edit and a row has a row of Tables.counts and 0 or 1 here, in the order of execution.
     counter: Tensor | None = None
     counted: Tensor | None = None
@@ -53,8 +64,9 @@ class Part:
         readings = torch.zeros(len(report.reading_rows) * report.n_readings, device=device)
         self.context = StepContext(positions, tables.latch, opened, readings, [], [], [])
 
-    def finish(self, tables: Tables, outcome: StepOutcome) -> None:
-        """Adds the step to the receipts, and copies what was read to the host."""
+    def finish(self, tables: Tables, outcome: StepOutcome, end: Tensor) -> None:
+        """Adds the step to the receipts, and copies what was read to the host. `end` [T, d_model] is the residual
+        stream after the last block."""
         context, report, spans = self.context, self.report, self.spans
         assert context is not None
         if self.counter is not None and self.counted is not None:
@@ -68,11 +80,15 @@ class Part:
         if not self.by_kernels and report.asks_readings:
             report.own_readings(outcome, spans, context.readings.view(-1, report.n_readings).cpu().numpy())
         for ranking in self.rankings:
-            for (i, offset, name), (values, ids) in zip(ranking.asked, ranking.rule.found(), strict=True):
+            for (i, offset, name), (values, ids) in zip(ranking.asked, ranking.rule.found(end), strict=True):
                 span = spans[i]
                 assert span.state is not None
                 value = ReadoutValue(name, ranking.layer, span.offset + offset, values, ids)
                 outcome.readouts.append((span.state.uid, value))
+        for latents in self.latents:
+            asked = [(spans[i], offset) for i, offset in latents.asked]
+            owners = [(span.state.uid, span.offset + offset) for span, offset in asked if span.state is not None]
+            outcome.latents.append(latents.rule.rows(latents.layer, owners))
 
 
 class StepPlan:
@@ -119,8 +135,8 @@ class StepPlan:
                 for rule in rules:
                     rule.run(x, part.context)
 
-    def finish(self) -> StepOutcome:
+    def finish(self, end: Tensor) -> StepOutcome:
         outcome = StepOutcome()
         for part in self.parts:
-            part.finish(self.tables, outcome)
+            part.finish(self.tables, outcome, end)
         return outcome

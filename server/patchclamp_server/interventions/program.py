@@ -226,7 +226,11 @@ class TopNeuronsReadout(ReadoutKind):
 
 @dataclass(frozen=True, eq=False)
 class LogitLensReadout(ReadoutKind):
-    k: int
+    """Reads the k largest, or those of `token_ids`; of single neurons where there are any."""
+
+    k: int = 0
+    token_ids: tuple[int, ...] = ()
+    neurons: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +253,11 @@ class ProbeReadout(ReadoutKind):
 
     probe: str
     all_classes: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LatentReadout(ReadoutKind):
+    """Reads the next token that layers would have chosen, for a report (engine/latents.py). No message asks for it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,11 @@
 """What torch's rules know of the model, and the tables that hold the numbers of programs."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.sites import Site
 
 if TYPE_CHECKING:
@@ -21,5 +20,5 @@ class Setting:
     head_dim: int
     widths: dict[Site, int]
     device: torch.device
-    # Maps [n, d_model] to logits [n, vocab].
-    unembed: Callable[[Tensor], Tensor]
+    # Reads states by final norm and unembedding; rules do not run it.
+    decoder: Decoder

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from patchclamp_server.interventions.kinds.latents import LatentRows
 from patchclamp_server.interventions.pooling import RowSink
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.state import ProgramState
@@ -54,3 +55,4 @@ class AbortHit:
 class StepOutcome:
     aborts: list[AbortHit] = field(default_factory=list)
     readouts: list[tuple[int, ReadoutValue]] = field(default_factory=list)
+    latents: list[LatentRows] = field(default_factory=list)

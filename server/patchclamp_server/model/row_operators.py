@@ -31,6 +31,17 @@ class Norm:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
+    def divisor(self, x: Tensor) -> Tensor:
+        """Returns what rows x [..., width] are divided by, [..., 1]."""
+        spread = x.square().mean(-1, keepdim=True) if self.bias is None else x.var(-1, correction=0, keepdim=True)
+        return (spread + self.eps).sqrt()
+
+    def share(self, part: Tensor, divisor: Tensor) -> Tensor:
+        """Returns what a part of x adds to norm(x), given the divisor of x: with that held fixed a norm is linear, and
+        the shares of all parts sum to norm(x) without its bias."""
+        centred = part if self.bias is None else part - part.mean(-1, keepdim=True)
+        return centred / divisor * self.weight.to(part.dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class HeadNorms:

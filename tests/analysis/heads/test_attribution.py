@@ -6,11 +6,14 @@ import pytest
 import torch
 from attribution_oracle import NaiveAttribution
 from circuit_oracle import last_logits
+from engine_runs import Job, run_alone
 from tiny_models import FAMILIES, VOCAB, tiny_model
 
 from patchclamp_server.analysis.heads.circuits.attribution import LogitAttribution, attribute
+from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.exclusive import at_once
 from patchclamp_server.errors import InvalidArgument
+from patchclamp_server.interventions.program import LogitLensReadout, Program, Readout, Scope, TokenSelector
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import Site
@@ -50,6 +53,16 @@ def test_the_parts_sum_to_the_logit_difference_of_transformers(family: str, toke
     attribution = found(family, tokens)
     assert attribution.parts_sum == pytest.approx(float(logits[TARGET] - logits[CONTRAST]), abs=TOLERANCE)
     assert attribution.logit_difference == pytest.approx(attribution.parts_sum, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_mlps_are_what_the_lens_reads_as_the_text_runs(family: str) -> None:
+    lens = LogitLensReadout(token_ids=(TARGET, CONTRAST))
+    scope = Scope((TokenSelector(last_k=1),))
+    read = Program(readouts=(Readout(lens, Site.MLP_OUT, "mlp", all_layers=True, scope=scope),))
+    outcome = run_alone(family, Job(tuple(prompt()), read, max_tokens=1), EngineConfig())
+    seen = [value.values[0] - value.values[1] for value in outcome.readouts]
+    assert seen == pytest.approx(list(found(family).mlps), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

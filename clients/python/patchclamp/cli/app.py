@@ -15,6 +15,7 @@ from patchclamp.cli import (
     generate,
     heads,
     jobs,
+    lens,
     models,
     neurons,
     probes,
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     score.add_parser(commands)
     compare.add_parser(commands)
+    lens.add_parser(commands)
     vectors.add_parser(commands)
     sparsity.add_parser(commands)
     heads.add_parser(commands)

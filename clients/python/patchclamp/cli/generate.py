@@ -11,9 +11,9 @@ from patchclamp.cli.options import (
     generate_options,
     prompt_of,
 )
-from patchclamp.cli.terminal import note, print_json, quoted, table
+from patchclamp.cli.terminal import heading, note, print_json, quoted, table
 from patchclamp.requests import GenerateOptions
-from patchclamp.results import GenerateResult, RequestWarning, Token
+from patchclamp.results import ConfidenceReport, GenerateResult, RequestWarning, Token
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         result = stream.result()
     if args.logprobs is not None:
         print_logprobs(result.tokens)
+    if result.confidence is not None:
+        print_confidence(result.confidence)
     print_ending(result, told)
     return 0
 
@@ -60,6 +62,17 @@ def print_logprobs(tokens: tuple[Token, ...]) -> None:
     table(("position", "token", "id", "logprob", "likeliest"), rows)
 
 
+def print_confidence(report: ConfidenceReport) -> None:
+    """Prints what each layer would have said."""
+    print()
+    heading("confidence by layer")
+    own = [option.probability for option in report.options if option.probability]
+    columns = zip(report.layers, report.layer_agreement, report.layer_probability, *own, strict=True)
+    rows = [(layer, f"{agreement:.1%}", *(f"{share:.4f}" for share in shares)) for layer, agreement, *shares in columns]
+    names = [quoted(option.option) for option in report.options] if own else []
+    table(("layer", "agrees", "token", *names), rows)
+
+
 def print_ending(result: GenerateResult, told: tuple[RequestWarning, ...] = ()) -> None:
     """Prints the receipt without the warnings that stand there already, the reports and the usage.
 
@@ -68,6 +81,8 @@ def print_ending(result: GenerateResult, told: tuple[RequestWarning, ...] = ()) 
     note(replace(result.receipt, warnings=tuple(w for w in result.receipt.warnings if w not in told)))
     if result.sparsity is not None:
         note(result.sparsity)
+    if result.confidence is not None:
+        note(result.confidence)
     note(f"{result.finish_reason}; {result.usage}; seed {result.seed}")
 
 

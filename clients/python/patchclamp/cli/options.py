@@ -10,6 +10,7 @@ from patchclamp.cli.parser import count, seed
 from patchclamp.cli.sparse_spec import add_sparsity_arguments, sparsity_of
 from patchclamp.cli.steering import add_steering_arguments, program_of
 from patchclamp.client import Client
+from patchclamp.confidence import Confidence
 from patchclamp.connection import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS
 from patchclamp.requests import GenerateOptions
 
@@ -129,6 +130,24 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add_steering_arguments(parser)
     _add_sampling_arguments(parser)
     add_sparsity_arguments(parser)
+    add_confidence_arguments(parser)
+
+
+def add_confidence_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `confidence_of` reads."""
+    group = parser.add_argument_group("confidence")
+    group.add_argument("--confidence", action="store_true", help="how far the layers agree on the answer")
+    group.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='how the answer may begin, such as " yes": its probability by layer; repeatable, implies --confidence',
+    )
+
+
+def confidence_of(args: argparse.Namespace) -> Confidence | None:
+    return Confidence(options=args.option) if args.confidence or args.option else None
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,5 +185,5 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 def generate_options(args: argparse.Namespace) -> GenerateOptions:
     """Returns what was given; the rest is left to the server's defaults."""
     options = given(args, *_GENERATE_FIELDS)
-    program, sparsity = program_of(args), sparsity_of(args)
-    return cast(GenerateOptions, {**options, "model": args.model, "program": program, "sparsity": sparsity})
+    reports = {"sparsity": sparsity_of(args), "confidence": confidence_of(args)}
+    return cast(GenerateOptions, {**options, "model": args.model, "program": program_of(args), **reports})

@@ -73,9 +73,26 @@ def read_top_neurons(k: int, *, site: SiteName = "mlp_post", **options: Unpack[R
 
 
 @takes_options_of(_readout)
-def read_logit_lens(k: int, *, site: SiteName = "resid_post", **options: Unpack[ReadoutOptions]) -> pb.Readout:
-    """Reads the k most likely tokens when this residual state goes through the final norm and unembedding."""
-    return _readout(pb.Readout(logit_lens=build(pb.LogitLensReadout, k=k)), site, **options)
+def read_logit_lens(
+    k: int = 0,
+    *,
+    token_ids: int | Iterable[int] = (),
+    neurons: int | Iterable[int] = (),
+    site: SiteName | None = None,
+    **options: Unpack[ReadoutOptions],
+) -> pb.Readout:
+    """Reads the k most likely tokens, or the log-probabilities of `token_ids`, when this residual state goes through
+    the final norm and unembedding.
+
+    At "attn_out" and "mlp_out", and of each of `neurons` (at "mlp_post"), the values are contributions to the logits.
+    """
+    kind = build(
+        pb.LogitLensReadout,
+        k=k,
+        token_ids=one_or_several(token_ids, "token_ids", "an int"),
+        neurons=one_or_several(neurons, "neurons", "an int"),
+    )
+    return _readout(pb.Readout(logit_lens=kind), site or ("mlp_post" if kind.neurons else "resid_post"), **options)
 
 
 def read_probe(probe: str, *, all_classes: bool = False, scope: ScopeLike | None = None, name: str = "") -> pb.Readout:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Unpack
 
+from patchclamp.confidence import ConfidenceLike, confidence_message
 from patchclamp.fields import build, build_as, one_text_or_several
 from patchclamp.heads import GroundingLike, grounding_message
 from patchclamp.keywords import takes_options_of
@@ -21,6 +22,7 @@ class GenerateOptions(PromptOptions, total=False):
     seed: by default one that the server draws, and tells. max_tokens: by default 256.
     sparsity: a policy, a profile or both (patchclamp.sparsity); by default everything is computed.
     grounding: a head set (patchclamp.heads) that says which prompt tokens each generated token was copied from.
+    confidence: True, or a Confidence (patchclamp.confidence): how far the layers agree on the answer.
     """
 
     program: ProgramLike | None
@@ -41,6 +43,7 @@ class GenerateOptions(PromptOptions, total=False):
     logprobs: int | None
     sparsity: SparsityLike | None
     grounding: GroundingLike | None
+    confidence: ConfidenceLike | None
 
 
 class ScoreOptions(PromptOptions, total=False):
@@ -53,6 +56,7 @@ class ScoreOptions(PromptOptions, total=False):
     top_logprobs: int
     priority: PriorityName | None
     sparsity: SparsityLike | None
+    confidence: ConfidenceLike | None
 
 
 def generate(
@@ -79,6 +83,7 @@ def generate(
     logprobs: int | None = None,
     sparsity: SparsityLike | None = None,
     grounding: GroundingLike | None = None,
+    confidence: ConfidenceLike | None = None,
 ) -> generation_pb2.GenerateRequest:
     sampling = build(
         generation_pb2.Sampling,
@@ -111,6 +116,7 @@ def generate(
         logprobs=logprobs,
         sparsity=sparsity_message(sparsity),
         grounding=grounding_message(grounding),
+        confidence=confidence_message(confidence),
     )
 
 
@@ -150,6 +156,7 @@ def score(
     top_logprobs: int = 0,
     priority: PriorityName | None = None,
     sparsity: SparsityLike | None = None,
+    confidence: ConfidenceLike | None = None,
 ) -> generation_pb2.ScoreRequest:
     request = build(
         generation_pb2.ScoreRequest,
@@ -159,6 +166,7 @@ def score(
         priority=value_or_unspecified(PRIORITIES, priority, "priority"),
         top_logprobs=top_logprobs,
         sparsity=sparsity_message(sparsity),
+        confidence=confidence_message(confidence),
     )
     if isinstance(continuation, str):
         text = build_as({"text": "continuation"}, generation_pb2.ScoreRequest, text=continuation)

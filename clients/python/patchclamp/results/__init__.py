@@ -43,6 +43,7 @@ from patchclamp.results.comparison import (
     Divergence,
 )
 from patchclamp.results.concept_circuit import ConceptCircuitEvent, FoundConceptCircuit, ZeroedSets
+from patchclamp.results.confidence import ConfidenceReport, OptionConfidence
 from patchclamp.results.features import FoundFeature, FoundFeatures
 from patchclamp.results.followed import (
     FollowCollector,
@@ -189,6 +190,7 @@ __all__ = [
     "ConceptDetection",
     "ConceptDetectionCollector",
     "ConceptDetectionEvent",
+    "ConfidenceReport",
     "ContextToken",
     "CopySource",
     "CoreNeurons",
@@ -259,6 +261,7 @@ __all__ = [
     "NeuronMatch",
     "NeuronMeasurement",
     "NeuronSetComparison",
+    "OptionConfidence",
     "PatchCell",
     "PatchCollector",
     "PatchEvent",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from patchclamp.results.confidence import ConfidenceReport
 from patchclamp.results.grounding import CopySource, GroundingReport
 from patchclamp.results.receipts import ReadoutValue, Receipt, RequestWarning
 from patchclamp.results.record import Record
@@ -56,7 +57,7 @@ class Usage(Record):
 class Finished(Record):
     """Says how a stream ended: "eos", "stop_string", "stop_token", "length" or "client".
 
-    sparsity, grounding: None unless the request asked for them.
+    sparsity, grounding, confidence: None unless the request asked for them.
     """
 
     reason: str
@@ -66,6 +67,7 @@ class Finished(Record):
     seed: int
     sparsity: SparsityReport | None = None
     grounding: GroundingReport | None = None
+    confidence: ConfidenceReport | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Chunk(Record):
 class GenerateResult(Record):
     """Holds a whole generation. Send `seed` again to repeat the sample.
 
-    sparsity, grounding: None unless the request asked for them.
+    sparsity, grounding, confidence: None unless the request asked for them.
     """
 
     text: str
@@ -99,6 +101,7 @@ class GenerateResult(Record):
     prompt_readouts: tuple[ReadoutValue, ...] = ()
     sparsity: SparsityReport | None = None
     grounding: GroundingReport | None = None
+    confidence: ConfidenceReport | None = None
 
     @property
     def readouts(self) -> tuple[ReadoutValue, ...]:
@@ -108,7 +111,10 @@ class GenerateResult(Record):
 
 @dataclass(frozen=True)
 class ScoreResult(Record):
-    """Holds the log-probabilities of a continuation; perplexity = exp(-mean log-probability)."""
+    """Holds the log-probabilities of a continuation; perplexity = exp(-mean log-probability).
+
+    sparsity, confidence: None unless the request asked for them.
+    """
 
     tokens: tuple[Token, ...]
     total_logprob: float
@@ -117,6 +123,7 @@ class ScoreResult(Record):
     receipt: Receipt
     usage: Usage
     sparsity: SparsityReport | None = None
+    confidence: ConfidenceReport | None = None
 
 
 @dataclass
@@ -146,4 +153,5 @@ class GenerateCollector:
             prompt_readouts=tuple(r for c in self.chunks for r in c.prompt_readouts),
             sparsity=finished.sparsity,
             grounding=finished.grounding,
+            confidence=finished.confidence,
         )

@@ -313,6 +313,7 @@ class GenerateRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     SPARSITY_FIELD_NUMBER: _builtins.int
     GROUNDING_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the server's model."""
     priority: Global___Priority.ValueType
@@ -334,6 +335,10 @@ class GenerateRequest(_message.Message):
     def grounding(self) -> Global___Grounding:
         """Say for every generated token which prompt tokens retrieval heads copied it from."""
 
+    @_builtins.property
+    def confidence(self) -> Global___Confidence:
+        """Say how far the layers agreed on the answer."""
+
     def __init__(
         self,
         *,
@@ -346,10 +351,11 @@ class GenerateRequest(_message.Message):
         logprobs: _builtins.int | None = ...,
         sparsity: _sparse_policy_pb2.Sparsity | None = ...,
         grounding: Global___Grounding | None = ...,
+        confidence: Global___Confidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "grounding", b"grounding", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -597,6 +603,7 @@ class Finished(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     SPARSITY_FIELD_NUMBER: _builtins.int
     GROUNDING_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     stop_string: _builtins.str
     """The string that ended generation."""
@@ -614,6 +621,10 @@ class Finished(_message.Message):
     def grounding(self) -> Global___GroundingReport:
         """Set when the request asked for grounding."""
 
+    @_builtins.property
+    def confidence(self) -> Global___ConfidenceReport:
+        """Set when the request asked for confidence."""
+
     def __init__(
         self,
         *,
@@ -624,14 +635,137 @@ class Finished(_message.Message):
         seed: _builtins.int = ...,
         sparsity: _sparse_policy_pb2.SparsityReport | None = ...,
         grounding: Global___GroundingReport | None = ...,
+        confidence: Global___ConfidenceReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["grounding", b"grounding", "receipt", b"receipt", "sparsity", b"sparsity", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "grounding", b"grounding", "receipt", b"receipt", "sparsity", b"sparsity", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grounding", b"grounding", "reason", b"reason", "receipt", b"receipt", "seed", b"seed", "sparsity", b"sparsity", "stop_string", b"stop_string", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "grounding", b"grounding", "reason", b"reason", "receipt", b"receipt", "seed", b"seed", "sparsity", b"sparsity", "stop_string", b"stop_string", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class Confidence(_message.Message):
+    """Confidence in an answer, from what the layers before the last would have said: at each layer the residual stream at the
+    end of the block is read by the final norm and unembedding, after all edits.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    THRESHOLDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers that are read, at least one of them before the last. Default: every layer."""
+
+    @_builtins.property
+    def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least two options of the answer, such as " yes" and " no", each by its first token after the prompt, which differ.
+        Then only the first generated token is read, and a layer agrees when it puts the same option first as the last layer
+        does. Default: none, and a layer agrees when its most likely token is the generated one.
+        """
+
+    @_builtins.property
+    def thresholds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of two options, by layer read: the probability of the first above which the layer counts as saying it. Medians over many
+        questions balance layers that prefer one option whatever is asked. Default 0.5 each.
+        """
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        options: _abc.Iterable[_builtins.str] | None = ...,
+        thresholds: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "options", b"options", "thresholds", b"thresholds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Confidence: _TypeAlias = Confidence  # noqa: Y015
+
+@_typing.final
+class ConfidenceReport(_message.Message):
+    """ConfidenceReport: over the tokens that were read, which are all generated tokens (in Score those of the continuation), or
+    the first alone where there are options.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    LAYER_AGREEMENT_FIELD_NUMBER: _builtins.int
+    LAYER_PROBABILITY_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    consistency: _builtins.float
+    """Internal consistency: the mean of layer_agreement over the layers before the last. 0 where no token was read."""
+    tokens: _builtins.int
+    """Tokens that were read."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those that were read, ascending; what follows is in their order."""
+
+    @_builtins.property
+    def layer_agreement(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Share of the tokens at which the layer agreed."""
+
+    @_builtins.property
+    def layer_probability(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Mean probability of the generated token."""
+
+    @_builtins.property
+    def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___OptionConfidence]: ...
+    def __init__(
+        self,
+        *,
+        consistency: _builtins.float = ...,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        layer_agreement: _abc.Iterable[_builtins.float] | None = ...,
+        layer_probability: _abc.Iterable[_builtins.float] | None = ...,
+        options: _abc.Iterable[Global___OptionConfidence] | None = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "layer_agreement", b"layer_agreement", "layer_probability", b"layer_probability", "layers", b"layers", "options", b"options", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfidenceReport: _TypeAlias = ConfidenceReport  # noqa: Y015
+
+@_typing.final
+class OptionConfidence(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPTION_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    option: _builtins.str
+    token: _builtins.int
+    """Its first token."""
+    @_builtins.property
+    def probability(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Probability among the options at the first generated token, by layer read."""
+
+    def __init__(
+        self,
+        *,
+        option: _builtins.str = ...,
+        probability: _abc.Iterable[_builtins.float] | None = ...,
+        token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["option", b"option", "probability", b"probability", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OptionConfidence: _TypeAlias = OptionConfidence  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -807,6 +941,7 @@ class ScoreRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     SPARSITY_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
     """Has the tokens that it has in the text of prompt and continuation together: no space is put before it."""
@@ -823,6 +958,10 @@ class ScoreRequest(_message.Message):
     def sparsity(self) -> _sparse_policy_pb2.Sparsity:
         """Sparse inference for the continuation, without a guard. Default: dense."""
 
+    @_builtins.property
+    def confidence(self) -> Global___Confidence:
+        """Say how far the layers agreed on the continuation."""
+
     def __init__(
         self,
         *,
@@ -834,10 +973,11 @@ class ScoreRequest(_message.Message):
         priority: Global___Priority.ValueType = ...,
         top_logprobs: _builtins.int = ...,
         sparsity: _sparse_policy_pb2.Sparsity | None = ...,
+        confidence: Global___Confidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "program", b"program", "prompt", b"prompt", "sparsity", b"sparsity", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "continuation", b"continuation", "program", b"program", "prompt", b"prompt", "sparsity", b"sparsity", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sparsity", b"sparsity", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "continuation", b"continuation", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sparsity", b"sparsity", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_continuation: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_continuation: _TypeAlias = _typing.Literal["continuation", b"continuation"]  # noqa: Y015
@@ -856,6 +996,7 @@ class ScoreResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     SPARSITY_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
     total_logprob: _builtins.float
     perplexity: _builtins.float
     """exp(-mean log-probability)."""
@@ -873,6 +1014,10 @@ class ScoreResponse(_message.Message):
     def sparsity(self) -> _sparse_policy_pb2.SparsityReport:
         """Set when the request was sparse."""
 
+    @_builtins.property
+    def confidence(self) -> Global___ConfidenceReport:
+        """Set when the request asked for confidence."""
+
     def __init__(
         self,
         *,
@@ -883,10 +1028,11 @@ class ScoreResponse(_message.Message):
         receipt: _program_pb2.Receipt | None = ...,
         usage: Global___Usage | None = ...,
         sparsity: _sparse_policy_pb2.SparsityReport | None = ...,
+        confidence: Global___ConfidenceReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "sparsity", b"sparsity", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "receipt", b"receipt", "sparsity", b"sparsity", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["perplexity", b"perplexity", "prompt_readouts", b"prompt_readouts", "receipt", b"receipt", "sparsity", b"sparsity", "tokens", b"tokens", "total_logprob", b"total_logprob", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "perplexity", b"perplexity", "prompt_readouts", b"prompt_readouts", "receipt", b"receipt", "sparsity", b"sparsity", "tokens", b"tokens", "total_logprob", b"total_logprob", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1194,7 +1194,9 @@ class Readout(_message.Message):
 
     @_builtins.property
     def logit_lens(self) -> Global___LogitLensReadout:
-        """The k most likely tokens when this residual state is read by the final norm and unembedding."""
+        """The k most likely tokens when this residual state is read by the final norm and unembedding; or what attention, the MLP
+        or single neurons contribute to the logits.
+        """
 
     @_builtins.property
     def heads(self) -> Global___HeadReadout:
@@ -1407,18 +1409,38 @@ Global___TopNeuronsReadout: _TypeAlias = TopNeuronsReadout  # noqa: Y015
 
 @_typing.final
 class LogitLensReadout(_message.Message):
+    """At a residual site the state is read by the final norm and unembedding, and values are log-probabilities. At attn_out and
+    mlp_out, and of chosen neurons at mlp_post, what is added to the residual stream is read: values are contributions to the
+    logits, a . W with the scale of the final norm and the divisor that the norm has at the end of the last block for that token
+    (and of a post-MLP norm, where the family has one, at this block). Before a soft cap, the logit of a token is the sum of all
+    contributions, those of the embedding, of biases and of edits of the residual stream among them.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     K_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
     k: _builtins.int
+    """The k largest. Exactly one of k and token_ids."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of these tokens."""
+
+    @_builtins.property
+    def neurons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At mlp_post: neurons, at most 64, each read by itself. `values` and `ids` have those of the first, then of the second, ..."""
+
     def __init__(
         self,
         *,
         k: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        neurons: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "neurons", b"neurons", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -116,7 +116,7 @@ class KernelExecutor:
             watched.layout.look_at_heads(peaks)
         wanted = batch.logit_rows
         logits = self.decoder.unembed(normed[wanted] if len(wanted) != len(normed) else normed)
-        outcome = plan.outcome(rows.opened, rows.readings)
+        outcome = plan.outcome(rows.opened, rows.readings, x)
         return Executed(finite_rows(x).cpu().numpy(), logits, outcome)
 
     def _warm_up(self, config: EngineConfig) -> None:

@@ -43,7 +43,7 @@ class OperatorExecutor:
         step = self._inputs(batch, plan, peaks, hooks.visited_preactivations)
         plan.begin(step.positions)
         x = self.decoder.forward(step, self.cache.pools, hooks, self.sparse.follow(batch.sparse))
-        outcome = plan.finish()
+        outcome = plan.finish(x)
         if heads is not None:
             outcome.readouts += heads.values(peaks)
         if batch.watch is not None and peaks is not None:
@@ -81,4 +81,4 @@ class OperatorExecutor:
 
 def setting_of(decoder: Decoder, tables: Tables) -> Setting:
     spec = decoder.spec
-    return Setting(tables, spec.n_heads, spec.head_dim, spec.sites, decoder.device, decoder.logits)
+    return Setting(tables, spec.n_heads, spec.head_dim, spec.sites, decoder.device, decoder)

@@ -13,6 +13,8 @@ from patchclamp_server.interventions.kinds import (
     affine,
     features,
     heads,
+    latents,
+    lens,
     low_rank,
     neurons,
     patch,
@@ -28,7 +30,7 @@ from patchclamp_server.interventions.kinds.conditions import ConditionRule
 from patchclamp_server.interventions.kinds.kind import EditTable, ReadoutTable
 from patchclamp_server.interventions.kinds.rules import Entries, Rule
 from patchclamp_server.interventions.kinds.spec import EditSpec, ReadoutSpec
-from patchclamp_server.interventions.program import EditKind, ReadoutKind
+from patchclamp_server.interventions.program import EditKind, LatentReadout, ReadoutKind
 
 EDITS: tuple[EditSpec, ...] = (
     *add.EDITS,
@@ -46,6 +48,7 @@ EDITS: tuple[EditSpec, ...] = (
 READOUTS: tuple[ReadoutSpec, ...] = (
     *readings.READOUTS,
     *rankings.READOUTS,
+    *lens.READOUTS,
     *activations.READOUTS,
     *heads.READOUTS,
     *probes.READOUTS,
@@ -72,10 +75,10 @@ READOUT_OF_NAME: dict[str, ReadoutSpec] = {spec.name: spec for spec in READOUTS}
 READOUT_OF: dict[type[ReadoutKind], ReadoutSpec] = {spec.kind: spec for spec in READOUTS}
 
 EDIT_TABLES: dict[EntryKind, EditTable] = {table.entry: table for table in _TABLES}
-# Readouts that attention answers itself are in no table.
+# Readouts that attention answers itself are in no table, and latent predictions in no message.
 READOUT_TABLES: dict[type[ReadoutKind], ReadoutTable] = {
     spec.kind: spec.table for spec in READOUTS if spec.table is not None
-}
+} | {LatentReadout: latents.LATENT}
 RULES: dict[EntryKind, Callable[[Entries, EntryFlag], Rule]] = {
     EntryKind.CONDITION: ConditionRule,
     **{entry: table.rule for entry, table in EDIT_TABLES.items()},

@@ -49,7 +49,7 @@ class ActivationRule(RowsRead):
     def run(self, x: Tensor, context: StepContext) -> None:
         self.read = x.index_select(0, self.rows), x.reshape(-1).index_select(0, self.units.place)
 
-    def found(self) -> list[tuple[Sequence[float], tuple[int, ...]]]:
+    def found(self, end: Tensor) -> list[tuple[Sequence[float], tuple[int, ...]]]:
         assert self.read is not None
         whole, units = (read.float().cpu().numpy() for read in self.read)
         rows = iter(whole)

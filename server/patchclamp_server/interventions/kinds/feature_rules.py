@@ -125,9 +125,9 @@ class TopFeaturesRule(RankingRule):
             values[pairs, :n], ids[pairs, :n] = own, features
         return values, ids
 
-    def found(self) -> list[tuple[Sequence[float], tuple[int, ...]]]:
+    def found(self, end: Tensor) -> list[tuple[Sequence[float], tuple[int, ...]]]:
         above = []
-        for values, ids in super().found():
+        for values, ids in super().found(end):
             n = sum(value > 0 for value in values)
             above.append((values[:n], ids[:n]))
         return above

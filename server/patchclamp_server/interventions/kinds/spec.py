@@ -88,6 +88,7 @@ class ReadoutNumbers:
     joint: Joint | None = None
     latents: Tensor | None = None
     encoder: WholeEncoder | None = None
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

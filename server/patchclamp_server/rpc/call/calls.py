@@ -1,7 +1,7 @@
 """The calls that run the model share this: decoding a request, running it, and following its events."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +19,10 @@ from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.request_warnings import RequestWarning, WarningCode
 from patchclamp_server.interventions.safe_strengths import beyond_safe_range
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.rpc.call.confidence import AnswerConfidence, Confidence
 from patchclamp_server.rpc.call.grounding import GroundedTokens, Grounding
 from patchclamp_server.rpc.call.response_builder import ResponseBuilder
+from patchclamp_server.rpc.codecs.confidence import decode_confidence
 from patchclamp_server.rpc.codecs.generation import (
     decode_grounding,
     decode_logprobs,
@@ -47,12 +49,16 @@ class Prepared:
     priority: Priority
     sparsity: SparseInference | None
     grounding: Grounding | None
+    confidence: Confidence | None
     prompts: PromptEncoder
     warnings: tuple[RequestWarning, ...] = ()
 
-    def grounded(self, program: BoundProgram) -> BoundProgram:
-        """Returns the program with what grounding reads, where it is asked for."""
-        return program if self.grounding is None else self.grounding.added_to(program)
+    def observed(self, program: BoundProgram) -> BoundProgram:
+        """Returns the program with what grounding and confidence read, where they are asked for."""
+        for own in (self.grounding, self.confidence):
+            if own is not None:
+                program = own.added_to(program)
+        return program
 
     def builder(self, *, wait_for_readouts: bool = True, edited: bool = True) -> ResponseBuilder:
         """Returns the builder of the responses. Nothing waits for readouts where the client asked for none. `edited`:
@@ -67,6 +73,7 @@ class Prepared:
             piece=self.prompts.piece,
             token_readouts=token_readouts(self.program),
             grounded=grounded,
+            confidence=None if self.confidence is None else AnswerConfidence(self.confidence),
             warnings=(*self.warnings, *(_beyond_safe_ranges(self.program) if edited else ())),
         )
 
@@ -75,7 +82,7 @@ class Prepared:
         fields: dict[str, Any] = {
             "tokens": self.prompt.ids,
             "on_event": on_event,
-            "program": self.grounded(self.program),
+            "program": self.observed(self.program),
             "sampling": self.sampling,
             "stop": self.stop,
             "priority": self.priority,
@@ -111,7 +118,10 @@ class Preparation:
         program = self.program(proto.program, prompt)
         sparsity = self.sparsity(proto.sparsity) if proto.HasField("sparsity") else None
         grounding = self.grounding(proto.grounding, program) if proto.HasField("grounding") else None
-        return Prepared(prompt, program, sampling, stop, priority, sparsity, grounding, self.prompts, warnings)
+        confidence = self.confidence(proto.confidence, prompt.ids) if proto.HasField("confidence") else None
+        return Prepared(
+            prompt, program, sampling, stop, priority, sparsity, grounding, confidence, self.prompts, warnings
+        )
 
     def program(self, proto: program_pb2.Program, prompt: EncodedPrompt) -> BoundProgram:
         roles, length = prompt.roles, len(prompt.ids)
@@ -119,6 +129,9 @@ class Preparation:
 
     def grounding(self, proto: pb.Grounding, program: BoundProgram) -> Grounding:
         return Grounding.by(select(decode_grounding(proto), self._store, self.model, "grounding"), program)
+
+    def confidence(self, proto: pb.Confidence, prompt: Sequence[int]) -> Confidence:
+        return decode_confidence(proto, self.model, self.prompts, prompt)
 
     def sparsity(self, proto: sparse_policy_pb2.Sparsity, *, guarded: bool = True) -> SparseInference:
         return decode_sparsity(proto, self._binder, guarded=guarded)

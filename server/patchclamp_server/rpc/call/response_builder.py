@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from patchclamp.v1 import generation_pb2 as pb
 from patchclamp.v1 import program_pb2
-from patchclamp_server.engine.request import Event, Failed, Finished, Readouts, Text, Token
+from patchclamp_server.engine.request import Event, Failed, Finished, LatentPredictions, Readouts, Text, Token
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.request_warnings import RequestWarning
+from patchclamp_server.rpc.call.confidence import AnswerConfidence
 from patchclamp_server.rpc.call.grounding import GroundedTokens
+from patchclamp_server.rpc.codecs.confidence import encode_confidence
 from patchclamp_server.rpc.codecs.generation import encode_finished, encode_grounding, encode_source, encode_token
 from patchclamp_server.rpc.codecs.program import encode_readout_value, encode_warning
 
@@ -23,8 +25,9 @@ class ResponseBuilder:
     The readouts at a token come out of the forward pass over it, one step after the token was chosen. With
     `wait_for_readouts` a token waits for them (its text does not), so that both arrive together. Without it, as in a
     lockstep session where that step needs the client's next Advance, they ride on the next token; every value names
-    its own position. With `grounded`, tokens carry their sources, which are known before the tokens. `warnings` go with
-    the first response. `piece` gives the text of a token; the values of `token_readouts` get it for their ids.
+    its own position. With `grounded`, tokens carry their sources, which are known before the tokens. `confidence`
+    makes the report of the last response. `warnings` go with the first response. `piece` gives the text
+    of a token; the values of `token_readouts` get it for their ids.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class ResponseBuilder:
         piece: Callable[[int], str],
         token_readouts: frozenset[str] = frozenset(),
         grounded: GroundedTokens | None = None,
+        confidence: AnswerConfidence | None = None,
         warnings: Sequence[RequestWarning] = (),
     ) -> None:
         self._prompt_tokens = prompt_tokens
@@ -42,6 +46,7 @@ class ResponseBuilder:
         self._piece = piece
         self._token_readouts = token_readouts
         self._grounded = grounded
+        self._confidence = confidence
         self._response = pb.GenerateResponse(warnings=[encode_warning(w) for w in warnings])
         self._bytes = 0
         self._held: pb.GeneratedToken | None = None
@@ -59,12 +64,17 @@ class ResponseBuilder:
                 case Readouts(position, values):
                     own = values if self._grounded is None else self._grounded.take(values)
                     self._add_readouts(position, [self._encoded(v) for v in own])
+                case LatentPredictions():
+                    assert self._confidence is not None
+                    self._confidence.add(event)
                 case Finished():
                     self._release()
                     self._response.prompt_readouts.extend(self._late)
                     self._response.finished.CopyFrom(encode_finished(event))
                     if self._grounded is not None:
                         self._response.finished.grounding.CopyFrom(encode_grounding(self._grounded.report()))
+                    if self._confidence is not None:
+                        self._response.finished.confidence.CopyFrom(encode_confidence(self._confidence.report()))
                     yield self._take()
                 case Failed(error):
                     self._release()

@@ -193,8 +193,9 @@ def _readout(proto: pb.Readout, field: str) -> Readout:
 
 
 def token_readouts(program: BoundProgram) -> frozenset[str]:
-    """Names of the readouts whose ids are tokens."""
-    return frozenset(readout.name for readout in program.readouts if READOUT_OF[readout.kind].ids_are_tokens)
+    """Names of the readouts whose ids are tokens. What a message does not ask for has no values to name."""
+    asked = ((readout.name, READOUT_OF.get(readout.kind)) for readout in program.readouts)
+    return frozenset(name for name, spec in asked if spec is not None and spec.ids_are_tokens)
 
 
 def encode_readout_value(value: ReadoutValue, texts: Iterable[str] = ()) -> pb.ReadoutValue:

@@ -15,6 +15,7 @@ from patchclamp_server.errors import InvalidArgument, within
 from patchclamp_server.interventions.field_checks import chosen
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.rpc.call.calls import Preparation, check_model, deadline_of, responses_of, running
+from patchclamp_server.rpc.call.confidence import AnswerConfidence, Confidence
 from patchclamp_server.rpc.call.response_builder import ResponseBuilder
 from patchclamp_server.rpc.codecs.generation import decode_logprobs, decode_priority, decode_prompt
 from patchclamp_server.rpc.codecs.message_size import CLIENT_MESSAGE_BYTES
@@ -84,7 +85,7 @@ class GenerationService(GenerationServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         self._engine.check_room()
         stream = self._stream()
-        score = await self._threads.run(self._score_request, request, stream, deadline_of(context))
+        score, confidence = await self._threads.run(self._score_request, request, stream, deadline_of(context))
         response = pb.ScoreResponse()
         assert score.score_from is not None
         builder = ResponseBuilder(
@@ -92,6 +93,7 @@ class GenerationService(GenerationServiceServicer):
             wait_for_readouts=True,
             piece=self._prepare.prompts.piece,
             token_readouts=frozenset() if score.program is None else token_readouts(score.program),
+            confidence=None if confidence is None else AnswerConfidence(confidence),
         )
         size = 0
         with running(self._engine, score):
@@ -107,6 +109,8 @@ class GenerationService(GenerationServiceServicer):
                     response.usage.CopyFrom(part.finished.usage)
                     if part.finished.HasField("sparsity"):
                         response.sparsity.CopyFrom(part.finished.sparsity)
+                    if part.finished.HasField("confidence"):
+                        response.confidence.CopyFrom(part.finished.confidence)
         response.total_logprob = math.fsum(token.logprob for token in response.tokens)
         response.perplexity = _exp(-response.total_logprob / len(response.tokens))
         return response
@@ -127,8 +131,11 @@ class GenerationService(GenerationServiceServicer):
         if response.finished.HasField("grounding"):
             self._on_grounded(response.finished.grounding.grounded_ratio)
 
-    def _score_request(self, proto: pb.ScoreRequest, stream: EventStream[Event], deadline: float | None) -> Request:
-        """Prompt and continuation as one sequence, scored from where the continuation begins."""
+    def _score_request(
+        self, proto: pb.ScoreRequest, stream: EventStream[Event], deadline: float | None
+    ) -> tuple[Request, Confidence | None]:
+        """Prompt and continuation as one sequence, scored from where the continuation begins, and the confidence that
+        is asked for."""
         model = self._prepare.model
         check_model(proto.model, model)
         logprobs = decode_logprobs(proto.top_logprobs, "top_logprobs")
@@ -146,10 +153,14 @@ class GenerationService(GenerationServiceServicer):
             message = f"prompt and continuation have {len(tokens)} tokens, the model's context {model.context_length}"
             raise InvalidArgument(form, message)
         sparsity = self._prepare.sparsity(proto.sparsity, guarded=False) if proto.HasField("sparsity") else None
-        return Request(
+        program, confidence = self._prepare.program(proto.program, prompt), None
+        if proto.HasField("confidence"):
+            confidence = self._prepare.confidence(proto.confidence, prompt.ids)
+            program = confidence.added_to(program)
+        request = Request(
             tokens=tokens,
             on_event=stream.put,
-            program=self._prepare.program(proto.program, prompt),
+            program=program,
             sampling=SamplingParams(logprobs=logprobs),
             stop=StopParams(max_tokens=0, ignore_eos=True),
             priority=priority,
@@ -158,6 +169,7 @@ class GenerationService(GenerationServiceServicer):
             score_from=len(prompt.ids),
             sparsity=sparsity,
         )
+        return request, confidence
 
     def _stream(self) -> EventStream[Event]:
         return EventStream(self._bridge_of_loop(), self._engine.wake)

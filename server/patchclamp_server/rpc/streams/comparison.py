@@ -42,7 +42,7 @@ class Comparison:
             lambda event: stream.put((BASELINE, event)),
             deadline,
             sampling=sampling,
-            program=prepared.grounded(EMPTY_PROGRAM),
+            program=prepared.observed(EMPTY_PROGRAM),
             sparsity=None,
             held=stream.is_full,
         )

@@ -143,6 +143,5 @@ def _through(norm: Norm, x: Tensor, direction: Tensor) -> tuple[Tensor, float]:
     """Returns d and c with norm(x) · direction = x · d + c, where the scale of the norm is held at that of x."""
     weighted = direction * norm.weight.double()
     if norm.bias is None:
-        return weighted * (x.square().mean() + norm.eps).rsqrt(), 0.0
-    centred = weighted - weighted.mean()
-    return centred * (x.var(correction=0) + norm.eps).rsqrt(), float(norm.bias.double() @ direction)
+        return weighted / norm.divisor(x), 0.0
+    return (weighted - weighted.mean()) / norm.divisor(x), float(norm.bias.double() @ direction)
