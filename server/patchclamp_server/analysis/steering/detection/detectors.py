@@ -95,8 +95,8 @@ def of_probe(name: str, probe: Probe) -> Detector:
     return Detector(name, probe.site, rows, join=None if score is not None and len(rows) == 1 else join)
 
 
-def _first(sums: Doubles) -> Doubles:
-    found: Doubles = sums[:, 0]
+def _first(scores: Doubles) -> Doubles:
+    found: Doubles = scores[:, 0]
     return found
 
 

@@ -152,7 +152,8 @@ class _Score:
         if self.joined is not None:
             found: Floats = text.largest[self.joined][1:].numpy()
             return found
-        total: Floats = sum(text.scores[at][self.pooling, -RANDOM_DIRECTIONS:] for at, _ in self.places).numpy()
+        parts = [text.scores[at][self.pooling, -RANDOM_DIRECTIONS:].numpy() for at, _ in self.places]
+        total: Floats = np.sum(parts, axis=0)
         return total
 
 
