@@ -78,7 +78,10 @@ def test_a_vector_is_calibrated_and_warned_of_in_the_next_call(client: Client):
     for strength, codes in ((0.5, []), (0.6, ["beyond_safe_range"])):
         told = client.score("a", "b", program=[add("known", layers=1, strength=strength)]).receipt.warnings
         assert [w.code for w in told if w.code == "beyond_safe_range"] == codes
-    assert calibration_figure(result, "glad").axes[0].get_xlabel() == "strength"
+    effect_axes = calibration_figure(result, "glad").axes[0]
+    assert effect_axes.get_xlabel() == "strength"
+    legend = [text.get_text() for text in effect_axes.get_legend().get_texts()]
+    assert legend == ["layer 1", "unsteered", "prompt", "random vectors", "knee"]
 
 
 def test_texts_are_scored_as_they_run_and_then_reported(client: Client):

@@ -218,8 +218,10 @@ def test_vectors_are_extracted_from_texts_and_demonstrations(tmp_path: Path, cap
     arguments = ["--demonstrations", str(shown), "--layers", "1"]
     assert main(["vectors", "extract", "task", *arguments, "--method", "task_vector"]) == 0
     printed = capsys.readouterr()
-    assert "control" in printed.out.splitlines()[0]
-    assert "unedited" in printed.out
+    header = printed.out.splitlines()[0]
+    assert "control" in header
+    assert not any(column in header for column in ("explained variance", "midpoint", "margin", "tokens of positives"))
+    assert "held-out accuracy otherwise: demonstrations" in printed.out
     assert "exchanged" in printed.err
     assert main(["vectors", "extract", "defined", *arguments, "--method", "definition"]) == 1
     assert "definition: required" in capsys.readouterr().err
@@ -233,7 +235,8 @@ def test_a_trained_vector_is_printed_with_what_it_is_compared_with(pairs: str, c
     assert made["layers"][0]["training"]["steps"] == 2
     assert main(["vectors", "extract", "trained", *arguments, "--replace"]) == 0
     printed = capsys.readouterr().out
-    assert all(column in printed for column in ("AUROC", "loss unedited", "difference of means"))
+    assert all(column in printed for column in ("midpoint", "AUROC", "loss unedited", "difference of means"))
+    assert "participation ratio" not in printed
     assert main(["vectors", "extract", "not", "--pairs", pairs, "--max-steps", "2"]) == 1
     assert "training: is of methods that are trained" in capsys.readouterr().err
 

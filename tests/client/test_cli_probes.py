@@ -35,7 +35,14 @@ def test_a_report_is_a_table_beside_what_it_is_worth_and_the_probe_is_stored(
 ) -> None:
     assert main([*TRAIN, "--layers", "0,1", "--method", "prototype", "--pooling", "mean"]) == 0
     out, err = capsys.readouterr()
-    for told in ("accuracy", "always the most frequent label", "Brier score", "code length ratio", "p 0."):
+    for told in (
+        "probability of rain (labels: ",
+        "accuracy",
+        "always the most frequent label",
+        "Brier score",
+        "code length ratio",
+        "p 0.",
+    ):
         assert told in out
     assert "stored as rainy = sha256:" in err
     assert "warning: the report is of" in err

@@ -179,6 +179,14 @@ def test_the_command_sends_what_it_is_given(
     assert Path(picture).read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(("layers", "asked"), [(["0,10-12", "20"], [0, 10, 11, 12, 20]), (["all"], []), (["7"], [7])])
+def test_layers_are_written_as_for_other_commands(
+    pairs: str, server: Activations, layers: list[str], asked: list[int]
+) -> None:
+    assert main(["activations", "patch", pairs, "--layers", *layers]) == 0
+    assert list(server.asked[0].layers) == asked
+
+
 def test_the_command_prints_the_largest_effects_and_a_map_of_each_site(
     pairs: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

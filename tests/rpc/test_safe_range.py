@@ -110,6 +110,7 @@ def test_the_warning_comes_before_the_first_token_and_says_the_range(channel: gr
     [warning] = [w for w in first.warnings if w.code == BEYOND]
     assert "'push'" in warning.message
     assert "from -0.25 to 0.5" in warning.message
+    assert "or were not tried" in warning.message
     assert not any(response.warnings for response in rest)
 
 

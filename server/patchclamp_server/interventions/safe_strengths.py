@@ -61,7 +61,7 @@ def beyond_safe_range(
             if not allowed.holds(strength):
                 message = (
                     f"edit {name!r} has strength {strength:g} at layer {layer}; its vector was found safe from "
-                    f"{allowed.low:g} to {allowed.high:g} there: beyond, text repeats itself or falls apart"
+                    f"{allowed.low:g} to {allowed.high:g} there: others broke the text, or were not tried"
                 )
                 return (RequestWarning(WarningCode.BEYOND_SAFE_RANGE, f"program.edits[{index}]", message),)
     return ()

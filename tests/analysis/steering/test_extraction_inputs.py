@@ -239,3 +239,21 @@ async def test_the_wrong_input_is_refused_by_field(live: Live, name: str) -> Non
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert len(fields) == 1
     assert fields[0] == field or (field.endswith("[") and fields[0].startswith(field)), fields
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        (request_for("linear_discriminant", texts=_labelled()), "required: a label of the texts; they have a, b"),
+        (
+            request_for("linear_discriminant", texts=_labelled(), target="c"),
+            "'c' is no label of the texts; they have a, b",
+        ),
+        (extraction(demonstrations=demonstrations()), "demonstrations are of task_vector, definition"),
+        (extraction(word_pairs=_words(("king", "queen"))), "word_pairs are of causal_inner_product"),
+    ],
+)
+async def test_a_refusal_says_what_would_be_accepted(live: Live, request_: pb.ExtractVectorsRequest, told: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await events_of(live, request_)
+    assert told in (error.value.details() or "")

@@ -32,7 +32,14 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--name", help="tag of the vector with its calibration (default: none)")
     add_replace_argument(parser)
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: at most 8)")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[], metavar="S", help="ascending")
+    parser.add_argument(
+        "--strengths",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="ascending, also below 0 (default: 8 above 0)",
+    )
     parser.add_argument("--application", choices=CALIBRATION_APPLICATIONS, default="add", help="default: %(default)s")
     parser.add_argument("--generated", action="store_true", help="edit generated tokens alone (default: every token)")
     parser.add_argument("--instruction", default="", metavar="TEXT", help="what a user could write instead")

@@ -46,16 +46,18 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help='instead: lines of {"positive": ..., "negative": ...}, words of causal_inner_product',
     )
     add_window_arguments(parser)
-    parser.add_argument("--target", metavar="LABEL", help="of the texts: the positive ones")
+    parser.add_argument("--target", metavar="LABEL", help="of the texts: the positive ones, needed with them")
     parser.add_argument("--contrast", metavar="LABEL", help="of the texts: the negative ones (default: all others)")
-    parser.add_argument("--definition", metavar="TEXT", help="of the concept, in the words of the inputs")
-    parser.add_argument("--method", choices=METHODS, default="difference_of_means")
-    parser.add_argument("--site", choices=SITES)
+    parser.add_argument(
+        "--definition", metavar="TEXT", help="of the concept, worded as the inputs of --demonstrations are"
+    )
+    parser.add_argument("--method", choices=METHODS, default="difference_of_means", help="default: %(default)s")
+    parser.add_argument("--site", choices=SITES, help="of the residual stream (default: resid_post)")
     parser.add_argument("--layers", type=layer_list, default="all", help="such as 8-12 (default: %(default)s)")
-    parser.add_argument("--pooling", choices=POOLINGS)
+    parser.add_argument("--pooling", choices=POOLINGS, help="default: last_token")
     parser.add_argument("--last", type=count, metavar="K", help="pool the last K tokens alone")
     parser.add_argument("--role", help="pool tokens of chat turns of this role alone")
-    parser.add_argument("--holdout-fraction", type=float, metavar="SHARE")
+    parser.add_argument("--holdout-fraction", type=float, metavar="SHARE", help="default: 0.25")
     parser.add_argument("--max-steps", type=count, help="of reft_r1, as are the next three (default: 500)")
     parser.add_argument("--learning-rate", type=float, help="(default: 0.005)")
     parser.add_argument("--batch-size", type=count, help="(default: 16)")
@@ -110,43 +112,43 @@ def show(args: argparse.Namespace, result: ExtractionResult) -> None:
 
 
 def _show(result: ExtractionResult) -> None:
-    table(
-        (
-            "layer",
-            "held-out accuracy",
-            "control" if result.baselines else "random direction",
-            "norm",
-            "activation norm",
-            "explained variance",
-            "midpoint",
-            "margin",
-            "tokens of positives",
-            "tokens of negatives",
-            "participation ratio",
-            "tokens left out",
-        ),
-        [
-            (
-                f"{layer.layer}{' *' if layer.layer == result.best_layer else ''}",
-                f"{layer.heldout_accuracy:.3f}",
-                f"{layer.random_accuracy:.3f}",
-                f"{layer.norm:.3f}",
-                f"{layer.activation_norm:.3f}",
-                f"{layer.explained_variance:.3f}",
-                f"{layer.midpoint:.3f}",
-                f"{layer.margin:.2f}",
-                _middle(layer.positive_tokens),
-                _middle(layer.negative_tokens),
-                f"{layer.participation_ratio:.1f}",
-                f"{layer.tokens_left_out} of {layer.pooled_tokens + layer.tokens_left_out}",
-            )
-            for layer in result.layers
-        ],
-    )
+    shown = _columns(result)
+    table(tuple(shown), list(zip(*shown.values(), strict=True)))
     _show_training(result)
     if result.baselines:
-        print("; ".join(f"{name} {value:.3f}" for name, value in result.baselines.items()))
+        baselines = "; ".join(
+            f"{name.replace('_', ' ')} {value:.3f}" for name, value in sorted(result.baselines.items())
+        )
+        print(f"held-out accuracy otherwise: {baselines}")
     note(f"held-out accuracy: {result.measure}")
+
+
+def _columns(result: ExtractionResult) -> dict[str, list[str]]:
+    """Returns the cells of each column by its head, without columns that the method does not measure."""
+    layers = result.layers
+    columns = {
+        "layer": [f"{each.layer}{' *' if each.layer == result.best_layer else ''}" for each in layers],
+        "held-out accuracy": [f"{each.heldout_accuracy:.3f}" for each in layers],
+        "control" if result.baselines else "random direction": [f"{each.random_accuracy:.3f}" for each in layers],
+        "norm": [f"{each.norm:.3f}" for each in layers],
+    }
+    if any(each.activation_norm for each in layers):
+        columns["activation norm"] = [f"{each.activation_norm:.3f}" for each in layers]
+    if any(each.explained_variance for each in layers):
+        columns["explained variance"] = [f"{each.explained_variance:.3f}" for each in layers]
+    if any(each.midpoint for each in layers):
+        columns["midpoint"] = [f"{each.midpoint:.3f}" for each in layers]
+    if any(each.margin for each in layers):
+        columns["margin"] = [f"{each.margin:.2f}" for each in layers]
+    if any(each.positive_tokens or each.negative_tokens for each in layers):
+        columns["tokens of positives"] = [_middle(each.positive_tokens) for each in layers]
+        columns["tokens of negatives"] = [_middle(each.negative_tokens) for each in layers]
+    if any(each.participation_ratio for each in layers):
+        columns["participation ratio"] = [f"{each.participation_ratio:.1f}" for each in layers]
+    if any(each.pooled_tokens or each.tokens_left_out for each in layers):
+        left_out = [(each.tokens_left_out, each.pooled_tokens + each.tokens_left_out) for each in layers]
+        columns["tokens left out"] = [f"{left} of {tokens}" for left, tokens in left_out]
+    return columns
 
 
 def _show_training(result: ExtractionResult) -> None:

@@ -94,6 +94,8 @@ def _draw_panel(axes: "Axes", result: CalibrationResult, name: str) -> None:
     if name == "perplexity":
         axes.set_yscale("log")
     if name == _PANELS[0]:
+        axes.plot([], [], color="grey", linestyle="--", label="random vectors")
+        axes.plot([], [], color="black", marker="*", linestyle="none", label="knee")
         axes.legend(fontsize="x-small")
 
 

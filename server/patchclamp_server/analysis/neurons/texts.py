@@ -15,9 +15,10 @@ class TextSource:
     max_tokens: int = 0
 
     def label(self, name: str, field: str) -> int:
-        """Returns the number of a label. Raises InvalidArgument naming `field` for one that no text has."""
+        """Returns the number of a label. Raises InvalidArgument naming `field` for none, and for one no text has."""
         labels = self.corpus.labels
         if name not in labels:
-            message = f"{name!r:.80} is no label of the texts; they have {', '.join(labels) or 'none'}"
+            fault = f"{name!r:.80} is no label of the texts" if name else "required: a label of the texts"
+            message = f"{fault}; they have {', '.join(labels) or 'none'}"
             raise InvalidArgument(field, message)
         return labels.index(name)

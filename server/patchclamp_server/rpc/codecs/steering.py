@@ -110,7 +110,9 @@ def _check_inputs(request: pb.ExtractVectorsRequest, method: str) -> None:
         own |= {"target"} if method == "mean_centred" else {"target", "contrast"}
     for name in INPUT_FIELDS:
         if name in present and name not in own:
-            raise InvalidArgument(name, f"{method} takes {named}, and no {name}")
+            takers = [other for other, needed in INPUTS.items() if any(name in names for names in needed)]
+            others = f"; {name} are of {', '.join(takers)}" if takers else ""
+            raise InvalidArgument(name, f"{method} takes {named}, and no {name}{others}")
     for name in POOLED_FIELDS:
         if name in present and method not in METHODS:
             raise InvalidArgument(

@@ -12,6 +12,7 @@ from patchclamp.cli.heads.scores import print_lines
 from patchclamp.cli.neurons.shown import add_picture_argument, write_picture
 from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count, seed
+from patchclamp.cli.steering import layer_list
 from patchclamp.cli.terminal import note, print_json, table
 from patchclamp.client import Client
 from patchclamp.names import PATCH_DIRECTIONS, PATCH_METRICS, SITES
@@ -37,7 +38,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--direction", choices=PATCH_DIRECTIONS, help="default: restore, clean into corrupt")
     parser.add_argument("--metric", choices=PATCH_METRICS, help="default: log_probability_difference")
     parser.add_argument("--sites", choices=SITES, nargs="+", default=[], help="default: resid_pre attn_out mlp_out")
-    parser.add_argument("--layers", type=count, nargs="+", default=[], metavar="L", help="default: all")
+    parser.add_argument("--layers", type=layer_list, nargs="+", default=[], help="such as 0,10-12 (default: all)")
     parser.add_argument("--layer-window", type=count, metavar="N", help="neighbouring layers patched together")
     parser.add_argument(
         "--positions",
@@ -79,7 +80,12 @@ def column(text: str) -> tuple[str, PositionsLike]:
 
 def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = given(args, "direction", "metric", "layer_window", "seed", "model")
-    options |= {"sites": args.sites, "layers": args.layers, "positions": dict(args.positions), "by_head": args.by_head}
+    options |= {
+        "sites": args.sites,
+        "layers": layers_of(args),
+        "positions": dict(args.positions),
+        "by_head": args.by_head,
+    }
     grid = job_outcome(args, Client.patch_activations, requests.patch_activations, args.pairs, **options)
     if grid is None:
         return 0
@@ -89,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(args, grid)
     return 0
+
+
+def layers_of(args: argparse.Namespace) -> list[int]:
+    """Returns the layers of all parts, such as 0 and 10-12; none stand for all."""
+    return [] if "all" in args.layers else [layer for part in args.layers for layer in part]
 
 
 def show(args: argparse.Namespace, grid: PatchGrid) -> None:

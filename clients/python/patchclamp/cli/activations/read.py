@@ -28,7 +28,12 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     read = actions.add_parser(
         "read", parents=[connection_options(timeout=math.inf)], help="read activations of texts, row by row or reduced"
     )
-    read.add_argument("prompts", nargs="*", metavar="PROMPT", help="each read whole; or texts in windows:")
+    read.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="each read whole, in the place of --texts, --corpus and --data, which are read in windows",
+    )
     add_text_arguments(read, required=False)
     read.add_argument("--site", choices=SITES, action="append", help="repeatable (default: resid_post)")
     add_layers_argument(read)

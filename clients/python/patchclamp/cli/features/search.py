@@ -10,7 +10,7 @@ from patchclamp.cli.neurons.shown import tokens_shown
 from patchclamp.cli.neurons.texts import add_text_arguments, texts_of
 from patchclamp.cli.options import add_model_argument, connection_options, given
 from patchclamp.cli.parser import count
-from patchclamp.cli.terminal import print_json, table
+from patchclamp.cli.terminal import note, print_json, table
 from patchclamp.client import Client
 from patchclamp.results import FoundFeatures
 
@@ -78,3 +78,5 @@ def show(args: argparse.Namespace, found: FoundFeatures) -> None:
             f"{found.tokens:,} tokens: {found.active_features:,} features were active, {found.mean_active:.1f} at a "
             f"token; the reconstruction explains {found.explained_variance:.1%} of the variance"
         )
+        if found.explained_variance < 0:
+            note("warning: the reconstruction is further off than the mean: is the autoencoder of this model and site?")

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if result.by_layer:
         table(("layer", "score"), [(each.layer, f"{each.score:.3f}") for each in result.by_layer])
+    if target := result.artifact.provenance.get("target"):
+        print(f"probability of {target} (labels: {', '.join(result.labels)})")
     table(("on texts it has not seen", "", "beside"), list(_figures(result.report)))
     for line in reliability_lines(result.report.reliability):
         print(line)
