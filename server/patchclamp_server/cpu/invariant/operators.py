@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.cpu.invariant import rows
@@ -73,6 +74,14 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
     assert x.ndim == 2
     out = torch.empty(len(x))
     rows.row_dots(x.contiguous().numpy(), y.contiguous().numpy(), out.numpy())
+    return out
+
+
+def pair_dots(x: Tensor, rows_of: NDArray[np.int64], which: NDArray[np.int64], vectors: Tensor) -> Tensor:
+    """Returns x_rows[e] · v_which[e], [E], of x [n, width] and vectors [k, width], without a copy of either."""
+    assert x.shape[1] == vectors.shape[1]
+    out = torch.empty(len(rows_of))
+    rows.pair_dots(x.contiguous().numpy(), rows_of, which, vectors.contiguous().numpy(), out.numpy())
     return out
 
 

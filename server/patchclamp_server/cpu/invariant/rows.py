@@ -196,6 +196,13 @@ def row_dots(x, y, out):
 
 
 @compiled
+def pair_dots(x, rows, which, vectors, out):
+    """Sets out[e] = x_rows[e] · v_which[e] for x [n, width] and vectors [k, width]."""
+    for e in range(rows.shape[0]):
+        out[e] = dot(x[rows[e]], 0, vectors[which[e]], 0, x.shape[1])
+
+
+@compiled
 def turns(sine, cosine, most, turned):
     """Sets turned[0] and [1] ← cos θ and sin θ of θ = min(most, atan2(sine, cosine))."""
     for i in range(sine.shape[0]):

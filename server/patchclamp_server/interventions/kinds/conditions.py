@@ -8,7 +8,7 @@ from torch import Tensor
 
 from patchclamp_server.interventions.columns import FLAGS, LATCH, LOW, EntryFlag
 from patchclamp_server.interventions.kinds.rules import Entries, FeatureValues, StepContext
-from patchclamp_server.interventions.row_arithmetic import row_dots, row_norms
+from patchclamp_server.interventions.row_arithmetic import row_norms
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -24,16 +24,18 @@ class ConditionRule:
         self.threshold = self.sign * entries.floats(LOW)
         self.target, self.inside = pairs.target[span], pairs.inside[span]
         ints = entries.host.ints[entries.entry]
-        self.cosine = entries.tensor(ints[:, FLAGS] & EntryFlag.COSINE != 0)
+        cosine = ints[:, FLAGS] & EntryFlag.COSINE != 0
+        self.cosine = entries.tensor(cosine) if cosine.any() else None
         self.features = FeatureValues.of(entries)
         latched = ints[:, FLAGS] & EntryFlag.LATCHED != 0
         self.latched = entries.tensor(latched) if latched.any() else None
         self.latch = entries.tensor(ints[:, LATCH].astype("int64"))
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        h = x.index_select(0, self.entries.rows).float()
-        value = row_dots(h, self.entries.each(self.units))
-        value = torch.where(self.cosine, value / row_norms(h), value)
+        value = self.entries.dots(x, self.units)
+        if self.cosine is not None:
+            norms = row_norms(x.index_select(0, self.entries.rows).float())
+            value = torch.where(self.cosine, value / norms, value)
         if self.features is not None:
             value = self.features.among(value)
         opened = (self.sign * value > self.threshold) & self.inside

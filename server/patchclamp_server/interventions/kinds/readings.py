@@ -16,7 +16,6 @@ from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSp
 from patchclamp_server.interventions.kinds.vectors import decode_vector
 from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout
 from patchclamp_server.interventions.resolver import check_indices
-from patchclamp_server.interventions.row_arithmetic import row_dots
 from patchclamp_server.model.arrays import IntArray
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ class ProjectionRule:
         self.features = FeatureValues.of(entries)
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        h = x.index_select(0, self.entries.rows).float()
-        values = row_dots(h, self.entries.each(self.vectors))
+        values = self.entries.dots(x, self.vectors)
         if self.features is not None:
             values = self.features.among(values)
         context.readings.index_copy_(0, self.target, values)

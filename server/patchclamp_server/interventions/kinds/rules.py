@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchclamp_server.cpu.invariant.operators import holds_for
+from patchclamp_server.cpu.invariant.operators import holds_for, pair_dots
 from patchclamp_server.interventions.columns import COUNT, FIRST, FLAGS, HIGH, SPARE, UNIT, EntryFlag
 from patchclamp_server.interventions.compiled_edits import edit_rows
-from patchclamp_server.interventions.row_arithmetic import interpolate, row_norms
+from patchclamp_server.interventions.row_arithmetic import interpolate, row_dots, row_norms
 from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.model.arrays import BoolArray, IntArray
 from patchclamp_server.model.sites import Site
@@ -130,6 +130,13 @@ class Entries:
     def bank(self, rows: IntArray, width: int) -> Tensor:
         """Returns vectors [n, width] in float32: sums over them would overflow or round in a narrower dtype."""
         return self.setting.tables.bank(width).data.index_select(0, self.tensor(rows)).float()
+
+    def dots(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """Returns the products h · v of the pairs, [E], of x [T, width] and vectors [k, width] of the entries."""
+        if holds_for(x):
+            rows, which, _ = self.numbers
+            return pair_dots(x, rows, which, vectors)
+        return row_dots(x.index_select(0, self.rows).float(), self.each(vectors))
 
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.setting.device)
