@@ -178,6 +178,18 @@ def test_what_is_given_is_not_changed() -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "name"), [("positions", 640, "position"), ("slots", 16 * 21, "slot"), ("slots", -1, "slot")]
+)
+def test_an_index_outside_of_its_table_is_an_error_and_not_read(field: str, value: int, name: str) -> None:
+    decoder = loaded("llama").decoder
+    step = step_of(decoder, MIXED, frozenset())
+    indices = getattr(step, field).clone()
+    indices[-1] = value
+    with pytest.raises(IndexError, match=name):
+        decoder.forward(replace(step, **{field: indices}), filled_pools(decoder))
+
+
 def test_the_next_hooks_stop_at_their_own_places() -> None:
     decoder = loaded("llama").decoder
     for visited in (frozenset({(Site.MLP_POST, 0)}), frozenset({(Site.RESID_MID, 2)}), frozenset()):

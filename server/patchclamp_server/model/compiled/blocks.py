@@ -7,7 +7,7 @@ cpu/invariant, attention is row_attention.py: the bits are those of the loop ove
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -134,8 +134,12 @@ class CompiledBlocks:
         addresses = np.zeros(spec.n_layers, dtype=np.int64)
         addresses[layers.start : layers.stop] = [pool.data_ptr() for pool in pools]
         batch = step.attention
-        positions, slots = step.positions.numpy(), step.slots.numpy()
-        tables, tiles = np.ascontiguousarray(batch.tables), np.ascontiguousarray(batch.tiles)
+        # Compiled code checks no index.
+        context, addressable = int(self._job[Job.CONTEXT]), pools[0].shape[1] * pools[0].shape[2]
+        positions = _within(step.positions.numpy(), context or spec.context_length, "position")
+        slots = _within(step.slots.numpy(), addressable, "slot")
+        tables = _within(batch.tables, pools[0].shape[1], "block")
+        tiles = np.ascontiguousarray(batch.tiles, dtype=np.int64)
         threads = torch.get_num_threads()
         job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = course.stages.ctypes.data, counters.ctypes.data, threads
         job[Job.ROWS], job[Job.TILES], job[Job.STARTS] = n, len(starts) - 1, starts.ctypes.data
@@ -243,6 +247,13 @@ _MEMORY = {
     Site.MLP_POST: Job.NEURONS,
     Site.MLP_OUT: Job.MLP_OUT,
 }
+
+
+def _within(indices: NDArray[Any], end: int, name: str) -> NDArray[np.int64]:
+    """Returns the indices as int64 that lie together. Raises IndexError unless all are in 0 ≤ i < end."""
+    if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < end:
+        raise IndexError(f"a {name} is outside of 0 to {end - 1}")
+    return np.ascontiguousarray(indices, dtype=np.int64)
 
 
 def _peak_places(peaks: Peaks, n_layers: int) -> NDArray[np.int64]:
