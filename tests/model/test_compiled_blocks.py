@@ -5,20 +5,24 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numba
 import numpy as np
 import pytest
 import torch
 from engine_runs import loaded
+from numba import types
 from sparse_models import documents
 from tiny_models import FAMILIES, LAYERS
 from torch import Tensor
 
 from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.cpu.atomics import floats_at
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.compiled import team
 from patchclamp_server.model.compiled.blocks import CompiledBlocks
+from patchclamp_server.model.compiled.job import CompiledVisits
 from patchclamp_server.model.decoder import NO_HOOKS, Decoder, SiteHooks, StepInputs
 from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site
 
@@ -167,6 +171,40 @@ def test_what_hooks_of_unknown_places_see_is_run_in_python() -> None:
     hooks = Shift(None)
     decoder.forward(inputs_of(text, 0, 4, decoder), pools_for(decoder, text), hooks)
     assert {place[:2] for place in hooks.seen} >= {(Site.RESID_PRE, 0), (Site.MLP_OUT, LAYERS - 1)}
+
+
+@numba.cfunc(types.void(types.int64, types.int64, types.int64))
+def first_number(x_at: int, number: int, state_at: int) -> None:
+    numba.carray(floats_at(state_at), (64,))[number] = numba.carray(floats_at(x_at), (1,))[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_what_is_called_without_python_sees_what_hooks_see(family: str) -> None:
+    """Every place is looked at, half of them by a C function, and edited at the others."""
+    decoder = loaded(family).decoder
+    sites = [s for s in FORWARD_ORDER if s in decoder.spec.sites and s not in PREACTIVATION_SITES]
+    places = [(site, layer) for layer in range(LAYERS) for site in sites]
+    seen = np.zeros(64, dtype=np.float32)
+    numbers = {place: number for number, place in enumerate(places) if number % 2}
+    looks = CompiledVisits(first_number.address, seen.ctypes.data, numbers)
+    called, visited = Shift(frozenset(places) - frozenset(numbers)), Shift(frozenset(places))
+    step = step_of(decoder, MIXED, frozenset())
+
+    def visit(site: Site, layer: int, x: Tensor) -> None:
+        if (site, layer) in numbers:
+            visited.seen.append((site, layer, x.clone()))
+        else:
+            Shift.visit(visited, site, layer, x)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(called, "visited", frozenset(places))
+        patched.setattr(visited, "visit", visit)
+        got = decoder.forward(replace(step, looks=looks), filled_pools(decoder), called)
+        with in_python(decoder):
+            expected = decoder.forward(step, filled_pools(decoder), visited)
+    assert torch.equal(got, expected)
+    wanted = {(site, layer): float(x[0, 0]) for site, layer, x in visited.seen}
+    assert {place: float(seen[number]) for place, number in numbers.items()} == {p: wanted[p] for p in numbers}
 
 
 def test_what_is_given_is_not_changed() -> None:

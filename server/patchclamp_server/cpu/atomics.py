@@ -82,6 +82,18 @@ def call(_context, function, argument):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def call_with_three(_context, function, first, second, third):  # type: ignore[no-untyped-def]
+    """Calls the C function at the address `function`, which takes three int64 and returns nothing."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 3)
+        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def pause(_context):  # type: ignore[no-untyped-def]
     """Waits for some nanoseconds, where there is an instruction for it."""
 

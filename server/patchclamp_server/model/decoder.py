@@ -39,6 +39,7 @@ from patchclamp_server.model.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from patchclamp_server.model.compiled.blocks import CompiledBlocks
+    from patchclamp_server.model.compiled.job import CompiledVisits
 
 
 class SiteHooks(Protocol):
@@ -97,6 +98,8 @@ class StepInputs:
     # a copy, whose rows have no gaps and which hooks may edit; False: with a view, which they only read.
     visited_preactivations: Mapping[tuple[Site, int], bool] = field(default_factory=dict)
     peaks: Peaks | None = None
+    # What compiled blocks may call where hooks would be visited.
+    looks: "CompiledVisits | None" = None
 
 
 @dataclass(frozen=True, eq=False)

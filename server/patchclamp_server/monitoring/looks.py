@@ -83,6 +83,12 @@ class Looks(Protocol):
         """Tells that the places visited next belong to a step with these rows."""
 
     @property
+    def compiled(self) -> tuple[int, int] | None:
+        """Returns the addresses of a C function that does in this step what `look` does, given that of x, the number
+        and the second address; None where there is none."""
+        ...
+
+    @property
     def look(self) -> Callable[[int, Tensor], None]:
         """Reads place `number` in this step; x [T, width] is after all edits."""
 
@@ -93,6 +99,8 @@ def looks_at(places: Sequence[Gathered | Projected], ring: Ring) -> Looks:
 
 class OperatorLooks:
     """Reads places by torch operators, on the device."""
+
+    compiled = None
 
     def __init__(self, places: Sequence[Gathered | Projected], ring: Ring) -> None:
         self._ring = ring
@@ -146,6 +154,9 @@ class CompiledLooks:
         arrays = [*self._tables, self._rows, self._values]
         self._state = np.array([*map(_address, arrays), ring.columns, 0, 0], dtype=np.int64)  # see _look_at
         self._look_by_loop = _look(_address(self._state))
+        # Of a step whose look is the loop: the address of a C function, and of its last argument.
+        function: int = look_function.address
+        self.function, self.state = function, _address(self._state)
         self.look = self._look_by_loop
 
     def begin(self, rows: Rows) -> None:
@@ -157,6 +168,10 @@ class CompiledLooks:
         self._rows[:n] = rows.index
         self._state[6], self._state[7] = n, ring.at
         self.look = self._look_by_loop if n <= _FEW_ROWS else self._look_at_many
+
+    @property
+    def compiled(self) -> tuple[int, int] | None:
+        return (self.function, self.state) if self.look is self._look_by_loop else None
 
     def _look_at_many(self, number: int, x: Tensor) -> None:
         if number not in self._projected:
@@ -256,3 +271,9 @@ def _look_at(x_at, number, state_at):
             for d in range(width):
                 squares += x[own + d] * x[own + d]
             values[(state[7] + i) * columns + norm] = np.sqrt(squares)
+
+
+@numba.cfunc(types.void(types.int64, types.int64, types.int64), cache=True)
+def look_function(x_at, number, state_at):
+    """Reads one place, as compiled blocks call it."""
+    _look_at(x_at, number, state_at)

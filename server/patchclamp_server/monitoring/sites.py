@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from patchclamp_server.interventions.plan import StepPlan
-from patchclamp_server.model.sites import FORWARD_ORDER, Site
+from patchclamp_server.model.compiled.job import CompiledVisits
+from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site
 from patchclamp_server.monitoring.layout import Layout
 
 if TYPE_CHECKING:
@@ -29,7 +30,24 @@ class WatchedSites:
         self.visited = frozenset(layout.places)
         if plan is not None:
             self.visited |= plan.operators
+        self._looks: CompiledVisits | None = None
         self.visit = _visit(plan.visit if plan is not None and plan.operators else None, layout)
+
+    def looks(self) -> CompiledVisits | None:
+        """Returns the looks of this step that need no Python: those at places where no program runs."""
+        addresses = self.layout.looks.compiled
+        if addresses is None:
+            return None
+        if self._looks is None:
+            operators = frozenset() if self.plan is None else self.plan.operators
+            numbers = {
+                place: number
+                for place, number in self.layout.places.items()
+                # Gates and ups are parts of one array.
+                if place not in operators and place[0] not in PREACTIVATION_SITES
+            }
+            self._looks = CompiledVisits(*addresses, numbers)
+        return self._looks
 
     def between(self, programs: "Programs") -> "Programs":
         """Returns programs of kernels that are watched in the same way: no launch runs past a place of the watches.

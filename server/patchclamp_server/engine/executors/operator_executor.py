@@ -12,6 +12,7 @@ from patchclamp_server.interventions.setting import Setting
 from patchclamp_server.interventions.tables import Tables
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.compiled.job import CompiledVisits
 from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.overflow import FiniteProbe, finite_rows
 from patchclamp_server.model.sites import Site, every_preactivation
@@ -37,10 +38,12 @@ class OperatorExecutor:
         heads = self.heads.read(batch.programs, len(batch.token_ids))
         peaks = None if heads is None else heads.peaks
         hooks: StepPlan | WatchedSites = plan
+        looks = None
         if batch.watch is not None:
             peaks = batch.watch.layout.peaks(heads, len(batch.token_ids))
             hooks = self.watcher.follow(plan, batch.watch.layout)
-        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations)
+            looks = hooks.looks()
+        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations, looks)
         plan.begin(step.positions)
         x = self.decoder.forward(step, self.cache.pools, hooks, self.sparse.follow(batch.sparse))
         outcome = plan.finish(x)
@@ -66,6 +69,7 @@ class OperatorExecutor:
         plan: StepPlan,
         peaks: Peaks | None,
         visited_preactivations: dict[tuple[Site, int], bool],
+        looks: CompiledVisits | None = None,
     ) -> StepInputs:
         device = self.decoder.device
         return StepInputs(
@@ -76,6 +80,7 @@ class OperatorExecutor:
             plan.edited_queries,
             visited_preactivations,
             peaks,
+            looks,
         )
 
 

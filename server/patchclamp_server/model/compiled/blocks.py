@@ -19,7 +19,17 @@ from patchclamp_server.cpu.invariant.products import CodeTiles, FloatTiles, tile
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.quantized import GROUP, LANES
 from patchclamp_server.model.attention.peaks import Peaks
-from patchclamp_server.model.compiled.job import LAYER_FIELDS, NORMS, PRODUCTS, Format, Job, Layer, Matrix, Stage
+from patchclamp_server.model.compiled.job import (
+    LAYER_FIELDS,
+    NORMS,
+    PRODUCTS,
+    CompiledVisits,
+    Format,
+    Job,
+    Layer,
+    Matrix,
+    Stage,
+)
 from patchclamp_server.model.compiled.team import team_of
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 
@@ -106,7 +116,8 @@ class CompiledBlocks:
         """Returns what Decoder.run_blocks does. `hooks` say what they visit."""
         spec = self.decoder.spec
         assert hooks.visited is not None
-        course = self._course(layers, frozenset(hooks.visited))
+        looks = step.looks
+        course = self._course(layers, frozenset(hooks.visited), looks)
         n = len(x)
         x = x.clone(memory_format=torch.contiguous_format)
         width = spec.n_heads * spec.head_dim
@@ -153,6 +164,8 @@ class CompiledBlocks:
             job[Job.PEAK_AT], job[Job.PEAK] = peaks.positions.data_ptr(), peaks.probabilities.data_ptr()
             job[Job.OFF_SINK] = 0 if peaks.off_sink is None else peaks.off_sink.data_ptr()
             job[Job.PEAK_PLACES], job[Job.PEAK_OF_LAYER] = len(peaks.positions), peak_of_layer.ctypes.data
+        if looks is not None:
+            job[Job.LOOK], job[Job.LOOK_STATE] = looks.function, looks.state
         team = team_of(threads)
         first = 0
         for last, place in course.stops:
@@ -174,11 +187,12 @@ class CompiledBlocks:
         elif site is not Site.ATTN_Q or layer in step.visited_queries:
             hooks.visit(site, layer, memory[_MEMORY[site]])
 
-    def _make_course(self, layers: range, visited: Set[Place]) -> _Course:
+    def _make_course(self, layers: range, visited: Set[Place], looks: CompiledVisits | None) -> _Course:
         parallel = self.decoder.spec.parallel_residual
         stages: list[tuple[int, int, int]] = []
         stops: list[tuple[int, Place | None]] = []
         pending = 0
+        numbers = {} if looks is None else looks.numbers
 
         def stop(site: Site) -> bool:
             nonlocal pending
@@ -187,7 +201,10 @@ class CompiledBlocks:
             if site in _RESIDUAL and pending:
                 stages.append((Stage.ADD, layer, pending))
                 pending = 0
-            stops.append((len(stages), (site, layer)))
+            if (number := numbers.get((site, layer))) is not None:
+                stages.append((Stage.LOOK, _MEMORY[site], number))
+            else:
+                stops.append((len(stages), (site, layer)))
             return True
 
         def run(stage: Stage, flags: int = 0) -> None:

@@ -3,7 +3,21 @@
 Each entry is a number or the address of an array. Comments have the shapes of arrays of float32: T rows, L layers.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum, auto
+
+from patchclamp_server.model.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledVisits:
+    """Visits without Python: the C function at `function` takes the address of the activation [T, width] float32, the
+    number of the place, and `state`. It changes nothing. Hooks that are called instead do the same."""
+
+    function: int
+    state: int
+    numbers: Mapping[tuple[Site, int], int]
 
 
 class _Numbered(IntEnum):
@@ -59,6 +73,8 @@ class Job(_Numbered):
     OFF_SINK = auto()
     PEAK_PLACES = auto()
     PEAK_OF_LAYER = auto()  # int64 [L]: place, or -1
+    LOOK = auto()  # a C function of an activation, a number and LOOK_STATE
+    LOOK_STATE = auto()
 
 
 class Layer(_Numbered):
@@ -116,3 +132,4 @@ class Stage(_Numbered):
     MLP_OUTPUT = auto()
     POST_MLP_NORM = auto()
     ADD = auto()  # flags as of ATTN_NORM
+    LOOK = auto()  # at the memory that the layer's place names; flags: the number of the look

@@ -15,7 +15,17 @@ numba caches this on disk by this file alone: a change in what it calls needs a 
 import numba
 from numba import carray, types
 
-from patchclamp_server.cpu.atomics import add_to, bytes_at, codes_at, floats_at, ints_at, places_at, relax, value_at
+from patchclamp_server.cpu.atomics import (
+    add_to,
+    bytes_at,
+    call_with_three,
+    codes_at,
+    floats_at,
+    ints_at,
+    places_at,
+    relax,
+    value_at,
+)
 from patchclamp_server.cpu.invariant.products import multiply_codes, multiply_floats, pack_tile
 from patchclamp_server.cpu.invariant.rows import activations, finish_heads, layer_norms, rms_norms
 from patchclamp_server.cpu.quantized import GROUP, LANES
@@ -31,13 +41,14 @@ _CHUNKS = 4
 _LAYER_FIELDS, _MATRIX_FIELDS = LAYER_FIELDS, len(Matrix)
 (
     _ATTN_NORM, _QKV, _HEADS, _ATTEND, _PACK_Z, _ATTN_OUTPUT, _POST_ATTN_NORM,
-    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _PACK_NEURONS, _MLP_OUTPUT, _POST_MLP_NORM, _ADD,
+    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _PACK_NEURONS, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _LOOK,
 ) = (int(stage) for stage in Stage)  # fmt: skip
 (
     _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _TILES, _STARTS, _LAYERS, _EPSILONS, _X, _H, _PACKED, _SUMS,
     _QKV_AT, _Q, _Z, _ATTN_OUT, _HIDDEN, _NEURONS, _MLP_OUT, _D, _FF, _GATED, _KIND, _N_HEADS, _N_KV, _DIM,
     _CONSTANTS, _ROTARY, _CONTEXT, _POSITIONS, _SLOTS, _POOLS, _POOL_BLOCKS, _SIZE, _TABLES, _SPANS, _TABLE_WIDTH,
     _ATTENTION_TILES, _N_ATTENTION_TILES, _PEAK_AT, _PEAK, _OFF_SINK, _PEAK_PLACES, _PEAK_OF_LAYER,
+    _LOOK_AT, _LOOK_STATE,
 ) = (int(field) for field in Job)  # fmt: skip
 _FLOATS, _CODES_4, _CODES_8 = (int(kind) for kind in Format)
 _FORMAT, _WEIGHTS, _SCALES, _BLOCKS, _DEPTH, _BIAS = (int(field) for field in Matrix)
@@ -82,7 +93,7 @@ def _chunks(job, stage, layer):
         return min(job[_THREADS] * _CHUNKS, job[_N_ATTENTION_TILES])
     if stage in (_HEADS, _POST_ATTN_NORM, _POST_MLP_NORM, _ADD):
         return (job[_N] + _ROWS - 1) // _ROWS
-    return job[_TILES]
+    return 1 if stage == _LOOK else job[_TILES]
 
 
 @_compiled
@@ -122,6 +133,8 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
         _norm(job, layer, 3, job[_MLP_OUT], job[_MLP_OUT], start, end)
     elif stage == _ADD:
         _add(job, d, flags, start, end)
+    elif stage == _LOOK:
+        call_with_three(job[_LOOK_AT], job[layer], flags, job[_LOOK_STATE])
 
 
 @_compiled
