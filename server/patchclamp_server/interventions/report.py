@@ -5,6 +5,7 @@ from the spans of the step, so that a report serves one step after the other.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -114,7 +115,13 @@ class Report:
 
     def own_readings(self, outcome: StepOutcome, spans: list[ProgramSpan], readings: np.ndarray) -> None:
         """Adds the values of readouts; `readings` is [reading_rows, columns]."""
-        self._tell(outcome, spans, readings[np.searchsorted(self.reading_rows, self._rows), self._columns])
+        self._tell(outcome, spans, readings[self._own_rows, self._columns])
+
+    @cached_property
+    def _own_rows(self) -> IntArray:
+        """The row of each number among `reading_rows`."""
+        places: IntArray = np.searchsorted(self.reading_rows, self._rows)
+        return places
 
     def _tell(self, outcome: StepOutcome, spans: list[ProgramSpan], numbers: np.ndarray) -> None:
         values = numbers.tolist()

@@ -19,7 +19,6 @@ class ConditionRule:
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
         pairs, span = entries.pairs, entries.span
-        self.units = entries.vectors()  # [k, width]
         self.sign = entries.strength  # [E]
         self.threshold = self.sign * entries.floats(LOW)
         self.target, self.inside = pairs.target[span], pairs.inside[span]
@@ -32,7 +31,7 @@ class ConditionRule:
         self.latch = entries.tensor(ints[:, LATCH].astype("int64"))
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        value = self.entries.dots(x, self.units)
+        value = self.entries.dots(x)
         if self.cosine is not None:
             norms = row_norms(x.index_select(0, self.entries.rows).float())
             value = torch.where(self.cosine, value / norms, value)

@@ -30,11 +30,10 @@ class ProjectionRule:
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
         self.entries = entries
         self.target = entries.pairs.target[entries.span]
-        self.vectors = entries.vectors()
         self.features = FeatureValues.of(entries)
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        values = self.entries.dots(x, self.vectors)
+        values = self.entries.dots(x)
         if self.features is not None:
             values = self.features.among(values)
         context.readings.index_copy_(0, self.target, values)
