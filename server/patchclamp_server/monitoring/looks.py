@@ -155,8 +155,9 @@ class CompiledLooks:
         self._state = np.array([*map(_address, arrays), ring.columns, 0, 0], dtype=np.int64)  # see _look_at
         self._look_by_loop = _look(_address(self._state))
         # Of a step whose look is the loop: the address of a C function, and of its last argument.
-        function: int = look_function.address
-        self.function, self.state = function, _address(self._state)
+        function: Any = look_function.address
+        self.function: int = function
+        self.state = _address(self._state)
         self.look = self._look_by_loop
 
     def begin(self, rows: Rows) -> None:
