@@ -22,7 +22,7 @@ from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.compiled import team
 from patchclamp_server.model.compiled.blocks import CompiledBlocks
-from patchclamp_server.model.compiled.job import CompiledVisits
+from patchclamp_server.model.compiled.job import CompiledVisits, Job
 from patchclamp_server.model.decoder import NO_HOOKS, Decoder, SiteHooks, StepInputs
 from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site
 
@@ -226,6 +226,36 @@ def test_an_index_outside_of_its_table_is_an_error_and_not_read(field: str, valu
     indices[-1] = value
     with pytest.raises(IndexError, match=name):
         decoder.forward(replace(step, **{field: indices}), filled_pools(decoder))
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_stage_that_fails_is_an_error_and_nobody_waits_for_it(n_threads: int) -> None:
+    decoder = loaded("llama").decoder
+    compiled = compiled_of(decoder)
+    with threads(n_threads), pytest.MonkeyPatch.context() as patched:
+        broken = compiled._job.copy()
+        # The loop of the activation asks for memory by neurons first, and there is not so much.
+        broken[Job.D_FF] = 1 << 46
+        patched.setattr(compiled, "_job", broken)
+        with pytest.raises(RuntimeError, match="stage"):
+            decoder.forward(step_of(decoder, [(40, 1)], frozenset()), filled_pools(decoder))
+    same(decoder, step_of(decoder, MIXED, frozenset()), frozenset())
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_row_of_zeros_without_an_epsilon_is_not_a_number(n_threads: int) -> None:
+    decoder = loaded("llama").decoder
+    compiled = compiled_of(decoder)
+    step = step_of(decoder, MIXED, frozenset())
+    with threads(n_threads):
+        # Its address stays.
+        before = compiled._epsilons.copy()
+        compiled._epsilons[:] = 0
+        try:
+            x = decoder.run_blocks(torch.zeros(len(step.token_ids), 48), range(LAYERS), step, filled_pools(decoder))
+        finally:
+            compiled._epsilons[:] = before
+    assert not torch.isfinite(x).any()
 
 
 def test_the_next_hooks_stop_at_their_own_places() -> None:

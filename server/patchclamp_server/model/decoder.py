@@ -160,8 +160,8 @@ class Decoder:
             operators.warm_up()
 
     def threads_for(self, rows: int, available: int) -> int:
-        """Returns the threads worth using for a step: where blocks are not compiled, one does
-        few rows over codes sooner than it wakes others."""
+        """Returns the threads worth using for a step: where blocks are not compiled, one does few rows over codes
+        sooner than it wakes others."""
         return 1 if self.compiled is None and rows <= FEW_ROWS and self.unembedding.quantized is not None else available
 
     @torch.inference_mode()

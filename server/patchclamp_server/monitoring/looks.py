@@ -22,10 +22,10 @@ import numba
 import numpy as np
 import torch
 from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchclamp_server.cpu.atomics import floats_at, ints_at
 from patchclamp_server.monitoring.arrays import Ints
 from patchclamp_server.monitoring.ring import Ring, Rows
 
@@ -220,35 +220,19 @@ def warm_up() -> None:
     looks.look(0, torch.zeros(1, 1))
 
 
-def _pointer_to(element):
-    """Makes a compiled function that casts an address to a pointer: compiled code is called cheapest with numbers."""
-
-    @intrinsic
-    def at(_context, address):
-        def cast(context, builder, signature, values):
-            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(element)(address), cast
-
-    return at
-
-
-_floats_at, _ints_at = _pointer_to(types.float32), _pointer_to(types.int64)
-
-
 @numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
 def _look_at(x_at, number, state_at):
     """Reads one place. `state` holds: the addresses of the table, units, vectors, rows and the ring's values, how many
     columns these have, how many rows there are, and which row of the ring is the first of them. A row of the table
     holds: width of x, first column, number of items, where they begin in the units or vectors, whether they are
     vectors, which have bias and cut behind them, and the column of the norm, or -1."""
-    state = _ints_at(state_at)
-    table, rows, columns, n_rows = _ints_at(state[0]), _ints_at(state[3]), state[5], state[6]
-    x, values = _floats_at(x_at), _floats_at(state[4])
+    state = ints_at(state_at)
+    table, rows, columns, n_rows = ints_at(state[0]), ints_at(state[3]), state[5], state[6]
+    x, values = floats_at(x_at), floats_at(state[4])
     place = 6 * number
     width, first, n, begin = table[place], table[place + 1], table[place + 2], table[place + 3]
     norm = table[place + 5]
-    units, vectors = _ints_at(state[1]), _floats_at(state[2])
+    units, vectors = ints_at(state[1]), floats_at(state[2])
     for i in range(n_rows):
         own, into = rows[i] * width, (state[7] + i) * columns + first
         if not table[place + 4]:

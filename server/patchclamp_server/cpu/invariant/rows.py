@@ -17,7 +17,8 @@ import numpy as np
 from patchclamp_server.cpu.invariant.tiles import dot, sum_of
 from patchclamp_server.cpu.vector import LANES
 
-compiled = numba.njit(nogil=True, cache=True)
+# A number divided by 0 is infinite or NaN, as for torch: a step says which rows are not finite.
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 SILU, GELU, GELU_TANH, RELU = range(4)
 # The keys are the names of DecoderSpec.activation.

@@ -131,25 +131,16 @@ class Entries:
         """Returns vectors [n, width] in float32: sums over them would overflow or round in a narrower dtype."""
         return self.setting.tables.bank(width).data.index_select(0, self.tensor(rows)).float()
 
-    @cached_property
-    def distinct_vectors(self) -> tuple[Tensor, IntArray]:
-        """Returns the vectors [n, width] of the entries without those that are there already, and which of them each of
-        the E pairs has. Programs that read the same features have rows of their own, which memory would give up one by
-        one."""
-        vectors, numbers = self.vectors(), dict[bytes, int]()
-        of_entry = np.array(
-            [numbers.setdefault(v.tobytes(), len(numbers)) for v in vectors.cpu().numpy()], dtype=np.int64
-        )
-        first = np.unique(of_entry, return_index=True)[1]
-        which = of_entry if self.which is None else of_entry[self.which]
-        return vectors[self.tensor(first)], which
-
     def dots(self, x: Tensor) -> Tensor:
-        """Returns the products h · v of the pairs, [E], of x [T, width]."""
-        vectors, which = self.distinct_vectors
+        """Returns the products h · v of the pairs, [E], of x [T, width] and the vectors of the entries."""
         if holds_for(x):
-            return pair_dots(x, self.numbers[0], which, vectors)
-        return row_dots(x.index_select(0, self.rows).float(), vectors[self.tensor(which)])
+            rows, which, _ = self.numbers
+            return pair_dots(x, rows, which, self._own_vectors)
+        return row_dots(x.index_select(0, self.rows).float(), self.each(self._own_vectors))
+
+    @cached_property
+    def _own_vectors(self) -> Tensor:
+        return self.vectors()
 
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.setting.device)

@@ -34,7 +34,7 @@ _KEYS = 16  # keys that are scored at once: the lanes of a vector
 _NONE = np.empty((0, 0, 0), dtype=np.float32)
 _NO_PEAKS = np.empty((0, 0, 0), dtype=np.int32), _NONE, None
 
-_compiled = numba.njit(nogil=True, cache=True)
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 def attend_rows(

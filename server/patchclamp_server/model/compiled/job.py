@@ -75,6 +75,7 @@ class Job(_Numbered):
     PEAK_OF_LAYER = auto()  # int64 [L]: place, or -1
     LOOK = auto()  # a C function of an activation, a number and LOOK_STATE
     LOOK_STATE = auto()
+    FAILED = auto()  # 1 once a chunk has raised an exception
 
 
 class Layer(_Numbered):

@@ -48,7 +48,7 @@ _LAYER_FIELDS, _MATRIX_FIELDS = LAYER_FIELDS, len(Matrix)
     _QKV_AT, _Q, _Z, _ATTN_OUT, _HIDDEN, _NEURONS, _MLP_OUT, _D, _FF, _GATED, _KIND, _N_HEADS, _N_KV, _DIM,
     _CONSTANTS, _ROTARY, _CONTEXT, _POSITIONS, _SLOTS, _POOLS, _POOL_BLOCKS, _SIZE, _TABLES, _SPANS, _TABLE_WIDTH,
     _ATTENTION_TILES, _N_ATTENTION_TILES, _PEAK_AT, _PEAK, _OFF_SINK, _PEAK_PLACES, _PEAK_OF_LAYER,
-    _LOOK_AT, _LOOK_STATE,
+    _LOOK_AT, _LOOK_STATE, _FAILED,
 ) = (int(field) for field in Job)  # fmt: skip
 _FLOATS, _CODES_4, _CODES_8 = (int(kind) for kind in Format)
 _FORMAT, _WEIGHTS, _SCALES, _BLOCKS, _DEPTH, _BIAS = (int(field) for field in Matrix)
@@ -73,7 +73,11 @@ def _run_stages(job):
             chunk = add_to(counters, s * 8, 1)
             if chunk >= n:
                 break
-            _run_chunk(job, stage, layer, flags, chunk, n)
+            # Others wait for this chunk, whatever becomes of it.
+            try:
+                _run_chunk(job, stage, layer, flags, chunk, n)
+            except Exception:
+                job[_FAILED] = 1
             add_to(counters, s * 8 + 4, 1)
         waited = 0
         while value_at(counters, s * 8 + 4) < n:

@@ -19,6 +19,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from patchclamp_server.cpu.atomics import add_to, call, exchange, relax, value_at
+from patchclamp_server.model.compiled.job import Job
 from patchclamp_server.model.compiled.stages import run_stages
 
 # Entries of the board, each in a cache line of its own: the number of the open job or 0, the address of the job, and
@@ -110,10 +111,16 @@ class Team:
             self._helpers += 1
 
     def run(self, job: NDArray[np.int64]) -> None:
-        """Runs the stages of a job. Where another thread has one, it has no help."""
+        """Runs the stages of a job; where another thread has one, without help. Raises RuntimeError where one failed."""
         if not self._helpers or not self._lock.acquire(blocking=False):
             _do_alone(_STAGES, job.ctypes.data)
-            return
+        else:
+            self._run_with_help(job)
+        if job[Job.FAILED]:
+            raise RuntimeError("a stage of the compiled blocks has failed")
+
+    def _run_with_help(self, job: NDArray[np.int64]) -> None:
+        """The lock is held, and let go of."""
         try:
             self._number += 1
             semaphores = self._semaphores.ctypes.data
