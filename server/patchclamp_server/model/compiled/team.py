@@ -111,7 +111,7 @@ class Team:
             self._helpers += 1
 
     def run(self, job: NDArray[np.int64]) -> None:
-        """Runs the stages of a job; where another thread has one, without help. Raises RuntimeError where one failed."""
+        """Runs the stages of a job, without help where another thread has one. Raises RuntimeError if one failed."""
         if not self._helpers or not self._lock.acquire(blocking=False):
             _do_alone(_STAGES, job.ctypes.data)
         else:
