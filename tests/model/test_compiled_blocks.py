@@ -186,7 +186,7 @@ def test_what_is_called_without_python_sees_what_hooks_see(family: str) -> None:
     places = [(site, layer) for layer in range(LAYERS) for site in sites]
     seen = np.zeros(64, dtype=np.float32)
     numbers = {place: number for number, place in enumerate(places) if number % 2}
-    looks = CompiledVisits(first_number.address, seen.ctypes.data, numbers)
+    calls = {place: ((first_number.address, number, seen.ctypes.data),) for place, number in numbers.items()}
     called, visited = Shift(frozenset(places) - frozenset(numbers)), Shift(frozenset(places))
     step = step_of(decoder, MIXED, frozenset())
 
@@ -199,7 +199,7 @@ def test_what_is_called_without_python_sees_what_hooks_see(family: str) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(called, "visited", frozenset(places))
         patched.setattr(visited, "visit", visit)
-        got = decoder.forward(replace(step, looks=looks), filled_pools(decoder), called)
+        got = decoder.forward(replace(step, compiled_visits=CompiledVisits(calls)), filled_pools(decoder), called)
         with in_python(decoder):
             expected = decoder.forward(step, filled_pools(decoder), visited)
     assert torch.equal(got, expected)

@@ -41,7 +41,7 @@ def compile_part(setting: Setting, spans: list[ProgramSpan], *, steady: bool, by
     tables = setting.tables
     own = [span for span in spans if span.state is not None]
     rows = steady_rows(tables, own) if steady else moving_rows(tables, own)
-    part = Part(own, rows, Report(rows), by_kernels)
+    part = Part(own, rows, Report(rows), by_kernels, steady=steady)
     if own:
         local, entry, inside = chosen(tables.host, rows, behind=by_kernels)
         if len(entry):

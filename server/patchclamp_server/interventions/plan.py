@@ -7,15 +7,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant.reads import Call, Read
 from patchclamp_server.interventions.captures import CaptureRule
 from patchclamp_server.interventions.kinds.latents import LatentRule
 from patchclamp_server.interventions.kinds.rankings import RowsRead
-from patchclamp_server.interventions.kinds.rules import Rule, StepContext
+from patchclamp_server.interventions.kinds.rules import CompiledRead, Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows
 from patchclamp_server.interventions.spans import Place, ProgramSpan, StepOutcome
 from patchclamp_server.interventions.tables import Tables
+from patchclamp_server.model.compiled.job import CompiledVisits
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 
 
@@ -54,15 +56,40 @@ class Part:
     # Each pair of an edit and a row has a row of Tables.counts and 0 or 1 here, in the order of execution.
     counter: Tensor | None = None
     counted: Tensor | None = None
+    # It serves more than one step.
+    steady: bool = False
     # This belongs to the step that is running.
     context: StepContext | None = None
+    # What compiled visits have the addresses of; None at places where they cannot do what rules do.
+    _reads: dict[Place, list[Read] | None] = field(default_factory=dict)
+    _readings: Tensor | None = None
+    _opened: Tensor | None = None
+
+    def _all_closed(self, device: torch.device) -> Tensor:
+        report = self.report
+        if self._opened is None:
+            self._opened = torch.ones(len(report.condition_rows) * report.n_columns + 1, device=device)
+        self._opened[:-1] = 0.0
+        return self._opened
+
+    def readings(self, device: torch.device) -> Tensor:
+        """The numbers that each step reads anew, at one place in memory."""
+        if self._readings is None:
+            self._readings = torch.empty(len(self.report.reading_rows) * self.report.n_readings, device=device)
+        return self._readings
 
     def begin(self, positions: Tensor, tables: Tables) -> None:
-        device, report = positions.device, self.report
-        opened = torch.zeros(len(report.condition_rows) * report.n_columns + 1, device=device)
-        opened[-1] = 1.0
-        readings = torch.zeros(len(report.reading_rows) * report.n_readings, device=device)
-        self.context = StepContext(positions, tables.latch, opened, readings, [], [], [])
+        readings = self.readings(positions.device).zero_()
+        self.context = StepContext(positions, tables.latch, self._all_closed(positions.device), readings, [], [], [])
+
+    def reads(self, place: Place, device: torch.device) -> list[Read] | None:
+        """Returns compiled calls that do what the rules of a place do; None where there is a rule without them."""
+        if place not in self._reads:
+            rules = self.rules.get(place, [])
+            compiled = [rule for rule in rules if isinstance(rule, CompiledRead)]
+            reads = [read for rule in compiled for read in rule.reads(self.readings(device))]
+            self._reads[place] = reads if len(compiled) == len(rules) else None
+        return self._reads[place]
 
     def finish(self, tables: Tables, outcome: StepOutcome, end: Tensor) -> None:
         """Adds the step to the receipts, and copies what was read to the host. `end` [T, d_model] is the residual
@@ -106,6 +133,22 @@ class StepPlan:
     @property
     def visited(self) -> frozenset[Place]:
         return self.operators
+
+    @cached_property
+    def compiled_visits(self) -> CompiledVisits | None:
+        """Returns the visits that need no Python, of a plan that serves more than one step."""
+        if not self.parts or not all(part.steady for part in self.parts):
+            return None
+        device = self.tables.device
+        calls: dict[Place, tuple[Call, ...]] = {}
+        for place in self.operators:
+            # Gates and ups are parts of one array.
+            if place[0] in PREACTIVATION_SITES:
+                continue
+            own = [part.reads(place, device) for part in self.parts]
+            if None not in own:
+                calls[place] = tuple(read.call for part in own for read in part or ())
+        return CompiledVisits(calls) if calls else None
 
     @cached_property
     def edited_queries(self) -> frozenset[int]:

@@ -99,7 +99,7 @@ class StepInputs:
     visited_preactivations: Mapping[tuple[Site, int], bool] = field(default_factory=dict)
     peaks: Peaks | None = None
     # What compiled blocks may call where hooks would be visited.
-    looks: "CompiledVisits | None" = None
+    compiled_visits: "CompiledVisits | None" = None
 
 
 @dataclass(frozen=True, eq=False)

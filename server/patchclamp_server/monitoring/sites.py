@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant.reads import Call
 from patchclamp_server.interventions.plan import StepPlan
+from patchclamp_server.interventions.spans import Place
 from patchclamp_server.model.compiled.job import CompiledVisits
 from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site
 from patchclamp_server.monitoring.layout import Layout
@@ -30,24 +32,31 @@ class WatchedSites:
         self.visited = frozenset(layout.places)
         if plan is not None:
             self.visited |= plan.operators
-        self._looks: CompiledVisits | None = None
+        # With the looks of watches, and without.
+        self._compiled: dict[bool, CompiledVisits | None] = {}
         self.visit = _visit(plan.visit if plan is not None and plan.operators else None, layout)
 
-    def looks(self) -> CompiledVisits | None:
-        """Returns the looks of this step that need no Python: those at places where no program runs."""
-        addresses = self.layout.looks.compiled
-        if addresses is None:
-            return None
-        if self._looks is None:
-            operators = frozenset() if self.plan is None else self.plan.operators
-            numbers = {
-                place: number
-                for place, number in self.layout.places.items()
-                # Gates and ups are parts of one array.
-                if place not in operators and place[0] not in PREACTIVATION_SITES
-            }
-            self._looks = CompiledVisits(*addresses, numbers)
-        return self._looks
+    @property
+    def compiled_visits(self) -> CompiledVisits | None:
+        """Returns the visits of this step that need no Python: looks at places where programs run nothing else."""
+        looks = self.layout.looks.compiled
+        key = looks is not None
+        if key not in self._compiled:
+            self._compiled[key] = self._calls(looks)
+        return self._compiled[key]
+
+    def _calls(self, looks: tuple[int, int] | None) -> CompiledVisits | None:
+        read = None if self.plan is None else self.plan.compiled_visits
+        operators = frozenset() if self.plan is None else self.plan.operators
+        by_programs = {} if read is None else read.calls
+        calls: dict[Place, tuple[Call, ...]] = {}
+        for place, number in self.layout.places.items():
+            # Gates and ups are parts of one array.
+            if looks is None or place[0] in PREACTIVATION_SITES or (place in operators and place not in by_programs):
+                continue
+            calls[place] = *by_programs.get(place, ()), (looks[0], number, looks[1])
+        calls |= {place: own for place, own in by_programs.items() if place not in self.layout.places}
+        return CompiledVisits(calls) if calls else None
 
     def between(self, programs: "Programs") -> "Programs":
         """Returns programs of kernels that are watched in the same way: no launch runs past a place of the watches.

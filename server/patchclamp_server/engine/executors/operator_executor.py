@@ -38,12 +38,10 @@ class OperatorExecutor:
         heads = self.heads.read(batch.programs, len(batch.token_ids))
         peaks = None if heads is None else heads.peaks
         hooks: StepPlan | WatchedSites = plan
-        looks = None
         if batch.watch is not None:
             peaks = batch.watch.layout.peaks(heads, len(batch.token_ids))
             hooks = self.watcher.follow(plan, batch.watch.layout)
-            looks = hooks.looks()
-        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations, looks)
+        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations, hooks.compiled_visits)
         plan.begin(step.positions)
         x = self.decoder.forward(step, self.cache.pools, hooks, self.sparse.follow(batch.sparse))
         outcome = plan.finish(x)
@@ -69,7 +67,7 @@ class OperatorExecutor:
         plan: StepPlan,
         peaks: Peaks | None,
         visited_preactivations: dict[tuple[Site, int], bool],
-        looks: CompiledVisits | None = None,
+        compiled_visits: CompiledVisits | None = None,
     ) -> StepInputs:
         device = self.decoder.device
         return StepInputs(
@@ -80,7 +78,7 @@ class OperatorExecutor:
             plan.edited_queries,
             visited_preactivations,
             peaks,
-            looks,
+            compiled_visits,
         )
 
 

@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant.reads import Read, gather
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.columns import COUNT, UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import distinct
 from patchclamp_server.interventions.kinds.kind import ReadoutTable, UnitColumns, Written
 from patchclamp_server.interventions.kinds.rankings import RowsRead
-from patchclamp_server.interventions.kinds.rules import Entries, StepContext, Units
+from patchclamp_server.interventions.kinds.rules import CompiledRead, Entries, StepContext, Units
 from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where
 from patchclamp_server.interventions.program import ActivationReadout
 from patchclamp_server.interventions.resolver import check_indices
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 MAX_NUMBERS = 256 * 1024
 
 
-class ActivationRule(RowsRead):
+class ActivationRule(RowsRead, CompiledRead):
     """Copies rows, or chosen units of them, as the step passes; they go to the host together when it is over."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
@@ -47,7 +49,25 @@ class ActivationRule(RowsRead):
         self.read: tuple[Tensor, Tensor] | None = None
 
     def run(self, x: Tensor, context: StepContext) -> None:
-        self.read = x.index_select(0, self.rows), x.reshape(-1).index_select(0, self.units.place)
+        whole, units = self._memory(x.dtype, x.device)
+        torch.index_select(x, 0, self.rows, out=whole)
+        torch.index_select(x.reshape(-1), 0, self.units.place, out=units)
+
+    def _memory(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Every step writes this again: `found` copies from it."""
+        if self.read is None:
+            whole = torch.empty(len(self.rows), self.width, dtype=dtype, device=device)
+            self.read = whole, torch.empty(len(self.units.place), dtype=dtype, device=device)
+        return self.read
+
+    def reads(self, readings: Tensor) -> list[Read]:
+        whole, units = self._memory(torch.float32, readings.device)
+        copies = (self.rows.numpy() * self.width, self.width, whole), (self.units.place.numpy(), 1, units)
+        return [
+            gather(place, run, out.numpy().reshape(-1), np.arange(len(place), dtype=np.int64) * run)
+            for place, run, out in copies
+            if len(place)
+        ]
 
     def found(self, end: Tensor) -> list[tuple[Sequence[float], tuple[int, ...]]]:
         assert self.read is not None

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.invariant.reads import Read, gather, products
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.bound import BoundReadout
 from patchclamp_server.interventions.columns import UNIT, EntryFlag, EntryKind
 from patchclamp_server.interventions.field_checks import distinct
 from patchclamp_server.interventions.kinds.kind import ReadoutTable, UnitColumns, Written
-from patchclamp_server.interventions.kinds.rules import Entries, FeatureValues, StepContext, Units
+from patchclamp_server.interventions.kinds.rules import CompiledRead, Entries, FeatureValues, StepContext, Units
 from patchclamp_server.interventions.kinds.spec import ReadoutNumbers, ReadoutSpec, Where, check_neuron_site
 from patchclamp_server.interventions.kinds.vectors import decode_vector
 from patchclamp_server.interventions.program import NeuronReadout, ProjectionReadout
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from patchclamp.v1 import program_pb2 as pb
 
 
-class ProjectionRule:
+class ProjectionRule(CompiledRead):
     """Reads h · u for every vector u of the row's readout, summed in float32. Vectors were bound with unit length, as
     those of conditions are; or they are rows of an encoder, whose features are read."""
 
@@ -38,8 +39,16 @@ class ProjectionRule:
             values = self.features.among(values)
         context.readings.index_copy_(0, self.target, values)
 
+    def reads(self, readings: Tensor) -> list[Read]:
+        rows, which, _ = self.entries.numbers
+        own, features = self.features, None
+        if own is not None:
+            features = own.which.numpy(), own.bias.numpy(), own.jump.numpy()
+        vectors = self.entries.own_vectors.numpy()
+        return [products(rows, which, vectors, readings.numpy(), self.target.numpy(), features)]
 
-class NeuronValuesRule:
+
+class NeuronValuesRule(CompiledRead):
     """Reads the values of the neurons that each readout names."""
 
     def __init__(self, entries: Entries, flags: EntryFlag) -> None:
@@ -50,6 +59,9 @@ class NeuronValuesRule:
 
     def run(self, x: Tensor, context: StepContext) -> None:
         context.readings.index_copy_(0, self.target, x.reshape(-1).index_select(0, self.place).float())
+
+    def reads(self, readings: Tensor) -> list[Read]:
+        return [gather(self.place.numpy(), 1, readings.numpy(), self.target.numpy())]
 
 
 def _vectors(readout: BoundReadout, layer: int) -> Written:

@@ -8,6 +8,7 @@ Whatever the dtype of x, entries are computed in float32 and rounded once, when 
 above 65,504, and bfloat16 has 8 bits for a sum over thousands of channels.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.cpu.invariant.operators import holds_for, pair_dots
+from patchclamp_server.cpu.invariant.reads import Read
 from patchclamp_server.interventions.columns import COUNT, FIRST, FLAGS, HIGH, SPARE, UNIT, EntryFlag
 from patchclamp_server.interventions.compiled_edits import edit_rows
 from patchclamp_server.interventions.row_arithmetic import interpolate, row_dots, row_norms
@@ -48,6 +50,17 @@ class StepContext:
 
 class Rule(Protocol):
     def run(self, x: Tensor, context: StepContext) -> None: ...
+
+
+class CompiledRead(ABC):
+    """A rule that only reads, and can do so within the compiled blocks."""
+
+    @abstractmethod
+    def run(self, x: Tensor, context: StepContext) -> None: ...
+
+    @abstractmethod
+    def reads(self, readings: Tensor) -> list[Read]:
+        """Returns what does the same as `run`, again and again: `readings` is that of every step's context."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +148,13 @@ class Entries:
         """Returns the products h · v of the pairs, [E], of x [T, width] and the vectors of the entries."""
         if holds_for(x):
             rows, which, _ = self.numbers
-            return pair_dots(x, rows, which, self._own_vectors)
-        return row_dots(x.index_select(0, self.rows).float(), self.each(self._own_vectors))
+            return pair_dots(x, rows, which, self.own_vectors)
+        return row_dots(x.index_select(0, self.rows).float(), self.each(self.own_vectors))
 
     @cached_property
-    def _own_vectors(self) -> Tensor:
-        return self.vectors()
+    def own_vectors(self) -> Tensor:
+        """The same as `vectors()`, kept."""
+        return self.vectors().contiguous()
 
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.setting.device)

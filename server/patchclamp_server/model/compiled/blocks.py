@@ -43,9 +43,11 @@ _ADD_ATTN_OUT, _ADD_MLP_OUT = 1, 2
 
 @dataclass(frozen=True, eq=False)
 class _Course:
-    """`stages` [n, 3] in their order, and what to do: run stages up to an index, then visit a site of a layer."""
+    """`stages` [n, 3] in their order, the compiled visits of some [calls, 3], and what to do: run stages up to an
+    index, then visit a site of a layer."""
 
     stages: NDArray[np.int64]
+    calls: NDArray[np.int64]
     stops: tuple[tuple[int, Place | None], ...]
 
 
@@ -116,8 +118,7 @@ class CompiledBlocks:
         """Returns what Decoder.run_blocks does. `hooks` say what they visit."""
         spec = self.decoder.spec
         assert hooks.visited is not None
-        looks = step.looks
-        course = self._course(layers, frozenset(hooks.visited), looks)
+        course = self._course(layers, frozenset(hooks.visited), step.compiled_visits)
         n = len(x)
         x = x.clone(memory_format=torch.contiguous_format)
         width = spec.n_heads * spec.head_dim
@@ -164,8 +165,7 @@ class CompiledBlocks:
             job[Job.PEAK_AT], job[Job.PEAK] = peaks.positions.data_ptr(), peaks.probabilities.data_ptr()
             job[Job.OFF_SINK] = 0 if peaks.off_sink is None else peaks.off_sink.data_ptr()
             job[Job.PEAK_PLACES], job[Job.PEAK_OF_LAYER] = len(peaks.positions), peak_of_layer.ctypes.data
-        if looks is not None:
-            job[Job.LOOK], job[Job.LOOK_STATE] = looks.function, looks.state
+        job[Job.CALLS] = course.calls.ctypes.data
         team = team_of(threads)
         first = 0
         for last, place in course.stops:
@@ -187,12 +187,12 @@ class CompiledBlocks:
         elif site is not Site.ATTN_Q or layer in step.visited_queries:
             hooks.visit(site, layer, memory[_MEMORY[site]])
 
-    def _make_course(self, layers: range, visited: Set[Place], looks: CompiledVisits | None) -> _Course:
+    def _make_course(self, layers: range, visited: Set[Place], compiled: CompiledVisits | None) -> _Course:
         parallel = self.decoder.spec.parallel_residual
         stages: list[tuple[int, int, int]] = []
         stops: list[tuple[int, Place | None]] = []
         pending = 0
-        numbers = {} if looks is None else looks.numbers
+        calls: list[tuple[int, int, int]] = []
 
         def stop(site: Site) -> bool:
             nonlocal pending
@@ -201,8 +201,10 @@ class CompiledBlocks:
             if site in _RESIDUAL and pending:
                 stages.append((Stage.ADD, layer, pending))
                 pending = 0
-            if (number := numbers.get((site, layer))) is not None:
-                stages.append((Stage.LOOK, _MEMORY[site], number))
+            if compiled is not None and (own := compiled.calls.get((site, layer))) is not None:
+                for call in own:
+                    stages.append((Stage.CALL, _MEMORY[site], len(calls)))
+                    calls.append(call)
             else:
                 stops.append((len(stages), (site, layer)))
             return True
@@ -250,7 +252,8 @@ class CompiledBlocks:
         if pending:
             run(Stage.ADD, pending)
         stops.append((len(stages), None))
-        return _Course(np.array(stages, dtype=np.int64).reshape(-1, 3), tuple(stops))
+        shaped = (np.array(rows, dtype=np.int64).reshape(-1, 3) for rows in (stages, calls))
+        return _Course(*shaped, tuple(stops))
 
 
 _RESIDUAL = frozenset({Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST})

@@ -12,12 +12,11 @@ from patchclamp_server.model.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class CompiledVisits:
-    """Visits without Python: the C function at `function` takes the address of the activation [T, width] float32, the
-    number of the place, and `state`. It changes nothing. Hooks that are called instead do the same."""
+    """Visits without Python: of each place the calls that take hooks' part there. A call is the address of a C function
+    and the two numbers that it takes after the address of the activation [T, width] float32, which it does not change.
+    Hooks that are called instead do the same."""
 
-    function: int
-    state: int
-    numbers: Mapping[tuple[Site, int], int]
+    calls: Mapping[tuple[Site, int], tuple[tuple[int, int, int], ...]]
 
 
 class _Numbered(IntEnum):
@@ -73,8 +72,7 @@ class Job(_Numbered):
     OFF_SINK = auto()
     PEAK_PLACES = auto()
     PEAK_OF_LAYER = auto()  # int64 [L]: place, or -1
-    LOOK = auto()  # a C function of an activation, a number and LOOK_STATE
-    LOOK_STATE = auto()
+    CALLS = auto()  # int64 [calls, 3]: as in CompiledVisits
     FAILED = auto()  # 1 once a chunk has raised an exception
 
 
@@ -133,4 +131,4 @@ class Stage(_Numbered):
     MLP_OUTPUT = auto()
     POST_MLP_NORM = auto()
     ADD = auto()  # flags as of ATTN_NORM
-    LOOK = auto()  # at the memory that the layer's place names; flags: the number of the look
+    CALL = auto()  # at the memory that stands in the layer's place; flags: the row of CALLS

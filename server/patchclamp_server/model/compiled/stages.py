@@ -41,14 +41,14 @@ _CHUNKS = 4
 _LAYER_FIELDS, _MATRIX_FIELDS = LAYER_FIELDS, len(Matrix)
 (
     _ATTN_NORM, _QKV, _HEADS, _ATTEND, _PACK_Z, _ATTN_OUTPUT, _POST_ATTN_NORM,
-    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _PACK_NEURONS, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _LOOK,
+    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _PACK_NEURONS, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _CALL,
 ) = (int(stage) for stage in Stage)  # fmt: skip
 (
     _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _TILES, _STARTS, _LAYERS, _EPSILONS, _X, _H, _PACKED, _SUMS,
     _QKV_AT, _Q, _Z, _ATTN_OUT, _HIDDEN, _NEURONS, _MLP_OUT, _D, _FF, _GATED, _KIND, _N_HEADS, _N_KV, _DIM,
     _CONSTANTS, _ROTARY, _CONTEXT, _POSITIONS, _SLOTS, _POOLS, _POOL_BLOCKS, _SIZE, _TABLES, _SPANS, _TABLE_WIDTH,
     _ATTENTION_TILES, _N_ATTENTION_TILES, _PEAK_AT, _PEAK, _OFF_SINK, _PEAK_PLACES, _PEAK_OF_LAYER,
-    _LOOK_AT, _LOOK_STATE, _FAILED,
+    _CALLS, _FAILED,
 ) = (int(field) for field in Job)  # fmt: skip
 _FLOATS, _CODES_4, _CODES_8 = (int(kind) for kind in Format)
 _FORMAT, _WEIGHTS, _SCALES, _BLOCKS, _DEPTH, _BIAS = (int(field) for field in Matrix)
@@ -97,7 +97,7 @@ def _chunks(job, stage, layer):
         return min(job[_THREADS] * _CHUNKS, job[_N_ATTENTION_TILES])
     if stage in (_HEADS, _POST_ATTN_NORM, _POST_MLP_NORM, _ADD):
         return (job[_N] + _ROWS - 1) // _ROWS
-    return 1 if stage == _LOOK else job[_TILES]
+    return 1 if stage == _CALL else job[_TILES]
 
 
 @_compiled
@@ -137,8 +137,9 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
         _norm(job, layer, 3, job[_MLP_OUT], job[_MLP_OUT], start, end)
     elif stage == _ADD:
         _add(job, d, flags, start, end)
-    elif stage == _LOOK:
-        call_with_three(job[_LOOK_AT], job[layer], flags, job[_LOOK_STATE])
+    elif stage == _CALL:
+        own = carray(ints_at(job[_CALLS] + flags * 24), (3,))
+        call_with_three(own[0], job[layer], own[1], own[2])
 
 
 @_compiled
