@@ -135,6 +135,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         *_FORWARD,
         "patchclamp_server.cpu.sparse",
     ),
+    "step": ("benchmarks/step.py", *_STEP),
     "vectors": (
         *(f"benchmarks/vectors/{name}" for name in ("concepts", "effects", "table")),
         "patchclamp_server.analysis.neurons.intervals",

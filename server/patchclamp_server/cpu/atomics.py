@@ -94,6 +94,17 @@ def call_with_three(_context, function, first, second, third):  # type: ignore[n
 
 
 @intrinsic
+def cycles(_context):  # type: ignore[no-untyped-def]
+    """Returns the processor's clock, which counts at one rate where time is measured by it (x86, arm64)."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.IntType(64), [])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.readcyclecounter"), [])
+
+    return types.int64(), generate
+
+
+@intrinsic
 def pause(_context):  # type: ignore[no-untyped-def]
     """Waits for some nanoseconds, where there is an instruction for it."""
 

@@ -4,7 +4,7 @@ Blocks between two stops are one call without Python (stages.py), shared by the 
 cpu/invariant, attention is row_attention.py: the bits are those of the loop over layers in decoder.py.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,8 @@ class CompiledBlocks:
         }.items():
             self._job[field] = value
         self._course = lru_cache(256)(self._make_course)
+        # Is told of each step how many rows it has, its stages, and their counters, as in Job.
+        self.on_step: Callable[[int, NDArray[np.int64], NDArray[np.int64]], None] | None = None
 
     def _describe(self, layer: int, block: "Block", rotary_kind: int) -> None:
         own = self._layers[layer]
@@ -175,6 +177,8 @@ class CompiledBlocks:
                 first = last
             if place is not None:
                 self._visit(place, memory, step, hooks)
+        if self.on_step is not None:
+            self.on_step(n, course.stages, counters)
         return x
 
     def _visit(self, place: Place, memory: dict[Job, Tensor], step: "StepInputs", hooks: "SiteHooks") -> None:
@@ -252,8 +256,8 @@ class CompiledBlocks:
         if pending:
             run(Stage.ADD, pending)
         stops.append((len(stages), None))
-        shaped = (np.array(rows, dtype=np.int64).reshape(-1, 3) for rows in (stages, calls))
-        return _Course(*shaped, tuple(stops))
+        by_threes = [np.array(numbers, dtype=np.int64).reshape(-1, 3) for numbers in (stages, calls)]
+        return _Course(by_threes[0], by_threes[1], tuple(stops))
 
 
 _RESIDUAL = frozenset({Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST})

@@ -29,7 +29,9 @@ class Job(_Numbered):
     FIRST = auto()  # stages first ≤ s < last are to run
     LAST = auto()
     STAGES = auto()  # int64 [stages, 3]: Stage, layer, flags
-    COUNTERS = auto()  # int64 [stages, 8]: chunks that were taken, and in entry 4 those that are done
+    # int64 [stages, 8]: chunks that were taken, in entry 4 those that are done, in 6 and 7 the clock when the first was
+    # begun and when the last was done.
+    COUNTERS = auto()
     THREADS = auto()
     ROWS = auto()
     TILES = auto()  # tiles of the products, and where their rows begin, int64 [tiles + 1]

@@ -20,6 +20,7 @@ from patchclamp_server.cpu.atomics import (
     bytes_at,
     call_with_three,
     codes_at,
+    cycles,
     floats_at,
     ints_at,
     places_at,
@@ -73,12 +74,15 @@ def _run_stages(job):
             chunk = add_to(counters, s * 8, 1)
             if chunk >= n:
                 break
+            if chunk == 0:
+                counters[s * 8 + 6] = cycles()
             # Others wait for this chunk, whatever becomes of it.
             try:
                 _run_chunk(job, stage, layer, flags, chunk, n)
             except Exception:
                 job[_FAILED] = 1
-            add_to(counters, s * 8 + 4, 1)
+            if add_to(counters, s * 8 + 4, 1) == n - 1:
+                counters[s * 8 + 7] = cycles()
         waited = 0
         while value_at(counters, s * 8 + 4) < n:
             relax(waited)
