@@ -13,7 +13,7 @@ PEERS := $(VENV)-peers/.installed
 
 WORKERS ?= 2
 
-.PHONY: demo test test-all check proto generated docs serve bench numbers clean
+.PHONY: demo test test-all check proto generated docs serve bench peers numbers clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,10 @@ serve: $(RUNNING)
 
 bench: $(RUNNING) $(PEERS)
 	$(BIN)/python benchmarks/cpu.py --llama-cpp $(VENV)-peers/bin/python
+	$(BIN)/python benchmarks/readme.py
+
+peers: $(RUNNING)
+	$(BIN)/python benchmarks/peers
 	$(BIN)/python benchmarks/readme.py
 
 numbers: $(RUNNING)

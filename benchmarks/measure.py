@@ -91,10 +91,10 @@ def rates(figures: dict[str, list[float]], tokens: dict[str, int]) -> dict[str, 
     return {name: tokens[name] / median(seconds) for name, seconds in figures.items()}
 
 
-def save(name: str, payload: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/<name>.json with machine, versions, commit, and the digest of the code it measures."""
+def record(name: str, payload: dict[str, Any]) -> dict[str, Any]:
+    """A result of this kind with machine, versions, commit, and the digest of the code it measures."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
-    record = {
+    return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip() or "unknown",
         "code": code_digest(name),
@@ -102,8 +102,12 @@ def save(name: str, payload: dict[str, Any]) -> Path:
         "versions": {package: version(package) for package in ("torch", "transformers", "numba")},
         **payload,
     }
+
+
+def save(name: str, payload: dict[str, Any]) -> Path:
+    """Writes benchmarks/results/<name>.json."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record(name, payload), indent=2) + "\n")
     return path
 
 

@@ -69,7 +69,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp_server.engine.steps",
         "patchclamp_server.engine.yielding",
     ),
-    "cpu": ("benchmarks/cpu.py", *_STEP, "patchclamp_server.interventions"),
+    "cpu": ("benchmarks/cpu.py", "benchmarks/edits.py", *_STEP, "patchclamp_server.interventions"),
     "faults": (
         "benchmarks/faults",
         "patchclamp_server.engine.engine",
@@ -121,6 +121,13 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp_server.engine.scheduler",
         "patchclamp_server.engine.steps",
         "patchclamp_server.engine.yielding",
+    ),
+    "peers": (
+        *(f"benchmarks/peers/{name}" for name in ("cases", "equality", "figures", "rounds", "summary", "workers")),
+        "benchmarks/edits.py",
+        *_STEP,
+        "patchclamp_server.interventions",
+        *_SPARSE,
     ),
     "rolling": (
         "benchmarks/rolling.py",

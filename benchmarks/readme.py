@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from measured_code import ROOT, code_digest
 from neurons import page as neurons
+from peers import page as peers
 from vectors import page as vectors
 
 README = ROOT / "README.md"
@@ -349,6 +350,7 @@ COMMANDS = {
     "neurons": "python benchmarks/neurons --only words relations languages decoding",
     "neurons_census": "python benchmarks/neurons --only census",
     "neurons_census_speed": "python benchmarks/neurons --only speed",
+    "peers": "python benchmarks/peers",
     "rolling": "python benchmarks/rolling.py",
     "sparse_quality": "python benchmarks/sparse --only quality",
     "sparse_speed": "python benchmarks/sparse --only speed",
@@ -421,6 +423,7 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "load": _load_row,
     "monitoring": _monitoring_row,
     "neurons": neurons.effects_rows,
+    "peers": peers.summary_rows,
     "rolling": _rolling_row,
     "sparse_quality": _quality_row,
     "vectors": vectors.methods_rows,
@@ -432,6 +435,7 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 # By what a result says it is, or else by the name of its file; in the order of the page.
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "cpu": ("Decoding on a CPU", cpu),
+    "peers": ("Beside other engines", peers.tables),
     "gpu": ("On a GPU", gpu),
     "host": ("What the host does in a step", host),
     "beside": ("Serving beside analysis", beside),

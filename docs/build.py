@@ -3,7 +3,7 @@
     python docs/build.py [--to DIRECTORY]
 
 Pages are the Markdown files of docs/, those of PAGES, which live elsewhere, and the reference of the API, which is made
-of the protos. Pictures are drawn from the results of benchmarks/sparse and benchmarks/vectors. Links are written as a
+of the protos. Pictures are drawn from the results of benchmarks/peers, sparse and vectors. Links are written as a
 reader of the repository follows them; here they are led to the pages.
 """
 
@@ -19,6 +19,10 @@ from posixpath import dirname, normpath, relpath
 
 from api_reference import reference
 from sphinx.cmd.build import build_main
+
+# What benchmarks draw of their own results.
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from peers.picture import rates_figure
 
 from patchclamp.pictures.probes import reliability_figure
 from patchclamp.pictures.quality import quality_figure, series_of
@@ -43,6 +47,9 @@ def assemble(into: Path) -> None:
     series = series_of((ROOT / "benchmarks/results/sparse_quality.json").read_text(encoding="utf-8"))
     (into / "images").mkdir()
     quality_figure(series).savefig(into / "images" / "sparse_quality.svg")
+    peers = ROOT / "benchmarks/results/peers.json"
+    if peers.exists():
+        rates_figure(json.loads(peers.read_text(encoding="utf-8"))).savefig(into / "images" / "peers.svg")
     served = ROOT / "benchmarks/results/vectors_probe.json"
     if served.exists():
         title = "Fiction, of held-out documents"
