@@ -94,6 +94,19 @@ def call_with_three(_context, function, first, second, third):  # type: ignore[n
 
 
 @intrinsic
+def call_with(_context, function, *arguments):  # type: ignore[no-untyped-def]
+    """Calls the C function at the address `function`, which takes these int64 and returns nothing."""
+    n = len(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], types.BaseTuple) else len(arguments)
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * n)
+        b.call(b.inttoptr(args[0], kind.as_pointer()), cgutils.unpack_tuple(b, args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.StarArgTuple([types.int64] * n)), generate
+
+
+@intrinsic
 def pause(_context):  # type: ignore[no-untyped-def]
     """Waits for some nanoseconds, where there is an instruction for it."""
 

@@ -1,0 +1,159 @@
+"""Products y = x Wᵀ with weights as a file holds them, whose bits do not depend on the number of rows or of threads.
+
+For few rows of x a tile reads blocks and multiplies at once (`direct`). For more rows a panel of weights is made
+float32 and stays in the cache while the tiles run over the rows of x, in parts of the inputs; the sums are the same
+chains (formats/tiles.py). Each format has a function of its own for either, which numba compiles when a matrix of that
+format is first made, and caches on disk by this file alone: a change in formats/ needs a change here.
+"""
+
+# What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
+# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, var-annotated"
+
+from enum import IntEnum
+from functools import cache, partial
+
+import numba
+import numpy as np
+import torch
+from numba import carray, types
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchclamp_server.cpu.atomics import call_with, ints_at
+from patchclamp_server.cpu.formats.table import step_of
+from patchclamp_server.cpu.formats.tiles import ACROSS, MOST, dequantize_stored, multiply_panel, multiply_stored
+from patchclamp_server.cpu.memory import in_parts
+from patchclamp_server.cpu.stored import Format, StoredMatrix
+from patchclamp_server.cpu.vector import LANES, UNIT
+
+# A panel has so many rows of weights, a multiple of those of all tiles, and so many inputs at most; it is used for so
+# many rows of x before it is made again.
+_PANEL, _INPUTS, _BLOCK = 24, 1024, 64
+# So many operations take half as long as reading a byte of weights from memory: a second thread pays off sooner.
+_OPERATIONS_A_BYTE = 4
+
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+class Field(IntEnum):
+    """What compiled code knows of a part of a matrix."""
+
+    ROWS = 0
+    STARTS = 1  # address of int64 [rows], bytes
+    MEMORY = 2  # address
+    DIRECT = 3  # addresses of the functions of the format
+    DEQUANTIZE = 4
+    STEP_WEIGHTS = 5
+    STEP_BYTES = 6
+
+
+FIELDS = len(Field)
+_ROWS, _STARTS, _MEMORY, _DIRECT, _DEQUANTIZE, _STEP_WEIGHTS, _STEP_BYTES = (int(field) for field in Field)
+
+
+@cache
+def functions_of(format: Format) -> tuple[int, int]:
+    """Returns the addresses of the compiled functions of a format: direct and dequantize."""
+    code = int(format)
+
+    @numba.cfunc(types.void(*[types.int64] * 9), cache=True)
+    def direct(starts, memory, first, end, width, x, n, y, stride):
+        multiply_stored(code, starts, memory, first, end, width, x, n, y, stride)
+
+    @numba.cfunc(types.void(*[types.int64] * 4), cache=True)
+    def dequantize(source, steps, left, target):
+        dequantize_stored(code, source, steps, left, target)
+
+    return direct.address, dequantize.address
+
+
+def describe(matrix: StoredMatrix) -> NDArray[np.int64]:
+    """Returns the parts of a matrix [parts, FIELDS]; their memory must outlive it."""
+    table = np.zeros((len(matrix.parts), FIELDS), dtype=np.int64)
+    for own, part in zip(table, matrix.parts, strict=True):
+        step = step_of(part.format)
+        assert part.starts.flags.c_contiguous
+        own[Field.ROWS], own[Field.STARTS] = len(part.starts), part.starts.ctypes.data
+        own[Field.MEMORY] = part.memory.ctypes.data
+        own[Field.DIRECT], own[Field.DEQUANTIZE] = functions_of(part.format)
+        own[Field.STEP_WEIGHTS], own[Field.STEP_BYTES] = step.weights, step.size
+    return table
+
+
+@_compiled
+def multiply_rows(parts, width, x, n, y, stride, start, end):
+    """Computes outputs start ≤ o < end of y [n, stride] = x Wᵀ, for addresses of x [n, width] and y."""
+    first = 0
+    for p in range(parts.shape[0]):
+        own = parts[p]
+        rows = own[_ROWS]
+        o, last = max(0, start - first), min(rows, end - first)
+        if o < last:
+            if n <= MOST:
+                call_with(own[_DIRECT], own[_STARTS], own[_MEMORY], o, last, width, x, n, y + first * 4, stride)
+            else:
+                _multiply_panels(own, width, x, n, y + first * 4, stride, o, last)
+        first += rows
+
+
+@_compiled
+def _multiply_panels(part, width, x, n, y, stride, start, end):
+    starts = carray(ints_at(part[_STARTS]), (part[_ROWS],))
+    memory, dequantize = part[_MEMORY], part[_DEQUANTIZE]
+    weights, size = part[_STEP_WEIGHTS], part[_STEP_BYTES]
+    steps = width // weights
+    blocks = max(1, (width + _INPUTS - 1) // _INPUTS)
+    a_block = (steps + blocks - 1) // blocks
+    depth = a_block * weights + UNIT
+    panel = np.empty(_PANEL * depth + LANES, dtype=np.float32)
+    sums = np.empty(0 if blocks == 1 else (_BLOCK + MOST) * _PANEL * LANES, dtype=np.float32)
+    panel_at, sums_at = panel.ctypes.data, sums.ctypes.data
+    for t0 in range(0, n, _BLOCK):
+        t1 = min(n, t0 + _BLOCK)
+        for o in range(start, end, _PANEL):
+            rows = min(_PANEL, end - o)
+            for block in range(blocks):
+                s = block * a_block
+                own = min(a_block, steps - s)
+                left = width - steps * weights if block == blocks - 1 else 0
+                for r in range(rows):
+                    source = memory + starts[o + r] + s * size
+                    call_with(dequantize, source, own, left, panel_at + r * depth * 4)
+                t, kept = t0, sums_at
+                while t < t1:
+                    across = _across(t1 - t)
+                    multiply_panel(
+                        across, panel_at, depth, rows, x + s * weights * 4, width, t, t1, own * weights // UNIT, left,
+                        kept, block == 0, block == blocks - 1, y + o * 4, stride,
+                    )  # fmt: skip
+                    t += across
+                    kept += across * (_PANEL * LANES * 4)
+
+
+@_compiled
+def _across(rows):
+    """Returns the rows of the next tile."""
+    return MOST if rows >= MOST else ACROSS[rows]
+
+
+class StoredProduct:
+    """Computes y = x Wᵀ, each row by itself."""
+
+    def __init__(self, matrix: StoredMatrix) -> None:
+        self.matrix = matrix
+        self.parts = describe(matrix)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Returns x Wᵀ [T, out] of x [T, in] float32 on the CPU."""
+        out, width = self.matrix.shape
+        # Compiled code does not check shapes.
+        assert x.shape[1:] == (width,)
+        assert x.dtype == torch.float32
+        rows = len(x)
+        x = x.contiguous()
+        y = torch.empty(rows, out)
+        if rows:
+            work = partial(multiply_rows, self.parts, width, x.data_ptr(), rows, y.data_ptr(), out)
+            cost = max(self.matrix.nbytes, 2 * rows * out * width // _OPERATIONS_A_BYTE)
+            in_parts(work, out, _PANEL, cost)
+        return y
