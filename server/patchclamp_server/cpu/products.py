@@ -28,7 +28,7 @@ from patchclamp_server.cpu.vector import LANES, UNIT
 
 # A panel has so many rows of weights, a multiple of those of all tiles, and so many inputs at most; it is used for so
 # many rows of x before it is made again.
-_PANEL, _INPUTS, _BLOCK = 24, 1024, 64
+PANEL, _INPUTS, _BLOCK = 24, 1024, 64
 # So many operations take half as long as reading a byte of weights from memory: a second thread pays off sooner.
 _OPERATIONS_A_BYTE = 4
 
@@ -97,6 +97,29 @@ def multiply_rows(parts, width, x, n, y, stride, start, end):
 
 
 @_compiled
+def multiply_chosen(parts, width, x, n, y, stride, outputs, start, end):
+    """Sets y[t stride + i] = x_t · W_outputs[i] for start ≤ i < end and ascending outputs; others are not read."""
+    chosen = np.empty(end - start, dtype=np.int64)
+    first, i = 0, start
+    for p in range(parts.shape[0]):
+        own = parts[p]
+        starts = carray(ints_at(own[_STARTS]), (own[_ROWS],))
+        last = i
+        while last < end and outputs[last] < first + own[_ROWS]:
+            chosen[last - start] = starts[outputs[last] - first]
+            last += 1
+        if last > i:
+            for t in range(0, n, MOST):
+                rows, target = min(MOST, n - t), y + (t * stride + i) * 4
+                begin = chosen[i - start :].ctypes.data
+                call_with(
+                    own[_DIRECT], begin, own[_MEMORY], 0, last - i, width, x + t * width * 4, rows, target, stride
+                )
+        first += own[_ROWS]
+        i = last
+
+
+@_compiled
 def _multiply_panels(part, width, x, n, y, stride, start, end):
     starts = carray(ints_at(part[_STARTS]), (part[_ROWS],))
     memory, dequantize = part[_MEMORY], part[_DEQUANTIZE]
@@ -105,13 +128,13 @@ def _multiply_panels(part, width, x, n, y, stride, start, end):
     blocks = max(1, (width + _INPUTS - 1) // _INPUTS)
     a_block = (steps + blocks - 1) // blocks
     depth = a_block * weights + UNIT
-    panel = np.empty(_PANEL * depth + LANES, dtype=np.float32)
-    sums = np.empty(0 if blocks == 1 else (_BLOCK + MOST) * _PANEL * LANES, dtype=np.float32)
+    panel = np.empty(PANEL * depth + LANES, dtype=np.float32)
+    sums = np.empty(0 if blocks == 1 else (_BLOCK + MOST) * PANEL * LANES, dtype=np.float32)
     panel_at, sums_at = panel.ctypes.data, sums.ctypes.data
     for t0 in range(0, n, _BLOCK):
         t1 = min(n, t0 + _BLOCK)
-        for o in range(start, end, _PANEL):
-            rows = min(_PANEL, end - o)
+        for o in range(start, end, PANEL):
+            rows = min(PANEL, end - o)
             for block in range(blocks):
                 s = block * a_block
                 own = min(a_block, steps - s)
@@ -127,13 +150,32 @@ def _multiply_panels(part, width, x, n, y, stride, start, end):
                         kept, block == 0, block == blocks - 1, y + o * 4, stride,
                     )  # fmt: skip
                     t += across
-                    kept += across * (_PANEL * LANES * 4)
+                    kept += across * (PANEL * LANES * 4)
 
 
 @_compiled
 def _across(rows):
     """Returns the rows of the next tile."""
     return MOST if rows >= MOST else ACROSS[rows]
+
+
+@_compiled
+def _dequantize_rows(parts, width, outputs, target):
+    """Sets target [n, width] to the weights of these outputs."""
+    for i in range(outputs.shape[0]):
+        o, p = outputs[i], 0
+        while o >= parts[p, _ROWS]:
+            o -= parts[p, _ROWS]
+            p += 1
+        own = parts[p]
+        steps, left = width // own[_STEP_WEIGHTS], width % own[_STEP_WEIGHTS]
+        # What follows the last whole step is filled up to one.
+        whole = np.empty(width + UNIT if left else 0, dtype=np.float32)
+        place = whole.ctypes.data if left else target[i].ctypes.data
+        source = own[_MEMORY] + carray(ints_at(own[_STARTS]), (own[_ROWS],))[o]
+        call_with(own[_DEQUANTIZE], source, steps, left, place)
+        if left:
+            target[i] = whole[:width]
 
 
 class StoredProduct:
@@ -155,5 +197,28 @@ class StoredProduct:
         if rows:
             work = partial(multiply_rows, self.parts, width, x.data_ptr(), rows, y.data_ptr(), out)
             cost = max(self.matrix.nbytes, 2 * rows * out * width // _OPERATIONS_A_BYTE)
-            in_parts(work, out, _PANEL, cost)
+            in_parts(work, out, PANEL, cost)
         return y
+
+    def multiply_chosen(self, x: NDArray[np.float32], outputs: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Returns the chosen, ascending outputs of x [T, in]: [T, n], the bits that `multiply` gives."""
+        width, n = self.matrix.shape[1], len(outputs)
+        assert x.shape[1:] == (width,)
+        assert x.flags.c_contiguous
+        y = np.empty((len(x), n), dtype=np.float32)
+        work = partial(multiply_chosen, self.parts, width, x.ctypes.data, len(x), y.ctypes.data, n, outputs)
+        in_parts(work, n, PANEL, n * self.matrix.nbytes // self.matrix.shape[0])
+        return y
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Returns the weights of outputs [n], as [n, in] float32. Raises IndexError for an output that is none."""
+        out, width = self.matrix.shape
+        index = outputs.numpy()
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < out:
+            raise IndexError(f"outputs are 0 to {out - 1}")
+        weights = torch.empty(len(index), width)
+        in_parts(lambda start, end: self._dequantize(index, weights, start, end), len(index), 1, weights.nbytes)
+        return weights
+
+    def _dequantize(self, index: NDArray[np.int64], weights: Tensor, start: int, end: int) -> None:
+        _dequantize_rows(self.parts, self.matrix.shape[1], index[start:end], weights.numpy()[start:end])

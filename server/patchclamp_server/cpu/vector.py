@@ -55,47 +55,6 @@ def dot_rows(_context, weights, at, x, units):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def dot_code_rows(_context, codes, at, x, scales, scale_at, sums, groups):  # type: ignore[no-untyped-def]
-    """Returns Σ_g scale_g Σ_k code_gk x_gk + low_g sums_g for each row of `groups` units of codes.
-
-    The scales of a row begin at its `scale_at`, its lows behind them (none for 8 bits); `sums` ends in zeros up to a
-    multiple of 16.
-    """
-    signature = types.UniTuple(types.float32, at.count)(codes, at, x, scales, scale_at, sums, types.int64)
-
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        dtype = signature.args[0].dtype
-        rows = row_pointers(context, b, signature, args, 0, 1)
-        scale_rows = row_pointers(context, b, signature, args, 3, 4)
-        values, groups = data_of(context, b, signature, args, 2), args[6]
-        totals = [cgutils.alloca_once_value(b, ZEROS) for _ in rows]
-        with cgutils.for_range(b, groups) as loop:
-            low, high = _load_floats(b, values, b.mul(loop.index, _I64(UNIT)))
-            for row, scale_row, total in zip(rows, scale_rows, totals, strict=True):
-                low_codes, high_codes = _load_unit(b, row, loop.index, dtype)
-                part = fma(b, high_codes, high, b.fmul(low_codes, low))
-                scale = splat(b, b.load(b.gep(scale_row, [loop.index])))
-                b.store(fma(b, part, scale, b.load(total)), total)
-        if dtype == types.uint8:
-            group_sums = data_of(context, b, signature, args, 5)
-            blocks = b.udiv(b.add(groups, _I64(LANES - 1)), _I64(LANES))
-            with cgutils.for_range(b, blocks) as loop:
-                first = b.mul(loop.index, _I64(LANES))
-                lanes = b.add(splat(b, b.trunc(first, _I32)), ir.Constant(_INTS, list(range(LANES))))
-                inside = b.icmp_signed("<", lanes, splat(b, b.trunc(groups, _I32)))
-                group_sum = load(b, b.gep(group_sums, [first]), FLOATS)
-                for scale_row, total in zip(scale_rows, totals, strict=True):
-                    lows = load(b, b.gep(scale_row, [b.add(groups, first)]), FLOATS)
-                    # What lies behind the lows is not a number.
-                    lows = b.select(inside, lows, ZEROS)
-                    b.store(fma(b, lows, group_sum, b.load(total)), total)
-        results = [_horizontal_sum(b, b.load(total)) for total in totals]
-        return context.make_tuple(b, signature.return_type, results)
-
-    return signature, generate
-
-
-@intrinsic
 def add_rows(_context, weights, at, factors, y, y_at, units):  # type: ignore[no-untyped-def]
     """Adds Σ_r factors[r] weights[at[r] + k] to y[y_at + k], over `units` of weights. `at` and `factors` are tuples."""
     signature = types.void(weights, at, factors, y, types.int64, types.int64)

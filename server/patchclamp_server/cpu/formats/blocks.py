@@ -26,66 +26,73 @@ from patchclamp_server.cpu.formats.lanes import (
     at,
     floats_of_halves,
     integers,
+    keep_halves,
+    kept_splat,
     nibbles,
     scalar_at,
     scaled,
-    splat_half,
     wide_bytes,
 )
 from patchclamp_server.cpu.vector import FLOATS, LANES, load, load_lanes
 
-# What a generator gives for 32 weights: the first 16, and the others.
-Pair = tuple[Any, Any]
+# What the generators give: 16 weights after 16 weights.
+Halves = Iterator[Any]
 
 
-def f32(b: Any, block: Any) -> Iterator[Pair]:
-    yield load(b, block, FLOATS), load(b, at(b, block, 4 * LANES), FLOATS)
+def keep_scale(b: Any, block: Any, kept: Any) -> None:
+    keep_halves(b, block, 1, kept)
 
 
-def f16(b: Any, block: Any) -> Iterator[Pair]:
-    yield floats_of_halves(b, block), floats_of_halves(b, at(b, block, 2 * LANES))
+def keep_scale_and_low(b: Any, block: Any, kept: Any) -> None:
+    keep_halves(b, block, 2, kept)
 
 
-def bf16(b: Any, block: Any) -> Iterator[Pair]:
-    yield load_lanes(b, block, types.uint16), load_lanes(b, at(b, block, 2 * LANES), types.uint16)
+def f32(b: Any, block: Any, _kept: Any) -> Halves:
+    yield load(b, block, FLOATS)
+    yield load(b, at(b, block, 4 * LANES), FLOATS)
 
 
-def q4_0(b: Any, block: Any) -> Iterator[Pair]:
-    codes, wide = Codebook(b, splat_half(b, block), None, -8), wide_bytes(b, at(b, block, 2))
-    yield codes.low_halves(wide), codes.high_halves(wide)
+def f16(b: Any, block: Any, _kept: Any) -> Halves:
+    yield floats_of_halves(b, block)
+    yield floats_of_halves(b, at(b, block, 2 * LANES))
 
 
-def q4_1(b: Any, block: Any) -> Iterator[Pair]:
-    codes = Codebook(b, splat_half(b, block), splat_half(b, at(b, block, 2)))
+def bf16(b: Any, block: Any, _kept: Any) -> Halves:
+    yield load_lanes(b, block, types.uint16)
+    yield load_lanes(b, at(b, block, 2 * LANES), types.uint16)
+
+
+def q4_0(b: Any, block: Any, kept: Any) -> Halves:
+    codes, wide = Codebook(b, kept_splat(b, kept, 0), None, -8), wide_bytes(b, at(b, block, 2))
+    yield codes.low_halves(wide)
+    yield codes.high_halves(wide)
+
+
+def q4_1(b: Any, block: Any, kept: Any) -> Halves:
+    codes = Codebook(b, kept_splat(b, kept, 0), kept_splat(b, kept, 1))
     wide = wide_bytes(b, at(b, block, 4))
-    yield codes.low_halves(wide), codes.high_halves(wide)
+    yield codes.low_halves(wide)
+    yield codes.high_halves(wide)
 
 
-def q5_0(b: Any, block: Any) -> Iterator[Pair]:
-    scale = splat_half(b, block)
-    low, high = (
-        b.select(bits, codes, b.sub(codes, integers(16)))
-        for bits, codes in zip(_fifth_bits(b, at(b, block, 2)), nibbles(b, wide_bytes(b, at(b, block, 6))), strict=True)
-    )
-    yield scaled(b, low, scale, None), scaled(b, high, scale, None)
+def q5_0(b: Any, block: Any, kept: Any) -> Halves:
+    for bits, codes in _fifth_bits_and_codes(b, at(b, block, 2)):
+        yield scaled(b, b.select(bits, codes, b.sub(codes, integers(16))), kept_splat(b, kept, 0), None)
 
 
-def q5_1(b: Any, block: Any) -> Iterator[Pair]:
-    scale, least = splat_half(b, block), splat_half(b, at(b, block, 2))
-    low, high = (
-        b.select(bits, b.or_(codes, integers(16)), codes)
-        for bits, codes in zip(_fifth_bits(b, at(b, block, 4)), nibbles(b, wide_bytes(b, at(b, block, 8))), strict=True)
-    )
-    yield scaled(b, low, scale, least), scaled(b, high, scale, least)
+def q5_1(b: Any, block: Any, kept: Any) -> Halves:
+    for bits, codes in _fifth_bits_and_codes(b, at(b, block, 4)):
+        joined = b.select(bits, b.or_(codes, integers(16)), codes)
+        yield scaled(b, joined, kept_splat(b, kept, 0), kept_splat(b, kept, 1))
 
 
-def q8_0(b: Any, block: Any) -> Iterator[Pair]:
-    scale = splat_half(b, block)
-    low, high = (b.sext(load(b, at(b, block, offset), BYTES), INTS) for offset in (2, 2 + LANES))
-    yield scaled(b, low, scale, None), scaled(b, high, scale, None)
+def q8_0(b: Any, block: Any, kept: Any) -> Halves:
+    for offset in (2, 2 + LANES):
+        yield scaled(b, b.sext(load(b, at(b, block, offset), BYTES), INTS), kept_splat(b, kept, 0), None)
 
 
-def _fifth_bits(b: Any, pointer: Any) -> Pair:
+def _fifth_bits_and_codes(b: Any, pointer: Any) -> Iterator[tuple[Any, Any]]:
     flags = ir.VectorType(ir.IntType(1), LANES)
-    low, high = (b.bitcast(scalar_at(b, at(b, pointer, offset), I16), flags) for offset in (0, 2))
-    return low, high
+    codes = nibbles(b, wide_bytes(b, at(b, pointer, 4)))
+    for offset, own in zip((0, 2), codes, strict=True):
+        yield b.bitcast(scalar_at(b, at(b, pointer, offset), I16), flags), own

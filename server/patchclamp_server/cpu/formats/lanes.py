@@ -11,6 +11,7 @@ import numba
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
 
+from patchclamp_server.cpu.invariant.tiles import fma
 from patchclamp_server.cpu.vector import FLOATS, LANES, load, splat
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -85,16 +86,10 @@ def _widen(b: Any, bits: Any, integer: Any, result: Any) -> Any:
     return b.bitcast(b.or_(sign, b.select(is_special, special, finite)), result)
 
 
-def fused(b: Any, x: Any, y: Any, z: Any) -> Any:
-    """Returns x y + z, rounded once."""
-    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
-    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, y, z])
-
-
 def scaled(b: Any, codes: Any, scale: Any, low: Any) -> Any:
     """Returns codes · scale + low for vectors of int32 and float32; `low` may be None."""
     values = b.sitofp(codes, FLOATS)
-    return b.fmul(values, scale) if low is None else fused(b, values, scale, low)
+    return b.fmul(values, scale) if low is None else fma(b, values, scale, low)
 
 
 def nibbles(b: Any, wide: Any) -> tuple[Any, Any]:
@@ -132,5 +127,20 @@ class Codebook:
         return scaled(self.b, codes, self.scale, self.low)
 
 
-def splat_half(b: Any, pointer: Any) -> Any:
-    return splat(b, float_of_half(b, pointer))
+def keep_halves(b: Any, pointer: Any, n: int, kept: Any) -> None:
+    """Stores n halves that lie side by side as float32 at `kept`."""
+    if has_half_conversion():
+        halves = scalar_at(b, pointer, ir.VectorType(_HALF, n))
+        store_floats(b, b.fpext(halves, ir.VectorType(ir.FloatType(), n)), kept)
+    else:
+        for i in range(n):
+            b.store(float_of_half(b, at(b, pointer, 2 * i)), at(b, kept, i))
+
+
+def store_floats(b: Any, vector: Any, pointer: Any) -> None:
+    b.store(vector, b.bitcast(pointer, vector.type.as_pointer())).align = 4
+
+
+def kept_splat(b: Any, kept: Any, i: int) -> Any:
+    """Returns 16 times float32 number i at `kept`."""
+    return splat(b, b.load(at(b, kept, i)))

@@ -13,6 +13,7 @@ that nothing is read past its end.
 # llvmlite's builders have no types.
 # mypy: disable-error-code="no-untyped-call"
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -20,8 +21,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from patchclamp_server.cpu.formats.lanes import I8, I64, at, fused, host_has
+from patchclamp_server.cpu.formats.lanes import I8, I64, at, host_has
 from patchclamp_server.cpu.formats.table import Step, step_of
+from patchclamp_server.cpu.invariant.tiles import fma
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.cpu.vector import FLOATS, LANES, UNIT, ZEROS, load, store
 
@@ -30,7 +32,7 @@ _FLOAT_POINTER = _FLOAT.as_pointer()
 _BYTE_POINTER = I8.as_pointer()
 # Rows of weights for each number of rows of x in a tile: about as many sums as there are registers beside what a step
 # needs. A sum takes one register with AVX-512 (of 32), two with AVX2 (of 16), four with NEON (of 32).
-SHAPES = {1: 4, 2: 4, 4: 4, 8: 3} if host_has("avx512f") else {1: 4, 2: 3, 3: 2}
+SHAPES = {1: 4, 2: 4, 4: 4, 8: 2} if host_has("avx512f") else {1: 4, 2: 3, 3: 2}
 MOST = max(SHAPES)
 # The rows of the next tile where so many are left: the last row is repeated once at most.
 ACROSS = tuple(
@@ -38,6 +40,7 @@ ACROSS = tuple(
     for left in range(MOST + 1)
 )
 _INT = types.int64
+_Body = Callable[[list[Any], list[Any], Any], None]
 
 
 @intrinsic(prefer_literal=True)
@@ -64,16 +67,14 @@ def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y
                 for total in row:
                     b.store(ZEROS, total)
             whole = b.udiv(width, I64(step.weights))
-            with cgutils.for_range(b, whole) as loop:
-                here = [b.gep(row, [b.mul(loop.index, I64(step.size))]) for row in weights]
-                _add_step(b, step, here, values, b.mul(loop.index, I64(step.weights)), sums)
+            _for_steps(b, step, weights, whole, lambda *here: _add_step(b, step, *here, values, sums))
             if kind.weights == 1:
                 done = b.mul(whole, I64(step.weights))
                 left = b.sub(width, done)
                 with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                     skip, size = b.mul(whole, I64(step.size)), b.mul(left, I64(kind.size))
                     ends = [_padded(b, b.gep(row, [skip]), size, step.size) for row in weights]
-                    _add_step(b, step, ends, _padded_floats(b, values, done, left), I64(0), sums)
+                    _add_step(b, step, ends, [None] * rows, I64(0), _padded_floats(b, values, done, left), sums)
             targets = [[_float_row(b, y, row, stride, o) for o in outputs] for row in inputs]
             _store_sums(b, [[b.load(total) for total in row] for row in sums], targets)
 
@@ -99,17 +100,15 @@ def dequantize_stored(_context, format, source, steps, left, target):  # type: i
         source, steps, left, target = args[1:]
         row, out = b.inttoptr(source, _BYTE_POINTER), b.inttoptr(target, _FLOAT_POINTER)
 
-        def write(block: Any, place: Any) -> None:
-            for u, pair in enumerate(step.decode(b, block)):
-                for h, value in enumerate(pair):
-                    store(b, value, b.gep(out, [b.add(place, I64(u * UNIT + h * LANES))]))
+        def write(blocks: list[Any], kept: list[Any], place: Any) -> None:
+            for i, value in enumerate(step.decode(b, blocks[0], kept[0])):
+                store(b, value, b.gep(out, [b.add(place, I64(i * LANES))]))
 
-        with cgutils.for_range(b, steps) as loop:
-            write(b.gep(row, [b.mul(loop.index, I64(step.size))]), b.mul(loop.index, I64(step.weights)))
+        _for_steps(b, step, [row], steps, write)
         if Format(format.literal_value).weights == 1:
             with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                 end, size = b.gep(row, [b.mul(steps, I64(step.size))]), b.mul(left, I64(step.size // step.weights))
-                write(_padded(b, end, size, step.size), b.mul(steps, I64(step.weights)))
+                write([_padded(b, end, size, step.size)], [None], b.mul(steps, I64(step.weights)))
         return context.get_dummy_value()
 
     return signature, generate
@@ -119,8 +118,8 @@ def dequantize_stored(_context, format, source, steps, left, target):  # type: i
 def multiply_panel(  # type: ignore[no-untyped-def]
     _context, across, panel, depth, end, x, width, t, n, units, left, sums, begins, ends, y, stride
 ):
-    """Adds a part of the inputs to the tiles of `across` rows of x, of SHAPES, from row t of n on, with rows 0 ≤ r < end
-    of a panel of float32.
+    """Adds a part of the inputs to the tiles of `across` rows of x, of SHAPES, from row t of n on, with rows
+    0 ≤ r < end of a panel of float32.
 
     Row r of the panel begins at panel + 4 r `depth`; x is the address of the first of these inputs in row 0. Sums are
     kept at `sums`, but for the part that `begins` and the one that `ends`, which stores y as multiply_stored does.
@@ -148,13 +147,11 @@ def multiply_panel(  # type: ignore[no-untyped-def]
                 with otherwise:
                     for total, place in zip(every, places, strict=True):
                         b.store(load(b, place, FLOATS), total)
-            with cgutils.for_range(b, units) as loop:
-                here = [b.gep(row, [b.mul(loop.index, I64(step.size))]) for row in weights]
-                _add_step(b, step, here, values, b.mul(loop.index, I64(UNIT)), sums)
+            _for_steps(b, step, weights, units, lambda *here: _add_step(b, step, *here, values, sums))
             with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                 done = b.mul(units, I64(UNIT))
                 rest = [b.gep(row, [b.mul(units, I64(step.size))]) for row in weights]
-                _add_step(b, step, rest, _padded_floats(b, values, done, left), I64(0), sums)
+                _add_step(b, step, rest, [None] * rows, I64(0), _padded_floats(b, values, done, left), sums)
             with b.if_else(ends) as (then, otherwise):
                 with then:
                     targets = [[_float_row(b, y, row, stride, output) for output in outputs] for row in inputs]
@@ -186,17 +183,48 @@ def _for_rows(b: Any, n: Any, choices: list[int], body: Any) -> None:
             _for_rows(b, n, choices[1:], body)
 
 
-def _add_step(b: Any, step: Step, blocks: list[Any], values: list[Any], place: Any, sums: list[list[Any]]) -> None:
+def _for_steps(
+    b: Any, step: Step, rows: list[Any], steps: Any, body: Callable[[list[Any], list[Any], Any], None]
+) -> None:
+    """Does `body` of the blocks of rows, of what is kept of them, and of the place of their first weight in a row."""
+
+    def blocks(i: Any) -> list[Any]:
+        return [b.gep(row, [b.mul(i, I64(step.size))]) for row in rows]
+
+    if step.keep is None:
+        with cgutils.for_range(b, steps) as loop:
+            body(blocks(loop.index), [None] * len(rows), b.mul(loop.index, I64(step.weights)))
+        return
+    # Scales are kept for some steps at once: a store is not waited for.
+    ahead = max(2, 32 // step.scales)
+    memory = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(_FLOAT, ahead * len(rows) * step.scales)), _FLOAT_POINTER)
+
+    def kept(i: Any) -> list[Any]:
+        first = b.gep(memory, [b.mul(i, I64(len(rows) * step.scales))])
+        return [at(b, first, r * step.scales) for r in range(len(rows))]
+
+    with cgutils.for_range_slice(b, I64(0), steps, I64(ahead), I64) as (first, _):
+        n = _least(b, I64(ahead), b.sub(steps, first))
+        with cgutils.for_range(b, n) as loop:
+            for block, own in zip(blocks(b.add(first, loop.index)), kept(loop.index), strict=True):
+                step.keep(b, block, own)
+        with cgutils.for_range(b, n) as loop:
+            i = b.add(first, loop.index)
+            body(blocks(i), kept(loop.index), b.mul(i, I64(step.weights)))
+
+
+def _add_step(
+    b: Any, step: Step, blocks: list[Any], kept: list[Any], place: Any, values: list[Any], sums: list[list[Any]]
+) -> None:
     """Adds the products of one step of rows of weights with rows of x from `place` on."""
-    decoders = [step.decode(b, block) for block in blocks]
-    for unit in range(step.weights // UNIT):
-        pairs = [next(decoder) for decoder in decoders]
-        for half in range(2):
-            here = b.add(place, I64(unit * UNIT + half * LANES))
-            for i, row in enumerate(values):
-                value = load(b, b.gep(row, [here]), FLOATS)
-                for pair, totals in zip(pairs, sums, strict=True):
-                    b.store(fused(b, pair[half], value, b.load(totals[i])), totals[i])
+    decoders = [step.decode(b, block, own) for block, own in zip(blocks, kept, strict=True)]
+    for i in range(step.weights // LANES):
+        weights = [next(decoder) for decoder in decoders]
+        here = b.add(place, I64(i * LANES))
+        for t, row in enumerate(values):
+            value = load(b, b.gep(row, [here]), FLOATS)
+            for weight, totals in zip(weights, sums, strict=True):
+                b.store(fma(b, weight, value, b.load(totals[t])), totals[t])
 
 
 def _store_sums(b: Any, sums: list[list[Any]], targets: list[list[Any]]) -> None:
