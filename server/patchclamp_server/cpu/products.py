@@ -11,6 +11,7 @@ format is first made, and caches on disk by this file alone: a change in formats
 
 from enum import IntEnum
 from functools import cache, partial
+from typing import Any
 
 import numba
 import numpy as np
@@ -52,8 +53,8 @@ _ROWS, _STARTS, _MEMORY, _DIRECT, _DEQUANTIZE, _STEP_WEIGHTS, _STEP_BYTES = (int
 
 
 @cache
-def functions_of(format: Format) -> tuple[int, int]:
-    """Returns the addresses of the compiled functions of a format: direct and dequantize."""
+def functions_of(format: Format) -> tuple[Any, Any]:
+    """Returns the compiled functions of a format, direct and dequantize. Their code lives as long as these objects."""
     code = int(format)
 
     @numba.cfunc(types.void(*[types.int64] * 9), cache=True)
@@ -64,7 +65,7 @@ def functions_of(format: Format) -> tuple[int, int]:
     def dequantize(source, steps, left, target):
         dequantize_stored(code, source, steps, left, target)
 
-    return direct.address, dequantize.address
+    return direct, dequantize
 
 
 def describe(matrix: StoredMatrix) -> NDArray[np.int64]:
@@ -75,7 +76,7 @@ def describe(matrix: StoredMatrix) -> NDArray[np.int64]:
         assert part.starts.flags.c_contiguous
         own[Field.ROWS], own[Field.STARTS] = len(part.starts), part.starts.ctypes.data
         own[Field.MEMORY] = part.memory.ctypes.data
-        own[Field.DIRECT], own[Field.DEQUANTIZE] = functions_of(part.format)
+        own[Field.DIRECT], own[Field.DEQUANTIZE] = (function.address for function in functions_of(part.format))
         own[Field.STEP_WEIGHTS], own[Field.STEP_BYTES] = step.weights, step.size
     return table
 
@@ -83,6 +84,8 @@ def describe(matrix: StoredMatrix) -> NDArray[np.int64]:
 @_compiled
 def multiply_rows(parts, width, x, n, y, stride, start, end):
     """Computes outputs start ≤ o < end of y [n, stride] = x Wᵀ, for addresses of x [n, width] and y."""
+    if n == 0:
+        return
     first = 0
     for p in range(parts.shape[0]):
         own = parts[p]
@@ -194,10 +197,8 @@ class StoredProduct:
         rows = len(x)
         x = x.contiguous()
         y = torch.empty(rows, out)
-        if rows:
-            work = partial(multiply_rows, self.parts, width, x.data_ptr(), rows, y.data_ptr(), out)
-            cost = max(self.matrix.nbytes, 2 * rows * out * width // _OPERATIONS_A_BYTE)
-            in_parts(work, out, PANEL, cost)
+        work = partial(multiply_rows, self.parts, width, x.data_ptr(), rows, y.data_ptr(), out)
+        in_parts(work, out, PANEL, max(self.matrix.nbytes, 2 * rows * out * width // _OPERATIONS_A_BYTE))
         return y
 
     def multiply_chosen(self, x: NDArray[np.float32], outputs: NDArray[np.int64]) -> NDArray[np.float32]:
