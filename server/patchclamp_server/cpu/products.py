@@ -20,16 +20,25 @@ from numba import carray, types
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchclamp_server.cpu.atomics import call_with, ints_at
+from patchclamp_server.cpu.atomics import bytes_at, call_with, ints_at
 from patchclamp_server.cpu.formats.table import step_of
-from patchclamp_server.cpu.formats.tiles import ACROSS, MOST, dequantize_stored, multiply_panel, multiply_stored
+from patchclamp_server.cpu.formats.tiles import (
+    ACROSS,
+    MOST,
+    MOST_DIRECT,
+    dequantize_stored,
+    multiply_panel,
+    multiply_stored,
+)
 from patchclamp_server.cpu.memory import in_parts
 from patchclamp_server.cpu.stored import Format, StoredMatrix
-from patchclamp_server.cpu.vector import LANES, UNIT
+from patchclamp_server.cpu.vector import LANES, LINE, UNIT, prefetch
 
 # A panel has so many rows of weights, a multiple of those of all tiles, and so many inputs at most; it is used for so
 # many rows of x before it is made again.
 PANEL, _INPUTS, _BLOCK = 24, 1024, 64
+# So many chosen rows are multiplied at a time, and so many asked for.
+_AHEAD = 16
 # So many operations take half as long as reading a byte of weights from memory: a second thread pays off sooner.
 _OPERATIONS_A_BYTE = 4
 
@@ -92,7 +101,7 @@ def multiply_rows(parts, width, x, n, y, stride, start, end):
         rows = own[_ROWS]
         o, last = max(0, start - first), min(rows, end - first)
         if o < last:
-            if n <= MOST:
+            if n <= MOST_DIRECT:
                 call_with(own[_DIRECT], own[_STARTS], own[_MEMORY], o, last, width, x, n, y + first * 4, stride)
             else:
                 _multiply_panels(own, width, x, n, y + first * 4, stride, o, last)
@@ -111,15 +120,18 @@ def multiply_chosen(parts, width, x, n, y, stride, outputs, start, end):
         while last < end and outputs[last] < first + own[_ROWS]:
             chosen[last - start] = starts[outputs[last] - first]
             last += 1
-        if last > i:
-            for t in range(0, n, MOST):
-                rows, target = min(MOST, n - t), y + (t * stride + i) * 4
-                begin = chosen[i - start :].ctypes.data
-                call_with(
-                    own[_DIRECT], begin, own[_MEMORY], 0, last - i, width, x + t * width * 4, rows, target, stride
-                )
+        memory, lines = own[_MEMORY], (width // own[_STEP_WEIGHTS] * own[_STEP_BYTES] + LINE - 1) // LINE
+        stored = carray(bytes_at(memory), (1,))
+        while i < last:
+            # Rows that are skipped end the processor's own prefetching: some rows are asked for ahead.
+            for r in range(min(last, i + _AHEAD), min(last, i + 2 * _AHEAD)):
+                prefetch(stored, chosen[r - start], lines)
+            begin, rows = chosen[i - start :].ctypes.data, min(_AHEAD, last - i)
+            for t in range(0, n, MOST_DIRECT):
+                own_x, own_y = x + t * width * 4, y + (t * stride + i) * 4
+                call_with(own[_DIRECT], begin, memory, 0, rows, width, own_x, min(MOST_DIRECT, n - t), own_y, stride)
+            i += rows
         first += own[_ROWS]
-        i = last
 
 
 @_compiled

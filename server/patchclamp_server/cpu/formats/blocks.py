@@ -20,20 +20,22 @@ from numba import types
 
 from patchclamp_server.cpu.formats.lanes import (
     BYTES,
-    I16,
+    I32,
     INTS,
     Codebook,
     at,
+    bits_of,
     floats_of_halves,
-    integers,
+    halves_of_unit,
+    joined,
     keep_halves,
     kept_splat,
-    nibbles,
+    lowered,
     scalar_at,
     scaled,
     wide_bytes,
 )
-from patchclamp_server.cpu.vector import FLOATS, LANES, load, load_lanes
+from patchclamp_server.cpu.vector import FLOATS, LANES, UNIT, load, load_lanes
 
 # What the generators give: 16 weights after 16 weights.
 Halves = Iterator[Any]
@@ -76,14 +78,16 @@ def q4_1(b: Any, block: Any, kept: Any) -> Halves:
 
 
 def q5_0(b: Any, block: Any, kept: Any) -> Halves:
-    for bits, codes in _fifth_bits_and_codes(b, at(b, block, 2)):
-        yield scaled(b, b.select(bits, codes, b.sub(codes, integers(16))), kept_splat(b, kept, 0), None)
+    bits, codes = _fifth_bits_and_codes(b, at(b, block, 2))
+    for own in halves_of_unit(b, b.select(bits, codes, lowered(b, codes, 16)), signed=True):
+        yield scaled(b, own, kept_splat(b, kept, 0), None)
 
 
 def q5_1(b: Any, block: Any, kept: Any) -> Halves:
-    for bits, codes in _fifth_bits_and_codes(b, at(b, block, 4)):
-        joined = b.select(bits, b.or_(codes, integers(16)), codes)
-        yield scaled(b, joined, kept_splat(b, kept, 0), kept_splat(b, kept, 1))
+    bits, codes = _fifth_bits_and_codes(b, at(b, block, 4))
+    # No code has 16 yet.
+    for own in halves_of_unit(b, b.select(bits, lowered(b, codes, -16), codes)):
+        yield scaled(b, own, kept_splat(b, kept, 0), kept_splat(b, kept, 1))
 
 
 def q8_0(b: Any, block: Any, kept: Any) -> Halves:
@@ -91,8 +95,7 @@ def q8_0(b: Any, block: Any, kept: Any) -> Halves:
         yield scaled(b, b.sext(load(b, at(b, block, offset), BYTES), INTS), kept_splat(b, kept, 0), None)
 
 
-def _fifth_bits_and_codes(b: Any, pointer: Any) -> Iterator[tuple[Any, Any]]:
-    flags = ir.VectorType(ir.IntType(1), LANES)
-    codes = nibbles(b, wide_bytes(b, at(b, pointer, 4)))
-    for offset, own in zip((0, 2), codes, strict=True):
-        yield b.bitcast(scalar_at(b, at(b, pointer, offset), I16), flags), own
+def _fifth_bits_and_codes(b: Any, pointer: Any) -> tuple[Any, Any]:
+    flags = b.bitcast(scalar_at(b, pointer, I32), ir.VectorType(ir.IntType(1), UNIT))
+    packed = load(b, at(b, pointer, 4), BYTES)
+    return flags, joined(b, bits_of(b, packed, 0, 15), bits_of(b, packed, 4, 15))

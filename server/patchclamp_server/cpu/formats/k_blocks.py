@@ -27,12 +27,17 @@ from patchclamp_server.cpu.formats.lanes import (
     LANES,
     Codebook,
     at,
+    bits_of,
     float_of_half,
+    halves_of_unit,
     integers,
     kept_splat,
+    lowered,
+    raised,
     scalar_at,
     scaled,
     store_floats,
+    unit_bytes,
     wide_bytes,
 )
 from patchclamp_server.cpu.vector import FLOATS, load, splat
@@ -50,10 +55,10 @@ def keep_of_q2_k(b: Any, block: Any, kept: Any) -> None:
 
 def q2_k(b: Any, block: Any, kept: Any) -> Halves:
     for i in range(2):
-        bytes_ = [wide_bytes(b, at(b, block, 16 + 32 * i + half)) for half in _HALVES]
+        packed = unit_bytes(b, at(b, block, 16 + 32 * i))
         for j in range(4):
-            for g, wide in enumerate(bytes_, 8 * i + 2 * j):
-                yield scaled(b, _bits(b, wide, 2 * j, 3), kept_splat(b, kept, g), kept_splat(b, kept, _LOWS + g))
+            for g, codes in enumerate(halves_of_unit(b, bits_of(b, packed, 2 * j, 3)), 8 * i + 2 * j):
+                yield scaled(b, codes, kept_splat(b, kept, g), kept_splat(b, kept, _LOWS + g))
 
 
 def keep_of_q3_k(b: Any, block: Any, kept: Any) -> None:
@@ -71,14 +76,14 @@ def keep_of_q3_k(b: Any, block: Any, kept: Any) -> None:
 
 
 def q3_k(b: Any, block: Any, kept: Any) -> Halves:
-    flags = [wide_bytes(b, at(b, block, half)) for half in _HALVES]
+    flags = unit_bytes(b, block)
     for i in range(2):
-        bytes_ = [wide_bytes(b, at(b, block, 32 + 32 * i + half)) for half in _HALVES]
+        packed = unit_bytes(b, at(b, block, 32 + 32 * i))
         for j in range(4):
-            for g, (wide, flag) in enumerate(zip(bytes_, flags, strict=True), 8 * i + 2 * j):
-                third = b.shl(_bits(b, flag, 4 * i + j, 1), integers(2))
-                code = b.sub(b.or_(_bits(b, wide, 2 * j, 3), third), integers(4))
-                yield scaled(b, code, kept_splat(b, kept, g), None)
+            third = raised(b, bits_of(b, flags, 4 * i + j, 1), 2)
+            unit = lowered(b, b.or_(bits_of(b, packed, 2 * j, 3), third), 4)
+            for g, codes in enumerate(halves_of_unit(b, unit, signed=True), 8 * i + 2 * j):
+                yield scaled(b, codes, kept_splat(b, kept, g), None)
 
 
 def keep_of_q4_k(b: Any, block: Any, kept: Any) -> None:
@@ -114,14 +119,14 @@ def q4_k(b: Any, block: Any, kept: Any) -> Halves:
 
 
 def q5_k(b: Any, block: Any, kept: Any) -> Halves:
-    flags = [wide_bytes(b, at(b, block, 16 + half)) for half in _HALVES]
+    flags = unit_bytes(b, at(b, block, 16))
     for i in range(4):
-        bytes_ = [wide_bytes(b, at(b, block, 48 + 32 * i + half)) for half in _HALVES]
+        packed = unit_bytes(b, at(b, block, 48 + 32 * i))
         for j in range(2):
             unit = 2 * i + j
-            for wide, flag in zip(bytes_, flags, strict=True):
-                code = b.or_(_bits(b, wide, 4 * j, 15), b.shl(_bits(b, flag, unit, 1), integers(4)))
-                yield scaled(b, code, kept_splat(b, kept, unit), kept_splat(b, kept, _LOWS_OF_8 + unit))
+            fifth = raised(b, bits_of(b, flags, unit, 1), 4)
+            for codes in halves_of_unit(b, b.or_(bits_of(b, packed, 4 * j, 15), fifth)):
+                yield scaled(b, codes, kept_splat(b, kept, unit), kept_splat(b, kept, _LOWS_OF_8 + unit))
 
 
 def keep_of_q6_k(b: Any, block: Any, kept: Any) -> None:
@@ -130,13 +135,13 @@ def keep_of_q6_k(b: Any, block: Any, kept: Any) -> None:
 
 def q6_k(b: Any, block: Any, kept: Any) -> Halves:
     for i in range(2):
-        upper = [wide_bytes(b, at(b, block, 128 + 32 * i + half)) for half in _HALVES]
-        lower = [[wide_bytes(b, at(b, block, 64 * i + 32 * j + half)) for half in _HALVES] for j in range(2)]
+        upper = unit_bytes(b, at(b, block, 128 + 32 * i))
+        lower = [unit_bytes(b, at(b, block, 64 * i + 32 * j)) for j in range(2)]
         for j in range(4):
-            for h in range(2):
-                two = b.shl(_bits(b, upper[h], 2 * j, 3), integers(4))
-                code = b.sub(b.or_(_bits(b, lower[j % 2][h], 4 * (j // 2), 15), two), integers(32))
-                yield scaled(b, code, kept_splat(b, kept, 8 * i + 2 * j + h), None)
+            two = raised(b, bits_of(b, upper, 2 * j, 3), 4)
+            unit = lowered(b, b.or_(bits_of(b, lower[j % 2], 4 * (j // 2), 15), two), 32)
+            for g, codes in enumerate(halves_of_unit(b, unit, signed=True), 8 * i + 2 * j):
+                yield scaled(b, codes, kept_splat(b, kept, g), None)
 
 
 def _keep(b: Any, codes: Any, factor: Any, kept: Any, *, negative: bool = False) -> None:
@@ -152,7 +157,3 @@ def _bytes_of(b: Any, words: list[Any]) -> Any:
     for i, word in enumerate(words):
         vector = b.insert_element(vector, word, I32(i))
     return b.bitcast(vector, ir.VectorType(I8, LANES))
-
-
-def _bits(b: Any, wide: Any, shift: int, mask: int) -> Any:
-    return b.and_(b.lshr(wide, integers(shift)) if shift else wide, integers(mask))

@@ -12,10 +12,11 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils
 
 from patchclamp_server.cpu.invariant.tiles import fma
-from patchclamp_server.cpu.vector import FLOATS, LANES, load, splat
+from patchclamp_server.cpu.vector import FLOATS, LANES, UNIT, load, splat
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 BYTES = ir.VectorType(I8, LANES)
+UNIT_BYTES = ir.VectorType(I8, UNIT)
 INTS = ir.VectorType(I32, LANES)
 _HALF = ir.HalfType()
 
@@ -92,9 +93,42 @@ def scaled(b: Any, codes: Any, scale: Any, low: Any) -> Any:
     return b.fmul(values, scale) if low is None else fma(b, values, scale, low)
 
 
-def nibbles(b: Any, wide: Any) -> tuple[Any, Any]:
-    """Returns the low and the high halves of bytes that are int32."""
-    return b.and_(wide, integers(15)), b.lshr(wide, integers(4))
+# Codes of a unit are put together as 32 bytes, which take a quarter of the registers of integers.
+
+
+def unit_bytes(b: Any, pointer: Any) -> Any:
+    return load(b, pointer, UNIT_BYTES)
+
+
+def bits_of(b: Any, values: Any, shift: int, mask: int) -> Any:
+    """Returns (byte >> shift) & mask."""
+    kind = values.type
+
+    def constant(value: int) -> Any:
+        return ir.Constant(kind, [value] * kind.count)
+
+    return b.and_(b.lshr(values, constant(shift)) if shift else values, constant(mask))
+
+
+def raised(b: Any, values: Any, shift: int) -> Any:
+    """Returns byte << shift."""
+    return b.shl(values, ir.Constant(values.type, [shift] * values.type.count))
+
+
+def lowered(b: Any, values: Any, by: int) -> Any:
+    """Returns byte - by, signed."""
+    return b.sub(values, ir.Constant(values.type, [by] * values.type.count))
+
+
+def joined(b: Any, low: Any, high: Any) -> Any:
+    """Returns 16 bytes and 16 bytes as 32."""
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, UNIT), list(range(UNIT))))
+
+
+def halves_of_unit(b: Any, codes: Any, *, signed: bool = False) -> list[Any]:
+    """Returns the first and the last 16 of 32 bytes as int32."""
+    halves = [b.shuffle_vector(codes, codes, ir.Constant(INTS, list(range(k, k + LANES)))) for k in (0, LANES)]
+    return [b.sext(half, INTS) if signed else b.zext(half, INTS) for half in halves]
 
 
 class Codebook:

@@ -31,9 +31,12 @@ _FLOAT = ir.FloatType()
 _FLOAT_POINTER = _FLOAT.as_pointer()
 _BYTE_POINTER = I8.as_pointer()
 # Rows of weights for each number of rows of x in a tile: about as many sums as there are registers beside what a step
-# needs. A sum takes one register with AVX-512 (of 32), two with AVX2 (of 16), four with NEON (of 32).
-SHAPES = {1: 4, 2: 4, 4: 4, 8: 2} if host_has("avx512f") else {1: 4, 2: 3, 3: 2}
-MOST = max(SHAPES)
+# needs, less where blocks are decoded in between. A sum takes one register with AVX-512 (of 32), two with AVX2 (of 16)
+# and four with NEON (of 32).
+_WIDE = host_has("avx512f")
+DIRECT = {1: 4, 2: 4, 4: 4, 8: 2} if _WIDE else {1: 4, 2: 3, 3: 2}
+SHAPES = {1: 8, 2: 8, 4: 6, 8: 3} if _WIDE else {1: 4, 2: 3, 3: 2}
+MOST_DIRECT, MOST = max(DIRECT), max(SHAPES)
 # The rows of the next tile where so many are left: the last row is repeated once at most.
 ACROSS = tuple(
     next((n for n in sorted(SHAPES) if 0 <= n - left <= 1), max((n for n in SHAPES if n <= left), default=1))
@@ -45,7 +48,7 @@ _Body = Callable[[list[Any], list[Any], Any], None]
 
 @intrinsic(prefer_literal=True)
 def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y, stride):  # type: ignore[no-untyped-def]
-    """Sets y[t stride + r] = x_t · W_r for all n rows of x, at most MOST, and rows first ≤ r < end of weights.
+    """Sets y[t stride + r] = x_t · W_r for all n rows of x, at most MOST_DIRECT, and rows first ≤ r < end of weights.
 
     Row r begins at byte starts[r] of `memory`. All but `format` are int64, addresses among them.
     """
@@ -79,11 +82,11 @@ def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y
             _store_sums(b, [[b.load(total) for total in row] for row in sums], targets)
 
         def loop_over_outputs(columns: int) -> None:
-            rows = SHAPES[columns]
+            rows = DIRECT[columns]
             with cgutils.for_range_slice(b, first, end, I64(rows), I64) as (output, _):
                 tile(rows, columns, output)
 
-        _for_rows(b, n, sorted(SHAPES), loop_over_outputs)
+        _for_rows(b, n, sorted(DIRECT), loop_over_outputs)
         return context.get_dummy_value()
 
     return signature, generate
