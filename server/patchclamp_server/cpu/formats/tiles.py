@@ -25,7 +25,7 @@ from patchclamp_server.cpu.formats.lanes import I8, I64, at, host_has
 from patchclamp_server.cpu.formats.table import Step, step_of
 from patchclamp_server.cpu.invariant.tiles import fma
 from patchclamp_server.cpu.stored import Format
-from patchclamp_server.cpu.vector import FLOATS, LANES, UNIT, ZEROS, load, store
+from patchclamp_server.cpu.vector import FLOATS, LANES, LINE, UNIT, ZEROS, load, prefetch_line, store
 
 _FLOAT = ir.FloatType()
 _FLOAT_POINTER = _FLOAT.as_pointer()
@@ -43,6 +43,8 @@ ACROSS = tuple(
     for left in range(MOST + 1)
 )
 _INT = types.int64
+# What is so many bytes further on in each row is asked for: what the processor asks for by itself is few short rows.
+_SOON = int(__import__("os").environ.get("SOON", "640"))
 _Body = Callable[[list[Any], list[Any], Any], None]
 
 
@@ -60,17 +62,21 @@ def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y
         starts, memory, first, end, width, x, n, y, stride = args[1:]
         table = b.inttoptr(starts, I64.as_pointer())
 
+        def row_of(output: Any) -> Any:
+            return b.inttoptr(b.add(memory, b.load(b.gep(table, [output]))), _BYTE_POINTER)
+
         def tile(rows: int, columns: int, output: Any) -> None:
             outputs = [_least(b, b.add(output, I64(r)), b.sub(end, I64(1))) for r in range(rows)]
             inputs = [_least(b, I64(i), b.sub(n, I64(1))) for i in range(columns)]
-            weights = [b.inttoptr(b.add(memory, b.load(b.gep(table, [o]))), _BYTE_POINTER) for o in outputs]
+            weights = [row_of(o) for o in outputs]
+            following = [row_of(_least(b, b.add(o, I64(rows)), b.sub(end, I64(1)))) for o in outputs]
             values = [_float_row(b, x, row, width) for row in inputs]
             sums = [[cgutils.alloca_once_value(b, ZEROS) for _ in values] for _ in weights]
             for row in sums:
                 for total in row:
                     b.store(ZEROS, total)
             whole = b.udiv(width, I64(step.weights))
-            _for_steps(b, step, weights, whole, lambda *here: _add_step(b, step, *here, values, sums))
+            _for_steps(b, step, weights, whole, lambda *here: _add_step(b, step, *here, values, sums), following)
             if kind.weights == 1:
                 done = b.mul(whole, I64(step.weights))
                 left = b.sub(width, done)
@@ -187,19 +193,31 @@ def _for_rows(b: Any, n: Any, choices: list[int], body: Any) -> None:
 
 
 def _for_steps(
-    b: Any, step: Step, rows: list[Any], steps: Any, body: Callable[[list[Any], list[Any], Any], None]
+    b: Any, step: Step, rows: list[Any], steps: Any, body: _Body, following: list[Any] | None = None
 ) -> None:
-    """Does `body` of the blocks of rows, of what is kept of them, and of the place of their first weight in a row."""
+    """Does `body` of the blocks of rows, of what is kept of them, and of the place of their first weight in a row.
+
+    It asks for what is read soon: of these rows, and then of those that follow them.
+    """
 
     def blocks(i: Any) -> list[Any]:
         return [b.gep(row, [b.mul(i, I64(step.size))]) for row in rows]
+
+    def ask(i: Any) -> None:
+        soon = b.add(i, I64(-(-_SOON // step.size)))
+        over = b.sub(soon, steps)
+        inside = b.icmp_signed("<", over, I64(0))
+        for row, after in zip(rows, following or [], strict=True):
+            place = b.gep(b.select(inside, row, after), [b.mul(b.select(inside, soon, over), I64(step.size))])
+            for line in range(0, step.size, LINE):
+                prefetch_line(b, at(b, place, line))
 
     if step.keep is None:
         with cgutils.for_range(b, steps) as loop:
             body(blocks(loop.index), [None] * len(rows), b.mul(loop.index, I64(step.weights)))
         return
     # Scales are kept for some steps at once: a store is not waited for.
-    ahead = max(2, 32 // step.scales)
+    ahead = max(2, int(__import__("os").environ.get("AHEAD", "128")) // step.scales)
     memory = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(_FLOAT, ahead * len(rows) * step.scales)), _FLOAT_POINTER)
 
     def kept(i: Any) -> list[Any]:
@@ -209,6 +227,8 @@ def _for_steps(
     with cgutils.for_range_slice(b, I64(0), steps, I64(ahead), I64) as (first, _):
         n = _least(b, I64(ahead), b.sub(steps, first))
         with cgutils.for_range(b, n) as loop:
+            if following is not None:
+                ask(b.add(first, loop.index))
             for block, own in zip(blocks(b.add(first, loop.index)), kept(loop.index), strict=True):
                 step.keep(b, block, own)
         with cgutils.for_range(b, n) as loop:
