@@ -84,9 +84,6 @@ class HostDecoder(Decoder):
     # The sites of a layer with their activations, by the number of rows.
     _visits: dict[int, list[tuple[Site, Tensor]]]
 
-    def threads_for(self, rows: int, available: int) -> int:
-        return available
-
     @torch.inference_mode()
     def forward(self, step: StepInputs, pools: Sequence[Tensor], hooks: SiteHooks, products: Any = None) -> Tensor:
         rows = len(step.token_ids)

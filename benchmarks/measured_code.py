@@ -19,7 +19,13 @@ SOURCES = {
 }
 
 # What turns tokens into logits, and what a step of the engine does besides.
-_FORWARD = ("patchclamp_server.model.decoder", "patchclamp_server.cpu.linear", "patchclamp_server.cpu.quantized")
+_FORWARD = (
+    "patchclamp_server.model.decoder",
+    "patchclamp_server.cpu.linear",
+    "patchclamp_server.cpu.products",
+    "patchclamp_server.cpu.formats",
+    "patchclamp_server.cpu.stored",
+)
 _ATTENTION = (
     "patchclamp_server.model.attention.paged",
     "patchclamp_server.model.attention.row_attention",

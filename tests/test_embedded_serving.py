@@ -100,7 +100,7 @@ def plain_model(embedded_dir: object) -> torch.nn.Module:
 def test_gates_and_ups_of_codes_make_the_neurons_that_are_served(embedded_server: LiveServer) -> None:
     """Products over codes give gate and up in one: taken apart, edited by nobody, they change no bit."""
     decoder, document = embedded_server.model.decoder, torch.arange(40, 46)[None]
-    assert decoder.blocks[3].mlp_input.quantized is not None
+    assert decoder.blocks[3].mlp_input.matrix is not None
     for n in (1, 6):
         step = inputs_of(document[:, :n], 0, n, decoder)
         apart = replace(step, visited_preactivations={(site, 3): True for site in PREACTIVATION_SITES})

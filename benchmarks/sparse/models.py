@@ -48,7 +48,7 @@ def random_loaded_model(d_model: int, d_ff: int, *, n_layers: int) -> LoadedMode
 def random_model(
     d_model: int, d_ff: int, *, n_layers: int = 1, dtype: torch.dtype = torch.float32, four_bits: bool = False
 ) -> SparseModel:
-    """A llama of random weights: `four_bits` are found again by cpu/quantized.py."""
+    """A llama of random weights: `four_bits` are found again by cpu/recovered.py."""
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=d_model,
@@ -70,6 +70,6 @@ def random_model(
 def _four_bits(weight: Tensor) -> Tensor:
     """The nearest matrix whose groups of 32 inputs have 16 values between their least and their largest."""
     groups = weight.view(len(weight), -1, 32)
-    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    step = (high - low) / 15
-    return (((groups - low) / step).round() * step + low).view_as(weight)
+    low = groups.amin(2, keepdim=True).half().float()
+    step = ((groups.amax(2, keepdim=True) - low) / 15).half().float()
+    return (((groups - low) / step).round().clamp(0, 15) * step + low).view_as(weight)

@@ -79,12 +79,9 @@ def measure(models: Mapping[str, Callable[[], SparseModel]], rounds: int) -> dic
 
 @torch.inference_mode()
 def of_model(model: SparseModel, rounds: int) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(model.decoder.threads_for(1, threads))
     selectors = {keep: _fovea(model, keep) for keep in KEEPS}
     figures = alternate(_runs_of(model, selectors), rounds)
-    torch.set_num_threads(threads)
-    codes = model.decoder.blocks[0].mlp_output.quantized is not None
+    codes = model.decoder.blocks[0].mlp_output.matrix is not None
     weight_bits = CODE_BITS if codes else 8 * model.decoder.dtype.itemsize
     rows = {}
     for name, seconds in figures.items():

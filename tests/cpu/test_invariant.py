@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from test_quantized import affine_4, symmetric_8
+from stored_weights import affine_4, symmetric_8
 from torch import Tensor
 
 from patchclamp_server.cpu.activations import ACTIVATION_FUNCTIONS
@@ -51,7 +51,7 @@ def test_products_of_any_shape(shape: tuple[int, int]) -> None:
 
 def test_products_that_are_fastest_for_their_number_of_rows_do_differ() -> None:
     """What the others are there for: without them the product of one row is another one than that of three."""
-    linear, x = Linear(affine_4(2048, 576), None), random(ROWS, 576)
+    linear, x = Linear(random(2048, 576), None), random(ROWS, 576)
     assert not torch.equal(linear(x[:1]), linear(x[:3])[:1])
 
 

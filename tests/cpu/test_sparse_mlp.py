@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_quantized import affine_4, symmetric_8
+from stored_weights import affine_4, symmetric_8
 from torch import Tensor
 
 from patchclamp_server.cpu.linear import Linear

@@ -76,12 +76,12 @@ MODEL = [
         ("model/test_cache.py::test_a_changed_or_cut_file_makes_the_entry_be_built_again",),
     ),
     Mutant(
-        "ties-of-the-rounded-scale",
-        "patchclamp_server.cpu.quantized",
-        "scale = (groups.amax(2, keepdim=True) - low) / 15",
-        "scale = (groups.amax(2, keepdim=True) - low) / 16",
-        "4-bit codes are not found again",
-        ("cpu/test_quantized.py",),
+        "scales-of-the-wrong-units",
+        "patchclamp_server.cpu.formats.k_blocks",
+        "return b.shl(b.and_(b.lshr(word, I32(6)), two), I32(4))",
+        "return b.shl(b.and_(b.lshr(word, I32(5)), two), I32(4))",
+        "the upper bits of the last four scales of a block are read from the wrong place",
+        ("cpu/test_products.py::test_weights_are_those_of_gguf_to_the_bit[Q4_K]",),
     ),
     Mutant(
         "codes-without-their-bias",

@@ -82,18 +82,6 @@ def call(_context, function, argument):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def call_with_three(_context, function, first, second, third):  # type: ignore[no-untyped-def]
-    """Calls the C function at the address `function`, which takes three int64 and returns nothing."""
-
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 3)
-        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
 def cycles(_context):  # type: ignore[no-untyped-def]
     """Returns the processor's clock, which counts at one rate where time is measured by it (x86, arm64)."""
 
@@ -102,6 +90,19 @@ def cycles(_context):  # type: ignore[no-untyped-def]
         return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.readcyclecounter"), [])
 
     return types.int64(), generate
+
+
+@intrinsic
+def call_with(_context, function, *arguments):  # type: ignore[no-untyped-def]
+    """Calls the C function at the address `function`, which takes these int64 and returns nothing."""
+    n = len(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], types.BaseTuple) else len(arguments)
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * n)
+        b.call(b.inttoptr(args[0], kind.as_pointer()), cgutils.unpack_tuple(b, args[1]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.StarArgTuple([types.int64] * n)), generate
 
 
 @intrinsic

@@ -1,11 +1,10 @@
 """A projection computes the matrix product y = x Wᵀ + b for x [T, in], W [out, in].
 
-Where it is `batch_invariant`, on a CPU in float32, one product serves every number of rows, and its bits do not depend
-on it (invariant/products.py). Otherwise it uses the product that was fastest for the number of rows when this was
-measured:
+Weights that are stored (stored.py), and any where it is `batch_invariant`, on a CPU in float32, have one product for
+every number of rows, whose bits do not depend on it (products.py). Otherwise it uses the product that was fastest for
+the number of rows when this was measured:
 
-- one row streams the weights once, so fewer bytes are faster: codes, where the weights are quantised (quantized.py; so
-  do two rows); otherwise our own vectors (vector.py), by all threads where there are enough bytes;
+- one row streams the weights once: our own vectors (vector.py), by all threads where there are enough bytes;
 - more rows, float32: oneDNN, with weights packed once for its kernels; bfloat16: torch.
 
 These are the least milliseconds of one run on 2 shared cores, where the weights come from memory (one matrix of an 8B
@@ -22,8 +21,8 @@ model, 30 of SmolLM2-135M, or its unembedding):
        2   4096 x 14336       20.2          14.2             10.2   15.1                       5.4    7.0
        2    960 x 576, 30     10.7           5.1              7.4    6.9                       5.3    4.4
 
-A down projection is kept input-major: the weights of one neuron are contiguous, so that a sparse read skips those of
-the others without a copy. Its product with one row is then a sum of columns, 8.5 and 4.2 ms for the second line.
+There a down projection is kept input-major: the weights of one neuron are contiguous, so that a sparse read skips those
+of the others without a copy. Its product with one row is then a sum of columns, 8.5 and 4.2 ms for the second line.
 The packed copy is kept beside what one row needs. Other devices and dtypes keep the plain matrix alone.
 """
 
@@ -34,14 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchclamp_server.cpu.stored import StoredMatrix
+
 if TYPE_CHECKING:
-    from patchclamp_server.cpu.invariant.products import RowProduct
-    from patchclamp_server.cpu.quantized import QuantizedWeight
+    from patchclamp_server.cpu.products import StoredProduct
 
 # oneDNN picks the packed layout for a number of rows; 16 was the best or within noise for 1 to 256 rows.
 _PACK_FOR_ROWS = 16
-# Codes are faster for at most so many rows.
-FEW_ROWS = 2
 
 
 def can_be_invariant(dtype: torch.dtype, device: torch.device | str) -> bool:
@@ -54,54 +52,63 @@ class Linear:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | StoredMatrix,
         bias: Tensor | None,
         *,
         input_major: bool = False,
         batch_invariant: bool = False,
         use_codes: bool = True,
     ) -> None:
-        """`use_codes` multiplies by the codes that the weights are made of, where there are any."""
-        assert not batch_invariant or can_be_invariant(weight.dtype, weight.device)
+        """`use_codes` multiplies by the codes that a dense weight is made of, where there are any."""
         self.bias = bias  # [out]
-        self.out = weight.shape[0]
-        self.weight: Tensor | None = weight  # [out, in]; its transpose is contiguous where it is input-major
+        self.weight: Tensor | None = None  # [out, in]; its transpose is contiguous where it is input-major
+        self.matrix: StoredMatrix | None = None
+        self.product: StoredProduct | None = None
         self.packed: Tensor | None = None
-        self.quantized: QuantizedWeight | None = None
         self._one_row: Callable[[Tensor], Tensor] | None = None
-        self.by_rows: RowProduct | None = None
         self.batch_invariant = batch_invariant
-        on_cpu = weight.device.type == "cpu"
-        if can_be_invariant(weight.dtype, weight.device) and (batch_invariant or torch._C._has_mkldnn):
-            # Only this path needs what numba compiles.
-            from patchclamp_server.cpu.quantized import recover
-
-            self.quantized = recover(weight) if use_codes else None
-            if batch_invariant:
-                from patchclamp_server.cpu.invariant.products import row_product
-
-                self.by_rows = row_product(weight, self.quantized)
-            else:
-                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
-            if self.quantized is not None:
-                self.weight = None
-                return
-        if input_major:
-            self.weight = weight.t().contiguous().t()
-        if self.by_rows is not None:
+        if isinstance(weight, StoredMatrix):
+            self._use_stored(weight)
             return
-        if on_cpu and weight.dtype in (torch.float32, torch.bfloat16):
-            assert self.weight is not None
+        self.out = weight.shape[0]
+        is_float32 = can_be_invariant(weight.dtype, weight.device)
+        assert not batch_invariant or is_float32
+        if is_float32 and (batch_invariant or torch._C._has_mkldnn):
+            from patchclamp_server.cpu.recovered import recovered
+
+            found = recovered(weight) if use_codes else None
+            if found is not None:
+                self._use_stored(found)
+                return
+            if batch_invariant:
+                self.weight = weight
+                self._use_stored(StoredMatrix.of(weight))
+                return
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
+        self.weight = weight.t().contiguous().t() if input_major else weight
+        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
             from patchclamp_server.cpu.sparse.one_row import one_row_product
 
             self._one_row = one_row_product(self.weight, input_major=input_major)
 
+    def _use_stored(self, matrix: StoredMatrix) -> None:
+        # Only this path needs what numba compiles.
+        from patchclamp_server.cpu.products import StoredProduct
+
+        self.matrix, self.product, self.out = matrix, StoredProduct(matrix), matrix.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        if self.matrix is not None:
+            return self.matrix.shape
+        assert self.weight is not None
+        return self.weight.shape[0], self.weight.shape[1]
+
     def __call__(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
-        if self.by_rows is not None:
-            return self._biased(self.by_rows.multiply(x))
+        if self.product is not None:
+            return self._biased(self.product.multiply(x.float())).to(x.dtype)
         rows = x.shape[0]
-        if self.quantized is not None and rows <= FEW_ROWS:
-            return self._biased(self.quantized.multiply(x))
         if self._one_row is not None and rows == 1:
             return self._biased(self._one_row(x)).to(x.dtype)
         if self.packed is not None:
@@ -114,16 +121,21 @@ class Linear:
         """Returns the weights of chosen outputs [n], as [n, in] in float32."""
         if self.weight is not None:
             return self.weight.index_select(0, outputs).float()
-        assert self.quantized is not None
-        return self.quantized.chosen(outputs)
+        assert self.product is not None
+        return self.product.rows(outputs)
 
     def columns(self, inputs: Tensor) -> Tensor:
         """Returns the weights of chosen inputs [n], as [n, out] in float32."""
         if self.weight is not None:
             return self.weight.index_select(1, inputs).t().float()
-        assert self.quantized is not None
-        unit = torch.zeros(len(inputs), self.quantized.shape[1])
-        return self.quantized.multiply(unit.scatter_(1, inputs[:, None], 1.0))
+        assert self.product is not None
+        # A sum of zeros and one weight is that weight.
+        unit = torch.zeros(len(inputs), self.shape[1])
+        return self.product.multiply(unit.scatter_(1, inputs[:, None], 1.0))
+
+    def dense(self) -> Tensor:
+        """Returns the weights [out, in] in the dtype that the product has them in."""
+        return self.weight if self.weight is not None else self.rows(torch.arange(self.out))
 
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)

@@ -114,6 +114,27 @@ class StoredMatrix:
         if len({part.width for part in self.parts}) != 1:
             raise ValueError("parts of a matrix have the same width")
 
+    @classmethod
+    def of(cls, weight: Tensor) -> "StoredMatrix":
+        """The matrix of a tensor [out, in] in float32, float16 or bfloat16, without a copy where its rows lie together.
+
+        Raises KeyError for another dtype.
+        """
+        format = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: Format.BF16}[weight.dtype]
+        memory = weight.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        return cls((Part.whole(format, memory, weight.shape[1]),))
+
+    def chosen(self, outputs: NDArray[np.int64]) -> "StoredMatrix":
+        """The rows of ascending outputs, without a copy of the weights."""
+        first, parts = 0, []
+        for part in self.parts:
+            end = first + len(part.starts)
+            start, stop = np.searchsorted(outputs, (first, end))
+            if stop > start:
+                parts.append(part.reordered(outputs[start:stop] - first))
+            first = end
+        return StoredMatrix(tuple(parts) or (self.parts[0].reordered(outputs),))
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""

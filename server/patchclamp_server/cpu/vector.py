@@ -55,47 +55,6 @@ def dot_rows(_context, weights, at, x, units):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def dot_code_rows(_context, codes, at, x, scales, scale_at, sums, groups):  # type: ignore[no-untyped-def]
-    """Returns Σ_g scale_g Σ_k code_gk x_gk + low_g sums_g for each row of `groups` units of codes.
-
-    The scales of a row begin at its `scale_at`, its lows behind them (none for 8 bits); `sums` ends in zeros up to a
-    multiple of 16.
-    """
-    signature = types.UniTuple(types.float32, at.count)(codes, at, x, scales, scale_at, sums, types.int64)
-
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        dtype = signature.args[0].dtype
-        rows = row_pointers(context, b, signature, args, 0, 1)
-        scale_rows = row_pointers(context, b, signature, args, 3, 4)
-        values, groups = data_of(context, b, signature, args, 2), args[6]
-        totals = [cgutils.alloca_once_value(b, ZEROS) for _ in rows]
-        with cgutils.for_range(b, groups) as loop:
-            low, high = _load_floats(b, values, b.mul(loop.index, _I64(UNIT)))
-            for row, scale_row, total in zip(rows, scale_rows, totals, strict=True):
-                low_codes, high_codes = _load_unit(b, row, loop.index, dtype)
-                part = fma(b, high_codes, high, b.fmul(low_codes, low))
-                scale = splat(b, b.load(b.gep(scale_row, [loop.index])))
-                b.store(fma(b, part, scale, b.load(total)), total)
-        if dtype == types.uint8:
-            group_sums = data_of(context, b, signature, args, 5)
-            blocks = b.udiv(b.add(groups, _I64(LANES - 1)), _I64(LANES))
-            with cgutils.for_range(b, blocks) as loop:
-                first = b.mul(loop.index, _I64(LANES))
-                lanes = b.add(splat(b, b.trunc(first, _I32)), ir.Constant(_INTS, list(range(LANES))))
-                inside = b.icmp_signed("<", lanes, splat(b, b.trunc(groups, _I32)))
-                group_sum = load(b, b.gep(group_sums, [first]), FLOATS)
-                for scale_row, total in zip(scale_rows, totals, strict=True):
-                    lows = load(b, b.gep(scale_row, [b.add(groups, first)]), FLOATS)
-                    # What lies behind the lows is not a number.
-                    lows = b.select(inside, lows, ZEROS)
-                    b.store(fma(b, lows, group_sum, b.load(total)), total)
-        results = [_horizontal_sum(b, b.load(total)) for total in totals]
-        return context.make_tuple(b, signature.return_type, results)
-
-    return signature, generate
-
-
-@intrinsic
 def add_rows(_context, weights, at, factors, y, y_at, units):  # type: ignore[no-untyped-def]
     """Adds Σ_r factors[r] weights[at[r] + k] to y[y_at + k], over `units` of weights. `at` and `factors` are tuples."""
     signature = types.void(weights, at, factors, y, types.int64, types.int64)
@@ -162,7 +121,7 @@ def add_code_rows(  # type: ignore[no-untyped-def]
             at = b.mul(unit.index, _I64(UNIT))
             for table in (scale, low):
                 for line in range(0, UNIT * 4, LINE):
-                    _prefetch_line(b, b.gep(table, [b.add(b.add(at, next_scales), _I64(line // 4))]))
+                    prefetch_line(b, b.gep(table, [b.add(b.add(at, next_scales), _I64(line // 4))]))
             values = list(_load_floats(b, y, at))
             if dtype == types.uint8:
                 lows = _load_floats(b, low, at)
@@ -185,7 +144,7 @@ def prefetch(_context, array, at, lines):  # type: ignore[no-untyped-def]
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         first = b.bitcast(b.gep(data_of(context, b, signature, args, 0), [args[1]]), _I8.as_pointer())
         with cgutils.for_range(b, args[2]) as line:
-            _prefetch_line(b, b.gep(first, [b.mul(line.index, _I64(LINE))]))
+            prefetch_line(b, b.gep(first, [b.mul(line.index, _I64(LINE))]))
         return context.get_dummy_value()
 
     return signature, generate
@@ -195,7 +154,7 @@ def data_of(context: Any, b: Any, signature: Any, args: Any, i: int) -> Any:
     return context.make_array(signature.args[i])(context, b, args[i]).data
 
 
-def _prefetch_line(b: Any, pointer: Any) -> None:
+def prefetch_line(b: Any, pointer: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
     # The arguments mean: to be read, data, into the outer caches, because only few requests into the innermost cache

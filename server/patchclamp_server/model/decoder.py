@@ -28,7 +28,7 @@ from torch import Tensor
 
 from patchclamp_server.cpu.activations import neurons_of
 from patchclamp_server.cpu.invariant import operators
-from patchclamp_server.cpu.linear import FEW_ROWS, Linear
+from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.paged import paged_attention
 from patchclamp_server.model.attention.peaks import Peaks
@@ -159,11 +159,6 @@ class Decoder:
         if operators.holds_for(x):
             operators.warm_up()
 
-    def threads_for(self, rows: int, available: int) -> int:
-        """Returns the threads worth using for a step: where blocks are not compiled, one does few rows over codes
-        sooner than it wakes others."""
-        return 1 if self.compiled is None and rows <= FEW_ROWS and self.unembedding.quantized is not None else available
-
     @torch.inference_mode()
     def forward(
         self,
@@ -232,12 +227,15 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Unembeds residual states [N, d_model] and returns logits [N, vocab], float32."""
-        return self.unembed(self.final_norm(x))
+        if self.compiled is None:
+            return self.unembed(self.final_norm(x))
+        return cap_softly(self.compiled.logits(x), self.spec.final_soft_cap)
 
     @torch.inference_mode()
     def unembed(self, h: Tensor) -> Tensor:
         """Returns the logits of residual states after the final norm."""
-        return cap_softly(self.unembedding(h).float(), self.spec.final_soft_cap)
+        logits = self.unembedding(h).float() if self.compiled is None else self.compiled.unembed(h)
+        return cap_softly(logits, self.spec.final_soft_cap)
 
     def _attention(
         self,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from patchclamp_server.cpu.activations import ACTIVATION_FUNCTIONS, neurons_of
 from patchclamp_server.cpu.linear import Linear
-from patchclamp_server.cpu.quantized import GROUP
 from patchclamp_server.model.decoder import Block, Decoder
 from patchclamp_server.model.spec import DecoderSpec
 
@@ -146,8 +145,8 @@ class MlpInput:
 
 def mlp_weights(block: Block, spec: DecoderSpec) -> MlpWeights:
     """Returns the MLP of a block, whatever layout its products use."""
-    fused, bias = matrix(block.mlp_input), block.mlp_input.bias
-    down = matrix(block.mlp_output).t().contiguous()
+    fused, bias = block.mlp_input.dense(), block.mlp_input.bias
+    down = block.mlp_output.dense().t().contiguous()
     if not spec.family.gated:
         return MlpWeights(spec.activation, None, fused, down, up_bias=bias)
     gate, up = fused.view(2, spec.d_ff, -1).unbind(0)
@@ -155,15 +154,9 @@ def mlp_weights(block: Block, spec: DecoderSpec) -> MlpWeights:
     return MlpWeights(spec.activation, gate, up, down, gate_bias, up_bias)
 
 
-@torch.inference_mode()
 def matrix(linear: Linear) -> Tensor:
-    """Returns W [out, in]. Where only codes or packed weights are kept, these are exact products with unit vectors."""
-    if linear.weight is not None:
-        return linear.weight
-    assert linear.quantized is not None
-    width = linear.quantized.codes.shape[1] * GROUP
-    rows = linear(torch.eye(width))
-    return (rows if linear.bias is None else rows - linear.bias).t().contiguous()
+    """Returns W [out, in], a copy where weights are stored."""
+    return linear.dense()
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -80,8 +80,7 @@ class GatheredMlp:
     @classmethod
     def of(cls, block: Block, spec: DecoderSpec, budget: CompactBudget) -> "GatheredMlp":
         mlp = SparseMlp(block.mlp_input, block.mlp_output, spec.activation, gated=spec.family.gated)
-        codes = [linear.quantized.codes for linear in (block.mlp_input, block.mlp_output) if linear.quantized]
-        return cls(mlp, budget, sum(c.nbytes for c in codes))
+        return cls(mlp, budget, mlp.compact_bytes)
 
     def gate(self, x: Tensor) -> Tensor:
         return self.mlp.gate(x).to(x.dtype)

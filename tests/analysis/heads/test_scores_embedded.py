@@ -98,7 +98,7 @@ async def test_the_best_successor_head_is_above_chance(engine: Engine) -> None:
 
 
 def test_factors_of_a_quantised_model_are_its_weights(embedded: LoadedModel, eager: PreTrainedModel) -> None:
-    assert embedded.decoder.blocks[0].qkv.quantized is not None
+    assert embedded.decoder.blocks[0].qkv.matrix is not None
     info, attention = embedded.info, eager.model.layers[23].self_attn
     values, outputs = ov_weights(embedded.decoder, 23)
     expected = attention.v_proj.weight.view(info.n_kv_heads, info.head_dim, info.d_model)

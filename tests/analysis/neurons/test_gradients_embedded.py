@@ -35,7 +35,7 @@ def example(model: LoadedModel, prompt: str) -> Example:
 def test_the_embedded_model_is_kept_as_codes(embedded: LoadedModel) -> None:
     linear = embedded.decoder.blocks[0].mlp_input
     assert linear.weight is None
-    assert linear.quantized is not None
+    assert linear.matrix is not None
 
 
 def test_gradients_through_codes_equal_autograd_through_transformers(embedded: LoadedModel, embedded_dir: Path) -> None:

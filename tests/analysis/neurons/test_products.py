@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from test_quantized import affine_4, symmetric_8
+from stored_weights import affine_4, symmetric_8
 from torch import Tensor
 
 from patchclamp_server.analysis.neurons import products
 from patchclamp_server.analysis.neurons.products import DifferentiableProduct
 from patchclamp_server.cpu.linear import Linear
-from patchclamp_server.cpu.quantized import recover
 from patchclamp_server.engine.exclusive import at_once
 
 OUT, WIDTH, ROWS = 80, 96, 5
@@ -60,12 +59,3 @@ def test_no_part_of_the_weights_is_larger_than_the_bound(weight: Tensor, part: i
     assert (parts[0][0].start, parts[-1][0].stop) == (0, OUT)
     assert all(own.nbytes <= max(part, 16 * 4 * WIDTH) for _, own in parts)
     torch.testing.assert_close(torch.cat([own for _, own in parts]), weight.float(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("make", [affine_4, symmetric_8])
-def test_rows_of_codes_are_those_of_the_matrix(make: object) -> None:
-    weight = make(OUT, WIDTH)  # type: ignore[operator]
-    quantized = recover(weight)
-    assert quantized is not None
-    assert quantized.shape == (OUT, WIDTH)
-    torch.testing.assert_close(quantized.rows(16, 64), weight[16:64], rtol=1e-6, atol=1e-6)

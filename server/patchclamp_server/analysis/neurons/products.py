@@ -3,7 +3,7 @@
     y = x Wᵀ + b        ∂F/∂x = (∂F/∂y) W        x [T, in], W [out, in]
 
 The first product is the decoder's own. For the second a part of W at a time is float32: at most PART_BYTES, where it is
-kept as codes (cpu/quantized.py) or in 16 bits. Weights have no gradients. All is float32, so that gradients are as
+stored as blocks (cpu/stored.py) or in 16 bits. Weights have no gradients. All is float32, so that gradients are as
 precise for a model that is served in 16 bits; its activations are then those of float32, not of serving.
 """
 
@@ -23,7 +23,7 @@ from patchclamp_server.model.row_operators import HeadNorms, Norm
 
 # Of weights that are made float32 at a time.
 PART_BYTES = 8 << 20
-# Outputs of a part are whole blocks of codes.
+# Outputs of a part.
 _MULTIPLE = 16
 
 
@@ -66,20 +66,11 @@ class DifferentiableProduct:
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Outputs, and their rows of W in float32; together all of W."""
-        weight, quantized = self.linear.weight, self.linear.quantized
-        if weight is not None:
-            out, width = weight.shape
-        else:
-            assert quantized is not None
-            out, width = quantized.shape
+        out, width = self.linear.shape
         step = max(_MULTIPLE, PART_BYTES // (4 * width) // _MULTIPLE * _MULTIPLE)
         for start in range(0, out, step):
             end = min(out, start + step)
-            if weight is not None:
-                yield slice(start, end), weight[start:end].float()
-            else:
-                assert quantized is not None
-                yield slice(start, end), quantized.rows(start, end)
+            yield slice(start, end), self.linear.rows(torch.arange(start, end))
 
 
 class _Multiply(torch.autograd.Function):

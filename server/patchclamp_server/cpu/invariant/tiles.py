@@ -1,10 +1,8 @@
-"""These are the inner loops of products whose bits do not depend on the number of rows: LLVM vectors of 16 outputs.
+"""These are the inner loops of what a decoder does to a row besides products with weights, on LLVM vectors of 16 lanes.
 
-A tile is R rows of x and a block of 16 outputs. Each of its sums is one chain of fused multiply-adds in the order of
-the inputs, whatever R is, and nothing here allows LLVM to reorder or to contract: the bits of a row follow from the
-order that is written down, and are the same on any number of threads and on any processor.
-
-Weights are laid out block by block, [out / 16, in, 16 outputs], and the rows of a tile input by input, [in, R].
+Each sum is chains of fused multiply-adds in the order of the inputs and a fixed order of the chains, and nothing here
+allows LLVM to reorder or to contract: the bits of a row follow from the order that is written down, and are the same on
+any number of threads and on any processor.
 """
 
 # llvmlite's builders have no types.
@@ -17,18 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from patchclamp_server.cpu.vector import (
-    FLOATS,
-    LANES,
-    UNIT,
-    ZEROS,
-    data_of,
-    load,
-    load_lanes,
-    row_pointers,
-    splat,
-    store,
-)
+from patchclamp_server.cpu.vector import FLOATS, LANES, ZEROS, data_of, load, row_pointers, splat, store
 
 # These are the lanes of a pair that are added, for each step from 16 vectors to one that has their sums: within
 # quarters of a vector, then between them, each of which is one instruction.
@@ -41,97 +28,7 @@ _HALVES = [
     ([k for k in range(32) if k % 8 < 4], [k for k in range(32) if k % 8 >= 4]),
 ]
 
-_I8, _I64 = ir.IntType(8), ir.IntType(64)
-_BYTES = ir.VectorType(_I8, LANES)
-_INTS = ir.VectorType(ir.IntType(32), LANES)
-
-
-@intrinsic
-def multiply_tile(_context, weights, at, x, x_at, depth, y, y_at):  # type: ignore[no-untyped-def]
-    """Sets y[y_at[r] + lane] = Σ_k weights[at + 16 k + lane] x[x_at + R k + r], over k < `depth`, in order of k.
-
-    `y_at` is a tuple of R offsets. weights and x are float32.
-    """
-    signature = types.void(weights, types.int64, x, types.int64, types.int64, y, y_at)
-
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        block = b.gep(data_of(context, b, signature, args, 0), [args[1]])
-        values = b.gep(data_of(context, b, signature, args, 2), [args[3]])
-        outs = row_pointers(context, b, signature, args, 5, 6)
-        sums = [cgutils.alloca_once_value(b, ZEROS) for _ in outs]
-        with cgutils.for_range(b, args[4]) as loop:
-            lanes = load(b, b.gep(block, [b.mul(loop.index, _I64(LANES))]), FLOATS)
-            _accumulate(b, sums, lanes, values, b.mul(loop.index, _I64(len(outs))))
-        for total, out in zip(sums, outs, strict=True):
-            store(b, b.load(total), out)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def multiply_code_tile(  # type: ignore[no-untyped-def]
-    _context, codes, at, scales, scales_at, x, x_at, sums, sums_at, groups, y, y_at
-):
-    """Sets y[y_at[r] + lane] = Σ_g scale_g (Σ_k code_gk x_gk) + low_g sums_g, with groups and codes in order.
-
-    A group is 32 codes: signed bytes, or 16 bytes of which byte k holds code k in its low and code k + 16 in its high
-    half, which are added in turn. `sums` [groups, R] are the sums of the rows' groups and are read for 4 bits only.
-    """
-    signature = types.void(
-        codes, types.int64, scales, types.int64, x, types.int64, sums, types.int64, types.int64, y, y_at
-    )
-
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        packed = signature.args[0].dtype == types.uint8
-        block, scale_row, values, group_sums = (
-            b.gep(data_of(context, b, signature, args, i), [args[i + 1]]) for i in (0, 2, 4, 6)
-        )
-        outs = row_pointers(context, b, signature, args, 9, 10)
-        rows = len(outs)
-        totals = [cgutils.alloca_once_value(b, ZEROS) for _ in outs]
-        parts = [cgutils.alloca_once(b, FLOATS) for _ in outs]
-        elements = UNIT // 2 if packed else UNIT
-        with cgutils.for_range(b, args[8]) as group:
-            for part in parts:
-                b.store(ZEROS, part)
-            first = b.gep(block, [b.mul(group.index, _I64(elements * LANES))])
-            inputs = b.mul(group.index, _I64(UNIT * rows))
-            with cgutils.for_range(b, _I64(elements)) as loop:
-                here = b.gep(first, [b.mul(loop.index, _I64(LANES))])
-                place = b.add(inputs, b.mul(loop.index, _I64(rows)))
-                if packed:
-                    low, high = _halves(b, here)
-                    _accumulate(b, parts, low, values, place)
-                    _accumulate(b, parts, high, values, b.add(place, _I64(UNIT // 2 * rows)))
-                else:
-                    _accumulate(b, parts, load_lanes(b, here, types.int8), values, place)
-            scale_at = b.gep(scale_row, [b.mul(group.index, _I64(2 * LANES))])
-            scale, low = load(b, scale_at, FLOATS), load(b, b.gep(scale_at, [_I64(LANES)]), FLOATS)
-            for r, (part, total) in enumerate(zip(parts, totals, strict=True)):
-                value = fma(b, scale, b.load(part), b.load(total))
-                if packed:
-                    group_sum = b.load(b.gep(group_sums, [b.add(b.mul(group.index, _I64(rows)), _I64(r))]))
-                    value = fma(b, low, splat(b, group_sum), value)
-                b.store(value, total)
-        for total, out in zip(totals, outs, strict=True):
-            store(b, b.load(total), out)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-def _accumulate(b: Any, sums: list[Any], lanes: Any, values: Any, place: Any) -> None:
-    """Adds lanes · values[place + r] to sums[r]."""
-    for r, total in enumerate(sums):
-        value = splat(b, b.load(b.gep(values, [b.add(place, _I64(r))])))
-        b.store(fma(b, lanes, value, b.load(total)), total)
-
-
-def _halves(b: Any, pointer: Any) -> tuple[Any, Any]:
-    wide = b.zext(load(b, pointer, _BYTES), _INTS)
-    low, high = b.and_(wide, ir.Constant(_INTS, [15] * LANES)), b.lshr(wide, ir.Constant(_INTS, [4] * LANES))
-    return b.sitofp(low, FLOATS), b.sitofp(high, FLOATS)
+_I64 = ir.IntType(64)
 
 
 def fma(b: Any, x: Any, y: Any, z: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.sparse.input_rows import input_rows
 from patchclamp_server.cpu.sparse.kernels import select_channels
-from patchclamp_server.cpu.sparse.output_rows import Floats, as_floats, linear_shape
+from patchclamp_server.cpu.sparse.output_rows import Floats, as_floats
 
 _NO_SCALE: Floats = np.empty(0, dtype=np.float32)
 
@@ -22,7 +22,7 @@ class SparseLinear:
     def __init__(self, linear: Linear) -> None:
         self.linear = linear
         self._rows = input_rows(linear)
-        self.width = linear_shape(linear)[1]
+        self.width = linear.shape[1]
         self._bias = None if linear.bias is None else as_floats(linear.bias)
 
     def __call__(self, x: Tensor, threshold: float, scale: Tensor | None = None) -> Tensor:

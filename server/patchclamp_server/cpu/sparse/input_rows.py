@@ -14,13 +14,19 @@ from numpy.typing import NDArray
 
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.memory import aligned_records, in_parts
-from patchclamp_server.cpu.quantized import GROUP, LANES, QuantizedWeight
+from patchclamp_server.cpu.sparse.codes import Codes, codes_of
 from patchclamp_server.cpu.sparse.kernels import sum_code_records, sum_compact_codes, sum_float_rows
 from patchclamp_server.cpu.sparse.output_rows import Floats, Index, as_array
-from patchclamp_server.cpu.vector import UNIT
+from patchclamp_server.cpu.stored import Format
+from patchclamp_server.cpu.vector import LANES, UNIT
 
 
 class InputRows(Protocol):
+    @property
+    def bytes_to_take(self) -> int:
+        """The bytes that `take` would copy for all inputs."""
+        ...
+
     def sum(self, factors: Floats, index: Index) -> Floats:
         """Returns y [T, out] of factors [T, K] and index [K]."""
         ...
@@ -31,11 +37,18 @@ class InputRows(Protocol):
 
 
 def input_rows(linear: Linear) -> InputRows:
-    """Returns the inputs of a projection on the CPU."""
-    if linear.quantized is not None:
-        return CodeInputRows.of(linear.quantized)
-    assert linear.weight is not None
-    return FloatInputRows(as_array(linear.weight.t()))
+    """Returns the inputs of a projection on the CPU. Of stored weights this is a copy with the same values: codes, and
+    floats where there are no codes for them."""
+    matrix = linear.matrix
+    if matrix is None:
+        return FloatInputRows(as_array(linear.dense().t()))
+    codes = codes_of(matrix.parts[0]) if len(matrix.parts) == 1 else None
+    if codes is not None:
+        return CodeInputRows.of(codes)
+    dense = linear.dense()
+    if all(part.format is Format.BF16 for part in matrix.parts):
+        dense = dense.bfloat16()
+    return FloatInputRows(as_array(dense.t()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +56,10 @@ class FloatInputRows:
     """Holds the matrix input-major: without a copy where the projection is, with one otherwise."""
 
     weight: NDArray[Any]  # [in, out]
+
+    @property
+    def bytes_to_take(self) -> int:
+        return 0
 
     def sum(self, factors: Floats, index: Index) -> Floats:
         y = np.zeros((len(factors), self.weight.shape[1]), dtype=np.float32)
@@ -59,41 +76,46 @@ class FloatInputRows:
 class CodeInputRows:
     """Holds a copy of the codes with those of an input side by side, in units of 32 outputs.
 
-    A scale and low belong to an output and 32 inputs, so that those of a group are read when one of its inputs is.
+    A scale and low belong to an output and a group of inputs, so that those of a group are read when one of its inputs
+    is.
     """
 
     records: NDArray[Any]  # [in, bytes]
     scales: NDArray[np.float32]  # [groups, scale and low, out filled up to units]
     step: int  # elements that hold a unit of codes
     out: int
+    group: int
 
     @classmethod
-    def of(cls, quantized: QuantizedWeight) -> "CodeInputRows":
-        blocks, groups, _, _ = quantized.codes.shape
-        out, units = blocks * LANES, -(-blocks * LANES // UNIT)
-        codes = quantized.codes
-        if quantized.bits == 4:
-            codes = np.concatenate((codes & 15, codes >> 4), axis=2)
-        columns = np.zeros((groups * GROUP, units * UNIT), dtype=codes.dtype)
-        columns[:, :out] = codes.transpose(1, 2, 0, 3).reshape(groups * GROUP, out)
-        if quantized.bits == 4:
-            halves = columns.reshape(groups * GROUP, units, 2, LANES)
-            columns = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(groups * GROUP, units * LANES)
+    def of(cls, codes: Codes) -> "CodeInputRows":
+        out, width = codes.codes.shape
+        units = -(-out // UNIT)
+        columns = np.zeros((width, units * UNIT), dtype=codes.codes.dtype)
+        columns[:, :out] = codes.codes.T
+        if codes.lows is not None:
+            halves = columns.reshape(width, units, 2, LANES)
+            columns = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(width, units * LANES)
         records = aligned_records(*columns.shape)
         records[:, : columns.shape[1]] = columns.view(np.uint8)
-        scales = np.zeros((groups, 2, units * UNIT), dtype=np.float32)
-        scales[:, :, :out] = quantized.scale_and_low.transpose(1, 2, 0, 3).reshape(groups, 2, out)
-        return cls(records.view(codes.dtype), scales, columns.shape[1] // units, out)
+        scales = np.zeros((codes.scales.shape[1], 2, units * UNIT), dtype=np.float32)
+        scales[:, 0, :out] = codes.scales.T
+        if codes.lows is not None:
+            scales[:, 1, :out] = codes.lows.T
+        return cls(records.view(columns.dtype), scales, columns.shape[1] // units, out, codes.group)
+
+    @property
+    def bytes_to_take(self) -> int:
+        return self.records.nbytes
 
     def sum(self, factors: Floats, index: Index) -> Floats:
         y = np.zeros((len(factors), self.scales.shape[2]), dtype=np.float32)
         for row, out in zip(factors, y, strict=True):
-            sum_code_records(self.records, self.step, self.scales, row, index, out)
+            sum_code_records(self.records, self.step, self.group, self.scales, row, index, out)
         return np.ascontiguousarray(y[:, : self.out])
 
     def take(self, index: Index) -> Callable[[Floats], Floats]:
         """Sums from a compact copy of the codes in the order in which they are read; the scales are shared."""
-        groups, sizes = np.unique(index // GROUP, return_counts=True)
+        groups, sizes = np.unique(index // self.group, return_counts=True)
         ends = np.cumsum(sizes)
         units = self.scales.shape[2] // UNIT
         rows = self.records[index, : units * self.step].reshape(-1, units, self.step)

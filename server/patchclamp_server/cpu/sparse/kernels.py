@@ -1,7 +1,7 @@
 """These products read only the rows of active neurons or channels.
 
 Each is specialised by the element type of its array (vector.py says which format that is). They are compiled once and
-cached on disk like those of quantized.py; numba's cache looks at this file alone, so a change in vector.py needs a
+cached on disk; numba's cache looks at this file alone, so a change in vector.py needs a
 change here. NaN and infinities are values like any other, so no fast-math flag denies them.
 """
 
@@ -11,11 +11,9 @@ change here. NaN and infinities are values like any other, so no fast-math flag 
 import numba
 import numpy as np
 
-from patchclamp_server.cpu.vector import LANES, LINE, UNIT, add_code_rows, add_rows, dot_code_rows, dot_rows, prefetch
+from patchclamp_server.cpu.vector import LINE, UNIT, add_code_rows, add_rows, dot_rows, prefetch
 
-GROUP = 32
-# The records of codes are asked for so many rows ahead: rows that are skipped end the processor's own prefetching.
-_AHEAD = 16
+# The records of codes are asked for so many groups ahead: rows that are skipped end the processor's own prefetching.
 _GROUPS_AHEAD = 2
 
 _compiled = numba.njit(fastmath={"contract", "reassoc"}, nogil=True, cache=True)
@@ -88,42 +86,11 @@ def _widen_by_format(value):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def dot_code_records(records, header, x, index, y):  # type: ignore[no-untyped-def]
-    """Sets y[i] = (record index[i]) · x. A record is a header [scale, low] and the codes of an output.
-
-    records [n, bytes] are uint8 or int8; their headers have `header` bytes, and low only for 4 bits.
-    """
-    groups = x.shape[0] // GROUP
-    size = records.shape[1]
-    flat = records.reshape(-1)
-    scales = flat.view(np.float32)
-    lines = size // LINE
-    sums = np.zeros((groups + LANES - 1) // LANES * LANES, dtype=np.float32)
-    for g in range(groups):
-        for k in range(GROUP):
-            sums[g] += x[g * GROUP + k]
-    n = index.shape[0]
-    for i in range(min(n, _AHEAD)):
-        prefetch(flat, index[i] * size, lines)
-    for i in range(0, n, 4):
-        for r in range(i + _AHEAD, min(n, i + _AHEAD + 4)):
-            prefetch(flat, index[r] * size, lines)
-        a = index[i] * size
-        b = index[min(i + 1, n - 1)] * size
-        c = index[min(i + 2, n - 1)] * size
-        d = index[min(i + 3, n - 1)] * size
-        codes_at = (a + header, b + header, c + header, d + header)
-        products = dot_code_rows(flat, codes_at, x, scales, (a // 4, b // 4, c // 4, d // 4), sums, groups)
-        for r in range(min(4, n - i)):
-            y[i + r] = products[r]
-
-
-@_compiled
-def sum_code_records(records, step, scales, factors, index, y):  # type: ignore[no-untyped-def]
+def sum_code_records(records, step, group_size, scales, factors, index, y):  # type: ignore[no-untyped-def]
     """Adds Σ_i factors[i] (row index[i]) to y. A record is the codes of an input, padded to whole cache lines.
 
-    A unit of codes has `step` elements. scales [groups, 2, width] has scale and low of each group of 32 rows and
-    output; width is that of y.
+    A unit of codes has `step` elements. scales [groups, 2, width] has scale and low of each group of
+    `group_size` rows and output; width is that of y.
     """
     size = records.shape[1]
     flat = records.reshape(-1)
@@ -135,13 +102,13 @@ def sum_code_records(records, step, scales, factors, index, y):  # type: ignore[
     ahead = 0
     i = 0
     while i < n:
-        group = index[i] // GROUP
+        group = index[i] // group_size
         total = np.float32(0)
         end = i
-        while end < n and index[end] // GROUP == group:
+        while end < n and index[end] // group_size == group:
             total += factors[end]
             end += 1
-        while ahead < n and index[ahead] // GROUP <= group + _GROUPS_AHEAD:
+        while ahead < n and index[ahead] // group_size <= group + _GROUPS_AHEAD:
             prefetch(flat, offsets[ahead], lines)
             ahead += 1
         at = group * 2 * width

@@ -22,14 +22,13 @@ from patchclamp_server.cpu.activations import neurons_of
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.sparse.input_rows import input_rows
 from patchclamp_server.cpu.sparse.kernels import strictly_ascending
-from patchclamp_server.cpu.sparse.output_rows import Floats, Index, as_floats, linear_shape, output_rows
+from patchclamp_server.cpu.sparse.output_rows import Floats, Index, as_floats, output_rows
 
 
 class SparseMlp:
     """The MLP of one block. Raises ValueError for a set that is not ascending, has a neuron twice or an unknown one.
 
-    Beside the projections it keeps no copy of a float32 or bfloat16 input projection, a neuron-major copy of an output
-    projection that is not `input_major`, and of codes a copy in which a neuron's lie side by side.
+    Beside the projections it keeps a neuron-major copy of an output projection that is not `input_major`.
     """
 
     def __init__(self, mlp_input: Linear, mlp_output: Linear, activation: str, *, gated: bool) -> None:
@@ -40,11 +39,16 @@ class SparseMlp:
         self.gated = gated
         self._inputs = output_rows(mlp_input)
         self._outputs = input_rows(mlp_output)
-        rows, self.d_model = linear_shape(mlp_input)
+        rows, self.d_model = mlp_input.shape
         self.d_ff = rows // 2 if gated else rows
         self._gate = self._inputs.leading(self.d_ff)
         self._input_bias = _bias(mlp_input)
         self._output_bias = _bias(mlp_output)
+
+    @property
+    def compact_bytes(self) -> int:
+        """The bytes that `compact` copies of a set of all neurons."""
+        return self._outputs.bytes_to_take
 
     def __call__(self, x: Tensor, index: Tensor) -> Tensor:
         """Returns y [T, d_model] of x [T, d_model]."""
@@ -119,7 +123,7 @@ class SparseMlp:
 
 
 class CompactMlp:
-    """An MLP with a fixed set. It copies codes compactly; float rows are read where they are, which is as fast."""
+    """An MLP with a fixed set. It copies codes of the output projection; other rows are read where they are."""
 
     def __init__(self, mlp: SparseMlp, index: Tensor) -> None:
         active = mlp._check(index).copy()

@@ -33,7 +33,7 @@ class OperatorExecutor:
         self.watcher = SiteWatcher()
 
     def execute(self, batch: StepBatch) -> Executed:
-        torch.set_num_threads(self.decoder.threads_for(len(batch.token_ids), self.threads))
+        torch.set_num_threads(self.threads)
         plan = self.planner.plan(batch.programs)
         heads = self.heads.read(batch.programs, len(batch.token_ids))
         peaks = None if heads is None else heads.peaks

@@ -15,22 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.cpu.invariant import rows
-from patchclamp_server.cpu.invariant.products import CodeTiles, FloatTiles, tile_starts
 from patchclamp_server.cpu.linear import Linear
-from patchclamp_server.cpu.quantized import GROUP, LANES
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.compiled.job import (
     LAYER_FIELDS,
     NORMS,
     PRODUCTS,
     CompiledVisits,
-    Format,
     Job,
     Layer,
     Matrix,
     Stage,
 )
 from patchclamp_server.model.compiled.team import team_of
+from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 
 if TYPE_CHECKING:
@@ -56,8 +54,8 @@ class CompiledBlocks:
         """`decoder` has products that can be compiled: see `can_compile`."""
         self.decoder = decoder
         spec = decoder.spec
-        self._layers = np.zeros((spec.n_layers, LAYER_FIELDS), dtype=np.int64)
-        self._epsilons = np.zeros((spec.n_layers, 5), dtype=np.float32)
+        self._layers = np.zeros((spec.n_layers + 1, LAYER_FIELDS), dtype=np.int64)
+        self._epsilons = np.zeros((spec.n_layers + 1, 5), dtype=np.float32)
         kinds = list(decoder.rotary)
         self._rotary = np.zeros((max(1, len(kinds)), 3), dtype=np.int64)
         for i, (cos, signed_sin) in enumerate(decoder.rotary.values()):
@@ -65,6 +63,9 @@ class CompiledBlocks:
         for layer, block in enumerate(decoder.blocks):
             kind = spec.rotary_kinds[layer]
             self._describe(layer, block, kinds.index(kind) if kind in kinds else -1)
+        # The end of the model is as the beginning of a layer: a norm and a product.
+        self._describe_norm(spec.n_layers, 0, decoder.final_norm)
+        self._describe_product(spec.n_layers, 0, decoder.unembedding)
         self._constants = np.array([spec.attention_scale, spec.attention_soft_cap], dtype=np.float32)
         self._has_post_norms = decoder.blocks[0].post_attn_norm is not None
         self._job = np.zeros(len(Job), dtype=np.int64)
@@ -91,30 +92,49 @@ class CompiledBlocks:
     def _describe(self, layer: int, block: "Block", rotary_kind: int) -> None:
         own = self._layers[layer]
         for i, name in enumerate(NORMS):
-            norm = getattr(block, name)
-            if norm is not None:
-                own[2 * i] = norm.weight.data_ptr()
-                own[2 * i + 1] = 0 if norm.bias is None else norm.bias.data_ptr()
-                self._epsilons[layer, i] = norm.eps
+            self._describe_norm(layer, i, getattr(block, name))
+        for i, name in enumerate(PRODUCTS):
+            self._describe_product(layer, i, getattr(block, name))
         if block.head_norms is not None:
             own[Layer.HEAD_NORMS] = block.head_norms.weights.data_ptr()
             self._epsilons[layer, 4] = block.head_norms.eps
         own[Layer.ROTARY_KIND] = rotary_kind
         own[Layer.WINDOW] = self.decoder.spec.windows[layer]
-        for i, name in enumerate(PRODUCTS):
-            linear: Linear = getattr(block, name)
-            product = linear.by_rows
-            matrix = own[Layer.MATRICES + i * len(Matrix) :]
-            if isinstance(product, CodeTiles):
-                codes, scales = product.quantized.codes, product.quantized.scale_and_low
-                matrix[Matrix.FORMAT] = Format.CODES_4 if product.quantized.bits == 4 else Format.CODES_8
-                matrix[Matrix.WEIGHTS], matrix[Matrix.SCALES] = codes.ctypes.data, scales.ctypes.data
-                matrix[Matrix.BLOCKS], matrix[Matrix.DEPTH] = codes.shape[0], codes.shape[1] * GROUP
-            else:
-                assert isinstance(product, FloatTiles)
-                matrix[Matrix.FORMAT], matrix[Matrix.WEIGHTS] = Format.FLOATS, product.weights.ctypes.data
-                matrix[Matrix.BLOCKS], matrix[Matrix.DEPTH] = product.weights.shape[:2]
-            matrix[Matrix.BIAS] = 0 if linear.bias is None else linear.bias.data_ptr()
+
+    def _describe_norm(self, layer: int, place: int, norm: Norm | None) -> None:
+        if norm is not None:
+            bias = 0 if norm.bias is None else norm.bias.data_ptr()
+            self._layers[layer, 2 * place : 2 * place + 2] = norm.weight.data_ptr(), bias
+            self._epsilons[layer, place] = norm.eps
+
+    def _describe_product(self, layer: int, place: int, linear: Linear) -> None:
+        assert linear.product is not None
+        parts = linear.product.parts
+        matrix = self._layers[layer, Layer.MATRICES + place * len(Matrix) :]
+        matrix[Matrix.PARTS], matrix[Matrix.N_PARTS] = parts.ctypes.data, len(parts)
+        matrix[Matrix.OUT], matrix[Matrix.DEPTH] = linear.shape
+        matrix[Matrix.BIAS] = 0 if linear.bias is None else linear.bias.data_ptr()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Returns what Decoder.logits does before a soft cap, [N, vocab], of residual states [N, d_model]."""
+        return self._finish({Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}, first=0)
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Does so for states after the final norm."""
+        return self._finish({Job.H: h.contiguous()}, first=1)
+
+    def _finish(self, memory: dict[Job, Tensor], first: int) -> Tensor:
+        job, threads = self._job.copy(), torch.get_num_threads()
+        counters = np.zeros((len(_FINAL), 8), dtype=np.int64)
+        rows = len(memory[Job.H])
+        logits = torch.empty(rows, self.decoder.unembedding.out)
+        for field, tensor in (memory | {Job.QKV: logits}).items():
+            job[field] = tensor.data_ptr()
+        stages = np.insert(_FINAL, 1, self.decoder.spec.n_layers, axis=1)
+        job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = stages.ctypes.data, counters.ctypes.data, threads
+        job[Job.ROWS], job[Job.FIRST], job[Job.LAST] = rows, first, len(_FINAL)
+        team_of(threads).run(job)
+        return logits
 
     def run(self, x: Tensor, layers: range, step: "StepInputs", pools: Sequence[Tensor], hooks: "SiteHooks") -> Tensor:
         """Returns what Decoder.run_blocks does. `hooks` say what they visit."""
@@ -124,14 +144,9 @@ class CompiledBlocks:
         n = len(x)
         x = x.clone(memory_format=torch.contiguous_format)
         width = spec.n_heads * spec.head_dim
-        starts = tile_starts(n)
-        packed = int(starts[-1])
-        widest = max(spec.d_model, spec.d_ff, width)
         memory = {
             Job.X: x,
             Job.H: torch.empty(n, spec.d_model),
-            Job.PACKED: torch.empty(packed * widest if packed > 1 else 0),
-            Job.SUMS: torch.empty(packed * (widest // GROUP)),
             Job.QKV: torch.empty(n, width + 2 * spec.n_kv_heads * spec.head_dim),
             Job.Q: torch.empty(n, width),
             Job.Z: torch.empty(n, width),
@@ -156,7 +171,7 @@ class CompiledBlocks:
         tiles = np.ascontiguousarray(batch.tiles, dtype=np.int64)
         threads = torch.get_num_threads()
         job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = course.stages.ctypes.data, counters.ctypes.data, threads
-        job[Job.ROWS], job[Job.TILES], job[Job.STARTS] = n, len(starts) - 1, starts.ctypes.data
+        job[Job.ROWS] = n
         job[Job.POSITIONS], job[Job.SLOTS] = positions.ctypes.data, slots.ctypes.data
         job[Job.POOLS], (job[Job.POOL_BLOCKS], job[Job.BLOCK_SIZE]) = addresses.ctypes.data, pools[0].shape[1:3]
         job[Job.TABLES], (job[Job.SPANS], job[Job.TABLE_WIDTH]) = tables.ctypes.data, tables.shape
@@ -216,7 +231,8 @@ class CompiledBlocks:
         def run(stage: Stage, flags: int = 0) -> None:
             stages.append((stage, layer, flags))
 
-        for layer in layers:
+        # Its value is read by stop and run.
+        for layer in layers:  # noqa: B007
             stop(Site.RESID_PRE)
             run(Stage.ATTN_NORM, pending)
             pending = 0
@@ -225,7 +241,6 @@ class CompiledBlocks:
             stop(Site.ATTN_Q)
             run(Stage.ATTEND)
             stop(Site.ATTN_Z)
-            run(Stage.PACK_Z)
             run(Stage.ATTN_OUTPUT)
             if self._has_post_norms:
                 run(Stage.POST_ATTN_NORM)
@@ -241,12 +256,8 @@ class CompiledBlocks:
             run(Stage.MLP_INPUT)
             for site in PREACTIVATION_SITES:
                 stop(site)
-            if (Site.MLP_POST, layer) in visited:
-                run(Stage.ACTIVATION)
-                stop(Site.MLP_POST)
-                run(Stage.PACK_NEURONS)
-            else:
-                run(Stage.ACTIVATION, 1)
+            run(Stage.ACTIVATION)
+            stop(Site.MLP_POST)
             run(Stage.MLP_OUTPUT)
             if self._has_post_norms:
                 run(Stage.POST_MLP_NORM)
@@ -260,6 +271,8 @@ class CompiledBlocks:
         return _Course(by_threes[0], by_threes[1], tuple(stops))
 
 
+# The stages of the end of the model and their flags.
+_FINAL = np.array([(Stage.ATTN_NORM, 0), (Stage.QKV, 0)], dtype=np.int64)
 _RESIDUAL = frozenset({Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST})
 _MEMORY = {
     Site.RESID_PRE: Job.X,
@@ -289,7 +302,5 @@ def _peak_places(peaks: Peaks, n_layers: int) -> NDArray[np.int64]:
 
 
 def can_compile(decoder: "Decoder") -> bool:
-    """Returns whether the blocks can be compiled: products of rows, whose outputs fill blocks of 16."""
-    return decoder.batch_invariant and all(
-        getattr(block, name).out % LANES == 0 for block in decoder.blocks for name in PRODUCTS
-    )
+    """Returns whether the blocks can be compiled: their bits and those of Python's are then the same."""
+    return decoder.batch_invariant

@@ -34,14 +34,10 @@ class Job(_Numbered):
     COUNTERS = auto()
     THREADS = auto()
     ROWS = auto()
-    TILES = auto()  # tiles of the products, and where their rows begin, int64 [tiles + 1]
-    STARTS = auto()
-    LAYERS = auto()  # int64 [L, len(Layer)]
-    EPSILONS = auto()  # float32 [L, 5]: of the four norms of Layer, and of the heads
+    LAYERS = auto()  # int64 [L + 1, len(Layer)]; the last has the final norm and the unembedding
+    EPSILONS = auto()  # float32 [L + 1, 5]: of the four norms of Layer, and of the heads
     X = auto()  # [T, d_model]
     H = auto()  # [T, d_model]
-    PACKED = auto()  # what a product reads: its input by tiles, and the sums of their groups
-    SUMS = auto()
     QKV = auto()  # [T, (n_heads + 2 n_kv_heads) head_dim]
     Q = auto()  # [T, n_heads head_dim]
     Z = auto()  # [T, n_heads head_dim]
@@ -96,18 +92,13 @@ class Layer(_Numbered):
 
 
 class Matrix(_Numbered):
-    FORMAT = auto()
-    WEIGHTS = auto()
-    SCALES = auto()
-    BLOCKS = auto()
+    """A product with stored weights (cpu/products.py)."""
+
+    PARTS = auto()  # int64 [parts, products.FIELDS]
+    N_PARTS = auto()
+    OUT = auto()
     DEPTH = auto()
     BIAS = auto()
-
-
-class Format(_Numbered):
-    FLOATS = auto()
-    CODES_4 = auto()
-    CODES_8 = auto()
 
 
 # The products of a block, and its norms, in the order of their addresses.
@@ -119,17 +110,15 @@ LAYER_FIELDS = len(Layer) - 1 + len(PRODUCTS) * len(Matrix)
 class Stage(_Numbered):
     """What the blocks compute between two points at which all threads wait for each other."""
 
-    ATTN_NORM = auto()  # flags: 1 adds attn_out to x before, 2 mlp_out; then h ← norm(x), packed
+    ATTN_NORM = auto()  # flags: 1 adds attn_out to x before, 2 mlp_out; then h ← norm(x)
     QKV = auto()
     HEADS = auto()  # norms of heads, rotary embedding; keys and values go to the pool
     ATTEND = auto()
-    PACK_Z = auto()
     ATTN_OUTPUT = auto()
     POST_ATTN_NORM = auto()
     MLP_NORM = auto()  # as ATTN_NORM
     MLP_INPUT = auto()
-    ACTIVATION = auto()  # flag 1: packed as well
-    PACK_NEURONS = auto()
+    ACTIVATION = auto()
     MLP_OUTPUT = auto()
     POST_MLP_NORM = auto()
     ADD = auto()  # flags as of ATTN_NORM

@@ -17,9 +17,7 @@ from numba import carray, types
 
 from patchclamp_server.cpu.atomics import (
     add_to,
-    bytes_at,
-    call_with_three,
-    codes_at,
+    call_with,
     cycles,
     floats_at,
     ints_at,
@@ -27,11 +25,10 @@ from patchclamp_server.cpu.atomics import (
     relax,
     value_at,
 )
-from patchclamp_server.cpu.invariant.products import multiply_codes, multiply_floats, pack_tile
 from patchclamp_server.cpu.invariant.rows import activations, finish_heads, layer_norms, rms_norms
-from patchclamp_server.cpu.quantized import GROUP, LANES
+from patchclamp_server.cpu.products import FIELDS, PANEL, multiply_rows
 from patchclamp_server.model.attention.row_attention import attend
-from patchclamp_server.model.compiled.job import LAYER_FIELDS, Format, Job, Layer, Matrix, Stage
+from patchclamp_server.model.compiled.job import LAYER_FIELDS, Job, Layer, Matrix, Stage
 
 # A chunk of a stage of rows has so many, and that of a product at least so many weights, for each two rows once more.
 _ROWS = 8
@@ -41,18 +38,17 @@ _CHUNKS = 4
 
 _LAYER_FIELDS, _MATRIX_FIELDS = LAYER_FIELDS, len(Matrix)
 (
-    _ATTN_NORM, _QKV, _HEADS, _ATTEND, _PACK_Z, _ATTN_OUTPUT, _POST_ATTN_NORM,
-    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _PACK_NEURONS, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _CALL,
+    _ATTN_NORM, _QKV, _HEADS, _ATTEND, _ATTN_OUTPUT, _POST_ATTN_NORM,
+    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _CALL,
 ) = (int(stage) for stage in Stage)  # fmt: skip
 (
-    _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _TILES, _STARTS, _LAYERS, _EPSILONS, _X, _H, _PACKED, _SUMS,
+    _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _LAYERS, _EPSILONS, _X, _H,
     _QKV_AT, _Q, _Z, _ATTN_OUT, _HIDDEN, _NEURONS, _MLP_OUT, _D, _FF, _GATED, _KIND, _N_HEADS, _N_KV, _DIM,
     _CONSTANTS, _ROTARY, _CONTEXT, _POSITIONS, _SLOTS, _POOLS, _POOL_BLOCKS, _SIZE, _TABLES, _SPANS, _TABLE_WIDTH,
     _ATTENTION_TILES, _N_ATTENTION_TILES, _PEAK_AT, _PEAK, _OFF_SINK, _PEAK_PLACES, _PEAK_OF_LAYER,
     _CALLS, _FAILED,
 ) = (int(field) for field in Job)  # fmt: skip
-_FLOATS, _CODES_4, _CODES_8 = (int(kind) for kind in Format)
-_FORMAT, _WEIGHTS, _SCALES, _BLOCKS, _DEPTH, _BIAS = (int(field) for field in Matrix)
+_PARTS, _N_PARTS, _OUT, _DEPTH, _BIAS = (int(field) for field in Matrix)
 _HEAD_NORMS, _ROTARY_KIND, _WINDOW, _MATRICES = (
     int(field) for field in (Layer.HEAD_NORMS, Layer.ROTARY_KIND, Layer.WINDOW, Layer.MATRICES)
 )
@@ -93,15 +89,13 @@ def _run_stages(job):
 def _chunks(job, stage, layer):
     if stage in (_QKV, _ATTN_OUTPUT, _MLP_INPUT, _MLP_OUTPUT):
         matrix = _matrix(job, layer, stage)
-        cost = matrix[_BLOCKS] * LANES * matrix[_DEPTH] * (job[_N] + 1) // 2
-        return max(1, min(job[_THREADS] * _CHUNKS, matrix[_BLOCKS], cost // _COST))
+        cost = matrix[_OUT] * matrix[_DEPTH] * (job[_N] + 1) // 2
+        return max(1, min(job[_THREADS] * _CHUNKS, matrix[_OUT] // PANEL, cost // _COST))
     if stage == _ATTEND:
         if job[_N_ATTENTION_TILES] == 1 and job[_N] == 1:
             return min(job[_THREADS], job[_N_KV])
         return min(job[_THREADS] * _CHUNKS, job[_N_ATTENTION_TILES])
-    if stage in (_HEADS, _POST_ATTN_NORM, _POST_MLP_NORM, _ADD):
-        return (job[_N] + _ROWS - 1) // _ROWS
-    return 1 if stage == _CALL else job[_TILES]
+    return 1 if stage == _CALL else (job[_N] + _ROWS - 1) // _ROWS
 
 
 @_compiled
@@ -109,32 +103,27 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     d, rows = job[_D], job[_N]
     start, end = chunk * _ROWS, min(rows, (chunk + 1) * _ROWS)
     if stage == _ATTN_NORM:
-        _norm_tile(job, layer, 0, flags, chunk, _QKV)
+        _add(job, d, flags, start, end)
+        _norm(job, layer, 0, job[_X], job[_H], start, end)
     elif stage == _QKV:
         _multiply(job, layer, stage, job[_H], job[_QKV_AT], chunk, n)
     elif stage == _HEADS:
         _finish_rows(job, layer, start, end)
     elif stage == _ATTEND:
         _attend_chunk(job, layer, chunk, n)
-    elif stage == _PACK_Z:
-        _pack(job, job[_Z], job[_N_HEADS] * job[_DIM], layer, _ATTN_OUTPUT, chunk)
     elif stage == _ATTN_OUTPUT:
         _multiply(job, layer, stage, job[_Z], job[_ATTN_OUT], chunk, n)
     elif stage == _POST_ATTN_NORM:
         _norm(job, layer, 1, job[_ATTN_OUT], job[_ATTN_OUT], start, end)
     elif stage == _MLP_NORM:
-        _norm_tile(job, layer, 2, flags, chunk, _MLP_INPUT)
+        _add(job, d, flags, start, end)
+        _norm(job, layer, 2, job[_X], job[_H], start, end)
     elif stage == _MLP_INPUT:
         _multiply(job, layer, stage, job[_H], job[_HIDDEN], chunk, n)
     elif stage == _ACTIVATION:
         hidden = carray(floats_at(job[_HIDDEN]), (rows, job[_FF] * (1 + job[_GATED])))
         neurons = carray(floats_at(job[_NEURONS]), (rows, job[_FF]))
-        first, last = _tile(job, chunk)
-        activations(hidden, job[_KIND], job[_GATED] != 0, neurons, first, last)
-        if flags:
-            _pack(job, job[_NEURONS], job[_FF], layer, _MLP_OUTPUT, chunk)
-    elif stage == _PACK_NEURONS:
-        _pack(job, job[_NEURONS], job[_FF], layer, _MLP_OUTPUT, chunk)
+        activations(hidden, job[_KIND], job[_GATED] != 0, neurons, start, end)
     elif stage == _MLP_OUTPUT:
         _multiply(job, layer, stage, job[_NEURONS], job[_MLP_OUT], chunk, n)
     elif stage == _POST_MLP_NORM:
@@ -143,14 +132,7 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
         _add(job, d, flags, start, end)
     elif stage == _CALL:
         own = carray(ints_at(job[_CALLS] + flags * 24), (3,))
-        call_with_three(own[0], job[layer], own[1], own[2])
-
-
-@_compiled
-def _tile(job, tile):
-    """Returns the first row of a tile and the one after its last; rows that repeat the last one are none."""
-    starts = carray(ints_at(job[_STARTS]), (job[_TILES] + 1,))
-    return starts[tile], min(job[_N], starts[tile + 1])
+        call_with(own[0], job[layer], own[1], own[2])
 
 
 @_compiled
@@ -195,58 +177,20 @@ def _norm(job, layer, which, source, target, start, end):
 
 
 @_compiled
-def _norm_tile(job, layer, which, flags, tile, product):
-    start, end = _tile(job, tile)
-    _add(job, job[_D], flags, start, end)
-    _norm(job, layer, which, job[_X], job[_H], start, end)
-    _pack(job, job[_H], job[_D], layer, product, tile)
-
-
-@_compiled
-def _pack(job, source, depth, layer, product, tile):
-    """Packs a tile of rows [T, depth] for a product that follows, with the sums of their groups for 4-bit codes."""
-    tiles = job[_TILES]
-    starts = carray(ints_at(job[_STARTS]), (tiles + 1,))
-    end = starts[tiles]
-    coded = _matrix(job, layer, product)[_FORMAT] == _CODES_4
-    if end == 1 and not coded:
-        return
-    x = carray(floats_at(source), (job[_N], depth))
-    sums = carray(floats_at(job[_SUMS]), (end * (depth // GROUP) if coded else 0,))
-    pack_tile(x, starts, tile, carray(floats_at(job[_PACKED]), (end * depth,)), sums)
-
-
-@_compiled
 def _multiply(job, layer, stage, source, target, chunk, chunks):
     matrix = _matrix(job, layer, stage)
-    n, blocks, depth = job[_N], matrix[_BLOCKS], matrix[_DEPTH]
-    start, end = chunk * blocks // chunks, (chunk + 1) * blocks // chunks
-    tiles = job[_TILES]
-    starts = carray(ints_at(job[_STARTS]), (tiles + 1,))
-    rows = starts[tiles]
-    # A single row needs no packing.
-    x = carray(floats_at(source if rows == 1 else job[_PACKED]), (rows * depth,))
-    width = blocks * LANES
-    y = carray(floats_at(target), (n * width,))
-    kind, weights = matrix[_FORMAT], matrix[_WEIGHTS]
-    if kind == _FLOATS:
-        floats = carray(floats_at(weights), (width * depth,))
-        multiply_floats(floats, depth, x, starts, n, y, start, end)
-    else:
-        groups = depth // GROUP
-        sums = carray(floats_at(job[_SUMS]), (rows * groups,))
-        scales = carray(floats_at(matrix[_SCALES]), (2 * width * groups,))
-        if kind == _CODES_4:
-            packed = carray(bytes_at(weights), (width * depth // 2,))
-            multiply_codes(packed, scales, groups, GROUP // 2 * LANES, x, sums, starts, n, y, start, end)
-        else:
-            codes = carray(codes_at(weights), (width * depth,))
-            multiply_codes(codes, scales, groups, GROUP * LANES, x, sums, starts, n, y, start, end)
+    n, out = job[_N], matrix[_OUT]
+    # Chunks begin where panels do.
+    panels = (out + PANEL - 1) // PANEL
+    start, end = chunk * panels // chunks * PANEL, min(out, (chunk + 1) * panels // chunks * PANEL)
+    parts = carray(ints_at(matrix[_PARTS]), (matrix[_N_PARTS], FIELDS))
+    multiply_rows(parts, matrix[_DEPTH], source, n, target, out, start, end)
     if matrix[_BIAS]:
-        bias = carray(floats_at(matrix[_BIAS]), (width,))
+        bias = carray(floats_at(matrix[_BIAS]), (out,))
+        y = carray(floats_at(target), (n * out,))
         for i in range(n):
-            for o in range(start * LANES, end * LANES):
-                y[i * width + o] += bias[o]
+            for o in range(start, end):
+                y[i * out + o] += bias[o]
 
 
 @_compiled

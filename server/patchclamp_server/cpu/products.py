@@ -1,0 +1,237 @@
+"""Products y = x Wᵀ with weights as a file holds them, whose bits do not depend on the number of rows or of threads.
+
+For few rows of x a tile reads blocks and multiplies at once (`direct`). For more rows a panel of weights is made
+float32 and stays in the cache while the tiles run over the rows of x, in parts of the inputs; the sums are the same
+chains (formats/tiles.py). Each format has a function of its own for either, which numba compiles when a matrix of that
+format is first made, and caches on disk by this file alone: a change in formats/ needs a change here.
+"""
+
+# What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
+# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, var-annotated"
+
+from enum import IntEnum
+from functools import cache, partial
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import carray, types
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchclamp_server.cpu.atomics import bytes_at, call_with, ints_at
+from patchclamp_server.cpu.formats.table import step_of
+from patchclamp_server.cpu.formats.tiles import (
+    ACROSS,
+    MOST,
+    MOST_DIRECT,
+    dequantize_stored,
+    multiply_panel,
+    multiply_stored,
+)
+from patchclamp_server.cpu.memory import in_parts
+from patchclamp_server.cpu.stored import Format, StoredMatrix
+from patchclamp_server.cpu.vector import LANES, LINE, UNIT, prefetch
+
+# A panel has so many rows of weights, a multiple of those of all tiles, and so many inputs at most; it is used for so
+# many rows of x before it is made again.
+PANEL, _INPUTS, _BLOCK = 24, 1024, 64
+# So many chosen rows are multiplied at a time, and so many asked for.
+_AHEAD = 16
+# So many operations take half as long as reading a byte of weights from memory: a second thread pays off sooner.
+_OPERATIONS_A_BYTE = 4
+
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+class Field(IntEnum):
+    """What compiled code knows of a part of a matrix."""
+
+    ROWS = 0
+    STARTS = 1  # address of int64 [rows], bytes
+    MEMORY = 2  # address
+    DIRECT = 3  # addresses of the functions of the format
+    DEQUANTIZE = 4
+    STEP_WEIGHTS = 5
+    STEP_BYTES = 6
+
+
+FIELDS = len(Field)
+_ROWS, _STARTS, _MEMORY, _DIRECT, _DEQUANTIZE, _STEP_WEIGHTS, _STEP_BYTES = (int(field) for field in Field)
+
+
+@cache
+def functions_of(format: Format) -> tuple[Any, Any]:
+    """Returns the compiled functions of a format, direct and dequantize. Their code lives as long as these objects."""
+    code = int(format)
+
+    @numba.cfunc(types.void(*[types.int64] * 9), cache=True)
+    def direct(starts, memory, first, end, width, x, n, y, stride):
+        multiply_stored(code, starts, memory, first, end, width, x, n, y, stride)
+
+    @numba.cfunc(types.void(*[types.int64] * 4), cache=True)
+    def dequantize(source, steps, left, target):
+        dequantize_stored(code, source, steps, left, target)
+
+    return direct, dequantize
+
+
+def describe(matrix: StoredMatrix) -> NDArray[np.int64]:
+    """Returns the parts of a matrix [parts, FIELDS]; their memory must outlive it."""
+    table = np.zeros((len(matrix.parts), FIELDS), dtype=np.int64)
+    for own, part in zip(table, matrix.parts, strict=True):
+        step = step_of(part.format)
+        assert part.starts.flags.c_contiguous
+        own[Field.ROWS], own[Field.STARTS] = len(part.starts), part.starts.ctypes.data
+        own[Field.MEMORY] = part.memory.ctypes.data
+        own[Field.DIRECT], own[Field.DEQUANTIZE] = (function.address for function in functions_of(part.format))
+        own[Field.STEP_WEIGHTS], own[Field.STEP_BYTES] = step.weights, step.size
+    return table
+
+
+@_compiled
+def multiply_rows(parts, width, x, n, y, stride, start, end):
+    """Computes outputs start ≤ o < end of y [n, stride] = x Wᵀ, for addresses of x [n, width] and y."""
+    if n == 0:
+        return
+    first = 0
+    for p in range(parts.shape[0]):
+        own = parts[p]
+        rows = own[_ROWS]
+        o, last = max(0, start - first), min(rows, end - first)
+        if o < last:
+            if n <= MOST_DIRECT:
+                call_with(own[_DIRECT], own[_STARTS], own[_MEMORY], o, last, width, x, n, y + first * 4, stride)
+            else:
+                _multiply_panels(own, width, x, n, y + first * 4, stride, o, last)
+        first += rows
+
+
+@_compiled
+def multiply_chosen(parts, width, x, n, y, stride, outputs, start, end):
+    """Sets y[t stride + i] = x_t · W_outputs[i] for start ≤ i < end and ascending outputs; others are not read."""
+    chosen = np.empty(end - start, dtype=np.int64)
+    first, i = 0, start
+    for p in range(parts.shape[0]):
+        own = parts[p]
+        starts = carray(ints_at(own[_STARTS]), (own[_ROWS],))
+        last = i
+        while last < end and outputs[last] < first + own[_ROWS]:
+            chosen[last - start] = starts[outputs[last] - first]
+            last += 1
+        memory, lines = own[_MEMORY], (width // own[_STEP_WEIGHTS] * own[_STEP_BYTES] + LINE - 1) // LINE
+        stored = carray(bytes_at(memory), (1,))
+        while i < last:
+            # Rows that are skipped end the processor's own prefetching: some rows are asked for ahead.
+            for r in range(min(last, i + _AHEAD), min(last, i + 2 * _AHEAD)):
+                prefetch(stored, chosen[r - start], lines)
+            begin, rows = chosen[i - start :].ctypes.data, min(_AHEAD, last - i)
+            for t in range(0, n, MOST_DIRECT):
+                own_x, own_y = x + t * width * 4, y + (t * stride + i) * 4
+                call_with(own[_DIRECT], begin, memory, 0, rows, width, own_x, min(MOST_DIRECT, n - t), own_y, stride)
+            i += rows
+        first += own[_ROWS]
+
+
+@_compiled
+def _multiply_panels(part, width, x, n, y, stride, start, end):
+    starts = carray(ints_at(part[_STARTS]), (part[_ROWS],))
+    memory, dequantize = part[_MEMORY], part[_DEQUANTIZE]
+    weights, size = part[_STEP_WEIGHTS], part[_STEP_BYTES]
+    steps = width // weights
+    blocks = max(1, (width + _INPUTS - 1) // _INPUTS)
+    a_block = (steps + blocks - 1) // blocks
+    depth = a_block * weights + UNIT
+    panel = np.empty(PANEL * depth + LANES, dtype=np.float32)
+    sums = np.empty(0 if blocks == 1 else (_BLOCK + MOST) * PANEL * LANES, dtype=np.float32)
+    panel_at, sums_at = panel.ctypes.data, sums.ctypes.data
+    for t0 in range(0, n, _BLOCK):
+        t1 = min(n, t0 + _BLOCK)
+        for o in range(start, end, PANEL):
+            rows = min(PANEL, end - o)
+            for block in range(blocks):
+                s = block * a_block
+                own = min(a_block, steps - s)
+                left = width - steps * weights if block == blocks - 1 else 0
+                for r in range(rows):
+                    source = memory + starts[o + r] + s * size
+                    call_with(dequantize, source, own, left, panel_at + r * depth * 4)
+                t, kept = t0, sums_at
+                while t < t1:
+                    across = _across(t1 - t)
+                    multiply_panel(
+                        across, panel_at, depth, rows, x + s * weights * 4, width, t, t1, own * weights // UNIT, left,
+                        kept, block == 0, block == blocks - 1, y + o * 4, stride,
+                    )  # fmt: skip
+                    t += across
+                    kept += across * (PANEL * LANES * 4)
+
+
+@_compiled
+def _across(rows):
+    """Returns the rows of the next tile."""
+    return MOST if rows >= MOST else ACROSS[rows]
+
+
+@_compiled
+def _dequantize_rows(parts, width, outputs, target):
+    """Sets target [n, width] to the weights of these outputs."""
+    for i in range(outputs.shape[0]):
+        o, p = outputs[i], 0
+        while o >= parts[p, _ROWS]:
+            o -= parts[p, _ROWS]
+            p += 1
+        own = parts[p]
+        steps, left = width // own[_STEP_WEIGHTS], width % own[_STEP_WEIGHTS]
+        # What follows the last whole step is filled up to one.
+        whole = np.empty(width + UNIT if left else 0, dtype=np.float32)
+        place = whole.ctypes.data if left else target[i].ctypes.data
+        source = own[_MEMORY] + carray(ints_at(own[_STARTS]), (own[_ROWS],))[o]
+        call_with(own[_DEQUANTIZE], source, steps, left, place)
+        if left:
+            target[i] = whole[:width]
+
+
+class StoredProduct:
+    """Computes y = x Wᵀ, each row by itself."""
+
+    def __init__(self, matrix: StoredMatrix) -> None:
+        self.matrix = matrix
+        self.parts = describe(matrix)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Returns x Wᵀ [T, out] of x [T, in] float32 on the CPU."""
+        out, width = self.matrix.shape
+        # Compiled code does not check shapes.
+        assert x.shape[1:] == (width,)
+        assert x.dtype == torch.float32
+        rows = len(x)
+        x = x.contiguous()
+        y = torch.empty(rows, out)
+        work = partial(multiply_rows, self.parts, width, x.data_ptr(), rows, y.data_ptr(), out)
+        in_parts(work, out, PANEL, max(self.matrix.nbytes, 2 * rows * out * width // _OPERATIONS_A_BYTE))
+        return y
+
+    def multiply_chosen(self, x: NDArray[np.float32], outputs: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Returns the chosen, ascending outputs of x [T, in]: [T, n], the bits that `multiply` gives."""
+        width, n = self.matrix.shape[1], len(outputs)
+        assert x.shape[1:] == (width,)
+        assert x.flags.c_contiguous
+        y = np.empty((len(x), n), dtype=np.float32)
+        work = partial(multiply_chosen, self.parts, width, x.ctypes.data, len(x), y.ctypes.data, n, outputs)
+        in_parts(work, n, PANEL, n * self.matrix.nbytes // self.matrix.shape[0])
+        return y
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Returns the weights of outputs [n], as [n, in] float32. Raises IndexError for an output that is none."""
+        out, width = self.matrix.shape
+        index = outputs.numpy()
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < out:
+            raise IndexError(f"outputs are 0 to {out - 1}")
+        weights = torch.empty(len(index), width)
+        in_parts(lambda start, end: self._dequantize(index, weights, start, end), len(index), 1, weights.nbytes)
+        return weights
+
+    def _dequantize(self, index: NDArray[np.int64], weights: Tensor, start: int, end: int) -> None:
+        _dequantize_rows(self.parts, self.matrix.shape[1], index[start:end], weights.numpy()[start:end])
