@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -50,10 +49,11 @@ from patchclamp_server.interventions.program import (
     TokenSelector,
     Vector,
 )
-from patchclamp_server.model.embedded import download_wheel, embedded_directory, extract_verified
+from patchclamp_server.model.embedded import embedded_file
+from patchclamp_server.model.gguf.conversion import converted_gguf
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import load_model
-from patchclamp_server.model.progress import RichProgress, Silent
+from patchclamp_server.model.progress import RichProgress
 from patchclamp_server.model.sites import Site
 
 STREAMS = 16
@@ -88,8 +88,7 @@ def programs(info: ModelInfo) -> list[BoundProgram]:
 
 def llama_cpp(stack: ExitStack, python: str, threads: int, tokens: int) -> tuple[str, Callable[[], float]]:
     """Version of the peer, and a run of it on the file that the embedded model is made of."""
-    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    model = extract_verified(download_wheel(scratch, Silent()), scratch / "model.gguf", Silent())
+    model = embedded_file()
     script = Path(__file__).parent / "peers" / "llama_stream.py"
     peer = stack.enter_context(
         subprocess.Popen(
@@ -131,7 +130,7 @@ def main() -> None:
 def measure(stack: ExitStack, arguments: argparse.Namespace) -> None:
     n: int = arguments.tokens
     with RichProgress() as progress:
-        directory = embedded_directory(progress)
+        directory = converted_gguf(embedded_file(progress), progress)
         model = load_model(progress=progress)
         uncoded = load_model(progress=progress, use_codes=False)
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

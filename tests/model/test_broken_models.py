@@ -221,12 +221,13 @@ def test_a_cache_that_cannot_be_written_stops_no_local_model_and_is_said_once(
     assert str(tmp_path / "file" / "cache") in said[0]
 
 
-def test_a_model_that_must_be_converted_needs_a_cache_that_can_be_written(
-    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_cannot_be_written_stops_no_gguf_file(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("PATCHCLAMP_CACHE", str(tmp_path / "file" / "cache"))
-    assert "cannot be written" in refusal(tiny_gguf)
+    assert load_model(str(tiny_gguf)).info.n_layers == 2
+    assert "is made at every start: the cache" in caplog.text
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -23,6 +23,7 @@ class Stage(Enum):
     DOWNLOAD = "download"
     VERIFY = "verify"
     CONVERT = "convert"
+    TOKENIZER = "tokenizer"
     WRITE = "write"
     FINGERPRINT = "fingerprint"
     LOAD = "load"

@@ -1,0 +1,96 @@
+"""The tensors of a GGUF file are matched with the parameters of its model: each needs the other, in one shape.
+
+llama.cpp's converter changes some weights, which is undone here:
+
+- llama: its rotation pairs channels 2i and 2i + 1 of a head, where ours pairs i and i + d/2, so that rows of queries
+  and keys (and their biases) lie in another order;
+- gemma: norms hold 1 + w;
+- gpt2: matrices of products are [out, in].
+"""
+
+from math import prod
+
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+from numpy.typing import NDArray
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from patchclamp_server.cpu.stored import Format
+from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.gguf.header import Entry
+from patchclamp_server.model.gguf.metadata import Metadata
+from patchclamp_server.model.gguf.unread_formats import dequantised
+from patchclamp_server.model.skeleton import shapes_of
+from patchclamp_server.model.stored_tensors import StoredTensor, StoredTensors
+
+SHOWN = 5
+_OUTPUT = "output.weight"
+
+
+def map_gguf(metadata: Metadata, skeleton: PreTrainedModel) -> StoredTensors:
+    """Returns the tensors by the names of parameters. Raises ModelSourceError, before a weight is read, for a tensor
+    that is missing, unknown, of another shape, or reaches out of its file."""
+    config: PreTrainedConfig = skeleton.config
+    shapes, names = shapes_of(skeleton), _names(metadata.architecture, skeleton)
+    entries, path = metadata.entries, metadata.path
+    tied = {_OUTPUT} if config.tie_word_embeddings else set()
+    kind = type(skeleton).__name__
+    if missing := [name for name in names if name not in entries and name not in tied]:
+        raise ModelSourceError(f"{path} lacks {_shown(missing, 'tensor')} of a {kind}")
+    if unknown := [name for name in entries if name not in names]:
+        raise ModelSourceError(f"{path} has {_shown(unknown, 'tensor')} that a {kind} does not use")
+    tensors = {}
+    for name, entry in entries.items():
+        parameter = names[name]
+        wanted = shapes[parameter]
+        if metadata.architecture == "gpt2" and name.startswith("blk."):
+            wanted = wanted[::-1]
+        if entry.shape != wanted:
+            raise ModelSourceError(f"{path}: tensor {name} has shape {list(entry.shape)}, expected {list(wanted)}")
+        tensors[parameter] = _stored(metadata, name, entry, config)
+    return StoredTensors(path, tensors, products_transposed=False)
+
+
+def _names(architecture: str, skeleton: PreTrainedModel) -> dict[str, str]:
+    """Returns the parameters by the names that the file must have for them."""
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    known = get_tensor_name_map(arch, skeleton.config.num_hidden_layers)
+    names = {}
+    for parameter in shapes_of(skeleton):
+        name = known.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ModelSourceError(f"GGUF files have no name for {parameter} of a {type(skeleton).__name__}")
+        names[name] = parameter
+    return names
+
+
+def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfig) -> StoredTensor:
+    path, memory, shape = metadata.path, entry.memory, entry.shape
+    kind = GGMLQuantizationType(entry.format) if entry.format in set(GGMLQuantizationType) else None
+    if kind is None:
+        raise ModelSourceError(f"{path}: tensor {name} is of format {entry.format}, which is not supported")
+    if kind not in set(Format):
+        return StoredTensor(Format.F32, shape, dequantised(path, name, kind, shape, memory))
+    format = Format(kind)
+    try:
+        size = prod(shape[:-1]) * format.row_bytes(shape[-1])
+    except ValueError as error:
+        raise ModelSourceError(f"{path}: tensor {name}: {error}") from error
+    if size > len(memory):
+        raise ModelSourceError(f"{path} is not a whole GGUF file: tensor {name} has {len(memory)} of {size} bytes")
+    order = None
+    if metadata.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+        heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+        order = _rotary_order(shape[0], heads)
+    shift = -1.0 if metadata.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
+    return StoredTensor(format, shape, memory[:size], order, shift)
+
+
+def _rotary_order(rows: int, heads: int) -> NDArray[np.int64]:
+    """Returns, for each row of ours, the row of the file: channels 0, 2, 4, ... of each head, then 1, 3, 5, ..."""
+    return np.arange(rows, dtype=np.int64).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _shown(names: list[str], noun: str) -> str:
+    more = " …" if len(names) > SHOWN else ""
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({', '.join(names[:SHOWN])}{more})"
