@@ -93,3 +93,37 @@ def test_a_mapped_file_cannot_be_written(tmp_path: Path) -> None:
 def test_an_empty_file_has_no_bytes(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert len(mapped(tmp_path / "file")) == 0
+
+
+# Loads a small model first, so that libraries and compiled code are there, then prints what the large one adds.
+_MEASURE = """
+import sys
+from patchclamp_server.model.load import load_model
+
+def resident():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return {name: int(line.split()[1]) for line in lines for name in ("Rss:", "Anonymous:") if line.startswith(name)}
+
+small = load_model(sys.argv[1])
+before = resident()
+large = load_model(sys.argv[2])
+after = resident()
+print(*(after[name] - before[name] for name in ("Rss:", "Anonymous:")))
+"""
+
+
+def test_a_served_model_takes_hardly_more_memory_than_its_file(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4}
+    paths = []
+    for name, changes in {"small": {"num_hidden_layers": 1, "intermediate_size": 256}, "large": {}}.items():
+        model = tiny_model("llama", **{**sizes, **changes})
+        paths.append(write_gguf(tmp_path / name, model, formats=lambda _: Kind.Q4_K).rename(tmp_path / f"{name}.gguf"))
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *map(str, paths)], capture_output=True, text=True, check=True
+    )
+    rss, anonymous = (int(number) << 10 for number in done.stdout.split())
+    file = paths[1].stat().st_size
+    weights = sum(p.numel() for p in tiny_model("llama", **sizes).parameters())
+    assert weights > 6 * file
+    assert rss < 1.3 * file + (6 << 20)
+    assert anonymous < file

@@ -116,7 +116,5 @@ def test_a_bias_of_integers_is_refused(tmp_path: Path) -> None:
     save(tmp_path, tiny_model("llama"))
     name = "model.layers.1.mlp.up_proj.bias"
     save(tmp_path, tiny_model("llama"), tensors_of(tmp_path) | {name: torch.ones(80, dtype=torch.int64)})
-    with pytest.raises(
-        ModelSourceError, match=rf"{name} is stored as I64, which is not supported: F32, F16"
-    ):
+    with pytest.raises(ModelSourceError, match=rf"{name} is stored as I64, which is not supported: F32, F16"):
         load_model(str(tmp_path))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from patchclamp_server.model.checked_config import check_weight_dtypes, generation_ends, load_config
 from patchclamp_server.model.end_tokens import end_token_ids, gguf_end_token_ids
 from patchclamp_server.model.errors import foreign_errors
+from patchclamp_server.model.file_tensors import FileTensors
 from patchclamp_server.model.fingerprint import gguf_fingerprint, model_fingerprint
 from patchclamp_server.model.gguf.config import gguf_config
 from patchclamp_server.model.gguf.files import read_headers
@@ -20,7 +21,6 @@ from patchclamp_server.model.safetensors_files import map_safetensors
 from patchclamp_server.model.skeleton import skeleton_of
 from patchclamp_server.model.source import ModelSource, weight_files
 from patchclamp_server.model.spec import read_spec
-from patchclamp_server.model.stored_tensors import StoredTensors
 from patchclamp_server.model.tokenizer import load_tokenizer
 
 
@@ -30,7 +30,7 @@ class Checkpoint:
 
     path: Path
     skeleton: PreTrainedModel
-    tensors: StoredTensors
+    tensors: FileTensors
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
     fingerprint: Callable[[], str]
@@ -59,9 +59,9 @@ def _directory(directory: Path, progress: Progress) -> Checkpoint:
 
 def _gguf(files: Sequence[Path], progress: Progress) -> Checkpoint:
     path = files[0]
-    header = read_headers(files)
-    metadata = Metadata(header)
     with foreign_errors(f"{path} cannot be loaded"):
+        header = read_headers(files)
+        metadata = Metadata(header)
         config = gguf_config(metadata)
         read_spec(config)
         skeleton = skeleton_of(config)

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.model.digests import read_header
 from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.file_tensors import FileTensor, FileTensors
 from patchclamp_server.model.loaded import refuse_unloaded
 from patchclamp_server.model.mapping import mapped
 from patchclamp_server.model.skeleton import shapes_of, tied_names
-from patchclamp_server.model.stored_tensors import StoredTensor, StoredTensors
 
 _FORMATS = {"F32": Format.F32, "F16": Format.F16, "BF16": Format.BF16}
 _ACCEPTED = ", ".join((*_FORMATS, "F64"))
@@ -24,12 +24,12 @@ _ACCEPTED = ", ".join((*_FORMATS, "F64"))
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
-def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedModel) -> StoredTensors:
+def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedModel) -> FileTensors:
     """Returns the tensors of a model by the names of its parameters. Raises ModelSourceError for tensors that are
     missing, unknown, of another shape, or of no dtype of floats."""
     shapes, tied = shapes_of(skeleton), tied_names(skeleton)
     ignored = (*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     unexpected, mismatched = [], []
     for path in files:
         memory = mapped(path)
@@ -54,7 +54,7 @@ def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedMod
         skeleton,
         {"missing_keys": missing, "mismatched_keys": mismatched, "unexpected_keys": unexpected},
     )
-    return StoredTensors(str(source), tensors)
+    return FileTensors(str(source), tensors)
 
 
 def _name_of_parameter(stored: str, shapes: dict[str, tuple[int, ...]], prefix: str) -> str:
@@ -69,7 +69,7 @@ def _name_of_parameter(stored: str, shapes: dict[str, tuple[int, ...]], prefix: 
     return stored
 
 
-def _stored(path: Path, name: str, entry: dict[str, list[int]], memory: NDArray[np.uint8]) -> StoredTensor:
+def _stored(path: Path, name: str, entry: dict[str, list[int]], memory: NDArray[np.uint8]) -> FileTensor:
     dtype, shape = str(entry["dtype"]), entry["shape"]
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ModelSourceError(f"{path}: {name} has shape {shape}")
@@ -81,5 +81,5 @@ def _stored(path: Path, name: str, entry: dict[str, list[int]], memory: NDArray[
     if dtype == "F64":
         # No product reads these.
         narrow = torch.from_numpy(memory.copy().view(np.float64)).float().numpy()
-        return StoredTensor(Format.F32, tuple(shape), narrow.view(np.uint8))
-    return StoredTensor(_FORMATS[dtype], tuple(shape), memory)
+        return FileTensor(Format.F32, tuple(shape), narrow.view(np.uint8))
+    return FileTensor(_FORMATS[dtype], tuple(shape), memory)

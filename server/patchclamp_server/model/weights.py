@@ -1,4 +1,4 @@
-"""Builds a decoder of stored tensors by the paths of the architecture table: q, k, v are one, gate and up another.
+"""Builds a decoder of the tensors of files by the paths of the architecture table, q, k, v as one and gate, up as one.
 
 A skeleton (skeleton.py) says which parameters there are, and has the family's own rotary module. On a CPU in float32
 matrices stay as they are stored; elsewhere they become dense, in the dtype of activations.
@@ -17,15 +17,15 @@ from patchclamp_server.cpu.stored import Part, StoredMatrix
 from patchclamp_server.model.architectures import NormKind, QkvLayout
 from patchclamp_server.model.decoder import Block, Decoder
 from patchclamp_server.model.embedding import Embedding
+from patchclamp_server.model.file_tensors import FileTensors, tensors_of
 from patchclamp_server.model.progress import Progress, Silent, Stage
 from patchclamp_server.model.row_operators import HeadNorms, Norm
 from patchclamp_server.model.spec import read_spec
-from patchclamp_server.model.stored_tensors import StoredTensors, tensors_of
 
 
 def decoder_of(
     skeleton: PreTrainedModel,
-    tensors: StoredTensors,
+    tensors: FileTensors,
     *,
     dtype: torch.dtype,
     device: str,
@@ -63,7 +63,7 @@ class _Builder:
     def __init__(
         self,
         skeleton: PreTrainedModel,
-        tensors: StoredTensors,
+        tensors: FileTensors,
         dtype: torch.dtype,
         device: str,
         batch_invariant: bool,

@@ -17,17 +17,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.file_tensors import FileTensor, FileTensors
 from patchclamp_server.model.gguf.header import Entry
 from patchclamp_server.model.gguf.metadata import Metadata
 from patchclamp_server.model.gguf.unread_formats import dequantised
 from patchclamp_server.model.skeleton import shapes_of
-from patchclamp_server.model.stored_tensors import StoredTensor, StoredTensors
 
 SHOWN = 5
 _OUTPUT = "output.weight"
 
 
-def map_gguf(metadata: Metadata, skeleton: PreTrainedModel) -> StoredTensors:
+def map_gguf(metadata: Metadata, skeleton: PreTrainedModel) -> FileTensors:
     """Returns the tensors by the names of parameters. Raises ModelSourceError, before a weight is read, for a tensor
     that is missing, unknown, of another shape, or reaches out of its file."""
     config: PreTrainedConfig = skeleton.config
@@ -48,7 +48,7 @@ def map_gguf(metadata: Metadata, skeleton: PreTrainedModel) -> StoredTensors:
         if entry.shape != wanted:
             raise ModelSourceError(f"{path}: tensor {name} has shape {list(entry.shape)}, expected {list(wanted)}")
         tensors[parameter] = _stored(metadata, name, entry, config)
-    return StoredTensors(path, tensors, products_transposed=False)
+    return FileTensors(path, tensors, products_transposed=False)
 
 
 def _names(architecture: str, skeleton: PreTrainedModel) -> dict[str, str]:
@@ -64,13 +64,13 @@ def _names(architecture: str, skeleton: PreTrainedModel) -> dict[str, str]:
     return names
 
 
-def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfig) -> StoredTensor:
+def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfig) -> FileTensor:
     path, memory, shape = metadata.path, entry.memory, entry.shape
     kind = GGMLQuantizationType(entry.format) if entry.format in set(GGMLQuantizationType) else None
     if kind is None:
         raise ModelSourceError(f"{path}: tensor {name} is of format {entry.format}, which is not supported")
     if kind not in set(Format):
-        return StoredTensor(Format.F32, shape, dequantised(path, name, kind, shape, memory))
+        return FileTensor(Format.F32, shape, dequantised(path, name, kind, shape, memory))
     format = Format(kind)
     try:
         size = prod(shape[:-1]) * format.row_bytes(shape[-1])
@@ -83,7 +83,7 @@ def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfi
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         order = _rotary_order(shape[0], heads)
     shift = -1.0 if metadata.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
-    return StoredTensor(format, shape, memory[:size], order, shift)
+    return FileTensor(format, shape, memory[:size], order, shift)
 
 
 def _rotary_order(rows: int, heads: int) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ _FORMATS = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16
 
 
 @dataclass(frozen=True, eq=False)
-class StoredTensor:
+class FileTensor:
     """A vector or matrix of one format. `memory` has its bytes, row by row, and no others.
 
     Row i is row order[i] in `memory`, where there is an order; `shift` is added to what is stored.
@@ -29,6 +29,11 @@ class StoredTensor:
     memory: NDArray[np.uint8]
     order: NDArray[np.int64] | None = field(default=None)
     shift: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its weights, as they are stored."""
+        return len(self.memory)
 
     def part(self) -> Part:
         """Returns the rows of a matrix, where they lie."""
@@ -56,17 +61,17 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredTensors:
+class FileTensors:
     """`products_transposed`: matrices of products are [in, out] in families whose modules hold them so (GPT-2)."""
 
     source: str
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, FileTensor]
     products_transposed: bool = True
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
-    def __getitem__(self, name: str) -> StoredTensor:
+    def __getitem__(self, name: str) -> FileTensor:
         return self.tensors[name]
 
     def same(self, one: str, other: str) -> bool:
@@ -77,14 +82,14 @@ class StoredTensors:
         return a.memory.ctypes.data == b.memory.ctypes.data or bool(np.array_equal(a.memory, b.memory))
 
 
-def tensors_of(model: nn.Module) -> StoredTensors:
+def tensors_of(model: nn.Module) -> FileTensors:
     """Returns the parameters and buffers of a model in memory, without copying those that lie on the CPU."""
-    return StoredTensors(type(model).__name__, {name: _in_memory(value) for name, value in model.state_dict().items()})
+    return FileTensors(type(model).__name__, {name: _in_memory(value) for name, value in model.state_dict().items()})
 
 
-def _in_memory(value: Tensor) -> StoredTensor:
+def _in_memory(value: Tensor) -> FileTensor:
     value = value.detach().cpu().contiguous()
     if value.dtype not in _FORMATS:
         value = value.float()
     memory: Any = value.reshape(-1).view(torch.uint8).numpy()
-    return StoredTensor(_FORMATS[value.dtype], tuple(value.shape), memory)
+    return FileTensor(_FORMATS[value.dtype], tuple(value.shape), memory)
