@@ -124,7 +124,7 @@ def test_a_cut_safetensors_file_is_refused(model_copy: Path) -> None:
 
 
 def gguf_print(path: Path, **options: Any) -> str:
-    write_gguf(path, tiny_model("llama", hidden_size=64), formats=lambda _: Kind.Q8_0, **options)
+    write_gguf(path, tiny_model("llama", hidden_size=64, intermediate_size=96), formats=lambda _: Kind.Q8_0, **options)
     files = sorted(path.parent.glob(f"{path.stem}-*")) or [path]
     return gguf_fingerprint(read_headers(files), files)
 

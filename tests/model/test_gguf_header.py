@@ -14,7 +14,8 @@ from patchclamp_server.model.load import load_model
 
 
 def string(text: str) -> bytes:
-    return struct.pack("<Q", len(text)) + text.encode()
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def written(path: Path, keys: list[bytes] = [], tensors: list[bytes] = [], *, version: int = 3) -> Path:  # noqa: B006

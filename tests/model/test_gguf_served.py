@@ -76,28 +76,28 @@ def test_in_a_narrow_dtype_the_weights_become_dense(dtype: torch.dtype, tmp_path
     assert float((narrow - exact).norm() / exact.norm()) < 0.05
 
 
-@pytest.mark.parametrize("part", [1, 2, 4])
+@pytest.mark.parametrize("part", [1, 2, 5])
 def test_a_split_model_is_served_whichever_part_is_named(part: int, tmp_path: Path) -> None:
     model = wide_llama()
     whole = write_gguf(tmp_path / "whole.gguf", model, formats=mostly_q4_k)
     write_gguf(tmp_path / "m.gguf", model, formats=mostly_q4_k, tensors_in_a_part=8)
-    loaded = load_model(str(tmp_path / f"m-0000{part}-of-00004.gguf"))
+    loaded = load_model(str(tmp_path / f"m-0000{part}-of-00005.gguf"))
     assert loaded.info.name == "m"
     assert torch.equal(logits_of(loaded.decoder, some_ids()), logits_of(load_model(str(whole)).decoder, some_ids()))
 
 
 def test_a_part_under_another_name_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", wide_llama(), tensors_in_a_part=8)
-    alone = (tmp_path / "m-00002-of-00004.gguf").rename(tmp_path / "alone.gguf")
-    with pytest.raises(ModelSourceError, match=r"says that it is part 2 of 4, not 1 of 1; parts are named NAME-00001"):
+    alone = (tmp_path / "m-00002-of-00005.gguf").rename(tmp_path / "alone.gguf")
+    with pytest.raises(ModelSourceError, match=r"says that it is part 2 of 5, not 1 of 1; parts are named NAME-00001"):
         load_model(str(alone))
 
 
 def test_parts_in_another_order_are_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", wide_llama(), tensors_in_a_part=8)
-    second, third = (tmp_path / f"m-0000{i}-of-00004.gguf" for i in (2, 3))
+    second, third = (tmp_path / f"m-0000{i}-of-00005.gguf" for i in (2, 3))
     second.write_bytes(third.read_bytes())
-    with pytest.raises(ModelSourceError, match=r"m-00002-of-00004\.gguf says that it is part 3 of 4, not 2 of 4"):
+    with pytest.raises(ModelSourceError, match=r"m-00002-of-00005\.gguf says that it is part 3 of 5, not 2 of 5"):
         load_model(str(third))
 
 

@@ -2,6 +2,8 @@
 
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,13 +119,12 @@ def test_a_served_model_takes_hardly_more_memory_than_its_file(tmp_path: Path) -
     paths = []
     for name, changes in {"small": {"num_hidden_layers": 1, "intermediate_size": 256}, "large": {}}.items():
         model = tiny_model("llama", **{**sizes, **changes})
-        paths.append(write_gguf(tmp_path / name, model, formats=lambda _: Kind.Q4_K).rename(tmp_path / f"{name}.gguf"))
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, *map(str, paths)], capture_output=True, text=True, check=True
-    )
+        paths.append(write_gguf(tmp_path / f"{name}.gguf", model, formats=lambda _: Kind.Q4_K))
+    command = [sys.executable, "-c", _MEASURE, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     rss, anonymous = (int(number) << 10 for number in done.stdout.split())
     file = paths[1].stat().st_size
-    weights = sum(p.numel() for p in tiny_model("llama", **sizes).parameters())
-    assert weights > 6 * file
+    as_float32 = sum(4 * weight.numel() for weight in tiny_model("llama", **sizes).parameters())
+    assert as_float32 > 6 * file
     assert rss < 1.3 * file + (6 << 20)
     assert anonymous < file

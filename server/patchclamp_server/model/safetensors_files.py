@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.model.digests import read_header
@@ -29,6 +31,7 @@ def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedMod
     missing, unknown, of another shape, or of no dtype of floats."""
     shapes, tied = shapes_of(skeleton), tied_names(skeleton)
     ignored = (*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)
+    renamings = [one for one in get_model_conversion_mapping(skeleton) if isinstance(one, WeightRenaming)]
     tensors: dict[str, FileTensor] = {}
     unexpected, mismatched = [], []
     for path in files:
@@ -36,7 +39,8 @@ def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedMod
         with path.open("rb") as file:
             header, start = read_header(path, file)
         for stored_name, entry in header.items():
-            name = _name_of_parameter(stored_name, shapes, skeleton.base_model_prefix)
+            # Old checkpoints have other names, and those of a model without its head no prefix.
+            name, _ = rename_source_key(stored_name, renamings, [], skeleton.base_model_prefix, shapes)
             if name not in shapes:
                 if not any(re.search(pattern, stored_name) for pattern in ignored):
                     unexpected.append(stored_name)
@@ -55,18 +59,6 @@ def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedMod
         {"missing_keys": missing, "mismatched_keys": mismatched, "unexpected_keys": unexpected},
     )
     return FileTensors(str(source), tensors)
-
-
-def _name_of_parameter(stored: str, shapes: dict[str, tuple[int, ...]], prefix: str) -> str:
-    """A checkpoint of the model without its head has names without the prefix, and one of another class may have more.
-
-    transformers takes both.
-    """
-    if stored not in shapes:
-        for name in (f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
-            if name in shapes:
-                return name
-    return stored
 
 
 def _stored(path: Path, name: str, entry: dict[str, list[int]], memory: NDArray[np.uint8]) -> FileTensor:

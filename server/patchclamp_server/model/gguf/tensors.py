@@ -21,7 +21,7 @@ from patchclamp_server.model.file_tensors import FileTensor, FileTensors
 from patchclamp_server.model.gguf.header import Entry
 from patchclamp_server.model.gguf.metadata import Metadata
 from patchclamp_server.model.gguf.unread_formats import dequantised
-from patchclamp_server.model.skeleton import shapes_of
+from patchclamp_server.model.skeleton import shapes_of, tied_names
 
 SHOWN = 5
 _OUTPUT = "output.weight"
@@ -55,13 +55,15 @@ def _names(architecture: str, skeleton: PreTrainedModel) -> dict[str, str]:
     """Returns the parameters by the names that the file must have for them."""
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     known = get_tensor_name_map(arch, skeleton.config.num_hidden_layers)
-    names = {}
-    for parameter in shapes_of(skeleton):
-        name = known.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        if name is None:
+    names = {
+        parameter: known.get_name(parameter, try_suffixes=(".weight", ".bias")) for parameter in shapes_of(skeleton)
+    }
+    tied = tied_names(skeleton)
+    for parameter, name in names.items():
+        # Gemma 2 always ties its embeddings, and has one name for both.
+        if name is None and not any(names[other] for other in tied.get(parameter, ())):
             raise ModelSourceError(f"GGUF files have no name for {parameter} of a {type(skeleton).__name__}")
-        names[name] = parameter
-    return names
+    return {name: parameter for parameter, name in names.items() if name is not None}
 
 
 def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfig) -> FileTensor:
