@@ -107,11 +107,13 @@ class Part:
         size = self.format.row_bytes(self.width)
         first = int(self.starts.min()) if len(self.starts) else 0
         places, off = np.divmod(self.starts - first, size)
+        # Indices of rows where that is possible: those of bytes take eight times the bytes of the weights.
         if off.any():
-            return self.memory[self.starts[:, None] + np.arange(size)]
-        # Indices of rows, and not of bytes, which would take eight times the bytes of the weights.
-        lying = self.memory[first : first + (len(self.memory) - first) // size * size].reshape(-1, size)
-        return lying[places]
+            rows = self.memory[self.starts[:, None] + np.arange(size)]
+        else:
+            whole = (len(self.memory) - first) // size
+            rows = self.memory[first : first + whole * size].reshape(-1, size)[places]
+        return np.asarray(rows, dtype=np.uint8)
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,7 +109,7 @@ class _Reader:
     """Goes through the header; struct.error and _Damaged say that it leads out of the file."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
-        self._memory = memoryview(memory)
+        self._memory = memory.data
         self.at = 0
 
     def number(self, code: str) -> Any:

@@ -71,7 +71,7 @@ def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfi
     kind = GGMLQuantizationType(entry.format) if entry.format in set(GGMLQuantizationType) else None
     if kind is None:
         raise ModelSourceError(f"{path}: tensor {name} is of format {entry.format}, which is not supported")
-    if kind not in set(Format):
+    if entry.format not in set(Format):
         return FileTensor(Format.F32, shape, dequantised(path, name, kind, shape, memory))
     format = Format(kind)
     try:

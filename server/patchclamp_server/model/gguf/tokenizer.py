@@ -34,7 +34,7 @@ def gguf_tokenizer(header: Header, progress: Progress) -> PreTrainedTokenizerBas
         progress.update(Stage.TOKENIZER)
         convert_tokenizer(header).save_pretrained(directory)
 
-    key = f"tokenizer-{sha256(header.metadata).hexdigest()}-{VERSION}"
+    key = f"tokenizer-{sha256(header.metadata.data).hexdigest()}-{VERSION}"
     try:
         return load_tokenizer(cached_model(key, build, progress))
     except CacheUnwritable as error:
