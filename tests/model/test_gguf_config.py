@@ -118,7 +118,7 @@ def test_the_scaling_of_gemma3_is_that_of_its_global_layers(tmp_path: Path) -> N
 def test_biases_of_attention_and_mlp_are_served(tmp_path: Path) -> None:
     """The tiny llama has them."""
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), tensors={"blk.1.attn_q.bias": None})
-    with pytest.raises(ModelSourceError, match=r"lacks 1 tensor \(blk\.1\.attn_q\.bias\) of a LlamaForCausalLM"):
+    with pytest.raises(ModelSourceError, match=r"lacks 1 tensor \(blk\.1\.attn_q\.bias\) of a llama model"):
         load_model(str(path))
 
 
@@ -214,7 +214,7 @@ def test_a_file_without_a_whole_block_is_refused(block: int, tmp_path: Path) -> 
 
 def test_more_blocks_than_the_file_says_are_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_model("qwen2"), keys={"block_count": 2})
-    with pytest.raises(ModelSourceError, match=r"has 12 tensors \(blk\.2\..* that a Qwen2ForCausalLM does not use"):
+    with pytest.raises(ModelSourceError, match=r"has 12 tensors \(blk\.2\..* that a qwen2 model does not use"):
         load_model(str(path))
 
 

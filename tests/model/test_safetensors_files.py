@@ -108,7 +108,7 @@ def test_without_either_of_two_tied_embeddings_both_are_missing(tmp_path: Path) 
     tensors = tensors_of(tmp_path)
     del tensors[EMBEDDING]
     save(tmp_path, tiny_model("gemma2"), tensors)
-    with pytest.raises(ModelSourceError, match=rf"lacks 2 weights of a Gemma2ForCausalLM: {HEAD}, {EMBEDDING}"):
+    with pytest.raises(ModelSourceError, match=rf"lacks 2 weights of a gemma2 model: {HEAD}, {EMBEDDING}"):
         load_model(str(tmp_path))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from patchclamp_server.model.checked_config import check_weight_dtypes, generation_ends, load_config
 from patchclamp_server.model.end_tokens import end_token_ids, gguf_end_token_ids
@@ -16,9 +16,9 @@ from patchclamp_server.model.gguf.files import read_headers
 from patchclamp_server.model.gguf.metadata import Metadata
 from patchclamp_server.model.gguf.tensors import map_gguf
 from patchclamp_server.model.gguf.tokenizer import gguf_tokenizer
+from patchclamp_server.model.parameters import parameters_of
 from patchclamp_server.model.progress import Progress
 from patchclamp_server.model.safetensors_files import map_safetensors
-from patchclamp_server.model.skeleton import skeleton_of
 from patchclamp_server.model.source import ModelSource, weight_files
 from patchclamp_server.model.spec import read_spec
 from patchclamp_server.model.tokenizer import load_tokenizer
@@ -26,10 +26,10 @@ from patchclamp_server.model.tokenizer import load_tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """`skeleton` has the configuration. `fingerprint` is computed when it is called, which may read all files."""
+    """`fingerprint` is computed when it is called, which may read all files."""
 
     path: Path
-    skeleton: PreTrainedModel
+    config: PreTrainedConfig
     tensors: FileTensors
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
@@ -51,10 +51,9 @@ def _directory(directory: Path, progress: Progress) -> Checkpoint:
     check_weight_dtypes(files)
     tokenizer = load_tokenizer(directory)
     with foreign_errors(f"{directory} cannot be loaded"):
-        skeleton = skeleton_of(config)
-        tensors = map_safetensors(directory, files, skeleton)
+        tensors = map_safetensors(directory, files, parameters_of(config, read_spec(config)))
     eos = end_token_ids(config, tokenizer, ends)
-    return Checkpoint(directory, skeleton, tensors, tokenizer, eos, lambda: model_fingerprint(directory, progress))
+    return Checkpoint(directory, config, tensors, tokenizer, eos, lambda: model_fingerprint(directory, progress))
 
 
 def _gguf(files: Sequence[Path], progress: Progress) -> Checkpoint:
@@ -63,10 +62,8 @@ def _gguf(files: Sequence[Path], progress: Progress) -> Checkpoint:
         header = read_headers(files)
         metadata = Metadata(header)
         config = gguf_config(metadata)
-        read_spec(config)
-        skeleton = skeleton_of(config)
-        tensors = map_gguf(metadata, skeleton)
+        tensors = map_gguf(metadata, config, parameters_of(config, read_spec(config)))
         ends = gguf_end_token_ids(header.values)
     tokenizer = gguf_tokenizer(header, progress)
     eos = end_token_ids(config, tokenizer, ends)
-    return Checkpoint(path, skeleton, tensors, tokenizer, eos, lambda: gguf_fingerprint(header, files, progress))
+    return Checkpoint(path, config, tensors, tokenizer, eos, lambda: gguf_fingerprint(header, files, progress))

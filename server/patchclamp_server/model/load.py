@@ -2,22 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from patchclamp_server.model.checkpoint import open_checkpoint
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.device import check_device
 from patchclamp_server.model.errors import ModelSourceError, foreign_errors
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
+from patchclamp_server.model.loaded import refuse_unloaded_by_transformers, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 from patchclamp_server.model.range_check import warn_of_overflow
 from patchclamp_server.model.source import EMBEDDED, ModelSource, resolve
 from patchclamp_server.model.tokenizer import template_of
 from patchclamp_server.model.weights import decoder_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ def load_model(
     tokenizer = checkpoint.tokenizer
     try:
         decoder = decoder_of(
-            checkpoint.skeleton,
+            checkpoint.config,
             checkpoint.tensors,
             dtype=dtype,
             device=device,
@@ -92,9 +95,12 @@ def load_model(
 
 def load_pretrained(
     directory: Path, *, dtype: torch.dtype = torch.float32, progress: Progress | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads the transformers model and tokenizer of a local directory, which tests and benchmarks compare with; runs no
     code of it and reads no pickle."""
+    # This takes seconds to import, and models are served without it.
+    from transformers import AutoModelForCausalLM
+
     checkpoint = open_checkpoint(ModelSource(directory.name, directory), progress or Silent())
     with (
         foreign_errors(f"{directory} cannot be loaded"),
@@ -104,12 +110,12 @@ def load_pretrained(
         # With output_loading_info this returns a pair, which its annotation does not know.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            config=checkpoint.skeleton.config,
+            config=checkpoint.config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
-    refuse_unloaded(directory, model, loaded[1])
+    refuse_unloaded_by_transformers(directory, type(model).__name__, loaded[1])
     return model, checkpoint.tokenizer

@@ -8,30 +8,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from patchclamp_server.cpu.stored import Format
+from patchclamp_server.model.architectures import FAMILIES, Family
 from patchclamp_server.model.digests import read_header
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.file_tensors import FileTensor, FileTensors
 from patchclamp_server.model.loaded import refuse_unloaded
 from patchclamp_server.model.mapping import mapped
-from patchclamp_server.model.skeleton import shapes_of, tied_names
+from patchclamp_server.model.parameters import Parameters, Shape
 
 _FORMATS = {"F32": Format.F32, "F16": Format.F16, "BF16": Format.BF16}
 _ACCEPTED = ", ".join((*_FORMATS, "F64"))
-# Buffers that parameters do not have today, in checkpoints of all families.
-_OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
-def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedModel) -> FileTensors:
+def map_safetensors(source: Path, files: Iterable[Path], parameters: Parameters) -> FileTensors:
     """Returns the tensors of a model by the names of its parameters. Raises ModelSourceError for tensors that are
     missing, unknown, of another shape, or of no dtype of floats."""
-    shapes, tied = shapes_of(skeleton), tied_names(skeleton)
-    ignored = (*(skeleton._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)
-    renamings = [one for one in get_model_conversion_mapping(skeleton) if isinstance(one, WeightRenaming)]
+    shapes, family = parameters.shapes, FAMILIES[parameters.architecture]
     tensors: dict[str, FileTensor] = {}
     unexpected, mismatched = [], []
     for path in files:
@@ -39,10 +33,9 @@ def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedMod
         with path.open("rb") as file:
             header, start = read_header(path, file)
         for stored_name, entry in header.items():
-            # Old checkpoints have other names, and those of a model without its head no prefix.
-            name, _ = rename_source_key(stored_name, renamings, [], skeleton.base_model_prefix, shapes)
-            if name not in shapes:
-                if not any(re.search(pattern, stored_name) for pattern in ignored):
+            name = _parameter(stored_name, shapes, family)
+            if name is None:
+                if not any(re.search(pattern, stored_name) for pattern in family.old_buffers):
                     unexpected.append(stored_name)
                 continue
             if name in tensors:
@@ -52,13 +45,19 @@ def map_safetensors(source: Path, files: Iterable[Path], skeleton: PreTrainedMod
             if tensor.shape != shapes[name]:
                 mismatched.append((name, tensor.shape, shapes[name]))
             tensors[name] = tensor
-    missing = [name for name in shapes if not any(other in tensors for other in tied.get(name, {name}))]
-    refuse_unloaded(
-        source,
-        skeleton,
-        {"missing_keys": missing, "mismatched_keys": mismatched, "unexpected_keys": unexpected},
-    )
+    missing = parameters.lacking(set(tensors))
+    refuse_unloaded(source, f"{parameters.architecture} model", missing, mismatched, unexpected)
     return FileTensors(str(source), tensors)
+
+
+def _parameter(stored: str, shapes: dict[str, Shape], family: Family) -> str | None:
+    """Returns the parameter that a checkpoint calls `stored`: old ones have other paths, and those of a model without
+    its head lack the first part of the path."""
+    for old, new in family.old_paths:
+        if stored.startswith(f"{old}."):
+            stored = f"{new}{stored.removeprefix(old)}"
+    prefix = family.layers.partition(".")[0]
+    return next((name for name in (stored, f"{prefix}.{stored}") if name in shapes), None)
 
 
 def _stored(path: Path, name: str, entry: dict[str, list[int]], memory: NDArray[np.uint8]) -> FileTensor:

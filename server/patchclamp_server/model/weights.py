@@ -1,16 +1,15 @@
 """Builds a decoder of the tensors of files by the paths of the architecture table, q, k, v as one and gate, up as one.
 
-A skeleton (skeleton.py) says which parameters there are, and has the family's own rotary module. On a CPU in float32
-matrices stay as they are stored; elsewhere they become dense, in the dtype of activations.
+On a CPU in float32 matrices stay as they are stored; elsewhere they become dense, in the dtype of activations.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from patchclamp_server.cpu.linear import Linear, can_be_invariant
 from patchclamp_server.cpu.stored import Part, StoredMatrix
@@ -18,13 +17,18 @@ from patchclamp_server.model.architectures import NormKind, QkvLayout
 from patchclamp_server.model.decoder import Block, Decoder
 from patchclamp_server.model.embedding import Embedding
 from patchclamp_server.model.file_tensors import FileTensors, tensors_of
+from patchclamp_server.model.parameters import parameters_of
 from patchclamp_server.model.progress import Progress, Silent, Stage
+from patchclamp_server.model.rotary import rotary_tables
 from patchclamp_server.model.row_operators import HeadNorms, Norm
 from patchclamp_server.model.spec import read_spec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def decoder_of(
-    skeleton: PreTrainedModel,
+    config: PreTrainedConfig,
     tensors: FileTensors,
     *,
     dtype: torch.dtype,
@@ -35,16 +39,16 @@ def decoder_of(
 ) -> Decoder:
     """Returns the decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table.
 
-    `tensors` has every parameter of the skeleton, in its shape, but for one of two that are tied (skeleton.py).
+    `tensors` has every parameter, in its shape, but for one of two that are tied (parameters.py).
     For `batch_invariant` see Decoder; None sets it where that is possible. For `use_codes` see Linear.
     """
     if batch_invariant is None:
         batch_invariant = can_be_invariant(dtype, device)
-    return _Builder(skeleton, tensors, dtype, device, batch_invariant, use_codes, progress or Silent()).build()
+    return _Builder(config, tensors, dtype, device, batch_invariant, use_codes, progress or Silent()).build()
 
 
 def decoder_from_transformers(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     *,
     dtype: torch.dtype,
     device: str,
@@ -53,7 +57,12 @@ def decoder_from_transformers(
 ) -> Decoder:
     """Returns the decoder of a transformers model in memory, whose weights it may share."""
     return decoder_of(
-        model, tensors_of(model), dtype=dtype, device=device, batch_invariant=batch_invariant, use_codes=use_codes
+        model.config,
+        tensors_of(model),
+        dtype=dtype,
+        device=device,
+        batch_invariant=batch_invariant,
+        use_codes=use_codes,
     )
 
 
@@ -62,7 +71,7 @@ class _Builder:
 
     def __init__(
         self,
-        skeleton: PreTrainedModel,
+        config: PreTrainedConfig,
         tensors: FileTensors,
         dtype: torch.dtype,
         device: str,
@@ -70,11 +79,12 @@ class _Builder:
         use_codes: bool,
         progress: Progress,
     ) -> None:
-        self.skeleton = skeleton
+        self.config = config
         self.tensors = tensors
         self.products = {"batch_invariant": batch_invariant, "use_codes": use_codes}
         self.progress = progress
-        self.spec = read_spec(skeleton.config)
+        self.spec = read_spec(config)
+        self.parameters = parameters_of(config, self.spec)
         self.dtype = dtype
         self.device = device
 
@@ -93,7 +103,10 @@ class _Builder:
             self.spec,
             Embedding(embedding),
             positions,
-            self._rotary(),
+            {
+                kind: (self._tensor(cos), self._tensor(sin))
+                for kind, (cos, sin) in rotary_tables(self.config, self.spec).items()
+            },
             blocks,
             self._norm(family.final_norm),
             self._product(unembedding, self._bias((family.unembedding,))),
@@ -104,10 +117,8 @@ class _Builder:
         family, tensors = self.spec.family, self.tensors
         names = [f"{path}.weight" for path in (family.embedding, family.unembedding)]
         there = [name for name in names if name in tensors]
-        modules = [self._module(path) for path in (family.embedding, family.unembedding)]
-        tied = modules[0].weight is modules[1].weight
         # A file may have both although its configuration ties them: they are two where they differ.
-        if len(there) == 1 or (tied and tensors.same(*names)):
+        if len(there) == 1 or (self.parameters.tied and tensors.same(*names)):
             embedding = self._weight(StoredMatrix((tensors[there[0]].part(),)))
             return embedding, embedding
         embedding, unembedding = (self._weight(StoredMatrix((tensors[name].part(),))) for name in names)
@@ -161,7 +172,7 @@ class _Builder:
         return tensor.transposed() if transposed else tensor.part()
 
     def _bias(self, paths: tuple[str, ...]) -> Tensor | None:
-        if getattr(self._module(paths[0]), "bias", None) is None:
+        if f"{paths[0]}.bias" not in self.parameters.shapes:
             return None
         return self._tensor(torch.cat([self.tensors[f"{path}.bias"].dense() for path in paths]))
 
@@ -174,41 +185,16 @@ class _Builder:
         return Linear(dense, bias, input_major=input_major, **self.products)
 
     def _norm(self, path: str) -> Norm:
-        kind, module = self.spec.family.norm, self._module(path)
+        kind, d_model = self.spec.family.norm, self.spec.d_model
         if kind is not NormKind.LAYER:
             weight = self.tensors[f"{path}.weight"].dense()
             if kind is NormKind.RMS_ONE_PLUS:
                 weight = weight + 1.0
             return Norm(self._tensor(weight), None, self.spec.eps)
-        # OPT's norms may lack both weight and bias: they only normalise.
-        weight, bias = torch.ones(module.normalized_shape), torch.zeros(module.normalized_shape)
-        if module.weight is not None:
-            weight = self.tensors[f"{path}.weight"].dense()
-        if module.bias is not None:
-            bias = self.tensors[f"{path}.bias"].dense()
-        return Norm(self._tensor(weight), self._tensor(bias), float(module.eps))
-
-    def _rotary(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Takes the tables by position from the family's own module, so that every fixed scaling is taken over."""
-        path = self.spec.family.rotary
-        if path is None:
-            return {}
-        of_skeleton = self._module(path)
-        # The skeleton's own has no numbers where it is on the meta device.
-        module = type(of_skeleton)(of_skeleton.config)
-        positions = torch.arange(self.spec.context_length)[None]
-        like = torch.empty(1, dtype=torch.float32)
-        tables = {}
-        for kind in sorted(set(self.spec.rotary_kinds)):
-            cos, sin = module(like, positions, kind) if kind else module(like, positions)
-            half = cos.shape[-1] // 2
-            signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
-            tables[kind] = (self._tensor(cos[0]), self._tensor(signed))
-        return tables
+        weight, bias = torch.ones(d_model), torch.zeros(d_model)
+        if f"{path}.weight" in self.parameters.shapes:
+            weight, bias = (self.tensors[f"{path}.{part}"].dense() for part in ("weight", "bias"))
+        return Norm(self._tensor(weight), self._tensor(bias), self.spec.eps)
 
     def _tensor(self, value: Tensor) -> Tensor:
         return value.detach().to(device=self.device, dtype=self.dtype).contiguous()
-
-    def _module(self, path: str) -> Any:
-        # The architecture table knows which attributes it has; the type checker does not.
-        return self.skeleton.get_submodule(path)

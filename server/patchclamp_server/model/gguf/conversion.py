@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig
 
 from patchclamp_server.model.cache import cached_model
 from patchclamp_server.model.digests import sha256_of_file
@@ -17,7 +16,7 @@ from patchclamp_server.model.gguf.config import gguf_config
 from patchclamp_server.model.gguf.header import read_header
 from patchclamp_server.model.gguf.metadata import Metadata
 from patchclamp_server.model.gguf.tokenizer import convert_tokenizer
-from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
+from patchclamp_server.model.loaded import refuse_unloaded_by_transformers, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 
 # This is part of an entry's key: raise it when the same file is to be converted differently.
@@ -43,6 +42,9 @@ def converted_gguf(path: Path, progress: Progress | None = None) -> Path:
 
 
 def _convert(path: Path, directory: Path, progress: Progress) -> None:
+    # This takes seconds to import, and models are served without it.
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     header = read_header(path)
     tokenizer = convert_tokenizer(header)
     with foreign_errors(f"{path} cannot be converted"):
@@ -58,7 +60,7 @@ def _convert(path: Path, directory: Path, progress: Progress) -> None:
                 output_loading_info=True,
             )
     model, loading = loaded
-    refuse_unloaded(path, model, loading)
+    refuse_unloaded_by_transformers(path, type(model).__name__, loading)
     if ends := gguf_end_token_ids(header.values):
         model.generation_config.eos_token_id = sorted(ends)
     with transformers_progress(progress, Stage.WRITE):

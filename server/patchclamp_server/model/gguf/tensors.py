@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.model.errors import ModelSourceError
@@ -21,20 +21,19 @@ from patchclamp_server.model.file_tensors import FileTensor, FileTensors
 from patchclamp_server.model.gguf.header import Entry
 from patchclamp_server.model.gguf.metadata import Metadata
 from patchclamp_server.model.gguf.unread_formats import dequantised
-from patchclamp_server.model.skeleton import shapes_of, tied_names
+from patchclamp_server.model.parameters import Parameters
 
 SHOWN = 5
 _OUTPUT = "output.weight"
 
 
-def map_gguf(metadata: Metadata, skeleton: PreTrainedModel) -> FileTensors:
+def map_gguf(metadata: Metadata, config: PreTrainedConfig, parameters: Parameters) -> FileTensors:
     """Returns the tensors by the names of parameters. Raises ModelSourceError, before a weight is read, for a tensor
     that is missing, unknown, of another shape, or reaches out of its file."""
-    config: PreTrainedConfig = skeleton.config
-    shapes, names = shapes_of(skeleton), _names(metadata.architecture, skeleton)
+    names = _names(metadata.architecture, config.num_hidden_layers, parameters)
     entries, path = metadata.entries, metadata.path
-    tied = {_OUTPUT} if config.tie_word_embeddings else set()
-    kind = type(skeleton).__name__
+    tied = {_OUTPUT} if parameters.tied else set()
+    kind = f"{parameters.architecture} model"
     if missing := [name for name in names if name not in entries and name not in tied]:
         raise ModelSourceError(f"{path} lacks {_shown(missing, 'tensor')} of a {kind}")
     if unknown := [name for name in entries if name not in names]:
@@ -42,7 +41,7 @@ def map_gguf(metadata: Metadata, skeleton: PreTrainedModel) -> FileTensors:
     tensors = {}
     for name, entry in entries.items():
         parameter = names[name]
-        wanted = shapes[parameter]
+        wanted = parameters.shapes[parameter]
         if metadata.architecture == "gpt2" and name.startswith("blk."):
             wanted = wanted[::-1]
         if entry.shape != wanted:
@@ -51,19 +50,19 @@ def map_gguf(metadata: Metadata, skeleton: PreTrainedModel) -> FileTensors:
     return FileTensors(path, tensors, products_transposed=False)
 
 
-def _names(architecture: str, skeleton: PreTrainedModel) -> dict[str, str]:
+def _names(architecture: str, n_layers: int, parameters: Parameters) -> dict[str, str]:
     """Returns the parameters by the names that the file must have for them."""
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    known = get_tensor_name_map(arch, skeleton.config.num_hidden_layers)
-    names = {
-        parameter: known.get_name(parameter, try_suffixes=(".weight", ".bias")) for parameter in shapes_of(skeleton)
-    }
-    tied = tied_names(skeleton)
-    for parameter, name in names.items():
+    known = get_tensor_name_map(arch, n_layers)
+    names = {}
+    for parameter in parameters.shapes:
+        name = known.get_name(parameter, (".weight", ".bias"))
+        if name is not None:
+            names[name] = parameter
         # Gemma 2 always ties its embeddings, and has one name for both.
-        if name is None and not any(names[other] for other in tied.get(parameter, ())):
-            raise ModelSourceError(f"GGUF files have no name for {parameter} of a {type(skeleton).__name__}")
-    return {name: parameter for parameter, name in names.items() if name is not None}
+        elif parameter not in parameters.tied:
+            raise ModelSourceError(f"GGUF files have no name for {parameter} of a {parameters.architecture} model")
+    return names
 
 
 def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfig) -> FileTensor:
