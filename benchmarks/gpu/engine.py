@@ -241,7 +241,7 @@ class _Bench:
             for linear in (block.qkv, block.attn_output, block.mlp_input, block.mlp_output)
         ]
         shapes = [linear.weight if linear.weight is not None else linear.packed for linear in linears]
-        return [*shapes, decoder.embedding]
+        return [*shapes, decoder.embedding.weight]
 
     def _step_bound(self, n: int, context: int) -> float:
         """Every weight read once, and the keys and values of the contexts; or the products, where those take longer."""

@@ -46,6 +46,7 @@ def random_decoder(shape: Shape, dtype: torch.dtype, device: torch.device):
     """A Decoder of weights of variance 1 / inputs: activations neither vanish nor overflow."""
     from patchclamp_server.cpu.linear import Linear
     from patchclamp_server.model.decoder import Block, Decoder
+    from patchclamp_server.model.embedding import Embedding
     from patchclamp_server.model.row_operators import HeadNorms, Norm
     from patchclamp_server.model.spec import read_spec
 
@@ -79,7 +80,7 @@ def random_decoder(shape: Shape, dtype: torch.dtype, device: torch.device):
     embedding = matrix(shape.vocab_size, shape.d_model, gain=math.sqrt(shape.d_model))
     unembedding = embedding if shape.tied else matrix(shape.vocab_size, shape.d_model)
     rotary = {"": rotary_table(shape, dtype, device)}
-    return Decoder(spec, embedding, None, rotary, blocks, norm(shape.d_model), Linear(unembedding, None))
+    return Decoder(spec, Embedding(embedding), None, rotary, blocks, norm(shape.d_model), Linear(unembedding, None))
 
 
 def loaded_model(shape: Shape, dtype: torch.dtype, device: torch.device):

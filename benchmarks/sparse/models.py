@@ -1,14 +1,18 @@
 """The models that benchmarks/sparse runs on: the embedded one, and random weights of other shapes."""
 
+from dataclasses import replace
+
 import torch
+from gguf import GGMLQuantizationType, quantize
 from tokenizers import Tokenizer, decoders, models
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from patchclamp_server.cpu.stored import Format
+from patchclamp_server.model.file_tensors import FileTensor, tensors_of
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import RichProgress
-from patchclamp_server.model.weights import decoder_from_transformers
+from patchclamp_server.model.weights import decoder_of
 from patchclamp_server.sparsity.mlp import SparseModel
 
 WORDS = 256
@@ -48,7 +52,7 @@ def random_loaded_model(d_model: int, d_ff: int, *, n_layers: int) -> LoadedMode
 def random_model(
     d_model: int, d_ff: int, *, n_layers: int = 1, dtype: torch.dtype = torch.float32, four_bits: bool = False
 ) -> SparseModel:
-    """A llama of random weights: `four_bits` are found again by cpu/recovered.py."""
+    """A llama of random weights, whose matrices have `four_bits` as Q4_1 has them."""
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=d_model,
@@ -60,16 +64,14 @@ def random_model(
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tensors = tensors_of(model)
     if four_bits:
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.data = _four_bits(parameter.data)
-    return SparseModel("random weights", decoder_from_transformers(model, dtype=dtype, device="cpu"))
+        tensors = replace(tensors, tensors={name: _four_bits(own) for name, own in tensors.tensors.items()})
+    return SparseModel("random weights", decoder_of(model.config, tensors, dtype=dtype, device="cpu"))
 
 
-def _four_bits(weight: Tensor) -> Tensor:
-    """The nearest matrix whose groups of 32 inputs have 16 values between their least and their largest."""
-    groups = weight.view(len(weight), -1, 32)
-    low = groups.amin(2, keepdim=True).half().float()
-    step = ((groups.amax(2, keepdim=True) - low) / 15).half().float()
-    return (((groups - low) / step).round().clamp(0, 15) * step + low).view_as(weight)
+def _four_bits(tensor: FileTensor) -> FileTensor:
+    if len(tensor.shape) != 2:
+        return tensor
+    blocks = quantize(tensor.dense().numpy(), GGMLQuantizationType.Q4_1)
+    return FileTensor(Format.Q4_1, tensor.shape, blocks.reshape(-1))

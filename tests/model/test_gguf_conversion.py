@@ -1,14 +1,14 @@
+"""The model of transformers that a GGUF file is compared with."""
+
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFReader
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from patchclamp_server.model.cache import is_sound
-from patchclamp_server.model.errors import ModelSourceError
-from patchclamp_server.model.gguf_conversion import converted_gguf
+from patchclamp_server.model.gguf.conversion import converted_gguf
 from patchclamp_server.model.progress import Stage
 
 
@@ -41,13 +41,6 @@ def test_a_gguf_file_becomes_its_own_weights_in_float32(tiny_gguf: Path) -> None
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_the_tokenizer_comes_from_the_file_and_splits_digits_apart(tiny_gguf: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(converted_gguf(tiny_gguf))
-    assert tokenizer.tokenize("a  4") == ["a", "ĠĠ", "4"]
-    assert tokenizer.eos_token == "<|im_end|>"
-
-
-@pytest.mark.usefixtures("own_cache")
 def test_a_file_is_converted_once_wherever_it_lies(tiny_gguf: Path, tmp_path: Path) -> None:
     first, second = Recording(), Recording()
     directory = converted_gguf(tiny_gguf, first)
@@ -72,20 +65,3 @@ def test_a_corrupted_conversion_is_made_again(tiny_gguf: Path) -> None:
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     converted_gguf(tiny_gguf)
     assert weights.read_bytes() == good
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "no.gguf"
-    path.write_bytes(b"PK\x03\x04")
-    with pytest.raises(ModelSourceError, match="not a GGUF file"):
-        converted_gguf(path)
-
-
-@pytest.mark.parametrize("kept", [8, 100, 3000, 8000, -1000])
-def test_a_cut_gguf_file_is_refused_and_not_cached(own_cache: Path, tiny_gguf: Path, tmp_path: Path, kept: int) -> None:
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(tiny_gguf.read_bytes()[:kept])
-    with pytest.raises(ModelSourceError, match="not a whole GGUF file"):
-        converted_gguf(path)
-    assert [path.suffix for path in (own_cache / "models").iterdir()] == [".lock"]

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(model_copy: Path) -> None:
     tensors = load_file(model_copy / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, model_copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelSourceError, match=r"lacks 1 weights of a LlamaForCausalLM: .*up_proj"):
+    with pytest.raises(ModelSourceError, match=r"lacks 1 weights of a llama model: .*up_proj"):
         load_pretrained(model_copy)
 
 
@@ -76,7 +77,7 @@ def test_progress_passes_through_every_stage_and_no_other_bar_is_drawn(
                 seen.append(stage)
 
     load_model(str(model_copy), progress=Recording())
-    assert seen == [Stage.FINGERPRINT, Stage.LOAD, Stage.PREPARE, Stage.READY]
+    assert seen == [Stage.FINGERPRINT, Stage.PREPARE, Stage.READY]
     assert "%|" not in capfd.readouterr().err
 
 
@@ -106,8 +107,8 @@ def test_norms_without_weights_are_served(tmp_path: Path) -> None:
         torch.testing.assert_close(decoder.logits(x), model(ids).logits[0], atol=1e-4, rtol=1e-4)
 
 
-def test_the_embedded_model_loads(embedded_dir: Path) -> None:
+def test_the_embedded_model_loads() -> None:
     loaded = load_model("embedded")
     assert (loaded.info.name, loaded.info.n_layers, loaded.info.d_model) == ("SmolLM2-135M-Instruct", 30, 576)
-    assert loaded.info.fingerprint == model_fingerprint(embedded_dir)
+    assert re.fullmatch(r"[0-9a-f]{64}-gguf-Q4_1\+Q8_0", loaded.info.fingerprint)
     assert loaded.eos_token_ids == set(loaded.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))

@@ -42,7 +42,7 @@ def test_a_long_stage_says_its_share_at_intervals_where_there_is_no_terminal() -
 def test_a_start_says_ready_once_and_last(tiny_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pull(argparse.Namespace(model=str(tiny_gguf), json=False)) == 0
     said = capsys.readouterr().err.splitlines()
-    stages = ["verify", "convert", "write", "load", "prepare", "ready"]
+    stages = ["tokenizer", "fingerprint", "prepare", "ready"]
     assert said == [f"model: {stage}" for stage in stages]
 
 

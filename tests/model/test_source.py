@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from patchclamp_server.model.embedded import embedded_file
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.source import resolve, weight_files
 
@@ -18,21 +19,42 @@ def model_copy(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 
 def test_a_local_directory_is_itself(tiny_llama_dir: Path) -> None:
     source = resolve(str(tiny_llama_dir))
-    assert source.directory == tiny_llama_dir
+    assert source.path == tiny_llama_dir
     assert source.name == tiny_llama_dir.name
 
 
-def test_embedded_names_the_default_model(embedded_dir: Path) -> None:
+def test_embedded_names_the_default_model() -> None:
     source = resolve("embedded")
-    assert source.directory == embedded_dir
+    assert source.gguf_files == (source.path,) == (embedded_file(),)
     assert source.name == "SmolLM2-135M-Instruct"
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_a_gguf_file_is_converted(tiny_gguf: Path) -> None:
+def test_a_gguf_file_is_itself(tiny_gguf: Path) -> None:
     source = resolve(str(tiny_gguf))
-    assert source.name == "tiny"
-    assert weight_files(source.directory) == [source.directory / "model.safetensors"]
+    assert (source.name, source.gguf_files) == ("tiny", (tiny_gguf,))
+
+
+@pytest.mark.parametrize("part", [1, 3])
+def test_any_part_names_all_files_of_a_split_model(part: int, tmp_path: Path) -> None:
+    files = tuple(tmp_path / f"big-0000{i}-of-00003.gguf" for i in (1, 2, 3))
+    for file in files:
+        file.touch()
+    source = resolve(str(files[part - 1]))
+    assert (source.name, source.gguf_files) == ("big", files)
+
+
+def test_every_part_of_a_split_model_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "big-00002-of-00003.gguf").touch()
+    with pytest.raises(ModelSourceError, match=r"lacks big-00001-of-00003\.gguf, big-00003-of-00003\.gguf beside it"):
+        resolve(str(tmp_path / "big-00002-of-00003.gguf"))
+
+
+@pytest.mark.parametrize("part", ["00004", "00000"])
+def test_a_part_beyond_those_there_are_is_refused(part: str, tmp_path: Path) -> None:
+    for name in ("00001", "00002", "00003", part):
+        (tmp_path / f"big-{name}-of-00003.gguf").touch()
+    with pytest.raises(ModelSourceError, match=rf"names itself part {int(part)} of 3"):
+        resolve(str(tmp_path / f"big-{part}-of-00003.gguf"))
 
 
 def test_a_directory_with_only_pickled_weights_is_refused(model_copy: Path) -> None:
@@ -44,7 +66,7 @@ def test_a_directory_with_only_pickled_weights_is_refused(model_copy: Path) -> N
 
 def test_pickled_weights_beside_safetensors_do_no_harm(model_copy: Path) -> None:
     torch.save({}, model_copy / "pytorch_model.bin")
-    assert weight_files(resolve(str(model_copy)).directory) == [model_copy / "model.safetensors"]
+    assert weight_files(resolve(str(model_copy)).path) == [model_copy / "model.safetensors"]
 
 
 def test_every_shard_of_an_index_is_needed(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -97,7 +119,7 @@ def test_a_hub_id_is_loaded_from_the_local_hub_cache(
     snapshot = in_hub_cache(tmp_path, "someone/tiny")
     shutil.copytree(tiny_llama_dir, snapshot, dirs_exist_ok=True)
     source = resolve("someone/tiny")
-    assert (source.name, source.directory) == ("someone/tiny", snapshot)
+    assert (source.name, source.path) == ("someone/tiny", snapshot)
 
 
 def test_a_hub_repository_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ MODEL = [
     ),
     Mutant(
         "yarn-without-its-factor",
-        "patchclamp_server.model.gguf_rope",
+        "patchclamp_server.model.gguf.rope",
         "attention * (0.1 * math.log(factor) + 1.0)",
         "attention",
         "the attention factor of YaRN is left out",

@@ -58,7 +58,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def pull(args: argparse.Namespace) -> int:
-    """Fetches, verifies and converts the model, so that `serve` starts without a network. Returns the exit code."""
+    """Fetches and verifies the model, so that `serve` starts without a network. Returns the exit code."""
     _configure_process()
     from patchclamp_server.model.errors import ModelSourceError
     from patchclamp_server.model.load import load_model

@@ -57,9 +57,7 @@ class Linear:
         *,
         input_major: bool = False,
         batch_invariant: bool = False,
-        use_codes: bool = True,
     ) -> None:
-        """`use_codes` multiplies by the codes that a dense weight is made of, where there are any."""
         self.bias = bias  # [out]
         self.weight: Tensor | None = None  # [out, in]; its transpose is contiguous where it is input-major
         self.matrix: StoredMatrix | None = None
@@ -74,12 +72,6 @@ class Linear:
         is_float32 = can_be_invariant(weight.dtype, weight.device)
         assert not batch_invariant or is_float32
         if is_float32 and (batch_invariant or torch._C._has_mkldnn):
-            from patchclamp_server.cpu.recovered import recovered
-
-            found = recovered(weight) if use_codes else None
-            if found is not None:
-                self._use_stored(found)
-                return
             if batch_invariant:
                 self.weight = weight
                 self._use_stored(StoredMatrix.of(weight))

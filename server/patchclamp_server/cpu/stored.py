@@ -94,14 +94,26 @@ class Part:
         return Part(self.format, self.memory, self.starts[order], self.width)
 
     def dense(self) -> NDArray[np.float32]:
-        """Returns the weights [n, width]."""
+        """Returns a copy of the weights [n, width]."""
         from gguf import GGMLQuantizationType, dequantize
 
-        size = self.format.row_bytes(self.width)
-        rows = self.memory[self.starts[:, None] + np.arange(size)]
+        rows = self._rows()
         dtype: Any = {Format.F32: np.float32, Format.F16: np.float16}.get(self.format)
         data = rows if dtype is None else rows.view(dtype)
         return np.ascontiguousarray(dequantize(data, GGMLQuantizationType(self.format)), dtype=np.float32)
+
+    def _rows(self) -> NDArray[np.uint8]:
+        """Returns a copy of the stored rows [n, bytes]."""
+        size = self.format.row_bytes(self.width)
+        first = int(self.starts.min()) if len(self.starts) else 0
+        places, off = np.divmod(self.starts - first, size)
+        # Indices of rows where that is possible: those of bytes take eight times the bytes of the weights.
+        if off.any():
+            rows = self.memory[self.starts[:, None] + np.arange(size)]
+        else:
+            whole = (len(self.memory) - first) // size
+            rows = self.memory[first : first + whole * size].reshape(-1, size)[places]
+        return np.asarray(rows, dtype=np.uint8)
 
 
 @dataclass(frozen=True, eq=False)

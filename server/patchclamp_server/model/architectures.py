@@ -34,8 +34,7 @@ class Family:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     unembedding: str = "lm_head"
-    # A family with learned positions has no rotary module.
-    rotary: str | None = "model.rotary_emb"
+    # A family with learned positions has no rotary embedding.
     position_embedding: str | None = None
     # OPT's table starts with two unused rows.
     position_offset: int = 0
@@ -56,6 +55,14 @@ class Family:
     mlp_output: str = "mlp.down_proj"
     # gpt2 stores its matrices [in, out].
     transposed: bool = False
+    # Whether products have biases, and layer norms weights and biases, or the configuration key that says so.
+    qkv_bias: bool | str = False
+    attn_output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    norm_weights: bool | str = True
+    # What old checkpoints call modules, and patterns of their buffers, which are no parameters.
+    old_paths: tuple[tuple[str, str], ...] = ()
+    old_buffers: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
 
     norm: NormKind = NormKind.RMS
     scale_embedding: bool = False
@@ -74,13 +81,20 @@ _GEMMA = Family(
     norm=NormKind.RMS_ONE_PLUS,
     scale_embedding=True,
     activation_key="hidden_activation",
+    qkv_bias="attention_bias",
+    attn_output_bias="attention_bias",
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
+    "llama": Family(qkv_bias="attention_bias", attn_output_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(
+        q_norm="self_attn.q_norm",
+        k_norm="self_attn.k_norm",
+        qkv_bias="attention_bias",
+        attn_output_bias="attention_bias",
+    ),
     "gemma2": replace(_GEMMA, has_soft_caps=True),
     "gemma3_text": replace(
         _GEMMA,
@@ -93,7 +107,6 @@ FAMILIES: dict[str, Family] = {
         layers="transformer.h",
         embedding="transformer.wte",
         final_norm="transformer.ln_f",
-        rotary=None,
         position_embedding="transformer.wpe",
         attn_norm="ln_1",
         mlp_norm="ln_2",
@@ -103,6 +116,10 @@ FAMILIES: dict[str, Family] = {
         gated=False,
         mlp_output="mlp.c_proj",
         transposed=True,
+        qkv_bias=True,
+        attn_output_bias=True,
+        mlp_bias=True,
+        old_buffers=(r"attn\.(masked_)?bias$",),
         norm=NormKind.LAYER,
         activation_key="activation_function",
         eps_key="layer_norm_epsilon",
@@ -112,7 +129,6 @@ FAMILIES: dict[str, Family] = {
         layers="model.decoder.layers",
         embedding="model.decoder.embed_tokens",
         final_norm="model.decoder.final_layer_norm",
-        rotary=None,
         position_embedding="model.decoder.embed_positions",
         position_offset=2,
         attn_norm="self_attn_layer_norm",
@@ -121,6 +137,11 @@ FAMILIES: dict[str, Family] = {
         mlp_input=("fc1",),
         gated=False,
         mlp_output="fc2",
+        qkv_bias="enable_bias",
+        attn_output_bias="enable_bias",
+        mlp_bias="enable_bias",
+        norm_weights="layer_norm_elementwise_affine",
+        old_buffers=(),
         norm=NormKind.LAYER,
         activation_key="activation_function",
         eps_key="",
@@ -130,13 +151,17 @@ FAMILIES: dict[str, Family] = {
         layers="gpt_neox.layers",
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
-        rotary="gpt_neox.rotary_emb",
         qkv=("attention.query_key_value",),
         qkv_layout=QkvLayout.PER_HEAD,
         attn_output="attention.dense",
         mlp_input=("mlp.dense_h_to_4h",),
         gated=False,
         mlp_output="mlp.dense_4h_to_h",
+        qkv_bias="attention_bias",
+        attn_output_bias="attention_bias",
+        mlp_bias=True,
+        old_paths=(("embed_out", "lm_head"),),
+        old_buffers=(r"rotary_emb\.inv_freq$", r"attention\.(masked_)?bias$"),
         norm=NormKind.LAYER,
         eps_key="layer_norm_eps",
     ),

@@ -1,4 +1,4 @@
-"""This is a cache of models made from other files: an entry is whole or does not exist.
+"""This is a cache of what is fetched or made once of other files: an entry is whole or does not exist.
 
 An entry is built in a hidden sibling, its manifest is written last, and one rename makes it visible. A lock for each
 entry keeps two processes from building the same one; the kernel releases it when its holder dies.
@@ -17,6 +17,11 @@ from patchclamp_server.model.digests import cache_root, content_digest, rename_r
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Progress, Stage
 
+
+class CacheUnwritable(ModelSourceError):
+    """An entry that is not in the cache cannot be stored there."""
+
+
 MANIFEST = "patchclamp-manifest.json"
 
 
@@ -24,7 +29,7 @@ def cached_model(key: str, build: Callable[[Path], None], progress: Progress) ->
     """Returns the directory of entry `key`; `build` fills an empty directory with it when there is no sound entry yet.
 
     An entry that does not match its manifest is thrown away and built again. What `build` raises is passed on, and
-    leaves no entry. Raises ModelSourceError where the cache cannot be written and has no such entry.
+    leaves no entry. Raises CacheUnwritable where the cache cannot be written and has no such entry.
     """
     models = cache_root() / "models"
     entry = models / key
@@ -37,9 +42,8 @@ def cached_model(key: str, build: Callable[[Path], None], progress: Progress) ->
                     _discard(models, key)
                     _build(models, key, build)
         except OSError as error:
-            raise ModelSourceError(
-                f"the model has to be converted once, and the cache {models} cannot be written: {error}; "
-                "PATCHCLAMP_CACHE names another directory"
+            raise CacheUnwritable(
+                f"the cache {models} cannot be written: {error}; PATCHCLAMP_CACHE names another directory"
             ) from error
     return entry
 

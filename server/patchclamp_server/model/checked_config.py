@@ -42,15 +42,19 @@ def load_config(directory: Path) -> PreTrainedConfig:
     return config
 
 
-def check_generation_config(directory: Path) -> None:
-    """Raises ModelSourceError for a file that transformers would ignore silently, with the end tokens in it."""
+def generation_ends(directory: Path) -> list[int]:
+    """Returns the end tokens that the generation config names, if there is one.
+
+    Raises ModelSourceError for a file that transformers would ignore silently.
+    """
     path = directory / "generation_config.json"
     if not path.exists():
-        return
+        return []
     eos = _read_object(path).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise ModelSourceError(f"{path}: eos_token_id is {eos!r}, expected an id or a list of ids")
+    return ids
 
 
 def check_weight_dtypes(weights: Iterable[Path]) -> None:

@@ -33,6 +33,7 @@ from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.paged import paged_attention
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.attention.spans import Span
+from patchclamp_server.model.embedding import Embedding
 from patchclamp_server.model.row_operators import HeadNorms, Norm, cap_softly, finish_heads
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
 from patchclamp_server.model.spec import DecoderSpec
@@ -127,7 +128,7 @@ class Decoder:
     def __init__(
         self,
         spec: DecoderSpec,
-        embedding: Tensor,
+        embedding: Embedding,
         position_embedding: Tensor | None,
         rotary: dict[str, tuple[Tensor, Tensor]],
         blocks: list[Block],
@@ -136,7 +137,7 @@ class Decoder:
     ) -> None:
         self.batch_invariant = unembedding.batch_invariant
         self.spec = spec
-        self.embedding = embedding  # [vocab, d_model]
+        self.embedding = embedding
         self.position_embedding = position_embedding  # [context, d_model]
         # These are cos and signed sin [context, rotary_dim] by rotary kind.
         self.rotary = rotary
@@ -173,7 +174,7 @@ class Decoder:
 
     def embed(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Returns the start of the residual stream [T, d_model]; without positions, what the tokens alone give."""
-        x = F.embedding(token_ids, self.embedding)
+        x = self.embedding.rows(token_ids)
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)
         if positions is not None and self.position_embedding is not None:

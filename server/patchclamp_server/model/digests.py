@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,10 +47,24 @@ def tensor_digests(path: Path, on_bytes: OnBytes | None = None) -> Parts:
     return _parts(path, "tensors", _tensor_parts, on_bytes)
 
 
+def span_digests(path: Path, spans: Mapping[str, tuple[int, int]], on_bytes: OnBytes | None = None) -> Parts:
+    """Returns digests of parts of a file, which lie at (offset, size)."""
+
+    def read(path: Path, on_bytes: OnBytes) -> Parts:
+        parts = {}
+        with path.open("rb") as file:
+            for name, (offset, size) in spans.items():
+                file.seek(offset)
+                parts[name] = _digest(file, size, on_bytes)
+        return parts
+
+    return _parts(path, "spans", read, on_bytes)
+
+
 def tensor_dtypes(path: Path) -> dict[str, str]:
     """Returns dtypes by tensor name, from the header of a safetensors file alone. ModelSourceError: it is not one."""
     with path.open("rb") as file:
-        header, _ = _read_header(path, file)
+        header, _ = read_header(path, file)
     return {name: str(entry["dtype"]) for name, entry in header.items()}
 
 
@@ -95,7 +109,7 @@ def _byte_parts(path: Path, on_bytes: OnBytes) -> Parts:
 def _tensor_parts(path: Path, on_bytes: OnBytes) -> Parts:
     parts = {}
     with path.open("rb") as file:
-        header, data_start = _read_header(path, file)
+        header, data_start = read_header(path, file)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             begin, end = entry["data_offsets"]
             file.seek(data_start + begin)
@@ -104,8 +118,11 @@ def _tensor_parts(path: Path, on_bytes: OnBytes) -> Parts:
     return parts
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, list[int]]], int]:
-    """Returns the entries of the tensors and where their data begins. The layout is: u64 length, JSON header, data."""
+def read_header(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, list[int]]], int]:
+    """Returns the entries of the tensors and where their data begins. The layout is: u64 length, JSON header, data.
+
+    Raises ModelSourceError for a file that is not safetensors, or not whole.
+    """
     size = path.stat().st_size
     length_bytes = file.read(8)
     (length,) = struct.unpack("<Q", length_bytes) if len(length_bytes) == 8 else (0,)

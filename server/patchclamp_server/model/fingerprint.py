@@ -2,12 +2,25 @@
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from patchclamp_server.model.digests import Parts, digest_of_parts, sha256_of_file, tensor_digests
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from patchclamp_server.model.digests import (
+    OnBytes,
+    Parts,
+    digest_of_parts,
+    sha256_of_file,
+    span_digests,
+    tensor_digests,
+)
 from patchclamp_server.model.errors import ModelSourceError
-from patchclamp_server.model.progress import Progress, Silent, Stage
+from patchclamp_server.model.gguf.header import Header
+from patchclamp_server.model.progress import Progress, Stage
 from patchclamp_server.model.source import weight_files
 
 # These keys of config.json do not change what the model computes: paths, versions, the dtype that its tensors carry
@@ -37,16 +50,8 @@ def model_fingerprint(directory: Path, progress: Progress | None = None) -> str:
     It does not depend on paths, file times, library versions, sharding or JSON formatting. The tensors are read once
     and their digests remembered by path, size and modification time.
     """
-    shown = progress or Silent()
     weights = weight_files(directory)
-    total = sum(path.stat().st_size for path in weights)
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        shown.update(Stage.FINGERPRINT, done, total)
-
+    on_bytes = _reading(weights, progress)
     tensors: Parts = {}
     for path in weights:
         tensors |= tensor_digests(path, on_bytes)
@@ -56,6 +61,48 @@ def model_fingerprint(directory: Path, progress: Progress | None = None) -> str:
         "tokenizer": _tokenizer_digest(directory),
     }
     return digest_of_parts(parts)
+
+
+def gguf_fingerprint(header: Header, files: Sequence[Path], progress: Progress | None = None) -> str:
+    """Returns the SHA-256 over the keys of architecture and vocabulary and the name, format, shape and bytes of every
+    tensor, with the formats of the matrices behind it, the one with the most bytes first: ``<hex>-gguf-Q4_K+Q6_K``.
+
+    It does not depend on paths, names, chat templates, or on whether the file is split. Weights of another format are
+    another model: their activations differ.
+    """
+    architecture = header.values.get("general.architecture")
+    wanted = ("general.architecture", f"{architecture}.", "tokenizer.ggml.")
+    keys = {key: value for key, value in header.values.items() if key.startswith(wanted)}
+    sizes, formats, told = {}, Counter[str](), {}
+    for name, entry in header.entries.items():
+        kind = GGMLQuantizationType(entry.format)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        sizes[name] = prod(entry.shape) // block * block_bytes
+        told[name] = f"{kind.name} {list(entry.shape)}"
+        if len(entry.shape) > 1:
+            formats[kind.name] += sizes[name]
+    on_bytes = _reading(files, progress)
+    tensors: Parts = {}
+    for path in files:
+        own = {name: (e.offset, sizes[name]) for name, e in header.entries.items() if e.file == path}
+        digests = span_digests(path, own, on_bytes)
+        tensors |= {name: f"{told[name]} {digest}" for name, digest in digests.items()}
+    digest = digest_of_parts({"keys": _canonical_digest(keys), "tensors": digest_of_parts(tensors)})
+    return f"{digest}-gguf-{'+'.join(name for name, _ in formats.most_common())}"
+
+
+def _reading(files: Iterable[Path], progress: Progress | None) -> OnBytes:
+    """Returns what is to be told how many bytes of the files were read."""
+    total = sum(path.stat().st_size for path in files)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress.update(Stage.FINGERPRINT, done, total)
+
+    return on_bytes
 
 
 def _computation(value: Any) -> Any:

@@ -2,24 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from patchclamp_server.model.checked_config import check_generation_config, check_weight_dtypes, load_config
+from patchclamp_server.model.checkpoint import open_checkpoint
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.device import check_device
-from patchclamp_server.model.end_tokens import end_token_ids
 from patchclamp_server.model.errors import ModelSourceError, foreign_errors
-from patchclamp_server.model.fingerprint import model_fingerprint
 from patchclamp_server.model.info import ModelInfo
-from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
+from patchclamp_server.model.loaded import refuse_unloaded_by_transformers, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 from patchclamp_server.model.range_check import warn_of_overflow
-from patchclamp_server.model.source import EMBEDDED, resolve, weight_files
-from patchclamp_server.model.tokenizer import load_tokenizer, template_of
-from patchclamp_server.model.weights import decoder_from_transformers
+from patchclamp_server.model.source import EMBEDDED, ModelSource, resolve
+from patchclamp_server.model.tokenizer import template_of
+from patchclamp_server.model.weights import decoder_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,9 @@ def load_model(
     use_codes: bool = True,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Loads "embedded", a hub id, a local directory or a ``.gguf`` file, and fetches and converts it where needed.
+    """Loads "embedded", a hub id, a local directory or a ``.gguf`` file, and fetches it where needed.
+
+    Weights stay in their files, which are mapped into memory, on a CPU in float32. Elsewhere they become dense.
 
     `use_codes=False` multiplies by float32 weights where the file has 4- or 8-bit codes: slower, for comparison.
 
@@ -49,21 +52,25 @@ def load_model(
     there, when its architecture is not supported, or when it needs code of its own to run.
     """
     check_device(device, dtype)
-    source = resolve(ref, progress)
-    # What can be refused without the weights is refused before they are read, which takes minutes.
-    config, tokenizer = _checked(source.directory)
-    fingerprint = model_fingerprint(source.directory, progress)
-    model = _load_weights(source.directory, config, dtype, progress)
-    eos = end_token_ids(model, tokenizer)
     shown = progress or Silent()
+    source = resolve(ref, shown)
+    checkpoint = open_checkpoint(source, shown)
+    fingerprint = checkpoint.fingerprint()
+    tokenizer = checkpoint.tokenizer
     try:
-        decoder = decoder_from_transformers(
-            model, dtype=dtype, device=device, batch_invariant=batch_invariant, use_codes=use_codes, progress=shown
+        decoder = decoder_of(
+            checkpoint.config,
+            checkpoint.tensors,
+            dtype=dtype,
+            device=device,
+            batch_invariant=batch_invariant,
+            use_codes=use_codes,
+            progress=shown,
         )
         decoder.warm_up()
         warn_of_overflow(decoder, tokenizer)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ModelSourceError(f"{source.directory} does not fit into the memory of {device}: {error}") from error
+        raise ModelSourceError(f"{source.path} does not fit into the memory of {device}: {error}") from error
     spec = decoder.spec
     info = ModelInfo(
         name=source.name,
@@ -83,28 +90,18 @@ def load_model(
         has_chat_template=template_of(tokenizer) is not None,
     )
     shown.update(Stage.READY)
-    return LoadedModel(info, decoder, tokenizer, eos)
+    return LoadedModel(info, decoder, tokenizer, checkpoint.eos_token_ids)
 
 
 def load_pretrained(
     directory: Path, *, dtype: torch.dtype = torch.float32, progress: Progress | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the transformers model and tokenizer of a local directory; runs no code of it and reads no pickle."""
-    config, tokenizer = _checked(directory)
-    return _load_weights(directory, config, dtype, progress), tokenizer
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Loads the transformers model and tokenizer of a local directory, which tests and benchmarks compare with; runs no
+    code of it and reads no pickle."""
+    # This takes seconds to import, and models are served without it.
+    from transformers import AutoModelForCausalLM
 
-
-def _checked(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Loads all that does not need the data of the weights. Raises ModelSourceError when some of it is broken."""
-    config = load_config(directory)
-    check_generation_config(directory)
-    check_weight_dtypes(weight_files(directory))
-    return config, load_tokenizer(directory)
-
-
-def _load_weights(
-    directory: Path, config: PreTrainedConfig, dtype: torch.dtype, progress: Progress | None
-) -> PreTrainedModel:
+    checkpoint = open_checkpoint(ModelSource(directory.name, directory), progress or Silent())
     with (
         foreign_errors(f"{directory} cannot be loaded"),
         without_load_report(),
@@ -113,14 +110,12 @@ def _load_weights(
         # With output_loading_info this returns a pair, which its annotation does not know.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            config=config,
+            config=checkpoint.config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            # Weights of other shapes are refused by name afterwards; transformers would print a table.
-            ignore_mismatched_sizes=True,
         )
     model: PreTrainedModel = loaded[0]
-    refuse_unloaded(directory, model, loaded[1])
-    return model
+    refuse_unloaded_by_transformers(directory, type(model).__name__, loaded[1])
+    return model, checkpoint.tokenizer

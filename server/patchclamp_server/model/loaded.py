@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from patchclamp_server.model.errors import ModelSourceError
@@ -25,20 +24,29 @@ def without_load_report() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def refuse_unloaded(source: Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
-    """Raises ModelSourceError for weights that are missing, of another shape, or of no use to the model.
+def refuse_unloaded(
+    source: Path,
+    kind: str,
+    missing: Iterable[str],
+    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]],
+    unexpected: Iterable[str],
+) -> None:
+    """Raises ModelSourceError for weights that are missing, of another shape, or of no use to a model of this kind.
 
-    transformers fills what a checkpoint lacks with random numbers and drops what it does not know; both give another
-    model than the one named. It leaves out of `loading` what its own table calls harmless, such as old buffers.
+    Filling what a checkpoint lacks and dropping what is not known both give another model than the one named.
     """
-    kind = type(model).__name__
-    if missing := loading["missing_keys"]:
+    if missing := list(missing):
         raise ModelSourceError(f"{source} lacks {len(missing)} weights of a {kind}: {_shown(missing)}")
-    if mismatched := loading["mismatched_keys"]:
+    if mismatched := list(mismatched):
         shapes = [f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in mismatched]
         raise ModelSourceError(f"{source} has weights of other shapes than a {kind}: {_shown(shapes)}")
-    if unexpected := loading["unexpected_keys"]:
+    if unexpected := list(unexpected):
         raise ModelSourceError(f"{source} has {len(unexpected)} weights that a {kind} lacks: {_shown(unexpected)}")
+
+
+def refuse_unloaded_by_transformers(source: Path, kind: str, loading: dict[str, Any]) -> None:
+    """The same for what transformers says of its loading. It leaves out what its own table calls harmless."""
+    refuse_unloaded(source, kind, loading["missing_keys"], loading["mismatched_keys"], loading["unexpected_keys"])
     if broken := loading.get("error_msgs"):
         raise ModelSourceError(f"{source} cannot be loaded: {_shown(broken)}")
 

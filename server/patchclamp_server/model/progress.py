@@ -9,7 +9,6 @@ from typing import Any, Protocol, Self
 
 import rich.progress
 from rich.console import Console
-from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 # This is the time between two lines of a stage where there is no terminal.
@@ -23,6 +22,7 @@ class Stage(Enum):
     DOWNLOAD = "download"
     VERIFY = "verify"
     CONVERT = "convert"
+    TOKENIZER = "tokenizer"
     WRITE = "write"
     FINGERPRINT = "fingerprint"
     LOAD = "load"
@@ -143,6 +143,8 @@ def transformers_progress(progress: Progress | None, stage: Stage) -> Iterator[N
             return factory(*args, **{**kwargs, "disable": True})
         total = kwargs.get("total", len(items) if hasattr(items, "__len__") else None)
         return _CountedItems(items, total, lambda done, size: progress.update(stage, done, size))
+
+    from transformers import modeling_gguf_pytorch_utils
 
     progress.update(stage)
     previous = transformers_logging.set_tqdm_hook(hook)

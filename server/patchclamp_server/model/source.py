@@ -1,4 +1,4 @@
-"""This module turns what a user names into a local directory of safetensors."""
+"""This module turns what a user names into local files: a directory of safetensors, or those of a GGUF model."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from patchclamp_server.model import embedded
 from patchclamp_server.model.errors import ModelSourceError
-from patchclamp_server.model.gguf_conversion import converted_gguf
+from patchclamp_server.model.gguf.files import files_of
 from patchclamp_server.model.progress import Progress, Silent, Stage
 
 EMBEDDED = "embedded"
@@ -38,33 +38,37 @@ HUB_IGNORED = ["*/*", *PICKLES, "*.py"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """`directory` holds config, tokenizer and safetensors; `name` is what to call the model."""
+    """`path` is a directory with config, tokenizer and safetensors, or the first of `gguf_files`; `name` is what to
+    call the model."""
 
     name: str
-    directory: Path
+    path: Path
+    gguf_files: tuple[Path, ...] = ()
 
 
 def resolve(ref: str, progress: Progress | None = None) -> ModelSource:
-    """Finds, downloads or converts the model `ref`, which is one of ACCEPTED.
+    """Finds or downloads the model `ref`, which is one of ACCEPTED.
 
     Raises ModelSourceError for an unknown name, a missing network, or weights that are not safetensors.
     """
     path = Path(ref).expanduser()
     if ref == EMBEDDED:
-        source = ModelSource(embedded.NAME, embedded.embedded_directory(progress))
-    elif not ref:
+        file = embedded.embedded_file(progress)
+        return ModelSource(embedded.NAME, file, (file,))
+    if not ref:
         raise ModelSourceError(f"no model is named; a model is {ACCEPTED}")
-    elif path.is_dir():
-        source = ModelSource(path.resolve().name, path)
-    elif path.is_file():
+    if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelSourceError(f"{ref} is a file that is not .gguf; a model is {ACCEPTED}")
-        source = ModelSource(path.stem, converted_gguf(path, progress))
+        name, files = files_of(path)
+        return ModelSource(name, files[0], files)
+    if path.is_dir():
+        source = ModelSource(path.resolve().name, path)
     elif path.suffix.lower() == ".gguf" or not HUB_ID.fullmatch(ref):
         raise ModelSourceError(f"{ref} does not exist; a model is {ACCEPTED}")
     else:
         source = ModelSource(ref, _from_hub(ref, progress or Silent()))
-    weight_files(source.directory)
+    weight_files(source.path)
     return source
 
 

@@ -68,7 +68,8 @@ def read_spec(config: PreTrainedConfig) -> DecoderSpec:
     if getattr(config, "word_embed_proj_dim", d_model) != d_model:
         raise FailedPrecondition("model", f"{architecture} with projected word embeddings is not supported")
     n_heads: int = config.num_attention_heads
-    head_dim: int = getattr(config, "head_dim", None) or d_model // n_heads
+    given: int | None = getattr(config, "head_dim", None)
+    head_dim = d_model // n_heads if given is None else given
     n_layers: int = config.num_hidden_layers
     d_ff: int = _first(config, ("intermediate_size", "n_inner", "ffn_dim")) or 4 * d_model
     activation = ACTIVATIONS.get(getattr(config, family.activation_key))

@@ -1,21 +1,35 @@
-"""Takes over the weights of a transformers model, fused: q, k, v in one matrix, gate and up in one."""
+"""Builds a decoder of the tensors of files by the paths of the architecture table, q, k, v as one and gate, up as one.
 
-from typing import Any
+On a CPU in float32 matrices stay as they are stored; elsewhere they become dense, in the dtype of activations.
+"""
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from patchclamp_server.cpu.linear import Linear, can_be_invariant
+from patchclamp_server.cpu.stored import Part, StoredMatrix
 from patchclamp_server.model.architectures import NormKind, QkvLayout
 from patchclamp_server.model.decoder import Block, Decoder
+from patchclamp_server.model.embedding import Embedding
+from patchclamp_server.model.file_tensors import FileTensors, tensors_of
+from patchclamp_server.model.parameters import parameters_of
 from patchclamp_server.model.progress import Progress, Silent, Stage
+from patchclamp_server.model.rotary import rotary_tables
 from patchclamp_server.model.row_operators import HeadNorms, Norm
 from patchclamp_server.model.spec import read_spec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def decoder_from_transformers(
-    model: PreTrainedModel,
+
+def decoder_of(
+    config: PreTrainedConfig,
+    tensors: FileTensors,
     *,
     dtype: torch.dtype,
     device: str,
@@ -25,138 +39,161 @@ def decoder_from_transformers(
 ) -> Decoder:
     """Returns the decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table.
 
-    For `batch_invariant` see Decoder; None sets it where that is possible. For `use_codes` see Linear.
+    `tensors` has every parameter, in its shape, but for one of two that are tied (parameters.py).
+    For `batch_invariant` see Decoder; None sets it where that is possible. For `use_codes` see load_model.
     """
     if batch_invariant is None:
         batch_invariant = can_be_invariant(dtype, device)
-    return _Builder(model, dtype, device, batch_invariant, use_codes, progress or Silent()).build()
+    return _Builder(config, tensors, dtype, device, batch_invariant, use_codes, progress or Silent()).build()
+
+
+def decoder_from_transformers(
+    model: "PreTrainedModel",
+    *,
+    dtype: torch.dtype,
+    device: str,
+    batch_invariant: bool | None = None,
+) -> Decoder:
+    """Returns the decoder of a transformers model in memory, whose weights it may share."""
+    return decoder_of(
+        model.config,
+        tensors_of(model),
+        dtype=dtype,
+        device=device,
+        batch_invariant=batch_invariant,
+    )
 
 
 class _Builder:
-    """Reads modules by the paths of the architecture table."""
+    """Reads tensors by the paths of the architecture table."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        config: PreTrainedConfig,
+        tensors: FileTensors,
         dtype: torch.dtype,
         device: str,
         batch_invariant: bool,
         use_codes: bool,
         progress: Progress,
     ) -> None:
-        self.model = model
-        self.products = {"batch_invariant": batch_invariant, "use_codes": use_codes}
+        self.config = config
+        self.tensors = tensors
+        self.batch_invariant, self.use_codes = batch_invariant, use_codes
         self.progress = progress
-        self.spec = read_spec(model.config)
+        self.spec = read_spec(config)
+        self.parameters = parameters_of(config, self.spec)
         self.dtype = dtype
         self.device = device
 
     def build(self) -> Decoder:
         family = self.spec.family
-        layers = self._module(family.layers)
-        embedding = self._tensor(self._module(family.embedding).weight)
         positions = None
         if family.position_embedding is not None:
-            table = self._module(family.position_embedding).weight
+            table = self.tensors[f"{family.position_embedding}.weight"].dense()
             positions = self._tensor(table[family.position_offset :])
         blocks: list[Block] = []
-        for layer in layers.children():
-            self.progress.update(Stage.PREPARE, len(blocks), self.spec.n_layers)
-            blocks.append(self._block(layer))
-        unembedding = self._module(family.unembedding)
-        tied = unembedding.weight is self._module(family.embedding).weight
-        weight = embedding if tied else self._tensor(unembedding.weight)
-        bias = None if getattr(unembedding, "bias", None) is None else self._tensor(unembedding.bias)
+        for layer in range(self.spec.n_layers):
+            self.progress.update(Stage.PREPARE, layer, self.spec.n_layers)
+            blocks.append(self._block(f"{family.layers}.{layer}"))
+        embedding, unembedding = self._ends()
         return Decoder(
             self.spec,
-            embedding,
+            Embedding(embedding),
             positions,
-            self._rotary(),
+            {
+                kind: (self._tensor(cos), self._tensor(sin))
+                for kind, (cos, sin) in rotary_tables(self.config, self.spec).items()
+            },
             blocks,
-            self._norm(self._module(family.final_norm)),
-            Linear(weight, bias, **self.products),
+            self._norm(family.final_norm),
+            self._product(unembedding, self._bias((family.unembedding,))),
         )
 
-    def _block(self, layer: nn.Module) -> Block:
+    def _ends(self) -> tuple[Tensor | StoredMatrix, Tensor | StoredMatrix]:
+        """Returns the weights of embedding and unembedding: one object where they are tied."""
+        family, tensors = self.spec.family, self.tensors
+        names = [f"{path}.weight" for path in (family.embedding, family.unembedding)]
+        there = [name for name in names if name in tensors]
+        # A file may have both although its configuration ties them: they are two where they differ.
+        if len(there) == 1 or (self.parameters.tied and tensors.same(*names)):
+            embedding = self._weight(StoredMatrix((tensors[there[0]].part(),)))
+            return embedding, embedding
+        embedding, unembedding = (self._weight(StoredMatrix((tensors[name].part(),))) for name in names)
+        return embedding, unembedding
+
+    def _block(self, layer: str) -> Block:
         family, spec = self.spec.family, self.spec
 
         def norm(path: str | None) -> Norm | None:
-            return None if path is None else self._norm(_submodule(layer, path))
+            return None if path is None else self._norm(f"{layer}.{path}")
+
+        def linear(*paths: str, order: NDArray[np.int64] | None = None, input_major: bool = False) -> Linear:
+            return self._linear([f"{layer}.{path}" for path in paths], order, input_major=input_major)
 
         attn_norm, mlp_norm = norm(family.attn_norm), norm(family.mlp_norm)
         assert attn_norm is not None
         assert mlp_norm is not None
         order = None
         if family.qkv_layout is QkvLayout.PER_HEAD:
-            rows = torch.arange(3 * spec.n_heads * spec.head_dim).view(spec.n_heads, 3, spec.head_dim)
-            order = rows.transpose(0, 1).reshape(-1)
+            rows = np.arange(3 * spec.n_heads * spec.head_dim, dtype=np.int64).reshape(spec.n_heads, 3, spec.head_dim)
+            order = rows.swapaxes(0, 1).reshape(-1)
         q_norm, k_norm = norm(family.q_norm), norm(family.k_norm)
         head_norms = None
         if q_norm is not None and k_norm is not None:
             head_norms = HeadNorms.of(q_norm, k_norm, spec.n_heads, spec.n_kv_heads)
         return Block(
             attn_norm=attn_norm,
-            qkv=self._linear(layer, family.qkv, order),
+            qkv=linear(*family.qkv, order=order),
             head_norms=head_norms,
-            attn_output=self._linear(layer, (family.attn_output,)),
+            attn_output=linear(family.attn_output),
             post_attn_norm=norm(family.post_attn_norm),
             mlp_norm=mlp_norm,
-            mlp_input=self._linear(layer, family.mlp_input),
-            mlp_output=self._linear(layer, (family.mlp_output,), input_major=True),
+            mlp_input=linear(*family.mlp_input),
+            mlp_output=linear(family.mlp_output, input_major=True),
             post_mlp_norm=norm(family.post_mlp_norm),
         )
 
-    def _linear(
-        self, layer: nn.Module, paths: tuple[str, ...], order: Tensor | None = None, *, input_major: bool = False
-    ) -> Linear:
-        """Stacks the modules at `paths` along their outputs, and reorders the outputs by `order`."""
-        modules = [_submodule(layer, path) for path in paths]
-        weights = [m.weight.t() if self.spec.family.transposed else m.weight for m in modules]
-        weight = torch.cat(weights)
-        bias = None
-        if getattr(modules[0], "bias", None) is not None:
-            bias = torch.cat([m.bias for m in modules])
+    def _linear(self, paths: list[str], order: NDArray[np.int64] | None, *, input_major: bool) -> Linear:
+        """Puts the outputs of the modules at `paths` one above the other, and reorders them by `order`."""
+        parts = [self._part(f"{path}.weight") for path in paths]
+        bias = self._bias(tuple(paths))
         if order is not None:
-            weight = weight[order]
-            bias = None if bias is None else bias[order]
-        weight = self._tensor(weight)
-        bias = None if bias is None else self._tensor(bias)
-        return Linear(weight, bias, input_major=input_major, **self.products)
+            (part,) = parts
+            parts = [part.reordered(order)]
+            bias = None if bias is None else bias[torch.from_numpy(order)]
+        return self._product(self._weight(StoredMatrix(tuple(parts))), bias, input_major=input_major)
 
-    def _module(self, path: str) -> Any:
-        return _submodule(self.model, path)
+    def _part(self, name: str) -> Part:
+        tensor = self.tensors[name]
+        transposed = self.spec.family.transposed and self.tensors.products_transposed
+        return tensor.transposed() if transposed else tensor.part()
 
-    def _norm(self, module: Any) -> Norm:
-        kind = self.spec.family.norm
-        eps = self.spec.eps if kind is not NormKind.LAYER else float(module.eps)
+    def _bias(self, paths: tuple[str, ...]) -> Tensor | None:
+        if f"{paths[0]}.bias" not in self.parameters.shapes:
+            return None
+        return self._tensor(torch.cat([self.tensors[f"{path}.bias"].dense() for path in paths]))
+
+    def _weight(self, matrix: StoredMatrix) -> Tensor | StoredMatrix:
+        stays_stored = torch.device(self.device).type == "cpu" and self.dtype == torch.float32
+        if stays_stored and not self.use_codes:
+            return StoredMatrix.of(matrix.dense())
+        return matrix if stays_stored else self._tensor(matrix.dense())
+
+    def _product(self, weight: Tensor | StoredMatrix, bias: Tensor | None, *, input_major: bool = False) -> Linear:
+        return Linear(weight, bias, input_major=input_major, batch_invariant=self.batch_invariant)
+
+    def _norm(self, path: str) -> Norm:
+        kind, d_model = self.spec.family.norm, self.spec.d_model
         if kind is not NormKind.LAYER:
-            weight = module.weight.float() + 1.0 if kind is NormKind.RMS_ONE_PLUS else module.weight
-            return Norm(self._tensor(weight), None, eps)
-        # OPT's norms may lack both weight and bias: they only normalise.
-        weight = torch.ones(module.normalized_shape) if module.weight is None else module.weight
-        bias = torch.zeros(module.normalized_shape) if module.bias is None else module.bias
-        return Norm(self._tensor(weight), self._tensor(bias), eps)
-
-    def _rotary(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Takes the tables by position from the family's own module, so that every fixed scaling is taken over."""
-        path = self.spec.family.rotary
-        if path is None:
-            return {}
-        module = self._module(path)
-        positions = torch.arange(self.spec.context_length)[None]
-        like = torch.empty(1, dtype=torch.float32)
-        tables = {}
-        for kind in sorted(set(self.spec.rotary_kinds)):
-            cos, sin = module(like, positions, kind) if kind else module(like, positions)
-            half = cos.shape[-1] // 2
-            signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
-            tables[kind] = (self._tensor(cos[0]), self._tensor(signed))
-        return tables
+            weight = self.tensors[f"{path}.weight"].dense()
+            if kind is NormKind.RMS_ONE_PLUS:
+                weight = weight + 1.0
+            return Norm(self._tensor(weight), None, self.spec.eps)
+        weight, bias = torch.ones(d_model), torch.zeros(d_model)
+        if f"{path}.weight" in self.parameters.shapes:
+            weight, bias = (self.tensors[f"{path}.{part}"].dense() for part in ("weight", "bias"))
+        return Norm(self._tensor(weight), self._tensor(bias), self.spec.eps)
 
     def _tensor(self, value: Tensor) -> Tensor:
         return value.detach().to(device=self.device, dtype=self.dtype).contiguous()
-
-
-def _submodule(module: nn.Module, path: str) -> Any:
-    # The architecture table knows which attributes it has; the type checker does not.
-    return module.get_submodule(path)

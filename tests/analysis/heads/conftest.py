@@ -10,8 +10,8 @@ from patchclamp_server.model.load import LoadedModel, load_model
 
 
 @pytest.fixture(scope="session")
-def embedded(embedded_dir: Path) -> LoadedModel:
-    return load_model(str(embedded_dir))
+def embedded() -> LoadedModel:
+    return load_model("embedded")
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ LAYERS = (5, 20, 29)
 
 
 @pytest.fixture(scope="module")
-def embedded(embedded_dir: Path) -> LoadedModel:
-    return load_model(str(embedded_dir))
+def embedded() -> LoadedModel:
+    return load_model("embedded")
 
 
 def example(model: LoadedModel, prompt: str) -> Example:

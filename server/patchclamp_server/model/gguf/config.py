@@ -1,7 +1,7 @@
 """This module turns what a GGUF file says of its model into a configuration of transformers.
 
 transformers itself reads some keys and silently ignores the rest: scalings, soft caps, windows, scales of attention.
-Here every key is mapped, or known to change nothing (gguf_metadata.py), or refused by its name.
+Here every key is mapped, or known to change nothing (metadata.py), or refused by its name.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from patchclamp_server.model.errors import ModelSourceError
-from patchclamp_server.model.gguf_metadata import Metadata
-from patchclamp_server.model.gguf_rope import DEFAULT_BASE, rope_parameters
+from patchclamp_server.model.gguf.metadata import Metadata
+from patchclamp_server.model.gguf.rope import DEFAULT_BASE, rope_parameters
 
 # These map a key of the file to a key of the configuration. All of them are required.
 _SHAPES = {
@@ -56,7 +56,7 @@ def gguf_config(metadata: Metadata) -> PreTrainedConfig:
         raise ModelSourceError(f"{metadata.path}: architecture {metadata.architecture!r} is not supported: {known}")
     fields: Fields = {
         "vocab_size": _vocabulary(metadata),
-        "tie_word_embeddings": "output.weight" not in metadata.tensors,
+        "tie_word_embeddings": "output.weight" not in metadata.entries,
     }
     # The defaults of the configuration class would be a guess.
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -70,7 +70,7 @@ def gguf_config(metadata: Metadata) -> PreTrainedConfig:
         _add_attention(metadata, fields, family)
     family.extra(metadata, fields)
     for name, tensor in family.biases:
-        if f"blk.0.{tensor}" in metadata.tensors:
+        if f"blk.0.{tensor}" in metadata.entries:
             fields[name] = True
     metadata.refuse_rest()
     return CONFIG_MAPPING[family.model_type](**fields)
@@ -78,7 +78,7 @@ def gguf_config(metadata: Metadata) -> PreTrainedConfig:
 
 def _vocabulary(metadata: Metadata) -> int:
     embedding = "token_embd.weight"
-    if embedding not in metadata.tensors:
+    if embedding not in metadata.entries:
         raise ModelSourceError(f"{metadata.path} lacks the tensor {embedding}")
     rows = metadata.shape(embedding)[0]
     named = metadata.take("vocab_size", rows)

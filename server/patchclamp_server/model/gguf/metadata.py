@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patchclamp_server.cpu.stored import Format
 from patchclamp_server.model.errors import ModelSourceError
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
+from patchclamp_server.model.gguf.header import Header
 
 SPECIAL_TOKEN = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
 # These keys do not change what the model computes: how its vectors would be pooled, the layout its file once had,
@@ -45,21 +45,20 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 class Metadata:
     """Holds the keys below the architecture, without its name; `refuse_rest` refuses those that were never taken."""
 
-    def __init__(self, path: str, header: "GGUFReader") -> None:
-        self.path = path
-        fields = header.fields
-        if "general.architecture" not in fields:
-            raise ModelSourceError(f"{path} names no general.architecture")
-        self.architecture = str(fields["general.architecture"].contents())
+    def __init__(self, header: Header) -> None:
+        self.path = str(header.path)
+        values = header.values
+        if "general.architecture" not in values:
+            raise ModelSourceError(f"{self.path} names no general.architecture")
+        self.architecture = str(values["general.architecture"])
         prefix = f"{self.architecture}."
-        self._values = {k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)}
+        self._values = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
         # These are ids by name: bos, eos, eot, padding, ...
         self.special_tokens: dict[str, int] = {
-            match[1]: field.contents() for k, field in fields.items() if (match := SPECIAL_TOKEN.fullmatch(k))
+            match[1]: value for key, value in values.items() if (match := SPECIAL_TOKEN.fullmatch(key))
         }
-        tokens = fields.get("tokenizer.ggml.tokens")
-        self.n_tokens = 0 if tokens is None else len(tokens.data)
-        self.tensors = {tensor.name: tensor for tensor in header.tensors}
+        self.n_tokens = len(values.get("tokenizer.ggml.tokens", ()))
+        self.entries = dict(header.entries)
 
     def take(self, key: str, default: Any = None) -> Any:
         """Takes the value of a key; a value that is given for each layer must be the same for all."""
@@ -82,11 +81,19 @@ class Metadata:
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Returns the shape of a tensor: [rows, columns]."""
-        return tuple(int(n) for n in reversed(self.tensors[tensor].shape))
+        return self.entries[tensor].shape
 
     def floats(self, tensor: str) -> NDArray[np.float32]:
         """Returns a small tensor of float32."""
-        return np.asarray(self.tensors[tensor].data, dtype=np.float32)
+        entry = self.entries[tensor]
+        if entry.format != Format.F32:
+            raise ModelSourceError(
+                f"{self.path}: {tensor} is of format {entry.format}, expected {Format.F32} (float32)"
+            )
+        size = prod(entry.shape) * Format.F32.size
+        if size > len(entry.memory):
+            raise ModelSourceError(f"{self.path} is not a whole GGUF file: {tensor} is cut off")
+        return entry.memory[:size].copy().view(np.float32)
 
     def refuse_rest(self) -> None:
         """Raises ModelSourceError for keys that are left and could change what the model computes."""

@@ -4,14 +4,14 @@
 
 Names and defaults are those of llama.cpp: a factor without a type is linear; YaRN multiplies the attention factor by
 1 + ln(factor) / 10. Factors computed at conversion are tensors: `rope_freqs.weight` (Llama 3: frequencies are divided
-by it), `rope_factors_short.weight` and `rope_factors_long.weight` (Phi-3: by one of them, see spec.py).
+by it), `rope_factors_short.weight` and `rope_factors_long.weight` (Phi-3: by one of them, see model/spec.py).
 """
 
 import math
 from typing import Any
 
 from patchclamp_server.model.errors import ModelSourceError
-from patchclamp_server.model.gguf_metadata import Metadata
+from patchclamp_server.model.gguf.metadata import Metadata
 
 LLAMA3_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
@@ -56,7 +56,7 @@ def rope_parameters(metadata: Metadata, *, rotary_dim: int, context: int, reads_
 
 def _factors(metadata: Metadata, rotary_dim: int) -> tuple[list[float], list[float]] | None:
     """Returns what frequencies are divided by in a short and in a long context; None where the file does not say."""
-    names = [name for name in (LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in metadata.tensors]
+    names = [name for name in (LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in metadata.entries]
     if not names:
         return None
     if names not in ([LLAMA3_FACTORS], [SHORT_FACTORS, LONG_FACTORS]):
@@ -67,5 +67,5 @@ def _factors(metadata: Metadata, rotary_dim: int) -> tuple[list[float], list[flo
             shape = list(metadata.shape(name))
             raise ModelSourceError(f"{metadata.path}: {name} has shape {shape}, expected [{rotary_dim // 2}]")
         values.append([float(factor) for factor in metadata.floats(name)])
-        del metadata.tensors[name]
+        del metadata.entries[name]
     return values[0], values[-1]
