@@ -148,6 +148,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         *_FORWARD,
         "patchclamp_server.cpu.sparse",
     ),
+    "shapes": ("benchmarks/shapes.py", "benchmarks/random_gguf.py", *_STEP, "patchclamp_server.model"),
     "step": ("benchmarks/step.py", *_STEP),
     "vectors": (
         *(f"benchmarks/vectors/{name}" for name in ("concepts", "effects", "table")),

@@ -10,12 +10,12 @@ Support Vector Machines, solved as scikit-learn's CalibratedClassifierCV solves 
 Predicting Good Probabilities with Supervised Learning.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit, logit
+import torch
 
 from patchclamp_server.model.arrays import BoolArray, FloatArray
 
@@ -29,8 +29,7 @@ class Calibration(NamedTuple):
     intercept: float
 
     def probabilities(self, scores: FloatArray) -> FloatArray:
-        found: FloatArray = expit(self.slope * scores + self.intercept)
-        return found
+        return _logistic(self.slope * scores + self.intercept)
 
 
 @dataclass(frozen=True)
@@ -47,24 +46,32 @@ class ReliabilityBin:
 def platt(scores: FloatArray, is_target: BoolArray) -> Calibration:
     """Returns slope and intercept, given the scores [n] of texts and which are of the label: some, and not all. Scores
     that are all the same have the slope 0."""
+    from scipy.optimize import minimize
+
     n_target = int(is_target.sum())
     targets = np.where(is_target, (n_target + 1.0) / (n_target + 2.0), 1.0 / (len(is_target) - n_target + 2.0))
     # Not the deviation: of equal scores it is one of rounding, by which a slope would be divided.
     if float(scores.max() - scores.min()) <= ROUNDING * float(np.abs(scores).max()):
-        return Calibration(0.0, float(logit(targets.mean())))
+        share = float(targets.mean())
+        return Calibration(0.0, math.log(share / (1.0 - share)))
     # The solver likes scores near 1.
     mean, deviation = float(scores.mean()), float(scores.std())
     x = (scores - mean) / deviation
 
     def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
         odds = parameters[0] * x + parameters[1]
-        error = expit(odds) - targets
+        error = _logistic(odds) - targets
         return float((np.logaddexp(0.0, odds) - targets * odds).sum()), np.array([(error * x).sum(), error.sum()])
 
     start = np.array([1.0, np.log((n_target + 1.0) / (len(is_target) - n_target + 1.0))])
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"gtol": 1e-9, "ftol": 1e-15}).x
     slope = float(found[0]) / deviation
     return Calibration(slope, float(found[1]) - slope * mean)
+
+
+def _logistic(x: FloatArray) -> FloatArray:
+    found: FloatArray = torch.special.expit(torch.from_numpy(np.asarray(x))).numpy()
+    return found
 
 
 def reliability(probabilities: FloatArray, is_target: BoolArray) -> tuple[ReliabilityBin, ...]:

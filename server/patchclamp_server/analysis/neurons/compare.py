@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import hypergeom
 
 from patchclamp_server.artifacts.neuron_sets import Neuron, load
 from patchclamp_server.artifacts.store import ArtifactStore
@@ -82,6 +81,8 @@ def _overlap(i: int, j: int, a: frozenset[Neuron], b: frozenset[Neuron], d_ff: i
 
 def chance_of(common: int, shared: list[tuple[int, int]], d_ff: int) -> float:
     """Returns P(X ≥ common) for the sum X of one draw a layer: (a_l, b_l) of `shared`, as above."""
+    from scipy.stats import hypergeom
+
     if not common:
         return 1.0
     start, distribution = 0, np.ones(1)

@@ -10,8 +10,6 @@ import logging
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from patchclamp_server.analysis.probes.method import Doubles, Fit, nats
 
@@ -24,6 +22,9 @@ loss = nats
 
 def fit(x: Doubles, y: Doubles, n_classes: int, strength: float) -> Fit:
     """Every class occurs in `y`. Of two classes the rows are -w/2 and w/2, so that their difference is the normal."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     model = LogisticRegression(C=1.0 / strength, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from patchclamp_server.analysis.calibration import ReliabilityBin, reliability
 from patchclamp_server.analysis.probes.fitting import Examples
@@ -44,6 +43,8 @@ class ProbeReport:
 def classifier_report(probe: Probe, scores: Doubles, y: NDArray[np.float64], training: Examples) -> ProbeReport:
     """Returns what is measured by scores [n, classes] of texts of the classes y [n], of which the target is some, and
     not all. The rest is 0."""
+    from sklearn.metrics import roc_auc_score
+
     probabilities = probe.probabilities(scores)
     counts = np.bincount(training.y.astype(np.int64), minlength=training.n_classes)
     target = y == probe.target

@@ -5,13 +5,14 @@ The intercept has no penalty. Source: Hoerl & Kennard 1970, Ridge Regression; as
 """
 
 import numpy as np
-from sklearn.linear_model import Ridge
 
 from patchclamp_server.analysis.probes.method import Doubles, Fit
 
 
 def fit(x: Doubles, y: Doubles, n_classes: int, strength: float) -> Fit:
     """`n_classes` is 1."""
+    from sklearn.linear_model import Ridge
+
     model = Ridge(alpha=strength).fit(x, y)
     return Fit(model.coef_[None], np.atleast_1d(model.intercept_))
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 LEAST, MOST = 4, 12
@@ -13,6 +12,8 @@ def elbow_clusters(points: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
     The elbow is the k whose inertia is farthest below the straight line from the least to the most clusters.
     """
+    from sklearn.cluster import KMeans
+
     data = points.float().cpu().numpy()
     distinct = len(np.unique(data, axis=0))
     sizes = range(min(LEAST, distinct), min(MOST, distinct) + 1)

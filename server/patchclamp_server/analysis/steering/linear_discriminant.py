@@ -12,7 +12,6 @@ The Geometry of Truth, §5 (mass-mean probing).
 
 import numpy as np
 import torch
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 
 def directions(positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor:
@@ -24,6 +23,8 @@ def directions(positive: torch.Tensor, negative: torch.Tensor, seed: int) -> tor
 
 def _scaled(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     """Returns the scaled direction [d] of positive [n, d] and negative [m, d]."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     difference = positive.mean(dim=0) - negative.mean(dim=0)
     states = torch.cat([positive, negative]).double().numpy()
     labels = np.repeat([1, 0], [len(positive), len(negative)])

@@ -10,8 +10,6 @@ import logging
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +25,9 @@ def directions(positive: torch.Tensor, negative: torch.Tensor, seed: int) -> tor
 
 def _scaled_normal(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     """Returns the scaled normal [d] of positive, negative [n, d]."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     length = (positive.mean(dim=0) - negative.mean(dim=0)).norm()
     scaler = StandardScaler()
     standardised = scaler.fit_transform(torch.cat([positive, negative]).double().numpy())

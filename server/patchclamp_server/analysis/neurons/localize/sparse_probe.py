@@ -19,10 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_selection import f_classif
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import precision_recall_fscore_support
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -76,6 +72,10 @@ def scores(ranker: Ranker, texts: Kinds, seed: int) -> NDArray[np.float64]:
 
 def fit(texts: Kinds, heldout: Kinds, units: Sequence[int], seed: int) -> Probe:
     """Returns the probe on these units, fitted to `texts` and scored on `heldout`."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import precision_recall_fscore_support
+
     own = texts.x[:, np.asarray(units)].astype(np.float64)
     mean, deviation = own.mean(0), _deviation(own)
     model = LogisticRegression(max_iter=1000, class_weight="balanced", random_state=seed % 2**32)
@@ -105,6 +105,8 @@ def _mean_difference(x: Floats, y: Bools) -> NDArray[np.float64]:
 
 
 def _f(x: Floats, y: Bools) -> NDArray[np.float64]:
+    from sklearn.feature_selection import f_classif
+
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         # A constant unit has no F.
         warnings.simplefilter("ignore", UserWarning)
@@ -137,6 +139,9 @@ def _mutual_information(x: Floats, y: Bools) -> NDArray[np.float64]:
 
 
 def _l1(texts: Kinds, seed: int) -> NDArray[np.float64]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     first = ranked(Ranker.MEAN_DIFFERENCE, texts, seed)[:PREFILTERED]
     own = texts.x[:, first].astype(np.float64)
     model = LogisticRegression(

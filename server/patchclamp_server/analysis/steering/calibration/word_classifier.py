@@ -1,12 +1,12 @@
 """A logistic classifier of bags of words: p(target | text) = sigmoid(w · counts + b), both labels weighed alike."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.pipeline import Pipeline, make_pipeline
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 FOLDS = 4
 MIN_TEXTS = FOLDS
@@ -21,6 +21,8 @@ class WordClassifier:
     """
 
     def __init__(self, texts: Sequence[str], is_target: Sequence[bool], seed: int) -> None:
+        from sklearn.model_selection import StratifiedKFold, cross_val_score
+
         labels = np.asarray(is_target, dtype=np.bool_)
         if min(labels.sum(), (~labels).sum()) < MIN_TEXTS:
             raise ValueError(f"expected at least {MIN_TEXTS} texts of the target and {MIN_TEXTS} of other labels")
@@ -39,6 +41,10 @@ class WordClassifier:
         return float(self._model.predict_proba([text])[0, 1])
 
 
-def _model() -> Pipeline:
+def _model() -> "Pipeline":
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     words = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
     return make_pipeline(words, LogisticRegression(class_weight="balanced", max_iter=1000))
