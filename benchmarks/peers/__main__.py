@@ -185,7 +185,7 @@ def _server(options: argparse.Namespace, file: Path) -> dict[str, Figure]:
         artifacts = Path(tempfile.mkdtemp(prefix="patchclamp-peers-"))
         started = time.perf_counter()
         try:
-            with ServerProcess(str(file), artifacts, environment=environment(OURS, THREADS)) as server:
+            with ServerProcess(str(file), artifacts, environment=environment(THREADS)) as server:
                 found["ready"].values.append(time.perf_counter() - started)
                 found["memory"].values.append(server.rss_bytes())
         except SystemExit as error:

@@ -137,7 +137,7 @@ def _sparse(figures: Cards) -> list[str]:
 
 def _made(result: Row) -> list[str]:
     fewest = min((c["rounds"] for cards in result["figures"].values() for c in cards.values() if c["value"]), default=0)
-    settings = {peer: said.get("settings", said.get("error")) for peer, said in result["peers"].items()}
+    settings = {peer: _settings(said) for peer, said in result["peers"].items()}
     server = result["server"]
     return [
         *(f"- {peer}: {words}" for peer, words in settings.items()),
@@ -152,6 +152,12 @@ def _made(result: Row) -> list[str]:
         f"that it dequantises to. `patchclamp serve` itself is ready in {server['ready']['value']:.1f} s with "
         f"{server['memory']['value'] / MIB:.0f} MiB resident.",
     ]
+
+
+def _settings(said: Row) -> str:
+    if "error" in said:
+        return str(said["error"])
+    return f"{said['settings']}; threads that wait: {said['waits']}"
 
 
 def summary_rows(result: Row) -> list[tuple[str, str]]:
