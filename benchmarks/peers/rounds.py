@@ -109,8 +109,8 @@ class Rounds:
         return asked["decode" if case.kind == "context" else case.kind]()
 
     def _sparsely(self, worker: Worker, case: Case, given: list[list[int]], tokens: int) -> dict[str, Any]:
-        """A profile is made once, of two short texts: enough for the speed that it has."""
-        documents = prompts(self.setting.text, 2, 256)
+        """A profile is made once, of one short text: enough for the speed that it has."""
+        documents = prompts(self.setting.text, 1, 256)
         worker.ask("calibrate", policy=case.policy, keep=0.5, documents=documents)
         return dict(worker.ask("decode_sparsely", prompts=given, tokens=tokens, policy=case.policy))
 
