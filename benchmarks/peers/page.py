@@ -18,6 +18,8 @@ _STEERING = {
     "programs": "as many different programs",
 }
 MIB = 1 << 20
+# A mean KL below this is rounding of float32.
+ROUNDING = 1e-6
 # Title, figure, how a value is shown, and whether less is better.
 RATES = [
     *(
@@ -92,6 +94,8 @@ def behind(figures: Cards) -> list[tuple[str, str, float]]:
     found = []
     for title, name, most in rows:
         values = {peer: card["value"] for peer, card in figures.get(name, {}).items() if card["value"] is not None}
+        if name.startswith("mean KL"):
+            values = {peer: max(value, ROUNDING) for peer, value in values.items()}
         ours = values.pop(OURS, None)
         if ours is None or not values:
             continue

@@ -207,6 +207,8 @@ def test_the_page_names_the_rows_in_which_a_peer_is_better(part: Part) -> None:
         "decode 1 unsteered": {"patchclamp": card(50.0), "llama.cpp": card(100.0)},
         "prefill 512": {"patchclamp": card(400.0), "llama.cpp": card(200.0)},
         "ready": {"patchclamp": card(4.0), "llama.cpp": card(1.0)},
+        # Both are rounding.
+        "mean KL, unsteered": {"patchclamp": card(1e-11), "llama.cpp": card(0.0)},
         "decode 16 edited": {"patchclamp": card(90.0), "llama.cpp": card(None, "of Patchclamp alone")},
         "read 512": {"patchclamp": card(90.0), "llama.cpp": card(None, "no callback")},
         "sparse cats": {"patchclamp": card(60.0), "llama.cpp": card(None, "of Patchclamp alone")},
