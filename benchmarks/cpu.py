@@ -39,7 +39,8 @@ TEXT = "The old lighthouse keeper opened the door and saw"
 
 def llama_cpp(stack: ExitStack, python: str, threads: int, prompt: list[int], tokens: int) -> tuple[str, Run]:
     """Version of the peer, and a run of it on the file that the embedded model is made of."""
-    worker = stack.enter_context(Worker([python, str(WORKERS / WORKER_OF[LLAMA])], environment(LLAMA, threads)))
+    # Its threads wait as llama.cpp has them wait: ours are told not to spin.
+    worker = stack.enter_context(Worker([python, str(WORKERS / WORKER_OF[LLAMA])], environment(threads, None)))
     loaded = worker.ask("load", model=str(embedded_file()), vectors=None, threads=threads)
 
     def run() -> float:

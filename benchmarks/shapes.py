@@ -45,7 +45,7 @@ def resident_bytes(pid: int) -> int:
 @contextmanager
 def ours(file: Path, artifacts: Path, figures: dict[str, Any]) -> Iterator[ServerProcess]:
     started = time.perf_counter()
-    with ServerProcess(str(file), artifacts, environment=environment("patchclamp", THREADS)) as server:
+    with ServerProcess(str(file), artifacts, environment=environment(THREADS)) as server:
         figures["ready_seconds"] = round(time.perf_counter() - started, 2)
         figures["ready_bytes"] = resident_bytes(server.process.pid)
         yield server
@@ -54,7 +54,7 @@ def ours(file: Path, artifacts: Path, figures: dict[str, Any]) -> Iterator[Serve
 @contextmanager
 def llama_cpp(python: str, file: Path, figures: dict[str, Any]) -> Iterator[Worker]:
     command = [python, str(WORKERS / "llama_cpp_worker.py")]
-    with Worker(command, environment("llama.cpp", THREADS)) as worker:
+    with Worker(command, environment(THREADS, None)) as worker:
         worker.ask("load", model=str(file), vectors=None, threads=THREADS)
         figures["llama_cpp_ready_seconds"] = round(time.perf_counter() - worker.started, 2)
         figures["llama_cpp_ready_bytes"] = worker.resident_bytes()

@@ -11,9 +11,12 @@ ONLY_OURS = "of Patchclamp alone"
 
 @dataclass
 class Figure:
-    """`values`: one a round. Without a value there is a `reason`."""
+    """`values`: one a round. Without a value there is a `reason`.
+
+    `cores`: CPU seconds over seconds of each round, which says of a noisy machine what was left for the peer."""
 
     values: list[float] = field(default_factory=list)
+    cores: list[float] = field(default_factory=list)
     reason: str | None = None
     how: str = ""
 
@@ -24,6 +27,8 @@ class Figure:
         card: dict[str, Any] = {"value": _short(median(self.values)), "rounds": len(self.values)}
         card["quartiles"] = [_short(each) for each in quartiles(self.values)]
         card["values"] = [_short(each) for each in self.values]
+        if self.cores:
+            card["cores"] = _short(median(self.cores))
         # One whose later rounds failed.
         return card | ({"how": self.how} if self.how else {}) | ({"reason": self.reason} if self.reason else {})
 

@@ -18,6 +18,8 @@ _STEERING = {
     "programs": "as many different programs",
 }
 MIB = 1 << 20
+# A mean KL below this is rounding of float32.
+ROUNDING = 1e-6
 # Title, figure, how a value is shown, and whether less is better.
 RATES = [
     *(
@@ -92,6 +94,8 @@ def behind(figures: Cards) -> list[tuple[str, str, float]]:
     found = []
     for title, name, most in rows:
         values = {peer: card["value"] for peer, card in figures.get(name, {}).items() if card["value"] is not None}
+        if name.startswith("mean KL"):
+            values = {peer: max(value, ROUNDING) for peer, value in values.items()}
         ours = values.pop(OURS, None)
         if ours is None or not values:
             continue
@@ -137,7 +141,7 @@ def _sparse(figures: Cards) -> list[str]:
 
 def _made(result: Row) -> list[str]:
     fewest = min((c["rounds"] for cards in result["figures"].values() for c in cards.values() if c["value"]), default=0)
-    settings = {peer: said.get("settings", said.get("error")) for peer, said in result["peers"].items()}
+    settings = {peer: _settings(said) for peer, said in result["peers"].items()}
     server = result["server"]
     return [
         *(f"- {peer}: {words}" for peer, words in settings.items()),
@@ -152,6 +156,12 @@ def _made(result: Row) -> list[str]:
         f"that it dequantises to. `patchclamp serve` itself is ready in {server['ready']['value']:.1f} s with "
         f"{server['memory']['value'] / MIB:.0f} MiB resident.",
     ]
+
+
+def _settings(said: Row) -> str:
+    if "error" in said:
+        return str(said["error"])
+    return f"{said['settings']}; threads that wait: {said['waits']}"
 
 
 def summary_rows(result: Row) -> list[tuple[str, str]]:

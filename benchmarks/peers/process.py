@@ -97,6 +97,15 @@ class Worker:
         said = self._log.read().strip().splitlines()[-3:]
         return f"the worker ended with status {status}: {' / '.join(said)}"
 
+    def cpu_seconds(self) -> float:
+        """Of all its threads since it started."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except FileNotFoundError:
+            raise PeerError(self._how_it_ended()) from None
+        # utime and stime of proc(5).
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def resident_bytes(self) -> int:
         return self._status("VmRSS")
 
@@ -115,13 +124,13 @@ class Worker:
             raise PeerError(self._how_it_ended()) from None
 
 
-def environment(peer: str, threads: int) -> dict[str, str]:
-    """So many threads, which sleep while they wait, and nothing is fetched."""
+def environment(threads: int, waits: str | None = "passive") -> dict[str, str]:
+    """So many threads, and nothing is fetched. `waits`: OMP_WAIT_POLICY; None leaves it to the peer's libraries."""
     settings = {
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {**os.environ, **settings}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    return inherited | settings | ({"OMP_WAIT_POLICY": waits} if waits else {})

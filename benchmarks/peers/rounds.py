@@ -68,13 +68,14 @@ class Rounds:
         if number and time.perf_counter() + self._took[case.name, peer] > self._until:
             self.left_out += 1
             return
-        started = time.perf_counter()
-        worker = self.workers[peer]
+        worker, started = self.workers[peer], time.perf_counter()
         measures_load = case.name == LOAD_CASE and not number
         try:
             if measures_load:
                 worker.forget_peak()
+            before = worker.cpu_seconds()
             answer = self._ask(worker, case, case.effort(peer).tokens)
+            cores = (worker.cpu_seconds() - before) / (time.perf_counter() - started)
             if measures_load:
                 self.figure(UNDER_LOAD, peer).values.append(worker.peak_bytes())
         except (CannotError, PeerError) as error:
@@ -84,6 +85,7 @@ class Rounds:
             for name, value in zip(names, rates(case, answer), strict=True):
                 figure = self.figure(name, peer)
                 figure.values.append(value)
+                figure.cores.append(cores)
                 figure.how = answer.get("how", "")
         took = self._took[case.name, peer] = time.perf_counter() - started
         values = [f"{name} {self.figure(name, peer).values[-1:]}" for name in names]
@@ -107,8 +109,8 @@ class Rounds:
         return asked["decode" if case.kind == "context" else case.kind]()
 
     def _sparsely(self, worker: Worker, case: Case, given: list[list[int]], tokens: int) -> dict[str, Any]:
-        """A profile is made once, of two short texts: enough for the speed that it has."""
-        documents = prompts(self.setting.text, 2, 256)
+        """A profile is made once, of one short text: enough for the speed that it has."""
+        documents = prompts(self.setting.text, 1, 256)
         worker.ask("calibrate", policy=case.policy, keep=0.5, documents=documents)
         return dict(worker.ask("decode_sparsely", prompts=given, tokens=tokens, policy=case.policy))
 

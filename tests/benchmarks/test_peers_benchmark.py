@@ -41,8 +41,8 @@ def card(value: float | None, reason: str = "no way", rounds: int = 2) -> dict[s
 def result_of(figures: dict[str, dict[str, dict[str, Any]]], ratios: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "peers": {
-            "patchclamp": {"versions": {"patchclamp": "1"}, "settings": "as it is"},
-            "llama.cpp": {"versions": {"llama-cpp-python": "0.3"}, "settings": "mapped"},
+            "patchclamp": {"versions": {"patchclamp": "1"}, "settings": "as it is", "waits": "passive"},
+            "llama.cpp": {"versions": {"llama-cpp-python": "0.3"}, "settings": "mapped", "waits": "passive"},
         },
         "figures": figures,
         "server": {"ready": card(1.5), "memory": card(2 << 20)},
@@ -91,7 +91,7 @@ def hooked(part: Part, tmp_path: Path) -> Iterator[Any]:
     np.save(tmp_path / "vectors.npy", part("cases").vectors(64, 14))
     process = part("process")
     command = [sys.executable, str(process.WORKERS / "transformers_worker.py")]
-    with process.Worker(command, process.environment("transformers", 2), 120.0) as worker:
+    with process.Worker(command, process.environment(2), 120.0) as worker:
         worker.ask("load", model=str(directory), vectors=str(tmp_path / "vectors.npy"), threads=2)
         yield worker
 
@@ -125,7 +125,7 @@ def test_rounds_that_would_end_after_the_budget_are_left_out(part: Part, hooked:
 
 def test_a_worker_that_does_not_answer_in_time_is_ended(part: Part) -> None:
     process = part("process")
-    with process.Worker(["sleep", "60"], process.environment("transformers", 2), 0.05) as worker:
+    with process.Worker(["sleep", "60"], process.environment(2), 0.05) as worker:
         with pytest.raises(process.PeerError, match="no answer to 'load' within 0 s"):
             worker.ask("load")
         assert worker.process.wait(60) != 0
@@ -207,6 +207,8 @@ def test_the_page_names_the_rows_in_which_a_peer_is_better(part: Part) -> None:
         "decode 1 unsteered": {"patchclamp": card(50.0), "llama.cpp": card(100.0)},
         "prefill 512": {"patchclamp": card(400.0), "llama.cpp": card(200.0)},
         "ready": {"patchclamp": card(4.0), "llama.cpp": card(1.0)},
+        # Both are rounding.
+        "mean KL, unsteered": {"patchclamp": card(1e-11), "llama.cpp": card(0.0)},
         "decode 16 edited": {"patchclamp": card(90.0), "llama.cpp": card(None, "of Patchclamp alone")},
         "read 512": {"patchclamp": card(90.0), "llama.cpp": card(None, "no callback")},
         "sparse cats": {"patchclamp": card(60.0), "llama.cpp": card(None, "of Patchclamp alone")},
