@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from tiny_models import CONFIGURATIONS, FAMILIES
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from patchclamp_server.model.config_classes import LlamaConfig
 from patchclamp_server.model.parameters import parameters_of
 from patchclamp_server.model.rotary import rotary_tables
 from patchclamp_server.model.spec import read_spec
@@ -97,8 +100,34 @@ def test_rotary_tables_are_those_of_the_family_of_its_own_module(family: str, ch
         assert torch.equal(signed_sin, torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=1))
 
 
-def test_a_server_does_not_import_the_models_of_transformers() -> None:
-    """That takes seconds at every start, and 170 MB."""
-    code = "import sys, patchclamp_server.model.load; print('transformers.modeling_utils' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+def test_a_server_of_a_gguf_file_does_not_import_the_models_of_transformers(tiny_gguf: Path) -> None:
+    """That takes seconds at every start, and 170 MB. Of a directory transformers reads the configuration again when it
+    chooses the tokenizer."""
+    code = """
+import sys
+from patchclamp_server.model.load import load_model
+load_model(sys.argv[1])
+print({"transformers.modeling_utils", "transformers.activations", "torch._dynamo"} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", code, str(tiny_gguf)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+LLAMAS: list[dict[str, Any]] = [
+    {},
+    CONFIGURATIONS["llama"],
+    {"head_dim": 16, "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+    {"rope_parameters": YARN, "torch_dtype": "bfloat16", "eos_token_id": [1, 2], "unknown": 3},
+]
+
+
+@pytest.mark.parametrize("fields", LLAMAS)
+def test_our_class_of_a_llamas_configuration_is_that_of_transformers(fields: dict[str, Any]) -> None:
+    assert LlamaConfig(**fields).to_dict() == CONFIG_MAPPING["llama"](**fields).to_dict()
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": "x"}, {"num_attention_heads": 3}, {"vocab_size": 2.5}])
+def test_our_class_of_a_llamas_configuration_refuses_what_that_of_transformers_does(fields: dict[str, Any]) -> None:
+    for kind in (LlamaConfig, CONFIG_MAPPING["llama"]):
+        with pytest.raises((StrictDataclassClassValidationError, StrictDataclassFieldValidationError)):
+            kind(**fields)

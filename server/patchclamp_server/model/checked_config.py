@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from patchclamp_server.model.architectures import FAMILIES
+from patchclamp_server.model.config_classes import config_class
 from patchclamp_server.model.digests import tensor_dtypes
 from patchclamp_server.model.errors import ModelSourceError, foreign_errors
 from patchclamp_server.model.spec import read_spec
@@ -36,7 +37,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelSourceError(f"{path}: architecture {kind!r} is not supported: {', '.join(FAMILIES)}")
     with foreign_errors(f"{path} cannot be read"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config: PreTrainedConfig = config_class(kind).from_pretrained(directory)
     with foreign_errors(str(path)):
         read_spec(config)
     return config

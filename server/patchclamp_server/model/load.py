@@ -110,7 +110,6 @@ def load_pretrained(
         # With output_loading_info this returns a pair, which its annotation does not know.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            config=checkpoint.config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,

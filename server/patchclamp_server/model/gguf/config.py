@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from patchclamp_server.model.config_classes import config_class
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf.metadata import Metadata
 from patchclamp_server.model.gguf.rope import DEFAULT_BASE, rope_parameters
@@ -73,7 +73,7 @@ def gguf_config(metadata: Metadata) -> PreTrainedConfig:
         if f"blk.0.{tensor}" in metadata.entries:
             fields[name] = True
     metadata.refuse_rest()
-    return CONFIG_MAPPING[family.model_type](**fields)
+    return config_class(family.model_type)(**fields)
 
 
 def _vocabulary(metadata: Metadata) -> int:

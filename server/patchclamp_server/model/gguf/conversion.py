@@ -44,6 +44,7 @@ def converted_gguf(path: Path, progress: Progress | None = None) -> Path:
 def _convert(path: Path, directory: Path, progress: Progress) -> None:
     # This takes seconds to import, and models are served without it.
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     header = read_header(path)
     tokenizer = convert_tokenizer(header)
@@ -54,7 +55,7 @@ def _convert(path: Path, directory: Path, progress: Progress) -> None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
-                config=config,
+                config=CONFIG_MAPPING[config.model_type].from_dict(config.to_dict()),
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
                 output_loading_info=True,
