@@ -36,8 +36,8 @@ def serve(args: argparse.Namespace) -> int:
         # This comes before the model: whoever starts a second server need not wait for weights to hear of the first.
         reserved = reserve(config)
         with RichProgress() as progress:
-            model = load(config, progress)
-        server = Server(model, config)
+            model, config, plan = load(config, progress)
+        server = Server(model, config, plan)
 
         def ready(address: str) -> None:
             if args.json:

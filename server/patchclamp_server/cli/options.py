@@ -13,6 +13,7 @@ from patchclamp_server.cli.option_types import (
     one_of,
     positive,
     seconds,
+    size,
     slowdown,
     tcp_address,
     tracing,
@@ -42,7 +43,7 @@ ENGINE_OPTIONS = {
     "max_sequences": "sequences that run at once",
     "max_tokens_per_step": "token rows of one forward pass",
     "kv_block_size": "tokens in a KV block",
-    "kv_cache_tokens": "tokens the KV cache holds",
+    "kv_cache_tokens": "tokens the KV cache holds (default: 65536, or as many as fit)",
     "analysis_slowdown": "how many times as long a stream may wait for a token beside analysis, above 1 (default: 1.5)",
     "max_failed_steps": "forward passes that may fail in a row before the server ends",
     "max_watches": "watches that may run, at most 63",
@@ -82,6 +83,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
     _add(parser, "--device", help="torch device (default: cpu)")
+    _add(
+        parser,
+        "--memory",
+        type=size,
+        help="what all of the server may take, e.g. 4GiB: the KV cache gets what the model leaves (default: as many "
+        "tokens as --kv-cache-tokens has by default, or as fit)",
+    )
     _add(parser, "--max-message-bytes", type=positive, help="largest request (default: 4 MiB)")
     _add(parser, "--max-calls", type=positive, help="calls answered at once, streams included (default: 4096)")
     _add(parser, "--max-upload-bytes", type=positive, help="largest artifact (default: 256 MiB)")
@@ -170,6 +178,7 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     engine = {name: given[name] for name in ENGINE_OPTIONS if name in given}
+    given["kv_cache_tokens_given"] = "kv_cache_tokens" in given
     if "prefix_cache" in given:
         engine["enable_prefix_cache"] = given["prefix_cache"] == "on"
     for name in SWITCHES:

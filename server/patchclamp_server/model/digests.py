@@ -47,6 +47,14 @@ def tensor_digests(path: Path, on_bytes: OnBytes | None = None) -> Parts:
     return _parts(path, "tensors", _tensor_parts, on_bytes)
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns dtypes and shapes by tensor name, from the header of a safetensors file alone. ModelSourceError: it is
+    not one."""
+    with path.open("rb") as file:
+        header, _ = _read_header(path, file)
+    return {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
+
+
 def tensor_dtypes(path: Path) -> dict[str, str]:
     """Returns dtypes by tensor name, from the header of a safetensors file alone. ModelSourceError: it is not one."""
     with path.open("rb") as file:

@@ -1,5 +1,6 @@
 """Loading gives a model that is ready to serve: decoder, tokenizer, and what the rest of the server needs to know."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
 from patchclamp_server.model.range_check import warn_of_overflow
 from patchclamp_server.model.source import EMBEDDED, resolve, weight_files
+from patchclamp_server.model.spec import DecoderSpec, read_spec
+from patchclamp_server.model.stored_tensors import StoredTensor, safetensors_tensors
 from patchclamp_server.model.tokenizer import load_tokenizer, template_of
 from patchclamp_server.model.weights import decoder_from_transformers
+
+# This is told what will be loaded, and raises ModelSourceError where that does not fit into memory.
+Admit = Callable[[DecoderSpec, list[StoredTensor]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +45,13 @@ def load_model(
     device: str = "cpu",
     batch_invariant: bool | None = None,
     use_codes: bool = True,
+    admit: Admit | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Loads "embedded", a hub id, a local directory or a ``.gguf`` file, and fetches and converts it where needed.
 
     `use_codes=False` multiplies by float32 weights where the file has 4- or 8-bit codes: slower, for comparison.
+    `admit` is called before a weight is read.
 
     Raises ModelSourceError when there is no such model or device, when its weights are not safetensors or are not all
     there, when its architecture is not supported, or when it needs code of its own to run.
@@ -52,6 +60,8 @@ def load_model(
     source = resolve(ref, progress)
     # What can be refused without the weights is refused before they are read, which takes minutes.
     config, tokenizer = _checked(source.directory)
+    if admit is not None:
+        admit(read_spec(config), safetensors_tensors(weight_files(source.directory)))
     fingerprint = model_fingerprint(source.directory, progress)
     model = _load_weights(source.directory, config, dtype, progress)
     eos = end_token_ids(model, tokenizer)

@@ -71,3 +71,7 @@ class ServerConfig(SecurityConfig):
     # Names and paths of checkpoints that neurons may be matched with; each is loaded for the job alone.
     match_models: tuple[tuple[str, str], ...] = ()
     engine: EngineConfig = field(default_factory=EngineConfig)
+    # Bytes that all of the server may take on its device; None bounds it by what is available.
+    memory: int | None = None
+    # Whether engine.kv_cache_tokens was asked for. Otherwise the cache is as large as memory allows.
+    kv_cache_tokens_given: bool = False

@@ -8,6 +8,8 @@ these codes give the scale and minimum that are best for them, and the candidate
     symmetric:  min over s            of  Σ_k w_k (s c_k - x_k)²,      c_k = round(x_k / candidate) in -bound…bound-1
 
 The weights w_k say that large weights of a model matter more: sqrt(mean x²) + |x_k| and x_k².
+
+numba's cache of q4_k.py and q6_k.py looks at these files alone: a change here needs one there.
 """
 
 # What numba compiles has no types for mypy.
@@ -70,7 +72,7 @@ def affine(x, weight, top):  # type: ignore[no-untyped-def]
         s = (w * cx - wx * c) / determinant
         m = (cc * wx - c * cx) / determinant
         if m > 0:
-            s, m = cx / cc, 0.0
+            s, m = cx / cc, np.float64(0)
         own = np.float64(sum_xx) + s * s * cc + m * m * w + 2 * s * m * c - 2 * s * cx - 2 * m * wx
         if s > 0 and own < error:
             scale, minimum, error = np.float32(s), np.float32(m), own
