@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from patchclamp_server.rpc.config import ServerConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Those of model/quantization/scheme.py, which is too heavy to be imported here.
+QUANTIZE = ("q8_0", "q6_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0")
 # These options name files of security.
 SECURITY_FILES = {
     "tls_certificate": "PEM file of the server's certificate, and those between it and its root: serve by TLS",
@@ -59,6 +61,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `quantize-card`."""
+    add_model_arguments(parser)
+    _add_quantize(parser)
+
+
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `serve`. A variable can set each: --drain-seconds is PATCHCLAMP_DRAIN_SECONDS."""
     add_model_arguments(parser)
@@ -83,6 +91,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
     _add(parser, "--device", help="torch device (default: cpu)")
+    _add_quantize(parser)
     _add(
         parser,
         "--memory",
@@ -191,6 +200,15 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
         given["watches"] = tuple(WatchAtStart(*watch) for watch in given["watches"])
     fields = {name for name in ServerConfig.__dataclass_fields__ if name != "engine"}
     return ServerConfig(engine=EngineConfig(**engine), **{n: v for n, v in given.items() if n in fields})
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    _add(
+        parser,
+        "--quantize",
+        type=one_of(*QUANTIZE),
+        help=f"quantise dense weights when they load: {', '.join(QUANTIZE)} (default: as they are)",
+    )
 
 
 def _add(parser: argparse.ArgumentParser, option: str, **arguments: object) -> None:

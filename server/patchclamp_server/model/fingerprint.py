@@ -8,6 +8,7 @@ from typing import Any
 from patchclamp_server.model.digests import Parts, digest_of_parts, sha256_of_file, tensor_digests
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Progress, Silent, Stage
+from patchclamp_server.model.quantization.scheme import REVISION, Scheme
 from patchclamp_server.model.source import weight_files
 
 # These keys of config.json do not change what the model computes: paths, versions, the dtype that its tensors carry
@@ -56,6 +57,11 @@ def model_fingerprint(directory: Path, progress: Progress | None = None) -> str:
         "tokenizer": _tokenizer_digest(directory),
     }
     return digest_of_parts(parts)
+
+
+def quantized_fingerprint(fingerprint: str, scheme: Scheme) -> str:
+    """Returns the fingerprint of a model with `fingerprint` whose weights are quantised by `scheme` when they load."""
+    return digest_of_parts({"model": fingerprint, "quantized": f"{scheme.name} {REVISION}"})
 
 
 def _computation(value: Any) -> Any:

@@ -13,10 +13,13 @@ from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.device import check_device
 from patchclamp_server.model.end_tokens import end_token_ids
 from patchclamp_server.model.errors import ModelSourceError, foreign_errors
-from patchclamp_server.model.fingerprint import model_fingerprint
+from patchclamp_server.model.fingerprint import model_fingerprint, quantized_fingerprint
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.loaded import refuse_unloaded, without_load_report
 from patchclamp_server.model.progress import Progress, Silent, Stage, transformers_progress
+from patchclamp_server.model.quantization.card import stored_quality
+from patchclamp_server.model.quantization.quantizer import Quantizer
+from patchclamp_server.model.quantization.scheme import Scheme, quantized_tensors
 from patchclamp_server.model.range_check import warn_of_overflow
 from patchclamp_server.model.source import EMBEDDED, resolve, weight_files
 from patchclamp_server.model.spec import DecoderSpec, read_spec
@@ -45,30 +48,46 @@ def load_model(
     device: str = "cpu",
     batch_invariant: bool | None = None,
     use_codes: bool = True,
+    quantize: Scheme | None = None,
     admit: Admit | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Loads "embedded", a hub id, a local directory or a ``.gguf`` file, and fetches and converts it where needed.
 
     `use_codes=False` multiplies by float32 weights where the file has 4- or 8-bit codes: slower, for comparison.
-    `admit` is called before a weight is read.
+    `quantize` makes blocks of the matrices of safetensors while they load. `admit` is called before a weight is read,
+    with the tensors as they will be held.
 
     Raises ModelSourceError when there is no such model or device, when its weights are not safetensors or are not all
     there, when its architecture is not supported, or when it needs code of its own to run.
     """
     check_device(device, dtype)
+    if quantize is not None:
+        _check_quantizable(ref, dtype, device)
     source = resolve(ref, progress)
     # What can be refused without the weights is refused before they are read, which takes minutes.
     config, tokenizer = _checked(source.directory)
+    shown = progress or Silent()
+    tensors = safetensors_tensors(weight_files(source.directory))
+    if quantize is not None:
+        tensors = quantized_tensors(tensors, quantize, read_spec(config).family)
     if admit is not None:
-        admit(read_spec(config), safetensors_tensors(weight_files(source.directory)))
+        admit(read_spec(config), tensors)
     fingerprint = model_fingerprint(source.directory, progress)
+    if quantize is not None:
+        fingerprint = quantized_fingerprint(fingerprint, quantize)
     model = _load_weights(source.directory, config, dtype, progress)
     eos = end_token_ids(model, tokenizer)
-    shown = progress or Silent()
+    quantizer = None if quantize is None else Quantizer(quantize)
     try:
         decoder = decoder_from_transformers(
-            model, dtype=dtype, device=device, batch_invariant=batch_invariant, use_codes=use_codes, progress=shown
+            model,
+            dtype=dtype,
+            device=device,
+            batch_invariant=batch_invariant,
+            use_codes=use_codes,
+            quantizer=quantizer,
+            progress=shown,
         )
         decoder.warm_up()
         warn_of_overflow(decoder, tokenizer)
@@ -91,9 +110,19 @@ def load_model(
         device=device,
         sites=dict(spec.sites),
         has_chat_template=template_of(tokenizer) is not None,
+        quantization=None if quantizer is None else quantizer.card(stored_quality(fingerprint)),
     )
     shown.update(Stage.READY)
     return LoadedModel(info, decoder, tokenizer, eos)
+
+
+def _check_quantizable(ref: str, dtype: torch.dtype, device: str) -> None:
+    """Raises ModelSourceError where blocks would not be multiplied by, or the file has some already."""
+    if dtype != torch.float32 or torch.device(device).type != "cpu":
+        name = str(dtype).removeprefix("torch.")
+        raise ModelSourceError(f"--quantize holds with --dtype float32 and --device cpu, got {name} and {device}")
+    if ref == EMBEDDED or Path(ref).suffix.lower() == ".gguf":
+        raise ModelSourceError(f"--quantize is for dense weights in safetensors; {ref} has formats of its own")
 
 
 def load_pretrained(

@@ -10,6 +10,7 @@ from patchclamp_server.cpu.linear import Linear, can_be_invariant
 from patchclamp_server.model.architectures import NormKind, QkvLayout
 from patchclamp_server.model.decoder import Block, Decoder
 from patchclamp_server.model.progress import Progress, Silent, Stage
+from patchclamp_server.model.quantization.quantizer import Quantizer, stored_tensor
 from patchclamp_server.model.row_operators import HeadNorms, Norm
 from patchclamp_server.model.spec import read_spec
 
@@ -21,15 +22,17 @@ def decoder_from_transformers(
     device: str,
     batch_invariant: bool | None = None,
     use_codes: bool = True,
+    quantizer: Quantizer | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """Returns the decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table.
 
     For `batch_invariant` see Decoder; None sets it where that is possible. For `use_codes` see Linear.
+    `quantizer` makes blocks of the matrices.
     """
     if batch_invariant is None:
         batch_invariant = can_be_invariant(dtype, device)
-    return _Builder(model, dtype, device, batch_invariant, use_codes, progress or Silent()).build()
+    return _Builder(model, dtype, device, batch_invariant, use_codes, quantizer, progress or Silent()).build()
 
 
 class _Builder:
@@ -42,10 +45,12 @@ class _Builder:
         device: str,
         batch_invariant: bool,
         use_codes: bool,
+        quantizer: Quantizer | None,
         progress: Progress,
     ) -> None:
         self.model = model
         self.products = {"batch_invariant": batch_invariant, "use_codes": use_codes}
+        self.quantizer = quantizer
         self.progress = progress
         self.spec = read_spec(model.config)
         self.dtype = dtype
@@ -54,7 +59,7 @@ class _Builder:
     def build(self) -> Decoder:
         family = self.spec.family
         layers = self._module(family.layers)
-        embedding = self._tensor(self._module(family.embedding).weight)
+        embedding = self._end(family.embedding)
         positions = None
         if family.position_embedding is not None:
             table = self._module(family.position_embedding).weight
@@ -62,10 +67,10 @@ class _Builder:
         blocks: list[Block] = []
         for layer in layers.children():
             self.progress.update(Stage.PREPARE, len(blocks), self.spec.n_layers)
-            blocks.append(self._block(layer))
+            blocks.append(self._block(f"{family.layers}.{len(blocks)}", layer))
         unembedding = self._module(family.unembedding)
         tied = unembedding.weight is self._module(family.embedding).weight
-        weight = embedding if tied else self._tensor(unembedding.weight)
+        weight = embedding if tied else self._end(family.unembedding)
         bias = None if getattr(unembedding, "bias", None) is None else self._tensor(unembedding.bias)
         return Decoder(
             self.spec,
@@ -77,7 +82,17 @@ class _Builder:
             Linear(weight, bias, **self.products),
         )
 
-    def _block(self, layer: nn.Module) -> Block:
+    def _end(self, path: str) -> Tensor:
+        """The embedding or the unembedding."""
+        return self._tensor(self._in_blocks(path, self._module(path).weight, is_end=True))
+
+    def _in_blocks(self, path: str, weight: Tensor, *, is_end: bool = False) -> Tensor:
+        """Returns a matrix as the quantizer leaves it."""
+        if self.quantizer is None:
+            return weight
+        return self.quantizer.matrix(f"{path}.weight", stored_tensor(weight), is_end=is_end).dense()
+
+    def _block(self, path: str, layer: nn.Module) -> Block:
         family, spec = self.spec.family, self.spec
 
         def norm(path: str | None) -> Norm | None:
@@ -96,23 +111,29 @@ class _Builder:
             head_norms = HeadNorms.of(q_norm, k_norm, spec.n_heads, spec.n_kv_heads)
         return Block(
             attn_norm=attn_norm,
-            qkv=self._linear(layer, family.qkv, order),
+            qkv=self._linear(path, layer, family.qkv, order),
             head_norms=head_norms,
-            attn_output=self._linear(layer, (family.attn_output,)),
+            attn_output=self._linear(path, layer, (family.attn_output,)),
             post_attn_norm=norm(family.post_attn_norm),
             mlp_norm=mlp_norm,
-            mlp_input=self._linear(layer, family.mlp_input),
-            mlp_output=self._linear(layer, (family.mlp_output,), input_major=True),
+            mlp_input=self._linear(path, layer, family.mlp_input),
+            mlp_output=self._linear(path, layer, (family.mlp_output,), input_major=True),
             post_mlp_norm=norm(family.post_mlp_norm),
         )
 
     def _linear(
-        self, layer: nn.Module, paths: tuple[str, ...], order: Tensor | None = None, *, input_major: bool = False
+        self,
+        path: str,
+        layer: nn.Module,
+        paths: tuple[str, ...],
+        order: Tensor | None = None,
+        *,
+        input_major: bool = False,
     ) -> Linear:
-        """Stacks the modules at `paths` along their outputs, and reorders the outputs by `order`."""
+        """Stacks the modules at `paths`, of the block at `path`, along their outputs, and reorders these by `order`."""
         modules = [_submodule(layer, path) for path in paths]
         weights = [m.weight.t() if self.spec.family.transposed else m.weight for m in modules]
-        weight = torch.cat(weights)
+        weight = torch.cat([self._in_blocks(f"{path}.{own}", w) for own, w in zip(paths, weights, strict=True)])
         bias = None
         if getattr(modules[0], "bias", None) is not None:
             bias = torch.cat([m.bias for m in modules])

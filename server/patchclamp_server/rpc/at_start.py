@@ -15,6 +15,7 @@ from patchclamp_server.engine.memory.options import plan_options
 from patchclamp_server.engine.memory.plan import MemoryPlan
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import Progress
+from patchclamp_server.model.quantization.scheme import SCHEMES
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.model.stored_tensors import StoredTensor
 from patchclamp_server.rpc.config import ServerConfig
@@ -76,6 +77,7 @@ def load(config: ServerConfig, progress: Progress | None = None) -> Loaded:
         dtype=dtype,
         device=config.device,
         batch_invariant=engine.batch_invariant,
+        quantize=SCHEMES[config.quantize] if config.quantize else None,
         admit=admit,
         progress=progress,
     )

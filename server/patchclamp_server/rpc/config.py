@@ -48,6 +48,8 @@ class ServerConfig(SecurityConfig):
     artifacts_url: str = field(default_factory=default_artifacts_url)
     dtype: str = "float32"
     device: str = "cpu"
+    # The scheme by which dense weights are quantised when they load, or "".
+    quantize: str = ""
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     # So many calls are answered at once, streams and sessions included.
     max_calls: int = DEFAULT_MAX_CALLS
