@@ -1,5 +1,7 @@
 """Quantisers against plain rounding between the least and the largest weight, and against what gguf reads of them."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, dequantize
@@ -130,6 +132,18 @@ def test_a_matrix_of_several_parts_is_quantised_as_one() -> None:
     matrix = StoredMatrix((halves, turned))
     found = quantize_matrix(matrix, Format.Q4_K).matrix
     np.testing.assert_array_equal(found.dense().numpy(), read(quantize_q4_k(matrix.dense().numpy()), Format.Q4_K))
+
+
+def test_no_more_than_some_rows_are_float32_beside_a_matrix() -> None:
+    matrix = stored(np.random.default_rng(4).normal(size=(8192, 1024)).astype(np.float32))
+    quantize_matrix(matrix, Format.Q4_K)
+    tracemalloc.start()
+    try:
+        blocks = quantize_matrix(matrix, Format.Q4_K).matrix.nbytes
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - blocks < matrix.nbytes / 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
