@@ -82,7 +82,7 @@ def test_logits_of_all_rows_are_planned_for() -> None:
 def test_the_plan_says_its_parts_in_one_line() -> None:
     made = plan(spec(), TENSORS, 160, OPTIONS)
     assert sum(made.parts.values()) == made.total
-    assert "weights 565 KiB, KV cache " in str(made)
+    assert "weights 564 KiB, KV cache " in str(made)
     assert "(160 tokens), tables " in str(made)
 
 
@@ -111,12 +111,12 @@ def test_a_cache_that_was_asked_for_wins_over_the_rest_of_the_bound() -> None:
 
 def test_a_cache_beyond_the_bound_is_refused_with_both_numbers() -> None:
     wanted = (
-        r"with --kv-cache-tokens 800000 takes .*KV cache .*; --memory is 1.00 GiB; at most --kv-cache-tokens \d+ fit"
+        r"with --kv-cache-tokens 800000 takes .*KV cache .*; --memory is 128 MiB; at most --kv-cache-tokens \d+ fit"
     )
     with pytest.raises(ModelSourceError, match=wanted) as refused:
-        fitted(1 << 40, tokens=800_000, given=True, memory=1 << 30)
+        fitted(1 << 40, tokens=800_000, given=True, memory=128 * MIB)
     most = int(str(refused.value).split("--kv-cache-tokens ")[-1].split()[0])
-    assert fitted(1 << 40, tokens=most, given=True, memory=1 << 30).total <= 1 << 30
+    assert fitted(1 << 40, tokens=most, given=True, memory=128 * MIB).total <= 128 * MIB
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:

@@ -50,7 +50,7 @@ def test_the_plan_is_said_before_the_model_is_loaded(tiny_llama_dir: Path, caplo
     caplog.set_level(logging.INFO)
     loaded = load(parse("--model", str(tiny_llama_dir), "--kv-cache-tokens", "1024"))
     assert f"memory: {loaded.plan}; " in caplog.text
-    assert "KV cache 1.02 MiB (1,024 tokens)" in caplog.text
+    assert "KV cache 292 KiB (1,024 tokens)" in caplog.text
 
 
 def test_the_engine_gets_the_cache_that_was_planned(tiny_llama_dir: Path) -> None:

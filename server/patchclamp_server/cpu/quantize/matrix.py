@@ -14,7 +14,7 @@ from patchclamp_server.cpu.quantize.q6_k import quantize_q6_k
 from patchclamp_server.cpu.stored import Format, Part, StoredMatrix
 
 # So many weights are float32 at once in each thread: they stay in its cache.
-_AT_ONCE = 1 << 18
+_AT_ONCE = 1 << 17
 
 QUANTIZERS: dict[Format, Callable[[NDArray[np.float32]], NDArray[np.uint8]]] = {
     Format.Q4_K: quantize_q4_k,

@@ -56,15 +56,12 @@ def quantized_tensors(tensors: list[StoredTensor], scheme: Scheme, family: Famil
 
 def _quantized(tensor: StoredTensor, scheme: Scheme, family: Family) -> StoredTensor:
     positions = family.position_embedding
-    if len(tensor.shape) != 2 or (positions is not None and _is_of(tensor, positions)):
+    path = tensor.name.split(".")
+    if len(tensor.shape) != 2 or (positions is not None and path[-2] == positions.split(".")[-1]):
         return tensor
-    is_end = _is_of(tensor, family.embedding) or _is_of(tensor, family.unembedding)
+    # Files may leave out the name of the whole model, and have another for the unembedding.
+    is_end = family.layers.split(".")[-1] not in path
     # A transposed matrix of a block is turned before it is quantised.
     shape = tensor.shape[::-1] if family.transposed and not is_end else tensor.shape
     format = scheme.format_of(shape[-1], is_end=is_end)
     return tensor if format is None else replace(tensor, format=format, shape=shape)
-
-
-def _is_of(tensor: StoredTensor, path: str) -> bool:
-    """Whether a tensor belongs to the module at `path`; files may leave out the name of the whole model."""
-    return tensor.name.split(".")[-2:-1] == path.split(".")[-1:]
