@@ -136,8 +136,9 @@ def test_a_bound_above_what_there_is_is_refused_with_both_numbers() -> None:
         fitted(2 << 30, memory=4 << 30)
 
 
-# The middle one has 34 million weights.
-MIDDLE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8192}
+# The middle one has 31 million weights, and 4,096 tokens of KV cache are 32 MiB.
+_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+MIDDLE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8192, **_HEADS}
 
 
 @pytest.mark.parametrize("sizes", [{}, MIDDLE], ids=["tiny", "middle"])

@@ -97,17 +97,11 @@ class Part:
         """Returns the weights [n, width]."""
         from gguf import GGMLQuantizationType, dequantize
 
-        rows = self._bytes()
+        size = self.format.row_bytes(self.width)
+        rows = self.memory[self.starts[:, None] + np.arange(size)]
         dtype: Any = {Format.F32: np.float32, Format.F16: np.float16}.get(self.format)
         data = rows if dtype is None else rows.view(dtype)
         return np.ascontiguousarray(dequantize(data, GGMLQuantizationType(self.format)), dtype=np.float32)
-
-    def _bytes(self) -> NDArray[np.uint8]:
-        """Returns the bytes [n, row bytes]: a view where the rows lie one after the other."""
-        size, n = self.format.row_bytes(self.width), len(self.starts)
-        if n and bool((np.diff(self.starts) == size).all()):
-            return self.memory[self.starts[0] : self.starts[0] + n * size].reshape(n, size)
-        return self.memory[self.starts[:, None] + np.arange(size)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ def model_fingerprint(directory: Path, progress: Progress | None = None) -> str:
 
 def quantized_fingerprint(fingerprint: str, scheme: Scheme) -> str:
     """Returns the fingerprint of a model with `fingerprint` whose weights are quantised by `scheme` when they load."""
-    return digest_of_parts({"model": fingerprint, "quantized": f"{scheme.name} {REVISION}"})
+    return f"{fingerprint}-quantized-{scheme.name}-{REVISION}"
 
 
 def _computation(value: Any) -> Any:
