@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from patchclamp_server.cpu.memory import in_parts
 from patchclamp_server.cpu.quantize.q4_k import quantize_q4_k
 from patchclamp_server.cpu.quantize.q6_k import quantize_q6_k
+from patchclamp_server.cpu.quantize.small_blocks import quantize_small
 from patchclamp_server.cpu.stored import Format, Part, StoredMatrix
 
 # So many weights are float32 at once in each thread: they stay in its cache.
@@ -19,11 +20,12 @@ _AT_ONCE = 1 << 17
 QUANTIZERS: dict[Format, Callable[[NDArray[np.float32]], NDArray[np.uint8]]] = {
     Format.Q4_K: quantize_q4_k,
     Format.Q6_K: quantize_q6_k,
-    # These have one scale for 32 weights, from the largest of them: gguf does it as llama.cpp does.
-    **{
-        format: partial(quantize, qtype=GGMLQuantizationType(format))
-        for format in (Format.Q4_0, Format.Q4_1, Format.Q5_0, Format.Q5_1, Format.Q8_0)
-    },
+    Format.Q4_0: partial(quantize_small, bits=4, has_minimum=False),
+    Format.Q5_0: partial(quantize_small, bits=5, has_minimum=False),
+    Format.Q4_1: partial(quantize_small, bits=4, has_minimum=True),
+    Format.Q5_1: partial(quantize_small, bits=5, has_minimum=True),
+    # With 8 bits the scale by the largest weight leaves nothing to find.
+    Format.Q8_0: partial(quantize, qtype=GGMLQuantizationType.Q8_0),
 }
 
 

@@ -1,8 +1,8 @@
 """Q4_K: eight groups of 32 weights, x = d·s·c - dmin·m with a 4-bit code c; s and m of a group have 6 bits.
 
 A block of 144 bytes has d and dmin (float16), the 16 numbers s and m in 12 bytes, and two codes in a byte: of groups
-2i and 2i + 1 (`block_q4_K` of ggml-common.h). Groups have their scale and minimum by search, these are rounded to six
-bits of the largest in the block, and codes are those nearest to each weight under what was rounded.
+2i and 2i + 1 (`block_q4_K` of ggml-common.h). Groups have their scale and minimum by search (search.py), these are
+rounded to six bits of the largest in the block, and codes are those nearest to each weight under what was rounded.
 """
 
 # What numba compiles has no types for mypy.
@@ -40,7 +40,7 @@ def _search(x, scales):  # type: ignore[no-untyped-def]
     weight = np.empty(GROUP, dtype=np.float32)
     for block in range(x.shape[0]):
         for group in range(GROUPS):
-            scale, minimum = affine(x[block, group], weight, TOP)
+            scale, minimum = affine(x[block, group], weight, TOP, np.float32(0))
             scales[0, block, group] = scale
             scales[1, block, group] = -minimum
 

@@ -1,8 +1,8 @@
 """Q6_K: sixteen groups of 16 weights, x = d·s·(c - 32) with a 6-bit code c; s of a group is an int8.
 
 A block of 210 bytes has the lower four bits of the codes, their upper two, the scales and d (float16; `block_q6_K` of
-ggml-common.h). Groups have their scale by search, it is rounded to an int8 of the largest in the block, and codes are
-those nearest to each weight under what was rounded.
+ggml-common.h). Groups have their scale by search (search.py), it is rounded to an int8 of the largest in the block,
+and codes are those nearest to each weight under what was rounded.
 """
 
 # What numba compiles has no types for mypy.

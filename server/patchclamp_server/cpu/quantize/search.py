@@ -4,12 +4,13 @@ Codes are whole numbers, so that the best scale of a group is not the one by whi
 llama.cpp does it (`make_qkx2_quants` and `make_qx_quants` of ggml-quants.c), candidates around that scale give codes,
 these codes give the scale and minimum that are best for them, and the candidate with the least error is taken:
 
-    affine:     min over s ≥ 0, m ≤ 0 of  Σ_k w_k (s c_k + m - x_k)²,  c_k = round((x_k - least) / candidate) in 0…top
+    affine:     min over s ≥ 0, m of      Σ_k w_k (s c_k + m - x_k)²,  c_k = round((x_k - least) / candidate) in 0…top
     symmetric:  min over s            of  Σ_k w_k (s c_k - x_k)²,      c_k = round(x_k / candidate) in -bound…bound-1
 
-The weights w_k say that large weights of a model matter more: sqrt(mean x²) + |x_k| and x_k².
+The weights w_k = sqrt(mean x²) + |x_k| say that large weights of a model matter more. (llama.cpp has x_k² for the
+symmetric search; of heavy tails that leaves a larger error in all than plain rounding.)
 
-numba's cache of q4_k.py and q6_k.py looks at these files alone: a change here needs one there.
+numba's cache of the modules that call this looks at the text of these files alone: a change here needs one there.
 """
 
 # What numba compiles has no types for mypy.
@@ -28,15 +29,17 @@ _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
 @compiled
-def affine(x, weight, top):  # type: ignore[no-untyped-def]
-    """Returns scale ≥ 0 and minimum ≤ 0 of a group x [n], with codes 0…top; `weight` [n] is scratch."""
+def affine(x, weight, top, highest):  # type: ignore[no-untyped-def]
+    """Returns scale ≥ 0 and minimum of a group x [n], with codes 0…top; `weight` [n] is scratch.
+
+    The minimum is at most `highest`: 0 where the format has only negative ones, infinity elsewhere.
+    """
     n = x.shape[0]
     least, largest, squares = x[0], x[0], _ZERO
     for k in range(n):
         least, largest = min(least, x[k]), max(largest, x[k])
         squares += x[k] * x[k]
-    # A minimum above 0 has no code.
-    least = min(least, _ZERO)
+    least = min(least, highest)
     if largest <= least:
         return _ZERO, least
     usual = np.float32(np.sqrt(squares / np.float32(n)))
@@ -71,7 +74,7 @@ def affine(x, weight, top):  # type: ignore[no-untyped-def]
             continue
         s = (w * cx - wx * c) / determinant
         m = (cc * wx - c * cx) / determinant
-        if m > 0:
+        if m > highest:
             s, m = cx / cc, np.float64(0)
         own = np.float64(sum_xx) + s * s * cc + m * m * w + 2 * s * m * c - 2 * s * cx - 2 * m * wx
         if s > 0 and own < error:
@@ -90,6 +93,12 @@ def symmetric(x, bound):  # type: ignore[no-untyped-def]
     # A group this small would have infinite candidates.
     if abs(largest) < np.float32(1e-30):
         return _ZERO
+    squares = _ZERO
+    for k in range(n):
+        # Relative to the largest, squares of small weights stay numbers.
+        share = x[k] / largest
+        squares += share * share
+    usual = np.float32(np.sqrt(squares / np.float32(n)))
     low, high = np.float32(-bound), np.float32(bound - 1)
     scale, gain = largest / low, np.float64(-1)
     for candidate in range(_SYMMETRIC_CANDIDATES):
@@ -98,9 +107,8 @@ def symmetric(x, bound):  # type: ignore[no-untyped-def]
         sum_cc, sum_cx = _ZERO, _ZERO
         for k in range(n):
             code = min(max(np.rint(x[k] * inverse), low), high)
-            # Relative to the largest, squares of small weights stay numbers.
             share = x[k] / largest
-            wc = share * share * code
+            wc = (usual + abs(share)) * code
             sum_cc += wc * code
             sum_cx += wc * share
         if sum_cc > 0 and np.float64(sum_cx) * sum_cx / sum_cc > gain:
