@@ -10,7 +10,7 @@ import patchclamp_server
 ROOMS = (
     # What everybody may use imports nothing of ours but errors.
     {"errors"},
-    {"callers", "addresses", "files", "threads"},
+    {"callers", "addresses", "files", "sizes", "threads"},
     {"cpu"},
     {"model"},
     {"text", "artifacts"},

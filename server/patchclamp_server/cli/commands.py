@@ -1,4 +1,4 @@
-"""`patchclamp serve` and `patchclamp pull`. Imports nothing heavy before the threads are configured."""
+"""`patchclamp serve`, `pull` and `quantize-card`. Imports nothing heavy before the threads are configured."""
 
 import argparse
 import asyncio
@@ -36,8 +36,8 @@ def serve(args: argparse.Namespace) -> int:
         # This comes before the model: whoever starts a second server need not wait for weights to hear of the first.
         reserved = reserve(config)
         with RichProgress() as progress:
-            model = load(config, progress)
-        server = Server(model, config)
+            model, config, plan = load(config, progress)
+        server = Server(model, config, plan)
 
         def ready(address: str) -> None:
             if args.json:
@@ -73,6 +73,32 @@ def pull(args: argparse.Namespace) -> int:
         return 130
     name, fingerprint = info.name, info.fingerprint
     print(json.dumps({"name": name, "fingerprint": fingerprint}) if args.json else f"{name} {fingerprint}")
+    return 0
+
+
+def quantize_card(args: argparse.Namespace) -> int:
+    """Measures what quantising costs a dense model, prints it and keeps it for `serve`. Returns the exit code."""
+    _configure_process()
+    from patchclamp_server.analysis.quantization import measure
+    from patchclamp_server.cli.card import card_text
+    from patchclamp_server.model.errors import ModelSourceError
+    from patchclamp_server.model.progress import RichProgress
+    from patchclamp_server.model.quantization.card import as_json, store_card
+    from patchclamp_server.model.quantization.scheme import SCHEMES
+
+    if args.quantize is None or args.model is None:
+        return _failed("quantize-card", f"--{'model' if args.model is None else 'quantize'} is needed")
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    try:
+        with RichProgress() as progress:
+            info = measure(args.model, SCHEMES[args.quantize], progress)
+        assert info.quantization is not None
+        path = store_card(info.fingerprint, info.quantization)
+    except (ModelSourceError, OSError) as error:
+        return _failed("quantize-card", error)
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(as_json(info.quantization)) if args.json else f"{card_text(info)}\n\nkept in {path}")
     return 0
 
 

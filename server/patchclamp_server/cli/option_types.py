@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from patchclamp.extras import install_line
 from patchclamp_server.addresses import Address
+from patchclamp_server.sizes import parse_size
 
 # Without a protocol for traces, the one for all signals holds.
 OTLP_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -22,6 +23,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
+
+
+def size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def address(text: str) -> str:

@@ -13,6 +13,7 @@ from patchclamp_server.cli.option_types import (
     one_of,
     positive,
     seconds,
+    size,
     slowdown,
     tcp_address,
     tracing,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from patchclamp_server.rpc.config import ServerConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Those of model/quantization/scheme.py, which is too heavy to be imported here.
+QUANTIZE = ("q8_0", "q6_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0")
 # These options name files of security.
 SECURITY_FILES = {
     "tls_certificate": "PEM file of the server's certificate, and those between it and its root: serve by TLS",
@@ -42,7 +45,7 @@ ENGINE_OPTIONS = {
     "max_sequences": "sequences that run at once",
     "max_tokens_per_step": "token rows of one forward pass",
     "kv_block_size": "tokens in a KV block",
-    "kv_cache_tokens": "tokens the KV cache holds",
+    "kv_cache_tokens": "tokens the KV cache holds (default: 65536, or as many as fit)",
     "analysis_slowdown": "how many times as long a stream may wait for a token beside analysis, above 1 (default: 1.5)",
     "max_failed_steps": "forward passes that may fail in a row before the server ends",
     "max_watches": "watches that may run, at most 63",
@@ -56,6 +59,12 @@ ENGINE_TYPES = {"max_watches": watch_count, "analysis_slowdown": slowdown}
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--model", help='"embedded", a hub id, a directory or a .gguf file (default: embedded)')
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `quantize-card`."""
+    add_model_arguments(parser)
+    _add_quantize(parser)
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +91,14 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
     _add(parser, "--device", help="torch device (default: cpu)")
+    _add_quantize(parser)
+    _add(
+        parser,
+        "--memory",
+        type=size,
+        help="what all of the server may take, e.g. 4GiB: the KV cache gets what the model leaves (default: as many "
+        "tokens as --kv-cache-tokens has by default, or as fit)",
+    )
     _add(parser, "--max-message-bytes", type=positive, help="largest request (default: 4 MiB)")
     _add(parser, "--max-calls", type=positive, help="calls answered at once, streams included (default: 4096)")
     _add(parser, "--max-upload-bytes", type=positive, help="largest artifact (default: 256 MiB)")
@@ -170,6 +187,7 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     engine = {name: given[name] for name in ENGINE_OPTIONS if name in given}
+    given["kv_cache_tokens_given"] = "kv_cache_tokens" in given
     if "prefix_cache" in given:
         engine["enable_prefix_cache"] = given["prefix_cache"] == "on"
     for name in SWITCHES:
@@ -182,6 +200,15 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
         given["watches"] = tuple(WatchAtStart(*watch) for watch in given["watches"])
     fields = {name for name in ServerConfig.__dataclass_fields__ if name != "engine"}
     return ServerConfig(engine=EngineConfig(**engine), **{n: v for n, v in given.items() if n in fields})
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    _add(
+        parser,
+        "--quantize",
+        type=one_of(*QUANTIZE),
+        help=f"quantise dense weights when they load: {', '.join(QUANTIZE)} (default: as they are)",
+    )
 
 
 def _add(parser: argparse.ArgumentParser, option: str, **arguments: object) -> None:

@@ -23,6 +23,14 @@ from patchclamp_server.interventions.scopes import FloatArray, Int32Array
 
 NEVER = torch.iinfo(torch.int64).max
 _SLOTS = 256
+# Entries and units have room for so many rows at first.
+DEFAULT_ROWS = 4096
+# The tables have room for so much from the start on CUDA: graphs read them where they were when captured, and a table
+# that grows moves. 64 Mi elements are 16,384 vectors of width 4,096, and the units are 64 neurons in each of 32 layers
+# of 512 requests.
+CUDA_BANK_ELEMENTS = 2**26
+CUDA_ENTRIES = 2**18
+CUDA_UNITS = 2**20
 
 
 @dataclass(eq=False)
@@ -71,8 +79,8 @@ class Tables:
         *,
         capacity: int = 1024,
         bank_elements: int = 0,
-        entries: int = 4096,
-        units: int = 4096,
+        entries: int = DEFAULT_ROWS,
+        units: int = DEFAULT_ROWS,
     ) -> None:
         """Starts with `capacity` rows of counters, `entries` and `units`. A bank of vectors starts with room for
         `bank_elements` numbers, but for at least 256 vectors."""

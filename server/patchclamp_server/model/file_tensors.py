@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchclamp_server.cpu.stored import Format, Part
+from patchclamp_server.model.stored_tensors import StoredTensor
 
 _FORMATS = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: Format.BF16}
 
@@ -73,6 +74,10 @@ class FileTensors:
 
     def __getitem__(self, name: str) -> FileTensor:
         return self.tensors[name]
+
+    def listed(self) -> list[StoredTensor]:
+        """Returns what they are, without their weights."""
+        return [StoredTensor(name, tensor.format, tensor.shape) for name, tensor in self.tensors.items()]
 
     def same(self, one: str, other: str) -> bool:
         """Returns whether two tensors are equal, bit by bit."""

@@ -21,6 +21,7 @@ from patchclamp_server.model.digests import (
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf.header import Header
 from patchclamp_server.model.progress import Progress, Stage
+from patchclamp_server.model.quantization.scheme import REVISION, Scheme
 from patchclamp_server.model.source import weight_files
 
 # These keys of config.json do not change what the model computes: paths, versions, the dtype that its tensors carry
@@ -103,6 +104,11 @@ def _reading(files: Iterable[Path], progress: Progress | None) -> OnBytes:
             progress.update(Stage.FINGERPRINT, done, total)
 
     return on_bytes
+
+
+def quantized_fingerprint(fingerprint: str, scheme: Scheme) -> str:
+    """Returns the fingerprint of a model with `fingerprint` whose weights are quantised by `scheme` when they load."""
+    return f"{fingerprint}-quantized-{scheme.name}-{REVISION}"
 
 
 def _computation(value: Any) -> Any:

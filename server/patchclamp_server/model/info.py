@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from patchclamp_server.model.quantization.card import QuantizationCard
 from patchclamp_server.model.sites import Site
 
 
@@ -24,3 +25,5 @@ class ModelInfo:
     device: str
     sites: dict[Site, int]
     has_chat_template: bool = False
+    # Of dense weights that were quantised when they were loaded.
+    quantization: QuantizationCard | None = None

@@ -19,6 +19,7 @@ from patchclamp_server.model.embedding import Embedding
 from patchclamp_server.model.file_tensors import FileTensors, tensors_of
 from patchclamp_server.model.parameters import parameters_of
 from patchclamp_server.model.progress import Progress, Silent, Stage
+from patchclamp_server.model.quantization.quantizer import Quantizer
 from patchclamp_server.model.rotary import rotary_tables
 from patchclamp_server.model.row_operators import HeadNorms, Norm
 from patchclamp_server.model.spec import read_spec
@@ -35,16 +36,18 @@ def decoder_of(
     device: str,
     batch_invariant: bool | None = None,
     use_codes: bool = True,
+    quantizer: Quantizer | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """Returns the decoder of a causal LM. Raises FailedPrecondition for an architecture that is not in the table.
 
     `tensors` has every parameter, in its shape, but for one of two that are tied (parameters.py).
     For `batch_invariant` see Decoder; None sets it where that is possible. For `use_codes` see load_model.
+    `quantizer` makes blocks of the matrices.
     """
     if batch_invariant is None:
         batch_invariant = can_be_invariant(dtype, device)
-    return _Builder(config, tensors, dtype, device, batch_invariant, use_codes, progress or Silent()).build()
+    return _Builder(config, tensors, dtype, device, batch_invariant, use_codes, quantizer, progress or Silent()).build()
 
 
 def decoder_from_transformers(
@@ -75,11 +78,13 @@ class _Builder:
         device: str,
         batch_invariant: bool,
         use_codes: bool,
+        quantizer: Quantizer | None,
         progress: Progress,
     ) -> None:
         self.config = config
         self.tensors = tensors
         self.batch_invariant, self.use_codes = batch_invariant, use_codes
+        self.quantizer = quantizer
         self.progress = progress
         self.spec = read_spec(config)
         self.parameters = parameters_of(config, self.spec)
@@ -117,10 +122,13 @@ class _Builder:
         there = [name for name in names if name in tensors]
         # A file may have both although its configuration ties them: they are two where they differ.
         if len(there) == 1 or (self.parameters.tied and tensors.same(*names)):
-            embedding = self._weight(StoredMatrix((tensors[there[0]].part(),)))
+            embedding = self._end(there[0])
             return embedding, embedding
-        embedding, unembedding = (self._weight(StoredMatrix((tensors[name].part(),))) for name in names)
+        embedding, unembedding = (self._end(name) for name in names)
         return embedding, unembedding
+
+    def _end(self, name: str) -> Tensor | StoredMatrix:
+        return self._weight(StoredMatrix((self._in_blocks(name, self.tensors[name].part(), is_end=True),)))
 
     def _block(self, layer: str) -> Block:
         family, spec = self.spec.family, self.spec
@@ -167,7 +175,14 @@ class _Builder:
     def _part(self, name: str) -> Part:
         tensor = self.tensors[name]
         transposed = self.spec.family.transposed and self.tensors.products_transposed
-        return tensor.transposed() if transposed else tensor.part()
+        return self._in_blocks(name, tensor.transposed() if transposed else tensor.part())
+
+    def _in_blocks(self, name: str, part: Part, *, is_end: bool = False) -> Part:
+        """Returns a matrix as the quantizer leaves it."""
+        if self.quantizer is None:
+            return part
+        (quantized,) = self.quantizer.matrix(name, StoredMatrix((part,)), is_end=is_end).parts
+        return quantized
 
     def _bias(self, paths: tuple[str, ...]) -> Tensor | None:
         if f"{paths[0]}.bias" not in self.parameters.shapes:

@@ -48,6 +48,8 @@ class ServerConfig(SecurityConfig):
     artifacts_url: str = field(default_factory=default_artifacts_url)
     dtype: str = "float32"
     device: str = "cpu"
+    # The scheme by which dense weights are quantised when they load, or "".
+    quantize: str = ""
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     # So many calls are answered at once, streams and sessions included.
     max_calls: int = DEFAULT_MAX_CALLS
@@ -71,3 +73,7 @@ class ServerConfig(SecurityConfig):
     # Names and paths of checkpoints that neurons may be matched with; each is loaded for the job alone.
     match_models: tuple[tuple[str, str], ...] = ()
     engine: EngineConfig = field(default_factory=EngineConfig)
+    # Bytes that all of the server may take on its device; None bounds it by what is available.
+    memory: int | None = None
+    # Whether engine.kv_cache_tokens was asked for. Otherwise the cache is as large as memory allows.
+    kv_cache_tokens_given: bool = False

@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from patchclamp_server.addresses import Address, Reservation, naming
 from patchclamp_server.engine.engine import Engine
+from patchclamp_server.engine.memory.plan import MemoryPlan
 from patchclamp_server.errors import RequestError
 from patchclamp_server.model.info import ModelInfo
 from patchclamp_server.model.load import LoadedModel
@@ -59,7 +60,8 @@ class EngineStopped(Exception):
 class Server:
     """One model behind one address. `start` and `stop` in the same event loop."""
 
-    def __init__(self, model: LoadedModel, config: ServerConfig) -> None:
+    def __init__(self, model: LoadedModel, config: ServerConfig, plan: MemoryPlan | None = None) -> None:
+        """`plan` is what the server was planned to take of memory, for its metrics."""
         self.config = config
         self.metrics = Metrics()
         self._security = Security(config, self.metrics.security, METHODS)
@@ -67,6 +69,8 @@ class Server:
         self.engine.observer = self.metrics
         self.metrics.read_engine(self.engine.stats)
         self.metrics.describe_model(model.info)
+        if plan is not None:
+            self.metrics.describe_memory(plan)
         self._info = model.info
         self.services = Servicers(self.engine, model, config, self.metrics.on_grounded)
         if self._security.is_configured:

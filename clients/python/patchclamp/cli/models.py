@@ -4,6 +4,7 @@ import argparse
 
 from patchclamp.cli.options import connect, connection_options
 from patchclamp.cli.terminal import heading, print_json
+from patchclamp.results.models import Quantization
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,8 +28,21 @@ def run_models(args: argparse.Namespace) -> int:
         print(f"  heads        {model.n_heads} ({model.n_kv_heads} key-value) of {model.head_dim}")
         print(f"  vocabulary   {model.vocab_size}, context {model.context_length}")
         print(f"  sites        {', '.join(f'{site} [{width}]' for site, width in model.sites.items())}")
+        if model.quantization is not None:
+            print(f"  quantised    {_quantization(model.quantization)}")
         print(f"  chat         {'yes' if model.has_chat_template else 'no template'}")
     return 0
+
+
+def _quantization(card: Quantization) -> str:
+    text = f"{card.scheme}, {card.bits_per_weight:.2f} bits a weight"
+    if card.quality is None:
+        return f"{text}; quality not measured"
+    quality = card.quality
+    return (
+        f"{text}; KL {quality.divergence:.3g} nats, same first choice {quality.top1_agreement:.1%}, "
+        f"perplexity x {quality.perplexity_ratio:.3f}"
+    )
 
 
 def run_health(args: argparse.Namespace) -> int:

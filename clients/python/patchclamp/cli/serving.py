@@ -1,4 +1,4 @@
-"""patchclamp serve, pull and token: the commands of the server package, which the thin client does not need."""
+"""The commands of the server package, as patchclamp serve, which the thin client does not need."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from patchclamp.extras import install_line
 COMMANDS = {
     "serve": "serve a model",
     "pull": "fetch and verify a model",
+    "quantize-card": "measure what quantising costs a dense model",
     "token": "make a bearer token for a server",
 }
 
@@ -28,6 +29,7 @@ def add_arguments(name: str, parser: Parser) -> Callable[[argparse.Namespace], i
     arguments, command = {
         "serve": (options.add_serve_arguments, commands.serve),
         "pull": (options.add_model_arguments, commands.pull),
+        "quantize-card": (options.add_card_arguments, commands.quantize_card),
         "token": (tokens.add_token_arguments, tokens.token),
     }[name]
     arguments(parser)

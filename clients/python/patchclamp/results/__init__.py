@@ -89,6 +89,9 @@ from patchclamp.results.jobs import (
 from patchclamp.results.models import (
     Detokenization,
     Model,
+    Quantization,
+    QuantizationQuality,
+    QuantizedFormat,
     Tokenization,
 )
 from patchclamp.results.monitoring import (
@@ -272,6 +275,9 @@ __all__ = [
     "Progress",
     "QualityCard",
     "Quantile",
+    "Quantization",
+    "QuantizationQuality",
+    "QuantizedFormat",
     "ReadActivations",
     "ReadActivationsCollector",
     "ReadoutValue",

@@ -10,8 +10,43 @@ from patchclamp.v1 import program_pb2
 
 
 @dataclass(frozen=True)
+class QuantizedFormat(Record):
+    """Counts the matrices of a quantised model that have one format."""
+
+    format: str
+    matrices: int
+    weights: int
+    bits_per_weight: float
+    relative_squared_error: float
+
+
+@dataclass(frozen=True)
+class QuantizationQuality(Record):
+    """Compares a quantised model with the dense one on ordinary text: mean KL(dense ‖ quantised) in nats, the share of
+    tokens with the same first choice, and the ratio of perplexities."""
+
+    divergence: float
+    top1_agreement: float
+    perplexity_ratio: float
+    dense_perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Quantization(Record):
+    """The card of a quantised model; `quality` is None until `patchclamp quantize-card` has measured it."""
+
+    scheme: str
+    bits_per_weight: float
+    relative_squared_error: float
+    formats: tuple[QuantizedFormat, ...]
+    quality: QuantizationQuality | None
+
+
+@dataclass(frozen=True)
 class Model(Record):
-    """Describes a served model; `sites` maps each site that the family has to its width."""
+    """Describes a served model; `sites` maps each site that the family has to its width. `quantization` is set where
+    its weights were quantised when they were loaded."""
 
     name: str
     fingerprint: str
@@ -28,6 +63,7 @@ class Model(Record):
     device: str
     sites: dict[str, int]
     has_chat_template: bool
+    quantization: Quantization | None
 
     @classmethod
     def from_proto(cls, message: pb.Model, **given: Any) -> "Model":

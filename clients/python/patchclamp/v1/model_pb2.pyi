@@ -61,6 +61,7 @@ class Model(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     SITES_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     fingerprint: _builtins.str
     """SHA-256 over the configuration, tokenizer and weights."""
@@ -78,6 +79,10 @@ class Model(_message.Message):
     has_chat_template: _builtins.bool
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteInfo]: ...
+    @_builtins.property
+    def quantization(self) -> Global___Quantization:
+        """Set where dense weights were quantised when they were loaded (serve --quantize); the fingerprint is another then."""
+
     def __init__(
         self,
         *,
@@ -96,14 +101,127 @@ class Model(_message.Message):
         device: _builtins.str = ...,
         sites: _abc.Iterable[Global___SiteInfo] | None = ...,
         has_chat_template: _builtins.bool = ...,
+        quantization: Global___Quantization | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quantization", b"quantization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "d_ff", b"d_ff", "d_model", b"d_model", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "sites", b"sites", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "d_ff", b"d_ff", "d_model", b"d_model", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "quantization", b"quantization", "sites", b"sites", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Quantization(_message.Message):
+    """Quantization is the card of a quantised model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEME_FIELD_NUMBER: _builtins.int
+    BITS_PER_WEIGHT_FIELD_NUMBER: _builtins.int
+    RELATIVE_SQUARED_ERROR_FIELD_NUMBER: _builtins.int
+    FORMATS_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    scheme: _builtins.str
+    """As --quantize names it."""
+    bits_per_weight: _builtins.float
+    """8 times the bytes of all blocks over the weights in them."""
+    relative_squared_error: _builtins.float
+    """Sum of (quantised - dense)^2 over the sum of dense^2, over all weights."""
+    @_builtins.property
+    def formats(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuantizedFormat]:
+        """The matrices by their format, the most weights first. Where rows are not whole blocks of the format of the scheme,
+        a matrix has another.
+        """
+
+    @_builtins.property
+    def quality(self) -> Global___QuantizationQuality:
+        """Set where it was measured: patchclamp quantize-card."""
+
+    def __init__(
+        self,
+        *,
+        scheme: _builtins.str = ...,
+        bits_per_weight: _builtins.float = ...,
+        relative_squared_error: _builtins.float = ...,
+        formats: _abc.Iterable[Global___QuantizedFormat] | None = ...,
+        quality: Global___QuantizationQuality | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits_per_weight", b"bits_per_weight", "formats", b"formats", "quality", b"quality", "relative_squared_error", b"relative_squared_error", "scheme", b"scheme"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
+
+@_typing.final
+class QuantizedFormat(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    MATRICES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    BITS_PER_WEIGHT_FIELD_NUMBER: _builtins.int
+    RELATIVE_SQUARED_ERROR_FIELD_NUMBER: _builtins.int
+    format: _builtins.str
+    """Of GGML, as q4_k, or f32 and such for matrices that are as they were."""
+    matrices: _builtins.int
+    weights: _builtins.int
+    bits_per_weight: _builtins.float
+    relative_squared_error: _builtins.float
+    def __init__(
+        self,
+        *,
+        format: _builtins.str = ...,
+        matrices: _builtins.int = ...,
+        weights: _builtins.int = ...,
+        bits_per_weight: _builtins.float = ...,
+        relative_squared_error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits_per_weight", b"bits_per_weight", "format", b"format", "matrices", b"matrices", "relative_squared_error", b"relative_squared_error", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuantizedFormat: _TypeAlias = QuantizedFormat  # noqa: Y015
+
+@_typing.final
+class QuantizationQuality(_message.Message):
+    """QuantizationQuality compares with the dense model on ordinary text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIVERGENCE_FIELD_NUMBER: _builtins.int
+    TOP1_AGREEMENT_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_RATIO_FIELD_NUMBER: _builtins.int
+    DENSE_PERPLEXITY_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    divergence: _builtins.float
+    """Mean KL(dense || quantised), nats."""
+    top1_agreement: _builtins.float
+    """Share of tokens with the same most likely token."""
+    perplexity_ratio: _builtins.float
+    """exp(mean negative log-likelihood quantised - dense)."""
+    dense_perplexity: _builtins.float
+    tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        divergence: _builtins.float = ...,
+        top1_agreement: _builtins.float = ...,
+        perplexity_ratio: _builtins.float = ...,
+        dense_perplexity: _builtins.float = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense_perplexity", b"dense_perplexity", "divergence", b"divergence", "perplexity_ratio", b"perplexity_ratio", "tokens", b"tokens", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuantizationQuality: _TypeAlias = QuantizationQuality  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

@@ -27,6 +27,7 @@ from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.interventions.head_readings import HeadReader
 from patchclamp_server.interventions.kernel_plan import KernelPlan, KernelPlanner, empty_plan
 from patchclamp_server.interventions.slots import SlotTables
+from patchclamp_server.interventions.tables import CUDA_BANK_ELEMENTS, CUDA_ENTRIES, CUDA_UNITS
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.attention.spans import Spans
 from patchclamp_server.model.kernel_forward import KernelForward
@@ -35,13 +36,6 @@ from patchclamp_server.monitoring.sites import SiteWatcher, WatchedSites
 from patchclamp_server.sparsity.mlp import SparseModel
 
 log = logging.getLogger(__name__)
-
-# The tables have room for so much from the start on CUDA: graphs read them where they were when captured, and a table
-# that grows moves. 64 Mi elements are 16,384 vectors of width 4,096, and the units are 64 neurons in each of 32 layers
-# of 512 requests.
-_CUDA_BANK_ELEMENTS = 2**26
-_CUDA_ENTRIES = 2**18
-_CUDA_UNITS = 2**20
 
 
 class KernelExecutor:
@@ -57,9 +51,9 @@ class KernelExecutor:
                 decoder.spec.n_layers,
                 decoder.dtype,
                 decoder.device,
-                bank_elements=_CUDA_BANK_ELEMENTS,
-                entries=_CUDA_ENTRIES,
-                units=_CUDA_UNITS,
+                bank_elements=CUDA_BANK_ELEMENTS,
+                entries=CUDA_ENTRIES,
+                units=CUDA_UNITS,
             )
         self.planner = KernelPlanner(setting_of(decoder, self.tables))
         self.heads = HeadReader(decoder.spec.n_heads, decoder.device)

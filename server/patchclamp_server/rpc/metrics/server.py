@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from patchclamp_server.engine.admission import Reason
 from patchclamp_server.engine.config import EngineStats
+from patchclamp_server.engine.memory.plan import MemoryPlan
 from patchclamp_server.engine.request import SparsityReport
 from patchclamp_server.interventions.program import Edit, Receipt
 from patchclamp_server.interventions.request_warnings import WarningCode
@@ -160,6 +161,16 @@ class Metrics:
             registry=self.registry,
         )
         gauge.labels(info.name, info.architecture, info.fingerprint, info.dtype, info.device).set(1)
+
+    def describe_memory(self, plan: MemoryPlan) -> None:
+        gauge = Gauge(
+            "patchclamp_memory_planned_bytes",
+            "Memory that serving was planned to take, before the weights were read.",
+            ("part",),
+            registry=self.registry,
+        )
+        for part, size in plan.parts.items():
+            gauge.labels(part).set(size)
 
     def read_engine(self, stats: Callable[[], EngineStats]) -> None:
         """Shows the engine's counts; `stats` is called at every scrape, on the scraper's thread."""

@@ -1,6 +1,7 @@
 """ModelService says what is served, and how it reads a prompt."""
 
 import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from patchclamp.v1 import model_pb2 as pb
@@ -8,6 +9,7 @@ from patchclamp.v1.model_pb2_grpc import ModelServiceServicer
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.interventions.field_checks import count
 from patchclamp_server.model.info import ModelInfo
+from patchclamp_server.model.quantization.card import QuantizationCard
 from patchclamp_server.rpc.call.calls import check_model
 from patchclamp_server.rpc.codecs.generation import decode_prompt
 from patchclamp_server.rpc.codecs.program import SITE_NUMBERS
@@ -68,4 +70,15 @@ def encode_model(info: ModelInfo) -> pb.Model:
             for site, width in sorted(info.sites.items(), key=lambda item: item[0].order)
         ],
         has_chat_template=info.has_chat_template,
+        quantization=None if info.quantization is None else _encode_quantization(info.quantization),
+    )
+
+
+def _encode_quantization(card: QuantizationCard) -> pb.Quantization:
+    return pb.Quantization(
+        scheme=card.scheme,
+        bits_per_weight=card.bits_per_weight,
+        relative_squared_error=card.relative_squared_error,
+        formats=[pb.QuantizedFormat(**asdict(format)) for format in card.formats],
+        quality=None if card.quality is None else pb.QuantizationQuality(**asdict(card.quality)),
     )

@@ -1,0 +1,1 @@
+"""Dense weights become GGML blocks while they load: in which formats, and what that costs."""
