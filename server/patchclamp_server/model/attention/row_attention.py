@@ -2,14 +2,19 @@
 
     z_h = Σ_j w_j v_j / Σ_j w_j,   w_j = exp(s_hj - max_j s_hj),   s_hj = cap(q_h · k_j · scale)
 
-Rows of one sequence that follow each other form a tile, so that keys and values are read once for all of them and for
-all query heads of a KV head, where they are in the pool. Keys are taken 16 at a time from the beginning of the
-sequence, whatever the tile: the bits of a row depend neither on its neighbours, nor on where its prompt was cut into
-chunks, nor on the number of threads. Scores are kept for one tile and KV head; no attention matrix is kept. The largest
-score is known before the first exponential, so the peaks of heads (peaks.py) cost next to nothing.
+Keys are taken in chunks of 256 from the beginning of the sequence. A chunk c has its own largest score m_c, sum
+l_c = Σ exp(s_j - m_c) and o_c = Σ exp(s_j - m_c) v_j, and chunks are merged one after the other (flash attention: Dao
+2023), from the first on:
 
-numba compiles this once and caches it on disk; a change in cpu/invariant/tiles.py needs a change here. NaN and
-infinities are values like any other.
+    m = max(m, m_c);  l ← l exp(m_before - m) + l_c exp(m_c - m);  o likewise;  z = o / l
+
+Rows of one sequence that follow each other form a tile, so that keys and values are read once for all of them and for
+all query heads of a KV head. Chunks of one tile may be computed by different threads (parts.py); whoever is last merges
+them in their order. So the bits of a row depend neither on its neighbours, nor on where its prompt was cut into chunks,
+nor on the number of threads. No row of scores is kept, and the peaks of heads (peaks.py) cost next to nothing.
+
+numba compiles this once and caches it on disk; a change in cpu/invariant/attention.py, cpu/vector.py or tiled.py needs
+a change here. NaN and infinities are values like any other.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
@@ -23,23 +28,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchclamp_server.cpu.invariant.rows import exponentials
-from patchclamp_server.cpu.invariant.tiles import add_values, dot_keys, largest_of, sum_of
+from patchclamp_server.cpu.atomics import add_to
+from patchclamp_server.cpu.invariant.attention import WIDE, add_values, exponentials_from, score_keys
+from patchclamp_server.cpu.invariant.tiles import largest_of
 from patchclamp_server.cpu.memory import in_parts
-from patchclamp_server.cpu.vector import LINE, prefetch
 from patchclamp_server.model.attention.batch import AttentionBatch
+from patchclamp_server.model.attention.parts import (
+    CHUNK,
+    COUNTER,
+    FIRST_CHUNK,
+    FIRST_KV,
+    LAST_CHUNK,
+    LAST_KV,
+    OF,
+    RECORD,
+    RECORDS,
+    TILE,
+)
 from patchclamp_server.model.attention.peaks import LayerPeaks
+from patchclamp_server.model.attention.pools import LANES, TiledPool
+from patchclamp_server.model.attention.tiled import copy_tiles, find_scales, find_tiles, write_rows
 
-_KEYS = 16  # keys that are scored at once: the lanes of a vector
+_TILES = CHUNK // LANES
+# So many queries that read the same keys are worth a copy of them in float32.
+_WORTH_A_COPY = 8
 _NONE = np.empty((0, 0, 0), dtype=np.float32)
 _NO_PEAKS = np.empty((0, 0, 0), dtype=np.int32), _NONE, None
+# The numbers of a record, behind its sums of values.
+_LARGEST, _TOTAL, _REST, _WHERE = range(4)
 
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
+def write(k: Tensor, v: Tensor, slots: Tensor, pool: TiledPool) -> None:
+    """Writes k and v [T, n_kv_heads, head_dim] at token addresses `slots` [T]."""
+    write_rows(k.contiguous().numpy(), v.contiguous().numpy(), slots.numpy(), *pool.arrays, pool.block_size)
+
+
 def attend_rows(
     q: Tensor,
-    pool: Tensor,
+    pool: TiledPool,
     batch: AttentionBatch,
     *,
     scale: float,
@@ -47,16 +75,23 @@ def attend_rows(
     soft_cap: float,
     peaks: LayerPeaks | None,
 ) -> Tensor:
-    """Returns z [T, n_heads * head_dim] of all rows of a batch, from q [T, n_heads, head_dim]. The layer's pool
-    [2, n_blocks, block_size, n_kv_heads, head_dim] holds their keys and values already."""
+    """Returns z [T, n_heads * head_dim] of all rows of a batch, from q [T, n_heads, head_dim]. The layer's pool holds
+    their keys and values already."""
     n, n_heads, dim = q.shape
+    n_kv = pool.n_kv_heads
     z = np.empty((n, n_heads * dim), dtype=np.float32)
     where, share, off_sink = _NO_PEAKS if peaks is None or peaks.arrays is None else peaks.arrays
+    parts = batch.parts(n_kv, torch.get_num_threads())
     arguments = (
         q.contiguous().view(-1).numpy(),
-        pool.numpy(),
+        *pool.arrays,
+        pool.block_size,
+        n_kv,
+        dim,
         batch.tables,
         batch.tiles,
+        parts.items,
+        *parts.memory(n_heads // n_kv, pool.width),
         np.float32(scale),
         window,
         np.float32(soft_cap),
@@ -65,178 +100,284 @@ def attend_rows(
         share,
         _NONE if off_sink is None else off_sink,
         0 if peaks is None else peaks.place,
-        0,
-        pool.shape[3],
     )
-    in_parts(partial(attend, *arguments), len(batch.tiles), 1, batch.n_keys * 2 * pool.shape[3] * dim * z.itemsize)
+    in_parts(partial(attend, *arguments), len(parts.items), 1, batch.n_keys * 2 * n_kv * dim * z.itemsize)
     return torch.from_numpy(z)
 
 
 @_compiled
-def attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_sink, place, kv_start, kv_end, start, end):
-    """Attends for the tiles start ≤ i < end, with the heads of KV heads kv_start ≤ kv < kv_end."""
-    size, n_kv, dim = pool.shape[2], pool.shape[3], pool.shape[4]
+def attend(
+    q, keys, values, key_scales, value_scales, size, n_kv, dim, tables, tiles, parts, counters, records, scale, window,
+    cap, z, peak_at, peak, off_sink, place, start, end,
+):  # fmt: skip
+    """Attends for the parts start ≤ i < end, and merges those tiles whose last part is among them."""
     n_heads = z.shape[1] // dim
     group = n_heads // n_kv
-    values_at = pool.shape[1] * size * n_kv * dim
-    flat = pool.reshape(-1)
-    # Keys that do not lie in a block 16 by 16, or are not whole vectors, are copied to where they do.
-    width = (dim + _KEYS - 1) // _KEYS * _KEYS
-    in_place = size % _KEYS == 0 and width == dim
-    copied = np.zeros(_KEYS * width, dtype=np.float32)
+    width = (dim + LANES - 1) // LANES * LANES
+    record = width + RECORD
+    coded = keys.itemsize == 1
     most = 0
-    longest = 0
     for i in range(start, end):
-        # A single row reads the keys of all heads, which lie together; more rows read those of one head repeatedly.
-        most = max(most, n_heads if tiles[i, 2] == 1 else tiles[i, 2] * group)
-        longest = max(longest, tiles[i, 3] + tiles[i, 2])
-    # This is an odd number of cache lines: otherwise the same key of all rows would share few places of the cache.
-    longest = ((longest + _KEYS - 1) // _KEYS | 1) * _KEYS
-    queries = np.zeros(most * width, dtype=np.float32)
-    scores = np.empty(most * longest, dtype=np.float32)
-    sums = np.empty(most * width, dtype=np.float32)
-    total = np.empty(most, dtype=np.float32)
-    powers = np.empty(longest, dtype=np.int32)
+        most = max(most, tiles[parts[i, TILE], 2] * group)
+    copied = size % LANES != 0 or (keys.itemsize < 4 and most >= _WORTH_A_COPY)
+    copy = CHUNK if copied else 0
+    # All of this begins at cache lines.
+    sizes = (most * width, most * CHUNK, most * record, most * record, 2 * CHUNK, LANES, copy * width, copy * width)
+    memory = np.empty(sum(sizes) + LANES, dtype=np.float32)
+    first = -memory.ctypes.data // 4 % LANES
+    queries, first = memory[first : first + sizes[0]], first + sizes[0]
+    scores, first = memory[first : first + sizes[1]], first + sizes[1]
+    own, first = memory[first : first + sizes[2]], first + sizes[2]
+    merged, first = memory[first : first + sizes[3]], first + sizes[3]
+    scales, first = memory[first : first + sizes[4]], first + sizes[4]
+    pair, first = memory[first : first + sizes[5]], first + sizes[5]
+    key_copy, first = memory[first : first + sizes[6]], first + sizes[6]
+    value_copy = memory[first : first + sizes[7]]
+    pair[:] = 0
+    scales[:] = 1
+    key_at, value_at = np.empty(_TILES, dtype=np.int64), np.empty(_TILES, dtype=np.int64)
     for i in range(start, end):
-        sequence, row, rows, position = tiles[i, 0], tiles[i, 1], tiles[i, 2], tiles[i, 3]
+        part = parts[i]
+        sequence, row, rows, position = tiles[part[TILE]]
+        table = tables[sequence]
         n = rows * group
-        together = kv_end - kv_start if rows == 1 else 1
-        end_key = position + rows
+        copies = size % LANES != 0 or (keys.itemsize < 4 and n >= _WORTH_A_COPY)
         # This is the first chunk of the row that sees the earliest keys.
-        first_chunk = (max(0, position - window + 1) if window else 0) // _KEYS
-        n_chunks = (end_key + _KEYS - 1) // _KEYS - first_chunk
-        for first_kv in range(kv_start, kv_end, together):
-            for v in range(n * together):
-                h = (first_kv + v // n) * group + v % group
-                at = ((row + v % n // group) * n_heads + h) * dim
-                for d in range(dim):
-                    queries[v * width + d] = q[at + d]
-            for c in range(n_chunks):
-                key = (first_chunk + c) * _KEYS
-                if in_place and rows == 1 and c + 1 < n_chunks:
-                    _ask_for(flat, 0, tables[sequence], size, n_kv * dim, key + _KEYS)
-                for kv in range(first_kv, first_kv + together):
-                    if in_place:
-                        here = ((tables[sequence, key // size] * size + key % size) * n_kv + kv) * dim
-                        source, stride = flat, n_kv * dim
-                    else:
-                        _copy(flat, 0, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
-                        source, here, stride = copied, 0, width
-                    begin = (kv - first_kv) * n
-                    for v in range(begin, begin + n):
-                        dot_keys(queries, v * width, source, here, stride, width, scores, v * longest + c * _KEYS)
-            for v in range(n * together):
-                own = scores[v * longest : v * longest + n_chunks * _KEYS]
-                last = position + v % n // group - first_chunk * _KEYS
-                first = max(0, last - window + 1) if window else 0
-                largest = _scale(own, first, last, scale, cap)
-                if peak.shape[0]:
-                    j = first
-                    # If every score is NaN, no key equals the largest, and the search ends at `last`.
-                    while j < last and own[j] != largest:
-                        j += 1
-                    h = (first_kv + v // n) * group + v % group
-                    peak_at[place, row + v % n // group, h] = first_chunk * _KEYS + j
-                total[v] = _softmax_weights(own, first, last, largest, powers)
-            sums[: n * together * width] = 0
-            for c in range(n_chunks):
-                key = (first_chunk + c) * _KEYS
-                if in_place and rows == 1 and c + 1 < n_chunks:
-                    _ask_for(flat, values_at, tables[sequence], size, n_kv * dim, key + _KEYS)
-                for kv in range(first_kv, first_kv + together):
-                    v = (kv - first_kv) * n
-                    if in_place:
-                        here = values_at + ((tables[sequence, key // size] * size + key % size) * n_kv + kv) * dim
-                        source, stride = flat, n_kv * dim
-                    else:
-                        _copy(flat, values_at, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
-                        source, here, stride = copied, 0, width
-                    _add_chunk(
-                        scores, longest, source, here, stride, width, sums, v, n, group, position, window, key, c
+        earliest = (max(0, position - window + 1) if window else 0) // CHUNK
+        shared = part[COUNTER] >= 0
+        for kv in range(part[FIRST_KV], part[LAST_KV]):
+            _pack_queries(q, row, rows, n_heads, kv * group, group, dim, queries)
+            for chunk in range(max(earliest, part[FIRST_CHUNK]), part[LAST_CHUNK]):
+                first_key = chunk * CHUNK
+                end_key = min(position + rows, first_key + CHUNK)
+                tiles_here = (end_key - first_key + LANES - 1) // LANES
+                if coded:
+                    find_scales(table, size, n_kv, kv, first_key, end_key, key_scales, value_scales, scales)
+                sight = (position - first_key, rows, group, window)
+                wanted = (peak.shape[0] > 0, off_sink.shape[0] > 0 and chunk == 0)
+                if copies:
+                    copy_tiles(
+                        table, size, n_kv, kv, dim, width, first_key, end_key, keys, values, key_copy, value_copy
                     )
-            for v in range(n * together):
-                h = (first_kv + v // n) * group + v % group
+                    for t in range(tiles_here):
+                        key_at[t], value_at[t] = t * LANES * dim, t * LANES * width
+                    _attend_chunk(
+                        queries, key_copy, value_copy, key_at, value_at, coded, scales, tiles_here, sight, dim, width,
+                        scale, cap, scores, own, wanted,
+                    )  # fmt: skip
+                else:
+                    find_tiles(table, size, n_kv, kv, dim, width, first_key, tiles_here, key_at, value_at)
+                    _attend_chunk(
+                        queries, keys, values, key_at, value_at, coded, scales, tiles_here, sight, dim, width, scale,
+                        cap, scores, own, wanted,
+                    )  # fmt: skip
+                for v in range(n):
+                    own[v * record + width + _WHERE] += first_key
+                if shared:
+                    at = (part[RECORDS] * group + chunk * n) * record
+                    records[at : at + n * record] = own[: n * record]
+                else:
+                    _merge(merged, own, 0, n, width, chunk == earliest, pair)
+            if shared:
+                if (add_to(counters, part[COUNTER], 1) + 1) % part[OF] != 0:
+                    continue
+                for chunk in range(earliest, (position + rows + CHUNK - 1) // CHUNK):
+                    at = (part[RECORDS] * group + chunk * n) * record
+                    _merge(merged, records, at, n, width, chunk == earliest, pair)
+            for v in range(n):
+                i_row, h = row + v // group, kv * group + v % group
+                numbers = merged[v * record + width : (v + 1) * record]
                 # The largest weight is exp(0).
-                share = np.float32(1) / total[v]
+                share = np.float32(1) / numbers[_TOTAL]
                 for d in range(dim):
-                    z[row + v % n // group, h * dim + d] = sums[v * width + d] * share
+                    z[i_row, h * dim + d] = merged[v * record + d] * share
                 if peak.shape[0]:
-                    peak[place, row + v % n // group, h] = share
-                if off_sink.shape[0]:
-                    if not peak_at[place, row + v % n // group, h]:
-                        # The head's peak is the first token: its peak off the sink is the largest other weight.
-                        own = scores[v * longest : v * longest + n_chunks * _KEYS]
-                        own[0] = np.float32(0)
-                        share *= largest_of(own, 0, own.shape[0])
-                    off_sink[place, row + v % n // group, h] = share
+                    where = np.int32(numbers[_WHERE])
+                    peak_at[place, i_row, h], peak[place, i_row, h] = where, share
+                    if off_sink.shape[0]:
+                        if where == 0:
+                            # The head's peak is the first token: its peak off the sink is the largest other weight.
+                            pair[0] = numbers[_REST]
+                            exponentials_from(pair, 0, LANES, numbers[_LARGEST])
+                            share *= pair[0]
+                            pair[:] = 0
+                        off_sink[place, i_row, h] = share
 
 
 @_compiled
-def _ask_for(pool, at, table, size, stride, key):
-    """Prefetches 16 keys or values of all heads, because reading them head by head jumps through memory."""
-    here = at + (table[key // size] * size + key % size) * stride
-    prefetch(pool, here, _KEYS * stride * 4 // LINE)
+def _together(n):
+    """Returns how many of n queries that are left are computed at once."""
+    return 8 if WIDE and n >= 8 else 4 if n >= 4 else n
 
 
 @_compiled
-def _copy(pool, at, table, size, n_kv, kv, dim, key, end_key, copied, width):
-    """Copies up to 16 keys or values of a sequence side by side; what follows the last one means nothing."""
-    for j in range(min(_KEYS, end_key - key)):
-        here = at + ((table[(key + j) // size] * size + (key + j) % size) * n_kv + kv) * dim
-        for d in range(dim):
-            copied[j * width + d] = pool[here + d]
+def _pack_queries(q, row, rows, n_heads, first_head, group, dim, out):
+    """Sets out to the queries of one KV head by those that are computed at once, [dim, at once] each."""
+    n, v = rows * group, 0
+    while v < n:
+        r = _together(n - v)
+        for k in range(v, v + r):
+            at = ((row + k // group) * n_heads + first_head + k % group) * dim
+            for d in range(dim):
+                out[v * dim + d * r + k - v] = q[at + d]
+        v += r
 
 
 @_compiled
-def _scale(scores, first, last, scale, cap):
-    """Sets scores ← cap(scores · scale) from `first` to `last`, -inf in the others, and returns the largest."""
-    # Indices count from 0, here and below: numba takes an index that may be negative as one from the end, and LLVM does
-    # not vectorise those.
-    n = scores.shape[0]
-    for j in range(n):
-        scores[j] *= scale
-    if cap > 0:
-        for j in range(first, last + 1):
-            scores[j] = np.float32(math.tanh(scores[j] / cap)) * cap
-    _fill_hidden(scores, first, last, np.float32(-np.inf))
-    return largest_of(scores, 0, n)
-
-
-@_compiled
-def _softmax_weights(scores, first, last, largest, powers):
-    """Sets scores ← exp(scores - largest) from `first` to `last`, 0 in the others, and returns their sum, which adds
-    each of 16 lanes and then these by halves."""
-    n = scores.shape[0]
-    for j in range(n):
-        scores[j] -= largest
-    exponentials(scores, powers)
-    _fill_hidden(scores, first, last, np.float32(0))
-    return sum_of(scores, 0, n)
-
-
-@_compiled
-def _fill_hidden(scores, first, last, value):
-    scores[:first] = value
-    scores[last + 1 :] = value
-
-
-@_compiled
-def _add_chunk(scores, longest, values, here, stride, width, sums, start, n, group, position, window, key, c):
-    """Adds 16 values to the sums of n queries, for each those that it sees: four queries at once that see all."""
+def _attend_chunk(
+    queries, keys, values, key_at, value_at, coded, scales, tiles, sight, dim, width, scale, cap, scores, out, wanted
+):  # fmt: skip
+    """Sets the records `out` of n queries of a chunk: the sums of exp(s - largest) v, the largest score, the sum of
+    exp(s - largest), the largest score behind the first key, and the place of the largest in the chunk. A query that
+    sees none of its keys has a total of -1."""
+    position, rows, group, window = sight
+    n, record = rows * group, width + RECORD
+    begin = (max(0, position - window + 1) if window else 0) // LANES
+    _score(queries, n, keys, key_at, begin, tiles, dim, scale, scales, scores)
+    for v in range(n):
+        at = v * CHUNK
+        last = min(position + v // group, CHUNK - 1)
+        first = max(0, position + v // group - window + 1) if window else 0
+        for k in range(v * record, (v + 1) * record):
+            out[k] = np.float32(0)
+        numbers = out[v * record + width : (v + 1) * record]
+        if last < first:
+            numbers[_TOTAL] = np.float32(-1)
+            continue
+        for j in range(at + begin * LANES, at + first):
+            scores[j] = np.float32(-np.inf)
+        for j in range(at + last + 1, at + tiles * LANES):
+            scores[j] = np.float32(-np.inf)
+        if cap > 0:
+            for j in range(at + first, at + last + 1):
+                scores[j] = np.float32(math.tanh(scores[j] / cap)) * cap
+        from_at, length = at + begin * LANES, (tiles - begin) * LANES
+        if wanted[1] and first == 0:
+            sink = scores[at]
+            scores[at] = np.float32(-np.inf)
+            rest = largest_of(scores, from_at, length)
+            scores[at] = sink
+            largest = sink if sink >= rest else rest
+        else:
+            largest = largest_of(scores, from_at, length)
+            rest = largest
+        if wanted[0]:
+            j = first
+            # If every score is NaN, no key equals the largest, and the search ends at `last`.
+            while j < last and scores[at + j] != largest:
+                j += 1
+            numbers[_WHERE] = np.float32(j)
+        numbers[_LARGEST], numbers[_REST] = largest, rest
+        # If there is no largest score, all weights are 0 or NaN.
+        base = largest if largest > -np.inf else np.float32(0)
+        numbers[_TOTAL] = exponentials_from(scores, from_at, length, base)
+        if coded:
+            for j in range(begin * LANES, tiles * LANES):
+                scores[at + j] *= scales[CHUNK + j]
     v = 0
     while v < n:
-        own = position + v // group
-        at = (start + v) * longest + c * _KEYS
-        z = (start + v) * width
-        latest = position + min(v + 3, n - 1) // group
-        if v + 4 <= n and own >= key + _KEYS - 1 and not (window and latest - window + 1 > key):
-            w = (at, at + longest, at + 2 * longest, at + 3 * longest)
-            four = (z, z + width, z + 2 * width, z + 3 * width)
-            add_values(scores, w, _KEYS, values, here, stride, width, sums, four)
-            v += 4
+        r = 4 if n - v >= 4 else n - v
+        low, high = v // group, (v + r - 1) // group
+        # All of these queries see what lies between.
+        begin_all = max(0, position + high - window + 1) if window else 0
+        end_all = min(position + low, CHUNK - 1) + 1
+        if r > 1 and end_all > begin_all:
+            for k in range(v, v + r):
+                begin_own = max(0, position + k // group - window + 1) if window else 0
+                if begin_own < begin_all:
+                    _add(scores, k, 1, values, value_at, begin_own, begin_all, width, out)
+            _add(scores, v, r, values, value_at, begin_all, end_all, width, out)
+            for k in range(v, v + r):
+                end_own = min(position + k // group, CHUNK - 1) + 1
+                if end_own > end_all:
+                    _add(scores, k, 1, values, value_at, end_all, end_own, width, out)
+        else:
+            for k in range(v, v + r):
+                begin_own = max(0, position + k // group - window + 1) if window else 0
+                end_own = min(position + k // group, CHUNK - 1) + 1
+                if end_own > begin_own:
+                    _add(scores, k, 1, values, value_at, begin_own, end_own, width, out)
+        v += r
+
+
+@_compiled
+def _score(q, n, keys, key_at, begin, end, dim, scale, scales, scores):
+    """Sets the scores of n queries for tiles begin ≤ t < end; those of others in fours of tiles mean nothing."""
+    v = 0
+    while v < n:
+        r = _together(n - v)
+        at, q_at = v * CHUNK, v * dim
+        for t in range(begin // 4 * 4, end, 4):
+            k0, k1 = key_at[max(t, begin)], key_at[max(begin, min(t + 1, end - 1))]
+            k2, k3 = key_at[max(begin, min(t + 2, end - 1))], key_at[min(t + 3, end - 1)]
+            s, j = at + t * LANES, t * LANES
+            if r == 1:
+                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, (s,))
+            elif r == 2:
+                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, (s, s + CHUNK))
+            elif r == 3:
+                to = (s, s + CHUNK, s + 2 * CHUNK)
+                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, to)
+            elif r == 4:
+                to = (s, s + CHUNK, s + 2 * CHUNK, s + 3 * CHUNK)
+                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, to)
+            else:
+                to = (
+                    s, s + CHUNK, s + 2 * CHUNK, s + 3 * CHUNK, s + 4 * CHUNK, s + 5 * CHUNK, s + 6 * CHUNK,
+                    s + 7 * CHUNK,
+                )  # fmt: skip
+                score_keys(q, q_at, keys, (k0, k1), dim, scale, scales, j, scores, to)
+                half = (
+                    to[0] + 32, to[1] + 32, to[2] + 32, to[3] + 32, to[4] + 32, to[5] + 32, to[6] + 32, to[7] + 32
+                )  # fmt: skip
+                score_keys(q, q_at, keys, (k2, k3), dim, scale, scales, j + 32, scores, half)
+        v += r
+
+
+@_compiled
+def _add(weights, v, r, values, value_at, begin, end, width, out):
+    """Adds the values of keys begin ≤ j < end to the sums of r queries from v on."""
+    w, z, record = v * CHUNK, v * (width + RECORD), width + RECORD
+    if r == 1:
+        add_values(weights, (w,), values, value_at, begin, end, width, out, (z,))
+    elif r == 2:
+        add_values(weights, (w, w + CHUNK), values, value_at, begin, end, width, out, (z, z + record))
+    elif r == 3:
+        at, to = (w, w + CHUNK, w + 2 * CHUNK), (z, z + record, z + 2 * record)
+        add_values(weights, at, values, value_at, begin, end, width, out, to)
+    else:
+        four = (w, w + CHUNK, w + 2 * CHUNK, w + 3 * CHUNK)
+        add_values(
+            weights, four, values, value_at, begin, end, width, out, (z, z + record, z + 2 * record, z + 3 * record)
+        )
+
+
+@_compiled
+def _merge(merged, own, at, n, width, is_first, pair):
+    """Merges the records of a chunk, which begin at own[at], with those of all chunks before it."""
+    record = width + RECORD
+    if is_first:
+        for k in range(n * record):
+            merged[k] = own[at + k]
+        return
+    for v in range(n):
+        before, new = v * record, at + v * record
+        if own[new + width + _TOTAL] == -1:
             continue
-        begin = max(0, own - window + 1 - key) if window else 0
-        n_keys = min(_KEYS, own - key + 1) - begin
-        if n_keys > 0:
-            add_values(scores, (at + begin,), n_keys, values, here + begin * stride, stride, width, sums, (z,))
-        v += 1
+        if merged[before + width + _TOTAL] == -1:
+            for k in range(record):
+                merged[before + k] = own[new + k]
+            continue
+        numbers, others = merged[before + width : before + record], own[new + width : new + record]
+        m, other = numbers[_LARGEST], others[_LARGEST]
+        if other > m:
+            numbers[_LARGEST], numbers[_WHERE] = other, others[_WHERE]
+        numbers[_REST] = max(numbers[_REST], others[_REST])
+        pair[0], pair[1] = m, other
+        largest = numbers[_LARGEST]
+        exponentials_from(pair, 0, LANES, largest if largest > -np.inf else np.float32(0))
+        a, b = pair[0], pair[1]
+        pair[2:] = 0
+        numbers[_TOTAL] = numbers[_TOTAL] * a + others[_TOTAL] * b
+        for k in range(width):
+            merged[before + k] = merged[before + k] * a + own[new + k] * b
