@@ -22,6 +22,7 @@ SOURCES = {
 _FORWARD = ("patchclamp_server.model.decoder", "patchclamp_server.cpu.linear", "patchclamp_server.cpu.quantized")
 _ATTENTION = (
     "patchclamp_server.cpu.invariant.attention",
+    "patchclamp_server.model.attention.chunks",
     "patchclamp_server.model.attention.paged",
     "patchclamp_server.model.attention.parts",
     "patchclamp_server.model.attention.peaks",

@@ -120,6 +120,7 @@ class Engine:
 
     def start(self) -> None:
         warm_up(self.model.decoder.device)
+        self.cache.warm_up()
         self._thread.start()
 
     def submit(self, request: Request) -> int:
@@ -311,9 +312,12 @@ def kv_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
     """Returns the dtype of keys and values. Raises ValueError where the decoder cannot read what is asked for."""
     if config.kv_dtype in ("model", str(decoder.dtype).removeprefix("torch.")):
         return decoder.dtype
-    if not decoder.reads_tiles or _runs_kernels(decoder, config):
-        raise ValueError(f"kv_dtype {config.kv_dtype}: accepted on a CPU in float32 without kernels alone")
-    return {"bfloat16": torch.bfloat16, "int8": torch.int8}[config.kv_dtype]
+    wanted = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(config.kv_dtype)
+    if wanted is None or not decoder.reads_tiles or _runs_kernels(decoder, config):
+        raise ValueError(
+            f"kv_dtype {config.kv_dtype}; accepted: model, and in float32 on a CPU without kernels bfloat16 or int8"
+        )
+    return wanted
 
 
 def _runs_kernels(decoder: Decoder, config: EngineConfig) -> bool:

@@ -55,6 +55,13 @@ class KvCache:
         # These blocks are held by nobody, but their content is still known; the least recently used is first.
         self._idle: OrderedDict[int, None] = OrderedDict()
 
+    def warm_up(self) -> None:
+        """Compiles what reads and writes tiled pools, so that no request waits for it."""
+        if isinstance(self.pools[0], TiledPool):
+            from patchclamp_server.model.attention.row_attention import warm_up
+
+            warm_up(self.pools[0])
+
     @property
     def n_free(self) -> int:
         """Returns how many blocks can be had, those with known content included."""

@@ -23,7 +23,7 @@ from patchclamp_server.cpu.vector import FLOATS, LANES, ZEROS, data_of, load, lo
 
 # A vector is one register of 32, or two of 16: so many vectors of sums are kept in registers.
 WIDE = bool(binding.get_host_cpu_features().get("avx512f", False))
-_VECTORS = 4 if WIDE else 1
+_SUMS = 16 if WIDE else 4
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _INTS = ir.VectorType(_I32, LANES)
@@ -40,8 +40,8 @@ _SMALLEST = -87.0
 
 @intrinsic
 def score_keys(_context, q, q_at, keys, at, dim, scale, scales, scales_at, scores, scores_at):  # type: ignore[no-untyped-def]
-    """Sets scores[scores_at[r] + 16 t + j] = (Σ_d q[q_at + R d + r] keys[at[t] + 16 d + j]) · scale · s_tj for keys j of
-    each tile t, with s_tj = scales[scales_at + 16 t + j]. `at` and `scores_at` are tuples, of tiles and of R queries."""
+    """Sets scores[scores_at[r] + 16 t + j] = (Σ_d q[q_at + R d + r] keys[at[t] + 16 d + j]) · scale · s_tj for keys j
+    of each tile t, with s_tj = scales[scales_at + 16 t + j]. The tuple `at` is of tiles, `scores_at` of R queries."""
     signature = types.void(q, types.int64, keys, at, types.int64, types.float32, scales, types.int64, scores, scores_at)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
@@ -49,22 +49,28 @@ def score_keys(_context, q, q_at, keys, at, dim, scale, scales, scales_at, score
         queries = b.gep(data_of(context, b, signature, args, 0), [args[1]])
         tiles = row_pointers(context, b, signature, args, 2, 3)
         outs = row_pointers(context, b, signature, args, 8, 9)
-        sums = [[cgutils.alloca_once_value(b, ZEROS) for _ in tiles] for _ in outs]
-        with cgutils.for_range(b, args[4]) as loop:
-            first = b.mul(loop.index, _I64(LANES))
-            lanes = [load_lanes(b, b.gep(tile, [first]), dtype) for tile in tiles]
-            place = b.mul(loop.index, _I64(len(outs)))
-            for r, row in enumerate(sums):
-                value = splat(b, b.load(b.gep(queries, [b.add(place, _I64(r))])))
-                for keys_of_tile, total in zip(lanes, row, strict=True):
-                    b.store(fma(b, keys_of_tile, value, b.load(total)), total)
         factor = splat(b, args[5])
         key_scales = b.gep(data_of(context, b, signature, args, 6), [args[7]])
-        for t in range(len(tiles)):
-            own = load(b, b.gep(key_scales, [_I64(t * LANES)]), FLOATS)
-            for out, row in zip(outs, sums, strict=True):
-                value = b.fmul(b.load(row[t]), factor)
-                store(b, b.fmul(value, own), b.gep(out, [_I64(t * LANES)]))
+        at_once = max(1, _SUMS // len(outs))
+        for first_tile in range(0, len(tiles), at_once):
+            own_tiles = tiles[first_tile : first_tile + at_once]
+            sums = [[cgutils.alloca_once(b, FLOATS) for _ in own_tiles] for _ in outs]
+            for row in sums:
+                for total in row:
+                    b.store(ZEROS, total)
+            with cgutils.for_range(b, args[4]) as loop:
+                first = b.mul(loop.index, _I64(LANES))
+                lanes = [load_lanes(b, b.gep(tile, [first]), dtype) for tile in own_tiles]
+                place = b.mul(loop.index, _I64(len(outs)))
+                for r, row in enumerate(sums):
+                    value = splat(b, b.load(b.gep(queries, [b.add(place, _I64(r))])))
+                    for keys_of_tile, total in zip(lanes, row, strict=True):
+                        b.store(fma(b, keys_of_tile, value, b.load(total)), total)
+            for t in range(len(own_tiles)):
+                offset = _I64((first_tile + t) * LANES)
+                own = load(b, b.gep(key_scales, [offset]), FLOATS)
+                for out, row in zip(outs, sums, strict=True):
+                    store(b, b.fmul(b.fmul(b.load(row[t]), factor), own), b.gep(out, [offset]))
         return context.get_dummy_value()
 
     return signature, generate
@@ -86,11 +92,12 @@ def add_values(_context, weights, weights_at, values, tiles, begin, end, width, 
         begin, end, width = args[4:7]
         outs = row_pointers(context, b, signature, args, 7, 8)
         # Vectors run side by side, so that no sum waits for the one before: some at once, then the rest one by one.
-        step = _I64(_VECTORS * LANES)
+        at_once = min(4, max(1, _SUMS // len(outs)))
+        step = _I64(at_once * LANES)
         whole = b.mul(b.udiv(width, step), step)
         first_tile = b.udiv(begin, _I64(LANES))
         last_tile = b.udiv(b.add(end, _I64(LANES - 1)), _I64(LANES))
-        for start, stop, vectors in ((_I64(0), whole, _VECTORS), (whole, width, 1)):
+        for start, stop, vectors in ((_I64(0), whole, at_once), (whole, width, 1)):
             sums = [[cgutils.alloca_once(b, FLOATS) for _ in range(vectors)] for _ in outs]
             with cgutils.for_range_slice(b, start, stop, _I64(vectors * LANES), _I64) as (k, _):
                 channels = [b.add(k, _I64(i * LANES)) for i in range(vectors)]

@@ -72,21 +72,30 @@ def _write_codes(x, out, at, step):
 def find_tiles(table, size, n_kv, kv, dim, width, first_key, tiles, key_at, value_at):
     """Sets key_at and value_at [tiles] to where tiles of 16 keys and values from `first_key` on begin in a pool whose
     size is a multiple of 16."""
+    block, offset = first_key // size, first_key % size
     for t in range(tiles):
-        position = first_key + t * LANES
-        token = (table[position // size] * n_kv + kv) * size + position % size
+        token = (table[block] * n_kv + kv) * size + offset
         key_at[t] = token * dim
         value_at[t] = token * width
+        offset += LANES
+        if offset == size:
+            block, offset = block + 1, 0
 
 
 @compiled
 def find_scales(table, size, n_kv, kv, first_key, end_key, key_scales, value_scales, own):
     """Sets own[j] and own[256 + j] to the scales of the keys and values from `first_key` on."""
     half = own.shape[0] // 2
-    for position in range(first_key, end_key):
-        token = (table[position // size] * n_kv + kv) * size + position % size
-        own[position - first_key] = key_scales[token]
-        own[half + position - first_key] = value_scales[token]
+    block, offset = first_key // size, first_key % size
+    j, n = 0, end_key - first_key
+    while j < n:
+        token = (table[block] * n_kv + kv) * size + offset
+        count = min(size - offset, n - j)
+        for i in range(count):
+            own[j + i] = key_scales[token + i]
+            own[half + j + i] = value_scales[token + i]
+        j += count
+        block, offset = block + 1, 0
 
 
 @compiled
@@ -94,22 +103,20 @@ def copy_tiles(table, size, n_kv, kv, dim, width, first_key, end_key, keys, valu
     """Copies the keys from `first_key` on to out_keys [tiles, dim, 16] and values to out_values [keys, width], float32;
     what follows the last one means nothing."""
     lanes = LANES if size % LANES == 0 else size
-    if lanes == LANES:
-        for position in range(first_key, end_key, LANES):
-            token = (table[position // size] * n_kv + kv) * size + position % size
-            at = position - first_key
-            _floats(keys, token * dim, out_keys, at * dim, LANES * dim)
-            _floats(values, token * width, out_values, at * width, LANES * width)
-        return
-    for position in range(first_key, end_key):
-        offset = position % size
-        own = (table[position // size] * n_kv + kv) * size
-        key = (own + offset // lanes * lanes) * dim + offset % lanes
-        to = position - first_key
-        at = to // LANES * LANES * dim + to % LANES
-        for d in range(dim):
-            out_keys[at + d * LANES] = _float(keys, key + d * lanes)
-        _floats(values, (own + offset) * width, out_values, to * width, width)
+    block, offset = first_key // size, first_key % size
+    for j in range(0, end_key - first_key, LANES if lanes == LANES else 1):
+        own = (table[block] * n_kv + kv) * size
+        if lanes == LANES:
+            _floats(keys, (own + offset) * dim, out_keys, j * dim, LANES * dim)
+            _floats(values, (own + offset) * width, out_values, j * width, LANES * width)
+        else:
+            key, to = own * dim + offset, j // LANES * LANES * dim + j % LANES
+            for d in range(dim):
+                out_keys[to + d * LANES] = _float(keys, key + d * lanes)
+            _floats(values, (own + offset) * width, out_values, j * width, width)
+        offset += LANES if lanes == LANES else 1
+        if offset == size:
+            block, offset = block + 1, 0
 
 
 @compiled

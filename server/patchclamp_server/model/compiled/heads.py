@@ -93,7 +93,7 @@ def _width(job):
 def _write(job, layer, k, v, slot):
     """Writes k and v [n_kv_heads, dim] to the pool of a layer."""
     pools = carray(ints_at(job[_POOLS]), (layer + 1, 4))
-    keys, values, scales_at, value_scales_at = pools[layer]
+    keys, values, scales_at, value_scales_at = pools[layer, 0], pools[layer, 1], pools[layer, 2], pools[layer, 3]
     tokens = job[_POOL_TOKENS] * job[_N_KV]
     n_keys, n_values, size = tokens * job[_DIM], tokens * _width(job), job[_SIZE]
     coded = tokens if job[_POOL_FORMAT] == 1 else 0
@@ -128,7 +128,7 @@ def attend_chunk(job, layer, chunk, n):
     peak = carray(floats_at(job[_PEAK]), (places, rows, n_heads))
     off_sink = carray(floats_at(job[_OFF_SINK]), (off, rows, n_heads))
     pools = carray(ints_at(job[_POOLS]), (layer + 1, 4))
-    keys, values, scales_at, value_scales_at = pools[layer]
+    keys, values, scales_at, value_scales_at = pools[layer, 0], pools[layer, 1], pools[layer, 2], pools[layer, 3]
     tokens = job[_POOL_TOKENS] * n_kv
     n_keys, n_values = tokens * dim, tokens * _width(job)
     coded = tokens if job[_POOL_FORMAT] == 1 else 0
