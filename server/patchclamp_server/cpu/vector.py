@@ -162,7 +162,7 @@ def add_code_rows(  # type: ignore[no-untyped-def]
             at = b.mul(unit.index, _I64(UNIT))
             for table in (scale, low):
                 for line in range(0, UNIT * 4, LINE):
-                    _prefetch_line(b, b.gep(table, [b.add(b.add(at, next_scales), _I64(line // 4))]))
+                    prefetch_line(b, b.gep(table, [b.add(b.add(at, next_scales), _I64(line // 4))]))
             values = list(_load_floats(b, y, at))
             if dtype == types.uint8:
                 lows = _load_floats(b, low, at)
@@ -185,7 +185,7 @@ def prefetch(_context, array, at, lines):  # type: ignore[no-untyped-def]
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         first = b.bitcast(b.gep(data_of(context, b, signature, args, 0), [args[1]]), _I8.as_pointer())
         with cgutils.for_range(b, args[2]) as line:
-            _prefetch_line(b, b.gep(first, [b.mul(line.index, _I64(LINE))]))
+            prefetch_line(b, b.gep(first, [b.mul(line.index, _I64(LINE))]))
         return context.get_dummy_value()
 
     return signature, generate
@@ -195,7 +195,7 @@ def data_of(context: Any, b: Any, signature: Any, args: Any, i: int) -> Any:
     return context.make_array(signature.args[i])(context, b, args[i]).data
 
 
-def _prefetch_line(b: Any, pointer: Any) -> None:
+def prefetch_line(b: Any, pointer: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
     # The arguments mean: to be read, data, into the outer caches, because only few requests into the innermost cache

@@ -19,7 +19,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from patchclamp_server.cpu.invariant.tiles import fma, join_lanes
-from patchclamp_server.cpu.vector import FLOATS, LANES, ZEROS, data_of, load, load_lanes, row_pointers, splat, store
+from patchclamp_server.cpu.vector import (
+    FLOATS,
+    LANES,
+    ZEROS,
+    data_of,
+    load,
+    load_lanes,
+    prefetch_line,
+    row_pointers,
+    splat,
+    store,
+)
 
 # A vector is one register of 32, or two of 16: so many vectors of sums are kept in registers.
 WIDE = bool(binding.get_host_cpu_features().get("avx512f", False))
@@ -39,16 +50,24 @@ _SMALLEST = -87.0
 
 
 @intrinsic
-def score_keys(_context, q, q_at, keys, at, dim, scale, scales, scales_at, scores, scores_at):  # type: ignore[no-untyped-def]
+def score_keys(  # type: ignore[no-untyped-def]
+    _context, q, q_at, keys, at, dim, scale, scales, scales_at, scores, scores_at, values, values_at
+):
     """Sets scores[scores_at[r] + 16 t + j] = (Σ_d q[q_at + R d + r] keys[at[t] + 16 d + j]) · scale · s_tj for keys j
-    of each tile t, with s_tj = scales[scales_at + 16 t + j]. The tuple `at` is of tiles, `scores_at` of R queries."""
-    signature = types.void(q, types.int64, keys, at, types.int64, types.float32, scales, types.int64, scores, scores_at)
+    of each tile t, with s_tj = scales[scales_at + 16 t + j]. The tuple `at` is of tiles, `scores_at` of R queries.
+
+    The values of the same keys, which begin at values[values_at[t]], are prefetched in between.
+    """
+    signature = types.void(
+        q, types.int64, keys, at, types.int64, types.float32, scales, types.int64, scores, scores_at, values, values_at
+    )
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         dtype = signature.args[2].dtype
         queries = b.gep(data_of(context, b, signature, args, 0), [args[1]])
         tiles = row_pointers(context, b, signature, args, 2, 3)
         outs = row_pointers(context, b, signature, args, 8, 9)
+        next_values = row_pointers(context, b, signature, args, 10, 11)
         factor = splat(b, args[5])
         key_scales = b.gep(data_of(context, b, signature, args, 6), [args[7]])
         at_once = max(1, _SUMS // len(outs))
@@ -61,6 +80,8 @@ def score_keys(_context, q, q_at, keys, at, dim, scale, scales, scales_at, score
             with cgutils.for_range(b, args[4]) as loop:
                 first = b.mul(loop.index, _I64(LANES))
                 lanes = [load_lanes(b, b.gep(tile, [first]), dtype) for tile in own_tiles]
+                for tile in next_values[first_tile : first_tile + at_once]:
+                    prefetch_line(b, b.gep(tile, [first]))
                 place = b.mul(loop.index, _I64(len(outs)))
                 for r, row in enumerate(sums):
                     value = splat(b, b.load(b.gep(queries, [b.add(place, _I64(r))])))
@@ -77,13 +98,18 @@ def score_keys(_context, q, q_at, keys, at, dim, scale, scales, scales_at, score
 
 
 @intrinsic
-def add_values(_context, weights, weights_at, values, tiles, begin, end, width, z, z_at):  # type: ignore[no-untyped-def]
+def add_values(  # type: ignore[no-untyped-def]
+    _context, weights, weights_at, values, tiles, begin, end, width, z, z_at, keys, key_tiles
+):
     """Adds Σ_j weights[weights_at[r] + j] values[tiles[j / 16] + (j mod 16) width + k] over keys begin ≤ j < end to
     z[z_at[r] + k], in the order of j.
 
-    `weights_at` and `z_at` are tuples; `tiles` is an array of int64; `width` is a multiple of 16.
+    `weights_at` and `z_at` are tuples; `tiles` is an array of int64; `width` is a multiple of 16. As much of the keys
+    that begin at keys[key_tiles[j / 16]] is prefetched in between.
     """
-    signature = types.void(weights, weights_at, values, tiles, types.int64, types.int64, types.int64, z, z_at)
+    signature = types.void(
+        weights, weights_at, values, tiles, types.int64, types.int64, types.int64, z, z_at, keys, key_tiles
+    )
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         dtype = signature.args[2].dtype
@@ -91,6 +117,7 @@ def add_values(_context, weights, weights_at, values, tiles, begin, end, width, 
         cache, places = (data_of(context, b, signature, args, i) for i in (2, 3))
         begin, end, width = args[4:7]
         outs = row_pointers(context, b, signature, args, 7, 8)
+        next_keys, next_places = (data_of(context, b, signature, args, i) for i in (9, 10))
         # Vectors run side by side, so that no sum waits for the one before: some at once, then the rest one by one.
         at_once = min(4, max(1, _SUMS // len(outs)))
         step = _I64(at_once * LANES)
@@ -107,12 +134,15 @@ def add_values(_context, weights, weights_at, values, tiles, begin, end, width, 
                 with cgutils.for_range_slice(b, first_tile, last_tile, _I64(1), _I64) as (tile, _):
                     base = b.mul(tile, _I64(LANES))
                     here = b.gep(cache, [b.load(b.gep(places, [tile]))])
+                    ahead = b.gep(next_keys, [b.load(b.gep(next_places, [tile]))])
                     first = b.select(b.icmp_signed(">", begin, base), b.sub(begin, base), _I64(0))
                     rest = b.sub(end, base)
                     last = b.select(b.icmp_signed("<", rest, _I64(LANES)), rest, _I64(LANES))
                     with cgutils.for_range_slice(b, first, last, _I64(1), _I64) as (j, _):
                         key = b.gep(here, [b.mul(j, width)])
                         lanes = [load_lanes(b, b.gep(key, [channel]), dtype) for channel in channels]
+                        for channel in channels:
+                            prefetch_line(b, b.gep(ahead, [b.add(b.mul(j, width), channel)]))
                         for factor, row in zip(factors, sums, strict=True):
                             weight = splat(b, b.load(b.gep(factor, [b.add(base, j)])))
                             for value, total in zip(lanes, row, strict=True):

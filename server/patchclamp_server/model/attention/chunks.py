@@ -17,6 +17,7 @@ from patchclamp_server.cpu.invariant.tiles import largest_of
 from patchclamp_server.model.attention.parts import CHUNK, RECORD
 from patchclamp_server.model.attention.pools import LANES
 
+_TILES = CHUNK // LANES
 # The numbers of a record, behind its sums of values.
 LARGEST, TOTAL, REST, WHERE = range(4)
 
@@ -52,7 +53,7 @@ def attend_chunk(
     position, rows, group, window = sight
     n, record = rows * group, width + RECORD
     begin = (max(0, position - window + 1) if window else 0) // LANES
-    _score(queries, n, keys, key_at, begin, tiles, dim, scale, scales, scores)
+    _score(queries, n, keys, values, key_at, value_at, begin, tiles, dim, scale, scales, scores)
     for v in range(n):
         at = v * CHUNK
         last = min(position + v // group, CHUNK - 1)
@@ -102,64 +103,77 @@ def attend_chunk(
             for k in range(v, v + r):
                 begin_own = max(0, position + k // group - window + 1) if window else 0
                 if begin_own < begin_all:
-                    _add(scores, k, 1, values, value_at, begin_own, begin_all, width, out)
-            _add(scores, v, r, values, value_at, begin_all, end_all, width, out)
+                    _add(scores, k, 1, values, value_at, begin_own, begin_all, width, out, keys, key_at)
+            _add(scores, v, r, values, value_at, begin_all, end_all, width, out, keys, key_at)
             for k in range(v, v + r):
                 end_own = min(position + k // group, CHUNK - 1) + 1
                 if end_own > end_all:
-                    _add(scores, k, 1, values, value_at, end_all, end_own, width, out)
+                    _add(scores, k, 1, values, value_at, end_all, end_own, width, out, keys, key_at)
         else:
             for k in range(v, v + r):
                 begin_own = max(0, position + k // group - window + 1) if window else 0
                 end_own = min(position + k // group, CHUNK - 1) + 1
                 if end_own > begin_own:
-                    _add(scores, k, 1, values, value_at, begin_own, end_own, width, out)
+                    _add(scores, k, 1, values, value_at, begin_own, end_own, width, out, keys, key_at)
         v += r
 
 
 @compiled
-def _score(q, n, keys, key_at, begin, end, dim, scale, scales, scores):
+def _score(q, n, keys, values, key_at, value_at, begin, end, dim, scale, scales, scores):
     """Sets the scores of n queries for tiles begin ≤ t < end; those of others in fours of tiles mean nothing."""
     v = 0
     while v < n:
         r = _together(n - v)
         at, q_at = v * CHUNK, v * dim
         for t in range(begin // 4 * 4, end, 4):
-            k0, k1 = key_at[max(t, begin)], key_at[max(begin, min(t + 1, end - 1))]
-            k2, k3 = key_at[max(begin, min(t + 2, end - 1))], key_at[min(t + 3, end - 1)]
+            t0, t1 = max(t, begin), max(begin, min(t + 1, end - 1))
+            t2, t3 = max(begin, min(t + 2, end - 1)), min(t + 3, end - 1)
+            at_keys = key_at[t0], key_at[t1], key_at[t2], key_at[t3]
+            at_values = value_at[t0], value_at[t1], value_at[t2], value_at[t3]
             s, j = at + t * LANES, t * LANES
             if r == 1:
-                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, (s,))
+                score_keys(q, q_at, keys, at_keys, dim, scale, scales, j, scores, (s,), values, at_values)
             elif r == 2:
-                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, (s, s + CHUNK))
+                score_keys(q, q_at, keys, at_keys, dim, scale, scales, j, scores, (s, s + CHUNK), values, at_values)
             elif r == 3:
                 to = (s, s + CHUNK, s + 2 * CHUNK)
-                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, to)
+                score_keys(q, q_at, keys, at_keys, dim, scale, scales, j, scores, to, values, at_values)
             elif r == 4:
                 to = (s, s + CHUNK, s + 2 * CHUNK, s + 3 * CHUNK)
-                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, to)
+                score_keys(q, q_at, keys, at_keys, dim, scale, scales, j, scores, to, values, at_values)
             else:
                 to = (
                     s, s + CHUNK, s + 2 * CHUNK, s + 3 * CHUNK, s + 4 * CHUNK, s + 5 * CHUNK, s + 6 * CHUNK,
                     s + 7 * CHUNK,
                 )  # fmt: skip
-                score_keys(q, q_at, keys, (k0, k1, k2, k3), dim, scale, scales, j, scores, to)
+                score_keys(q, q_at, keys, at_keys, dim, scale, scales, j, scores, to, values, at_values)
         v += r
 
 
 @compiled
-def _add(weights, v, r, values, value_at, begin, end, width, out):
+def _add(weights, v, r, values, value_at, begin, end, width, out, keys, key_at):
     """Adds the values of keys begin ≤ j < end to the sums of r queries from v on."""
     w, z, record = v * CHUNK, v * (width + RECORD), width + RECORD
+    ahead = key_at[_TILES:]
     if r == 1:
-        add_values(weights, (w,), values, value_at, begin, end, width, out, (z,))
+        add_values(weights, (w,), values, value_at, begin, end, width, out, (z,), keys, ahead)
     elif r == 2:
-        add_values(weights, (w, w + CHUNK), values, value_at, begin, end, width, out, (z, z + record))
+        add_values(weights, (w, w + CHUNK), values, value_at, begin, end, width, out, (z, z + record), keys, ahead)
     elif r == 3:
         at, to = (w, w + CHUNK, w + 2 * CHUNK), (z, z + record, z + 2 * record)
-        add_values(weights, at, values, value_at, begin, end, width, out, to)
+        add_values(weights, at, values, value_at, begin, end, width, out, to, keys, ahead)
     else:
         four = (w, w + CHUNK, w + 2 * CHUNK, w + 3 * CHUNK)
         add_values(
-            weights, four, values, value_at, begin, end, width, out, (z, z + record, z + 2 * record, z + 3 * record)
+            weights,
+            four,
+            values,
+            value_at,
+            begin,
+            end,
+            width,
+            out,
+            (z, z + record, z + 2 * record, z + 3 * record),
+            keys,
+            ahead,
         )

@@ -54,7 +54,7 @@ from patchclamp_server.model.attention.parts import (
 from patchclamp_server.model.attention.peaks import LayerPeaks
 from patchclamp_server.model.attention.pools import LANES, TiledPool
 from patchclamp_server.model.attention.spans import Span
-from patchclamp_server.model.attention.tiled import copy_tiles, find_scales, find_tiles, write_rows
+from patchclamp_server.model.attention.tiled import ask_for_scales, copy_tiles, find_scales, find_tiles, write_rows
 
 _TILES = CHUNK // LANES
 # So many queries that read the same keys are worth a copy of them in float32.
@@ -150,7 +150,8 @@ def attend(
     value_copy = memory[first : first + sizes[7]]
     pair[:] = 0
     scales[:] = 1
-    key_at, value_at = np.empty(_TILES, dtype=np.int64), np.empty(_TILES, dtype=np.int64)
+    # Behind the tiles of a chunk of keys are those of the next one, to be prefetched.
+    key_at, value_at = np.zeros(2 * _TILES, dtype=np.int64), np.empty(2 * _TILES, dtype=np.int64)
     for i in range(start, end):
         part = parts[i]
         tile = tiles[part[TILE]]
@@ -182,6 +183,12 @@ def attend(
                     )  # fmt: skip
                 else:
                     find_tiles(table, size, n_kv, kv, dim, width, first_key, tiles_here, key_at, value_at)
+                    if rows == 1 and chunk + 1 < part[LAST_CHUNK]:
+                        more = min(_TILES, (position - end_key + LANES) // LANES)
+                        find_tiles(table, size, n_kv, kv, dim, width, end_key, more, key_at[_TILES:], value_at[_TILES:])
+                        if coded:
+                            end_of_more = min(position + rows, end_key + CHUNK)
+                            ask_for_scales(table, size, n_kv, kv, end_key, end_of_more, key_scales, value_scales)
                     attend_chunk(
                         queries, keys, values, key_at, value_at, coded, scales, tiles_here, sight, dim, width, scale,
                         cap, scores, own, wanted,

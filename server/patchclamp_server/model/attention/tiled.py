@@ -3,12 +3,13 @@
 numba compiles this and caches it on disk by this file alone: a change here needs one in row_attention.py and stages.py.
 """
 
-# What numba compiles has no types for mypy.
-# mypy: disable-error-code="no-untyped-call, no-untyped-def"
+# What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
+# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def"
 
 import numba
 import numpy as np
 
+from patchclamp_server.cpu.vector import LINE, prefetch
 from patchclamp_server.model.attention.pools import LANES
 
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -91,11 +92,20 @@ def find_scales(table, size, n_kv, kv, first_key, end_key, key_scales, value_sca
     while j < n:
         token = (table[block] * n_kv + kv) * size + offset
         count = min(size - offset, n - j)
-        for i in range(count):
-            own[j + i] = key_scales[token + i]
-            own[half + j + i] = value_scales[token + i]
+        own[j : j + count] = key_scales[token : token + count]
+        own[half + j : half + j + count] = value_scales[token : token + count]
         j += count
         block, offset = block + 1, 0
+
+
+@compiled
+def ask_for_scales(table, size, n_kv, kv, first_key, end_key, key_scales, value_scales):
+    """Prefetches the scales of the keys and values from `first_key` on."""
+    for block in range(first_key // size, (end_key + size - 1) // size):
+        token = (table[block] * n_kv + kv) * size
+        lines = (size * 4 + LINE - 1) // LINE
+        prefetch(key_scales, token, lines)
+        prefetch(value_scales, token, lines)
 
 
 @compiled
