@@ -24,11 +24,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
-from patchclamp_server.cpu.atomics import add_to
+from patchclamp_server.cpu.atomics import add_to, floats_at
 from patchclamp_server.cpu.invariant.attention import exponentials_from
 from patchclamp_server.cpu.memory import in_parts
+from patchclamp_server.cpu.vector import LINE
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.chunks import (
     LARGEST,
@@ -135,11 +137,13 @@ def attend(
     copy = CHUNK if copied else 0
     # All of this begins at cache lines.
     sizes = (most * width, most * CHUNK, most * record, most * record, 2 * CHUNK, LANES, copy * width, copy * width)
-    total = LANES
-    for part_size in sizes:
-        total += part_size
-    memory = np.empty(total, dtype=np.float32)
-    first = -np.int64(memory.ctypes.data) // 4 % LANES
+    total = 0
+    for length in sizes:
+        total += length
+    owned = np.empty(total + LANES, dtype=np.float32)
+    # Parts of an array that owns its memory count their references, which takes longer than what is done with them.
+    address = np.int64(owned.ctypes.data)
+    memory, first = carray(floats_at(address + -address % LINE), (total,)), 0
     queries, first = memory[first : first + sizes[0]], first + sizes[0]
     scores, first = memory[first : first + sizes[1]], first + sizes[1]
     own, first = memory[first : first + sizes[2]], first + sizes[2]
@@ -224,6 +228,8 @@ def attend(
                             share *= pair[0]
                             pair[:] = 0
                         off_sink[place, i_row, h] = share
+    # Memory lives until its owner is used for the last time.
+    owned[0] = 0
 
 
 @compiled

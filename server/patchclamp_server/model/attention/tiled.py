@@ -86,16 +86,17 @@ def find_tiles(table, size, n_kv, kv, dim, width, first_key, tiles, key_at, valu
 @compiled
 def find_scales(table, size, n_kv, kv, first_key, end_key, key_scales, value_scales, own):
     """Sets own[j] and own[256 + j] to the scales of the keys and values from `first_key` on."""
-    half = own.shape[0] // 2
+    step, half = LANES if size % LANES == 0 else 1, own.shape[0] // 2
     block, offset = first_key // size, first_key % size
-    j, n = 0, end_key - first_key
-    while j < n:
+    for j in range(0, end_key - first_key, step):
         token = (table[block] * n_kv + kv) * size + offset
-        count = min(size - offset, n - j)
-        own[j : j + count] = key_scales[token : token + count]
-        own[half + j : half + j + count] = value_scales[token : token + count]
-        j += count
-        block, offset = block + 1, 0
+        keys, values = key_scales[token : token + step], value_scales[token : token + step]
+        to_keys, to_values = own[j : j + step], own[half + j : half + j + step]
+        for i in range(step):
+            to_keys[i], to_values[i] = keys[i], values[i]
+        offset += step
+        if offset == size:
+            block, offset = block + 1, 0
 
 
 @compiled
