@@ -84,7 +84,8 @@ def filled_pools(decoder: Decoder, dtype: torch.dtype = torch.float32) -> list[T
     pools = [TiledPool(n_blocks, BLOCK, spec.n_kv_heads, spec.head_dim, dtype) for _ in range(spec.n_layers)]
     every = torch.arange(n_blocks * BLOCK)
     for pool in pools:
-        write(*torch.randn(2, len(every), spec.n_kv_heads, spec.head_dim, generator=generator), every, pool)
+        k, v = torch.randn(2, len(every), spec.n_kv_heads, spec.head_dim, generator=generator)
+        write(k, v, every, pool)
     return pools
 
 

@@ -62,8 +62,9 @@ def test_codes_are_the_nearest_multiples_of_a_scale_for_each_token_and_head(shap
 def test_zeros_are_zeros_in_codes() -> None:
     pool = TiledPool(N_BLOCKS, 4, 2, 5, torch.int8)
     slots = torch.tensor([7])
-    write(*torch.randn(2, 1, 2, 5), slots, pool)
-    write(*torch.zeros(2, 1, 2, 5), slots, pool)
+    noise, zeros = torch.randn(1, 2, 5), torch.zeros(1, 2, 5)
+    write(noise, noise, slots, pool)
+    write(zeros, zeros, slots, pool)
     assert not pool.keys_at(slots).any()
     assert not pool.values_at(slots).any()
 
@@ -112,7 +113,8 @@ def fill(pool: Pool, k: Tensor, v: Tensor, slots: Tensor) -> None:
 def test_cleared_blocks_are_zero_and_the_others_stay(which: int) -> None:
     pool = pools((4, 2, 5))[which]
     every = torch.arange(N_BLOCKS * 4)
-    fill(pool, *torch.randn(2, len(every), 2, 5).fill_(math.nan), every)
+    unknown = torch.full((len(every), 2, 5), math.nan)
+    fill(pool, unknown, unknown, every)
     pool.clear([1, 3])
     cleared = torch.tensor([4, 5, 6, 7, 12, 13, 14, 15])
     for rows in pool.rows():

@@ -63,7 +63,8 @@ class Case:
         pool: Pool
         if dtype == torch.float32:
             pool = TiledPool(*shape, self.kv_dtype)
-            write(*self.stored.flatten(1, 2), every, pool)
+            k_stored, v_stored = self.stored.flatten(1, 2)
+            write(k_stored, v_stored, every, pool)
         else:
             pool = KvPool(*shape, dtype, CPU)
             pool.restore(every, list(self.stored.to(dtype).flatten(1, 2)))
@@ -197,7 +198,7 @@ def test_rows_of_a_prompt_have_the_same_bits_however_it_is_cut(shape: tuple, kv_
     blocks = case.spans[0].blocks
 
     def attended(sizes: list[int]) -> Tensor:
-        pool, parts, start = TiledPool(*case.stored.shape[1:], kv_dtype), [], 0
+        pool, parts, start = TiledPool(len(case.stored[0]), block, kv, dim, kv_dtype), [], 0
         for size in sizes:
             rows = slice(start, start + size)
             slots = torch.tensor([blocks[i // block] * block + i % block for i in range(start, start + size)])

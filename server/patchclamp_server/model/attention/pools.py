@@ -54,14 +54,16 @@ class KvPool:
     def __init__(
         self, n_blocks: int, size: int, n_kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.keys, self.values = torch.zeros(2, n_blocks, size, n_kv_heads, dim, dtype=dtype, device=device)
+        self.keys, self.values = (
+            torch.zeros(n_blocks, size, n_kv_heads, dim, dtype=dtype, device=device) for _ in range(2)
+        )
         self.n_blocks, self.block_size, self.dtype = n_blocks, size, dtype
 
     def keys_at(self, slots: Tensor) -> Tensor:
-        return self.keys.flatten(0, 1).index_select(0, slots)
+        return self.rows()[0].index_select(0, slots)
 
     def values_at(self, slots: Tensor) -> Tensor:
-        return self.values.flatten(0, 1).index_select(0, slots)
+        return self.rows()[1].index_select(0, slots)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         return self.keys.flatten(0, 1), self.values.flatten(0, 1)
@@ -173,4 +175,5 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     kind = np.dtype(dtype)
     memory = np.zeros(int(np.prod(shape)) * kind.itemsize + _LINE, dtype=np.uint8)
     start = -memory.ctypes.data % _LINE
-    return memory[start : start + memory.size - _LINE].view(kind).reshape(shape)
+    zeros: NDArray[Any] = memory[start : start + memory.size - _LINE].view(kind).reshape(shape)
+    return zeros

@@ -18,7 +18,7 @@ a change here. NaN and infinities are values like any other.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
-# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def"
+# mypy: disable-error-code="attr-defined, call-arg, no-untyped-call, no-untyped-def"
 
 from functools import partial
 
