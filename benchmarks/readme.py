@@ -323,7 +323,7 @@ def kv(result: dict[str, Any]) -> list[str]:
         f"| a prompt of {prefill[2]:,} | {cells} |",
         "",
         f"`{COMMANDS['kv']}` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
-        f"{result['threads']} threads; {quality['documents']} documents,",
+        f"{result['threads']} threads; documents: {quality['documents']},",
         f"{quality['tokens']:,} scored tokens, text {quality['text']}; medians of {measured['rounds']} alternating "
         "rounds in one run. From the first row to",
         f"{far:,} tokens a step reads so many GB of keys and values for each second that it takes longer: "
