@@ -27,9 +27,14 @@ _FORWARD = (
     "patchclamp_server.cpu.stored",
 )
 _ATTENTION = (
+    "patchclamp_server.cpu.invariant.attention",
+    "patchclamp_server.model.attention.chunks",
     "patchclamp_server.model.attention.paged",
-    "patchclamp_server.model.attention.row_attention",
+    "patchclamp_server.model.attention.parts",
     "patchclamp_server.model.attention.peaks",
+    "patchclamp_server.model.attention.pools",
+    "patchclamp_server.model.attention.row_attention",
+    "patchclamp_server.model.attention.tiled",
 )
 _STEP = (
     *_FORWARD,
@@ -95,6 +100,13 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "heads_readout": ("benchmarks/heads.py", *_ATTENTION, "patchclamp_server.interventions.head_readings"),
     "host": ("benchmarks/host.py", *_STEP, "patchclamp_server.interventions"),
     "invariance": ("benchmarks/invariance.py", *_FORWARD, *_ATTENTION, "patchclamp_server.cpu.invariant"),
+    "kv": (
+        "benchmarks/kv.py",
+        *_FORWARD,
+        *_ATTENTION,
+        "patchclamp_server.cpu.invariant",
+        "patchclamp_server.model.compiled",
+    ),
     "load": (
         "benchmarks/load",
         "patchclamp_server.engine.admission",

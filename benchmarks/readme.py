@@ -292,6 +292,46 @@ def invariance(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def kv(result: dict[str, Any]) -> list[str]:
+    measured, quality = result["speed"], result["quality"]
+    rows = {(row["case"], row["batch"], row["context"], row["kv"]): row for row in measured["rows"]}
+    decoded = sorted({key[1:3] for key in rows if key[0] == "decode"})
+    lines = [
+        "| SmolLM2-135M; keys and values in | bytes a token | perplexity over float32 | KL, nats | same first choice |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {name} | {result['token_bytes'][name]:,} | {card['perplexity_ratio']:.4f} | {card['divergence']:.1e} | "
+            f"{100 * card['same_first_choice']:.2f} % |"
+            for name, card in quality["cards"].items()
+        ),
+        "",
+        "| ms of a step; sequences x tokens before | float32 | bfloat16 | int8 |",
+        "|---|---:|---:|---:|",
+    ]
+    for batch, context in decoded:
+        cells = " | ".join(f"{rows['decode', batch, context, name]['ms']:.1f}" for name in quality["cards"])
+        lines.append(f"| one token of {batch} x {context:,} | {cells} |")
+    prefill = next(key for key in rows if key[0] == "prefill")
+    cells = " | ".join(f"{rows[(*prefill[:3], name)]['ms']:,.0f}" for name in quality["cards"])
+    near, far = (context for batch, context in (decoded[0], max(d for d in decoded if d[0] == 1)))
+    rates = []
+    for name in quality["cards"]:
+        first, last = rows["decode", 1, near, name], rows["decode", 1, far, name]
+        rate = (last["bytes"] - first["bytes"]) / (last["ms"] - first["ms"]) / 1e6
+        rates.append(f"{name} {rate:.1f}")
+    return [
+        *lines,
+        f"| a prompt of {prefill[2]:,} | {cells} |",
+        "",
+        f"`{COMMANDS['kv']}` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
+        f"{result['threads']} threads; documents: {quality['documents']},",
+        f"{quality['tokens']:,} scored tokens, text {quality['text']}; medians of {measured['rounds']} alternating "
+        "rounds in one run. From the first row to",
+        f"{far:,} tokens a step reads so many GB of keys and values for each second that it takes longer: "
+        f"{', '.join(rates)}.",
+    ]
+
+
 def rolling(result: dict[str, Any]) -> list[str]:
     return [
         f"Rolling restart of two servers under load (`python benchmarks/rolling.py`, {result['date']}, commit "
@@ -345,6 +385,7 @@ COMMANDS = {
     "heads_readout": "python benchmarks/heads.py --only readout",
     "host": "python benchmarks/host.py",
     "invariance": "python benchmarks/invariance.py",
+    "kv": "python benchmarks/kv.py",
     "load": "python benchmarks/load",
     "monitoring": "python benchmarks/monitoring.py",
     "neurons": "python benchmarks/neurons --only words relations languages decoding",
@@ -440,6 +481,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "host": ("What the host does in a step", host),
     "beside": ("Serving beside analysis", beside),
     "invariance": ("Batch invariance", invariance),
+    "kv": ("The KV cache in fewer bits, and long contexts", kv),
     "monitoring": ("Watching", monitoring),
     "sparse_quality": ("Sparse inference: quality", sparse_quality),
     "sparse_speed": ("Sparse inference: speed", sparse_speed),

@@ -78,6 +78,28 @@ def test_the_prefix_cache(family: str) -> None:
     assert_same_bits(again, expected)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_keys_in_fewer_bits(family: str, kv_dtype: str) -> None:
+    """In one batch, in chunks, preempted, and from the prefix cache."""
+    config = replace(PLAIN, kv_dtype=kv_dtype)
+    own_jobs = jobs(family)[:8]
+    expected = [run_alone(family, job, config) for job in own_jobs]
+    for other in (
+        config,
+        replace(config, max_tokens_per_step=5),
+        replace(config, kv_cache_tokens=15 * BLOCK),
+        replace(config, enable_prefix_cache=True, max_tokens_per_step=7),
+    ):
+        with Bench(family, other) as bench:
+            for _ in range(1 + other.enable_prefix_cache):
+                for own, alone_outcome in zip(bench.run(own_jobs), expected, strict=True):
+                    assert_same_bits(own, alone_outcome)
+    exact = alone(family)[0]
+    assert not torch.equal(expected[0].logits[0], exact.logits[0])
+    assert (expected[0].logits[0] - exact.logits[0]).abs().max() < 0.05 * exact.logits[0].abs().max()
+
+
 @dataclass(eq=False)
 class Heard:
     tokens: list[tuple[int, float | None, tuple[tuple[int, float], ...]]] = field(default_factory=list)
@@ -148,6 +170,12 @@ def test_a_row_is_drawn_from_alike_whatever_the_other_rows() -> None:
     alone = [sample(logits[i : i + 1], rows[i : i + 1])[0] for i in range(40)]
     assert sample(logits, rows) == alone
     assert sample(logits[1:], rows[1:]) == alone[1:]
+
+
+@pytest.mark.parametrize("config", [EngineConfig(kv_dtype="int8", kernels=True), EngineConfig(kv_dtype="float16")])
+def test_an_engine_refuses_keys_that_nothing_reads(tiny_llama_dir: Path, config: EngineConfig) -> None:
+    with pytest.raises(ValueError, match=f"kv_dtype {config.kv_dtype}"):
+        Engine(load_model(str(tiny_llama_dir)), config)
 
 
 def test_an_engine_promises_only_what_its_model_was_loaded_for(tiny_llama_dir: Path) -> None:

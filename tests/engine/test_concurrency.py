@@ -171,7 +171,7 @@ def test_an_edit_that_overflows_fails_its_own_request_and_leaves_no_trace() -> N
     assert broken.error.field == "program.edits"
     assert expected.tokens == beside.tokens == after.tokens
     assert len(expected.tokens) == 8
-    assert all(bool(torch.isfinite(pool).all()) for pool in engine.cache.pools)
+    assert all(bool(torch.isfinite(rows).all()) for pool in engine.cache.pools for rows in pool.rows())
 
 
 def test_a_shutdown_between_two_steps_is_not_missed() -> None:

@@ -1,5 +1,6 @@
 """What fails in the engine: who is told, what is given back, and when the engine itself has to end."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from patchclamp_server.errors import EngineFailure, ResourceExhausted, Unavailab
 from patchclamp_server.interventions.bind import bind
 from patchclamp_server.interventions.bound import BoundProgram
 from patchclamp_server.interventions.program import AddVector, Edit, Program, ProjectionReadout, Readout, Vector
+from patchclamp_server.model.attention.pools import TiledPool
 from patchclamp_server.model.sites import Site
 
 FAMILY = "llama"
@@ -141,14 +143,15 @@ def test_blocks_that_a_failed_step_wrote_are_clean_when_others_get_them() -> Non
     def spoil(_: int) -> None:
         for sequence in engine.scheduler.running:
             for pool in engine.cache.pools:
-                pool[:, sequence.blocks] = torch.nan
+                assert isinstance(pool, TiledPool)
+                pool.keys[sequence.blocks] = pool.values[sequence.blocks] = math.nan
         raise ValueError("a defect")
 
     engine.runner.executor = FaultyExecutor(engine.executor, spoil)
     engine.submit(request(outcome.on_event))
     run(engine)
     assert isinstance(outcome.error, EngineFailure)
-    assert all(pool.isfinite().all() for pool in engine.cache.pools)
+    assert all(rows.isfinite().all() for pool in engine.cache.pools for rows in pool.rows())
 
 
 @pytest.mark.parametrize("kind", [Token, Text, Finished])

@@ -19,6 +19,8 @@ from patchclamp_server.analysis.documents import inputs_of, pools_for
 from patchclamp_server.cpu.atomics import floats_at
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.pools import TILED, TiledPool
+from patchclamp_server.model.attention.row_attention import write
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.compiled import team
 from patchclamp_server.model.compiled.blocks import CompiledBlocks
@@ -27,6 +29,8 @@ from patchclamp_server.model.decoder import NO_HOOKS, Decoder, SiteHooks, StepIn
 from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site
 
 BLOCK = 16
+# Of each sequence.
+BLOCKS = 40
 # Tokens of each sequence that are there before the step, and its rows in the step.
 MIXED = ((40, 1), (3, 1), (17, 1), (0, 21), (16, 5))
 PLACES = frozenset((site, layer) for site in FORWARD_ORDER for layer in range(LAYERS))
@@ -59,7 +63,7 @@ def threads(n: int) -> Iterator[None]:
 def step_of(decoder: Decoder, sequences: Sequence[tuple[int, int]], visited: Set[tuple[Site, int]]) -> StepInputs:
     spans, row = [], 0
     for i, (offset, n) in enumerate(sequences):
-        spans.append(Span(row, n, offset, list(range(1 + 4 * i, 5 + 4 * i))))
+        spans.append(Span(row, n, offset, list(range(1 + BLOCKS * i, 1 + BLOCKS * (i + 1)))))
         row += n
     positions = np.concatenate([np.arange(s.offset, s.offset + s.n) for s in spans])
     slots = [s.blocks[p // BLOCK] * BLOCK + p % BLOCK for s in spans for p in range(s.offset, s.offset + s.n)]
@@ -74,10 +78,15 @@ def step_of(decoder: Decoder, sequences: Sequence[tuple[int, int]], visited: Set
     )
 
 
-def filled_pools(decoder: Decoder) -> list[Tensor]:
+def filled_pools(decoder: Decoder, dtype: torch.dtype = torch.float32) -> list[TiledPool]:
     spec, generator = decoder.spec, torch.Generator().manual_seed(5)
-    shape = (2, 1 + 4 * len(MIXED), BLOCK, spec.n_kv_heads, spec.head_dim)
-    return [torch.randn(shape, generator=generator) for _ in range(spec.n_layers)]
+    n_blocks = 1 + BLOCKS * len(MIXED)
+    pools = [TiledPool(n_blocks, BLOCK, spec.n_kv_heads, spec.head_dim, dtype) for _ in range(spec.n_layers)]
+    every = torch.arange(n_blocks * BLOCK)
+    for pool in pools:
+        k, v = torch.randn(2, len(every), spec.n_kv_heads, spec.head_dim, generator=generator)
+        write(k, v, every, pool)
+    return pools
 
 
 @dataclass
@@ -96,17 +105,24 @@ class Shift:
             x[:, ::2] += torch.linspace(-0.1, 0.1, x.shape[0])[:, None]
 
 
-def same(decoder: Decoder, step: StepInputs, visited: Set[tuple[Site, int]], *, edits: bool = True) -> None:
+def same(
+    decoder: Decoder,
+    step: StepInputs,
+    visited: Set[tuple[Site, int]],
+    *,
+    edits: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Checks output, pools, peaks and what hooks saw of a compiled run against the one in Python."""
     ours, theirs = Shift(visited, edits), Shift(visited, edits)
-    pools, expected_pools = filled_pools(decoder), filled_pools(decoder)
+    pools, expected_pools = filled_pools(decoder, dtype), filled_pools(decoder, dtype)
     got = decoder.forward(step, pools, ours)
     kept = None if step.peaks is None else [t.clone() for t in peak_tensors(step.peaks)]
     with in_python(decoder):
         expected = decoder.forward(step, expected_pools, theirs)
     assert torch.equal(got, expected)
     for pool, wanted in zip(pools, expected_pools, strict=True):
-        assert torch.equal(pool, wanted)
+        assert all(np.array_equal(a, b) for a, b in zip(pool.arrays, wanted.arrays, strict=True))
     assert [s[:2] for s in ours.seen] == [s[:2] for s in theirs.seen]
     for (_, _, x), (_, _, y) in zip(ours.seen, theirs.seen, strict=True):
         assert torch.equal(x, y)
@@ -133,6 +149,20 @@ def test_a_single_row_of_every_family_is_the_same(family: str) -> None:
     decoder = loaded(family).decoder
     with threads(2):
         same(decoder, step_of(decoder, [(40, 1)], frozenset()), frozenset())
+
+
+@pytest.mark.parametrize("dtype", TILED)
+@pytest.mark.parametrize("sequences", [((600, 1),), ((550, 1), (3, 1), (17, 1), (0, 21), (500, 40))])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_long_contexts_in_every_dtype_of_keys_are_the_same(
+    family: str, sequences: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    """Several chunks of keys, which threads share where there is one row."""
+    decoder = loaded(family).decoder
+    n = sum(rows for _, rows in sequences)
+    peaks = Peaks({1: np.arange(n)}, n, decoder.spec.n_heads, decoder.device, off_sink=True)
+    with threads(3):
+        same(decoder, replace(step_of(decoder, sequences, frozenset()), peaks=peaks), frozenset(), dtype=dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,7 +247,7 @@ def test_what_is_given_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "name"), [("positions", 640, "position"), ("slots", 16 * 21, "slot"), ("slots", -1, "slot")]
+    ("field", "value", "name"), [("positions", 640, "position"), ("slots", 16 * 201, "slot"), ("slots", -1, "slot")]
 )
 def test_an_index_outside_of_its_table_is_an_error_and_not_read(field: str, value: int, name: str) -> None:
     decoder = loaded("llama").decoder

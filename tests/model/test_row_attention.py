@@ -10,6 +10,8 @@ from torch import Tensor
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.paged import paged_attention
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.pools import TILED, KvPool, Pool, TiledPool
+from patchclamp_server.model.attention.row_attention import write
 from patchclamp_server.model.attention.spans import Span
 
 CPU = torch.device("cpu")
@@ -21,6 +23,9 @@ SHAPES = [
     ((17, 17, 16), 4, 4, 80, 8, 1, 0.0),
     ((130, 5), 8, 1, 20, 32, 0, 3.0),
     ((21,), 2, 2, 33, 16, 5, 2.0),
+    # Several chunks of keys.
+    ((700, 300, 257, 256), 6, 2, 64, 16, 0, 0.0),
+    ((600, 20), 12, 1, 20, 8, 300, 2.0),
 ]
 
 
@@ -36,12 +41,14 @@ class Case:
         self.spans = []
         for row, n in enumerate(contexts):
             self.spans.append(Span(row, 1, n - 1, [order.pop() for _ in range(blocks[row])]))
-        self.pool = torch.randn(2, sum(blocks) + 1, block, kv, dim, generator=generator)
-        self.pool[:, 0] = 0
+        # Of each token, behind block 0, which stays zero.
+        self.stored = torch.randn(2, sum(blocks) + 1, block, kv, dim, generator=generator)
+        self.stored[:, 0] = 0
         self.q = 2.0 * torch.randn(len(contexts), heads, dim, generator=generator)
         self.k, self.v = torch.randn(2, len(contexts), kv, dim, generator=generator)
         self.options = {"scale": dim**-0.5, "window": window, "soft_cap": cap}
         self.block = block
+        self.kv_dtype = torch.float32
 
     def attend(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Peaks]:
         rows, heads, _ = self.q.shape
@@ -49,17 +56,29 @@ class Case:
         peaks = Peaks({5: np.arange(rows)}, rows, heads, CPU, off_sink=True)
         batch = AttentionBatch(self.spans, self.block, {self.options["window"]}, CPU)  # type: ignore[arg-type]
         q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
-        self.written = self.pool.to(dtype)
+        self.queried = dtype
+        n_blocks, size, kv, dim = self.stored.shape[1:]
+        shape = n_blocks, size, kv, dim
+        every = torch.arange(n_blocks * size)
+        pool: Pool
+        if dtype == torch.float32:
+            pool = TiledPool(*shape, self.kv_dtype)
+            k_stored, v_stored = self.stored.flatten(1, 2)
+            write(k_stored, v_stored, every, pool)
+        else:
+            pool = KvPool(*shape, dtype, CPU)
+            pool.restore(every, list(self.stored.to(dtype).flatten(1, 2)))
         z = paged_attention(
             q,
             k,
             v,
-            self.written,
+            pool,
             torch.tensor(slots),
             batch,
             peaks=peaks.at(5),
             **self.options,  # type: ignore[arg-type]
         )
+        self.written = torch.stack(pool.rows()).view(self.stored.shape)
         return z, peaks
 
     def exact(self, row: int, head: int) -> tuple[Tensor, int, float]:
@@ -77,7 +96,7 @@ class Case:
         span, window, cap = self.spans[row], int(self.options["window"]), self.options["soft_cap"]
         keys, values = self.written.double()[:, span.blocks].flatten(1, 2)[:, : span.offset + 1]
         kv = head // (self.q.shape[1] // keys.shape[1])
-        scores = keys[:, kv] @ self.q[row, head].to(self.written.dtype).double() * self.options["scale"]
+        scores = keys[:, kv] @ self.q[row, head].to(self.queried).double() * self.options["scale"]
         if cap:
             scores = cap * torch.tanh(scores / cap)
         first = max(0, len(scores) - window) if window else 0
@@ -88,7 +107,18 @@ class Case:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_row_is_its_own_softmax_over_its_visible_keys(shape: tuple, dtype: torch.dtype) -> None:  # type: ignore[type-arg]
+    assert_exact(Case(*shape), dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keys_in_fewer_bits_are_those_that_are_stored(shape: tuple, kv_dtype: torch.dtype) -> None:  # type: ignore[type-arg]
     case = Case(*shape)
+    case.kv_dtype = kv_dtype
+    assert_exact(case, torch.float32)
+
+
+def assert_exact(case: Case, dtype: torch.dtype) -> None:
     z, peaks = case.attend(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for row, head in np.ndindex(case.q.shape[:2]):
@@ -107,7 +137,7 @@ def test_a_head_at_rest_on_the_first_token_is_near_0_off_the_sink(dtype: torch.d
     case = Case((40, 9), 6, 2, 16, 4, 0, 0.0)
     for row, span in enumerate(case.spans):
         for kv in range(2):
-            case.pool[0, span.blocks[0], 0, kv] = 3.0 * case.q[row, 3 * kv : 3 * kv + 3].sum(dim=0)
+            case.stored[0, span.blocks[0], 0, kv] = 3.0 * case.q[row, 3 * kv : 3 * kv + 3].sum(dim=0)
     _, peaks = case.attend(dtype)
     assert peaks.off_sink is not None
     at_rest = (peaks.positions[0] == 0) & (peaks.probabilities[0] > 0.9)
@@ -141,7 +171,7 @@ def test_a_row_has_the_same_bits_with_any_neighbours_and_on_any_number_of_thread
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_shows_in_its_row_and_in_no_other(value: float) -> None:
     case = Case((9, 9), 4, 2, 16, 4, 0, 0.0)
-    case.pool[0, case.spans[0].blocks[1]] = value
+    case.stored[0, case.spans[0].blocks[1]] = value
     z, _ = case.attend()
     assert not torch.isfinite(z[0]).all()
     assert torch.isfinite(z[1]).all()
@@ -158,8 +188,9 @@ def test_scores_far_apart_neither_overflow_nor_lose_the_largest() -> None:
         assert float(peaks.probabilities[0, 0, head]) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("kv_dtype", TILED)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0][0] > 12])
-def test_rows_of_a_prompt_have_the_same_bits_however_it_is_cut(shape: tuple) -> None:  # type: ignore[type-arg]
+def test_rows_of_a_prompt_have_the_same_bits_however_it_is_cut(shape: tuple, kv_dtype: torch.dtype) -> None:  # type: ignore[type-arg]
     contexts, heads, kv, dim, block, window, cap = shape
     n = contexts[0]
     case = Case((n,), heads, kv, dim, block, window, cap)
@@ -167,7 +198,7 @@ def test_rows_of_a_prompt_have_the_same_bits_however_it_is_cut(shape: tuple) -> 
     blocks = case.spans[0].blocks
 
     def attended(sizes: list[int]) -> Tensor:
-        pool, parts, start = torch.zeros_like(case.pool), [], 0
+        pool, parts, start = TiledPool(len(case.stored[0]), block, kv, dim, kv_dtype), [], 0
         for size in sizes:
             rows = slice(start, start + size)
             slots = torch.tensor([blocks[i // block] * block + i % block for i in range(start, start + size)])

@@ -72,6 +72,21 @@ def test_batch_invariance_is_refused_by_name_where_it_cannot_be_promised(options
         load(parse("--batch-invariant", "on", *options))
 
 
+def test_keys_and_values_are_of_the_dtype_of_the_model_unless_given(monkeypatch: pytest.MonkeyPatch):
+    assert parse().engine.kv_dtype == "model"
+    assert parse("--kv-dtype", "int8").engine.kv_dtype == "int8"
+    monkeypatch.setenv("PATCHCLAMP_KV_DTYPE", "bfloat16")
+    assert parse().engine.kv_dtype == "bfloat16"
+    with pytest.raises(argparse.ArgumentError):
+        parse("--kv-dtype", "int4")
+
+
+@pytest.mark.parametrize("options", [("--dtype", "float16"), ("--device", "cuda"), ("--kernels", "on")])
+def test_keys_in_fewer_bits_are_refused_by_name_where_nothing_reads_them(options: tuple[str, ...]):
+    with pytest.raises(ConfigurationError, match=f"^--kv-dtype int8 holds with .*{options[1]}"):
+        load(parse("--kv-dtype", "int8", *options))
+
+
 def test_watches_of_all_uses_run_from_the_start():
     given = parse("--watch", "joy=joyful@usual", "--watch", "toxic=sha256:12,heads=retrieval").watches
     assert given == (

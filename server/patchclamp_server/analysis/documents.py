@@ -10,6 +10,7 @@ from patchclamp_server.engine.reducers.reducer import Reducer, Rows
 from patchclamp_server.engine.request import Event, Priority, Reduction, Request, SparseInference, StopParams
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.attention.batch import AttentionBatch
+from patchclamp_server.model.attention.pools import Pool
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import NO_HOOKS, BlockProducts, Decoder, SiteHooks, StepInputs
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
@@ -28,12 +29,12 @@ def documents_of(texts: Sequence[str], tokenize: Tokenize, tokens: int) -> Tenso
     return torch.tensor(cut)
 
 
-def pools_for(decoder: Decoder, documents: Tensor, layers: range | None = None) -> list[Tensor]:
+def pools_for(decoder: Decoder, documents: Tensor, layers: range | None = None) -> list[Pool]:
     """Returns the KV pools of `layers` (None: of all), large enough for the documents; block 0 stays zero."""
     return [_pool(decoder, documents) for _ in _of(decoder, layers)]
 
 
-def pool_for(decoder: Decoder, documents: Tensor, layers: range | None = None) -> list[Tensor]:
+def pool_for(decoder: Decoder, documents: Tensor, layers: range | None = None) -> list[Pool]:
     """As `pools_for`, for one pass over whole documents: no layer reads what another wrote, so all have one pool."""
     return [_pool(decoder, documents)] * len(_of(decoder, layers))
 
@@ -42,11 +43,9 @@ def _of(decoder: Decoder, layers: range | None) -> range:
     return range(decoder.spec.n_layers) if layers is None else layers
 
 
-def _pool(decoder: Decoder, documents: Tensor) -> Tensor:
+def _pool(decoder: Decoder, documents: Tensor) -> Pool:
     n, tokens = documents.shape
-    spec = decoder.spec
-    shape = (2, n * _blocks(tokens) + 1, BLOCK, spec.n_kv_heads, spec.head_dim)
-    return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+    return decoder.pool(n * _blocks(tokens) + 1, BLOCK)
 
 
 def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> StepInputs:
@@ -68,7 +67,7 @@ def inputs_of(documents: Tensor, start: int, end: int, decoder: Decoder) -> Step
 def forward(
     decoder: Decoder,
     inputs: StepInputs,
-    pools: Sequence[Tensor],
+    pools: Sequence[Pool],
     hooks: SiteHooks = NO_HOOKS,
     products: Sequence[BlockProducts] | None = None,
     *,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 # Those of model/quantization/scheme.py, which is too heavy to be imported here.
 QUANTIZE = ("q8_0", "q6_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0")
+KV_DTYPES = ("model", "bfloat16", "int8")
 # These options name files of security.
 SECURITY_FILES = {
     "tls_certificate": "PEM file of the server's certificate, and those between it and its root: serve by TLS",
@@ -98,6 +99,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         type=size,
         help="what all of the server may take, e.g. 4GiB: the KV cache gets what the model leaves (default: as many "
         "tokens as --kv-cache-tokens has by default, or as fit)",
+    )
+    _add(
+        parser,
+        "--kv-dtype",
+        type=one_of(*KV_DTYPES),
+        help="of keys and values: bfloat16 or int8 with --dtype float32 on a CPU (default: model, that of the model)",
     )
     _add(parser, "--max-message-bytes", type=positive, help="largest request (default: 4 MiB)")
     _add(parser, "--max-calls", type=positive, help="calls answered at once, streams included (default: 4096)")
@@ -193,6 +200,8 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
     for name in SWITCHES:
         if name in given:
             given[name] = given[name] == "on"
+    if "kv_dtype" in given:
+        engine["kv_dtype"] = given["kv_dtype"]
     for name in ("kernels", "decode_graphs", "batch_invariant"):
         if name in given:
             engine[name] = given[name] == "on"

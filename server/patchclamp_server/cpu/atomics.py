@@ -34,8 +34,8 @@ def _pointer_to(kind: Any) -> Any:
 
 
 # These return the address as a pointer, for numba.carray.
-floats_at, bytes_at, codes_at, ints_at, places_at = (
-    _pointer_to(kind) for kind in (types.float32, types.uint8, types.int8, types.int64, types.int32)
+floats_at, bytes_at, codes_at, ints_at, places_at, halves_at = (
+    _pointer_to(kind) for kind in (types.float32, types.uint8, types.int8, types.int64, types.int32, types.uint16)
 )
 
 

@@ -17,6 +17,7 @@ class EngineConfig:
     With fewer tokens a step than sequences, the sequences that came last wait for their next token. `kernels`: steps
     run on patchclamp_kernels instead of torch operators; None does so on CUDA. `decode_graphs`: their decode steps are
     padded to a few sizes and replayed as CUDA graphs; None does so on CUDA, and on a CPU the padded step is run.
+    `kv_dtype`: "model", or "bfloat16" or "int8" for a decoder whose pools are tiled (model/attention/pools.py).
     `batch_invariant`: what the model was loaded for (load_model), or None: whatever that is.
     """
 
@@ -24,6 +25,7 @@ class EngineConfig:
     max_tokens_per_step: int = 512
     kv_block_size: int = 16
     kv_cache_tokens: int = 65536
+    kv_dtype: str = "model"
     max_waiting: int = 1024
     # Waiting requests may need so many tokens of KV cache together; None is eight times what there is.
     max_waiting_kv_tokens: int | None = None

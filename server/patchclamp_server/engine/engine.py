@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
+
 from patchclamp_server.callers import CALLER
 from patchclamp_server.engine.access import EngineAccess, OpenEngine
 from patchclamp_server.engine.admission import Admission, Demand
@@ -26,6 +28,7 @@ from patchclamp_server.engine.sampler import warm_up
 from patchclamp_server.engine.scheduler import Scheduler
 from patchclamp_server.engine.steps import Steps
 from patchclamp_server.errors import Cancelled, DeadlineExceeded, NotFound, Unavailable
+from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.sparsity.mlp import SparseModel
@@ -51,8 +54,9 @@ class Engine:
             block_size=self.config.kv_block_size,
             n_kv_heads=spec.n_kv_heads,
             head_dim=spec.head_dim,
-            dtype=model.decoder.dtype,
+            dtype=kv_dtype(self.config, model.decoder),
             device=model.decoder.device,
+            tiled=model.decoder.reads_tiles and not _runs_kernels(model.decoder, self.config),
             share_prefixes=self.config.enable_prefix_cache,
         )
         self.admission = Admission(
@@ -81,7 +85,7 @@ class Engine:
             max_watches=self.config.max_watches,
             max_items=self.config.max_watched_items,
         )
-        self.runner = Runner(self.executor, self.cache, self.monitor)
+        self.runner = Runner(self.executor, self.cache, self.monitor, model.decoder.dtype)
         self.delivery = Delivery(self.live, self.runner, model.decoder, model.info.context_length)
         self.access: EngineAccess = OpenEngine()
         self.exclusive = ExclusiveDoor(model.decoder.device, lambda tokens: self.access.compute(tokens))
@@ -116,6 +120,7 @@ class Engine:
 
     def start(self) -> None:
         warm_up(self.model.decoder.device)
+        self.cache.warm_up()
         self._thread.start()
 
     def submit(self, request: Request) -> int:
@@ -303,9 +308,24 @@ class Engine:
         return None if nearest is None else nearest - now
 
 
+def kv_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
+    """Returns the dtype of keys and values. Raises ValueError where the decoder cannot read what is asked for."""
+    if config.kv_dtype in ("model", str(decoder.dtype).removeprefix("torch.")):
+        return decoder.dtype
+    wanted = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(config.kv_dtype)
+    if wanted is None or not decoder.reads_tiles or _runs_kernels(decoder, config):
+        raise ValueError(
+            f"kv_dtype {config.kv_dtype}; accepted: model, and in float32 on a CPU without kernels bfloat16 or int8"
+        )
+    return wanted
+
+
+def _runs_kernels(decoder: Decoder, config: EngineConfig) -> bool:
+    return decoder.device.type == "cuda" if config.kernels is None else config.kernels
+
+
 def _executor(model: SparseModel, cache: KvCache, config: EngineConfig) -> Executor:
-    kernels = model.decoder.device.type == "cuda" if config.kernels is None else config.kernels
-    if not kernels:
+    if not _runs_kernels(model.decoder, config):
         return OperatorExecutor(model, cache)
     # Where no kernel runs, Triton is not needed, and takes a second to import.
     from patchclamp_server.engine.executors.kernel_executor import KernelExecutor

@@ -9,11 +9,11 @@ and are reused least recently used first. Block 0 is never given out (see model/
 import hashlib
 from collections import OrderedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.attention.pools import KvPool, Pool, TiledPool
 
 BlockKey = bytes
 ROOT_KEY: BlockKey = b""
@@ -25,7 +25,7 @@ def block_key(parent: BlockKey, token_ids: bytes, touched: bytes) -> BlockKey:
 
 
 class KvCache:
-    """Has the pools of all layers [2, n_blocks, block_size, n_kv_heads, head_dim], and counts the holders of blocks."""
+    """Has the pools of all layers, and counts the holders of blocks."""
 
     def __init__(
         self,
@@ -38,11 +38,15 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
         share_prefixes: bool = True,
+        tiled: bool = False,
     ) -> None:
+        """`dtype` is that of keys and values; `tiled` is for what reads them on a CPU in float32 (pools.py)."""
         self.block_size = block_size
         self.share_prefixes = share_prefixes
-        shape = (2, n_blocks, block_size, n_kv_heads, head_dim)
-        self.pools = [_zeros(shape, dtype, device) for _ in range(n_layers)]
+        shape = n_blocks, block_size, n_kv_heads, head_dim
+        self.pools: list[Pool] = [
+            TiledPool(*shape, dtype) if tiled else KvPool(*shape, dtype, device) for _ in range(n_layers)
+        ]
         self.n_blocks = n_blocks - 1
         self._free = list(range(n_blocks - 1, 0, -1))
         self._holders = [0] * n_blocks
@@ -50,6 +54,13 @@ class KvCache:
         self._key_of: dict[int, BlockKey] = {}
         # These blocks are held by nobody, but their content is still known; the least recently used is first.
         self._idle: OrderedDict[int, None] = OrderedDict()
+
+    def warm_up(self) -> None:
+        """Compiles what reads and writes tiled pools, so that no request waits for it."""
+        if isinstance(self.pools[0], TiledPool):
+            from patchclamp_server.model.attention.row_attention import warm_up
+
+            warm_up(self.pools[0])
 
     @property
     def n_free(self) -> int:
@@ -103,28 +114,20 @@ class KvCache:
 
     def scrub(self, blocks: list[int]) -> None:
         """Zeroes blocks: what is not finite would reach the next holder through masked positions (0 * NaN is NaN)."""
-        index = torch.tensor(blocks, dtype=torch.int64)
         for pool in self.pools:
-            pool[:, index.to(pool.device)] = 0
+            pool.clear(blocks)
 
-    def read(self, slots: IntArray) -> list[Tensor]:
-        """Returns the keys and values [2, n, n_kv_heads, head_dim] of all layers at token addresses [n]."""
-        index = torch.from_numpy(slots).to(self.pools[0].device)
-        return [pool.flatten(1, 2).index_select(1, index) for pool in self.pools]
+    def read(self, slots: IntArray) -> list[list[Tensor]]:
+        """Returns what all layers store at token addresses [n]."""
+        index = torch.from_numpy(slots)
+        return [pool.kept(index) for pool in self.pools]
 
-    def write(self, slots: IntArray, values: list[Tensor]) -> None:
+    def write(self, slots: IntArray, kept: list[list[Tensor]]) -> None:
         """Writes back what `read` returned."""
-        index = torch.from_numpy(slots).to(self.pools[0].device)
-        for pool, value in zip(self.pools, values, strict=True):
-            pool.flatten(1, 2).index_copy_(1, index, value)
+        index = torch.from_numpy(slots)
+        for pool, own in zip(self.pools, kept, strict=True):
+            pool.restore(index, own)
 
     def _forget(self, block: int) -> None:
         key = self._key_of.pop(block)
         del self._block_of[key]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu" or dtype != torch.float32:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy leaves zero pages to the operating system until they are written.
-    return torch.from_numpy(np.zeros(shape, dtype=np.float32))

@@ -42,12 +42,13 @@ class StepResult:
 
 
 class Runner:
-    def __init__(self, executor: Executor, cache: KvCache, monitor: WatchRegistry) -> None:
+    def __init__(self, executor: Executor, cache: KvCache, monitor: WatchRegistry, dtype: torch.dtype) -> None:
+        """`dtype` is that of activations."""
         self.executor = executor
         self.monitor = monitor
         self.cache = cache
         self.block_size = cache.block_size
-        self.dtype = cache.pools[0].dtype
+        self.dtype = dtype
         self._tables = BlockTables()
 
     @torch.inference_mode()

@@ -32,6 +32,7 @@ from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.paged import paged_attention
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.pools import KvPool, Pool, TiledPool
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.embedding import Embedding
 from patchclamp_server.model.row_operators import HeadNorms, Norm, cap_softly, finish_heads
@@ -153,18 +154,28 @@ class Decoder:
         """Compiles what is compiled at run time, so that no request waits for it: one token goes through block 0."""
         spec = self.spec
         x = torch.zeros(1, spec.d_model, dtype=self.dtype, device=self.device)
-        pool = torch.zeros(2, 2, 1, spec.n_kv_heads, spec.head_dim, dtype=self.dtype, device=self.device)
+        pool = self.pool(2, 1)
         first = torch.zeros(1, dtype=torch.int64, device=self.device)
         batch = AttentionBatch([Span(0, 1, 0, [1])], 1, self.windows, self.device)
         self.logits(self.run_blocks(x, range(1), StepInputs(first, first, first + 1, batch), [pool]))
         if operators.holds_for(x):
             operators.warm_up()
 
+    @property
+    def reads_tiles(self) -> bool:
+        """Whether its pools are tiled: compiled code reads them on a CPU in float32."""
+        return self.device.type == "cpu" and self.dtype == torch.float32
+
+    def pool(self, n_blocks: int, block_size: int) -> Pool:
+        """Returns an empty pool of one layer, in the dtype of the model."""
+        shape = n_blocks, block_size, self.spec.n_kv_heads, self.spec.head_dim
+        return TiledPool(*shape) if self.reads_tiles else KvPool(*shape, self.dtype, self.device)
+
     @torch.inference_mode()
     def forward(
         self,
         step: StepInputs,
-        pools: Sequence[Tensor],
+        pools: Sequence[Pool],
         hooks: SiteHooks = NO_HOOKS,
         products: Sequence[BlockProducts] | None = None,
     ) -> Tensor:
@@ -186,7 +197,7 @@ class Decoder:
         x: Tensor,
         layers: range,
         step: StepInputs,
-        pools: Sequence[Tensor],
+        pools: Sequence[Pool],
         hooks: SiteHooks = NO_HOOKS,
         products: Sequence[BlockProducts] | None = None,
     ) -> Tensor:
@@ -243,7 +254,7 @@ class Decoder:
         layer: int,
         h: Tensor,
         step: StepInputs,
-        pool: Tensor,
+        pool: Pool,
         rotary: tuple[Tensor, Tensor] | None,
         hooks: SiteHooks,
         products: BlockProducts,

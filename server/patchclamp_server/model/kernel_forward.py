@@ -22,6 +22,7 @@ from patchclamp_kernels.program_table import ProgramRows, ProgramTable
 from patchclamp_kernels.residual_edits import NormParams, ProgramStep, edit_rows, residual_edits
 from patchclamp_kernels.rope_kv_write import rope_kv_write
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.pools import KvPool, Pool
 from patchclamp_server.model.decoder import BlockProducts, Decoder, SiteHooks
 from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import FORWARD_ORDER, PREACTIVATION_SITES, Site, place_number
@@ -87,7 +88,7 @@ class KernelForward:
 
     @torch.inference_mode()
     def __call__(
-        self, step: KernelInputs, pools: Sequence[Tensor], products: Sequence[BlockProducts] | None = None
+        self, step: KernelInputs, pools: Sequence[Pool], products: Sequence[BlockProducts] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns the residual stream at the end and its final norm, both [T, d_model]; writes the KV pools.
 
@@ -177,7 +178,8 @@ class KernelForward:
         edit_rows(x, program=programs.step(x.shape[1]), places=(place, place + 1))
         self._observe(programs, place, x)
 
-    def _attention(self, step: KernelInputs, own: BlockProducts, layer: int, h: Tensor, pool: Tensor) -> Tensor:
+    def _attention(self, step: KernelInputs, own: BlockProducts, layer: int, h: Tensor, pool: Pool) -> Tensor:
+        assert isinstance(pool, KvPool)
         spec, programs, norms = self.decoder.spec, step.programs, self.decoder.blocks[layer].head_norms
         rotary = self.decoder.rotary.get(spec.rotary_kinds[layer])
         cos, signed_sin = rotary if rotary is not None else (None, None)
@@ -187,8 +189,8 @@ class KernelForward:
             signed_sin,
             step.positions,
             step.slots,
-            pool[0],
-            pool[1],
+            pool.keys,
+            pool.values,
             n_heads=spec.n_heads,
             q_norm=None if norms is None else norms.q.weight,
             k_norm=None if norms is None else norms.k.weight,
@@ -204,8 +206,8 @@ class KernelForward:
             out = Attended(z, peaks.positions, peaks.probabilities, off_sink=peaks.off_sink)
         z = paged_attention(
             q,
-            pool[0],
-            pool[1],
+            pool.keys,
+            pool.values,
             step.attention,
             scale=spec.attention_scale,
             window=spec.windows[layer],

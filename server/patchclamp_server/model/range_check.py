@@ -32,8 +32,7 @@ def warn_of_overflow(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> No
     n = len(ids)
     positions = torch.arange(n, device=decoder.device)
     # The pool has one block of n tokens, behind block 0, which stays zero.
-    shape = (2, 2, n, spec.n_kv_heads, spec.head_dim)
-    pools = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in decoder.blocks]
+    pools = [decoder.pool(2, n) for _ in decoder.blocks]
     attention = AttentionBatch([Span(0, n, 0, [1])], n, decoder.windows, decoder.device)
     probe = FiniteProbe()
     step = StepInputs(

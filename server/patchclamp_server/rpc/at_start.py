@@ -63,6 +63,14 @@ def load(config: ServerConfig, progress: Progress | None = None) -> Loaded:
             "--batch-invariant on holds with --dtype float32, --device cpu and --kernels off, "
             f"got {config.dtype}, {config.device} and {'on' if engine.kernels else 'off'}"
         )
+    if engine.kv_dtype not in ("model", config.dtype) and (
+        config.dtype != "float32" or torch.device(config.device).type != "cpu" or engine.kernels
+    ):
+        raise ConfigurationError(
+            f"--kv-dtype {engine.kv_dtype} holds with --dtype float32, --device cpu and --kernels off, "
+            f"got {config.dtype}, {config.device} and {'on' if engine.kernels else 'off'}; "
+            "--kv-dtype model is accepted everywhere"
+        )
     plans: list[MemoryPlan] = []
 
     def admit(spec: DecoderSpec, tensors: list[StoredTensor]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from patchclamp_server.analysis.documents import forward, inputs_of, pool_for
 from patchclamp_server.engine.exclusive import Sliced
 from patchclamp_server.model.attention.paged import key_columns, visible_scores
+from patchclamp_server.model.attention.pools import Pool
 from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.sites import Site
 from patchclamp_server.model.spec import DecoderSpec
@@ -45,7 +46,7 @@ class _MassReader:
 
     spec: DecoderSpec
     step: StepInputs
-    pools: Sequence[Tensor]
+    pools: Sequence[Pool]
     targets: Tensor
     queries: Tensor = field(init=False)
     masses: list[Tensor] = field(default_factory=list)
@@ -54,7 +55,7 @@ class _MassReader:
         if site is Site.ATTN_Q:
             self.queries = x
         elif site is Site.ATTN_Z:
-            keys = self.pools[layer][0].flatten(0, 1)[self.step.slots]
+            keys = self.pools[layer].keys_at(self.step.slots)
             self.masses.append(_mass(self.spec, layer, self.queries, keys, self.targets).cpu())
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from patchclamp_server.analysis.neurons.targets import Example, Projection
 from patchclamp_server.errors import InvalidArgument
 from patchclamp_server.model.attention.batch import AttentionBatch
+from patchclamp_server.model.attention.pools import Pool
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.sites import Site, every_preactivation
@@ -77,12 +77,9 @@ class Batch:
             visited_preactivations=visited,
         )
 
-    def pool(self, decoder: Decoder) -> Tensor:
+    def pool(self, decoder: Decoder) -> Pool:
         """KV of one layer, which all may use in turn: each reads only what it has written."""
-        spec = decoder.spec
-        blocks = 1 + sum(map(_blocks, self.lengths))
-        shape = (2, blocks, _BLOCK, spec.n_kv_heads, spec.head_dim)
-        return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        return decoder.pool(1 + sum(map(_blocks, self.lengths)), _BLOCK)
 
 
 def batches(examples: Sequence[Example], spec: DecoderSpec, max_bytes: int = MAX_BYTES) -> Iterator[Batch]:

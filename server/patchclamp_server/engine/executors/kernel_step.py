@@ -13,6 +13,7 @@ from patchclamp_server.engine.batch import StepBatch
 from patchclamp_server.interventions.kernel_plan import KernelPlan
 from patchclamp_server.interventions.slots import SlotTables
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.pools import Pool
 from patchclamp_server.model.decoder import BlockProducts
 from patchclamp_server.model.kernel_forward import KernelForward, KernelInputs, Programs
 from patchclamp_server.model.sites import Site
@@ -88,7 +89,7 @@ def all_peaks(spec: DecoderSpec, rows: int, device: torch.device) -> Peaks:
 def run_step(
     forward: KernelForward,
     tables: SlotTables,
-    pools: list[Tensor],
+    pools: list[Pool],
     inputs: KernelInputs,
     arrays: Mapping[str, Tensor],
     products: Sequence[BlockProducts] | None = None,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from patchclamp_server.model.arrays import IntArray
+from patchclamp_server.model.attention.parts import Parts, parts_of
 from patchclamp_server.model.attention.spans import Span, Spans
 
 # The keys of so many rows of one sequence are read together.
-_TILE_ROWS = 8
+_TILE_ROWS = 16
 
 
 class AttentionBatch:
@@ -26,6 +27,7 @@ class AttentionBatch:
         self.block_size = block_size
         self._gathered: Tensor | None = None
         self._masks: dict[int, Tensor] = {}
+        self._parts: dict[tuple[int, int], Parts] = {}
 
     @property
     def tables(self) -> IntArray:
@@ -46,6 +48,12 @@ class AttentionBatch:
         tiles = np.concatenate((single, np.array(chunks, dtype=np.int64).reshape(-1, 4)))
         # The last rows of a prompt see the most keys, so they are dealt evenly to both halves of the tiles.
         return np.concatenate((tiles[::2], tiles[1::2][::-1]))
+
+    def parts(self, n_kv: int, threads: int) -> Parts:
+        """The tiles of KV heads as parts for so many threads."""
+        if (n_kv, threads) not in self._parts:
+            self._parts[n_kv, threads] = parts_of(self.tiles, n_kv, threads)
+        return self._parts[n_kv, threads]
 
     @cached_property
     def n_keys(self) -> int:

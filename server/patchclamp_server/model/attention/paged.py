@@ -2,8 +2,8 @@
 
     z_h = Σ_j softmax_j(cap(q_h · k_j · scale)) v_j      over keys j ≤ position, j > position - window
 
-q is [T, n_heads, head_dim]; the pool of a layer is [2, n_blocks, block_size, n_kv_heads, head_dim] (keys, values). On a
-CPU in float32 row_attention.py computes all rows. Elsewhere rows that bring one token (decode) are computed together
+q is [T, n_heads, head_dim]; the keys and values of a layer are in its pool (pools.py). On a CPU in float32 the pool is
+tiled, and row_attention.py computes all rows. Elsewhere rows that bring one token (decode) are computed together
 over their padded block tables, and a chunk of a prompt over its own. Block 0 is never given out and stays zero: padded
 entries of a block table point at it.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from patchclamp_server.model.arrays import IntArray
 from patchclamp_server.model.attention.batch import AttentionBatch, is_visible
 from patchclamp_server.model.attention.peaks import LayerPeaks
+from patchclamp_server.model.attention.pools import Pool, TiledPool
 
 # One block of rows whose peaks are read has at most so many scores [n_heads, rows, keys].
 _PEAK_SCORES = 1 << 22
@@ -64,7 +65,7 @@ def paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pool: Tensor,
+    pool: Pool,
     slots: Tensor,
     batch: AttentionBatch,
     *,
@@ -78,22 +79,23 @@ def paged_attention(
     Returns z [T, n_heads * head_dim]. Its bits do not depend on whether peaks are asked for. Where q, k and v are
     differentiated, torch's operators compute z on every device, and the pool stays as it is.
     """
-    n_kv, dim = pool.shape[3:]
-    n_heads = q.shape[1]
+    n_heads, (n_kv, dim) = q.shape[1], k.shape[1:]
     group = n_heads // n_kv
-    key_pool, value_pool = pool[0], pool[1]
-    if k.requires_grad:
-        # A pool that is written has no gradients: keys and values go into a copy of it.
-        key_pool = key_pool.view(-1, n_kv, dim).index_copy(0, slots, k).view(key_pool.shape)
-        value_pool = value_pool.view(-1, n_kv, dim).index_copy(0, slots, v).view(value_pool.shape)
-    else:
-        key_pool.view(-1, n_kv, dim).index_copy_(0, slots, k)
-        value_pool.view(-1, n_kv, dim).index_copy_(0, slots, v)
-    if pool.device.type == "cpu" and pool.dtype == torch.float32 and not q.requires_grad:
-        # numba compiles it, and only this path needs numba.
-        from patchclamp_server.model.attention.row_attention import attend_rows
+    differentiated = q.requires_grad or k.requires_grad or v.requires_grad
+    if isinstance(pool, TiledPool) and not differentiated:
+        # numba compiles these, and only this path needs numba.
+        from patchclamp_server.model.attention.row_attention import attend_rows, write
 
+        write(k, v, slots, pool)
         return attend_rows(q, pool, batch, scale=scale, window=window, soft_cap=soft_cap, peaks=peaks)
+    key_pool, value_pool = pool.rows()
+    if differentiated:
+        # A pool that is written has no gradients: keys and values go into a copy of it.
+        key_pool, value_pool = key_pool.index_copy(0, slots, k), value_pool.index_copy(0, slots, v)
+    else:
+        key_pool.index_copy_(0, slots, k)
+        value_pool.index_copy_(0, slots, v)
+    key_pool, value_pool = (x.view(-1, batch.block_size, n_kv, dim) for x in (key_pool, value_pool))
     parts = []
     single = batch.n_single
     if single:

@@ -2,44 +2,77 @@
 
     z_h = Σ_j w_j v_j / Σ_j w_j,   w_j = exp(s_hj - max_j s_hj),   s_hj = cap(q_h · k_j · scale)
 
-Rows of one sequence that follow each other form a tile, so that keys and values are read once for all of them and for
-all query heads of a KV head, where they are in the pool. Keys are taken 16 at a time from the beginning of the
-sequence, whatever the tile: the bits of a row depend neither on its neighbours, nor on where its prompt was cut into
-chunks, nor on the number of threads. Scores are kept for one tile and KV head; no attention matrix is kept. The largest
-score is known before the first exponential, so the peaks of heads (peaks.py) cost next to nothing.
+Keys are taken in chunks of 256 from the beginning of the sequence. A chunk c has its own largest score m_c, sum
+l_c = Σ exp(s_j - m_c) and o_c = Σ exp(s_j - m_c) v_j, and chunks are merged one after the other (flash attention: Dao
+2023), from the first on:
 
-numba compiles this once and caches it on disk; a change in cpu/invariant/tiles.py needs a change here. NaN and
-infinities are values like any other.
+    m = max(m, m_c);  l ← l exp(m_before - m) + l_c exp(m_c - m);  o likewise;  z = o / l
+
+Rows of one sequence that follow each other form a tile, so that keys and values are read once for all of them and for
+all query heads of a KV head. Chunks of one tile may be computed by different threads (parts.py); whoever is last merges
+them in their order. So the bits of a row depend neither on its neighbours, nor on where its prompt was cut into chunks,
+nor on the number of threads. No row of scores is kept, and the peaks of heads (peaks.py) cost next to nothing.
+
+numba compiles this once and caches it on disk; a change in chunks.py, tiled.py or cpu/invariant/attention.py needs
+a change here. NaN and infinities are values like any other.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
-# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def"
+# mypy: disable-error-code="attr-defined, call-arg, no-untyped-call, no-untyped-def"
 
-import math
 from functools import partial
 
-import numba
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
-from patchclamp_server.cpu.invariant.rows import exponentials
-from patchclamp_server.cpu.invariant.tiles import add_values, dot_keys, largest_of, sum_of
+from patchclamp_server.cpu.atomics import add_to, floats_at
+from patchclamp_server.cpu.invariant.attention import exponentials_from
 from patchclamp_server.cpu.memory import in_parts
-from patchclamp_server.cpu.vector import LINE, prefetch
+from patchclamp_server.cpu.vector import LINE
 from patchclamp_server.model.attention.batch import AttentionBatch
+from patchclamp_server.model.attention.chunks import (
+    LARGEST,
+    REST,
+    TOTAL,
+    WHERE,
+    attend_chunk,
+    compiled,
+    pack_queries,
+)
+from patchclamp_server.model.attention.parts import (
+    CHUNK,
+    COUNTER,
+    FIRST_CHUNK,
+    FIRST_KV,
+    LAST_CHUNK,
+    LAST_KV,
+    OF,
+    RECORD,
+    RECORDS,
+    TILE,
+)
 from patchclamp_server.model.attention.peaks import LayerPeaks
+from patchclamp_server.model.attention.pools import LANES, TiledPool
+from patchclamp_server.model.attention.spans import Span
+from patchclamp_server.model.attention.tiled import ask_for_scales, copy_tiles, find_scales, find_tiles, write_rows
 
-_KEYS = 16  # keys that are scored at once: the lanes of a vector
+_TILES = CHUNK // LANES
+# So many queries that read the same keys are worth a copy of them in float32.
+_WORTH_A_COPY = 8
 _NONE = np.empty((0, 0, 0), dtype=np.float32)
 _NO_PEAKS = np.empty((0, 0, 0), dtype=np.int32), _NONE, None
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+def write(k: Tensor, v: Tensor, slots: Tensor, pool: TiledPool) -> None:
+    """Writes k and v [T, n_kv_heads, head_dim] at token addresses `slots` [T]."""
+    write_rows(k.contiguous().numpy(), v.contiguous().numpy(), slots.numpy(), *pool.arrays, pool.block_size)
 
 
 def attend_rows(
     q: Tensor,
-    pool: Tensor,
+    pool: TiledPool,
     batch: AttentionBatch,
     *,
     scale: float,
@@ -47,16 +80,23 @@ def attend_rows(
     soft_cap: float,
     peaks: LayerPeaks | None,
 ) -> Tensor:
-    """Returns z [T, n_heads * head_dim] of all rows of a batch, from q [T, n_heads, head_dim]. The layer's pool
-    [2, n_blocks, block_size, n_kv_heads, head_dim] holds their keys and values already."""
+    """Returns z [T, n_heads * head_dim] of all rows of a batch, from q [T, n_heads, head_dim]. The layer's pool holds
+    their keys and values already."""
     n, n_heads, dim = q.shape
+    n_kv = pool.n_kv_heads
     z = np.empty((n, n_heads * dim), dtype=np.float32)
     where, share, off_sink = _NO_PEAKS if peaks is None or peaks.arrays is None else peaks.arrays
+    parts = batch.parts(n_kv, torch.get_num_threads())
     arguments = (
         q.contiguous().view(-1).numpy(),
-        pool.numpy(),
+        *pool.arrays,
+        pool.block_size,
+        n_kv,
+        dim,
         batch.tables,
         batch.tiles,
+        parts.items,
+        *parts.memory(n_heads // n_kv, pool.width),
         np.float32(scale),
         window,
         np.float32(soft_cap),
@@ -65,178 +105,158 @@ def attend_rows(
         share,
         _NONE if off_sink is None else off_sink,
         0 if peaks is None else peaks.place,
-        0,
-        pool.shape[3],
     )
-    in_parts(partial(attend, *arguments), len(batch.tiles), 1, batch.n_keys * 2 * pool.shape[3] * dim * z.itemsize)
+    in_parts(partial(attend, *arguments), len(parts.items), 1, batch.n_keys * 2 * n_kv * dim * z.itemsize)
     return torch.from_numpy(z)
 
 
-@_compiled
-def attend(q, pool, tables, tiles, scale, window, cap, z, peak_at, peak, off_sink, place, kv_start, kv_end, start, end):
-    """Attends for the tiles start ≤ i < end, with the heads of KV heads kv_start ≤ kv < kv_end."""
-    size, n_kv, dim = pool.shape[2], pool.shape[3], pool.shape[4]
+def warm_up(pool: TiledPool) -> None:
+    """Compiles all of this for such a pool. Of a block that stays zero, the first, it writes zeros."""
+    row = torch.zeros(1, pool.n_kv_heads, pool.dim)
+    first = torch.zeros(1, dtype=torch.int64)
+    write(row, row, first, pool)
+    batch = AttentionBatch([Span(0, 1, 0, [0])], pool.block_size, {0}, first.device)
+    attend_rows(row, pool, batch, scale=1.0, window=0, soft_cap=0.0, peaks=None)
+
+
+@compiled
+def attend(
+    q, keys, values, key_scales, value_scales, size, n_kv, dim, tables, tiles, parts, counters, records, scale, window,
+    cap, z, peak_at, peak, off_sink, place, start, end,
+):  # fmt: skip
+    """Attends for the parts start ≤ i < end, and merges those tiles whose last part is among them."""
     n_heads = z.shape[1] // dim
     group = n_heads // n_kv
-    values_at = pool.shape[1] * size * n_kv * dim
-    flat = pool.reshape(-1)
-    # Keys that do not lie in a block 16 by 16, or are not whole vectors, are copied to where they do.
-    width = (dim + _KEYS - 1) // _KEYS * _KEYS
-    in_place = size % _KEYS == 0 and width == dim
-    copied = np.zeros(_KEYS * width, dtype=np.float32)
+    width = (dim + LANES - 1) // LANES * LANES
+    record = width + RECORD
+    coded = keys.itemsize == 1
     most = 0
-    longest = 0
     for i in range(start, end):
-        # A single row reads the keys of all heads, which lie together; more rows read those of one head repeatedly.
-        most = max(most, n_heads if tiles[i, 2] == 1 else tiles[i, 2] * group)
-        longest = max(longest, tiles[i, 3] + tiles[i, 2])
-    # This is an odd number of cache lines: otherwise the same key of all rows would share few places of the cache.
-    longest = ((longest + _KEYS - 1) // _KEYS | 1) * _KEYS
-    queries = np.zeros(most * width, dtype=np.float32)
-    scores = np.empty(most * longest, dtype=np.float32)
-    sums = np.empty(most * width, dtype=np.float32)
-    total = np.empty(most, dtype=np.float32)
-    powers = np.empty(longest, dtype=np.int32)
+        most = max(most, tiles[parts[i, TILE], 2] * group)
+    copied = size % LANES != 0 or (keys.itemsize < 4 and most >= _WORTH_A_COPY)
+    copy = CHUNK if copied else 0
+    # All of this begins at cache lines.
+    sizes = (most * width, most * CHUNK, most * record, most * record, 2 * CHUNK, LANES, copy * width, copy * width)
+    total = 0
+    for length in sizes:
+        total += length
+    owned = np.empty(total + LANES, dtype=np.float32)
+    # Parts of an array that owns its memory count their references, which takes longer than what is done with them.
+    address = np.int64(owned.ctypes.data)
+    memory, first = carray(floats_at(address + -address % LINE), (total,)), 0
+    queries, first = memory[first : first + sizes[0]], first + sizes[0]
+    scores, first = memory[first : first + sizes[1]], first + sizes[1]
+    own, first = memory[first : first + sizes[2]], first + sizes[2]
+    merged, first = memory[first : first + sizes[3]], first + sizes[3]
+    scales, first = memory[first : first + sizes[4]], first + sizes[4]
+    pair, first = memory[first : first + sizes[5]], first + sizes[5]
+    key_copy, first = memory[first : first + sizes[6]], first + sizes[6]
+    value_copy = memory[first : first + sizes[7]]
+    pair[:] = 0
+    scales[:] = 1
+    # Behind the tiles of a chunk of keys are those of the next one, to be prefetched.
+    key_at, value_at = np.zeros(2 * _TILES, dtype=np.int64), np.empty(2 * _TILES, dtype=np.int64)
     for i in range(start, end):
-        sequence, row, rows, position = tiles[i, 0], tiles[i, 1], tiles[i, 2], tiles[i, 3]
+        part = parts[i]
+        tile = tiles[part[TILE]]
+        table, row, rows, position = tables[tile[0]], tile[1], tile[2], tile[3]
         n = rows * group
-        together = kv_end - kv_start if rows == 1 else 1
-        end_key = position + rows
+        copies = size % LANES != 0 or (keys.itemsize < 4 and n >= _WORTH_A_COPY)
         # This is the first chunk of the row that sees the earliest keys.
-        first_chunk = (max(0, position - window + 1) if window else 0) // _KEYS
-        n_chunks = (end_key + _KEYS - 1) // _KEYS - first_chunk
-        for first_kv in range(kv_start, kv_end, together):
-            for v in range(n * together):
-                h = (first_kv + v // n) * group + v % group
-                at = ((row + v % n // group) * n_heads + h) * dim
-                for d in range(dim):
-                    queries[v * width + d] = q[at + d]
-            for c in range(n_chunks):
-                key = (first_chunk + c) * _KEYS
-                if in_place and rows == 1 and c + 1 < n_chunks:
-                    _ask_for(flat, 0, tables[sequence], size, n_kv * dim, key + _KEYS)
-                for kv in range(first_kv, first_kv + together):
-                    if in_place:
-                        here = ((tables[sequence, key // size] * size + key % size) * n_kv + kv) * dim
-                        source, stride = flat, n_kv * dim
-                    else:
-                        _copy(flat, 0, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
-                        source, here, stride = copied, 0, width
-                    begin = (kv - first_kv) * n
-                    for v in range(begin, begin + n):
-                        dot_keys(queries, v * width, source, here, stride, width, scores, v * longest + c * _KEYS)
-            for v in range(n * together):
-                own = scores[v * longest : v * longest + n_chunks * _KEYS]
-                last = position + v % n // group - first_chunk * _KEYS
-                first = max(0, last - window + 1) if window else 0
-                largest = _scale(own, first, last, scale, cap)
-                if peak.shape[0]:
-                    j = first
-                    # If every score is NaN, no key equals the largest, and the search ends at `last`.
-                    while j < last and own[j] != largest:
-                        j += 1
-                    h = (first_kv + v // n) * group + v % group
-                    peak_at[place, row + v % n // group, h] = first_chunk * _KEYS + j
-                total[v] = _softmax_weights(own, first, last, largest, powers)
-            sums[: n * together * width] = 0
-            for c in range(n_chunks):
-                key = (first_chunk + c) * _KEYS
-                if in_place and rows == 1 and c + 1 < n_chunks:
-                    _ask_for(flat, values_at, tables[sequence], size, n_kv * dim, key + _KEYS)
-                for kv in range(first_kv, first_kv + together):
-                    v = (kv - first_kv) * n
-                    if in_place:
-                        here = values_at + ((tables[sequence, key // size] * size + key % size) * n_kv + kv) * dim
-                        source, stride = flat, n_kv * dim
-                    else:
-                        _copy(flat, values_at, tables[sequence], size, n_kv, kv, dim, key, end_key, copied, width)
-                        source, here, stride = copied, 0, width
-                    _add_chunk(
-                        scores, longest, source, here, stride, width, sums, v, n, group, position, window, key, c
+        earliest = (max(0, position - window + 1) if window else 0) // CHUNK
+        shared = part[COUNTER] >= 0
+        for kv in range(part[FIRST_KV], part[LAST_KV]):
+            pack_queries(q, row, rows, n_heads, kv * group, group, dim, queries)
+            for chunk in range(max(earliest, part[FIRST_CHUNK]), part[LAST_CHUNK]):
+                first_key = chunk * CHUNK
+                end_key = min(position + rows, first_key + CHUNK)
+                tiles_here = (end_key - first_key + LANES - 1) // LANES
+                if coded:
+                    find_scales(table, size, n_kv, kv, first_key, end_key, key_scales, value_scales, scales)
+                sight = (position - first_key, rows, group, window)
+                wanted = (peak.shape[0] > 0, off_sink.shape[0] > 0 and chunk == 0)
+                if copies:
+                    copy_tiles(
+                        table, size, n_kv, kv, dim, width, first_key, end_key, keys, values, key_copy, value_copy
                     )
-            for v in range(n * together):
-                h = (first_kv + v // n) * group + v % group
+                    for t in range(tiles_here):
+                        key_at[t], value_at[t] = t * LANES * dim, t * LANES * width
+                    attend_chunk(
+                        queries, key_copy, value_copy, key_at, value_at, coded, scales, tiles_here, sight, dim, width,
+                        scale, cap, scores, own, wanted,
+                    )  # fmt: skip
+                else:
+                    find_tiles(table, size, n_kv, kv, dim, width, first_key, tiles_here, key_at, value_at)
+                    if rows == 1 and chunk + 1 < part[LAST_CHUNK]:
+                        more = min(_TILES, (position - end_key + LANES) // LANES)
+                        find_tiles(table, size, n_kv, kv, dim, width, end_key, more, key_at[_TILES:], value_at[_TILES:])
+                        if coded:
+                            end_of_more = min(position + rows, end_key + CHUNK)
+                            ask_for_scales(table, size, n_kv, kv, end_key, end_of_more, key_scales, value_scales)
+                    attend_chunk(
+                        queries, keys, values, key_at, value_at, coded, scales, tiles_here, sight, dim, width, scale,
+                        cap, scores, own, wanted,
+                    )  # fmt: skip
+                for v in range(n):
+                    own[v * record + width + WHERE] += first_key
+                if shared:
+                    at = (part[RECORDS] * group + chunk * n) * record
+                    records[at : at + n * record] = own[: n * record]
+                else:
+                    _merge(merged, own, 0, n, width, chunk == earliest, pair)
+            if shared:
+                if (add_to(counters, part[COUNTER], 1) + 1) % part[OF] != 0:
+                    continue
+                for chunk in range(earliest, (position + rows + CHUNK - 1) // CHUNK):
+                    at = (part[RECORDS] * group + chunk * n) * record
+                    _merge(merged, records, at, n, width, chunk == earliest, pair)
+            for v in range(n):
+                i_row, h = row + v // group, kv * group + v % group
+                numbers = merged[v * record + width : (v + 1) * record]
                 # The largest weight is exp(0).
-                share = np.float32(1) / total[v]
+                share = np.float32(1) / numbers[TOTAL]
                 for d in range(dim):
-                    z[row + v % n // group, h * dim + d] = sums[v * width + d] * share
+                    z[i_row, h * dim + d] = merged[v * record + d] * share
                 if peak.shape[0]:
-                    peak[place, row + v % n // group, h] = share
-                if off_sink.shape[0]:
-                    if not peak_at[place, row + v % n // group, h]:
-                        # The head's peak is the first token: its peak off the sink is the largest other weight.
-                        own = scores[v * longest : v * longest + n_chunks * _KEYS]
-                        own[0] = np.float32(0)
-                        share *= largest_of(own, 0, own.shape[0])
-                    off_sink[place, row + v % n // group, h] = share
+                    where = np.int32(numbers[WHERE])
+                    peak_at[place, i_row, h], peak[place, i_row, h] = where, share
+                    if off_sink.shape[0]:
+                        if where == 0:
+                            # The head's peak is the first token: its peak off the sink is the largest other weight.
+                            pair[0] = numbers[REST]
+                            exponentials_from(pair, 0, LANES, numbers[LARGEST])
+                            share *= pair[0]
+                            pair[:] = 0
+                        off_sink[place, i_row, h] = share
+    # Memory lives until its owner is used for the last time.
+    owned[0] = 0
 
 
-@_compiled
-def _ask_for(pool, at, table, size, stride, key):
-    """Prefetches 16 keys or values of all heads, because reading them head by head jumps through memory."""
-    here = at + (table[key // size] * size + key % size) * stride
-    prefetch(pool, here, _KEYS * stride * 4 // LINE)
-
-
-@_compiled
-def _copy(pool, at, table, size, n_kv, kv, dim, key, end_key, copied, width):
-    """Copies up to 16 keys or values of a sequence side by side; what follows the last one means nothing."""
-    for j in range(min(_KEYS, end_key - key)):
-        here = at + ((table[(key + j) // size] * size + (key + j) % size) * n_kv + kv) * dim
-        for d in range(dim):
-            copied[j * width + d] = pool[here + d]
-
-
-@_compiled
-def _scale(scores, first, last, scale, cap):
-    """Sets scores ← cap(scores · scale) from `first` to `last`, -inf in the others, and returns the largest."""
-    # Indices count from 0, here and below: numba takes an index that may be negative as one from the end, and LLVM does
-    # not vectorise those.
-    n = scores.shape[0]
-    for j in range(n):
-        scores[j] *= scale
-    if cap > 0:
-        for j in range(first, last + 1):
-            scores[j] = np.float32(math.tanh(scores[j] / cap)) * cap
-    _fill_hidden(scores, first, last, np.float32(-np.inf))
-    return largest_of(scores, 0, n)
-
-
-@_compiled
-def _softmax_weights(scores, first, last, largest, powers):
-    """Sets scores ← exp(scores - largest) from `first` to `last`, 0 in the others, and returns their sum, which adds
-    each of 16 lanes and then these by halves."""
-    n = scores.shape[0]
-    for j in range(n):
-        scores[j] -= largest
-    exponentials(scores, powers)
-    _fill_hidden(scores, first, last, np.float32(0))
-    return sum_of(scores, 0, n)
-
-
-@_compiled
-def _fill_hidden(scores, first, last, value):
-    scores[:first] = value
-    scores[last + 1 :] = value
-
-
-@_compiled
-def _add_chunk(scores, longest, values, here, stride, width, sums, start, n, group, position, window, key, c):
-    """Adds 16 values to the sums of n queries, for each those that it sees: four queries at once that see all."""
-    v = 0
-    while v < n:
-        own = position + v // group
-        at = (start + v) * longest + c * _KEYS
-        z = (start + v) * width
-        latest = position + min(v + 3, n - 1) // group
-        if v + 4 <= n and own >= key + _KEYS - 1 and not (window and latest - window + 1 > key):
-            w = (at, at + longest, at + 2 * longest, at + 3 * longest)
-            four = (z, z + width, z + 2 * width, z + 3 * width)
-            add_values(scores, w, _KEYS, values, here, stride, width, sums, four)
-            v += 4
+@compiled
+def _merge(merged, own, at, n, width, is_first, pair):
+    """Merges the records of a chunk, which begin at own[at], with those of all chunks before it."""
+    record = width + RECORD
+    if is_first:
+        merged[: n * record] = own[at : at + n * record]
+        return
+    for v in range(n):
+        before, new = v * record, at + v * record
+        if own[new + width + TOTAL] == -1:
             continue
-        begin = max(0, own - window + 1 - key) if window else 0
-        n_keys = min(_KEYS, own - key + 1) - begin
-        if n_keys > 0:
-            add_values(scores, (at + begin,), n_keys, values, here + begin * stride, stride, width, sums, (z,))
-        v += 1
+        if merged[before + width + TOTAL] == -1:
+            merged[before : before + record] = own[new : new + record]
+            continue
+        numbers, others = merged[before + width : before + record], own[new + width : new + record]
+        m, other = numbers[LARGEST], others[LARGEST]
+        if other > m:
+            numbers[LARGEST], numbers[WHERE] = other, others[WHERE]
+        numbers[REST] = max(numbers[REST], others[REST])
+        pair[0], pair[1] = m, other
+        largest = numbers[LARGEST]
+        exponentials_from(pair, 0, LANES, largest if largest > -np.inf else np.float32(0))
+        a, b = pair[0], pair[1]
+        pair[2:] = 0
+        numbers[TOTAL] = numbers[TOTAL] * a + others[TOTAL] * b
+        sums, more = merged[before : before + width], own[new : new + width]
+        for k in range(width):
+            sums[k] = sums[k] * a + more[k] * b

@@ -17,6 +17,7 @@ from torch import Tensor
 from patchclamp_server.cpu.invariant import rows
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.model.attention.peaks import Peaks
+from patchclamp_server.model.attention.pools import Pool, TiledPool, padded
 from patchclamp_server.model.compiled.job import (
     LAYER_FIELDS,
     NORMS,
@@ -136,7 +137,7 @@ class CompiledBlocks:
         team_of(threads).run(job)
         return logits
 
-    def run(self, x: Tensor, layers: range, step: "StepInputs", pools: Sequence[Tensor], hooks: "SiteHooks") -> Tensor:
+    def run(self, x: Tensor, layers: range, step: "StepInputs", pools: Sequence[Pool], hooks: "SiteHooks") -> Tensor:
         """Returns what Decoder.run_blocks does. `hooks` say what they visit."""
         spec = self.decoder.spec
         assert hooks.visited is not None
@@ -160,22 +161,30 @@ class CompiledBlocks:
             job[field] = tensor.data_ptr()
         counters = np.zeros((len(course.stages), 8), dtype=np.int64)
         # The pools are those of `layers`.
-        addresses = np.zeros(spec.n_layers, dtype=np.int64)
-        addresses[layers.start : layers.stop] = [pool.data_ptr() for pool in pools]
+        addresses = np.zeros((spec.n_layers, 4), dtype=np.int64)
+        arrays = [_arrays(pool) for pool in pools]
+        addresses[layers.start : layers.stop] = [[array.ctypes.data for array in own] for own in arrays]
+        pool_blocks, block_size = pools[0].n_blocks, pools[0].block_size
         batch = step.attention
         # Compiled code checks no index.
-        context, addressable = int(self._job[Job.CONTEXT]), pools[0].shape[1] * pools[0].shape[2]
+        context, addressable = int(self._job[Job.CONTEXT]), pool_blocks * block_size
         positions = _within(step.positions.numpy(), context or spec.context_length, "position")
         slots = _within(step.slots.numpy(), addressable, "slot")
-        tables = _within(batch.tables, pools[0].shape[1], "block")
+        tables = _within(batch.tables, pool_blocks, "block")
         tiles = np.ascontiguousarray(batch.tiles, dtype=np.int64)
         threads = torch.get_num_threads()
+        parts = batch.parts(spec.n_kv_heads, threads)
+        part_counters, records = parts.memory(spec.n_heads // spec.n_kv_heads, padded(spec.head_dim))
         job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = course.stages.ctypes.data, counters.ctypes.data, threads
         job[Job.ROWS] = n
         job[Job.POSITIONS], job[Job.SLOTS] = positions.ctypes.data, slots.ctypes.data
-        job[Job.POOLS], (job[Job.POOL_BLOCKS], job[Job.BLOCK_SIZE]) = addresses.ctypes.data, pools[0].shape[1:3]
+        job[Job.POOLS], job[Job.POOL_FORMAT] = addresses.ctypes.data, arrays[0][0].itemsize
+        job[Job.POOL_TOKENS], job[Job.BLOCK_SIZE] = addressable, block_size
         job[Job.TABLES], (job[Job.SPANS], job[Job.TABLE_WIDTH]) = tables.ctypes.data, tables.shape
         job[Job.ATTENTION_TILES], job[Job.N_ATTENTION_TILES] = tiles.ctypes.data, len(tiles)
+        job[Job.PARTS], job[Job.N_PARTS] = parts.items.ctypes.data, len(parts.items)
+        job[Job.PART_COUNTERS], job[Job.N_PART_COUNTERS] = part_counters.ctypes.data, len(part_counters)
+        job[Job.RECORDS], job[Job.N_RECORDS] = records.ctypes.data, len(records)
         peaks = step.peaks
         if peaks is not None and peaks.layers:
             peak_of_layer = _peak_places(peaks, spec.n_layers)
@@ -291,6 +300,11 @@ def _within(indices: NDArray[Any], end: int, name: str) -> NDArray[np.int64]:
     if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < end:
         raise IndexError(f"a {name} is outside of 0 to {end - 1}")
     return np.ascontiguousarray(indices, dtype=np.int64)
+
+
+def _arrays(pool: Pool) -> tuple[NDArray[Any], ...]:
+    assert isinstance(pool, TiledPool)
+    return pool.arrays
 
 
 def _peak_places(peaks: Peaks, n_layers: int) -> NDArray[np.int64]:

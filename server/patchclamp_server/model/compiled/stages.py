@@ -21,13 +21,13 @@ from patchclamp_server.cpu.atomics import (
     cycles,
     floats_at,
     ints_at,
-    places_at,
     relax,
     value_at,
 )
-from patchclamp_server.cpu.invariant.rows import activations, finish_heads, layer_norms, rms_norms
+from patchclamp_server.cpu.invariant.rows import activations, layer_norms, rms_norms
 from patchclamp_server.cpu.products import FIELDS, PANEL, multiply_rows
-from patchclamp_server.model.attention.row_attention import attend
+from patchclamp_server.model.compiled.heads import attend_chunk, attention_chunks, finish_rows
+from patchclamp_server.model.compiled.heads import layer_fields as _layer
 from patchclamp_server.model.compiled.job import LAYER_FIELDS, Job, Layer, Matrix, Stage
 
 # A chunk of a stage of rows has so many, and that of a product at least so many weights, for each two rows once more.
@@ -42,16 +42,18 @@ _LAYER_FIELDS, _MATRIX_FIELDS = LAYER_FIELDS, len(Matrix)
     _MLP_NORM, _MLP_INPUT, _ACTIVATION, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _CALL,
 ) = (int(stage) for stage in Stage)  # fmt: skip
 (
-    _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _LAYERS, _EPSILONS, _X, _H,
-    _QKV_AT, _Q, _Z, _ATTN_OUT, _HIDDEN, _NEURONS, _MLP_OUT, _D, _FF, _GATED, _KIND, _N_HEADS, _N_KV, _DIM,
-    _CONSTANTS, _ROTARY, _CONTEXT, _POSITIONS, _SLOTS, _POOLS, _POOL_BLOCKS, _SIZE, _TABLES, _SPANS, _TABLE_WIDTH,
-    _ATTENTION_TILES, _N_ATTENTION_TILES, _PEAK_AT, _PEAK, _OFF_SINK, _PEAK_PLACES, _PEAK_OF_LAYER,
-    _CALLS, _FAILED,
-) = (int(field) for field in Job)  # fmt: skip
+    _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _LAYERS, _EPSILONS, _X, _H, _QKV_AT, _Z, _ATTN_OUT, _HIDDEN,
+    _NEURONS, _MLP_OUT, _D, _FF, _GATED, _KIND, _CALLS, _FAILED,
+) = (
+    int(field)
+    for field in (
+        Job.FIRST, Job.LAST, Job.STAGES, Job.COUNTERS, Job.THREADS, Job.ROWS, Job.LAYERS, Job.EPSILONS, Job.X, Job.H,
+        Job.QKV, Job.Z, Job.ATTN_OUT, Job.HIDDEN, Job.NEURONS, Job.MLP_OUT, Job.D_MODEL, Job.D_FF, Job.GATED,
+        Job.ACTIVATION, Job.CALLS, Job.FAILED,
+    )
+)  # fmt: skip
 _PARTS, _N_PARTS, _OUT, _DEPTH, _BIAS = (int(field) for field in Matrix)
-_HEAD_NORMS, _ROTARY_KIND, _WINDOW, _MATRICES = (
-    int(field) for field in (Layer.HEAD_NORMS, Layer.ROTARY_KIND, Layer.WINDOW, Layer.MATRICES)
-)
+_MATRICES = int(Layer.MATRICES)
 
 _FIELDS = len(Job)
 
@@ -92,9 +94,7 @@ def _chunks(job, stage, layer):
         cost = matrix[_OUT] * matrix[_DEPTH] * (job[_N] + 1) // 2
         return max(1, min(job[_THREADS] * _CHUNKS, matrix[_OUT] // PANEL, cost // _COST))
     if stage == _ATTEND:
-        if job[_N_ATTENTION_TILES] == 1 and job[_N] == 1:
-            return min(job[_THREADS], job[_N_KV])
-        return min(job[_THREADS] * _CHUNKS, job[_N_ATTENTION_TILES])
+        return attention_chunks(job)
     return 1 if stage == _CALL else (job[_N] + _ROWS - 1) // _ROWS
 
 
@@ -108,9 +108,9 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     elif stage == _QKV:
         _multiply(job, layer, stage, job[_H], job[_QKV_AT], chunk, n)
     elif stage == _HEADS:
-        _finish_rows(job, layer, start, end)
+        finish_rows(job, layer, start, end)
     elif stage == _ATTEND:
-        _attend_chunk(job, layer, chunk, n)
+        attend_chunk(job, layer, chunk, n)
     elif stage == _ATTN_OUTPUT:
         _multiply(job, layer, stage, job[_Z], job[_ATTN_OUT], chunk, n)
     elif stage == _POST_ATTN_NORM:
@@ -133,11 +133,6 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     elif stage == _CALL:
         own = carray(ints_at(job[_CALLS] + flags * 24), (3,))
         call_with(own[0], job[layer], own[1], own[2])
-
-
-@_compiled
-def _layer(job, layer):
-    return carray(ints_at(job[_LAYERS] + layer * (_LAYER_FIELDS * 8)), (_LAYER_FIELDS,))
 
 
 @_compiled
@@ -191,72 +186,6 @@ def _multiply(job, layer, stage, source, target, chunk, chunks):
         for i in range(n):
             for o in range(start, end):
                 y[i * out + o] += bias[o]
-
-
-@_compiled
-def _finish_rows(job, layer, start, end):
-    n_heads, n_kv, dim, n = job[_N_HEADS], job[_N_KV], job[_DIM], job[_N]
-    attended = n_heads + n_kv
-    fields = _layer(job, layer)
-    qkv = carray(floats_at(job[_QKV_AT]), (n, attended + n_kv, dim))
-    q = carray(floats_at(job[_Q]), (n, n_heads, dim))
-    pool = _pool(job, layer)
-    positions, slots = carray(ints_at(job[_POSITIONS]), (n,)), carray(ints_at(job[_SLOTS]), (n,))
-    normed = 0 if fields[_HEAD_NORMS] == 0 else attended
-    weights = carray(floats_at(fields[_HEAD_NORMS]), (normed, dim))
-    eps = carray(floats_at(job[_EPSILONS] + layer * 20), (5,))[4]
-    kind, width, context = fields[_ROTARY_KIND], 0, 0
-    cosines, sines = job[_CONSTANTS], job[_CONSTANTS]
-    if kind >= 0:
-        table = carray(ints_at(job[_ROTARY] + kind * 24), (3,))
-        cosines, sines, width, context = table[0], table[1], table[2], job[_CONTEXT]
-    cos, signed_sin = carray(floats_at(cosines), (context, width)), carray(floats_at(sines), (context, width))
-    for i in range(start, end):
-        p = positions[i] if kind >= 0 else 0
-        if normed or kind >= 0:
-            finish_heads(qkv[i : i + 1], attended, weights, eps, cos[p : p + 1], signed_sin[p : p + 1], 0, 1)
-        block, offset = slots[i] // job[_SIZE], slots[i] % job[_SIZE]
-        for h in range(n_heads):
-            for k in range(dim):
-                q[i, h, k] = qkv[i, h, k]
-        for h in range(n_kv):
-            for k in range(dim):
-                pool[0, block, offset, h, k] = qkv[i, n_heads + h, k]
-                pool[1, block, offset, h, k] = qkv[i, attended + h, k]
-
-
-@_compiled
-def _pool(job, layer):
-    pools = carray(ints_at(job[_POOLS]), (layer + 1,))
-    return carray(floats_at(pools[layer]), (2, job[_POOL_BLOCKS], job[_SIZE], job[_N_KV], job[_DIM]))
-
-
-@_compiled
-def _attend_chunk(job, layer, chunk, n):
-    rows, n_heads, n_kv, dim = job[_N], job[_N_HEADS], job[_N_KV], job[_DIM]
-    n_tiles = job[_N_ATTENTION_TILES]
-    q = carray(floats_at(job[_Q]), (rows * n_heads * dim,))
-    z = carray(floats_at(job[_Z]), (rows, n_heads * dim))
-    tables = carray(ints_at(job[_TABLES]), (job[_SPANS], job[_TABLE_WIDTH]))
-    tiles = carray(ints_at(job[_ATTENTION_TILES]), (n_tiles, 4))
-    constants = carray(floats_at(job[_CONSTANTS]), (2,))
-    places, off, place = 0, 0, 0
-    if job[_PEAK_AT]:
-        place = carray(ints_at(job[_PEAK_OF_LAYER]), (layer + 1,))[layer]
-        if place >= 0:
-            places = job[_PEAK_PLACES]
-            off = places if job[_OFF_SINK] else 0
-    peak_at = carray(places_at(job[_PEAK_AT]), (places, rows, n_heads))
-    peak = carray(floats_at(job[_PEAK]), (places, rows, n_heads))
-    off_sink = carray(floats_at(job[_OFF_SINK]), (off, rows, n_heads))
-    first, last, heads_from, heads_to = chunk * n_tiles // n, (chunk + 1) * n_tiles // n, 0, n_kv
-    if n_tiles == 1 and rows == 1:
-        first, last, heads_from, heads_to = 0, 1, chunk * n_kv // n, (chunk + 1) * n_kv // n
-    window = _layer(job, layer)[_WINDOW]
-    attend(
-        q, _pool(job, layer), tables, tiles, constants[0], window, constants[1], z, peak_at, peak, off_sink,
-        max(0, place), heads_from, heads_to, first, last,
-    )  # fmt: skip
 
 
 @numba.cfunc(types.void(types.int64), cache=True)

@@ -91,7 +91,7 @@ def attribute(
     masses = yield from attention_mass(decoder, document[0], everywhere)
     patterns = masses[:, :, 0].double()  # [n_layers, n_heads, T]
     for layer, block in enumerate(decoder.blocks):
-        values = pools[layer][1].flatten(0, 1)[step.slots].double()  # [T, n_kv_heads, head_dim]
+        values = pools[layer].values_at(step.slots).double()  # [T, n_kv_heads, head_dim]
         sources, bias = _head_sources(block, patterns[layer].to(values.device), values, direction)
         biases += bias
         heads += [(layer, head, part) for head, part in enumerate(sources.cpu())]
