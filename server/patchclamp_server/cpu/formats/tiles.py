@@ -34,11 +34,11 @@ _BYTE_POINTER = I8.as_pointer()
 # needs, less where blocks are decoded in between. A sum takes one register with AVX-512 (of 32), two with AVX2 (of 16)
 # and four with NEON (of 32).
 _WIDE = host_has("avx512f")
-DIRECT = {1: 8, 2: int(__import__("os").environ.get("R2", "4")), 4: 4, 8: 2} if _WIDE else {1: 4, 2: 3, 3: 2}
+DIRECT = {1: 8, 2: 8, 4: 4, 8: 2} if _WIDE else {1: 4, 2: 3}
 SHAPES = {1: 8, 2: 8, 4: 6, 8: 3} if _WIDE else {1: 4, 2: 3, 3: 2}
 MOST = max(SHAPES)
 # For more rows a panel costs less than to decode once more.
-MOST_DIRECT = 2 * max(DIRECT)
+MOST_DIRECT = 16 if _WIDE else 2
 # The rows of the next tile where so many are left: the last row is repeated once at most.
 ACROSS = tuple(
     next((n for n in sorted(SHAPES) if 0 <= n - left <= 1), max((n for n in SHAPES if n <= left), default=1))
