@@ -114,7 +114,6 @@ print(*(after[name] - before[name] for name in ("Rss:", "Anonymous:")))
 """
 
 
-@pytest.mark.xfail(reason="until Linear takes a StoredMatrix (weights.py, _product)", strict=True)
 def test_a_served_model_takes_hardly_more_memory_than_its_file(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4}
     paths = []

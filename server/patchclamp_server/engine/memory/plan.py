@@ -107,7 +107,7 @@ def _held(tensor: StoredTensor, bytes_per_weight: int | None) -> int:
 
 def _rotary_tables(spec: DecoderSpec, options: PlanOptions) -> int:
     """cos and signed sin [context, head_dim] of each kind; families that rotate a part of a head need less."""
-    if spec.family.rotary is None:
+    if spec.family.position_embedding is not None:
         return 0
     kinds = len(set(spec.rotary_kinds))
     return 2 * kinds * spec.context_length * spec.head_dim * options.dtype.itemsize
