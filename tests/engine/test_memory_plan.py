@@ -25,7 +25,7 @@ from patchclamp_server.model.stored_tensors import StoredTensor
 MIB = 1 << 20
 OPTIONS = PlanOptions(
     kv_block_size=16,
-    kv_element_bytes=4,
+    kv_dtype=torch.float32,
     max_tokens_per_step=32,
     max_sequences=4,
     dtype=torch.float32,
@@ -62,7 +62,7 @@ def test_the_kv_cache_has_whole_blocks_and_the_one_that_is_never_given_out() -> 
 
 def test_a_block_of_int8_has_scales_beside_its_codes() -> None:
     whole = block_bytes(spec(), OPTIONS)
-    small = block_bytes(spec(), replace(OPTIONS, kv_element_bytes=1, kv_scale_bytes=4))
+    small = block_bytes(spec(), replace(OPTIONS, kv_dtype=torch.int8))
     # Keys and values of 16 tokens and 2 heads of 16 channels, in all layers.
     assert whole - small == 2 * LAYERS * 16 * 2 * (16 * 3 - 4)
 

@@ -28,6 +28,7 @@ from patchclamp_server.engine.sampler import warm_up
 from patchclamp_server.engine.scheduler import Scheduler
 from patchclamp_server.engine.steps import Steps
 from patchclamp_server.errors import Cancelled, DeadlineExceeded, NotFound, Unavailable
+from patchclamp_server.model.attention.pools import KV_DTYPES
 from patchclamp_server.model.decoder import Decoder
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.monitoring.registry import WatchRegistry
@@ -312,7 +313,7 @@ def kv_dtype(config: EngineConfig, decoder: Decoder) -> torch.dtype:
     """Returns the dtype of keys and values. Raises ValueError where the decoder cannot read what is asked for."""
     if config.kv_dtype in ("model", str(decoder.dtype).removeprefix("torch.")):
         return decoder.dtype
-    wanted = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(config.kv_dtype)
+    wanted = KV_DTYPES.get(config.kv_dtype)
     if wanted is None or not decoder.reads_tiles or _runs_kernels(decoder, config):
         raise ValueError(
             f"kv_dtype {config.kv_dtype}; accepted: model, and in float32 on a CPU without kernels bfloat16 or int8"

@@ -5,6 +5,7 @@ import torch
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.memory.available import resident_memory
 from patchclamp_server.engine.memory.plan import PlanOptions
+from patchclamp_server.model.attention.pools import KV_DTYPES
 
 # What comes after the plan is made: compiled code, threads, and what gRPC and a tokenizer hold.
 _LATER = 48 << 20
@@ -17,7 +18,7 @@ def plan_options(config: EngineConfig, dtype: torch.dtype, device: str) -> PlanO
     cuda = device.startswith("cuda")
     return PlanOptions(
         kv_block_size=config.kv_block_size,
-        kv_element_bytes=dtype.itemsize,
+        kv_dtype=dtype if config.kv_dtype == "model" else KV_DTYPES[config.kv_dtype],
         max_tokens_per_step=config.max_tokens_per_step,
         max_sequences=config.max_sequences,
         dtype=dtype,

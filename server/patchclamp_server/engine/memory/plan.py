@@ -1,7 +1,7 @@
 """Plans the memory that serving takes, from what the headers of the files say; no weight is read.
 
     weights       Σ bytes of the tensors, in the format in which they are held
-    KV cache      2 · layers · blocks · block tokens · KV heads · (head_dim · element bytes + scale bytes)
+    KV cache      blocks · block tokens · bytes of a token's keys and values (model/attention/pools.py)
     tables        rotary (cos and sin of each position, for each kind), programs (interventions/tables.py)
     activations   of the largest step: its rows at each width of a block, and its logits twice
     runtime       the interpreter, torch, and what numba compiled
@@ -18,6 +18,7 @@ import torch
 
 from patchclamp_server.interventions.columns import FLOAT_COLUMNS, INT_COLUMNS
 from patchclamp_server.interventions.tables import CUDA_BANK_ELEMENTS, CUDA_ENTRIES, CUDA_UNITS, DEFAULT_ROWS
+from patchclamp_server.model.attention.pools import token_bytes
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.model.stored_tensors import StoredTensor
 from patchclamp_server.sizes import shown_size
@@ -31,16 +32,15 @@ _UNIT_BYTES = 24
 @dataclass(frozen=True)
 class PlanOptions:
     """`runtime` is in bytes. With `bytes_per_weight` matrices are held in so many bytes a weight, instead of as they
-    are stored. `kv_scale_bytes` belong to one token and KV head, once for its key and once for its value."""
+    are stored."""
 
     kv_block_size: int
-    kv_element_bytes: int
+    kv_dtype: torch.dtype
     max_tokens_per_step: int
     max_sequences: int
     dtype: torch.dtype
     device: str
     runtime: int
-    kv_scale_bytes: int = 0
     bytes_per_weight: int | None = None
 
 
@@ -95,8 +95,9 @@ def plan(spec: DecoderSpec, tensors: Iterable[StoredTensor], kv_tokens: int, opt
 
 def block_bytes(spec: DecoderSpec, options: PlanOptions) -> int:
     """Returns the bytes of one block of the KV cache, for all layers, and of what is known of it."""
-    row = spec.head_dim * options.kv_element_bytes + options.kv_scale_bytes
-    return 2 * spec.n_layers * options.kv_block_size * spec.n_kv_heads * row + _BLOCK_OBJECTS
+    tiled = not options.device.startswith("cuda") and options.dtype == torch.float32
+    token = token_bytes(spec.n_layers, spec.n_kv_heads, spec.head_dim, options.kv_dtype, tiled=tiled)
+    return options.kv_block_size * token + _BLOCK_OBJECTS
 
 
 def _held(tensor: StoredTensor, bytes_per_weight: int | None) -> int:

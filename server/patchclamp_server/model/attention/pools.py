@@ -50,6 +50,10 @@ class Pool(Protocol):
         """Sets blocks to zero."""
 
 
+# By their names, what keys and values may be kept in besides the dtype of the model.
+KV_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
 class KvPool:
     def __init__(
         self, n_blocks: int, size: int, n_kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
