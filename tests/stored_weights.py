@@ -59,3 +59,25 @@ def symmetric_8(out: int, width: int) -> Tensor:
     codes[:, :, 5] = -127
     scale = (torch.rand(out, width // GROUP, 1, generator=generator) * 0.02 + 1e-4).half().float()
     return (codes * scale).view(out, width)
+
+
+def stored(weight: Tensor) -> Tensor | StoredMatrix:
+    """The blocks that `affine_4` and `symmetric_8` are made of; other weights as they are."""
+    out, width = weight.shape
+    if width % GROUP or weight.dtype != torch.float32:
+        return weight
+    groups = weight.view(out, width // GROUP, GROUP)
+    least = groups.amin(2, keepdim=True).half()
+    for format, low in ((Format.Q4_1, least), (Format.Q8_0, least * 0)):
+        span = (groups - low.float()).abs().amax(2, keepdim=True)
+        scale = (span / (15 if format is Format.Q4_1 else 127)).half()
+        codes = ((groups - low.float()) / scale.float().clamp_min(1e-30)).round()
+        if torch.equal(codes * scale.float() + low.float(), groups):
+            fields = [scale.view(torch.uint8)]
+            if format is Format.Q4_1:
+                nibbles = codes.to(torch.uint8)
+                fields += [low.view(torch.uint8), nibbles[:, :, :16] | nibbles[:, :, 16:] << 4]
+            else:
+                fields.append(codes.to(torch.int8).view(torch.uint8))
+            return StoredMatrix((Part.whole(format, torch.cat(fields, dim=2).view(-1).numpy(), width),))
+    return weight

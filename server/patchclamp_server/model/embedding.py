@@ -1,11 +1,15 @@
 """Embeddings of tokens: rows are read where they are stored, and made float32 when they are looked up."""
 
-import numpy as np
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from patchclamp_server.cpu.stored import StoredMatrix
+
+if TYPE_CHECKING:
+    from patchclamp_server.cpu.products import StoredProduct
 
 
 class Embedding:
@@ -13,6 +17,7 @@ class Embedding:
 
     def __init__(self, weight: Tensor | StoredMatrix) -> None:
         self.weight = weight
+        self._stored = _product(weight) if isinstance(weight, StoredMatrix) else None
 
     @property
     def device(self) -> torch.device:
@@ -26,9 +31,12 @@ class Embedding:
         """Returns the rows of tokens. IndexError: there is no such token."""
         if isinstance(self.weight, Tensor):
             return F.embedding(ids, self.weight)
-        (part,) = self.weight.parts
-        # A token of a prompt is often there several times.
-        wanted, places = np.unique(ids.numpy(), return_inverse=True)
-        if len(wanted) and wanted[0] < 0:
-            raise IndexError(f"token {wanted[0]} is below 0")
-        return torch.from_numpy(part.reordered(wanted).dense()[places])
+        assert self._stored is not None
+        return self._stored.rows(ids)
+
+
+def _product(matrix: StoredMatrix) -> "StoredProduct":
+    # Only this path needs what numba compiles.
+    from patchclamp_server.cpu.products import StoredProduct
+
+    return StoredProduct(matrix)
