@@ -9,6 +9,7 @@ value, and its numbers are float32, bfloat16 (to the nearest, ties to even), or 
 A token whose keys or values are not finite has a scale that is not, and so has nothing finite.
 """
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,6 +113,11 @@ class TiledPool:
             self.key_scales.reshape(-1),
             self.value_scales.reshape(-1),
         )
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """The addresses of its arrays, for compiled code."""
+        return tuple(array.ctypes.data for array in self.arrays)
 
     def keys_at(self, slots: Tensor) -> Tensor:
         codes, scales, *_ = self._stored(slots.numpy())

@@ -87,6 +87,7 @@ class CompiledBlocks:
         }.items():
             self._job[field] = value
         self._course = lru_cache(256)(self._make_course)
+        self._final = np.insert(_FINAL, 1, spec.n_layers, axis=1)
         # Is told of each step how many rows it has, its stages, and their counters, as in Job.
         self.on_step: Callable[[int, NDArray[np.int64], NDArray[np.int64]], None] | None = None
 
@@ -131,8 +132,7 @@ class CompiledBlocks:
         logits = torch.empty(rows, self.decoder.unembedding.out)
         for field, tensor in (memory | {Job.QKV: logits}).items():
             job[field] = tensor.data_ptr()
-        stages = np.insert(_FINAL, 1, self.decoder.spec.n_layers, axis=1)
-        job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = stages.ctypes.data, counters.ctypes.data, threads
+        job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = self._final.ctypes.data, counters.ctypes.data, threads
         job[Job.ROWS], job[Job.FIRST], job[Job.LAST] = rows, first, len(_FINAL)
         team_of(threads).run(job)
         return logits
@@ -162,8 +162,8 @@ class CompiledBlocks:
         counters = np.zeros((len(course.stages), 8), dtype=np.int64)
         # The pools are those of `layers`.
         addresses = np.zeros((spec.n_layers, 4), dtype=np.int64)
-        arrays = [_arrays(pool) for pool in pools]
-        addresses[layers.start : layers.stop] = [[array.ctypes.data for array in own] for own in arrays]
+        tiled = [_tiled(pool) for pool in pools]
+        addresses[layers.start : layers.stop] = [pool.addresses for pool in tiled]
         pool_blocks, block_size = pools[0].n_blocks, pools[0].block_size
         batch = step.attention
         # Compiled code checks no index.
@@ -178,7 +178,7 @@ class CompiledBlocks:
         job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = course.stages.ctypes.data, counters.ctypes.data, threads
         job[Job.ROWS] = n
         job[Job.POSITIONS], job[Job.SLOTS] = positions.ctypes.data, slots.ctypes.data
-        job[Job.POOLS], job[Job.POOL_FORMAT] = addresses.ctypes.data, arrays[0][0].itemsize
+        job[Job.POOLS], job[Job.POOL_FORMAT] = addresses.ctypes.data, tiled[0].keys.itemsize
         job[Job.POOL_TOKENS], job[Job.BLOCK_SIZE] = addressable, block_size
         job[Job.TABLES], (job[Job.SPANS], job[Job.TABLE_WIDTH]) = tables.ctypes.data, tables.shape
         job[Job.ATTENTION_TILES], job[Job.N_ATTENTION_TILES] = tiles.ctypes.data, len(tiles)
@@ -302,9 +302,9 @@ def _within(indices: NDArray[Any], end: int, name: str) -> NDArray[np.int64]:
     return np.ascontiguousarray(indices, dtype=np.int64)
 
 
-def _arrays(pool: Pool) -> tuple[NDArray[Any], ...]:
+def _tiled(pool: Pool) -> TiledPool:
     assert isinstance(pool, TiledPool)
-    return pool.arrays
+    return pool
 
 
 def _peak_places(peaks: Peaks, n_layers: int) -> NDArray[np.int64]:
