@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import cpu_page
 from measured_code import ROOT, code_digest
 from neurons import page as neurons
 from peers import page as peers
@@ -393,8 +394,10 @@ COMMANDS = {
     "neurons_census_speed": "python benchmarks/neurons --only speed",
     "peers": "python benchmarks/peers",
     "rolling": "python benchmarks/rolling.py",
+    "shapes": "python benchmarks/shapes.py",
     "sparse_quality": "python benchmarks/sparse --only quality",
     "sparse_speed": "python benchmarks/sparse --only speed",
+    "step": "python benchmarks/step.py",
     "vectors": "python benchmarks/vectors --only table",
     "vectors_probe": "python benchmarks/vectors --only probe",
     "vectors_readouts": "python benchmarks/vectors --only readouts",
@@ -476,6 +479,8 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 # By what a result says it is, or else by the name of its file; in the order of the page.
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "cpu": ("Decoding on a CPU", cpu),
+    "step": ("Where a decode step goes", cpu_page.step),
+    "shapes": ("Models in real shapes", cpu_page.shapes),
     "peers": ("Beside other engines", peers.tables),
     "gpu": ("On a GPU", gpu),
     "host": ("What the host does in a step", host),

@@ -1,0 +1,61 @@
+"""Where a decode step goes, and what real shapes take, as docs/performance.md shows them."""
+
+from typing import Any
+
+# Stages of model/compiled/job.py in words, in the order of a block.
+STAGES = {
+    "MLP_INPUT": "gate and up products",
+    "MLP_OUTPUT": "down products",
+    "QKV": "query, key and value products",
+    "ATTN_OUTPUT": "output products of attention",
+    "ATTEND": "attention",
+    "HEADS": "rotary embedding, keys and values to the cache",
+    "ACTIVATION": "activation function",
+    "ATTN_NORM": "norms before attention",
+    "MLP_NORM": "norms before the MLP",
+    "between stages": "between stages",
+    "beside the blocks": "beside the blocks: embedding, unembedding, sampling, the engine",
+}
+GIB, MIB = 1 << 30, 1 << 20
+
+
+def step(result: dict[str, Any]) -> list[str]:
+    batches = result["batches"]
+    lines = [
+        "| ms of a decode step of SmolLM2-135M | " + " | ".join(f"{batch} requests" for batch in batches) + " |",
+        "|---|" + "---:|" * len(batches),
+    ]
+    for name, words in STAGES.items():
+        cells = " | ".join(f"{own['milliseconds'].get(name, 0):.2f}" for own in batches.values())
+        lines.append(f"| {words} | {cells} |")
+    return [
+        *lines,
+        "| **a step** | " + " | ".join(f"**{own['step']:.2f}**" for own in batches.values()) + " |",
+        "",
+        f"`python benchmarks/step.py` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
+        f"{result['threads']} threads, prompts of {result['context']} tokens;",
+        "each stage by the processor's clock when its first chunk begins and its last one ends, in steps that nothing",
+        "else is measured in; means over the half of the steps that took least.",
+    ]
+
+
+def shapes(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| model | file | resident when ready | of 1.3 x file + 300 MiB | start to ready | tokens/s | llama.cpp | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, own in result["shapes"].items():
+        rates = own["median_tokens_per_second"]
+        peer = f"{rates['llama_cpp']:.1f} | {own['vs_llama_cpp']:.2f}" if "llama_cpp" in rates else " | "
+        lines.append(
+            f"| {name} | {own['file_bytes'] / MIB:,.0f} MiB | {own['ready_bytes'] / MIB:,.0f} MiB | "
+            f"{own['over_allowed']:.2f} | {own['ready_seconds']:.1f} s | {rates['patchclamp']:.1f} | {peer} |"
+        )
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/shapes.py` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
+        f"{result['threads']} threads, medians of {result['rounds']} alternating rounds;",
+        "random weights in the shape of the model and the formats of Q4_K_M, but for the embedded one. Resident memory is",
+        "of the whole server and has the mapped file in it; llama.cpp rounds activations to 8 bits.",
+    ]
