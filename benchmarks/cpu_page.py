@@ -41,7 +41,7 @@ def step(result: dict[str, Any]) -> list[str]:
 
 def shapes(result: dict[str, Any]) -> list[str]:
     lines = [
-        "| model | file | resident when ready | of 1.3 x file + 300 MiB | start to ready | tokens/s | llama.cpp | ratio |",
+        "| model | file | resident, ready | over 1.3 x file + 300 MiB | start to ready | tokens/s | llama.cpp | ratio |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, own in result["shapes"].items():
@@ -56,6 +56,6 @@ def shapes(result: dict[str, Any]) -> list[str]:
         "",
         f"`python benchmarks/shapes.py` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
         f"{result['threads']} threads, medians of {result['rounds']} alternating rounds;",
-        "random weights in the shape of the model and the formats of Q4_K_M, but for the embedded one. Resident memory is",
-        "of the whole server and has the mapped file in it; llama.cpp rounds activations to 8 bits.",
+        "random weights in the shape of the model and the formats of Q4_K_M, but for the embedded one. Resident memory",
+        "is of the whole server and has the mapped file in it; llama.cpp rounds activations to 8 bits.",
     ]
