@@ -41,7 +41,7 @@ def step(result: dict[str, Any]) -> list[str]:
 
 def shapes(result: dict[str, Any]) -> list[str]:
     lines = [
-        "| model | file | resident, ready | over 1.3 x file + 300 MiB | start to ready | tokens/s | llama.cpp | ratio |",
+        "| model | file | resident | over 1.3 x file + 300 MiB | start to ready | tokens/s | llama.cpp | ratio |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, own in result["shapes"].items():
