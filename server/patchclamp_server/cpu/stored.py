@@ -8,7 +8,6 @@ The rows of a part may lie in any order, because rotary embeddings of GGUF files
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,12 +94,15 @@ class Part:
 
     def dense(self) -> NDArray[np.float32]:
         """Returns a copy of the weights [n, width]."""
+        rows = self._rows()
+        if self.format is Format.BF16:
+            return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if self.format.weights == 1:
+            return rows.view(np.float32 if self.format is Format.F32 else np.float16).astype(np.float32, copy=False)
+        # Only blocks need this, which machines that serve other models may not have.
         from gguf import GGMLQuantizationType, dequantize
 
-        rows = self._rows()
-        dtype: Any = {Format.F32: np.float32, Format.F16: np.float16}.get(self.format)
-        data = rows if dtype is None else rows.view(dtype)
-        return np.ascontiguousarray(dequantize(data, GGMLQuantizationType(self.format)), dtype=np.float32)
+        return np.ascontiguousarray(dequantize(rows, GGMLQuantizationType(self.format)), dtype=np.float32)
 
     def _rows(self) -> NDArray[np.uint8]:
         """Returns a copy of the stored rows [n, bytes]."""

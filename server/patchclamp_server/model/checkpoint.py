@@ -14,7 +14,6 @@ from patchclamp_server.model.fingerprint import gguf_fingerprint, model_fingerpr
 from patchclamp_server.model.gguf.config import gguf_config
 from patchclamp_server.model.gguf.files import read_headers
 from patchclamp_server.model.gguf.metadata import Metadata
-from patchclamp_server.model.gguf.tensors import map_gguf
 from patchclamp_server.model.gguf.tokenizer import gguf_tokenizer
 from patchclamp_server.model.parameters import parameters_of
 from patchclamp_server.model.progress import Progress
@@ -57,6 +56,9 @@ def _directory(directory: Path, progress: Progress) -> Checkpoint:
 
 
 def _gguf(files: Sequence[Path], progress: Progress) -> Checkpoint:
+    # This needs a package that machines which serve other models may not have.
+    from patchclamp_server.model.gguf.tensors import map_gguf
+
     path = files[0]
     with foreign_errors(f"{path} cannot be loaded"):
         header = read_headers(files)

@@ -8,8 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from patchclamp_server.model.digests import (
     OnBytes,
     Parts,
@@ -71,6 +69,9 @@ def gguf_fingerprint(header: Header, files: Sequence[Path], progress: Progress |
     It does not depend on paths, names, chat templates, or on whether the file is split. Weights of another format are
     another model: their activations differ.
     """
+    # Machines that serve other models may not have this.
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     architecture = header.values.get("general.architecture")
     wanted = ("general.architecture", f"{architecture}.", "tokenizer.ggml.")
     keys = {key: value for key, value in header.values.items() if key.startswith(wanted)}

@@ -5,7 +5,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, quantize
 from numpy.typing import NDArray
 
 from patchclamp_server.cpu.memory import in_parts
@@ -17,6 +16,15 @@ from patchclamp_server.cpu.stored import Format, Part, StoredMatrix
 # So many weights are float32 at once in each thread: they stay in its cache.
 _AT_ONCE = 1 << 17
 
+
+def _quantize_q8_0(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """With 8 bits the scale by the largest weight leaves nothing to find."""
+    # Machines that serve other models may not have this.
+    from gguf import GGMLQuantizationType, quantize
+
+    return quantize(rows, GGMLQuantizationType.Q8_0)
+
+
 QUANTIZERS: dict[Format, Callable[[NDArray[np.float32]], NDArray[np.uint8]]] = {
     Format.Q4_K: quantize_q4_k,
     Format.Q6_K: quantize_q6_k,
@@ -24,8 +32,7 @@ QUANTIZERS: dict[Format, Callable[[NDArray[np.float32]], NDArray[np.uint8]]] = {
     Format.Q5_0: partial(quantize_small, bits=5, has_minimum=False),
     Format.Q4_1: partial(quantize_small, bits=4, has_minimum=True),
     Format.Q5_1: partial(quantize_small, bits=5, has_minimum=True),
-    # With 8 bits the scale by the largest weight leaves nothing to find.
-    Format.Q8_0: partial(quantize, qtype=GGMLQuantizationType.Q8_0),
+    Format.Q8_0: _quantize_q8_0,
 }
 
 
