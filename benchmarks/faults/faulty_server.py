@@ -24,6 +24,7 @@ from faulty_executor import FaultyExecutor, allocate_too_much
 
 from patchclamp_server.cli.commands import serve
 from patchclamp_server.cli.options import add_serve_arguments
+from patchclamp_server.engine.memory.plan import MemoryPlan
 from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.rpc import server
 from patchclamp_server.rpc.config import ServerConfig
@@ -60,8 +61,8 @@ class Faults:
 
 
 class FaultyServer(server.Server):
-    def __init__(self, model: LoadedModel, config: ServerConfig) -> None:
-        super().__init__(model, config)
+    def __init__(self, model: LoadedModel, config: ServerConfig, plan: MemoryPlan | None = None) -> None:
+        super().__init__(model, config, plan)
         faults = Faults()
         faults.listen()
         self.engine.runner.executor = FaultyExecutor(self.engine.executor, faults.meet)

@@ -61,7 +61,7 @@ def grounding(head_set: str, **fields: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def only_a(live_server: LiveServer) -> program.Program:
     """The last residual state is what reads as "a", so that every token is one of the prompt."""
-    row = live_server.model.decoder.unembedding.weight[A]
+    (row,) = live_server.model.decoder.unembedding.rows(torch.tensor([A]))
     replace = program.ReplaceVector(vector=program.Vector(values=floats(*(100 * row).tolist())))
     return program.Program(edits=[add(name="a", replace=replace)])
 

@@ -50,7 +50,9 @@ def test_the_plan_is_said_before_the_model_is_loaded(tiny_llama_dir: Path, caplo
     caplog.set_level(logging.INFO)
     loaded = load(parse("--model", str(tiny_llama_dir), "--kv-cache-tokens", "1024"))
     assert f"memory: {loaded.plan}; " in caplog.text
-    assert "KV cache 292 KiB (1,024 tokens)" in caplog.text
+    # Keys of 8 channels and values of 16 in 2 layers and heads, of 65 blocks of 16 tokens, and 512 bytes a block.
+    assert "KV cache 422 KiB (1,024 tokens)" in caplog.text
+    assert 65 * (16 * 2 * 2 * (8 + 16) * 4 + 512) // 1024 == 422
 
 
 def test_the_engine_gets_the_cache_that_was_planned(tiny_llama_dir: Path) -> None:

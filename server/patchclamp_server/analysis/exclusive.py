@@ -17,6 +17,8 @@ at the engine's exclusive door (engine/exclusive.py). Those with a pass of their
                                      interchange interventions, with gradients: passes that begin at a layer, with
                                      states of another run in it (subspaces/interchange.py).
     neurons/other_model.py           Activations of a second checkpoint, of which no engine runs requests.
+    quantization.py                  What quantising costs: the dense model and the quantised one, of which no engine
+                                     runs requests.
     sparsity/teal_allocation.py      One block alone, which every step of a search runs again, from kept inputs.
 
 Without a pass: what reads weights alone (heads/scores/successor.py, ov_nuclear_norm.py,

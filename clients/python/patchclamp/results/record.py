@@ -59,7 +59,8 @@ def _reader(field: FieldDescriptor, kind: Any) -> Read:
     """Returns what reads a field of a message as a value of this type."""
     name, alternatives = field.name, get_args(kind)
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
-        return lambda message: dict(getattr(message, name))
+        # A message gives its entries in another order each time.
+        return lambda message: dict(sorted(getattr(message, name).items()))
     if field.is_repeated:
         convert = _converter(field, alternatives[0])
         return lambda message: tuple(map(convert, getattr(message, name)))
