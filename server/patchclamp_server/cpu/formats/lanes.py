@@ -138,9 +138,6 @@ def halves_of_unit(b: Any, codes: Any, *, signed: bool = False) -> list[Any]:
     return [b.sext(half, INTS) if signed else b.zext(half, INTS) for half in halves]
 
 
-_MODE = __import__("os").environ.get("MODE", "")
-
-
 class Codebook:
     """The 16 values of a code of 4 bits, code · scale + low, in one register where the processor can look up there."""
 
@@ -148,7 +145,7 @@ class Codebook:
         """Code c stands for c + first."""
         self.b, self.scale, self.low, self.first = b, scale, low, first
         self.table = None
-        if host_has("avx512f") and _MODE != "computed":
+        if host_has("avx512f"):
             self.table = scaled(b, ir.Constant(INTS, list(range(first, first + LANES))), scale, low)
 
     def low_halves(self, wide: Any) -> Any:
@@ -158,7 +155,7 @@ class Codebook:
 
     def high_halves(self, wide: Any) -> Any:
         codes = self.b.lshr(wide, integers(4))
-        return self._look_up(codes) if self.table is not None and _MODE != "mixed" else self._computed(codes)
+        return self._look_up(codes) if self.table is not None else self._computed(codes)
 
     def _look_up(self, codes: Any) -> Any:
         kind = ir.FunctionType(FLOATS, [FLOATS, INTS])

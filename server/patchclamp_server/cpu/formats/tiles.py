@@ -44,7 +44,9 @@ ACROSS = tuple(
 )
 _INT = types.int64
 # What is so many bytes further on in each row is asked for: what the processor asks for by itself is few short rows.
-_SOON = int(__import__("os").environ.get("SOON", "640"))
+_SOON = 640
+# Scales are kept for so many float32 of each row at a time.
+_KEPT = 64
 _Body = Callable[[list[Any], list[Any], Any], None]
 
 
@@ -217,7 +219,7 @@ def _for_steps(
             body(blocks(loop.index), [None] * len(rows), b.mul(loop.index, I64(step.weights)))
         return
     # Scales are kept for some steps at once: a store is not waited for.
-    ahead = max(2, int(__import__("os").environ.get("AHEAD", "128")) // step.scales)
+    ahead = max(2, _KEPT // step.scales)
     memory = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(_FLOAT, ahead * len(rows) * step.scales)), _FLOAT_POINTER)
 
     def kept(i: Any) -> list[Any]:
