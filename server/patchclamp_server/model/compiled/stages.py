@@ -24,6 +24,8 @@ from patchclamp_server.cpu.atomics import (
     relax,
     value_at,
 )
+from patchclamp_server.cpu.integers.products import round_rows
+from patchclamp_server.cpu.integers.tiles import ROWS
 from patchclamp_server.cpu.invariant.rows import activations, finish_heads, layer_norms, rms_norms
 from patchclamp_server.cpu.products import FIELDS, PANEL, multiply_rows
 from patchclamp_server.model.attention.row_attention import attend
@@ -38,16 +40,16 @@ _CHUNKS = 4
 _LAYER_FIELDS, _MATRIX_FIELDS = LAYER_FIELDS, len(Matrix)
 (
     _ATTN_NORM, _QKV, _HEADS, _ATTEND, _ATTN_OUTPUT, _POST_ATTN_NORM,
-    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _LOOK,
+    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _ROUND, _LOOK,
 ) = (int(stage) for stage in Stage)  # fmt: skip
 (
     _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _LAYERS, _EPSILONS, _X, _H,
-    _QKV_AT, _Q, _Z, _ATTN_OUT, _HIDDEN, _NEURONS, _MLP_OUT, _D, _FF, _GATED, _KIND, _N_HEADS, _N_KV, _DIM,
+    _QKV_AT, _Q, _Z, _ATTN_OUT, _HIDDEN, _NEURONS, _MLP_OUT, _ROUNDED, _D, _FF, _GATED, _KIND, _N_HEADS, _N_KV, _DIM,
     _CONSTANTS, _ROTARY, _CONTEXT, _POSITIONS, _SLOTS, _POOLS, _POOL_BLOCKS, _SIZE, _TABLES, _SPANS, _TABLE_WIDTH,
     _ATTENTION_TILES, _N_ATTENTION_TILES, _PEAK_AT, _PEAK, _OFF_SINK, _PEAK_PLACES, _PEAK_OF_LAYER,
     _LOOK_AT, _LOOK_STATE, _FAILED,
 ) = (int(field) for field in Job)  # fmt: skip
-_PARTS, _N_PARTS, _OUT, _DEPTH, _BIAS = (int(field) for field in Matrix)
+_PARTS, _N_PARTS, _OUT, _DEPTH, _BIAS, _ROUNDS = (int(field) for field in Matrix)
 _HEAD_NORMS, _ROTARY_KIND, _WINDOW, _MATRICES = (
     int(field) for field in (Layer.HEAD_NORMS, Layer.ROTARY_KIND, Layer.WINDOW, Layer.MATRICES)
 )
@@ -101,6 +103,8 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     if stage == _ATTN_NORM:
         _add(job, d, flags, start, end)
         _norm(job, layer, 0, job[_X], job[_H], start, end)
+        if flags & 4:
+            round_rows(job[_H], d, job[_ROUNDED], start, end)
     elif stage == _QKV:
         _multiply(job, layer, stage, job[_H], job[_QKV_AT], chunk, n)
     elif stage == _HEADS:
@@ -114,6 +118,8 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     elif stage == _MLP_NORM:
         _add(job, d, flags, start, end)
         _norm(job, layer, 2, job[_X], job[_H], start, end)
+        if flags & 4:
+            round_rows(job[_H], d, job[_ROUNDED], start, end)
     elif stage == _MLP_INPUT:
         _multiply(job, layer, stage, job[_H], job[_HIDDEN], chunk, n)
     elif stage == _ACTIVATION:
@@ -126,6 +132,9 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
         _norm(job, layer, 3, job[_MLP_OUT], job[_MLP_OUT], start, end)
     elif stage == _ADD:
         _add(job, d, flags, start, end)
+    elif stage == _ROUND:
+        source = job[_Z] if flags == _ATTN_OUTPUT else job[_NEURONS] if flags == _MLP_OUTPUT else job[_H]
+        round_rows(source, _matrix(job, layer, flags)[_DEPTH], job[_ROUNDED], start, end)
     elif stage == _LOOK:
         call_with_three(job[_LOOK_AT], job[layer], flags, job[_LOOK_STATE])
 
@@ -175,11 +184,14 @@ def _norm(job, layer, which, source, target, start, end):
 def _multiply(job, layer, stage, source, target, chunk, chunks):
     matrix = _matrix(job, layer, stage)
     n, out = job[_N], matrix[_OUT]
-    # Chunks begin where panels do.
-    panels = (out + PANEL - 1) // PANEL
-    start, end = chunk * panels // chunks * PANEL, min(out, (chunk + 1) * panels // chunks * PANEL)
+    rounds = matrix[_ROUNDS] != 0
+    # Chunks begin where panels or tiles do.
+    rows = ROWS if rounds else PANEL
+    panels = (out + rows - 1) // rows
+    start, end = chunk * panels // chunks * rows, min(out, (chunk + 1) * panels // chunks * rows)
     parts = carray(ints_at(matrix[_PARTS]), (matrix[_N_PARTS], FIELDS))
-    multiply_rows(parts, matrix[_DEPTH], source, n, target, out, start, end)
+    rounded = job[_ROUNDED] if rounds else 0
+    multiply_rows(parts, matrix[_DEPTH], source, rounded, n, target, out, start, end)
     if matrix[_BIAS]:
         bias = carray(floats_at(matrix[_BIAS]), (out,))
         y = carray(floats_at(target), (n * out,))
