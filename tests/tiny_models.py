@@ -98,10 +98,13 @@ _SEEDS = {"gemma2": 6, "gemma3": 2}
 
 
 @cache
-def tiny_model(family: str) -> PreTrainedModel:
-    """The tiny model of a family, with eager attention; the same object at every call, so do not change it."""
+def tiny_model(family: str, **other: int) -> PreTrainedModel:
+    """The tiny model of a family, with eager attention; the same object at every call, so do not change it.
+
+    `other` replaces sizes of its configuration.
+    """
     model_type = "gemma3_text" if family == "gemma3" else family
-    config = CONFIG_MAPPING[model_type](**CONFIGURATIONS[family])
+    config = CONFIG_MAPPING[model_type](**{**CONFIGURATIONS[family], **other})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, attn_implementation="eager", dtype=torch.float32
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from patchclamp_server.rpc.config import ServerConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("float32", "int8")
 # These options name files of security.
 SECURITY_FILES = {
     "tls_certificate": "PEM file of the server's certificate, and those between it and its root: serve by TLS",
@@ -82,6 +83,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
     _add(parser, "--device", help="torch device (default: cpu)")
+    _add(
+        parser,
+        "--activations",
+        type=one_of(*ACTIVATIONS),
+        help="what products with coded weights take: float32 is as --dtype has it; int8, on a CPU, is faster and less "
+        "exact (default: float32)",
+    )
     _add(parser, "--max-message-bytes", type=positive, help="largest request (default: 4 MiB)")
     _add(parser, "--max-calls", type=positive, help="calls answered at once, streams included (default: 4096)")
     _add(parser, "--max-upload-bytes", type=positive, help="largest artifact (default: 256 MiB)")

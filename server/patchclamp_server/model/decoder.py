@@ -158,7 +158,10 @@ class Decoder:
         products = [self.unembedding, *(getattr(block, name) for block in self.blocks for name in _PRODUCTS)]
         rounded = [linear.round_inputs() for linear in products] if self.batch_invariant else []
         if not any(rounded):
-            raise ValueError("activations: int8 needs weights that are codes, in float32 on a CPU")
+            raise ValueError(
+                "--activations int8 takes weights in formats of codes (Q8_0, Q4_K, ...) with --dtype float32, "
+                "--device cpu and --batch-invariant on"
+            )
         self.activations = torch.int8
         self.compiled = _compiled_blocks(self)
 

@@ -24,3 +24,5 @@ class ModelInfo:
     device: str
     sites: dict[Site, int]
     has_chat_template: bool = False
+    # How products take activations: as dtype, or "int8" (cpu/integers/), which is no part of the fingerprint.
+    activations: str = "float32"

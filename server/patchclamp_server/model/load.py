@@ -38,10 +38,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     batch_invariant: bool | None = None,
+    activations: torch.dtype | None = None,
     use_codes: bool = True,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Loads "embedded", a hub id, a local directory or a ``.gguf`` file, and fetches and converts it where needed.
+
+    `activations=torch.int8` rounds what products with codes take to 8 bits (cpu/integers/): faster, less exact. It holds
+    with float32 on a CPU, `batch_invariant`, for weights that are codes. By default they are those of `dtype`.
 
     `use_codes=False` multiplies by float32 weights where the file has 4- or 8-bit codes: slower, for comparison.
 
@@ -60,6 +64,8 @@ def load_model(
         decoder = decoder_from_transformers(
             model, dtype=dtype, device=device, batch_invariant=batch_invariant, use_codes=use_codes, progress=shown
         )
+        if activations not in (None, dtype):
+            _round_activations(decoder, source.name, activations)
         decoder.warm_up()
         warn_of_overflow(decoder, tokenizer)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -79,6 +85,7 @@ def load_model(
         context_length=spec.context_length,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
+        activations=str(decoder.activations).removeprefix("torch."),
         sites=dict(spec.sites),
         has_chat_template=template_of(tokenizer) is not None,
     )
@@ -92,6 +99,15 @@ def load_pretrained(
     """Loads the transformers model and tokenizer of a local directory; runs no code of it and reads no pickle."""
     config, tokenizer = _checked(directory)
     return _load_weights(directory, config, dtype, progress), tokenizer
+
+
+def _round_activations(decoder: Decoder, name: str, activations: torch.dtype) -> None:
+    if activations != torch.int8:
+        raise ModelSourceError(f"--activations: those of --dtype, or int8, are accepted, not {activations}")
+    try:
+        decoder.round_activations()
+    except ValueError as error:
+        raise ModelSourceError(f"{name}: {error}") from error
 
 
 def _checked(directory: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:

@@ -41,6 +41,18 @@ def load(config: ServerConfig, progress: Progress | None = None) -> LoadedModel:
             "--batch-invariant on holds with --dtype float32, --device cpu and --kernels off, "
             f"got {config.dtype}, {config.device} and {'on' if engine.kernels else 'off'}"
         )
+    rounds = config.activations == "int8"
+    if rounds and (engine.batch_invariant is False or not can_be_invariant(dtype, config.device) or engine.kernels):
+        raise ConfigurationError(
+            "--activations int8 holds with --dtype float32, --device cpu, --kernels off and --batch-invariant on, "
+            f"got {config.dtype}, {config.device}, {'on' if engine.kernels else 'off'} "
+            f"and {'off' if engine.batch_invariant is False else 'on'}"
+        )
     return load_model(
-        config.model, dtype=dtype, device=config.device, batch_invariant=engine.batch_invariant, progress=progress
+        config.model,
+        dtype=dtype,
+        device=config.device,
+        batch_invariant=engine.batch_invariant,
+        activations=torch.int8 if rounds else None,
+        progress=progress,
     )

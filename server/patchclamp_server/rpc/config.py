@@ -48,6 +48,8 @@ class ServerConfig(SecurityConfig):
     artifacts_url: str = field(default_factory=default_artifacts_url)
     dtype: str = "float32"
     device: str = "cpu"
+    # What products take: "float32" is as dtype has it, "int8" is rounded.
+    activations: str = "float32"
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     # So many calls are answered at once, streams and sessions included.
     max_calls: int = DEFAULT_MAX_CALLS

@@ -28,6 +28,7 @@ class Model(Record):
     device: str
     sites: dict[str, int]
     has_chat_template: bool
+    activations: str
 
     @classmethod
     def from_proto(cls, message: pb.Model, **given: Any) -> "Model":

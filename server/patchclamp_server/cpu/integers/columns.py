@@ -34,9 +34,7 @@ def columns(b: Any, rows: list[Any], offset: int) -> list[Any]:
         [_in_quarters(b, x, y, lanes) for lanes in (_LOW_WORDS, _HIGH_WORDS)] for x, y in (joined[:2], joined[2:])
     )
     return [
-        _in_quarters(b, x, y, lanes)
-        for x, y in ((low, low_2), (high, high_2))
-        for lanes in (_LOW_PAIRS, _HIGH_PAIRS)
+        _in_quarters(b, x, y, lanes) for x, y in ((low, low_2), (high, high_2)) for lanes in (_LOW_PAIRS, _HIGH_PAIRS)
     ]
 
 

@@ -58,7 +58,9 @@ def round_rows(x, width, target, start, end):
 
 
 @_compiled
-def multiply_rounded(direct, read, multiply, panel_bytes, weights, size, starts, memory, width, x, n, y, stride, start, end):
+def multiply_rounded(
+    direct, read, multiply, panel_bytes, weights, size, starts, memory, width, x, n, y, stride, start, end
+):
     """Sets outputs start ≤ o < end of a part, y[t stride + o], for n rounded rows at address x.
 
     The functions are those of its format, whose blocks have so many weights and bytes, and panel_bytes once read.
