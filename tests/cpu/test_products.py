@@ -1,6 +1,10 @@
 """Products with stored rows are those of what gguf.dequantize gives, and their bits depend on no other row."""
 
+import ctypes
 import mmap
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -160,6 +164,35 @@ def test_a_projection_of_stored_weights_has_their_rows_and_columns(format: Forma
     assert torch.equal(linear.dense(), dense)
 
 
+@pytest.mark.parametrize(
+    ("processor", "features"), [("haswell", "+avx2,+avx,+fma,+f16c,+bmi,+bmi2"), ("sandybridge", "+avx")]
+)
+def test_bits_are_those_of_processors_with_other_vectors(processor: str, features: str) -> None:
+    """Of one without AVX-512, and of one that has neither fused multiply-adds nor conversions of halves."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", OF_A_PROCESSOR], env={**os.environ, **names}, capture_output=True, check=True
+        ).stdout
+        for names in ({}, {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features})
+    ]
+    assert found[0] == found[1] != b""
+
+
+# Its functions are compiled for the processor that the environment names, and cached for that one.
+OF_A_PROCESSOR = """
+import sys
+import numpy as np
+import torch
+from patchclamp_server.cpu.products import StoredProduct
+from patchclamp_server.cpu.stored import Format, Part, StoredMatrix
+
+blocks = (np.arange(29 * 5 * 144) * 7 % 61).astype(np.uint8)
+product = StoredProduct(StoredMatrix((Part.whole(Format.Q4_K, blocks, 1280),)))
+x = torch.arange(13 * 1280).view(13, 1280).sin()
+sys.stdout.buffer.write(product.multiply(x).numpy().tobytes() + product.multiply(x[:2]).numpy().tobytes())
+"""
+
+
 class guarded:
     """A copy of bytes that ends at the end of memory that may be read."""
 
@@ -179,7 +212,5 @@ class guarded:
         self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
 
     def _protect(self, protection: int) -> None:
-        import ctypes
-
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mprotect(ctypes.c_void_p(self.page), ctypes.c_size_t(mmap.PAGESIZE), protection) == 0

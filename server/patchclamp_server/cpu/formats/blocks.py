@@ -41,12 +41,12 @@ from patchclamp_server.cpu.vector import FLOATS, LANES, UNIT, load, load_lanes
 Halves = Iterator[Any]
 
 
-def keep_scale(b: Any, block: Any, kept: Any) -> None:
-    keep_halves(b, block, 1, kept)
+def keep_scale(b: Any, blocks: list[Any], kept: Any) -> None:
+    keep_halves(b, blocks, 1, kept)
 
 
-def keep_scale_and_low(b: Any, block: Any, kept: Any) -> None:
-    keep_halves(b, block, 2, kept)
+def keep_scale_and_low(b: Any, blocks: list[Any], kept: Any) -> None:
+    keep_halves(b, blocks, 2, kept)
 
 
 def f32(b: Any, block: Any, _kept: Any) -> Halves:

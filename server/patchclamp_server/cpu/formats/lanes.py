@@ -168,14 +168,20 @@ class Codebook:
         return scaled(self.b, codes, self.scale, self.low)
 
 
-def keep_halves(b: Any, pointer: Any, n: int, kept: Any) -> None:
-    """Stores n halves that lie side by side as float32 at `kept`."""
-    if has_half_conversion():
-        halves = scalar_at(b, pointer, ir.VectorType(_HALF, n))
-        store_floats(b, b.fpext(halves, ir.VectorType(ir.FloatType(), n)), kept)
-    else:
-        for i in range(n):
-            b.store(float_of_half(b, at(b, pointer, 2 * i)), at(b, kept, i))
+def keep_halves(b: Any, pointers: list[Any], n: int, kept: Any) -> None:
+    """Stores the n halves, 1 or 2, at each of `pointers` as float32 at `kept`, one after the other."""
+    if not has_half_conversion():
+        for i, pointer in enumerate(pointers):
+            for k in range(n):
+                b.store(float_of_half(b, at(b, pointer, 2 * k)), at(b, kept, i * n + k))
+        return
+    whole = I16 if n == 1 else I32
+    words = ir.Constant(ir.VectorType(whole, len(pointers)), ir.Undefined)
+    for i, pointer in enumerate(pointers):
+        words = b.insert_element(words, scalar_at(b, pointer, whole), I32(i))
+    count = n * len(pointers)
+    halves = b.bitcast(words, ir.VectorType(_HALF, count))
+    store_floats(b, b.fpext(halves, ir.VectorType(ir.FloatType(), count)), kept)
 
 
 def store_floats(b: Any, vector: Any, pointer: Any) -> None:

@@ -34,9 +34,11 @@ _BYTE_POINTER = I8.as_pointer()
 # needs, less where blocks are decoded in between. A sum takes one register with AVX-512 (of 32), two with AVX2 (of 16)
 # and four with NEON (of 32).
 _WIDE = host_has("avx512f")
-DIRECT = {1: 4, 2: 4, 4: 4, 8: 2} if _WIDE else {1: 4, 2: 3, 3: 2}
+DIRECT = {1: 8, 2: int(__import__("os").environ.get("R2", "4")), 4: 4, 8: 2} if _WIDE else {1: 4, 2: 3, 3: 2}
 SHAPES = {1: 8, 2: 8, 4: 6, 8: 3} if _WIDE else {1: 4, 2: 3, 3: 2}
-MOST_DIRECT, MOST = max(DIRECT), max(SHAPES)
+MOST = max(SHAPES)
+# For more rows a panel costs less than to decode once more.
+MOST_DIRECT = 2 * max(DIRECT)
 # The rows of the next tile where so many are left: the last row is repeated once at most.
 ACROSS = tuple(
     next((n for n in sorted(SHAPES) if 0 <= n - left <= 1), max((n for n in SHAPES if n <= left), default=1))
@@ -67,9 +69,9 @@ def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y
         def row_of(output: Any) -> Any:
             return b.inttoptr(b.add(memory, b.load(b.gep(table, [output]))), _BYTE_POINTER)
 
-        def tile(rows: int, columns: int, output: Any) -> None:
+        def tile(rows: int, columns: int, output: Any, t: Any) -> None:
             outputs = [_least(b, b.add(output, I64(r)), b.sub(end, I64(1))) for r in range(rows)]
-            inputs = [_least(b, I64(i), b.sub(n, I64(1))) for i in range(columns)]
+            inputs = [_least(b, b.add(t, I64(i)), b.sub(n, I64(1))) for i in range(columns)]
             weights = [row_of(o) for o in outputs]
             following = [row_of(_least(b, b.add(o, I64(rows)), b.sub(end, I64(1)))) for o in outputs]
             values = [_float_row(b, x, row, width) for row in inputs]
@@ -92,7 +94,11 @@ def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y
         def loop_over_outputs(columns: int) -> None:
             rows = DIRECT[columns]
             with cgutils.for_range_slice(b, first, end, I64(rows), I64) as (output, _):
-                tile(rows, columns, output)
+                if columns < max(DIRECT):
+                    tile(rows, columns, output, I64(0))
+                    return
+                with cgutils.for_range_slice(b, I64(0), n, I64(columns), I64) as (t, _):
+                    tile(rows, columns, output, t)
 
         _for_rows(b, n, sorted(DIRECT), loop_over_outputs)
         return context.get_dummy_value()
@@ -222,20 +228,19 @@ def _for_steps(
     ahead = max(2, _KEPT // step.scales)
     memory = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(_FLOAT, ahead * len(rows) * step.scales)), _FLOAT_POINTER)
 
-    def kept(i: Any) -> list[Any]:
-        first = b.gep(memory, [b.mul(i, I64(len(rows) * step.scales))])
-        return [at(b, first, r * step.scales) for r in range(len(rows))]
+    def kept(i: Any) -> Any:
+        return b.gep(memory, [b.mul(i, I64(len(rows) * step.scales))])
 
     with cgutils.for_range_slice(b, I64(0), steps, I64(ahead), I64) as (first, _):
         n = _least(b, I64(ahead), b.sub(steps, first))
         with cgutils.for_range(b, n) as loop:
             if following is not None:
                 ask(b.add(first, loop.index))
-            for block, own in zip(blocks(b.add(first, loop.index)), kept(loop.index), strict=True):
-                step.keep(b, block, own)
+            step.keep(b, blocks(b.add(first, loop.index)), kept(loop.index))
         with cgutils.for_range(b, n) as loop:
             i = b.add(first, loop.index)
-            body(blocks(i), kept(loop.index), b.mul(i, I64(step.weights)))
+            own = [at(b, kept(loop.index), r * step.scales) for r in range(len(rows))]
+            body(blocks(i), own, b.mul(i, I64(step.weights)))
 
 
 def _add_step(
