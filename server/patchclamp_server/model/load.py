@@ -44,8 +44,8 @@ def load_model(
 ) -> LoadedModel:
     """Loads "embedded", a hub id, a local directory or a ``.gguf`` file, and fetches and converts it where needed.
 
-    `activations=torch.int8` rounds what products with codes take to 8 bits (cpu/integers/): faster, less exact. It holds
-    with float32 on a CPU, `batch_invariant`, for weights that are codes. By default they are those of `dtype`.
+    `activations=torch.int8` rounds what products with codes take to 8 bits (cpu/integers/): faster, less exact. It
+    holds with float32 on a CPU, `batch_invariant`, for weights that are codes. By default they are of `dtype`.
 
     `use_codes=False` multiplies by float32 weights where the file has 4- or 8-bit codes: slower, for comparison.
 
