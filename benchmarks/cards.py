@@ -1,8 +1,8 @@
 """Quality cards: what a cheaper way to run a model does to the next token's distribution, against the exact one.
 
-    perplexity ratio     exp(mean_t log p_t(x_t+1) - log q_t(x_t+1))    p of the exact way, q of the other
-    divergence           mean_t KL(p_t || q_t), nats
-    same first choice    share of tokens t with argmax p_t = argmax q_t
+perplexity ratio     exp(mean_t log p_t(x_t+1) - log q_t(x_t+1))    p of the exact way, q of the other
+divergence           mean_t KL(p_t || q_t), nats
+same first choice    share of tokens t with argmax p_t = argmax q_t
 """
 
 import math
