@@ -363,7 +363,7 @@ def activations(result: dict[str, Any]) -> list[str]:
         f"{result['threads']} threads; medians of {measured['rounds']}",
         "alternating rounds in one run. Quality against float32 activations on "
         f"{quality['tokens']:,} held-out tokens ({quality['text']}):",
-        f"perplexity × {card['perplexity_ratio']:.4f}, mean KL {card['divergence']:.4f} nats, same first choice "
+        f"perplexity times {card['perplexity_ratio']:.4f}, mean KL {card['divergence']:.4f} nats, same first choice "
         f"{100 * card['same_first_choice']:.1f} %. llama.cpp, which always",
         "rounds activations, has KL .0027 and 97 % of 384 tokens of its own against the dequantised model.",
     ]

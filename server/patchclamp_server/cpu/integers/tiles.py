@@ -26,7 +26,7 @@ from patchclamp_server.cpu.vector import FLOATS, LANES, LINE, UNIT, ZEROS, load,
 
 # Rows of weights in a tile, and rows of x: where blocks are read for each tile, and where they are read once.
 ROWS = LANES
-DIRECT = (1, 2, 4)
+DIRECT = (1, 2, 4, 8)
 SHAPES = (4, 8)
 _FLOAT = ir.FloatType()
 _BYTE_POINTER, _FLOAT_POINTER = I8.as_pointer(), _FLOAT.as_pointer()
@@ -47,18 +47,14 @@ def multiply_codes(_context, format, starts, memory, first, end, blocks, x, n, y
         codes = CODES[kind]
 
         def tile(columns: int, output: Any) -> None:
-            rows = _row_pointers(b, starts, memory, output, end)
-            following = _row_pointers(b, starts, memory, b.add(output, I64(ROWS)), end, 1)[0]
+            rows, following = _rows_and_next(b, starts, memory, output, end)
             inputs = _x_pointers(b, x, n, columns, b.mul(blocks, I64(kind.weights // UNIT * RECORD)))
             sums = [cgutils.alloca_once_value(b, ZEROS) for _ in inputs]
             for total in sums:
                 b.store(ZEROS, total)
             with cgutils.for_range(b, blocks) as loop:
                 skip = b.mul(loop.index, I64(kind.size))
-                # What follows is asked for: what the processor asks for by itself is few short rows.
-                ahead = b.gep(following, [b.mul(skip, I64(ROWS))])
-                for line in range(0, kind.size * ROWS, LINE):
-                    prefetch_line(b, at(b, ahead, line))
+                _ask(b, kind, following, skip)
                 here = [b.gep(row, [skip]) for row in rows]
                 _add_block(b, codes, codes.read(b, here), _records(b, kind, inputs, loop.index), sums)
             _store_all(b, sums, y, I64(0), n, stride, output, end)
@@ -82,9 +78,11 @@ def read_codes(_context, format, starts, memory, first, end, skip, blocks, targe
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         starts, memory, first, end, skip, blocks, target = args[1:]
         codes, out = CODES[kind], b.inttoptr(target, _BYTE_POINTER)
-        rows = _row_pointers(b, starts, b.add(memory, skip), first, end)
+        rows, following = _rows_and_next(b, starts, b.add(memory, skip), first, end)
         with cgutils.for_range(b, blocks) as loop:
-            here = [b.gep(row, [b.mul(loop.index, I64(kind.size))]) for row in rows]
+            own = b.mul(loop.index, I64(kind.size))
+            _ask(b, kind, following, own)
+            here = [b.gep(row, [own]) for row in rows]
             place = b.gep(out, [b.mul(loop.index, I64(codes.block_bytes))])
             for i, run in enumerate(codes.read(b, here)):
                 own = [*run.codes, run.scale, *([run.low] if codes.has_lows else [])]
@@ -167,10 +165,19 @@ def _add_block(b: Any, codes: Codes, runs: Iterator[Run], records: list[Any], su
             b.store(value, total)
 
 
-def _row_pointers(b: Any, starts: Any, memory: Any, output: Any, end: Any, n: int = ROWS) -> list[Any]:
+def _rows_and_next(b: Any, starts: Any, memory: Any, output: Any, end: Any) -> tuple[list[Any], Any]:
+    """Returns pointers to the rows of a tile, and to the first of the tile that follows."""
     table = b.inttoptr(starts, I64.as_pointer())
-    outputs = [_least(b, b.add(output, I64(r)), b.sub(end, I64(1))) for r in range(n)]
-    return [b.inttoptr(b.add(memory, b.load(b.gep(table, [o]))), _BYTE_POINTER) for o in outputs]
+    outputs = [_least(b, b.add(output, I64(r)), b.sub(end, I64(1))) for r in range(ROWS + 1)]
+    *rows, following = (b.inttoptr(b.add(memory, b.load(b.gep(table, [o]))), _BYTE_POINTER) for o in outputs)
+    return rows, following
+
+
+def _ask(b: Any, kind: Format, following: Any, skip: Any) -> None:
+    """Asks for what follows, as much as a tile reads of a block: by itself the processor asks for few short rows."""
+    ahead = b.gep(following, [b.mul(skip, I64(ROWS))])
+    for line in range(0, kind.size * ROWS, LINE):
+        prefetch_line(b, at(b, ahead, line))
 
 
 def _x_pointers(b: Any, x: Any, n: Any, columns: int, size: Any) -> list[Any]:
@@ -197,6 +204,8 @@ def _by_choice(b: Any, n: Any, choices: tuple[int, ...], body: Any) -> None:
 def _store_all(b: Any, sums: list[Any], y: Any, t: Any, n: Any, stride: Any, output: Any, end: Any) -> None:
     """Stores the sums of rows t, t + 1, … of y, of which there are n, from an output on."""
     count = _least(b, I64(LANES), b.sub(end, output))
+    # A sum whose address is taken would not stay in a register.
+    part = cgutils.alloca_once(b, FLOATS)
     for i, total in enumerate(sums):
         with b.if_then(b.icmp_signed("<", I64(i), n)):
             target = _place(b, y, b.add(t, I64(i)), stride, output)
@@ -204,10 +213,12 @@ def _store_all(b: Any, sums: list[Any], y: Any, t: Any, n: Any, stride: Any, out
                 with then:
                     store(b, b.load(total), target)
                 with otherwise:
-                    cgutils.raw_memcpy(b, target, b.bitcast(total, _FLOAT_POINTER), count, 4)
+                    b.store(b.load(total), part)
+                    cgutils.raw_memcpy(b, target, b.bitcast(part, _FLOAT_POINTER), count, 4)
 
 
 def _load_all(b: Any, sums: list[Any], y: Any, t: Any, n: Any, stride: Any, count: Any) -> None:
+    part = cgutils.alloca_once(b, FLOATS)
     for i, total in enumerate(sums):
         with b.if_then(b.icmp_signed("<", I64(i), n)):
             source = _place(b, y, b.add(t, I64(i)), stride, I64(0))
@@ -215,8 +226,9 @@ def _load_all(b: Any, sums: list[Any], y: Any, t: Any, n: Any, stride: Any, coun
                 with then:
                     b.store(load(b, source, FLOATS), total)
                 with otherwise:
-                    b.store(ZEROS, total)
-                    cgutils.raw_memcpy(b, b.bitcast(total, _FLOAT_POINTER), source, count, 4)
+                    b.store(ZEROS, part)
+                    cgutils.raw_memcpy(b, b.bitcast(part, _FLOAT_POINTER), source, count, 4)
+                    b.store(b.load(part), total)
 
 
 def _place(b: Any, y: Any, row: Any, stride: Any, output: Any) -> Any:
