@@ -76,12 +76,12 @@ MODEL = [
         ("model/test_cache.py::test_a_changed_or_cut_file_makes_the_entry_be_built_again",),
     ),
     Mutant(
-        "scales-of-the-wrong-units",
-        "patchclamp_server.cpu.formats.k_blocks",
-        "return b.shl(b.and_(b.lshr(word, I32(6)), two), I32(4))",
-        "return b.shl(b.and_(b.lshr(word, I32(5)), two), I32(4))",
-        "the upper bits of the last four scales of a block are read from the wrong place",
-        ("cpu/test_products.py::test_weights_are_those_of_gguf_to_the_bit[Q4_K]",),
+        "ends-of-rows-left-out",
+        "patchclamp_server.cpu.products",
+        "left = width - steps * weights if block == blocks - 1 else 0",
+        "left = 0",
+        "products of many rows leave out the inputs behind the last whole unit",
+        ("cpu/test_products.py::test_a_product_of_any_number_of_rows_is_that_of_the_weights[F32]",),
     ),
     Mutant(
         "codes-without-their-bias",

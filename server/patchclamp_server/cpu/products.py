@@ -7,7 +7,7 @@ format is first made, and caches on disk by this file alone: a change in formats
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
-# mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, var-annotated"
+# mypy: disable-error-code="attr-defined, call-arg, no-untyped-call, no-untyped-def, var-annotated"
 
 from enum import IntEnum
 from functools import cache, partial

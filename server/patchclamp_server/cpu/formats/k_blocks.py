@@ -24,7 +24,6 @@ from patchclamp_server.cpu.formats.lanes import (
     I8,
     I32,
     INTS,
-    LANES,
     Codebook,
     at,
     bits_of,
@@ -40,7 +39,7 @@ from patchclamp_server.cpu.formats.lanes import (
     unit_bytes,
     wide_bytes,
 )
-from patchclamp_server.cpu.vector import FLOATS, load, splat
+from patchclamp_server.cpu.vector import FLOATS, LANES, load, splat
 
 # Where the lows are kept, behind the scales.
 _LOWS = LANES

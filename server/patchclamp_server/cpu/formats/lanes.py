@@ -6,9 +6,9 @@
 from functools import cache
 from typing import Any
 
-import llvmlite.binding
+import llvmlite.binding  # type: ignore[import-untyped]
 import numba
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba.core import cgutils
 
 from patchclamp_server.cpu.invariant.tiles import fma
@@ -24,7 +24,7 @@ _HALF = ir.HalfType()
 @cache
 def host_has(feature: str) -> bool:
     """Returns whether numba compiles for a processor with an LLVM feature, such as avx512f."""
-    chosen = numba.config.CPU_FEATURES
+    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     if chosen is not None:
         return f"+{feature}" in chosen.split(",")
     return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))

@@ -21,24 +21,31 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from patchclamp_server.cpu.formats.lanes import I8, I64, at, host_has
+from patchclamp_server.cpu.formats.lanes import I64, at, host_has
+from patchclamp_server.cpu.formats.rows import (
+    BYTE_POINTER,
+    FLOAT,
+    FLOAT_POINTER,
+    float_row,
+    least,
+    padded,
+    padded_floats,
+    store_sums,
+)
 from patchclamp_server.cpu.formats.table import Step, step_of
 from patchclamp_server.cpu.invariant.tiles import fma
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.cpu.vector import FLOATS, LANES, LINE, UNIT, ZEROS, load, prefetch_line, store
 
-_FLOAT = ir.FloatType()
-_FLOAT_POINTER = _FLOAT.as_pointer()
-_BYTE_POINTER = I8.as_pointer()
 # Rows of weights for each number of rows of x in a tile: about as many sums as there are registers beside what a step
 # needs, less where blocks are decoded in between. A sum takes one register with AVX-512 (of 32), two with AVX2 (of 16)
 # and four with NEON (of 32).
 _WIDE = host_has("avx512f")
-DIRECT = {1: 8, 2: int(__import__("os").environ.get("R2", "4")), 4: 4, 8: 2} if _WIDE else {1: 4, 2: 3, 3: 2}
+DIRECT = {1: 8, 2: 8, 4: 4, 8: 2} if _WIDE else {1: 4, 2: 3}
 SHAPES = {1: 8, 2: 8, 4: 6, 8: 3} if _WIDE else {1: 4, 2: 3, 3: 2}
 MOST = max(SHAPES)
 # For more rows a panel costs less than to decode once more.
-MOST_DIRECT = 2 * max(DIRECT)
+MOST_DIRECT = 16 if _WIDE else 2
 # The rows of the next tile where so many are left: the last row is repeated once at most.
 ACROSS = tuple(
     next((n for n in sorted(SHAPES) if 0 <= n - left <= 1), max((n for n in SHAPES if n <= left), default=1))
@@ -67,29 +74,29 @@ def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y
         table = b.inttoptr(starts, I64.as_pointer())
 
         def row_of(output: Any) -> Any:
-            return b.inttoptr(b.add(memory, b.load(b.gep(table, [output]))), _BYTE_POINTER)
+            return b.inttoptr(b.add(memory, b.load(b.gep(table, [output]))), BYTE_POINTER)
 
         def tile(rows: int, columns: int, output: Any, t: Any) -> None:
-            outputs = [_least(b, b.add(output, I64(r)), b.sub(end, I64(1))) for r in range(rows)]
-            inputs = [_least(b, b.add(t, I64(i)), b.sub(n, I64(1))) for i in range(columns)]
+            outputs = [least(b, b.add(output, I64(r)), b.sub(end, I64(1))) for r in range(rows)]
+            inputs = [least(b, b.add(t, I64(i)), b.sub(n, I64(1))) for i in range(columns)]
             weights = [row_of(o) for o in outputs]
-            following = [row_of(_least(b, b.add(o, I64(rows)), b.sub(end, I64(1)))) for o in outputs]
-            values = [_float_row(b, x, row, width) for row in inputs]
+            following = [row_of(least(b, b.add(o, I64(rows)), b.sub(end, I64(1)))) for o in outputs]
+            values = [float_row(b, x, row, width) for row in inputs]
             sums = [[cgutils.alloca_once_value(b, ZEROS) for _ in values] for _ in weights]
             for row in sums:
                 for total in row:
                     b.store(ZEROS, total)
             whole = b.udiv(width, I64(step.weights))
-            _for_steps(b, step, weights, whole, lambda *here: _add_step(b, step, *here, values, sums), following)
+            _for_steps(b, step, weights, whole, lambda *here: _add_step(b, step, values, sums, *here), following)
             if kind.weights == 1:
                 done = b.mul(whole, I64(step.weights))
                 left = b.sub(width, done)
                 with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                     skip, size = b.mul(whole, I64(step.size)), b.mul(left, I64(kind.size))
-                    ends = [_padded(b, b.gep(row, [skip]), size, step.size) for row in weights]
-                    _add_step(b, step, ends, [None] * rows, I64(0), _padded_floats(b, values, done, left), sums)
-            targets = [[_float_row(b, y, row, stride, o) for o in outputs] for row in inputs]
-            _store_sums(b, [[b.load(total) for total in row] for row in sums], targets)
+                    ends = [padded(b, b.gep(row, [skip]), size, step.size) for row in weights]
+                    _add_step(b, step, padded_floats(b, values, done, left), sums, ends, [None] * rows, I64(0))
+            targets = [[float_row(b, y, row, stride, o) for o in outputs] for row in inputs]
+            store_sums(b, [[b.load(total) for total in row] for row in sums], targets)
 
         def loop_over_outputs(columns: int) -> None:
             rows = DIRECT[columns]
@@ -115,7 +122,7 @@ def dequantize_stored(_context, format, source, steps, left, target):  # type: i
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
         source, steps, left, target = args[1:]
-        row, out = b.inttoptr(source, _BYTE_POINTER), b.inttoptr(target, _FLOAT_POINTER)
+        row, out = b.inttoptr(source, BYTE_POINTER), b.inttoptr(target, FLOAT_POINTER)
 
         def write(blocks: list[Any], kept: list[Any], place: Any) -> None:
             for i, value in enumerate(step.decode(b, blocks[0], kept[0])):
@@ -125,7 +132,7 @@ def dequantize_stored(_context, format, source, steps, left, target):  # type: i
         if Format(format.literal_value).weights == 1:
             with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                 end, size = b.gep(row, [b.mul(steps, I64(step.size))]), b.mul(left, I64(step.size // step.weights))
-                write([_padded(b, end, size, step.size)], [None], b.mul(steps, I64(step.weights)))
+                write([padded(b, end, size, step.size)], [None], b.mul(steps, I64(step.weights)))
         return context.get_dummy_value()
 
     return signature, generate
@@ -149,13 +156,13 @@ def multiply_panel(  # type: ignore[no-untyped-def]
         begins, ends = (b.icmp_signed("!=", flag, I64(0)) for flag in (begins, ends))
 
         def tile(rows: int, columns: int, first: Any) -> None:
-            outputs = [_least(b, b.add(first, I64(r)), b.sub(end, I64(1))) for r in range(rows)]
-            inputs = [_least(b, b.add(t, I64(i)), b.sub(n, I64(1))) for i in range(columns)]
-            weights = [b.bitcast(_float_row(b, panel, row, depth), _BYTE_POINTER) for row in outputs]
-            values = [_float_row(b, x, row, width) for row in inputs]
+            outputs = [least(b, b.add(first, I64(r)), b.sub(end, I64(1))) for r in range(rows)]
+            inputs = [least(b, b.add(t, I64(i)), b.sub(n, I64(1))) for i in range(columns)]
+            weights = [b.bitcast(float_row(b, panel, row, depth), BYTE_POINTER) for row in outputs]
+            values = [float_row(b, x, row, width) for row in inputs]
             sums = [[cgutils.alloca_once(b, FLOATS) for _ in values] for _ in weights]
             every = [total for row in sums for total in row]
-            memory = b.gep(b.inttoptr(kept, _FLOAT_POINTER), [b.mul(first, I64(columns * LANES))])
+            memory = b.gep(b.inttoptr(kept, FLOAT_POINTER), [b.mul(first, I64(columns * LANES))])
             places = [at(b, memory, i * LANES) for i in range(len(every))]
             with b.if_else(begins) as (then, otherwise):
                 with then:
@@ -164,15 +171,15 @@ def multiply_panel(  # type: ignore[no-untyped-def]
                 with otherwise:
                     for total, place in zip(every, places, strict=True):
                         b.store(load(b, place, FLOATS), total)
-            _for_steps(b, step, weights, units, lambda *here: _add_step(b, step, *here, values, sums))
+            _for_steps(b, step, weights, units, lambda *here: _add_step(b, step, values, sums, *here))
             with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                 done = b.mul(units, I64(UNIT))
                 rest = [b.gep(row, [b.mul(units, I64(step.size))]) for row in weights]
-                _add_step(b, step, rest, [None] * rows, I64(0), _padded_floats(b, values, done, left), sums)
+                _add_step(b, step, padded_floats(b, values, done, left), sums, rest, [None] * rows, I64(0))
             with b.if_else(ends) as (then, otherwise):
                 with then:
-                    targets = [[_float_row(b, y, row, stride, output) for output in outputs] for row in inputs]
-                    _store_sums(b, [[b.load(total) for total in row] for row in sums], targets)
+                    targets = [[float_row(b, y, row, stride, output) for output in outputs] for row in inputs]
+                    store_sums(b, [[b.load(total) for total in row] for row in sums], targets)
                 with otherwise:
                     for total, place in zip(every, places, strict=True):
                         store(b, b.load(total), place)
@@ -226,13 +233,13 @@ def _for_steps(
         return
     # Scales are kept for some steps at once: a store is not waited for.
     ahead = max(2, _KEPT // step.scales)
-    memory = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(_FLOAT, ahead * len(rows) * step.scales)), _FLOAT_POINTER)
+    memory = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(FLOAT, ahead * len(rows) * step.scales)), FLOAT_POINTER)
 
     def kept(i: Any) -> Any:
         return b.gep(memory, [b.mul(i, I64(len(rows) * step.scales))])
 
     with cgutils.for_range_slice(b, I64(0), steps, I64(ahead), I64) as (first, _):
-        n = _least(b, I64(ahead), b.sub(steps, first))
+        n = least(b, I64(ahead), b.sub(steps, first))
         with cgutils.for_range(b, n) as loop:
             if following is not None:
                 ask(b.add(first, loop.index))
@@ -244,7 +251,7 @@ def _for_steps(
 
 
 def _add_step(
-    b: Any, step: Step, blocks: list[Any], kept: list[Any], place: Any, values: list[Any], sums: list[list[Any]]
+    b: Any, step: Step, values: list[Any], sums: list[list[Any]], blocks: list[Any], kept: list[Any], place: Any
 ) -> None:
     """Adds the products of one step of rows of weights with rows of x from `place` on."""
     decoders = [step.decode(b, block, own) for block, own in zip(blocks, kept, strict=True)]
@@ -255,54 +262,3 @@ def _add_step(
             value = load(b, b.gep(row, [here]), FLOATS)
             for weight, totals in zip(weights, sums, strict=True):
                 b.store(fma(b, weight, value, b.load(totals[t])), totals[t])
-
-
-def _store_sums(b: Any, sums: list[list[Any]], targets: list[list[Any]]) -> None:
-    """Stores the sum of the lanes of sums[r][i] at targets[i][r]."""
-    vectors = [sums[r][i] for i in range(len(targets)) for r in range(len(sums))]
-    pointers = [pointer for row in targets for pointer in row]
-    for first in range(0, len(vectors), 4):
-        four = vectors[first : first + 4]
-        for n in (LANES // 2, LANES // 4):
-            four = [
-                b.fadd(*(b.shuffle_vector(v, v, _index(range(start, start + n))) for start in (0, n))) for v in four
-            ]
-        four += [ir.Constant(ir.VectorType(_FLOAT, 4), [0.0] * 4)] * (4 - len(four))
-        pairs = [
-            b.fadd(b.shuffle_vector(v, w, _index((0, 1, 4, 5))), b.shuffle_vector(v, w, _index((2, 3, 6, 7))))
-            for v, w in (four[:2], four[2:])
-        ]
-        joined = b.fadd(b.shuffle_vector(*pairs, _index((0, 2, 4, 6))), b.shuffle_vector(*pairs, _index((1, 3, 5, 7))))
-        for lane, pointer in enumerate(pointers[first : first + 4]):
-            b.store(b.extract_element(joined, ir.IntType(32)(lane)), pointer)
-
-
-def _index(places: Any) -> Any:
-    places = list(places)
-    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
-
-
-def _least(b: Any, x: Any, y: Any) -> Any:
-    return b.select(b.icmp_signed("<", x, y), x, y)
-
-
-def _float_row(b: Any, address: Any, row: Any, width: Any, column: Any = None) -> Any:
-    place = b.mul(row, width)
-    return b.gep(b.inttoptr(address, _FLOAT_POINTER), [place if column is None else b.add(place, column)])
-
-
-def _padded(b: Any, source: Any, size: Any, whole: int) -> Any:
-    """Returns memory of `whole` bytes that has `size` bytes of `source` and zeros."""
-    memory = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(I8, whole)), _BYTE_POINTER)
-    cgutils.memset(b, memory, I64(whole), 0)
-    cgutils.raw_memcpy(b, memory, source, size, 1)
-    return memory
-
-
-def _padded_floats(b: Any, rows: list[Any], done: Any, left: Any) -> list[Any]:
-    return [
-        b.bitcast(
-            _padded(b, b.bitcast(b.gep(row, [done]), _BYTE_POINTER), b.mul(left, I64(4)), 4 * UNIT), _FLOAT_POINTER
-        )
-        for row in rows
-    ]
