@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from stored_weights import random_matrix, random_part
+from test_products import guarded
 from torch import Tensor
 
 from patchclamp_server.cpu.integers.table import CODES
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.products import StoredProduct
-from patchclamp_server.cpu.stored import Format, StoredMatrix
+from patchclamp_server.cpu.stored import Format, Part, StoredMatrix
 
 every_format = pytest.mark.parametrize("format", list(CODES), ids=lambda f: f.name)
 # Beyond the rows that read blocks by themselves, beyond the largest tile and those that codes are kept for.
@@ -68,6 +69,19 @@ def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(format: F
             assert torch.equal(product.multiply(x[-n:]), alone[-n:]), n
     finally:
         torch.set_num_threads(before)
+
+
+@every_format
+def test_nothing_is_read_behind_the_last_row(format: Format) -> None:
+    matrix = random_matrix(format, 17, 256)
+    (part,) = matrix.parts
+    x = random(9, 256)
+    expected = StoredProduct(matrix, rounds=True).multiply(x)
+    with guarded(part.memory) as memory, guarded(x.numpy().view(np.uint8).reshape(-1)) as of_x:
+        product = StoredProduct(StoredMatrix((Part(format, memory, part.starts, part.width),)), rounds=True)
+        row = torch.from_numpy(of_x.view(np.float32)).view(9, 256)
+        assert torch.equal(product.multiply(row), expected)
+        assert torch.equal(product.multiply(row[8:]), expected[8:])
 
 
 @every_format

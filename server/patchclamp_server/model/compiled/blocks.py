@@ -273,9 +273,11 @@ class CompiledBlocks:
             run(Stage.MLP_INPUT)
             for site in PREACTIVATION_SITES:
                 stop(site)
-            run(Stage.ACTIVATION)
+            # What is visited is rounded afterwards.
+            visits_neurons = (Site.MLP_POST, layer) in visited
+            run(Stage.ACTIVATION, 0 if visits_neurons else rounding(Stage.MLP_OUTPUT))
             stop(Site.MLP_POST)
-            if rounding(Stage.MLP_OUTPUT):
+            if visits_neurons and rounding(Stage.MLP_OUTPUT):
                 run(Stage.ROUND, Stage.MLP_OUTPUT)
             run(Stage.MLP_OUTPUT)
             if self._has_post_norms:

@@ -120,7 +120,7 @@ class Stage(_Numbered):
     POST_ATTN_NORM = auto()
     MLP_NORM = auto()  # as ATTN_NORM
     MLP_INPUT = auto()
-    ACTIVATION = auto()
+    ACTIVATION = auto()  # flags: 4 rounds the neurons
     MLP_OUTPUT = auto()
     POST_MLP_NORM = auto()
     ADD = auto()  # flags as of ATTN_NORM

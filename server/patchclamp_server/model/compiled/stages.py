@@ -126,6 +126,8 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
         hidden = carray(floats_at(job[_HIDDEN]), (rows, job[_FF] * (1 + job[_GATED])))
         neurons = carray(floats_at(job[_NEURONS]), (rows, job[_FF]))
         activations(hidden, job[_KIND], job[_GATED] != 0, neurons, start, end)
+        if flags & 4:
+            round_rows(job[_NEURONS], job[_FF], job[_ROUNDED], start, end)
     elif stage == _MLP_OUTPUT:
         _multiply(job, layer, stage, job[_NEURONS], job[_MLP_OUT], chunk, n)
     elif stage == _POST_MLP_NORM:
