@@ -1,6 +1,7 @@
 """Tiny models whose weights are codes, as files hold them, with products that round activations."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def rounding_decoder(family: str) -> Decoder:
     plain = decoder_from_transformers(tiny_model(family, **_SIZES), dtype=torch.float32, device="cpu")
 
     def of(block: Block) -> Block:
-        own = {name: coded(getattr(block, name), format) for name, format in _FORMATS.items()}
+        own: dict[str, Any] = {name: coded(getattr(block, name), format) for name, format in _FORMATS.items()}
         return replace(block, **own)
 
     blocks = [of(block) for block in plain.blocks]
