@@ -247,7 +247,7 @@ class CompiledBlocks:
             return _ROUND if self._rounds(layer, _PRODUCT_STAGES.index(product)) else 0
 
         # Its value is read by stop and run.
-        for layer in layers:  # noqa: B007
+        for layer in layers:
             stop(Site.RESID_PRE)
             run(Stage.ATTN_NORM, pending | rounding(Stage.QKV))
             pending = 0
