@@ -147,6 +147,15 @@ def test_weights_that_are_floats_take_activations_as_they_are() -> None:
     assert torch.equal(alone[1].multiply(x), floats.multiply(x))
 
 
+def test_single_outputs_can_be_computed_of_what_a_projection_takes() -> None:
+    x = random(3, 512)
+    linear = Linear(random_matrix(Format.Q6_K, 29, 512), None)
+    assert linear.taken(x) is x
+    linear.round_inputs()
+    assert torch.equal(linear.taken(x), rounded(x).float())
+    torch.testing.assert_close(linear.taken(x) @ linear.dense().t(), linear(x), rtol=1e-4, atol=1e-4)
+
+
 def test_columns_of_a_projection_stay_the_weights() -> None:
     linear = Linear(random_matrix(Format.Q5_K, 29, 512), None)
     assert linear.round_inputs()

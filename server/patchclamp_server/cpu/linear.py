@@ -105,6 +105,10 @@ class Linear:
             self.product = StoredProduct(self.matrix, rounds=True)
         return self.product is not None and self.product.rounds
 
+    def taken(self, x: Tensor) -> Tensor:
+        """Returns x [T, in] float32 as its codes are multiplied by it, for single outputs that are computed apart."""
+        return x if self.product is None else self.product.taken(x)
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""

@@ -32,6 +32,7 @@ from patchclamp_server.cpu.formats.tiles import (
 )
 from patchclamp_server.cpu.integers.products import functions_of as integer_functions_of
 from patchclamp_server.cpu.integers.products import multiply_rounded, record_bytes, round_rows
+from patchclamp_server.cpu.integers.rounding import RECORD, SCALE
 from patchclamp_server.cpu.integers.table import CODES
 from patchclamp_server.cpu.memory import in_parts
 from patchclamp_server.cpu.stored import Format, StoredMatrix
@@ -268,6 +269,16 @@ class StoredProduct:
         work = partial(multiply_chosen, self.parts, width, x.ctypes.data, rounded, len(x), y.ctypes.data, n, outputs)
         in_parts(work, n, PANEL, n * self.matrix.nbytes // self.matrix.shape[0])
         return y
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Returns x [T, in] as codes are multiplied by it: in float32, s q where it is rounded."""
+        x = x.contiguous()
+        records = self._rounded(x.data_ptr(), len(x))
+        if records is None:
+            return x
+        groups = records.view(len(x), -1, RECORD)
+        scales = groups[:, :, SCALE : SCALE + 4].contiguous().view(torch.float32)
+        return (groups[:, :, :UNIT].view(torch.int8) * scales).view(x.shape)
 
     def chosen(self, outputs: NDArray[np.int64]) -> "StoredProduct":
         """Returns the product with the rows of ascending outputs, without a copy of the weights."""
