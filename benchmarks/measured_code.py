@@ -66,6 +66,7 @@ _NEURONS = (
 
 # By the name of a result: modules and packages by their dotted names, and scripts by their paths.
 MEASURED: dict[str, tuple[str, ...]] = {
+    "activations_products": ("benchmarks/activations.py", *_FORWARD),
     "activations": ("benchmarks/activations.py", "benchmarks/cards.py", *_FORWARD, "patchclamp_server.model.compiled"),
     "beside": (
         "benchmarks/beside.py",

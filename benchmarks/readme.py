@@ -343,21 +343,10 @@ def activations(result: dict[str, Any]) -> list[str]:
         exact, rounded = (f"{1e3 * row['batch'] / row['ms'][way]:,.0f}" for way in ("float32", "int8"))
         name = names[row["case"]].format(row["batch"])
         rates.append(f"| {name} | {exact} | {rounded} | {row['speedup']:.2f} |")
-    times = {(row["format"], row["out"], row["in"], row["rows"]): row["speedup"] for row in result["products"]["rows"]}
-    counts = sorted({key[3] for key in times})
-    lines = [
+    return [
         "| SmolLM2-135M, Q4_1; products take activations in | float32 | int8 | ratio |",
         "|---|---:|---:|---:|",
         *rates,
-        "",
-        "| one product by one thread: exact / int8, least time; rows | " + " | ".join(map(str, counts)) + " |",
-        "|---|" + "---:|" * len(counts),
-    ]
-    for kind, out, width in dict.fromkeys(key[:3] for key in times):
-        cells = " | ".join(f"{times[kind, out, width, count]:.1f}" for count in counts)
-        lines.append(f"| {kind}, {out:,} x {width:,} | {cells} |")
-    return [
-        *lines,
         "",
         f"`{COMMANDS['activations']}` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
         f"{result['threads']} threads; medians of {measured['rounds']}",
@@ -369,8 +358,27 @@ def activations(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def activations_products(result: dict[str, Any]) -> list[str]:
+    times = {(row["format"], row["out"], row["in"], row["rows"]): row["speedup"] for row in result["rows"]}
+    counts = sorted({key[3] for key in times})
+    lines = [
+        "| one product by one thread: exact / int8, least time; rows | " + " | ".join(map(str, counts)) + " |",
+        "|---|" + "---:|" * len(counts),
+    ]
+    for kind, out, width in dict.fromkeys(key[:3] for key in times):
+        cells = " | ".join(f"{times[kind, out, width, count]:.1f}" for count in counts)
+        lines.append(f"| {kind}, {out:,} x {width:,} | {cells} |")
+    return [
+        *lines,
+        "",
+        f"`{COMMANDS['activations_products']}` on {result['date']} at commit `{result['commit']}`: "
+        f"{result['machine']}; random weights.",
+    ]
+
+
 COMMANDS = {
-    "activations": "python benchmarks/activations.py",
+    "activations": "python benchmarks/activations.py --only quality speed",
+    "activations_products": "python benchmarks/activations.py --only products",
     "beside": "python benchmarks/beside.py",
     "cpu": "make bench",
     "faults": "python benchmarks/faults",
@@ -472,6 +480,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "host": ("What the host does in a step", host),
     "beside": ("Serving beside analysis", beside),
     "activations": ("Activations in 8 bits", activations),
+    "activations_products": ("Products with activations in 8 bits", activations_products),
     "invariance": ("Batch invariance", invariance),
     "monitoring": ("Watching", monitoring),
     "sparse_quality": ("Sparse inference: quality", sparse_quality),
