@@ -24,6 +24,7 @@ _FORWARD = (
     "patchclamp_server.cpu.linear",
     "patchclamp_server.cpu.products",
     "patchclamp_server.cpu.formats",
+    "patchclamp_server.cpu.integers",
     "patchclamp_server.cpu.stored",
 )
 _ATTENTION = (
@@ -70,6 +71,8 @@ _NEURONS = (
 
 # By the name of a result: modules and packages by their dotted names, and scripts by their paths.
 MEASURED: dict[str, tuple[str, ...]] = {
+    "activations_products": ("benchmarks/activations.py", *_FORWARD),
+    "activations": ("benchmarks/activations.py", "benchmarks/cards.py", *_FORWARD, "patchclamp_server.model.compiled"),
     "beside": (
         "benchmarks/beside.py",
         "patchclamp_server.engine.analysis_share",

@@ -9,6 +9,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from coded_models import rounding_decoder
 from engine_runs import loaded
 from numba import types
 from sparse_models import documents
@@ -337,3 +338,29 @@ def test_helpers_sleep_between_jobs_and_wake() -> None:
                 waiting.wait(0.001)
             assert torch.equal(decoder.forward(step, filled_pools(decoder)), expected)
             assert board[team._ACTIVE] == 0
+
+
+# Of one after the other, with norms behind as well, and side by side.
+ROUNDED = ("llama", "gemma2", "gpt_neox")
+
+
+@pytest.mark.parametrize("family", ROUNDED)
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_rounded_activations_are_the_same_in_python(family: str, n_threads: int) -> None:
+    decoder = rounding_decoder(family)
+    compiled_of(decoder)
+    with threads(n_threads):
+        for sequences in (MIXED, ((23, 1),)):
+            for visited in (frozenset(), PLACES):
+                same(decoder, step_of(decoder, sequences, visited), visited)
+
+
+@pytest.mark.parametrize("family", ROUNDED)
+def test_logits_of_rounded_states_are_those_of_each_alone(family: str) -> None:
+    decoder = rounding_decoder(family)
+    x = torch.randn(9, decoder.spec.d_model, generator=torch.Generator().manual_seed(0))
+    logits = decoder.logits(x)
+    assert torch.equal(torch.cat([decoder.logits(row) for row in x.split(1)]), logits)
+    assert torch.equal(decoder.unembed(decoder.final_norm(x)), logits)
+    with in_python(decoder):
+        assert torch.equal(decoder.logits(x), logits)

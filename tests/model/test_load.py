@@ -38,6 +38,18 @@ def test_the_info_describes_the_model(tiny_llama_dir: Path) -> None:
     assert info.fingerprint == model_fingerprint(tiny_llama_dir)
 
 
+def test_activations_in_8_bits_need_weights_that_are_codes(tiny_llama_dir: Path) -> None:
+    assert load_model(str(tiny_llama_dir)).info.activations == "float32"
+    with pytest.raises(ModelSourceError, match="--activations int8 takes weights in formats of codes"):
+        load_model(str(tiny_llama_dir), activations=torch.int8)
+
+
+def test_the_info_says_that_activations_are_rounded_and_the_fingerprint_does_not(embedded_dir: Path) -> None:
+    model = load_model(str(embedded_dir), activations=torch.int8)
+    assert (model.info.dtype, model.info.activations) == ("float32", "int8")
+    assert model.info.fingerprint == load_model(str(embedded_dir)).info.fingerprint
+
+
 def test_every_end_of_sequence_that_is_named_ends_a_generation(model_copy: Path) -> None:
     edit_json(model_copy / "generation_config.json", eos_token_id=[0, 7])
     assert load_model(str(model_copy)).eos_token_ids == {0, 2, 7}

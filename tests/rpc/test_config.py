@@ -87,6 +87,21 @@ def test_keys_in_fewer_bits_are_refused_by_name_where_nothing_reads_them(options
         load(parse("--kv-dtype", "int8", *options))
 
 
+def test_activations_are_float32_unless_given(monkeypatch: pytest.MonkeyPatch):
+    assert parse().activations == "float32"
+    assert parse("--activations", "int8").activations == "int8"
+    monkeypatch.setenv("PATCHCLAMP_ACTIVATIONS", "int8")
+    assert parse().activations == "int8"
+
+
+@pytest.mark.parametrize(
+    "options", [("--dtype", "bfloat16"), ("--device", "cuda"), ("--kernels", "on"), ("--batch-invariant", "off")]
+)
+def test_activations_in_8_bits_are_refused_by_name_where_no_product_takes_them(options: tuple[str, ...]):
+    with pytest.raises(ConfigurationError, match=f"^--activations int8 holds with .*{options[1]}"):
+        load(parse("--activations", "int8", *options))
+
+
 def test_watches_of_all_uses_run_from_the_start():
     given = parse("--watch", "joy=joyful@usual", "--watch", "toxic=sha256:12,heads=retrieval").watches
     assert given == (

@@ -122,7 +122,7 @@ def test_labels_are_of_closed_sets(live_server: LiveServer, channel: grpc.Channe
         for sample in family.samples
         for label in sample.labels
     }
-    described = {"name", "architecture", "fingerprint", "dtype", "device"}
+    described = {"name", "architecture", "fingerprint", "dtype", "device", "activations"}
     closed = {"service", "method", "code", "outcome", "policy", "reason", "file", "tenant", "statistic", "le"}
     # Of watches that somebody started, and of the items of those that ask for it: as many as the caps allow.
     closed |= {"watch", "kind", "item"}

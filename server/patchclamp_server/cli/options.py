@@ -28,6 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Those of model/quantization/scheme.py, which is too heavy to be imported here.
 QUANTIZE = ("q8_0", "q6_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0")
 KV_DTYPES = ("model", "bfloat16", "int8")
+ACTIVATIONS = ("float32", "int8")
 # These options name files of security.
 SECURITY_FILES = {
     "tls_certificate": "PEM file of the server's certificate, and those between it and its root: serve by TLS",
@@ -105,6 +106,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-dtype",
         type=one_of(*KV_DTYPES),
         help="of keys and values: bfloat16 or int8 with --dtype float32 on a CPU (default: model, that of the model)",
+    )
+    _add(
+        parser,
+        "--activations",
+        type=one_of(*ACTIVATIONS),
+        help="what products with coded weights take: float32 is as --dtype has it; int8, on a CPU, is faster and less "
+        "exact (default: float32)",
     )
     _add(parser, "--max-message-bytes", type=positive, help="largest request (default: 4 MiB)")
     _add(parser, "--max-calls", type=positive, help="calls answered at once, streams included (default: 4096)")

@@ -89,6 +89,18 @@ class Linear:
 
         self.matrix, self.product, self.out = matrix, StoredProduct(matrix), matrix.shape[0]
 
+    def round_inputs(self) -> bool:
+        """Multiplies codes by inputs in 8 bits from now on, and returns whether there are codes."""
+        from patchclamp_server.cpu.products import StoredProduct
+
+        if self.matrix is not None:
+            self.product = StoredProduct(self.matrix, rounds=True)
+        return self.product is not None and self.product.rounds
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Returns x [T, in] float32 as its codes are multiplied by it, for single outputs that are computed apart."""
+        return x if self.product is None else self.product.taken(x)
+
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
@@ -123,7 +135,7 @@ class Linear:
         assert self.product is not None
         # A sum of zeros and one weight is that weight.
         unit = torch.zeros(len(inputs), self.shape[1])
-        return self.product.multiply(unit.scatter_(1, inputs[:, None], 1.0))
+        return self.product.multiply(unit.scatter_(1, inputs[:, None], 1.0), exact=True)
 
     def dense(self) -> Tensor:
         """Returns the weights [out, in] in the dtype that the product has them in."""

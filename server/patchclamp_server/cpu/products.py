@@ -30,6 +30,10 @@ from patchclamp_server.cpu.formats.tiles import (
     multiply_panel,
     multiply_stored,
 )
+from patchclamp_server.cpu.integers.products import functions_of as integer_functions_of
+from patchclamp_server.cpu.integers.products import multiply_rounded, record_bytes, round_rows
+from patchclamp_server.cpu.integers.rounding import RECORD, SCALE
+from patchclamp_server.cpu.integers.table import CODES
 from patchclamp_server.cpu.memory import in_parts
 from patchclamp_server.cpu.stored import Format, StoredMatrix
 from patchclamp_server.cpu.vector import LANES, LINE, UNIT, prefetch
@@ -55,10 +59,18 @@ class Field(IntEnum):
     DEQUANTIZE = 4
     STEP_WEIGHTS = 5
     STEP_BYTES = 6
+    # Where activations are rounded to 8 bits, the functions for that and the bytes of a block once read, or else 0.
+    ROUNDED = 7
+    READ = 8
+    MULTIPLY_READ = 9
+    READ_BYTES = 10
 
 
 FIELDS = len(Field)
-_ROWS, _STARTS, _MEMORY, _DIRECT, _DEQUANTIZE, _STEP_WEIGHTS, _STEP_BYTES = (int(field) for field in Field)
+(
+    _ROWS, _STARTS, _MEMORY, _DIRECT, _DEQUANTIZE, _STEP_WEIGHTS, _STEP_BYTES,
+    _ROUNDED, _READ, _MULTIPLY_READ, _READ_BYTES,
+) = (int(field) for field in Field)  # fmt: skip
 
 
 @cache
@@ -77,8 +89,16 @@ def functions_of(format: Format) -> tuple[Any, Any]:
     return direct, dequantize
 
 
-def describe(matrix: StoredMatrix) -> NDArray[np.int64]:
-    """Returns the parts of a matrix [parts, FIELDS]; their memory must outlive it."""
+def can_round(matrix: StoredMatrix) -> bool:
+    """Returns whether a matrix has codes, whose products may take activations in 8 bits: floats are not such."""
+    return any(part.format in CODES for part in matrix.parts)
+
+
+def describe(matrix: StoredMatrix, *, rounds: bool = False) -> NDArray[np.int64]:
+    """Returns the parts of a matrix [parts, FIELDS]; their memory must outlive it.
+
+    `rounds`: products with codes take activations in 8 bits.
+    """
     table = np.zeros((len(matrix.parts), FIELDS), dtype=np.int64)
     for own, part in zip(table, matrix.parts, strict=True):
         step = step_of(part.format)
@@ -87,12 +107,19 @@ def describe(matrix: StoredMatrix) -> NDArray[np.int64]:
         own[Field.MEMORY] = part.memory.ctypes.data
         own[Field.DIRECT], own[Field.DEQUANTIZE] = (function.address for function in functions_of(part.format))
         own[Field.STEP_WEIGHTS], own[Field.STEP_BYTES] = step.weights, step.size
+        if rounds and part.format in CODES:
+            functions = integer_functions_of(part.format)
+            own[Field.ROUNDED : Field.READ_BYTES] = [function.address for function in functions]
+            own[Field.READ_BYTES] = CODES[part.format].block_bytes
     return table
 
 
 @_compiled
-def multiply_rows(parts, width, x, n, y, stride, start, end):
-    """Computes outputs start ≤ o < end of y [n, stride] = x Wᵀ, for addresses of x [n, width] and y."""
+def multiply_rows(parts, width, x, rounded, n, y, stride, start, end):
+    """Computes outputs start ≤ o < end of y [n, stride] = x Wᵀ, for addresses of x [n, width] and y.
+
+    Parts that are described so take x as it is `rounded`, at the address of its records, unless that is 0.
+    """
     if n == 0:
         return
     first = 0
@@ -101,7 +128,9 @@ def multiply_rows(parts, width, x, n, y, stride, start, end):
         rows = own[_ROWS]
         o, last = max(0, start - first), min(rows, end - first)
         if o < last:
-            if n <= MOST_DIRECT:
+            if rounded != 0 and own[_ROUNDED] != 0:
+                _multiply_rounded(own, width, rounded, n, y + first * 4, stride, o, last, own[_STARTS])
+            elif n <= MOST_DIRECT:
                 call_with(own[_DIRECT], own[_STARTS], own[_MEMORY], o, last, width, x, n, y + first * 4, stride)
             else:
                 _multiply_panels(own, width, x, n, y + first * 4, stride, o, last)
@@ -109,7 +138,15 @@ def multiply_rows(parts, width, x, n, y, stride, start, end):
 
 
 @_compiled
-def multiply_chosen(parts, width, x, n, y, stride, outputs, start, end):
+def _multiply_rounded(part, width, x, n, y, stride, start, end, starts):
+    multiply_rounded(
+        part[_ROUNDED], part[_READ], part[_MULTIPLY_READ], part[_READ_BYTES], part[_STEP_WEIGHTS], part[_STEP_BYTES],
+        starts, part[_MEMORY], width, x, n, y, stride, start, end,
+    )  # fmt: skip
+
+
+@_compiled
+def multiply_chosen(parts, width, x, rounded, n, y, stride, outputs, start, end):
     """Sets y[t stride + i] = x_t · W_outputs[i] for start ≤ i < end and ascending outputs; others are not read."""
     chosen = np.empty(end - start, dtype=np.int64)
     first, i = 0, start
@@ -127,6 +164,10 @@ def multiply_chosen(parts, width, x, n, y, stride, outputs, start, end):
             for r in range(min(last, i + _AHEAD), min(last, i + 2 * _AHEAD)):
                 prefetch(stored, chosen[r - start], lines)
             begin, rows = chosen[i - start :].ctypes.data, min(_AHEAD, last - i)
+            if rounded != 0 and own[_ROUNDED] != 0:
+                _multiply_rounded(own, width, rounded, n, y + i * 4, stride, 0, rows, begin)
+                i += rows
+                continue
             for t in range(0, n, MOST_DIRECT):
                 own_x, own_y = x + t * width * 4, y + (t * stride + i) * 4
                 call_with(own[_DIRECT], begin, memory, 0, rows, width, own_x, min(MOST_DIRECT, n - t), own_y, stride)
@@ -196,12 +237,14 @@ def _dequantize_rows(parts, width, outputs, target):
 class StoredProduct:
     """Computes y = x Wᵀ, each row by itself."""
 
-    def __init__(self, matrix: StoredMatrix) -> None:
+    def __init__(self, matrix: StoredMatrix, *, rounds: bool = False) -> None:
+        """`rounds`: codes are multiplied by x in 8 bits (integers/), floats by x as it is."""
         self.matrix = matrix
-        self.parts = describe(matrix)
+        self.rounds = rounds and can_round(matrix)
+        self.parts = describe(matrix, rounds=self.rounds)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Returns x Wᵀ [T, out] of x [T, in] float32 on the CPU."""
+    def multiply(self, x: Tensor, *, exact: bool = False) -> Tensor:
+        """Returns x Wᵀ [T, out] of x [T, in] float32 on the CPU. `exact`: of x that is not rounded."""
         out, width = self.matrix.shape
         # Compiled code does not check shapes.
         assert x.shape[1:] == (width,)
@@ -209,7 +252,9 @@ class StoredProduct:
         rows = len(x)
         x = x.contiguous()
         y = torch.empty(rows, out)
-        work = partial(multiply_rows, self.parts, width, x.data_ptr(), rows, y.data_ptr(), out)
+        records = None if exact else self._rounded(x.data_ptr(), rows)
+        rounded = 0 if records is None else records.data_ptr()
+        work = partial(multiply_rows, self.parts, width, x.data_ptr(), rounded, rows, y.data_ptr(), out)
         in_parts(work, out, PANEL, max(self.matrix.nbytes, 2 * rows * out * width // _OPERATIONS_A_BYTE))
         return y
 
@@ -219,9 +264,34 @@ class StoredProduct:
         assert x.shape[1:] == (width,)
         assert x.flags.c_contiguous
         y = np.empty((len(x), n), dtype=np.float32)
-        work = partial(multiply_chosen, self.parts, width, x.ctypes.data, len(x), y.ctypes.data, n, outputs)
+        records = self._rounded(x.ctypes.data, len(x))
+        rounded = 0 if records is None else records.data_ptr()
+        work = partial(multiply_chosen, self.parts, width, x.ctypes.data, rounded, len(x), y.ctypes.data, n, outputs)
         in_parts(work, n, PANEL, n * self.matrix.nbytes // self.matrix.shape[0])
         return y
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Returns x [T, in] as codes are multiplied by it: in float32, s q where it is rounded."""
+        x = x.contiguous()
+        records = self._rounded(x.data_ptr(), len(x))
+        if records is None:
+            return x
+        groups = records.view(len(x), -1, RECORD)
+        scales = groups[:, :, SCALE : SCALE + 4].contiguous().view(torch.float32)
+        return (groups[:, :, :UNIT].view(torch.int8) * scales).view(x.shape)
+
+    def chosen(self, outputs: NDArray[np.int64]) -> "StoredProduct":
+        """Returns the product with the rows of ascending outputs, without a copy of the weights."""
+        return StoredProduct(self.matrix.chosen(outputs), rounds=self.rounds)
+
+    def _rounded(self, x: int, n: int) -> Tensor | None:
+        """Returns the records of n rows at an address, where any product takes them."""
+        if not self.rounds:
+            return None
+        width = self.matrix.shape[1]
+        records = torch.empty(n, record_bytes(width), dtype=torch.uint8)
+        in_parts(partial(round_rows, x, width, records.data_ptr()), n, 1, 4 * n * width)
+        return records
 
     def rows(self, outputs: Tensor) -> Tensor:
         """Returns the weights of outputs [n], as [n, in] float32. Raises IndexError for an output that is none."""

@@ -49,7 +49,7 @@ def latent_predictions(
 def _logits(decoder: Decoder, normed: Tensor, tokens: Tensor) -> Tensor:
     """Returns the logit of one token for each row [n, d_model], [n] float32, rounded as those of all tokens are."""
     unembedding = decoder.unembedding
-    products = row_dots(normed.float(), unembedding.rows(tokens))
+    products = row_dots(unembedding.taken(normed.float()), unembedding.rows(tokens))
     if unembedding.bias is not None:
         products = products + unembedding.bias.index_select(0, tokens).float()
     return cap_softly(products.to(normed.dtype).float()[:, None], decoder.spec.final_soft_cap)[:, 0]

@@ -148,7 +148,24 @@ class Decoder:
         self.windows = set(spec.windows)
         self.device = embedding.device
         self.dtype = embedding.dtype
+        # How products take them.
+        self.activations = self.dtype
         self.compiled = _compiled_blocks(self) if self.batch_invariant else None
+
+    def round_activations(self) -> None:
+        """Lets the products of the blocks and of the unembedding take activations in 8 bits (cpu/integers/).
+
+        Raises ValueError where no weights are codes or the decoder is not `batch_invariant`: nothing would be rounded.
+        """
+        products = [self.unembedding, *(getattr(block, name) for block in self.blocks for name in _PRODUCTS)]
+        rounded = [linear.round_inputs() for linear in products] if self.batch_invariant else []
+        if not any(rounded):
+            raise ValueError(
+                "--activations int8 takes weights in formats of codes (Q8_0, Q4_K, ...) with --dtype float32, "
+                "--device cpu and --batch-invariant on"
+            )
+        self.activations = torch.int8
+        self.compiled = _compiled_blocks(self)
 
     def warm_up(self) -> None:
         """Compiles what is compiled at run time, so that no request waits for it: one token goes through block 0."""
@@ -332,6 +349,9 @@ class Decoder:
                 parts[i].copy_(own)
         # Where gradients flow they do so through the copies.
         return torch.cat(parts, dim=1) if torch.is_grad_enabled() else hidden
+
+
+_PRODUCTS = ("qkv", "attn_output", "mlp_input", "mlp_output")
 
 
 def _compiled_blocks(decoder: Decoder) -> "CompiledBlocks | None":

@@ -27,3 +27,5 @@ class ModelInfo:
     has_chat_template: bool = False
     # Of dense weights that were quantised when they were loaded.
     quantization: QuantizationCard | None = None
+    # How products take activations: as dtype, or "int8" (cpu/integers/), which is no part of the fingerprint.
+    activations: str = "float32"

@@ -49,6 +49,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     batch_invariant: bool | None = None,
+    activations: torch.dtype | None = None,
     use_codes: bool = True,
     quantize: Scheme | None = None,
     admit: Admit | None = None,
@@ -57,6 +58,9 @@ def load_model(
     """Loads "embedded", a hub id, a local directory or a ``.gguf`` file, and fetches it where needed.
 
     Weights stay in their files, which are mapped into memory, on a CPU in float32. Elsewhere they become dense.
+
+    `activations=torch.int8` rounds what products with codes take to 8 bits (cpu/integers/): faster, less exact. It
+    holds with float32 on a CPU, `batch_invariant`, for weights that are codes. By default they are of `dtype`.
 
     `use_codes=False` multiplies by float32 weights where the file has 4- or 8-bit codes: slower, for comparison.
     `quantize` makes blocks of the matrices of safetensors while they load. `admit` is called before a weight is read,
@@ -90,6 +94,8 @@ def load_model(
             quantizer=quantizer,
             progress=shown,
         )
+        if activations not in (None, dtype):
+            _round_activations(decoder, source.name, activations)
         decoder.warm_up()
         warn_of_overflow(decoder, tokenizer)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -109,6 +115,7 @@ def load_model(
         context_length=spec.context_length,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
+        activations=str(decoder.activations).removeprefix("torch."),
         sites=dict(spec.sites),
         has_chat_template=template_of(tokenizer) is not None,
         quantization=None if quantizer is None else quantizer.card(stored_quality(fingerprint)),
@@ -124,6 +131,15 @@ def _check_quantizable(ref: str, dtype: torch.dtype, device: str) -> None:
         raise ModelSourceError(f"--quantize holds with --dtype float32 and --device cpu, got {name} and {device}")
     if ref == EMBEDDED or Path(ref).suffix.lower() == ".gguf":
         raise ModelSourceError(f"--quantize is for dense weights in safetensors; {ref} has formats of its own")
+
+
+def _round_activations(decoder: Decoder, name: str, activations: torch.dtype) -> None:
+    if activations != torch.int8:
+        raise ModelSourceError(f"--activations: those of --dtype, or int8, are accepted, not {activations}")
+    try:
+        decoder.round_activations()
+    except ValueError as error:
+        raise ModelSourceError(f"{name}: {error}") from error
 
 
 def load_pretrained(

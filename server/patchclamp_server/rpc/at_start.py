@@ -63,6 +63,13 @@ def load(config: ServerConfig, progress: Progress | None = None) -> Loaded:
             "--batch-invariant on holds with --dtype float32, --device cpu and --kernels off, "
             f"got {config.dtype}, {config.device} and {'on' if engine.kernels else 'off'}"
         )
+    rounds = config.activations == "int8"
+    if rounds and (engine.batch_invariant is False or not can_be_invariant(dtype, config.device) or engine.kernels):
+        raise ConfigurationError(
+            "--activations int8 holds with --dtype float32, --device cpu, --kernels off and --batch-invariant on, "
+            f"got {config.dtype}, {config.device}, {'on' if engine.kernels else 'off'} "
+            f"and {'off' if engine.batch_invariant is False else 'on'}"
+        )
     if engine.kv_dtype not in ("model", config.dtype) and (
         config.dtype != "float32" or torch.device(config.device).type != "cpu" or engine.kernels
     ):
@@ -87,6 +94,7 @@ def load(config: ServerConfig, progress: Progress | None = None) -> Loaded:
         batch_invariant=engine.batch_invariant,
         quantize=SCHEMES[config.quantize] if config.quantize else None,
         admit=admit,
+        activations=torch.int8 if rounds else None,
         progress=progress,
     )
     planned = replace(config, engine=replace(engine, kv_cache_tokens=plans[0].kv_tokens))

@@ -50,6 +50,8 @@ class ServerConfig(SecurityConfig):
     device: str = "cpu"
     # The scheme by which dense weights are quantised when they load, or "".
     quantize: str = ""
+    # What products take: "float32" is as dtype has it, "int8" is rounded.
+    activations: str = "float32"
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     # So many calls are answered at once, streams and sessions included.
     max_calls: int = DEFAULT_MAX_CALLS

@@ -22,7 +22,8 @@ def run_models(args: argparse.Namespace) -> int:
         print_json(models)
         return 0
     for model in models:
-        heading(f"{model.name} ({model.architecture}, {model.dtype} on {model.device})")
+        rounded = " with int8 activations" if model.activations == "int8" else ""
+        heading(f"{model.name} ({model.architecture}, {model.dtype}{rounded} on {model.device})")
         print(f"  fingerprint  {model.fingerprint}")
         print(f"  layers       {model.n_layers}, d_model {model.d_model}, d_ff {model.d_ff}")
         print(f"  heads        {model.n_heads} ({model.n_kv_heads} key-value) of {model.head_dim}")

@@ -64,6 +64,7 @@ class Model(Record):
     sites: dict[str, int]
     has_chat_template: bool
     quantization: Quantization | None
+    activations: str
 
     @classmethod
     def from_proto(cls, message: pb.Model, **given: Any) -> "Model":

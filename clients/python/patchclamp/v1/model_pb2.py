@@ -26,7 +26,7 @@ from patchclamp.v1 import generation_pb2 as patchclamp_dot_v1_dot_generation__pb
 from patchclamp.v1 import program_pb2 as patchclamp_dot_v1_dot_program__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19patchclamp/v1/model.proto\x12\rpatchclamp.v1\x1a\x1epatchclamp/v1/generation.proto\x1a\x1bpatchclamp/v1/program.proto\"<\n\x08SiteInfo\x12!\n\x04site\x18\x01 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\r\n\x05width\x18\x02 \x01(\r\"\xe9\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x10\n\x08n_layers\x18\x04 \x01(\r\x12\x0f\n\x07\x64_model\x18\x05 \x01(\r\x12\x0c\n\x04\x64_ff\x18\x06 \x01(\r\x12\x0f\n\x07n_heads\x18\x07 \x01(\r\x12\x12\n\nn_kv_heads\x18\x08 \x01(\r\x12\x10\n\x08head_dim\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x0b \x01(\r\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12&\n\x05sites\x18\x0e \x03(\x0b\x32\x17.patchclamp.v1.SiteInfo\x12\x19\n\x11has_chat_template\x18\x0f \x01(\x08\x12\x31\n\x0cquantization\x18\x10 \x01(\x0b\x32\x1b.patchclamp.v1.Quantization\"\xbd\x01\n\x0cQuantization\x12\x0e\n\x06scheme\x18\x01 \x01(\t\x12\x17\n\x0f\x62its_per_weight\x18\x02 \x01(\x01\x12\x1e\n\x16relative_squared_error\x18\x03 \x01(\x01\x12/\n\x07\x66ormats\x18\x04 \x03(\x0b\x32\x1e.patchclamp.v1.QuantizedFormat\x12\x33\n\x07quality\x18\x05 \x01(\x0b\x32\".patchclamp.v1.QuantizationQuality\"}\n\x0fQuantizedFormat\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\t\x12\x10\n\x08matrices\x18\x02 \x01(\r\x12\x0f\n\x07weights\x18\x03 \x01(\x04\x12\x17\n\x0f\x62its_per_weight\x18\x04 \x01(\x01\x12\x1e\n\x16relative_squared_error\x18\x05 \x01(\x01\"\x85\x01\n\x13QuantizationQuality\x12\x12\n\ndivergence\x18\x01 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x02 \x01(\x01\x12\x18\n\x10perplexity_ratio\x18\x03 \x01(\x01\x12\x18\n\x10\x64\x65nse_perplexity\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\r\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.patchclamp.v1.Model\"G\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\">\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\x12\r\n\x05roles\x18\x03 \x03(\t\"L\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"2\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06pieces\x18\x02 \x03(\t2\x81\x02\n\x0cModelService\x12Q\n\nListModels\x12 .patchclamp.v1.ListModelsRequest\x1a!.patchclamp.v1.ListModelsResponse\x12K\n\x08Tokenize\x12\x1e.patchclamp.v1.TokenizeRequest\x1a\x1f.patchclamp.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .patchclamp.v1.DetokenizeRequest\x1a!.patchclamp.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19patchclamp/v1/model.proto\x12\rpatchclamp.v1\x1a\x1epatchclamp/v1/generation.proto\x1a\x1bpatchclamp/v1/program.proto\"<\n\x08SiteInfo\x12!\n\x04site\x18\x01 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\r\n\x05width\x18\x02 \x01(\r\"\xfe\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x10\n\x08n_layers\x18\x04 \x01(\r\x12\x0f\n\x07\x64_model\x18\x05 \x01(\r\x12\x0c\n\x04\x64_ff\x18\x06 \x01(\r\x12\x0f\n\x07n_heads\x18\x07 \x01(\r\x12\x12\n\nn_kv_heads\x18\x08 \x01(\r\x12\x10\n\x08head_dim\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x0b \x01(\r\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12&\n\x05sites\x18\x0e \x03(\x0b\x32\x17.patchclamp.v1.SiteInfo\x12\x19\n\x11has_chat_template\x18\x0f \x01(\x08\x12\x31\n\x0cquantization\x18\x10 \x01(\x0b\x32\x1b.patchclamp.v1.Quantization\x12\x13\n\x0b\x61\x63tivations\x18\x11 \x01(\t\"\xbd\x01\n\x0cQuantization\x12\x0e\n\x06scheme\x18\x01 \x01(\t\x12\x17\n\x0f\x62its_per_weight\x18\x02 \x01(\x01\x12\x1e\n\x16relative_squared_error\x18\x03 \x01(\x01\x12/\n\x07\x66ormats\x18\x04 \x03(\x0b\x32\x1e.patchclamp.v1.QuantizedFormat\x12\x33\n\x07quality\x18\x05 \x01(\x0b\x32\".patchclamp.v1.QuantizationQuality\"}\n\x0fQuantizedFormat\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\t\x12\x10\n\x08matrices\x18\x02 \x01(\r\x12\x0f\n\x07weights\x18\x03 \x01(\x04\x12\x17\n\x0f\x62its_per_weight\x18\x04 \x01(\x01\x12\x1e\n\x16relative_squared_error\x18\x05 \x01(\x01\"\x85\x01\n\x13QuantizationQuality\x12\x12\n\ndivergence\x18\x01 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x02 \x01(\x01\x12\x18\n\x10perplexity_ratio\x18\x03 \x01(\x01\x12\x18\n\x10\x64\x65nse_perplexity\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\r\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.patchclamp.v1.Model\"G\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\">\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\x12\r\n\x05roles\x18\x03 \x03(\t\"L\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"2\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06pieces\x18\x02 \x03(\t2\x81\x02\n\x0cModelService\x12Q\n\nListModels\x12 .patchclamp.v1.ListModelsRequest\x1a!.patchclamp.v1.ListModelsResponse\x12K\n\x08Tokenize\x12\x1e.patchclamp.v1.TokenizeRequest\x1a\x1f.patchclamp.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .patchclamp.v1.DetokenizeRequest\x1a!.patchclamp.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,25 +36,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SITEINFO']._serialized_start=105
   _globals['_SITEINFO']._serialized_end=165
   _globals['_MODEL']._serialized_start=168
-  _globals['_MODEL']._serialized_end=529
-  _globals['_QUANTIZATION']._serialized_start=532
-  _globals['_QUANTIZATION']._serialized_end=721
-  _globals['_QUANTIZEDFORMAT']._serialized_start=723
-  _globals['_QUANTIZEDFORMAT']._serialized_end=848
-  _globals['_QUANTIZATIONQUALITY']._serialized_start=851
-  _globals['_QUANTIZATIONQUALITY']._serialized_end=984
-  _globals['_LISTMODELSREQUEST']._serialized_start=986
-  _globals['_LISTMODELSREQUEST']._serialized_end=1005
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1007
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1065
-  _globals['_TOKENIZEREQUEST']._serialized_start=1067
-  _globals['_TOKENIZEREQUEST']._serialized_end=1138
-  _globals['_TOKENIZERESPONSE']._serialized_start=1140
-  _globals['_TOKENIZERESPONSE']._serialized_end=1202
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1204
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1280
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1282
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1332
-  _globals['_MODELSERVICE']._serialized_start=1335
-  _globals['_MODELSERVICE']._serialized_end=1592
+  _globals['_MODEL']._serialized_end=550
+  _globals['_QUANTIZATION']._serialized_start=553
+  _globals['_QUANTIZATION']._serialized_end=742
+  _globals['_QUANTIZEDFORMAT']._serialized_start=744
+  _globals['_QUANTIZEDFORMAT']._serialized_end=869
+  _globals['_QUANTIZATIONQUALITY']._serialized_start=872
+  _globals['_QUANTIZATIONQUALITY']._serialized_end=1005
+  _globals['_LISTMODELSREQUEST']._serialized_start=1007
+  _globals['_LISTMODELSREQUEST']._serialized_end=1026
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1028
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1086
+  _globals['_TOKENIZEREQUEST']._serialized_start=1088
+  _globals['_TOKENIZEREQUEST']._serialized_end=1159
+  _globals['_TOKENIZERESPONSE']._serialized_start=1161
+  _globals['_TOKENIZERESPONSE']._serialized_end=1223
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1225
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1301
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1303
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1353
+  _globals['_MODELSERVICE']._serialized_start=1356
+  _globals['_MODELSERVICE']._serialized_end=1613
 # @@protoc_insertion_point(module_scope)

@@ -62,6 +62,7 @@ class Model(_message.Message):
     SITES_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     fingerprint: _builtins.str
     """SHA-256 over the configuration, tokenizer and weights."""
@@ -77,6 +78,10 @@ class Model(_message.Message):
     dtype: _builtins.str
     device: _builtins.str
     has_chat_template: _builtins.bool
+    activations: _builtins.str
+    """How matrix products take activations: as dtype, or "int8" (serve --activations), in which numbers differ by more
+    than rounding of float32. Not part of the fingerprint: artifacts hold for both.
+    """
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteInfo]: ...
     @_builtins.property
@@ -102,10 +107,11 @@ class Model(_message.Message):
         sites: _abc.Iterable[Global___SiteInfo] | None = ...,
         has_chat_template: _builtins.bool = ...,
         quantization: Global___Quantization | None = ...,
+        activations: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quantization", b"quantization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "d_ff", b"d_ff", "d_model", b"d_model", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "quantization", b"quantization", "sites", b"sites", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "architecture", b"architecture", "context_length", b"context_length", "d_ff", b"d_ff", "d_model", b"d_model", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "head_dim", b"head_dim", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "quantization", b"quantization", "sites", b"sites", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

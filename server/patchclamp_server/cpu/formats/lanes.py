@@ -72,6 +72,13 @@ def floats_of_halves(b: Any, pointer: Any) -> Any:
     return _widen(b, b.zext(value, INTS), INTS, FLOATS)
 
 
+def floats_of_half_bits(b: Any, bits: Any) -> Any:
+    """Returns the float32 of 16 halves whose bits are in int32."""
+    if not has_half_conversion():
+        return _widen(b, bits, INTS, FLOATS)
+    return b.fpext(b.bitcast(b.trunc(bits, ir.VectorType(I16, LANES)), ir.VectorType(_HALF, LANES)), FLOATS)
+
+
 def _widen(b: Any, bits: Any, integer: Any, result: Any) -> Any:
     """Returns float32 of halves by integers: a product with 2^112 sets the exponent and makes subnormal ones normal."""
 

@@ -85,7 +85,7 @@ class StoredOutputRows:
         return self.product.multiply_chosen(x, index)
 
     def take(self, index: Index) -> Callable[[Floats], Floats]:
-        chosen = StoredProduct(self.product.matrix.chosen(index))
+        chosen = self.product.chosen(index)
 
         def product(x: Floats) -> Floats:
             y: Floats = chosen.multiply(torch.from_numpy(x)).numpy()

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchclamp_server.cpu.integers.products import record_bytes
 from patchclamp_server.cpu.invariant import rows
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.model.attention.peaks import Peaks
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from patchclamp_server.model.decoder import Block, Decoder, SiteHooks, StepInputs
 
 Place = tuple[Site, int]
-# Flags of stages that add to the residual stream first.
-_ADD_ATTN_OUT, _ADD_MLP_OUT = 1, 2
+# Flags of stages that add to the residual stream first, and of those that round what a product takes.
+_ADD_ATTN_OUT, _ADD_MLP_OUT, _ROUND = 1, 2, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,6 @@ class CompiledBlocks:
         }.items():
             self._job[field] = value
         self._course = lru_cache(256)(self._make_course)
-        self._final = np.insert(_FINAL, 1, spec.n_layers, axis=1)
         # Is told of each step how many rows it has, its stages, and their counters, as in Job.
         self.on_step: Callable[[int, NDArray[np.int64], NDArray[np.int64]], None] | None = None
 
@@ -116,24 +116,41 @@ class CompiledBlocks:
         matrix[Matrix.PARTS], matrix[Matrix.N_PARTS] = parts.ctypes.data, len(parts)
         matrix[Matrix.OUT], matrix[Matrix.DEPTH] = linear.shape
         matrix[Matrix.BIAS] = 0 if linear.bias is None else linear.bias.data_ptr()
+        matrix[Matrix.ROUNDS] = linear.product.rounds
+
+    def _rounds(self, layer: int, place: int) -> bool:
+        return bool(self._layers[layer, Layer.MATRICES + place * len(Matrix) + Matrix.ROUNDS])
+
+    def _records(self, rows: int) -> Tensor:
+        """Memory for the records of any input."""
+        matrices = self._layers[:, Layer.MATRICES :].reshape(len(self._layers), -1, len(Matrix))
+        widths = matrices[..., Matrix.DEPTH] * matrices[..., Matrix.ROUNDS]
+        return torch.empty(rows, record_bytes(int(widths.max())), dtype=torch.uint8)
 
     def logits(self, x: Tensor) -> Tensor:
         """Returns what Decoder.logits does before a soft cap, [N, vocab], of residual states [N, d_model]."""
-        return self._finish({Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}, first=0)
+        norm = (Stage.ATTN_NORM, _ROUND if self._rounds(self.decoder.spec.n_layers, 0) else 0)
+        return self._finish({Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}, norm)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Does so for states after the final norm."""
-        return self._finish({Job.H: h.contiguous()}, first=1)
+        return self._finish({Job.H: h.contiguous()}, (Stage.ROUND, Stage.QKV))
 
-    def _finish(self, memory: dict[Job, Tensor], first: int) -> Tensor:
+    def _finish(self, memory: dict[Job, Tensor], first: tuple[Stage, int]) -> Tensor:
+        """Runs the product of the end of the model, after a stage with its flags."""
+        end = self.decoder.spec.n_layers
         job, threads = self._job.copy(), torch.get_num_threads()
-        counters = np.zeros((len(_FINAL), 8), dtype=np.int64)
         rows = len(memory[Job.H])
         logits = torch.empty(rows, self.decoder.unembedding.out)
-        for field, tensor in (memory | {Job.QKV: logits}).items():
+        before = [first] if first[0] is not Stage.ROUND or self._rounds(end, 0) else []
+        course = [(stage, end, flags) for stage, flags in [*before, (Stage.QKV, 0)]]
+        stages = np.array(course, dtype=np.int64)
+        counters = np.zeros((len(stages), 8), dtype=np.int64)
+        memory = memory | {Job.QKV: logits, Job.ROUNDED: self._records(rows)}
+        for field, tensor in memory.items():
             job[field] = tensor.data_ptr()
-        job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = self._final.ctypes.data, counters.ctypes.data, threads
-        job[Job.ROWS], job[Job.FIRST], job[Job.LAST] = rows, first, len(_FINAL)
+        job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = stages.ctypes.data, counters.ctypes.data, threads
+        job[Job.ROWS], job[Job.FIRST], job[Job.LAST] = rows, 0, len(stages)
         team_of(threads).run(job)
         return logits
 
@@ -155,6 +172,7 @@ class CompiledBlocks:
             Job.HIDDEN: torch.empty(n, spec.d_ff * (1 + spec.family.gated)),
             Job.NEURONS: torch.empty(n, spec.d_ff),
             Job.MLP_OUT: torch.empty(n, spec.d_model),
+            Job.ROUNDED: self._records(n),
         }
         job = self._job.copy()
         for field, tensor in memory.items():
@@ -240,33 +258,42 @@ class CompiledBlocks:
         def run(stage: Stage, flags: int = 0) -> None:
             stages.append((stage, layer, flags))
 
+        def rounding(product: Stage) -> int:
+            return _ROUND if self._rounds(layer, _PRODUCT_STAGES.index(product)) else 0
+
         # Its value is read by stop and run.
-        for layer in layers:  # noqa: B007
+        for layer in layers:
             stop(Site.RESID_PRE)
-            run(Stage.ATTN_NORM, pending)
+            run(Stage.ATTN_NORM, pending | rounding(Stage.QKV))
             pending = 0
             run(Stage.QKV)
             run(Stage.HEADS)
             stop(Site.ATTN_Q)
             run(Stage.ATTEND)
             stop(Site.ATTN_Z)
+            if rounding(Stage.ATTN_OUTPUT):
+                run(Stage.ROUND, Stage.ATTN_OUTPUT)
             run(Stage.ATTN_OUTPUT)
             if self._has_post_norms:
                 run(Stage.POST_ATTN_NORM)
             stop(Site.ATTN_OUT)
             if parallel:
-                run(Stage.MLP_NORM)
+                run(Stage.MLP_NORM, rounding(Stage.MLP_INPUT))
                 pending = _ADD_ATTN_OUT
             else:
                 pending = _ADD_ATTN_OUT
                 stop(Site.RESID_MID)
-                run(Stage.MLP_NORM, pending)
+                run(Stage.MLP_NORM, pending | rounding(Stage.MLP_INPUT))
                 pending = 0
             run(Stage.MLP_INPUT)
             for site in PREACTIVATION_SITES:
                 stop(site)
-            run(Stage.ACTIVATION)
+            # What is visited is rounded afterwards.
+            visits_neurons = (Site.MLP_POST, layer) in visited
+            run(Stage.ACTIVATION, 0 if visits_neurons else rounding(Stage.MLP_OUTPUT))
             stop(Site.MLP_POST)
+            if visits_neurons and rounding(Stage.MLP_OUTPUT):
+                run(Stage.ROUND, Stage.MLP_OUTPUT)
             run(Stage.MLP_OUTPUT)
             if self._has_post_norms:
                 run(Stage.POST_MLP_NORM)
@@ -280,8 +307,8 @@ class CompiledBlocks:
         return _Course(by_threes[0], by_threes[1], tuple(stops))
 
 
-# The stages of the end of the model and their flags.
-_FINAL = np.array([(Stage.ATTN_NORM, 0), (Stage.QKV, 0)], dtype=np.int64)
+# In the order of PRODUCTS.
+_PRODUCT_STAGES = (Stage.QKV, Stage.ATTN_OUTPUT, Stage.MLP_INPUT, Stage.MLP_OUTPUT)
 _RESIDUAL = frozenset({Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST})
 _MEMORY = {
     Site.RESID_PRE: Job.X,

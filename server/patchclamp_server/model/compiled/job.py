@@ -45,6 +45,7 @@ class Job(_Numbered):
     HIDDEN = auto()  # [T, d_ff], or [T, 2 d_ff] with the gates first
     NEURONS = auto()  # [T, d_ff]
     MLP_OUT = auto()  # [T, d_model]
+    ROUNDED = auto()  # records (cpu/integers/rounding.py) of the last input of a product that takes them
     D_MODEL = auto()
     D_FF = auto()
     GATED = auto()
@@ -106,6 +107,7 @@ class Matrix(_Numbered):
     OUT = auto()
     DEPTH = auto()
     BIAS = auto()
+    ROUNDS = auto()  # 1: takes its input from ROUNDED
 
 
 # The products of a block, and its norms, in the order of their addresses.
@@ -117,7 +119,7 @@ LAYER_FIELDS = len(Layer) - 1 + len(PRODUCTS) * len(Matrix)
 class Stage(_Numbered):
     """What the blocks compute between two points at which all threads wait for each other."""
 
-    ATTN_NORM = auto()  # flags: 1 adds attn_out to x before, 2 mlp_out; then h ← norm(x)
+    ATTN_NORM = auto()  # flags: 1 adds attn_out to x before, 2 mlp_out; then h ← norm(x); 4 rounds h
     QKV = auto()
     HEADS = auto()  # norms of heads, rotary embedding; keys and values go to the pool
     ATTEND = auto()
@@ -125,8 +127,9 @@ class Stage(_Numbered):
     POST_ATTN_NORM = auto()
     MLP_NORM = auto()  # as ATTN_NORM
     MLP_INPUT = auto()
-    ACTIVATION = auto()
+    ACTIVATION = auto()  # flags: 4 rounds the neurons
     MLP_OUTPUT = auto()
     POST_MLP_NORM = auto()
     ADD = auto()  # flags as of ATTN_NORM
     CALL = auto()  # at the memory that stands in the layer's place; flags: the row of CALLS
+    ROUND = auto()  # the input of the product that `flags` names

@@ -24,6 +24,8 @@ from patchclamp_server.cpu.atomics import (
     relax,
     value_at,
 )
+from patchclamp_server.cpu.integers.products import round_rows
+from patchclamp_server.cpu.integers.tiles import ROWS
 from patchclamp_server.cpu.invariant.rows import activations, layer_norms, rms_norms
 from patchclamp_server.cpu.products import FIELDS, PANEL, multiply_rows
 from patchclamp_server.model.compiled.heads import attend_chunk, attention_chunks, finish_rows
@@ -39,20 +41,20 @@ _CHUNKS = 4
 _LAYER_FIELDS, _MATRIX_FIELDS = LAYER_FIELDS, len(Matrix)
 (
     _ATTN_NORM, _QKV, _HEADS, _ATTEND, _ATTN_OUTPUT, _POST_ATTN_NORM,
-    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _CALL,
+    _MLP_NORM, _MLP_INPUT, _ACTIVATION, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _CALL, _ROUND,
 ) = (int(stage) for stage in Stage)  # fmt: skip
 (
     _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _LAYERS, _EPSILONS, _X, _H, _QKV_AT, _Z, _ATTN_OUT, _HIDDEN,
-    _NEURONS, _MLP_OUT, _D, _FF, _GATED, _KIND, _CALLS, _FAILED,
+    _NEURONS, _MLP_OUT, _ROUNDED, _D, _FF, _GATED, _KIND, _CALLS, _FAILED,
 ) = (
     int(field)
     for field in (
         Job.FIRST, Job.LAST, Job.STAGES, Job.COUNTERS, Job.THREADS, Job.ROWS, Job.LAYERS, Job.EPSILONS, Job.X, Job.H,
-        Job.QKV, Job.Z, Job.ATTN_OUT, Job.HIDDEN, Job.NEURONS, Job.MLP_OUT, Job.D_MODEL, Job.D_FF, Job.GATED,
-        Job.ACTIVATION, Job.CALLS, Job.FAILED,
+        Job.QKV, Job.Z, Job.ATTN_OUT, Job.HIDDEN, Job.NEURONS, Job.MLP_OUT, Job.ROUNDED, Job.D_MODEL, Job.D_FF,
+        Job.GATED, Job.ACTIVATION, Job.CALLS, Job.FAILED,
     )
 )  # fmt: skip
-_PARTS, _N_PARTS, _OUT, _DEPTH, _BIAS = (int(field) for field in Matrix)
+_PARTS, _N_PARTS, _OUT, _DEPTH, _BIAS, _ROUNDS = (int(field) for field in Matrix)
 _MATRICES = int(Layer.MATRICES)
 
 _FIELDS = len(Job)
@@ -105,6 +107,8 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     if stage == _ATTN_NORM:
         _add(job, d, flags, start, end)
         _norm(job, layer, 0, job[_X], job[_H], start, end)
+        if flags & 4:
+            round_rows(job[_H], d, job[_ROUNDED], start, end)
     elif stage == _QKV:
         _multiply(job, layer, stage, job[_H], job[_QKV_AT], chunk, n)
     elif stage == _HEADS:
@@ -118,12 +122,16 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     elif stage == _MLP_NORM:
         _add(job, d, flags, start, end)
         _norm(job, layer, 2, job[_X], job[_H], start, end)
+        if flags & 4:
+            round_rows(job[_H], d, job[_ROUNDED], start, end)
     elif stage == _MLP_INPUT:
         _multiply(job, layer, stage, job[_H], job[_HIDDEN], chunk, n)
     elif stage == _ACTIVATION:
         hidden = carray(floats_at(job[_HIDDEN]), (rows, job[_FF] * (1 + job[_GATED])))
         neurons = carray(floats_at(job[_NEURONS]), (rows, job[_FF]))
         activations(hidden, job[_KIND], job[_GATED] != 0, neurons, start, end)
+        if flags & 4:
+            round_rows(job[_NEURONS], job[_FF], job[_ROUNDED], start, end)
     elif stage == _MLP_OUTPUT:
         _multiply(job, layer, stage, job[_NEURONS], job[_MLP_OUT], chunk, n)
     elif stage == _POST_MLP_NORM:
@@ -133,6 +141,9 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     elif stage == _CALL:
         own = carray(ints_at(job[_CALLS] + flags * 24), (3,))
         call_with(own[0], job[layer], own[1], own[2])
+    elif stage == _ROUND:
+        source = job[_Z] if flags == _ATTN_OUTPUT else job[_NEURONS] if flags == _MLP_OUTPUT else job[_H]
+        round_rows(source, _matrix(job, layer, flags)[_DEPTH], job[_ROUNDED], start, end)
 
 
 @_compiled
@@ -175,11 +186,14 @@ def _norm(job, layer, which, source, target, start, end):
 def _multiply(job, layer, stage, source, target, chunk, chunks):
     matrix = _matrix(job, layer, stage)
     n, out = job[_N], matrix[_OUT]
-    # Chunks begin where panels do.
-    panels = (out + PANEL - 1) // PANEL
-    start, end = chunk * panels // chunks * PANEL, min(out, (chunk + 1) * panels // chunks * PANEL)
+    rounds = matrix[_ROUNDS] != 0
+    # Chunks begin where panels or tiles do.
+    rows = ROWS if rounds else PANEL
+    panels = (out + rows - 1) // rows
+    start, end = chunk * panels // chunks * rows, min(out, (chunk + 1) * panels // chunks * rows)
     parts = carray(ints_at(matrix[_PARTS]), (matrix[_N_PARTS], FIELDS))
-    multiply_rows(parts, matrix[_DEPTH], source, n, target, out, start, end)
+    rounded = job[_ROUNDED] if rounds else 0
+    multiply_rows(parts, matrix[_DEPTH], source, rounded, n, target, out, start, end)
     if matrix[_BIAS]:
         bias = carray(floats_at(matrix[_BIAS]), (out,))
         y = carray(floats_at(target), (n * out,))

@@ -157,10 +157,10 @@ class Metrics:
         gauge = Gauge(
             "patchclamp_model_info",
             "The model that is served; always 1.",
-            ("name", "architecture", "fingerprint", "dtype", "device"),
+            ("name", "architecture", "fingerprint", "dtype", "device", "activations"),
             registry=self.registry,
         )
-        gauge.labels(info.name, info.architecture, info.fingerprint, info.dtype, info.device).set(1)
+        gauge.labels(info.name, info.architecture, info.fingerprint, info.dtype, info.device, info.activations).set(1)
 
     def describe_memory(self, plan: MemoryPlan) -> None:
         gauge = Gauge(

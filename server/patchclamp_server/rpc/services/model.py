@@ -65,6 +65,7 @@ def encode_model(info: ModelInfo) -> pb.Model:
         context_length=info.context_length,
         dtype=info.dtype,
         device=info.device,
+        activations=info.activations,
         sites=[
             pb.SiteInfo(site=SITE_NUMBERS[site], width=width)
             for site, width in sorted(info.sites.items(), key=lambda item: item[0].order)

@@ -1,0 +1,192 @@
+"""Products that take activations in 8 bits (serve --activations int8) against exact ones: quality and time.
+
+    python benchmarks/activations.py [--only quality|speed|products] [--documents 3] [--tokens 1024] [--rounds 9]
+
+- quality: documents of the Brown corpus that no calibration sees, each read as one prompt of the embedded model
+  (cards.py).
+- speed: steps of its decoder in alternating rounds, one token of 1, 8, 16 and 64 sequences, and a prompt of 512.
+- products: random weights in formats of files, in shapes of the embedded model (as many as do not stay in the cache)
+  and of an 8B, by one thread; least milliseconds of alternating runs.
+
+Writes benchmarks/results/activations.json of the first two, and activations_products.json; the last line is a JSON
+object of the first.
+"""
+
+from patchclamp_server.threads import configure_threads
+
+configure_threads()
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from brown import DESCRIPTION
+from cards import Comparison, held_out
+from measure import alternate, save
+from torch import Tensor
+
+from patchclamp_server.analysis.documents import BLOCK, inputs_of, pools_for
+from patchclamp_server.cpu.products import StoredProduct
+from patchclamp_server.cpu.stored import Format, Part, StoredMatrix
+from patchclamp_server.model.attention.batch import AttentionBatch
+from patchclamp_server.model.attention.spans import Span
+from patchclamp_server.model.decoder import Decoder, StepInputs
+from patchclamp_server.model.load import LoadedModel, load_model
+
+WAYS: dict[str, torch.dtype | None] = {"float32": None, "int8": torch.int8}
+STEP = 512
+BATCHES = (1, 8, 16, 64)
+# Tokens before the one that is decoded.
+CONTEXT = 64
+# Where the blocks of a format have halves.
+FORMATS = {Format.Q4_1: (0, 2), Format.Q8_0: (0,), Format.Q4_K: (0, 2), Format.Q6_K: (208,)}
+SHAPES = ((3072, 576), (576, 1536), (28672, 4096), (4096, 14336))
+ROWS = (1, 4, 16, 64, 512)
+CACHE = 64 << 20
+# Seconds and runs of one cell.
+LONGEST, RUNS = 1.0, 40
+
+
+def quality(models: dict[str, LoadedModel], documents: int, tokens: int) -> dict[str, Any]:
+    comparison = Comparison("float32", list(models))
+    for document in held_out(models["float32"], documents, tokens):
+        states = {way: last_states(model.decoder, document) for way, model in models.items()}
+        comparison.add(document, states, {way: model.decoder.logits for way, model in models.items()})
+    n = comparison.tokens
+    return {"documents": documents, "tokens": n, "text": DESCRIPTION, "cards": comparison.cards()}
+
+
+def last_states(decoder: Decoder, document: Tensor) -> Tensor:
+    """The residual stream [T, d_model] at the end, of a prompt in steps."""
+    tokens = document.shape[1]
+    pools = pools_for(decoder, document)
+    steps = [inputs_of(document, at, min(at + STEP, tokens), decoder) for at in range(0, tokens, STEP)]
+    return torch.cat([decoder.forward(step, pools) for step in steps])
+
+
+def speed(models: dict[str, LoadedModel], rounds: int) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for batch in BATCHES:
+        cases = {way: decode_case(model.decoder, batch) for way, model in models.items()}
+        rows.append({"case": "decode", "batch": batch} | compared(alternate(cases, rounds)))
+    prompt = torch.arange(STEP)[None] * 7919 % models["float32"].decoder.spec.vocab_size
+    cases = {way: prompt_case(model.decoder, prompt) for way, model in models.items()}
+    rows.append({"case": "prompt", "batch": STEP} | compared(alternate(cases, rounds)))
+    return {"rounds": rounds, "rows": rows}
+
+
+def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = [exact / rounded for exact, rounded in zip(seconds["float32"], seconds["int8"], strict=True)]
+    return {
+        "ms": {way: round(1e3 * median(own), 3) for way, own in seconds.items()},
+        "least_ms": {way: round(1e3 * min(own), 3) for way, own in seconds.items()},
+        "speedup": round(median(ratios), 3),
+        "least_speedup": round(min(seconds["float32"]) / min(seconds["int8"]), 3),
+    }
+
+
+def decode_case(decoder: Decoder, batch: int) -> Callable[[], float]:
+    """Steps of one token of each sequence, and its logits: the median of some."""
+    pools = pools_for(decoder, torch.zeros(1, batch * (CONTEXT + BLOCK) + BLOCK))
+    for pool in pools:
+        pool.normal_(generator=torch.Generator().manual_seed(0))
+    blocks = CONTEXT // BLOCK + 1
+    spans = [Span(row, 1, CONTEXT, list(range(1 + row * blocks, 1 + (row + 1) * blocks))) for row in range(batch)]
+    positions = torch.full((batch,), CONTEXT)
+    slots = torch.tensor([span.blocks[CONTEXT // BLOCK] * BLOCK + CONTEXT % BLOCK for span in spans])
+    tokens = torch.arange(batch) * 7919 % decoder.spec.vocab_size
+
+    def run() -> float:
+        times = []
+        for _ in range(5):
+            step = StepInputs(tokens, positions, slots, AttentionBatch(spans, BLOCK, decoder.windows, decoder.device))
+            started = time.perf_counter()
+            decoder.logits(decoder.forward(step, pools))
+            times.append(time.perf_counter() - started)
+        return median(times)
+
+    return run
+
+
+def prompt_case(decoder: Decoder, prompt: Tensor) -> Callable[[], float]:
+    def run() -> float:
+        started = time.perf_counter()
+        decoder.logits(last_states(decoder, prompt)[-1:])
+        return time.perf_counter() - started
+
+    return run
+
+
+def products() -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        cells = [(format, shape, rows) for format in FORMATS for shape in SHAPES for rows in ROWS]
+        return {"rows": [product_row(*cell) for cell in cells]}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def product_row(format: Format, shape: tuple[int, int], rows: int) -> dict[str, Any]:
+    out, width = shape[0], shape[1] // format.weights * format.weights
+    size = out * format.row_bytes(width)
+    matrices = [random_matrix(format, out, width, seed) for seed in range(max(1, CACHE // size) if rows < 64 else 1)]
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    ways = {way: [StoredProduct(m, rounds=way == "int8") for m in matrices] for way in WAYS}
+    least = dict.fromkeys(ways, float("inf"))
+    ended = time.perf_counter() + LONGEST
+    for run in range(RUNS):
+        for way, own in ways.items():
+            started = time.perf_counter()
+            for product in own:
+                product.multiply(x)
+            least[way] = min(least[way], (time.perf_counter() - started) / len(own))
+        if run and time.perf_counter() > ended:
+            break
+    return {
+        "format": format.name.lower(),
+        "out": out,
+        "in": width,
+        "rows": rows,
+        "least_ms": {way: round(1e3 * seconds, 4) for way, seconds in least.items()},
+        "speedup": round(least["float32"] / least["int8"], 3),
+    }
+
+
+def random_matrix(format: Format, out: int, width: int, seed: int) -> StoredMatrix:
+    generator = np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (out * width // format.weights, format.size), dtype=np.uint8)
+    for at in FORMATS[format]:
+        blocks[:, at : at + 2] = np.full(1, 0.01, dtype=np.float16).view(np.uint8)
+    return StoredMatrix((Part.whole(format, blocks.reshape(-1), width),))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("quality", "speed", "products"))
+    parser.add_argument("--documents", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    only = args.only or ("quality", "speed", "products")
+    result: dict[str, Any] = {"threads": torch.get_num_threads()}
+    if "products" in only:
+        save("activations_products", products())
+    if "quality" in only or "speed" in only:
+        models = {way: load_model(activations=activations) for way, activations in WAYS.items()}
+        if "speed" in only:
+            result["speed"] = speed(models, args.rounds)
+        if "quality" in only:
+            result["quality"] = quality(models, args.documents, args.tokens)
+        if "speed" in only and "quality" in only:
+            save("activations", result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
