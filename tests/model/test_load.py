@@ -44,10 +44,11 @@ def test_activations_in_8_bits_need_weights_that_are_codes(tiny_llama_dir: Path)
         load_model(str(tiny_llama_dir), activations=torch.int8)
 
 
-def test_the_info_says_that_activations_are_rounded_and_the_fingerprint_does_not(embedded_dir: Path) -> None:
-    model = load_model(str(embedded_dir), activations=torch.int8)
+@pytest.mark.usefixtures("embedded_dir")
+def test_the_info_says_that_activations_are_rounded_and_the_fingerprint_does_not() -> None:
+    model = load_model("embedded", activations=torch.int8)
     assert (model.info.dtype, model.info.activations) == ("float32", "int8")
-    assert model.info.fingerprint == load_model(str(embedded_dir)).info.fingerprint
+    assert model.info.fingerprint == load_model("embedded").info.fingerprint
 
 
 def test_every_end_of_sequence_that_is_named_ends_a_generation(model_copy: Path) -> None:
