@@ -34,7 +34,6 @@ from patchclamp_server.model.attention.pools import Pool, TiledPool, token_bytes
 from patchclamp_server.model.attention.row_attention import write
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
-from patchclamp_server.model.embedded import embedded_directory
 from patchclamp_server.model.load import LoadedModel, load_model
 from patchclamp_server.model.progress import RichProgress
 
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with RichProgress() as progress:
-        model = load_model(str(embedded_directory(progress)))
+        model = load_model(progress=progress)
     result: dict[str, Any] = {
         "token_bytes": {name: bytes_of(model.decoder, dtype) for name, dtype in DTYPES.items()},
         "threads": torch.get_num_threads(),
