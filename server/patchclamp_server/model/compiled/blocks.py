@@ -253,7 +253,8 @@ class CompiledBlocks:
             run(Stage.ADD, pending)
         stops.append((len(stages), None))
         shaped = (np.array(rows, dtype=np.int64).reshape(-1, 3) for rows in (stages, calls))
-        return _Course(*shaped, tuple(stops))
+        # mypy does not count what a generator gives.
+        return _Course(*shaped, tuple(stops))  # type: ignore[call-arg, arg-type]
 
 
 _RESIDUAL = frozenset({Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST})
