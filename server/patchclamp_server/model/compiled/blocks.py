@@ -252,9 +252,8 @@ class CompiledBlocks:
         if pending:
             run(Stage.ADD, pending)
         stops.append((len(stages), None))
-        shaped = (np.array(rows, dtype=np.int64).reshape(-1, 3) for rows in (stages, calls))
-        # mypy does not count what a generator gives.
-        return _Course(*shaped, tuple(stops))  # type: ignore[call-arg, arg-type]
+        by_threes = [np.array(numbers, dtype=np.int64).reshape(-1, 3) for numbers in (stages, calls)]
+        return _Course(by_threes[0], by_threes[1], tuple(stops))
 
 
 _RESIDUAL = frozenset({Site.RESID_PRE, Site.RESID_MID, Site.RESID_POST})
