@@ -207,6 +207,10 @@ def _multiply_panels(part, width, x, n, y, stride, start, end):
                     )  # fmt: skip
                     t += across
                     kept += across * (PANEL * LANES * 4)
+    # numba lets go of an array after its last use, which an address is not: these are used until here.
+    panel[0] = 0
+    if sums.shape[0]:
+        sums[0] = 0
 
 
 @_compiled
