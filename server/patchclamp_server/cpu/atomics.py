@@ -106,6 +106,17 @@ def call_with(_context, function, *arguments):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def keep(_context, array):  # type: ignore[no-untyped-def]
+    """Does nothing with an array, which lives until here: numba lets go of one after its last use, which an address is
+    not."""
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        return context.get_dummy_value()
+
+    return types.void(array), generate
+
+
+@intrinsic
 def pause(_context):  # type: ignore[no-untyped-def]
     """Waits for some nanoseconds, where there is an instruction for it."""
 

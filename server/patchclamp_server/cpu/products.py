@@ -20,7 +20,7 @@ from numba import carray, types
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchclamp_server.cpu.atomics import bytes_at, call_with, ints_at
+from patchclamp_server.cpu.atomics import bytes_at, call_with, ints_at, keep
 from patchclamp_server.cpu.formats.table import step_of
 from patchclamp_server.cpu.formats.tiles import (
     ACROSS,
@@ -173,6 +173,7 @@ def multiply_chosen(parts, width, x, rounded, n, y, stride, outputs, start, end)
                 call_with(own[_DIRECT], begin, memory, 0, rows, width, own_x, min(MOST_DIRECT, n - t), own_y, stride)
             i += rows
         first += own[_ROWS]
+    keep(chosen)
 
 
 @_compiled
@@ -207,10 +208,8 @@ def _multiply_panels(part, width, x, n, y, stride, start, end):
                     )  # fmt: skip
                     t += across
                     kept += across * (PANEL * LANES * 4)
-    # numba lets go of an array after its last use, which an address is not: these are used until here.
-    panel[0] = 0
-    if sums.shape[0]:
-        sums[0] = 0
+    keep(panel)
+    keep(sums)
 
 
 @_compiled
@@ -236,6 +235,7 @@ def _dequantize_rows(parts, width, outputs, target):
         call_with(own[_DEQUANTIZE], source, steps, left, place)
         if left:
             target[i] = whole[:width]
+        keep(whole)
 
 
 class StoredProduct:

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numba import types
 
-from patchclamp_server.cpu.atomics import call_with
+from patchclamp_server.cpu.atomics import call_with, keep
 from patchclamp_server.cpu.integers.rounding import RECORD, round_groups
 from patchclamp_server.cpu.integers.tiles import DIRECT, ROWS, multiply_codes, multiply_read_codes, read_codes
 from patchclamp_server.cpu.stored import Format
@@ -83,3 +83,4 @@ def multiply_rounded(
                 call_with(read, starts, memory, o, end, s * size, own, panel_at)
                 own_x, own_y = x + t * row + s * (weights // UNIT * RECORD), y + (t * stride + o) * 4
                 call_with(multiply, panel_at, own, own_x, row, rows, 1 if s == 0 else 0, own_y, stride, outputs)
+    keep(panel)

@@ -27,7 +27,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from patchclamp_server.cpu.atomics import add_to, floats_at
+from patchclamp_server.cpu.atomics import add_to, floats_at, keep
 from patchclamp_server.cpu.invariant.attention import exponentials_from
 from patchclamp_server.cpu.memory import in_parts
 from patchclamp_server.cpu.vector import LINE
@@ -228,8 +228,7 @@ def attend(
                             share *= pair[0]
                             pair[:] = 0
                         off_sink[place, i_row, h] = share
-    # Memory lives until its owner is used for the last time.
-    owned[0] = 0
+    keep(owned)
 
 
 @compiled
