@@ -12,9 +12,11 @@ Writes benchmarks/results/activations.json of the first two, and activations_pro
 object of the first.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import json

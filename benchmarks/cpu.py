@@ -10,9 +10,11 @@
 Prints medians of alternating runs, writes benchmarks/results/cpu.json, and as its last line a JSON object.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import json

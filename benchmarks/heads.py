@@ -13,9 +13,11 @@
 Each part writes benchmarks/results/heads_<part>.json; the last line is a JSON object.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import asyncio

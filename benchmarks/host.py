@@ -14,9 +14,11 @@ clock is told besides. Writes benchmarks/results/host.json, and as its last line
 planner does not count its compilations, it says so in the end, fails and writes nothing.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import json

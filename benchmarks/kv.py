@@ -10,9 +10,11 @@
 Writes benchmarks/results/kv.json; the last line is a JSON object.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import gc

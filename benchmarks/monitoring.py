@@ -9,9 +9,11 @@ and compared with its neighbours; counting, which is done for many rows at once,
 Writes benchmarks/results/monitoring.json, and as its last line prints a JSON object.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import json

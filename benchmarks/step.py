@@ -9,9 +9,11 @@ engine. Milliseconds are means over the half of the steps that took least: what 
 Writes benchmarks/results/step.json, and prints a JSON object as its last line.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import json

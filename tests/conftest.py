@@ -2,6 +2,7 @@
 
 import os
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 # Of pytest-xdist: there is one for each core.
@@ -9,6 +10,7 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is not None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 configure_threads()
+keep_compiled_code()
 
 import torch
 

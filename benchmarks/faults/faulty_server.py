@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import torch
 

@@ -13,9 +13,11 @@ What a peer cannot do is null with the reason; one that fails does not stop the 
 benchmarks/results/peers.json; the last line is a JSON object (summary.py).
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import json
@@ -37,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import record, save
 from serving import ServerProcess
 
-from patchclamp_server.model.digests import cache_root
+from patchclamp_server.files import cache_root
 from patchclamp_server.model.progress import RichProgress
 from patchclamp_server.sparsity.policies import CONTROLS, POLICIES
 from peers import models

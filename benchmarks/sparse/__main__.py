@@ -7,9 +7,11 @@ benchmarks/results; the last line is a JSON object. `--tiny` runs everything on 
 nothing.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import asyncio

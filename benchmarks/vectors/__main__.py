@@ -17,9 +17,11 @@ nothing. The last line is a JSON object, with null for what did not run:
                                something
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import argparse
 import json

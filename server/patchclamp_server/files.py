@@ -1,4 +1,4 @@
-"""Files written here survive a crash of the machine: their bytes are on the disk, and so are their names."""
+"""Where files of ours are kept, and how they are written: bytes and names are on the disk before they count."""
 
 import os
 import shutil
@@ -9,6 +9,14 @@ from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from uuid import uuid4
+
+
+def cache_root() -> Path:
+    """Returns the root for what can be made again: $PATCHCLAMP_CACHE, else patchclamp in the XDG cache home."""
+    if configured := os.environ.get("PATCHCLAMP_CACHE"):
+        return Path(configured).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "patchclamp"
 
 
 def sync(path: Path) -> None:

@@ -3,9 +3,11 @@
 Prompts are the same in every round, so that the prefix cache, which would have them, is off.
 """
 
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 configure_threads()
+keep_compiled_code()
 
 import asyncio
 import sys

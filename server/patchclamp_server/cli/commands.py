@@ -2,15 +2,12 @@
 
 import argparse
 import asyncio
-import atexit
 import json
 import logging
-import os
-import shutil
 import sys
-import tempfile
 
 from patchclamp_server.cli.options import add_serve_arguments, config_from
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -112,23 +109,7 @@ def _configure_process() -> None:
     """Sets threads, and where compiled code is kept (the package may be read-only), before torch and numba are
     imported."""
     configure_threads()
-    if "NUMBA_CACHE_DIR" not in os.environ:
-        os.environ["NUMBA_CACHE_DIR"] = _compiled_code_directory()
-
-
-def _compiled_code_directory() -> str:
-    """Returns a directory below the cache; where that cannot be written, one that is removed with this process."""
-    from patchclamp_server.model.digests import cache_root
-
-    directory = cache_root() / "numba"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return str(directory)
-    except OSError:
-        temporary = tempfile.mkdtemp(prefix="patchclamp-numba-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return temporary
+    keep_compiled_code()
 
 
 def _log_trace_ids() -> None:

@@ -3,7 +3,7 @@
 For few rows of x a tile reads blocks and multiplies at once (`direct`). For more rows a panel of weights is made
 float32 and stays in the cache while the tiles run over the rows of x, in parts of the inputs; the sums are the same
 chains (formats/tiles.py). Each format has a function of its own for either, which numba compiles when a matrix of that
-format is first made, and caches on disk by this file alone: a change in formats/ needs a change here.
+format is first made.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.

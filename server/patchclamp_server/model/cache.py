@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from patchclamp_server.files import sync
-from patchclamp_server.model.digests import cache_root, content_digest, rename_remembered
+from patchclamp_server.files import cache_root, sync
+from patchclamp_server.model.digests import content_digest, rename_remembered
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.progress import Progress, Stage
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from patchclamp_server.files import write_atomically
+from patchclamp_server.files import cache_root, write_atomically
 from patchclamp_server.model.errors import ModelSourceError
 
 logger = logging.getLogger(__name__)
@@ -27,14 +27,6 @@ MAX_HEADER_BYTES = 100_000_000
 OnBytes = Callable[[int], None]
 # The digest of each part of a file, by tensor name; a file that is one part has the name "".
 Parts = dict[str, str]
-
-
-def cache_root() -> Path:
-    """Returns the root for what can be made again: $PATCHCLAMP_CACHE, else patchclamp in the XDG cache home."""
-    if configured := os.environ.get("PATCHCLAMP_CACHE"):
-        return Path(configured).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "patchclamp"
 
 
 def sha256_of_file(path: Path, on_bytes: OnBytes | None = None) -> str:

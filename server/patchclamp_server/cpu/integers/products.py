@@ -1,5 +1,5 @@
 """Products of parts of a matrix with rounded rows: a function of each format, which numba compiles when a matrix of it
-is first made, and caches on disk by this file alone: a change in what it calls needs a change here."""
+is first made."""
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
 # mypy: disable-error-code="call-arg, no-untyped-call, no-untyped-def, var-annotated"

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from patchclamp_server.files import write_atomically
-from patchclamp_server.model.digests import cache_root
+from patchclamp_server.files import cache_root, write_atomically
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Where numba keeps what it compiled: a directory for each state of our sources.
+
+numba asks only whether the file that defines a function has changed. What it calls may lie in another file, and code
+for another layout of memory does not fail but crashes. So the directory is named by the bytes of every module that
+takes part.
+"""
+
+import atexit
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from patchclamp_server.files import cache_root
+
+_PACKAGE = Path(__file__).parent.parent
+_COMPILES = re.compile(r"^(?:from|import) (?:numba|llvmlite)\b", re.MULTILINE)
+_IMPORTS = re.compile(rf"^\s*from {_PACKAGE.name}\.([\w.]+) import", re.MULTILINE)
+_KEPT_SECONDS = 30 * 24 * 3600
+
+
+def keep_compiled_code() -> None:
+    """Sets NUMBA_CACHE_DIR, unless the operator has, before numba is imported: the package may be read-only."""
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        os.environ["NUMBA_CACHE_DIR"] = _directory()
+
+
+def sources() -> list[Path]:
+    """Returns the modules that are compiled, and those that they import from, in order."""
+    texts = {path: path.read_text() for path in sorted(_PACKAGE.rglob("*.py"))}
+    found = {path for path, text in texts.items() if _COMPILES.search(text)}
+    for path in sorted(found):
+        for name in _IMPORTS.findall(texts[path]):
+            module = _PACKAGE.joinpath(*name.split("."))
+            found |= {module.with_suffix(".py"), module / "__init__.py"} & texts.keys()
+    return sorted(found)
+
+
+def _directory() -> str:
+    """Returns a directory below the cache; where that cannot be written, one that is removed with this process."""
+    digest = hashlib.sha256()
+    for path in sources():
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    root = cache_root() / "numba"
+    directory = root / digest.hexdigest()[:16]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            os.utime(directory)
+    except OSError:
+        temporary = tempfile.mkdtemp(prefix="patchclamp-numba-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return temporary
+    _remove_unused(root)
+    return str(directory)
+
+
+def _remove_unused(root: Path) -> None:
+    """Removes what no process has asked for in a month, that of older versions among it."""
+    before = time.time() - _KEPT_SECONDS
+    for other in root.iterdir():
+        with suppress(OSError):
+            if other.is_dir() and other.stat().st_mtime < before:
+                shutil.rmtree(other, ignore_errors=True)
