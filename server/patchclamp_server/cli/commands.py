@@ -18,6 +18,7 @@ def serve(args: argparse.Namespace) -> int:
     """Loads the model, serves until SIGTERM or SIGINT, and drains. Returns the exit code."""
     _configure_process()
     from patchclamp_server.engine.faults import is_out_of_memory
+    from patchclamp_server.engine.memory.start_memory import give_back_start_memory
     from patchclamp_server.model.errors import ModelSourceError
     from patchclamp_server.model.progress import RichProgress
     from patchclamp_server.rpc.at_start import check_files, load, reserve
@@ -37,6 +38,7 @@ def serve(args: argparse.Namespace) -> int:
         server = Server(model, config, plan)
 
         def ready(address: str) -> None:
+            give_back_start_memory()
             if args.json:
                 print(json.dumps({"address": address, "metrics_port": server.metrics_port}), flush=True)
             else:

@@ -1,0 +1,50 @@
+"""When a server is ready, what only its start needed is given back, and nothing that was written."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from patchclamp_server.engine.memory.available import resident_memory
+from patchclamp_server.engine.memory.start_memory import clean_code, give_back_start_memory
+
+SMAPS = """\
+1000-3000 r-xp 00000000 fe:00 11 /usr/lib/libone.so.1
+Rss:                   8 kB
+Anonymous:             0 kB
+VmFlags: rd ex mr mw me sd
+3000-5000 r--p 00002000 fe:00 11 /usr/lib/libone.so.1
+Rss:                   8 kB
+Anonymous:             4 kB
+5000-6000 rw-p 00004000 fe:00 11 /usr/lib/libone.so.1
+Rss:                   4 kB
+Anonymous:             0 kB
+7000-9000 r--s 00000000 fe:00 12 /models/weights.gguf
+Rss:                   8 kB
+Anonymous:             0 kB
+a000-b000 r--p 00000000 00:00 0
+Rss:                   4 kB
+Anonymous:             0 kB
+c000-d000 r--p 00000000 fe:00 13 /a directory/two.so
+Rss:                   4 kB
+Anonymous:             0 kB
+"""
+
+
+def test_only_pages_of_libraries_that_nobody_wrote_to_are_given_back() -> None:
+    assert list(clean_code(SMAPS)) == [(0x1000, 0x3000), (0xC000, 0xD000)]
+
+
+def test_the_process_goes_on_with_less_memory() -> None:
+    x = torch.ones(64, 64)
+    before = x @ x
+    held = resident_memory()
+    give_back_start_memory()
+    assert resident_memory() < held - (16 << 20)
+    assert torch.equal(x @ x, before)
+    assert np.linalg.norm(before.numpy()) == 64 * 64
+
+
+def test_the_maps_of_this_process_are_read() -> None:
+    maps = Path("/proc/self/smaps").read_text()
+    assert sum(end - start for start, end in clean_code(maps)) > 1 << 20
