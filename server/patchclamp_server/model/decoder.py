@@ -169,11 +169,10 @@ class Decoder:
 
     def warm_up(self) -> None:
         """Compiles what is compiled at run time, so that no request waits for it: one token goes through block 0."""
-        spec = self.spec
-        x = torch.zeros(1, spec.d_model, dtype=self.dtype, device=self.device)
         pool = self.pool(2, 1)
         first = torch.zeros(1, dtype=torch.int64, device=self.device)
         batch = AttentionBatch([Span(0, 1, 0, [1])], 1, self.windows, self.device)
+        x = self.embed(first, first)
         self.logits(self.run_blocks(x, range(1), StepInputs(first, first, first + 1, batch), [pool]))
         if operators.holds_for(x):
             operators.warm_up()

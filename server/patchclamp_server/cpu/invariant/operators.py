@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchclamp_server.cpu.invariant import rows
+from patchclamp_server.cpu.invariant import edits, rows
 from patchclamp_server.cpu.memory import in_parts
 
 _NONE = np.empty((0, 0), dtype=np.float32)
@@ -130,6 +130,12 @@ def warm_up() -> None:
     low_rank(row, row, owner, row[None], row, row[None])
     affine(row, owner, row[None], row)
     add_rows(row, owner, row, row[None])
+    first = owner.numpy()
+    pair_dots(row, first, first, row)
+    one, x, bounds = row[0].numpy(), row.numpy(), (np.empty(0, dtype=np.float32),) * 2
+    edits.edit_rows(edits.ADD, x, first, first, x, one, one, one, one, False, one.copy(), one.copy())
+    edits.add_to_rows(x, first, first, x, one, one, one.copy())
+    edits.edit_units(x, first, np.arange(2), first, 1, one, x, *bounds, one, one, one.copy(), one.copy())
 
 
 def _rows(x: Tensor) -> Tensor:
