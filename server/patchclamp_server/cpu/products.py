@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.cpu.atomics import bytes_at, call_with, ints_at, keep
+from patchclamp_server.cpu.formats.halves import TABLE
 from patchclamp_server.cpu.formats.table import step_of
 from patchclamp_server.cpu.formats.tiles import (
     ACROSS,
@@ -64,12 +65,13 @@ class Field(IntEnum):
     READ = 8
     MULTIPLY_READ = 9
     READ_BYTES = 10
+    HALVES = 11  # address of the table of formats/halves.py
 
 
 FIELDS = len(Field)
 (
     _ROWS, _STARTS, _MEMORY, _DIRECT, _DEQUANTIZE, _STEP_WEIGHTS, _STEP_BYTES,
-    _ROUNDED, _READ, _MULTIPLY_READ, _READ_BYTES,
+    _ROUNDED, _READ, _MULTIPLY_READ, _READ_BYTES, _HALVES,
 ) = (int(field) for field in Field)  # fmt: skip
 
 
@@ -78,13 +80,13 @@ def functions_of(format: Format) -> tuple[Any, Any]:
     """Returns the compiled functions of a format, direct and dequantize. Their code lives as long as these objects."""
     code = int(format)
 
-    @numba.cfunc(types.void(*[types.int64] * 9), cache=True)
-    def direct(starts, memory, first, end, width, x, n, y, stride):
-        multiply_stored(code, starts, memory, first, end, width, x, n, y, stride)
+    @numba.cfunc(types.void(*[types.int64] * 10), cache=True)
+    def direct(halves, starts, memory, first, end, width, x, n, y, stride):
+        multiply_stored(code, halves, starts, memory, first, end, width, x, n, y, stride)
 
-    @numba.cfunc(types.void(*[types.int64] * 4), cache=True)
-    def dequantize(source, steps, left, target):
-        dequantize_stored(code, source, steps, left, target)
+    @numba.cfunc(types.void(*[types.int64] * 5), cache=True)
+    def dequantize(halves, source, steps, left, target):
+        dequantize_stored(code, halves, source, steps, left, target)
 
     return direct, dequantize
 
@@ -106,6 +108,7 @@ def describe(matrix: StoredMatrix, *, rounds: bool = False) -> NDArray[np.int64]
         own[Field.ROWS], own[Field.STARTS] = len(part.starts), part.starts.ctypes.data
         own[Field.MEMORY] = part.memory.ctypes.data
         own[Field.DIRECT], own[Field.DEQUANTIZE] = (function.address for function in functions_of(part.format))
+        own[Field.HALVES] = TABLE.ctypes.data
         own[Field.STEP_WEIGHTS], own[Field.STEP_BYTES] = step.weights, step.size
         if rounds and part.format in CODES:
             functions = integer_functions_of(part.format)
@@ -131,7 +134,9 @@ def multiply_rows(parts, width, x, rounded, n, y, stride, start, end):
             if rounded != 0 and own[_ROUNDED] != 0:
                 _multiply_rounded(own, width, rounded, n, y + first * 4, stride, o, last, own[_STARTS])
             elif n <= MOST_DIRECT:
-                call_with(own[_DIRECT], own[_STARTS], own[_MEMORY], o, last, width, x, n, y + first * 4, stride)
+                call_with(
+                    own[_DIRECT], own[_HALVES], own[_STARTS], own[_MEMORY], o, last, width, x, n, y + first * 4, stride
+                )
             else:
                 _multiply_panels(own, width, x, n, y + first * 4, stride, o, last)
         first += rows
@@ -170,7 +175,8 @@ def multiply_chosen(parts, width, x, rounded, n, y, stride, outputs, start, end)
                 continue
             for t in range(0, n, MOST_DIRECT):
                 own_x, own_y = x + t * width * 4, y + (t * stride + i) * 4
-                call_with(own[_DIRECT], begin, memory, 0, rows, width, own_x, min(MOST_DIRECT, n - t), own_y, stride)
+                count = min(MOST_DIRECT, n - t)
+                call_with(own[_DIRECT], own[_HALVES], begin, memory, 0, rows, width, own_x, count, own_y, stride)
             i += rows
         first += own[_ROWS]
     keep(chosen)
@@ -198,7 +204,7 @@ def _multiply_panels(part, width, x, n, y, stride, start, end):
                 left = width - steps * weights if block == blocks - 1 else 0
                 for r in range(rows):
                     source = memory + starts[o + r] + s * size
-                    call_with(dequantize, source, own, left, panel_at + r * depth * 4)
+                    call_with(dequantize, part[_HALVES], source, own, left, panel_at + r * depth * 4)
                 t, kept = t0, sums_at
                 while t < t1:
                     across = _across(t1 - t)
@@ -232,7 +238,7 @@ def _dequantize_rows(parts, width, outputs, target):
         whole = np.empty(width + UNIT if left else 0, dtype=np.float32)
         place = whole.ctypes.data if left else target[i].ctypes.data
         source = own[_MEMORY] + carray(ints_at(own[_STARTS]), (own[_ROWS],))[o]
-        call_with(own[_DEQUANTIZE], source, steps, left, place)
+        call_with(own[_DEQUANTIZE], own[_HALVES], source, steps, left, place)
         if left:
             target[i] = whole[:width]
         keep(whole)

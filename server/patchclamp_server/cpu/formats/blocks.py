@@ -13,89 +13,92 @@ Byte k has code k in its low and code k + 16 in its high half.
 # mypy: disable-error-code="no-untyped-call"
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 from patchclamp_server.cpu.formats.lanes import (
     BYTES,
-    I32,
+    I16,
     INTS,
     Codebook,
     at,
-    bits_of,
     floats_of_halves,
-    halves_of_unit,
-    joined,
-    keep_halves,
-    kept_splat,
-    lowered,
+    integers,
     scalar_at,
     scaled,
+    splat_of_half,
     wide_bytes,
 )
-from patchclamp_server.cpu.vector import FLOATS, LANES, UNIT, load, load_lanes
+from patchclamp_server.cpu.vector import FLOATS, LANES, load, load_lanes
 
 # What the generators give: 16 weights after 16 weights.
 Halves = Iterator[Any]
 
 
-def keep_scale(b: Any, blocks: list[Any], kept: Any) -> None:
-    keep_halves(b, blocks, 1, kept)
+class Block(NamedTuple):
+    """Pointers to a block, to what is kept of it where something is (table.py), and to the table of halves."""
+
+    start: Any
+    kept: Any
+    halves: Any
+
+    def at(self, b: Any, offset: int) -> Any:
+        return at(b, self.start, offset)
+
+    def splat(self, b: Any, offset: int) -> Any:
+        """Returns 16 times the half at a byte of it, as float32."""
+        return splat_of_half(b, self.halves, self.at(b, offset))
 
 
-def keep_scale_and_low(b: Any, blocks: list[Any], kept: Any) -> None:
-    keep_halves(b, blocks, 2, kept)
+def f32(b: Any, block: Block) -> Halves:
+    yield load(b, block.start, FLOATS)
+    yield load(b, block.at(b, 4 * LANES), FLOATS)
 
 
-def f32(b: Any, block: Any, _kept: Any) -> Halves:
-    yield load(b, block, FLOATS)
-    yield load(b, at(b, block, 4 * LANES), FLOATS)
+def f16(b: Any, block: Block) -> Halves:
+    yield floats_of_halves(b, block.start)
+    yield floats_of_halves(b, block.at(b, 2 * LANES))
 
 
-def f16(b: Any, block: Any, _kept: Any) -> Halves:
-    yield floats_of_halves(b, block)
-    yield floats_of_halves(b, at(b, block, 2 * LANES))
+def bf16(b: Any, block: Block) -> Halves:
+    yield load_lanes(b, block.start, types.uint16)
+    yield load_lanes(b, block.at(b, 2 * LANES), types.uint16)
 
 
-def bf16(b: Any, block: Any, _kept: Any) -> Halves:
-    yield load_lanes(b, block, types.uint16)
-    yield load_lanes(b, at(b, block, 2 * LANES), types.uint16)
-
-
-def q4_0(b: Any, block: Any, kept: Any) -> Halves:
-    codes, wide = Codebook(b, kept_splat(b, kept, 0), None, -8), wide_bytes(b, at(b, block, 2))
+def q4_0(b: Any, block: Block) -> Halves:
+    codes, wide = Codebook(b, block.splat(b, 0), None, -8), wide_bytes(b, block.at(b, 2))
     yield codes.low_halves(wide)
     yield codes.high_halves(wide)
 
 
-def q4_1(b: Any, block: Any, kept: Any) -> Halves:
-    codes = Codebook(b, kept_splat(b, kept, 0), kept_splat(b, kept, 1))
-    wide = wide_bytes(b, at(b, block, 4))
+def q4_1(b: Any, block: Block) -> Halves:
+    codes = Codebook(b, block.splat(b, 0), block.splat(b, 2))
+    wide = wide_bytes(b, block.at(b, 4))
     yield codes.low_halves(wide)
     yield codes.high_halves(wide)
 
 
-def q5_0(b: Any, block: Any, kept: Any) -> Halves:
-    bits, codes = _fifth_bits_and_codes(b, at(b, block, 2))
-    for own in halves_of_unit(b, b.select(bits, codes, lowered(b, codes, 16)), signed=True):
-        yield scaled(b, own, kept_splat(b, kept, 0), None)
+def q5_0(b: Any, block: Block) -> Halves:
+    codes = Codebook(b, block.splat(b, 0), None, -16, bits=5)
+    yield from _of_five_bits(b, codes, block.at(b, 2))
 
 
-def q5_1(b: Any, block: Any, kept: Any) -> Halves:
-    bits, codes = _fifth_bits_and_codes(b, at(b, block, 4))
-    # No code has 16 yet.
-    for own in halves_of_unit(b, b.select(bits, lowered(b, codes, -16), codes)):
-        yield scaled(b, own, kept_splat(b, kept, 0), kept_splat(b, kept, 1))
+def q5_1(b: Any, block: Block) -> Halves:
+    codes = Codebook(b, block.splat(b, 0), block.splat(b, 2), bits=5)
+    yield from _of_five_bits(b, codes, block.at(b, 4))
 
 
-def q8_0(b: Any, block: Any, kept: Any) -> Halves:
+def q8_0(b: Any, block: Block) -> Halves:
+    scale = block.splat(b, 0)
     for offset in (2, 2 + LANES):
-        yield scaled(b, b.sext(load(b, at(b, block, offset), BYTES), INTS), kept_splat(b, kept, 0), None)
+        yield scaled(b, b.sext(load(b, block.at(b, offset), BYTES), INTS), scale, None)
 
 
-def _fifth_bits_and_codes(b: Any, pointer: Any) -> tuple[Any, Any]:
-    flags = b.bitcast(scalar_at(b, pointer, I32), ir.VectorType(ir.IntType(1), UNIT))
-    packed = load(b, at(b, pointer, 4), BYTES)
-    return flags, joined(b, bits_of(b, packed, 0, 15), bits_of(b, packed, 4, 15))
+def _of_five_bits(b: Any, codes: Codebook, pointer: Any) -> Halves:
+    """Returns the values of codes whose fifth bits lie at a pointer, in front of the others."""
+    wide = wide_bytes(b, at(b, pointer, 4))
+    for half, four in enumerate((b.and_(wide, integers(15)), b.lshr(wide, integers(4)))):
+        fifth = b.bitcast(scalar_at(b, at(b, pointer, 2 * half), I16), ir.VectorType(ir.IntType(1), LANES))
+        yield codes.values(b.select(fifth, b.or_(four, integers(16)), four))

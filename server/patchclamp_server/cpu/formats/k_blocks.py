@@ -18,7 +18,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from patchclamp_server.cpu.formats.blocks import Halves
+from patchclamp_server.cpu.formats.blocks import Block, Halves
 from patchclamp_server.cpu.formats.lanes import (
     BYTES,
     I8,
@@ -35,6 +35,7 @@ from patchclamp_server.cpu.formats.lanes import (
     raised,
     scalar_at,
     scaled,
+    splat_of_half,
     store_floats,
     unit_bytes,
     wide_bytes,
@@ -46,13 +47,14 @@ _LOWS = LANES
 _HALVES = (0, LANES)
 
 
-def keep_of_q2_k(b: Any, block: Any, kept: Any) -> None:
+def keep_of_q2_k(b: Any, block: Any, kept: Any, halves: Any) -> None:
     both = wide_bytes(b, block)
-    _keep(b, b.and_(both, integers(15)), at(b, block, 80), kept)
-    _keep(b, b.lshr(both, integers(4)), at(b, block, 82), at(b, kept, _LOWS), negative=True)
+    _keep(b, b.and_(both, integers(15)), at(b, block, 80), kept, halves)
+    _keep(b, b.lshr(both, integers(4)), at(b, block, 82), at(b, kept, _LOWS), halves, negative=True)
 
 
-def q2_k(b: Any, block: Any, kept: Any) -> Halves:
+def q2_k(b: Any, own: Block) -> Halves:
+    block, kept = own.start, own.kept
     for i in range(2):
         packed = unit_bytes(b, at(b, block, 16 + 32 * i))
         for j in range(4):
@@ -60,7 +62,7 @@ def q2_k(b: Any, block: Any, kept: Any) -> Halves:
                 yield scaled(b, codes, kept_splat(b, kept, g), kept_splat(b, kept, _LOWS + g))
 
 
-def keep_of_q3_k(b: Any, block: Any, kept: Any) -> None:
+def keep_of_q3_k(b: Any, block: Any, kept: Any, halves: Any) -> None:
     # Byte k of the first 8 has the low bits of scales k and k + 8; byte k of the others two upper bits of each fourth.
     words = [scalar_at(b, at(b, block, 96 + 4 * i), I32) for i in range(3)]
     nibble, pair_of_bits = I32(0x0F0F0F0F), I32(0x03030303)
@@ -71,10 +73,11 @@ def keep_of_q3_k(b: Any, block: Any, kept: Any) -> None:
         )
         for i in range(4)
     ]
-    _keep(b, b.sub(b.zext(_bytes_of(b, joined), INTS), integers(32)), at(b, block, 108), kept)
+    _keep(b, b.sub(b.zext(_bytes_of(b, joined), INTS), integers(32)), at(b, block, 108), kept, halves)
 
 
-def q3_k(b: Any, block: Any, kept: Any) -> Halves:
+def q3_k(b: Any, own: Block) -> Halves:
+    block, kept = own.start, own.kept
     flags = unit_bytes(b, block)
     for i in range(2):
         packed = unit_bytes(b, at(b, block, 32 + 32 * i))
@@ -85,7 +88,7 @@ def q3_k(b: Any, block: Any, kept: Any) -> Halves:
                 yield scaled(b, codes, kept_splat(b, kept, g), None)
 
 
-def keep_of_q4_k(b: Any, block: Any, kept: Any) -> None:
+def keep_of_q4_k(b: Any, block: Any, kept: Any, halves: Any) -> None:
     """Also of Q5_K: 8 scales and, behind LOWS, 8 lows."""
     words = [scalar_at(b, at(b, block, 4 + 4 * i), I32) for i in range(3)]
     six, four, two = I32(0x3F3F3F3F), I32(0x0F0F0F0F), I32(0x03030303)
@@ -96,7 +99,7 @@ def keep_of_q4_k(b: Any, block: Any, kept: Any) -> None:
     scales = [b.and_(words[0], six), b.or_(b.and_(words[2], four), upper(words[0]))]
     lows = [b.and_(words[1], six), b.or_(b.and_(b.lshr(words[2], I32(4)), four), upper(words[1]))]
     # One product has both, with the factor of either in its half of the lanes.
-    factors = [float_of_half(b, at(b, block, offset)) for offset in (0, 2)]
+    factors = [float_of_half(b, halves, at(b, block, offset)) for offset in (0, 2)]
     scale, low = splat(b, factors[0]), b.fneg(splat(b, factors[1]))
     halves = ir.Constant(INTS, [*range(8), *range(LANES, LANES + 8)])
     products = b.fmul(b.sitofp(b.zext(_bytes_of(b, scales + lows), INTS), FLOATS), b.shuffle_vector(scale, low, halves))
@@ -106,7 +109,8 @@ def keep_of_q4_k(b: Any, block: Any, kept: Any) -> None:
 _LOWS_OF_8 = 8
 
 
-def q4_k(b: Any, block: Any, kept: Any) -> Halves:
+def q4_k(b: Any, own: Block) -> Halves:
+    block, kept = own.start, own.kept
     for i in range(4):
         bytes_ = [wide_bytes(b, at(b, block, 16 + 32 * i + half)) for half in _HALVES]
         codes = Codebook(b, kept_splat(b, kept, 2 * i), kept_splat(b, kept, _LOWS_OF_8 + 2 * i))
@@ -117,7 +121,8 @@ def q4_k(b: Any, block: Any, kept: Any) -> Halves:
             yield codes.high_halves(wide)
 
 
-def q5_k(b: Any, block: Any, kept: Any) -> Halves:
+def q5_k(b: Any, own: Block) -> Halves:
+    block, kept = own.start, own.kept
     flags = unit_bytes(b, at(b, block, 16))
     for i in range(4):
         packed = unit_bytes(b, at(b, block, 48 + 32 * i))
@@ -128,11 +133,12 @@ def q5_k(b: Any, block: Any, kept: Any) -> Halves:
                 yield scaled(b, codes, kept_splat(b, kept, unit), kept_splat(b, kept, _LOWS_OF_8 + unit))
 
 
-def keep_of_q6_k(b: Any, block: Any, kept: Any) -> None:
-    _keep(b, b.sext(load(b, at(b, block, 192), BYTES), INTS), at(b, block, 208), kept)
+def keep_of_q6_k(b: Any, block: Any, kept: Any, halves: Any) -> None:
+    _keep(b, b.sext(load(b, at(b, block, 192), BYTES), INTS), at(b, block, 208), kept, halves)
 
 
-def q6_k(b: Any, block: Any, kept: Any) -> Halves:
+def q6_k(b: Any, own: Block) -> Halves:
+    block, kept = own.start, own.kept
     for i in range(2):
         upper = unit_bytes(b, at(b, block, 128 + 32 * i))
         lower = [unit_bytes(b, at(b, block, 64 * i + 32 * j)) for j in range(2)]
@@ -143,9 +149,9 @@ def q6_k(b: Any, block: Any, kept: Any) -> Halves:
                 yield scaled(b, codes, kept_splat(b, kept, g), None)
 
 
-def _keep(b: Any, codes: Any, factor: Any, kept: Any, *, negative: bool = False) -> None:
+def _keep(b: Any, codes: Any, factor: Any, kept: Any, halves: Any, *, negative: bool = False) -> None:
     """Keeps 16 codes times the half at `factor`."""
-    products = b.fmul(b.sitofp(codes, FLOATS), splat(b, float_of_half(b, factor)))
+    products = b.fmul(b.sitofp(codes, FLOATS), splat_of_half(b, halves, factor))
     store_floats(b, b.fneg(products) if negative else products, kept)
 
 

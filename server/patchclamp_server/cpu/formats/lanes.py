@@ -54,11 +54,13 @@ def scalar_at(b: Any, pointer: Any, kind: Any) -> Any:
     return value
 
 
-def float_of_half(b: Any, pointer: Any) -> Any:
-    """Returns the float32 of a half, which may lie at any address."""
-    if has_half_conversion():
-        return b.fpext(scalar_at(b, pointer, _HALF), ir.FloatType())
-    return _widen(b, b.zext(scalar_at(b, pointer, I16), I32), I32, ir.FloatType())
+def float_of_half(b: Any, halves: Any, pointer: Any) -> Any:
+    """Returns the float32 of a half, which may lie at any address, from the table (halves.py) at `halves`."""
+    return b.load(b.gep(halves, [b.zext(scalar_at(b, pointer, I16), I64)]))
+
+
+def splat_of_half(b: Any, halves: Any, pointer: Any) -> Any:
+    return splat(b, float_of_half(b, halves, pointer))
 
 
 def floats_of_halves(b: Any, pointer: Any) -> Any:
@@ -83,7 +85,7 @@ def _widen(b: Any, bits: Any, integer: Any, result: Any) -> Any:
     """Returns float32 of halves by integers: a product with 2^112 sets the exponent and makes subnormal ones normal."""
 
     def constant(value: Any, kind: Any) -> Any:
-        return ir.Constant(kind, [value] * LANES) if isinstance(kind, ir.VectorType) else ir.Constant(kind, value)
+        return ir.Constant(kind, [value] * LANES)
 
     size = constant(0x7FFF, integer)
     magnitude = b.shl(b.and_(bits, size), constant(13, integer))
@@ -139,49 +141,35 @@ def halves_of_unit(b: Any, codes: Any, *, signed: bool = False) -> list[Any]:
 
 
 class Codebook:
-    """The 16 values of a code of 4 bits, code · scale + low, in one register where the processor can look up there."""
+    """The 16 values of a code of 4 bits, code · scale + low, in one register where the processor can look up there, or
+    the 32 of a code of 5 bits in two."""
 
-    def __init__(self, b: Any, scale: Any, low: Any, first: int = 0) -> None:
+    def __init__(self, b: Any, scale: Any, low: Any, first: int = 0, *, bits: int = 4) -> None:
         """Code c stands for c + first."""
         self.b, self.scale, self.low, self.first = b, scale, low, first
-        self.table = None
+        self.tables: list[Any] = []
         if host_has("avx512f"):
-            self.table = scaled(b, ir.Constant(INTS, list(range(first, first + LANES))), scale, low)
+            starts = range(first, first + (1 << bits), LANES)
+            codes = [ir.Constant(INTS, list(range(start, start + LANES))) for start in starts]
+            self.tables = [scaled(b, own, scale, low) for own in codes]
 
     def low_halves(self, wide: Any) -> Any:
         """Returns the values of the low halves of bytes."""
-        # A look-up does not see higher bits.
-        return self._look_up(wide) if self.table is not None else self._computed(self.b.and_(wide, integers(15)))
+        # A look-up of 16 does not see higher bits.
+        return self.values(wide if self.tables else self.b.and_(wide, integers(15)))
 
     def high_halves(self, wide: Any) -> Any:
-        codes = self.b.lshr(wide, integers(4))
-        return self._look_up(codes) if self.table is not None else self._computed(codes)
+        return self.values(self.b.lshr(wide, integers(4)))
 
-    def _look_up(self, codes: Any) -> Any:
-        kind = ir.FunctionType(FLOATS, [FLOATS, INTS])
-        permute = cgutils.get_or_insert_function(self.b.module, kind, "llvm.x86.avx512.permvar.sf.512")
-        return self.b.call(permute, [self.table, codes])
-
-    def _computed(self, codes: Any) -> Any:
-        if self.first:
-            codes = self.b.add(codes, integers(self.first))
-        return scaled(self.b, codes, self.scale, self.low)
-
-
-def keep_halves(b: Any, pointers: list[Any], n: int, kept: Any) -> None:
-    """Stores the n halves, 1 or 2, at each of `pointers` as float32 at `kept`, one after the other."""
-    if not has_half_conversion():
-        for i, pointer in enumerate(pointers):
-            for k in range(n):
-                b.store(float_of_half(b, at(b, pointer, 2 * k)), at(b, kept, i * n + k))
-        return
-    whole = I16 if n == 1 else I32
-    words = ir.Constant(ir.VectorType(whole, len(pointers)), ir.Undefined)
-    for i, pointer in enumerate(pointers):
-        words = b.insert_element(words, scalar_at(b, pointer, whole), I32(i))
-    count = n * len(pointers)
-    halves = b.bitcast(words, ir.VectorType(_HALF, count))
-    store_floats(b, b.fpext(halves, ir.VectorType(ir.FloatType(), count)), kept)
+    def values(self, codes: Any) -> Any:
+        if not self.tables:
+            shifted = self.b.add(codes, integers(self.first)) if self.first else codes
+            return scaled(self.b, shifted, self.scale, self.low)
+        one = len(self.tables) == 1
+        name = "permvar.sf.512" if one else "vpermi2var.ps.512"
+        operands = [self.tables[0], codes] if one else [self.tables[0], codes, self.tables[1]]
+        kind = ir.FunctionType(FLOATS, [operand.type for operand in operands])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, f"llvm.x86.avx512.{name}"), operands)
 
 
 def store_floats(b: Any, vector: Any, pointer: Any) -> None:

@@ -14,6 +14,7 @@ that nothing is read past its end.
 # mypy: disable-error-code="no-untyped-call"
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -21,6 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from patchclamp_server.cpu.formats.blocks import Block
 from patchclamp_server.cpu.formats.lanes import I64, at, host_has
 from patchclamp_server.cpu.formats.rows import (
     BYTE_POINTER,
@@ -52,25 +54,27 @@ ACROSS = tuple(
     for left in range(MOST + 1)
 )
 _INT = types.int64
-# What is so many bytes further on in each row is asked for: what the processor asks for by itself is few short rows.
-_SOON = 640
 # Scales are kept for so many float32 of each row at a time.
 _KEPT = 64
-_Body = Callable[[list[Any], list[Any], Any], None]
+_Body = Callable[[list[Block], Any], None]
 
 
 @intrinsic(prefer_literal=True)
-def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y, stride):  # type: ignore[no-untyped-def]
+def multiply_stored(  # type: ignore[no-untyped-def]
+    _context, format, halves, starts, memory, first, end, width, x, n, y, stride
+):
     """Sets y[t stride + r] = x_t · W_r for all n rows of x, at most MOST_DIRECT, and rows first ≤ r < end of weights.
 
-    Row r begins at byte starts[r] of `memory`. All but `format` are int64, addresses among them.
+    Row r begins at byte starts[r] of `memory`; `halves` is the table of halves.py. All but `format` are int64,
+    addresses among them.
     """
     kind = Format(format.literal_value)
     step = step_of(kind)
-    signature = types.void(format, *[_INT] * 9)
+    signature = types.void(format, *[_INT] * 10)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        starts, memory, first, end, width, x, n, y, stride = args[1:]
+        halves, starts, memory, first, end, width, x, n, y, stride = args[1:]
+        halves = b.inttoptr(halves, FLOAT_POINTER)
         table = b.inttoptr(starts, I64.as_pointer())
 
         def row_of(output: Any) -> Any:
@@ -87,14 +91,16 @@ def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y
                 for total in row:
                     b.store(ZEROS, total)
             whole = b.udiv(width, I64(step.weights))
-            _for_steps(b, step, weights, whole, lambda *here: _add_step(b, step, values, sums, *here), following)
+            add = partial(_add_step, b, step, values, sums)
+            _for_steps(b, step, halves, weights, whole, add, following)
             if kind.weights == 1:
                 done = b.mul(whole, I64(step.weights))
                 left = b.sub(width, done)
                 with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                     skip, size = b.mul(whole, I64(step.size)), b.mul(left, I64(kind.size))
                     ends = [padded(b, b.gep(row, [skip]), size, step.size) for row in weights]
-                    _add_step(b, step, padded_floats(b, values, done, left), sums, ends, [None] * rows, I64(0))
+                    own = [Block(block, None, halves) for block in ends]
+                    _add_step(b, step, padded_floats(b, values, done, left), sums, own, I64(0))
             targets = [[float_row(b, y, row, stride, o) for o in outputs] for row in inputs]
             store_sums(b, [[b.load(total) for total in row] for row in sums], targets)
 
@@ -114,25 +120,26 @@ def multiply_stored(_context, format, starts, memory, first, end, width, x, n, y
 
 
 @intrinsic(prefer_literal=True)
-def dequantize_stored(_context, format, source, steps, left, target):  # type: ignore[no-untyped-def]
+def dequantize_stored(_context, format, halves, source, steps, left, target):  # type: ignore[no-untyped-def]
     """Sets the float32 at address `target` to the weights of `steps` steps at address `source`, and `left` weights
-    behind them (of formats that have no blocks), filled up to 32 with zeros."""
+    behind them (of formats that have no blocks), filled up to 32 with zeros. `halves` is as for multiply_stored."""
     step = step_of(Format(format.literal_value))
-    signature = types.void(format, *[_INT] * 4)
+    signature = types.void(format, *[_INT] * 5)
 
     def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
-        source, steps, left, target = args[1:]
+        halves, source, steps, left, target = args[1:]
+        halves = b.inttoptr(halves, FLOAT_POINTER)
         row, out = b.inttoptr(source, BYTE_POINTER), b.inttoptr(target, FLOAT_POINTER)
 
-        def write(blocks: list[Any], kept: list[Any], place: Any) -> None:
-            for i, value in enumerate(step.decode(b, blocks[0], kept[0])):
+        def write(blocks: list[Block], place: Any) -> None:
+            for i, value in enumerate(step.decode(b, blocks[0])):
                 store(b, value, b.gep(out, [b.add(place, I64(i * LANES))]))
 
-        _for_steps(b, step, [row], steps, write)
+        _for_steps(b, step, halves, [row], steps, write)
         if Format(format.literal_value).weights == 1:
             with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                 end, size = b.gep(row, [b.mul(steps, I64(step.size))]), b.mul(left, I64(step.size // step.weights))
-                write([padded(b, end, size, step.size)], [None], b.mul(steps, I64(step.weights)))
+                write([Block(padded(b, end, size, step.size), None, halves)], b.mul(steps, I64(step.weights)))
         return context.get_dummy_value()
 
     return signature, generate
@@ -171,11 +178,11 @@ def multiply_panel(  # type: ignore[no-untyped-def]
                 with otherwise:
                     for total, place in zip(every, places, strict=True):
                         b.store(load(b, place, FLOATS), total)
-            _for_steps(b, step, weights, units, lambda *here: _add_step(b, step, values, sums, *here))
+            _for_steps(b, step, None, weights, units, partial(_add_step, b, step, values, sums))
             with b.if_then(b.icmp_signed(">", left, I64(0)), likely=False):
                 done = b.mul(units, I64(UNIT))
-                rest = [b.gep(row, [b.mul(units, I64(step.size))]) for row in weights]
-                _add_step(b, step, padded_floats(b, values, done, left), sums, rest, [None] * rows, I64(0))
+                rest = [Block(b.gep(row, [b.mul(units, I64(step.size))]), None, None) for row in weights]
+                _add_step(b, step, padded_floats(b, values, done, left), sums, rest, I64(0))
             with b.if_else(ends) as (then, otherwise):
                 with then:
                     targets = [[float_row(b, y, row, stride, output) for output in outputs] for row in inputs]
@@ -208,53 +215,50 @@ def _for_rows(b: Any, n: Any, choices: list[int], body: Any) -> None:
 
 
 def _for_steps(
-    b: Any, step: Step, rows: list[Any], steps: Any, body: _Body, following: list[Any] | None = None
+    b: Any, step: Step, halves: Any, rows: list[Any], steps: Any, body: _Body, following: list[Any] | None = None
 ) -> None:
-    """Does `body` of the blocks of rows, of what is kept of them, and of the place of their first weight in a row.
+    """Does `body` of the blocks of rows, and of the place of their first weight in a row.
 
-    It asks for what is read soon: of these rows, and then of those that follow them.
+    What lies at the same place of the rows that follow is asked for: by itself the processor asks for few short rows.
     """
 
     def blocks(i: Any) -> list[Any]:
         return [b.gep(row, [b.mul(i, I64(step.size))]) for row in rows]
 
     def ask(i: Any) -> None:
-        soon = b.add(i, I64(-(-_SOON // step.size)))
-        over = b.sub(soon, steps)
-        inside = b.icmp_signed("<", over, I64(0))
-        for row, after in zip(rows, following or [], strict=True):
-            place = b.gep(b.select(inside, row, after), [b.mul(b.select(inside, soon, over), I64(step.size))])
+        for row in following or []:
             for line in range(0, step.size, LINE):
-                prefetch_line(b, at(b, place, line))
+                prefetch_line(b, b.gep(row, [b.add(b.mul(i, I64(step.size)), I64(line))]))
 
     if step.keep is None:
         with cgutils.for_range(b, steps) as loop:
-            body(blocks(loop.index), [None] * len(rows), b.mul(loop.index, I64(step.weights)))
+            ask(loop.index)
+            own = [Block(block, None, halves) for block in blocks(loop.index)]
+            body(own, b.mul(loop.index, I64(step.weights)))
         return
     # Scales are kept for some steps at once: a store is not waited for.
     ahead = max(2, _KEPT // step.scales)
     memory = b.bitcast(cgutils.alloca_once(b, ir.ArrayType(FLOAT, ahead * len(rows) * step.scales)), FLOAT_POINTER)
 
-    def kept(i: Any) -> Any:
-        return b.gep(memory, [b.mul(i, I64(len(rows) * step.scales))])
+    def kept(i: Any, row: int) -> Any:
+        return b.gep(memory, [b.add(b.mul(i, I64(len(rows) * step.scales)), I64(row * step.scales))])
 
     with cgutils.for_range_slice(b, I64(0), steps, I64(ahead), I64) as (first, _):
         n = least(b, I64(ahead), b.sub(steps, first))
         with cgutils.for_range(b, n) as loop:
-            if following is not None:
-                ask(b.add(first, loop.index))
-            step.keep(b, blocks(b.add(first, loop.index)), kept(loop.index))
+            i = b.add(first, loop.index)
+            ask(i)
+            for r, block in enumerate(blocks(i)):
+                step.keep(b, block, kept(loop.index, r), halves)
         with cgutils.for_range(b, n) as loop:
             i = b.add(first, loop.index)
-            own = [at(b, kept(loop.index), r * step.scales) for r in range(len(rows))]
-            body(blocks(i), own, b.mul(i, I64(step.weights)))
+            own = [Block(block, kept(loop.index, r), halves) for r, block in enumerate(blocks(i))]
+            body(own, b.mul(i, I64(step.weights)))
 
 
-def _add_step(
-    b: Any, step: Step, values: list[Any], sums: list[list[Any]], blocks: list[Any], kept: list[Any], place: Any
-) -> None:
+def _add_step(b: Any, step: Step, values: list[Any], sums: list[list[Any]], blocks: list[Block], place: Any) -> None:
     """Adds the products of one step of rows of weights with rows of x from `place` on."""
-    decoders = [step.decode(b, block, own) for block, own in zip(blocks, kept, strict=True)]
+    decoders = [step.decode(b, block) for block in blocks]
     for i in range(step.weights // LANES):
         weights = [next(decoder) for decoder in decoders]
         here = b.add(place, I64(i * LANES))
