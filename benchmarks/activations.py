@@ -1,15 +1,13 @@
 """Products that take activations in 8 bits (serve --activations int8) against exact ones: quality and time.
 
-    python benchmarks/activations.py [--only quality|speed|products] [--documents 3] [--tokens 1024] [--rounds 9]
+    python benchmarks/activations.py [--only quality|speed] [--documents 3] [--tokens 1024] [--rounds 9]
 
 - quality: documents of the Brown corpus that no calibration sees, each read as one prompt of the embedded model
   (cards.py).
 - speed: steps of its decoder in alternating rounds, one token of 1, 8, 16 and 64 sequences, and a prompt of 512.
-- products: random weights in formats of files, in shapes of the embedded model (as many as do not stay in the cache)
-  and of an 8B, by one thread; least milliseconds of alternating runs.
 
-Writes benchmarks/results/activations.json of the first two, and activations_products.json; the last line is a JSON
-object of the first.
+benchmarks/products.py compares the products alone. Writes benchmarks/results/activations.json; the last line is a JSON
+object of it.
 """
 
 from patchclamp_server.cpu.compiled_code import keep_compiled_code
@@ -25,7 +23,6 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from brown import DESCRIPTION
 from cards import Comparison, held_out
@@ -33,8 +30,6 @@ from measure import alternate, save
 from torch import Tensor
 
 from patchclamp_server.analysis.documents import BLOCK, inputs_of, pools_for
-from patchclamp_server.cpu.products import StoredProduct
-from patchclamp_server.cpu.stored import Format, Part, StoredMatrix
 from patchclamp_server.model.attention.batch import AttentionBatch
 from patchclamp_server.model.attention.spans import Span
 from patchclamp_server.model.decoder import Decoder, StepInputs
@@ -45,13 +40,6 @@ STEP = 512
 BATCHES = (1, 8, 16, 64)
 # Tokens before the one that is decoded.
 CONTEXT = 64
-# Where the blocks of a format have halves.
-FORMATS = {Format.Q4_1: (0, 2), Format.Q8_0: (0,), Format.Q4_K: (0, 2), Format.Q6_K: (208,)}
-SHAPES = ((3072, 576), (576, 1536), (28672, 4096), (4096, 14336))
-ROWS = (1, 4, 16, 64, 512)
-CACHE = 64 << 20
-# Seconds and runs of one cell.
-LONGEST, RUNS = 1.0, 40
 
 
 def quality(models: dict[str, LoadedModel], documents: int, tokens: int) -> dict[str, Any]:
@@ -124,69 +112,22 @@ def prompt_case(decoder: Decoder, prompt: Tensor) -> Callable[[], float]:
     return run
 
 
-def products() -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        cells = [(format, shape, rows) for format in FORMATS for shape in SHAPES for rows in ROWS]
-        return {"rows": [product_row(*cell) for cell in cells]}
-    finally:
-        torch.set_num_threads(threads)
-
-
-def product_row(format: Format, shape: tuple[int, int], rows: int) -> dict[str, Any]:
-    out, width = shape[0], shape[1] // format.weights * format.weights
-    size = out * format.row_bytes(width)
-    matrices = [random_matrix(format, out, width, seed) for seed in range(max(1, CACHE // size) if rows < 64 else 1)]
-    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
-    ways = {way: [StoredProduct(m, rounds=way == "int8") for m in matrices] for way in WAYS}
-    least = dict.fromkeys(ways, float("inf"))
-    ended = time.perf_counter() + LONGEST
-    for run in range(RUNS):
-        for way, own in ways.items():
-            started = time.perf_counter()
-            for product in own:
-                product.multiply(x)
-            least[way] = min(least[way], (time.perf_counter() - started) / len(own))
-        if run and time.perf_counter() > ended:
-            break
-    return {
-        "format": format.name.lower(),
-        "out": out,
-        "in": width,
-        "rows": rows,
-        "least_ms": {way: round(1e3 * seconds, 4) for way, seconds in least.items()},
-        "speedup": round(least["float32"] / least["int8"], 3),
-    }
-
-
-def random_matrix(format: Format, out: int, width: int, seed: int) -> StoredMatrix:
-    generator = np.random.default_rng(seed)
-    blocks = generator.integers(0, 256, (out * width // format.weights, format.size), dtype=np.uint8)
-    for at in FORMATS[format]:
-        blocks[:, at : at + 2] = np.full(1, 0.01, dtype=np.float16).view(np.uint8)
-    return StoredMatrix((Part.whole(format, blocks.reshape(-1), width),))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("quality", "speed", "products"))
+    parser.add_argument("--only", nargs="+", choices=("quality", "speed"))
     parser.add_argument("--documents", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    only = args.only or ("quality", "speed", "products")
+    only = args.only or ("quality", "speed")
     result: dict[str, Any] = {"threads": torch.get_num_threads()}
-    if "products" in only:
-        save("activations_products", products())
-    if "quality" in only or "speed" in only:
-        models = {way: load_model(activations=activations) for way, activations in WAYS.items()}
-        if "speed" in only:
-            result["speed"] = speed(models, args.rounds)
-        if "quality" in only:
-            result["quality"] = quality(models, args.documents, args.tokens)
-        if "speed" in only and "quality" in only:
-            save("activations", result)
+    models = {way: load_model(activations=activations) for way, activations in WAYS.items()}
+    if "speed" in only:
+        result["speed"] = speed(models, args.rounds)
+    if "quality" in only:
+        result["quality"] = quality(models, args.documents, args.tokens)
+    if not args.only:
+        save("activations", result)
     print(json.dumps(result))
 
 

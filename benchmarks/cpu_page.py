@@ -59,3 +59,34 @@ def shapes(result: dict[str, Any]) -> list[str]:
         "random weights in the shape of the model and the formats of Q4_K_M, but for the embedded one. Resident memory",
         "is of the whole server and has the mapped file in it; llama.cpp rounds activations to 8 bits.",
     ]
+
+
+WAYS = {
+    "exact": "ours, exact",
+    "int8": "ours, int8",
+    "ggml": "ggml",
+    "int4": "torch int4, bfloat16",
+    "onednn": "oneDNN, packed float32",
+    "float32": "`F.linear`, float32",
+}
+
+
+def products(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| ms of a product: format, outputs x inputs | rows of x | " + " | ".join(WAYS.values()) + " |",
+        "|---|" + "---:|" * (len(WAYS) + 1),
+    ]
+    name = ""
+    for row in result["rows"]:
+        before, name = name, f"{row['format']}, {row['out']:,} x {row['in']:,}"
+        cells = (f"{row['least_ms'][way]:.2f}" if way in row["least_ms"] else "" for way in WAYS)
+        lines.append(f"| {name if name != before else ''} | {row['rows']} | " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/products.py --ggml DIRECTORY` on {result['date']} at commit `{result['commit']}`: "
+        f"{result['machine']}, {result['threads']} threads;",
+        "random weights, least times of alternating runs. ggml is what a wheel of llama.cpp brings: it rounds",
+        "activations to 8 bits, and rearranges no weights here. int4 is `torch._weight_int4pack_mm_for_cpu`, which has",
+        "a layout of its own and rounds activations and results to bfloat16; torchao's int4 calls it on a CPU.",
+    ]

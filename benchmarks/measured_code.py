@@ -71,7 +71,6 @@ _NEURONS = (
 
 # By the name of a result: modules and packages by their dotted names, and scripts by their paths.
 MEASURED: dict[str, tuple[str, ...]] = {
-    "activations_products": ("benchmarks/activations.py", *_FORWARD),
     "activations": ("benchmarks/activations.py", "benchmarks/cards.py", *_FORWARD, "patchclamp_server.model.compiled"),
     "beside": (
         "benchmarks/beside.py",
@@ -163,6 +162,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         *_FORWARD,
         "patchclamp_server.cpu.sparse",
     ),
+    "products": ("benchmarks/products.py", *_FORWARD),
     "shapes": ("benchmarks/shapes.py", "benchmarks/random_gguf.py", *_STEP, "patchclamp_server.model"),
     "step": ("benchmarks/step.py", *_STEP),
     "vectors": (

@@ -400,27 +400,8 @@ def activations(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def activations_products(result: dict[str, Any]) -> list[str]:
-    times = {(row["format"], row["out"], row["in"], row["rows"]): row["speedup"] for row in result["rows"]}
-    counts = sorted({key[3] for key in times})
-    lines = [
-        "| one product by one thread: exact / int8, least time; rows | " + " | ".join(map(str, counts)) + " |",
-        "|---|" + "---:|" * len(counts),
-    ]
-    for kind, out, width in dict.fromkeys(key[:3] for key in times):
-        cells = " | ".join(f"{times[kind, out, width, count]:.1f}" for count in counts)
-        lines.append(f"| {kind}, {out:,} x {width:,} | {cells} |")
-    return [
-        *lines,
-        "",
-        f"`{COMMANDS['activations_products']}` on {result['date']} at commit `{result['commit']}`: "
-        f"{result['machine']}; random weights.",
-    ]
-
-
 COMMANDS = {
-    "activations": "python benchmarks/activations.py --only quality speed",
-    "activations_products": "python benchmarks/activations.py --only products",
+    "activations": "python benchmarks/activations.py",
     "beside": "python benchmarks/beside.py",
     "cpu": "make bench",
     "faults": "python benchmarks/faults",
@@ -438,6 +419,7 @@ COMMANDS = {
     "neurons_census_speed": "python benchmarks/neurons --only speed",
     "peers": "python benchmarks/peers",
     "rolling": "python benchmarks/rolling.py",
+    "products": "python benchmarks/products.py --ggml DIRECTORY",
     "shapes": "python benchmarks/shapes.py",
     "sparse_quality": "python benchmarks/sparse --only quality",
     "sparse_speed": "python benchmarks/sparse --only speed",
@@ -524,13 +506,13 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "cpu": ("Decoding on a CPU", cpu),
     "step": ("Where a decode step goes", cpu_page.step),
+    "products": ("Products with stored weights", cpu_page.products),
     "shapes": ("Models in real shapes", cpu_page.shapes),
     "peers": ("Beside other engines", peers.tables),
     "gpu": ("On a GPU", gpu),
     "host": ("What the host does in a step", host),
     "beside": ("Serving beside analysis", beside),
     "activations": ("Activations in 8 bits", activations),
-    "activations_products": ("Products with activations in 8 bits", activations_products),
     "invariance": ("Batch invariance", invariance),
     "kv": ("The KV cache in fewer bits, and long contexts", kv),
     "monitoring": ("Watching", monitoring),
