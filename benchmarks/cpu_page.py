@@ -90,3 +90,42 @@ def products(result: dict[str, Any]) -> list[str]:
         "activations to 8 bits, and rearranges no weights here. int4 is `torch._weight_int4pack_mm_for_cpu`, which has",
         "a layout of its own and rounds activations and results to bfloat16; torchao's int4 calls it on a CPU.",
     ]
+
+
+def threads(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| SmolLM2-135M, tokens/s | one request | 16 requests | one beside a busy neighbour | the neighbour keeps |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for way, own in result["ways"].items():
+        rates = (own[f"tokens_per_second_{key}"] for key in (1, 16, "beside"))
+        cells = " | ".join(f"{rate:.1f}" for rate in rates)
+        lines.append(f"| {way} | {cells} | {100 * own['neighbour_keeps']:.0f} % |")
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/threads.py` on {result['date']} at commit `{result['commit']}`: {result['machine']};",
+        f"medians of {result['rounds']} alternating rounds in one run. The neighbour counts on one core; beside three",
+        f"servers that have nothing to do it keeps {100 * result['neighbour_idle']:.0f} % of what it counts alone.",
+    ]
+
+
+def prefill(result: dict[str, Any]) -> list[str]:
+    lengths = [name for name in next(iter(result["rows"].values())) if name.startswith("prefill_")]
+    alone = " | ".join(f"a prompt of {int(name.removeprefix('prefill_')):,}, tokens/s" for name in lengths)
+    lines = [
+        f"| `--max-tokens-per-step` | {alone} | beside a stream | its gaps: median ms | p99 | longest |",
+        "|---:|" + "---:|" * (len(lengths) + 4),
+    ]
+    for rows, own in result["rows"].items():
+        rates = [own[name] for name in lengths] + [own["prompt_tokens_per_second"]]
+        gaps = " | ".join(f"{own[name]:.0f}" for name in ("median_ms", "p99_ms", "longest_ms"))
+        lines.append(f"| {rows} | " + " | ".join(f"{rate:,.0f}" for rate in rates) + f" | {gaps} |")
+    return [
+        *lines,
+        "",
+        f"`python benchmarks/prefill.py` on {result['date']} at commit `{result['commit']}`: {result['machine']};",
+        f"medians of {result['rounds']} alternating rounds in one run. One stream decodes while prompts of",
+        f"{result['beside']:,} tokens come one after the other. Beside streams prompts have the rows of a tenth of a",
+        "second, and 32 at least.",
+    ]

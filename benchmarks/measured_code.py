@@ -162,9 +162,11 @@ MEASURED: dict[str, tuple[str, ...]] = {
         *_FORWARD,
         "patchclamp_server.cpu.sparse",
     ),
+    "prefill": ("benchmarks/prefill.py", *_STEP),
     "products": ("benchmarks/products.py", *_FORWARD),
     "shapes": ("benchmarks/shapes.py", "benchmarks/random_gguf.py", *_STEP, "patchclamp_server.model"),
     "step": ("benchmarks/step.py", *_STEP),
+    "threads": ("benchmarks/threads.py", *_STEP, "patchclamp_server.threads"),
     "vectors": (
         *(f"benchmarks/vectors/{name}" for name in ("concepts", "effects", "table")),
         "patchclamp_server.analysis.neurons.intervals",

@@ -10,7 +10,15 @@ from engine_runs import loaded
 from patchclamp_server.engine.analysis_share import QUIET_AFTER, TURN, AnalysisShare
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.pace import ALONE_SECONDS, LEAST_ROWS, QUIET_SECONDS, Pace, StepRows
+from patchclamp_server.engine.pace import (
+    ALONE_SECONDS,
+    GAP_SECONDS,
+    LEAST_ROWS,
+    PROMPT_ROWS,
+    QUIET_SECONDS,
+    Pace,
+    StepRows,
+)
 from patchclamp_server.engine.request import Event, Finished, Priority, Request, StopParams
 from patchclamp_server.engine.scheduler import Work
 
@@ -230,10 +238,30 @@ def test_batch_prompts_have_a_block_together_until_it_is_known_what_they_take() 
     assert steps.step() == {INTERACTIVE: [1], BATCH: [BLOCK]}
 
 
-def test_prompts_as_urgent_as_what_decodes_have_all_rows_there_are() -> None:
+def test_prompts_as_urgent_as_what_decodes_have_as_many_rows_as_a_stream_may_wait_for() -> None:
     steps = decoding()
+    rows = int(GAP_SECONDS / PROMPT_ROW)
+    assert PROMPT_ROWS < rows < LONG
     steps.submit(INTERACTIVE, LONG)
-    assert steps.step() == {INTERACTIVE: [1, LONG]}
+    steps.submit(INTERACTIVE, LONG)
+    # Together: the second one waits until the first leaves rows.
+    assert steps.steps(2) == [{INTERACTIVE: [1, rows]}] * 2
+    assert steps.step() == {INTERACTIVE: [1, 1, rows]}
+
+
+def test_a_prompt_with_no_stream_beside_it_has_all_rows_there_are() -> None:
+    steps = decoding()
+    while steps.finished != [ANALYSIS, INTERACTIVE]:
+        steps.step()
+    steps.submit(INTERACTIVE, LONG)
+    assert steps.step() == {INTERACTIVE: [LONG]}
+
+
+def test_prompts_beside_a_stream_of_a_slow_model_have_the_least_rows_that_pay() -> None:
+    pace = Pace(BLOCK)
+    pace.record(StepRows(decode=0, prompt=BLOCK), 10.0)
+    assert pace.rows_beside_equals(512) == PROMPT_ROWS
+    assert pace.rows_beside_equals(8) == 8
 
 
 def test_an_urgent_prompt_that_arrives_finds_room_in_the_step_that_a_less_urgent_one_would_fill() -> None:

@@ -34,6 +34,7 @@ from patchclamp_server.model.load import LoadedModel
 from patchclamp_server.monitoring.registry import WatchRegistry
 from patchclamp_server.sparsity.mlp import SparseModel
 from patchclamp_server.text.detokenize import token_bytes
+from patchclamp_server.threads import pin
 
 log = logging.getLogger(__name__)
 
@@ -259,6 +260,7 @@ class Engine:
             self._commands.get()()
 
     def _loop(self) -> None:
+        pin(0)
         try:
             while True:
                 # This order matters: who sets `_stopping` wakes the loop after it, and a wake that is cleared has been

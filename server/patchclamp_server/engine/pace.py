@@ -10,8 +10,9 @@ costs.
     anything else that is bounded:     seconds / p, or seconds / a, rows
 
 The one lets a step take SLOWDOWN times what it would without them. There are never fewer than LEAST_ROWS, so that
-everybody gets on, and one block is all until the seconds are known. On a CPU a block of 16 rows takes several times as
-long as a step that decodes one sequence, and from some 32 rows on larger steps are no faster a row.
+everybody gets on (of prompts beside their equals PROMPT_ROWS), and one block is all until the seconds are known. On a
+CPU a block of 16 rows takes several times as long as a step that decodes one sequence, and from some 32 rows on larger
+steps are no faster a row.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from typing import NamedTuple
 
 SLOWDOWN = 2.0
 LEAST_ROWS = 4
+# Prompts beside equals that decode: a stream waits so much longer for a token at most, if that is enough for so many
+# rows, with which a prompt takes hardly longer than with more.
+GAP_SECONDS = 0.1
+PROMPT_ROWS = 32
 # This is the longest step or slice of analysis, or step of batch prompts, while nothing more urgent is there: who comes
 # meanwhile waits for its end.
 ALONE_SECONDS = 0.1
@@ -80,6 +85,11 @@ class Pace:
         if self._decode is None:
             return min(most, self._block_size)
         return self._within((SLOWDOWN - 1) * self._decode, self._row, LEAST_ROWS, most)
+
+    def rows_beside_equals(self, most: int) -> int:
+        """Returns the rows of prompts beside work of the same urgency that decodes: GAP_SECONDS, and at least
+        PROMPT_ROWS unless that is more than `most`."""
+        return min(most, PROMPT_ROWS) if self._row is None else self._within(GAP_SECONDS, self._row, PROMPT_ROWS, most)
 
     def rows_alone(self, most: int) -> int:
         """Returns the rows of prompts while more urgent work may come at any moment: ALONE_SECONDS, and at least one

@@ -2,8 +2,8 @@
 
 Running sequences come first, by priority and arrival: one token each for those that decode, then chunks of prompts as
 the token budget allows; then waiting sequences are admitted, in the turn of fair_queue.py, while the blocks that they
-and the running ones are expected to need are there (future_memory.py). Prompts of batch requests and all of analysis
-have only so many rows of a step that more urgent requests keep their latency (yielding.py).
+and the running ones are expected to need are there (future_memory.py). Prompts beside requests that decode, and all of
+analysis, have only so many rows of a step that streams keep their latency (yielding.py).
 
 When blocks or places run out all the same, some give up theirs (places.py).
 """
@@ -102,7 +102,7 @@ class Scheduler:
         if not work and served and with_analysis:
             # What is more urgent waits for something other than rows, perhaps for analysis.
             rows = unserved(self.pace, self.share, self.max_tokens, pausing=True)
-            work = self._fill(Yielding(allowed.prompts, rows))
+            work = self._fill(Yielding(allowed.urgent, allowed.prompts, rows))
         return [w for w in work if w.n == 1] + [w for w in work if w.n > 1]
 
     def _most_urgent(self) -> Priority | None:
@@ -129,6 +129,9 @@ class Scheduler:
                 work.append(Work(sequence, 1))
                 allowed.analysis -= analyses
                 budget -= 1
+        if all(w.sequence.request.priority is Priority.ANALYSIS for w in work):
+            # No stream waits for the end of this step.
+            allowed.urgent = budget
         for sequence in [s for s, left in ready if left > 1]:
             if budget <= 0:
                 break

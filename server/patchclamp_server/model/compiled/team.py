@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from patchclamp_server.cpu.atomics import add_to, call, exchange, relax, value_at
 from patchclamp_server.model.compiled.job import Job
 from patchclamp_server.model.compiled.stages import run_stages
+from patchclamp_server.threads import pin
 
 # Entries of the board, each in a cache line of its own: the number of the open job or 0, the address of the job, and
 # how many helpers work on one; then of each helper whether it sleeps.
@@ -106,9 +107,14 @@ class Team:
             if _make_semaphore(address + helper * _SEMAPHORE * 8):
                 # macOS has none without names: jobs are done by the thread that has them.
                 break
-            arguments = self._board, address, helper, _STAGES
-            threading.Thread(target=_serve, args=arguments, name=f"blocks-{helper}", daemon=True).start()
+            thread = threading.Thread(target=self._help, args=(helper, address), name=f"blocks-{helper}", daemon=True)
+            thread.start()
             self._helpers += 1
+
+    def _help(self, helper: int, semaphores: int) -> None:
+        # The thread that has a job is at place 0.
+        pin(1 + helper)
+        _serve(self._board, semaphores, helper, _STAGES)
 
     def run(self, job: NDArray[np.int64]) -> None:
         """Runs the stages of a job, without help where another thread has one. Raises RuntimeError if one failed."""
