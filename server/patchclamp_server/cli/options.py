@@ -114,7 +114,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="what products with coded weights take: float32 is as --dtype has it; int8, on a CPU, is faster and less "
         "exact (default: float32)",
     )
-    _add(parser, "--threads", type=positive, help="of a step on a CPU (default: one a core)")
+    _add(parser, "--threads", type=positive, help="of a step on a CPU, at most one a core (default: one a core)")
     _add(parser, "--pin-threads", type=one_of("on", "off"), help="keep each on a core of its own (default: off)")
     _add(parser, "--max-message-bytes", type=positive, help="largest request (default: 4 MiB)")
     _add(parser, "--max-calls", type=positive, help="calls answered at once, streams included (default: 4096)")
