@@ -27,6 +27,10 @@ def keep_compiled_code() -> None:
     """Sets NUMBA_CACHE_DIR, unless the operator has, before numba is imported: the package may be read-only."""
     if "NUMBA_CACHE_DIR" not in os.environ:
         os.environ["NUMBA_CACHE_DIR"] = _directory()
+    # numba reads the variable when it is imported.
+    from patchclamp_server.cpu.code_files import share_files
+
+    share_files()
 
 
 def sources() -> list[Path]:
