@@ -49,9 +49,9 @@ def _directory() -> str:
     digest = hashlib.sha256()
     for path in sources():
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    root = cache_root() / "numba"
-    directory = root / digest.hexdigest()[:16]
     try:
+        root = cache_root() / "numba"
+        directory = root / digest.hexdigest()[:16]
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             os.utime(directory)
