@@ -7,16 +7,23 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from enum import Enum
+from errno import ENOENT
 from pathlib import Path
 from uuid import uuid4
 
 
 def cache_root() -> Path:
-    """Returns the root for what can be made again: $PATCHCLAMP_CACHE, else patchclamp in the XDG cache home."""
-    if configured := os.environ.get("PATCHCLAMP_CACHE"):
-        return Path(configured).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "patchclamp"
+    """Returns the root for what can be made again: $PATCHCLAMP_CACHE, else patchclamp in the XDG cache home.
+
+    Raises OSError where that is below a home that is not known: it is as good as one that cannot be written.
+    """
+    try:
+        if configured := os.environ.get("PATCHCLAMP_CACHE"):
+            return Path(configured).expanduser()
+        home = os.environ.get("XDG_CACHE_HOME")
+        return (Path(home) if home else Path.home() / ".cache") / "patchclamp"
+    except RuntimeError as error:
+        raise FileNotFoundError(ENOENT, "this user has no home directory, and PATCHCLAMP_CACHE names none") from error
 
 
 def sync(path: Path) -> None:

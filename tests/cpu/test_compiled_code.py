@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 import patchclamp_server
 from patchclamp_server.cpu.compiled_code import keep_compiled_code, sources
@@ -73,3 +74,90 @@ def test_a_directory_that_the_operator_names_is_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NUMBA_CACHE_DIR", "elsewhere")
     keep_compiled_code()
     assert os.environ["NUMBA_CACHE_DIR"] == "elsewhere"
+
+
+# It compiles a function whose closure says what it returns, and waits for a line before it does what it is told of.
+FUNCTION = """
+import sys
+from patchclamp_server.cpu.compiled_code import keep_compiled_code
+keep_compiled_code()
+import numba
+from numba.core.caching import IndexDataCacheFile
+def wait_before(name):
+    method = getattr(IndexDataCacheFile, name)
+    def waiting(*arguments):
+        print(name, flush=True)
+        sys.stdin.readline()
+        return method(*arguments)
+    setattr(IndexDataCacheFile, name, waiting)
+def adder_of(own):
+    @numba.cfunc(numba.int64(numba.int64), cache=True)
+    def added(x):
+        return x + own
+    return added
+for name in sys.argv[2:]:
+    wait_before(name)
+print(adder_of(int(sys.argv[1])).ctypes(0), flush=True)
+"""
+
+
+class Compiling:
+    """A process that compiles the function of a number, and stops before it does what `stops` name."""
+
+    def __init__(self, program: Path, cache: Path, own: int, *stops: str) -> None:
+        program.write_text(FUNCTION)
+        self._process = subprocess.Popen(
+            [sys.executable, str(program), str(own), *stops],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(cache)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def goes_on_to(self, stop: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.stops_at(stop)
+
+    def stops_at(self, stop: str) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == f"{stop}\n"
+
+    def result(self) -> str:
+        return self._process.communicate("\n", timeout=PATIENCE_SECONDS)[0].split()[-1]
+
+
+def test_two_processes_that_compile_at_once_do_not_get_the_code_of_each_other(tmp_path: Path) -> None:
+    program, cache = tmp_path / "program.py", tmp_path / "code"
+    one, other = (Compiling(program, cache, own, "_save_index", "_save_data") for own in (1, 2))
+    for process in (one, other):
+        # Both have read that there is no code yet.
+        process.stops_at("_save_index")
+    for process in (one, other):
+        process.goes_on_to("_save_data")
+    assert [process.result() for process in (other, one)] == ["2", "1"]
+    assert [Compiling(program, cache, own).result() for own in (2, 1)] == ["2", "1"]
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("nbi", 0), ("nbc", 20)])
+def test_code_of_which_a_crash_left_a_part_is_compiled_again(kind: str, kept: int, tmp_path: Path) -> None:
+    program, cache = tmp_path / "program.py", tmp_path / "code"
+    assert Compiling(program, cache, 5).result() == "5"
+    (file,) = cache.rglob(f"*.{kind}")
+    file.write_bytes(file.read_bytes()[:kept])
+    assert Compiling(program, cache, 5).result() == "5"
+
+
+def test_a_full_disk_keeps_nothing_and_stops_nothing(tmp_path: Path) -> None:
+    program, cache = tmp_path / "program.py", tmp_path / "code"
+    program.write_text("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n" + FUNCTION)
+    process = subprocess.run(
+        [sys.executable, str(program), "7"],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stdout.split() == ["7"], process.stderr
+    assert "compiled code cannot be kept, and is compiled at every start" in process.stderr

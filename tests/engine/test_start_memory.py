@@ -1,8 +1,12 @@
 """When a server is ready, what only its start needed is given back, and nothing that was written."""
 
+import mmap
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from patchclamp_server.engine.memory.available import resident_memory
@@ -28,6 +32,14 @@ Anonymous:             0 kB
 c000-d000 r--p 00000000 fe:00 13 /a directory/two.so
 Rss:                   4 kB
 Anonymous:             0 kB
+Swap:                  0 kB
+d000-e000 r--p 00000000 fe:00 14 /usr/lib/libthree.so
+Rss:                   0 kB
+Anonymous:             0 kB
+Swap:                  4 kB
+SwapPss:               4 kB
+e000-f000 r--p 00000000 fe:00 15 /usr/lib/libuncounted.so
+Rss:                   0 kB
 """
 
 
@@ -48,3 +60,19 @@ def test_the_process_goes_on_with_less_memory() -> None:
 def test_the_maps_of_this_process_are_read() -> None:
     maps = Path("/proc/self/smaps").read_text()
     assert sum(end - start for start, end in clean_code(maps)) > 1 << 20
+
+
+def test_a_server_starts_where_its_maps_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", "/proc/self/smaps")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    give_back_start_memory()
+
+
+def test_a_library_may_have_a_name_of_any_bytes(tmp_path: Path) -> None:
+    source = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc.so" in line)
+    named = os.fsencode(tmp_path) + b"/lib\xff\x85\r.so"
+    shutil.copy(source, named)
+    with open(named, "rb") as file, mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ):
+        give_back_start_memory()

@@ -1,5 +1,7 @@
 """The tokenizer of a GGUF file is made of its keys once, and kept."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,25 @@ def test_an_interrupted_one_leaves_no_entry(own_cache: Path, tiny_gguf: Path) ->
         gguf_tokenizer(read_header(tiny_gguf), Stages(interrupt_at=Stage.TOKENIZER))
     assert entries(own_cache) == []
     assert made(tiny_gguf)
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": 7})),
+        ("tokenizer_config.json", json.dumps({"auto_map": {"AutoTokenizer": ["code.Slow", "code.Fast"]}})),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer.json", "{"),
+    ],
+)
+def test_tokenizer_files_beside_it_are_those_of_another_model(
+    name: str, content: str, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    alone = gguf_tokenizer(read_header(tiny_gguf), Silent())
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / name).write_text(content)
+    path = Path(shutil.copy(tiny_gguf, tmp_path / "m.gguf"))
+    tokenizer = gguf_tokenizer(read_header(path), Silent())
+    assert type(tokenizer) is type(alone)
+    assert tokenizer.model_max_length == alone.model_max_length

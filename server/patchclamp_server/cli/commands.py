@@ -26,10 +26,10 @@ def serve(args: argparse.Namespace) -> int:
     from patchclamp_server.security.configuration import ConfigurationError
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    config = config_from(args)
-    if config.tracing == "otlp":
-        _log_trace_ids()
     try:
+        config = config_from(args)
+        if config.tracing == "otlp":
+            _log_trace_ids()
         check_files(config)
         # This comes before the model: whoever starts a second server need not wait for weights to hear of the first.
         reserved = reserve(config)

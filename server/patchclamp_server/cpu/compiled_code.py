@@ -27,6 +27,10 @@ def keep_compiled_code() -> None:
     """Sets NUMBA_CACHE_DIR, unless the operator has, before numba is imported: the package may be read-only."""
     if "NUMBA_CACHE_DIR" not in os.environ:
         os.environ["NUMBA_CACHE_DIR"] = _directory()
+    # numba reads the variable when it is imported.
+    from patchclamp_server.cpu.code_files import share_files
+
+    share_files()
 
 
 def sources() -> list[Path]:
@@ -45,9 +49,9 @@ def _directory() -> str:
     digest = hashlib.sha256()
     for path in sources():
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    root = cache_root() / "numba"
-    directory = root / digest.hexdigest()[:16]
     try:
+        root = cache_root() / "numba"
+        directory = root / digest.hexdigest()[:16]
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             os.utime(directory)

@@ -31,7 +31,10 @@ def cached_model(key: str, build: Callable[[Path], None], progress: Progress) ->
     An entry that does not match its manifest is thrown away and built again. What `build` raises is passed on, and
     leaves no entry. Raises CacheUnwritable where the cache cannot be written and has no such entry.
     """
-    models = cache_root() / "models"
+    try:
+        models = cache_root() / "models"
+    except OSError as error:
+        raise CacheUnwritable(f"there is no cache: {error}") from error
     entry = models / key
     if not is_sound(entry):
         try:

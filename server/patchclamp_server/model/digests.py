@@ -169,10 +169,12 @@ def _recall(path: Path, stat: os.stat_result, kind: str) -> Parts | None:
 def _remember(path: Path, stat: os.stat_result, kind: str, parts: Parts) -> None:
     """Remembers digests where the cache can be written. Others are computed again at the next start."""
     record = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "parts": parts}
+    where = ""
     try:
+        where = f"{cache_root()}: "
         write_atomically(_record_path(path, kind), json.dumps(record).encode())
     except OSError as error:
-        _say_once(f"{cache_root()}: {error.strerror or error}")
+        _say_once(f"{where}{error.strerror or error}")
 
 
 @functools.cache

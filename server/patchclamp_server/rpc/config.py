@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from errno import ENOENT
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,11 @@ DEFAULT_WATCH_POLL_SECONDS = 5.0
 
 
 def default_artifacts_url() -> str:
-    """Returns patchclamp/artifacts below the XDG data home."""
-    data_home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    """Returns patchclamp/artifacts below the XDG data home. Raises OSError where that is not known."""
+    try:
+        data_home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    except RuntimeError as error:
+        raise FileNotFoundError(ENOENT, "this user has no home directory, and --artifacts-url names none") from error
     return str(Path(data_home) / "patchclamp" / "artifacts")
 
 

@@ -28,7 +28,13 @@ def give_back_start_memory() -> None:
     if trim := getattr(libc, "malloc_trim", None):
         trim(0)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for start, end in clean_code(Path("/proc/self/smaps").read_text()):
+    try:
+        # Paths are any bytes. A sandbox may have no such file, or none that may be read.
+        smaps = Path("/proc/self/smaps").read_text(errors="surrogateescape")
+    except OSError as error:
+        logger.info("pages of libraries stay: %s", error)
+        return
+    for start, end in clean_code(smaps):
         if libc.madvise(start, end - start, _MADV_DONTNEED):
             logger.info("pages of a library stay: errno %d", ctypes.get_errno())
             return
@@ -37,13 +43,21 @@ def give_back_start_memory() -> None:
 def clean_code(smaps: str) -> Iterator[tuple[int, int]]:
     """Returns the addresses of mappings of libraries that cannot be written and of which no page ever was.
 
-    A page that was written, such as one whose addresses the loader has set, is in no file: to drop it would lose it.
+    A page that was written, such as one whose addresses the loader has set, is in no file: to drop it would lose it. It
+    is counted as anonymous, or as swapped where the system has put it on a disk.
     """
     start = end = 0
     is_code = False
-    for line in smaps.splitlines():
+    written: dict[str, bool] = {}
+    # Names of files may have other ends of lines.
+    for line in [*smaps.split("\n"), "0-0 ---p 0 0:0 0"]:
         if mapping := _MAPPING.match(line):
+            if is_code and "Anonymous" in written and not any(written.values()):
+                yield start, end
             start, end = int(mapping["start"], 16), int(mapping["end"], 16)
             is_code = mapping["access"] in ("r-xp", "r--p") and ".so" in Path(mapping["path"]).name
-        elif is_code and line.startswith("Anonymous:") and int(line.split()[1]) == 0:
-            yield start, end
+            written = {}
+            continue
+        name, _, size = line.partition(":")
+        if is_code and name in ("Anonymous", "Swap"):
+            written[name] = size.split()[0] != "0"

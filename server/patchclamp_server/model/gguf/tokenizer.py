@@ -18,7 +18,7 @@ from patchclamp_server.model.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 # This is part of an entry's key: raise it when the same keys are to make another tokenizer.
-VERSION = 1
+VERSION = 2
 
 # `tokenizer.ggml.pre` (names of llama.cpp) says how a byte-level vocabulary splits text before its merges apply.
 # transformers splits by the regular expression of the names that it knows, and as GPT-2 otherwise. These split digits
@@ -45,10 +45,17 @@ def gguf_tokenizer(header: Header, progress: Progress) -> PreTrainedTokenizerBas
 
 
 def convert_tokenizer(header: Header) -> PreTrainedTokenizerBase:
-    """Makes the tokenizer. Raises ModelSourceError where transformers cannot."""
-    path = header.path
-    with foreign_errors(f"the tokenizer of {path} cannot be loaded"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    """Makes the tokenizer of the file alone. Raises ModelSourceError where transformers cannot."""
+    with (
+        foreign_errors(f"the tokenizer of {header.path} cannot be loaded"),
+        # transformers would read the tokenizer files of another model that lie beside it, and ask to run their code.
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        alone = Path(directory) / "model.gguf"
+        alone.symlink_to(header.path.resolve())
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, gguf_file=alone.name, trust_remote_code=False
+        )
         _restore_digit_splitting(tokenizer, header)
     return tokenizer
 
