@@ -14,10 +14,13 @@ ENVIRONMENT = {
 }
 
 
-def configure_threads() -> None:
-    """Sets what the operator has not set. Once torch is imported it only logs that it is too late."""
+def configure_threads(threads: int | None = None) -> None:
+    """Sets what the operator has not set, and that work of the CPU is shared by so many threads; with None torch
+    decides. Once torch is imported it only logs that it is too late."""
     if "torch" in sys.modules:
         logger.warning("torch is imported already: the OpenMP settings of Patchclamp are not applied")
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -162,6 +162,17 @@ def test_a_wrong_variable_is_refused_like_a_wrong_option(monkeypatch: pytest.Mon
         parse()
 
 
+def test_the_threads_that_are_asked_for_are_those_of_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    program = (
+        "from patchclamp_server.cli.commands import main\n"
+        "main(['--threads', '1', '--model', '/missing.gguf', '--address', '127.0.0.1:0', '--metrics-address', '127.0.0.1:0'])\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout == "1\n"
+
+
 def test_reading_the_options_imports_no_torch():
     code = (
         "import argparse, sys; from patchclamp_server.cli.options import add_serve_arguments;"

@@ -16,7 +16,7 @@ TRACED_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s trace_id=%(trace_id)s: %
 
 def serve(args: argparse.Namespace) -> int:
     """Loads the model, serves until SIGTERM or SIGINT, and drains. Returns the exit code."""
-    _configure_process()
+    _configure_process(args.threads)
     from patchclamp_server.engine.faults import is_out_of_memory
     from patchclamp_server.engine.memory.start_memory import give_back_start_memory
     from patchclamp_server.model.errors import ModelSourceError
@@ -77,7 +77,7 @@ def pull(args: argparse.Namespace) -> int:
 
 def quantize_card(args: argparse.Namespace) -> int:
     """Measures what quantising costs a dense model, prints it and keeps it for `serve`. Returns the exit code."""
-    _configure_process()
+    _configure_process(args.threads)
     from patchclamp_server.analysis.quantization import measure
     from patchclamp_server.cli.card import card_text
     from patchclamp_server.model.errors import ModelSourceError
@@ -107,10 +107,10 @@ def _failed(command: str, error: Exception | str) -> int:
     return 1
 
 
-def _configure_process() -> None:
+def _configure_process(threads: int | None = None) -> None:
     """Sets threads, and where compiled code is kept (the package may be read-only), before torch and numba are
     imported."""
-    configure_threads()
+    configure_threads(threads)
     keep_compiled_code()
 
 

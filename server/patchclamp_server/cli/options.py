@@ -67,6 +67,7 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `quantize-card`."""
     add_model_arguments(parser)
     _add_quantize(parser)
+    _add_threads(parser)
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +94,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
     _add(parser, "--device", help="torch device (default: cpu)")
+    _add_threads(parser)
     _add_quantize(parser)
     _add(
         parser,
@@ -225,6 +227,15 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         type=one_of(*QUANTIZE),
         help=f"quantise dense weights when they load: {', '.join(QUANTIZE)} (default: as they are)",
+    )
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    _add(
+        parser,
+        "--threads",
+        type=positive,
+        help="threads that share the work of the CPU, at most its cores (default: OMP_NUM_THREADS, else all cores)",
     )
 
 
