@@ -73,3 +73,25 @@ def test_a_directory_that_the_operator_names_is_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NUMBA_CACHE_DIR", "elsewhere")
     keep_compiled_code()
     assert os.environ["NUMBA_CACHE_DIR"] == "elsewhere"
+
+
+def test_whoever_waits_for_the_first_start_is_told_that_it_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATCHCLAMP_CACHE", str(tmp_path))
+    told = []
+    for _ in range(2):
+        monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+        told.append(keep_compiled_code())
+    assert told[0].startswith("the first start compiles, which takes a minute or more; later ones find it in ")
+    assert told[1] == ""
+
+
+def test_whoever_starts_where_nothing_can_be_kept_is_told_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "numba").write_text("in the way of the directory")
+    monkeypatch.setenv("PATCHCLAMP_CACHE", str(tmp_path))
+    for _ in range(2):
+        monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+        assert keep_compiled_code().startswith(f"{tmp_path / 'numba'} cannot be written: every start compiles anew")

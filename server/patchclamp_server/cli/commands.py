@@ -10,13 +10,15 @@ from patchclamp_server.cli.options import add_serve_arguments, config_from
 from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
+logger = logging.getLogger(__name__)
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 TRACED_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s trace_id=%(trace_id)s: %(message)s"
 
 
 def serve(args: argparse.Namespace) -> int:
     """Loads the model, serves until SIGTERM or SIGINT, and drains. Returns the exit code."""
-    _configure_process(args.threads)
+    said = _configure_process(args.threads)
     from patchclamp_server.engine.faults import is_out_of_memory
     from patchclamp_server.engine.memory.start_memory import give_back_start_memory
     from patchclamp_server.model.errors import ModelSourceError
@@ -26,6 +28,8 @@ def serve(args: argparse.Namespace) -> int:
     from patchclamp_server.security.configuration import ConfigurationError
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    if said:
+        logger.info("%s", said)
     config = config_from(args)
     if config.tracing == "otlp":
         _log_trace_ids()
@@ -107,11 +111,11 @@ def _failed(command: str, error: Exception | str) -> int:
     return 1
 
 
-def _configure_process(threads: int | None = None) -> None:
+def _configure_process(threads: int | None = None) -> str:
     """Sets threads, and where compiled code is kept (the package may be read-only), before torch and numba are
-    imported."""
+    imported. Returns what `keep_compiled_code` has to say."""
     configure_threads(threads)
-    keep_compiled_code()
+    return keep_compiled_code()
 
 
 def _log_trace_ids() -> None:
