@@ -76,6 +76,30 @@ def test_a_directory_that_the_operator_names_is_kept(monkeypatch: pytest.MonkeyP
     assert os.environ["NUMBA_CACHE_DIR"] == "elsewhere"
 
 
+def test_whoever_waits_for_the_first_start_is_told_that_it_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATCHCLAMP_CACHE", str(tmp_path))
+    told = []
+    for _ in range(2):
+        monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+        told.append(keep_compiled_code())
+    assert told[0].startswith("the first start compiles, which takes a minute or more; later ones find it in ")
+    assert told[1] == ""
+
+
+def test_whoever_starts_where_nothing_can_be_kept_is_told_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "numba").write_text("in the way of the directory")
+    monkeypatch.setenv("PATCHCLAMP_CACHE", str(tmp_path))
+    for _ in range(2):
+        monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+        said = keep_compiled_code()
+        assert said.startswith("every start compiles anew, which takes a minute or more: ")
+        assert str(tmp_path / "numba") in said
+
+
 # It compiles a function whose closure says what it returns, and waits for a line before it does what it is told of.
 FUNCTION = """
 import sys

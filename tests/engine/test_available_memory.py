@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from patchclamp_server.engine.memory.available import available_memory
+from patchclamp_server.engine.memory.on_top import admit_sparse_weights
+from patchclamp_server.errors import FailedPrecondition
 
 GIB = 1 << 30
 V1_UNLIMITED = 9223372036854771712
@@ -89,3 +91,10 @@ def test_a_group_that_has_passed_its_limit_leaves_nothing(tmp_path: Path) -> Non
 
 def test_this_machine_can_be_asked() -> None:
     assert available_memory().bytes > 0
+
+
+def test_copies_of_weights_that_the_machine_has_no_room_for_are_refused_with_the_numbers(tmp_path: Path) -> None:
+    machine(tmp_path, available=5 * GIB, resident=GIB)
+    admit_sparse_weights(5 * GIB, root=tmp_path)
+    with pytest.raises(FailedPrecondition, match=r"MLP weights, 5\.50 GiB, and 5\.00 GiB are available \(MemAvail"):
+        admit_sparse_weights(5 * GIB + GIB // 2, root=tmp_path)

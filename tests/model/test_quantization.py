@@ -109,7 +109,7 @@ def test_rows_that_are_not_whole_blocks_get_another_format_and_the_card_says_so(
     assert formats["layers.0.self_attn.q_proj.weight"] == ("q4_k", "")
     assert formats["embed_tokens.weight"] == ("q6_k", "")
     assert formats["layers.1.mlp.down_proj.weight"] == ("q5_0", "q4_k")
-    assert "2 matrices are in q5_0: their rows of 320 weights are not whole blocks of 256, as q4_k has" in caplog.text
+    assert "2 matrices are in q5_0: rows of 320 weights are not whole blocks of 256, as q4_k has" in caplog.text
 
 
 def test_a_matrix_without_blocks_stays_as_it_is(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from patchclamp_server.cli.commands import main
-from patchclamp_server.cli.options import add_serve_arguments, config_from
+from patchclamp_server.cli.options import ENGINE_OPTIONS, SWITCHES, add_serve_arguments, config_from
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.rpc.at_start import check_files, load
 from patchclamp_server.rpc.config import ServerConfig, WatchAtStart
@@ -160,6 +160,29 @@ def test_a_wrong_variable_is_refused_like_a_wrong_option(monkeypatch: pytest.Mon
     monkeypatch.setenv(variable, value)
     with pytest.raises(argparse.ArgumentError):
         parse()
+
+
+def test_the_threads_that_are_asked_for_are_those_of_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    program = (
+        "from patchclamp_server.cli.commands import main\n"
+        "here = '127.0.0.1:0'\n"
+        "main(['--threads', '1', '--model', '/missing.gguf', '--address', here, '--metrics-address', here])\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout == "1\n"
+
+
+def test_the_help_says_the_default_of_every_option_of_the_engine_and_what_a_switch_takes():
+    parser = argparse.ArgumentParser()
+    add_serve_arguments(parser)
+    options = {action.dest: action for action in parser._actions}
+    for name in set(ENGINE_OPTIONS) - {"max_waiting_kv_tokens"}:
+        text, default = options[name].help or "", getattr(EngineConfig(), name)
+        assert f"(default: {default:g}" in text or f"(default: {default}" in text, name
+    for name in ("prefix_cache", "kernels", "batch_invariant", "decode_graphs", *SWITCHES):
+        assert options[name].metavar == "on|off", name
 
 
 def test_reading_the_options_imports_no_torch():

@@ -65,7 +65,10 @@ def process(tiny_llama_dir: Path, tmp_path: Path) -> Iterator["subprocess.Popen[
     command = [sys.executable, "-m", "patchclamp_server.cli", "--model", str(tiny_llama_dir)]
     addresses = ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", "--artifacts-url", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([*command, *addresses], stdout=subprocess.PIPE, text=True, env=environment)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, *addresses], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        )
     yield process
     process.kill()
     process.wait()
@@ -112,6 +115,14 @@ def test_an_idle_server_ends_at_once(process: "subprocess.Popen[str]"):
     address_of(process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
+
+
+def test_whoever_interrupts_a_server_is_told_what_it_waits_for(process: "subprocess.Popen[str]", tmp_path: Path):
+    address_of(process)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=PATIENCE_SECONDS)
+    log = (tmp_path / "log").read_text()
+    assert "stopping: running calls have 30 s to finish; a second signal ends at once" in log
 
 
 def test_work_beyond_the_drain_time_is_cancelled(live_server: LiveServer, tmp_path: Path):

@@ -4,7 +4,7 @@ from patchclamp_server.model.info import ModelInfo
 
 
 def card_text(info: ModelInfo) -> str:
-    """Returns the quality, a line for each format, and the matrices that have another than that of the scheme."""
+    """Returns the quality, a line for each format, and how many matrices have another than that of the scheme."""
     card = info.quantization
     assert card is not None
     lines = [f"{info.name} in {card.scheme}: {card.bits_per_weight:.2f} bits a weight"]
@@ -21,7 +21,5 @@ def card_text(info: ModelInfo) -> str:
             f"  {of.format:6}  {of.matrices:8}  {of.weights:11,}  {of.bits_per_weight:4.2f}"
             f"  {of.relative_squared_error:.3g}"
         )
-    for matrix in card.matrices:
-        if matrix.wanted:
-            lines.append(f"  {matrix.name}: {matrix.format}, as rows of {matrix.width} are not whole {matrix.wanted}")
+    lines += [f"  {sentence}" for sentence in card.exceptions]
     return "\n".join(lines)

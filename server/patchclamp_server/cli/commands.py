@@ -10,13 +10,15 @@ from patchclamp_server.cli.options import add_serve_arguments, config_from
 from patchclamp_server.cpu.compiled_code import keep_compiled_code
 from patchclamp_server.threads import configure_threads
 
+logger = logging.getLogger(__name__)
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 TRACED_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s trace_id=%(trace_id)s: %(message)s"
 
 
 def serve(args: argparse.Namespace) -> int:
     """Loads the model, serves until SIGTERM or SIGINT, and drains. Returns the exit code."""
-    _configure_process(args.threads, pinned=args.pin_threads == "on")
+    said = _configure_process(args.threads, pinned=args.pin_threads == "on")
     from patchclamp_server.engine.faults import is_out_of_memory
     from patchclamp_server.engine.memory.start_memory import give_back_start_memory
     from patchclamp_server.model.errors import ModelSourceError
@@ -26,6 +28,8 @@ def serve(args: argparse.Namespace) -> int:
     from patchclamp_server.security.configuration import ConfigurationError
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    if said:
+        logger.info("%s", said)
     try:
         config = config_from(args)
         if config.tracing == "otlp":
@@ -77,7 +81,7 @@ def pull(args: argparse.Namespace) -> int:
 
 def quantize_card(args: argparse.Namespace) -> int:
     """Measures what quantising costs a dense model, prints it and keeps it for `serve`. Returns the exit code."""
-    _configure_process()
+    _configure_process(args.threads)
     from patchclamp_server.analysis.quantization import measure
     from patchclamp_server.cli.card import card_text
     from patchclamp_server.model.errors import ModelSourceError
@@ -107,11 +111,11 @@ def _failed(command: str, error: Exception | str) -> int:
     return 1
 
 
-def _configure_process(threads: int | None = None, *, pinned: bool = False) -> None:
+def _configure_process(threads: int | None = None, *, pinned: bool = False) -> str:
     """Sets threads, and where compiled code is kept (the package may be read-only), before torch and numba are
-    imported."""
+    imported. Returns what `keep_compiled_code` has to say."""
     configure_threads(threads, pinned=pinned)
-    keep_compiled_code()
+    return keep_compiled_code()
 
 
 def _log_trace_ids() -> None:

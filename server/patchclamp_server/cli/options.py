@@ -44,29 +44,35 @@ SWITCHES = {
 }
 # These are options of the engine, whose own defaults hold where none is given.
 ENGINE_OPTIONS = {
-    "max_sequences": "sequences that run at once",
-    "max_tokens_per_step": "token rows of one forward pass",
-    "kv_block_size": "tokens in a KV block",
+    "max_sequences": "sequences that run at once (default: 64)",
+    "max_tokens_per_step": "token rows of one forward pass (default: 512)",
+    "kv_block_size": "tokens in a KV block (default: 16)",
     "kv_cache_tokens": "tokens the KV cache holds (default: 65536, or as many as fit)",
     "analysis_slowdown": "how many times as long a stream may wait for a token beside analysis, above 1 (default: 1.5)",
-    "max_failed_steps": "forward passes that may fail in a row before the server ends",
-    "max_watches": "watches that may run, at most 63",
-    "max_watched_items": "items that may be watched",
-    "max_waiting": "requests that may wait; more are refused with RESOURCE_EXHAUSTED",
+    "max_failed_steps": "forward passes that may fail in a row before the server ends (default: 8)",
+    "max_watches": "watches that may run, at most 63 (default: 16)",
+    "max_watched_items": "items that may be watched (default: 8192)",
+    "max_waiting": "requests that may wait; more are refused with RESOURCE_EXHAUSTED (default: 1024)",
     "max_waiting_kv_tokens": "tokens of KV cache that waiting requests may need (default: eight times what there is)",
 }
 ENGINE_TYPES = {"max_watches": watch_count, "analysis_slowdown": slowdown}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    _add(parser, "--model", help='"embedded", a hub id, a directory or a .gguf file (default: embedded)')
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    _add(
+        parser,
+        "--model",
+        help='"embedded", a hub id, a directory or a .gguf file, of a split one any part (default: embedded)',
+    )
+    _add_json(parser)
 
 
 def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `quantize-card`."""
-    add_model_arguments(parser)
-    _add_quantize(parser)
+    _add(parser, "--model", help="a hub id, or a directory with safetensors (needed)")
+    _add_json(parser)
+    _add_quantize(parser, "needed")
+    _add_threads(parser)
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,11 +99,14 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--artifacts-url", help="directory or fsspec URL (default: patchclamp/artifacts in the data home)")
     _add(parser, "--dtype", type=one_of(*DTYPES), help="float32, bfloat16 or float16 (default: float32)")
     _add(parser, "--device", help="torch device (default: cpu)")
-    _add_quantize(parser)
+    _add_threads(parser)
+    _add(parser, "--pin-threads", type=one_of("on", "off"), help="keep each on a core of its own (default: off)")
+    _add_quantize(parser, "default: as they are")
     _add(
         parser,
         "--memory",
         type=size,
+        metavar="SIZE",
         help="what all of the server may take, e.g. 4GiB: the KV cache gets what the model leaves (default: as many "
         "tokens as --kv-cache-tokens has by default, or as fit)",
     )
@@ -114,8 +123,6 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="what products with coded weights take: float32 is as --dtype has it; int8, on a CPU, is faster and less "
         "exact (default: float32)",
     )
-    _add(parser, "--threads", type=positive, help="of a step on a CPU, at most one a core (default: one a core)")
-    _add(parser, "--pin-threads", type=one_of("on", "off"), help="keep each on a core of its own (default: off)")
     _add(parser, "--max-message-bytes", type=positive, help="largest request (default: 4 MiB)")
     _add(parser, "--max-calls", type=positive, help="calls answered at once, streams included (default: 4096)")
     _add(parser, "--max-upload-bytes", type=positive, help="largest artifact (default: 256 MiB)")
@@ -146,22 +153,36 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in ENGINE_OPTIONS.items():
         _add(parser, f"--{name.replace('_', '-')}", type=ENGINE_TYPES.get(name, positive), help=text)
-    _add(parser, "--prefix-cache", type=one_of("on", "off"), help="reuse KV blocks of equal prefixes (default: on)")
-    _add(parser, "--kernels", type=one_of("on", "off"), help="run steps on Triton kernels (default: on with CUDA)")
+    _add(
+        parser,
+        "--prefix-cache",
+        type=one_of("on", "off"),
+        metavar="on|off",
+        help="reuse KV blocks of equal prefixes (default: on)",
+    )
+    _add(
+        parser,
+        "--kernels",
+        type=one_of("on", "off"),
+        metavar="on|off",
+        help="run steps on Triton kernels (default: on with CUDA)",
+    )
     _add(
         parser,
         "--batch-invariant",
         type=one_of("on", "off"),
+        metavar="on|off",
         help="what a request is told does not depend on what else runs (default: on in float32 on a CPU)",
     )
     for name, text in SECURITY_FILES.items():
         _add(parser, f"--{name.replace('_', '-')}", help=text)
     for name, text in SWITCHES.items():
-        _add(parser, f"--{name.replace('_', '-')}", type=one_of("on", "off"), help=text)
+        _add(parser, f"--{name.replace('_', '-')}", type=one_of("on", "off"), metavar="on|off", help=text)
     _add(
         parser,
         "--decode-graphs",
         type=one_of("on", "off"),
+        metavar="on|off",
         help="replay decode steps as CUDA graphs (default: on with CUDA)",
     )
     _add(
@@ -188,7 +209,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="a checkpoint that neurons may be matched with, loaded when that is asked for; repeatable, or with commas",
     )
-    _add(parser, "--tracing", type=tracing, help="otlp: send OpenTelemetry traces to a collector (default: off)")
+    _add(
+        parser,
+        "--tracing",
+        type=tracing,
+        metavar="otlp|off",
+        help="otlp: send OpenTelemetry traces to a collector (default: off)",
+    )
     _add(
         parser,
         "--otlp-endpoint",
@@ -221,12 +248,25 @@ def config_from(args: argparse.Namespace) -> "ServerConfig":
     return ServerConfig(engine=EngineConfig(**engine), **{n: v for n, v in given.items() if n in fields})
 
 
-def _add_quantize(parser: argparse.ArgumentParser) -> None:
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _add_quantize(parser: argparse.ArgumentParser, otherwise: str) -> None:
     _add(
         parser,
         "--quantize",
         type=one_of(*QUANTIZE),
-        help=f"quantise dense weights when they load: {', '.join(QUANTIZE)} (default: as they are)",
+        help=f"blocks that dense weights in safetensors become: {', '.join(QUANTIZE)} ({otherwise})",
+    )
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    _add(
+        parser,
+        "--threads",
+        type=positive,
+        help="threads that share the work of the CPU, at most its cores (default: OMP_NUM_THREADS, else all cores)",
     )
 
 

@@ -23,14 +23,17 @@ _IMPORTS = re.compile(rf"^\s*from {_PACKAGE.name}\.([\w.]+) import", re.MULTILIN
 _KEPT_SECONDS = 30 * 24 * 3600
 
 
-def keep_compiled_code() -> None:
-    """Sets NUMBA_CACHE_DIR, unless the operator has, before numba is imported: the package may be read-only."""
+def keep_compiled_code() -> str:
+    """Sets NUMBA_CACHE_DIR, unless the operator has, before numba is imported: the package may be read-only. Returns
+    what whoever waits for a start should know, or ""."""
+    said = ""
     if "NUMBA_CACHE_DIR" not in os.environ:
-        os.environ["NUMBA_CACHE_DIR"] = _directory()
+        os.environ["NUMBA_CACHE_DIR"], said = _directory()
     # numba reads the variable when it is imported.
     from patchclamp_server.cpu.code_files import share_files
 
     share_files()
+    return said
 
 
 def sources() -> list[Path]:
@@ -44,23 +47,26 @@ def sources() -> list[Path]:
     return sorted(found)
 
 
-def _directory() -> str:
-    """Returns a directory below the cache; where that cannot be written, one that is removed with this process."""
+def _directory() -> tuple[str, str]:
+    """Returns a directory below the cache, or where that cannot be written one that is removed with this process, and
+    what to say when there is nothing in it yet."""
     digest = hashlib.sha256()
     for path in sources():
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     try:
         root = cache_root() / "numba"
         directory = root / digest.hexdigest()[:16]
+        is_new = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             os.utime(directory)
-    except OSError:
+    except OSError as error:
         temporary = tempfile.mkdtemp(prefix="patchclamp-numba-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return temporary
+        return temporary, f"every start compiles anew, which takes a minute or more: {error}"
     _remove_unused(root)
-    return str(directory)
+    said = f"the first start compiles, which takes a minute or more; later ones find it in {directory}"
+    return str(directory), said if is_new else ""
 
 
 def _remove_unused(root: Path) -> None:

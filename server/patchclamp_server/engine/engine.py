@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ from patchclamp_server.engine.executors.operator_executor import OperatorExecuto
 from patchclamp_server.engine.intake import Intake
 from patchclamp_server.engine.kv_cache import KvCache
 from patchclamp_server.engine.live import LiveRequests
+from patchclamp_server.engine.memory.on_top import admit_sparse_weights
 from patchclamp_server.engine.request import Priority, Request
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.sampler import warm_up
@@ -67,7 +69,11 @@ class Engine:
             max_kv_tokens=self.config.max_waiting_kv_tokens or 8 * self.config.kv_cache_tokens,
         )
         # Sparse policies are bound to this one model, for all requests.
-        self.sparse_model = SparseModel(model.info.fingerprint, model.decoder)
+        self.sparse_model = SparseModel(
+            model.info.fingerprint,
+            model.decoder,
+            admit=partial(admit_sparse_weights, device=str(model.decoder.device)),
+        )
         self.executor = _executor(self.sparse_model, self.cache, self.config)
         self.tables = self.executor.tables
         kv_tokens = self.cache.n_blocks * self.config.kv_block_size

@@ -259,6 +259,9 @@ class Server:
             loop.remove_signal_handler(number)
             # asyncio would take a second SIGINT for a reason to wait for every thread.
             signal.signal(number, signal.SIG_DFL)
+        logger.info(
+            "stopping: running calls have %g s to finish; a second signal ends at once", self.config.drain_seconds
+        )
         await self.stop()
         if self.engine.failure is not None:
             raise EngineStopped(f"the engine stopped: {self.engine.failure!r}") from self.engine.failure

@@ -52,7 +52,8 @@ class MlpWeights:
 
 @dataclass(frozen=True, eq=False)
 class SparseModel:
-    """Has what policies need of a model. `layers` are materialised when first asked for.
+    """Has what policies need of a model. `layers` are materialised when first asked for: `admit` is told before how
+    many bytes that takes, and raises where there are not as many.
 
     `derived` is what policies made of the weights (norms, sketches), shared by all that are bound to this model.
     """
@@ -60,6 +61,7 @@ class SparseModel:
     fingerprint: str
     decoder: Decoder
     derived: dict[str, Any] = field(default_factory=dict)
+    admit: Callable[[int], None] = lambda _: None
 
     @property
     def spec(self) -> DecoderSpec:
@@ -71,6 +73,8 @@ class SparseModel:
 
     @cached_property
     def layers(self) -> tuple[MlpWeights, ...]:
+        numbers = sum(_copied(block, self.spec) for block in self.decoder.blocks)
+        self.admit(numbers * self.decoder.dtype.itemsize)
         return tuple(mlp_weights(block, self.decoder.spec) for block in self.decoder.blocks)
 
 
@@ -152,6 +156,12 @@ def mlp_weights(block: Block, spec: DecoderSpec) -> MlpWeights:
     gate, up = fused.view(2, spec.d_ff, -1).unbind(0)
     gate_bias, up_bias = (None, None) if bias is None else bias.view(2, -1).unbind(0)
     return MlpWeights(spec.activation, gate, up, down, gate_bias, up_bias)
+
+
+def _copied(block: Block, spec: DecoderSpec) -> int:
+    """Returns how many weights `mlp_weights` copies: down is laid out anew, and what is stored becomes dense."""
+    stored = block.mlp_input.weight is None
+    return spec.d_ff * spec.d_model * (1 + stored * (2 if spec.family.gated else 1))
 
 
 def matrix(linear: Linear) -> Tensor:

@@ -5,11 +5,13 @@ bits a weight          = 8 · bytes of the blocks / weights
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from patchclamp_server.cpu.stored import Format
 from patchclamp_server.files import cache_root, write_atomically
 
 
@@ -66,6 +68,16 @@ class QuantizationCard:
     @property
     def relative_squared_error(self) -> float:
         return _error(self.matrices)
+
+    @property
+    def exceptions(self) -> tuple[str, ...]:
+        """Says which matrices have another format than the scheme's: a sentence for all of one kind."""
+        kinds = Counter((of.wanted, of.format, of.width) for of in self.matrices if of.wanted)
+        return tuple(
+            f"{count} {'matrix is' if count == 1 else 'matrices are'} in {format}: rows of {width} weights are not "
+            f"whole blocks of {Format[wanted.upper()].weights}, as {wanted} has"
+            for (wanted, format, width), count in kinds.items()
+        )
 
     @property
     def formats(self) -> tuple[FormatCard, ...]:

@@ -4,7 +4,7 @@ import logging
 import math
 
 from patchclamp_server.cpu.quantize.matrix import quantize_matrix
-from patchclamp_server.cpu.stored import Format, StoredMatrix
+from patchclamp_server.cpu.stored import StoredMatrix
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.quantization.card import MatrixCard, Quality, QuantizationCard
 from patchclamp_server.model.quantization.scheme import Scheme
@@ -46,15 +46,6 @@ class Quantizer:
     def card(self, quality: Quality | None = None) -> QuantizationCard:
         """Returns the card of all matrices so far, and logs those that have another format than the scheme's."""
         card = QuantizationCard(self.scheme.name, tuple(self._cards), quality)
-        others: dict[tuple[str, str, int], int] = {}
-        for matrix in card.matrices:
-            if matrix.wanted:
-                key = (matrix.wanted, matrix.format, matrix.width)
-                others[key] = others.get(key, 0) + 1
-        for (wanted, format, width), count in others.items():
-            size = Format[wanted.upper()].weights
-            logger.warning(
-                "%d matrices are in %s: their rows of %d weights are not whole blocks of %d, as %s has",
-                *(count, format, width, size, wanted),
-            )
+        for sentence in card.exceptions:
+            logger.warning("%s", sentence)
         return card
