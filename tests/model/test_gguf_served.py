@@ -1,5 +1,6 @@
 """GGUF files are served from their blocks: transformers' own model, dequantised from the same file, is the oracle."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from stored_blocks import STORED, Kind
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
+from patchclamp_server.cpu.stored import Format
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf.conversion import converted_gguf
 from patchclamp_server.model.load import load_model, load_pretrained
+from patchclamp_server.model.spec import DecoderSpec
+from patchclamp_server.model.stored_tensors import StoredTensor
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 # Blocks of K formats have 256 weights.
@@ -101,18 +105,47 @@ def test_parts_in_another_order_are_refused(tmp_path: Path) -> None:
         load_model(str(third))
 
 
+def iq4_nl(rows: int) -> tuple[np.ndarray, Kind]:
+    """Rows of 256 random weights in IQ4_NL: blocks of 32 codes with a scale in float16."""
+    blocks = np.random.default_rng(rows).integers(0, 256, (rows, 8, 18), dtype=np.uint8)
+    blocks[:, :, :2] = np.full((rows, 8, 1), 1e-3, dtype="<f2").view(np.uint8)
+    return blocks.reshape(rows, -1), Kind.IQ4_NL
+
+
 def test_a_format_without_products_is_dequantised_when_loaded_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """IQ4_NL: blocks of 32 codes with a scale in float16."""
-    model = wide_llama()
-    weight = tensor = "blk.1.ffn_up.weight"
-    random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (512, 8, 18), dtype=np.uint8)
-    blocks[:, :, :2] = np.full((512, 8, 1), 1e-3, dtype="<f2").view(np.uint8)
-    path = write_gguf(tmp_path / "m.gguf", model, raw={tensor: (blocks.reshape(512, -1), Kind.IQ4_NL)})
+    raw = {f"blk.{layer}.ffn_up.weight": iq4_nl(512) for layer in range(2)}
+    path = write_gguf(tmp_path / "m.gguf", wide_llama(), raw=raw)
     assert_serves(path, dequantised(path))
-    assert f"tensor {weight} of IQ4_NL takes {512 * 256 * 4} bytes as float32" in caplog.text
+    # One line for all of a format: real files have hundreds.
+    assert "no product reads IQ4_NL where it lies: as float32 2 tensors take 1.00 MiB" in caplog.text
+    assert 2 * 512 * 256 * 4 == 1 << 20
+
+
+def test_queries_and_keys_in_a_format_without_products_are_rotated_like_others(tmp_path: Path) -> None:
+    """llama.cpp's converter reorders their rows, whatever format they get."""
+    raw = {"blk.0.attn_q.weight": iq4_nl(256), "blk.1.attn_k.weight": iq4_nl(128)}
+    path = write_gguf(tmp_path / "m.gguf", wide_llama(), raw=raw)
+    assert_serves(path, dequantised(path))
+
+
+def test_a_format_without_products_is_not_dequantised_before_its_memory_is_admitted(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", wide_llama(), raw={"blk.0.ffn_up.weight": iq4_nl(512)})
+    taken: list[int] = []
+
+    def admit(spec: DecoderSpec, tensors: list[StoredTensor]) -> None:
+        taken.append(tracemalloc.get_traced_memory()[0] - before)
+        assert any(each.format is Format.F32 and each.shape == (512, 256) for each in tensors)
+
+    load_model(str(path))  # What is imported and remembered is there now.
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        load_model(str(path), admit=admit)
+    finally:
+        tracemalloc.stop()
+    assert taken[0] < 512 * 256 * 4
 
 
 def test_a_format_of_integers_is_refused(tmp_path: Path) -> None:

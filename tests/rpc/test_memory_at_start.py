@@ -56,6 +56,14 @@ def test_the_plan_is_said_before_the_model_is_loaded(tiny_llama_dir: Path, caplo
     assert 65 * (16 * 2 * 2 * (8 + 16) * 4 + 512) // 1024 == 422
 
 
+def test_what_is_served_is_said_in_a_line(tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    info = load(parse("--model", str(tiny_llama_dir), "--quantize", "q8_0", "--kv-dtype", "int8")).model.info
+    assert "float32 on cpu), activations float32, keys and values int8, fingerprint " in caplog.text
+    assert f"{info.fingerprint}\n" in caplog.text
+    assert "-quantized-q8_0-" in info.fingerprint
+
+
 def test_the_engine_gets_the_cache_that_was_planned(tiny_llama_dir: Path) -> None:
     bound = resident_memory() + 2 * GIB
     loaded = load(parse("--model", str(tiny_llama_dir), "--memory", f"{bound // MIB}MiB"))

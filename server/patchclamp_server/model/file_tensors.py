@@ -4,7 +4,9 @@ Nothing is read before it is asked for: a tensor is bytes of a mapped file, its 
 safetensors (safetensors_files.py), those of GGUF (gguf/tensors.py) and a model in memory are told apart here no more.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,16 +22,21 @@ _FORMATS = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16
 
 @dataclass(frozen=True, eq=False)
 class FileTensor:
-    """A vector or matrix of one format. `memory` has its bytes, row by row, and no others.
+    """A vector or matrix of one format. `memory` has its bytes, row by row, and no others; `source` is it, or makes it
+    when it is first asked for.
 
     Row i is row order[i] in `memory`, where there is an order; `shift` is added to what is stored.
     """
 
     format: Format
     shape: tuple[int, ...]
-    memory: NDArray[np.uint8]
+    source: NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
     order: NDArray[np.int64] | None = field(default=None)
     shift: float = 0.0
+
+    @cached_property
+    def memory(self) -> NDArray[np.uint8]:
+        return self.source() if callable(self.source) else self.source
 
     @property
     def nbytes(self) -> int:

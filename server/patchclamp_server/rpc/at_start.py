@@ -97,5 +97,11 @@ def load(config: ServerConfig, progress: Progress | None = None) -> Loaded:
         activations=torch.int8 if rounds else None,
         progress=progress,
     )
+    info = model.info
+    logger.info(
+        "model: %s (%s, %s on %s), activations %s, keys and values %s, fingerprint %s",
+        *(info.name, info.architecture, info.dtype, info.device, info.activations),
+        *(info.dtype if engine.kv_dtype == "model" else engine.kv_dtype, info.fingerprint),
+    )
     planned = replace(config, engine=replace(engine, kv_cache_tokens=plans[0].kv_tokens))
     return Loaded(model, planned, plans[0])

@@ -20,7 +20,7 @@ from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.file_tensors import FileTensor, FileTensors
 from patchclamp_server.model.gguf.header import Entry
 from patchclamp_server.model.gguf.metadata import Metadata
-from patchclamp_server.model.gguf.unread_formats import dequantised
+from patchclamp_server.model.gguf.unread_formats import dequantised, say_dequantised
 from patchclamp_server.model.parameters import Parameters
 
 SHOWN = 5
@@ -39,6 +39,7 @@ def map_gguf(metadata: Metadata, config: PreTrainedConfig, parameters: Parameter
     if unknown := [name for name in entries if name not in names]:
         raise ModelSourceError(f"{path} has {_shown(unknown, 'tensor')} that a {kind} does not use")
     tensors = {}
+    unread: dict[str, list[int]] = {}
     for name, entry in entries.items():
         parameter = names[name]
         wanted = parameters.shapes[parameter]
@@ -47,6 +48,9 @@ def map_gguf(metadata: Metadata, config: PreTrainedConfig, parameters: Parameter
         if entry.shape != wanted:
             raise ModelSourceError(f"{path}: tensor {name} has shape {list(entry.shape)}, expected {list(wanted)}")
         tensors[parameter] = _stored(metadata, name, entry, config)
+        if entry.format not in set(Format):
+            unread.setdefault(GGMLQuantizationType(entry.format).name, []).append(prod(entry.shape))
+    say_dequantised(path, unread)
     return FileTensors(path, tensors, products_transposed=False)
 
 
@@ -70,8 +74,13 @@ def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfi
     kind = GGMLQuantizationType(entry.format) if entry.format in set(GGMLQuantizationType) else None
     if kind is None:
         raise ModelSourceError(f"{path}: tensor {name} is of format {entry.format}, which is not supported")
+    order = None
+    if metadata.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+        heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+        order = _rotary_order(shape[0], heads)
+    shift = -1.0 if metadata.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
     if entry.format not in set(Format):
-        return FileTensor(Format.F32, shape, dequantised(path, name, kind, shape, memory))
+        return FileTensor(Format.F32, shape, dequantised(path, name, kind, shape, memory), order, shift)
     format = Format(kind)
     try:
         size = prod(shape[:-1]) * format.row_bytes(shape[-1])
@@ -79,11 +88,6 @@ def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfi
         raise ModelSourceError(f"{path}: tensor {name}: {error}") from error
     if size > len(memory):
         raise ModelSourceError(f"{path} is not a whole GGUF file: tensor {name} has {len(memory)} of {size} bytes")
-    order = None
-    if metadata.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-        heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
-        order = _rotary_order(shape[0], heads)
-    shift = -1.0 if metadata.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
     return FileTensor(format, shape, memory[:size], order, shift)
 
 
