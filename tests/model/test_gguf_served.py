@@ -1,5 +1,6 @@
 """GGUF files are served from their blocks: transformers' own model, dequantised from the same file, is the oracle."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from transformers import PreTrainedModel
 
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf.conversion import converted_gguf
+from patchclamp_server.model.gguf.header import read_header
 from patchclamp_server.model.load import load_model, load_pretrained
+from patchclamp_server.model.spec import DecoderSpec
+from patchclamp_server.model.stored_tensors import StoredTensor
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 # Blocks of K formats have 256 weights.
@@ -113,6 +117,34 @@ def test_a_format_without_products_is_dequantised_when_loaded_and_said(
     path = write_gguf(tmp_path / "m.gguf", model, raw={tensor: (blocks.reshape(512, -1), Kind.IQ4_NL)})
     assert_serves(path, dequantised(path))
     assert f"tensor {weight} of IQ4_NL takes {512 * 256 * 4} bytes as float32" in caplog.text
+
+
+def test_memory_is_planned_before_a_format_without_products_is_dequantised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = {"blk.1.ffn_up.weight": (np.zeros((512, 8 * 18), dtype=np.uint8), Kind.IQ4_NL)}
+    path = write_gguf(tmp_path / "m.gguf", wide_llama(), raw=raw)
+
+    def refuse(spec: DecoderSpec, tensors: list[StoredTensor]) -> None:
+        (own,) = (tensor for tensor in tensors if tensor.name == "model.layers.1.mlp.up_proj.weight")
+        raise ModelSourceError(f"it takes {own.nbytes} bytes")
+
+    with pytest.raises(ModelSourceError, match=f"it takes {512 * 256 * 4} bytes"):
+        load_model(str(path), admit=refuse)
+    assert "as float32" not in caplog.text
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    """The offset of one is that of another of its shape."""
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
+    content, entries = path.read_bytes(), read_header(path).entries
+    up = b"blk.1.ffn_up.weight" + struct.pack("<IQQI", 2, 48, 80, 0)
+    at = content.index(up) + len(up)
+    first = min(entry.offset for entry in entries.values())
+    other = struct.pack("<Q", entries["blk.0.ffn_up.weight"].offset - first)
+    path.write_bytes(content[:at] + other + content[at + 8 :])
+    with pytest.raises(ModelSourceError, match=r"tensor blk\.1\.ffn_up\.weight begins within tensor blk\.0\.ffn_up"):
+        load_model(str(path))
 
 
 def test_a_format_of_integers_is_refused(tmp_path: Path) -> None:

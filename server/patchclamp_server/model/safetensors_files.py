@@ -71,6 +71,10 @@ def _stored(path: Path, name: str, entry: dict[str, list[int]], memory: NDArray[
         raise ModelSourceError(f"{path}: {name} has {len(memory)} bytes for shape {shape} of {dtype}")
     if dtype == "F64":
         # No product reads these.
-        narrow = torch.from_numpy(memory.copy().view(np.float64)).float().numpy()
-        return FileTensor(Format.F32, tuple(shape), narrow.view(np.uint8))
+        return FileTensor(Format.F32, tuple(shape), memory, decode=_narrowed)
     return FileTensor(_FORMATS[dtype], tuple(shape), memory)
+
+
+def _narrowed(memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns float64 as float32."""
+    return torch.from_numpy(memory.copy().view(np.float64)).float().numpy().view(np.uint8)
