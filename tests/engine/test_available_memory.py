@@ -1,10 +1,11 @@
 """What a process can have of memory, read from files of /proc and /sys below a root of the test."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from patchclamp_server.engine.memory.available import available_memory
+from patchclamp_server.engine.memory.available import available_memory, resident_memory
 
 GIB = 1 << 30
 V1_UNLIMITED = 9223372036854771712
@@ -89,3 +90,25 @@ def test_a_group_that_has_passed_its_limit_leaves_nothing(tmp_path: Path) -> Non
 
 def test_this_machine_can_be_asked() -> None:
     assert available_memory().bytes > 0
+
+
+def test_where_the_system_says_nothing_it_is_what_is_installed(tmp_path: Path) -> None:
+    """As on macOS, which has no /proc."""
+    found = available_memory(root=tmp_path)
+    assert found.source == "physical memory"
+    assert found.bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 10 << 20 < resident_memory(tmp_path) < found.bytes
+
+
+def test_a_limit_that_may_not_be_read_bounds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(tmp_path, available=5 * GIB, cgroup="0::/serving\n")
+    group(tmp_path, "serving", limit=4 * GIB, usage=0)
+    read_text = Path.read_text
+
+    def refuse(path: Path) -> str:
+        if path.name.startswith("memory."):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert available_memory(root=tmp_path).bytes == 5 * GIB
