@@ -79,6 +79,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
         "llama with rope_theta=inf is not supported",
     ),
+    "more layers than memory": (
+        {"num_hidden_layers": 1 << 31},
+        "num_hidden_layers=2147483648 is not supported: at most",
+    ),
     "no layers": ({"num_hidden_layers": 0}, "0 layers is not supported"),
 }
 

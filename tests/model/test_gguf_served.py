@@ -97,6 +97,13 @@ def test_a_part_under_another_name_is_refused(tmp_path: Path) -> None:
         load_model(str(alone))
 
 
+def test_of_many_missing_parts_some_are_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m-00001-of-90000.gguf", tiny_model("llama"))
+    with pytest.raises(ModelSourceError, match=r"m-00006-of-90000\.gguf and 89994 more beside it") as refused:
+        load_model(str(path))
+    assert len(str(refused.value)) < 1000
+
+
 def test_parts_in_another_order_are_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", wide_llama(), tensors_in_a_part=8)
     second, third = (tmp_path / f"m-0000{i}-of-00005.gguf" for i in (2, 3))
