@@ -83,7 +83,9 @@ def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfi
     size = prod(shape) // block * block_bytes
     if size > len(memory):
         raise ModelSourceError(f"{path} is not a whole GGUF file: tensor {name} has {len(memory)} of {size} bytes")
-    format, decode = (Format(kind), None) if kind in set(Format) else (Format.F32, decoder(path, name, kind, shape))
+    format, decode = (
+        (Format(kind), None) if entry.format in set(Format) else (Format.F32, decoder(path, name, kind, shape))
+    )
     order = None
     if metadata.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
