@@ -1,10 +1,11 @@
 """What a process can have of memory, read from files of /proc and /sys below a root of the test."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from patchclamp_server.engine.memory.available import available_memory
+from patchclamp_server.engine.memory.available import available_memory, resident_memory
 from patchclamp_server.engine.memory.on_top import admit_sparse_weights
 from patchclamp_server.errors import FailedPrecondition
 
@@ -98,3 +99,25 @@ def test_copies_of_weights_that_the_machine_has_no_room_for_are_refused_with_the
     admit_sparse_weights(5 * GIB, root=tmp_path)
     with pytest.raises(FailedPrecondition, match=r"MLP weights, 5\.50 GiB, and 5\.00 GiB are available \(MemAvail"):
         admit_sparse_weights(5 * GIB + GIB // 2, root=tmp_path)
+
+
+def test_where_the_system_says_nothing_it_is_what_is_installed(tmp_path: Path) -> None:
+    """As on macOS, which has no /proc."""
+    found = available_memory(root=tmp_path)
+    assert found.source == "physical memory"
+    assert found.bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 10 << 20 < resident_memory(tmp_path) < found.bytes
+
+
+def test_a_limit_that_may_not_be_read_bounds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(tmp_path, available=5 * GIB, cgroup="0::/serving\n")
+    group(tmp_path, "serving", limit=4 * GIB, usage=0)
+    read_text = Path.read_text
+
+    def refuse(path: Path) -> str:
+        if path.name.startswith("memory."):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert available_memory(root=tmp_path).bytes == 5 * GIB

@@ -73,6 +73,16 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "compressed tensors, the old key": ({"compression_config": {"format": "int"}}, "(compression_config: unnamed)"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "4 heads cannot share 3 key-value heads"),
     "negative positions": ({"max_position_embeddings": -1}, "-1 positions is not supported"),
+    "an epsilon that is no number": ({"rms_norm_eps": float("nan")}, "llama with rms_norm_eps=nan is not supported"),
+    "a negative epsilon": ({"rms_norm_eps": -1.0}, "llama with rms_norm_eps=-1.0 is not supported"),
+    "a base without end": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
+        "llama with rope_theta=inf is not supported",
+    ),
+    "more layers than memory": (
+        {"num_hidden_layers": 1 << 31},
+        "num_hidden_layers=2147483648 is not supported: at most",
+    ),
     "no layers": ({"num_hidden_layers": 0}, "0 layers is not supported"),
 }
 

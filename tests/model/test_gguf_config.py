@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patchclamp_server.model.errors import ModelSourceError
+from patchclamp_server.model.gguf.header import Header, read_header
+from patchclamp_server.model.gguf.vocabulary import check_vocabulary
 from patchclamp_server.model.load import load_model
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
@@ -154,6 +157,50 @@ def test_a_key_that_would_change_the_computation_is_refused_by_its_name(key: str
     with pytest.raises(ModelSourceError, match=rf"llama\.{key.replace('.', '[.]')} = .*not supported") as refused:
         load_model(str(path))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["attention.layer_norm_rms_epsilon", "attention.scale", "rope.freq_base", "rope.scaling.factor"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused_by_its_key(key: str, value: float, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), keys={key: value})
+    message = rf"llama\.{re.escape(key)} = {value} is not supported: a finite number"
+    with pytest.raises(ModelSourceError, match=message):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("n", [0, 1 << 31])
+def test_a_count_of_blocks_that_the_file_cannot_have_is_refused_before_they_are_listed(n: int, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("gemma3"), keys={"block_count": n})
+    with pytest.raises(
+        ModelSourceError, match=rf"gemma3\.block_count = {n} is not supported: the file has \d+ tensors"
+    ):
+        load_model(str(path))
+
+
+VOCABULARIES: dict[str, tuple[Any, str]] = {
+    "tokenizer.ggml.eos_token_id": (-1, "is -1, which is none of 256 tokens"),
+    "tokenizer.ggml.bos_token_id": (256, "is 256, which is none of 256 tokens"),
+    "tokenizer.ggml.padding_token_id": (2**32 - 1, "is 4294967295, which is none of 256 tokens"),
+    "tokenizer.ggml.unknown_token_id": (1.0, r"is 1\.0, which is none of 256 tokens"),
+    "tokenizer.ggml.token_type": ([1] * 255, "has 255 values for 256 tokens"),
+    "tokenizer.ggml.scores": (["a"], "is no list of numbers"),
+    "tokenizer.ggml.merges": (7, "is no list of strings"),
+    "tokenizer.ggml.tokens": ([1, 2], "is no list of strings"),
+    "tokenizer.chat_template": (1, "is 1, not a string"),
+    "tokenizer.ggml.pre": (["gpt-2"], "is a list of 1, not a string"),
+}
+
+
+@pytest.mark.parametrize("key", VOCABULARIES)
+def test_a_vocabulary_that_cannot_be_is_refused_by_its_key(key: str, tmp_path: Path) -> None:
+    value, message = VOCABULARIES[key]
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
+    header = read_header(path)
+    changed = Header(path, header.values | {key: value}, header.entries, header.metadata)
+    with pytest.raises(ModelSourceError, match=rf"{re.escape(key)} {message}"):
+        check_vocabulary(changed)
 
 
 NEUTRAL: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """GGUF files are served from their blocks: transformers' own model, dequantised from the same file, is the oracle."""
 
+import struct
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf.conversion import converted_gguf
+from patchclamp_server.model.gguf.header import read_header
 from patchclamp_server.model.load import load_model, load_pretrained
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.model.stored_tensors import StoredTensor
@@ -97,6 +99,13 @@ def test_a_part_under_another_name_is_refused(tmp_path: Path) -> None:
         load_model(str(alone))
 
 
+def test_of_many_missing_parts_some_are_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m-00001-of-90000.gguf", tiny_model("llama"))
+    with pytest.raises(ModelSourceError, match=r"m-00006-of-90000\.gguf and 89994 more beside it") as refused:
+        load_model(str(path))
+    assert len(str(refused.value)) < 1000
+
+
 def test_parts_in_another_order_are_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", wide_llama(), tensors_in_a_part=8)
     second, third = (tmp_path / f"m-0000{i}-of-00005.gguf" for i in (2, 3))
@@ -146,6 +155,19 @@ def test_a_format_without_products_is_not_dequantised_before_its_memory_is_admit
     finally:
         tracemalloc.stop()
     assert taken[0] < 512 * 256 * 4
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    """The offset of one is that of another of its shape."""
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"))
+    content, entries = path.read_bytes(), read_header(path).entries
+    up = b"blk.1.ffn_up.weight" + struct.pack("<IQQI", 2, 48, 80, 0)
+    at = content.index(up) + len(up)
+    first = min(entry.offset for entry in entries.values())
+    other = struct.pack("<Q", entries["blk.0.ffn_up.weight"].offset - first)
+    path.write_bytes(content[:at] + other + content[at + 8 :])
+    with pytest.raises(ModelSourceError, match=r"tensor blk\.1\.ffn_up\.weight begins within tensor blk\.0\.ffn_up"):
+        load_model(str(path))
 
 
 def test_a_format_of_integers_is_refused(tmp_path: Path) -> None:

@@ -118,3 +118,18 @@ def test_a_bias_of_integers_is_refused(tmp_path: Path) -> None:
     save(tmp_path, tiny_model("llama"), tensors_of(tmp_path) | {name: torch.ones(80, dtype=torch.int64)})
     with pytest.raises(ModelSourceError, match=rf"{name} is stored as I64, which is not supported: F32, F16"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("moved", "message"), [(-4, "tensors that overlap"), (4, "bytes that belong to no tensor")])
+def test_tensors_that_do_not_lie_one_behind_the_other_are_refused(moved: int, message: str, tmp_path: Path) -> None:
+    save(tmp_path, tiny_model("llama"))
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    norm = header["model.layers.0.input_layernorm.weight"]["data_offsets"]
+    norm[0] += moved
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + size :])
+    with pytest.raises(ModelSourceError, match=message):
+        load_model(str(tmp_path))

@@ -19,7 +19,7 @@ from numba.core.caching import IndexDataCacheFile
 logger = logging.getLogger(__name__)
 
 
-class _CodeFiles(IndexDataCacheFile):  # type: ignore[misc]
+class _CodeFiles(IndexDataCacheFile):
     """An index whose entries have names of their own. What cannot be read is compiled again."""
 
     def _data_name(self, number: int) -> str:
@@ -53,4 +53,4 @@ def _say_once(reason: str) -> None:
 
 def share_files() -> None:
     """Lets numba keep the code of functions that are defined from now on in such files."""
-    caching.IndexDataCacheFile = _CodeFiles
+    caching.IndexDataCacheFile = _CodeFiles  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """This allocates arrays whose records begin at cache lines, and shares work among threads."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -39,3 +40,7 @@ def in_parts(work: Callable[[int, int], Any], n: int, multiple: int, read_bytes:
 @cache
 def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="sparse")
+
+
+# Threads do not live on in a child.
+os.register_at_fork(after_in_child=_workers.cache_clear)

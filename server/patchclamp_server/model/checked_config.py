@@ -16,6 +16,8 @@ from patchclamp_server.model.spec import read_spec
 # Packers of quantised weights say under these keys which format they wrote.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
+# A configuration makes lists of its layers, however many a damaged one has.
+_LAYERS, _MOST_LAYERS = ("num_hidden_layers", "n_layer", "num_layers"), 10_000
 
 # Weights may be stored in these. Integers and eight-bit floats are codes, which mean nothing without their scales.
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -36,6 +38,11 @@ def load_config(directory: Path) -> PreTrainedConfig:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelSourceError(f"{path}: architecture {kind!r} is not supported: {', '.join(FAMILIES)}")
+    text = raw.get("text_config")
+    for key in _LAYERS:
+        for value in (raw.get(key), text.get(key) if isinstance(text, dict) else None):
+            if isinstance(value, int) and value > _MOST_LAYERS:
+                raise ModelSourceError(f"{path}: {key}={value} is not supported: at most {_MOST_LAYERS}")
     with foreign_errors(f"{path} cannot be read"):
         config: PreTrainedConfig = config_class(kind).from_pretrained(directory)
     with foreign_errors(str(path)):

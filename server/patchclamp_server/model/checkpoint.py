@@ -15,6 +15,7 @@ from patchclamp_server.model.gguf.config import gguf_config
 from patchclamp_server.model.gguf.files import read_headers
 from patchclamp_server.model.gguf.metadata import Metadata
 from patchclamp_server.model.gguf.tokenizer import gguf_tokenizer
+from patchclamp_server.model.gguf.vocabulary import check_vocabulary
 from patchclamp_server.model.parameters import parameters_of
 from patchclamp_server.model.progress import Progress
 from patchclamp_server.model.safetensors_files import map_safetensors
@@ -64,6 +65,7 @@ def _gguf(files: Sequence[Path], progress: Progress) -> Checkpoint:
         header = read_headers(files)
         metadata = Metadata(header)
         config = gguf_config(metadata)
+        check_vocabulary(header)
         tensors = map_gguf(metadata, config, parameters_of(config, read_spec(config)))
         ends = gguf_end_token_ids(header.values)
     tokenizer = gguf_tokenizer(header, progress)

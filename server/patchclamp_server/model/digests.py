@@ -11,6 +11,7 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -136,6 +137,10 @@ def read_header(path: Path, file: BinaryIO) -> tuple[dict[str, dict[str, list[in
         raise ModelSourceError(f"{path} is not a safetensors file: its header does not list tensors")
     if data_start + max((end for _, end in spans), default=0) != size:
         raise ModelSourceError(f"{path} is cut short or has bytes that belong to no tensor")
+    for (_, end), (begin, _) in pairwise(sorted(spans)):
+        if begin != end:
+            what = "tensors that overlap" if begin < end else "bytes that belong to no tensor"
+            raise ModelSourceError(f"{path} is damaged: it has {what}")
     return header, data_start
 
 

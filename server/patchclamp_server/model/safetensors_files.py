@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -72,11 +71,10 @@ def _stored(path: Path, name: str, entry: dict[str, list[int]], memory: NDArray[
         raise ModelSourceError(f"{path}: {name} has {len(memory)} bytes for shape {shape} of {dtype}")
     if dtype == "F64":
         # No product reads these.
-        return FileTensor(Format.F32, tuple(shape), partial(_narrowed, memory))
+        return FileTensor(Format.F32, tuple(shape), memory, decode=_narrowed)
     return FileTensor(_FORMATS[dtype], tuple(shape), memory)
 
 
 def _narrowed(memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Returns the bytes of float64 in float32."""
-    narrow: NDArray[np.float32] = torch.from_numpy(memory.copy().view(np.float64)).float().numpy()
-    return narrow.view(np.uint8)
+    """Returns float64 as float32."""
+    return torch.from_numpy(memory.copy().view(np.float64)).float().numpy().view(np.uint8)

@@ -1,5 +1,7 @@
 """A spec says what a decoder computes, read from a transformers configuration and the architecture table."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +91,9 @@ def read_spec(config: PreTrainedConfig) -> DecoderSpec:
     for name, size in sizes.items():
         if size < 1:
             raise FailedPrecondition("model", f"{architecture} with {size} {name} is not supported")
+    for name, value, least in _constants(config, family):
+        if not least <= value < math.inf:
+            raise FailedPrecondition("model", f"{architecture} with {name}={value} is not supported")
     if n_heads % n_kv_heads:
         raise FailedPrecondition("model", f"{n_heads} heads cannot share {n_kv_heads} key-value heads")
     parallel = architecture == "gpt_neox" and bool(config.use_parallel_residual)
@@ -121,6 +126,17 @@ def read_spec(config: PreTrainedConfig) -> DecoderSpec:
             parallel_residual=parallel,
         ),
     )
+
+
+def _constants(config: Any, family: Family) -> Iterator[tuple[str, float, float]]:
+    """Yields the constants that are numbers, by the keys of the configuration, with the least that each may be."""
+    keys = ["attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window"]
+    for key in [*keys, *([family.eps_key] if family.eps_key else [])]:
+        yield key, float(getattr(config, key, None) or 0.0), 0.0
+    for parameters in _rotary_parameters(config).values():
+        for key, value in parameters.items():
+            if isinstance(value, int | float):
+                yield key, float(value), -math.inf
 
 
 def _first(config: Any, keys: tuple[str, ...]) -> int | None:

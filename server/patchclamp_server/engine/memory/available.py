@@ -9,6 +9,9 @@ Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst. What the proce
 it is a part of every plan.
 """
 
+import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -39,14 +42,26 @@ def available_memory(device: str = "cpu", root: Path = Path("/")) -> Available:
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(torch.device(device))
         return Available(free, f"free on {device}")
-    found = [Available(_fields(root / "proc/meminfo")["MemAvailable"] * 1024, "MemAvailable"), *_cgroups(root)]
+    found = [_of_machine(root), *_cgroups(root)]
     nearest = min(found, key=lambda each: each.bytes)
     return Available(max(0, nearest.bytes) + resident_memory(root), nearest.source)
 
 
 def resident_memory(root: Path = Path("/")) -> int:
-    """Returns the bytes of memory that this process has, shared libraries among them."""
-    return _fields(root / "proc/self/status")["VmRSS"] * 1024
+    """Returns the bytes of memory that this process has, shared libraries among them; where the system does not say,
+    the most that it had."""
+    if (now := _fields(root / "proc/self/status").get("VmRSS")) is not None:
+        return now * 1024
+    # In KiB, but for macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _of_machine(root: Path) -> Available:
+    """What the machine has left; where the system does not say (macOS, some sandboxes), all that it has."""
+    if (left := _fields(root / "proc/meminfo").get("MemAvailable")) is not None:
+        return Available(left * 1024, "MemAvailable")
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Available(installed - resident_memory(root), "physical memory")
 
 
 def _cgroups(root: Path) -> Iterator[Available]:
@@ -104,7 +119,8 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _text(path: Path) -> str | None:
+    """The text of a file; None where there is none, or it may not be read: then it bounds nothing."""
     try:
         return path.read_text()
-    except FileNotFoundError:
+    except OSError:
         return None

@@ -68,6 +68,12 @@ def gguf_config(metadata: Metadata) -> PreTrainedConfig:
     else:
         fields |= {name: metadata.need(key) for key, name in _SHAPES.items()}
         _add_attention(metadata, fields, family)
+    layers = fields["n_layer" if family.model_type == "gpt2" else "num_hidden_layers"]
+    # What follows makes lists of layers, however many a damaged file says it has.
+    if type(layers) is not int or not 0 < layers <= len(metadata.entries):
+        raise metadata.refusal(
+            "block_count", f"{layers} is not supported: the file has {len(metadata.entries)} tensors"
+        )
     family.extra(metadata, fields)
     for name, tensor in family.biases:
         if f"blk.0.{tensor}" in metadata.entries:

@@ -11,6 +11,7 @@ from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf.header import Entry, Header, read_header
 
 PART = re.compile(r"(?P<name>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})", re.DOTALL)
+_SHOWN = 5
 
 
 def files_of(path: Path) -> tuple[str, tuple[Path, ...]]:
@@ -25,7 +26,10 @@ def files_of(path: Path) -> tuple[str, tuple[Path, ...]]:
     names = [f"{match['name']}-{part:05}-of-{match['parts']}{path.suffix}" for part in range(1, n + 1)]
     files = tuple(path.with_name(name) for name in names)
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ModelSourceError(f"{path} is part of a split model that lacks {', '.join(missing)} beside it")
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise ModelSourceError(
+            f"{path} is part of a split model that lacks {', '.join(missing[:_SHOWN])}{more} beside it"
+        )
     if path not in files:
         raise ModelSourceError(f"{path} names itself part {int(match['part'])} of {n}")
     return match["name"], files

@@ -1,8 +1,7 @@
 """Every key of the architecture in a GGUF file's metadata must be used, or be known to change nothing."""
 
-import re
 from collections.abc import Mapping
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ from numpy.typing import NDArray
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.gguf.header import Header
+from patchclamp_server.model.gguf.vocabulary import SPECIAL_TOKEN
 
-SPECIAL_TOKEN = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
 # These keys do not change what the model computes: how its vectors would be pooled, the layout its file once had,
 # whether a scaling was trained, and counts of labels that no causal LM has.
 IRRELEVANT = frozenset({"pooling_type", "tensor_data_layout", "rope.scaling.finetuned", "classifier.output_labels"})
@@ -57,12 +56,16 @@ class Metadata:
         self.special_tokens: dict[str, int] = {
             match[1]: value for key, value in values.items() if (match := SPECIAL_TOKEN.fullmatch(key))
         }
-        self.n_tokens = len(values.get("tokenizer.ggml.tokens", ()))
+        tokens = values.get("tokenizer.ggml.tokens")
+        self.n_tokens = len(tokens) if isinstance(tokens, list) else 0
         self.entries = dict(header.entries)
 
     def take(self, key: str, default: Any = None) -> Any:
-        """Takes the value of a key; a value that is given for each layer must be the same for all."""
+        """Takes the value of a key; a value that is given for each layer must be the same for all. Raises
+        ModelSourceError for one that differs, and for NaN and infinity."""
         value = self._values.pop(key, default)
+        if any(isinstance(one, float) and not isfinite(one) for one in _listed(value)):
+            raise self.refusal(key, f"{value} is not supported: a finite number")
         if isinstance(value, list):
             if len({*value}) != 1:
                 raise self.refusal(key, f"{value} differs between layers, which is not supported")
@@ -105,3 +108,7 @@ class Metadata:
 
     def refusal(self, key: str, why: str) -> ModelSourceError:
         return ModelSourceError(f"{self.path}: {self.architecture}.{key} = {why}")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

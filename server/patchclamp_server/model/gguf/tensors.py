@@ -8,10 +8,11 @@ llama.cpp's converter changes some weights, which is undone here:
 - gpt2: matrices of products are [out, in].
 """
 
+from itertools import pairwise
 from math import prod
 
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
@@ -20,7 +21,7 @@ from patchclamp_server.model.errors import ModelSourceError
 from patchclamp_server.model.file_tensors import FileTensor, FileTensors
 from patchclamp_server.model.gguf.header import Entry
 from patchclamp_server.model.gguf.metadata import Metadata
-from patchclamp_server.model.gguf.unread_formats import dequantised, say_dequantised
+from patchclamp_server.model.gguf.unread_formats import decoder, say_dequantised
 from patchclamp_server.model.parameters import Parameters
 
 SHOWN = 5
@@ -47,10 +48,14 @@ def map_gguf(metadata: Metadata, config: PreTrainedConfig, parameters: Parameter
             wanted = wanted[::-1]
         if entry.shape != wanted:
             raise ModelSourceError(f"{path}: tensor {name} has shape {list(entry.shape)}, expected {list(wanted)}")
-        tensors[parameter] = _stored(metadata, name, entry, config)
-        if entry.format not in set(Format):
-            unread.setdefault(GGMLQuantizationType(entry.format).name, []).append(prod(entry.shape))
+        own = tensors[parameter] = _stored(metadata, name, entry, config)
+        if own.decode is not None:
+            unread.setdefault(GGMLQuantizationType(entry.format).name, []).append(own.nbytes)
     say_dequantised(path, unread)
+    spans = sorted((str(e.file), e.offset, len(tensors[names[name]].memory), name) for name, e in entries.items())
+    for (file, offset, size, name), (other, begin, _, next_name) in pairwise(spans):
+        if file == other and begin < offset + size:
+            raise ModelSourceError(f"{file} is damaged: tensor {next_name} begins within tensor {name}")
     return FileTensors(path, tensors, products_transposed=False)
 
 
@@ -74,21 +79,23 @@ def _stored(metadata: Metadata, name: str, entry: Entry, config: PreTrainedConfi
     kind = GGMLQuantizationType(entry.format) if entry.format in set(GGMLQuantizationType) else None
     if kind is None:
         raise ModelSourceError(f"{path}: tensor {name} is of format {entry.format}, which is not supported")
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        raise ModelSourceError(
+            f"{path}: tensor {name}: a row of {shape[-1]} weights is not made of blocks of {block}, as {kind.name} is"
+        )
+    size = prod(shape) // block * block_bytes
+    if size > len(memory):
+        raise ModelSourceError(f"{path} is not a whole GGUF file: tensor {name} has {len(memory)} of {size} bytes")
+    format, decode = (
+        (Format(kind), None) if entry.format in set(Format) else (Format.F32, decoder(path, name, kind, shape))
+    )
     order = None
     if metadata.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         order = _rotary_order(shape[0], heads)
     shift = -1.0 if metadata.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
-    if entry.format not in set(Format):
-        return FileTensor(Format.F32, shape, dequantised(path, name, kind, shape, memory), order, shift)
-    format = Format(kind)
-    try:
-        size = prod(shape[:-1]) * format.row_bytes(shape[-1])
-    except ValueError as error:
-        raise ModelSourceError(f"{path}: tensor {name}: {error}") from error
-    if size > len(memory):
-        raise ModelSourceError(f"{path} is not a whole GGUF file: tensor {name} has {len(memory)} of {size} bytes")
-    return FileTensor(format, shape, memory[:size], order, shift)
+    return FileTensor(format, shape, memory[:size], order, shift, decode)
 
 
 def _rotary_order(rows: int, heads: int) -> NDArray[np.int64]:
