@@ -73,6 +73,6 @@ def test_a_server_starts_where_its_maps_cannot_be_read(monkeypatch: pytest.Monke
 def test_a_library_may_have_a_name_of_any_bytes(tmp_path: Path) -> None:
     source = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc.so" in line)
     named = os.fsencode(tmp_path) + b"/lib\xff\x85\r.so"
-    shutil.copy(source, named)
+    shutil.copy(os.fsencode(source), named)
     with open(named, "rb") as file, mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ):
         give_back_start_memory()
