@@ -34,7 +34,7 @@ from patchclamp_server.cpu.vector import FLOATS, LANES, load, splat, store
 UNIT, UNIT_BYTES = 64, 32
 MOST_OF_GROUP = 32
 _PAIRS = 8
-_LARGEST = np.float32(127)
+_LARGEST, _SMALLEST = np.float32(127), np.float32(1.5e-36)
 _BYTES, _SHORTS = ir.VectorType(I8, UNIT_BYTES), ir.VectorType(I16, LANES)
 _BYTE_POINTER, _FLOAT_POINTER = I8.as_pointer(), ir.FloatType().as_pointer()
 _BY_TWO = [
@@ -247,15 +247,15 @@ def add_kept(neurons, first, last, group, codes, record, scales, halves, units, 
         if n == 0:
             continue
         step, total = largest / _LARGEST, 0
-        inverse = _LARGEST / largest
+        # Smaller ones count as nothing, as records have it.
+        counts = finite and largest >= _SMALLEST
         for i in range(n):
-            q = np.int64(np.rint(h[starts[i]] * inverse)) if finite and inverse < np.inf else np.int64(0)
-            q = min(max(q, np.int64(-127)), np.int64(127))
+            q = np.int64(np.rint(h[starts[i]] / step)) if counts else 0
             factors[i] = q
             total += q
             starts[i] = codes + starts[i] * record
-        if not finite:
-            step = np.float32(np.nan)
+        if not counts:
+            step = np.float32(0) if finite else np.float32(np.nan)
         if n % 2:
             starts[n], factors[n] = starts[n - 1], 0
         own_scales = scales + g * row_of_scales

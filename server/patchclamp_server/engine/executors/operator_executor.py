@@ -17,6 +17,7 @@ from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.overflow import FiniteProbe, finite_rows
 from patchclamp_server.model.sites import Site, every_preactivation
 from patchclamp_server.monitoring.sites import SiteWatcher, WatchedSites
+from patchclamp_server.sparsity.glance_rows import GlanceRows
 from patchclamp_server.sparsity.mlp import SparseModel
 
 
@@ -41,9 +42,13 @@ class OperatorExecutor:
         if batch.watch is not None:
             peaks = batch.watch.layout.peaks(heads, len(batch.token_ids))
             hooks = self.watcher.follow(plan, batch.watch.layout)
-        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations, hooks.compiled_visits)
+        glanced = self.sparse.glance(batch.sparse, len(batch.token_ids), hooks.visited)
+        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations, hooks.compiled_visits, glanced)
         plan.begin(step.positions)
-        x = self.decoder.forward(step, self.cache.pools, hooks, self.sparse.follow(batch.sparse))
+        products = self.sparse.follow(batch.sparse) if glanced is None else None
+        x = self.decoder.forward(step, self.cache.pools, hooks, products)
+        if glanced is not None:
+            glanced.count()
         outcome = plan.finish(x)
         if heads is not None:
             outcome.readouts += heads.values(peaks)
@@ -68,6 +73,7 @@ class OperatorExecutor:
         peaks: Peaks | None,
         visited_preactivations: dict[tuple[Site, int], bool],
         compiled_visits: CompiledVisits | None = None,
+        glanced: GlanceRows | None = None,
     ) -> StepInputs:
         device = self.decoder.device
         return StepInputs(
@@ -79,6 +85,7 @@ class OperatorExecutor:
             visited_preactivations,
             peaks,
             compiled_visits,
+            None if glanced is None else glanced.rows,
         )
 
 

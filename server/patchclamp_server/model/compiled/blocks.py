@@ -29,6 +29,7 @@ from patchclamp_server.model.compiled.job import (
     Matrix,
     Stage,
 )
+from patchclamp_server.model.compiled.sparse_rows import BY_ROW, DENSE, MIXED
 from patchclamp_server.model.compiled.team import team_of
 from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
@@ -158,7 +159,9 @@ class CompiledBlocks:
         """Returns what Decoder.run_blocks does. `hooks` say what they visit."""
         spec = self.decoder.spec
         assert hooks.visited is not None
-        course = self._course(layers, frozenset(hooks.visited), step.compiled_visits)
+        sparse = step.sparse
+        kinds = b"" if sparse is None else sparse.kinds
+        course = self._course(layers, frozenset(hooks.visited), step.compiled_visits, kinds)
         n = len(x)
         x = x.clone(memory_format=torch.contiguous_format)
         width = spec.n_heads * spec.head_dim
@@ -177,6 +180,7 @@ class CompiledBlocks:
         job = self._job.copy()
         for field, tensor in memory.items():
             job[field] = tensor.data_ptr()
+        held = () if sparse is None else sparse.fill(job, max(spec.d_model, spec.d_ff, width))
         counters = np.zeros((len(course.stages), 8), dtype=np.int64)
         # The pools are those of `layers`.
         addresses = np.zeros((spec.n_layers, 4), dtype=np.int64)
@@ -221,6 +225,7 @@ class CompiledBlocks:
                 self._visit(place, memory, step, hooks)
         if self.on_step is not None:
             self.on_step(n, course.stages, counters)
+        del held
         return x
 
     def _visit(self, place: Place, memory: dict[Job, Tensor], step: "StepInputs", hooks: "SiteHooks") -> None:
@@ -233,7 +238,9 @@ class CompiledBlocks:
         elif site is not Site.ATTN_Q or layer in step.visited_queries:
             hooks.visit(site, layer, memory[_MEMORY[site]])
 
-    def _make_course(self, layers: range, visited: Set[Place], compiled: CompiledVisits | None) -> _Course:
+    def _make_course(
+        self, layers: range, visited: Set[Place], compiled: CompiledVisits | None, kinds: bytes
+    ) -> _Course:
         parallel = self.decoder.spec.parallel_residual
         stages: list[tuple[int, int, int]] = []
         stops: list[tuple[int, Place | None]] = []
@@ -263,6 +270,8 @@ class CompiledBlocks:
 
         # Its value is read by stop and run.
         for layer in layers:
+            kind = kinds[layer] if kinds else DENSE
+            rounds = _ROUND if kind else 0
             stop(Site.RESID_PRE)
             run(Stage.ATTN_NORM, pending | rounding(Stage.QKV))
             pending = 0
@@ -278,23 +287,33 @@ class CompiledBlocks:
                 run(Stage.POST_ATTN_NORM)
             stop(Site.ATTN_OUT)
             if parallel:
-                run(Stage.MLP_NORM, rounding(Stage.MLP_INPUT))
+                run(Stage.MLP_NORM, rounding(Stage.MLP_INPUT) or rounds)
                 pending = _ADD_ATTN_OUT
             else:
                 pending = _ADD_ATTN_OUT
                 stop(Site.RESID_MID)
-                run(Stage.MLP_NORM, pending | rounding(Stage.MLP_INPUT))
+                run(Stage.MLP_NORM, pending | (rounding(Stage.MLP_INPUT) or rounds))
                 pending = 0
-            run(Stage.MLP_INPUT)
+            run(Stage.SPARSE_INPUT if kind else Stage.MLP_INPUT)
             for site in PREACTIVATION_SITES:
                 stop(site)
-            # What is visited is rounded afterwards.
+            # What is visited is rounded afterwards, and so is what sparse rows keep.
             visits_neurons = (Site.MLP_POST, layer) in visited
-            run(Stage.ACTIVATION, 0 if visits_neurons else rounding(Stage.MLP_OUTPUT))
+            run(Stage.ACTIVATION, 0 if visits_neurons or kind else rounding(Stage.MLP_OUTPUT))
+            if kind:
+                run(Stage.CHOOSE)
             stop(Site.MLP_POST)
-            if visits_neurons and rounding(Stage.MLP_OUTPUT):
-                run(Stage.ROUND, Stage.MLP_OUTPUT)
-            run(Stage.MLP_OUTPUT)
+            if kind & BY_ROW:
+                run(Stage.KEPT)
+                if kind & MIXED:
+                    if rounding(Stage.MLP_OUTPUT):
+                        run(Stage.ROUND, Stage.MLP_OUTPUT)
+                    run(Stage.SPARSE_OUTPUT, 1)
+                run(Stage.KEPT_SUM)
+            else:
+                if rounds or (visits_neurons and rounding(Stage.MLP_OUTPUT)):
+                    run(Stage.ROUND, Stage.MLP_OUTPUT)
+                run(Stage.SPARSE_OUTPUT if kind else Stage.MLP_OUTPUT)
             if self._has_post_norms:
                 run(Stage.POST_MLP_NORM)
             stop(Site.MLP_OUT)

@@ -124,6 +124,10 @@ class SparseLayer(_Numbered):
     N_INPUT_PARTS = auto()
     OUTPUT_PARTS = auto()
     N_OUTPUT_PARTS = auto()
+    TILES = auto()  # the copy of the input projection (cpu/sparse/glanced.py), or 0
+    TILE_BYTES = auto()
+    TILE_HALVES = auto()
+    TILE_GROUPS = auto()
     NORMS = auto()  # float32 [d_ff]: of the weights by which a neuron adds
     CODES = auto()  # the neuron-major copy of the output projection (cpu/sparse/kept.py), or 0
     RECORD = auto()
