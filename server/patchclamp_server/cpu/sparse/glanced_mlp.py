@@ -58,7 +58,8 @@ class GlancedMlp:
 
     def output(self, neurons: Tensor) -> Tensor:
         """Returns y [T, d_model] of neurons [T, d_ff] float32."""
-        return _biased(self.outputs.multiply(neurons), self.output_bias)
+        y = self.outputs.multiply(neurons) if self.kept is None else torch.from_numpy(self.kept.sum(neurons.numpy()))
+        return _biased(y, self.output_bias)
 
 
 def _kept(matrix: StoredMatrix) -> KeptInputs | None:

@@ -33,6 +33,8 @@ from patchclamp_server.cpu.vector import FLOATS, LANES, load, splat, store
 # its halves, and byte 16 L + 8 + j those of 32 and 48 more: side by side, the bytes of two neurons give 16 sums in order.
 UNIT, UNIT_BYTES = 64, 32
 MOST_OF_GROUP = 32
+# A sum over neurons has so many parts, which threads share, and so the same bits whatever the threads.
+SUMS = 8
 _PAIRS = 8
 _LARGEST, _SMALLEST = np.float32(127), np.float32(1.5e-36)
 _BYTES, _SHORTS = ir.VectorType(I8, UNIT_BYTES), ir.VectorType(I16, LANES)
@@ -80,6 +82,13 @@ class KeptInputs:
     @property
     def units(self) -> int:
         return self.scales.shape[1]
+
+    def sum(self, neurons: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns y [T, out] of neurons [T, in]."""
+        neurons = np.ascontiguousarray(neurons)
+        y = np.empty((len(neurons), self.out), dtype=np.float32)
+        _sum_rows(neurons, self.records, self.scales.view(np.uint8), self.scales.itemsize == 2, self.group, y)
+        return y
 
     @property
     def nbytes(self) -> int:
@@ -266,3 +275,31 @@ def add_kept(neurons, first, last, group, codes, record, scales, halves, units, 
             _add_pairs(False, starts_at, factors_at, pairs, own_scales, step, whole, y, units)
     keep(starts)
     keep(factors)
+
+
+@_compiled
+def join_sums(parts, y):
+    """Sets y [out] to the sum of parts [SUMS, out or more], in their order."""
+    for o in range(y.shape[0]):
+        y[o] = parts[0, o]
+    for i in range(1, parts.shape[0]):
+        for o in range(y.shape[0]):
+            y[o] += parts[i, o]
+
+
+@_compiled
+def _sum_rows(neurons, records, scales, halves, group, y):
+    groups, units = scales.shape[0], scales.shape[1]
+    parts = np.empty((SUMS, units * UNIT), dtype=np.float32)
+    for i in range(neurons.shape[0]):
+        parts[:] = 0
+        for p in range(SUMS):
+            add_kept(
+                neurons[i].ctypes.data, p * groups // SUMS, (p + 1) * groups // SUMS, group, records.ctypes.data,
+                records.strides[0], scales.ctypes.data, halves, units, parts[p].ctypes.data,
+            )  # fmt: skip
+        join_sums(parts, y[i])
+    keep(parts)
+    keep(neurons)
+    keep(records)
+    keep(scales)

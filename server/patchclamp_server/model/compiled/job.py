@@ -138,9 +138,6 @@ class SparseLayer(_Numbered):
     UNITS = auto()
 
 
-# Sums over kept neurons have so many parts, whatever the threads.
-SUMS = 8
-
 # The products of a block, and its norms, in the order of their addresses.
 PRODUCTS = ("qkv", "attn_output", "mlp_input", "mlp_output")
 NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")

@@ -3,8 +3,8 @@
     hidden = input projection of round(x);  h = act(hidden), 0 but for the k largest |h_j| ‖W_out[:, j]‖
     y = output projection of round(h), of which only the neurons that are not 0 are read
 
-Edits at the neurons come after the choice, and forced neurons are kept besides. For more rows than reading by row pays
-for, the output projection is a product of all neurons, zeros among them.
+Edits at the neurons come after the choice, and forced neurons are kept besides. Where a layer has no copy from which
+kept neurons can be read, its output projection is a product of all neurons, zeros among them.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,11 @@ from torch import Tensor
 
 from patchclamp_server.cpu.integers.products import record_bytes
 from patchclamp_server.cpu.sparse.glanced_mlp import GlancedMlp
-from patchclamp_server.cpu.sparse.kept import UNIT
+from patchclamp_server.cpu.sparse.kept import SUMS, UNIT
 from patchclamp_server.cpu.vector import LANES
-from patchclamp_server.model.compiled.job import SUMS, Job, SparseLayer
+from patchclamp_server.model.compiled.job import Job, SparseLayer
 from patchclamp_server.model.compiled.sparse_stages import run_sparse
 
-# Up to so many sparse rows, reading kept neurons by row is faster than a product of all of them.
-MOST_READ_BY_ROW = 4
 # What a layer has in a step: sparse rows, whose neurons are read by row, and dense rows besides.
 DENSE, SPARSE, BY_ROW, MIXED = 0, 1, 2, 4
 
@@ -75,8 +73,7 @@ class SparseRows:
         """What stages each layer has: a byte of DENSE, or of SPARSE with BY_ROW and MIXED."""
         sparse = self.keep >= 0
         rows = sparse.sum(axis=1)
-        by_row = self.tables.reads_by_row & (rows <= MOST_READ_BY_ROW)
-        kinds = SPARSE + BY_ROW * by_row + MIXED * (rows < sparse.shape[1])
+        kinds = SPARSE + BY_ROW * self.tables.reads_by_row + MIXED * (rows < sparse.shape[1])
         return bytes(np.where(rows > 0, kinds, DENSE).astype(np.uint8))
 
     def fill(self, job: NDArray[np.int64], widest: int) -> tuple[Tensor, ...]:
@@ -85,7 +82,7 @@ class SparseRows:
         units = max(int(self.tables.table[:, SparseLayer.UNITS].max()), 1)
         rounded = torch.empty(n, record_bytes(widest), dtype=torch.uint8)
         scores = torch.empty(n, -(-d_ff // LANES) * LANES, dtype=torch.int32)
-        partials = torch.empty(n if self._reads_by_row else 0, SUMS, units * UNIT)
+        partials = torch.empty(n, SUMS, units * UNIT)
         job[Job.ROUNDED], job[Job.SCORES], job[Job.PARTIALS] = (
             memory.data_ptr() for memory in (rounded, scores, partials)
         )
@@ -93,8 +90,4 @@ class SparseRows:
         job[Job.KEEP], job[Job.KEPT_COUNTS] = self.keep.ctypes.data, self.kept.ctypes.data
         job[Job.FORCED] = 0 if self.forced is None else self.forced.ctypes.data
         return rounded, scores, partials
-
-    @property
-    def _reads_by_row(self) -> bool:
-        return bool(((self.keep >= 0).sum(axis=1) <= MOST_READ_BY_ROW).any())
 

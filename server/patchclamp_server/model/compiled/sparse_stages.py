@@ -13,9 +13,9 @@ from patchclamp_server.cpu.atomics import bytes_at, floats_at, ints_at, places_a
 from patchclamp_server.cpu.integers.products import record_bytes
 from patchclamp_server.cpu.products import FIELDS, PANEL, multiply_rows
 from patchclamp_server.cpu.sparse.glanced import TILE, multiply_glanced
-from patchclamp_server.cpu.sparse.kept import UNIT, add_kept, keep_largest
+from patchclamp_server.cpu.sparse.kept import SUMS, UNIT, add_kept, join_sums, keep_largest
 from patchclamp_server.cpu.vector import LANES
-from patchclamp_server.model.compiled.job import LAYER_FIELDS, SUMS, Job, Layer, Matrix, SparseLayer, Stage
+from patchclamp_server.model.compiled.job import LAYER_FIELDS, Job, Layer, Matrix, SparseLayer, Stage
 
 _N, _D, _FF, _LAYERS, _H, _HIDDEN, _NEURONS, _MLP_OUT, _ROUNDED = (
     int(field)
@@ -136,11 +136,7 @@ def _join(job, layer, row, width):
     d = job[_D]
     y = carray(floats_at(job[_MLP_OUT] + row * d * 4), (d,))
     parts = carray(floats_at(job[_PARTIALS] + row * _SUMS * width * 4), (_SUMS, width))
-    for o in range(d):
-        y[o] = parts[0, o]
-    for i in range(1, _SUMS):
-        for o in range(d):
-            y[o] += parts[i, o]
+    join_sums(parts, y)
     address = _matrix(job, layer, 3)[_BIAS]
     if address:
         bias = carray(floats_at(address), (d,))

@@ -28,9 +28,10 @@ from patchclamp_server.cpu.integers.products import round_rows
 from patchclamp_server.cpu.integers.tiles import ROWS
 from patchclamp_server.cpu.invariant.rows import activations, layer_norms, rms_norms
 from patchclamp_server.cpu.products import FIELDS, PANEL, multiply_rows
+from patchclamp_server.cpu.sparse.kept import SUMS
 from patchclamp_server.model.compiled.heads import attend_chunk, attention_chunks, finish_rows
 from patchclamp_server.model.compiled.heads import layer_fields as _layer
-from patchclamp_server.model.compiled.job import LAYER_FIELDS, SUMS, Job, Layer, Matrix, Stage
+from patchclamp_server.model.compiled.job import LAYER_FIELDS, Job, Layer, Matrix, Stage
 
 # A chunk of a stage of rows has so many, and that of a product at least so many weights, for each two rows once more.
 _ROWS = 8
