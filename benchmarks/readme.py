@@ -439,6 +439,7 @@ COMMANDS = {
     "peers": "python benchmarks/peers",
     "rolling": "python benchmarks/rolling.py",
     "shapes": "python benchmarks/shapes.py",
+    "sparse_decode": "python benchmarks/sparse --only decode",
     "sparse_quality": "python benchmarks/sparse --only quality",
     "sparse_speed": "python benchmarks/sparse --only speed",
     "step": "python benchmarks/step.py",
