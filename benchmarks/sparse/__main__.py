@@ -2,9 +2,9 @@
 
     python benchmarks/sparse [--only quality|speed|decode] [--keep .75 .5 .4 .3] [--policies fovea …] [--rounds 61]
 
-sparse/quality.py, sparse/speed.py and sparse/decode.py say what is measured. Each part prints its table, and a whole one is written to
-benchmarks/results; the last line is a JSON object. `--tiny` runs everything on random weights in seconds and writes
-nothing.
+sparse/quality.py, sparse/speed.py and sparse/decode.py say what is measured. Each part prints its table, and a whole
+one is written to benchmarks/results; the last line is a JSON object. `--tiny` runs everything on random weights in
+seconds and writes nothing.
 """
 
 from patchclamp_server.threads import configure_threads

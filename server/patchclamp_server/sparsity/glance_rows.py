@@ -74,6 +74,5 @@ def _kept(selector: Selector, d_ff: int) -> NDArray[np.int64]:
 
 def _same(own: Sequence[Rows], other: Sequence[Rows]) -> bool:
     return len(own) == len(other) and all(
-        a.rows == b.rows and a.selector is b.selector and a.forced is b.forced
-        for a, b in zip(own, other, strict=True)
+        a.rows == b.rows and a.selector is b.selector and a.forced is b.forced for a, b in zip(own, other, strict=True)
     )

@@ -49,8 +49,8 @@ class GlancedCodes:
 
     @classmethod
     def of(cls, parts: list[Codes | None]) -> "GlancedCodes | None":
-        """Returns the copy of parts of a matrix that lie one above the other, or None unless all have codes of 4 bits in
-        groups of 32 inputs, and together a multiple of 16 outputs."""
+        """Returns the copy of parts of a matrix that lie one above the other, or None unless all have codes of 4 bits
+        in groups of 32 inputs, and together a multiple of 16 outputs."""
         own = [part for part in parts if part is not None and part.lows is not None and part.group == UNIT]
         if len(own) != len(parts) or sum(len(part.codes) for part in own) % TILE:
             return None

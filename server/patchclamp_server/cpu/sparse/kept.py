@@ -30,7 +30,7 @@ from patchclamp_server.cpu.sparse.codes import Codes
 from patchclamp_server.cpu.vector import FLOATS, LANES, load, splat, store
 
 # Outputs of a unit, and the bytes that hold their codes. Byte 16 L + j has the codes of outputs 8 L + j and 16 more in
-# its halves, and byte 16 L + 8 + j those of 32 and 48 more: side by side, the bytes of two neurons give 16 sums in order.
+# its halves, and byte 16 L + 8 + j those of 32 and 48 more: bytes of two neurons side by side give 16 sums in order.
 UNIT, UNIT_BYTES = 64, 32
 MOST_OF_GROUP = 32
 # A sum over neurons has so many parts, which threads share, and so the same bits whatever the threads.
@@ -191,9 +191,9 @@ def _count_from(_context, bits, n, least):  # type: ignore[no-untyped-def]
 
 @_compiled
 def keep_largest(h, norms, k, forced, bits):
-    """Zeros all of h [n] but the k largest |h_j| norms[j], of equal ones the first, and those with forced[j] (none: [0]).
+    """Zeros all of h [n] but the k largest |h_j| norms[j], of equal ones the first, and those with forced[j].
 
-    Returns how many were kept. NaN counts as largest. `bits` is memory for int32, n filled up to a multiple of 16.
+    Returns how many were kept. `forced` is uint8 [n], or [0] for none. NaN counts as largest. `bits` is memory for int32, n filled up to a multiple of 16.
     """
     n = h.shape[0]
     filled = (n + LANES - 1) // LANES * LANES

@@ -90,4 +90,3 @@ class SparseRows:
         job[Job.KEEP], job[Job.KEPT_COUNTS] = self.keep.ctypes.data, self.kept.ctypes.data
         job[Job.FORCED] = 0 if self.forced is None else self.forced.ctypes.data
         return rounded, scores, partials
-

@@ -35,7 +35,12 @@ _PARTS, _N_PARTS, _OUT, _DEPTH, _BIAS, _ROUNDS = (int(field) for field in Matrix
     _INPUT_PARTS, _N_INPUT_PARTS, _OUTPUT_PARTS, _N_OUTPUT_PARTS, _TILES, _TILE_BYTES, _TILE_HALVES, _TILE_GROUPS,
     _NORMS, _CODES, _RECORD, _SCALES, _HALVES, _GROUP, _GROUPS, _UNITS,
 ) = (int(field) for field in SparseLayer)  # fmt: skip
-_MATRICES, _LAYER_FIELDS, _SPARSE_FIELDS, _MATRIX_FIELDS = int(Layer.MATRICES), LAYER_FIELDS, len(SparseLayer), len(Matrix)
+_MATRICES, _LAYER_FIELDS, _SPARSE_FIELDS, _MATRIX_FIELDS = (
+    int(Layer.MATRICES),
+    LAYER_FIELDS,
+    len(SparseLayer),
+    len(Matrix),
+)
 _FIELDS, _SUMS = len(Job), SUMS
 # Chunks of a product begin where panels, tiles and records of outputs do.
 _ALIGNED = 2 * PANEL
@@ -50,7 +55,7 @@ def _run(job, stage, layer, flags, chunk, n):
     rows = job[_N]
     keep = carray(ints_at(job[_KEEP] + layer * rows * 8), (rows,))
     own = carray(ints_at(job[_SPARSE] + layer * _SPARSE_FIELDS * 8), (_SPARSE_FIELDS,))
-    if stage == _INPUT or stage == _OUTPUT:
+    if stage in (_INPUT, _OUTPUT):
         _multiply(job, stage, layer, flags, chunk, n, keep, own)
     elif keep[chunk // _SUMS if stage == _KEPT else chunk] < 0:
         return
