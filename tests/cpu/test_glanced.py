@@ -1,4 +1,4 @@
-"""Products of a glance: the choice of the largest, sums over what was kept, and codes as 8-bit activations take them."""
+"""Products of a glance: the choice of the largest, sums over what was kept, and codes for 8-bit activations."""
 
 import numpy as np
 import pytest

@@ -258,11 +258,12 @@ class Decoder:
         return x
 
     @torch.inference_mode()
-    def logits(self, x: Tensor) -> Tensor:
-        """Unembeds residual states [N, d_model] and returns logits [N, vocab], float32."""
+    def logits(self, x: Tensor, *, rounded: bool = False) -> Tensor:
+        """Unembeds residual states [N, d_model] and returns logits [N, vocab], float32. `rounded`: of states in 8 bits,
+        where CompiledBlocks.round_unembedding prepared that."""
         if self.compiled is None:
             return self.unembed(self.final_norm(x))
-        return cap_softly(self.compiled.logits(x), self.spec.final_soft_cap)
+        return cap_softly(self.compiled.logits(x, rounded=rounded), self.spec.final_soft_cap)
 
     @torch.inference_mode()
     def unembed(self, h: Tensor) -> Tensor:

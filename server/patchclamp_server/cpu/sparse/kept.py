@@ -27,7 +27,7 @@ from patchclamp_server.cpu.formats.lanes import I8, I16, I64, INTS, floats_of_ha
 from patchclamp_server.cpu.invariant.tiles import fma
 from patchclamp_server.cpu.memory import aligned_records
 from patchclamp_server.cpu.sparse.codes import Codes
-from patchclamp_server.cpu.vector import FLOATS, LANES, load, splat, store
+from patchclamp_server.cpu.vector import FLOATS, LANES, LINE, load, prefetch_line, splat, store
 
 # Outputs of a unit, and the bytes that hold their codes. Byte 16 L + j has the codes of outputs 8 L + j and 16 more in
 # its halves, and byte 16 L + 8 + j those of 32 and 48 more: bytes of two neurons side by side give 16 sums in order.
@@ -36,6 +36,7 @@ MOST_OF_GROUP = 32
 # A sum over neurons has so many parts, which threads share, and so the same bits whatever the threads.
 SUMS = 8
 _PAIRS = 8
+_AHEAD = 3
 _LARGEST, _SMALLEST = np.float32(127), np.float32(1.5e-36)
 _BYTES, _SHORTS = ir.VectorType(I8, UNIT_BYTES), ir.VectorType(I16, LANES)
 _BYTE_POINTER, _FLOAT_POINTER = I8.as_pointer(), ir.FloatType().as_pointer()
@@ -171,6 +172,20 @@ def _products(b: Any, codes: Any, q: Any) -> Any:
 
 
 @intrinsic
+def _ask(_context, address, lines):  # type: ignore[no-untyped-def]
+    """Asks for so many cache lines from an address on."""
+    signature = types.void(types.int64, types.int64)
+
+    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+        first = b.inttoptr(args[0], _BYTE_POINTER)
+        with cgutils.for_range(b, args[1]) as line:
+            prefetch_line(b, b.gep(first, [b.mul(line.index, I64(LINE))]))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
 def _count_from(_context, bits, n, least):  # type: ignore[no-untyped-def]
     """Returns how many of n int32 at an address are not below `least`; n is a multiple of 16."""
     signature = types.int64(types.int64, types.int64, types.int32)
@@ -193,7 +208,8 @@ def _count_from(_context, bits, n, least):  # type: ignore[no-untyped-def]
 def keep_largest(h, norms, k, forced, bits):
     """Zeros all of h [n] but the k largest |h_j| norms[j], of equal ones the first, and those with forced[j].
 
-    Returns how many were kept. `forced` is uint8 [n], or [0] for none. NaN counts as largest. `bits` is memory for int32, n filled up to a multiple of 16.
+    Returns how many were kept. `forced` is uint8 [n], or [0] for none. NaN counts as largest. `bits` is memory for
+    int32, n filled up to a multiple of 16.
     """
     n = h.shape[0]
     filled = (n + LANES - 1) // LANES * LANES
@@ -240,39 +256,53 @@ def keep_largest(h, norms, k, forced, bits):
 @_compiled
 def add_kept(neurons, first, last, group, codes, record, scales, halves, units, y):
     """Adds to y [units · 64] what the neurons of groups first ≤ g < last give that are not 0: addresses."""
-    starts, factors = np.empty(MOST_OF_GROUP + 1, dtype=np.int64), np.empty(MOST_OF_GROUP + 2, dtype=np.int8)
-    starts_at, factors_at = starts.ctypes.data, factors.ctypes.data
+    # What is kept of the groups that follow is asked for: the processor expects no rows that are skipped.
+    starts = np.empty((_AHEAD + 1, MOST_OF_GROUP + 1), dtype=np.int64)
+    counts, factors = np.empty(_AHEAD + 1, dtype=np.int64), np.empty(MOST_OF_GROUP + 2, dtype=np.int8)
+    factors_at = factors.ctypes.data
     row_of_scales = units * 2 * UNIT * (2 if halves else 4)
+    lines, lines_of_scales = (units * UNIT_BYTES + LINE - 1) // LINE, (row_of_scales + LINE - 1) // LINE
     h = carray(floats_at(neurons), (last * group,))
+    asked = first
     for g in range(first, last):
-        n, largest, finite = 0, np.float32(0), True
-        for j in range(g * group, (g + 1) * group):
-            value = abs(h[j])
-            if value != 0:
-                starts[n] = j
-                n += 1
-                largest = max(largest, value)
-                finite = finite and value < np.inf
+        while asked < last and asked <= g + _AHEAD:
+            own, n = starts[asked % (_AHEAD + 1)], 0
+            for j in range(asked * group, (asked + 1) * group):
+                # NaN is not 0.
+                if h[j] != 0:
+                    own[n] = j
+                    n += 1
+                    _ask(codes + j * record, lines)
+            counts[asked % (_AHEAD + 1)] = n
+            if n:
+                _ask(scales + asked * row_of_scales, lines_of_scales)
+            asked += 1
+        own, n = starts[g % (_AHEAD + 1)], counts[g % (_AHEAD + 1)]
         if n == 0:
             continue
+        largest, finite = np.float32(0), True
+        for i in range(n):
+            value = abs(h[own[i]])
+            largest = max(largest, value)
+            finite = finite and value < np.inf
         step, total = largest / _LARGEST, 0
         # Smaller ones count as nothing, as records have it.
-        counts = finite and largest >= _SMALLEST
+        counts_all = finite and largest >= _SMALLEST
         for i in range(n):
-            q = np.int64(np.rint(h[starts[i]] / step)) if counts else 0
+            q = np.int64(np.rint(h[own[i]] / step)) if counts_all else 0
             factors[i] = q
             total += q
-            starts[i] = codes + starts[i] * record
-        if not counts:
+            own[i] = codes + own[i] * record
+        if not counts_all:
             step = np.float32(0) if finite else np.float32(np.nan)
         if n % 2:
-            starts[n], factors[n] = starts[n - 1], 0
+            own[n], factors[n] = own[n - 1], 0
         own_scales = scales + g * row_of_scales
         pairs, whole = (n + 1) // 2, step * np.float32(total)
         if halves:
-            _add_pairs(True, starts_at, factors_at, pairs, own_scales, step, whole, y, units)
+            _add_pairs(True, own.ctypes.data, factors_at, pairs, own_scales, step, whole, y, units)
         else:
-            _add_pairs(False, starts_at, factors_at, pairs, own_scales, step, whole, y, units)
+            _add_pairs(False, own.ctypes.data, factors_at, pairs, own_scales, step, whole, y, units)
     keep(starts)
     keep(factors)
 

@@ -1,6 +1,7 @@
 """Runs steps by torch operators: the decoder calls the operators of the step's programs at its sites."""
 
 import torch
+from torch import Tensor
 
 from patchclamp_server.engine.batch import Executed, StepBatch
 from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks, gathered_products
@@ -55,8 +56,25 @@ class OperatorExecutor:
         if batch.watch is not None and peaks is not None:
             batch.watch.layout.look_at_heads(peaks)
         finite = finite_rows(x).cpu().numpy()
+        return Executed(finite, self._logits(x, batch), outcome)
+
+    def _logits(self, x: Tensor, batch: StepBatch) -> Tensor:
+        """Returns the logits of the rows that need them, of a glance as its policy has them."""
         rows = batch.logit_rows
-        return Executed(finite, self.decoder.logits(x[rows] if len(rows) != len(x) else x), outcome)
+        own = x[rows] if len(rows) != len(x) else x
+        glanced = [part.rows for part in batch.sparse if part.selector.glanced is not None]
+        if not glanced:
+            return self.decoder.logits(own)
+        rounded = torch.zeros(len(x), dtype=torch.bool)
+        for part in glanced:
+            rounded[part] = True
+        rounded = rounded[rows]
+        if rounded.all():
+            return self.decoder.logits(own, rounded=True)
+        logits = self.decoder.logits(own)
+        if rounded.any():
+            logits[rounded] = self.decoder.logits(own[rounded], rounded=True)
+        return logits
 
     def trace(self, batch: StepBatch, *, edited: bool) -> FiniteProbe:
         plan = self.planner.plan(batch.programs if edited else [])

@@ -28,8 +28,9 @@ class SparseBlocks:
         """Makes what the rows of a selector are computed by."""
         if selector.glanced is None:
             self._prepare()
-        elif self.model.decoder.compiled is not None:
+        elif (compiled := self.model.decoder.compiled) is not None:
             with self._lock:
+                compiled.round_unembedding()
                 if self._glance_rows is None:
                     self._glance_rows = GlanceRows(self.model.spec, selector.glanced)
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from patchclamp_server.cpu.integers.products import record_bytes
 from patchclamp_server.cpu.invariant import rows
 from patchclamp_server.cpu.linear import Linear
+from patchclamp_server.cpu.products import StoredProduct
+from patchclamp_server.cpu.vector import UNIT
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.attention.pools import Pool, TiledPool, padded
 from patchclamp_server.model.compiled.job import (
@@ -57,8 +59,8 @@ class CompiledBlocks:
         """`decoder` has products that can be compiled: see `can_compile`."""
         self.decoder = decoder
         spec = decoder.spec
-        self._layers = np.zeros((spec.n_layers + 1, LAYER_FIELDS), dtype=np.int64)
-        self._epsilons = np.zeros((spec.n_layers + 1, 5), dtype=np.float32)
+        self._layers = np.zeros((spec.n_layers + 2, LAYER_FIELDS), dtype=np.int64)
+        self._epsilons = np.zeros((spec.n_layers + 2, 5), dtype=np.float32)
         kinds = list(decoder.rotary)
         self._rotary = np.zeros((max(1, len(kinds)), 3), dtype=np.int64)
         for i, (cos, signed_sin) in enumerate(decoder.rotary.values()):
@@ -67,8 +69,10 @@ class CompiledBlocks:
             kind = spec.rotary_kinds[layer]
             self._describe(layer, block, kinds.index(kind) if kind in kinds else -1)
         # The end of the model is as the beginning of a layer: a norm and a product.
-        self._describe_norm(spec.n_layers, 0, decoder.final_norm)
-        self._describe_product(spec.n_layers, 0, decoder.unembedding)
+        for end in range(spec.n_layers, spec.n_layers + 2):
+            self._describe_norm(end, 0, decoder.final_norm)
+            self._describe_product(end, 0, decoder.unembedding)
+        self._rounded_unembedding: StoredProduct | None = None
         self._constants = np.array([spec.attention_scale, spec.attention_soft_cap], dtype=np.float32)
         self._has_post_norms = decoder.blocks[0].post_attn_norm is not None
         self._job = np.zeros(len(Job), dtype=np.int64)
@@ -110,14 +114,15 @@ class CompiledBlocks:
             self._layers[layer, 2 * place : 2 * place + 2] = norm.weight.data_ptr(), bias
             self._epsilons[layer, place] = norm.eps
 
-    def _describe_product(self, layer: int, place: int, linear: Linear) -> None:
-        assert linear.product is not None
-        parts = linear.product.parts
+    def _describe_product(self, layer: int, place: int, linear: Linear, product: StoredProduct | None = None) -> None:
+        product = product or linear.product
+        assert product is not None
+        parts = product.parts
         matrix = self._layers[layer, Layer.MATRICES + place * len(Matrix) :]
         matrix[Matrix.PARTS], matrix[Matrix.N_PARTS] = parts.ctypes.data, len(parts)
         matrix[Matrix.OUT], matrix[Matrix.DEPTH] = linear.shape
         matrix[Matrix.BIAS] = 0 if linear.bias is None else linear.bias.data_ptr()
-        matrix[Matrix.ROUNDS] = linear.product.rounds
+        matrix[Matrix.ROUNDS] = product.rounds
 
     def _rounds(self, layer: int, place: int) -> bool:
         return bool(self._layers[layer, Layer.MATRICES + place * len(Matrix) + Matrix.ROUNDS])
@@ -128,18 +133,25 @@ class CompiledBlocks:
         widths = matrices[..., Matrix.DEPTH] * matrices[..., Matrix.ROUNDS]
         return torch.empty(rows, record_bytes(int(widths.max())), dtype=torch.uint8)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def round_unembedding(self) -> None:
+        """Lets `logits` take states in 8 bits where it is asked to, and the unembedding has codes."""
+        linear, end = self.decoder.unembedding, self.decoder.spec.n_layers + 1
+        if self._rounded_unembedding is None and linear.matrix is not None and not linear.matrix.shape[1] % UNIT:
+            self._rounded_unembedding = product = StoredProduct(linear.matrix, rounds=True)
+            self._describe_product(end, 0, linear, product)
+
+    def logits(self, x: Tensor, *, rounded: bool = False) -> Tensor:
         """Returns what Decoder.logits does before a soft cap, [N, vocab], of residual states [N, d_model]."""
-        norm = (Stage.ATTN_NORM, _ROUND if self._rounds(self.decoder.spec.n_layers, 0) else 0)
-        return self._finish({Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}, norm)
+        end = self.decoder.spec.n_layers + rounded
+        norm = (Stage.ATTN_NORM, _ROUND if self._rounds(end, 0) else 0)
+        return self._finish({Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}, norm, end)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Does so for states after the final norm."""
-        return self._finish({Job.H: h.contiguous()}, (Stage.ROUND, Stage.QKV))
+        return self._finish({Job.H: h.contiguous()}, (Stage.ROUND, Stage.QKV), self.decoder.spec.n_layers)
 
-    def _finish(self, memory: dict[Job, Tensor], first: tuple[Stage, int]) -> Tensor:
-        """Runs the product of the end of the model, after a stage with its flags."""
-        end = self.decoder.spec.n_layers
+    def _finish(self, memory: dict[Job, Tensor], first: tuple[Stage, int], end: int) -> Tensor:
+        """Runs the product of an end of the model, after a stage with its flags."""
         job, threads = self._job.copy(), torch.get_num_threads()
         rows = len(memory[Job.H])
         logits = torch.empty(rows, self.decoder.unembedding.out)

@@ -34,8 +34,8 @@ class Job(_Numbered):
     COUNTERS = auto()
     THREADS = auto()
     ROWS = auto()
-    LAYERS = auto()  # int64 [L + 1, len(Layer)]; the last has the final norm and the unembedding
-    EPSILONS = auto()  # float32 [L + 1, 5]: of the four norms of Layer, and of the heads
+    LAYERS = auto()  # int64 [L + 2, len(Layer)]; the last two have the final norm and the unembedding
+    EPSILONS = auto()  # float32 [L + 2, 5]: of the four norms of Layer, and of the heads
     X = auto()  # [T, d_model]
     H = auto()  # [T, d_model]
     QKV = auto()  # [T, (n_heads + 2 n_kv_heads) head_dim]
