@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.products import StoredProduct
 from patchclamp_server.cpu.sparse.codes import codes_of
-from patchclamp_server.cpu.sparse.glanced import GlancedCodes, multiply_glanced
+from patchclamp_server.cpu.sparse.glanced import GlancedCodes
 from patchclamp_server.cpu.sparse.glanced_mlp import GlancedMlp
 from patchclamp_server.cpu.sparse.kept import KeptInputs, keep_largest
 from patchclamp_server.cpu.stored import Format, Part, StoredMatrix
@@ -118,13 +118,7 @@ def test_the_copy_for_8_bits_gives_the_bits_of_the_codes_as_they_are_stored(
     product, x = StoredProduct(StoredMatrix(parts), rounds=True), torch.from_numpy(rows(n, 96))
     tiles = GlancedCodes.of([codes_of(each) for each in parts])
     assert tiles is not None
-    records = product._rounded(x.data_ptr(), n)
-    assert records is not None
-    y = np.zeros((n, 48), dtype=np.float32)
-    multiply_glanced(
-        tiles.tiles.ctypes.data, tiles.tiles.strides[0], tiles.halves, tiles.groups, 0, 3, records.data_ptr(), n,
-        y.ctypes.data, 48,
-    )  # fmt: skip
+    y = tiles.multiply(product.rounded(x)).numpy()
     if formats[0] is formats[1]:
         assert np.array_equal(y, product.multiply(x).numpy())
     else:

@@ -33,12 +33,12 @@ FOUR, FIVE = Format.Q4_1, Format.Q5_0
 
 
 @cache
-def model_of(family: str = "llama", output: Format = FOUR) -> SparseModel:
+def model_of(family: str = "llama", output: Format = FOUR, inputs: Format = FOUR) -> SparseModel:
     plain = decoder_from_transformers(
         tiny_model(family, hidden_size=64, intermediate_size=D_FF), dtype=torch.float32, device="cpu"
     )
     blocks = [
-        replace(block, mlp_input=coded(block.mlp_input, FOUR), mlp_output=coded(block.mlp_output, output))
+        replace(block, mlp_input=coded(block.mlp_input, inputs), mlp_output=coded(block.mlp_output, output))
         for block in plain.blocks
     ]
     decoder = Decoder(
@@ -153,10 +153,11 @@ def test_rows_are_what_the_formula_says_among_dense_rows(family: str, output: Fo
         assert part.state.dropped() == pytest.approx({layer: 1 - share for layer, share in kept.items()})
 
 
+@pytest.mark.parametrize("inputs", [FOUR, Format.Q4_0, FIVE])
 @pytest.mark.parametrize("output", [FOUR, FIVE])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loop_in_python_gives_the_same_bits(family: str, output: Format) -> None:
-    model, documents = model_of(family, output), tokens(3)
+def test_the_loop_in_python_gives_the_same_bits(family: str, output: Format, inputs: Format) -> None:
+    model, documents = model_of(family, output, inputs), tokens(3)
     selector = glance(model)
     rows = [row(0, selector), row(2, selector, l0=torch.tensor([7]), l1=None)]
     assert torch.equal(step(model, documents, rows), step(model, documents, rows, python=True))

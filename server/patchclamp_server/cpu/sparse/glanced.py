@@ -14,11 +14,13 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+from torch import Tensor
 
 from patchclamp_server.cpu.formats.lanes import I8, I64, INTS, at, bits_of, floats_of_halves, scalar_at
 from patchclamp_server.cpu.integers.dots import add_products
@@ -46,6 +48,15 @@ class GlancedCodes:
     tiles: NDArray[np.uint8]
     halves: bool
     groups: int
+
+    def multiply(self, records: Tensor) -> Tensor:
+        """Returns y [T, out] of the records of T rows (integers/rounding.py)."""
+        n, tiles = len(records), len(self.tiles)
+        y = torch.empty(n, tiles * TILE)
+        place, size = self.tiles.ctypes.data, self.tiles.strides[0]
+        x, target = records.data_ptr(), y.data_ptr()
+        multiply_glanced(place, size, self.halves, self.groups, 0, tiles, x, n, target, tiles * TILE)
+        return y
 
     @classmethod
     def of(cls, parts: list[Codes | None]) -> "GlancedCodes | None":

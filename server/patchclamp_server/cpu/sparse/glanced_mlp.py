@@ -54,7 +54,8 @@ class GlancedMlp:
 
     def input(self, x: Tensor) -> Tensor:
         """Returns the pre-activations [T, d_ff or 2 d_ff] of x [T, d_model] float32."""
-        return _biased(self.inputs.multiply(x), self.input_bias)
+        y = self.inputs.multiply(x) if self.tiles is None else self.tiles.multiply(self.inputs.rounded(x))
+        return _biased(y, self.input_bias)
 
     def output(self, neurons: Tensor) -> Tensor:
         """Returns y [T, d_model] of neurons [T, d_ff] float32."""
