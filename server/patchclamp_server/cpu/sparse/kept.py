@@ -277,7 +277,8 @@ def add_kept(neurons, first, last, group, codes, record, scales, halves, units, 
             if n:
                 _ask(scales + asked * row_of_scales, lines_of_scales)
             asked += 1
-        own, n = starts[g % (_AHEAD + 1)], counts[g % (_AHEAD + 1)]
+        slot = g % (_AHEAD + 1)
+        own, n = starts[slot], counts[slot]
         if n == 0:
             continue
         largest, finite = np.float32(0), True
@@ -300,9 +301,9 @@ def add_kept(neurons, first, last, group, codes, record, scales, halves, units, 
         own_scales = scales + g * row_of_scales
         pairs, whole = (n + 1) // 2, step * np.float32(total)
         if halves:
-            _add_pairs(True, own.ctypes.data, factors_at, pairs, own_scales, step, whole, y, units)
+            _add_pairs(True, starts[slot].ctypes.data, factors_at, pairs, own_scales, step, whole, y, units)
         else:
-            _add_pairs(False, own.ctypes.data, factors_at, pairs, own_scales, step, whole, y, units)
+            _add_pairs(False, starts[slot].ctypes.data, factors_at, pairs, own_scales, step, whole, y, units)
     keep(starts)
     keep(factors)
 
