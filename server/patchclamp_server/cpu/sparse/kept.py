@@ -186,7 +186,7 @@ def _ask(_context, address, lines):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _count_from(_context, bits, n, least):  # type: ignore[no-untyped-def]
+def count_from(_context, bits, n, least):  # type: ignore[no-untyped-def]
     """Returns how many of n int32 at an address are not below `least`; n is a multiple of 16."""
     signature = types.int64(types.int64, types.int64, types.int32)
 
@@ -224,7 +224,7 @@ def keep_largest(h, norms, k, forced, bits):
         least, count = most, 0
     while count != k and most - least > 1 and k > 0:
         middle = (least + most) >> 1
-        above = _count_from(at_bits, filled, np.int32(middle))
+        above = count_from(at_bits, filled, np.int32(middle))
         if above >= k:
             least, count = middle, above
         else:
@@ -236,7 +236,7 @@ def keep_largest(h, norms, k, forced, bits):
             h[j] = h[j] if bits[j] >= bound else np.float32(0)
         keep(bits)
         return count
-    equal = _count_from(at_bits, filled, bound) - _count_from(at_bits, filled, np.int32(least + 1)) - surplus
+    equal = count_from(at_bits, filled, bound) - count_from(at_bits, filled, np.int32(least + 1)) - surplus
     kept = 0
     for j in range(n):
         chosen = bits[j] > bound

@@ -18,6 +18,7 @@ from patchclamp_server.cpu.integers.products import record_bytes
 from patchclamp_server.cpu.invariant import rows
 from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.products import StoredProduct
+from patchclamp_server.cpu.sparse.preview import Preview
 from patchclamp_server.cpu.vector import UNIT
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.attention.pools import Pool, TiledPool, padded
@@ -29,9 +30,11 @@ from patchclamp_server.model.compiled.job import (
     Job,
     Layer,
     Matrix,
+    SparseLayer,
     Stage,
 )
-from patchclamp_server.model.compiled.sparse_rows import BY_ROW, DENSE, MIXED
+from patchclamp_server.model.compiled.sparse_rows import BY_ROW, DENSE, MIXED, preview_table
+from patchclamp_server.model.compiled.sparse_stages import run_sparse
 from patchclamp_server.model.compiled.team import team_of
 from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
@@ -73,6 +76,8 @@ class CompiledBlocks:
             self._describe_norm(end, 0, decoder.final_norm)
             self._describe_product(end, 0, decoder.unembedding)
         self._rounded_unembedding: StoredProduct | None = None
+        self._preview: Preview | None = None
+        self._preview_table = np.zeros((0, len(SparseLayer)), dtype=np.int64)
         self._constants = np.array([spec.attention_scale, spec.attention_soft_cap], dtype=np.float32)
         self._has_post_norms = decoder.blocks[0].post_attn_norm is not None
         self._job = np.zeros(len(Job), dtype=np.int64)
@@ -136,30 +141,45 @@ class CompiledBlocks:
     def round_unembedding(self) -> None:
         """Lets `logits` take states in 8 bits where it is asked to, and the unembedding has codes."""
         linear, end = self.decoder.unembedding, self.decoder.spec.n_layers + 1
-        if self._rounded_unembedding is None and linear.matrix is not None and not linear.matrix.shape[1] % UNIT:
-            self._rounded_unembedding = product = StoredProduct(linear.matrix, rounds=True)
-            self._describe_product(end, 0, linear, product)
+        if self._rounded_unembedding is not None or linear.matrix is None or linear.matrix.shape[1] % UNIT:
+            return
+        self._rounded_unembedding = product = StoredProduct(linear.matrix, rounds=True)
+        self._describe_product(end, 0, linear, product)
+        # The preview is a product with the input of an MLP.
+        self._describe_product(end, PRODUCTS.index("mlp_input"), linear, product)
+        if (preview := Preview.of(linear)) is not None:
+            self._preview_table = preview_table(preview.tiles, end)
+            self._preview = preview
 
     def logits(self, x: Tensor, *, rounded: bool = False) -> Tensor:
         """Returns what Decoder.logits does before a soft cap, [N, vocab], of residual states [N, d_model]."""
         end = self.decoder.spec.n_layers + rounded
-        norm = (Stage.ATTN_NORM, _ROUND if self._rounds(end, 0) else 0)
-        return self._finish({Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}, norm, end)
+        memory = {Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}
+        if rounded and self._preview is not None:
+            logits = self._finish(memory, (Stage.ATTN_NORM, _ROUND), end, Stage.SPARSE_INPUT)
+            self._preview.refine(memory[Job.H], logits)
+            return logits
+        return self._finish(memory, (Stage.ATTN_NORM, _ROUND if self._rounds(end, 0) else 0), end)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Does so for states after the final norm."""
         return self._finish({Job.H: h.contiguous()}, (Stage.ROUND, Stage.QKV), self.decoder.spec.n_layers)
 
-    def _finish(self, memory: dict[Job, Tensor], first: tuple[Stage, int], end: int) -> Tensor:
+    def _finish(
+        self, memory: dict[Job, Tensor], first: tuple[Stage, int], end: int, product: Stage = Stage.QKV
+    ) -> Tensor:
         """Runs the product of an end of the model, after a stage with its flags."""
         job, threads = self._job.copy(), torch.get_num_threads()
         rows = len(memory[Job.H])
         logits = torch.empty(rows, self.decoder.unembedding.out)
         before = [first] if first[0] is not Stage.ROUND or self._rounds(end, 0) else []
-        course = [(stage, end, flags) for stage, flags in [*before, (Stage.QKV, 0)]]
+        course = [(stage, end, flags) for stage, flags in [*before, (product, 0)]]
         stages = np.array(course, dtype=np.int64)
         counters = np.zeros((len(stages), 8), dtype=np.int64)
-        memory = memory | {Job.QKV: logits, Job.ROUNDED: self._records(rows)}
+        memory = memory | {Job.QKV: logits, Job.HIDDEN: logits, Job.ROUNDED: self._records(rows)}
+        keep = np.zeros((end + 1, rows), dtype=np.int64)
+        job[Job.SPARSE], job[Job.RUN_SPARSE] = self._preview_table.ctypes.data, run_sparse.address
+        job[Job.KEEP] = keep.ctypes.data
         for field, tensor in memory.items():
             job[field] = tensor.data_ptr()
         job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = stages.ctypes.data, counters.ctypes.data, threads

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.cpu.integers.products import record_bytes
+from patchclamp_server.cpu.sparse.glanced import GlancedCodes
 from patchclamp_server.cpu.sparse.glanced_mlp import GlancedMlp
 from patchclamp_server.cpu.sparse.kept import SUMS, UNIT
 from patchclamp_server.cpu.vector import LANES
@@ -36,9 +37,8 @@ class SparseTables:
             own[SparseLayer.INPUT_PARTS], own[SparseLayer.N_INPUT_PARTS] = _parts(mlp.inputs.parts)
             own[SparseLayer.OUTPUT_PARTS], own[SparseLayer.N_OUTPUT_PARTS] = _parts(mlp.outputs.parts)
             own[SparseLayer.NORMS] = mlp.norms.ctypes.data
-            if (tiles := mlp.tiles) is not None:
-                own[SparseLayer.TILES], own[SparseLayer.TILE_BYTES] = tiles.tiles.ctypes.data, tiles.tiles.strides[0]
-                own[SparseLayer.TILE_HALVES], own[SparseLayer.TILE_GROUPS] = tiles.halves, tiles.groups
+            if mlp.tiles is not None:
+                _set_tiles(own, mlp.tiles)
             if (kept := mlp.kept) is not None:
                 own[SparseLayer.CODES], own[SparseLayer.RECORD] = kept.records.ctypes.data, kept.records.strides[0]
                 own[SparseLayer.SCALES], own[SparseLayer.HALVES] = kept.scales.ctypes.data, kept.scales.itemsize == 2
@@ -49,6 +49,18 @@ class SparseTables:
     def reads_by_row(self) -> NDArray[np.bool_]:
         """Whether each layer has a copy from which kept neurons can be read."""
         return self.table[:, SparseLayer.CODES] != 0
+
+
+def preview_table(tiles: GlancedCodes, place: int) -> NDArray[np.int64]:
+    """Returns a table whose last row, at `place`, has a product from these tiles alone."""
+    table = np.zeros((place + 1, len(SparseLayer)), dtype=np.int64)
+    _set_tiles(table[place], tiles)
+    return table
+
+
+def _set_tiles(own: NDArray[np.int64], tiles: GlancedCodes) -> None:
+    own[SparseLayer.TILES], own[SparseLayer.TILE_BYTES] = tiles.tiles.ctypes.data, tiles.tiles.strides[0]
+    own[SparseLayer.TILE_HALVES], own[SparseLayer.TILE_GROUPS] = tiles.halves, tiles.groups
 
 
 def _parts(parts: NDArray[np.int64]) -> tuple[int, int]:
