@@ -196,6 +196,23 @@ def test_layers_that_keep_everything_are_those_of_the_dense_model() -> None:
     assert torch.equal(own, step(model, documents, [], naive=[Naive(block, {}, 0) for block in model.decoder.blocks]))
 
 
+def test_rows_that_ask_for_it_see_the_vocabulary_by_a_preview() -> None:
+    plain = decoder_from_transformers(
+        tiny_model("llama", hidden_size=64, intermediate_size=D_FF, vocab_size=1024), dtype=torch.float32, device="cpu"
+    )
+    unembedding = coded(plain.unembedding, Format.Q8_0)
+    decoder = Decoder(plain.spec, plain.embedding, None, plain.rotary, plain.blocks, plain.final_norm, unembedding)
+    assert decoder.compiled is not None
+    decoder.compiled.round_unembedding()
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    exact, seen = decoder.logits(x), decoder.logits(x, rounded=True)
+    largest = exact.topk(8, dim=1).indices
+    assert torch.equal(seen.gather(1, largest), exact.gather(1, largest))
+    assert not torch.equal(seen, exact)
+    assert (seen - exact).std() < 0.15 * exact.std()
+    assert torch.equal(decoder.logits(x), exact)
+
+
 @dataclass(eq=False)
 class Sets:
     """Hooks that set a neuron of every row, and see what there was."""
