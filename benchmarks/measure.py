@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from measured_code import code_digest
 
 from patchclamp_server.engine.engine import Engine
-from patchclamp_server.engine.request import Event, Failed, Finished, Request, StopParams, Token
+from patchclamp_server.engine.request import Event, Failed, Finished, Request, SparseInference, StopParams, Token
 from patchclamp_server.interventions.bound import BoundProgram
 
 Figure = TypeVar("Figure")
@@ -33,15 +33,23 @@ def run_requests(
 
 
 def decode_steps(
-    engine: Engine, prompts: Sequence[Sequence[int]], program: BoundProgram | None, tokens: int
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    program: BoundProgram | None,
+    tokens: int,
+    sparsity: SparseInference | None = None,
 ) -> list[float]:
     """Seconds of each decode step of all requests together: between the tokens of the one that was submitted last."""
-    times = _run_together(engine, prompts, [program] * len(prompts), tokens)
+    times = _run_together(engine, prompts, [program] * len(prompts), tokens, sparsity)
     return [after - before for before, after in pairwise(times[-1])]
 
 
 def _run_together(
-    engine: Engine, prompts: Sequence[Sequence[int]], programs: Sequence[BoundProgram | None], tokens: int
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    programs: Sequence[BoundProgram | None],
+    tokens: int,
+    sparsity: SparseInference | None = None,
 ) -> list[list[float]]:
     """When each token of each request came, by time.perf_counter()."""
     left = threading.Semaphore(0)
@@ -61,7 +69,7 @@ def _run_together(
 
     stop = StopParams(max_tokens=tokens, ignore_eos=True)
     for prompt, program, own in zip(prompts, programs, times, strict=True):
-        engine.submit(Request(tuple(prompt), follower(own), program=program, stop=stop))
+        engine.submit(Request(tuple(prompt), follower(own), program=program, stop=stop, sparsity=sparsity))
     for _ in prompts:
         left.acquire()
     if failures:

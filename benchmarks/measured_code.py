@@ -155,6 +155,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         "patchclamp.connection",
         "patchclamp.transport",
     ),
+    "sparse_decode": ("benchmarks/sparse/__main__.py", "benchmarks/sparse/decode.py", *_STEP, *_SPARSE),
     "sparse_quality": ("benchmarks/sparse/__main__.py", "benchmarks/sparse/quality.py", *_SPARSE),
     "sparse_speed": (
         "benchmarks/sparse/__main__.py",

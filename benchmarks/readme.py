@@ -423,6 +423,7 @@ COMMANDS = {
     "products": "python benchmarks/products.py --ggml DIRECTORY",
     "threads": "python benchmarks/threads.py",
     "shapes": "python benchmarks/shapes.py",
+    "sparse_decode": "python benchmarks/sparse --only decode",
     "sparse_quality": "python benchmarks/sparse --only quality",
     "sparse_speed": "python benchmarks/sparse --only speed",
     "step": "python benchmarks/step.py",

@@ -25,6 +25,7 @@ from patchclamp_server.sparsity.policies.coreinfer_stability import CoreInferSta
 from patchclamp_server.sparsity.policies.dense import Dense
 from patchclamp_server.sparsity.policies.exact_zero import ExactZero
 from patchclamp_server.sparsity.policies.fovea import Fovea
+from patchclamp_server.sparsity.policies.glance import Glance
 from patchclamp_server.sparsity.policies.griffin import Griffin
 from patchclamp_server.sparsity.policies.oracle import Oracle
 from patchclamp_server.sparsity.policies.random_set import RandomSet
@@ -39,6 +40,7 @@ PROMPT = 256
 ROWS: dict[str, tuple[Policy, bool]] = {
     "fovea": (Fovea(), True),
     "fovea_select": (Fovea(compensate=False, budget="uniform"), True),
+    "glance": (Glance(), False),
     "cats": (Cats(), False),
     "oracle": (Oracle(), False),
     "random": (RandomSet(), False),

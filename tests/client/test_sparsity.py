@@ -29,6 +29,7 @@ Serve = Callable[..., str]
         (policies.cats(), "cats"),
         (policies.static_set(), "static_set"),
         (policies.fovea(), "fovea"),
+        (policies.glance(), "glance"),
         (policies.random_set(), "random_set"),
         (policies.oracle(), "oracle"),
     ],

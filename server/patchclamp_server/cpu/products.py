@@ -294,6 +294,13 @@ class StoredProduct:
         """Returns the product with the rows of ascending outputs, without a copy of the weights."""
         return StoredProduct(self.matrix.chosen(outputs), rounds=self.rounds)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Returns the records of x [T, in] float32, of a product that takes them."""
+        x = x.contiguous()
+        records = self._rounded(x.data_ptr(), len(x))
+        assert records is not None
+        return records
+
     def _rounded(self, x: int, n: int) -> Tensor | None:
         """Returns the records of n rows at an address, where any product takes them."""
         if not self.rounds:

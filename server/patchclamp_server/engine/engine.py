@@ -141,7 +141,7 @@ class Engine:
         request = self.access.admit(request)
         if request.sparsity is not None:
             # This happens here, and not on the engine's thread, where everybody would wait for it the first time.
-            self.executor.sparse.prepare()
+            self.executor.sparse.prepare(request.sparsity.selector)
         arrival = time.monotonic()
         request_id = self.live.admit(request, arrival)
         self.access.admitted(request)

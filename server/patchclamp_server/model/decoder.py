@@ -42,6 +42,7 @@ from patchclamp_server.model.spec import DecoderSpec
 if TYPE_CHECKING:
     from patchclamp_server.model.compiled.blocks import CompiledBlocks
     from patchclamp_server.model.compiled.job import CompiledVisits
+    from patchclamp_server.model.compiled.sparse_rows import SparseRows
 
 
 class SiteHooks(Protocol):
@@ -102,6 +103,8 @@ class StepInputs:
     peaks: Peaks | None = None
     # What compiled blocks may call where hooks would be visited.
     compiled_visits: "CompiledVisits | None" = None
+    # Rows whose MLPs compiled blocks compute sparsely; elsewhere `products` do.
+    sparse: "SparseRows | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +229,7 @@ class Decoder:
         spec = self.spec
         if self.compiled is not None and products is None and hooks.visited is not None and not x.requires_grad:
             return self.compiled.run(x, layers, step, pools, hooks)
+        assert step.sparse is None
         tables = {
             kind: (cos.index_select(0, step.positions), sin.index_select(0, step.positions))
             for kind, (cos, sin) in self.rotary.items()
@@ -253,11 +257,12 @@ class Decoder:
         return x
 
     @torch.inference_mode()
-    def logits(self, x: Tensor) -> Tensor:
-        """Unembeds residual states [N, d_model] and returns logits [N, vocab], float32."""
+    def logits(self, x: Tensor, *, rounded: bool = False) -> Tensor:
+        """Unembeds residual states [N, d_model] and returns logits [N, vocab], float32. `rounded`: of states in 8 bits,
+        where CompiledBlocks.round_unembedding prepared that."""
         if self.compiled is None:
             return self.unembed(self.final_norm(x))
-        return cap_softly(self.compiled.logits(x), self.spec.final_soft_cap)
+        return cap_softly(self.compiled.logits(x, rounded=rounded), self.spec.final_soft_cap)
 
     @torch.inference_mode()
     def unembed(self, h: Tensor) -> Tensor:

@@ -54,9 +54,9 @@ class Binder:
     """Binds policies. It is thread-safe; it may read all weights of the model: do not call it on an event loop."""
 
     def __init__(
-        self, model: SparseModel, artifacts: ArtifactLookup, ready: Callable[[], object] = lambda: None
+        self, model: SparseModel, artifacts: ArtifactLookup, ready: Callable[[Selector], object] = lambda _: None
     ) -> None:
-        """`ready` is called when something is bound: what runs it is made then, while nobody waits for a step."""
+        """`ready` is called with what is bound: what runs it is made then, while nobody waits for a step."""
         self.model = model
         self._artifacts = artifacts
         self._ready = ready
@@ -110,7 +110,7 @@ class Binder:
     def _made(self, key: tuple[Policy, str], policy: Policy, stored: StoredProfile | None) -> Selector:
         selector = policy.bind(self.model, None if stored is None else self._on_device(stored.profile))
         selector.prepare()
-        self._ready()
+        self._ready(selector)
         with self._lock:
             self._selectors[key] = selector
             if len(self._selectors) > MAX_SELECTORS:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from patchclamp_server.cpu.sparse.glanced_mlp import GlancedMlp
 from patchclamp_server.model.decoder import Block
 from patchclamp_server.sparsity.apply import Rows, Step
 from patchclamp_server.sparsity.mlp import MlpInput, SparseModel
@@ -59,6 +60,8 @@ class SparseBlock:
         parts = self.step.sparse(self.layer)
         if not self._gathers(parts):
             hidden = self.block.mlp_input(x)
+            for part, mlp in self._glanced(parts):
+                hidden[part.rows] = mlp.input(x[part.rows].contiguous())
             self._choose(parts, x, hidden)
             return hidden
         self._choose(parts, x, None)
@@ -79,7 +82,10 @@ class SparseBlock:
             width = self.model.spec.d_model
             y = _by_groups(neurons, chosen, width, self.gathered.outputs, self.block.mlp_output)
         else:
-            y = self.block.mlp_output(masked(neurons, chosen))
+            kept = masked(neurons, chosen)
+            y = self.block.mlp_output(kept)
+            for part, mlp in self._glanced(self.step.sparse(self.layer)):
+                y[part.rows] = mlp.output(kept[part.rows].contiguous())
         for rows, remainder in self.remainders:
             y[rows] += remainder
         return y
@@ -99,7 +105,11 @@ class SparseBlock:
 
     def _gathers(self, parts: Sequence[Rows]) -> bool:
         rows = sum(part.rows.stop - part.rows.start for part in parts)
-        return self.gathered is not None and rows <= self.gathered.most_rows
+        return self.gathered is not None and rows <= self.gathered.most_rows and not self._glanced(parts)
+
+    def _glanced(self, parts: Sequence[Rows]) -> list[tuple[Rows, GlancedMlp]]:
+        """Returns those of `parts` whose policies have an MLP of their own, with it."""
+        return [(part, own[self.layer]) for part in parts if (own := part.selector.glanced) is not None]
 
     def _choose(self, parts: Sequence[Rows], x: Tensor, hidden: Tensor | None) -> None:
         """Selects for the rows of `parts`, for all of one policy at once where its sets do not stay for a sequence.

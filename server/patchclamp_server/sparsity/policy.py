@@ -9,14 +9,17 @@ for its decode rows. All that a policy knows of a sequence is in its SequenceSta
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from patchclamp_server.cpu.sparse.glanced_mlp import GlancedMlp
 from patchclamp_server.errors import FailedPrecondition, InvalidArgument
 from patchclamp_server.model.spec import DecoderSpec
 from patchclamp_server.sparsity.mlp import MlpInput, MlpWeights, SparseModel
@@ -81,15 +84,29 @@ class SequenceState:
     active: dict[int, float | Tensor] = field(default_factory=dict)
     chosen: int = 0
     filled: int = 0
+    # Of rows that compiled blocks chose neurons for, by layer: how many rows, and the share of neurons that they kept.
+    glanced_rows: NDArray[np.float64] | None = None
+    glanced: NDArray[np.float64] | None = None
+
+    def add_glanced(self, rows: NDArray[Any], shares: NDArray[Any]) -> None:
+        """Counts rows [layers] for which something was chosen, and the shares [layers] that they kept, summed."""
+        if self.glanced_rows is None or self.glanced is None:
+            self.glanced_rows, self.glanced = np.zeros(len(rows)), np.zeros(len(rows))
+        self.glanced_rows += rows
+        self.glanced += shares
 
     def dropped(self) -> dict[int, float]:
         """Returns what was selected among and not computed, by layer, summed over rows. Waits for the device once."""
         counted = [active for active in self.active.values() if isinstance(active, Tensor)]
         read = iter(torch.stack(counted).tolist() if counted else ())
-        return {
+        found = {
             layer: self.selected[layer] - (next(read) if isinstance(active, Tensor) else active)
             for layer, active in self.active.items()
         }
+        if self.glanced_rows is not None and self.glanced is not None:
+            for layer in self.glanced_rows.nonzero()[0].tolist():
+                found[layer] = found.get(layer, 0.0) + float(self.glanced_rows[layer] - self.glanced[layer])
+        return found
 
     @property
     def filled_ratio(self) -> float:
@@ -118,6 +135,11 @@ class Selector(ABC):
     def observes_prompt(self) -> bool:
         """Whether the policy must see the neurons of every prompt token."""
         return type(self).observe_prompt is not Selector.observe_prompt
+
+    @property
+    def glanced(self) -> Sequence[GlancedMlp] | None:
+        """The MLPs by which the rows of this policy are computed, in place of those of the decoder."""
+        return None
 
     @property
     def thins_channels(self) -> bool:

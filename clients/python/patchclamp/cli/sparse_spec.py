@@ -43,6 +43,7 @@ POLICIES: Mapping[str, tuple[Builder, Mapping[str, Parse | None]]] = {
     "cats": (policies.cats, _EVERY),
     "static_set": (policies.static_set, {**_EVERY, "neuron_set": str}),
     "fovea": (policies.fovea, {**_EVERY, **_FOVEA}),
+    "glance": (policies.glance, _EVERY),
     "random_set": (policies.random_set, {**_EVERY, "seed": int}),
     "oracle": (policies.oracle, _EVERY),
 }

@@ -24,47 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!patchclamp/v1/sparse_policy.proto\x12\rpatchclamp.v1\"\xf2\x05\n\x0cSparsePolicy\x12\x17\n\nkeep_ratio\x18\x01 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x11layer_keep_ratios\x18\x02 \x03(\x01\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x16\n\tend_layer\x18\x04 \x01(\rH\x02\x88\x01\x01\x12+\n\x05\x64\x65nse\x18\x10 \x01(\x0b\x32\x1a.patchclamp.v1.DensePolicyH\x00\x12\x34\n\nexact_zero\x18\x11 \x01(\x0b\x32\x1e.patchclamp.v1.ExactZeroPolicyH\x00\x12=\n\x13\x63oreinfer_stability\x18\x12 \x01(\x0b\x32\x1e.patchclamp.v1.CoreInferPolicyH\x00\x12>\n\x14\x63oreinfer_similarity\x18\x13 \x01(\x0b\x32\x1e.patchclamp.v1.CoreInferPolicyH\x00\x12/\n\x07griffin\x18\x14 \x01(\x0b\x32\x1c.patchclamp.v1.GriffinPolicyH\x00\x12)\n\x04teal\x18\x15 \x01(\x0b\x32\x19.patchclamp.v1.TealPolicyH\x00\x12)\n\x04wina\x18\x16 \x01(\x0b\x32\x19.patchclamp.v1.WinaPolicyH\x00\x12)\n\x04\x63\x61ts\x18\x17 \x01(\x0b\x32\x19.patchclamp.v1.CatsPolicyH\x00\x12\x34\n\nstatic_set\x18\x18 \x01(\x0b\x32\x1e.patchclamp.v1.StaticSetPolicyH\x00\x12+\n\x05\x66ovea\x18\x19 \x01(\x0b\x32\x1a.patchclamp.v1.FoveaPolicyH\x00\x12\x34\n\nrandom_set\x18\x1a \x01(\x0b\x32\x1e.patchclamp.v1.RandomSetPolicyH\x00\x12-\n\x06oracle\x18\x1b \x01(\x0b\x32\x1b.patchclamp.v1.OraclePolicyH\x00\x42\x08\n\x06policyB\r\n\x0b_keep_ratioB\x0c\n\n_end_layer\"\r\n\x0b\x44\x65nsePolicy\"\x11\n\x0f\x45xactZeroPolicy\"k\n\x0f\x43oreInferPolicy\x12\x17\n\ntoken_keep\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x07rank_by\x18\x02 \x01(\x0e\x32\x1f.patchclamp.v1.CoreInferRankingB\r\n\x0b_token_keep\"\x0f\n\rGriffinPolicy\"?\n\nTealPolicy\x12\x31\n\nallocation\x18\x01 \x01(\x0e\x32\x1d.patchclamp.v1.TealAllocation\"\x0c\n\nWinaPolicy\"\x0c\n\nCatsPolicy\"%\n\x0fStaticSetPolicy\x12\x12\n\nneuron_set\x18\x01 \x01(\t\"s\n\x0b\x46oveaPolicy\x12\x11\n\x04\x62its\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nexact_gate\x18\x02 \x01(\x08\x12\x1c\n\x14without_compensation\x18\x03 \x01(\x08\x12\x16\n\x0euniform_budget\x18\x04 \x01(\x08\x42\x07\n\x05_bits\"\x1f\n\x0fRandomSetPolicy\x12\x0c\n\x04seed\x18\x01 \x01(\x04\"\x0e\n\x0cOraclePolicy\"t\n\x08Sparsity\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12+\n\x06policy\x18\x02 \x01(\x0b\x32\x1b.patchclamp.v1.SparsePolicy\x12*\n\x05guard\x18\x03 \x01(\x0b\x32\x1b.patchclamp.v1.QualityGuard\"\x88\x01\n\x0cQualityGuard\x12\x18\n\x0bsample_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0emax_divergence\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06window\x18\x03 \x01(\rH\x02\x88\x01\x01\x42\x0e\n\x0c_sample_rateB\x11\n\x0f_max_divergenceB\t\n\x07_window\"\xb5\x01\n\x0eSparsityReport\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\x15\n\rsparse_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x64\x65nse_tokens\x18\x04 \x01(\r\x12\x14\n\x0c\x61\x63tive_ratio\x18\x05 \x01(\x01\x12)\n\x05guard\x18\x06 \x01(\x0b\x32\x1a.patchclamp.v1.GuardReport\x12\x14\n\x0c\x66illed_ratio\x18\x07 \x01(\x01\"\x96\x01\n\x0bGuardReport\x12\x16\n\x0esampled_tokens\x18\x01 \x01(\r\x12\x17\n\x0fmean_divergence\x18\x02 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x03 \x01(\x01\x12\x16\n\x0emax_divergence\x18\x04 \x01(\x01\x12\x17\n\ndense_from\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_dense_from*v\n\x10\x43oreInferRanking\x12\"\n\x1e\x43ORE_INFER_RANKING_UNSPECIFIED\x10\x00\x12 \n\x1c\x43ORE_INFER_RANKING_MAGNITUDE\x10\x01\x12\x1c\n\x18\x43ORE_INFER_RANKING_VALUE\x10\x02*j\n\x0eTealAllocation\x12\x1f\n\x1bTEAL_ALLOCATION_UNSPECIFIED\x10\x00\x12\x1b\n\x17TEAL_ALLOCATION_UNIFORM\x10\x01\x12\x1a\n\x16TEAL_ALLOCATION_GREEDY\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!patchclamp/v1/sparse_policy.proto\x12\rpatchclamp.v1\"\xa1\x06\n\x0cSparsePolicy\x12\x17\n\nkeep_ratio\x18\x01 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x11layer_keep_ratios\x18\x02 \x03(\x01\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x16\n\tend_layer\x18\x04 \x01(\rH\x02\x88\x01\x01\x12+\n\x05\x64\x65nse\x18\x10 \x01(\x0b\x32\x1a.patchclamp.v1.DensePolicyH\x00\x12\x34\n\nexact_zero\x18\x11 \x01(\x0b\x32\x1e.patchclamp.v1.ExactZeroPolicyH\x00\x12=\n\x13\x63oreinfer_stability\x18\x12 \x01(\x0b\x32\x1e.patchclamp.v1.CoreInferPolicyH\x00\x12>\n\x14\x63oreinfer_similarity\x18\x13 \x01(\x0b\x32\x1e.patchclamp.v1.CoreInferPolicyH\x00\x12/\n\x07griffin\x18\x14 \x01(\x0b\x32\x1c.patchclamp.v1.GriffinPolicyH\x00\x12)\n\x04teal\x18\x15 \x01(\x0b\x32\x19.patchclamp.v1.TealPolicyH\x00\x12)\n\x04wina\x18\x16 \x01(\x0b\x32\x19.patchclamp.v1.WinaPolicyH\x00\x12)\n\x04\x63\x61ts\x18\x17 \x01(\x0b\x32\x19.patchclamp.v1.CatsPolicyH\x00\x12\x34\n\nstatic_set\x18\x18 \x01(\x0b\x32\x1e.patchclamp.v1.StaticSetPolicyH\x00\x12+\n\x05\x66ovea\x18\x19 \x01(\x0b\x32\x1a.patchclamp.v1.FoveaPolicyH\x00\x12-\n\x06glance\x18\x1c \x01(\x0b\x32\x1b.patchclamp.v1.GlancePolicyH\x00\x12\x34\n\nrandom_set\x18\x1a \x01(\x0b\x32\x1e.patchclamp.v1.RandomSetPolicyH\x00\x12-\n\x06oracle\x18\x1b \x01(\x0b\x32\x1b.patchclamp.v1.OraclePolicyH\x00\x42\x08\n\x06policyB\r\n\x0b_keep_ratioB\x0c\n\n_end_layer\"\r\n\x0b\x44\x65nsePolicy\"\x11\n\x0f\x45xactZeroPolicy\"k\n\x0f\x43oreInferPolicy\x12\x17\n\ntoken_keep\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x07rank_by\x18\x02 \x01(\x0e\x32\x1f.patchclamp.v1.CoreInferRankingB\r\n\x0b_token_keep\"\x0f\n\rGriffinPolicy\"?\n\nTealPolicy\x12\x31\n\nallocation\x18\x01 \x01(\x0e\x32\x1d.patchclamp.v1.TealAllocation\"\x0c\n\nWinaPolicy\"\x0c\n\nCatsPolicy\"%\n\x0fStaticSetPolicy\x12\x12\n\nneuron_set\x18\x01 \x01(\t\"s\n\x0b\x46oveaPolicy\x12\x11\n\x04\x62its\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nexact_gate\x18\x02 \x01(\x08\x12\x1c\n\x14without_compensation\x18\x03 \x01(\x08\x12\x16\n\x0euniform_budget\x18\x04 \x01(\x08\x42\x07\n\x05_bits\"\x0e\n\x0cGlancePolicy\"\x1f\n\x0fRandomSetPolicy\x12\x0c\n\x04seed\x18\x01 \x01(\x04\"\x0e\n\x0cOraclePolicy\"t\n\x08Sparsity\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12+\n\x06policy\x18\x02 \x01(\x0b\x32\x1b.patchclamp.v1.SparsePolicy\x12*\n\x05guard\x18\x03 \x01(\x0b\x32\x1b.patchclamp.v1.QualityGuard\"\x88\x01\n\x0cQualityGuard\x12\x18\n\x0bsample_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0emax_divergence\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06window\x18\x03 \x01(\rH\x02\x88\x01\x01\x42\x0e\n\x0c_sample_rateB\x11\n\x0f_max_divergenceB\t\n\x07_window\"\xb5\x01\n\x0eSparsityReport\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\x15\n\rsparse_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x64\x65nse_tokens\x18\x04 \x01(\r\x12\x14\n\x0c\x61\x63tive_ratio\x18\x05 \x01(\x01\x12)\n\x05guard\x18\x06 \x01(\x0b\x32\x1a.patchclamp.v1.GuardReport\x12\x14\n\x0c\x66illed_ratio\x18\x07 \x01(\x01\"\x96\x01\n\x0bGuardReport\x12\x16\n\x0esampled_tokens\x18\x01 \x01(\r\x12\x17\n\x0fmean_divergence\x18\x02 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x03 \x01(\x01\x12\x16\n\x0emax_divergence\x18\x04 \x01(\x01\x12\x17\n\ndense_from\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_dense_from*v\n\x10\x43oreInferRanking\x12\"\n\x1e\x43ORE_INFER_RANKING_UNSPECIFIED\x10\x00\x12 \n\x1c\x43ORE_INFER_RANKING_MAGNITUDE\x10\x01\x12\x1c\n\x18\x43ORE_INFER_RANKING_VALUE\x10\x02*j\n\x0eTealAllocation\x12\x1f\n\x1bTEAL_ALLOCATION_UNSPECIFIED\x10\x00\x12\x1b\n\x17TEAL_ALLOCATION_UNIFORM\x10\x01\x12\x1a\n\x16TEAL_ALLOCATION_GREEDY\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchclamp.v1.sparse_policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COREINFERRANKING']._serialized_start=1861
-  _globals['_COREINFERRANKING']._serialized_end=1979
-  _globals['_TEALALLOCATION']._serialized_start=1981
-  _globals['_TEALALLOCATION']._serialized_end=2087
+  _globals['_COREINFERRANKING']._serialized_start=1924
+  _globals['_COREINFERRANKING']._serialized_end=2042
+  _globals['_TEALALLOCATION']._serialized_start=2044
+  _globals['_TEALALLOCATION']._serialized_end=2150
   _globals['_SPARSEPOLICY']._serialized_start=53
-  _globals['_SPARSEPOLICY']._serialized_end=807
-  _globals['_DENSEPOLICY']._serialized_start=809
-  _globals['_DENSEPOLICY']._serialized_end=822
-  _globals['_EXACTZEROPOLICY']._serialized_start=824
-  _globals['_EXACTZEROPOLICY']._serialized_end=841
-  _globals['_COREINFERPOLICY']._serialized_start=843
-  _globals['_COREINFERPOLICY']._serialized_end=950
-  _globals['_GRIFFINPOLICY']._serialized_start=952
-  _globals['_GRIFFINPOLICY']._serialized_end=967
-  _globals['_TEALPOLICY']._serialized_start=969
-  _globals['_TEALPOLICY']._serialized_end=1032
-  _globals['_WINAPOLICY']._serialized_start=1034
-  _globals['_WINAPOLICY']._serialized_end=1046
-  _globals['_CATSPOLICY']._serialized_start=1048
-  _globals['_CATSPOLICY']._serialized_end=1060
-  _globals['_STATICSETPOLICY']._serialized_start=1062
-  _globals['_STATICSETPOLICY']._serialized_end=1099
-  _globals['_FOVEAPOLICY']._serialized_start=1101
-  _globals['_FOVEAPOLICY']._serialized_end=1216
-  _globals['_RANDOMSETPOLICY']._serialized_start=1218
-  _globals['_RANDOMSETPOLICY']._serialized_end=1249
-  _globals['_ORACLEPOLICY']._serialized_start=1251
-  _globals['_ORACLEPOLICY']._serialized_end=1265
-  _globals['_SPARSITY']._serialized_start=1267
-  _globals['_SPARSITY']._serialized_end=1383
-  _globals['_QUALITYGUARD']._serialized_start=1386
-  _globals['_QUALITYGUARD']._serialized_end=1522
-  _globals['_SPARSITYREPORT']._serialized_start=1525
-  _globals['_SPARSITYREPORT']._serialized_end=1706
-  _globals['_GUARDREPORT']._serialized_start=1709
-  _globals['_GUARDREPORT']._serialized_end=1859
+  _globals['_SPARSEPOLICY']._serialized_end=854
+  _globals['_DENSEPOLICY']._serialized_start=856
+  _globals['_DENSEPOLICY']._serialized_end=869
+  _globals['_EXACTZEROPOLICY']._serialized_start=871
+  _globals['_EXACTZEROPOLICY']._serialized_end=888
+  _globals['_COREINFERPOLICY']._serialized_start=890
+  _globals['_COREINFERPOLICY']._serialized_end=997
+  _globals['_GRIFFINPOLICY']._serialized_start=999
+  _globals['_GRIFFINPOLICY']._serialized_end=1014
+  _globals['_TEALPOLICY']._serialized_start=1016
+  _globals['_TEALPOLICY']._serialized_end=1079
+  _globals['_WINAPOLICY']._serialized_start=1081
+  _globals['_WINAPOLICY']._serialized_end=1093
+  _globals['_CATSPOLICY']._serialized_start=1095
+  _globals['_CATSPOLICY']._serialized_end=1107
+  _globals['_STATICSETPOLICY']._serialized_start=1109
+  _globals['_STATICSETPOLICY']._serialized_end=1146
+  _globals['_FOVEAPOLICY']._serialized_start=1148
+  _globals['_FOVEAPOLICY']._serialized_end=1263
+  _globals['_GLANCEPOLICY']._serialized_start=1265
+  _globals['_GLANCEPOLICY']._serialized_end=1279
+  _globals['_RANDOMSETPOLICY']._serialized_start=1281
+  _globals['_RANDOMSETPOLICY']._serialized_end=1312
+  _globals['_ORACLEPOLICY']._serialized_start=1314
+  _globals['_ORACLEPOLICY']._serialized_end=1328
+  _globals['_SPARSITY']._serialized_start=1330
+  _globals['_SPARSITY']._serialized_end=1446
+  _globals['_QUALITYGUARD']._serialized_start=1449
+  _globals['_QUALITYGUARD']._serialized_end=1585
+  _globals['_SPARSITYREPORT']._serialized_start=1588
+  _globals['_SPARSITYREPORT']._serialized_end=1769
+  _globals['_GUARDREPORT']._serialized_start=1772
+  _globals['_GUARDREPORT']._serialized_end=1922
 # @@protoc_insertion_point(module_scope)

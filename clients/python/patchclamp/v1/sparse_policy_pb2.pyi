@@ -83,6 +83,7 @@ class SparsePolicy(_message.Message):
     CATS_FIELD_NUMBER: _builtins.int
     STATIC_SET_FIELD_NUMBER: _builtins.int
     FOVEA_FIELD_NUMBER: _builtins.int
+    GLANCE_FIELD_NUMBER: _builtins.int
     RANDOM_SET_FIELD_NUMBER: _builtins.int
     ORACLE_FIELD_NUMBER: _builtins.int
     keep_ratio: _builtins.float
@@ -115,6 +116,8 @@ class SparsePolicy(_message.Message):
     @_builtins.property
     def fovea(self) -> Global___FoveaPolicy: ...
     @_builtins.property
+    def glance(self) -> Global___GlancePolicy: ...
+    @_builtins.property
     def random_set(self) -> Global___RandomSetPolicy:
         """Controls, for evaluations: SparsityService accepts them, generation does not."""
 
@@ -137,18 +140,19 @@ class SparsePolicy(_message.Message):
         cats: Global___CatsPolicy | None = ...,
         static_set: Global___StaticSetPolicy | None = ...,
         fovea: Global___FoveaPolicy | None = ...,
+        glance: Global___GlancePolicy | None = ...,
         random_set: Global___RandomSetPolicy | None = ...,
         oracle: Global___OraclePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_layer", b"_end_layer", "_keep_ratio", b"_keep_ratio", "cats", b"cats", "coreinfer_similarity", b"coreinfer_similarity", "coreinfer_stability", b"coreinfer_stability", "dense", b"dense", "end_layer", b"end_layer", "exact_zero", b"exact_zero", "fovea", b"fovea", "griffin", b"griffin", "keep_ratio", b"keep_ratio", "oracle", b"oracle", "policy", b"policy", "random_set", b"random_set", "static_set", b"static_set", "teal", b"teal", "wina", b"wina"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_layer", b"_end_layer", "_keep_ratio", b"_keep_ratio", "cats", b"cats", "coreinfer_similarity", b"coreinfer_similarity", "coreinfer_stability", b"coreinfer_stability", "dense", b"dense", "end_layer", b"end_layer", "exact_zero", b"exact_zero", "fovea", b"fovea", "glance", b"glance", "griffin", b"griffin", "keep_ratio", b"keep_ratio", "oracle", b"oracle", "policy", b"policy", "random_set", b"random_set", "static_set", b"static_set", "teal", b"teal", "wina", b"wina"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_layer", b"_end_layer", "_keep_ratio", b"_keep_ratio", "cats", b"cats", "coreinfer_similarity", b"coreinfer_similarity", "coreinfer_stability", b"coreinfer_stability", "dense", b"dense", "end_layer", b"end_layer", "exact_zero", b"exact_zero", "first_layer", b"first_layer", "fovea", b"fovea", "griffin", b"griffin", "keep_ratio", b"keep_ratio", "layer_keep_ratios", b"layer_keep_ratios", "oracle", b"oracle", "policy", b"policy", "random_set", b"random_set", "static_set", b"static_set", "teal", b"teal", "wina", b"wina"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_layer", b"_end_layer", "_keep_ratio", b"_keep_ratio", "cats", b"cats", "coreinfer_similarity", b"coreinfer_similarity", "coreinfer_stability", b"coreinfer_stability", "dense", b"dense", "end_layer", b"end_layer", "exact_zero", b"exact_zero", "first_layer", b"first_layer", "fovea", b"fovea", "glance", b"glance", "griffin", b"griffin", "keep_ratio", b"keep_ratio", "layer_keep_ratios", b"layer_keep_ratios", "oracle", b"oracle", "policy", b"policy", "random_set", b"random_set", "static_set", b"static_set", "teal", b"teal", "wina", b"wina"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end_layer: _TypeAlias = _typing.Literal["end_layer"]  # noqa: Y015
     _WhichOneofArgType__end_layer: _TypeAlias = _typing.Literal["_end_layer", b"_end_layer"]  # noqa: Y015
     _WhichOneofReturnType__keep_ratio: _TypeAlias = _typing.Literal["keep_ratio"]  # noqa: Y015
     _WhichOneofArgType__keep_ratio: _TypeAlias = _typing.Literal["_keep_ratio", b"_keep_ratio"]  # noqa: Y015
-    _WhichOneofReturnType_policy: _TypeAlias = _typing.Literal["dense", "exact_zero", "coreinfer_stability", "coreinfer_similarity", "griffin", "teal", "wina", "cats", "static_set", "fovea", "random_set", "oracle"]  # noqa: Y015
+    _WhichOneofReturnType_policy: _TypeAlias = _typing.Literal["dense", "exact_zero", "coreinfer_stability", "coreinfer_similarity", "griffin", "teal", "wina", "cats", "static_set", "fovea", "glance", "random_set", "oracle"]  # noqa: Y015
     _WhichOneofArgType_policy: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__end_layer) -> _WhichOneofReturnType__end_layer | None: ...
@@ -354,6 +358,25 @@ class FoveaPolicy(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bits) -> _WhichOneofReturnType__bits | None: ...
 
 Global___FoveaPolicy: _TypeAlias = FoveaPolicy  # noqa: Y015
+
+@_typing.final
+class GlancePolicy(_message.Message):
+    """Patchclamp's own, for decoding on a CPU: all neurons are computed with activations in 8 bits, and those that turn out
+    to add most are kept. Needs no profile.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GlancePolicy: _TypeAlias = GlancePolicy  # noqa: Y015
 
 @_typing.final
 class RandomSetPolicy(_message.Message):

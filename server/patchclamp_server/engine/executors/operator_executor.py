@@ -1,6 +1,7 @@
 """Runs steps by torch operators: the decoder calls the operators of the step's programs at its sites."""
 
 import torch
+from torch import Tensor
 
 from patchclamp_server.engine.batch import Executed, StepBatch
 from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks, gathered_products
@@ -17,6 +18,7 @@ from patchclamp_server.model.decoder import Decoder, StepInputs
 from patchclamp_server.model.overflow import FiniteProbe, finite_rows
 from patchclamp_server.model.sites import Site, every_preactivation
 from patchclamp_server.monitoring.sites import SiteWatcher, WatchedSites
+from patchclamp_server.sparsity.glance_rows import GlanceRows
 from patchclamp_server.sparsity.mlp import SparseModel
 
 
@@ -41,17 +43,38 @@ class OperatorExecutor:
         if batch.watch is not None:
             peaks = batch.watch.layout.peaks(heads, len(batch.token_ids))
             hooks = self.watcher.follow(plan, batch.watch.layout)
-        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations, hooks.compiled_visits)
+        glanced = self.sparse.glance(batch.sparse, len(batch.token_ids), hooks.visited)
+        step = self._inputs(batch, plan, peaks, hooks.visited_preactivations, hooks.compiled_visits, glanced)
         plan.begin(step.positions)
-        x = self.decoder.forward(step, self.cache.pools, hooks, self.sparse.follow(batch.sparse))
+        products = self.sparse.follow(batch.sparse) if glanced is None else None
+        x = self.decoder.forward(step, self.cache.pools, hooks, products)
+        if glanced is not None:
+            glanced.count()
         outcome = plan.finish(x)
         if heads is not None:
             outcome.readouts += heads.values(peaks)
         if batch.watch is not None and peaks is not None:
             batch.watch.layout.look_at_heads(peaks)
         finite = finite_rows(x).cpu().numpy()
+        return Executed(finite, self._logits(x, batch), outcome)
+
+    def _logits(self, x: Tensor, batch: StepBatch) -> Tensor:
+        """Returns the logits of the rows that need them, of a glance as its policy has them."""
         rows = batch.logit_rows
-        return Executed(finite, self.decoder.logits(x[rows] if len(rows) != len(x) else x), outcome)
+        own = x[rows] if len(rows) != len(x) else x
+        glanced = [part.rows for part in batch.sparse if part.selector.glanced is not None]
+        if not glanced:
+            return self.decoder.logits(own)
+        rounded = torch.zeros(len(x), dtype=torch.bool)
+        for part in glanced:
+            rounded[part] = True
+        rounded = rounded[rows]
+        if rounded.all():
+            return self.decoder.logits(own, rounded=True)
+        logits = self.decoder.logits(own)
+        if rounded.any():
+            logits[rounded] = self.decoder.logits(own[rounded], rounded=True)
+        return logits
 
     def trace(self, batch: StepBatch, *, edited: bool) -> FiniteProbe:
         plan = self.planner.plan(batch.programs if edited else [])
@@ -68,6 +91,7 @@ class OperatorExecutor:
         peaks: Peaks | None,
         visited_preactivations: dict[tuple[Site, int], bool],
         compiled_visits: CompiledVisits | None = None,
+        glanced: GlanceRows | None = None,
     ) -> StepInputs:
         device = self.decoder.device
         return StepInputs(
@@ -79,6 +103,7 @@ class OperatorExecutor:
             visited_preactivations,
             peaks,
             compiled_visits,
+            None if glanced is None else glanced.rows,
         )
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 from patchclamp_server.cpu.integers.products import record_bytes
 from patchclamp_server.cpu.invariant import rows
 from patchclamp_server.cpu.linear import Linear
+from patchclamp_server.cpu.products import StoredProduct
+from patchclamp_server.cpu.sparse.preview import Preview
+from patchclamp_server.cpu.vector import UNIT
 from patchclamp_server.model.attention.peaks import Peaks
 from patchclamp_server.model.attention.pools import Pool, TiledPool, padded
 from patchclamp_server.model.compiled.job import (
@@ -27,8 +30,11 @@ from patchclamp_server.model.compiled.job import (
     Job,
     Layer,
     Matrix,
+    SparseLayer,
     Stage,
 )
+from patchclamp_server.model.compiled.sparse_rows import BY_ROW, DENSE, MIXED, preview_table
+from patchclamp_server.model.compiled.sparse_stages import run_sparse
 from patchclamp_server.model.compiled.team import team_of
 from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
@@ -56,8 +62,8 @@ class CompiledBlocks:
         """`decoder` has products that can be compiled: see `can_compile`."""
         self.decoder = decoder
         spec = decoder.spec
-        self._layers = np.zeros((spec.n_layers + 1, LAYER_FIELDS), dtype=np.int64)
-        self._epsilons = np.zeros((spec.n_layers + 1, 5), dtype=np.float32)
+        self._layers = np.zeros((spec.n_layers + 2, LAYER_FIELDS), dtype=np.int64)
+        self._epsilons = np.zeros((spec.n_layers + 2, 5), dtype=np.float32)
         kinds = list(decoder.rotary)
         self._rotary = np.zeros((max(1, len(kinds)), 3), dtype=np.int64)
         for i, (cos, signed_sin) in enumerate(decoder.rotary.values()):
@@ -66,8 +72,12 @@ class CompiledBlocks:
             kind = spec.rotary_kinds[layer]
             self._describe(layer, block, kinds.index(kind) if kind in kinds else -1)
         # The end of the model is as the beginning of a layer: a norm and a product.
-        self._describe_norm(spec.n_layers, 0, decoder.final_norm)
-        self._describe_product(spec.n_layers, 0, decoder.unembedding)
+        for end in range(spec.n_layers, spec.n_layers + 2):
+            self._describe_norm(end, 0, decoder.final_norm)
+            self._describe_product(end, 0, decoder.unembedding)
+        self._rounded_unembedding: StoredProduct | None = None
+        self._preview: Preview | None = None
+        self._preview_table = np.zeros((0, len(SparseLayer)), dtype=np.int64)
         self._constants = np.array([spec.attention_scale, spec.attention_soft_cap], dtype=np.float32)
         self._has_post_norms = decoder.blocks[0].post_attn_norm is not None
         self._job = np.zeros(len(Job), dtype=np.int64)
@@ -109,14 +119,15 @@ class CompiledBlocks:
             self._layers[layer, 2 * place : 2 * place + 2] = norm.weight.data_ptr(), bias
             self._epsilons[layer, place] = norm.eps
 
-    def _describe_product(self, layer: int, place: int, linear: Linear) -> None:
-        assert linear.product is not None
-        parts = linear.product.parts
+    def _describe_product(self, layer: int, place: int, linear: Linear, product: StoredProduct | None = None) -> None:
+        product = product or linear.product
+        assert product is not None
+        parts = product.parts
         matrix = self._layers[layer, Layer.MATRICES + place * len(Matrix) :]
         matrix[Matrix.PARTS], matrix[Matrix.N_PARTS] = parts.ctypes.data, len(parts)
         matrix[Matrix.OUT], matrix[Matrix.DEPTH] = linear.shape
         matrix[Matrix.BIAS] = 0 if linear.bias is None else linear.bias.data_ptr()
-        matrix[Matrix.ROUNDS] = linear.product.rounds
+        matrix[Matrix.ROUNDS] = product.rounds
 
     def _rounds(self, layer: int, place: int) -> bool:
         return bool(self._layers[layer, Layer.MATRICES + place * len(Matrix) + Matrix.ROUNDS])
@@ -127,26 +138,48 @@ class CompiledBlocks:
         widths = matrices[..., Matrix.DEPTH] * matrices[..., Matrix.ROUNDS]
         return torch.empty(rows, record_bytes(int(widths.max())), dtype=torch.uint8)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def round_unembedding(self) -> None:
+        """Lets `logits` take states in 8 bits where it is asked to, and the unembedding has codes."""
+        linear, end = self.decoder.unembedding, self.decoder.spec.n_layers + 1
+        if self._rounded_unembedding is not None or linear.matrix is None or linear.matrix.shape[1] % UNIT:
+            return
+        self._rounded_unembedding = product = StoredProduct(linear.matrix, rounds=True)
+        self._describe_product(end, 0, linear, product)
+        # The preview is a product with the input of an MLP.
+        self._describe_product(end, PRODUCTS.index("mlp_input"), linear, product)
+        if (preview := Preview.of(linear)) is not None:
+            self._preview_table = preview_table(preview.tiles, end)
+            self._preview = preview
+
+    def logits(self, x: Tensor, *, rounded: bool = False) -> Tensor:
         """Returns what Decoder.logits does before a soft cap, [N, vocab], of residual states [N, d_model]."""
-        norm = (Stage.ATTN_NORM, _ROUND if self._rounds(self.decoder.spec.n_layers, 0) else 0)
-        return self._finish({Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}, norm)
+        end = self.decoder.spec.n_layers + rounded
+        memory = {Job.X: x.contiguous(), Job.H: torch.empty(len(x), self.decoder.spec.d_model)}
+        if rounded and self._preview is not None:
+            logits = self._finish(memory, (Stage.ATTN_NORM, _ROUND), end, Stage.SPARSE_INPUT)
+            self._preview.refine(memory[Job.H], logits)
+            return logits
+        return self._finish(memory, (Stage.ATTN_NORM, _ROUND if self._rounds(end, 0) else 0), end)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Does so for states after the final norm."""
-        return self._finish({Job.H: h.contiguous()}, (Stage.ROUND, Stage.QKV))
+        return self._finish({Job.H: h.contiguous()}, (Stage.ROUND, Stage.QKV), self.decoder.spec.n_layers)
 
-    def _finish(self, memory: dict[Job, Tensor], first: tuple[Stage, int]) -> Tensor:
-        """Runs the product of the end of the model, after a stage with its flags."""
-        end = self.decoder.spec.n_layers
+    def _finish(
+        self, memory: dict[Job, Tensor], first: tuple[Stage, int], end: int, product: Stage = Stage.QKV
+    ) -> Tensor:
+        """Runs the product of an end of the model, after a stage with its flags."""
         job, threads = self._job.copy(), torch.get_num_threads()
         rows = len(memory[Job.H])
         logits = torch.empty(rows, self.decoder.unembedding.out)
         before = [first] if first[0] is not Stage.ROUND or self._rounds(end, 0) else []
-        course = [(stage, end, flags) for stage, flags in [*before, (Stage.QKV, 0)]]
+        course = [(stage, end, flags) for stage, flags in [*before, (product, 0)]]
         stages = np.array(course, dtype=np.int64)
         counters = np.zeros((len(stages), 8), dtype=np.int64)
-        memory = memory | {Job.QKV: logits, Job.ROUNDED: self._records(rows)}
+        memory = memory | {Job.QKV: logits, Job.HIDDEN: logits, Job.ROUNDED: self._records(rows)}
+        keep = np.zeros((end + 1, rows), dtype=np.int64)
+        job[Job.SPARSE], job[Job.RUN_SPARSE] = self._preview_table.ctypes.data, run_sparse.address
+        job[Job.KEEP] = keep.ctypes.data
         for field, tensor in memory.items():
             job[field] = tensor.data_ptr()
         job[Job.STAGES], job[Job.COUNTERS], job[Job.THREADS] = stages.ctypes.data, counters.ctypes.data, threads
@@ -158,7 +191,9 @@ class CompiledBlocks:
         """Returns what Decoder.run_blocks does. `hooks` say what they visit."""
         spec = self.decoder.spec
         assert hooks.visited is not None
-        course = self._course(layers, frozenset(hooks.visited), step.compiled_visits)
+        sparse = step.sparse
+        kinds = b"" if sparse is None else sparse.kinds
+        course = self._course(layers, frozenset(hooks.visited), step.compiled_visits, kinds)
         n = len(x)
         x = x.clone(memory_format=torch.contiguous_format)
         width = spec.n_heads * spec.head_dim
@@ -177,6 +212,7 @@ class CompiledBlocks:
         job = self._job.copy()
         for field, tensor in memory.items():
             job[field] = tensor.data_ptr()
+        held = () if sparse is None else sparse.fill(job, max(spec.d_model, spec.d_ff, width))
         counters = np.zeros((len(course.stages), 8), dtype=np.int64)
         # The pools are those of `layers`.
         addresses = np.zeros((spec.n_layers, 4), dtype=np.int64)
@@ -221,6 +257,7 @@ class CompiledBlocks:
                 self._visit(place, memory, step, hooks)
         if self.on_step is not None:
             self.on_step(n, course.stages, counters)
+        del held
         return x
 
     def _visit(self, place: Place, memory: dict[Job, Tensor], step: "StepInputs", hooks: "SiteHooks") -> None:
@@ -233,7 +270,9 @@ class CompiledBlocks:
         elif site is not Site.ATTN_Q or layer in step.visited_queries:
             hooks.visit(site, layer, memory[_MEMORY[site]])
 
-    def _make_course(self, layers: range, visited: Set[Place], compiled: CompiledVisits | None) -> _Course:
+    def _make_course(
+        self, layers: range, visited: Set[Place], compiled: CompiledVisits | None, kinds: bytes
+    ) -> _Course:
         parallel = self.decoder.spec.parallel_residual
         stages: list[tuple[int, int, int]] = []
         stops: list[tuple[int, Place | None]] = []
@@ -263,6 +302,8 @@ class CompiledBlocks:
 
         # Its value is read by stop and run.
         for layer in layers:
+            kind = kinds[layer] if kinds else DENSE
+            rounds = _ROUND if kind else 0
             stop(Site.RESID_PRE)
             run(Stage.ATTN_NORM, pending | rounding(Stage.QKV))
             pending = 0
@@ -278,23 +319,33 @@ class CompiledBlocks:
                 run(Stage.POST_ATTN_NORM)
             stop(Site.ATTN_OUT)
             if parallel:
-                run(Stage.MLP_NORM, rounding(Stage.MLP_INPUT))
+                run(Stage.MLP_NORM, rounding(Stage.MLP_INPUT) or rounds)
                 pending = _ADD_ATTN_OUT
             else:
                 pending = _ADD_ATTN_OUT
                 stop(Site.RESID_MID)
-                run(Stage.MLP_NORM, pending | rounding(Stage.MLP_INPUT))
+                run(Stage.MLP_NORM, pending | (rounding(Stage.MLP_INPUT) or rounds))
                 pending = 0
-            run(Stage.MLP_INPUT)
+            run(Stage.SPARSE_INPUT if kind else Stage.MLP_INPUT)
             for site in PREACTIVATION_SITES:
                 stop(site)
-            # What is visited is rounded afterwards.
+            # What is visited is rounded afterwards, and so is what sparse rows keep.
             visits_neurons = (Site.MLP_POST, layer) in visited
-            run(Stage.ACTIVATION, 0 if visits_neurons else rounding(Stage.MLP_OUTPUT))
+            run(Stage.ACTIVATION, 0 if visits_neurons or kind else rounding(Stage.MLP_OUTPUT))
+            if kind:
+                run(Stage.CHOOSE)
             stop(Site.MLP_POST)
-            if visits_neurons and rounding(Stage.MLP_OUTPUT):
-                run(Stage.ROUND, Stage.MLP_OUTPUT)
-            run(Stage.MLP_OUTPUT)
+            if kind & BY_ROW:
+                run(Stage.KEPT)
+                if kind & MIXED:
+                    if rounding(Stage.MLP_OUTPUT):
+                        run(Stage.ROUND, Stage.MLP_OUTPUT)
+                    run(Stage.SPARSE_OUTPUT, 1)
+                run(Stage.KEPT_SUM)
+            else:
+                if rounds or (visits_neurons and rounding(Stage.MLP_OUTPUT)):
+                    run(Stage.ROUND, Stage.MLP_OUTPUT)
+                run(Stage.SPARSE_OUTPUT if kind else Stage.MLP_OUTPUT)
             if self._has_post_norms:
                 run(Stage.POST_MLP_NORM)
             stop(Site.MLP_OUT)

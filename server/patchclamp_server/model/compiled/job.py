@@ -34,8 +34,8 @@ class Job(_Numbered):
     COUNTERS = auto()
     THREADS = auto()
     ROWS = auto()
-    LAYERS = auto()  # int64 [L + 1, len(Layer)]; the last has the final norm and the unembedding
-    EPSILONS = auto()  # float32 [L + 1, 5]: of the four norms of Layer, and of the heads
+    LAYERS = auto()  # int64 [L + 2, len(Layer)]; the last two have the final norm and the unembedding
+    EPSILONS = auto()  # float32 [L + 2, 5]: of the four norms of Layer, and of the heads
     X = auto()  # [T, d_model]
     H = auto()  # [T, d_model]
     QKV = auto()  # [T, (n_heads + 2 n_kv_heads) head_dim]
@@ -79,6 +79,13 @@ class Job(_Numbered):
     PEAK_PLACES = auto()
     PEAK_OF_LAYER = auto()  # int64 [L]: place, or -1
     CALLS = auto()  # int64 [calls, 3]: as in CompiledVisits
+    SPARSE = auto()  # int64 [L, len(SparseLayer)], or 0 where no row is sparse
+    RUN_SPARSE = auto()  # address of the function of their stages (sparse_stages.py)
+    KEEP = auto()  # int64 [L, T]: neurons that a row keeps at a layer, or -1: it is dense there
+    FORCED = auto()  # int64 [L, T]: addresses of uint8 [d_ff], 1 at neurons that are kept besides, or 0; or 0
+    KEPT_COUNTS = auto()  # int64 [L, T]: how many neurons were kept
+    SCORES = auto()  # int32 [T, d_ff filled up to lanes]
+    PARTIALS = auto()  # [T, SUMS, outputs filled up to units]
     FAILED = auto()  # 1 once a chunk has raised an exception
 
 
@@ -110,6 +117,27 @@ class Matrix(_Numbered):
     ROUNDS = auto()  # 1: takes its input from ROUNDED
 
 
+class SparseLayer(_Numbered):
+    """What a layer has for sparse rows."""
+
+    INPUT_PARTS = auto()  # as in Matrix, of products that take their input from ROUNDED
+    N_INPUT_PARTS = auto()
+    OUTPUT_PARTS = auto()
+    N_OUTPUT_PARTS = auto()
+    TILES = auto()  # the copy of the input projection (cpu/sparse/glanced.py), or 0
+    TILE_BYTES = auto()
+    TILE_HALVES = auto()
+    TILE_GROUPS = auto()
+    NORMS = auto()  # float32 [d_ff]: of the weights by which a neuron adds
+    CODES = auto()  # the neuron-major copy of the output projection (cpu/sparse/kept.py), or 0
+    RECORD = auto()
+    SCALES = auto()
+    HALVES = auto()
+    GROUP = auto()
+    GROUPS = auto()
+    UNITS = auto()
+
+
 # The products of a block, and its norms, in the order of their addresses.
 PRODUCTS = ("qkv", "attn_output", "mlp_input", "mlp_output")
 NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
@@ -133,3 +161,9 @@ class Stage(_Numbered):
     ADD = auto()  # flags as of ATTN_NORM
     CALL = auto()  # at the memory that stands in the layer's place; flags: the row of CALLS
     ROUND = auto()  # the input of the product that `flags` names
+    # Of a layer with sparse rows; the work is in sparse_stages.py.
+    SPARSE_INPUT = auto()  # as MLP_INPUT; sparse rows from ROUNDED
+    CHOOSE = auto()  # zeros the neurons that sparse rows do not keep
+    SPARSE_OUTPUT = auto()  # as MLP_OUTPUT; flags: 1 leaves sparse rows out, else they come from ROUNDED
+    KEPT = auto()  # sums over the neurons of sparse rows that are not 0, in so many parts as SUMS says
+    KEPT_SUM = auto()  # joins the parts

@@ -28,6 +28,7 @@ from patchclamp_server.cpu.integers.products import round_rows
 from patchclamp_server.cpu.integers.tiles import ROWS
 from patchclamp_server.cpu.invariant.rows import activations, layer_norms, rms_norms
 from patchclamp_server.cpu.products import FIELDS, PANEL, multiply_rows
+from patchclamp_server.cpu.sparse.kept import SUMS
 from patchclamp_server.model.compiled.heads import attend_chunk, attention_chunks, finish_rows
 from patchclamp_server.model.compiled.heads import layer_fields as _layer
 from patchclamp_server.model.compiled.job import LAYER_FIELDS, Job, Layer, Matrix, Stage
@@ -42,22 +43,23 @@ _LAYER_FIELDS, _MATRIX_FIELDS = LAYER_FIELDS, len(Matrix)
 (
     _ATTN_NORM, _QKV, _HEADS, _ATTEND, _ATTN_OUTPUT, _POST_ATTN_NORM,
     _MLP_NORM, _MLP_INPUT, _ACTIVATION, _MLP_OUTPUT, _POST_MLP_NORM, _ADD, _CALL, _ROUND,
+    _SPARSE_INPUT, _CHOOSE, _SPARSE_OUTPUT, _KEPT, _KEPT_SUM,
 ) = (int(stage) for stage in Stage)  # fmt: skip
 (
     _FIRST, _LAST, _STAGES, _COUNTERS, _THREADS, _N, _LAYERS, _EPSILONS, _X, _H, _QKV_AT, _Z, _ATTN_OUT, _HIDDEN,
-    _NEURONS, _MLP_OUT, _ROUNDED, _D, _FF, _GATED, _KIND, _CALLS, _FAILED,
+    _NEURONS, _MLP_OUT, _ROUNDED, _D, _FF, _GATED, _KIND, _CALLS, _RUN_SPARSE, _FAILED,
 ) = (
     int(field)
     for field in (
         Job.FIRST, Job.LAST, Job.STAGES, Job.COUNTERS, Job.THREADS, Job.ROWS, Job.LAYERS, Job.EPSILONS, Job.X, Job.H,
         Job.QKV, Job.Z, Job.ATTN_OUT, Job.HIDDEN, Job.NEURONS, Job.MLP_OUT, Job.ROUNDED, Job.D_MODEL, Job.D_FF,
-        Job.GATED, Job.ACTIVATION, Job.CALLS, Job.FAILED,
+        Job.GATED, Job.ACTIVATION, Job.CALLS, Job.RUN_SPARSE, Job.FAILED,
     )
 )  # fmt: skip
 _PARTS, _N_PARTS, _OUT, _DEPTH, _BIAS, _ROUNDS = (int(field) for field in Matrix)
 _MATRICES = int(Layer.MATRICES)
 
-_FIELDS = len(Job)
+_FIELDS, _SUMS = len(Job), SUMS
 
 _compiled = numba.njit(nogil=True, cache=True)
 
@@ -91,12 +93,16 @@ def _run_stages(job):
 
 @_compiled
 def _chunks(job, stage, layer):
-    if stage in (_QKV, _ATTN_OUTPUT, _MLP_INPUT, _MLP_OUTPUT):
+    if stage in (_QKV, _ATTN_OUTPUT, _MLP_INPUT, _MLP_OUTPUT, _SPARSE_INPUT, _SPARSE_OUTPUT):
         matrix = _matrix(job, layer, stage)
         cost = matrix[_OUT] * matrix[_DEPTH] * (job[_N] + 1) // 2
         return max(1, min(job[_THREADS] * _CHUNKS, matrix[_OUT] // PANEL, cost // _COST))
     if stage == _ATTEND:
         return attention_chunks(job)
+    if stage in (_CHOOSE, _KEPT_SUM):
+        return job[_N]
+    if stage == _KEPT:
+        return job[_N] * _SUMS
     return 1 if stage == _CALL else (job[_N] + _ROWS - 1) // _ROWS
 
 
@@ -144,11 +150,14 @@ def _run_chunk(job, stage, layer, flags, chunk, n):
     elif stage == _ROUND:
         source = job[_Z] if flags == _ATTN_OUTPUT else job[_NEURONS] if flags == _MLP_OUTPUT else job[_H]
         round_rows(source, _matrix(job, layer, flags)[_DEPTH], job[_ROUNDED], start, end)
+    else:
+        call_with(job[_RUN_SPARSE], job.ctypes.data, stage, layer, flags, chunk, n)
 
 
 @_compiled
 def _matrix(job, layer, stage):
-    which = 0 if stage == _QKV else 1 if stage == _ATTN_OUTPUT else 2 if stage == _MLP_INPUT else 3
+    inputs = stage in (_MLP_INPUT, _SPARSE_INPUT)
+    which = 0 if stage == _QKV else 1 if stage == _ATTN_OUTPUT else 2 if inputs else 3
     at = layer * _LAYER_FIELDS + _MATRICES + which * _MATRIX_FIELDS
     return carray(ints_at(job[_LAYERS] + at * 8), (_MATRIX_FIELDS,))
 

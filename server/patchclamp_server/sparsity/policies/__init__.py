@@ -15,6 +15,7 @@ from patchclamp_server.sparsity.policies.coreinfer_stability import CoreInferSta
 from patchclamp_server.sparsity.policies.dense import Dense
 from patchclamp_server.sparsity.policies.exact_zero import ExactZero
 from patchclamp_server.sparsity.policies.fovea import Fovea
+from patchclamp_server.sparsity.policies.glance import Glance
 from patchclamp_server.sparsity.policies.griffin import Griffin
 from patchclamp_server.sparsity.policies.oracle import Oracle
 from patchclamp_server.sparsity.policies.random_set import RandomSet
@@ -37,6 +38,7 @@ POLICIES: Mapping[str, type[Policy]] = {
         Cats,
         StaticSet,
         Fovea,
+        Glance,
         RandomSet,
         Oracle,
     )
