@@ -22,7 +22,7 @@ SLOWDOWN = 2.0
 LEAST_ROWS = 4
 # Prompts beside equals that decode: a stream waits so much longer for a token at most, if that is enough for so many
 # rows, with which a prompt takes hardly longer than with more.
-GAP_SECONDS = 0.1
+GAP_SECONDS = 0.25
 PROMPT_ROWS = 32
 # This is the longest step or slice of analysis, or step of batch prompts, while nothing more urgent is there: who comes
 # meanwhile waits for its end.

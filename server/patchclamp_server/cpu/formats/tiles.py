@@ -54,6 +54,8 @@ ACROSS = tuple(
     for left in range(MOST + 1)
 )
 _INT = types.int64
+# Memory takes as long to answer as some tiles take.
+_TILES_AHEAD = 2
 # Scales are kept for so many float32 of each row at a time.
 _KEPT = 64
 _Body = Callable[[list[Block], Any], None]
@@ -84,7 +86,7 @@ def multiply_stored(  # type: ignore[no-untyped-def]
             outputs = [least(b, b.add(output, I64(r)), b.sub(end, I64(1))) for r in range(rows)]
             inputs = [least(b, b.add(t, I64(i)), b.sub(n, I64(1))) for i in range(columns)]
             weights = [row_of(o) for o in outputs]
-            following = [row_of(least(b, b.add(o, I64(rows)), b.sub(end, I64(1)))) for o in outputs]
+            following = row_of(least(b, b.add(output, I64(_TILES_AHEAD * rows)), b.sub(end, I64(1))))
             values = [float_row(b, x, row, width) for row in inputs]
             sums = [[cgutils.alloca_once_value(b, ZEROS) for _ in values] for _ in weights]
             for row in sums:
@@ -215,20 +217,22 @@ def _for_rows(b: Any, n: Any, choices: list[int], body: Any) -> None:
 
 
 def _for_steps(
-    b: Any, step: Step, halves: Any, rows: list[Any], steps: Any, body: _Body, following: list[Any] | None = None
+    b: Any, step: Step, halves: Any, rows: list[Any], steps: Any, body: _Body, following: Any = None
 ) -> None:
     """Does `body` of the blocks of rows, and of the place of their first weight in a row.
 
-    What lies at the same place of the rows that follow is asked for: by itself the processor asks for few short rows.
+    From `following` on, as much is asked for as is read meanwhile: by itself the processor asks for few short rows.
     """
 
     def blocks(i: Any) -> list[Any]:
         return [b.gep(row, [b.mul(i, I64(step.size))]) for row in rows]
 
     def ask(i: Any) -> None:
-        for row in following or []:
-            for line in range(0, step.size, LINE):
-                prefetch_line(b, b.gep(row, [b.add(b.mul(i, I64(step.size)), I64(line))]))
+        if following is not None:
+            size = len(rows) * step.size
+            place = b.gep(following, [b.mul(i, I64(size))])
+            for line in range(0, size, LINE):
+                prefetch_line(b, at(b, place, line))
 
     if step.keep is None:
         with cgutils.for_range(b, steps) as loop:
