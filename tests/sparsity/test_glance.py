@@ -198,7 +198,7 @@ def test_layers_that_keep_everything_are_those_of_the_dense_model() -> None:
 
 def test_rows_that_ask_for_it_see_the_vocabulary_by_a_preview() -> None:
     plain = decoder_from_transformers(
-        tiny_model("llama", hidden_size=64, intermediate_size=D_FF, vocab_size=1024), dtype=torch.float32, device="cpu"
+        tiny_model("llama", hidden_size=64, intermediate_size=D_FF, vocab_size=2064), dtype=torch.float32, device="cpu"
     )
     unembedding = coded(plain.unembedding, Format.Q8_0)
     decoder = Decoder(plain.spec, plain.embedding, None, plain.rotary, plain.blocks, plain.final_norm, unembedding)

@@ -23,6 +23,8 @@ from patchclamp_server.cpu.vector import LANES
 from patchclamp_server.model.compiled.job import Job, SparseLayer
 from patchclamp_server.model.compiled.sparse_stages import run_sparse
 
+assert run_sparse.address is not None
+RUN_SPARSE = int(run_sparse.address)
 # What a layer has in a step: sparse rows, whose neurons are read by row, and dense rows besides.
 DENSE, SPARSE, BY_ROW, MIXED = 0, 1, 2, 4
 
@@ -48,7 +50,8 @@ class SparseTables:
     @property
     def reads_by_row(self) -> NDArray[np.bool_]:
         """Whether each layer has a copy from which kept neurons can be read."""
-        return self.table[:, SparseLayer.CODES] != 0
+        found: NDArray[np.bool_] = self.table[:, SparseLayer.CODES] != 0
+        return found
 
 
 def preview_table(tiles: GlancedCodes, place: int) -> NDArray[np.int64]:
@@ -98,7 +101,7 @@ class SparseRows:
         job[Job.ROUNDED], job[Job.SCORES], job[Job.PARTIALS] = (
             memory.data_ptr() for memory in (rounded, scores, partials)
         )
-        job[Job.SPARSE], job[Job.RUN_SPARSE] = self.tables.table.ctypes.data, run_sparse.address
+        job[Job.SPARSE], job[Job.RUN_SPARSE] = self.tables.table.ctypes.data, RUN_SPARSE
         job[Job.KEEP], job[Job.KEPT_COUNTS] = self.keep.ctypes.data, self.kept.ctypes.data
         job[Job.FORCED] = 0 if self.forced is None else self.forced.ctypes.data
         return rounded, scores, partials
