@@ -9,6 +9,7 @@ kept neurons can be read, its output projection is a product of all neurons, zer
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class SparseRows:
     def __post_init__(self) -> None:
         self.kept = np.zeros_like(self.keep)
 
-    @property
+    @cached_property
     def kinds(self) -> bytes:
         """What stages each layer has: a byte of DENSE, or of SPARSE with BY_ROW and MIXED."""
         sparse = self.keep >= 0
