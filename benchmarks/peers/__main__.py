@@ -171,7 +171,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     if options.tiny:
         return brief(cases(["griffin"]))
     # Profiles take longer to make than everything else that is brief.
-    return brief(cases(["griffin", "cats"])) if options.quick else cases(POLICIES_SERVED)
+    return brief(cases(["griffin", "glance"])) if options.quick else cases(POLICIES_SERVED)
 
 
 def _server(options: argparse.Namespace, file: Path) -> dict[str, Figure]:
