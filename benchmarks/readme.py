@@ -94,6 +94,32 @@ def sparse_speed(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def sparse_decode(result: dict[str, Any]) -> list[str]:
+    """Steps against dense ones of the same rounds."""
+    batches = list(next(iter(result["decode"].values())))
+    lines = [
+        "| decoding, SmolLM2-135M; of the dense rate | perplexity over dense | "
+        + " | ".join(f"{batch} requests" if batch != "1" else "1 request" for batch in batches)
+        + " |",
+        "|---|---:|" + "---:|" * len(batches),
+    ]
+    for name, own in result["decode"].items():
+        if name == "dense":
+            cells = [f"{own[batch]['step_ms']:.2f} ms a step" for batch in batches]
+        else:
+            cells = ["{:.2f} ({:.2f} to {:.2f})".format(own[b]["vs_dense"], *own[b]["vs_dense_range"]) for b in batches]
+        ratio = result["perplexity_ratios"].get(name, 1.0)
+        lines.append(f"| {name} | {_ratio(ratio)} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        f"`{COMMANDS['sparse_decode']}` on {result['date']} at commit `{result['commit']}`: {result['machine']}, "
+        f"{result['threads']} threads, medians (least to most) of {result['rounds']} alternating rounds of "
+        f"{result['tokens']} tokens after {result['prompt']};",
+        f"perplexity on {result['scored_tokens']} tokens, text {result['text']}.",
+    ]
+
+
 # Rows of benchmarks/sparse/quality.py whose name does not say what they are.
 SPARSE_ROWS = {
     "fovea": "**fovea**, ours",
@@ -523,6 +549,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "monitoring": ("Watching", monitoring),
     "sparse_quality": ("Sparse inference: quality", sparse_quality),
     "sparse_speed": ("Sparse inference: speed", sparse_speed),
+    "sparse_decode": ("Sparse inference: decoding", sparse_decode),
     "heads_causal": ("Retrieval heads: what they do", heads_causal),
     "heads_naive": ("Retrieval heads: finding them", heads_naive),
     "heads_readout": ("Retrieval heads: reading them while decoding", heads_readout),

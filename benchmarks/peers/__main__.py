@@ -171,9 +171,9 @@ def _text(directory: Path, tiny: bool) -> list[int]:
 
 def _cases(options: argparse.Namespace) -> list[Case]:
     if options.tiny:
-        return brief(cases(["griffin"]))
+        return brief(cases(["griffin", "glance"]))
     # Profiles take longer to make than everything else that is brief.
-    return brief(cases(["griffin", "cats"])) if options.quick else cases(POLICIES_SERVED)
+    return brief(cases(["griffin", "glance"])) if options.quick else cases(POLICIES_SERVED)
 
 
 def _server(options: argparse.Namespace, file: Path) -> dict[str, Figure]:

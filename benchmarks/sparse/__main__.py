@@ -108,7 +108,7 @@ async def measure_decode(options: argparse.Namespace) -> dict[str, Any]:
         selectors = {name: await profiles.bound(row, keep) for name, (row, keep) in names.items()}
         table = await quality.measure(profiles, scored, keeps, asked)
         ratios = {name: table["table"][row][f"{keep:g}"]["perplexity_ratio"] for name, (row, keep) in names.items()}
-        effort = {"batches": (1, 2), "prompt": 8, "tokens": 4, "rounds": 1} if options.tiny else {}
+        effort: dict[str, Any] = {"batches": (1, 2), "prompt": 8, "tokens": 4, "rounds": 1} if options.tiny else {}
         result = await asyncio.to_thread(decode.measure, engine, selectors, ratios, **effort)
     finally:
         engine.shutdown()

@@ -135,7 +135,7 @@ def test_weights_without_codes_have_no_glance() -> None:
     assert GlancedMlp.of(codes, codes) is not None
 
 
-def preview_of(format: Format, out: int = 1040, biased: bool = False) -> tuple[Linear, Preview]:
+def preview_of(format: Format, out: int = 2064, biased: bool = False) -> tuple[Linear, Preview]:
     bias = torch.linspace(-1, 1, out) if biased else None
     linear = Linear(StoredMatrix((part(format, out, 64),)), bias, batch_invariant=True)
     preview = Preview.of(linear)
@@ -147,12 +147,12 @@ def preview_of(format: Format, out: int = 1040, biased: bool = False) -> tuple[L
 def test_the_largest_of_a_preview_are_computed_as_they_are(biased: bool) -> None:
     linear, preview = preview_of(Format.Q8_0, biased=biased)
     x = torch.from_numpy(rows(3, 64))
-    exact, blurred = linear(x), torch.randn(3, 1040, generator=torch.Generator().manual_seed(0)) * 5
+    exact, blurred = linear(x), torch.randn(3, 2064, generator=torch.Generator().manual_seed(0)) * 5
     seen = blurred.clone()
     preview.refine(x, seen)
     for own, before, true in zip(seen, blurred, exact, strict=True):
         largest = before.topk(CANDIDATES).indices
-        others = torch.ones(1040, dtype=torch.bool)
+        others = torch.ones(2064, dtype=torch.bool)
         others[largest] = False
         assert torch.equal(own[largest], true[largest])
         assert torch.equal(own[others], before[others])
@@ -168,12 +168,12 @@ def test_a_preview_sees_every_output_to_within_its_codes() -> None:
 
 def test_of_equal_values_there_are_no_more_candidates_than_asked_for() -> None:
     _, preview = preview_of(Format.Q8_0)
-    y = torch.zeros(1, 1040)
+    y = torch.zeros(1, 2064)
     y[0, 500] = -1.0
     preview.refine(torch.from_numpy(rows(1, 64)), y)
     assert int((y[0] != 0).sum()) == CANDIDATES + 1
 
 
-@pytest.mark.parametrize(("format", "out"), [(Format.Q4_1, 1040), (Format.Q8_0, 1041), (Format.Q8_0, 512)])
+@pytest.mark.parametrize(("format", "out"), [(Format.Q4_1, 2064), (Format.Q8_0, 2065), (Format.Q8_0, 512)])
 def test_there_is_no_preview_of_few_outputs_or_few_bits(format: Format, out: int) -> None:
     assert Preview.of(Linear(StoredMatrix((part(format, out, 64),)), None, batch_invariant=True)) is None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from queue import Queue
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from patchclamp_server.analysis.documents import inputs_of, pools_for
+from patchclamp_server.cpu.linear import Linear
 from patchclamp_server.cpu.stored import Format
 from patchclamp_server.engine.config import EngineConfig
 from patchclamp_server.engine.executors.sparse_decoder import SparseBlocks, gathered_products
@@ -91,7 +93,7 @@ class Naive:
         return y
 
 
-def _product(linear, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _product(linear: Linear, x: Tensor) -> Tensor:
     y = (x.double() @ linear.dense().double().T).float()
     return y if linear.bias is None else y + linear.bias
 
@@ -113,7 +115,7 @@ def step(
     decoder, pools = model.decoder, pools_for(model.decoder, documents)
     decoder.forward(inputs_of(documents, 0, PROMPT, decoder), pools)
     inputs = inputs_of(documents, PROMPT, PROMPT + 1, decoder)
-    given = {} if hooks is None else {"hooks": hooks}
+    given: dict[str, Any] = {} if hooks is None else {"hooks": hooks}
     if naive is not None:
         return decoder.forward(inputs, pools, products=naive, **given)
     blocks = SparseBlocks(model, gathered_products)
@@ -198,7 +200,7 @@ def test_layers_that_keep_everything_are_those_of_the_dense_model() -> None:
 
 def test_rows_that_ask_for_it_see_the_vocabulary_by_a_preview() -> None:
     plain = decoder_from_transformers(
-        tiny_model("llama", hidden_size=64, intermediate_size=D_FF, vocab_size=1024), dtype=torch.float32, device="cpu"
+        tiny_model("llama", hidden_size=64, intermediate_size=D_FF, vocab_size=2064), dtype=torch.float32, device="cpu"
     )
     unembedding = coded(plain.unembedding, Format.Q8_0)
     decoder = Decoder(plain.spec, plain.embedding, None, plain.rotary, plain.blocks, plain.final_norm, unembedding)

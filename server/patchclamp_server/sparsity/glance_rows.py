@@ -23,6 +23,7 @@ class GlanceRows:
         self._tables = SparseTables(layers)
         self._rows: Sequence[Rows] = ()
         self._made: SparseRows | None = None
+        self._chosen: list[NDArray[np.int64]] = []
 
     @property
     def rows(self) -> SparseRows:
@@ -32,15 +33,16 @@ class GlanceRows:
     def follow(self, rows: Sequence[Rows], n: int) -> None:
         """Makes `rows` those of a step of n rows."""
         if self._made is None or self._made.keep.shape[1] != n or not _same(self._rows, rows):
-            self._made = self._make(rows, n)
+            self._made = made = self._make(rows, n)
+            # Where a row is dense, none of it counts as kept.
+            self._chosen = [(made.keep[:, part.rows] >= 0).sum(axis=1) for part in rows]
         self._rows = rows
 
     def count(self) -> None:
         """Tells the sequences what the step kept."""
-        keep, kept = self.rows.keep, self.rows.kept
-        for part in self._rows:
-            sparse = keep[:, part.rows] >= 0
-            part.state.add_glanced(sparse.sum(axis=1), (kept[:, part.rows] * sparse).sum(axis=1) / self._d_ff)
+        kept = self.rows.kept
+        for part, chosen in zip(self._rows, self._chosen, strict=True):
+            part.state.add_glanced(chosen, kept[:, part.rows].sum(axis=1) / self._d_ff)
 
     def _make(self, rows: Sequence[Rows], n: int) -> SparseRows:
         layers = len(self._tables.layers)

@@ -9,6 +9,7 @@ integers/tiles.py: the copy changes no bit.
 # llvmlite's builders and what numba compiles have no types, and an intrinsic's first argument is not its caller's.
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, call-arg, attr-defined, var-annotated"
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class GlancedCodes:
         return y
 
     @classmethod
-    def of(cls, parts: list[Codes | None]) -> "GlancedCodes | None":
+    def of(cls, parts: Sequence[Codes | None]) -> "GlancedCodes | None":
         """Returns the copy of parts of a matrix that lie one above the other, or None unless all have codes of 4 bits
         in groups of 32 inputs, and together a multiple of 16 outputs."""
         own = [part for part in parts if part is not None and part.lows is not None and part.group == UNIT]
@@ -83,13 +84,13 @@ class GlancedCodes:
 
 
 @intrinsic(prefer_literal=True)
-def _multiply(_context, halves, tiles, size, first, end, groups, x, n, y, stride):  # type: ignore[no-untyped-def]
+def _multiply(_context, halves, tiles, size, first, end, groups, x, n, y, stride):
     """Sets y[t stride + 16 i + o] for tiles first ≤ i < end of `size` bytes and n records of rows (rounding.py)."""
     signature = types.void(halves, *[_INT] * 9)
     size_of_scale = 2 if halves.literal_value else 4
     group_bytes = _CODES + 2 * TILE * size_of_scale
 
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, b, signature, args):
         tiles, size, first, end, groups, x, n, y, stride = args[1:]
         row_bytes = b.mul(groups, I64(RECORD))
 

@@ -82,7 +82,7 @@ class KeptInputs:
 
     @property
     def units(self) -> int:
-        return self.scales.shape[1]
+        return int(self.scales.shape[1])
 
     def sum(self, neurons: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns y [T, out] of neurons [T, in]."""
@@ -97,7 +97,7 @@ class KeptInputs:
 
 
 @intrinsic(prefer_literal=True)
-def _add_pairs(_context, halves, starts, factors, pairs, scales, step, total, y, units):  # type: ignore[no-untyped-def]
+def _add_pairs(_context, halves, starts, factors, pairs, scales, step, total, y, units):
     """Adds scale[u] step Σ_p Σ_r codes[starts[2 p + r] + u] q[2 p + r] + low[u] total to y[u]: addresses and float32.
 
     factors has the two bytes q of each pair, starts the addresses of their records.
@@ -108,7 +108,7 @@ def _add_pairs(_context, halves, starts, factors, pairs, scales, step, total, y,
     )  # fmt: skip
     size = 2 if halves.literal_value else 4
 
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, b, signature, args):
         starts, factors = (b.inttoptr(arg, kind.as_pointer()) for arg, kind in ((args[1], I64), (args[2], I16)))
         pairs, scales, units = args[3], b.inttoptr(args[4], _BYTE_POINTER), args[8]
         step, total, y = splat(b, args[5]), splat(b, args[6]), b.inttoptr(args[7], _FLOAT_POINTER)
@@ -172,11 +172,11 @@ def _products(b: Any, codes: Any, q: Any) -> Any:
 
 
 @intrinsic
-def _ask(_context, address, lines):  # type: ignore[no-untyped-def]
+def _ask(_context, address, lines):
     """Asks for so many cache lines from an address on."""
     signature = types.void(types.int64, types.int64)
 
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, b, signature, args):
         first = b.inttoptr(args[0], _BYTE_POINTER)
         with cgutils.for_range(b, args[1]) as line:
             prefetch_line(b, b.gep(first, [b.mul(line.index, I64(LINE))]))
@@ -186,11 +186,11 @@ def _ask(_context, address, lines):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def count_from(_context, bits, n, least):  # type: ignore[no-untyped-def]
+def count_from(_context, bits, n, least):
     """Returns how many of n int32 at an address are not below `least`; n is a multiple of 16."""
     signature = types.int64(types.int64, types.int64, types.int32)
 
-    def generate(context, b, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, b, signature, args):
         bits, bound = b.inttoptr(args[0], ir.IntType(32).as_pointer()), splat(b, args[2])
         total = cgutils.alloca_once_value(b, ir.Constant(INTS, [0] * LANES))
         with cgutils.for_range_slice(b, I64(0), args[1], I64(LANES), I64) as (k, _):
@@ -286,11 +286,11 @@ def add_kept(neurons, first, last, group, codes, record, scales, halves, units, 
             value = abs(h[own[i]])
             largest = max(largest, value)
             finite = finite and value < np.inf
-        step, total = largest / _LARGEST, 0
+        step, total = largest / _LARGEST, np.int64(0)
         # Smaller ones count as nothing, as records have it.
         counts_all = finite and largest >= _SMALLEST
         for i in range(n):
-            q = np.int64(np.rint(h[own[i]] / step)) if counts_all else 0
+            q = np.int64(np.rint(h[own[i]] / step)) if counts_all else np.int64(0)
             factors[i] = q
             total += q
             own[i] = codes + own[i] * record

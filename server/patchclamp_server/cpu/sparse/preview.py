@@ -7,8 +7,8 @@ SVD-softmax (Shim, Lee, Choi, Boo and Sung 2017) does so with a low-rank preview
 scale and low, from the least to the largest of them.
 """
 
-# What numba compiles has no types for mypy.
-# mypy: disable-error-code="no-untyped-call, no-untyped-def"
+# What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, call-arg, var-annotated"
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from patchclamp_server.cpu.sparse.glanced import TILE, GlancedCodes
 from patchclamp_server.cpu.sparse.kept import count_from
 from patchclamp_server.cpu.vector import LANES, UNIT
 
-CANDIDATES = 64
+CANDIDATES = 512
 # Weights of fewer bits are read as they are.
 _WORTH_BITS = 6
 _ROWS = 4096
@@ -45,7 +45,7 @@ class Preview:
         if linear.matrix is None or linear.product is None:
             return None
         out, width = linear.matrix.shape
-        if out % TILE or width % UNIT or out < 16 * CANDIDATES or 8 * linear.matrix.nbytes <= _WORTH_BITS * out * width:
+        if out % TILE or width % UNIT or out < 4 * CANDIDATES or 8 * linear.matrix.nbytes <= _WORTH_BITS * out * width:
             return None
         parts = [_codes(linear.rows(torch.arange(o, min(out, o + _ROWS)))) for o in range(0, out, _ROWS)]
         tiles = GlancedCodes.of(parts)

@@ -33,8 +33,7 @@ from patchclamp_server.model.compiled.job import (
     SparseLayer,
     Stage,
 )
-from patchclamp_server.model.compiled.sparse_rows import BY_ROW, DENSE, MIXED, preview_table
-from patchclamp_server.model.compiled.sparse_stages import run_sparse
+from patchclamp_server.model.compiled.sparse_rows import BY_ROW, DENSE, MIXED, RUN_SPARSE, preview_table
 from patchclamp_server.model.compiled.team import team_of
 from patchclamp_server.model.row_operators import Norm
 from patchclamp_server.model.sites import PREACTIVATION_SITES, Site
@@ -178,7 +177,7 @@ class CompiledBlocks:
         counters = np.zeros((len(stages), 8), dtype=np.int64)
         memory = memory | {Job.QKV: logits, Job.HIDDEN: logits, Job.ROUNDED: self._records(rows)}
         keep = np.zeros((end + 1, rows), dtype=np.int64)
-        job[Job.SPARSE], job[Job.RUN_SPARSE] = self._preview_table.ctypes.data, run_sparse.address
+        job[Job.SPARSE], job[Job.RUN_SPARSE] = self._preview_table.ctypes.data, RUN_SPARSE
         job[Job.KEEP] = keep.ctypes.data
         for field, tensor in memory.items():
             job[field] = tensor.data_ptr()

@@ -9,6 +9,7 @@ kept neurons can be read, its output projection is a product of all neurons, zer
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from patchclamp_server.cpu.vector import LANES
 from patchclamp_server.model.compiled.job import Job, SparseLayer
 from patchclamp_server.model.compiled.sparse_stages import run_sparse
 
+assert run_sparse.address is not None
+RUN_SPARSE = int(run_sparse.address)
 # What a layer has in a step: sparse rows, whose neurons are read by row, and dense rows besides.
 DENSE, SPARSE, BY_ROW, MIXED = 0, 1, 2, 4
 
@@ -48,7 +51,8 @@ class SparseTables:
     @property
     def reads_by_row(self) -> NDArray[np.bool_]:
         """Whether each layer has a copy from which kept neurons can be read."""
-        return self.table[:, SparseLayer.CODES] != 0
+        found: NDArray[np.bool_] = self.table[:, SparseLayer.CODES] != 0
+        return found
 
 
 def preview_table(tiles: GlancedCodes, place: int) -> NDArray[np.int64]:
@@ -80,7 +84,7 @@ class SparseRows:
     def __post_init__(self) -> None:
         self.kept = np.zeros_like(self.keep)
 
-    @property
+    @cached_property
     def kinds(self) -> bytes:
         """What stages each layer has: a byte of DENSE, or of SPARSE with BY_ROW and MIXED."""
         sparse = self.keep >= 0
@@ -98,7 +102,7 @@ class SparseRows:
         job[Job.ROUNDED], job[Job.SCORES], job[Job.PARTIALS] = (
             memory.data_ptr() for memory in (rounded, scores, partials)
         )
-        job[Job.SPARSE], job[Job.RUN_SPARSE] = self.tables.table.ctypes.data, run_sparse.address
+        job[Job.SPARSE], job[Job.RUN_SPARSE] = self.tables.table.ctypes.data, RUN_SPARSE
         job[Job.KEEP], job[Job.KEPT_COUNTS] = self.keep.ctypes.data, self.kept.ctypes.data
         job[Job.FORCED] = 0 if self.forced is None else self.forced.ctypes.data
         return rounded, scores, partials

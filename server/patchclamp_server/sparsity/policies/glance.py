@@ -6,8 +6,9 @@
 
 The set is that of the oracle to within the rounding, so that it needs no calibration; what it saves is the reading of
 down, and the time that products in float32 take for gates and ups. On a CPU, with weights in codes, both projections
-are multiplied from copies that are laid out for this, and decoding stays in compiled blocks (model/compiled). Where
-weights have no codes, and on other devices, nothing is rounded, and the set is the oracle's.
+are multiplied from copies that are laid out for this, decoding stays in compiled blocks (model/compiled), and the
+vocabulary is seen through a preview (cpu/sparse/preview.py). Where weights have no codes, and on other devices, nothing
+is rounded, and the set is the oracle's.
 
 This is our own method. Predicting a set costs more than this arithmetic there: a sketch of 2 bits that is as fast keeps
 less (perplexity ratio 1.09 against 1.04 at keep .5), and sets of the token before do not hold for the next (32).
