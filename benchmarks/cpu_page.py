@@ -126,6 +126,6 @@ def prefill(result: dict[str, Any]) -> list[str]:
         "",
         f"`python benchmarks/prefill.py` on {result['date']} at commit `{result['commit']}`: {result['machine']};",
         f"medians of {result['rounds']} alternating rounds in one run. One stream decodes while prompts of",
-        f"{result['beside']:,} tokens come one after the other. Beside streams prompts have the rows of a tenth of a",
+        f"{result['beside']:,} tokens come one after the other. Beside streams prompts have the rows of a quarter of a",
         "second, and 32 at least.",
     ]
