@@ -241,7 +241,7 @@ def test_batch_prompts_have_a_block_together_until_it_is_known_what_they_take() 
 def test_prompts_as_urgent_as_what_decodes_have_as_many_rows_as_a_stream_may_wait_for() -> None:
     steps = decoding()
     rows = int(GAP_SECONDS / PROMPT_ROW)
-    assert PROMPT_ROWS < rows
+    assert rows > PROMPT_ROWS
     steps.submit(INTERACTIVE, 2 * rows)
     steps.submit(INTERACTIVE, 2 * rows)
     # Together: the second one waits until the first leaves rows.
