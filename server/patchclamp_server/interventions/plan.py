@@ -11,7 +11,7 @@ from patchclamp_server.cpu.invariant.reads import Call, Read
 from patchclamp_server.interventions.captures import CaptureRule
 from patchclamp_server.interventions.kinds.latents import LatentRule
 from patchclamp_server.interventions.kinds.rankings import RowsRead
-from patchclamp_server.interventions.kinds.rules import CompiledRead, Rule, StepContext
+from patchclamp_server.interventions.kinds.rules import CompiledEdit, CompiledRead, Rule, StepContext
 from patchclamp_server.interventions.program import ReadoutValue
 from patchclamp_server.interventions.report import Report
 from patchclamp_server.interventions.rows import SpanRows
@@ -60,8 +60,11 @@ class Part:
     steady: bool = False
     # This belongs to the step that is running.
     context: StepContext | None = None
+    # |h| and |delta| of the pairs of edits, where all edits can be compiled: compiled visits note the first.
+    _norms: Tensor | None = None
+    _delta_norms: Tensor | None = None
     # What compiled visits have the addresses of; None at places where they cannot do what rules do.
-    _reads: dict[Place, list[Read] | None] = field(default_factory=dict)
+    _calls: dict[Place, list[Read] | None] = field(default_factory=dict)
     _readings: Tensor | None = None
     _opened: Tensor | None = None
 
@@ -82,14 +85,33 @@ class Part:
         readings = self.readings(positions.device).zero_()
         self.context = StepContext(positions, tables.latch, self._all_closed(positions.device), readings, [], [], [])
 
-    def reads(self, place: Place, device: torch.device) -> list[Read] | None:
+    def calls(self, place: Place, device: torch.device) -> list[Read] | None:
         """Returns compiled calls that do what the rules of a place do; None where there is a rule without them."""
-        if place not in self._reads:
-            rules = self.rules.get(place, [])
-            compiled = [rule for rule in rules if isinstance(rule, CompiledRead)]
-            reads = [read for rule in compiled for read in rule.reads(self.readings(device))]
-            self._reads[place] = reads if len(compiled) == len(rules) else None
-        return self._reads[place]
+        if place not in self._calls:
+            if not self._calls:
+                self._keep_norms()
+            found: list[Read] | None = []
+            for rule in self.rules.get(place, []):
+                if found is not None and isinstance(rule, CompiledRead):
+                    found += rule.reads(self.readings(device))
+                elif found is not None and isinstance(rule, CompiledEdit) and rule.norms is not None:
+                    found.append(rule.write(rule.norms))
+                else:
+                    found = None
+            self._calls[place] = found
+        return self._calls[place]
+
+    def _keep_norms(self) -> None:
+        """Gives edits a place of their own for |h|, in the order of execution, if every one can be compiled."""
+        rules = [rule for own in self.rules.values() for rule in own]
+        edits = [rule for rule in rules if isinstance(rule, CompiledEdit) and rule.entries.gate is None]
+        if not edits or len(edits) + sum(isinstance(rule, CompiledRead) for rule in rules) < len(rules):
+            return
+        self._delta_norms = torch.cat([rule.delta_norms for rule in edits])
+        self._norms = torch.ones_like(self._delta_norms)
+        sizes = [len(rule.entries) for rule in edits]
+        for rule, own in zip(edits, self._norms.split(sizes), strict=True):
+            rule.norms = own
 
     def finish(self, tables: Tables, outcome: StepOutcome, end: Tensor) -> None:
         """Adds the step to the receipts, and copies what was read to the host. `end` [T, d_model] is the residual
@@ -97,9 +119,12 @@ class Part:
         context, report, spans = self.context, self.report, self.spans
         assert context is not None
         if self.counter is not None and self.counted is not None:
-            opened = torch.cat(context.gates).double() * self.counted
-            norms = torch.cat(context.norms).double().clamp_min(torch.finfo(torch.float32).tiny)
-            change = torch.cat(context.delta_norms).double() / norms
+            if self._norms is not None and self._delta_norms is not None:
+                norms, deltas, opened = self._norms, self._delta_norms, self.counted
+            else:
+                norms, deltas = torch.cat(context.norms), torch.cat(context.delta_norms)
+                opened = torch.cat(context.gates).double() * self.counted
+            change = deltas.double() / norms.double().clamp_min(torch.finfo(torch.float32).tiny)
             tables.counts.index_add_(0, self.counter, torch.stack((opened, opened * change), dim=1))
         if not self.by_kernels and report.asks_conditions:
             held = context.opened[:-1].view(-1, report.n_columns).cpu().numpy()
@@ -145,9 +170,9 @@ class StepPlan:
             # Gates and ups are parts of one array.
             if place[0] in PREACTIVATION_SITES:
                 continue
-            own = [part.reads(place, device) for part in self.parts]
+            own = [part.calls(place, device) for part in self.parts]
             if None not in own:
-                calls[place] = tuple(read.call for part in own for read in part or ())
+                calls[place] = tuple(each.call for part in own for each in part or ())
         return CompiledVisits(calls) if calls else None
 
     @cached_property

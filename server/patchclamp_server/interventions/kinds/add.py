@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from patchclamp_server.cpu.invariant.operators import holds_for
+from patchclamp_server.cpu.invariant.reads import Read
 from patchclamp_server.interventions.columns import EntryFlag, EntryKind
 from patchclamp_server.interventions.compiled_edits import ADD as ADD_FORMULA
 from patchclamp_server.interventions.compiled_edits import add_to_rows
+from patchclamp_server.interventions.compiled_writes import add
 from patchclamp_server.interventions.kinds.kind import EditTable, Payload, one_vector
-from patchclamp_server.interventions.kinds.rules import Entries, Rule, StepContext, TargetRule
+from patchclamp_server.interventions.kinds.rules import CompiledEdit, Entries, Rule, StepContext, TargetRule
 from patchclamp_server.interventions.kinds.spec import EditNumbers, EditSpec, Where
 from patchclamp_server.interventions.kinds.vectors import inline_vector, payload_of, safe_strengths, vector_in
 from patchclamp_server.interventions.program import AddVector
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from patchclamp.v1 import program_pb2 as pb
 
 
-class AddRule:
+class AddRule(CompiledEdit):
     """Computes h + s v. Several edits may add to one row."""
 
     def __init__(self, entries: Entries) -> None:
@@ -38,7 +40,7 @@ class AddRule:
         entries = self.entries
         if holds_for(x):
             opened = entries.opened(context)
-            context.count(self.delta_norms, add_to_rows(x, entries, self.vectors, opened), opened)
+            self.count(context, add_to_rows(x, entries, self.vectors, opened), opened)
             return
         h = x.index_select(0, entries.rows).float()
         delta = self._delta() if self.delta is None else self.delta
@@ -49,7 +51,10 @@ class AddRule:
             later, earlier = entries.earlier
             h.index_add_(0, later, delta.index_select(0, earlier))
         x.index_add_(0, entries.rows, delta.to(x.dtype))
-        context.count(self.delta_norms, row_norms(h), opened)
+        self.count(context, row_norms(h), opened)
+
+    def write(self, norms: Tensor) -> Read:
+        return add(self.entries, self.vectors, norms)
 
 
 class AddPreservingRule(TargetRule):

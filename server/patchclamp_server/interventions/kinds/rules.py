@@ -63,6 +63,29 @@ class CompiledRead(ABC):
         """Returns what does the same as `run`, again and again: `readings` is that of every step's context."""
 
 
+class CompiledEdit(ABC):
+    """A rule that edits, and can do so within the compiled blocks unless it has a gate, which is asked elsewhere."""
+
+    entries: "Entries"
+    # |delta| of each pair, [E], whatever x is.
+    delta_norms: Tensor
+    # Where |h| of each pair is noted, [E], and counted by the part; None: by the context.
+    norms: Tensor | None = None
+
+    @abstractmethod
+    def run(self, x: Tensor, context: StepContext) -> None: ...
+
+    @abstractmethod
+    def write(self, norms: Tensor) -> Read:
+        """Returns what does the same as `run`, again and again, and notes |h| in `norms`."""
+
+    def count(self, context: StepContext, norms: Tensor, opened: Tensor) -> None:
+        if self.norms is None:
+            context.count(self.delta_norms, norms, opened)
+        else:
+            self.norms.copy_(norms)
+
+
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """All pairs of a part, sorted into groups, which are ranges of them. Arrays are on the host, tensors with x."""

@@ -13,7 +13,7 @@ from patchclamp_server.model.sites import Site
 @dataclass(frozen=True, eq=False)
 class CompiledVisits:
     """Visits without Python: of each place the calls that take hooks' part there. A call is the address of a C function
-    and the two numbers that it takes after the address of the activation [T, width] float32, which it does not change.
+    and the two numbers that it takes after the address of the activation [T, width] float32.
     Hooks that are called instead do the same."""
 
     calls: Mapping[tuple[Site, int], tuple[tuple[int, int, int], ...]]
