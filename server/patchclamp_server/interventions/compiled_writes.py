@@ -5,7 +5,7 @@ CompiledVisits has them.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, var-annotated"
+# mypy: disable-error-code="attr-defined, no-untyped-def, no-untyped-call, call-arg, var-annotated"
 
 from typing import TYPE_CHECKING, Any
 

@@ -110,7 +110,7 @@ class Part:
         self._delta_norms = torch.cat([rule.delta_norms for rule in edits])
         self._norms = torch.ones_like(self._delta_norms)
         sizes = [len(rule.entries) for rule in edits]
-        for rule, own in zip(edits, self._norms.split(sizes), strict=True):
+        for rule, own in zip(edits, torch.split(self._norms, sizes), strict=True):
             rule.norms = own
 
     def finish(self, tables: Tables, outcome: StepOutcome, end: Tensor) -> None:
