@@ -102,7 +102,7 @@ def test_rotary_tables_are_those_of_the_family_of_its_own_module(family: str, ch
 
 def test_a_server_of_a_gguf_file_does_not_import_the_models_of_transformers(tiny_gguf: Path) -> None:
     """That takes seconds at every start, and 170 MB. Of a directory transformers reads the configuration again when it
-    chooses the tokenizer."""
+    chooses the tokenizer. The first start with a file makes its tokenizer by transformers, and keeps it."""
     code = """
 import sys
 from patchclamp_server.model.load import load_model
@@ -110,7 +110,8 @@ load_model(sys.argv[1])
 print({"transformers.modeling_utils", "transformers.activations", "torch._dynamo"} & set(sys.modules))
 """
     command = [sys.executable, "-c", code, str(tiny_gguf)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+    _, again = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert again == "set()\n"
 
 
 LLAMAS: list[dict[str, Any]] = [
