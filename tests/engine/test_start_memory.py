@@ -63,16 +63,22 @@ def test_the_maps_of_this_process_are_read() -> None:
 
 
 def test_a_server_starts_where_its_maps_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
     def refuse(*_: object, **__: object) -> str:
+        asked.append("smaps")
         raise PermissionError(13, "Permission denied", "/proc/self/smaps")
 
     monkeypatch.setattr(Path, "read_text", refuse)
     give_back_start_memory()
+    assert asked == ["smaps"]
 
 
 def test_a_library_may_have_a_name_of_any_bytes(tmp_path: Path) -> None:
     source = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc.so" in line)
     named = os.fsencode(tmp_path) + b"/lib\xff\x85\r.so"
     shutil.copy(os.fsencode(source), named)
-    with open(named, "rb") as file, mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ):
+    with open(named, "rb") as file, mmap.mmap(file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ) as own:
+        mapped = own[:4096]
         give_back_start_memory()
+        assert own[:4096] == mapped

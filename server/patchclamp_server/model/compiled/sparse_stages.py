@@ -1,7 +1,4 @@
-"""The stages of a layer with sparse rows (sparse_rows.py): rows lie in runs of such and of dense ones.
-
-numba caches this on disk by this file alone: a change in what it calls needs a change here.
-"""
+"""The stages of a layer with sparse rows (sparse_rows.py): rows lie in runs of such and of dense ones."""
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, var-annotated, attr-defined"

@@ -5,8 +5,6 @@
 Each stage is the same loop over rows, outputs or heads that a step in Python calls (cpu/invariant, row_attention.py),
 so its bits are the same. A thread takes the next chunk of the stage until there is none, and goes on to the next stage
 once all are done: whoever comes late, or never, is not waited for.
-
-numba caches this on disk by this file alone: a change in what it calls needs a change here.
 """
 
 # What numba compiles has no types for mypy, and an intrinsic's first argument is not its caller's to give.
