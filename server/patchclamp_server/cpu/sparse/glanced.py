@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchclamp_server.cpu.formats.lanes import I8, I64, INTS, at, bits_of, floats_of_halves, scalar_at
+from patchclamp_server.cpu.formats.rows import least
 from patchclamp_server.cpu.integers.dots import add_products
 from patchclamp_server.cpu.integers.rounding import ALL, RECORD, SCALE, SCALED_SUMS
 from patchclamp_server.cpu.invariant.tiles import fma
@@ -96,7 +97,7 @@ def _multiply(_context, halves, tiles, size, first, end, groups, x, n, y, stride
 
         def tile(columns: int, place: Any, t: Any, output: Any) -> None:
             last = b.sub(n, I64(1))
-            rows = [_least(b, b.add(t, I64(i)), last) for i in range(columns)]
+            rows = [least(b, b.add(t, I64(i)), last) for i in range(columns)]
             records = [b.inttoptr(b.add(x, b.mul(row, row_bytes)), _BYTE_POINTER) for row in rows]
             sums = [cgutils.alloca_once_value(b, ZEROS) for _ in rows]
             for total in sums:
@@ -138,10 +139,6 @@ def _multiply(_context, halves, tiles, size, first, end, groups, x, n, y, stride
 
 def _scales(b: Any, pointer: Any, size: int) -> Any:
     return floats_of_halves(b, pointer) if size == 2 else load(b, pointer, FLOATS)
-
-
-def _least(b: Any, x: Any, y: Any) -> Any:
-    return b.select(b.icmp_signed("<", x, y), x, y)
 
 
 def _by_choice(b: Any, n: Any, choices: tuple[int, ...], body: Any) -> None:
