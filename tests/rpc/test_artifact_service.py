@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf.struct_pb2 import Struct
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from safetensors.torch import load, save
+from statuses import failure
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import artifact_pb2_grpc, program_pb2
@@ -107,11 +106,7 @@ async def download(
 
 def field_of(error: grpc.aio.AioRpcError) -> str:
     """The field path in the google.rpc details of a status."""
-    status = rpc_status.from_call(error)
-    assert status is not None
-    info = error_details_pb2.ErrorInfo()
-    assert any(detail.Unpack(info) for detail in status.details)
-    return info.metadata["field"]
+    return str(failure(error).details["ErrorInfo"].metadata["field"])
 
 
 async def test_a_vector_that_was_uploaded_in_many_chunks_can_be_found_and_downloaded(stub: Stub) -> None:

@@ -12,9 +12,8 @@ import pytest
 import torch
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from safetensors.torch import load, save
+from statuses import failure
 
 from patchclamp.v1 import artifact_pb2 as pb
 from patchclamp.v1 import artifact_pb2_grpc, program_pb2
@@ -80,10 +79,8 @@ async def refused(stub: Stub, data: bytes, **header: Any) -> tuple[str, str]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await upload(stub, data, **header)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    status, info = rpc_status.from_call(caught.value), error_details_pb2.ErrorInfo()
-    assert status is not None
-    assert any(detail.Unpack(info) for detail in status.details)
-    return info.metadata["field"], caught.value.details() or ""
+    found = failure(caught.value)
+    return found.details["ErrorInfo"].metadata["field"], found.message or ""
 
 
 def control_vector(path: Path, numbers: range) -> tuple[bytes, dict[int, np.ndarray]]:

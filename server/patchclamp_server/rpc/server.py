@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -221,13 +222,16 @@ class Server:
         self._watching_store.cancel()
         self._monitoring.close()
         # GOAWAY now: whoever does not follow health looks for another server with the next call. What runs goes on.
-        leaving = asyncio.create_task(self._grpc.stop(drain_seconds + FLUSH_SECONDS))
+        leaving = asyncio.create_task(self._grpc.stop(drain_seconds + 2 * LAST_STEP_SECONDS + FLUSH_SECONDS))
         try:
             await asyncio.wait_for(self._in_flight.idle(), drain_seconds)
         except TimeoutError:
             logger.warning("calls still ran after %g s and are cancelled", self.config.drain_seconds)
             self._in_flight.end()
             await self.services.detached.ended(LAST_STEP_SECONDS)
+            # Each call says itself why it ends; a call that gRPC cancels says nothing.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._in_flight.idle(), LAST_STEP_SECONDS)
         await self._grpc.stop(FLUSH_SECONDS)
         await leaving
         if self._watchdog is not None:
