@@ -19,7 +19,7 @@ class GenerateOptions(PromptOptions, total=False):
 
     None is the server's default. program: edits, readouts and conditions (patchclamp.programs), or one edit.
     temperature: 0 (default) is greedy. logprobs: how many likely tokens are told beside the chosen one.
-    seed: by default one that the server draws, and tells. max_tokens: by default 256.
+    seed: by default one that the server draws, and tells. max_tokens: by default 256; to_context_end: no limit but the end of the context.
     sparsity: a policy, a profile or both (patchclamp.sparsity); by default everything is computed.
     grounding: a head set (patchclamp.heads) that says which prompt tokens each generated token was copied from.
     confidence: True, or a Confidence (patchclamp.confidence): how far the layers agree on the answer.
@@ -39,6 +39,7 @@ class GenerateOptions(PromptOptions, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop_string: bool
+    to_context_end: bool
     priority: PriorityName | None
     logprobs: int | None
     sparsity: SparsityLike | None
@@ -79,6 +80,7 @@ def generate(
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     include_stop_string: bool = False,
+    to_context_end: bool = False,
     priority: PriorityName | None = None,
     logprobs: int | None = None,
     sparsity: SparsityLike | None = None,
@@ -104,6 +106,7 @@ def generate(
         token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
         include_stop_string=include_stop_string,
+        to_context_end=to_context_end,
     )
     return build(
         generation_pb2.GenerateRequest,

@@ -25,6 +25,8 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 # Each string has an automaton, which is built between two steps of all streams.
 MAX_STOP_STRING_CHARACTERS = 4096
+# The context of no model is as long; whoever prepares a request bounds it by that.
+UNLIMITED = 2**31 - 1
 # float32 logits stay finite under this penalty, however often a token was seen.
 LARGEST_PENALTY = 1e6
 
@@ -97,6 +99,10 @@ def decode_stop(proto: pb.StopConditions, vocab_size: int, field: str = "stop") 
             raise InvalidArgument(f"{field}.strings[{i}]", message)
     check_ids(proto.token_ids, vocab_size, f"{field}.token_ids")
     max_tokens = proto.max_tokens if proto.HasField("max_tokens") else StopParams().max_tokens
+    if proto.to_context_end:
+        if proto.HasField("max_tokens"):
+            raise InvalidArgument(f"{field}.to_context_end", "expected without max_tokens")
+        max_tokens = UNLIMITED
     return StopParams(
         max_tokens=count(max_tokens, f"{field}.max_tokens"),
         strings=tuple(proto.strings),
