@@ -52,7 +52,7 @@ class Upstream:
         await self._link.close()
 
     def options(self, headers: Mapping[str, str]) -> Options:
-        """Returns what the headers of HTTP, in lower case, say of a call. Raises ApiError for a deadline that is none."""
+        """Returns what headers, in lower case, say of a call. Raises ApiError for a deadline that is none."""
         metadata = tuple((name, headers[name]) for name in PASSED_ON if name in headers)
         timeout = self._connection.deadline(None)
         for name in DEADLINE_HEADERS:

@@ -1,4 +1,4 @@
-"""Kinds of JSON values: each checks a value of a request, and is its own JSON Schema. What is published is what holds."""
+"""Kinds of JSON values. Each checks a value of a request, and is its JSON Schema: what is published is what holds."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -14,12 +14,12 @@ from patchclamp.confidence import Confidence
 from patchclamp.connection import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS
 from patchclamp.requests import GenerateOptions
 
-_SECURITY_OPTIONS = (
-    ("--token-file", "PATCHCLAMP_TOKEN_FILE", "the bearer token"),
+TLS_OPTIONS = (
     ("--ca", "PATCHCLAMP_CA", "roots of the server's certificate, PEM: connect by TLS"),
     ("--cert", "PATCHCLAMP_CERT", "certificate of the client, PEM"),
     ("--key", "PATCHCLAMP_KEY", "its key, PEM"),
 )
+_SECURITY_OPTIONS = (("--token-file", "PATCHCLAMP_TOKEN_FILE", "the bearer token"), *TLS_OPTIONS)
 _GENERATE_FIELDS = (
     "temperature",
     "top_k",
@@ -68,7 +68,7 @@ def connection_options(timeout: float = DEFAULT_TIMEOUT_SECONDS) -> argparse.Arg
         "--channel-option",
         action="append",
         default=[],
-        type=_channel_option,
+        type=channel_option,
         metavar="NAME=VALUE",
         help="argument of the channel, by gRPC's name; repeatable",
     )
@@ -102,7 +102,7 @@ def connect(args: argparse.Namespace) -> Client:
     )
 
 
-def _channel_option(text: str) -> tuple[str, str | int]:
+def channel_option(text: str) -> tuple[str, str | int]:
     """Reads NAME=VALUE. Whole numbers are numbers to gRPC, and all else is text."""
     name, equals, value = text.partition("=")
     if not name or not equals:

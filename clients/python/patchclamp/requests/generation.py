@@ -19,7 +19,8 @@ class GenerateOptions(PromptOptions, total=False):
 
     None is the server's default. program: edits, readouts and conditions (patchclamp.programs), or one edit.
     temperature: 0 (default) is greedy. logprobs: how many likely tokens are told beside the chosen one.
-    seed: by default one that the server draws, and tells. max_tokens: by default 256; to_context_end: no limit but the end of the context.
+    seed: by default one that the server draws, and tells. max_tokens: by default 256. to_context_end: instead, as many
+    as the context of the model has room for.
     sparsity: a policy, a profile or both (patchclamp.sparsity); by default everything is computed.
     grounding: a head set (patchclamp.heads) that says which prompt tokens each generated token was copied from.
     confidence: True, or a Confidence (patchclamp.confidence): how far the layers agree on the answer.
