@@ -15,6 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from patchclamp.connection import Connection
 from patchclamp.errors import PatchclampError
+from patchclamp_http.connect.app import ConnectApp
+from patchclamp_http.connect.methods import rpcs
 from patchclamp_http.errors import ApiError, from_grpc
 from patchclamp_http.health import Health
 from patchclamp_http.http import DEFAULT_MAX_BODY_BYTES, Call, Disconnected
@@ -37,6 +39,7 @@ def create_app(
     """
     upstream = Upstream(connection)
     models = Models(upstream)
+    connect = ConnectApp(upstream, max_body_bytes)
     routes: list[BaseRoute] = [
         _route("POST", "/v1/completions", Generate(upstream, max_body_bytes, is_chat=False)),
         _route("POST", "/v1/chat/completions", Generate(upstream, max_body_bytes, is_chat=True)),
@@ -46,6 +49,7 @@ def create_app(
         _route("POST", "/tokenize", Tokenize(upstream, max_body_bytes)),
         _route("POST", "/detokenize", Detokenize(upstream, max_body_bytes)),
         _route("GET", "/health", Health(upstream)),
+        *(Route(rpc.path, connect, methods=["POST"]) for rpc in rpcs()),
     ]
     origins = [Middleware(CORSMiddleware, allow_origins=list(allow_origins), allow_methods=["*"], allow_headers=["*"])]
 
