@@ -17,6 +17,8 @@ from starlette.types import ASGIApp
 DEFAULT_ADDRESS = "127.0.0.1:8000"
 DEFAULT_DRAIN_SECONDS = 30.0
 BACKLOG = 2048
+# An idle connection is kept for so long: clients that call every few seconds need not connect again.
+KEEP_ALIVE_SECONDS = 75
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ async def serving(
         server_header=False,
         ws="none",
         backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
         ssl_certfile=listening.certificate,
         ssl_keyfile=None if listening.key is None else str(listening.key),
