@@ -24,6 +24,7 @@ from patchclamp_http.openai.embeddings import Embeddings
 from patchclamp_http.openai.generate import Generate
 from patchclamp_http.openai.models import Models
 from patchclamp_http.openai.tokens import Detokenize, Tokenize
+from patchclamp_http.schema.openapi import Schema
 from patchclamp_http.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def create_app(
         _route("POST", "/tokenize", Tokenize(upstream, max_body_bytes)),
         _route("POST", "/detokenize", Detokenize(upstream, max_body_bytes)),
         _route("GET", "/health", Health(upstream)),
+        _route("GET", "/openapi.json", Schema()),
         *(Route(rpc.path, connect, methods=["POST"]) for rpc in rpcs()),
     ]
     origins = [Middleware(CORSMiddleware, allow_origins=list(allow_origins), allow_methods=["*"], allow_headers=["*"])]

@@ -4,6 +4,7 @@ A call of one message each way is plain JSON, so that curl and fetch suffice; st
 it. Both are connectrpc's work: here is only how a call of it becomes one of gRPC.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -95,26 +96,52 @@ def _endpoint(upstream: Upstream, rpc: Rpc) -> Any:
         return method(request, **_arguments(upstream, context))
 
     async def one(request: Any, context: RequestContext[Any, Any]) -> Any:
-        call = begin(request, context)
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise _connect_error(error, context) from None
-        finally:
-            call.cancel()
+        with _Requests(request, context) as requests:
+            call = begin(requests.passed_on, context)
+            try:
+                return await call
+            finally:
+                call.cancel()
 
     async def several(request: Any, context: RequestContext[Any, Any]) -> AsyncIterator[Any]:
-        call = begin(request, context)
-        try:
-            async for message in call:
-                yield message
-        except grpc.aio.AioRpcError as error:
-            raise _connect_error(error, context) from None
-        finally:
-            call.cancel()
+        with _Requests(request, context) as requests:
+            call = begin(requests.passed_on, context)
+            try:
+                async for message in call:
+                    yield message
+            finally:
+                call.cancel()
 
     make_endpoint: Any = getattr(Endpoint, kind.name.lower())
     return make_endpoint(info, several if rpc.gives_stream else one)
+
+
+class _Requests:
+    """What is asked for, one message or a stream of them, while a call of gRPC runs on it. Failures of both are raised
+    as Connect has them."""
+
+    def __init__(self, request: Any, context: RequestContext[Any, Any]) -> None:
+        self._context = context
+        self._failure: Exception | None = None
+        self.passed_on = self._messages(request) if isinstance(request, AsyncIterator) else request
+
+    async def _messages(self, received: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        try:
+            async for message in received:
+                yield message
+        except Exception as error:
+            # gRPC cancels the call of a stream that fails, and tells nobody why.
+            self._failure = error
+            raise
+
+    def __enter__(self) -> "_Requests":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._failure is not None and isinstance(error, asyncio.CancelledError | grpc.aio.AioRpcError):
+            raise self._failure from None
+        if isinstance(error, grpc.aio.AioRpcError):
+            raise _connect_error(error, self._context) from None
 
 
 def _arguments(upstream: Upstream, context: RequestContext[Any, Any]) -> dict[str, Any]:
