@@ -96,6 +96,21 @@ def test_text_ends_before_a_stop_string(client: openai.OpenAI, model: str) -> No
     assert stopped.finish_reason == "stop"
 
 
+def test_a_bias_of_a_token_decides_what_is_drawn(client: openai.OpenAI, model: str) -> None:
+    choice = client.completions.create(
+        model=model, prompt="hello", logit_bias={"65": 100}, logprobs=0, **GREEDY
+    ).choices[0]
+    assert choice.logprobs is not None
+    assert len(set(choice.logprobs.tokens or ())) == 1
+
+
+def test_nothing_ends_before_the_least_number_of_tokens(client: openai.OpenAI, model: str) -> None:
+    likely = {"temperature": 0.0, "logit_bias": {"2": 100, "65": 99}}
+    choice = client.completions.create(model=model, prompt="hello", extra_body={"min_tokens": 5}, **likely)
+    assert choice.usage is not None
+    assert (choice.usage.completion_tokens, choice.choices[0].finish_reason) == (6, "stop")
+
+
 def test_logprobs_equal_those_of_grpc(client: openai.OpenAI, model: str, live_server: LiveServer) -> None:
     found = client.completions.create(model=model, prompt="hello", logprobs=2, **GREEDY).choices[0].logprobs
     with Client(live_server.address) as grpc:

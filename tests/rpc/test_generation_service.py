@@ -252,3 +252,40 @@ def test_tokenize_shows_a_chat_as_generate_runs_it(channel: grpc.Channel):
     assert "".join(answer.pieces).endswith("assistant\n")
     assert answer.roles[-1] == "assistant"
     assert generate(channel, prompt=chat)[2].usage.prompt_tokens == len(answer.ids)
+
+
+def test_a_bias_of_a_token_decides_what_is_drawn(channel: grpc.Channel):
+    _, tokens, _ = generate(channel, sampling=pb.Sampling(logit_bias={65: 100.0}))
+    assert [token.id for token in tokens] == [65] * 8
+
+
+def test_the_end_comes_after_the_least_number_of_tokens(channel: grpc.Channel):
+    """Ends are tokens of the model, stop tokens and stop strings; the tiny model has one token a byte."""
+    likely = pb.Sampling(logit_bias={2: 50.0, 65: 49.0})
+    eos = pb.StopConditions(max_tokens=8, min_tokens=5)
+    _, tokens, finished = generate(channel, sampling=likely, stop=eos)
+    assert [token.id for token in tokens] == [65] * 5 + [2]
+    assert finished.reason == pb.FINISH_REASON_EOS
+    string = pb.StopConditions(max_tokens=8, min_tokens=3, ignore_eos=True, strings=[piece(channel, 65)])
+    text, tokens, finished = generate(channel, sampling=pb.Sampling(logit_bias={65: 50.0}), stop=string)
+    assert (len(tokens), len(text), finished.reason) == (4, 3, pb.FINISH_REASON_STOP_STRING)
+
+
+def piece(channel: grpc.Channel, id: int) -> str:
+    return model_pb2_grpc.ModelServiceStub(channel).Detokenize(model_pb2.DetokenizeRequest(ids=[id])).text
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"sampling": pb.Sampling(logit_bias={10**6: 1.0})}, "sampling.logit_bias[1000000]"),
+        ({"sampling": pb.Sampling(logit_bias={5: float("nan")})}, "sampling.logit_bias[5]"),
+        ({"sampling": pb.Sampling(logit_bias=dict.fromkeys(range(1025), 1.0))}, "sampling.logit_bias"),
+        ({"stop": pb.StopConditions(max_tokens=2, min_tokens=3)}, "stop.min_tokens"),
+        ({"stop": pb.StopConditions(max_tokens=2, to_context_end=True)}, "stop.to_context_end"),
+    ],
+)
+def test_wrong_biases_and_limits_are_refused(channel: grpc.Channel, fields: dict[str, Any], field: str):
+    with pytest.raises(grpc.RpcError) as caught:
+        list(GenerationServiceStub(channel).Generate(request(**fields)))
+    assert failure(caught.value).fields == [field]

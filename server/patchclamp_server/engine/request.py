@@ -37,6 +37,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    # (id, what is added to its logit).
+    logit_bias: tuple[tuple[int, float], ...] = ()
     # None: no log-probabilities; n: those of the chosen token and of the n most likely.
     logprobs: int | None = None
 
@@ -49,6 +51,8 @@ class StopParams:
     token_ids: Set[int] = frozenset()
     ignore_eos: bool = False
     include_stop_string: bool = False
+    # So many tokens come before anything above can end them, but max_tokens.
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,11 @@ class Sequence:
 
     @cached_property
     def sampling_row(self) -> SamplingRow:
-        return SamplingRow(self.request.sampling, self.seed, self.request.tokens, self.output_ids)
+        stop = self.request.stop
+        ends = self.output_or_fail().eos_token_ids | stop.token_ids if stop.min_tokens else ()
+        return SamplingRow(
+            self.request.sampling, self.seed, self.request.tokens, self.output_ids, tuple(ends), stop.min_tokens
+        )
 
     def accept(self, choice: Sampled, context_length: int) -> FinishReason | None:
         """Appends a sampled token and emits it; the reason when it is the last one."""
@@ -221,7 +225,7 @@ class Sequence:
             self.credits -= 1
         emit(Token(id, position, logprob, top_logprobs))
         assert self.output is not None
-        reason = self.output.push(id, request.stop, emit)
+        reason = self.output.push(id, len(self.output_ids), request.stop, emit)
         if reason is not None:
             return reason
         full = position + 1 >= context_length

@@ -14,6 +14,7 @@ from patchclamp_http.openai.kinds import (
     constant,
     either,
     integer,
+    mapping,
     number,
     obj,
     string,
@@ -37,6 +38,8 @@ SAMPLING: Mapping[str, tuple[str, Kind]] = {
     "repetition_penalty": ("sampling.repetition_penalty", number(0.0, above=True)),
     "ignore_eos": ("stop.ignore_eos", boolean()),
     "stop_token_ids": ("stop.token_ids", array(TOKEN_ID)),
+    "min_tokens": ("stop.min_tokens", integer(0, LARGEST)),
+    "logit_bias": ("sampling.logit_bias", mapping("^[0-9]+$", number(-100.0, 100.0))),
     "include_stop_str_in_output": ("stop.include_stop_string", boolean()),
 }
 STOP = either(string(), array(string(), 0, 16), told="a string or an array of at most 16")

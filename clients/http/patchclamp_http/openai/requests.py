@@ -160,6 +160,8 @@ class _Overlay:
             message = getattr(message, parent)
         if isinstance(value, list):
             getattr(message, last).extend(value)
+        elif isinstance(value, dict):
+            getattr(message, last).update(value)
         else:
             setattr(message, last, value)
         self.names[path] = name

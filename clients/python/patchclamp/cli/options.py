@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from patchclamp.cli.parser import count, seed
+from patchclamp.cli.parser import TokenBias, count, seed
 from patchclamp.cli.sparse_spec import add_sparsity_arguments, sparsity_of
 from patchclamp.cli.steering import add_steering_arguments, program_of
 from patchclamp.client import Client
@@ -30,6 +30,8 @@ _GENERATE_FIELDS = (
     "frequency_penalty",
     "seed",
     "max_tokens",
+    "min_tokens",
+    "logit_bias",
     "stop",
     "ignore_eos",
     "logprobs",
@@ -153,6 +155,7 @@ def confidence_of(args: argparse.Namespace) -> Confidence | None:
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: greedy)")
     group.add_argument("--max-tokens", type=count, metavar="N")
+    group.add_argument("--min-tokens", type=count, metavar="N", help="nothing else ends the text before so many")
     group.add_argument("--temperature", type=float)
     group.add_argument("--top-k", type=count, metavar="K")
     group.add_argument("--top-p", type=float)
@@ -161,6 +164,12 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--presence-penalty", type=float)
     group.add_argument("--frequency-penalty", type=float)
     group.add_argument("--seed", type=seed)
+    group.add_argument(
+        "--logit-bias",
+        action=TokenBias,
+        metavar="ID=BIAS",
+        help="added to the logit of a token (patchclamp tokenize tells its id); repeatable",
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group.add_argument("--ignore-eos", action="store_true", default=None)
     group.add_argument(

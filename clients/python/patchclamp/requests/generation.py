@@ -1,6 +1,7 @@
 """Requests of GenerationService and of ModelService."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Unpack
 
 from patchclamp.confidence import ConfidenceLike, confidence_message
@@ -20,7 +21,8 @@ class GenerateOptions(PromptOptions, total=False):
     None is the server's default. program: edits, readouts and conditions (patchclamp.programs), or one edit.
     temperature: 0 (default) is greedy. logprobs: how many likely tokens are told beside the chosen one.
     seed: by default one that the server draws, and tells. max_tokens: by default 256. to_context_end: instead, as many
-    as the context of the model has room for.
+    as the context of the model has room for. min_tokens: before so many, nothing else ends the text.
+    logit_bias: {token id: what is added to its logit}.
     sparsity: a policy, a profile or both (patchclamp.sparsity); by default everything is computed.
     grounding: a head set (patchclamp.heads) that says which prompt tokens each generated token was copied from.
     confidence: True, or a Confidence (patchclamp.confidence): how far the layers agree on the answer.
@@ -35,12 +37,14 @@ class GenerateOptions(PromptOptions, total=False):
     presence_penalty: float
     frequency_penalty: float
     seed: int | None
+    logit_bias: Mapping[int, float]
     max_tokens: int | None
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop_string: bool
     to_context_end: bool
+    min_tokens: int
     priority: PriorityName | None
     logprobs: int | None
     sparsity: SparsityLike | None
@@ -76,12 +80,14 @@ def generate(
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
     seed: int | None = None,
+    logit_bias: Mapping[int, float] = MappingProxyType({}),
     max_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     include_stop_string: bool = False,
     to_context_end: bool = False,
+    min_tokens: int = 0,
     priority: PriorityName | None = None,
     logprobs: int | None = None,
     sparsity: SparsityLike | None = None,
@@ -98,6 +104,7 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         seed=seed,
+        logit_bias=logit_bias,
     )
     conditions = build_as(
         {"strings": "stop", "token_ids": "stop_token_ids"},
@@ -108,6 +115,7 @@ def generate(
         ignore_eos=ignore_eos,
         include_stop_string=include_stop_string,
         to_context_end=to_context_end,
+        min_tokens=min_tokens,
     )
     return build(
         generation_pb2.GenerateRequest,

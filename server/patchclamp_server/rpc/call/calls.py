@@ -107,7 +107,7 @@ class Preparation:
         """Raises InvalidArgument, FailedPrecondition or NotFound."""
         check_model(proto.model, self.model)
         logprobs = decode_logprobs(proto.logprobs, "logprobs") if proto.HasField("logprobs") else None
-        sampling = decode_sampling(proto.sampling, logprobs)
+        sampling = decode_sampling(proto.sampling, self.model.vocab_size, logprobs)
         stop = decode_stop(proto.stop, self.model.vocab_size)
         priority = decode_priority(proto.priority)
         prompt = decode_prompt(proto.prompt, self.prompts)
