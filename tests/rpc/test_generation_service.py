@@ -281,6 +281,7 @@ def piece(channel: grpc.Channel, id: int) -> str:
         ({"sampling": pb.Sampling(logit_bias={10**6: 1.0})}, "sampling.logit_bias[1000000]"),
         ({"sampling": pb.Sampling(logit_bias={5: float("nan")})}, "sampling.logit_bias[5]"),
         ({"sampling": pb.Sampling(logit_bias=dict.fromkeys(range(1025), 1.0))}, "sampling.logit_bias"),
+        ({"samples": 129}, "samples"),
         ({"stop": pb.StopConditions(max_tokens=2, min_tokens=3)}, "stop.min_tokens"),
         ({"stop": pb.StopConditions(max_tokens=2, to_context_end=True)}, "stop.to_context_end"),
     ],
@@ -289,3 +290,33 @@ def test_wrong_biases_and_limits_are_refused(channel: grpc.Channel, fields: dict
     with pytest.raises(grpc.RpcError) as caught:
         list(GenerationServiceStub(channel).Generate(request(**fields)))
     assert failure(caught.value).fields == [field]
+
+
+def test_samples_are_those_of_their_seeds_and_share_the_prompt(channel: grpc.Channel, live_server: LiveServer):
+    prompt = pb.Prompt(text="A prompt of its own, which is longer than one block of the KV cache: " + "ho " * 20)
+    several = request(prompt=prompt, sampling=pb.Sampling(temperature=1.5, seed=7), samples=4)
+    before = live_server.server.engine.stats()
+    responses = list(GenerationServiceStub(channel).Generate(several))
+    computed = live_server.server.engine.stats().prefill_tokens - before.prefill_tokens
+    texts = ["".join(r.text for r in responses if r.sample == number) for number in range(4)]
+    ended = [r.finished for r in responses if r.HasField("finished")]
+    assert sorted(finished.seed for finished in ended) == [7, 8, 9, 10]
+    alone = [
+        generate(channel, prompt=prompt, sampling=pb.Sampling(temperature=1.5, seed=seed))[0] for seed in (7, 8, 9, 10)
+    ]
+    assert texts == alone
+    length, size = ended[0].usage.prompt_tokens, live_server.server.config.engine.kv_block_size
+    # The rest of the prompt behind its last whole block is computed by each.
+    assert computed <= length + 3 * size
+    assert length > 4 * size
+
+
+def test_a_session_and_a_comparison_have_one_sample(channel: grpc.Channel):
+    several = request(samples=2)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(GenerationServiceStub(channel).Compare(pb.CompareRequest(request=several)))
+    assert failure(caught.value).fields == ["request.samples"]
+    start = pb.SessionRequest(start=pb.SessionStart(request=several))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(GenerationServiceStub(channel).Session(iter([start])))
+    assert failure(caught.value).fields == ["start.request.samples"]

@@ -124,7 +124,7 @@ class _Overlay:
         self.names: dict[str, str] = {"model": "model"}
         if self._extension is not None:
             parse(self._extension, self.request, "patchclamp")
-            for name in ("model", "prompt"):
+            for name in ("model", "prompt", "samples"):
                 if self.has(name):
                     raise invalid(f"patchclamp.{name}", "expected outside of patchclamp, where OpenAI's API has it")
 

@@ -16,20 +16,19 @@ async def responses(
 ) -> AsyncIterator[tuple[int, pb.GenerateResponse]]:
     """Yields each response with the index of its choice. Raises PatchclampError of the first call that fails, and
     cancels the others."""
-    calls = [
-        upstream.stubs.generation.Generate(_sample(request, number), **options.arguments())
-        for request in asked.requests
-        for number in range(asked.samples)
-    ]
+    calls = []
+    for request in asked.requests:
+        request.samples = asked.samples
+        calls.append(upstream.stubs.generation.Generate(request, **options.arguments()))
     if len(calls) == 1:
         async for response in messages(calls[0]):
-            yield 0, response
+            yield response.sample, response
         return
     queue: asyncio.Queue[tuple[int, pb.GenerateResponse] | None] = asyncio.Queue(WAITING_RESPONSES * len(calls))
 
     async def read(index: int) -> None:
         async for response in messages(calls[index]):
-            await queue.put((index, response))
+            await queue.put((index * asked.samples + response.sample, response))
         await queue.put(None)
 
     readers = [asyncio.create_task(read(index)) for index in range(len(calls))]
@@ -59,14 +58,3 @@ async def _failure(readers: "list[asyncio.Task[None]]") -> None:
     """Raises the first failure of a reader, and never returns otherwise."""
     await asyncio.gather(*readers)
     await asyncio.Event().wait()
-
-
-def _sample(request: pb.GenerateRequest, number: int) -> pb.GenerateRequest:
-    """Returns the request of one sample: the first has the seed that was asked for."""
-    if not number:
-        return request
-    sample = pb.GenerateRequest()
-    sample.CopyFrom(request)
-    if request.sampling.HasField("seed"):
-        sample.sampling.seed = (request.sampling.seed + number) % 2**64
-    return sample

@@ -11,6 +11,7 @@ from patchclamp.cli.options import (
     generate_options,
     prompt_of,
 )
+from patchclamp.cli.parser import count
 from patchclamp.cli.terminal import heading, note, print_json, quoted, table
 from patchclamp.requests import GenerateOptions
 from patchclamp.results import ConfidenceReport, GenerateResult, RequestWarning, Token
@@ -23,6 +24,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="stream text, steered or not, and print the receipt",
     )
     add_generation_arguments(parser)
+    parser.add_argument("--samples", type=count, metavar="N", help="draw N samples, each with a seed of its own")
     parser.set_defaults(run=run)
 
 
@@ -31,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     with connect(args) as client, client.generate(prompt_of(args), **options) as stream:
         if args.json:
             print_json(stream.result())
+            return 0
+        if args.samples is not None and args.samples > 1:
+            print_samples(stream.result())
             return 0
         told: tuple[RequestWarning, ...] = ()
         for chunk in stream:
@@ -46,6 +51,14 @@ def run(args: argparse.Namespace) -> int:
         print_confidence(result.confidence)
     print_ending(result, told)
     return 0
+
+
+def print_samples(first: GenerateResult) -> None:
+    """Prints each when all have ended: they come at the same time."""
+    for number, sample in enumerate((first, *first.others)):
+        heading(f"sample {number}")
+        print(sample.text)
+        print_ending(sample)
 
 
 def print_logprobs(tokens: tuple[Token, ...]) -> None:

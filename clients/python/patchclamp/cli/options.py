@@ -35,6 +35,7 @@ _GENERATE_FIELDS = (
     "stop",
     "ignore_eos",
     "logprobs",
+    "samples",
 )
 
 

@@ -26,6 +26,7 @@ class GenerateOptions(PromptOptions, total=False):
     sparsity: a policy, a profile or both (patchclamp.sparsity); by default everything is computed.
     grounding: a head set (patchclamp.heads) that says which prompt tokens each generated token was copied from.
     confidence: True, or a Confidence (patchclamp.confidence): how far the layers agree on the answer.
+    samples: how many are drawn of the prompt, by `generate` alone; each has a seed of its own.
     """
 
     program: ProgramLike | None
@@ -50,6 +51,7 @@ class GenerateOptions(PromptOptions, total=False):
     sparsity: SparsityLike | None
     grounding: GroundingLike | None
     confidence: ConfidenceLike | None
+    samples: int
 
 
 class ScoreOptions(PromptOptions, total=False):
@@ -93,6 +95,7 @@ def generate(
     sparsity: SparsityLike | None = None,
     grounding: GroundingLike | None = None,
     confidence: ConfidenceLike | None = None,
+    samples: int = 0,
 ) -> generation_pb2.GenerateRequest:
     sampling = build(
         generation_pb2.Sampling,
@@ -129,6 +132,7 @@ def generate(
         sparsity=sparsity_message(sparsity),
         grounding=grounding_message(grounding),
         confidence=confidence_message(confidence),
+        samples=samples,
     )
 
 

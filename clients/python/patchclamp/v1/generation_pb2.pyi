@@ -352,11 +352,17 @@ class GenerateRequest(_message.Message):
     SPARSITY_FIELD_NUMBER: _builtins.int
     GROUNDING_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the server's model."""
     priority: Global___Priority.ValueType
     logprobs: _builtins.int
     """Log-probabilities of the chosen token (0) and the n most likely ones."""
+    samples: _builtins.int
+    """Generate alone: how many samples of the prompt are drawn, at most 128, each with a seed of its own: the one that is set
+    plus the number of the sample. They share the KV of the prompt as far as the prefix cache may. The call ends with the
+    last of them, or with the first that fails. Default 1.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -390,10 +396,11 @@ class GenerateRequest(_message.Message):
         sparsity: _sparse_policy_pb2.Sparsity | None = ...,
         grounding: Global___Grounding | None = ...,
         confidence: Global___Confidence | None = ...,
+        samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "confidence", b"confidence", "grounding", b"grounding", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "program", b"program", "prompt", b"prompt", "samples", b"samples", "sampling", b"sampling", "sparsity", b"sparsity", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -814,10 +821,13 @@ class GenerateResponse(_message.Message):
     PROMPT_READOUTS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text that is final: whole UTF-8 characters that cannot become part of a stop string. A character that the end of
     generation cuts in two is U+FFFD.
     """
+    sample: _builtins.int
+    """Whose response it is, counted from 0; "first" and "last" above are of each sample."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GeneratedToken]: ...
     @_builtins.property
@@ -840,10 +850,11 @@ class GenerateResponse(_message.Message):
         prompt_readouts: _abc.Iterable[_program_pb2.ReadoutValue] | None = ...,
         finished: Global___Finished | None = ...,
         warnings: _abc.Iterable[_program_pb2.RequestWarning] | None = ...,
+        sample: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "prompt_readouts", b"prompt_readouts", "text", b"text", "tokens", b"tokens", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "prompt_readouts", b"prompt_readouts", "sample", b"sample", "text", b"text", "tokens", b"tokens", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,6 +23,7 @@ from patchclamp_server.text.vocabulary import check_ids
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
+MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 16
 # Each string has an automaton, which is built between two steps of all streams.
 MAX_STOP_STRING_CHARACTERS = 4096
@@ -128,6 +129,10 @@ def decode_stop(proto: pb.StopConditions, vocab_size: int, field: str = "stop") 
         include_stop_string=proto.include_stop_string,
         min_tokens=proto.min_tokens,
     )
+
+
+def decode_samples(number: int, field: str = "samples") -> int:
+    return count(number, field, high=MAX_SAMPLES) or 1
 
 
 def decode_priority(number: int, field: str = "priority") -> Priority:
